@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: the verbs of `portakv`, most with a file of their own; `bench` and `conform`
-are handed to the packages that do them, which are imported only then.
+"""Run the command line: the verbs of `portakv`.
 
-Exit codes: 0 all went well, 1 it did not (one sentence on standard error says why), 2 the command
-line is wrong, or a file that it names is, 130 Ctrl-C; `portakv conform` has more. With ``--json``
-a verb writes one JSON value to standard output, nothing else.
+Most verbs have a separate module in this package. `bench` and `conform` are other packages, which
+are imported only when the verb runs.
+
+Exit codes: 0 success; 1 failure, with one sentence on standard error; 2 a wrong command line, or a
+wrong file that it names; 130 Ctrl-C. `portakv conform` has more codes. With ``--json`` a verb
+writes one JSON value to standard output and nothing else.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ examples:
   portakv layouts vllm-nhd
 
 PORTAKV_BACKEND=name forces a backend: it serves, or the command ends with an
-error that says what every candidate answered."""
+error that lists the answer of every candidate."""
 
-#: Verbs of other packages: the package, its extra, what that brings, and what the verb does.
+#: Verbs of other packages: the package, its extra, the extra's modules, and the help text.
 _DELEGATED: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "conform": (
         "portakv_conformance",
@@ -51,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the words behind `portakv`; by default the process's own.
+        argv: the words after `portakv`; by default those of this process.
 
     Returns:
-        The exit code. A command that is not understood raises ``SystemExit(2)``, as argparse does.
+        The exit code. A wrong command line raises ``SystemExit(2)``, as argparse does.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -63,16 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = make_parser()
         code = 0
+
         if not words:
             parser.print_help()
-        elif words[0] in _DELEGATED:  # its words are not argparse's to judge here
+        elif words[0] in _DELEGATED:  # the other package parses its options
             code = _delegate(words[0], words[1:])
         else:
             _refuse_unknown_verb(parser, words[0])
-            asked, more = parser.parse_known_args(words)
-            if more:  # told with the usage of the verb, not of all
-                asked.misunderstood(f"unrecognized arguments: {' '.join(more)}")
-            code = asked.run(asked)
+            args, more = parser.parse_known_args(words)
+            if more:  # print the usage of the verb, not of the whole command
+                args.misunderstood(f"unrecognized arguments: {' '.join(more)}")
+            code = args.run(args)
+
         sys.stdout.flush()
         return code
     except PortaKVError as error:
@@ -81,13 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("portakv: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader, `head` say, has gone. The interpreter flushes once more when it ends.
+        # The pipe's reader, for example `head`, has ended. The interpreter flushes again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; each leaves what runs it in ``run``."""
+    """Return the parser of all verbs; each verb stores its function as ``run``."""
     parser = argparse.ArgumentParser(
         prog="portakv",
         description="Moves KV-cache rows between any two layouts, on any torch device.",
@@ -111,6 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--json", action="store_true", help="print one JSON value")
     demo.set_defaults(run=_demo, misunderstood=demo.error)
+
     for verb in _MODULES:
         own = verbs.add_parser(
             verb.__name__.rpartition(".")[2],
@@ -121,33 +126,37 @@ def make_parser() -> argparse.ArgumentParser:
         verb.add_options(own)
         own.add_argument("--json", action="store_true", help="print one JSON value")
         own.set_defaults(run=verb.run, misunderstood=own.error)
+
     for name, (*_, does) in _DELEGATED.items():
         verbs.add_parser(name, help=f"{does}; see `portakv {name} --help`", add_help=False)
     return parser
 
 
 def _refuse_unknown_verb(parser: argparse.ArgumentParser, word: str) -> None:
-    """Name the verb that a misspelt one resembles; argparse lists all of them otherwise."""
+    """Suggest the verb that a misspelt word resembles, instead of argparse's list of all."""
     if word in VERBS or word.startswith("-"):
         return
     for verb in difflib.get_close_matches(word, VERBS, n=1):
         parser.error(f"Expected a verb, got {word!r}. Did you mean {verb!r}?")
 
 
-def _demo(asked: argparse.Namespace) -> int:
-    # Its model part imports much more than any other verb needs.
+def _demo(args: argparse.Namespace) -> int:
+    # The model part imports much more than any other verb needs.
     from portakv.cli.demo import run_demo
     from portakv.cli.demo import store as store_demo
 
-    device = None if asked.device is None else str(usable_device(asked.device))
-    if asked.store is not None:
-        return store_demo.run_store_demo(asked.store, device=device, json=asked.json)
-    return run_demo(device=device, json=asked.json)
+    device = None if args.device is None else str(usable_device(args.device))
+    if args.store is not None:
+        return store_demo.run_store_demo(args.store, device=device, json=args.json)
+    return run_demo(device=device, json=args.json)
 
 
 def _delegate(verb: str, words: list[str]) -> int:
-    """Hand the words behind a verb to its package; returns its exit code: 1 if that or what it
-    needs is not installed, 2 of `conform`, since 1 would say that a backend failed."""
+    """Pass the words after a verb to its package and return the package's exit code.
+
+    Return 1 if the package or a module that it needs is not installed. For `conform` return 2
+    then, because its code 1 means that a backend failed.
+    """
     package, extra, needed, _ = _DELEGATED[verb]
     try:
         for name in needed:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands print: tables, through `rich` if it is installed and plainly if not.
+"""Print the output of commands: tables, with `rich` if it is installed and as plain text if not.
 
-Nothing is ever cropped: prose is folded first, names only when nothing else can give way.
+No text is ever cropped. Prose is folded first; names are folded only if prose cannot shrink more.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-#: Characters of a line if nothing says otherwise: output that is piped has no terminal to fit.
+#: Characters of a line without a terminal and without ``COLUMNS``.
 PIPED_WIDTH = 160
 
 # A cell that is one of these words is coloured, on terminals that have colours.
 _STYLES = {"chosen": "bold green", "accepted": "green", "on request": "cyan", "rejected": "red"}
 _GAP = 2  # blanks between two columns
-_LEAST = 8  # a column of prose is made narrower than this only together with all others
+_LEAST = 8  # a column of prose gets narrower than this only together with all others
 
 Rows = Sequence[Sequence[str]]
+#: A JSON object that a command prints; its values have any JSON type.
+Report: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +32,22 @@ class Column:
     """A column of a table."""
 
     title: str
-    whole: bool = False  # its cells are names, which are folded last
-    right: bool = False  # its cells are numbers, which stand on the right
+    whole: bool = False  # the cells are names, which are folded last
+    right: bool = False  # the cells are numbers, aligned to the right
 
 
 def output_width() -> int:
-    """Characters of a line: ``COLUMNS``, else the terminal's, else `PIPED_WIDTH`."""
+    """Return the characters of a line: ``COLUMNS``, else the terminal's, else `PIPED_WIDTH`."""
     return shutil.get_terminal_size(fallback=(PIPED_WIDTH, 24)).columns
 
 
 def installing(extra: str) -> str:
-    """The command that brings what an extra needs, in a clone and once there is a release."""
+    """Return the commands that install an extra, in a clone and from a release."""
     return f"`pip install '.[{extra}]'` in a clone of PortaKV ('portakv[{extra}]' once released)"
 
 
 def print_table(columns: Sequence[Column], rows: Rows, title: str = "") -> None:
-    """Print a table, for each row one text for each column, with a title above it."""
+    """Print a table with a title above it; each row has one text for each column."""
     widths = fit_widths(columns, rows, output_width())
     try:
         lines = _by_rich(columns, rows, widths, title)
@@ -59,14 +61,16 @@ def print_prose(text: str) -> None:
     print(textwrap.fill(text, output_width(), break_long_words=False, break_on_hyphens=False))
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print a value as JSON, the only thing that a command with ``--json`` writes."""
     print(json.dumps(value, indent=2))
 
 
 def fit_widths(columns: Sequence[Column], rows: Rows, limit: int) -> list[int]:
-    """The width of each column such that a table fits ``limit`` if that can be done: the widest
-    column of prose gives way first, then the widest of all."""
+    """Return the width of each column, so that the table fits ``limit`` if possible.
+
+    The widest column of prose shrinks first, then the widest of all columns.
+    """
     cells = zip([column.title for column in columns], *rows, strict=True)
     widths = [max(len(line) for cell in own for line in cell.split("\n")) for own in cells]
     while sum(widths) + _GAP * (len(widths) - 1) > limit and max(widths) > 1:
@@ -92,7 +96,7 @@ def _by_rich(columns: Sequence[Column], rows: Rows, widths: Sequence[int], title
     )
     for column, width in zip(columns, widths, strict=True):
         style = "cyan" if column.whole else None
-        justify: Any = "right" if column.right else "left"
+        justify: Literal["right", "left"] = "right" if column.right else "left"
         table.add_column(column.title, style=style, width=width, overflow="fold", justify=justify)
     for row in rows:
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))

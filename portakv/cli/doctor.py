@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv doctor`: what of PortaKV would work here, and why the rest would not: plugs, devices and
-extras. Engines are looked up by their metadata, and none is imported."""
+"""`portakv doctor`: print which integrations, devices and extras work here, and why others do not.
+
+Engines are looked up by their package metadata; no engine is imported.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +12,27 @@ import platform
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
 from portakv import __version__
 from portakv.arguments import one_of
 from portakv.cli.backends import candidates_for, forced_backend
-from portakv.cli.console import Column, installing, print_json, print_prose, print_table
+from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
 from portakv.errors import InvalidTerms
 from portakv.integrations import INTEGRATIONS, MATRIX, Integration, untested, why_not
 from portakv.registry import ENVIRONMENT
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime.devices import device_name, devices_present
 
-HELP = "which plugs, devices and extras would work here, and why not the others"
+HELP = "list the integrations, devices and extras that work here, and why others do not"
 DESCRIPTION = """\
-Tells for each plug whether its engine is installed in a release that it serves,
-which devices of this machine it would serve there, and the line of
+Prints for each integration whether a supported release of its engine is
+installed, which devices of this machine it serves there, and the line of
 configuration that chooses it; then the backend of each device, and the extras
 that are missing. No engine is imported."""
 
-#: The modules that an extra brings, and what for.
+#: The modules that an extra brings, and their purpose.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "cli": (("rich",), "tables with colours and lines"),
     "demo": (("transformers",), "the model of `portakv demo`"),
@@ -47,8 +48,8 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "triton": (("triton",), "the backends `triton` and `compiled` on GPUs"),
 }
 
-#: The values of variables that choose one of several. Their modules need extras, and are not
-#: imported.
+#: The values of variables that choose an implementation. Their modules need extras, and are not
+#: imported here.
 CHOICES: dict[str, tuple[str, ...]] = {
     "PORTAKV_MOVER": ("distributed", "nixl", "mooncake"),
     "PORTAKV_IO": ("ring", "threads"),
@@ -56,24 +57,24 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The verb takes none."""
+    """Add nothing: the verb has no options."""
 
 
-def run(asked: argparse.Namespace) -> int:
-    """Print what was found; always 0, since that can be told on every machine."""
+def run(args: argparse.Namespace) -> int:
+    """Print the report. Always return 0: the report can be made on every machine."""
     devices = [_device(device) for device in devices_present()]
     served = [one["type"] for one in devices if one["backend"]]
-    told: dict[str, Any] = {
+    report: Report = {
         "portakv": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "forced": forced_backend(),
         "variables": [*_wrong_variables()],
-        "plugs": [_plug(name, served) for name in INTEGRATIONS],
+        "plugs": [_integration(name, served) for name in INTEGRATIONS],
         "devices": devices,
         "extras": [one for one in map(_extra, EXTRAS) if one["missing"]],
     }
-    (print_json if asked.json else _print)(told)
+    (print_json if args.json else _print)(report)
     return 0
 
 
@@ -91,97 +92,104 @@ def _wrong_variables() -> Iterator[str]:
         missing = _extra(value)["missing"] if value in EXTRAS else []
         if missing:
             yield (
-                f"Expected {name} to be one that runs here, got {value!r}: {', '.join(missing)} is "
-                f"not installed. {installing(value)} brings it."
+                f"Expected {name} to name a module that runs here, got {value!r}: "
+                f"{', '.join(missing)} is not installed. {installing(value)} brings it."
             )
     refusal = _kernel_cache.refusal()
     if refusal:
         yield (
-            f"Expected {_kernel_cache.ENVIRONMENT} to be a folder of your own that can be written: "
-            f"{refusal}. Set it to one; each process compiles its kernels until then."
+            f"Expected {_kernel_cache.ENVIRONMENT} to be a private folder that you can write to: "
+            f"{refusal}. Set it to such a folder; until then each process compiles its kernels."
         )
 
 
-def _plug(name: str, served: Sequence[str]) -> dict[str, Any]:
-    """What is told of a plug, on a machine with these types of devices that a backend serves."""
-    plug = INTEGRATIONS[name]
+def _integration(name: str, served: Sequence[str]) -> Report:
+    """Return the report of an integration; ``served`` has the types of devices with a backend."""
+    integration = INTEGRATIONS[name]
     releases = MATRIX[name]
-    kinds = [kind for kind in served if kind in (plug.devices or served)]
-    named = _named(plug)
-    # The accelerator stands last.
-    kind = next((x for x in kinds if plug.at(x) == named), (kinds or ["cpu"])[-1])
-    reasons = [missing] if (missing := why_not(name)) else list(_in_the_way(plug, kind, named))
+    kinds = [kind for kind in served if kind in (integration.devices or served)]
+    requested = _requested(integration)
+
+    # The accelerator is the last device of a machine.
+    matching = [kind for kind in kinds if integration.at(kind) == requested]
+    kind = matching[0] if matching else (kinds or ["cpu"])[-1]
+
+    missing = why_not(name)
+    reasons = [missing] if missing else list(_obstacles(integration, kind, requested))
     if not kinds:
-        forced = f" with PORTAKV_BACKEND={x!r}" if (x := os.environ.get("PORTAKV_BACKEND")) else ""
+        backend = os.environ.get("PORTAKV_BACKEND")
+        forced = f" with PORTAKV_BACKEND={backend!r}" if backend else ""
         reasons.append(
-            f"The plug {name!r} needs a device with a backend, and no device of this machine has "
-            f"one{forced}. Run `portakv backends`, which tells why."
+            f"The integration {name!r} needs a device with a backend, and no device of this "
+            f"machine has one{forced}. Run `portakv backends`, which prints why."
         )
+    answer = "chosen" if requested else "on request"
     notes = [
-        f"It serves {', '.join(plug.devices)}, and not {other}."
+        f"It serves {', '.join(integration.devices)}, and not {other}."
         for other in served
         if other not in kinds
     ]
     return {
         "plug": name,
-        "found": _found(releases.package),
+        "found": _installed_version(releases.package),
         "serves": str(releases),
         "devices": kinds,
-        "answer": "rejected" if reasons else "chosen" if named else "on request",
-        "line": plug.line.replace("{device}", kind),
+        "answer": "rejected" if reasons else answer,
+        "line": integration.line.replace("{device}", kind),
         "reasons": reasons,
         "notes": [*notes, *filter(None, [untested(name)])],
     }
 
 
-def _named(plug: Integration) -> str:
-    """What the environment has in the variable that chooses a plug; nothing for none, or 0."""
-    given = os.environ.get(plug.variable, "").strip().lower()
-    return "" if given == "0" else given
+def _requested(integration: Integration) -> str:
+    """Return the value of the variable that chooses an integration; empty if it is unset or 0."""
+    value = os.environ.get(integration.variable, "").strip().lower()
+    return "" if value == "0" else value
 
 
-def _in_the_way(plug: Integration, kind: str, named: str) -> Iterator[str]:
-    """Why an engine that is here would not take a plug for a type of device."""
-    if not plug.group:
+def _obstacles(integration: Integration, kind: str, requested: str) -> Iterator[str]:
+    """Yield each reason why an installed engine would not load an integration for a device type."""
+    group = integration.group
+    if not group:
         return
-    entry = plug.at(kind)
-    others = os.environ.get(plug.allows, "")
-    found = metadata.entry_points(group=plug.group, name=entry)
-    theirs = [each for each in found if not each.value.startswith("portakv.")]
-    if len(found) == len(theirs):
+    entry = integration.at(kind)
+    entry_points = metadata.entry_points(group=group, name=entry)
+    foreign = [each for each in entry_points if not each.value.startswith("portakv.")]
+    if len(entry_points) == len(foreign):
         yield (
-            f"The engine finds PortaKV by the entry point {entry} of {plug.group}, and found was "
-            f"none. Install PortaKV again: a folder on PYTHONPATH has no entry points."
+            f"The engine loads PortaKV by the entry point {entry} of {group}, which is missing. "
+            f"Install PortaKV again: a folder on PYTHONPATH has no entry points."
         )
-    for each in theirs:
+    for each in foreign:
         package = each.dist.name if each.dist else "another package"
         yield (
-            f"The entry point {entry} of {plug.group} is to be PortaKV's, and {package} has it for "
-            f"{each.value} as well. Uninstall {package}."
+            f"Expected the entry point {entry} of {group} from PortaKV alone, but {package} has it "
+            f"for {each.value} as well. Uninstall {package}."
         )
-    if others and entry not in map(str.strip, others.split(",")):
+    allowed = os.environ.get(integration.allows, "")
+    if allowed and entry not in map(str.strip, allowed.split(",")):
         yield (
-            f"{plug.allows}={others} is set, so that the engine loads no other plugins. Unset it, "
-            f"or add {entry}."
+            f"{integration.allows}={allowed} is set, so that the engine loads no other plugins. "
+            f"Unset it, or add {entry}."
         )
-    if named and plug.devices and named != entry:
+    if requested and integration.devices and requested != entry:
         yield (
-            f"{plug.variable}={named} is set, and no device here is served by that name; expected "
-            f"{entry}. Set that, or unset it."
+            f"{integration.variable}={requested} is set, and no device here is served by that "
+            f"name; expected {entry}. Set that, or unset it."
         )
 
 
-def _found(package: str) -> str | None:
+def _installed_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _device(device: torch.device) -> dict[str, Any]:
-    """The backend that would be chosen for a device, and the registry's reason."""
+def _device(device: torch.device) -> Report:
+    """Return the backend that would be chosen for a device, and the registry's reason."""
     taken = next((one for one in candidates_for(device) if one["chosen"]), None)
-    why = "no backend is chosen; `portakv backends` prints what each one answered"
+    why = "no backend is chosen; `portakv backends` prints every answer"
     return {
         "device": str(device),
         "type": device.type,
@@ -191,51 +199,57 @@ def _device(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _extra(extra: str) -> dict[str, Any]:
-    """Which modules of an extra are not installed."""
+def _extra(extra: str) -> Report:
+    """Return the modules of an extra that are not installed."""
     modules, gives = EXTRAS[extra]
     missing = [module for module in modules if not _is_here(module)]
     return {"extra": extra, "missing": missing, "gives": gives}
 
 
 def _is_here(module: str) -> bool:
-    """Whether a module could be imported; only packages above it are."""
+    """Return whether a module could be imported. Only its parent packages are imported."""
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # no parent; a module without a spec
+    except (ImportError, ValueError):  # a missing parent, or a module without a spec
         return False
 
 
-def _print(told: dict[str, Any]) -> None:
-    print(f"portakv {told['portakv']}, torch {told['torch']}, Python {told['python']}")
-    if told["forced"]:
-        print(f"{ENVIRONMENT}={told['forced']} is set: no other backend is chosen.")
-    for sentence in told["variables"]:
+def _print(report: Report) -> None:
+    print(f"portakv {report['portakv']}, torch {report['torch']}, Python {report['python']}")
+    if report["forced"]:
+        print(f"{ENVIRONMENT}={report['forced']} is set: no other backend is chosen.")
+    for sentence in report["variables"]:
         print_prose(sentence)
     print()
-    _table(told["plugs"], "plug", "found", "serves", "devices", "answer")
-    for one in told["plugs"]:
+    _table(report["plugs"], "plug", "found", "serves", "devices", "answer")
+    for one in report["plugs"]:
         print()
         if one["answer"] != "rejected":
-            print(f"{one['plug']}: {one['line']}")  # in one line, since it is to be copied
+            print(f"{one['plug']}: {one['line']}")  # on one line, so that a user can copy it
         for sentence in (*one["reasons"], *one["notes"]):
             print_prose(f"{one['plug']}: {sentence}")
     print()
-    _table(told["devices"], "device", "name", "backend", "reason")
+    _table(report["devices"], "device", "name", "backend", "reason")
     print()
-    if not told["extras"]:
+    if not report["extras"]:
         print("No extra is missing.")
         return
-    _table(told["extras"], "extra", "missing", "gives")
+    _table(report["extras"], "extra", "missing", "gives")
     print()
-    print_prose(f"{installing(','.join(one['extra'] for one in told['extras']))} brings them.")
+    extras = ",".join(one["extra"] for one in report["extras"])
+    print_prose(f"{installing(extras)} brings them.")
 
 
-def _table(told: Sequence[dict[str, Any]], *names: str) -> None:
-    rows = [[_text(one[name]) for name in names] for one in told]
-    print_table([Column(name, whole=name not in ("reason", "gives")) for name in names], rows)
+#: Titles of columns whose JSON key is another word.
+_TITLES = {"plug": "integration", "found": "installed"}
+
+
+def _table(reports: Sequence[Report], *keys: str) -> None:
+    rows = [[_text(report[key]) for key in keys] for report in reports]
+    columns = [Column(_TITLES.get(key, key), whole=key not in ("reason", "gives")) for key in keys]
+    print_table(columns, rows)
 
 
 def _text(value: str | Sequence[str] | None) -> str:
-    """A cell: ``-`` if there is nothing."""
+    """Return the text of a cell: ``-`` for an empty value."""
     return (value if isinstance(value, str) else ", ".join(value or [])) or "-"

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv explain`: the plan of a copy between two layouts, its backend, and why that one."""
+"""`portakv explain`: print the plan of a copy between two layouts, its backend and the reason."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from portakv.cli import explain_link, store
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
-from portakv.cli.console import Column, print_json, print_prose, print_table
-from portakv.cli.sides import Side, add_extents, make_sides, positive, said_extents
+from portakv.cli.console import Column, Report, print_json, print_prose, print_table
+from portakv.cli.sides import Side, add_extents, extents_of, make_sides, positive
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.plan.plan import Side as Units
 from portakv.registry.prepared import prepare
@@ -20,27 +18,28 @@ from portakv.registry.registry import ENVIRONMENT, Choice, choose
 from portakv.runtime.bounded import caches
 from portakv.runtime.devices import usable_device, usual_device
 
-HELP = "the plan between two layouts, and which backend carries it out"
+HELP = "print the plan between two layouts, and the backend that executes it"
 DESCRIPTION = """\
 Prints the plan of a copy between two layouts: the loops a person would write,
 the tokens moved for each index read (unit), the widest access (vector) and the
-bytes of a token; then the backend that carries it out and what the others
-answered. The plan is made for example tensors, contiguous or in the memory
-order that a preset names; nothing is moved. With --host it explains instead
-which engine copies between a device and host memory, and takes no layouts.
-With --src-device it says how the rows of another device cross to --device.
-With --caches it lists what the library remembers; with --storage DIR it says
-how a block store in that folder would be read and written; with --peer how rows
-of other processes would be pulled here.
+bytes of a token; then the backend that executes it and the answers of all other
+candidates. The plan is made for example tensors, contiguous or in the memory
+order that a preset names; no data is moved. Other questions:
 
-What is not said is taken as 32 layers, keys and values, 32 heads, 128 elements
-(576 where a side has no kv), float16. An axis that one side does not write has
-extent 1 on both. Presets bring the extents that they fix, and those that fix a
-width count bytes (uint8)."""
+  --host         which strategy copies between a device and host memory (no layouts)
+  --src-device D how the rows of another device cross to --device
+  --caches       the library's caches
+  --storage DIR  how a block store reads and writes that folder
+  --peer         how this process pulls rows of other processes
+
+Defaults: 32 layers, keys and values, 32 heads, 128 elements (576 if a side has
+no kv), float16. An axis that one side does not write has extent 1 on both sides.
+Presets bring the extents that they fix. Presets that fix a width count bytes
+(uint8)."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's options."""
     for name in ("src", "dst"):
         metavar = f"{name.upper()}_LAYOUT"
         parser.add_argument(name, nargs="?", metavar=metavar, help="a layout string or a preset")
@@ -63,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--caches",
         action="store_true",
-        help="list instead everything in the library that remembers: its name, size and limit",
+        help="list instead the library's caches: name, size and limit",
     )
     parser.add_argument("--storage", metavar="DIR", help="explain instead a block store's folder")
     explain_link.add_options(parser)
@@ -73,33 +72,36 @@ def _step(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
-def run(asked: argparse.Namespace) -> int:
-    """Print the plan and the candidates; raises what the copy would raise."""
-    if asked.caches:
-        return _caches(asked.json)
-    if asked.storage is not None:
-        return store.explain_folder(asked.storage, asked.json)
-    why = explain_link.misplaced(asked)
+def run(args: argparse.Namespace) -> int:
+    """Print the plan and the candidates. Raise the errors that the copy would raise."""
+    if args.caches:
+        return _print_caches(args.json)
+    if args.storage is not None:
+        return store.explain_folder(args.storage, args.json)
+    why = explain_link.misplaced(args)
     if why:
-        asked.misunderstood(why)
-    if asked.host or asked.peer:
-        return explain_link.run(asked)
-    device = usual_device() if asked.device is None else usable_device(asked.device)
-    layouts = (asked.src, asked.dst)
-    steps = (asked.src_step, asked.dst_step)
-    src, dst = make_sides(layouts, said_extents(asked), device, steps, asked.index == "blocks")
-    choice = choose(dst.view.device, asked.backend)
-    if asked.src_device is not None:
-        there = usable_device(asked.src_device)
-        src, _ = make_sides(layouts, said_extents(asked), there, steps, asked.index == "blocks")
+        args.misunderstood(why)
+    if args.host or args.peer:
+        return explain_link.run(args)
+    device = usual_device() if args.device is None else usable_device(args.device)
+    layouts = (args.src, args.dst)
+    steps = (args.src_step, args.dst_step)
+    extents = extents_of(args)
+    by_blocks = args.index == "blocks"
+    src, dst = make_sides(layouts, extents, device, steps, by_blocks)
+    choice = choose(dst.view.device, args.backend)
+    if args.src_device is not None:
+        there = usable_device(args.src_device)
+        src, _ = make_sides(layouts, extents, there, steps, by_blocks)
+
     peer = src.view.device != dst.view.device
     if peer:
         src = src._replace(view=src.view.as_peer(dst.view.device))
-        choice = explain_link.between(asked, src.view, dst.view, choice)
+        choice = explain_link.between(args, src.view, dst.view, choice)
     plan = CopyPlan(src.view.form, dst.view.form, src.step, dst.step)
-    _, taken = prepare(plan, choice)  # as a copy would
+    _, taken = prepare(plan, choice)  # the same as a copy does
     why = taken.trace[-1].reason if peer else _why(taken)
-    found = {
+    report: Report = {
         "source": _side_json(src),
         "destination": _side_json(dst),
         "plan": {
@@ -116,25 +118,25 @@ def run(asked: argparse.Namespace) -> int:
         "notes": _notes(taken, ids=bool(src.step or dst.step)),
         "candidates": candidates_for_plan(plan, taken),
     }
-    if asked.json:
-        print_json(found)
+    if args.json:
+        print_json(report)
     else:
-        _print(found, src, dst)
+        _print(report, src, dst)
     return 0
 
 
-def _caches(json: bool) -> int:
-    # Of a process that has made no copy yet.
-    found = [{"name": c.name, "size": len(c), "limit": c.limit} for c in caches()]
+def _print_caches(json: bool) -> int:
+    # This process has made no copy: the sizes are those after import.
+    rows = [{"name": c.name, "size": len(c), "limit": c.limit} for c in caches()]
     if json:
-        print_json({"caches": found})
+        print_json({"caches": rows})
         return 0
-    columns = [Column("what is kept", whole=True), Column("now", right=True)]
+    columns = [Column("cache", whole=True), Column("now", right=True)]
     columns.append(Column("at most", right=True))
-    print_table(columns, [[str(cell) for cell in cache.values()] for cache in found])
+    print_table(columns, [[str(cell) for cell in cache.values()] for cache in rows])
     print()
     print_prose(
-        "Of each the oldest entry goes first. In a process that copies: "
+        "A full cache drops its oldest entry. A process that copies can list its caches by "
         "portakv.runtime.bounded.caches()."
     )
     return 0
@@ -144,32 +146,32 @@ def _why(taken: Choice) -> str:
     if taken.forced:
         return f"forced by {ENVIRONMENT}" if forced_backend() else "forced by --backend"
     if len(taken.trace) > 1:
-        return "the first candidate that takes this plan; those before it refused it"
-    return "the first candidate that serves the device, and it takes this plan"
+        return "the first candidate that accepts this plan; the candidates before it rejected it"
+    return "the first candidate that serves the device, and it accepts this plan"
 
 
-def _print(found: Mapping[str, Any], src: Side, dst: Side) -> None:
+def _print(report: Report, src: Side, dst: Side) -> None:
     columns = [Column("", whole=True), Column("source"), Column("destination")]
-    first = _facts(src, found["source"])
-    second = _facts(dst, found["destination"])
+    first = _facts(src, report["source"])
+    second = _facts(dst, report["destination"])
     print_table(columns, [[name, first[name], second[name]] for name in first])
-    print(f"\n{found['plan']['text']}\n")
-    print_prose(f"On {found['device']}, {found['backend']} carries it out: {found['why']}.")
-    for note in found["notes"]:
+    print(f"\n{report['plan']['text']}\n")
+    print_prose(f"On {report['device']}, {report['backend']} executes it: {report['why']}.")
+    for note in report["notes"]:
         print_prose(note)
     print()
-    print_candidates(found["candidates"], "")
+    print_candidates(report["candidates"], "")
 
 
-def _facts(side: Side, told: Mapping[str, Any]) -> dict[str, str]:
-    text = told["layout"]
-    asked = told["asked"].strip()
-    wide = " + ".join(f"{width} B" for width in told["width_bytes"])
+def _facts(side: Side, report: Report) -> dict[str, str]:
+    text = report["layout"]
+    requested = report["asked"].strip()
+    wide = " + ".join(f"{width} B" for width in report["width_bytes"])
     return {
-        "layout": text if asked == text else f"{asked}: {text}",
-        **{name: str(told[name]) for name in ("tensors", "dtype", "layers", "kv", "heads")},
-        "width": f"{wide} a {'page' if told['opaque'] else 'head'}",
-        "block size": f"{told['block_size']} tokens" if told["block_size"] else "not paged",
+        "layout": text if requested == text else f"{requested}: {text}",
+        **{name: str(report[name]) for name in ("tensors", "dtype", "layers", "kv", "heads")},
+        "width": f"{wide} a {'page' if report['opaque'] else 'head'}",
+        "block size": f"{report['block_size']} tokens" if report["block_size"] else "not paged",
         "index": _index_in_words(side),
     }
 
@@ -187,13 +189,15 @@ def _notes(taken: Choice, ids: bool) -> list[str]:
         return []
     return [
         "Ids on the device are checked before launch, with one synchronisation; ids on the "
-        "host are not delayed."
+        "host need none."
     ]
 
 
-def _side_json(side: Side) -> dict[str, Any]:
-    """One side; of tensors in a list ``list of 32, each (2, 8, 16, 32, 128)``: the first one's
-    shape, if they differ."""
+def _side_json(side: Side) -> Report:
+    """Return one side as JSON.
+
+    Tensors in a list become ``list of 32, each (2, 8, 16, 32, 128)``, with the shape of the first.
+    """
     view = side.view
     tensors = side.view.tensors
     lists = ""
@@ -201,7 +205,7 @@ def _side_json(side: Side) -> dict[str, Any]:
         lists = f"{lists}list of {len(tensors)}, each "
         tensors = tensors[0]
     return {
-        "asked": side.asked,
+        "asked": side.requested,
         "layout": side.layout.text,
         "tensors": lists + str((*tensors.shape,)),
         "dtype": str(view.owners[0].dtype).removeprefix("torch."),
@@ -215,7 +219,7 @@ def _side_json(side: Side) -> dict[str, Any]:
     }
 
 
-def _nest_json(nest: Nest) -> dict[str, Any]:
+def _nest_json(nest: Nest) -> Report:
     loops = [
         {
             "axis": loop.name,
@@ -234,6 +238,6 @@ def _nest_json(nest: Nest) -> dict[str, Any]:
     }
 
 
-def _units_json(side: Units) -> dict[str, Any]:
+def _units_json(side: Units) -> Report:
     units = [{"extent": u.extent, "table": u.table, "bytes": u.stride} for u in side.units]
     return {"table": side.table, "bytes": side.offset, "units": units}

@@ -1,38 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv layouts`: the presets, and one layout with its picture."""
+"""`portakv layouts`: print the presets, or one layout with its picture."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from portakv.cli.console import Column, print_json, print_prose, print_table
+from portakv.cli.console import Column, Report, print_json, print_prose, print_table
 from portakv.layout.picture import draw
 from portakv.layout.presets import PRESETS, Preset, resolve
 
-HELP = "the named layouts; with a name, its string, note and picture"
+HELP = "list the named layouts; with a name, its string, note and picture"
 DESCRIPTION = """\
-Without a name, prints every preset. With one, prints what is known of it and how
-its tensors are read. A layout string gets its picture too."""
+Without a name, prints every preset. With a name, prints the preset's facts and
+how its tensors are read. A layout string gets its picture too."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's options."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="a preset or a layout string")
 
 
-def run(asked: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print the table, or one layout."""
-    if asked.name is not None:
-        return _run_one(asked.name, asked.json)
-    if asked.json:
+    if args.name is not None:
+        return _run_one(args.name, args.json)
+    if args.json:
         print_json({"layouts": [_facts(preset) for preset in PRESETS.values()]})
         return 0
     names = ("name", "layout", "engine", "releases")
     rows = [[getattr(preset, name) for name in names] for preset in PRESETS.values()]
     print_table([Column(name, whole=name in ("name", "releases")) for name in names], rows)
     print()
-    print_prose(f"{len(rows)} layouts. `portakv layouts NAME` prints the note and picture of one.")
+    print_prose(
+        f"{len(rows)} layouts. `portakv layouts NAME` prints the note and picture of a layout."
+    )
     return 0
 
 
@@ -60,8 +61,8 @@ def _run_one(name: str, json: bool) -> int:
     return 0
 
 
-def _facts(preset: Preset) -> dict[str, Any]:
-    """A preset as JSON."""
+def _facts(preset: Preset) -> Report:
+    """Return a preset as JSON."""
     return {
         "name": preset.name or None,
         "layout": preset.layout,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv migrate --demo`, and `portakv explain --peer`: how this process would pull rows of
-others, of this host or another one, and why not otherwise."""
+"""`portakv migrate --demo`, and `portakv explain --peer`: how this process pulls rows of peers.
+
+A peer is a process of this host or of another host.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,11 @@ import argparse
 import importlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
 from portakv.backends.base import Decision
-from portakv.cli.console import Column, installing, print_json, print_prose, print_table
+from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
 from portakv.errors import PortaKVError, Unsupported
 from portakv.runtime.devices import (
     device_name,
@@ -24,35 +25,37 @@ from portakv.runtime.devices import (
     version_of,
 )
 
-HELP = "rows go from one process to another: --demo shows it"
+HELP = "demonstrate that rows go from one process to another (--demo)"
 DESCRIPTION = """\
---demo: two ranks of one process own a model's rows, three of another process
-pull them into pages of another layout and block size; once where the owner's
-memory is mapped, once through staging. Every byte is checked, and an offer that
-does not hold any more is published by nobody: exit code 1 otherwise. If there are
-two accelerators, the owner is on the second, else on the host. What would be done
-here for peers, and why: `portakv explain --peer`."""
+--demo: two ranks of one process own a model's rows. Three ranks of another
+process pull them into pages of another layout and block size: once from the
+owner's mapped memory, once through staging. The demo checks every byte, and that
+no rank publishes rows of an expired offer; otherwise the exit code is 1. With
+two accelerators the owner is on the second, else on the host. `portakv explain
+--peer` prints how this process would pull rows of its peers, and why."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
-    parser.add_argument("--demo", action="store_true", required=True, help="the one thing to do")
-    parser.add_argument("--device", help="the reader's (default: the accelerator, else cpu)")
+    """Add the verb's options."""
+    parser.add_argument("--demo", action="store_true", required=True, help="run the demo")
+    parser.add_argument("--device", help="the reader's device (default: the accelerator, else cpu)")
 
 
-def run(asked: argparse.Namespace) -> int:
-    """Run the demo; raises what a process of it met."""
+def run(args: argparse.Namespace) -> int:
+    """Run the demo. Raise the error of a process that failed."""
     from portakv.cli.demo.migrate import run_migrate_demo
 
-    _needed()
-    device = None if asked.device is None else str(usable_device(asked.device))
-    return run_migrate_demo(device=device, json=asked.json)
+    _check_installed()
+    device = None if args.device is None else str(usable_device(args.device))
+    return run_migrate_demo(device=device, json=args.json)
 
 
 def explain_peer(device: str | None, as_json: bool) -> int:
-    """Print what of each kind of memory can be mapped by a peer, the links between devices, movers,
-    and the channel; raises `Unsupported` if what migration needs is not installed."""
-    _needed()
+    """Print which memory a peer can map, the links between devices, the transports and the channel.
+
+    Raises `Unsupported` if a package that migration needs is not installed.
+    """
+    _check_installed()
     import msgspec
     import zmq
 
@@ -62,41 +65,41 @@ def explain_peer(device: str | None, as_json: bool) -> int:
     where = usual_device() if device is None else usable_device(device)
     versions = {"msgspec": version_of(msgspec), "pyzmq": version_of(zmq)}
     versions["libzmq"] = zmq.zmq_version()
-    found = {
+    report: Report = {
         "device": str(where),
         "mapped": [asdict(one) for one in _mapped(where)],
         "links": [asdict(one) for one in _links(where)],
         "movers": [
             asdict(one) | {"slots": str(slots)}
             for slots in dict.fromkeys((where, torch.device("cpu")))
-            for one in _movers(slots)
+            for one in _transports(slots)
         ],
         "forced": forced(),
         "channel": {"host": host_id(), "curve": bool(zmq.has("curve")), "versions": versions},
     }
     if as_json:
-        print_json(found)
+        print_json(report)
     else:
-        _print(found)
+        _print(report)
     return 0
 
 
-def _needed() -> None:
+def _check_installed() -> None:
     try:
         importlib.import_module("portakv.migrate")
     except ImportError as error:
         why = f"{error.__cause__ or error}; {installing('migrate')} brings it"
-        raise Unsupported("Migration was asked for", why) from error
+        raise Unsupported("Expected the packages that migration needs", why) from error
 
 
 def _mapped(device: torch.device) -> Iterator[Decision]:
-    """Whether memory of this process can be opened by another one of this host."""
+    """Yield whether another process of this host can map each kind of memory."""
     from portakv.migrate import ipc
 
     try:
-        told = ipc.shared_empty(64, torch.uint8).fill_(7)
-        same = torch.equal(ipc.open_shared(ipc.share(told)), told)
-        why = "" if same else "what is read there is not what was written"
+        written = ipc.shared_empty(64, torch.uint8).fill_(7)
+        same = torch.equal(ipc.open_shared(ipc.share(written)), written)
+        why = "" if same else "the bytes read differ from the bytes written"
     except PortaKVError as error:
         why = str(error)
     good = "a process of this user maps it; views lie in `shared_empty` or share_memory_()"
@@ -106,9 +109,9 @@ def _mapped(device: torch.device) -> Iterator[Decision]:
     refused = ipc.why_not(torch.zeros(64, dtype=torch.uint8, device=device))
     yield Decision(f"memory of {device}", not refused, refused or "a process of this host maps it")
     try:
-        made: Any = torch.get_device_module(device).Event
+        event = torch.get_device_module(device).Event
         with inside(device):
-            ipc.export_event(made(interprocess=True))
+            ipc.export_event(event(interprocess=True))
         yield Decision(f"events of {device}", True, "a peer's stream waits for an offer's rows")
     except (PortaKVError, AttributeError, RuntimeError, TypeError) as error:
         why = f"the owner's host waits instead: {getattr(error, 'why', error)}"
@@ -116,53 +119,64 @@ def _mapped(device: torch.device) -> Iterator[Decision]:
 
 
 def _links(device: torch.device) -> Iterator[Decision]:
-    """Whether the device reads the memory of others of its type."""
-    ask = getattr(torch.get_device_module(device), "can_device_access_peer", None)
+    """Yield whether the device reads the memory of each other device of its type."""
+    can_access = getattr(torch.get_device_module(device), "can_device_access_peer", None)
     for other in devices_present():
         if other.type != device.type or other == device or device.type == "cpu":
             continue
         name = f"{device} reads {other}"
-        if ask is None:
-            yield Decision(name, False, f"torch does not tell for {device.type}; tried at a pull")
-        elif ask(device, other):
-            yield Decision(name, True, "rows are read over the link, if a peer's check is passed")
+        if can_access is None:
+            yield Decision(
+                name, False, f"torch does not report {device.type} links; pulls try them"
+            )
+        elif can_access(device, other):
+            yield Decision(name, True, "rows are read over the link, if the peer's check passes")
         else:
-            yield Decision(name, False, "the driver gives no access; rows are moved")
+            yield Decision(name, False, "the driver gives no access; a transport moves the rows")
 
 
-def _movers(device: torch.device) -> Iterator[Decision]:
-    """What each mover says of slots on the device."""
+def _transports(device: torch.device) -> Iterator[Decision]:
+    """Yield the answer of each transport for staging buffers on the device."""
     from portakv.migrate.transports import MOVERS, ONLY_ASKED
 
     for name in MOVERS:
-        said = MOVERS[name].probe(device)
-        if said.accepted and name in ONLY_ASKED:
-            said = Decision(name, True, f"{said.reason}; only if it is asked for by name")
-        yield said
+        decision = MOVERS[name].probe(device)
+        if decision.accepted and name in ONLY_ASKED:
+            decision = Decision(name, True, f"{decision.reason}; only if it is requested by name")
+        yield decision
 
 
-def _print(found: dict[str, Any]) -> None:
-    named = device_name(torch.device(found["device"]))
-    print_prose(f"How a reader on {found['device']} ({named}) would pull rows of its peers:")
-    tables = {"mapped, on this host": found["mapped"], "between devices": found["links"]}
-    for one in found["movers"]:
-        tables.setdefault(f"moved, through slots on {one['slots']}", []).append(one)
-    columns = [Column("what", whole=True), Column("answer"), Column("why")]
-    for title, said in tables.items():
-        answers = ["accepted" if one["accepted"] else "rejected" for one in said]
-        rows = [[x["name"], y, x["reason"]] for x, y in zip(said, answers, strict=True)]
+def _print(report: Report) -> None:
+    name = device_name(torch.device(report["device"]))
+    print_prose(f"How a reader on {report['device']} ({name}) would pull rows of its peers:")
+
+    tables = {"mapped, on this host": report["mapped"], "between devices": report["links"]}
+    for transport in report["movers"]:
+        title = f"moved, through staging buffers on {transport['slots']}"
+        tables.setdefault(title, []).append(transport)
+    columns = [Column("subject", whole=True), Column("answer"), Column("why")]
+    for title, decisions in tables.items():
+        rows = []
+        for decision in decisions:
+            answer = "accepted" if decision["accepted"] else "rejected"
+            rows.append([decision["name"], answer, decision["reason"]])
         if rows:
             print()
             print_table(columns, rows, title)
+
     print()
-    taken = "If memory cannot be mapped, the first that serves is taken, or the one a side names."
-    if found["forced"]:
-        serves = any(one["accepted"] for one in found["movers"] if one["name"] == found["forced"])
-        taken = f"PORTAKV_MOVER={found['forced']} forces that mover, if memory cannot be mapped"
-        taken += "." if serves else ", and it does not serve here: then a pull is refused."
-    print_prose(f"{taken} Slots are on the host unless rows are on two devices of one type.")
-    channel = found["channel"]
+    taken = "If memory cannot be mapped, a pull uses the first transport that serves, or the "
+    taken += "transport that a side names."
+    forced = report["forced"]
+    if forced:
+        serves = any(one["accepted"] for one in report["movers"] if one["name"] == forced)
+        taken = f"PORTAKV_MOVER={forced} forces that transport, if memory cannot be mapped"
+        taken += "." if serves else ". It does not serve here: a pull is then rejected."
+    buffers = "Staging buffers are on the host unless rows are on two devices of one type."
+    print_prose(f"{taken} {buffers}")
+
+    channel = report["channel"]
     tcp = "TCP with CURVE from a secret" if channel["curve"] else "no TCP, as libzmq has no CURVE"
     names = ", ".join(f"{name} {version}" for name, version in channel["versions"].items())
     print_prose(f"Channel: a Unix socket on this host, {tcp} ({names}).")
-    print_prose(f"This host is {channel['host']}; memory is mapped by peers that tell the same.")
+    print_prose(f"This host is {channel['host']}; peers with the same identity map its memory.")

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `explain` and `warmup` are asked about: example views of two layouts with equal extents, and
-bytes and times as a person reads and writes them."""
+"""Example views of two layouts with equal extents, for `explain` and `warmup`.
+
+Also reads and formats bytes and times for people.
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -23,21 +25,24 @@ from portakv.view.bound import bind_layout
 from portakv.view.example import example_tensors
 from portakv.view.view import KVView
 
-# What an axis has if the user does not say, and if a side does not write it.
+# Extents of axes that the user does not set.
 LAYERS = 32
 KV = 2
 HEADS = 32
 DIM = 128
 BLOCK_SIZE = 16
 TOKENS = 128
-LATENT_DIM = 576  # of a row that is neither key nor value, as MLA stores it
+LATENT_DIM = 576  # the width of a row that is neither key nor value, as MLA stores it
+
+#: Extents by name, as `portakv.view.bound` takes them.
+Declared: TypeAlias = Mapping[str, Any]
 
 _BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 @dataclass(frozen=True, slots=True)
 class Extents:
-    """What the user said of both sides; None: not said."""
+    """The extents that the user requested for both sides; None: not requested."""
 
     layers: int | None = None
     kv: int | None = None
@@ -49,10 +54,18 @@ class Extents:
     dtype: torch.dtype | None = None
 
 
-def add_extents(group: Any, blocks: str = "blocks of a paged side (default: for --tokens)") -> None:
-    """Add the options that say the extents of two sides."""
+def add_extents(
+    group: argparse._ArgumentGroup,
+    blocks: str = "blocks of a paged side (default: for --tokens)",
+) -> None:
+    """Add the options for the extents of two sides."""
 
-    def add(name: str, kind: Any, help: str | None = None, default: Any = None) -> None:
+    def add(
+        name: str,
+        kind: Callable[[str], object],
+        help: str | None = None,
+        default: object = None,
+    ) -> None:
         metavar = "N[,N]" if kind in (_positives, _pair) else "N"
         group.add_argument(name, type=kind, metavar=metavar, help=help, default=default)
 
@@ -67,16 +80,16 @@ def add_extents(group: Any, blocks: str = "blocks of a paged side (default: for 
     group.add_argument("--dtype", type=_dtype, help="a torch dtype (default: float16)")
 
 
-def said_extents(asked: argparse.Namespace) -> Extents:
-    """What the options of `add_extents` were given."""
-    return Extents(**{field.name: getattr(asked, field.name) for field in fields(Extents)})
+def extents_of(args: argparse.Namespace) -> Extents:
+    """Return the values of the options of `add_extents`."""
+    return Extents(**{field.name: getattr(args, field.name) for field in fields(Extents)})
 
 
 def positive(text: str) -> int:
-    """A number above 0; for argparse."""
+    """Return a number above 0, or raise argparse's error."""
     if text.isdecimal() and int(text):
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number above 0")
+    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
 
 
 def _positives(text: str) -> tuple[int, ...]:
@@ -86,127 +99,137 @@ def _positives(text: str) -> tuple[int, ...]:
 def _pair(text: str) -> tuple[int, int]:
     numbers = _positives(text)
     if len(numbers) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected one number or two")
+        raise argparse.ArgumentTypeError(f"expected one number or two, got {text!r}")
     return numbers[0], numbers[-1]
 
 
 def _dtype(text: str) -> torch.dtype:
-    found = getattr(torch, text.removeprefix("torch."), None)
-    if isinstance(found, torch.dtype):
-        return found
-    raise argparse.ArgumentTypeError(f"{text!r} is no torch dtype; write float16, uint8, ...")
+    dtype = getattr(torch, text.removeprefix("torch."), None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    message = f"expected a torch dtype such as float16 or uint8, got {text!r}"
+    raise argparse.ArgumentTypeError(message)
 
 
 class Side(NamedTuple):
-    """One side: what was asked, its layout and a view of example tensors."""
+    """One side: the requested text, its layout and a view of example tensors."""
 
-    asked: str
+    requested: str
     layout: Layout
     view: KVView
     step: int  # tokens for each id of its index; 0: consecutive tokens, no ids
 
 
 def make_sides(
-    asked: tuple[str, str],
-    said: Extents,
+    requested: tuple[str, str],
+    extents: Extents,
     device: torch.device,
     steps: tuple[int | None, int | None],
     whole_blocks: bool,
 ) -> tuple[Side, Side]:
-    """Example views of two layouts, source first; the tensors are not written to.
+    """Return example views of two layouts, source first; the tensors are not written to.
 
-    What is not said of extents is filled in alike on both sides. ``steps``: tokens for each id; of
-    None, a block's on paged sides if ``whole_blocks``, else 1. Raises `LayoutError`, also for
-    extents that a layout does not have, and `PortaKVError` for tensors that cannot be made.
+    Extents that were not requested get equal values on both sides. ``steps`` are the tokens for
+    each id. None on a paged side means the tokens of a block if ``whole_blocks``, else 1.
+
+    Raises:
+        LayoutError: a layout is wrong, or does not have a requested extent.
+        PortaKVError: the tensors cannot be made.
     """
-    resolved = [resolve(text) for text in asked]
+    resolved = [resolve(text) for text in requested]
     layouts = [parse(text) for text, _ in resolved]
-    always: dict[str, Any] = {**resolved[0][1], **resolved[1][1]}
-    declared = _extents(layouts, said, always)
+    fixed = {**resolved[0][1], **resolved[1][1]}  # by presets
+    declared = _extents(layouts, extents, fixed)
     # The presets that fix a width count bytes: their rows mix dtypes.
-    dtype = said.dtype or (torch.uint8 if "dim" in always else torch.float16)
+    dtype = extents.dtype or (torch.uint8 if "dim" in fixed else torch.float16)
     sides = []
-    for text, layout, step, size in zip(asked, layouts, steps, said.block_size, strict=True):
-        view = _view(text, layout, declared, said, size, dtype, device)
+    for text, layout, step, size in zip(requested, layouts, steps, extents.block_size, strict=True):
+        view = _view(text, layout, declared, extents, size, dtype, device)
         if step is None:
             step = (size if whole_blocks or layout.opaque else 1) if layout.paged else 0
         sides.append(Side(text, layout, view, step))
     return sides[0], sides[1]
 
 
-def _extents(layouts: Sequence[Layout], said: Extents, always: Mapping[str, Any]) -> dict[str, Any]:
-    """layers, kv, heads and dim for both sides. An axis that a side does not write has extent 1,
-    so unless it was said it has extent 1 on the other side too."""
+def _extents(layouts: Sequence[Layout], extents: Extents, fixed: Declared) -> dict[str, Any]:
+    """Return layers, kv, heads and dim for both sides.
+
+    An axis that one side does not write has extent 1 there. It then has extent 1 on the other side
+    too, unless the user requested another extent.
+    """
 
     def on_both(axis: str) -> bool:
         return all(axis in layout.axes for layout in layouts)
 
-    widths = always.get("dim") if said.dim is None else said.dim
+    widths = fixed.get("dim") if extents.dim is None else extents.dim
     if widths is None:
         widths = DIM if on_both("kv") else LATENT_DIM
         if any(layout.opaque for layout in layouts):
-            widths *= said.block_size[0]
+            widths *= extents.block_size[0]
     elif isinstance(widths, tuple) and len(widths) == 1:
         widths = widths[0]
-    found = {"dim": widths}
+    declared = {"dim": widths}
     kv = len(widths) if isinstance(widths, tuple) else KV
     known = ("layers", "layer", LAYERS), ("kv", "kv", kv), ("heads", "head", HEADS)
     for name, axis, usual in known:
-        value = getattr(said, name) or always.get(name)
-        found[name] = value or (usual if on_both(axis) else 1)
-    return found
+        value = getattr(extents, name) or fixed.get(name)
+        declared[name] = value or (usual if on_both(axis) else 1)
+    return declared
 
 
 def _view(
     text: str,
     layout: Layout,
-    declared: Mapping[str, Any],
-    said: Extents,
+    declared: Declared,
+    extents: Extents,
     size: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVView:
     bound = bind_layout(text, **declared, block_size=size if layout.paged else None)
     made = {
-        "blocks": said.blocks or max(2, -(-said.tokens // size)),
-        "tokens": size if layout.paged else said.tokens,
+        "blocks": extents.blocks or max(2, -(-extents.tokens // size)),
+        "tokens": size if layout.paged else extents.tokens,
     }
     try:
         tensors = example_tensors(text, **declared, **made, dtype=dtype, device=device)
-    except (RuntimeError, OverflowError, TypeError) as error:  # torch, of a size it cannot make
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch cannot make that size
         why = str(error).splitlines()[0]
         raise PortaKVError(
-            f"Example tensors of {layout.text!r} could not be made on {device} ({why}); ask for "
-            f"fewer --blocks, --tokens or --layers."
+            f"Example tensors of {layout.text!r} could not be made on {device} ({why}). Use fewer "
+            f"--blocks, --tokens or --layers."
         ) from error
     return KVView.through(bound, tensors)
 
 
-def accelerator_asked(name: str | None) -> torch.device | None:
-    """The accelerator of that name, with its index; by default this machine's. None: the CPU.
-    Raises `DeviceMismatch` if torch cannot use it, or it has no memory to copy from."""
+def requested_accelerator(name: str | None) -> torch.device | None:
+    """Return the named accelerator with its index, by default this machine's; None for the CPU.
+
+    Raises `DeviceMismatch` if torch cannot use it, or it has no memory to copy from.
+    """
     usual = usual_device()
     device = usual if name is None else usable_device(name)
     if device.index is None and device.type not in ("cpu", usual.type):
         raise DeviceMismatch(
-            f"Device {name!r} was asked about copies between it and the host, but torch does not "
-            f"take it for an accelerator here; name one that torch.accelerator lists."
+            f"Expected an accelerator for copies between it and the host, got {name!r}, which "
+            f"torch does not list here. Name a device that torch.accelerator lists."
         )
-    found = usual if device.index is None else device
-    return None if device.type == "cpu" else found
+    if device.type == "cpu":
+        return None
+    return usual if device.index is None else device
 
 
 def check_cache(what: str) -> None:
-    """Raise `PortaKVError` if ``what`` cannot be kept in the cache's folder."""
+    """Raise `PortaKVError` if ``what`` cannot be stored in the cache's folder."""
     why = _kernel_cache.refusal()
     name = _kernel_cache.ENVIRONMENT
     if why is not None:
         folder = "a folder that only you can write to"
-        raise PortaKVError(f"{what} cannot be kept: {why}. Set {name} to {folder}.")
+        raise PortaKVError(f"{what} cannot be stored: {why}. Set {name} to {folder}.")
 
 
 def in_bytes(number: int) -> str:
-    """``64 KiB``, ``1.5 GiB``."""
+    """Return bytes as text: ``64 KiB``, ``1.5 GiB``."""
     size = float(number)
     units = ["B", "KiB", "MiB", "GiB"]
     while size >= 1024 and len(units) > 1:
@@ -216,23 +239,26 @@ def in_bytes(number: int) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """``85.2 us``, ``4.71 ms``, ``1.2 s``."""
-    unit, factor = ("us", 1e6) if seconds < 1e-3 else ("ms", 1e3) if seconds < 1 else ("s", 1.0)
-    return f"{seconds * factor:.3g} {unit}"
+    """Return a time as text: ``85.2 us``, ``4.71 ms``, ``1.2 s``."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s"
 
 
 def read_bytes(text: str) -> int:
-    """A number of bytes above 0, as in ``32768``, ``32K``, ``64MiB``; for argparse."""
-    found = re.fullmatch(r"(\d+)\s*(?:([kmg])(?:i?b)?|b?)", text.strip(), re.IGNORECASE)
-    if found and int(found[1]):
-        return int(found[1]) * _BYTES[(found[2] or "").lower()]
+    """Return a number of bytes from ``32768``, ``32K`` or ``64MiB``, or raise argparse's error."""
+    match = re.fullmatch(r"(\d+)\s*(?:([kmg])(?:i?b)?|b?)", text.strip(), re.IGNORECASE)
+    if match and int(match[1]):
+        return int(match[1]) * _BYTES[(match[2] or "").lower()]
     expected = "expected bytes above 0, such as 32768, 32K or 64M"
-    raise argparse.ArgumentTypeError(f"{text!r} was given, {expected}")
+    raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
 
 
 def read_above_zero(text: str, what: str = "seconds above 0") -> float:
-    """A number above 0; for argparse, whose error says what was expected."""
+    """Return a number above 0, or raise argparse's error, which names ``what`` was expected."""
     with suppress(ValueError):
         if 0 < float(text) < inf:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected {what}")
+    raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from portakv.backends.rows_kernel import RowsKernel
-from portakv.cli.console import Column, installing, print_json, print_prose, print_table
-from portakv.cli.sides import Extents, Side, add_extents, check_cache, make_sides, said_extents
+from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
+from portakv.cli.sides import Extents, Side, add_extents, check_cache, extents_of, make_sides
 from portakv.errors import PortaKVError
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import hip as _hip_driver
@@ -25,30 +25,29 @@ from portakv.view.view import KVView
 
 HELP = "compile the kernels of cuda or hip into their cache, for any architecture"
 DESCRIPTION = """\
-Compiles the kernels of the `cuda` or the `hip` backend and keeps them in their
-cache (PORTAKV_CACHE_DIR, else portakv in the user's cache folder), so that the
-first transfer does not have to. It needs no GPU: with --arch it also serves a
-machine that is not here but has the same release of the compiler. For each
-shape or pair of layouts the kernels of gather and scatter are made, by slots
-and by blocks, for layers in separate allocations and in one. What an engine's
-own extents need beyond that is compiled when its caches are registered."""
+Compiles the kernels of the `cuda` or the `hip` backend and stores them in their
+cache (PORTAKV_CACHE_DIR, else portakv in the user's cache folder). The first
+transfer then compiles nothing. The command needs no GPU: with --arch it compiles
+for another machine that has the same release of the compiler. For each shape or
+pair of layouts it compiles the kernels of gather and scatter, by slots and by
+blocks, for layers in separate allocations and in one. Kernels for other extents
+of an engine are compiled when the engine registers its caches."""
 
-#: A compute capability times ten, or what AMD's compiler calls an architecture.
+#: A compute capability times ten, or AMD's name of an architecture.
 Architecture = int | str
 
 
 class Target(NamedTuple):
-    """What kernels are compiled for: ``sm_90`` or ``gfx906``, and by which compiler; whether the
-    cache holds the binary of a text, and what makes it and keeps it there."""
+    """An architecture that kernels are compiled for."""
 
-    name: str
+    name: str  # ``sm_90`` or ``gfx906``
     compiler: str
-    holds: Callable[[str], bool]
-    compile: Callable[[str], bytes]
+    holds: Callable[[str], bool]  # whether the cache has the binary of a source text
+    compile: Callable[[str], bytes]  # compiles a source text and stores the binary in the cache
 
 
 class Pair(NamedTuple):
-    """Layouts of a cache and of what is exchanged with it."""
+    """The layouts of a cache and of the chunk that is exchanged with it."""
 
     name: str
     cache: str
@@ -57,22 +56,22 @@ class Pair(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what the verb takes."""
+    """Add the verb's options."""
     parser.add_argument(
         "--arch",
         type=architecture,
         nargs="+",
         metavar="N",
         default=[],
-        help="compute capabilities (90, 9.0 or sm_90), or AMD's names, whole, as torch tells them "
-        "in gcnArchName (gfx906, gfx90a:sramecc+:xnack-); default: of this machine's devices",
+        help="compute capabilities (90, 9.0 or sm_90), or AMD's full names, as in torch's "
+        "gcnArchName (gfx906, gfx90a:sramecc+:xnack-); default: this machine's devices",
     )
     parser.add_argument(
         "--shape",
         nargs="+",
         metavar="NAME",
         default=[],
-        help="shapes of the benchmarks (default: all of them, unless --layout is given)",
+        help="shapes of the benchmarks (default: all of them, unless --layout is used)",
     )
     parser.add_argument(
         "--layout",
@@ -80,26 +79,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar=("CACHE", "CHUNK"),
         default=[],
-        help="two layout strings or presets; the extents below are theirs",
+        help="two layout strings or presets; the extents below apply to them",
     )
     add_extents(parser.add_argument_group("extents of --layout"))
 
 
-def run(asked: argparse.Namespace) -> int:
-    """Compile, and print what was compiled and what was there before. Raises `PortaKVError` if a
-    compiler or the cache cannot be used, for an unknown shape or architecture, and if there is no
-    device and none was named; and what a copy between the layouts would raise."""
-    pairs = _shapes(asked.shape) if asked.shape or not asked.layout else []
-    compiled_for = targets(asked.arch)
+def run(args: argparse.Namespace) -> int:
+    """Compile, and print the numbers of kernels that were compiled and that were cached before.
+
+    Raises:
+        PortaKVError: a compiler or the cache cannot be used, a shape or architecture is unknown, or
+            there is no device and the command names none. Errors that a copy between the layouts
+            would raise are raised too.
+    """
+    pairs = _shapes(args.shape) if args.shape or not args.layout else []
+    compiled_for = targets(args.arch)
     check_cache("Compiled kernels")
-    said = said_extents(asked)
-    pairs += [Pair(f"{cache} <-> {chunk}", cache, chunk, said) for cache, chunk in asked.layout]
+    extents = extents_of(args)
+    pairs += [Pair(f"{cache} <-> {chunk}", cache, chunk, extents) for cache, chunk in args.layout]
     began = perf_counter()
     warmed = [done for pair in pairs for done in _warm(pair, compiled_for)]
     seconds = perf_counter() - began
     folder = _kernel_cache.directory()
     compilers = list(dict.fromkeys(target.compiler for target in compiled_for))
-    if asked.json:
+    if args.json:
         print_json(
             {
                 "directory": str(folder),
@@ -110,30 +113,31 @@ def run(asked: argparse.Namespace) -> int:
         )
         return 0
     columns = [Column("kernels of"), Column("for", whole=True)]
-    columns += [Column("compiled", right=True), Column("kept", right=True)]
+    columns += [Column("compiled", right=True), Column("cached", right=True)]
     print_table(columns, [[str(value) for value in one.values()] for one in warmed])
-    compiled, kept = (sum(one[name] for one in warmed) for name in ("compiled", "kept"))
+    compiled = sum(one["compiled"] for one in warmed)
+    cached = sum(one["kept"] for one in warmed)
     print()
     print_prose(
         f"Compiled {compiled} kernels by {' and '.join(compilers)} in {seconds:.1f} s; "
-        f"{kept} had been compiled before. All are kept in {folder}"
+        f"{cached} were cached before. All are stored in {folder}"
     )
     return 0
 
 
 def _shapes(names: Sequence[str]) -> list[Pair]:
-    """The pairs of some shapes of the benchmarks; without a name, of all."""
+    """Return the pairs of named shapes of the benchmarks; of all shapes without a name."""
     try:
         from portakv_benchmarks.shared.shapes import load
     except ImportError as error:
         raise PortaKVError(
-            f"Shapes are read by portakv_benchmarks, which cannot be loaded ({error}); "
+            f"Shapes are read by portakv_benchmarks, which cannot be loaded ({error}). Run "
             f"{installing('bench')}, or name two layouts with --layout."
         ) from error
     known = load()
     for name in (x for x in names if x not in known):
         has = ", ".join(known)
-        raise PortaKVError(f"Shape {name!r} was asked for, but the benchmarks have {has}.")
+        raise PortaKVError(f"Expected a shape of the benchmarks, got {name!r}. Name one of {has}.")
     pairs = []
     for shape in (known[name] for name in names or known):
         size = shape.block_size
@@ -151,8 +155,8 @@ def _shapes(names: Sequence[str]) -> list[Pair]:
     return pairs
 
 
-def _warm(pair: Pair, compiled_for: Sequence[Target]) -> Iterator[dict[str, Any]]:
-    """What was compiled for each target; kernels that other pairs share count as kept."""
+def _warm(pair: Pair, compiled_for: Sequence[Target]) -> Iterator[Report]:
+    """Yield the numbers of kernels for each target; kernels of an earlier pair count as cached."""
     sources = list(dict.fromkeys(_sources(pair)))
     for target in compiled_for:
         try:
@@ -161,25 +165,25 @@ def _warm(pair: Pair, compiled_for: Sequence[Target]) -> Iterator[dict[str, Any]
                 target.compile(source)
         except RuntimeError as error:
             raise PortaKVError(str(error)) from error
-        kept = len(sources) - len(missing)
-        yield {"name": pair.name, "target": target.name, "compiled": len(missing), "kept": kept}
+        cached = len(sources) - len(missing)
+        yield {"name": pair.name, "target": target.name, "compiled": len(missing), "kept": cached}
 
 
 def _sources(pair: Pair) -> Iterator[str]:
-    """The text of each kernel that copies of a pair need; it does not depend on the device."""
+    """Yield the source of each kernel that a pair's copies need; it is the same for all devices."""
     layouts = (pair.cache, pair.chunk)
     cpu = torch.device("cpu")
     for by_blocks in (False, True):
         cache, chunk = make_sides(layouts, pair.extents, cpu, (None, None), by_blocks)
-        for mine, theirs in product(_arrangements(cache), _arrangements(chunk)):
-            ends = [(mine, cache.step), (theirs, chunk.step)]
+        for pages, rows in product(_arrangements(cache), _arrangements(chunk)):
+            ends = [(pages, cache.step), (rows, chunk.step)]
             for (src, src_step), (dst, dst_step) in (ends, ends[::-1]):
                 plan = CopyPlan(src.form, dst.form, src_step, dst_step)
                 yield from (RowsKernel(nest, plan).source for nest in plan.nests)
 
 
 def _arrangements(side: Side) -> list[KVView]:
-    """The view, and one whose tensors are slices of one allocation."""
+    """Return the view, and a copy of it whose tensors are slices of one allocation."""
     view = side.view
     tensors = side.view.tensors
     alike = isinstance(tensors, list) and all(isinstance(t, torch.Tensor) for t in tensors)
@@ -199,24 +203,24 @@ def _arrangements(side: Side) -> list[KVView]:
 
 
 def architecture(text: str) -> Architecture:
-    """The architecture that a word of the command line names."""
+    """Return the architecture that a word of the command line names."""
     if re.fullmatch(r"gfx[0-9a-f]{3,4}(:\w+[+-])*", text):
         return text
     if re.fullmatch(r"(sm_)?\d{2,3}|\d{1,2}\.\d", text):
         return int(text.removeprefix("sm_").replace(".", ""))
-    expected = "expected a number such as 90, or gfx906 or the like"
-    raise argparse.ArgumentTypeError(f"{text!r} was given, {expected}")
+    expected = "expected a number such as 90, or a name such as gfx906"
+    raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
 
 
-def targets(asked: Sequence[Architecture]) -> list[Target]:
-    """A target for each architecture; for those of this machine's devices if none is named."""
-    found = list(dict.fromkeys(asked or _own()))
-    if not found:
+def targets(requested: Sequence[Architecture]) -> list[Target]:
+    """Return a target for each architecture; by default for those of this machine's devices."""
+    architectures = list(dict.fromkeys(requested or _own()))
+    if not architectures:
         raise PortaKVError(
-            "Kernels were asked for this machine's own devices, but torch finds no CUDA device "
-            "here; name architectures, for example --arch 90, or --arch gfx906."
+            "Expected a CUDA device to compile kernels for, but torch finds none here. Name "
+            "architectures, for example --arch 90, or --arch gfx906."
         )
-    return [_amd(one) if isinstance(one, str) else _nvidia(one) for one in found]
+    return [_amd(one) if isinstance(one, str) else _nvidia(one) for one in architectures]
 
 
 def _own() -> Iterator[Architecture]:
@@ -232,7 +236,7 @@ def _nvidia(capability: int) -> Target:
     if why := _nvrtc.missing():
         raise PortaKVError(f"The kernels of the cuda backend cannot be compiled: {why}.")
     newest = _nvrtc.architectures()[-1]
-    # The next generation gets PTX of the newest; what is further away is a slip.
+    # The next generation gets PTX of the newest one; a number further away is a typing error.
     if capability // 10 > newest // 10 + 1:
         raise PortaKVError(
             f"Expected --arch to be a compute capability such as 90 or {newest}, the newest that "

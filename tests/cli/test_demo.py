@@ -126,7 +126,7 @@ def test_a_release_of_transformers_that_is_not_served_is_told(
     for name in (demo.EXAMPLE, "portakv.integrations.transformers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57")
-    assert "serves transformers >= " in run_model(DEVICE)["skipped"]
+    assert "expects transformers >= " in run_model(DEVICE)["skipped"]
     assert "4.57 is installed" in capsys.readouterr().out
 
 

@@ -31,7 +31,7 @@ def test_explain() -> None:
         "copy 8192 B in vectors of 16 B\n",
     ):
         assert text in out
-    assert "On cpu, reference carries it out: the first candidate" in out
+    assert "On cpu, reference executes it: the first candidate" in out
     assert next(x for x in out.splitlines() if x.startswith("reference")).split()[1] == "chosen"
 
 
@@ -147,7 +147,7 @@ def test_explain_tells_who_refused_the_plan() -> None:
         found = run_json("explain", *words)
         text = " ".join(run("explain", *words).out.split())
     assert found["backend"] == "reference"
-    assert found["why"].endswith("those before it refused it")
+    assert found["why"].endswith("the candidates before it rejected it")
     answers = answers_in(found)
     narrow = "it needs 16 B alignment and the plan allows 4 B"
     assert answers["shy"] == (False, False, narrow)
@@ -164,7 +164,7 @@ def test_explain_tells_who_was_not_needed() -> None:
     answers = answers_in(found)
     assert answers["absent"] == (False, False, "its driver [v2] is not installed")
     assert answers["reference"][:2] == (True, False)
-    assert answers["reference"][2].endswith("takes the plan too, but shy is asked before it")
+    assert answers["reference"][2].endswith("accepts the plan too, but shy comes before it")
 
 
 @pytest.mark.parametrize("how", ["PORTAKV_BACKEND", "--backend"])
@@ -179,7 +179,7 @@ def test_explain_tells_what_was_forced(how: str, monkeypatch: pytest.MonkeyPatch
         assert told == ["reference", True, f"forced by {how}"]
         accepted, chosen, reason = answers_in(found)["shy"]
         assert (accepted, chosen) == (True, False)
-        assert reason.endswith("takes the plan too, but reference was forced")
+        assert reason.endswith("accepts the plan too, but reference was forced")
 
 
 # portakv explain --host, on a machine without a device
@@ -206,10 +206,10 @@ def test_the_command_of_the_guide() -> None:
     flat = " ".join(out.split())
     for text in (
         "31.25 MiB from the device to pinned host memory. Runs: 1000 on the device, 1000 on the",
-        "There is no accelerator here; all engines are taken to serve one.",
-        "batched_memcpy carries it out: the default rule for runs of 32 KiB or more that gathering "
+        "There is no accelerator here; the answers assume that every strategy serves one.",
+        "batched_memcpy executes it: the default rule for runs of 32 KiB or more that gathering "
         "would not merge, as nothing was measured here.",
-        "Terms: overlap='compute': the device is taken to run a model meanwhile.",
+        "Terms: overlap='compute': assume that the device runs a model meanwhile.",
         "Times: not measured, so that the default rule picks strategies: there is no accelerator "
         "to measure.",
     ):
@@ -295,7 +295,7 @@ def test_what_is_not_said_is_a_run_of_32_kib() -> None:
 @host
 def test_terms_are_told() -> None:
     _, out, _ = run(*ASKED, "--max-gbps", "12.5", "--overlap", "idle", "--max-thread-blocks", "3")
-    told = "overlap='idle': the device is taken to do nothing else; max_gbps=12.5; max_thread_"
+    told = "overlap='idle': assume that the device does nothing else; max_gbps=12.5; max_thread_"
     assert f"{told}blocks=3" in " ".join(out.split())
 
 

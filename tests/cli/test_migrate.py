@@ -18,7 +18,7 @@ pytest.importorskip("msgspec")
 pytest.importorskip("zmq")
 
 from portakv.cli.demo import migrate
-from portakv.cli.demo.migrate import WAYS, beside, offer_rows, pull_rows, tell
+from portakv.cli.demo.migrate import METHODS, offer_rows, owner_device, print_report, pull_rows
 from portakv.cli.demo.store import started
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_the_demo_moves_rows_between_two_processes_and_checks_every_byte() -> No
     assert {one["engine"] for one in good} == {"mapped", "distributed"}
     assert {tuple(one["from"]) for one in good} == {(0,), (0, 1), (1,)}
     assert [one["wrong_bytes"] for one in good] == [0] * 6
-    assert [(one["way"], one["published"]) for one in stale] == [(way, False) for way in WAYS]
+    assert [(one["way"], one["published"]) for one in stale] == [(way, False) for way in METHODS]
     assert all("does not hold" in one["why"] for one in stale)
 
 
@@ -50,7 +50,7 @@ def test_the_demo_is_told_in_a_table(capsys: pytest.CaptureFixture[str]) -> None
     with ExitStack() as keep:
         found = pull_rows(CPU, offer_rows(CPU, keep), keep)
     process: dict[str, Any] = {"process": 1, "device": "cpu"}
-    tell(found | {"owner": process, "reader": process})
+    print_report(found | {"owner": process, "reader": process})
     told = capsys.readouterr().out
     assert "0, 1" in told
     assert told.count("all bytes right") == 6
@@ -65,7 +65,7 @@ def test_the_demo_fails_if_a_byte_is_wrong_or_what_is_stale_is_published(
 ) -> None:
     with ExitStack() as keep:
         offers = offer_rows(CPU, keep)
-        for way in WAYS:
+        for way in METHODS:
             offers[way][what] = offers[way][other]
         found = pull_rows(CPU, offers, keep)
     assert not found["ok"]
@@ -75,10 +75,10 @@ def test_the_demo_fails_if_a_byte_is_wrong_or_what_is_stale_is_published(
 
 @pytest.mark.simdev
 def test_the_owner_is_on_another_device_or_on_the_host() -> None:
-    assert beside(CPU) == CPU
-    there = beside(SIMDEV)
+    assert owner_device(CPU) == CPU
+    there = owner_device(SIMDEV)
     assert (there.type, there.index) == (SIMDEV.type, 1)
-    assert beside(there) == SIMDEV
+    assert owner_device(there) == SIMDEV
 
 
 @pytest.mark.simdev
@@ -150,7 +150,7 @@ def test_explain_names_the_mover_that_is_forced(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PORTAKV_MOVER", "distributed")
     code, out, err = run("explain", "--peer", "--device", "cpu")
     assert (code, err) == (0, "")
-    assert "PORTAKV_MOVER=distributed forces that mover, if memory cannot be mapped. " in out
+    assert "PORTAKV_MOVER=distributed forces that transport, if memory cannot be mapped. " in out
     assert "a Unix socket on this host, TCP with CURVE" in out
 
 
@@ -158,7 +158,7 @@ def test_explain_names_the_mover_that_is_forced(monkeypatch: pytest.MonkeyPatch)
 def test_explain_tells_that_a_forced_mover_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTAKV_MOVER", "mooncake")
     monkeypatch.setitem(sys.modules, "mooncake", None)
-    assert "does not serve here: then a pull is refused" in run("explain", "--peer")[1]
+    assert "does not serve here: a pull is then rejected" in run("explain", "--peer")[1]
     monkeypatch.setenv("PORTAKV_MOVER", "carrier pigeon")
     code, out, err = run("explain", "--peer")
     assert (code, out) == (1, "")
@@ -196,7 +196,7 @@ def test_explain_says_why_a_device_shares_nothing() -> None:
 def test_rows_of_a_device_that_shares_nothing_come_through_the_host() -> None:
     """A device without a UUID is told by a name of some length, which is no reason to refuse it."""
     with ExitStack() as keep:
-        found = pull_rows(SIMDEV, offer_rows(beside(SIMDEV), keep), keep)
+        found = pull_rows(SIMDEV, offer_rows(owner_device(SIMDEV), keep), keep)
     assert found["ok"]
     good = [one for one in found["pulls"] if not one["stale"]]
     assert {one["engine"] for one in good} == {"distributed"}

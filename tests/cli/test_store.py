@@ -151,7 +151,7 @@ def test_a_link_in_place_of_a_form(folder: Path, tmp_path: Path, action: str) ->
     [
         (None, ""),
         (100, "broken seal"),
-        (5000, "its payload is not what was sealed"),
+        (5000, "its payload does not match its checksums"),
     ],
 )
 def test_check_verifies_every_image(folder: Path, offset: int | None, why: str) -> None:
@@ -203,9 +203,9 @@ WORDS = [
     ("what", "why"),
     [
         ("nothing", "there is no such folder"),
-        ("file", "that is no folder"),
+        ("file", "that is not a folder"),
         ("closed", "this user may not use"),
-        ("s3://bucket/kv", "A remote tier is not looked at here"),
+        ("s3://bucket/kv", "List a remote tier with the tools of its provider"),
     ],
 )
 def test_what_is_no_folder_is_a_sentence(
@@ -240,7 +240,7 @@ def test_explain_of_a_folder_that_takes_no_files() -> None:
 
 @pytest.mark.parametrize("words", WORDS[:3])
 def test_a_folder_without_stores_is_a_sentence(words: list[str], tmp_path: Path) -> None:
-    assert "none was found" in run(*words, str(tmp_path)).err
+    assert "got none" in run(*words, str(tmp_path)).err
     assert not [*tmp_path.iterdir()]
 
 
@@ -401,5 +401,5 @@ def test_the_demo_of_a_store_takes_no_url(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     code, _, err = run("demo", "--store", "s3://bucket/kv", "--device", "cpu")
     assert code != 0
-    assert "expected a folder of a local disk" in err
+    assert "Expected a folder of a local disk" in err
     assert not [*tmp_path.iterdir()]

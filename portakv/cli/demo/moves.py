@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's second part: the founding scenario as tensors on a device, and each backend's copies
-of it, checked, then timed in rounds in which plain torch takes turns with them."""
+"""The demo's second part: each backend's copies of the founding scenario, checked and timed.
+
+The copies and plain torch are timed alternately, in rounds.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,13 @@ from portakv.runtime.transfer import Transfer
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: What destinations hold before a copy; random bits do not repeat it.
+#: The content of destinations before a copy; random bits do not repeat it.
 POISON = 0x5A5AC3C35A5AC3C3
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Paged caches ``[2, blocks, block_size, heads, dim]`` in fp16, and what is moved of them."""
+    """Paged caches ``[2, blocks, block_size, heads, dim]`` in fp16, and the tokens to move."""
 
     layers: int = 32
     tokens: int = 128
@@ -36,43 +38,43 @@ class Scenario:
     dim: int = 128
     block_size: int = 16
     blocks: int = 32
-    full_layers: int = 0  # before `fitted` took some away; 0: ``layers``
+    full_layers: int = 0  # the layers before `fitted` reduced them; 0: ``layers``
 
     @property
     def slots(self) -> int:
-        """Tokens that the pool has room for."""
+        """Return the tokens that fit the pool."""
         return self.blocks * self.block_size
 
     @property
     def payload(self) -> int:
-        """Bytes that one copy moves."""
+        """Return the bytes that one copy moves."""
         return self.layers * 2 * self.tokens * self.heads * self.dim * 2
 
     @property
     def pool(self) -> int:
-        """Bytes of the paged caches."""
+        """Return the bytes of the paged caches."""
         return self.payload // self.tokens * self.slots
 
     @property
     def needed(self) -> int:
-        """Bytes of memory that the demo takes: two pools, three chunks, and what checks take."""
+        """Return the bytes that the demo needs: two pools, three chunks, and memory for checks."""
         return 2 * self.pool + 3 * self.payload + 4 * self.pool // self.layers
 
 
-#: The scenario that PortaKV was begun for.
+#: The first scenario of PortaKV.
 FOUNDING = Scenario()
 
 
 def fitted(scenario: Scenario, free: int | None) -> Scenario:
-    """The scenario with as few layers as it takes to need at most half of ``free`` bytes."""
-    found = scenario
-    while free is not None and found.layers > 1 and found.needed > free // 2:
-        found = replace(found, layers=found.layers // 2, full_layers=scenario.layers)
-    return found
+    """Return the scenario, with fewer layers if it needs more than half of ``free`` bytes."""
+    reduced = scenario
+    while free is not None and reduced.layers > 1 and reduced.needed > free // 2:
+        reduced = replace(reduced, layers=reduced.layers // 2, full_layers=scenario.layers)
+    return reduced
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on ``device``; None if the system does not tell."""
+    """Return the free bytes on ``device``; None if the system does not report them."""
     with suppress(OSError, AttributeError):
         if device.type == "cpu":
             return available()
@@ -84,11 +86,11 @@ class Founding:
     """A scenario's tensors.
 
     Attributes:
-        pool, target: the paged caches that are read, of random bits, and those that are written;
-            ``read, written``: their rows, of each layer ``[2, slots, heads * dim]``.
-        stored, chunk: the dense chunk ``[2, layers, tokens, heads * dim]`` that is read, of random
-            bits, and the one that is written.
-        slots, blocks: where tokens lie and ids of blocks, in random order, int64 on the device.
+        pool, target: the paged caches that are read, with random bits, and written. ``read`` and
+            ``written`` are their rows: for each layer ``[2, slots, heads * dim]``.
+        stored, chunk: the dense chunks ``[2, layers, tokens, heads * dim]`` that are read, with
+            random bits, and written.
+        slots, blocks: slots of tokens and ids of blocks, in random order, int64 on the device.
         slots_of_blocks: the slots of these blocks' tokens, by plain arithmetic.
     """
 
@@ -112,40 +114,40 @@ class Founding:
         self.slots_of_blocks = (self.blocks[:, None] * s.block_size + within).flatten()
 
     def poison(self) -> None:
-        """Fill both destinations with what no copy would leave."""
+        """Fill both destinations with `POISON`, which no copy writes."""
         for tensor in (*self.target, self.chunk):
             tensor.view(torch.int64).fill_(POISON)
 
     def wrong_in_chunk(self, slots: torch.Tensor) -> int:
-        """Bytes of ``chunk`` that are not the rows of ``pool`` at ``slots``."""
+        """Return the bytes of ``chunk`` that differ from the rows of ``pool`` at ``slots``."""
         chunk = self.chunk.unbind(1)
         return sum(_differing(x, y[:, slots]) for x, y in zip(chunk, self.read, strict=True))
 
     def wrong_in_target(self, slots: torch.Tensor) -> int:
-        """Bytes of ``target`` that are not the rows of ``stored`` at ``slots``, and poison else."""
+        """Return the bytes of ``target`` that differ from ``stored`` at ``slots``, else poison."""
         wrong = 0
-        for stored, found in zip(self.stored.unbind(1), self.written, strict=True):
-            expected = torch.full_like(found.view(torch.int64), POISON).view(found.dtype)
+        for stored, written in zip(self.stored.unbind(1), self.written, strict=True):
+            expected = torch.full_like(written.view(torch.int64), POISON).view(written.dtype)
             expected[:, slots] = stored
-            wrong += _differing(found, expected)
+            wrong += _differing(written, expected)
         return wrong
 
 
 def _random_bits(shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
-    """fp16 of every bit pattern. Drawn on the CPU: the same on every device."""
+    """Return random fp16 bit patterns, drawn on the CPU: the same bits for every device."""
     bits = torch.empty((*shape[:-1], shape[-1] // 4), dtype=torch.int64)
     return bits.random_(-(2**63), None, generator=draw).view(torch.float16)
 
 
-def _differing(found: torch.Tensor, expected: torch.Tensor) -> int:
-    """Bytes that differ, whatever numbers they spell."""
-    if torch.equal(found.view(torch.int64), expected.view(torch.int64)):
-        return 0  # a tenth of the time of what follows
-    return int((found.view(torch.uint8) != expected.view(torch.uint8)).sum())
+def _differing(actual: torch.Tensor, expected: torch.Tensor) -> int:
+    """Return the number of bytes that differ, also in bits of NaNs."""
+    if torch.equal(actual.view(torch.int64), expected.view(torch.int64)):
+        return 0  # takes a tenth of the time of the comparison below
+    return int((actual.view(torch.uint8) != expected.view(torch.uint8)).sum())
 
 
 ROUNDS = 9
-#: Copies between two events on a device: the host's part of the first then hides no longer.
+#: Copies between two events on a device, so that the host's part of the first counts little.
 REPEATS = 10
 
 Work = Callable[[], object]
@@ -155,29 +157,29 @@ Work = Callable[[], object]
 class Row:
     """One line of the table."""
 
-    backend: str  # its name; "torch" for what plain torch does with the same bytes
+    backend: str  # the name; "torch" for plain torch with the same bytes
     call: str
-    way: str  # what it moved, in words
-    checked: int = 0  # bytes that were compared
-    wrong: int = 0  # bytes that are not what plain torch indexing says
-    refused: str | None = None  # why the backend does not take this copy, in its own words
-    failed: str | None = None  # what it raised instead of copying
+    way: str  # the source and destination, in words
+    checked: int = 0  # compared bytes
+    wrong: int = 0  # bytes that differ from those of plain torch indexing
+    refused: str | None = None  # why the backend does not accept this copy, by its message
+    failed: str | None = None  # the error of the copy
     seconds: float | None = None  # the median time of one copy; None if it was not timed
-    ratio: float | None = None  # ``copy_``'s ``seconds`` by its own: 1 is as fast
+    ratio: float | None = None  # the seconds of ``copy_`` / ``seconds``; 1 is as fast
 
     @property
     def good(self) -> bool:
-        """True unless bytes were wrong or it failed; a copy may be refused."""
+        """Return True unless bytes were wrong or the copy failed; it may be rejected."""
         return not self.wrong and not self.failed
 
     @property
     def right(self) -> bool:
-        """True if bytes were compared and all were right."""
+        """Return True if bytes were compared and all are right."""
         return self.good and not self.refused and self.checked > 0
 
 
 class _Move(NamedTuple):
-    """A copy, and what counts the wrong bytes that it left; None of plain torch."""
+    """A copy, and the function that counts its wrong bytes; None for plain torch."""
 
     row: Row
     run: Work
@@ -187,9 +189,15 @@ class _Move(NamedTuple):
 def measured(
     founding: Founding, backends: Sequence[str], forced: bool
 ) -> tuple[list[Row], int | None]:
-    """Check every copy of every backend, then time in rounds those that were right: a row for each
-    copy, plain torch's first, `copy_` before all; and how many CPU threads served, None on an
-    accelerator. A copy that a ``forced`` backend does not take raises `Unsupported`."""
+    """Check every copy of every backend, then time the right copies in rounds.
+
+    Returns:
+        A row for each copy, plain torch first and `copy_` before all; and the number of CPU
+        threads, or None on an accelerator.
+
+    Raises:
+        Unsupported: a ``forced`` backend does not accept a copy.
+    """
     moves = [*_plain(founding), *(move for name in backends for move in _moves(founding, name))]
     rows = [_checked(founding, move, forced) for move in moves]
     timed = [i for i, row in enumerate(rows) if row.right or row.backend == "torch"]
@@ -203,13 +211,13 @@ def measured(
 
 
 def interleaved(device: torch.device, works: Sequence[Work], rounds: int = 0) -> list[float]:
-    """Each work's median seconds in `ROUNDS` rounds, or so many, after one that does not count."""
+    """Return each work's median seconds in ``rounds`` or `ROUNDS` rounds, after a warm-up round."""
     taken = [[seconds(device, work) for work in works] for _ in range((rounds or ROUNDS) + 1)]
     return [median(times) for times in zip(*taken[1:], strict=True)]
 
 
 def seconds(device: torch.device, work: Work) -> float:
-    """Seconds that one run takes; on a device, by its own clock and as a mean of `REPEATS`."""
+    """Return the seconds of one run; on a device by its events, as a mean of `REPEATS` runs."""
     if device.type == "cpu":
         began = time.perf_counter()
         work()
@@ -224,8 +232,11 @@ def seconds(device: torch.device, work: Work) -> float:
 
 
 def fastest_threads(works: Sequence[Work]) -> int:
-    """The number of torch's threads with which these copies take the least time now: one, if other
-    work on the cores sets a thread aside, for which a copy of a few milliseconds waits."""
+    """Return the number of torch's threads with which these copies take the least time now.
+
+    One thread can be the fastest if the cores have other work: a copy of a few milliseconds waits
+    for the slowest thread.
+    """
     most = torch.get_num_threads()
     taken = dict[int, float]()
     for count in dict.fromkeys((most, max(1, most // 2), 1)):
@@ -236,7 +247,7 @@ def fastest_threads(works: Sequence[Work]) -> int:
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Inside, torch has so many threads; None: as many as it has."""
+    """Set the number of torch's threads inside the context; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -256,12 +267,12 @@ def _checked(founding: Founding, move: _Move, forced: bool) -> Row:
         if forced:
             raise
         return replace(move.row, refused=str(error))
-    except Exception as error:  # one backend's failure must not hide what the others do
+    except Exception as error:  # the failure of a backend must not hide the results of the others
         return replace(move.row, failed=f"{type(error).__name__}: {error}")
 
 
 def _plain(f: Founding) -> list[_Move]:
-    """The same bytes by plain torch: one dense copy, and indexing layer by layer, both ways."""
+    """Return copies of the same bytes by plain torch: one dense copy, and indexing by layers."""
 
     def gather() -> None:
         for chunk, cache in zip(f.chunk.unbind(1), f.read, strict=True):
@@ -280,7 +291,7 @@ def _plain(f: Founding) -> list[_Move]:
 
 
 def _moves(f: Founding, backend: str) -> list[_Move]:
-    """Gather and scatter: by slots through a connector, by block ids through `copy_blocks`."""
+    """Return gather and scatter, by slots with a connector and by block ids with `copy_blocks`."""
     s = f.scenario
     dense = "kv layer token (head dim)"
     reader, writer = (AdaptiveConnector(f.device, backend) for _ in range(2))
@@ -289,12 +300,12 @@ def _moves(f: Founding, backend: str) -> list[_Move]:
     pool, target = (KVView(x, "layer | kv block token head dim") for x in (f.pool, f.target))
     chunk, stored = (KVView(x, dense, heads=s.heads) for x in (f.chunk, f.stored))
 
-    def out(call: str, what: str, ids: torch.Tensor, run: Work) -> _Move:
-        row = Row(backend, call, f"{what} -> chunk", s.payload)
+    def out(call: str, rows: str, ids: torch.Tensor, run: Work) -> _Move:
+        row = Row(backend, call, f"{rows} -> chunk", s.payload)
         return _Move(row, run, partial(f.wrong_in_chunk, ids))
 
-    def back(call: str, what: str, ids: torch.Tensor, run: Work) -> _Move:
-        row = Row(backend, call, f"chunk -> {what}", s.pool)
+    def back(call: str, rows: str, ids: torch.Tensor, run: Work) -> _Move:
+        row = Row(backend, call, f"chunk -> {rows}", s.pool)
         return _Move(row, run, partial(f.wrong_in_target, ids))
 
     slots = (f"{s.tokens} slots", f.slots)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv demo --store`: a prefix is saved to a disk, the process is killed, another goes on.
+"""`portakv demo --store`: save a prefix to a disk, kill the process, go on in another process.
 
-Three processes: the command itself, which only tells; one that computes, saves and is killed with
-SIGKILL; and one with another layout of its pages, which loads, goes on and is compared. Run as
-``python -m portakv.cli.demo.store`` this module is each of the latter two.
+The demo has three processes. The command itself prints. The writer computes and saves, and is
+killed with SIGKILL. The reader has another layout of its pages; it loads, goes on and is compared.
+``python -m portakv.cli.demo.store`` runs this module as the writer or the reader.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from json import dumps, loads
-from typing import Any
 
-from portakv.cli.console import installing, print_json
+from portakv.cli.console import Report, installing, print_json
 from portakv.errors import InvalidTerms, PortaKVError, StoreError
 from portakv.runtime.devices import usual_device
 
@@ -30,53 +29,60 @@ CAPACITY = 16 << 20
 
 
 def run_store_demo(folder: str, *, device: str | None = None, json: bool = False) -> int:
-    """Run the demo in a folder, which keeps the blocks; 0 if the tokens are the same.
+    """Run the demo in a folder, where the blocks stay. Return 0 if the tokens are the same.
 
     Raises:
-        StoreError: transformers or what the store needs is not there, or a process failed.
+        StoreError: transformers or a package of the store is missing, or a process failed.
         InvalidTerms: the folder is a URL.
     """
     if "://" in folder:
         raise InvalidTerms(
-            f"The demo of a store was asked for {folder!r}, a URL: expected a folder of a local "
-            f"disk; the example portakv_examples.prefix_store takes a bucket by --remote."
+            f"Expected a folder of a local disk, got the URL {folder!r}. For a bucket run the "
+            f"example portakv_examples.prefix_store with --remote."
         )
-    tell: Callable[[str], None] = _silent if json else _tell
+    show: Callable[[str], None] = _silent if json else _show
     where = str(usual_device() if device is None else device)
-    salt = secrets.token_hex(8)  # so that an earlier run's blocks are not found
-    tell(f"A prefix in {folder}: computed, saved, its process killed, loaded by another one\n")
+    salt = secrets.token_hex(8)  # hides the blocks of an earlier run
+    show(f"A prefix in {folder}: computed, saved, its process killed, loaded by another one\n")
     with started(__name__, folder, where, 0, salt, "stay") as writer:
-        wrote = heard(writer, StoreError)
+        wrote = read_answer(writer, StoreError)
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
-    tell(f"computed  {wrote['computed']} tokens of a prompt, by a Llama in process {writer.pid}")
-    tell(f"          pages {wrote['layout']!r}")
-    tell(f"saved     through host memory to the disk; {len(wrote['tokens'])} tokens follow")
-    tell(f"killed    with SIGKILL (exit {writer.returncode}), its store not closed")
+    show(f"computed  {wrote['computed']} tokens of a prompt, by a Llama in process {writer.pid}")
+    show(f"          pages {wrote['layout']!r}")
+    show(f"saved     through host memory to the disk; {len(wrote['tokens'])} tokens follow")
+    show(f"killed    with SIGKILL (exit {writer.returncode}), its store not closed")
     with started(__name__, folder, where, 1, salt, "end") as reader:
-        read = heard(reader, StoreError)
-    tell(f"loaded    {read['loaded']} tokens by process {reader.pid}; computed {read['computed']}")
-    tell(f"          pages {read['layout']!r}")
+        read = read_answer(reader, StoreError)
+    show(f"loaded    {read['loaded']} tokens by process {reader.pid}; computed {read['computed']}")
+    show(f"          pages {read['layout']!r}")
     same = wrote["tokens"] == read["tokens"]
     differs = read["noise"] != read["tokens"]
-    tell(f"goes on   {len(read['tokens'])} tokens, {'the same' if same else 'NOT THE SAME'}")
-    tell(f"control   tokens after pages of noise {'differ' if differs else 'DO NOT DIFFER'}")
+    show(f"goes on   {len(read['tokens'])} tokens, {'the same' if same else 'NOT THE SAME'}")
+    show(f"control   tokens after pages of noise {'differ' if differs else 'DO NOT DIFFER'}")
     good = is_good(wrote, read)
     if json:
-        found = {"folder": folder, "killed": writer.returncode == -signal.SIGKILL}
-        print_json({**found, "wrote": wrote, "read": read, "ok": good})
+        print_json(
+            {
+                "folder": folder,
+                "killed": writer.returncode == -signal.SIGKILL,
+                "wrote": wrote,
+                "read": read,
+                "ok": good,
+            }
+        )
     else:
-        tell(f"\n`portakv store check {folder}` verifies what is left there.")
+        show(f"\n`portakv store check {folder}` verifies the blocks that stay there.")
     return 0 if good else 1
 
 
-def is_good(wrote: Mapping[str, Any], read: Mapping[str, Any]) -> bool:
-    """Whether the tokens are the same, and would not be without what was loaded."""
+def is_good(wrote: Report, read: Report) -> bool:
+    """Return whether the tokens are the same, and differ without the loaded pages."""
     same = wrote["tokens"] == read["tokens"] != read["noise"]
     return bool(same and read["loaded"])
 
 
-def _tell(text: str) -> None:
+def _show(text: str) -> None:
     print(text, flush=True)
 
 
@@ -85,9 +91,12 @@ def _silent(text: str) -> None:
 
 
 @contextmanager
-def started(module: str, *words: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process of a demo, which does not outlive the command; nor, if it reads standard input to
-    the end, a command that is killed. Ctrl-C ends the command alone, which ends it."""
+def started(module: str, *words: object) -> Iterator[subprocess.Popen[str]]:
+    """Start a process of a demo, and kill it at the end of the context.
+
+    A process that reads standard input to the end also ends if the command is killed. Ctrl-C ends
+    the command only, and the command ends the process.
+    """
     command = [sys.executable, "-m", module, *map(str, words)]
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -99,29 +108,32 @@ def started(module: str, *words: Any) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def heard(process: subprocess.Popen[str], error: type[PortaKVError]) -> dict[str, Any]:
-    """What a process of a demo says, one line of JSON; or the error that it ended with."""
+def read_answer(process: subprocess.Popen[str], error: type[PortaKVError]) -> Report:
+    """Return the answer of a demo's process, one line of JSON, or raise the error in it."""
     assert process.stdout is not None
-    said = next((line for line in process.stdout if line.startswith("{")), "")
-    found: dict[str, Any] = loads(said or "{}")
-    if not said or "error" in found:
-        if "error" in found:
-            raise error(found["error"])
+    answer = next((line for line in process.stdout if line.startswith("{")), "")
+    report: Report = loads(answer or "{}")
+    if "error" in report:
+        raise error(report["error"])
+    if not answer:
         raise error(
-            f"Expected process {process.pid} of the demo to answer, got nothing. Look at what it "
-            f"wrote above."
+            f"Expected process {process.pid} of the demo to answer, got nothing. Look at its "
+            f"output above."
         )
-    return found
+    return report
 
 
-def take_part(folder: str, device: str, layout: int, salt: str) -> dict[str, Any]:
-    """Answer the prompt out of a store in the folder, as either process does; what came of it."""
+def take_part(folder: str, device: str, layout: int, salt: str) -> Report:
+    """Answer the prompt with a store in the folder, as the writer or the reader."""
     from portakv.cli.store import with_bar
     from portakv.storage import BlockForm, BlockStore, Disk
 
     try:
         example = importlib.import_module(EXAMPLE)
-    except (ImportError, PortaKVError) as error:  # a release that the plug does not serve, too
+    except (
+        ImportError,
+        PortaKVError,
+    ) as error:  # also an unsupported release
         return {"error": f"it needs transformers ({error}); {installing('demo')} adds it"}
     model = example.small_model().to(device)
     prompt = list(example.PROMPT.encode())
@@ -130,19 +142,19 @@ def take_part(folder: str, device: str, layout: int, salt: str) -> dict[str, Any
     try:
         disk = Disk(folder, capacity=CAPACITY, track=with_bar)
         store = BlockStore(form, staging=CAPACITY, host=CAPACITY, tiers=[disk])
-        told = asdict(example.answer(model, prompt, pages, store, salt.encode()))
+        report = asdict(example.answer(model, prompt, pages, store, salt.encode()))
     except PortaKVError as error:
         return {"error": str(error).rstrip(".")}
-    told |= {"layout": example.LAYOUTS[layout]}
+    report |= {"layout": example.LAYOUTS[layout]}
     if layout:
         store.close()
         for tensor in pages.owners:
             tensor.normal_()
         noise = example.DynamicCache()
-        done = told["loaded"]
+        done = report["loaded"]
         example.load_prefix(noise, pages, list(range(done // example.BLOCK_SIZE)), done)
-        told["noise"] = example.go_on(model, noise, prompt[done:])
-    return told
+        report["noise"] = example.go_on(model, noise, prompt[done:])
+    return report
 
 
 if __name__ == "__main__":
