@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv explain --host`: print which transfer strategy copies between a device and the host, and why.
+"""`portakv explain --host`: print the transfer strategy between a device and the host, and why.
 
 `portakv.cli.migrate` prints `portakv explain --peer`.
 """
@@ -44,7 +44,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer", action="store_true", help=peer)
     group = parser.add_argument_group(
         "copies between a device and the host",
-        "The transfer strategy for --blocks runs of --run-bytes, which are not contiguous on either side.",
+        "The transfer strategy for --blocks runs of --run-bytes. The runs are not contiguous on "
+        "either side.",
     )
     add = group.add_argument
     memory = "host memory that is not pinned"

@@ -150,7 +150,7 @@ def test_explain_names_the_mover_that_is_forced(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PORTAKV_MOVER", "distributed")
     code, out, err = run("explain", "--peer", "--device", "cpu")
     assert (code, err) == (0, "")
-    assert "PORTAKV_MOVER=distributed forces that transport, if memory cannot be mapped. " in out
+    assert "PORTAKV_MOVER=distributed forces that transport, if memory cannot be mapped." in out
     assert "a Unix socket on this host, TCP with CURVE" in out
 
 
