@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples to copy from. They travel in the wheel as ``portakv_examples``, for `portakv demo`."""
+"""Examples to copy from. The wheel has them as ``portakv_examples``, for `portakv demo`."""

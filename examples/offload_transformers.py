@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's KV cache leaves its paged memory, comes back elsewhere, and no logit changes.
+"""A model's KV cache leaves its paged memory, returns to other blocks, and no logit changes.
 
     python examples/offload_transformers.py [device] [--host pinned]
 
 A Llama from `transformers` (random weights, nothing is downloaded) reads a prompt. Its keys and
-values go as a prefix into paged caches as a serving engine keeps them, are stored as chunks in host
-memory and lost from the pages; the chunks are loaded into other blocks, and decoding goes on from
-there. With ``--host pinned`` the chunks lie in pinned memory: they cross the link in the
-background, all of them under way at once.
+values are copied as a prefix to paged caches like those of a serving engine. They are stored as
+chunks in host memory, and the pages are overwritten. Then the chunks are loaded into other blocks,
+and decoding continues from there. With ``--host pinned`` the chunks are in pinned memory, and all
+of them are copied together in the background.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DTYPE = torch.float32  # of the model, the caches and the chunks
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened: ``identical`` and ``control_differs`` must both be true."""
+    """The result of the example: ``identical`` and ``control_differs`` must both be true."""
 
     tokens: int
     chunks: int
@@ -56,9 +56,12 @@ class Outcome:
 def main(
     device: torch.device | str = "cpu", tell: Callable[[str], None] = print, host: str = "pageable"
 ) -> Outcome:
-    """Run the example on ``device``; ``tell`` is handed each line of the story.
+    """Run the example.
 
-    ``host``: the chunks' memory, ``pageable`` or, where it can be, ``pinned``.
+    Args:
+        device: the device of the model and the caches.
+        tell: is called with each line of the output.
+        host: the memory of the chunks, ``pageable`` or, where the device supports it, ``pinned``.
     """
     torch.manual_seed(0)
     model = tiny_llama().to(device)
@@ -70,7 +73,7 @@ def main(
     first = prefilled.logits[:, -1:].argmax(-1)
     tell(f"prefill  a Llama of {LAYERS} layers, random weights, read {tokens} bytes of English")
 
-    # 2. From there into an engine's paged caches, as a prefix in blocks anywhere in the pool.
+    # 2. Copy the cache to an engine's paged caches, as a prefix in random blocks of the pool.
     kv_caches = empty_pages(device)
     paged = KVView(kv_caches, "layer | kv block token head dim")
     needed = -(-tokens // BLOCK_SIZE)
@@ -78,13 +81,13 @@ def main(
     save_prefix(cache, paged, blocks)
     tell(f"paged    its KV cache went to shuffled blocks of {LAYERS} paged caches")
 
-    # 3. Store chunks in host memory; then the pages are somebody else's.
+    # 3. Store chunks in host memory. Then another request overwrites the pages.
     connector = AdaptiveConnector(device)
     connector.register_kv_caches(kv_caches)
     chunks = store(connector, slots_of(blocks, tokens), host)
     sizes = " + ".join(str(chunk.shape[2]) for chunk in chunks)
-    found = "pinned" if chunks[0].is_pinned() else "pageable"
-    tell(f"stored   from_gpu: {len(chunks)} chunks of {sizes} tokens in {found} memory")
+    memory = "pinned" if chunks[0].is_pinned() else "pageable"
+    tell(f"stored   from_gpu: {len(chunks)} chunks of {sizes} tokens in {memory} memory")
     overwrite(kv_caches)
     noise = prefix_at(blocks, tokens, paged)
     tell("lost     all of the paged memory was overwritten with noise")
@@ -94,7 +97,7 @@ def main(
     returned = prefix_at(other_blocks, tokens, paged)
     tell("loaded   to_gpu: the chunks came back, into other blocks")
 
-    # 5. Decode on: from the cache that never left, the one that did, and the noise.
+    # 5. Continue to decode: from the cache that stayed, the cache that returned, and the noise.
     stayed, came_back, control = (decode(model, x, first) for x in (cache, returned, noise))
     identical = torch.equal(stayed, came_back)
     differs = not torch.equal(stayed, control)
@@ -105,51 +108,54 @@ def main(
 
 
 def empty_pages(device: torch.device | str) -> list[torch.Tensor]:
-    """What an engine allocates: for each layer ``(2, blocks, block_size, heads, head_dim)``."""
+    """Return an engine's caches: for each layer ``(2, blocks, block_size, heads, head_dim)``."""
     size = (2, BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
     return [torch.empty(size, dtype=DTYPE, device=device) for _ in range(LAYERS)]
 
 
 def overwrite(kv_caches: list[torch.Tensor]) -> None:
-    """What another request does to the pages: here noise."""
+    """Overwrite the pages with noise, as another request would."""
     for layer in kv_caches:
         layer.normal_()
 
 
 def store(connector: AdaptiveConnector, slots: torch.Tensor, host: str) -> list[torch.Tensor]:
-    """The rows at ``slots`` as chunks ``[2, layers, tokens, heads * dim]``; the last is partial."""
+    """Store the rows at ``slots`` as chunks ``[2, layers, tokens, heads * dim]``.
+
+    The last chunk is partial.
+    """
     chunks = []
-    under_way = []
+    transfers = []
     for start in range(0, len(slots), CHUNK):
         end = min(start + CHUNK, len(slots))
         size = (2, LAYERS, end - start, KV_HEADS * HEAD_DIM)
         chunk = pinned.empty(size, DTYPE) if host == "pinned" else torch.empty(size, dtype=DTYPE)
-        under_way.append(connector.from_gpu(chunk, slot_mapping=slots, start=start, end=end))
+        transfers.append(connector.from_gpu(chunk, slot_mapping=slots, start=start, end=end))
         chunks.append(chunk)
-    for transfer in under_way:  # before the pages are given to anybody else
+    for transfer in transfers:  # before another request uses the pages
         transfer.synchronize()
     return chunks
 
 
 def load(connector: AdaptiveConnector, chunks: list[torch.Tensor], slots: torch.Tensor) -> None:
-    """The chunks, one behind the other, to the rows at ``slots``."""
+    """Load the chunks, one after the other, to the rows at ``slots``."""
     start = 0
-    under_way = []
+    transfers = []
     for chunk in chunks:
         end = start + chunk.shape[2]
-        under_way.append(connector.to_gpu(chunk, slot_mapping=slots, start=start, end=end))
+        transfers.append(connector.to_gpu(chunk, slot_mapping=slots, start=start, end=end))
         start = end
-    for transfer in under_way:
+    for transfer in transfers:
         transfer.synchronize()
 
 
 def slots_of(blocks: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Where the tokens of a prefix in these blocks lie."""
+    """Return the slots of a prefix's tokens in these blocks."""
     return (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[:tokens]
 
 
 def prefix_at(blocks: torch.Tensor, tokens: int, paged: KVView) -> DynamicCache:
-    """A new cache for transformers with a prefix out of the pool."""
+    """Return a new cache of transformers, with a prefix from the pool."""
     cache = DynamicCache()
     load_prefix(cache, paged, blocks, tokens)
     return cache
@@ -157,7 +163,7 @@ def prefix_at(blocks: torch.Tensor, tokens: int, paged: KVView) -> DynamicCache:
 
 @torch.no_grad()
 def decode(model: LlamaForCausalLM, cache: DynamicCache, token: torch.Tensor) -> torch.Tensor:
-    """Decode greedily from ``cache`` on; the logits of every step, ``[STEPS, vocabulary]``."""
+    """Decode greedily after ``cache``; return the logits of all steps, ``[STEPS, vocabulary]``."""
     logits = []
     for _ in range(STEPS):
         logits.append(model(token, past_key_values=cache).logits[:, -1])
@@ -166,7 +172,7 @@ def decode(model: LlamaForCausalLM, cache: DynamicCache, token: torch.Tensor) ->
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    """A Llama with random weights."""
+    """Return a Llama with random weights."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=HEADS * HEAD_DIM,
@@ -180,19 +186,20 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def run(words: list[str] | None = None) -> int:
-    """The command line; 0 where nothing changed and the control did."""
+    """Run the command line; return 0 if no logit changed and the control differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("device", nargs="?", default=usual, help=f"a torch device ({usual})")
     parser.add_argument("--host", choices=("pageable", "pinned"), default="pageable")
-    asked = parser.parse_args(words)
+    args = parser.parse_args(words)
     try:
-        torch.empty(0, device=asked.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each device
+        torch.empty(0, device=args.device)
+    # Torch raises another error for each type of device.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = f"torch cannot use it here ({str(error).splitlines()[0].rstrip('.')})"
-        print(f"Device {asked.device!r} was asked for, but {why}; name another.", file=sys.stderr)
+        print(f"Device {args.device!r} was requested, but {why}; name another.", file=sys.stderr)
         return 1
-    outcome = main(asked.device, host=asked.host)
+    outcome = main(args.device, host=args.host)
     return 0 if outcome.identical and outcome.control_differs else 1
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt's keys and values outlive the cache that held them: in an object store, on a disk.
+"""A prompt's keys and values outlive their cache, in an object store or on a disk.
 
     python examples/prefix_store.py [device] [--remote memory://] [--disk FOLDER] [--model NAME]
 
-A model from `transformers` (a small Llama with random weights, so that nothing is downloaded, or
-``--model NAME``) answers a prompt, and the whole blocks of the prompt are stored under the hashes
-of its tokens. A second engine, whose pages lie in another layout, finds them, loads them, computes
-what is left of the prompt and gives the same answer. ``--remote s3://bucket/folder`` takes its
-credentials from the environment; run it twice, and the first engine finds the blocks, too.
+A model from `transformers` answers a prompt: a small Llama with random weights, so that nothing is
+downloaded, or ``--model NAME``. The whole blocks of the prompt are stored under the hashes of its
+tokens. A second engine, whose pages have another layout, loads the blocks, computes the rest of the
+prompt and returns the same answer. ``--remote s3://bucket/folder`` takes its credentials from the
+environment. Run it twice, and the first engine loads the blocks too.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from portakv import KVView
 from portakv.errors import PortaKVError
@@ -35,21 +41,28 @@ PROMPT = (
 BLOCK_SIZE = 16
 BLOCKS = 256
 STEPS = 24  # tokens of an answer
-#: An engine's pages, and those of another: a list of layers, and one tensor.
+Tier: TypeAlias = "Disk | Remote"
+#: The pages of the two engines: a list of layers, and one tensor.
 LAYOUTS = ("layer | kv block token head dim", "block layer kv head token dim")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Tokens of the prompt that came from the store and that were computed, and the next ones."""
+    """An answer to the prompt.
+
+    Attributes:
+        loaded: tokens of the prompt that were loaded from the store.
+        computed: tokens of the prompt that were computed.
+        tokens: the answer.
+    """
 
     loaded: int
     computed: int
     tokens: list[int]
 
 
-def small_model() -> Any:
-    """A Llama with random weights, the same in each process; a byte is a token."""
+def small_model() -> PreTrainedModel:
+    """Return a Llama with random weights, the same in each process; a byte is a token."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
@@ -63,8 +76,8 @@ def small_model() -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def pages_for(model: Any, layout: str) -> KVView:
-    """Paged memory for a model's keys and values, empty, as ``layout`` has it."""
+def pages_for(model: PreTrainedModel, layout: str) -> KVView:
+    """Return empty paged memory for a model's keys and values, in this layout."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = config.num_hidden_layers
@@ -79,49 +92,54 @@ def pages_for(model: Any, layout: str) -> KVView:
 
 
 def answer(
-    model: Any, prompt: Sequence[int], pages: KVView, store: BlockStore, salt: bytes = b""
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    pages: KVView,
+    store: BlockStore,
+    salt: bytes = b"",
 ) -> Answer:
-    """Answer a prompt, with what the store has of it, and store the rest."""
-    whole = (len(prompt) - 1) // BLOCK_SIZE  # blocks; a token at least is computed
+    """Answer a prompt with the blocks that the store has of it, and store its other blocks."""
+    whole = (len(prompt) - 1) // BLOCK_SIZE  # blocks; at least one token is computed
     keys = prefix_keys(prompt[: whole * BLOCK_SIZE], BLOCK_SIZE, salt)
     blocks = torch.randperm(BLOCKS, device="cpu")[:whole]
-    found = store.lookup(keys)
+    stored = store.lookup(keys)
     cache = DynamicCache()
-    if found:
-        loaded = store.load(pages, blocks[:found], keys[:found], missing="skip")
+    if stored:
+        loaded = store.load(pages, blocks[:stored], keys[:stored], missing="skip")
         loaded.synchronize(timeout=60)
-        found = int(loaded.landed.cumprod().sum())  # a block may be gone or damaged by now
-    if found:
-        load_prefix(cache, pages, blocks[:found], found * BLOCK_SIZE)
-    done = found * BLOCK_SIZE
+        # A block may be missing or damaged by now.
+        stored = int(loaded.landed.cumprod().sum())
+    if stored:
+        load_prefix(cache, pages, blocks[:stored], stored * BLOCK_SIZE)
+    done = stored * BLOCK_SIZE
     tokens = go_on(model, cache, prompt[done:])
-    if found < whole:
+    if stored < whole:
         save_prefix(cache, pages, blocks, whole * BLOCK_SIZE)
-        after = keys[found - 1] if found else None
-        saved = store.save(pages, blocks[found:], keys[found:], after=after)
+        after = keys[stored - 1] if stored else None
+        saved = store.save(pages, blocks[stored:], keys[stored:], after=after)
         saved.synchronize(timeout=60)
     return Answer(done, len(prompt) - done, tokens)
 
 
 @torch.no_grad()
-def go_on(model: Any, cache: DynamicCache, tokens: Sequence[int]) -> list[int]:
-    """The next tokens, greedily, behind a cache and the tokens that it lacks."""
-    given = list(tokens)
+def go_on(model: PreTrainedModel, cache: DynamicCache, tokens: Sequence[int]) -> list[int]:
+    """Return the next tokens, greedily, after a cache and the tokens that it lacks."""
+    fresh = list(tokens)
     answered = list[int]()
     while len(answered) < STEPS:
-        ids = torch.tensor([given], dtype=torch.int64, device=model.device)
-        given = [int(model(ids, past_key_values=cache).logits[0, -1].argmax())]
-        answered += given
+        ids = torch.tensor([fresh], dtype=torch.int64, device=model.device)
+        fresh = [int(model(ids, past_key_values=cache).logits[0, -1].argmax())]
+        answered += fresh
     return answered
 
 
 def main(
     device: str = "cpu",
     name: str | None = None,
-    tiers: Sequence[Any] = (),
+    tiers: Sequence[Tier] = (),
     tell: Callable[[str], None] = print,
 ) -> bool:
-    """Answer twice, by engines of different layouts; True if the answers are the same."""
+    """Answer twice, by engines of different layouts; return True if the answers are the same."""
     if name is None:
         model = small_model().to(device)
         prompt = list(PROMPT.encode())
@@ -145,7 +163,7 @@ def main(
 
 
 def run(words: list[str] | None = None) -> int:
-    """The command line; 0 if the second engine found the prompt and answered the same."""
+    """Run the command line; return 0 if the second engine loaded blocks and answered the same."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("device", nargs="?", default=usual, help=f"a torch device ({usual})")
@@ -153,15 +171,16 @@ def run(words: list[str] | None = None) -> int:
     parser.add_argument("--allow-http", action="store_true", help="an endpoint without TLS")
     parser.add_argument("--disk", metavar="FOLDER", help="a folder on a local disk")
     parser.add_argument("--model", metavar="NAME", help="of the Hugging Face hub, or a folder")
-    asked = parser.parse_args(words)
-    tiers: list[Any] = [Disk(asked.disk, capacity=256 << 20)] if asked.disk else []
+    args = parser.parse_args(words)
+    tiers: list[Tier] = [Disk(args.disk, capacity=256 << 20)] if args.disk else []
     try:
-        if asked.remote or not tiers:
-            settings: dict[str, Any] = (
-                {"client_options": {"allow_http": True}} if asked.allow_http else {}
-            )
-            tiers.append(Remote(asked.remote or "memory://", **settings))
-        return 0 if main(asked.device, asked.model, tiers) else 1
+        if args.remote or not tiers:
+            url = args.remote or "memory://"
+            if args.allow_http:
+                tiers.append(Remote(url, client_options={"allow_http": True}))
+            else:
+                tiers.append(Remote(url))
+        return 0 if main(args.device, args.model, tiers) else 1
     except PortaKVError as error:
         print(error, file=sys.stderr)
         return 1

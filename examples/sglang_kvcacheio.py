@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A host pool of SGLang is filled from the device and read back, where `sgl_kernel` need not exist.
+"""Fill a host pool of SGLang from the device and read it back; `sgl_kernel` is not needed.
 
     python examples/sglang_kvcacheio.py [device]
 
 The calls are those of SGLang's host pool (page first), by the names of `sgl_kernel.kvcacheio`. One
-line chooses PortaKV: that which puts its module in the place of SGLang's. The layers are lost
-between the two halves, and every byte that comes back is compared.
+line chooses PortaKV: it replaces SGLang's module. The script clears the layers between the two
+halves, and compares every loaded byte.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DIM = 64
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Back up, lose and load; exit code 1 if a byte differs."""
+    """Back up, clear and load; return the exit code, 1 if a byte differs."""
     from sgl_kernel.kvcacheio import transfer_kv_all_layer_lf_pf, transfer_kv_per_layer_pf_lf
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     tokens = PAGES * PAGE_SIZE
     shape = (PAGES * PAGE_SIZE, HEADS, DIM)
     pools = [[torch.randn(shape).bfloat16().to(device) for _ in range(LAYERS)] for _ in "kv"]
-    kept = [[layer.cpu().clone() for layer in pool] for pool in pools]
+    originals = [[layer.cpu().clone() for layer in pool] for pool in pools]
     tables = [torch.tensor([x.data_ptr() for x in pool], dtype=torch.uint64) for pool in pools]
     tables = [table.to(device) for table in tables]
     pin = device.type != "cpu"
@@ -67,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     same = all(
         layer.cpu()[used].equal(before[used])
-        for pool, befores in zip(pools, kept, strict=True)
-        for layer, before in zip(pool, befores, strict=True)
+        for pool, copies in zip(pools, originals, strict=True)
+        for layer, before in zip(pool, copies, strict=True)
     )
     print(f"{len(used)} tokens of {LAYERS} layers on {device}")
     print(f"stored {2 * LAYERS * len(used) * row} bytes, page first, in {stored - began:.4f} s")

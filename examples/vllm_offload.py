@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM offloads KV blocks to host memory and takes them back, with PortaKV's worker.
+"""vLLM offloads KV blocks to host memory and loads them again, with PortaKV's worker.
 
     python examples/vllm_offload.py MODEL          # a model on a device, by vLLM's engine
     python examples/vllm_offload.py --fake-model   # vLLM's factory, manager and connector's calls
 
-The configuration is all there is to it: two keys name the class and its module. With
-``--fake-model`` no model and no accelerator are needed: caches of random bytes stand for a model's,
-are stored, lost and loaded elsewhere, and every byte that comes back is compared.
+Only the configuration chooses PortaKV: two keys name the class and its module. With
+``--fake-model`` the script needs no model and no accelerator. It stores caches of random bytes,
+clears them, loads them into other blocks, and compares every loaded byte.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import argparse
 import sys
 import time
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_offload.base import GPULoadStoreSpec, OffloadingWorker, TransferResult
+    from vllm.v1.kv_offload.config import OffloadingConfig
 
 # a page: kv, tokens, heads, dim, bytes
 LAYERS = 16
@@ -30,24 +34,24 @@ CONFIGURATION = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 1 if a byte, or a token, differs; 2 if vLLM is not there."""
+    """Return the exit code: 1 if a byte or a token differs, 2 if vLLM cannot be imported."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", help="a name or folder that vLLM takes")
     parser.add_argument("--fake-model", action="store_true", help="caches of random bytes")
     parser.add_argument("--device", default="cpu", help="of the fake model's caches")
-    asked = parser.parse_args(arguments)
-    if not asked.fake_model and not asked.model:
+    args = parser.parse_args(arguments)
+    if not args.fake_model and not args.model:
         parser.error("name a model, or pass --fake-model")
     try:
         import vllm.v1.kv_offload.base  # noqa: F401
     except ImportError as error:
         print(f"vLLM cannot be imported: {error}. See docs/plugs/vllm.md.", file=sys.stderr)
         return 2
-    return fake(asked.device) if asked.fake_model else generate(asked.model)
+    return fake(args.device) if args.fake_model else generate(args.model)
 
 
 def generate(model: str) -> int:
-    """The same prompt twice; between the two vLLM forgets its own prefix cache."""
+    """Answer the same prompt twice; vLLM drops its own prefix cache in between."""
     from vllm import LLM, SamplingParams
 
     made = LLM(
@@ -60,18 +64,18 @@ def generate(model: str) -> int:
     )
     prompt = "The history of memory is long. " * 200
     greedy = SamplingParams(temperature=0)
-    told = []
+    answers = []
     for _ in range(2):
         began = time.perf_counter()
-        told.append(made.generate([prompt], greedy)[0].outputs[0].token_ids)
-        print(f"{len(told[-1])} tokens in {time.perf_counter() - began:.3f} s")
+        answers.append(made.generate([prompt], greedy)[0].outputs[0].token_ids)
+        print(f"{len(answers[-1])} tokens in {time.perf_counter() - began:.3f} s")
         made.reset_prefix_cache()
-    print("the same tokens" if told[0] == told[1] else "TOKENS DIFFER")
-    return int(told[0] != told[1])
+    print("the same tokens" if answers[0] == answers[1] else "TOKENS DIFFER")
+    return int(answers[0] != answers[1])
 
 
 def fake(device: str) -> int:
-    """What the connector does for one request, by vLLM's own classes."""
+    """Do the connector's work for one request, by vLLM's own classes."""
     import torch
     from vllm.v1.kv_offload import base
     from vllm.v1.kv_offload.factory import OffloadingSpecFactory
@@ -94,7 +98,7 @@ def fake(device: str) -> int:
     worker.submit_store(1, gpu_blocks(went), planned.store_spec)
     tell("stored", done(worker, 1))
     manager.complete_store(keys, request)
-    found = {manager.lookup(key, request).name for key in keys}
+    results = {manager.lookup(key, request).name for key in keys}
     for layer in caches:
         layer.zero_()
     worker.submit_load(2, manager.prepare_load(keys, request), gpu_blocks(came))
@@ -103,33 +107,35 @@ def fake(device: str) -> int:
 
     same = all(torch.equal(x.cpu()[came], y[went]) for x, y in zip(caches, before, strict=True))
     worker.shutdown()
-    print(f"{type(spec).__name__} on {device}, lookup says {', '.join(sorted(found))}")
+    print(f"{type(spec).__name__} on {device}, lookup reports {', '.join(sorted(results))}")
     print("all bytes are the same" if same else "BYTES DIFFER")
     return int(not same)
 
 
-def gpu_blocks(ids: list[int]) -> Any:
-    """Blocks of one group, from the begin of a request on."""
+def gpu_blocks(ids: list[int]) -> GPULoadStoreSpec:
+    """Return blocks of one group, from the beginning of a request."""
     from vllm.v1.kv_offload.base import GPULoadStoreSpec
 
     return GPULoadStoreSpec(ids, group_sizes=[len(ids)], block_indices=[0])
 
 
-def done(worker: Any, job: int) -> Any:
+def done(worker: OffloadingWorker, job: int) -> TransferResult:
+    """Wait for a job, and return its result."""
     worker.wait({job})
     return worker.get_finished()[0]
 
 
-def tell(what: str, result: Any) -> None:
+def tell(what: str, result: TransferResult) -> None:
+    """Print the size and the time of a transfer."""
     print(f"{what} {result.transfer_size} bytes in {1e3 * result.transfer_time:.2f} ms")
 
 
-def offloading_config() -> Any:
-    """What vLLM's connector makes of its own configuration, for one worker."""
+def offloading_config() -> OffloadingConfig:
+    """Return the configuration that vLLM's connector passes on, for one worker."""
     from vllm.v1.kv_offload import config
 
-    def known(kind: Any, **values: Any) -> Any:
-        names = {field.name for field in fields(kind)}  # releases differ
+    def known(kind: type[Any], **values: object) -> Any:
+        names = {field.name for field in fields(kind)}  # they differ from release to release
         return kind(**{name: value for name, value in values.items() if name in names})
 
     names = ("world_size", "tp_size", "pp_size", "pcp_size", "dcp_size", "data_parallel_size")

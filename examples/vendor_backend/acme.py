@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A PortaKV backend for the Acme card, whose driver copies a list of runs in one call.
 
-There is no Acme card. PortaKV's simulated device stands in for it, and `simdev.copy_runs` for the
-driver's batched copy. Everything else is what a real package would contain.
+There is no Acme card. PortaKV's simulated device replaces it, and `simdev.copy_runs` replaces the
+driver's batched copy. A real package would contain everything else as it is here.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from portakv.backends import Backend, Capabilities, Decision, Launch
 
 
 class Acme(Backend):
-    """Rows as runs of bytes, handed to the driver in one call."""
+    """A backend that passes rows as runs of bytes to the driver, in one call."""
 
     name = "acme"
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
-        # Asked for every device, so it is cheap and has no side effects. A refusal says why.
+        # Called for every device, so it is cheap and has no side effects. A refusal has a reason.
         if device.type != "simdev":
             return Decision(cls.name, False, f"it serves Acme cards (simdev), not {device.type}")
         return Decision(cls.name, True, "the driver copies runs of bytes")
 
     def capabilities(self) -> Capabilities:
-        # Claim what is true and no more: each claim is tested, and so is what is not claimed.
+        # Claim only true capabilities: the tests check claimed and unclaimed ones.
         return Capabilities(
             places=frozenset({("device", "device"), ("device", "pinned"), ("pinned", "device")}),
-            index_on="host",  # runs are worked out by the host, which therefore reads the ids
+            index_on="host",  # the host computes the runs, so it reads the ids
             skips_negative=True,  # plan.runs leaves padding out
         )
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        from portakv_conformance import simdev  # the vendor's package, imported when it is needed
+        from portakv_conformance import simdev  # the vendor's package, imported on first use
 
         def launch(
             src: KVView,
@@ -49,6 +49,6 @@ class Acme(Backend):
             sources, targets, nbytes = (torch.from_numpy(column) for column in runs)
             where = stream or torch.accelerator.current_stream(self.device)
             simdev.copy_runs(sources, targets, nbytes, where)
-            # Returning None says: ordered on the stream.
+            # A result of None means: ordered on the stream.
 
         return launch

@@ -107,7 +107,7 @@ def test_the_example_sees_what_is_wrong(what: str, monkeypatch: pytest.MonkeyPat
 
 def test_the_example_refuses_what_is_no_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert offload_transformers.run(["nonsense"]) == 1
-    assert "Device 'nonsense' was asked for, but torch cannot use it" in capsys.readouterr().err
+    assert "Device 'nonsense' was requested, but torch cannot use it" in capsys.readouterr().err
 
 
 # the first part
