@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import CopyPlan, TransferError, Unsupported
-from portakv.backends.ascend_kernel import Arguments, StatusWords, reached
+from portakv.backends.ascend_kernel import Arguments, Memory, StatusWords, reached
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
 from portakv.plan.plan import Move
 from portakv_conformance.vendor import cpp
@@ -95,7 +95,9 @@ class _EmulatedLaunch(MoveLaunch):
     def carry(self, move: Move, status: torch.Tensor | None) -> None:
         words = StatusWords(0 if status is None else max(x.cores for x in SETTINGS), _CPU)
         nests = [ctypes.addressof(nest) for nest in self._nests]
-        further = [(at, len(nest), False) for at, nest in zip(nests, self._nests, strict=True)]
+        further = [
+            Memory(at, len(nest), False) for at, nest in zip(nests, self._nests, strict=True)
+        ]
         # What the kernel may not write is not writable here either.
         retained = reached(move, [*further, *words.memory])
         memory = [(first, size, writable, first) for first, size, writable in retained]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends: one file for each way of carrying a plan out. None is imported until it is asked.
+"""Backends: one module for each method of executing a plan. None is imported before it is probed.
 
-What a vendor's backend is written with stands here; its contract in `base`.
+This package exports the names that a vendor's backend is written with; `base` describes the
+protocol.
 """
 
 from portakv.backends.base import Backend as Backend

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What any kernel is given of a nest: its loops, and for each side what the plan fixes and what a
-request adds."""
+"""The parts of a nest that every kernel receives.
+
+These are the nest's loops, and for each side the values that the plan fixes and the values that a
+request adds.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +18,25 @@ from portakv.plan.plan import CopyPlan, Nest, Side
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: What a request adds to one side; see `SideArguments.request`.
+#: The values that a request adds to one side; see `SideArguments.request`.
 Request: TypeAlias = tuple[int, int, int, int, int, int]
 
 
 def split_loops(loops: tuple[Loop, ...]) -> tuple[list[Loop], list[Loop]]:
-    """Loops over planes, which blocks walk along y, and loops inside a unit of a plane."""
+    """Split loops into those over planes, which blocks walk along y, and those inside a unit of a
+    plane."""
     outer = [x for x in loops if x.tabled or x.over_planes]
     return outer, [x for x in loops if x not in outer]
 
 
 class SideArguments:
-    """What a plan fixes about one side of a nest, and a request of it, for any kernel.
+    """The values that a plan fixes for one side of a nest, and its requests, for any kernel.
 
     Attributes:
         per_id: units that one id covers; 0 without ids.
         walks: for each of ``outer`` its entries of the table and its bytes.
         strides: of the loops ``inner``.
-        kind: where addresses come from: ``NONE``, one; ``UNITS``, the view's table.
+        kind: the source of addresses: ``NONE``, one address; ``UNITS``, the view's table.
         countable: the most units of a view that the kernel counts.
     """
 
@@ -55,8 +59,12 @@ class SideArguments:
         self.kind = "UNITS" if looks_up else "NONE"
 
     def request(self, view: KVView, index: Index) -> Request:
-        """base (an address, or the bytes behind the table's), address of the table or 0, address
-        of the ids or 0, whether they are int64, the unit at position 0, units in the view."""
+        """Return the values of a request.
+
+        They are the base (an address, or the bytes after a table's address), the address of the
+        table or 0, the address of the ids or 0, True if the ids are int64, the unit at position 0,
+        and the number of units in the view.
+        """
         side = self.side
         unit = self.unit
         limit = view.slots // self.unit

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Triton kernel is given for a plan: constants that a model fixes, arguments that a
-request changes. It does not import triton."""
+"""The constants and arguments of the Triton kernel for a plan. Does not import triton.
+
+A model fixes the constants; a request changes the arguments.
+"""
 
 from __future__ import annotations
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -19,50 +21,55 @@ from portakv.view.view import KVView
 MAX_PLANES = 65535  # programs along y
 # Vectors of one launch are counted in 32 bits, the last program's included; a larger copy is split.
 MAX_VECTORS = 2**31 - 2**16
-# Steps travel in tuples of these lengths, longer only if a plan needs it: a launcher is built
-# for each combination of lengths, so that nearly all plans share one.
+# Steps travel in tuples of these lengths, longer only if a plan needs it. A launcher is built for
+# each combination of lengths; nearly all plans share one.
 _LEAST_STEPS = 3, 4, 4  # of units, outer and inner loops
 
 
+#: A value of an argument, or its type in the kernel's signature.
+Value: TypeAlias = int | str
+Values: TypeAlias = tuple[Value, ...]
+
+
 class Tile(NamedTuple):
-    """How a launch is cut."""
+    """The cut of a launch."""
 
     vectors: int  # that a program moves
     warps: int  # that move them
 
 
-# For each vector width in bytes. A warp may be 64 wide: at least 64 vectors for each warp keep a
-# whole vector to every thread.
+# For each vector width in bytes. A warp may be 64 wide: at least 64 vectors for each warp give
+# every thread a whole vector.
 TILES = {16: Tile(256, 4), 8: Tile(512, 4), **dict.fromkeys((4, 2, 1), Tile(1024, 4))}
 
 
 class Side(NamedTuple):
-    """What a request says of one side; in the kernel each is an int64.
+    """The values that a request has for one side; in the kernel each is an int64.
 
     Attributes:
-        base, table, ids, wide, first, limit: as `SideArguments.request` has them.
+        base, table, ids, wide, first, limit: as `SideArguments.request` returns them.
         past: the least id whose first unit is past the end.
         units, outer, inner: byte strides, outermost first.
     """
 
-    base: Any
-    table: Any
-    ids: Any
-    wide: Any
-    first: Any
-    limit: Any
-    past: Any
-    units: Any
-    outer: Any
-    inner: Any
+    base: Value
+    table: Value
+    ids: Value
+    wide: Value
+    first: Value
+    limit: Value
+    past: Value
+    units: Values
+    outer: Values
+    inner: Values
 
 
 class _Side(SideArguments):
-    """What a plan fixes about one side of a nest.
+    """The values that a plan fixes for one side of a nest.
 
     Attributes:
-        constants: what it has of the kernel's constants.
-        looks_up: where addresses come from: 0, one; 1, a table by plane; 2, by unit.
+        constants: the side's constants of the kernel.
+        looks_up: the source of addresses: 0, one address; 1, a table by plane; 2, a table by unit.
     """
 
     def __init__(
@@ -75,10 +82,11 @@ class _Side(SideArguments):
             self.kind = "UNITS"  # also a single address, which the host does not know
         self.looks_up = 2 if self.side.tabled else int(self.kind == "UNITS")
         strides = [x.stride for x in units], [stride for _, stride in walks], self.strides
-        self._steps = tuple(
+        units_steps, outer_steps, inner_steps = (
             (*x, *[0] * (least - len(x))) for x, least in zip(strides, _LEAST_STEPS, strict=True)
         )
-        self.constants: dict[str, Any] = {
+        self._steps = units_steps, outer_steps, inner_steps
+        self.constants: dict[str, object] = {
             f"{name}_PER_ID".upper(): self.per_id,
             f"{name}_UNITS".upper(): tuple(x.extent for x in units[1:]),
             f"{name}_TABLE".upper(): self.looks_up,
@@ -87,11 +95,13 @@ class _Side(SideArguments):
         }
 
     def signature(self) -> Side:
-        """The types of this side's arguments."""
-        return Side(*["i64"] * 7, *(tuple("i64" for _ in steps) for steps in self._steps))
+        """Return the types of this side's arguments."""
+        i64 = "i64"
+        units, outer, inner = (tuple(i64 for _ in steps) for steps in self._steps)
+        return Side(i64, i64, i64, i64, i64, i64, i64, units, outer, inner)
 
     def arguments(self, view: KVView, index: Index) -> Side:
-        """The values of this side's arguments."""
+        """Return the values of this side's arguments."""
         base, table, ids, wide, first, limit = self.request(view, index)
         past = -(-limit // self.per_id) if self.per_id else 0
         return Side(base, table, ids, int(wide), first, limit, past, *self._steps)
@@ -101,9 +111,9 @@ class NestKernel:
     """One nest of a plan: the constants of its kernel, and the arguments of its launches.
 
     Attributes:
-        constants: the kernel's constants but for the element.
+        constants: the kernel's constants, without the element.
         key: equal for nests that share a kernel.
-        tile, planes: how its launches are cut, and their programs along y.
+        tile, planes: the cut of its launches, and their programs along y.
 
     Raises:
         Unsupported: more planes, or larger units, than a launch can count.
@@ -116,6 +126,7 @@ class NestKernel:
         self.planes = prod(x.extent for x in outer)
         run = nest.run // nest.vector
         self._unit = plan.unit
+        self._vector = nest.vector
         self._row = prod(x.extent for x in inner) * run
         if self.planes > MAX_PLANES or self._row > MAX_VECTORS:
             raise Unsupported(
@@ -123,7 +134,7 @@ class NestKernel:
                 f"the kernel takes {MAX_PLANES} planes and {MAX_VECTORS} vectors in a unit and "
                 f"plane; use backend 'reference'",
             )
-        self.constants: dict[str, Any] = {
+        self.constants: dict[str, object] = {
             "VECTOR": nest.vector,
             "LANES": 2 if nest.vector == 16 else 1,
             "TILE": self.tile.vectors,
@@ -138,11 +149,11 @@ class NestKernel:
 
     @property
     def element_bits(self) -> int:
-        """Bits of the integer that the kernel loads and stores; 16-byte vectors are two."""
-        return 8 * min(8, int(self.constants["VECTOR"]))
+        """The bits of the integer that the kernel loads and stores; 16-byte vectors are two."""
+        return 8 * min(8, self._vector)
 
-    def signature(self) -> dict[str, Any]:
-        """The types of the kernel's arguments, constants included, in its order."""
+    def signature(self) -> dict[str, object]:
+        """Return the types of the kernel's arguments, constants included, in its order."""
         sides = {"src": self.src.signature(), "dst": self.dst.signature()}
         numbers = {"units": "i32", "start": "i64", "tokens": "i64", "status": "i64"}
         return {**sides, **numbers, **dict.fromkeys(self.constants, "constexpr")}
@@ -153,18 +164,18 @@ class NestKernel:
         return min(MAX_VECTORS, MAX_VECTORS // self.planes * self.tile.vectors) // self._row or 1
 
     def programs(self, units: int) -> int:
-        """Programs along x that move so many units."""
+        """Return the programs along x that move so many units."""
         return -(-units * self._row // self.tile.vectors)
 
     def launches(
         self, move: Move, status: torch.Tensor | None
-    ) -> list[tuple[int, tuple[Any, ...]]]:
-        """(programs along x, arguments before the constants) of each launch."""
-        mine = self.src.arguments(move.src, move.src_index)
-        theirs = self.dst.arguments(move.dst, move.dst_index)
+    ) -> list[tuple[int, tuple[object, ...]]]:
+        """Return (programs along x, arguments before the constants) of each launch."""
+        src = self.src.arguments(move.src, move.src_index)
+        dst = self.dst.arguments(move.dst, move.dst_index)
         word = 0 if status is None else status.data_ptr()
         unit = self._unit
         most = self.most_units
         units = move.count // unit
         spans = [(start, min(most, units - start)) for start in range(0, units, most)]
-        return [(self.programs(n), (mine, theirs, n, start, unit, word)) for start, n in spans]
+        return [(self.programs(n), (src, dst, n, start, unit, word)) for start, n in spans]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For vendors' ops, which take whole planes and guard ids in part or not at all: is a plane in the
-order that an op takes, and without gaps; ids that torch has guarded."""
+"""Helpers for vendors' ops, which take whole planes, and guard ids in part or not at all.
+
+They check that a plane is in the order that an op takes, without gaps, and guard ids by torch.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,14 @@ from portakv.view.form import Form, Part
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: Orders of a plane's axes, outermost first. With ``kv`` key and value alternate.
+#: Orders of a plane's axes, outermost first. With ``kv``, keys and values alternate.
 HND = ("block", "head", "token", "dim")
 HND_IN_BLOCKS = ("block", "kv", "head", "token", "dim")
 TOKENS = ("token", "head", "dim")
 
 
 def packed(form: Form, order: Sequence[str]) -> bool:
-    """True if each plane of ``form`` has its axes in ``order``, without a gap.
+    """Return True if each plane of ``form`` has its axes in ``order``, without a gap.
 
     Layers may lie anywhere.
     """
@@ -44,12 +46,12 @@ def _packed(part: Part, axes: Sequence[tuple[str, int]]) -> bool:
 
 
 def steps(part: Part, axis: str) -> list[tuple[int, int, int]]:
-    """The steps of an axis as (extent, entries of the table, bytes), outermost first."""
+    """Return the steps of an axis as (extent, entries of the table, bytes), outermost first."""
     return [(step.extent, step.table, step.stride) for step in part.axis(axis)]
 
 
 def apart(form: Form) -> int | None:
-    """Bytes from key to value, if one address leads to both; else None."""
+    """Return the bytes from key to value, if one address leads to both; else None."""
     if form.kv != 2:
         return None
     first, second = form.parts
@@ -58,10 +60,11 @@ def apart(form: Form) -> int | None:
 
 
 def planes(view: KVView, dtype: torch.dtype) -> list[list[torch.Tensor]]:
-    """For each layer the planes of each kv, as `KVView.plane` gives them; kept with the view."""
+    """Return for each layer the planes of each kv, as `KVView.plane` makes them; cached in the
+    view."""
     key = (planes, dtype)
     if key not in view.derived:
-        with torch.inference_mode(False):  # made in it, one could not be written elsewhere
+        with torch.inference_mode(False):  # an inference tensor could not be written elsewhere
             view.derived[key] = [
                 [view.plane(layer, kv, dtype) for kv in range(view.kv)]
                 for layer in range(view.layers)
@@ -72,27 +75,29 @@ def planes(view: KVView, dtype: torch.dtype) -> list[list[torch.Tensor]]:
 def guarded_slots(
     view: KVView, index: Index, count: int, device: torch.device, status: torch.Tensor | None
 ) -> torch.Tensor:
-    """The slot of each position, int32 ``[count]`` on ``device``; -1 for an id past the end,
-    which is reported in the status word. For ops that skip negative slots; the host does not wait.
+    """Return the slot of each position, int32 ``[count]`` on ``device``; -1 for an id past the end.
 
-    ``view`` has at most 2**31 - 1 slots.
+    The first bad id is reported in the status word. For ops that skip negative slots; the host does
+    not wait. ``view`` has at most 2**31 - 1 slots.
     """
     slots = index.units(count, 1, device)
     bad = slots >= view.slots
     _report(bad, 1, status)
-    # Clamped before it is narrowed: of a large negative number only the low bits would be left.
+    # Clamp before narrowing, which keeps only the low bits of a large negative number.
     return torch.where(bad, -1, slots.clamp(-1)).to(torch.int32)
 
 
 class GuardedRows:
-    """Any plan by torch indexing of whole rows, in elements of at most ``element`` bytes. It can
-    skip nothing: negative and bad ids are taken out before. That waits for the device, since a
-    number of tokens depends on it."""
+    """Execute any plan by torch indexing of whole rows, in elements of at most ``element`` bytes.
+
+    Indexing skips nothing: negative and bad ids are removed before it. The host waits for the
+    device, since the number of tokens depends on the ids.
+    """
 
     def __init__(self, plan: CopyPlan, device: torch.device, element: int) -> None:
         self._device = device
         ops = Ops(element, by_plane=True, holes=False)
-        # If ids are bad, what is left goes by token: units may begin anywhere.
+        # If ids are bad, the remaining rows go by token: units may begin anywhere.
         self._unit = plan.src.block_size if plan.src.opaque else 1
         pieces = CopyPlan(plan.src, plan.dst, self._unit, self._unit, self._unit)
         self._whole, self._pieces = (
@@ -106,13 +111,13 @@ class GuardedRows:
             numbers = [index.units(move.count, self._unit, self._device) for index in indices]
             ends = move.src.slots // self._unit, move.dst.slots // self._unit
             bad = (numbers[0] >= ends[0]) | (numbers[1] >= ends[1])
-            kept = (~bad & (numbers[0] >= 0) & (numbers[1] >= 0)).nonzero()[:, 0]
-            if kept.numel() < bad.numel():
+            good = (~bad & (numbers[0] >= 0) & (numbers[1] >= 0)).nonzero()[:, 0]
+            if good.numel() < bad.numel():
                 _report(bad, self._unit, status)
-                mine, theirs = (Index(x[kept], self._unit) for x in numbers)
-                left = kept.numel() * self._unit
+                src_index, dst_index = (Index(x[good], self._unit) for x in numbers)
+                tokens = good.numel() * self._unit
                 copies = self._pieces
-                move = Move(move.src, move.dst, mine, theirs, left)
+                move = Move(move.src, move.dst, src_index, dst_index, tokens)
         for copy in copies:
             copy(move)
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ascend`: rows on Huawei's NPUs, by the AscendC kernel or through the ops of torch_npu.
 
-What serves which plan; the first that takes it:
+The executor of each plan is the first that takes it:
 
-| a plan that                                         | is carried out by                  |
+| a plan that                                         | is executed by                     |
 |-----------------------------------------------------|------------------------------------|
 | is any, if the kernel was built (see below)         | the AscendC kernel                 |
-| scatters by slots into dense pages, two kv at once  | `npu_scatter_pa_kv_cache` (layers) |
-| gathers whole blocks of dense pages, two kv at once | `npu_gather_pa_kv_cache` (layers)  |
+| scatters by slots into dense pages, both of two kv  | `npu_scatter_pa_kv_cache` (layers) |
+| gathers whole blocks of dense pages, both of two kv | `npu_gather_pa_kv_cache` (layers)  |
 | reads other rows under ids                          | `index_select`, into the chunk     |
 | writes other rows under ids, 1 or 8 bytes wide      | `npu_scatter_nd_update_`           |
 | writes other rows under ids, 2 or 4 bytes wide      | `index_copy_`                      |
@@ -15,11 +15,10 @@ What serves which plan; the first that takes it:
 
 Dense pages are ``[blocks, block_size, heads, dim]`` without holes: (key, value) tuples, merged
 caches, MLA's latent and rope of unequal widths. Of three kv (DSA) the third goes by rows, and so
-does everything else: head-major pages, NZ described by its layout, pages with holes. NZ as a
-format that only the vendor knows (``FRACTAL_NZ``) is `Unsupported`: strides do not tell where its
-bytes lie. The paged ops forbid negative slots, and no op skips or guards: the caller of a launch
-removes bad ids. The kernel does both. Neither has run on an NPU
-(``conformance/support_matrix.toml``).
+does everything else: head-major pages, NZ described by its layout, pages with holes. NZ as a format
+that only the vendor knows (``FRACTAL_NZ``) is `Unsupported`: its bytes do not lie where strides
+say. The paged ops forbid negative slots, and no op skips or guards: the caller of a launch removes
+bad ids. The kernel does both. Neither has run on an NPU (``conformance/support_matrix.toml``).
 
 Sources: docstrings of torch_npu 2.13.0; CANN's pages on aclnnScatterPaKvCache,
 aclnnGatherPaKvCache, aclnnScatterNdUpdate, aclnnIndexSelect and aclnnInplaceIndexCopy.
@@ -28,7 +27,7 @@ aclnnGatherPaKvCache, aclnnScatterNdUpdate, aclnnIndexSelect and aclnnInplaceInd
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -40,7 +39,7 @@ from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import VENDOR_PACKAGES, Unusable, imported, version_of
 from portakv.view.form import Form
 
-#: The arguments that each op is called with. The strings of all schemas: conformance/vendor.
+#: The arguments of each op. The texts of all schemas are in conformance/vendor.
 CALLS = {
     "npu_scatter_pa_kv_cache": {
         "key",
@@ -63,9 +62,9 @@ CALLS = {
 }
 #: The axes of a plane that the paged ops take, outermost first.
 PAGES = ("block", *TOKENS)
-#: Formats whose bytes lie where strides say: NCHW, ND, NCDHW, which all tensors begin with.
+#: Formats whose bytes lie where strides say: NCHW, ND, NCDHW, the initial formats of tensors.
 _STRIDED = (0, 2, 30)
-#: Rows of the paged ops: whole 32 B, as CANN's vector memory wants them, and at most 148 KiB.
+#: Rows of the paged ops: whole 32 B, as CANN's vector memory requires, and at most 148 KiB.
 _LINE = 32
 _MOST = 148 * 1024
 _SCATTER_ND = (torch.int64, torch.int8)
@@ -79,7 +78,7 @@ class Ascend(Backend):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        #: True if torch_npu, or the driver below it, says that it is a stand-in.
+        #: True if torch_npu, or the driver below it, declares itself a stand-in.
         self.emulated = bool(getattr(_vendor(), "EMULATED", False))
         self._kernel, _ = self.find_kernel(self.emulated)
         self.carrier = "the AscendC kernel" if self._kernel else "the ops of torch_npu"
@@ -121,11 +120,11 @@ class Ascend(Backend):
         return _Launch(self.device, rows or _OpRows(plan, self.device))
 
 
-def _vendor() -> Any:
-    """The module torch_npu, with every op as it is called here.
+def _vendor() -> ModuleType:
+    """Return the module torch_npu, after a check of every op that this module calls.
 
     Raises:
-        Unusable: it is not there, is broken, is of another release, or has other ops.
+        Unusable: it is not installed, is broken, is of another release, or has other ops.
     """
     release = ".".join(torch.__version__.split(".")[:2])
     install = VENDOR_PACKAGES["npu"][1]
@@ -133,18 +132,18 @@ def _vendor() -> Any:
     version = version_of(vendor)
     if not f"{version}.".startswith(f"{release}."):
         raise Unusable(
-            f"torch_npu {version} was found, which is not for torch {torch.__version__}", install
+            f"torch_npu {version} is installed, which is not for torch {torch.__version__}", install
         )
-    for name, given in CALLS.items():
+    for name, passed in CALLS.items():
         op = getattr(getattr(torch.ops.npu, name, None), "default", None)
         if op is None:
             raise Unusable(f"torch_npu {version} has no op {name}", install)
         arguments = op._schema.arguments
         demanded = {each.name for each in arguments if not each.has_default_value()}
-        if not demanded <= given <= {each.name for each in arguments}:
+        if not demanded <= passed <= {each.name for each in arguments}:
             raise Unusable(
                 f"an op of torch_npu {version} is {op._schema}, which cannot be called with "
-                f"{', '.join(sorted(given))}",
+                f"{', '.join(sorted(passed))}",
                 install,
             )
     return vendor
@@ -164,7 +163,7 @@ class _Launch(MoveLaunch):
 
 
 class _OpRows:
-    """A plan by the paged ops if they serve it, else by rows."""
+    """Execute a plan by the paged ops if they serve it, else by rows."""
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self._unit = plan.unit
@@ -185,13 +184,16 @@ class _OpRows:
             rows(move)
 
     def _paged(self, move: Move) -> None:
-        src, dst, mine, theirs, count = move
         gathers = self._op == "npu_gather_pa_kv_cache"
-        cache, chunk, ids, dense = (src, dst, mine, theirs) if gathers else (dst, src, theirs, mine)
+        count = move.count
+        cache = move.src if gathers else move.dst
+        chunk = move.dst if gathers else move.src
+        ids = move.src_index if gathers else move.dst_index
+        dense = move.dst_index if gathers else move.src_index
         if gathers:
             blocks = ids.units(count, self._unit, self._device).to(torch.int32)
             tokens = torch.full((1,), count, dtype=torch.int32, device=self._device)
-            more: dict[str, Any] = {"block_tables": blocks[None], "seq_lens": tokens}
+            more: dict[str, object] = {"block_tables": blocks[None], "seq_lens": tokens}
         else:
             slots = ids.ids_on(self._device)[ids.offset : ids.offset + count]
             more = {"slot_mapping": slots, "cache_mode": "Norm"}
@@ -206,10 +208,11 @@ class _OpRows:
 
 
 def _paged_op(plan: CopyPlan) -> str:
-    """The paged op that serves a plan; empty if none does."""
+    """Return the name of the paged op that serves a plan; empty if none does."""
     src = plan.src
     dst = plan.dst
-    alone = src.kv % 2 and len(plan.nests) != src.kv  # the last kv cannot be told from the others
+    # With an odd number of kv the last one goes by rows, and needs a separate nest.
+    alone = src.kv % 2 and len(plan.nests) != src.kv
     if src.kv < 2 or alone or not (_dense(src) and _dense(dst)) or src.paged == dst.paged:
         return ""
     if dst.paged and not plan.src_step and plan.dst_step == 1:
@@ -219,7 +222,7 @@ def _paged_op(plan: CopyPlan) -> str:
 
 
 def _dense(form: Form) -> bool:
-    """Whether its planes lie as the paged ops take them, and the tokens' rows too."""
+    """Return True if planes, and the tokens' rows, lie as the paged ops take them."""
     rows = [form.heads * width for width in form.widths]
     whole = all(size % _LINE == 0 and size <= _MOST for size in rows)
     return whole and packed(form, PAGES if form.paged else TOKENS)
@@ -238,7 +241,7 @@ _OPS = Ops(by_plane=True, holes=False, put=_scatter_rows)  # see `Ops.holes`
 
 
 def _private_format(tensor: torch.Tensor) -> str:
-    """Why strides do not tell where a tensor's bytes lie, and what to do; empty if they do."""
+    """Return why a tensor's bytes do not lie where strides say, and a remedy; empty if they do."""
     number = int(torch.ops.npu.get_npu_format.default(tensor))
     if number in _STRIDED:
         return ""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AscendC kernel of ``native/ascend``: found, loaded, given its arguments, and launched.
+"""The AscendC kernel of ``native/ascend``: find and load it, pack its arguments, and launch it.
 
-`PORTAKV_ASCENDC` names the library; else it is the one that ``run_in_cann.sh npu`` builds. One that
-emulates the kernel has the same interface: it is taken for an emulated device only.
+`PORTAKV_ASCENDC` names the library; else it is the library that ``run_in_cann.sh npu`` builds. A
+library that emulates the kernel has the same interface, and serves only an emulated device.
 
-Its arguments are those of ``copy.h``: for each nest of a plan a ``Nest``, which is uploaded once,
+The arguments are those of ``copy.h``: for each nest of a plan a ``Nest``, which is uploaded once,
 and for each request a ``Copy``, which travels as scalars. All members are 64-bit integers; strides
 and offsets are bytes.
 """
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,32 +32,39 @@ from portakv.runtime.devices import Unusable
 from portakv.view.view import KVView
 
 VARIABLE = "PORTAKV_ASCENDC"
-#: What this file launches, as ``portakv::kAbi`` counts it.
+#: The interface that this module launches, as ``portakv::kAbi`` counts it.
 ABI = 2
 _NATIVE = "portakv_native.ascend"
 _PLACE = ("lib", "libportakv_ascend.so")
 _BUILD = f"bash native/ascend/run_in_cann.sh npu builds it, and {VARIABLE} names it"
 _AGAIN = "build it again, from native/ascend of this release"
-_ELEMENT = 8  # bytes of an element, if a plan that the kernel does not take goes by indexing
+_ELEMENT = 8  # bytes of an element of the indexing that replaces the kernel
 
-# lengths of arrays in copy.h
+# Lengths of arrays in copy.h.
 MAX_UNITS = 4
 MAX_LOOPS = 8
 _NO_POSITION = 2**63 - 1  # above every position
 _MOST_GAP = 2**32  # bytes between rows of one transfer
 _COPY = struct.Struct("<15q")
-#: What a launch may touch: its first address, its bytes, and whether it may be written.
-Memory = tuple[int, int, bool]
+
+
+class Memory(NamedTuple):
+    """Memory that a launch may touch."""
+
+    address: int
+    nbytes: int
+    writable: bool
+
 
 _pointer = ctypes.c_void_p
 _number = ctypes.c_uint32
-# What a library exports (copy.h), with the arguments of each and what it returns.
+# The functions that a library exports (copy.h), with their result and their arguments.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "portakv_ascend_abi": (_number, ()),
     "portakv_ascend_emulated": (_number, ()),
     "portakv_ascend_platform": (ctypes.c_int, (ctypes.POINTER(_number),) * 2),
     "portakv_ascend_rows": (ctypes.c_int, (ctypes.c_char_p, _number, _number, _pointer)),
-    # One that emulates the kernel exports this as well (emulation/library.cpp).
+    # A library that emulates the kernel exports this as well (emulation/library.cpp).
     "portakv_emulation_lend": (None, (ctypes.c_char_p, _number)),
 }
 _MEMORY = struct.Struct("<4Q")
@@ -67,37 +74,40 @@ _MEMORY = struct.Struct("<4Q")
 class Kernel:
     """A loaded library."""
 
-    name: str  # its file's, for a reader
+    name: str  # of its file, for a reader
     path: str
-    library: Any  # with its functions typed
+    library: ctypes.CDLL  # its functions have their types
     blocks: int  # vector cores
     ub_bytes: int  # of one core's unified buffer
     emulated: bool  # it runs the kernel on a CPU
 
     def launch(self, copy: bytes, memory: Sequence[Memory], stream: int) -> None:
         """Launch a ``portakv::Copy`` on the stream with a raw handle, whose device is the current
-        one. ``memory`` is what it may touch: an emulation, without device memory, has to be told.
+        one.
+
+        ``memory`` is the memory that it may touch; an emulation, without device memory, needs to
+        know it.
 
         Raises:
-            TransferError: the launch was refused.
+            TransferError: the launch failed.
         """
         if self.emulated:
-            lent = b"".join(_MEMORY.pack(*one, 0) for one in memory)
+            lent = b"".join(_MEMORY.pack(*each, 0) for each in memory)
             self.library.portakv_emulation_lend(lent, len(memory))
         code = self.library.portakv_ascend_rows(copy, self.blocks, self.ub_bytes, stream)
         if code:
             raise TransferError(
                 f"The launch of the AscendC kernel in {self.name} returned {code}; the copy was "
-                f"not made, or in part. 1 says that its arguments cannot be right; other codes are "
-                f"CANN's."
+                f"not made, or in part. 1 means invalid arguments; other codes are CANN's."
             )
 
 
 def find_kernel(emulated: bool) -> tuple[Kernel | None, str]:
-    """The kernel for a device, or None if none was built; and what carries plans out, in words.
+    """Return the kernel for a device, or None if none was built; and the executor of plans, in
+    words.
 
     Raises:
-        Unusable: `PORTAKV_ASCENDC` names one that cannot be used.
+        Unusable: `PORTAKV_ASCENDC` names a library that cannot be used.
     """
     named = os.environ.get(VARIABLE)
     built = Path(str(files(_NATIVE)), *_PLACE)
@@ -116,8 +126,10 @@ def find_kernel(emulated: bool) -> tuple[Kernel | None, str]:
 
 
 def open_kernel(path: str, emulated: bool) -> Kernel:
-    """The library at a path, for a device that is emulated or is not; raises `Unusable` with a
-    clause if it cannot be used there."""
+    """Return the library at a path, for an emulated or a real device.
+
+    Raises `Unusable` with a clause if it cannot serve such a device.
+    """
     if not Path(path).is_file():
         raise Unusable(f"there is no such file ({_BUILD})")
     kernel = KERNELS.get_or_make(path, lambda: _load(path))
@@ -126,7 +138,7 @@ def open_kernel(path: str, emulated: bool) -> Kernel:
     why = f"emulates the kernel on a CPU, and this NPU is real; {_BUILD}"
     if emulated:
         why = (
-            "is for an NPU, and this one is emulated; native/ascend/emulation/run.sh library "
+            "is for an NPU, and this NPU is emulated; native/ascend/emulation/run.sh library "
             "builds one for it"
         )
     raise Unusable(f"{kernel.name} {why}")
@@ -137,11 +149,11 @@ KERNELS: Bounded[str, Kernel] = Bounded("AscendC libraries", 8)
 
 
 def _load(path: str) -> Kernel:
-    """A library, whether it is emulated or not; raises `Unusable` with a clause."""
+    """Load a library and declare its functions; raise `Unusable` with a clause."""
     name = Path(path).resolve().name
     try:
         library = ctypes.CDLL(path)
-    except OSError as error:  # which names the library that is missing, such as libascendcl.so
+    except OSError as error:  # names the missing library, such as libascendcl.so
         raise Unusable(
             f"{name} cannot be loaded ({error}); source CANN's set_env.sh, or {_AGAIN}"
         ) from error
@@ -164,17 +176,20 @@ def _load(path: str) -> Kernel:
     return Kernel(name, path, library, blocks.value, ub_bytes.value, emulated)
 
 
-def _type(library: Any, name: str, functions: Sequence[str]) -> None:
+def _type(library: ctypes.CDLL, name: str, functions: Sequence[str]) -> None:
     for function in functions:
         try:
-            found = getattr(library, function)
+            entry = getattr(library, function)
         except AttributeError:
             raise Unusable(f"{name} has no function {function}; {_AGAIN}") from None
-        found.restype, found.argtypes = _FUNCTIONS[function]
+        result, arguments = _FUNCTIONS[function]
+        entry.restype = result
+        entry.argtypes = arguments
 
 
 class KernelRows:
-    """A plan by the kernel, which skips and guards; by indexing if the kernel does not take it.
+    """Execute a plan by the kernel, which skips and guards; by indexing if the kernel does not take
+    it.
 
     Calls order their work on the current stream of ``device``, which is the current device.
     """
@@ -200,8 +215,8 @@ class KernelRows:
         memory: list[Memory] = []
         if self._kernel.emulated:
             memory = reached(move, [*map(_read_only, self._nests), *words.memory])
-        # Asked last: torch_npu queues ops on the host, and empties that queue when it is asked for
-        # the handle (NPUStream::stream in its csrc/core/npu/NPUStream.cpp).
+        # Read the handle last: torch_npu queues ops on the host, and this read empties that queue
+        # (NPUStream::stream in its csrc/core/npu/NPUStream.cpp).
         stream = torch.get_device_module(self._device).current_stream(self._device).npu_stream
         for copy in copies:
             self._kernel.launch(copy, memory, stream)
@@ -210,16 +225,19 @@ class KernelRows:
 
 
 class StatusWords:
-    """A status word for each of ``cores`` on a device. Cores race, so each has its own word; and a
-    vector core cannot write to the host's memory, so the lowest position goes there afterwards."""
+    """A status word for each of ``cores`` on a device.
+
+    Cores race, so that each has a separate word. A vector core cannot write to the host's memory,
+    so that the lowest position goes there afterwards.
+    """
 
     def __init__(self, cores: int, device: torch.device) -> None:
         self._words = torch.full((cores,), _NO_POSITION, dtype=torch.int64, device=device)
         self.address = self._words.data_ptr() if cores else 0
-        #: What a launch writes here, for an emulation.
+        #: The words as memory that a launch writes, for an emulation.
         self.memory: list[Memory] = []
         if cores:
-            self.memory.append((self.address, self._words.nbytes, True))
+            self.memory.append(Memory(self.address, self._words.nbytes, True))
 
     @property
     def first(self) -> torch.Tensor:
@@ -227,12 +245,16 @@ class StatusWords:
         return (self._words.amin() % _NO_POSITION).view(1)
 
 
-# The kernel's arguments
+# --- the kernel's arguments -----------------------------------------------------------------------
 
 
 class Arguments:
-    """What the kernel is launched with to carry one plan out: its ``nests``, each a
-    ``portakv::Nest``, and copies. Raises `Unsupported` if a plan is more than the kernel takes."""
+    """The arguments of the kernel for one plan: its ``nests``, each a ``portakv::Nest``, and
+    copies.
+
+    Raises:
+        Unsupported: the plan exceeds the limits of the kernel.
+    """
 
     def __init__(self, plan: CopyPlan) -> None:
         why = refusal(plan)
@@ -245,54 +267,60 @@ class Arguments:
         self.nests = [_nest(*x, plan.unit) for x in zip(nests, self._sides, strict=True)]
 
     def copies(self, nests: Sequence[int], move: Move, status: int) -> list[bytes]:
-        """A ``portakv::Copy`` for each nest, whose addresses are ``nests``; ``status``: the address
-        of the status word, or 0."""
+        """Return a ``portakv::Copy`` for each nest.
+
+        Args:
+            nests: the addresses of the nests on the device.
+            status: the address of the status word, or 0.
+        """
         copies = []
-        for at, (mine, theirs) in zip(nests, self._sides, strict=True):
-            # A request begins with the base here, and with the table there.
-            base, table, *src = mine.request(move.src, move.src_index)
-            to_base, to_table, *dst = theirs.request(move.dst, move.dst_index)
+        for at, (src_side, dst_side) in zip(nests, self._sides, strict=True):
+            # A request begins with the base, and a `Copy` with the table.
+            base, table, *src = src_side.request(move.src, move.src_index)
+            to_base, to_table, *dst = dst_side.request(move.dst, move.dst_index)
             units = move.count // self._unit
             copies.append(_COPY.pack(at, table, base, *src, to_table, to_base, *dst, units, status))
         return copies
 
 
 def refusal(plan: CopyPlan) -> str | None:
-    """Why the kernel does not take a plan, as a clause; None if it does."""
+    """Return why the kernel does not take a plan, as a clause; None if it does."""
     for nest in plan.nests:
         loops = len(_split_rows(nest)[0])
         steps = max(len(nest.src.units), len(nest.dst.units))
         if loops > MAX_LOOPS or steps > MAX_UNITS:
             return (
-                f"the AscendC kernel takes {MAX_LOOPS} loops beside the rows and {MAX_UNITS} steps "
+                f"the AscendC kernel takes {MAX_LOOPS} loops above the rows and {MAX_UNITS} steps "
                 f"of a unit, and the plan has {loops} and {steps}"
             )
     return None
 
 
 def reached(move: Move, further: Sequence[Memory]) -> list[Memory]:
-    """All memory that a launch may touch, for an emulation; ``further``: nests and status word."""
+    """Return all memory that a launch may touch, for an emulation; ``further``: nests and status
+    word."""
     read = [view.table for view in move[:2] if view.tabled]
     read += [index.ids for index in move[2:4] if index.ids is not None]
     return [*_spans(move.src, False), *_spans(move.dst, True), *map(_read_only, read), *further]
 
 
 def _spans(view: KVView, writable: bool) -> list[Memory]:
-    """What a view's tensors cover; those that touch are one run to a plan, and so one piece."""
+    """Return the memory of a view's tensors; adjacent tensors are one run to a plan, and so one
+    piece."""
     joined: list[Memory] = []
     for first, past in view.spans:
-        if joined and sum(joined[-1][:2]) == first:
-            first = joined.pop()[0]
-        joined.append((first, past - first, writable))
+        if joined and joined[-1].address + joined[-1].nbytes == first:
+            first = joined.pop().address
+        joined.append(Memory(first, past - first, writable))
     return joined
 
 
 def _read_only(tensor: torch.Tensor) -> Memory:
-    return tensor.data_ptr(), tensor.nbytes, False
+    return Memory(tensor.data_ptr(), tensor.nbytes, False)
 
 
 def _nest(nest: Nest, sides: Sequence[SideArguments], unit: int) -> bytes:
-    """A nest as ``portakv::Nest``; each request says where its sides begin."""
+    """Return a nest as ``portakv::Nest``; each request adds the addresses of its sides."""
     loops, rows, src_stride, dst_stride = _split_rows(nest)
     numbers: list[int] = []
     for side in sides:
@@ -309,11 +337,11 @@ def _nest(nest: Nest, sides: Sequence[SideArguments], unit: int) -> bytes:
 
 
 def _split_rows(nest: Nest) -> tuple[tuple[Loop, ...], int, int, int]:
-    """The loops above the rows, how many rows a transfer can take, and their strides."""
+    """Return the loops above the rows, the rows of one transfer, and their strides."""
     if nest.loops:
         last = nest.loops[-1]
         gaps = (last.src_stride - nest.run, last.dst_stride - nest.run)
-        # A transfer walks upwards and leaves gaps: neither tables, nor overlaps, nor steps back.
+        # A transfer walks upwards with gaps: no tables, no overlaps, no steps back.
         if not last.tabled and all(0 <= gap < _MOST_GAP for gap in gaps):
             return nest.loops[:-1], last.extent, last.src_stride, last.dst_stride
     return nest.loops, 1, nest.run, nest.run

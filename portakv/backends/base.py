@@ -1,5 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a backend is: probe, capabilities, check, prepare; and the launch that it prepares."""
+"""The backend protocol: the classes that a backend implements, and the order of the calls.
+
+The library calls a backend in this order:
+
+1. `Backend.probe` decides, for a device and without side effects, whether the class can run there.
+2. The constructor creates the backend for the device, once. 3. `Backend.capabilities` returns its
+claims. The conformance suite tests each claim. 4. `Backend.check` decides about one plan. The
+default compares the plan with the claims. 5. `Backend.prepare` compiles and loads everything that
+the plan needs, and returns a `Launch`. 6. The launch runs once for each copy, in any number of
+threads if the backend claims ``threads``.
+
+The registry runs a self-check, with steps 3 to 6, before it chooses a backend. If step 4 or 5
+rejects a plan, the registry tries the next backend, unless the caller forced this one. Two more
+methods are optional: `Backend.hides`, and `Repeatable.again` of a launch.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +35,7 @@ from portakv.view.view import KVView
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether a candidate was accepted, and the reason, as a sentence."""
+    """The decision about a candidate, and the reason, as a sentence."""
 
     name: str
     accepted: bool
@@ -32,13 +46,13 @@ class Decision:
 
 
 _HOST = torch.device("cpu")
-#: Rows that lie on another device than the one that a kernel runs on. It reads them: nobody writes
-#: into another's memory.
+#: Rows on a different device than the one that a kernel runs on. The kernel reads them: no kernel
+#: writes into the memory of a different device.
 PEERS = frozenset({("peer", "device")})
 
 
 def places_on(device: torch.device) -> frozenset[tuple[str, str]]:
-    """The pairs of places between which rows stay on ``device``."""
+    """Return the pairs of places between which rows stay on ``device``."""
     if device.type != "cpu":
         return frozenset({("device", "device")})
     host = ("pageable", "pinned")
@@ -47,20 +61,21 @@ def places_on(device: torch.device) -> frozenset[tuple[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a backend claims; the conformance suite tests each claim both ways.
+    """The claims of a backend; the conformance suite tests each claim both ways.
 
     Attributes:
         places: pairs (source place, destination place) that it copies between.
-        index_on: ``host`` or ``device``: where it reads ids. Engines alone say ``any``: they bring
-            each side's ids to where they need them.
+        index_on: ``host`` or ``device``: where it reads ids. Only transfer strategies claim
+            ``any``: they bring each side's ids to where they need them.
         index_dtypes: dtypes of ids that it reads.
         skips_negative: it skips positions whose id is negative.
-        guards: it moves nothing for an id past the end, and reports the first in the status word.
+        guards: it moves nothing for an id past the end, and reports the first such id in the status
+            word.
         alignment: the least vector it needs, in bytes.
         max_loops: strided loops in a nest that it takes; None for any number.
         tables: it takes planes that are addressed by a pointer table.
         capturable: a launch can be captured into a device graph.
-        threads: one launch may be called from several threads at once.
+        threads: several threads may call one launch concurrently.
     """
 
     places: frozenset[tuple[str, str]]
@@ -75,18 +90,20 @@ class Capabilities:
     threads: bool = True
 
     def home_of_ids(self, device: torch.device) -> torch.device:
-        """Where ids have to be for a backend of ``device``."""
+        """Return the device where ids must be for a backend of ``device``."""
         return device if self.index_on == "device" else _HOST
 
 
 class Launch(Protocol):
-    """A prepared copy. It is immutable, and allocates, synchronises and logs as little as it can.
+    """A prepared copy. It is immutable, and allocates, synchronises and logs as little as possible.
 
-    ``count`` tokens are moved, a multiple of the plan's unit. ``stream`` is where to order the
-    work (None: the current stream of its device). ``status`` is a pinned int64 word: a backend that
-    guards leaves position + 1 of the first bad id there (None: it only moves nothing). Returns None
-    if the work is ordered on the stream, else a `Pending`. With ``tables``, a pair, it tells for
-    each side whether it reads `KVView.table`; without, that is so if its plan looks addresses up.
+    ``count`` tokens are moved, a multiple of the plan's unit. ``stream`` orders the work (None: the
+    current stream of its device). ``status`` is a pinned int64 word: a backend that guards writes
+    position + 1 of the first bad id there (None: nothing is reported). Returns None if the work is
+    ordered on the stream, else a `Pending`.
+
+    A launch may have an attribute ``tables``, a pair: True for each side whose `KVView.table` it
+    reads. Without the attribute, a side's table is read if its plan looks addresses up.
     """
 
     def __call__(
@@ -102,11 +119,12 @@ class Launch(Protocol):
 
 
 class MoveLaunch:
-    """A launch that is given its copy as one value. A subclass implements `carry`; or `enqueue`, if
-    it needs no stream to be the current one.
+    """A launch that receives its copy as one value.
+
+    A subclass implements `carry`; or `enqueue`, if the copy needs no current stream.
 
     Attributes:
-        device: made the current one if no stream is given; None: ops find it by their tensors.
+        device: made current if no stream is passed; None: ops find the device by their tensors.
     """
 
     device: torch.device | None = None
@@ -129,7 +147,7 @@ class MoveLaunch:
     def enqueue(
         self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
     ) -> Pending | None:
-        """Order a copy of at least one token on ``stream`` (None: the device's current one)."""
+        """Order a copy of at least one token on ``stream`` (None: the device's current stream)."""
         where = self.device if stream is None else stream
         if where is None:
             self.carry(move, status)
@@ -144,12 +162,12 @@ class MoveLaunch:
 
 
 class Again(Protocol):
-    """A launch with everything settled but addresses and a count; see `Repeatable`.
+    """A launch with all values packed except addresses and a count; see `Repeatable`.
 
-    ``most`` is the most tokens that one call moves. Arguments: of the source and of the destination
-    the address of its ids, or without ids of its tensor; the position of the first id, the tokens
-    to move, and the address of the status word (0: none). The work is ordered on the current
-    stream.
+    ``most`` is the most tokens that one call moves. ``src`` and ``dst`` are the address of the
+    side's ids, or of its tensor if it has no ids. ``first`` is the position of the first id,
+    ``count`` the number of tokens, ``status`` the address of the status word (0: none). The work is
+    ordered on the current stream.
     """
 
     most: int
@@ -158,14 +176,17 @@ class Again(Protocol):
 
 
 class Repeatable(Launch, Protocol):
-    """A launch that takes less host time if the same transfer is made again.
+    """A launch that takes less host time when the same transfer is repeated.
 
-    Having `again` is no claim: without it the library calls the launch itself each time.
+    `again` is not a claim: without it the library calls the launch itself each time.
     """
 
     def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
-        """The launch with these arguments: each side is memory that stays, under device ids of step
-        1 and offset 0, or one dense tensor without ids. None if more than that can change."""
+        """Return the launch with these arguments packed; None if more than addresses can change.
+
+        Each side must be memory that stays: with device ids of step 1 and offset 0, or one dense
+        tensor without ids.
+        """
 
 
 #: Return why the bytes of a tensor do not lie where its strides say, and what to do; "" if they do.
@@ -182,15 +203,19 @@ def __getattr__(name: str) -> object:
 
 
 class Backend(ABC):
-    """One way of carrying plans out on one device.
+    """One method of executing plans on one device.
 
     A subclass sets ``name`` and implements `probe`, `capabilities` and `prepare`.
+
+    Attributes:
+        name: the name under which it is registered.
+        emulated: the device or the driver is emulated.
+        carrier: the executor of plans if the backend has several, such as ``the AscendC kernel``.
+        library: the path of a library that was built for the backend beforehand.
     """
 
     name: str = ""
-    #: What the suite's reports say of it: whether it emulates its device; what carries plans out if
-    #: there is more than one way, such as ``the AscendC kernel``; and the file of the library that
-    #: was built for it beforehand.
+    # The conformance suite's reports contain these three.
     emulated: bool = False
     carrier: str = ""
     library: str = ""
@@ -201,29 +226,29 @@ class Backend(ABC):
     @classmethod
     @abstractmethod
     def probe(cls, device: torch.device) -> Decision:
-        """Whether this backend can run on ``device``; cheap, without side effects.
+        """Decide whether this backend can run on ``device``; cheap, without side effects.
 
-        If torch does not know the device's type, ``device`` is a name with ``type`` and
-        ``index`` only. Then the answer counts for its reason: what to install.
+        If torch does not know the device's type, ``device`` is a name with ``type`` and ``index``
+        only. The decision then counts for its reason, such as a package to install.
         """
 
     @classmethod
     def hides(cls, device: torch.device) -> FormatCheck | None:
-        """A function that says whether a tensor on ``device`` has a private format of the vendor's.
+        """Return a function that detects tensors on ``device`` in a private format of the vendor.
 
-        Asked of the class, since no backend may move such a tensor, whichever serves the plan: once
-        for each device that extends torch. The function is called once for each view.
+        This is a method of the class, since no backend may move such a tensor. The library calls it
+        once for each device that extends torch, and the returned function once for each view.
         """
         return None
 
     @abstractmethod
     def capabilities(self) -> Capabilities:
-        """What this backend claims on its device."""
+        """Return the claims of this backend on its device."""
 
     def check(self, plan: CopyPlan) -> Decision:
-        """Whether it takes this plan; pure. The default compares plan and capabilities.
+        """Decide whether the backend takes this plan; pure. The default compares plan and claims.
 
-        A backend that reads rows by `KVView.plane` refuses forms that have no plane to show::
+        A backend that reads rows by `KVView.plane` rejects forms that have no plane to show::
 
             decision = super().check(plan)
             why = plan.src.unshown or plan.dst.unshown
@@ -232,21 +257,22 @@ class Backend(ABC):
             return decision
         """
         why = refusal(self.capabilities(), plan)
-        reads = plan.src.place == "peer"
-        told = "reads the peer's rows, with the whole device" if reads else "takes the plan"
-        return Decision(self.name, why is None, why or told)
+        accepts = "takes the plan"
+        if plan.src.place == "peer":
+            accepts = "reads the peer's rows, with the whole device"
+        return Decision(self.name, why is None, why or accepts)
 
     @abstractmethod
     def prepare(self, plan: CopyPlan) -> Launch:
-        """Compile, load and return the launch.
+        """Compile and load everything that the plan needs, and return the launch.
 
         Raises:
-            Unsupported: the plan cannot be carried out; nothing was written.
+            Unsupported: the plan cannot be executed; nothing was written.
         """
 
 
 def refusal(can: Capabilities, plan: CopyPlan) -> str | None:
-    """The first claim that a plan exceeds, as a sentence, or None."""
+    """Return the first claim that a plan exceeds, as a sentence, or None."""
     route = (plan.src.place, plan.dst.place)
     if route not in can.places:
         return f"it does not copy from {route[0]} to {route[1]} memory"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`compiled`: a plan as one indexed copy, through ``torch.compile``.
 
-One kernel moves all planes of a nest, whether they share an allocation or not; it is compiled in
-`prepare` only, for each shape that a model fixes (see `_compiled_program`). Ids are guarded inside
-of it: to clean them before would read device ids on the host, and wait for the device.
+One kernel moves all planes of a nest, in one allocation or in several. It is compiled only in
+`prepare`, for each shape that a model fixes (see `_compiled_program`). The kernel guards ids
+itself: to clean them before it would read device ids on the host, and wait for the device.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Compiled(Backend):
         return Decision(cls.name, why is None, why or f"inductor compiles for {device.type}")
 
     def capabilities(self) -> Capabilities:
-        # Which dtype of ids will come is not known in prepare, and each is a program of its own.
+        # `prepare` does not know the dtype of later ids, and each dtype needs a separate program.
         return Capabilities(
             places_on(self.device),
             index_dtypes=frozenset({torch.int64}),
@@ -85,14 +85,14 @@ class Compiled(Backend):
             return _CompiledLaunch(plan, copies, self._reporting(plan), self._lost_bytes(_WORD))
 
     def _lost_bytes(self, nbytes: int) -> torch.Tensor:
-        """Memory for rows that are not to be moved; it is never read."""
+        """Return memory for rows that are not to be moved; it is never read."""
         with torch.inference_mode(False):
             return self._lost.get_or_make(
                 nbytes, lambda: torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
             )
 
     def _copying(self, shape: CopyShape) -> Program:
-        """The program of a shape; all rows of its example are the first bytes of one buffer."""
+        """Return the program of a shape; its example's rows are the first bytes of one buffer."""
 
         def make() -> Program:
             units = max(2, _EXAMPLE // (prod(shape.loops) * shape.run))
@@ -110,7 +110,7 @@ class Compiled(Backend):
         return self.programs.get_or_make(shape, make)
 
     def _reporting(self, plan: CopyPlan) -> Program | None:
-        """The program that reports bad ids; None for a plan without ids."""
+        """Return the program that reports bad ids; None for a plan without ids."""
         key = (plan.src_step > 0, plan.dst_step > 0)
 
         def make() -> Program:
@@ -146,7 +146,7 @@ class _CompiledLaunch(MoveLaunch):
         units = move.count // self._unit
         side = None
         if self._report is not None and status is not None:
-            side = self._beside(self._report, self._to_report(move, units, status))
+            side = self._start_report(self._report, self._to_report(move, units, status))
         try:
             # A view without slots has no memory, and every id is bad.
             if move.src.slots and move.dst.slots:
@@ -156,16 +156,18 @@ class _CompiledLaunch(MoveLaunch):
             if side is not None:
                 torch.cuda.current_stream(self._lost.device).wait_stream(side)
 
-    def _beside(self, report: Program, arguments: list[Argument]) -> torch.cuda.Stream | None:
-        """Report bad ids while the copy runs, on a stream beside its own, which is returned: behind
-        it the report took 15 % of the time of a 33 MB copy. In a capture it comes before the copy:
-        a fork would gain nothing there."""
+    def _start_report(self, report: Program, arguments: list[Argument]) -> torch.cuda.Stream | None:
+        """Report bad ids while the copy runs, on a side stream, and return that stream.
+
+        After the copy, the report took 15 % of the time of a 33 MB copy. In a capture it runs
+        before the copy and this returns None: a fork would gain nothing there.
+        """
         device = self._lost.device
         if device.type == "cpu" or capturing(device):
             report(arguments)
             return None
         current = torch.cuda.current_stream(device)
-        # One for each caller's stream: a shared one would wait for the work of them all.
+        # One for each caller's stream: a shared one would wait for the work of all callers.
         side: Any = side_stream(current, "ids", "report")
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -178,18 +180,26 @@ class _CompiledLaunch(MoveLaunch):
         lost = self._lost.data_ptr()
         low = min(word, lost) // ALIGNMENT * ALIGNMENT
         memory = memory_from(low, device, torch.int64)
-        given: list[Argument] = [memory, units, self._unit, (word - low) // 8, (lost - low) // 8]
+        arguments: list[Argument] = [
+            memory,
+            units,
+            self._unit,
+            (word - low) // 8,
+            (lost - low) // 8,
+        ]
         for view, index, per_id in zip(move[:2], move[2:4], self._per_id, strict=True):
             if index.ids is not None:
                 first = index.offset // self._unit
                 ids = id_arguments(index.ids.data_ptr(), device, first, per_id)
-                given += [*ids, view.slots // self._unit, per_id]
-        return given
+                arguments += [*ids, view.slots // self._unit, per_id]
+        return arguments
 
 
 class _NestArguments:
-    """One nest: the ``shape`` of its program, and the arguments of its launches; ``lost`` is memory
-    of one run, on the device, for what is not to be moved."""
+    """One nest: the ``shape`` of its program, and the arguments of its launches.
+
+    ``lost`` is memory of one run, on the device, that takes the rows which must not move.
+    """
 
     def __init__(self, nest: Nest, plan: CopyPlan, lost: torch.Tensor) -> None:
         width = min(nest.vector, 8)
@@ -204,25 +214,25 @@ class _NestArguments:
             self._src.shape,
             self._dst.shape,
         )
-        self._lost = lost  # held here: arguments only know its address
+        self._lost = lost  # retained here: arguments contain only its address
 
     def launch(self, move: Move, units: int) -> list[Argument]:
-        """The arguments of one launch."""
-        mine, _ = self._src.arguments(move.src, move.src_index)
-        theirs, low = self._dst.arguments(move.dst, move.dst_index)
+        """Return the arguments of one launch."""
+        src, _ = self._src.arguments(move.src, move.src_index)
+        dst, low = self._dst.arguments(move.dst, move.dst_index)
         lost = (self._lost.data_ptr() - low) // self.shape.grain
-        return [units, *mine, *theirs, *[lost] * self.shape.has_ids]
+        return [units, *src, *dst, *[lost] * self.shape.has_ids]
 
 
 class _SideArguments(SideArguments):
     """One side of a nest."""
 
     copy: CopyShape  # the nest's
-    reached: tuple[int, ...] = ()  # addresses that the side's memory must reach beside a view's
+    reached: tuple[int, ...] = ()  # further addresses that the side's memory must reach
 
     @cached_property
     def shape(self) -> SideShape:
-        """What the model fixes of it."""
+        """The values of the side that the model fixes."""
         units = self.side.units
         return SideShape(
             self.per_id,
@@ -240,22 +250,22 @@ class _SideArguments(SideArguments):
         return steps
 
     def arguments(self, view: KVView, index: Index) -> tuple[list[Argument], int]:
-        """The arguments of this side, and the address that its memory begins at."""
+        """Return the arguments of this side, and the address that its memory begins at."""
         base, _, ids, _, first, limit = self.request(view, index)
-        memory, table, low = self._kept(view)
-        given: list[Argument] = [memory]
+        memory, table, low = self._memory(view)
+        tensors: list[Argument] = [memory]
         numbers = [(base - low) // self.copy.grain, first]
         if self.per_id:
             of_ids, first, rest = id_arguments(ids, view.device, first, self.per_id)
-            given.append(of_ids)
+            tensors.append(of_ids)
             numbers[1:] = [first, limit, *[rest] * (self.per_id > 1)]
         if table is not None:
-            given.append(table)
+            tensors.append(table)
             numbers.append(self.side.table)
-        return [*given, *numbers, *self._steps], low
+        return [*tensors, *numbers, *self._steps], low
 
-    def _kept(self, view: KVView) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-        """A view's memory, its table of addresses, and the address that the memory begins at."""
+    def _memory(self, view: KVView) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """Return a view's memory, its table of addresses, and the address of the memory."""
         if self not in view.derived:
             low = min((*view.origins, *self.reached)) // ALIGNMENT * ALIGNMENT
             copy = self.copy
@@ -271,16 +281,20 @@ class _SideArguments(SideArguments):
 def id_arguments(
     ids: int, device: torch.device, first: int, per_id: int
 ) -> tuple[torch.Tensor, int, int]:
-    """The memory that holds ids, the position there of the id of unit ``first``, and how many of
-    that id's units come before."""
+    """Return the memory of ids, the position there of the id of unit ``first``, and the rest.
+
+    The rest is the number of that id's units before ``first``.
+    """
     low = ids // ALIGNMENT * ALIGNMENT
     first, rest = divmod(first, per_id)
     return memory_from(low, device, torch.int64), (ids - low) // 8 + first, rest
 
 
 def _missing(device: torch.device) -> str | None:
-    """What compiling for a device lacks, as a sentence, or None. Imports nothing: inductor alone
-    takes a second, and what it finds wrong is the self-check's reason."""
+    """Return what compiling for a device lacks, as a sentence, or None.
+
+    Imports nothing: inductor alone takes a second. A fault of inductor is the self-check's reason.
+    """
     if device.type not in ("cpu", "cuda"):
         return f"it runs on cuda and cpu devices, not on {device.type}"
     if not hasattr(torch._C, "_construct_storage_from_data_pointer"):
@@ -288,24 +302,34 @@ def _missing(device: torch.device) -> str | None:
     for switch in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
         if os.environ.get(switch, "0") not in ("", "0"):
             return f"torch.compile is switched off by {switch}"
-    if device.type == "cuda":
-        if find_spec("triton") is None:
-            return "inductor needs the package triton for GPUs, and it is not installed"
-        compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
-        if not any(shutil.which(compiler) for compiler in compilers if compiler):
-            return "Triton finds no C compiler for its launchers; install gcc, or set CC"
-    else:
-        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-        if shutil.which(compiler) is None:
-            return f"inductor's C++ compiler {compiler!r} is not there; install g++, or set CXX"
-        # torch 2.13 joins the words of the compiler's command by spaces, and does not quote them.
-        package = str(Path(torch.__file__).parent)
-        if " " in package:
-            return (
-                f"inductor cannot pass a path with a space to the compiler, and torch lies in "
-                f"{package}"
-            )
+    why = _missing_for_gpu() if device.type == "cuda" else _missing_for_cpu()
+    if why is not None:
+        return why
     folder = sysconfig.get_path("include")
     if not (Path(folder) / "Python.h").exists():
         return f"Python's headers are not in {folder}; install them (Debian: python3-dev)"
+    return None
+
+
+def _missing_for_gpu() -> str | None:
+    """Return what compiling for a GPU lacks, as a sentence, or None."""
+    if find_spec("triton") is None:
+        return "inductor needs the package triton for GPUs, and it is not installed"
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    if not any(shutil.which(compiler) for compiler in compilers if compiler):
+        return "Triton finds no C compiler for its launchers; install gcc, or set CC"
+    return None
+
+
+def _missing_for_cpu() -> str | None:
+    """Return what compiling for the CPU lacks, as a sentence, or None."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"inductor's C++ compiler {compiler!r} is not there; install g++, or set CXX"
+    # torch 2.13 joins the words of the compiler's command by spaces, and does not quote them.
+    package = str(Path(torch.__file__).parent)
+    if " " in package:
+        return (
+            f"inductor cannot pass a path with a space to the compiler, and torch lies in {package}"
+        )
     return None

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hip`: the row kernel of ``native/cuda``, compiled by hipRTC, launched through HIP's modules.
 
-For AMD devices and Hygon's DCUs, which torch calls ``cuda`` as well; ``torch.version.hip`` tells
-them apart. The kernel knows no warps, so that waves of 64 lanes are as good as any. Compiled for
-gfx906, gfx908 and gfx90a and run on a CPU (docs/hardware.md); never yet on such a device.
+For AMD devices and Hygon's DCUs, which torch also calls ``cuda``; ``torch.version.hip``
+distinguishes them. The kernel does not depend on the width of a warp, so that waves of 64 lanes
+serve as well. It was compiled for gfx906, gfx908 and gfx90a and run on a CPU (docs/hardware.md); it
+has not yet run on such a device.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ class Hip(RowsBackend):
 
     @staticmethod
     def open_driver() -> Driver:
-        """The libraries of HIP; `DriverMissing` if they cannot be had."""
+        """Return the libraries of HIP; raise `DriverMissing` if they cannot be loaded."""
         return _hip_driver.driver()
 
     @staticmethod
     def find_card(device: torch.device, driver: Driver) -> Card:
-        """The device, as launches call it."""
+        """Return the device with the functions that launches call."""
         return Card(device, driver)
 
     @classmethod
@@ -68,7 +69,7 @@ class Hip(RowsBackend):
 
 
 def _no_device(driver: Driver, device: torch.device) -> str | None:
-    """Why HIP has no such device, or None."""
+    """Return why HIP has no such device, or None."""
     count = ctypes.c_int()
     error = driver.runtime.hipGetDeviceCount(ctypes.byref(count))
     if error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mlu`: Cambricon MLU, by ops of ``torch_mlu_ops`` for paged caches, and by torch indexing.
 
-Which op serves which plan. The first that takes the plan, and the call, carries it out:
+The first op that takes the plan, and the call, executes it:
 
     op                         side with ids                    other side
     multi_layer_kv_transfer    HND, a tensor for each layer     one whole chunk [kv, L, T, h*d]
@@ -12,7 +12,7 @@ Which op serves which plan. The first that takes the plan, and the call, carries
 `reshape_paged_cache` gathers only in releases that have ``direction``. Both ops take heads of whole
 32 bytes here: they are known with head sizes of 16 elements and more, and a third party's script
 shows a release that left half of a cache unwritten if a head had 8 bytes. They skip negative
-slots, and the host does not wait. For indexing bad ids are taken out, and the host waits for that.
+slots, and the host does not wait. Before indexing, bad ids are removed, and the host waits.
 
 Written against documentation; nothing here has run on an MLU. `torch_mlu_ops` has no public source.
 Sources of its signatures:
@@ -53,15 +53,15 @@ from portakv.runtime.devices import VENDOR_PACKAGES, Unusable, imported, version
 from portakv.view.form import Form
 from portakv.view.view import KVView
 
-# What both ops move; anything else goes as int8, which is among them.
+# The dtypes that both ops move; any other dtype goes as int8.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 _HEAD = 32  # bytes
-# Of one element that is indexed: torch_mlu promises nothing about 64-bit integers.
+# Bytes of an element for indexing: torch_mlu does not promise 64-bit integers.
 _ELEMENT = 4
 _INT32 = 2**31 - 1
-#: The parameters of `reshape_paged_cache` in older releases, and in those that gather too.
+#: The parameters of `reshape_paged_cache` in older releases, and in releases that also gather.
 SCATTER = ("k", "v", "k_cache", "v_cache", "slot_mapping")
-BOTH_WAYS = (*SCATTER, "direction")
+WITH_DIRECTION = (*SCATTER, "direction")
 #: The parameters of `multi_layer_kv_transfer`.
 TRANSFER = (
     "key_value",
@@ -92,7 +92,7 @@ class Mlu(Backend):
         if device.type != "mlu":
             return Decision(cls.name, False, f"it runs on mlu devices, not on {device.type}")
         try:
-            return Decision(cls.name, True, load_ops().told)
+            return Decision(cls.name, True, load_ops().summary)
         except Unusable as error:
             return Decision(cls.name, False, str(error))
 
@@ -102,17 +102,17 @@ class Mlu(Backend):
 
     def check(self, plan: CopyPlan) -> Decision:
         decision = super().check(plan)
-        ways = _ways(plan, self._ops)
-        by = ways[0].op if ways else "index_select and index_copy_, after a wait"
+        fitting = _ops_for(plan, self._ops)
+        by = fitting[0].op if fitting else "index_select and index_copy_, after a wait"
         by = f"takes the plan by {by}"
         return replace(decision, reason=by) if decision.accepted else decision
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        return _MluLaunch(self.device, plan, _ways(plan, self._ops))
+        return _MluLaunch(self.device, plan, _ops_for(plan, self._ops))
 
 
 class _Call(NamedTuple):
-    """One launch as the ops see it."""
+    """One launch as the ops receive it."""
 
     cache: KVView
     dense: KVView
@@ -127,7 +127,7 @@ class _Layers:
     op = "multi_layer_kv_transfer"
 
     def __init__(self, cache: Form, dense: Form, gather: bool, ops: Ops) -> None:
-        self._op: Any = ops.transfer
+        self._op = ops.transfer
         self._cache = cache
         self._dense = dense
         self._direction = ops.directions.get("D2H" if gather else "H2D")
@@ -148,8 +148,11 @@ class _Layers:
         return self._cache.kv == 1 or (self._cache.kv == 2 and pair)
 
     def takes(self, call: _Call) -> bool:
-        """Whether the chunk is one dense block of just these tokens, and keys and values are as far
-        apart as the format has them. Forms do not know counts."""
+        """Return True if the op can execute this call.
+
+        The chunk must be one dense block of just these tokens. Keys and values must be as far apart
+        as the format has them; forms do not know counts.
+        """
         tokens = call.dense.slots
         layers = self._cache.layers
         inner = [(layers, 0, tokens * self._row)] if layers > 1 else []
@@ -165,6 +168,7 @@ class _Layers:
         plane = planes(call.dense, call.dtype)[0][0]
         tokens, heads, width = plane.shape
         size = [call.dense.kv, call.dense.layers, tokens, heads * width][call.dense.kv == 1 :]
+        assert self._op is not None  # `fits` has checked it
         self._op(
             key_value=plane.as_strided(size, [prod(size[at:]) for at in range(1, len(size) + 1)]),
             kv_cache_ptrs=_pointers(call),
@@ -180,13 +184,15 @@ class _Layers:
 
 
 def _pointers(call: _Call) -> torch.Tensor:
-    """The address of each layer's cache, on the device; kept for each stream, since no other is
-    ordered behind the copy that brings them there."""
+    """Return the address of each layer's cache, on the device; cached for each stream.
+
+    No other stream is ordered after the copy that brings the addresses there.
+    """
     key = (_pointers, torch.accelerator.current_stream(call.cache.device).stream_id)
     if key not in call.cache.derived:
-        found = [layer[0].data_ptr() for layer in planes(call.cache, call.dtype)]
+        addresses = [layer[0].data_ptr() for layer in planes(call.cache, call.dtype)]
         with torch.inference_mode(False):
-            call.cache.derived[key] = torch.tensor(found).to(call.cache.device)
+            call.cache.derived[key] = torch.tensor(addresses).to(call.cache.device)
     return call.cache.derived[key]  # type: ignore[no-any-return]
 
 
@@ -197,7 +203,7 @@ class _Planes:
 
     def __init__(self, cache: Form, dense: Form, gather: bool, ops: Ops) -> None:
         self._op = ops.reshape
-        self._told = {"direction": gather} if ops.gathers else {}
+        self._more = {"direction": gather} if ops.gathers else {}
         self.fits = packed(cache, HND) and (ops.gathers or not gather)
 
     def takes(self, call: _Call) -> bool:
@@ -210,81 +216,86 @@ class _Planes:
             rows = [plane[call.first : last] for plane in tokens]
             pages = [plane.transpose(1, 2) for plane in caches]
             if len(rows) == 2 and rows[0].shape == rows[1].shape:
-                self._op(*rows, *pages, slots, **self._told)
+                self._op(*rows, *pages, slots, **self._more)
                 continue
             for row, page in zip(rows, pages, strict=True):
-                self._op(row, None, page, None, slots, **self._told)
+                self._op(row, None, page, None, slots, **self._more)
 
 
-def _ways(plan: CopyPlan, ops: Ops) -> list[_Layers | _Planes]:
-    """The vendor's ops that a plan fits, in the order of this file's table."""
+def _ops_for(plan: CopyPlan, ops: Ops) -> list[_Layers | _Planes]:
+    """Return the vendor's ops that a plan fits, in the order of this module's table."""
     gather = plan.src_step > 0
     cache, dense = (plan.src, plan.dst) if gather else (plan.dst, plan.src)
     whole = all(width % _HEAD == 0 for width in cache.widths)
     if gather == (plan.dst_step > 0) or not (whole and packed(dense, TOKENS)):
         return []
-    ways = (_Layers(cache, dense, gather, ops), _Planes(cache, dense, gather, ops))
-    return [way for way in ways if way.fits]
+    known = (_Layers(cache, dense, gather, ops), _Planes(cache, dense, gather, ops))
+    return [op for op in known if op.fits]
 
 
 class _MluLaunch(MoveLaunch):
     tables = False, False
 
     # The ops are not known to make their tensors' device current by themselves.
-    def __init__(self, device: torch.device, plan: CopyPlan, ways: list[_Layers | _Planes]) -> None:
+    def __init__(self, device: torch.device, plan: CopyPlan, ops: list[_Layers | _Planes]) -> None:
         self.device = device
         self._plan = plan
-        self._ways = ways
+        self._ops = ops
         self._rest = GuardedRows(plan, device, _ELEMENT)
 
     @torch.no_grad()
     def carry(self, move: Move, status: torch.Tensor | None) -> None:
-        src, dst, mine, theirs, count = move
-        cache, dense, index, rows = (
-            (src, dst, mine, theirs) if self._plan.src_step else (dst, src, theirs, mine)
-        )
-        own = cache.owners[0].dtype
-        dtype = own if own in _DTYPES and own.itemsize <= self._plan.vector else torch.int8
-        call = _Call(cache, dense, rows.offset, count, dtype)
-        way = next((way for way in self._ways if way.takes(call)), None)
-        if way is None or cache.slots > _INT32:
+        gathers = self._plan.src_step > 0
+        cache = move.src if gathers else move.dst
+        dense = move.dst if gathers else move.src
+        index = move.src_index if gathers else move.dst_index
+        rows = move.dst_index if gathers else move.src_index
+        dtype = cache.owners[0].dtype
+        if dtype not in _DTYPES or dtype.itemsize > self._plan.vector:
+            dtype = torch.int8
+        call = _Call(cache, dense, rows.offset, move.count, dtype)
+        op = next((op for op in self._ops if op.takes(call)), None)
+        if op is None or cache.slots > _INT32:
             self._rest(move, status)
         else:
-            way(call, guarded_slots(cache, index, count, dense.device, status))
+            op(call, guarded_slots(cache, index, move.count, dense.device, status))
 
 
 @dataclass(frozen=True)
 class Ops:
     """The ops of the installed package."""
 
-    reshape: Callable[..., Any]  # `reshape_paged_cache`
+    reshape: Callable[..., object]  # `reshape_paged_cache`
     gathers: bool  # it has a direction
-    transfer: Callable[..., Any] | None  # `multi_layer_kv_transfer`, if its parameters are known
-    formats: dict[str, Any]  # members of ``KVFormat`` by name
-    directions: dict[str, Any]  # members of ``TransferDirection``
-    emulated: bool  # the package says that it is a stand-in
-    told: str  # all this as a sentence
+    transfer: Callable[..., object] | None  # `multi_layer_kv_transfer`, if its parameters are known
+    formats: dict[str, object]  # members of ``KVFormat`` by name
+    directions: dict[str, object]  # members of ``TransferDirection``
+    emulated: bool  # the package declares itself a stand-in
+    summary: str  # all this as a sentence
 
 
 def load_ops() -> Ops:
-    """The ops of the installed package, which is imported.
+    """Import the installed package and return its ops.
 
     Raises:
-        Unusable: there is no package, it does not load, or `reshape_paged_cache` is another.
+        Unusable: there is no package, it does not load, or `reshape_paged_cache` has other
+            parameters.
     """
     package = imported("torch_mlu_ops", VENDOR_PACKAGES["mlu"][1])
     name = f"torch_mlu_ops {version_of(package)}"
     reshape: Any = getattr(package, "reshape_paged_cache", None)
-    found = parameters(reshape)
-    if found not in (SCATTER, BOTH_WAYS):
-        has = written("reshape_paged_cache", found) if callable(reshape) else "no such op"
+    signature = parameters(reshape)
+    if signature not in (SCATTER, WITH_DIRECTION):
+        has = written("reshape_paged_cache", signature) if callable(reshape) else "no such op"
         raise Unusable(
             f"reshape_paged_cache is wanted of {name}, which has {has}; expected "
-            f"{written('reshape_paged_cache', BOTH_WAYS)}, or the same without direction: install "
-            f"a release that has it"
+            f"{written('reshape_paged_cache', WITH_DIRECTION)}, or the same without direction: "
+            f"install a release that has it"
         )
-    gathers = found == BOTH_WAYS
-    ways = "to and from the cache" if gathers else "to the cache only, since it has no direction"
+    gathers = signature == WITH_DIRECTION
+    directions_text = (
+        "to and from the cache" if gathers else "to the cache only, since it has no direction"
+    )
     transfer = getattr(package, "multi_layer_kv_transfer", None)
     more = "multi_layer_kv_transfer"
     if not callable(transfer):
@@ -297,18 +308,18 @@ def load_ops() -> Ops:
     label = " (emulated)" if emulated else ""
     enumerations = [getattr(package, x, None) for x in ("KVFormat", "TransferDirection")]
     formats, directions = (dict(getattr(x, "__members__", {})) for x in enumerations)
-    told = f"{name}{label} has reshape_paged_cache ({ways}) and {more}"
-    return Ops(reshape, gathers, transfer, formats, directions, emulated, told)
+    summary = f"{name}{label} has reshape_paged_cache ({directions_text}) and {more}"
+    return Ops(reshape, gathers, transfer, formats, directions, emulated, summary)
 
 
-def parameters(found: Any) -> tuple[str, ...]:
-    """The names of a function's parameters; empty if it tells none, or is no function."""
+def parameters(function: Any) -> tuple[str, ...]:
+    """Return the names of a function's parameters; empty if it has no signature."""
     try:
-        return tuple(inspect.signature(found).parameters)
+        return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return ()
 
 
 def written(name: str, names: Sequence[str]) -> str:
-    """A signature for a reader: ``name(a, b)``."""
+    """Format a signature for a reader: ``name(a, b)``."""
     return f"{name}({', '.join(names) or '...'})"

@@ -2,9 +2,9 @@
 """`reference`: plain tensor indexing, short enough to check by reading, on any torch device.
 
 Each side of a nest becomes a strided tensor ``[units, loops..., run]`` for each entry of the
-address table, its elements as wide as the plan's vector; the copy is then ``index_select``,
-``index_copy_`` or ``copy_`` (see `strided`). Ids must be clean: neither negative nor past the end
-(the caller of a launch sees to it, because this backend claims neither).
+address table, with elements as wide as the plan's vector. The copy is then ``index_select``,
+``index_copy_`` or ``copy_`` (see `strided`). Ids must be clean, neither negative nor past the end:
+this backend claims neither skipping nor guarding, so that the caller of a launch removes bad ids.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from portakv.plan.plan import CopyPlan, Move
 
 
 def _put_bits(target: torch.Tensor, dim: int, rows: torch.Tensor, source: torch.Tensor) -> None:
-    """`Tensor.index_copy_` of elements that may be complex numbers. Under deterministic algorithms
-    torch multiplies by one on CUDA, and a part that is no number spoils the other one."""
+    """Call `Tensor.index_copy_` with elements that may be complex numbers.
+
+    Under deterministic algorithms torch multiplies by one on CUDA: a NaN in one part of a complex
+    number then spoils the other part.
+    """
     if target.is_complex() and torch.are_deterministic_algorithms_enabled():
         target = target.view(torch.int64)
         source = source.view(torch.int64)
@@ -28,7 +31,7 @@ def _put_bits(target: torch.Tensor, dim: int, rows: torch.Tensor, source: torch.
 def _pick(
     source: torch.Tensor, dim: int, rows: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`index_select` by numbers of any shape; ``out`` may have holes."""
+    """Call `index_select` with row numbers of any shape; ``out`` may have holes."""
     if rows.dim() == 1:
         return torch.index_select(source, dim, rows, out=out)
     if out is None:
@@ -37,7 +40,7 @@ def _pick(
 
 
 def _put(target: torch.Tensor, dim: int, rows: torch.Tensor, source: torch.Tensor) -> None:
-    """`Tensor.index_copy_` by numbers of any shape."""
+    """Call `Tensor.index_copy_` with row numbers of any shape."""
     if rows.dim() == 1:
         target.index_copy_(dim, rows, source)
     else:
@@ -45,7 +48,7 @@ def _put(target: torch.Tensor, dim: int, rows: torch.Tensor, source: torch.Tenso
 
 
 # complex128 is torch's only 16-byte dtype, and not every vendor has it. A CPU is faster with a call
-# for each plane than with strides over all of them.
+# for each plane than with strides over all planes.
 _OPS = {"cpu": Ops(16, by_plane=True), "cuda": Ops(16, put=_put_bits)}
 _NESTED = Ops(nested=True, select=_pick, put=_put)
 

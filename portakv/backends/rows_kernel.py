@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The row kernel's text and arguments for a plan, whatever compiles and launches it.
+"""The row kernel's source text and arguments for a plan, for every compiler and driver.
 
-What a model fixes becomes template parameters of ``native/cuda/rows.cuh``; what a request changes
-becomes the argument ``Copy``, packed here as that file declares it.
+Values that a model fixes become template parameters of ``native/cuda/rows.cuh``. Values that a
+request changes become the argument ``Copy``, packed here as that file declares it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib.resources import files
 from itertools import chain
 from math import prod
 from posixpath import normpath
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from portakv.backends._sides import Request as Request
 from portakv.backends._sides import SideArguments, split_loops
@@ -25,11 +25,11 @@ from portakv.runtime.bounded import Bounded
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: Threads of a block unless a device wants others.
+#: Threads of a block, unless a device needs another number.
 THREADS = 128
 #: Names of the entries in a kernel's text, by the vectors that one thread moves.
 NAMES = {1: "portakv_rows", 2: "portakv_rows_2"}
-# array lengths in `Side`
+# Array lengths in `Side`.
 MAX_UNITS = 3
 MAX_OUTER = 4
 MAX_INNER = 6
@@ -47,10 +47,14 @@ MAX_VECTORS = 2**31
 MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
 
 
-class Tuning(NamedTuple):
-    """How a launch of some size is cut; measured on an H200 (benchmarks/NOTES.md, section 6)."""
+#: Packs a repeated launch; see `RowsKernel.packer`.
+Packer: TypeAlias = Callable[[bytearray, int, int, int, int, int, int], None]
 
-    payload: int  # bytes, from which on
+
+class Tuning(NamedTuple):
+    """The cut of a launch of some size; measured on an H200 (benchmarks/NOTES.md, section 6)."""
+
+    payload: int  # the least bytes that the tuning is for
     each: int  # vectors that one thread moves
     ahead: int  # bytes to prefetch ahead in copy order
 
@@ -64,8 +68,8 @@ TUNING = (
 )
 
 
-#: Rows of a peer, at any size. A prefetch into L2 asks for them over the link a second time: 6 GB/s
-#: with it, 375 without, between two H200.
+#: Rows of a peer, at any size. A prefetch into L2 transfers them over the link a second time:
+#: 6 GB/s with it, 375 without, between two H200.
 PEER_TUNING = (Tuning(0, 1, 0),)
 
 
@@ -74,28 +78,32 @@ _texts: Bounded[str, str] = Bounded("kernel texts", 8)
 
 
 def kernel_text(name: str = "cuda/rows.cuh") -> str:
-    """A file of ``native``, as it travels in the wheel, with what it includes of ``native`` in its
-    place: compilers at run time have no folder to look in."""
+    """Return a file of ``native``, as the wheel contains it, with its includes of ``native``
+    expanded.
+
+    Compilers at run time have no folder to look in.
+    """
     return _texts.get_or_make(name, lambda: _read(name))
 
 
 def _read(name: str) -> str:
     folder, _, file = name.rpartition("/")
     text = files("portakv_native").joinpath(folder).joinpath(file).read_text()
-    return _INCLUDE.sub(lambda found: kernel_text(normpath(f"{folder}/{found[1]}")), text)
+    return _INCLUDE.sub(lambda include: kernel_text(normpath(f"{folder}/{include[1]}")), text)
 
 
 class RowsKernel:
-    """One nest of a plan: its instance of the kernel and how its arguments are packed.
+    """One nest of a plan: its instance of the kernel, and the packing of its arguments.
 
     Args:
         threads: of a block.
-        tunings: how launches are cut, by their size; None: `TUNING`. Of a peer's rows it is always
+        tunings: the cuts of launches, by their size; None: `TUNING`. A peer's rows always use
             `PEER_TUNING`.
 
     Attributes:
         row: vectors of one unit in one plane.
         planes: blocks along y.
+        most_units: the most units of one launch.
 
     Raises:
         Unsupported: more loops than the kernel's arguments hold.
@@ -135,13 +143,29 @@ class RowsKernel:
         self.src, self.dst = (_SideWords(nest, plan, x, outer, inner) for x in ("src", "dst"))
         self._dst_table_at = _TABLES_AT + 8 * max(1, self.src.entries)
         self._unit_bytes = self.row * self.planes * self.vector
-        #: The most units of one launch.
         self.most_units = max(1, (MAX_VECTORS - 1) // self.row)
-        self.run = nest.run
-        self.outer, self.inner = [[x.extent for x in loops] for loops in (outer, inner)]
+        self._nest = nest
+
+    @property
+    def run(self) -> int:
+        """The bytes of a contiguous run."""
+        return self._nest.run
+
+    @property
+    def outer(self) -> list[int]:
+        """The extents of the loops over planes."""
+        return [loop.extent for loop in split_loops(self._nest.loops)[0]]
+
+    @property
+    def inner(self) -> list[int]:
+        """The extents of the loops inside a unit of a plane."""
+        return [loop.extent for loop in split_loops(self._nest.loops)[1]]
+
+    @property
+    def fixed(self) -> bytes:
+        """The argument with all values that do not change."""
         tables = max(1, self.src.entries) + max(1, self.dst.entries)
-        #: The argument with everything in it that does not change.
-        self.fixed = bytes(_REQUEST.size) + self.src.fixed + self.dst.fixed + bytes(8 * tables)
+        return bytes(_REQUEST.size) + self.src.fixed + self.dst.fixed + bytes(8 * tables)
 
     @property
     def source(self) -> str:
@@ -160,15 +184,14 @@ class RowsKernel:
         )
 
     def entry(self, each: int, name: str) -> str:
-        """The definition of one entry, behind the types of its shape."""
-        call = (
-            f"copy_rows<{self.vector}, {self.run // self.vector}, {each}, Inner, Outer, Src, Dst>"
-        )
+        """Return the definition of one entry, which follows the types of its shape."""
+        run = self.run // self.vector
+        call = f"copy_rows<{self.vector}, {run}, {each}, Inner, Outer, Src, Dst>"
         argument = "const PORTAKV_CONSTANT Argument copy"
         return f'extern "C" __global__ void {name}({argument}) {{ {call}(copy); }}\n'
 
     def tuned(self, units: int) -> tuple[int, int]:
-        """(vectors that one thread moves, vectors to prefetch ahead) for so many units."""
+        """Return (vectors that one thread moves, vectors to prefetch ahead) for so many units."""
         payload = units * self._unit_bytes
         for tuning in self._tunings:
             if payload >= tuning.payload:
@@ -177,18 +200,18 @@ class RowsKernel:
 
     @property
     def small(self) -> int:
-        """Below so many units a thread moves one vector and nothing is fetched ahead."""
+        """The units below which a thread moves one vector and prefetches nothing."""
         others = [x.payload for x in self._tunings if (x.each, x.ahead) != (1, 0)]
         return -(-min(others, default=0) // self._unit_bytes)
 
     def grid(self, units: int, each: int) -> tuple[int, int]:
-        """Blocks along x and y of a launch of so many units."""
+        """Return the blocks along x and y of a launch of so many units."""
         return -(-units * self.row // (self.threads * each)), self.planes
 
     def pack(self, buffer: bytearray, move: Move, status: int, ahead: int) -> None:
-        """Put a request's addresses and counts into the argument; `pack_span` completes it."""
-        mine, theirs = self.requests(move)
-        _REQUEST.pack_into(buffer, 0, *mine, *theirs, 0, 0, self.unit, ahead, status)
+        """Pack a request's addresses and counts into the argument; `pack_span` completes it."""
+        src, dst = self.requests(move)
+        _REQUEST.pack_into(buffer, 0, *src, *dst, 0, 0, self.unit, ahead, status)
         if self.src.entries:
             table = self.src.table(move.src)
             buffer[_TABLES_AT : _TABLES_AT + len(table)] = table
@@ -197,44 +220,46 @@ class RowsKernel:
             buffer[self._dst_table_at : self._dst_table_at + len(table)] = table
 
     def requests(self, move: Move) -> tuple[Request, Request]:
-        """What a request adds to each side; see `SideArguments.request`."""
+        """Return the values that a request adds to each side; see `SideArguments.request`."""
         src, dst, src_index, dst_index, _ = move
         return self.src.request(src, src_index), self.dst.request(dst, dst_index)
 
-    def packer(
-        self, move: Move
-    ) -> Callable[[bytearray, int, int, int, int, int, int], None] | None:
-        """`pack` and `pack_span` of one launch with everything settled but (addresses of the source
-        and of the destination, as `base.Again` has them, first id, units, vectors to prefetch
-        ahead, status word); None if a side without ids is not one tensor."""
+    def packer(self, move: Move) -> Packer | None:
+        """Return a function that packs as `pack` and `pack_span` do, for one repeated launch.
+
+        It takes the buffer, the addresses of the source and of the destination as `base.Again` has
+        them, the first id, the units, the vectors to prefetch ahead, and the status word. Returns
+        None if a side without ids is not one tensor.
+        """
         sides = (self.src, move.src_index), (self.dst, move.dst_index)
         if self.unit != 1 or any(x.kind != "NONE" and y.ids is None for x, y in sides):
             return None
-        (mine, theirs) = map(_settled, self.requests(move), sides)
+        (pack_src, pack_dst) = map(_settled, self.requests(move), sides)
         pack = _REQUEST.pack_into
         return lambda buffer, src, dst, first, units, ahead, status: pack(
-            buffer, 0, *mine(src, first), *theirs(dst, first), units, 0, 1, ahead, status
+            buffer, 0, *pack_src(src, first), *pack_dst(dst, first), units, 0, 1, ahead, status
         )
 
     def spans(self, units: int) -> list[tuple[int, int]]:
-        """(first unit, units) of each launch."""
+        """Return (first unit, units) of each launch."""
         most = self.most_units
         if 0 < units <= most:
             return [(0, units)]
         return [(start, min(most, units - start)) for start in range(0, units, most)]
 
     def pack_span(self, buffer: bytearray, start: int, units: int) -> None:
-        """Which units this launch moves."""
+        """Pack the units that this launch moves."""
         _SPAN.pack_into(buffer, _SPAN_AT, units, start)
 
 
 def _settled(request: Request, side: tuple[SideArguments, Index]) -> Callable[[int, int], Request]:
-    """A side's request by the address of its ids and the first of them, or of its tensor."""
+    """Return a function that makes a side's request from an address and the position of the first
+    id."""
     base, table, _, wide, _, limit = request
     if side[1].ids is not None:
         return lambda ids, first: (base, table, ids, wide, first, limit)
-    behind = side[0].side.offset
-    return lambda address, first: (address + behind, 0, 0, 0, 0, 0)
+    offset = side[0].side.offset
+    return lambda address, first: (address + offset, 0, 0, 0, 0, 0)
 
 
 def _extents(numbers: list[int]) -> str:
@@ -245,9 +270,10 @@ class _SideWords(SideArguments):
     """A side of the rows kernel.
 
     Attributes:
-        kind: also ``PLANES``, a table of ``entries`` that travels with the arguments.
-        ids: whether it has ids.
-        fixed: what a plan fixes, as the kernel's text declares it.
+        kind: as in `SideArguments`, or ``PLANES``: a table of ``entries`` that travels with the
+            arguments.
+        ids: True if it has ids.
+        fixed: the values that a plan fixes, as the kernel's text declares them.
     """
 
     def __init__(
@@ -260,7 +286,7 @@ class _SideWords(SideArguments):
         loops = zip(outer, self.walks, strict=True)
         entries = 1 + sum((x.extent - 1) * table for x, (table, _) in loops)
         if getattr(plan, name).table_on_device:
-            self.kind = "UNITS"  # also a single address: the host has none to put into arguments
+            self.kind = "UNITS"  # also for one address, which the host does not know
         elif self.kind == "UNITS" and not self.side.tabled and entries <= MAX_ENTRIES:
             self.kind = "PLANES"
             self.entries = entries
@@ -272,15 +298,15 @@ class _SideWords(SideArguments):
 
     @property
     def shape(self) -> str:
-        """Its type in the kernel's text."""
+        """The type of the side in the kernel's text."""
         bounded = _extents([x.extent for x in self.side.units[1:]])
         ids = str(self.ids).lower()
         return f"SideShape<{ids}, {self.per_id or 1}, {self.kind}, {self.entries}, {bounded}>"
 
     def table(self, view: KVView) -> bytes:
-        """The entries that travel in the arguments."""
-        kept: bytes | None = view.derived.get(self)
-        if kept is None:
+        """Return the entries that travel in the arguments."""
+        packed: bytes | None = view.derived.get(self)
+        if packed is None:
             entries = view.origins[self.side.table :][: self.entries]
-            kept = view.derived[self] = struct.pack(f"<{self.entries}q", *entries)
-        return kept
+            packed = view.derived[self] = struct.pack(f"<{self.entries}q", *entries)
+        return packed

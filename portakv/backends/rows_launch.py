@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading and launching the kernels of `rows_kernel`, on whatever device, through its driver."""
+"""Load and launch the kernels of `rows_kernel` on any device, through its driver."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from portakv.backends.base import PEERS, Backend, Capabilities, Launch, MoveLaunch, places_on
-from portakv.backends.rows_kernel import THREADS, RowsKernel, Tuning
+from portakv.backends.rows_kernel import THREADS, Packer, RowsKernel, Tuning
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.cuda import ArgumentLists
@@ -22,32 +22,33 @@ from portakv.view.view import KVView
 
 
 class RowsDriver(Protocol):
-    """One device's driver; `runtime.cuda.CudaDriver` says what each function does."""
+    """The driver of one device; `runtime.cuda.CudaDriver` documents each function."""
 
-    success: Any
-
-    def launch(self, *args: Any, **kwargs: Any) -> Any: ...
-    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]: ...
-    def handle(self, stream: torch.Stream | None) -> Any: ...
+    @property
+    def success(self) -> object: ...
+    @property
+    def launch(self) -> Callable[..., object]: ...
+    def load(self, source: str, names: Iterable[str]) -> dict[str, object]: ...
+    def handle(self, stream: torch.Stream | None) -> object: ...
     def current(self) -> AbstractContextManager[object]: ...
-    def check(self, answer: Any, what: str) -> None: ...
+    def check(self, result: Any, what: str) -> None: ...
     def word(self, address: int) -> int: ...
 
 
 class LoadedKernels:
-    """The kernels of one device: each text is compiled, or read from the disk, at most once."""
+    """The kernels of one device: each text is compiled, or read from disk, at most once."""
 
     def __init__(self, driver: RowsDriver, capturing: Callable[[], bool]) -> None:
         self._driver = driver
         self._capturing = capturing
-        self._loaded: Bounded[str, dict[str, Any]] = Bounded("loaded kernels", 1024)
+        self._loaded: Bounded[str, dict[str, object]] = Bounded("loaded kernels", 1024)
         self._lock = threading.Lock()
 
-    def functions(self, kernels: Sequence[RowsKernel]) -> list[dict[int, Any]]:
-        """For each kernel its entries, by the vectors that one thread moves.
+    def functions(self, kernels: Sequence[RowsKernel]) -> list[dict[int, object]]:
+        """Return the entries of each kernel, by the vectors that one thread moves.
 
         Raises:
-            Unsupported: one is not loaded, and a graph is being captured.
+            Unsupported: a kernel is not loaded, and a graph is being captured.
         """
         with self._lock:
             loaded = [self._loaded.get_or_make(x.source, partial(self._load, x)) for x in kernels]
@@ -56,16 +57,16 @@ class LoadedKernels:
             for kernel, functions in zip(kernels, loaded, strict=True)
         ]
 
-    def _load(self, kernel: RowsKernel) -> dict[str, Any]:
+    def _load(self, kernel: RowsKernel) -> dict[str, object]:
         if self._capturing():
             raise refuse_capture()
         return self._driver.load(kernel.source, kernel.names.values())
 
 
 class RowsBackend(Backend):
-    """A backend of the rows kernel, on a device by its driver."""
+    """A backend that launches the rows kernel through a device's driver."""
 
-    #: Threads of a block, and how launches are cut; None: as on NVIDIA's devices.
+    #: Threads of a block, and the cuts of launches; None: the cuts of NVIDIA's devices.
     threads = THREADS
     tunings: tuple[Tuning, ...] | None = None
 
@@ -87,12 +88,16 @@ class RowsLaunch(MoveLaunch):
     """The launch of a plan by its kernels; see `base.Launch`.
 
     Args:
-        kernels: one for each nest; functions: their entries, as `LoadedKernels` gives them.
-        driver: of the device that they are loaded on.
+        kernels: one for each nest.
+        functions: the entries of each kernel, as `LoadedKernels` returns them.
+        driver: of the device that the kernels are loaded on.
     """
 
     def __init__(
-        self, kernels: Sequence[RowsKernel], functions: Sequence[dict[int, Any]], driver: RowsDriver
+        self,
+        kernels: Sequence[RowsKernel],
+        functions: Sequence[dict[int, object]],
+        driver: RowsDriver,
     ) -> None:
         self._parts = list(zip(kernels, functions, strict=True))
         self._unit = kernels[0].unit
@@ -122,7 +127,7 @@ class RowsLaunch(MoveLaunch):
         return RowsAgain(parts, fixed, self._driver)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        """See `MoveLaunch`; on a stream of the driver's."""
+        """Order a copy on a stream of the driver's; see `MoveLaunch`."""
         handle = self._handle(stream)
         if handle is None:
             with self._driver.current():
@@ -139,7 +144,7 @@ class RowsLaunch(MoveLaunch):
             for start, span in kernel.spans(units):
                 kernel.pack_span(buffer, start, span)
                 blocks, planes = kernel.grid(span, each)
-                answer = self._launch(
+                result = self._launch(
                     functions[each],
                     blocks,
                     planes,
@@ -152,16 +157,19 @@ class RowsLaunch(MoveLaunch):
                     arguments.addresses[at],
                     0,
                 )
-                if answer != self._success:
-                    self._driver.check(answer, "The launch")
+                if result != self._success:
+                    self._driver.check(result, "The launch")
 
 
 class RowsAgain:
-    """See `base.Again`. A straight function: its frames are a part of every registered call."""
+    """A repeated launch; see `base.Again`.
+
+    Its call is one straight function: every frame costs time in a registered call.
+    """
 
     def __init__(
         self,
-        parts: list[tuple[Any, dict[int, Any], RowsKernel]],
+        parts: list[tuple[Packer, dict[int, object], RowsKernel]],
         fixed: list[bytes],
         driver: RowsDriver,
     ) -> None:
@@ -190,8 +198,8 @@ class RowsAgain:
             pack, functions, grid, threads, small, tuned = part
             each, ahead = (1, 0) if count < small else tuned(count)
             pack(buffer, src, dst, first, count, ahead, word)
-            answer = self._launch(
+            result = self._launch(
                 functions[each], *grid(count, each), 1, threads, 1, 1, 0, handle, address, 0
             )
-            if answer != self._success:
-                self._driver.check(answer, "The launch")
+            if result != self._success:
+                self._driver.check(result, "The launch")

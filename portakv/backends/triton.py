@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`triton`: one Triton kernel over a pointer table, on whatever target Triton has.
+"""`triton`: one Triton kernel over a pointer table, on every target that Triton has.
 
-Triton is imported when the backend is asked about a device that it could run on. With
+Triton is imported when the backend is probed for a device that it could run on. With
 ``TRITON_INTERPRET=1`` in the environment the same kernel runs on the host, for tests.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -33,6 +34,29 @@ from portakv.view.view import KVView
 INTERPRET = "TRITON_INTERPRET"
 
 
+class CompiledKernel(Protocol):
+    """The attributes that a launch reads from Triton's compiled kernel.
+
+    Reading ``run`` loads the kernel into the current device.
+    """
+
+    @property
+    def run(self) -> Callable[..., object]: ...
+    @property
+    def function(self) -> object: ...
+    @property
+    def packed_metadata(self) -> object: ...
+    @property
+    def asm(self) -> Any: ...
+    @property
+    def metadata(self) -> Any: ...
+
+
+#: The kernel of a nest: its ``run``, ``function`` and ``packed_metadata``, and as many None as it
+#: has constants.
+_Part: TypeAlias = tuple[NestKernel, Callable[..., object], object, object, tuple[None, ...]]
+
+
 class Triton(Backend):
     """The Triton kernel on the device that Triton's active driver serves."""
 
@@ -40,7 +64,9 @@ class Triton(Backend):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._compiled: Bounded[tuple[Any, ...], Any] = Bounded("Triton kernels", 1024)
+        self._compiled: Bounded[tuple[object, ...], CompiledKernel] = Bounded(
+            "Triton kernels", 1024
+        )
         self._lock = threading.Lock()
 
     @classmethod
@@ -50,16 +76,16 @@ class Triton(Backend):
             return Decision(cls.name, False, why)
         import triton
 
-        way = "interprets its kernel here"
+        method = "interprets its kernel here"
         if device.type != "cpu":
             target = _target()
-            way = f"compiles its kernel for {target.backend} {target.arch}"
-        return Decision(cls.name, True, f"Triton {triton.__version__} {way}")
+            method = f"compiles its kernel for {target.backend} {target.arch}"
+        return Decision(cls.name, True, f"Triton {triton.__version__} {method}")
 
     def capabilities(self) -> Capabilities:
         host = self.device.type == "cpu"
         places = places_on(self.device) | (frozenset() if host else PEERS)
-        # The interpreter replaces functions of triton while it runs: no threads.
+        # The interpreter replaces functions of triton while it runs: one thread at a time.
         return Capabilities(
             places, skips_negative=True, guards=True, capturable=not host, threads=not host
         )
@@ -74,17 +100,17 @@ class Triton(Backend):
             kernels = [make(nest.key, partial(loaded, nest)) for nest in nests]
         return _TritonLaunch(plan.unit, nests, kernels, self.device)
 
-    def _loaded(self, nest: NestKernel) -> Any:
+    def _loaded(self, nest: NestKernel) -> CompiledKernel:
         if capturing(self.device):
             raise refuse_capture()
         with torch.get_device_module(self.device).device(self.device):
-            found = compile_kernel(nest, _target())
-            found.run  # noqa: B018 - loads it into the current device
-        return found
+            kernel = compile_kernel(nest, _target())
+            kernel.run  # noqa: B018 - loads it into the current device
+        return kernel
 
 
-def compile_kernel(nest: NestKernel, target: Any) -> Any:
-    """Triton's compiled kernel of a nest for a target, which need not be there."""
+def compile_kernel(nest: NestKernel, target: object) -> CompiledKernel:
+    """Return Triton's compiled kernel of a nest for a target, which need not be present."""
     from triton import compile as compile_source
     from triton.compiler import ASTSource
 
@@ -93,10 +119,13 @@ def compile_kernel(nest: NestKernel, target: Any) -> Any:
     constants = _constants(nest)
     signature = {**nest.signature(), "ELEMENT": "constexpr"}
     source = ASTSource(copy_rows, signature, constexprs=constants)
-    return compile_source(source, target=target, options={"num_warps": nest.tile.warps})
+    kernel: CompiledKernel = compile_source(
+        source, target=target, options={"num_warps": nest.tile.warps}
+    )
+    return kernel
 
 
-def _constants(nest: NestKernel) -> dict[str, Any]:
+def _constants(nest: NestKernel) -> dict[str, object]:
     import triton.language as tl
 
     elements = {8: tl.int8, 16: tl.int16, 32: tl.int32, 64: tl.int64}
@@ -108,7 +137,7 @@ _interpreting = threading.Lock()
 
 
 class _InterpretedLaunch(MoveLaunch):
-    """Runs the kernel through Triton's interpreter, in this thread."""
+    """Run the kernel through Triton's interpreter, in this thread."""
 
     def __init__(self, nests: list[NestKernel]) -> None:
         self._nests = nests
@@ -124,28 +153,31 @@ class _InterpretedLaunch(MoveLaunch):
 
 
 class _OnDevice:
-    """What a launch asks of Triton's driver, and its parts: what it runs, with what."""
+    """The functions of Triton's driver that a launch calls."""
 
-    def __init__(self, device: torch.device, parts: list[Any]) -> None:
+    def __init__(self, device: torch.device) -> None:
         driver = _driver()
         self._current_device = driver.get_current_device
         self._current_stream = driver.get_current_stream
         self._device = device
         self._index = device.index
-        self._parts = parts
         self._process = this_process()
 
 
 class _TritonLaunch(_OnDevice, MoveLaunch):
     def __init__(
-        self, unit: int, nests: list[NestKernel], kernels: list[Any], device: torch.device
+        self,
+        unit: int,
+        nests: list[NestKernel],
+        kernels: list[CompiledKernel],
+        device: torch.device,
     ) -> None:
-        # Constants keep their places in a launcher's arguments; what stands there is not read.
-        parts = [
+        super().__init__(device)
+        # Constants have places in a launcher's arguments; the values there are not read.
+        self._parts: list[_Part] = [
             (nest, k.run, k.function, k.packed_metadata, (None,) * (len(nest.constants) + 1))
             for nest, k in zip(nests, kernels, strict=True)
         ]
-        super().__init__(device, parts)
         self._unit = unit
 
     def again(
@@ -157,7 +189,7 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
         dense = [x.dst if store else x.src for x, *_ in self._parts]
         if self._unit != 1 or store == load or any(x.looks_up for x in dense):
             return None
-        return _TritonAgain(self._device, self._parts, (src, dst, src_index, dst_index))
+        return _TritonAgain(self._device, self._parts, Move(src, dst, src_index, dst_index, 0))
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         if self._process.forked:
@@ -189,21 +221,22 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
 
 
 class _TritonAgain(_OnDevice):
-    """See `base.Again`."""
+    """A repeated launch; see `base.Again`."""
 
-    def __init__(self, device: torch.device, parts: list[Any], sides: Any) -> None:
-        super().__init__(device, [])
-        src, dst, src_index, dst_index = sides
+    def __init__(self, device: torch.device, parts: list[_Part], move: Move) -> None:
+        super().__init__(device)
+        src, dst, src_index, dst_index, _ = move
         self._store = src_index.ids is not None
+        self._parts = []
         for nest, run, function, metadata, constants in parts:
-            mine = nest.src.arguments(src, src_index)
-            theirs = nest.dst.arguments(dst, dst_index)
-            paged, dense = (mine, theirs) if self._store else (theirs, mine)
-            # The arguments in their order, without those that an address or a count changes.
+            src_side = nest.src.arguments(src, src_index)
+            dst_side = nest.dst.arguments(dst, dst_index)
+            paged, dense = (src_side, dst_side) if self._store else (dst_side, src_side)
+            # The arguments in order, without those that an address or a count changes.
             begins = paged[:2], paged[3], paged[5:], dense[1:]
-            behind = (nest.dst if self._store else nest.src).side.offset
+            offset = (nest.dst if self._store else nest.src).side.offset
             rest = (None, None, None), constants
-            self._parts.append((nest, run, function, metadata, begins, behind, rest))
+            self._parts.append((nest, run, function, metadata, begins, offset, rest))
         self.most = min(nest.most_units for nest, *_ in parts)
 
     def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
@@ -215,11 +248,11 @@ class _TritonAgain(_OnDevice):
             return
         ids, dense = (src, dst) if self._store else (dst, src)
         stream = self._current_stream(self._index)
-        for nest, run, function, metadata, begins, behind, (hooks, constants) in self._parts:
+        for nest, run, function, metadata, begins, offset, (hooks, constants) in self._parts:
             base, wide, steps, side = begins
             paged = (*base, ids, wide, first, *steps)
-            other = (dense + behind, *side)
-            mine, theirs = (paged, other) if self._store else (other, paged)
+            other = (dense + offset, *side)
+            src_side, dst_side = (paged, other) if self._store else (other, paged)
             run(
                 nest.programs(count),
                 nest.planes,
@@ -228,8 +261,8 @@ class _TritonAgain(_OnDevice):
                 function,
                 metadata,
                 *hooks,
-                mine,
-                theirs,
+                src_side,
+                dst_side,
                 count,
                 0,
                 1,
@@ -249,7 +282,7 @@ def _target() -> Any:
 
 
 def _missing(device: torch.device) -> str | None:
-    """Why it cannot run on a device, or None."""
+    """Return why the backend cannot run on a device, or None."""
     on_host = device.type == "cpu"
     interprets = os.environ.get(INTERPRET, "").lower() in ("1", "true", "on", "yes")
     if on_host and not interprets:
@@ -260,17 +293,17 @@ def _missing(device: torch.device) -> str | None:
         from portakv.backends._triton_kernel import copy_rows
     except ModuleNotFoundError as error:
         return f"the package {error.name!r} is missing; pip install triton"
-    except Exception as error:  # a Triton that does not fit torch or the system breaks in many ways
+    except Exception as error:  # an unsuitable Triton fails in many ways
         return f"Triton cannot be imported: {_first_line(error)}"
     if on_host:
         if hasattr(copy_rows, "rewrite"):
             return None
         return f"{INTERPRET} was set after its kernel was imported; set it before Python starts"
     try:
-        asked = getattr(_driver(), "get_active_torch_device", None)
-        # Cambricon's driver does not have it; its target is named as torch names the device.
-        served = _target().backend if asked is None else asked().type
-    except Exception as error:  # whatever a vendor's driver, or the compiler that it needs, raises
+        torch_device = getattr(_driver(), "get_active_torch_device", None)
+        # Cambricon's driver lacks it; its target has the name of torch's device type.
+        served = _target().backend if torch_device is None else torch_device().type
+    except Exception as error:  # a vendor's driver, or its compiler, may raise anything
         why = f"Triton finds no driver for {device.type} devices here"
         return why if "0 active drivers" in str(error) else f"{why} ({_first_line(error)})"
     if served != device.type:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from portakv import CopyPlan, Index, KVView, TransferError
 from portakv.backends import ascend_kernel
 from portakv.backends.ascend import Ascend
-from portakv.backends.ascend_kernel import Arguments, Kernel, KernelRows
+from portakv.backends.ascend_kernel import Arguments, Kernel, KernelRows, Memory
 from portakv.plan.plan import Move
 from portakv.registry.registry import choose
 from portakv_conformance import simdev
@@ -207,7 +207,7 @@ def test_explain_names_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ascend_kernel, "MAX_LOOPS", 0)
     assert str(kernel.check(scatters)) == (
         "ascend-kernel: accepted, takes the plan by index ops, after a wait, since the AscendC "
-        "kernel takes 0 loops beside the rows and 4 steps of a unit, and the plan has 2 and 1"
+        "kernel takes 0 loops above the rows and 4 steps of a unit, and the plan has 2 and 1"
     )
     # Which guards as well as the kernel does.
     status = KERNEL.word()
@@ -281,7 +281,7 @@ def test_a_status_word_on_the_host_is_refused() -> None:
     copy = arguments.copies([nest.data_ptr() for nest in nests], move, word.data_ptr())[0]
     stream = torch.get_device_module("npu").current_stream(DEVICE).npu_stream
     with pytest.raises(TransferError, match=r"returned 507053; the copy was not made"):
-        loaded().launch(copy, [(word.data_ptr(), 8, True)], stream)
+        loaded().launch(copy, [Memory(word.data_ptr(), 8, True)], stream)
 
 
 @by_both

@@ -29,7 +29,7 @@ from support.guarded_memory import refused
 
 from portakv import TransferError, Unsupported
 from portakv.backends import ascend_kernel as _ascendc
-from portakv.backends.ascend_kernel import find_kernel, open_kernel
+from portakv.backends.ascend_kernel import Memory, find_kernel, open_kernel
 from portakv.plan.plan import Move
 from portakv.runtime.devices import Unusable
 from portakv_conformance.evidence.evidence import read
@@ -178,7 +178,7 @@ def test_the_kernel_has_no_launch_syntax_and_nothing_of_the_emulation() -> None:
 
 # The kernel on it
 
-#: A table, several nests, loops beside the rows, a tail that is cut, and rows of odd widths.
+#: A table, several nests, loops above the rows, a tail that is cut, and rows of odd widths.
 CUT = (
     "memory objects, scattered",
     "two nests",
@@ -364,7 +364,7 @@ ELSE = "libportakv_ascend.so"
             "int portakv_ascend_platform(unsigned*, unsigned*) { return 1; }")), False,
          f"{ELSE} found no vector cores, or none with a unified buffer (code 1)"),
         (sound(emulated=1), False, f"{ELSE} emulates the kernel on a CPU, and this NPU is real"),
-        (sound(), True, f"{ELSE} is for an NPU, and this one is emulated"),
+        (sound(), True, f"{ELSE} is for an NPU, and this NPU is emulated"),
     ],
     ids=["interface", *SOUND, "platform", "emulation for a real NPU", "the other way round"],
 )  # fmt: skip
@@ -460,7 +460,7 @@ def test_the_emulation_launches_nothing_by_itself(emulation: str) -> None:
     assert kernel.emulated
     numbers = bytes((ctypes.c_int64 * 15)(1, *[0] * 12, 1, 0))
     with pytest.raises(TransferError, match="returned 2"):
-        kernel.launch(numbers, [(64, 8, True)], 0)
+        kernel.launch(numbers, [Memory(64, 8, True)], 0)
 
 
 @pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))

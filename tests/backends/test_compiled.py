@@ -230,7 +230,7 @@ def test_an_eager_run_is_refused_before_it_touches_memory(nothing_chosen: None) 
     wanted = rows.clone()
     torch.compiler.set_stance("force_eager")
     try:
-        with pytest.raises(BackendUnavailable, match="ran it as plain Python"):
+        with pytest.raises(BackendUnavailable, match="ran the copy as plain Python"):
             copy_rows(paged(caches), dense(rows), [1, 2], backend="compiled")
     finally:
         torch.compiler.set_stance("default")

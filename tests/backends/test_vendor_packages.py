@@ -193,8 +193,8 @@ OTHERS = {
 @pytest.mark.parametrize(
     ("version", "changed", "first", "last"),
     [
-        *((x, {}, f"rejected, torch_npu {x} was found, which is not for torch {torch.__version__}; "
-           f"{INSTALL}", "") for x in ("2.1.0", "1.13.0", f"{RELEASE}1.0")),
+        *((x, {}, f"rejected, torch_npu {x} is installed, which is not for torch "
+           f"{torch.__version__}; {INSTALL}", "") for x in ("2.1.0", "1.13.0", f"{RELEASE}1.0")),
         (f"{NPU}.post3", {}, f"accepted, torch_npu {NPU}.post3; copies go by its ops, since the "
          "AscendC kernel was not built (bash native/ascend/run_in_cann.sh npu builds it, and "
          "PORTAKV_ASCENDC names it)", ""),

@@ -93,7 +93,8 @@ class CudaOnCpu(Backend):
         kernels = [RowsKernel(nest, plan) for nest in plan.nests]
         functions = LoadedKernels(driver, lambda: False).functions(kernels)
         for kernel, found in zip(kernels, functions, strict=True):
-            library, _ = found[1]
+            entry: Any = found[1]
+            library, _ = entry
             assert len(kernel.fixed) == library.argument_bytes()
             assert kernel._dst_table_at == library.dst_table_at()
         return _Launch(kernels, functions, driver)
