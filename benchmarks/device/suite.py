@@ -311,21 +311,25 @@ def relate(rows: Rows) -> None:
     """Write into the rows of copies ``to_cuda``, a backend's time / that of `cuda`; ``to_peer``,
     its time / that of the peer's fastest right kernel, and which one that is, ``best_peer``."""
     moved = [row for row in rows if row.get("op") in ("gather", "scatter")]
-    for group in harness.grouped(
-        harness.having(moved, kind="copy"), "shape", "layers", "op", "index"
-    ):
-        own = [row for row in group if not row.get("peer")]
-        best = harness.quickest(row for row in group if row.get("peer"))
-        for row in own:
-            for fastest in harness.having(own, backend="cuda"):
-                if row is not fastest:
-                    row["to_cuda"] = _times(row, fastest)
-            if best is not None:
-                row["to_peer"] = _times(row, best)
-                row["best_peer"] = best["backend"]
+    copies = harness.having(moved, kind="copy")
+    for group in harness.grouped(copies, "shape", "layers", "op", "index"):
+        _relate_copies(group)
     for group in harness.grouped(harness.having(moved, kind="ladder"), "op"):
         for fastest, row in product(harness.having(group, way="cuda"), group):
             row["to_cuda"] = _times(row, fastest)
+
+
+def _relate_copies(group: Rows) -> None:
+    """Relate the rows of one workload, direction and index list."""
+    own = [row for row in group if not row.get("peer")]
+    best = harness.quickest(row for row in group if row.get("peer"))
+    for row in own:
+        for fastest in harness.having(own, backend="cuda"):
+            if row is not fastest:
+                row["to_cuda"] = _times(row, fastest)
+        if best is not None:
+            row["to_peer"] = _times(row, best)
+            row["best_peer"] = best["backend"]
 
 
 def peer_failures(rows: Rows) -> list[str]:

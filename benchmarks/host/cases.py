@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of the host benchmarks: where the bytes lie on the device and on the host, how many of them
-are moved, the memory for them, and whether every byte of a destination is right.
+"""Cases of the host benchmarks: layouts on the device and the host, payloads, memory and checks.
 
-One region on the device and one on the host serve all cases, since pinning takes its time. Bytes
-are judged by plain indexing on the device; the host's come there by one plain copy.
+All cases share a region on the device and a region on the host, since pinning is slow. Plain
+indexing on the device checks every byte; a plain copy brings the host's bytes there.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from portakv import Index, KVView
 from portakv.host import pinned
 from portakv_benchmarks.shared.shapes import POISON, Shape, fill, in_words, moved, planes, sizes
 
-#: A directions' name, as everywhere: from the device to the host, and back.
+#: Names of directions: from the device to the host, and from the host to the device.
 DIRECTIONS = ("d2h", "h2d")
 
-LAYER_FIRST = "layer | kv block token head dim"  # paged, each layer an allocation of its own
-BLOCK_FIRST = "block layer kv token head dim"  # all that a block holds lies together
+LAYER_FIRST = "layer | kv block token head dim"  # paged, each layer a separate allocation
+BLOCK_FIRST = "block layer kv token head dim"  # the bytes of a block are contiguous
 POOL_BY_LAYER = "layer kv block token head dim"
 CHUNK = "kv layer token (head dim)"
 
@@ -33,8 +32,8 @@ _KV = 2
 _DIM = 128
 _BLOCK = 16
 _ITEM = 2  # bytes of an element
-#: Slots of the device's cache for each token moved: sparse, as it is while a model runs; and blocks
-#: of the host's pool for each block moved.
+#: Slots of the device's cache for each moved token: a cache is sparse while a model runs. Then
+#: blocks of the host's pool for each moved block.
 _POOL = 4
 _HOST_POOL = 2
 
@@ -43,33 +42,33 @@ _HOST_POOL = 2
 class Scene:
     """Layouts and ids of both sides."""
 
-    run: int  # bytes that lie together on both sides
-    heads: int  # of 128 elements of 2 bytes, which make a row
+    run: int  # bytes that are contiguous on both sides
+    heads: int  # of 128 elements of 2 bytes; the heads make a row
     cache: str  # the device's layout
-    by: str  # how its rows are named: ``slots``, or ``blocks`` of 16 tokens, at random
+    by: str  # the index of rows: random ``slots``, or random ``blocks`` of 16 tokens
     host: str  # the host's layout
     order: str  # of its block ids, ``consecutive`` or ``random``; ``dense`` is a chunk
 
     @property
     def row(self) -> int:
-        """Bytes of one token in one plane."""
+        """Return the bytes of one token in one plane."""
         return self.heads * _DIM * _ITEM
 
     @property
     def side(self) -> str:
-        """The host's side: ``dense``, ``block-first random``."""
+        """Return the name of the host's side: ``dense``, ``block-first random``."""
         where = {CHUNK: "", BLOCK_FIRST: "block-first ", POOL_BY_LAYER: "layer-first "}[self.host]
         return f"{where}{self.order}"
 
     @property
     def name(self) -> str:
-        """``2 KB runs, block-first random``."""
+        """Return the name: ``2 KB runs, block-first random``."""
         return f"{in_words(self.run)} runs, {self.side}"
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A scene with so many bytes; ``layers`` is 32, or less where the payload is small."""
+    """A scene with a payload; ``layers`` is 32, or fewer if the payload is small."""
 
     scene: Scene
     layers: int
@@ -77,12 +76,12 @@ class Case:
 
     @property
     def payload(self) -> int:
-        """Bytes moved."""
+        """Return the bytes that a copy moves."""
         return self.layers * _KV * self.tokens * self.scene.row
 
     @property
     def runs(self) -> int:
-        """Pieces that lie together on both sides."""
+        """Return the number of runs that are contiguous on both sides."""
         return self.payload // self.scene.run
 
     @property
@@ -117,12 +116,12 @@ class Case:
 
 
 def _scenes(host: str, order: str) -> list[Scene]:
-    """The scenes of a host side: runs of one row, by random slots; and of one block in a plane."""
+    """Return the scenes of a host side: runs of a row by slots, and of a block in a plane."""
     rows = [Scene(256 * n, n, LAYER_FIRST, "slots", host, order) for n in (1, 8, 32)]
     return [*rows, Scene(_BLOCK * 2048, 8, LAYER_FIRST, "blocks", host, order)]
 
 
-#: The host sides that caches have first, since time may run out; then runs of a whole block.
+#: The common host sides come first, since time may run out; then runs of a whole block.
 SCENES: tuple[Scene, ...] = (
     *_scenes(CHUNK, "dense"), *_scenes(BLOCK_FIRST, "consecutive"), *_scenes(BLOCK_FIRST, "random"),
     *(Scene(_LAYERS * _KV * _BLOCK * 2048, 8, BLOCK_FIRST, "blocks", BLOCK_FIRST, order)
@@ -132,14 +131,14 @@ SCENES: tuple[Scene, ...] = (
 
 
 def scene(run: int, host: str = CHUNK, order: str = "dense") -> Scene:
-    """The scene of the grid with these runs and this host side."""
+    """Return the scene of the grid with these runs and this host side."""
     return next(s for s in SCENES if (s.run, s.host, s.order) == (run, host, order))
 
 
 def case_of(scene: Scene, payload: int) -> Case | None:
-    """The case of exactly so many bytes; None if whole tokens or blocks do not make them."""
+    """Return the case of exactly that payload; None if no number of tokens or blocks gives it."""
     unit = 1 if (scene.by, scene.order) == ("slots", "dense") else _BLOCK
-    # Where all of a block lies together, fewer layers would make its runs shorter.
+    # If a whole block is contiguous, fewer layers would make its runs shorter.
     for layers in (32,) if scene.cache == BLOCK_FIRST else (32, 16, 8, 4, 2, 1):
         each = layers * _KV * scene.row
         if payload % (unit * each) == 0:
@@ -148,13 +147,13 @@ def case_of(scene: Scene, payload: int) -> Case | None:
 
 
 def cases(scenes: Sequence[Scene], payloads: Sequence[int]) -> list[Case]:
-    """Every payload of every scene that there is."""
+    """Return a case for each payload of each scene, if the payload is possible."""
     return [case for pair in product(scenes, payloads) if (case := case_of(*pair)) is not None]
 
 
 _SEED = 20261121
-_GAP = 4096  # layers lie at odd distances, as separate allocations do
-_COPIES = 5  # of the payload on the device: the cache, and what a plain copy reads or writes
+_GAP = 4096  # layers have irregular distances, as separate allocations have
+_COPIES = 5  # of the payload on the device: the cache, and the memory of a plain copy
 
 
 class Region(NamedTuple):
@@ -162,25 +161,46 @@ class Region(NamedTuple):
 
     device: torch.Tensor
     host: torch.Tensor  # pinned or pageable
-    scratch: torch.Tensor  # on the device, as large: what the host's bytes are compared in
+    scratch: torch.Tensor  # on the device, as large as ``host``: the host's bytes are compared here
 
     @classmethod
     def reserve(cls, device: torch.device, payload: int, *, pageable: bool = False) -> Region:
-        """Memory for any case of up to so many bytes, on a device and on the host."""
+        """Return memory for any case up to a payload, on a device and on the host."""
         host = (torch.zeros if pageable else pinned.empty)(2 * payload, dtype=torch.uint8)
         largest = _COPIES * payload + 64 * 8 * _GAP
         there = torch.empty(largest, dtype=torch.uint8, device=device)
         return cls(there, host, torch.empty_like(host, device=device))
 
     def halves(self) -> tuple[Region, Region]:
-        """Two regions, for two directions at once."""
+        """Return two regions, for two directions at the same time."""
         first, second = zip(*(tensor.view(2, -1).unbind() for tensor in self), strict=True)
         return Region(*first), Region(*second)
 
 
+#: Ids of blocks or slots, as `copy_blocks` takes them.
+Ids = Index | torch.Tensor
+BothIds = tuple[Ids, Ids | None]  # of the device and of the host
+#: Block and place in the block of each token; 0 for the only block of a chunk.
+Places = int | tuple[torch.Tensor, torch.Tensor]
+
+
+class Arguments(NamedTuple):
+    """The positional arguments of `copy_blocks`."""
+
+    src: KVView
+    dst: KVView
+    src_ids: Ids | None
+    dst_ids: Ids | None
+
+
 class Sides:
-    """A case in a region that is large enough: views and ids of both sides, for either direction;
-    ``caches`` and ``chunk`` are the memory of both as their layouts want it."""
+    """A case in a region that is large enough: views and ids of both sides, for either direction.
+
+    Attributes:
+        caches: the device's tensors, in the shape of its layout.
+        chunk: the host's tensor, in the shape of its layout.
+        dense, flat: memory of the device and of the host that a plain copy moves, as int64.
+    """
 
     def __init__(self, case: Case, region: Region) -> None:
         self.case = case
@@ -190,41 +210,55 @@ class Sides:
         self.caches, end = _caches(device, region.device)
         self.chunk = _tensor(region.host, 0, _host_sizes(host), host)
         self._cache_bytes = region.device[:end]
-        self._host_bytes = self.chunk.nbytes
-        # What a plain copy moves, as many int64: on the host the beginning of the same memory.
+
+        # A plain copy moves as many bytes; on the host the start of the same memory.
         self.dense = _words(region.device[end : end + case.payload])
         self.flat = _words(region.host[: case.payload])
-        mine, theirs = self._ids = _ids(case)
-        # The device's slot of each token, int64 on the host.
-        self.slots = (mine[:, None] * device.block_size + torch.arange(device.block_size)).flatten()
+        device_ids, host_ids = self._ids = _ids(case)
         self.device_view = KVView(self.caches, device.cache)
-        extents: Any = {"kv": host.kv, "heads": host.heads} if host.cache == CHUNK else {}
-        self.host_view = KVView(self.chunk, host.cache, **extents)
-        self.device_index = Index(mine, step=device.block_size)
-        self.host_index = None if theirs is None else Index(theirs, step=host.block_size)
+        if host.cache == CHUNK:
+            self.host_view = KVView(self.chunk, host.cache, kv=host.kv, heads=host.heads)
+        else:
+            self.host_view = KVView(self.chunk, host.cache)
+        self.device_index = Index(device_ids, step=device.block_size)
+        self.host_index = None if host_ids is None else Index(host_ids, step=host.block_size)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """Return the device's slot of each token, int64 on the host."""
+        size = self.case.on_device.block_size
+        device_ids, _ = self._ids
+        return (device_ids[:, None] * size + torch.arange(size)).flatten()
+
+    @property
+    def _host_bytes(self) -> int:
+        return self.chunk.nbytes
 
     def settle(self) -> None:
-        """Have what every engine needs on the device, ids and addresses, made once and kept."""
+        """Place the ids and addresses that strategies need on the device, once for all calls."""
         for index in (self.device_index, self.host_index):
             if index is not None:
                 index.placed(self.dense.device, frozenset({torch.int64}))
         if len(self.device_view.origins) > 1:
             self.device_view.table.size()
 
-    def arguments(self, direction: str, ids: Any = None) -> tuple[Any, Any, Any, Any]:
-        """What `copy_blocks` takes, for a direction; ``ids`` stand in for both sides' own."""
-        mine, theirs = (self.device_index, self.host_index) if ids is None else ids
+    def arguments(self, direction: str, ids: BothIds | None = None) -> Arguments:
+        """Return the arguments of `copy_blocks` for a direction.
+
+        ``ids`` of the device and the host replace the indices of this case.
+        """
+        device_ids, host_ids = (self.device_index, self.host_index) if ids is None else ids
         if direction == "d2h":
-            return self.device_view, self.host_view, mine, theirs
-        return self.host_view, self.device_view, theirs, mine
+            return Arguments(self.device_view, self.host_view, device_ids, host_ids)
+        return Arguments(self.host_view, self.device_view, host_ids, device_ids)
 
     def fresh_ids(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same ids as tensors that are new to the library."""
-        mine, theirs = self._ids
-        return mine.clone(), None if theirs is None else theirs.clone()
+        """Return the same ids in new tensors, which the library has not seen."""
+        device_ids, host_ids = self._ids
+        return device_ids.clone(), None if host_ids is None else host_ids.clone()
 
     def fill(self, direction: str) -> None:
-        """Write bytes that name their places to the source of a direction, and of plain copies."""
+        """Fill the source of a copy, plain or not, with bytes that name their places."""
         fill(_words(self._region.device), 1)
         if direction == "h2d":
             scratch = self._region.scratch[: self._host_bytes]
@@ -233,7 +267,7 @@ class Sides:
         self._synchronise()
 
     def poison(self, direction: str, plain: bool = False) -> None:
-        """Overwrite everything that a copy in a direction may write, or what a plain one writes."""
+        """Overwrite the destination of a copy in a direction, or of a plain copy."""
         self._synchronise()
         nbytes = self.case.payload if plain else self._host_bytes
         if direction == "d2h":
@@ -243,29 +277,31 @@ class Sides:
         self._synchronise()
 
     def plain_right(self) -> bool:
-        """Whether a plain copy's bytes are those of its source."""
+        """Return whether a plain copy's bytes are those of its source."""
         self._synchronise()
         scratch = _words(self._region.scratch[: self.case.payload]).copy_(self.flat)
         return torch.equal(scratch, self.dense)
 
     def right(self, direction: str) -> bool:
-        """Whether the destination holds the source's rows and poison elsewhere, every byte.
-        Overwrites those rows where they are on the device."""
+        """Return whether the destination has the source's rows, and poison in every other byte.
+
+        Overwrites those rows on the device.
+        """
         self._synchronise()
         device = self.case.on_device
         host = self.case.on_host
         scratch = self._region.scratch[: self._host_bytes]
         scratch.copy_(self._region.host[: self._host_bytes])
         copied = _tensor(scratch, 0, _host_sizes(host), host)
-        # The places come from the host: a copy that went wrong may have overwritten the device's.
+        # The places come from the host: a wrong copy may have overwritten those on the device.
         here = planes(self.caches, device.cache, device), self._places(device, self._ids[0])
         there = planes(copied, host.cache, host), self._places(host, self._ids[1])
         if direction == "d2h":
             return bool(moved(*here, *there) & (scratch == POISON).all())
         return bool(moved(*there, *here) & (self._cache_bytes == POISON).all())
 
-    def _places(self, shape: Shape, ids: torch.Tensor | None) -> Any:
-        """Block and place in the block of each token, on the device; of a chunk, its only block."""
+    def _places(self, shape: Shape, ids: torch.Tensor | None) -> Places:
+        """Return the block of each token and its place there, on the device; 0 for a chunk."""
         if ids is None:
             return 0
         at = torch.arange(shape.block_size).repeat(ids.numel())
@@ -277,29 +313,31 @@ class Sides:
 
 
 def _ids(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Ids of the device's side and of the host's, int64 on the host."""
+    """Return the ids of the device's side and of the host's side, int64 on the host."""
     generator = torch.Generator().manual_seed(_SEED)
     device = case.on_device
     host = case.on_host
-    mine = torch.randperm(device.blocks, generator=generator)[: case.tokens // device.block_size]
+    device_ids = torch.randperm(device.blocks, generator=generator)[
+        : case.tokens // device.block_size
+    ]
     wanted = case.tokens // host.block_size
-    theirs = {
+    host_ids = {
         "dense": None,
         "consecutive": torch.arange(1, 1 + wanted),
         "random": torch.randperm(host.blocks, generator=generator)[:wanted],
     }
-    return mine, theirs[case.scene.order]
+    return device_ids, host_ids[case.scene.order]
 
 
 def _caches(shape: Shape, memory: torch.Tensor) -> tuple[Any, int]:
-    """The device's tensors, and how many bytes they are spread over."""
+    """Return the device's tensors, and the number of bytes that they span."""
     extents = sizes(shape.cache, shape, shape.blocks, shape.block_size)
     at = 0
-    found = []
+    tensors = []
     for layer in range(shape.layers if shape.layered else 1):
-        found.append(_tensor(memory, at, extents, shape))
-        at += -(-found[-1].nbytes // 512) * 512 + (layer * layer % 7) * _GAP
-    return (found, at) if shape.layered else (found[0], at)
+        tensors.append(_tensor(memory, at, extents, shape))
+        at += -(-tensors[-1].nbytes // 512) * 512 + (layer * layer % 7) * _GAP
+    return (tensors, at) if shape.layered else (tensors[0], at)
 
 
 def _host_sizes(shape: Shape) -> tuple[int, ...]:

@@ -219,31 +219,51 @@ def sides_of(
 def call_of(
     ops: Ops, kernel: str, number: int, shape: Shape, caches: Side, objects: Side, op: str
 ) -> Call:
-    """One call, with everything that can be made beforehand."""
-    device = caches.tensors[0].device
-    form = ops.forms[number]
-    way = ops.ways[op == "d2h"]
-    twice = LAYOUTS[number].startswith("kv layer")
-    ours = ops.functions is lmcache_ops
-    held: Any = caches.tensors
-    if twice:  # all keys, then all values
-        held = [*held[::2], *held[1::2]]
-    memory = objects.tensors[0].unbind()
+    """Return one call; everything that can be made before the call is made here."""
+    direction = ops.ways[op == "d2h"]
     if kernel == "slots":
-        one = number in _UNILATERAL
-        move = getattr(ops.functions, "multi_layer_kv_transfer" + ("_unilateral" if one else ""))
-        if ops.addresses:
-            held = suite.addresses(held).to(device)
-        elif not shape.layered:
-            (held,) = held
-        elif one or not ours:
-            held = [each.view(_as_torch_reads(shape, ours)) for each in held]
-        size = 0 if number in MLA and ops.addresses else shape.slots
-        by_slots = memory[0], held, caches.rows.to(device), device, size, way, form
-        head = shape.dim // 2 if number in _KEYS_ALONE else shape.dim
-        return partial(
-            move, *by_slots, **({} if one else {"block_size": _BLOCK, "head_size": head})
-        )
+        return _call_by_slots(ops, number, shape, caches, objects, direction)
+    return _call_by_blocks(ops, number, shape, caches, objects, direction)
+
+
+def _cached_tensors(number: int, caches: Side) -> list[torch.Tensor]:
+    """Return the caches in the order in which ops take them."""
+    tensors = caches.tensors
+    if LAYOUTS[number].startswith("kv layer"):  # all keys, then all values
+        return [*tensors[::2], *tensors[1::2]]
+    return tensors
+
+
+def _call_by_slots(
+    ops: Ops, number: int, shape: Shape, caches: Side, objects: Side, direction: Any
+) -> Call:
+    device = caches.tensors[0].device
+    ours = ops.functions is lmcache_ops
+    unilateral = number in _UNILATERAL
+    tensors = _cached_tensors(number, caches)
+
+    # Compiled ops take addresses, torch ops take tensors in a shape that depends on the format.
+    cached: Any = tensors
+    if ops.addresses:
+        cached = suite.addresses(tensors).to(device)
+    elif not shape.layered:
+        (cached,) = tensors
+    elif unilateral or not ours:
+        cached = [each.view(_as_torch_reads(shape, ours)) for each in tensors]
+
+    size = 0 if number in MLA and ops.addresses else shape.slots
+    memory = objects.tensors[0][0]
+    slots = caches.rows.to(device)
+    arguments = memory, cached, slots, device, size, direction, ops.forms[number]
+    if unilateral:
+        return partial(ops.functions.multi_layer_kv_transfer_unilateral, *arguments)
+    head = shape.dim // 2 if number in _KEYS_ALONE else shape.dim
+    move = ops.functions.multi_layer_kv_transfer
+    return partial(move, *arguments, block_size=_BLOCK, head_size=head)
+
+
+def _description(ops: Ops, shape: Shape) -> Any:
+    """Return LMCache's description of caches."""
     desc = ops.desc()
     desc.kv_size = shape.kv
     desc.nl = shape.layers
@@ -253,25 +273,48 @@ def call_of(
     desc.hs = shape.dim
     desc.element_size = shape.torch_dtype.itemsize
     desc.block_stride_elems = 0
-    ids = caches.rows[::_BLOCK] // _BLOCK
-    chunks = [x[0] if len(x) == 1 else x for x in memory]
-    blocks: Any = ids.to(device) if ops.addresses else ids.tolist()
+    return desc
+
+
+def _call_by_blocks(
+    ops: Ops, number: int, shape: Shape, caches: Side, objects: Side, direction: Any
+) -> Call:
+    device = caches.tensors[0].device
+    desc = _description(ops, shape)
+
+    # Compiled ops take addresses. PortaKV's ops get tensors from LMCache for host memory.
+    chunks = [x[0] if len(x) == 1 else x for x in objects.tensors[0].unbind()]
     passed: Any = chunks
-    # Compiled ops take addresses; PortaKV's get tensors from LMCache if these are in host memory.
-    if ops.addresses and not (ours and chunks[0].is_cpu):
+    if ops.addresses and not (ops.functions is lmcache_ops and chunks[0].is_cpu):
         passed = [each.data_ptr() for each in chunks]
+
+    tensors = _cached_tensors(number, caches)
+    cached: Any
     if number in _TUPLES:
-        held = [*zip(held[::2], held[1::2], strict=True)]
+        cached = [*zip(tensors[::2], tensors[1::2], strict=True)]
     elif ops.addresses:
-        held = suite.addresses(held).to(device)
+        cached = suite.addresses(tensors).to(device)
     else:
         desc.dtype = shape.torch_dtype
-        if number == _WITH_ONE_HEAD:
-            held = [each.unsqueeze(1) for each in held]
-        held = [held[: shape.layers], held[shape.layers :]] if twice else held
-        held = held if shape.layered else held[0]
-    given = held, passed, blocks, device, way, desc, shape.tokens // len(chunks), form, 0
-    return partial(ops.functions.multi_layer_block_kv_transfer, *given)
+        cached = _as_torch_takes(number, shape, tensors)
+
+    ids = caches.rows[::_BLOCK] // _BLOCK
+    blocks: Any = ids.to(device) if ops.addresses else ids.tolist()
+    tokens = shape.tokens // len(chunks)
+    move = ops.functions.multi_layer_block_kv_transfer
+    return partial(
+        move, cached, passed, blocks, device, direction, desc, tokens, ops.forms[number], 0
+    )
+
+
+def _as_torch_takes(number: int, shape: Shape, tensors: list[torch.Tensor]) -> Any:
+    """Return caches as LMCache's torch op by blocks takes them."""
+    if number == _WITH_ONE_HEAD:
+        tensors = [each.unsqueeze(1) for each in tensors]
+    if LAYOUTS[number].startswith("kv layer"):
+        halves = [tensors[: shape.layers], tensors[shape.layers :]]
+        return halves if shape.layered else halves[0]
+    return tensors if shape.layered else tensors[0]
 
 
 def path_of(

@@ -103,7 +103,8 @@ def _case(
     makes = {name: partial(_carrying_out, ops, *given) for name, ops in found.items() if ops}
     told = {"kernel": way, "order": order, "layers": layers, "rows": tokens, "row_bytes": _ITEM}
     name = f"{way}, {'all layers' if layers > 1 else 'one layer'}, {order}"
-    name += f", {quota} thread blocks" * bool(quota)
+    if quota:
+        name += f", {quota} thread blocks"
     told |= {"shape": f"{name}, {in_words(device.payload)}", "block_quota": quota}
     told |= {"calls": len(calls_of(kvcacheio, *given))}
     return suite.case(bench, "sglang", told, op, device, host, makes)
