@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judge result files: ``python -m benchmarks.check FILE...``.
 
-Prints each bar of ``bars.toml`` that concerns a file's device, with its figure and *met*,
-*accepted* or *missed*. Exit code 1 where one is missed, 2 where a file cannot be read.
+Prints each performance target of ``bars.toml`` that concerns a file's device, with its figure and
+*met*, *accepted* or *missed*. Exit code 1 if a target is missed, 2 if a file cannot be read.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ else:
     import tomli as tomllib
 
 FILE = Path(__file__).with_name("bars.toml")
-#: What results of `portakv bench --host`, `--plugs`, ... say of themselves, and how the kinds of
-#: their rows begin; those of copies inside a device say nothing.
+#: The suite that a result of `portakv bench --host`, `--plugs`, ... names, and the prefix of the
+#: kinds of its rows. A result of copies inside a device names no suite.
 HOST_SUITE = "host"
 PLUG_SUITE = "plugs"
 STORAGE_SUITE = "storage"
@@ -32,38 +32,43 @@ MIGRATION_SUITE = "migration"
 SUITES = {HOST_SUITE: "host_", PLUG_SUITE: "plug_", STORAGE_SUITE: "storage_"}
 SUITES[MIGRATION_SUITE] = "migrate_"
 
-#: How much worse than its accepted figure a bar may come out: the noise between two runs.
+#: The share by which a target may be worse than its accepted figure: the noise between two runs.
 TOLERANCE = 0.03
 _TRIES = 3
 
-#: What `where` can ask of a number or a word beside equality.
+#: Conditions that `where` can require of a number or a word besides equality.
 CONDITIONS: Mapping[str, Callable[[Any, Any], bool]] = {
-    "is": lambda found, asked: found == asked,  # what a plain value asks
-    "at_least": lambda found, asked: found >= asked,
-    "below": lambda found, asked: found < asked,
-    "multiple_of": lambda found, asked: found % asked == 0,
-    "no_multiple_of": lambda found, asked: found % asked != 0,
-    "any_of": lambda found, asked: found in asked,
-    "none_of": lambda found, asked: found not in asked,
+    "is": lambda value, expected: value == expected,  # a plain value means this
+    "at_least": lambda value, expected: value >= expected,
+    "below": lambda value, expected: value < expected,
+    "multiple_of": lambda value, expected: value % expected == 0,
+    "no_multiple_of": lambda value, expected: value % expected != 0,
+    "any_of": lambda value, expected: value in expected,
+    "none_of": lambda value, expected: value not in expected,
 }
+
+
+def _conditions(expected: object) -> Mapping[str, Any]:
+    """Return the conditions of a field: those of a table, or equality with a plain value."""
+    return expected if isinstance(expected, Mapping) else {"is": expected}
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What some figure of the rows that have it has to reach."""
+    """A performance target: the limit that a figure of matching rows must reach."""
 
     name: str
-    where: Mapping[str, Any]  # fields of a row: a value, or `CONDITIONS` that it fulfils
+    where: Mapping[str, Any]  # fields of a row: a value, or `CONDITIONS` that the field meets
     figure: str
     at_least: float | None = None
     at_most: float | None = None
     device: str | None = None
-    accepted: Mapping[str, Any] | None = None  # if it resisted: figure, reason, tries
+    accepted: Mapping[str, Any] | None = None  # for a missed limit: figure, reason, tries
     open: str = ""
 
     def __post_init__(self) -> None:
-        conditions = [asked for asked in self.where.values() if isinstance(asked, Mapping)]
-        if unknown := {name for asked in conditions for name in asked} - set(CONDITIONS):
+        conditions = [expected for expected in self.where.values() if isinstance(expected, Mapping)]
+        if unknown := {name for expected in conditions for name in expected} - set(CONDITIONS):
             raise ValueError(
                 f"Bar {self.name!r} asks for {sorted(unknown)}; known are {list(CONDITIONS)}."
             )
@@ -81,52 +86,54 @@ class Bar:
 
     @property
     def suite(self) -> str | None:
-        """What the results that it is about say of themselves."""
+        """Return the suite of the results that the target is about."""
         kind = str(self.where.get("kind", ""))
         return next((name for name, begin in SUITES.items() if kind.startswith(begin)), None)
 
     def __str__(self) -> str:
         return f">= {self.at_least:g}" if self.at_most is None else f"<= {self.at_most:g}"
 
-    def reached(self, found: float, accepted: float | None = None) -> bool:
-        """True if a figure is as good as the limit, or no worse than an accepted one."""
+    def reached(self, value: float, accepted: float | None = None) -> bool:
+        """Return True if a figure reaches the limit, or is no worse than an accepted figure."""
         if self.at_most is not None:
-            return found <= (self.at_most if accepted is None else accepted * (1 + TOLERANCE))
+            return value <= (self.at_most if accepted is None else accepted * (1 + TOLERANCE))
         assert self.at_least is not None
-        return found >= (self.at_least if accepted is None else accepted * (1 - TOLERANCE))
+        return value >= (self.at_least if accepted is None else accepted * (1 - TOLERANCE))
 
     def picks(self, row: Mapping[str, Any]) -> bool:
-        """True for rows that the bar is about."""
+        """Return True for rows that the target is about."""
         return {self.figure, *self.where} <= row.keys() and all(
             CONDITIONS[name](row[field], limit)
-            for field, asked in self.where.items()
-            for name, limit in (asked if isinstance(asked, Mapping) else {"is": asked}).items()
+            for field, expected in self.where.items()
+            for name, limit in (
+                expected if isinstance(expected, Mapping) else {"is": expected}
+            ).items()
         )
 
     def worst(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The row that decides."""
+        """Return the row that decides."""
         pick = max if self.at_least is None else min
         return pick(rows, key=lambda row: float(row[self.figure]))
 
 
 class Verdict(NamedTuple):
-    """What became of one bar: ``met``, ``accepted`` or ``missed``."""
+    """The verdict on one target: ``met``, ``accepted`` or ``missed``."""
 
     bar: Bar
     figure: float | None
     word: str
     reason: str = ""
-    row: str = ""  # the one that decided
-    rows: int = 0  # how many were judged
+    row: str = ""  # the row that decided
+    rows: int = 0  # the number of judged rows
 
 
 def load_bars(path: Path = FILE) -> list[Bar]:
-    """The bars of a file; raises `ValueError` for one that asks for what cannot be judged."""
+    """Return the targets of a file; raise `ValueError` for a target that cannot be judged."""
     return [Bar(**entry) for entry in tomllib.loads(path.read_text(encoding="utf-8"))["bar"]]
 
 
 def judge(results: Mapping[str, Any], bars: Sequence[Bar]) -> list[Verdict]:
-    """A verdict for each bar that concerns the device, and the suite, of the results."""
+    """Return a verdict for each target that concerns the device and the suite of the results."""
     device = results["machine"]["device_type"]
     suite = results.get("suite")
     return [
@@ -170,7 +177,7 @@ def _named(row: Mapping[str, Any]) -> str:
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """Print figure, bar and verdict of each, and the row that decided; then what is to be said."""
+    """Print the figure, limit, verdict and deciding row of each target; then the reasons."""
     columns = [
         Column("bar"),
         Column("figure", right=True),
@@ -197,17 +204,17 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Judge files; returns the exit code."""
+    """Judge files; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
     result = "a result of `portakv bench`"
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=result)
     parser.add_argument("--bars", type=Path, default=FILE, help="default: benchmarks/bars.toml")
-    asked = parser.parse_args(argv)
-    return max(_check(file, asked.bars, len(asked.files) > 1) for file in asked.files)
+    expected = parser.parse_args(argv)
+    return max(_check(file, expected.bars, len(expected.files) > 1) for file in expected.files)
 
 
 def _check(file: Path, bars: Path, named: bool) -> int:
-    """Judge one file; its part of the exit code."""
+    """Judge one file; return its exit code."""
     try:
         results = recorded.read(file)
         verdicts = judge(results, load_bars(bars))

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv bench`: measure backends on real models' shapes, with ``--host`` the copies between a
-device and host memory, with ``--plugs`` engines' own transfers beside those of PortaKV's plugs,
-with ``--storage`` block stores in a folder, and with ``--migration`` what crosses between two
-processes; print tables, write JSON.
+"""`portakv bench`: measure backends on real models' shapes; print tables and write JSON.
 
-Exit codes: 0 all bytes right, 1 some wrong or something failed that was asked for, 2 the command
-line is wrong. What is absent, a peer's failure and what no time was left for are told alone.
+``--host`` measures copies between a device and host memory. ``--plugs`` compares engines' own
+transfers with those of PortaKV's integrations. ``--storage`` measures block stores in a folder, and
+``--migration`` measures rows and weights that cross between two processes.
+
+Exit codes: 0 all bytes are right; 1 bytes are wrong or a requested part failed; 2 the command line
+is wrong. Absent parts, failures of peers and parts without time left are reported only.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ from portakv_benchmarks.check import (
 )
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
+from portakv_benchmarks.device.methods import run_all_methods
 from portakv_benchmarks.device.overhead import measure_overhead
-from portakv_benchmarks.device.ways import run_ladder
 from portakv_benchmarks.host import calls, grid, interference, memory, small
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.plugs.lmcache import lmcache_steps
@@ -66,9 +67,9 @@ from portakv_benchmarks.storage import costs, stores, tiers
 from portakv_benchmarks.storage.suite import STORAGE_PRESETS, StorageBench
 
 RESULT_FORMAT = 2
-LADDER = "seed"  # the founding scenario
-#: What ``--host`` measures, in this order: the grid first, since most bars are about it, and peers
-#: last, since the kernel of another that fails may leave no device for what follows.
+LADDER = "seed"  # the first scenario of PortaKV
+#: The parts of ``--host``, in this order. The grid comes first, since most performance targets are
+#: about it. Peers come last, since a failing kernel of a peer may leave the device unusable.
 PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "grid": grid.grid_steps,
     "direct": grid.direct_steps,
@@ -81,13 +82,13 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "pinning": memory.pinning_steps,
     "peers": interference.peer_steps,
 }
-#: What ``--plugs`` measures, by engine; last LMCache, whose kernels take any layout for theirs.
+#: The parts of ``--plugs``, by engine. LMCache comes last: its kernels accept any layout as theirs.
 PLUGS: Mapping[str, Callable[[PlugBench], Iterator[Step]]] = {
     "sglang": sglang_steps,
     "vllm": vllm_steps,
     "lmcache": lmcache_steps,
 }
-#: What ``--storage`` measures.
+#: The parts of ``--storage``.
 STORAGE: Mapping[str, Callable[[StorageBench], Iterator[Step]]] = {
     "engine": tiers.engine_steps,
     "tier": tiers.tier_steps,
@@ -95,8 +96,8 @@ STORAGE: Mapping[str, Callable[[StorageBench], Iterator[Step]]] = {
     "remote": tiers.remote_steps,
     "store": stores.store_steps,
 }
-#: What ``--migration`` measures, by modules that need its extra; first what no other engine or
-#: library can end.
+#: The parts of ``--migration``, in modules that need its extra. Parts that depend on no other
+#: engine or library come first.
 MIGRATION: Mapping[str, str] = {
     "mapped": "pulls:mapped_steps",
     "both": "pulls:both_steps",
@@ -116,60 +117,61 @@ _PARTS_OF: Mapping[str, Mapping[str, Any]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write to ``--out``, and print; returns the exit code. ``argv`` are the words behind
-    `portakv bench`, by default the process's own."""
+    """Measure, write to ``--out``, print, and return the exit code.
+
+    ``argv`` are the words after `portakv bench`, by default those of this process.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     kind = next((name for name in SUITES if f"--{name}" in words), None)
     parser = _parser(kind)
-    asked = parser.parse_args(words)
+    args = parser.parse_args(words)
     try:
         if os.environ.get(ENVIRONMENT):
             raise PortaKVError(
                 f"{ENVIRONMENT}={os.environ[ENVIRONMENT]} forces every copy through one backend, "
                 f"so that nothing can be compared. Unset it, and name backends with --backend."
             )
-        device = pick_device(asked.device)
+        device = pick_device(args.device)
         runs = {HOST_SUITE: run_host, PLUG_SUITE: run_plugs, STORAGE_SUITE: run_storage}
         runs[MIGRATION_SUITE] = run_migration
         run = runs.get(kind or "", run_device)
-        results = run(asked, device)
+        results = run(args, device)
     except PortaKVError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-    # Stable from run to run; with backends by name, these are part of it.
-    stem = results.get("name") or "-".join([short_name(device), *(asked.backend or ())])
-    written = write(results, asked.out, stem) if asked.out else []
-    if asked.json:
+    # The name is stable from run to run. It has the backends that the command names.
+    stem = results.get("name") or "-".join([short_name(device), *(args.backend or ())])
+    written = write(results, args.out, stem) if args.out else []
+    if args.json:
         print_json(results)
     else:
         print_results(results)
-        if asked.bars:
+        if args.bars:
             print_bars(results)
     for path in written:
         print(f"wrote {path}", file=sys.stderr)
-    told = [] if kind == PLUG_SUITE else results["left_out"]  # there the engines' own code failed
-    failed = any(isinstance(line, harness.Failed) for line in told)
+    fields = [] if kind == PLUG_SUITE else results["left_out"]  # there the engines' own code failed
+    failed = any(isinstance(line, harness.Failed) for line in fields)
     return int(failed or not all(x["verified"] for x in results["rows"] if not x.get("peer")))
 
 
 _MEASURED = {
     None: "backends on real models' shapes, in turns with copy_",
     HOST_SUITE: "copies between a device and host memory by every engine, in turns with a memcpy",
-    PLUG_SUITE: "engines' transfers by their own code and by the plugs, in turns with a memcpy",
-    STORAGE_SUITE: "block stores and what they are made of, in turns with fio and LMCache,",
-    MIGRATION_SUITE: "what crosses between two processes and their devices, in turns with raw "
-    "copies",
+    PLUG_SUITE: "engines' transfers by their own code and by integrations, in turns with a memcpy",
+    STORAGE_SUITE: "block stores and their parts, in turns with fio and LMCache,",
+    MIGRATION_SUITE: "transfers between two processes and their devices, in turns with raw copies",
 }
 _INSTEAD = {
     HOST_SUITE: "copies between the device and the host",
-    PLUG_SUITE: "engines' own transfers beside those of PortaKV's plugs",
-    STORAGE_SUITE: "block stores in a folder beside fio and LMCache",
+    PLUG_SUITE: "engines' own transfers compared with those of PortaKV's integrations",
+    STORAGE_SUITE: "block stores in a folder compared with fio and LMCache",
     MIGRATION_SUITE: "rows and weights that cross between two processes",
 }
 
 
 def _parser(kind: str | None) -> argparse.ArgumentParser:
-    """The options of a suite; None: of copies inside a device."""
+    """Return the parser of a suite; None means copies inside a device."""
     parser = argparse.ArgumentParser(
         prog="portakv bench" + (f" --{kind}" if kind else ""),
         description=f"Measures {_MEASURED[kind]} of the same bytes, and checks every byte in the "
@@ -197,7 +199,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
     add(
         "--bars",
         action="store_true",
-        help="judge the figures by this project's own bars, which were set for its own machines",
+        help="compare with this project's performance targets, which are for its own machines",
     )
     several: dict[str, Any] = {"action": "append", "metavar": "NAME"}
     if kind:
@@ -206,7 +208,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
     else:
         add("--backend", help="may be repeated (default: all accepted)", **several)
         add("--shape", help="may be repeated (default: the preset's)", **several)
-    use = ", for the part `peers`" if kind else " to measure beside"
+    use = ", for the part `peers`" if kind else " to compare with"
     if kind == STORAGE_SUITE:
         add("--dir", type=Path, required=True, help="a folder on the disk; left as it was")
         add("--sizes", metavar="LIST", help="of a slot, such as 256K,1M (default: the preset's)")
@@ -221,7 +223,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of a name, made the current one; None: the accelerator, else the CPU."""
+    """Make the named device current and return it; by default the accelerator, else the CPU."""
     device = usual_device() if name is None else usable_device(name)
     if device.type == "cpu":
         return torch.device("cpu")
@@ -230,32 +232,32 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(device.type, module.current_device())
 
 
-def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure copies inside a device; returns what is written as JSON."""
-    preset = suite.PRESETS[asked.preset]
+def run_device(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measure copies inside a device; return the result as JSON."""
+    preset = suite.PRESETS[args.preset]
     known = load()
     accepted = suite.accepted_backends(device)
-    _check_known("Shape", asked.shape or (), known)
-    for name in asked.backend or ():
+    _check_known("Shape", args.shape or (), known)
+    for name in args.backend or ():
         if name not in accepted:
             raise PortaKVError(
                 f"Backend {name!r} was asked for; on {device} the registry accepts "
                 f"{', '.join(accepted)} (`portakv backends` says why not the others)."
             )
-    shapes = [known[name] for name in asked.shape or preset.shapes or known]
+    shapes = [known[name] for name in args.shape or preset.shapes or known]
     usual = [name for name in accepted if preset.compiling or name not in suite.COMPILING]
-    peers = [load_peer(name) for name in asked.peer or ()]
+    peers = [load_peer(name) for name in args.peer or ()]
     timer = HostTimer(device) if device.type == "cpu" else DeviceTimer(device)
-    field = suite.Field(asked.backend or usual, peers, timer, device, [])
+    field = suite.Field(args.backend or usual, peers, timer, device, [])
     machine = describe(device)
     steps = _on_device(preset, shapes, field)
-    rows = carry_out(steps, device, asked.seconds, field.left_out)
+    rows = carry_out(steps, device, args.seconds, field.left_out)
     suite.relate(rows)
     return {
         "format": RESULT_FORMAT,
         "machine": machine,
         "asked": {
-            "preset": asked.preset,
+            "preset": args.preset,
             "backends": field.backends,
             "peers": {peer.name: peer.release for peer in peers},
             "timer": timer.name,
@@ -272,7 +274,7 @@ def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field) -> Iterator[Step]:
-    """Everything to measure, by name; what compiles for seconds comes last."""
+    """Yield the steps by name; backends that compile for seconds come last."""
     device = field.device
     fast = [name for name in field.backends if name not in suite.COMPILING]
     overheads = {
@@ -283,7 +285,7 @@ def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field
         for name in field.backends
     }
     yield from (overheads[name] for name in fast)
-    for backend in fast if preset.starts else ():  # the first is what the registry would choose
+    for backend in fast if preset.starts else ():  # the registry would choose the first
         rounds = preset.starts if backend == fast[0] else 1
         yield (
             f"fresh process with {backend}",
@@ -293,57 +295,61 @@ def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field
         yield f"{task}", partial(suite.run_task, task, preset, field)
     for shape in shapes:
         if preset.ladder and shape.name == LADDER:
-            yield f"every way of moving {LADDER}", partial(run_ladder, shape, field, preset.rounds)
+            yield (
+                f"every way of moving {LADDER}",
+                partial(run_all_methods, shape, field, preset.rounds),
+            )
     yield from (step for name, step in overheads.items() if name not in fast)
 
 
-def run_host(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure copies between a device and the host; returns what is written as JSON."""
+def run_host(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measure copies between a device and the host; return the result as JSON."""
     if device.type == "cpu":
         raise PortaKVError(
             "copies between a device and the host were to be measured, but torch finds no "
             "accelerator here. Run it on a machine that has one."
         )
-    peers = [load_peer(name) for name in asked.peer or ()]
-    return _run_parts(asked, HOST_SUITE, PARTS, Bench(device, HOST_PRESETS[asked.preset], peers))
+    peers = [load_peer(name) for name in args.peer or ()]
+    return _run_parts(args, HOST_SUITE, PARTS, Bench(device, HOST_PRESETS[args.preset], peers))
 
 
-def run_plugs(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure engines' transfers by their own code and by the plugs; returns what is written as
-    JSON, with the releases whose own code was measured as peers."""
-    results = _run_parts(asked, PLUG_SUITE, PLUGS, PlugBench(device, asked.preset))
+def run_plugs(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measure engines' transfers by their own code and by the integrations; return the result.
+
+    The releases whose own code was measured are the result's peers.
+    """
+    results = _run_parts(args, PLUG_SUITE, PLUGS, PlugBench(device, args.preset))
     results["rows"] += medians(results["rows"])
     return results
 
 
-def run_storage(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure block stores in a folder, which is left as it was; returns what is written as
-    JSON."""
-    if not os.path.isdir(asked.dir):
-        raise PortaKVError(f"Expected --dir to be a folder, got {asked.dir}. Make it first.")
-    preset = STORAGE_PRESETS[asked.preset]
+def run_storage(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measure block stores in a folder, which is unchanged after it; return the result as JSON."""
+    if not os.path.isdir(args.dir):
+        raise PortaKVError(f"Expected --dir to be a folder, got {args.dir}. Make it first.")
+    preset = STORAGE_PRESETS[args.preset]
     if forced := os.environ.get("PORTAKV_IO"):
         raise PortaKVError(f"PORTAKV_IO={forced} forces one engine on every way. Unset it.")
     try:
-        sizes = tuple(map(in_bytes, asked.sizes.split(","))) if asked.sizes else preset.sizes
-        given = {
-            "nbytes": asked.gib and int(asked.gib * (1 << 30)),
-            "rounds": asked.rounds,
-            "pause": asked.pause,
+        sizes = tuple(map(in_bytes, args.sizes.split(","))) if args.sizes else preset.sizes
+        arguments = {
+            "nbytes": args.gib and int(args.gib * (1 << 30)),
+            "rounds": args.rounds,
+            "pause": args.pause,
         }
-        more = {name: value for name, value in given.items() if value is not None}
+        more = {name: value for name, value in arguments.items() if value is not None}
         preset = replace(preset, sizes=sizes, **more)
-        peers = {"fio": asked.fio, "lmcache": asked.lmcache_python}
-        bench = StorageBench(device, preset, asked.dir, peers)
+        peers = {"fio": args.fio, "lmcache": args.lmcache_python}
+        bench = StorageBench(device, preset, args.dir, peers)
     except (OSError, RuntimeError, ValueError) as error:
-        raise PortaKVError(f"block stores were to be measured in {asked.dir}: {error}") from None
+        raise PortaKVError(f"block stores were to be measured in {args.dir}: {error}") from None
     try:
-        return _run_parts(asked, STORAGE_SUITE, STORAGE, bench)
+        return _run_parts(args, STORAGE_SUITE, STORAGE, bench)
     finally:
         bench.forget()
 
 
-def run_migration(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run_migration(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measure what crosses between two processes; returns what is written as JSON."""
     if forced := os.environ.get("PORTAKV_MOVER"):
         raise PortaKVError(f"PORTAKV_MOVER={forced} forces one mover on every way. Unset it.")
@@ -356,9 +362,9 @@ def run_migration(asked: argparse.Namespace, device: torch.device) -> dict[str, 
         name: getattr(import_module(package + module), steps)
         for name, (module, _, steps) in ((x, y.partition(":")) for x, y in MIGRATION.items())
     }
-    bench = suite_.MigrationBench(device, suite_.MIGRATION_PRESETS[asked.preset])
+    bench = suite_.MigrationBench(device, suite_.MIGRATION_PRESETS[args.preset])
     try:
-        return _run_parts(asked, MIGRATION_SUITE, parts, bench)
+        return _run_parts(args, MIGRATION_SUITE, parts, bench)
     finally:
         bench.forget()
 
@@ -368,21 +374,21 @@ Parts = Mapping[str, Callable[[AnyBench], Iterator[Step]]]
 
 
 def _run_parts(
-    asked: argparse.Namespace, kind: str, known: Parts[AnyBench], bench: AnyBench
+    args: argparse.Namespace, kind: str, known: Parts[AnyBench], bench: AnyBench
 ) -> dict[str, Any]:
     """Measure the parts of a suite that were asked for."""
-    words = [*known] if asked.only is None else [word.strip() for word in asked.only.split(",")]
+    words = [*known] if args.only is None else [word.strip() for word in args.only.split(",")]
     _check_known("Part", words, known)
     parts = [part for part in known if part in words]
     device = bench.device
-    if getattr(bench.module, "EMULATED", False) and asked.preset != "tiny":
+    if getattr(bench.module, "EMULATED", False) and args.preset != "tiny":
         raise PortaKVError(
             f"{device} is emulated, and figures come from real hardware only; --preset tiny tries "
             f"the benchmark itself."
         )
     machine = describe(device)
     steps = (step for part in parts for step in _steps_of(part, known[part], bench))
-    rows = carry_out(steps, device, asked.seconds, bench.left_out)
+    rows = carry_out(steps, device, args.seconds, bench.left_out)
     bench.forget()
     absent = [f"{engine}: {why}" for engine, why in bench.absent.items()]
     name = f"{short_name(device)}-{bench.named or kind}"
@@ -392,7 +398,7 @@ def _run_parts(
         "name": name if len(parts) == len(known) else "-".join([name, *parts]),
         "machine": machine,
         "asked": {
-            "preset": asked.preset,
+            "preset": args.preset,
             "parts": parts,
             "peers": bench.releases,
             "timer": bench.timer.name,
@@ -407,7 +413,7 @@ def _run_parts(
 def _steps_of(
     part: str, steps: Callable[[AnyBench], Iterator[Step]], bench: AnyBench
 ) -> list[Step]:
-    """The steps of a part, whose rows name it; of one that cannot tell them none, and why."""
+    """Return the steps of a part, whose rows name it; none, with a line, if the part fails."""
 
     def labelled(measure: Callable[[], Rows]) -> Rows:
         return [{**row, "part": part} for row in measure()]
@@ -415,19 +421,22 @@ def _steps_of(
     try:
         return [(f"{part}: {name}", partial(labelled, step)) for name, step in steps(bench)]
     except Exception as error:
-        line = f"{part}: {in_a_line(error)}"  # a sentence of PortaKV says what is absent here
+        line = f"{part}: {in_a_line(error)}"  # an error of PortaKV names what is absent here
         bench.left_out.append(line if isinstance(error, PortaKVError) else harness.Failed(line))
         return []
 
 
 def carry_out(
-    asked: Iterable[Step], device: torch.device, seconds: float | None, left_out: list[str]
+    args: Iterable[Step], device: torch.device, seconds: float | None, left_out: list[str]
 ) -> Rows:
-    """What the steps measure; nothing new is begun after so many seconds, in which engines are
-    loaded too. What is over time, fails or is interrupted is left out, and told."""
+    """Run the steps and return their rows; start no step after ``seconds``.
+
+    The seconds include the loading of engines. A step that is late, fails or is interrupted adds a
+    line to ``left_out``.
+    """
     rows: Rows = []
     began = perf_counter()
-    steps = [*asked]
+    steps = [*args]
     with torch.no_grad():
         for done, (name, step) in enumerate(steps):
             elapsed = perf_counter() - began
@@ -440,10 +449,10 @@ def carry_out(
             except KeyboardInterrupt:
                 left_out.append(f"interrupted: the last {len(steps) - done} steps")
                 break
-            except Exception as error:  # what was measured before must not be lost
+            except Exception as error:  # earlier rows must not be lost
                 left_out.append(harness.Failed(f"{name}: {in_a_line(error)}"))
                 harness.take_error()
-            try:  # give memory back, so that the next workload sees what it can have
+            try:  # release memory, so that the next workload sees the free memory
                 gc.collect()
                 if hasattr(torch.get_device_module(device), "empty_cache"):
                     torch.get_device_module(device).empty_cache()
@@ -455,7 +464,7 @@ def carry_out(
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Facts of the machine and versions, as JSON can hold them."""
+    """Return facts of the machine and versions as JSON."""
     facts: dict[str, Any] = {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "device_type": device.type,
@@ -483,7 +492,7 @@ def _name(device: torch.device) -> str:
 
 
 def short_name(device: torch.device) -> str:
-    """A name for files that stays the same from run to run: ``cpu-2core``, ``h200``."""
+    """Return a name for files that is stable from run to run: ``cpu-2core``, ``h200``."""
     if device.type == "cpu":
         return f"cpu-{len(os.sched_getaffinity(0))}core"
     words = re.sub(r"[^a-z0-9]+", "-", _name(device).lower()).strip("-").split("-")
@@ -491,26 +500,26 @@ def short_name(device: torch.device) -> str:
 
 
 def _cpu_name() -> str:
-    """The processor as the kernel names it."""
+    """Return the kernel's name of the processor."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.machine()
+    matches = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return matches.group(1).strip() if matches else platform.machine()
 
 
 def _smi(device: torch.device) -> dict[str, str]:
-    """Driver, clocks and power limit as nvidia-smi reads them; nothing is changed."""
-    asked = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
-    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
+    """Return driver, clocks and power limit as nvidia-smi reads them; change nothing."""
+    args = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(args)}", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        line = told.stdout.splitlines()[device.index or 0]
+        fields = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        line = fields.stdout.splitlines()[device.index or 0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return {}
-    return dict(zip(asked, (word.strip() for word in line.split(",")), strict=False))
+    return dict(zip(args, (word.strip() for word in line.split(",")), strict=False))
 
 
 def write(results: Row, folder: Path, stem: str) -> list[Path]:
-    """Write a result and its plots; the paths."""
+    """Write a result and its plots; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -523,7 +532,7 @@ def write(results: Row, folder: Path, stem: str) -> list[Path]:
 
 
 def print_bars(results: Row) -> None:
-    """The verdicts on what was measured; of the others how many there are."""
+    """Print the verdicts on measured rows, and the number of all other targets."""
     verdicts = judge(results, load_bars())
     measured = [verdict for verdict in verdicts if verdict.rows]
     if measured:

@@ -94,7 +94,7 @@ _STORED: Mapping[str, Cell] = {
     "processor, us a MiB": "{cpu_us_per_mib:.0f}",
 }
 _BETWEEN = {"devices": "two devices", "one device": "one device", "processes": "two processes"}
-_RAW = [("migrate_mapped", way) for way in ("raw copy", "raw copy, one process", "copy_rows")]
+_RAW = [("migrate_mapped", method) for method in ("raw copy", "raw copy, one process", "copy_rows")]
 _CROSSED: Mapping[str, Cell] = {
     "what": "{shape}",
     "bytes": "{op}",
@@ -295,24 +295,26 @@ def _measured(machine: Mapping[str, Any]) -> str:
 
 
 def _which(copies: Sequence[Row]) -> list[str]:
-    told = [
-        f"- `{way}`: {median(found):.2f} of `copy_` in the median of {len(found)} rows, "
-        f"{min(found):.2f} at worst."
-        for way, found in preference(copies).items()
+    intro = [
+        f"- `{method}`: {median(matches):.2f} of `copy_` in the median of {len(matches)} rows, "
+        f"{min(matches):.2f} at worst."
+        for method, matches in preference(copies).items()
     ]
-    return ["", "### Which one", "", *told] if told else []
+    return ["", "### Which one", "", *intro] if intro else []
 
 
 def preference(copies: Sequence[Row]) -> dict[str, list[float]]:
     """The ratios of each way, from the fastest to the slowest by their median."""
-    found = [(way, [float(r["ratio"]) for r in having(copies, backend=way)]) for way in _ORDER]
-    return dict(sorted((one for one in found if one[1]), key=lambda one: -median(one[1])))
+    matches = [
+        (method, [float(r["ratio"]) for r in having(copies, backend=method)]) for method in _ORDER
+    ]
+    return dict(sorted((one for one in matches if one[1]), key=lambda one: -median(one[1])))
 
 
 def _slower(copies: Sequence[Row]) -> list[str]:
     table = [
-        [f"`{way}`", words, *_spread(having(copies, backend=way, layers=layers), "to_cuda")]
-        for (layers, words), way in product(_LAYERS.items(), _ORDER[1:])
+        [f"`{method}`", words, *_spread(having(copies, backend=method, layers=layers), "to_cuda")]
+        for (layers, words), method in product(_LAYERS.items(), _ORDER[1:])
     ]
     heads = ["backend", "layers", "x cuda, median", "x cuda, worst", "rows"]
     return _section("How much slower than `cuda`", "", heads, table)
@@ -330,32 +332,32 @@ def _sizes(copies: Sequence[Row]) -> list[str]:
     )
     rows = [r for r in rows if r["shape"].startswith("llama3-8b") and r["slots_used"] < 1]
     sizes = sorted({row["payload_bytes"] for row in rows})
-    ways = [way for way in _ORDER if having(rows, backend=way)]
-    if len(sizes) < 3 or len(ways) < 2:
+    methods = [method for method in _ORDER if having(rows, backend=method)]
+    if len(sizes) < 3 or len(methods) < 2:
         return []
     by = {(r["payload_bytes"], r["backend"]): r for r in rows}
     table = []
     for size in sizes:
-        mine = [by.get((size, way)) for way in ways]
-        cells = [f"{r['p50_us']:.4g} us ({r['host_us']:.0f})" if r else "" for r in mine]
+        selected = [by.get((size, method)) for method in methods]
+        cells = [f"{r['p50_us']:.4g} us ({r['host_us']:.0f})" if r else "" for r in selected]
         table.append([in_decimal(size), *cells])
-    told = (
+    intro = (
         "Device time of a gather of random slots, and in brackets the host time of the call (in "
         "turns with others, so with cold caches), both in microseconds: Llama-3 8B, rows of 2 KB, "
         "each layer an allocation. If the host time is the larger, a faster kernel is not seen "
         "unless other work hides the call."
     )
-    fastest, *others = ways
-    heads = ["payload", *(f"`{way}`" for way in ways)]
-    lines = [*_section("From what size it matters", told, heads, table), ""]
-    for way in others:
-        both = [n for n in sizes if (n, way) in by and (n, fastest) in by]
-        slower = [n for n in both if by[n, way]["p50_us"] > CLOSE * by[n, fastest]["p50_us"]]
+    fastest, *others = methods
+    heads = ["payload", *(f"`{method}`" for method in methods)]
+    lines = [*_section("From what size it matters", intro, heads, table), ""]
+    for method in others:
+        both = [n for n in sizes if (n, method) in by and (n, fastest) in by]
+        slower = [n for n in both if by[n, method]["p50_us"] > CLOSE * by[n, fastest]["p50_us"]]
         at = ", ".join(map(in_decimal, slower)) if slower else "every size measured"
         if slower == both:
             at = "every size measured" if len(both) > 1 else f"{at}, the only size measured"
         lead = f"{'more than' if slower else 'at most'} {CLOSE - 1:.0%} slower than `{fastest}`"
-        lines.append(f"- `{way}` is {lead} at {at}.")
+        lines.append(f"- `{method}` is {lead} at {at}.")
     return lines
 
 
@@ -369,14 +371,16 @@ def _peers(rows: Sequence[Row]) -> list[str]:
     kinds = (f"rows of 256 B and more, {how} 32 MB" for how in ("from", "under"))
     table = []
     for words, op in product((*kinds, "rows under 256 B"), ("gather", "scatter")):
-        mine = having(rows, kind="copy", backend="cuda", op=op)
-        table.append([words, op, *_spread([r for r in mine if workload(r) == words], "to_peer")])
-    told = (
+        selected = having(rows, kind="copy", backend="cuda", op=op)
+        table.append(
+            [words, op, *_spread([r for r in selected if workload(r) == words], "to_peer")]
+        )
+    intro = (
         "Device time of `cuda` / that of the faster of LMCache's released kernels, in the rows "
         "that these carried out correctly in the same run; below 1 is faster."
     )
     heads = ["workload", "direction", "median", "worst", "rows"]
-    return _section("`cuda` beside LMCache's kernels", told, heads, table)
+    return _section("`cuda` beside LMCache's kernels", intro, heads, table)
 
 
 def _link_sizes(rows: Sequence[Row]) -> list[str]:
@@ -385,17 +389,17 @@ def _link_sizes(rows: Sequence[Row]) -> list[str]:
     for payload in sorted({row["payload_bytes"] for row in chosen}):
         cells = [in_words(payload)]
         for op in _WORDS:
-            found = [r["ratio"] for r in having(chosen, payload_bytes=payload, op=op)]
-            cells += [f"{median(found):.3f}", f"{min(found):.3f}"] if found else ["", ""]
+            matches = [r["ratio"] for r in having(chosen, payload_bytes=payload, op=op)]
+            cells += [f"{median(matches):.3f}", f"{min(matches):.3f}"] if matches else ["", ""]
         table.append(cells)
     heads = ["payload", *(h for words in _WORDS.values() for h in (f"{words}, median", "worst"))]
     slow = Counter(f"*{row['host_side']}*" for row in chosen if row["ratio"] < _SLOW).most_common()
-    told = (
+    intro = (
         "The engine that PortaKV chooses, of memcpy, over all layouts that were measured. Of these "
         f"{len(chosen)} rows {' and '.join(f'{times} {side}' for side, times in slow)} are below "
         f"{_SLOW}. A pool that is layer-first comes in runs of one block in one plane."
     )
-    return _section("What to expect", told, heads, table)
+    return _section("What to expect", intro, heads, table)
 
 
 def _link_best(rows: Sequence[Row]) -> list[str]:
@@ -405,43 +409,43 @@ def _link_best(rows: Sequence[Row]) -> list[str]:
     for run, large in product(sorted({row["run_bytes"] for row in fastest}), (False, True)):
         cells = [in_words(run), "from 128 MB" if large else "less"]
         for op in _WORDS:
-            mine = having(fastest, run_bytes=run, op=op)
-            won = [r["backend"] for r in mine if (r["payload_bytes"] >= _LINK_LARGE) == large]
+            selected = having(fastest, run_bytes=run, op=op)
+            won = [r["backend"] for r in selected if (r["payload_bytes"] >= _LINK_LARGE) == large]
             best = Counter(won).most_common()
             cells.append(", ".join(f"`{name}` {times}" for name, times in best))
         table.append(cells)
-    told = "Which engine was the fastest on an idle device, and at how many points."
-    return _section("Which engine", told, ["runs", "payload", *_WORDS.values()], table)
+    intro = "Which engine was the fastest on an idle device, and at how many points."
+    return _section("Which engine", intro, ["runs", "payload", *_WORDS.values()], table)
 
 
 def _listed(rows: Sequence[Row], kind: str) -> list[str]:
-    title, told, cells = _LISTS[kind]
-    mine = having(rows, kind=kind)
+    title, intro, cells = _LISTS[kind]
+    selected = having(rows, kind=kind)
     table = [
         [cell.format_map(row) if isinstance(cell, str) else cell(row) for cell in cells.values()]
-        for row in mine
+        for row in selected
     ]
     filled = [any(column) for column in zip(*table, strict=True)]
     table = [[*compress(line, filled)] for line in table]
     heads = [*compress(cells, filled)]
-    return _section(title, told.format_map(mine[0]) if mine else "", heads, table)
+    return _section(title, intro.format_map(selected[0]) if selected else "", heads, table)
 
 
 def _spread(rows: Sequence[Row], figure: str) -> list[str]:
     """Median, worst and number of a figure of the rows that have it; empty if none has."""
-    found = [float(row[figure]) for row in rows if figure in row]
-    return [_times(median(found)), _times(max(found)), str(len(found))] if found else []
+    matches = [float(row[figure]) for row in rows if figure in row]
+    return [_times(median(matches)), _times(max(matches)), str(len(matches))] if matches else []
 
 
 def _section(
-    title: str, told: str, heads: Sequence[str], table: Sequence[Sequence[str]]
+    title: str, intro: str, heads: Sequence[str], table: Sequence[Sequence[str]]
 ) -> list[str]:
     """A section with a table; lines of it that lack cells are left out, and it without any."""
     whole = [line for line in table if len(line) == len(heads)]
     if not whole:
         return []
     rows = [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *whole)]
-    return ["", f"### {title}", "", *([told, ""] if told else []), *rows]
+    return ["", f"### {title}", "", *([intro, ""] if intro else []), *rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

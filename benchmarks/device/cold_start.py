@@ -31,10 +31,10 @@ _CACHES = ("PORTAKV_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, Any]]:
     """A row for cold and one for warm starts, each the median of ``rounds`` processes."""
-    found: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
+    results: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            for times in found.values():  # the second finds what the first left behind
+            for times in results.values():  # the second finds what the first left behind
                 times.append(_start(backend, device, Path(folder)))
     return [
         {
@@ -47,7 +47,7 @@ def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, An
             "rounds": rounds,
             "verified": all(one["right"] for one in times),
         }
-        for cache, times in found.items()
+        for cache, times in results.items()
     ]
 
 
@@ -59,7 +59,7 @@ def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:
     # Not the script's folder, whose modules could stand in for others.
     modules = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, **caches, "PYTHONPATH": modules, "PYTHONSAFEPATH": "1"}
-    told = subprocess.run(
+    fields = subprocess.run(
         [sys.executable, __file__, backend, device],
         env=environment,
         capture_output=True,
@@ -67,9 +67,9 @@ def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:
         timeout=_LIMIT,
         check=False,
     )
-    if told.returncode:
-        raise RuntimeError(f"A fresh process with {backend!r} failed: {told.stderr[-400:]}")
-    read: dict[str, Any] = json.loads(told.stdout.splitlines()[-1])
+    if fields.returncode:
+        raise RuntimeError(f"A fresh process with {backend!r} failed: {fields.stderr[-400:]}")
+    read: dict[str, Any] = json.loads(fields.stdout.splitlines()[-1])
     return read
 
 

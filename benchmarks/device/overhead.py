@@ -52,19 +52,22 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> Rows:
     connector.register_kv_caches(caches)
     view = KVView(caches, CACHE)
     chunk_views = [KVView(chunk, CHUNK, heads=1) for chunk in chunks]
-    way = prepared(view.form, chunk_views[0].form, 1, 0, None, choose(device, backend))
+    prepared_copy = prepared(view.form, chunk_views[0].form, 1, 0, None, choose(device, backend))
     host = torch.tensor([_SLOT])
     ids: dict[str, Any] = {"kept Index": Index(host), "host tensor": host}
     if device.type != "cpu":
         ids["device tensor"] = host.to(device)
-    placed = way.place(ids["kept Index"])
+    placed = prepared_copy.place(ids["kept Index"])
     whole = Index()
 
     def registered(slots: Any) -> Call:
         return lambda i, chunk: connector.from_gpu(chunk, slot_mapping=slots)
 
+    def launched(i: int, chunk: torch.Tensor) -> object:
+        return prepared_copy.launch(view, chunk_views[i], placed, whole, 1, None, None)
+
     calls: dict[str, Call] = {
-        "launch": lambda i, chunk: way.launch(view, chunk_views[i], placed, whole, 1, None, None),
+        "launch": launched,
         **{name: registered(slots) for name, slots in ids.items()},
     }
     verified = {}

@@ -124,8 +124,8 @@ def run_task(task: Task, preset: Preset, field: Field) -> Rows:
     runs: list[list[Measured]] = []
     for repeat in range(repeats):
         work = Workload(shape, task.arrangement, field.device, shape.objects)
-        told = field.left_out if repeat == 0 else []  # the others leave out the same
-        good = harness.usable(_variants(work, preset, field, f"{task}", told), f"{task}", told)
+        fields = field.left_out if repeat == 0 else []  # the others leave out the same
+        good = harness.usable(_variants(work, preset, field, f"{task}", fields), f"{task}", fields)
         limits = shape.objects, preset.rounds, preset.seconds
         runs.append(harness.measure(ceiling(work), good, field.timer, *limits))
         del work, good
@@ -146,25 +146,25 @@ def _variants(
     work: Workload, preset: Preset, field: Field, place: str, left_out: list[str]
 ) -> list[Variant]:
     """Every way of moving a workload; adds a line on each that cannot be made."""
-    found: list[Variant] = []
+    results: list[Variant] = []
     for index in (index for index in work.shape.index if index in preset.index):
-        made = [(name, _backend_ways(work, name, index)) for name in field.backends]
-        made += [(peer.name, peer_ways(peer, work, index)) for peer in field.peers]
-        for name, ways in made:
+        made = [(name, _backend_methods(work, name, index)) for name in field.backends]
+        made += [(peer.name, peer_methods(peer, work, index)) for peer in field.peers]
+        for name, methods in made:
             try:
-                found += ways
+                results += methods
             except PortaKVError as error:
                 left_out.append(f"{place}, {name} {index}: {error}")
-    return found
+    return results
 
 
-def _backend_ways(work: Workload, backend: str, index: str) -> Iterator[Variant]:
+def _backend_methods(work: Workload, backend: str, index: str) -> Iterator[Variant]:
     if backend not in COMPILING:
-        yield from connector_ways(work, backend, index)
+        yield from connector_methods(work, backend, index)
     elif index == "random" and work.shape.compiled:
-        yield from connector_ways(work, backend, index)
+        yield from connector_methods(work, backend, index)
         if work.device.type == "cuda":
-            yield from map(replayed, connector_ways(work, backend, index, capturable=True))
+            yield from map(replayed, connector_methods(work, backend, index, capturable=True))
 
 
 def replayed(variant: Variant) -> Variant:
@@ -188,7 +188,7 @@ def replayed(variant: Variant) -> Variant:
     return Variant({**labels, "call": "graph replay"}, replay, variant.poison, variant.right)
 
 
-def connector_ways(
+def connector_methods(
     work: Workload, backend: str, index: str, capturable: bool = False
 ) -> Iterator[Variant]:
     """Gather and scatter through one backend, as a caller of PortaKV writes them; ``capturable``:
@@ -197,15 +197,15 @@ def connector_ways(
     if index == "blocks":
         yield from _by_blocks(work, backend, ids)
         return
-    kept = Index(ids.to(work.device) if capturable else ids)
+    cached = Index(ids.to(work.device) if capturable else ids)
     source, target = (_connector(work, backend, caches) for caches in (work.source, work.target))
-    yield from both_ways(
+    yield from both_directions(
         work,
         index,
         backend,
         ("from_gpu", "to_gpu"),
-        lambda i: source.from_gpu(work.stored[i], slot_mapping=kept),
-        lambda i: target.to_gpu(work.loaded[i], slot_mapping=kept),
+        lambda i: source.from_gpu(work.stored[i], slot_mapping=cached),
+        lambda i: target.to_gpu(work.loaded[i], slot_mapping=cached),
     )
 
 
@@ -213,10 +213,10 @@ def _by_blocks(work: Workload, backend: str, ids: torch.Tensor) -> Iterator[Vari
     """Through `copy_blocks`; on an accelerator with an `Index` that the caller keeps, since ids
     that are copied to the device in each call would make the host wait in the middle of it."""
     shape = work.shape
-    kept: torch.Tensor | Index = ids
+    cached: torch.Tensor | Index = ids
     copy: Callable[..., BlockTransfer] = copy_blocks
     if work.device.type != "cpu":
-        kept = Index(ids, step=shape.block_size)
+        cached = Index(ids, step=shape.block_size)
         copy = copy_rows
     source, target = (KVView(caches, shape.cache) for caches in (work.source, work.target))
     extents: Any = {"kv": shape.kv} if "kv" in shape.chunk else {}
@@ -225,13 +225,13 @@ def _by_blocks(work: Workload, backend: str, ids: torch.Tensor) -> Iterator[Vari
     def chunk(tensor: torch.Tensor) -> KVView:
         return KVView(tensor, shape.chunk, **extents)
 
-    yield from both_ways(
+    yield from both_directions(
         work,
         "blocks",
         backend,
         (copy.__name__, copy.__name__),
-        lambda i: copy(source, chunk(work.stored[i]), kept, None, backend=backend),
-        lambda i: copy(chunk(work.loaded[i]), target, None, kept, backend=backend),
+        lambda i: copy(source, chunk(work.stored[i]), cached, None, backend=backend),
+        lambda i: copy(chunk(work.loaded[i]), target, None, cached, backend=backend),
     )
 
 
@@ -241,7 +241,7 @@ def _connector(work: Workload, backend: str, caches: Any) -> AdaptiveConnector:
     return made
 
 
-def peer_ways(peer: LMCache, work: Workload, index: str) -> Iterator[Variant]:
+def peer_methods(peer: LMCache, work: Workload, index: str) -> Iterator[Variant]:
     """Gather and scatter by each kernel of a peer that takes such an index list; raises
     `PeerMissing` if it does not carry such a shape out."""
     slots = work.slots(index)
@@ -249,7 +249,7 @@ def peer_ways(peer: LMCache, work: Workload, index: str) -> Iterator[Variant]:
         store, load = (
             peer.move_by(kernel, work.shape, slots, caches) for caches in (work.source, work.target)
         )
-        yield from both_ways(
+        yield from both_directions(
             work,
             index,
             f"{peer.name} {kernel}",
@@ -260,7 +260,7 @@ def peer_ways(peer: LMCache, work: Workload, index: str) -> Iterator[Variant]:
         )
 
 
-def both_ways(
+def both_directions(
     work: Workload,
     index: str,
     backend: str,
@@ -335,8 +335,8 @@ def _relate_copies(group: Rows) -> None:
 def peer_failures(rows: Rows) -> list[str]:
     """What a peer carried out wrongly, a line each."""
     wrong = [row for row in rows if row.get("peer") and not row["verified"]]
-    told = "{shape}, layers {layers}, {backend} {op} {index}: some bytes were wrong"
-    return [told.format_map(row) for row in wrong]
+    fields = "{shape}, layers {layers}, {backend} {op} {index}: some bytes were wrong"
+    return [fields.format_map(row) for row in wrong]
 
 
 def _times(row: Row, other: Row) -> float:

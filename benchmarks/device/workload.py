@@ -107,9 +107,9 @@ class Workload:
     def _tensor(self, extents: tuple[int, ...], salt: int | None) -> torch.Tensor:
         dtype = self.shape.torch_dtype
         count = prod(extents) * dtype.itemsize
-        held = torch.empty(-(-count // 8), dtype=torch.int64, device=self.device)
+        retained = torch.empty(-(-count // 8), dtype=torch.int64, device=self.device)
         if salt is None:
-            held.view(torch.uint8).fill_(POISON)
+            retained.view(torch.uint8).fill_(POISON)
         else:
-            fill(held, salt)
-        return held.view(torch.uint8)[:count].view(dtype).view(extents)
+            fill(retained, salt)
+        return retained.view(torch.uint8)[:count].view(dtype).view(extents)

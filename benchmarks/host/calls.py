@@ -16,7 +16,7 @@ from time import perf_counter
 
 from portakv.plan.plan import CopyPlan
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene, Sides
-from portakv_benchmarks.host.suite import BATCHED_MEMCPY, HOST, STAGED, ZERO_COPY, Bench, Way
+from portakv_benchmarks.host.suite import BATCHED_MEMCPY, HOST, STAGED, ZERO_COPY, Bench, Method
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
 from portakv_benchmarks.shared.shapes import in_words
@@ -50,30 +50,30 @@ def _measure(bench: Bench, case: Case, whole: bool) -> Rows:
     rows: Rows = []
     sides = bench.sides(case)
     calls = bench.preset.calls if whole else max(1, bench.preset.calls // 3)
-    ways = bench.serving(_WAYS if whole else _WAYS[:-1])
+    methods = bench.serving(_WAYS if whole else _WAYS[:-1])
     for direction in DIRECTIONS:
         sides.fill(direction)
-        src, dst, mine, theirs = sides.arguments(direction)
-        plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
-        merged = int(plan.runs(src, dst, mine, theirs, case.tokens).nbytes.size)  # with neighbours
-        for way, ids in product(ways, IDS if whole else IDS[:1]):
+        src, dst, local, remote = sides.arguments(direction)
+        plan = CopyPlan(src.form, dst.form, local.plan_step, remote.plan_step)
+        merged = int(plan.runs(src, dst, local, remote, case.tokens).nbytes.size)  # with neighbours
+        for method, ids in product(methods, IDS if whole else IDS[:1]):
             try:
-                rows.append(_row(bench, sides, direction, way, ids, merged, calls))
+                rows.append(_row(bench, sides, direction, method, ids, merged, calls))
             except harness.FAILURES as error:
-                place = f"host time: {way.name} {direction}, {ids}"
+                place = f"host time: {method.name} {direction}, {ids}"
                 bench.left_out.append(f"{place}: {harness.in_a_line(error)}")
     return rows
 
 
 def _row(
-    bench: Bench, sides: Sides, direction: str, way: Way, ids: str, merged: int, calls: int
+    bench: Bench, sides: Sides, direction: str, method: Method, ids: str, merged: int, calls: int
 ) -> Row:
     def call(behind_others: bool = False) -> float:
         fresh = None if ids == IDS[0] else sides.fresh_ids()
         if not behind_others:
             bench.module.synchronize()
         began = perf_counter()
-        way.move(sides, direction, ids=fresh)
+        method.move(sides, direction, ids=fresh)
         return (perf_counter() - began) * 1e6
 
     sides.poison(direction)
@@ -81,7 +81,7 @@ def _row(
     right = sides.right(direction)
     idle, times = _times(call, calls)
     bench.module.synchronize()
-    chosen = way.taken(way.move(sides, direction))
+    chosen = method.taken(method.move(sides, direction))
     bench.module.synchronize()
     middle = quantile(times, 0.5)
     case = sides.case
@@ -89,8 +89,8 @@ def _row(
     return {
         "kind": "host_call",
         "shape": case.name,
-        "backend": way.name,
-        "engine": way.engine,
+        "backend": method.name,
+        "engine": method.engine,
         **chosen,
         "op": direction,
         "ids": ids,

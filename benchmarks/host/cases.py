@@ -189,8 +189,8 @@ class Arguments(NamedTuple):
 
     src: KVView
     dst: KVView
-    src_ids: Ids | None
-    dst_ids: Ids | None
+    src_ids: Any  # an `Index`, a tensor, or None
+    dst_ids: Any
 
 
 class Sides:

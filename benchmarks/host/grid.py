@@ -22,14 +22,14 @@ from portakv_benchmarks.host.cases import (
     cases,
     scene,
 )
-from portakv_benchmarks.host.suite import HOST, KB, Bench, Way
+from portakv_benchmarks.host.suite import HOST, KB, Bench, Method
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, Step, Variant, short
 from portakv_benchmarks.shared.shapes import in_words
 
 #: What is compared; `chosen_loss` is against the best of these that may be chosen.
 ENGINES = (suite.STAGED, suite.BATCHED_MEMCPY, suite.ZERO_COPY, suite.ZERO_COPY_BESIDE)
-GRID_WAYS = (*ENGINES, HOST, suite.HOST_IDLE)
+GRID_METHODS = (*ENGINES, HOST, suite.HOST_IDLE)
 
 
 def grid_steps(bench: Bench) -> Iterator[Step]:
@@ -40,8 +40,8 @@ def grid_steps(bench: Bench) -> Iterator[Step]:
     late = sum(one.host == POOL_BY_LAYER for one in scenes)  # they are the last of all
     largest = cases([scene(2 * KB), scene(32 * KB, BLOCK_FIRST, "random")], [preset.largest])
     steps.insert(len(steps) - late, (in_words(preset.largest), largest))
-    for name, mine in steps:
-        yield f"grid: {name}", partial(_grid, bench, mine)
+    for name, local in steps:
+        yield f"grid: {name}", partial(_grid, bench, local)
 
 
 def direct_steps(bench: Bench) -> Iterator[Step]:
@@ -56,11 +56,11 @@ def duplex_steps(bench: Bench) -> Iterator[Step]:
     """Both directions at once, on two streams."""
     scenes = (scene(256), scene(2 * KB), scene(32 * KB, BLOCK_FIRST, "random"))
     for case in cases(scenes, bench.preset.duplex):
-        yield f"both ways: {case.name}", partial(_both_ways, bench, case)
+        yield f"both ways: {case.name}", partial(_both_directions, bench, case)
 
 
-def _grid(bench: Bench, mine: Sequence[Case]) -> Rows:
-    rows = [row for case in mine for row in _measure(bench, case, GRID_WAYS, "host_copy")]
+def _grid(bench: Bench, local: Sequence[Case]) -> Rows:
+    rows = [row for case in local for row in _measure(bench, case, GRID_METHODS, "host_copy")]
     compare(rows)
     return rows
 
@@ -74,28 +74,28 @@ def _direct(bench: Bench, case: Case) -> Rows:
     return rows
 
 
-def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Rows:
+def _measure(bench: Bench, case: Case, methods: Sequence[Method], kind: str) -> Rows:
     """A case in both directions by each way."""
-    ways = bench.serving(ways)
-    bench.left_out += [why for way in ways if (why := way.left_out(case))]
-    named = {way.name: way for way in ways if not way.left_out(case)}
+    methods = bench.serving(methods)
+    bench.left_out += [why for method in methods if (why := method.left_out(case))]
+    named = {method.name: method for method in methods if not method.left_out(case)}
     sides = bench.sides(case)
     rows: Rows = []
     for direction in DIRECTIONS:
         sides.fill(direction)
-        known = [suite.by_engine(way, sides, direction) for way in named.values()]
+        known = [suite.by_engine(method, sides, direction) for method in named.values()]
         good = harness.usable(known, case.name, bench.left_out)
         more = [staging_of(bench, variant) for variant in good]
-        found = bench.measure(suite.by_memcpy(sides, direction), good, case.payload)
-        for variant, told in zip(good, more, strict=True):
-            told["alone_us"] = short(bench.timer.alone.get(variant.call, 0.0))
-            way = named[variant.labels["backend"]]
-            if way.engine == suite.CHOSEN:
-                told |= way.taken(way.move(sides, direction))
-                told["allowed"] = sorted(way.allowed(sides, direction))
+        results = bench.measure(suite.by_memcpy(sides, direction), good, case.payload)
+        for variant, fields in zip(good, more, strict=True):
+            fields["alone_us"] = short(bench.timer.alone.get(variant.call, 0.0))
+            method = named[variant.labels["backend"]]
+            if method.engine == suite.CHOSEN:
+                fields |= method.taken(method.move(sides, direction))
+                fields["allowed"] = sorted(method.allowed(sides, direction))
         bench.module.synchronize()
-        for one, told in zip(found, [{}, *more], strict=True):
-            rows.append({**_row(kind, case, one, bench), **told})
+        for one, fields in zip(results, [{}, *more], strict=True):
+            rows.append({**_row(kind, case, one, bench), **fields})
     return rows
 
 
@@ -137,7 +137,7 @@ def staging_of(bench: Bench, variant: Variant) -> Row:
 def compare(rows: Rows) -> None:
     """Write into the rows of chosen engines ``chosen_loss``, their time / that of the best engine
     which their terms allow - 1; and ``best_engine`` and ``best_ratio``, of all."""
-    named = [way.name for way in ENGINES]
+    named = [method.name for method in ENGINES]
     for point in harness.grouped(rows, "shape", "op"):
         known = [row for row in point if row["backend"] in named]
         for row in harness.having(point, engine=suite.CHOSEN):
@@ -150,23 +150,26 @@ def compare(rows: Rows) -> None:
                 row["chosen_loss"] = short(row["p50_us"] / best["p50_us"] - 1)
 
 
-def _both_ways(bench: Bench, case: Case) -> Rows:
+def _both_directions(bench: Bench, case: Case) -> Rows:
     """Device to host and host to device at once, each with memory of its own."""
     regions = zip(bench.region(2 * case.payload).halves(), DIRECTIONS, strict=True)
     ends = [(Sides(case, region), op, bench.stream()) for region, op in regions]
     for sides, direction, _ in ends:
         sides.fill(direction)
-    ways = bench.serving((suite.STAGED, suite.ZERO_COPY, HOST, suite.HOST_IDLE))
-    known = [_opposed(way, ends) for way in ways]
+    methods = bench.serving((suite.STAGED, suite.ZERO_COPY, HOST, suite.HOST_IDLE))
+    known = [_opposed(method, ends) for method in methods]
     good = harness.usable(known, f"both ways: {case.name}", bench.left_out)
-    chosen = {way.name: way for way in ways if way.engine == suite.CHOSEN}
+    chosen = {method.name: method for method in methods if method.engine == suite.CHOSEN}
     rows = []
     for one in bench.measure(_opposed_memcpy(bench, ends), good, 2 * case.payload):
         row = _row("host_duplex", case, one, bench)
         row["gb_per_s"] = short(2 * row["gb_per_s"])  # what went both ways together
-        if (way := chosen.get(row["backend"])) is not None:
-            told = [way.taken(way.move(sides, direction)) for sides, direction, _ in ends]
-            row |= {**told[0], "chosen": ", ".join(dict.fromkeys(one["chosen"] for one in told))}
+        if (method := chosen.get(row["backend"])) is not None:
+            fields = [method.taken(method.move(sides, direction)) for sides, direction, _ in ends]
+            row |= {
+                **fields[0],
+                "chosen": ", ".join(dict.fromkeys(one["chosen"] for one in fields)),
+            }
         rows.append(row)
     bench.module.synchronize()
     return rows
@@ -175,12 +178,12 @@ def _both_ways(bench: Bench, case: Case) -> Rows:
 Ends = list[tuple[Sides, str, torch.Stream]]
 
 
-def _opposed(way: Way, ends: Ends) -> Variant:
+def _opposed(method: Method, ends: Ends) -> Variant:
     def call(i: int) -> None:
-        for transfer in [way.move(*end) for end in ends]:
+        for transfer in [method.move(*end) for end in ends]:
             transfer.wait()
 
-    return _together([suite.by_engine(way, sides, op) for sides, op, _ in ends], call)
+    return _together([suite.by_engine(method, sides, op) for sides, op, _ in ends], call)
 
 
 def _opposed_memcpy(bench: Bench, ends: Ends) -> Variant:

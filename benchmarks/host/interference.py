@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from portakv.errors import PortaKVError
-from portakv_benchmarks.host import movers, suite
+from portakv_benchmarks.host import suite, traffic_sources
 from portakv_benchmarks.host.cases import DIRECTIONS, Sides
-from portakv_benchmarks.host.movers import LOOPS, OWN, Mover, Queue, Ways
-from portakv_benchmarks.host.suite import HOST, HOST_DETACHED, MEMCPY, Bench, Way
+from portakv_benchmarks.host.suite import HOST, HOST_DETACHED, MEMCPY, Bench, Method
+from portakv_benchmarks.host.traffic_sources import LOOPS, OWN, Methods, Queue, Traffic
 from portakv_benchmarks.shared.harness import Row, Rows, Step, grouped, having, short, uncollected
 from portakv_benchmarks.shared.peers import LMCache
 from portakv_benchmarks.shared.shapes import in_words
@@ -41,14 +41,14 @@ HELD_UP = 15.0
 _JUDGED = (MEMCPY, suite.CHOSEN, HOST_DETACHED.name)
 
 #: The movers of a direction.
-Movers = Callable[[Bench, str], Iterable[Mover]]
+MakeTraffic = Callable[[Bench, str], Iterable[Traffic]]
 
 
 class Met:
     """What a mover's meetings with the loop gave."""
 
-    def __init__(self, mover: Mover) -> None:
-        self.mover = mover
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic = traffic
         self.times = list[float]()  # milliseconds of the loop beside it
         self.alone = list[float]()  # and of the loop alone, for each of them
         self.links = list[float]()  # 10^9 bytes in a second meanwhile
@@ -58,24 +58,26 @@ class Met:
 def interference_steps(bench: Bench) -> Iterator[Step]:
     """A step for each loop and direction, beside plain memcpy and every engine; and with the loop
     on a stream of its own, beside what bars judge."""
-    kinds = (movers.DEFAULT, each_engine, bench.preset.repeats), (OWN, _chosen, _ON_OWN)
+    kinds = (traffic_sources.DEFAULT, each_engine, bench.preset.repeats), (OWN, _chosen, _ON_OWN)
     for (where, make, most), direction, loop in product(kinds, DIRECTIONS, LOOPS):
-        asked = loop, where, direction
-        yield _place(*asked), partial(_measure, bench, *asked, make, most)
+        requested = loop, where, direction
+        yield _place(*requested), partial(_measure, bench, *requested, make, most)
 
 
 def peer_steps(bench: Bench) -> Iterator[Step]:
     """The same beside plain memcpy and peers; no step if there are none."""
     for direction, loop in product(DIRECTIONS if bench.peers else (), LOOPS):
-        asked = loop, movers.DEFAULT, direction
-        yield f"peers {_place(*asked)}", partial(_measure, bench, *asked, _peers, _OTHERS)
+        requested = loop, traffic_sources.DEFAULT, direction
+        yield f"peers {_place(*requested)}", partial(_measure, bench, *requested, _peers, _OTHERS)
 
 
 def _place(loop: str, where: str, direction: str) -> str:
-    return f"beside {loop} on {movers.STREAMS[where]}, {direction}"
+    return f"beside {loop} on {traffic_sources.STREAMS[where]}, {direction}"
 
 
-def _measure(bench: Bench, loop: str, where: str, direction: str, make: Movers, most: int) -> Rows:
+def _measure(
+    bench: Bench, loop: str, where: str, direction: str, make: MakeTraffic, most: int
+) -> Rows:
     rows = Meeting(bench, loop, where, direction).rows(make, min(most, bench.preset.repeats))
     return [row for row in rows if make is not _peers or "peer" in row]
 
@@ -87,26 +89,26 @@ class Meeting:
         self._bench = bench
         self._direction = direction
         self._labels = {"loop": loop, "stream": where}
-        self._ways = Ways(bench, what + _place(loop, where, direction))
+        self._methods = Methods(bench, what + _place(loop, where, direction))
         self._loop = LOOPS[loop](bench.device, bench.preset)
         own = where == OWN
         self._work = bench.stream() if own else bench.module.default_stream(bench.device)
         self._side = bench.stream()
 
-    def rows(self, make: Movers, repeats: int, judged: Container[str] = _JUDGED) -> Rows:
+    def rows(self, make: MakeTraffic, repeats: int, judged: Container[str] = _JUDGED) -> Rows:
         """A row for each mover that could meet the loop; those that are not ``judged`` meet it less
         often."""
-        ways = self._ways
-        found = make(self._bench, self._direction)
-        usable = [Met(one) for one in found if ways.tried(one, Mover.once)]
-        if ways.usable:
+        methods = self._methods
+        results = make(self._bench, self._direction)
+        usable = [Met(one) for one in results if methods.tried(one, Traffic.once)]
+        if methods.usable:
             self._alone()  # clocks sink from then on, no more at once
         for n in range(repeats):
             turn = n % max(1, len(usable))
             taking_part = [
                 met
                 for met in [*usable[turn:], *usable[:turn]]
-                if n < _OTHERS or met.mover.labels["backend"] in judged
+                if n < _OTHERS or met.traffic.labels["backend"] in judged
             ]
             stayed = self._repeat(taking_part)
             usable = [met for met in usable if met in stayed or met not in taking_part]
@@ -116,15 +118,17 @@ class Meeting:
 
     def _repeat(self, taking_part: list[Met]) -> list[Met]:
         """Let movers meet the loop one after the other; those that could."""
-        ways = self._ways
-        if not ways.usable:
+        methods = self._methods
+        if not methods.usable:
             return taking_part
         before = self._alone()
-        stayed = [met for met in taking_part if ways.tried(met.mover, partial(self._beside, met))]
-        behind = self._alone() if ways.usable else before
+        stayed = [
+            met for met in taking_part if methods.tried(met.traffic, partial(self._beside, met))
+        ]
+        behind = self._alone() if methods.usable else before
         for met in taking_part:
             met.alone += [(before + behind) / 2] * (len(met.times) - len(met.alone))
-        return stayed if ways.usable else [met for met in taking_part if met.times]
+        return stayed if methods.usable else [met for met in taking_part if met.times]
 
     def _alone(self) -> float:
         """Milliseconds of the loop when nothing else runs."""
@@ -133,10 +137,10 @@ class Meeting:
         self._bench.module.synchronize()
         return float(first.elapsed_time(last))
 
-    def _beside(self, met: Met, mover: Mover) -> None:
+    def _beside(self, met: Met, traffic: Traffic) -> None:
         """Let a mover meet the loop; raises `RuntimeError` if that does not end in time."""
-        mover.variant.poison(0)
-        queue = Queue(self._bench.module, mover, self._side)
+        traffic.variant.poison(0)
+        queue = Queue(self._bench.module, traffic, self._side)
         first, last = self._ready()
         began = perf_counter()
         with uncollected():
@@ -150,10 +154,10 @@ class Meeting:
         if held_up:
             raise RuntimeError(f"the loop was held up: it had not ended after {HELD_UP:g} s")
         queue.land()
-        mover.look()
+        traffic.look()
         ended = max(1, within)
         met.times.append(float(first.elapsed_time(last)))
-        met.links.append(ended * mover.payload / (queue.stamps[ended - 1] - began) / 1e9)
+        met.links.append(ended * traffic.payload / (queue.stamps[ended - 1] - began) / 1e9)
         met.dry += queue.dry
 
     def _ready(self) -> tuple[Any, Any]:
@@ -175,8 +179,8 @@ class Meeting:
         return {
             "kind": "host_interference",
             **self._labels,
-            **met.mover.labels,
-            "payload_bytes": met.mover.payload,
+            **met.traffic.labels,
+            "payload_bytes": met.traffic.payload,
             "steps": self._loop.steps,
             "loop_ms": short(median(met.times)),
             "alone_ms": short(median(met.alone)),
@@ -185,29 +189,29 @@ class Meeting:
             "link_gb_per_s": short(median(met.links)),
             "ran_dry": met.dry,
             "repeats": len(met.times),
-            "verified": met.mover.verified,
+            "verified": met.traffic.verified,
         }
 
 
-def each_engine(bench: Bench, direction: str) -> Iterator[Mover]:
+def each_engine(bench: Bench, direction: str) -> Iterator[Traffic]:
     """Plain memcpy and every engine; rows of 2 KB and of 256 bytes, and blocks for descriptors."""
     yield from _chosen(bench, direction, suite.zero_copy(8))
-    for way in bench.serving((suite.STAGED, suite.BATCHED_MEMCPY)):
-        yield movers.transfers(bench, way, direction)
+    for method in bench.serving((suite.STAGED, suite.BATCHED_MEMCPY)):
+        yield traffic_sources.transfers(bench, method, direction)
 
 
-def _chosen(bench: Bench, direction: str, *more: Way) -> Iterator[Mover]:
+def _chosen(bench: Bench, direction: str, *more: Method) -> Iterator[Traffic]:
     """Plain memcpy and what PortaKV chooses; rows of 2 KB and of 256 bytes."""
-    yield movers.memcpys(bench, direction)
-    for run, way in product(movers.RUNS, bench.serving((HOST_DETACHED, HOST, *more))):
-        yield movers.transfers(bench, way, direction, run)
+    yield traffic_sources.memcpys(bench, direction)
+    for run, method in product(traffic_sources.RUNS, bench.serving((HOST_DETACHED, HOST, *more))):
+        yield traffic_sources.transfers(bench, method, direction, run)
 
 
-def _peers(bench: Bench, direction: str) -> Iterator[Mover]:
+def _peers(bench: Bench, direction: str) -> Iterator[Traffic]:
     """Plain memcpy and peers; rows of 2 KB and of 256 bytes."""
-    yield movers.memcpys(bench, direction)
-    for peer, run in product(bench.peers, movers.RUNS):
-        sides = movers.sides_of(bench, run)
+    yield traffic_sources.memcpys(bench, direction)
+    for peer, run in product(bench.peers, traffic_sources.RUNS):
+        sides = traffic_sources.sides_of(bench, run)
         name = peer.name
         try:
             call = by_peer(peer, sides, direction)
@@ -215,7 +219,7 @@ def _peers(bench: Bench, direction: str) -> Iterator[Mover]:
             bench.left_out.append(f"beside a loop, {name} {direction}: {error}")
         else:
             labels = sides, direction, name, name, call
-            yield movers.moved(sides, suite.by_call(*labels, peer=name))
+            yield traffic_sources.moved(sides, suite.by_call(*labels, peer=name))
 
 
 def by_peer(peer: LMCache, sides: Sides, direction: str) -> Callable[[], object]:
@@ -253,34 +257,36 @@ def waiting_steps(bench: Bench) -> Iterator[Step]:
 
 
 def _wait(bench: Bench, direction: str) -> Rows:
-    ways = Ways(bench, f"copies of others, {direction}")
+    methods = Methods(bench, f"copies of others, {direction}")
     rows: Rows = []
-    found = [movers.memcpys(bench, direction)]
-    found += [movers.transfers(bench, way, direction) for way in bench.serving(_TRANSFERS)]
-    for mover, nbytes in product(found, OTHERS):
-        ways.tried(mover, partial(_wait_row, bench, direction, nbytes, rows))
+    results = [traffic_sources.memcpys(bench, direction)]
+    results += [
+        traffic_sources.transfers(bench, method, direction) for method in bench.serving(_TRANSFERS)
+    ]
+    for traffic, nbytes in product(results, OTHERS):
+        methods.tried(traffic, partial(_wait_row, bench, direction, nbytes, rows))
     return rows
 
 
-def _wait_row(bench: Bench, direction: str, nbytes: int, rows: Rows, mover: Mover) -> None:
-    mover.once()
-    mover.variant.poison(0)
+def _wait_row(bench: Bench, direction: str, nbytes: int, rows: Rows, traffic: Traffic) -> None:
+    traffic.once()
+    traffic.variant.poison(0)
     # A pinned copy in the same direction.
     here = torch.zeros(nbytes, dtype=torch.uint8).pin_memory()
     there = torch.zeros(nbytes, dtype=torch.uint8, device=bench.device)
     src, dst = (there, here) if direction == "d2h" else (here, there)
     src.fill_(7)
     copy = partial(dst.copy_, src, non_blocking=True)
-    waits = _waits(bench, mover, copy)
+    waits = _waits(bench, traffic, copy)
     alone_stream = bench.stream()
     bench.module.synchronize()
     alone = [_seen(bench, None, alone_stream, copy) for _ in range(bench.preset.calls)]
-    mover.look()
+    traffic.look()
     rows.append(
         {
             "kind": "host_waiting",
-            **mover.labels,
-            "payload_bytes": mover.payload,
+            **traffic.labels,
+            "payload_bytes": traffic.payload,
             "other_bytes": nbytes,
             "other": f"{in_words(nbytes)} copy",
             "alone_us": short(median(alone) * 1e6),
@@ -288,14 +294,14 @@ def _wait_row(bench: Bench, direction: str, nbytes: int, rows: Rows, mover: Move
             "worst_us": short(max(waits) * 1e6),
             "samples": len(waits),
             "given_up": sum(one >= _GIVEN_UP for one in waits),
-            "verified": mover.verified and bool((dst == 7).all()),
+            "verified": traffic.verified and bool((dst == 7).all()),
         }
     )
 
 
-def _waits(bench: Bench, mover: Mover, copy: Callable[[], object]) -> list[float]:
+def _waits(bench: Bench, traffic: Traffic, copy: Callable[[], object]) -> list[float]:
     """Seconds of each copy of the other, from its call to its end."""
-    queue = Queue(bench.module, mover, bench.stream())
+    queue = Queue(bench.module, traffic, bench.stream())
     stream = bench.stream()
     waits: list[float] = []
     bench.module.synchronize()
@@ -319,7 +325,7 @@ def _seen(
     began = perf_counter()
     with bench.module.stream(stream):
         copy()
-    end = movers.recorded(bench.module, stream)
+    end = traffic_sources.recorded(bench.module, stream)
     while not end.query() and perf_counter() - began < _GIVEN_UP:
         if queue is not None:
             queue.go_on()

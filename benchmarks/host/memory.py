@@ -25,7 +25,7 @@ import torch
 
 from portakv.host import pinned
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, Case, Sides, cases, scene
-from portakv_benchmarks.host.suite import HOST, KB, Bench, Way, by_engine, by_memcpy
+from portakv_benchmarks.host.suite import HOST, KB, Bench, Method, by_engine, by_memcpy
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Step, short
 from portakv_benchmarks.shared.shapes import in_words
@@ -84,11 +84,11 @@ def _pageable(bench: Bench, case: Case) -> Rows:
         torchs, *rings = (
             by_memcpy(sides, direction, name, copy, plain=True) for name, copy in copies.items()
         )
-        ways = bench.serving((Way("pageable", "pageable"), HOST))
-        known = [by_engine(way, sides, direction) for way in ways]
+        methods = bench.serving((Method("pageable", "pageable"), HOST))
+        known = [by_engine(method, sides, direction) for method in methods]
         good = harness.usable(known, f"pageable: {case.name}", bench.left_out)
         chosen = HOST.name in (variant.labels["backend"] for variant in good)
-        told = {HOST.name: HOST.taken(HOST.move(sides, direction))} if chosen else {}
+        fields = {HOST.name: HOST.taken(HOST.move(sides, direction))} if chosen else {}
         bench.module.synchronize()
         for one in bench.measure(torchs, [*rings, *good], case.payload, wall=True):
             rows.append(
@@ -97,7 +97,7 @@ def _pageable(bench: Bench, case: Case) -> Rows:
                     "shape": case.name,
                     "plain": False,
                     **one.labels,
-                    **told.get(one.labels["backend"], {}),
+                    **fields.get(one.labels["backend"], {}),
                     "run_bytes": case.scene.run,
                     "payload_bytes": case.payload,
                     **one.row(case.payload),
@@ -148,17 +148,17 @@ def _pinning(bench: Bench, nbytes: int) -> Rows:
 def _pinned_by(name: str, nbytes: int, take: Callable[[int], Taken]) -> Row:
     before = resident()
     began = perf_counter()
-    tensor, held, said = take(nbytes)
+    tensor, tensors, message = take(nbytes)
     seconds = perf_counter() - began
-    found = resident() - before
-    taken = found if said is None else said
+    results = resident() - before
+    taken = results if message is None else message
     # Another byte than 0 at both ends and in between.
     some = tensor[:: max(1, nbytes // 1000)].fill_(0x5A)
     right = tensor.numel() == nbytes and bool((some == 0x5A).all())
     pinned_all = bool(tensor[:1].is_pinned() and tensor[-1:].is_pinned())
     del some
     began = perf_counter()
-    del tensor, held
+    del tensor, tensors
     gc.collect()
     freed = perf_counter() - began
     return {
@@ -171,7 +171,7 @@ def _pinned_by(name: str, nbytes: int, take: Callable[[int], Taken]) -> Row:
         "gib_per_s": short(nbytes / seconds / (1 << 30)),
         "taken_bytes": taken,
         "excess_mb": short(abs(taken - nbytes) / 1e6),
-        "resident_bytes": found,
+        "resident_bytes": results,
         "pinned": pinned_all,
         "verified": right,
     }
@@ -205,5 +205,5 @@ def _empty_torch() -> None:
 def resident() -> int:
     """Bytes that the process has in memory, by the kernel's account."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(r"^VmRSS:\s*(\d+) kB$", status, re.MULTILINE)
-    return int(found.group(1)) * 1024 if found else 0
+    results = re.search(r"^VmRSS:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(results.group(1)) * 1024 if results else 0

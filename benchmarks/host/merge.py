@@ -34,24 +34,24 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             expected = suite if suite in SUITES else " or --".join(SUITES)
             raise ValueError(f"file {n + 1} is no result of `portakv bench --{expected}`")
         for name in _SAME:
-            mine = result["machine"].get(name)
-            theirs = last["machine"].get(name)
-            if mine != theirs:
-                raise ValueError(f"{name} is {mine!r} in file {n + 1} and {theirs!r} in the last")
+            local = result["machine"].get(name)
+            remote = last["machine"].get(name)
+            if local != remote:
+                raise ValueError(f"{name} is {local!r} in file {n + 1} and {remote!r} in the last")
         parts |= dict.fromkeys(result["asked"]["parts"], n)
     rows = []
     left_out = []
     for n, result in enumerate(results):
         rows += [row for row in result["rows"] if parts[row["part"]] == n]
         replaced = [part for part in result["asked"]["parts"] if parts[part] != n]
-        told = [line for line in result["left_out"] if line.partition(": ")[0] not in replaced]
-        left_out += [line for line in told if line not in left_out]
+        fields = [line for line in result["left_out"] if line.partition(": ")[0] not in replaced]
+        left_out += [line for line in fields if line not in left_out]
     if {row["part"] for row in rows} == set(parts):  # what broke off in one is in another
         left_out = [line for line in left_out if not line.startswith("interrupted:")]
     peers = {k: v for result in results for k, v in result["asked"]["peers"].items()}
-    asked = {**last["asked"], "parts": list(parts), "peers": peers}
+    requested = {**last["asked"], "parts": list(parts), "peers": peers}
     name = last["name"].partition(f"-{suite}")[0] + f"-{suite}"
-    return {**last, "name": name, "asked": asked, "left_out": left_out, "rows": rows}
+    return {**last, "name": name, "asked": requested, "left_out": left_out, "rows": rows}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,13 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host.merge", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    asked = parser.parse_args(argv)
+    requested = parser.parse_args(argv)
     try:
-        results = merge([recorded.read(file) for file in asked.files])
+        results = merge([recorded.read(file) for file in requested.files])
     except (OSError, ValueError, KeyError) as error:
         print(f"merge: {error}", file=sys.stderr)
         return 2
-    for path in write(results, asked.out, results["name"]):
+    for path in write(results, requested.out, results["name"]):
         print(f"wrote {path}", file=sys.stderr)
     print_results(results)
     verdicts = judge(results, load_bars())

@@ -69,9 +69,9 @@ def small_steps(bench: Bench) -> Iterator[Step]:
 
 
 def _measure(bench: Bench, count: int) -> Rows:
-    ways = _ways(bench, count)
+    methods = _methods(bench, count)
     with bench.module.stream(bench.stream()):
-        seen = sends_of(bench, ways, count, Large(bench))
+        seen = sends_of(bench, methods, count, Large(bench))
     rows = [row_of(bench, name, count, sends) for name, sends in seen.items()]
     compare(rows)
     for row in having(rows, backend=OURS):
@@ -143,26 +143,26 @@ def row_of(bench: Bench, name: str, count: int, seen: Mapping[str, list[Seen]]) 
 
 
 def sends_of(
-    bench: Bench, ways: Mapping[str, Route], count: int, large: Large
+    bench: Bench, methods: Mapping[str, Route], count: int, large: Large
 ) -> dict[str, dict[str, list[Seen]]]:
     """Every send of every way, idle, paced and busy. The ways take turns, each with many sends: the
     first of all would meet a colder driver, and a way that alternates others' caches."""
-    seen = {name: {state: list[Seen]() for state in ("idle", "paced", "busy")} for name in ways}
+    seen = {name: {state: list[Seen]() for state in ("idle", "paced", "busy")} for name in methods}
 
     def send(name: str, state: str, n: int) -> None:
         beside = None if state == "idle" else large
-        seen[name][state].append(timed(bench, ways[name], count, n, beside, state == "busy"))
+        seen[name][state].append(timed(bench, methods[name], count, n, beside, state == "busy"))
         bench.module.synchronize()
 
     samples = bench.preset.small_samples
     if count != _BARRED:
         samples = max(1, samples // _FEWER)
-    for way, n in product(ways.values(), range(WARM_UP)):
-        timed(bench, way, count, n)
+    for method, n in product(methods.values(), range(WARM_UP)):
+        timed(bench, method, count, n)
     bench.module.synchronize()
-    for _, name, n in product(range(TURNS), ways, range(samples)):
+    for _, name, n in product(range(TURNS), methods, range(samples)):
         send(name, "idle", n)
-    for name in ways:
+    for name in methods:
         large.pass_by()  # from then on the one that flew beside the last send has passed by
         for n in range(samples):
             send(name, "paced", n)
@@ -179,18 +179,18 @@ def compare(rows: Rows) -> None:
 
 
 def timed(
-    bench: Bench, way: Route, count: int, n: int, large: Large | None = None, flies: bool = False
+    bench: Bench, method: Route, count: int, n: int, large: Large | None = None, flies: bool = False
 ) -> Seen:
     """Send other values than before."""
     values = np.arange(n + 1, n + 1 + count, dtype=np.int64) * 0x10001
     stream = bench.module.current_stream(bench.device)
     first, last = (bench.module.Event(enable_timing=True) for _ in range(2))
-    way.before(values)
+    method.before(values)
     if large is not None:
         large.start(flies)
     first.record(stream)
     start = perf_counter()
-    landed = way.send(values)
+    landed = method.send(values)
     host = perf_counter() - start
     last.record(stream)
     stream.synchronize()
@@ -201,34 +201,34 @@ def timed(
     return Seen(took * 1e6, host * 1e6, device, busy, right)
 
 
-def _ways(bench: Bench, count: int) -> dict[str, Route]:
+def _methods(bench: Bench, count: int) -> dict[str, Route]:
     """Every way that can be had."""
     device = bench.device
-    ways = {
+    methods = {
         OURS: Route(SmallCopy(count, torch.int64, device).send),
         "to_device": Route(lambda values: to_device(values, device)),
     }
-    for way in ("inline", "value", "mapped", "copy"):
+    for method in ("inline", "value", "mapped", "copy"):
         try:
-            sender = SmallCopy(count, torch.int64, device, way=way)
+            sender = SmallCopy(count, torch.int64, device, way=method)
         except PortaKVError as error:
-            bench.left_out.append(f"small copies: {count}, {way}: {error}")
+            bench.left_out.append(f"small copies: {count}, {method}: {error}")
         else:
-            ways[f"{OURS} {way}"] = Route(sender.send)
-    held = pinned.empty(count, torch.int64)
+            methods[f"{OURS} {method}"] = Route(sender.send)
+    tensors = pinned.empty(count, torch.int64)
     target = torch.empty(count, dtype=torch.int64, device=device)
 
     def fill(values: Values) -> None:
-        held.numpy()[:] = values
+        tensors.numpy()[:] = values
 
     def copy(values: Values) -> torch.Tensor:
-        return target.copy_(held, non_blocking=True)
+        return target.copy_(tensors, non_blocking=True)
 
     def fill_and_copy(values: Values) -> torch.Tensor:
         fill(values)
         return copy(values)
 
-    ways[PINNED] = Route(fill_and_copy)
-    ways[f"{PINNED}, filled before"] = Route(copy, fill)
-    ways[PLAIN] = Route(lambda values: torch.tensor(values, device=device))
-    return ways
+    methods[PINNED] = Route(fill_and_copy)
+    methods[f"{PINNED}, filled before"] = Route(copy, fill)
+    methods[PLAIN] = Route(lambda values: torch.tensor(values, device=device))
+    return methods

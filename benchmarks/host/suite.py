@@ -171,9 +171,9 @@ class Bench:
         sides.settle()
         return sides
 
-    def serving(self, ways: Iterable[Way]) -> list[Way]:
+    def serving(self, methods: Iterable[Method]) -> list[Method]:
         """Those of several ways whose engines serve the device."""
-        return [way for way in ways if way.engine not in self.absent]
+        return [method for method in methods if method.engine not in self.absent]
 
     def forget(self) -> None:
         self._regions.clear()
@@ -191,7 +191,7 @@ LEAST_RUN = 32 << 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Way:
+class Method:
     """An engine under terms."""
 
     name: str  # what its rows are called
@@ -214,17 +214,17 @@ class Way:
         if self.engine != CHOSEN:
             return {}
         terms = {"overlap": Terms().overlap, **self.terms}
-        told = ", ".join(f"{name}={value}" for name, value in terms.items())
-        return {"chosen": cast(BlockTransfer, transfer).statistics.engine, "terms": told}
+        fields = ", ".join(f"{name}={value}" for name, value in terms.items())
+        return {"chosen": cast(BlockTransfer, transfer).statistics.engine, "terms": fields}
 
     def allowed(self, sides: Sides, direction: str) -> set[str]:
         """The engines that may be chosen for a case under its terms; moves nothing."""
         src, dst, *ids = sides.arguments(direction)
-        mine, theirs = (Index() if one is None else one for one in ids)
-        steps = mine.plan_step, theirs.plan_step
+        local, remote = (Index() if one is None else one for one in ids)
+        steps = local.plan_step, remote.plan_step
         choice = across(choose(sides.dense.device), Terms(**self.terms))
         launch = cast(HostLaunch, prepared(src.form, dst.form, *steps, None, choice).launch)
-        picked = launch.pick(Move(src, dst, mine, theirs, sides.case.tokens))
+        picked = launch.pick(Move(src, dst, local, remote, sides.case.tokens))
         return {one.strategy for one in picked.alternatives if not one.refused}
 
     def move(
@@ -235,20 +235,20 @@ class Way:
         return copy_blocks(*arguments, backend=self.engine, stream=stream, **self.terms)
 
 
-STAGED = Way("staged", "staged")
-BATCHED_MEMCPY = Way("batched_memcpy", "batched_memcpy")
-ZERO_COPY = Way("zero_copy", "zero_copy", {"overlap": "idle"})
-ZERO_COPY_BESIDE = Way("zero_copy beside", "zero_copy")  # with fewer thread blocks
+STAGED = Method("staged", "staged")
+BATCHED_MEMCPY = Method("batched_memcpy", "batched_memcpy")
+ZERO_COPY = Method("zero_copy", "zero_copy", {"overlap": "idle"})
+ZERO_COPY_BESIDE = Method("zero_copy beside", "zero_copy")  # with fewer thread blocks
 #: The default: a model may be running meanwhile; and the choice for a device that is idle.
-HOST = Way(CHOSEN, CHOSEN)
-HOST_IDLE = Way(f"{CHOSEN} idle", CHOSEN, {"overlap": "idle"})
+HOST = Method(CHOSEN, CHOSEN)
+HOST_IDLE = Method(f"{CHOSEN} idle", CHOSEN, {"overlap": "idle"})
 #: Beside a model: no transfer waits for the one before it.
-HOST_DETACHED = Way(f"{CHOSEN} detached", CHOSEN, {"detached": True})
+HOST_DETACHED = Method(f"{CHOSEN} detached", CHOSEN, {"detached": True})
 
 
-def zero_copy(blocks: int) -> Way:
+def zero_copy(blocks: int) -> Method:
     """The strategy `zero_copy`, with at most so many thread blocks."""
-    return Way(f"zero_copy {blocks}", "zero_copy", {"max_thread_blocks": blocks})
+    return Method(f"zero_copy {blocks}", "zero_copy", {"max_thread_blocks": blocks})
 
 
 def by_call(
@@ -264,9 +264,11 @@ def by_call(
     )
 
 
-def by_engine(way: Way, sides: Sides, direction: str) -> Variant:
+def by_engine(method: Method, sides: Sides, direction: str) -> Variant:
     """A case through an engine."""
-    return by_call(sides, direction, way.name, way.engine, lambda: way.move(sides, direction))
+    return by_call(
+        sides, direction, method.name, method.engine, lambda: method.move(sides, direction)
+    )
 
 
 def plain_copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from portakv.errors import Unsupported
 from portakv.migrate import Pull
 from portakv_benchmarks.host.interference import Meeting
-from portakv_benchmarks.host.movers import DEFAULT, Mover, Queue
 from portakv_benchmarks.host.suite import MEMCPY, Bench
+from portakv_benchmarks.host.traffic_sources import DEFAULT, Queue, Traffic
 from portakv_benchmarks.migration.cases import CASES, USUAL
 from portakv_benchmarks.migration.pulls import MAPPED, RAW
 from portakv_benchmarks.migration.suite import MigrationBench
@@ -32,7 +32,7 @@ def beside_steps(bench: MigrationBench) -> Iterator[Step]:
         yield "matmul on the owner", partial(_on_owner, bench)
 
 
-def _movers(bench: MigrationBench, *_: Any) -> Iterator[Mover]:
+def _movers(bench: MigrationBench, *_: Any) -> Iterator[Traffic]:
     """Raw copies, and pulls on the default terms."""
     nbytes = bench.sizes.large[1]
     near = bench.near
@@ -51,7 +51,7 @@ def _movers(bench: MigrationBench, *_: Any) -> Iterator[Mover]:
 
         right = partial(_right, bench, nbytes, name == MEMCPY)
         variant = Variant(labels, once, lambda _: bench.change(), right)
-        yield Mover(variant, payload, shape=USUAL)
+        yield Traffic(variant, payload, shape=USUAL)
 
 
 def _done(pulled: Pull) -> bool:
@@ -69,19 +69,19 @@ def _told(bench: MigrationBench, on: str, rows: Rows) -> Rows:
     raw = next((x for x in rows if x["backend"] == MEMCPY), None)
     made = Rows()
     for row in rows:
-        told: Row = {"kind": "migrate_beside", "loop": "matmul", "on": on, "across": bench.across}
+        fields: Row = {"kind": "migrate_beside", "loop": "matmul", "on": on, "across": bench.across}
         names = ("shape", "op", "payload_bytes", "slowdown_pct", "slowdowns_pct", "link_gb_per_s")
-        told |= {name: row[name] for name in (*names, "verified")}
-        told["backend"] = RAW if row is raw else MAPPED
+        fields |= {name: row[name] for name in (*names, "verified")}
+        fields["backend"] = RAW if row is raw else MAPPED
         if raw and row is not raw:
-            told["over_raw"] = round(row["slowdown_pct"] - raw["slowdown_pct"], 2)
-            told["of_raw"] = short(row["link_gb_per_s"] / raw["link_gb_per_s"])
-        made.append(told)
+            fields["over_raw"] = round(row["slowdown_pct"] - raw["slowdown_pct"], 2)
+            fields["of_raw"] = short(row["link_gb_per_s"] / raw["link_gb_per_s"])
+        made.append(fields)
     return made
 
 
 def _on_reader(bench: MigrationBench) -> Rows:
-    def make(_: Bench, __: str) -> list[Mover]:
+    def make(_: Bench, __: str) -> list[Traffic]:
         return [*_movers(bench)]
 
     meeting = Meeting(bench, "matmul", DEFAULT, "pull")
@@ -90,37 +90,37 @@ def _on_reader(bench: MigrationBench) -> Rows:
 
 
 def _on_owner(bench: MigrationBench) -> Rows:
-    found = [*_movers(bench)]
+    results = [*_movers(bench)]
     terms = bench.sizes.matmul, bench.sizes.seconds
     bench.far.do("loop", *terms)  # makes it, and warms it up
-    slow: dict[str, list[float]] = {str(one): [] for one in found}
-    rates: dict[str, list[float]] = {str(one): [] for one in found}
+    slow: dict[str, list[float]] = {str(one): [] for one in results}
+    rates: dict[str, list[float]] = {str(one): [] for one in results}
     side = bench.stream()
     for _ in range(bench.sizes.repeats):
-        for mover in found:
+        for traffic in results:
             alone = bench.far.do("loop", *terms)
-            mover.variant.poison(0)
+            traffic.variant.poison(0)
             bench.module.synchronize()
-            queue = Queue(bench.module, mover, side)
+            queue = Queue(bench.module, traffic, side)
             began = perf_counter()
             queue.fill()
             bench.far.begin("loop", *terms)
             while not bench.far.ready() or not queue.stamps:
                 queue.go_on()
-            slow[str(mover)].append(100 * (bench.far.end() / alone - 1))
-            moved = len(queue.stamps) * mover.payload
-            rates[str(mover)].append(moved / (queue.stamps[-1] - began) / 1e9)
+            slow[str(traffic)].append(100 * (bench.far.end() / alone - 1))
+            moved = len(queue.stamps) * traffic.payload
+            rates[str(traffic)].append(moved / (queue.stamps[-1] - began) / 1e9)
             bench.module.synchronize()
-            mover.look()
+            traffic.look()
     rows = [
         {
-            **mover.labels,
-            "payload_bytes": mover.payload,
-            "verified": mover.verified,
-            "slowdown_pct": round(median(slow[str(mover)]), 2),
-            "slowdowns_pct": [round(one, 2) for one in slow[str(mover)]],
-            "link_gb_per_s": short(median(rates[str(mover)])),
+            **traffic.labels,
+            "payload_bytes": traffic.payload,
+            "verified": traffic.verified,
+            "slowdown_pct": round(median(slow[str(traffic)]), 2),
+            "slowdowns_pct": [round(one, 2) for one in slow[str(traffic)]],
+            "link_gb_per_s": short(median(rates[str(traffic)])),
         }
-        for mover in found
+        for traffic in results
     ]
     return _told(bench, "owner", rows)

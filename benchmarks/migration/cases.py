@@ -122,8 +122,8 @@ class Cache:
     def places(self, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The block, and the place in it, of each token."""
         at = torch.arange(self.case.tokens(nbytes))
-        found = self.ids[at // self.size], at % self.size
-        return found[0].to(self.device), found[1].to(self.device)
+        results = self.ids[at // self.size], at % self.size
+        return results[0].to(self.device), results[1].to(self.device)
 
     def has(self, source: Cache, nbytes: int) -> bool:
         """Whether a reader's cache holds these rows of a source, and beside them poison alone;

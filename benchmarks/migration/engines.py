@@ -13,8 +13,8 @@ import torch
 from portakv.errors import TransferError
 from portakv.migrate import Channel, pair, rendezvous
 from portakv.migrate.transports import choose
-from portakv_benchmarks.host.movers import Loop, matmul
 from portakv_benchmarks.host.suite import HOST_PRESETS
+from portakv_benchmarks.host.traffic_sources import Loop, matmul
 
 Pieces = Sequence[Sequence[int]]  # address and bytes of each
 
@@ -42,10 +42,10 @@ class Engine:
     """NIXL or Mooncake, started as PortaKV's mover starts it, for reads of any pieces."""
 
     def __init__(self, name: str, device: torch.device, address: str) -> None:
-        mover: Any = choose(device, name)
-        self.mover = mover
-        self.library = mover.begin(address)
-        mover.engine = self.library
+        transport: Any = choose(device, name)
+        self.transport = transport
+        self.library = transport.begin(address)
+        transport.engine = self.library
         self.name = name
         self.kind = "DRAM" if device.type == "cpu" else "VRAM"
         self.known = set[int]()
@@ -57,27 +57,27 @@ class Engine:
         """Let it reach them; what another one needs for that."""
         for one in tensors:
             if one.data_ptr() not in self.known:
-                self.mover.enter(one.data_ptr(), one.nbytes, max(one.get_device(), 0))
+                self.transport.enter(one.data_ptr(), one.nbytes, max(one.get_device(), 0))
                 self.known.add(one.data_ptr())
                 self.index = max(one.get_device(), 0)
         all_ = self.name == "nixl"  # what it has registered, and not one slot
-        told = self.library.get_agent_metadata() if all_ else self.mover.reach(None)
-        return f"{told.hex()}/{self.index}"
+        fields = self.library.get_agent_metadata() if all_ else self.transport.reach(None)
+        return f"{fields.hex()}/{self.index}"
 
-    def plan(self, reach: str, theirs: Pieces, mine: Pieces) -> None:
+    def plan(self, reach: str, remote: Pieces, local: Pieces) -> None:
         """Make ready to read pieces of another one's."""
         words, _, index = reach.partition("/")
-        told = bytes.fromhex(words)
+        fields = bytes.fromhex(words)
         if self.name == "mooncake":
-            addresses = [[at for at, _ in side] for side in (mine, theirs)]
-            self.planned = told.decode(), *addresses, [n for _, n in mine]
+            addresses = [[at for at, _ in side] for side in (local, remote)]
+            self.planned = fields.decode(), *addresses, [n for _, n in local]
             return
-        sides = (mine, self.index), (theirs, int(index))
+        sides = (local, self.index), (remote, int(index))
         lists = [[(at, n, number) for at, n in side] for side, number in sides]
         descs = [self.library.get_xfer_descs(one, self.kind) for one in lists]
-        if told not in self.peers:
-            self.peers[told] = self.library.add_remote_agent(told).decode()
-        self.planned = self.library.initialize_xfer("READ", *descs, self.peers[told], b"")
+        if fields not in self.peers:
+            self.peers[fields] = self.library.add_remote_agent(fields).decode()
+        self.planned = self.library.initialize_xfer("READ", *descs, self.peers[fields], b"")
 
     def read(self) -> None:
         """Read them, to the end."""

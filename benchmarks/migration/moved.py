@@ -19,7 +19,7 @@ from portakv_benchmarks.migration.side import Far
 from portakv_benchmarks.migration.suite import PEERS, MigrationBench
 from portakv_benchmarks.shared.harness import Rows, Step
 from portakv_benchmarks.shared.shapes import in_words
-from portakv_benchmarks.shared.trials import Sample, Way
+from portakv_benchmarks.shared.trials import Method, Sample
 
 GROUP = "distributed"
 
@@ -67,9 +67,9 @@ class Two:
         for side in (self.owner, self.reader):
             side.do("start", name)
 
-    def will_read(self, theirs: str, mine: str, nbytes: int) -> None:
-        reach, found = self.owner.do("lies", theirs, nbytes)
-        self.reader.do("will_read", mine, nbytes, reach, found)
+    def will_read(self, remote: str, local: str, nbytes: int) -> None:
+        reach, results = self.owner.do("lies", remote, nbytes)
+        self.reader.do("will_read", local, nbytes, reach, results)
 
     def crossed(self, nbytes: int) -> Sample:
         """One message of the group."""
@@ -83,9 +83,9 @@ class Two:
         began, ended = self.reader.do("timed", what, nbytes, ticket)
         return Sample(ended - began, 0.0)
 
-    def way(
+    def method(
         self, name: str, run: Callable[[], Sample], nbytes: int, raw: bool = False, peer: str = ""
-    ) -> Way:
+    ) -> Method:
         """A way whose bytes are looked at each time."""
         seen = list[bool]()
 
@@ -94,7 +94,7 @@ class Two:
             seen.append(self.reader.do("right", nbytes, raw))
             return sample
 
-        return Way(name, call, self.change, lambda: all(seen), peer)
+        return Method(name, call, self.change, lambda: all(seen), peer)
 
 
 @contextmanager
@@ -111,22 +111,22 @@ def two(bench: MigrationBench) -> Iterator[Two]:
             one.close()
 
 
-def _staged(bench: MigrationBench, mover: str) -> Rows:
+def _staged(bench: MigrationBench, transport: str) -> Rows:
     sizes = bench.sizes.moved[bench.on]
     rows = Rows()
     with two(bench) as sides:
-        raw = sides.owner.do("give", USUAL, max(sizes), expose="staging", mover=mover)
-        sides.reader.do("take", USUAL, max(sizes), raw, mover)
-        sides.group() if mover == GROUP else sides.engine(mover)
+        raw = sides.owner.do("give", USUAL, max(sizes), expose="staging", mover=transport)
+        sides.reader.do("take", USUAL, max(sizes), raw, transport)
+        sides.group() if transport == GROUP else sides.engine(transport)
         for nbytes in sizes:
             own = partial(sides.crossed, nbytes)
-            if mover != GROUP:
+            if transport != GROUP:
                 sides.will_read("dense", "landed", nbytes)
                 own = partial(sides.timed, "read", nbytes)
             ticket = sides.owner.do("offer", nbytes)
             pull = partial(sides.timed, "pull", nbytes, ticket)
-            ways = [sides.way("staged", pull, nbytes), sides.way("own", own, nbytes, True)]
-            rows += _rows(bench, "staged", mover, nbytes, ways, {"of_own": "own"})
+            methods = [sides.method("staged", pull, nbytes), sides.method("own", own, nbytes, True)]
+            rows += _rows(bench, "staged", transport, nbytes, methods, {"of_own": "own"})
     return rows
 
 
@@ -139,8 +139,8 @@ def _scattered(bench: MigrationBench, name: str) -> Rows:
         sides.will_read("source", "target", nbytes)
         pull = partial(sides.timed, "pull", nbytes, sides.owner.do("offer", nbytes))
         read = partial(sides.timed, "read", nbytes)
-        ways = [sides.way(MAPPED, pull, nbytes), sides.way(name, read, nbytes, peer=name)]
-        return _rows(bench, "scattered", name, nbytes, ways, {"of_peer": name})
+        methods = [sides.method(MAPPED, pull, nbytes), sides.method(name, read, nbytes, peer=name)]
+        return _rows(bench, "scattered", name, nbytes, methods, {"of_peer": name})
 
 
 def _rows(
@@ -148,9 +148,9 @@ def _rows(
     kind: str,
     name: str,
     nbytes: int,
-    ways: list[Way],
+    methods: list[Method],
     beside: Mapping[str, str],
 ) -> Rows:
     case = USUAL if kind == "staged" else BLOCKS
-    told: dict[str, Any] = {"kind": f"migrate_{kind}", "shape": name, "op": in_words(nbytes)}
-    return bench.compared(told, CASES[case].payload(nbytes), ways, beside)
+    fields: dict[str, Any] = {"kind": f"migrate_{kind}", "shape": name, "op": in_words(nbytes)}
+    return bench.compared(fields, CASES[case].payload(nbytes), methods, beside)

@@ -18,7 +18,7 @@ from portakv_benchmarks.migration.cases import BLOCKS, CASES, USUAL
 from portakv_benchmarks.migration.suite import MigrationBench
 from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
 from portakv_benchmarks.shared.shapes import fill, in_words
-from portakv_benchmarks.shared.trials import Sample, Way
+from portakv_benchmarks.shared.trials import Method, Sample
 
 AHEAD = 0.05  # seconds from which on both processes begin at one time
 RAW = "raw copy"
@@ -42,23 +42,23 @@ def _mapped(bench: MigrationBench, case: str) -> Rows:
         bench.meet(case, nbytes)
         ticket = bench.far.do("offer", nbytes)
         right = partial(near.right, nbytes)
-        ways = [
-            bench.way(MAPPED, partial(near.pull, ticket, nbytes, overlap="idle"), right),
-            bench.way(RAW, partial(near.copy, nbytes), partial(right, True)),
+        methods = [
+            bench.method(MAPPED, partial(near.pull, ticket, nbytes, overlap="idle"), right),
+            bench.method(RAW, partial(near.copy, nbytes), partial(right, True)),
         ]
         beside = {"of_raw": "raw copy"}
         if bench.on:
-            ways += _between(bench, CASES[case].payload(nbytes))
+            methods += _between(bench, CASES[case].payload(nbytes))
         else:
-            ways.append(bench.way(ROWS, partial(near.rows, nbytes), right))
+            methods.append(bench.method(ROWS, partial(near.rows, nbytes), right))
             beside["of_rows"] = ROWS
-        told: Row = {"kind": "migrate_mapped", "shape": case, "op": in_words(nbytes)}
-        told["row_bytes"] = CASES[case].row_bytes
-        rows += bench.rows(told, CASES[case].payload(nbytes), ways, beside)
+        fields: Row = {"kind": "migrate_mapped", "shape": case, "op": in_words(nbytes)}
+        fields["row_bytes"] = CASES[case].row_bytes
+        rows += bench.rows(fields, CASES[case].payload(nbytes), methods, beside)
     return rows
 
 
-def _between(bench: MigrationBench, nbytes: int) -> list[Way]:
+def _between(bench: MigrationBench, nbytes: int) -> list[Method]:
     """The raw copy of one process between two devices."""
     if bench.there == bench.device:
         return []
@@ -73,7 +73,7 @@ def _between(bench: MigrationBench, nbytes: int) -> list[Way]:
         into.zero_()
         return same
 
-    return [bench.way(RAW_APART, call, right)]
+    return [bench.method(RAW_APART, call, right)]
 
 
 def both_steps(bench: MigrationBench) -> Iterator[Step]:
@@ -87,8 +87,8 @@ def _both(bench: MigrationBench) -> Rows:
     times = bench.sizes.times
     bench.meet(USUAL, nbytes)
     far = bench.far
-    given = near.give(USUAL, nbytes)
-    far.do("take", USUAL, nbytes, given)
+    arguments = near.give(USUAL, nbytes)
+    far.do("take", USUAL, nbytes, arguments)
     here = near.offer(nbytes)
     there = far.do("offer", nbytes)
 
@@ -108,12 +108,14 @@ def _both(bench: MigrationBench) -> Rows:
         seen.append(near.right(nbytes, raw) and far.do("right", nbytes, raw))
         return Sample(max(ends) - at, 0.0)
 
-    ways = list[Way]()
+    methods = list[Method]()
     for name, what in ((MAPPED, "pull"), (RAW, "copy")):
         seen = list[bool]()
-        ways.append(Way(name, partial(run, what, seen), change, partial(all, seen)))
-    told: Row = {"kind": "migrate_both", "shape": USUAL, "op": in_words(nbytes)}
-    return bench.compared(told, 2 * times * CASES[USUAL].payload(nbytes), ways, {"of_raw": RAW})
+        methods.append(Method(name, partial(run, what, seen), change, partial(all, seen)))
+    fields: Row = {"kind": "migrate_both", "shape": USUAL, "op": in_words(nbytes)}
+    return bench.compared(
+        fields, 2 * times * CASES[USUAL].payload(nbytes), methods, {"of_raw": RAW}
+    )
 
 
 def cost_steps(bench: MigrationBench) -> Iterator[Step]:
@@ -140,11 +142,14 @@ def _costs(bench: MigrationBench) -> Rows:
         pulled.synchronize()
         ends.append(perf_counter() - began)
         right &= near.right(nbytes)
-    for shape, found in (("call of a mapped pull", calls), ("ticket to published rows", ends)):
-        figures = {"us": short(median(found) * 1e6), "p90_us": short(quantile(found, 0.9) * 1e6)}
-        told = {"kind": "migrate_cost", "shape": shape, "op": in_words(nbytes)}
+    for shape, results in (("call of a mapped pull", calls), ("ticket to published rows", ends)):
+        figures = {
+            "us": short(median(results) * 1e6),
+            "p90_us": short(quantile(results, 0.9) * 1e6),
+        }
+        fields = {"kind": "migrate_cost", "shape": shape, "op": in_words(nbytes)}
         labels = {"backend": MAPPED, "across": bench.across, "payload_bytes": nbytes}
-        rows.append({**told, **labels, **figures, "rounds": len(found), "verified": right})
+        rows.append({**fields, **labels, **figures, "rounds": len(results), "verified": right})
     return rows
 
 
@@ -160,17 +165,17 @@ def _weights(bench: MigrationBench, name: str) -> Rows:
     own, cut = (slice(width // 3), (0, 3)) if name.startswith("thirds") else (slice(None), (0, 1))
     nbytes = 2 * count * height * len(range(width)[own])
     ticket, shared, raw = bench.far.do("publish", [[height, width]] * count, nbytes)
-    theirs = [open_shared(bytes.fromhex(one), bench.device) for one in (*shared, raw)]
-    known = [fill(torch.empty_like(x).view(-1).view(torch.int64), n) for n, x in enumerate(theirs)]
-    mine = [torch.empty_like(x[:, own]) for x in theirs[:-1]]
-    landed = torch.empty_like(theirs[-1])
-    parts = [x[:, own] for x in theirs[:-1]]
-    named = {f"w{n}": Parameter.split(x, 1, [width], cut) for n, x in enumerate(mine)}
+    remote = [open_shared(bytes.fromhex(one), bench.device) for one in (*shared, raw)]
+    known = [fill(torch.empty_like(x).view(-1).view(torch.int64), n) for n, x in enumerate(remote)]
+    local = [torch.empty_like(x[:, own]) for x in remote[:-1]]
+    landed = torch.empty_like(remote[-1])
+    parts = [x[:, own] for x in remote[:-1]]
+    named = {f"w{n}": Parameter.split(x, 1, [width], cut) for n, x in enumerate(local)}
 
     def right() -> bool:
         bits = [x.view(torch.int16).view(height, width)[:, own] for x in known[:-1]]
-        same = all(torch.equal(x.view(torch.int16), y) for x, y in zip(mine, bits, strict=True))
-        torch._foreach_zero_(mine)
+        same = all(torch.equal(x.view(torch.int16), y) for x, y in zip(local, bits, strict=True))
+        torch._foreach_zero_(local)
         return same
 
     def raw_right() -> bool:
@@ -179,10 +184,10 @@ def _weights(bench: MigrationBench, name: str) -> Rows:
         return same
 
     pull = partial(pull_weights, bench.near.channel, bytes.fromhex(ticket), named)
-    ways = [
-        bench.way("copies", partial(copy_pairs, [*zip(mine, parts, strict=True)]), right, True),
-        bench.way("pull_weights", pull, right, True),
-        bench.way(RAW, partial(landed.copy_, theirs[-1]), raw_right, True),
+    methods = [
+        bench.method("copies", partial(copy_pairs, [*zip(local, parts, strict=True)]), right, True),
+        bench.method("pull_weights", pull, right, True),
+        bench.method(RAW, partial(landed.copy_, remote[-1]), raw_right, True),
     ]
-    told: Row = {"kind": "migrate_weights", "shape": name, "op": in_words(nbytes)}
-    return bench.compared(told, nbytes, ways, {"of_raw": RAW})
+    fields: Row = {"kind": "migrate_weights", "shape": name, "op": in_words(nbytes)}
+    return bench.compared(fields, nbytes, methods, {"of_raw": RAW})

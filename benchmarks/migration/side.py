@@ -162,12 +162,12 @@ class Side:
             return self.engine.enter([one]), [(one.data_ptr(), self.case.payload(nbytes))]
         step = one.memory[0][0].nbytes
         ids = one.blocks(nbytes).tolist()
-        found = [(each.data_ptr() + step * block, step) for each in one.memory for block in ids]
-        return self.engine.enter(one.memory), found
+        results = [(each.data_ptr() + step * block, step) for each in one.memory for block in ids]
+        return self.engine.enter(one.memory), results
 
-    def will_read(self, what: str, nbytes: int, reach: str, theirs: list[list[int]]) -> None:
+    def will_read(self, what: str, nbytes: int, reach: str, remote: list[list[int]]) -> None:
         """What `read` reads, and into what."""
-        self.engine.plan(reach, theirs, self.lies(what, nbytes)[1])
+        self.engine.plan(reach, remote, self.lies(what, nbytes)[1])
 
     def publish(self, shapes: list[list[int]], nbytes: int) -> tuple[str, list[str], str]:
         """Publish weights of these shapes; the ticket, each as shared, and as many dense bytes as
@@ -202,13 +202,13 @@ class Far:
         self.device = device
         self._asked = False
 
-    def begin(self, name: str, *given: Any, **named: Any) -> None:
+    def begin(self, name: str, *arguments: Any, **named: Any) -> None:
         """Have it do something meanwhile."""
         if self._asked:  # what failed here did not wait for its answer
             with suppress(RuntimeError):
                 self.end()
         self._asked = True
-        self.process.stdin.write(json.dumps([name, given, named]) + "\n")
+        self.process.stdin.write(json.dumps([name, arguments, named]) + "\n")
         self.process.stdin.flush()
 
     def ready(self, timeout: float = 0.0) -> bool:
@@ -228,8 +228,8 @@ class Far:
             raise RuntimeError(f"the process on {self.device}: {refused}")
         return answer
 
-    def do(self, name: str, *given: Any, **named: Any) -> Any:
-        self.begin(name, *given, **named)
+    def do(self, name: str, *arguments: Any, **named: Any) -> Any:
+        self.begin(name, *arguments, **named)
         return self.end()
 
     def close(self) -> None:
@@ -246,9 +246,9 @@ def main() -> None:
     if side.device.type != "cpu":
         torch.get_device_module(side.device).set_device(side.device)
     for line in sys.stdin:
-        name, given, named = json.loads(line)
+        name, arguments, named = json.loads(line)
         try:
-            answer = [getattr(side, name)(*given, **named), ""]
+            answer = [getattr(side, name)(*arguments, **named), ""]
         except Exception as error:
             answer = [None, f"{type(error).__name__}: {error}".partition("\n")[0]]
         out.write(json.dumps(answer) + "\n")

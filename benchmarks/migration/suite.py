@@ -18,7 +18,7 @@ import torch
 from portakv_benchmarks.host.suite import GB, HOST_PRESETS, KB, MB, Bench
 from portakv_benchmarks.migration.side import Far, Side
 from portakv_benchmarks.shared.harness import Row
-from portakv_benchmarks.shared.trials import Sample, Trials, Way, timed
+from portakv_benchmarks.shared.trials import Method, Sample, Trials, timed
 
 PEERS = ("nixl", "mooncake")
 #: Bytes below which there are more rounds on a device, since a raw copy takes one of two times: of
@@ -118,8 +118,8 @@ class MigrationBench(Bench):
     @property
     def releases(self) -> dict[str, str]:
         """Of what is measured beside."""
-        found = packages_distributions()
-        return {x: version(found[x][0]) for x in PEERS if x not in self.absent and x in found}
+        results = packages_distributions()
+        return {x: version(results[x][0]) for x in PEERS if x not in self.absent and x in results}
 
     @property
     def near(self) -> Side:
@@ -171,27 +171,29 @@ class MigrationBench(Bench):
         self._far = []
         super().forget()
 
-    def rows(self, told: Row, nbytes: int, ways: list[Way], beside: Mapping[str, str]) -> list[Row]:
+    def rows(
+        self, fields: Row, nbytes: int, methods: list[Method], beside: Mapping[str, str]
+    ) -> list[Row]:
         """A row for each way, with other bytes in each round."""
         used = set[str]()
 
-        def ready(way: Way) -> None:
-            if way.name in used:
+        def ready(method: Method) -> None:
+            if method.name in used:
                 used.clear()
                 self.change()
-            used.add(way.name)
-            way.prepare()
+            used.add(method.name)
+            method.prepare()
 
-        made = [way._replace(prepare=partial(ready, way)) for way in ways]
-        return self.compared(told, nbytes, made, beside)
+        made = [method._replace(prepare=partial(ready, method)) for method in methods]
+        return self.compared(fields, nbytes, made, beside)
 
     def compared(
-        self, told: Row, nbytes: int, ways: list[Way], beside: Mapping[str, str]
+        self, fields: Row, nbytes: int, methods: list[Method], beside: Mapping[str, str]
     ) -> list[Row]:
         """A row for each way; what others are beside is beside nothing itself."""
         many = self.trials.rounds * (5 if self.on and nbytes < _SMALL else 1)
         trials = replace(self.trials, rounds=many)
-        rows = trials.rows({**told, "across": self.across}, nbytes, ways, beside)
+        rows = trials.rows({**fields, "across": self.across}, nbytes, methods, beside)
         for row in rows:
             if row["backend"].startswith(tuple(beside.values())):
                 for name in beside:
@@ -200,9 +202,9 @@ class MigrationBench(Bench):
                 row.pop("cpu_us_per_mib")
         return rows
 
-    def way(
+    def method(
         self, name: str, call: Callable[[], Any], right: Callable[[], bool], wall: bool = False
-    ) -> Way:
+    ) -> Method:
         """A call as a way, each time looked at; timed on a device, or (``wall``) until the host
         knows the end."""
         seen = list[bool]()
@@ -212,7 +214,7 @@ class MigrationBench(Bench):
             seen.append(right())
             return sample
 
-        return Way(name, run, right=lambda: all(seen))
+        return Method(name, run, right=lambda: all(seen))
 
     def _sample(self, call: Callable[[], Any], wall: bool) -> Sample:
         flying = list[Any]()
@@ -236,6 +238,6 @@ class MigrationBench(Bench):
             return timed(whole)
         if call not in self._settled:
             self._settled[call] = self.timer.settle(once, 1)
-        found = self.timer.sample(once, 0, self._settled[call])
+        results = self.timer.sample(once, 0, self._settled[call])
         ended()
-        return Sample(found.elapsed / 1e6, found.host / 1e6)
+        return Sample(results.elapsed / 1e6, results.host / 1e6)

@@ -69,15 +69,15 @@ class Ops(NamedTuple):
     functions: Any
     desc: Callable[[], Any]  # makes a description of caches
     forms: Mapping[int, Any]  # formats by number
-    ways: tuple[Any, Any]  # of a load and of a store
+    methods: tuple[Any, Any]  # of a load and of a store
     addresses: bool  # caches and objects are handed over as such, else as tensors
 
     def takes(self, task: Task) -> bool:
         by_slots = task.kernel == "slots"
-        theirs = self.functions is not lmcache_ops
-        torch_reads_planes = theirs and not self.addresses
+        remote = self.functions is not lmcache_ops
+        torch_reads_planes = remote and not self.addresses
         fused = by_slots and torch_reads_planes and task.number in FUSED
-        unknown = by_slots and theirs and task.number == _OURS_ALONE
+        unknown = by_slots and remote and task.number == _OURS_ALONE
         return task.number in self.forms and not fused and not unknown
 
 
@@ -111,9 +111,9 @@ def _load(bench: PlugBench, module: str) -> Ops:
     functions = load(package, module)[0] if compiled else import_module(f"{package}.{module}")
     types = functions if module == "c_ops" else import_module("lmcache.lmcache_native")
     forms = {int(each): each for each in types.EngineKVFormat.__members__.values()}
-    ways = types.TransferDirection.H2D, types.TransferDirection.D2H
+    methods = types.TransferDirection.H2D, types.TransferDirection.D2H
     bench.found[package] = f"{version(package)} {module}"
-    return Ops(functions, types.PageBufferShapeDesc, forms, ways, compiled)
+    return Ops(functions, types.PageBufferShapeDesc, forms, methods, compiled)
 
 
 class Task(NamedTuple):
@@ -171,20 +171,20 @@ def _case(bench: PlugBench, own: Ops | None, ours: Ops, task: Task) -> Case:
     shape = shape_of(looks, bench.sizes.layers, task.payload, task.narrow)
     caches, objects = sides_of(bench, shape, task.number, task.op, task.on_host)
     found = {OWN: own, OURS: ours}
-    given = (task.kernel, task.number, shape, caches, objects)
+    requested = (task.kernel, task.number, shape, caches, objects)
     call = call_of
     if task.kernel == "connector" and own is not None:  # which looks at LMCache's own formats
         call = path_of
         found[OURS] = ours._replace(forms=own.forms)
     makes = {
-        name: partial(call, ops, *given, task.op)
+        name: partial(call, ops, *requested, task.op)
         for name, ops in found.items()
         if ops is not None and ops.takes(task)
     }
-    told = {"shape": str(task), "format": task.number, "kernel": task.kernel}
-    told |= {"narrow": task.narrow, "on_host": task.on_host, "row_bytes": shape.row_bytes}
-    told["aside"] = task.narrow or task.kernel == "connector"
-    return suite.case(bench, "lmcache", told, task.op, caches, objects, makes)
+    fields = {"shape": str(task), "format": task.number, "kernel": task.kernel}
+    fields |= {"narrow": task.narrow, "on_host": task.on_host, "row_bytes": shape.row_bytes}
+    fields["aside"] = task.narrow or task.kernel == "connector"
+    return suite.case(bench, "lmcache", fields, task.op, caches, objects, makes)
 
 
 def shape_of(number: int, layers: int, payload: int, narrow: bool = False) -> Shape:
@@ -220,7 +220,7 @@ def call_of(
     ops: Ops, kernel: str, number: int, shape: Shape, caches: Side, objects: Side, op: str
 ) -> Call:
     """Return one call; everything that can be made before the call is made here."""
-    direction = ops.ways[op == "d2h"]
+    direction = ops.methods[op == "d2h"]
     if kernel == "slots":
         return _call_by_slots(ops, number, shape, caches, objects, direction)
     return _call_by_blocks(ops, number, shape, caches, objects, direction)
@@ -323,15 +323,15 @@ def path_of(
     """LMCache's own way from caches to chunks or back, which looks at the caches, makes tables and
     descriptions, and calls one op: of these ops."""
     path = import_module(_PATH)
-    held = {str(at): each for at, each in enumerate(caches.tensors)}
+    retained = {str(at): each for at, each in enumerate(caches.tensors)}
     ids = (caches.rows[::_BLOCK] // _BLOCK).tolist()
     chunks = list(objects.tensors[0].unbind())
     hints = {"kv_layout": "HND" if "head token" in shape.cache else "NHD"}
     more = {"layout_hints": hints, "engine_kv_format": ops.forms[number]}
     if op == "d2h":
-        move = partial(path.gather_paged_kv_to_cpu, held, ids, len(ids), out=chunks, **more)
+        move = partial(path.gather_paged_kv_to_cpu, retained, ids, len(ids), out=chunks, **more)
     else:
-        move = partial(path.scatter_cpu_to_paged_kv, held, ids, chunks, len(ids), **more)
+        move = partial(path.scatter_cpu_to_paged_kv, retained, ids, chunks, len(ids), **more)
     return partial(_through, path, getattr(ops.functions, _OP), move)
 
 
@@ -340,13 +340,13 @@ def _through(path: Any, function: Any, move: Call) -> None:
     package = import_module("lmcache")
     places = (path, "resolve_device_ops"), (package, "device_ops"), (package, "c_ops")
     home, name = next(each for each in places if hasattr(*each))
-    kept = getattr(home, name)
-    ops = _Over(kept, function)
+    previous = getattr(home, name)
+    ops = _Over(previous, function)
     setattr(home, name, (lambda kind: ops) if home is path else ops)
     try:
         move()
     finally:
-        setattr(home, name, kept)
+        setattr(home, name, previous)
 
 
 class _Over:
@@ -415,8 +415,8 @@ def _count(bench: PlugBench, own: Ops | None, ours: Ops, number: int) -> Rows:
                 right.append(sides.right())
             count = counted.calls + counted.waits
             before = before or count
-            told = {"shape": "16 objects of 2 blocks", "format": number, "calls": counted.calls}
+            fields = {"shape": "16 objects of 2 blocks", "format": number, "calls": counted.calls}
             fewer = {"fewer": short(before / count)} if name == OURS and own else {}
-            told |= {"waits": counted.waits, **fewer, "verified": all(right)}
-            rows.append({"kind": "plug_calls", **suite.labels(name, op, "lmcache"), **told})
+            fields |= {"waits": counted.waits, **fewer, "verified": all(right)}
+            rows.append({"kind": "plug_calls", **suite.labels(name, op, "lmcache"), **fields})
     return rows

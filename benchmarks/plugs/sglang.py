@@ -62,10 +62,10 @@ def _asked(bench: PlugBench, own: Any) -> Iterator[Asked]:
     tokens = bench.sizes.pool // (2 * layers * _ITEM * _PAGE) * _PAGE
     made = partial(_case, bench, own)
 
-    def all_layers(way: str, orders: str, beside: str = "") -> Iterator[Asked]:
+    def all_layers(method: str, orders: str, beside: str = "") -> Iterator[Asked]:
         for order, op in product(orders.split(), DIRECTIONS):
-            make = partial(made, way, order, op, layers, tokens)
-            yield Asked(f"{way}, all layers, {order}, {op}", make, order == beside)
+            make = partial(made, method, order, op, layers, tokens)
+            yield Asked(f"{method}, all layers, {order}, {op}", make, order == beside)
 
     def one_layer(rows: int) -> Iterator[Asked]:
         for order in ("lf", "pf", "ph"):
@@ -84,7 +84,7 @@ def _asked(bench: PlugBench, own: Any) -> Iterator[Asked]:
 def _case(
     bench: PlugBench,
     own: Any,
-    way: str,
+    method: str,
     order: str,
     op: str,
     layers: int,
@@ -98,20 +98,26 @@ def _case(
     make = partial(Side.make, bench, only=only)
     device = make(_DEVICE, shape, 4, tensors=2 * shape.layers, salt=salts[0])
     host = make(ORDERS[order], shape, 5, tensors=2, on_host=True, salt=salts[1])
-    given = way, order, op, layers, device, host, quota
+    arguments = method, order, op, layers, device, host, quota
     found = {OWN: own, OURS: kvcacheio}
-    makes = {name: partial(_carrying_out, ops, *given) for name, ops in found.items() if ops}
-    told = {"kernel": way, "order": order, "layers": layers, "rows": tokens, "row_bytes": _ITEM}
-    name = f"{way}, {'all layers' if layers > 1 else 'one layer'}, {order}"
+    makes = {name: partial(_carrying_out, ops, *arguments) for name, ops in found.items() if ops}
+    fields = {
+        "kernel": method,
+        "order": order,
+        "layers": layers,
+        "rows": tokens,
+        "row_bytes": _ITEM,
+    }
+    name = f"{method}, {'all layers' if layers > 1 else 'one layer'}, {order}"
     if quota:
         name += f", {quota} thread blocks"
-    told |= {"shape": f"{name}, {in_words(device.payload)}", "block_quota": quota}
-    told |= {"calls": len(calls_of(kvcacheio, *given))}
-    return suite.case(bench, "sglang", told, op, device, host, makes)
+    fields |= {"shape": f"{name}, {in_words(device.payload)}", "block_quota": quota}
+    fields |= {"calls": len(calls_of(kvcacheio, *arguments))}
+    return suite.case(bench, "sglang", fields, op, device, host, makes)
 
 
-def _carrying_out(*given: Any) -> Call:
-    calls = calls_of(*given)
+def _carrying_out(*arguments: Any) -> Call:
+    calls = calls_of(*arguments)
 
     def carry_out() -> None:
         for call in calls:
@@ -121,7 +127,14 @@ def _carrying_out(*given: Any) -> Call:
 
 
 def calls_of(
-    ops: Any, way: str, order: str, op: str, layers: int, device: Side, host: Side, quota: int = 0
+    ops: Any,
+    method: str,
+    order: str,
+    op: str,
+    layers: int,
+    device: Side,
+    host: Side,
+    quota: int = 0,
 ) -> list[Call]:
     """The calls of a transfer, with everything that can be made beforehand."""
     many = device.shape.layers
@@ -130,36 +143,36 @@ def calls_of(
     v = device.tensors[many:]
     there_k, there_v = host.tensors
     # Kernels read ids where they run.
-    mine, theirs = (x.rows.to(on) if way == "kernel" else x.rows for x in (device, host))
+    local, remote = (x.rows.to(on) if method == "kernel" else x.rows for x in (device, host))
     pitch = many * _ITEM
-    if way == "direct" and order == "lf":
-        ends = ([*k, *v], mine), ([*there_k, *there_v], theirs)
+    if method == "direct" and order == "lf":
+        ends = ([*k, *v], local), ([*there_k, *there_v], remote)
         (src, at), (dst, to) = suite.turned(op, *ends)
         return [partial(ops.transfer_kv_direct, src, dst, at, to, _PAGE)]
-    if way == "direct":
+    if method == "direct":
         pools = [there_k, there_v]
         if op == "d2h":
             move = ops.transfer_kv_all_layer_direct_lf_pf
-            return [partial(move, [*k, *v], pools, mine, theirs, _PAGE)]
+            return [partial(move, [*k, *v], pools, local, remote, _PAGE)]
         move = ops.transfer_kv_per_layer_direct_pf_lf
-        return [partial(move, pools, [k[n], v[n]], theirs, mine, n, _PAGE) for n in range(layers)]
+        return [partial(move, pools, [k[n], v[n]], remote, local, n, _PAGE) for n in range(layers)]
     heads = (_PAGE, _HEADS) if order == "ph" else ()
     if layers > 1 and (order == "lf" or op == "d2h"):
         tables = [suite.addresses(x, torch.uint64).to(on) for x in (k, v, there_k, there_v)]
         if order == "lf":
-            (src, at), (dst, to) = suite.turned(op, (tables[:2], mine), (tables[2:], theirs))
+            (src, at), (dst, to) = suite.turned(op, (tables[:2], local), (tables[2:], remote))
             fixed = src[0], dst[0], src[1], dst[1], at, to
             limit = {"block_quota": quota} if quota else {}
             return [partial(ops.transfer_kv_all_layer, *fixed, _ITEM, many, **limit)]
         move = getattr(ops, f"transfer_kv_all_layer_lf_{order}")
-        fixed = tables[0], there_k, tables[1], there_v, mine, theirs
+        fixed = tables[0], there_k, tables[1], there_v, local, remote
         return [partial(move, *fixed, _ITEM, pitch, many, *heads)]
     if order == "lf":
         each = zip(there_k[:layers], k, there_v, v, strict=False)
-        return [partial(ops.transfer_kv_per_layer, *x, theirs, mine, _ITEM) for x in each]
+        return [partial(ops.transfer_kv_per_layer, *x, remote, local, _ITEM) for x in each]
     move = getattr(ops, f"transfer_kv_per_layer_{order}_lf")
     found: list[Call] = []
     for n in range(layers):
         pair = there_k, k[n], there_v, v[n]
-        found.append(partial(move, *pair, theirs, mine, n, _ITEM, pitch, *heads))
+        found.append(partial(move, *pair, remote, local, n, _ITEM, pitch, *heads))
     return found

@@ -57,10 +57,10 @@ def _step(name: str, rows: int, memory: Callable[..., torch.Tensor]) -> Step:
     at = (slots // _BLOCK, slots % _BLOCK)
     how = ("auto", scale, scale)
     if name == "cp_gather_cache":
-        found = memory(rows, _LATENT + _ROTARY)
+        results = memory(rows, _LATENT + _ROTARY)
         ends = torch.arange(0, rows + 1, rows // _REQUESTS, dtype=torch.int32, device=device)
-        arguments = paged, found, table.view(_REQUESTS, -1), ends, _REQUESTS
-        return Step(arguments, [found], [(found, slice(None), paged[at])])
+        arguments = paged, results, table.view(_REQUESTS, -1), ends, _REQUESTS
+        return Step(arguments, [results], [(results, slice(None), paged[at])])
     if name == "concat_and_cache_mla":
         parts = memory(rows, _LATENT), memory(rows, _ROTARY)
         return Step((*parts, paged, slots, *how[:2]), [paged], [(paged, at, torch.cat(parts, 1))])
@@ -89,21 +89,23 @@ def _case(bench: PlugBench, own: Any, name: str, rows: int) -> Case:
             each.view(torch.uint8).fill_(POISON)
 
     def right(i: int) -> bool:
-        found = [each.view(torch.int16).clone() for each in step.written]
+        results = [each.view(torch.int16).clone() for each in step.written]
         poison(i)
         for view, at, each in step.plain:
             view[at] = each
-        pairs = zip(found, step.written, strict=True)
+        pairs = zip(results, step.written, strict=True)
         return all(torch.equal(each, want.view(torch.int16)) for each, want in pairs)
 
-    ways = [
-        Variant(suite.labels(way, "step", "vllm"), partial(_call, ops, name, step), poison, right)
-        for way, ops in {OWN: own, OURS: vllm_ops}.items()
+    methods = [
+        Variant(
+            suite.labels(method, "step", "vllm"), partial(_call, ops, name, step), poison, right
+        )
+        for method, ops in {OWN: own, OURS: vllm_ops}.items()
         if ops is not None
     ]
     payload = sum(each.nbytes for *_, each in step.plain)
-    told = {"shape": f"{name}, {rows} rows", "kernel": name, "rows": rows, "aside": True}
-    return Case({**told, "row_bytes": payload // rows}, "step", payload, ways, on_host=False)
+    fields = {"shape": f"{name}, {rows} rows", "kernel": name, "rows": rows, "aside": True}
+    return Case({**fields, "row_bytes": payload // rows}, "step", payload, methods, on_host=False)
 
 
 def _call(ops: Any, name: str, step: Step, i: int) -> None:

@@ -14,14 +14,14 @@ from functools import cache, partial
 from itertools import product
 from math import prod
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from portakv.host import pinned
-from portakv_benchmarks.host import interference, movers
-from portakv_benchmarks.host.movers import LOOPS, Mover
+from portakv_benchmarks.host import interference, traffic_sources
 from portakv_benchmarks.host.suite import HOST_PRESETS, KB, MB, MEMCPY, Bench, plain_copy
+from portakv_benchmarks.host.traffic_sources import LOOPS, Traffic
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant, having, short
 from portakv_benchmarks.shared.shapes import POISON, Shape, fill, moved, planes, sizes
@@ -32,6 +32,7 @@ OURS = "portakv"
 #: What shapes have that say no more.
 LIKE = Shape("", "none", "benchmarks/plugs", "", "", 1, 1, "bfloat16", 1, 1)
 Call = Callable[[], object]
+T = TypeVar("T")
 #: At most: how often a loop meets each way, its seconds, and those of a case's rounds behind five.
 _REPEATS = 3
 _LOOP = 0.2
@@ -121,8 +122,8 @@ class Side(NamedTuple):
         if seed is not None:
             blocks = torch.randperm(shape.blocks, generator=torch.Generator().manual_seed(seed))
         rows = (blocks[:, None] * shape.block_size + torch.arange(shape.block_size)).flatten()
-        held = [each.view(dtype).view(extents) for each in made]
-        return cls(held, layout, shape, rows[: shape.tokens], only)
+        retained = [each.view(dtype).view(extents) for each in made]
+        return cls(retained, layout, shape, rows[: shape.tokens], only)
 
     @property
     def payload(self) -> int:
@@ -175,14 +176,14 @@ def memcpy(bench: PlugBench, payload: int, op: str, to_host: bool) -> Variant:
         bench.module.synchronize()
         return torch.equal(*(each.to(bench.device) for each in (target, source)))
 
-    told = {"backend": MEMCPY, "op": op}
+    fields = {"backend": MEMCPY, "op": op}
     poison = partial(target.fill_, POISON)
-    return Variant(told, lambda i: plain_copy(target, source), lambda i: poison(), right)
+    return Variant(fields, lambda i: plain_copy(target, source), lambda i: poison(), right)
 
 
-def turned(op: str, mine: Any, theirs: Any) -> tuple[Any, Any]:
-    """Source and destination of what the device and the other side have."""
-    return (mine, theirs) if op == "d2h" else (theirs, mine)
+def turned(op: str, device: T, other: T) -> tuple[T, T]:
+    """Return the source and the destination out of the device's side and the other side."""
+    return (device, other) if op == "d2h" else (other, device)
 
 
 def addresses(tensors: Iterable[torch.Tensor], dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -199,7 +200,7 @@ class Case(NamedTuple):
     labels: Row  # ``shape``, and what else identifies it
     op: str  # d2h or h2d
     payload: int
-    ways: list[Variant]
+    methods: list[Variant]
     on_host: bool = True  # one side is host memory
     streams: bool = False  # ways have streams of their own: the host's clock tells their time
 
@@ -212,7 +213,7 @@ def labels(name: str, op: str, engine: str) -> Row:
 def case(
     bench: PlugBench,
     engine: str,
-    told: Row,
+    fields: Row,
     op: str,
     device: Side,
     other: Side,
@@ -220,11 +221,11 @@ def case(
 ) -> Case:
     """Ways by name, each made by its first call."""
     sides = Sides(bench, *turned(op, device, other))
-    ways = []
+    methods = []
     for name, make in makes.items():
         move = partial(_first_made, cache(make))
-        ways.append(Variant(labels(name, op, engine), move, sides.poison, sides.right))
-    return Case(told, op, device.payload, ways, other.tensors[0].is_cpu)
+        methods.append(Variant(labels(name, op, engine), move, sides.poison, sides.right))
+    return Case(fields, op, device.payload, methods, other.tensors[0].is_cpu)
 
 
 def _first_made(make: Callable[[], Call], i: int) -> None:
@@ -240,12 +241,12 @@ class Asked(NamedTuple):
     late: bool = False  # comes behind those
 
 
-def steps(bench: PlugBench, part: str, asked: Iterable[Asked]) -> Iterator[Step]:
+def steps(bench: PlugBench, part: str, requested: Iterable[Asked]) -> Iterator[Step]:
     """A step for each case; then one for each loop beside those that ask for it, and late cases."""
     alone = bench.device.type == "cpu"
     if alone:
         bench.left_out.append(f"{part}: beside a loop: there is no accelerator that computes")
-    cases = [*asked]
+    cases = [*requested]
     of_cases = [(one.late, (one.name, partial(_measure, bench, part, one))) for one in cases]
     yield from (step for late, step in of_cases if not late)
     for one, loop in product(cases, () if alone else LOOPS):
@@ -254,16 +255,21 @@ def steps(bench: PlugBench, part: str, asked: Iterable[Asked]) -> Iterator[Step]
     yield from (step for late, step in of_cases if late)
 
 
-def _measure(bench: PlugBench, part: str, asked: Asked) -> Rows:
-    case = asked.make()
-    ways = harness.usable(case.ways, f"{part}: {asked.name}", bench.left_out)
-    if not ways:
+def _measure(bench: PlugBench, part: str, requested: Asked) -> Rows:
+    case = requested.make()
+    methods = harness.usable(case.methods, f"{part}: {requested.name}", bench.left_out)
+    if not methods:
         return []
     ceiling = memcpy(bench, case.payload, case.op, case.on_host)
-    found = bench.measure(ceiling, ways, case.payload, wall=case.streams)
+    found = bench.measure(ceiling, methods, case.payload, wall=case.streams)
     timer = bench.wall if case.streams else bench.timer
-    told = {"kind": "plug_copy", **case.labels, "payload_bytes": case.payload, "timer": timer.name}
-    rows = [{**told, **one.labels, **one.row(case.payload)} for one in found]
+    fields = {
+        "kind": "plug_copy",
+        **case.labels,
+        "payload_bytes": case.payload,
+        "timer": timer.name,
+    }
+    rows = [{**fields, **one.labels, **one.row(case.payload)} for one in found]
     compare(rows)
     return rows
 
@@ -290,17 +296,19 @@ def medians(rows: Rows) -> Rows:
         known = [row for row in part if "of_own" in row and not row.get("aside")]
         if known:
             figure = short(median(row["of_own"] for row in known))
-            told = {"part": known[0]["part"], "backend": OURS, "shape": f"{len(known)} cases"}
+            fields = {"part": known[0]["part"], "backend": OURS, "shape": f"{len(known)} cases"}
             right = all(row["verified"] for row in known)
-            found.append({"kind": "plug_median", **told, "of_own": figure, "verified": right})
+            found.append({"kind": "plug_median", **fields, "of_own": figure, "verified": right})
     return found
 
 
-def _beside(bench: PlugBench, part: str, asked: Asked, loop: str) -> Rows:
-    case = asked.make()
-    ways = [memcpy(bench, case.payload, case.op, case.on_host), *case.ways]
-    found = [Mover(one, case.payload, **case.labels) for one in ways]
-    meeting = interference.Meeting(bench, loop, movers.DEFAULT, case.op, f"{part}: {asked.name}, ")
+def _beside(bench: PlugBench, part: str, requested: Asked, loop: str) -> Rows:
+    case = requested.make()
+    methods = [memcpy(bench, case.payload, case.op, case.on_host), *case.methods]
+    found = [Traffic(one, case.payload, **case.labels) for one in methods]
+    meeting = interference.Meeting(
+        bench, loop, traffic_sources.DEFAULT, case.op, f"{part}: {requested.name}, "
+    )
     names = {MEMCPY, OWN, OURS}
     rows = meeting.rows(lambda *_: found, bench.preset.repeats, names)
     for own, row in product(having(rows, backend=OWN), having(rows, backend=OURS)):

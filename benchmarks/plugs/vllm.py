@@ -53,16 +53,16 @@ def vllm_steps(bench: PlugBench) -> Iterator[Step]:
 
 def _asked(bench: PlugBench, own: bool) -> Iterator[Asked]:
     sizes = bench.sizes
-    ways = [*product(("worker", _OP), DIRECTIONS), ("worker", _BOTH)]
+    methods = [*product(("worker", _OP), DIRECTIONS), ("worker", _BOTH)]
     pair = lru_cache(maxsize=2)(partial(_workers, bench, own))  # each pins once for all its cases
     of_job = (partial(_job, pair), sizes.blocks)
     of_op = (partial(_batch, own), _of_op(bench))
-    for page, (kernel, op) in product(sizes.pages, ways):
+    for page, (kernel, op) in product(sizes.pages, methods):
         made, blocks = of_op if kernel == _OP else of_job
         name = f"{kernel}, {blocks} blocks, pages of {in_words(page)}"
         beside = kernel != _OP and page == sizes.pages[0] and op != _BOTH
-        told = {"shape": name, "kernel": kernel, "row_bytes": page}
-        yield Asked(f"{name}, {op}", partial(made, bench, told, page, op), beside)
+        fields = {"shape": name, "kernel": kernel, "row_bytes": page}
+        yield Asked(f"{name}, {op}", partial(made, bench, fields, page, op), beside)
     yield from step_ops(bench, import_module("vllm._custom_ops") if own else None)
 
 
@@ -207,26 +207,26 @@ def _workers(bench: PlugBench, own: bool, page: int) -> dict[str, Worker]:
     layers = [each.view(torch.int8).view(blocks, page) for each in memory]
     tensors = [base.CanonicalKVCacheTensor(each, page) for each in layers]
     refs = [base.CanonicalKVCacheRef(at, page) for at in range(len(tensors))]
-    given = base.CanonicalKVCaches(tensors, [refs]), 1, sizes.blocks
+    arguments = base.CanonicalKVCaches(tensors, [refs]), 1, sizes.blocks
     made: dict[str, Worker] = {}
     if own:
-        theirs = import_module("vllm.v1.kv_offload.cpu.gpu_worker").CPUOffloadingWorker
-        made[OWN] = Worker(bench, theirs(*given), layers)
+        remote = import_module("vllm.v1.kv_offload.cpu.gpu_worker").CPUOffloadingWorker
+        made[OWN] = Worker(bench, remote(*arguments), layers)
     ours = import_module("portakv.integrations.vllm").PortaKVOffloadingWorker
-    made[OURS] = Worker(bench, ours(*given), layers)
+    made[OURS] = Worker(bench, ours(*arguments), layers)
     return made
 
 
-def _job(pair: Pair, bench: PlugBench, told: Row, page: int, op: str) -> Case:
-    ways = [worker.variant(name, op) for name, worker in pair(page).items()]
-    return Case(told, op, bench.sizes.blocks * page * bench.sizes.layers, ways, streams=True)
+def _job(pair: Pair, bench: PlugBench, fields: Row, page: int, op: str) -> Case:
+    methods = [worker.variant(name, op) for name, worker in pair(page).items()]
+    return Case(fields, op, bench.sizes.blocks * page * bench.sizes.layers, methods, streams=True)
 
 
 def _of_op(bench: PlugBench) -> int:
     return bench.sizes.blocks // _PART
 
 
-def _batch(own: bool, bench: PlugBench, told: Row, page: int, op: str) -> Case:
+def _batch(own: bool, bench: PlugBench, fields: Row, page: int, op: str) -> Case:
     """Runs of blocks of each layer, and of a pool block by block: a quarter of a job's pages."""
     layers = bench.sizes.layers
     salts = suite.turned(op, 1, None)
@@ -234,15 +234,14 @@ def _batch(own: bool, bench: PlugBench, told: Row, page: int, op: str) -> Case:
     shape = replace(sized, tokens=_of_op(bench))
     device = Side.make(bench, "layer | block dim", shape, 3, tensors=layers, salt=salts[0])
     host = Side.make(bench, "block layer dim", shape, 4, on_host=True, salt=salts[1])
-    mine = suite.addresses(device.tensors)[:, None] + device.rows * page
-    theirs = suite.addresses(host.tensors) + torch.arange(layers)[:, None] * page
-    theirs = theirs + host.rows * layers * page
-    (at, where), (to, into) = suite.turned(op, (mine, bench.device), (theirs, torch.device("cpu")))
+    local = suite.addresses(device.tensors)[:, None] + device.rows * page
+    remote = suite.addresses(host.tensors) + torch.arange(layers)[:, None] * page
+    remote = remote + host.rows * layers * page
+    (at, where), (to, into) = suite.turned(op, (local, bench.device), (remote, torch.device("cpu")))
     runs = at.flatten(), to.flatten(), torch.full((at.numel(),), page)
     moves: dict[str, Call] = {}
     if own:
         moves[OWN] = partial(import_module("vllm._custom_ops").swap_blocks_batch, *runs)
-    ends = {"src_device": where, "dst_device": into}
-    moves[OURS] = partial(vllm_ops.swap_blocks_batch, *runs, **ends)
+    moves[OURS] = partial(vllm_ops.swap_blocks_batch, *runs, src_device=where, dst_device=into)
     makes = {name: partial(lambda move: move, move) for name, move in moves.items()}
-    return suite.case(bench, "vllm", told, op, device, host, makes)
+    return suite.case(bench, "vllm", fields, op, device, host, makes)

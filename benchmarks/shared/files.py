@@ -17,7 +17,7 @@ import numpy as np
 
 from portakv.storage.engine import Engine, Request
 from portakv_benchmarks.shared.shapes import POISON
-from portakv_benchmarks.shared.trials import Sample, Trials, Way, timed
+from portakv_benchmarks.shared.trials import Method, Sample, Trials, timed
 
 #: fio's ways, each at its best: the options beside those that all have.
 FIO = {
@@ -51,11 +51,11 @@ class Slab:
             self.fd = os.open(self.path, os.O_RDWR)
         os.fsync(self.fd)
 
-    def way(self, engine: Engine, op: str, name: str = "", times: int = 1) -> Way:
+    def method(self, engine: Engine, op: str, name: str = "", times: int = 1) -> Method:
         """All slots in a random order, so many times, by an engine."""
         write = op == "write"
         prepare = self._changed if write else lambda: self.landed.fill(POISON)
-        return Way(
+        return Method(
             name or engine.name,
             partial(self._run, engine, write, times),
             prepare,
@@ -66,12 +66,12 @@ class Slab:
         base = self.places[0 if write else 1][0]
         order = [*range(0, self.nbytes, self.slot)]
         self.trials.random.shuffle(order)
-        asked = [Request(self.fd, at, base + at, self.slot, write) for at in order]
+        requested = [Request(self.fd, at, base + at, self.slot, write) for at in order]
         ended: set[int] = set()
 
         def run() -> None:
             for _ in range(times):
-                ended.update(engine.run(asked))
+                ended.update(engine.run(requested))
 
         sample = timed(run)
         if wrong := ended - {self.slot}:
@@ -87,9 +87,9 @@ class Slab:
     def _read(self) -> bool:
         return np.array_equal(self.landed, self.known)
 
-    def fio(self, program: str, name: str, op: str) -> Way:
+    def fio(self, program: str, name: str, op: str) -> Method:
         """The same by fio, in a process of its own; it counts its own time."""
-        return Way(name, partial(self._fio, program, name, op), peer="fio")
+        return Method(name, partial(self._fio, program, name, op), peer="fio")
 
     def _fio(self, program: str, name: str, op: str) -> Sample:
         own = FIO[name].format(nbytes=self.nbytes, part=self.nbytes // THREADS).split()
@@ -103,7 +103,7 @@ class Slab:
             "--output-format=json",
             *own,
         ]
-        job = json.loads(said(words))["jobs"][0]
+        job = json.loads(message(words))["jobs"][0]
         if job["error"] or job[op]["io_bytes"] != self.nbytes:
             raise RuntimeError(f"fio moved {job[op]['io_bytes']} bytes of {self.nbytes}")
         cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1e3
@@ -142,9 +142,9 @@ class FsNative:
         elapsed, cpu, self.correct = json.loads(answer)
         return Sample(elapsed, cpu)
 
-    def way(self, word: str, prepare: Callable[[], object] = lambda: None) -> Way:
+    def method(self, word: str, prepare: Callable[[], object] = lambda: None) -> Method:
         """A word as a way."""
-        return Way("lmcache", partial(self.ask, word), prepare, lambda: self.correct, "lmcache")
+        return Method("lmcache", partial(self.ask, word), prepare, lambda: self.correct, "lmcache")
 
     def close(self) -> None:
         """End its process."""
@@ -157,7 +157,7 @@ def close(*opened: Any) -> None:
         each.close()
 
 
-def said(words: Sequence[str]) -> str:
+def message(words: Sequence[str]) -> str:
     """What a command prints; raises with what it complained of."""
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     if done.returncode:

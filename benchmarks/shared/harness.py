@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The harness: variants in turns with `copy_` of the same bytes, every byte checked in the run.
+"""Measure variants in turns with `copy_` of the same bytes, and check every byte in the run.
 
 In each round every variant is called once, in an order that rotates, with the next memory object.
-A variant's ratio is the median over the rounds of the time of `copy_` / its own time, so that what
-slows the whole machine down slows both. Bytes are checked before and behind the rounds, the output
-poisoned each time. On a device the L2 cache is flushed before each call, and a delay kernel stands
-before the first event: it outlasts the host's part, so that the events see device time alone.
+A variant's ratio is the median over the rounds of the time of `copy_` / the variant's time. A slow
+machine thus slows both. Bytes are checked before and after the rounds, with a poisoned output. On a
+device the L2 cache is flushed before each call, and a delay kernel precedes the first event. The
+delay outlasts the host's part, so the events measure device time alone.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from portakv.runtime.devices import usual_device
 Call = Callable[[int], object]  # takes the number of the memory object
 Row = dict[str, Any]
 Rows = list[Row]
-#: A step's name, and what measures it.
+#: A step's name, and the function that measures it.
 Step = tuple[str, Callable[[], Rows]]
 
-#: What goes wrong with a way, and is told in place of its figures.
+#: Errors of a method, which are reported in place of its figures.
 FAILURES = (
     PortaKVError,
     RuntimeError,
@@ -49,22 +49,22 @@ _LEAST_ROUNDS = 5
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way of moving the bytes; its calls take a memory object's number."""
+    """One method of moving the bytes; its calls take a memory object's number."""
 
-    labels: Mapping[str, Any]  # what identifies it in the results
+    labels: Mapping[str, Any]  # identify the variant in the results
     call: Call  # is timed
-    poison: Call  # overwrites what the call will write
-    right: Callable[[int], bool]  # every byte landed, and none elsewhere
+    poison: Call  # overwrites the destination of the call
+    right: Callable[[int], bool]  # whether every byte arrived, and no other byte changed
 
     def check(self, i: int) -> bool:
-        """Call it once, and look at every byte."""
+        """Call it once, and return whether every byte is right."""
         self.poison(i)
         self.call(i)
         return self.right(i)
 
 
 class Measured(NamedTuple):
-    """What the rounds gave for one variant."""
+    """The measurements of one variant."""
 
     labels: Mapping[str, Any]
     figures: Mapping[str, float]  # p10_us, p50_us, p90_us, ratio, ratio_p10, ratio_p90, host_us
@@ -75,11 +75,11 @@ class Measured(NamedTuple):
 
     @property
     def noisy(self) -> bool:
-        """True if the row is flagged: its spread is too wide to be quoted."""
+        """Return True if the row's spread is too wide to be quoted."""
         return self.figures["p90_us"] > NOISY * self.figures["p50_us"]
 
     def row(self, moved: int) -> Row:
-        """What a row says of times; ``moved`` bytes count in its bandwidth."""
+        """Return a row's fields of times; ``moved`` bytes count in its bandwidth."""
         return {
             **{name: short(value) for name, value in self.figures.items()},
             "gb_per_s": short(moved / self.figures["p50_us"] / 1e3),
@@ -91,7 +91,7 @@ class Measured(NamedTuple):
 
 
 def usable(variants: Sequence[Variant], place: str, left_out: list[str]) -> list[Variant]:
-    """The variants that can be called; adds a line on each other, which begins with ``place``."""
+    """Return the variants that can be called; add a line with ``place`` for each failing one."""
     good = []
     for variant in variants:
         try:
@@ -107,20 +107,23 @@ def usable(variants: Sequence[Variant], place: str, left_out: list[str]) -> list
 
 
 def take_error() -> None:
-    """Take the error that a failed call left behind. CUDA keeps the last one, and torch raises it
-    at the next launch of a kernel, which is another way's."""
+    """Clear the error of a failed call.
+
+    CUDA retains the last error, and torch raises it at the next launch of a kernel, which belongs
+    to another method.
+    """
     with suppress(RuntimeError):
         torch.ones(1, device=usual_device())
 
 
 class Failed(str):
-    """A line on what was asked for and failed, not on what is absent; the command ends with 1."""
+    """A line about a requested part that failed, not about an absent part; the exit code is 1."""
 
     __slots__ = ()
 
 
 def in_a_line(error: BaseException) -> str:
-    """An error in a line, with the one that it came up behind, if any."""
+    """Return an error in a line, with the error during whose handling it occurred, if any."""
     line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     behind = error.__context__
     return line if behind is None else f"{line} (behind {in_a_line(behind)})"
@@ -128,7 +131,7 @@ def in_a_line(error: BaseException) -> str:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Inside, no garbage is collected: that takes the host longer than what is timed."""
+    """Disable garbage collection inside: it takes the host longer than the timed calls."""
     gc.disable()
     try:
         yield
@@ -144,8 +147,11 @@ def measure(
     rounds: int,
     seconds: float,
 ) -> list[Measured]:
-    """Measure variants beside ``ceiling``, `copy_` of the same bytes, whose row comes first; with
-    so many memory objects in turns, in fewer rounds, but at least 5, if ``seconds`` are over."""
+    """Measure variants in turns with ``ceiling``, `copy_` of the same bytes, which comes first.
+
+    The calls rotate over ``objects`` memory objects. After ``seconds`` no round starts, except that
+    at least 5 rounds run.
+    """
     everyone = [ceiling, *variants]
     verified = [all(variant.check(i) for i in range(objects)) for variant in everyone]
     settled = [timer.settle(variant.call, objects) for variant in everyone]
@@ -157,10 +163,10 @@ def measure(
                 break
             for turn in range(len(everyone)):
                 v = (n + turn) % len(everyone)
-                i = (n * len(everyone) + turn) % objects  # never that of the call before
+                i = (n * len(everyone) + turn) % objects  # differs from that of the previous call
                 samples[v].append(timer.sample(everyone[v].call, i, settled[v]))
     verified = [known and v.check(0) for known, v in zip(verified, everyone, strict=True)]
-    found = []
+    results = []
     for variant, own, known in zip(everyone, samples, verified, strict=True):
         ratios = [c.elapsed / s.elapsed for c, s in zip(samples[0], own, strict=True)]
         figures = _quantiles([sample.elapsed for sample in own], "p{}_us", 10, 50, 90)
@@ -168,8 +174,8 @@ def measure(
         figures |= _quantiles(ratios, "ratio_p{}", 10, 90)
         figures["host_us"] = median(sample.host for sample in own)
         hidden = all(sample.hidden for sample in own)
-        found.append(Measured(variant.labels, figures, len(own), hidden, known))
-    return found
+        results.append(Measured(variant.labels, figures, len(own), hidden, known))
+    return results
 
 
 def _quantiles(values: Sequence[float], name: str, *percents: int) -> dict[str, float]:
@@ -177,7 +183,7 @@ def _quantiles(values: Sequence[float], name: str, *percents: int) -> dict[str, 
 
 
 def merge(repeats: Sequence[Sequence[Measured]]) -> list[Measured]:
-    """One result for each variant out of several measurements of all: medians of the medians."""
+    """Merge several measurements of all variants: medians of the medians, for each variant."""
     return [
         Measured(
             same[0].labels,
@@ -192,17 +198,17 @@ def merge(repeats: Sequence[Sequence[Measured]]) -> list[Measured]:
 
 
 def short(value: float) -> float:
-    """Four significant digits."""
+    """Return a number with four significant digits."""
     return float(f"{value:.4g}")
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The q-th quantile, linear between neighbours."""
+    """Return the q-th quantile, linear between neighbours."""
     return float(np.quantile(values, q))
 
 
 def grouped(rows: Rows, *names: str) -> list[Rows]:
-    """Rows apart by the values of some fields."""
+    """Return groups of rows with equal values of some fields."""
     groups: dict[tuple[Any, ...], Rows] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
@@ -210,12 +216,12 @@ def grouped(rows: Rows, *names: str) -> list[Rows]:
 
 
 def having(rows: Sequence[Row], **fields: Any) -> Rows:
-    """The rows whose fields have these values."""
+    """Return the rows whose fields have these values."""
     return [row for row in rows if all(row.get(name) == fields[name] for name in fields)]
 
 
 def quickest(rows: Iterable[Row]) -> Row | None:
-    """The row of the least time whose bytes were right."""
+    """Return the row of the least time whose bytes were right."""
     return min((r for r in rows if r["verified"]), key=lambda r: float(r["p50_us"]), default=None)
 
 
@@ -244,7 +250,7 @@ class Sample(NamedTuple):
 class Timer(ABC):
     """Times single calls."""
 
-    name: str  # what results call it
+    name: str  # the timer's name in results
 
     def __init__(self, device: torch.device, settling: int) -> None:
         self._module = torch.get_device_module(device)
@@ -254,7 +260,7 @@ class Timer(ABC):
         self.alone: WeakKeyDictionary[Call, float] = WeakKeyDictionary()
 
     def settle(self, call: Call, objects: int) -> float:
-        """Call it a few times; the median microseconds of its host's part on an idle device."""
+        """Call it a few times; return the host's median microseconds on an idle device."""
         for i in range(objects):
             call(i)
         hosts = []
@@ -275,9 +281,11 @@ class Timer(ABC):
 
 
 class HostTimer(Timer):
-    """`time.perf_counter` from a call's beginning until its device has ended it. Before a call to
-    an accelerator the host rests: threads that torch copied with look for more work for some
-    milliseconds (libgomp: 8 - 10), and would take it from those of the next call."""
+    """Time a call by `time.perf_counter`, from its start until its device has ended it.
+
+    Before a call to an accelerator the host rests. Threads of torch look for more work for some
+    milliseconds (libgomp: 8 - 10), and would take processor time from the next call.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device, _LINK_SETTLING)
@@ -296,8 +304,10 @@ class HostTimer(Timer):
 
 
 class DeviceTimer(Timer):
-    """Device events, behind a flush of the L2 cache and a delay kernel; ``link``: of copies to and
-    from the host, which take the host and the link longer."""
+    """Time a call by device events, after a flush of the L2 cache and a delay kernel.
+
+    ``link`` is for copies to and from the host, which take the host and the link longer.
+    """
 
     def __init__(self, device: torch.device, link: bool = False) -> None:
         super().__init__(device, _LINK_SETTLING if link else _SETTLING)
@@ -313,12 +323,12 @@ class DeviceTimer(Timer):
         self._cycles_per_us = self._calibrate() if self._sleep else 0.0
 
     def settle(self, call: Call, objects: int) -> float:
-        """The same, but the delay that hides its host time, 0.0 if nothing can."""
+        """Call it a few times; return the delay that hides its host time, 0.0 if no delay can."""
         host = super().settle(call, objects)
         return 0.0 if host > self._never_hidden else 2 * host + 50
 
     def sample(self, call: Call, i: int, settled: float) -> Sample:
-        """The same; again behind a longer delay, if the host was late."""
+        """Time one call, again after a longer delay if the host was late."""
         first, last = self._events
         for attempt in range(_TRIES):
             delay = settled * 2**attempt
@@ -339,7 +349,7 @@ class DeviceTimer(Timer):
         return Sample(first.elapsed_time(last) * 1e3, host, hidden)
 
     def _calibrate(self) -> float:
-        """Clock cycles of the delay kernel in a microsecond."""
+        """Return the delay kernel's clock cycles in a microsecond."""
         cycles = 2_000_000
         (first, last) = self._events
         taken = list[float]()

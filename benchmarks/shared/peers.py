@@ -59,7 +59,7 @@ class LMCache:
 
     def __init__(self) -> None:
         self._ops, self.release = load("lmcache", "c_ops")
-        self._ways = (self._ops.TransferDirection.H2D, self._ops.TransferDirection.D2H)
+        self._methods = (self._ops.TransferDirection.H2D, self._ops.TransferDirection.D2H)
 
     def kernels(self, shape: Shape, by_blocks: bool) -> list[str]:
         """The kernels that carry such a shape out: ``slot kernel``, and with block ids ``block
@@ -93,7 +93,7 @@ class LMCache:
                 placed,
                 device,
                 shape.slots,
-                self._ways[store],
+                self._methods[store],
                 form,
                 block_size=shape.block_size,
                 head_size=shape.dim,
@@ -114,7 +114,7 @@ class LMCache:
             [chunk.data_ptr()],
             blocks,
             device,
-            self._ways[store],
+            self._methods[store],
             described,
             shape.tokens,
             form,
@@ -133,16 +133,16 @@ def load(package: str, module: str) -> tuple[ModuleType, str]:
     """A compiled module of a package whose own ``__init__`` is not run, and its release."""
     install = f"pip install --no-deps {package}=={PEERS[package]}"
     try:
-        found = find_spec(package)
+        results = find_spec(package)
         release = version(package)
     except (PackageNotFoundError, ValueError):
-        found = None
-    if found is None or not found.submodule_search_locations:
+        results = None
+    if results is None or not results.submodule_search_locations:
         raise PeerMissing(
             f"Peer {package!r} was asked for, but it is not installed; for the benchmark alone: "
             f"{install}"
         )
-    folders = product(found.submodule_search_locations, EXTENSION_SUFFIXES)
+    folders = product(results.submodule_search_locations, EXTENSION_SUFFIXES)
     paths = [Path(folder, module + suffix) for folder, suffix in folders]
     path = next(filter(Path.exists, paths), None)
     if path is None:

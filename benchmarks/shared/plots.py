@@ -89,16 +89,16 @@ def bandwidth(copies: list[Row], device: str) -> Figure | None:
             linewidth=1.6,
         )
         moved = having(rows, op=op, index="random")
-        for way in _ways(moved):
+        for method in _methods(moved):
             _line(
                 axes,
-                having(moved, backend=way),
+                having(moved, backend=method),
                 "gb_per_s",
-                label=way,
+                label=method,
                 markersize=4,
                 linewidth=1.2,
-                color=COLOURS.get(way),
-                marker=_MARKS.get(way, "d"),
+                color=COLOURS.get(method),
+                marker=_MARKS.get(method, "d"),
             )
         _sizes_below(axes)
         axes.set_ylim(bottom=0)
@@ -115,26 +115,26 @@ def heat_map(copies: list[Row], device: str) -> Figure | None:
     rows = [row for row in copies if row["backend"] != "copy_" and row["verified"]]
     slotted = {row["shape"] for row in having(rows, index="random")}
     rows = [row for row in rows if row["index"] == "random" or row["shape"] not in slotted]
-    ways = [way for way in _ways(rows) if way != "lmcache block kernel"]
-    columns = list(product(ways, ("gather", "scatter")))
+    methods = [method for method in _methods(rows) if method != "lmcache block kernel"]
+    columns = list(product(methods, ("gather", "scatter")))
     rows.sort(key=lambda row: (row["layers"], row["payload_bytes"], row["shape"]))
     lines = list(dict.fromkeys(map(_workload, rows)))
     if not columns or not lines:
         return None
-    found = {(_workload(row), row["backend"], row["op"]): row["ratio"] for row in rows}
-    cells = [[found.get((line, *column), float("nan")) for column in columns] for line in lines]
+    matches = {(_workload(row), row["backend"], row["op"]): row["ratio"] for row in rows}
+    cells = [[matches.get((line, *column), float("nan")) for column in columns] for line in lines]
     figure = Figure(figsize=(2.6 + 0.55 * len(columns), 0.6 + 0.19 * len(lines)))
     axes = figure.subplots()
     axes.imshow(cells, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
     for (y, line), (x, column) in product(enumerate(lines), enumerate(columns)):
-        if (ratio := found.get((line, *column))) is not None:
+        if (ratio := matches.get((line, *column))) is not None:
             ink = "white" if ratio < 0.12 or ratio > 0.92 else "black"
             axes.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=6.5, color=ink)
     axes.set_yticks(range(len(lines)), lines, fontsize=6.5)
     axes.set_xticks(range(len(columns)), [op for _, op in columns], fontsize=6, rotation=90)
-    for at, way in enumerate(ways):
+    for at, method in enumerate(methods):
         axes.text(
-            2 * at + 0.5, -0.7, way.replace(" ", "\n", 1), ha="center", va="bottom", fontsize=7
+            2 * at + 0.5, -0.7, method.replace(" ", "\n", 1), ha="center", va="bottom", fontsize=7
         )
         axes.axvline(2 * at - 0.5, color="white", linewidth=2)
     axes.set_title(
@@ -165,15 +165,15 @@ def host_cost(rows: list[Row], device: str) -> Figure:
 def ladder(rows: list[Row], device: str) -> Figure:
     """Every way of moving one chunk, slowest first, on a logarithmic axis."""
     slowest = {own[0]["way"]: max(r["p50_us"] for r in own) for own in grouped(rows, "way")}
-    order = sorted(slowest, key=lambda way: -slowest[way])
+    order = sorted(slowest, key=lambda method: -slowest[method])
     figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(order)))
     axes = figure.subplots()
     places = {"gather": (-0.2, 1.0), "scatter": (0.2, 0.55), "copy_": (0.0, 1.0)}
-    for op, (y, way) in product(places, enumerate(order)):
+    for op, (y, method) in product(places, enumerate(order)):
         shift, shade = places[op]
-        for row in having(rows, way=way, op=op):
+        for row in having(rows, way=method, op=op):
             time = row["p50_us"]
-            colour = COLOURS.get(way, "#BBBBBB")
+            colour = COLOURS.get(method, "#BBBBBB")
             axes.barh(y + shift, time, height=0.38, color=colour, alpha=shade)
             note = f" {time:.4g} us" if time < 1e3 else f" {time / 1e3:.4g} ms"
             note += "" if op == "copy_" else f" ({op})"
@@ -195,22 +195,22 @@ def ratio(rows: list[Row], device: str) -> Figure | None:
         return None
     shown = []
     for direction, run in product(_WORDS, runs):
-        mine = having(rows, op=direction, run_bytes=run)
-        side = next((s for s in _SIDES if having(mine, host_side=s)), "")
-        shown.append((direction, run, side, having(mine, host_side=side)))
+        selected = having(rows, op=direction, run_bytes=run)
+        side = next((s for s in _SIDES if having(selected, host_side=s)), "")
+        shown.append((direction, run, side, having(selected, host_side=side)))
     drawn = [row for *_, own in shown for row in own if row["backend"] in _LINK_MARKS]
     lowest = min([0.9, *(row["ratio"] // 0.1 / 10 for row in drawn)])
     figure = Figure(figsize=(2.9 * len(runs), 5.6))
     for at, (direction, run, side, own) in enumerate(shown):
         axes = figure.add_subplot(len(_WORDS), len(runs), at + 1)
         axes.axhline(1.0, color="black", linestyle="--", linewidth=1.2)
-        for way, mark in _LINK_MARKS.items():
+        for method, mark in _LINK_MARKS.items():
             _line(
                 axes,
-                having(own, backend=way),
+                having(own, backend=method),
                 "ratio",
-                label="chosen" if way == "host" else way,
-                color=COLOURS[way],
+                label="chosen" if method == "host" else method,
+                color=COLOURS[method],
                 marker=mark,
                 markersize=4,
                 linewidth=1.2,
@@ -241,13 +241,13 @@ def interference(rows: list[Row], device: str) -> Figure:
     heights = [max(map(len, points[at : at + 2])) for at in range(0, len(points), 2)]
     figure = Figure(figsize=(11, sum(1.1 + 0.2 * height for height in heights)))
     grid = figure.add_gridspec(len(heights), 2, height_ratios=[1 + height for height in heights])
-    for at, mine in enumerate(points):
+    for at, selected in enumerate(points):
         axes = figure.add_subplot(grid[at // 2, at % 2])
-        loop, stream, direction = (mine[0][name] for name in ("loop", "stream", "op"))
-        names = [f"{row['backend']}, {row['shape']}" for row in mine]
-        slow = [max(0.0, row["slowdown_pct"]) for row in mine]
-        axes.barh(names, slow, color=[COLOURS.get(row["backend"], "#BBBBBB") for row in mine])
-        for y, row in enumerate(mine):
+        loop, stream, direction = (selected[0][name] for name in ("loop", "stream", "op"))
+        names = [f"{row['backend']}, {row['shape']}" for row in selected]
+        slow = [max(0.0, row["slowdown_pct"]) for row in selected]
+        axes.barh(names, slow, color=[COLOURS.get(row["backend"], "#BBBBBB") for row in selected])
+        for y, row in enumerate(selected):
             words = f" {row['slowdown_pct']:.1f} % · {row['link_gb_per_s']:.3g} GB/s"
             axes.text(slow[y], y, words, va="center", fontsize=7)
         axes.invert_yaxis()
@@ -273,10 +273,10 @@ def beside_own(rows: list[Row], device: str) -> Figure | None:
     axes = figure.subplots()
     parts = sorted({row["part"] for row in known})
     for (at, part), (op, mark) in product(enumerate(parts), {"d2h": "v", "h2d": "^"}.items()):
-        found = [row["of_own"] for row in having(known, part=part, op=op)]
-        place = [at + (0.12 if op == "h2d" else -0.12)] * len(found)
+        matches = [row["of_own"] for row in having(known, part=part, op=op)]
+        place = [at + (0.12 if op == "h2d" else -0.12)] * len(matches)
         label = _WORDS[op] if at == 0 else None
-        axes.plot(found, place, mark, label=label, alpha=0.5, color=COLOURS["portakv"])
+        axes.plot(matches, place, mark, label=label, alpha=0.5, color=COLOURS["portakv"])
     axes.axvline(1.0, color="black", linestyle="--", linewidth=1)
     axes.set_xscale("log")
     axes.set_yticks(range(len(parts)), parts)
@@ -294,8 +294,8 @@ def stored(rows: list[Row], device: str) -> Figure:
     places = list[float]()
     names = list[str]()
     at = furthest = 0.0
-    for mine in cases:
-        for row in mine:
+    for selected in cases:
+        for row in selected:
             rate = row["gb_per_s"]
             times = (row["p50_us"] / row[p] for p in ("p90_us", "p10_us"))
             low, high = (rate * factor for factor in times)
@@ -339,20 +339,22 @@ def pulled(rows: list[Row], device: str) -> Figure | None:
     """The rate of pulls against the payload, a line for each case, of the raw copy's; on a host of
     what the same copy reaches within one process, too."""
     figures = {"of_raw": "the raw copy", "of_rows": "copy_rows in one process"}
-    mine = having(rows, backend="mapped")
-    known = [name for name in figures if any(name in row for row in mine)]
-    if len({row["op"] for row in mine}) < 2:
+    selected = having(rows, backend="mapped")
+    known = [name for name in figures if any(name in row for row in selected)]
+    if len({row["op"] for row in selected}) < 2:
         return None
     figure = Figure(figsize=(4.9 * len(known) + 0.6, 4.0))
     for name, axes in zip(known, figure.subplots(1, len(known), squeeze=False)[0], strict=True):
-        for case, mark in zip(grouped(mine, "shape"), "os^xdv+*", strict=False):
+        for case, mark in zip(grouped(selected, "shape"), "os^xdv+*", strict=False):
             _line(axes, case, name, label=case[0]["shape"], marker=mark, markersize=4, linewidth=1)
         axes.axhline(1.0, color="black", linestyle="--", linewidth=1)
         _sizes_below(axes)
         axes.set_ylim(bottom=0)
         axes.set_ylabel(f"rate, of {figures[name]}")
     figure.axes[0].legend(fontsize=7, frameon=False)
-    between = {"devices": "two devices", "processes": "two processes"}.get(mine[0]["across"], "")
+    between = {"devices": "two devices", "processes": "two processes"}.get(
+        selected[0]["across"], ""
+    )
     figure.suptitle(f"Pulls between {between or 'processes on one device'} · {device}", fontsize=10)
     figure.tight_layout()
     return figure
@@ -369,9 +371,9 @@ def _sizes_below(axes: Axes) -> None:
     axes.grid(alpha=0.25)
 
 
-def _ways(rows: Sequence[Row]) -> list[str]:
-    found = {str(row["backend"]) for row in rows} - {"copy_"}
-    return [way for way in (*COLOURS, *sorted(found - set(COLOURS))) if way in found]
+def _methods(rows: Sequence[Row]) -> list[str]:
+    matches = {str(row["backend"]) for row in rows} - {"copy_"}
+    return [method for method in (*COLOURS, *sorted(matches - set(COLOURS))) if method in matches]
 
 
 def _workload(row: Row) -> str:

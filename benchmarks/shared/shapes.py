@@ -91,22 +91,22 @@ class Shape:
 def load(path: Path = FILE) -> Mapping[str, Shape]:
     """The shapes of a file by name, in its order; raises `ValueError` for a field that is wrong. An
     entry with ``like`` has every field that it does not write from the shape of that name."""
-    found: dict[str, Shape] = {}
+    results: dict[str, Shape] = {}
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["shape"]:
         name = entry.get("name")
         like = entry.pop("like", None)
         try:
-            if like is not None and like not in found:
+            if like is not None and like not in results:
                 raise ValueError(f"is like {like!r}; expected the name of a shape above it")
-            if name in found:
+            if name in results:
                 raise ValueError("occurs twice; give each shape a name of its own")
-            fields = {**(asdict(found[like]) if like else {}), **entry}
+            fields = {**(asdict(results[like]) if like else {}), **entry}
             shape = Shape(**{**fields, "index": tuple(fields.get("index", INDEX_KINDS))})
             _check(shape)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path.name}: shape {name!r}: {error}.") from error
-        found[name] = shape
-    return MappingProxyType(found)
+        results[name] = shape
+    return MappingProxyType(results)
 
 
 def _check(shape: Shape) -> None:
@@ -131,7 +131,7 @@ def planes(tensors: Any, layout: str, shape: Shape) -> list[torch.Tensor]:
     order = ("layer", "kv", "block", "token", "head", "dim")
     names = [name for group in _groups(layout) for name in group]
     missing = [name for name in order if name not in names]
-    found = []
+    results = []
     for tensor in tensors if layout.rpartition("|")[0].strip() else [tensors]:
         whole = tensor.view(_BITS[tensor.element_size()])
         for at, group in enumerate(_groups(layout)):
@@ -139,8 +139,8 @@ def planes(tensors: Any, layout: str, shape: Shape) -> list[torch.Tensor]:
                 whole = whole.unflatten(at, [_axis(name, shape, 1, shape.tokens) for name in group])
         whole = whole.view(*whole.shape, *(1 for _ in missing))
         ordered = whole.permute([[*names, *missing].index(name) for name in order])
-        found += [plane for layer in ordered for plane in layer]
-    return found
+        results += [plane for layer in ordered for plane in layer]
+    return results
 
 
 def sizes(layout: str, shape: Shape, blocks: int, tokens: int) -> tuple[int, ...]:
@@ -196,7 +196,7 @@ def in_decimal(nbytes: int) -> str:
 
 def in_bytes(words: str) -> int:
     """The number of ``256K``, ``4M``, ``1G``."""
-    found = re.fullmatch(r"(\d+)([KMG])", words.strip().upper())
-    if not found:
+    results = re.fullmatch(r"(\d+)([KMG])", words.strip().upper())
+    if not results:
         raise ValueError(f"{words!r} is no size; write it as 256K, 1M or 1G.")
-    return int(found[1]) << {"K": 10, "M": 20, "G": 30}[found[2]]
+    return int(results[1]) << {"K": 10, "M": 20, "G": 30}[results[2]]

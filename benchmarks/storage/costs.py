@@ -34,9 +34,9 @@ def cost_steps(bench: StorageBench) -> Iterator[Step]:
 
 def cost_row(shape: str, samples: list[Sample], each: int, right: bool) -> Rows:
     """The median of samples, each of so many things."""
-    us, cpu = (short(median(found) * 1e6 / each) for found in [*zip(*samples, strict=True)][:2])
-    told: Row = {"kind": "storage_cost", "shape": shape, "backend": "portakv", "verified": right}
-    return [{**told, "us": us, "cpu_us": cpu, "rounds": len(samples)}]
+    us, cpu = (short(median(results) * 1e6 / each) for results in [*zip(*samples, strict=True)][:2])
+    fields: Row = {"kind": "storage_cost", "shape": shape, "backend": "portakv", "verified": right}
+    return [{**fields, "us": us, "cpu_us": cpu, "rounds": len(samples)}]
 
 
 def _nodes(count: int) -> Rows:
@@ -64,8 +64,8 @@ def _start(bench: StorageBench) -> Rows:
     form = BlockForm.of(caches(1, 4 * KB, CPU, 1), "bench")
     count = bench.sizes.slots
     engine, _ = choose()
-    given = bench.folder / "start", form, count * form.image_bytes, engine
-    slots = Slots(*given)
+    arguments = bench.folder / "start", form, count * form.image_bytes, engine
+    slots = Slots(*arguments)
     follows = FIRST
     for n in range(count):
         key = n.to_bytes(32, "big")
@@ -76,7 +76,7 @@ def _start(bench: StorageBench) -> Rows:
     right = True
     for _ in range(ROUNDS):
         made: list[Slots] = []
-        samples.append(timed(lambda made=made: made.append(Slots(*given))))  # type: ignore[misc]
+        samples.append(timed(lambda made=made: made.append(Slots(*arguments))))  # type: ignore[misc]
         right &= len(made[0].index) == made[0].generation == count
         made[0].close()
     engine.close()

@@ -23,7 +23,7 @@ from portakv_benchmarks.host.suite import KB, MB
 from portakv_benchmarks.shared.files import Slab, close
 from portakv_benchmarks.shared.harness import Rows, Step, quantile, short
 from portakv_benchmarks.shared.shapes import in_words
-from portakv_benchmarks.shared.trials import Sample, Way, cpu_seconds, timed
+from portakv_benchmarks.shared.trials import Method, Sample, cpu_seconds, timed
 from portakv_benchmarks.storage.costs import CPU, cost_row
 from portakv_benchmarks.storage.suite import StorageBench
 from portakv_benchmarks.storage.tiers import caches, words
@@ -55,10 +55,10 @@ def _lookup(bench: StorageBench) -> Rows:
     disk = Disk(bench.folder / "lookup", capacity=LOOKED_UP * form.image_bytes)
     store = BlockStore(form, staging=1 << 26, tiers=[disk], full="wait")
     store.save(view, range(LOOKED_UP), keys).synchronize(60)
-    found: list[int] = []
-    samples = [timed(lambda: found.append(store.lookup(keys))) for _ in range(50)]
+    results: list[int] = []
+    samples = [timed(lambda: results.append(store.lookup(keys))) for _ in range(50)]
     store.close()
-    return cost_row("lookup of 1,000 keys", samples, 1, {*found} == {LOOKED_UP})
+    return cost_row("lookup of 1,000 keys", samples, 1, {*results} == {LOOKED_UP})
 
 
 class Meeting:
@@ -122,8 +122,10 @@ class Meeting:
         if name != "loads":
             thread.join()
         at = sorted(self.loaded)
-        for mine, theirs in zip(words(self.view.tensors), words(self.sources.tensors), strict=True):
-            self.right &= torch.equal(mine[:, at], theirs[:, at])
+        for local, remote in zip(
+            words(self.view.tensors), words(self.sources.tensors), strict=True
+        ):
+            self.right &= torch.equal(local[:, at], remote[:, at])
 
 
 def beside(bench: StorageBench) -> Rows:
@@ -135,8 +137,12 @@ def beside(bench: StorageBench) -> Rows:
     meeting.store.close()
     times = meeting.times
     rates = meeting.rates
-    told = {"kind": "storage_beside", "shape": f"{LOAD} blocks of 1 MB", "verified": meeting.right}
-    row = {**told, "op": "load", "backend": "urgent", "loads": len(times["both"])}
+    fields = {
+        "kind": "storage_beside",
+        "shape": f"{LOAD} blocks of 1 MB",
+        "verified": meeting.right,
+    }
+    row = {**fields, "op": "load", "backend": "urgent", "loads": len(times["both"])}
     row["loads_alone"] = len(times["loads"])
     seconds = sum(meeting.stored * MB / rate / 1e9 for rate in rates["both"])
     row["gb_per_s"] = short(len(times["both"]) * LOAD * MB / seconds / 1e9)
@@ -145,7 +151,7 @@ def beside(bench: StorageBench) -> Rows:
         row |= {f"p{q}_alone_us": short(alone), f"p{q}_us": short(both)}
         row[f"p{q}_ratio"] = short(both / alone)
     alone, both = (quantile(rates[name], 0.5) for name in ("stores", "both"))
-    stored = {**told, "op": "store", "backend": "background", "gb_per_s": short(both)}
+    stored = {**fields, "op": "store", "backend": "background", "gb_per_s": short(both)}
     return [row, {**stored, "alone_gb_per_s": short(alone), "rate_ratio": short(both / alone)}]
 
 
@@ -180,13 +186,13 @@ def _layered(bench: StorageBench) -> Rows:
         handle.synchronize(120)
         return Sample(time.perf_counter() - began, cpu_seconds() - cpu, first)
 
-    ways = [slab.way(engine, "read", "engine", TIMES)]
+    methods = [slab.method(engine, "read", "engine", TIMES)]
     for name in ("whole", "by layer"):
         right = partial(_taken, view, source)
-        ways.append(Way(name, partial(load, name == "by layer"), right=right))
-    told = {"kind": "storage_layered", "shape": in_words(nbytes), "op": "load"}
+        methods.append(Method(name, partial(load, name == "by layer"), right=right))
+    fields = {"kind": "storage_layered", "shape": in_words(nbytes), "op": "load"}
     beside = {"of_engine": "engine", "of_whole": "whole"}
-    rows = bench.trials.rows(told, amount * BLOCK, ways, beside)
+    rows = bench.trials.rows(fields, amount * BLOCK, methods, beside)
     close(store, slab, engine)
     return rows
 

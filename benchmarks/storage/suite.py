@@ -15,7 +15,7 @@ from tempfile import mkdtemp
 import torch
 
 from portakv_benchmarks.host.suite import GB, HOST_PRESETS, KB, MB, Bench
-from portakv_benchmarks.shared.files import said
+from portakv_benchmarks.shared.files import message
 from portakv_benchmarks.shared.trials import Trials
 
 VERSION = "from importlib.metadata import version; print(version('lmcache'))"
@@ -70,11 +70,11 @@ class StorageBench(Bench):
         self.trials = Trials(preset.rounds, preset.pause, self.left_out)
         self.fio = peers["fio"] or shutil.which("fio")
         self.lmcache = peers["lmcache"] or (sys.executable if find_spec("lmcache") else None)
-        asked = {"fio": self.fio and [self.fio, "--version"]}
-        asked["lmcache"] = self.lmcache and [self.lmcache, "-c", VERSION]
-        for name, words in asked.items():
+        requested = {"fio": self.fio and [self.fio, "--version"]}
+        requested["lmcache"] = self.lmcache and [self.lmcache, "-c", VERSION]
+        for name, words in requested.items():
             if words:
-                self.found[name] = said(words).removeprefix("fio-")
+                self.found[name] = message(words).removeprefix("fio-")
             else:
                 self.absent[name] = "not installed; see --fio and --lmcache-python"
         self.folder = Path(mkdtemp(prefix="portakv-bench-", dir=folder))

@@ -33,7 +33,7 @@ from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.shared.files import FIO, FsNative, Slab, close
 from portakv_benchmarks.shared.harness import Rows, Step
 from portakv_benchmarks.shared.shapes import POISON, in_words
-from portakv_benchmarks.shared.trials import Sample, Way, timed
+from portakv_benchmarks.shared.trials import Method, Sample, timed
 from portakv_benchmarks.storage.suite import StorageBench
 
 LAYERS = 32
@@ -107,13 +107,13 @@ class Tier:
         if op == "load":
             return np.array(self.shelf.read(keys, rows))
         numbers = [next(self.numbers) for _ in keys]
-        told = zip(rows, keys, numbers, strict=True)
-        sums = [image.seal(row, self.form, key, number) for row, key, number in told]
+        fields = zip(rows, keys, numbers, strict=True)
+        sums = [image.seal(row, self.form, key, number) for row, key, number in fields]
         return np.array(self.shelf.write(link, keys, rows, numbers, sums))
 
-    def way(self, op: str) -> Way:
+    def method(self, op: str) -> Method:
         """Storing or loading as a way; what was stored is loaded to be judged."""
-        return Way("tier", partial(self.run, op), right=self.right)
+        return Method("tier", partial(self.run, op), right=self.right)
 
     def right(self) -> bool:
         """Whether what is on the disk is what was to be stored."""
@@ -126,25 +126,25 @@ class Tier:
 def engine_steps(bench: StorageBench) -> Iterator[Step]:
     """Each size, read and written, by each engine; `threads` at one size alone."""
     for size in bench.sizes.sizes:
-        yield in_words(size), partial(_both_ways, bench, size)
+        yield in_words(size), partial(_both_directions, bench, size)
 
 
-def _both_ways(bench: StorageBench, size: int) -> Rows:
+def _both_directions(bench: StorageBench, size: int) -> Rows:
     slab = Slab(bench.trials, bench.folder, size, bench.sizes.slots_of(size))
     rows = Rows()
     engine, decisions = choose(slab.places)
     engines = [engine]
-    told = f"engine, {in_words(size)}: "
-    bench.left_out += [told + str(one) for one in decisions if not one.accepted]
+    fields = f"engine, {in_words(size)}: "
+    bench.left_out += [fields + str(one) for one in decisions if not one.accepted]
     if engine.name != "threads" and size == bench.sizes.usual:
         engines.append(choose(slab.places, "threads")[0])
     for op in ("read", "write"):
-        ways = [slab.way(one, op) for one in engines]
-        ways += [slab.fio(bench.fio, name, op) for name in FIO if bench.fio]
+        methods = [slab.method(one, op) for one in engines]
+        methods += [slab.fio(bench.fio, name, op) for name in FIO if bench.fio]
         what = {"kind": "storage_engine", "shape": in_words(size), "slot_bytes": size, "op": op}
-        found = bench.trials.rows(what, slab.nbytes, ways, {"of_fio": "fio"})
-        rows += [{**row, "chosen": row["backend"] == engine.name} for row in found]
-    bench.left_out += [told + note for note in engine.notes]
+        results = bench.trials.rows(what, slab.nbytes, methods, {"of_fio": "fio"})
+        rows += [{**row, "chosen": row["backend"] == engine.name} for row in results]
+    bench.left_out += [fields + note for note in engine.notes]
     close(slab, *engines)
     return rows
 
@@ -165,15 +165,15 @@ def _tier(bench: StorageBench, size: int) -> Rows:
     slab = Slab(bench.trials, bench.folder, tier.form.image_bytes, amount)
     engine, _ = choose(slab.places)
     peers = [FsNative(x, bench.folder, size, amount) for x in [bench.lmcache] if x]
-    told = {"kind": "storage_tier", "shape": in_words(size)}
+    fields = {"kind": "storage_tier", "shape": in_words(size)}
     beside = {"of_engine": "engine", "of_lmcache": "lmcache"}
-    ways = [fresh.way("store")]
-    ways += [peer.way("store", partial(peer.ask, "clear")) for peer in peers]
-    rows = bench.trials.rows({**told, "op": "first store"}, nbytes, ways, beside)
+    methods = [fresh.method("store")]
+    methods += [peer.method("store", partial(peer.ask, "clear")) for peer in peers]
+    rows = bench.trials.rows({**fields, "op": "first store"}, nbytes, methods, beside)
     for op, word, plain in (("full store", "replace", "write"), ("load", "load", "read")):
-        ways = [tier.way(op.split()[-1]), slab.way(engine, plain, "engine")]
-        ways += [peer.way(word) for peer in peers]
-        rows += bench.trials.rows({**told, "op": op}, nbytes, ways, beside)
+        methods = [tier.method(op.split()[-1]), slab.method(engine, plain, "engine")]
+        methods += [peer.method(word) for peer in peers]
+        rows += bench.trials.rows({**fields, "op": op}, nbytes, methods, beside)
     close(fresh, tier, slab, engine, *peers)
     return rows
 
@@ -198,29 +198,29 @@ def _remote(bench: StorageBench) -> Rows:
                 urlopen(Request(f"{address}/bench", method="PUT"), timeout=5).close()
                 break
             time.sleep(0.2)
-        given: dict[str, Any] = {"endpoint": address, "client_options": {"allow_http": True}}
-        given |= {"access_key_id": "bench", "secret_access_key": "bench", "region": "us-east-1"}
-        remote = Remote("s3://bench/kv", workers=REQUESTS, **given)
+        arguments: dict[str, Any] = {"endpoint": address, "client_options": {"allow_http": True}}
+        arguments |= {"access_key_id": "bench", "secret_access_key": "bench", "region": "us-east-1"}
+        remote = Remote("s3://bench/kv", workers=REQUESTS, **arguments)
         tier = Tier(MB, bench.sizes.remote, remote, chunk=1)
-        found = list[int]()
+        results = list[int]()
         tier.run("store")
         listed = [one for batch in obstore.list(remote.store) for one in batch]
         paths = [one["path"] for one in listed if one["size"] == tier.form.image_bytes]
 
         def get(path: str) -> None:
-            found.append(len(obstore.get(remote.store, path).bytes()))
+            results.append(len(obstore.get(remote.store, path).bytes()))
 
         with ThreadPoolExecutor(REQUESTS) as pool:
-            raw = Way(
+            raw = Method(
                 "obs.get",
                 lambda: timed(lambda: list(pool.map(get, paths))),
-                found.clear,
-                lambda: found == [tier.form.image_bytes] * len(paths),
+                results.clear,
+                lambda: results == [tier.form.image_bytes] * len(paths),
             )
-            told = {"kind": "storage_remote", "shape": "1 MB, moto", "op": "load"}
-            ways = [tier.way("load"), raw]
+            fields = {"kind": "storage_remote", "shape": "1 MB, moto", "op": "load"}
+            methods = [tier.method("load"), raw]
             nbytes = len(paths) * MB
-            rows = bench.trials.rows(told, nbytes, ways, {"of_raw": "obs.get"})
+            rows = bench.trials.rows(fields, nbytes, methods, {"of_raw": "obs.get"})
         tier.close()
     finally:
         server.terminate()

@@ -19,12 +19,12 @@ from weakref import WeakKeyDictionary
 
 import pytest
 import torch
+from portakv_benchmarks.device.methods import PLAIN, run_all_methods
 from support.benchmarks_cases import CPU, FULL, ON_CPU_AND_CUDA, copied, field, tiny
 
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.overhead import measure_overhead
-from portakv_benchmarks.device.ways import PLAIN, run_ladder
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import HostTimer, Measured, Sample, Timer, Variant, measure
@@ -147,7 +147,7 @@ def test_every_tensor_has_bytes_of_its_own_where_they_were_asked_for() -> None:
 @pytest.mark.parametrize("index", ["random", "contiguous", "blocks"])
 def test_one_wrong_byte_is_seen(index: str) -> None:
     work = Workload(TINY, "apart", CPU)
-    gather, scatter = suite.connector_ways(work, "reference", index)
+    gather, scatter = suite.connector_methods(work, "reference", index)
     gather.call(1)
     assert gather.right(1)
     work.stored[1].view(torch.uint8)[1, 2, 7, 31] ^= 1
@@ -236,8 +236,8 @@ def failing(error: Exception) -> Variant:
 
 def test_a_way_that_raises_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    ways = [failing(RuntimeError("no\nmore")), right := variant(1)]
-    assert harness.usable(ways, "s", told) == [right]
+    methods = [failing(RuntimeError("no\nmore")), right := variant(1)]
+    assert harness.usable(methods, "s", told) == [right]
     assert told == ["s, broken gather random: RuntimeError: no"]
     late = RuntimeError("the capture failed")
     late.__context__ = ValueError("why it did")
@@ -246,7 +246,7 @@ def test_a_way_that_raises_is_left_out_with_its_reason(monkeypatch: pytest.Monke
     with pytest.raises(ZeroDivisionError):  # a mistake in the benchmark is no answer of a way
         harness.usable([failing(ZeroDivisionError())], "s", told)
     broken = [failing(RuntimeError("no"))]
-    monkeypatch.setattr(suite, "connector_ways", lambda work, backend, index: broken)
+    monkeypatch.setattr(suite, "connector_methods", lambda work, backend, index: broken)
     rows = suite.run_task(suite.Task(tiny(), "apart"), FULL, asked := field())
     assert [row["backend"] for row in rows] == ["copy_"]
     assert asked.left_out == ["seed, layers apart, broken gather random: RuntimeError: no"] * 3
@@ -335,11 +335,11 @@ def test_what_memory_cannot_hold_is_left_out_and_why(monkeypatch: pytest.MonkeyP
 
 
 def test_the_ladder_checks_every_way() -> None:
-    rows = run_ladder(tiny(), asked := field(), 5)
+    rows = run_all_methods(tiny(), asked := field(), 5)
     assert asked.left_out == []
     assert all(row["verified"] for row in rows)
     assert {(row["way"], row["op"]) for row in rows} == {
-        (way, op) for way in (*PLAIN, "reference") for op in ("gather", "scatter")
+        (method, op) for method in (*PLAIN, "reference") for op in ("gather", "scatter")
     } | {("copy_", "copy_")}
 
 

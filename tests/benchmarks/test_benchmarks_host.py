@@ -198,8 +198,8 @@ def test_only_the_copy_in_flight_differs(
 ) -> None:
     noted: list[str] = []
 
-    def send(bench: Any, way: str, count: int, n: int, large: Any, flies: bool) -> Any:
-        noted.append(f"{way} {'idle' if large is None else 'busy' if flies else 'paced'}")
+    def send(bench: Any, method: str, count: int, n: int, large: Any, flies: bool) -> Any:
+        noted.append(f"{method} {'idle' if large is None else 'busy' if flies else 'paced'}")
         return small.Seen(9.0 if flies else 6.0 if large else 5.0, 1.0, 2.0, flies, True)
 
     monkeypatch.setattr(small, "timed", send)
@@ -208,11 +208,11 @@ def test_only_the_copy_in_flight_differs(
     bench: Any = SimpleNamespace(preset=preset, module=module)
     large: Any = SimpleNamespace(pass_by=lambda: noted.append("large"))
     monkeypatch.setattr(small, "WARM_UP", 0)
-    ways: Any = {"one": "one", "other": "other"}
-    seen = small.sends_of(bench, ways, count, large)
-    turn = [f"{way} idle" for way in ways for _ in range(expected)] * small.TURNS
+    methods: Any = {"one": "one", "other": "other"}
+    seen = small.sends_of(bench, methods, count, large)
+    turn = [f"{method} idle" for method in methods for _ in range(expected)] * small.TURNS
     beside = [
-        [f"{way} paced", "large", f"{way} busy"] * expected for way in ways
+        [f"{method} paced", "large", f"{method} busy"] * expected for method in methods
     ]  # a large copy has ended before each
     assert [one for one in noted if one != "ends"] == [
         *turn,

@@ -20,10 +20,10 @@ from support.simdev_cases import DEVICE, NAME
 
 import portakv_benchmarks.cli as bench
 from portakv_benchmarks.cli import PARTS
-from portakv_benchmarks.host import grid, interference, merge, movers
+from portakv_benchmarks.host import grid, interference, merge, traffic_sources
 from portakv_benchmarks.host.cases import DIRECTIONS, Sides, cases, scene
-from portakv_benchmarks.host.movers import LOOPS, Mover
 from portakv_benchmarks.host.suite import HOST, HOST_PRESETS, KB, MB, STAGED, Bench
+from portakv_benchmarks.host.traffic_sources import LOOPS, Traffic
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Variant
 from portakv_benchmarks.shared.peers import PeerMissing
@@ -122,8 +122,8 @@ def test_every_part_is_measured_and_every_byte_right(
     assert all(title in shown for title in ("both directions at once", "beside a loop"))
     if cuda:
         assert 0 < max(row["staging_mb"] for row in grid if row["backend"] == "staged") < 64
-        ways = {row["backend"] for row in rows if row["kind"] == "host_small"}
-        assert {"SmallCopy value", "SmallCopy mapped", "torch.tensor"} <= ways
+        methods = {row["backend"] for row in rows if row["kind"] == "host_small"}
+        assert {"SmallCopy value", "SmallCopy mapped", "torch.tensor"} <= methods
 
 
 @pytest.mark.simdev
@@ -163,12 +163,12 @@ def beside(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], None]) -> tup
     how often that was asked to move."""
     asked = count(1)
 
-    def mover(name: str, call: Callable[[int], None]) -> Mover:
+    def traffic(name: str, call: Callable[[int], None]) -> Traffic:
         labels = {"backend": name, "engine": name, "op": "d2h"}
-        return Mover(Variant(labels, call, lambda i: None, lambda i: True), 1 << 20, shape="s")
+        return Traffic(Variant(labels, call, lambda i: None, lambda i: True), 1 << 20, shape="s")
 
     calls: dict[str, Any] = {"memcpy": Mock(), "bad": lambda i: fails(next(asked)), "host": Mock()}
-    three = [mover(name, call) for name, call in calls.items()]
+    three = [traffic(name, call) for name, call in calls.items()]
     monkeypatch.setattr(interference, "each_engine", lambda bench_, direction: three)
     bench_ = Bench(DEVICE, TINY)
     rows = next(iter(interference.interference_steps(bench_)))[1]()
@@ -283,7 +283,7 @@ def test_what_an_overlap_allows_depends_on_the_payload() -> None:
 @pytest.mark.simdev
 def test_a_loop_keeps_what_its_graph_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph holds addresses alone: memory that it writes to was given to a transfer's ids."""
-    monkeypatch.setattr(movers, "captured", lambda step, device: lambda: None)
+    monkeypatch.setattr(traffic_sources, "captured", lambda step, device: lambda: None)
     held: list[weakref.ref[torch.Tensor]] = []
     made = torch.empty_like
 

@@ -142,8 +142,10 @@ def test_a_peer_says_which_caches_it_has_no_format_for(peer: LMCache) -> None:
 def test_a_kernel_that_reads_outside_of_the_cache_is_not_called(peer: LMCache) -> None:
     work = Workload(tiny("llama3-8b-cross-layer"), "together", CPU)
     with pytest.raises(peers.PeerMissing, match="reads outside"):
-        list(suite.peer_ways(peer, work, "random"))
-    assert {way.labels["call"] for way in suite.peer_ways(peer, work, "blocks")} == {"block kernel"}
+        list(suite.peer_methods(peer, work, "random"))
+    assert {method.labels["call"] for method in suite.peer_methods(peer, work, "blocks")} == {
+        "block kernel"
+    }
 
 
 def test_a_missing_peer_is_a_clear_error(

@@ -74,7 +74,7 @@ def test_a_part_with_the_engine_that_is_here(
     assert all(f"left out: {line}"[:60] in shown for line in left_out)
     if part == "vllm" and find_spec("vllm") is None:
         assert rows == []
-        assert left_out[0].startswith("vllm: IntegrationError: The plug 'vllm' of PortaKV")
+        assert left_out[0].startswith("vllm: IntegrationError: The integration 'vllm' of PortaKV")
         return
     ours = having(rows, backend=OURS)
     own = having(rows, backend=OWN)
@@ -200,12 +200,12 @@ def test_an_error_that_a_failed_way_leaves_is_not_the_next_way_s() -> None:
         mode.left = True
         raise RuntimeError("cudaMemcpyBatchAsync failed")
 
-    ways = [
+    methods = [
         harness.Variant({"backend": name}, call, lambda i: None, lambda i: True)
         for name, call in ((OWN, fails), (OURS, lambda i: torch.zeros(1)))
     ]
     with mode:
-        assert harness.usable(ways, "somewhere", told) == ways[1:]
+        assert harness.usable(methods, "somewhere", told) == methods[1:]
     assert told == ["somewhere, own: RuntimeError: cudaMemcpyBatchAsync failed"]
 
 
@@ -316,9 +316,9 @@ def test_blocks_are_poisoned_before_vllms_load_begins(monkeypatch: pytest.Monkey
         submit_load=lambda *job: done.append("load"),
     )
     layers: Any = [Layer(range(2 * TINY.blocks + 8))]
-    way = vllm.Worker(bench_, theirs, layers).variant(OWN, "h2d")
-    way.poison(0)
-    way.call(0)
+    method = vllm.Worker(bench_, theirs, layers).variant(OWN, "h2d")
+    method.poison(0)
+    method.call(0)
     assert done == ["store", "synchronize", "poison", "synchronize", "load"]
 
 

@@ -23,7 +23,7 @@ from portakv_benchmarks import check, guide
 from portakv_benchmarks.shared.files import FIO, Slab
 from portakv_benchmarks.shared.harness import Failed, Row, having
 from portakv_benchmarks.shared.shapes import in_bytes
-from portakv_benchmarks.shared.trials import Sample, Trials, Way
+from portakv_benchmarks.shared.trials import Method, Sample, Trials
 from portakv_benchmarks.storage.stores import beside
 from portakv_benchmarks.storage.suite import STORAGE_PRESETS, StorageBench
 
@@ -129,22 +129,22 @@ def test_quantiles_of_urgent_loads_are_over_those_of_all_rounds(tmp_path: Path) 
 def test_ways_are_tried_in_turns_and_compared_by_round() -> None:
     tried: list[str] = []
 
-    def way(name: str, seconds: list[float], **more: Any) -> Way:
+    def method(name: str, seconds: list[float], **more: Any) -> Method:
         times = iter([9.0, *seconds, 9.0])
-        return Way(name, lambda: Sample(next(times), 1e-3), lambda: tried.append(name), **more)
+        return Method(name, lambda: Sample(next(times), 1e-3), lambda: tried.append(name), **more)
 
     def fails() -> Sample:
         raise OSError(22, "refused")
 
     left_out: list[str] = []
-    ways = [
-        way("ours", [1.0, 2.0, 3.0]),
-        way("fio a", [2.0, 2.0, 3.0], peer="fio"),
-        way("fio b", [9.0, 9.0, 1.0], peer="fio"),
-        way("wrong", [1.0] * 3, right=lambda: False),
-        Way("fails", fails),
+    methods = [
+        method("ours", [1.0, 2.0, 3.0]),
+        method("fio a", [2.0, 2.0, 3.0], peer="fio"),
+        method("fio b", [9.0, 9.0, 1.0], peer="fio"),
+        method("wrong", [1.0] * 3, right=lambda: False),
+        Method("fails", fails),
     ]
-    rows = Trials(3, 0.0, left_out).rows({"kind": "k"}, 1 << 20, ways, {"of_fio": "fio"})
+    rows = Trials(3, 0.0, left_out).rows({"kind": "k"}, 1 << 20, methods, {"of_fio": "fio"})
     assert [row["backend"] for row in rows] == ["ours", "fio a", "fio b", "wrong"]
     assert [row["verified"] for row in rows] == [True, True, True, False]
     assert rows[0]["of_fio"] == 1.0  # of 2.0, 1.0, 1.0, beside the one of the better median

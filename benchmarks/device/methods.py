@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ladder: every way of moving one workload, from Python loops to a memory copy; what an engine
-would write in plain torch beside the backends, with the same caches, slots and memory objects."""
+"""Measure every method of moving one workload, from Python loops to a memory copy.
+
+Plain torch code, as an engine could write it, is compared with the backends. All methods use the
+same caches, slots and memory objects.
+"""
 
 from __future__ import annotations
 
@@ -10,38 +13,41 @@ from typing import Any
 
 import torch
 
-from portakv_benchmarks.device.suite import Field, both_ways, ceiling, connector_ways
+from portakv_benchmarks.device.suite import Field, both_directions, ceiling, connector_methods
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared.harness import Call, Rows, measure, usable
 from portakv_benchmarks.shared.shapes import Shape
 
-#: The plain ways in the order in which they get faster.
+#: The plain methods, the slowest first.
 PLAIN = ("Python loops", "advanced indexing", "vectorised")
 INDEX = "random"
-# A call of the first takes a fifth of a second, which a few rounds know well enough.
+# A call of the first method takes a fifth of a second: a few rounds suffice.
 _SLOW_ROUNDS = 5
 
 
-def run_ladder(shape: Shape, field: Field, rounds: int) -> Rows:
-    """A row for each way and direction; of a shape whose cache is a list over layers of ``(2,
-    blocks, block_size, heads, dim)`` and whose chunk is ``[2, L, T, H*D]``."""
+def run_all_methods(shape: Shape, field: Field, rounds: int) -> Rows:
+    """Return a row for each method and direction.
+
+    The shape's cache is a list over layers of ``(2, blocks, block_size, heads, dim)``. Its chunk is
+    ``[2, L, T, H*D]``.
+    """
     work = Workload(shape, "apart", field.device, shape.objects)
     slots = work.slots(INDEX).to(work.device)
     plain = [
-        way
+        method
         for name, make in zip(PLAIN, (_loops, _indexing, _vectorised), strict=True)
-        for way in both_ways(work, INDEX, name, (name, name), *make(work, slots))
+        for method in both_directions(work, INDEX, name, (name, name), *make(work, slots))
     ]
     slow = plain[:2]
     fast = plain[2:]
     for backend in field.backends:
-        fast += usable([*connector_ways(work, backend, INDEX)], "ladder", field.left_out)
+        fast += usable([*connector_methods(work, backend, INDEX)], "ladder", field.left_out)
     few = measure(ceiling(work), slow, field.timer, shape.objects, _SLOW_ROUNDS, 20.0)
-    found = measure(ceiling(work), fast, field.timer, shape.objects, rounds, 20.0)
+    results = measure(ceiling(work), fast, field.timer, shape.objects, rounds, 20.0)
     names = ("p50_us", "ratio", "host_us", "rounds", "noisy", "host_hidden", "verified")
     rows = []
-    for one in (*few[1:], *found):  # one row of `copy_` is enough: the one beside the fast ways
-        told = one.row(2 * shape.payload)
+    for one in (*few[1:], *results):  # one row of `copy_` suffices: that of the fast methods
+        fields = one.row(2 * shape.payload)
         rows.append(
             {
                 "kind": "ladder",
@@ -51,14 +57,14 @@ def run_ladder(shape: Shape, field: Field, rounds: int) -> Rows:
                 "pool_slots": shape.slots,
                 "slots_used": shape.slots_used,
                 "payload_bytes": shape.payload,
-                **{name: told[name] for name in names},
+                **{name: fields[name] for name in names},
             }
         )
     return rows
 
 
 def _loops(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
-    """A copy for each layer, K or V, and token."""
+    """Return loops with a copy for each layer, K or V, and token."""
     shape = work.shape
     size = work.shape.block_size
     places = [(slot // size, slot % size) for slot in slots.tolist()]
@@ -80,7 +86,7 @@ def _loops(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
 
 
 def _indexing(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
-    """Blocks and places as two indices, for each layer and K or V."""
+    """Return indexing by blocks and places, for each layer and K or V."""
     shape = work.shape
     kvs = range(work.shape.kv)
     heads = (shape.tokens, shape.heads, shape.dim)
@@ -101,7 +107,7 @@ def _indexing(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
 
 
 def _vectorised(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
-    """One indexed copy for each layer, K and V together, over the flattened slots."""
+    """Return one indexed copy for each layer, K and V together, over the flattened slots."""
     source, target = (
         [cache.flatten(1, 2).flatten(2) for cache in caches]
         for caches in (work.source, work.target)

@@ -15,7 +15,7 @@ import torch
 from portakv.runtime.transfer import Transfer
 from portakv_benchmarks.host import suite
 from portakv_benchmarks.host.cases import Sides, case_of, scene
-from portakv_benchmarks.host.suite import BATCHED_MEMCPY, KB, Bench, HostPreset, Way
+from portakv_benchmarks.host.suite import BATCHED_MEMCPY, KB, Bench, HostPreset, Method
 from portakv_benchmarks.shared.harness import FAILURES, Variant, in_a_line, take_error
 
 #: Lengths of rows that are moved beside something else; `batched_memcpy` has blocks.
@@ -26,17 +26,17 @@ BLOCK_RUN = 32 * KB
 AHEAD = 4
 
 
-class Mover:
+class Traffic:
     """A way of moving a case of so many bytes, and what came of it beside something else. One call
     of its variant moves the case once, behind the current stream, and returns a handle that tells
     the end, or None if the stream does. A peer and memcpy have no `Way`."""
 
-    def __init__(self, variant: Variant, payload: int, way: Way | None = None, **labels: Any):
+    def __init__(self, variant: Variant, payload: int, method: Method | None = None, **labels: Any):
         self.payload = payload
         self.labels = {**labels, **variant.labels}
         self.verified = True  # every byte was right whenever it was checked
         self.variant = variant
-        self._way = way
+        self._method = method
 
     def __str__(self) -> str:
         return f"{self.labels['backend']} {self.labels['shape']}"
@@ -49,15 +49,15 @@ class Mover:
         self.variant.poison(0)
         done = self.variant.call(0)
         self.look()
-        if self._way is not None and isinstance(done, Transfer):
-            self.labels |= self._way.taken(done)
+        if self._method is not None and isinstance(done, Transfer):
+            self.labels |= self._method.taken(done)
 
 
 class Queue:
     """Keeps transfers of a mover following each other on a stream."""
 
-    def __init__(self, module: Any, mover: Mover, stream: torch.Stream) -> None:
-        self.mover = mover
+    def __init__(self, module: Any, traffic: Traffic, stream: torch.Stream) -> None:
+        self.traffic = traffic
         self._module = module
         self._stream = stream
         self.stamps = list[float]()  # seconds on the host's clock at which one was seen to end
@@ -83,7 +83,7 @@ class Queue:
 
     def _issue(self) -> None:
         with self._module.stream(self._stream):
-            done = self.mover.variant.call(0)
+            done = self.traffic.variant.call(0)
             if hasattr(done, "done"):
                 self._flying.append(done.done)
             else:
@@ -97,7 +97,7 @@ def recorded(module: Any, stream: torch.Stream) -> Any:
     return event
 
 
-class Ways:
+class Methods:
     """Keeps the ways apart: what one of them does wrong is told, and the others go on for as long
     as the device can be used."""
 
@@ -106,16 +106,16 @@ class Ways:
         self._place = place
         self.usable = True  # no failure has taken the device
 
-    def tried(self, mover: Mover, action: Callable[[Mover], object]) -> bool:
+    def tried(self, traffic: Traffic, action: Callable[[Traffic], object]) -> bool:
         """Whether a mover could be put to some use; what has failed by then is this mover's."""
         if not self.usable:
             return False
         synchronise = self._bench.module.synchronize
         try:
-            action(mover)
+            action(traffic)
             synchronise()
         except FAILURES as error:
-            self._tell(f"{mover}: {in_a_line(error)}")
+            self._tell(f"{traffic}: {in_a_line(error)}")
             take_error()
         else:
             return True
@@ -138,26 +138,28 @@ def sides_of(bench: Bench, run: int) -> Sides:
     return bench.sides(case)
 
 
-def memcpys(bench: Bench, direction: str) -> Mover:
+def memcpys(bench: Bench, direction: str) -> Traffic:
     """Plain memcpys of as many bytes; fills the source of all that move in this direction."""
     dense = sides_of(bench, RUNS[0])
     dense.fill(direction)
-    return Mover(suite.by_memcpy(dense, direction), dense.case.payload, shape="dense")
+    return Traffic(suite.by_memcpy(dense, direction), dense.case.payload, shape="dense")
 
 
-def transfers(bench: Bench, way: Way, direction: str, run: int | None = None) -> Mover:
+def transfers(bench: Bench, method: Method, direction: str, run: int | None = None) -> Traffic:
     """An engine; rows of ``run`` bytes, or what suits the engine."""
-    sides = sides_of(bench, run or (BLOCK_RUN if way.engine == BATCHED_MEMCPY.engine else RUNS[0]))
-    mover = moved(sides, suite.by_engine(way, sides, direction), way)
-    if "max_thread_blocks" in way.terms:
-        mover.labels["thread_blocks"] = way.terms["max_thread_blocks"]
-    return mover
+    sides = sides_of(
+        bench, run or (BLOCK_RUN if method.engine == BATCHED_MEMCPY.engine else RUNS[0])
+    )
+    traffic = moved(sides, suite.by_engine(method, sides, direction), method)
+    if "max_thread_blocks" in method.terms:
+        traffic.labels["thread_blocks"] = method.terms["max_thread_blocks"]
+    return traffic
 
 
-def moved(sides: Sides, variant: Variant, way: Way | None = None) -> Mover:
+def moved(sides: Sides, variant: Variant, method: Method | None = None) -> Traffic:
     """Any way of moving a case."""
     place = sides.case.scene
-    return Mover(variant, sides.case.payload, way, shape=place.name, row_bytes=place.row)
+    return Traffic(variant, sides.case.payload, method, shape=place.name, row_bytes=place.row)
 
 
 #: Where a loop runs, and in words. On an H200 what the link reaches behind gathers depends on it.
