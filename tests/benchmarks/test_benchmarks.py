@@ -19,11 +19,11 @@ from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from portakv_benchmarks.device.methods import PLAIN, run_all_methods
 from support.benchmarks_cases import CPU, FULL, ON_CPU_AND_CUDA, copied, field, tiny
 
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
+from portakv_benchmarks.device.methods import PLAIN, run_all_methods
 from portakv_benchmarks.device.overhead import measure_overhead
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import harness
