@@ -100,7 +100,7 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
             return PortaKVOffloadingWorker(
                 kv_caches, self.blocks_per_chunk, chunks, region, self.terms
             )
-        except Exception:  # whatever failed, the region must not stay behind
+        except Exception:  # whatever failed, the region must be released
             if region is not None:
                 region.cleanup()
             raise
