@@ -10,23 +10,25 @@ import pytest
 from portakv.integrations import MATRIX, untested, why_not
 
 
-@pytest.mark.parametrize("plug", MATRIX)
-def test_a_renamed_distribution_is_found(plug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    least = MATRIX[plug].least
-    renamed = f"{plug}-renamed"
+@pytest.mark.parametrize("integration", MATRIX)
+def test_a_renamed_distribution_is_result(
+    integration: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = MATRIX[integration].least
+    renamed = f"{integration}-renamed"
     real = metadata.version
 
     def version(name: str) -> str:
-        if name == plug:
+        if name == integration:
             raise metadata.PackageNotFoundError(name)
         return least if name == renamed else real(name)
 
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(metadata, "packages_distributions", dict)
-    assert "is not installed" in (why_not(plug) or "")
-    monkeypatch.setattr(metadata, "packages_distributions", lambda: {plug: [renamed]})
-    assert why_not(plug) is None
-    assert untested(plug) is None or renamed in (untested(plug) or "")
+    assert "is not installed" in (why_not(integration) or "")
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {integration: [renamed]})
+    assert why_not(integration) is None
+    assert untested(integration) is None or renamed in (untested(integration) or "")
 
 
 def test_a_renamed_distribution_that_is_not_served_is_named(

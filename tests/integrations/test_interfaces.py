@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines above the range of a plug are served if they have the interfaces that it uses; what is
-compared are the sources of the engine, which is not imported."""
+"""Engines above the range of an integration are served if they have the interfaces that it uses.
+
+The sources of the engine are compared; the engine is not imported.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,8 @@ def write(folder: Path, interfaces: tuple[Interface, ...]) -> None:
 
 
 @pytest.fixture(params=INTERFACES)
-def plug(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A plug whose engine is installed in a release above its range."""
+def integration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An integration whose engine is installed in a release above its range."""
     name = str(request.param)
     real = metadata.version
     monkeypatch.setattr(
@@ -61,22 +63,22 @@ def plug(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def test_a_newer_release_with_the_same_interfaces_is_served_with_a_warning(
-    plug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    integration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, INTERFACES[plug])
+    write(tmp_path, INTERFACES[integration])
     monkeypatch.syspath_prepend(tmp_path)
-    package = MATRIX[plug].package
+    package = MATRIX[integration].package
     before = {*sys.modules}
-    assert differences(plug) == []
-    assert why_not(plug) is None
+    assert differences(integration) == []
+    assert why_not(integration) is None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_release(plug)
+        check_release(integration)
     assert len(caught) == 1
-    tested = MATRIX[plug].tested[0]
+    tested = MATRIX[integration].tested[0]
     check_sentence(str(caught[0].message), f"{package} 99.0", "look as expected", tested)
-    assert untested(plug) == str(caught[0].message)
-    (row,) = [each for each in run_json("doctor")["plugs"] if each["plug"] == plug]
+    assert untested(integration) == str(caught[0].message)
+    (row,) = [each for each in run_json("doctor")["plugs"] if each["plug"] == integration]
     assert str(caught[0].message) in row["notes"]
     assert not any(f"{package} 99.0 is installed." in why for why in row["reasons"])
     assert {name for name in {*sys.modules} - before if name.partition(".")[0] == package} == set()
@@ -84,10 +86,10 @@ def test_a_newer_release_with_the_same_interfaces_is_served_with_a_warning(
 
 @pytest.mark.parametrize("change", ["gone", "another parameter", "a further parameter"])
 def test_a_newer_release_with_other_interfaces_is_refused(
-    plug: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    integration: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Control: the same release without the change is served."""
-    first, *others = sorted(INTERFACES[plug], key=lambda each: -len(each.takes))
+    first, *others = sorted(INTERFACES[integration], key=lambda each: -len(each.takes))
     changed = {
         "gone": first._replace(name=f"{first.name}_of_old"),
         "another parameter": first._replace(takes=("something", *first.takes[1:])),
@@ -98,13 +100,15 @@ def test_a_newer_release_with_other_interfaces_is_refused(
     place = f"{first.module}.{first.name}"
     reason = f"{place} is not there" if change == "gone" else f"{place} takes ("
     with pytest.raises(IntegrationError) as error:
-        check_release(plug)
-    check_sentence(str(error.value), reason, f"{MATRIX[plug].package} 99.0", str(MATRIX[plug]))
-    write(tmp_path, INTERFACES[plug])
-    assert why_not(plug) is None
+        check_release(integration)
+    check_sentence(
+        str(error.value), reason, f"{MATRIX[integration].package} 99.0", str(MATRIX[integration])
+    )
+    write(tmp_path, INTERFACES[integration])
+    assert why_not(integration) is None
 
 
-def test_further_parameters_with_defaults_are_taken_where_the_plug_calls(
+def test_further_parameters_with_defaults_are_taken_where_the_integration_calls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, INTERFACES["sglang"])
@@ -134,5 +138,5 @@ def test_what_vllm_calls_and_what_it_is_called_with(
     assert differences("vllm") == []
     (file,) = [each for each in tmp_path.rglob("*.py") if old in each.read_text()]
     file.write_text(file.read_text().replace(old, new.format(old)))
-    (found,) = differences("vllm")
-    assert why in found
+    (result,) = differences("vllm")
+    assert why in result

@@ -70,10 +70,10 @@ class Side(NamedTuple):
         return table(self.v)
 
 
-def table(layers: Sequence[torch.Tensor], home: torch.device | None = None) -> torch.Tensor:
+def table(layers: Sequence[torch.Tensor], targets: torch.device | None = None) -> torch.Tensor:
     """Addresses of layers as SGLang keeps them: uint64, where the kernels run."""
     pointers = torch.tensor([x.data_ptr() for x in layers], dtype=torch.uint64, device=CPU)
-    return pointers.to(layers[0].device if home is None else home)
+    return pointers.to(layers[0].device if targets is None else targets)
 
 
 def drawn(shape: Sequence[int], seed: int) -> torch.Tensor:
@@ -111,16 +111,16 @@ def synchronize(device: torch.device) -> None:
 def ids(where: str, dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
     """Some tokens in any order."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    found = torch.randperm(TOKENS, generator=generator, device="cpu")[:13].to(dtype)
-    return found.to(device) if where == "device" else found
+    result = torch.randperm(TOKENS, generator=generator, device="cpu")[:13].to(dtype)
+    return result.to(device) if where == "device" else result
 
 
 def pages(where: str, dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
     """The tokens of some pages in any order."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     first = torch.randperm(TOKENS // PAGE, generator=generator, device="cpu")[:3] * PAGE
-    found = (first[:, None] + torch.arange(PAGE, device="cpu")).flatten().to(dtype)
-    return found.to(device) if where == "device" else found
+    result = (first[:, None] + torch.arange(PAGE, device="cpu")).flatten().to(dtype)
+    return result.to(device) if where == "device" else result
 
 
 def moved(
@@ -146,8 +146,8 @@ def judge(
     wanted = [moved(logical(*a), logical(*b), s, d, layers) for a, b in zip(src, dst, strict=True)]
     call()
     synchronize(device)
-    for found, right in zip(dst, wanted, strict=True):
-        assert torch.equal(logical(*found), right)
+    for result, right in zip(dst, wanted, strict=True):
+        assert torch.equal(logical(*result), right)
 
 
 @where_and_dtype
@@ -495,13 +495,13 @@ def test_copies_are_ordered_on_the_current_stream(order: str, accelerator: torch
 
 def test_a_table_is_read_once_and_again_when_it_was_written(device: torch.device) -> None:
     first, second, into = (on_device(device, seed) for seed in (1, 20, 50))
-    kept = table(first.k)
+    saved = table(first.k)
     target = table(into.k)
     s = torch.arange(4)
     for expected in (first, first, second):
         if expected is second:
-            kept.copy_(table(second.k))
-        io.transfer_kv_all_layer_mla(kept, target, s, s, ITEM, LAYERS)
+            saved.copy_(table(second.k))
+        io.transfer_kv_all_layer_mla(saved, target, s, s, ITEM, LAYERS)
         synchronize(device)
         assert torch.equal(logical(into.k)[:, :4], logical(expected.k)[:, :4])
 
@@ -512,21 +512,21 @@ def test_a_table_that_was_written_without_torch_knowing(device: torch.device) ->
     s = torch.arange(4)
     new = table(second.k)
 
-    def by_numpy(kept: torch.Tensor) -> None:
-        kept.numpy()[:] = new.numpy()
+    def by_numpy(saved: torch.Tensor) -> None:
+        saved.numpy()[:] = new.numpy()
 
-    def in_inference_mode(kept: torch.Tensor) -> None:
-        kept.copy_(new)
+    def in_inference_mode(saved: torch.Tensor) -> None:
+        saved.copy_(new)
 
-    ways = [in_inference_mode, by_numpy] if new.is_cpu else [in_inference_mode]
-    for write in ways:
+    methods = [in_inference_mode, by_numpy] if new.is_cpu else [in_inference_mode]
+    for write in methods:
         with torch.inference_mode(write is in_inference_mode):
-            kept = table(first.k)
+            saved = table(first.k)
             for expected in (first, second):
-                io.transfer_kv_all_layer_mla(kept, table(into.k), s, s, ITEM, LAYERS)
+                io.transfer_kv_all_layer_mla(saved, table(into.k), s, s, ITEM, LAYERS)
                 synchronize(device)
                 assert torch.equal(logical(into.k)[:, :4], logical(expected.k)[:, :4])
-                write(kept)
+                write(saved)
 
 
 def test_ids_and_tables_of_a_device_are_not_read_back(accelerator: torch.device) -> None:
@@ -613,15 +613,15 @@ def test_sizes_that_do_not_fit() -> None:
     odd = torch.zeros(TOKENS, HEADS, DIM + 1).bfloat16()
     cut = torch.zeros(TOKENS, 2 * HEADS, DIM).bfloat16()[:, :HEADS]
     shape = str(tuple(cut.shape))
-    kept = table(here.k)
+    saved = table(here.k)
     calls: list[tuple[Callable[[], None], tuple[str, ...]]] = [
         (lambda: io.transfer_kv_per_layer_mla(odd, here.k[0], s, s, ITEM + 1), ()),
         (lambda: io.transfer_kv_per_layer_mla(cut, here.k[0], s, s, ITEM), (shape, "(32, 8, 1)")),
         (lambda: io.transfer_kv_per_layer_mla(here.k[0], here.k[1], s, s, 0), ()),
         (lambda: io.transfer_kv_per_layer_mla_pf_lf(there.k, here.k[0], s, s, 3, ITEM, PITCH), ()),
         (lambda: io.transfer_kv_per_layer_mla_pf_lf(there.k, here.k[0], s, s, -1, ITEM, PITCH), ()),
-        (lambda: io.transfer_kv_all_layer_mla(kept, kept, s, s, ITEM, 4), ("4 layers",)),
-        (lambda: io.transfer_kv_all_layer_mla(here.k[0], kept, s, s, ITEM, 2), ("addresses",)),
+        (lambda: io.transfer_kv_all_layer_mla(saved, saved, s, s, ITEM, 4), ("4 layers",)),
+        (lambda: io.transfer_kv_all_layer_mla(here.k[0], saved, s, s, ITEM, 2), ("addresses",)),
         (lambda: io.transfer_kv_per_layer_ph_lf(
             head.k, here.k[0], head.v, here.v[0], s, s, 3, ITEM, PITCH, PAGE, HEADS), ()),
         (lambda: io.transfer_kv_per_layer_ph_lf(
@@ -629,7 +629,7 @@ def test_sizes_that_do_not_fit() -> None:
         (lambda: io.transfer_kv_per_layer_ph_lf(
             head.k, here.k[0], head.v, here.v[0], s, s, 0, ITEM, PITCH, 5, HEADS), ()),
         (lambda: io.transfer_kv_all_layer_lf_ph(
-            kept, head.k, kept, head.v, s, s, ITEM, PITCH, LAYERS, PAGE, 0), ("0 heads",)),
+            saved, head.k, saved, head.v, s, s, ITEM, PITCH, LAYERS, PAGE, 0), ("0 heads",)),
         (lambda: io.transfer_kv_direct([cut.mT], [here.k[0]], s, s, PAGE), ("strides",)),
         (lambda: io.transfer_kv_direct(here.k, here.v[:2], s, s, PAGE), ("3 tensors",)),
         (lambda: io.transfer_kv_direct([], [], s, s, PAGE), ()),
@@ -659,17 +659,17 @@ def test_arguments_of_another_type(name: str, value: Any) -> None:
     a = on_device(CPU, 1).k[0]
     b = on_device(CPU, 50).k[0]
     s = torch.arange(4)
-    given: dict[str, Any] = {
+    passed: dict[str, Any] = {
         "src": a,
         "dst": b,
         "src_indices": s,
         "dst_indices": s,
         "item_size": ITEM,
     }
-    given |= {name: value}
+    passed |= {name: value}
     names = "transfer_kv_per_layer_mla", f"{name} = "
-    bad(lambda: io.transfer_kv_per_layer_mla(**given), IntegrationError, *names)
-    bad(lambda: io.transfer_kv_per_layer_mla(*given.values()), IntegrationError, *names)
+    bad(lambda: io.transfer_kv_per_layer_mla(**passed), IntegrationError, *names)
+    bad(lambda: io.transfer_kv_per_layer_mla(*passed.values()), IntegrationError, *names)
 
 
 def test_lists_of_another_type() -> None:
@@ -722,12 +722,12 @@ def test_any_settings_of_torch(state: str, device: torch.device) -> None:
     s = ids("device", torch.int64, device, 2)
     d = ids("host", torch.int64, device, 3)
     p = pages("host", torch.int64, device, 2)
-    kept = table(here.k), table(here.v)
+    saved = table(here.k), table(here.v)
 
     def call() -> None:
         with STATES[state](device):
             io.transfer_kv_all_layer_lf_pf(
-                kept[0], there.k, kept[1], there.v, s, d, ITEM, PITCH, LAYERS
+                saved[0], there.k, saved[1], there.v, s, d, ITEM, PITCH, LAYERS
             )
 
     def pages_up() -> None:
@@ -775,21 +775,21 @@ NAMES = {
 
 def test_names_and_arguments() -> None:
     for name, arguments in NAMES.items():
-        found = inspect.signature(getattr(io, name)).parameters
-        assert list(found) == arguments.split(), name
-        if "num_warps_per_block" in found:
+        result = inspect.signature(getattr(io, name)).parameters
+        assert list(result) == arguments.split(), name
+        if "num_warps_per_block" in result:
             optional = name in ("transfer_kv_per_layer_mla", "transfer_kv_per_layer_mla_pf_lf")
-            assert found["block_quota"].default == (None if optional else 2)
-            assert found["num_warps_per_block"].default == (16 if torch.version.hip else 32)
+            assert result["block_quota"].default == (None if optional else 2)
+            assert result["num_warps_per_block"].default == (16 if torch.version.hip else 32)
 
 
-@pytest.mark.parametrize(("said", "taken"), [(None, None), ("5", 5), ("many", None)])
+@pytest.mark.parametrize(("message", "taken"), [(None, None), ("5", 5), ("many", None)])
 def test_the_quota_of_mla_is_set_by_sglangs_variable(
-    said: str | None, taken: int | None, monkeypatch: pytest.MonkeyPatch
+    message: str | None, taken: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SGLANG_HICACHE_BLOCK_QUOTA", raising=False)
-    if said is not None:
-        monkeypatch.setenv("SGLANG_HICACHE_BLOCK_QUOTA", said)
+    if message is not None:
+        monkeypatch.setenv("SGLANG_HICACHE_BLOCK_QUOTA", message)
     usual = 16 if torch.version.hip else 2
     assert io._mla_block_quota(None) == (taken or usual)
     assert io._mla_block_quota(7) == 7
@@ -798,7 +798,7 @@ def test_the_quota_of_mla_is_set_by_sglangs_variable(
 def test_the_page_says_the_limits_that_hold() -> None:
     page = Path(__file__).parents[2].joinpath("docs/plugs/sglang.md").read_text(encoding="utf-8")
     blocks = zero_copy.COMPUTING
-    small = {way: size >> 20 for way, size in SMALL.items()}
+    small = {method: size >> 20 for method, size in SMALL.items()}
     assert (
         f"with {blocks['d2h']} thread blocks to the host "
         f"({zero_copy.BLOCKS} up to {small['d2h']} MiB)"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every plug beside an engine that is missing, too old or too new; whatever is installed here."""
+"""Every integration with an engine that is missing, too old or too new."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.guarded_memory import check_sentence
 
 from portakv.integrations import INTEGRATIONS, MATRIX, check_release, why_not
 
-#: What an engine does to reach its plug.
+#: What an engine does to reach its integration.
 REACHED = {
     "lmcache": "from portakv.integrations.lmcache import CpuSpec\nCpuSpec().is_available()",
     "sglang": "from portakv.integrations.sglang import register\nregister()",
@@ -29,44 +29,45 @@ CODE = f"""
 import json, sys
 from importlib import metadata
 
-real, told = metadata.version, {{}}
-for plug, code in {REACHED!r}.items():
-    for found in {RELEASES!r}:
+real, texts = metadata.version, {{}}
+for integration, code in {REACHED!r}.items():
+    for release in {RELEASES!r}:
         def version(name):
-            if name == plug and found is None:
+            if name == integration and release is None:
                 raise metadata.PackageNotFoundError(name)
-            return found if name == plug else real(name)
+            return release if name == integration else real(name)
         metadata.version = version
         try:
             exec(code)
-            said = "nothing"
+            reply = "nothing"
         except Exception as error:
-            said = type(error).__name__, str(error)
-        told[f"{{plug}} {{found}}"] = said
+            reply = type(error).__name__, str(error)
+        texts[f"{{integration}} {{release}}"] = reply
 here = [name for name in ("sglang", "transformers", "vllm") if name in sys.modules]
-print(json.dumps([told, here]))
+print(json.dumps([texts, here]))
 """
 
 
 @pytest.fixture(scope="module")
-def told() -> Any:
+def texts() -> Any:
     return json.loads(answer(CODE, LMCACHE_DEVICE_BACKEND="portakv-cpu", PORTAKV_SGLANG="1"))
 
 
-@pytest.mark.parametrize("found", RELEASES)
-@pytest.mark.parametrize("plug", MATRIX)
-def test_a_release_that_is_not_served(plug: str, found: str | None, told: Any) -> None:
-    if (plug, found) == ("transformers", "99.0"):  # it is installed, with interfaces as expected
-        assert told[0][f"{plug} {found}"] == "nothing"
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("integration", MATRIX)
+def test_a_release_that_is_not_served(integration: str, release: str | None, texts: Any) -> None:
+    # transformers is installed, with the expected interfaces
+    if (integration, release) == ("transformers", "99.0"):
+        assert texts[0][f"{integration} {release}"] == "nothing"
         return
-    kind, sentence = told[0][f"{plug} {found}"]
+    kind, sentence = texts[0][f"{integration} {release}"]
     assert kind == "IntegrationError", sentence
-    has = "is not installed" if found is None else f"{plug} {found}"
-    check_sentence(sentence, has, str(MATRIX[plug]), "PortaKV 0.", "Install")
+    has = "is not installed" if release is None else f"{integration} {release}"
+    check_sentence(sentence, has, str(MATRIX[integration]), "PortaKV 0.", "Install")
 
 
 @pytest.mark.parametrize(
-    ("found", "served"),
+    ("release", "served"),
     [
         ("0.5.3", False),
         ("0.5.3.post1", False),
@@ -87,49 +88,53 @@ def test_a_release_that_is_not_served(plug: str, found: str | None, told: Any) -
     ],
 )
 def test_releases_between_those_that_were_run(
-    found: str, served: bool, monkeypatch: pytest.MonkeyPatch
+    release: str, served: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metadata, "version", lambda name: found)
-    said = why_not("lmcache")
-    assert (said is None) is served, said
-    if said is not None:
-        check_sentence(said, f"lmcache {found} ")
+    monkeypatch.setattr(metadata, "version", lambda name: release)
+    reply = why_not("lmcache")
+    assert (reply is None) is served, reply
+    if reply is not None:
+        check_sentence(reply, f"lmcache {release} ")
 
 
 @pytest.mark.parametrize(
-    ("found", "run"),
+    ("release", "run"),
     [("0.5.4", True), ("0.5.6+cpu", True), ("0.5.7", False), ("0.5.6rc1", False)],
 )
 def test_a_release_that_was_not_run_is_warned_of_once(
-    found: str, run: bool, monkeypatch: pytest.MonkeyPatch
+    release: str, run: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metadata, "version", lambda name: found)
+    monkeypatch.setattr(metadata, "version", lambda name: release)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")  # as Python begins
         for _ in range(2):
             check_release("lmcache")
     assert len(caught) == (not run)
     for each in caught:
-        check_sentence(str(each.message), f"lmcache {found}", "0.5.4 and 0.5.6", "PortaKV 0.")
+        check_sentence(str(each.message), f"lmcache {release}", "0.5.4 and 0.5.6", "PortaKV 0.")
 
 
 def test_the_matrix_names_the_releases_that_are_run() -> None:
     script = (Path(__file__).parents[2] / ".ci/plugs").read_text()
     listed = re.search(r"^all=\((.*)\)$", script, re.MULTILINE)
     assert listed is not None
-    named = [f"{plug}-{each}" for plug, found in MATRIX.items() for each in found.tested]
+    named = [
+        f"{integration}-{each}"
+        for integration, release in MATRIX.items()
+        for each in release.tested
+    ]
     assert sorted(listed[1].split()) == sorted(named)
 
 
-def test_no_engine_is_imported_before_its_release_is_known(told: Any) -> None:
-    assert told[1] in ([], ["transformers"])  # that one is here, and served
+def test_no_engine_is_imported_before_its_release_is_known(texts: Any) -> None:
+    assert texts[1] in ([], ["transformers"])  # that one is here, and served
 
 
 def test_doctor_agrees_with_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the real packages: a plug whose engine is here would work, and no other."""
-    for plug in INTEGRATIONS.values():
-        if plug.variable:
-            monkeypatch.delenv(plug.variable, raising=False)
+    """Beside the real packages: an integration whose engine is here would work, and no other."""
+    for integration in INTEGRATIONS.values():
+        if integration.variable:
+            monkeypatch.delenv(integration.variable, raising=False)
     for one in run_json("doctor")["plugs"]:
         expected = "rejected" if why_not(one["plug"]) else "on request"
         assert (one["plug"], one["answer"]) == (one["plug"], expected), one["reasons"]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops with vLLM's names, judged by plain torch; no engine is needed.
 
-`.ci/plugs` runs them in vLLM's environment too, where their signatures are compared with vLLM's.
+`.ci/plugs` runs them in vLLM's environment too, where
+their signatures are compared with vLLM's.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def test_reshape_and_cache_flash(
     expected = [written(cache, row, SLOTS) for cache, row in zip(caches, rows, strict=True)]
     slots = torch.tensor(SLOTS, device=device)
     scale = torch.ones(1, device=device)
-    given: Any = (*rows, *caches, slots, "auto", scale, scale)
-    vllm_ops.reshape_and_cache_flash(*given)
+    arguments: Any = (*rows, *caches, slots, "auto", scale, scale)
+    vllm_ops.reshape_and_cache_flash(*arguments)
     assert all(map(torch.equal, (each.cpu() for each in caches), expected))
 
 
@@ -178,14 +179,14 @@ def test_gathering_requests(
     assert torch.equal(dst.cpu(), expected)
 
 
-@pytest.mark.parametrize("way", ["store", "load", "within"])
+@pytest.mark.parametrize("method", ["store", "load", "within"])
 @pytest.mark.parametrize("memory", ["pinned", "pageable"])
-def test_swapping_blocks(device: torch.device, noise: Noise, way: str, memory: str) -> None:
+def test_swapping_blocks(device: torch.device, noise: Noise, method: str, memory: str) -> None:
     caches = noise(2, BLOCKS, SIZE, DIM)
     host = pinned.empty((2, BLOCKS, SIZE, DIM), torch.bfloat16)
     host = host if memory == "pinned" else torch.zeros_like(host, pin_memory=False)
     host.copy_(noise(2, BLOCKS, SIZE, DIM))
-    src, dst = {"store": (caches, host), "load": (host, caches), "within": (caches, caches)}[way]
+    src, dst = {"store": (caches, host), "load": (host, caches), "within": (caches, caches)}[method]
     src = src[0]
     dst = dst[1]
     expected = dst.cpu().clone()
@@ -212,7 +213,7 @@ def test_swapping_runs(
     for begin, end, size in zip(froms, tos, sizes, strict=True):
         expected[end // 2 : (end + size) // 2] = wanted[begin // 2 : (begin + size) // 2]
     # CUDA's driver and ROCm's are asked, as by vLLM's own op; others are told.
-    told = {} if device.type in ("cpu", "cuda") else {"src_device": device}
+    texts = {} if device.type in ("cpu", "cuda") else {"src_device": device}
     if device.type == "cpu":
         monkeypatch.setattr(foreign, "usual_device", lambda: device)
     vllm_ops.swap_blocks_batch(
@@ -220,7 +221,7 @@ def test_swapping_runs(
         torch.tensor(tos) + host.data_ptr(),
         torch.tensor(sizes),
         True,
-        **told,
+        **texts,
     )
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -228,7 +229,7 @@ def test_swapping_runs(
 
 
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
-def test_whatever_torch_was_told_before(device: torch.device, noise: Noise, state: State) -> None:
+def test_whatever_torch_was_texts_before(device: torch.device, noise: Noise, state: State) -> None:
     """One op that writes rows, one that gathers those of requests, one that moves blocks."""
     cache = noise(BLOCKS, SIZE, 80)
     rows = noise(len(SLOTS), 80)
@@ -292,8 +293,10 @@ def test_arguments_are_those_of_vllm(name: str) -> None:
     own: Any = getattr(_custom_ops, name, None)
     if own is None:
         pytest.skip("this release has no such op")
-    theirs = list(inspect.signature(own).parameters)
-    assert list(inspect.signature(getattr(vllm_ops, name)).parameters)[: len(theirs)] == theirs
+    reference = list(inspect.signature(own).parameters)
+    assert (
+        list(inspect.signature(getattr(vllm_ops, name)).parameters)[: len(reference)] == reference
+    )
 
 
 @pytest.mark.gpu
