@@ -36,76 +36,88 @@ _MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235, "loongarch64": 235, "pp
 _WHY = {
     errno.EPERM: "the kernel forbids it; give the container CAP_SYS_NICE, or use numactl --membind",
     errno.ENOSYS: "this kernel was built without NUMA; leave numa=None",
-    errno.EINVAL: "the process may not use that node (cpuset); ask for one that it may",
+    errno.EINVAL: "the process may not use that node (cpuset); pass one that it may use",
 }
 
 
 def bytes_at(address: int, nbytes: int) -> Any:
-    """The bytes at an address as a buffer, which arrays and tensors made from it hold."""
+    """Return the bytes at an address as a buffer, which arrays and tensors made from it retain."""
     return (ctypes.c_ubyte * nbytes).from_address(address)
 
 
 def whole(name: str, number: Any, least: int = 0, do: str = "pass one") -> int:
-    """A whole number that is no less; raises `HostMemoryError`, which ends with what to do."""
+    """Return a whole number of at least ``least``; raise `HostMemoryError`, which ends with what to
+    do."""
     with suppress(TypeError):
         if not isinstance(number, bool) and operator.index(number) >= least:
             return operator.index(number)
     raise HostMemoryError(
-        f"{name}={number!r} was asked for; expected a whole number, {least} or more: {do}."
+        f"Expected {name} to be a whole number, {least} or more, got {number!r}: {do}."
     )
 
 
 def address_of(mapping: mmap.mmap) -> int:
-    """Where a mapping begins."""
+    """Return the address of a mapping."""
     return int(np.frombuffer(mapping, np.uint8).ctypes.data)
 
 
 def to_pages(nbytes: int, page: int = PAGE) -> int:
-    """So many bytes, rounded up to whole pages."""
+    """Return ``nbytes``, rounded up to whole pages."""
     return -(-nbytes // page) * page
 
 
 def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
-    """A private mapping of exactly so many bytes (the kernel ends it with its page), and notes on
-    huge pages; of ``auto``, none. Raises `HostMemoryError` if the kernel has no room for it."""
+    """Return a private mapping of exactly ``nbytes`` (the kernel ends it with its page), and notes
+    on huge pages; ``auto`` gives no notes.
+
+    Raises:
+        HostMemoryError: the kernel has no space for it.
+    """
     notes: list[str] = []
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if huge_pages == "reserved":
         length = to_pages(nbytes, _HUGE)
         with suppress(OSError):
             mapping = mmap.mmap(-1, length, flags=flags | MAP_HUGETLB)
-            return mapping, [f"reserved huge pages hold it, {length} bytes of them"]
-        notes.append("no reserved huge pages are free (vm.nr_hugepages); asked for transparent")
+            return mapping, [f"it lies in reserved huge pages, {length} bytes"]
+        notes.append(
+            "no reserved huge pages are free (vm.nr_hugepages); requested transparent pages"
+        )
     try:
-        if nbytes > (room := available()):
-            raise OSError(errno.ENOMEM, f"{room} are available to this process; more would kill it")
+        free = available()
+        if nbytes > free:
+            raise OSError(errno.ENOMEM, f"{free} are available to this process; more would kill it")
         mapping = mmap.mmap(-1, nbytes, flags=flags)
     except OSError as error:
         raise HostMemoryError(
-            f"{nbytes} bytes of host memory were asked for, and could not be mapped "
-            f"({error.strerror}); ask for less, or raise the limit (cgroup, ulimit -v, overcommit)."
+            f"Expected to map {nbytes} bytes of host memory, got an error ({error.strerror}). "
+            f"Request less, or raise the limit (cgroup, ulimit -v, overcommit)."
         ) from None
     if huge_pages != "never":
         code = libc("madvise", address_of(mapping), nbytes, _MADV_HUGEPAGE)
         if huge_pages != "auto":
-            found = f"refused ({os.strerror(code)})" if code else "advised"
-            notes.append(f"transparent huge pages were {found}")
+            result = f"refused ({os.strerror(code)})" if code else "advised"
+            notes.append(f"transparent huge pages were {result}")
     return mapping, notes
 
 
 def is_mapped(address: int, nbytes: int) -> bool:
-    """True if every page of the range belongs to the process; reads none of them."""
+    """Return True if every page of the range belongs to the process; read none of them."""
     start = address // PAGE * PAGE
     end = to_pages(address + nbytes)
     return end < 1 << 64 and libc("msync", start, end - start, _MS_ASYNC) == 0
 
 
 def touch(address: int, nbytes: int, threads: int | None = None) -> None:
-    """Have the kernel give every page, from several threads at once (None: one for each core that
-    the process may use, at most 16); what pages hold stays. Raises `HostMemoryError` if the kernel
-    has no pages left, or none on the node asked for."""
+    """Have the kernel allocate every page, from several threads; the contents of pages stay.
+
+    ``threads`` None: one for each core that the process may use, at most 16.
+
+    Raises:
+        HostMemoryError: the kernel has no pages left, or none on the requested node.
+    """
     end = address + nbytes
-    # Cut at multiples of a slice, so that two threads do not share a huge page.
+    # Cut at multiples of a slice, so that two threads share no huge page.
     edges = [address, *range((address // SLICE + 1) * SLICE, end, SLICE), end]
     if len(edges) == 2:
         _touch_slice(address, end)
@@ -117,19 +129,20 @@ def touch(address: int, nbytes: int, threads: int | None = None) -> None:
 def _touch_slice(start: int, end: int) -> None:
     code = libc("madvise", start, end - start, _MADV_POPULATE_WRITE)
     if code in (errno.EINVAL, errno.ENOSYS, errno.EPERM):
-        # A kernel without it: what the page holds is written back, since it may be a shared one.
+        # A kernel without this call: write the contents back, since the page may be shared.
         np.frombuffer(bytes_at(start, end - start), np.uint8)[::PAGE] |= 0  # without the GIL
     elif code:
         raise HostMemoryError(
-            f"{end - start} bytes of host memory were mapped, and the kernel has no pages for them "
-            f"({os.strerror(code)}); ask for less memory, or for another NUMA node."
+            f"Expected pages for {end - start} bytes of mapped host memory, got none from the "
+            f"kernel ({os.strerror(code)}). Request less memory, or another NUMA node."
         )
 
 
 def available() -> int:
-    """Bytes that can be touched before the kernel starts to kill: of the machine, of the cgroup."""
+    """Return the bytes that can be touched before the kernel starts to kill: the machine's and the
+    cgroup's."""
     (kib,) = re.findall(r"(?m)^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    rooms = [int(kib) * 1024]
+    limits = [int(kib) * 1024]
     root = Path("/sys/fs/cgroup")
     second = "memory.max", "memory.current", "memory.stat"
     first = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")
@@ -137,51 +150,54 @@ def available() -> int:
         with suppress(OSError, ValueError):
             limit, used, stat = ((root / name).read_text() for name in names)
             counts = dict(re.findall(r"(?m)^(file|cache|shmem) (\d+)$", stat))
-            # The page cache is given up first; what lies in shared memory is not.
+            # The kernel drops the page cache first, but not shared memory.
             files = int(counts.get("file") or counts.get("cache", 0)) - int(counts.get("shmem", 0))
-            rooms.append(max(0, int(limit) - int(used) + max(0, files)))
-    return min(rooms)
+            limits.append(max(0, int(limit) - int(used) + max(0, files)))
+    return min(limits)
 
 
 def libc(name: str, *arguments: Any) -> int:
-    """A call of the C library, its numbers as words; its errno, or 0."""
+    """Call a function of the C library, numbers as words; return its errno, or 0."""
     words = [ctypes.c_ulong(one) if isinstance(one, int) else one for one in arguments]
     failed = getattr(_load(None, use_errno=True), name)(*words)
     return (ctypes.get_errno() or errno.EINVAL) if failed else 0
 
 
 def nodes() -> list[int]:
-    """The nodes of this machine that have memory; empty if the kernel tells of none."""
+    """Return the nodes of this machine that have memory; empty if the kernel reports none."""
     with suppress(OSError, ValueError):  # 0-1,4
-        told = Path("/sys/devices/system/node", "has_memory").read_text()
-        ranges = [part.partition("-") for part in told.split(",")]
+        text = Path("/sys/devices/system/node", "has_memory").read_text()
+        ranges = [part.partition("-") for part in text.split(",")]
         return [node for a, _, b in ranges for node in range(int(a), int(b or a) + 1)]
     return []
 
 
 def bind(address: int, nbytes: int, wanted: Any) -> None:
-    """Have pages of the range that are not there yet come from these nodes and no other. Raises
-    `Unsupported` for no node or one that is not there, and if the kernel cannot or may not bind."""
-    asked: list[int] = []
+    """Have pages of the range that are not allocated yet come only from these nodes.
+
+    Raises:
+        Unsupported: no node, or one that does not exist; or the kernel cannot or may not bind.
+    """
+    requested: list[int] = []
     for listed in ([wanted], wanted):
         with suppress(TypeError, NotImplementedError):
-            asked = asked or [operator.index(node) for node in listed]
+            requested = requested or [operator.index(node) for node in listed]
     number = _MBIND.get(platform.machine())
     known = nodes()
-    if not asked:
+    if not requested:
         why = "nodes have whole numbers; name one or more, or leave numa=None"
     elif number is None:
         why = f"the system call is not known on {platform.machine()}"
     elif not known:
-        why = "this kernel tells of no NUMA nodes; leave numa=None"
-    elif not set(asked) <= set(known):
-        why = f"this machine has the nodes {known}; ask for some of these"
+        why = "this kernel reports no NUMA nodes; leave numa=None"
+    elif not set(requested) <= set(known):
+        why = f"this machine has the nodes {known}; pass some of these"
     else:
-        bits = sum(1 << node for node in set(asked))
-        mask = bits.to_bytes(8 * (max(asked) // 64 + 1), "little")
+        bits = sum(1 << node for node in set(requested))
+        mask = bits.to_bytes(8 * (max(requested) // 64 + 1), "little")
         code = libc("syscall", number, address, nbytes, _MPOL_BIND, mask, 8 * len(mask) + 1, 0)
         if code == 0:
             return
         why = _WHY.get(code, f"the kernel refused it ({os.strerror(code)})")
-    named = ", ".join(map(str, asked)) or repr(wanted)
+    named = ", ".join(map(str, requested)) or repr(wanted)
     raise Unsupported(f"Binding {nbytes} bytes of host memory to NUMA node {named}", why)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory registered with the CUDA or HIP runtime: each page once, never let go under a copy.
+"""Host memory registered with the CUDA or HIP runtime: each page once, never unregistered during a
+copy.
 
-What is registered is exact to the byte, though a page is pinned as a whole and only once. With
-whole pages registered, a neighbour's copy that begins behind ours in our last page, and reaches
-beyond it, would fail: CUDA refuses a copy that begins in registered memory and ends outside.
+A registration is exact to the byte, though a page is pinned as a whole and only once. With whole
+pages registered, a neighbour's copy that begins after ours in our last page, and reaches beyond it,
+would fail: CUDA rejects a copy that begins in registered memory and ends outside.
 
-A call that fails leaves its error in the runtime, where the next kernel launch finds it
-(vLLM #51081), so each failure here is cleared at once. The library is the one that torch has
-loaded: each copy of the runtime, as the one inside ``cuda.bindings``, has an error of its own.
+A call that fails leaves its error in the runtime, where the next kernel launch would report it
+(vLLM #51081), so each failure is cleared here. The library is the one that torch has loaded: each
+copy of the runtime, such as the one inside ``cuda.bindings``, has a separate error.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from dataclasses import dataclass, fields
 from functools import cache, partial
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.errors import DeviceMismatch, HostMemoryError
@@ -47,25 +49,28 @@ INVALID = 1
 ALREADY = 712
 UNKNOWN = 713
 
-_lock = threading.RLock()  # a finalizer may run wherever its own thread holds it
+_lock = threading.RLock()  # a finalizer may run while its own thread has the lock
 live: list[Registration] = []  # no two share a page
-_seams: Counter[int] = Counter()  # of all these
-# of pieces that others registered
+_boundaries: Counter[int] = Counter()  # between the pieces of `live`
+# The begins and ends of pieces that other code registered.
 _begins = Counter[int]()
 _ends = Counter[int]()
-#: What forgets seams and pieces that are gone. A finalizer runs at any place, also inside `_tell`,
-#: so that it changes no counts itself: `seams` does.
+#: Drop boundaries and pieces that are gone. A finalizer runs anywhere, also inside `_update`, so it
+#: changes no counts itself: `boundaries` does.
 dropped: deque[Callable[[], None]] = deque()
-_told: tuple[int, ...] = ()  # what `seams` says
+_current: tuple[int, ...] = ()  # the result of `boundaries`
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
 warned: set[str] = set()
 _NO_DEVICE = "there is no CUDA or ROCm device"
-_ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
+_ONLY_TORCH = "torch cannot register existing memory for this device; use memory of `allocate`"
 
 
 def call(name: str, *arguments: Any) -> tuple[int, str]:
     """Call a function of the runtime, by its name without ``cuda`` or ``hip``, if `why_not` is
-    None: its error, which is cleared, and the runtime's words for that; 0 and none."""
+    None.
+
+    Returns its error, which is cleared, and the runtime's description; or 0 and an empty text.
+    """
     library, prefix = device_runtime()
     code = int(getattr(library, f"{prefix}{name}")(*arguments))
     if code == 0:
@@ -75,7 +80,7 @@ def call(name: str, *arguments: Any) -> tuple[int, str]:
 
 
 def why_not() -> str | None:
-    """What keeps host memory from being registered in this process; None: nothing."""
+    """Return why host memory cannot be registered in this process; None: it can."""
     if torch.cuda._is_in_bad_fork():
         return "CUDA does not survive fork; start this process by spawn"
     if torch.cuda.is_available():
@@ -84,13 +89,14 @@ def why_not() -> str | None:
 
 
 def through_torch() -> bool:
-    """True if there is a device of another kind, for which torch's own allocator pins."""
+    """Return True if there is a device of another kind, for which torch's own allocator pins."""
     return why_not() == _ONLY_TORCH
 
 
 @cache
 def device_runtime() -> tuple[Any, str]:
-    # Until torch has begun with the device torch takes no memory for pinned, even if it is.
+    """Return the runtime's library and the prefix of its functions."""
+    # Torch reports no memory as pinned before it has initialised the device.
     torch.cuda.init()
     library = ctypes.CDLL(_library())
     prefix = "cuda" if torch.version.hip is None else "hip"
@@ -113,34 +119,41 @@ def _library() -> str | None:
 
 
 def loaded_library(maps: str, stem: str, version: str) -> str | None:
-    """The file of a library that a process has loaded, from its map, of a major version if there
-    are several and one is named; ``stem``: how its name begins, up to ``.so``."""
-    found = re.findall(rf"(?m)/(?:.*/)?{stem}(?:-[0-9a-f]+)?\.so[^/\n]*$", maps)
-    return max(found, key=lambda path: bool(version) and f".so.{version}" in path, default=None)
+    """Return the file of a library that a process has loaded, from its map.
+
+    ``version``: the preferred major version, if there are several. ``stem``: the beginning of its
+    name, up to ``.so``.
+    """
+    files = re.findall(rf"(?m)/(?:.*/)?{stem}(?:-[0-9a-f]+)?\.so[^/\n]*$", maps)
+    return max(files, key=lambda path: bool(version) and f".so.{version}" in path, default=None)
 
 
 def quiesce() -> None:
-    """Block the host until no device of this process reads or writes host memory any more. One
-    that has failed does neither: its error is left to its next user."""
+    """Block the host until no device of this process reads or writes host memory.
+
+    A failed device does neither: its error is left to its next user.
+    """
     others = through_torch()
     inside = cast(Any, torch._C)
     if not others and not torch.cuda.is_initialized():
         return
     module: Any = torch.accelerator if others else torch.cuda
     for index in range(module.device_count()):
-        if others or inside._cuda_hasPrimaryContext(index):  # waiting must not make a context
+        if others or inside._cuda_hasPrimaryContext(index):  # waiting must not create a context
             with suppress(RuntimeError):
                 module.synchronize(index)
 
 
 def capturing() -> bool:
-    """True while a CUDA device captures a graph, which waiting or unregistering would break."""
+    """Return True while a CUDA device captures a graph, which waiting or unregistering would
+    break."""
     return torch.cuda.is_initialized() and capture_question(torch.device("cuda"))()
 
 
 @dataclass(frozen=True)
 class Options:
-    """How memory is registered, as `pinned.allocate` says; raises `HostMemoryError` as it does."""
+    """The options of a registration, as `pinned.allocate` describes; raises `HostMemoryError` as it
+    does."""
 
     portable: bool = True
     mapped: bool = True
@@ -153,28 +166,37 @@ class Options:
         whole("unit", self.unit, 1, "pass 1 to have pieces cut at any page")
 
 
-def options_of(given: dict[str, Any]) -> Options:
-    """Return options by their names; raise `HostMemoryError` for a name that is none of theirs."""
+def options_of(options: dict[str, Any]) -> Options:
+    """Return options by their names; raise `HostMemoryError` for an unknown name."""
     known = [each.name for each in fields(Options)]
-    for name in given:
+    for name in options:
         if name not in known:
             raise HostMemoryError(
                 f"Expected options among {', '.join(known)}, got {name}. Leave {name} out."
             )
-    return Options(**given)
+    return Options(**options)
 
 
 class Registration:
-    """Memory that is registered as asked; or if it cannot be, and may stay pageable, merely
-    claimed. Raises `HostMemoryError` otherwise. ``pieces``: (address, bytes) of each, in order;
-    ``registered``: addresses of those that the runtime has, none if the memory is pageable."""
+    """Registered memory; or memory that is only claimed, if it cannot be registered and may stay
+    pageable.
 
-    def __init__(self, address: int, nbytes: int, asked: Options, read_only: bool = False) -> None:
+    Attributes:
+        pieces: (address, bytes) of each piece, in order.
+        registered: addresses of the pieces that the runtime has; none if the memory is pageable.
+
+    Raises:
+        HostMemoryError: the memory cannot be registered and may not stay pageable.
+    """
+
+    def __init__(
+        self, address: int, nbytes: int, options: Options, read_only: bool = False
+    ) -> None:
         self.flags = READ_ONLY * bool(read_only)
-        self.flags |= PORTABLE * bool(asked.portable) | MAPPED * bool(asked.mapped)
-        step = math.lcm(asked.unit, PAGE)
-        step = asked.largest // step * step or asked.largest // PAGE * PAGE
-        self._pageable = asked.fallback
+        self.flags |= PORTABLE * bool(options.portable) | MAPPED * bool(options.mapped)
+        step = math.lcm(options.unit, PAGE)
+        step = options.largest // step * step or options.largest // PAGE * PAGE
+        self._pageable = options.fallback
         start = address // PAGE * PAGE
         end = address + nbytes
         edges = [address, *range(start + step, end, step), end]  # between pages
@@ -187,22 +209,22 @@ class Registration:
         _watch_exit()
         try:
             self._register()
-        except BaseException:
+        except BaseException:  # also an interrupt: nothing may stay registered
             self.undo()
             raise
 
     def _claim(self, start: int, end: int) -> None:
         with _lock:
-            for taken, until in (one._pages for one in live.copy()):  # finalizers take some out
+            for taken, until in (one._pages for one in live.copy()):  # finalizers remove some
                 if taken < end and start < until:
                     raise HostMemoryError(
-                        f"Pages {start:#x} - {end:#x} were asked to be registered, and {taken:#x} "
-                        f"- {until:#x} are already; a page can be registered once. Register both "
-                        f"as one range, unregister the first, or keep memory that shares a page "
-                        f"apart."
+                        f"Expected pages {start:#x} - {end:#x} to be unregistered, got "
+                        f"{taken:#x} - {until:#x} registered already; a page can be registered "
+                        "once. Register both as one range, unregister the first, or put the "
+                        "memory on separate pages."
                     )
             live.append(self)
-            add_seams(at for at, _ in self.pieces[1:])
+            add_boundaries(at for at, _ in self.pieces[1:])
 
     def _register(self) -> None:
         code = 0
@@ -216,16 +238,16 @@ class Registration:
             self.registered.append(piece)
         if code in (ALREADY, INVALID):
             raise HostMemoryError(
-                f"Memory at {piece:#x} was asked to be registered, and {why}: other code "
-                f"registered some of its pages, or it is memory that cannot be pinned. Unregister "
-                f"it there, or copy it to memory of `allocate`."
+                f"Expected to register memory at {piece:#x}, but {why}: other code registered some "
+                "of its pages, or it is memory that cannot be pinned. Unregister it there, or "
+                "copy it to memory of `allocate`."
             )
         if why and not self._pageable:
             raise HostMemoryError(
-                f"Pinned host memory was asked for, and {why}. Pass fallback=True to go on with "
+                f"Expected pinned host memory, but {why}. Pass fallback=True to continue with "
                 f"pageable memory."
             )
-        # Without a device there is nothing to copy to, and nothing that the user could mend.
+        # Without a device there is nothing to copy to, and nothing that the user could fix.
         if why and why != _NO_DEVICE:
             warn_once(why)
 
@@ -242,48 +264,52 @@ class Registration:
                 warn_once(f"unregistering it failed before, {words}")
 
     def device_address(self, address: int) -> tuple[int, str]:
-        """Where the current device finds a byte, on HIP perhaps elsewhere, and why it does not."""
+        """Return the address of a byte for the current device, on HIP perhaps a different one; or
+        why it has none."""
         if not self.flags & MAPPED:
             return 0, "it was registered with mapped=False; register it mapped"
-        found = ctypes.c_void_p()
+        pointer = ctypes.c_void_p()
         piece = max(at for at in self.registered if at <= address)
-        _, words = call("HostGetDevicePointer", ctypes.byref(found), piece, 0)
-        return (found.value or 0) + address - piece, words and f"the runtime refused it, {words}"
+        _, words = call("HostGetDevicePointer", ctypes.byref(pointer), piece, 0)
+        return (pointer.value or 0) + address - piece, words and f"the runtime refused it, {words}"
 
     def undo(self, owner: Any = None) -> None:
-        """Unregister, once no device works any more, and give up the claim; later, if a graph's
-        capture forbids it: the owner is held until then. Again: nothing."""
+        """Unregister, after all devices stop, and drop the claim. Calling it again does nothing.
+
+        If a graph's capture forbids it now, it is postponed, and the owner is retained until then.
+        """
         if self.registered and capturing():
             _postponed.append((self, owner))
             return
         self._unregister()
         with suppress(ValueError):
             live.remove(self)
-            if between := [at for at, _ in self.pieces[1:]]:
-                dropped.append(partial(drop_seams, between))
+            between = [at for at, _ in self.pieces[1:]]
+            if between:
+                dropped.append(partial(drop_boundaries, between))
 
 
-def add_seams(addresses: Iterable[int]) -> None:
-    """Let no copy reach over these addresses."""
+def add_boundaries(addresses: Iterable[int]) -> None:
+    """Let no copy cross these addresses."""
     with _lock:
-        _seams.update(addresses)
-        _tell()
+        _boundaries.update(addresses)
+        _update()
 
 
-def drop_seams(addresses: Iterable[int]) -> None:
-    """Undo `add_seams` of the same addresses; those that others added too stay."""
+def drop_boundaries(addresses: Iterable[int]) -> None:
+    """Undo `add_boundaries` of the same addresses; addresses that others added too stay."""
     with _lock:
-        _seams.subtract(addresses)
-        _tell()
+        _boundaries.subtract(addresses)
+        _update()
 
 
 def adopt(pieces: Iterable[tuple[int, int]]) -> None:
-    """Let no copy reach from one of the pieces that others registered into another."""
+    """Let no copy cross from one of the pieces that other code registered into another."""
     with _lock:
         for address, nbytes in pieces:
             _begins[address] += 1
             _ends[address + nbytes] += 1
-        _tell()
+        _update()
 
 
 def disown(pieces: Iterable[tuple[int, int]]) -> None:
@@ -292,28 +318,29 @@ def disown(pieces: Iterable[tuple[int, int]]) -> None:
         for address, nbytes in pieces:
             _begins[address] -= 1
             _ends[address + nbytes] -= 1
-        _tell()
+        _update()
 
 
-def _tell() -> None:
-    """Work out what `seams` says: every copy asks."""
-    global _told
-    for counted in (_seams, _begins, _ends):
+def _update() -> None:
+    """Work out the result of `boundaries`, which every copy reads."""
+    global _current
+    for counted in (_boundaries, _begins, _ends):
         for at in [at for at, number in counted.items() if number < 1]:
             del counted[at]
-    _told = tuple(sorted(_seams.keys() | (_begins.keys() & _ends.keys())))
+    _current = tuple(sorted(_boundaries.keys() | (_begins.keys() & _ends.keys())))
 
 
-def seams() -> tuple[int, ...]:
-    """Addresses, in order, between two registrations of one memory: no copy may reach across."""
+def boundaries() -> tuple[int, ...]:
+    """Return the addresses, in order, between two registrations of one memory: no copy may cross
+    them."""
     while dropped:
         with suppress(IndexError):  # another thread was faster
             dropped.pop()()
-    return _told
+    return _current
 
 
 def settle() -> None:
-    """End what had to wait for the end of a capture."""
+    """Unregister what had to wait for the end of a capture."""
     while _postponed and not capturing():
         with suppress(IndexError):  # another thread was faster
             registration, _owner = _postponed.pop()
@@ -322,8 +349,11 @@ def settle() -> None:
 
 @cache
 def _watch_exit() -> None:
-    """At exit unregister what is left; called when first needed, as an import has no effects.
-    Nothing is unmapped: tensors may outlive the interpreter."""
+    """Unregister at exit what is left; the first registration calls it, as an import has no
+    effects.
+
+    Nothing is unmapped: tensors may outlive the interpreter.
+    """
 
     @atexit.register
     def undo_all() -> None:
@@ -333,64 +363,109 @@ def _watch_exit() -> None:
 
 
 def warn_once(why: str) -> None:
-    """Say for the first time in this process that host memory is pageable, and why."""
+    """Warn once in this process that host memory is pageable, and why."""
     if why in warned:
         return
     warned.add(why)
     frame = sys._getframe()
-    level = 1
-    # The first line up the stack that is not PortaKV's own is the one to point to.
+    depth = 1
+    # Point to the first line up the stack that is not PortaKV's own.
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("portakv."):
         frame = frame.f_back
-        level = level + 1
-    told = f"Host memory was asked to be pinned and stays pageable: {why}. Results are the same; "
-    warnings.warn(f"{told}copies are slower, and block the host.", RuntimeWarning, level)
+        depth = depth + 1
+    text = f"Expected pinned host memory, got pageable memory: {why}. Results are the same; "
+    warnings.warn(f"{text}copies are slower, and block the host.", RuntimeWarning, depth)
 
 
-def buffer_of(memory: Any) -> tuple[int, int, bool, Any]:
-    """Which bytes a tensor, an array or another buffer covers: their address and number from the
-    first to the last, whether they can only be read, and what holds them. Raises `HostMemoryError`
-    if it is freed, empty or no memory at all, `DeviceMismatch` for a tensor on a device."""
+class Buffer(NamedTuple):
+    """The bytes of a tensor, an array or another buffer.
+
+    Attributes:
+        address, nbytes: from the first byte to the last.
+        read_only: the bytes can only be read.
+        owner: the object that owns them.
+    """
+
+    address: int
+    nbytes: int
+    read_only: bool
+    owner: object
+
+
+class _Strided(NamedTuple):
+    """The elements of memory: the address of the first, bytes of one, extents, and byte strides."""
+
+    address: int
+    itemsize: int
+    shape: tuple[int, ...]
+    steps: tuple[int, ...]
+
+
+_FREED = "was freed before ({}); register memory before it is closed"
+_NO_MEMORY = (
+    "is not a strided tensor, array, mmap, shared memory or other buffer; pass one of these"
+)
+
+
+def buffer_of(memory: Any) -> Buffer:
+    """Return the bytes that a tensor, an array or another buffer covers.
+
+    Raises:
+        HostMemoryError: it is freed, empty or not memory.
+        DeviceMismatch: a tensor on a device.
+    """
     kind = type(memory).__name__
-    tensor = isinstance(memory, torch.Tensor)
-    if tensor and memory.device.type != "cpu":
+    if not isinstance(memory, torch.Tensor):
+        array = _array_of(memory)
+        elements = _Strided(array.ctypes.data, array.itemsize, array.shape, array.strides)
+        return _covered(kind, elements, not array.flags.writeable, array)
+    if memory.device.type != "cpu":
         raise DeviceMismatch(
-            f"A {kind} on {memory.device} was asked to be registered; expected memory of the host. "
-            f"Copy it there first."
+            f"Expected memory of the host to register, got a {kind} on {memory.device}. Copy it to "
+            f"the host first."
         )
-    freed = why = "was freed before ({}); register memory before it is closed"
+    if memory.layout != torch.strided or memory.is_nested:
+        raise _not_registered(kind, _NO_MEMORY)
+    size = memory.element_size()
+    steps = tuple(size * step for step in memory.stride())
+    buffer = _covered(kind, _Strided(memory.data_ptr(), size, memory.shape, steps), False, memory)
+    end = buffer.address + buffer.nbytes - memory.data_ptr()
+    if memory.untyped_storage().nbytes() < memory.storage_offset() * size + end:
+        raise _not_registered(kind, _FREED.format("its storage is smaller"))
+    return buffer
+
+
+def _array_of(memory: Any) -> npt.NDArray[np.generic]:
+    """Return a buffer of Python as an array, which retains it; raise `HostMemoryError`."""
+    if isinstance(memory, np.ndarray):
+        return memory
+    kind = type(memory).__name__
+    buffer = memory.buf if isinstance(memory, SharedMemory) else memory
+    if buffer is None:
+        raise _not_registered(kind, _FREED.format("it is closed"))
     try:
-        if tensor and memory.layout == torch.strided and not memory.is_nested:
-            size = memory.element_size()
-            fixed = False
-            address = memory.data_ptr()
-            shape = memory.shape
-            steps = [size * step for step in memory.stride()]
-        else:
-            if not isinstance(memory, np.ndarray):
-                buffer = memory.buf if isinstance(memory, SharedMemory) else memory
-                if buffer is None:
-                    raise ValueError("it is closed")
-                memory = memoryview(buffer)  # which cannot be closed while the view is held
-                why = "has elements that numpy does not know ({}); pass np.frombuffer(it, np.uint8)"
-            array = np.asarray(memory)
-            size = array.itemsize
-            fixed = not array.flags.writeable
-            address = array.ctypes.data
-            shape = array.shape
-            steps = list(array.strides)
-    except ValueError as error:
-        why = why.format(error)
+        view = memoryview(buffer)  # the buffer cannot be closed while the view exists
     except TypeError:
-        why = "is no strided tensor, array, mmap, shared memory or other buffer; pass one of these"
-    else:
-        reach = [(count - 1) * step for count, step in zip(shape, steps, strict=True)]
-        low = sum(min(step, 0) for step in reach)
-        high = sum(max(step, 0) for step in reach) + size
-        if math.prod(shape) * size == 0:
-            why = "has 0 bytes, of which nothing can be pinned; leave it out"
-        elif tensor and memory.untyped_storage().nbytes() < memory.storage_offset() * size + high:
-            why = freed.format("its storage is smaller")
-        else:
-            return address + low, high - low, fixed, memory
-    raise HostMemoryError(f"A {kind} was asked to be registered, which {why}.")
+        raise _not_registered(kind, _NO_MEMORY) from None
+    except ValueError as error:
+        raise _not_registered(kind, _FREED.format(error)) from error
+    try:
+        return np.asarray(view)
+    except ValueError as error:
+        why = f"has elements that numpy does not know ({error}); pass np.frombuffer(it, np.uint8)"
+        raise _not_registered(kind, why) from error
+
+
+def _covered(kind: str, elements: _Strided, read_only: bool, owner: object) -> Buffer:
+    """Return the bytes from the first element's begin to the last one's end."""
+    pairs = zip(elements.shape, elements.steps, strict=True)
+    reach = [(count - 1) * step for count, step in pairs]
+    low = sum(min(step, 0) for step in reach)
+    high = sum(max(step, 0) for step in reach) + elements.itemsize
+    if math.prod(elements.shape) * elements.itemsize == 0:
+        raise _not_registered(kind, "has 0 bytes, so nothing can be pinned; leave it out")
+    return Buffer(elements.address + low, high - low, read_only, owner)
+
+
+def _not_registered(kind: str, why: str) -> HostMemoryError:
+    return HostMemoryError(f"Expected memory to register, got a {kind} that {why}.")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain copies of tensors between host and device, within a device, and between devices.
 
-Torch's ``copy_`` does most of the work. Added are: a blocking copy waits in every direction, and
-another says if it had to; rows at a pitch cross in one 2-D memcpy; what does not fit is an error
-before anything is written; host memory is held until the copy has ended.
+Torch's ``copy_`` does most of the work. This module adds four things. A blocking copy waits in
+every direction, and another copy reports if it had to wait. Rows at a pitch cross in one 2-D
+memcpy. Arguments that do not fit are an error before anything is written. Host memory is retained
+until the copy has ended.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Stream, Tensor
@@ -23,9 +24,9 @@ from portakv.runtime import streams
 from portakv.runtime.devices import capturing, inside, refuse_capture, resolve, usual_device
 from portakv.runtime.transfer import Transfer
 
-#: Narrower rows go by torch, which packs them first. A copy engine takes some 55 ns a row, however
-#: few its bytes (rows of 512 bytes reach 0.16 of the link, benchmarks/NOTES.md 11), so that rows of
-#: 4 bytes would cross at 0.07 GB/s.
+#: Torch copies narrower rows, and packs them first. A copy engine takes some 55 ns a row, however
+#: few its bytes (rows of 512 bytes reach 0.16 of the link, benchmarks/NOTES.md 11), so rows of 4
+#: bytes would cross at 0.07 GB/s.
 _NARROWEST = 256
 #: The largest pitch that CUDA takes (``CU_DEVICE_ATTRIBUTE_MAX_PITCH``, 2 GiB - 1 everywhere).
 MAX_PITCH = 2**31 - 1
@@ -35,7 +36,7 @@ _BETWEEN = "torch's copy_ orders both devices' streams and takes the peer link w
 
 
 class Pitched(NamedTuple):
-    """Rows of ``width`` bytes; the pitches are bytes from the start of a row to the next one's."""
+    """Rows of ``width`` bytes; the pitches are bytes from the start of a row to the next row's."""
 
     width: int
     height: int
@@ -45,15 +46,15 @@ class Pitched(NamedTuple):
 
 @dataclass(frozen=True)
 class Copied:
-    """What became of a copy.
+    """The result of a copy.
 
     Attributes:
         direction: ``h2d``, ``d2h``, ``d2d`` (one device), ``peer`` (two) or ``h2h``.
         way: ``memcpy2d`` (the driver's, of rows), ``torch`` (its ``copy_``), or ``nothing``.
-        why: why that way, as a phrase; a fallback names what is missing.
+        why: the reason for that method, as a phrase; a fallback names what is missing.
         nbytes: bytes moved.
-        waited: all bytes had landed when the call returned.
-        transfer: the handle behind `done`, `wait` and `synchronize`.
+        waited: all bytes had arrived when the call returned.
+        transfer: the handle of `done`, `wait` and `synchronize`.
     """
 
     direction: str
@@ -77,8 +78,10 @@ class Copied:
 
 
 def is_available(device: torch.device | str | None = None) -> bool:
-    """True if the CUDA driver's own copies serve a device (None: the current accelerator);
-    everything else works without them."""
+    """Return True if the CUDA driver's own copies serve a device (None: the current accelerator).
+
+    Everything else works without them.
+    """
     try:
         return _cuda_driver.why_not(usual_device() if device is None else resolve(device)) is None
     except BackendUnavailable:  # there is no such device
@@ -91,21 +94,21 @@ def copy_(
     """Copy a tensor into another, wherever they are.
 
     Args:
-        dst: any strides in which each element has an address of its own.
+        dst: any strides in which each element has a separate address.
         src: the same shape and dtype, any strides, no byte in common with ``dst``.
-        non_blocking: False: all bytes have landed when this returns. True: the host does not wait,
-            unless `Copied.waited` says that it had to.
-        stream: of a device that takes part; the copy comes there behind what the device's current
-            stream holds by now. None: the current stream, for two devices the source's, which the
-            destination's then waits for.
+        non_blocking: False: all bytes have arrived when this returns. True: the host does not wait,
+            unless `Copied.waited` reports that it had to.
+        stream: a stream of a participating device; the copy follows the present work of the
+            device's current stream. None: the current stream; for two devices the source's, for
+            which the destination's then waits.
 
     Raises:
-        LayoutError: dtypes or shapes differ; the tensors share bytes; an element of ``dst`` shares
-            its address with another; a tensor that is not strided.
+        LayoutError: dtypes or shapes differ; the tensors share bytes; two elements of ``dst`` share
+            an address; a tensor that is not strided.
         DeviceMismatch: two kinds of device, or a stream of neither.
         Unsupported: inside graph capture, a copy that blocks, or whose host memory is pageable, or
-            neither contiguous nor rows for a 2-D memcpy. The caller keeps a graph's memory.
-        TransferError: the driver refuses the copy.
+            neither contiguous nor rows for a 2-D memcpy. The caller retains a graph's memory.
+        TransferError: the driver rejects the copy.
     """
     return _copy(dst, src, non_blocking, stream)
 
@@ -113,32 +116,36 @@ def copy_(
 def copy_h2d(
     dst: Tensor, src: Tensor, non_blocking: bool = False, stream: Stream | None = None
 ) -> Copied:
-    """`copy_` from the host to a device; `DeviceMismatch` for any other direction."""
+    """Copy as `copy_` from the host to a device; raise `DeviceMismatch` for any other direction."""
     return _copy(dst, src, non_blocking, stream, "h2d")
 
 
 def copy_d2h(
     dst: Tensor, src: Tensor, non_blocking: bool = False, stream: Stream | None = None
 ) -> Copied:
-    """`copy_` from a device to the host; `DeviceMismatch` for any other direction."""
+    """Copy as `copy_` from a device to the host; raise `DeviceMismatch` for any other direction."""
     return _copy(dst, src, non_blocking, stream, "d2h")
 
 
 def copy_d2d(
     dst: Tensor, src: Tensor, non_blocking: bool = False, stream: Stream | None = None
 ) -> Copied:
-    """`copy_` inside a device or between two; `DeviceMismatch` for any other direction."""
+    """Copy as `copy_` inside a device or between two; raise `DeviceMismatch` for any other
+    direction."""
     return _copy(dst, src, non_blocking, stream, "d2d", "peer")
 
 
 def direction_of(dst: Tensor, src: Tensor) -> str:
-    """The direction of a copy, as `Copied` names it; raises `DeviceMismatch` for two kinds of
-    accelerator, or tensors without memory."""
+    """Return the direction of a copy, as `Copied` names it.
+
+    Raises:
+        DeviceMismatch: two kinds of accelerator, or tensors without memory.
+    """
     kinds = src.device.type, dst.device.type
     if "meta" in kinds or ("cpu" not in kinds and kinds[0] != kinds[1]):
         raise DeviceMismatch(
-            f"A copy from {src.device} to {dst.device} was asked; expected the host, or one kind "
-            f"of device. Copy through a tensor on the host."
+            f"Expected a copy with the host, or within one kind of device, got one from "
+            f"{src.device} to {dst.device}. Copy through a tensor on the host."
         )
     if "cpu" in kinds:
         return "2".join("h" if kind == "cpu" else "d" for kind in kinds)
@@ -148,13 +155,13 @@ def direction_of(dst: Tensor, src: Tensor) -> str:
 def _copy(
     dst: Tensor, src: Tensor, non_blocking: bool, stream: Stream | None, *wanted: str
 ) -> Copied:
-    """`copy_`, in one of the wanted directions; none: in any."""
+    """Copy as `copy_`, in one of the wanted directions; without any: in every direction."""
     _check_alike(dst, src)
     direction = direction_of(dst, src)
     if wanted and direction not in wanted:
         raise DeviceMismatch(
-            f"A copy by copy_{wanted[0]} was asked from {src.device} to {dst.device}; expected "
-            f"the direction {' or '.join(wanted)}. Call copy_, which takes any."
+            f"Expected the direction {' or '.join(wanted)}, got a copy by copy_{wanted[0]} from "
+            f"{src.device} to {dst.device}. Call copy_, which takes any direction."
         )
     devices = [each.device for each in (src, dst) if each.device.type != "cpu"]
     streams.check_stream(stream, *(devices or [torch.device("cpu")]))
@@ -171,7 +178,7 @@ def _copy(
     captures = capturing(device)
     if captures:
         _check_capture(host, non_blocking, rows is not None or ready, why)
-    # A graph's memory is kept by the caller, and no allocator hears of its replays.
+    # The caller retains a graph's memory, and no allocator knows of its replays.
     streams.follow_current(stream, *(() if captures else (dst, src)))
     if rows is not None:
         late = non_blocking
@@ -179,23 +186,22 @@ def _copy(
         _cuda_driver.copy_pitched(*places, rows, device, stream)
     else:
         late = _copy_by_torch(dst, src, host, ready, non_blocking, stream)
-    if captures:
-        late = True
-        transfer = streams.captured(device, stream, (dst, src))
-    else:
-        end = streams.completion(device, stream, *(() if host is None else (host,)))
-        if not late:
-            end.synchronize()
-        transfer = Transfer((end,), (dst, src)) if late else Transfer()
     way = "torch" if rows is None else "memcpy2d"
-    return Copied(direction, way, why, nbytes, not late, transfer)
+    if captures:
+        transfer = streams.captured(device, stream, (dst, src))
+        return Copied(direction, way, why, nbytes, False, transfer)
+    end = streams.completion(device, stream, *(() if host is None else (host,)))
+    if late:
+        return Copied(direction, way, why, nbytes, False, Transfer((end,), (dst, src)))
+    end.synchronize()
+    return Copied(direction, way, why, nbytes, True, Transfer())
 
 
 def _rows(
     dst: Tensor, src: Tensor, host: Tensor | None, device: torch.device
 ) -> tuple[Pitched | None, str, bool]:
-    """The rows for the driver's 2-D memcpy, or None: torch copies; why, as a phrase; and if memcpy
-    then takes the host's tensor as it lies."""
+    """Return the rows for the driver's 2-D memcpy, or None if torch copies; the reason, as a
+    phrase; and whether memcpy then takes the host's tensor in its present form."""
     if host is None:
         return None, _BETWEEN if dst.device != src.device else _INSIDE, True
     rows = None if dst.is_contiguous() and src.is_contiguous() else pitched(dst, src)
@@ -216,9 +222,11 @@ def _rows(
 
 
 def is_pinned(tensor: Tensor) -> bool:
-    """True if the first and the last byte of a host tensor are pinned: it may reach past what was
-    registered. Of a view torch tells if its storage begins in pinned memory, so each byte is asked
-    as a storage of its own."""
+    """Return True if the first and the last byte of a host tensor are pinned.
+
+    The tensor may reach past the registered memory. For a view torch reports whether its storage
+    begins in pinned memory, so each byte is tested as a separate storage.
+    """
     first = tensor.data_ptr()
     ends = [ctypes.c_char.from_address(at) for at in (first, first + _reach(tensor) - 1)]
     return all(torch.frombuffer(end, dtype=torch.uint8).is_pinned() for end in ends)
@@ -232,16 +240,17 @@ def _copy_by_torch(
     non_blocking: bool,
     stream: Stream | None,
 ) -> bool:
-    """Let torch copy; returns False if all bytes have landed already."""
+    """Copy by torch; return False if all bytes have arrived already."""
     late = non_blocking
     if host is src and not ready:
         late = False
         if is_pinned(src):
-            # The host packs it now; earlier work of the stream may still be writing it.
+            # The host packs the source now; earlier work of the stream may still write it.
             (stream or torch.accelerator.current_stream(dst.device.index)).synchronize()
     elif host is dst or (host is src and dst.device.type != "cuda"):
-        # To the host: torch brings the bytes to pageable memory first if the host lays them out.
-        # From it: CUDA has read pageable memory when its call returns; of others nothing is known.
+        # To the host: torch brings the bytes to pageable memory first if the host arranges them.
+        # From the host: CUDA has read pageable memory when its call returns; other devices may not
+        # have.
         late = late and ready and is_pinned(host)
     with inside(stream):
         _write(dst, src, late or host is None)
@@ -249,7 +258,7 @@ def _copy_by_torch(
 
 
 def _write(dst: Tensor, src: Tensor, non_blocking: bool) -> None:
-    """Torch's copy, of bits: of a bool it would write 0 or 1, whatever the byte holds."""
+    """Copy bits by torch: as bool it would write 0 or 1, whatever the byte is."""
     if dst.dtype == torch.bool:
         dst = dst.view(torch.uint8)
         src = src.view(torch.uint8)
@@ -267,33 +276,38 @@ def _check_capture(host: Tensor | None, non_blocking: bool, ready: bool, why: st
     if host is not None and not ready:
         raise refuse_capture(
             f"A copy of host memory with strides {list(host.stride())}",
-            f"torch would copy it through memory that the graph does not keep ({why}); use "
+            f"torch would copy it through memory that the graph does not retain ({why}); use "
             f"contiguous memory, or rows that a 2-D memcpy takes",
         )
 
 
-def _check_alike(dst: Any, src: Any) -> None:
+def _check_alike(dst: Tensor, src: Tensor) -> None:
     """Raise `LayoutError` unless both are dense strided tensors of one dtype and shape."""
-    for name, given in (("destination", dst), ("source", src)):
-        if not isinstance(given, Tensor):
+    for name, tensor in (("destination", dst), ("source", src)):
+        if not isinstance(tensor, Tensor):
             raise LayoutError(
-                f"A copy was asked whose {name} is a {type(given).__name__}; expected a tensor. "
-                f"Make one of it first, for example by torch.from_numpy."
+                f"Expected the {name} of a copy to be a tensor, got a {type(tensor).__name__}. "
+                f"Convert it first, for example by torch.from_numpy."
             )
-        if given.layout != torch.strided or given.is_nested or is_functorch_wrapped_tensor(given):
+        if (
+            tensor.layout != torch.strided
+            or tensor.is_nested
+            or is_functorch_wrapped_tensor(tensor)
+        ):
             raise LayoutError(
-                f"A copy was asked whose {name} is {given.layout}, nested or inside torch.vmap or "
-                f"its like; expected a plain torch.strided tensor. Copy the tensors behind it."
+                f"Expected the {name} of a copy to be a plain torch.strided tensor, got one "
+                f"that is {tensor.layout}, nested or inside torch.vmap or its like. Copy its "
+                "inner tensors."
             )
     if dst.dtype != src.dtype:
         raise LayoutError(
-            f"A copy from {src.dtype} to {dst.dtype} was asked; expected one dtype, since a copy "
-            f"neither converts nor reinterprets. Convert by .to(), or view both as one dtype."
+            f"Expected one dtype, got a copy from {src.dtype} to {dst.dtype}. A copy neither "
+            "converts nor reinterprets: convert by .to(), or view both as one dtype."
         )
     if dst.shape != src.shape:
         raise LayoutError(
-            f"A copy from shape {list(src.shape)} to {list(dst.shape)} was asked; expected one "
-            f"shape, since nothing is broadcast. Slice, view or expand until they agree."
+            f"Expected one shape, got a copy from shape {list(src.shape)} to {list(dst.shape)}. "
+            f"Nothing is broadcast: slice, view or expand until they agree."
         )
 
 
@@ -303,25 +317,23 @@ def check_disjoint(dst: Tensor, src: Tensor) -> None:
     steps = [step for step, _ in _dims(dst)]
     if len({*steps}) < len(steps) or any(step < _reach(dst, step) for step in steps):
         raise LayoutError(
-            f"A copy was asked into a tensor of shape {list(dst.shape)} and strides "
-            f"{list(dst.stride())}, of which elements may lie at one address; expected each "
-            f"stride to step over all that lies inside it. Copy into the tensor that it was "
-            f"expanded from."
+            f"Expected each stride of the destination to step over everything inside it, got shape "
+            f"{list(dst.shape)} and strides {list(dst.stride())}, of which elements may lie at one "
+            f"address. Copy into the tensor that it was expanded from."
         )
     if dst.device == src.device and not _apart(dst, src):
         ends = (f"address {one.data_ptr():#x}, strides {list(one.stride())}" for one in (src, dst))
         raise LayoutError(
-            f"A copy was asked between tensors that share bytes, or whose strides do not show "
-            f"that they share none: {' to '.join(ends)}; expected disjoint memory. Copy through a "
-            f"buffer."
+            f"Expected disjoint memory, got tensors that share bytes, or whose strides do not show "
+            f"that they share none: {' to '.join(ends)}. Copy through a buffer."
         )
 
 
 def _apart(one: Tensor, other: Tensor) -> bool:
-    """True if addresses and strides show that two tensors have no byte in common.
+    """Return True if addresses and strides show that two tensors have no byte in common.
 
     Their ranges do not meet; or all strides from some size on are multiples of a period, in which
-    what the smaller strides reach lies in different parts.
+    the smaller strides reach different parts.
     """
     shift = other.data_ptr() - one.data_ptr()
     if shift >= _reach(one) or -shift >= _reach(other):
@@ -335,25 +347,27 @@ def _apart(one: Tensor, other: Tensor) -> bool:
 
 
 def _dims(tensor: Tensor) -> list[tuple[int, int]]:
-    """Stride in bytes and extent of each axis of several elements."""
+    """Return the stride in bytes and the extent of each axis with several elements."""
     size = tensor.element_size()
     axes = zip(tensor.stride(), tensor.shape, strict=True)
     return [(size * stride, extent) for stride, extent in axes if extent > 1]
 
 
 def _reach(tensor: Tensor, below: float = math.inf) -> int:
-    """Bytes from the first to behind the last, by the strides of fewer bytes than ``below``."""
+    """Return the bytes from the first to the end of the last, by the strides of fewer bytes than
+    ``below``."""
     inner = (step * (extent - 1) for step, extent in _dims(tensor) if step < below)
     return tensor.element_size() + sum(inner)
 
 
 def pitched(dst: Tensor, src: Tensor) -> Pitched | str:
-    """The rows of a copy (one, if it is contiguous on both sides), or why it has none."""
+    """Return the rows of a copy (one, if it is contiguous on both sides), or why it has none."""
     size = dst.element_size()
     strides = zip(dst.shape, src.stride(), dst.stride(), strict=True)
     dims = [(extent, size * a, size * b) for extent, a, b in strides if extent > 1]
-    # From the inside: a loop over the bytes of a run that is contiguous in both, and those round
-    # it; each its extent, and the bytes from one index to the next in the source and destination.
+    # From the inside: a loop over the bytes of a run that is contiguous in both tensors, and the
+    # loops around it. Each has its extent, and the bytes from one index to the next in the source
+    # and the destination.
     loops = [(size, 1, 1)]
     for extent, a, b in sorted(dims, key=lambda dim: dim[2]):
         inner, *steps = loops[-1]
@@ -364,7 +378,7 @@ def pitched(dst: Tensor, src: Tensor) -> Pitched | str:
     run = loops[0][0]
     outer = loops[1:] or [(1, loops[0][0], loops[0][0])]
     if len(outer) > 1:
-        return f"its strides take {len(outer)} loops round a run of {run} bytes, a 2-D memcpy one"
+        return f"its strides take {len(outer)} loops around a run of {run} bytes, a 2-D memcpy one"
     ((height, src_pitch, dst_pitch),) = outer
     if height > 1 and (not run <= src_pitch <= MAX_PITCH or dst_pitch > MAX_PITCH):
         return (

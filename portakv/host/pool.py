@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pools of pinned blocks of one size: what any pool does, and the one for a process's threads."""
+"""Pools of pinned blocks of one size: the common part of all pools, and the pool for a process's
+threads."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -24,8 +25,8 @@ from portakv.runtime.devices import this_process
 
 __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]
 
-_ASK_AGAIN = 0.0005  # seconds between two looks at work that only tells when asked
-GROW_AGAIN = 0.1  # seconds until a waiting caller asks again for memory that could not be had
+_ASK_AGAIN = 0.0005  # seconds between two queries of work that does not notify
+GROW_AGAIN = 0.1  # seconds until a waiting caller requests memory again
 _Pool = TypeVar("_Pool", bound="Pool")
 
 
@@ -33,38 +34,38 @@ _Pool = TypeVar("_Pool", bound="Pool")
 class Block:
     """A block that a caller acquired. A context manager that releases it."""
 
-    pool: Pool  # that it came from
-    index: int  # which one of its pool
+    pool: Pool  # its pool
+    index: int  # its number in the pool
     nbytes: int
-    generation: int  # counts how often blocks were handed out, by all processes in a shared pool
+    generation: int  # counts acquisitions of blocks, by all processes in a shared pool
     _tensor: torch.Tensor | None = field(repr=False)
 
     @property
     def tensor(self) -> torch.Tensor:
-        """Its bytes, uint8 ``[nbytes]``. Raises `HostMemoryError` once it was released."""
+        """Return its bytes, uint8 ``[nbytes]``. Raises `HostMemoryError` after it was released."""
         if self._tensor is None:
             raise HostMemoryError(
-                f"Block {self.index} was asked for its bytes after it had been released, and "
-                f"another caller may have them; release it after its last read or write."
+                f"Expected a block in use, got block {self.index} after its release: another "
+                "caller may have it. Release it after its last read or write."
             )
         return self._tensor
 
     @property
     def address(self) -> int:
-        """Of its first byte."""
+        """Return the address of its first byte."""
         return self.tensor.data_ptr()
 
     @property
     def held(self) -> bool:
-        """False once it was released."""
+        """Return False after it was released."""
         return self._tensor is not None
 
     def release(self, after: Any = None) -> None:
-        """Give it back; see `PinnedPool.release`."""
+        """Release the block; see `PinnedPool.release`."""
         self.pool.release(self, after)
 
     def drop(self) -> None:
-        """Called by the pool that took it back."""
+        """Drop the bytes; the pool calls it when it takes the block back."""
         self._tensor = None
 
     def __enter__(self) -> Block:
@@ -77,49 +78,49 @@ class Block:
 
 @dataclass(frozen=True)
 class Leak:
-    """A block that is out."""
+    """A block that is in use."""
 
     index: int
-    owner: str  # the name that was given to `acquire`
+    owner: str  # the name that was passed to `acquire`
     thread: str  # the name of the thread that acquired it
-    seconds: float  # for how long it has been out
-    dropped: bool  # the `Block` was garbage collected, so that it cannot be released any more
+    seconds: float  # how long it has been in use
+    dropped: bool  # the `Block` was garbage collected and cannot be released
     stack: str  # where it was acquired, in a pool made with ``stacks=True``
 
     def __str__(self) -> str:
         how = ", dropped without release" if self.dropped else ""
-        who = f"{self.owner or 'nobody named'} in thread {self.thread}"
+        who = f"{self.owner or 'an unnamed owner'} in thread {self.thread}"
         where = f"\n{self.stack}" if self.stack else ""
         return f"block {self.index}: {who}, for {self.seconds:.1f} s{how}{where}"
 
 
 class Pool:
-    """What callers do with any pool; a kind of pool adds what the annotations name."""
+    """The common part of all pools; a kind of pool adds the annotated members."""
 
     block_bytes: int
-    blocks: int  # how many it has
-    limit: int  # how many it may have
+    blocks: int  # the present number
+    limit: int  # the most
     _stride: int  # bytes from one to the next
     release: Callable[..., None]
     _find: Callable[[], Sized]  # the blocks that are free
-    _take: Callable[[int, str, bool], list[Block] | HostMemoryError | None]  # why it cannot grow
-    _out_to: Callable[[], Sequence[object]]  # a line for each that has blocks
-    _end: Callable[[], Sequence[object]]  # of the memory; a line for each block that was out
+    _take: Callable[[int, str, bool], list[Block] | HostMemoryError | None]  # or why it cannot grow
+    _out_to: Callable[[], Sequence[object]]  # a line for each owner of blocks
+    _end: Callable[[], Sequence[object]]  # release the memory; a line for each block in use
 
     def __init__(self, name: str, in_child: str) -> None:
-        """How sentences name the pool, and what a forked child is to do without it."""
+        """Set the pool's name in sentences, and the advice for a forked child."""
         self._name = name
         self._in_child = in_child
         self._process = this_process()
         self._pid = os.getpid()
         self._closed = False
         self._changed = threading.Condition()
-        self._held: WeakValueDictionary[int, Block] = WeakValueDictionary()
-        self._pause = 0.002  # seconds between two looks at what nothing here tells of
+        self._handles: WeakValueDictionary[int, Block] = WeakValueDictionary()
+        self._pause = 0.002  # seconds between two looks at changes that do not notify
 
     @property
     def free(self) -> int:
-        """How many can be acquired at once, without growing."""
+        """Return how many blocks can be acquired immediately, without growing."""
         self._refuse()
         with self._changed:
             return len(self._find())
@@ -131,15 +132,15 @@ class Pool:
         wait: bool = False,
         timeout: float | None = None,
     ) -> Block:
-        """A block; what it holds is whatever it held.
+        """Return a block with arbitrary contents.
 
         Args:
-            owner: what it is for, shown by `leaks`; other processes see 40 bytes of it.
-            wait: wait for one if none is free, at most ``timeout`` seconds; None: without end.
+            owner: its purpose, shown by `leaks`; other processes see 40 bytes of it.
+            wait: wait for a block if none is free, at most ``timeout`` seconds; None: without end.
 
         Raises:
-            PoolExhausted: none was free, and the pool has its limit or, as the cause says, no
-                memory to grow; names the owners of the blocks.
+            PoolExhausted: no block was free, and the pool is at its limit or, as the cause says,
+                had no memory to grow; names the owners of the blocks.
             HostMemoryError: the pool is closed, or this process was forked from its maker.
         """
         return self.acquire_many(1, owner, wait=wait, timeout=timeout)[0]
@@ -147,13 +148,16 @@ class Pool:
     def acquire_many(
         self, count: int, owner: str = "", *, wait: bool = False, timeout: float | None = None
     ) -> list[Block]:
-        """Several blocks, all or none, so that two callers cannot each wait for the other's half.
+        """Return several blocks, all or none, so that two callers cannot each wait for the other's
+        half.
 
-        Else as `acquire`; `HostMemoryError` also for a count below 0 or of no whole number."""
+        Otherwise as `acquire`; also raises `HostMemoryError` for a count that is negative or not a
+        whole number.
+        """
         if _pages.whole("count", count) > self.limit:
             raise PoolExhausted(
-                f"{self._name} was asked for {count} blocks, and it may have {self.limit}; ask for "
-                f"fewer, or make it with a higher limit."
+                f"Expected at most {self.limit} blocks of {self._name}, got a request for {count}. "
+                f"Request fewer, or make it with a higher limit."
             )
         flag("wait", wait)
         limit = seconds("timeout", timeout, optional=True)
@@ -161,25 +165,27 @@ class Pool:
         until = time.monotonic() + limit if wait else 0.0
         grow_at = 0.0
         refused = None
-        self._refuse()  # before the lock, which a forked child may find taken for ever
+        self._refuse()  # before the lock, which a forked child may never get
         with self._changed:
             while True:
                 self._refuse()
                 grow = time.monotonic() >= grow_at
-                found = self._take(count, owner, grow)
-                if isinstance(found, list):
-                    return found
+                blocks = self._take(count, owner, grow)
+                if isinstance(blocks, list):
+                    return blocks
                 now = time.monotonic()
                 if grow:
-                    refused = found
+                    refused = blocks
                     grow_at = now + GROW_AGAIN
                 if now >= until:
                     raise self._exhausted(count, within, refused) from refused
                 self._changed.wait(min(until - now, self._pause))
 
     def close(self) -> None:
-        """Let go of the memory; tensors of blocks that are out still hold theirs. Warns of these
-        (`ResourceWarning`), and names their owners."""
+        """Release the memory; tensors of blocks in use still retain theirs.
+
+        Warns of these blocks (`ResourceWarning`), and names their owners.
+        """
         if self._process.forked:
             return
         with self._changed:
@@ -187,7 +193,8 @@ class Pool:
             self._closed = True
             self._changed.notify_all()
         if left:
-            warnings.warn(_listed(f"{self._name} was closed", left), ResourceWarning, stacklevel=2)
+            text = f"Blocks were in use when {self._name} was closed"
+            warnings.warn(_listed(text, left), ResourceWarning, stacklevel=2)
 
     def __enter__(self: _Pool) -> _Pool:
         return self
@@ -201,23 +208,26 @@ class Pool:
             within += f", as it has {self.blocks} and there was no memory for more"
             do = "free some of the machine's memory"
         sentence = (
-            f"{self._name} was asked for {count} blocks of {self.block_bytes} bytes, and "
-            f"{self.free} of {self.limit} were free{within}; release some, wait longer, or {do}"
+            f"Expected {count} free blocks of {self.block_bytes} bytes in {self._name}, got "
+            f"{self.free} of {self.limit}{within}. Release some, wait longer, or {do}"
         )
         return PoolExhausted(_listed(sentence, self._out_to()))
 
     def _refuse(self, closed: bool = True) -> None:
-        """Raise `HostMemoryError` in a forked child and, if that matters, in a closed pool."""
+        """Raise `HostMemoryError` in a forked child and, if ``closed``, in a closed pool."""
         if self._process.forked:
             raise HostMemoryError(
-                f"{self._name} that process {self._pid} opened was used in process "
-                f"{os.getpid()}, forked from it, where its memory is not pinned; {self._in_child}."
+                f"Expected {self._name} to be used by process {self._pid}, which opened it, got "
+                f"process {os.getpid()}, forked from it, where its memory is not pinned. In the "
+                f"child {self._in_child}."
             )
         if closed and self._closed:
-            raise HostMemoryError(f"{self._name} was used after it was closed; open another one.")
+            raise HostMemoryError(
+                f"Expected an open pool, got {self._name} after it was closed. Open another one."
+            )
 
     def _check(self, block: Block) -> None:
-        """Raise `HostMemoryError` unless this is a block of this pool that is out."""
+        """Raise `HostMemoryError` unless this is a block of this pool in use."""
         if not isinstance(block, Block):
             why = f"a {type(block).__name__}; release a Block that it handed out"
         elif block.pool is not self:
@@ -226,26 +236,38 @@ class Pool:
             why = f"block {block.index}, released twice and maybe another caller's; do it once"
         else:
             return
-        raise HostMemoryError(f"{self._name} was given back {why}: block.release().")
+        raise HostMemoryError(
+            f"Expected a block in use of {self._name}, got {why}: block.release()."
+        )
+
+
+class _Settings(NamedTuple):
+    """The arguments of a pool that later growth and acquisitions read."""
+
+    grow: int
+    stacks: bool
+    options: Mapping[str, Any]
 
 
 class PinnedPool(Pool):
     """Blocks of one size in pinned memory. A context manager; `close` may be called again.
 
     Args:
-        block_bytes: of each block, exactly; blocks: how many it begins with.
-        limit: how many it may have; it grows when none is free. None: ``blocks``.
-        grow: how many it grows by, or by what is missing if there is no memory for more; None:
-            ``blocks``.
+        block_bytes: the exact bytes of each block.
+        blocks: the number of blocks at the start.
+        limit: the most blocks; the pool grows when none is free. None: ``blocks``.
+        grow: the blocks of each growth, or only the missing ones if there is no memory for more;
+            None: ``blocks``.
         alignment: in bytes, of each block: 1, 2, 4 ... up to a page.
-        stacks: remember where each block was acquired, for `leaks`; some 50 us each.
-        options: of `pinned.allocate`, but for ``unit``.
+        stacks: record where each block was acquired, for `leaks`; some 50 us each.
+        options: of `pinned.allocate`, except ``unit``.
 
     Raises:
         HostMemoryError: numbers that make no pool, an unknown option; or as `pinned.allocate`.
 
     Attributes:
-        blocks: how many it has now, free or out; high_water: most that were out at once.
+        blocks: the present number of blocks, free or in use.
+        high_water: the most blocks in use at a time.
         pinned: False if some of it is pageable after all.
     """
 
@@ -260,36 +282,41 @@ class PinnedPool(Pool):
         stacks: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__("The pool", "make one there, or use a SharedPool in spawned processes")
+        super().__init__("the pool", "make one there, or use a SharedPool in spawned processes")
         self.block_bytes = block_bytes
         self._stride = stride(block_bytes, blocks, alignment)
         most, each = (blocks if number is None else number for number in (limit, grow))
         self.limit = _pages.whole("limit", most, blocks, "it begins with so many blocks")
-        self._grow = _pages.whole("grow", each, 1)
+        grow = _pages.whole("grow", each, 1)
         known = {"huge_pages", "numa", "threads", *vars(_registration.Options())} - {"unit"}
-        if unknown := sorted(options.keys() - known):
+        unknown = sorted(options.keys() - known)
+        if unknown:
             raise HostMemoryError(
-                f"A pool was asked for with {', '.join(unknown)}, which it does not take; expected "
-                f"its own arguments or {', '.join(sorted(known))}, which pinned.allocate takes."
+                f"Expected options of a pool among {', '.join(sorted(known))}, got "
+                f"{', '.join(unknown)}. Leave them out."
             )
         self.pinned = True
-        self._stacks = stacks
-        self._options = options
-        self.blocks = self.high_water = self._generation = 0
+        self._settings = _Settings(grow, stacks, options)
+        self.blocks = 0
+        self.high_water = 0
+        self._generation = 0
         self._segments: list[tuple[int, torch.Tensor]] = []  # number of the first block, all bytes
         self._ready: deque[int] = deque()
-        # Blocks that are out: the owner, its thread, since when, and the stack.
+        # Blocks in use: the owner, its thread, the time, and the stack.
         self._out: dict[int, tuple[str, str, float, str]] = {}
-        # Blocks that were released after work that has not ended, and what tells when it has.
+        # Blocks that were released after work that has not ended, and the function that reports its
+        # end.
         self._in_use: dict[int, Callable[[], bool]] = {}
         self._add(blocks)
 
     def release(self, block: Block, after: Any = None) -> None:
-        """Give a block back. It is handed out again once ``after`` has ended: a `Transfer`, an
-        event, or anything else with ``done()`` or ``query()``, which tells its errors itself.
+        """Release a block. It is handed out again after ``after`` has ended.
+
+        ``after``: a `Transfer`, an event, or another object with ``done()`` or ``query()``, which
+        reports its errors itself.
 
         Raises:
-            HostMemoryError: released before, another pool's, no block, or in a forked process.
+            HostMemoryError: released before, another pool's, not a block, or in a forked process.
         """
         self._refuse(closed=False)
         with self._changed:
@@ -303,11 +330,11 @@ class PinnedPool(Pool):
             self._changed.notify_all()
 
     def leaks(self) -> list[Leak]:
-        """Every block that is out and its owner, the oldest first."""
+        """Return every block in use and its owner, the oldest first."""
         now = time.monotonic()
         with self._changed:
             return [
-                Leak(index, owner, thread, now - since, index not in self._held, stack)
+                Leak(index, owner, thread, now - since, index not in self._handles, stack)
                 for index, (owner, thread, since, stack) in self._out.items()
             ]
 
@@ -316,11 +343,12 @@ class PinnedPool(Pool):
         if missing > 0:
             if not grow or missing > self.limit - self.blocks:
                 return None
-            if refused := self._grown(missing):
+            refused = self._grown(missing)
+            if refused is not None:
                 return refused
         thread = threading.current_thread().name
         since = time.monotonic()
-        stack = "".join(traceback.format_stack()[:-2]) if self._stacks else ""
+        stack = "".join(traceback.format_stack()[:-2]) if self._settings.stacks else ""
         blocks = []
         for _ in range(count):
             index = self._ready.popleft()
@@ -329,7 +357,7 @@ class PinnedPool(Pool):
             tensor = data[start : start + self.block_bytes]
             self._generation += 1
             block = Block(self, index, self.block_bytes, self._generation, tensor)
-            self._held[index] = block
+            self._handles[index] = block
             self._out[index] = owner, thread, since, stack
             blocks.append(block)
         self.high_water = max(self.high_water, self.blocks - len(self._ready))
@@ -343,36 +371,36 @@ class PinnedPool(Pool):
         return self.leaks()
 
     def _add(self, blocks: int) -> None:
-        # One registration holds so many: it cuts no block.
+        # The most blocks of one registration, which cuts no block.
         most = max(1, _registration.LARGEST // self._stride)
         for done in range(0, blocks, most):
             count = min(blocks - done, most)
             nbytes = (count - 1) * self._stride + self.block_bytes
-            memory = pinned.allocate(nbytes, unit=self._stride, **self._options)
+            memory = pinned.allocate(nbytes, unit=self._stride, **self._settings.options)
             self.pinned &= memory.pinned
             self._segments.append((self.blocks, memory.tensor))
             self._ready.extend(range(self.blocks, self.blocks + count))
             self.blocks += count
 
     def _grown(self, missing: int) -> HostMemoryError | None:
-        """Grow by `grow` blocks, or else by as many as are missing; or why not even by these."""
+        """Grow by `grow` blocks, or else by the missing ones; return why even these fail."""
         refused = None
-        most = min(max(self._grow, missing), self.limit - self.blocks)
+        most = min(max(self._settings.grow, missing), self.limit - self.blocks)
         for count in dict.fromkeys((most, missing)):
             try:
                 self._add(min(count, self.limit - self.blocks))
                 return None
             except HostMemoryError as error:
-                # Its frames hold the very memory that there is too little of.
+                # Its frames retain the memory that is needed.
                 traceback.clear_frames(error.__traceback__)
                 refused = error
         return refused
 
     def _find(self) -> deque[int]:
-        """Those too whose release waited for work that has ended by now."""
+        """Return the free blocks; add those whose release waited for work that has ended."""
         for index, ask in list(self._in_use.items()):
-            ended = True  # also if it failed, which its own handle tells: no byte moves any more
-            with suppress(Exception):
+            ended = True  # failed work also moves no more bytes; its own handle reports the error
+            with suppress(Exception):  # work may fail in any way
                 ended = bool(ask())
             if ended:
                 del self._in_use[index]
@@ -382,31 +410,36 @@ class PinnedPool(Pool):
 
 
 def ending(after: Any, *names: str) -> Callable[[], Any]:
-    """The first of these methods of what a block is released after, which tells its end."""
-    asks: Iterator[Callable[[], Any]] = filter(callable, (getattr(after, x, None) for x in names))
-    if not isinstance(after, type) and (ask := next(asks, None)) is not None:
-        return ask
+    """Return the first of these methods of ``after``, which reports its end."""
+    queries: Iterator[Callable[[], Any]] = filter(
+        callable, (getattr(after, x, None) for x in names)
+    )
+    query = None if isinstance(after, type) else next(queries, None)
+    if query is not None:
+        return query
     raise HostMemoryError(
-        f"A block was released after a {type(after).__name__}, which does not say when it ends; "
-        f"pass a transfer, an event, or anything with {'() or '.join(names)}()."
+        f"Expected work that reports its end, got a {type(after).__name__}. Pass a transfer, an "
+        f"event, or an object with {'() or '.join(names)}()."
     )
 
 
 def stride(block_bytes: int, blocks: int, alignment: int) -> int:
-    """Bytes from one block to the next; raises `HostMemoryError` for numbers that make no pool."""
+    """Return the bytes from one block to the next; raise `HostMemoryError` for numbers that make no
+    pool."""
     numbers = block_bytes, blocks, alignment
     whole = all(isinstance(number, int) and number > 0 for number in numbers)
     if not whole or alignment not in [1 << bit for bit in range(13)]:
         raise HostMemoryError(
-            f"A pool of {blocks!r} blocks of {block_bytes!r} bytes, aligned to {alignment!r}, was "
-            f"asked for; expected one or more of each, and a power of two up to 4096."
+            f"Expected one or more blocks of one or more bytes, aligned to a power of two up to "
+            f"4096, got {blocks!r} blocks of {block_bytes!r} bytes, aligned to {alignment!r}. Pass "
+            f"such numbers."
         )
     return -(-block_bytes // alignment) * alignment
 
 
 def _listed(sentence: str, out: Sequence[object]) -> str:
-    """A sentence, and a line for each block or process; of many, the first."""
+    """Return a sentence, and a line for each block or process; of many, the first lines."""
     if not out:
         return f"{sentence}."
     more = [f"  and {len(out) - 8} more"] if len(out) > 8 else []
-    return "\n".join([f"{sentence}. Out are:", *(f"  {one}" for one in out[:8]), *more])
+    return "\n".join([f"{sentence}. In use:", *(f"  {one}" for one in out[:8]), *more])

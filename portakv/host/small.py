@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small copies: integers or bytes from the host to a device, without a copy engine.
 
-A copy engine ends what it has begun, whatever the streams' priorities: 1,000 integers wait behind
-a gigabyte that was asked for earlier. What the driver takes along with a command does not, and a
-kernel does not. The first way is taken that can be had; `choose` tells which, and why:
+A copy engine ends its current copy, whatever the streams' priorities: 1,000 integers wait for a
+gigabyte that was enqueued earlier. Data in the driver's command does not wait, and a kernel does
+not. The first available method is taken; `choose` reports which, and why:
 
 - ``inline``: up to 65,536 bytes that the CUDA driver takes along with the command to copy them. Not
-  in a graph, and not on a device that reads pageable memory by the host's page tables.
-- ``value`` (extra ``cuda``): up to 32,736 bytes in a launch's parameters. In a graph they are what
-  they were at capture.
-- ``mapped`` (extra ``cuda``): a kernel reads pinned memory; any size. In a graph it is read again
-  at each replay, and `SmallCopy.refill` changes it.
-- ``copy``: by the copy engine, from pinned memory; captured like ``mapped``.
-- ``host``: to the CPU, at once.
+in a graph, and not on a device that reads pageable memory by the host's page tables. - ``value``
+(extra ``cuda``): up to 32,736 bytes in a launch's parameters. In a graph they keep their values of
+the capture. - ``mapped`` (extra ``cuda``): a kernel reads pinned memory; any size. In a graph it is
+read again at each replay, and `SmallCopy.refill` changes it. - ``copy``: by the copy engine, from
+pinned memory; captured like ``mapped``. - ``host``: to the CPU, immediately.
 """
 
 from __future__ import annotations
@@ -29,16 +27,25 @@ from numpy import ndarray
 from torch import Stream, Tensor
 
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
-from portakv.host._small_methods import HOLDS, NUMPY, WAYS, Array, ReadLater, Slot, Target, by_copy
+from portakv.host._small_methods import (
+    HOLDS,
+    METHODS,
+    NUMPY,
+    Array,
+    ReadLater,
+    Slot,
+    Target,
+    by_copy,
+)
 from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import refuse_capture, resolve
 
-#: What small copies take: integers, bytes, a numpy array, or a tensor on the host.
+#: The values that small copies take: integers, bytes, a numpy array, or a tensor on the host.
 Values = Sequence[int] | bytes | bytearray | memoryview | Array | Tensor
 
 _TORCH: dict[np.dtype[Any], torch.dtype] = {own: dtype for dtype, own in NUMPY.items()}
-_NO_REFILL = {  # ways by which nothing is refilled, and why
+_NO_REFILL = {  # methods that refill nothing, and why
     "host": "there are no graphs; send the values again",
     "inline": "it cannot be captured; make it with way='mapped', or send instead of refill",
     "value": "its contents were fixed when it was captured; make it with way='mapped'",
@@ -46,15 +53,18 @@ _NO_REFILL = {  # ways by which nothing is refilled, and why
 
 
 class Chosen(NamedTuple):
-    """A way, and why it was chosen, as a phrase."""
+    """A method, and why it was chosen, as a phrase."""
 
     way: str
     why: str
 
 
 def choose(nbytes: int, device: torch.device | str, way: str | None = None) -> Chosen:
-    """The way that so many bytes of values take to a device; ``way``: one that is asked for. Raises
-    `BackendUnavailable` for one that is unknown, or that this device or size does not allow."""
+    """Return the method by which ``nbytes`` of values go to a device; ``way``: a requested method.
+
+    Raises:
+        BackendUnavailable: an unknown method, or a method that this device or size does not allow.
+    """
     return _choose(_target(resolve(device), None), _count(nbytes, "bytes"), way)
 
 
@@ -67,42 +77,43 @@ def to_device(
     stream: Stream | None = None,
     way: str | None = None,
 ) -> Tensor:
-    """Values of the host as a tensor on a device; the host does not wait.
+    """Return values of the host as a tensor on a device; the host does not wait.
 
     Args:
         values: integers, bytes, a numpy array, or a tensor on the host; read before this returns.
-        device: where to; None: that of ``out``.
-        dtype: an integer dtype or bool; None: that of ``out``, else of the array or tensor, uint8
-            for bytes, int64 for other sequences.
+        device: the target device; None: the device of ``out``.
+        dtype: an integer dtype or bool. None: the dtype of ``out``, else of the array or tensor,
+            uint8 for bytes, int64 for other sequences.
         out: contiguous, of as many elements, written and returned; None: a new tensor with the
             shape of ``values``.
-        stream: where to order it, behind what the current stream holds by now; a reader of the
-            result on another stream has to wait for this one. None: the current stream.
-        way: see the module; None: the best. A graph capture takes only ``"value"``, by name.
+        stream: the stream to order the copy on, after the present work of the current stream. A
+            reader on another stream must wait for this stream. None: the current stream.
+        way: the method, see the module; None: the best. A graph capture takes only ``"value"``, by
+            name.
 
     Raises:
         LayoutError: values that the dtype cannot hold; an ``out`` that does not fit.
         DeviceMismatch: values on a device; an ``out`` or a stream of another device.
-        BackendUnavailable: a way that cannot be had, with the reason.
-        Unsupported: inside graph capture, anything but ``"value"``.
+        BackendUnavailable: a method that is not available, with the reason.
+        Unsupported: inside graph capture, any method but ``"value"``.
     """
     target = _target(device, out)
-    place = target.device
+    target_device = target.device
     dtype = out.dtype if dtype is None and out is not None else dtype
     array = _as_array(values, None if dtype is None else _numpy_dtype(dtype))
     dtype = _TORCH[array.dtype] if dtype is None else dtype
     if stream is not None:
-        streams.check_stream(stream, place)
+        streams.check_stream(stream, target_device)
     best = way is None and array.nbytes <= target.most
     chosen = target.first if best else _choose(target, array.nbytes, way).way
     captured = target.captures()
     if captured and way != "value":
         raise refuse_capture(
             "A small copy by to_device",
-            "say way='value' if its contents may be fixed at capture; use SmallCopy with "
+            "pass way='value' if its contents may be fixed at capture; use SmallCopy with "
             "way='mapped' for contents that are read at each replay",
         )
-    into = _checked(out, array.shape, dtype, place)
+    into = _checked(out, array.shape, dtype, target_device)
     if stream is not None:
         streams.follow_current(stream, *(() if captured else (into,)))
     if chosen not in ("mapped", "copy"):
@@ -110,27 +121,29 @@ def to_device(
         send(array, into, stream, captured)
     elif array.size:
         slot = Slot(NUMPY[dtype], array.size)
-        slot.room[...] = array.reshape(-1)
+        slot.values[...] = array.reshape(-1)
         issue = by_copy if chosen == "copy" else target.kernels.mapped
         issue(into, slot, array.nbytes, stream)
-        streams.completion(place, stream, slot.memory)  # holds the slot until it was read
+        streams.completion(target_device, stream, slot.memory)  # retains the slot until it was read
     return into
 
 
 class SmallCopy:
-    """A small copy that is made again and again, with everything but the values ready; from several
-    threads, if they may share ``out``.
+    """A small copy for repeated use, with everything but the values prepared.
+
+    Several threads may use it, if they may share ``out``.
 
     Args:
         n: the most values of one send.
         dtype: an integer dtype or bool.
-        device: where they go.
-        out: contiguous, ``n`` elements, written by every send; None: a tensor of its own.
-        way: see the module; None: the best. To capture sends into a graph, name one that can be.
+        device: the target device.
+        out: contiguous, ``n`` elements, written by every send; None: a new tensor.
+        way: the method, see the module; None: the best. To capture sends into a graph, name a
+            method that can be captured.
 
     Attributes:
         out: the target.
-        way, why: the way that was taken, and why.
+        way, why: the method, and why it was chosen.
 
     Raises as `to_device` does.
     """
@@ -156,11 +169,12 @@ class SmallCopy:
         self.out = _checked(out, (n,), dtype, target.device)
 
     def send(self, values: Values, *, stream: Stream | None = None) -> Tensor:
-        """Write up to ``n`` values to the beginning of ``out``; ``values`` and ``stream`` are as in
-        `to_device`. Returns ``out``, or of its elements in a row as many as there are values.
+        """Write up to ``n`` values to the beginning of ``out``; ``values`` and ``stream`` as in
+        `to_device`.
 
-        The host waits only by ``mapped`` and ``copy``, once 16 sends are under way. All sends that
-        graphs capture read the same memory, and so carry equally many values.
+        Returns ``out``, or a flat view of as many elements as there are values. The host waits only
+        by ``mapped`` and ``copy``, while 16 sends are pending. All sends that graphs capture read
+        the same memory, and so have the same number of values.
         """
         captures = self._captures()
         if captures and self._uncaptured is not None:
@@ -177,8 +191,8 @@ class SmallCopy:
         most = self._n
         if count > most:
             raise LayoutError(
-                f"{count} values of {out.dtype} were sent by a small copy made for {most}; "
-                f"expected no more. Make one for the most that occur."
+                f"Expected at most {most} values of {out.dtype}, as the small copy was made for, "
+                f"got {count}. Make a SmallCopy for more values."
             )
         if stream is not None:
             streams.check_stream(stream, self._device)
@@ -187,11 +201,14 @@ class SmallCopy:
         return out if count == most else out.view(-1)[:count]
 
     def refill(self, values: Values) -> None:
-        """Change what captured sends carry from the next replay on, as many values as they had. The
-        graph reads the memory while it runs: refill between the end of a replay and the next.
+        """Change the values of captured sends from the next replay on, as many values as they had.
 
-        Raises `Unsupported` by ``value``, whose contents are fixed, or ``inline``, or if nothing
-        was captured; `LayoutError` for another number of values.
+        The graph reads the memory while it runs: refill between the end of a replay and the next.
+
+        Raises:
+            Unsupported: by ``value``, whose contents are fixed, or ``inline``, or if nothing was
+                captured.
+            LayoutError: another number of values.
         """
         if not isinstance(self._send, ReadLater):
             raise Unsupported(f"Refilling a small copy by {self.way!r}", _NO_REFILL[self.way])
@@ -204,56 +221,57 @@ targets: Bounded[torch.device | str | int, Target] = Bounded("small copies' targ
 
 
 def _target(device: torch.device | str | int | None, out: Tensor | None) -> Target:
-    """What is known of a device, by the device or its name."""
+    """Return the target of a device, by the device or its name."""
     if out is not None and not isinstance(out, Tensor):
         raise LayoutError(
-            f"A small copy was given a {type(out).__name__} as out; expected a tensor. Pass one, "
-            f"or none."
+            f"Expected a tensor as out of a small copy, got a {type(out).__name__}. Pass a tensor, "
+            f"or None."
         )
     if device is None:
         if out is None:
             raise DeviceMismatch(
-                "A small copy was asked with neither a device nor an out tensor; expected one of "
-                "them to say where the values go."
+                "Expected a device or an out tensor for a small copy, got neither. Pass one of "
+                "them."
             )
         device = out.device
     try:
         known = targets.get(device)
-    except (TypeError, ValueError):  # it has no hash; `resolve` says that it is no device
+    except (TypeError, ValueError):  # it has no hash; `resolve` raises for what is not a device
         known = None
     if known is None:
-        place = resolve(device)
-        known = targets.get_or_make(place, lambda: Target(place))
+        target_device = resolve(device)
+        known = targets.get_or_make(target_device, lambda: Target(target_device))
         # A name without a number means the current device, which another call may have changed.
-        if place.type == "cpu" or str(device) == str(place):
+        if target_device.type == "cpu" or str(device) == str(target_device):
             targets[device] = known
     return known
 
 
 def _choose(target: Target, nbytes: int, way: str | None) -> Chosen:
-    best = next(each for each in WAYS if target.why_not(each, nbytes) is None)
+    best = next(each for each in METHODS if target.why_not(each, nbytes) is None)
     if way is None:
-        better = WAYS[: WAYS.index(best)]
-        lacks = dict.fromkeys(str(target.why_not(each, nbytes)) for each in better)
-        return Chosen(best, " and ".join(lacks) or HOLDS[best])
-    if str(way) not in WAYS:
+        better = METHODS[: METHODS.index(best)]
+        reasons = dict.fromkeys(str(target.why_not(each, nbytes)) for each in better)
+        return Chosen(best, " and ".join(reasons) or HOLDS[best])
+    if str(way) not in METHODS:
         raise BackendUnavailable(
-            f"A small copy by {way!r} was asked; expected one of {', '.join(WAYS)}, or None for "
-            f"the best."
+            f"Expected way to be one of {', '.join(METHODS)}, or None for the best, got {way!r}. "
+            f"Pass one of these."
         )
     why = target.why_not(way, nbytes)
     if why is not None:
         raise BackendUnavailable(
-            f"A small copy of {nbytes} bytes to {target.device} by {way!r} was asked, but {why}; "
-            f"ask for {best!r}, or for None."
+            f"Expected a small copy of {nbytes} bytes to {target.device} to be possible by "
+            f"{way!r}, but {why}. Pass way={best!r}, or None."
         )
-    return Chosen(way, "it was asked for")
+    return Chosen(way, "it was requested")
 
 
 def _checked(
     out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The target if it fits; None: a new one, to be written to in and outside of inference mode."""
+    """Return the target if it fits; None: a new tensor, writable in and outside of inference
+    mode."""
     if out is None:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
@@ -261,74 +279,64 @@ def _checked(
         return torch.empty(shape, dtype=dtype, device=device)
     if out.device != device:
         raise DeviceMismatch(
-            f"A small copy to {device} was given an out tensor on {out.device}; expected one on "
-            f"{device}. Pass another, or leave the device away."
+            f"Expected an out tensor on {device}, got one on {out.device}. Pass another tensor, or "
+            f"leave the device out."
         )
     count = prod(shape)
     strided = out.layout == torch.strided and not out.is_nested
     if out.dtype != dtype or out.numel() != count or not strided or not out.is_contiguous():
         lies = f"strides {list(out.stride())}" if strided else "not strided"
         raise LayoutError(
-            f"A small copy of {count} values of {dtype} was given an out tensor of {out.numel()} "
-            f"of {out.dtype}, {lies}; expected as many, contiguous. Pass another, or none."
+            f"Expected a contiguous out tensor of {count} values of {dtype}, got {out.numel()} of "
+            f"{out.dtype}, {lies}. Pass another tensor, or None."
         )
     return out
 
 
 def _count(number: Any, what: str) -> int:
-    """How many values or bytes; raises `LayoutError` for what cannot be a number of these."""
+    """Return the number of values or bytes; raise `LayoutError` if it is not one."""
     with suppress(TypeError):
         if 0 <= operator.index(number) < 1 << 48:
             return operator.index(number)
-    raise LayoutError(f"A small copy of {number!r} {what} was asked; expected 0 or more of them.")
+    raise LayoutError(f"Expected a small copy of 0 or more {what}, got {number!r}. Pass a count.")
 
 
 # --- the values -----------------------------------------------------------------------------------
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """What numpy calls a dtype; raises `LayoutError` for anything but an integer dtype or bool."""
+    """Return the numpy dtype of a dtype; raise `LayoutError` unless it is an integer dtype or
+    bool."""
     if not isinstance(dtype, torch.dtype) or dtype not in NUMPY:
         raise LayoutError(
-            f"A small copy of {dtype} was asked; it carries integers and bytes: "
-            f"{', '.join(map(str, NUMPY))}. For other elements pass a tensor's bytes: "
-            f"tensor.view(torch.uint8)."
+            f"Expected integers or bytes for a small copy ({', '.join(map(str, NUMPY))}), got "
+            f"{dtype}. For other elements pass a tensor's bytes: tensor.view(torch.uint8)."
         )
     return NUMPY[dtype]
 
 
 def _as_array(values: Values, wanted: np.dtype[Any] | None) -> Array:
-    """Values as an array of a dtype, in their own shape; a copy only if they have another dtype.
-    None: the array's or tensor's own, uint8 for bytes, int64 for other sequences.
+    """Return values as an array of a dtype, in their own shape; a copy only if they have another
+    dtype.
+
+    ``wanted`` None: the array's or tensor's dtype, uint8 for bytes, int64 for other sequences.
 
     Raises:
         DeviceMismatch: a tensor that is not on the host.
-        LayoutError: something that has no length, elements that are no integers, or a value that
-            the dtype cannot hold.
+        LayoutError: values without a length, elements that are not integers, or a value that the
+            dtype cannot hold.
     """
     array: Array
     if isinstance(values, Tensor):
-        if values.layout != torch.strided or values.is_nested:
-            layout = "nested" if values.is_nested else values.layout
-            raise LayoutError(
-                f"A small copy was asked of a tensor with the layout {layout}; expected "
-                f"torch.strided. Call to_dense() first."
-            )
-        if not values.is_cpu:
-            raise DeviceMismatch(
-                f"A small copy was asked of a tensor on {values.device}; expected values on the "
-                f"host. Use copy_ for what is on a device."
-            )
-        _numpy_dtype(values.dtype)
-        array = values.numpy()
+        array = _of_tensor(values)
     elif isinstance(values, ndarray):
         array = values
     elif isinstance(values, (bytes, bytearray, memoryview)):
         array = np.asarray(memoryview(values))
     elif isinstance(values, str) or not hasattr(values, "__len__"):
         raise LayoutError(
-            f"A small copy was asked of a {type(values).__name__}; expected a list of integers, "
-            f"bytes, an array, or a tensor on the host. Make a list of it first."
+            f"Expected a list of integers, bytes, an array, or a tensor on the host for a small "
+            f"copy, got a {type(values).__name__}. Convert it to a list first."
         )
     else:
         wanted = wanted or NUMPY[torch.int64]
@@ -336,13 +344,36 @@ def _as_array(values: Values, wanted: np.dtype[Any] | None) -> Array:
     wanted = wanted or array.dtype.newbyteorder("=")
     if array.dtype == wanted and wanted in _TORCH:
         return array
+    return _converted(array, wanted)
+
+
+def _of_tensor(values: Tensor) -> Array:
+    """Return a tensor on the host as an array; raise as `_as_array` does."""
+    if values.layout != torch.strided or values.is_nested:
+        layout = "nested" if values.is_nested else values.layout
+        raise LayoutError(
+            f"Expected a tensor with the layout torch.strided for a small copy, got {layout}. Call "
+            f"to_dense() first."
+        )
+    if not values.is_cpu:
+        raise DeviceMismatch(
+            f"Expected values on the host for a small copy, got a tensor on {values.device}. Use "
+            f"copy_ for tensors on a device."
+        )
+    _numpy_dtype(values.dtype)
+    array: Array = values.numpy()
+    return array
+
+
+def _converted(array: Array, wanted: np.dtype[Any]) -> Array:
+    """Return an array in another dtype; raise `LayoutError` for a value that it cannot hold."""
     if array.dtype.kind not in "iub" or wanted not in _TORCH:
         raise LayoutError(
-            f"A small copy was asked of an array of {array.dtype}; expected integers or bool. For "
-            f"other elements pass the array's bytes: array.view('uint8')."
+            f"Expected an array of integers or bool for a small copy, got {array.dtype}. For other "
+            f"elements pass the array's bytes: array.view('uint8')."
         )
     cast: Array = array.astype(wanted)
-    same = cast == array  # a value that wrapped round differs by 256 or more, also as a float
+    same = cast == array  # a wrapped value differs by 256 or more, also as a float
     if not same.all():
         position = int(same.ravel().argmin())
         raise _wrong_value(array.ravel()[position], position, wanted)
@@ -354,14 +385,14 @@ def _of_sequence(values: Sequence[int], wanted: np.dtype[Any]) -> Array:
         array: Array = np.asarray(values)
         if array.ndim == 1 and array.dtype.kind in "iub":
             return array
-    except Exception:  # ragged, or elements that numpy cannot read: told one by one below
+    except Exception:  # ragged, or elements that numpy cannot read: each is checked below
         pass
-    # Also 2**63 among smaller ones, of which numpy would make floats.
+    # Numpy would make floats of integers with 2**63 among them, so they are converted one by one.
     numbers = []
     for position, value in enumerate(values):
         try:
             numbers.append(operator.index(value))
-        except Exception:
+        except Exception:  # an element's own `__index__` may raise anything
             raise _wrong_value(f"a {type(value).__name__}", position, wanted) from None
         if numbers[-1] not in _bounds(wanted):
             raise _wrong_value(numbers[-1], position, wanted)
@@ -369,15 +400,15 @@ def _of_sequence(values: Sequence[int], wanted: np.dtype[Any]) -> Array:
 
 
 def _bounds(wanted: np.dtype[Any]) -> range:
-    """The integers that a dtype holds."""
+    """Return the integers that a dtype holds."""
     if wanted.kind == "b":
         return range(2)
     return range(int(np.iinfo(wanted).min), int(np.iinfo(wanted).max) + 1)
 
 
-def _wrong_value(found: object, position: int, wanted: np.dtype[Any]) -> LayoutError:
+def _wrong_value(value: object, position: int, wanted: np.dtype[Any]) -> LayoutError:
+    bounds = _bounds(wanted)
     return LayoutError(
-        f"A small copy to {_TORCH[wanted]} was asked of values with {found} at position "
-        f"{position}; expected integers from {_bounds(wanted)[0]} to {_bounds(wanted)[-1]}. "
-        f"Correct the value or take a wider dtype."
+        f"Expected integers from {bounds[0]} to {bounds[-1]} for a small copy to {_TORCH[wanted]}, "
+        f"got {value} at position {position}. Correct the value or take a wider dtype."
     )

@@ -66,7 +66,7 @@ class _BatchedMemcpyLaunch(StrategyLaunch):
             src.slots,
             dst.slots,
             count,
-            pinned.seams(),
+            pinned.boundaries(),
             src_index.ids_token,
             src_index.offset,
             dst_index.ids_token,

@@ -252,7 +252,7 @@ def _apart(runs: Runs, views: list[KVView]) -> tuple[Runs, Int64]:
 def _boundaries(views: list[KVView]) -> Int64:
     """Return the addresses, in order, that no copy may cross."""
     several = [view.edges() for view in views if view.entries > 1]
-    addresses = np.sort(np.concatenate([np.array(pinned.seams(), dtype=np.int64), *several]))
+    addresses = np.sort(np.concatenate([np.array(pinned.boundaries(), dtype=np.int64), *several]))
     return (
         addresses[np.append(True, addresses[1:] > addresses[:-1])] if addresses.size else addresses
     )

@@ -111,7 +111,7 @@ class StagedLaunch(StrategyLaunch):
         # If the link is busy, nothing waits for the first slice. All slices are then as large as
         # possible, and wait least often for a model that leaves little of the device free.
         sizes = Sizes(WHOLE, SMALLEST if idle else LARGEST, LARGEST)
-        boundaries = pinned.seams()  # where memory of the host was pinned in parts
+        boundaries = pinned.boundaries()  # where memory of the host was pinned in parts
         if host_index.ids is None and len(host.origins) == 1 and not boundaries:
             # In other memory of the host's form a slice lies at the same distance from its address.
             outside = self.stages.dense.outside

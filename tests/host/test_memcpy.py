@@ -231,7 +231,7 @@ def test_rows_are_the_copy(data: Any) -> None:
     dst, src = tensors
     rows = memcpy.pitched(dst, src)
     if isinstance(rows, str):
-        assert "loops round a run" in rows
+        assert "loops around a run" in rows
         return
     assert rows.width * rows.height == src.nbytes
     for row in range(rows.height):

@@ -105,10 +105,10 @@ def test_what_torch_does_not_offer_is_said() -> None:
         pinned.allocate(ODD, numa=0)
     with pinned.allocate(ODD, huge_pages="reserved") as memory:
         assert "torch's allocator" in memory.notes[0]
-        assert "not told of huge pages" in memory.notes[1]
+        assert "takes no request for huge pages" in memory.notes[1]
         with pytest.raises(Unsupported, match="not registered"):
             memory.device_address()
-    with pytest.raises(HostMemoryError, match="registers no memory that exists"):
+    with pytest.raises(HostMemoryError, match="cannot register existing memory"):
         pinned.register(torch.arange(50000), fallback=False)
 
 

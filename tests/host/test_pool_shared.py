@@ -28,7 +28,7 @@ from portakv.host.shared import PoolExhausted, SharedPool
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The shared pool .* was closed:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:Blocks were in use:ResourceWarning"),
 ]
 
 FOLDER = Path("/dev/shm")
@@ -70,7 +70,7 @@ def test_closed_with_blocks_out(name: str) -> None:
     with SharedPool(name, SIZE, 2) as pool:
         other = SharedPool(name)
         block = other.acquire("decode")
-        with pytest.warns(ResourceWarning, match=r"closed. Out are:\n  block 0.*for decode, "):
+        with pytest.warns(ResourceWarning, match=r"closed. In use:\n  block 0.*for decode, "):
             other.close()
         assert (pool.free, block.held, name in shared.names()) == (2, False, True)
         for call in (other.acquire, other.reclaim, lambda: other.free, lambda: other.high_water):
@@ -123,7 +123,7 @@ def test_kept_and_removed(name: str) -> None:
         with SharedPool(name, SIZE, 2):
             pool.close()  # removes no other file, which has its name by now
             assert name in shared.names()
-    for bad, words in ((name, "there is none"), (3, "letters")):
+    for bad, words in ((name, "got none"), (3, "letters")):
         with pytest.raises(HostMemoryError, match=words):
             shared.remove(bad)  # type: ignore[arg-type]
 
@@ -172,7 +172,7 @@ def test_there_is_room_for_128_and_for_one_in_the_place_of_the_dead(name: str) -
 
     others: list[SharedPool] = []
     child = Opener(fill, name, SIZE, 1)
-    with pytest.raises(HostMemoryError, match="one process more than the 128"):
+    with pytest.raises(HostMemoryError, match="at most 128 processes"):
         SharedPool(name)
     child.kill()
     with SharedPool(name) as pool:  # left behind by the last
@@ -185,7 +185,7 @@ def test_there_is_room_for_128_and_for_one_in_the_place_of_the_dead(name: str) -
 def test_tables_of_many_blocks_count_in_full(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 bytes for each block are more than a numpy type may have."""
     monkeypatch.setattr(_pages, "available", lambda: 1 << 31)
-    with refused(HostMemoryError, f"of {(1 << 31) * 128 + 12288} bytes was asked for"):
+    with refused(HostMemoryError, f"{(1 << 31) * 128 + 12288} bytes for a shared pool"):
         SharedPool(name, 64, 1 << 31)
 
 
@@ -231,10 +231,10 @@ def test_a_process_killed_while_it_makes_the_file(name: str) -> None:
     path.chmod(0o600)
     with SharedPool(name, SIZE, 2) as pool:
         pool.acquire().release()
-        with pytest.raises(HostMemoryError, match="there is none"):
+        with pytest.raises(HostMemoryError, match="got none"):
             SharedPool(name + "x")
     path.write_bytes(bytes(10))
-    with pytest.raises(HostMemoryError, match="there is none"):
+    with pytest.raises(HostMemoryError, match="got none"):
         SharedPool(name)
 
 
@@ -256,9 +256,9 @@ def test_a_block_that_is_adopted_outlives_its_maker(name: str) -> None:
         assert pool.free == 2
         assert bool((block.tensor == 9).all())
         block.release()
-        with pytest.raises(HostMemoryError, match="no process has it"):
+        with pytest.raises(HostMemoryError, match="free or changed hands"):
             pool.adopt(index)
-        with pool.acquire(), pytest.raises(HostMemoryError, match="another one by now"):
+        with pool.acquire(), pytest.raises(HostMemoryError, match="free or changed hands"):
             pool.adopt(index, generation)
 
 

@@ -126,23 +126,23 @@ def test_wrong_values(
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: to_device([1, 2, 3], out=zeros(2)), LayoutError, "3 values .* tensor of 2 of"),
-        (lambda: to_device([1], dtype=torch.int32, out=zeros(1)), LayoutError, "int32 .*int64"),
-        (lambda: to_device([1, 2], out=zeros(4)[::2]), LayoutError, "strides .*contiguous"),
-        (lambda: to_device([1], "cpu", out=zeros(1).to(META)), DeviceMismatch, "cpu .*meta"),
-        (lambda: to_device([1]), DeviceMismatch, "neither a device nor an out tensor"),
+        (lambda: to_device([1, 2, 3], out=zeros(2)), LayoutError, "of 3 values .*got 2 of"),
+        (lambda: to_device([1], dtype=torch.int32, out=zeros(1)), LayoutError, "int32, .*int64"),
+        (lambda: to_device([1, 2], out=zeros(4)[::2]), LayoutError, "contiguous .*strides"),
+        (lambda: to_device([1], "cpu", out=zeros(1).to(META)), DeviceMismatch, "cpu,.*meta"),
+        (lambda: to_device([1]), DeviceMismatch, "a device or an out tensor"),
         (lambda: to_device(zeros(1).to(META), "cpu"), DeviceMismatch, "meta.*copy_"),
-        *((partial(SmallCopy, n, INT, "cpu"), LayoutError, f"of {n!r} values .*0 or more")  # type: ignore
+        *((partial(SmallCopy, n, INT, "cpu"), LayoutError, f"0 or more values, got {n!r}")  # type: ignore
           for n in (-1, "x", 1.5, None, 1 << 70)),
-        *((partial(choose, n, "cpu"), LayoutError, "bytes .*expected 0 or more")  # type: ignore
+        *((partial(choose, n, "cpu"), LayoutError, "Expected .* 0 or more bytes")  # type: ignore
           for n in (-1, "x", None, [], ARRAY, ONE.expand(2))),
-        *((partial(call, dtype=dtype), LayoutError, "it carries integers and bytes")  # type: ignore
+        *((partial(call, dtype=dtype), LayoutError, "Expected integers or bytes")  # type: ignore
           for dtype in (torch.bfloat16, "int32", [], 0, ARRAY, ONE.expand(2))
           for call in (partial(to_device, [1], "cpu"), partial(SmallCopy, 1, device="cpu"))),
-        *((partial(call, out=out), LayoutError, "list.*tensor|not strided; expected as many")
+        *((partial(call, out=out), LayoutError, "tensor .*list|contiguous .*not strided")
           for out in ([0], ONE.to_sparse(), NESTED)
           for call in (partial(to_device, [1]), partial(SmallCopy, 1, INT))),
-        *((partial(to_device, each, "cpu"), LayoutError, "(sparse|nested).*torch.strided")
+        *((partial(to_device, each, "cpu"), LayoutError, "torch.strided .*(sparse|nested)")
           for each in (ONE.to_sparse(), NESTED)),
         (lambda: to_device([[1], [2, 3]], "cpu"), LayoutError, "list at position 0"),  # type: ignore
         *((partial(call, name), BackendUnavailable, f"{name}.* Name a device of")
@@ -151,10 +151,10 @@ def test_wrong_values(
         *((partial(call, device), BackendUnavailable, "not a device of torch|cannot")
           for device in ([], {}, "", -1, 1 << 70, 1.5, True, ARRAY, ONE, object())
           for call in (partial(choose, 64), partial(to_device, []), partial(SmallCopy, 1, INT))),
-        *((lambda way=way: choose(1, "cpu", way), BackendUnavailable, "on the CPU.*ask for 'host'")
+        *((lambda way=way: choose(1, "cpu", way), BackendUnavailable, "on the CPU.*way='host'")
           for way in ("inline", "value", "mapped", "copy")),
-        (lambda: choose(1, "cpu", "pigeon"), BackendUnavailable, "'pigeon'.*inline, value, mapped"),
-        *((partial(choose, 1, "cpu", way), BackendUnavailable, "by .* copy, host, or None")  # type: ignore
+        (lambda: choose(1, "cpu", "pigeon"), BackendUnavailable, "inline, value, mapped.*'pigeon'"),
+        *((partial(choose, 1, "cpu", way), BackendUnavailable, "copy, host, or None")  # type: ignore
           for way in ([], 1, ARRAY, ONE.expand(2))),
     ],
 )  # fmt: skip
@@ -212,13 +212,13 @@ def test_the_best_way_and_those_that_may_be_named(
             assert choose(nbytes, CARD) == ("inline", ALONG)
     assert choose(nbytes, CARD) == wanted
     kernel = {"extra": WITHOUT, "compiler": OLD}.get("".join(lacks[-1:]))
-    whys = {"host": "no CPU", "inline": SHARED if "inline" in lacks else "65536"}
-    for way in _small_methods.WAYS:
+    whys = {"host": "not a CPU", "inline": SHARED if "inline" in lacks else "65536"}
+    for way in _small_methods.METHODS:
         if way in allowed.split():
-            assert choose(nbytes, CARD, way) == (way, "it was asked for")
+            assert choose(nbytes, CARD, way) == (way, "it was requested")
         else:
             why = whys.get(way, kernel or HELD)
-            with refused(BackendUnavailable, f"{nbytes} bytes", why, f"ask for '{wanted[0]}'"):
+            with refused(BackendUnavailable, f"{nbytes} bytes", why, f"way='{wanted[0]}'"):
                 choose(nbytes, CARD, way)
 
 

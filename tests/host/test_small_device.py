@@ -191,7 +191,7 @@ def test_what_a_capture_carries_changes_with_refill(monkeypatch: pytest.MonkeyPa
     sender.refill(torch.tensor([4, 5, 6]))
     play()
     assert landed.tolist() == [4, 5, 6]
-    with refused(LayoutError, "3 values", "given 2"):
+    with refused(LayoutError, "3 values", "got 2"):
         sender.refill([1, 2])
     with refused(LayoutError, "position 2"):
         sender.refill([7, 8, 2**31])

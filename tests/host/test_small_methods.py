@@ -311,7 +311,7 @@ def test_where_it_can_be_had(card: Card) -> None:
         ("cannot open it", (_cuda_driver, "library", Mock(side_effect=OSError("cannot open it")))),
         ("undefined symbol: cuMemcpyHtoDAsync_v2", (_cuda_driver, "library", Without)),
         ("^this torch is built for ROCm, not for CUDA$", (torch.version, "hip", "6.4")),
-        ("does not tell .*CUDA_ERROR_INVALID_VALUE", None),
+        ("does not report .*CUDA_ERROR_INVALID_VALUE", None),
         ("^cuda:1 reads pageable memory by the host's page tables", None),
     ],
 )
@@ -319,7 +319,7 @@ def test_why_it_cannot_be_had(
     card: Card, why: str, patched: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if patched is None:
-        card.library.read_by_page_tables(1, untold="tell" in why)
+        card.library.read_by_page_tables(1, untold="report" in why)
     else:
         monkeypatch.setattr(*patched)
     assert re.search(why, _small_methods.why_not_inline(CARD) or "")

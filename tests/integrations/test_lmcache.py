@@ -149,13 +149,13 @@ def test_what_a_spec_pins_is_adopted_piece_by_piece() -> None:
     class Spec(plug.CpuSpec, Pinning):  # type: ignore[misc]
         """PortaKV's spec over one that can pin."""
 
-    before = {*pinned.seams()}
+    before = {*pinned.boundaries()}
     spec = Spec()
     assert [spec.pin_memory(at, 4096, 2) for at in (1 << 20, (1 << 20) + 4096)] == [True, True]
     assert not spec.pin_memory((1 << 20) + 8192, 8192, 2)
-    assert {*pinned.seams()} - before == {(1 << 20) + 4096}
+    assert {*pinned.boundaries()} - before == {(1 << 20) + 4096}
     assert spec.unpin_memory((1 << 20) + 4096)
-    assert {*pinned.seams()} == before
+    assert {*pinned.boundaries()} == before
     assert spec.unpin_memory(1 << 20)
 
 

@@ -80,46 +80,46 @@ def test_copies_are_cut_where_pieces_meet(
 
 
 def test_seams_last_as_long_as_somebody_tells_of_them() -> None:
-    before = pinned.seams()
+    before = pinned.boundaries()
     pieces = [(1 << 20, 4096), ((1 << 20) + 4096, 4096), (1 << 22, 4096)]
     first = pinned.adopt(pieces)
     second = pinned.adopt(pieces)
     told = tuple(sorted((*before, (1 << 20) + 4096)))
-    assert pinned.seams() == told, "pieces that do not touch have no seam"
+    assert pinned.boundaries() == told, "pieces that do not touch have no seam"
     first.close()
     first.close()
-    assert pinned.seams() == told
+    assert pinned.boundaries() == told
     second.close()
-    assert pinned.seams() == before
+    assert pinned.boundaries() == before
 
 
 def test_pieces_that_were_told_of_one_by_one_meet_as_well() -> None:
-    before = pinned.seams()
+    before = pinned.boundaries()
     page = 4096
     told = [pinned.adopt([(at * page, page)]) for at in (300, 302, 301, 310)]
-    assert {*pinned.seams()} - {*before} == {301 * page, 302 * page}
+    assert {*pinned.boundaries()} - {*before} == {301 * page, 302 * page}
     told[0].close()
-    assert {*pinned.seams()} - {*before} == {302 * page}
+    assert {*pinned.boundaries()} - {*before} == {302 * page}
     for each in told:
         each.close()
-    assert pinned.seams() == before
+    assert pinned.boundaries() == before
 
 
 def test_pieces_are_forgotten_if_nothing_holds_them() -> None:
-    before = pinned.seams()
+    before = pinned.boundaries()
     page = 4096
     adopted = pinned.adopt([(500 * page, page), (501 * page, page)])
-    assert {*pinned.seams()} - {*before} == {501 * page}
+    assert {*pinned.boundaries()} - {*before} == {501 * page}
     del adopted
     gc.collect()
-    assert pinned.seams() == before
+    assert pinned.boundaries() == before
 
 
 @pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
 @pytest.mark.parametrize("registered", [True, False])
 def test_a_finalizer_that_runs_while_seams_are_worked_out(registered: bool) -> None:
     """It may run at any place of a thread, also where that one holds the lock."""
-    before = pinned.seams()
+    before = pinned.boundaries()
     page = 4096
     if registered:
         gone: Any = pinned.allocate(4 * page, largest=2 * page)
@@ -127,7 +127,7 @@ def test_a_finalizer_that_runs_while_seams_are_worked_out(registered: bool) -> N
         gone = pinned.adopt([(600 * page, page), (601 * page, page)])
 
     def finalize(frame: FrameType, event: str, argument: object) -> None:
-        if argument is sorted and frame.f_code.co_name == "_tell":
+        if argument is sorted and frame.f_code.co_name == "_update":
             sys.setprofile(None)
             gone.close()
 
@@ -136,17 +136,17 @@ def test_a_finalizer_that_runs_while_seams_are_worked_out(registered: bool) -> N
         adopted = pinned.adopt([(500 * page, page), (501 * page, page)])
     finally:
         sys.setprofile(None)
-    assert {*pinned.seams()} - {*before} == {501 * page}
+    assert {*pinned.boundaries()} - {*before} == {501 * page}
     adopted.close()
-    assert pinned.seams() == before
+    assert pinned.boundaries() == before
 
 
 @pytest.mark.parametrize(
     "pieces", [[(0, 4096)], [(4096, 0)], [(4096, 1.5)], [4096], [(4096, 4096), (8000, 10)]], ids=str
 )
 def test_what_are_no_pieces(pieces: Any) -> None:
-    before = pinned.seams()
+    before = pinned.boundaries()
     with pytest.raises(HostMemoryError) as refused:
         pinned.adopt(pieces)
     check_sentence(str(refused.value), "(address, bytes)")
-    assert pinned.seams() == before
+    assert pinned.boundaries() == before

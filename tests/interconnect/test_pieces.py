@@ -73,7 +73,7 @@ def test_pieces_are_the_runs(runs: Runs) -> None:
 @given(drawn_runs(), st.lists(st.integers(0, 400), max_size=6, unique=True))
 def test_no_piece_reaches_over_a_seam(runs: Runs, seams: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pinned, "seams", lambda: tuple(sorted(seams)))
+        patch.setattr(pinned, "boundaries", lambda: tuple(sorted(seams)))
         judge(runs, to_2d_copies(runs), seams)
 
 
@@ -202,7 +202,7 @@ def test_units_at_addresses_are_pieces_of_their_own(
     if mine == "of tensors":
         views[0] = KVView(memory, "block token dim")
     at = views[0].addresses[0] + 96 * 7 + 40
-    monkeypatch.setattr(pinned, "seams", lambda: (int(at),))
+    monkeypatch.setattr(pinned, "boundaries", lambda: (int(at),))
     named = rng.permutation(number)[:40]
     ids = Index(named, 4)
     if tokens < 4:
@@ -223,15 +223,15 @@ def test_units_at_addresses_are_pieces_of_their_own(
 
 @pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
 def test_seams_between_registrations() -> None:
-    before = pinned.seams()
+    before = pinned.boundaries()
     with pinned.allocate(4 * PAGE, largest=2 * PAGE) as memory:
         cuts = tuple(memory.address + seam for seam in memory.seams)
-        assert pinned.seams() == tuple(sorted((*before, *cuts)))
+        assert pinned.boundaries() == tuple(sorted((*before, *cuts)))
         pieces = to_2d_copies(runs_of([memory.address], [0], 4 * PAGE))
         # Torch's own pinned memory, on a device that has such, is registered in one.
         assert pieces.number == 1 + len(cuts)
     del memory
-    assert pinned.seams() == before
+    assert pinned.boundaries() == before
 
 
 def test_nothing_is_done_run_by_run() -> None:
@@ -366,7 +366,7 @@ def test_no_piece_of_a_large_copy_reaches_over_a_seam(
         for behind in (0, 40 * 64, 5 * 40 * 64, 9 * 64, 3 * 40 * 64 + 6 * 64 + 24):
             seam = move[:2][side].origins[0] + behind
             with monkeypatch.context() as patch:
-                patch.setattr(pinned, "seams", lambda seam=seam: (seam,))
+                patch.setattr(pinned, "boundaries", lambda seam=seam: (seam,))
                 folded(move, [seam])
 
 

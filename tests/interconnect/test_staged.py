@@ -458,7 +458,7 @@ def test_memory_that_is_pinned_in_other_parts_is_cut_there(
         start, past = max(crossed, key=lambda ends: ends[1] - ends[0])
         seam = (start + past) // 2
         assert start < seam < past  # it is one that matters
-        monkeypatch.setattr(pinned, "seams", lambda seam=seam: (seam,))
+        monkeypatch.setattr(pinned, "boundaries", lambda seam=seam: (seam,))
         crossed.clear()
         transfer()
         assert crossed
