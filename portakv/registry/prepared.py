@@ -118,8 +118,7 @@ def prepared(
 
 
 def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
-    """Prepare a launch by the chosen backend; unless it was forced, by the first that takes the
-    plan.
+    """Prepare a launch by the chosen backend, else by the next that takes the plan, unless forced.
 
     Raises:
         Unsupported: no backend takes the plan (or the forced one does not), with the trace.
