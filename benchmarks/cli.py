@@ -352,7 +352,7 @@ def run_storage(args: argparse.Namespace, device: torch.device) -> dict[str, Any
 def run_migration(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measure what crosses between two processes; returns what is written as JSON."""
     if forced := os.environ.get("PORTAKV_MOVER"):
-        raise PortaKVError(f"PORTAKV_MOVER={forced} forces one mover on every way. Unset it.")
+        raise PortaKVError(f"PORTAKV_MOVER={forced} forces a transport for all methods. Unset it.")
     package = "portakv_benchmarks.migration."
     try:
         suite_ = import_module(f"{package}suite")

@@ -2,7 +2,7 @@
 """A fresh process: from torch imported and a device context made to the first finished transfer.
 
 Counted are PortaKV's own imports, its self-check, registration and the transfer; *cold* with an
-empty cache of compiled kernels, *warm* with the one that the process before left behind. The
+empty cache of compiled kernels, *warm* with the one that the process before left. The
 process is this file, run by its path: ``python cold_start.py BACKEND DEVICE``. It prints seconds,
 and whether the bytes were right, as JSON.
 """
@@ -34,7 +34,7 @@ def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, An
     results: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            for times in results.values():  # the second finds what the first left behind
+            for times in results.values():  # the second uses the cache of the first
                 times.append(_start(backend, device, Path(folder)))
     return [
         {

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite: which shapes, arrangements, index lists and backends a preset measures, and how the
-rows stand to each other."""
+"""Measure the shapes, arrangements, index lists and backends of a preset, and relate their rows."""
 
 from __future__ import annotations
 
@@ -84,7 +83,7 @@ class Task(NamedTuple):
 
 
 class Field(NamedTuple):
-    """Everything that is measured beside `copy_`, and how."""
+    """The subjects that are compared with `copy_`, and the timer."""
 
     backends: Sequence[str]
     peers: Sequence[LMCache]
@@ -114,8 +113,10 @@ def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iter
 
 
 def run_task(task: Task, preset: Preset, field: Field) -> Rows:
-    """Measure one workload in every way; a row for each, that of `copy_` first. Repeats have memory
-    of their own."""
+    """Measure one workload by every method; return a row for each, that of `copy_` first.
+
+    Each repeat has separate memory.
+    """
     shape = task.shape
     if task.left_out:
         field.left_out.append(f"{task}: {task.left_out}")
@@ -145,7 +146,7 @@ def ceiling(work: Workload) -> Variant:
 def _variants(
     work: Workload, preset: Preset, field: Field, place: str, left_out: list[str]
 ) -> list[Variant]:
-    """Every way of moving a workload; adds a line on each that cannot be made."""
+    """Return every method of moving a workload; add a line for each that cannot be made."""
     results: list[Variant] = []
     for index in (index for index in work.shape.index if index in preset.index):
         made = [(name, _backend_methods(work, name, index)) for name in field.backends]
@@ -333,7 +334,7 @@ def _relate_copies(group: Rows) -> None:
 
 
 def peer_failures(rows: Rows) -> list[str]:
-    """What a peer carried out wrongly, a line each."""
+    """Return a line for each wrong result of a peer."""
     wrong = [row for row in rows if row.get("peer") and not row["verified"]]
     fields = "{shape}, layers {layers}, {backend} {op} {index}: some bytes were wrong"
     return [fields.format_map(row) for row in wrong]

@@ -112,7 +112,7 @@ def _row(
 
 
 def _times(call: Callable[..., float], calls: int) -> tuple[list[float], list[float]]:
-    """Microseconds of the first calls of rounds, and of those behind them."""
+    """Return the microseconds of the first calls of rounds, and of the later calls."""
     call()
     idle = [call()]
     times = list[float]()

@@ -36,28 +36,30 @@ from portakv_benchmarks.shared.shapes import in_words
 _OTHERS = 2
 #: Repeats with the loop on a stream of its own, at most.
 _ON_OWN = 3
-#: Seconds after which a loop beside a mover is given up: it would never begin.
+#: Seconds after which a loop alongside traffic is given up: it would never begin.
 HELD_UP = 15.0
 _JUDGED = (MEMCPY, suite.CHOSEN, HOST_DETACHED.name)
 
-#: The movers of a direction.
+#: Makes the traffic of a direction.
 MakeTraffic = Callable[[Bench, str], Iterable[Traffic]]
 
 
 class Met:
-    """What a mover's meetings with the loop gave."""
+    """The measurements of a loop alongside one traffic."""
 
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
-        self.times = list[float]()  # milliseconds of the loop beside it
+        self.times = list[float]()  # milliseconds of the loop alongside the traffic
         self.alone = list[float]()  # and of the loop alone, for each of them
         self.links = list[float]()  # 10^9 bytes in a second meanwhile
         self.dry = 0  # how often all transfers had ended when the next was issued
 
 
 def interference_steps(bench: Bench) -> Iterator[Step]:
-    """A step for each loop and direction, beside plain memcpy and every engine; and with the loop
-    on a stream of its own, beside what bars judge."""
+    """Yield a step for each loop and direction, alongside plain memcpy and every strategy.
+
+    With the loop on a separate stream, the steps run only what performance targets judge.
+    """
     kinds = (traffic_sources.DEFAULT, each_engine, bench.preset.repeats), (OWN, _chosen, _ON_OWN)
     for (where, make, most), direction, loop in product(kinds, DIRECTIONS, LOOPS):
         requested = loop, where, direction
@@ -65,7 +67,7 @@ def interference_steps(bench: Bench) -> Iterator[Step]:
 
 
 def peer_steps(bench: Bench) -> Iterator[Step]:
-    """The same beside plain memcpy and peers; no step if there are none."""
+    """Yield the same steps for plain memcpy and peers; no step without peers."""
     for direction, loop in product(DIRECTIONS if bench.peers else (), LOOPS):
         requested = loop, traffic_sources.DEFAULT, direction
         yield f"peers {_place(*requested)}", partial(_measure, bench, *requested, _peers, _OTHERS)
@@ -96,8 +98,10 @@ class Meeting:
         self._side = bench.stream()
 
     def rows(self, make: MakeTraffic, repeats: int, judged: Container[str] = _JUDGED) -> Rows:
-        """A row for each mover that could meet the loop; those that are not ``judged`` meet it less
-        often."""
+        """Return a row for each traffic that ran alongside the loop.
+
+        Traffic that is not ``judged`` runs less often.
+        """
         methods = self._methods
         results = make(self._bench, self._direction)
         usable = [Met(one) for one in results if methods.tried(one, Traffic.once)]
@@ -117,28 +121,28 @@ class Meeting:
         return rows
 
     def _repeat(self, taking_part: list[Met]) -> list[Met]:
-        """Let movers meet the loop one after the other; those that could."""
+        """Run each traffic alongside the loop in turn; return the traffic that succeeded."""
         methods = self._methods
         if not methods.usable:
             return taking_part
         before = self._alone()
         stayed = [
-            met for met in taking_part if methods.tried(met.traffic, partial(self._beside, met))
+            met for met in taking_part if methods.tried(met.traffic, partial(self._alongside, met))
         ]
-        behind = self._alone() if methods.usable else before
+        after = self._alone() if methods.usable else before
         for met in taking_part:
-            met.alone += [(before + behind) / 2] * (len(met.times) - len(met.alone))
+            met.alone += [(before + after) / 2] * (len(met.times) - len(met.alone))
         return stayed if methods.usable else [met for met in taking_part if met.times]
 
     def _alone(self) -> float:
-        """Milliseconds of the loop when nothing else runs."""
+        """Return the milliseconds of the loop when nothing else runs."""
         first, last = self._ready()
         self._start(first, last)
         self._bench.module.synchronize()
         return float(first.elapsed_time(last))
 
-    def _beside(self, met: Met, traffic: Traffic) -> None:
-        """Let a mover meet the loop; raises `RuntimeError` if that does not end in time."""
+    def _alongside(self, met: Met, traffic: Traffic) -> None:
+        """Run traffic alongside the loop; raise `RuntimeError` if the loop does not end in time."""
         traffic.variant.poison(0)
         queue = Queue(self._bench.module, traffic, self._side)
         first, last = self._ready()
@@ -230,8 +234,10 @@ def by_peer(peer: LMCache, sides: Sides, direction: str) -> Callable[[], object]
 
 
 def compare(rows: Rows) -> None:
-    """Write into each row how it stands to plain memcpy beside the same loop: ``over_memcpy``, in
-    points of slow-down, and ``link_ratio``, of the link's bandwidth meanwhile."""
+    """Compare each row with plain memcpy alongside the same loop.
+
+    Writes ``over_memcpy``, in points of slow-down, and ``link_ratio``, of the link's bandwidth.
+    """
     for point in grouped(rows, "loop", "stream", "op"):
         for floor, row in product(having(point, backend=MEMCPY), point):
             if row is not floor:
@@ -239,7 +245,7 @@ def compare(rows: Rows) -> None:
                 row["link_ratio"] = short(row["link_gb_per_s"] / floor["link_gb_per_s"])
 
 
-# --- copies of others beside transfers ------------------------------------------------------------
+# --- copies of other streams during transfers -----------------------------------------------------
 
 #: Bytes of the other's copy: what a kernel may carry out, and what surely takes a copy engine.
 OTHERS = (64, 1 << 20)

@@ -19,7 +19,7 @@ from portakv_benchmarks.cli import write
 from portakv_benchmarks.shared import recorded
 from portakv_benchmarks.shared.tables import print_results
 
-#: What has to be the same for figures to stand beside each other.
+#: Fields that must be equal for figures to be comparable.
 _SAME = ("device", "driver_version", "torch", "portakv", "python")
 
 

@@ -150,8 +150,8 @@ def sends_of(
     seen = {name: {state: list[Seen]() for state in ("idle", "paced", "busy")} for name in methods}
 
     def send(name: str, state: str, n: int) -> None:
-        beside = None if state == "idle" else large
-        seen[name][state].append(timed(bench, methods[name], count, n, beside, state == "busy"))
+        alongside = None if state == "idle" else large
+        seen[name][state].append(timed(bench, methods[name], count, n, alongside, state == "busy"))
         bench.module.synchronize()
 
     samples = bench.preset.small_samples

@@ -44,7 +44,7 @@ class HostPreset:
     duplex: tuple[int, ...]  # payloads each way, of both directions at once
     pageable: tuple[int, ...]  # payloads between a device and pageable memory
     ring_slots: tuple[tuple[int, int], ...]  # of a plain pinned ring: slots, and bytes of one
-    beside: int  # the payload of one transfer beside a model
+    alongside: int  # the payload of one transfer beside a model
     loop_seconds: float  # how long a loop runs alone
     repeats: int  # how often each way meets it
     waiting: float  # seconds of transfers that follow each other, beside copies of another stream
@@ -80,7 +80,7 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
         duplex=(32 * MB, 128 * MB, 512 * MB),
         pageable=(32 * MB, 256 * MB),
         ring_slots=((2, 4 * MB), (4, 4 * MB), (3, 16 * MB), (4, 16 * MB)),
-        beside=128 * MB,
+        alongside=128 * MB,
         loop_seconds=0.55,
         repeats=5,
         waiting=0.2,
@@ -104,7 +104,7 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
         duplex=(64 * KB,),
         pageable=(64 * KB,),
         ring_slots=((2, 16 * KB),),
-        beside=64 * KB,
+        alongside=64 * KB,
         loop_seconds=0.001,
         repeats=2,
         waiting=0.001,
@@ -166,7 +166,7 @@ class Bench:
 
     def sides(self, case: Case) -> Sides:
         """A case in the kept memory, with copies of its ids wherever engines read them."""
-        largest = max(case.payload, self.preset.beside, *self.preset.payloads)
+        largest = max(case.payload, self.preset.alongside, *self.preset.payloads)
         sides = Sides(case, self.region(largest))
         sides.settle()
         return sides

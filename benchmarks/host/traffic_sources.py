@@ -18,7 +18,7 @@ from portakv_benchmarks.host.cases import Sides, case_of, scene
 from portakv_benchmarks.host.suite import BATCHED_MEMCPY, KB, Bench, HostPreset, Method
 from portakv_benchmarks.shared.harness import FAILURES, Variant, in_a_line, take_error
 
-#: Lengths of rows that are moved beside something else; `batched_memcpy` has blocks.
+#: Lengths of rows that move alongside a loop; `batched_memcpy` has blocks.
 RUNS = (2 * KB, 256)
 BLOCK_RUN = 32 * KB
 #: Transfers in the queue at a time: several milliseconds of the link's time, in which the host
@@ -54,7 +54,7 @@ class Traffic:
 
 
 class Queue:
-    """Keeps transfers of a mover following each other on a stream."""
+    """Issues the transfers of one traffic on a stream, one after the other."""
 
     def __init__(self, module: Any, traffic: Traffic, stream: torch.Stream) -> None:
         self.traffic = traffic
@@ -91,7 +91,7 @@ class Queue:
 
 
 def recorded(module: Any, stream: torch.Stream) -> Any:
-    """An event behind what a stream holds; one that tells no time."""
+    """Return an event after the work of a stream, without timing."""
     event = module.Event()
     event.record(stream)
     return event
@@ -107,7 +107,7 @@ class Methods:
         self.usable = True  # no failure has taken the device
 
     def tried(self, traffic: Traffic, action: Callable[[Traffic], object]) -> bool:
-        """Whether a mover could be put to some use; what has failed by then is this mover's."""
+        """Return whether an action with traffic succeeded; report its failure otherwise."""
         if not self.usable:
             return False
         synchronise = self._bench.module.synchronize
@@ -133,8 +133,8 @@ class Methods:
 
 def sides_of(bench: Bench, run: int) -> Sides:
     """A chunk of the host with rows of ``run`` bytes, or blocks of so many in a plane."""
-    case = case_of(scene(run), bench.preset.beside)
-    assert case is not None, f"{bench.preset.beside} bytes are no whole runs of {run}"
+    case = case_of(scene(run), bench.preset.alongside)
+    assert case is not None, f"{bench.preset.alongside} bytes are no whole runs of {run}"
     return bench.sides(case)
 
 

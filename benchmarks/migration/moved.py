@@ -25,7 +25,7 @@ GROUP = "distributed"
 
 
 def staged_steps(bench: MigrationBench) -> Iterator[Step]:
-    """Each mover that can be used here."""
+    """Yield a step for each transport that can be used here."""
     if bench.across == "one device":
         bench.left_out.append(f"staged, {GROUP}: NCCL needs a device for each process")
     else:
@@ -149,8 +149,8 @@ def _rows(
     name: str,
     nbytes: int,
     methods: list[Method],
-    beside: Mapping[str, str],
+    compared_with: Mapping[str, str],
 ) -> Rows:
     case = USUAL if kind == "staged" else BLOCKS
     fields: dict[str, Any] = {"kind": f"migrate_{kind}", "shape": name, "op": in_words(nbytes)}
-    return bench.compared(fields, CASES[case].payload(nbytes), methods, beside)
+    return bench.compared(fields, CASES[case].payload(nbytes), methods, compared_with)

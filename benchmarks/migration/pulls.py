@@ -46,15 +46,15 @@ def _mapped(bench: MigrationBench, case: str) -> Rows:
             bench.method(MAPPED, partial(near.pull, ticket, nbytes, overlap="idle"), right),
             bench.method(RAW, partial(near.copy, nbytes), partial(right, True)),
         ]
-        beside = {"of_raw": "raw copy"}
+        compared_with = {"of_raw": "raw copy"}
         if bench.on:
             methods += _between(bench, CASES[case].payload(nbytes))
         else:
             methods.append(bench.method(ROWS, partial(near.rows, nbytes), right))
-            beside["of_rows"] = ROWS
+            compared_with["of_rows"] = ROWS
         fields: Row = {"kind": "migrate_mapped", "shape": case, "op": in_words(nbytes)}
         fields["row_bytes"] = CASES[case].row_bytes
-        rows += bench.rows(fields, CASES[case].payload(nbytes), methods, beside)
+        rows += bench.rows(fields, CASES[case].payload(nbytes), methods, compared_with)
     return rows
 
 

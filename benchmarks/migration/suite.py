@@ -98,8 +98,8 @@ class MigrationBench(Bench):
     if there is one; and what is installed beside."""
 
     def __init__(self, device: torch.device, preset: MigrationPreset) -> None:
-        beside = replace(HOST_PRESETS["tiny"], matmul=preset.matmul, loop_seconds=preset.seconds)
-        super().__init__(device, beside)
+        loops = replace(HOST_PRESETS["tiny"], matmul=preset.matmul, loop_seconds=preset.seconds)
+        super().__init__(device, loops)
         self.sizes = preset
         self.on = int(device.type != "cpu")
         self.absent = {name: "not installed" for name in PEERS if find_spec(name) is None}
@@ -172,7 +172,7 @@ class MigrationBench(Bench):
         super().forget()
 
     def rows(
-        self, fields: Row, nbytes: int, methods: list[Method], beside: Mapping[str, str]
+        self, fields: Row, nbytes: int, methods: list[Method], compared_with: Mapping[str, str]
     ) -> list[Row]:
         """A row for each way, with other bytes in each round."""
         used = set[str]()
@@ -185,18 +185,18 @@ class MigrationBench(Bench):
             method.prepare()
 
         made = [method._replace(prepare=partial(ready, method)) for method in methods]
-        return self.compared(fields, nbytes, made, beside)
+        return self.compared(fields, nbytes, made, compared_with)
 
     def compared(
-        self, fields: Row, nbytes: int, methods: list[Method], beside: Mapping[str, str]
+        self, fields: Row, nbytes: int, methods: list[Method], compared_with: Mapping[str, str]
     ) -> list[Row]:
         """A row for each way; what others are beside is beside nothing itself."""
         many = self.trials.rounds * (5 if self.on and nbytes < _SMALL else 1)
         trials = replace(self.trials, rounds=many)
-        rows = trials.rows({**fields, "across": self.across}, nbytes, methods, beside)
+        rows = trials.rows({**fields, "across": self.across}, nbytes, methods, compared_with)
         for row in rows:
-            if row["backend"].startswith(tuple(beside.values())):
-                for name in beside:
+            if row["backend"].startswith(tuple(compared_with.values())):
+                for name in compared_with:
                     row.pop(name, None)
             if self.on:  # the host's time is no measure of a device's work
                 row.pop("cpu_us_per_mib")

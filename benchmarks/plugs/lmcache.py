@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LMCache's ops as its connectors and its daemon call them, with its own and with PortaKV's code;
-and the path of its engine-driven connector with either, from caches to chunks and back.
+"""Measure LMCache's ops as its connectors and its daemon call them, with its code and PortaKV's.
+
+The path of its engine-driven connector, from caches to chunks and back, is measured with both, too.
 
 Its own are the compiled ones if they load here, by addresses; else the torch ops of its package, by
 tensors, as it has them on devices without kernels. Of these the calls of torch and the waits of the
@@ -27,7 +28,7 @@ from portakv.integrations import lmcache_ops
 from portakv.integrations.lmcache_formats import FUSED, LAYOUTS, MLA
 from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.plugs import suite
-from portakv_benchmarks.plugs.suite import OURS, OWN, Asked, Call, Case, PlugBench, Side
+from portakv_benchmarks.plugs.suite import OURS, OWN, Call, Case, PlannedCase, PlugBench, Side
 from portakv_benchmarks.shared.harness import Rows, Step, in_a_line, short
 from portakv_benchmarks.shared.peers import load
 from portakv_benchmarks.shared.shapes import Shape, in_words
@@ -58,7 +59,7 @@ _KEYS_ALONE = (10, 12)  # whose head size by slots is that of keys, though a row
 #: The format of vLLM's caches, and those that are measured in several sizes and places.
 _FIRST = 1
 _SOME = (1, 5, 6, 7)
-#: Formats whose calls are counted: tokens outermost, heads outermost, keys beside values.
+#: Formats whose calls are counted: tokens outermost, heads outermost, keys next to values.
 _COUNTED = (1, 6, 7)
 _COUNTED_LAYERS = 32
 
@@ -127,13 +128,13 @@ class Task(NamedTuple):
     op: str
 
     def __str__(self) -> str:
-        """``slots, narrow rows, 1 MB, object on the host``; the format is told beside it."""
+        """``slots, narrow rows, 1 MB, object on the host``; the format is a separate label."""
         rows = ", narrow rows" if self.narrow else ""
         place = "host" if self.on_host else "device"
         return f"{self.kernel}{rows}, {in_words(self.payload)}, object on the {place}"
 
 
-def _asked(bench: PlugBench, own: Ops | None, ours: Ops) -> Iterator[Asked]:
+def _asked(bench: PlugBench, own: Ops | None, ours: Ops) -> Iterator[PlannedCase]:
     """What each bar judges comes first, since time may run out; then all formats, and the other
     size of some of them; that of the others comes late."""
     large, *smaller = bench.sizes.payloads
@@ -153,9 +154,9 @@ def _asked(bench: PlugBench, own: Ops | None, ours: Ops) -> Iterator[Asked]:
             found.setdefault(Task(kernel, number, narrow, payload, on_host, op), late)
     for task, late in found.items():
         if _is_called(task, own):
-            beside = task == Task("slots", _FIRST, False, large, True, task.op)
+            alongside = task == Task("slots", _FIRST, False, large, True, task.op)
             make = partial(_case, bench, own, ours, task)
-            yield Asked(f"{task}, format {task.number}, {task.op}", make, beside, late)
+            yield PlannedCase(f"{task}, format {task.number}, {task.op}", make, alongside, late)
 
 
 def _is_called(task: Task, own: Ops | None) -> bool:
@@ -203,7 +204,7 @@ def shape_of(number: int, layers: int, payload: int, narrow: bool = False) -> Sh
 def sides_of(
     bench: PlugBench, shape: Shape, number: int, op: str, on_host: bool, objects: int = 1
 ) -> tuple[Side, Side]:
-    """Caches, and objects that lie behind each other; what is read has bytes of its own."""
+    """Return caches, and contiguous objects; the source has bytes that name their places."""
     tensors = shape.layers if shape.layered else 1
     salts = suite.turned(op, 1, None)
     if LAYOUTS[number].startswith(("kv layer", "layer kv")):
@@ -395,7 +396,7 @@ class Calls(TorchDispatchMode):
 
 
 def _count(bench: PlugBench, own: Ops | None, ours: Ops, number: int) -> Rows:
-    """A store and a load by blocks with either set of ops, by tensors, behind others of each."""
+    """Count a store and a load by blocks with either set of ops, by tensors, after a first call."""
     rows: Rows = []
     shape = replace(shape_of(number, _COUNTED_LAYERS, 0, narrow=True), tokens=32 * _BLOCK)
     for op in DIRECTIONS:

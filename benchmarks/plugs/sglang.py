@@ -21,7 +21,7 @@ import torch
 from portakv.integrations import kvcacheio
 from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.plugs import suite
-from portakv_benchmarks.plugs.suite import OURS, OWN, Asked, Call, Case, PlugBench, Side
+from portakv_benchmarks.plugs.suite import OURS, OWN, Call, Case, PlannedCase, PlugBench, Side
 from portakv_benchmarks.shared.harness import Step, in_a_line
 from portakv_benchmarks.shared.shapes import in_words
 
@@ -57,28 +57,28 @@ def own_kernels(bench: PlugBench) -> Any:
     return found
 
 
-def _asked(bench: PlugBench, own: Any) -> Iterator[Asked]:
+def _asked(bench: PlugBench, own: Any) -> Iterator[PlannedCase]:
     layers = bench.sizes.layers
     tokens = bench.sizes.pool // (2 * layers * _ITEM * _PAGE) * _PAGE
     made = partial(_case, bench, own)
 
-    def all_layers(method: str, orders: str, beside: str = "") -> Iterator[Asked]:
+    def all_layers(method: str, orders: str, alongside: str = "") -> Iterator[PlannedCase]:
         for order, op in product(orders.split(), DIRECTIONS):
             make = partial(made, method, order, op, layers, tokens)
-            yield Asked(f"{method}, all layers, {order}, {op}", make, order == beside)
+            yield PlannedCase(f"{method}, all layers, {order}, {op}", make, order == alongside)
 
-    def one_layer(rows: int) -> Iterator[Asked]:
+    def one_layer(rows: int) -> Iterator[PlannedCase]:
         for order in ("lf", "pf", "ph"):
             name = f"kernel, one layer, {order}, {rows} rows, h2d"
-            yield Asked(name, partial(made, "kernel", order, "h2d", 1, rows))
+            yield PlannedCase(name, partial(made, "kernel", order, "h2d", 1, rows))
 
-    yield from all_layers("kernel", "lf pf ph", beside="lf")
+    yield from all_layers("kernel", "lf pf ph", alongside="lf")
     yield from one_layer(_FEW)
     yield from all_layers("direct", "lf pfd")
     yield from one_layer(tokens)
     for quota, op in product(_QUOTAS, DIRECTIONS):
         make = partial(made, "kernel", "lf", op, layers, tokens, quota)
-        yield Asked(f"kernel, all layers, lf, {quota} thread blocks, {op}", make)
+        yield PlannedCase(f"kernel, all layers, lf, {quota} thread blocks, {op}", make)
 
 
 def _case(

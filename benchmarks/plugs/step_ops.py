@@ -16,7 +16,7 @@ import torch
 
 from portakv.integrations import vllm_ops
 from portakv_benchmarks.plugs import suite
-from portakv_benchmarks.plugs.suite import OURS, OWN, Asked, Case, PlugBench
+from portakv_benchmarks.plugs.suite import OURS, OWN, Case, PlannedCase, PlugBench
 from portakv_benchmarks.shared.harness import Variant
 from portakv_benchmarks.shared.shapes import POISON
 
@@ -31,10 +31,10 @@ _TOGETHER = 8  # elements of a head that a cache of keys keeps together
 _REQUESTS = 4  # of a gather
 
 
-def step_ops(bench: PlugBench, own: Any) -> Iterator[Asked]:
+def step_ops(bench: PlugBench, own: Any) -> Iterator[PlannedCase]:
     """Each op with few and with many rows; ``own``: vLLM's module, None if it is not here."""
     for rows, name in product(_ROWS, _OPS):
-        yield Asked(f"{name}, {rows} rows", partial(_case, bench, own, name, rows))
+        yield PlannedCase(f"{name}, {rows} rows", partial(_case, bench, own, name, rows))
 
 
 class Step(NamedTuple):

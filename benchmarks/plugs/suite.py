@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of the benchmark of plugs share: sizes, memory of both sides, and how a transfer
-is measured by an engine's own code, by PortaKV and by a plain copy, in turns.
+"""Shared parts of the benchmark of integrations: sizes, memory of both sides, and measurements.
+
+A transfer is measured by an engine's own code, by PortaKV and by a plain copy, in turns.
 
 Every byte is judged by plain indexing. Own code that is not here, or that fails, is left out, and
 the others are measured all the same.
@@ -26,14 +27,14 @@ from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant, having, short
 from portakv_benchmarks.shared.shapes import POISON, Shape, fill, moved, planes, sizes
 
-#: What rows call the ways: the engine's own code, and the plug.
+#: Names of the methods in rows: the engine's own code, and the integration.
 OWN = "own"
 OURS = "portakv"
 #: What shapes have that say no more.
 LIKE = Shape("", "none", "benchmarks/plugs", "", "", 1, 1, "bfloat16", 1, 1)
 Call = Callable[[], object]
 T = TypeVar("T")
-#: At most: how often a loop meets each way, its seconds, and those of a case's rounds behind five.
+#: Limits: meetings of a loop with each method, its seconds, and seconds of rounds after five.
 _REPEATS = 3
 _LOOP = 0.2
 _ROUNDS = 0.25
@@ -94,7 +95,7 @@ class Side(NamedTuple):
     """Tensors of one side, and which of their rows a transfer touches."""
 
     tensors: list[torch.Tensor]
-    layout: str  # of each tensor; behind "|" if there are several
+    layout: str  # of each tensor; after "|" if there are several
     shape: Shape
     rows: torch.Tensor  # slots, int64 on the host
     only: slice  # the planes that are touched
@@ -232,16 +233,16 @@ def _first_made(make: Callable[[], Call], i: int) -> None:
     make()()
 
 
-class Asked(NamedTuple):
+class PlannedCase(NamedTuple):
     """A case to measure, made when it is due."""
 
     name: str
     make: Callable[[], Case]
-    beside: bool = False  # measured beside loops of compute, too
-    late: bool = False  # comes behind those
+    alongside: bool = False  # also measured while loops of compute run
+    late: bool = False  # comes after those
 
 
-def steps(bench: PlugBench, part: str, requested: Iterable[Asked]) -> Iterator[Step]:
+def steps(bench: PlugBench, part: str, requested: Iterable[PlannedCase]) -> Iterator[Step]:
     """A step for each case; then one for each loop beside those that ask for it, and late cases."""
     alone = bench.device.type == "cpu"
     if alone:
@@ -250,12 +251,12 @@ def steps(bench: PlugBench, part: str, requested: Iterable[Asked]) -> Iterator[S
     of_cases = [(one.late, (one.name, partial(_measure, bench, part, one))) for one in cases]
     yield from (step for late, step in of_cases if not late)
     for one, loop in product(cases, () if alone else LOOPS):
-        if one.beside:
-            yield f"{one.name}, beside {loop}", partial(_beside, bench, part, one, loop)
+        if one.alongside:
+            yield f"{one.name}, beside {loop}", partial(_alongside, bench, part, one, loop)
     yield from (step for late, step in of_cases if late)
 
 
-def _measure(bench: PlugBench, part: str, requested: Asked) -> Rows:
+def _measure(bench: PlugBench, part: str, requested: PlannedCase) -> Rows:
     case = requested.make()
     methods = harness.usable(case.methods, f"{part}: {requested.name}", bench.left_out)
     if not methods:
@@ -285,7 +286,7 @@ def compare(rows: Rows) -> None:
 
 
 def _whole(row: Row) -> float:
-    """Microseconds of a call and its copy, if both are seen one behind the other."""
+    """Return the microseconds of a call and its copy, one after the other."""
     return float(row["p50_us"] + (row["host_us"] if row["host_hidden"] else 0.0))
 
 
@@ -302,7 +303,7 @@ def medians(rows: Rows) -> Rows:
     return found
 
 
-def _beside(bench: PlugBench, part: str, requested: Asked, loop: str) -> Rows:
+def _alongside(bench: PlugBench, part: str, requested: PlannedCase, loop: str) -> Rows:
     case = requested.make()
     methods = [memcpy(bench, case.payload, case.op, case.on_host), *case.methods]
     found = [Traffic(one, case.payload, **case.labels) for one in methods]

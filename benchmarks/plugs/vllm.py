@@ -23,7 +23,7 @@ from portakv.integrations import check_release, vllm_ops
 from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.plugs import suite
 from portakv_benchmarks.plugs.step_ops import step_ops
-from portakv_benchmarks.plugs.suite import OURS, OWN, Asked, Call, Case, PlugBench, Side
+from portakv_benchmarks.plugs.suite import OURS, OWN, Call, Case, PlannedCase, PlugBench, Side
 from portakv_benchmarks.shared.harness import Row, Step, Variant
 from portakv_benchmarks.shared.shapes import POISON, in_words
 
@@ -51,7 +51,7 @@ def vllm_steps(bench: PlugBench) -> Iterator[Step]:
     yield from suite.steps(bench, "vllm", _asked(bench, not why))
 
 
-def _asked(bench: PlugBench, own: bool) -> Iterator[Asked]:
+def _asked(bench: PlugBench, own: bool) -> Iterator[PlannedCase]:
     sizes = bench.sizes
     methods = [*product(("worker", _OP), DIRECTIONS), ("worker", _BOTH)]
     pair = lru_cache(maxsize=2)(partial(_workers, bench, own))  # each pins once for all its cases
@@ -60,9 +60,9 @@ def _asked(bench: PlugBench, own: bool) -> Iterator[Asked]:
     for page, (kernel, op) in product(sizes.pages, methods):
         made, blocks = of_op if kernel == _OP else of_job
         name = f"{kernel}, {blocks} blocks, pages of {in_words(page)}"
-        beside = kernel != _OP and page == sizes.pages[0] and op != _BOTH
+        alongside = kernel != _OP and page == sizes.pages[0] and op != _BOTH
         fields = {"shape": name, "kernel": kernel, "row_bytes": page}
-        yield Asked(f"{name}, {op}", partial(made, bench, fields, page, op), beside)
+        yield PlannedCase(f"{name}, {op}", partial(made, bench, fields, page, op), alongside)
     yield from step_ops(bench, import_module("vllm._custom_ops") if own else None)
 
 

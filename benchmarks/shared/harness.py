@@ -125,8 +125,8 @@ class Failed(str):
 def in_a_line(error: BaseException) -> str:
     """Return an error in a line, with the error during whose handling it occurred, if any."""
     line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    behind = error.__context__
-    return line if behind is None else f"{line} (behind {in_a_line(behind)})"
+    context = error.__context__
+    return line if context is None else f"{line} (behind {in_a_line(context)})"
 
 
 @contextmanager
@@ -231,7 +231,7 @@ NEVER_HIDDEN = 20_000.0
 #: The same for copies to and from the host: with thousands of them in the queue it would fill, and
 #: the host wait for the delay itself.
 LINK_NEVER_HIDDEN = 3000.0
-#: How often a call is timed again, behind a longer delay, when its host part was seen.
+#: How often a call is timed again, after a longer delay, if its host part was visible.
 _TRIES = 4
 #: Calls on an idle device that say how long the host takes.
 _SETTLING = 5

@@ -387,7 +387,7 @@ def _line(axes: Axes, rows: Sequence[Row], figure: str, **style: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the plots of one file beside it."""
+    """Draw the plots of one file next to it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shared.plots", description=__doc__)
     parser.add_argument("file", type=Path, help="a result of `portakv bench`")
     file = parser.parse_args(argv).file

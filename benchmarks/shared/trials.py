@@ -73,12 +73,12 @@ class Trials:
     random: random.Random = field(default_factory=lambda: random.Random(1))
 
     def rows(
-        self, fields: Row, nbytes: int, methods: Sequence[Method], beside: Mapping[str, str]
+        self, fields: Row, nbytes: int, methods: Sequence[Method], compared_with: Mapping[str, str]
     ) -> Rows:
         """Return a row for each method of moving ``nbytes``.
 
-        ``beside`` maps fields to prefixes of names. A field is the ratio of the method's rate to
-        that of the fastest other method whose name has the prefix.
+        ``compared_with`` maps fields to prefixes of names. A field is the method's rate / that of
+        the fastest other method whose name has the prefix.
         """
         checked = {method.name: self._checked(fields, method) for method in methods}
         able = [method for method in methods if checked[method.name] is not None]
@@ -94,7 +94,11 @@ class Trials:
                 "backend": method.name,
                 "payload_bytes": nbytes,
                 **_figures(results[method.name], nbytes),
-                **({"peer": method.peer} if method.peer else _ratios(method.name, beside, results)),
+                **(
+                    {"peer": method.peer}
+                    if method.peer
+                    else _ratios(method.name, compared_with, results)
+                ),
                 "verified": bool(checked[method.name] and self._checked(fields, method)),
             }
             for method in able
@@ -128,10 +132,12 @@ def _figures(own: Sequence[Sample], nbytes: int) -> Row:
     return {**fields, "rounds": len(own), "noisy": p90 > NOISY * p50}
 
 
-def _ratios(name: str, beside: Mapping[str, str], results: Mapping[str, list[Sample]]) -> Row:
+def _ratios(
+    name: str, compared_with: Mapping[str, str], results: Mapping[str, list[Sample]]
+) -> Row:
     """Return the rate / that of the fastest method with each prefix, as medians of the rounds."""
     fields: Row = {}
-    for field_, begin in beside.items():
+    for field_, begin in compared_with.items():
         peers = [own for each, own in results.items() if each.startswith(begin) and each != name]
         if peers:
             best = min(peers, key=lambda own: median(sample.elapsed for sample in own))

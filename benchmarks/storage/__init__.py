@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block stores beside fio, LMCache's disk tier and plain calls of the same bytes."""
+"""Compare block stores with fio, LMCache's disk tier and plain calls of the same bytes."""

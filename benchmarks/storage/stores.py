@@ -44,7 +44,7 @@ PHASES = ("loads", "stores", "both")
 def store_steps(bench: StorageBench) -> Iterator[Step]:
     """A lookup; loads alone, saves alone and both; blocks of 4 MB on their way to the device."""
     yield "lookup", partial(_lookup, bench)
-    yield "loads beside stores", partial(beside, bench)
+    yield "loads beside stores", partial(alongside, bench)
     yield "disk to device", partial(_layered, bench)
 
 
@@ -128,7 +128,7 @@ class Meeting:
             self.right &= torch.equal(local[:, at], remote[:, at])
 
 
-def beside(bench: StorageBench) -> Rows:
+def alongside(bench: StorageBench) -> Rows:
     """Loads and stores, alone and at once, in rounds."""
     meeting = Meeting(bench)
     for _ in range(bench.sizes.rounds):
@@ -191,8 +191,8 @@ def _layered(bench: StorageBench) -> Rows:
         right = partial(_taken, view, source)
         methods.append(Method(name, partial(load, name == "by layer"), right=right))
     fields = {"kind": "storage_layered", "shape": in_words(nbytes), "op": "load"}
-    beside = {"of_engine": "engine", "of_whole": "whole"}
-    rows = bench.trials.rows(fields, amount * BLOCK, methods, beside)
+    alongside = {"of_engine": "engine", "of_whole": "whole"}
+    rows = bench.trials.rows(fields, amount * BLOCK, methods, alongside)
     close(store, slab, engine)
     return rows
 

@@ -166,14 +166,14 @@ def _tier(bench: StorageBench, size: int) -> Rows:
     engine, _ = choose(slab.places)
     peers = [FsNative(x, bench.folder, size, amount) for x in [bench.lmcache] if x]
     fields = {"kind": "storage_tier", "shape": in_words(size)}
-    beside = {"of_engine": "engine", "of_lmcache": "lmcache"}
+    compared_with = {"of_engine": "engine", "of_lmcache": "lmcache"}
     methods = [fresh.method("store")]
     methods += [peer.method("store", partial(peer.ask, "clear")) for peer in peers]
-    rows = bench.trials.rows({**fields, "op": "first store"}, nbytes, methods, beside)
+    rows = bench.trials.rows({**fields, "op": "first store"}, nbytes, methods, compared_with)
     for op, word, plain in (("full store", "replace", "write"), ("load", "load", "read")):
         methods = [tier.method(op.split()[-1]), slab.method(engine, plain, "engine")]
         methods += [peer.method(word) for peer in peers]
-        rows += bench.trials.rows({**fields, "op": op}, nbytes, methods, beside)
+        rows += bench.trials.rows({**fields, "op": op}, nbytes, methods, compared_with)
     close(fresh, tier, slab, engine, *peers)
     return rows
 

@@ -211,15 +211,15 @@ def test_only_the_copy_in_flight_differs(
     methods: Any = {"one": "one", "other": "other"}
     seen = small.sends_of(bench, methods, count, large)
     turn = [f"{method} idle" for method in methods for _ in range(expected)] * small.TURNS
-    beside = [
+    alongside = [
         [f"{method} paced", "large", f"{method} busy"] * expected for method in methods
     ]  # a large copy has ended before each
     assert [one for one in noted if one != "ends"] == [
         *turn,
         "large",
-        *beside[0],
+        *alongside[0],
         "large",
-        *beside[1],
+        *alongside[1],
     ]
     assert all(noted[at + 1] == "ends" for at, one in enumerate(noted) if " " in one)
     row = small.row_of(bench, "one", count, seen["one"])

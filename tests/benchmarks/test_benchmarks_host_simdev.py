@@ -39,7 +39,7 @@ SMALL = dataclasses.replace(
     duplex=(2 * MB,),
     pageable=(2 * MB,),
     ring_slots=((2, 256 * KB),),
-    beside=2 * MB,
+    alongside=2 * MB,
     loop_seconds=0.05,
     matmul=1024,
     attention=(2, 4, 512),
@@ -109,8 +109,8 @@ def test_every_part_is_measured_and_every_byte_right(
     engines = {"staged", "batched_memcpy", *(("zero_copy",) if cuda else ())}
     assert {row["chosen"] for row in chosen} <= {"pageable", *engines}
     grid = [row for row in rows if row["kind"] == "host_copy"]
-    beside = {"zero_copy beside"} if cuda else set[str]()
-    assert {row["backend"] for row in grid} == {"memcpy", "host", "host idle", *engines, *beside}
+    alongside = {"zero_copy beside"} if cuda else set[str]()
+    assert {row["backend"] for row in grid} == {"memcpy", "host", "host idle", *engines, *alongside}
     assert {row["op"] for row in grid} == set(DIRECTIONS)
     for row in grid:
         assert ("chosen" in row) == ("chosen_loss" in row) == row["backend"].startswith("host")
@@ -158,7 +158,9 @@ def test_an_engine_that_fails_is_told_and_the_others_stay(monkeypatch: pytest.Mo
 PLACE = "beside matmul on the default stream, d2h"
 
 
-def beside(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], None]) -> tuple[Rows, list[str]]:
+def alongside(
+    monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], None]
+) -> tuple[Rows, list[str]]:
     """The first step of the interference, beside movers of which one may fail: ``fails`` is told
     how often that was asked to move."""
     asked = count(1)
@@ -182,7 +184,7 @@ def test_a_failure_beside_a_loop_leaves_others(at: int, monkeypatch: pytest.Monk
         if times >= at:
             raise RuntimeError("no such kernel\nand more")
 
-    rows, left_out = beside(monkeypatch, fails)
+    rows, left_out = alongside(monkeypatch, fails)
     assert [row["backend"] for row in rows] == ["memcpy", "host"]
     assert {row["repeats"] for row in rows} == {TINY.repeats}
     assert left_out == [f"{PLACE}, bad s: RuntimeError: no such kernel"]
@@ -198,7 +200,7 @@ def test_one_that_takes_the_device_ends_with_what_there_is(monkeypatch: pytest.M
         if times > 1:
             synchronize.side_effect = RuntimeError("device-side assert")
 
-    rows, left_out = beside(monkeypatch, lose)
+    rows, left_out = alongside(monkeypatch, lose)
     assert [(row["backend"], row["repeats"]) for row in rows] == [("memcpy", 1)]
     told = ["bad s: RuntimeError: device-side", "the device cannot be used any more (RuntimeError:"]
     for line, begin in zip(left_out, told, strict=True):
@@ -208,7 +210,7 @@ def test_one_that_takes_the_device_ends_with_what_there_is(monkeypatch: pytest.M
 @pytest.mark.simdev
 def test_a_loop_that_is_held_up_ends_the_way_that_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interference, "HELD_UP", 0)
-    rows, left_out = beside(monkeypatch, lambda times: None)
+    rows, left_out = alongside(monkeypatch, lambda times: None)
     assert not rows
     assert len(left_out) == 3
     assert all("held up" in line for line in left_out)

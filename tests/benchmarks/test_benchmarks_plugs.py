@@ -101,8 +101,8 @@ def test_a_part_with_the_engine_that_is_here(
         kinds.add("plug_median")
         compared = having(ours, kind="plug_copy")
         assert any(row["of_own"] > 0 < row["host_of_own"] for row in compared if "of_own" in row)
-        beside = having(ours, kind="plug_interference")
-        assert all({"over_own", "over_noise", "link_to_own"} <= row.keys() for row in beside)
+        alongside = having(ours, kind="plug_interference")
+        assert all({"over_own", "over_noise", "link_to_own"} <= row.keys() for row in alongside)
     assert {row["kind"] for row in rows} == kinds
     if find_spec("matplotlib") is not None:
         plots = {"plug_median": "own", "plug_interference": "beside"}

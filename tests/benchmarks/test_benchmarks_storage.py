@@ -24,7 +24,7 @@ from portakv_benchmarks.shared.files import FIO, Slab
 from portakv_benchmarks.shared.harness import Failed, Row, having
 from portakv_benchmarks.shared.shapes import in_bytes
 from portakv_benchmarks.shared.trials import Method, Sample, Trials
-from portakv_benchmarks.storage.stores import beside
+from portakv_benchmarks.storage.stores import alongside
 from portakv_benchmarks.storage.suite import STORAGE_PRESETS, StorageBench
 
 #: A program that moves nothing and says what fio would, half of it for sizes of 1 MB and more.
@@ -118,7 +118,7 @@ def test_quantiles_of_urgent_loads_are_over_those_of_all_rounds(tmp_path: Path) 
     """Of a round alone the 99th of 100 is the worst one."""
     sizes = replace(STORAGE_PRESETS["tiny"], rounds=4, loads=3)
     bench = StorageBench(torch.device("cpu"), sizes, tmp_path, {"fio": None, "lmcache": None})
-    row, stored = beside(bench)
+    row, stored = alongside(bench)
     assert row["loads_alone"] == 4 * 3
     assert row["loads"] >= 4
     assert row["gb_per_s"] > 0
