@@ -36,8 +36,7 @@ from portakv.registry.prepared import bring, prepare_by
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, inside
-from portakv.view.index import Index
-from portakv.view.view import KVView
+from portakv.view import Index, KVView
 
 _log = logging.getLogger(__name__)
 

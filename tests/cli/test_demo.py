@@ -42,7 +42,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 # the example
 
 
-@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+@pytest.mark.filterwarnings("ignore:Expected pinned host memory")
 @pytest.mark.parametrize("host", ["pageable", "pinned"])
 def test_the_example_is_bit_identical_and_its_control_is_not(
     host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -115,7 +115,7 @@ def test_pieces_are_forgotten_if_nothing_holds_them() -> None:
     assert pinned.boundaries() == before
 
 
-@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+@pytest.mark.filterwarnings("ignore:Expected pinned host memory")
 @pytest.mark.parametrize("registered", [True, False])
 def test_a_finalizer_that_runs_while_seams_are_worked_out(registered: bool) -> None:
     """It may run at any place of a thread, also where that one holds the lock."""

@@ -306,8 +306,8 @@ def test_calibrate_and_then_explain(folder: Path) -> None:
     assert (code, err) == (0, "")
     (path,) = folder.iterdir()
     flat = " ".join(out.split())
-    assert "The device is emulated: these times say nothing about any hardware." in flat
-    assert f"kept in {path}".replace(" ", "") in out.replace("\n", "").replace(" ", "")
+    assert "The device is emulated: these times do not apply to any hardware." in flat
+    assert f"stored in {path}".replace(" ", "") in out.replace("\n", "").replace(" ", "")
     assert "zero_copy was not measured: the CUDA driver does not serve" in flat
     assert out.count("h2d") == 4
     explained = run_json("explain", "--host", "--blocks", "20", "--device", str(DEVICE))

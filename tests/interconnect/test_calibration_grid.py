@@ -139,7 +139,7 @@ def test_the_table_is_kept_and_decides(folder: Path) -> None:
           for words in ([], ["--json"])),
         (["--device", "cpu"], "the CPU is the host"),
         (["--device", "nonsense"], "torch cannot use it here"),
-        (["--device", "meta"], "does not take it"),
+        (["--device", "meta"], "does not list here"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured(words: list[str], why: str, folder: Path) -> None:
@@ -179,9 +179,9 @@ def test_the_table_that_is_printed(
     assert line.split()[8:] == ["staged", "5.24", "us"]
     assert "Some Card, cpu" in out
     assert "batched_memcpy was not measured: it was not there" in out
-    assert "The time did not suffice" in out
+    assert "The time was too short" in out
     assert "Times are of a good clock." in out
-    assert "Measured in 3.2 s and kept in /somewhere/table.json" in out
+    assert "Measured in 3.2 s and stored in /somewhere/table.json" in out
     assert "emulated" not in out
 
 

@@ -618,16 +618,16 @@ def test_the_guide_tells_the_rule() -> None:
     flat = " ".join(page.split())
     to_host, to_device = (f"{chosen.ROW[direction] * 1e9:.0f} ns" for direction in DIRECTIONS)
     for told in (
-        f"those within {chosen.EQUAL * 100:.0f} % of the least seconds",
+        f"those within {chosen.EQUAL * 100:.0f} % of the fewest seconds",
         f"of {LEAST_HEIGHT} or more that are narrower than {FOLD_BELOW >> 10} KiB, of {TALL} or "
         "more that are not",
         f"wide ones where {TALL} or more lie together",
-        f"device {to_host} beside that to the host, and {to_device} to the device",
+        f"device {to_host} more to the host, and {to_device} to the device",
         f"runs of less than {chosen.NARROW >> 10} KiB",
         f"runs of {chosen.WIDE >> 10} KiB or more",
-        f"runs of {chosen.EVEN >> 10} KiB or more that gathering would not merge",
-        f"three pinned slots of at most {SIZES.largest >> 20} MiB each",
-        "{} MiB from the device and {} MiB to it".format(*(n >> 20 for n in SMALL.values())),
+        f"runs of {chosen.EVEN >> 10} KiB or more that a gather would not merge",
+        f"three pinned buffers of at most {SIZES.largest >> 20} MiB each",
+        "{} MiB from the device or {} MiB to it".format(*(n >> 20 for n in SMALL.values())),
     ):
         assert told in flat
     assert BUFFERS == 3

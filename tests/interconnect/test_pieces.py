@@ -221,7 +221,7 @@ def test_units_at_addresses_are_pieces_of_their_own(
         assert not inside.any()
 
 
-@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+@pytest.mark.filterwarnings("ignore:Expected pinned host memory")
 def test_seams_between_registrations() -> None:
     before = pinned.boundaries()
     with pinned.allocate(4 * PAGE, largest=2 * PAGE) as memory:

@@ -112,7 +112,7 @@ def test_memory_whose_end_is_no_whole_element_crosses(peer: Peer) -> None:
     assert told == list(map(float, range(3, 1003)))
 
 
-@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+@pytest.mark.filterwarnings("ignore:Expected pinned host memory")
 def test_blocks_of_a_shared_pool_cross_by_the_same_words(peer: Peer, name: str) -> None:
     with SharedPool(name, 3000, 4) as pool, pool.acquire() as first, pool.acquire() as second:
         first.tensor.fill_(1)
@@ -446,7 +446,7 @@ def test_shared_memory_is_there_from_the_start() -> None:
     assert (tensor.shape, tensor.dtype, float(tensor.abs().sum())) == ((3, 5), torch.bfloat16, 0)
     assert ipc.shared_empty(0, torch.uint8).shape == (0,)
     assert ipc.shared_empty((4, 0), torch.float64).dtype == torch.float64
-    with pytest.raises(HostMemoryError, match=r"bytes was asked for.*ask for less"):
+    with pytest.raises(HostMemoryError, match=r"bytes of shared memory.*Request less"):
         ipc.shared_empty(1 << 60, torch.uint8)
     handle = msgspec.msgpack.decode(ipc.share(tensor)[16:])["words"][0]
     with pytest.raises(PermissionError):
