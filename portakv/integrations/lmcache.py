@@ -74,11 +74,8 @@ def _spec(name: str, kind: str) -> _Class:
 
         @property
         def device_type(self) -> str:
-            """Return the type of device if the user chose this backend, else a type unknown to
-            torch.
-
-            LMCache takes the only spec of a type without checking that it is available.
-            """
+            # LMCache takes the only spec of a type without checking that it is available, so a
+            # backend that was not chosen reports a type that torch does not know.
             return kind if self.chosen else self.backend_name
 
         @property
@@ -94,10 +91,7 @@ def _spec(name: str, kind: str) -> _Class:
             return _ops(super().ops_cls, kind)
 
         def is_available(self) -> bool:
-            """Return True if the user chose this backend and the device is present.
-
-            LMCache raises an error if a device has two available backends.
-            """
+            # LMCache raises an error if a device has two available backends.
             if not self.chosen:
                 return False
             check_release("lmcache")
@@ -108,10 +102,7 @@ def _spec(name: str, kind: str) -> _Class:
             return kind not in BY_TENSORS and bool(super().is_lmcache_driven_available())
 
         def pin_memory(self, ptr: int, size: int, flags: int = 0) -> bool:
-            """Pin one piece of LMCache's memory, and report it to PortaKV.
-
-            No copy may cross from one piece to the next.
-            """
+            """Pin a piece of LMCache's memory; no copy may cross to the next piece."""
             done = bool(super().pin_memory(ptr, size, flags))
             if done:
                 self.adopted[ptr] = pinned.adopt([(ptr, size)])

@@ -338,11 +338,7 @@ def multi_layer_block_kv_transfer(
     block_size = int(shape_desc.bs)
     chunk = lmcache_chunk_size
     check_chunk(chunk, block_size, "lmcache_chunk_size")
-    if skip_prefix_n_blocks < 0:
-        raise ValueError(
-            f"Expected skip_prefix_n_blocks to be 0 or more, got {skip_prefix_n_blocks}. Pass a "
-            f"number of blocks."
-        )
+    _check_skip(skip_prefix_n_blocks)
     store = is_store(direction)
     per_object = chunk // block_size
     device = indexed(device)
@@ -367,3 +363,10 @@ def multi_layer_block_kv_transfer(
         chunks = objects_of(form, caches, objects, chunk, target)
         blocks = blocks_of(ids, block_size).shifted(begin)
         move(store, caches, chunks, blocks, positions, len(ids) * block_size - begin)
+
+
+def _check_skip(blocks: int) -> None:
+    if blocks < 0:
+        raise ValueError(
+            f"Expected skip_prefix_n_blocks to be 0 or more, got {blocks}. Pass a number of blocks."
+        )

@@ -11,7 +11,7 @@ from portakv.integrations import MATRIX, untested, why_not
 
 
 @pytest.mark.parametrize("integration", MATRIX)
-def test_a_renamed_distribution_is_result(
+def test_a_renamed_distribution_is_detected(
     integration: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     least = MATRIX[integration].least

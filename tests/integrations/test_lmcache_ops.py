@@ -54,7 +54,7 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-def contents(geometry: Geometry, device: torch.device, seed: int) -> tuple[Any, Any]:
+def built(geometry: Geometry, device: torch.device, seed: int) -> tuple[Any, Any]:
     """Logical rows and caches that hold them."""
     logical = geometry.logical(seed)
     return logical, tensors(physical(geometry, logical), device)
@@ -91,7 +91,7 @@ def slot_caches(geometry: Geometry) -> Geometry:
 @pytest.mark.parametrize("number", [x for x in GEOMETRIES if x not in BY_TENSORS_ALONE])
 def test_slots_by_addresses(number: int, direction: int, where: str, device: torch.device) -> None:
     g = GEOMETRIES[number]
-    logical, caches = contents(slot_caches(g), device, 1)
+    logical, caches = built(slot_caches(g), device, 1)
     target = device if where == "device" else CPU
     objects = g.logical(2).reshape(g.kv, g.layers, g.slots, g.row)[:, :, : len(SLOTS)]
     chunk = bits(objects, target)
@@ -119,7 +119,7 @@ def test_slots_by_addresses(number: int, direction: int, where: str, device: tor
 @pytest.mark.parametrize("number", [1, 2, 3, 12, 16, 17])
 def test_slots_by_tensors(number: int, device: torch.device) -> None:
     g = GEOMETRIES[number]
-    logical, caches = contents(g, device, 1)
+    logical, caches = built(g, device, 1)
     chunk = torch.zeros(g.kv, g.layers, 3, g.row, dtype=torch.bfloat16, device=device)
     slots = torch.tensor([9, 2, 14], device=device, dtype=torch.int32)
     lmcache_ops.multi_layer_kv_transfer(
@@ -131,7 +131,7 @@ def test_slots_by_tensors(number: int, device: torch.device) -> None:
 
 def test_a_prefix_is_neither_read_nor_written(device: torch.device) -> None:
     g = GEOMETRIES[1]
-    logical, caches = contents(g, device, 1)
+    logical, caches = built(g, device, 1)
     chunk = torch.zeros(g.kv, g.layers, len(SLOTS), g.row, dtype=torch.bfloat16, device=device)
     lmcache_ops.multi_layer_kv_transfer(
         chunk,
@@ -151,7 +151,7 @@ def test_a_prefix_is_neither_read_nor_written(device: torch.device) -> None:
 
 def test_a_device_without_its_number_is_the_current_one(device: torch.device) -> None:
     g = GEOMETRIES[1]
-    logical, caches = contents(g, device, 1)
+    logical, caches = built(g, device, 1)
     chunk = torch.zeros(g.kv, g.layers, 2, g.row, dtype=torch.bfloat16, device=device)
     slots = torch.tensor([9, 2]).to(device)
     lmcache_ops.multi_layer_kv_transfer(
@@ -164,7 +164,7 @@ def test_a_device_without_its_number_is_the_current_one(device: torch.device) ->
 @pytest.mark.parametrize("number", [3, 5])
 def test_a_pool_of_unknown_size(number: int, device: torch.device) -> None:
     g = GEOMETRIES[number]
-    logical, caches = contents(g, device, 1)
+    logical, caches = built(g, device, 1)
     chunk = torch.zeros(1, g.layers, 2, g.row, dtype=torch.bfloat16, device=device)
     lmcache_ops.multi_layer_kv_transfer_unilateral(
         chunk, pointers(caches, device), torch.tensor([27, 3]).to(device), device, 0, D2H, number
@@ -175,7 +175,7 @@ def test_a_pool_of_unknown_size(number: int, device: torch.device) -> None:
 
 def test_a_pool_of_unknown_size_whose_planes_lie_outside_of_blocks() -> None:
     g = GEOMETRIES[1]
-    _, caches = contents(g, CPU, 1)
+    _, caches = built(g, CPU, 1)
     chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16)
     with pytest.raises(LayoutError, match="page_buffer_size") as caught:
         lmcache_ops.multi_layer_kv_transfer(
@@ -231,7 +231,7 @@ def test_a_step_of_other_caches_and_an_object_of_more_planes(
     """LMCache's connectors hand both over, and its kernel heeds neither by slots."""
     g = GEOMETRIES[number]
     slots = torch.tensor([4, 27, 0, 9])
-    logical, caches = contents(g, device, 1)
+    logical, caches = built(g, device, 1)
     objects = g.logical(2).reshape(g.kv, g.layers, g.slots, g.row)[:, :, :4]
     chunk = torch.zeros(2, g.layers, 4, g.row, dtype=torch.bfloat16, device=device)
     chunk[: g.kv] = bits(objects, device)
@@ -275,19 +275,17 @@ def test_blocks_there_and_back(number: int, by: str, device: torch.device) -> No
     if by != "tensors" and number in BY_TENSORS_ALONE:
         pytest.skip("LMCache hands these over as tensors alone")
     g = GEOMETRIES[number]
-    logical, caches = contents(g, device, 1)
+    logical, caches = built(g, device, 1)
     ids = [3, 0, 6, 2, 5]
-    target = CPU if by == "tensors" else device
-    objects = [
-        torch.zeros(object_shape(g, 2), dtype=torch.bfloat16, device=target) for _ in range(3)
-    ]
-    arguments = objects if by == "tensors" else [each.data_ptr() for each in objects]
+    at = CPU if by == "tensors" else device
+    objects = [torch.zeros(object_shape(g, 2), dtype=torch.bfloat16, device=at) for _ in range(3)]
+    args = objects if by == "tensors" else [each.data_ptr() for each in objects]
     block_ids = ids if by == "tensors" else torch.tensor(ids).to(device)
 
     def transfer(direction: int, into: Any) -> None:
         lmcache_ops.multi_layer_block_kv_transfer(
             caches_argument(into, by, device),
-            arguments,
+            args,
             block_ids,
             device,
             direction,
@@ -316,7 +314,7 @@ def test_blocks_there_and_back(number: int, by: str, device: torch.device) -> No
 @pytest.mark.parametrize("skip", range(7))
 def test_blocks_skipped_over_all_objects(skip: int, device: torch.device) -> None:
     g = GEOMETRIES[7]
-    logical, caches = contents(g, device, 1)
+    logical, caches = built(g, device, 1)
     objects = [torch.zeros(object_shape(g, 2), dtype=torch.bfloat16) for _ in range(3)]
     lmcache_ops.multi_layer_block_kv_transfer(
         caches, objects, [3, 0, 6, 2, 5, 1], device, D2H, g.descriptor(), 2 * g.block_size, 7, skip
@@ -329,7 +327,7 @@ def test_blocks_skipped_over_all_objects(skip: int, device: torch.device) -> Non
 
 def test_a_last_object_may_be_shorter(device: torch.device) -> None:
     g = GEOMETRIES[2]
-    logical, caches = contents(g, device, 1)
+    logical, caches = built(g, device, 1)
     objects = [torch.zeros(object_shape(g, n), dtype=torch.bfloat16) for n in (2, 2, 1)]
     lmcache_ops.multi_layer_block_kv_transfer(
         caches, objects, [3, 0, 6, 2, 5], device, D2H, g.descriptor(), 2 * g.block_size, 2, 0
@@ -341,7 +339,7 @@ def test_a_last_object_may_be_shorter(device: torch.device) -> None:
 
 def test_a_block_that_stands_for_none_may_be_named_again() -> None:
     g = GEOMETRIES[1]
-    logical, caches = contents(g, CPU, 1)
+    logical, caches = built(g, CPU, 1)
     objects = [bits(object_rows(g, g.logical(2), [k, k + 1]), CPU) for k in (0, 2)]
     lmcache_ops.multi_layer_block_kv_transfer(
         caches, objects, [0, 0, 4, 5], CPU, H2D, g.descriptor(), 2 * g.block_size, 1, 0
@@ -355,13 +353,13 @@ def test_an_object_in_pageable_memory_is_waited_for(
 ) -> None:
     transfers: list[Transfer] = []
 
-    def saved(*arguments: Any, **named: Any) -> Transfer:
-        transfers.append(copy_rows(*arguments, **named))
+    def saved(*args: Any, **named: Any) -> Transfer:
+        transfers.append(copy_rows(*args, **named))
         return transfers[-1]
 
     monkeypatch.setattr(lmcache_ops, "copy_rows", saved)
     g = GEOMETRIES[1]
-    _, caches = contents(g, accelerator, 1)
+    _, caches = built(g, accelerator, 1)
     objects = [torch.zeros(object_shape(g, 2), dtype=torch.bfloat16)]
     lmcache_ops.multi_layer_block_kv_transfer(
         caches, objects, [3, 0], accelerator, D2H, g.descriptor(), 2 * g.block_size, 1, 0
@@ -376,7 +374,7 @@ def test_without_a_kernel_each_layer_takes_one_call(
 ) -> None:
     """However many slices the objects cross in: a slice is of whole layers."""
     g = GEOMETRIES[1]._replace(layers=16)
-    logical, caches = contents(g, DEVICE, 1)
+    logical, caches = built(g, DEVICE, 1)
     ids = [3, 0, 6, 2, 5, 1]
     stored = g.logical(2)
     objects = [bits(object_rows(g, stored, [at, at + 1]), CPU) for at in (0, 2, 4)]
@@ -404,7 +402,7 @@ def test_without_a_kernel_each_layer_takes_one_call(
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 6, 7, 15])
 def test_one_layer(number: int, token_major: bool, device: torch.device) -> None:
     g = GEOMETRIES[number]
-    logical, caches = contents(g, device, 1)
+    logical, caches = built(g, device, 1)
     slots = torch.tensor([9, -1, 14], device=device)
     shape = (3, g.row) if g.kv == 1 else (3, 2, g.row) if token_major else (2, 3, g.row)
     buffer = torch.zeros(shape, dtype=torch.bfloat16, device=device)
@@ -423,7 +421,7 @@ def test_one_layer(number: int, token_major: bool, device: torch.device) -> None
 @pytest.mark.parametrize("token_major", [False, True])
 def test_one_layer_of_keys_and_values(token_major: bool, device: torch.device) -> None:
     g = GEOMETRIES[9]
-    logical, (keys, values) = contents(g, device, 1)
+    logical, (keys, values) = built(g, device, 1)
     slots = torch.tensor([9, 2, 14], device=device)
     shape = (3, 2, g.row) if token_major else (2, 3, g.row)
     buffer = torch.zeros(shape, dtype=torch.bfloat16, device=device)
@@ -437,7 +435,7 @@ def test_one_layer_of_keys_and_values(token_major: bool, device: torch.device) -
 
 def test_a_layer_of_an_object_there_and_back(device: torch.device) -> None:
     g = GEOMETRIES[9]
-    logical, (keys, values) = contents(g, device, 1)
+    logical, (keys, values) = built(g, device, 1)
     slots = torch.tensor([9, 2, 14], device=device)
     chunk = torch.zeros(2, g.layers, 3, g.row, dtype=torch.bfloat16, device=device)
     lmcache_ops.load_and_reshape_flash(chunk, keys[1], values[1], slots, 1)
@@ -456,7 +454,7 @@ def test_a_layer_of_an_object_there_and_back(device: torch.device) -> None:
 @pytest.mark.parametrize("number", [x for x in GEOMETRIES if x not in BY_TENSORS_ALONE])
 def test_direct_copies(number: int, direction: int, device: torch.device) -> None:
     g = GEOMETRIES[number]
-    logical, caches = contents(g, device, 1)
+    logical, caches = built(g, device, 1)
     ids = [3, 0, 6, 2]
     skips = [1, 0]
     before = 64
@@ -526,11 +524,11 @@ def test_no_piece_crosses_a_seam(
     link = link_of(accelerator)
     copy: Any = link.copy
 
-    def recorded(arguments: Any, *rest: Any) -> None:
-        assert (arguments.height == 1).all()
-        ends = arguments.src if direction == H2D else arguments.dst
-        pieces.extend(zip((ends - host.data_ptr()).tolist(), arguments.width.tolist(), strict=True))
-        copy(arguments, *rest)
+    def recorded(args: Any, *rest: Any) -> None:
+        assert (args.height == 1).all()
+        ends = args.src if direction == H2D else args.dst
+        pieces.extend(zip((ends - host.data_ptr()).tolist(), args.width.tolist(), strict=True))
+        copy(args, *rest)
 
     # A kernel, which moves so few bytes on a GPU, knows no pieces.
     move = partial(copy_runs, backend="batched_memcpy")
@@ -557,9 +555,9 @@ def test_no_piece_crosses_a_seam(
 
 def block_call(**changed: Any) -> None:
     g = GEOMETRIES[1]
-    _, caches = contents(g, CPU, 1)
+    _, caches = built(g, CPU, 1)
     objects = [torch.zeros(object_shape(g, 2), dtype=torch.bfloat16)]
-    arguments: dict[str, Any] = {
+    args: dict[str, Any] = {
         "paged_buffer_ptrs_tensor": caches,
         "lmcache_objects_ptrs": objects,
         "block_ids": [3, 0],
@@ -570,7 +568,7 @@ def block_call(**changed: Any) -> None:
         "engine_kv_format": 1,
         "skip_prefix_n_blocks": 0,
     }
-    lmcache_ops.multi_layer_block_kv_transfer(**arguments | changed)
+    lmcache_ops.multi_layer_block_kv_transfer(**args | changed)
 
 
 @pytest.mark.parametrize(
@@ -597,7 +595,7 @@ def test_a_block_transfer_that_cannot_be(changed: Any, error: type[Exception]) -
 
 def test_an_object_of_another_length_than_the_slots() -> None:
     g = GEOMETRIES[1]
-    _, caches = contents(g, CPU, 1)
+    _, caches = built(g, CPU, 1)
     chunk = torch.zeros(2, g.layers, 3, g.row, dtype=torch.bfloat16)
     with pytest.raises(SlotError) as caught:
         lmcache_ops.multi_layer_kv_transfer(
@@ -623,8 +621,8 @@ def test_an_object_of_another_length_than_the_slots() -> None:
 )
 def test_a_transfer_by_slots_that_cannot_be(changed: Any, error: type[Exception]) -> None:
     g = GEOMETRIES[6]
-    _, caches = contents(g, CPU, 1)
-    arguments: dict[str, Any] = {
+    _, caches = built(g, CPU, 1)
+    args: dict[str, Any] = {
         "key_value": torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16),
         "key_value_ptrs": pointers(caches, CPU),
         "slot_mapping": torch.tensor([9, 2]),
@@ -634,20 +632,20 @@ def test_a_transfer_by_slots_that_cannot_be(changed: Any, error: type[Exception]
         "engine_kv_format": 6,
         **slot_arguments(g),
     }
-    lmcache_ops.multi_layer_kv_transfer(**arguments)
+    lmcache_ops.multi_layer_kv_transfer(**args)
     with pytest.raises(error) as caught:
-        lmcache_ops.multi_layer_kv_transfer(**arguments | changed)
+        lmcache_ops.multi_layer_kv_transfer(**args | changed)
     check_sentence(str(caught.value))
 
 
 def test_a_slot_past_the_caches_moves_nothing() -> None:
     g = GEOMETRIES[1]
-    _, caches = contents(g, CPU, 1)
+    _, caches = built(g, CPU, 1)
     for direction in (D2H, H2D):
         for by in ("tensors", "int64"):
             chunk = torch.ones(2, g.layers, 2, g.row, dtype=torch.bfloat16)
-            contents_bits = [each.view(torch.int16) for each in (chunk, *caches)]
-            before = [each.clone() for each in contents_bits]
+            built_bits = [each.view(torch.int16) for each in (chunk, *caches)]
+            before = [each.clone() for each in built_bits]
             with pytest.raises(SlotError) as caught:
                 lmcache_ops.multi_layer_kv_transfer(
                     chunk,
@@ -659,7 +657,7 @@ def test_a_slot_past_the_caches_moves_nothing() -> None:
                     1,
                 )
             check_sentence(str(caught.value), f"slot {g.slots}")
-            assert all(map(torch.equal, before, contents_bits))
+            assert all(map(torch.equal, before, built_bits))
 
 
 @pytest.mark.parametrize("by", ["tensors", "int64"])
@@ -685,7 +683,7 @@ def test_a_table_that_is_written_anew_is_read_anew() -> None:
     g = GEOMETRIES[1]
     table = torch.zeros(g.layers, dtype=torch.int64)
     for seed in (1, 2):
-        logical, caches = contents(g, CPU, seed)
+        logical, caches = built(g, CPU, seed)
         table.copy_(pointers(caches, CPU))
         chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16)
         lmcache_ops.multi_layer_kv_transfer(
@@ -698,7 +696,7 @@ def test_a_table_on_a_device_is_read_once_until_it_is_written(accelerator: torch
     g = GEOMETRIES[1]
     table = torch.zeros(g.layers, dtype=torch.int64, device=accelerator)
     for seed in (1, 2):
-        logical, caches = contents(g, accelerator, seed)
+        logical, caches = built(g, accelerator, seed)
         table.copy_(pointers(caches, accelerator))
         chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16, device=accelerator)
         slots = torch.tensor([9, 2])
@@ -712,13 +710,13 @@ def test_a_table_on_a_device_is_read_once_until_it_is_written(accelerator: torch
         np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
 
 
-def test_a_bad_slot_on_a_device_is_texts_by_the_next_call_of_its_thread(
+def test_a_bad_slot_on_a_device_is_raised_by_the_next_call_of_its_thread(
     device: torch.device,
 ) -> None:
     if device.type == "cpu":
         pytest.skip("ids on the host are refused at once")
     g = GEOMETRIES[1]
-    _, caches = contents(g, device, 1)
+    _, caches = built(g, device, 1)
     chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16, device=device)
     table = pointers(caches, device)
 
@@ -742,7 +740,7 @@ def test_terms_are_a_users_variables(
     lmcache_ops.terms.cache_clear()
     monkeypatch.setenv("PORTAKV_LMCACHE_OVERLAP", "everything")
     g = GEOMETRIES[1]
-    _, caches = contents(g, accelerator, 1)
+    _, caches = built(g, accelerator, 1)
     objects = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16)
     rest = pointers(caches, accelerator), torch.tensor([9, 2]), accelerator, g.slots, D2H, 1
     try:
@@ -797,7 +795,7 @@ def test_a_variable_that_no_term_can_have(
 )
 def test_a_direct_copy_that_cannot_be(changed: Any, field: str) -> None:
     g = GEOMETRIES[1]
-    _, caches = contents(g, CPU, 1)
+    _, caches = built(g, CPU, 1)
     memory = torch.zeros(object_shape(g, 2), dtype=torch.bfloat16)
     group = lmcache_host.DirectCopyGroupSpec(
         pointers(caches, CPU).tolist(), g.descriptor(), 1, 2 * g.block_size, 0, [3, 0]
@@ -814,7 +812,7 @@ def test_a_direct_copy_that_cannot_be(changed: Any, field: str) -> None:
 @pytest.mark.parametrize("skips", [[], [2]], ids=["no objects", "all blocks are skipped"])
 def test_a_direct_copy_of_nothing(skips: list[int]) -> None:
     g = GEOMETRIES[1]
-    _, caches = contents(g, CPU, 1)
+    _, caches = built(g, CPU, 1)
     memory = torch.zeros(object_shape(g, 2), dtype=torch.bfloat16)
     group = lmcache_host.DirectCopyGroupSpec(
         pointers(caches, CPU).tolist(), g.descriptor(), 1, 2 * g.block_size, 0, [3, 0]
@@ -837,7 +835,7 @@ def test_a_direct_copy_of_nothing(skips: list[int]) -> None:
     ],
 )
 def test_a_copy_of_bytes_that_cannot_be(changed: Any, error: type[Exception]) -> None:
-    arguments: dict[str, Any] = {
+    args: dict[str, Any] = {
         "dest": torch.zeros(8),
         "src": torch.zeros(8),
         "nbytes": 8,
@@ -846,5 +844,5 @@ def test_a_copy_of_bytes_that_cannot_be(changed: Any, error: type[Exception]) ->
         "host_buffer_alignments": 64,
     }
     with pytest.raises(error) as caught:
-        lmcache_host.lmcache_memcpy_async(**arguments | changed)
+        lmcache_host.lmcache_memcpy_async(**args | changed)
     check_sentence(str(caught.value))

@@ -229,7 +229,7 @@ def test_swapping_runs(
 
 
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
-def test_whatever_torch_was_texts_before(device: torch.device, noise: Noise, state: State) -> None:
+def test_whatever_state_torch_is_in(device: torch.device, noise: Noise, state: State) -> None:
     """One op that writes rows, one that gathers those of requests, one that moves blocks."""
     cache = noise(BLOCKS, SIZE, 80)
     rows = noise(len(SLOTS), 80)
