@@ -658,9 +658,7 @@ def pull_weights(
         once = [x for x in batch if mine[x.name].tie == x.name]
         pairs = [owners[x.owner].pair(x, held[x.name].tensor) for x in once]
         nbytes = sum(into.nbytes for into, _ in pairs)
-        if pace:
-            wait = pace.left(pace.start_of(nbytes))
-            time.sleep(min(wait, max(0.0, until - time.monotonic())))
+        _wait_for_turn(pace, nbytes, until)
         if time.monotonic() >= until:
             raise owners[batch[0].owner].late()
         copy_pairs(pairs)
@@ -675,6 +673,13 @@ def pull_weights(
             f"{', '.join(dict.fromkeys(wrong))}. Do not use any of them; pull again."
         )
     return total
+
+
+def _wait_for_turn(pace: RateLimit | None, nbytes: int, until: float) -> None:
+    """Wait until so many bytes may cross at the rate, at most until a time."""
+    if pace:
+        wait = pace.left(pace.start_of(nbytes))
+        time.sleep(min(wait, max(0.0, until - time.monotonic())))
 
 
 def _batches(

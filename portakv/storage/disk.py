@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from portakv.arguments import invalid, number, one_of, whole
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
-from portakv.graph.graph import Graph, Link
+from portakv.graph.graph import Graph
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage.chains import Chains
 from portakv.storage.choose import choose
@@ -98,61 +98,89 @@ class Disk:
         engine = self.io
         notes = list[str]()
         if engine is None or isinstance(engine, str):
-            engine, said = choose(rows.memory, engine)
-            notes = [str(each) for each in said]
-        shelves: list[DiskShelf] = []
-        busy = set[Path]()
-        room = self.capacity // len(self.folders)
-        spaces = {folder: Space(folder, room) for folder in self.folders}
+            engine, answers = choose(rows.memory, engine)
+            notes = [str(each) for each in answers]
         with ExitStack() as undo:
             undo.callback(engine.close)
+            opening = _Opening(self, graph, engine, undo, notes)
             for form in forms:
-                own = form == forms[0]
-                parts = list[tuple[Slots, Link]]()
-                chains = Chains[bytes]()  # of all folders, as a prefix may lie in several
-                for folder in self.folders:
-                    place = folder / form.name
-                    space = spaces[folder]
-                    if not own and (folder in busy or not (place / "form.json").exists()):
-                        continue
-                    try:
-                        slots = Slots(
-                            place, form, room if own else None, engine, self.track, chains, space
-                        )
-                    except StoreError as error:
-                        # The other folders serve without one that another store has.
-                        if own and isinstance(error, StoreBusy) and parts:
-                            busy.add(folder)
-                            notes.append(f"It does without {folder}. {error}")
-                            continue
-                        if own:
-                            raise
-                        shelves[0].notes.append(str(error))
-                        continue
-                    undo.callback(slots.close)
-                    if not own:
-                        space.readers.add(slots)
-                    parts.append((slots, graph.link(f"disk:{folder}", width=self.workers)))
-                    notes += slots.notes
-                together = [slots for slots, _ in parts]
-                for slots in together:
-                    slots.fit(together)
-                if own:
-                    for folder in (slots.folder.parent for slots in together):
-                        spaces[folder].others = [
-                            x.folder.parent for x in together if x.folder.parent != folder
-                        ]
-                if parts:
-                    shelves.append(DiskShelf(graph, form, parts, engine, own, notes))
-                    notes = []
+                opening.open_form(form, own=form == forms[0])
+            first = opening.shelves[0]
             if self.admit == "second":
-                shelves[0].offer_twice()
+                first.offer_twice()
             folders = ", ".join(map(str, self.folders))
             for note in self._size_notes:
-                shelves[0].notes.append(note)
+                first.notes.append(note)
                 _warnings.warning(f"{note} {folders}", "%s: %s", folders, note)
             undo.pop_all()
-        return shelves
+        return opening.shelves
+
+
+class _Opening:
+    """Open the forms of a disk tier one after another, the store's own form first."""
+
+    def __init__(
+        self, disk: Disk, graph: Graph, engine: Engine, undo: ExitStack, notes: list[str]
+    ) -> None:
+        self.disk = disk
+        self.graph = graph
+        self.engine = engine
+        self.undo = undo
+        self.notes = notes  # for the next shelf
+        self.shelves = list[DiskShelf]()
+        self.room = disk.capacity // len(disk.folders)
+        self.spaces = {folder: Space(folder, self.room) for folder in disk.folders}
+        self.busy = set[Path]()
+
+    def open_form(self, form: BlockForm, own: bool) -> None:
+        """Open a form in every folder that has it, or makes it if it is the store's ``own``."""
+        chains = Chains[bytes]()  # of all folders, as a prefix may lie in several
+        opened = dict[Path, Slots]()
+        for folder in self.disk.folders:
+            slots = self._open_folder(folder, form, own, chains, bool(opened))
+            if slots is not None:
+                opened[folder] = slots
+        siblings = [*opened.values()]
+        for slots in siblings:
+            slots.fit(siblings)
+        if own:
+            for folder in opened:
+                self.spaces[folder].others = [other for other in opened if other != folder]
+        if opened:
+            parts = [
+                (slots, self.graph.link(f"disk:{folder}", width=self.disk.workers))
+                for folder, slots in opened.items()
+            ]
+            self.shelves.append(DiskShelf(self.graph, form, parts, self.engine, own, self.notes))
+            self.notes = []
+
+    def _open_folder(
+        self, folder: Path, form: BlockForm, own: bool, chains: Chains[bytes], others: bool
+    ) -> Slots | None:
+        """Open a form in one folder; None, with a note, if the store can do without it: ``others``
+        have the own form already, or the form is only to be read."""
+        place = folder / form.name
+        if not own and (folder in self.busy or not (place / "form.json").exists()):
+            return None
+        room = self.room if own else None
+        space = self.spaces[folder]
+        try:
+            slots = Slots(place, form, room, self.engine, self.disk.track, chains, space)
+        except StoreError as error:
+            # The other folders serve without one that another store has.
+            if own and isinstance(error, StoreBusy) and others:
+                self.busy.add(folder)
+                self.notes.append(f"It does without {folder}. {error}")
+                return None
+            if own:
+                raise
+            self.shelves[0].notes.append(str(error))
+            return None
+        self.undo.callback(slots.close)
+        if not own:
+            space.readers.add(slots)
+        self.notes += slots.notes
+        return slots
 
 
 def _can_encode(path: str) -> bool:
