@@ -44,7 +44,7 @@ PRIVATE = re.compile(
     r"\b(?!self\b|cls\b|torch\b|_C\b|os\b|utils\._python_dispatch\b)"
     r"\w+\._(?!_|replace\b|asdict\b)\w+"
 )
-PRIVATE_READS = 148
+PRIVATE_READS = 151
 #: Functions that remember by device, of which a process has a few; `Bounded` would be slower there.
 BY_DEVICE = {"link_of", "why_not", "bounce_buffers", "capture_question", "event_pool"}
 #: The streams' handles without an owner, by device and priority: none may be let go of.
