@@ -32,7 +32,7 @@ def beside_steps(bench: MigrationBench) -> Iterator[Step]:
         yield "matmul on the owner", partial(_on_owner, bench)
 
 
-def _movers(bench: MigrationBench, *_: Any) -> Iterator[Traffic]:
+def _transports(bench: MigrationBench, *_: Any) -> Iterator[Traffic]:
     """Raw copies, and pulls on the default terms."""
     nbytes = bench.sizes.large[1]
     near = bench.near
@@ -82,7 +82,7 @@ def _told(bench: MigrationBench, on: str, rows: Rows) -> Rows:
 
 def _on_reader(bench: MigrationBench) -> Rows:
     def make(_: Bench, __: str) -> list[Traffic]:
-        return [*_movers(bench)]
+        return [*_transports(bench)]
 
     meeting = Meeting(bench, "matmul", DEFAULT, "pull")
     rows = meeting.rows(make, bench.sizes.repeats, (MEMCPY, MAPPED))
@@ -90,7 +90,7 @@ def _on_reader(bench: MigrationBench) -> Rows:
 
 
 def _on_owner(bench: MigrationBench) -> Rows:
-    results = [*_movers(bench)]
+    results = [*_transports(bench)]
     terms = bench.sizes.matmul, bench.sizes.seconds
     bench.far.do("loop", *terms)  # makes it, and warms it up
     slow: dict[str, list[float]] = {str(one): [] for one in results}

@@ -39,7 +39,7 @@ class Group:
 
 
 class Engine:
-    """NIXL or Mooncake, started as PortaKV's mover starts it, for reads of any pieces."""
+    """NIXL or Mooncake, started as PortaKV's transport starts it, for reads of any pieces."""
 
     def __init__(self, name: str, device: torch.device, address: str) -> None:
         transport: Any = choose(device, name)

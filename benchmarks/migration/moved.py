@@ -115,7 +115,7 @@ def _staged(bench: MigrationBench, transport: str) -> Rows:
     sizes = bench.sizes.moved[bench.on]
     rows = Rows()
     with two(bench) as sides:
-        raw = sides.owner.do("give", USUAL, max(sizes), expose="staging", mover=transport)
+        raw = sides.owner.do("give", USUAL, max(sizes), expose="staging", transport=transport)
         sides.reader.do("take", USUAL, max(sizes), raw, transport)
         sides.group() if transport == GROUP else sides.engine(transport)
         for nbytes in sizes:

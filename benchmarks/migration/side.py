@@ -48,12 +48,12 @@ class Side:
         self.owner = Owner(self.channel, self.source.shard, model="bench", **terms)
         return share(self.dense).hex()
 
-    def take(self, case: str, nbytes: int, raw: str, mover: str | None = None) -> None:
+    def take(self, case: str, nbytes: int, raw: str, transport: str | None = None) -> None:
         """Have room for rows of a case, and know what they will be."""
         self.case = CASES[case]
         self.target = Cache(self.case, True, nbytes, self.device)
         self.mirror = Cache(self.case, False, nbytes, self.device)
-        self.reader = Reader(self.channel, self.target.shard, model="bench", mover=mover)
+        self.reader = Reader(self.channel, self.target.shard, model="bench", transport=transport)
         self.raw = open_shared(bytes.fromhex(raw), self.device)
         self.landed = torch.empty_like(self.raw)
         self.target.poison()

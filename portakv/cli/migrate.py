@@ -137,10 +137,10 @@ def _links(device: torch.device) -> Iterator[Decision]:
 
 def _transports(device: torch.device) -> Iterator[Decision]:
     """Yield the answer of each transport for staging buffers on the device."""
-    from portakv.migrate.transports import MOVERS, ONLY_ASKED
+    from portakv.migrate.transports import ONLY_ASKED, TRANSPORTS
 
-    for name in MOVERS:
-        decision = MOVERS[name].probe(device)
+    for name in TRANSPORTS:
+        decision = TRANSPORTS[name].probe(device)
         if decision.accepted and name in ONLY_ASKED:
             decision = Decision(name, True, f"{decision.reason}; only if it is requested by name")
         yield decision

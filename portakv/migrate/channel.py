@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control channel: what owners, readers and movers ask and tell each other, and who is gone.
+"""The control channel carries messages of owners, readers and transports, and notices dead peers.
 By ZeroMQ, with CURVE from a secret. Messages have schemas and limits; nothing is unpickled."""
 
 from __future__ import annotations

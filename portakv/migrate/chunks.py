@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The canonical chunk, which rows of every layout become for movers and digests: for each kv, one
-layer behind the other, in each the tokens (or whole pages), in each the heads."""
+"""Make the canonical chunk, the form of rows of every layout for transports and checksums: for each
+kv the layers in order, in each layer the tokens (or whole pages), in each token the heads."""
 
 from __future__ import annotations
 

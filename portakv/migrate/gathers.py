@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an owner does for readers that cannot map its memory: a worker brings rows into staging
-slots, which movers carry, and sums digests up."""
+slots, which transports carry, and sums digests up."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import Later, digest
 from portakv.migrate.messages import Answer, Gather, Hello, Message
-from portakv.migrate.transports import check_mover, choose, forced
-from portakv.migrate.transports.base import Mover, Moving
+from portakv.migrate.transports import check_transport, choose, forced
+from portakv.migrate.transports.base import Moving, Transport
 from portakv.runtime.streams import StreamFence
 from portakv.view import Index, KVView
 
@@ -65,17 +65,17 @@ def zero(memory: torch.Tensor) -> None:
 
 
 class Gathers:
-    """The slots and movers of an owner, for all of its readers; its calls are quick."""
+    """The slots and transports of an owner, for all of its readers; its calls are quick."""
 
     def __init__(
-        self, channel: Channel, slot_bytes: int, mover: str | None, device: torch.device
+        self, channel: Channel, slot_bytes: int, transport: str | None, device: torch.device
     ) -> None:
-        check_mover(mover, device)
+        check_transport(transport, device)
         self._channel = channel
         self._slot_bytes = slot_bytes
-        self.mover = forced(mover)
-        self._movers = dict[str, Mover]()  # by name
-        self._by = dict[Peer, list[Mover]]()  # of readers; each agreement is a list of its own
+        self.transport = forced(transport)
+        self._transports = dict[str, Transport]()  # by name
+        self._by = dict[Peer, list[Transport]]()  # of readers; each agreement is a list of its own
         self._slots = dict[tuple[Peer, int], Slot]()
         self._lock = threading.Lock()  # a reader that is gone gets no slot
         self._graph = Graph()
@@ -88,44 +88,44 @@ class Gathers:
         return len(self._slots)
 
     def agree(self, peer: Peer, hello: Hello, device: torch.device) -> str:
-        """The mover for a reader, whose slots are where both sides' rows are, or on the host;
+        """The transport for a reader, whose slots are where both sides' rows are, or on the host;
         raises `Unsupported` or `BackendUnavailable` if there is none."""
         if hello.device.partition(" ")[0] != device.type:
             device = torch.device("cpu")
-        name = self.mover or hello.mover
-        if name != hello.mover:
-            raise Unsupported(f"The mover {name}", f"its reader has {hello.mover}")
+        name = self.transport or hello.transport
+        if name != hello.transport:
+            raise Unsupported(f"The transport {name}", f"its reader has {hello.transport}")
         self.forget(peer)  # it takes no more of what it was brought before
-        mover = self._movers.get(f"{name} {device}") or choose(device, name)
-        self._movers[f"{name} {device}"] = mover
-        self._by[peer] = [mover]
-        for kind in mover.asks:
+        transport = self._transports.get(f"{name} {device}") or choose(device, name)
+        self._transports[f"{name} {device}"] = transport
+        self._by[peer] = [transport]
+        for kind in transport.asks:
             self._channel.serve(kind, self._asked)
         peer.on_gone(partial(self.forget, peer))
-        return mover.name
+        return transport.name
 
     def _asked(self, peer: Peer, asked: Any) -> Message | None:
-        """What a reader's mover asks its own one here."""
-        mover = self._by.get(peer, [None])[0]
-        if mover is None or not isinstance(asked, mover.asks):
-            raise PeerError("the reader has not agreed upon this mover; pair anew.")
-        return mover.answer(peer, self._channel, asked)
+        """What a reader's transport asks its own one here."""
+        transport = self._by.get(peer, [None])[0]
+        if transport is None or not isinstance(asked, transport.asks):
+            raise PeerError("the reader has not agreed upon this transport; pair anew.")
+        return transport.answer(peer, self._channel, asked)
 
     def forget(self, peer: Peer) -> None:
         """A reader is gone, or needs its slots no more."""
         with self._lock:
             agreed = self._by.pop(peer, [])
             self._slots = {key: one for key, one in self._slots.items() if key[0] is not peer}
-        for mover in agreed:
-            mover.forget(peer)
+        for transport in agreed:
+            transport.forget(peer)
 
     def begin(self, peer: Peer, gather: Gather, rows: Rows) -> Answer:
         """Have the worker bring rows into a slot; or sum them up, for a reader that asks until it
         has. Only one thread calls it."""
-        if gather.mover:
+        if gather.transport:
             agreed = self._by.get(peer)
-            if agreed is None or agreed[0].name != gather.mover:
-                return Answer("refused", f"{gather.mover} was not agreed upon; pair anew.")
+            if agreed is None or agreed[0].name != gather.transport:
+                return Answer("refused", f"{gather.transport} was not agreed upon; pair anew.")
             number = gather.slot % SLOTS
             slot = self._slots.get((peer, number))
             if slot is not None and slot.busy:
@@ -146,14 +146,14 @@ class Gathers:
         total = self._sums.answer(gather, partial(self._sum, gather, rows))
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
 
-    def _new_slot(self, peer: Peer, number: int, needs: int, mover: Mover) -> Slot:
-        """Allocate a slot; all slots of a reader if the mover has to know them at once."""
-        if mover.knows_once:
-            whole = staging(SLOTS * self._slot_bytes, mover.device)
+    def _new_slot(self, peer: Peer, number: int, needs: int, transport: Transport) -> Slot:
+        """Allocate a slot; all slots of a reader if the transport has to know them at once."""
+        if transport.knows_once:
+            whole = staging(SLOTS * self._slot_bytes, transport.device)
             dirty = [whole]  # the library reaches all of it after the first slot
             rooms = dict(enumerate(whole.view(SLOTS, -1)))
         else:
-            room = staging(needs, mover.device, self._slot_bytes)
+            room = staging(needs, transport.device, self._slot_bytes)
             dirty = [room]
             rooms = {number: room}
 
@@ -166,8 +166,8 @@ class Gathers:
         """End what is under way."""
         self._by = {}
         self._graph.close()
-        for mover in self._movers.values():
-            mover.close()
+        for transport in self._transports.values():
+            transport.close()
 
     # --- in the worker
 
@@ -177,7 +177,7 @@ class Gathers:
             return digest(rows.view, rows.ids, gather.count, box, gather.first)
 
     def _bring(
-        self, peer: Peer, gather: Gather, rows: Rows, agreed: list[Mover], slot: Slot
+        self, peer: Peer, gather: Gather, rows: Rows, agreed: list[Transport], slot: Slot
     ) -> None:
         """Fill a slot and send it; or send zeros, after which the reader asks for nothing more."""
         nbytes = chunk_bytes(rows.view, gather.count)
@@ -217,9 +217,9 @@ class Gathers:
             copy.wait()  # what is sent follows it; ids were looked at when they were offered
 
     def _send(
-        self, peer: Peer, gather: Gather, agreed: list[Mover], slot: Slot, full: torch.Tensor
+        self, peer: Peer, gather: Gather, agreed: list[Transport], slot: Slot, full: torch.Tensor
     ) -> None:
-        """Have the mover carry a full slot, unless its reader has paired anew or is gone."""
+        """Have the transport carry a full slot, unless its reader has paired anew or is gone."""
         lane = agreed[0].lane(peer, self._channel)
         with self._lock:
             if self._by.get(peer) is agreed:

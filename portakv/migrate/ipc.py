@@ -296,7 +296,7 @@ def _read(data: bytes, device: torch.device | str | int | None) -> tuple[_Shared
     (space, pid, began) = told.process
     if told.host != host:
         why = "it is another host's, or of a container with its own shared memory (docker: --ipc)"
-        raise Unsupported(_OPEN, f"{why}; use a mover")
+        raise Unsupported(_OPEN, f"{why}; use a transport")
     if told.process == mine and told.device != "cpu":
         raise Unsupported(_OPEN, "it is this process's, and torch opens only others'; use that")
     if space == mine[0] and started(pid) != began:
@@ -322,7 +322,9 @@ def _changed() -> PeerError:
 
 
 @contextmanager
-def _by_torch(what: str, device: torch.device | None, do: str = "use a mover") -> Iterator[None]:
+def _by_torch(
+    what: str, device: torch.device | None, do: str = "use a transport"
+) -> Iterator[None]:
     """Torch's refusal as a sentence. The device is the current one: torch crashes on an event of a
     device that the process has not used."""
     try:

@@ -39,6 +39,10 @@ Sent = TypeVar("Sent", bound="Message")
 _MAC = 16  # bytes
 
 
+#: Names of fields that the messages of this version keep on the wire.
+_ON_THE_WIRE = {"transport": "mover"}
+
+
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """What all have: a tag, and no field that this release does not know. ``purpose`` begins the
     sentences that say what became of a question."""
@@ -83,25 +87,26 @@ class Described(Message, frozen=True):
     block_size: Count
 
 
-class Hello(Message, frozen=True):
-    """A reader asks for what an owner has, and to have it moved by a mover into its slots."""
+class Hello(Message, frozen=True, rename=_ON_THE_WIRE):
+    """A reader asks for what an owner has, and to have it moved by a transport into its slots."""
 
     purpose: ClassVar[str] = "Pairing with the owner at"
 
     model: Text
     device: Text = ""
-    mover: Name = ""
+    transport: Name = ""
 
 
-class Welcome(Message, frozen=True):
-    """The owner's answer. What is moved crosses in ``slots`` of so many bytes, by the mover that
-    was agreed upon, before that the one that the owner was told to use."""
+class Welcome(Message, frozen=True, rename=_ON_THE_WIRE):
+    """The owner's answer. Rows that cannot be mapped cross in ``slots`` of ``slot_bytes`` bytes, by
+    ``transport``: the one that both sides agreed on, or before that the one that the owner
+    names."""
 
     epoch: Id
     described: Annotated[tuple[Described, ...], Meta(min_length=1, max_length=64)]
     regions: Annotated[tuple[Region, ...], Meta(max_length=MOST_REGIONS)]
     events: Annotated[tuple[Handle, ...], Meta(max_length=256)] = ()
-    mover: Name = ""
+    transport: Name = ""
     slots: Small = 0
     slot_bytes: Bytes = 0
     #: Under which the owner signs the tickets of this epoch; only this message carries it.
@@ -143,9 +148,9 @@ class Renew(About, frozen=True):
     seconds: Seconds
 
 
-class Gather(About, frozen=True):
+class Gather(About, frozen=True, rename=_ON_THE_WIRE):
     """Begins, and asks for ``count`` tokens from ``first`` on, of a rectangle of a group on the
-    model's axes: in a slot, for a mover and under a tag; or, without a mover, for their digest."""
+    model's axes: in a slot, for a transport and under a tag; without one, for their checksum."""
 
     purpose: ClassVar[str] = "Asking for rows, of the owner at"
 
@@ -154,7 +159,7 @@ class Gather(About, frozen=True):
     heads: tuple[Small, Small]
     first: Count
     count: Count
-    mover: Name = ""
+    transport: Name = ""
     slot: Small = 0
     tag: Count = 0
 

@@ -48,9 +48,9 @@ def _take(step: Step, part: Slice, pull: Pull, pace: RateLimit, *_: object) -> N
                 while (left := pace.left(start)) and not pull.over:
                     sleep(min(left, 0.05))
                 owner.tag += 1
-                terms = {"mover": owner.mover.name, "slot": number, "tag": owner.tag}
+                terms = {"transport": owner.transport.name, "slot": number, "tag": owner.tag}
                 ask(step, step.gather(layers, at, count, **terms), pull)
-                moving = owner.mover.lane(owner.address, owner.channel).move(slot, owner.tag)
+                moving = owner.transport.lane(owner.address, owner.channel).move(slot, owner.tag)
             src = chunk(dst, count, room)[1]
             mine = step.mine.shifted(at)
             _await(moving.wait, pull)

@@ -23,6 +23,7 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
 from portakv.migrate.gathers import SLOTS, Gathers, Rows
 from portakv.migrate.shards import Shard, device_of, overlap, slices
+from portakv.migrate.transports import renamed
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.runtime.streams import StreamFence
@@ -138,7 +139,8 @@ class Owner:
             side; they are made as large as what it pulls needs.
         expose: "mapped": readers on this host may map whole allocations, to be read and written, so
             that all are in one trust domain; "staging": they get copies of offered rows alone.
-        mover: the name of the one for readers that cannot map; None: the one that a reader has.
+        transport: the name of the transport for readers that cannot map; None: the reader's.
+        mover: deprecated, the same as ``transport``.
 
     Raises:
         LayoutError: no shard, one that cannot be described, or not all on one device.
@@ -152,9 +154,11 @@ class Owner:
         model: str,
         staging: int = 512 << 20,
         expose: Expose = "mapped",
+        transport: str | None = None,
         mover: str | None = None,
     ) -> None:
         arguments.instance("channel", channel, Channel)
+        transport = renamed(transport, mover)
         device = device_of(shards)
         arguments.text("model", model)
         staging = arguments.nbytes("staging", staging, SLOTS << 12)
@@ -170,7 +174,7 @@ class Owner:
         self._exports = list[ipc.Held]()
         self.ended: Bounded[bytes, str] = Bounded("ended offers", _REMEMBERED)
         self._closed = False
-        self._gathers = Gathers(channel, self._slot_bytes, mover, device)
+        self._gathers = Gathers(channel, self._slot_bytes, transport, device)
         uninterrupted(partial(self._start, shards), undo=lambda _: self.close())
 
     def _start(self, shards: Sequence[Shard]) -> None:
@@ -236,7 +240,7 @@ class Owner:
                 regions=tuple(exported),
                 slots=SLOTS,
                 slot_bytes=self._slot_bytes,
-                mover=self._gathers.mover or "",
+                transport=self._gathers.transport or "",
                 events=tuple(ipc.export_event(x) for x in self._events),
                 key=self._key,
             )
@@ -375,9 +379,9 @@ class Owner:
         if not same:
             why = f"their model is {self.model!r}, the reader's {hello.model!r}"
             return messages.Answer("refused", why[:1024])
-        if not hello.mover:
+        if not hello.transport:
             return self._welcome
-        return replace(self._welcome, mover=self._gathers.agree(peer, hello, self.device))
+        return replace(self._welcome, transport=self._gathers.agree(peer, hello, self.device))
 
     def _held(self, about: messages.About) -> Offer | None:
         offer = self.offers.get(about.offer)

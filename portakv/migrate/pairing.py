@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Owners as a reader knows them: each is greeted once, refused if its rows are others, and mapped
-if its memory can be; otherwise both sides agree upon a mover."""
+if its memory can be; otherwise both sides agree upon a transport."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from portakv.migrate.chunks import staging
 from portakv.migrate.described import rebuild, reserve
 from portakv.migrate.messages import Answer, Bye, Hello, Ticket, Welcome, is_signed, no_ticket
 from portakv.migrate.shards import Shard, device_of, unlike
-from portakv.migrate.transports import check_mover, choose, forced
-from portakv.migrate.transports.base import Mover, Moving
+from portakv.migrate.transports import check_transport, choose, forced
+from portakv.migrate.transports.base import Moving, Transport
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import uninterrupted
 
@@ -52,7 +52,7 @@ class Paired:
         self.events = list[Any]()
         # why it is not mapped, and what carries then
         self.why = ""
-        self.mover = cast(Any, None)
+        self.transport = cast(Any, None)
         # slots are taken in the order of gathers
         self.turn = threading.Lock()
         self.tag = 0
@@ -68,15 +68,15 @@ class Pairings:
     """The owners of one reader; see `Reader` for its arguments."""
 
     def __init__(
-        self, channel: Channel, shards: Sequence[Shard], model: str, mover: str | None
+        self, channel: Channel, shards: Sequence[Shard], model: str, transport: str | None
     ) -> None:
         self.channel = channel
         self.shards = shards
         self.device = device_of(shards)
-        check_mover(mover, self.device)
+        check_transport(transport, self.device)
         self._model = model
-        self._asked = forced(mover)
-        self._movers = dict[str, Mover]()
+        self._asked = forced(transport)
+        self._transports = dict[str, Transport]()
         self._owners = dict[tuple[str, bytes], Paired]()
         self._lock = threading.Lock()
 
@@ -168,14 +168,14 @@ class Pairings:
                 left = max(0.0, until - monotonic())
                 self.channel.tell(owner.address, Bye(), left)
             self._forget(owner)
-        for mover in self._movers.values():
-            mover.close()
+        for transport in self._transports.values():
+            transport.close()
 
     def _greet(
-        self, ticket: Ticket, until: float, mover: str = "", slots: torch.device = _HOST
+        self, ticket: Ticket, until: float, transport: str = "", slots: torch.device = _HOST
     ) -> Welcome:
         kind: Any = Welcome | Answer
-        hello = Hello(self._model, ipc.where(slots), mover)
+        hello = Hello(self._model, ipc.where(slots), transport)
         seconds = min(self.channel.timeout, max(0.0, until - monotonic()))
         welcome = self.channel.ask(ticket.address, hello, kind, seconds)
         if not isinstance(welcome, Answer):
@@ -226,23 +226,23 @@ class Pairings:
         return ""
 
     def _agree(self, owner: Paired, ticket: Ticket, until: float) -> None:
-        """Agree with an owner upon a mover, whose slots are where both sides' rows are or, if it
-        can carry none there, on the host."""
+        """Agree with an owner on a transport. Its slots are where both sides' rows are or, if it
+        serves no slots there, on the host."""
         # Which one this reader was told to use, or the owner.
         theirs = owner.welcome.regions[0].device
-        name = self._asked or owner.welcome.mover or None
+        name = self._asked or owner.welcome.transport or None
         # Another device of the same type: NCCL does not serve two processes on one.
         same = theirs.partition(" ")[0] == self.device.type and theirs != ipc.where(self.device)
         device = self.device if same else _HOST
         try:
-            mover = choose(device, name)
+            transport = choose(device, name)
         except BackendUnavailable:
             device = _HOST
-            mover = choose(device, name)
-        owner.mover = self._movers.setdefault(f"{mover.name} {device}", mover)
-        if owner.mover is not mover:
-            mover.close()
-        agreed = self._greet(ticket, until, mover.name, device)
+            transport = choose(device, name)
+        owner.transport = self._transports.setdefault(f"{transport.name} {device}", transport)
+        if owner.transport is not transport:
+            transport.close()
+        agreed = self._greet(ticket, until, transport.name, device)
         same_rows = agreed.described == owner.welcome.described
         if not (same_rows and 1 <= agreed.slots <= MOST_SLOTS):
             raise PeerError(
@@ -259,8 +259,8 @@ class Pairings:
         for one in [*self._owners.values()]:
             one.cuts.clear()  # those with it have its memory
         owner.unwatch()
-        if owner.mover:
-            owner.mover.forget(owner.address)
+        if owner.transport:
+            owner.transport.forget(owner.address)
 
 
 def _check(address: str, welcome: Welcome) -> None:

@@ -22,6 +22,7 @@ from portakv.migrate.pairing import Pairings
 from portakv.migrate.published import Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.migrate.steps import count_blocks, steps
+from portakv.migrate.transports import renamed
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import IdList
 
@@ -38,19 +39,26 @@ class Reader:
         channel: by which owners are asked; one reader on each.
         shards: its views with their windows, one for each group of layers that share block ids.
         model: a fingerprint; owners of another one are refused.
-        mover: the name of the one for memory that cannot be mapped; None: what the owner
-            names, else the first that serves here.
+        transport: the name of the transport for memory that cannot be mapped; None: the one that
+            the owner names, else the first that serves here.
+        mover: deprecated, the same as ``transport``.
 
     Raises `LayoutError` without a shard, or if not all are on one device, and `InvalidTerms` for a
     channel that has a reader.
     """
 
     def __init__(
-        self, channel: Channel, *shards: Shard, model: str, mover: str | None = None
+        self,
+        channel: Channel,
+        *shards: Shard,
+        model: str,
+        transport: str | None = None,
+        mover: str | None = None,
     ) -> None:
         arguments.instance("channel", channel, Channel)
+        transport = renamed(transport, mover)
         arguments.text("model", model)
-        self._owners = Pairings(channel, shards, model, mover)
+        self._owners = Pairings(channel, shards, model, transport)
         self._graph = Graph()
         self.channel = channel
         self.shards = shards
@@ -122,7 +130,7 @@ class Reader:
                 # All steps together keep to the rate.
                 rate = terms.max_gbps and terms.max_gbps * step.nbytes / whole
                 if step.cut.src is None:
-                    pull.way = step.owner.mover.name, step.owner.why
+                    pull.way = step.owner.transport.name, step.owner.why
                     for some, node in taken(self._graph, step, pull, rate):
                         pull.slices.append(node)
                         for layer in some:
@@ -160,8 +168,8 @@ class Reader:
         for ticket, owner in self._owners.told(tickets):
             how = "rows are read where they lie, by one launch for each piece"
             if owner.why:
-                how = f"rows are moved by {owner.mover.name}, through staging: {owner.why}"
-                how += f" ({owner.mover.why})"
+                how = f"rows are moved by {owner.transport.name}, through staging: {owner.why}"
+                how += f" ({owner.transport.why})"
             lines.append(f"{owner.address}, {ticket.tokens} tokens: {how}.")
         return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The start of torch.distributed groups over a channel, for movers and for who brings collectives:
-no TCPStore and no port of PortaKV's. The groups open sockets of their own for data."""
+"""Start torch.distributed groups over a channel, for transports and for callers with collectives.
+
+There is no TCPStore and no further port. The groups open separate sockets for data."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ class Keep(Message, frozen=True):
 
 
 class Meet(Keep, frozen=True):
-    """The same, with keys of a mover's group, which no rendezvous of the channel mixes up."""
+    """The same, with keys of a transport's group, which no rendezvous of the channel mixes up."""
 
 
 class Kept(Message, frozen=True):

@@ -228,7 +228,7 @@ def test_a_variable_with_a_wrong_value(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_mover_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transport_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nixl", None)
     monkeypatch.setenv("PORTAKV_MOVER", "nixl")
     (sentence,) = run_json("doctor")["variables"]
@@ -244,10 +244,10 @@ def test_a_cache_that_cannot_be_written(cache: Path) -> None:
 
 
 def test_choices_are_those_of_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    movers = pytest.importorskip(
+    transports = pytest.importorskip(
         "portakv.migrate.transports", reason="it needs the extra `migrate`"
     )
-    assert CHOICES[movers.ENVIRONMENT] == tuple(movers.MOVERS)
+    assert CHOICES[transports.ENVIRONMENT] == tuple(transports.TRANSPORTS)
     choose = pytest.importorskip("portakv.storage.choose", reason="it needs the extra `storage`")
     monkeypatch.setenv("PORTAKV_IO", "acme")
     with pytest.raises(InvalidTerms, match=" or ".join(CHOICES["PORTAKV_IO"])):

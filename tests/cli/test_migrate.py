@@ -147,7 +147,7 @@ def test_explain_of_peers_takes_no_layouts(more: str) -> None:
 
 
 @pytest.mark.usefixtures("either")
-def test_explain_names_the_mover_that_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_names_the_transport_that_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTAKV_MOVER", "distributed")
     code, out, err = run("explain", "--peer", "--device", "cpu")
     assert (code, err) == (0, "")
@@ -156,7 +156,9 @@ def test_explain_names_the_mover_that_is_forced(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("either")
-def test_explain_tells_that_a_forced_mover_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_tells_that_a_forced_transport_does_not_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("PORTAKV_MOVER", "mooncake")
     monkeypatch.setitem(sys.modules, "mooncake", None)
     assert "does not serve here: a pull is then rejected" in run("explain", "--peer")[1]

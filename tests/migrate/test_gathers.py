@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An owner of staged rows with several movers at once, and what the two sides agree upon."""
+"""An owner of staged rows with several transports at once, and what the two sides agree upon."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from portakv.migrate.channel import Peer
 from portakv.migrate.gathers import Gathers
 from portakv.migrate.messages import Answer, Hello
 from portakv.migrate.rendezvous import rendezvous
-from portakv.migrate.transports import MOVERS
+from portakv.migrate.transports import TRANSPORTS
 from portakv.migrate.transports.distributed import Join
 from portakv.migrate.transports.onesided import Taken, There, Where
 
@@ -35,26 +35,25 @@ class Other(Memory):
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sides]:
     for kind in (Memory, Other):
-        monkeypatch.setitem(MOVERS, kind.name, kind)
+        monkeypatch.setitem(TRANSPORTS, kind.name, kind)
     with sides() as those:
         yield those
 
 
-def pulled(made: Sides, both: Couple, mover: str | None) -> str:
+def pulled(made: Sides, both: Couple, transport: str | None) -> str:
     """Pull twice by a reader of its own; what it explains."""
     mine = Rows(8, 32, fill=-1)
-    reader = made.reader(mine.shard, mover=mover, timeout=5.0)
+    reader = made.reader(mine.shard, transport=transport, timeout=5.0)
     for _ in range(2):
         reader.pull(both.offer().ticket, both.into, verify=True).synchronize(20)
     return reader.explain(both.offer().ticket)
 
 
-def test_readers_of_one_owner_use_several_movers_at_once(made: Sides) -> None:
-    """Each reader's mover is answered by its own one: as an owner of a GPU has one for readers on
-    GPUs and another for those on hosts."""
+def test_readers_of_one_owner_use_several_transports_at_once(made: Sides) -> None:
+    """An owner of a GPU has one transport for readers on GPUs and another for readers on hosts."""
     both = Couple(made, "staging")
     readers = [
-        made.reader(Rows(8, 32, fill=-1).shard, mover=name)
+        made.reader(Rows(8, 32, fill=-1).shard, transport=name)
         for name in ("memory", "other", "distributed")
     ]
     for _ in range(3):
@@ -74,34 +73,34 @@ def test_a_rendezvous_of_the_owners_channel_and_pulls_leave_each_other_alone(mad
 
 
 @pytest.mark.parametrize("by", ["name", "environment"])
-def test_a_mover_that_the_owner_was_told_to_use_is_the_readers_as_well(
+def test_a_transport_that_the_owner_was_told_to_use_is_the_readers_as_well(
     made: Sides, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     if by == "environment":
         monkeypatch.setenv("PORTAKV_MOVER", "memory")
-    both = Couple(made, "staging", **({"mover": "memory"} if by == "name" else {}))
+    both = Couple(made, "staging", **({"transport": "memory"} if by == "name" else {}))
     monkeypatch.delenv("PORTAKV_MOVER", raising=False)
     told = pulled(made, both, None)
     assert "rows are moved by memory, through staging" in told
     assert "memory: accepted, it is here; it was asked for" in told
-    with pytest.raises(Unsupported, match="The mover memory: its reader has distributed"):
+    with pytest.raises(Unsupported, match="The transport memory: its reader has distributed"):
         pulled(made, both, "distributed")
 
 
-def test_a_mover_that_nobody_knows_is_refused_at_once(made: Sides) -> None:
+def test_a_transport_that_nobody_knows_is_refused_at_once(made: Sides) -> None:
     rows = Rows()
     for make in (made.owner, made.reader):
-        with pytest.raises(InvalidTerms, match=r"Expected mover to be .*, got 'pigeon'"):
-            make(rows.shard, mover="pigeon")
+        with pytest.raises(InvalidTerms, match=r"Expected transport to be .*, got 'pigeon'"):
+            make(rows.shard, transport="pigeon")
 
 
-def test_who_agreed_upon_no_mover_is_not_answered(made: Sides) -> None:
+def test_who_agreed_upon_no_transport_is_not_answered(made: Sides) -> None:
     """Fault 12. Neither a group nor a place is told."""
     both = Couple(made, "staging")
     pulled(made, both, "memory")
     pulled(made, both, None)
     for asked in (Join("x"), Where(1), Taken(1)):
-        with pytest.raises(PeerError, match="has not agreed upon this mover"):
+        with pytest.raises(PeerError, match="has not agreed upon this transport"):
             both.reader.channel.ask(both.owner.channel.address, asked, Answer)
 
 
@@ -111,7 +110,7 @@ def test_a_reader_that_pairs_anew_finds_its_slots_free(
     """Fault 20. Whatever it had not taken when its owner had other memory."""
     held = threading.Event()
     monkeypatch.setattr(Other, "stuck", held)
-    both = Couple(made, "staging", mover="other")
+    both = Couple(made, "staging", transport="other")
     before = both.pull(both.offer())
     assert until(lambda: both.owner.statistics()["slots"] >= 2)
     both.owner.reallocate(both.theirs.shard)
@@ -140,13 +139,13 @@ class Held(NamedTuple):
         yield
 
 
-@pytest.mark.parametrize("mover", ["other", "distributed"])
+@pytest.mark.parametrize("transport", ["other", "distributed"])
 def test_an_owner_that_cannot_bring_rows_says_so_at_once(
-    made: Sides, monkeypatch: pytest.MonkeyPatch, mover: str
+    made: Sides, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    """Fault 27. It has no memory for a slot, or fails as it fills one: the first, before movers
+    """Fault 27. It has no memory for a slot, or fails as it fills one: the first, before transports
     have met, or a later one. Its reader does not wait; later there may be room."""
-    both = Couple(made, "staging", mover=mover)
+    both = Couple(made, "staging", transport=transport)
     error = torch.OutOfMemoryError("no room")
 
     def full(*_: Any) -> Any:
@@ -189,30 +188,30 @@ def test_only_the_memory_that_slots_have_now_is_registered(
 ) -> None:
     """Slots grow with pulls; an owner whose readers learn of it but once has all from the start."""
     monkeypatch.setattr(Other, "knows_once", once)
-    both = Couple(made, "staging", mover="other")
+    both = Couple(made, "staging", transport="other")
     for both.tokens in (1, 10, 20, 40, 75, 3):
         both.pull(both.offer(), verify=True).synchronize(20)
         assert both.right()
     (paired,) = both.reader._owners._owners.values()
-    mover: Any = both.owner._gathers._movers["other cpu"]
+    transport: Any = both.owner._gathers._transports["other cpu"]
 
     def told() -> bool:  # what a slot had before it grew is let go of by the next one
         both.pull(both.offer()).synchronize(20)
         mine = {(x.data_ptr(), x.nbytes) for _, x, _ in paired.slots.queue if x.nbytes}
         theirs = {(x.room.data_ptr(), x.room.nbytes) for x in both.owner._gathers._slots.values()}
         theirs = {(min(theirs)[0], SMALL)} if once else theirs
-        return {*mover.entered} == theirs and {*paired.mover.entered} == mine
+        return {*transport.entered} == theirs and {*paired.transport.entered} == mine
 
     assert until(told)
-    assert not once or len(mover.log) == 1
+    assert not once or len(transport.log) == 1
     both.reader.close()
-    assert until(lambda: not (mover.entered or paired.mover.entered))
+    assert until(lambda: not (transport.entered or paired.transport.entered))
 
 
 def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) -> None:
     """Fault 20. What was still to be brought when the owner's memory was replaced, under the tags
     with which the next pairing begins."""
-    both = Couple(made, "staging", mover="other")
+    both = Couple(made, "staging", transport="other")
     held = threading.Event()
     offer = both.offer()
     offer.behind = cast(Any, Held(held))

@@ -294,7 +294,7 @@ def test_hosts_and_devices_are_known_by_themselves(peer: Peer) -> None:
     assert ipc.identity(torch.device("cpu")) == ipc.host_id()
     assert len(ipc.host_id().split("/")[0]) == 36
     data = lied(ipc.share(sample(4)), host="another/26")
-    with pytest.raises(Unsupported, match=r"another host's, or of a container.* use a mover"):
+    with pytest.raises(Unsupported, match=r"another host's, or of a container.* use a transport"):
         ipc.open_shared(data)
 
 

@@ -33,7 +33,7 @@ def test_a_device_without_a_way_is_refused_with_the_reason(monkeypatch: pytest.M
         raise RuntimeError("pidfd_getfd: Operation not permitted\nException raised from ...")
 
     monkeypatch.setattr(torch.UntypedStorage, "_share_simdev_", refuses, raising=False)
-    why = "torch refuses it for simdev:0 (pidfd_getfd: Operation not permitted); use a mover"
+    why = "torch refuses it for simdev:0 (pidfd_getfd: Operation not permitted); use a transport"
     assert ipc.why_not(tensor) == why
     with pytest.raises(Unsupported, match="pidfd_getfd"):
         ipc.export(tensor.untyped_storage())

@@ -16,7 +16,7 @@ from support.migrate_pulls import LAYOUT, SMALL, Sides, sides
 
 from portakv import KVView
 from portakv.migrate.shards import Shard
-from portakv.migrate.transports import MOVERS
+from portakv.migrate.transports import TRANSPORTS
 
 SECRET = 0x5A  # each byte of tenant A's rows, and no byte of other rows
 BLOCKS = 16
@@ -43,7 +43,7 @@ class Table(Memory):
 class Tenants:
     """An owner with rows of two tenants, and a reader for each tenant."""
 
-    def __init__(self, made: Sides, device: torch.device, mover: str, seed: int) -> None:
+    def __init__(self, made: Sides, device: torch.device, transport: str, seed: int) -> None:
         self.random = random.Random(seed)
         shape = 2, 2, BLOCKS, SIZE, 3, 5  # rows of a size that leaves padding in chunks
         self.whole = torch.full(shape, 0x11, dtype=torch.uint8, device=device)
@@ -56,7 +56,7 @@ class Tenants:
         for name in "AB":
             self.pages[name] = torch.zeros(shape, dtype=torch.uint8, device=device)
             shard = Shard(KVView([*self.pages[name]], LAYOUT))
-            self.readers[name] = made.reader(shard, mover=mover)
+            self.readers[name] = made.reader(shard, transport=transport)
 
     def pull(self, name: str) -> None:
         """Pull blocks of a tenant, some of which are left out, in a random length."""
@@ -97,7 +97,7 @@ def recycled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[t
 
     monkeypatch.setattr("portakv.migrate.gathers.staging", allocate)
     monkeypatch.setattr("portakv.migrate.moved.staging", receive)
-    monkeypatch.setitem(MOVERS, Table.name, Table)
+    monkeypatch.setitem(TRANSPORTS, Table.name, Table)
     try:
         yield begin
     finally:
@@ -105,19 +105,19 @@ def recycled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[t
 
 
 def leaks(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, mover: str, pulls: int, seed: int
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, transport: str, pulls: int, seed: int
 ) -> int:
     """Return how many pulls of tenant B left a byte of tenant A in B's buffers or pages."""
     with recycled(monkeypatch) as begin:
         if device.type != "cpu":
-            warm_up(begin, device, mover)
-        return count_leaks(begin, device, mover, pulls, seed)
+            warm_up(begin, device, transport)
+        return count_leaks(begin, device, transport, pulls, seed)
 
 
-def warm_up(begin: Callable[[str], object], device: torch.device, mover: str) -> None:
+def warm_up(begin: Callable[[str], object], device: torch.device, transport: str) -> None:
     """Pull once, as a driver opens files at a process's first pull that stay open."""
     made = Sides()
-    tenants = Tenants(made, device, mover, 0)
+    tenants = Tenants(made, device, transport, 0)
     begin("A")
     tenants.pull("A")
     for one in reversed(made.made):
@@ -127,14 +127,14 @@ def warm_up(begin: Callable[[str], object], device: torch.device, mover: str) ->
 def count_leaks(
     begin: Callable[[str], list[torch.Tensor]],
     device: torch.device,
-    mover: str,
+    transport: str,
     pulls: int,
     seed: int,
 ) -> int:
     """Return how many pulls of tenant B left a byte of tenant A in B's buffers or pages."""
     found = 0
     with sides() as made:
-        tenants = Tenants(made, device, mover, seed)
+        tenants = Tenants(made, device, transport, seed)
         for _ in range(pulls):
             begin("A")
             tenants.pull("A")
@@ -160,13 +160,13 @@ def test_tenants_get_nothing_of_each_other(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mover", ["table", "distributed"])
+@pytest.mark.parametrize("transport", ["table", "distributed"])
 @pytest.mark.parametrize("guarded", [True, False])
 def test_tenants_get_nothing_of_each_other_in_thousands_of_pulls(
-    monkeypatch: pytest.MonkeyPatch, mover: str, guarded: bool
+    monkeypatch: pytest.MonkeyPatch, transport: str, guarded: bool
 ) -> None:
     if not guarded:
         monkeypatch.setattr("portakv.migrate.gathers.zero", lambda memory: None)
     pulls = 2000 if guarded else 50
-    found = leaks(monkeypatch, torch.device("cpu"), mover, pulls, seed=2)
+    found = leaks(monkeypatch, torch.device("cpu"), transport, pulls, seed=2)
     assert found == 0 if guarded else found > 0

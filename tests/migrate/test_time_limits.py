@@ -34,7 +34,7 @@ def staged() -> Iterator[tuple[Owner, Reader, bytes]]:
     """An owner that brings rows, its reader, whose channel waits a minute, and a ticket."""
     with closing(Channel()) as here, closing(Channel(timeout=60.0)) as there:
         owner = Owner(here, caches(), model="m", expose="staging")
-        reader = Reader(there, caches(False), model="m", mover="distributed")
+        reader = Reader(there, caches(False), model="m", transport="distributed")
         yield owner, reader, owner.offer([0, 1], tokens=20).ticket
         reader.close()
         owner.close()
@@ -102,7 +102,7 @@ def test_a_second_answer_that_is_not_a_welcome_is_refused(
 ) -> None:
     owner, reader, ticket = staged
     welcome = welcome_of(owner)
-    owner.channel.serve(Hello, lambda _, hello: Answer("held") if hello.mover else welcome)
+    owner.channel.serve(Hello, lambda _, hello: Answer("held") if hello.transport else welcome)
     with pytest.raises(PortaKVError):
         reader.pull(ticket, [2, 3], timeout=5.0)
 

@@ -32,7 +32,7 @@ def test_owners_and_readers_name_the_argument(kind: Any) -> None:
             kind(channel, model=MODEL)
         with pytest.raises(InvalidTerms, match="Expected channel to be a Channel, got None"):
             kind(None, rows.shard, model=MODEL)
-        terms: list[dict[str, Any]] = [{"model": ""}, {"model": 5}, {"mover": "pigeon"}]
+        terms: list[dict[str, Any]] = [{"model": ""}, {"model": 5}, {"transport": "pigeon"}]
         if kind is Owner:
             terms += [{"staging": x} for x in ("1G", 100, True, None)]
             terms += [{"expose": x} for x in ("all", None)]
@@ -44,7 +44,7 @@ def test_owners_and_readers_name_the_argument(kind: Any) -> None:
         channel.close()
 
 
-def test_a_mover_that_cannot_run_here_is_refused_by_both_sides(
+def test_a_transport_that_cannot_run_here_is_refused_by_both_sides(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if Nixl.probe(Rows().view.device).accepted:
@@ -53,8 +53,8 @@ def test_a_mover_that_cannot_run_here_is_refused_by_both_sides(
     channel = Channel()
     try:
         for kind in (Owner, Reader):
-            with pytest.raises(BackendUnavailable, match=r"Expected mover .* 'nixl'"):
-                kind(channel, rows.shard, model=MODEL, mover="nixl")
+            with pytest.raises(BackendUnavailable, match=r"Expected transport .* 'nixl'"):
+                kind(channel, rows.shard, model=MODEL, transport="nixl")
     finally:
         channel.close()
 
@@ -119,3 +119,16 @@ def test_pulls_name_the_argument(made: Sides) -> None:
     both.reader.pull(ticket, both.into).synchronize(30)
     assert both.right()
     assert both.spared()
+
+
+def test_the_former_name_of_the_transport_is_deprecated() -> None:
+    rows = Rows()
+    channel = Channel()
+    try:
+        for kind in (Owner, Reader):
+            with pytest.warns(DeprecationWarning, match="Pass transport="):
+                kind(channel, rows.shard, model=MODEL, mover="distributed").close()
+            with pytest.raises(InvalidTerms, match="Expected mover to be"), pytest.warns():
+                kind(channel, rows.shard, model=MODEL, mover="pigeon")
+    finally:
+        channel.close()

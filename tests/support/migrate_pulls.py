@@ -64,7 +64,7 @@ def sides() -> Iterator[Sides]:
             assert told["held"] == told["slots"] == 0
     made.made.clear()
     gc.collect()
-    # A pair that is made with one who is killed meanwhile ends with the mover's own timeout.
+    # A pair that is made with one who is killed meanwhile ends with the transport's own timeout.
     found = left(), before, _named(), Counter(_open_files()) - files
     assert until(lambda: left() <= before, 90), found
 

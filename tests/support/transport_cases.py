@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A channel within one process for tests of movers: two ends that ask each other at once, and whose
-connection a test can end."""
+"""A channel within one process for tests of transports, whose connection a test can end."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ class Life:
 
 
 class End:
-    """One end of it, with what movers use of a channel."""
+    """One end of it, with what transports use of a channel."""
 
     address = "tcp://127.0.0.1:7777"
 
@@ -69,7 +68,7 @@ class End:
 
 
 class Wire:
-    """An owner's and a reader's mover with a connection between them."""
+    """An owner's and a reader's transport with a connection between them."""
 
     def __init__(
         self, kind: Any, timeout: float = 20.0, on: tuple[str, str] = ("cpu", "cpu")
@@ -118,7 +117,7 @@ def slot_of(nbytes: int, seed: int = 0) -> torch.Tensor:
 
 @contextmanager
 def wire(kind: Any, timeout: float = 20.0, **given: Any) -> Iterator[Wire]:
-    """Two movers; closed after it."""
+    """Two transports; closed after it."""
     both = Wire(kind, timeout, **given)
     try:
         yield both

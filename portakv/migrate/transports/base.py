@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a mover is, for owners and readers whose memory cannot be mapped: it carries staged slots
-from an owner to a reader, in the order in which they were given, and converts nothing."""
+"""The transport protocol: a transport carries staging buffers between processes.
+
+It serves owners and readers whose memory cannot be mapped. It carries buffers from an owner to a
+reader in the order in which they were passed, and converts nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ class Moving:
         last = timeout is None or timeout >= left
         if not self.over.wait(left if last else timeout) and last:
             what = f"A slot of {self.slot.nbytes} B did not cross in {self.seconds:g} s."
-            self.end(TransferTimeout(f"{what} Pull again, or choose another mover."))
+            self.end(TransferTimeout(f"{what} Pull again, or choose another transport."))
         if self.error is not None:
             raise self.error
         return self.over.is_set()
@@ -90,8 +92,8 @@ class Lane(ABC):
     width = 1
     ordered = False
 
-    def __init__(self, mover: Mover, channel: Channel, key: str | Peer) -> None:
-        self.mover = mover
+    def __init__(self, transport: Transport, channel: Channel, key: str | Peer) -> None:
+        self.transport = transport
         self.channel = channel
         self.key = key
         self.address = key if isinstance(key, str) else ""  # the owner's; none if this is the owner
@@ -100,7 +102,7 @@ class Lane(ABC):
         self._moving = set[Moving]()
         self._jobs = SimpleQueue[Any]()
         self._turn = threading.Lock()
-        named: Any = {"target": self._work, "name": "portakv-mover", "daemon": True}
+        named: Any = {"target": self._work, "name": "portakv-transport", "daemon": True}
         self.threads = [threading.Thread(**named) for _ in range(self.width)]
         for thread in self.threads:
             thread.start()
@@ -122,9 +124,9 @@ class Lane(ABC):
         """Carry a slot, contiguous bytes, behind what the current stream holds and behind slots
         that were given before it. An owner's ends when the reader has it; a reader's when it has
         what the owner gives under the tag, exactly as many bytes. Both make theirs in one order."""
-        moving = Moving(slot, self.mover.timeout)
+        moving = Moving(slot, self.transport.timeout)
         ready = None if slot.device.type == "cpu" else event_pool(slot.device).recorded(None)
-        with self.mover.lock:
+        with self.transport.lock:
             if self.gone is None:
                 self._moving.add(moving)
                 self._jobs.put((moving, ready, tag))
@@ -135,13 +137,13 @@ class Lane(ABC):
     def close(self, error: Exception) -> None:
         """End all at once; the peer's next slot has another lane. A thread that a library still
         holds ends after it."""
-        with self.mover.lock:
+        with self.transport.lock:
             first = self.gone is None
             self.gone = self.gone or error
             left = self._moving
             self._moving = set()
-            if self.mover.lanes.get(self.key) is self:
-                del self.mover.lanes[self.key]
+            if self.transport.lanes.get(self.key) is self:
+                del self.transport.lanes[self.key]
         if first:
             self.unwatch()
             let_go = self.cut()
@@ -163,15 +165,15 @@ class Lane(ABC):
                 moving.end(let_go=True)
             except Exception as caught:  # each library has errors of its own
                 short = re.sub(r"^\[\S*\] ", "", str(caught)).partition("\n")[0]
-                what = f"A slot of {moving.slot.nbytes} B did not cross by {self.mover.name}"
+                what = f"A slot of {moving.slot.nbytes} B did not cross by {self.transport.name}"
                 why = short.partition(". ")[0].rstrip(".") or type(caught).__name__
-                error = PeerError(f"{what}: {why}. Pull again, or choose another mover.")
+                error = PeerError(f"{what}: {why}. Pull again, or choose another transport.")
                 if self.ordered:
                     self.close(error)
                 moving.end(self.gone or error, let_go=True)
             if held:  # only now: a lane that was closed carries nothing more
                 self._turn.release()
-            with self.mover.lock:
+            with self.transport.lock:
                 self._moving.discard(moving)
             del job, moving, carrying
         self._turn.release()
@@ -181,12 +183,12 @@ class Lane(ABC):
             self.leave()
 
 
-class Mover(ABC):
+class Transport(ABC):
     """One way across, for slots on ``device``. A slot that did not cross in ``timeout`` seconds has
     failed: the last resort, since the channel tells of a peer's death.
 
     Attributes:
-        asks: what a reader's mover asks an owner's, which has to `answer`.
+        asks: what a reader's transport asks an owner's, which has to `answer`.
         knows_once: a reader learns but once what memory of an owner can be reached, all slots.
         why: why it was chosen.
     """
@@ -213,13 +215,13 @@ class Mover(ABC):
 
     @abstractmethod
     def answer(self, peer: Peer, channel: Channel, asked: Any) -> Message | None:
-        """What an owner's channel answers a reader's mover; quick."""
+        """What an owner's channel answers a reader's transport; quick."""
 
     def lane(self, other: str | Peer, channel: Channel) -> Any:
         """The lane of a peer: of an owner by its address, of a reader by its connection. It is made
         if there is none; quick. Raises `Unsupported` in a forked process."""
         if self._process.forked:
-            raise refuse_fork(f"The mover {self.name}")
+            raise refuse_fork(f"The transport {self.name}")
         with self.lock:
             if (lane := self.lanes.get(other)) is not None:
                 return lane
@@ -246,7 +248,7 @@ class Mover(ABC):
         go of later would abort the process."""
         if not self._process.forked:
             for lane in [*self.lanes.values()]:
-                lane.close(PeerError("The mover was closed; its slots did not cross."))
+                lane.close(PeerError("The transport was closed; its slots did not cross."))
             for thread in self._threads:
                 thread.join(patience)
         if not any(thread.is_alive() for thread in self._threads):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mover by torch.distributed, for slots that cross by gloo, nccl or what a vendor registered.
+"""The transport by torch.distributed: slots cross by gloo, nccl or a backend of a vendor.
 
 Each pair of processes has a group of its own, so that its end hurts no other. gloo and nccl open
 sockets for the data, neither encrypted nor authenticated (`GLOO_SOCKET_IFNAME`,
@@ -23,7 +23,7 @@ from portakv.backends.base import Decision
 from portakv.errors import PeerError, TransferError, TransferTimeout
 from portakv.migrate.messages import Answer, Message, Name
 from portakv.migrate.rendezvous import ChannelStore, Meet, pair
-from portakv.migrate.transports.base import Lane, Mover, Moving
+from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.devices import inside
 from portakv.runtime.worker import EXIT_SECONDS
 
@@ -50,15 +50,15 @@ class Pair(Lane):
 
     ordered = True
 
-    def __init__(self, mover: Mover, channel: Channel, key: str | Peer) -> None:
+    def __init__(self, transport: Transport, channel: Channel, key: str | Peer) -> None:
         self.name = ""
         self.named = threading.Event()
         self.group = cast(Any, None)
-        self.stream = None if mover.device.type == "cpu" else torch.Stream(mover.device)
+        self.stream = None if transport.device.type == "cpu" else torch.Stream(transport.device)
         # one waits behind another
         self.broken = False
         self.width = 1 if self.stream is None else 2
-        super().__init__(mover, channel, key)
+        super().__init__(transport, channel, key)
         self.store = ChannelStore(channel, self.address or None, Meet)  # by which both meet
 
     def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
@@ -94,10 +94,12 @@ class Pair(Lane):
         if self.address:
             self.name = token_hex(16)
             self.channel.ask(self.address, Join(self.name), Answer)
-        elif not self.named.wait(self.mover.timeout):
+        elif not self.named.wait(self.transport.timeout):
             raise TransferTimeout("the reader has not joined")
-        seconds = self.mover.timeout / RELAXED if self.stream is None else NEVER
-        return pair(self.store, int(bool(self.address)), 2, self.mover.device, seconds, self.name)
+        seconds = self.transport.timeout / RELAXED if self.stream is None else NEVER
+        return pair(
+            self.store, int(bool(self.address)), 2, self.transport.device, seconds, self.name
+        )
 
     def _by_gloo(self, moving: Moving, slot: torch.Tensor, call: Callable[[Any], Any]) -> None:
         """The length, then the bytes. gloo ends the process if more come than it was told to
@@ -122,7 +124,7 @@ class Pair(Lane):
         return self.stream is None
 
 
-class Distributed(Mover):
+class Distributed(Transport):
     """By a group of two processes for each peer, apart from the default group."""
 
     name = "distributed"

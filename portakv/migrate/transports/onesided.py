@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The movers by NIXL and by Mooncake: the reader reads the owner's slots, and nobody writes into
-another process. Only slots are registered, so that nothing else of a process can be reached.
+"""The transports by NIXL and Mooncake: the reader reads the owner's slots. No process writes into
+another one. Only slots are registered, so that nothing else of a process can be reached.
 
 Neither library authenticates what comes to its own ports: keep them on an isolated network. Who
 reaches Mooncake's can also write into slots (0.3.13).
@@ -26,7 +26,7 @@ from msgspec import Meta
 from portakv.backends.base import Decision
 from portakv.errors import TransferError
 from portakv.migrate.messages import Bytes, Count, Message
-from portakv.migrate.transports.base import Lane, Mover, Moving
+from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.devices import Unusable, imported, inside
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ ASKED = 5e-3
 
 
 class Where(Message, frozen=True):
-    """A reader's mover asks where the slot of a tag is."""
+    """A reader's transport asks where the slot of a tag is."""
 
     tag: Count
 
@@ -63,13 +63,13 @@ class Reading(Lane):
 
     width = 2
 
-    def __init__(self, mover: OneSided, channel: Channel, key: str | Peer) -> None:
+    def __init__(self, transport: OneSided, channel: Channel, key: str | Peer) -> None:
         # by tag
-        self.ours = mover
+        self.ours = transport
         self.given = dict[int, tuple[There, Moving]]()
         self.names = dict[bytes, str]()  # of the peer in the library, by what reaches it
         self._entered = dict[int, Any]()  # rooms of slots, their memory, the library's word for it
-        super().__init__(mover, channel, key)
+        super().__init__(transport, channel, key)
 
     def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
         yield
@@ -124,7 +124,7 @@ class Reading(Lane):
                 self.ours.part(name)
 
 
-class OneSided(Mover):
+class OneSided(Transport):
     """What both have; a subclass starts a library, registers memory, tells and reads."""
 
     # a module, and a name in it

@@ -14,13 +14,13 @@ from portakv.migrate.transports import choose
 
 if __name__ == "__main__":
     channel = Channel()
-    mover = choose(torch.device("cpu"))
+    transport = choose(torch.device("cpu"))
     slot = torch.full((1 << 29,), 7, dtype=torch.uint8)
 
     def welcome(peer: Any, _: Bye) -> Answer:
-        for kind in mover.asks:
-            channel.serve(kind, lambda reader, asked: mover.answer(reader, channel, asked))
-        mover.lane(peer, channel).move(slot, 0)
+        for kind in transport.asks:
+            channel.serve(kind, lambda reader, asked: transport.answer(reader, channel, asked))
+        transport.lane(peer, channel).move(slot, 0)
         return Answer("done")
 
     channel.serve(Bye, welcome)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Movers are chosen with a reason, and a slot on its way ends once."""
+"""Transports are chosen with a reason, and a slot on its way ends once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from portakv.errors import BackendUnavailable, InvalidTerms, PeerError, TransferTimeout
-from portakv.migrate.transports import MOVERS, choose
+from portakv.migrate.transports import TRANSPORTS, choose
 from portakv.migrate.transports.base import Moving
 from portakv.migrate.transports.distributed import Distributed
 
@@ -22,16 +22,16 @@ def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PORTAKV_MOVER", raising=False)
 
 
-def test_the_first_mover_is_torch_distributed_and_says_why() -> None:
-    """Fault 23. Whatever led to a mover, who asks is told which one, and why."""
-    mover = choose(CPU)
-    assert isinstance(mover, Distributed)
-    assert mover.why == "distributed: accepted, a group of two by gloo"
+def test_the_first_transport_is_torch_distributed_and_says_why() -> None:
+    """Fault 23. Whatever led to a transport, who asks is told which one, and why."""
+    transport = choose(CPU)
+    assert isinstance(transport, Distributed)
+    assert transport.why == "distributed: accepted, a group of two by gloo"
     assert choose(CPU, "distributed").why.endswith("it was asked for")
 
 
-def test_a_device_that_torch_has_no_group_for_is_told_of_each_mover() -> None:
-    """Fault 23. Each mover's reason is kept; Mooncake is not taken unasked."""
+def test_a_device_that_torch_has_no_group_for_is_told_of_each_transport() -> None:
+    """Fault 23. Each transport's reason is kept; Mooncake is not taken unasked."""
     with pytest.raises(BackendUnavailable, match="no backend for meta") as found:
         choose(torch.device("meta"))
     said = [str(each) for each in found.value.trace]
@@ -41,7 +41,7 @@ def test_a_device_that_torch_has_no_group_for_is_told_of_each_mover() -> None:
 
 
 @pytest.mark.parametrize("by", ["name", "environment"])
-def test_a_forced_mover_never_falls_back(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_transport_never_falls_back(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nixl._api", None)  # as if it were not installed
     if by == "environment":
         monkeypatch.setenv("PORTAKV_MOVER", "nixl")
@@ -54,12 +54,12 @@ def test_a_forced_mover_never_falls_back(by: str, monkeypatch: pytest.MonkeyPatc
 def test_a_release_that_is_too_old_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """As NIXL 0.8, which would be accepted, and no slot would cross."""
     monkeypatch.setitem(sys.modules, "nixl._api", ModuleType("nixl._api"))
-    said = MOVERS["nixl"].probe(CPU)
+    said = TRANSPORTS["nixl"].probe(CPU)
     assert not said.accepted
     assert "nixl._api has no nixl_thread_sync_t; install portakv[nixl]" in said.reason
 
 
-def test_a_mover_that_nobody_knows_is_refused_with_the_names() -> None:
+def test_a_transport_that_nobody_knows_is_refused_with_the_names() -> None:
     with pytest.raises(InvalidTerms, match="'distributed' or 'nixl' or 'mooncake'"):
         choose(CPU, "pigeon")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots cross between two CUDA devices, whose movers are in one process: by nccl, by NIXL."""
+"""Slots cross between two CUDA devices, whose transports are in one process: by nccl, by NIXL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from portakv.migrate.transports.distributed import Distributed
 from portakv.migrate.transports.onesided import Nixl
 
 DEVICES = ("cuda:0", "cuda:1")
-NEVER = 300.0  # of the mover's own timeout; what ends before it does not end by it
+NEVER = 300.0  # of the transport's own timeout; what ends before it does not end by it
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two CUDA devices"),

@@ -25,12 +25,12 @@ from portakv.errors import OfferGone, PeerError, TransferError, Unsupported
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Answer, Bye
 from portakv.migrate.shards import Shard
-from portakv.migrate.transports import MOVERS
+from portakv.migrate.transports import TRANSPORTS
 from portakv.migrate.transports.distributed import Distributed, Join, Pair
 from portakv.runtime.devices import inside
 from portakv_conformance import simdev
 
-NEVER = 300.0  # of the mover's own timeout; what ends before it does not end by it
+NEVER = 300.0  # of the transport's own timeout; what ends before it does not end by it
 OWNER = Path(__file__).parent / "owner_process.py"
 
 
@@ -64,7 +64,7 @@ def test_nothing_of_the_callers_settings_matters() -> None:
 
 @pytest.mark.parametrize("side", ["take", "give"])
 def test_a_death_that_the_channel_notices_ends_what_is_under_way(side: str) -> None:
-    """Fault 5. Not the mover's timeout ends it; the slot is free, and a new pair is made."""
+    """Fault 5. Not the transport's timeout ends it; the slot is free, and a new pair is made."""
     with wire(Distributed, NEVER) as both:
         both.cross(100)
         slots = [slot_of(1 << 20), slot_of(1 << 20)]
@@ -89,13 +89,13 @@ def test_an_owner_killed_in_mid_chunk_is_told_by_the_channel() -> None:
     thread that it blocks does."""
     channel = Channel()
     owner = subprocess.Popen([sys.executable, str(OWNER)], stdout=subprocess.PIPE, text=True)
-    mover = Distributed(torch.device("cpu"), NEVER)
+    transport = Distributed(torch.device("cpu"), NEVER)
     try:
         assert owner.stdout is not None
         address, nbytes = owner.stdout.readline().split()
         into = empty(int(nbytes))
         channel.ask(address, Bye(), Answer)
-        taking = mover.lane(address, channel).move(into, 0)
+        taking = transport.lane(address, channel).move(into, 0)
         while not (into[0] or taking.over.is_set()):
             time.sleep(1e-4)
         owner.kill()
@@ -105,11 +105,11 @@ def test_an_owner_killed_in_mid_chunk_is_told_by_the_channel() -> None:
         landed = into.clone()
         assert landed[0] == 7  # it was in the middle of it
         assert not landed.all()
-        assert mover.lanes == {}
+        assert transport.lanes == {}
     finally:
         owner.kill()
         owner.wait()
-        mover.close()
+        transport.close()
         channel.close()
 
 
@@ -209,7 +209,7 @@ class SimulatedPair(Pair):
             WIRES[self.name] = queue.Queue()
             self.channel.ask(self.address, Join(self.name), Answer)
         assert self.address or self.named.wait(20)
-        return Group(self.mover.device, WIRES[self.name])
+        return Group(self.transport.device, WIRES[self.name])
 
 
 class Simulated(Distributed):
@@ -227,14 +227,14 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
 ) -> None:
     """Fault 24, 25 and 27. The host waits for no copy of the owner's, and streams order all. The
     reader's device waits for as many bytes as were asked for, also if they cannot be brought."""
-    monkeypatch.setitem(MOVERS, Simulated.name, Simulated)
+    monkeypatch.setitem(TRANSPORTS, Simulated.name, Simulated)
     theirs = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
     mine = torch.zeros_like(theirs, device=OTHER)
     views = [KVView([*x], LAYOUT) for x in (theirs, mine)]
     busy = current(OTHER)
     with sides() as made, inside(torch.Stream(DEVICE)), inside(torch.Stream(OTHER)):
         owner = made.owner(Shard(views[0]), expose="staging", staging=4 * theirs[0].nbytes)
-        reader = made.reader(Shard(views[1]), mover=Simulated.name)
+        reader = made.reader(Shard(views[1]), transport=Simulated.name)
         for turn in range(1, 6):
             before = mine.cpu()
             if turn == 2:  # another stream, which has nothing to do with it
@@ -299,5 +299,5 @@ def test_a_slot_on_a_device_that_takes_too_long_ends_the_one_behind_it() -> None
     for each, why in zip(taking, ("did not cross in 0.2 s", "another slot of its"), strict=True):
         with pytest.raises(TransferError, match=why):
             each.wait(20)
-    for mover in (both.reader, both.owner):
-        mover.close(20)
+    for transport in (both.reader, both.owner):
+        transport.close(20)

@@ -18,7 +18,7 @@ from portakv.migrate.transports import onesided
 from portakv.migrate.transports.onesided import Mooncake, Nixl, OneSided
 
 CPU = torch.device("cpu")
-NEVER = 300.0  # of the mover's own timeout; what ends before it does not end by it
+NEVER = 300.0  # of the transport's own timeout; what ends before it does not end by it
 
 
 class Memory(OneSided):
@@ -165,7 +165,7 @@ def test_a_slot_that_a_library_cannot_let_go_of_is_not_free_until_it_does(timeou
 
 
 def test_a_library_that_does_not_start_at_the_owner_is_told_to_the_reader() -> None:
-    """Not by silence, which would cost the mover's whole time; and it may be started later."""
+    """Not by silence, which would cost the transport's whole time; and it may be started later."""
     with wire(Memory, NEVER) as both:
         both.owner.broken = True
         both.give(slot_of(100))
