@@ -1,39 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception tree of PortaKV.
+"""The exception tree of PortaKV.
 
-Every message is a sentence that says what was asked, what was found, what was expected and
-what to do. After any of these errors no byte outside the addressed rows has changed.
+Every message is a sentence that says what was expected, what came and what to do. After any of
+these errors no byte outside the addressed rows has changed.
 """
 
 from __future__ import annotations
 
 
 class PortaKVError(Exception):
-    """Base of everything that PortaKV raises on purpose."""
+    """The base of all errors that PortaKV raises on purpose."""
 
 
 class LayoutError(PortaKVError, ValueError):
-    """A layout string, or tensors that contradict it, or two views that cannot hold each other."""
+    """A layout string is wrong, tensors contradict it, or two views do not fit each other."""
 
 
 class SlotError(PortaKVError, ValueError):
-    """A bad index: wrong dtype, a slot past the end, a range past the list, a duplicate."""
+    """An index is bad: wrong dtype, a slot past the end, a range past the list, a duplicate."""
 
 
 class DeviceMismatch(PortaKVError, ValueError):
-    """Tensors that should be on one device are on several, or on one that is not served."""
+    """Tensors that should be on one device are on several, or on a device that is not served."""
 
 
 class BackendUnavailable(PortaKVError, RuntimeError):
-    """A backend that was asked for by name is unknown or cannot run here, or none serves a device;
-    ``trace`` is what each candidate said (`Decision`), as far as candidates were asked."""
+    """A backend that was requested by name is unknown or cannot run here, or none serves a device.
+
+    ``trace`` has the answer of each candidate (`Decision`) that the registry reached.
+    """
 
     trace: tuple[object, ...] = ()
 
 
 class Unsupported(PortaKVError, NotImplementedError):
-    """A plan that this backend cannot carry out, or none can: ``what`` was asked, and ``why`` it
-    cannot be done, with what to do instead."""
+    """This backend, or every backend, cannot run a plan.
+
+    ``what`` names the request, and ``why`` the reason, with what to do instead.
+    """
 
     def __init__(self, what: str, why: str) -> None:
         sentence = f"{what}: {why}"
@@ -43,15 +47,15 @@ class Unsupported(PortaKVError, NotImplementedError):
 
 
 class InvalidTerms(PortaKVError, ValueError):
-    """An argument that says how to copy, and is none of the values that it may have."""
+    """An argument has a value that it cannot have."""
 
 
 class TransferError(PortaKVError, RuntimeError):
-    """A transfer that was launched did not end well, or its completion cannot be asked here."""
+    """A launched transfer failed, or its completion cannot be checked here."""
 
 
 class TransferTimeout(TransferError, TimeoutError):
-    """A transfer has not ended within the time that was allowed; it goes on."""
+    """A transfer has not ended within the allowed time; it goes on."""
 
 
 class TransferCancelled(TransferError):
@@ -59,25 +63,27 @@ class TransferCancelled(TransferError):
 
 
 class PeerError(TransferError):
-    """Another process that cannot be reached, refuses, or is gone; nothing was published."""
+    """Another process cannot be reached, refuses, or is gone; nothing was committed."""
 
 
 class OfferGone(PeerError):
-    """An offer of rows that holds no more; what was read of it was not published."""
+    """An offer of rows is no longer valid; the rows read from it were not committed."""
 
 
 class StoreError(PortaKVError, RuntimeError):
-    """A block store that cannot be made, opened, read or written as asked."""
+    """A block store cannot be made, opened, read or written."""
 
 
 class StoreBusy(StoreError):
-    """A folder that another store has open, whose process the sentence names; or a killed one's
-    writes, which have not landed yet."""
+    """Another store has the folder open, or writes of a killed store have not landed yet.
+
+    The message names the process of the other store.
+    """
 
 
 class HostMemoryError(PortaKVError, RuntimeError):
-    """Host memory that cannot be had, registered or given back as asked."""
+    """Host memory cannot be allocated, registered or returned."""
 
 
 class PoolExhausted(HostMemoryError):
-    """A pool has no block to give, at once or within the time that was allowed."""
+    """A pool has no free block, now or within the allowed time."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a serving engine calls: `AdaptiveConnector` over registered caches."""
+"""The calls of a serving engine: `AdaptiveConnector` over registered caches."""
 
 from portakv.connector.connector import CHUNK_LAYOUT, KV_LAYOUT, AdaptiveConnector
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a connector reads: its caches once, memory objects beside them; the checks of one call."""
+"""Read and check the arguments of a connector: its caches once, and the chunks of each call."""
 
 from __future__ import annotations
 
@@ -38,23 +38,30 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, memory_objs: Any, slot_mapping: Ids | None, starts: Any, ends: Any) -> Batch:
-        """As a caller passed them; `SlotError` unless each object has one start and one end."""
+        """Return the arguments as a batch; raise `SlotError` unless each object has a start and an
+        end."""
         passed = memory_objs, starts, ends
         lists: list[Any] = [[*each] if isinstance(each, Iterable) else None for each in passed]
         count, *others = (None if each is None else len(each) for each in lists)
         if count is None or others != [count, count]:
             raise SlotError(
-                f"{count} memory objects came with {others[0]} starts and {others[1]} ends; pass a "
-                f"list of each, one start and one end for each memory object."
+                f"Expected one start and one end for each memory object, got {count} memory "
+                f"objects, {others[0]} starts and {others[1]} ends. Pass lists of equal length."
             )
         return cls(lists[0], slot_mapping, lists[1], lists[2])
 
 
 class Registration:
-    """Caches that a connector holds. It reads memory objects beside them, with every extent that
-    the caches tell. ``view``: the caches; ``allocations``: what a compiler is shown of them;
-    ``shortcuts``: to and from them. Raises `LayoutError` for caches that contradict the layout,
-    `DeviceMismatch` for caches of another device.
+    """The caches that a connector retains, and the views of memory objects that fit them.
+
+    Attributes:
+        view: the caches.
+        allocations: the tensors that a compiler sees in their place.
+        shortcuts: repeated transfers to and from the caches.
+
+    Raises:
+        LayoutError: caches that contradict the layout.
+        DeviceMismatch: caches of another device.
     """
 
     def __init__(
@@ -69,8 +76,8 @@ class Registration:
         self.view = view = KVView.through(bound, kv_caches, lasting=True)
         if view.device != choice.backend.device:
             raise DeviceMismatch(
-                f"The kv_caches are on {view.device}, but this connector serves "
-                f"{choice.backend.device}; make a connector for their device."
+                f"Expected kv_caches on {choice.backend.device}, which this connector serves, got "
+                f"{view.device}. Make a connector for their device."
             )
         if choice.can.tables:
             view.table  # noqa: B018 - made now, so that no transfer has to
@@ -81,7 +88,8 @@ class Registration:
         self._bound: dict[tuple[str, int], BoundLayout] = {}
 
     def holds(self, kv_caches: Tensors) -> bool:
-        """Whether these are its caches, or tensors that lie there in the same way."""
+        """Return True if these are its caches, or tensors at the same addresses with the same
+        strides."""
         try:
             leaves, levels = flatten(kv_caches)
             return levels == self.allocations.levels and _facts(leaves) == self._facts
@@ -94,31 +102,37 @@ class Registration:
             raise self.view.replaced()
 
     def move(self, store: bool, job: Job) -> Move:
-        """The copy between the caches and a chunk."""
+        """Return the copy between the caches and a chunk."""
         chunk, own, index, count = job
         if store:
             return Move(self.view, chunk, index, own, count)
         return Move(chunk, self.view, own, index, count)
 
     def job(self, memory_obj: MemoryObject, slots: Ids | None, start: int, end: int | None) -> Job:
-        """One memory object and its range of the slot mapping, read and checked: it holds rows of
-        these caches, does not lie in them and is not too small; the slot mapping has the range."""
+        """Return one memory object with its range of the slot mapping, after checks.
+
+        The object holds rows of these caches, does not overlap them and is large enough. The slot
+        mapping contains the range.
+        """
         index, count = slot_range(slots, start, end)
         chunk = self.chunk(memory_obj)
         if chunk.slots < count:
             raise SlotError(
-                f"{count} tokens were asked for, but the memory_obj holds {chunk.slots}; pass a "
-                f"larger one or a smaller range."
+                f"Expected a memory_obj of {count} tokens or more, got one of {chunk.slots}. Pass "
+                f"a larger one or a smaller range."
             )
         if chunk.overlaps(self.view):
             raise LayoutError(
-                "The memory_obj lies in the memory of the kv_caches; pass a buffer of its own."
+                "Expected a memory_obj outside the kv_caches, got one in their memory. Pass a "
+                "separate buffer."
             )
         return chunk, WHOLE, index, count
 
     def batch_moves(self, store: bool, batch: Batch, strict: bool) -> list[Move]:
-        """The copies of a batch, one for each set of chunks of equal shape and strides; all of
-        them are checked, so that nothing is moved if one is bad."""
+        """Return the copies of a batch, one for each set of chunks of equal shape and strides.
+
+        All of them are checked first, so that nothing moves if one is bad.
+        """
         ranges = zip(batch.memory_objs, batch.starts, batch.ends, strict=True)
         jobs = [self.job(one, batch.slot_mapping, start, end) for one, start, end in ranges]
         jobs = [job for job in jobs if job[3]]
@@ -129,8 +143,10 @@ class Registration:
         return moves
 
     def chunk(self, memory_obj: MemoryObject) -> KVView:
-        """The view of one memory object: a tensor, or anything with ``.tensor``; raises
-        `LayoutError` if it does not hold rows of these caches."""
+        """Return the view of one memory object, a tensor or an object with ``.tensor``.
+
+        Raises `LayoutError` if it does not hold rows of these caches.
+        """
         tensor: Any = memory_obj
         probe: Any = memory_obj
         if not isinstance(memory_obj, torch.Tensor):
@@ -147,7 +163,7 @@ class Registration:
             ) from error
 
     def _sets(self, jobs: Sequence[Job]) -> list[Job]:
-        """Chunks of equal form as one paged view, each of them a block."""
+        """Join chunks of equal form into one paged view, each chunk a block of it."""
         groups: dict[tuple[object, ...], list[Job]] = defaultdict(list)
         for job in jobs:
             # Equal in bytes is not enough: one view has tensors of one shape and dtype.
@@ -194,7 +210,8 @@ def _known_extents(cache: KVView, layout: str, itemsize: int) -> dict[str, Any]:
 
 
 def _joined(members: list[Job]) -> tuple[Index, Index, int]:
-    """(index of the chunks' view, index of the cache, tokens) for several jobs as one."""
+    """Return the index of the chunks' view, the index of the cache and the tokens of several jobs
+    as one."""
     slots = members[0][0].slots
     shared = members[0][2]
     follow = True
@@ -215,21 +232,26 @@ def _first_tensor(level: Any) -> torch.Tensor:
     while not isinstance(level, torch.Tensor):
         if not isinstance(level, (list, tuple, Mapping)):
             raise LayoutError(
-                f"The memory_obj holds a {type(level).__name__}; expected a tensor, the containers "
-                f"that chunk_layout names, or an object with one of these as `.tensor`. Of a numpy "
-                f"array make a tensor by torch.from_numpy."
+                f"Expected the memory_obj to hold a tensor, the containers that chunk_layout "
+                f"names, or an object with these as `.tensor`, got a {type(level).__name__}. "
+                f"Make a tensor of a numpy array by torch.from_numpy."
             )
         items = list(level.values()) if isinstance(level, Mapping) else list(level)
         if not items:
-            raise LayoutError("The memory_obj is an empty container; pass its tensors.")
+            raise LayoutError(
+                "Expected a memory_obj with tensors, got an empty container. Pass its tensors."
+            )
         level = items[0]
     return level
 
 
 def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[Index, int]:
-    """``slot_mapping[start:end]`` as an index, and its tokens; `SlotError` if it has no such."""
+    """Return ``slot_mapping[start:end]`` as an index, and its number of tokens.
+
+    Raises `SlotError` if the slot mapping does not contain the range.
+    """
     if slot_mapping is None:
-        raise SlotError("No slot_mapping was passed; pass the slots of the tokens to move.")
+        raise SlotError("Expected a slot_mapping, got None. Pass the slots of the tokens to move.")
     index = Index.of(slot_mapping)
     length = index.length or 0
     if type(start) is not int or (end is not None and type(end) is not int):
@@ -239,14 +261,14 @@ def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[I
     stop = length if end is None else end
     if not 0 <= start <= stop <= length:
         raise SlotError(
-            f"slot_mapping[{start}:{stop}] was asked of {length} slots; expected 0 <= start <= end "
-            f"<= {length}."
+            f"Expected 0 <= start <= end <= {length}, the slots of the slot_mapping, got "
+            f"slot_mapping[{start}:{stop}]. Pass a range inside it."
         )
     return (index.shifted(start) if start else index), stop - start
 
 
 def _check_batch(moves: list[Move], strict: bool) -> None:
-    """Refuse the whole batch before its first launch if one of its copies is bad."""
+    """Reject the whole batch before its first launch if one of its copies is bad."""
     for move in moves:
         move.dst.check_writable()
         check_ids(move, strict)
@@ -262,18 +284,18 @@ def _check_batch(moves: list[Move], strict: bool) -> None:
 
 
 def _check_apart(chunks: list[KVView]) -> None:
-    """Refuse memory objects of one batch that overlap and are written."""
+    """Reject memory objects of one batch that overlap and are written."""
     spans = sorted(span for chunk in chunks for span in chunk.spans)
     for (_, past), (first, _) in pairwise(spans):
         if first < past:
             raise LayoutError(
-                "Two memory objects of one batch lie in the same memory, so that one would "
-                "overwrite the other; pass buffers that do not overlap."
+                "Expected memory objects of a batch in separate memory, got two that overlap: one "
+                "would overwrite the other. Pass buffers that do not overlap."
             )
 
 
 def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:
-    """Name the slip of a slot mapping that was passed in the place of the caches."""
+    """Reject a slot mapping that was passed in place of the caches."""
     layout = bound.layout
     if (
         isinstance(kv_caches, torch.Tensor)
@@ -282,8 +304,8 @@ def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:
         and (layout.containers or len(layout.dims) > 1)
     ):
         raise LayoutError(
-            f"A {kv_caches.dtype} tensor of one dimension was passed as kv_caches, the second "
-            f"argument; expected caches of {layout.text!r}. If it is the slot mapping, pass "
+            f"Expected kv_caches, the second argument, to be caches of {layout.text!r}, got a "
+            f"{kv_caches.dtype} tensor of one dimension. If it is the slot mapping, pass "
             f"slot_mapping=..., and no caches if they are registered."
         )
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`AdaptiveConnector`: what an engine calls to store chunks from its paged cache and load them.
+"""`AdaptiveConnector`: store chunks of an engine's paged cache, and load them.
 
-It decides which views, which direction and which stream; the copy itself is `copy.copy_move`.
+It decides on views, direction and stream; `copy.copy_move` makes the copy.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from portakv.view.example import example_chunk
 
 KV_LAYOUT = "layer | kv block token head dim"
 CHUNK_LAYOUT = "kv layer token (head dim)"
-#: Caches as a caller passes them, or those that a call was found to be about.
+#: Caches as a caller passes them, or as an earlier step of the call has read them.
 Caches: TypeAlias = "Tensors | Registration | None"
 
 
 class AdaptiveConnector:
-    """Moves rows between one group of paged caches and chunks.
+    """Move rows between one group of paged caches and chunks.
 
     Args:
         device: where the caches are.
-        backend: a backend's name, which is then forced; by default the registry chooses.
+        backend: the name of a backend to force; by default the registry chooses.
         kv_layout: layout of ``kv_caches``, a string or a preset. Default: vLLM flash attention,
             a list over layers of ``(2, blocks, block_size, heads, head_dim)``.
         chunk_layout: layout of memory objects. Default ``[2, L, T, H*D]``.
         reinterpret: memory objects may be of another number type than the caches: bits are moved.
-        check: ``usual`` looks at slots on the host; ``strict`` also at slots on a device, which
-            each call then waits for: those past the end, and destinations that occur twice, are
-            refused before anything is moved.
+        check: ``usual`` checks slots on the host; ``strict`` also slots on a device, for which each
+            call then waits. Slots past the end, and destinations that occur twice, are rejected
+            before anything moves.
         extents: declared extents of the caches: ``layers, kv, block_size, heads, dim``.
 
     Raises:
         LayoutError: a layout that cannot be parsed, or extents that it does not have.
         BackendUnavailable: no backend, or not the forced one, serves the device.
-        InvalidTerms: another ``check``, or a ``reinterpret`` that is neither True nor False.
+        InvalidTerms: an unknown ``check``, or a ``reinterpret`` that is not True or False.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class AdaptiveConnector:
         self._choice = choose(device, backend)
         self.device = self._choice.backend.device
         self._bound = bind_layout(kv_layout, reinterpret=reinterpret, **extents)
-        parse(resolve(chunk_layout)[0])  # a layout that cannot be read is refused now
+        parse(resolve(chunk_layout)[0])  # raises here for a layout that cannot be parsed
         self._layouts = kv_layout, chunk_layout
         self._registered: Registration | None = None
         self._late = LateErrors()
@@ -76,15 +76,16 @@ class AdaptiveConnector:
     def __repr__(self) -> str:
         kv_layout, chunk_layout = self._layouts
         registered = self._registered
-        held = "nothing registered" if registered is None else f"{registered.view.slots} slots"
+        caches = "nothing registered" if registered is None else f"{registered.view.slots} slots"
         return (
             f"AdaptiveConnector({str(self.device)!r}, backend={self._choice.name!r}, "
-            f"kv_layout={kv_layout!r}, chunk_layout={chunk_layout!r}, {held})"
+            f"kv_layout={kv_layout!r}, chunk_layout={chunk_layout!r}, {caches})"
         )
 
     def register_kv_caches(self, kv_caches: Tensors) -> None:
-        """Read the caches once and hold them until `unregister_kv_caches` or another registration,
-        which an engine that reallocates its caches makes.
+        """Read the caches once and retain them until they are unregistered or replaced.
+
+        An engine that reallocates its caches registers them again.
 
         Raises:
             LayoutError: caches that contradict the layout. DeviceMismatch: on another device.
@@ -92,7 +93,7 @@ class AdaptiveConnector:
         self._registered = self._read(kv_caches)
 
     def unregister_kv_caches(self) -> None:
-        """Let go of the caches."""
+        """Release the caches."""
         self._registered = None
 
     def from_gpu(
@@ -109,7 +110,7 @@ class AdaptiveConnector:
 
         Args:
             memory_obj: the chunk, a tensor or anything with ``.tensor``, on device or host.
-            kv_caches: the caches; None: those registered. Others are registered in their place.
+            kv_caches: the caches; None: the registered ones. Other caches replace these.
             slot_mapping: int32 or int64 ``[tokens]``, host or device; negative = skipped.
             start, end: the range of the slot mapping; ``end`` None: to its end.
             stream: where to order the work; it first waits for the current stream.
@@ -145,7 +146,7 @@ class AdaptiveConnector:
         *,
         stream: torch.Stream | None = None,
     ) -> Transfer:
-        """`from_gpu` of several chunks; one launch for each set of equal shape and strides."""
+        """Store several chunks; one launch for each set of equal shape and strides."""
         batch = Batch.of(memory_objs, slot_mapping, starts, ends)
         return self._move_batch(True, kv_caches, batch, stream)
 
@@ -159,15 +160,15 @@ class AdaptiveConnector:
         *,
         stream: torch.Stream | None = None,
     ) -> Transfer:
-        """`to_gpu` of several chunks; one launch for each set of equal shape and strides."""
+        """Load several chunks; one launch for each set of equal shape and strides."""
         batch = Batch.of(memory_objs, slot_mapping, starts, ends)
         return self._move_batch(False, kv_caches, batch, stream)
 
     def explain(self, tokens: int = 256) -> str:
-        """The trace of candidates and, if caches are registered, the plan of storing a contiguous
-        chunk of ``tokens`` tokens."""
+        """Return the trace of candidates and, if caches are registered, the plan of storing a
+        contiguous chunk of ``tokens`` tokens."""
         if type(tokens) is not int or not 0 < tokens < 1 << 31:
-            raise SlotError(f"A plan of tokens={tokens!r} was asked; pass from 1 to 2**31 - 1.")
+            raise SlotError(f"Expected tokens from 1 to 2**31 - 1, got {tokens!r}. Pass one.")
         lines = [f"{self.device}: backend {self._choice.name!r} was chosen"]
         lines += [f"  {decision}" for decision in self._choice.trace]
         registered = self._registered
@@ -187,8 +188,10 @@ class AdaptiveConnector:
         return "\n".join([*lines, str(ready.plan)])
 
     def _caches(self, kv_caches: Caches) -> Registration:
-        """What is registered; caches that differ from it register again. Raises the error of an
-        earlier transfer that the caller was not told of."""
+        """Return the registered caches; caches that differ from them are registered first.
+
+        Raises the error of an earlier transfer that the caller has not seen.
+        """
         self._late.check(self.device)
         if kv_caches is None:
             return self._held()
@@ -196,8 +199,8 @@ class AdaptiveConnector:
             return kv_caches
         registered = self._registered
         if registered is None or not registered.holds(kv_caches):
-            # Assigned at once: another thread sees the old caches or the new ones, never a mixture;
-            # and what it registers meanwhile is not this call's.
+            # One assignment: another thread sees the old caches or the new ones, never a mixture.
+            # Caches that it registers meanwhile are not this call's.
             registered = self._registered = self._read(kv_caches)
         return registered
 
@@ -205,7 +208,7 @@ class AdaptiveConnector:
         registered = self._registered
         if registered is None:
             raise LayoutError(
-                "No kv_caches were passed and none are registered; pass them, or call "
+                "Expected kv_caches, got none, and none are registered. Pass them, or call "
                 "register_kv_caches first."
             )
         return registered
@@ -253,11 +256,10 @@ class AdaptiveConnector:
     def _traced(
         self, store: bool, kv_caches: Caches, batch: Batch, stream: torch.Stream | None
     ) -> Transfer:
-        """Inside torch.compile: the opaque op takes the place of the call."""
+        """Replace the call by the opaque op inside torch.compile."""
         memory_objs, slot_mapping, starts, ends = batch
         if stream is not None or not isinstance(slot_mapping, torch.Tensor):
-            made: Transfer = in_graph.eagerly(self._move_batch, store, kv_caches, batch, stream)
-            return made
+            return in_graph.eagerly(self._move_batch, store, kv_caches, batch, stream)
         if memory_objs:
             caches, levels = self._shown(kv_caches)
             chunks = in_graph.flatten([getattr(one, "tensor", one) for one in memory_objs])
@@ -266,9 +268,11 @@ class AdaptiveConnector:
             op(self._number, *chunks, list(caches), list(levels), slot_mapping, starts, stops)
         return Transfer()
 
-    def _shown(self, kv_caches: Any) -> tuple[Sequence[torch.Tensor], Sequence[int]]:
-        """The caches as a compiler is shown them, and the lengths of their containers: none for
-        those that are registered."""
+    def _shown(self, kv_caches: Caches) -> tuple[Sequence[torch.Tensor], Sequence[int]]:
+        """Return the caches as tensors for a compiler, with the lengths of their containers.
+
+        Registered caches have no such lengths.
+        """
         if kv_caches is not None:
             leaves, levels = in_graph.flatten(kv_caches)
             registered = self._registered
@@ -277,10 +281,15 @@ class AdaptiveConnector:
         return self._held().allocations.tensors, []
 
     def _run_op(
-        self, store: bool, caches: Sequence[torch.Tensor], cache_levels: Sequence[int], *given: Any
+        self,
+        store: bool,
+        caches: Sequence[torch.Tensor],
+        cache_levels: Sequence[int],
+        memory_objs: Any,
+        *ranges: Any,
     ) -> None:
-        """Carry out the op of `in_graph`, when a compiled function runs; ``given``: a `Batch`."""
-        batch = Batch(*given)
+        """Run the op of `in_graph` in a compiled function; ``ranges``: slots, starts and ends."""
+        batch = Batch(memory_objs, *ranges)
         read = self._handed_over(caches, cache_levels)
         if len(batch.memory_objs) == 1:
             one = batch.memory_objs[0]
@@ -290,15 +299,17 @@ class AdaptiveConnector:
         else:
             transfer = self._move_batch(store, read, batch, None)
         if any(completion.pendings for completion in transfer.completions):
-            transfer.wait()  # what follows in the graph knows of no handle
+            transfer.wait()  # later ops of the graph have no handle to wait for
 
     def _handed_over(self, caches: Sequence[torch.Tensor], levels: Sequence[int]) -> Registration:
-        """What a compiled function hands over: registered caches, or others, which do not take
-        their place: they may be a compiler's copies."""
+        """Return the caches that a compiled function passes: the registered ones, or others.
+
+        Others do not replace the registered ones, as they may be a compiler's copies.
+        """
         if not levels:
             registered = self._held()
             own = registered.allocations
-            # A compiler's copies are not kept.
+            # A compiler's copies are not retained.
             return registered if own.are(caches) else self._read(own.nested_in(caches))
         kv_caches = in_graph.nested(caches, levels)
         if self._passing is None or not self._passing.holds(kv_caches):

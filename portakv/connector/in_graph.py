@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers inside `torch.compile`: one opaque op for each direction, for every backend.
+"""Run transfers inside `torch.compile`: one opaque op for each direction, for every backend.
 
-A compiler sees the op's schema alone: which tensors it reads and which it writes, so that it
-orders the op among the model's own reads and writes of the caches. At run time the op is the
-connector's eager call. Eager calls never come here, and do not pay for the dispatcher.
+A compiler sees only the op's schema: which tensors it reads and which it writes. So it orders the
+op among the model's reads and writes of the caches. At run time the op is the connector's eager
+call. Eager calls do not use this module, and do not pay for the dispatcher.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from operator import is_
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 
 from portakv.errors import LayoutError, TransferError
+from portakv.view.bound import Tensors
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NAMESPACE = "portakv"
 # Nested containers travel as flat lists, with the length of each level, outermost first.
@@ -32,14 +36,18 @@ _SCHEMAS = {
 
 
 class Allocations:
-    """The caches as a compiler is shown them: one tensor for each allocation.
+    """The caches in the form for a compiler: one tensor for each allocation.
 
-    Shown the layers of one allocation apart, it takes them for tensors that share memory, and works
-    on copies of them. Shown what they are views of, it works in place. ``leaves`` are the tensors,
-    flat; ``tensors`` the allocations; ``levels`` the length of each level of the containers.
+    A compiler that sees the layers of one allocation separately takes them for tensors that share
+    memory, and works on copies of them. If it sees the allocation, it works in place.
+
+    Attributes:
+        leaves: the tensors of the caches, flat.
+        tensors: the allocations.
+        levels: the length of each level of the containers.
     """
 
-    def __init__(self, nest: Any) -> None:
+    def __init__(self, nest: object) -> None:
         self.leaves, self.levels = flatten(nest)
         groups: dict[int, list[torch.Tensor]] = {}
         for leaf in self.leaves:
@@ -54,30 +62,30 @@ class Allocations:
             self._places.append((number, leaf.data_ptr() - self._addresses[number]))
 
     def unchanged(self) -> bool:
-        """Whether each tensor is where it was: not freed, resized, or given other memory."""
+        """Return True if no tensor was freed, resized or moved to other memory."""
         return [*map(torch.Tensor.data_ptr, self.leaves)] == self._leaf_addresses
 
-    def are(self, given: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the allocations themselves, not a compiler's copies."""
-        return self._addresses == [one.data_ptr() for one in given]
+    def are(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Return True if these are the allocations themselves, not a compiler's copies."""
+        return self._addresses == [one.data_ptr() for one in tensors]
 
     def holds(self, leaves: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the tensors, the same objects in the same order."""
+        """Return True if these are the tensors, the same objects in the same order."""
         return len(leaves) == len(self.leaves) and all(map(is_, leaves, self.leaves))
 
-    def nested_in(self, given: Sequence[torch.Tensor]) -> Any:
-        """The nested tensors as they lie in copies of the allocations."""
-        for own, copy in zip(self.tensors, given, strict=True):
+    def nested_in(self, copies: Sequence[torch.Tensor]) -> Tensors:
+        """Return the nested tensors at their places in copies of the allocations."""
+        for own, copy in zip(self.tensors, copies, strict=True):
             if (copy.shape, copy.stride()) != (own.shape, own.stride()):
                 raise LayoutError(
-                    f"A compiler handed over a copy of shape {tuple(copy.shape)} and strides "
-                    f"{copy.stride()} of caches of {tuple(own.shape)} and {own.stride()}; keep "
-                    f"the caches out of what it may lay out anew."
+                    f"Expected the compiler to keep shape {tuple(own.shape)} and strides "
+                    f"{own.stride()} of the caches, got a copy of {tuple(copy.shape)} and "
+                    f"{copy.stride()}. Keep the caches out of tensors that it may lay out again."
                 )
         leaves = []
-        for leaf, (number, behind) in zip(self.leaves, self._places, strict=True):
-            storage = given[number].untyped_storage()
-            start = given[number].data_ptr() - storage.data_ptr() + behind
+        for leaf, (number, offset) in zip(self.leaves, self._places, strict=True):
+            storage = copies[number].untyped_storage()
+            start = copies[number].data_ptr() - storage.data_ptr() + offset
             empty = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
             at = start // leaf.element_size()
             leaves.append(empty.set_(storage, at, leaf.size(), leaf.stride()))
@@ -85,7 +93,7 @@ class Allocations:
 
 
 def _allocation(group: list[torch.Tensor]) -> torch.Tensor:
-    """The tensor that tensors of one storage lie in."""
+    """Return the tensor that contains all tensors of one storage."""
     first = group[0]
     if len(group) == 1:
         return first
@@ -97,70 +105,87 @@ def _allocation(group: list[torch.Tensor]) -> torch.Tensor:
     return whole.set_(storage, 0, (storage.nbytes() // first.element_size(),), (1,))
 
 
-def flatten(nest: Any) -> tuple[list[torch.Tensor], list[int]]:
-    """The tensors of nested containers, and the length of each level."""
-    level = [nest]
+def flatten(nest: object) -> tuple[list[torch.Tensor], list[int]]:
+    """Return the tensors of nested containers, and the length of each level."""
+    level: list[Any] = [nest]
     levels = []
     while not isinstance(level[0], torch.Tensor):
         rows = []
         for one in level:
             if not isinstance(one, (list, tuple, Mapping)):
                 raise LayoutError(
-                    f"A {type(one).__name__} was found where tensors, lists, tuples or dicts were "
-                    f"expected."
+                    f"Expected tensors, lists, tuples or dicts, got a {type(one).__name__}. Pass "
+                    f"containers of tensors."
                 )
             rows.append(list(one.values()) if isinstance(one, Mapping) else list(one))
         lengths = [len(row) for row in rows]
         if not lengths[0] or len(set(lengths)) > 1:
             raise LayoutError(
-                f"Containers of {lengths} things were found in one level; all hold the same "
-                f"number, and at least one."
+                f"Expected containers of one length, at least 1, in one level, got lengths "
+                f"{lengths}. Pass containers of equal length."
             )
         levels.append(lengths[0])
         level = [item for row in rows for item in row]
     return level, levels
 
 
-def nested(tensors: Sequence[torch.Tensor], levels: Sequence[int]) -> Any:
-    """Lists in lists, as they were before `flatten`."""
-    level: list[Any] = list(tensors)
+def nested(tensors: Sequence[torch.Tensor], levels: Sequence[int]) -> Tensors:
+    """Return lists in lists, the inverse of `flatten`."""
+    level: list[Tensors] = list(tensors)
     for length in reversed(levels):
         level = [level[i : i + length] for i in range(0, len(level), length)]
     return level[0]
 
 
-def enlist(connector: Any) -> int:
-    """The number by which compiled functions name a connector, as long as it lives."""
+class Compiled(Protocol):
+    """A connector whose calls a compiled function runs."""
+
+    def _run_op(
+        self,
+        store: bool,
+        caches: Sequence[torch.Tensor],
+        cache_levels: Sequence[int],
+        memory_objs: Tensors,
+        /,
+        *ranges: Any,
+    ) -> None: ...
+
+
+def enlist(connector: Compiled) -> int:
+    """Return the number by which compiled functions name a connector while it lives."""
     _define()
     number = next(_numbers)
     _enlisted[number] = connector
     return number
 
 
-_enlisted: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_enlisted: WeakValueDictionary[int, Compiled] = WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
-def eagerly(call: Any, *arguments: Any) -> Any:
-    """Inside torch.compile: ``call`` as it is, outside of the graph, which breaks here (with
-    ``fullgraph=True`` that is the compiler's error)."""
+def eagerly(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Run a call of a compiled function outside of the graph, which breaks here.
+
+    With ``fullgraph=True`` the compiler raises its error instead.
+    """
     _make_outside()
-    return _outside(call, *arguments)
+    result: T = _outside(call, *arguments, **options)
+    return result
 
 
-_outside: Any = None
+_outside: Any = None  # a function that the compiler does not trace
 
 
 def _make_outside() -> None:
-    """Make ``_outside``. The compiler runs this while it traces, so that it meets the result."""
+    """Make ``_outside``. The compiler runs this function while it traces, and meets the result."""
     global _outside
     if _outside is None:
         why = "PortaKV's op in a graph is a connector's transfer on the current stream, with slots "
         _outside = torch.compiler.disable(_call, reason=why + "in a tensor")
 
 
-def _call(call: Any, *arguments: Any) -> Any:
-    return call(*arguments)
+def _call(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    return call(*arguments, **options)
 
 
 # What `torch.compiler.assume_constant_result` sets, without the import of the whole compiler,
@@ -188,15 +213,15 @@ def _run(
     cache_levels: Sequence[int],
     *ranges: Any,
 ) -> None:
-    """What an op does when it runs; ``ranges``: slots, starts and ends."""
-    found = _enlisted.get(connector)
-    if found is None:
+    """Run an op; ``ranges``: slots, starts and ends."""
+    caller = _enlisted.get(connector)
+    if caller is None:
         raise TransferError(
-            "A compiled function asked for a transfer of a connector that is gone; keep the "
-            "connector as long as functions that were compiled with it."
+            "Expected the connector of a compiled function to exist, got a transfer of one that is "
+            "gone. Keep the connector as long as functions that were compiled with it."
         )
-    found._run_op(store, kv_caches, cache_levels, nested(memory_objs, chunk_levels), *ranges)
+    caller._run_op(store, kv_caches, cache_levels, nested(memory_objs, chunk_levels), *ranges)
 
 
 def _fake(*arguments: object) -> None:
-    """Nothing to say about shapes: the op returns nothing."""
+    """Return nothing, as the op does: there is no shape to compute."""

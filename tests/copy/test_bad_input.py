@@ -131,7 +131,7 @@ CALLS: list[tuple[Any, ...]] = [
         for shape in [(2, 2, 8, 16), (1, LAYERS, 8, 16), (2, LAYERS, 8, 24)]
     ),
     *(
-        _chunk(f"of type {type(value)}", value, "expected a tensor")
+        _chunk(f"of type {type(value)}", value, "to hold a tensor")
         for value in [None, 7, np.zeros(3), object()]
     ),
     *(
@@ -142,14 +142,14 @@ CALLS: list[tuple[Any, ...]] = [
         "inside the cache",
         lambda s: s.caches[1].view(-1)[: 2 * LAYERS * 32].view(2, LAYERS, 2, 16),
         "kv_caches",
-        "own",
+        "separate buffer",
     ),
     _chunk("on meta", lambda s: s.chunk.to("meta"), "meta", "memory", "allocated"),
     (
         "a chunk of numbers",
         {"options": {"chunk_layout": "layer | kv token (head dim)"}, "memory_obj": [5, 6]},
         LayoutError,
-        "holds a int",
+        "got a int",
     ),
     (
         "a chunk whose elements do not divide a row",
@@ -162,8 +162,8 @@ CALLS: list[tuple[Any, ...]] = [
         "2 bytes",
         "3",
     ),
-    _slots("more than the chunk holds", list(range(9)), "9 tokens", "holds 8", "larger"),
-    _slots("none", None, "slot_mapping", "pass"),
+    _slots("more than the chunk holds", list(range(9)), "9 tokens", "one of 8", "larger"),
+    _slots("none", None, "slot_mapping", "Pass"),
     _slots("of another type", [0.0, 1.0], "was"),
     _slots("on meta", torch.zeros(2, dtype=torch.int64, device="meta"), "was"),
     *(
@@ -179,7 +179,9 @@ CALLS: list[tuple[Any, ...]] = [
         for dtype in (torch.int32, torch.int64)
     ),
     *(
-        _range(start, end, f"[{start}:{4 if end is None else end}]", "4 slots", "start <= end")
+        _range(
+            start, end, f"[{start}:{4 if end is None else end}]", "<= 4, the slots", "start <= end"
+        )
         for start, end in [(3, 2), (0, 5), (-1, 2), (5, None), (0, -1)]
     ),
     *(
@@ -309,7 +311,7 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
         (lambda s: s.cache.overlaps(3), "a int", "expected a KVView"),
         (lambda s: rows(None, s.cache), "asked", "expected"),
         (lambda s: blocks(s.cache, None, [0], [0]), "asked", "expected"),
-        (lambda s: CopyPlan(s.cache, s.cache), "asked", "expected"),
+        (lambda s: CopyPlan(s.cache, s.cache), "Expected two forms", "got a KVView"),
         (lambda s: rows(s.cache.slice(heads=0), s.rows, [0]), "'head'", "source"),
         (lambda s: blocks(s.cache, s.rows, [0], [0]), "dst_blocks", "`block`", "None"),
         (lambda s: rows(s.cache.slice(layers=0), s.shared, [0, 1]), "destination", "one"),
@@ -334,7 +336,7 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
         (lambda s: blocks(s.rows, s.cache, None, [2, 2]), "2 times", "once"),
         (lambda s: s.connector.batched_to_gpu([s.chunk], s.caches, [0, 1], [0, 1], [2]),
          "1 memory objects", "2 starts", "1 ends"),
-        (lambda s: s.connector.explain(2**70), "was asked", "from 1 to 2**31 - 1"),
+        (lambda s: s.connector.explain(2**70), "Expected tokens", "from 1 to 2**31 - 1"),
     ],
     InvalidTerms: [
         (lambda s: rows(s.cache, s.rows, [0], reinterpret="no"), "'no'", "True or False"),
