@@ -129,7 +129,9 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
                 raise BackendUnavailable(f"Device {requested!r} was asked for. {error}") from error
             standins.install(kind)
     elif not _WRITTEN.fullmatch(device):
-        raise ValueError(f"Device {requested!r} was asked for; expected one such as cpu or npu:1.")
+        raise ValueError(
+            f"Expected a device such as cpu or npu:1, got {requested!r}: there is none."
+        )
     else:
         try:  # a vendor's package is imported where torch does not know the device
             available_device(device)

@@ -19,6 +19,7 @@ from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import Later, digest
 from portakv.migrate.messages import Answer, Gather, Hello, Message
 from portakv.migrate.transports import check_transport, choose, forced
+from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Moving, Transport
 from portakv.runtime.streams import StreamFence
 from portakv.view import Index, KVView

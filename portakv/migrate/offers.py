@@ -21,9 +21,8 @@ from portakv.errors import LayoutError, PeerError, SlotError, Unsupported
 from portakv.migrate import ipc, messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
-from portakv.migrate.gathers import SLOTS, Gathers, Rows
+from portakv.migrate.gathers import SLOTS, Gathers, Rows, renamed
 from portakv.migrate.shards import Shard, device_of, overlap, slices
-from portakv.migrate.transports import renamed
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.runtime.streams import StreamFence

@@ -32,6 +32,7 @@ from portakv.migrate.described import rebuild, reserve
 from portakv.migrate.messages import Answer, Bye, Hello, Ticket, Welcome, is_signed, no_ticket
 from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.migrate.transports import check_transport, choose, forced
+from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Moving, Transport
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import uninterrupted

@@ -18,11 +18,10 @@ from portakv.graph.graph import Graph, Node
 from portakv.interconnect.strategy import Overlap, Terms
 from portakv.migrate.channel import Channel
 from portakv.migrate.moved import taken, verified
-from portakv.migrate.pairing import Pairings
+from portakv.migrate.pairing import Pairings, renamed
 from portakv.migrate.published import Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.migrate.steps import count_blocks, steps
-from portakv.migrate.transports import renamed
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import IdList
 

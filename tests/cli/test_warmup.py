@@ -159,7 +159,7 @@ def test_amds_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--arch", "50", "--shape", "seed"], "Compute capability 5.0"),
+        (["--arch", "50", "--shape", "seed"], "Expected compute capability 7.5 or later"),
         (["--arch", "999", "--shape", "seed"], "Expected --arch to be a compute capability"),
         (["--shape", "seed", "sed"], "got 'sed'. Name one of"),
         (["--arch", "90", "--layout", "layer | bock dim", CHUNK], "axis"),
@@ -198,7 +198,7 @@ BROKEN: dict[str, tuple[Any, str, Mock, str, str]] = {
         _nvrtc, "compile_text", Mock(side_effect=REFUSED), "90", "the kernel:\na line"),
     "no device": (
         torch.cuda, "is_available", Mock(return_value=False), "",
-        "finds no CUDA device here; name architectures"),
+        "torch finds none here. Name architectures"),
 }  # fmt: skip
 
 
