@@ -304,11 +304,13 @@ def test_blocks_whose_transfer_never_began_are_counted(call: str, end: str) -> N
     with opened(tier) as store:
         saved(store)
         go = tier.hold = Event()
+        tier.began.clear()
         tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
         others = [key_of(100 + number) for number in range(8)]
         terms: dict[str, Any] = {"deadline": 0.05} if end == "late" else {}
         if call == "save":
             first = store.save(cache(), [0], others[:1], priority="urgent")
+            assert tier.began.wait(LIMIT), "the first one has the worker"
             second = store.save(cache(), range(1, 4), others[1:4], priority="urgent", **terms)
         else:
             first = store.load(cache(), [0], KEYS[:1])

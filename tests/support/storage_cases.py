@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class FakeTier:
         self.reads: list[tuple[bytes, Any]] = []
         self.asked: list[bytes] = []  # by `has`, over what would be a network
         self.hold: Any = None  # an event that writes wait for
+        self.began = threading.Event()  # set when a write begins
         self.refuse = False
         self.writes = 0
         self.closed = 0
@@ -152,6 +154,7 @@ class FakeShelf:
 
     def write(self, _: Any, keys: Any, rows: Any, *known: Any, report: Any = None) -> list[bool]:
         generations, sums, *_ = known
+        self._owner.began.set()
         if self._owner.hold is not None:
             assert self._owner.hold.wait(60)
         if self._owner.refuse:
