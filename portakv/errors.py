@@ -9,7 +9,13 @@ from __future__ import annotations
 
 
 class PortaKVError(Exception):
-    """The base of all errors that PortaKV raises on purpose."""
+    """The base of all errors that PortaKV raises on purpose.
+
+    ``trace`` has the `Decision` of each candidate that was considered, if one of several backends,
+    strategies, transports or I/O engines could not be chosen. Empty for other errors.
+    """
+
+    trace: tuple[object, ...] = ()
 
 
 class LayoutError(PortaKVError, ValueError):
@@ -25,12 +31,8 @@ class DeviceMismatch(PortaKVError, ValueError):
 
 
 class BackendUnavailable(PortaKVError, RuntimeError):
-    """A backend that was requested by name is unknown or cannot run here, or none serves a device.
-
-    ``trace`` has the answer of each candidate (`Decision`) that the registry reached.
-    """
-
-    trace: tuple[object, ...] = ()
+    """A backend that was requested by name is unknown or cannot run here, or none serves a
+    device."""
 
 
 class Unsupported(PortaKVError, NotImplementedError):

@@ -176,5 +176,5 @@ def test_a_vendor_s_backend_is_one_class_in_its_file(vendor: str) -> None:
     "module", modules(LIBRARY / "backends"), ids=lambda module: str(module.name)
 )
 def test_a_backend_knows_plans_and_launches_alone(module: Path) -> None:
-    known = {"plan", "view", "errors", "backends", "runtime"}
+    known = {"plan", "view", "errors", "backends", "runtime", "selection"}
     assert {name.split(".")[1] for name in imported(module)} <= known

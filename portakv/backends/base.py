@@ -3,16 +3,16 @@
 
 The library calls a backend in this order:
 
-1. `Backend.probe` decides, for a device and without side effects, whether the class can run there.
-2. The constructor creates the backend for the device, once. 3. `Backend.capabilities` returns its
-claims. The conformance suite tests each claim. 4. `Backend.check` decides about one plan. The
-default compares the plan with the claims. 5. `Backend.prepare` compiles and loads everything that
-the plan needs, and returns a `Launch`. 6. The launch runs once for each copy, in any number of
-threads if the backend claims ``threads``.
+- `Backend.probe` decides, for a device and without side effects, whether the class can run there.
+- The constructor creates the backend for the device, once.
+- `Backend.capabilities` returns its claims. The conformance suite tests each claim.
+- `Backend.check` decides about one plan. The default compares the plan with the claims.
+- `Backend.prepare` compiles and loads everything that the plan needs, and returns a `Launch`.
+- The launch runs once for each copy, in any number of threads if the backend claims ``threads``.
 
-The registry runs a self-check, with steps 3 to 6, before it chooses a backend. If step 4 or 5
-rejects a plan, the registry tries the next backend, unless the caller forced this one. Two more
-methods are optional: `Backend.hides`, and `Repeatable.again` of a launch.
+The registry runs a self-check, from the claims to a launch, before it chooses a backend. If
+`check` or `prepare` rejects a plan, the registry tries the next backend, unless the caller forced
+this one. Two more methods are optional: `Backend.hides`, and `Repeatable.again` of a launch.
 """
 
 from __future__ import annotations
@@ -29,21 +29,9 @@ import torch
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Pending as Pending
+from portakv.selection import Decision as Decision
 from portakv.view.index import Index
 from portakv.view.view import KVView
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The decision about a candidate, and the reason, as a sentence."""
-
-    name: str
-    accepted: bool
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {'accepted' if self.accepted else 'rejected'}, {self.reason}"
-
 
 _HOST = torch.device("cpu")
 #: Rows on a different device than the one that a kernel runs on. The kernel reads them: no kernel

@@ -169,7 +169,7 @@ def candidates_for(device: torch.device | str) -> list[Candidate]:
     usual = [] if isinstance(device, str) else REGISTRY.automatic(device)
     forced = forced_backend()
     if forced is not None and not {forced, OLD_NAMES.get(forced)}.intersection(REGISTRY.names()):
-        decisions.insert(0, REGISTRY.unknown(forced))
+        decisions.insert(0, Decision(forced, False, REGISTRY.catalog.unknown(forced)))
     # A rejected entry point can share its name with a backend: `accepted` distinguishes them.
     return [
         {

@@ -9,6 +9,7 @@ call. Eager calls do not use this module, and do not pay for the dispatcher.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from operator import is_
@@ -193,8 +194,17 @@ def _call(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
 setattr(_make_outside, "_dynamo_marked_constant", True)  # noqa: B010 - unknown to type checkers
 
 
-@cache
+_defining = threading.Lock()  # torch lets a process define the ops once, and `cache` does not wait
+
+
 def _define() -> torch.library.Library:
+    """Define the ops of compiled functions once for the process, in whichever thread is first."""
+    with _defining:
+        return _define_once()
+
+
+@cache
+def _define_once() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, arguments in _SCHEMAS.items():
         # A view is read by its strides, so the compiler must not choose others.

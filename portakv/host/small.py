@@ -6,11 +6,13 @@ gigabyte that was enqueued earlier. Data in the driver's command does not wait, 
 not. The first available method is taken; `choose` reports which, and why:
 
 - ``inline``: up to 65,536 bytes that the CUDA driver takes along with the command to copy them. Not
-in a graph, and not on a device that reads pageable memory by the host's page tables. - ``value``
-(extra ``cuda``): up to 32,736 bytes in a launch's parameters. In a graph they keep their values of
-the capture. - ``mapped`` (extra ``cuda``): a kernel reads pinned memory; any size. In a graph it is
-read again at each replay, and `SmallCopy.refill` changes it. - ``copy``: by the copy engine, from
-pinned memory; captured like ``mapped``. - ``host``: to the CPU, immediately.
+  in a graph, and not on a device that reads pageable memory by the host's page tables.
+- ``value`` (extra ``cuda``): up to 32,736 bytes in a launch's parameters. In a graph they keep
+  their values of the capture.
+- ``mapped`` (extra ``cuda``): a kernel reads pinned memory; any size. In a graph it is read again
+  at each replay, and `SmallCopy.refill` changes it.
+- ``copy``: by the copy engine, from pinned memory; captured like ``mapped``.
+- ``host``: to the CPU, immediately.
 """
 
 from __future__ import annotations
@@ -40,11 +42,13 @@ from portakv.host._small_methods import (
 from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import refuse_capture, resolve
+from portakv.selection import Decision, Kind, select
 
 #: The values that small copies take: integers, bytes, a numpy array, or a tensor on the host.
 Values = Sequence[int] | bytes | bytearray | memoryview | Array | Tensor
 
 _TORCH: dict[np.dtype[Any], torch.dtype] = {own: dtype for dtype, own in NUMPY.items()}
+_KIND = Kind("method of small copies", argument="way")
 _NO_REFILL = {  # methods that refill nothing, and why
     "host": "there are no graphs; send the values again",
     "inline": "it cannot be captured; make it with way='mapped', or send instead of refill",
@@ -248,23 +252,24 @@ def _target(device: torch.device | str | int | None, out: Tensor | None) -> Targ
 
 
 def _choose(target: Target, nbytes: int, way: str | None) -> Chosen:
-    best = next(each for each in METHODS if target.why_not(each, nbytes) is None)
-    if way is None:
-        better = METHODS[: METHODS.index(best)]
-        reasons = dict.fromkeys(str(target.why_not(each, nbytes)) for each in better)
-        return Chosen(best, " and ".join(reasons) or HOLDS[best])
-    if str(way) not in METHODS:
+    if way is not None and str(way) not in METHODS:
         raise BackendUnavailable(
             f"Expected way to be one of {', '.join(METHODS)}, or None for the best, got {way!r}. "
             f"Pass one of these."
         )
-    why = target.why_not(way, nbytes)
-    if why is not None:
-        raise BackendUnavailable(
-            f"Expected a small copy of {nbytes} bytes to {target.device} to be possible by "
-            f"{way!r}, but {why}. Pass way={best!r}, or None."
-        )
-    return Chosen(way, "it was requested")
+
+    def consider(method: str) -> tuple[str | None, Decision]:
+        why_not = target.why_not(method, nbytes)
+        if why_not is None:
+            return method, Decision(method, True, HOLDS.get(method, "it takes any number of bytes"))
+        return None, Decision(method, False, why_not)
+
+    purpose = f"{nbytes} bytes to {target.device}"
+    selected = select(_KIND, purpose, METHODS, consider, way)
+    if way is not None:
+        return Chosen(way, "it was requested")
+    reasons = dict.fromkeys(each.reason for each in selected.trace[:-1])
+    return Chosen(selected.value, " and ".join(reasons) or selected.trace[-1].reason)
 
 
 def _checked(

@@ -8,27 +8,22 @@ probed. Third parties register through the entry-point group ``portakv.backends`
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-import pkgutil
-import re
 import threading
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import entry_points
-from inspect import isabstract
 from typing import NamedTuple, cast
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, FormatCheck
+from portakv.backends.base import Backend, Capabilities, FormatCheck
 from portakv.errors import BackendUnavailable
 from portakv.registry.self_check import SelfCheck, self_check
 from portakv.runtime.devices import DeviceAbsent, devices_present, indexed
+from portakv.selection import Catalog, Decision, Kind, select, unavailable
 
 #: The backends of PortaKV, in the order in which they are probed. No other place in the library
 #: names a vendor.
@@ -72,7 +67,8 @@ ENVIRONMENT = "PORTAKV_BACKEND"
 _variables: Container[object] = getattr(os.environ, "_data", os.environ)
 _KEY = os.environ.encodekey(ENVIRONMENT)
 
-_TARGET = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
+#: How backends are named in messages, and how one is forced.
+KIND = Kind("backend", ENVIRONMENT, "backend", listing="portakv backends --device {target}")
 _log = logging.getLogger(__name__)
 
 
@@ -112,53 +108,25 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self.catalog = Catalog[Backend](
+            KIND, Backend, BUILT_IN, "portakv.backends", OLD_NAMES, LAST
+        )
         self._answers: dict[tuple[str, torch.device], _Answer] = {}
         self.choices: dict[tuple[torch.device, str | None], Choice] = {}
         self._format_checks: dict[torch.device, tuple[FormatCheck, ...]] = {}
-        self._installed: set[str] = set()
-        self._refused_entries: list[Decision] = []
         self._logged: set[tuple[torch.device, str, str]] = set()
         self.logged_strategies: dict[torch.device, set[str]] = {}
-
-    @cached_property
-    def _targets(self) -> dict[str, str | type[Backend]]:
-        """The target of each candidate. Entry points are read on first use."""
-        targets: dict[str, str | type[Backend]] = dict(BUILT_IN)
-        for entry in entry_points(group="portakv.backends"):
-            if entry.name in targets or entry.name in OLD_NAMES:
-                why = f"the entry point {entry.value!r} would replace a backend of that name"
-                self._refused_entries.append(Decision(entry.name, False, f"{why}; refused"))
-            else:
-                targets[entry.name] = f"{entry.module}:{entry.attr}"
-                self._installed.add(entry.name)
-        return targets
 
     def register(self, name: str, target: str | type[Backend]) -> None:
         """Register a backend under a name; see `register_backend`."""
         with self._lock:
-            why = ""
-            if not name or not isinstance(name, str):
-                why = "its name must be a text that is not empty"
-            elif name in self._targets or name in OLD_NAMES:
-                why = "the name is registered already; use another name"
-            elif not isinstance(target, str):
-                _check_class(target, name)
-            elif not _TARGET.fullmatch(target):
-                why = f"expected 'package.module:Class' or the class, got {target!r}"
-            if why:
-                raise BackendUnavailable(f"Cannot register a backend as {name!r}: {why}.")
-            self._targets[name] = target
+            self.catalog.register(name, target)
             self._forget(name)  # an earlier probe of this name may have failed
 
     def unregister(self, name: str) -> None:
         """Remove a backend that `register` added; raise `BackendUnavailable` if it added none."""
         with self._lock:
-            if not isinstance(name, str) or name not in self._targets or name in BUILT_IN:
-                raise BackendUnavailable(
-                    f"Cannot unregister backend {name!r}: register_backend has registered no such "
-                    f"name. Pass a name that was passed to register_backend."
-                )
-            del self._targets[name]
+            self.catalog.unregister(name)
             self._forget(name)
 
     def _forget(self, name: str) -> None:
@@ -170,7 +138,7 @@ class Registry:
     def names(self) -> list[str]:
         """Return every candidate, in the order in which they are probed."""
         with self._lock:
-            return sorted(self._targets, key=lambda name: name in LAST and 1 + LAST.index(name))
+            return self.catalog.names()
 
     def automatic(self, device: torch.device) -> list[str]:
         """Return the candidates that are used without being named, in order.
@@ -181,7 +149,7 @@ class Registry:
         names = self.names()
         explicit = {*STRATEGIES, *EXPLICIT_ONLY.get(device.type, ())}
         if device.type == "cpu":
-            explicit |= self._installed
+            explicit |= self.catalog.installed
         return [name for name in names if name not in explicit]
 
     def ask(
@@ -214,7 +182,7 @@ class Registry:
                 right = state is SelfCheck.PASSED
                 backend = None if state is SelfCheck.FAILED else backend
                 answer = _Answer(backend, f"{reason}; {why}", right)
-            if name in self._targets:
+            if name in self.catalog:
                 self._answers[name, device] = answer
             return answer
 
@@ -224,17 +192,47 @@ class Registry:
         with self._lock:
             if (device, forced) in self.choices:
                 return self.choices[device, forced]
-            decisions: list[Decision] = []
-            for name in self.automatic(device) if forced is None else [forced]:
-                answer = self._answer(name, device, True)
-                decisions.append(answer.decision(name))
-                # A backend that takes no test pattern is used only when it is named.
-                if answer.backend is not None and (answer.right or forced is not None):
-                    _log.info("%s: backend %s, %s", device, name, decisions[-1].reason)
-                    can = answer.backend.capabilities()
-                    made = Choice(answer.backend, tuple(decisions), forced is not None, can)
-                    return self.choices.setdefault((device, forced), made)
-        raise _unavailable(device, forced, decisions, self.trace(device))
+            try:
+                made = select(
+                    KIND,
+                    device,
+                    self.automatic(device),
+                    lambda name: self._consider(name, device, forced is not None),
+                    forced,
+                )
+            except BackendUnavailable as error:
+                raise self._complete(error, device, forced) from None
+            backend = made.value
+            _log.info("%s: backend %s, %s", device, made.name, made.trace[-1].reason)
+            can = backend.capabilities()
+            choice = Choice(backend, made.trace, forced is not None, can)
+            return self.choices.setdefault((device, forced), choice)
+
+    def _consider(
+        self, name: str, device: torch.device, named: bool
+    ) -> tuple[Backend | None, Decision]:
+        """Return a candidate's backend and decision; None if it may not be used.
+
+        A backend that takes no test pattern is used only when it is named.
+        """
+        answer = self._answer(name, device, True)
+        usable = answer.right is True or named
+        return (answer.backend if usable else None), answer.decision(name)
+
+    def _complete(
+        self, error: BackendUnavailable, device: torch.device, forced: str | None
+    ) -> BackendUnavailable:
+        """Return the error of a choice with every candidate's decision in its trace.
+
+        Its message leaves out backends that are made for another device type.
+        """
+        tried = cast("tuple[Decision, ...]", error.trace)
+        if forced is None:
+            close = [d for d in tried if MADE_FOR.get(d.name, device.type) == device.type]
+            error = cast(BackendUnavailable, unavailable(KIND, device, close))
+        names = {decision.name for decision in tried}
+        error.trace = (*tried, *(d for d in self.trace(device) if d.name not in names))
+        return error
 
     def trace(self, device: torch.device, here: bool = True) -> tuple[Decision, ...]:
         """Return every candidate's decision for ``device``, without choosing.
@@ -251,7 +249,7 @@ class Registry:
                 reason = f"{decision.reason}; on {device.type} it is used only when named"
                 decision = Decision(name, True, reason)
             decisions.append(decision)
-        return (*decisions, *self._refused_entries)
+        return (*decisions, *self.catalog.refused())
 
     def serves(self, device: torch.device) -> bool:
         """Return True if a third party's probe accepts a device, which need not be present."""
@@ -289,15 +287,12 @@ class Registry:
 
     def class_of(self, name: str) -> type[Backend]:
         """Return the class of a candidate, imported if need be."""
-        target = self._targets[name]
-        if isinstance(target, str):
-            return _check_class(pkgutil.resolve_name(target), name)
-        return target
+        return self.catalog.load(name)
 
     def _probe(self, name: str, device: torch.device, make: bool = True) -> _Answer:
         """Probe a candidate; with ``make``, create its backend if it accepts."""
-        if name not in self._targets:
-            return _Answer(None, self.unknown(name).reason)
+        if name not in self.catalog:
+            return _Answer(None, self.catalog.unknown(name))
         try:
             cls = self.class_of(name)
             decision = cls.probe(device)
@@ -310,44 +305,6 @@ class Registry:
             return _Answer(None, f"it failed to load: {type(error).__name__}: {error}")
         backend.name = name
         return _Answer(backend, decision.reason)
-
-    def unknown(self, name: str) -> Decision:
-        """Return the decision for a name that no candidate has."""
-        names = self.names()
-        near = difflib.get_close_matches(str(name), names, n=1)
-        meant = f" did you mean {near[0]}?" if near else ""
-        return Decision(name, False, f"no such backend;{meant} known are {', '.join(names)}")
-
-
-def _unavailable(
-    device: torch.device, forced: str | None, tried: Sequence[Decision], every: Sequence[Decision]
-) -> BackendUnavailable:
-    """Return the error if no backend serves a device, with the reason first."""
-    if forced is not None:
-        unset = f"Unset {ENVIRONMENT}" if os.environ.get(ENVIRONMENT) else "Name no backend"
-        todo = f"{unset} to let the registry choose, or fix the cause."
-        summary = (
-            f"Backend {forced!r} was forced, but it cannot serve {device}: {tried[-1].reason}."
-        )
-    else:
-        close = [d for d in tried if MADE_FOR.get(d.name, device.type) == device.type]
-        summary = "\n".join([f"No backend can serve {device}:", *(f"  {d}" for d in close)])
-        todo = "Fix one of the causes."
-    error = BackendUnavailable(
-        f"{summary}\n{todo} `portakv backends --device {device}` lists every candidate's decision."
-    )
-    error.trace = (*tried, *(d for d in every if d.name not in {t.name for t in tried}))
-    return error
-
-
-def _check_class(target: object, name: str) -> type[Backend]:
-    """Return the class of a backend; raise `BackendUnavailable` for anything else."""
-    if not (isinstance(target, type) and issubclass(target, Backend)) or isabstract(target):
-        raise BackendUnavailable(
-            f"Backend {name!r} is {target!r}, which is not a portakv Backend class; expected a "
-            f"subclass of portakv.backends.base.Backend, with its probe, capabilities and prepare."
-        )
-    return target
 
 
 REGISTRY = Registry()

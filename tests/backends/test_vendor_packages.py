@@ -251,7 +251,7 @@ def test_a_device_without_the_package_falls_to_reference_with_the_reason() -> No
     assert chosen.startswith("mlu:0: backend 'reference' was chosen\n")
     why = "torch_mlu_ops is not installed; install torch_mlu and"
     assert f"mlu: rejected, {why}" in chosen
-    forced = f"Backend 'mlu' was forced, but it cannot serve mlu:0: {why}"
+    forced = f"Expected backend 'mlu', which is forced, to serve mlu:0, but it cannot: {why}"
     with pytest.raises(BackendUnavailable, match=f"^{re.escape(forced)}"):
         AdaptiveConnector("mlu", backend="mlu", **layouts)
 

@@ -146,8 +146,8 @@ def test_unknown_names_say_where_the_trace_is(line: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
     code, out, err = run(*line.split())
     assert (code, out) == (1, "")
-    assert "'nonsense' was forced" in err
-    assert "it cannot serve cpu: no such backend; known are cuda, hip," in err
+    assert "'nonsense', which is forced" in err
+    assert "to serve cpu, but it cannot: no such backend; known are cuda, hip," in err
     assert "portakv backends --device cpu" in err
 
 

@@ -207,7 +207,7 @@ def test_a_package_that_works_is_imported_and_the_candidates_go_on(tmp_path: Pat
     """It renames privateuse1, and has no kernels."""
     packages = {"torch_npu": NAMES_ITSELF, "torch_mlu": ""}
     (said, traced, *_), (nothing, *_) = run(CONNECT, packages, tmp_path, "npu", "mlu")
-    assert said.startswith("No backend can serve npu:0:\n")
+    assert said.startswith("Expected a backend to serve npu:0, but none can:\n")
     assert f"torch_npu 1.11.0 is installed, which is not for torch {torch.__version__}" in said
     assert "reference: rejected, plain torch indexing runs on any torch device; its self" in said
     assert any(line.startswith("reference: rejected") for line in traced)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Select one of several implementations by name, and record why the others were not taken.
+
+Backends, strategies between devices, transports, I/O engines and methods of small copies are all
+selected here. A `Catalog` holds the candidates of one kind: built-in ones, those of installed
+packages (entry points), registered ones, and classes named as ``pkg.mod:Class``. `select` tries
+candidates in order, takes the first one that accepts, and returns every decision. An environment
+variable or else an argument forces one candidate: then no other is tried, and the caller gets an
+error if that one rejects.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from importlib.metadata import entry_points
+from inspect import isabstract
+from typing import Generic, TypeVar, cast
+
+from portakv.errors import BackendUnavailable, PortaKVError
+
+Made = TypeVar("Made")
+Base = TypeVar("Base")
+_TARGET = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The decision about a candidate, and the reason, as a sentence."""
+
+    name: str
+    accepted: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'accepted' if self.accepted else 'rejected'}, {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of implementation that users can choose.
+
+    Attributes:
+        noun: its name in messages.
+        variable: the environment variable that forces a candidate. Empty: none does.
+        argument: the argument that forces a candidate. Empty: none does.
+        error: raised if a forced candidate rejects, or if no candidate accepts.
+        unknown: raised for a name that no candidate has.
+        listing: the command that lists each candidate's decision, with ``{target}`` for what is
+            to be served. Empty: there is none.
+    """
+
+    noun: str
+    variable: str = ""
+    argument: str = ""
+    error: type[PortaKVError] = BackendUnavailable
+    unknown: type[PortaKVError] = BackendUnavailable
+    listing: str = ""
+
+    @property
+    def one(self) -> str:
+        """The noun with its indefinite article."""
+        return f"{'an' if self.noun[0] in 'aeioAEIO' else 'a'} {self.noun}"
+
+    def forced(self, name: str | None = None) -> str | None:
+        """Return the name that the variable forces, else ``name``; None: PortaKV chooses."""
+        return (os.environ.get(self.variable) if self.variable else None) or name
+
+    def release(self) -> str:
+        """Return what a user does so that no candidate is forced, as a phrase."""
+        if self.variable and os.environ.get(self.variable):
+            return f"Unset {self.variable}"
+        return f"Pass {self.argument}=None" if self.argument else f"Name no {self.noun}"
+
+
+@dataclass(frozen=True, slots=True)
+class Selected(Generic[Made]):
+    """The implementation that was taken, and each decision until then, the last one accepted."""
+
+    value: Made
+    trace: tuple[Decision, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the candidate that was taken."""
+        return self.trace[-1].name
+
+    @property
+    def why(self) -> str:
+        """Every decision, as one line."""
+        return "; ".join(map(str, self.trace))
+
+
+def select(
+    kind: Kind,
+    target: object,
+    names: Iterable[str],
+    consider: Callable[[str], tuple[Made | None, Decision]],
+    forced: str | None = None,
+) -> Selected[Made]:
+    """Return the first candidate that accepts.
+
+    Args:
+        target: what the candidate is to serve, such as a device; for messages.
+        names: the candidates in order.
+        consider: makes a candidate and returns it with the decision; None if it rejects.
+        forced: the only candidate to consider. None: all of ``names``.
+
+    Raises:
+        PortaKVError: ``kind.error``, if the forced candidate rejects, or no candidate accepts. Its
+            ``trace`` holds the decisions.
+    """
+    decisions: list[Decision] = []
+    for name in names if forced is None else (forced,):
+        made, decision = consider(name)
+        decisions.append(decision)
+        if made is not None:
+            return Selected(made, tuple(decisions))
+    raise unavailable(kind, target, decisions, forced)
+
+
+def unavailable(
+    kind: Kind, target: object, decisions: Sequence[Decision], forced: str | None = None
+) -> PortaKVError:
+    """Return the error if the forced candidate, or every candidate, rejected ``target``."""
+    if forced is not None:
+        summary = (
+            f"Expected {kind.noun} {forced!r}, which is forced, to serve {target}, but it cannot: "
+            f"{decisions[-1].reason}."
+        )
+        todo = f"{kind.release()} to let PortaKV choose, or fix the cause."
+    else:
+        lines = [f"Expected {kind.one} to serve {target}, but none can:"]
+        summary = "\n".join([*lines, *(f"  {decision}" for decision in decisions)])
+        todo = "Fix one of the causes."
+    if kind.listing:
+        todo += f" `{kind.listing.format(target=target)}` lists every candidate's decision."
+    error = kind.error(f"{summary}\n{todo}")
+    error.trace = tuple(decisions)
+    return error
+
+
+class Catalog(Generic[Base]):
+    """The candidates of one kind by name, each a class or the text ``"package.module:Class"``.
+
+    A class is imported when it is loaded. An entry point never replaces a candidate of the same
+    name.
+
+    Args:
+        kind: what the candidates are.
+        base: the class that each candidate extends.
+        built_in: the candidates of PortaKV, in the order in which they are tried.
+        group: the entry-point group of other packages' candidates.
+        reserved: further names that no candidate may take.
+        last: built-in candidates that are tried after those of other packages.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        base: type[object],
+        built_in: Mapping[str, str],
+        group: str,
+        reserved: Iterable[str] = (),
+        last: Sequence[str] = (),
+    ) -> None:
+        self.kind = kind
+        self.built_in = built_in
+        self.installed: set[str] = set()
+        self._base = base
+        self._group = group
+        self._reserved = frozenset(reserved)
+        self._last = last
+        self._refused: list[Decision] = []
+
+    @cached_property
+    def _targets(self) -> dict[str, str | type[Base]]:
+        """The target of each candidate. Entry points are read on first use."""
+        targets: dict[str, str | type[Base]] = dict(self.built_in)
+        for entry in entry_points(group=self._group):
+            if entry.name in targets or entry.name in self._reserved:
+                one = self.kind.one
+                why = f"the entry point {entry.value!r} would replace {one} of that name"
+                self._refused.append(Decision(entry.name, False, f"{why}; refused"))
+            else:
+                targets[entry.name] = f"{entry.module}:{entry.attr}"
+                self.installed.add(entry.name)
+        return targets
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._targets
+
+    def names(self) -> list[str]:
+        """Return the candidates in order: built-in ones, entry points, registered ones, and those
+        that come last."""
+        last = [name for name in self._last if name in self._targets]
+        return [*(name for name in self._targets if name not in last), *last]
+
+    def refused(self) -> list[Decision]:
+        """Return the decisions about entry points whose name was taken."""
+        _ = self._targets  # reads the entry points
+        return self._refused
+
+    def register(self, name: str, target: str | type[Base]) -> None:
+        """Add a candidate.
+
+        Raises:
+            BackendUnavailable: the name is taken, or the target is neither a class of the kind nor
+                ``"package.module:Class"``.
+        """
+        why = ""
+        if not name or not isinstance(name, str):
+            why = "its name must be a text that is not empty"
+        elif name in self._targets or name in self._reserved:
+            why = "the name is registered already; use another name"
+        elif not isinstance(target, str):
+            self._check(target, name)
+        elif not _TARGET.fullmatch(target):
+            why = f"expected 'package.module:Class' or the class, got {target!r}"
+        if why:
+            raise BackendUnavailable(f"Cannot register {self.kind.one} as {name!r}: {why}.")
+        self._targets[name] = target
+
+    def unregister(self, name: str) -> None:
+        """Remove a candidate that was registered; raise `BackendUnavailable` for another name."""
+        if not isinstance(name, str) or name not in self._targets or name in self.built_in:
+            raise BackendUnavailable(
+                f"Expected the name of a registered {self.kind.noun}, got {name!r}. Pass a name "
+                f"that was registered."
+            )
+        del self._targets[name]
+
+    def load(self, name: str) -> type[Base]:
+        """Return the class of a candidate, or of ``"package.module:Class"``, imported if need be.
+
+        Raises:
+            BackendUnavailable: it is not a class of this kind.
+            PortaKVError: ``kind.unknown``, for another name.
+            Exception: whatever the import of another package raises.
+        """
+        target = self._targets.get(name, name)
+        if not isinstance(target, str):
+            return target
+        if not _TARGET.fullmatch(target):
+            raise self.kind.unknown(
+                f"Expected {self.kind.one} that is known, got {name!r}: {self.unknown(name)}. Pass "
+                f"one of these, or package.module:Class."
+            )
+        return self._check(pkgutil.resolve_name(target), name)
+
+    def unknown(self, name: object) -> str:
+        """Return the reason to reject a name that no candidate has, with the closest name."""
+        names = self.names()
+        near = get_close_matches(str(name), names, n=1)
+        meant = f" did you mean {near[0]}?" if near else ""
+        return f"no such {self.kind.noun};{meant} known are {', '.join(names)}"
+
+    def _check(self, target: object, name: str) -> type[Base]:
+        """Return the class of a candidate; raise `BackendUnavailable` for anything else."""
+        base = self._base
+        if isinstance(target, type) and issubclass(target, base) and not isabstract(target):
+            return cast("type[Base]", target)
+        methods = ", ".join(sorted(getattr(base, "__abstractmethods__", ())))
+        raise BackendUnavailable(
+            f"Expected {self.kind.noun} {name!r} to be a subclass of {base.__module__}."
+            f"{base.__name__} that implements {methods}, got {target!r}. Name such a class."
+        )
