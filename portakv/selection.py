@@ -49,7 +49,7 @@ class Kind:
         noun: its name in messages.
         variable: the environment variable that forces a candidate. Empty: none does.
         argument: the argument that forces a candidate. Empty: none does.
-        error: raised if a forced candidate rejects, or if no candidate accepts.
+        error: makes the error of a message: a forced candidate rejects, or no candidate accepts.
         unknown: raised for a name that no candidate has.
         listing: the command that lists each candidate's decision, with ``{target}`` for what is
             to be served. Empty: there is none.
@@ -58,7 +58,7 @@ class Kind:
     noun: str
     variable: str = ""
     argument: str = ""
-    error: type[PortaKVError] = BackendUnavailable
+    error: Callable[[str], PortaKVError] = BackendUnavailable
     unknown: type[PortaKVError] = BackendUnavailable
     listing: str = ""
 
@@ -125,15 +125,23 @@ def select(
 
 
 def unavailable(
-    kind: Kind, target: object, decisions: Sequence[Decision], forced: str | None = None
+    kind: Kind,
+    target: object,
+    decisions: Sequence[Decision],
+    forced: str | None = None,
+    better: str | None = None,
 ) -> PortaKVError:
-    """Return the error if the forced candidate, or every candidate, rejected ``target``."""
+    """Return the error if the forced candidate, or every candidate, rejected ``target``.
+
+    ``better``: a candidate that accepts it, if one is known.
+    """
     if forced is not None:
         summary = (
             f"Expected {kind.noun} {forced!r}, which is forced, to serve {target}, but it cannot: "
             f"{decisions[-1].reason}."
         )
-        todo = f"{kind.release()} to let PortaKV choose, or fix the cause."
+        known = "" if better is None else f" {kind.argument}={better!r}"
+        todo = f"{kind.release()} to let PortaKV choose{known}, or fix the cause."
     else:
         lines = [f"Expected {kind.one} to serve {target}, but none can:"]
         summary = "\n".join([*lines, *(f"  {decision}" for decision in decisions)])

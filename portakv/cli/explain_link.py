@@ -16,8 +16,9 @@ from typing import NamedTuple
 from portakv.cli import migrate, sides
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
 from portakv.copy.between import carrier
-from portakv.interconnect.choose import ORDER, Alternative, Host, pick
+from portakv.interconnect.choose import Host
 from portakv.interconnect.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
+from portakv.interconnect.pick import ORDER, Alternative, pick
 from portakv.interconnect.pieces import Shape
 from portakv.interconnect.strategy import OVERLAPS, Terms
 from portakv.registry.registry import Choice

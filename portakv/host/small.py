@@ -42,7 +42,7 @@ from portakv.host._small_methods import (
 from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import refuse_capture, resolve
-from portakv.selection import Decision, Kind, select
+from portakv.selection import Decision, Kind, select, unavailable
 
 #: The values that small copies take: integers, bytes, a numpy array, or a tensor on the host.
 Values = Sequence[int] | bytes | bytearray | memoryview | Array | Tensor
@@ -265,9 +265,13 @@ def _choose(target: Target, nbytes: int, way: str | None) -> Chosen:
         return None, Decision(method, False, why_not)
 
     purpose = f"{nbytes} bytes to {target.device}"
-    selected = select(_KIND, purpose, METHODS, consider, way)
     if way is not None:
+        made, decision = consider(way)
+        if made is None:
+            best = select(_KIND, purpose, METHODS, consider).name
+            raise unavailable(_KIND, purpose, [decision], way, best)
         return Chosen(way, "it was requested")
+    selected = select(_KIND, purpose, METHODS, consider)
     reasons = dict.fromkeys(each.reason for each in selected.trace[:-1])
     return Chosen(selected.value, " and ".join(reasons) or selected.trace[-1].reason)
 

@@ -25,8 +25,9 @@ import torch
 from portakv.backends.base import Pending
 from portakv.errors import PortaKVError
 from portakv.host import pinned
-from portakv.interconnect.choose import ORDER, Host, HostLaunch
+from portakv.interconnect.choose import Host, HostLaunch
 from portakv.interconnect.costs import DIRECTIONS, Point, Table, cost, identity
+from portakv.interconnect.pick import ORDER
 from portakv.interconnect.strategy import Terms, finish
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import inside

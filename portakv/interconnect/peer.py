@@ -8,9 +8,11 @@ kernel reaches go through pinned host memory.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from portakv.backends.base import PEERS
+from portakv.backends.base import PEERS, Backend
 from portakv.errors import Unsupported
 from portakv.interconnect.bounce import Bounce, carry
 from portakv.interconnect.choose import across
@@ -19,6 +21,7 @@ from portakv.interconnect.zero_copy import ZeroCopy, unreached
 from portakv.plan.plan import Move
 from portakv.registry.registry import REGISTRY, Choice, choose
 from portakv.runtime.bounded import Bounded
+from portakv.selection import Decision, Kind, select
 from portakv.view import Index, KVView
 
 # The pattern: int16, one megabyte.
@@ -28,6 +31,7 @@ _ELEMENTS = 128
 _STRATEGY = "read where it is by"  # with a choice and terms, the key of a view's cached strategy
 #: Why one device may not read another's memory, by owner and reader; see `unmapped`.
 answers: Bounded[tuple[torch.device, torch.device], str] = Bounded("answers about two devices", 256)
+KIND = Kind("strategy", error=partial(Unsupported, "A copy from another device"))
 _strategies: Bounded[tuple[Choice, Terms, str], Choice]
 _strategies = Bounded("strategies between two devices", 256)
 
@@ -116,20 +120,32 @@ def _unread(src: KVView, choice: Choice) -> str:
 
 
 def _strategy(choice: Choice, terms: Terms, why: str) -> Choice:
+    """Return the first that keeps the terms: `zero_copy` if few thread blocks are wanted, the
+    chosen backend, or the way through the host; ``why``: nothing reads the peer's rows."""
     device = choice.backend.device
     limit = terms.max_thread_blocks
+
+    def consider(name: str) -> tuple[Backend | None, Decision]:
+        if name == Bounce.name:
+            made = Bounce(device, choice, terms, why)
+            return made, Decision(name, True, why)
+        if name == ZeroCopy.name:
+            backend, decision = REGISTRY.ask(name, device, check=True)
+            return (None if backend is None else ZeroCopy(device, None, terms)), decision
+        if limit is None:
+            return choice.backend, choice.trace[-1]
+        reason = f"only 'zero_copy' keeps max_thread_blocks={limit}; leave it out"
+        return None, Decision(name, False, reason)
+
     if why:
-        bounce = Bounce(device, choice, terms, why)
-        return Choice(bounce, choice.trace, False, bounce.capabilities())
-    if not choice.forced and (limit is not None or terms.overlap == "compute"):
-        backend, decision = REGISTRY.ask(ZeroCopy.name, device, check=True)
-        if backend is not None:
-            zero_copy = ZeroCopy(device, None, terms)
-            trace = (*choice.trace, decision)
-            return Choice(zero_copy, trace, limit is not None, zero_copy.capabilities())
-    if limit is not None:
-        raise Unsupported(
-            f"A copy from a peer to {device} by {choice.name!r} with max_thread_blocks={limit}",
-            "only 'zero_copy' keeps the limit; leave it out, or name no backend",
-        )
-    return choice
+        names = [Bounce.name]
+    elif choice.forced or (limit is None and terms.overlap != "compute"):
+        names = [choice.name]
+    else:
+        names = [ZeroCopy.name, choice.name]
+    selected = select(KIND, f"{device} under these terms", names, consider)
+    if selected.value is choice.backend:
+        return choice
+    trace = (*choice.trace, *selected.trace)
+    forced = limit is not None and selected.name == ZeroCopy.name
+    return Choice(selected.value, trace, forced, selected.value.capabilities())

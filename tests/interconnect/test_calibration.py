@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
+from pkgutil import resolve_name
 from time import sleep
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +51,8 @@ def _small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
-    monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | targets)
+    found = BUILT_IN | targets
+    monkeypatch.setattr(chosen, "strategy_class", lambda name: resolve_name(found[name]))
 
 
 def altered(strategy: type[Strategy], launched: Callable[..., Any]) -> type[Strategy]:

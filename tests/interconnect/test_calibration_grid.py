@@ -27,8 +27,8 @@ from portakv.interconnect.calibration import (
     by_point,
     calibrate,
 )
-from portakv.interconnect.choose import ORDER
 from portakv.interconnect.costs import DIRECTIONS, Point, Table, costs_of, store
+from portakv.interconnect.pick import ORDER
 from portakv.runtime import kernel_cache
 
 CUDA = torch.device("cuda", 0)

@@ -21,9 +21,10 @@ from portakv import CopyPlan, Index, KVView, copy_blocks
 from portakv.backends.base import Capabilities
 from portakv.interconnect import choose as chosen
 from portakv.interconnect import staging
-from portakv.interconnect.choose import ORDER, Host, HostLaunch, across
+from portakv.interconnect.choose import Host, HostLaunch, across
+from portakv.interconnect.pick import ORDER
 from portakv.interconnect.strategy import PINNED, Strategy, Terms
-from portakv.registry.registry import BUILT_IN, REGISTRY, choose
+from portakv.registry.registry import REGISTRY, choose
 
 pytestmark = pytest.mark.usefixtures("folder")  # no device was measured
 #: By blocks on both sides.
@@ -141,7 +142,9 @@ class Kernel:
 
 @pytest.fixture
 def kernel(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | {"zero_copy": f"{__name__}:ReadsIds"})
+    usual = chosen.strategy_class
+    classes = {"zero_copy": ReadsIds}
+    monkeypatch.setattr(chosen, "strategy_class", lambda name: classes.get(name) or usual(name))
     return Kernel(accelerator)
 
 

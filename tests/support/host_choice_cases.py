@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pkgutil import resolve_name
 from time import sleep
 from typing import Any
 
@@ -16,8 +17,8 @@ from portakv import CopyPlan, Index, KVView
 from portakv.backends.base import Capabilities, Decision
 from portakv.errors import Unsupported
 from portakv.interconnect import choose as chosen
-from portakv.interconnect.choose import Pick
 from portakv.interconnect.costs import unmeasured
+from portakv.interconnect.pick import Pick
 from portakv.interconnect.strategy import PAGEABLE, PINNED, Strategy
 
 UNMEASURED = unmeasured("of a test")
@@ -164,7 +165,7 @@ def strategies(monkeypatch: pytest.MonkeyPatch, **targets: str) -> Iterator[None
     Fake.prepared.clear()
     Fake.launched.clear()
     with monkeypatch.context() as patched:
-        patched.setattr(chosen, "BUILT_IN", found)
+        patched.setattr(chosen, "strategy_class", lambda name: resolve_name(found[name]))
         yield
 
 

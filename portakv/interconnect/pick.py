@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pick the transfer strategy of one copy by its costs, or by a rule if nothing was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from math import inf
+from typing import NamedTuple
+
+from portakv.errors import PortaKVError, Unsupported
+from portakv.interconnect.costs import Table
+from portakv.interconnect.pieces import Shape
+from portakv.interconnect.strategy import SMALL, Terms
+from portakv.selection import Decision, Kind, unavailable
+
+#: The strategies, the gentlest to a running model first: of equal costs the first one wins.
+ORDER = ("staged", "batched_memcpy", "zero_copy", "pageable")
+#: Bytes of runs in the default rule. Of 234 copies recorded on an H200 the rule loses more than 5 %
+#: to the best allowed strategy in 4 while a model runs, and in 17 on an idle device; a measured
+#: table in 2 and 1 (benchmarks/NOTES.md, section 11).
+WIDE = 256 << 10
+EVEN = 32 << 10
+NARROW = 64 << 10
+#: Strategies count as equal if their seconds differ by at most this part of the least. The same
+#: copy of 8 MiB and more timed twice on an H200 differs by up to 2 %, and so may each of two
+#: figures.
+EQUAL = 0.02
+
+#: Seconds of the device for each row of a 2-D copy, in addition to its bytes, by direction.
+#: Measured on an H200: up, 64 rows of 4 KiB reached 0.60 of a memcpy and rows of 512 B 0.16, which
+#: is 49 ns a row; down, rows of 4 KiB reached 0.45 and of 32 KiB 0.78, which is 92 and 168 ns.
+ROW = {"d2h": 100e-9, "h2d": 50e-9}
+
+KIND = Kind("strategy", error=partial(Unsupported, "A copy between the device and the host"))
+
+
+class Alternative(NamedTuple):
+    """The cost of a copy by one strategy.
+
+    Attributes:
+        strategy: its name.
+        run_bytes, runs: the copy, as its cost was looked up: in pieces, if rows are folded.
+        seconds, host_seconds: the time of the device, and the time that the call occupies the host.
+            None: not measured here.
+        refused: why it may not be picked, as a phrase. Empty: it may.
+    """
+
+    strategy: str
+    run_bytes: int
+    runs: int
+    seconds: float | None
+    host_seconds: float | None
+    refused: str
+
+
+class Pick(NamedTuple):
+    """The strategy of a copy, the reason as a sentence, and the cost by each strategy."""
+
+    strategy: str
+    why: str
+    alternatives: tuple[Alternative, ...]
+
+
+def default_rule(shapes: Mapping[str, Shape], direction: str, kernel: bool) -> tuple[str, str]:
+    """Return the strategy for a copy on a device that was not measured, and the reason as a phrase.
+
+    ``kernel``: the terms allow a kernel to move the copy.
+    """
+    staged = shapes["staged"]
+    whole = shapes["batched_memcpy"]
+    if whole.nbytes <= SMALL[direction]:
+        return "zero_copy", f"for copies of up to {SMALL[direction] >> 20} MiB"
+    if kernel and staged.run_bytes < NARROW:
+        return "zero_copy", f"for host memory in runs of less than {NARROW >> 10} KiB"
+    if whole.run_bytes >= WIDE:
+        return "batched_memcpy", f"for runs of {WIDE >> 10} KiB or more"
+    if whole.run_bytes >= EVEN and whole.runs <= staged.runs:
+        return (
+            "batched_memcpy",
+            f"for runs of {EVEN >> 10} KiB or more that gathering would not merge",
+        )
+    return "staged", "for runs that are gathered into longer ones"
+
+
+def pick(
+    shapes: Mapping[str, Shape],
+    direction: str,
+    out: Mapping[str, str],
+    terms: Terms,
+    costs: Table,
+    waits: frozenset[str] = frozenset(),
+) -> Pick:
+    """Pick the strategy for a copy.
+
+    Candidates are the strategies that the terms allow and that were measured to take at most
+    `EQUAL` longer than the quickest. Of these the strategy that occupies the host least wins, then
+    the first in `ORDER`. If no strategy was measured, `default_rule` decides, else the first in
+    `ORDER`. A strategy that waits for the device is picked only if the terms leave no other. While
+    a model runs, a kernel of few thread blocks costs less than a host that waits.
+
+    Args:
+        shapes: the copy as each possible strategy moves it.
+        out: strategies that do not take the copy, and why, as a phrase.
+        waits: strategies that would wait for ids or addresses that only the device has.
+
+    Raises:
+        Unsupported: no strategy is left; the message has the reason of each.
+    """
+    excluded = _excluded(direction, shapes["staged"], terms)
+    others = shapes.keys() - out.keys() - {"zero_copy"}
+    if others and others <= waits and not terms.detached:
+        excluded = ""
+    alternatives = []
+    for name in ORDER:
+        if name in shapes:
+            refused = out.get(name) or (excluded if name == "zero_copy" else "")
+            alternatives.append(_alternative(name, shapes[name], direction, costs, refused))
+    able = [one for one in alternatives if one.strategy not in out]
+    if not able:
+        raise none_left(out)
+    allowed = [one for one in able if not one.refused]
+    waitless = [one for one in allowed if one.strategy not in waits]
+    candidates = waitless or allowed
+    if not allowed:
+        strategy = able[0].strategy
+        why = f"no other strategy takes the copy, although {able[0].refused}"
+    elif len(waitless) == 1 < len(allowed):
+        strategy = waitless[0].strategy
+        why = "the only strategy that does not wait for what only the device knows"
+    elif len(allowed) == 1:
+        strategy = allowed[0].strategy
+        why = "the only strategy that is left"
+    elif any(one.seconds is not None for one in allowed):
+        strategy, why = _quickest(candidates, able)
+    else:
+        rule = default_rule(shapes, direction, kernel=not excluded)
+        strategy, why = _unmeasured(candidates, *rule)
+    return Pick(strategy, why, tuple(alternatives))
+
+
+def _unmeasured(candidates: list[Alternative], wanted: str, rule: str) -> tuple[str, str]:
+    """Return the strategy that the default rule wants if it is a candidate, else the first
+    candidate, and why."""
+    if any(one.strategy == wanted for one in candidates):
+        return wanted, f"the default rule {rule}, as nothing was measured here"
+    return candidates[
+        0
+    ].strategy, "the gentlest strategy that is left, as nothing was measured here"
+
+
+def _quickest(allowed: list[Alternative], able: list[Alternative]) -> tuple[str, str]:
+    """Return the strategy that occupies the host least of the quickest and its equals, and why."""
+    limit = min(map(_seconds, allowed)) * (1 + EQUAL)
+    equal = [one for one in allowed if _seconds(one) <= limit]
+    best = min(equal, key=lambda one: one.host_seconds or 0.0)  # the first of equals
+    text = "the least time of the strategies that the terms allow"
+    if len(equal) > 1:
+        text = f"within {EQUAL * 100:g} % of {text}, and keeps the host least"
+    text += ", as measured"
+    for one in able:
+        if one.refused and _seconds(one) < _seconds(best):
+            text += f"; {one.strategy} would take less, but the terms exclude it"
+    return best.strategy, text
+
+
+def _seconds(one: Alternative) -> float:
+    return inf if one.seconds is None else one.seconds
+
+
+def _alternative(
+    name: str, shape: Shape, direction: str, costs: Table, refused: str
+) -> Alternative:
+    runs = max(1, shape.runs)
+    pieces = max(1, shape.pieces)
+    key = name, direction, max(1, shape.nbytes // pieces), pieces
+    seconds = costs.seconds(*key)
+    host_seconds = costs.host_seconds(*key)
+    if seconds is not None and pieces < runs:
+        seconds += runs * ROW[direction]
+    return Alternative(name, key[2], pieces, seconds, host_seconds, refused)
+
+
+def _excluded(direction: str, host: Shape, terms: Terms) -> str:
+    """Return why the terms exclude `zero_copy` from a copy, as a phrase; empty if they do not.
+
+    ``host`` is the shape of the host memory. Copy engines slow a model and the host down more than
+    `zero_copy` does if runs are short (benchmarks/NOTES.md, section 12).
+    """
+    limited = terms.max_gbps is not None or terms.max_thread_blocks is not None
+    short = host.nbytes <= SMALL[direction] or (host.run_bytes < EVEN and not terms.detached)
+    if terms.overlap == "idle" or short or limited:
+        return ""
+    return (
+        f"with overlap='compute' it moves at most {SMALL[direction] >> 20} MiB, or host runs under "
+        f"{EVEN >> 10} KiB not detached, unless max_gbps or max_thread_blocks limit it"
+    )
+
+
+def none_left(out: Mapping[str, str]) -> PortaKVError:
+    decisions = [Decision(name, False, why) for name, why in out.items()]
+    return unavailable(KIND, "the copy", decisions)
