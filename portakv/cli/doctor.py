@@ -36,6 +36,7 @@ that are missing. No engine is imported."""
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "cli": (("rich",), "tables with colours and lines"),
     "demo": (("transformers",), "the model of `portakv demo`"),
+    "integrations": (("packaging",), "the check of an engine's release"),
     "conformance": (("pytest", "hypothesis", "jinja2"), "`portakv conform`"),
     "bench": (("rich", "matplotlib"), "the tables and plots of `portakv bench`"),
     "cuda": (("cuda.bindings",), "the backend `cuda` and copies by the driver, on NVIDIA's GPUs"),

@@ -7,15 +7,18 @@ chooses it.
 
 from __future__ import annotations
 
-import re
 import warnings
 from contextlib import suppress
 from importlib import metadata
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple
 
 import portakv
 from portakv.errors import PortaKVError
 from portakv.integrations.interfaces import differences
+
+if TYPE_CHECKING:
+    from packaging.version import Version
 
 __all__ = [
     "INTEGRATIONS",
@@ -163,9 +166,14 @@ def _judge(integration: str) -> _Verdict:
             f"one of these releases."
         )
     package, version = installed
+    if find_spec("packaging") is None:
+        return _Verdict(
+            f"The {name} expects packaging, which compares releases, and it is not installed. "
+            f"Install portakv[integrations]."
+        )
 
-    too_old = _numbers(version) < _numbers(releases.least)
-    above = _numbers(version) >= _numbers(releases.below)
+    too_old = _release(version) < _release(releases.least)
+    above = _release(version) >= _release(releases.below)
     lacks = differences(integration) if above else []
     if too_old or lacks:
         why = f" In that release {lacks[0]}." if lacks else ""
@@ -201,10 +209,16 @@ def _installed(package: str) -> tuple[str, str] | None:
     return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version.
+def _release(version: str) -> Version:
+    """Return a version without what follows its numbers.
 
-    A pre-release counts as its release, since it has most of that release's interfaces.
+    A pre-release counts as its release, since it has most of that release's interfaces. A text that
+    is no version counts as the oldest one.
     """
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(number) for number in match.group().split(".")) if match else ()
+    # Imported here, since PortaKV itself does not need it. Each engine brings it along.
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(Version(version).base_version)
+    except InvalidVersion:
+        return Version("0")
