@@ -15,8 +15,6 @@ import torch
 from support.command_line import registered
 from support.inductor import needs_inductor
 from support.small_backends import small_backend
-from torch._dynamo.exc import Unsupported
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from portakv import AdaptiveConnector, Index, KVView, copy_rows
 from portakv.connector.caches import Registration
@@ -83,8 +81,21 @@ def storing(
     return torch.compile(step, fullgraph=True, backend=compiler)
 
 
-class Counter(CompileCounterWithBackend):
-    """Counts compilations, and keeps the graphs."""
+class Counter:
+    """Count compilations by a backend of torch, and keep the graphs.
+
+    This is `torch._dynamo.testing.CompileCounterWithBackend`, whose import takes seconds.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.frame_count = 0
+        self.graphs: list[Any] = []
+
+    def __call__(self, graph: Any, inputs: list[torch.Tensor]) -> Any:
+        self.frame_count += 1
+        self.graphs.append(graph)
+        return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
 
     def ops(self) -> list[str]:
         return [
@@ -332,7 +343,7 @@ def test_what_no_graph_can_hold_breaks_it_and_is_made_eagerly(slots: Any) -> Non
     def step() -> Any:
         return connector.from_gpu(chunk, None, slots)
 
-    with pytest.raises(Unsupported, match="PortaKV's op"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="PortaKV's op"):
         torch.compile(step, fullgraph=True, backend="eager")()
     torch._dynamo.reset()
     torch.compile(step, backend="eager")().synchronize()
@@ -412,7 +423,7 @@ def test_another_stream_is_refused_in_a_graph() -> None:
     (connector, _, chunk) = scene("cuda")
     side = torch.cuda.Stream()
     slots = torch.arange(4, device="cuda")
-    with pytest.raises(Unsupported, match="PortaKV's op"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="PortaKV's op"):
         torch.compile(
             lambda: connector.from_gpu(chunk, None, slots, stream=side),
             fullgraph=True,

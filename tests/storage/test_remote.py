@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,7 +31,6 @@ import numpy as np
 import obstore
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 from prometheus_client import CollectorRegistry, generate_latest
 from support.core_cases import noise
@@ -148,7 +148,7 @@ def server() -> Iterator[tuple[Proxy, str]]:
     moto = None
     if not url:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        moto = import_module("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         moto.start()
         url = "http://{}:{}/blocks".format(*moto.get_host_and_port())
         urlopen(Request(url, method="PUT", headers={"x-amz-acl": "public-read-write"}))
