@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support import patch_points
+from support import collecting, patch_points
+from support.collecting import NO_GPU, OPT_IN
 
 from portakv.interconnect import link
 from portakv.runtime import cuda
 from portakv_conformance import simdev
 
-OPT_IN = ("wheel", "visitor", "bigmem", "slow", "full")
 pytest_plugins = ["support.own_process"]
 
 
@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Load the profile before any test module is imported, so that decorators can read it."""
     patch_points.guard()
+    config.pluginmanager.register(collecting)
     if name := os.environ.get("SIMDEV_NAME"):
         simdev.load(name)  # a child of own_process: its modules may look at the device
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -162,9 +163,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from support.scheduling import tell_groups
 
         tell_groups(items, worker)
-    no_gpu = "torch.cuda.is_available() is False: this test needs a CUDA device"
     absent = {
-        "gpu": None if torch.cuda.is_available() else no_gpu,
+        "gpu": None if torch.cuda.is_available() else NO_GPU,
         "simdev": simdev.available(),
         "own_process": simdev.available(),
     }

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collect less, and faster: no tests for a device that is not there, and no module compiled twice.
+
+Without a CUDA device the tests marked ``gpu`` are left out, and a line at the end says how many. A
+test that the command line names by its id is collected and skipped, with the reason.
+
+Every worker of pytest-xdist collects every module. In a fresh clone most of that time is the
+compilation of test modules. Half of the workers collect from the last module to the first, so each
+module is compiled by the worker that arrives first, and the other worker loads the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import torch
+
+OPT_IN = ("wheel", "visitor", "bigmem", "slow", "full")
+NO_GPU = "torch.cuda.is_available() is False: this test needs a CUDA device"
+_KEY = "portakv_tests_for_cuda"
+
+_count = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_count] = 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(
+    collector: pytest.Module | pytest.Class,
+) -> Generator[None, Any, Any]:
+    """Drop the tests of a CUDA device where torch finds none."""
+    made = yield
+    config = collector.config
+    named = any("::" in argument for argument in config.args)
+    if not isinstance(made, list) or named or torch.cuda.is_available():
+        return made
+    kept = []
+    for item in made:
+        marks = {mark.name for mark in item.iter_markers()}
+        if "gpu" not in marks:
+            kept.append(item)
+        elif not marks.intersection(OPT_IN):
+            config.stash[_count] += 1
+    return kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """In every second worker: go through a directory from its end."""
+    report = yield
+    if isinstance(collector, pytest.Directory) and _goes_backwards(collector.config):
+        report.result.reverse()
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In every worker: give the modules the same order."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.parts)
+
+
+def _goes_backwards(config: pytest.Config) -> bool:
+    """True in the workers gw1, gw3, ..."""
+    worker: str = getattr(config, "workerinput", {}).get("workerid", "gw0")
+    return int(worker.removeprefix("gw")) % 2 == 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a worker: report the number of tests left out to the main process."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output[_KEY] = session.config.stash[_count]
+
+
+@pytest.hookimpl(optionalhook=True)  # engines' environments have no pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
+    """Take the number from a worker; every worker leaves out the same tests."""
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[_count] = max(node.config.stash[_count], output.get(_KEY, 0))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Report the tests that were left out."""
+    if count := config.stash[_count]:
+        tests = "1 test" if count == 1 else f"{count:,} tests"
+        terminalreporter.write_line(
+            f"Left out {tests} for CUDA: torch finds no CUDA device. "
+            "Run `pytest -m gpu` on a machine with one."
+        )
