@@ -167,6 +167,8 @@ other verbs:
   portakv conform replay FILE [NAME]  judge a saved example again
   portakv conform --list              the ids of the cases
   portakv conform --mutants           the suite's score on backends with seeded bugs
+  portakv conform --contract tier|transport|io NAME
+                                      the contract suite of a tier, a transport or an I/O engine
 
 exit codes: 0 conformant, 1 failures, 2 usage, 3 the backend is not available here
 
@@ -209,6 +211,10 @@ def _conform(words: list[str]) -> int:
         from portakv_conformance.mutants.score import main as score
 
         return score([word for word in words if word != "--mutants"])
+    if "--contract" in words:  # a tier, a transport or an I/O engine, which are no backends
+        from portakv_conformance.contract.command import main as run_contract
+
+        return run_contract([word for word in words if word != "--contract"])
     if "--list" in words:
         return _list([word for word in words if word != "--list"])
     requested = make_parser().parse_args(words)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv conform --contract KIND NAME`: run the contract suite of a tier, a transport or an I/O
+engine."""
+
+from __future__ import annotations
+
+import argparse
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+from portakv.cli.console import print_json
+from portakv.errors import PortaKVError
+from portakv.migrate.transports import TRANSPORTS
+from portakv.storage import Disk, Remote
+from portakv.storage.ring import Ring
+from portakv.storage.threads import Threads
+from portakv_conformance.contract import io, tier, transport
+from portakv_conformance.contract.runner import Outcome, checks_of, run_checks
+from portakv_conformance.run.journal import SubjectUnavailable
+
+#: The implementations of PortaKV by contract and name, each made as the contract makes it.
+BUILT_IN: dict[str, dict[str, Callable[..., Any]]] = {
+    "tier": {
+        "disk": lambda folder: Disk(folder, capacity=8 << 20),
+        "remote": lambda folder: Remote(f"file://{folder}"),
+    },
+    "transport": dict(TRANSPORTS),
+    "io": {"ring": Ring, "threads": Threads},
+}
+KINDS = tuple(BUILT_IN)
+
+
+def implementation(contract: str, name: str) -> Callable[..., Any]:
+    """Return what makes the subjects of a contract: a built-in name, or ``package.module:Name``.
+
+    A tier is called with an empty folder, an I/O engine without arguments, and a transport's class
+    with a device and a timeout in seconds.
+
+    Raises:
+        SubjectUnavailable: there is none of that name.
+    """
+    known = BUILT_IN[contract]
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise SubjectUnavailable(
+            f"Expected the name of a {contract} ({', '.join(known)}) or package.module:Name, got "
+            f"{name!r}. Pass one of these."
+        )
+    try:
+        made: Callable[..., Any] = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SubjectUnavailable(
+            f"Expected {name!r} to name an object of an installed package, but it does not load: "
+            f"{type(error).__name__}: {error}. Correct the name, or install the package."
+        ) from error
+    return made
+
+
+def outcomes_of(contract: str, make: Callable[..., Any]) -> list[Outcome]:
+    """Return the outcome of each check of a contract over what ``make`` makes."""
+
+    def tiers(folder: Path) -> AbstractContextManager[tier.Tiers]:
+        return nullcontext(tier.Tiers(make, folder))
+
+    def engine(folder: Path) -> AbstractContextManager[Any]:
+        return closing(make())
+
+    if contract == "tier":
+        return run_checks(checks_of(tier), tiers)
+    if contract == "io":
+        return run_checks(checks_of(io), engine)
+    return run_checks(checks_of(transport), lambda folder: transport.wire(make))  # type: ignore[arg-type]
+
+
+def main(words: Sequence[str]) -> int:
+    """Print the outcome of each check; return 1 if one failed."""
+    parser = argparse.ArgumentParser(
+        prog="portakv conform --contract",
+        description="Runs the contract suite of a tier, a transport or an I/O engine.",
+    )
+    parser.add_argument("contract", choices=KINDS, metavar="KIND", help=" or ".join(KINDS))
+    parser.add_argument("name", metavar="NAME", help="a built-in name, or package.module:Name")
+    parser.add_argument("--json", action="store_true", help="print the outcomes as one JSON value")
+    args = parser.parse_args(words)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # an object of this folder is found, as a run of the suite finds it
+    make = implementation(args.contract, args.name)
+    try:
+        outcomes = outcomes_of(args.contract, make)
+    except PortaKVError as error:
+        raise SubjectUnavailable(str(error)) from error
+    failed = [each for each in outcomes if each.failure is not None]
+    if args.json:
+        print_json([vars(each) for each in outcomes])
+        return int(bool(failed))
+    for each in outcomes:
+        state = "failed" if each.failure is not None else "kept"
+        print(f"{state:<7} {each.name.replace('_', ' ')}")
+        if each.failure is not None:
+            print(f"        {each.failure}")
+    print(f"{args.contract} {args.name}: {len(outcomes)} checks, {len(failed)} failed")
+    return int(bool(failed))

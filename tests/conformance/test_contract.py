@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contract suites: every implementation keeps its contract, and each wrong one is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portakv.storage import Disk, Remote
+from portakv_conformance.cli import main
+from portakv_conformance.contract import wrong
+from portakv_conformance.contract.command import BUILT_IN, implementation, outcomes_of
+from portakv_conformance.contract.runner import Check, Outcome, expect, run_checks
+from portakv_conformance.run.journal import SubjectUnavailable
+
+#: Further ways to make a tier.
+TIERS: dict[str, Callable[[Path], Any]] = {
+    "two folders": lambda folder: Disk(folder / "a", folder / "b", capacity=16 << 20),
+    "disk by threads": lambda folder: Disk(folder, capacity=8 << 20, io="threads"),
+    "memory": lambda folder: Remote("memory://"),
+}
+
+
+def failures(outcomes: list[Outcome]) -> dict[str, str]:
+    return {each.name: each.failure for each in outcomes if each.failure is not None}
+
+
+@pytest.mark.parametrize(
+    ("contract", "name"), [(contract, name) for contract in BUILT_IN for name in BUILT_IN[contract]]
+)
+def test_what_portakv_brings_keeps_its_contract(contract: str, name: str) -> None:
+    make = BUILT_IN[contract][name]
+    if contract == "transport":
+        import torch
+
+        decision = make.probe(torch.device("cpu"))  # type: ignore[attr-defined]
+        if not decision.accepted:
+            pytest.skip(decision.reason)
+    assert failures(outcomes_of(contract, make)) == {}
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_other_tiers_keep_the_contract(name: str) -> None:
+    assert failures(outcomes_of("tier", TIERS[name])) == {}
+
+
+@pytest.mark.parametrize(
+    ("contract", "name", "check"),
+    [(contract, *pair) for contract, wrongs in wrong.WRONG.items() for pair in wrongs.items()],
+)
+def test_a_wrong_one_is_found(contract: str, name: str, check: str) -> None:
+    assert check in failures(outcomes_of(contract, getattr(wrong, name)))
+
+
+def test_a_subject_that_hangs_or_raises_has_failed(tmp_path: Path) -> None:
+    from contextlib import nullcontext
+    from threading import Event
+
+    never = Event()
+    checks: list[Check[int]] = [
+        Check("hangs", "", lambda subject, folder: expect(never.wait(), "")),
+        Check("raises", "", lambda subject, folder: [][subject]),
+        Check("holds", "", lambda subject, folder: expect(subject == 3, "it is 3")),
+    ]
+    outcomes = run_checks(checks, lambda folder: nullcontext(3), patience=0.2)
+    never.set()
+    reported = [each.failure for each in outcomes]
+    assert reported[0] == "it did not end in 0.2 s"
+    assert str(reported[1]).startswith("IndexError at test_contract.py:")
+    assert reported[2] is None
+
+
+def test_the_command_prints_each_promise(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--contract", "io", "threads"]) == 0
+    assert "io threads: 11 checks, 0 failed" in capsys.readouterr().out
+    assert main(["--contract", "io", "portakv_conformance.contract.wrong:Goes", "--json"]) == 1
+    outcomes = json.loads(capsys.readouterr().out)
+    failed = [each["name"] for each in outcomes if each["failure"] is not None]
+    assert failed == ["a_closed_engine_moves_nothing"]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("pigeon", "disk, remote"), ("nowhere:Tier", "ModuleNotFoundError")]
+)
+def test_a_name_that_nothing_has(name: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SubjectUnavailable, match=why):
+        implementation("tier", name)
+    assert main(["--contract", "tier", name]) == 3
+    assert why in capsys.readouterr().err
