@@ -203,10 +203,20 @@ def _installed(package: str) -> tuple[str, str] | None:
     """
     with suppress(metadata.PackageNotFoundError):
         return package, str(metadata.version(package))  # None if its metadata is broken
+    if not _is_here(package):
+        return None
     for name in metadata.packages_distributions().get(package, ()):
         with suppress(metadata.PackageNotFoundError):
             return name, str(metadata.version(name))
     return None
+
+
+def _is_here(package: str) -> bool:
+    """Return whether a module could be imported, and import nothing."""
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # an imported module without a spec
+        return True
 
 
 def _release(version: str) -> Version:
