@@ -91,33 +91,32 @@ class Wire:
         self, kind: type[Transport], timeout: float = SOON, on: tuple[str, str] = ("cpu", "cpu")
     ) -> None:
         self.devices = tuple(map(torch.device, on))
-        self.owner, self.reader = (kind(device, timeout) for device in self.devices)
+        self.owner: Any = kind(self.devices[0], timeout)
+        self.reader: Any = kind(self.devices[1], timeout)
         self.connect()
 
     def connect(self) -> None:
         """Connect, also once more."""
-        self.life = Connection()
-        self.there = End(self.life)
-        self.here = End(self.life)
+        # These have what a transport uses of a channel and of its peer, and are neither.
+        self.life: Any = Connection()
+        self.there: Any = End(self.life)
+        self.here: Any = End(self.life)
         self.there.other = self.here
         self.here.other = self.there
         for each in self.owner.asks:
             self.there.serve(each, partial(self._answer, self.there))
 
-    def _answer(self, there: End, life: Connection, question: Any) -> Any:
-        owner: Any = self.owner
-        return owner.answer(life, there, question)
+    def _answer(self, there: Any, life: Any, question: Any) -> Any:
+        return self.owner.answer(life, there, question)
 
     def give(self, slot: torch.Tensor, tag: int = 0) -> Moving:
         """Begin to send a slot of the owner."""
-        owner: Any = self.owner
-        moving: Moving = owner.lane(self.life, self.there).move(slot, tag)
+        moving: Moving = self.owner.lane(self.life, self.there).move(slot, tag)
         return moving
 
     def take(self, into: torch.Tensor, tag: int = 0) -> Moving:
         """Begin to receive into a slot of the reader."""
-        reader: Any = self.reader
-        moving: Moving = reader.lane(End.address, self.here).move(into, tag)
+        moving: Moving = self.reader.lane(End.address, self.here).move(into, tag)
         return moving
 
     def cross(self, nbytes: int, tag: int = 0) -> None:
@@ -218,7 +217,7 @@ def check_another_length_is_an_error(both: Wire, folder: Path) -> None:
         expect(not bool(into.any()), "bytes of another length were written")
         with suppress(TransferError):  # the owner may have sent all before the reader noticed
             giving.wait(2 * SOON)
-        both.owner.forget(both.life)  # type: ignore[arg-type]
+        both.owner.forget(both.life)
         both.reader.forget(End.address)
         both.cross(1000)
 
@@ -235,7 +234,7 @@ def check_a_death_ends_what_is_under_way(both: Wire, folder: Path) -> None:
     for each in moving:
         _expect_error(each, PeerError)
         expect(each.free.wait(SOON), "a slot that ended is not free")
-    both.owner.forget(both.life)  # type: ignore[arg-type]
+    both.owner.forget(both.life)
     both.reader.forget(End.address)
     both.connect()
     both.cross(100)
