@@ -16,28 +16,31 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "conformance" / "pitfalls.toml"
 PAGE = ROOT / "docs" / "pitfalls.md"
 
-#: What each area is about, for a reader who writes a backend.
+#: The introduction of each area, for a reader who writes a backend.
 AREAS = {
     "addressing": "Where rows lie. Read addresses, strides and widths from the view and the plan, "
     "and derive nothing from shapes.",
-    "indices": "Lists of ids as engines pass them. What your launch does not claim to read is "
-    "brought into a form that it does read.",
-    "ordering": "What a copy waits for, and what waits for it. These cases need a device; "
-    "`--device simdev` shows a missing wait as wrong bytes every time.",
+    "indices": "Lists of ids as engines pass them. PortaKV converts lists that your launch does "
+    "not claim to read.",
+    "ordering": "Work that a copy must wait for, and work that must wait for the copy. These "
+    "cases need a device; `--device simdev` shows a missing wait as wrong bytes every time.",
     "host memory": "Pinned and registered memory.",
     "copy engine": "Runs of bytes handed to a driver's copy.",
-    "honesty": "Figures that say something else than they seem to.",
+    "honesty": "Figures that mislead.",
 }
 
 _HEAD = """\
 # Pitfalls
 
-Each line is a fault that was found in a released mover of KV rows, or in its issue tracker. Beside
-it stand the cases of the suite that fail if your backend has it, and PortaKV's own tests, which
-hold what the library does before and after your launch. A dash among the cases: that part is the
-library's alone, or no case can show it yet.
+*Reference: faults of released code that copies KV rows, and the tests that reveal them.*
 
-To try your backend on one line of the table:
+You write a backend, and want to know which mistakes others made. Each row of the tables is a
+fault of released code or of its issue tracker. The second column names the cases of the suite
+that fail if your backend has the fault. A dash means that only the library can have it, or that
+no case can show it yet. The third column names PortaKV's own tests of the steps before and after
+your launch.
+
+To test your backend against one row:
 
 ```
 portakv conform NAME --profile full --only test_safety::test_misaligned
@@ -50,19 +53,18 @@ _COLUMNS = (
 
 
 def load() -> list[dict[str, Any]]:
-    """The pitfalls in their order."""
-    found: list[dict[str, Any]] = tomllib.loads(SOURCE.read_text(encoding="utf-8"))["pitfall"]
-    return found
+    """Return the pitfalls in the order of the file."""
+    pitfalls: list[dict[str, Any]] = tomllib.loads(SOURCE.read_text(encoding="utf-8"))["pitfall"]
+    return pitfalls
 
 
 def page() -> str:
-    """The page of the documentation."""
+    """Return the text of the page."""
     pitfalls = load()
     open_ones = sum("tests" not in pitfall for pitfall in pitfalls)
     parts = [
-        _HEAD + f"{len(pitfalls)} pitfalls, of which {len(pitfalls) - open_ones} are tested; of "
-        f"parts that are not built yet there are {open_ones}. The page is\n"
-        f"written from `conformance/pitfalls.toml`."
+        _HEAD + f"Tests cover {len(pitfalls) - open_ones} of {len(pitfalls)} pitfalls. "
+        f"`.ci/pitfalls_table.py` writes this page from `conformance/pitfalls.toml`."
     ]
     for area, about in AREAS.items():
         rows = [_row(pitfall) for pitfall in pitfalls if pitfall["area"] == area]
@@ -80,7 +82,7 @@ def _row(pitfall: dict[str, Any]) -> str:
 
 
 def _name(test: str) -> str:
-    """File and function; the class between them says nothing to a reader."""
+    """Return file and function of a test without the class between them."""
     file, *_, function = test.partition("/")[2].split("::")
     return f"`{file}::{function}`"
 

@@ -21,7 +21,7 @@ def narrow(numbers: Int64) -> Int64:
 
 @HostRows.mutate("numbers")
 def OffByOneSlot(right: HostRows, index: Index, units: int, unit: int) -> Int64:
-    """Slots of the source are counted from one, so each row comes from the slot behind it."""
+    """Slots of the source are counted from one, so each row comes from the slot after it."""
     result = right.numbers(index, units, unit)
     return result if index.ids is None else np.where(result > 0, result - 1, result)
 

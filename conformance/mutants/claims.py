@@ -34,7 +34,7 @@ def ClaimsGuards(right: HostRows, src: Int64, dst: Int64, call: Call) -> Mask:
 
 @HostRows.mutate("bad")
 def GuardOffByOne(right: HostRows, src: Int64, dst: Int64, call: Call) -> Mask:
-    """The guard takes the slot right behind the last one for a good one."""
+    """The guard accepts the slot directly after the last one."""
     return right.bad(src - 1, dst - 1, call)
 
 
@@ -83,7 +83,7 @@ def StatusOfTheLast(right: HostRows, bad: Int64, call: Call) -> int:
 
 @HostRows.mutate("told")
 def StatusCountsTheBad(right: HostRows, bad: Int64, call: Call) -> int:
-    """The status word tells how many ids were bad where there are several, not where one stands."""
+    """The status word counts the bad ids if there are several, and names no position."""
     return len(bad) if len(bad) > 1 else right.told(bad, call)
 
 

@@ -112,7 +112,7 @@ def OneUnitForgotten(right: HostRows, call: Call) -> int:
 
 @HostRows.mutate("pairs")
 def DuplicatesPastTheEnd(right: HostRows, call: Call) -> Pair:
-    """Of slots that occur twice in the destination the second is written behind the last slot."""
+    """The second occurrence of a destination slot is written to the place after the last slot."""
     src, dst = right.pairs(call)
     repeated = np.ones(dst.shape, dtype=bool)
     repeated[np.unique(dst, return_index=True)[1]] = False

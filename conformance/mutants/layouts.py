@@ -39,7 +39,7 @@ def SwappedKeysAndValues(right: HostRows, form: Form) -> Form:
 
 @SwappedKeysAndValues.mutate("read")
 def SwappedTuples(right: _Misread, form: Form) -> Form:
-    """Keys and values are swapped where each has a tensor of its own."""
+    """Keys and values are swapped where each has a separate tensor."""
     return right.read(form) if len({part.table for part in form.parts}) > 1 else form
 
 

@@ -93,7 +93,7 @@ def WaitsForTheFirstOnly(right: DeviceRows, runs: Runs, call: Call) -> None:
 
 @DeviceRows.mutate("move")
 def EnqueuedLater(right: DeviceRows, runs: Runs, call: Call) -> None:
-    """A thread in the background enqueues the work, behind whatever came in the meantime."""
+    """A background thread enqueues the work, after work that came in the meantime."""
     late(right.enqueue, runs, call, right.stream(call))
 
 
@@ -104,7 +104,7 @@ def _to_the_end(right: DeviceRows, call: Call) -> None:
 
 @DeviceRows.mutate("carry")
 def HostIdsReadByAThread(right: DeviceRows, call: Call) -> Pending:
-    """A thread reads the ids and enqueues the copy; its handle tells the end rightly."""
+    """A thread reads the ids and enqueues the copy; its handle reports the end correctly."""
     return late(_to_the_end, right, replace(call, stream=right.stream(call)))
 
 

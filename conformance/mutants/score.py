@@ -124,12 +124,14 @@ def fails_self_check(mutant: Mutant) -> bool:
 _HEAD = """\
 # Mutants
 
-A suite that cannot fail proves nothing. So it comes with backends that have a bug: each is a small
-correct kernel (`conformance/mutants/base.py`, `HostRows`, on the simulated device `DeviceRows`)
-with one step of it replaced. The kernel itself passes the suite, in the profile `full`; every
-mutant has to fail it, and one that survives is a bug of the suite.
+*Reference: backends with one seeded bug each, and the case of the suite that catches each.*
 
-This page is written by the score:
+A suite that cannot fail proves nothing. So the suite is tested against mutants. A mutant is a
+small correct kernel (`conformance/mutants/base.py`: `HostRows`, and `DeviceRows` on the simulated
+device) with one step replaced. The unchanged kernel passes the suite in the profile `full`. Every
+mutant must fail, and a mutant that survives is a bug of the suite.
+
+The score runs the mutants and writes this page:
 
 ```
 portakv conform --mutants                  # every mutant once; exit code 1 if one survives
@@ -138,10 +140,10 @@ python -m portakv_conformance.mutants.score --write docs/mutants.md
 portakv conform portakv_conformance.mutants.addressing:OffByOneSlot      # one of them by hand
 ```
 
-Each mutant is judged by its profile on its device up to the first case that fails, without the
-registry's self-check; if that check alone turns a mutant down, the table says so. A file of cases
-that names a mutant's weakness may come after a case that meets it by chance; the table shows what
-came first. Seconds are of the first run, on two cores, two mutants at a time, loading included.
+The score runs the mutant's profile on the mutant's device up to the first failed case, without
+the registry's self-check. The table says if the self-check rejects the mutant too. It names the
+first case that fails, which may be more general than the case that was written for the bug.
+Seconds are those of the first run on two cores, two mutants at a time, loading included.
 """
 
 

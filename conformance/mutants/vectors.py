@@ -21,7 +21,7 @@ def CutToEight(right: HostRows, run: int, vector: int) -> int:
 
 @HostRows.mutate("length")
 def RoundedToEight(right: HostRows, run: int, vector: int) -> int:
-    """The size of a row is rounded up to 8 bytes, so the bytes behind it are overwritten."""
+    """The size of a row is rounded up to 8 bytes, so the bytes after it are overwritten."""
     return -(-run // 8) * 8 if run > 8 else run
 
 
@@ -66,7 +66,7 @@ def VectorWithoutStrides(right: HostRows, nest: Nest, plan: CopyPlan) -> int:
 
 @HostRows.mutate("vector")
 def VectorWithoutStart(right: HostRows, nest: Nest, plan: CopyPlan) -> int:
-    """The vector does not heed where the values begin behind the keys in one row."""
+    """The vector ignores the offset at which the values follow the keys in one row."""
     return widest_vector([nest.run, plan.src.alignment, plan.dst.alignment, *_strides(nest)])
 
 
