@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from portakv.storage.engine import Engine, Request
+from portakv.storage.io.base import Engine, Request
 from portakv_benchmarks.shared.shapes import POISON
 from portakv_benchmarks.shared.trials import Method, Sample, Trials, timed
 

@@ -12,8 +12,8 @@ import torch
 
 from portakv.graph.graph import Graph, Node
 from portakv.storage.chains import FIRST, mark_of
-from portakv.storage.choose import choose
 from portakv.storage.form import BlockForm
+from portakv.storage.io.choose import choose
 from portakv.storage.slots import Slots
 from portakv_benchmarks.host.suite import KB
 from portakv_benchmarks.shared.harness import Row, Rows, Step, short

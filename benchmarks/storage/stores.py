@@ -15,9 +15,9 @@ import torch
 
 from portakv import KVView
 from portakv.graph.handle import Handle
-from portakv.storage.choose import choose
 from portakv.storage.disk import Disk
 from portakv.storage.form import BlockForm
+from portakv.storage.io.choose import choose
 from portakv.storage.store import BlockStore
 from portakv_benchmarks.host.suite import KB, MB
 from portakv_benchmarks.shared.files import Slab, close

@@ -23,9 +23,9 @@ import torch
 from portakv import KVView
 from portakv.graph.graph import Graph, Link, Node
 from portakv.storage import image
-from portakv.storage.choose import choose
 from portakv.storage.disk import Disk
 from portakv.storage.form import BlockForm
+from portakv.storage.io.choose import choose
 from portakv.storage.plan import LOADED, SAVED
 from portakv.storage.remote import Remote
 from portakv.storage.rows import Rows as Memory
@@ -59,8 +59,8 @@ def words(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 class Tier:
-    """One shelf of a disk or remote tier: in its memory blocks to store, and behind them rows to
-    load them into."""
+    """The store of a disk or remote tier, with blocks to write in its memory and rows to read them
+    into after these."""
 
     def __init__(self, nbytes: int, amount: int, kind: Disk | Remote, chunk: int = 0) -> None:
         self.form = BlockForm.of(caches(1, nbytes, torch.device("cpu")), "bench")
@@ -74,10 +74,10 @@ class Tier:
         self.numbers = count(1)
         self.keys = list[bytes]()
         self.graph = Graph()
-        self.shelf: Any = kind.open(self.graph, self.memory, [self.form])[0]
+        self.tier_store: Any = kind.open(self.graph, self.memory, [self.form])[0]
 
     def close(self) -> None:
-        close(self.graph, self.shelf)
+        close(self.graph, self.tier_store)
 
     def run(self, op: str) -> Sample:
         """Store new blocks, or load them, in nodes as a store makes them."""
@@ -88,13 +88,13 @@ class Tier:
 
     def _run(self, op: str) -> None:
         nodes = list[Node]()
-        shelf = self.shelf
+        tier_store = self.tier_store
         first = self.first[op]
         for at in range(0, self.amount, self.chunks[op]):
             keys = self.keys[at : at + self.chunks[op]]
             rows = [self.memory.array[first + at + n] for n in range(len(keys))]
             nbytes = len(keys) * self.form.image_bytes
-            link = shelf.link(keys[0]) if op == "load" else shelf.link_for_write(nbytes)
+            link = tier_store.link(keys[0]) if op == "load" else tier_store.link_for_write(nbytes)
             work = partial(self._move, op, link, keys, rows)
             nodes.append(Node(work, len(keys), link=link, nbytes=nbytes))
         self.graph.submit(nodes)
@@ -105,11 +105,11 @@ class Tier:
 
     def _move(self, op: str, link: Link, keys: list[bytes], rows: Any, *_: object) -> Any:
         if op == "load":
-            return np.array(self.shelf.read(keys, rows))
+            return np.array(self.tier_store.read(keys, rows))
         numbers = [next(self.numbers) for _ in keys]
         fields = zip(rows, keys, numbers, strict=True)
         sums = [image.seal(row, self.form, key, number) for row, key, number in fields]
-        return np.array(self.shelf.write(link, keys, rows, numbers, sums))
+        return np.array(self.tier_store.write(link, keys, rows, numbers, sums))
 
     def method(self, op: str) -> Method:
         """Storing or loading as a way; what was stored is loaded to be judged."""

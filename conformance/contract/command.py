@@ -16,8 +16,8 @@ from portakv.cli.console import print_json
 from portakv.errors import PortaKVError
 from portakv.migrate.transports import TRANSPORTS
 from portakv.storage import Disk, Remote
-from portakv.storage.ring import Ring
-from portakv.storage.threads import Threads
+from portakv.storage.io.io_uring import Ring
+from portakv.storage.io.threads import Threads
 from portakv_conformance.contract import io, tier, transport
 from portakv_conformance.contract.runner import Outcome, checks_of, run_checks
 from portakv_conformance.run.journal import SubjectUnavailable

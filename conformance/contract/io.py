@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from portakv.storage.engine import LOST, Engine, Request
+from portakv.storage.io.base import LOST, Engine, Request
 from portakv_conformance.contract.runner import expect
 
 Bytes = npt.NDArray[np.uint8]

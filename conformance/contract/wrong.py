@@ -18,8 +18,8 @@ from portakv.graph.graph import Graph
 from portakv.migrate.transports.base import Moving
 from portakv.migrate.transports.distributed import Distributed, Pair
 from portakv.storage import Disk
-from portakv.storage.engine import Ended, Request
-from portakv.storage.threads import Threads
+from portakv.storage.io.base import Ended, Request
+from portakv.storage.io.threads import Threads
 
 # --- I/O engines ----------------------------------------------------------------------------------
 

@@ -27,10 +27,10 @@ from portakv.cli.console import Column, Report, print_json, print_prose, print_t
 from portakv.cli.sides import in_bytes
 from portakv.errors import StoreBusy, StoreError
 from portakv.storage import image, slots, table
-from portakv.storage.choose import choose
-from portakv.storage.engine import Request
 from portakv.storage.files import cause_of, check_folder, form_in, lock, open_file, unusable
 from portakv.storage.form import BlockForm, Range
+from portakv.storage.io.base import Request
+from portakv.storage.io.choose import choose
 
 HELP = "show, check or wipe the block stores in a folder"
 DESCRIPTION = """\

@@ -17,11 +17,11 @@ from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.graph.graph import Graph
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage.chains import Chains
-from portakv.storage.choose import choose
-from portakv.storage.disk_shelf import DiskShelf
-from portakv.storage.engine import Engine
+from portakv.storage.disk_store import DiskStore
 from portakv.storage.files import form_in
 from portakv.storage.form import BlockForm, block_size_notes
+from portakv.storage.io.base import Engine
+from portakv.storage.io.choose import choose
 from portakv.storage.slots import Slots, Track
 from portakv.storage.space import Space
 
@@ -88,9 +88,10 @@ class Disk:
 
     def open(
         self, graph: Graph, rows: Any, forms: Sequence[BlockForm], generation: int = 0
-    ) -> list[DiskShelf]:
-        """A shelf of the first form, which is made, and of each other one that lies here, to read;
-        of these, what cannot be had is left out with a note. Requests go to ``rows.memory``.
+    ) -> list[DiskStore]:
+        """Return a store of the first form, which is made, and a store to read each other form.
+
+        Another form that cannot be opened is left out with a note. Requests go to ``rows.memory``.
 
         A folder after the first one that another store has is left out with a note. Raises
         `StoreBusy` for the first folder, and `StoreError` for any folder of the first form.
@@ -105,7 +106,7 @@ class Disk:
             opening = _Opening(self, graph, engine, undo, notes)
             for form in forms:
                 opening.open_form(form, own=form == forms[0])
-            first = opening.shelves[0]
+            first = opening.tier_stores[0]
             if self.admit == "second":
                 first.offer_twice()
             folders = ", ".join(map(str, self.folders))
@@ -113,7 +114,7 @@ class Disk:
                 first.notes.append(note)
                 _warnings.warning(f"{note} {folders}", "%s: %s", folders, note)
             undo.pop_all()
-        return opening.shelves
+        return opening.tier_stores
 
 
 class _Opening:
@@ -126,8 +127,8 @@ class _Opening:
         self.graph = graph
         self.engine = engine
         self.undo = undo
-        self.notes = notes  # for the next shelf
-        self.shelves = list[DiskShelf]()
+        self.notes = notes  # for the next store of a tier
+        self.tier_stores = list[DiskStore]()
         self.room = disk.capacity // len(disk.folders)
         self.spaces = {folder: Space(folder, self.room) for folder in disk.folders}
         self.busy = set[Path]()
@@ -151,7 +152,9 @@ class _Opening:
                 (slots, self.graph.link(f"disk:{folder}", width=self.disk.workers))
                 for folder, slots in opened.items()
             ]
-            self.shelves.append(DiskShelf(self.graph, form, parts, self.engine, own, self.notes))
+            self.tier_stores.append(
+                DiskStore(self.graph, form, parts, self.engine, own, self.notes)
+            )
             self.notes = []
 
     def _open_folder(
@@ -174,7 +177,7 @@ class _Opening:
                 return None
             if own:
                 raise
-            self.shelves[0].notes.append(str(error))
+            self.tier_stores[0].notes.append(str(error))
             return None
         self.undo.callback(slots.close)
         if not own:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a block store plans a call: on which shelves or in which rows each part of a block is, which
-nodes of a transfer graph bring it into rows and into a view, and what of that other calls share."""
+"""Plan a call of a block store: locate each part of a block in a tier or in rows, make the nodes of
+the transfer graph that bring it into rows and into a view, and join what other calls share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from itertools import pairwise
 from operator import itemgetter, or_
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -21,8 +21,9 @@ from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image
 from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.form import BlockForm, Slices
-from portakv.storage.reasons import Explanation, Reasons, Report
+from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.rows import Crossing, Rows
+from portakv.storage.tier import Keys, TierStore
 from portakv.view import KVView
 
 #: Bytes of a node of a save, and of a load, unless one block has more. A load of 16 MiB pieces kept
@@ -33,36 +34,6 @@ LOADED = 32 << 20
 KEPT = "kept"  # a spot: the host tier
 ASKED = 8  # blocks that a lookup asks about first; then of twice as many
 PARTS = 8  # of the device's leg by layer, if blocks are read as a whole
-Keys: TypeAlias = "Sequence[bytes]"
-
-
-class Shelf(Protocol):
-    """The blocks of one form in one tier. ``read`` and ``write`` block, in a worker of their link,
-    and return which blocks are there and right; they report why for each of the others. ``stop``
-    returns whether nothing waits for a read any more."""
-
-    tier: str
-    form: BlockForm
-    writable: bool
-    notes: list[str]  # for `BlockStore.explain`
-
-    @property
-    def where(self) -> str: ...  # its paths or its URL, for errors
-    @property
-    def generation(self) -> int: ...  # the highest that was found
-    def has(self, keys: Keys, timeout: float | None = None, /) -> list[bool]: ...  # asks
-    def known(self, keys: Keys, /) -> list[bool]: ...  # does not
-    def wants(self, keys: Keys, /) -> list[bool]: ...  # what it lacks, and admits
-    def link(self, key: bytes, /) -> Link: ...
-    def link_for_write(self, nbytes: int, /) -> Link: ...
-    def read(
-        self, keys: Keys, rows: Any, segments: Any, stop: Any, report: Report, /
-    ) -> list[bool]: ...
-    # With generations, checksums, places in the call, whether to evict; and ``report=``.
-    def write(self, _: Link, keys: Keys, rows: Any, *known: Any, **report: Any) -> list[bool]: ...
-    def touch(self, keys: Keys, follows: Sequence[int] = (), /) -> None: ...
-    def statistics(self) -> dict[str, Any]: ...
-    def close(self) -> None: ...
 
 
 class Leg(NamedTuple):
@@ -81,7 +52,7 @@ class Part:
     bit for each head of each layer of that."""
 
     form: BlockForm
-    shelves: list[Shelf]
+    tier_stores: list[TierStore]
     theirs: Slices
     mine: Slices
     rows: KVView  # that rectangle of all rows of the store
@@ -111,14 +82,16 @@ class Part:
         return found
 
 
-def parts_of(form: BlockForm, forms: Any, shelves: Sequence[Shelf], rows: Any) -> list[Part]:
-    """Parts of blocks of a form that lie on shelves, and in rows of a tensor: the form itself, and
-    the others by their first cell, of several the largest first."""
+def parts_of(
+    form: BlockForm, forms: Any, tier_stores: Sequence[TierStore], rows: Any
+) -> list[Part]:
+    """Return the parts of blocks of a form that lie in tiers and in rows of a tensor: the form
+    itself, then the others by their first cell, of several the largest first."""
     parts = list[Part]()
     across = form.heads[1] - form.heads[0]
     for other in forms:
         if slices := form.part_of(other):
-            held = [shelf for shelf in shelves if shelf.form == other]
+            held = [tier_store for tier_store in tier_stores if tier_store.form == other]
             layers = slices[1]["layers"]
             heads = slices[1]["heads"]
             cells = sum(1 << n for n in range(heads.start, heads.stop))
@@ -132,10 +105,10 @@ class Flights:
     end; ``fills``: the last of them by part and key, with the row of the block; ``gates``: ends of
     calls."""
 
-    def __init__(self, graph: Graph, rows: Rows, shelves: list[Shelf]) -> None:
+    def __init__(self, graph: Graph, rows: Rows, tier_stores: list[TierStore]) -> None:
         self.graph = graph
         self.rows = rows
-        self.shelves = shelves
+        self.tier_stores = tier_stores
         self.parts = list[Part]()  # once tiers are open
         self.fills = dict[bytes, tuple[Fill, int]]()
         self.gates = WeakSet[Node]()
@@ -146,9 +119,9 @@ class Flights:
         """Note that keys were used, the first one last, so that a prefix outlives its suffix.
         ``follows``: what blocks of the store's form follow, as a save names it."""
         own = self.parts[0]
-        for shelf in self.shelves:
-            known = [follows] if follows and shelf.form == own.form else []
-            shelf.touch(keys, *known)
+        for tier_store in self.tier_stores:
+            known = [follows] if follows and tier_store.form == own.form else []
+            tier_store.touch(keys, *known)
         for part in self.parts:
             self.rows.touch([part.name(key) for key in keys], follows if part is own else ())
 
@@ -159,9 +132,9 @@ class Flights:
         for number, part in enumerate(self.parts):
             some = [i for i, cover in enumerate(covers) if part.cells & ~cover]
             left = [i for i in some if not self.rows.has(part.name(keys[i]))]
-            for shelf in part.shelves:
+            for tier_store in part.tier_stores:
                 time = max(0.0, until - self.graph.clock())
-                there = shelf.has([keys[i] for i in left], time)
+                there = tier_store.has([keys[i] for i in left], time)
                 left = [i for i, found in zip(left, there, strict=True) if not found]
             for i in {*some}.difference(left):
                 covers[i] |= part.cells
@@ -187,17 +160,20 @@ class Flights:
         return found
 
     def spot(self, part: Part, key: bytes, far: bool = False) -> Any:
-        """Where a part of a block is: `KEPT`, a `Fill`, or shelves with their links, the nearest
-        first. A remote tier is taken to have what a nearer one has, and what it is known to have;
-        of ``far`` blocks any."""
+        """Return where a part of a block is: `KEPT`, a `Fill`, or tier stores with their links, the
+        nearest first.
+
+        A remote tier is taken to have what a nearer one has, and what it is known to have; of
+        ``far`` blocks any.
+        """
         if self.rows.has(part.name(key)):
             return KEPT
-        links = list[tuple[Shelf, Link]]()
+        links = list[tuple[TierStore, Link]]()
         stored = False
-        for shelf in part.shelves:
-            known = shelf.known([key])[0]
-            if known or (shelf.tier == "remote" and (far or links)):
-                links.append((shelf, shelf.link(key)))
+        for tier_store in part.tier_stores:
+            known = tier_store.known([key])[0]
+            if known or (tier_store.tier == "remote" and (far or links)):
+                links.append((tier_store, tier_store.link(key)))
             stored |= known
         fill, _ = self.fills.get(part.name(key), (None, 0))
         return fill if fill and fill.wanted and not (fill.store and stored) else (*links,)
@@ -206,28 +182,31 @@ class Flights:
         """Return which blocks of the store's form are where saves put them: in every writable tier
         that evicts blocks, or in the host tier if there is no other."""
         own = self.parts[0]
-        writable = [shelf for shelf in own.shelves if shelf.writable]
+        writable = [tier_store for tier_store in own.tier_stores if tier_store.writable]
         there = np.ones(len(keys), np.bool_)
-        for shelf in writable:
-            if shelf.tier != "remote":
-                there &= shelf.known(keys)
+        for tier_store in writable:
+            if tier_store.tier != "remote":
+                there &= tier_store.known(keys)
         if not writable:
             names = [own.name(key) for key in keys]
             there[:] = [self.rows.has(name) or name in self.fills for name in names]
         return there
 
-    def continues(self, after: bytes | None, shelf: Shelf | None) -> bool:
-        """Return whether blocks after a key can be found in a shelf (None: the host tier), so that
-        others may go for them: its block is there, is being saved, or may be in a remote tier."""
+    def continues(self, after: bytes | None, tier_store: TierStore | None) -> bool:
+        """Return whether blocks after a key can be found in a tier store (None: the host tier), so
+        that others may go for them.
+
+        Its block is there, is being saved, or may be in a remote tier.
+        """
         if after is None:
             return True
         own = self.parts[0]
         fill, _ = self.fills.get(own.name(after), (None, 0))
-        if (fill and fill.store) or any(other.tier == "remote" for other in own.shelves):
+        if (fill and fill.store) or any(other.tier == "remote" for other in own.tier_stores):
             return True
-        if shelf is None:
+        if tier_store is None:
             return bool(self.spot(own, after))
-        return shelf.known([after])[0]
+        return tier_store.known([after])[0]
 
 
 class Landing(NamedTuple):
@@ -325,23 +304,23 @@ class Call:
             yield from self._read(part, spot, some, segments)
 
     def _read(
-        self, part: Part, shelves: Any, some: list[int], segments: list[int | None]
+        self, part: Part, tier_stores: Any, some: list[int], segments: list[int | None]
     ) -> Iterator[Landing]:
-        """Read blocks from the first shelf, and from the next one what does not land. What by
+        """Read blocks from the first tier store, and from the next one what does not land. What by
         segments is more than staging holds at once has a lease for each segment, so that the first
         layers do not wait for the last."""
         pieces = [*dict.fromkeys(segments)]
         apart = len(pieces) > 1 and len(some) > self.flights.rows.staging
         # A disk reads 8 MiB sooner in two pieces than in four, which leave saves no worker.
-        links = [link for shelf, link in shelves[:1] if shelf.tier != "disk"]
+        links = [link for tier_store, link in tier_stores[:1] if tier_store.tier != "disk"]
         for at in self.chunks(some, LOADED, len(pieces), *links):
             for group in [[x] for x in pieces] if apart else [pieces]:
                 fill = Fill(self, part, at, apart=str(group).encode() if apart else b"")
                 for segment in group:
                     before = list[Node]()
                     order = (pieces.index(segment), len(pieces))
-                    for shelf, link in shelves:
-                        work = partial(fill.read, shelf, segment)
+                    for tier_store, link in tier_stores:
+                        work = partial(fill.read, tier_store, segment)
                         rescue = bool(before)
                         before = [self.node(at, work, link, fill, before, order, rescue)]
                     fill.ends[segment] = before[0]
@@ -485,11 +464,11 @@ class Fill(Lease):
 
     # --- what nodes do, in workers, for the blocks of a mask ---
 
-    def read(self, shelf: Shelf, segment: int | None, _: Node, mask: Any) -> Any:
+    def read(self, tier_store: TierStore, segment: int | None, _: Node, mask: Any) -> Any:
         """Read blocks, or a segment of them, into the rows."""
         rows, keys, data = self._of(mask)
         segments = None if segment is None else [segment]
-        mask[rows] = shelf.read(keys, data, segments, self._given_up, self.reasons.report)
+        mask[rows] = tier_store.read(keys, data, segments, self._given_up, self.reasons.report)
         return mask
 
     def gather(self, crossing: Crossing, view: KVView, _: Node, mask: Any) -> None:
@@ -504,16 +483,16 @@ class Fill(Lease):
             mark = follows[blocks[row]]
             self.sums[row] = image.seal(image_, self.part.form, key, self.generation, mark)
 
-    def write(self, shelf: Shelf, link: Link, _: Node, mask: Any) -> Any:
+    def write(self, tier_store: TierStore, link: Link, _: Node, mask: Any) -> Any:
         """Write images to a tier."""
         rows, keys, data = self._of(mask)
         call = self.calls[0][0]
         generations = [self.generation] * len(rows)
         sums = [self.sums[row] for row in rows]
         with call.flights.graph.lock:
-            evict = call.flights.continues(call.after, shelf)
+            evict = call.flights.continues(call.after, tier_store)
         known = generations, sums, call.order, evict
-        mask[rows] = shelf.write(link, keys, data, *known, report=self.reasons.report)
+        mask[rows] = tier_store.write(link, keys, data, *known, report=self.reasons.report)
         return mask
 
     def _of(self, mask: Any) -> tuple[list[int], list[bytes], list[Any]]:

@@ -151,7 +151,7 @@ class Remote:
         self.log = RateLimitedLog(_log, lambda: self.now())
         self._found: list[BlockForm] = []
         self._size_notes: list[str] = []
-        self.shelves: WeakSet[Shelf] = WeakSet()
+        self.tier_stores: WeakSet[RemoteStore] = WeakSet()
 
     def __repr__(self) -> str:
         return f"Remote({self.url!r})"
@@ -306,15 +306,15 @@ class Remote:
     def _read_small(self, path: str) -> bytes:
         return bytes(self.obs.get(self.store, path).bytes())
 
-    def open(self, graph: Graph, _: Any, forms: Any) -> list[Shelf]:
-        """Return a shelf of the first form, which is written, and of the others that `forms`
+    def open(self, graph: Graph, _: Any, forms: Any) -> list[RemoteStore]:
+        """Return a store of the first form, which is written, and of the others that `forms`
         found."""
         own = forms[0]
         some = [x for x in forms if x == own or x in self._found]
-        shelves = [Shelf(self, graph, form, form == own) for form in some]
-        shelves[0].notes += self._size_notes
-        self.shelves.update(shelves)
-        return [*shelves]
+        tier_stores = [RemoteStore(self, graph, form, form == own) for form in some]
+        tier_stores[0].notes += self._size_notes
+        self.tier_stores.update(tier_stores)
+        return [*tier_stores]
 
     def wipe(self) -> int:
         """Delete all blocks of all forms; return how many objects there were. Raises
@@ -328,12 +328,12 @@ class Remote:
         except Exception as error:
             raise StoreError(f"{self!r} was to be wiped, but {_clean(error)}.") from None
         finally:
-            for shelf in [*self.shelves]:
-                shelf.forget()
+            for tier_store in [*self.tier_stores]:
+                tier_store.forget()
         return gone
 
 
-class Shelf:
+class RemoteStore:
     """The blocks of one form in an object store, as `BlockStore` knows a tier."""
 
     tier = "remote"

@@ -25,7 +25,6 @@ from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.storage.chains import UNKNOWN, Chains, mark_of
-from portakv.storage.engine import LOST, Engine, Request
 from portakv.storage.files import (
     MOST_FORM,
     OPEN,
@@ -39,6 +38,7 @@ from portakv.storage.files import (
 )
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, checksum, header, predecessor
+from portakv.storage.io.base import LOST, Engine, Request
 from portakv.storage.space import EXTENT, Space
 from portakv.storage.table import (
     FOLLOWS,

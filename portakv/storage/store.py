@@ -17,8 +17,9 @@ from portakv.graph.handle import Handle, Missing
 from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_keys
-from portakv.storage.plan import ASKED, KEPT, SAVED, Call, Fill, Flights, Keys, Shelf, parts_of
+from portakv.storage.plan import ASKED, KEPT, SAVED, Call, Fill, Flights, parts_of
 from portakv.storage.rows import Crossing, Rows
+from portakv.storage.tier import Keys, Tier, TierStore
 from portakv.view import KVView
 from portakv.view.index import IdList
 
@@ -65,7 +66,7 @@ class BlockStore:
         *,
         staging: int = 1 << 30,
         host: int = 0,
-        tiers: Sequence[Any] = (),
+        tiers: Sequence[Tier] = (),
         graph: Graph | None = None,
         full: Full = "drop",
         weak_keys: bool = False,
@@ -96,24 +97,24 @@ class BlockStore:
         self._drop = full == "drop"
         self._closed = False
         self.rows = Rows(size, staging // size, host // size)
-        self._shelves = list[Shelf]()
+        self._tier_stores = list[TierStore]()
         self.graph = graph or Graph()
         self._own_graph = graph is None
         self._up, self._down = (self.graph.link(x, width=2) for x in ("host-device", "device-host"))
-        self._flights = Flights(self.graph, self.rows, self._shelves)
+        self._flights = Flights(self.graph, self.rows, self._tier_stores)
         self._generation = 0
         uninterrupted(partial(self._open, tiers, forms), undo=lambda _: self.close())
 
-    def _open(self, tiers: Sequence[Any], forms: list[BlockForm]) -> None:
+    def _open(self, tiers: Sequence[Tier], forms: list[BlockForm]) -> None:
         """Open the tiers, all or none."""
         try:
             for tier in tiers:
-                self._shelves += tier.open(self.graph, self.rows, forms)
+                self._tier_stores += tier.open(self.graph, self.rows, forms)
         except BaseException:
             self.close()
             raise
-        self._generation = max([x.generation for x in self._shelves], default=0)
-        self._flights.parts = parts_of(self.form, forms, self._shelves, self.rows.tensor)
+        self._generation = max([x.generation for x in self._tier_stores], default=0)
+        self._flights.parts = parts_of(self.form, forms, self._tier_stores, self.rows.tensor)
         self._own = self._flights.parts[0]
 
     def __enter__(self) -> BlockStore:
@@ -168,51 +169,57 @@ class BlockStore:
         own = self._own
         self._flights.touch(call.keys, call.follows)
         call.given = partial(self._flights.stored, call.keys)
-        for shelves, some in self._lacking(call).items():
-            links = [shelf.link_for_write(0) for shelf in shelves]
+        for tier_stores, some in self._lacking(call).items():
+            links = [tier_store.link_for_write(0) for tier_store in tier_stores]
             chunks = call.chunks(some, SAVED, 1, *links)
             self._generation += len(chunks)
             # After a gap no block evicts another one. The first blocks take the free slots only if
             # each chunk waits for the writes of the chunk before it.
-            gaps = {shelf for shelf in shelves if not self._flights.continues(call.after, shelf)}
-            written = dict[Shelf, Node]()
+            gaps = {
+                tier_store
+                for tier_store in tier_stores
+                if not self._flights.continues(call.after, tier_store)
+            }
+            written = dict[TierStore, Node]()
             for number, at in enumerate(chunks):
                 fill = Fill(call, own, at, until)
                 fill.generation = self._generation - number  # a prefix is the newer part
                 work = partial(fill.gather, crossing, view)
                 fill.ends[None] = gather = call.node(at, work, self._down, fill, ())
                 fill.last = [gather]
-                for shelf in shelves:
-                    link = shelf.link_for_write(len(at) * own.form.image_bytes)
-                    work = partial(fill.write, shelf, link)
+                for tier_store in tier_stores:
+                    link = tier_store.link_for_write(len(at) * own.form.image_bytes)
+                    work = partial(fill.write, tier_store, link)
                     order: list[tuple[Node, list[int], list[int]]] = []
-                    if shelf in gaps and shelf in written:
-                        order.append((written[shelf], [], []))
-                    written[shelf] = call.node(at, work, link, fill, [gather, *order])
-                    fill.last.append(written[shelf])
+                    if tier_store in gaps and tier_store in written:
+                        order.append((written[tier_store], [], []))
+                    written[tier_store] = call.node(at, work, link, fill, [gather, *order])
+                    fill.last.append(written[tier_store])
                 call.ends += [((end, at, range(len(at))), range(0)) for end in fill.last]
                 call.submit()  # now, so that the links' queues show it
         return call.handle(view)
 
-    def _lacking(self, call: Call) -> dict[tuple[Shelf, ...], list[int]]:
+    def _lacking(self, call: Call) -> dict[tuple[TierStore, ...], list[int]]:
         """The blocks of a save by the tiers that lack them; it joins what is under way."""
         own = self._own
-        groups = dict[tuple[Shelf, ...], list[int]]()
-        shelves = [shelf for shelf in own.shelves if shelf.writable]
-        keeps = [shelf.where for shelf in shelves if shelf.tier != "remote"]
-        call.explanation.kept_in = ", ".join(keeps if shelves else ["the host tier"])
-        known = [shelf.known(call.keys) for shelf in shelves]
-        wants = [shelf.wants(call.keys) for shelf in shelves]
+        groups = dict[tuple[TierStore, ...], list[int]]()
+        tier_stores = [tier_store for tier_store in own.tier_stores if tier_store.writable]
+        keeps = [tier_store.where for tier_store in tier_stores if tier_store.tier != "remote"]
+        call.explanation.kept_in = ", ".join(keeps if tier_stores else ["the host tier"])
+        known = [tier_store.known(call.keys) for tier_store in tier_stores]
+        wants = [tier_store.wants(call.keys) for tier_store in tier_stores]
         for stored, wanted in zip(known, wants, strict=True):
             call.excused |= ~(np.array(stored, np.bool_) | np.array(wanted, np.bool_))
         for i, key in enumerate(call.keys):
             fill, row = self._flights.fills.get(own.name(key), (None, 0))
-            lacks = tuple(shelf for shelf, x in zip(shelves, wants, strict=True) if x[i])
+            lacks = tuple(
+                tier_store for tier_store, x in zip(tier_stores, wants, strict=True) if x[i]
+            )
             if fill and fill.store and fill.wanted:
                 call.ends += [((end, [i], [row]), range(0)) for end in fill.last]
                 call.explanation.sources.append(fill.reasons)
                 call.explanation.nodes += [(end, [i], [row]) for end in fill.last]
-            elif lacks or not (shelves or self.rows.has(own.name(key))):
+            elif lacks or not (tier_stores or self.rows.has(own.name(key))):
                 groups.setdefault(lacks, []).append(i)
         return groups
 
@@ -279,11 +286,13 @@ class BlockStore:
         tells beside them."""
         told = self.graph.statistics()
         rows = self.rows
-        shelves = self._shelves
+        tier_stores = self._tier_stores
         staging = {x: n * rows.row_bytes for x, n in rows.counts().items()}
         told["staging_bytes"] = [{"state": x, "value": n} for x, n in staging.items()]
         told["host_evicted_total"] = [{"value": rows.evicted}]
-        told["tiers"] = [{"tier": x.tier, "form": x.form.name, **x.statistics()} for x in shelves]
+        told["tiers"] = [
+            {"tier": x.tier, "form": x.form.name, **x.statistics()} for x in tier_stores
+        ]
         return told
 
     def trace(self, path: str | os.PathLike[str]) -> None:
@@ -306,7 +315,7 @@ class BlockStore:
         lines = [f"Blocks of {self.form.payload_bytes} bytes, by layer read {how}."]
         kind = "pinned" if rows.pinned else "pageable"
         lines += [f"{rows.staging} {kind} rows of staging, {rows.host} of the host tier."]
-        lines += [f"{x.tier} {x.form.name}: {note}" for x in self._shelves for note in x.notes]
+        lines += [f"{x.tier} {x.form.name}: {note}" for x in self._tier_stores for note in x.notes]
         return "\n".join(lines)
 
     def close(self, timeout: float = 10.0) -> None:
@@ -337,8 +346,8 @@ class BlockStore:
 
     def _close_tiers(self) -> None:
         """Close what tiers have open, the first one last."""
-        while self._shelves:
-            self._shelves.pop().close()
+        while self._tier_stores:
+            self._tier_stores.pop().close()
 
     def _predecessor(self, after: Any) -> bytes | None:
         """Return the key before the first one of a save, of 32 bytes."""

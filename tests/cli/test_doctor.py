@@ -248,7 +248,7 @@ def test_choices_are_those_of_their_modules(monkeypatch: pytest.MonkeyPatch) -> 
         "portakv.migrate.transports", reason="it needs the extra `migrate`"
     )
     assert CHOICES[transports.ENVIRONMENT] == tuple(transports.TRANSPORTS)
-    choose = pytest.importorskip("portakv.storage.choose", reason="it needs the extra `storage`")
+    choose = pytest.importorskip("portakv.storage.io.choose", reason="it needs the extra `storage`")
     monkeypatch.setenv("PORTAKV_IO", "acme")
     with pytest.raises(InvalidTerms, match=" or ".join(CHOICES["PORTAKV_IO"])):
         choose.choose()

@@ -21,9 +21,9 @@ from support.command_line import run, run_json
 from portakv.cli import store as verbs
 from portakv.cli.demo.store import is_good
 from portakv.storage import image
-from portakv.storage.choose import choose
-from portakv.storage.engine import Request
 from portakv.storage.form import BlockForm
+from portakv.storage.io.base import Request
+from portakv.storage.io.choose import choose
 from portakv.storage.slots import Slots
 
 FORM = BlockForm(

@@ -455,7 +455,7 @@ def test_of_blocks_after_a_gap_the_first_ones_stay(made: Any, count: int) -> Non
     """Several workers write them, and none evicts another block."""
     for turn in range(10):
         store = made(slots=12, folders=1 + turn % 2)
-        where = store._shelves[0].where.split(", ")
+        where = store._tier_stores[0].where.split(", ")
         save(store, range(6))
         landed = save(store, range(50, 50 + count), after=49)
         assert landed == sorted(landed, reverse=True)
@@ -469,24 +469,24 @@ def test_what_a_remote_tier_may_have_counts_as_there(made: Any) -> None:
     store = made(slots=5, tiers=[FakeTier("remote")])
     save(store, range(5))
     assert save(store, range(50, 53), after=49) == [True] * 3
-    assert store._shelves[0].known([key_of(50)]) == [True]
+    assert store._tier_stores[0].known([key_of(50)]) == [True]
 
 
 def test_a_folder_whose_blocks_all_have_successors(made: Any) -> None:
     """The block goes to another folder, in place of one that nothing follows."""
     store = made(slots=8, folders=2)
-    shelf: Any = store._shelves[0]
-    (first, one), (second, other) = shelf.parts
+    tier_store: Any = store._tier_stores[0]
+    (first, one), (second, other) = tier_store.parts
     for number in range(8):
         link = one if number < 4 else other
-        row = cases.images(1, shelf.form)[0]
+        row = cases.images(1, tier_store.form)[0]
         mark = mark_of(key_of(number - 1)) if number else FIRST
-        sums = image.seal(row, shelf.form, key_of(number), 1, mark)
-        assert shelf.write(link, [key_of(number)], [row], [1], [sums]) == [True]
+        sums = image.seal(row, tier_store.form, key_of(number), 1, mark)
+        assert tier_store.write(link, [key_of(number)], [row], [1], [sums]) == [True]
     assert (len(first.index), len(second.index)) == (4, 4)
-    row = cases.images(1, shelf.form)[0]
-    sums = image.seal(row, shelf.form, key_of(50), 1, FIRST)
-    assert shelf.write(one, [key_of(50)], [row], [1], [sums]) == [True]
+    row = cases.images(1, tier_store.form)[0]
+    sums = image.seal(row, tier_store.form, key_of(50), 1, FIRST)
+    assert tier_store.write(one, [key_of(50)], [row], [1], [sums]) == [True]
     assert {*first.index} == {key_of(i) for i in range(4)}
     assert {*second.index} == {key_of(i) for i in (4, 5, 6, 50)}
 
@@ -540,8 +540,8 @@ class StoreModel(RuleBasedStateMachine):
 
     def tiers(self) -> list[set[int]]:
         """The numbers of the keys in each tier."""
-        (shelf,) = self.store._shelves
-        disk = {key for slots, _ in shelf.parts for key in slots.index}
+        (tier_store,) = self.store._tier_stores
+        disk = {key for slots, _ in tier_store.parts for key in slots.index}
         host = {name[-32:] for name in self.store.rows.by_use()}
         return [{struct.unpack("<I", key[:4])[0] for key in keys} for keys in (disk, host)]
 
@@ -606,7 +606,7 @@ class StoreModel(RuleBasedStateMachine):
     @rule(kill=st.booleans())
     def restart(self, kill: bool) -> None:
         disk, _ = self.tiers()
-        for slots, _ in self.store._shelves[0].parts if kill else ():
+        for slots, _ in self.store._tier_stores[0].parts if kill else ():
             slots.close(sync=False)
         self.store.close(LIMIT)
         self.open()

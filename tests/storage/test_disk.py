@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Disk` and its shelves: blocks come back whole and right, or not at all, whatever is done to the
+"""`Disk` and its stores: blocks come back whole and right, or not at all, whatever is done to the
 files, the device or the process."""
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.graph.graph import Graph
 from portakv.storage import image
 from portakv.storage.disk import Disk
-from portakv.storage.disk_shelf import DiskShelf
-from portakv.storage.engine import Ended, Engine, Request
+from portakv.storage.disk_store import DiskStore
 from portakv.storage.files import lock
 from portakv.storage.form import BlockForm
+from portakv.storage.io.base import Ended, Engine, Request
 
 GRAPH: Any = Tally
 NO_ROWS = SimpleNamespace(memory=())
-Open = Callable[..., DiskShelf]
+Open = Callable[..., DiskStore]
 
 
 def disk(*folders: Path, blocks: int = 8, of: BlockForm = FORM, **more: Any) -> Disk:
@@ -41,11 +41,11 @@ def disk(*folders: Path, blocks: int = 8, of: BlockForm = FORM, **more: Any) -> 
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Iterator[Open]:
-    """Opens the shelf of a form in folders of the test, and closes it at the end."""
-    opened: list[DiskShelf] = []
+def store(tmp_path: Path) -> Iterator[Open]:
+    """Opens the store of a tier of a form in folders of the test, and closes it at the end."""
+    opened: list[DiskStore] = []
 
-    def make(of: BlockForm = FORM, *names: str, graph: Any = None, **more: Any) -> DiskShelf:
+    def make(of: BlockForm = FORM, *names: str, graph: Any = None, **more: Any) -> DiskStore:
         places = [tmp_path / name for name in names or ("a",)]
         tier = disk(*places, of=of, **{"io": Faulty(), **more})
         opened.extend(tier.open(graph or GRAPH(), NO_ROWS, [of]))
@@ -56,54 +56,54 @@ def shelf(tmp_path: Path) -> Iterator[Open]:
         each.close()
 
 
-def save(shelf: DiskShelf, keys: Sequence[bytes], generation: int = 1) -> list[bool]:
-    rows = cases.images(len(keys), shelf.form)
+def save(store: DiskStore, keys: Sequence[bytes], generation: int = 1) -> list[bool]:
+    rows = cases.images(len(keys), store.form)
     sums = [
-        cases.fill(row, shelf.form, key, generation) for row, key in zip(rows, keys, strict=True)
+        cases.fill(row, store.form, key, generation) for row, key in zip(rows, keys, strict=True)
     ]
-    link = shelf.link_for_write(rows.nbytes)
-    return shelf.write(link, keys, [*rows], [generation] * len(keys), sums)
+    link = store.link_for_write(rows.nbytes)
+    return store.write(link, keys, [*rows], [generation] * len(keys), sums)
 
 
-def load(shelf: DiskShelf, keys: Sequence[bytes]) -> list[bool]:
+def load(store: DiskStore, keys: Sequence[bytes]) -> list[bool]:
     """What landed; which must be right."""
-    rows = cases.images(len(keys), shelf.form)
-    landed = shelf.read(keys, [*rows])
+    rows = cases.images(len(keys), store.form)
+    landed = store.read(keys, [*rows])
     for row, key, there in zip(rows, keys, landed, strict=True):
-        assert not there or cases.holds(row, shelf.form, key)
+        assert not there or cases.holds(row, store.form, key)
     return landed
 
 
-def counts(shelf: DiskShelf) -> dict[tuple[str, str], int]:
-    graph: Any = shelf.graph
+def counts(store: DiskStore) -> dict[tuple[str, str], int]:
+    graph: Any = store.graph
     return dict(+graph.counts)
 
 
-def slot_of(shelf: DiskShelf, key: bytes) -> tuple[Path, int]:
+def slot_of(store: DiskStore, key: bytes) -> tuple[Path, int]:
     """The file of blocks, and where in it a block lies."""
-    slots, entry = shelf.pin(key) or pytest.fail("no such block")
+    slots, entry = store.pin(key) or pytest.fail("no such block")
     slots.unpin(entry)
-    return slots.folder / "slots", entry[0] * shelf.form.image_bytes
+    return slots.folder / "slots", entry[0] * store.form.image_bytes
 
 
 @pytest.mark.parametrize("io", ["ring", "threads", Faulty()], ids=["ring", "threads", "plain"])
 @pytest.mark.parametrize("of", [FORM, LARGE], ids=["small", "large"])
-def test_blocks_come_back(shelf: Open, io: str | Engine, of: BlockForm) -> None:
-    one = shelf(of, io=io, blocks=6)
+def test_blocks_come_back(store: Open, io: str | Engine, of: BlockForm) -> None:
+    one = store(of, io=io, blocks=6)
     assert save(one, KEYS[:6]) == [True] * 6
     assert one.has(KEYS[3:9]) == [True] * 3 + [False] * 3
     assert load(one, KEYS[2:8]) == [True] * 4 + [False] * 2
     assert counts(one) == {("save", "hit"): 6, ("load", "hit"): 4, ("load", "miss"): 2}
     one.close()
-    again = shelf(of, io=io, blocks=6)
+    again = store(of, io=io, blocks=6)
     assert load(again, KEYS[:6]) == [True] * 6
     assert save(again, KEYS[:6], 9) == [True] * 6  # they are there: nothing is written
     assert counts(again) == {("load", "hit"): 6}
 
 
-def test_segments_alone(shelf: Open) -> None:
+def test_segments_alone(store: Open) -> None:
     """A segment is read by itself, and verified by the record; the first one with the header."""
-    one = shelf(LARGE)
+    one = store(LARGE)
     save(one, KEYS[:2])
     first, second = LARGE.segments
     for segments, begin, end in [([1], second.offset, None), ([0], -image.HEADER, first.nbytes)]:
@@ -125,9 +125,9 @@ def test_segments_alone(shelf: Open) -> None:
     assert one.read(KEYS[1:2], [*cases.images(1, LARGE)], [0]) == [False]
 
 
-def test_links_and_counts_of_a_graph(shelf: Open) -> None:
+def test_links_and_counts_of_a_graph(store: Open) -> None:
     graph = Graph()
-    one = shelf(FORM, "a", "b", graph=graph, workers=3)
+    one = store(FORM, "a", "b", graph=graph, workers=3)
     save(one, KEYS[:2])
     assert [link.width for link in graph.links.values()] == [3, 3]
     assert one.link_for_write(1) in graph.links.values()
@@ -143,9 +143,9 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 40, 70, 4095, 4096, 4350], ids=lambda at: f"byte {at}")
-def test_one_bit_of_an_image(shelf: Open, at: int) -> None:
+def test_one_bit_of_an_image(store: Open, at: int) -> None:
     """Faults 1 and 2. The block is a miss, its slot is free, and it is counted."""
-    one = shelf(blocks=3)
+    one = store(blocks=3)
     save(one, KEYS[:3])
     path, begin = slot_of(one, KEYS[1])
     flip(path, begin + at, at % 8)
@@ -156,9 +156,9 @@ def test_one_bit_of_an_image(shelf: Open, at: int) -> None:
     assert load(one, [KEYS[0], KEYS[5], KEYS[2]]) == [True] * 3
 
 
-def test_sectors_that_were_torn_back(shelf: Open) -> None:
+def test_sectors_that_were_torn_back(store: Open) -> None:
     """Fault 4. Each 512 bytes of an image as they were before, one after the other."""
-    one = shelf(blocks=1)
+    one = store(blocks=1)
     save(one, KEYS[:1], 1)
     path, _ = slot_of(one, KEYS[0])
     old = path.read_bytes()
@@ -172,9 +172,9 @@ def test_sectors_that_were_torn_back(shelf: Open) -> None:
         assert path.read_bytes() == old
 
 
-def test_an_image_in_the_slot_of_another(shelf: Open) -> None:
+def test_an_image_in_the_slot_of_another(store: Open) -> None:
     """Fault 6."""
-    one = shelf()
+    one = store()
     save(one, KEYS[:2])
     (path, a), (_, b) = (slot_of(one, key) for key in KEYS[:2])
     held = path.read_bytes()
@@ -184,10 +184,10 @@ def test_an_image_in_the_slot_of_another(shelf: Open) -> None:
 
 
 @pytest.mark.parametrize("result", [-errno.EIO, -errno.ENODATA, -errno.EUCLEAN, 4096])
-def test_a_read_that_fails(shelf: Open, result: int) -> None:
+def test_a_read_that_fails(store: Open, result: int) -> None:
     """Fault 19. It is a miss, the block is forgotten, and others come."""
     io = Faulty()
-    one = shelf(io=io)
+    one = store(io=io)
     save(one, KEYS[:3])
     _, bad = slot_of(one, KEYS[1])
     io.fail = lambda ask: result if ask.offset == bad else None
@@ -200,13 +200,13 @@ def test_a_read_that_fails(shelf: Open, result: int) -> None:
 @pytest.mark.parametrize("code", [errno.ECANCELED, errno.ENOMEM, errno.EBADFD])
 @pytest.mark.parametrize("segments", [None, [0, 1]])
 def test_a_read_that_was_not_carried_out(
-    shelf: Open, code: int, segments: list[int] | None
+    store: Open, code: int, segments: list[int] | None
 ) -> None:
     """It is a miss this time, and the block is there the next time: the engine was closed, the
     interpreter ends, a ring failed, or memory was short."""
     io = Faulty()
     rows = cases.images(3, LARGE)
-    one = shelf(LARGE, io=io)
+    one = store(LARGE, io=io)
     save(one, KEYS[:3])
     _, at = slot_of(one, KEYS[1])
     io.fail = lambda ask: -code if at <= ask.offset < at + LARGE.image_bytes else None
@@ -215,7 +215,7 @@ def test_a_read_that_was_not_carried_out(
     io.fail = lambda ask: None
     assert load(one, KEYS[:3]) == [True] * 3
     one.close()
-    assert shelf(LARGE).has(KEYS[:3]) == [True] * 3
+    assert store(LARGE).has(KEYS[:3]) == [True] * 3
 
 
 SECOND = image.HEADER + LARGE.segments[1].offset
@@ -225,7 +225,7 @@ SECOND = image.HEADER + LARGE.segments[1].offset
     ("segments", "at"), [(None, 0), ([0], 0), ([1], SECOND), ([0, 1], 0), ([0, 1], SECOND)]
 )
 def test_a_block_is_checked_as_soon_as_it_has_landed(
-    shelf: Open, segments: list[int] | None, at: int
+    store: Open, segments: list[int] | None, at: int
 ) -> None:
     """And never again: what becomes of its row afterwards is not looked at. One of whose spans one
     fails is bad."""
@@ -244,7 +244,7 @@ def test_a_block_is_checked_as_soon_as_it_has_landed(
             return super().run(requests, then if ended else None)
 
     io = Spoiling()
-    one = shelf(LARGE, io=io)
+    one = store(LARGE, io=io)
     save(one, KEYS[:3])
     _, bad = slot_of(one, KEYS[1])
     io.fail = lambda ask: -errno.EIO if ask.offset == bad + at else None
@@ -253,10 +253,10 @@ def test_a_block_is_checked_as_soon_as_it_has_landed(
     assert (rows == 7).all()
 
 
-def test_a_read_that_raises_keeps_its_blocks(shelf: Open) -> None:
+def test_a_read_that_raises_keeps_its_blocks(store: Open) -> None:
     """Nobody knows of any whether it is bad."""
     io = Faulty()
-    one = shelf(io=io)
+    one = store(io=io)
     save(one, KEYS[:3])
 
     def interrupt(_: object) -> None:
@@ -270,10 +270,10 @@ def test_a_read_that_raises_keeps_its_blocks(shelf: Open) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
-def test_a_write_that_fails(shelf: Open, code: int) -> None:
+def test_a_write_that_fails(store: Open, code: int) -> None:
     """Fault 20. The key is not entered; after an error of the device the slot is out of use."""
     io = Faulty()
-    one = shelf(io=io, blocks=3)
+    one = store(io=io, blocks=3)
     io.fail = lambda ask: -code if ask.offset == FORM.image_bytes else None
     assert save(one, KEYS[:3]) == [True, False, True]
     assert one.has(KEYS[:3]) == [True, False, True]
@@ -285,9 +285,9 @@ def test_a_write_that_fails(shelf: Open, code: int) -> None:
     assert (numbers["broken"], numbers["evicted"], numbers["used"]) == (bad, bad, 3 - bad)
 
 
-def test_a_store_when_all_slots_are_pinned(shelf: Open) -> None:
+def test_a_store_when_all_slots_are_pinned(store: Open) -> None:
     """Fault 59. It is dropped, and counted."""
-    one = shelf(blocks=1)
+    one = store(blocks=1)
     save(one, KEYS[:1])
     slots, entry = one.pin(KEYS[0]) or pytest.fail("no such block")
     assert save(one, KEYS[1:3]) == [False, False]
@@ -296,10 +296,10 @@ def test_a_store_when_all_slots_are_pinned(shelf: Open) -> None:
     assert save(one, KEYS[1:2]) == [True]
 
 
-def test_evicted_while_it_is_read(shelf: Open) -> None:
+def test_evicted_while_it_is_read(store: Open) -> None:
     """Fault 58. A block that is read stays until the read has ended."""
     io = Faulty()
-    one = shelf(io=io, blocks=2)
+    one = store(io=io, blocks=2)
     save(one, KEYS[:2])
 
     def crowd(ask: Any) -> None:
@@ -314,10 +314,10 @@ def test_evicted_while_it_is_read(shelf: Open) -> None:
 
 @pytest.mark.parametrize("steps", [300, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("io", ["ring", "threads"])
-def test_threads_at_once(shelf: Open, io: str, steps: int) -> None:
+def test_threads_at_once(store: Open, io: str, steps: int) -> None:
     """Saves, loads, evictions and damage at random from four threads: what lands is right, and at
     the end each slot is in use or free."""
-    one = shelf(io=io, blocks=10)
+    one = store(io=io, blocks=10)
     path = one.parts[0][0].folder / "slots"
 
     def work(seed: int) -> None:
@@ -336,12 +336,12 @@ def test_threads_at_once(shelf: Open, io: str, steps: int) -> None:
     assert save(one, KEYS[20:30], 1) == [True] * 10
     assert load(one, KEYS[20:30]) == [True] * 10
     one.close()
-    assert load(shelf(io=io, blocks=10), KEYS[20:30]) == [True] * 10
+    assert load(store(io=io, blocks=10), KEYS[20:30]) == [True] * 10
 
 
-def test_a_read_that_comes_too_late(shelf: Open) -> None:
+def test_a_read_that_comes_too_late(store: Open) -> None:
     io = Faulty()
-    one = shelf(io=io)
+    one = store(io=io)
     save(one, KEYS[:2])
     io.asked.clear()
     rows = cases.images(2, FORM)
@@ -351,9 +351,9 @@ def test_a_read_that_comes_too_late(shelf: Open) -> None:
     assert load(one, KEYS[:2]) == [True, True]
 
 
-def test_several_folders(shelf: Open) -> None:
+def test_several_folders(store: Open) -> None:
     """A block goes where the fewest bytes are queued; a folder may be lost, and another added."""
-    one = shelf(FORM, "a", "b")
+    one = store(FORM, "a", "b")
     graph: Any = one.graph
     a, b = graph.links.values()
     assert save(one, KEYS[:1]) == [True]
@@ -363,17 +363,17 @@ def test_several_folders(shelf: Open) -> None:
     assert load(one, KEYS[:3]) == [True, True, False]
     assert [each["used"] for each in one.statistics().values()] == [1, 1]
     one.close()
-    assert load(shelf(FORM, "c", "b"), KEYS[:2]) == [False, True]
+    assert load(store(FORM, "c", "b"), KEYS[:2]) == [False, True]
 
 
 @pytest.mark.parametrize("event", ["nothing", "eviction", "damage", "removal"])
-def test_folders_that_were_used_apart_have_the_same_blocks(shelf: Open, event: str) -> None:
+def test_folders_that_were_used_apart_have_the_same_blocks(store: Open, event: str) -> None:
     """Opened together they hold each block once, whatever becomes of it."""
     for name in ("a", "b"):
-        one = shelf(FORM, name)
+        one = store(FORM, name)
         assert save(one, KEYS[:6]) == [True] * 6
         one.close()
-    both = shelf(FORM, "a", "b")
+    both = store(FORM, "a", "b")
     assert [each["used"] for each in both.statistics().values()] == [6, 0]
     if event == "eviction":
         for key in KEYS[10:50]:
@@ -391,12 +391,12 @@ def test_folders_that_were_used_apart_have_the_same_blocks(shelf: Open, event: s
     assert save(both, KEYS[:6], 2) == [True] * 6
     assert load(both, KEYS[:6]) == [True] * 6
     both.close()
-    assert load(shelf(FORM, "b", "a"), KEYS[:6]) == [True] * 6
+    assert load(store(FORM, "b", "a"), KEYS[:6]) == [True] * 6
 
 
-def test_a_block_that_two_saves_write_at_once_stays_in_one_folder(shelf: Open) -> None:
+def test_a_block_that_two_saves_write_at_once_stays_in_one_folder(store: Open) -> None:
     io = Faulty()
-    one = shelf(FORM, "a", "b", io=io)
+    one = store(FORM, "a", "b", io=io)
     graph: Any = one.graph
     a, _ = graph.links.values()
     other = list[list[bool]]()
@@ -416,19 +416,19 @@ def test_a_block_that_two_saves_write_at_once_stays_in_one_folder(shelf: Open) -
     assert one.has(KEYS[:1]) == [False]
 
 
-def test_a_prefix_is_the_last_to_go(shelf: Open) -> None:
+def test_a_prefix_is_the_last_to_go(store: Open) -> None:
     """Of blocks that were written together, and after a kill as well."""
-    one = shelf()
+    one = store()
     save(one, KEYS[:4])
     save(one, KEYS[4:6], 2)
     order = [*KEYS[3::-1], KEYS[5], KEYS[4]]
     assert one.parts[0][0].by_use() == order
     one.parts[0][0].close(sync=False)
-    assert shelf().parts[0][0].by_use() == order
+    assert store().parts[0][0].by_use() == order
 
 
-def test_a_folder_with_free_slots_comes_before_one_that_evicts(shelf: Open) -> None:
-    one = shelf(FORM, "a", "b", blocks=4)
+def test_a_folder_with_free_slots_comes_before_one_that_evicts(store: Open) -> None:
+    one = store(FORM, "a", "b", blocks=4)
     graph: Any = one.graph
     _, b = graph.links.values()
     b.queued_bytes = 1
@@ -438,17 +438,17 @@ def test_a_folder_with_free_slots_comes_before_one_that_evicts(shelf: Open) -> N
     assert one.has(KEYS[:8]) == [True] * 8
 
 
-def test_folders_fill_alike_if_nothing_is_queued(shelf: Open) -> None:
-    one = shelf(FORM, "a", "b", blocks=4)
+def test_folders_fill_alike_if_nothing_is_queued(store: Open) -> None:
+    one = store(FORM, "a", "b", blocks=4)
     for key in KEYS[:20]:
         assert save(one, [key]) == [True]
     assert [each["used"] for each in one.statistics().values()] == [4, 4]
     assert one.has(KEYS[:20]) == [False] * 12 + [True] * 8
 
 
-def test_a_write_that_raises_gives_its_slots_back(shelf: Open) -> None:
+def test_a_write_that_raises_gives_its_slots_back(store: Open) -> None:
     io = Faulty()
-    one = shelf(io=io, blocks=3)
+    one = store(io=io, blocks=3)
 
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
@@ -461,9 +461,9 @@ def test_a_write_that_raises_gives_its_slots_back(shelf: Open) -> None:
     assert save(one, KEYS[:3]) == [True] * 3
 
 
-def test_a_save_uses_the_blocks_that_it_finds(shelf: Open) -> None:
+def test_a_save_uses_the_blocks_that_it_finds(store: Open) -> None:
     """The block used longest ago is the save's own: another one goes for the new block."""
-    one = shelf(blocks=3)
+    one = store(blocks=3)
     assert all(save(one, [key]) == [True] for key in KEYS[:3])
     rows = cases.images(2, FORM)
     sums = [
@@ -474,12 +474,12 @@ def test_a_save_uses_the_blocks_that_it_finds(shelf: Open) -> None:
     assert one.has([KEYS[0], KEYS[1], KEYS[2], KEYS[8]]) == [True, False, True, True]
 
 
-def test_other_forms_of_the_same_cache(tmp_path: Path, shelf: Open) -> None:
+def test_other_forms_of_the_same_cache(tmp_path: Path, store: Open) -> None:
     """They are found and read; one that a killed process still writes is left out, with a note."""
     heads = [replace(FORM, heads=(i, i + 1, 4)) for i in range(4)]
     stranger = replace(heads[0], model="another")
     for form in (*heads[:3], stranger):
-        one = shelf(form)
+        one = store(form)
         assert save(one, KEYS[:2]) == [True, True]
         one.close()
     late = lock(tmp_path / "a" / heads[2].name / "slots")
@@ -501,36 +501,36 @@ def test_other_forms_of_the_same_cache(tmp_path: Path, shelf: Open) -> None:
     assert engine.closed
 
 
-def test_one_store_has_a_folder(tmp_path: Path, shelf: Open) -> None:
+def test_one_store_has_a_folder(tmp_path: Path, store: Open) -> None:
     """Fault 12. Ranks or models that share it are told at their first start, of whom, until the
     first one has closed; also through a link."""
     other = replace(FORM, model="another")
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    one = shelf()
+    one = store()
     for name in ("a", "link"):
         with pytest.raises(StoreBusy, match="this process has it open already"):
-            shelf(other, name)
+            store(other, name)
 
     def child() -> None:
         with pytest.raises(StoreBusy, match=f"process {os.getppid()} has it open already"):
-            shelf(other)
+            store(other)
 
     assert cases.ended_well(cases.forked(child))
     assert not (tmp_path / "a" / other.name).exists()
     one.close()
     with pytest.raises(StoreError, match="Increase the capacity"):  # which leaves nothing locked
-        shelf(LARGE, blocks=0.5)
-    assert save(shelf(other, "link"), KEYS[:1]) == [True]
+        store(LARGE, blocks=0.5)
+    assert save(store(other, "link"), KEYS[:1]) == [True]
 
 
-def test_a_busy_folder_after_the_first_is_left_out(shelf: Open) -> None:
+def test_a_busy_folder_after_the_first_is_left_out(store: Open) -> None:
     """A note names it. The first folder must be free."""
-    shelf(FORM, "b")
-    one = shelf(FORM, "a", "b")
+    store(FORM, "b")
+    one = store(FORM, "a", "b")
     assert any("does without" in note and "has it open already" in note for note in one.notes)
     assert save(one, KEYS[:2]) == [True, True]
     with pytest.raises(StoreBusy):
-        shelf(FORM, "b", "c")
+        store(FORM, "b", "c")
 
 
 @pytest.mark.parametrize(
@@ -558,16 +558,16 @@ def test_a_wrong_argument_is_named(folders: Any, terms: dict[str, Any], name: st
         Disk(*folders, **{"capacity": 1 << 20, **terms})
 
 
-def test_a_tier_that_cannot_be_opened(tmp_path: Path, shelf: Open) -> None:
+def test_a_tier_that_cannot_be_opened(tmp_path: Path, store: Open) -> None:
     """Nothing of it stays open."""
     (tmp_path / "b").write_text("")
     engine = Faulty()
     with pytest.raises(StoreError):
-        shelf(FORM, "a", "b", io=engine)
+        store(FORM, "a", "b", io=engine)
     assert engine.closed
-    save(shelf(FORM, "a"), KEYS[:1])
+    save(store(FORM, "a"), KEYS[:1])
     with pytest.raises(StoreBusy):
-        shelf(FORM, "a")
+        store(FORM, "a")
     wrong: list[dict[str, Any]] = [{"admit": "third"}, {"workers": 0}, {"capacity": 0}]
     wrong += [{"workers": x} for x in (1.5, "8", None)]
     for terms in [*wrong, *({"capacity": x} for x in (float("inf"), "1G", None))]:
@@ -579,9 +579,9 @@ def test_a_tier_that_cannot_be_opened(tmp_path: Path, shelf: Open) -> None:
     assert Disk("x" * 300, capacity=1).forms(FORM) == []
 
 
-def test_a_child_of_the_process_reads_and_writes_nothing(shelf: Open) -> None:
+def test_a_child_of_the_process_reads_and_writes_nothing(store: Open) -> None:
     """Fault 13."""
-    one = shelf(io="threads")
+    one = store(io="threads")
     save(one, KEYS[:1])
 
     def child() -> None:
@@ -593,9 +593,9 @@ def test_a_child_of_the_process_reads_and_writes_nothing(shelf: Open) -> None:
     assert load(one, KEYS[:1]) == [True]
 
 
-def test_the_end_of_a_call_evicts_none_of_its_beginning(shelf: Open) -> None:
+def test_the_end_of_a_call_evicts_none_of_its_beginning(store: Open) -> None:
     """`write` hands on which blocks are of one call: a later one finds no slot."""
-    one = shelf(blocks=2)
+    one = store(blocks=2)
     for key, there in zip(KEYS[:3], [True, True, False], strict=True):
         rows = cases.images(1, FORM)
         sums = [cases.fill(rows[0], FORM, key, 1)]
@@ -605,8 +605,8 @@ def test_the_end_of_a_call_evicts_none_of_its_beginning(shelf: Open) -> None:
     assert counts(one) == {("save", "hit"): 2, ("save", "dropped"): 1}
 
 
-def test_a_recovery_tells_how_far_it_is(shelf: Open, tmp_path: Path) -> None:
-    save(one := shelf(), KEYS[:2])
+def test_a_recovery_tells_how_far_it_is(store: Open, tmp_path: Path) -> None:
+    save(one := store(), KEYS[:2])
     one.close()
     (tmp_path / "a" / FORM.name / "table").unlink()
     told = list[tuple[str, int]]()
@@ -615,13 +615,13 @@ def test_a_recovery_tells_how_far_it_is(shelf: Open, tmp_path: Path) -> None:
         told.append((what, len(items)))
         return items
 
-    assert load(shelf(track=track), KEYS[:2]) == [True, True]
+    assert load(store(track=track), KEYS[:2]) == [True, True]
     assert told == [("records", 0), ("headers", 1)]
 
 
-def test_a_folder_that_is_removed(shelf: Open, tmp_path: Path) -> None:
-    """Fault 21. The shelf goes on in the files that it holds; cut short, its blocks are misses."""
-    one = shelf()
+def test_a_folder_that_is_removed(store: Open, tmp_path: Path) -> None:
+    """Fault 21. The store goes on in the files that it holds; cut short, its blocks are misses."""
+    one = store()
     save(one, KEYS[:2])
     path, _ = slot_of(one, KEYS[0])
     path.rename(tmp_path / "away")

@@ -20,11 +20,11 @@ from support.storage_cases import aligned
 from support.threads import run_threads
 
 from portakv.errors import InvalidTerms, StoreError
-from portakv.storage import ring
-from portakv.storage.choose import choose
-from portakv.storage.engine import Engine, Request
-from portakv.storage.ring import Ring
-from portakv.storage.threads import Threads
+from portakv.storage.io import io_uring as ring
+from portakv.storage.io.base import Engine, Request
+from portakv.storage.io.choose import choose
+from portakv.storage.io.io_uring import Ring
+from portakv.storage.io.threads import Threads
 
 PAGE = 4096
 SPACE = aligned(8 << 20)

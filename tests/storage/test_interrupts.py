@@ -23,6 +23,7 @@ from portakv.graph.handle import Handle
 from portakv.graph.prometheus import Collector
 from portakv.graph.trace import Trace
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
+from portakv.storage.tier import Tier
 
 FILES = files_of("storage", "graph", "runtime/interrupts.py")
 KEYS = [key_of(number) for number in range(6)]
@@ -91,7 +92,7 @@ def opening(folder: Path) -> Steps:
 
 def serving(folder: Path) -> Steps:
     """Blocks are saved, found and loaded, with each tier that there is."""
-    tiers = [disk(folder / "b"), Remote("memory://")]
+    tiers: list[Tier] = [disk(folder / "b"), Remote("memory://")]
     store = BlockStore(FORM, staging=8 * SIZE, host=4 * SIZE, tiers=tiers, full="wait")
 
     def act() -> None:
@@ -138,7 +139,7 @@ def closing(folder: Path) -> Steps:
     """A store is closed while calls are under way."""
     tier = FakeTier(width=1)
     go = threading.Event()
-    tiers = [disk(folder / "c"), tier]
+    tiers: list[Tier] = [disk(folder / "c"), tier]
     store = BlockStore(FORM, staging=4 * SIZE, host=2 * SIZE, tiers=tiers, full="wait")
     store.save(SOURCE, range(6), KEYS, priority="urgent").synchronize(LIMIT)
     tier.faults = {KEYS[5]: [partial(go.wait, 0.05)]}

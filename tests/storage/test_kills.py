@@ -21,15 +21,15 @@ from support.storage_cases import key_of
 
 from portakv.storage import BlockForm, Disk, image
 from portakv.storage.chains import FIRST, mark_of
-from portakv.storage.disk_shelf import DiskShelf
+from portakv.storage.disk_store import DiskStore
 
 FORMS = [replace(LARGE, model=f"model {number}") for number in range(3)]
 ROOM = 24 * LARGE.image_bytes
 CHAINS = [[key_of(100 * chain + number) for number in range(1, 13)] for chain in range(8)]
 
 
-def opened(folder: Path, form: BlockForm, io: Any) -> DiskShelf:
-    """The shelf of a form, in a folder that others were killed in."""
+def opened(folder: Path, form: BlockForm, io: Any) -> DiskStore:
+    """The store of a tier of a form, in a folder that others were killed in."""
     return cases.reopened(Disk(folder, capacity=ROOM, io=io), form)
 
 
@@ -38,10 +38,10 @@ def writer(folder: Path, form: BlockForm, io: Any) -> Callable[[int], None]:
 
     def work(ready: int) -> None:
         draw = random.Random(os.getpid())
-        shelf = opened(folder, form, io)
-        for generation in range(shelf.generation + 1, 10**6):
+        store = opened(folder, form, io)
+        for generation in range(store.generation + 1, 10**6):
             chain = draw.choice(CHAINS)
-            there = shelf.has(chain).index(False) if not all(shelf.has(chain)) else 0
+            there = store.has(chain).index(False) if not all(store.has(chain)) else 0
             keys = chain[there : there + draw.randint(1, 6)]
             marks = [mark_of(chain[there - 1]) if there else FIRST, *map(mark_of, keys)]
             rows = cases.images(len(keys), form)
@@ -50,7 +50,7 @@ def writer(folder: Path, form: BlockForm, io: Any) -> Callable[[int], None]:
                 row[image.HEADER : image.HEADER + form.payload_bytes] = cases.payload(form, key)
                 sums.append(image.seal(row, form, key, generation, mark))
             own = {key: number for number, key in enumerate(chain)}
-            shelf.write(shelf.link(keys[0]), keys, [*rows], [generation] * len(keys), sums, own)
+            store.write(store.link(keys[0]), keys, [*rows], [generation] * len(keys), sums, own)
             os.write(ready, b"x")
 
     return work
@@ -58,19 +58,19 @@ def writer(folder: Path, form: BlockForm, io: Any) -> Callable[[int], None]:
 
 def check(folder: Path, form: BlockForm, io: str) -> int:
     """Return how many blocks a form has, each of which is right."""
-    shelf = opened(folder, form, io)
+    store = opened(folder, form, io)
     try:
         held = []
         for chain in CHAINS:
-            there = shelf.has(chain)
+            there = store.has(chain)
             assert there == sorted(there, reverse=True), "a block without its predecessor"
             held += [key for key, is_there in zip(chain, there, strict=True) if is_there]
         rows = cases.images(max(len(held), 1), form)
-        assert shelf.read(held, [*rows][: len(held)]) == [True] * len(held)
+        assert store.read(held, [*rows][: len(held)]) == [True] * len(held)
         assert all(cases.holds(row, form, key) for row, key in zip(rows, held, strict=False))
         return len(held)
     finally:
-        shelf.close()
+        store.close()
 
 
 @pytest.mark.parametrize("io", ["ring", "threads"])

@@ -20,8 +20,8 @@ from hypothesis.stateful import run_state_machine_as_test as run_model
 from support.storage_cases import FakeTier, key_of
 from support.store_model import LIMIT, Call, Troubled, WatchedDisk, World
 
-from portakv.storage.choose import choose
 from portakv.storage.form import BlockForm
+from portakv.storage.io.choose import choose
 from portakv.storage.store import BlockStore
 
 
@@ -206,7 +206,7 @@ class StoreModel(RuleBasedStateMachine):
         fired = self.engine.fired
         (first, many, apart) = run
         for key in map(key_of, self.world.spread(run)):
-            parts = [x.form for x in self.disk.shelves if x.has([key])[0]]
+            parts = [x.form for x in self.disk.tier_stores if x.has([key])[0]]
             if cells(self.store.form) <= {cell for form in parts for cell in cells(form)}:
                 assert self.store.lookup([key]), "what lies there in parts is not found"
         many = min(many, self.store.lookup([key_of(i) for i in self.world.spread(run)]))

@@ -22,8 +22,8 @@ from support.storage_cases import FakeTier, key_of, small_form
 from portakv import KVView
 from portakv.errors import TransferError
 from portakv.storage import BlockStore, Disk, Remote
-from portakv.storage.disk_shelf import DiskShelf
-from portakv.storage.engine import Ended, Engine, Request
+from portakv.storage.disk_store import DiskStore
+from portakv.storage.io.base import Ended, Engine, Request
 
 LIMIT = 20.0
 KEYS = [key_of(i) for i in range(8)]
@@ -60,14 +60,14 @@ def break_object(remote: Remote, key: bytes) -> None:
     remote.obs.put(remote.store, path, bytes(body))
 
 
-def shelf_of(store: BlockStore) -> DiskShelf:
-    shelf = store._shelves[0]
-    assert isinstance(shelf, DiskShelf)
-    return shelf
+def store_of(store: BlockStore) -> DiskStore:
+    tier_store = store._tier_stores[0]
+    assert isinstance(tier_store, DiskStore)
+    return tier_store
 
 
 def break_slot(store: BlockStore, key: bytes) -> None:
-    (slots, _), *_ = shelf_of(store).parts
+    (slots, _), *_ = store_of(store).parts
     at = slots.index[key] * FORM.image_bytes + 5000
     fd = os.open(slots.folder / "slots", os.O_RDWR)
     (byte,) = os.pread(fd, 1, at)
@@ -140,10 +140,10 @@ def test_a_damaged_slot_is_named_and_logged(
 def test_a_device_that_fails_is_named(tmp_path: Path) -> None:
     with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
         saved(store)
-        shelf = shelf_of(store)
-        engine = shelf.engine
+        tier_store = store_of(store)
+        engine = tier_store.engine
 
-        shelf.engine = Failing(engine, errno.EAGAIN)
+        tier_store.engine = Failing(engine, errno.EAGAIN)
         text = error_of_load(store)
     again = os.strerror(errno.EAGAIN)
     assert text.startswith(f"0 of 8 blocks landed. 8 unreachable ({tmp_path}: {again}). ")
@@ -152,9 +152,9 @@ def test_a_device_that_fails_is_named(tmp_path: Path) -> None:
 def test_a_block_that_goes_between_the_plan_and_the_read_is_evicted(tmp_path: Path) -> None:
     with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
         saved(store)
-        shelf: Any = shelf_of(store)
-        read = shelf.read
-        (slots, _), *_ = shelf.parts
+        tier_store: Any = store_of(store)
+        read = tier_store.read
+        (slots, _), *_ = tier_store.parts
 
         def evict_first(*given: Any) -> list[bool]:
             place = slots.pin(KEYS[2])
@@ -163,7 +163,7 @@ def test_a_block_that_goes_between_the_plan_and_the_read_is_evicted(tmp_path: Pa
             landed: list[bool] = read(*given)
             return landed
 
-        shelf.read = evict_first
+        tier_store.read = evict_first
         text = error_of_load(store)
     assert text.startswith(f"7 of 8 blocks landed. 1 evicted ({tmp_path}). ")
 
@@ -225,8 +225,8 @@ def test_calls_that_join_a_read_have_its_reasons() -> None:
         break_object(remote, KEYS[3])
         begun = Event()
         go = Event()
-        shelf: Any = store._shelves[0]
-        read = shelf.read
+        tier_store: Any = store._tier_stores[0]
+        read = tier_store.read
 
         def held(*given: Any) -> list[bool]:
             begun.set()
@@ -234,7 +234,7 @@ def test_calls_that_join_a_read_have_its_reasons() -> None:
             landed: list[bool] = read(*given)
             return landed
 
-        shelf.read = held
+        tier_store.read = held
         handles = [store.load(cache(), range(8), KEYS) for _ in range(2)]
         assert begun.wait(LIMIT)
         go.set()
@@ -245,10 +245,10 @@ def test_calls_that_join_a_read_have_its_reasons() -> None:
 
 def test_a_save_on_a_full_device_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
-        shelf = shelf_of(store)
-        engine = shelf.engine
+        tier_store = store_of(store)
+        engine = tier_store.engine
 
-        shelf.engine = Failing(engine, errno.ENOSPC)
+        tier_store.engine = Failing(engine, errno.ENOSPC)
         handle = store.save(cache(), range(8), KEYS, priority="urgent")
         with pytest.raises(TransferError) as error:
             handle.synchronize(LIMIT)
@@ -342,8 +342,8 @@ def test_blocks_that_staging_drops_are_counted() -> None:
 
 def test_blocks_whose_tier_raises_are_counted() -> None:
     with opened(FakeTier()) as store:
-        shelf: Any = store._shelves[0]
-        shelf.write = lambda *_, **__: 1 // 0
+        tier_store: Any = store._tier_stores[0]
+        tier_store.write = lambda *_, **__: 1 // 0
         text = error_of(store.save(cache(), range(4), KEYS[:4]))
     assert text.startswith("0 of 4 blocks landed. 4 failed (fake:x). ZeroDivisionError(")
 

@@ -42,7 +42,7 @@ from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
 from portakv.storage.form import BlockForm
 from portakv.storage.image import HEADER, Row, seal
-from portakv.storage.remote import FAILURES, Remote, Shelf
+from portakv.storage.remote import FAILURES, Remote, RemoteStore
 from portakv.storage.store import BlockStore
 
 CANONICAL = "block layer head kv token dim"
@@ -95,14 +95,14 @@ class Case:
         remote.now = lambda: self.now
         return remote
 
-    def shelf(self, form: BlockForm = SMALL, **settings: Any) -> Shelf:
+    def tier_store(self, form: BlockForm = SMALL, **settings: Any) -> RemoteStore:
         return self.opened(self.remote(**settings), form)[0]
 
-    def opened(self, remote: Remote, form: BlockForm) -> list[Shelf]:
-        """The shelves of a form, and what was found for it, as a store opens them."""
-        shelves = remote.open(self.graph, None, [form, *remote.forms(form)])
+    def opened(self, remote: Remote, form: BlockForm) -> list[RemoteStore]:
+        """The stores of a tier of a form, and what was found for it, as a store opens them."""
+        tier_stores = remote.open(self.graph, None, [form, *remote.forms(form)])
         self.proxy.play()
-        return shelves
+        return tier_stores
 
     def counted(self) -> dict[str, int]:
         """Blocks by what was done and what came of it."""
@@ -129,17 +129,17 @@ def image(form: BlockForm, key: bytes, generation: int = 1) -> Row:
     return row
 
 
-def load(shelf: Shelf, key: bytes, **how: Any) -> tuple[bool, Row]:
+def load(stored: RemoteStore, key: bytes, **how: Any) -> tuple[bool, Row]:
     """Whether a block came, and the row that it was to come into."""
-    row = np.full(shelf.form.image_bytes, 0xEE, np.uint8)
-    (well,) = shelf.read([key], [row], **how)
+    row = np.full(stored.form.image_bytes, 0xEE, np.uint8)
+    (well,) = stored.read([key], [row], **how)
     return well, row
 
 
-def save(shelf: Shelf, *keys: bytes) -> list[bool]:
+def save(stored: RemoteStore, *keys: bytes) -> list[bool]:
     """Write blocks of random bytes."""
-    rows = [image(shelf.form, key) for key in keys]
-    return shelf.write(shelf.link_for_write(1), keys, rows, [1] * len(keys), [()] * len(keys))
+    rows = [image(stored.form, key) for key in keys]
+    return stored.write(stored.link_for_write(1), keys, rows, [1] * len(keys), [()] * len(keys))
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +173,9 @@ def test_a_body_that_is_cut_is_resumed_from_its_first_missing_byte(
 ) -> None:
     """Fault 35."""
     sealed = case.lay(KEYS[0])
-    shelf = case.shelf()
+    stored = case.tier_store()
     case.proxy.play(Fault("GET", cut=cut, reset=reset))
-    well, row = load(shelf, KEYS[0])
+    well, row = load(stored, KEYS[0])
     assert well
     assert np.array_equal(row, sealed)
     assert len(case.proxy.asked) == 2
@@ -185,9 +185,9 @@ def test_a_body_that_is_cut_is_resumed_from_its_first_missing_byte(
 def test_three_cuts_cost_three_requests_and_few_bytes(case: Case) -> None:
     """Fault 35."""
     sealed = case.lay(KEYS[0], LAYERED)
-    shelf = case.shelf(LAYERED)
+    stored = case.tier_store(LAYERED)
     case.proxy.play(*(Fault("GET", cut=500_000, reset=n == 1) for n in range(3)))
-    well, row = load(shelf, KEYS[0])
+    well, row = load(stored, KEYS[0])
     assert well
     assert np.array_equal(row, sealed)
     last = len(sealed) - 1
@@ -199,10 +199,10 @@ def test_three_cuts_cost_three_requests_and_few_bytes(case: Case) -> None:
 def test_a_part_of_a_block_that_is_cut_is_resumed(case: Case) -> None:
     """Fault 35."""
     case.lay(KEYS[0], LAYERED)
-    shelf = case.shelf(LAYERED)
+    stored = case.tier_store(LAYERED)
     at = HEADER + LAYERED.segments[3].offset
     case.proxy.play(Fault("GET", cut=100), Fault("GET"), Fault("GET", cut=1000, reset=True))
-    assert load(shelf, KEYS[0], segments=[3])[0]
+    assert load(stored, KEYS[0], segments=[3])[0]
     last = at + LAYERED.segments[3].nbytes - 1
     ranges = [line.partition("bytes=")[2] for line in case.proxy.asked]
     assert ranges == ["0-4095", "100-4095", f"{at}-{last}", f"{at + 1000}-{last}"]
@@ -211,23 +211,23 @@ def test_a_part_of_a_block_that_is_cut_is_resumed(case: Case) -> None:
 def test_more_cuts_than_the_budget_are_a_miss_in_time(case: Case) -> None:
     """Fault 36."""
     case.lay(KEYS[0])
-    shelf = case.shelf(retries=3)
+    stored = case.tier_store(retries=3)
     case.proxy.play(Fault("GET", cut=100, times=99))
-    assert not load(shelf, KEYS[0])[0]
+    assert not load(stored, KEYS[0])[0]
     assert len(case.proxy.asked) == 4
     assert case.counted() == {"load error": 1}
     case.proxy.play()
-    assert load(shelf, KEYS[0])[0]
+    assert load(stored, KEYS[0])[0]
 
 
 @pytest.mark.parametrize("fault", [{"cut": 100}, {"answer": b"503 Slow Down\nx"}, {"cut": -1}])
 def test_no_number_of_retries_outlasts_the_retry_timeout(case: Case, fault: Any) -> None:
     """Fault 36."""
     case.lay(KEYS[0], LAYERED)
-    shelf = case.shelf(LAYERED, retries=100_000, retry_timeout=0.5)
+    stored = case.tier_store(LAYERED, retries=100_000, retry_timeout=0.5)
     case.proxy.play(Fault("GET", times=100_000, **fault))
     began = time.monotonic()
-    assert not load(shelf, KEYS[0])[0]
+    assert not load(stored, KEYS[0])[0]
     assert time.monotonic() - began < 5
     assert len(case.proxy.asked) > 4
     assert case.counted() == {"load error": 1}
@@ -236,9 +236,9 @@ def test_no_number_of_retries_outlasts_the_retry_timeout(case: Case, fault: Any)
 def test_a_stall_longer_than_the_read_timeout_is_resumed(case: Case) -> None:
     """Fault 37."""
     sealed = case.lay(KEYS[0])
-    shelf = case.shelf(read_timeout=0.3)
+    stored = case.tier_store(read_timeout=0.3)
     case.proxy.play(Fault("GET", stall=5.0))
-    well, row = load(shelf, KEYS[0])
+    well, row = load(stored, KEYS[0])
     assert well
     assert np.array_equal(row, sealed)
     assert len(case.proxy.asked) >= 2  # it did not wait for the first answer
@@ -247,11 +247,11 @@ def test_a_stall_longer_than_the_read_timeout_is_resumed(case: Case) -> None:
 def test_a_slow_body_is_left_between_two_pieces_after_the_deadline(case: Case) -> None:
     """Fault 38."""
     case.lay(KEYS[0], LAYERED)
-    shelf = case.shelf(LAYERED)
+    stored = case.tier_store(LAYERED)
     ends = iter([False, True])
     case.proxy.play(Fault("GET", rate=4e6))
     rows = [np.zeros(LAYERED.image_bytes, np.uint8) for _ in range(2)]
-    assert shelf.read(KEYS[:2], rows, None, lambda: next(ends, True)) == [False, False]
+    assert stored.read(KEYS[:2], rows, None, lambda: next(ends, True)) == [False, False]
     assert case.counted() == {"load late": 2}
     assert len(case.proxy.asked) == 1  # left after the first of three pieces, and not begun
     assert case.proxy.sent < LAYERED.image_bytes
@@ -289,7 +289,7 @@ def test_a_block_that_is_there_when_the_deadline_passes_is_no_miss(
     monkeypatch.setattr("portakv.storage.remote.POLL", 60.0)
     case.lay(KEYS[0])
     ends = iter([False])
-    assert load(case.shelf(), KEYS[0], stop=lambda: next(ends, True))[0]
+    assert load(case.tier_store(), KEYS[0], stop=lambda: next(ends, True))[0]
 
 
 @pytest.mark.parametrize("at", [9, 5000])
@@ -299,13 +299,13 @@ def test_a_byte_flipped_in_transit_is_fetched_again_then_a_miss(
 ) -> None:
     """Fault 39."""
     sealed = case.lay(KEYS[0])
-    shelf = case.shelf()
+    stored = case.tier_store()
     case.proxy.play(Fault("GET", flip=at, times=times))
-    well, row = load(shelf, KEYS[0])
+    well, row = load(stored, KEYS[0])
     assert well == (times == 1)
     assert not well or np.array_equal(row, sealed)
     assert [line[:3] for line in case.proxy.asked if "form.json" not in line] == ["GET", "GET"]
-    assert shelf.has([KEYS[0]]) == [well]  # what is wrong twice with one ETag counts as missing
+    assert stored.has([KEYS[0]]) == [well]  # what is wrong twice with one ETag counts as missing
     assert obstore.head(case.raw, case.path(KEYS[0]))["size"] == len(sealed)
 
 
@@ -327,24 +327,24 @@ def test_a_wrong_object_is_a_miss_and_can_be_written_again(
 ) -> None:
     """Fault 40."""
     case.lay(KEYS[0], data=WRONG[wrong](image(SMALL, KEYS[0])))
-    shelf = case.shelf()
-    assert not load(shelf, KEYS[0], segments=segments)[0]
+    stored = case.tier_store()
+    assert not load(stored, KEYS[0], segments=segments)[0]
     assert case.counted() == {"load refetched": 1, "load fault": 1}
-    assert shelf.has([KEYS[0]]) == [False]
+    assert stored.has([KEYS[0]]) == [False]
     case.now += 10
-    assert save(shelf, KEYS[0]) == [True]
-    assert load(shelf, KEYS[0])[0]
+    assert save(stored, KEYS[0]) == [True]
+    assert load(stored, KEYS[0])[0]
 
 
 def test_an_object_that_changes_in_between_is_never_mixed(case: Case) -> None:
     """Fault 41."""
     case.lay(KEYS[0], LAYERED)
-    shelf = case.shelf(LAYERED)
+    stored = case.tier_store(LAYERED)
     new = image(LAYERED, KEYS[0], 2)
     change = Fault("GET", before=lambda: case.lay(KEYS[0], LAYERED, new))
     case.proxy.play(Fault("GET", cut=700_000), change)
-    assert not load(shelf, KEYS[0])[0]
-    well, row = load(shelf, KEYS[0])
+    assert not load(stored, KEYS[0])[0]
+    well, row = load(stored, KEYS[0])
     assert well
     assert np.array_equal(row, new)
 
@@ -352,38 +352,38 @@ def test_an_object_that_changes_in_between_is_never_mixed(case: Case) -> None:
 def test_a_range_that_is_ignored_never_gives_wrong_bytes(case: Case) -> None:
     """Fault 42."""
     sealed = case.lay(KEYS[0], LAYERED)
-    shelf = case.shelf(LAYERED)
+    stored = case.tier_store(LAYERED)
     case.proxy.play(Fault("GET", cut=700_000), Fault("GET", whole=True))
-    assert not load(shelf, KEYS[0])[0]
+    assert not load(stored, KEYS[0])[0]
     case.proxy.play(Fault("GET", whole=True))
-    assert not load(shelf, KEYS[0], segments=[3])[0]
-    assert np.array_equal(load(shelf, KEYS[0])[1], sealed)
+    assert not load(stored, KEYS[0], segments=[3])[0]
+    assert np.array_equal(load(stored, KEYS[0])[1], sealed)
 
 
 def test_a_storm_of_503_opens_the_breaker_which_closes_again(case: Case) -> None:
     """Fault 43."""
     case.lay(KEYS[0])
-    shelf = case.shelf(retries=1)
+    stored = case.tier_store(retries=1)
 
     def asked(well: bool) -> int:
         before = len(case.proxy.asked)
-        assert load(shelf, KEYS[0])[0] == well
+        assert load(stored, KEYS[0])[0] == well
         return len(case.proxy.asked) - before
 
     case.proxy.play(Fault("GET", answer=b"503 Slow Down\nx", times=2 * (FAILURES + 7)))
     assert [asked(False) for _ in range(FAILURES)] == [2] * FAILURES
-    assert shelf.statistics()["left_alone"]
+    assert stored.statistics()["left_alone"]
     assert asked(False) == 0
-    assert shelf.has(KEYS[:1]) == [False]
-    assert save(shelf, KEYS[1]) == [False]
+    assert stored.has(KEYS[:1]) == [False]
+    assert save(stored, KEYS[1]) == [False]
     pauses = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
     for at, pause in enumerate(pauses):  # after each one request goes, the probe
         case.now += pause - 0.5
         assert asked(False) == 0
         case.now += 0.5
         assert asked(at == len(pauses) - 1) == (2 if at < len(pauses) - 1 else 1)
-    assert not shelf.statistics()["left_alone"]
-    assert shelf.has(KEYS[:1]) == [True]  # a refusal was not remembered
+    assert not stored.statistics()["left_alone"]
+    assert stored.has(KEYS[:1]) == [True]  # a refusal was not remembered
 
 
 @pytest.mark.parametrize(
@@ -399,15 +399,15 @@ def test_credentials_that_are_refused_are_told_once_a_minute_and_never_shown(
 ) -> None:
     """Fault 44."""
     remote = case.remote()
-    (shelf,) = case.opened(remote, SMALL)
+    (stored,) = case.opened(remote, SMALL)
     case.proxy.play(Fault("", answer=answer.encode(), times=99))
     with ThreadPoolExecutor(4) as pool:
-        assert not any(well for well, _ in pool.map(partial(load, shelf), KEYS[:4]))
-    assert shelf.has(KEYS[:1]) == [False]
-    assert save(shelf, KEYS[0]) == [False]
+        assert not any(well for well, _ in pool.map(partial(load, stored), KEYS[:4]))
+    assert stored.has(KEYS[:1]) == [False]
+    assert save(stored, KEYS[0]) == [False]
     assert len(caplog.records) == 1
     case.now += 61
-    assert not load(shelf, KEYS[0])[0]
+    assert not load(stored, KEYS[0])[0]
     assert len(caplog.records) == 2
     code = answer.partition("<Code>")[2].partition("<")[0] or "401"
     assert code in caplog.text
@@ -418,11 +418,11 @@ def test_credentials_that_are_refused_are_told_once_a_minute_and_never_shown(
     with pytest.raises(TypeError, match="pickle") as pickled:
         pickle.dumps(remote)  # the secret would stand in it
     (again,) = remote.open(case.graph, None, [SMALL])
-    seen = [caplog.text, repr(remote), repr(vars(remote)), repr(vars(shelf)), str(again.notes)]
+    seen = [caplog.text, repr(remote), repr(vars(remote)), repr(vars(stored)), str(again.notes)]
     registry = CollectorRegistry()
     registry.register(Collector(case.graph))
     seen += [generate_latest(registry).decode()]
-    seen += [json.dumps([shelf.statistics(), case.counted(), *map(str, caplog.records)])]
+    seen += [json.dumps([stored.statistics(), case.counted(), *map(str, caplog.records)])]
     for error in (raised.value, pickled.value):
         told = traceback.TracebackException.from_exception(error, capture_locals=True)
         kept = [x for x in told.stack if x.filename != __file__]  # here stands the answer itself
@@ -481,11 +481,11 @@ def test_what_a_provider_of_credentials_says_is_not_shown(
     def provider() -> Any:
         raise RuntimeError(f"the token {SECRET} has expired")
 
-    shelf = case.opened(Remote(f"s3://{case.bucket}/x", credential_provider=provider), SMALL)[0]
-    assert not load(shelf, KEYS[0])[0]
+    stored = case.opened(Remote(f"s3://{case.bucket}/x", credential_provider=provider), SMALL)[0]
+    assert not load(stored, KEYS[0])[0]
     assert "RuntimeError" in caplog.text
-    assert "RuntimeError" in shelf.statistics()["error"]
-    assert SECRET not in caplog.text + str([shelf.statistics(), shelf.notes])
+    assert "RuntimeError" in stored.statistics()["error"]
+    assert SECRET not in caplog.text + str([stored.statistics(), stored.notes])
 
 
 @pytest.mark.parametrize("url", ["", "/a/folder", "s3://", "file://not/whole", "http://[::1"])
@@ -543,23 +543,23 @@ def test_plain_http_can_be_allowed_by_the_environment(
     for allowed in (False, True):
         if allowed:
             monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
-        (shelf,) = case.opened(Remote(f"s3://{case.bucket}/{case.prefix}", **named), SMALL)
-        assert shelf.has(KEYS[:1]) == [allowed]
-        assert allowed or "'allow_http': True" in shelf.statistics()["error"]
+        (stored,) = case.opened(Remote(f"s3://{case.bucket}/{case.prefix}", **named), SMALL)
+        assert stored.has(KEYS[:1]) == [allowed]
+        assert allowed or "'allow_http': True" in stored.statistics()["error"]
 
 
 def test_a_forked_process_is_refused(case: Case) -> None:
     """Fault 13. Calls of obstore would never return there."""
     remote = case.remote()
     told = []
-    (shelf,) = case.opened(remote, SMALL)
+    (stored,) = case.opened(remote, SMALL)
     works: list[Any] = [
         partial(Remote, "memory://"),
         remote.wipe,
         partial(remote.forms, SMALL),
-        partial(load, shelf, KEYS[0]),
-        partial(shelf.has, KEYS[:1]),
-        partial(save, shelf, KEYS[0]),
+        partial(load, stored, KEYS[0]),
+        partial(stored.has, KEYS[:1]),
+        partial(save, stored, KEYS[0]),
     ]
     child = os.fork()
     if not child:
@@ -602,7 +602,7 @@ def test_a_store_is_refused_with_a_sentence_if_no_descriptor_is_left(tmp_path: P
                     store = BlockStore(form, staging=1 << 20, tiers=[way()])
                     assert store.lookup([b"k" * 32]) == 0
                     store.close()
-                    print("opened")
+                    print("stored")
                 except StoreError as error:
                     print(error)
                 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -612,54 +612,54 @@ def test_a_store_is_refused_with_a_sentence_if_no_descriptor_is_left(tmp_path: P
     assert ran.returncode == 0, ran.stderr
     told = ran.stdout.splitlines()
     assert len(told) == 18
-    assert "opened" in told[:9]
+    assert "stored" in told[:9]
     assert all("Too many open files" in told[n] for n in (0, 9))
 
 
 def test_a_put_whose_answer_is_lost_is_a_success(case: Case) -> None:
     """Fault 45."""
-    shelf = case.shelf()
+    stored = case.tier_store()
     case.proxy.play(Fault(f"PUT .*{KEYS[0].hex()}", cut=-1))
-    assert save(shelf, KEYS[0]) == [True]
+    assert save(stored, KEYS[0]) == [True]
     assert (
         bytes(obstore.get(case.raw, case.path(KEYS[0])).bytes()) == image(SMALL, KEYS[0]).tobytes()
     )
-    assert shelf.statistics()["error"] == ""
+    assert stored.statistics()["error"] == ""
 
 
 def test_an_object_deleted_after_lookup_is_a_miss_and_its_verdict_goes(case: Case) -> None:
     """Fault 46."""
     case.lay(KEYS[0])
-    shelf = case.shelf()
-    assert shelf.has(KEYS[:1]) == [True]
+    stored = case.tier_store()
+    assert stored.has(KEYS[:1]) == [True]
     obstore.delete(case.raw, [case.path(KEYS[0])])
-    assert shelf.has(KEYS[:1]) == [True]
-    assert not load(shelf, KEYS[0])[0]
+    assert stored.has(KEYS[:1]) == [True]
+    assert not load(stored, KEYS[0])[0]
     assert case.counted() == {"load miss": 1}
-    assert shelf.has(KEYS[:1]) == [False]
+    assert stored.has(KEYS[:1]) == [False]
 
 
 def test_a_block_that_was_loaded_is_there_for_a_lookup(case: Case) -> None:
     """Whatever was found before it was put by somebody else."""
-    shelf = case.shelf()
-    assert shelf.has(KEYS[:1]) == [False]
+    stored = case.tier_store()
+    assert stored.has(KEYS[:1]) == [False]
     case.lay(KEYS[0])
-    assert load(shelf, KEYS[0])[0]
-    assert shelf.has(KEYS[:1]) == [True]
+    assert load(stored, KEYS[0])[0]
+    assert stored.has(KEYS[:1]) == [True]
 
 
 @pytest.mark.parametrize("how", ["wipe", "miss", "minute"])
 def test_a_form_that_was_deleted_is_put_again(case: Case, how: str) -> None:
     """By a wipe, and by others: with blocks, which is noticed, or alone."""
     remote = case.remote()
-    (shelf,) = case.opened(remote, SMALL)
-    assert save(shelf, KEYS[0]) == [True]
+    (stored,) = case.opened(remote, SMALL)
+    assert save(stored, KEYS[0]) == [True]
     assert case.remote().wipe() == 2 if how != "wipe" else remote.wipe() == 2
     if how == "miss":
-        assert not load(shelf, KEYS[0])[0]
+        assert not load(stored, KEYS[0])[0]
     case.now += 61 if how == "minute" else 0
-    assert shelf.wants(KEYS[:1]) == [True]
-    assert save(shelf, KEYS[0]) == [True]
+    assert stored.wants(KEYS[:1]) == [True]
+    assert save(stored, KEYS[0]) == [True]
     assert [x.form for x in case.opened(case.remote(), replace(SMALL, heads=(0, 1, 2)))] == [
         replace(SMALL, heads=(0, 1, 2)),
         SMALL,
@@ -669,16 +669,16 @@ def test_a_form_that_was_deleted_is_put_again(case: Case, how: str) -> None:
 def test_an_upload_of_which_a_part_fails_leaves_nothing(case: Case) -> None:
     """Fault 47."""
     big = replace(LAYERED, layers=(0, 68, 68))  # 17 MiB, two parts
-    shelf = case.shelf(big, multipart=16 << 20)
+    stored = case.tier_store(big, multipart=16 << 20)
     case.proxy.play(Fault("partNumber=2", answer=b"500 Oh\nx", times=99))
-    assert save(shelf, KEYS[0]) == [False]
+    assert save(stored, KEYS[0]) == [False]
     if obstore.__version__ >= "0.12":  # before, parts stay for the bucket's rule
         assert "DELETE" in " ".join(case.proxy.asked)  # the upload
-    assert shelf.has(KEYS[:1]) == [False]
+    assert stored.has(KEYS[:1]) == [False]
     case.proxy.play()
-    assert save(shelf, KEYS[0]) == [True]
+    assert save(stored, KEYS[0]) == [True]
     assert sum("partNumber" in line for line in case.proxy.asked) == 2
-    well, row = load(shelf, KEYS[0])
+    well, row = load(stored, KEYS[0])
     assert well
     assert np.array_equal(row, image(big, KEYS[0]))
 
@@ -686,28 +686,28 @@ def test_an_upload_of_which_a_part_fails_leaves_nothing(case: Case) -> None:
 @pytest.mark.parametrize("code", ["NoSuchBucket", "ContainerNotFound"])
 def test_a_container_that_is_missing_is_no_missing_block(case: Case, code: str) -> None:
     """Fault 48."""
-    shelf = case.shelf()
+    stored = case.tier_store()
     answer = f"404 Not Found\n<Error><Code>{code}</Code></Error>".encode()
     case.proxy.play(Fault("", answer=answer, times=9))
-    assert not load(shelf, KEYS[0])[0]
-    assert code in shelf.statistics()["error"]
+    assert not load(stored, KEYS[0])[0]
+    assert code in stored.statistics()["error"]
     assert case.counted() == {"load error": 1}
     case.proxy.play(Fault("", answer=b"404 Not Found\nx", times=9))
-    assert save(shelf, KEYS[0]) == [False]
-    assert "performing PUT" in shelf.statistics()["error"]
+    assert save(stored, KEYS[0]) == [False]
+    assert "performing PUT" in stored.statistics()["error"]
 
 
 def test_a_bucket_that_is_missing_is_told_and_misses(
     case: Case, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Fault 48."""
-    (shelf,) = case.opened(case.remote("s3://nowhere/x"), SMALL)
-    assert "NoSuchBucket" in shelf.notes[0]
-    assert shelf.has(KEYS[:1]) == [False]
-    assert save(shelf, KEYS[0]) == [False]
+    (stored,) = case.opened(case.remote("s3://nowhere/x"), SMALL)
+    assert "NoSuchBucket" in stored.notes[0]
+    assert stored.has(KEYS[:1]) == [False]
+    assert save(stored, KEYS[0]) == [False]
     assert len(caplog.records) == 1
     case.now += 61
-    assert not load(shelf, KEYS[0])[0]
+    assert not load(stored, KEYS[0])[0]
     assert "NoSuchBucket" in caplog.records[1].message
 
 
@@ -715,10 +715,10 @@ def test_a_bucket_that_is_missing_is_told_and_misses(
 def test_names_of_a_prefix_stay_what_they_are(case: Case, name: str) -> None:
     """Fault 49."""
     url = f"s3://{case.bucket}/{case.prefix}/{name}"
-    (shelf,) = case.opened(case.remote(url), SMALL)
-    assert save(shelf, *KEYS[:2]) == [True, True]
+    (stored,) = case.opened(case.remote(url), SMALL)
+    assert save(stored, *KEYS[:2]) == [True, True]
     case.now += 61
-    assert shelf.has(KEYS[:3]) == [True, True, False]
+    assert stored.has(KEYS[:3]) == [True, True, False]
     paths = [one["path"] for batch in obstore.list(case.raw) for one in batch]
     assert len(paths) == 3
     assert len({path.partition("/1/" + SMALL.name)[0] for path in paths}) == 1
@@ -787,9 +787,9 @@ def test_a_load_asks_no_bucket_what_it_has(case: Case, forms: int) -> None:
 
 def test_parts_of_a_block_are_read_and_verified_alone(case: Case) -> None:
     sealed = case.lay(KEYS[0], LAYERED)
-    shelf = case.shelf(LAYERED)
+    stored = case.tier_store(LAYERED)
     assert len(LAYERED.segments) == 8
-    well, row = load(shelf, KEYS[0], segments=[2, 5])
+    well, row = load(stored, KEYS[0], segments=[2, 5])
     assert well
     for n, part in enumerate(LAYERED.segments):
         at = slice(HEADER + part.offset, HEADER + part.offset + part.nbytes)
@@ -798,8 +798,8 @@ def test_parts_of_a_block_are_read_and_verified_alone(case: Case) -> None:
     broken = sealed.copy()
     broken[HEADER + LAYERED.segments[2].offset] ^= 4
     case.lay(KEYS[0], LAYERED, broken)
-    assert load(shelf, KEYS[0], segments=[3])[0]
-    assert not load(shelf, KEYS[0], segments=[2])[0]
+    assert load(stored, KEYS[0], segments=[3])[0]
+    assert not load(stored, KEYS[0], segments=[2])[0]
 
 
 def test_each_remote_has_a_link_of_its_own_width(case: Case) -> None:
@@ -822,9 +822,9 @@ def test_a_lookup_that_hangs_does_not_keep_the_process(case: Case) -> None:
         form = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), "block layer page")
         store = Remote("s3://b/x", endpoint=sys.argv[1], region="r", access_key_id="a",
             secret_access_key="b", client_options={"allow_http": True, "read_timeout": "60s"})
-        (shelf,) = store.open(Graph(), None, [form])
+        (store of a tier,) = store.open(Graph(), None, [form])
         keys = [bytes([n]) * 32 for n in range(4)]
-        threading.Thread(target=shelf.has, args=[keys], daemon=True).start()
+        threading.Thread(target=store of a tier.has, args=[keys], daemon=True).start()
         time.sleep(1)
     """
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -835,18 +835,18 @@ def test_a_lookup_that_hangs_does_not_keep_the_process(case: Case) -> None:
 
 
 def test_a_slow_upload_is_not_cut_by_the_read_timeout(case: Case) -> None:
-    shelf = case.shelf(LAYERED, read_timeout=0.2)
+    stored = case.tier_store(LAYERED, read_timeout=0.2)
     case.proxy.play(Fault(f"PUT .*{KEYS[0].hex()}", slow_upload=4e6))
-    assert save(shelf, KEYS[0]) == [True]
+    assert save(stored, KEYS[0]) == [True]
     assert sum(line.startswith("PUT") for line in case.proxy.asked) == 2  # the form, the block
 
 
 def test_a_block_that_is_there_or_comes_first_is_not_written_again(case: Case) -> None:
     older = image(SMALL, KEYS[1])
     case.lay(KEYS[0], data=older)
-    shelf = case.shelf()
+    stored = case.tier_store()
     case.proxy.play(Fault(f"PUT .*{KEYS[2].hex()}", before=lambda: case.lay(KEYS[2], data=older)))
-    assert save(shelf, KEYS[0], KEYS[2]) == [True, True]
+    assert save(stored, KEYS[0], KEYS[2]) == [True, True]
     assert not [line for line in case.proxy.asked if line.startswith("PUT") and "0000" in line]
     for key in (KEYS[0], KEYS[2]):
         assert bytes(obstore.get(case.raw, case.path(key)).bytes()) == older.tobytes()
@@ -856,12 +856,12 @@ def test_blocks_of_other_forms_of_the_cache_are_found_and_read(case: Case) -> No
     part = replace(SMALL, heads=(1, 2, 2))
     other = replace(SMALL, model="another")
     for form in (SMALL, part, other):
-        assert save(case.shelf(form), KEYS[0]) == [True]
+        assert save(case.tier_store(form), KEYS[0]) == [True]
     for name, text in [("0" * 32, part.json()), ("1" * 32, "{"), ("2" * 32, "\xff")]:
         obstore.put(case.raw, f"1/{name}/form.json", text.encode("latin-1"))
-    shelves = case.opened(case.remote(), SMALL)
-    assert [(x.form, x.writable) for x in shelves] == [(SMALL, True), (part, False)]
-    assert load(shelves[1], KEYS[0])[0]
+    tier_stores = case.opened(case.remote(), SMALL)
+    assert [(x.form, x.writable) for x in tier_stores] == [(SMALL, True), (part, False)]
+    assert load(tier_stores[1], KEYS[0])[0]
 
 
 # Without credentials only moto's bucket can be read over plain HTTP.
@@ -876,14 +876,14 @@ def test_every_kind_of_store_keeps_and_wipes_its_blocks(
     }[kind]
     remote = Remote(url)
     for again in (False, True):  # a second store on the same tier
-        (shelf,) = case.opened(remote, SMALL)
-        assert shelf.has(KEYS[:2]) == [again, False]
-        assert save(shelf, KEYS[0]) == [True]
-        assert save(shelf, KEYS[0]) == [True]
-        well, row = load(shelf, KEYS[0])
+        (stored,) = case.opened(remote, SMALL)
+        assert stored.has(KEYS[:2]) == [again, False]
+        assert save(stored, KEYS[0]) == [True]
+        assert save(stored, KEYS[0]) == [True]
+        well, row = load(stored, KEYS[0])
         assert well
         assert np.array_equal(row, image(SMALL, KEYS[0]))
-        assert not load(shelf, KEYS[1])[0]
+        assert not load(stored, KEYS[1])[0]
     if kind == "http":
         with pytest.raises(StoreError, match="was to be wiped"):
             remote.wipe()
@@ -896,7 +896,7 @@ def test_a_wipe_takes_nothing_beside_the_prefix(case: Case) -> None:
     beside = case.store(case.proxy.url, "")
     obstore.put(beside, f"{case.prefix}2/1/x", b"1")
     obstore.put(beside, f"{case.prefix}/other", b"1")
-    assert save(case.shelf(), *KEYS) == [True] * len(KEYS)
+    assert save(case.tier_store(), *KEYS) == [True] * len(KEYS)
     assert case.remote().wipe() == len(KEYS) + 1
     paths = [one["path"] for batch in obstore.list(beside) for one in batch]
     assert {x for x in paths if case.prefix in x} == {f"{case.prefix}2/1/x", f"{case.prefix}/other"}
@@ -929,10 +929,10 @@ def test_an_object_that_is_written_anew_in_between_is_no_miss_afterwards(case: C
     """Fault 39. What is wrong twice, but not with one ETag."""
     wrong = [image(OTHER, key) for key in KEYS[:2]]
     case.lay(KEYS[0], data=wrong[0])
-    shelf = case.shelf()
+    stored = case.tier_store()
     case.proxy.play(Fault("GET"), Fault("GET", before=lambda: case.lay(KEYS[0], data=wrong[1])))
-    assert not load(shelf, KEYS[0])[0]
-    assert shelf.has(KEYS[:1]) == [True]
+    assert not load(stored, KEYS[0])[0]
+    assert stored.has(KEYS[:1]) == [True]
 
 
 # --- a fault deletes nothing ---
@@ -954,75 +954,75 @@ def test_a_path_that_flips_a_bit_costs_no_object(
     case: Case, segments: list[int] | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither by a deletion nor by a save, which would take the same path."""
-    shelf = case.shelf()
+    stored = case.tier_store()
     keys = KEYS[:8]
-    assert save(shelf, *keys) == [True] * 8
+    assert save(stored, *keys) == [True] * 8
     before = bodies(case)
     flip = Fault(r"GET .*/[0-9a-f]{64} ", flip=4099, times=999)  # header and payload alike
     if segments:
         flip = Fault(r"GET .*/[0-9a-f]{64} ", flip=9, times=999)
     case.proxy.play(flip)
     rows = [np.zeros(SMALL.image_bytes, np.uint8) for _ in keys]
-    assert shelf.read(keys, rows, segments) == [False] * 8
+    assert stored.read(keys, rows, segments) == [False] * 8
     assert bodies(case) == before
 
-    assert shelf.has(keys) == [False] * 8
-    assert shelf.wants(keys) == [False] * 8
+    assert stored.has(keys) == [False] * 8
+    assert stored.wants(keys) == [False] * 8
     case.proxy.play(Fault("PUT", answer=b"500 no object may be written\nx", times=99))
-    assert save(shelf, *keys) == [True] * 8
+    assert save(stored, *keys) == [True] * 8
     assert bodies(case) == before
 
     told = [x.getMessage() for x in caplog.records if "came wrong twice" in x.getMessage()]
     assert len(told) == 8
     for key, line in zip(keys, told, strict=True):
-        assert f"{shelf._remote.url}/{case.path(key)} " in line
+        assert f"{stored._remote.url}/{case.path(key)} " in line
         assert "the bytes changed on the way here" in line
 
     # After a while the path is tried again.
     case.proxy.play()
     case.now += 61
-    assert shelf.has(keys) == [True] * 8
-    assert load(shelf, keys[0])[0]
+    assert stored.has(keys) == [True] * 8
+    assert load(stored, keys[0])[0]
 
 
 @pytest.mark.parametrize("segments", [None, [0]])
 def test_a_damaged_object_counts_as_missing_until_a_save_writes_it_anew(
     case: Case, segments: list[int] | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shelf = case.shelf()
-    assert save(shelf, *KEYS[:2]) == [True, True]
+    stored = case.tier_store()
+    assert save(stored, *KEYS[:2]) == [True, True]
     broken = image(SMALL, KEYS[0])
     broken[HEADER + 5] ^= 1
     case.lay(KEYS[0], data=broken)
-    assert shelf.has(KEYS[:2]) == [True, True]
-    assert not load(shelf, KEYS[0], segments=segments)[0]
+    assert stored.has(KEYS[:2]) == [True, True]
+    assert not load(stored, KEYS[0], segments=segments)[0]
     assert f"{case.path(KEYS[0])} came wrong twice: the object is damaged" in caplog.text
     assert bodies(case)[KEYS[0]] == broken.tobytes()
 
     # No lookup offers it again, neither now nor after the verdict's time.
     for _ in range(3):
-        assert shelf.has(KEYS[:2]) == [False, True]
-        assert shelf.wants(KEYS[:2]) == [True, False]
+        assert stored.has(KEYS[:2]) == [False, True]
+        assert stored.wants(KEYS[:2]) == [True, False]
         case.now += 61
-        shelf.has(KEYS[1:2])
+        stored.has(KEYS[1:2])
 
     # A load that does not look it up fetches it once, not twice.
     case.proxy.play()
-    assert shelf.has(KEYS[:1]) == [False]
-    assert not load(shelf, KEYS[0], segments=segments)[0]
+    assert stored.has(KEYS[:1]) == [False]
+    assert not load(stored, KEYS[0], segments=segments)[0]
     gets = [line for line in case.proxy.asked if line.startswith("GET")]
     assert len(gets) == (1 if segments is None else 2)
 
-    assert save(shelf, KEYS[0]) == [True]
+    assert save(stored, KEYS[0]) == [True]
     assert bodies(case)[KEYS[0]] == image(SMALL, KEYS[0]).tobytes()
-    assert shelf.has(KEYS[:2]) == [True, True]
-    assert load(shelf, KEYS[0], segments=segments)[0]
+    assert stored.has(KEYS[:2]) == [True, True]
+    assert load(stored, KEYS[0], segments=segments)[0]
 
 
 def test_two_writers_of_a_damaged_object_leave_one_whole_object(case: Case) -> None:
     """The second one finds that the first has replaced it, and lets that be."""
-    one = case.shelf()
-    other = case.shelf()
+    one = case.tier_store()
+    other = case.tier_store()
     case.lay(KEYS[0], data=b"damaged")
     assert not load(one, KEYS[0])[0]
     assert not load(other, KEYS[0])[0]
@@ -1030,17 +1030,17 @@ def test_two_writers_of_a_damaged_object_leave_one_whole_object(case: Case) -> N
     first = obstore.head(case.raw, case.path(KEYS[0]))
     assert save(other, KEYS[0]) == [True]
     assert obstore.head(case.raw, case.path(KEYS[0])) == first
-    for shelf in (one, other):
-        assert shelf.has(KEYS[:1]) == [True]
-        assert load(shelf, KEYS[0])[0]
+    for stored in (one, other):
+        assert stored.has(KEYS[:1]) == [True]
+        assert load(stored, KEYS[0])[0]
 
 
 def test_an_object_that_was_damaged_and_is_gone_is_written(case: Case) -> None:
-    shelf = case.shelf()
+    stored = case.tier_store()
     case.lay(KEYS[0], data=b"damaged")
-    assert not load(shelf, KEYS[0])[0]
+    assert not load(stored, KEYS[0])[0]
     obstore.delete(case.raw, [case.path(KEYS[0])])
-    assert save(shelf, KEYS[0]) == [True]
+    assert save(stored, KEYS[0]) == [True]
     assert bodies(case)[KEYS[0]] == image(SMALL, KEYS[0]).tobytes()
 
 
@@ -1049,30 +1049,30 @@ def test_stores_without_an_md5_have_damaged_objects_written_anew(
     case: Case, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     remote = Remote("memory://" if kind == "memory" else f"file://{tmp_path}")
-    (shelf,) = case.opened(remote, SMALL)
-    assert save(shelf, KEYS[0]) == [True]
+    (stored,) = case.opened(remote, SMALL)
+    assert save(stored, KEYS[0]) == [True]
     broken = image(SMALL, KEYS[0])
     broken[HEADER] ^= 1
     obstore.put(remote.store, case.path(KEYS[0]), bytes(broken))
-    assert not load(shelf, KEYS[0])[0]
+    assert not load(stored, KEYS[0])[0]
     assert "no MD5 that says" in caplog.text
-    assert shelf.has(KEYS[:1]) == [False]
-    assert save(shelf, KEYS[0]) == [True]
-    assert load(shelf, KEYS[0])[0]
+    assert stored.has(KEYS[:1]) == [False]
+    assert save(stored, KEYS[0]) == [True]
+    assert load(stored, KEYS[0])[0]
 
 
 def test_an_etag_that_is_no_md5_blames_no_path(
     case: Case, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As in a bucket that encrypts by a key service: ETags of 32 hex that are no MD5."""
-    shelf = case.shelf()
-    assert save(shelf, KEYS[0]) == [True]
+    stored = case.tier_store()
+    assert save(stored, KEYS[0]) == [True]
     # The form's object tells: its bytes are known, its ETag is then another one's.
     obstore.put(case.raw, f"1/{SMALL.name}/form.json", b"other bytes")
     case.proxy.play(Fault("GET", flip=9, times=2))
-    assert not load(shelf, KEYS[0])[0]
+    assert not load(stored, KEYS[0])[0]
     assert "no MD5 that says" in caplog.text
-    assert shelf.wants(KEYS[:1]) == [True]
+    assert stored.wants(KEYS[:1]) == [True]
 
 
 @pytest.mark.parametrize("kind", ["memory", "file", "s3", "parts"])
@@ -1086,12 +1086,12 @@ def test_rows_may_be_written_once_a_save_has_returned(
     urls = {"memory": "memory://", "file": f"file://{tmp_path}"}
     multipart = 16 << 20 if kind == "parts" else 64 << 20
     remote = Remote(urls[kind]) if kind in urls else case.remote(multipart=multipart)
-    (shelf,) = case.opened(remote, form)
+    (stored,) = case.opened(remote, form)
     row = image(form, KEYS[0])
-    link = shelf.link_for_write(1)
-    assert shelf.write(link, KEYS[:1], [row], [1], [()]) == [True]
+    link = stored.link_for_write(1)
+    assert stored.write(link, KEYS[:1], [row], [1], [()]) == [True]
     row[:] = 0xFF
-    assert load(shelf, KEYS[0])[0]
+    assert load(stored, KEYS[0])[0]
 
 
 def test_a_store_in_memory_has_more_blocks_than_staging_has_rows() -> None:
@@ -1122,16 +1122,16 @@ def test_a_body_that_drips_or_stops_is_left_soon_after_the_deadline(
 ) -> None:
     """Retries and pieces do not matter: before, a read waited for a whole piece, up to 60 s."""
     case.lay(KEYS[0], form)
-    shelf = case.shelf(form, read_timeout=30.0)
+    stored = case.tier_store(form, read_timeout=30.0)
     case.proxy.play(Fault("GET", times=99, **fault))
     ends = time.monotonic() + 0.5
     began = time.monotonic()
-    assert not load(shelf, KEYS[0], stop=lambda: time.monotonic() > ends)[0]
+    assert not load(stored, KEYS[0], stop=lambda: time.monotonic() > ends)[0]
     assert time.monotonic() - began < 10
     assert case.counted() == {"load late": 1}
     # The worker and the store serve the next one.
     case.proxy.play()
-    assert load(shelf, KEYS[0])[0]
+    assert load(stored, KEYS[0])[0]
 
 
 @pytest.mark.parametrize(
@@ -1147,16 +1147,16 @@ def test_a_body_that_drips_or_stops_is_left_soon_after_the_deadline(
     ],
 )
 def test_what_a_store_answers_becomes_a_reason(case: Case, answer: bytes, kind: str) -> None:
-    shelf = case.shelf(retries=0)
+    stored = case.tier_store(retries=0)
     case.proxy.play(Fault("", answer=answer, times=99))
     reported: list[tuple[bytes, Any]] = []
-    assert not load(shelf, KEYS[0], report=lambda *each: reported.append(each))[0]
+    assert not load(stored, KEYS[0], report=lambda *each: reported.append(each))[0]
     ((key, reason),) = reported
     assert key == KEYS[0]
     assert reason.kind == kind
-    assert reason.where.startswith(shelf._remote.url)
+    assert reason.where.startswith(stored._remote.url)
     # A store that is left alone says what it failed with.
     for _ in range(FAILURES):
-        load(shelf, KEYS[0], report=lambda *each: reported.append(each))
+        load(stored, KEYS[0], report=lambda *each: reported.append(each))
     left_alone = "left alone for a while after" in reported[-1][1].where
     assert left_alone == (kind != "missing")

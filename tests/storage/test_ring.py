@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from support.storage_cases import aligned
 
-from portakv.storage import ring
-from portakv.storage.engine import Ended, Request
-from portakv.storage.ring import OneRing, Ring
+from portakv.storage.io import io_uring as ring
+from portakv.storage.io.base import Ended, Request
+from portakv.storage.io.io_uring import OneRing, Ring
 
 PAGE = 4096
 COUNT = 8

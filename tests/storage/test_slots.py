@@ -25,10 +25,10 @@ from support.storage_cases import small_form
 
 import portakv
 from portakv.errors import StoreBusy, StoreError
-from portakv.storage.engine import Request
 from portakv.storage.files import form_in
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header
+from portakv.storage.io.base import Request
 from portakv.storage.slots import Place, Slots
 from portakv.storage.table import SEGMENTS, records_in
 
@@ -41,7 +41,7 @@ def opened(folder: Path, slots: int | None = 8, form: BlockForm = FORM, **more: 
 
 
 def put(slots: Slots, key: bytes, generation: int) -> bool:
-    """Write a block as `DiskShelf.write` does."""
+    """Write a block as `DiskStore.write` does."""
     row = cases.images(1, slots.form)[0]
     sums = cases.fill(row, slots.form, key, generation)
     slot = slots.take(key)

@@ -24,7 +24,7 @@ from support.storage_cases import key_of, small_form
 from portakv import KVView
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 from portakv.storage.chains import FIRST, mark_of
-from portakv.storage.disk_shelf import DiskShelf
+from portakv.storage.disk_store import DiskStore
 from portakv.storage.slots import Slots
 from portakv.storage.space import Space
 
@@ -44,7 +44,7 @@ def opened(folder: Path, form: BlockForm, room: int | None = ROOM, **more: Any) 
 
 
 def put(slots: Slots, key: bytes, follows: int = FIRST) -> bool:
-    """Write a block as `DiskShelf.write` does."""
+    """Write a block as `DiskStore.write` does."""
     row = cases.images(1, slots.form)[0]
     sums = cases.fill(row, slots.form, key, 1)
     slot = slots.take(key, follows=follows)
@@ -252,7 +252,7 @@ def test_a_form_that_cannot_be_read_stays(tmp_path: Path) -> None:
     assert allocated(tmp_path) == ROOM
 
 
-def shelves(folder: Path, form: BlockForm) -> Iterator[DiskShelf]:
+def tier_stores(folder: Path, form: BlockForm) -> Iterator[DiskStore]:
     tier = Disk(folder, capacity=ROOM, io=Faulty())
     yield from tier.open(GRAPH(), NO_ROWS, [form, *tier.forms(form)])
 
@@ -265,8 +265,8 @@ def test_reading_in_other_parts_allocates_nothing(tmp_path: Path) -> None:
     for heads in (4, 2, 1):
         for size in (4, 8, 16):
             part = replace(whole, heads=(0, heads, 8), block_size=size)
-            for shelf in reversed([*shelves(tmp_path, part)]):
-                shelf.close()
+            for tier_store in reversed([*tier_stores(tmp_path, part)]):
+                tier_store.close()
     assert len([*tmp_path.glob("*/form.json")]) == 10
     assert allocated(tmp_path) == before
 
@@ -327,8 +327,8 @@ def test_a_chain_in_two_folders_loses_its_end(tmp_path: Path, by: str) -> None:
 
     def chain() -> list[bytes]:
         with BlockStore(half, tiers=[Disk(*folders, capacity=capacity)], **terms) as store:
-            shelf = store._shelves[0]
-            return [key for key, there in zip(keys, shelf.has(keys), strict=True) if there]
+            tier_store = store._tier_stores[0]
+            return [key for key, there in zip(keys, tier_store.has(keys), strict=True) if there]
 
     with BlockStore(half, tiers=[Disk(*folders, capacity=capacity)], **terms) as store:
         for i in range(0, 36, 3):
@@ -343,9 +343,9 @@ def test_a_chain_in_two_folders_loses_its_end(tmp_path: Path, by: str) -> None:
         rows = KVView(torch.zeros(8, 4, heads, 2, 4, 32, dtype=torch.float16), other.layout)
         with BlockStore(other, tiers=[Disk(*folders, capacity=capacity)], **terms) as store:
             store.save(rows, [0], ALL[100:101]).synchronize(60)
-            shelf = store._shelves[-1]
+            tier_store = store._tier_stores[-1]
             if by == "the whole form":
-                left = [key for key, there in zip(keys, shelf.has(keys), strict=True) if there]
+                left = [key for key, there in zip(keys, tier_store.has(keys), strict=True) if there]
                 assert is_beginning(left, keys)
     left = chain()
     assert is_beginning(left, keys)

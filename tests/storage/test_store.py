@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from support.ambient import STATES
 from support.core_cases import noise
 from support.device_cases import current, delay
-from support.storage_cases import FakeShelf, FakeTier, key_of, small_form
+from support.storage_cases import FakeStore, FakeTier, key_of, small_form
 
 from portakv import KVView
 from portakv.errors import (
@@ -42,9 +42,9 @@ from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
 from portakv.storage import BlockStore, remote
 from portakv.storage.disk import Disk
-from portakv.storage.disk_shelf import DiskShelf
+from portakv.storage.disk_store import DiskStore
 from portakv.storage.form import BlockForm
-from portakv.storage.plan import Shelf
+from portakv.storage.tier import TierStore
 
 LIMIT = 20.0  # seconds; nothing here takes as long
 KEYS = [key_of(i) for i in range(8)]
@@ -458,8 +458,8 @@ def test_nobody_joins_a_read_that_was_given_up(opened: Any) -> None:
     saved(store, source)
     begun = Event()
     cancelled = Event()
-    shelf = store._shelves[0]
-    read = shelf.read
+    tier_store = store._tier_stores[0]
+    read = tier_store.read
 
     def reads(keys: Any, rows: Any, segments: Any, stop: Any, report: Any) -> Any:
         begun.set()
@@ -470,7 +470,7 @@ def test_nobody_joins_a_read_that_was_given_up(opened: Any) -> None:
         go.wait(LIMIT)
         return [False] * len(keys)
 
-    shelf.read = reads
+    tier_store.read = reads
     first = store.load(cache(), [3], KEYS[:1])
     assert begun.wait(LIMIT)
     assert first.cancel()
@@ -494,8 +494,8 @@ def test_a_prefix_outlives_its_suffix(opened: Any, tmp_path: Path) -> None:
 
     store = make(8)
     saved(store, source)
-    shelf: Any = store._shelves[0]
-    assert shelf.parts[0][0].by_use() == KEYS[::-1]
+    tier_store: Any = store._tier_stores[0]
+    assert tier_store.parts[0][0].by_use() == KEYS[::-1]
     assert [store.rows.has(form.digest + key) for key in KEYS] == [True] * 4 + [False] * 4
     store.close()
     (tmp_path / form.name / "order").unlink()  # as after a kill: then the records tell the order
@@ -679,7 +679,7 @@ def test_close_does_not_wait_for_a_prefetch(opened: Any) -> None:
     begun = Event()
     saved(opened(tiers=[tier]), source)
     store = opened(tiers=[tier], host=4)
-    shelf = store._shelves[0]
+    tier_store = store._tier_stores[0]
 
     def hangs(keys: Any, rows: Any, segments: Any, stop: Any, report: Any) -> Any:
         begun.set()
@@ -688,7 +688,7 @@ def test_close_does_not_wait_for_a_prefetch(opened: Any) -> None:
         told.append(True)
         return [False] * len(keys)
 
-    shelf.read = hangs
+    tier_store.read = hangs
     store.prefetch([KEYS[0]])
     assert begun.wait(LIMIT)
     began = time.monotonic()
@@ -724,11 +724,11 @@ def test_ctrl_c_while_a_load_is_planned_leaves_nothing(opened: Any) -> None:
     tier = FakeTier()
     store = opened(tiers=[tier])
     saved(store, source)
-    shelf: Any = store._shelves[0]
-    shelf.touch = lambda keys: signal.raise_signal(signal.SIGINT)
+    tier_store: Any = store._tier_stores[0]
+    tier_store.touch = lambda keys: signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         store.load(target, range(8), KEYS)
-    shelf.touch = lambda keys: None
+    tier_store.touch = lambda keys: None
     store.load(target, range(8), KEYS).synchronize(LIMIT)
     assert same(source, range(8), target, range(8))
 
@@ -1041,7 +1041,7 @@ def test_what_a_store_refuses(opened: Any, tmp_path: Path) -> None:
     assert opened(host=1, weak_keys=True).lookup([b"weak"]) == 0
 
 
-def shelves(disk: DiskShelf, far: remote.Shelf, fake: FakeShelf) -> list[Shelf]:
+def tier_stores(disk: DiskStore, far: remote.RemoteStore, fake: FakeStore) -> list[TierStore]:
     """What a type checker sees: each of them is what a store knows of a tier."""
     return [disk, far, fake]
 

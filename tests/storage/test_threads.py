@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 from support.storage_cases import aligned
 
-from portakv.storage.engine import Request
-from portakv.storage.threads import Threads
+from portakv.storage.io.base import Request
+from portakv.storage.io.threads import Threads
 
 PAGE = 4096
 
@@ -183,8 +183,8 @@ def test_no_end_of_the_interpreter_waits_for_a_read_that_hangs(tmp_path: Path) -
     text = """if True:
         import os, sys, threading, time
         import numpy as np
-        from portakv.storage.engine import Request
-        from portakv.storage.threads import Threads
+        from portakv.storage.io.base import Request
+        from portakv.storage.io.threads import Threads
         begun, file, space = threading.Event(), open(sys.argv[1]), np.zeros(4096, np.uint8)
         os.preadv = lambda *_: begun.set() or time.sleep(60)
         asked = [Request(file.fileno(), 0, space.ctypes.data, 4096, False)]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """For the tests of the disk tier: blocks whose bytes follow from their key, an engine that fails on
-demand, what a shelf needs of a graph, and children that end in any way."""
+demand, what a store of a tier needs of a graph, and children that end in any way."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from portakv.errors import StoreBusy
 from portakv.storage import Disk, image
-from portakv.storage.disk_shelf import DiskShelf
-from portakv.storage.engine import Ended, Request
+from portakv.storage.disk_store import DiskStore
 from portakv.storage.form import BlockForm
-from portakv.storage.threads import carry
+from portakv.storage.io.base import Ended, Request
+from portakv.storage.io.threads import carry
 from support.storage_cases import aligned, key_of, small_form
 
 Bytes = npt.NDArray[np.uint8]
@@ -78,7 +78,7 @@ class Faulty:
 
 
 class Tally:
-    """What a shelf needs of a graph: links, and a place to count."""
+    """What a store of a tier needs of a graph: links, and a place to count."""
 
     def __init__(self) -> None:
         self.links: dict[str, Any] = {}
@@ -133,8 +133,8 @@ def kill_writer(work: Callable[[int], object], most: float) -> None:
     kill(pid)
 
 
-def reopened(tier: Disk, form: BlockForm) -> DiskShelf:
-    """The shelf, as soon as the requests of a process that was killed have landed."""
+def reopened(tier: Disk, form: BlockForm) -> DiskStore:
+    """The store of a tier, as soon as the requests of a process that was killed have landed."""
     graph: Any = Tally()
     until = time.monotonic() + 10
     while True:

@@ -76,9 +76,9 @@ class FakeTier:
     def forms(self, form: BlockForm) -> list[BlockForm]:
         return [x for x in dict.fromkeys(x for x, _ in self.blocks) if form.same_cache(x)]
 
-    def open(self, graph: Any, rows: Any, forms: Any, generation: int = 0) -> list[FakeShelf]:
+    def open(self, graph: Any, rows: Any, forms: Any, generation: int = 0) -> list[FakeStore]:
         link = graph.link(f"{self.tier}:x", width=self.width)
-        return [FakeShelf(self, form, link, form == forms[0]) for form in forms]
+        return [FakeStore(self, form, link, form == forms[0]) for form in forms]
 
     def put(self, form: BlockForm, keys: list[bytes], rows: torch.Tensor) -> None:
         """Blocks that are there, as sealed images."""
@@ -86,7 +86,7 @@ class FakeTier:
             self.blocks[form, key] = row[: form.image_bytes].tobytes()
 
 
-class FakeShelf:
+class FakeStore:
     """What a `BlockStore` knows of a `FakeTier`."""
 
     def __init__(self, owner: FakeTier, form: BlockForm, link: Any, own: bool) -> None:

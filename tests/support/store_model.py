@@ -18,11 +18,11 @@ import torch
 from portakv import KVView
 from portakv.errors import TransferCancelled, TransferError, TransferTimeout
 from portakv.storage.disk import Disk
-from portakv.storage.disk_shelf import DiskShelf
-from portakv.storage.engine import Ended, Engine, Request
+from portakv.storage.disk_store import DiskStore
 from portakv.storage.form import BlockForm
+from portakv.storage.io.base import Ended, Engine, Request
+from portakv.storage.io.threads import carry
 from portakv.storage.slots import Slots
-from portakv.storage.threads import carry
 
 LIMIT = 20.0  # seconds after which it counts as a deadlock
 ORDER = ("block", "kv", "head", "token", "dim")
@@ -229,17 +229,17 @@ class Troubled:
 
 
 class WatchedDisk(Disk):
-    """A disk tier that tells its shelves."""
+    """A disk tier that tells its stores of a tier."""
 
-    shelves: Sequence[DiskShelf] = ()
+    tier_stores: Sequence[DiskStore] = ()
 
-    def open(self, *given: Any) -> list[DiskShelf]:
-        self.shelves = super().open(*given)
-        return [*self.shelves]
+    def open(self, *given: Any) -> list[DiskStore]:
+        self.tier_stores = super().open(*given)
+        return [*self.tier_stores]
 
     def slots(self) -> list[Slots]:
         """Of each folder, those of the first form first."""
-        return [slots for shelf in self.shelves for slots, _ in shelf.parts]
+        return [slots for tier_store in self.tier_stores for slots, _ in tier_store.parts]
 
     def found(self) -> dict[Path, tuple[set[bytes], int]]:
         """Of each folder the keys and the number of slots."""

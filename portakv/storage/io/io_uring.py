@@ -18,8 +18,8 @@ from functools import partial
 
 import numpy as np
 
-from portakv.storage.engine import Ended, Request
-from portakv.storage.threads import Threads, carry, to_the_end
+from portakv.storage.io.base import Ended, Request
+from portakv.storage.io.threads import Threads, carry, to_the_end
 
 # the same on every architecture but alpha
 SETUP = 425

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 
 from portakv.errors import StoreError
 from portakv.runtime.devices import this_process
-from portakv.storage.engine import Ended, Request
+from portakv.storage.io.base import Ended, Request
 
 
 def to_the_end(go: Callable[[bool], None]) -> None:

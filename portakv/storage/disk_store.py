@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DiskShelf` reads and writes the blocks of one form in all folders of a disk tier. A block goes
+"""`DiskStore` reads and writes the blocks of one form in all folders of a disk tier. A block goes
 to the folder with the fewest bytes queued."""
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from portakv.graph.graph import Graph, Link
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
-from portakv.storage.engine import LOST, Engine, Request
 from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Header, Row, header, predecessor, verify
+from portakv.storage.io.base import LOST, Engine, Request
 from portakv.storage.reasons import Reason, Report
 from portakv.storage.slots import PAGE, Place, Slots
 
@@ -58,7 +58,7 @@ class _Pinned:
 
 
 @dataclass(eq=False, repr=False)
-class DiskShelf:
+class DiskStore:
     """The blocks of one form in all folders of a disk tier, as `BlockStore` knows a tier. The one
     that is ``writable`` ends the engine of all: it is closed last."""
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from portakv.backends.base import Decision
 from portakv.errors import InvalidTerms, StoreError
-from portakv.storage.engine import Engine
-from portakv.storage.ring import Ring
-from portakv.storage.threads import Threads
+from portakv.storage.io.base import Engine
+from portakv.storage.io.io_uring import Ring
+from portakv.storage.io.threads import Threads
 
 
 def choose(

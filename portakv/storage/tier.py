@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tier protocol: what a block store keeps blocks in, outside of its own host memory.
+
+A *tier* (`Tier`) says where blocks go: `Disk`, `Remote`, or a class of another package. Opened for
+the forms of a cache, it gives one *tier store* (`TierStore`) for each form. A tier store reads and
+writes sealed images of blocks (`portakv.storage.image`) between its medium and rows of host memory
+that the block store owns.
+
+The library calls a tier in this order:
+
+- `Tier.forms` when a block store is made: the other forms of the same cache that lie in the tier.
+- `Tier.open` once, with the block store's own form first. It opens everything or raises.
+- For each call of a user, under the lock of the task graph: `known`, `wants`, `link`,
+  `link_for_write` and `touch`. They answer from memory and return within microseconds.
+- `has` in the thread of a `lookup`, without that lock. It may ask over a network until its timeout.
+- `read` and `write` in workers of the link that `link` or `link_for_write` returned, several at a
+  time for one tier store. They block until the blocks came or are stored. The rows belong to them
+  until they return, and to nobody's medium afterwards: whatever still uses a row has to end first.
+- `close` once for each tier store, after the last call, the tier store of the own form last.
+
+Promises of an implementation:
+
+- A block that `read` or `write` returns as landed is whole and right. A tier verifies checksums on
+  each read, and forgets a block whose bytes are wrong.
+- Failures of a medium are no exceptions: the block has not landed, and `report` gets the reason for
+  each such block. An exception fails the whole task, with a traceback in the log.
+- A tier may lose any block at any time. It may not return one form's block for another form.
+- `stop()` turns true when nothing waits for a read any more. The read then returns soon.
+
+`portakv conform --contract tier NAME` runs these promises over a tier. How a tier's memory is lent
+(sources that are released before a save has ended), and how it announces keys to another process,
+is provisional: both follow with the rewritten store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from portakv.graph.graph import Graph, Link
+from portakv.storage.form import BlockForm
+from portakv.storage.image import Row
+from portakv.storage.reasons import Report
+from portakv.storage.rows import Rows
+
+Keys = Sequence[bytes]
+
+
+class Tier(Protocol):
+    """Where a block store keeps blocks, not open yet."""
+
+    def forms(self, form: BlockForm, /) -> list[BlockForm]:
+        """Return the other forms of the form's cache that lie in the tier."""
+        ...
+
+    def open(self, graph: Graph, rows: Rows, forms: Sequence[BlockForm], /) -> Sequence[TierStore]:
+        """Open the tier for forms, the block store's own one first.
+
+        Args:
+            graph: makes the links that reads and writes run on, and counts what happened.
+            rows: the host memory of the block store; an engine may register ``rows.memory``.
+            forms: the own form, which is created if need be, and other ones, which are read only.
+
+        Returns the tier store of the own form, and those of other forms that can be read.
+
+        Raises:
+            StoreError: the tier cannot be opened for the own form.
+        """
+        ...
+
+
+class TierStore(Protocol):
+    """The blocks of one form in one tier.
+
+    Attributes:
+        tier: the kind of tier, such as "disk", for statistics.
+        form: the form of its blocks.
+        writable: True for the store of the block store's own form.
+        notes: sentences for `BlockStore.explain`.
+        where: its paths or its URL, for errors; without secrets.
+        generation: the highest generation of a block that it found when it was opened.
+    """
+
+    tier: str
+    form: BlockForm
+    writable: bool
+    notes: list[str]
+
+    @property
+    def where(self) -> str: ...
+    @property
+    def generation(self) -> int: ...
+
+    def has(self, keys: Keys, timeout: float | None = None, /) -> list[bool]:
+        """Return which blocks are there; it may ask the medium, ``timeout`` seconds at most."""
+        ...
+
+    def known(self, keys: Keys, /) -> list[bool]:
+        """Return which blocks are there as far as is known here; it asks nobody."""
+        ...
+
+    def wants(self, keys: Keys, /) -> list[bool]:
+        """Return which blocks a save has to bring: those that are missing here and admitted."""
+        ...
+
+    def link(self, key: bytes, /) -> Link:
+        """Return the link in whose workers a block is read."""
+        ...
+
+    def link_for_write(self, nbytes: int, /) -> Link:
+        """Return the link in whose workers so many bytes are best written now."""
+        ...
+
+    def read(
+        self,
+        keys: Keys,
+        rows: Sequence[Row],
+        segments: Sequence[int] | None,
+        stop: Callable[[], bool],
+        report: Report,
+        /,
+    ) -> list[bool]:
+        """Read images of blocks into rows; return which came whole and right.
+
+        Args:
+            segments: the parts of the payload to read, by number in ``form.segments``; with the
+                first one comes the header. None: the whole image.
+            stop: returns True when nothing waits for the blocks any more.
+            report: gets the key of each block that did not come, and the reason.
+        """
+        ...
+
+    def write(
+        self,
+        link: Link,
+        keys: Keys,
+        rows: Sequence[Row],
+        generations: Sequence[int],
+        checksums: Sequence[Sequence[int]],
+        own: Mapping[bytes, int] | None = None,
+        evict: bool = True,
+        *,
+        report: Report,
+    ) -> list[bool]:
+        """Store sealed images of blocks; return which are there now.
+
+        Args:
+            link: the link that `link_for_write` returned for them.
+            generations: one for each block; a prefix has a newer one than what follows it.
+            checksums: those of each block's segments, as they stand in its header.
+            own: the keys of the whole save with their order; no later one evicts an earlier one.
+            evict: False drops a block rather than evict another one.
+            report: gets the key of each block that is not stored, and the reason.
+        """
+        ...
+
+    def touch(self, keys: Keys, follows: Sequence[int] = (), /) -> None:
+        """Note that blocks of a prefix were used, in its order; ``follows``: the mark of the block
+        that each of them follows, if a save names them."""
+        ...
+
+    def statistics(self) -> dict[str, Any]:
+        """Return figures that fit into JSON."""
+        ...
+
+    def close(self) -> None:
+        """Make everything durable that `write` returned as stored, and let go of the medium."""
+        ...
