@@ -8,6 +8,7 @@ import gc
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,10 @@ from portakv.interconnect import link
 from portakv.runtime import cuda
 from portakv_conformance import simdev
 
+MANY_MODULES = 100
 pytest_plugins = ["support.own_process"]
+
+_frozen = pytest.StashKey[int]()
 
 
 def positive(text: str) -> int:
@@ -85,10 +89,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """SIGINT interrupts, also in a process that was begun in the background, which ignores it."""
+    """SIGINT interrupts, also in a process that was begun in the background, which ignores it.
+
+    No callback of a collection of garbage, such as Hypothesis's, runs meanwhile: Python ignores an
+    interrupt that is raised in one.
+    """
+    callbacks = gc.callbacks[:]
+    gc.callbacks.clear()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+    gc.callbacks[:] = callbacks
 
 
 _SIMDEV = "privateuseone"  # torch's own name for the simulated device
@@ -121,10 +132,22 @@ def _check_simdev(used: torch.device) -> None:
         assert not simdev.take_faults()
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Keep what was collected out of every later collection of garbage, of which tests ask many."""
+    _freeze(session.config)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Keep the modules that a test imported, such as torch's compiler, out of them too."""
+    if len(sys.modules) > item.config.stash[_frozen] + MANY_MODULES:
+        _freeze(item.config)
+
+
+def _freeze(config: pytest.Config) -> None:
     gc.collect()
     gc.freeze()
+    config.stash[_frozen] = len(sys.modules)
 
 
 @pytest.hookimpl(tryfirst=True)
