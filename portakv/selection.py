@@ -22,6 +22,7 @@ from importlib.metadata import entry_points
 from inspect import isabstract
 from typing import Generic, TypeVar, cast
 
+from portakv.arguments import shown
 from portakv.errors import BackendUnavailable, PortaKVError
 
 Made = TypeVar("Made")
@@ -70,6 +71,11 @@ class Kind:
     def forced(self, name: str | None = None) -> str | None:
         """Return the name that the variable forces, else ``name``; None: PortaKV chooses."""
         return (os.environ.get(self.variable) if self.variable else None) or name
+
+    def source(self) -> str:
+        """Return the name of the variable, if it forces a candidate, else of the argument."""
+        forces = self.variable and os.environ.get(self.variable)
+        return self.variable if forces else self.argument
 
     def release(self) -> str:
         """Return what a user does so that no candidate is forced, as a phrase."""
@@ -161,21 +167,24 @@ class Catalog(Generic[Base]):
 
     Args:
         kind: what the candidates are.
-        base: the class that each candidate extends.
+        base: the class that each candidate extends. None: a candidate is anything that makes one.
         built_in: the candidates of PortaKV, in the order in which they are tried.
         group: the entry-point group of other packages' candidates.
         reserved: further names that no candidate may take.
         last: built-in candidates that are tried after those of other packages.
+        paths: False takes names alone, not ``"package.module:Class"``. A name that comes from
+            another process must not import anything.
     """
 
     def __init__(
         self,
         kind: Kind,
-        base: type[object],
-        built_in: Mapping[str, str],
+        base: type[object] | None,
+        built_in: Mapping[str, str | type[Base]],
         group: str,
         reserved: Iterable[str] = (),
         last: Sequence[str] = (),
+        paths: bool = True,
     ) -> None:
         self.kind = kind
         self.built_in = built_in
@@ -184,10 +193,11 @@ class Catalog(Generic[Base]):
         self._group = group
         self._reserved = frozenset(reserved)
         self._last = last
+        self._paths = paths
         self._refused: list[Decision] = []
 
     @cached_property
-    def _targets(self) -> dict[str, str | type[Base]]:
+    def targets(self) -> dict[str, str | type[Base]]:
         """The target of each candidate. Entry points are read on first use."""
         targets: dict[str, str | type[Base]] = dict(self.built_in)
         for entry in entry_points(group=self._group):
@@ -201,17 +211,17 @@ class Catalog(Generic[Base]):
         return targets
 
     def __contains__(self, name: object) -> bool:
-        return name in self._targets
+        return name in self.targets
 
     def names(self) -> list[str]:
         """Return the candidates in order: built-in ones, entry points, registered ones, and those
         that come last."""
-        last = [name for name in self._last if name in self._targets]
-        return [*(name for name in self._targets if name not in last), *last]
+        last = [name for name in self._last if name in self.targets]
+        return [*(name for name in self.targets if name not in last), *last]
 
     def refused(self) -> list[Decision]:
         """Return the decisions about entry points whose name was taken."""
-        _ = self._targets  # reads the entry points
+        _ = self.targets  # reads the entry points
         return self._refused
 
     def register(self, name: str, target: str | type[Base]) -> None:
@@ -224,7 +234,7 @@ class Catalog(Generic[Base]):
         why = ""
         if not name or not isinstance(name, str):
             why = "its name must be a text that is not empty"
-        elif name in self._targets or name in self._reserved:
+        elif name in self.targets or name in self._reserved:
             why = "the name is registered already; use another name"
         elif not isinstance(target, str):
             self._check(target, name)
@@ -232,33 +242,49 @@ class Catalog(Generic[Base]):
             why = f"expected 'package.module:Class' or the class, got {target!r}"
         if why:
             raise BackendUnavailable(f"Cannot register {self.kind.one} as {name!r}: {why}.")
-        self._targets[name] = target
+        self.targets[name] = target
 
     def unregister(self, name: str) -> None:
         """Remove a candidate that was registered; raise `BackendUnavailable` for another name."""
-        if not isinstance(name, str) or name not in self._targets or name in self.built_in:
+        if not isinstance(name, str) or name not in self.targets or name in self.built_in:
             raise BackendUnavailable(
                 f"Expected the name of a registered {self.kind.noun}, got {name!r}. Pass a name "
                 f"that was registered."
             )
-        del self._targets[name]
+        del self.targets[name]
+
+    def check(self, argument: str, name: object) -> str:
+        """Return a name that a candidate has, or the text ``"package.module:Class"``.
+
+        Raises:
+            PortaKVError: ``kind.unknown``, for anything else; ``argument`` names it.
+        """
+        path = self._paths and isinstance(name, str) and _TARGET.fullmatch(name)
+        if isinstance(name, str) and (name in self.built_in or name in self.targets or path):
+            return name
+        near = get_close_matches(str(name), self.names(), n=1)
+        meant = f"Did you mean {near[0]!r}?" if near else "Pass one of these."
+        options = [repr(each) for each in self.names()]
+        if self._paths:
+            options.append("'package.module:Class'")
+        raise self.kind.unknown(
+            f"Expected {argument} to be {' or '.join(options)}, got {shown(name)}. {meant}"
+        )
 
     def load(self, name: str) -> type[Base]:
         """Return the class of a candidate, or of ``"package.module:Class"``, imported if need be.
 
         Raises:
             BackendUnavailable: it is not a class of this kind.
-            PortaKVError: ``kind.unknown``, for another name.
+            PortaKVError: ``kind.unknown``, as `check` raises it.
             Exception: whatever the import of another package raises.
         """
-        target = self._targets.get(name, name)
+        # A built-in candidate is found without a look at the installed packages.
+        target = self.built_in.get(name) or self.targets.get(name, name)
         if not isinstance(target, str):
             return target
-        if not _TARGET.fullmatch(target):
-            raise self.kind.unknown(
-                f"Expected {self.kind.one} that is known, got {name!r}: {self.unknown(name)}. Pass "
-                f"one of these, or package.module:Class."
-            )
+        if target is name:
+            self.check(self.kind.noun, name)
         return self._check(pkgutil.resolve_name(target), name)
 
     def unknown(self, name: object) -> str:
@@ -271,8 +297,16 @@ class Catalog(Generic[Base]):
     def _check(self, target: object, name: str) -> type[Base]:
         """Return the class of a candidate; raise `BackendUnavailable` for anything else."""
         base = self._base
-        if isinstance(target, type) and issubclass(target, base) and not isabstract(target):
+        if base is None:
+            right = callable(target)
+        else:
+            right = isinstance(target, type) and issubclass(target, base) and not isabstract(target)
+        if right:
             return cast("type[Base]", target)
+        if base is None:
+            raise BackendUnavailable(
+                f"Expected {self.kind.noun} {name!r} to be a class, got {target!r}. Name a class."
+            )
         methods = ", ".join(sorted(getattr(base, "__abstractmethods__", ())))
         raise BackendUnavailable(
             f"Expected {self.kind.noun} {name!r} to be a subclass of {base.__module__}."

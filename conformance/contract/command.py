@@ -5,7 +5,6 @@ engine."""
 from __future__ import annotations
 
 import argparse
-import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -14,51 +13,58 @@ from typing import Any
 
 from portakv.cli.console import print_json
 from portakv.errors import PortaKVError
-from portakv.migrate.transports import TRANSPORTS
+from portakv.migrate import transports
+from portakv.migrate.transports.base import Transport
+from portakv.selection import Catalog
 from portakv.storage import Disk, Remote
-from portakv.storage.io.io_uring import Ring
-from portakv.storage.io.threads import Threads
+from portakv.storage.io.choose import ENGINES
+from portakv.storage.tier import TIERS
 from portakv_conformance.contract import io, tier, transport
 from portakv_conformance.contract.runner import Outcome, checks_of, run_checks
 from portakv_conformance.run.journal import SubjectUnavailable
 
-#: The implementations of PortaKV by contract and name, each made as the contract makes it.
-BUILT_IN: dict[str, dict[str, Callable[..., Any]]] = {
-    "tier": {
-        "disk": lambda folder: Disk(folder, capacity=8 << 20),
-        "remote": lambda folder: Remote(f"file://{folder}"),
-    },
-    "transport": dict(TRANSPORTS),
-    "io": {"ring": Ring, "threads": Threads},
+#: The implementations of each contract by name, also those of installed packages.
+CATALOGS: dict[str, Catalog[Any]] = {
+    "tier": TIERS,
+    # With paths, which a process would not take from a peer.
+    "transport": Catalog[Transport](
+        transports.KIND, Transport, transports.BUILT_IN, "portakv.transports"
+    ),
+    "io": ENGINES,
 }
-KINDS = tuple(BUILT_IN)
+#: How the contract makes a tier of PortaKV in an empty folder.
+_MADE: dict[tuple[str, str], Callable[..., Any]] = {
+    ("tier", "disk"): lambda folder: Disk(folder, capacity=8 << 20),
+    ("tier", "remote"): lambda folder: Remote(f"file://{folder}"),
+}
 
 
 def implementation(contract: str, name: str) -> Callable[..., Any]:
-    """Return what makes the subjects of a contract: a built-in name, or ``package.module:Name``.
+    """Return what makes the subjects of a contract.
 
-    A tier is called with an empty folder, an I/O engine without arguments, and a transport's class
-    with a device and a timeout in seconds.
+    A tier's maker is called with an empty folder, an I/O engine's class without arguments, and a
+    transport's class with a device and a timeout in seconds.
+
+    Args:
+        name: a built-in name, one of an installed package, or ``package.module:Name``.
 
     Raises:
-        SubjectUnavailable: there is none of that name.
+        SubjectUnavailable: nothing has that name, or it does not load.
     """
-    known = BUILT_IN[contract]
-    if name in known:
-        return known[name]
-    if ":" not in name:
-        raise SubjectUnavailable(
-            f"Expected the name of a {contract} ({', '.join(known)}) or package.module:Name, got "
-            f"{name!r}. Pass one of these."
-        )
+    made = _MADE.get((contract, name))
+    if made is not None:
+        return made
+    catalog = CATALOGS[contract]
     try:
-        made: Callable[..., Any] = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
+        make: Callable[..., Any] = catalog.load(catalog.check("NAME", name))
+    except PortaKVError as error:
+        raise SubjectUnavailable(str(error)) from error
+    except (ImportError, AttributeError) as error:
         raise SubjectUnavailable(
             f"Expected {name!r} to name an object of an installed package, but it does not load: "
             f"{type(error).__name__}: {error}. Correct the name, or install the package."
         ) from error
-    return made
+    return make
 
 
 def outcomes_of(contract: str, make: Callable[..., Any]) -> list[Outcome]:
@@ -83,7 +89,7 @@ def main(words: Sequence[str]) -> int:
         prog="portakv conform --contract",
         description="Runs the contract suite of a tier, a transport or an I/O engine.",
     )
-    parser.add_argument("contract", choices=KINDS, metavar="KIND", help=" or ".join(KINDS))
+    parser.add_argument("contract", choices=CATALOGS, metavar="KIND", help=" or ".join(CATALOGS))
     parser.add_argument("name", metavar="NAME", help="a built-in name, or package.module:Name")
     parser.add_argument("--json", action="store_true", help="print the outcomes as one JSON value")
     args = parser.parse_args(words)

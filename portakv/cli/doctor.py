@@ -16,7 +16,6 @@ from importlib.util import find_spec
 import torch
 
 from portakv import __version__
-from portakv.arguments import one_of
 from portakv.cli.backends import candidates_for, forced_backend
 from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
 from portakv.errors import InvalidTerms
@@ -24,6 +23,7 @@ from portakv.integrations import INTEGRATIONS, MATRIX, Integration, untested, wh
 from portakv.registry import ENVIRONMENT
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime.devices import device_name, devices_present
+from portakv.selection import Catalog, Kind
 
 HELP = "list the integrations, devices and extras that work here, and why others do not"
 DESCRIPTION = """\
@@ -49,11 +49,22 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "triton": (("triton",), "the backends `triton` and `compiled` on GPUs"),
 }
 
-#: The values of variables that choose an implementation. Their modules need extras, and are not
-#: imported here.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "PORTAKV_MOVER": ("distributed", "nixl", "mooncake"),
-    "PORTAKV_IO": ("ring", "threads"),
+#: The implementations that variables choose from. Their modules need extras, and are not imported
+#: here.
+CHOICES: dict[str, Catalog[object]] = {
+    "PORTAKV_MOVER": Catalog(
+        Kind("transport", unknown=InvalidTerms),
+        None,
+        dict.fromkeys(("distributed", "nixl", "mooncake"), ""),
+        "portakv.transports",
+        paths=False,
+    ),
+    "PORTAKV_IO": Catalog(
+        Kind("I/O engine", unknown=InvalidTerms),
+        None,
+        dict.fromkeys(("ring", "threads"), ""),
+        "portakv.io_engines",
+    ),
 }
 
 
@@ -86,7 +97,7 @@ def _wrong_variables() -> Iterator[str]:
         if not value:
             continue
         try:
-            one_of(name, value, choices)
+            choices.check(name, value)
         except InvalidTerms as error:
             yield str(error)
             continue

@@ -137,11 +137,11 @@ def _links(device: torch.device) -> Iterator[Decision]:
 
 def _transports(device: torch.device) -> Iterator[Decision]:
     """Yield the answer of each transport for staging buffers on the device."""
-    from portakv.migrate.transports import ONLY_ASKED, TRANSPORTS
+    from portakv.migrate.transports import ONLY_BY_NAME, TRANSPORTS
 
-    for name in TRANSPORTS:
-        decision = TRANSPORTS[name].probe(device)
-        if decision.accepted and name in ONLY_ASKED:
+    for name in TRANSPORTS.names():
+        decision = TRANSPORTS.load(name).probe(device)
+        if decision.accepted and name in ONLY_BY_NAME:
             decision = Decision(name, True, f"{decision.reason}; only if it is requested by name")
         yield decision
 

@@ -21,7 +21,7 @@ from portakv.storage.disk_store import DiskStore
 from portakv.storage.files import form_in
 from portakv.storage.form import BlockForm, block_size_notes
 from portakv.storage.io.base import Engine
-from portakv.storage.io.choose import choose
+from portakv.storage.io.choose import ENGINES, choose
 from portakv.storage.slots import Slots, Track
 from portakv.storage.space import Space
 
@@ -43,7 +43,7 @@ class Disk:
         capacity: int,
         admit: Literal["always", "second"] = "always",
         workers: int = 4,
-        io: Literal["ring", "threads"] | Engine | None = None,
+        io: str | Engine | None = None,
         track: Track = lambda items, _: items,
     ) -> None:
         if not folders:
@@ -56,7 +56,7 @@ class Disk:
             if "://" in str(folder):
                 raise InvalidTerms("Expected folders, got a URL. Pass the URL to `Remote`.")
         if io is not None and (isinstance(io, str) or not hasattr(io, "run")):
-            one_of("io", io, ("ring", "threads"))
+            ENGINES.check("io", io)
         if not callable(track):
             raise invalid("track", "a function", track, "Leave it out, or pass one.")
         number("capacity", capacity, 1, (1 << 63) - 1024, "a number of bytes, 1 or more")

@@ -37,13 +37,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from portakv.errors import InvalidTerms, StoreError
 from portakv.graph.graph import Graph, Link
+from portakv.selection import Catalog, Kind
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Row
 from portakv.storage.reasons import Report
 from portakv.storage.rows import Rows
 
 Keys = Sequence[bytes]
+#: The tiers by name; other packages name theirs in the entry-point group ``portakv.tiers``.
+BUILT_IN = {"disk": "portakv.storage.disk:Disk", "remote": "portakv.storage.remote:Remote"}
 
 
 class Tier(Protocol):
@@ -67,6 +71,11 @@ class Tier(Protocol):
             StoreError: the tier cannot be opened for the own form.
         """
         ...
+
+
+TIERS = Catalog[Tier](
+    Kind("tier", error=StoreError, unknown=InvalidTerms), None, BUILT_IN, "portakv.tiers"
+)
 
 
 class TierStore(Protocol):

@@ -13,7 +13,7 @@ import pytest
 from portakv.storage import Disk, Remote
 from portakv_conformance.cli import main
 from portakv_conformance.contract import wrong
-from portakv_conformance.contract.command import BUILT_IN, implementation, outcomes_of
+from portakv_conformance.contract.command import CATALOGS, implementation, outcomes_of
 from portakv_conformance.contract.runner import Check, Outcome, expect, run_checks
 from portakv_conformance.run.journal import SubjectUnavailable
 
@@ -30,10 +30,11 @@ def failures(outcomes: list[Outcome]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("contract", "name"), [(contract, name) for contract in BUILT_IN for name in BUILT_IN[contract]]
+    ("contract", "name"),
+    [(contract, name) for contract in CATALOGS for name in CATALOGS[contract].built_in],
 )
 def test_what_portakv_brings_keeps_its_contract(contract: str, name: str) -> None:
-    make = BUILT_IN[contract][name]
+    make = implementation(contract, name)
     if contract == "transport":
         import torch
 
@@ -84,7 +85,11 @@ def test_the_command_prints_each_promise(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("pigeon", "disk, remote"), ("nowhere:Tier", "ModuleNotFoundError")]
+    ("name", "why"),
+    [
+        ("pigeon", "'disk' or 'remote' or 'package.module:Class'"),
+        ("nowhere:Tier", "ModuleNotFoundError"),
+    ],
 )
 def test_a_name_that_nothing_has(name: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SubjectUnavailable, match=why):

@@ -35,7 +35,7 @@ class Other(Memory):
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sides]:
     for kind in (Memory, Other):
-        monkeypatch.setitem(TRANSPORTS, kind.name, kind)
+        monkeypatch.setitem(TRANSPORTS.targets, kind.name, kind)
     with sides() as those:
         yield those
 
@@ -82,7 +82,7 @@ def test_a_transport_that_the_owner_was_told_to_use_is_the_readers_as_well(
     monkeypatch.delenv("PORTAKV_MOVER", raising=False)
     told = pulled(made, both, None)
     assert "rows are moved by memory, through staging" in told
-    assert "memory: accepted, it is here; it was asked for" in told
+    assert "memory: accepted, it is here; it was requested by name" in told
     with pytest.raises(Unsupported, match="The transport memory: its reader has distributed"):
         pulled(made, both, "distributed")
 

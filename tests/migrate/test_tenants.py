@@ -97,7 +97,7 @@ def recycled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[t
 
     monkeypatch.setattr("portakv.migrate.gathers.staging", allocate)
     monkeypatch.setattr("portakv.migrate.moved.staging", receive)
-    monkeypatch.setitem(TRANSPORTS, Table.name, Table)
+    monkeypatch.setitem(TRANSPORTS.targets, Table.name, Table)
     try:
         yield begin
     finally:

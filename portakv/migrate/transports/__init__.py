@@ -1,75 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways for staged slots to cross if memory cannot be mapped, and which one is used."""
+"""Transports carry staging buffers between processes whose memory cannot be mapped. Choose one."""
 
 from __future__ import annotations
 
-import os
 import warnings
 
 import torch
 
-from portakv.arguments import one_of
-from portakv.backends.base import Decision
-from portakv.errors import BackendUnavailable
+from portakv.errors import BackendUnavailable, InvalidTerms
 from portakv.migrate.transports.base import Transport
-from portakv.migrate.transports.distributed import Distributed
-from portakv.migrate.transports.onesided import Mooncake, Nixl
+from portakv.selection import Catalog, Decision, Kind, select
 
-#: As they are asked; Mooncake only by name, since who reaches its port can write into slots.
-TRANSPORTS: dict[str, type[Transport]] = {x.name: x for x in (Distributed, Nixl, Mooncake)}
-ONLY_ASKED = ("mooncake",)
 ENVIRONMENT = "PORTAKV_MOVER"
+KIND = Kind("transport", ENVIRONMENT, "transport", unknown=InvalidTerms)
+#: The transports of PortaKV, in the order in which they are tried.
+BUILT_IN = {
+    "distributed": "portakv.migrate.transports.distributed:Distributed",
+    "nixl": "portakv.migrate.transports.onesided:Nixl",
+    "mooncake": "portakv.migrate.transports.onesided:Mooncake",
+}
+#: All transports. Peers name them to each other, so that a name imports nothing but these.
+TRANSPORTS = Catalog[Transport](KIND, Transport, BUILT_IN, "portakv.transports", paths=False)
+#: Used only by name: whoever reaches Mooncake's port can write into staging buffers.
+ONLY_BY_NAME = ("mooncake",)
 
 
 def forced(name: str | None = None) -> str | None:
-    """Return the transport that ``PORTAKV_MOVER`` or else ``name`` forces; raise `InvalidTerms` for
-    an unknown name."""
-    asked = os.environ.get(ENVIRONMENT) or name
-    if asked is None:
-        return None
-    return one_of(ENVIRONMENT if os.environ.get(ENVIRONMENT) else "transport", asked, TRANSPORTS)
+    """Return the transport that ``PORTAKV_MOVER`` or else ``name`` forces; None: none.
+
+    Raises:
+        InvalidTerms: no transport has that name.
+    """
+    wanted = KIND.forced(name)
+    return None if wanted is None else TRANSPORTS.check(KIND.source(), wanted)
 
 
 def check_transport(name: str | None, device: torch.device) -> None:
-    """Raise `InvalidTerms` for another name, and `BackendUnavailable` if that transport can carry
-    slots neither of the device nor of the host here."""
+    """Check that a transport can carry staging buffers of the device, or else of the host.
+
+    Raises:
+        InvalidTerms: no transport has that name.
+        BackendUnavailable: it cannot run here; ``trace`` has the decisions.
+    """
     if name is None:
         return
-    transport = TRANSPORTS[one_of("transport", name, TRANSPORTS)]
-    said = [transport.probe(each) for each in dict.fromkeys((device, torch.device("cpu")))]
-    if not any(each.accepted for each in said):
-        found = "; ".join(map(str, said))
+    transport = TRANSPORTS.load(TRANSPORTS.check("transport", name))
+    decisions = [transport.probe(each) for each in dict.fromkeys((device, torch.device("cpu")))]
+    if not any(each.accepted for each in decisions):
+        reasons = "; ".join(map(str, decisions))
         error = BackendUnavailable(
-            f"Expected transport to be one that runs here, got {name!r}: {found}. Install it, "
-            f"or pass another."
+            f"Expected transport to be one that runs here, got {name!r}: {reasons}. Install it, or "
+            f"pass another."
         )
-        error.trace = tuple(said)
+        error.trace = tuple(decisions)
         raise error
 
 
 def choose(device: torch.device, name: str | None = None) -> Transport:
-    """The first transport that can carry slots of ``device``, or the one that is `forced`.
+    """Return the first transport for staging buffers of ``device``, or the one that is `forced`.
+
+    Its ``why`` has the decision on each transport that was tried.
 
     Raises:
-        InvalidTerms: there is no transport of that name.
-        BackendUnavailable: the forced one cannot run here, or none can; ``trace`` tells why.
+        InvalidTerms: no transport has that name.
+        BackendUnavailable: the forced one cannot run here, or none can; ``trace`` has the reasons.
     """
-    asked = forced(name)
-    said = list[Decision]()
-    for each in (asked,) if asked else TRANSPORTS:
-        if not asked and each in ONLY_ASKED:
-            said.append(Decision(each, False, "it is used only if it is asked for by name"))
-            continue
-        said.append(TRANSPORTS[each].probe(device))
-        if said[-1].accepted:
-            made = TRANSPORTS[each](device)
-            made.why = "; ".join(map(str, said)) + "; it was asked for" * bool(asked)
-            return made
-    what = f"Transport {asked!r} was" if asked else "A transport was"
-    found = "; ".join(map(str, said))
-    error = BackendUnavailable(f"{what} asked for {device}: {found}. Install it, or another.")
-    error.trace = tuple(said)
-    raise error
+    wanted = forced(name)
+
+    def consider(each: str) -> tuple[Transport | None, Decision]:
+        if wanted is None and each in ONLY_BY_NAME:
+            return None, Decision(each, False, "it is used only if it is requested by name")
+        kind = TRANSPORTS.load(each)
+        decision = kind.probe(device)
+        return (kind(device) if decision.accepted else None), decision
+
+    selected = select(KIND, f"{device} memory", BUILT_IN, consider, wanted)
+    transport = selected.value
+    transport.why = selected.why + ("; it was requested by name" if wanted else "")
+    return transport
 
 
 def renamed(transport: str | None, mover: str | None) -> str | None:
@@ -81,4 +89,4 @@ def renamed(transport: str | None, mover: str | None) -> str | None:
         DeprecationWarning,
         stacklevel=3,
     )
-    return one_of("mover", mover, TRANSPORTS)
+    return TRANSPORTS.check("mover", mover)

@@ -3,7 +3,8 @@
 
 The disk tier calls an engine in this order:
 
-- The constructor, once for each disk tier. It raises `OSError` if the system does not allow what
+- The constructor, once for each disk tier, with memory to register ((address, bytes) pairs) and the
+  number of requests under way at a time. It raises `OSError` if the system does not allow what
   the engine needs; then the next engine is tried (`portakv.storage.io.choose`).
 - `Engine.run`, by any number of workers together. It blocks until all of its requests have ended.
   The caller keeps the files open and the memory alive until then, and uses both again afterwards.
@@ -61,6 +62,8 @@ class Engine(Protocol):
 
     name: str
     notes: tuple[str, ...]
+
+    def __init__(self, memory: Sequence[tuple[int, int]] = (), entries: int = 512) -> None: ...
 
     def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
         """Carry out requests, in any order, and return the result of each.

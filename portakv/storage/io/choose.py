@@ -1,35 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engine carries a disk tier's requests out here."""
+"""Choose the I/O engine of a disk tier."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
-from portakv.backends.base import Decision
 from portakv.errors import InvalidTerms, StoreError
+from portakv.selection import Catalog, Decision, Kind, select
 from portakv.storage.io.base import Engine
 from portakv.storage.io.io_uring import Ring
 from portakv.storage.io.threads import Threads
+
+KIND = Kind("I/O engine", "PORTAKV_IO", "io", error=StoreError, unknown=InvalidTerms)
+#: The engines of PortaKV, in the order in which they are tried.
+BUILT_IN: dict[str, type[Engine]] = {"ring": Ring, "threads": Threads}
+#: All engines. Those of other packages are used only by name.
+ENGINES = Catalog[Engine](KIND, None, BUILT_IN, "portakv.io_engines")
 
 
 def choose(
     memory: Sequence[tuple[int, int]] = (), name: str | None = None, entries: int = 512
 ) -> tuple[Engine, list[Decision]]:
-    """The first engine that runs here, or the one that ``PORTAKV_IO`` or else ``name`` forces, and
-    what each that was asked said. ``memory`` (address, bytes) is registered with the kernel."""
-    asked = os.environ.get("PORTAKV_IO") or name
-    said = list[Decision]()
-    if asked not in (None, "ring", "threads"):
-        raise InvalidTerms(f"I/O engine {asked!r} was asked for; expected ring or threads.")
-    for each in (asked,) if asked else ("ring", "threads"):
+    """Return the I/O engine that ``PORTAKV_IO`` or else ``name`` forces, else the first that runs
+    here, and the decision on each that was tried.
+
+    Args:
+        memory: (address, bytes) of host memory, for the engine to register with the kernel.
+        name: a built-in engine, one of an installed package, or ``package.module:Class``.
+        entries: requests under way at a time for each worker.
+
+    Raises:
+        InvalidTerms: no engine has that name.
+        StoreError: the forced engine cannot run here.
+    """
+    forced = KIND.forced(name)
+    if forced is not None:
+        ENGINES.check(KIND.source(), forced)
+
+    def consider(each: str) -> tuple[Engine | None, Decision]:
         try:
-            engine = Ring(memory, entries) if each == "ring" else Threads()
+            engine: Engine = ENGINES.load(each)(memory, entries)
         except OSError as error:
-            said.append(Decision(each, False, str(error.strerror)))
-        else:
-            said.append(Decision(each, True, "; ".join(engine.notes) or "it has all that it uses"))
-            return engine, said
-    raise StoreError(
-        f"I/O engine {asked!r} was asked for, and found was {said[0]}. Mend that, or take threads."
-    )
+            return None, Decision(each, False, str(error.strerror))
+        return engine, Decision(each, True, "; ".join(engine.notes) or "it has all that it uses")
+
+    selected = select(KIND, "a disk tier", BUILT_IN, consider, forced)
+    return selected.value, list(selected.trace)

@@ -76,7 +76,8 @@ class Threads:
     name = "threads"
     notes: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Sequence[tuple[int, int]] = (), entries: int = 0) -> None:
+        """Make the engine; it needs neither ``memory`` nor ``entries``."""
         self._process = this_process()
         self._closed = False
         self._tasks = SimpleQueue[Callable[[], None] | None]()

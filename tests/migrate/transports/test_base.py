@@ -27,7 +27,7 @@ def test_the_first_transport_is_torch_distributed_and_says_why() -> None:
     transport = choose(CPU)
     assert isinstance(transport, Distributed)
     assert transport.why == "distributed: accepted, a group of two by gloo"
-    assert choose(CPU, "distributed").why.endswith("it was asked for")
+    assert choose(CPU, "distributed").why.endswith("it was requested by name")
 
 
 def test_a_device_that_torch_has_no_group_for_is_told_of_each_transport() -> None:
@@ -37,7 +37,7 @@ def test_a_device_that_torch_has_no_group_for_is_told_of_each_transport() -> Non
     said = [str(each) for each in found.value.trace]
     assert [each.partition(":")[0] for each in said] == ["distributed", "nixl", "mooncake"]
     assert "for meta devices" in said[1]
-    assert "asked for by name" in said[2]
+    assert "requested by name" in said[2]
 
 
 @pytest.mark.parametrize("by", ["name", "environment"])
@@ -54,7 +54,7 @@ def test_a_forced_transport_never_falls_back(by: str, monkeypatch: pytest.Monkey
 def test_a_release_that_is_too_old_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """As NIXL 0.8, which would be accepted, and no slot would cross."""
     monkeypatch.setitem(sys.modules, "nixl._api", ModuleType("nixl._api"))
-    said = TRANSPORTS["nixl"].probe(CPU)
+    said = TRANSPORTS.load("nixl").probe(CPU)
     assert not said.accepted
     assert "nixl._api has no nixl_thread_sync_t; install portakv[nixl]" in said.reason
 

@@ -227,7 +227,7 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
 ) -> None:
     """Fault 24, 25 and 27. The host waits for no copy of the owner's, and streams order all. The
     reader's device waits for as many bytes as were asked for, also if they cannot be brought."""
-    monkeypatch.setitem(TRANSPORTS, Simulated.name, Simulated)
+    monkeypatch.setitem(TRANSPORTS.targets, Simulated.name, Simulated)
     theirs = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
     mine = torch.zeros_like(theirs, device=OTHER)
     views = [KVView([*x], LAYOUT) for x in (theirs, mine)]
