@@ -7,6 +7,7 @@ Loaded by `options` if ``--portakv-backend`` is given. What happens is appended 
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import time
@@ -239,6 +240,11 @@ class Suite:
     def seed_of(self, name: str) -> int:
         """The seed of one case: another for each, all from the run's."""
         return (self.seed << 32) ^ zlib.crc32(name.encode())
+
+    def pytest_collection_finish(self) -> None:
+        """Keep torch and the cases out of the collections of garbage that pytest and cases make."""
+        gc.collect()
+        gc.freeze()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
