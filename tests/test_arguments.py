@@ -23,7 +23,7 @@ from support.migrate_pulls import MODEL, Rows
 from support.storage_cases import key_of, small_form
 
 from portakv import InvalidTerms, KVView, PortaKVError
-from portakv.graph import Collector, Graph, Handle, Lease, Node
+from portakv.graph import Collector, Graph, Handle, Lease, Task
 from portakv.migrate import (
     Box,
     Channel,
@@ -80,10 +80,10 @@ class Scene:
     def graph(self) -> Graph:
         return self.close(Graph())
 
-    def node(self, graph: Graph) -> Node:
-        node = Node(lambda *_: None, 2, link=graph.link("a"))
-        graph.submit([node])
-        return node
+    def task(self, graph: Graph) -> Task:
+        task = Task(lambda *_: None, 2, queue=graph.queue("a"))
+        graph.submit([task])
+        return task
 
     def channel(self) -> Channel:
         return self.close(Channel())
@@ -142,14 +142,14 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "vllm_keys": lambda s: (keys.vllm_keys, {"tokens": range(8), "block_size": 4}),
     # graph
     "Graph": lambda s: (Graph, {}),
-    "Graph.link": lambda s: (s.graph().link, {"name": "b"}),
-    "Graph.submit": lambda s: (s.graph().submit, {"nodes": []}),
-    "Graph.cancel": lambda s: ((g := s.graph()).cancel, {"node": s.node(g)}),
+    "Graph.queue": lambda s: (s.graph().queue, {"name": "b"}),
+    "Graph.submit": lambda s: (s.graph().submit, {"tasks": []}),
+    "Graph.cancel": lambda s: ((g := s.graph()).cancel, {"task": s.task(g)}),
     "Graph.close": lambda s: (s.graph().close, {}),
-    "Node": lambda s: (Node, {"work": None, "blocks": 2}),
-    "Node.wait": lambda s: (s.node(s.graph()).wait, {}),
+    "Task": lambda s: (Task, {"work": None, "blocks": 2}),
+    "Task.wait": lambda s: (s.task(s.graph()).wait, {}),
     "Lease": lambda s: (Lease, {"pool": None, "count": 0}),
-    "Handle.wait": lambda s: (Handle((g := s.graph()), s.node(g)).wait, {}),
+    "Handle.wait": lambda s: (Handle((g := s.graph()), s.task(g)).wait, {}),
     "Collector": lambda s: (Collector, {"source": s.graph()}),
     # migrate
     "Channel": lambda s: (Channel, {}),
@@ -242,7 +242,9 @@ def _callables(name: str, value: Any, members: Any, made: bool) -> Iterator[tupl
     for each in chosen:
         method = inspect.getattr_static(value, each)
         method = getattr(method, "__func__", method)
-        if inspect.isfunction(method) and method.__module__.startswith("portakv"):
+        former = "former name" in (inspect.getdoc(method) or "")
+        own = inspect.isfunction(method) and method.__module__.startswith("portakv")
+        if own and not former:
             yield f"{name}.{each}", method
 
 

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from portakv.graph.graph import Graph, Node
+from portakv.graph.graph import Graph, Task
 from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.form import BlockForm
 from portakv.storage.io.choose import choose
@@ -47,13 +47,13 @@ def _nodes(count: int) -> Rows:
 
 def _chains(count: int) -> None:
     graph = Graph()
-    nodes = list[Node]()
-    link = graph.link("bench", width=2)
+    tasks = list[Task]()
+    queue = graph.queue("bench", width=2)
     for number in range(count // CHAIN * CHAIN):
-        after = nodes[-1:] if number % CHAIN else []
-        nodes.append(Node(lambda node, mask: None, 1, link=link, after=after))
-    gate = Node(None, 1, after=nodes[CHAIN - 1 :: CHAIN])
-    graph.submit([*nodes, gate])
+        after = tasks[-1:] if number % CHAIN else []
+        tasks.append(Task(lambda task, mask: None, 1, queue=queue, after=after))
+    gate = Task(None, 1, after=tasks[CHAIN - 1 :: CHAIN])
+    graph.submit([*tasks, gate])
     if not (gate.wait(60) and gate.landed.all()):
         raise RuntimeError("a node did not land")
     graph.close()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from portakv import KVView
-from portakv.graph.graph import Graph, Link, Node
+from portakv.graph.graph import Graph, Queue, Task
 from portakv.storage import image
 from portakv.storage.disk import Disk
 from portakv.storage.form import BlockForm
@@ -87,29 +87,31 @@ class Tier:
         return timed(partial(self._run, op))
 
     def _run(self, op: str) -> None:
-        nodes = list[Node]()
+        tasks = list[Task]()
         tier_store = self.tier_store
         first = self.first[op]
         for at in range(0, self.amount, self.chunks[op]):
             keys = self.keys[at : at + self.chunks[op]]
             rows = [self.memory.array[first + at + n] for n in range(len(keys))]
             nbytes = len(keys) * self.form.image_bytes
-            link = tier_store.link(keys[0]) if op == "load" else tier_store.link_for_write(nbytes)
-            work = partial(self._move, op, link, keys, rows)
-            nodes.append(Node(work, len(keys), link=link, nbytes=nbytes))
-        self.graph.submit(nodes)
-        for node in nodes:
-            node.wait()
-            if node.error or not node.landed.all():
-                raise RuntimeError(f"{op}: blocks did not land ({node.error})")
+            queue = tier_store.queue_for_write(nbytes)
+            if op == "load":
+                queue = tier_store.queue(keys[0])
+            work = partial(self._move, op, queue, keys, rows)
+            tasks.append(Task(work, len(keys), queue=queue, nbytes=nbytes))
+        self.graph.submit(tasks)
+        for task in tasks:
+            task.wait()
+            if task.error or not task.landed.all():
+                raise RuntimeError(f"{op}: blocks did not land ({task.error})")
 
-    def _move(self, op: str, link: Link, keys: list[bytes], rows: Any, *_: object) -> Any:
+    def _move(self, op: str, queue: Queue, keys: list[bytes], rows: Any, *_: object) -> Any:
         if op == "load":
             return np.array(self.tier_store.read(keys, rows))
         numbers = [next(self.numbers) for _ in keys]
         fields = zip(rows, keys, numbers, strict=True)
         sums = [image.seal(row, self.form, key, number) for row, key, number in fields]
-        return np.array(self.tier_store.write(link, keys, rows, numbers, sums))
+        return np.array(self.tier_store.write(queue, keys, rows, numbers, sums))
 
     def method(self, op: str) -> Method:
         """Storing or loading as a way; what was stored is loaded to be judged."""

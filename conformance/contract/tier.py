@@ -107,7 +107,7 @@ class Opened:
         rows = self.seal(keys, form, generation)
         heads = [image.header(row, form) for row in rows]
         checksums = [head.checksums for head in heads if not isinstance(head, str)]
-        place = self.own.link_for_write(len(keys) * form.image_bytes)
+        place = self.own.queue_for_write(len(keys) * form.image_bytes)
         order = {key: number for number, key in enumerate(keys)}
         generations = [generation] * len(keys)
         known = (generations, checksums, order, evict)
@@ -350,7 +350,7 @@ def check_threads_read_and_write_together(tiers: Tiers, folder: Path) -> None:
                     rows = tier.seal(new)
                     heads = [image.header(row, FORM) for row in rows]
                     sums = [head.checksums for head in heads if not isinstance(head, str)]
-                    place = tier.own.link_for_write(len(new) * FORM.image_bytes)
+                    place = tier.own.queue_for_write(len(new) * FORM.image_bytes)
                     tier.own.write(place, new, [*rows], [1] * 3, sums, report=tier.report)
                     read = np.full((len(new), FORM.image_bytes), _UNREAD, np.uint8)
                     landed = tier.own.read(new, [*read], None, bool, tier.report)

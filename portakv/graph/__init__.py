@@ -1,9 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work with dependencies, priorities and deadlines, carried out by the workers of links. Knows
+"""Tasks with dependencies, priorities and deadlines, which the workers of queues carry out. Knows
 neither files nor networks, and needs no store."""
 
-from portakv.graph.graph import Graph, Lease, Node
+import warnings
+from typing import Any
+
+from portakv.graph.graph import Graph, Lease, Task
+from portakv.graph.graph import Queue as _Queue
 from portakv.graph.handle import Handle
 from portakv.graph.prometheus import Collector
 
-__all__ = ["Collector", "Graph", "Handle", "Lease", "Node"]
+__all__ = ["Collector", "Graph", "Handle", "Lease", "Task"]
+
+
+def _node(work: Any, blocks: int, *, link: _Queue | None = None, **terms: Any) -> Task:
+    """Return a task from the arguments of its former class."""
+    return Task(work, blocks, queue=link, **terms)
+
+
+def __getattr__(name: str) -> object:
+    """Return `Task` under its former name; raise `AttributeError` for any other name."""
+    if name != "Node":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        "portakv.graph.Node is now Task, with queue= in place of link=. The former name ships in "
+        "0.1.0 and goes in 0.2.0.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return _node

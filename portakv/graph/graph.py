@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transfer graph: nodes of blocking work with dependencies, priorities and deadlines, carried
-out by the workers of links, for block stores and for whoever else moves blocks."""
+"""The transfer graph: tasks of blocking work with dependencies, priorities and deadlines, carried
+out by the workers of queues, for block stores and for whoever else moves blocks."""
 
 from __future__ import annotations
 
 import atexit
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -27,20 +28,20 @@ from portakv.runtime.worker import EXIT_SECONDS, RateLimit
 
 T = TypeVar("T")
 
-#: How soon a node is due.
+#: How soon a task is due.
 Priority: TypeAlias = Literal["urgent", "normal", "background"]
-#: How a node ends that did not run.
+#: How a task ends that did not run.
 Unrun: TypeAlias = Literal["cancelled", "late", "dropped"]
-#: Seconds after its submission at which a node of each priority is due.
+#: Seconds after its submission at which a task of each priority is due.
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 
 
 @dataclass(eq=False)
 class Lease:
-    """What a chain of nodes takes from a pool before its first node starts: all or none. It goes
-    back when the last node that names it has ended. Under the graph's lock: ``pool.take(count,
+    """What a chain of tasks takes from a pool before its first task starts: all or none. It goes
+    back when the last task that names it has ended. Under the graph's lock: ``pool.take(count,
     store)`` returns items or None; ``ended(lease)`` comes before ``pool.give(items)``. After
-    ``until``, by the graph's clock, nodes that still wait for it end as dropped."""
+    ``until``, by the graph's clock, tasks that still wait for it end as dropped."""
 
     pool: Any
     count: int  # 0: it takes none, and its items are the maker's
@@ -48,8 +49,8 @@ class Lease:
     until: float | None = None
     ended: Callable[[Any], object] | None = None
     items: Any = None  # while it is granted
-    users: int = 0  # nodes that name it and did not end
-    nodes: list[Node] = field(default_factory=list, init=False)  # that wait for it
+    users: int = 0  # tasks that name it and did not end
+    tasks: list[Task] = field(default_factory=list, init=False)  # that wait for it
 
     def __post_init__(self) -> None:
         arguments.whole("count", self.count)
@@ -69,13 +70,13 @@ def _check_pool(pool: Any) -> None:
 
 
 @dataclass(eq=False, repr=False)
-class Node:
-    """Blocking work for some blocks. ``work(node, mask)`` moves those of a mask (bool ``[blocks]``)
-    and returns which landed; None: all of them. Without a link it is a gate, which ends when all
-    that it follows have. ``after`` holds nodes, or (node, mine, theirs): block mine[i] needs block
-    theirs[i] of that one. A rescue moves what did not land in the one node that it follows.
+class Task:
+    """Blocking work for some blocks. ``work(task, mask)`` moves those of a mask (bool ``[blocks]``)
+    and returns which landed; None: all of them. Without a queue it is a gate, which ends when all
+    that it follows have. ``after`` holds tasks, or (task, mine, theirs): block mine[i] needs block
+    theirs[i] of that one. A rescue moves what did not land in the one task that it follows.
     ``given``: which blocks may be tried at all, or a function that returns them, which is called
-    under the graph's lock once all that the node follows has ended; ``name``: what it does.
+    under the graph's lock once all that the task follows has ended; ``name``: what it does.
 
     ``state``: new, waiting, room (for its lease), queued, running; then landed (it ran, or no block
     was left for it), failed, cancelled, late or dropped. ``error``: the first exception of it or of
@@ -84,7 +85,7 @@ class Node:
     work: Any
     blocks: int
     _: KW_ONLY
-    link: Any = None
+    queue: Any = None
     nbytes: int = 0
     after: Sequence[Any] = ()
     rescue: bool = False
@@ -103,7 +104,7 @@ class Node:
     since = 0.0
     graph = error = left = cast(Any, None)
     trail: Any = ()  # of one that never ran: numbers of what ran before it, for the trace
-    short = ""  # of a gate: the link of the first that did not move all it could, without an error
+    short = ""  # of a gate: the queue of the first that did not move all it could, without an error
 
     def __post_init__(self) -> None:
         if self.work is not None and not callable(self.work):
@@ -112,25 +113,25 @@ class Node:
         arguments.whole("nbytes", self.nbytes)
         arguments.flag("rescue", self.rescue)
         arguments.text("name", self.name, least=0)
-        if self.link is not None:
-            arguments.instance("link", self.link, Link, "Take it from Graph.link(name).")
+        if self.queue is not None:
+            arguments.instance("queue", self.queue, Queue, "Take it from Graph.queue(name).")
         if self.lease is not None:
             arguments.instance("lease", self.lease, Lease)
         self.after = [x if isinstance(x, tuple) else (x, None, None) for x in self._after()]
-        self.followers = list[Node]()
+        self.followers = list[Task]()
         self.landed: Any = np.zeros(self.blocks, np.bool_)  # which blocks landed, once it ended
 
     def _after(self) -> list[Any]:
-        """Return what ``after`` holds; raise `InvalidTerms` for what is no node."""
-        found = arguments.items("after", self.after, "nodes")
+        """Return what ``after`` holds; raise `InvalidTerms` for what is no task."""
+        found = arguments.items("after", self.after, "tasks")
         for each in found:
-            node = each[0] if isinstance(each, tuple) and len(each) == 3 else each
-            if not isinstance(node, Node):
-                raise arguments.invalid("after", "nodes, or tuples (node, mine, theirs)", node)
+            task = each[0] if isinstance(each, tuple) and len(each) == 3 else each
+            if not isinstance(task, Task):
+                raise arguments.invalid("after", "tasks, or tuples (task, mine, theirs)", task)
         return found
 
     def ran_before(self) -> set[int]:
-        """Numbers of what it follows, through nodes that never ran."""
+        """Numbers of what it follows, through tasks that never ran."""
         return {number for x, *_ in self.after for number in x.trail or (x.number,)}
 
     def done(self) -> bool:
@@ -150,9 +151,9 @@ class Node:
         return self.ended
 
 
-class Link:
-    """A pair of places with ``width`` workers, made by `Graph.link`. ``queued_bytes`` are those of
-    nodes that were submitted for it and have not ended."""
+class Queue:
+    """A pair of places with ``width`` workers, made by `Graph.queue`. ``queued_bytes`` are those of
+    tasks that were submitted for it and have not ended."""
 
     def __init__(self, graph: Graph, name: str, width: int, max_gbps: Any, stall_seconds: float):
         self.graph = graph
@@ -165,29 +166,29 @@ class Link:
         self.tier = name.partition(":")[0]
         self.change = threading.Condition(graph.lock)
         self.queued_bytes = self.background = self.workers = 0
-        # A worker has ended a node and takes the next: waking another one costs more than a node.
+        # A worker has ended a task and takes the next: waking another one costs more than a task.
         self.taker = False
-        # (due, number, node), and those of the background; since when what runs does.
+        # (due, number, task), and those of the background; since when what runs does.
         self.heaps = (list[Any](), list[Any]())
-        self.running = dict[Node, float]()
+        self.running = dict[Task, float]()
 
     @property
     def oldest_wait(self) -> float:
-        """Seconds for which a node that could run has waited for a worker."""
+        """Seconds for which a task that could run has waited for a worker."""
         since = [x[2].since for heap in self.heaps for x in heap if x[2].state == "queued"]
         return self.graph.clock() - min(since) if since else 0.0
 
     @property
     def slow(self) -> bool:
-        """A node has run for longer than ``stall_seconds``; new background nodes are dropped."""
+        """A task has run for longer than ``stall_seconds``; new background tasks are dropped."""
         now = self.graph.clock()
         return now - min(self.running.values(), default=now) > self.stall
 
-    def push(self, node: Node) -> None:
-        """Have a worker run a node in its turn."""
-        node.state = "queued"
-        node.since = self.graph.clock()
-        heappush(self.heaps[node.background], (node.due, node.number, node))
+    def push(self, task: Task) -> None:
+        """Have a worker run a task in its turn."""
+        task.state = "queued"
+        task.since = self.graph.clock()
+        heappush(self.heaps[task.background], (task.due, task.number, task))
         if not self.taker:
             self.change.notify()
         self.taker = False
@@ -196,7 +197,7 @@ class Link:
                 self._begin_worker()
             except RuntimeError as error:  # the system gives no more threads
                 if not self.workers:
-                    self.graph.end(node, False, "failed", error)
+                    self.graph.end(task, False, "failed", error)
 
     def _begin_worker(self) -> None:
         terms = self.serve, f"portakv {self.name}", (self.workers + 1,)
@@ -206,8 +207,8 @@ class Link:
         self.workers += 1
         atexit.register(self.graph.close)  # once more, as memory must not go before a worker
 
-    def next(self) -> Node | None:
-        """Wait for a node, which runs from now on; None if the graph is closed."""
+    def next(self) -> Task | None:
+        """Wait for a task, which runs from now on; None if the graph is closed."""
         with self.graph.lock:
             self.taker = False
             while not self.graph.closed.is_set():
@@ -216,47 +217,47 @@ class Link:
                 heaps = [heap for heap in (self.heaps if free else self.heaps[:1]) if heap]
                 if self.pace > now or not heaps:
                     self.change.wait(self.pace - now if self.pace > now else None)
-                elif (node := heappop(min(heaps))[2]).state == "queued":  # it was not cancelled
-                    node.state = "running"
-                    self.running[node] = now
-                    self.background += node.background
+                elif (task := heappop(min(heaps))[2]).state == "queued":  # it was not cancelled
+                    task.state = "running"
+                    self.running[task] = now
+                    self.background += task.background
                     if self.limit:
-                        self.limit.start_of(node.nbytes)
+                        self.limit.start_of(task.nbytes)
                         self.pace = self.limit.start_of(0)
                         self.change.notify()  # another worker waits until then
-                    return cast(Node, node)
+                    return cast(Task, task)
         return None
 
     def serve(self, worker: int) -> None:
         """What a worker does until the graph is closed."""
         graph = self.graph
-        node = self.next()
-        while node:
+        task = self.next()
+        while task:
             error = None
-            landed = node.left
+            landed = task.left
             try:
-                if (told := node.work(node, landed.copy())) is not None:
-                    landed = landed & np.asarray(told, np.bool_).reshape(node.blocks)
+                if (told := task.work(task, landed.copy())) is not None:
+                    landed = landed & np.asarray(told, np.bool_).reshape(task.blocks)
             except BaseException as caught:  # no caller stands above this thread
                 clear_frames(caught.__traceback__)  # which hold views
                 error = caught
                 landed = False
             with graph.lock:
-                start = self.running.pop(node)
+                start = self.running.pop(task)
                 end = graph.clock()
-                self.background -= node.background
-                what = node.number, node.name, node.blocks, node.nbytes, (*node.ran_before(),)
+                self.background -= task.background
+                what = task.number, task.name, task.blocks, task.nbytes, (*task.ran_before(),)
                 graph.trace.add(self.tier, Ran(self.name, worker, start, end, *what))
-                self.taker = not (node.background and self.heaps[1])
-                graph.end(node, landed, "failed" if error else "landed", error)
+                self.taker = not (task.background and self.heaps[1])
+                graph.end(task, landed, "failed" if error else "landed", error)
                 graph.settle()
-                node = error = landed = None  # an idle worker holds nothing
-                node = self.next()  # within the lock: to take it twice costs more than a node
+                task = error = landed = None  # an idle worker holds nothing
+                task = self.next()  # within the lock: to take it twice costs more than a task
 
 
 class Graph:
-    """Links and nodes under one ``lock``, which a caller may hold for a moment as well; ``clock``
-    never goes back. An interrupt of a caller leaves nodes and leases as they were before the call,
+    """Queues and tasks under one ``lock``, which a caller may hold for a moment as well; ``clock``
+    never goes back. An interrupt of a caller leaves tasks and leases as they were before the call,
     or as the whole call leaves them: the main thread changes them in a helper (`run`)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
@@ -270,32 +271,32 @@ class Graph:
         self.closed = threading.Event()
         self.number = 0
         self.sleepers = set[threading.Lock]()  # a held lock of each thread in `pause`
-        self.links = dict[str, Link]()
+        self.queues = dict[str, Queue]()
         self.counts = Counter[tuple[str, str, str]]()  # blocks by tier, op and result
         self.nbytes = Counter[tuple[str, str]]()
         self.threads = list[threading.Thread]()
-        self.live = set[Node]()
-        self.todo = list[Node]()
-        self.timers = list[Any]()  # (when, number, the state to end in, node)
+        self.live = set[Task]()
+        self.todo = list[Task]()
+        self.timers = list[Any]()  # (when, number, the state to end in, task)
         # By pool, which another may hold: loads that wait, stores that do, leases of stores.
         self.rooms = WeakKeyDictionary[Any, Any]()
 
-    def link(
+    def queue(
         self,
         name: str,
         width: int | None = None,
         max_gbps: float | None = None,
         stall_seconds: float | None = None,
-    ) -> Link:
-        """Return the link of that name, made if there is none; what stands before ":" is its tier.
+    ) -> Queue:
+        """Return the queue of that name, made if there is none; what stands before ":" is its tier.
 
         Args:
             width: workers; None: those that it has, or 1.
             max_gbps: the most 10^9 bytes in a second; None: as it has, or no limit.
-            stall_seconds: `Link.slow` after so long; None: as it has, or 10.
+            stall_seconds: `Queue.slow` after so long; None: as it has, or 10.
 
         Raises:
-            InvalidTerms: no such terms, or other ones than the link of that name has.
+            InvalidTerms: no such terms, or other ones than the queue of that name has.
         """
         arguments.text("name", name, most=1 << 16)
         if width is not None:
@@ -304,48 +305,57 @@ class Graph:
             arguments.rate("max_gbps", max_gbps)
         if stall_seconds is not None:
             stall_seconds = arguments.seconds("stall_seconds", stall_seconds)
-        link = self.links.get(name)
-        if link is None:
+        queue = self.queues.get(name)
+        if queue is None:
             stall = 10.0 if stall_seconds is None else stall_seconds
-            return self.links.setdefault(name, Link(self, name, width or 1, max_gbps, stall))
+            return self.queues.setdefault(name, Queue(self, name, width or 1, max_gbps, stall))
         asked = {"width": width, "max_gbps": max_gbps, "stall_seconds": stall_seconds}
-        has = {"width": link.width, "max_gbps": link.max_gbps, "stall_seconds": link.stall}
+        has = {"width": queue.width, "max_gbps": queue.max_gbps, "stall_seconds": queue.stall}
         for term, value in asked.items():
             if value is not None and value != has[term]:
-                do = f"The link {name!r} has it; pass the same, or None."
+                do = f"The queue {name!r} has it; pass the same, or None."
                 raise arguments.invalid(term, str(has[term]), value, do)
-        return link
+        return queue
+
+    def link(self, name: str, *terms: Any, **named: Any) -> Queue:
+        """Return `queue` of that name: the former name of the method, which goes in 0.2.0."""
+        warnings.warn(
+            "Graph.link is now Graph.queue. The former name ships in 0.1.0 and goes in 0.2.0.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.queue(name, *terms, **named)
 
     def submit(
-        self, nodes: Sequence[Node], *, priority: Priority = "normal", deadline: float | None = None
+        self, tasks: Sequence[Task], *, priority: Priority = "normal", deadline: float | None = None
     ) -> None:
-        """Begin nodes, all at once, each behind those that it follows. ``deadline`` seconds from
+        """Begin tasks, all at once, each behind those that it follows. ``deadline`` seconds from
         now those that nobody follows are cancelled. Raises `InvalidTerms` for a priority or a
-        deadline that is none, and for a node that was submitted before or follows one that never
+        deadline that is none, and for a task that was submitted before or follows one that never
         was; `TransferError` after `close`, or in a forked process. If the caller is interrupted,
-        the nodes are cancelled."""
-        nodes = arguments.items("nodes", nodes, "nodes")
-        for node in nodes:
-            arguments.instance("nodes", node, Node, "Pass a list of nodes.")
+        the tasks are cancelled."""
+        tasks = arguments.items("tasks", tasks, "tasks")
+        for task in tasks:
+            arguments.instance("tasks", task, Task, "Pass a list of tasks.")
         arguments.one_of("priority", priority, SLACK)
         by = np.inf
         if deadline is not None:
             by = arguments.seconds("deadline", deadline)
-        new = {*nodes}
-        after = {x for node in nodes for x, *_ in node.after} - new
-        if any(node.graph for node in new):
+        new = {*tasks}
+        after = {x for task in tasks for x, *_ in task.after} - new
+        if any(task.graph for task in new):
             raise InvalidTerms(
-                "Expected nodes that are new, got one that was submitted before. Make another."
+                "Expected tasks that are new, got one that was submitted before. Make another."
             )
-        if not all(node.graph is self for node in after):
+        if not all(task.graph is self for task in after):
             raise InvalidTerms(
-                "Expected nodes that follow nodes of this graph, got one that follows another. "
+                "Expected tasks that follow nodes of this graph, got one that follows another. "
                 "Submit that one first, or in the same call."
             )
         if self.process.forked:  # the lock may be held for ever
             raise _not_open("belongs to the process that this one was forked from")
-        begin = partial(self._begin, nodes, priority, by)
-        self.run(begin, undo=lambda _: [self.cancel(node) for node in nodes])
+        begin = partial(self._begin, tasks, priority, by)
+        self.run(begin, undo=lambda _: [self.cancel(task) for task in tasks])
 
     def run(self, work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
         """Return ``work()``, run under the lock where no interrupt reaches it; if the caller is
@@ -360,105 +370,105 @@ class Graph:
 
         return uninterrupted(locked, undo)
 
-    def _begin(self, nodes: Sequence[Node], priority: str, by: float) -> None:
-        """Enter new nodes and begin those that follow nothing. No node is left if that fails."""
+    def _begin(self, tasks: Sequence[Task], priority: str, by: float) -> None:
+        """Enter new tasks and begin those that follow nothing. No task is left if that fails."""
         if self.closed.is_set():
             raise _not_open("is closed")
         now = self.clock()
         try:
-            for node in nodes:
-                node.background = priority == "background"
-                node.due = now + min(by, SLACK[priority])
-                self._enter(node)
-            for node in nodes:
-                if by < np.inf and not node.followers:
-                    self.end_at(now + by, node, "late")
-                if node.background and node.link and node.link.slow:
-                    self.cancel(node, "dropped")
-            ready = [node for node in nodes if not node.waits and node.state == "waiting"]
+            for task in tasks:
+                task.background = priority == "background"
+                task.due = now + min(by, SLACK[priority])
+                self._enter(task)
+            for task in tasks:
+                if by < np.inf and not task.followers:
+                    self.end_at(now + by, task, "late")
+                if task.background and task.queue and task.queue.slow:
+                    self.cancel(task, "dropped")
+            ready = [task for task in tasks if not task.waits and task.state == "waiting"]
             self.todo += ready[::-1]  # the first one is settled first
             self.settle()
             self.sweep()
         except BaseException as error:  # of a pool
-            for node in nodes:
-                if node in self.live and node.state != "running":
-                    self.end(node, False, "failed", error)
+            for task in tasks:
+                if task in self.live and task.state != "running":
+                    self.end(task, False, "failed", error)
             self.settle()
             raise
 
-    def _enter(self, node: Node) -> None:
-        """Note what a new node waits for. What another transfer began becomes as urgent."""
+    def _enter(self, task: Task) -> None:
+        """Note what a new task waits for. What another transfer began becomes as urgent."""
         self.number += 1
-        node.graph = self
-        node.state = "waiting"
-        node.number = self.number
-        self.live.add(node)
-        if node.link:
-            node.link.queued_bytes += node.nbytes
-        if node.lease:
-            node.lease.users += 1
-        before = [x for x, *_ in node.after if not x.ended]
-        node.waits = len(before)
+        task.graph = self
+        task.state = "waiting"
+        task.number = self.number
+        self.live.add(task)
+        if task.queue:
+            task.queue.queued_bytes += task.nbytes
+        if task.lease:
+            task.lease.users += 1
+        before = [x for x, *_ in task.after if not x.ended]
+        task.waits = len(before)
         for one in before:
-            one.followers.append(node)
+            one.followers.append(task)
         while before:
             one = before.pop()
-            if one.due > node.due and not one.ended and one.state != "running":
-                one.due = node.due
+            if one.due > task.due and not one.ended and one.state != "running":
+                one.due = task.due
                 one.background = False
                 before += [x for x, *_ in one.after]
                 if one.state in ("room", "queued"):
                     self.place(one)
 
-    def cancel(self, node: Node, state: Unrun = "cancelled") -> bool:
-        """End a node that does not run and, in turn, what it follows if nobody else does and it is
+    def cancel(self, task: Task, state: Unrun = "cancelled") -> bool:
+        """End a task that does not run and, in turn, what it follows if nobody else does and it is
         no gate; a gate ends behind what runs. True if some blocks will not be moved."""
-        arguments.instance("node", node, Node)
+        arguments.instance("task", task, Task)
         arguments.one_of("state", state, get_args(Unrun))
         why = {"late": ": give more time", "dropped": ": staging had no room or the link was slow"}
         kind = TransferCancelled if state == "cancelled" else TransferError
         error = kind(f"Some blocks had not begun and are {state}{why.get(state, '')}.")
-        if node.graph is not self or self.process.forked:
+        if task.graph is not self or self.process.forked:
             return False
-        found: bool = self.run(partial(self._cancel, node, state, error))
+        found: bool = self.run(partial(self._cancel, task, state, error))
         return found
 
-    def _cancel(self, node: Node, state: str, error: TransferError) -> bool:
+    def _cancel(self, task: Task, state: str, error: TransferError) -> bool:
         """Do what `cancel` promises, under the lock."""
-        nodes = [node]
+        tasks = [task]
         found = False
-        while nodes:
-            node = nodes.pop()
-            if node.cut or node.state == "running":
+        while tasks:
+            task = tasks.pop()
+            if task.cut or task.state == "running":
                 continue
-            node.cut = True
+            task.cut = True
             if state == "late":
-                node.error = node.error or error
-            before = [x for x, *_ in node.after if x.link]
-            nodes += [x for x in before if all(y.cut for y in x.followers)]
-            if node.link:
+                task.error = task.error or error
+            before = [x for x, *_ in task.after if x.queue]
+            tasks += [x for x in before if all(y.cut for y in x.followers)]
+            if task.queue:
                 found = True
-                self.end(node, False, state, error)
+                self.end(task, False, state, error)
         self.settle()
         return found
 
-    def end_at(self, when: float, node: Node, state: str) -> None:
-        """Have `sweep` cancel a node at a time."""
-        if len(self.timers) > 2 * len(self.live) + 100:  # most are of nodes that ended in time
+    def end_at(self, when: float, task: Task, state: str) -> None:
+        """Have `sweep` cancel a task at a time."""
+        if len(self.timers) > 2 * len(self.live) + 100:  # most are of tasks that ended in time
             self.timers = [x for x in self.timers if not x[3].ended]
             heapify(self.timers)
-        heappush(self.timers, (when, node.number, state, node))
-        if self.timers[0][3] is node:
+        heappush(self.timers, (when, task.number, state, task))
+        if self.timers[0][3] is task:
             self.wake()
 
-    def pause(self, node: Node, until: float, now: float) -> None:
-        """Wait for the end of a node, for a timer, or until a time; perhaps for less. It takes no
+    def pause(self, task: Task, until: float, now: float) -> None:
+        """Wait for the end of a task, for a timer, or until a time; perhaps for less. It takes no
         lock of the graph, so that an interrupt leaves none."""
         sleeper = threading.Lock()
         sleeper.acquire()
         self.sleepers.add(sleeper)
-        node.watched = True
-        if not node.ended:  # whoever ends it from now on wakes this thread
+        task.watched = True
+        if not task.ended:  # whoever ends it from now on wakes this thread
             until = min(until, now + 3600, *(timer[0] for timer in self.timers[:1]))
             sleeper.acquire(timeout=max(0.0, until - now))
         self.sleepers.discard(sleeper)
@@ -479,63 +489,63 @@ class Graph:
     def _sweep(self, now: float) -> None:
         """Cancel what is too late, under the lock."""
         while self.timers and (self.timers[0][0] <= now or self.timers[0][3].ended):
-            _, _, state, node = heappop(self.timers)
-            if state == "late" or (node.state == "room" and node.lease.until is not None):
-                self.cancel(node, state)
+            _, _, state, task = heappop(self.timers)
+            if state == "late" or (task.state == "room" and task.lease.until is not None):
+                self.cancel(task, state)
 
     def settle(self) -> None:
-        """Go on with nodes for which all that they follow has ended."""
+        """Go on with tasks for which all that they follow has ended."""
         while self.todo:
-            node = self.todo.pop()
-            node.left = left = self._left(node)
-            if node.link and left.any():
-                self.place(node)
+            task = self.todo.pop()
+            task.left = left = self._left(task)
+            if task.queue and left.any():
+                self.place(task)
             else:
-                if node.followers:
-                    node.trail = node.ran_before()
-                if not (node.link or node.error or left.all()):
-                    moved = [x for x, *_ in node.after if x.link and (x.left > x.landed).any()]
-                    node.short = moved[0].link.name if moved else ""
-                self.end(node, left, "landed")
+                if task.followers:
+                    task.trail = task.ran_before()
+                if not (task.queue or task.error or left.all()):
+                    moved = [x for x, *_ in task.after if x.queue and (x.left > x.landed).any()]
+                    task.short = moved[0].queue.name if moved else ""
+                self.end(task, left, "landed")
 
-    def _left(self, node: Node) -> Any:
-        """The blocks that a node may move, by what it follows: bool ``[blocks]``."""
-        left = ~node.landed
+    def _left(self, task: Task) -> Any:
+        """The blocks that a task may move, by what it follows: bool ``[blocks]``."""
+        left = ~task.landed
         try:
-            given = node.given() if callable(node.given) else node.given
+            given = task.given() if callable(task.given) else task.given
             if given is not None:
                 left[:] = given
         except Exception as error:  # of the maker's function
-            node.error = node.error or error
+            task.error = task.error or error
             left[:] = False
             return left
         try:
-            for before, mine, theirs in node.after:
-                node.error = node.error or before.error
-                if node.rescue:
+            for before, mine, theirs in task.after:
+                task.error = task.error or before.error
+                if task.rescue:
                     left &= ~before.landed
-                    node.landed = before.landed
+                    task.landed = before.landed
                 elif mine is None:
                     left &= before.landed
                 else:
                     left[np.asarray(mine, int)[~before.landed[theirs]]] = False
         except (IndexError, ValueError) as error:  # these are no blocks of both
-            node.error = error
+            task.error = error
             left[:] = False
         return left
 
-    def place(self, node: Node) -> None:
-        """Queue a node for its lease, or its link."""
-        lease = node.lease
+    def place(self, task: Task) -> None:
+        """Queue a task for its lease, or its queue."""
+        lease = task.lease
         if not lease or lease.items is not None or not lease.count:
-            node.link.push(node)
+            task.queue.push(task)
             return
         if lease.until is not None:
-            self.end_at(lease.until, node, "dropped")
-        node.state = "room"
+            self.end_at(lease.until, task, "dropped")
+        task.state = "room"
         room = self.rooms.setdefault(lease.pool, [[], [], 0])
-        lease.nodes.append(node)
-        heappush(room[lease.store], (node.due, node.number, lease))
+        lease.tasks.append(task)
+        heappush(room[lease.store], (task.due, task.number, lease))
         self.grant(lease.pool)
 
     def grant(self, pool: Any) -> None:
@@ -551,46 +561,46 @@ class Graph:
         while heaps := [heap for heap in heaps if heap]:
             heap = min(heaps)
             lease = heap[0][2]
-            nodes = [node for node in lease.nodes if node.state == "room"]
-            if nodes and lease.items is None:
+            tasks = [task for task in lease.tasks if task.state == "room"]
+            if tasks and lease.items is None:
                 try:
                     lease.items = pool.take(lease.count, lease.store)
                 except Exception as error:  # of the pool
                     heappop(heap)
-                    lease.nodes.clear()
-                    for node in nodes:
-                        self.end(node, False, "failed", error)
+                    lease.tasks.clear()
+                    for task in tasks:
+                        self.end(task, False, "failed", error)
                     continue
                 if lease.items is None:
                     heaps = [x for x in heaps if x is not heap and (room[2] or not lease.store)]
                     continue
                 room[2] += lease.store
             heappop(heap)
-            lease.nodes.clear()
-            for node in nodes:  # together: none may wait for a node that waits for this lease
-                node.link.push(node)
+            lease.tasks.clear()
+            for task in tasks:  # together: none may wait for a task that waits for this lease
+                task.queue.push(task)
 
-    def end(self, node: Node, landed: Any, state: str, error: Any = None) -> None:
-        """Note how a node ended, and what does not wait for it any more."""
-        node.error = node.error or error
-        node.landed = node.landed | landed
-        node.state = state
-        node.ended = node.cut = True
-        self.live.discard(node)
-        if node.link:
-            node.link.queued_bytes -= node.nbytes
+    def end(self, task: Task, landed: Any, state: str, error: Any = None) -> None:
+        """Note how a task ended, and what does not wait for it any more."""
+        task.error = task.error or error
+        task.landed = task.landed | landed
+        task.state = state
+        task.ended = task.cut = True
+        self.live.discard(task)
+        if task.queue:
+            task.queue.queued_bytes -= task.nbytes
             if state != "landed":
-                self.count(node.link.tier, node.name, state, node.blocks)
-        for follower in node.followers:
+                self.count(task.queue.tier, task.name, state, task.blocks)
+        for follower in task.followers:
             follower.waits -= 1
             if not follower.waits and not follower.ended:
                 self.todo.append(follower)
-        lease = node.lease
-        node.lease = None
-        node.work = None
-        node.after = ()
-        node.followers = []
-        if node.watched:
+        lease = task.lease
+        task.lease = None
+        task.work = None
+        task.after = ()
+        task.followers = []
+        if task.watched:
             self.wake()
         if lease:
             lease.users -= 1
@@ -599,7 +609,7 @@ class Graph:
                     if lease.ended:
                         lease.ended(lease)
                 except Exception as error:  # of the maker: the items go back all the same
-                    node.error = node.error or error
+                    task.error = task.error or error
                 if lease.count and lease.items is not None:
                     lease.pool.give(lease.items)
                     lease.items = None
@@ -632,10 +642,10 @@ class Graph:
         found["tier_bytes_total"] = [
             {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
         ]
-        links = [*self.links.values()]
-        found["link_queue_bytes"] = [{"link": x.name, "value": x.queued_bytes} for x in links]
-        found["link_oldest_seconds"] = [{"link": x.name, "value": x.oldest_wait} for x in links]
-        found["link_slow"] = [{"link": x.name, "value": x.slow} for x in links]
+        queues = [*self.queues.values()]
+        found["link_queue_bytes"] = [{"link": x.name, "value": x.queued_bytes} for x in queues]
+        found["link_oldest_seconds"] = [{"link": x.name, "value": x.oldest_wait} for x in queues]
+        found["link_slow"] = [{"link": x.name, "value": x.slow} for x in queues]
         return found
 
     def close(self, timeout: float = EXIT_SECONDS) -> bool:
@@ -653,10 +663,10 @@ class Graph:
         """Cancel what does not run, and have idle workers end."""
         atexit.unregister(self.close)  # one wait at the end of the interpreter, if work hangs
         self.closed.set()
-        for node in tuple(self.live):
-            self.cancel(node)
-        for link in self.links.values():
-            link.change.notify_all()
+        for task in tuple(self.live):
+            self.cancel(task)
+        for queue in self.queues.values():
+            queue.change.notify_all()
 
 
 def _not_open(why: str) -> TransferError:

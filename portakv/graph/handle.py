@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import PortaKVError, TransferCancelled, TransferError
-from portakv.graph.graph import Graph, Node
+from portakv.graph.graph import Graph, Task
 from portakv.runtime.transfer import Completion, Pending, Transfer
 
 #: What becomes of blocks that do not land: the end raises, or it does not.
@@ -31,7 +31,7 @@ class Handle(Transfer):
     def __init__(
         self,
         graph: Graph,
-        gate: Node,
+        gate: Task,
         layers: Any = (),
         missing: Missing = "raise",
         kept: Any = None,
@@ -80,7 +80,7 @@ class Handle(Transfer):
             counts = f"{landed.sum()} of {len(landed)} blocks landed."
             raise kind(f"{counts} {self._explain(gate, landed)}") from gate.error
 
-    def _explain(self, gate: Node, landed: Any) -> str:
+    def _explain(self, gate: Task, landed: Any) -> str:
         """Return why blocks did not land, and what the caller may do."""
         sentences = []
         details = self._why(landed) if self._why else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ran on the links of a graph: a trace for people, and seconds for its figures."""
+"""What ran on the queues of a graph: a trace for people, and seconds for its figures."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-#: Bounds of the histogram of the seconds that nodes ran.
+#: Bounds of the histogram of the seconds that tasks ran.
 SECONDS = {"0.001": 0.001, "0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "+Inf": np.inf}
 BOUNDS = (*SECONDS.values(),)
 
 
 class Ran(NamedTuple):
-    """A node that ran, from ``start`` to ``end`` in seconds; ``followed`` are numbers of others."""
+    """A task that ran, from ``start`` to ``end`` in seconds; ``followed`` are numbers of others."""
 
-    link: str
+    queue: str
     worker: int
     start: float
     end: float
@@ -31,20 +31,20 @@ class Ran(NamedTuple):
 
 
 class Trace:
-    """The last ``limit`` nodes that ran, and by tier and op the seconds of all."""
+    """The last ``limit`` tasks that ran, and by tier and op the seconds of all."""
 
     def __init__(self, limit: int) -> None:
         self.ran: deque[Ran] = deque(maxlen=limit)
-        # Their sum, and how many nodes ran up to each bound and above the one before it.
+        # Their sum, and how many tasks ran up to each bound and above the one before it.
         self._seconds = defaultdict[Any, list[Any]](lambda: [0.0, *[0] * len(BOUNDS)])
 
-    def add(self, tier: str, node: Ran) -> None:
-        """Note a node that ran."""
-        seconds = node.end - node.start
-        spent = self._seconds[tier, node.name]
+    def add(self, tier: str, task: Ran) -> None:
+        """Note a task that ran."""
+        seconds = task.end - task.start
+        spent = self._seconds[tier, task.name]
         spent[0] += seconds
         spent[1 + bisect_left(BOUNDS, seconds)] += 1
-        self.ran.append(node)
+        self.ran.append(task)
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """The seconds, as `Graph.statistics` has its figures."""
@@ -58,25 +58,25 @@ class Trace:
         return {**found}
 
     def events(self) -> list[dict[str, Any]]:
-        """Chrome's events: a process for each link, a thread for each worker, a flow from a node to
-        each that followed it."""
+        """Return Chrome's events: a process for each queue, a thread for each worker, a flow from a
+        task to each that followed it."""
         ran = tuple(self.ran)
         events = list[dict[str, Any]]()
         ends = dict[int, dict[str, Any]]()
-        links = list(dict.fromkeys(node.link for node in ran))
-        for pid, link in enumerate(links):
-            events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": link}})
-        for node in ran:
-            place = {"pid": links.index(node.link), "tid": node.worker, "cat": "node"}
-            start = {**place, "ts": node.start * 1e6}
-            told = {"node": node.number, "blocks": node.blocks, "bytes": node.nbytes}
-            took = (node.end - node.start) * 1e6
-            events.append({**start, "ph": "X", "name": node.name, "dur": took, "args": told})
-            for before in filter(ends.get, node.followed):
-                flow = {"name": "after", "id": f"{before}-{node.number}"}
+        queues = list(dict.fromkeys(task.queue for task in ran))
+        for pid, queue in enumerate(queues):
+            events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": queue}})
+        for task in ran:
+            place = {"pid": queues.index(task.queue), "tid": task.worker, "cat": "node"}
+            start = {**place, "ts": task.start * 1e6}
+            told = {"node": task.number, "blocks": task.blocks, "bytes": task.nbytes}
+            took = (task.end - task.start) * 1e6
+            events.append({**start, "ph": "X", "name": task.name, "dur": took, "args": told})
+            for before in filter(ends.get, task.followed):
+                flow = {"name": "after", "id": f"{before}-{task.number}"}
                 events.append({**ends[before], **flow, "ph": "s"})
                 events.append({**start, **flow, "ph": "f", "bp": "e"})
-            ends[node.number] = {**place, "ts": node.end * 1e6}
+            ends[task.number] = {**place, "ts": task.end * 1e6}
         return events
 
     def write(self, path: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import torch
 
 from portakv.copy import copy_rows
-from portakv.graph.graph import Link, Node
+from portakv.graph.graph import Queue, Task
 from portakv.migrate.chunks import chunk, chunk_bytes, page_of, staging
 from portakv.migrate.messages import Box
 from portakv.runtime.bounded import Bounded
@@ -126,20 +126,20 @@ class Later(Generic[A]):
     """Answers of a worker to questions, such as for digests, that take longer than a channel may:
     whoever wants one asks again until it is made. Only one thread calls it."""
 
-    def __init__(self, name: str, link: Link) -> None:
-        self._link = link
-        self._made = Bounded[Hashable, tuple[Node, list[A]]](name, _MOST)
+    def __init__(self, name: str, queue: Queue) -> None:
+        self._queue = queue
+        self._made = Bounded[Hashable, tuple[Task, list[A]]](name, _MOST)
 
     def answer(self, question: Hashable, make: Callable[[], A]) -> A | None:
         """None until it is made; then it is forgotten here. Raises what ``make`` did."""
-        node, made = self._made.get(question, (None, list[A]()))
-        if node and node.done():
+        task, made = self._made.get(question, (None, list[A]()))
+        if task and task.done():
             del self._made[question]
-            if node.error:
-                raise node.error
+            if task.error:
+                raise task.error
             return made[0]
-        if not node and len(self._link.graph.live) < _MOST:
-            node = Node(lambda *_: made.append(make()), 1, link=self._link, name="answer")
-            self._made[question] = node, made
-            self._link.graph.submit([node], priority="urgent")
+        if not task and len(self._queue.graph.live) < _MOST:
+            task = Task(lambda *_: made.append(make()), 1, queue=self._queue, name="answer")
+            self._made[question] = task, made
+            self._queue.graph.submit([task], priority="urgent")
         return None

@@ -13,7 +13,7 @@ import torch
 
 from portakv.copy.rows import copy_rows
 from portakv.errors import PeerError, Unsupported
-from portakv.graph.graph import Graph, Node
+from portakv.graph.graph import Graph, Task
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import Later, digest
@@ -80,8 +80,9 @@ class Gathers:
         self._slots = dict[tuple[Peer, int], Slot]()
         self._lock = threading.Lock()  # a reader that is gone gets no slot
         self._graph = Graph()
-        self._link = self._graph.link("gather")  # one worker: readers take in the order of gathers
-        self._sums = Later[int]("digests of rows", self._link)
+        # One worker: readers take in the order of gathers.
+        self._queue = self._graph.queue("gather")
+        self._sums = Later[int]("digests of rows", self._queue)
 
     @property
     def slots(self) -> int:
@@ -141,8 +142,8 @@ class Gathers:
 
             slot.filling = True
             bring = partial(self._bring, peer, gather, rows, agreed, slot)
-            node = Node(lambda *_: bring(), 1, link=self._link, name="gather")
-            self._graph.submit([node], priority="urgent")
+            task = Task(lambda *_: bring(), 1, queue=self._queue, name="gather")
+            self._graph.submit([task], priority="urgent")
             return Answer("done")
         total = self._sums.answer(gather, partial(self._sum, gather, rows))
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)

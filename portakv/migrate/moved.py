@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from portakv.copy.rows import copy_rows
 from portakv.errors import PeerError, TransferCancelled, TransferError, TransferTimeout
-from portakv.graph.graph import Graph, Node
+from portakv.graph.graph import Graph, Task
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import MODULUS, digest
 from portakv.migrate.messages import Answer, Gather
@@ -96,14 +96,14 @@ def _await(ended: Callable[[float], bool], pull: Pull) -> None:
 
 def taken(
     graph: Graph, step: Step, pull: Pull, max_gbps: float | None
-) -> Iterator[tuple[range, Node]]:
-    """The nodes that bring the rows of a step which are moved, and the layers of each."""
-    link = graph.link(f"take:{step.owner.number}", width=step.owner.welcome.slots)
+) -> Iterator[tuple[range, Task]]:
+    """The tasks that bring the rows of a step which are moved, and the layers of each."""
+    queue = graph.queue(f"take:{step.owner.number}", width=step.owner.welcome.slots)
     pull.behind = pull.behind or StreamFence(step.cut.dst.device)
     pace = RateLimit(max_gbps or inf)
     nbytes = min(PACED * 1e9 * (max_gbps or inf), 1 << 62)
     for part in step.slices(int(nbytes)):
-        yield part[0], Node(partial(_take, step, part, pull, pace), 1, link=link)
+        yield part[0], Task(partial(_take, step, part, pull, pace), 1, queue=queue)
 
 
 def verified(step: Step, pull: Pull, *_: object) -> None:

@@ -20,7 +20,7 @@ from portakv.errors import (
     TransferError,
     TransferTimeout,
 )
-from portakv.graph.graph import Node
+from portakv.graph.graph import Task
 from portakv.migrate.messages import About, Answer, Begin, Check, Close, Renew, Ticket
 from portakv.migrate.pairing import Paired
 from portakv.migrate.steps import Told
@@ -36,28 +36,28 @@ CLOSING = 0.5  # seconds for the message that a pull is over
 
 
 class Part(Transfer):
-    """A transfer that ends with nodes of a graph as well, and fails as the first that did."""
+    """A transfer that ends with tasks of a graph as well, and fails as the first that did."""
 
-    def __init__(self, transfers: Sequence[Transfer], nodes: Sequence[Node]) -> None:
+    def __init__(self, transfers: Sequence[Transfer], tasks: Sequence[Task]) -> None:
         ends = [each for one in transfers for each in one.completions]
-        super().__init__([*ends, Completion(pendings=cast(Any, tuple(nodes)))])
-        self.nodes = nodes
+        super().__init__([*ends, Completion(pendings=cast(Any, tuple(tasks)))])
+        self.tasks = tasks
 
     def wait(self, stream: torch.Stream | None = None) -> None:
-        """Block the host, as no stream orders what nodes do; raises as `done`."""
+        """Block the host, as no stream orders what tasks do; raises as `done`."""
         super().wait(stream)
         self._finish()
 
     def _finish(self) -> None:
         super()._finish()
-        for node in self.nodes:
-            if not node.ended:
+        for task in self.tasks:
+            if not task.ended:
                 raise TransferError("A pull goes on in the process that this was forked from.")
-            if isinstance(node.error, PortaKVError):
-                raise node.error
-            if node.error:
-                raise TransferError(f"A pull ended early: {node.error!r}.") from node.error
-            if not node.landed.all():
+            if isinstance(task.error, PortaKVError):
+                raise task.error
+            if task.error:
+                raise TransferError(f"A pull ended early: {task.error!r}.") from task.error
+            if not task.landed.all():
                 raise TransferError("A pull ended early, and its rows did not all come.")
 
 
@@ -80,10 +80,10 @@ class Pull(Part):
     _ended = cast("float | None", None)
     quiet: Told = ()  # whose owners would not know that it reads: they are asked for no rows
 
-    def __init__(self, node: Node, until: float) -> None:
-        super().__init__((), [node])
+    def __init__(self, task: Task, until: float) -> None:
+        super().__init__((), [task])
         self.copies = list[BlockTransfer]()
-        self.slices = list[Node]()
+        self.slices = list[Task]()
         self.layers = list[Part]()
         self._deciding = threading.Lock()  # what became of it
         self._until = until
@@ -92,7 +92,7 @@ class Pull(Part):
     @property
     def published(self) -> bool:
         """Whether every offer held, so that the rows are valid; never blocks or raises."""
-        return bool(self.nodes[0].landed.all())
+        return bool(self.tasks[0].landed.all())
 
     def cancel(self) -> bool:
         """Move no more than what is in flight, and publish nothing; False if it has ended."""
@@ -106,7 +106,7 @@ class Pull(Part):
             self.stopped = True
         for copy in self.copies:
             copy.cancel()
-        return not self.nodes[0].ended
+        return not self.tasks[0].ended
 
     @property
     def over(self) -> bool:
@@ -127,7 +127,7 @@ class Pull(Part):
         """What became of it so far; never blocks or raises. Bytes and blocks count once they are
         published: blocks of this reader that it requested, in all of its shards."""
         landed = self.published
-        over = self.nodes[0].ended
+        over = self.tasks[0].ended
         seconds = None if self._ended is None else self._ended - self._began
         pieces = len(self.copies) + len(self.slices)
         stopped = self.stopped and over and not landed and not self._late
@@ -151,7 +151,7 @@ class Pull(Part):
             with suppress(PortaKVError):
                 owner.channel.tell(owner.address, Begin(ticket.epoch, ticket.offer))
 
-    def end(self, told: Told, checks: Sequence[Node]) -> None:
+    def end(self, told: Told, checks: Sequence[Task]) -> None:
         """Wait for all bytes, look at them, and ask each owner whether its offer held; offers are
         renewed meanwhile."""
         errors = list[BaseException]()
@@ -166,7 +166,7 @@ class Pull(Part):
                 self.cancel()  # all is waited for: nothing is written behind the end
         try:
             for check in () if self.over else checks:
-                self.nodes[0].graph.submit([check], priority="urgent")
+                self.tasks[0].graph.submit([check], priority="urgent")
                 self._await(told, check)
         except BaseException as error:
             errors.append(error)
@@ -201,7 +201,7 @@ class Pull(Part):
                 owner.channel.tell(owner.address, Close(ticket.epoch, ticket.offer, taken), CLOSING)
 
     def _await(self, told: Told, one: Any) -> None:
-        """Wait for a copy or a node, and renew the offers; raises what it ended with."""
+        """Wait for a copy or a task, and renew the offers; raises what it ended with."""
         third = max(MOMENT, min(ticket.lease for ticket, _ in told) / 3)
         while True:
             seconds = third if self.over else max(0.0, min(third, LOOK, self._until - monotonic()))
@@ -222,8 +222,8 @@ class Pull(Part):
 
 
 def _over(one: Any, seconds: float) -> bool:
-    """Wait for a node or a copy; raises its error."""
-    if isinstance(one, Node):
+    """Wait for a task or a copy; raises its error."""
+    if isinstance(one, Task):
         if (over := one.wait(seconds)) and one.error:
             raise one.error
         return over

@@ -14,7 +14,7 @@ import torch
 
 from portakv import arguments
 from portakv.copy.rows import copy_rows
-from portakv.graph.graph import Graph, Node
+from portakv.graph.graph import Graph, Task
 from portakv.interconnect.strategy import Overlap, Terms
 from portakv.migrate.channel import Channel
 from portakv.migrate.moved import taken, verified
@@ -62,7 +62,7 @@ class Reader:
         self.channel = channel
         self.shards = shards
         self.device = self._owners.device
-        self._link, self._checks = (self._graph.link(x, width=16) for x in ("pull", "verify"))
+        self._queue, self._checks = (self._graph.queue(x, width=16) for x in ("pull", "verify"))
         self._pulls = WeakSet[Pull]()
         channel.claim("a reader", self)
 
@@ -113,7 +113,7 @@ class Reader:
             if event is not None and not event.query():
                 module = torch.get_device_module(self.device)  # its events take its own streams
                 event.wait(module.current_stream(self.device))
-        pull = Pull(Node(None, 1, link=self._link, name="pull"), until)
+        pull = Pull(Task(None, 1, queue=self._queue, name="pull"), until)
         self._pulls.add(pull)
         pull.blocks = count_blocks(self.shards, blocks, first, told[0][0].tokens)
         asked = {step.ticket.offer for step in plan if step.cut.src is None}
@@ -130,10 +130,10 @@ class Reader:
                 rate = terms.max_gbps and terms.max_gbps * step.nbytes / whole
                 if step.cut.src is None:
                     pull.way = step.owner.transport.name, step.owner.why
-                    for some, node in taken(self._graph, step, pull, rate):
-                        pull.slices.append(node)
+                    for some, task in taken(self._graph, step, pull, rate):
+                        pull.slices.append(task)
                         for layer in some:
-                            ends[step.cut.layers[layer]][1].append(node)
+                            ends[step.cut.layers[layer]][1].append(task)
                     continue
                 copy = copy_rows(
                     step.cut.src,
@@ -151,11 +151,11 @@ class Reader:
                     ends[step.cut.layers[nth]][0].append(end)
             if by_layer:
                 pull.layers = [Part(*layer) for ends in layers for layer in ends]
-            checks = list[Node]()
+            checks = list[Task]()
             if verify:
-                checks = [Node(partial(verified, x, pull), 1, link=self._checks) for x in plan]
-            pull.nodes[0].work = lambda *_: pull.end(told, checks)
-            self._graph.submit([*pull.slices, *pull.nodes], priority="urgent")
+                checks = [Task(partial(verified, x, pull), 1, queue=self._checks) for x in plan]
+            pull.tasks[0].work = lambda *_: pull.end(told, checks)
+            self._graph.submit([*pull.slices, *pull.tasks], priority="urgent")
             return pull
         except BaseException:  # nobody gets the handle of what was issued
             pull.drop()
@@ -177,7 +177,7 @@ class Reader:
         closed after ten seconds."""
         until = monotonic() + PATIENCE
         for pull in tuple(self._pulls):
-            if not pull.nodes[0].wait(max(0.0, until - monotonic())):
+            if not pull.tasks[0].wait(max(0.0, until - monotonic())):
                 pull.cancel()
         self._graph.close(2.0)
         self._owners.close()

@@ -382,7 +382,7 @@ class Published:
         for name, x in self._held.items():
             if self._items[name].tie == name:
                 self._items[name] = structs.replace(self._items[name], data=_shared(name, x, files))
-        self._sums = Later[list[int]]("digests of weights", self.graph.link("weights"))
+        self._sums = Later[list[int]]("digests of weights", self.graph.queue("weights"))
         self.ticket = sealed(WeightsTicket(channel.address, self._id))
         channel.serve(AskWeights, self._answer)
 

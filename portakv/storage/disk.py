@@ -33,7 +33,7 @@ class Disk:
     together. Space is allocated when blocks are saved.
 
     ``admit="second"``: a block is stored when it is offered the second time. ``workers``: how many
-    nodes read or write in a folder at once. ``io``: "ring", "threads", an engine; None: what runs.
+    tasks read or write in a folder at once. ``io``: "ring", "threads", an engine; None: what runs.
     ``track`` shows how far a recovery is, as `rich.progress.track` does: it passes items on.
     """
 
@@ -149,7 +149,7 @@ class _Opening:
                 self.spaces[folder].others = [other for other in opened if other != folder]
         if opened:
             parts = [
-                (slots, self.graph.link(f"disk:{folder}", width=self.disk.workers))
+                (slots, self.graph.queue(f"disk:{folder}", width=self.disk.workers))
                 for folder, slots in opened.items()
             ]
             self.tier_stores.append(

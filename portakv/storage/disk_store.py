@@ -9,9 +9,9 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from portakv.graph.graph import Graph, Link
+from portakv.graph.graph import Graph, Queue
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
@@ -57,6 +57,14 @@ class _Pinned:
         _warnings.warning(f"{self.failure.kind} {folder}", text, key.hex(), folder, what)
 
 
+class _Taken(NamedTuple):
+    """A slot that was taken for a block; ``number``: of the block among the keys of the write."""
+
+    number: int
+    slots: Slots
+    slot: int
+
+
 @dataclass(eq=False, repr=False)
 class DiskStore:
     """The blocks of one form in all folders of a disk tier, as `BlockStore` knows a tier. The one
@@ -64,7 +72,7 @@ class DiskStore:
 
     graph: Graph
     form: BlockForm
-    parts: list[tuple[Slots, Link]]
+    parts: list[tuple[Slots, Queue]]
     engine: Engine
     writable: bool
     notes: list[str]
@@ -103,11 +111,11 @@ class DiskStore:
                     lacks[i] = False
         return lacks
 
-    def link(self, key: bytes) -> Link:
+    def queue(self, key: bytes) -> Queue:
         """What a block is read by."""
-        return next((link for slots, link in self.parts if key in slots.index), self.parts[0][1])
+        return next((queue for slots, queue in self.parts if key in slots.index), self.parts[0][1])
 
-    def link_for_write(self, nbytes: int) -> Link:
+    def queue_for_write(self, nbytes: int) -> Queue:
         """What a block is written by: the folder with the fewest bytes queued, of several the one
         that has taken the fewest blocks."""
         return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0].index) + x[0].evicted))[1]
@@ -205,7 +213,7 @@ class DiskStore:
 
     def write(
         self,
-        link: Link,
+        queue: Queue,
         keys: Sequence[bytes],
         rows: Sequence[Row],
         generations: Sequence[int],
@@ -214,60 +222,92 @@ class DiskStore:
         evict: bool = True,
         report: Report = reasons.ignore,
     ) -> list[bool]:
-        """Write sealed images in the link's folder; return which blocks are there now. A block that
-        would evict one that comes before it in ``own``, all of a call's, is dropped; without
-        ``evict`` also one that would evict any. A folder that cannot evict a block, as all of its
-        blocks have successors, leaves it to the other folders."""
-        first = next(slots for slots, each in self.parts if each is link)
-        folders = [first, *(slots for slots, _ in self.parts if slots is not first)]
-        # A folder with free slots comes before one that has to evict.
-        tries = [(slots, False) for slots in folders] if len(folders) > 1 else []
-        tries += [(slots, evict) for slots in folders]
+        """Write sealed images in the queue's folder; return which blocks are there now.
+
+        A block that would evict one that comes before it in ``own``, all of a call's, is dropped;
+        without ``evict`` also one that would evict any. A folder that cannot evict a block, as all
+        of its blocks have successors, leaves it to the other folders.
+        """
         self.touch([*own] if own else ())  # what the call finds stored goes after other blocks
         landed = self.has(keys)
         new = [i for i, there in enumerate(landed) if not there]
         size = self.form.image_bytes
 
-        taken = list[tuple[int, Slots, int]]()
-        moved = list[int]()
+        taken = list[_Taken]()
+        results = list[int]()
         try:
             for i in new:
-                mark = predecessor(rows[i])
-                for slots, evicts in tries:
-                    slot = slots.take(keys[i], own, mark, evicts)
-                    if slot is not None:
-                        taken.append((i, slots, slot))
-                        break
-                else:
-                    where = f"{first.folder.parent}: no slot is free or may be evicted"
-                    report(keys[i], Reason(reasons.DROPPED, where))
-                    _warnings.warning(f"dropped {where}", "Block %s: %s", keys[i].hex(), where)
-            asks = [
+                found = self._take(queue, keys[i], rows[i], own, evict, report)
+                if found is not None:
+                    taken.append(_Taken(i, *found))
+            requests = [
                 Request(slots.fd, slot * size, rows[i].ctypes.data, size, True)
                 for i, slots, slot in taken
             ]
-            moved = self.engine.run(asks)
+            results = self.engine.run(requests)
         finally:  # the first block first, so that a kill leaves no block without its predecessor
-            results = moved or [0] * len(taken)
-            for (i, slots, slot), got in zip(taken, results, strict=True):
-                if got == size:
-                    landed[i] = slots.seal(slot, keys[i], generations[i], checksums[i])
-                else:
-                    slots.give(slot, broken=got == -errno.EIO)
-                if not landed[i]:
-                    why = "its record cannot be written"
-                    if got != size:
-                        why = os.strerror(-got) if got < 0 else "the write was cut short"
-                    where = f"{slots.folder.parent}: {why}"
-                    report(keys[i], Reason(reasons.UNREACHABLE, where))
-                    text = "Block %s could not be written: %s"
-                    _warnings.warning(f"not written {where}", text, keys[i].hex(), where)
+            for place, result in zip(taken, results or [0] * len(taken), strict=True):
+                i = place.number
+                known = keys[i], generations[i], checksums[i]
+                landed[i] = self._seal(place, result, *known, report)
         self.touch([keys[i] for i in new])  # a prefix outlives its suffix
         hits = sum(landed[i] for i in new)
         self.graph.count(self.tier, "save", "hit", hits, hits * size)
         self.graph.count(self.tier, "save", "fault", len(taken) - hits)
         self.graph.count(self.tier, "save", "dropped", len(new) - len(taken))
         return landed
+
+    def _take(
+        self,
+        queue: Queue,
+        key: bytes,
+        row: Row,
+        own: Mapping[bytes, int] | None,
+        evict: bool,
+        report: Report,
+    ) -> tuple[Slots, int] | None:
+        """Take a slot for a block, in the queue's folder or in another one; None, with a report, if
+        no folder has one. A folder with free slots comes before one that has to evict."""
+        first = next(slots for slots, each in self.parts if each is queue)
+        folders = [first, *(slots for slots, _ in self.parts if slots is not first)]
+        tries = [(slots, False) for slots in folders] if len(folders) > 1 else []
+        tries += [(slots, evict) for slots in folders]
+        mark = predecessor(row)
+        for slots, evicts in tries:
+            slot = slots.take(key, own, mark, evicts)
+            if slot is not None:
+                return slots, slot
+        where = f"{first.folder.parent}: no slot is free or may be evicted"
+        report(key, Reason(reasons.DROPPED, where))
+        _warnings.warning(f"dropped {where}", "Block %s: %s", key.hex(), where)
+        return None
+
+    def _seal(
+        self,
+        place: _Taken,
+        result: int,
+        key: bytes,
+        generation: int,
+        checksums: Sequence[int],
+        report: Report,
+    ) -> bool:
+        """Record a block whose write ended with a result, or give its slot back with a report;
+        return whether it is stored."""
+        _, slots, slot = place
+        size = self.form.image_bytes
+        stored = False
+        why = "its record cannot be written"
+        if result == size:
+            stored = slots.seal(slot, key, generation, checksums)
+        else:
+            slots.give(slot, broken=result == -errno.EIO)
+            why = os.strerror(-result) if result < 0 else "the write was cut short"
+        if not stored:
+            where = f"{slots.folder.parent}: {why}"
+            report(key, Reason(reasons.UNREACHABLE, where))
+            text = "Block %s could not be written: %s"
+            _warnings.warning(f"not written {where}", text, key.hex(), where)
+        return stored
 
     def statistics(self) -> dict[str, Any]:
         """Numbers of slots by folder."""

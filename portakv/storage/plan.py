@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan a call of a block store: locate each part of a block in a tier or in rows, make the nodes of
+"""Plan a call of a block store: locate each part of a block in a tier or in rows, make the tasks of
 the transfer graph that bring it into rows and into a view, and join what other calls share."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from portakv.graph.graph import Graph, Lease, Link, Node, Priority
+from portakv.graph.graph import Graph, Lease, Priority, Queue, Task
 from portakv.graph.handle import Handle, Missing
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image
@@ -26,17 +26,17 @@ from portakv.storage.rows import Crossing, Rows
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import KVView
 
-#: Bytes of a node of a save, and of a load, unless one block has more. A load of 16 MiB pieces kept
+#: Bytes of a task of a save, and of a load, unless one block has more. A load of 16 MiB pieces kept
 #: a disk's queue too short on an H200 machine: 1.6 GB/s, by 32 MiB 2.1. An urgent load waits for
 #: one piece of a save.
 SAVED = 16 << 20
 LOADED = 32 << 20
 KEPT = "kept"  # a spot: the host tier
 ASKED = 8  # blocks that a lookup asks about first; then of twice as many
-PARTS = 8  # of the device's leg by layer, if blocks are read as a whole
+PARTS = 8  # of the device's stage by layer, if blocks are read as a whole
 
 
-class Leg(NamedTuple):
+class Stage(NamedTuple):
     """What crosses at once between rows and a view: ``layers`` of the view, the segment that has
     them (None: the image), and both sides of the copy."""
 
@@ -62,7 +62,7 @@ class Part:
         """What this part of a block is called among the rows."""
         return self.form.digest + key
 
-    def legs(self, view: KVView, by_layer: bool) -> list[Leg]:
+    def stages(self, view: KVView, by_layer: bool) -> list[Stage]:
         """Legs between rows and a view, in order of their layers."""
         first = self.theirs["layers"].start
         past = self.theirs["layers"].stop
@@ -73,12 +73,12 @@ class Part:
         else:
             many = min(PARTS, past - first) if by_layer else 1
             ends = np.linspace(first, past, 1 + many, dtype=int).tolist()
-        found = list[Leg]()
+        found = list[Stage]()
         to = self.mine["layers"].start
         for number, (a, b) in enumerate(pairwise(min(max(x, first), past) - first for x in ends)):
             if a < b:
                 sides = self.rows.slice(layers=slice(a, b)), outer.slice(layers=slice(a, b))
-                found.append(Leg(range(to + a, to + b), number if segmented else None, *sides))
+                found.append(Stage(range(to + a, to + b), number if segmented else None, *sides))
         return found
 
 
@@ -100,7 +100,7 @@ def parts_of(
     return parts[:1] + sorted(parts[1:], key=lambda x: (x.cells & -x.cells, -x.cells.bit_count()))
 
 
-class Flights:
+class SharedState:
     """What calls of a store share, under the graph's lock. ``begun``: reads and saves that did not
     end; ``fills``: the last of them by part and key, with the row of the block; ``gates``: ends of
     calls."""
@@ -110,9 +110,9 @@ class Flights:
         self.rows = rows
         self.tier_stores = tier_stores
         self.parts = list[Part]()  # once tiers are open
-        self.fills = dict[bytes, tuple[Fill, int]]()
-        self.gates = WeakSet[Node]()
-        self.begun = set[Fill]()
+        self.in_flights = dict[bytes, tuple[InFlight, int]]()
+        self.gates = WeakSet[Task]()
+        self.begun = set[InFlight]()
         self.log = RateLimitedLog(logging.getLogger(__name__))
 
     def touch(self, keys: Keys, follows: Sequence[int] = ()) -> None:
@@ -143,7 +143,7 @@ class Flights:
             del covers[end:]  # behind a block that is nowhere nothing is asked
         return len(covers)
 
-    def spots(self, key: bytes) -> list[tuple[Part, Any]]:
+    def locations(self, key: bytes) -> list[tuple[Part, Any]]:
         """Parts that cover a block once, or more often if they have to, with their spots. If a cell
         is nowhere, the whole block may be in a far tier, or there are none."""
         found = list[tuple[Part, Any]]()
@@ -151,32 +151,40 @@ class Flights:
         while cover != self.parts[0].cells:
             cell = ~cover & (cover + 1)  # the first one that is not covered
             parts = sorted(self.parts, key=lambda part: bool(part.cells & cover))
-            spots = ((x, spot) for x in parts if x.cells & cell and (spot := self.spot(x, key)))
-            if not (one := next(spots, None)):
-                spot = self.spot(self.parts[0], key, far=True)
-                return [(self.parts[0], spot)] if spot else []
+            locations = (
+                (x, location)
+                for x in parts
+                if x.cells & cell and (location := self.location(x, key))
+            )
+            if not (one := next(locations, None)):
+                location = self.location(self.parts[0], key, far=True)
+                return [(self.parts[0], location)] if location else []
             found.append(one)
             cover |= one[0].cells
         return found
 
-    def spot(self, part: Part, key: bytes, far: bool = False) -> Any:
-        """Return where a part of a block is: `KEPT`, a `Fill`, or tier stores with their links, the
-        nearest first.
+    def location(self, part: Part, key: bytes, far: bool = False) -> Any:
+        """Return where a part of a block is: `KEPT`, an `InFlight`, or tier stores with their
+        queues, the nearest first.
 
         A remote tier is taken to have what a nearer one has, and what it is known to have; of
         ``far`` blocks any.
         """
         if self.rows.has(part.name(key)):
             return KEPT
-        links = list[tuple[TierStore, Link]]()
+        queues = list[tuple[TierStore, Queue]]()
         stored = False
         for tier_store in part.tier_stores:
             known = tier_store.known([key])[0]
-            if known or (tier_store.tier == "remote" and (far or links)):
-                links.append((tier_store, tier_store.link(key)))
+            if known or (tier_store.tier == "remote" and (far or queues)):
+                queues.append((tier_store, tier_store.queue(key)))
             stored |= known
-        fill, _ = self.fills.get(part.name(key), (None, 0))
-        return fill if fill and fill.wanted and not (fill.store and stored) else (*links,)
+        in_flight, _ = self.in_flights.get(part.name(key), (None, 0))
+        return (
+            in_flight
+            if in_flight and in_flight.wanted and not (in_flight.store and stored)
+            else (*queues,)
+        )
 
     def stored(self, keys: Keys) -> Any:
         """Return which blocks of the store's form are where saves put them: in every writable tier
@@ -189,7 +197,7 @@ class Flights:
                 there &= tier_store.known(keys)
         if not writable:
             names = [own.name(key) for key in keys]
-            there[:] = [self.rows.has(name) or name in self.fills for name in names]
+            there[:] = [self.rows.has(name) or name in self.in_flights for name in names]
         return there
 
     def continues(self, after: bytes | None, tier_store: TierStore | None) -> bool:
@@ -201,46 +209,48 @@ class Flights:
         if after is None:
             return True
         own = self.parts[0]
-        fill, _ = self.fills.get(own.name(after), (None, 0))
-        if (fill and fill.store) or any(other.tier == "remote" for other in own.tier_stores):
+        in_flight, _ = self.in_flights.get(own.name(after), (None, 0))
+        if (in_flight and in_flight.store) or any(
+            other.tier == "remote" for other in own.tier_stores
+        ):
             return True
         if tier_store is None:
-            return bool(self.spot(own, after))
+            return bool(self.location(own, after))
         return tier_store.known([after])[0]
 
 
-class Landing(NamedTuple):
-    """Blocks ``at`` of a call come into ``rows`` of a lease: for leg n once nodes ``ends[n]`` have
-    ended."""
+class Arrival(NamedTuple):
+    """Blocks ``at`` of a call come into ``rows`` of a lease: for stage n once the tasks ``ends[n]``
+    have ended."""
 
     lease: Lease
-    ends: dict[int, list[Node]]
+    ends: dict[int, list[Task]]
     at: Sequence[int]
     rows: Sequence[int]
 
-    def cross(self, crossing: Crossing, leg: Leg, _: Node, mask: Any) -> None:
-        """What the node of a leg does: copy blocks of a mask from their rows into the view."""
+    def cross(self, crossing: Crossing, stage: Stage, _: Task, mask: Any) -> None:
+        """What the task of a stage does: copy blocks of a mask from their rows into the view."""
         left = np.flatnonzero(mask)
         items = np.array(self.lease.items)[np.array(self.rows)[left]]
-        crossing.copy(leg.inner, leg.outer, items, np.array(self.at)[left])
+        crossing.copy(stage.inner, stage.outer, items, np.array(self.at)[left])
 
 
 class Call:
     """What one call wants, and its plan. ``given``: blocks that are anywhere; ``order``: the place
     of each, as a tier loses none for one that comes after it; ``after``: the key before the first
-    one, of a save. ``ends``: for each node with which blocks end which of the call's they are, and
-    which of the node's; and which layers it has of them."""
+    one, of a save. ``ends``: for each task with which blocks end which of the call's they are, and
+    which of the task's; and which layers it has of them."""
 
     def __init__(
         self,
-        flights: Flights,
+        shared: SharedState,
         kind: str,
         keys: list[bytes],
         priority: Priority,
         deadline: float | None,
         after: bytes | None = None,
     ) -> None:
-        self.flights = flights
+        self.shared = shared
         self.kind = kind
         self.keys = keys
         self.priority = priority
@@ -250,13 +260,13 @@ class Call:
         if after is not None:
             self.order[after] = -1
         self.order.update((key, place) for place, key in enumerate(keys))
-        self.gate = Node(None, len(keys), name=kind)
+        self.gate = Task(None, len(keys), name=kind)
         self.given: Any = np.ones(len(keys), np.bool_)
         self.excused: Any = np.zeros(len(keys), np.bool_)  # need not land: no tier admits them yet
-        self.ends = list[tuple[tuple[Node, Any, Any], range]]()
-        self.fills = 0  # that did not end
+        self.ends = list[tuple[tuple[Task, Any, Any], range]]()
+        self.in_flights = 0  # that did not end
         self.explanation = Explanation(keys)
-        self._nodes = list[tuple[int, Node]]()  # with the number of their leg
+        self._nodes = list[tuple[int, Task]]()  # with the number of their stage
         self._leases = list[Lease]()  # of rows that were pinned
 
     @cached_property
@@ -269,29 +279,29 @@ class Call:
         """The call's blocks by part and spot; those that are anywhere are given."""
         groups = dict[tuple[Part, Any], list[int]]()
         for i, key in enumerate(self.keys):
-            spots = self.flights.spots(key)
-            self.given[i] = bool(spots)
-            for spot in spots:
-                groups.setdefault(spot, []).append(i)
+            locations = self.shared.locations(key)
+            self.given[i] = bool(locations)
+            for location in locations:
+                groups.setdefault(location, []).append(i)
         return groups
 
     def bring(
-        self, part: Part, spot: Any, some: list[int], segments: list[int | None]
-    ) -> Iterator[Landing]:
-        """Bring blocks from a spot into rows, for legs of these segments."""
-        graph = self.flights.graph
-        rows = self.flights.rows
+        self, part: Part, location: Any, some: list[int], segments: list[int | None]
+    ) -> Iterator[Arrival]:
+        """Bring blocks from a spot into rows, for stages of these segments."""
+        graph = self.shared.graph
+        rows = self.shared.rows
         names = {i: part.name(self.keys[i]) for i in some}
-        if isinstance(spot, Fill):  # it is under way
-            spot.calls.append((self, some))
-            self.explanation.sources.append(spot.reasons)
-            every = [*spot.ends.values()]
-            spot.until = None  # what is waited for is not dropped
-            ends = [[spot.ends[x]] if x in spot.ends else every for x in segments]
-            items = [self.flights.fills[names[i]][1] for i in some]
-            self.explanation.nodes += [(end, some, items) for end in every]
-            yield Landing(spot, dict(enumerate(ends)), some, items)
-        elif spot == KEPT:  # its rows stay until the nodes that use them have ended
+        if isinstance(location, InFlight):  # it is under way
+            location.calls.append((self, some))
+            self.explanation.sources.append(location.reasons)
+            every = [*location.ends.values()]
+            location.until = None  # what is waited for is not dropped
+            ends = [[location.ends[x]] if x in location.ends else every for x in segments]
+            items = [self.shared.in_flights[names[i]][1] for i in some]
+            self.explanation.tasks += [(end, some, items) for end in every]
+            yield Arrival(location, dict(enumerate(ends)), some, items)
+        elif location == KEPT:  # its rows stay until the tasks that use them have ended
             for at in self.chunks(some, LOADED, len({*segments})):
                 lease = Lease(rows, 0, ended=lambda lease: rows.unpin(lease.items))
                 self._leases.append(lease)
@@ -299,102 +309,108 @@ class Call:
                 for i in at:
                     lease.items.append(rows.find(names[i]))
                 graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
-                yield Landing(lease, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))
+                yield Arrival(lease, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))
         else:
-            yield from self._read(part, spot, some, segments)
+            yield from self._read(part, location, some, segments)
 
     def _read(
         self, part: Part, tier_stores: Any, some: list[int], segments: list[int | None]
-    ) -> Iterator[Landing]:
+    ) -> Iterator[Arrival]:
         """Read blocks from the first tier store, and from the next one what does not land. What by
         segments is more than staging holds at once has a lease for each segment, so that the first
         layers do not wait for the last."""
         pieces = [*dict.fromkeys(segments)]
-        apart = len(pieces) > 1 and len(some) > self.flights.rows.staging
+        apart = len(pieces) > 1 and len(some) > self.shared.rows.staging
         # A disk reads 8 MiB sooner in two pieces than in four, which leave saves no worker.
-        links = [link for tier_store, link in tier_stores[:1] if tier_store.tier != "disk"]
-        for at in self.chunks(some, LOADED, len(pieces), *links):
+        queues = [queue for tier_store, queue in tier_stores[:1] if tier_store.tier != "disk"]
+        for at in self.chunks(some, LOADED, len(pieces), *queues):
             for group in [[x] for x in pieces] if apart else [pieces]:
-                fill = Fill(self, part, at, apart=str(group).encode() if apart else b"")
+                in_flight = InFlight(self, part, at, apart=str(group).encode() if apart else b"")
                 for segment in group:
-                    before = list[Node]()
+                    before = list[Task]()
                     order = (pieces.index(segment), len(pieces))
-                    for tier_store, link in tier_stores:
-                        work = partial(fill.read, tier_store, segment)
+                    for tier_store, queue in tier_stores:
+                        work = partial(in_flight.read, tier_store, segment)
                         rescue = bool(before)
-                        before = [self.node(at, work, link, fill, before, order, rescue)]
-                    fill.ends[segment] = before[0]
-                ends = {n: [fill.ends[x]] for n, x in enumerate(segments) if x in fill.ends}
-                yield Landing(fill, ends, at, range(len(at)))
+                        before = [self.task(at, work, queue, in_flight, before, order, rescue)]
+                    in_flight.ends[segment] = before[0]
+                ends = {
+                    n: [in_flight.ends[x]] for n, x in enumerate(segments) if x in in_flight.ends
+                }
+                yield Arrival(in_flight, ends, at, range(len(at)))
 
-    def cross(self, landing: Landing, legs: Sequence[Leg], crossing: Crossing, link: Link) -> None:
+    def cross(
+        self, arrival: Arrival, stages: Sequence[Stage], crossing: Crossing, queue: Queue
+    ) -> None:
         """Plan the way of blocks from their rows into a view."""
-        many = range(len(landing.at))
-        for number, ends in landing.ends.items():
-            after = [(end, many, landing.rows) for end in ends]
-            work = partial(landing.cross, crossing, legs[number])
-            order = (number, len(legs))
-            node = self.node(landing.at, work, link, landing.lease, after, order)
-            self.ends.append(((node, landing.at, many), legs[number].layers))
+        many = range(len(arrival.at))
+        for number, ends in arrival.ends.items():
+            after = [(end, many, arrival.rows) for end in ends]
+            work = partial(arrival.cross, crossing, stages[number])
+            order = (number, len(stages))
+            task = self.task(arrival.at, work, queue, arrival.lease, after, order)
+            self.ends.append(((task, arrival.at, many), stages[number].layers))
 
-    def chunks(self, blocks: list[int], nbytes: int, pieces: int, *links: Link) -> list[list[int]]:
-        """The blocks of nodes that move them in so many pieces: two share them, or all workers."""
-        rows = self.flights.rows
-        share = -(-len(blocks) // max([2, *(link.width for link in links)]))
+    def chunks(
+        self, blocks: list[int], nbytes: int, pieces: int, *queues: Queue
+    ) -> list[list[int]]:
+        """The blocks of tasks that move them in so many pieces: two share them, or all workers."""
+        rows = self.shared.rows
+        share = -(-len(blocks) // max([2, *(queue.width for queue in queues)]))
         most = rows.most // (4 if pieces > 1 else 1)
         most = max(1, min(most, pieces * nbytes // rows.row_bytes, share))
         return [blocks[first : first + most] for first in range(0, len(blocks), most)]
 
-    def node(
+    def task(
         self,
         at: Any,
         work: Any,
-        link: Link,
+        queue: Queue,
         lease: Lease,
         after: Any,
         order: tuple[int, int] = (0, 1),
         rescue: bool = False,
-    ) -> Node:
-        """Plan ``work(node, mask)`` on rows of a lease, for leg ``order[0]`` of ``order[1]``."""
-        nbytes = len(at) * self.flights.rows.row_bytes // order[1]
+    ) -> Task:
+        """Plan ``work(task, mask)`` on rows of a lease, for stage ``order[0]`` of ``order[1]``."""
+        nbytes = len(at) * self.shared.rows.row_bytes // order[1]
         terms: Any = {"after": after, "rescue": rescue, "lease": lease, "name": self.kind}
-        node = Node(work, len(at), link=link, nbytes=nbytes, **terms)
-        self._nodes.append((order[0], node))
-        self.explanation.nodes.append((node, at, range(len(at))))
-        return node
+        task = Task(work, len(at), queue=queue, nbytes=nbytes, **terms)
+        self._nodes.append((order[0], task))
+        self.explanation.tasks.append((task, at, range(len(at))))
+        return task
 
-    def submit(self, *gates: Node) -> None:
-        """Begin what was planned, the first legs first."""
-        nodes = [node for _, node in sorted(self._nodes, key=itemgetter(0))]
+    def submit(self, *gates: Task) -> None:
+        """Begin what was planned, the first stages first."""
+        tasks = [task for _, task in sorted(self._nodes, key=itemgetter(0))]
         self._nodes.clear()
-        late = self.deadline if gates else None  # who joins a node may have more time
-        self.flights.graph.submit([*nodes, *gates], priority=self.priority, deadline=late)
+        late = self.deadline if gates else None  # who joins a task may have more time
+        self.shared.graph.submit([*tasks, *gates], priority=self.priority, deadline=late)
 
     def drop(self) -> None:
         """Forget a plan that failed: no other call may wait for what never begins."""
-        flights = self.flights
-        flights.begun = {fill for fill in flights.begun if fill.users}
-        flights.fills = {name: x for name, x in flights.fills.items() if x[0].users}
+        shared = self.shared
+        shared.begun = {in_flight for in_flight in shared.begun if in_flight.users}
+        shared.in_flights = {name: x for name, x in shared.in_flights.items() if x[0].users}
         for lease in self._leases:
             if not lease.users and lease.items:
-                flights.rows.unpin(lease.items)
+                shared.rows.unpin(lease.items)
 
     def handle(self, view: Any, layers: int = 0, missing: Missing = "raise") -> Handle:
         """Begin a call, behind a gate of all and, by layer, one of each layer."""
-        gates = [Node(None, len(self.keys), given=self.given) for _ in range(layers)]
+        gates = [Task(None, len(self.keys), given=self.given) for _ in range(layers)]
         for layer, gate in enumerate(gates):
             gate.after = [end for end, has in self.ends if layer in has]
         self.gate.given = self.given
         self.gate.after = [end for end, _ in self.ends]
         self.submit(*gates, self.gate)
-        self.flights.gates.add(self.gate)
+        self.shared.gates.add(self.gate)
         if self.kind != "save":
             self.explanation.located = self.given
         why = self.explanation.sentence
-        return Handle(self.flights.graph, self.gate, gates, missing, view, self.excused, why)
+        return Handle(self.shared.graph, self.gate, gates, missing, view, self.excused, why)
 
 
-class Fill(Lease):
+class InFlight(Lease):
     """Rows that are being filled: the i-th has block ``keys[i]`` of the part once all of ``ends``
     landed it: one for each segment, or that of None. Calls that follow them use the rows as well,
     unless they have a name ``apart``; ``calls`` are all of them with their blocks, the maker first.
@@ -404,21 +420,21 @@ class Fill(Lease):
     def __init__(
         self, call: Call, part: Part, at: list[int], until: float | None = None, apart: bytes = b""
     ) -> None:
-        flights = call.flights
-        super().__init__(flights.rows, len(at), call.kind == "save", until, Fill.over)
+        shared = call.shared
+        super().__init__(shared.rows, len(at), call.kind == "save", until, InFlight.over)
         self.part = part
         self.calls = [(call, at)]
         self.keys = [call.keys[i] for i in at]
-        self.ends = dict[int | None, Node]()
-        self.last = list[Node]()
+        self.ends = dict[int | None, Task]()
+        self.last = list[Task]()
         self.generation = 0
         self.sums = dict[int, Any]()
         self.reasons = Reasons()  # why blocks did not come, or were not written
         call.explanation.sources.append(self.reasons)
         self.names = [part.name(key) + apart for key in self.keys]
-        flights.begun.add(self)
-        flights.fills.update((name, (self, row)) for row, name in enumerate(self.names))
-        call.fills += 1
+        shared.begun.add(self)
+        shared.in_flights.update((name, (self, row)) for row, name in enumerate(self.names))
+        call.in_flights += 1
 
     @property
     def wanted(self) -> bool:
@@ -431,47 +447,47 @@ class Fill(Lease):
         suffix; before, if it has more of them than the host tier."""
         landed = np.zeros(self.count, np.bool_)
         call = self.calls[0][0]
-        flights = call.flights
-        rows = call.flights.rows
+        shared = call.shared
+        rows = call.shared.rows
         if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
         prefetched = all(call.kind == "prefetch" for call, _ in self.calls)
-        evict = flights.continues(call.after, None)
+        evict = shared.continues(call.after, None)
         if rows.crowded(call.order):
-            flights.touch(call.keys)
-        flights.begun.discard(self)
+            shared.touch(call.keys)
+        shared.begun.discard(self)
         self._warn_dropped()
         for row, name in enumerate(self.names):
-            if flights.fills.get(name, (None,))[0] is self:
-                del flights.fills[name]
+            if shared.in_flights.get(name, (None,))[0] is self:
+                del shared.in_flights[name]
             if landed[row]:
                 item = self.items[row]
                 mark = image.predecessor(rows.array[item])
                 rows.keep(item, name, prefetched, call.order, mark, evict)
-        call.fills -= 1
-        if not call.fills:
-            flights.touch(call.keys)
+        call.in_flights -= 1
+        if not call.in_flights:
+            shared.touch(call.keys)
 
     def _warn_dropped(self) -> None:
-        """Log that nodes were dropped, as staging had no room or a link was slow."""
-        nodes = dict.fromkeys([*self.ends.values(), *self.last])
-        dropped = [node for node in nodes if node.state == "dropped"]
+        """Log that tasks were dropped, as staging had no room or a queue was slow."""
+        tasks = dict.fromkeys([*self.ends.values(), *self.last])
+        dropped = [task for task in tasks if task.state == "dropped"]
         if dropped:
-            links = ", ".join(dict.fromkeys(node.link.name for node in dropped))
+            queues = ", ".join(dict.fromkeys(task.queue.name for task in dropped))
             text = "A %s dropped %d blocks on %s, the first one is %s: no staging in time, or slow"
-            values = self.calls[0][0].kind, self.count, links, self.keys[0].hex()
-            self.calls[0][0].flights.log.warning("dropped", text, *values)
+            values = self.calls[0][0].kind, self.count, queues, self.keys[0].hex()
+            self.calls[0][0].shared.log.warning("dropped", text, *values)
 
-    # --- what nodes do, in workers, for the blocks of a mask ---
+    # --- what tasks do, in workers, for the blocks of a mask ---
 
-    def read(self, tier_store: TierStore, segment: int | None, _: Node, mask: Any) -> Any:
+    def read(self, tier_store: TierStore, segment: int | None, _: Task, mask: Any) -> Any:
         """Read blocks, or a segment of them, into the rows."""
         rows, keys, data = self._of(mask)
         segments = None if segment is None else [segment]
         mask[rows] = tier_store.read(keys, data, segments, self._given_up, self.reasons.report)
         return mask
 
-    def gather(self, crossing: Crossing, view: KVView, _: Node, mask: Any) -> None:
+    def gather(self, crossing: Crossing, view: KVView, _: Task, mask: Any) -> None:
         """Copy blocks of a view into the rows, and make images of them."""
         rows, keys, data = self._of(mask)
         call, blocks = self.calls[0]
@@ -483,16 +499,16 @@ class Fill(Lease):
             mark = follows[blocks[row]]
             self.sums[row] = image.seal(image_, self.part.form, key, self.generation, mark)
 
-    def write(self, tier_store: TierStore, link: Link, _: Node, mask: Any) -> Any:
+    def write(self, tier_store: TierStore, queue: Queue, _: Task, mask: Any) -> Any:
         """Write images to a tier."""
         rows, keys, data = self._of(mask)
         call = self.calls[0][0]
         generations = [self.generation] * len(rows)
         sums = [self.sums[row] for row in rows]
-        with call.flights.graph.lock:
-            evict = call.flights.continues(call.after, tier_store)
+        with call.shared.graph.lock:
+            evict = call.shared.continues(call.after, tier_store)
         known = generations, sums, call.order, evict
-        mask[rows] = tier_store.write(link, keys, data, *known, report=self.reasons.report)
+        mask[rows] = tier_store.write(queue, keys, data, *known, report=self.reasons.report)
         return mask
 
     def _of(self, mask: Any) -> tuple[list[int], list[bytes], list[Any]]:
@@ -502,7 +518,7 @@ class Fill(Lease):
 
     def _given_up(self) -> bool:
         """Whether a read may stop."""
-        graph = self.calls[0][0].flights.graph
+        graph = self.calls[0][0].shared.graph
         with graph.lock:
             graph.sweep()
             return not self.wanted

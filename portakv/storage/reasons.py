@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from portakv.graph.graph import Node
+from portakv.graph.graph import Task
 
 #: The bytes came and are wrong, or the device has lost them.
 DAMAGED = "damaged"
@@ -68,8 +68,8 @@ class Explanation:
 
     Attributes:
         sources: the reasons of each transfer that the call follows.
-        nodes: what moves blocks for the call, with the numbers of these among its blocks and
-            among those of the node.
+        tasks: what moves blocks for the call, with the numbers of these among its blocks and
+            among those of the task.
         located: which blocks some tier had when the call was planned, bool ``[blocks]``; None for
             a save.
         kept_in: where a save puts blocks, from which they may be evicted before it ends.
@@ -78,7 +78,7 @@ class Explanation:
     def __init__(self, keys: Sequence[bytes]) -> None:
         self._keys = keys
         self.sources: list[Reasons] = []
-        self.nodes: list[tuple[Node, Sequence[int], Sequence[int]]] = []
+        self.tasks: list[tuple[Task, Sequence[int], Sequence[int]]] = []
         self.located: Any = None
         self.kept_in = ""
 
@@ -99,19 +99,19 @@ class Explanation:
         )
 
     def _by_nodes(self, landed: Any) -> tuple[dict[int, dict[Reason, None]], set[int]]:
-        """Return of blocks that did not land why nodes did not run for them, and those that a node
+        """Return of blocks that did not land why tasks did not run for them, and those that a task
         ran for in vain."""
         unrun: dict[int, dict[Reason, None]] = {}
         untaken = set[int]()
-        for node, blocks, rows in self.nodes:
+        for task, blocks, rows in self.tasks:
             pairs = zip(blocks, rows, strict=True)
             missing = [(block, row) for block, row in pairs if not landed[block]]
-            if node.state != "landed":
-                reason = Reason(node.state, node.link.name)
+            if task.state != "landed":
+                reason = Reason(task.state, task.queue.name)
                 for block, _ in missing:
                     unrun.setdefault(block, {})[reason] = None
             else:
-                untaken.update(block for block, row in missing if not node.landed[row])
+                untaken.update(block for block, row in missing if not task.landed[row])
         return unrun, untaken
 
     def _reasons(self, number: int, key: bytes) -> list[Reason]:

@@ -26,7 +26,7 @@ from weakref import WeakSet
 import numpy as np
 
 from portakv.errors import InvalidTerms, StoreError
-from portakv.graph.graph import Graph, Link, Node
+from portakv.graph.graph import Graph, Queue, Task
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
@@ -346,11 +346,11 @@ class RemoteStore:
         self.form = form
         self.writable = own
         self.notes = [remote.last_error or "ready"]
-        link = graph.link(f"remote:{remote.url}", remote.workers)
+        queue = graph.queue(f"remote:{remote.url}", remote.workers)
         # Another one, so that a lookup does not wait for blocks.
-        self._heads = graph.link(f"remote:{remote.url} lookup", remote.workers)
-        self.link: Callable[[object], Link] = lambda _: link
-        self.link_for_write = self.link
+        self._heads = graph.queue(f"remote:{remote.url} lookup", remote.workers)
+        self.queue: Callable[[object], Queue] = lambda _: queue
+        self.queue_for_write = self.queue
         # Until when a block, or the form, is believed to be there; negative: until when it is not.
         self.verdicts: Bounded[bytes, float] = Bounded("remote verdicts", 1 << 17)
         self._faults: Bounded[bytes, _Fault] = Bounded("remote faults", 1 << 14)
@@ -364,22 +364,22 @@ class RemoteStore:
 
     def has(self, keys: Keys, timeout: float | None = None) -> list[bool]:
         """Return which blocks are there; not those about which the store has said nothing after
-        ``timeout`` seconds. A node asks about each block that is not known."""
+        ``timeout`` seconds. A task asks about each block that is not known."""
         graph = self._graph
         now = self._remote.now()
         until = graph.clock() + (3e9 if timeout is None else timeout)
         ask = self._there
         left = [key for key in keys if abs(self.verdicts.get(key, 0.0)) <= now]
         works = [lambda _, mask, key=key: mask & ask(key) for key in left if not self._fault(key)]
-        nodes = [Node(work, 1, link=self._heads, name="lookup") for work in works]
-        graph.submit(nodes, priority="urgent")
+        tasks = [Task(work, 1, queue=self._heads, name="lookup") for work in works]
+        graph.submit(tasks, priority="urgent")
         try:
-            for node in nodes:
-                node.wait(max(0.0, until - graph.clock()))
+            for task in tasks:
+                task.wait(max(0.0, until - graph.clock()))
         finally:
-            late = [node for node in nodes if not node.ended]
+            late = [task for task in tasks if not task.ended]
             if late:
-                graph.run(lambda: [graph.cancel(node) for node in late])
+                graph.run(lambda: [graph.cancel(task) for task in late])
         return self.known(keys)
 
     def known(self, keys: Keys) -> list[bool]:
@@ -625,7 +625,7 @@ class RemoteStore:
 
     def write(
         self,
-        _: Link,
+        _: Queue,
         keys: Keys,
         rows: Sequence[Row],
         *known: object,

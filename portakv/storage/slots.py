@@ -582,7 +582,7 @@ class Slots:
 
 def claim(folder: Path) -> int:
     """Take a folder of a disk tier for one store, which has it until this descriptor is closed. A
-    link is followed. Raises `StoreBusy` if another store has it."""
+    queue is followed. Raises `StoreBusy` if another store has it."""
     return uninterrupted(partial(_claim, folder), undo=os.close)
 
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from portakv.arguments import flag, instance, invalid, items, nbytes, one_of, seconds
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
-from portakv.graph.graph import SLACK, Graph, Node, Priority
+from portakv.graph.graph import SLACK, Graph, Priority, Task
 from portakv.graph.handle import Handle, Missing
 from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_keys
-from portakv.storage.plan import ASKED, KEPT, SAVED, Call, Fill, Flights, parts_of
+from portakv.storage.plan import ASKED, KEPT, SAVED, Call, InFlight, SharedState, parts_of
 from portakv.storage.rows import Crossing, Rows
 from portakv.storage.tier import Keys, Tier, TierStore
 from portakv.view import KVView
@@ -100,8 +100,10 @@ class BlockStore:
         self._tier_stores = list[TierStore]()
         self.graph = graph or Graph()
         self._own_graph = graph is None
-        self._up, self._down = (self.graph.link(x, width=2) for x in ("host-device", "device-host"))
-        self._flights = Flights(self.graph, self.rows, self._tier_stores)
+        self._up, self._down = (
+            self.graph.queue(x, width=2) for x in ("host-device", "device-host")
+        )
+        self._shared = SharedState(self.graph, self.rows, self._tier_stores)
         self._generation = 0
         uninterrupted(partial(self._open, tiers, forms), undo=lambda _: self.close())
 
@@ -114,8 +116,8 @@ class BlockStore:
             self.close()
             raise
         self._generation = max([x.generation for x in self._tier_stores], default=0)
-        self._flights.parts = parts_of(self.form, forms, self._tier_stores, self.rows.tensor)
-        self._own = self._flights.parts[0]
+        self._shared.parts = parts_of(self.form, forms, self._tier_stores, self.rows.tensor)
+        self._own = self._shared.parts[0]
 
     def __enter__(self) -> BlockStore:
         return self
@@ -132,10 +134,10 @@ class BlockStore:
         leading = 0
         many = ASKED
         while many and (some := keys[leading : leading + many]):
-            there = self._flights.leading(some, until)
+            there = self._shared.leading(some, until)
             leading = leading + there
             many = 2 * many if there == len(some) else 0
-        uninterrupted(partial(self._flights.touch, keys[:leading]))
+        uninterrupted(partial(self._shared.touch, keys[:leading]))
         return leading
 
     def save(
@@ -167,36 +169,36 @@ class BlockStore:
     def _save(self, call: Call, crossing: Crossing, view: KVView, until: float | None) -> Handle:
         """Plan a save, under the graph's lock."""
         own = self._own
-        self._flights.touch(call.keys, call.follows)
-        call.given = partial(self._flights.stored, call.keys)
+        self._shared.touch(call.keys, call.follows)
+        call.given = partial(self._shared.stored, call.keys)
         for tier_stores, some in self._lacking(call).items():
-            links = [tier_store.link_for_write(0) for tier_store in tier_stores]
-            chunks = call.chunks(some, SAVED, 1, *links)
+            queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
+            chunks = call.chunks(some, SAVED, 1, *queues)
             self._generation += len(chunks)
             # After a gap no block evicts another one. The first blocks take the free slots only if
             # each chunk waits for the writes of the chunk before it.
             gaps = {
                 tier_store
                 for tier_store in tier_stores
-                if not self._flights.continues(call.after, tier_store)
+                if not self._shared.continues(call.after, tier_store)
             }
-            written = dict[TierStore, Node]()
+            written = dict[TierStore, Task]()
             for number, at in enumerate(chunks):
-                fill = Fill(call, own, at, until)
-                fill.generation = self._generation - number  # a prefix is the newer part
-                work = partial(fill.gather, crossing, view)
-                fill.ends[None] = gather = call.node(at, work, self._down, fill, ())
-                fill.last = [gather]
+                in_flight = InFlight(call, own, at, until)
+                in_flight.generation = self._generation - number  # a prefix is the newer part
+                work = partial(in_flight.gather, crossing, view)
+                in_flight.ends[None] = gather = call.task(at, work, self._down, in_flight, ())
+                in_flight.last = [gather]
                 for tier_store in tier_stores:
-                    link = tier_store.link_for_write(len(at) * own.form.image_bytes)
-                    work = partial(fill.write, tier_store, link)
-                    order: list[tuple[Node, list[int], list[int]]] = []
+                    queue = tier_store.queue_for_write(len(at) * own.form.image_bytes)
+                    work = partial(in_flight.write, tier_store, queue)
+                    order: list[tuple[Task, list[int], list[int]]] = []
                     if tier_store in gaps and tier_store in written:
                         order.append((written[tier_store], [], []))
-                    written[tier_store] = call.node(at, work, link, fill, [gather, *order])
-                    fill.last.append(written[tier_store])
-                call.ends += [((end, at, range(len(at))), range(0)) for end in fill.last]
-                call.submit()  # now, so that the links' queues show it
+                    written[tier_store] = call.task(at, work, queue, in_flight, [gather, *order])
+                    in_flight.last.append(written[tier_store])
+                call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
+                call.submit()  # now, so that the queues' queues show it
         return call.handle(view)
 
     def _lacking(self, call: Call) -> dict[tuple[TierStore, ...], list[int]]:
@@ -211,14 +213,14 @@ class BlockStore:
         for stored, wanted in zip(known, wants, strict=True):
             call.excused |= ~(np.array(stored, np.bool_) | np.array(wanted, np.bool_))
         for i, key in enumerate(call.keys):
-            fill, row = self._flights.fills.get(own.name(key), (None, 0))
+            in_flight, row = self._shared.in_flights.get(own.name(key), (None, 0))
             lacks = tuple(
                 tier_store for tier_store, x in zip(tier_stores, wants, strict=True) if x[i]
             )
-            if fill and fill.store and fill.wanted:
-                call.ends += [((end, [i], [row]), range(0)) for end in fill.last]
-                call.explanation.sources.append(fill.reasons)
-                call.explanation.nodes += [(end, [i], [row]) for end in fill.last]
+            if in_flight and in_flight.store and in_flight.wanted:
+                call.ends += [((end, [i], [row]), range(0)) for end in in_flight.last]
+                call.explanation.sources.append(in_flight.reasons)
+                call.explanation.tasks += [(end, [i], [row]) for end in in_flight.last]
             elif lacks or not (tier_stores or self.rows.has(own.name(key))):
                 groups.setdefault(lacks, []).append(i)
         return groups
@@ -240,7 +242,7 @@ class BlockStore:
         is written for them. ``by_layer``: layers are read, verified and handed on one behind the
         other, each with an end of its own (`Handle.layers`), so that of a block that does not land
         some layers may be written, in right bytes; blocks of a form with one segment are read as a
-        whole, and only the device's leg goes by layer.
+        whole, and only the device's stage goes by layer.
         """
         one_of("missing", missing, get_args(Missing))
         flag("by_layer", by_layer)
@@ -250,12 +252,12 @@ class BlockStore:
 
         def plan() -> Handle:
             groups = call.groups()
-            legs = {part: part.legs(view, by_layer) for part, _ in groups}
-            for (part, spot), some in groups.items():
-                segments = [leg.segment for leg in legs[part]]
-                for landing in call.bring(part, spot, some, segments):
-                    call.cross(landing, legs[part], crossing, self._up)
-            self._flights.touch(call.keys)
+            stages = {part: part.stages(view, by_layer) for part, _ in groups}
+            for (part, location), some in groups.items():
+                segments = [stage.segment for stage in stages[part]]
+                for arrival in call.bring(part, location, some, segments):
+                    call.cross(arrival, stages[part], crossing, self._up)
+            self._shared.touch(call.keys)
             return call.handle(view, view.layers * by_layer, missing)
 
         return self._planned(call, plan)
@@ -271,11 +273,11 @@ class BlockStore:
         def plan() -> Handle:
             groups = call.groups()
             call.given[most:] = False
-            for (part, spot), some in groups.items():
+            for (part, location), some in groups.items():
                 some = [i for i in some if i < most]
-                if some and spot != KEPT:
-                    for landing in call.bring(part, spot, some, [None]):
-                        ends = [(end, landing.at, landing.rows) for end in landing.ends[0]]
+                if some and location != KEPT:
+                    for arrival in call.bring(part, location, some, [None]):
+                        ends = [(end, arrival.at, arrival.rows) for end in arrival.ends[0]]
                         call.ends += [(end, range(0)) for end in ends]
             return call.handle(None, missing="skip")
 
@@ -328,16 +330,16 @@ class BlockStore:
         self._closed = True
         until = self.graph.clock() + timeout
         # Under the lock, so that no call that found the store open is missed.
-        gates = self.graph.run(lambda: [*self._flights.gates])
+        gates = self.graph.run(lambda: [*self._shared.gates])
         for gate in sorted(gates, key=lambda gate: gate.name != "prefetch"):
             gate.wait(0.0 if gate.name == "prefetch" else max(0.0, until - self.graph.clock()))
             self.graph.cancel(gate)
         ended = not self._own_graph or self.graph.close(max(0.0, until - self.graph.clock()))
-        begun = self.graph.run(lambda: [*self._flights.begun])
-        for fill in begun:
-            for end in (*fill.ends.values(), *fill.last):
+        begun = self.graph.run(lambda: [*self._shared.begun])
+        for in_flight in begun:
+            for end in (*in_flight.ends.values(), *in_flight.last):
                 end.wait(max(0.0, until - self.graph.clock()))
-        if busy := len(self._flights.begun) or not ended:
+        if busy := len(self._shared.begun) or not ended:
             raise TransferTimeout(
                 f"A block store was closed, and after {timeout:g} s {busy:d} transfers had not "
                 f"ended, so that tiers stay open; close it again, or end the process."
@@ -383,7 +385,7 @@ class BlockStore:
         one_of("priority", priority, SLACK)
         if deadline is not None:
             deadline = seconds("deadline", deadline, optional=True)
-        return Call(self._flights, kind, keys, priority, deadline, after)
+        return Call(self._shared, kind, keys, priority, deadline, after)
 
     def _refuse_closed(self, kind: str) -> None:
         if self._closed or self.graph.process.forked or self.graph.closed.is_set():

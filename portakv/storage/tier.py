@@ -10,10 +10,10 @@ The library calls a tier in this order:
 
 - `Tier.forms` when a block store is made: the other forms of the same cache that lie in the tier.
 - `Tier.open` once, with the block store's own form first. It opens everything or raises.
-- For each call of a user, under the lock of the task graph: `known`, `wants`, `link`,
+- For each call of a user, under the lock of the task graph: `known`, `wants`, `queue`,
   `link_for_write` and `touch`. They answer from memory and return within microseconds.
 - `has` in the thread of a `lookup`, without that lock. It may ask over a network until its timeout.
-- `read` and `write` in workers of the link that `link` or `link_for_write` returned, several at a
+- `read` and `write` in workers of the queue that `queue` or `link_for_write` returned, several at a
   time for one tier store. They block until the blocks came or are stored. The rows belong to them
   until they return, and to nobody's medium afterwards: whatever still uses a row has to end first.
 - `close` once for each tier store, after the last call, the tier store of the own form last.
@@ -38,7 +38,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from portakv.errors import InvalidTerms, StoreError
-from portakv.graph.graph import Graph, Link
+from portakv.graph.graph import Graph, Queue
 from portakv.selection import Catalog, Kind
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Row
@@ -61,7 +61,7 @@ class Tier(Protocol):
         """Open the tier for forms, the block store's own one first.
 
         Args:
-            graph: makes the links that reads and writes run on, and counts what happened.
+            graph: makes the queues that reads and writes run on, and counts what happened.
             rows: the host memory of the block store; an engine may register ``rows.memory``.
             forms: the own form, which is created if need be, and other ones, which are read only.
 
@@ -112,12 +112,12 @@ class TierStore(Protocol):
         """Return which blocks a save has to bring: those that are missing here and admitted."""
         ...
 
-    def link(self, key: bytes, /) -> Link:
-        """Return the link in whose workers a block is read."""
+    def queue(self, key: bytes, /) -> Queue:
+        """Return the queue in whose workers a block is read."""
         ...
 
-    def link_for_write(self, nbytes: int, /) -> Link:
-        """Return the link in whose workers so many bytes are best written now."""
+    def queue_for_write(self, nbytes: int, /) -> Queue:
+        """Return the queue in whose workers so many bytes are best written now."""
         ...
 
     def read(
@@ -141,7 +141,7 @@ class TierStore(Protocol):
 
     def write(
         self,
-        link: Link,
+        queue: Queue,
         keys: Keys,
         rows: Sequence[Row],
         generations: Sequence[int],
@@ -154,7 +154,7 @@ class TierStore(Protocol):
         """Store sealed images of blocks; return which are there now.
 
         Args:
-            link: the link that `link_for_write` returned for them.
+            queue: the queue that `link_for_write` returned for them.
             generations: one for each block; a prefix has a newer one than what follows it.
             checksums: those of each block's segments, as they stand in its header.
             own: the keys of the whole save with their order; no later one evicts an earlier one.

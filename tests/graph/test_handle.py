@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from portakv.errors import TransferCancelled, TransferError, TransferTimeout
-from portakv.graph.graph import Graph, Node
+from portakv.graph.graph import Graph, Task
 from portakv.graph.handle import Handle
 
 
@@ -26,15 +26,15 @@ def graph() -> Iterator[Graph]:
 
 
 def submitted(graph: Graph, work: Any, blocks: int = 3, **terms: Any) -> Handle:
-    """A handle of one node and its gate."""
-    node = Node(work, blocks, link=graph.link("disk"))
-    gate = Node(None, blocks, after=[node])
-    graph.submit([node, gate], priority="urgent")
+    """A handle of one task and its gate."""
+    task = Task(work, blocks, queue=graph.queue("disk"))
+    gate = Task(None, blocks, after=[task])
+    graph.submit([task, gate], priority="urgent")
     return Handle(graph, gate, **terms)
 
 
 def test_all_landed(graph: Graph) -> None:
-    handle = submitted(graph, lambda node, mask: None, kept=object())
+    handle = submitted(graph, lambda task, mask: None, kept=object())
     handle.wait()
     handle.synchronize()
     assert handle.done()
@@ -46,8 +46,8 @@ def test_all_landed(graph: Graph) -> None:
 def test_blocks_that_are_missing_raise_unless_they_may(graph: Graph, call: str) -> None:
     """Fault 55, in the graph's sense: it says exactly which."""
     for mask in ([False, True, True], [True, False, True], [True, True, False]):
-        raises = submitted(graph, lambda node, mask, mine=mask: mine)
-        skips = submitted(graph, lambda node, mask, mine=mask: mine, missing="skip")
+        raises = submitted(graph, lambda task, mask, mine=mask: mine)
+        skips = submitted(graph, lambda task, mask, mine=mask: mine, missing="skip")
         skips.synchronize()  # and by then the other has ended as well
         with pytest.raises(TransferError, match=r"^2 of 3 blocks landed\. No tier has"):
             getattr(raises, call)()
@@ -55,7 +55,7 @@ def test_blocks_that_are_missing_raise_unless_they_may(graph: Graph, call: str) 
 
 
 def test_the_first_cause_is_named(graph: Graph) -> None:
-    handle = submitted(graph, lambda node, mask: 1 // 0)
+    handle = submitted(graph, lambda task, mask: 1 // 0)
     with pytest.raises(TransferError, match=r"0 of 3 .*ZeroDivisionError\(.*division") as caught:
         handle.synchronize()
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
@@ -64,10 +64,10 @@ def test_the_first_cause_is_named(graph: Graph) -> None:
 def test_a_save_names_the_first_tier_that_did_not_take_all(graph: Graph) -> None:
     """And gives no advice of loads."""
     takes, half, none = (
-        Node(lambda node, mask, n=n: mask & (np.arange(3) < n), 3, link=graph.link(name))
+        Task(lambda task, mask, n=n: mask & (np.arange(3) < n), 3, queue=graph.queue(name))
         for name, n in (("disk:/a", 3), ("disk:/b", 2), ("remote", 0))
     )
-    gate = Node(None, 3, after=[takes, half, none], name="save")
+    gate = Task(None, 3, after=[takes, half, none], name="save")
     graph.submit([takes, half, none, gate])
     with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. disk:/b did not") as error:
         Handle(graph, gate).synchronize()
@@ -75,8 +75,8 @@ def test_a_save_names_the_first_tier_that_did_not_take_all(graph: Graph) -> None
 
 
 def test_a_save_that_fails_names_its_cause(graph: Graph) -> None:
-    work = Node(lambda node, mask: 1 // 0, 3, link=graph.link("disk"))
-    gate = Node(None, 3, after=[work], name="save")
+    work = Task(lambda task, mask: 1 // 0, 3, queue=graph.queue("disk"))
+    gate = Task(None, 3, after=[work], name="save")
     graph.submit([work, gate])
     with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. ZeroDivisionError"):
         Handle(graph, gate).synchronize()
@@ -88,9 +88,9 @@ def test_a_save_that_fails_names_its_cause(graph: Graph) -> None:
 def test_a_forked_child_learns_what_ended_before(graph: Graph, missing: str) -> None:
     """And of the rest that it goes on in the parent, if blocks may be missing too."""
     go = threading.Event()
-    landed = submitted(graph, lambda node, mask: None, missing=missing)
+    landed = submitted(graph, lambda task, mask: None, missing=missing)
     landed.synchronize()
-    runs = submitted(graph, lambda node, mask: go.wait(30) and None, missing=missing)
+    runs = submitted(graph, lambda task, mask: go.wait(30) and None, missing=missing)
     child = os.fork()
     if child == 0:
         signal.alarm(30)  # ends it if it waits
@@ -116,7 +116,7 @@ def test_cancel_is_told(graph: Graph, missing: str) -> None:
         go.wait(30)
 
     running = submitted(graph, held)
-    queued = submitted(graph, lambda node, mask: None, missing=missing)
+    queued = submitted(graph, lambda task, mask: None, missing=missing)
     assert begun.wait(30)
     assert not running.cancel()
     assert (queued.cancel(), queued.cancelled, queued.cancel()) == (True, True, False)
@@ -127,13 +127,13 @@ def test_cancel_is_told(graph: Graph, missing: str) -> None:
 
 def test_layers_end_one_by_one_and_are_cancelled_together(graph: Graph) -> None:
     go = threading.Event()
-    disk = graph.link("disk")
-    first = Node(lambda node, mask: None, 2, link=disk)
-    second = Node(lambda node, mask: go.wait(30) and None, 2, link=disk)
-    third = Node(lambda node, mask: None, 2, link=disk)
+    disk = graph.queue("disk")
+    first = Task(lambda task, mask: None, 2, queue=disk)
+    second = Task(lambda task, mask: go.wait(30) and None, 2, queue=disk)
+    third = Task(lambda task, mask: None, 2, queue=disk)
     parts = [[first], [first, second], [second, third]]  # segments that layers share
-    layers = [Node(None, 2, after=part) for part in parts]
-    gate = Node(None, 2, after=[first, second, third])
+    layers = [Task(None, 2, after=part) for part in parts]
+    gate = Task(None, 2, after=[first, second, third])
     graph.submit([first, second, third, *layers, gate])
     handle = Handle(graph, gate, layers)
     handle.layers[0].synchronize(30.0)
@@ -155,8 +155,8 @@ def test_ctrl_c_in_synchronize_leaves_the_handle_usable(graph: Graph) -> None:
     main = threading.main_thread().ident or 0
     submits = threading.Event()
 
-    def work(node: Node, mask: Any) -> None:
-        submits.wait(60)  # an interrupt of `submit` would cancel the node
+    def work(task: Task, mask: Any) -> None:
+        submits.wait(60)  # an interrupt of `submit` would cancel the task
         time.sleep(0.1)
         for _ in range(30):  # one that comes just before a wait begins does not end it
             signal.pthread_kill(main, signal.SIGINT)  # as the terminal's Ctrl-C comes

@@ -13,15 +13,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from portakv.errors import Unsupported
-from portakv.graph.graph import Graph, Node
+from portakv.graph.graph import Graph, Task
 from portakv.graph.prometheus import Collector
 
 
 def ran() -> Graph:
     """A graph on which a read of a disk and what followed it ran."""
     graph = Graph()
-    read = Node(lambda node, mask: None, 2, link=graph.link("disk:/a", 2), name="read", nbytes=10)
-    leg = Node(lambda node, mask: None, 2, link=graph.link("device"), name="copy", after=[read])
+    read = Task(lambda task, mask: None, 2, queue=graph.queue("disk:/a", 2), name="read", nbytes=10)
+    leg = Task(lambda task, mask: None, 2, queue=graph.queue("device"), name="copy", after=[read])
     graph.submit([read, leg])
     assert leg.wait(30.0)
     assert graph.close()
@@ -92,15 +92,15 @@ def test_figures_can_be_written_as_json() -> None:
 
 
 def test_a_trace_has_the_form_that_perfetto_opens(tmp_path: Path) -> None:
-    """Each event has what its phase needs, and a flow leads from a node's end to the next one."""
+    """Each event has what its phase needs, and a flow leads from a task's end to the next one."""
     ran().trace.write(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     needs = {"M": {"args"}, "X": {"ts", "dur"}, "s": {"ts", "id"}, "f": {"ts", "id", "bp"}}
     for event in events:
         assert {"name", "pid", *needs[event["ph"]]} <= event.keys()
-    links = {x["pid"]: x["args"]["name"] for x in events if x["ph"] == "M"}
+    queues = {x["pid"]: x["args"]["name"] for x in events if x["ph"] == "M"}
     read, copy = [x for x in events if x["ph"] == "X"]
-    assert [links[read["pid"]], links[copy["pid"]]] == ["disk:/a", "device"]
+    assert [queues[read["pid"]], queues[copy["pid"]]] == ["disk:/a", "device"]
     assert (read["name"], read["args"]) == ("read", {"node": 1, "blocks": 2, "bytes": 10})
     start, end = [x for x in events if x["ph"] in "sf"]
     assert (start["id"], start["name"], start["cat"]) == (end["id"], end["name"], end["cat"])
@@ -110,12 +110,12 @@ def test_a_trace_has_the_form_that_perfetto_opens(tmp_path: Path) -> None:
 
 
 def test_arrows_lead_past_nodes_that_never_ran() -> None:
-    """A load's device leg follows rescues, which have nothing to do if the first tier has all."""
+    """A load's device stage follows rescues, which have nothing to do if the first tier has all."""
     graph = Graph()
-    read = Node(lambda node, mask: None, 2, link=graph.link("disk"))
-    rescue = Node(lambda node, mask: 1 // 0, 2, link=graph.link("far"), after=[read], rescue=True)
-    last = Node(None, 2, link=graph.link("farther"), after=[rescue], rescue=True)
-    leg = Node(lambda node, mask: None, 2, link=graph.link("device"), after=[last])
+    read = Task(lambda task, mask: None, 2, queue=graph.queue("disk"))
+    rescue = Task(lambda task, mask: 1 // 0, 2, queue=graph.queue("far"), after=[read], rescue=True)
+    last = Task(None, 2, queue=graph.queue("farther"), after=[rescue], rescue=True)
+    leg = Task(lambda task, mask: None, 2, queue=graph.queue("device"), after=[last])
     graph.submit([read, rescue, last, leg])
     assert leg.wait(30.0)
     assert graph.close()
@@ -125,8 +125,8 @@ def test_arrows_lead_past_nodes_that_never_ran() -> None:
 
 def test_a_trace_keeps_the_last_nodes_alone() -> None:
     graph = Graph(trace_events=3)
-    nodes = [Node(lambda node, mask: None, 1, link=graph.link("any")) for _ in range(9)]
-    graph.submit(nodes)
-    assert all(node.wait(30.0) for node in nodes)
+    tasks = [Task(lambda task, mask: None, 1, queue=graph.queue("any")) for _ in range(9)]
+    graph.submit(tasks)
+    assert all(task.wait(30.0) for task in tasks)
     assert [x["args"]["node"] for x in graph.trace.events() if x["ph"] == "X"] == [7, 8, 9]
     assert graph.close()

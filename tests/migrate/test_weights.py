@@ -31,7 +31,7 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.graph.graph import Node
+from portakv.graph.graph import Task
 from portakv.migrate.channel import Channel
 from portakv.migrate.digest import box_digests
 from portakv.migrate.ipc import shared_empty
@@ -703,7 +703,7 @@ def test_an_owner_that_makes_no_digests_is_waited_for_until_the_timeout(channels
         begun.set()
         release.wait(10)
 
-    owner.graph.submit([Node(work, 1, link=owner.graph.link("weights"))])
+    owner.graph.submit([Task(work, 1, queue=owner.graph.queue("weights"))])
     assert begun.wait(10)
     mine = {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
     with pytest.raises(TransferTimeout, match=r"not ended after 0\.05 s"):

@@ -169,7 +169,7 @@ class ChainsModel(RuleBasedStateMachine):
             key = self.model[key].follows
         return key == goal
 
-    def link(self, key: int, follows: int) -> None:
+    def queue(self, key: int, follows: int) -> None:
         """Note a predecessor as `Chains` promises to."""
         block = self.model[key]
         block.known = block.known or follows != UNKNOWN
@@ -186,14 +186,14 @@ class ChainsModel(RuleBasedStateMachine):
         self.uses += 1
         block = SimpleNamespace(follows=None, group=group, known=False, pinned=False, use=self.uses)
         self.model[key] = block
-        self.link(key, follows)
+        self.queue(key, follows)
         self.chains.add(key, key, follows, group)
 
     @rule(key=NUMBERS, follows=FOLLOWS)
     def learn(self, key: int, follows: int) -> None:
         if key in self.model:
             if self.model[key].follows is None:
-                self.link(key, follows)
+                self.queue(key, follows)
             self.chains.learn(key, follows)
 
     @rule(key=NUMBERS)
@@ -478,11 +478,11 @@ def test_a_folder_whose_blocks_all_have_successors(made: Any) -> None:
     tier_store: Any = store._tier_stores[0]
     (first, one), (second, other) = tier_store.parts
     for number in range(8):
-        link = one if number < 4 else other
+        queue = one if number < 4 else other
         row = cases.images(1, tier_store.form)[0]
         mark = mark_of(key_of(number - 1)) if number else FIRST
         sums = image.seal(row, tier_store.form, key_of(number), 1, mark)
-        assert tier_store.write(link, [key_of(number)], [row], [1], [sums]) == [True]
+        assert tier_store.write(queue, [key_of(number)], [row], [1], [sums]) == [True]
     assert (len(first.index), len(second.index)) == (4, 4)
     row = cases.images(1, tier_store.form)[0]
     sums = image.seal(row, tier_store.form, key_of(50), 1, FIRST)

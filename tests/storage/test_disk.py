@@ -61,8 +61,8 @@ def save(store: DiskStore, keys: Sequence[bytes], generation: int = 1) -> list[b
     sums = [
         cases.fill(row, store.form, key, generation) for row, key in zip(rows, keys, strict=True)
     ]
-    link = store.link_for_write(rows.nbytes)
-    return store.write(link, keys, [*rows], [generation] * len(keys), sums)
+    queue = store.queue_for_write(rows.nbytes)
+    return store.write(queue, keys, [*rows], [generation] * len(keys), sums)
 
 
 def load(store: DiskStore, keys: Sequence[bytes]) -> list[bool]:
@@ -129,8 +129,8 @@ def test_links_and_counts_of_a_graph(store: Open) -> None:
     graph = Graph()
     one = store(FORM, "a", "b", graph=graph, workers=3)
     save(one, KEYS[:2])
-    assert [link.width for link in graph.links.values()] == [3, 3]
-    assert one.link_for_write(1) in graph.links.values()
+    assert [queue.width for queue in graph.queues.values()] == [3, 3]
+    assert one.queue_for_write(1) in graph.queues.values()
     assert graph.counts["disk", "save", "hit"] == 2
     assert graph.nbytes["disk", "save"] == 2 * FORM.image_bytes
     graph.close()
@@ -355,11 +355,11 @@ def test_several_folders(store: Open) -> None:
     """A block goes where the fewest bytes are queued; a folder may be lost, and another added."""
     one = store(FORM, "a", "b")
     graph: Any = one.graph
-    a, b = graph.links.values()
+    a, b = graph.queues.values()
     assert save(one, KEYS[:1]) == [True]
     a.queued_bytes = 1
     assert save(one, KEYS[1:2]) == [True]
-    assert [one.link(key) for key in KEYS[:2]] == [a, b]
+    assert [one.queue(key) for key in KEYS[:2]] == [a, b]
     assert load(one, KEYS[:3]) == [True, True, False]
     assert [each["used"] for each in one.statistics().values()] == [1, 1]
     one.close()
@@ -398,7 +398,7 @@ def test_a_block_that_two_saves_write_at_once_stays_in_one_folder(store: Open) -
     io = Faulty()
     one = store(FORM, "a", "b", io=io)
     graph: Any = one.graph
-    a, _ = graph.links.values()
+    a, _ = graph.queues.values()
     other = list[list[bool]]()
 
     def save_elsewhere(_: Request) -> None:
@@ -430,7 +430,7 @@ def test_a_prefix_is_the_last_to_go(store: Open) -> None:
 def test_a_folder_with_free_slots_comes_before_one_that_evicts(store: Open) -> None:
     one = store(FORM, "a", "b", blocks=4)
     graph: Any = one.graph
-    _, b = graph.links.values()
+    _, b = graph.queues.values()
     b.queued_bytes = 1
     assert save(one, KEYS[:4]) == [True] * 4
     assert save(one, KEYS[4:8]) == [True] * 4
@@ -470,7 +470,7 @@ def test_a_save_uses_the_blocks_that_it_finds(store: Open) -> None:
         cases.fill(row, FORM, key, 2) for row, key in zip(rows, (KEYS[0], KEYS[8]), strict=True)
     ]
     own = {KEYS[0]: 0, KEYS[8]: 1}
-    assert one.write(one.link(KEYS[0]), [*own], [*rows], [2, 2], sums, own) == [True, True]
+    assert one.write(one.queue(KEYS[0]), [*own], [*rows], [2, 2], sums, own) == [True, True]
     assert one.has([KEYS[0], KEYS[1], KEYS[2], KEYS[8]]) == [True, False, True, True]
 
 
@@ -646,7 +646,7 @@ def writer(folder: Path, io: str) -> Callable[[int], None]:
             sums = [
                 cases.fill(row, of, key, generation) for row, key in zip(rows, keys, strict=True)
             ]
-            one.write(one.link(keys[0]), keys, [*rows], [generation] * 8, sums)
+            one.write(one.queue(keys[0]), keys, [*rows], [generation] * 8, sums)
             os.write(ready, b"x")
 
     return work
@@ -684,7 +684,7 @@ def test_restarted_while_writes_are_in_flight(tmp_path: Path, io: str) -> None:
             rows[:] = generation % 251
             keys = [random.randbytes(32) for _ in rows]
             os.write(tell, b"x")
-            one.write(one.link(keys[0]), keys, [*rows], [generation] * many, [[0, 0]] * many)
+            one.write(one.queue(keys[0]), keys, [*rows], [generation] * many, [[0, 0]] * many)
 
     for _ in range(3):
         pid, told = cases.telling(work)

@@ -70,8 +70,8 @@ def reads(fd: int, pieces: Sequence[tuple[int, int]]) -> list[Request]:
 
 def rings() -> int:
     """How many rings this process has."""
-    links = [os.path.join("/proc/self/fd", each) for each in os.listdir("/proc/self/fd")]
-    return sum("io_uring" in os.readlink(each) for each in links if os.path.islink(each))
+    queues = [os.path.join("/proc/self/fd", each) for each in os.listdir("/proc/self/fd")]
+    return sum("io_uring" in os.readlink(each) for each in queues if os.path.islink(each))
 
 
 def test_bytes_are_read_and_written_right(engine: Engine, file: int) -> None:

@@ -18,7 +18,7 @@ from support.storage_cases import FakeTier, key_of, small_form
 
 from portakv import KVView
 from portakv.errors import PortaKVError, TransferError
-from portakv.graph.graph import Graph, Lease, Node
+from portakv.graph.graph import Graph, Lease, Task
 from portakv.graph.handle import Handle
 from portakv.graph.prometheus import Collector
 from portakv.graph.trace import Trace
@@ -54,7 +54,7 @@ def judge(store: BlockStore) -> None:
     assert settles(lambda: not store.graph.live), "a node lives"
     assert settles(lambda: store.rows.counts()["lent"] == 0), "a row is lent"
     assert not store.rows._pins, "a row is pinned"
-    assert sum(link.queued_bytes for link in store.graph.links.values()) == 0
+    assert sum(queue.queued_bytes for queue in store.graph.queues.values()) == 0
     store.close(LIMIT)
 
 
@@ -172,61 +172,61 @@ class Pool:
 
 
 def graphs(folder: Path) -> Steps:
-    """Nodes follow each other, share leases, are late, and are cancelled."""
+    """Tasks follow each other, share leases, are late, and are cancelled."""
     graph = Graph()
     pool = Pool()
     go = threading.Event()
-    link = graph.link("one", 2)
-    narrow = graph.link("two", 1, max_gbps=10.0)
+    queue = graph.queue("one", 2)
+    narrow = graph.queue("two", 1, max_gbps=10.0)
 
-    def held(node: Node, mask: Any) -> None:
+    def held(task: Task, mask: Any) -> None:
         go.wait(0.02)
 
     def act() -> None:
-        nodes = list[Node]()
+        tasks = list[Task]()
         for number in range(6):
             lease = Lease(pool, 2, number % 2 == 1)
-            read = Node(held, 2, link=link, lease=lease, nbytes=10)
-            check = Node(None, 2, after=[read])
-            leg = Node(held, 1, link=narrow, lease=lease, after=[(check, [0], [1])], nbytes=10)
-            gate = Node(None, 1, after=[leg])
+            read = Task(held, 2, queue=queue, lease=lease, nbytes=10)
+            check = Task(None, 2, after=[read])
+            leg = Task(held, 1, queue=narrow, lease=lease, after=[(check, [0], [1])], nbytes=10)
+            gate = Task(None, 1, after=[leg])
             graph.submit(
                 [read, check, leg, gate], priority="background" if number % 2 else "urgent"
             )
-            nodes.append(gate)
-        late = Node(held, 1, link=narrow, nbytes=5)
+            tasks.append(gate)
+        late = Task(held, 1, queue=narrow, nbytes=5)
         graph.submit([late], deadline=0.001)
-        graph.cancel(nodes[4])
+        graph.cancel(tasks[4])
         graph.grant(pool)
         graph.count("tier", "op", "hit")
-        nodes[0].done()
+        tasks[0].done()
         late.wait(0.05)
         graph.sweep()
         [*Collector(graph).collect()]
-        for node in nodes:
-            node.wait(LIMIT)
+        for task in tasks:
+            task.wait(LIMIT)
 
     yield act
     go.set()
-    node = Node(None, 1, after=[Node(held, 1, link=narrow, lease=Lease(pool, 3))])
-    graph.submit([node.after[0][0], node], priority="background")
-    assert node.wait(LIMIT), "it hangs"
+    task = Task(None, 1, after=[Task(held, 1, queue=narrow, lease=Lease(pool, 3))])
+    graph.submit([task.after[0][0], task], priority="background")
+    assert task.wait(LIMIT), "it hangs"
     assert settles(lambda: not graph.live), "a node lives"
     assert pool.free == 3, "items are lent"
-    assert (link.queued_bytes, narrow.queued_bytes) == (0, 0)
+    assert (queue.queued_bytes, narrow.queued_bytes) == (0, 0)
     with_error = pytest.raises(TransferError)
     assert graph.close(LIMIT)
     with with_error:
-        graph.submit([Node(None, 1)])
+        graph.submit([Task(None, 1)])
 
 
 def ending(folder: Path) -> Steps:
     """A graph is closed while nodes wait."""
     graph = Graph()
     go = threading.Event()
-    link = graph.link("one", 1)
-    nodes = [Node(lambda *_: go.wait(0.05), 1, link=link, nbytes=10) for _ in range(3)]
-    graph.submit(nodes)
+    queue = graph.queue("one", 1)
+    tasks = [Task(lambda *_: go.wait(0.05), 1, queue=queue, nbytes=10) for _ in range(3)]
+    graph.submit(tasks)
     yield lambda: graph.close(LIMIT)
     go.set()
     assert graph.close(LIMIT), "it hangs"
@@ -235,12 +235,13 @@ def ending(folder: Path) -> Steps:
 
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
+    "Graph.link": "it is `Graph.queue`",
     "Graph.end": "runs in a helper or a worker",
     "Graph.end_at": "runs in a helper or a worker",
     "Graph.place": "runs in a helper or a worker",
     "Graph.settle": "runs in a helper or a worker",
     "Graph.wake": "runs in a helper or a worker",
-    "Node.ran_before": "runs in a worker",
+    "Task.ran_before": "runs in a worker",
     "Trace.add": "runs in a worker",
     "Trace.statistics": "runs in a helper",
     "Disk.open": "runs in a helper",
@@ -288,7 +289,7 @@ def test_interrupts_without_helpers_leave_something(
 def test_interrupts_meet_what_callers_run(tmp_path: Path) -> None:
     """Scenarios call every public function, and of the functions that they call in the caller's
     thread they run all lines but a few, which refuse arguments."""
-    kinds = BlockForm, BlockStore, Collector, Disk, Graph, Handle, Node, Remote, Trace
+    kinds = BlockForm, BlockStore, Collector, Disk, Graph, Handle, Task, Remote, Trace
     public, called, left, of_called = reach(SCENARIOS, tmp_path, FILES, kinds)
     assert public - called == {*NOT_CALLED}
     print(f"{of_called - len(left)} of {of_called} lines; not run: {left}")

@@ -50,7 +50,7 @@ def writer(folder: Path, form: BlockForm, io: Any) -> Callable[[int], None]:
                 row[image.HEADER : image.HEADER + form.payload_bytes] = cases.payload(form, key)
                 sums.append(image.seal(row, form, key, generation, mark))
             own = {key: number for number, key in enumerate(chain)}
-            store.write(store.link(keys[0]), keys, [*rows], [generation] * len(keys), sums, own)
+            store.write(store.queue(keys[0]), keys, [*rows], [generation] * len(keys), sums, own)
             os.write(ready, b"x")
 
     return work

@@ -139,7 +139,7 @@ def load(stored: RemoteStore, key: bytes, **how: Any) -> tuple[bool, Row]:
 def save(stored: RemoteStore, *keys: bytes) -> list[bool]:
     """Write blocks of random bytes."""
     rows = [image(stored.form, key) for key in keys]
-    return stored.write(stored.link_for_write(1), keys, rows, [1] * len(keys), [()] * len(keys))
+    return stored.write(stored.queue_for_write(1), keys, rows, [1] * len(keys), [()] * len(keys))
 
 
 @pytest.fixture(scope="module")
@@ -807,8 +807,8 @@ def test_each_remote_has_a_link_of_its_own_width(case: Case) -> None:
         case.opened(case.remote(f"s3://{case.bucket}/{case.prefix}/{n}", workers=n), SMALL)
         for n in (2, 3)
     )
-    assert [x.link(KEYS[0]).width for x in (one, two)] == [2, 3]
-    assert {x.link(KEYS[0]).tier for x in (one, two)} == {"remote"}
+    assert [x.queue(KEYS[0]).width for x in (one, two)] == [2, 3]
+    assert {x.queue(KEYS[0]).tier for x in (one, two)} == {"remote"}
 
 
 @pytest.mark.slow  # the graph's 10 s
@@ -1088,8 +1088,8 @@ def test_rows_may_be_written_once_a_save_has_returned(
     remote = Remote(urls[kind]) if kind in urls else case.remote(multipart=multipart)
     (stored,) = case.opened(remote, form)
     row = image(form, KEYS[0])
-    link = stored.link_for_write(1)
-    assert stored.write(link, KEYS[:1], [row], [1], [()]) == [True]
+    queue = stored.queue_for_write(1)
+    assert stored.write(queue, KEYS[:1], [row], [1], [()]) == [True]
     row[:] = 0xFF
     assert load(stored, KEYS[0])[0]
 

@@ -409,8 +409,8 @@ def test_a_save_goes_on_for_the_other_that_joined_it(opened: Any, how: str) -> N
         source, range(8), KEYS, priority="urgent", deadline=0.2 if how == "deadline" else None
     )
     if how == "cancel before":
-        links = store.graph.links
-        while len(links["fake:x"].running) < 2 or not links["far:x"].running:
+        queues = store.graph.queues
+        while len(queues["fake:x"].running) < 2 or not queues["far:x"].running:
             time.sleep(0.01)
         assert first.cancel()
     second = store.save(source, range(8), KEYS, priority="urgent")

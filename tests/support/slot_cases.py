@@ -81,12 +81,12 @@ class Tally:
     """What a store of a tier needs of a graph: links, and a place to count."""
 
     def __init__(self) -> None:
-        self.links: dict[str, Any] = {}
+        self.queues: dict[str, Any] = {}
         self.counts: Counter[tuple[str, str]] = Counter()
 
-    def link(self, name: str, width: int = 1) -> Any:
-        link = SimpleNamespace(name=name, width=width, queued_bytes=0)
-        return self.links.setdefault(name, link)
+    def queue(self, name: str, width: int = 1) -> Any:
+        queue = SimpleNamespace(name=name, width=width, queued_bytes=0)
+        return self.queues.setdefault(name, queue)
 
     def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
         assert tier == "disk"

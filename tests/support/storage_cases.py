@@ -77,8 +77,8 @@ class FakeTier:
         return [x for x in dict.fromkeys(x for x, _ in self.blocks) if form.same_cache(x)]
 
     def open(self, graph: Any, rows: Any, forms: Any, generation: int = 0) -> list[FakeStore]:
-        link = graph.link(f"{self.tier}:x", width=self.width)
-        return [FakeStore(self, form, link, form == forms[0]) for form in forms]
+        queue = graph.queue(f"{self.tier}:x", width=self.width)
+        return [FakeStore(self, form, queue, form == forms[0]) for form in forms]
 
     def put(self, form: BlockForm, keys: list[bytes], rows: torch.Tensor) -> None:
         """Blocks that are there, as sealed images."""
@@ -89,15 +89,15 @@ class FakeTier:
 class FakeStore:
     """What a `BlockStore` knows of a `FakeTier`."""
 
-    def __init__(self, owner: FakeTier, form: BlockForm, link: Any, own: bool) -> None:
+    def __init__(self, owner: FakeTier, form: BlockForm, queue: Any, own: bool) -> None:
         self.tier = owner.tier
         self.form = form
         self.notes = ["a dict of bytes"]
-        self.where = link.name
+        self.where = queue.name
         self.writable = own and owner.writable
         self.generation = 0
         self._owner = owner
-        self._link = link
+        self._queue = queue
 
     def has(self, keys: Any, timeout: float | None = None) -> list[bool]:
         self._owner.asked += keys
@@ -114,11 +114,11 @@ class FakeStore:
     def _there(self, keys: Any) -> list[bool]:
         return [(self.form, key) in self._owner.blocks for key in keys]
 
-    def link(self, key: bytes) -> Any:
-        return self._link
+    def queue(self, key: bytes) -> Any:
+        return self._queue
 
-    def link_for_write(self, nbytes: int) -> Any:
-        return self._link
+    def queue_for_write(self, nbytes: int) -> Any:
+        return self._queue
 
     def read(
         self, keys: Any, rows: Any, segments: Any = None, stop: Any = None, report: Any = None

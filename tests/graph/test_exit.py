@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A graph at the end of the interpreter, and the former names of its parts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import portakv.graph
+from portakv.graph import Graph
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left"), [(0.5, 0), pytest.param(99, 3, marks=pytest.mark.slow)]
+)
+def test_the_interpreter_ends_with_a_full_queue(seconds: float, left: int) -> None:
+    """Fault 64. What runs may go on for 10 s, and the rest does not begin."""
+    script = f"""
+import atexit, time
+from portakv.graph.graph import Graph, Task
+queue = Graph().queue("any", 3)
+atexit.register(lambda: print(queue.queued_bytes))  # after the graph's end
+def work(task, mask):
+    time.sleep({seconds})
+queue.graph.submit([Task(work, 1, queue=queue, nbytes=1) for _ in range(999)])
+while len(queue.running) < 3:
+    time.sleep(0.001)
+"""
+    run = [sys.executable, "-c", script]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{left}\n", "")
+
+
+def test_former_names_warn_and_work() -> None:
+    graphs: Any = portakv.graph
+    graph = Graph()
+    with pytest.warns(DeprecationWarning, match=r"Graph\.queue.*goes in 0\.2\.0"):
+        queue = graph.link("any", 2)
+    with pytest.warns(DeprecationWarning, match=r"Task.*goes in 0\.2\.0"):
+        task = graphs.Node(lambda task, mask: mask, 2, link=queue)
+    graph.submit([task])
+    assert task.wait(10)
+    with pytest.raises(AttributeError, match="no attribute 'Nodes'"):
+        _ = graphs.Nodes
