@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decision guide, ``docs/choosing.md``, from result files: ``python -m benchmarks.guide``.
+"""Write the decision guide ``docs/choosing.md`` from result files: ``python -m benchmarks.guide``.
 
-Every number in the page is a figure of a file in ``benchmarks/results``; nothing is typed by hand.
-``--check`` writes nothing and fails if the page is not what the files say.
+Every measured number in the page comes from a file in ``benchmarks/results``. ``--check`` writes
+nothing and fails if the page differs from the text that the files give.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
 RESULTS = Path(__file__).with_name("results")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "choosing.md"
-#: A way matters less than this much slower than the fastest: within what two runs differ by.
+#: A ratio to the fastest method below this limit is within the difference of two runs.
 CLOSE = 1.05
 
 _ORDER = ("cuda", "triton", "compiled", "compiled graph", "reference")
 _LAYERS = {"apart": "each layer an allocation", "together": "all layers in one allocation"}
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
-_ENGINES = ("staged", "batched_memcpy", "zero_copy")
+_STRATEGIES = ("staged", "batched_memcpy", "zero_copy")
 _LARGE = 32_000_000
 _LINK_LARGE = 128_000_000
 _SLOW = 0.9
@@ -37,21 +37,31 @@ _SLOW = 0.9
 _HEAD = """<!-- Made from the files in benchmarks/results: python -m benchmarks.guide -->
 # Choosing a backend
 
-PortaKV chooses by itself; `portakv backends` prints what it chose here and why. This page says what
-the choice is worth, from the result files in `benchmarks/results`. The order in which the registry
-asks is the order of *which one* below, the fastest first. *x cuda* is a backend's device
-time as a multiple of that of `cuda`, *of copy_* is the time of `copy_` of the same bytes / its own:
-1.00 is a memory copy. *compiled graph* is `compiled` captured into
-a CUDA graph. Every byte behind these figures was checked in the same run."""
+*Reference: measured times of backends, transfer strategies, stores and pulls.*
+
+PortaKV chooses a backend for you. To see which one it chose here, and why, run
+
+```
+portakv backends
+```
+
+The registry tries backends in the order of *which one* below, the fastest first. Every figure comes
+from a file in `benchmarks/results`, and the run that measured it checked every byte.
+
+| column | meaning |
+| --- | --- |
+| x cuda | the backend's device time / that of `cuda` |
+| of copy_ | the time of `copy_` of the same bytes / the backend's time; 1.00 is a memory copy |
+| compiled graph | the backend `compiled`, captured into a CUDA graph |"""
 
 _CPU_HEAD = """
-With {torch_threads} threads of torch on {cores} cores. Neighbours share the third-level cache, from
-which `copy_` gains more than an indexed copy: ratios differ from one minute to the next. `portakv
-demo` takes the number of threads that serves best when it runs, and prints it."""
+With {torch_threads} threads of torch on {cores} cores. Other virtual machines share the third-level
+cache, from which `copy_` gains more than an indexed copy, so ratios vary from minute to minute.
+`portakv demo` chooses the fastest number of threads when it runs, and prints it."""
 
 _LINK_HEAD = """\
 *Of memcpy* is the time of one plain memcpy of the same bytes, between the device and the same
-pinned memory in the same run, / the way's own: 1.00 is the link itself."""
+pinned memory in the same run, / the time of the strategy. 1.00 is the link itself."""
 
 
 def _times(value: float) -> str:
@@ -68,12 +78,20 @@ Cell = str | Callable[[Row], str]
 
 
 def _if_there(field: str, form: str) -> Cell:
-    """A field in a format, nothing in rows that lack it."""
+    """Return a cell that formats a field, empty in rows without the field."""
     return lambda row: format(row[field], form) if field in row else ""
 
 
 _NEVER = "given up"
-_WAY: Mapping[str, Cell] = {"direction": lambda row: _WORDS[row["op"]], "way": "`{backend}`"}
+_METHOD: Mapping[str, Cell] = {
+    "direction": lambda row: _WORDS[row["op"]],
+    "method": "`{backend}`",
+}
+
+
+def _chunk_method(row: Row) -> str:
+    method: str = row["way"]
+    return f"`{method}`" if method in (*_ORDER, "copy_") else method
 
 
 def _in_ms(field: str) -> Cell:
@@ -82,8 +100,8 @@ def _in_ms(field: str) -> Cell:
 
 _STORED: Mapping[str, Cell] = {
     "blocks": "{shape}",
-    "what": "{op}",
-    "way": "`{backend}`",
+    "operation": "{op}",
+    "method": "`{backend}`",
     "GB/s": "{gb_per_s:.2f}",
     "of fio": _if_there("of_fio", ".2f"),
     "of the engine": _if_there("of_engine", ".2f"),
@@ -96,22 +114,21 @@ _STORED: Mapping[str, Cell] = {
 _BETWEEN = {"devices": "two devices", "one device": "one device", "processes": "two processes"}
 _RAW = [("migrate_mapped", method) for method in ("raw copy", "raw copy, one process", "copy_rows")]
 _CROSSED: Mapping[str, Cell] = {
-    "what": "{shape}",
+    "case": "{shape}",
     "bytes": "{op}",
-    "way": lambda row: row["backend"],
+    "method": lambda row: row["backend"],
     "GB/s": "{gb_per_s:.3g}",
     "of the raw copy": _if_there("of_raw", ".2f"),
     "of copy_rows": _if_there("of_rows", ".2f"),
-    "of its own": _if_there("of_own", ".2f"),
+    "of one buffer": _if_there("of_own", ".2f"),
     "times its rate": _if_there("of_peer", ".1f"),
 }
-#: For each kind of rows that are listed one by one: the section's title, what it says, and what
-#: stands in each column.
+#: For each kind of rows in a list: the section's title, its introduction, its cells by column.
 _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
     "overhead": (
         "What a call costs the host",
-        "One token of one layer, call after call: the prepared launch, and `from_gpu` by a kept "
-        "`Index` or a tensor. One on the host is read, and copied to the device, each time.",
+        "One token of one layer, call after call: the prepared launch, and `from_gpu` by a reused "
+        "`Index` or a tensor. Each call reads a tensor on the host and copies it to the device.",
         {"backend": "`{backend}`", "slots": "{ids}", "launch alone, us": "{launch_us:.1f}",
          "registered call, us": "{call_us:.1f}"},
     ),
@@ -120,73 +137,74 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
         {"backend": "`{backend}`", "cache of kernels": "{cache}", "seconds": "{seconds:.2f}"},
     ),
     "ladder": (
-        "Ways of moving one chunk",
+        "Methods for one chunk",
         "A gather of 128 tokens of 32 layers, 67 MB, each layer an allocation (a 7B model).",
-        {"way": lambda row: f"`{row['way']}`" if row["way"] in (*_ORDER, "copy_") else row["way"],
+        {"method": _chunk_method,
          "time, us": "{p50_us:,.4g}",
          "x cuda": lambda row: _times(row["to_cuda"]) if "to_cuda" in row else ""},
     ),
     "host_interference": (
-        "What a transfer does to what runs beside it",
-        "The loop runs alone, then beside transfers at full speed, on the default stream or on one "
-        "of its own. `host` is what PortaKV chooses unless it is told that the device is idle; "
-        "`host detached` the same with `detached=True`.",
-        {"loop": "{loop}", "stream": "{stream}", **_WAY, "moved": "{shape}",
+        "How a transfer slows a model down",
+        "The loop runs alone, then during transfers at full speed, on the default stream or on a "
+        "separate one. `host` is PortaKV's choice without `overlap=\"idle\"`; `host detached` is "
+        "the same with `detached=True`.",
+        {"loop": "{loop}", "stream": "{stream}", **_METHOD, "moved": "{shape}",
          "slow-down, %": "{slowdown_pct:.1f}", "link, GB/s": "{link_gb_per_s:.1f}"},
     ),
     "host_waiting": (
-        "What a copy of another stream waits for",
-        "A pinned copy of another owner, on another stream and in the direction of transfers that "
-        "follow each other, until the host sees its end. Copy engines stay with one stream for as "
-        "long as it has more for them; a copy that waited for 50 ms was given up.",
-        {"copy": "{other}", "direction": _WAY["direction"], "beside": "`{backend}`",
+        "How long a copy of another stream waits",
+        "A pinned copy on another stream, in the direction of continuous transfers, until the host "
+        "sees its end. A copy engine serves one stream as long as the stream has more copies. The "
+        "benchmark gave up copies after 50 ms.",
+        {"copy": "{other}", "direction": _METHOD["direction"], "during": "`{backend}`",
          "moved": "{shape}", "alone, us": "{alone_us:,.0f}", "median, us": _median_wait,
          "longest, us": lambda row: _NEVER if row["given_up"] else f"{row['worst_us']:,.0f}"},
     ),
     "host_small": (
         "Small copies",
-        "From handing int64 values over until the host sees that their stream has them.",
-        {"integers": "{integers:,}", "way": "`{backend}`", "idle, us": "{idle_us:.1f}",
-         "beside a copy of 1 GB, us": "{busy_us:,.1f}"},
+        "The time from the call with int64 values until the host sees that the stream has them.",
+        {"integers": "{integers:,}", "method": "`{backend}`", "idle, us": "{idle_us:.1f}",
+         "during a copy of 1 GB, us": "{busy_us:,.1f}"},
     ),
     "host_call": (
         "What a block transfer costs the host",
-        "{blocks:,} blocks x {planes} planes, behind other transfers and as the first one on an "
-        "idle device.",
-        {"engine": "`{backend}`", "direction": _WAY["direction"], "host memory": "{host_side}",
+        "{blocks:,} blocks x {planes} planes, after other transfers and as the first transfer on "
+        "an idle device.",
+        {"strategy": "`{backend}`", "direction": _METHOD["direction"], "host memory": "{host_side}",
          "ids": "{ids}", "rows": lambda row: in_words(row["row_bytes"]),
          "host, us": "{host_us:,.1f}", "idle, us": "{idle_us:,.1f}"},
     ),
     "host_pinning": (
-        "Pinning", "Memory that the machine had touched once before.",
-        {"allocator": "`{backend}`", "asked": lambda row: in_words(row["payload_bytes"]),
-         "taken": lambda row: in_words(row["taken_bytes"]), "seconds": "{seconds:.2f}"},
+        "Pinning", "The machine had touched the memory once before.",
+        {"allocator": "`{backend}`", "requested": lambda row: in_words(row["payload_bytes"]),
+         "allocated": lambda row: in_words(row["taken_bytes"]), "seconds": "{seconds:.2f}"},
     ),
     "storage_engine": (
         "Reading and writing a disk",
-        "Random slots of one file past the page cache, by PortaKV's engines and by fio with the "
-        "same requests. fio has its usual memory, pages of 4 KiB, and ours lies in large pages, as "
-        "a store's does. Without them (`transparent_hugepage=never`) reads of 1 MB by `ring` on "
-        "the machine of two cores fell from 2.6 - 2.8 to 2.2 - 2.3 GB/s, from 1.45 to 1.03 of fio.",
+        "Random slots of one file past the page cache, by PortaKV's I/O engines and by fio with "
+        "the same requests. fio uses its usual memory, pages of 4 KiB. PortaKV uses large pages, "
+        "as a store does. Without large pages (`transparent_hugepage=never`), reads of 1 MB by "
+        "`ring` fell from 2.6 - 2.8 to 2.2 - 2.3 GB/s on two cores, from 1.45 to 1.03 of fio.",
         _STORED,
     ),
     "storage_tier": (
         "A disk's tier",
-        "With checksums and index, beside its engine alone and LMCache's `fs_native` (O_DIRECT, 8 "
-        "workers), which checks nothing, in the same folder.", _STORED,
+        "With checksums and index, compared with its I/O engine alone and with LMCache's "
+        "`fs_native` (O_DIRECT, 8 workers), which checks nothing, in the same folder.", _STORED,
     ),
     "storage_remote": (
-        "A remote tier", "Against moto on the same cores, beside plain requests of obstore.",
+        "A remote tier", "Against moto on the same cores, compared with plain requests of obstore.",
         _STORED,
     ),
     "storage_layered": (
-        "From a disk to the device", "As a whole and layer by layer, beside the disk's engine.",
+        "From a disk to the device",
+        "As a whole and layer by layer, compared with the disk's I/O engine.",
         _STORED,
     ),
     "storage_beside": (
-        "Urgent loads beside stores that keep the disk busy", "Of fewer than 100 loads the 99th of "
-        "100 is what the worst one of a round took, the median of the rounds.",
-        {"what": "{op}",
+        "Urgent loads while stores keep the disk busy", "With fewer than 100 loads, *99 of 100* is "
+        "the time of a round's slowest load, the median of the rounds.",
+        {"operation": "{op}",
          "loads": lambda row: f"{row['loads']} of {row['shape']}" if "loads" in row else "",
          "ms, median": _in_ms("p50_us"), "alone": _in_ms("p50_alone_us"),
          "99 of 100": _in_ms("p99_us"), "alone ": _in_ms("p99_alone_us"),
@@ -194,43 +212,43 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
     ),
     "storage_cost": (
         "What a store costs the host", "",
-        {"what": "{shape}", "us": "{us:,.4g}", "of the processor, us": "{cpu_us:,.4g}"},
+        {"case": "{shape}", "us": "{us:,.4g}", "of the processor, us": "{cpu_us:,.4g}"},
     ),
     "migrate_mapped": (
-        "Rows that are pulled where they lie", "From one process's cache into another's, by random "
-        "blocks, beside a raw copy of as many dense bytes; *copy_rows*: the same rows within one "
-        "process. Ratios are medians of the rounds' own.", _CROSSED,
+        "Pulls from mapped memory", "From one process's cache into another's, by random blocks, "
+        "compared with a raw copy of as many dense bytes, and with `copy_rows` of the same rows "
+        "within one process. Ratios are medians over rounds.", _CROSSED,
     ),
-    "migrate_both": ("Both ways at once", "", _CROSSED),
+    "migrate_both": ("Both directions at the same time", "", _CROSSED),
     "migrate_cost": (
-        "What a pull costs", "", {"what": "{shape}", "bytes": "{op}", "us": "{us:,.0f}"},
+        "What a pull costs", "", {"case": "{shape}", "bytes": "{op}", "us": "{us:,.0f}"},
     ),
     "migrate_setup": (
-        "What is waited for before others can take", "By the wall clock.",
+        "Wait of the owner before readers can pull", "By the wall clock.",
         {"call": "{shape}", "of": "{op}", "ms": "{ms:,.0f}"},
     ),
     "migrate_weights": (
-        "Weights", "The copies alone, and `pull_weights`, which also asks for names and compares "
-        "digests.", _CROSSED,
+        "Weights", "The copies alone, and `pull_weights`, which also requests names and compares "
+        "checksums.", _CROSSED,
     ),
     "migrate_beside": (
-        "What a pull does to a model that runs beside it", "On the default terms.",
-        {"loop": "{loop}", "on the": "{on}", "beside": lambda row: row["backend"],
+        "How a pull slows a model down", "On the default terms.",
+        {"loop": "{loop}", "on the": "{on}", "during": lambda row: row["backend"],
          "slow-down, %": "{slowdown_pct:.1f}", "GB/s": "{link_gb_per_s:.0f}"},
     ),
     "migrate_staged": (
-        "Rows that cross through staging", "Beside the same library with one buffer of as many "
-        "bytes.", _CROSSED,
+        "Pulls through staging buffers", "Compared with the same library and one buffer of as "
+        "many bytes.", _CROSSED,
     ),
     "migrate_scattered": (
-        "Scattered blocks of 64 KB", "Pulled where they lie, beside engines that are told of each "
-        "block.", _CROSSED,
+        "Scattered blocks of 64 KB", "Pulls from mapped memory, compared with transport libraries "
+        "that have a descriptor for each block.", _CROSSED,
     ),
 }  # fmt: skip
 
 
 def page(files: Iterable[Path]) -> str:
-    """The whole page for result files, those of accelerators first; plugs are no choice of ways."""
+    """Return the page for result files, accelerators first, without results of integrations."""
     read = (recorded.read(path) for path in sorted(files))
     results = [result for result in read if result.get("suite") != PLUG_SUITE]
     results.sort(key=lambda result: result["machine"]["device_type"] == "cpu")
@@ -283,7 +301,7 @@ def _migration(result: Mapping[str, Any]) -> list[str]:
 
 
 def _suite(name: str, result: Mapping[str, Any], figures: list[str]) -> list[str]:
-    """What a suite measured on a machine: some figures, then its tables."""
+    """Return the lines of a suite on a machine: some figures, then its tables."""
     machine = result["machine"]
     rows = having(result["rows"], verified=True)
     head = ["", f"## {name}, {machine['device']}", "", f"{_measured(machine)}."]
@@ -304,7 +322,7 @@ def _which(copies: Sequence[Row]) -> list[str]:
 
 
 def preference(copies: Sequence[Row]) -> dict[str, list[float]]:
-    """The ratios of each way, from the fastest to the slowest by their median."""
+    """Return the ratios of each method, the fastest first by median."""
     matches = [
         (method, [float(r["ratio"]) for r in having(copies, backend=method)]) for method in _ORDER
     ]
@@ -321,7 +339,7 @@ def _slower(copies: Sequence[Row]) -> list[str]:
 
 
 def _sizes(copies: Sequence[Row]) -> list[str]:
-    """Against payload, for the shape that is measured from one token up."""
+    """Return times by payload, for the shape that is measured from one token up."""
     rows = having(
         copies,
         row_bytes=2048,
@@ -342,10 +360,9 @@ def _sizes(copies: Sequence[Row]) -> list[str]:
         cells = [f"{r['p50_us']:.4g} us ({r['host_us']:.0f})" if r else "" for r in selected]
         table.append([in_decimal(size), *cells])
     intro = (
-        "Device time of a gather of random slots, and in brackets the host time of the call (in "
-        "turns with others, so with cold caches), both in microseconds: Llama-3 8B, rows of 2 KB, "
-        "each layer an allocation. If the host time is the larger, a faster kernel is not seen "
-        "unless other work hides the call."
+        "Device time of a gather of random slots, and in brackets the host time of the call with "
+        "cold caches, both in microseconds: Llama-3 8B, rows of 2 KB, each layer an allocation. If "
+        "the host time is larger, a faster kernel helps only if other work hides the call."
     )
     fastest, *others = methods
     heads = ["payload", *(f"`{method}`" for method in methods)]
@@ -377,10 +394,10 @@ def _peers(rows: Sequence[Row]) -> list[str]:
         )
     intro = (
         "Device time of `cuda` / that of the faster of LMCache's released kernels, in the rows "
-        "that these carried out correctly in the same run; below 1 is faster."
+        "that these kernels copied correctly in the same run; below 1, `cuda` is faster."
     )
     heads = ["workload", "direction", "median", "worst", "rows"]
-    return _section("`cuda` beside LMCache's kernels", intro, heads, table)
+    return _section("`cuda` compared with LMCache's kernels", intro, heads, table)
 
 
 def _link_sizes(rows: Sequence[Row]) -> list[str]:
@@ -395,15 +412,15 @@ def _link_sizes(rows: Sequence[Row]) -> list[str]:
     heads = ["payload", *(h for words in _WORDS.values() for h in (f"{words}, median", "worst"))]
     slow = Counter(f"*{row['host_side']}*" for row in chosen if row["ratio"] < _SLOW).most_common()
     intro = (
-        "The engine that PortaKV chooses, of memcpy, over all layouts that were measured. Of these "
-        f"{len(chosen)} rows {' and '.join(f'{times} {side}' for side, times in slow)} are below "
-        f"{_SLOW}. A pool that is layer-first comes in runs of one block in one plane."
+        "The strategy that PortaKV chooses, of memcpy, over all measured layouts. Of "
+        f"{len(chosen)} rows, {' and '.join(f'{times} {side}' for side, times in slow)} are below "
+        f"{_SLOW}. A layer-first pool has runs of one block in one plane."
     )
     return _section("What to expect", intro, heads, table)
 
 
 def _link_best(rows: Sequence[Row]) -> list[str]:
-    ours = [row for row in having(rows, kind="host_copy") if row["backend"] in _ENGINES]
+    ours = [row for row in having(rows, kind="host_copy") if row["backend"] in _STRATEGIES]
     fastest = [row for point in grouped(ours, "shape", "op") if (row := quickest(point))]
     table = []
     for run, large in product(sorted({row["run_bytes"] for row in fastest}), (False, True)):
@@ -414,8 +431,8 @@ def _link_best(rows: Sequence[Row]) -> list[str]:
             best = Counter(won).most_common()
             cells.append(", ".join(f"`{name}` {times}" for name, times in best))
         table.append(cells)
-    intro = "Which engine was the fastest on an idle device, and at how many points."
-    return _section("Which engine", intro, ["runs", "payload", *_WORDS.values()], table)
+    intro = "The fastest strategy on an idle device, and its number of points."
+    return _section("Which strategy", intro, ["runs", "payload", *_WORDS.values()], table)
 
 
 def _listed(rows: Sequence[Row], kind: str) -> list[str]:
@@ -432,7 +449,7 @@ def _listed(rows: Sequence[Row], kind: str) -> list[str]:
 
 
 def _spread(rows: Sequence[Row], figure: str) -> list[str]:
-    """Median, worst and number of a figure of the rows that have it; empty if none has."""
+    """Return median, worst and number of a figure over the rows that have it, or nothing."""
     matches = [float(row[figure]) for row in rows if figure in row]
     return [_times(median(matches)), _times(max(matches)), str(len(matches))] if matches else []
 
@@ -440,7 +457,7 @@ def _spread(rows: Sequence[Row], figure: str) -> list[str]:
 def _section(
     title: str, intro: str, heads: Sequence[str], table: Sequence[Sequence[str]]
 ) -> list[str]:
-    """A section with a table; lines of it that lack cells are left out, and it without any."""
+    """Return a section with the complete lines of a table, or nothing if no line is complete."""
     whole = [line for line in table if len(line) == len(heads)]
     if not whole:
         return []
@@ -451,14 +468,16 @@ def _section(
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page, or with ``--check`` compare it; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guide", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where it is old")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if the page is stale"
+    )
     check = parser.parse_args(argv).check
     text = page(RESULTS.glob("*.json"))
     if not check:
         PAGE.write_text(text, encoding="utf-8")
         print(f"wrote {PAGE}")
     elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-        print(f"{PAGE} is not what the results say: python -m benchmarks.guide", file=sys.stderr)
+        print(f"{PAGE} is stale. Run `python -m benchmarks.guide`.", file=sys.stderr)
         return 1
     return 0
 

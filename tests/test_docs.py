@@ -82,6 +82,34 @@ def test_the_picture_of_a_pull_is_what_its_code_draws() -> None:
     assert picture.with_suffix(".svg").read_text(encoding="utf-8") == drawn
 
 
+#: The kinds of documentation pages, as a page's first lines name them.
+KINDS = re.compile(r"^\*.*?(Tutorial|How-to|Reference|Explanation)\b", re.IGNORECASE | re.MULTILINE)
+EVERY_PAGE = sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_page_says_its_kind(page: Path) -> None:
+    opening = page.read_text(encoding="utf-8").splitlines()[:6]
+    assert KINDS.search("\n".join(opening)), (
+        f"Expected a line such as *How-to: ...* under the title of {page.name}."
+    )
+
+
+def _section(page: str, title: str) -> str:
+    return page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_design_is_short_and_names_files_that_exist() -> None:
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    assert len(design.split()) <= 3_000
+    terms = [line for line in _section(design, "Glossary").splitlines() if line.startswith("| ")]
+    assert 0 < len(terms) - len(["heading"]) <= 25
+    named = re.findall(r"`([\w/]+\.py)`", _section(design, "Files to read for a question"))
+    assert named
+    missing = [file for file in named if not (ROOT / "portakv" / file).is_file()]
+    assert not missing, f"docs/design.md names files that do not exist: {missing}"
+
+
 #: The last backend of the guide for vendors is asked about rows that a plane shows, and split ones.
 ASKED = """
 cache = torch.zeros(4, 2, 2, 8, 16, device="npu")

@@ -56,7 +56,7 @@ def test_pulls_are_measured_judged_and_drawn(
     assert "pulls of mapped memory" in shown
     assert "pull between" in shown
     (file,) = tmp_path.glob("*.json")
-    assert "### Rows that are pulled where they lie" in guide.page([file])
+    assert "### Pulls from mapped memory" in guide.page([file])
     if find_spec("matplotlib") is not None:
         assert [x.stem.rpartition("-")[2] for x in tmp_path.glob("*.svg")] == ["pulls"]
 
