@@ -32,7 +32,7 @@ _SHARE = 0.85
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """How much is measured. ``seconds`` bounds the rounds of one measurement."""
+    """Set the amount of measurement. ``seconds`` bounds the rounds of one measurement."""
 
     shapes: tuple[str, ...] | None  # None: all
     index: tuple[str, ...]
@@ -174,7 +174,7 @@ def replayed(variant: Variant) -> Variant:
 
     def replay(i: int) -> None:
         if i not in graphs:
-            # Prepared before it is captured, and ended: no event is asked inside the capture.
+            # Prepared before it is captured, and ended: no event is queried inside the capture.
             prepared: Any = variant.call(i)
             prepared.synchronize()
             torch.cuda.synchronize()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is moved: caches, memory objects and index lists for a shape, and whether bytes are right.
 
-Bytes are judged by plain indexing of the tensors that were built here; nothing of PortaKV is asked.
+Plain indexing of the tensors that were built here judges the bytes, without code of PortaKV.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Workload:
     """Memory for one shape: caches to read (``source``) and to write (``target``), as its layout
     wants them, and some memory objects to read (``loaded``) and to write (``stored``). Layers are
     ``together`` in one allocation, or ``apart``, which is only for layouts with a list over layers.
-    What is read has bytes of its own, what is written is poisoned."""
+    Sources have distinct bytes, targets are poisoned."""
 
     def __init__(
         self, shape: Shape, arrangement: str, device: torch.device, objects: int = 3
@@ -68,18 +68,19 @@ class Workload:
         return [tensor.view(torch.uint8) for tensor in tensors]
 
     def stored_right(self, i: int, index: str) -> bool:
-        """Whether memory object ``i`` holds the source's rows, every byte."""
+        """Return whether memory object ``i`` holds the source's rows, every byte."""
         cached, chunks, at = self._rows(self.source, self.stored[i], index)
         pairs = zip(cached, chunks, strict=True)
         return bool(torch.stack([(chunk[0] == cache[at]).all() for cache, chunk in pairs]).all())
 
     def copied_right(self, i: int) -> bool:
-        """Whether memory object ``i`` that is written equals the one that is read."""
+        """Return whether the written memory object ``i`` equals the one that was read."""
         return torch.equal(self.stored[i].view(torch.uint8), self.loaded[i].view(torch.uint8))
 
     def target_right(self, i: int, index: str) -> bool:
-        """Whether the target holds the rows of object ``i`` and poison elsewhere, every byte.
-        Overwrites those rows."""
+        """Return whether the target holds the rows of object ``i`` and poison elsewhere.
+
+        Compare every byte, and overwrite those rows."""
         cached, chunks, places = self._rows(self.target, self.loaded[i], index)
         right = moved(chunks, 0, cached, places)
         return bool(right & torch.stack([(one == POISON).all() for one in self._targets()]).all())

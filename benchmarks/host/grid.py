@@ -53,7 +53,7 @@ def direct_steps(bench: Bench) -> Iterator[Step]:
 
 
 def duplex_steps(bench: Bench) -> Iterator[Step]:
-    """Both directions at once, on two streams."""
+    """Run both directions at the same time, on two streams."""
     scenes = (scene(256), scene(2 * KB), scene(32 * KB, BLOCK_FIRST, "random"))
     for case in cases(scenes, bench.preset.duplex):
         yield f"both ways: {case.name}", partial(_both_directions, bench, case)
@@ -151,7 +151,7 @@ def compare(rows: Rows) -> None:
 
 
 def _both_directions(bench: Bench, case: Case) -> Rows:
-    """Device to host and host to device at once, each with memory of its own."""
+    """Run device to host and host to device at the same time, each with separate memory."""
     regions = zip(bench.region(2 * case.payload).halves(), DIRECTIONS, strict=True)
     ends = [(Sides(case, region), op, bench.stream()) for region, op in regions]
     for sides, direction, _ in ends:

@@ -8,7 +8,7 @@ a copy that is a copy engine, and while that has copies of another stream the ev
 follows it, waits for all of them; so the loop's stream ends with a kernel before its first event.
 
 Likewise, what a copy of another stream waits for while transfers follow each other: an engine sends
-its step's inputs and fetches its tokens over the same link, with copies of its own. A copy that has
+its step's inputs and fetches its tokens over the same link, with separate copies. A copy that has
 waited so long that the copy engine may stay with the transfers for ever is given up.
 """
 
@@ -34,7 +34,7 @@ from portakv_benchmarks.shared.shapes import in_words
 
 #: Ways that a bar judges are repeated in full, the others this often at most.
 _OTHERS = 2
-#: Repeats with the loop on a stream of its own, at most.
+#: Repeats with the loop on a separate stream, at most.
 _ON_OWN = 3
 #: Seconds after which a loop alongside traffic is given up: it would never begin.
 HELD_UP = 15.0

@@ -80,7 +80,7 @@ def _measure(bench: Bench, count: int) -> Rows:
 
 
 class Large:
-    """A large copy from pinned memory, on a stream of its own."""
+    """A large copy from pinned memory, on a separate stream."""
 
     def __init__(self, bench: Bench) -> None:
         self._module = bench.module

@@ -33,7 +33,7 @@ RARE = 512 * MB
 
 @dataclass(frozen=True, slots=True)
 class HostPreset:
-    """How much is measured; sizes in bytes."""
+    """Set the amount of measurement; sizes in bytes."""
 
     runs: tuple[int, ...]  # of the grid, their lengths
     payloads: tuple[int, ...]  # of the grid; from `RARE` on with two host sides only
@@ -41,7 +41,7 @@ class HostPreset:
     seconds: float  # bound the rounds of one measurement
     thread_blocks: tuple[int, ...]  # limits of the direct engine
     direct: int  # the payload that it is swept with
-    duplex: tuple[int, ...]  # payloads each way, of both directions at once
+    duplex: tuple[int, ...]  # payloads of each direction, for both at the same time
     pageable: tuple[int, ...]  # payloads between a device and pageable memory
     ring_slots: tuple[tuple[int, int], ...]  # of a plain pinned ring: slots, and bytes of one
     alongside: int  # the payload of one transfer beside a model

@@ -165,7 +165,7 @@ def moved(sides: Sides, variant: Variant, method: Method | None = None) -> Traff
 #: Where a loop runs, and in words. On an H200 what the link reaches behind gathers depends on it.
 DEFAULT = "default"
 OWN = "own"
-STREAMS = {DEFAULT: "the default stream", OWN: "a stream of its own"}
+STREAMS = {DEFAULT: "the default stream", OWN: "a separate stream"}
 _BATCH = 8  # steps that are captured together
 _DIM = 128
 

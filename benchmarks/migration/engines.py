@@ -28,7 +28,7 @@ class Group:
         self.store = rendezvous(channel, address or None)
 
     def meet(self) -> None:
-        """Both do it at once."""
+        """Run both at the same time."""
         self.group = pair(self.store, self.rank, 2, self.device, name="bench")
 
     def send(self, bytes_: torch.Tensor) -> None:

@@ -77,7 +77,7 @@ def _between(bench: MigrationBench, nbytes: int) -> list[Method]:
 
 
 def both_steps(bench: MigrationBench) -> Iterator[Step]:
-    """Both processes pull from each other at once."""
+    """Let both processes pull from each other at the same time."""
     yield USUAL, partial(_both, bench)
 
 

@@ -108,7 +108,7 @@ class Side:
         return copy_rows(src, target.shard.view, *ids, count=case.tokens(nbytes))
 
     def right(self, nbytes: int, raw: bool = False) -> bool:
-        """Whether every byte of the last pull, or raw copy, is right; nothing is left of it."""
+        """Return whether every byte of the last pull, or raw copy, is right; then erase it."""
         if not raw:
             return self.target.has(self.mirror, nbytes)
         n = self.case.payload(nbytes)
@@ -190,7 +190,7 @@ class Side:
 
 
 class Far:
-    """A side in a process of its own."""
+    """A side in a separate process."""
 
     def __init__(self, device: torch.device) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
@@ -212,11 +212,11 @@ class Far:
         self.process.stdin.flush()
 
     def ready(self, timeout: float = 0.0) -> bool:
-        """Whether it answers."""
+        """Return whether the process answers."""
         return bool(select.select([self.process.stdout], [], [], timeout)[0])
 
     def end(self, timeout: float = PATIENCE) -> Any:
-        """What it answers; raises `RuntimeError` for what failed there, or if it hangs."""
+        """Return the answer; raises `RuntimeError` for what failed there, or if it hangs."""
         self._asked = False
         if not self.ready(timeout):
             self.close()

@@ -42,7 +42,7 @@ TENSORS = (
 
 @dataclass(frozen=True, slots=True)
 class MigrationPreset:
-    """How much is measured; sizes in bytes, each for a CPU and for devices."""
+    """Set the amount of measurement; sizes in bytes, each for a CPU and for devices."""
 
     sizes: tuple[tuple[int, ...], tuple[int, ...]]  # of pulls that are mapped
     moved: tuple[tuple[int, ...], tuple[int, ...]]  # of those that are staged
@@ -146,7 +146,7 @@ class MigrationBench(Bench):
         self.change()
 
     def apart(self) -> None:
-        """Let both let go of what they have."""
+        """Let both release their memory."""
         self._settled.clear()
         for side in self._near:
             side.drop()

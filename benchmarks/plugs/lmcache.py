@@ -160,8 +160,8 @@ def _asked(bench: PlugBench, own: Ops | None, ours: Ops) -> Iterator[PlannedCase
 
 
 def _is_called(task: Task, own: Ops | None) -> bool:
-    """Whether LMCache carries out such a task: by slots it takes no tuples, and the path of its
-    connector is code of its own, with chunks on the host."""
+    """Return whether LMCache runs such a task: by slots it takes no tuples, and the path of its
+    connector is separate code, with chunks on the host."""
     if task.kernel == "connector":
         return own is not None and task.on_host and not task.narrow and task.number in _CONNECTOR
     return task.kernel == "blocks" or task.number not in _TUPLES

@@ -42,7 +42,7 @@ _ROUNDS = 0.25
 
 @dataclass(frozen=True, slots=True)
 class PlugPreset:
-    """How much is measured; sizes in bytes."""
+    """Set the amount of measurement; sizes in bytes."""
 
     layers: int
     payloads: tuple[int, ...]  # of LMCache's ops
@@ -144,7 +144,7 @@ class Side(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """What one transfer reads and writes, and whether all of it went right."""
+    """Hold the memory of one transfer, and check its bytes."""
 
     bench: PlugBench
     source: Side
@@ -157,8 +157,10 @@ class Sides(NamedTuple):
         self.bench.module.synchronize()
 
     def right(self, i: int = 0) -> bool:
-        """Whether the target holds the source's rows and poison elsewhere, every byte. Overwrites
-        those rows if they are on the device."""
+        """Return whether the target holds the source's rows and poison elsewhere, every byte.
+
+        Overwrite those rows if they are on the device.
+        """
         self.bench.module.synchronize()
         device = self.bench.device
         copies = [[x.to(device) for x in side.tensors] for side in (self.source, self.target)]
@@ -188,7 +190,7 @@ def turned(op: str, device: T, other: T) -> tuple[T, T]:
 
 
 def addresses(tensors: Iterable[torch.Tensor], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """Where tensors begin, on the host."""
+    """Return the start addresses of tensors, on the host."""
     return torch.tensor([each.data_ptr() for each in tensors], dtype=dtype)
 
 
@@ -203,7 +205,7 @@ class Case(NamedTuple):
     payload: int
     methods: list[Variant]
     on_host: bool = True  # one side is host memory
-    streams: bool = False  # ways have streams of their own: the host's clock tells their time
+    streams: bool = False  # methods use separate streams: the host's clock times them
 
 
 def labels(name: str, op: str, engine: str) -> Row:

@@ -102,7 +102,7 @@ class Worker:
         self._before = [[each[ids] for ids in self._ids[::2]] for each in layers]
 
     def done(self, job: int) -> bool:
-        """Whether a job has ended."""
+        """Return whether a job has ended."""
         self._flying -= {each.job_id for each in self._worker.get_finished()}
         return job not in self._flying
 
@@ -120,7 +120,7 @@ class Worker:
         self._bench.module.synchronize()
 
     def poison(self, *first: Any) -> None:
-        """Poison the blocks that are loaded, behind a job, if any."""
+        """Poison the blocks to load, after a job, if any."""
         if first:
             self.submit(*first)
         self.wait()
@@ -199,7 +199,7 @@ Pair = Callable[[int], dict[str, Worker]]
 
 
 def _workers(bench: PlugBench, own: bool, page: int) -> dict[str, Worker]:
-    """Both workers over the same caches, each with host memory of its own."""
+    """Both workers over the same caches, each with separate host memory."""
     base = import_module("vllm.v1.kv_offload.base")
     sizes = bench.sizes
     blocks = 2 * sizes.blocks + _REST

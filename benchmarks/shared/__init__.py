@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device and the host benchmarks share."""
+"""Code that the benchmarks share."""

@@ -88,7 +88,7 @@ class Slab:
         return np.array_equal(self.landed, self.known)
 
     def fio(self, program: str, name: str, op: str) -> Method:
-        """The same by fio, in a process of its own; it counts its own time."""
+        """Run the same requests by fio in a separate process; fio measures its time."""
         return Method(name, partial(self._fio, program, name, op), peer="fio")
 
     def _fio(self, program: str, name: str, op: str) -> Sample:
@@ -115,7 +115,7 @@ class Slab:
 
 
 class FsNative:
-    """LMCache in a process of its own, over a folder beside the tier's."""
+    """Run LMCache in a separate process, over a folder next to the tier's."""
 
     def __init__(self, python: str, folder: Path, nbytes: int, amount: int) -> None:
         own = folder / "lmcache"
@@ -158,7 +158,7 @@ def close(*opened: Any) -> None:
 
 
 def message(words: Sequence[str]) -> str:
-    """What a command prints; raises with what it complained of."""
+    """Return the output of a command; raise with its error output."""
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise RuntimeError(f"{words[0]} failed: {(done.stderr or done.stdout).strip()[-200:]}")

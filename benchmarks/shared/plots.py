@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots of a result: ``python -m benchmarks.shared.plots benchmarks/results/h200.json``.
 
-SVG files beside it: bandwidth against bytes with the ceiling dashed, a heat map of time against
-`copy_`, what a call costs the host, and the ladder; of ``h200-host.json`` speed against a memcpy,
-and what a transfer does to what runs beside it; of ``h200-plugs.json`` the time of each plug, of
-the engine's own; of ``h200-storage.json`` rates, and loads beside stores; of ``h200-x2.json`` pulls
-against raw copies. Needs matplotlib
-(`pip install '.[bench]'`).
+Write SVG files next to the result. They need matplotlib (`pip install '.[bench]'`):
+
+* ``h200.json``: bandwidth against bytes with the ceiling dashed, a heat map of time against
+  `copy_`, the host time of a call, and the methods for one chunk;
+* ``h200-host.json``: speed against a memcpy, and the slow-down of a model during transfers;
+* ``h200-plugs.json``: the time of each integration, of the engine's own code;
+* ``h200-storage.json``: rates, and loads while stores run;
+* ``h200-x2.json``: pulls against raw copies.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from portakv_benchmarks.shared import recorded
 from portakv_benchmarks.shared.harness import Row, grouped, having
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
-# One colour for each way, the same in all plots (Okabe and Ito's, which colour-blind readers tell
-# apart); black is the ceiling, shades of grey are peers.
+# One colour for each method, the same in all plots (Okabe and Ito's, which colour-blind readers
+# distinguish); black is the ceiling, shades of grey are peers.
 COLOURS = {
     "cuda": "#0072B2", "triton": "#009E73", "compiled": "#CC79A7", "compiled graph": "#882255",
     "reference": "#D55E00", "lmcache slot kernel": "#777777", "lmcache block kernel": "#AAAAAA",
@@ -45,12 +47,11 @@ _LINK_MARKS = {"host": "o", "staged": "s", "batched_memcpy": "^", "zero_copy": "
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
 #: The host side that stands for its runs: the hardest of those that were measured.
 _SIDES = ("block-first random", "dense")
-_STREAMS = {"default": "the default stream", "own": "a stream of its own"}
+_STREAMS = {"default": "the default stream", "own": "a separate stream"}
 
 
 def draw(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Write the plots of a result into a folder as ``STEM-NAME.svg``; those without rows are not
-    written."""
+    """Write each plot that has rows in the result into a folder as ``STEM-NAME.svg``."""
     written = []
     kinds: dict[str, tuple[str, Callable[[list[Row], str], Figure | None]]] = {
         "bandwidth": ("copy", bandwidth), "heatmap": ("copy", heat_map),
@@ -110,8 +111,9 @@ def bandwidth(copies: list[Row], device: str) -> Figure | None:
 
 
 def heat_map(copies: list[Row], device: str) -> Figure | None:
-    """For each workload and way, the time of `copy_` / the time of the way; random slots, or
-    blocks if a shape has no slots."""
+    """Draw the time of `copy_` / the time of the method, for each workload and method.
+
+    The slots are random; shapes without slots use blocks."""
     rows = [row for row in copies if row["backend"] != "copy_" and row["verified"]]
     slotted = {row["shape"] for row in having(rows, index="random")}
     rows = [row for row in rows if row["index"] == "random" or row["shape"] not in slotted]
@@ -144,7 +146,7 @@ def heat_map(copies: list[Row], device: str) -> Figure | None:
 
 
 def host_cost(rows: list[Row], device: str) -> Figure:
-    """Host time of a registered call, the launch alone and what the call adds."""
+    """Draw the host time of a registered call: the launch alone, and the rest of the call."""
     figure = Figure(figsize=(6.2, 0.9 + 0.32 * len(rows)))
     axes = figure.subplots()
     names = [f"{row['backend']}, {row['ids']}" for row in rows]
@@ -163,7 +165,7 @@ def host_cost(rows: list[Row], device: str) -> Figure:
 
 
 def ladder(rows: list[Row], device: str) -> Figure:
-    """Every way of moving one chunk, slowest first, on a logarithmic axis."""
+    """Draw every method for one chunk, slowest first, on a logarithmic axis."""
     slowest = {own[0]["way"]: max(r["p50_us"] for r in own) for own in grouped(rows, "way")}
     order = sorted(slowest, key=lambda method: -slowest[method])
     figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(order)))
@@ -183,13 +185,14 @@ def ladder(rows: list[Row], device: str) -> Figure:
     axes.set_xscale("log")
     axes.set_xlim(right=30 * max(slowest.values()))
     axes.set_xlabel("device time in microseconds (logarithmic)")
-    axes.set_title(f"Ways of moving one chunk, 67 MB · {device}", fontsize=9)
+    axes.set_title(f"Methods for one chunk, 67 MB · {device}", fontsize=9)
     return figure
 
 
 def ratio(rows: list[Row], device: str) -> Figure | None:
-    """Speed against a memcpy of the same bytes over payload: a row for each direction, a column for
-    each length of runs."""
+    """Draw the speed against a memcpy of the same bytes over payload.
+
+    Each direction has a row, each length of runs a column."""
     runs = sorted({row["run_bytes"] for row in rows})
     if len({row["payload_bytes"] for row in rows}) < 2:
         return None
@@ -236,7 +239,7 @@ def ratio(rows: list[Row], device: str) -> Figure | None:
 
 
 def interference(rows: list[Row], device: str) -> Figure:
-    """The slow-down of a loop beside each way, and the link's bandwidth that it reached."""
+    """Draw the slow-down of a loop during each strategy, and the bandwidth of the link."""
     points = grouped(rows, "loop", "stream", "op")
     heights = [max(map(len, points[at : at + 2])) for at in range(0, len(points), 2)]
     figure = Figure(figsize=(11, sum(1.1 + 0.2 * height for height in heights)))
@@ -259,13 +262,13 @@ def interference(rows: list[Row], device: str) -> Figure:
         axes.tick_params(labelsize=7)
         axes.set_title(f"{loop} on {_STREAMS[stream]}, {_WORDS[direction]}", fontsize=9)
         axes.set_xlabel("slow-down of the loop in %", fontsize=8)
-    figure.suptitle(f"What a transfer does to what runs beside it · {device}", fontsize=10)
+    figure.suptitle(f"Slow-down of a loop during transfers · {device}", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 0.985))
     return figure
 
 
 def beside_own(rows: list[Row], device: str) -> Figure | None:
-    """The time of the plugs, of the engines' own code: a point for each case."""
+    """Draw the time of the integrations, of the engines' own code: a point for each case."""
     known = [row for row in rows if "of_own" in row and row["verified"]]
     if not known:
         return None
@@ -282,12 +285,12 @@ def beside_own(rows: list[Row], device: str) -> Figure | None:
     axes.set_yticks(range(len(parts)), parts)
     axes.set_xlabel("time by PortaKV / by the engine's own code")
     axes.legend(fontsize=8, frameon=False)
-    axes.set_title(f"Engines' transfers, by the plugs · {device}", fontsize=10)
+    axes.set_title(f"Engines' transfers, by PortaKV · {device}", fontsize=10)
     return figure
 
 
 def stored(rows: list[Row], device: str) -> Figure:
-    """The rate of each way of storing and loading, with the spread of its trials."""
+    """Draw the rate of each method of storing and loading, with the spread of its trials."""
     cases = grouped(rows, "op", "shape")
     figure = Figure(figsize=(9.5, 0.7 + 0.17 * (len(rows) + len(cases))))
     axes = figure.subplots()
@@ -317,7 +320,7 @@ def stored(rows: list[Row], device: str) -> Figure:
 
 
 def urgent(rows: list[Row], device: str) -> Figure:
-    """How long urgent loads take alone and beside stores that keep the disk busy."""
+    """Draw the time of urgent loads, alone and while stores keep the disk busy."""
     figure = Figure(figsize=(6.2, 2.4))
     axes = figure.subplots()
     (row, *_) = having(rows, op="load")
@@ -326,18 +329,21 @@ def urgent(rows: list[Row], device: str) -> Figure:
         time = row[name + end] / 1e3
         axes.barh(at, time, color="#999999" if "alone" in end else "#0072B2")
         axes.text(time, at, f" {time:.1f} ms", va="center", fontsize=8)
-    axes.set_yticks(range(4), ["p50 alone", "p50 beside", "p99 alone", "p99 beside"], fontsize=8)
+    axes.set_yticks(
+        range(4), ["p50 alone", "p50 with stores", "p99 alone", "p99 with stores"], fontsize=8
+    )
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel(f"ms of a load of {row['shape']}, {row['loads']} loads")
     rates = "".join(f": {x['gb_per_s']:.2f} of {x['alone_gb_per_s']:.2f} GB/s" for x in stores)
-    axes.set_title(f"Urgent loads beside stores{rates} · {device}", fontsize=9)
+    axes.set_title(f"Urgent loads during stores{rates} · {device}", fontsize=9)
     return figure
 
 
 def pulled(rows: list[Row], device: str) -> Figure | None:
-    """The rate of pulls against the payload, a line for each case, of the raw copy's; on a host of
-    what the same copy reaches within one process, too."""
+    """Draw the rate of pulls / that of the raw copy over payload, a line for each case.
+
+    On a host also draw it / the rate of the same copy within one process."""
     figures = {"of_raw": "the raw copy", "of_rows": "copy_rows in one process"}
     selected = having(rows, backend="mapped")
     known = [name for name in figures if any(name in row for row in selected)]
@@ -361,7 +367,7 @@ def pulled(rows: list[Row], device: str) -> Figure | None:
 
 
 def _sizes_below(axes: Axes) -> None:
-    """A logarithmic axis of payloads, with sizes in words, and a grid."""
+    """Set a logarithmic axis of payloads, with sizes in words, and a grid."""
     axes.set_xscale("log")
     words = FuncFormatter(lambda x, _: f"{x / 1e6:g} MB" if x < 1e9 else f"{x / 1e9:g} GB")
     axes.xaxis.set_major_formatter(words)

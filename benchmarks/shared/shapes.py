@@ -32,7 +32,7 @@ INDEX_KINDS = ("random", "contiguous", "blocks")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What one transfer moves."""
+    """Describe the rows that one transfer moves."""
 
     name: str  # what `--shape` takes
     model: str  # whose cache it is
@@ -43,13 +43,13 @@ class Shape:
     dim: int  # in elements
     dtype: str  # a torch dtype's name
     block_size: int  # tokens of a block
-    tokens: int  # moved at once, a multiple of ``block_size``
+    tokens: int  # moved by one copy, a multiple of ``block_size``
     kv: int = 2
     heads: int = 1
     pool: int = 4  # slots of the cache for each token moved
     index: tuple[str, ...] = INDEX_KINDS  # index lists to measure with
     objects: int = 3  # memory objects of each kind that the timed calls take turns with
-    apart: bool = True  # measured with each layer in an allocation of its own
+    apart: bool = True  # measured with each layer in a separate allocation
     together: bool = True  # and with all in one
     compiled: bool = False  # backends that compile for seconds are measured with it
 
@@ -99,7 +99,7 @@ def load(path: Path = FILE) -> Mapping[str, Shape]:
             if like is not None and like not in results:
                 raise ValueError(f"is like {like!r}; expected the name of a shape above it")
             if name in results:
-                raise ValueError("occurs twice; give each shape a name of its own")
+                raise ValueError("occurs twice; give each shape a separate name")
             fields = {**(asdict(results[like]) if like else {}), **entry}
             shape = Shape(**{**fields, "index": tuple(fields.get("index", INDEX_KINDS))})
             _check(shape)
@@ -170,7 +170,7 @@ def fill(words: torch.Tensor, salt: int) -> torch.Tensor:
 def moved(
     sources: Sequence[torch.Tensor], out_of: Any, targets: Sequence[torch.Tensor], into: Any
 ) -> torch.Tensor:
-    """Whether the rows at some places of planes are those at others of their sources, every byte.
+    """Return whether rows of planes equal the rows of their sources in every byte.
     Overwrites them with poison: then nothing but poison is left if no other row was written."""
     same = []
     for source, target in zip(sources, targets, strict=True):

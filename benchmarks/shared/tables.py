@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `portakv bench` prints of a result: a table for each kind of rows."""
+"""Print a result for `portakv bench`: a table for each kind of rows."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("chosen", "chosen"), ("best", _best), _BYTES),
     ),
     "host_direct": ("zero_copy, by its limit on thread blocks", (*_LINK, _BYTES)),
-    "host_duplex": ("both directions at once", (*_LINK, ("chosen", "chosen"), _BYTES)),
+    "host_duplex": ("both directions at the same time", (*_LINK, ("chosen", "chosen"), _BYTES)),
     "host_pageable": (
         "device and pageable host, beside plain copies through a pinned ring; by the host's clock",
         (*_WHAT, ("us", _time), ("GB/s", "gb_per_s:.4g"), ("of best ring", "to_ring:.3f"),
@@ -209,7 +209,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         ),
     ),
     "migrate_mapped": ("pulls of mapped memory, beside raw copies of as many bytes", _CROSSED),
-    "migrate_both": ("both processes pull from each other at once", _CROSSED),
+    "migrate_both": ("both processes pull from each other at the same time", _CROSSED),
     "migrate_cost": (
         "what a pull costs",
         (("case", "shape"), ("of", "op"), ("between", "across"), ("us", "us:,.4g"),
@@ -232,5 +232,5 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     "migrate_staged": (
         "through staging, beside one buffer of as many bytes by the same library", _CROSSED,
     ),
-    "migrate_scattered": ("scattered blocks of 64 KB, beside engines told of each", _CROSSED),
+    "migrate_scattered": ("scattered blocks of 64 KB, compared with transport libraries", _CROSSED),
 }  # fmt: skip

@@ -40,7 +40,7 @@ def cost_row(shape: str, samples: list[Sample], each: int, right: bool) -> Rows:
 
 
 def _nodes(count: int) -> Rows:
-    """Chains of four nodes without work, by two workers, begun at once as those of a load are."""
+    """Run chains of four nodes without work by two workers, submitted together as in a load."""
     samples = [timed(partial(_chains, count)) for _ in range(ROUNDS)]
     return cost_row("a node of the graph, in chains of 4", samples, count, True)
 

@@ -129,7 +129,7 @@ class Meeting:
 
 
 def alongside(bench: StorageBench) -> Rows:
-    """Loads and stores, alone and at once, in rounds."""
+    """Run loads and stores, alone and together, in rounds."""
     meeting = Meeting(bench)
     for _ in range(bench.sizes.rounds):
         for name in bench.trials.random.sample(PHASES, len(PHASES)):
@@ -198,7 +198,7 @@ def _layered(bench: StorageBench) -> Rows:
 
 
 def _taken(view: KVView, source: KVView) -> bool:
-    """Whether both hold the same bits; overwrites the first."""
+    """Return whether both hold the same bits; overwrite the first."""
     same = all(map(torch.equal, words(view.tensors), words(source.tensors)))
     torch._foreach_zero_(words(view.tensors))
     return same

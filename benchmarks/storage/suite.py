@@ -23,7 +23,7 @@ VERSION = "from importlib.metadata import version; print(version('lmcache'))"
 
 @dataclass(frozen=True, slots=True)
 class StoragePreset:
-    """How much is measured; sizes in bytes."""
+    """Set the amount of measurement; sizes in bytes."""
 
     sizes: tuple[int, ...]  # of a slot
     nbytes: int  # of one trial
@@ -38,11 +38,11 @@ class StoragePreset:
 
     @property
     def usual(self) -> int:
-        """The size that is measured the most: 1 MB, if it was asked for."""
+        """Return the size with the most measurements: 1 MB, if requested."""
         return MB if MB in self.sizes else self.sizes[0]
 
     def slots_of(self, size: int) -> int:
-        """How many slots one trial moves, which fio's 8 threads share evenly."""
+        """Return the number of slots of one trial, a number that fio's 8 threads share evenly."""
         return max(8, self.nbytes // size // 8 * 8)
 
 

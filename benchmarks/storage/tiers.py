@@ -40,7 +40,7 @@ LAYERS = 32
 HEADS = 8
 DIM = 64
 CHUNKS = {"store": SAVED, "load": LOADED}  # as a store's nodes
-REQUESTS = 8  # of a remote store, at once
+REQUESTS = 8  # of a remote store, at the same time
 
 
 def caches(blocks: int, nbytes: int, device: torch.device, layers: int = LAYERS) -> KVView:
@@ -118,7 +118,7 @@ class Tier:
         return Method("tier", partial(self.run, op), right=self.right)
 
     def right(self) -> bool:
-        """Whether what is on the disk is what was to be stored."""
+        """Return whether the disk holds the bytes that were stored."""
         stored, loaded = self.payload.split(self.amount)
         loaded.fill_(POISON)
         self.run("load")
@@ -181,7 +181,7 @@ def _tier(bench: StorageBench, size: int) -> Rows:
 
 
 def remote_steps(bench: StorageBench) -> Iterator[Step]:
-    """Objects of 1 MB, by eight requests at once."""
+    """Objects of 1 MB, by eight concurrent requests."""
     yield "1 MB", partial(_remote, bench)
 
 
