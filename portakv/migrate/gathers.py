@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an owner does for readers that cannot map its memory: a worker brings rows into staging
-slots, which transports carry, and sums digests up."""
+slots, which transports carry, and adds checksums up."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from portakv.copy.rows import copy_rows
 from portakv.errors import PeerError, Unsupported
 from portakv.graph.graph import Graph, Task
 from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.checksum import Later, checksum
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
-from portakv.migrate.digest import Later, digest
 from portakv.migrate.messages import Answer, Gather, Hello, Message
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
@@ -82,7 +82,7 @@ class Gathers:
         self._graph = Graph()
         # One worker: readers take in the order of gathers.
         self._queue = self._graph.queue("gather")
-        self._sums = Later[int]("digests of rows", self._queue)
+        self._sums = Later[int]("checksums of rows", self._queue)
 
     @property
     def slots(self) -> int:
@@ -176,7 +176,7 @@ class Gathers:
     def _sum(self, gather: Gather, rows: Rows) -> int:
         with torch.inference_mode(False), rows.behind.inside():
             box = gather.layers, gather.heads
-            return digest(rows.view, rows.ids, gather.count, box, gather.first)
+            return checksum(rows.view, rows.ids, gather.count, box, gather.first)
 
     def _bring(
         self, peer: Peer, gather: Gather, rows: Rows, agreed: list[Transport], slot: Slot

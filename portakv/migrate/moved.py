@@ -17,8 +17,8 @@ from msgspec.structs import replace
 from portakv.copy.rows import copy_rows
 from portakv.errors import PeerError, TransferCancelled, TransferError, TransferTimeout
 from portakv.graph.graph import Graph, Task
+from portakv.migrate.checksum import MODULUS, checksum
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
-from portakv.migrate.digest import MODULUS, digest
 from portakv.migrate.messages import Answer, Gather
 from portakv.migrate.published import CANCELLED, Pull
 from portakv.migrate.steps import Slice, Step
@@ -114,7 +114,7 @@ def verified(step: Step, pull: Pull, *_: object) -> None:
     for start, end in step.runs():
         part = replace(asked, first=asked.first + start, count=end - start)
         here = step.mine.shifted(start)
-        mine += digest(step.cut.dst, here, part.count, step.cut.piece.box, part.first)
+        mine += checksum(step.cut.dst, here, part.count, step.cut.piece.box, part.first)
         theirs += ask(step, part, pull, inf).digest
     if (mine - theirs) % MODULUS:
         raise TransferError(

@@ -34,7 +34,7 @@ from portakv.errors import (
 from portakv.graph.graph import Graph
 from portakv.interconnect.strategy import Terms
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.digest import Later, box_digests
+from portakv.migrate.checksum import Later, box_checksums
 from portakv.migrate.ipc import SharedFiles, open_shared, share
 from portakv.migrate.messages import Box as Ends
 from portakv.migrate.messages import Count, Dims, Handle, Id, Message, Text, sealed, unsealed
@@ -322,7 +322,7 @@ class WeightsTicket(Message, frozen=True):
 
 
 class AskWeights(Message, frozen=True):
-    """Ask for the items from ``first`` on; or, until the answer is known, for the digests of these
+    """Request the items from ``first`` on; or, until the answer is known, the checksums of these
     boxes of numbered items, as they lie at the owner."""
 
     purpose: ClassVar[str] = "Asking for weights, of the process at"
@@ -333,7 +333,7 @@ class AskWeights(Message, frozen=True):
 
 
 class Weights(Message, frozen=True):
-    """Some of the ``total`` items, by name; or digests. ``version`` changes with the weights."""
+    """Some of the ``total`` items, by name; or checksums. ``version`` changes with the weights."""
 
     state: Literal["held", "gone", "busy"]
     total: Annotated[int, Meta(ge=0, le=_ITEMS)] = 0
@@ -342,9 +342,9 @@ class Weights(Message, frozen=True):
     version: Annotated[int, Meta(ge=0)] = 0
 
 
-def _digests(boxes: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
-    """The digests of boxes of tensors, by their place in the whole."""
-    return box_digests((part_of(x, box.start, box.extents), box.offset) for x, box in boxes)
+def _checksums(boxes: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
+    """The checksums of boxes of tensors, by their place in the whole."""
+    return box_checksums((part_of(x, box.start, box.extents), box.offset) for x, box in boxes)
 
 
 class _Update:
@@ -382,7 +382,7 @@ class Published:
         for name, x in self._held.items():
             if self._items[name].tie == name:
                 self._items[name] = structs.replace(self._items[name], data=_shared(name, x, files))
-        self._sums = Later[list[int]]("digests of weights", self.graph.queue("weights"))
+        self._sums = Later[list[int]]("checksums of weights", self.graph.queue("weights"))
         self.ticket = sealed(WeightsTicket(channel.address, self._id))
         channel.serve(AskWeights, self._answer)
 
@@ -446,7 +446,7 @@ class Published:
             if any(number >= len(held) for number, _ in asked.boxes):
                 raise LayoutError(f"Expected numbers below {len(held)}, got others. Pull again.")
             boxes = [(held[number].tensor, box) for number, box in asked.boxes]
-            sums = self._sums.answer(asked, lambda: _digests(boxes))
+            sums = self._sums.answer(asked, lambda: _checksums(boxes))
             if sums is None:
                 return Weights("busy", version=version)
             return Weights("held", sums=tuple(sums), version=version)
@@ -576,16 +576,16 @@ class _Owner:
         return into, part_of(theirs, cell.theirs, box.extents)
 
     def wrong(self, cells: Sequence[Cell], parameters: Mapping[str, Parameter]) -> Iterator[str]:
-        """Names of its cells that have another digest there."""
+        """Names of its cells that have another checksum there."""
         numbers = {name: number for number, name in enumerate(self.items)}
         boxes = tuple((numbers[x.name], x.box._replace(start=x.theirs)) for x in cells)
         asked = AskWeights(self.id, boxes=boxes)
         self.once(asked)  # it begins while this side works
-        here = _digests([(parameters[x.name].tensor, x.box) for x in cells])
+        here = _checksums([(parameters[x.name].tensor, x.box) for x in cells])
         there = self.ask(asked).sums
         if len(there) != len(here):
             raise PeerError(
-                f"Expected {len(here)} digests from {self.address}, got {len(there)}. Do not use "
+                f"Expected {len(here)} checksums from {self.address}, got {len(there)}. Do not use "
                 f"the weights; pull from another owner."
             )
         sums = zip(cells, here, there, strict=True)
@@ -623,7 +623,7 @@ def pull_weights(
     timeout: float | None = 600.0,
 ) -> int:
     """Fill tensors from owners that publish the same names, preferred ones first, on the current
-    stream, few at a time; block until digests that the owners work out agree. Returns the bytes.
+    stream, few at a time; block until checksums that the owners work out agree. Returns the bytes.
     ``some``: owners hold others as well (the reader is one stage of a pipeline). ``timeout``:
     seconds for the whole call; None for no limit.
 
@@ -631,7 +631,7 @@ def pull_weights(
     written. After any other error the tensors hold an unknown part of the weights, and must not be
     used until a pull succeeds: `OfferGone`, `PeerError`, `TransferTimeout`, `Unsupported` if an
     owner's memory cannot be mapped here, `TransferError` if weights changed meanwhile, or with the
-    names whose digests differ.
+    names whose checksums differ.
     """
     limit = seconds("timeout", timeout, above=True, optional=True)
     until = time.monotonic() + limit
@@ -669,7 +669,7 @@ def pull_weights(
         owner.confirm()
     if wrong:
         raise TransferError(
-            f"{len(mine)} weights were pulled, and digests of these differ from their owners': "
+            f"{len(mine)} weights were pulled, and checksums of these differ from their owners': "
             f"{', '.join(dict.fromkeys(wrong))}. Do not use any of them; pull again."
         )
     return total
@@ -704,7 +704,7 @@ def _pieces(cell: Cell, most: int) -> Iterator[Cell]:
         return
     step = max(1, most * extents[axis] // total)
     if axis == len(extents) - 1:
-        step = max(4, step // 4 * 4)  # so that digests go by words of four bytes
+        step = max(4, step // 4 * 4)  # so that checksums go by words of four bytes
     for at in range(0, extents[axis], step):
         size = min(step, extents[axis] - at)
         part = (*extents[:axis], size, *extents[axis + 1 :])

@@ -33,7 +33,7 @@ from portakv.errors import (
 )
 from portakv.graph.graph import Task
 from portakv.migrate.channel import Channel
-from portakv.migrate.digest import box_digests
+from portakv.migrate.checksum import box_checksums
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import unsealed
 from portakv.migrate.weights import (
@@ -81,9 +81,9 @@ def pulled(mine: dict[str, Parameter], owners: Sequence[dict[str, Parameter]]) -
         part_of(mine[name].tensor, box.start, box.extents).copy_(source)
 
 
-def digest_of(tensor: torch.Tensor, box: Box) -> int:
-    """The digest of a box of a tensor."""
-    return box_digests([(part_of(tensor, box.start, box.extents), box.offset)])[0]
+def checksum_of(tensor: torch.Tensor, box: Box) -> int:
+    """The checksum of a box of a tensor."""
+    return box_checksums([(part_of(tensor, box.start, box.extents), box.offset)])[0]
 
 
 def tensor_of(array: Array, strided: bool) -> torch.Tensor:
@@ -190,7 +190,7 @@ def test_a_cell_that_nobody_holds_is_named(data: st.DataObject, shape: list[int]
     st.lists(st.integers(1, 9), max_size=3),
     st.data(),
 )
-def test_a_digest_is_of_values_and_places_only(
+def test_a_checksum_is_of_values_and_places_only(
     dtype: torch.dtype, shape: list[int], data: st.DataObject
 ) -> None:
     """The same wherever the elements lie, dense, strided or transposed; another for one that
@@ -203,14 +203,14 @@ def test_a_digest_is_of_values_and_places_only(
     turned = part.clone().T.contiguous().T if len(shape) == 2 else part
     box = Box(offset, offset, extents)
     zero = (0,) * len(shape)
-    found = digest_of(whole, box)
+    found = checksum_of(whole, box)
     for tensor in (dense, turned.clone(memory_format=torch.preserve_format)):
-        assert digest_of(tensor, Box(offset, zero, extents)) == found
+        assert checksum_of(tensor, Box(offset, zero, extents)) == found
     dense[(-1,) * len(shape)] += 1
-    assert digest_of(dense, Box(offset, zero, extents)) != found
+    assert checksum_of(dense, Box(offset, zero, extents)) != found
     if shape:
         moved = Box((*offset[:-1], (offset[-1] + 1) % 3), offset, extents)
-        assert digest_of(whole, moved) != found
+        assert checksum_of(whole, moved) != found
 
 
 def test_scalars_and_empty_tensors_are_parameters() -> None:
@@ -357,7 +357,7 @@ def channels() -> Iterator[Callable[[], Channel]]:
 
 
 class Between(Channel):
-    """A channel that does something before it asks for digests."""
+    """A channel that does something before it asks for checksums."""
 
     def __init__(self, channel: Channel, before: Callable[[], object]) -> None:
         self.channel = channel
@@ -476,14 +476,14 @@ def test_an_endless_list_ends_with_the_time_of_the_call(channels: Channels) -> N
     owner.close()
 
 
-def test_another_number_of_digests_is_the_owners_error(channels: Channels) -> None:
+def test_another_number_of_checksums_is_the_owners_error(channels: Channels) -> None:
     owner = publish(channels(), {"w": Parameter(shared(whole_of((4,))))})
     between: Any = Between(channels(), lambda: None)
     ask = between.ask
     between.ask = lambda address, asked, kind, timeout: replace(
         ask(address, asked, kind, timeout), sums=(1, 2, 3)
     )
-    with pytest.raises(PeerError, match="Expected 1 digests"):
+    with pytest.raises(PeerError, match="Expected 1 checksums"):
         pull_weights(between, owner.ticket, {"w": torch.zeros(4, dtype=torch.int32)})
     owner.close()
 
@@ -514,7 +514,7 @@ def while_pulled(channels: Channels, change: Callable[[Any, torch.Tensor], None]
 
 
 def test_an_update_between_two_batches_publishes_no_mixture(channels: Channels) -> None:
-    """The digests of each batch agree with what the owner has at that moment."""
+    """The checksums of each batch agree with what the owner has at that moment."""
 
     def step(published: Any, whole: torch.Tensor) -> None:
         with published.update():
@@ -529,7 +529,7 @@ def test_a_change_that_is_said_afterwards_fails_the_pull(channels: Channels) -> 
         whole.numpy()[:] = 2
         published.changed()
 
-    with pytest.raises(TransferError, match=r"changed while they were pulled|digests"):
+    with pytest.raises(TransferError, match=r"changed while they were pulled|checksums"):
         while_pulled(channels, step)
 
 
@@ -608,7 +608,7 @@ def test_a_timeout_that_is_none_is_refused(channels: Channels, timeout: Any) -> 
 
 
 def test_hundreds_of_parameters_are_listed_by_pages(channels: Channels) -> None:
-    """More than one answer holds, and more digests than one question asks for."""
+    """More than one answer holds, and more checksums than one question asks for."""
     room = shared(whole_of((600, 16)))
     owner = publish(channels(), {f"layer.{i}.{'x' * 300}": Parameter(room[i]) for i in range(600)})
     into = torch.zeros(600, 16, dtype=torch.int32)
@@ -618,7 +618,7 @@ def test_hundreds_of_parameters_are_listed_by_pages(channels: Channels) -> None:
     owner.close()
 
 
-def test_a_question_for_digests_is_no_larger_than_a_batch(channels: Channels) -> None:
+def test_a_question_for_checksums_is_no_larger_than_a_batch(channels: Channels) -> None:
     """So that the timeout is one of a batch, and not of a whole model."""
     whole = shared(whole_of((3, 5 << 20)))
     owner = publish(channels(), {str(i): Parameter(whole[i]) for i in range(3)})
@@ -656,7 +656,7 @@ def test_parameters_of_a_module_are_filled_in_any_state(channels: Channels, stat
     owner.close()
 
 
-def test_another_digest_is_an_error_that_names_all(channels: Channels) -> None:
+def test_another_checksum_is_an_error_that_names_all(channels: Channels) -> None:
     """Fault 37. The owner's tensors change while they are pulled: one error names them, and says
     that none of the reader's may be used, which were written by then."""
     tensors = {x: shared(whole_of((5, 3))) for x in "abc"}
@@ -676,7 +676,7 @@ def test_another_digest_is_an_error_that_names_all(channels: Channels) -> None:
 
 
 def test_what_is_published_no_more_is_gone(channels: Channels) -> None:
-    """Closed before, closed between the copy and its digests, and replaced by others."""
+    """Closed before, closed between the copy and its checksums, and replaced by others."""
     tensor = shared(whole_of((4,)))
     mine = {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
     channel = channels()
@@ -692,7 +692,9 @@ def test_what_is_published_no_more_is_gone(channels: Channels) -> None:
     first.close()
 
 
-def test_an_owner_that_makes_no_digests_is_waited_for_until_the_timeout(channels: Channels) -> None:
+def test_an_owner_that_makes_no_checksums_is_waited_for_until_the_timeout(
+    channels: Channels,
+) -> None:
     """Its worker has another question that does not end."""
     release = threading.Event()
     channel = channels()
@@ -769,7 +771,7 @@ with published.update():
 @pytest.mark.parametrize("guarded", [True, False])
 def test_an_update_ends_behind_the_stream_that_writes(guarded: bool) -> None:
     """A pull that begins inside it brings the new weights. Without the wait for the stream, the
-    negative control, it begins too early: the digests that the owner sums up later differ."""
+    negative control, it begins too early: the checksums that the owner sums up later differ."""
     with Peer() as owner, closing(Channel(timeout=20.0)) as channel:
         ticket = owner.do(PUBLISH)
         into = torch.zeros(1 << 20, dtype=torch.int32, device="cuda:0")
@@ -784,7 +786,7 @@ def test_an_update_ends_behind_the_stream_that_writes(guarded: bool) -> None:
             pull_weights(channel, ticket, {"w": into})
             assert into.eq(2).all()
         else:
-            with pytest.raises(TransferError, match="digests"):
+            with pytest.raises(TransferError, match="checksums"):
                 pull_weights(channel, ticket, {"w": into})
         updating.join()
 
@@ -795,7 +797,7 @@ def ask_until_done(channel: Channel, address: str, asked: AskWeights) -> None:
 
 
 def test_boxes_that_an_owner_has_not_are_refused(channels: Channels) -> None:
-    """Digests of what lies outside, or of no parameter of it."""
+    """Checksums of what lies outside, or of no parameter of it."""
     owner = publish(channels(), {"w": Parameter(shared(whole_of((4,))))})
     channel = channels()
     ticket = unsealed(owner.ticket, WeightsTicket)
@@ -819,7 +821,7 @@ answer = owner.ticket
 
 
 def test_another_process_serves_its_weights_until_it_dies(channels: Channels) -> None:
-    """Killed between the copy and the digests, it is told so at once."""
+    """Killed between the copy and the checksums, it is told so at once."""
     mine = {str(i): Parameter(torch.zeros(n, 7, dtype=torch.int16)) for i, n in enumerate((5, 900))}
     with Peer() as owner:
         ticket = owner.do(_OWNER)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of rows and boxes: those of parts add up to that of the whole, which numpy computes from
-its definition; one byte, or two words in each other's place, change it."""
+"""Checksums of parts add up to the checksum of the whole, which numpy computes from its definition.
+
+One changed byte, or two exchanged words, change it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from support.core_cases import noise
 from support.migrate_cases import WIDTHS, Held, Rank, drawn_model, ranks
 
 from portakv import Index, KVView
-from portakv.migrate.digest import MODULUS, box_digests, digest
+from portakv.migrate.checksum import MODULUS, box_checksums, checksum
 
 Words = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -35,7 +37,7 @@ def mixed(words: Words, starts: list[tuple[int, int]] | None = None) -> int:
 
 
 def expected(model: list[Any], first: int = 0) -> int:
-    """The digest of whole rows [layer, token, head, byte] of each kv: axes are layer, token, and
+    """The checksum of whole rows [layer, token, head, byte] of each kv: axes are layer, token, and
     for each kv the words of all heads, which are as wide as all rows allow."""
     unit = gcd(4, *(kv.shape[3] for kv in model))
     total = 0
@@ -47,17 +49,17 @@ def expected(model: list[Any], first: int = 0) -> int:
 
 
 def of(held: Held, ids: Any = None, first: int = 0, count: int | None = None) -> int:
-    """The digest of what a rank holds."""
+    """The checksum of what a rank holds."""
     slots = held.slots if ids is None else ids
     index = Index(torch.from_numpy(slots))
-    return digest(held.cache.view, index, len(slots), held.rank.box, first)
+    return checksum(held.cache.view, index, len(slots), held.rank.box, first)
 
 
 @given(st.sampled_from([*WIDTHS, (3, 1), (6,)]), st.data())
-def test_digests_of_all_ranks_add_up_to_that_of_the_model(
+def test_checksums_of_all_ranks_add_up_to_that_of_the_model(
     widths: tuple[int, ...], data: st.DataObject
 ) -> None:
-    """TP 2 and TP 3, other layouts, other block sizes, tokens dealt out in turns: one digest."""
+    """TP 2 and TP 3, other layouts, other block sizes, tokens dealt out in turns: one checksum."""
     layers = data.draw(st.integers(1, 4))
     tokens = data.draw(st.integers(1, 40))
     heads = 1 if len(widths) == 1 else data.draw(st.integers(1, 6))
@@ -81,14 +83,14 @@ def whole_rank(tokens: int = 24, layers: int = 2, heads: int = 2) -> Rank:
     return Rank((0, layers, layers), (0, heads, heads), np.ones(tokens, bool))
 
 
-def test_block_tables_and_slots_have_one_digest() -> None:
+def test_block_tables_and_slots_have_one_checksum() -> None:
     held = Held(whole_rank(), "vllm-nhd", (8, 8), 4)
     blocks = Index(torch.from_numpy(held.blocks), step=4)
     view = held.cache.view
     window = held.rank.box
-    assert digest(view, blocks, 24, window) == of(held)
-    tail = digest(view, Index(blocks.ids, step=4, offset=6), 18, window, first=6)
-    assert (digest(view, blocks, 6, window) + tail) % MODULUS == of(held)
+    assert checksum(view, blocks, 24, window) == of(held)
+    tail = checksum(view, Index(blocks.ids, step=4, offset=6), 18, window, first=6)
+    assert (checksum(view, blocks, 6, window) + tail) % MODULUS == of(held)
 
 
 def test_a_flipped_bit_and_swapped_words_change_it() -> None:
@@ -127,7 +129,7 @@ def test_what_is_left_out_does_not_count() -> None:
     assert of(held) == before
 
 
-def test_many_rows_are_digested_in_slices() -> None:
+def test_many_rows_are_summed_in_slices() -> None:
     """More than is gathered at once."""
     tokens = 3000
     layers = 8
@@ -135,28 +137,28 @@ def test_many_rows_are_digested_in_slices() -> None:
     view = KVView([*pool], "layer | (block token) dim", block_size=1)
     window = (0, 8), (0, 1)
     model = [pool.numpy()[:, :, None]]
-    assert digest(view, Index([*range(tokens)]), tokens, window) == expected(model)
+    assert checksum(view, Index([*range(tokens)]), tokens, window) == expected(model)
 
 
 @pytest.mark.parametrize("kv", [1, 2])
-def test_pages_are_digested_whole(kv: int) -> None:
+def test_pages_are_summed_whole(kv: int) -> None:
     pages = [noise(5, 33 * 4, dtype=torch.uint8, seed=n) for n in range(3 * kv)]
     layout = "layer | block page" if kv == 1 else "(layer kv) | block page"
     view = KVView(pages, layout, block_size=4, kv=kv)
     window = ((0, 3), (0, 1))
     ids = Index([4, -1, 2], step=4)
-    found = digest(view, ids, 12, window)
+    found = checksum(view, ids, 12, window)
     turned = KVView([page.clone() for page in pages], layout, block_size=4, kv=kv)
-    assert found == digest(turned, ids, 12, window)
+    assert found == checksum(turned, ids, 12, window)
     parts = [(Index([4], step=4), 0), (Index([2], step=4), 8)]
-    assert found == sum(digest(turned, x, 4, window, at) for x, at in parts) % MODULUS
+    assert found == sum(checksum(turned, x, 4, window, at) for x, at in parts) % MODULUS
     pages[0][4, 131] += 1
-    assert found != digest(view, ids, 12, window)
+    assert found != checksum(view, ids, 12, window)
 
 
-def box_digest(box: torch.Tensor, *start: int) -> int:
-    """The digest of one part of a tensor."""
-    return box_digests([(box, start)])[0]
+def box_checksum(box: torch.Tensor, *start: int) -> int:
+    """The checksum of one part of a tensor."""
+    return box_checksums([(box, start)])[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.float64])
@@ -165,49 +167,49 @@ def test_boxes_of_a_tensor_add_up(dtype: torch.dtype) -> None:
     words, they have the sum that numpy finds in the whole."""
     bits = noise(6, 12 * dtype.itemsize, dtype=torch.uint8)
     whole = (bits % 2 if dtype == torch.bool else bits).view(dtype)
-    told = box_digest(whole, 0, 0)
+    told = box_checksum(whole, 0, 0)
     for axis, cut in ((0, 3), (1, 4), (1, 8), (0, 5)):
         one, other = whole.split([cut, whole.shape[axis] - cut], axis)
         start = (cut, 0) if axis == 0 else (0, cut)
-        assert sum(box_digests([(one, (0, 0)), (other, start)])) % MODULUS == told
+        assert sum(box_checksums([(one, (0, 0)), (other, start)])) % MODULUS == told
     assert told == mixed(whole.view(torch.int32).numpy().astype(np.int64))
-    assert len({told, box_digest(whole.flip(0), 0, 0), box_digest(whole, 0, 4)}) == 3
+    assert len({told, box_checksum(whole.flip(0), 0, 0), box_checksum(whole, 0, 4)}) == 3
 
 
 @pytest.mark.parametrize("shape", [(5, 300_000), (300_000, 5), (700_001,), (1, 1, 300_000), (3, 2)])
 def test_large_boxes_are_mixed_in_pieces(shape: tuple[int, ...]) -> None:
     words = noise(*shape, 4, dtype=torch.uint8).view(torch.int32)[..., 0]
     told = mixed(words.numpy().astype(np.int64))
-    assert box_digest(words, *[0] * len(shape)) == told
+    assert box_checksum(words, *[0] * len(shape)) == told
 
 
 def test_bits_that_flip_in_an_even_number_of_words_do_not_cancel() -> None:
     """Each bit, the highest as well, in all words at once."""
     held = noise(64, 32, dtype=torch.uint8).view(torch.int64)
     flips = [0, *(1 << bit for bit in range(63)), -1 << 63]
-    assert len({box_digest(held ^ flip, 0, 0) for flip in flips}) == 65
+    assert len({box_checksum(held ^ flip, 0, 0) for flip in flips}) == 65
 
 
-def test_a_transposed_tensor_has_another_digest() -> None:
+def test_a_transposed_tensor_has_another_checksum() -> None:
     square = noise(8, 32, dtype=torch.uint8).view(torch.int32)
-    assert box_digest(square, 0, 0) != box_digest(square.T.contiguous(), 0, 0)
-    assert box_digest(square, 0, 0) == box_digest(square.T.contiguous().T, 0, 0)
+    assert box_checksum(square, 0, 0) != box_checksum(square.T.contiguous(), 0, 0)
+    assert box_checksum(square, 0, 0) == box_checksum(square.T.contiguous().T, 0, 0)
 
 
-def test_scalars_complex_numbers_and_nothing_have_digests() -> None:
-    values = {box_digest(torch.tensor(x, dtype=torch.float32)) for x in (0.0, 1.0, -0.0)}
+def test_scalars_complex_numbers_and_nothing_have_checksums() -> None:
+    values = {box_checksum(torch.tensor(x, dtype=torch.float32)) for x in (0.0, 1.0, -0.0)}
     assert len(values) == 3
     number = torch.tensor([1 + 2j, 3j], dtype=torch.complex64)
-    assert box_digest(number, 0) != box_digest(number.conj().resolve_conj(), 0)
-    assert box_digest(torch.zeros(0, 4, dtype=torch.float32), 0, 0) == 0
+    assert box_checksum(number, 0) != box_checksum(number.conj().resolve_conj(), 0)
+    assert box_checksum(torch.zeros(0, 4, dtype=torch.float32), 0, 0) == 0
     grad = torch.ones(3, dtype=torch.float32, requires_grad=True)
-    assert box_digest(grad, 0) == box_digest(torch.ones(3), 0)
+    assert box_checksum(grad, 0) == box_checksum(torch.ones(3), 0)
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_digests_in_any_state_of_torch(state: str) -> None:
+def test_checksums_in_any_state_of_torch(state: str) -> None:
     held = Held(whole_rank(), "vllm-hnd", (8, 8), 4)
     weight = noise(3, 4, dtype=torch.bfloat16)
-    told = of(held), box_digest(weight, 0, 0)
+    told = of(held), box_checksum(weight, 0, 0)
     with STATES[state](torch.device("cpu")):
-        assert (of(held), box_digest(weight, 0, 0)) == told
+        assert (of(held), box_checksum(weight, 0, 0)) == told
