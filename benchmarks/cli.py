@@ -26,7 +26,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy
 import torch
@@ -59,7 +59,15 @@ from portakv_benchmarks.plugs.sglang import sglang_steps
 from portakv_benchmarks.plugs.suite import PLUG_PRESETS, PlugBench, medians
 from portakv_benchmarks.plugs.vllm import vllm_steps
 from portakv_benchmarks.shared import harness
-from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer, Row, Rows, Step, in_a_line
+from portakv_benchmarks.shared.harness import (
+    DeviceTimer,
+    Fields,
+    HostTimer,
+    Row,
+    Rows,
+    Step,
+    in_a_line,
+)
 from portakv_benchmarks.shared.peers import PEERS, load_peer
 from portakv_benchmarks.shared.shapes import Shape, in_bytes, load
 from portakv_benchmarks.shared.tables import print_results
@@ -82,7 +90,7 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "pinning": memory.pinning_steps,
     "peers": interference.peer_steps,
 }
-#: The parts of ``--plugs``, by engine. LMCache comes last: its kernels accept any layout as theirs.
+#: The parts of ``--plugs``, by engine. LMCache comes last: its kernels accept any layout.
 PLUGS: Mapping[str, Callable[[PlugBench], Iterator[Step]]] = {
     "sglang": sglang_steps,
     "vllm": vllm_steps,
@@ -108,7 +116,7 @@ MIGRATION: Mapping[str, str] = {
     "staged": "moved:staged_steps",
     "scattered": "moved:scattered_steps",
 }
-_PARTS_OF: Mapping[str, Mapping[str, Any]] = {
+_PARTS_OF: Mapping[str, Fields] = {
     HOST_SUITE: PARTS,
     PLUG_SUITE: PLUGS,
     STORAGE_SUITE: STORAGE,
@@ -181,7 +189,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
     for name in (kind,) if kind else _INSTEAD:
         instead = f"measure {_INSTEAD[name]}; see `bench --{name} --help`"
         add(f"--{name}", action="store_true", help=argparse.SUPPRESS if kind else instead)
-    known: dict[str | None, Mapping[str, Any]]
+    known: dict[str | None, Fields]
     known = {
         None: suite.PRESETS,
         HOST_SUITE: HOST_PRESETS,
@@ -201,7 +209,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
         action="store_true",
         help="compare with this project's performance targets, which are for its own machines",
     )
-    several: dict[str, Any] = {"action": "append", "metavar": "NAME"}
+    several: Row = {"action": "append", "metavar": "NAME"}
     if kind:
         parts = ", ".join(_PARTS_OF[kind])
         add("--only", metavar="PARTS", help=f"some parts alone, separated by commas: {parts}")
@@ -232,7 +240,7 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(device.type, module.current_device())
 
 
-def run_device(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run_device(args: argparse.Namespace, device: torch.device) -> Row:
     """Measure copies inside a device; return the result as JSON."""
     preset = suite.PRESETS[args.preset]
     known = load()
@@ -241,7 +249,7 @@ def run_device(args: argparse.Namespace, device: torch.device) -> dict[str, Any]
     for name in args.backend or ():
         if name not in accepted:
             raise PortaKVError(
-                f"Backend {name!r} was asked for; on {device} the registry accepts "
+                f"Backend {name!r} was requested; on {device} the registry accepts "
                 f"{', '.join(accepted)} (`portakv backends` says why not the others)."
             )
     shapes = [known[name] for name in args.shape or preset.shapes or known]
@@ -270,7 +278,7 @@ def run_device(args: argparse.Namespace, device: torch.device) -> dict[str, Any]
 def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
-            raise PortaKVError(f"{what} {name!r} was asked for; known are {', '.join(known)}.")
+            raise PortaKVError(f"{what} {name!r} was requested; known are {', '.join(known)}.")
 
 
 def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field) -> Iterator[Step]:
@@ -302,7 +310,7 @@ def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field
     yield from (step for name, step in overheads.items() if name not in fast)
 
 
-def run_host(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run_host(args: argparse.Namespace, device: torch.device) -> Row:
     """Measure copies between a device and the host; return the result as JSON."""
     if device.type == "cpu":
         raise PortaKVError(
@@ -313,7 +321,7 @@ def run_host(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return _run_parts(args, HOST_SUITE, PARTS, Bench(device, HOST_PRESETS[args.preset], peers))
 
 
-def run_plugs(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run_plugs(args: argparse.Namespace, device: torch.device) -> Row:
     """Measure engines' transfers by their own code and by the integrations; return the result.
 
     The releases whose own code was measured are the result's peers.
@@ -323,7 +331,7 @@ def run_plugs(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return results
 
 
-def run_storage(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run_storage(args: argparse.Namespace, device: torch.device) -> Row:
     """Measure block stores in a folder, which is unchanged after it; return the result as JSON."""
     if not os.path.isdir(args.dir):
         raise PortaKVError(f"Expected --dir to be a folder, got {args.dir}. Make it first.")
@@ -349,7 +357,7 @@ def run_storage(args: argparse.Namespace, device: torch.device) -> dict[str, Any
         bench.forget()
 
 
-def run_migration(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run_migration(args: argparse.Namespace, device: torch.device) -> Row:
     """Measure what crosses between two processes; returns what is written as JSON."""
     if forced := os.environ.get("PORTAKV_MOVER"):
         raise PortaKVError(f"PORTAKV_MOVER={forced} forces a transport for all methods. Unset it.")
@@ -373,10 +381,8 @@ AnyBench = TypeVar("AnyBench", bound=Bench)
 Parts = Mapping[str, Callable[[AnyBench], Iterator[Step]]]
 
 
-def _run_parts(
-    args: argparse.Namespace, kind: str, known: Parts[AnyBench], bench: AnyBench
-) -> dict[str, Any]:
-    """Measure the parts of a suite that were asked for."""
+def _run_parts(args: argparse.Namespace, kind: str, known: Parts[AnyBench], bench: AnyBench) -> Row:
+    """Measure the parts of a suite that were requested."""
     words = [*known] if args.only is None else [word.strip() for word in args.only.split(",")]
     _check_known("Part", words, known)
     parts = [part for part in known if part in words]
@@ -463,9 +469,9 @@ def carry_out(
     return rows
 
 
-def describe(device: torch.device) -> dict[str, Any]:
+def describe(device: torch.device) -> Row:
     """Return facts of the machine and versions as JSON."""
-    facts: dict[str, Any] = {
+    facts: Row = {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "device_type": device.type,
         "device": _name(device),

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress, product
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from portakv_benchmarks.check import HOST_SUITE, MIGRATION_SUITE, PLUG_SUITE, STORAGE_SUITE
 from portakv_benchmarks.shared import recorded
-from portakv_benchmarks.shared.harness import Row, grouped, having, quickest
+from portakv_benchmarks.shared.harness import Fields, Row, grouped, having, quickest
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
 RESULTS = Path(__file__).with_name("results")
@@ -261,7 +260,7 @@ def page(files: Iterable[Path]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _device(result: Mapping[str, Any]) -> list[str]:
+def _device(result: Fields) -> list[str]:
     machine = result["machine"]
     rows = result["rows"]
     copies = having(rows, kind="copy", verified=True, peer=None)
@@ -285,22 +284,22 @@ def _device(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _link(result: Mapping[str, Any]) -> list[str]:
+def _link(result: Fields) -> list[str]:
     rows = having(result["rows"], verified=True)
     return _suite("Host memory", result, ["", _LINK_HEAD, *_link_sizes(rows), *_link_best(rows)])
 
 
-def _storage(result: Mapping[str, Any]) -> list[str]:
+def _storage(result: Fields) -> list[str]:
     return _suite("Block stores", result, [])
 
 
-def _migration(result: Mapping[str, Any]) -> list[str]:
+def _migration(result: Fields) -> list[str]:
     between = sorted({_BETWEEN[row["across"]] for row in result["rows"]})
     known = [x for x in result["rows"] if (x["kind"], x["backend"]) not in _RAW]
     return _suite(f"Migration between {' and '.join(between)}", {**result, "rows": known}, [])
 
 
-def _suite(name: str, result: Mapping[str, Any], figures: list[str]) -> list[str]:
+def _suite(name: str, result: Fields, figures: list[str]) -> list[str]:
     """Return the lines of a suite on a machine: some figures, then its tables."""
     machine = result["machine"]
     rows = having(result["rows"], verified=True)
@@ -308,7 +307,7 @@ def _suite(name: str, result: Mapping[str, Any], figures: list[str]) -> list[str
     return [*head, *figures, *(line for kind in _LISTS for line in _listed(rows, kind))]
 
 
-def _measured(machine: Mapping[str, Any]) -> str:
+def _measured(machine: Fields) -> str:
     return f"Measured {machine['date']} with torch {machine['torch']}, Python {machine['python']}"
 
 

@@ -21,7 +21,7 @@ import torch
 from portakv import AdaptiveConnector, Index, KVView
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
-from portakv_benchmarks.shared.harness import Rows, uncollected
+from portakv_benchmarks.shared.harness import Row, Rows, uncollected
 
 #: Takes a memory object's number, and a new tensor over it.
 Call = Callable[[int, torch.Tensor], object]
@@ -54,7 +54,7 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> Rows:
     chunk_views = [KVView(chunk, CHUNK, heads=1) for chunk in chunks]
     prepared_copy = prepared(view.form, chunk_views[0].form, 1, 0, None, choose(device, backend))
     host = torch.tensor([_SLOT])
-    ids: dict[str, Any] = {"kept Index": Index(host), "host tensor": host}
+    ids: Row = {"kept Index": Index(host), "host tensor": host}
     if device.type != "cpu":
         ids["device tensor"] = host.to(device)
     placed = prepared_copy.place(ids["kept Index"])

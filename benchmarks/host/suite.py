@@ -20,7 +20,7 @@ from portakv.registry.registry import STRATEGIES, choose, trace
 from portakv.runtime.transfer import Transfer
 from portakv_benchmarks.host.cases import BLOCK_FIRST, Case, Region, Scene, Sides
 from portakv_benchmarks.shared import harness
-from portakv_benchmarks.shared.harness import Measured, Variant
+from portakv_benchmarks.shared.harness import Fields, Measured, Variant
 from portakv_benchmarks.shared.peers import LMCache
 from portakv_benchmarks.shared.shapes import in_words
 
@@ -196,7 +196,7 @@ class Method:
 
     name: str  # what its rows are called
     engine: str  # what ``backend=`` takes
-    terms: Mapping[str, Any] = field(default_factory=dict)  # other keywords of `copy_blocks`
+    terms: Fields = field(default_factory=dict)  # other keywords of `copy_blocks`
 
     def left_out(self, case: Case) -> str:
         """Why it is not measured with a case, as a line; empty where it is."""

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
-from typing import Any
 
 from portakv_benchmarks.migration.cases import BLOCKS, CASES, USUAL
 from portakv_benchmarks.migration.pulls import AHEAD, MAPPED
 from portakv_benchmarks.migration.side import Far
 from portakv_benchmarks.migration.suite import PEERS, MigrationBench
-from portakv_benchmarks.shared.harness import Rows, Step
+from portakv_benchmarks.shared.harness import Row, Rows, Step
 from portakv_benchmarks.shared.shapes import in_words
 from portakv_benchmarks.shared.trials import Method, Sample
 
@@ -152,5 +151,5 @@ def _rows(
     compared_with: Mapping[str, str],
 ) -> Rows:
     case = USUAL if kind == "staged" else BLOCKS
-    fields: dict[str, Any] = {"kind": f"migrate_{kind}", "shape": name, "op": in_words(nbytes)}
+    fields: Row = {"kind": f"migrate_{kind}", "shape": name, "op": in_words(nbytes)}
     return bench.compared(fields, CASES[case].payload(nbytes), methods, compared_with)

@@ -28,6 +28,8 @@ from portakv.runtime.devices import usual_device
 
 Call = Callable[[int], object]  # takes the number of the memory object
 Row = dict[str, Any]
+#: The fields of a result, a machine or a row by name, as JSON holds them.
+Fields = Mapping[str, Any]
 Rows = list[Row]
 #: A step's name, and the function that measures it.
 Step = tuple[str, Callable[[], Rows]]
@@ -51,7 +53,7 @@ _LEAST_ROUNDS = 5
 class Variant:
     """One method of moving the bytes; its calls take a memory object's number."""
 
-    labels: Mapping[str, Any]  # identify the variant in the results
+    labels: Fields  # identify the variant in the results
     call: Call  # is timed
     poison: Call  # overwrites the destination of the call
     right: Callable[[int], bool]  # whether every byte arrived, and no other byte changed
@@ -66,7 +68,7 @@ class Variant:
 class Measured(NamedTuple):
     """The measurements of one variant."""
 
-    labels: Mapping[str, Any]
+    labels: Fields
     figures: Mapping[str, float]  # p10_us, p50_us, p90_us, ratio, ratio_p10, ratio_p90, host_us
     rounds: int
     hidden: bool  # the host's part of the call is not in the times

@@ -43,7 +43,7 @@ _CHUNK = "kv layer token (head dim)"
 
 
 class PeerMissing(PortaKVError):
-    """A peer was asked for that cannot be called here."""
+    """A requested peer cannot be called here."""
 
 
 class LMCache:
@@ -125,7 +125,7 @@ class LMCache:
 def load_peer(name: str) -> LMCache:
     """The peer of a name; raises `PeerMissing` if it is unknown, not installed or does not load."""
     if name not in PEERS:
-        raise PeerMissing(f"Peer {name!r} was asked for; known are {', '.join(PEERS)}.")
+        raise PeerMissing(f"Peer {name!r} was requested; known are {', '.join(PEERS)}.")
     return LMCache()
 
 
@@ -139,7 +139,7 @@ def load(package: str, module: str) -> tuple[ModuleType, str]:
         results = None
     if results is None or not results.submodule_search_locations:
         raise PeerMissing(
-            f"Peer {package!r} was asked for, but it is not installed; for the benchmark alone: "
+            f"Peer {package!r} was requested, but it is not installed; for the benchmark alone: "
             f"{install}"
         )
     folders = product(results.submodule_search_locations, EXTENSION_SUFFIXES)

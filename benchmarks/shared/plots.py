@@ -14,7 +14,7 @@ Write SVG files next to the result. They need matplotlib (`pip install '.[bench]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from portakv_benchmarks.shared import recorded
-from portakv_benchmarks.shared.harness import Row, grouped, having
+from portakv_benchmarks.shared.harness import Fields, Row, grouped, having
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
 # One colour for each method, the same in all plots (Okabe and Ito's, which colour-blind readers
@@ -50,7 +50,7 @@ _SIDES = ("block-first random", "dense")
 _STREAMS = {"default": "the default stream", "own": "a separate stream"}
 
 
-def draw(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
+def draw(results: Fields, folder: Path, stem: str) -> list[Path]:
     """Write each plot that has rows in the result into a folder as ``STEM-NAME.svg``."""
     written = []
     kinds: dict[str, tuple[str, Callable[[list[Row], str], Figure | None]]] = {

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from portakv.cli.console import Column, print_table
-from portakv_benchmarks.shared.harness import Row, having
+from portakv_benchmarks.shared.harness import Fields, Row, having
 from portakv_benchmarks.shared.shapes import in_words
 
 #: A column's title; and the field that it shows, as it is ("op") or as a number on the right
@@ -20,7 +19,7 @@ _FLAGS = (
 )
 
 
-def print_results(results: Mapping[str, Any]) -> None:
+def print_results(results: Fields) -> None:
     """Print the tables of a result, one for each kind of rows."""
     machine = results["machine"]
     print(f"{machine['device']}, torch {machine['torch']}, Python {machine['python']}")

@@ -31,7 +31,7 @@ from portakv.storage.remote import Remote
 from portakv.storage.rows import Rows as Memory
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.shared.files import FIO, FsNative, Slab, close
-from portakv_benchmarks.shared.harness import Rows, Step
+from portakv_benchmarks.shared.harness import Row, Rows, Step
 from portakv_benchmarks.shared.shapes import POISON, in_words
 from portakv_benchmarks.shared.trials import Method, Sample, timed
 from portakv_benchmarks.storage.suite import StorageBench
@@ -200,7 +200,7 @@ def _remote(bench: StorageBench) -> Rows:
                 urlopen(Request(f"{address}/bench", method="PUT"), timeout=5).close()
                 break
             time.sleep(0.2)
-        arguments: dict[str, Any] = {"endpoint": address, "client_options": {"allow_http": True}}
+        arguments: Row = {"endpoint": address, "client_options": {"allow_http": True}}
         arguments |= {"access_key_id": "bench", "secret_access_key": "bench", "region": "us-east-1"}
         remote = Remote("s3://bench/kv", workers=REQUESTS, **arguments)
         tier = Tier(MB, bench.sizes.remote, remote, chunk=1)

@@ -133,7 +133,7 @@ def test_a_step_that_fails_or_is_interrupted_leaves_what_was_measured(
     [
         (["--preset", "quick"], "PORTAKV_BACKEND=staged"),
         (["--host"], "PORTAKV_BACKEND=staged"),
-        (["--device", "cpu", "--shape", "nonsense"], "'nonsense' was asked for; known are seed,"),
+        (["--device", "cpu", "--shape", "nonsense"], "'nonsense' was requested; known are seed,"),
         (["--device", "cpu", "--backend", "nonsense"], "on cpu the registry accepts "),
         (["--device", "nonsense"], "nonsense"),
         (["--host", "--device", "cpu"], "no accelerator here"),
@@ -141,7 +141,7 @@ def test_a_step_that_fails_or_is_interrupted_leaves_what_was_measured(
         pytest.param(["--host", "--device", NAME], "is emulated", marks=pytest.mark.simdev),
         pytest.param(
             ["--host", "--device", NAME, "--preset", "tiny", "--only", "grid,nonsense"],
-            "Part 'nonsense' was asked for",
+            "Part 'nonsense' was requested",
             marks=pytest.mark.simdev,
         ),
     ],
