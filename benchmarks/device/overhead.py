@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a registered call adds to its backend's launch, in microseconds of host time.
+"""Measure the host time that a registered call adds to its backend's launch, in microseconds.
 
 The call is ``connector.from_gpu(chunk, slot_mapping=...)`` with its caches registered; the launch
 is the prepared one, handed the same views and ids. The payload is one token of one layer, so that

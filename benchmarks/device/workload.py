@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is moved: caches, memory objects and index lists for a shape, and whether bytes are right.
+"""Build caches, memory objects and index lists for a shape, and check the moved bytes.
 
 Plain indexing of the tensors that were built here judges the bytes, without code of PortaKV.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a block transfer costs the host: 1,000 blocks x 64 planes, by each engine.
+"""Measure the host time of a block transfer: 1,000 blocks x 64 planes, by each strategy.
 
 Everything that can be made beforehand is: views, plans, kernels. Calls follow each other in rounds,
 without waiting for an end in between, as those of a serving engine do. The first of a round finds

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a transfer does to the model that is running: loops of compute beside each way, as
-docs/benchmarks.md says.
+"""Measure how transfers slow a model down: loops of compute during each strategy, as
+docs/benchmarks.md describes.
 
 Nothing but the loop has an event that tells the time: one for each transfer cost the link of an
 H200 up to 9 %. Such an event is written by the engine that did the last work of its stream. Behind

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of the host benchmark share: how much is measured, with what, and the ways of
-moving a case: PortaKV's engines, and the plain memcpy that they are measured against."""
+"""Share settings and methods among the parts of the host benchmark.
+
+The methods are PortaKV's transfer strategies, and the plain memcpy that they are compared with.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs beside each other: ways of moving a case again and again, and loops of compute, as a
-model runs them: large matrix products, and attention of a decode step."""
+"""Run transfers and loops of compute at the same time.
+
+A transfer moves a case again and again. The loops are those of a model: large matrix products, and
+attention of a decode step.
+"""
 
 from __future__ import annotations
 

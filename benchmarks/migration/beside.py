@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pulls do to a model that runs on the device that reads, or on the one that is read: a loop
-of matrix products alone, beside raw copies, and beside pulls on the default terms."""
+"""Measure how pulls slow a model down, on the reader's device or on the owner's.
+
+A loop of matrix products runs alone, during raw copies, and during pulls on the default terms.
+"""
 
 from __future__ import annotations
 

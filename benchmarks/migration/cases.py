@@ -41,15 +41,15 @@ class Case:
 
     @property
     def row_bytes(self) -> int:
-        """Of the reader, for one token in one plane."""
+        """Return the bytes of the reader for one token in one plane."""
         return (self.heads[1] - self.heads[0]) * self.dim * DTYPE.itemsize
 
     def tokens(self, nbytes: int) -> int:
-        """How many have about so many bytes in the reader's cache."""
+        """Return the number of tokens with about so many bytes in the reader's cache."""
         return max(1, round(nbytes / (UNIT * self.layers * self.kv * self.row_bytes))) * UNIT
 
     def payload(self, nbytes: int) -> int:
-        """The bytes of these tokens."""
+        """Return the bytes of these tokens."""
         return self.tokens(nbytes) * self.layers * self.kv * self.row_bytes
 
 
@@ -126,8 +126,10 @@ class Cache:
         return results[0].to(self.device), results[1].to(self.device)
 
     def has(self, source: Cache, nbytes: int) -> bool:
-        """Whether a reader's cache holds these rows of a source, and beside them poison alone;
-        then it holds nothing else."""
+        """Return whether this cache holds these rows of a source, and poison elsewhere.
+
+        Overwrite the compared rows with poison.
+        """
         first, past, _ = self.case.heads
         sources = [plane[:, :, first:past] for plane in source.planes]
         out = source.places(nbytes)

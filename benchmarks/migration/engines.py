@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a side uses beside PortaKV: a pair of torch.distributed, NIXL and Mooncake as they are, and
-a loop of matrix products."""
+"""Drive the other libraries of a side: torch.distributed, NIXL and Mooncake without PortaKV, and a
+loop of matrix products."""
 
 from __future__ import annotations
 

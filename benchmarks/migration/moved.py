@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that cross through staging, beside what carries them with one buffer of as many bytes; and
-scattered blocks that are mapped, beside other engines that are told of each block.
+"""Measure pulls through staging buffers, and pulls of scattered blocks from mapped memory.
 
-Both processes are apart from this one here: what ends one of them, or hangs, ends its step alone.
+The former are compared with one buffer of as many bytes by the same library, the latter with
+transport libraries that have a descriptor for each block. Both processes are separate from this
+one: a crash or a hang ends only its step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pulls of memory that is mapped, beside raw copies of as many bytes: idle, both ways at once, and
-what they cost the host; and weights."""
+"""Measure pulls from mapped memory, and raw copies of as many bytes.
+
+Parts: idle devices, both directions at the same time, the host's cost, and weights.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process waits before others can take from it: an `Owner` of many allocations, and weights
-of many allocations published."""
+"""Measure the wait before readers can pull: for an `Owner` of many allocations, and for published
+weights of many allocations."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ PATIENCE = 60.0
 
 
 class Side:
-    """What one process has: rows to give with dense bytes beside them, and room to take such."""
+    """Hold the rows and dense bytes that one process offers, and the memory for its pulls."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -41,7 +41,7 @@ class Side:
         self._forget()
 
     def give(self, case: str, nbytes: int, **terms: Any) -> str:
-        """Offer rows of a case from now on; the dense bytes, as shared."""
+        """Prepare to offer rows of a case; return the dense bytes, as shared."""
         self.case = CASES[case]
         self.source = Cache(self.case, False, nbytes, self.device)
         self.dense = memory((self.case.payload(nbytes),), torch.uint8, self.device)
@@ -49,7 +49,7 @@ class Side:
         return share(self.dense).hex()
 
     def take(self, case: str, nbytes: int, raw: str, transport: str | None = None) -> None:
-        """Have room for rows of a case, and know what they will be."""
+        """Allocate memory for rows of a case, and a mirror of the expected rows."""
         self.case = CASES[case]
         self.target = Cache(self.case, True, nbytes, self.device)
         self.mirror = Cache(self.case, False, nbytes, self.device)
@@ -64,7 +64,7 @@ class Side:
         self.owner = self.reader = self.weights = self.engine = cast(Any, None)
 
     def drop(self) -> None:
-        """Let go of all of it."""
+        """Release all memory of the side."""
         for one in (self.reader, self.owner, self.weights):
             if one is not None:
                 one.close()
@@ -72,18 +72,18 @@ class Side:
         gc.collect()
 
     def change(self, salt: int) -> None:
-        """Give other bytes."""
+        """Write other bytes to the offered rows."""
         self.source.fill(salt)
         fill(self.dense.view(torch.int64), salt)
         self.settle()
 
     def expect(self, salt: int) -> None:
-        """Know that other bytes are given."""
+        """Expect other bytes from now on."""
         self.mirror.fill(salt)
         self.salt = salt
 
     def offer(self, nbytes: int) -> str:
-        """A ticket that many pulls may use."""
+        """Return a ticket that many pulls may use."""
         terms: Any = {"tokens": self.case.tokens(nbytes), "lease": LEASE, "readers": READERS}
         ticket: bytes = self.owner.offer(self.source.blocks(nbytes), **terms).ticket
         return ticket.hex()
@@ -166,12 +166,14 @@ class Side:
         return self.engine.enter(one.memory), results
 
     def will_read(self, what: str, nbytes: int, reach: str, remote: list[list[int]]) -> None:
-        """What `read` reads, and into what."""
+        """Plan the next `read`: its sources and its destinations."""
         self.engine.plan(reach, remote, self.lies(what, nbytes)[1])
 
     def publish(self, shapes: list[list[int]], nbytes: int) -> tuple[str, list[str], str]:
-        """Publish weights of these shapes; the ticket, each as shared, and as many dense bytes as
-        are asked for."""
+        """Publish weights of these shapes.
+
+        Return the ticket, each weight as shared, and `nbytes` dense bytes, as shared.
+        """
         made = [memory((*shape,), torch.bfloat16, self.device) for shape in shapes]
         for at, one in enumerate(made):
             fill(one.view(-1).view(torch.int64), at)
@@ -200,14 +202,14 @@ class Far:
         more = {"PYTHONPATH": paths, "MC_INTRANODE_NVLINK": "1"}
         self.process: Any = subprocess.Popen(words, env={**os.environ, **more}, **pipes)
         self.device = device
-        self._asked = False
+        self._pending = False
 
-    def begin(self, name: str, *arguments: Any, **named: Any) -> None:
-        """Have it do something meanwhile."""
-        if self._asked:  # what failed here did not wait for its answer
+    def begin(self, name: str, *arguments: object, **named: object) -> None:
+        """Start a call in the process without waiting for its answer."""
+        if self._pending:  # a step that failed here did not wait for its answer
             with suppress(RuntimeError):
                 self.end()
-        self._asked = True
+        self._pending = True
         self.process.stdin.write(json.dumps([name, arguments, named]) + "\n")
         self.process.stdin.flush()
 
@@ -217,7 +219,7 @@ class Far:
 
     def end(self, timeout: float = PATIENCE) -> Any:
         """Return the answer; raises `RuntimeError` for what failed there, or if it hangs."""
-        self._asked = False
+        self._pending = False
         if not self.ready(timeout):
             self.close()
             raise RuntimeError(f"the process on {self.device} did not answer in {timeout:g} s")
@@ -228,7 +230,7 @@ class Far:
             raise RuntimeError(f"the process on {self.device}: {refused}")
         return answer
 
-    def do(self, name: str, *arguments: Any, **named: Any) -> Any:
+    def do(self, name: str, *arguments: object, **named: object) -> Any:
         self.begin(name, *arguments, **named)
         return self.end()
 

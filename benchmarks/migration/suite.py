@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of the benchmark of migration share: how much is measured, the two processes
-between which it is, and how one trial of a way is timed."""
+"""Share settings, the two processes and the timing of a trial among the parts of the migration
+benchmark."""
 
 from __future__ import annotations
 

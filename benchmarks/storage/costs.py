@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a block store costs the host apart from moving bytes: a node of the graph, and the start
+"""Measure the host cost of a block store without its bytes: a task of the graph, and the start
 over a full table."""
 
 from __future__ import annotations

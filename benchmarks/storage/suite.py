@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of the benchmark of storage share: how much is measured, which peers were found,
-and a folder that is removed at the end."""
+"""Share settings, peers and a temporary folder among the parts of the storage benchmark."""
 
 from __future__ import annotations
 
