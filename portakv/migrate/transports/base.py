@@ -1,8 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transport protocol: a transport carries staging buffers between processes.
+"""The transport protocol: the classes that a transport implements, and the order of the calls.
 
-It serves owners and readers whose memory cannot be mapped. It carries buffers from an owner to a
-reader in the order in which they were passed, and converts nothing."""
+A transport carries staging buffers, here called slots, between processes whose memory cannot be
+mapped. It carries slots from an owner to a reader in the order in which they were passed, and
+converts nothing. The library calls a transport in this order:
+
+1. `Transport.probe` decides, for a device and without side effects, whether slots can cross.
+2. The constructor creates the transport for the device. Owner and reader each have a transport of
+   the same name. The owner's channel serves the messages in ``asks`` from then on.
+3. `Transport.lane` returns the `Lane` to one peer, and creates the lane at the first call. The
+   channel closes the lane when the peer is gone.
+4. `Lane.move` queues one slot and returns a `Moving` without blocking. The owner calls it in its
+   worker for gathers, the reader in a worker of its pull. Both pass slots of one peer in one order.
+5. `Lane.carry` runs in a thread of the lane and moves the bytes. It may send messages in ``asks``
+   to the owner. The owner's channel calls `Transport.answer` for these messages.
+6. `Moving` ends: ``over`` is set when the bytes have landed or the slot has failed. ``free`` is set
+   when, in addition, no library touches the slot. Only then may the slot's memory be used again.
+7. `Transport.forget` closes the lane to one peer, and `Transport.close` closes all lanes. Slots in
+   flight end with `PeerError`. The lane calls `Lane.cut` immediately and `Lane.leave` after its
+   threads have ended.
+
+A thread of the lane turns every error of `Lane.carry` into a `PeerError` of the slot. If the lane
+is ``ordered``, the error also closes the lane. `Moving.wait` raises `TransferTimeout` if the slot
+takes longer than the transport's ``timeout``.
+
+Provisional: the moment when a slot is released, and how the end of a slot is reported, may change.
+The contract suite is `portakv conform --contract transport NAME`.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +54,12 @@ if TYPE_CHECKING:
 
 
 class Moving:
-    """A slot on its way, whose end may be an error, always of the whole slot.
+    """A slot in flight. It lands or fails as a whole.
 
     Attributes:
-        over: set once it ended; ``error``: what went wrong then, None if the bytes have landed.
-        free: set once the slot may be used again: it ended, and no library touches the bytes.
+        over: set when the slot has ended.
+        error: the reason for the failure; None if the bytes have landed.
+        free: set when the slot may be used again: it has ended, and no library touches its bytes.
     """
 
     def __init__(self, slot: torch.Tensor, seconds: float) -> None:
@@ -48,8 +73,10 @@ class Moving:
         self._lock = threading.Lock()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block the host until it ended, at most so many seconds; whether it did. Raises its error,
-        which is `TransferTimeout` if its own time is over."""
+        """Block the host until the slot ends, at most ``timeout`` seconds; return True if it ended.
+
+        Raises the slot's error: `TransferTimeout` if the time of the transport is over.
+        """
         left = self.until - monotonic()
         last = timeout is None or timeout >= left
         if not self.over.wait(left if last else timeout) and last:
@@ -60,8 +87,10 @@ class Moving:
         return self.over.is_set()
 
     def poll(self, ended: Callable[[], bool]) -> None:
-        """Ask a library for its end until it has, less and less often, so that others get the
-        interpreter; raises as `wait`, and also if it was ended meanwhile."""
+        """Call ``ended`` until it returns True, at growing intervals so that other threads can run.
+
+        Raises as `wait`, also if the slot was ended meanwhile.
+        """
         began = now = monotonic()
         while not ended():
             sleep(min(max(20e-6, (now - began) / 8), 1e-3))
@@ -69,13 +98,13 @@ class Moving:
                 self.wait(0)
 
     def begin(self) -> bool:
-        """Whether it is still to be carried; if so, from now on a library may touch the slot."""
+        """Return False if the slot has ended; else a library may touch the slot from now on."""
         with self._lock:
             self._touched = not self.over.is_set()
             return self._touched
 
     def end(self, error: Exception | None = None, let_go: bool = False) -> None:
-        """End it; the first end counts. ``let_go``: no library touches the slot any more."""
+        """End the slot; the first end counts. ``let_go``: no library touches the slot any more."""
         with self._lock:
             self._touched = self._touched and not let_go
             if not self._touched:
@@ -86,8 +115,14 @@ class Moving:
 
 
 class Lane(ABC):
-    """The slots between this process and one peer. Threads of its own carry them, since libraries
-    block: ``width`` of them. If they are ``ordered``, nothing is carried behind one that failed."""
+    """The slots between this process and one peer.
+
+    Private threads carry the slots, because libraries block.
+
+    Attributes:
+        width: the number of threads.
+        ordered: a slot that fails closes the lane, so no later slot is carried.
+    """
 
     width = 1
     ordered = False
@@ -109,21 +144,28 @@ class Lane(ABC):
 
     @abstractmethod
     def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
-        """Move a slot's bytes behind an event, unless `Moving.begin` says that it ended, and return
-        when they landed; raises what went wrong. It may yield once: what is before that is done in
-        the order of slots, one behind the other."""
+        """Move the bytes of a slot after the event ``ready``, and return when they have landed.
+
+        Call `Moving.begin` first, and move nothing if it returns False. The generator may yield
+        once: the part before the yield runs in the order of the slots, one slot at a time. Raises
+        the error of the library.
+        """
 
     def cut(self) -> bool:
-        """End what a library does, quickly; True if from now on it touches no slot."""
+        """Abort the library's work, quickly; return True if it touches no slot now."""
         return False
 
     def leave(self) -> None:  # noqa: B027
-        """Let go of what a library has for this lane, whose threads have ended."""
+        """Release the library's resources for this lane, after its threads have ended."""
 
     def move(self, slot: torch.Tensor, tag: int) -> Moving:
-        """Carry a slot, contiguous bytes, behind what the current stream holds and behind slots
-        that were given before it. An owner's ends when the reader has it; a reader's when it has
-        what the owner gives under the tag, exactly as many bytes. Both make theirs in one order."""
+        """Queue a slot, contiguous bytes, after the current stream's work and after earlier slots.
+
+        The owner's slot ends when the reader has it, as far as the library reports this. The
+        reader's slot ends when it has received the owner's slot of the same ``tag``, which has
+        exactly as many bytes. Both sides pass their slots in one order. A closed lane returns a
+        slot that has failed.
+        """
         moving = Moving(slot, self.transport.timeout)
         ready = None if slot.device.type == "cpu" else event_pool(slot.device).recorded(None)
         with self.transport.lock:
@@ -135,8 +177,10 @@ class Lane(ABC):
         return moving
 
     def close(self, error: Exception) -> None:
-        """End all at once; the peer's next slot has another lane. A thread that a library still
-        holds ends after it."""
+        """End all slots immediately with ``error``; the peer's next slot gets a new lane.
+
+        A thread that is still inside a library ends when the library returns.
+        """
         with self.transport.lock:
             first = self.gone is None
             self.gone = self.gone or error
@@ -163,7 +207,7 @@ class Lane(ABC):
                 held = False
                 next(carrying, None)
                 moving.end(let_go=True)
-            except Exception as caught:  # each library has errors of its own
+            except Exception as caught:  # each library raises its own error classes
                 short = re.sub(r"^\[\S*\] ", "", str(caught)).partition("\n")[0]
                 what = f"A slot of {moving.slot.nbytes} B did not cross by {self.transport.name}"
                 why = short.partition(". ")[0].rstrip(".") or type(caught).__name__
@@ -171,7 +215,7 @@ class Lane(ABC):
                 if self.ordered:
                     self.close(error)
                 moving.end(self.gone or error, let_go=True)
-            if held:  # only now: a lane that was closed carries nothing more
+            if held:  # released only now: a lane that this slot closed carries no later slot
                 self._turn.release()
             with self.transport.lock:
                 self._moving.discard(moving)
@@ -184,13 +228,17 @@ class Lane(ABC):
 
 
 class Transport(ABC):
-    """One way across, for slots on ``device``. A slot that did not cross in ``timeout`` seconds has
-    failed: the last resort, since the channel tells of a peer's death.
+    """A transport for slots on ``device``.
+
+    A slot fails if it has not crossed in ``timeout`` seconds. This is the last resort, because the
+    channel reports the death of a peer earlier.
 
     Attributes:
-        asks: what a reader's transport asks an owner's, which has to `answer`.
-        knows_once: a reader learns but once what memory of an owner can be reached, all slots.
-        why: why it was chosen.
+        name: the name by which owner and reader agree on the transport.
+        kind: the class of its lanes.
+        asks: the messages that a reader's transport sends to the owner's, which `answer` answers.
+        knows_once: a reader learns the owner's reachable memory only once, with all slots in it.
+        why: the reason why this transport was chosen.
     """
 
     name = ""
@@ -211,15 +259,18 @@ class Transport(ABC):
     @classmethod
     @abstractmethod
     def probe(cls, device: torch.device) -> Decision:
-        """Whether slots on ``device`` can cross by it, or the reason why not; starts nothing."""
+        """Decide, with a reason, if slots on ``device`` can cross; start nothing."""
 
     @abstractmethod
     def answer(self, peer: Peer, channel: Channel, asked: Any) -> Message | None:
-        """What an owner's channel answers a reader's transport; quick."""
+        """Return the owner's answer to a message of a reader's transport, without blocking."""
 
     def lane(self, other: str | Peer, channel: Channel) -> Any:
-        """The lane of a peer: of an owner by its address, of a reader by its connection. It is made
-        if there is none; quick. Raises `Unsupported` in a forked process."""
+        """Return the lane to a peer, and create it if there is none; do not block.
+
+        ``other`` is the address of an owner, or the connection of a reader. Raises `Unsupported` in
+        a forked process.
+        """
         if self._process.forked:
             raise refuse_fork(f"The transport {self.name}")
         with self.lock:
@@ -239,13 +290,16 @@ class Transport(ABC):
         return lane
 
     def forget(self, other: str | Peer) -> None:
-        """End what is under way with a peer, and free what it had; never blocks."""
+        """End the slots in flight with a peer and release its lane; never block."""
         if lane := self.lanes.get(other):
             lane.close(PeerError("The peer was let go; its slots did not cross."))
 
     def close(self, patience: float = 1.0) -> None:
-        """Forget all peers. At exit, too, and then with more patience: a thread that a library lets
-        go of later would abort the process."""
+        """Close all lanes, and wait ``patience`` seconds for each thread.
+
+        It also runs at exit, with more patience: a thread that a library releases later would abort
+        the process.
+        """
         if not self._process.forked:
             for lane in [*self.lanes.values()]:
                 lane.close(PeerError("The transport was closed; its slots did not cross."))
