@@ -1,40 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run of the suite leaves behind: one record for each case, and one for the run.
+"""Define the records of a run of the suite: one for each case, and one for the run.
 
-Plain values only: written as JSON lines while the run goes on, and as one document at its end.
+The records have plain values only. A run writes them as JSON lines while it goes on, and as one
+document at its end.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from portakv_conformance import SUITE_VERSION
 
+#: A parsed JSON object: each value is any JSON value.
+JsonObject: TypeAlias = dict[str, Any]
 Status = Literal["passed", "failed", "waived", "not-claimed", "error"]
 
 #: Every status, worst first.
 STATUSES: tuple[Status, ...] = ("error", "failed", "waived", "not-claimed", "passed")
 #: The identity of the report's form; a reader refuses another.
 SCHEMA = "portakv-conformance/1"
-#: The key of ``environment`` that says what an emulation takes for true without the vendor's word:
-#: a clause behind "it holds".
+#: The key of ``environment`` with what an emulation assumes without the vendor's confirmation: a
+#: clause that follows "it holds".
 ASSUMPTION = "assumption"
-#: Its keys that say what carried plans out, where a backend has more than one way, and the sha256
-#: of the library that was built for it, by the name of its file.
+#: The key of ``environment`` with what executed plans, if a backend has more than one method.
 CARRIER = "carried out by"
+#: The key of ``environment`` with the sha256 of the library built for it, by file name.
 LIBRARY = "library"
 
 
 @dataclass
 class CaseRecord:
-    """One case and how it ended. ``reason`` is a sentence: the first wrong byte, why it is waived,
-    what is not claimed; if it passed, why some of its copies were declined."""
+    """Record one case and its result.
+
+    ``reason`` is a sentence: the first wrong byte, the reason of a waiver, or the claim that is
+    missing. For a case that passed, it says why the backend declined some of its copies.
+    """
 
     id: str  # pytest's, relative to the package: ``cases/test_core.py::test_widths[2]``
     area: str  # one of `cases.AREAS`
-    profile: str  # the least that runs it, ``core`` or ``full``
+    profile: str  # the smallest that runs it, ``core`` or ``full``
     claim: str = ""  # the field of `Capabilities` that it judges; empty: every backend must do it
     status: Status = "passed"  # ``error`` is a fault of the suite or its surroundings
     seconds: float = 0.0
@@ -44,15 +50,18 @@ class CaseRecord:
     reason: str = ""
     details: str = ""  # traceback and captured output; empty if it passed
     replay: str = ""  # the command that runs this case again, alone
-    example: str = ""  # file name of the shrunken failing example, beside the report
+    example: str = ""  # file name of the shrunken failing example, next to the report
 
     def line(self) -> str:
-        """This record as one line of JSON."""
+        """Return this record as one line of JSON."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
-    def read(cls, values: dict[str, Any]) -> CaseRecord:
-        """A record of parsed JSON; ValueError if a field is missing, unknown or of another type."""
+    def read(cls, values: JsonObject) -> CaseRecord:
+        """Return the record of parsed JSON.
+
+        `ValueError`: a field is missing, unknown or of another type.
+        """
         if not isinstance(values, dict):
             raise ValueError(f"A case record is {json.dumps(values)[:60]}, expected an object.")
         if odd := _odd(cls, values):
@@ -64,20 +73,23 @@ class CaseRecord:
 
 @dataclass
 class RunRecord:
-    """A whole run: the document ``conformance.json``. The environment has ``torch``, ``python``,
-    ``os``, ``device`` (as asked), ``device_name``, ``driver``, ``emulated`` (bool), and versions of
-    the vendor's packages."""
+    """Record a whole run: the document ``conformance.json``.
+
+    The environment has ``torch``, ``python``, ``os``, ``device`` (as requested), ``device_name``,
+    ``driver``, ``emulated`` (bool), and the versions of the vendor's packages.
+    """
 
     schema: str
     suite: str
     spec: str
     backend: dict[str, str]  # ``name``, ``target`` (module:Class), ``version``, ``source_sha256``
+    # `_of_kind` reads these annotations as text, so they do not use `JsonObject`.
     environment: dict[str, Any]
     capabilities: dict[str, Any]  # every field of `Capabilities`, as plain values
     trace: list[str]  # the registry's answers, a sentence each
     profile: str
     seed: int
-    fuzz: int  # as it was asked; 0: none
+    fuzz: int  # as requested; 0: none
     case_list_sha256: str  # of the sorted ids that the profile consists of
     cases: list[CaseRecord]  # one for each id of the case list
     totals: dict[str, int]  # how many cases have each status
@@ -86,12 +98,14 @@ class RunRecord:
     missing: list[str]  # sentences: what could not be run here
     started: str  # ISO 8601, UTC
     seconds: float
-    command: str  # what repeats it
+    command: str  # repeats the run
     waivers: list[dict[str, str]] = field(default_factory=list)
 
     def document(self) -> str:
-        """The JSON document, with a line for each field and each case, so that a change can be
-        read; it ends with a newline."""
+        """Return the JSON document, which ends with a newline.
+
+        Each field and each case has its own line, so a diff of two documents is readable.
+        """
         values = asdict(self)
         del values["cases"]
         cases = ",\n".join(f"  {case.line()}" for case in self.cases)
@@ -101,8 +115,11 @@ class RunRecord:
 
     @classmethod
     def read(cls, text: str) -> RunRecord:
-        """A document parsed; `ValueError`, a sentence, if it is none of this schema, or of a suite
-        whose reports had other fields."""
+        """Return the record of a document.
+
+        `ValueError`, a sentence: the document has another schema, or a suite with other report
+        fields wrote it.
+        """
         values = json.loads(text)
         if not isinstance(values, dict) or values.get("schema") != SCHEMA:
             raise ValueError(f"This is no report of schema {SCHEMA!r}.")
@@ -126,13 +143,13 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 _Record = TypeVar("_Record", CaseRecord, RunRecord)
 
 
-def _odd(cls: type[CaseRecord | RunRecord], values: dict[str, Any]) -> list[str]:
-    """The fields that are missing or unknown."""
+def _odd(cls: type[CaseRecord | RunRecord], values: JsonObject) -> list[str]:
+    """Return the names of the fields that are missing or unknown."""
     return sorted(set(values) ^ {entry.name for entry in fields(cls)})
 
 
 def _of_kind(record: _Record, place: str) -> _Record:
-    """The record; ValueError if a value is of another type than the field's."""
+    """Return the record; raise `ValueError` if a value does not have its field's type."""
     for entry in fields(record):
         kind = _KINDS.get(str(entry.type).partition("[")[0], str)
         value = getattr(record, entry.name)

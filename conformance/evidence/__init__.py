@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a committed result bears out: the matrix, its records and their checks."""
+"""Read and check committed results: the support matrix and the records that prove its levels."""

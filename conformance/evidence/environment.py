@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run was made with: the backend and its source, the device and its driver, versions.
+"""Describe a run's environment: the backend and its source, the device, its driver, versions.
 
-Reads files and asks tools; changes nothing, and imports no vendor package that is not there yet.
+This module reads files and runs tools. It changes nothing, and imports no vendor package that is
+not imported yet.
 """
 
 from __future__ import annotations
@@ -23,35 +24,40 @@ import torch
 
 from portakv_conformance.evidence.source import SourceError, source_sha256
 from portakv_conformance.judge.subject import Subject
-from portakv_conformance.record import ASSUMPTION, CARRIER, LIBRARY
+from portakv_conformance.record import ASSUMPTION, CARRIER, LIBRARY, JsonObject
 from portakv_conformance.vendor import standins
 
 ROOT = Path("/")
-# By the type of device, a file and what stands around the version in it: torch_npu's page on
-# ``get_cann_version`` names the first, Cambricon's driver leaves the second for each card.
+# For each type of device, a file and a pattern for the version in it. torch_npu's page on
+# ``get_cann_version`` names the first file; Cambricon's driver writes the second for each card.
 _FILES = {
     "npu": ("usr/local/Ascend/driver/version.info", r"^Version=(\S+)"),
     "mlu": ("proc/driver/cambricon/mlus/*/information", r"^Driver Version\s*:\s*(\S+)"),
 }
-# Kernel modules, AMD's and Hygon's under either name; that of the Linux tree has no version.
+# Names of AMD's and Hygon's kernel modules. The module of the Linux tree has no version.
 _MODULES = ("amdgpu", "hydcu", "hycu")
 
 
 def driver_version(device: torch.device) -> str:
-    """The version of the driver of a real device; empty if the system does not tell it. Under HIP
-    the kernel module's with its name, else that of the runtime, ``HIP 6.3.42134``. Of other kinds
-    ``driver_version`` of the properties that torch's extension tells, as torch.xpu has."""
+    """Return the driver's version of a real device; empty if the system does not report it.
+
+    Under HIP this is the kernel module's name and version, else the runtime's version, ``HIP
+    6.3.42134``. Other devices report ``driver_version`` in the properties of torch's extension, as
+    torch.xpu does.
+    """
     if device.type in _FILES:
-        return _told(*_FILES[device.type])
+        return _version_in(*_FILES[device.type])
     if device.type == "cuda":
         return _nvidia() if torch.version.hip is None else _hip()
-    ask = getattr(getattr(torch, device.type, None), "get_device_properties", None)
-    with suppress(Exception):  # a vendor's code may fail in any way
-        return "" if ask is None else str(getattr(ask(device), "driver_version", ""))
+    properties_of = getattr(getattr(torch, device.type, None), "get_device_properties", None)
+    if properties_of is None:
+        return ""
+    with suppress(Exception):  # a vendor's code may raise any exception
+        return str(getattr(properties_of(device), "driver_version", ""))
     return ""
 
 
-def _told(pattern: str, around: str) -> str:
+def _version_in(pattern: str, around: str) -> str:
     for file in sorted(ROOT.glob(pattern)):
         with suppress(OSError):
             if result := re.search(around, file.read_text(encoding="utf-8"), re.MULTILINE):
@@ -63,7 +69,7 @@ def _hip() -> str:
     from portakv.runtime.hip import DriverMissing, driver, hip_release
 
     for name in _MODULES:
-        if version := _told(f"sys/module/{name}/version", r"(\S+)"):
+        if version := _version_in(f"sys/module/{name}/version", r"(\S+)"):
             return f"{name} {version}"
     try:
         return f"HIP {hip_release(driver().number('hipRuntimeGetVersion'))}"
@@ -82,7 +88,7 @@ def _nvidia() -> str:
 #: Environment variable under which Triton interprets its kernels on the host, and its values.
 INTERPRET = "TRITON_INTERPRET"
 YES = ("1", "true", "on", "yes")
-# Distributions whose versions may explain a result, where they are installed.
+# Distributions whose versions may explain a result, if they are installed.
 _PACKAGES = (
     "portakv",
     "numpy",
@@ -96,18 +102,18 @@ _PACKAGES = (
     "torch-musa",
     "intel-extension-for-pytorch",
 )
-# Those whose ops are a backend: a version is not enough, since vendors build one more than once.
+# Distributions with a backend's ops. A version is not enough: vendors rebuild the same version.
 _VENDORS = ("torch-npu", "torch-mlu", "torch-mlu-ops")
 
 
-def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
-    """The facts of `RunRecord.environment`; ``asked`` is the device as the user wrote it."""
+def describe_environment(subject: Subject, requested: str) -> JsonObject:
+    """Return `RunRecord.environment`; ``requested`` is the device as the user wrote it."""
     device = subject.device
-    facts: dict[str, Any] = {
+    facts: JsonObject = {
         "torch": str(torch.__version__),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "os": _system(),
-        "device": asked,
+        "device": requested,
         "device_name": device_name(device, subject.emulated),
         "driver": "" if subject.emulated else driver_version(device),
         "emulated": is_emulated(subject),
@@ -132,7 +138,7 @@ def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
 
 
 def describe_backend(subject: Subject) -> dict[str, str]:
-    """The facts of `RunRecord.backend`: name, target, version, source_sha256."""
+    """Return `RunRecord.backend`: name, target, version, source_sha256."""
     versions = package_versions(_distributions(subject.target))
     return {
         "name": subject.name,
@@ -143,14 +149,16 @@ def describe_backend(subject: Subject) -> dict[str, str]:
 
 
 def assumed(modules: Iterable[str]) -> str:
-    """What modules that emulate take for true without the vendor's word: each one's ``ASSUMPTION``,
-    a clause; empty if none takes anything."""
+    """Return what modules that emulate assume without the vendor's confirmation.
+
+    Each module's ``ASSUMPTION`` is a clause. The text is empty if no module has one.
+    """
     reported = (str(getattr(import_module(module), "ASSUMPTION", "")) for module in modules)
     return "; ".join(clause for clause in reported if clause)
 
 
 def hashed(modules: Iterable[str]) -> dict[str, str]:
-    """The hash of the source of each module, or of ``module:Class``; else why it is unknown."""
+    """Return each module's source hash, or why it is unknown; ``module:Class`` is accepted too."""
     result = {}
     for module in modules:
         try:
@@ -160,8 +168,8 @@ def hashed(modules: Iterable[str]) -> dict[str, str]:
     return result
 
 
-def plain(value: Any) -> Any:
-    """A claim as JSON can hold it: sets sorted into lists, dtypes and the like as their names."""
+def plain(value: object) -> Any:
+    """Return a claim as a JSON value: sets become sorted lists, dtypes and the like their names."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if is_dataclass(value) and not isinstance(value, type):
@@ -175,13 +183,15 @@ def plain(value: Any) -> Any:
 
 
 def is_emulated(subject: Subject) -> bool:
-    """Whether less than the real device was at work: a simulated device, or an interpreter. A
-    backend of a third party that emulates says so with ``emulated = True`` in its class."""
+    """Return True if a simulated device or an interpreter took the place of the real device.
+
+    A third party's backend that emulates sets ``emulated = True`` in its class.
+    """
     return subject.emulated or interpreted(subject) or bool(subject.backend.emulated)
 
 
 def interpreted(subject: Subject) -> bool:
-    """Whether the backend's kernels run through Triton's interpreter."""
+    """Return True if Triton's interpreter runs the backend's kernels."""
     if os.environ.get(INTERPRET, "").lower() not in YES or subject.device.type != "cpu":
         return False
     reported = [decision.reason for decision in subject.trace if decision.name == subject.name]
@@ -190,37 +200,37 @@ def interpreted(subject: Subject) -> bool:
 
 
 def device_name(device: torch.device, simulated: bool) -> str:
-    """The device's own name; for a CPU the processor's."""
+    """Return the device's own name; for a CPU the processor's."""
     if simulated:
         simulation = f"simulated device ({device.type}, on the host's processor)"
-        # What emulates a vendor's device below the vendor's own package has a name of its own.
+        # An emulation below the vendor's own package has a separate name.
         return str(getattr(torch.get_device_module(device), "EMULATED_AS", simulation))
     if device.type == "cpu":
         return _processor()
-    ask = getattr(torch.get_device_module(device), "get_device_name", lambda device: "")
-    return str(ask(device)) or _architecture(device) or device.type
+    name_of = getattr(torch.get_device_module(device), "get_device_name", lambda device: "")
+    return str(name_of(device)) or _architecture(device) or device.type
 
 
 def _architecture(device: torch.device) -> str:
-    """``gfx906`` and the like, under HIP."""
+    """Return ``gfx906`` and the like under HIP, else an empty text."""
     if device.type != "cuda" or torch.version.hip is None:
         return ""
     return str(getattr(torch.cuda.get_device_properties(device), "gcnArchName", ""))
 
 
 def _toolkit(device: torch.device) -> dict[str, str]:
-    """The version of the vendor's toolkit that torch was built for, or that lies beside it."""
+    """Return the version of the vendor's toolkit that torch was built for, or that it loaded."""
     if device.type == "cuda":
         if torch.version.hip is None:
             return {"cuda": str(torch.version.cuda)}
         return {"hip": torch.version.hip, "architecture": _architecture(device)}
-    ask = getattr(sys.modules.get("torch_npu.utils"), "get_cann_version", lambda: "")
-    version = str(ask()) if device.type == "npu" else ""  # empty before CANN 8.1
+    cann_version = getattr(sys.modules.get("torch_npu.utils"), "get_cann_version", lambda: "")
+    version = str(cann_version()) if device.type == "npu" else ""  # empty before CANN 8.1
     return {"cann": version} if version else {}
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of those distributions that are installed, and of modules without one."""
+    """Return the versions of installed distributions, and of modules without a distribution."""
     result = {}
     for name in names:
         try:
@@ -233,13 +243,15 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def package_sha256(name: str) -> str:
-    """A hash of the files of an installed distribution, by the list that its wheel brought along;
-    the same wherever that wheel was installed. Empty if there is none."""
+    """Return a hash of an installed distribution's files, computed from its wheel's file list.
+
+    The hash is the same on each machine that has this wheel. It is empty without a wheel.
+    """
     try:
         listed = metadata.distribution(name).read_text("RECORD") or ""
     except metadata.PackageNotFoundError:
         return ""
-    # Not what an installer writes: its own notes, scripts with its Python's path, compiled files.
+    # Leave out what an installer writes: its notes, scripts with its Python's path, compiled files.
     hashes = (line for line in listed.splitlines() if ",sha256=" in line)
     files = sorted(x for x in hashes if ".dist-info/" not in x and not x.startswith(".."))
     return hashlib.sha256("\n".join(files).encode()).hexdigest() if files else ""
@@ -253,7 +265,7 @@ def _distributions(target: str) -> list[str]:
 
 
 def _system() -> str:
-    """The distribution, and the kernel without what its builder added to the version."""
+    """Return the distribution, and the kernel without its builder's suffix."""
     kernel = ".".join(platform.release().split(".")[:2])
     reported = f"{platform.system()} {kernel} {platform.machine()}"
     try:
@@ -263,5 +275,5 @@ def _system() -> str:
 
 
 def _processor() -> str:
-    named = _told("proc/cpuinfo", r"^model name\s*:\s*(.+)$").strip()
+    named = _version_in("proc/cpuinfo", r"^model name\s*:\s*(.+)$").strip()
     return named or platform.processor() or platform.machine()

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a committed result file bears out: a report of the suite, or a record of another job.
+"""Read a committed result file: a report of the suite, or a record of another job.
 
-A report of the suite (`records`) bears out R3 or R6, as its verdict says. Every other job leaves a
-JSON object with at least these keys, and further ones as it likes:
+A report of the suite proves R3 or R6, according to its verdict. Every other job writes a JSON
+object with at least these keys:
 
-    what           one of `JOBS`: what was done, which decides the level
+    what           one of `JOBS`: the kind of job, which decides the support level
     name, backend  the backend's own name, and ``module:Class``
     source_sha256  the hash of the backend's source (`source.source_sha256`)
-    command, date  what repeats it, and the day (ISO)
-    right          true if it ended well
+    command, date  the command that repeats it, and the day (ISO)
+    right          true if the job succeeded
 
-and what its kind has to show (`contents`); where they count, ``vendor`` (sha256 of each package of
-the vendor, by name), ``emulation`` (sha256 of each module that emulated), ``assumption`` (what that
-takes for true), ``versions`` and ``told`` (in words) and ``device``. `recorded` makes one of any
-command.
+Each kind of job needs further keys (`record_rules`). These keys are optional: ``vendor`` (sha256 of
+each package of the vendor, by name), ``emulation`` (sha256 of each module that emulated),
+``assumption`` (a clause), ``versions`` and ``told`` (texts) and ``device``. `recorded` makes a
+record of any command.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from dataclasses import fields, replace
 from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from portakv_conformance.evidence.environment import INTERPRET, assumed, hashed
 from portakv_conformance.evidence.record_rules import kernels_in, lacking, signatures_of
@@ -42,11 +41,11 @@ from portakv_conformance.evidence.support_matrix import (
     broken_rules,
 )
 from portakv_conformance.evidence.verdict import LEFT_OUT, totals_of
-from portakv_conformance.record import ASSUMPTION, SCHEMA, STATUSES, RunRecord
+from portakv_conformance.record import ASSUMPTION, SCHEMA, STATUSES, JsonObject, RunRecord
 from portakv_conformance.report import results
 from portakv_conformance.report.words import STATUS_WORDS
 
-#: The level that each kind of job bears out; no job but the suite's own ends at R6.
+#: The support level that each kind of job proves. Only the suite's own report proves R6.
 JOBS = {
     "call shapes against a stand-in": "R1",
     "accepted by the vendor's schemas": "R2",
@@ -64,17 +63,19 @@ _WANTED = {
     "right": bool,
 }
 
-# Lines of pytest's head that say where it ran, and nothing else.
+# Lines of pytest's head that have only a path.
 _HEAD = re.compile(r"(?:rootdir|cachedir|configfile): ")
-# An absolute path, its last part apart: behind no word, so that neither an address of the web nor a
-# relative path is one, or behind an option of a compiler.
+# An absolute path; the group is its last part. No word precedes it, or it would be a web address or
+# a relative path; a compiler's option may precede it.
 _PATH = re.compile(r"(?:(?<=-[ILB])|(?<![\w./~]))/(?:[\w.+@-]+/)+([\w.+@-]*)")
 
 
 def read(file: Path) -> SupportLevel:
-    """What a file says, as a row that names no file yet; its level is empty if it bears out none,
-    its device if the file does not say one. `ValueError` if it is neither a report as it was
-    made nor a record of a job that holds what its kind has to; a sentence."""
+    """Return what a file proves, as a row that names no file yet.
+
+    The level is empty if the file proves none, the device if the file does not name one.
+    `ValueError`, a sentence: the file is neither an unchanged report nor a complete job record.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -91,7 +92,7 @@ def read(file: Path) -> SupportLevel:
 
 
 def of_report(record: RunRecord) -> SupportLevel:
-    """What a report of the suite says; `ValueError` if it does not say of which backend."""
+    """Return what a report of the suite proves; `ValueError` if it does not name the backend."""
     for name in ("name", "target", "source_sha256"):
         if not isinstance(record.backend.get(name), str):
             raise ValueError(f"it does not say the backend's {name}.")
@@ -123,7 +124,7 @@ def of_report(record: RunRecord) -> SupportLevel:
 
 
 def _emulation(record: RunRecord) -> dict[str, str]:
-    """What emulated: on a CPU an interpreter, or the backend itself; else as the report says."""
+    """Return what emulated: on a CPU an interpreter or the backend itself, else per the report."""
     known = record.environment
     if known.get("emulated") is False:
         return {}
@@ -136,7 +137,7 @@ def _emulation(record: RunRecord) -> dict[str, str]:
     return {record.backend["target"].partition(":")[0]: record.backend["source_sha256"]}
 
 
-def _of_job(file: Path, values: Any) -> SupportLevel:
+def _of_job(file: Path, values: object) -> SupportLevel:
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no JSON object.")
     if odd := [name for name, kind in _WANTED.items() if type(values.get(name)) is not kind]:
@@ -159,7 +160,7 @@ def _of_job(file: Path, values: Any) -> SupportLevel:
         target=values["backend"],
         source_sha256=values["source_sha256"],
         device=str(values.get("device", "")),
-        emulated=True,  # nothing of this ran on the device that it is about
+        emulated=True,  # no part of such a job runs on the device
         command=values["command"],
         date=values["date"],
         versions=str(values.get("versions", values.get("compiler", ""))),
@@ -169,8 +170,8 @@ def _of_job(file: Path, values: Any) -> SupportLevel:
     )
 
 
-def _counts(values: dict[str, Any]) -> str:
-    """What a job told; counts as in the row of a report: ``1,797 passed, 2 not claimed``."""
+def _counts(values: JsonObject) -> str:
+    """Return what a job reported, with counts as in a report: ``1,797 passed, 2 not claimed``."""
     reported = str(values.get("told") or "")
     printed = " ".join(map(str, values.get("printed", ())))
     if reported and (whole := re.search(re.escape(reported) + r", \d+ not-claimed", printed)):
@@ -178,18 +179,20 @@ def _counts(values: dict[str, Any]) -> str:
     return re.sub(r"(\d)(?=\d{3} passed)", r"\1,", reported.replace("-claimed", " claimed"))
 
 
-def level_of(said: SupportLevel, file: str, *, device: str = "", note: str = "") -> SupportLevel:
-    """The row of a result file; ``device`` if the file does not say one. `ValueError` if it bears
-    out no level, or the device is not said at all."""
-    if not said.level:
-        raise ValueError(f"{file} bears out no level: {said.summary}.")
-    if not (said.device or device):
+def level_of(proved: SupportLevel, file: str, *, device: str = "", note: str = "") -> SupportLevel:
+    """Return the row of a result file; ``device`` counts if the file does not name one.
+
+    `ValueError`: the file proves no support level, or nothing names the device.
+    """
+    if not proved.level:
+        raise ValueError(f"{file} bears out no level: {proved.summary}.")
+    if not (proved.device or device):
         raise ValueError(f"{file} does not say which device it is about; name it by --device.")
-    return replace(said, device=said.device or device, evidence=file, note=note)
+    return replace(proved, device=proved.device or device, evidence=file, note=note)
 
 
 def contradictions(matrix: SupportMatrix, root: Path) -> list[str]:
-    """What the matrix says and its files do not, or the other way round; a sentence each."""
+    """Return each contradiction between the matrix and its files, as a sentence."""
     files = {f"{RESULTS}{file.name}" for file in (root / RESULTS).glob("*")}
     alone = sorted(files - {level.evidence for level in matrix.levels})
     wrong = [
@@ -218,10 +221,13 @@ def _not_borne_out(level: SupportLevel, file: Path) -> Iterator[str]:
             yield f"{place}: {entry.name} is {own!r}, but the file says {its!r}."
 
 
-def recorded(job: argparse.Namespace) -> dict[str, Any]:
-    """Run the command of a job, the options of `main`, and make a record of it, with all that it
-    printed but the places of files. It is right if the command ends with 0, prints what is expected
-    and leaves the sources alone, and all that its kind has to show was found."""
+def recorded(job: argparse.Namespace) -> JsonObject:
+    """Run a job's command and return its record; ``job`` has the options of `main`.
+
+    The record has the command's output without the folders of files. The job is right if the
+    command exits with 0, prints the expected text, does not change the sources, and shows
+    everything that its kind requires.
+    """
     before = (source_sha256(job.target), hashed(job.emulated_by))
     done = subprocess.run(job.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     sys.stdout.write(done.stdout)
@@ -245,21 +251,23 @@ def recorded(job: argparse.Namespace) -> dict[str, Any]:
         wrong.append("It does not say what emulated (--emulated-by).")
     if (source_sha256(job.target), hashed(job.emulated_by)) != before:
         wrong.append("A source was changed meanwhile.")
-    if done.returncode or not all(re.search(each, printed) for each in (job.says, job.tells)):
+    if done.returncode or not all(re.search(each, printed) for each in (job.says, job.summary)):
         wrong.append(f"The command ended with {done.returncode}, or did not say what it has to.")
     print("".join(f"{why}\n" for why in wrong), end="", file=sys.stderr)
     return record | {"right": not wrong}
 
 
 def without_places(printed: str) -> str:
-    """The text with the last part in place of each absolute path, and without pytest's lines that
-    hold nothing but one."""
+    """Return the text with each absolute path reduced to its last part.
+
+    Lines of pytest that have only a path are removed.
+    """
     retained = (line for line in printed.splitlines(keepends=True) if not _HEAD.match(line))
     return _PATH.sub(r"\1", "".join(retained))
 
 
 def name_of(target: str) -> str:
-    """The name that a backend says it has; `SourceError` if ``module:Class`` is none."""
+    """Return a backend's own name; raise `SourceError` if ``module:Class`` is not a backend."""
     module, _, attribute = target.partition(":")
     result = getattr(getattr(import_module(module), attribute, None), "name", "")
     if not (isinstance(result, str) and result):
@@ -267,14 +275,14 @@ def name_of(target: str) -> str:
     return result
 
 
-def _shown(job: argparse.Namespace, printed: str) -> dict[str, Any]:
-    """What the kinds have to show, of the job and of what it printed."""
-    result: dict[str, Any] = {"targets": job.targets}
+def _shown(job: argparse.Namespace, printed: str) -> JsonObject:
+    """Return the keys that the kinds of job require, from the options and the output."""
+    result: JsonObject = {"targets": job.targets}
     if JOBS[job.what] == "R1":
         result["signatures"] = signatures_of(job.emulated_by)
     if job.kernels:
         result["kernels"] = kernels_in(printed, job.kernels)
-    if job.tells and (reported := re.search(job.tells, printed)):
+    if job.summary and (reported := re.search(job.summary, printed)):
         result["told"] = " ".join(reported[0].split())
     if job.compiler and (line := re.search(job.compiler, printed, re.MULTILINE)):
         result["compiler"] = line[0].strip()
@@ -284,27 +292,33 @@ def _shown(job: argparse.Namespace, printed: str) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m portakv_conformance.evidence.evidence",
-        description="Runs COMMAND and writes a record of it, to be kept by .ci/keep_result.py.",
+        description="Run COMMAND and write a record of it for .ci/keep_result.py.",
     )
     add = parser.add_argument
     kinds = [what for what, level in JOBS.items() if level != "R2"]  # its job writes its own record
-    add("--what", choices=kinds, required=True, help="what the command does")
-    add("--backend", dest="target", required=True, metavar="MODULE:CLASS", help="whose source")
-    add("--device", required=True, help="what it stands for, for a reader")
-    add("--versions", default="", help="what it holds for, in words")
-    add("--says", default="", metavar="REGEX", help="what it prints where it did its work")
-    add("--tells", default="", metavar="REGEX", help="what of that its row says")
-    add("--emulated-by", action="append", default=[], metavar="MODULE", help="what emulates in it")
-    add("--target", dest="targets", action="append", default=[], help="what it builds for")
-    add("--kernels", default="", metavar="REGEX", help="its words on a kernel and its target")
-    add("--compiler", default="", metavar="REGEX", help="its words on the toolchain's version")
+    add("--what", choices=kinds, required=True, help="the kind of job")
+    add("--backend", dest="target", required=True, metavar="MODULE:CLASS", help="the backend")
+    add("--device", required=True, help="the device that the job stands for, in words")
+    add("--versions", default="", help="the versions that the job stands for, in words")
+    add("--says", default="", metavar="REGEX", help="text that a successful command prints")
+    add("--tells", dest="summary", default="", metavar="REGEX", help="printed text for the row")
+    add(
+        "--emulated-by",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module that emulates",
+    )
+    add("--target", dest="targets", action="append", default=[], help="a target of the build")
+    add("--kernels", default="", metavar="REGEX", help="printed text on a kernel and its target")
+    add("--compiler", default="", metavar="REGEX", help="printed text on the toolchain's version")
     add("--report", type=Path, required=True, metavar="FILE", help="the JSON file to write")
-    add("command", nargs="+", metavar="COMMAND", help="what to run, behind --")
+    add("command", nargs="+", metavar="COMMAND", help="the command to run, after --")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Record a command: 0 if it ended well and shows what its kind has to, else 1."""
+    """Record a command; return 0 if it succeeded and shows what its kind requires, else 1."""
     job = _parser().parse_args(arguments)
     try:
         record = recorded(job)

@@ -1,36 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the record of each kind of job has to hold beyond its label and how it ended.
+"""Check the keys that the record of each kind of job needs beyond its label and its result.
 
-    R1  ``signatures``: ``op``, ``signature`` and the ``source`` that it is known from
+    R1  ``signatures``: ``op``, ``signature`` and the ``source`` that documents it
     R2  ``schemas``: ``op``, ``pinned`` and ``found``; ``vendor``: sha256 of the vendor's wheel, by
-        its file name, which says package and version
-    R4  ``targets``; ``kernels``: of each ``kernel`` and ``target``, what was read in its code;
-        ``versions`` or ``compiler``
+        its file name, which has package and version
+    R4  ``targets``; ``kernels``: the properties of the machine code of each ``kernel`` and
+        ``target``; ``versions`` or ``compiler``
     R5  ``targets``; ``compiler``: the toolchain's own line with its version
 
-R1 to R3 also name in ``emulation`` what emulated, with its hash: without it they count as expired.
+R1 to R3 also have ``emulation``: the hash of each module that emulated. Without it they count as
+expired.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from portakv_conformance.evidence.source import SHA256, SourceError, source_sha256
 
 _WHEEL = re.compile(r"[A-Za-z0-9_.]+-(?P<version>[^-]+)-[^/]+\.whl")
 _STANDINS = "portakv_conformance.vendor."
-_Record = Mapping[str, Any]
-_Rows = Sequence[_Record]
+# Parsed JSON: each value is any JSON value.
+_Record: TypeAlias = Mapping[str, Any]
+_Rows: TypeAlias = Sequence[_Record]
+_Check: TypeAlias = Callable[[_Record, _Rows], Iterator[str]]
+
+
+class _Kind(NamedTuple):
+    """Define the keys that the records of one support level need."""
+
+    rows: str = ""  # the key of the list of objects; empty: the record has none
+    texts: tuple[str, ...] = ()  # the keys of texts that each of these objects has
+    checks: tuple[_Check, ...] = ()
 
 
 def lacking(level: str, record: _Record) -> list[str]:
-    """What a record lacks to bear out a level, a sentence each; empty if it holds all."""
-    hashes: dict[str, Any] = {"source_sha256": record["source_sha256"]}
+    """Return what a record lacks as proof of a support level, as sentences; empty if complete."""
+    hashes: dict[str, object] = {"source_sha256": record["source_sha256"]}
     for place in ("vendor", "emulation"):
         values = record.get(place, {})
         hashes |= values if isinstance(values, dict) else {place: values}
@@ -39,19 +50,26 @@ def lacking(level: str, record: _Record) -> list[str]:
     reported = str(record.get("told") or "")
     if reported not in " ".join(" ".join(_printed(record)).split()):
         result.append(f"{reported!r} was not printed.")
-    name, keys, *checks = _KINDS.get(level, ("", ()))
-    rows: Any = record.get(name) if name else []
-    if name and not (isinstance(rows, list) and rows):
-        result.append(f"It holds no {name}.")
-        rows = []
-    for row in rows:
-        if not isinstance(row, dict) or not all(_text(row.get(key)) for key in keys):
-            result.append(f"Each of its {name} needs {', '.join(keys)}; found {str(row)[:80]}.")
-            rows = []
-            break
-    for check in checks:
+    kind = _KINDS.get(level, _Kind())
+    rows, wrong = _rows_of(kind, record)
+    result += wrong
+    for check in kind.checks:
         result += check(record, rows)
     return result
+
+
+def _rows_of(kind: _Kind, record: _Record) -> tuple[_Rows, list[str]]:
+    """Return the list of objects of a record, and sentences on what is wrong with it."""
+    if not kind.rows:
+        return [], []
+    rows = record.get(kind.rows)
+    if not (isinstance(rows, list) and rows):
+        return [], [f"It holds no {kind.rows}."]
+    for row in rows:
+        if not isinstance(row, dict) or not all(_text(row.get(key)) for key in kind.texts):
+            expected = ", ".join(kind.texts)
+            return [], [f"Each of its {kind.rows} needs {expected}; found {str(row)[:80]}."]
+    return rows, []
 
 
 def _signatures(record: _Record, rows: _Rows) -> Iterator[str]:
@@ -118,18 +136,19 @@ def _printed(record: _Record) -> list[str]:
     return list(map(str, printed)) if isinstance(printed, list) else []
 
 
-# The list of objects that a level's record has, the texts that each of them needs, and checks.
-_KINDS: Mapping[str, tuple[Any, ...]] = {
-    "R1": ("signatures", ("op", "signature", "source"), _signatures),
-    "R2": ("schemas", ("op", "pinned", "found"), _schemas),
-    "R4": ("kernels", ("kernel", "target"), _targets, _kernels),
-    "R5": ("", (), _targets, _compiler),
+_KINDS: Mapping[str, _Kind] = {
+    "R1": _Kind("signatures", ("op", "signature", "source"), (_signatures,)),
+    "R2": _Kind("schemas", ("op", "pinned", "found"), (_schemas,)),
+    "R4": _Kind("kernels", ("kernel", "target"), (_targets, _kernels)),
+    "R5": _Kind(checks=(_targets, _compiler)),
 }
 
 
 def signatures_of(modules: Iterable[str]) -> list[dict[str, str]]:
-    """The signatures that stand-ins have, and where each is known from: a stand-in's ``SOURCES``
-    says it for each function, ``package.function``."""
+    """Return the signatures of stand-ins, each with the source that documents it.
+
+    A stand-in's ``SOURCES`` has the source of each function, ``package.function``.
+    """
     result = []
     for name in modules:
         module = import_module(name)
@@ -140,6 +159,6 @@ def signatures_of(modules: Iterable[str]) -> list[dict[str, str]]:
 
 
 def kernels_in(printed: str, pattern: str) -> list[dict[str, str]]:
-    """Every kernel whose code was read, by the groups ``kernel`` and ``target`` of a pattern."""
+    """Return each kernel that the output names, by the pattern's groups ``kernel``, ``target``."""
     result = re.finditer(pattern, printed, re.MULTILINE)
     return [{name: each[name] for name in ("kernel", "target")} for each in result]

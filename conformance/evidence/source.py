@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hash of a backend's source: what a result holds for, and expires with.
+"""Hash a backend's source. A result is valid for this hash, and expires when it changes.
 
-Of a third party's backend every file of its package counts. Of a backend of PortaKV, or of one of
-``portakv_conformance.vendor``, its own file counts, with what that imports of either (never the
-interface in ``base``), of the drivers and compilers in ``portakv.runtime`` and of
-``portakv_native``, and the files that those name and that lie beside them: a new comment elsewhere
-in the library must not make every result stale. What emulates a device is hashed by the same rules,
-so that a level ends with its emulation too.
+For a third party's backend every file of its package counts. For a backend of PortaKV, or of
+``portakv_conformance.vendor``, these files count:
+
+- its own file, and the files that it imports from these two packages (never ``base``);
+- the drivers and compilers that it imports from ``portakv.runtime``, and from ``portakv_native``;
+- the files next to these that they name.
+
+So a new comment elsewhere in the library does not expire every result. The same rules hash an
+emulation, so a support level expires with its emulation too.
 """
 
 from __future__ import annotations
@@ -17,12 +20,12 @@ import importlib.util
 from contextlib import suppress
 from pathlib import Path
 
-#: A hash as it is written, as a regular expression.
+#: A regular expression for a written hash.
 SHA256 = "[0-9a-f]{64}"
 _OURS = "portakv.backends"
 _VENDOR = "portakv_conformance.vendor"
 _NATIVE = "portakv_native"
-# Drivers and compilers: what else lies in `portakv.runtime` serves every backend alike.
+# Drivers and compilers. The other modules of `portakv.runtime` serve every backend alike.
 _RUNTIME = "portakv.runtime"
 _DRIVERS = ("cuda", "devices", "hip", "kernel_cache", "nvrtc")
 _COUNTED = (f"{_OURS}.", f"{_VENDOR}.", f"{_NATIVE}.")
@@ -30,12 +33,14 @@ _SUFFIXES = frozenset((".py", ".pyi", ".c", ".cc", ".cpp", ".h", ".hpp", ".cu", 
 
 
 class SourceError(Exception):
-    """The source of a backend cannot be found; the text says what was looked for."""
+    """Report that a backend's source is missing; the text names the module."""
 
 
 def source_sha256(target: str) -> str:
-    """The hash of the source of ``module:Class``: of each file's name and bytes, in name order.
-    `SourceError` if the module has no source file here."""
+    """Return the hash of the source of ``module:Class``: each file's name and bytes, by name.
+
+    `SourceError`: the module has no source file here.
+    """
     hashed = hashlib.sha256()
     for name, file in sorted(source_files(target.partition(":")[0]).items()):
         inside = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -44,7 +49,7 @@ def source_sha256(target: str) -> str:
 
 
 def source_files(module: str) -> dict[str, Path]:
-    """The files that count for a backend's module, by a name that is the same on any machine."""
+    """Return the files that count for a backend's module, by names that no machine changes."""
     path = _file_of(module)
     top = module.partition(".")[0]
     if module.startswith((f"{_OURS}.", f"{_VENDOR}.")):
@@ -56,29 +61,32 @@ def source_files(module: str) -> dict[str, Path]:
     return _files_in(path.parent)
 
 
-def _ours(module: str, path: Path, found: dict[str, Path]) -> dict[str, Path]:
-    """The file of a module of ``portakv.backends`` and those that it builds on, added to found."""
-    found[f"{module}.py"] = path
+def _ours(module: str, path: Path, files: dict[str, Path]) -> dict[str, Path]:
+    """Add the file of a module of ``portakv.backends``, and those that it uses, to ``files``."""
+    files[f"{module}.py"] = path
     package = module.rpartition(".")[0]
     imported, texts = _named_in(path, package)
-    for file in path.parent.iterdir():  # what is no Python: `hip_fake.cpp`
+
+    # Files in other languages, such as `hip_fake.cpp`.
+    for file in path.parent.iterdir():
         if file.name in texts and file.suffix in _SUFFIXES - {".py"} and file.is_file():
-            found[f"{package}/{file.name}"] = file
+            files[f"{package}/{file.name}"] = file
+
     drivers = {f"{_RUNTIME}.{driver}" for driver in _DRIVERS}
     for name in imported.union(*map(_named_by, texts)):
         if name.startswith(f"{_NATIVE}."):
-            files = _files_in(_file_of(name).parent)
-            found |= {f"{name}/{inner}": file for inner, file in files.items()}
+            native = _files_in(_file_of(name).parent)
+            files |= {f"{name}/{inner}": file for inner, file in native.items()}
         elif not (name.startswith(_COUNTED) or name in drivers):
             continue
-        elif name != f"{_OURS}.base" and f"{name}.py" not in found:
-            with suppress(SourceError):  # the name of a function, which its module's file has
-                _ours(name, _file_of(name), found)
-    return found
+        elif name != f"{_OURS}.base" and f"{name}.py" not in files:
+            with suppress(SourceError):  # the name of a function, not of a module
+                _ours(name, _file_of(name), files)
+    return files
 
 
 def _named_in(path: Path, package: str) -> tuple[set[str], set[str]]:
-    """The modules that a file imports, perhaps with names of theirs; and its texts."""
+    """Return the modules and names that a file imports, and its text constants."""
     imported: set[str] = set()
     texts: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -94,7 +102,7 @@ def _named_in(path: Path, package: str) -> tuple[set[str], set[str]]:
 
 
 def _named_by(text: str) -> set[str]:
-    """The module that a text names: by its name, or by a file of it (``cuda/rows.cuh``)."""
+    """Return the module that a text names, by its name or by its file (``cuda/rows.cuh``)."""
     folder, _, file = text.rpartition("/")
     if folder.isidentifier() and Path(file).suffix in _SUFFIXES:
         native = _file_of(_NATIVE).parent

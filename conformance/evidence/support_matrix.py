@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read and write the support matrix: how far each backend was verified on each device.
 
-``support_matrix.toml`` has a row for each level of each pair, with the file that proves it. A level
-has expired if the backend's source, the code that emulated its device, the suite or a package of
-the vendor has changed since.
+``support_matrix.toml`` has a row for each support level of each backend-device pair, with the file
+that proves it. A level has expired if one of these changed since: the backend's source, the code
+that emulated its device, the suite, a package of the vendor.
 
 R0 described, R1 call shapes against a stand-in, R2 accepted by the vendor's own schemas, R3
 semantics emulated, R4 cross-compiled, R5 built by the vendor's toolchain, R6 run on the hardware.
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from portakv_conformance import SUITE_VERSION
 from portakv_conformance.evidence.source import SourceError, source_sha256
@@ -41,53 +40,55 @@ _HEAD = """\
 EMULATED = ("R1", "R2", "R3")
 _EMULATIONS = "portakv_conformance.vendor."
 _OURS = ("portakv.", "portakv_conformance.")
-# PortaKV's own first, in the order of the README; others follow by name.
+# PortaKV's own backends come first, in the order of the README; others follow by name.
 _ORDER = ("reference", "cuda", "triton", "compiled", "hip", "ascend", "mlu")
 
 
 @dataclass(frozen=True)
 class SupportLevel:
-    """One level of one backend-device pair."""
+    """Describe one support level of one backend-device pair."""
 
     backend: str  # by name
     target: str  # ``module:Class``
     device: str  # for a reader: ``NVIDIA H200``, ``CPU (x86-64)``, ``mlu, emulated``
     level: str  # ``R0`` to ``R6``
-    emulated: bool  # less than the real device was at work
+    emulated: bool  # an emulation took the place of the real device
     evidence: str  # the result file, from the repository's root
-    summary: str  # what it says, in a few words
-    command: str  # what repeats it
+    summary: str  # the result in a few words
+    command: str  # repeats the run
     date: str
-    versions: str  # what it holds for
-    source_sha256: str  # of the backend's source then
-    suite: str = ""  # its version; empty for other jobs
-    vendor: Mapping[str, str] = field(default_factory=dict)  # sha256 of packages it holds for
-    note: str = ""  # what a reader has to know, words that stand behind the level
-    assumption: str = ""  # a clause: what the emulation takes for true without the vendor's word
-    # Of each module that emulated the sha256 of its source, of a third party's the version.
+    versions: str  # that the level is valid for
+    source_sha256: str  # of the backend's source at that time
+    suite: str = ""  # version of the suite; empty for other jobs
+    vendor: Mapping[str, str] = field(default_factory=dict)  # sha256 of the packages used
+    note: str = ""  # a caveat, printed after the level
+    assumption: str = ""  # a clause: what the emulation assumes without the vendor's confirmation
+    # The sha256 of the source of each module that emulated; of a third party's module the version.
     emulation: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def place(self) -> tuple[str, str, str]:
-        """What no two rows share."""
+        """Return the identity of the row: no two rows have the same."""
         return self.backend, self.device, self.level
 
     @property
     def caveats(self) -> list[str]:
-        """What never stands apart from the level, clauses."""
+        """Return the clauses that each display of the level includes."""
         return [clause for clause in (self.assumption, self.note) if clause]
 
 
 @dataclass(frozen=True)
 class SupportMatrix:
-    """All levels, and the packages of vendors that count now (sha256 by name)."""
+    """Hold all support levels, and the vendors' packages that count now (sha256 by name)."""
 
     levels: tuple[SupportLevel, ...]
     vendor: Mapping[str, str] = field(default_factory=dict)
 
     def with_level(self, made: SupportLevel) -> SupportMatrix:
-        """The matrix with a level in place of an older one of its pair. The vendor's packages that
-        it holds for are those that count from now on."""
+        """Return the matrix with a level in place of the older one in its row.
+
+        The vendor's packages of the new level count from now on.
+        """
         retained = tuple(level for level in self.levels if level.place != made.place)
         return SupportMatrix((*retained, made), {**self.vendor, **made.vendor})
 
@@ -97,13 +98,15 @@ Digest = Callable[[str], str]
 
 @cache
 def digest(target: str) -> str:
-    """The hash of a backend's source as it is now; asked once in a process."""
+    """Return the current hash of a backend's source, computed once in a process."""
     return source_sha256(target)
 
 
 def why_expired(level: SupportLevel, matrix: SupportMatrix, digest: Digest = digest) -> str:
-    """Why a level no longer counts, in a few words; empty if it does. Only sources of this
-    repository are looked at: a third party's may be installed here or not."""
+    """Return why a level no longer counts, in a few words; empty if it counts.
+
+    Only this repository's sources are compared: a third party's may not be installed here.
+    """
     since = []
     if _changed(level.target, level.source_sha256, digest):
         since.append("source changed since")
@@ -121,7 +124,7 @@ def why_expired(level: SupportLevel, matrix: SupportMatrix, digest: Digest = dig
 
 
 def _changed(target: str, sha256: str, digest: Digest) -> bool:
-    """Whether a source of this repository is another one now, or gone."""
+    """Return True if a source of this repository has changed or is missing."""
     if not target.startswith(_OURS):
         return False
     try:
@@ -131,7 +134,7 @@ def _changed(target: str, sha256: str, digest: Digest) -> bool:
 
 
 def broken_rules(matrix: SupportMatrix) -> Iterator[str]:
-    """What contradicts the rules that hold whatever the files say; a sentence each."""
+    """Yield each violation of the rules that do not depend on the files, as a sentence."""
     places = [level.place for level in matrix.levels]
     for at, level in enumerate(matrix.levels):
         name = " ".join(level.place)
@@ -157,7 +160,7 @@ def broken_rules(matrix: SupportMatrix) -> Iterator[str]:
 
 
 def by_pair(matrix: SupportMatrix) -> dict[tuple[str, str], list[SupportLevel]]:
-    """The levels of each pair, highest first; pairs in the order of the README's table."""
+    """Return the levels of each pair, highest first; pairs in the order of the README's table."""
     pairs: dict[tuple[str, str], list[SupportLevel]] = {}
     for level in sorted(matrix.levels, key=lambda level: level.level, reverse=True):
         pairs.setdefault((level.backend, level.device), []).append(level)
@@ -170,15 +173,17 @@ def by_pair(matrix: SupportMatrix) -> dict[tuple[str, str], list[SupportLevel]]:
 
 
 def summary(backend: str, device: str, matrix: SupportMatrix, digest: Digest = digest) -> str:
-    """How far a backend was verified, for a list: on ``device``, else wherever it got highest;
-    ``R6``, ``R6 on NVIDIA H200``, ``expired R3 on mlu, emulated``, with what has to be known of
-    that level. Empty if nothing is known."""
+    """Return a backend's support level for a list, on ``device`` or else its highest anywhere.
+
+    Examples: ``R6``, ``R6 on NVIDIA H200``, ``expired R3 on mlu, emulated``. Caveats of the level
+    follow. The text is empty if the matrix has no level of the backend.
+    """
     own = {pair: levels for pair, levels in by_pair(matrix).items() if pair[0] == backend}
     here = own.get((backend, device), [])
     levels = here or [level for levels in own.values() for level in levels]
     if not levels:
         return ""
-    # The highest level that holds, else the highest that expired.
+    # The highest valid level, else the highest expired one.
     best = max(levels, key=lambda level: (not why_expired(level, matrix, digest), level.level))
     expired = "expired " if why_expired(best, matrix, digest) else ""
     return ", ".join(
@@ -187,12 +192,12 @@ def summary(backend: str, device: str, matrix: SupportMatrix, digest: Digest = d
 
 
 def cpu_name(machine: str) -> str:
-    """A CPU by its kind, ``CPU (x86-64)``: one row serves all machines of it."""
+    """Return the name of a kind of CPU, ``CPU (x86-64)``: one row serves all its machines."""
     return f"CPU ({machine.replace('_', '-')})"
 
 
 def read(file: Path = FILE) -> SupportMatrix:
-    """The matrix in a file; `ValueError`, a sentence, if it is no such file."""
+    """Return the matrix in a file; raise `ValueError`, a sentence, for any other file."""
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
         levels = tuple(SupportLevel(**row) for row in values.get("level", []))
@@ -209,8 +214,8 @@ def read(file: Path = FILE) -> SupportMatrix:
 
 
 def written(matrix: SupportMatrix) -> str:
-    """The text of the file."""
-    tables: list[tuple[str, Mapping[str, Any]]] = [("[vendor]", matrix.vendor)]
+    """Return the text of the file."""
+    tables: list[tuple[str, Mapping[str, object]]] = [("[vendor]", matrix.vendor)]
     for levels in by_pair(matrix).values():
         tables += [("[[level]]", asdict(level)) for level in levels]
     parts = [_HEAD]
@@ -226,7 +231,7 @@ def _key(name: str) -> str:
     return name if plain else json.dumps(name)
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{_key(n)} = {_value(v)}" for n, v in value.items()) + " }"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run amounts to: totals, verdict, level, and the digests that hold a report together.
+"""Compute a run's totals, verdict and support level, and the checksums that protect a report.
 
-Every rule is a function of the record alone, so that a stranger's `portakv conform verify` applies
-the same ones to a report as the runner did when it was made.
+Every rule depends on the record alone. `portakv conform verify` on another machine applies the same
+rules to a report as the runner that wrote it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from dataclasses import asdict
 from portakv_conformance.judge.waivers import problems
 from portakv_conformance.record import STATUSES, CaseRecord, RunRecord
 
-#: The key of ``environment`` that seals a report: a sha256 over everything else in it.
+#: The key of ``environment`` that seals a report: a sha256 over all its other content.
 SEAL = "sealed_sha256"
-#: The key of ``environment`` that says how many cases on two devices a real machine with one device
-#: was judged without. They stand between it and nothing, and no reader has to guess.
+#: The key of ``environment`` with the number of two-device cases that a real machine with one
+#: device left out. They do not lower its support level.
 LEFT_OUT = "two devices"
-# Facts of an environment that name a package of a vendor, or the toolkit that torch was built for.
+# Keys of an environment that name a vendor's package, or the toolkit that torch was built for.
 _VENDORS = re.compile(r"torch[-_]\w|cuda$|hip$|cann$|nvidia-")
 #: Statuses that no conformant run has.
 WRONG = ("failed", "error")
-#: The seed of certification runs; another draws other structures.
+#: The seed of certification runs; other seeds draw other structures.
 CERTIFICATION_SEED = 0
 
 
 def totals_of(cases: Iterable[CaseRecord]) -> dict[str, int]:
-    """How many cases have each status; a status that nothing has counts 0."""
+    """Return the number of cases with each status, 0 included."""
     counted: dict[str, int] = dict.fromkeys(STATUSES, 0)
     for case in cases:
         counted[case.status] += 1
@@ -38,13 +38,16 @@ def totals_of(cases: Iterable[CaseRecord]) -> dict[str, int]:
 
 
 def case_list_sha256(ids: Iterable[str]) -> str:
-    """The hash of a case list: of its sorted ids, a line each."""
+    """Return the hash of a case list: of its sorted ids, a line each."""
     return hashlib.sha256("".join(f"{id}\n" for id in sorted(ids)).encode()).hexdigest()
 
 
 def verdict_of(record: RunRecord) -> str:
-    """``failed``, ``incomplete`` or ``conformant``. A waiver that does not hold is a failure.
-    Waived cases leave a run conformant; its totals and its ``waivers`` show them."""
+    """Return ``failed``, ``incomplete`` or ``conformant``.
+
+    An invalid waiver is a failure. Waived cases leave a run conformant; its totals and its
+    ``waivers`` show them.
+    """
     unfit = problems(record.waivers, record.cases, record.suite, whole=not record.missing)
     if unfit or any(case.status in WRONG for case in record.cases):
         return "failed"
@@ -52,10 +55,12 @@ def verdict_of(record: RunRecord) -> str:
 
 
 def level_of(record: RunRecord) -> str:
-    """``R6``, ``R3`` or empty: how far this run proves the backend. R6 is a certification run (full
-    profile, seed 0, no fuzzing) on the real device, R3 one on an emulated device in either profile.
-    Both need every case passed or not claimed: what is waived does not pass. On an accelerator R6
-    also says the driver and the vendor's package."""
+    """Return the support level that a run proves: ``R6``, ``R3`` or empty.
+
+    R6 is a certification run (full profile, seed 0, no fuzzing) on the real device. R3 is one on an
+    emulated device in either profile. Both need each case passed or not claimed; a waived case is
+    neither. On an accelerator R6 also needs the driver's version and the vendor's package.
+    """
     fixed = record.fuzz == 0 and record.seed == CERTIFICATION_SEED
     if verdict_of(record) != "conformant" or not fixed or totals_of(record.cases)["waived"]:
         return ""
@@ -65,24 +70,26 @@ def level_of(record: RunRecord) -> str:
 
 
 def unnamed(record: RunRecord) -> list[str]:
-    """What R6 on an accelerator has to say and the record does not: under which driver, and with
-    which package of the vendor. A CPU has neither."""
+    """Return the versions that R6 on an accelerator needs and the record lacks.
+
+    These are the driver's and that of the vendor's package. A CPU needs neither.
+    """
     known = record.environment
     if known.get("emulated") is not False or str(known.get("device", "")).startswith("cpu"):
         return []
-    named = any(_VENDORS.match(name) and _said(value) for name, value in known.items())
+    named = any(_VENDORS.match(name) and _is_text(value) for name, value in known.items())
     if not str(record.backend.get("target", "")).startswith("portakv."):
-        named = named or _said(record.backend.get("version"))  # a third party's own package
-    driver = [] if _said(known.get("driver")) else ["the driver's version"]
+        named = named or _is_text(record.backend.get("version"))  # a third party's own package
+    driver = [] if _is_text(known.get("driver")) else ["the driver's version"]
     return driver if named else [*driver, "a version of the vendor's package"]
 
 
-def _said(value: object) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
 def why_no_level(record: RunRecord) -> str:
-    """What stands between a conformant run and a level, as the end of a sentence; or nothing."""
+    """Return why a conformant run proves no support level, as the end of a sentence; or empty."""
     if record.rung or record.verdict != "conformant":
         return ""
     reasons = []
@@ -97,7 +104,7 @@ def why_no_level(record: RunRecord) -> str:
 
 
 def digest_of(record: RunRecord) -> str:
-    """sha256 over the whole record but its seal, as canonical JSON."""
+    """Return the sha256 over the record without its seal, as canonical JSON."""
     values = asdict(record)
     values["environment"] = {k: v for k, v in record.environment.items() if k != SEAL}
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -105,7 +112,7 @@ def digest_of(record: RunRecord) -> str:
 
 
 def judge(record: RunRecord) -> None:
-    """Fill in totals, verdict, level and seal. Nothing may change in the record behind this."""
+    """Fill in totals, verdict, support level and seal. Do not change the record afterwards."""
     record.totals = totals_of(record.cases)
     record.verdict = verdict_of(record)
     record.rung = level_of(record)

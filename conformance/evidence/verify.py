@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a report is what a run of the installed suite writes, and says what follows from it.
+"""Check that a report is complete, unchanged and consistent with the installed suite.
 
-No check needs the device or the backend. Who forges a whole report, seal and all, is not stopped
-by any of them; that the run can be repeated by one command is what a stranger's trust rests on.
+No check needs the device or the backend. The checks do not stop a forger of a whole report, seal
+included. A reader who does not trust a report can repeat its run by one command.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import fields
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
 from math import isfinite
-from typing import Any
+from typing import Any, TypeAlias
 
 from portakv.backends.base import Capabilities
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
@@ -24,29 +24,35 @@ from portakv_conformance.evidence.environment import INTERPRET, YES, assumed
 from portakv_conformance.evidence.source import SHA256
 from portakv_conformance.judge.subject import SIMULATED
 from portakv_conformance.judge.waivers import problems as waiver_problems
-from portakv_conformance.record import ASSUMPTION, LIBRARY, RunRecord
+from portakv_conformance.record import ASSUMPTION, LIBRARY, CaseRecord, JsonObject, RunRecord
 from portakv_conformance.run.runner import cases_of
 from portakv_conformance.vendor.standins import SIMULATION, STANDINS
 
-#: ``(profile, device) -> what each case is about, by id``.
-Listing = Callable[[str, str], dict[str, dict[str, Any]]]
+#: By id, the facts of each case of a profile: see `runner.cases_of`.
+_Facts: TypeAlias = dict[str, JsonObject]
+#: ``(profile, device) -> facts of each case``.
+Listing: TypeAlias = Callable[[str, str], _Facts]
 
 _FACTS = ("torch", "python", "os", "device", "device_name", "driver", "emulated")
-# All that can be claimed of a field that is not yes or no.
+# The most that a backend can claim of a field that is not yes or no.
 _WHOLE = {"max_loops": None, "alignment": 1, "index_dtypes": ["int32", "int64"]}
-_IDLE = 0.1  # of the cases that passed: a few judge what is said, and copy nothing
+_IDLE = 0.1  # share of the passed cases that may copy nothing: a few judge claims only
 _CLOCKS = timedelta(days=1)  # by which another machine's clock may be ahead
 
 
 def check_report(text: str, listing: Listing = cases_of) -> list[str]:
-    """Everything that is wrong with a report, a sentence each; empty if it stands. Its text is the
-    document ``conformance.json``; ``listing`` tells the case list of the installed suite.
-    `SuiteBroken` if that cannot be collected."""
+    """Return each fault of a report as a sentence; empty if the report is valid.
+
+    ``text`` is the document ``conformance.json``; ``listing`` returns the case list of the
+    installed suite. `SuiteBroken`: the suite cannot be collected.
+    """
     try:
         record = RunRecord.read(text)
     except (ValueError, TypeError, KeyError) as error:
         return [f"It cannot be read as a report: {error}"]
-    for waiver in record.waivers:  # of the rest the reader has made sure
+
+    # `RunRecord.read` has checked all other fields.
+    for waiver in record.waivers:
         if not isinstance(waiver, dict) or set(waiver) != {"id", "reason", "expires"}:
             return ["A waiver of the report has not the keys id, reason, expires."]
         if not re.fullmatch(r"\d+(\.\d+)*", str(expires := waiver["expires"])):
@@ -66,7 +72,7 @@ def check_report(text: str, listing: Listing = cases_of) -> list[str]:
 
 
 def _sums(record: RunRecord) -> Iterator[str]:
-    """What has to follow from the cases."""
+    """Check the values that follow from the cases."""
     if record.totals != (totals := verdict.totals_of(record.cases)):
         yield f"Its totals are {record.totals}, but its cases count {totals}."
     if record.verdict != (follows := verdict.verdict_of(record)):
@@ -79,7 +85,7 @@ def _sums(record: RunRecord) -> Iterator[str]:
 
 
 def _rule(record: RunRecord) -> str:
-    """The rule that a level breaks."""
+    """Return the rule that a claimed support level breaks."""
     if record.environment.get("emulated") is not False:
         return "its device is emulated, and R6 needs the real one"
     if record.missing:
@@ -95,25 +101,41 @@ def _cases(record: RunRecord) -> Iterator[str]:
             yield f"Case {id!r} is there {count} times."
     waived = {waiver["id"] for waiver in record.waivers}
     for case in record.cases:
-        status = case.status
-        name = f"Case {case.id!r}"
-        if status != "passed" and not case.reason:
-            yield f"{name} is {status} without a reason."
-        if status in ("waived", "not-claimed") and case.area == "core":
-            yield f"CORE can be neither waived nor unclaimed, but {case.id!r} is {status}."
-        if (status == "waived") != (case.id in waived) and status not in verdict.WRONG:
-            yield f"{name} is {status}, which does not fit the report's waivers."
-        # A layout that was declined is no field that was left unclaimed.
-        silent = status == "not-claimed" and not case.declined
-        value = record.capabilities.get(case.claim, False)
-        if silent and (value is True or value == _WHOLE.get(case.claim, ...)):
-            yield f"{name} is not claimed, but the backend claims {case.claim!r}."
-        if status == "passed" and case.declined and case.declined >= case.examples:
-            yield f"{name} passed, with half or more of its copies declined."
-        if not (isfinite(case.seconds) and min(case.seconds, case.examples, case.declined) >= 0):
-            yield f"{name} took {case.seconds} s for {case.examples} examples."
+        yield from _status_of(case, waived)
+        yield from _counts_of(case, record.capabilities)
     if not isfinite(record.seconds):
         yield f"The run took {record.seconds} s."
+    yield from _work(record)
+
+
+def _status_of(case: CaseRecord, waived: set[str]) -> Iterator[str]:
+    """Check a case's status against its reason, its area and the ids of the waivers."""
+    status = case.status
+    name = f"Case {case.id!r}"
+    if status != "passed" and not case.reason:
+        yield f"{name} is {status} without a reason."
+    if status in ("waived", "not-claimed") and case.area == "core":
+        yield f"CORE can be neither waived nor unclaimed, but {case.id!r} is {status}."
+    if (status == "waived") != (case.id in waived) and status not in verdict.WRONG:
+        yield f"{name} is {status}, which does not fit the report's waivers."
+
+
+def _counts_of(case: CaseRecord, capabilities: JsonObject) -> Iterator[str]:
+    """Check a case's counts, and a missing claim against the backend's claims."""
+    name = f"Case {case.id!r}"
+    # A declined layout is not an unclaimed field.
+    silent = case.status == "not-claimed" and not case.declined
+    value = capabilities.get(case.claim, False)
+    if silent and (value is True or value == _WHOLE.get(case.claim, ...)):
+        yield f"{name} is not claimed, but the backend claims {case.claim!r}."
+    if case.status == "passed" and case.declined and case.declined >= case.examples:
+        yield f"{name} passed, with half or more of its copies declined."
+    if not (isfinite(case.seconds) and min(case.seconds, case.examples, case.declined) >= 0):
+        yield f"{name} took {case.seconds} s for {case.examples} examples."
+
+
+def _work(record: RunRecord) -> Iterator[str]:
+    """Check that the run copied something, in a plausible time."""
     passed = [case for case in record.cases if case.status == "passed"]
     idle = sum(case.examples == 0 for case in passed)
     if record.verdict == "conformant" and idle > len(passed) * _IDLE + 1:
@@ -121,12 +143,17 @@ def _cases(record: RunRecord) -> Iterator[str]:
     spent = sum(case.seconds for case in record.cases)
     if passed and not spent > 0:
         yield f"Its {len(record.cases)} cases took no time at all."
-    words = _words_of(record)
-    reported = words[words.index("--jobs") + 1 :][:1] if "--jobs" in words else []
-    jobs = int(reported[0]) if reported and reported[0].isdecimal() else 1
+    jobs = _jobs(record)
     if spent > jobs * record.seconds * 1.05 + 1:
-        once = f"{jobs} at a time" if jobs > 1 else "one after another"
-        yield f"Its cases took {spent:.1f} s, {once}, but the run {record.seconds:.1f} s."
+        order = f"{jobs} at a time" if jobs > 1 else "one after another"
+        yield f"Its cases took {spent:.1f} s, {order}, but the run {record.seconds:.1f} s."
+
+
+def _jobs(record: RunRecord) -> int:
+    """Return the number of workers that the command names, by default 1."""
+    words = _words_of(record)
+    values = words[words.index("--jobs") + 1 :][:1] if "--jobs" in words else []
+    return int(values[0]) if values and values[0].isdecimal() else 1
 
 
 def _facts(record: RunRecord) -> Iterator[str]:
@@ -173,7 +200,7 @@ def _facts(record: RunRecord) -> Iterator[str]:
 
 
 def _emulation(record: RunRecord, device: str) -> Iterator[str]:
-    """What emulated a device; on a CPU it is the backend itself or an interpreter."""
+    """Check what emulated a device; on a CPU it is the backend itself or an interpreter."""
     if record.environment.get("emulated") is not True or device == "cpu":
         return
     reported = record.environment.get("emulation")
@@ -191,32 +218,25 @@ def _emulation(record: RunRecord, device: str) -> Iterator[str]:
     yield from _unhashed(reported, "emulated")
 
 
-def _unhashed(told: dict[str, Any], what: str) -> Iterator[str]:
-    for name, sha256 in told.items():
+def _unhashed(hashes: dict[str, Any], what: str) -> Iterator[str]:
+    for name, sha256 in hashes.items():
         if not re.fullmatch(SHA256, str(sha256)):
             yield f"It does not say the hash of {name}, which {what}."
 
 
 def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
-    """The case list against the installed suite's."""
+    """Compare the case list with the installed suite's."""
     ids = {case.id for case in record.cases}
     if record.profile not in ("core", "full"):
         return
     device = str(record.environment.get("device", "cpu"))
     if record.environment.get("emulated") and device.partition(":")[0] != "cpu":
-        device = SIMULATED  # whatever name it carried
+        device = SIMULATED  # the simulated device may have had another name
     listed = listing(record.profile, device)
     for id in sorted(ids - set(listed)):
         yield f"Case {id!r} is not in the installed suite's list for this profile and device."
     if record.verdict == "conformant":
-        real = not record.environment.get("emulated")
-        gone = sorted(set(listed) - ids)
-        lone = [id for id in gone if real and listed[id].get("optional")]
-        if lone and verdict.LEFT_OUT not in record.environment:
-            yield f"It does not say that {len(lone)} cases on two devices were left out."
-        if absent := [id for id in gone if id not in lone]:
-            count = f"{len(absent)} cases of the installed suite are not in it"
-            yield f"{count}, the first of them {absent[0]!r}."
+        yield from _absent(record, sorted(set(listed) - ids), listed)
     if not record.missing and record.case_list_sha256 != verdict.case_list_sha256(ids):
         yield "Its case-list hash is not that of its cases."
     for case in record.cases:
@@ -226,8 +246,19 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
             yield f"Case {case.id!r} is described as {claimed}, but the suite says {known}."
 
 
+def _absent(record: RunRecord, absent: list[str], listed: _Facts) -> Iterator[str]:
+    """Check that only cases on two devices are absent from a conformant report."""
+    real = not record.environment.get("emulated")
+    left_out = [id for id in absent if real and listed[id].get("optional")]
+    if left_out and verdict.LEFT_OUT not in record.environment:
+        yield f"It does not say that {len(left_out)} cases on two devices were left out."
+    if others := [id for id in absent if id not in left_out]:
+        count = f"{len(others)} cases of the installed suite are not in it"
+        yield f"{count}, the first of them {others[0]!r}."
+
+
 def _words_of(record: RunRecord) -> list[str]:
-    """The command in words; none if a quote in it is not closed."""
+    """Return the command's words; none if a quote in it is not closed."""
     try:
         return shlex.split(record.command)
     except ValueError:
@@ -235,7 +266,14 @@ def _words_of(record: RunRecord) -> list[str]:
 
 
 def _command(record: RunRecord) -> Iterator[str]:
-    """What the command asks for and the report does not tell, or the other way, a sentence each."""
+    """Yield each contradiction between the command and the report, as a sentence."""
+    yield from _options(record)
+    yield from _backend(record)
+    yield from _interpreter(record)
+
+
+def _options(record: RunRecord) -> Iterator[str]:
+    """Compare the options of the command with the report."""
     words = _words_of(record)
     device = str(record.environment.get("device", ""))
     expected = [("--device", device), ("--profile", record.profile), ("--seed", str(record.seed))]
@@ -252,7 +290,12 @@ def _command(record: RunRecord) -> Iterator[str]:
     for word, shown in reported.items():
         if word in words and not shown:
             yield f"Its command has {word}, which does not fit the rest of it: {record.command}"
-    # It begins with `portakv conform` and the backend, by its name or as `pkg.mod:Class`.
+
+
+def _backend(record: RunRecord) -> Iterator[str]:
+    """Compare the backend in the command with the report."""
+    words = _words_of(record)
+    # The command begins with `portakv conform` and the backend, by its name or as `pkg.mod:Class`.
     start = [word for word in words if "=" not in word or word.startswith("-")][:3]
     requested = start[2] if start[:2] == ["portakv", "conform"] and len(start) == 3 else ""
     name, target = (str(record.backend.get(key, "")) for key in ("name", "target"))
@@ -260,10 +303,16 @@ def _command(record: RunRecord) -> Iterator[str]:
     offered = ":" in requested and requested.rpartition(":")[2] == target.rpartition(":")[2]
     if requested not in (name, target) and not offered:
         yield f"Its command does not judge {name!r} ({target}): {record.command}"
-    statement = [word.partition("=")[2] for word in words if word.startswith(f"{INTERPRET}=")]
-    if not (target.startswith("portakv.backends.triton:") and device == "cpu"):
-        statement = []
-    statement.append(str(record.environment.get(INTERPRET, "")))
-    interpreted = any(value.lower() in YES for value in statement)
+
+
+def _interpreter(record: RunRecord) -> Iterator[str]:
+    """Check that a report of interpreted kernels says that they are emulated."""
+    words = _words_of(record)
+    target = str(record.backend.get("target", ""))
+    values = []
+    if target.startswith("portakv.backends.triton:") and record.environment.get("device") == "cpu":
+        values = [word.partition("=")[2] for word in words if word.startswith(f"{INTERPRET}=")]
+    values.append(str(record.environment.get(INTERPRET, "")))
+    interpreted = any(value.lower() in YES for value in values)
     if interpreted and record.environment.get("emulated") is not True:
         yield f"An interpreter ran its kernels ({INTERPRET}), but it says that nothing is emulated."
