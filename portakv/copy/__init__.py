@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one primitive: rows from one view to another, ordered on a stream."""
+"""Copy rows from one view to another, ordered on a stream: the one primitive of PortaKV."""
 
 from portakv.copy.copy import copy_move as copy_move
 from portakv.copy.handle import BlockTransfer as BlockTransfer

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What carries a copy between two places, the device's backend or an engine; and the order of a
-copy between two devices."""
+"""Choose what executes a copy between two places, and order a copy between two devices."""
 
 from __future__ import annotations
 
@@ -18,11 +17,13 @@ from portakv.view.view import KVView
 
 
 def seen_by_reader(src: KVView, reader: torch.device, stream: torch.Stream | None) -> KVView:
-    """Rows of another device, to be read on ``stream`` (None: the reader's current one), which is
-    behind the current stream of their device from now on.
+    """Return rows of another device, to be read on ``stream`` (None: the reader's current stream).
+
+    The stream waits for the present work of the current stream of the rows' device.
 
     Raises:
-        DeviceMismatch: devices of two types, or a stream of neither. Unsupported: in graph capture.
+        DeviceMismatch: devices of two types, or a stream of neither device.
+        Unsupported: in graph capture.
     """
     peer = src.as_peer(reader)
     owner = src.home
@@ -37,17 +38,25 @@ def seen_by_reader(src: KVView, reader: torch.device, stream: torch.Stream | Non
     return peer
 
 
-def written_behind(src: KVView, made: Transfer) -> None:
-    """Let the current stream of a source's own device go on behind a copy of it, so that nothing is
-    overwritten too early; as `Tensor.copy_` orders both."""
-    for last in made.completions[-1:]:  # of several layers, which are in order
+def order_after(src: KVView, made: Transfer) -> None:
+    """Make the current stream of the source's device wait for a copy of it.
+
+    So nothing overwrites the source too early; `Tensor.copy_` orders both devices the same way.
+    """
+    for last in made.completions[-1:]:  # of several layers, which end in order
         last.wait(torch.accelerator.current_stream(src.home.index))
 
 
 def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
-    """What carries a copy out on a caller's terms: the chosen backend if it reaches both places, or
-    an engine; the rate is kept by a worker. Raises `DeviceMismatch` for a view on a device that has
-    no part in the copy, `Unsupported` for terms that nothing here would keep."""
+    """Return what executes a copy on a caller's terms.
+
+    That is the chosen backend if it reaches both places, else a transfer strategy. A worker keeps
+    the rate.
+
+    Raises:
+        DeviceMismatch: a view lies on a device that has no part in the copy.
+        Unsupported: nothing here keeps the terms.
+    """
     home = choice.backend.device
     devices = {src.device, dst.device}
     if devices - {home, torch.device("cpu")} or home not in devices:

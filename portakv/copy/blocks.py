@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`copy_blocks`: copies of whole blocks by their ids."""
+"""`copy_blocks`: copy whole blocks by their ids."""
 
 from __future__ import annotations
 
@@ -34,36 +34,36 @@ def copy_blocks(
     check: Check = "usual",
     late: LateErrors | None = None,
 ) -> BlockTransfer:
-    """Copy whole blocks by their ids; block sizes may differ, the numbers of tokens may not.
+    """Copy whole blocks by their ids. Block sizes may differ; the numbers of tokens may not.
 
-    It is `copy_rows` under ids of blocks; arguments that are not named here are those.
+    It is `copy_rows` under ids of blocks, and takes its other arguments.
 
     Args:
-        src, dst: paged views, or chunks if that side's blocks are None (consecutive tokens).
-        src_blocks, dst_blocks: block ids, int32 or int64, negative = skipped; or an `Index` of
-            them with ``step=block_size``, which is validated once however often it is used.
-        count: tokens to move, so that the last blocks may be moved in part; by default all that
-            are left.
-        skip: tokens that are passed over where the lists begin, so that the first blocks may be
-            moved in part: as many on both sides, or a pair, of the source and of the destination.
+        src, dst: paged views; or chunks of consecutive tokens, if that side's blocks are None.
+        src_blocks, dst_blocks: block ids, int32 or int64; negative ids are skipped. Or an `Index`
+            of them with ``step=block_size``, which is validated once for all of its uses.
+        count: tokens to move, so that the last blocks may be moved in part. None: all that are
+            left.
+        skip: tokens to leave out at the beginning of the lists, so that the first blocks may be
+            moved in part. One number for both sides, or a pair for the source and the destination.
 
     Raises:
         LayoutError: ids for a view that is not paged.
-        SlotError: a ``skip`` that is no whole number, or a pair of them, of at least 0.
-        PortaKVError: what `copy_rows` raises.
+        SlotError: ``skip`` is not a whole number of at least 0, or a pair of them.
+        PortaKVError: as `copy_rows`.
     """
     source = source_of(src, dst, reinterpret)
-    mine = _block_index(src, src_blocks, "src")
-    theirs = _block_index(dst, dst_blocks, "dst")
+    src_index = _block_index(src, src_blocks, "src")
+    dst_index = _block_index(dst, dst_blocks, "dst")
     if skip or type(skip) is not int:
-        first, behind = skip if isinstance(skip, tuple) and len(skip) == 2 else (skip, skip)
-        mine = mine.shifted(_tokens(first))
-        theirs = theirs.shifted(_tokens(behind))
+        first, after = skip if isinstance(skip, tuple) and len(skip) == 2 else (skip, skip)
+        src_index = src_index.shifted(_tokens(first))
+        dst_index = dst_index.shifted(_tokens(after))
     return issued(
         source,
         dst,
-        mine,
-        theirs,
+        src_index,
+        dst_index,
         count,
         backend,
         stream,

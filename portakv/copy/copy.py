@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one primitive: a copy as one value, checked, cut and ordered on a stream."""
+"""Check, cut and order one copy: the primitive that every call becomes."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from portakv.view.view import Tensors as Tensors
 
 
 class HasTensor(Protocol):
-    """A memory object of an engine: it has its tensors as ``.tensor``."""
+    """A memory object of an engine, with its tensors in ``.tensor``."""
 
     @property
     def tensor(self) -> Any:
-        """`Tensors`; None or anything else is refused when it is used."""
+        """`Tensors`; anything else is refused when it is used."""
 
 
-#: How ids on a device are looked at.
+#: How ids on a device are checked.
 Check: TypeAlias = Literal["usual", "strict"]
 CHECKS: tuple[str, ...] = get_args(Check)
 UNCHECKED = "its ids have to be checked before they are used"  # inside graph capture
-#: What carries out a part of a copy, the part's first position, and its tokens.
+#: What executes a part of a copy, the first position of the part, and its tokens.
 Piece: TypeAlias = tuple[Prepared, int, int]
 #: A chunk.
 MemoryObject: TypeAlias = "Tensors | HasTensor"
@@ -57,8 +57,11 @@ MemoryObject: TypeAlias = "Tensors | HasTensor"
 def checked(
     src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: object, backend: str | None
 ) -> tuple[Move, Choice]:
-    """A caller's copy and the backend that was chosen, with all checked but the stream and the
-    contents of ids; ``count`` None: what the indices cover. Raises as `copy_rows` does."""
+    """Return a caller's copy and the chosen backend, after all checks but those of the stream and
+    of ids.
+
+    ``count`` None: the tokens that the indices cover. Raises as `copy_rows`.
+    """
     if count is None:
         tokens = covered(src, dst, src_index, dst_index)
     else:
@@ -77,7 +80,7 @@ def is_strict(check: object) -> bool:
 
 
 def source_of(src: KVView, dst: KVView, reinterpret: bool) -> KVView:
-    """The source of a copy as it is read; raises `LayoutError` if one side is no view."""
+    """Return the source of a copy as it is read; raise `LayoutError` if one side is not a view."""
     if not (isinstance(src, KVView) and isinstance(dst, KVView)):
         kind = type(dst if isinstance(src, KVView) else src).__name__
         raise LayoutError(
@@ -88,7 +91,7 @@ def source_of(src: KVView, dst: KVView, reinterpret: bool) -> KVView:
 
 
 def common_device(src: KVView, dst: KVView) -> torch.device:
-    """The device that carries a copy out: the accelerator if one side is on it."""
+    """Return the device that executes a copy: the accelerator if one side is on it."""
     if src.device == dst.device or dst.device.type == "cpu":
         return src.device
     if src.device.type == "cpu":
@@ -100,26 +103,26 @@ def common_device(src: KVView, dst: KVView) -> torch.device:
 
 
 def covered(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> int:
-    """The tokens that two indices cover alike; raises `SlotError` if they differ."""
-    mine = src_index.length
-    theirs = dst_index.length
-    if mine is None and theirs is None:
-        mine = src.slots - src_index.offset
-        theirs = dst.slots - dst_index.offset
-    tokens = theirs if mine is None else mine
+    """Return the tokens that both indices cover; raise `SlotError` if they differ."""
+    src_tokens = src_index.length
+    dst_tokens = dst_index.length
+    if src_tokens is None and dst_tokens is None:
+        src_tokens = src.slots - src_index.offset
+        dst_tokens = dst.slots - dst_index.offset
+    tokens = dst_tokens if src_tokens is None else src_tokens
     assert tokens is not None
-    if theirs not in (None, tokens):
+    if dst_tokens not in (None, tokens):
         raise SlotError(
-            f"The source covers {tokens} tokens and the destination {theirs}; make them equal, or "
-            f"pass count."
+            f"The source covers {tokens} tokens and the destination {dst_tokens}; make them equal, "
+            f"or pass count."
         )
     if tokens < 0:
-        raise SlotError(f"The index begins {-tokens} tokens behind its end; lower its offset.")
+        raise SlotError(f"The index begins {-tokens} tokens after its end; lower its offset.")
     return tokens
 
 
 def whole(name: str, value: object, expected: str, least: float = -inf) -> int:
-    """An argument that is a whole number; raises `SlotError` if it is none, or too small."""
+    """Return an argument that is a whole number; raise `SlotError` if it is not one."""
     try:
         number = whole_number(value)  # type: ignore[arg-type]
         if number >= least and not isinstance(value, bool):
@@ -137,15 +140,16 @@ def copy_move(
     known_good: bool = False,
     strict: bool = False,
 ) -> Transfer:
-    """Carry out a copy that its indices and views cover, by the chosen backend, or across the link
-    by an engine over it. Raises as `copy_rows` does.
+    """Execute a copy that its indices and views cover, by the chosen backend or a strategy over it.
 
     Args:
         stream: where to order the work; it first waits for the current stream.
-        known_good: the memory of the views was looked at just now: it is there, and none is shared.
-        strict: ids on a device are looked at before anything is moved, which waits for them.
+        known_good: the memory of the views was checked just now: it exists, and no byte is shared.
+        strict: check ids on a device before anything is moved, which waits for them.
+
+    Raises as `copy_rows`.
     """
-    src, dst, mine, theirs, count = move
+    src, dst, src_index, dst_index, count = move
     if stream is not None:
         streams.check_stream(stream, choice.backend.device)
     dst.check_writable()
@@ -154,14 +158,14 @@ def copy_move(
         dst.check_memory()
     if not src.device == dst.device == choice.backend.device:
         choice = carrier(src, dst, choice, None)
-    ready = prepared(src.form, dst.form, mine.plan_step, theirs.plan_step, None, choice)
+    ready = prepared(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
     if count == 0:
         return Transfer()
     skips = check_ids(move, strict)
     error = None
     pieces = _pieces(ready, move, choice)
-    clean = (mine.on_host or mine.is_clean(count, src.slots)) and (
-        theirs.on_host or theirs.is_clean(count, dst.slots)
+    clean = (src_index.on_host or src_index.is_clean(count, src.slots)) and (
+        dst_index.on_host or dst_index.is_clean(count, dst.slots)
     )
     guarded = skips or not clean
     if guarded and not _take(pieces, move, clean):
@@ -177,7 +181,7 @@ def copy_move(
 
 
 def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:
-    """The body of a copy in the largest units, its head and tail by token."""
+    """Return the body of a copy in the largest units, and its head and tail by token."""
     pieces = []
     for first, tokens, unit in ready.plan.split(move):
         part = ready
@@ -188,7 +192,7 @@ def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:
 
 
 def _take(pieces: list[Piece], move: Move, clean: bool) -> bool:
-    """Whether the backends of a copy take ids that are negative, and those that are not clean."""
+    """Return whether the backends of a copy accept negative ids, and ids that are not clean."""
     for ready, first, tokens in pieces:
         can = ready.claims(move.part(first, tokens))
         if not can.skips_negative or not (clean or can.guards):
@@ -197,33 +201,39 @@ def _take(pieces: list[Piece], move: Move, clean: bool) -> bool:
 
 
 def check_ids(move: Move, strict: bool) -> bool:
-    """Whether ids on the host skip positions; with ``strict`` ids on a device are waited for and
-    judged as these are. Raises `SlotError` for a slot past the end and a destination that occurs
-    twice, and `Unsupported` if it had to wait inside graph capture."""
-    src, dst, mine, theirs, count = move
-    if strict and not (mine.on_host and theirs.on_host):
+    """Return True if ids on the host skip positions; with ``strict``, wait for ids on a device and
+    check them in the same way.
+
+    Raises:
+        SlotError: a slot past the end, or a destination that occurs twice.
+        Unsupported: inside graph capture, if it had to wait.
+    """
+    src, dst, src_index, dst_index, count = move
+    if strict and not (src_index.on_host and dst_index.on_host):
         check_not_captured(common_device(src, dst), UNCHECKED)
-        mine = mine.to_host()
-        theirs = theirs.to_host()
-    skips = mine.check(count, src.slots, "source")
-    return theirs.check(count, dst.slots, "destination", distinct=True) or skips
+        src_index = src_index.to_host()
+        dst_index = dst_index.to_host()
+    skips = src_index.check(count, src.slots, "source")
+    return dst_index.check(count, dst.slots, "destination", distinct=True) or skips
 
 
 def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
-    """The copy without the units whose id is negative or past the end, on either side, and the
-    error that names the first id past the end. Waits once for the device if ids are there; if
-    nothing is dropped they need not be looked at again."""
+    """Return a copy without the units that have a negative id or one past the end on either side,
+    and the error that names the first id past the end.
+
+    It waits once for the device if ids are there. If nothing is dropped, no later check is needed.
+    """
     src, dst, *indices, count = move
     unit = gcd(unit, *(index.offset for index in indices), count)
     device = next((x.ids.device for x in indices if x.ids is not None), src.device)
     listed = [
         (x.units(count, unit, device), view.slots // unit)
         for x, view in zip(indices, (src, dst), strict=True)
-        if x.ids is not None  # else its length was checked
+        if x.ids is not None  # otherwise its length was checked
     ]
     good = [(number >= 0) & (number < slots) for number, slots in listed]
-    kept = (good[0] & good[1] if len(good) == 2 else good[0]).nonzero()[:, 0]
-    if kept.numel() * unit == count:
+    usable = (good[0] & good[1] if len(good) == 2 else good[0]).nonzero()[:, 0]
+    if usable.numel() * unit == count:
         for index, view in zip(indices, (src, dst), strict=True):
             index.mark_clean(count, view.slots)
         return move, None
@@ -237,8 +247,8 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
         slot = int(numbers[side][first]) * unit
         view = (src, dst)[side]
         error = bad_slot(first * unit, slot, view.slots)
-    mine, theirs = (Index(number[kept], step=unit) for number in numbers)
-    return Move(src, dst, mine, theirs, kept.numel() * unit), error
+    src_index, dst_index = (Index(number[usable], step=unit) for number in numbers)
+    return Move(src, dst, src_index, dst_index, usable.numel() * unit), error
 
 
 def _launch(
@@ -248,9 +258,12 @@ def _launch(
     error: SlotError | None,
     guarded: bool,
 ) -> Transfer:
-    """Launch every piece, ordered behind the current stream (or, after it, on ``stream``). Inside
-    graph capture with ``stream`` the capture forks there, and `Transfer.wait` joins. What carries
-    out ids that are to be ``guarded`` has a status word, by which an engine is picked that does."""
+    """Launch every piece after the current stream's work, or on ``stream`` after that.
+
+    Inside graph capture with ``stream`` the capture forks there, and `Transfer.wait` joins it. A
+    backend that executes ids which are to be ``guarded`` gets a status word; a strategy is picked
+    that takes one.
+    """
     device = pieces[0][0].choice.backend.device
     on_device = move.src.form.place == "device" or move.dst.form.place == "device"
     captured = on_device and capturing(device)
@@ -264,7 +277,7 @@ def _launch(
         for view, read in zip(move[:2], pieces[0][0].tables, strict=True):
             if read and view.device == device:
                 bring_table(view, device)
-    if captured:  # a graph's memory is its owner's, so that no allocator is told of it
+    if captured:  # a graph's memory belongs to its owner, so no allocator is told of it
         streams.follow_current(stream)
     elif stream is not None:
         follow_current(stream, [part for *_, part in parts])
@@ -275,7 +288,7 @@ def _launch(
         word = None
         if on_device and (ready.can.guards or guarded):
             status_word = acquire_word()
-            status.append((status_word, first))  # it counts from there
+            status.append((status_word, first))  # it counts from its own start
             word = status_word.tensor
         pending = ready.launch(*part, stream, word)
         if carried is NOTHING:
@@ -287,25 +300,26 @@ def _launch(
         return streams.captured(device, stream, move, status, carried)
     event = None
     pool = None
-    kept = (move.src, move.dst, parts)
+    retained = (move.src, move.dst, parts)
     if on_device:
         pool = event_pool(device)
         event = pool.recorded(stream)
     elif not pendings and error is None:
         return Transfer((), None, carried)
-    # No allocator holds a peer's memory for as long as this device reads it, or its own sends it.
+    # No allocator keeps a peer's memory while this device reads it, or while its own device sends.
     peer = move.src.form.place == "peer"
-    held = kept if pendings or peer else None
-    completion = Completion(event, pendings, status, error, held, pool)
+    in_use = retained if pendings or peer else None
+    completion = Completion(event, pendings, status, error, in_use, pool)
     if peer:
         hold_memory(completion)
     if pendings or status:
         hold(completion)
-    return Transfer((completion,), kept, carried)
+    return Transfer((completion,), retained, carried)
 
 
 def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:
-    """Let ``stream`` wait for the current one, and tell the allocator what of two views it uses."""
+    """Make ``stream`` wait for the current stream, and tell the allocator which memory of two views
+    it uses."""
     src = moves[0].src
     dst = moves[0].dst
     tables = [table for view in (src, dst) if (table := view.table_on(stream.device)) is not None]
@@ -314,7 +328,7 @@ def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:
 
 
 def check_not_captured(device: torch.device, why: str) -> None:
-    """Raise `Unsupported` inside graph capture, before anything was enqueued."""
+    """Raise `Unsupported` inside graph capture, before anything is enqueued."""
     if capturing(device):
         todo = "capture a copy with a capturable backend and contiguous device ids of a dtype"
         raise refuse_capture("A copy", f"{why}; {todo} that it reads")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handle that `copy_rows` and `copy_blocks` return, which tells how far the copy is."""
+"""The handle that `copy_rows` and `copy_blocks` return: progress, layers and cancellation of a
+copy."""
 
 from __future__ import annotations
 
@@ -19,21 +20,21 @@ from portakv.view.index import Index
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What became of a transfer so far.
+    """The progress of a transfer.
 
     Attributes:
         nbytes: bytes that have landed.
-        blocks: blocks that have landed in all layers, in blocks of the source's ids, or of the
-            destination's if the source has none; with a slot mapping each token is one. Without
-            ids in the source's own blocks.
-        blocks_asked: blocks to move. Ids on the host that are skipped do not count; ids on a
-            device are not looked at.
-        engine: the backend, or the engine across the link, that carried it out, or its first piece.
-        why: why that one, as a phrase.
-        seconds: what it took by the host's clock, from the call to the moment when the end was
-            noticed; None before the end, and inside graph capture.
-        slices: how many pieces it was issued in so far.
-        cancelled: it was cancelled, so that some blocks are not moved.
+        blocks: blocks that have landed in all layers, counted by the source's ids, else by the
+            destination's. With a slot mapping each token is a block; without ids the source's
+            blocks count.
+        blocks_asked: blocks to move. Skipped ids on the host do not count. Ids on a device are not
+            read, so they all count.
+        engine: the backend or strategy that executed the copy, or its first piece.
+        why: the reason for that choice, as a phrase.
+        seconds: time by the host's clock from the call until its end was noticed. None before the
+            end, and inside graph capture.
+        slices: pieces that were issued so far.
+        cancelled: True if it was cancelled, so that some blocks are not moved.
     """
 
     nbytes: int
@@ -47,18 +48,20 @@ class Statistics:
 
     @property
     def gbps(self) -> float | None:
-        """10^9 bytes in a second; None if no time is known."""
+        """The rate in 10^9 bytes a second; None if no time is known."""
         return self.nbytes / self.seconds / 1e9 if self.seconds else None
 
 
 def token_bytes(form: Form) -> float:
-    """Bytes of a token in all layers; of an opaque page, its share."""
+    """Return the bytes of a token in all layers; of an opaque page, its share."""
     return form.token_bytes / (form.block_size if form.opaque else 1)
 
 
 class BlockTransfer(Transfer):
-    """What `copy_rows` and `copy_blocks` return; it keeps no view of its move. Its ``worker``
-    issues what is not issued yet."""
+    """The handle of a copy. It does not keep the views of its copy alive.
+
+    Its ``worker`` issues what is not issued yet.
+    """
 
     __slots__ = ("_asked", "_began", "_block", "_ended", "_form", "_layers", "_worker")
 
@@ -73,11 +76,12 @@ class BlockTransfer(Transfer):
         self.completions = transfer.completions
         self._retained = transfer._retained
         self.carried = transfer.carried
-        src, _, mine, theirs, count = move
+        src, _, src_index, dst_index, count = move
         self._form = form = src.form
-        self._block = mine.plan_step or theirs.plan_step or form.block_size or 1
-        # Tokens, and the indices that may skip some of them, until the end: it counts them.
-        self._asked: tuple[int, tuple[Index, ...]] = count, (mine, theirs)
+        self._block = src_index.plan_step or dst_index.plan_step or form.block_size or 1
+        # Tokens, and the indices that may skip some of them. Dropped at the end, when they are
+        # counted.
+        self._asked: tuple[int, tuple[Index, ...]] = count, (src_index, dst_index)
         self._began = began
         self._worker = worker
         self._layers = layers
@@ -85,23 +89,27 @@ class BlockTransfer(Transfer):
 
     @classmethod
     def together(cls, transfers: Sequence[BlockTransfer]) -> BlockTransfer:
-        """Several transfers as one handle: the first error counts, bytes and blocks are added, and
-        the time is that from the first call to the last end."""
+        """Join several transfers in one handle.
+
+        The first error counts. Bytes and blocks are added. The time runs from the first call to the
+        last end.
+        """
         flat = [one for each in transfers for one in each._parts]
         return flat[0] if len(flat) == 1 else _Together(flat)
 
     @property
     def _parts(self) -> tuple[BlockTransfer, ...]:
-        """The transfers that it joins; itself, if it joins none."""
+        """Return the transfers that it joins; itself, if it joins none."""
         return (self,)
 
     @property
     def layers(self) -> tuple[Transfer, ...]:
-        """A `Transfer` for each layer, which ends when that layer's bytes have landed; the block
-        transfer itself covers all of them.
+        """Return a `Transfer` for each layer, which ends when that layer's bytes have landed.
+
+        The block transfer itself covers all of them.
 
         Raises:
-            TransferError: it was not asked for with ``by_layer=True``.
+            TransferError: the copy was not requested with ``by_layer=True``.
         """
         if self._layers is None:
             raise TransferError(
@@ -111,12 +119,12 @@ class BlockTransfer(Transfer):
         return self._layers
 
     def cancel(self) -> bool:
-        """Move no more than what is in flight already; never blocks.
+        """Stop after what is in flight already; never block.
 
         Returns:
             True if some blocks will not be moved; the transfer then ends early, with
-            `TransferCancelled`. False if all have been issued or moved, which is so from the
-            beginning without ``cancellable`` or ``max_gbps``.
+            `TransferCancelled`. False if all have been issued or moved. Without ``cancellable`` or
+            ``max_gbps`` that is so from the beginning.
         """
         return self._worker is not None and self._worker.cancel()
 
@@ -127,7 +135,7 @@ class BlockTransfer(Transfer):
 
     @property
     def statistics(self) -> Statistics:
-        """What became of it so far; never blocks or raises."""
+        """Return the progress so far; never block or raise."""
         worker = self._worker
         layers = self._layers or ()
         moving = self._moving()
@@ -138,7 +146,7 @@ class BlockTransfer(Transfer):
             carried = self.carried
         else:
             progress = worker.progress
-            ended_at = progress.ended_at  # read first: the rest is then complete
+            ended_at = progress.ended_at  # read first: the other fields are then complete
             landed = worker.slices[: progress.landed]
             last = worker.slices[-1].layer
             nbytes = sum(piece.nbytes for piece in landed)
@@ -150,7 +158,7 @@ class BlockTransfer(Transfer):
         return Statistics(*counts, *carried, seconds, pieces, self.cancelled)
 
     def _moving(self) -> int:
-        """The tokens of which no id on the host says that they are skipped."""
+        """Return the number of tokens that no id on the host skips."""
         tokens, indices = self._asked
         skipped = [
             index.slots(tokens) < 0
@@ -160,7 +168,8 @@ class BlockTransfer(Transfer):
         return tokens - int(np.count_nonzero(np.logical_or.reduce(skipped))) if skipped else tokens
 
     def _landed(self, moving: int) -> tuple[int, int]:
-        """Bytes that have landed, and tokens that have in all layers, of what is on streams."""
+        """Return the bytes that have landed and the tokens that have landed in all layers, of what
+        is on streams."""
         if self._captured:
             return 0, 0
         nbytes = moving * token_bytes(self._form)
@@ -176,14 +185,14 @@ class BlockTransfer(Transfer):
         super()._finish()
 
     def _note_end(self) -> None:
-        """The end was seen now; the first time counts. The indices are let go."""
+        """Note that the end was noticed now; the first time counts. Release the indices."""
         if self._ended is None:
             self._ended = perf_counter()
         self._asked = self._moving(), ()
 
 
 class _Together(BlockTransfer):
-    """Several transfers as one handle."""
+    """Join several transfers in one handle."""
 
     __slots__ = ("_all",)
 
@@ -199,12 +208,13 @@ class _Together(BlockTransfer):
 
     @property
     def layers(self) -> tuple[Transfer, ...]:
-        """Those of all transfers, one behind the other."""
+        """Return the layers of all transfers, one after another."""
         return tuple(layer for each in self._all for layer in each.layers)
 
     def cancel(self) -> bool:
-        """See `BlockTransfer.cancel`; True if some blocks of any will not be moved."""
-        return True in [each.cancel() for each in self._all]  # all of them are asked
+        """Cancel all transfers, as `BlockTransfer.cancel` does; True if some blocks of any will not
+        be moved."""
+        return True in [each.cancel() for each in self._all]
 
     @property
     def cancelled(self) -> bool:
@@ -213,21 +223,21 @@ class _Together(BlockTransfer):
 
     @property
     def statistics(self) -> Statistics:
-        """What became of all of them so far; never blocks or raises."""
-        told = [each.statistics for each in self._all]
+        """Return the progress of all of them so far; never block or raise."""
+        reported = [each.statistics for each in self._all]
         began = min((each._began for each in self._all), default=0.0)
         ends = [
             None if one.seconds is None else each._began + one.seconds
-            for each, one in zip(self._all, told, strict=True)
+            for each, one in zip(self._all, reported, strict=True)
         ]
         seconds = max((end for end in ends if end is not None), default=began) - began
         return Statistics(
-            sum(one.nbytes for one in told),
-            sum(one.blocks for one in told),
-            sum(one.blocks_asked for one in told),
-            *(told[0].engine, told[0].why) if told else NOTHING,
+            sum(one.nbytes for one in reported),
+            sum(one.blocks for one in reported),
+            sum(one.blocks_asked for one in reported),
+            *(reported[0].engine, reported[0].why) if reported else NOTHING,
             None if None in ends else seconds,
-            sum(one.slices for one in told),
+            sum(one.slices for one in reported),
             self.cancelled,
         )
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies between memory known by addresses that were made before, but for their ids on a device.
+"""Repeat a copy between memory known by addresses, with other ids on a device.
 
-Functions that stand for an engine's own are called for the same pools again and again, for a layer
+Functions in the place of an engine's own are called for the same pools again and again, one layer
 at a time. Views over addresses hold no memory that could be gone, and ids that are clean by promise
-need no look, so that all answers about the first copy are those about the next.
+need no check. So every decision about the first copy holds for the next ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from portakv.runtime.transfer import Completion, EventPool, Transfer, acquire_wo
 from portakv.view.view import KVView
 
 
-class _Way(NamedTuple):
+class _Repeatable(NamedTuple):
     again: Again
     tabled: tuple[KVView, ...]  # views whose tables of addresses are read
     guards: bool  # it writes a status word
@@ -31,40 +31,45 @@ class _Way(NamedTuple):
     carried: tuple[str, str]
 
 
-# kept with the source, so that they go when it goes
+# kept with the source, and released with it
 _AGAIN = "copies made again"
 _KEPT = 64
-#: What carried so many tokens between such forms; engines differ by that.
-_carriers: Bounded[tuple[Any, ...], str] = Bounded("carriers of copies made again", 4096)
+#: The backend of a copy of so many tokens between two forms; strategies may differ by their number.
+_strategies: Bounded[tuple[Any, ...], str] = Bounded("carriers of copies made again", 4096)
 
 
 def repeated(move: Move, choice: Choice) -> Transfer | None:
-    """The copy, ordered on the current stream, if one like it was remembered; else None."""
-    src, dst, mine, theirs, count = move
+    """Issue the copy on the current stream if one like it was remembered; else return None."""
+    src, dst, src_index, dst_index, count = move
     kind = _kind(move, choice.backend.device)
     if kind is None or count < 1 or capturing(choice.backend.device):
         return None
-    name = _carriers.get((src.form, dst.form, kind, choice, count))
-    way: _Way | None = src.derived.get(_AGAIN, {}).get((dst, kind, choice, name))
-    if way is None or count > way.again.most:
+    name = _strategies.get((src.form, dst.form, kind, choice, count))
+    repeatable: _Repeatable | None = src.derived.get(_AGAIN, {}).get((dst, kind, choice, name))
+    if repeatable is None or count > repeatable.again.most:
         return None
-    for view in way.tabled:
+    for view in repeatable.tabled:
         view.follow_table(choice.backend.device)
-    read = src.origins[0] if mine.ids is None else mine.ids.data_ptr()
-    written = dst.origins[0] if theirs.ids is None else theirs.ids.data_ptr()
-    word = acquire_word() if way.guards else None
-    way.again(read, written, 0, count, word.address if word else 0)
+    read = src.origins[0] if src_index.ids is None else src_index.ids.data_ptr()
+    written = dst.origins[0] if dst_index.ids is None else dst_index.ids.data_ptr()
+    word = acquire_word() if repeatable.guards else None
+    repeatable.again(read, written, 0, count, word.address if word else 0)
     words = [(word, 0)] if word else []
-    completion = Completion(way.events.recorded(None), (), words, None, None, way.events)
+    completion = Completion(
+        repeatable.events.recorded(None), (), words, None, None, repeatable.events
+    )
     if word:
         hold(completion)
-    return Transfer((completion,), (src, dst, mine, theirs), way.carried)
+    return Transfer((completion,), (src, dst, src_index, dst_index), repeatable.carried)
 
 
 def remember(move: Move, choice: Choice, made: Transfer) -> None:
-    """Remember a copy that was made just now, by this thread, if its like can be repeated: once its
-    like was made twice, as views that are made for one call never are."""
-    src, dst, mine, theirs, count = move
+    """Remember a copy that this thread just made, if it can be repeated.
+
+    A copy is remembered when its like was made twice, which never happens to views made for one
+    call.
+    """
+    src, dst, src_index, dst_index, count = move
     device = choice.backend.device
     kind = _kind(move, device)
     if kind is None or not made.completions or capturing(device):
@@ -76,23 +81,28 @@ def remember(move: Move, choice: Choice, made: Transfer) -> None:
     if again is None:
         return
     key = dst, kind, choice, name
-    ways = src.derived.setdefault(_AGAIN, Bounded(_AGAIN, _KEPT))
-    if key not in ways:
-        ways[key] = None
+    repeatables = src.derived.setdefault(_AGAIN, Bounded(_AGAIN, _KEPT))
+    if key not in repeatables:
+        repeatables[key] = None
         return
-    if ways[key] is None:
-        found = again(src, dst, mine, theirs)
-        if found is None:
+    if repeatables[key] is None:
+        result = again(src, dst, src_index, dst_index)
+        if result is None:
             return
         tabled = tuple(view for view in (src, dst) if view.table_on(device) is not None)
-        ways[key] = _Way(found, tabled, ready.can.guards, event_pool(device), made.carried)
-    _carriers[src.form, dst.form, kind, choice, count] = name
+        repeatables[key] = _Repeatable(
+            result, tabled, ready.can.guards, event_pool(device), made.carried
+        )
+    _strategies[src.form, dst.form, kind, choice, count] = name
 
 
 def _kind(move: Move, device: torch.device) -> tuple[Any, ...] | None:
-    """What a copy's indices have in common with another's that needs no other answer; None unless
-    both views are known by addresses, for more than one call, and ids lie, clean by promise, where
-    kernels read them. Without any ids it would depend on the tokens which rows both sides share."""
+    """Return the key under which copies have all decisions in common; None if there is none.
+
+    Both views must be known by addresses and be made for more than one call. Ids must be clean by
+    promise and lie where kernels read them. Without any ids, the tokens would decide which rows
+    both sides share.
+    """
     if not all(view.foreign and not view.fleeting for view in (move.src, move.dst)):
         return None
     kind: tuple[Any, ...] = ()

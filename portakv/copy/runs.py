@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`copy_runs`: runs of bytes from addresses to addresses, for callers that have no tensors."""
+"""`copy_runs`: copy runs of bytes from addresses to addresses, for callers that have no tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from portakv.view.bound import address_of
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: How a copy is carried out, by the names of `copy_rows`.
+#: The terms of a copy, by their names in `copy_rows`.
 _TERMS = {
     name
     for name, each in signature(copy_rows).parameters.items()
@@ -30,7 +30,7 @@ _TERMS = {
 }
 #: A number for each run, or one for all of them.
 Numbers: TypeAlias = "int | Sequence[int] | npt.NDArray[Any] | torch.Tensor"
-#: Each run is a block of its own: rows of bytes, at a pitch.
+#: Each run is a separate block: rows of bytes, at a pitch.
 _RUNS = "block | token dim"
 _Int64 = npt.NDArray[np.int64]
 
@@ -50,37 +50,37 @@ def copy_runs(
 ) -> BlockTransfer:
     """Copy runs of bytes, each from one address to another.
 
-    Runs of one size are one copy, whose way is chosen as that of every other. Each further size,
-    or pitch, is a copy with a plan, and on a device a kernel, of its own, so that few sizes are
-    better than many: 64 runs of as many sizes, all met before, took the host 12 ms on a CPU, those
-    of one size 2 ms. 1,024 sizes are remembered.
+    Runs of one size are one copy, whose strategy is chosen as for every other copy. Each further
+    size or pitch is a separate copy with its own plan and, on a device, its own kernel. Few sizes
+    are better than many: on a CPU, 64 runs of 64 sizes, all seen before, took the host 12 ms, and
+    64 runs of one size 2 ms. 1,024 sizes are remembered.
 
-    If one size is refused nothing is moved. Sizes have no order: what a run writes, no run of
-    another size may read or write. The memory is promised as `KVView.at` says.
+    If one size is refused, nothing is moved. Sizes have no order: no run may read or write what a
+    run of another size writes. The caller promises the memory as `KVView.at` says.
 
     Args:
-        src_addresses, dst_addresses: where runs begin: whole numbers, a numpy array, or a tensor of
-            one dimension on the host. Also int64 or uint64 tensors on a device, which are not read
-            back: multiples of 16, if all runs are of one size.
+        src_addresses, dst_addresses: the first byte of each run: whole numbers, a numpy array, or a
+            tensor of one dimension on the host. Also int64 or uint64 tensors on a device, which are
+            not read back; these must be multiples of 16, and all runs of one size.
         sizes: bytes of each run, or of each of its rows.
-        src_device, dst_device: where the memory is; ``cpu``: on the host. None: the driver is asked
+        src_device, dst_device: where the memory is; ``cpu``: on the host. None: query the driver
             about the first run of each size, as `KVView.at` says.
-        rows: how many rows each run has, ``src_pitch`` and ``dst_pitch`` bytes apart (None: one
-            behind the other).
-        pinned: host memory is pinned; None: torch is asked.
-        terms: how it is carried out, as `copy_rows` takes them.
+        rows: the number of rows of each run, ``src_pitch`` and ``dst_pitch`` bytes apart (None:
+            without gaps).
+        pinned: True if host memory is pinned; None: query torch.
+        terms: further terms of `copy_rows`.
 
     Returns:
         One handle for all; it counts runs as blocks.
 
     Raises:
-        SlotError: lists of different lengths, or numbers that no run can have; of runs of one size
-            a byte that is both read and written, where the host can see it.
-        LayoutError: what are no addresses, or runs that write one byte twice, where the host can
-            see it.
+        SlotError: lists of different lengths, or numbers that no run can have; of runs of one size,
+            a byte that is both read and written, if the host can see it.
+        LayoutError: values that are not addresses, or runs that write one byte twice, if the host
+            can see it.
         InvalidTerms: a term that `copy_rows` does not have; an index or a count, which runs do not
             have.
-        PortaKVError: what `copy_rows` raises.
+        PortaKVError: as `copy_rows`.
     """
     for name in terms.keys() - _TERMS:
         raise InvalidTerms(
@@ -97,7 +97,7 @@ def copy_runs(
     if not number:
         return BlockTransfer.together([])
     _check_destinations(ends[1], shapes)
-    # All views first, so that addresses that are none are refused before anything is moved.
+    # Make all views first, so that values that are not addresses are refused before a byte moves.
     sides = [
         [
             KVView.at(
@@ -122,7 +122,7 @@ def copy_runs(
 
 
 def _of_sizes(sides: Sequence[Sequence[KVView]], terms: dict[str, Any]) -> BlockTransfer:
-    """Copy runs of several sizes: none of them if one is refused, or an earlier copy failed."""
+    """Copy runs of several sizes: none of them if one is refused, or if an earlier copy failed."""
     late = terms.pop("late", None)
     moved = list[BlockTransfer]()
     for src, dst in sides:
@@ -144,7 +144,7 @@ def _of_sizes(sides: Sequence[Sequence[KVView]], terms: dict[str, Any]) -> Block
 
 
 def _ends(addresses: Any) -> Any:
-    """Addresses as an array on the host, or as the tensor that a view has to judge."""
+    """Return addresses as an array on the host, or as the tensor that a view has to judge."""
     if isinstance(addresses, torch.Tensor) and not (addresses.is_cpu and address_of(addresses)):
         return addresses.reshape(-1)
     return np.asarray(addresses).reshape(-1)
@@ -153,46 +153,48 @@ def _ends(addresses: Any) -> Any:
 def _shapes(
     number: int, sizes: Numbers, rows: Numbers, src_pitch: Numbers | None, dst_pitch: Numbers | None
 ) -> _Int64:
-    """Size, rows and both pitches of each run, ``[runs, 4]``, or of all of them, ``[1, 4]``."""
+    """Return size, rows and both pitches of each run, ``[runs, 4]``; of equal runs once, ``[1,
+    4]``."""
     width = _each("sizes", sizes, number, 1)
     height = _each("rows", rows, number, 1)
     pitches = [
         width if pitch is None else _each(name, pitch, number, 0)
         for name, pitch in (("src_pitch", src_pitch), ("dst_pitch", dst_pitch))
     ]
-    found = np.stack(np.broadcast_arrays(width, height, *pitches), 1)
-    found[found[:, 1] == 1, 2:] = found[found[:, 1] == 1, :1]  # of a single row no pitch counts
-    return found
+    result = np.stack(np.broadcast_arrays(width, height, *pitches), 1)
+    result[result[:, 1] == 1, 2:] = result[result[:, 1] == 1, :1]  # a single row has no pitch
+    return result
 
 
 def _each(name: str, numbers: Numbers, number: int, least: int) -> _Int64:
-    """A number for each run, or one for all; raises `SlotError` for another count, or too small."""
-    least_said = f"a whole number of at least {least}"
+    """Return a number for each run, or one for all; raise `SlotError` for another count or a number
+    that is too small."""
+    least_text = f"a whole number of at least {least}"
     try:
-        found = np.asarray(numbers)
+        result = np.asarray(numbers)
     except (RuntimeError, TypeError, ValueError):
         raise SlotError(
             f"{name} was given as a {type(numbers).__name__} that is no array on the host; "
-            f"expected {least_said} for each run, or one for all. Pass a list of them."
+            f"expected {least_text} for each run, or one for all. Pass a list of them."
         ) from None
-    if found.ndim == 0 and found.dtype.kind != "b":
-        return np.array([whole(name, numbers, least_said, least)])
+    if result.ndim == 0 and result.dtype.kind != "b":
+        return np.array([whole(name, numbers, least_text, least)])
     if (
-        (number and found.dtype.kind not in "iu")
-        or found.shape != (number,)
-        or (found < least).any()
+        (number and result.dtype.kind not in "iu")
+        or result.shape != (number,)
+        or (result < least).any()
     ):
         raise SlotError(
-            f"{name} of {found.dtype} and shape {found.shape} was given for {number} runs; "
-            f"expected {least_said} for each run, or one for all."
+            f"{name} of {result.dtype} and shape {result.shape} was given for {number} runs; "
+            f"expected {least_text} for each run, or one for all."
         )
-    return found.astype(np.int64)
+    return result.astype(np.int64)
 
 
 def _check_destinations(ends: Any, shapes: _Int64) -> None:
     """Raise `LayoutError` if two rows write one byte, as far as the host knows the addresses."""
     if isinstance(ends, torch.Tensor) or ends.dtype.kind not in "iu":
-        return  # the device alone has them, or a view refuses them
+        return  # only the device has them, or a view refuses them
     begin = ends.astype(np.int64)
     size, height, _, pitch = np.broadcast_to(shapes, (len(begin), 4)).T
     folded = bool((pitch < size)[height > 1].any())
@@ -217,7 +219,7 @@ def _overlap(starts: _Int64, sizes: _Int64) -> bool:
 
 
 def _alike(shapes: _Int64, ends: Sequence[Any]) -> Iterator[tuple[list[int], _Int64 | None]]:
-    """Each shape that occurs, and which runs have it (None: all of them)."""
+    """Return each shape that occurs, and the runs that have it (None: all of them)."""
     order = np.lexsort(shapes.T[::-1])
     ordered = shapes[order]
     which = np.split(order, np.flatnonzero((ordered[1:] != ordered[:-1]).any(axis=1)) + 1)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shortcuts: transfers of registered caches that were made before, but for addresses and counts.
+"""Shortcuts: repeat a transfer of registered caches with other addresses and counts.
 
-`copy.copy_move` answers every question about a transfer. The next one with a chunk and ids of the
-same kind has the same answers, so it only checks what an address or a count can change. What does
-not fit goes through `copy_move` again, which also finds the words for an error.
+`copy.copy_move` makes every decision about a transfer. The next one with a chunk and ids of the
+same kind has the same decisions, so a shortcut only checks what an address or a count can change.
+What does not fit goes through `copy_move` again, which also words the error.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from portakv.view.index import Ids, Index
 from portakv.view.view import KVView
 
 _current_device = torch.accelerator.current_device_index
-_MOST = 256  # a chunk length that comes once must not stay for ever
+_MOST = 256  # a chunk length that occurs once must not stay for ever
 
 
 class Shortcuts:
-    """The shortcuts of one registration. ``cache``: its caches; ``unchanged``: whether each of
-    their tensors lies where it lay; ``owner``: the connector, which reports errors later."""
+    """The shortcuts of one registration.
+
+    Attributes:
+        cache: the registered caches.
+        unchanged: returns True if each of their tensors still lies at its address.
+        owner: the connector, which reports errors later.
+    """
 
     def __init__(
         self, cache: KVView, unchanged: Callable[[], bool], choice: Choice, owner: Owner
@@ -42,12 +47,13 @@ class Shortcuts:
         self._capturing = capture_question(device)
         self._unchanged = unchanged
         self._known: Bounded[tuple[object, ...], _Shortcut] = Bounded("shortcuts", _MOST)
-        self._repeatable = device.type != "cpu"  # until a launch shows that it is not
+        self._repeatable = device.type != "cpu"  # until a launch shows the opposite
 
     def transfer(
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
     ) -> Transfer | None:
-        """The transfer by a shortcut, on the current stream; None: `copy_move` has to make it."""
+        """Issue the transfer by a shortcut, on the current stream; None: `copy_move` has to make
+        it."""
         ids = slot_mapping
         if type(ids) is not torch.Tensor:
             ids = self._ids_of(ids, store, start, end)
@@ -61,10 +67,10 @@ class Shortcuts:
         try:
             address = chunk.data_ptr()
             first_id = ids.data_ptr()
-            # The last bits of the address are its alignment, on which a plan's vectors rest.
+            # The last bits of the address are its alignment, which the vectors of a plan rely on.
             key = (store, chunk.shape, chunk.stride(), chunk.dtype, address & 15, ids.dtype)
             shortcut = self._known.get(key)
-        except RuntimeError:  # a tensor that has no strides, or no memory
+        except RuntimeError:  # a tensor without strides or without memory
             return None
         if shortcut is None or not (address and first_id) or not shortcut.fits(chunk, ids):
             return None
@@ -78,7 +84,7 @@ class Shortcuts:
             return None
         if not self._unchanged():
             return None
-        # The question of a capture and the event are about the current device.
+        # The capture check and the event are about the current device.
         if _current_device() != self._index or self._capturing():
             return None
         word = acquire_word()
@@ -93,7 +99,7 @@ class Shortcuts:
     def _ids_of(
         self, index: object, store: bool, start: object, end: object
     ) -> torch.Tensor | None:
-        """The copy on the device of host ids that were found good for this range before."""
+        """Return the copy, on the device, of host ids that were checked for this range before."""
         if type(index) is not Index or index.plan_step != 1 or index.offset:
             return None
         if not index.on_host:
@@ -153,7 +159,7 @@ class _Shortcut:
         self._firsts, self._pasts = zip(*cache.spans, strict=True)
 
     def fits(self, chunk: torch.Tensor, ids: torch.Tensor) -> bool:
-        """Whether tensors of its shapes and dtypes are what it was made for."""
+        """Return True if tensors have the shapes and dtypes for which it was made."""
         index = self._index
         return (
             chunk.get_device() == index
@@ -165,7 +171,7 @@ class _Shortcut:
         )
 
     def overlaps(self, address: int) -> bool:
-        """True if a chunk at this address would share memory with the caches."""
+        """Return True if a chunk at this address would share memory with the caches."""
         past = address + self._reach
         at = bisect_right(self._firsts, past - 1)
         return at > 0 and self._pasts[at - 1] > address

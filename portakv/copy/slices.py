@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies in parts: in layers, issued at once, or in slices, which a worker issues, so that
-they can be cancelled or keep a rate."""
+"""Copy in parts: layer by layer, issued together, or in slices that a worker issues, so that they
+can be cancelled or keep a rate."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from portakv.runtime.worker import WINDOW, RateLimit, Slice, SliceCompletion, Wo
 #: too. What is in flight when a transfer is cancelled still lands, three slices of it
 #: (`worker.WINDOW`): 1 ms on a link of 50 GB/s.
 SLICE = 16 << 20
-#: Seconds that a slice takes at the rate that was asked for. It crosses as fast as the link, and
-#: the pause behind it makes the rate.
+#: Seconds of a slice at the requested rate. It crosses as fast as the link, and
+#: the pause after it makes the rate.
 BEAT = 0.002
 
 
 def in_layers(
     move: Move, choice: Choice, stream: torch.Stream | None, strict: bool, began: float
 ) -> BlockTransfer:
-    """Issue one layer behind the other; arguments and errors are those of `copy_move`."""
+    """Issue one layer after another; arguments and errors are those of `copy_move`."""
     _check_memory(move)
     layers = tuple(
         copy_move(_layer(move, i), choice, stream, known_good=True, strict=strict)
@@ -47,36 +47,43 @@ def in_layers(
 def in_slices(
     move: Move, choice: Choice, stream: torch.Stream | None, rate: float | None, by_layer: bool
 ) -> BlockTransfer:
-    """Start a transfer in slices, at most ``rate`` 10^9 bytes a second; with ``by_layer`` no slice
-    has rows of two layers. Raises as `copy_move` does; `SlotError` also for bad ids on a device,
-    which are read first, and `Unsupported` inside graph capture."""
+    """Start a transfer in slices, at most ``rate`` 10^9 bytes a second.
+
+    With ``by_layer`` no slice has rows of two layers.
+
+    Raises:
+        SlotError: bad ids, also on a device, which are read first.
+        Unsupported: inside graph capture.
+        PortaKVError: as `copy_move`.
+    """
     device = choice.backend.device
     began = time.perf_counter()
     if capturing(device):
         why = "the host issues them while the copy runs; leave out cancellable and max_gbps"
         raise refuse_capture("A copy in slices", why)
     nothing = (_layer(move, 0) if by_layer else move)._replace(count=0)
-    copy_move(nothing, choice, stream)  # what cannot be carried out is refused now
-    src, dst, mine, theirs, count = move
-    kept = Move(src, dst, mine.to_host(), theirs.to_host(), count)
-    if check_ids(kept, strict=False):
-        kept, _ = drop_bad_ids(kept, gcd(*kept.steps))  # positions that are skipped
-    _check_memory(kept)
-    if not kept.count:
+    copy_move(nothing, choice, stream)  # refuse now what cannot be executed
+    src, dst, src_index, dst_index, count = move
+    guarded = Move(src, dst, src_index.to_host(), dst_index.to_host(), count)
+    if check_ids(guarded, strict=False):
+        guarded, _ = drop_bad_ids(guarded, gcd(*guarded.steps))  # positions that are skipped
+    _check_memory(guarded)
+    if not guarded.count:
         none = (Transfer(),) * src.layers if by_layer else None
         return BlockTransfer(Transfer(), move, began, none)
-    # Indices of its own: copies of ids that the thread makes are on no other stream.
-    kept = _part(kept, Slice(None, 0, kept.count, 0))
+    # Private indices: copies of ids that the thread makes are on no other stream.
+    guarded = _part(guarded, Slice(None, 0, guarded.count, 0))
     if device.type != "cpu":
         stream = stream or own_stream(device)
-        follow_current(stream, [kept])
+        follow_current(stream, [guarded])
 
     def issue(piece: Slice) -> Transfer:
-        return copy_move(_part(kept, piece), choice, None)  # memory may go while it runs
+        # Memory may be released while it runs.
+        return copy_move(_part(guarded, piece), choice, None)
 
-    slices = _cut(kept, rate, by_layer)
+    slices = _cut(guarded, rate, by_layer)
     limit = None if rate is None else RateLimit(rate)
-    worker = Worker(slices, issue, partial(_inside, kept, choice, stream), limit)
+    worker = Worker(slices, issue, partial(_inside, guarded, choice, stream), limit)
     last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
     ends = (Transfer((SliceCompletion(worker, nth),)) for nth in last.values())
     layers = tuple(ends) if by_layer else None
@@ -87,16 +94,16 @@ def in_slices(
 
 
 def _cut(move: Move, rate: float | None, by_layer: bool) -> list[Slice]:
-    """The slices of a transfer, each of whole blocks."""
+    """Return the slices of a transfer, each of whole blocks."""
     src, dst, *_, count = move
-    mine, theirs = move.steps
+    src_step, dst_step = move.steps
     # Tokens between two places where both sides may be cut.
-    whole = lcm(mine or 1, theirs or 1, src.form.block_size if src.opaque else 1)
+    whole = lcm(src_step or 1, dst_step or 1, src.form.block_size if src.opaque else 1)
     layers: list[int | None] = list(range(src.layers)) if by_layer else [None]
     each = token_bytes(src.form) / len(layers)
     most = float(SLICE)
     if {src.form.place, dst.form.place} == {"device", "pageable"}:
-        most *= WINDOW  # each keeps its thread, and has to wake torch's
+        most *= WINDOW  # each occupies its thread, and has to wake torch's
     if rate is not None:
         most = min(most, rate * 1e9 * BEAT)
     tokens = max(1, int(most / (whole * each))) * whole
@@ -109,21 +116,21 @@ def _cut(move: Move, rate: float | None, by_layer: bool) -> list[Slice]:
 
 
 def _layer(move: Move, layer: int) -> Move:
-    """One layer of a copy; raises as the whole does if the sides have not equally many."""
+    """Return one layer of a copy; raise as the whole copy if the sides have different numbers."""
     if move.src.layers != move.dst.layers:
         CopyPlan(move.src.form, move.dst.form, *move.steps)
     return move.layer(layer)
 
 
 def _part(move: Move, piece: Slice) -> Move:
-    """A slice of a copy, with no ids but those of its positions."""
+    """Return a slice of a copy, with only the ids of its positions."""
     src, dst, *indices, _ = move if piece.layer is None else move.layer(piece.layer)
-    mine, theirs = (index.part(piece.first, piece.tokens) for index in indices)
-    return Move(src, dst, mine, theirs, piece.tokens)
+    src_index, dst_index = (index.part(piece.first, piece.tokens) for index in indices)
+    return Move(src, dst, src_index, dst_index, piece.tokens)
 
 
 def _check_memory(move: Move) -> None:
-    """Raise if memory was replaced or cannot be written, or a row is both read and written."""
+    """Raise if memory was replaced or cannot be written, or if a row is both read and written."""
     move.dst.check_writable()
     move.src.check_memory()
     move.dst.check_memory()
@@ -132,7 +139,7 @@ def _check_memory(move: Move) -> None:
 
 @contextmanager
 def _inside(move: Move, choice: Choice, stream: torch.Stream | None) -> Iterator[None]:
-    """Inside, a stream and its device are the current ones, and the ids are on the device."""
+    """Make a stream and its device the current ones, and put the ids on the device."""
     device = choice.backend.device
     indices = (move.src_index, move.dst_index)
     ignore_captures_elsewhere(device)
@@ -142,6 +149,7 @@ def _inside(move: Move, choice: Choice, stream: torch.Stream | None) -> Iterator
         bring(indices, device, dtypes)
         for index in indices:
             if index.ids is not None:
-                # All at once, kept by the index: a copy for each slice would wait for the last.
+                # Together, and kept by the index: a copy for each slice would wait for the last
+                # one.
                 index.ids_on(device, dtypes)
         yield

@@ -183,13 +183,13 @@ class Chains(Generic[Key]):
     def by_use(self, group: Hashable | None = None) -> list[Key]:
         """Return the keys of a group, or all, the least recently used first, those of unknown
         predecessors before all others."""
-        found = [
+        result = [
             (self._priorities[number], key)
             for key, number in self._by_key.items()
             if group is None or self._groups[number] == group
         ]
-        found.sort()
-        return [key for _, key in found]
+        result.sort()
+        return [key for _, key in result]
 
     def _extend(self, count: int) -> None:
         """Make room for more blocks."""

@@ -77,14 +77,14 @@ class Disk:
 
     def _stored(self) -> list[BlockForm]:
         """Return all forms that lie in the folders and can be read."""
-        found = dict[BlockForm, None]()
+        result = dict[BlockForm, None]()
         for folder in self.folders:
             for name in sorted(glob("*", root_dir=folder)):
                 with suppress(StoreError, OSError):
                     form = form_in(folder / name)
                     if form.name == name:
-                        found[form] = None
-        return [*found]
+                        result[form] = None
+        return [*result]
 
     def open(
         self, graph: Graph, rows: Any, forms: Sequence[BlockForm], generation: int = 0
@@ -165,10 +165,10 @@ class _Opening:
         place = folder / form.name
         if not own and (folder in self.busy or not (place / "form.json").exists()):
             return None
-        room = self.room if own else None
+        capacity = self.room if own else None
         space = self.spaces[folder]
         try:
-            slots = Slots(place, form, room, self.engine, self.disk.track, chains, space)
+            slots = Slots(place, form, capacity, self.engine, self.disk.track, chains, space)
         except StoreError as error:
             # The other folders serve without one that another store has.
             if own and isinstance(error, StoreBusy) and others:

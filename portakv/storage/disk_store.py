@@ -149,8 +149,8 @@ class DiskStore:
                 return
             block.spans_left -= 1
             if not block.spans_left and block.failure is None:
-                _, told = block.place
-                block.right = self._right(rows[block.number], told, segments)
+                _, reported = block.place
+                block.right = self._right(rows[block.number], reported, segments)
                 if not block.right:
                     block.fail(result)
 
@@ -203,11 +203,11 @@ class DiskStore:
         """Pin the blocks that are there. The others were there when the load was planned."""
         pinned = []
         for position, key in enumerate(keys):
-            found = self.pin(key)
-            if found is None:
+            result = self.pin(key)
+            if result is None:
                 report(key, Reason(reasons.EVICTED, self.where))
             else:
-                slots, place = found
+                slots, place = result
                 pinned.append(_Pinned(position, slots, place, spans))
         return pinned
 
@@ -237,9 +237,9 @@ class DiskStore:
         results = list[int]()
         try:
             for i in new:
-                found = self._take(queue, keys[i], rows[i], own, evict, report)
-                if found is not None:
-                    taken.append(_Taken(i, *found))
+                matches = self._take(queue, keys[i], rows[i], own, evict, report)
+                if matches is not None:
+                    taken.append(_Taken(i, *matches))
             requests = [
                 Request(slots.fd, slot * size, rows[i].ctypes.data, size, True)
                 for i, slots, slot in taken
@@ -325,11 +325,11 @@ class DiskStore:
         if self.writable:
             self.engine.close()
 
-    def _right(self, row: Row, told: Header, segments: Sequence[int] | None) -> bool:
+    def _right(self, row: Row, reported: Header, segments: Sequence[int] | None) -> bool:
         """Whether segments that were read, the first with the header, are what was sealed."""
-        if (segments is None or 0 in segments) and header(row, self.form) != told:
+        if (segments is None or 0 in segments) and header(row, self.form) != reported:
             return False
-        return verify(row, self.form, told.checksums, told.generation, segments)
+        return verify(row, self.form, reported.checksums, reported.generation, segments)
 
     def pin(self, key: bytes) -> tuple[Slots, Place] | None:
         for slots, _ in self.parts:

@@ -160,13 +160,13 @@ class BlockForm:
             form = cls(**fields)
             if form.image_bytes > HEADER:
                 return form
-            found = "fields of wrong types or values"
+            result = "fields of wrong types or values"
         except (json.JSONDecodeError, RecursionError):
-            found = "text that is not JSON"
+            result = "text that is not JSON"
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-            found = "other JSON"
+            result = "other JSON"
         raise StoreError(
-            f"Expected text to be the JSON of a block form of format {FORMAT}, got {found}. Use "
+            f"Expected text to be the JSON of a block form of format {FORMAT}, got {result}. Use "
             f"the release that wrote it, or wipe the store."
         )
 
@@ -238,8 +238,8 @@ class BlockForm:
     def part_of(self, other: BlockForm) -> tuple[Slices, Slices] | None:
         """What both hold, as slices of ``other``'s view and of this form's; None if nothing."""
         arguments.instance("other", other, BlockForm)
-        theirs = Slices()
-        mine = Slices()
+        src = Slices()
+        dst = Slices()
         for axis in ("layers", "heads"):
             (a, b, _) = getattr(self, axis)
             (c, d, _) = getattr(other, axis)
@@ -247,9 +247,9 @@ class BlockForm:
             past = min(b, d)
             if first >= past or not self.same_cache(other):
                 return None
-            theirs[axis] = slice(first - c, past - c)
-            mine[axis] = slice(first - a, past - a)
-        return theirs, mine
+            src[axis] = slice(first - c, past - c)
+            dst[axis] = slice(first - a, past - a)
+        return src, dst
 
 
 def block_size_notes(form: BlockForm, others: Sequence[BlockForm]) -> list[str]:

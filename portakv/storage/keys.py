@@ -19,9 +19,9 @@ def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
     """Keys of 32 bytes; shorter ones get zeros behind them. Raises `InvalidTerms` for a key above
     32 bytes, or below 16 (1 if ``weak_keys``): two of few bits meet in one store."""
     flag("weak_keys", weak_keys)
-    found = items("keys", keys, "bytes")
+    result = items("keys", keys, "bytes")
     least = 1 if weak_keys else 16
-    for number, key in enumerate(found):
+    for number, key in enumerate(result):
         if isinstance(key, bytes) and least <= len(key) <= 32:
             continue
         got = f"{len(key)} bytes" if isinstance(key, bytes) else f"a {type(key).__name__}"
@@ -30,7 +30,7 @@ def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
             f"ones; BlockStore(..., weak_keys=True) takes shorter ones if a wrong block now and "
             f"then does no harm."
         )
-    return [key.ljust(32, b"\0") for key in found]
+    return [key.ljust(32, b"\0") for key in result]
 
 
 def prefix_keys(

@@ -73,13 +73,13 @@ class Part:
         else:
             many = min(PARTS, past - first) if by_layer else 1
             ends = np.linspace(first, past, 1 + many, dtype=int).tolist()
-        found = list[Stage]()
+        result = list[Stage]()
         to = self.mine["layers"].start
         for number, (a, b) in enumerate(pairwise(min(max(x, first), past) - first for x in ends)):
             if a < b:
                 sides = self.rows.slice(layers=slice(a, b)), outer.slice(layers=slice(a, b))
-                found.append(Stage(range(to + a, to + b), number if segmented else None, *sides))
-        return found
+                result.append(Stage(range(to + a, to + b), number if segmented else None, *sides))
+        return result
 
 
 def parts_of(
@@ -91,12 +91,12 @@ def parts_of(
     across = form.heads[1] - form.heads[0]
     for other in forms:
         if slices := form.part_of(other):
-            held = [tier_store for tier_store in tier_stores if tier_store.form == other]
+            buffer = [tier_store for tier_store in tier_stores if tier_store.form == other]
             layers = slices[1]["layers"]
             heads = slices[1]["heads"]
             cells = sum(1 << n for n in range(heads.start, heads.stop))
             cells = sum(cells << across * n for n in range(layers.start, layers.stop))
-            parts.append(Part(other, held, *slices, other.view(rows).slice(**slices[0]), cells))
+            parts.append(Part(other, buffer, *slices, other.view(rows).slice(**slices[0]), cells))
     return parts[:1] + sorted(parts[1:], key=lambda x: (x.cells & -x.cells, -x.cells.bit_count()))
 
 
@@ -135,7 +135,7 @@ class SharedState:
             for tier_store in part.tier_stores:
                 time = max(0.0, until - self.graph.clock())
                 there = tier_store.has([keys[i] for i in left], time)
-                left = [i for i, found in zip(left, there, strict=True) if not found]
+                left = [i for i, result in zip(left, there, strict=True) if not result]
             for i in {*some}.difference(left):
                 covers[i] |= part.cells
             later = reduce(or_, (other.cells for other in self.parts[number + 1 :]), 0)
@@ -146,7 +146,7 @@ class SharedState:
     def locations(self, key: bytes) -> list[tuple[Part, Any]]:
         """Parts that cover a block once, or more often if they have to, with their spots. If a cell
         is nowhere, the whole block may be in a far tier, or there are none."""
-        found = list[tuple[Part, Any]]()
+        result = list[tuple[Part, Any]]()
         cover = 0
         while cover != self.parts[0].cells:
             cell = ~cover & (cover + 1)  # the first one that is not covered
@@ -159,9 +159,9 @@ class SharedState:
             if not (one := next(locations, None)):
                 location = self.location(self.parts[0], key, far=True)
                 return [(self.parts[0], location)] if location else []
-            found.append(one)
+            result.append(one)
             cover |= one[0].cells
-        return found
+        return result
 
     def location(self, part: Part, key: bytes, far: bool = False) -> Any:
         """Return where a part of a block is: `KEPT`, an `InFlight`, or tier stores with their

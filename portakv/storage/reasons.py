@@ -90,10 +90,10 @@ class Explanation:
         for number, key in enumerate(self._keys):
             if landed[number]:
                 continue
-            found = [*self._reasons(number, key), *unrun.get(number, ())]
-            if not found and self.kept_in and number not in untaken:
-                found = [Reason(EVICTED, self.kept_in)]
-            counts.update(found)
+            result = [*self._reasons(number, key), *unrun.get(number, ())]
+            if not result and self.kept_in and number not in untaken:
+                result = [Reason(EVICTED, self.kept_in)]
+            counts.update(result)
         return ", ".join(
             f"{count} {reason.kind} ({reason.where})" for reason, count in counts.most_common()
         )

@@ -170,8 +170,8 @@ class Remote:
         reading = CLIENT | {"allow_http": plain_http} | settings.pop("client_options", {})
         writing = {name: value for name, value in reading.items() if name != "read_timeout"}
         retry = RETRY | settings.pop("retry_config", {})
-        given = settings
-        settings = {"retry_config": retry, **given}
+        options = settings
+        settings = {"retry_config": retry, **options}
         if kind == "file":
             settings["mkdir"] = True
         make = self.obs.store.from_url
@@ -185,7 +185,7 @@ class Remote:
             return store, make(url, client_options=writing, **settings)
         except BaseException as error:  # also obstore's panic, which is no Exception
             text = _clean(error).rstrip(".")
-        for name in given:
+        for name in options:
             others = {key: value for key, value in settings.items() if key != name}
             with suppress(BaseException):
                 make(url, client_options=reading, **others)
@@ -409,13 +409,13 @@ class RemoteStore:
             return until > 0
 
         remote = self._remote
-        found = remote.ask(remote.obs.head, remote.store, self._path(key), miss=False)
-        if found is None:
+        result = remote.ask(remote.obs.head, remote.store, self._path(key), miss=False)
+        if result is None:
             return False
-        if found and self._is_faulty_still(key, found):
+        if result and self._is_faulty_still(key, result):
             return False
-        self.verdicts[key] = now + THERE if found else -now - MISSING
-        return bool(found)
+        self.verdicts[key] = now + THERE if result else -now - MISSING
+        return bool(result)
 
     def _is_faulty_still(self, key: bytes, found: Any) -> bool:
         """Return whether the object is the version that was damaged; note it for longer then."""
@@ -560,12 +560,12 @@ class RemoteStore:
         key service, whose ETags look the same."""
         if self._tags_are_md5 is None:
             remote = self._remote
-            found = remote.ask(remote.obs.head, remote.store, self._form_path, miss=False)
-            if not found:
+            result = remote.ask(remote.obs.head, remote.store, self._form_path, miss=False)
+            if not result:
                 return False
             text = self.form.json().encode()
             digest = hashlib.md5(text, usedforsecurity=False).hexdigest()
-            self._tags_are_md5 = (found["e_tag"] or "").strip('"') == digest
+            self._tags_are_md5 = (result["e_tag"] or "").strip('"') == digest
         return self._tags_are_md5
 
     def _fetch_now(
@@ -581,8 +581,8 @@ class RemoteStore:
         def run() -> _Fetched:
             return loop.run_until_complete(self._fetch(key, row, segments, stop))
 
-        found: _Fetched = self._remote.attempt(run, miss=_Fetched("miss"))
-        return found
+        result: _Fetched = self._remote.attempt(run, miss=_Fetched("miss"))
+        return result
 
     async def _fetch(
         self, key: bytes, row: Row, segments: Sequence[int] | None, stop: Stop
@@ -601,12 +601,12 @@ class RemoteStore:
             options = {} if segments is None else {"range": span}
             work = obs.get_async(self._remote.store, self._path(key), options=options)
             try:
-                found = await _until_stopped(work, stop)
-                fetched = _Fetched("late", found.meta["e_tag"], found.meta["version"])
-                fetched = fetched._replace(nbytes=found.meta["size"])
+                result = await _until_stopped(work, stop)
+                fetched = _Fetched("late", result.meta["e_tag"], result.meta["version"])
+                fetched = fetched._replace(nbytes=result.meta["size"])
                 if fetched.nbytes != form.image_bytes:
                     return fetched._replace(result="fault")
-                if not await _receive(found, row, span, stop):
+                if not await _receive(result, row, span, stop):
                     return fetched
             except _Stopped:
                 return fetched

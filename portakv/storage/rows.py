@@ -51,13 +51,13 @@ class Rows:
         self.pinned = pin and pinned.why_not() is None
         with torch.inference_mode(False):  # transfers write it in any mode
             if self.pinned:
-                held = pinned.allocate(nbytes + _PAGE, unit=row_bytes)
-                self.pinned = held.pinned
-                room = held.tensor
+                buffer = pinned.allocate(nbytes + _PAGE, unit=row_bytes)
+                self.pinned = buffer.pinned
+                space = buffer.tensor
             else:  # numpy asks for large pages, which make the requests of a disk fewer
-                room = torch.from_numpy(np.empty(nbytes + _PAGE, np.uint8))
-            first = -room.data_ptr() % _PAGE
-            self.tensor = room[first : first + nbytes].view(-1, row_bytes)
+                space = torch.from_numpy(np.empty(nbytes + _PAGE, np.uint8))
+            first = -space.data_ptr() % _PAGE
+            self.tensor = space[first : first + nbytes].view(-1, row_bytes)
         self.memory = ((self.tensor.data_ptr(), nbytes),)
         self.array: Any = self.tensor.numpy()
         self._chains = Chains[bytes]()  # the keys that have a row, in two groups
@@ -228,8 +228,8 @@ class Crossing:
         """Copy blocks between rows ``items`` and places ``at`` of the view, each side seen as a
         view, and wait for the end: on a device on a stream of this thread's own, behind what the
         maker's stream held."""
-        mine = Index(np.array(items, np.int64), step=self._size)
-        theirs = Index(self._fine[np.array(at, np.int64)].reshape(-1), step=self._step)
-        sides = (outer, inner, theirs, mine) if self._store else (inner, outer, mine, theirs)
+        dst = Index(np.array(items, np.int64), step=self._size)
+        src = Index(self._fine[np.array(at, np.int64)].reshape(-1), step=self._step)
+        sides = (outer, inner, src, dst) if self._store else (inner, outer, dst, src)
         with torch.inference_mode(False), self._behind.inside():
             copy_rows(*sides).synchronize()

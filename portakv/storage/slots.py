@@ -80,7 +80,7 @@ class Slots:
         self,
         folder: Path,
         form: BlockForm,
-        room: int | None,
+        capacity: int | None,
         engine: Engine,
         track: Track = lambda items, _: items,
         chains: Chains[bytes] | None = None,
@@ -105,7 +105,7 @@ class Slots:
         _watch_forks()
         _opened.add(self)
         try:
-            self._recover(engine, track, self._open(room))
+            self._recover(engine, track, self._open(capacity))
             self._free = deque(sorted({*range(self.count)}.difference(self.index.values())))
             if chains is None:
                 self.fit()
@@ -116,15 +116,15 @@ class Slots:
             raise unusable(folder, error) from error
         self._mark_table()
 
-    def _open(self, room: int | None) -> int:
+    def _open(self, space: int | None) -> int:
         """Open and lock the files; return how many records there were."""
         size = self.form.image_bytes
         table = self.folder / "table"
-        if room is not None:
+        if space is not None:
             self._claim = claim(self.folder.parent)
             os.makedirs(self.folder, 0o700, exist_ok=True)
         check_folder(self.folder)
-        found = self._form_found()
+        result = self._form_found()
         self.fd = lock(self.folder / "slots")  # the very file of the I/O
         if self.fd < 0:
             raise StoreBusy(
@@ -134,17 +134,17 @@ class Slots:
         nbytes = os.fstat(self.fd).st_size
         known = nbytes // size
         self.limit = known
-        if room is not None:
-            self.limit = min(room, self._space.whole()) // size
+        if space is not None:
+            self.limit = min(space, self._space.whole()) // size
             if not self.limit:
                 raise StoreError(
-                    f"Expected room for a block in {self.folder}, got {room} bytes; a block takes "
+                    f"Expected room for a block in {self.folder}, got {space} bytes; a block takes "
                     f"{size}. Increase the capacity."
                 )
             os.utime(self.fd)  # of forms that nobody opens to save, the oldest gives way first
         self.count = known
-        if room is not None or found is None:
-            self._write_form(new=found is None)
+        if space is not None or result is None:
+            self._write_form(new=result is None)
 
         self._table = open_file(table, OPEN)
         old = records_in(self.folder, self.form, known)
@@ -210,7 +210,7 @@ class Slots:
     def _form_found(self) -> BlockForm | None:
         """Return the form of form.json, None for a new folder. Refuses another form."""
         try:
-            found = form_in(self.folder)
+            result = form_in(self.folder)
         except FileNotFoundError:
             if not os.path.lexists(self.folder / "table"):
                 return None
@@ -218,12 +218,12 @@ class Slots:
                 f"Expected {self.folder / 'form.json'} with the form of the blocks there, got no "
                 f"such file. Restore it, or remove the blocks by `portakv store wipe`."
             ) from None
-        if found != self.form:
+        if result != self.form:
             raise StoreError(
-                f"Expected {self.folder / 'form.json'} to hold {self.form}, got {found}. Restore "
+                f"Expected {self.folder / 'form.json'} to hold {self.form}, got {result}. Restore "
                 f"it, or remove the blocks by `portakv store wipe`."
             )
-        return found
+        return result
 
     def _recover(self, engine: Engine, track: Track, records: int) -> None:
         """Enter what sealed records tell; a slot with a bad record is asked for its header."""
@@ -235,7 +235,7 @@ class Slots:
         # A table of zeros is a new one, or was lost.
         torn = [*{*used}.difference(good), *range(records if used else 0, self.count)]
         pages = np.frombuffer(mmap.mmap(-1, BATCH * PAGE), np.uint8).reshape(BATCH, PAGE)
-        found = list[tuple[int, Header, int]]()
+        result = list[tuple[int, Header, int]]()
         for first in track(range(0, len(torn), BATCH), "headers"):
             if abandoned():  # nobody waits for this store any more
                 raise KeyboardInterrupt
@@ -244,11 +244,11 @@ class Slots:
             for (slot, page), moved in zip(part, engine.run(asks), strict=True):
                 if moved < 0 and -moved not in LOST:  # what is there may be good
                     raise OSError(-moved, os.strerror(-moved))
-                told = header(page, self.form) if moved == PAGE else "it cannot be read"
+                reported = header(page, self.form) if moved == PAGE else "it cannot be read"
                 words[slot] = 0
-                if not isinstance(told, str):
-                    found.append((slot, told, predecessor(page)))
-        for slot, head, follows in found:  # not before: a table with a record was not lost
+                if not isinstance(reported, str):
+                    result.append((slot, reported, predecessor(page)))
+        for slot, head, follows in result:  # not before: a table with a record was not lost
             self._put(slot, *head, follows)
         self._enter_blocks()
 
@@ -263,8 +263,8 @@ class Slots:
         keys = [text[at : at + 32] for at in range(0, len(text), 32)]
         newest = dict(zip(keys, slots.tolist(), strict=True))  # of two records of one key
         with self._change:  # a block that an earlier folder has lies in that one alone
-            held = {slot: key for key, slot in newest.items() if key not in self.chains}
-        for slot in {*slots.tolist()}.difference(held):
+            buffer = {slot: key for key, slot in newest.items() if key not in self.chains}
+        for slot in {*slots.tolist()}.difference(buffer):
             self._put(slot)
 
         used = list[int]()
@@ -272,15 +272,15 @@ class Slots:
         # The order is a hint: nothing that is wrong with it stops a start. It is not there after a
         # kill.
         with suppress(OSError, StoreError, ValueError, TypeError, RecursionError):
-            told = json.loads(read_file(order, 16 * len(held) + MOST_FORM))
-            used = [slot for slot in told if isinstance(slot, int) and slot in held]
+            reported = json.loads(read_file(order, 16 * len(buffer) + MOST_FORM))
+            used = [slot for slot in reported if isinstance(slot, int) and slot in buffer]
         with suppress(OSError):
             order.unlink()
         late = {*used}
-        before = [slot for slot in slots.tolist() if slot in held and slot not in late]
+        before = [slot for slot in slots.tolist() if slot in buffer and slot not in late]
         last = dict.fromkeys([*before, *used])
 
-        self.index = {held[slot]: slot for slot in last}
+        self.index = {buffer[slot]: slot for slot in last}
         follows = words[[*last], FOLLOWS]
         follows[follows == self.form.payload_bytes] = UNKNOWN
         with self._change:

@@ -29,12 +29,12 @@ Full: TypeAlias = Literal["drop", "wait"]
 
 def _check_tiers(tiers: object) -> list[Any]:
     """Return tiers as a list; raise `InvalidTerms` for anything else."""
-    found = items("tiers", tiers, "tiers, such as Disk(...)")
-    for number, tier in enumerate(found):
+    result = items("tiers", tiers, "tiers, such as Disk(...)")
+    for number, tier in enumerate(result):
         if not callable(getattr(tier, "open", None)) or not callable(getattr(tier, "forms", None)):
             do = "Pass a Disk, a Remote, or an object with their forms() and open()."
             raise invalid(f"tiers[{number}]", "a tier", tier, do)
-    return found
+    return result
 
 
 class BlockStore:
@@ -286,16 +286,16 @@ class BlockStore:
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Figures by the names that they have in Prometheus, as `Graph.statistics`; what each tier
         tells beside them."""
-        told = self.graph.statistics()
+        reported = self.graph.statistics()
         rows = self.rows
         tier_stores = self._tier_stores
         staging = {x: n * rows.row_bytes for x, n in rows.counts().items()}
-        told["staging_bytes"] = [{"state": x, "value": n} for x, n in staging.items()]
-        told["host_evicted_total"] = [{"value": rows.evicted}]
-        told["tiers"] = [
+        reported["staging_bytes"] = [{"state": x, "value": n} for x, n in staging.items()]
+        reported["host_evicted_total"] = [{"value": rows.evicted}]
+        reported["tiers"] = [
             {"tier": x.tier, "form": x.form.name, **x.statistics()} for x in tier_stores
         ]
-        return told
+        return reported
 
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Write what the graph did last, for Perfetto or Chrome to show."""

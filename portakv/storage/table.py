@@ -37,8 +37,8 @@ def records_in(folder: Path, form: BlockForm, count: int) -> Records:
     except FileNotFoundError:
         return np.zeros((0, words), "<u8")
     with os.fdopen(fd, "rb") as file:
-        found = np.fromfile(file, "<u8", count * words)
-    return found[: len(found) // words * words].reshape(-1, words)
+        result = np.fromfile(file, "<u8", count * words)
+    return result[: len(result) // words * words].reshape(-1, words)
 
 
 def write_record(table: int, records: Records, slot: int) -> bool:
@@ -94,33 +94,33 @@ class Successions:
 
     def before(self, mark: int) -> list[Place]:
         """Return the places of the block of a mark, its predecessor, and so on to the first one."""
-        found = dict[Place, None]()
+        result = dict[Place, None]()
         place = self._by_mark.get(mark)
-        while place is not None and place not in found:
-            found[place] = None
+        while place is not None and place not in result:
+            result[place] = None
             place = self._by_mark.get(self._follows[place])
-        return [*found]
+        return [*result]
 
     def from_slot(self, keep: int) -> list[Place]:
         """Return the blocks of the first table from a slot on, and all blocks in any table that
         follow from these. Each block comes before the one that it follows, so that a kill while
         they are removed in this order leaves no block without its predecessor."""
         tail = [place for place in self._marks if place.table == 0 and place.slot >= keep]
-        found = self._reach(tail)
-        marks = {self._marks[place] for place in found}
-        first = [place for place in found if self._follows[place] not in marks]
+        result = self._reach(tail)
+        marks = {self._marks[place] for place in result}
+        first = [place for place in result if self._follows[place] not in marks]
         # Blocks of a circle, which only damage or a caller's mistake makes, come from no first one.
-        in_order = dict.fromkeys([*self._reach(first), *found])
+        in_order = dict.fromkeys([*self._reach(first), *result])
         return [*in_order][::-1]
 
     def _reach(self, first: list[Place]) -> list[Place]:
         """Return places and those of all blocks that follow from them, each after its predecessor
         if none of the first ones follows from another one."""
-        found = dict[Place, None]()
+        result = dict[Place, None]()
         pending = first[:]
         while pending:
             place = pending.pop()
-            if place not in found:
-                found[place] = None
+            if place not in result:
+                result[place] = None
                 pending += self._following.get(self._marks[place], ())
-        return [*found]
+        return [*result]

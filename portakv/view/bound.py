@@ -229,9 +229,9 @@ def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[
         rows = [list(x.values()) if isinstance(x, Mapping) else x for x in level]
         for row in rows:
             if not isinstance(row, (list, tuple)):
-                asked = f"names {len(layout.containers)} container level(s) left of `|`"
+                problem = f"names {len(layout.containers)} container level(s) left of `|`"
                 wanted = " where a list, tuple or dict was expected; write its axis right of `|` if"
-                raise _not_read(layout, asked, row, f"{wanted} it is a dimension of the tensor.")
+                raise _not_read(layout, problem, row, f"{wanted} it is a dimension of the tensor.")
         first, *others = dict.fromkeys(map(len, rows))
         if not first:
             raise LayoutError(
@@ -246,8 +246,8 @@ def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[
         level = [item for row in rows for item in row]
     for tensor in level:
         if not isinstance(tensor, torch.Tensor):
-            asked = f"expects tensors inside {len(sizes)} container level(s)"
-            raise _not_read(layout, asked, tensor, "; add a container axis left of `|`.")
+            problem = f"expects tensors inside {len(sizes)} container level(s)"
+            raise _not_read(layout, problem, tensor, "; add a container axis left of `|`.")
     return level, sizes
 
 

@@ -88,8 +88,8 @@ def read_addresses(
     """Read tensors of one shape at addresses; arguments and errors are those of `KVView.at`."""
     wide = as_dtype(dtype).itemsize
     if device is None:
-        home, told = _home(bound, addresses)
-        pinned = told if pinned is None else pinned
+        home, reported = _home(bound, addresses)
+        pinned = reported if pinned is None else pinned
     else:
         home = _usable.get_or_make(str(device), lambda: usable_device(str(device)))
         if home.type not in ("cpu", "meta") and home.index is None:
@@ -162,17 +162,18 @@ def _read(
 ) -> _Known:
     """What tensors at addresses in containers of these sizes share. ``tokens``: how many a step of
     an unknown extent has; 0: as many as are declared."""
-    given = shape
+    shape_given = shape
     tokens = tokens or bound.declared[0].get("token", 1)
     open_ended = [at for at, extent in enumerate(shape) if extent == -1]
     if open_ended:
         shape = _closed(bound, shape, open_ended, tokens)
         if strides is None and prod(shape[: open_ended[0]]) > 1:
             raise LayoutError(
-                f"A view at addresses was asked for shape {given} without strides; those outside "
-                f"of an extent that is unknown follow from no shape. Pass strides=, in elements."
+                f"Expected strides for a view at addresses of shape {shape_given}, got None. The "
+                f"strides outside of an unknown extent follow from no shape. Pass strides=, in "
+                f"elements."
             )
-    asked = strides
+    strides_given = strides
     if strides is None:
         strides = tuple(prod(shape[at + 1 :]) for at in range(len(shape)))
     if min((*shape, *strides), default=0) < 0:
@@ -188,15 +189,17 @@ def _read(
     reached = reach(shape, strides) * dtype.itemsize
     if max(prod(shape) * dtype.itemsize, reached) > _ENDLESS:
         raise LayoutError(
-            f"A view at addresses was asked for shape {given} with strides {strides}; expected at "
-            f"most {_ENDLESS} bytes, with {UNKNOWN_SLOTS} tokens if an extent is -1. Pass smaller "
-            f"numbers, or the extent."
+            f"Expected a view at addresses of at most {_ENDLESS} bytes, with {UNKNOWN_SLOTS} "
+            f"tokens if an extent is -1, got shape {shape_given} with strides {strides}. Pass "
+            f"smaller numbers, or the extent."
         )
     like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     form, slots, order = bound.read_table(sizes, like, alignment, place, on_device)
     if open_ended and slots > UNKNOWN_SLOTS:  # the shape or a container told of more tokens
         tokens = -(-tokens * slots // UNKNOWN_SLOTS)
-        return _read(bound, sizes, given, asked, dtype, place, alignment, on_device, tokens)
+        return _read(
+            bound, sizes, shape_given, strides_given, dtype, place, alignment, on_device, tokens
+        )
     nbytes = 0 if open_ended else reached
     return form, slots, None if order == list(range(len(order))) else _walked(order), nbytes
 
@@ -237,7 +240,7 @@ def _depth(bound: BoundLayout, addresses: Any) -> list[int]:
     levels = len(bound.layout.containers)
     text = bound.layout.text
     if isinstance(addresses, torch.Tensor):
-        found = addresses.dtype
+        result = addresses.dtype
         right = addresses.dtype in _WORDS
         if right and (addresses.is_meta or (addresses.numel() and not address_of(addresses))):
             raise LayoutError(
@@ -250,11 +253,11 @@ def _depth(bound: BoundLayout, addresses: Any) -> list[int]:
         except ValueError:  # lists of unequal lengths
             addresses = np.empty(0, dtype=object)
         words = addresses.dtype.kind in "iu" and addresses.itemsize == 8
-        found = addresses.dtype
+        result = addresses.dtype
         right = words or (addresses.dtype != object and not addresses.size)
     if not right:
         raise LayoutError(
-            f"Addresses of {found} were given for {text!r}; expected whole numbers of 64 bits, in "
+            f"Addresses of {result} were given for {text!r}; expected whole numbers of 64 bits, in "
             f"lists of equal lengths, or in an int64 or uint64 tensor."
         )
     sizes = list(addresses.shape)

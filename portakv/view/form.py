@@ -66,16 +66,18 @@ class Part:
         if size == prod(step.extent for step in steps):
             return self
         table, offset = locate(self.table, self.offset, steps, wanted.start)
-        kept: Steps = ()
+        retained: Steps = ()
         for step in reversed(steps):
             if size <= step.extent:
                 if wanted.start % below or wanted.start // below % step.extent + size > step.extent:
                     break
-                kept = (Step(size, step.table, step.stride), *kept) if size > 1 else kept
-                return replace(self, table=table, offset=offset, **{axis: kept})
+                retained = (
+                    (Step(size, step.table, step.stride), *retained) if size > 1 else retained
+                )
+                return replace(self, table=table, offset=offset, **{axis: retained})
             if size % step.extent:
                 break
-            kept = (step, *kept)
+            retained = (step, *retained)
             size = size // step.extent
             below = below * step.extent
         raise LayoutError(

@@ -280,14 +280,14 @@ class Index:
         if self.ids is None:
             return self
         if self.on_host:
-            found = self.host_ids()
-            if not _repeats(found):
+            result = self.host_ids()
+            if not _repeats(result):
                 return self
-            _, behind = np.unique(found[::-1], return_index=True)
-            last = found.size - 1 - behind
-            kept = np.full_like(found, -1)
-            kept[last] = found[last]
-            ids = torch.from_numpy(kept)
+            _, behind = np.unique(result[::-1], return_index=True)
+            last = result.size - 1 - behind
+            retained = np.full_like(result, -1)
+            retained[last] = result[last]
+            ids = torch.from_numpy(retained)
         else:
             order = self.ids.argsort(stable=True)
             ordered = self.ids[order]
@@ -303,11 +303,11 @@ class Index:
         if self.ids is None:
             return self.shifted(first)
         q = self.offset + first
-        held = slice(q // self.step, -(-(q + count) // self.step))
+        buffer = slice(q // self.step, -(-(q + count) // self.step))
         store = _Store()
-        store.array = None if self._store.array is None else self._store.array[held]
-        store.copies = [copy[held] for copy in self._store.copies]
-        return self._derived(self.ids[held], q % self.step, store)
+        store.array = None if self._store.array is None else self._store.array[buffer]
+        store.copies = [copy[buffer] for copy in self._store.copies]
+        return self._derived(self.ids[buffer], q % self.step, store)
 
     @property
     def ids_token(self) -> object:
@@ -320,9 +320,9 @@ class Index:
         Raises:
             Unsupported: only int32 is read, and an id is larger.
         """
-        found = self._found(home, dtypes)
-        if found is not None:
-            return found
+        result = self._found(home, dtypes)
+        if result is not None:
+            return result
         assert self.ids is not None
         ids = self.ids
         if ids.dtype not in dtypes and torch.int64 not in dtypes:

@@ -176,10 +176,10 @@ class KVView:
             reinterpret=reinterpret,
             **unknown,
         )
-        found = read_addresses(bound, addresses, shape, strides, dtype, device, pinned)
+        result = read_addresses(bound, addresses, shape, strides, dtype, device, pinned)
         view = cls.__new__(cls)
-        facts = (found.form, found.origins, None, None), found.slots, found.device, False
-        view._set(bound.layout, (), facts, lasting=False, foreign=found.memory, table=found.table)
+        facts = (result.form, result.origins, None, None), result.slots, result.device, False
+        view._set(bound.layout, (), facts, lasting=False, foreign=result.memory, table=result.table)
         return view
 
     def _set(
@@ -317,10 +317,10 @@ class KVView:
     @property
     def addresses(self) -> npt.NDArray[np.int64]:
         """The table of addresses as an int64 array on the host, which is not to be written."""
-        found: npt.NDArray[np.int64] | None = self.derived.get("addresses")
-        if found is None:
-            found = self.derived["addresses"] = np.array(self.origins, dtype=np.int64)
-        return found
+        result: npt.NDArray[np.int64] | None = self.derived.get("addresses")
+        if result is None:
+            result = self.derived["addresses"] = np.array(self.origins, dtype=np.int64)
+        return result
 
     @property
     def table(self) -> torch.Tensor:
@@ -342,8 +342,8 @@ class KVView:
         """The table of addresses that lies on a device, if there is one."""
         if self._table is not None and self._table.device == device:
             return self._table
-        kept: tuple[torch.Tensor, object] | None = self.derived.get((_TABLE, device))
-        return None if kept is None else kept[0]
+        retained: tuple[torch.Tensor, object] | None = self.derived.get((_TABLE, device))
+        return None if retained is None else retained[0]
 
     def keep_table(self, table: torch.Tensor, made: torch.Event | None) -> torch.Tensor:
         """Keep a copy of the addresses that was made on a device, of several there the first.
@@ -377,9 +377,9 @@ class KVView:
             raise LayoutError(f"Overlap with a {kind} was asked; expected a KVView. Pass one.")
         if self.home != other.home:
             return False
-        mine = self.spans if self._spans is None else self._spans  # the property costs a call
-        theirs = other.spans if other._spans is None else other._spans
-        few, many = (mine, theirs) if len(mine) < len(theirs) else (theirs, mine)
+        dst = self.spans if self._spans is None else self._spans  # the property costs a call
+        src = other.spans if other._spans is None else other._spans
+        few, many = (dst, src) if len(dst) < len(src) else (src, dst)
         for first, past in few:
             at = bisect_left(many, (past,))
             if at and many[at - 1][1] > first:
@@ -396,8 +396,8 @@ class KVView:
             elif self.form.place == "peer":
                 why = "it is a peer's, whose rows are read alone; let its own device read yours"
             elif not why and self._origins is not None and len(self._origins) > 1:
-                found = [self.origins[entry] + offset for entry, offset in self.form.planes]
-                distinct = all(len(set(each)) == len(each) for each in (found, self.origins))
+                result = [self.origins[entry] + offset for entry, offset in self.form.planes]
+                distinct = all(len(set(each)) == len(each) for each in (result, self.origins))
                 why = "" if distinct else ALIASED
             if self.known:  # else the addresses may be read back later
                 self._unwritable = why
@@ -432,8 +432,8 @@ class KVView:
             if self._memory:
                 return
         storages = {s._cdata: s for s in (owner.untyped_storage() for owner in self.owners)}
-        found = tuple((s, s.data_ptr(), s.nbytes()) for s in storages.values())
-        ranges = sorted((at, at + n) for _, at, n in found)
+        result = tuple((s, s.data_ptr(), s.nbytes()) for s in storages.values())
+        ranges = sorted((at, at + n) for _, at, n in result)
         for first, past in self.spans:
             # Storages that touch each other may hold one span together.
             for start, end in ranges:
@@ -442,7 +442,7 @@ class KVView:
             if first < past:
                 raise self.replaced()
         # Tensors that are not held may be given other storages, so that all are asked again.
-        self._memory = None if self._memory is None else found
+        self._memory = None if self._memory is None else result
 
     def replaced(self) -> LayoutError:
         """The error if the memory behind a tensor is another than that which was read."""
@@ -505,9 +505,9 @@ class KVView:
             LayoutError: an empty or stepped range, one that cuts through a factor, or another axis.
         """
         if unknown:
-            asked = ", ".join(f"{name}={unknown[name]!r}" for name in unknown)
+            requested = ", ".join(f"{name}={unknown[name]!r}" for name in unknown)
             raise LayoutError(
-                f"A slice by {asked} was asked; expected layers, heads or kv; pass an Index of "
+                f"A slice by {requested} was asked; expected layers, heads or kv; pass an Index of "
                 f"the blocks or tokens to the copy."
             )
         form = self.form
@@ -669,30 +669,30 @@ def _range(name: str, asked: slice | int | None, extent: int) -> range:
         return range(extent)
     try:
         if isinstance(asked, slice):
-            found = range(extent)[asked]
+            result = range(extent)[asked]
         else:
             at = index(asked)
-            found = range(at, at + 1) if 0 <= at < extent else range(0)
+            result = range(at, at + 1) if 0 <= at < extent else range(0)
     except (TypeError, ValueError):
         raise LayoutError(
             f"{name}={asked!r} was asked; expected an integer or a slice of integers."
         ) from None
-    if len(found) < 1 or found.step != 1:
+    if len(result) < 1 or result.step != 1:
         raise LayoutError(
-            f"{name}={asked} asks for {list(found)} of {extent}; ask for a range of at least one "
+            f"{name}={asked} asks for {list(result)} of {extent}; ask for a range of at least one "
             f"with step 1."
         )
-    return found
+    return result
 
 
 def _within(spans: Spans, owners: Sequence[torch.Tensor]) -> Spans:
     """The parts of sorted, disjoint spans that lie in the storages of some of their tensors."""
     storages = (owner.untyped_storage() for owner in owners)
     ends = [past for _, past in spans]
-    found = []
+    result = []
     for start, end in sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages}):
         at = bisect_right(ends, start)
         while at < len(spans) and spans[at][0] < end:
-            found.append((max(spans[at][0], start), min(spans[at][1], end)))
+            result.append((max(spans[at][0], start), min(spans[at][1], end)))
             at += 1
-    return found
+    return result

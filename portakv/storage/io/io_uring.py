@@ -57,21 +57,21 @@ class OneRing:
 
     def __init__(self, memory: Sequence[tuple[int, int]], entries: int) -> None:
         for flags in FLAGS:
-            said = np.array([0, 0, flags, *[0] * 27], np.uint32)  # io_uring_params
-            if (fd := system_call(SETUP, entries, said.ctypes.data)) != -errno.EINVAL:
+            answers = np.array([0, 0, flags, *[0] * 27], np.uint32)  # io_uring_params
+            if (fd := system_call(SETUP, entries, answers.ctypes.data)) != -errno.EINVAL:
                 break
         if fd < 0:
             why = f"{os.strerror(-fd)}; see kernel.io_uring_disabled, and the container's profile"
             raise OSError(-fd, f"io_uring is refused: {why}")
         # Not at exit: a daemon thread may use it until the very end.
         weakref.finalize(self, os.close, fd).atexit = False
-        if ~int(said[5]) & FEATURES or (flags == FLAGS[1] and os.uname().machine != "x86_64"):
+        if ~int(answers[5]) & FEATURES or (flags == FLAGS[1] and os.uname().machine != "x86_64"):
             raise OSError(errno.ENOSYS, "its io_uring is too old; Linux 6.1 has what is needed")
         self.fd = fd
-        self.entries = int(said[0])
-        ends = CQE.itemsize * int(said[1])
-        sq = said[10:20].tolist()
-        cq = said[20:30].tolist()
+        self.entries = int(answers[0])
+        ends = CQE.itemsize * int(answers[1])
+        sq = answers[10:20].tolist()
+        cq = answers[20:30].tolist()
         map_ = partial(mmap.mmap, fd, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         shared = np.frombuffer(map_(max(sq[6] + 4 * self.entries, cq[5] + ends)), np.uint8)
         self.words = shared.view(np.uint32)
@@ -94,7 +94,7 @@ class OneRing:
 
     def run(self, requests: Sequence[Request], tell: Ended | None = None) -> list[int]:
         """See `Engine`; what the kernel never ended is not told."""
-        asked = np.array(requests, np.int64).reshape(-1, 5)
+        requested = np.array(requests, np.int64).reshape(-1, 5)
         begun = 0
         stop = 0
         results: list[int | None] = [None] * len(requests)
@@ -103,13 +103,13 @@ class OneRing:
         def go(stopped: bool) -> None:
             nonlocal begun, stop
             stop = -errno.ECANCELED * stopped
-            while (begun < len(asked) and not stop) or self._count(self.seen, self.put):
+            while (begun < len(requested) and not stop) or self._count(self.seen, self.put):
                 if stop:  # what the kernel has not taken yet it shall not take
                     self.words[self.put] = self.words[self.taken]
-                elif begun < len(asked):
-                    begun += self._fill(asked[begun:], begun)
+                elif begun < len(requested):
+                    begun += self._fill(requested[begun:], begun)
                 # Wait for all of them, for half if more follow, or for one to tell of.
-                least = self._count(self.seen, self.put) // (1 + (begun < len(asked)))
+                least = self._count(self.seen, self.put) // (1 + (begun < len(requested)))
                 least = min(least, 1) if tell else least
                 put = self._count(self.taken, self.put)
                 if (code := system_call(ENTER, self.fd, put, least, GETEVENTS)) < 0:
