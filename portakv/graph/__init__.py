@@ -13,9 +13,11 @@ from portakv.graph.prometheus import Collector
 __all__ = ["Collector", "Graph", "Handle", "Lease", "Task"]
 
 
-def _node(work: Any, blocks: int, *, link: _Queue | None = None, **terms: Any) -> Task:
-    """Return a task from the arguments of its former class."""
-    return Task(work, blocks, queue=link, **terms)
+class _Node(Task):
+    """A task from the arguments of its former class: ``link`` is its queue."""
+
+    def __init__(self, work: Any, blocks: int, *, link: _Queue | None = None, **terms: Any) -> None:
+        super().__init__(work, blocks, queue=link, **terms)
 
 
 def __getattr__(name: str) -> object:
@@ -28,4 +30,4 @@ def __getattr__(name: str) -> object:
         DeprecationWarning,
         stacklevel=2,
     )
-    return _node
+    return _Node

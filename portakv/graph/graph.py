@@ -425,7 +425,7 @@ class Graph:
         no gate; a gate ends behind what runs. True if some blocks will not be moved."""
         arguments.instance("task", task, Task)
         arguments.one_of("state", state, get_args(Unrun))
-        why = {"late": ": give more time", "dropped": ": staging had no room or the link was slow"}
+        why = {"late": ": give more time", "dropped": ": staging had no room or the queue was slow"}
         kind = TransferCancelled if state == "cancelled" else TransferError
         error = kind(f"Some blocks had not begun and are {state}{why.get(state, '')}.")
         if task.graph is not self or self.process.forked:
