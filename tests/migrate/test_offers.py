@@ -548,7 +548,7 @@ def test_a_pull_whose_owner_does_not_answer_ends_in_its_own_time(made: Sides) ->
     both.pull(both.offer()).synchronize(30)
     both.owner.channel.serve(Check, lambda *_: None)
     pulled = both.pull(both.offer(), timeout=0.2)
-    assert until(lambda: pulled.nodes[0].ended, 15)
+    assert until(lambda: pulled.tasks[0].ended, 15)
     ended(pulled, TransferTimeout, "more time")
     assert not pulled.statistics.cancelled
 
@@ -598,7 +598,7 @@ def test_a_reader_that_is_closed_writes_nothing_from_then_on(made: Sides, way: s
     offer = both.offer()
     pulled = both.pull(offer, max_gbps=1e-9)
     both.reader.close()
-    assert until(lambda: pulled.nodes[0].ended)
+    assert until(lambda: pulled.tasks[0].ended)
     ended(pulled, TransferCancelled)
     written = both.mine.whole.clone()
     assert not offer.taken(0.5)
