@@ -233,23 +233,24 @@ class DiskStore:
         new = [i for i, there in enumerate(landed) if not there]
         size = self.form.image_bytes
 
+        tries = self._tries(queue, evict)
         taken = list[_Taken]()
         results = list[int]()
         try:
             for i in new:
-                matches = self._take(queue, keys[i], rows[i], own, evict, report)
-                if matches is not None:
-                    taken.append(_Taken(i, *matches))
+                place = self._take(tries, keys[i], rows[i], own, report)
+                if place is not None:
+                    taken.append(_Taken(i, *place))
             requests = [
                 Request(slots.fd, slot * size, rows[i].ctypes.data, size, True)
                 for i, slots, slot in taken
             ]
             results = self.engine.run(requests)
         finally:  # the first block first, so that a kill leaves no block without its predecessor
-            for place, result in zip(taken, results or [0] * len(taken), strict=True):
-                i = place.number
+            for each, result in zip(taken, results or [0] * len(taken), strict=True):
+                i = each.number
                 known = keys[i], generations[i], checksums[i]
-                landed[i] = self._seal(place, result, *known, report)
+                landed[i] = self._seal(each, result, *known, report)
         self.touch([keys[i] for i in new])  # a prefix outlives its suffix
         hits = sum(landed[i] for i in new)
         self.graph.count(self.tier, "save", "hit", hits, hits * size)
@@ -257,27 +258,30 @@ class DiskStore:
         self.graph.count(self.tier, "save", "dropped", len(new) - len(taken))
         return landed
 
+    def _tries(self, queue: Queue, evict: bool) -> list[tuple[Slots, bool]]:
+        """Return the folders to ask for a slot in order, the queue's first, and whether they may
+        evict a block. A folder with free slots comes before one that has to evict."""
+        first = next(slots for slots, each in self.parts if each is queue)
+        folders = [first, *(slots for slots, _ in self.parts if slots is not first)]
+        free = [(slots, False) for slots in folders] if len(folders) > 1 else []
+        return [*free, *((slots, evict) for slots in folders)]
+
     def _take(
         self,
-        queue: Queue,
+        tries: Sequence[tuple[Slots, bool]],
         key: bytes,
         row: Row,
         own: Mapping[bytes, int] | None,
-        evict: bool,
         report: Report,
     ) -> tuple[Slots, int] | None:
-        """Take a slot for a block, in the queue's folder or in another one; None, with a report, if
-        no folder has one. A folder with free slots comes before one that has to evict."""
-        first = next(slots for slots, each in self.parts if each is queue)
-        folders = [first, *(slots for slots, _ in self.parts if slots is not first)]
-        tries = [(slots, False) for slots in folders] if len(folders) > 1 else []
-        tries += [(slots, evict) for slots in folders]
+        """Take a slot for a block in the first folder that has one; None, with a report, if none
+        has."""
         mark = predecessor(row)
         for slots, evicts in tries:
             slot = slots.take(key, own, mark, evicts)
             if slot is not None:
                 return slots, slot
-        where = f"{first.folder.parent}: no slot is free or may be evicted"
+        where = f"{tries[0][0].folder.parent}: no slot is free or may be evicted"
         report(key, Reason(reasons.DROPPED, where))
         _warnings.warning(f"dropped {where}", "Block %s: %s", key.hex(), where)
         return None
