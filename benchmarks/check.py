@@ -26,10 +26,10 @@ FILE = Path(__file__).with_name("bars.toml")
 #: The suite that a result of `portakv bench --host`, `--plugs`, ... names, and the prefix of the
 #: kinds of its rows. A result of copies inside a device names no suite.
 HOST_SUITE = "host"
-PLUG_SUITE = "plugs"
+INTEGRATION_SUITE = "plugs"
 STORAGE_SUITE = "storage"
 MIGRATION_SUITE = "migration"
-SUITES = {HOST_SUITE: "host_", PLUG_SUITE: "plug_", STORAGE_SUITE: "storage_"}
+SUITES = {HOST_SUITE: "host_", INTEGRATION_SUITE: "plug_", STORAGE_SUITE: "storage_"}
 SUITES[MIGRATION_SUITE] = "migrate_"
 
 #: The share by which a target may be worse than its accepted figure: the noise between two runs.
@@ -127,18 +127,18 @@ class Verdict(NamedTuple):
     rows: int = 0  # the number of judged rows
 
 
-def load_bars(path: Path = FILE) -> list[Bar]:
+def load_targets(path: Path = FILE) -> list[Bar]:
     """Return the targets of a file; raise `ValueError` for a target that cannot be judged."""
     return [Bar(**entry) for entry in tomllib.loads(path.read_text(encoding="utf-8"))["bar"]]
 
 
-def judge(results: Mapping[str, Any], bars: Sequence[Bar]) -> list[Verdict]:
+def judge(results: Mapping[str, Any], targets: Sequence[Bar]) -> list[Verdict]:
     """Return a verdict for each target that concerns the device and the suite of the results."""
     device = results["machine"]["device_type"]
     suite = results.get("suite")
     return [
         _judge(bar, results["rows"])
-        for bar in bars
+        for bar in targets
         if bar.device in (None, device) and bar.suite == suite
     ]
 
@@ -179,9 +179,9 @@ def _named(row: Mapping[str, Any]) -> str:
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     """Print the figure, limit, verdict and deciding row of each target; then the reasons."""
     columns = [
-        Column("bar"),
+        Column("target"),
         Column("figure", right=True),
-        Column("asked", right=True),
+        Column("limit", right=True),
         Column("verdict", whole=True),
         Column("rows", right=True),
         Column("worst"),
@@ -197,7 +197,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
         ]
         for v in verdicts
     ]
-    print_table(columns, rows, title="bars")
+    print_table(columns, rows, title="performance targets")
     for v in verdicts:
         if v.reason:
             print_prose(f"{v.bar.name}: {v.reason}.")
@@ -208,16 +208,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
     result = "a result of `portakv bench`"
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=result)
-    parser.add_argument("--bars", type=Path, default=FILE, help="default: benchmarks/bars.toml")
+    parser.add_argument(
+        "--bars", dest="targets", type=Path, default=FILE, help="default: benchmarks/bars.toml"
+    )
     expected = parser.parse_args(argv)
-    return max(_check(file, expected.bars, len(expected.files) > 1) for file in expected.files)
+    return max(_check(file, expected.targets, len(expected.files) > 1) for file in expected.files)
 
 
-def _check(file: Path, bars: Path, named: bool) -> int:
+def _check(file: Path, targets: Path, named: bool) -> int:
     """Judge one file; return its exit code."""
     try:
         results = recorded.read(file)
-        verdicts = judge(results, load_bars(bars))
+        verdicts = judge(results, load_targets(targets))
     except (OSError, ValueError, KeyError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         print(f"check: {file} cannot be judged: {why}", file=sys.stderr)

@@ -40,12 +40,12 @@ from portakv.registry.registry import ENVIRONMENT
 from portakv.runtime.devices import device_name, usable_device, usual_device
 from portakv_benchmarks.check import (
     HOST_SUITE,
+    INTEGRATION_SUITE,
     MIGRATION_SUITE,
-    PLUG_SUITE,
     STORAGE_SUITE,
     SUITES,
     judge,
-    load_bars,
+    load_targets,
     print_verdicts,
 )
 from portakv_benchmarks.device import suite
@@ -56,7 +56,7 @@ from portakv_benchmarks.host import calls, grid, interference, memory, small
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.plugs.lmcache import lmcache_steps
 from portakv_benchmarks.plugs.sglang import sglang_steps
-from portakv_benchmarks.plugs.suite import PLUG_PRESETS, PlugBench, medians
+from portakv_benchmarks.plugs.suite import INTEGRATION_PRESETS, IntegrationBench, medians
 from portakv_benchmarks.plugs.vllm import vllm_steps
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import (
@@ -75,7 +75,7 @@ from portakv_benchmarks.storage import costs, stores, tiers
 from portakv_benchmarks.storage.suite import STORAGE_PRESETS, StorageBench
 
 RESULT_FORMAT = 2
-LADDER = "seed"  # the first scenario of PortaKV
+SEED = "seed"  # the first scenario of PortaKV
 #: The parts of ``--host``, in this order. The grid comes first, since most performance targets are
 #: about it. Peers come last, since a failing kernel of a peer may leave the device unusable.
 PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
@@ -91,7 +91,7 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "peers": interference.peer_steps,
 }
 #: The parts of ``--plugs``, by engine. LMCache comes last: its kernels accept any layout.
-PLUGS: Mapping[str, Callable[[PlugBench], Iterator[Step]]] = {
+INTEGRATIONS: Mapping[str, Callable[[IntegrationBench], Iterator[Step]]] = {
     "sglang": sglang_steps,
     "vllm": vllm_steps,
     "lmcache": lmcache_steps,
@@ -112,13 +112,13 @@ MIGRATION: Mapping[str, str] = {
     "costs": "pulls:cost_steps",
     "setup": "setup:setup_steps",
     "weights": "pulls:weight_steps",
-    "beside": "beside:beside_steps",
+    "beside": "beside:loop_steps",
     "staged": "moved:staged_steps",
     "scattered": "moved:scattered_steps",
 }
 _PARTS_OF: Mapping[str, Fields] = {
     HOST_SUITE: PARTS,
-    PLUG_SUITE: PLUGS,
+    INTEGRATION_SUITE: INTEGRATIONS,
     STORAGE_SUITE: STORAGE,
     MIGRATION_SUITE: MIGRATION,
 }
@@ -140,7 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"so that nothing can be compared. Unset it, and name backends with --backend."
             )
         device = pick_device(args.device)
-        runs = {HOST_SUITE: run_host, PLUG_SUITE: run_plugs, STORAGE_SUITE: run_storage}
+        runs = {
+            HOST_SUITE: run_host,
+            INTEGRATION_SUITE: run_integrations,
+            STORAGE_SUITE: run_storage,
+        }
         runs[MIGRATION_SUITE] = run_migration
         run = runs.get(kind or "", run_device)
         results = run(args, device)
@@ -154,11 +158,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_json(results)
     else:
         print_results(results)
-        if args.bars:
-            print_bars(results)
+        if args.targets:
+            print_targets(results)
     for path in written:
         print(f"wrote {path}", file=sys.stderr)
-    fields = [] if kind == PLUG_SUITE else results["left_out"]  # there the engines' own code failed
+    # For integrations, left_out names the engines' own code that failed.
+    fields = [] if kind == INTEGRATION_SUITE else results["left_out"]
     failed = any(isinstance(line, harness.Failed) for line in fields)
     return int(failed or not all(x["verified"] for x in results["rows"] if not x.get("peer")))
 
@@ -166,13 +171,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 _MEASURED = {
     None: "backends on real models' shapes, in turns with copy_",
     HOST_SUITE: "copies between a device and host memory by every engine, in turns with a memcpy",
-    PLUG_SUITE: "engines' transfers by their own code and by integrations, in turns with a memcpy",
+    INTEGRATION_SUITE: (
+        "engines' transfers by their own code and by integrations, in turns with a memcpy"
+    ),
     STORAGE_SUITE: "block stores and their parts, in turns with fio and LMCache,",
     MIGRATION_SUITE: "transfers between two processes and their devices, in turns with raw copies",
 }
 _INSTEAD = {
     HOST_SUITE: "copies between the device and the host",
-    PLUG_SUITE: "engines' own transfers compared with those of PortaKV's integrations",
+    INTEGRATION_SUITE: "engines' own transfers compared with those of PortaKV's integrations",
     STORAGE_SUITE: "block stores in a folder compared with fio and LMCache",
     MIGRATION_SUITE: "rows and weights that cross between two processes",
 }
@@ -193,7 +200,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
     known = {
         None: suite.PRESETS,
         HOST_SUITE: HOST_PRESETS,
-        PLUG_SUITE: PLUG_PRESETS,
+        INTEGRATION_SUITE: INTEGRATION_PRESETS,
         STORAGE_SUITE: STORAGE_PRESETS,
         MIGRATION_SUITE: dict.fromkeys(("full", "quick", "tiny")),
     }
@@ -206,6 +213,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print one JSON value")
     add(
         "--bars",
+        dest="targets",
         action="store_true",
         help="compare with this project's performance targets, which are for its own machines",
     )
@@ -302,9 +310,9 @@ def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field
     for task in suite.tasks(preset, shapes, device):
         yield f"{task}", partial(suite.run_task, task, preset, field)
     for shape in shapes:
-        if preset.ladder and shape.name == LADDER:
+        if preset.ladder and shape.name == SEED:
             yield (
-                f"every way of moving {LADDER}",
+                f"every method of moving {SEED}",
                 partial(run_all_methods, shape, field, preset.rounds),
             )
     yield from (step for name, step in overheads.items() if name not in fast)
@@ -321,12 +329,14 @@ def run_host(args: argparse.Namespace, device: torch.device) -> Row:
     return _run_parts(args, HOST_SUITE, PARTS, Bench(device, HOST_PRESETS[args.preset], peers))
 
 
-def run_plugs(args: argparse.Namespace, device: torch.device) -> Row:
+def run_integrations(args: argparse.Namespace, device: torch.device) -> Row:
     """Measure engines' transfers by their own code and by the integrations; return the result.
 
     The releases whose own code was measured are the result's peers.
     """
-    results = _run_parts(args, PLUG_SUITE, PLUGS, PlugBench(device, args.preset))
+    results = _run_parts(
+        args, INTEGRATION_SUITE, INTEGRATIONS, IntegrationBench(device, args.preset)
+    )
     results["rows"] += medians(results["rows"])
     return results
 
@@ -537,14 +547,14 @@ def write(results: Row, folder: Path, stem: str) -> list[Path]:
     return [path, *draw(results, folder, stem)]
 
 
-def print_bars(results: Row) -> None:
+def print_targets(results: Row) -> None:
     """Print the verdicts on measured rows, and the number of all other targets."""
-    verdicts = judge(results, load_bars())
+    verdicts = judge(results, load_targets())
     measured = [verdict for verdict in verdicts if verdict.rows]
     if measured:
         print_verdicts(measured)
     if more := len(verdicts) - len(measured):
-        print(f"{more} bars are about rows that were not measured.")
+        print(f"{more} targets concern rows that were not measured.")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from itertools import compress, product
 from pathlib import Path
 from statistics import median
 
-from portakv_benchmarks.check import HOST_SUITE, MIGRATION_SUITE, PLUG_SUITE, STORAGE_SUITE
+from portakv_benchmarks.check import HOST_SUITE, INTEGRATION_SUITE, MIGRATION_SUITE, STORAGE_SUITE
 from portakv_benchmarks.shared import recorded
 from portakv_benchmarks.shared.harness import Fields, Row, grouped, having, quickest
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
@@ -249,7 +249,7 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
 def page(files: Iterable[Path]) -> str:
     """Return the page for result files, accelerators first, without results of integrations."""
     read = (recorded.read(path) for path in sorted(files))
-    results = [result for result in read if result.get("suite") != PLUG_SUITE]
+    results = [result for result in read if result.get("suite") != INTEGRATION_SUITE]
     results.sort(key=lambda result: result["machine"]["device_type"] == "cpu")
     suites = {None: _device, HOST_SUITE: _link, STORAGE_SUITE: _storage}
     suites[MIGRATION_SUITE] = _migration

@@ -68,9 +68,9 @@ def _measure(bench: Bench, case: Case, whole: bool) -> Rows:
 def _row(
     bench: Bench, sides: Sides, direction: str, method: Method, ids: str, merged: int, calls: int
 ) -> Row:
-    def call(behind_others: bool = False) -> float:
+    def call(follows_others: bool = False) -> float:
         fresh = None if ids == IDS[0] else sides.fresh_ids()
-        if not behind_others:
+        if not follows_others:
             bench.module.synchronize()
         began = perf_counter()
         method.move(sides, direction, ids=fresh)
@@ -118,6 +118,6 @@ def _times(call: Callable[..., float], calls: int) -> tuple[list[float], list[fl
     times = list[float]()
     most = min(calls, _FEW) if idle[0] > _DEAR else calls
     while len(times) < most:
-        for behind_others in (False, *[True] * (_ROUND - 1)):
-            (times if behind_others else idle).append(call(behind_others))
+        for follows_others in (False, *[True] * (_ROUND - 1)):
+            (times if follows_others else idle).append(call(follows_others))
     return idle, times

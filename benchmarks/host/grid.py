@@ -28,7 +28,7 @@ from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, Step, V
 from portakv_benchmarks.shared.shapes import in_words
 
 #: What is compared; `chosen_loss` is against the best of these that may be chosen.
-ENGINES = (suite.STAGED, suite.BATCHED_MEMCPY, suite.ZERO_COPY, suite.ZERO_COPY_BESIDE)
+ENGINES = (suite.STAGED, suite.BATCHED_MEMCPY, suite.ZERO_COPY, suite.ZERO_COPY_FEW_BLOCKS)
 GRID_METHODS = (*ENGINES, HOST, suite.HOST_IDLE)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from portakv_benchmarks.check import SUITES, judge, load_bars, print_verdicts
+from portakv_benchmarks.check import SUITES, judge, load_targets, print_verdicts
 from portakv_benchmarks.cli import write
 from portakv_benchmarks.shared import recorded
 from portakv_benchmarks.shared.tables import print_results
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in write(results, requested.out, results["name"]):
         print(f"wrote {path}", file=sys.stderr)
     print_results(results)
-    verdicts = judge(results, load_bars())
+    verdicts = judge(results, load_targets())
     print_verdicts(verdicts)
     return 1 if any(v.word == "missed" for v in verdicts) else 0
 

@@ -40,7 +40,7 @@ _CADENCE = (
     f"follow one another, the ways in turns"
 )
 #: The count of integers that the bars look at; others take less of the time.
-_BARRED = 64
+_JUDGED_COUNT = 64
 _FEWER = 3
 TURNS = 3  # of idle sends
 
@@ -155,7 +155,7 @@ def sends_of(
         bench.module.synchronize()
 
     samples = bench.preset.small_samples
-    if count != _BARRED:
+    if count != _JUDGED_COUNT:
         samples = max(1, samples // _FEWER)
     for method, n in product(methods.values(), range(WARM_UP)):
         timed(bench, method, count, n)

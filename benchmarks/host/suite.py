@@ -240,7 +240,7 @@ class Method:
 STAGED = Method("staged", "staged")
 BATCHED_MEMCPY = Method("batched_memcpy", "batched_memcpy")
 ZERO_COPY = Method("zero_copy", "zero_copy", {"overlap": "idle"})
-ZERO_COPY_BESIDE = Method("zero_copy beside", "zero_copy")  # with fewer thread blocks
+ZERO_COPY_FEW_BLOCKS = Method("zero_copy beside", "zero_copy")  # with fewer thread blocks
 #: The default: a model may be running meanwhile; and the choice for a device that is idle.
 HOST = Method(CHOSEN, CHOSEN)
 HOST_IDLE = Method(f"{CHOSEN} idle", CHOSEN, {"overlap": "idle"})

@@ -25,7 +25,7 @@ from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant, short
 from portakv_benchmarks.shared.shapes import in_words
 
 
-def beside_steps(bench: MigrationBench) -> Iterator[Step]:
+def loop_steps(bench: MigrationBench) -> Iterator[Step]:
     """The loop on either side."""
     if not bench.on:
         raise Unsupported("A loop beside pulls", "torch finds no accelerator here")
@@ -66,7 +66,7 @@ def _right(bench: MigrationBench, nbytes: int, raw: bool, _: int) -> bool:
     return bench.near.right(nbytes, raw)
 
 
-def _told(bench: MigrationBench, on: str, rows: Rows) -> Rows:
+def _rows_of_side(bench: MigrationBench, on: str, rows: Rows) -> Rows:
     """Rows of either side in the same words; `over_raw` in points."""
     raw = next((x for x in rows if x["backend"] == MEMCPY), None)
     made = Rows()
@@ -88,7 +88,7 @@ def _on_reader(bench: MigrationBench) -> Rows:
 
     meeting = Meeting(bench, "matmul", DEFAULT, "pull")
     rows = meeting.rows(make, bench.sizes.repeats, (MEMCPY, MAPPED))
-    return _told(bench, "reader", rows)
+    return _rows_of_side(bench, "reader", rows)
 
 
 def _on_owner(bench: MigrationBench) -> Rows:
@@ -125,4 +125,4 @@ def _on_owner(bench: MigrationBench) -> Rows:
         }
         for traffic in results
     ]
-    return _told(bench, "owner", rows)
+    return _rows_of_side(bench, "owner", rows)

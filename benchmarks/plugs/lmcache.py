@@ -28,7 +28,15 @@ from portakv.integrations import lmcache_ops
 from portakv.integrations.lmcache_formats import FUSED, LAYOUTS, MLA
 from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.plugs import suite
-from portakv_benchmarks.plugs.suite import OURS, OWN, Call, Case, PlannedCase, PlugBench, Side
+from portakv_benchmarks.plugs.suite import (
+    OURS,
+    OWN,
+    Call,
+    Case,
+    IntegrationBench,
+    PlannedCase,
+    Side,
+)
 from portakv_benchmarks.shared.harness import Rows, Step, in_a_line, short
 from portakv_benchmarks.shared.peers import load
 from portakv_benchmarks.shared.shapes import Shape, in_words
@@ -82,19 +90,19 @@ class Ops(NamedTuple):
         return task.number in self.forms and not fused and not unknown
 
 
-def lmcache_steps(bench: PlugBench) -> Iterator[Step]:
+def lmcache_steps(bench: IntegrationBench) -> Iterator[Step]:
     """A step for each kind of op, format, memory of the objects, payload and direction; then one
     for each format that is counted."""
     own = own_ops(bench)
     addresses = own is not None and own.addresses
     ours = Ops(lmcache_ops, SimpleNamespace, {x: x for x in LAYOUTS}, (0, 1), addresses)
-    yield from suite.steps(bench, "lmcache", _asked(bench, own, ours))
+    yield from suite.steps(bench, "lmcache", _planned_cases(bench, own, ours))
     if bench.device.type != "cuda":  # whose kernels torch does not see
         for number in _COUNTED:
             yield f"calls of torch, format {number}", partial(_count, bench, own, ours, number)
 
 
-def own_ops(bench: PlugBench) -> Ops | None:
+def own_ops(bench: IntegrationBench) -> Ops | None:
     """LMCache's own ops: compiled ones, or those over torch; None if it is not here."""
     why = []
     for module in _MODULES if bench.device.type == "cuda" else _MODULES[-1:]:
@@ -106,7 +114,7 @@ def own_ops(bench: PlugBench) -> Ops | None:
     return None
 
 
-def _load(bench: PlugBench, module: str) -> Ops:
+def _load(bench: IntegrationBench, module: str) -> Ops:
     compiled = module != _MODULES[-1]
     package = "lmcache"
     functions = load(package, module)[0] if compiled else import_module(f"{package}.{module}")
@@ -134,7 +142,7 @@ class Task(NamedTuple):
         return f"{self.kernel}{rows}, {in_words(self.payload)}, object on the {place}"
 
 
-def _asked(bench: PlugBench, own: Ops | None, ours: Ops) -> Iterator[PlannedCase]:
+def _planned_cases(bench: IntegrationBench, own: Ops | None, ours: Ops) -> Iterator[PlannedCase]:
     """What each bar judges comes first, since time may run out; then all formats, and the other
     size of some of them; that of the others comes late."""
     large, *smaller = bench.sizes.payloads
@@ -167,7 +175,7 @@ def _is_called(task: Task, own: Ops | None) -> bool:
     return task.kernel == "blocks" or task.number not in _TUPLES
 
 
-def _case(bench: PlugBench, own: Ops | None, ours: Ops, task: Task) -> Case:
+def _case(bench: IntegrationBench, own: Ops | None, ours: Ops, task: Task) -> Case:
     looks = _AS_LAYERS.get(task.number, task.number) if task.kernel == "slots" else task.number
     shape = shape_of(looks, bench.sizes.layers, task.payload, task.narrow)
     caches, objects = sides_of(bench, shape, task.number, task.op, task.on_host)
@@ -202,7 +210,7 @@ def shape_of(number: int, layers: int, payload: int, narrow: bool = False) -> Sh
 
 
 def sides_of(
-    bench: PlugBench, shape: Shape, number: int, op: str, on_host: bool, objects: int = 1
+    bench: IntegrationBench, shape: Shape, number: int, op: str, on_host: bool, objects: int = 1
 ) -> tuple[Side, Side]:
     """Return caches, and contiguous objects; the source has bytes that name their places."""
     tensors = shape.layers if shape.layered else 1
@@ -395,7 +403,7 @@ class Calls(TorchDispatchMode):
         return answer
 
 
-def _count(bench: PlugBench, own: Ops | None, ours: Ops, number: int) -> Rows:
+def _count(bench: IntegrationBench, own: Ops | None, ours: Ops, number: int) -> Rows:
     """Count a store and a load by blocks with either set of ops, by tensors, after a first call."""
     rows: Rows = []
     shape = replace(shape_of(number, _COUNTED_LAYERS, 0, narrow=True), tokens=32 * _BLOCK)

@@ -21,7 +21,15 @@ import torch
 from portakv.integrations import kvcacheio
 from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.plugs import suite
-from portakv_benchmarks.plugs.suite import OURS, OWN, Call, Case, PlannedCase, PlugBench, Side
+from portakv_benchmarks.plugs.suite import (
+    OURS,
+    OWN,
+    Call,
+    Case,
+    IntegrationBench,
+    PlannedCase,
+    Side,
+)
 from portakv_benchmarks.shared.harness import Step, in_a_line
 from portakv_benchmarks.shared.shapes import in_words
 
@@ -41,12 +49,12 @@ ORDERS = {
 _DEVICE = "layer | (block token) head dim"
 
 
-def sglang_steps(bench: PlugBench) -> Iterator[Step]:
+def sglang_steps(bench: IntegrationBench) -> Iterator[Step]:
     """A step for each order, direction, number of layers and limit of thread blocks."""
-    yield from suite.steps(bench, "sglang", _asked(bench, own_kernels(bench)))
+    yield from suite.steps(bench, "sglang", _planned_cases(bench, own_kernels(bench)))
 
 
-def own_kernels(bench: PlugBench) -> Any:
+def own_kernels(bench: IntegrationBench) -> Any:
     """SGLang's own module; None if it is not here, or does not load."""
     try:
         found = import_module("sgl_kernel.kvcacheio")
@@ -57,7 +65,7 @@ def own_kernels(bench: PlugBench) -> Any:
     return found
 
 
-def _asked(bench: PlugBench, own: Any) -> Iterator[PlannedCase]:
+def _planned_cases(bench: IntegrationBench, own: Any) -> Iterator[PlannedCase]:
     layers = bench.sizes.layers
     tokens = bench.sizes.pool // (2 * layers * _ITEM * _PAGE) * _PAGE
     made = partial(_case, bench, own)
@@ -82,7 +90,7 @@ def _asked(bench: PlugBench, own: Any) -> Iterator[PlannedCase]:
 
 
 def _case(
-    bench: PlugBench,
+    bench: IntegrationBench,
     own: Any,
     method: str,
     order: str,

@@ -16,7 +16,7 @@ import torch
 
 from portakv.integrations import vllm_ops
 from portakv_benchmarks.plugs import suite
-from portakv_benchmarks.plugs.suite import OURS, OWN, Case, PlannedCase, PlugBench
+from portakv_benchmarks.plugs.suite import OURS, OWN, Case, IntegrationBench, PlannedCase
 from portakv_benchmarks.shared.harness import Variant
 from portakv_benchmarks.shared.shapes import POISON
 
@@ -31,7 +31,7 @@ _TOGETHER = 8  # elements of a head that a cache of keys keeps together
 _REQUESTS = 4  # of a gather
 
 
-def step_ops(bench: PlugBench, own: Any) -> Iterator[PlannedCase]:
+def step_ops(bench: IntegrationBench, own: Any) -> Iterator[PlannedCase]:
     """Each op with few and with many rows; ``own``: vLLM's module, None if it is not here."""
     for rows, name in product(_ROWS, _OPS):
         yield PlannedCase(f"{name}, {rows} rows", partial(_case, bench, own, name, rows))
@@ -75,7 +75,7 @@ def _step(name: str, rows: int, memory: Callable[..., torch.Tensor]) -> Step:
     return Step((key, value, keys, values, slots, *how), [keys, values], plain)
 
 
-def _case(bench: PlugBench, own: Any, name: str, rows: int) -> Case:
+def _case(bench: IntegrationBench, own: Any, name: str, rows: int) -> Case:
     salts = iter(range(1, 99))
 
     def memory(*sizes: int) -> torch.Tensor:

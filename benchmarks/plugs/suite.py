@@ -41,7 +41,7 @@ _ROUNDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class PlugPreset:
+class IntegrationPreset:
     """Set the amount of measurement; sizes in bytes."""
 
     layers: int
@@ -52,13 +52,13 @@ class PlugPreset:
     formats: tuple[int, ...] = ()  # of LMCache; none: all
 
 
-PLUG_PRESETS: Mapping[str, PlugPreset] = {
-    "full": PlugPreset(32, (32 * MB, 1 * MB), 1000, (64 * KB, 8 * KB), 256 * MB),
-    "tiny": PlugPreset(2, (128 * KB,), 8, (512,), 512 * KB, (0, 1, 4, 6, 8, 12, 16, 17)),
+INTEGRATION_PRESETS: Mapping[str, IntegrationPreset] = {
+    "full": IntegrationPreset(32, (32 * MB, 1 * MB), 1000, (64 * KB, 8 * KB), 256 * MB),
+    "tiny": IntegrationPreset(2, (128 * KB,), 8, (512,), 512 * KB, (0, 1, 4, 6, 8, 12, 16, 17)),
 }
 
 
-class PlugBench(Bench):
+class IntegrationBench(Bench):
     """The device, what times it, and which releases of engines were found."""
 
     def __init__(self, device: torch.device, preset: str) -> None:
@@ -66,7 +66,7 @@ class PlugBench(Bench):
         most = {"repeats": _REPEATS, "loop_seconds": _LOOP, "seconds": _ROUNDS}
         fewer = {name: min(getattr(of_loops, name), limit) for name, limit in most.items()}
         super().__init__(device, replace(of_loops, **fewer))
-        self.sizes = PLUG_PRESETS[preset]
+        self.sizes = INTEGRATION_PRESETS[preset]
         self.absent = {}
         self.found: dict[str, str] = {}
 
@@ -103,7 +103,7 @@ class Side(NamedTuple):
     @classmethod
     def make(
         cls,
-        bench: PlugBench,
+        bench: IntegrationBench,
         layout: str,
         shape: Shape,
         seed: int | None,
@@ -146,7 +146,7 @@ class Side(NamedTuple):
 class Sides(NamedTuple):
     """Hold the memory of one transfer, and check its bytes."""
 
-    bench: PlugBench
+    bench: IntegrationBench
     source: Side
     target: Side
 
@@ -170,7 +170,7 @@ class Sides(NamedTuple):
         return bool(same) and all(bool((x.view(torch.uint8) == POISON).all()) for x in copies[1])
 
 
-def memcpy(bench: PlugBench, payload: int, op: str, to_host: bool) -> Variant:
+def memcpy(bench: IntegrationBench, payload: int, op: str, to_host: bool) -> Variant:
     """One plain copy of as many bytes between the device and the host, or inside the device."""
     source, target = turned(op, bench.memory(payload, False), bench.memory(payload, to_host))
     fill(source.view(torch.int64), 1)
@@ -214,7 +214,7 @@ def labels(name: str, op: str, engine: str) -> Row:
 
 
 def case(
-    bench: PlugBench,
+    bench: IntegrationBench,
     engine: str,
     fields: Row,
     op: str,
@@ -244,7 +244,7 @@ class PlannedCase(NamedTuple):
     late: bool = False  # comes after those
 
 
-def steps(bench: PlugBench, part: str, requested: Iterable[PlannedCase]) -> Iterator[Step]:
+def steps(bench: IntegrationBench, part: str, requested: Iterable[PlannedCase]) -> Iterator[Step]:
     """A step for each case; then one for each loop beside those that ask for it, and late cases."""
     alone = bench.device.type == "cpu"
     if alone:
@@ -258,7 +258,7 @@ def steps(bench: PlugBench, part: str, requested: Iterable[PlannedCase]) -> Iter
     yield from (step for late, step in of_cases if late)
 
 
-def _measure(bench: PlugBench, part: str, requested: PlannedCase) -> Rows:
+def _measure(bench: IntegrationBench, part: str, requested: PlannedCase) -> Rows:
     case = requested.make()
     methods = harness.usable(case.methods, f"{part}: {requested.name}", bench.left_out)
     if not methods:
@@ -305,7 +305,7 @@ def medians(rows: Rows) -> Rows:
     return found
 
 
-def _alongside(bench: PlugBench, part: str, requested: PlannedCase, loop: str) -> Rows:
+def _alongside(bench: IntegrationBench, part: str, requested: PlannedCase, loop: str) -> Rows:
     case = requested.make()
     methods = [memcpy(bench, case.payload, case.op, case.on_host), *case.methods]
     found = [Traffic(one, case.payload, **case.labels) for one in methods]

@@ -23,7 +23,15 @@ from portakv.integrations import check_release, vllm_ops
 from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.plugs import suite
 from portakv_benchmarks.plugs.step_ops import step_ops
-from portakv_benchmarks.plugs.suite import OURS, OWN, Call, Case, PlannedCase, PlugBench, Side
+from portakv_benchmarks.plugs.suite import (
+    OURS,
+    OWN,
+    Call,
+    Case,
+    IntegrationBench,
+    PlannedCase,
+    Side,
+)
 from portakv_benchmarks.shared.harness import Row, Step, Variant
 from portakv_benchmarks.shared.shapes import POISON, in_words
 
@@ -34,7 +42,7 @@ _PART = 4
 _BOTH = "both"
 
 
-def vllm_steps(bench: PlugBench) -> Iterator[Step]:
+def vllm_steps(bench: IntegrationBench) -> Iterator[Step]:
     """A step for each page size and direction, of the worker and of the op; raises
     `IntegrationError` if vLLM is not here."""
     check_release("vllm")
@@ -48,10 +56,10 @@ def vllm_steps(bench: PlugBench) -> Iterator[Step]:
         bench.left_out.append(f"vllm: its own code: {why}")
     else:
         bench.found["vllm"] = version("vllm")
-    yield from suite.steps(bench, "vllm", _asked(bench, not why))
+    yield from suite.steps(bench, "vllm", _planned_cases(bench, not why))
 
 
-def _asked(bench: PlugBench, own: bool) -> Iterator[PlannedCase]:
+def _planned_cases(bench: IntegrationBench, own: bool) -> Iterator[PlannedCase]:
     sizes = bench.sizes
     methods = [*product(("worker", _OP), DIRECTIONS), ("worker", _BOTH)]
     pair = lru_cache(maxsize=2)(partial(_workers, bench, own))  # each pins once for all its cases
@@ -73,7 +81,7 @@ class Worker:
     """One of vLLM's workers and its jobs: blocks that are stored, and others that they are loaded
     into. Caches are int8 ``[blocks, page]`` for each layer."""
 
-    def __init__(self, bench: PlugBench, worker: Any, layers: list[torch.Tensor]) -> None:
+    def __init__(self, bench: IntegrationBench, worker: Any, layers: list[torch.Tensor]) -> None:
         base = import_module("vllm.v1.kv_offload.base")
         common = import_module("vllm.v1.kv_offload.cpu.common")
         self._bench = bench
@@ -198,7 +206,7 @@ class Job:
 Pair = Callable[[int], dict[str, Worker]]
 
 
-def _workers(bench: PlugBench, own: bool, page: int) -> dict[str, Worker]:
+def _workers(bench: IntegrationBench, own: bool, page: int) -> dict[str, Worker]:
     """Both workers over the same caches, each with separate host memory."""
     base = import_module("vllm.v1.kv_offload.base")
     sizes = bench.sizes
@@ -217,16 +225,16 @@ def _workers(bench: PlugBench, own: bool, page: int) -> dict[str, Worker]:
     return made
 
 
-def _job(pair: Pair, bench: PlugBench, fields: Row, page: int, op: str) -> Case:
+def _job(pair: Pair, bench: IntegrationBench, fields: Row, page: int, op: str) -> Case:
     methods = [worker.variant(name, op) for name, worker in pair(page).items()]
     return Case(fields, op, bench.sizes.blocks * page * bench.sizes.layers, methods, streams=True)
 
 
-def _of_op(bench: PlugBench) -> int:
+def _of_op(bench: IntegrationBench) -> int:
     return bench.sizes.blocks // _PART
 
 
-def _batch(own: bool, bench: PlugBench, fields: Row, page: int, op: str) -> Case:
+def _batch(own: bool, bench: IntegrationBench, fields: Row, page: int, op: str) -> Case:
     """Runs of blocks of each layer, and of a pool block by block: a quarter of a job's pages."""
     layers = bench.sizes.layers
     salts = suite.turned(op, 1, None)

@@ -266,15 +266,15 @@ class Timer(ABC):
         for i in range(objects):
             call(i)
         hosts = []
-        walls = []
+        elapsed_times = []
         for n in range(self._settling):
             self._module.synchronize()
             start = perf_counter()
             call(n % objects)
             hosts.append((perf_counter() - start) * 1e6)
             self._module.synchronize()
-            walls.append((perf_counter() - start) * 1e6)
-        self.alone[call] = median(walls)
+            elapsed_times.append((perf_counter() - start) * 1e6)
+        self.alone[call] = median(elapsed_times)
         return median(hosts)
 
     @abstractmethod

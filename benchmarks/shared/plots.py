@@ -57,7 +57,7 @@ def draw(results: Fields, folder: Path, stem: str) -> list[Path]:
         "bandwidth": ("copy", bandwidth), "heatmap": ("copy", heat_map),
         "host": ("overhead", host_cost), "ladder": ("ladder", ladder),
         "ratio": ("host_copy", ratio), "interference": ("host_interference", interference),
-        "own": ("plug_copy", beside_own), "beside": ("plug_interference", interference),
+        "own": ("plug_copy", compared_with_own), "beside": ("plug_interference", interference),
         "rates": ("storage_engine", stored), "tier": ("storage_tier", stored),
         "urgent": ("storage_beside", urgent), "pulls": ("migrate_mapped", pulled),
     }  # fmt: skip
@@ -267,7 +267,7 @@ def interference(rows: list[Row], device: str) -> Figure:
     return figure
 
 
-def beside_own(rows: list[Row], device: str) -> Figure | None:
+def compared_with_own(rows: list[Row], device: str) -> Figure | None:
     """Draw the time of the integrations, of the engines' own code: a point for each case."""
     known = [row for row in rows if "of_own" in row and row["verified"]]
     if not known:

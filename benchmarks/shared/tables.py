@@ -70,7 +70,7 @@ _LINK: tuple[Cell, ...] = (
     *_WHAT, ("us", _time), ("GB/s", "gb_per_s:.4g"), ("of memcpy", "ratio:.3f"),
     ("p90/p50", _spread), ("alone us", "alone_us:.4g"), ("host us", "host_us:.4g"),
 )  # fmt: skip
-_PLUG: tuple[Cell, ...] = (("engine", "part"), *_WHAT, ("format", "format:"))
+_INTEGRATION: tuple[Cell, ...] = (("engine", "part"), *_WHAT, ("format", "format:"))
 _STORED: tuple[Cell, ...] = (
     *_WHAT,
     *(("ms", lambda row: f"{row['p50_us'] / 1e3:.4g}"), ("GB/s", "gb_per_s:.4g")),
@@ -171,20 +171,26 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     "plug_copy": (
         "engines' transfers by their own code and by PortaKV, in turns with a memcpy of the same "
         "bytes",
-        (*_PLUG, ("us", _time), ("GB/s", "gb_per_s:.4g"), ("of memcpy", "ratio:.3f"),
+        (*_INTEGRATION, ("us", _time), ("GB/s", "gb_per_s:.4g"), ("of memcpy", "ratio:.3f"),
          ("x own", "of_own:.3f"), ("p90/p50", _spread), ("host us", "host_us:.4g"),
          ("x own", "host_of_own:.3f"), ("whole x own", "whole_of_own:.3f"), _BYTES),
     ),
     "plug_interference": (
         "beside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
-        (("loop", "loop"), *_PLUG, ("slow-down %", "slowdown_pct:.4g"),
+        (("loop", "loop"), *_INTEGRATION, ("slow-down %", "slowdown_pct:.4g"),
          ("over own", "over_own:.4g"), ("over noise", "over_noise:.4g"),
          ("GB/s", "link_gb_per_s:.4g"), ("x own", "link_to_own:.3f"),
          ("ran dry", "ran_dry:"), _BYTES),
     ),
     "plug_calls": (
         "calls of torch's operators, and those that the host waits for",
-        (*_PLUG, ("calls", "calls:"), ("waits", "waits:"), ("own / these", "fewer:.3g"), _BYTES),
+        (
+            *_INTEGRATION,
+            ("calls", "calls:"),
+            ("waits", "waits:"),
+            ("own / these", "fewer:.3g"),
+            _BYTES,
+        ),
     ),
     "plug_median": (
         "time of the plug / that of the engine's own code, the median of all wide rows",

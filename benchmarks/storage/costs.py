@@ -10,7 +10,8 @@ from statistics import median
 
 import torch
 
-from portakv.graph.graph import Graph, Task
+from portakv.graph.graph import Graph
+from portakv.graph.task import Task
 from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.form import BlockForm
 from portakv.storage.io.choose import choose

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from portakv import KVView
-from portakv.graph.graph import Graph, Queue, Task
+from portakv.graph.graph import Graph, Queue
+from portakv.graph.task import Task
 from portakv.storage import image
 from portakv.storage.disk import Disk
 from portakv.storage.form import BlockForm

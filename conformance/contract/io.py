@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portakv.storage.io.base import LOST, Engine, Request
-from portakv_conformance.contract.runner import expect
+from portakv_conformance.contract.runner import expect, run_threads
 
 Bytes = npt.NDArray[np.uint8]
 PAGE = 4096
@@ -215,25 +215,16 @@ def check_an_error_of_the_caller_waits_for_the_end(engine: Engine, folder: Path)
 def check_threads_share_an_engine(engine: Engine, folder: Path) -> None:
     """Any number of threads may call `run` together."""
     with _opened(folder, 1 << 18) as (file,):
-        failures: list[str] = []
 
         def work(seed: int) -> None:
             pieces = _pieces(120, 1 << 18, seed)
             memory = _memory(sum(n + GUARD for _, n in pieces) + GUARD)
-            try:
-                for _ in range(3):
-                    results = engine.run(_reads(file.fd, pieces, memory))
-                    expect(results == [n for _, n in pieces], "a result is wrong")
-                    _expect_pieces(file, pieces, memory)
-            except Exception as error:  # reported below, in the thread of the check
-                failures.append(f"{type(error).__name__}: {error}")
+            for _ in range(3):
+                results = engine.run(_reads(file.fd, pieces, memory))
+                expect(results == [n for _, n in pieces], "a result is wrong")
+                _expect_pieces(file, pieces, memory)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6, 14)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        expect(not failures, f"of 8 threads {len(failures)} failed: {failures[:1]}")
+        run_threads(work, range(6, 14))
 
 
 def check_unaligned_requests_of_direct_files(engine: Engine, folder: Path) -> None:

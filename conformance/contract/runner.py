@@ -53,6 +53,24 @@ def expect(holds: bool, failure: str) -> None:
         raise Violation(failure)
 
 
+def run_threads(work: Callable[[int], None], seeds: Sequence[int]) -> None:
+    """Run a function in one thread for each seed, and expect that every thread succeeds."""
+    failures: list[str] = []
+
+    def attempt(seed: int) -> None:
+        try:
+            work(seed)
+        except Exception as error:  # reported below, in the thread of the check
+            failures.append(f"{type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=attempt, args=(seed,)) for seed in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expect(not failures, f"of {len(threads)} threads {len(failures)} failed: {failures[:1]}")
+
+
 def checks_of(module: ModuleType) -> list[Check[Subject]]:
     """Return the checks of a contract's module: its functions ``check_*``, in their order."""
     return [
@@ -67,7 +85,7 @@ def run_checks(
     open_subject: Callable[[Path], AbstractContextManager[Subject]],
     patience: float = PATIENCE,
 ) -> list[Outcome]:
-    """Run each check over a subject of its own, in a folder of its own.
+    """Run each check over a separate subject, in a separate folder.
 
     Args:
         open_subject: makes a subject that may use a folder, and closes it afterwards.
@@ -100,7 +118,7 @@ def _failure(
             place = f"{Path(last.filename).name}:{last.lineno}"
             failures.append(f"{type(error).__name__} at {place}: {error}")
 
-    # A thread that is left behind when the subject hangs; the process can still end.
+    # A subject that hangs leaves a daemon thread, which does not keep the process from ending.
     thread = threading.Thread(target=judge, name=f"contract {check.name}", daemon=True)
     thread.start()
     thread.join(patience)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of a tier of a block store: `portakv.storage.tier`.
 
-Every check gets a `Tiers`, which makes the tier in a folder of its own and opens it for forms, as a
+Every check gets a `Tiers`, which makes the tier in a separate folder and opens it for forms, as a
 `BlockStore` does. Blocks are sealed and verified here, past the tier, so that a tier that returns
 wrong bytes as right is found.
 """
@@ -25,7 +25,7 @@ from portakv.storage import image, reasons
 from portakv.storage.form import BlockForm
 from portakv.storage.reasons import Reason
 from portakv.storage.rows import Rows
-from portakv_conformance.contract.runner import expect
+from portakv_conformance.contract.runner import expect, run_threads
 
 Bytes = npt.NDArray[np.uint8]
 #: The byte of rows that no read has written.
@@ -69,6 +69,12 @@ def _key(number: int) -> bytes:
     return number.to_bytes(4, "little") * 8
 
 
+def _checksums(rows: Bytes, form: BlockForm) -> list[tuple[int, ...]]:
+    """Return the checksums in the headers of sealed images."""
+    heads = [image.header(row, form) for row in rows]
+    return [head.checksums for head in heads if not isinstance(head, str)]
+
+
 class Opened:
     """A tier that is open for some forms, and what its stores reported."""
 
@@ -105,8 +111,7 @@ class Opened:
     ) -> list[bool]:
         """Write blocks as a save does; return which are there now."""
         rows = self.seal(keys, form, generation)
-        heads = [image.header(row, form) for row in rows]
-        checksums = [head.checksums for head in heads if not isinstance(head, str)]
+        checksums = _checksums(rows, form)
         place = self.own.queue_for_write(len(keys) * form.image_bytes)
         order = {key: number for number, key in enumerate(keys)}
         generations = [generation] * len(keys)
@@ -171,8 +176,8 @@ class Tiers:
     def opened(self, own: BlockForm = FORM) -> Iterator[Opened]:
         """Open the tier for a form, and for the other forms that it finds."""
         tier = self.make()
-        found = [form for form in tier.forms(own) if form != own]
-        opened = Opened(tier, self._folder, [own, *found])
+        other_forms = [form for form in tier.forms(own) if form != own]
+        opened = Opened(tier, self._folder, [own, *other_forms])
         try:
             yield opened
         finally:
@@ -272,13 +277,14 @@ def check_other_forms_of_the_cache_are_read(tiers: Tiers, folder: Path) -> None:
     keys = [_key(number) for number in range(4)]
     with tiers.opened(HALF) as tier:
         tier.write(keys, HALF)
-    found = tiers.make().forms(FORM)
-    expect(FORM not in found and STRANGER not in found, f"`forms` found {len(found)} wrong forms")
+    other_forms = tiers.make().forms(FORM)
+    wrong = [form for form in (FORM, STRANGER) if form in other_forms]
+    expect(not wrong, f"`forms` returned {len(wrong)} wrong forms")
     with tiers.opened() as tier:
         expect(tier.own.form == FORM, "the first store is of another form")
         for store in tier.stores[1:]:
             expect(not store.writable, "a store of another form is writable")
-            if store.form == HALF and HALF in found:
+            if store.form == HALF and HALF in other_forms:
                 landed, rows = tier.read(keys, store=store)
                 expect(all(landed), "blocks of another form did not come")
                 tier.expect_right(keys, landed, rows[:, : HALF.image_bytes], form=HALF)
@@ -341,29 +347,19 @@ def check_threads_read_and_write_together(tiers: Tiers, folder: Path) -> None:
     keys = [_key(number) for number in range(6)]
     with tiers.opened() as tier:
         tier.write(keys)
-        failures: list[str] = []
 
         def work(seed: int) -> None:
-            try:
-                for turn in range(6):
-                    new = [_key(1000 + 10 * seed + turn), *keys[:2]]
-                    rows = tier.seal(new)
-                    heads = [image.header(row, FORM) for row in rows]
-                    sums = [head.checksums for head in heads if not isinstance(head, str)]
-                    place = tier.own.queue_for_write(len(new) * FORM.image_bytes)
-                    tier.own.write(place, new, [*rows], [1] * 3, sums, report=tier.report)
-                    read = np.full((len(new), FORM.image_bytes), _UNREAD, np.uint8)
-                    landed = tier.own.read(new, [*read], None, bool, tier.report)
-                    tier.expect_right(new, list(landed), read)
-            except Exception as error:  # reported below, in the thread of the check
-                failures.append(f"{type(error).__name__}: {error}")
+            for turn in range(6):
+                new = [_key(1000 + 10 * seed + turn), *keys[:2]]
+                rows = tier.seal(new)
+                checksums = _checksums(rows, FORM)
+                place = tier.own.queue_for_write(len(new) * FORM.image_bytes)
+                tier.own.write(place, new, [*rows], [1] * 3, checksums, report=tier.report)
+                read = np.full((len(new), FORM.image_bytes), _UNREAD, np.uint8)
+                landed = tier.own.read(new, [*read], None, bool, tier.report)
+                tier.expect_right(new, list(landed), read)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        expect(not failures, f"of 4 threads {len(failures)} failed: {failures[:1]}")
+        run_threads(work, range(4))
 
 
 def check_use_is_noted_quietly(tiers: Tiers, folder: Path) -> None:

@@ -184,9 +184,9 @@ def check_slots_cross_in_order(both: Wire, folder: Path) -> None:
     slots = [slot_of(10_000, seed) for seed in range(8)]
     into = [empty(10_000) for _ in slots]
     taken = [both.take(each, tag % 2) for tag, each in enumerate(into[:4])]
-    given = [both.give(slot, tag % 2) for tag, slot in enumerate(slots)]
+    sent = [both.give(slot, tag % 2) for tag, slot in enumerate(slots)]
     taken += [both.take(each, tag % 2) for tag, each in enumerate(into[4:], 4)]
-    for moving in (*taken, *given):
+    for moving in (*taken, *sent):
         expect(moving.wait(SOON), "a slot did not end")
     for number, (slot, landed) in enumerate(zip(slots, into, strict=True)):
         expect(torch.equal(slot, landed), f"slot {number} came wrong, or in another's place")
@@ -209,8 +209,8 @@ def check_a_slot_has_landed_when_it_ends(both: Wire, folder: Path) -> None:
 
 def check_another_length_is_an_error(both: Wire, folder: Path) -> None:
     """A slot of another length than the reader expects fails on both sides; a later one crosses."""
-    for given, wanted in ((5000, 100), (100, 5000)):
-        giving = both.give(slot_of(given))
+    for sent, wanted in ((5000, 100), (100, 5000)):
+        giving = both.give(slot_of(sent))
         into = empty(wanted)
         taking = both.take(into)
         _expect_error(taking, TransferError)
@@ -249,7 +249,7 @@ def check_the_timeout_is_the_last_resort(both: Wire, folder: Path) -> None:
 
 
 def check_nothing_is_left_after_forget(both: Wire, folder: Path) -> None:
-    """`forget` ends the slots under way with a peer at once, and does not block."""
+    """`forget` ends the slots under way with a peer immediately, and does not block."""
     both.cross(100)
     taking = both.take(empty(1 << 16))
     began = time.monotonic()

@@ -76,7 +76,7 @@ def write(record: RunRecord, folder: Path) -> list[Path]:
 
 
 def page(record: RunRecord) -> str:
-    """The whole HTML document."""
+    """Return the whole HTML document."""
     colour = _COLOURS.get(record.verdict, _COLOURS["failed"]).replace("#", "%23")
     return _filled(
         "page.html",
@@ -106,7 +106,7 @@ def junit(record: RunRecord) -> str:
 
 
 def badge(record: RunRecord) -> str:
-    """The badge as an SVG document of 20 px height; no service is asked."""
+    """Return the badge as an SVG document of 20 px height, drawn without a service."""
     reported = message(record)
     label = width(LABEL)
     emulated = record.verdict == "conformant" and words.emulated(record)
@@ -126,7 +126,7 @@ def badge(record: RunRecord) -> str:
 
 
 def message(record: RunRecord) -> str:
-    """What stands on the right of the badge: ``R6 full 2026.11``, ``failed 12 of 412``, ..."""
+    """Return the text on the right of the badge: ``R6 full 2026.11``, ``failed 12 of 412``, ..."""
     simulated = "emulated " if words.emulated(record) else ""
     if record.verdict == "conformant":
         reached = f"{record.rung} " if record.rung else ""

@@ -43,7 +43,7 @@ _WITHIN_A_ROW = re.compile(r" head \d+ byte \d+$")
 
 
 def printable(text: str) -> str:
-    """The text with characters that a document must not hold written as ``\\x1b``."""
+    """Return the text with characters that a document must not hold written as ``\\x1b``."""
     return _UNPRINTABLE.sub(lambda result: ascii(result.group())[1:-1], text)
 
 
@@ -78,7 +78,7 @@ def _fence(least: str, words: str) -> str:
 
 
 def emulated(record: RunRecord) -> bool:
-    """Whether the device says that it is none."""
+    """Return whether the device reports that it is emulated."""
     return bool(record.environment.get("emulated"))
 
 
@@ -95,12 +95,12 @@ def built(record: RunRecord) -> str:
 
 
 def device(record: RunRecord) -> str:
-    """The device's own name, or the one it was asked for by."""
+    """Return the name that the device reports, or else the requested name."""
     return str(record.environment.get("device_name") or record.environment.get("device", "?"))
 
 
 def plural(number: int, noun: str) -> str:
-    """``1 case``, ``2 cases``."""
+    """Return a count with its noun: ``1 case``, ``2 cases``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -110,7 +110,7 @@ def broken(record: RunRecord) -> list[str]:
 
 
 def verdict(record: RunRecord) -> str:
-    """The verdict as a headline."""
+    """Return the verdict as a headline."""
     waived = totals_of(record.cases)["waived"]
     if record.verdict == "conformant":
         word = "Conformant in emulation" if emulated(record) else "Conformant"
@@ -159,7 +159,7 @@ def moment(started: str) -> str:
 
 
 def plain(value: Any) -> str:
-    """A value of capabilities or environment for a reader."""
+    """Return a value of capabilities or environment for a reader."""
     if value is None or isinstance(value, bool):
         return {None: "any", True: "yes", False: "no"}[value]
     if isinstance(value, (list, tuple)):
@@ -171,13 +171,13 @@ def plain(value: Any) -> str:
 
 
 def worst(statuses: Counter[Status]) -> Status:
-    """The worst status that occurs; ``passed`` if there is none."""
+    """Return the worst status that occurs; ``passed`` if there is none."""
     return next((status for status in STATUSES if statuses[status]), "passed")
 
 
 @dataclass(frozen=True)
 class FirstByte:
-    """One wrong byte, as the oracle tells of it."""
+    """One wrong byte, as the oracle reports it."""
 
     place: str  # where it lies, in words
     storage: int
@@ -218,7 +218,7 @@ class FirstByte:
 
 
 def first_byte(reason: str) -> FirstByte | None:
-    """The wrong byte that a reason tells of; None if it tells of something else."""
+    """Return the wrong byte that a reason describes; None if it describes something else."""
     result = _SENTENCE.search(reason)
     if result is None:
         return None

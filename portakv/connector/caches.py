@@ -73,7 +73,7 @@ class Registration:
         owner: ref[Any],
     ) -> None:
         _check_caches(kv_caches, bound)
-        self.view = view = KVView.through(bound, kv_caches, lasting=True)
+        self.view = view = KVView.through(bound, kv_caches, persistent=True)
         if view.device != choice.backend.device:
             raise DeviceMismatch(
                 f"Expected kv_caches on {choice.backend.device}, which this connector serves, got "

@@ -26,7 +26,7 @@ def seen_by_reader(src: KVView, reader: torch.device, stream: torch.Stream | Non
         Unsupported: in graph capture.
     """
     peer = src.as_peer(reader)
-    owner = src.home
+    owner = src.memory_device
     check_stream(stream, reader)
     if capturing(reader) or capturing(owner):
         why = (
@@ -44,7 +44,7 @@ def order_after(src: KVView, made: Transfer) -> None:
     So nothing overwrites the source too early; `Tensor.copy_` orders both devices the same way.
     """
     for last in made.completions[-1:]:  # of several layers, which end in order
-        last.wait(torch.accelerator.current_stream(src.home.index))
+        last.wait(torch.accelerator.current_stream(src.memory_device.index))
 
 
 def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:

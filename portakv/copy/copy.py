@@ -324,7 +324,7 @@ def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:
     dst = moves[0].dst
     tables = [table for view in (src, dst) if (table := view.table_on(stream.device)) is not None]
     ids = [index.ids for move in moves for index in move[2:4] if index.ids is not None]
-    streams.follow_current(stream, *src.held, *dst.held, *ids, *tables)
+    streams.follow_current(stream, *src.retained, *dst.retained, *ids, *tables)
 
 
 def check_not_captured(device: torch.device, why: str) -> None:

@@ -103,7 +103,7 @@ def _kind(move: Move, device: torch.device) -> tuple[Any, ...] | None:
     promise and lie where kernels read them. Without any ids, the tokens would decide which rows
     both sides share.
     """
-    if not all(view.foreign and not view.fleeting for view in (move.src, move.dst)):
+    if not all(view.raw and not view.temporary for view in (move.src, move.dst)):
         return None
     kind: tuple[Any, ...] = ()
     for index in move.src_index, move.dst_index:

@@ -161,7 +161,7 @@ def issued(
         return in_slices(move, choice, stream, max_gbps, by_layer)
     began = perf_counter()
     begins_after = None
-    if src.foreign and dst.foreign and stream is None and not (by_layer or strict or detached):
+    if src.raw and dst.raw and stream is None and not (by_layer or strict or detached):
         made = repeated(move, choice)
         if made is None:
             made = copy_move(move, choice, None)

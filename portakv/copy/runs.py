@@ -114,7 +114,7 @@ def copy_runs(
         for (size, height, *pitches), which in _alike(shapes, ends)
     ]
     for view in chain.from_iterable(sides):
-        view.fleeting = True
+        view.temporary = True
     if len(sides) > 1:
         return _of_sizes(sides, terms)
     src, dst = sides[0]

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks with dependencies, priorities and deadlines, which the workers of queues carry out. Knows
-neither files nor networks, and needs no store."""
+"""Tasks with dependencies, priorities and deadlines, which the workers of queues execute.
+
+The package uses no files, no networks and no block store.
+"""
 
 import warnings
 from typing import Any
 
-from portakv.graph.graph import Graph, Lease, Task
+from portakv.graph.graph import Graph
 from portakv.graph.graph import Queue as _Queue
 from portakv.graph.handle import Handle
 from portakv.graph.prometheus import Collector
+from portakv.graph.task import Lease, Task
 
 __all__ = ["Collector", "Graph", "Handle", "Lease", "Task"]
 
 
 class _Node(Task):
-    """A task from the arguments of its former class: ``link`` is its queue."""
+    """A task from the arguments of its former class; ``link`` is its queue."""
 
     def __init__(self, work: Any, blocks: int, *, link: _Queue | None = None, **terms: Any) -> None:
         super().__init__(work, blocks, queue=link, **terms)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transfer graph: tasks of blocking work with dependencies, priorities and deadlines, carried
-out by the workers of queues, for block stores and for whoever else moves blocks."""
+"""The transfer graph: tasks of blocking work with dependencies, priorities and deadlines.
+
+Workers of queues execute the tasks, for block stores and for other code that moves blocks.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,19 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from heapq import heapify, heappop, heappush
 from traceback import clear_frames
-from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
+from typing import Literal, TypeAlias, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from portakv import arguments
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
-from portakv.graph.trace import Ran, Trace
+from portakv.graph.task import Lease, Mask, Pool, Task, Workers, check_pool
+from portakv.graph.trace import Figures, Ran, Trace
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.worker import EXIT_SECONDS, RateLimit
@@ -36,126 +39,29 @@ Unrun: TypeAlias = Literal["cancelled", "late", "dropped"]
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 
 
-@dataclass(eq=False)
-class Lease:
-    """What a chain of tasks takes from a pool before its first task starts: all or none. It goes
-    back when the last task that names it has ended. Under the graph's lock: ``pool.take(count,
-    store)`` returns items or None; ``ended(lease)`` comes before ``pool.give(items)``. After
-    ``until``, by the graph's clock, tasks that still wait for it end as dropped."""
+@dataclass
+class _Waiting:
+    """The leases that wait for one pool, by due time, and the granted leases of saves."""
 
-    pool: Any
-    count: int  # 0: it takes none, and its items are the maker's
-    store: bool = False
-    until: float | None = None
-    ended: Callable[[Any], object] | None = None
-    items: Any = None  # while it is granted
-    users: int = 0  # tasks that name it and did not end
-    tasks: list[Task] = field(default_factory=list, init=False)  # that wait for it
+    loads: list[tuple[float, int, Lease]] = field(default_factory=list)
+    saves: list[tuple[float, int, Lease]] = field(default_factory=list)
+    granted_saves: int = 0
 
-    def __post_init__(self) -> None:
-        arguments.whole("count", self.count)
-        if self.count:
-            _check_pool(self.pool)
-        arguments.flag("store", self.store)
-        if self.until is not None:
-            arguments.number("until", self.until, what="a time of the graph's clock")
-        if self.ended is not None and not callable(self.ended):
-            raise arguments.invalid("ended", "a function or None", self.ended)
+    def may_pass(self, lease: Lease) -> bool:
+        """Return True if others pass a lease that waits: not if it is a save that waits for
+        loads."""
+        return bool(self.granted_saves) or not lease.store
 
 
-def _check_pool(pool: Any) -> None:
-    """Raise `InvalidTerms` for what gives and takes no items."""
-    if not callable(getattr(pool, "take", None)) or not callable(getattr(pool, "give", None)):
-        raise arguments.invalid("pool", "an object with take() and give()", pool)
+class Queue(Workers):
+    """A queue of tasks with ``width`` workers, which `Graph.queue` makes.
 
+    ``queued_bytes`` are the bytes of tasks that were submitted for it and have not ended.
+    """
 
-@dataclass(eq=False, repr=False)
-class Task:
-    """Blocking work for some blocks. ``work(task, mask)`` moves those of a mask (bool ``[blocks]``)
-    and returns which landed; None: all of them. Without a queue it is a gate, which ends when all
-    that it follows have. ``after`` holds tasks, or (task, mine, theirs): block mine[i] needs block
-    theirs[i] of that one. A rescue moves what did not land in the one task that it follows.
-    ``given``: which blocks may be tried at all, or a function that returns them, which is called
-    under the graph's lock once all that the task follows has ended; ``name``: what it does.
-
-    ``state``: new, waiting, room (for its lease), queued, running; then landed (it ran, or no block
-    was left for it), failed, cancelled, late or dropped. ``error``: the first exception of it or of
-    what it follows."""
-
-    work: Any
-    blocks: int
-    _: KW_ONLY
-    queue: Any = None
-    nbytes: int = 0
-    after: Sequence[Any] = ()
-    rescue: bool = False
-    lease: Lease | None = None
-    given: Any = None
-    name: str = ""
-
-    state = "new"
-    ended = False
-    cut = False
-    watched = False
-    background = False
-    number = 0
-    waits = 0
-    due = 0.0
-    since = 0.0
-    graph = error = left = cast(Any, None)
-    trail: Any = ()  # of one that never ran: numbers of what ran before it, for the trace
-    short = ""  # of a gate: the queue of the first that did not move all it could, without an error
-
-    def __post_init__(self) -> None:
-        if self.work is not None and not callable(self.work):
-            raise arguments.invalid("work", "a function or None", self.work)
-        arguments.whole("blocks", self.blocks, most=1 << 31)
-        arguments.whole("nbytes", self.nbytes)
-        arguments.flag("rescue", self.rescue)
-        arguments.text("name", self.name, least=0)
-        if self.queue is not None:
-            arguments.instance("queue", self.queue, Queue, "Take it from Graph.queue(name).")
-        if self.lease is not None:
-            arguments.instance("lease", self.lease, Lease)
-        self.after = [x if isinstance(x, tuple) else (x, None, None) for x in self._after()]
-        self.followers = list[Task]()
-        self.landed: Any = np.zeros(self.blocks, np.bool_)  # which blocks landed, once it ended
-
-    def _after(self) -> list[Any]:
-        """Return what ``after`` holds; raise `InvalidTerms` for what is no task."""
-        found = arguments.items("after", self.after, "tasks")
-        for each in found:
-            task = each[0] if isinstance(each, tuple) and len(each) == 3 else each
-            if not isinstance(task, Task):
-                raise arguments.invalid("after", "tasks, or tuples (task, mine, theirs)", task)
-        return found
-
-    def ran_before(self) -> set[int]:
-        """Numbers of what it follows, through tasks that never ran."""
-        return {number for x, *_ in self.after for number in x.trail or (x.number,)}
-
-    def done(self) -> bool:
-        """True once it ended; never blocks."""
-        return self.wait(0.0)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until it ended, at most ``timeout`` seconds; True if it did."""
-        seconds = arguments.seconds("timeout", timeout, optional=True)
-        if (graph := self.graph) is None:  # it was not submitted
-            return False
-        if self.ended or graph.process.forked:  # a child has no thread to wait for
-            return True
-        until = graph.clock() + seconds
-        while (now := graph.sweep()) < until and not self.ended:
-            graph.pause(self, until, now)
-        return self.ended
-
-
-class Queue:
-    """A pair of places with ``width`` workers, made by `Graph.queue`. ``queued_bytes`` are those of
-    tasks that were submitted for it and have not ended."""
-
-    def __init__(self, graph: Graph, name: str, width: int, max_gbps: Any, stall_seconds: float):
+    def __init__(
+        self, graph: Graph, name: str, width: int, max_gbps: float | None, stall_seconds: float
+    ):
         self.graph = graph
         self.name = name
         self.width = max(1, width)
@@ -165,27 +71,31 @@ class Queue:
         self.pace = 0.0
         self.tier = name.partition(":")[0]
         self.change = threading.Condition(graph.lock)
-        self.queued_bytes = self.background = self.workers = 0
-        # A worker has ended a task and takes the next: waking another one costs more than a task.
+        self.queued_bytes = 0
+        self.background = 0
+        self.workers = 0
+        # True while a worker that ended a task takes the next: to wake another costs more than a
+        # task.
         self.taker = False
-        # (due, number, task), and those of the background; since when what runs does.
-        self.heaps = (list[Any](), list[Any]())
+        # (due, number, task), urgent and normal ones first, then the background's.
+        self.heaps = (list[tuple[float, int, Task]](), list[tuple[float, int, Task]]())
         self.running = dict[Task, float]()
 
     @property
     def oldest_wait(self) -> float:
-        """Seconds for which a task that could run has waited for a worker."""
+        """Return the seconds that the oldest task has waited for a worker."""
         since = [x[2].since for heap in self.heaps for x in heap if x[2].state == "queued"]
         return self.graph.clock() - min(since) if since else 0.0
 
     @property
     def slow(self) -> bool:
-        """A task has run for longer than ``stall_seconds``; new background tasks are dropped."""
+        """Return True if a task has run longer than ``stall_seconds``; new background tasks are
+        dropped."""
         now = self.graph.clock()
         return now - min(self.running.values(), default=now) > self.stall
 
-    def push(self, task: Task) -> None:
-        """Have a worker run a task in its turn."""
+    def push(self, task: Task, /) -> None:
+        """Queue a task for the workers."""
         task.state = "queued"
         task.since = self.graph.clock()
         heappush(self.heaps[task.background], (task.due, task.number, task))
@@ -197,7 +107,7 @@ class Queue:
                 self._begin_worker()
             except RuntimeError as error:  # the system gives no more threads
                 if not self.workers:
-                    self.graph.end(task, False, "failed", error)
+                    self.graph.end(task, None, "failed", error)
 
     def _begin_worker(self) -> None:
         terms = self.serve, f"portakv {self.name}", (self.workers + 1,)
@@ -205,10 +115,11 @@ class Queue:
         thread.start()
         self.graph.threads.append(thread)
         self.workers += 1
-        atexit.register(self.graph.close)  # once more, as memory must not go before a worker
+        # Registered again, because memory must not go before a worker.
+        atexit.register(self.graph.close)
 
     def next(self) -> Task | None:
-        """Wait for a task, which runs from now on; None if the graph is closed."""
+        """Wait for a task and mark it as running; return None if the graph is closed."""
         with self.graph.lock:
             self.taker = False
             while not self.graph.closed.is_set():
@@ -225,23 +136,22 @@ class Queue:
                         self.limit.start_of(task.nbytes)
                         self.pace = self.limit.start_of(0)
                         self.change.notify()  # another worker waits until then
-                    return cast(Task, task)
+                    return task
         return None
 
     def serve(self, worker: int) -> None:
-        """What a worker does until the graph is closed."""
+        """Run tasks until the graph is closed."""
         graph = self.graph
         task = self.next()
         while task:
-            error = None
-            landed = task.left
+            error: BaseException | None = None
+            landed: Mask | None = task.left
             try:
-                if (told := task.work(task, landed.copy())) is not None:
-                    landed = landed & np.asarray(told, np.bool_).reshape(task.blocks)
+                landed = _moved(task)
             except BaseException as caught:  # no caller stands above this thread
-                clear_frames(caught.__traceback__)  # which hold views
+                clear_frames(caught.__traceback__)  # frames retain views
                 error = caught
-                landed = False
+                landed = None
             with graph.lock:
                 start = self.running.pop(task)
                 end = graph.clock()
@@ -251,14 +161,26 @@ class Queue:
                 self.taker = not (task.background and self.heaps[1])
                 graph.end(task, landed, "failed" if error else "landed", error)
                 graph.settle()
-                task = error = landed = None  # an idle worker holds nothing
-                task = self.next()  # within the lock: to take it twice costs more than a task
+                task = error = landed = None  # an idle worker retains nothing
+                task = self.next()  # inside the lock: to take the lock twice costs more than a task
+
+
+def _moved(task: Task) -> Mask:
+    """Run the work of a task, and return the blocks that landed."""
+    if task.work is None:
+        raise InvalidTerms("Expected work for a task with a queue, got None. Pass a function.")
+    landed = task.work(task, task.left.copy())
+    if landed is None:
+        return task.left
+    return task.left & np.asarray(landed, np.bool_).reshape(task.blocks)
 
 
 class Graph:
-    """Queues and tasks under one ``lock``, which a caller may hold for a moment as well; ``clock``
-    never goes back. An interrupt of a caller leaves tasks and leases as they were before the call,
-    or as the whole call leaves them: the main thread changes them in a helper (`run`)."""
+    """Queues and tasks under one ``lock``, which a caller may hold for a moment.
+
+    ``clock`` never goes back. After an interrupt of a caller, tasks and leases are as before the
+    call or as after the whole call: the main thread changes them in a helper (`run`).
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
         if not callable(clock):
@@ -270,16 +192,15 @@ class Graph:
         self.lock = threading.RLock()
         self.closed = threading.Event()
         self.number = 0
-        self.sleepers = set[threading.Lock]()  # a held lock of each thread in `pause`
+        self.sleepers = set[threading.Lock]()  # one locked lock for each thread in `pause`
         self.queues = dict[str, Queue]()
         self.counts = Counter[tuple[str, str, str]]()  # blocks by tier, op and result
         self.nbytes = Counter[tuple[str, str]]()
         self.threads = list[threading.Thread]()
         self.live = set[Task]()
         self.todo = list[Task]()
-        self.timers = list[Any]()  # (when, number, the state to end in, task)
-        # By pool, which another may hold: loads that wait, stores that do, leases of stores.
-        self.rooms = WeakKeyDictionary[Any, Any]()
+        self.timers = list[tuple[float, int, Unrun, Task]]()  # when, number, state at the end
+        self.waiting = WeakKeyDictionary[Pool, _Waiting]()
 
     def queue(
         self,
@@ -288,15 +209,17 @@ class Graph:
         max_gbps: float | None = None,
         stall_seconds: float | None = None,
     ) -> Queue:
-        """Return the queue of that name, made if there is none; what stands before ":" is its tier.
+        """Return the queue of that name, and create it at the first call.
+
+        The part of the name before ":" is the tier.
 
         Args:
-            width: workers; None: those that it has, or 1.
-            max_gbps: the most 10^9 bytes in a second; None: as it has, or no limit.
-            stall_seconds: `Queue.slow` after so long; None: as it has, or 10.
+            width: workers; None: the queue's, or 1.
+            max_gbps: the most 10^9 bytes in a second; None: the queue's, or no limit.
+            stall_seconds: the seconds before `Queue.slow`; None: the queue's, or 10.
 
         Raises:
-            InvalidTerms: no such terms, or other ones than the queue of that name has.
+            InvalidTerms: wrong terms, or other terms than the queue of that name has.
         """
         arguments.text("name", name, most=1 << 16)
         if width is not None:
@@ -309,31 +232,41 @@ class Graph:
         if queue is None:
             stall = 10.0 if stall_seconds is None else stall_seconds
             return self.queues.setdefault(name, Queue(self, name, width or 1, max_gbps, stall))
-        asked = {"width": width, "max_gbps": max_gbps, "stall_seconds": stall_seconds}
+        requested = {"width": width, "max_gbps": max_gbps, "stall_seconds": stall_seconds}
         has = {"width": queue.width, "max_gbps": queue.max_gbps, "stall_seconds": queue.stall}
-        for term, value in asked.items():
+        for term, value in requested.items():
             if value is not None and value != has[term]:
-                do = f"The queue {name!r} has it; pass the same, or None."
+                do = f"The queue {name!r} has these terms; pass the same, or None."
                 raise arguments.invalid(term, str(has[term]), value, do)
         return queue
 
-    def link(self, name: str, *terms: Any, **named: Any) -> Queue:
+    def link(
+        self,
+        name: str,
+        width: int | None = None,
+        max_gbps: float | None = None,
+        stall_seconds: float | None = None,
+    ) -> Queue:
         """Return `queue` of that name: the former name of the method, which goes in 0.2.0."""
         warnings.warn(
             "Graph.link is now Graph.queue. The former name ships in 0.1.0 and goes in 0.2.0.",
             DeprecationWarning,
             stacklevel=2,
         )
-        return self.queue(name, *terms, **named)
+        return self.queue(name, width, max_gbps, stall_seconds)
 
     def submit(
         self, tasks: Sequence[Task], *, priority: Priority = "normal", deadline: float | None = None
     ) -> None:
-        """Begin tasks, all at once, each behind those that it follows. ``deadline`` seconds from
-        now those that nobody follows are cancelled. Raises `InvalidTerms` for a priority or a
-        deadline that is none, and for a task that was submitted before or follows one that never
-        was; `TransferError` after `close`, or in a forked process. If the caller is interrupted,
-        the tasks are cancelled."""
+        """Start tasks together, each after the tasks that it follows.
+
+        ``deadline`` seconds from now, tasks that no other task follows are cancelled. If the caller
+        is interrupted, the tasks are cancelled.
+
+        Raises `InvalidTerms` for a wrong priority or deadline, for a task that was submitted
+        before, and for a task that follows one that never was; `TransferError` after `close` or in
+        a forked process.
+        """
         tasks = arguments.items("tasks", tasks, "tasks")
         for task in tasks:
             arguments.instance("tasks", task, Task, "Pass a list of tasks.")
@@ -349,8 +282,9 @@ class Graph:
             )
         if not all(task.graph is self for task in after):
             raise InvalidTerms(
-                "Expected tasks that follow nodes of this graph, got one that follows another. "
-                "Submit that one first, or in the same call."
+                "Expected tasks that follow tasks of this graph, got another. Submit the followed "
+                "task "
+                "first, or in the same call."
             )
         if self.process.forked:  # the lock may be held for ever
             raise _not_open("belongs to the process that this one was forked from")
@@ -358,9 +292,11 @@ class Graph:
         self.run(begin, undo=lambda _: [self.cancel(task) for task in tasks])
 
     def run(self, work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
-        """Return ``work()``, run under the lock where no interrupt reaches it; if the caller is
-        interrupted, ``undo(result)`` takes it back (see `uninterrupted`). A thread that has the
-        lock runs it itself."""
+        """Return ``work()``, run under the lock where no interrupt reaches it.
+
+        If the caller is interrupted, ``undo(result)`` reverts it (see `uninterrupted`). A thread
+        that has the lock runs ``work`` itself.
+        """
         if self.lock._is_owned():  # type: ignore[attr-defined]  # as `threading.Condition` asks it
             return work()
 
@@ -371,7 +307,7 @@ class Graph:
         return uninterrupted(locked, undo)
 
     def _begin(self, tasks: Sequence[Task], priority: str, by: float) -> None:
-        """Enter new tasks and begin those that follow nothing. No task is left if that fails."""
+        """Register new tasks, and start those that follow none. After an error no task is left."""
         if self.closed.is_set():
             raise _not_open("is closed")
         now = self.clock()
@@ -386,18 +322,18 @@ class Graph:
                 if task.background and task.queue and task.queue.slow:
                     self.cancel(task, "dropped")
             ready = [task for task in tasks if not task.waits and task.state == "waiting"]
-            self.todo += ready[::-1]  # the first one is settled first
+            self.todo += ready[::-1]  # the first task is settled first
             self.settle()
             self.sweep()
         except BaseException as error:  # of a pool
             for task in tasks:
                 if task in self.live and task.state != "running":
-                    self.end(task, False, "failed", error)
+                    self.end(task, None, "failed", error)
             self.settle()
             raise
 
     def _enter(self, task: Task) -> None:
-        """Note what a new task waits for. What another transfer began becomes as urgent."""
+        """Register a new task. Tasks of other transfers that it waits for become as urgent."""
         self.number += 1
         task.graph = self
         task.state = "waiting"
@@ -417,26 +353,27 @@ class Graph:
                 one.due = task.due
                 one.background = False
                 before += [x for x, *_ in one.after]
-                if one.state in ("room", "queued"):
+                if one.state in ("leasing", "queued"):
                     self.place(one)
 
     def cancel(self, task: Task, state: Unrun = "cancelled") -> bool:
-        """End a task that does not run and, in turn, what it follows if nobody else does and it is
-        no gate; a gate ends behind what runs. True if some blocks will not be moved."""
+        """Cancel a task that does not run, and the tasks before it that no other task follows.
+
+        A barrier ends after the running tasks. Returns True if some blocks will not be moved.
+        """
         arguments.instance("task", task, Task)
         arguments.one_of("state", state, get_args(Unrun))
-        why = {"late": ": give more time", "dropped": ": staging had no room or the queue was slow"}
+        why = {"late": ": increase the deadline", "dropped": ": staging was full or the queue slow"}
         kind = TransferCancelled if state == "cancelled" else TransferError
-        error = kind(f"Some blocks had not begun and are {state}{why.get(state, '')}.")
+        error = kind(f"Some blocks had not started and are {state}{why.get(state, '')}.")
         if task.graph is not self or self.process.forked:
             return False
-        found: bool = self.run(partial(self._cancel, task, state, error))
-        return found
+        return self.run(partial(self._cancel, task, state, error))
 
     def _cancel(self, task: Task, state: str, error: TransferError) -> bool:
         """Do what `cancel` promises, under the lock."""
         tasks = [task]
-        found = False
+        cancelled = False
         while tasks:
             task = tasks.pop()
             if task.cut or task.state == "running":
@@ -447,14 +384,15 @@ class Graph:
             before = [x for x, *_ in task.after if x.queue]
             tasks += [x for x in before if all(y.cut for y in x.followers)]
             if task.queue:
-                found = True
-                self.end(task, False, state, error)
+                cancelled = True
+                self.end(task, None, state, error)
         self.settle()
-        return found
+        return cancelled
 
-    def end_at(self, when: float, task: Task, state: str) -> None:
-        """Have `sweep` cancel a task at a time."""
-        if len(self.timers) > 2 * len(self.live) + 100:  # most are of tasks that ended in time
+    def end_at(self, when: float, task: Task, state: Unrun) -> None:
+        """Cancel a task at a time, by `sweep`."""
+        # Most timers are of tasks that ended in time.
+        if len(self.timers) > 2 * len(self.live) + 100:
             self.timers = [x for x in self.timers if not x[3].ended]
             heapify(self.timers)
         heappush(self.timers, (when, task.number, state, task))
@@ -462,39 +400,42 @@ class Graph:
             self.wake()
 
     def pause(self, task: Task, until: float, now: float) -> None:
-        """Wait for the end of a task, for a timer, or until a time; perhaps for less. It takes no
-        lock of the graph, so that an interrupt leaves none."""
+        """Wait for the end of a task, for a timer, or until a time; perhaps for less.
+
+        Takes no lock of the graph, so an interrupt leaves no lock behind.
+        """
         sleeper = threading.Lock()
         sleeper.acquire()
         self.sleepers.add(sleeper)
         task.watched = True
-        if not task.ended:  # whoever ends it from now on wakes this thread
+        if not task.ended:  # the thread that ends it from now on wakes this thread
             until = min(until, now + 3600, *(timer[0] for timer in self.timers[:1]))
             sleeper.acquire(timeout=max(0.0, until - now))
         self.sleepers.discard(sleeper)
 
     def wake(self) -> None:
-        """Have threads in `pause` look again; under the lock."""
+        """Wake the threads in `pause`; under the lock."""
         for sleeper in tuple(self.sleepers):
             self.sleepers.discard(sleeper)
             sleeper.release()
 
     def sweep(self) -> float:
-        """Cancel what is too late, and return the time; called by whoever works or waits."""
+        """Cancel tasks that are late, and return the time. Workers and waiting callers call it."""
         now = self.clock()
         if any(timer[0] <= now or timer[3].ended for timer in self.timers[:1]):
             self.run(partial(self._sweep, now))
         return now
 
     def _sweep(self, now: float) -> None:
-        """Cancel what is too late, under the lock."""
+        """Cancel tasks that are late, under the lock."""
         while self.timers and (self.timers[0][0] <= now or self.timers[0][3].ended):
             _, _, state, task = heappop(self.timers)
-            if state == "late" or (task.state == "room" and task.lease.until is not None):
+            waits = task.state == "leasing" and task.lease and task.lease.until is not None
+            if state == "late" or waits:
                 self.cancel(task, state)
 
     def settle(self) -> None:
-        """Go on with tasks for which all that they follow has ended."""
+        """Continue the tasks whose dependencies have all ended."""
         while self.todo:
             task = self.todo.pop()
             task.left = left = self._left(task)
@@ -508,82 +449,102 @@ class Graph:
                     task.short = moved[0].queue.name if moved else ""
                 self.end(task, left, "landed")
 
-    def _left(self, task: Task) -> Any:
-        """The blocks that a task may move, by what it follows: bool ``[blocks]``."""
+    def _left(self, task: Task) -> Mask:
+        """Return the blocks that a task may move, by the tasks that it follows: bool
+        ``[blocks]``."""
         left = ~task.landed
         try:
-            given = task.given() if callable(task.given) else task.given
-            if given is not None:
-                left[:] = given
-        except Exception as error:  # of the maker's function
+            eligible = task.eligible() if callable(task.eligible) else task.eligible
+            if eligible is not None:
+                left[:] = eligible
+        except Exception as error:  # raised by the maker's function
             task.error = task.error or error
             left[:] = False
             return left
         try:
-            for before, mine, theirs in task.after:
+            for before, blocks, its_blocks in task.after:
                 task.error = task.error or before.error
                 if task.rescue:
                     left &= ~before.landed
                     task.landed = before.landed
-                elif mine is None:
+                elif blocks is None:
                     left &= before.landed
                 else:
-                    left[np.asarray(mine, int)[~before.landed[theirs]]] = False
-        except (IndexError, ValueError) as error:  # these are no blocks of both
+                    left[np.asarray(blocks, int)[~before.landed[its_blocks]]] = False
+        except (IndexError, ValueError) as error:  # not blocks of both
             task.error = error
             left[:] = False
         return left
 
     def place(self, task: Task) -> None:
-        """Queue a task for its lease, or its queue."""
+        """Queue a task for its lease, or for its queue."""
         lease = task.lease
         if not lease or lease.items is not None or not lease.count:
-            task.queue.push(task)
+            self._start(task)
             return
         if lease.until is not None:
             self.end_at(lease.until, task, "dropped")
-        task.state = "room"
-        room = self.rooms.setdefault(lease.pool, [[], [], 0])
+        task.state = "leasing"
+        waiting = self.waiting.setdefault(lease.pool, _Waiting())
         lease.tasks.append(task)
-        heappush(room[lease.store], (task.due, task.number, lease))
+        heap = waiting.saves if lease.store else waiting.loads
+        heappush(heap, (task.due, task.number, lease))
         self.grant(lease.pool)
 
-    def grant(self, pool: Any) -> None:
-        """Grant leases, in order; to be called if items of a pool came free but not from a lease.
-        Loads pass a store that waits for other stores, but none that waits for loads."""
-        _check_pool(pool)
+    def _start(self, task: Task, failure: Exception | None = None) -> None:
+        """Queue a task for the workers of its queue, or end it with a failure."""
+        if failure:
+            self.end(task, None, "failed", failure)
+        elif task.queue:
+            task.queue.push(task)
+
+    def grant(self, pool: Pool) -> None:
+        """Grant leases in order. Call it when items of a pool became free other than by a lease.
+
+        Loads pass a save that waits for other saves, but not a save that waits for loads.
+        """
+        check_pool(pool)
         self.run(partial(self._grant, pool))
 
-    def _grant(self, pool: Any) -> None:
+    def _grant(self, pool: Pool) -> None:
         """Do what `grant` promises, under the lock."""
-        room = self.rooms.get(pool, [])
-        heaps = room[:2]
+        waiting = self.waiting.get(pool)
+        if waiting is None:
+            return
+        heaps = [waiting.loads, waiting.saves]
         while heaps := [heap for heap in heaps if heap]:
             heap = min(heaps)
             lease = heap[0][2]
-            tasks = [task for task in lease.tasks if task.state == "room"]
+            tasks = [task for task in lease.tasks if task.state == "leasing"]
+            failure: Exception | None = None
             if tasks and lease.items is None:
-                try:
-                    lease.items = pool.take(lease.count, lease.store)
-                except Exception as error:  # of the pool
-                    heappop(heap)
-                    lease.tasks.clear()
-                    for task in tasks:
-                        self.end(task, False, "failed", error)
+                failure = self._fill(lease)
+                if lease.items is None and failure is None:
+                    passed = waiting.may_pass(lease)
+                    heaps = [other for other in heaps if other is not heap and passed]
                     continue
-                if lease.items is None:
-                    heaps = [x for x in heaps if x is not heap and (room[2] or not lease.store)]
-                    continue
-                room[2] += lease.store
+                waiting.granted_saves += lease.store and failure is None
             heappop(heap)
             lease.tasks.clear()
-            for task in tasks:  # together: none may wait for a task that waits for this lease
-                task.queue.push(task)
+            for task in tasks:  # together: no task may wait for one that waits for this lease
+                self._start(task, failure)
 
-    def end(self, task: Task, landed: Any, state: str, error: Any = None) -> None:
-        """Note how a task ended, and what does not wait for it any more."""
+    @staticmethod
+    def _fill(lease: Lease) -> Exception | None:
+        """Take the items of a lease if the pool has them; return the pool's error."""
+        try:
+            lease.items = lease.pool.take(lease.count, lease.store)
+        except Exception as error:  # any error of the pool ends the tasks of the lease
+            return error
+        return None
+
+    def end(
+        self, task: Task, landed: Mask | None, state: str, error: BaseException | None = None
+    ) -> None:
+        """Record the end of a task, and release the tasks that wait for it."""
         task.error = task.error or error
-        task.landed = task.landed | landed
+        if landed is not None:
+            task.landed = task.landed | landed
         task.state = state
         task.ended = task.cut = True
         self.live.discard(task)
@@ -603,21 +564,26 @@ class Graph:
         if task.watched:
             self.wake()
         if lease:
-            lease.users -= 1
-            if not lease.users:
-                try:
-                    if lease.ended:
-                        lease.ended(lease)
-                except Exception as error:  # of the maker: the items go back all the same
-                    task.error = task.error or error
-                if lease.count and lease.items is not None:
-                    lease.pool.give(lease.items)
-                    lease.items = None
-                    self.rooms[lease.pool][2] -= lease.store
-                self.grant(lease.pool)
+            self._release(lease, task)
+
+    def _release(self, lease: Lease, task: Task) -> None:
+        """Record the end of a task of a lease; return the items after the last task."""
+        lease.users -= 1
+        if lease.users:
+            return
+        try:
+            if lease.ended:
+                lease.ended(lease)
+        except Exception as error:  # raised by the maker: the items go back anyway
+            task.error = task.error or error
+        if lease.count and lease.items is not None:
+            lease.pool.give(lease.items)
+            lease.items = None
+            self.waiting[lease.pool].granted_saves -= lease.store
+        self.grant(lease.pool)
 
     def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
-        """Add to what `statistics` tells."""
+        """Add to the figures of `statistics`."""
         self.run(partial(self._count, tier, op, result, blocks, nbytes))
 
     def _count(self, tier: str, op: str, result: str, blocks: int, nbytes: int) -> None:
@@ -625,31 +591,35 @@ class Graph:
         self.counts[tier, op, result] += blocks
         self.nbytes[tier, op] += nbytes
 
-    def statistics(self) -> dict[str, list[dict[str, Any]]]:
-        """Figures by the names that they have in Prometheus, but for "portakv_": of each a list of
-        its labels and "value". `Collector` takes any others beside them."""
-        if self.process.forked:  # its lock may be held for ever
+    def statistics(self) -> Figures:
+        """Return figures by their names in Prometheus without "portakv_".
+
+        Each name has a list of samples with labels and a "value". `Collector` also takes other
+        figures.
+        """
+        if self.process.forked:  # its lock may be locked for ever
             return {}
         return self.run(self._statistics)
 
-    def _statistics(self) -> dict[str, list[dict[str, Any]]]:
+    def _statistics(self) -> Figures:
         """Return the figures, under the lock."""
-        found = self.trace.statistics()
-        found["tier_blocks_total"] = [
+        figures = self.trace.statistics()
+        figures["tier_blocks_total"] = [
             {"tier": tier, "op": op, "result": result, "value": blocks}
             for (tier, op, result), blocks in self.counts.items()
         ]
-        found["tier_bytes_total"] = [
+        figures["tier_bytes_total"] = [
             {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
         ]
         queues = [*self.queues.values()]
-        found["link_queue_bytes"] = [{"link": x.name, "value": x.queued_bytes} for x in queues]
-        found["link_oldest_seconds"] = [{"link": x.name, "value": x.oldest_wait} for x in queues]
-        found["link_slow"] = [{"link": x.name, "value": x.slow} for x in queues]
-        return found
+        figures["link_queue_bytes"] = [{"link": x.name, "value": x.queued_bytes} for x in queues]
+        figures["link_oldest_seconds"] = [{"link": x.name, "value": x.oldest_wait} for x in queues]
+        figures["link_slow"] = [{"link": x.name, "value": x.slow} for x in queues]
+        return figures
 
     def close(self, timeout: float = EXIT_SECONDS) -> bool:
-        """Cancel what does not run and wait for what does; True if it ended in time."""
+        """Cancel tasks that do not run, and wait for running ones; return True if they ended in
+        time."""
         timeout = arguments.seconds("timeout", timeout)
         if self.process.forked:
             return True
@@ -660,8 +630,8 @@ class Graph:
         return not self.live
 
     def _close(self) -> None:
-        """Cancel what does not run, and have idle workers end."""
-        atexit.unregister(self.close)  # one wait at the end of the interpreter, if work hangs
+        """Cancel tasks that do not run, and let idle workers end."""
+        atexit.unregister(self.close)  # the interpreter's end waits once, if work hangs
         self.closed.set()
         for task in tuple(self.live):
             self.cancel(task)
@@ -670,5 +640,5 @@ class Graph:
 
 
 def _not_open(why: str) -> TransferError:
-    """Return the error for work that is given to a graph whose workers do not run here."""
+    """Return the error for work on a graph whose workers do not run here."""
     return TransferError(f"Expected a graph that is open, got one that {why}. Make another.")

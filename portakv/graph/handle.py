@@ -3,28 +3,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, cast
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from portakv.errors import PortaKVError, TransferCancelled, TransferError
-from portakv.graph.graph import Graph, Task
+from portakv.graph.graph import Graph
+from portakv.graph.task import Mask, Task
 from portakv.runtime.transfer import Completion, Pending, Transfer
 
-#: What becomes of blocks that do not land: the end raises, or it does not.
+#: How blocks that do not land are reported: the end raises, or it does not.
 Missing: TypeAlias = Literal["raise", "skip"]
 
 
 class Handle(Transfer):
-    """A transfer that ends with a gate, and holds ``kept`` until then. If blocks did not land, its
-    end raises `TransferError`, unless they are ``missing="skip"``; `TransferCancelled` if it was
-    cancelled. ``layers``: the gate of each layer, which becomes a handle in the attribute.
-    ``excused``: blocks that need not land, bool ``[blocks]``. ``why`` takes which blocks landed,
-    and returns why the others did not, or an empty text. A gate of the name "save" is of blocks
-    that are written."""
+    """A transfer that ends with a barrier, and retains an object until then.
+
+    If blocks did not land, its end raises `TransferError`, unless ``missing="skip"``, or
+    `TransferCancelled` if it was cancelled.
+
+    Args:
+        gate: the barrier; the name "save" marks a transfer that writes blocks.
+        layers: the barrier of each layer, which becomes a handle in the attribute.
+        retained: an object to retain until the end.
+        excused: blocks that need not land, bool ``[blocks]``.
+        why: takes the blocks that landed, and returns why the others did not, or an empty text.
+    """
 
     __slots__ = ("_excused", "_gates", "_graph", "_skip", "_why", "cancelled", "layers")
 
@@ -32,13 +38,13 @@ class Handle(Transfer):
         self,
         graph: Graph,
         gate: Task,
-        layers: Any = (),
+        layers: Sequence[Task] = (),
         missing: Missing = "raise",
-        kept: Any = None,
-        excused: Any = False,
-        why: Callable[[Any], str] | None = None,
+        retained: object = None,
+        excused: Mask | bool = False,
+        why: Callable[[Mask], str] | None = None,
     ) -> None:
-        super().__init__((Completion(pendings=(cast(Pending, gate),), retained=kept),))
+        super().__init__((Completion(pendings=(cast(Pending, gate),), retained=retained),))
         self.layers = [Handle(graph, layer, missing=missing, why=why) for layer in layers]
         self._graph = graph
         self._gates = (*layers, gate)
@@ -48,24 +54,26 @@ class Handle(Transfer):
         self.cancelled = False
 
     @property
-    def landed(self) -> npt.NDArray[np.bool_]:
-        """Which blocks landed, bool ``[blocks]``; none before the end."""
-        landed: npt.NDArray[np.bool_] = self._gates[-1].landed
-        return np.array(landed, np.bool_)
+    def landed(self) -> Mask:
+        """Return the blocks that landed, bool ``[blocks]``; none before the end."""
+        return np.array(self._gates[-1].landed, np.bool_)
 
     def cancel(self) -> bool:
-        """Let no further block begin; True if some will not be moved."""
+        """Start no further block; return True if some blocks will not be moved."""
         left = self._graph.run(self._cancel)
         self.cancelled = self.cancelled or left
         return left
 
     def _cancel(self) -> bool:
-        """Cancel all gates, of which each keeps what it follows."""
+        """Cancel all barriers; each retains the tasks that it follows."""
         left = [self._graph.cancel(gate) for gate in self._gates]
         return any(left)
 
     def wait(self, stream: torch.Stream | None = None) -> None:
-        """Block the host, as nothing is on a stream any more when it ends; raises as `done`."""
+        """Block the host, because no stream has work at the end.
+
+        Raises the same errors as `done`.
+        """
         super().wait(stream)
         self._finish()
 
@@ -74,14 +82,17 @@ class Handle(Transfer):
         gate = self._gates[-1]
         landed = self.landed
         if not gate.ended:
-            raise TransferError("A transfer goes on in the process that this was forked from.")
+            raise TransferError(
+                "Expected the process that started the transfer, got one that was forked from it. "
+                "Wait there."
+            )
         kind = TransferCancelled if isinstance(gate.error, TransferCancelled) else TransferError
         if not ((landed | self._excused).all() or (self._skip and kind is TransferError)):
             counts = f"{landed.sum()} of {len(landed)} blocks landed."
             raise kind(f"{counts} {self._explain(gate, landed)}") from gate.error
 
-    def _explain(self, gate: Task, landed: Any) -> str:
-        """Return why blocks did not land, and what the caller may do."""
+    def _explain(self, gate: Task, landed: Mask) -> str:
+        """Return why blocks did not land, and how the caller may proceed."""
         sentences = []
         details = self._why(landed) if self._why else ""
         if details:
@@ -92,9 +103,9 @@ class Handle(Transfer):
 
         if gate.name == "save":
             if not sentences and gate.short:
-                sentences.append(f"{gate.short} did not take the others.")
+                sentences.append(f"{gate.short} did not take the other blocks.")
         elif not gate.error:
             if not details:
-                sentences.append("No tier has the others.")
+                sentences.append("No tier has the other blocks.")
             sentences.append("Pass missing='skip' to accept that.")
         return " ".join(sentences)

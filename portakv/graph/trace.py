@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ran on the queues of a graph: a trace for people, and seconds for its figures."""
+"""Record the tasks that ran on a graph's queues: a trace for people, and seconds for its
+figures."""
 
 from __future__ import annotations
 
@@ -7,17 +8,21 @@ import json
 from bisect import bisect_left
 from collections import defaultdict, deque
 from itertools import accumulate
-from typing import Any, NamedTuple
+from os import PathLike
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+#: Samples by the name of a figure: labels, and a "value".
+Figures: TypeAlias = dict[str, list[dict[str, str | float]]]
 #: Bounds of the histogram of the seconds that tasks ran.
 SECONDS = {"0.001": 0.001, "0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "+Inf": np.inf}
 BOUNDS = (*SECONDS.values(),)
 
 
 class Ran(NamedTuple):
-    """A task that ran, from ``start`` to ``end`` in seconds; ``followed`` are numbers of others."""
+    """A task that ran, from ``start`` to ``end`` in seconds; ``followed``: numbers of other
+    tasks."""
 
     queue: str
     worker: int
@@ -31,37 +36,38 @@ class Ran(NamedTuple):
 
 
 class Trace:
-    """The last ``limit`` tasks that ran, and by tier and op the seconds of all."""
+    """The last ``limit`` tasks that ran, and the seconds of all tasks by tier and operation."""
 
     def __init__(self, limit: int) -> None:
         self.ran: deque[Ran] = deque(maxlen=limit)
-        # Their sum, and how many tasks ran up to each bound and above the one before it.
-        self._seconds = defaultdict[Any, list[Any]](lambda: [0.0, *[0] * len(BOUNDS)])
+        # The sum of the seconds, and the number of tasks up to each bound and above the one before
+        # it.
+        self._seconds = defaultdict[tuple[str, str], list[float]](lambda: [0.0, *[0] * len(BOUNDS)])
 
     def add(self, tier: str, task: Ran) -> None:
-        """Note a task that ran."""
+        """Record a task that ran."""
         seconds = task.end - task.start
         spent = self._seconds[tier, task.name]
         spent[0] += seconds
         spent[1 + bisect_left(BOUNDS, seconds)] += 1
         self.ran.append(task)
 
-    def statistics(self) -> dict[str, list[dict[str, Any]]]:
-        """The seconds, as `Graph.statistics` has its figures."""
-        found = defaultdict[str, list[dict[str, Any]]](list)
+    def statistics(self) -> Figures:
+        """Return the seconds, in the form of `Graph.statistics`."""
+        figures = defaultdict[str, list[dict[str, str | float]]](list)
         for (tier, op), (seconds, *ran) in self._seconds.items():
-            what = {"tier": tier, "op": op}
-            found["tier_seconds_sum"].append({**what, "value": seconds})
-            found["tier_seconds_count"].append({**what, "value": sum(ran)})
+            what: dict[str, str | float] = {"tier": tier, "op": op}
+            figures["tier_seconds_sum"].append({**what, "value": seconds})
+            figures["tier_seconds_count"].append({**what, "value": sum(ran)})
             for le, many in zip(SECONDS, accumulate(ran), strict=True):
-                found["tier_seconds_bucket"].append({**what, "le": le, "value": many})
-        return {**found}
+                figures["tier_seconds_bucket"].append({**what, "le": le, "value": many})
+        return {**figures}
 
     def events(self) -> list[dict[str, Any]]:
         """Return Chrome's events: a process for each queue, a thread for each worker, a flow from a
         task to each that followed it."""
         ran = tuple(self.ran)
-        events = list[dict[str, Any]]()
+        events: list[dict[str, Any]] = []
         ends = dict[int, dict[str, Any]]()
         queues = list(dict.fromkeys(task.queue for task in ran))
         for pid, queue in enumerate(queues):
@@ -69,9 +75,9 @@ class Trace:
         for task in ran:
             place = {"pid": queues.index(task.queue), "tid": task.worker, "cat": "node"}
             start = {**place, "ts": task.start * 1e6}
-            told = {"node": task.number, "blocks": task.blocks, "bytes": task.nbytes}
+            details = {"node": task.number, "blocks": task.blocks, "bytes": task.nbytes}
             took = (task.end - task.start) * 1e6
-            events.append({**start, "ph": "X", "name": task.name, "dur": took, "args": told})
+            events.append({**start, "ph": "X", "name": task.name, "dur": took, "args": details})
             for before in filter(ends.get, task.followed):
                 flow = {"name": "after", "id": f"{before}-{task.number}"}
                 events.append({**ends[before], **flow, "ph": "s"})
@@ -79,7 +85,7 @@ class Trace:
             ends[task.number] = {**place, "ts": task.end * 1e6}
         return events
 
-    def write(self, path: Any) -> None:
-        """Write them into a file, which ui.perfetto.dev opens."""
+    def write(self, path: str | PathLike[str]) -> None:
+        """Write the events into a file for ui.perfetto.dev."""
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"traceEvents": self.events()}, file)

@@ -79,14 +79,14 @@ class _BatchedMemcpyLaunch(StrategyLaunch):
                 src_index=src_index.to_host(), dst_index=dst_index.to_host()
             )
             pieces = pieces_of(self._plan, move_on_host, self._link.fold_below)
-            if not (src_index.fleeting or dst_index.fleeting):
+            if not (src_index.temporary or dst_index.temporary):
                 self._cache(key, pieces)
         try:
             self._link.copy(pieces, src, dst, stream)
         finally:
             # No allocator knows of these copies, so the host's memory is retained until they end.
             host = dst if self.downward else src
-            streams.completion(self.device, stream, *host.held)
+            streams.completion(self.device, stream, *host.retained)
 
     def _cache(self, key: Hashable, pieces: Pieces) -> None:
         with self._lock:

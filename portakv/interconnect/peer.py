@@ -98,7 +98,9 @@ def reached(src: KVView, choice: Choice, terms: Terms) -> Choice:
     why = _unread(src, choice)
     if isinstance(choice.backend, Strategy):  # the caller named it
         if why:
-            raise Unsupported(f"A copy from {src.home} to {device} by {choice.name!r}", why)
+            raise Unsupported(
+                f"A copy from {src.memory_device} to {device} by {choice.name!r}", why
+            )
         return across(choice, terms)
     made = _strategies.get_or_make((*key[1:], why), lambda: _strategy(*key[1:], why))
     if not why:  # else a later copy may reach it
@@ -110,7 +112,7 @@ def _unread(src: KVView, choice: Choice) -> str:
     """Return why the chosen backend, or `zero_copy` in its place, may not read a peer's rows, as a
     phrase. Empty: it may."""
     reader = choice.backend.device
-    owner = src.home
+    owner = src.memory_device
     if choice.forced and PEERS.isdisjoint(choice.can.places):
         return f"backend {choice.name!r} was named, and it does not read a peer's rows"
     if owner == reader:  # another process's memory: opening it mapped it

@@ -89,7 +89,9 @@ class DenseRows:
         """Return the first bytes of a uint8 buffer as rows of ``slots`` slots."""
         capacity = slots // self.block_size
         shape = [extent or capacity for extent in self._shape]
-        return KVView.through(self._bound, buffer[: self.nbytes(slots)].view(shape), lasting=True)
+        return KVView.through(
+            self._bound, buffer[: self.nbytes(slots)].view(shape), persistent=True
+        )
 
 
 @lru_cache(maxsize=256)

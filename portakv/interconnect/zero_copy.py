@@ -238,14 +238,14 @@ class _ZeroCopyLaunch(StrategyLaunch):
         finally:
             # No allocator knows of these kernels, so the host's memory is retained until they end.
             # A graph's memory belongs to its owner.
-            if self._pinned and host.held and not capturing(self.device):
-                streams.completion(self.device, stream, *host.held)
+            if self._pinned and host.retained and not capturing(self.device):
+                streams.completion(self.device, stream, *host.retained)
 
     def again(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
     ) -> RowsAgain | None:
         """See `base.Repeatable`. None if host memory must be retained until the kernel ends."""
-        retained = (dst if self.downward else src).held
+        retained = (dst if self.downward else src).retained
         return (
             None if self._pinned and retained else self._rows.again(src, dst, src_index, dst_index)
         )
@@ -272,7 +272,7 @@ def unreached(view: KVView, device: torch.device) -> str:
         view.derived[_REACHED, device] = True
         return ""
     if view.form.place == "peer":  # some allocators map memory for the owning device alone
-        return f"{device} does not reach memory at {view.origins[0]:#x} of {view.home}"
+        return f"{device} does not reach memory at {view.origins[0]:#x} of {view.memory_device}"
     if address:
         return f"{device} reaches it only at {address:#x}; use backend 'staged'"
     return f"{device} does not reach it; pin it with mapped=True, or use backend 'staged'"

@@ -15,16 +15,17 @@ from typing import Any
 from portakv.errors import LayoutError
 from portakv.layout.language import Factor, Group, Layout
 
-#: How a caller declares the extent of an axis; those of other axes by their names.
+#: The argument that declares an axis's extent; other axes by their own names.
 DECLARED_AS = {"layer": "layers", "head": "heads", "token": "block_size", "page": "dim"}
 
 Values = list[dict[str, int]]  # for each kv, the extent of each axis
-_MOST_KV = 1024  # far above what any cache has, and what is walked through at once
+_MOST_KV = 1024  # far above the extents of any cache, and the most that is walked through
 Sized = tuple[Group, Sequence[int]]  # a group and, for each kv, its size
 
 
 def positive(name: str, value: object) -> int:
-    """A declared extent as an integer; raise `LayoutError` if it is no positive integer."""
+    """Return a declared extent as an integer; raise `LayoutError` if it is not a positive
+    integer."""
     try:
         extent = 0 if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -35,19 +36,21 @@ def positive(name: str, value: object) -> int:
 
 
 def declare(layout: Layout, extents: Mapping[str, Any]) -> Values:
-    """For each ``kv`` the extents that ``layers``, ``kv``, ``block_size``, ``heads`` (integers) and
-    ``dim`` (elements: an integer, or a tuple of one for each kv) declare, all of them positive.
+    """Return for each ``kv`` the declared extents, all of them positive.
+
+    ``layers``, ``kv``, ``block_size``, ``heads`` are integers; ``dim`` is in elements, an integer
+    or a tuple of one for each kv.
 
     Raises:
         LayoutError: a declaration for an axis that the layout does not have, or of the wrong
             length.
     """
-    given = dict(extents)
+    declared = dict(extents)
     shared: dict[str, int] = {}  # by all kv
     for axis in ("kv", "layer", "head"):
         name = DECLARED_AS.get(axis, axis)
         written = axis in layout.axes
-        extent = given.pop(name, (2 if axis == "kv" else None) if written else 1)
+        extent = declared.pop(name, (2 if axis == "kv" else None) if written else 1)
         if not written and extent != 1:
             raise LayoutError(
                 f"{name}={extent} was declared, but {layout.text!r} does not name {axis!r}, whose "
@@ -55,8 +58,8 @@ def declare(layout: Layout, extents: Mapping[str, Any]) -> Values:
             )
         if extent is not None:
             shared[axis] = extent
-    if "block_size" in given:
-        shared["token"] = given.pop("block_size")
+    if "block_size" in declared:
+        shared["token"] = declared.pop("block_size")
         if not layout.paged:
             raise LayoutError(
                 f"block_size={shared['token']} was declared, but {layout.text!r} has no `block` "
@@ -70,8 +73,8 @@ def declare(layout: Layout, extents: Mapping[str, Any]) -> Values:
     if shared["kv"] > _MOST_KV:
         raise LayoutError(f"kv={shared['kv']} was declared; a token has at most {_MOST_KV} planes.")
     values = [dict(shared) for _ in range(shared["kv"])]
-    if "dim" in given:
-        _declare_widths(layout, values, given.pop("dim"))
+    if "dim" in declared:
+        _declare_widths(layout, values, declared.pop("dim"))
     return values
 
 
@@ -112,7 +115,7 @@ def solve(layout: Layout, values: Values, sized: Sequence[Sized]) -> None:
         if len(stuck) == len(pending):
             group, sizes = stuck[0]
             unknown = [f.axis for f in group.factors if factor_extent(f, values[0]) is None]
-            # What grows is never declared: it is what remains.
+            # The growing axis is never declared: it takes the rest.
             names = dict.fromkeys(DECLARED_AS.get(axis, axis) for axis in unknown if axis != grows)
             raise LayoutError(
                 f"The dimension {group} of {layout.text!r} has {sizes[0]} entries, which "
@@ -128,16 +131,17 @@ def solve(layout: Layout, values: Values, sized: Sequence[Sized]) -> None:
                     f"over tensors that hold rows."
                 )
     for axis in ("layer", "block", "token", "head"):
-        found = [known.get(axis) for known in values]
-        if len(set(found)) > 1:
+        extents_of_kv = [known.get(axis) for known in values]
+        if len(set(extents_of_kv)) > 1:
             raise LayoutError(
-                f"In {layout.text!r} axis {axis!r} has extents {found} for the "
-                f"{len(found)} kv; expected one extent for all. Hand over tensors that agree."
+                f"In {layout.text!r} axis {axis!r} has extents {extents_of_kv} for the "
+                f"{len(extents_of_kv)} kv; expected one extent for all. Hand over tensors that "
+                f"agree."
             )
 
 
 def _settle(layout: Layout, values: Values, group: Group, sizes: Sequence[int]) -> bool:
-    """Check one group, or solve its one unknown axis; False while two are unknown."""
+    """Check one group, or solve its one unknown axis; return False while two are unknown."""
     unknown = {f for known in values for f in group.factors if factor_extent(f, known) is None}
     if len(unknown) > 1:
         return False
@@ -162,7 +166,7 @@ def _settle(layout: Layout, values: Values, group: Group, sizes: Sequence[int]) 
 
 
 def factor_extent(factor: Factor, known: Mapping[str, int]) -> int | None:
-    """The extent of one factor, or None while its axis is unknown."""
+    """Return the extent of one factor, or None while its axis is unknown."""
     if factor.part == "%":
         return factor.n
     extent = known.get(factor.axis)
@@ -177,7 +181,8 @@ def factor_extent(factor: Factor, known: Mapping[str, int]) -> int | None:
 
 
 def known_parts(group: Group, values: Values) -> list[int]:
-    """For each kv, the product of what is known; kv parts of a group lie one behind the other."""
+    """Return for each kv the product of the known extents; kv parts of a group follow each
+    other."""
     at = next((i for i, f in enumerate(group.factors) if f.axis == "kv"), None)
     if at is None:
         return [_product(group.factors, known) for known in values]

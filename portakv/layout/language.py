@@ -106,17 +106,17 @@ def _parse(text: str) -> Layout:
     places: list[tuple[Factor, int]] = []
     inside: list[Factor] | None = None  # factors since an open parenthesis
     opened = 0
-    for found in _TOKEN.finditer(text):
-        at = found.start()
-        mark = found["mark"]
-        if found["other"]:
-            fail(text, at, f"{found[0]!r} is not part of the layout language.")
-        elif found["axis"]:
-            factor = Factor(found["axis"], found["part"] or "", int(found["n"] or 0))
+    for token in _TOKEN.finditer(text):
+        at = token.start()
+        mark = token["mark"]
+        if token["other"]:
+            fail(text, at, f"{token[0]!r} is not part of the layout language.")
+        elif token["axis"]:
+            factor = Factor(token["axis"], token["part"] or "", int(token["n"] or 0))
             if factor.axis not in AXES:
                 fail(text, at, f"Unknown axis {factor.axis!r}; the axes are {', '.join(AXES)}.")
             if factor.part and not factor.n:
-                fail(text, at, f"{found[0]!r} needs a positive number behind `{factor.part}`.")
+                fail(text, at, f"{token[0]!r} needs a positive number after `{factor.part}`.")
             places.append((factor, at))
             if inside is None:
                 groups.append(Group((factor,)))
@@ -124,7 +124,7 @@ def _parse(text: str) -> Layout:
                 inside.append(factor)
         elif mark == "1":
             if inside is not None:
-                fail(text, at, "`1` is a dimension of its own and cannot stand in parentheses.")
+                fail(text, at, "`1` is a separate dimension and cannot stand in parentheses.")
             groups.append(Group(()))
         elif mark == "|":
             if bar is not None or inside is not None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small picture of a layout: how one row is found, then each level from outer to inner."""
+"""Draw a small picture of a layout: how to find one row, then each level from outer to inner."""
 
 from __future__ import annotations
 
 from portakv.layout.language import Factor, Group, Layout, parse
 
-# What one step along an axis is, for a reader who has never seen a KV cache.
+# The meaning of one step along an axis, for a reader who has never seen a KV cache.
 _MEANING = {
     "layer": "one step for each layer",
     "kv": "key, then value",
@@ -74,7 +74,8 @@ def _expression(layout: Layout) -> str:
 
 
 def _index(group: Group) -> str:
-    """The index along one level: ``0`` for ``1``, ``block * block_size + token`` for a merge."""
+    """Return the index along one level: ``0`` for ``1``, ``block * block_size + token`` for a
+    merge."""
     text = ""
     for factor in group.factors:
         sign = {"/": "//"}.get(factor.part, factor.part)

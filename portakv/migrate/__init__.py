@@ -27,11 +27,12 @@ from portakv.errors import (
 from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import open_shared, share, shared_empty
 from portakv.migrate.offers import Offer, Owner
-from portakv.migrate.published import Pull
-from portakv.migrate.pull import Reader
+from portakv.migrate.parameters import Box, Parameter
+from portakv.migrate.pull import Pull
+from portakv.migrate.reader import Reader
 from portakv.migrate.rendezvous import pair, rendezvous, unique_id
 from portakv.migrate.shards import Shard
-from portakv.migrate.weights import Box, Parameter, publish, pull_weights
+from portakv.migrate.weights import publish, pull_weights
 
 __all__ = [
     "BackendUnavailable",

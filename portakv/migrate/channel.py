@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control channel carries messages of owners, readers and transports, and notices dead peers.
-By ZeroMQ, with CURVE from a secret. Messages have schemas and limits; nothing is unpickled."""
+"""The control channel carries messages of owners, readers and transports, and detects dead peers.
+
+It uses ZeroMQ, with CURVE keys that a secret gives. Messages have schemas and limits; nothing is
+unpickled.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
-from hashlib import blake2b
 from secrets import token_bytes
 from socket import SHUT_RDWR, socket
 from struct import Struct, unpack_from
@@ -25,8 +27,9 @@ import zmq
 from msgspec.msgpack import Decoder, decode, encode
 from zmq.utils import z85
 
-from portakv.arguments import invalid, seconds
+from portakv.arguments import seconds
 from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferTimeout
+from portakv.migrate.address import NUMERIC, check_address, keys_of, too_short
 from portakv.migrate.messages import VERSION, Message
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
@@ -34,42 +37,46 @@ from portakv.runtime.interrupts import abandoned, uninterrupted
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-#: Bytes of a request and of an answer; connections that are served; messages that wait in one.
+#: The most bytes of a request and of an answer; connections that a channel serves; messages that
+#: wait in one connection.
 LIMIT = 64 << 10
 ANSWER = 1 << 20
 PEERS = 1024
 QUEUED = 64
-#: Milliseconds: between signs of life; until a connection without any is dead; for a handshake;
+#: Milliseconds between heartbeats; until a silent connection is dead; for a handshake; between a
+#: requester's checks of its connection.
 #: between an asker's looks at its connection.
 HEARTBEAT = 1000
 DEAD = 3000
 HANDSHAKE = 5000
 LOOK = 20
-#: Bytes of all kept answers; answers and requests that wait for one connection's other end.
+#: The most bytes of all cached answers; answers and requests that wait for the other end of one
+#: connection.
 KEPT = 32 << 20
 WAITING = 4
-#: Addresses of other hosts: numbers, as a name would have ZeroMQ's one thread wait for a resolver.
-_NUMERIC = re.compile(r"tcp://([0-9.]{7,15}|\[[0-9a-fA-F:.%]+[0-9a-zA-Z]*\]):([0-9]{1,5})")
 HEAD = Struct("!B16sIQ")  # version, channel, its connection, number of the request (0: no answer)
-BACK = Struct("!B?Q")  # version, whether a refusal's sentence follows, number of the request
+BACK = Struct("!B?Q")  # version, True if the text of a rejection follows, number of the request
 
 
 class Refused(PeerError):
-    """A request that its receiver has understood and does not carry out."""
+    """A request that its receiver has understood and rejects."""
 
 
 class Peer:
-    """A connection, and who is at its other end: ``id`` is random, of the asker's `Channel`."""
+    """A connection to a peer. ``id`` is random: the id of the peer's `Channel`."""
 
     def __init__(self, id: bytes = b"") -> None:
         self.id = id
         self.gone = False
         self._calls = dict[object, Callable[[], object]]()
-        self.link = b""  # the number by which the asker knows the connection
+        self.link = b""  # the number by which the requester knows the connection
 
     def on_gone(self, call: Callable[[], object]) -> Callable[[], object]:
-        """Have ``call`` made once, quickly, when the connection ends (now if it has), in the thread
-        that notices; what is returned takes that back."""
+        """Call ``call`` once when the connection ends, immediately if it has ended.
+
+        The call must be quick: it runs in the thread that detects the end. Returns a function that
+        withdraws the call.
+        """
         key = object()
         self._calls[key] = call
         if self.gone:
@@ -77,21 +84,21 @@ class Peer:
         return lambda: self._calls.pop(key, None)
 
     def end(self) -> None:
-        """The connection has ended."""
+        """Mark the connection as ended, and make the calls of `on_gone`."""
         self.gone = True
         for key in list(self._calls):
-            if call := self._calls.pop(key, None):  # else another thread was faster
+            if call := self._calls.pop(key, None):  # else another thread has made the call
                 try:
                     call()
                 except Exception:
-                    _log.exception("What was to happen at the end of a connection failed.")
+                    _log.exception("A call for the end of a connection failed.")
 
 
 class _Answers:
-    """The last answer for each link, as a request may be repeated by its next connection.
+    """The last answer for each link, because the next connection may repeat a request.
 
-    Keeps at most `KEPT` bytes: of older answers only the numbers stay, so that their requests are
-    carried out once at most.
+    Caches at most `KEPT` bytes. Of older answers only the numbers stay, so their requests are
+    executed at most once.
     """
 
     def __init__(self) -> None:
@@ -99,11 +106,11 @@ class _Answers:
         self.nbytes = 0
 
     def get(self, link: bytes) -> tuple[int, bytes]:
-        """Return the last number of a link and its answer, if that is kept."""
+        """Return the last number of a link and its answer, if it is cached."""
         return self._last.get(link, (0, b""))
 
     def keep(self, link: bytes, number: int, back: bytes) -> None:
-        """Keep an answer as the youngest."""
+        """Cache an answer as the youngest."""
         self._last.pop(link, None)
         self._last[link] = number, back
         self.nbytes = sum(len(each) for _, each in self._last.values())
@@ -113,7 +120,7 @@ class _Answers:
             self.drop(older)
 
     def drop(self, link: bytes) -> None:
-        """Keep no more than the number of a link's last answer."""
+        """Keep only the number of a link's last answer."""
         if link in self._last:
             number, back = self._last[link]
             self.nbytes -= len(back)
@@ -121,34 +128,36 @@ class _Answers:
 
 
 class _Link:
-    """The socket for one address, for one thread at a time, and what was seen of its connection."""
+    """The socket for one address, for one thread at a time, and the state of its connection."""
 
     def __init__(self, socket: zmq.Socket[bytes], address: str, number: int) -> None:
         self.socket = socket
         self.address = address
         self.number = number
-        self.asked = 0
+        self.requests = 0
         self.lock = threading.Lock()
         self.life = Peer()
         self.up = False
         self.why = ""
-        # nothing waits for a connection to come
+        # no send waits for a connection
         socket.immediate = True
         socket.reconnect_ivl = 50
         socket.sndtimeo = socket.rcvtimeo = LOOK
-        # A name of its own: pyzmq's is its descriptor's, which is used again before it is free.
+        # Use a separate name: pyzmq's name is its descriptor's, which is reused before it is free.
         self.monitor = socket.get_monitor_socket(addr=f"inproc://{number}")
         socket.connect(address)
 
 
 class Channel:
-    """Listens, and asks others; any thread may call it. `close` it, or the interpreter's end does.
+    """A channel listens for requests and sends requests to other channels. Any thread may call it.
+
+    `close` ends it, or the end of the interpreter.
 
     Args:
         address: ``tcp://10.0.0.1:0`` listens there, at a free port; None: at a Unix socket that
-            only this user of this host reaches. Tickets say the attribute of that name: set it if
-            others reach it by another address (NAT, a container's).
-        secret: 16 bytes or more, the same for all that talk to each other; TCP needs one.
+            only this user of this host reaches. Tickets carry the attribute of this name: set it
+            if other hosts reach the channel by another address (NAT, containers).
+        secret: 16 bytes or more, the same for all channels that communicate; TCP needs a secret.
         timeout: seconds for a request and its answer.
     """
 
@@ -156,12 +165,12 @@ class Channel:
         self, address: str | None = None, *, secret: bytes | str | None = None, timeout: float = 5.0
     ) -> None:
         self.address = "a Unix socket"
-        short = "" if secret is None else _too_short(secret)
-        self._keys = () if secret is None or short else _keys(secret)
-        del secret  # no traceback shows it
+        short = "" if secret is None else too_short(secret)
+        self._keys = () if secret is None or short else keys_of(secret)
+        del secret  # a traceback must not show it
         if short:
             raise InvalidTerms(short)
-        _check_address(address, bool(self._keys))
+        check_address(address, bool(self._keys))
         timeout = seconds("timeout", timeout, above=True)
         self.address = address or self.address
         self.timeout = timeout
@@ -170,10 +179,10 @@ class Channel:
         self._process = this_process()
         self._lock = threading.Lock()
         self._closed = False
-        self._answers = dict[type, Callable[[Peer, Any], Any]]()
-        self._users = dict[str, object]()  # the owner and the reader that others know by it
+        self._answers = dict[type, Callable[..., Message | None]]()
+        self._users = dict[str, object]()  # the owner and the reader of this channel
         self._decoder = Decoder[Any](None)
-        # of connections to here
+        # connections to this channel
         self._peers = dict[bytes, Peer]()
         self._fds = dict[int, bytes]()
         self._last = _Answers()
@@ -181,17 +190,18 @@ class Channel:
         self._fresh = list[_Link]()
         self._made = 0
         self._poller = zmq.Poller()
-        self._calls = dict[Any, Callable[[], None]]()
+        self._calls = dict[object, Callable[[], None]]()
         uninterrupted(partial(self._start, address), undo=lambda _: self.close())
 
     def _start(self, address: str | None) -> None:
-        """Listen, and begin the channel's thread."""
+        """Listen, and start the channel's thread."""
         self._context = zmq.Context()
         self._wake = os.eventfd(0)
         self._path = -1
-        self._context.max_sockets = 4096  # three for each link
-        self._context.rcvhwm = 0  # of monitors: one that is full would stop ZeroMQ's own thread
-        self._zap = self._context.socket(zmq.REP)  # asks the channel's thread who may connect
+        self._context.max_sockets = 4096  # three sockets for each link
+        self._context.rcvhwm = 0  # for monitors: a full monitor would stop ZeroMQ's own thread
+        # ZeroMQ asks the channel's thread for the permission of each connection.
+        self._zap = self._context.socket(zmq.REP)
         self._router = self._socket(zmq.ROUTER, self.address)
         self._seen = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         try:
@@ -199,8 +209,10 @@ class Channel:
             self._listen(address)
         except (OSError, zmq.ZMQError) as error:
             self._end()
-            asked = f"A channel was to listen at {self.address}: {error}"
-            raise PeerError(f"{asked}. Pass an address of this host and a free port.") from None
+            raise PeerError(
+                f"Expected an address at which a channel can listen, got {self.address}: {error}. "
+                f"Pass an address of this host and a free port."
+            ) from None
         self._thread = threading.Thread(target=self._run, name="portakv channel", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -214,19 +226,23 @@ class Channel:
         return self._process.forked
 
     def _listen(self, address: str | None) -> None:
-        # Of this user alone, and of few letters: a socket's path has at most 107.
+        # Only this user may enter, and the path is short: a socket's path has at most 107 letters.
         with tempfile.TemporaryDirectory(prefix="channel-", dir="/dev/shm") as folder:
             self._router.bind(address or f"ipc://{folder}/socket")
             self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
             if re.match(r"tcp://(0\.0\.0\.0|\[::(ffff:0\.0\.0\.0)?\])", self.address):
                 raise OSError("that is every interface")
-            if not address:  # reached through this process: not even SIGKILL leaves a file
+            # Others reach the socket through this process: not even SIGKILL leaves a file.
+            if not address:
                 self._path = os.open(f"{folder}/socket", os.O_PATH)
                 self.address = f"ipc:///proc/{os.getpid()}/fd/{self._path}"
 
     def serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
-        """From now on messages of ``kind`` are answered by ``answer``, in the channel's one thread,
-        so that it must be quick; None: nothing is sent. What it raises is told as a refusal."""
+        """Answer messages of ``kind`` by ``answer`` from now on.
+
+        The call runs in the channel's only thread and must be quick. None sends no answer. The peer
+        gets the error that ``answer`` raises.
+        """
         uninterrupted(partial(self._serve, kind, answer))
 
     def _serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
@@ -236,15 +252,20 @@ class Channel:
             self._decoder = Decoder(Union[tuple(self._answers)])  # noqa: UP007
 
     def claim(self, kind: str, user: object) -> None:
-        """Be the one ``kind`` on it, since others know it by the channel alone; raises
-        `InvalidTerms` if there is one."""
+        """Register the only ``kind`` of this channel, because peers know it by the channel alone.
+
+        Raises `InvalidTerms` if the channel has another.
+        """
         uninterrupted(partial(self._claim, kind, user), undo=lambda _: self.free(kind, user))
 
     def _claim(self, kind: str, user: object) -> None:
         """Do what `claim` promises."""
         self.check_open()
         if self._users.setdefault(kind, user) is not user:
-            raise InvalidTerms(f"{self} has {kind} already: close it first, or take another.")
+            raise InvalidTerms(
+                f"Expected a channel without {kind}, got {self}. Close the first, or make a "
+                f"channel."
+            )
 
     def check_open(self) -> None:
         """Raise `PeerError` after `close`, and in a forked process."""
@@ -255,7 +276,7 @@ class Channel:
             raise PeerError(f"Expected a channel that is open, got one that {gone}. Make another.")
 
     def free(self, kind: str, user: object) -> bool:
-        """Let another one be that; False if ``user`` is not (any more)."""
+        """Release a `claim`; return False if ``user`` does not have it."""
         return self._users.get(kind) is user and self._users.pop(kind) is user
 
     def ask(
@@ -266,12 +287,14 @@ class Channel:
         timeout: float | None = None,
         stop: Callable[[], bool] = bool,
     ) -> T:
-        """What the channel at ``address`` answers. If its connection breaks, a request is repeated
-        by the next one; it is carried out once or not at all. Ends early if ``stop()``.
+        """Return the answer of the channel at ``address`` to a message.
+
+        If the connection breaks, the next connection repeats the request, which is executed at most
+        once. Ends early if ``stop()`` returns True.
 
         Raises:
-            PeerError: nobody is reached there, it is gone, it refuses, the secret differs.
-            TransferTimeout: it is there, and did not answer in time.
+            PeerError: the peer cannot be reached, is gone or rejects, or the secret differs.
+            TransferTimeout: the peer is there, and did not answer in time.
 
         If the caller is interrupted, the connection stays usable, and the answer is dropped.
         """
@@ -285,41 +308,44 @@ class Channel:
         return uninterrupted(go)
 
     def ask_all(
-        self, asked: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None
+        self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None
     ) -> list[T | PortaKVError]:
-        """What `ask` returns or raises for each of several. All addresses are asked at once; one
-        that is asked for more answers the next question when it has answered the one before."""
-        return uninterrupted(partial(self._ask_all, asked, kind, timeout))
+        """Return the result or the error of `ask` for each of several requests.
+
+        All addresses get their first request together. An address with several requests gets the
+        next one after it has answered.
+        """
+        return uninterrupted(partial(self._ask_all, requests, kind, timeout))
 
     def _ask_all(
-        self, asked: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None
+        self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None
     ) -> list[T | PortaKVError]:
         """Do what `ask_all` promises."""
-        found = dict[int, Any]()
+        results = dict[int, Any]()
         until = self._until(timeout)
-        sending = [self._sending(*x, until, True) for x in asked]
-        first = {asked[n][0]: n for n in reversed(range(len(asked)))}
-        order = [first[address] for address in sorted(first)]  # each keeps its connection
+        sending = [self._sending(*x, until, True) for x in requests]
+        first = {requests[n][0]: n for n in reversed(range(len(requests)))}
+        order = [first[address] for address in sorted(first)]  # each uses one connection
 
         def go_on(n: int, last: bool) -> None:
             try:
                 if last:
-                    found[n] = self._read([*sending[n]][-1], *asked[n], kind)
+                    results[n] = self._read([*sending[n]][-1], *requests[n], kind)
                 else:
                     next(sending[n])
             except PortaKVError as error:
-                found[n] = error
+                results[n] = error
 
         try:
             for n in order:
                 go_on(n, False)
-            for n in (*order, *range(len(asked))):
-                if n not in found:
+            for n in (*order, *range(len(requests))):
+                if n not in results:
                     go_on(n, True)
         finally:
             for one in sending:  # if it ended early, else an error's traceback keeps connections
                 one.close()
-        return [found[n] for n in range(len(asked))]
+        return [results[n] for n in range(len(requests))]
 
     def _read(self, back: bytes, address: str, message: Message, kind: type[T]) -> T:
         what = f"{message.purpose} {address}"
@@ -329,29 +355,31 @@ class Channel:
                 f"{back[0]}. Use one release of PortaKV on both sides."
             )
         if back[1]:
-            raise Refused(f"{what} was refused: {_printable(back[BACK.size :])}.")
+            raise Refused(f"{what} was rejected: {_printable(back[BACK.size :])}.")
         try:
             return decode(memoryview(back)[BACK.size :], type=kind)
         except Exception:
-            raise PeerError(f"{what} was answered, but by nothing that was expected.") from None
+            raise PeerError(
+                f"{what} got an answer that is not valid. Use one release on both sides."
+            ) from None
 
     def tell(self, address: str, message: Message, timeout: float | None = None) -> None:
-        """Send what has no answer; raises as `ask` does if nobody is reached."""
+        """Send a message without an answer; raise as `ask` if the peer cannot be reached."""
         uninterrupted(lambda: [*self._sending(address, message, self._until(timeout), False)])
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
-        """Have ``gone`` called when the connection to ``address`` ends; see `Peer.on_gone`."""
+        """Call ``gone`` when the connection to ``address`` ends; see `Peer.on_gone`."""
         return uninterrupted(
             lambda: self._link(address).life.on_gone(gone), undo=lambda take_back: take_back()
         )
 
     def statistics(self) -> dict[str, int]:
-        """Connections now, to here and to others, and what was counted."""
+        """Return the connections now, from and to other channels, and the counters."""
         now = {"peers": len(self._peers), "links": len(self._links)}
         return {**now, "kept_bytes": self._last.nbytes, **self.counts}
 
     def close(self) -> None:
-        """End all connections; requests under way raise `PeerError`."""
+        """End all connections; requests in flight raise `PeerError`."""
         if not self._process.forked:
             uninterrupted(self._close)
 
@@ -377,10 +405,10 @@ class Channel:
         for each in {self._wake, self._path} - {-1}:
             os.close(each)
 
-    # ---- in an asker's thread
+    # ---- in a requester's thread
 
     def _until(self, timeout: float | None) -> float:
-        """Return the time at which a question ends that begins now."""
+        """Return the time at which a request ends that starts now."""
         return monotonic() + (self.timeout if timeout is None else max(0.0, timeout))
 
     def _sending(
@@ -391,23 +419,29 @@ class Channel:
         answer: bool,
         stop: Callable[[], bool] = bool,
     ) -> Generator[bytes]:
-        """Yields nothing each time the message is sent, at last its answer if there is to be one;
-        its connection is this thread's until it ends."""
+        """Yield empty bytes each time the message is sent, and at last the answer if one is
+        expected.
+
+        The connection belongs to this thread until the generator ends.
+        """
         what = f"{message.purpose} {address}"
         body = encode(message)
         by = None
         if len(body) > LIMIT:
-            raise PeerError(f"{what} has {len(body)} bytes; at most {LIMIT} may go at once.")
+            raise PeerError(f"{what} has {len(body)} bytes; a message has at most {LIMIT}.")
         link = self._link(address)
         if not link.lock.acquire(timeout=max(0.0, until - monotonic())):
-            raise TransferTimeout(f"{what} waited for another without an answer, and was not sent.")
+            raise TransferTimeout(
+                f"{what} was not sent: an earlier request still waits for its answer."
+            )
         try:
-            link.asked += answer
-            data = HEAD.pack(VERSION, self.id, link.number, number := link.asked * answer) + body
+            link.requests += answer
+            data = HEAD.pack(VERSION, self.id, link.number, number := link.requests * answer) + body
             while True:
                 self._look(link, until, what, stop)
                 with suppress(zmq.Again):
-                    # Or again, once the next connection stands: before, the old one may take it.
+                    # Repeat after the next connection stands: before, the old one may take the
+                    # message.
                     if by is not (life := link.life) and (link.up or by is None):
                         link.socket.send(data)
                         by = life
@@ -422,20 +456,20 @@ class Channel:
             link.lock.release()
 
     def _look(self, link: _Link, until: float, what: str, stop: Callable[[], bool]) -> None:
-        """Raise what became of a link's connection; if it is over, the next request makes one."""
+        """Raise the error of a link's connection; after its end the next request makes another."""
         if stop():
-            raise TransferTimeout(f"{what} was given up, as nothing waits for its answer.")
-        if abandoned():  # an answer to this request is passed over
+            raise TransferTimeout(f"{what} was cancelled, because nothing waits for its answer.")
+        if abandoned():  # the answer to this request is ignored
             raise KeyboardInterrupt
         late = monotonic() > until
-        why = link.why or "the channel was closed" * self._closed
+        why = link.why or ("the channel was closed" if self._closed else "")
         if late and link.up and not why:
-            raise TransferTimeout(f"{what} has no answer in time; the connection stands.")
+            raise TransferTimeout(f"{what} got no answer in time; the connection stands.")
         if late or why:
             self._drop(link)
             raise PeerError(
-                f"{what} reached nobody: {why or 'no connection in time'}. Check that the "
-                f"process there runs."
+                f"{what} failed: {why or 'no connection in time'}. Check that the process there "
+                f"runs."
             )
 
     def _link(self, address: str) -> _Link:
@@ -444,7 +478,7 @@ class Channel:
             with self._lock:
                 if not (link := self._links.get(address)):
                     local = re.match("ipc://(/.+)", address)
-                    if "\0" in address or not (local or (self._keys and _NUMERIC.match(address))):
+                    if "\0" in address or not (local or (self._keys and NUMERIC.match(address))):
                         expected = "expected ipc:// of this host or, with a secret, tcp:// with a"
                         raise OSError(f"{expected} numeric address and a port")
                     if local and os.stat(local[1]).st_uid != os.getuid():
@@ -456,13 +490,15 @@ class Channel:
                     os.eventfd_write(self._wake, 1)
                 return link
         except FileNotFoundError:
-            why = "nobody listens there any more, its process has ended"
-            raise PeerError(f"{address!r} was to be reached, but {why}.") from None
+            why = "no channel listens there any more, its process has ended"
+            raise PeerError(f"Expected an address of a channel, got {address!r}: {why}.") from None
         except (OSError, zmq.ZMQError) as error:
-            raise PeerError(f"{address!r} was to be reached, but: {error}.") from None
+            raise PeerError(
+                f"Expected an address of a channel, got {address!r}: {error}."
+            ) from None
 
     def _drop(self, link: _Link) -> None:
-        """Give a link up; its lock is held."""
+        """Close a link, whose lock the caller has."""
         link.why = link.why or "it is gone"
         if not link.socket.closed:
             self._links.pop(link.address, None)
@@ -474,9 +510,10 @@ class Channel:
         server = kind == zmq.ROUTER
         made.linger = 0
         made.ipv6 = "[" in address
-        made.sndhwm = WAITING if server else QUEUED  # of answers, of which each asker has one
+        made.sndhwm = WAITING if server else QUEUED  # of answers: each requester has one
         made.rcvhwm = QUEUED if server else WAITING
-        made.maxmsgsize = (LIMIT if kind == zmq.ROUTER else ANSWER) + 256  # CURVE and HEAD add some
+        # CURVE and HEAD add some bytes.
+        made.maxmsgsize = (LIMIT if kind == zmq.ROUTER else ANSWER) + 256
         made.heartbeat_ivl = HEARTBEAT
         made.heartbeat_timeout = DEAD
         made.handshake_ivl = HANDSHAKE
@@ -501,17 +538,17 @@ class Channel:
                 try:
                     self._calls[ready]()
                 except Exception:
-                    _log.exception("%r failed at what arrived, and goes on.", self)
+                    _log.exception("%r failed at a message, and goes on.", self)
 
     def _admit(self) -> None:
-        """Say whether a connection has the secret's keys."""
-        asked = self._zap.recv_multipart()
+        """Accept a connection that has the secret's keys, and reject any other."""
+        requests = self._zap.recv_multipart()
         key = z85.decode(self._keys[0])
-        well = b"200" if asked[5:] == [b"CURVE", key] else b"400"
-        self._zap.send_multipart([b"1.0", asked[1], well, b"", b"", b""])
+        well = b"200" if requests[5:] == [b"CURVE", key] else b"400"
+        self._zap.send_multipart([b"1.0", requests[1], well, b"", b"", b""])
 
     def _begin(self) -> None:
-        """Watch what happens to the links that were made."""
+        """Watch the events of the links that were made."""
         os.eventfd_read(self._wake)
         while self._fresh:
             link = self._fresh.pop()
@@ -519,7 +556,7 @@ class Channel:
             self._poller.register(link.monitor, zmq.POLLIN)
 
     def _see_link(self, link: _Link) -> None:
-        """What happened to a connection of an asker."""
+        """Process an event of a requester's connection."""
         event = _event(link.monitor)[0]
         if event == "HANDSHAKE_SUCCEEDED":
             link.up = True
@@ -530,19 +567,21 @@ class Channel:
             link.life = Peer()
             life.end()
         elif event == "CLOSED":
-            link.why = link.why or "nobody listens there"
+            link.why = link.why or "no channel listens there"
         elif event.startswith("HANDSHAKE_FAILED"):
-            link.why = "no handshake: the secret differs, it is held up, or it is no channel"
+            link.why = (
+                "no handshake: the secret differs, the process is stopped, or it is not a channel"
+            )
         elif event == "MONITOR_STOPPED":
             self._poller.unregister(link.monitor)
             del self._calls[link.monitor]
             link.monitor.close(0)
-        if link.why and link.lock.acquire(blocking=False):  # or else its asker looks
+        if link.why and link.lock.acquire(blocking=False):  # otherwise its requester checks it
             self._drop(link)
             link.lock.release()
 
     def _see(self) -> None:
-        """What happened until now to connections that were made to here."""
+        """Process all events of connections to this channel."""
         while self._seen.poll(0):
             event, value = _event(self._seen)
             if event == "ACCEPTED":
@@ -551,14 +590,14 @@ class Channel:
                 name = self._fds.pop(value, b"")
                 if peer := self._peers.pop(name, None):
                     peer.end()
-                # Without a name it never said anything well.
+                # A connection without a name never sent a valid message.
                 self.counts["gone" if name else "strangers"] += 1
                 n = self.counts["strangers"]
                 if not name and n & (n - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
-                    _log.warning("%r refused strangers, %d until now.", self, n)
+                    _log.warning("%r rejected unknown connections, %d until now.", self, n)
 
     def _peer(self, name: bytes, fd: int, id: bytes) -> Peer | None:
-        """Whose first message this is; None if the connection is over, or one too many."""
+        """Return the peer of a first message; None if the connection is over, or one too many."""
         self._see()
         if fd not in self._fds or len(self._peers) >= PEERS:
             return None
@@ -596,7 +635,7 @@ class Channel:
         else:
             back = self._answer(peer, memoryview(data)[HEAD.size :], number)
             if number:
-                if peer.link != link:  # of a connection one answer is kept
+                if peer.link != link:  # one answer of a connection is cached
                     self._last.drop(peer.link)
                     peer.link = link
                 self._last.keep(link, number, back)
@@ -615,7 +654,7 @@ class Channel:
         try:
             message = self._decoder.decode(data)
         except Exception:
-            return self._refused(number, "schema", "it is no message that is known there")
+            return self._refused(number, "schema", "the message is not known there")
         try:
             answer = self._answers[type(message)](peer, message)
             body = b"" if answer is None else encode(answer)
@@ -634,52 +673,12 @@ class Channel:
 
 
 def _printable(text: bytes) -> str:
-    """Return what a peer said, at most 4,096 bytes of it, on one line."""
-    said = text[:4096].decode(errors="replace").rstrip(".")
-    return "".join(each if each.isprintable() else "?" for each in said)
-
-
-def _too_short(secret: object) -> str:
-    """Return the sentence that refuses a secret, without its text; empty if it serves."""
-    got = f"a secret of {len(secret)}" if isinstance(secret, bytes | str) else type(secret).__name__
-    if isinstance(secret, str) and not secret.isascii():
-        with suppress(UnicodeEncodeError):
-            secret = secret.encode()
-        if isinstance(secret, str):  # the error of the codec has the text
-            return "Expected a secret that UTF-8 can hold, got a text that it cannot. Pass bytes."
-    if isinstance(secret, bytes | str) and len(secret) >= 16:
-        return ""
-    return f"Expected a secret of 16 bytes or more, got {got}. Pass secrets.token_bytes(32)."
-
-
-def _check_address(address: str | None, secret: bool) -> None:
-    """Raise `InvalidTerms` for an address at which no channel can listen."""
-    if address is None:
-        return
-    example = "Pass None, or one such as 'tcp://10.0.0.1:0'."
-    expected = "None, or a tcp:// address of numbers with a port of 0 to 65535"
-    if not isinstance(address, str) or not address.startswith("tcp://"):
-        raise invalid("address", expected, address, example)
-    numeric = _NUMERIC.fullmatch(address)
-    port = address.rpartition(":")[2]
-    interface = re.fullmatch(r"tcp://[A-Za-z0-9_.*-]{1,255}:[0-9]{1,5}", address)
-    if not (numeric or interface) or int(port) > 65535:
-        raise invalid("address", expected, address, example)
-    if not secret:
-        raise InvalidTerms(
-            f"Expected a secret with {address}, got none. Pass secret=, as TCP connections are "
-            f"always encrypted."
-        )
+    """Return the text of a peer, at most 4,096 bytes of it, on one line."""
+    message = text[:4096].decode(errors="replace").rstrip(".")
+    return "".join(each if each.isprintable() else "?" for each in message)
 
 
 def _event(monitor: zmq.Socket[bytes]) -> tuple[str, int]:
-    """What ZeroMQ tells of a connection, and its file descriptor or so."""
+    """Return the event of a ZeroMQ connection, and its file descriptor or value."""
     event, value = unpack_from("=Hi", monitor.recv_multipart()[0])
     return str(zmq.Event(event).name), int(value)
-
-
-def _keys(secret: bytes | str) -> tuple[bytes, ...]:
-    """The public and the private key that a secret stands for."""
-    given = secret.encode() if isinstance(secret, str) else secret
-    key = z85.encode(blake2b(given, digest_size=32, person=b"portakv-curve").digest())
-    return zmq.curve_public(key), key

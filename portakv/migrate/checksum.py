@@ -19,9 +19,10 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 
 from portakv.copy import copy_rows
-from portakv.graph.graph import Queue, Task
-from portakv.migrate.chunks import chunk, chunk_bytes, page_of, staging
+from portakv.graph.graph import Queue
+from portakv.graph.task import Task
 from portakv.migrate.messages import Box
+from portakv.migrate.staging import chunk, chunk_bytes, page_of, staging
 from portakv.runtime.bounded import Bounded
 from portakv.view import Index, KVView
 

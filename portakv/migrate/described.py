@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A view as data, for whoever sees its memory at other addresses: what `KVView` takes, with places
-in regions for tensors. Whoever rebuilds it has every check of `KVView` made again."""
+"""Describe a view as data, for a process that sees its memory at other addresses.
+
+A description has the arguments of `KVView`, with places in regions in place of tensors. `rebuild`
+makes all checks of `KVView` again.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,18 @@ from portakv.migrate.shards import Shard
 from portakv.view import KVView
 from portakv.view.bound import reach
 
-_NORESERVE = 0x4000  # Linux; not named by every Python's mmap
+_NORESERVE = 0x4000  # Linux; not every Python's mmap has a name for it
 
 
 class Regions:
-    """The allocations under tensors, each once; holds them."""
+    """The allocations of tensors, each once. The object retains them."""
 
     def __init__(self) -> None:
         self.storages: list[torch.UntypedStorage] = []
         self._numbers: dict[tuple[int, int], int] = {}
 
     def add(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """The number of the allocation that a tensor lies in, and its byte offset there."""
+        """Return the number of a tensor's allocation, and the tensor's byte offset in it."""
         storage = tensor.untyped_storage()
         key = storage.data_ptr(), storage.nbytes()
         if key not in self._numbers:
@@ -40,22 +43,24 @@ class Regions:
         return self._numbers[key], tensor.data_ptr() - storage.data_ptr()
 
     def flat(self) -> list[torch.Tensor]:
-        """Each allocation as bytes."""
+        """Return each allocation as a flat uint8 tensor."""
         empty = (torch.empty(0, dtype=torch.uint8, device=x.device) for x in self.storages)
         return [flat.set_(storage) for flat, storage in zip(empty, self.storages, strict=True)]
 
 
 def describe(shard: Shard, regions: Regions) -> Described:
-    """A shard as data; its allocations join ``regions``.
+    """Return a shard as data, and add its allocations to ``regions``.
 
     Raises:
-        LayoutError: a view of addresses alone, a slice of a view, more tensors than a message
-            holds, or memory that was replaced since the view was made.
+        LayoutError: a view of raw addresses, a slice of a view, more tensors than a message
+            holds, or memory that was replaced after the view was made.
     """
     view = shard.view
     sizes = []
-    if view.foreign:
-        raise LayoutError(f"{view} is known by addresses alone; describe a view of tensors.")
+    if view.raw:
+        raise LayoutError(
+            f"Expected a view of tensors, got {view} of raw addresses. Make the view of tensors."
+        )
     level: list[Any] = [view.tensors]
     for _ in view.layout.containers:
         rows = [[*x.values()] if isinstance(x, Mapping) else [*x] for x in level]
@@ -78,18 +83,20 @@ def describe(shard: Shard, regions: Regions) -> Described:
         why = str(error.__context__ or error)
     if why:
         raise LayoutError(
-            f"{view} cannot be told to others by its {len(places)} tensors: {why.rstrip('.')}. If "
-            f"it is a slice, hand over the whole view and its whole window: readers take what they "
-            f"need. Else make the view anew, of few tensors that have their memory still."
+            f"{view} cannot be described by its {len(places)} tensors: {why.rstrip('.')}. If it is "
+            f"a slice, pass the whole view and its whole window: readers take the part that they "
+            f"need. Otherwise make the view again, of few tensors that still have their memory."
         )
     return described
 
 
 def rebuild(described: Described, regions: Sequence[torch.Tensor]) -> Shard:
-    """The shard of a description on regions as they lie here, each flat uint8; none is touched.
+    """Return the shard of a description on the regions of this process, each flat uint8.
+
+    Touches no byte of the regions.
 
     Raises:
-        LayoutError: whatever is wrong with the description.
+        LayoutError: the description is wrong.
     """
     group = described.group
     try:
@@ -113,20 +120,20 @@ def rebuild(described: Described, regions: Sequence[torch.Tensor]) -> Shard:
         view = KVView(tensors[0], described.layout, **extents)
         shard = Shard(view, group.layers, group.heads)
         if shard.group != group:
-            raise LayoutError(f"{shard.group} was found, {group} was told")
+            raise LayoutError(f"expected {group}, got {shard.group}")
     except (PortaKVError, ArithmeticError, LookupError, RuntimeError, ValueError) as error:
         raise LayoutError(
-            f"A view of {described.layout!r} was described that {len(regions)} regions do not "
-            f"hold: {str(error).rstrip('.')}; describe a view with its own regions."
+            f"Expected a view of {described.layout!r} that fits its {len(regions)} regions, got "
+            f"another: {str(error).rstrip('.')}. Describe a view together with its regions."
         ) from None
     return shard
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
         raise LayoutError(f"{name} is no dtype of torch {torch.__version__}")
-    return found
+    return dtype
 
 
 def _strided(
@@ -136,7 +143,10 @@ def _strided(
     shape: Sequence[int],
     strides: Sequence[int],
 ) -> torch.Tensor:
-    """A tensor in a region; `as_strided` never grows it, and what it does not see is checked."""
+    """Return a tensor in a region, and check its bounds.
+
+    `as_strided` never grows the region.
+    """
     size = dtype.itemsize
     ends = offset + reach(shape, strides) * dtype.itemsize
     if offset % size or ends > region.numel() or len(shape) != len(strides):
@@ -146,8 +156,10 @@ def _strided(
 
 
 def reserve(nbytes: int) -> torch.Tensor:
-    """Addresses for a region that is not mapped: uint8 without memory or access rights. Views on it
-    tell where rows lie; reading it ends the process."""
+    """Reserve addresses for a region that is not mapped: uint8 without memory or access rights.
+
+    Views on the tensor compute where rows lie. Reading it ends the process.
+    """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
     tensor = torch.frombuffer(mmap.mmap(-1, max(nbytes, 1), flags=flags), dtype=torch.uint8)
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an owner does for readers that cannot map its memory: a worker brings rows into staging
-slots, which transports carry, and adds checksums up."""
+"""The owner's side of pulls through staging buffers.
+
+A worker gathers offered rows into staging buffers, which transports send. It also computes
+checksums of rows.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from portakv.copy.rows import copy_rows
 from portakv.errors import PeerError, Unsupported
-from portakv.graph.graph import Graph, Task
+from portakv.graph.graph import Graph
+from portakv.graph.task import Task
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import Later, checksum
-from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.messages import Answer, Gather, Hello, Message
+from portakv.migrate.staging import chunk, chunk_bytes, staging
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Moving, Transport
@@ -25,25 +29,27 @@ from portakv.runtime.streams import StreamFence
 from portakv.view import Index, KVView
 
 _log = logging.getLogger(__name__)
-SLOTS = 4  # of each reader: one is filled, two are on the wire, one is emptied
+SLOTS = 4  # for each reader: one is filled, two are on the wire, one is emptied
 
 
 class Rows(NamedTuple):
-    """Offered rows of a view of bytes, what they follow, and who did not get all of them."""
+    """Offered rows of a view of bytes, the stream that wrote them, and the readers that miss
+    some."""
 
     view: KVView
     ids: Index
-    behind: StreamFence
+    after: StreamFence
     spoilt: set[bytes]
 
 
 class Slot:
-    """Staging memory of one reader, and the gather that fills it."""
+    """The staging buffer of one reader, and the gather that fills it."""
 
-    def __init__(self, room: torch.Tensor, dirty: list[torch.Tensor]) -> None:
-        self.room = room
-        self.dirty = dirty  # memory that still holds bytes of earlier users; shared by its slots
-        self.filling = False  # a gather was accepted, and nothing is sent yet
+    def __init__(self, buffer: torch.Tensor, dirty: list[torch.Tensor]) -> None:
+        self.buffer = buffer
+        # Memory that still contains bytes of earlier users; slots of one allocation share the list.
+        self.dirty = dirty
+        self.filling = False  # a gather was accepted, and no byte is sent yet
         self.sent: Moving | None = None
 
     @property
@@ -54,19 +60,19 @@ class Slot:
         return self.sent is not None and not self.sent.free.is_set()
 
     def clean(self) -> None:
-        """Zero the memory before its first use, so that nothing of earlier users is sent."""
+        """Zero the memory before its first use, so that no earlier user's bytes are sent."""
         for memory in self.dirty:
             zero(memory)
         self.dirty.clear()
 
 
 def zero(memory: torch.Tensor) -> None:
-    """Zero memory of a slot, ordered after what the current stream holds."""
+    """Zero memory of a slot, ordered after the current stream's work."""
     memory.zero_()
 
 
 class Gathers:
-    """The slots and transports of an owner, for all of its readers; its calls are quick."""
+    """The staging buffers and transports of an owner, for all of its readers. No call blocks."""
 
     def __init__(
         self, channel: Channel, slot_bytes: int, transport: str | None, device: torch.device
@@ -76,7 +82,7 @@ class Gathers:
         self._slot_bytes = slot_bytes
         self.transport = forced(transport)
         self._transports = dict[str, Transport]()  # by name
-        self._by = dict[Peer, list[Transport]]()  # of readers; each agreement is a list of its own
+        self._by = dict[Peer, list[Transport]]()  # of readers; each agreement is a separate list
         self._slots = dict[tuple[Peer, int], Slot]()
         self._lock = threading.Lock()  # a reader that is gone gets no slot
         self._graph = Graph()
@@ -86,35 +92,38 @@ class Gathers:
 
     @property
     def slots(self) -> int:
-        """How many are in use."""
+        """Return the number of slots in use."""
         return len(self._slots)
 
     def agree(self, peer: Peer, hello: Hello, device: torch.device) -> str:
-        """The transport for a reader, whose slots are where both sides' rows are, or on the host;
-        raises `Unsupported` or `BackendUnavailable` if there is none."""
+        """Choose the transport for a reader, and return its name.
+
+        Its slots are on the device of both sides' rows, or on the host. Raises `Unsupported` or
+        `BackendUnavailable` if there is no such transport.
+        """
         if hello.device.partition(" ")[0] != device.type:
             device = torch.device("cpu")
         name = self.transport or hello.transport
         if name != hello.transport:
             raise Unsupported(f"The transport {name}", f"its reader has {hello.transport}")
-        self.forget(peer)  # it takes no more of what it was brought before
+        self.forget(peer)  # the reader takes no more of the rows that were sent to it before
         transport = self._transports.get(f"{name} {device}") or choose(device, name)
         self._transports[f"{name} {device}"] = transport
         self._by[peer] = [transport]
         for kind in transport.asks:
-            self._channel.serve(kind, self._asked)
+            self._channel.serve(kind, self._answer_transport)
         peer.on_gone(partial(self.forget, peer))
         return transport.name
 
-    def _asked(self, peer: Peer, asked: Any) -> Message | None:
-        """What a reader's transport asks its own one here."""
+    def _answer_transport(self, peer: Peer, request: object) -> Message | None:
+        """Answer a message of a reader's transport by the transport here."""
         transport = self._by.get(peer, [None])[0]
-        if transport is None or not isinstance(asked, transport.asks):
-            raise PeerError("the reader has not agreed upon this transport; pair anew.")
-        return transport.answer(peer, self._channel, asked)
+        if transport is None or not isinstance(request, transport.asks):
+            raise PeerError("Expected the agreed transport, got another. Connect again.")
+        return transport.answer(peer, self._channel, request)
 
     def forget(self, peer: Peer) -> None:
-        """A reader is gone, or needs its slots no more."""
+        """Release the slots of a reader that is gone or needs them no more."""
         with self._lock:
             agreed = self._by.pop(peer, [])
             self._slots = {key: one for key, one in self._slots.items() if key[0] is not peer}
@@ -122,21 +131,25 @@ class Gathers:
             transport.forget(peer)
 
     def begin(self, peer: Peer, gather: Gather, rows: Rows) -> Answer:
-        """Have the worker bring rows into a slot; or sum them up, for a reader that asks until it
-        has. Only one thread calls it."""
+        """Have the worker gather rows into a slot and send it, or compute their checksum.
+
+        A reader repeats its request for a checksum until the checksum exists. Only one thread calls
+        this method.
+        """
         if gather.transport:
             agreed = self._by.get(peer)
             if agreed is None or agreed[0].name != gather.transport:
-                return Answer("refused", f"{gather.transport} was not agreed upon; pair anew.")
+                return Answer("refused", f"{gather.transport} was not agreed on; connect again.")
             number = gather.slot % SLOTS
             slot = self._slots.get((peer, number))
             if slot is not None and slot.busy:
                 return Answer("busy", seconds=2e-4)
 
             needs = chunk_bytes(rows.view, gather.count)
-            if slot is None or slot.room.nbytes < min(needs, self._slot_bytes):
-                # In this thread: if there is no memory, the reader is told so. Not what was freed
-                # on a caller's stream, where work may still use it.
+            if slot is None or slot.buffer.nbytes < min(needs, self._slot_bytes):
+                # Allocate in this thread, so that the reader gets the error if there is no memory.
+                # Use a private stream: work may still use memory that was freed on a caller's
+                # stream. on a caller's stream, where work may still use it.
                 with StreamFence(agreed[0].device).inside():
                     slot = self._new_slot(peer, number, needs, agreed[0])
 
@@ -149,23 +162,24 @@ class Gathers:
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
 
     def _new_slot(self, peer: Peer, number: int, needs: int, transport: Transport) -> Slot:
-        """Allocate a slot; all slots of a reader if the transport has to know them at once."""
+        """Allocate a slot; allocate all slots of a reader if the transport learns them only
+        once."""
         if transport.knows_once:
             whole = staging(SLOTS * self._slot_bytes, transport.device)
-            dirty = [whole]  # the library reaches all of it after the first slot
-            rooms = dict(enumerate(whole.view(SLOTS, -1)))
+            dirty = [whole]  # the library can reach all of it after the first slot
+            buffers = dict(enumerate(whole.view(SLOTS, -1)))
         else:
-            room = staging(needs, transport.device, self._slot_bytes)
-            dirty = [room]
-            rooms = {number: room}
+            buffer = staging(needs, transport.device, self._slot_bytes)
+            dirty = [buffer]
+            buffers = {number: buffer}
 
         with self._lock:
-            for each, room in rooms.items():
-                self._slots[peer, each] = Slot(room, dirty)
+            for each, buffer in buffers.items():
+                self._slots[peer, each] = Slot(buffer, dirty)
             return self._slots[peer, number]
 
     def close(self) -> None:
-        """End what is under way."""
+        """Cancel the gathers in flight and close the transports."""
         self._by = {}
         self._graph.close()
         for transport in self._transports.values():
@@ -174,39 +188,41 @@ class Gathers:
     # --- in the worker
 
     def _sum(self, gather: Gather, rows: Rows) -> int:
-        with torch.inference_mode(False), rows.behind.inside():
+        with torch.inference_mode(False), rows.after.inside():
             box = gather.layers, gather.heads
             return checksum(rows.view, rows.ids, gather.count, box, gather.first)
 
     def _bring(
         self, peer: Peer, gather: Gather, rows: Rows, agreed: list[Transport], slot: Slot
     ) -> None:
-        """Fill a slot and send it; or send zeros, after which the reader asks for nothing more."""
+        """Fill a slot and send it; after an error send zeros, and mark the offer for the reader."""
         nbytes = chunk_bytes(rows.view, gather.count)
-        full = slot.room[:nbytes]
+        full = slot.buffer[:nbytes]
         try:
-            with torch.inference_mode(False), rows.behind.inside():
+            with torch.inference_mode(False), rows.after.inside():
                 self._fill(slot, full, gather.count, rows)
                 self._send(peer, gather, agreed, slot, full)
         except Exception:
-            _log.exception("Rows could not be brought into a slot; their reader is told.")
+            _log.exception(
+                "Rows could not be gathered into a staging buffer; the reader gets an error."
+            )
             rows.spoilt.add(peer.id)
-            # On the stream of the failed gather, whose copies may still run.
-            with torch.inference_mode(False), StreamFence(slot.room.device).inside():
+            # Use the stream of the failed gather, whose copies may still run.
+            with torch.inference_mode(False), StreamFence(slot.buffer.device).inside():
                 slot.clean()
-                full.zero_()  # as many bytes as its reader waits for
+                full.zero_()  # as many bytes as the reader waits for
                 self._send(peer, gather, agreed, slot, full)
         finally:
             slot.filling = False
 
     def _fill(self, slot: Slot, full: torch.Tensor, count: int, rows: Rows) -> None:
         """Gather rows into a slot; positions without rows, and padding, become zeros."""
-        on_host = slot.room.device.type == "cpu"
+        on_host = slot.buffer.device.type == "cpu"
         if not on_host:
-            slot.room.record_stream(torch.accelerator.current_stream(slot.room.device.index))
+            slot.buffer.record_stream(torch.accelerator.current_stream(slot.buffer.device.index))
 
         slot.clean()
-        planes, into = chunk(rows.view, count, slot.room)
+        planes, into = chunk(rows.view, count, slot.buffer)
         written = sum(plane.nbytes for plane in planes)
         skips = rows.ids.check(count, rows.view.slots, "offered")
         if skips or written < full.nbytes:
@@ -216,12 +232,13 @@ class Gathers:
         if on_host:
             copy.synchronize()
         else:
-            copy.wait()  # what is sent follows it; ids were looked at when they were offered
+            # The transport sends after the copy; ids were checked when they were offered.
+            copy.wait()
 
     def _send(
         self, peer: Peer, gather: Gather, agreed: list[Transport], slot: Slot, full: torch.Tensor
     ) -> None:
-        """Have the transport carry a full slot, unless its reader has paired anew or is gone."""
+        """Have the transport send a full slot, unless its reader is gone or connected again."""
         lane = agreed[0].lane(peer, self._channel)
         with self._lock:
             if self._by.get(peer) is agreed:

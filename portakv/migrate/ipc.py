@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that another process of this host opens without a copy: tensors for anybody, allocations
-and events for `Owner` and `Reader`.
+"""Share memory with another process of this host, without a copy.
 
-Host memory crosses as the descriptor of its file, which the other one opens under ``/proc``: no
-name is left behind, and it lives as long as anybody has it mapped. Device memory crosses by torch's
-own words, ``_share_cuda_`` and what vendors named after it. All of an allocation is handed over, to
-be read and written, and of a device its size is believed: both ends must trust each other.
+`share` and `open_shared` serve any tensor; `export` and events serve `Owner` and `Reader`.
+
+Host memory crosses as the descriptor of its file, which the other process opens under ``/proc``. No
+name remains, and the memory lives as long as a process has it mapped. Device memory crosses by
+torch's own functions, ``_share_cuda_`` and the vendors' functions of similar names. The other
+process can read and write the whole allocation, and the device reports its size without a check:
+both processes must trust each other.
 """
 
 from __future__ import annotations
@@ -43,9 +45,12 @@ _NOT_SHARED = (
 
 
 class _Shared(Message, frozen=True):
-    """A tensor or an event: the host, the process (numbering, number, begin), the type of device;
-    torch's handle, bytes, offset, counter of openings and its place, event, flag; the tensor's kind
-    and its offset in elements. Without elements it has no bytes."""
+    """A tensor or an event.
+
+    Fields: the host; the process (its namespace, number and start time); the type of device;
+    torch's handle, bytes, offset, counter of openings with its place, event and flag; the tensor's
+    kind and its offset in elements. A tensor without elements has no bytes.
+    """
 
     host: Text
     process: tuple[_Number, _Number, _Number]
@@ -57,34 +62,43 @@ class _Shared(Message, frozen=True):
 
 @dataclass(eq=False)
 class Held:
-    """An allocation, uint8 ``[nbytes]``, that others open by ``handle``: until `close`."""
+    """An allocation, uint8 ``[nbytes]``, which others open by ``handle`` until `close`."""
 
     handle: bytes
     tensor: torch.Tensor | None
 
     def close(self) -> None:
-        """Let go of it: nobody will begin to use it any more. Again: nothing."""
-        told: _Shared | None = unsealed(self.handle, _Shared)
-        if self.tensor is not None and told and told.process == _here()[1] and told.device != "cpu":
-            # Else torch would keep it for ever, for one who never opened it, or died.
-            name = f"_release_ipc_counter_{told.device}"
-            getattr(torch.UntypedStorage, name, lambda *_: None)(*told.words[3:5])
+        """Release the allocation: no process opens it from now on. A second call does nothing."""
+        message: _Shared | None = unsealed(self.handle, _Shared)
+        if (
+            self.tensor is not None
+            and message
+            and message.process == _here()[1]
+            and message.device != "cpu"
+        ):
+            # Without this, torch would retain it for a process that never opened it, or died.
+            name = f"_release_ipc_counter_{message.device}"
+            getattr(torch.UntypedStorage, name, lambda *_: None)(*message.words[3:5])
         self.tensor = None
 
 
 def share(tensor: torch.Tensor, files: SharedFiles | None = None) -> bytes:
-    """What another process of this host gives `open_shared`. Keep the tensor until it was opened,
-    on a device for as long as it is used; there each call counts for one opening, and what nobody
-    opens is never freed: share pools, not temporaries. Raises `Unsupported` if it cannot be shared;
-    it is never moved to where it could be, since views hold its address. ``files``: for many
-    tensors of one call."""
+    """Return the bytes by which another process of this host opens a tensor with `open_shared`.
+
+    Keep the tensor until it was opened, and on a device as long as it is used. On a device each
+    call counts for one opening, and torch never frees a share that no process opens: share pools,
+    not temporary tensors. ``files``: one object for many tensors of one call.
+
+    Raises `Unsupported` if the tensor cannot be shared. The tensor is never moved to shared memory,
+    because views hold its address.
+    """
     instance("tensor", tensor, torch.Tensor)
     what = "Sharing a tensor with other processes"
     where = tensor.device
     files = SharedFiles() if files is None else instance("files", files, SharedFiles)
     odd = tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided
     if odd or tensor.is_conj() or tensor.is_neg():
-        raise Unsupported(what, "it is no plain tensor of numbers and strides; share its parts")
+        raise Unsupported(what, "it is not a plain tensor of numbers and strides; share its parts")
     words: Any = b"", 0, 0, b"", 0, b"", False
     if tensor.numel():
         storage = tensor.untyped_storage()
@@ -98,36 +112,41 @@ def share(tensor: torch.Tensor, files: SharedFiles | None = None) -> bytes:
 
 
 def open_shared(data: bytes, device: torch.device | str | int | None = None) -> torch.Tensor:
-    """The tensor that another process shared: the same memory, dtype and strides. Host memory
-    outlives its owner. ``device``: the one of this process that is to read a device's memory; None:
-    the current one. Raises `PeerError` if these are no such bytes, or the memory or its process is
-    gone, `Unsupported` if it cannot be opened here."""
-    told, where = _read(data, device)
-    (name, shape, strides) = told.kind
-    nbytes = told.words[1]
+    """Return the tensor that another process shared: the same memory, dtype and strides.
+
+    Host memory outlives the process that shared it. ``device``: the device of this process that
+    reads a device's memory; None: the current device.
+
+    Raises `PeerError` for bytes of another kind, or if the memory or its process is gone, and
+    `Unsupported` if the memory cannot be opened here.
+    """
+    message, where = _read(data, device)
+    (name, shape, strides) = message.kind
+    nbytes = message.words[1]
     dtype = getattr(torch, name, None)
     empty = 0 in shape
     if not isinstance(dtype, torch.dtype) or name[0] == "q" or len(shape) != len(strides):
         raise _changed()
     count = nbytes // dtype.itemsize
-    last = told.offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    last = message.offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if empty != (nbytes == 0) or (last >= count and not empty) or math.prod(shape) >> 62:
         raise _changed()
     with torch.inference_mode(False):
         if empty:
             return torch.empty_strided(shape, strides, dtype=dtype, device=where)
-        if told.device == "cpu":
-            flat = _mapped(told)
+        if message.device == "cpu":
+            flat = _mapped(message)
         else:
             with _by_torch(_OPEN, where):
                 new = getattr(torch.UntypedStorage, f"_new_shared_{where.type}")
-                storage = new(where.index, *told.words)  # its number here: so it counts as local
+                # With this process's number, so that torch treats it as local.
+                storage = new(where.index, *message.words)
                 flat = torch.empty(0, dtype=torch.uint8, device=where).set_(storage)
-        return flat[: count * dtype.itemsize].view(dtype).as_strided(shape, strides, told.offset)
+        return flat[: count * dtype.itemsize].view(dtype).as_strided(shape, strides, message.offset)
 
 
 def why_not(tensor: torch.Tensor) -> str | None:
-    """Why the tensor cannot be shared; None if it can."""
+    """Return why the tensor cannot be shared; None if it can."""
     try:
         Held(share(tensor), tensor).close()
     except Unsupported as error:
@@ -136,32 +155,44 @@ def why_not(tensor: torch.Tensor) -> str | None:
 
 
 def export(storage: torch.UntypedStorage, files: SharedFiles | None = None) -> Held:
-    """A whole allocation for any number of others, which give its handle `open_shared`; raises
-    `Unsupported` as `share` does."""
+    """Return a whole allocation, whose handle any number of processes pass to `open_shared`.
+
+    Raises `Unsupported` as `share` does.
+    """
     with torch.inference_mode(False):
         flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     return Held(share(flat, files), flat)
 
 
-def export_event(event: Any) -> bytes:
-    """What another process gives `open_event`; keep the event while it is used there. Raises
-    `Unsupported` unless it was made with ``interprocess=True``."""
+def export_event(event: torch.Event) -> bytes:
+    """Return the bytes by which another process opens an event with `open_event`.
+
+    Keep the event while another process uses it. Raises `Unsupported` unless the event was made
+    with ``interprocess=True``.
+    """
     with _by_torch("Sharing an event with other processes", None, "make it with interprocess=True"):
         words = event.ipc_handle(), 0, 0, b"", 0, b"", False
         return sealed(_Shared(*_here(), event.device.type, words, ("event", (), ()), 0))
 
 
-def open_event(data: bytes, device: torch.device | str | int) -> Any:
-    """Another process's event, for streams of ``device``, which is this process's. Raises as
-    `open_shared`."""
-    told, where = _read(data, device)
+def open_event(data: bytes, device: torch.device | str | int) -> torch.Event:
+    """Return another process's event, for streams of ``device``, a device of this process.
+
+    Raises the same errors as `open_shared`.
+    """
+    message, where = _read(data, device)
     with _by_torch("Opening another process's event", where, "wait for it there"):
-        return torch.get_device_module(where).Event.from_ipc_handle(where, told.words[0])
+        module = torch.get_device_module(where)
+        event: torch.Event = module.Event.from_ipc_handle(where, message.words[0])
+        return event
 
 
 def shared_empty(shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A host tensor that can be shared, without a name: nothing is left of it when the last process
-    that has it ends. Its pages are there, all zero; `HostMemoryError` if there is no room."""
+    """Return a host tensor that can be shared, and has no name.
+
+    The memory goes when the last process that has it ends. Its pages are present and zero. Raises
+    `HostMemoryError` if there is not enough memory.
+    """
     instance("dtype", dtype, torch.dtype, "Pass one such as torch.float16.")
     if not isinstance(shape, int | Sequence) or isinstance(shape, str | bytes):
         raise invalid("shape", "whole numbers", shape, "Pass the extent of each axis.")
@@ -176,15 +207,19 @@ def shared_empty(shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor
 
 
 def host_id() -> str:
-    """The machine since its start, and the shared memory that this process sees: those that tell
-    the same can share, whatever their addresses and containers."""
+    """Return the identity of the running machine and of the shared memory of this process.
+
+    Processes with equal identities can share memory, whatever their addresses and containers.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.stat('/dev/shm').st_dev}"
 
 
 def identity(device: torch.device) -> str:
-    """The device itself, whatever its number here: its UUID; of the host, `host_id`. One without a
-    UUID is like none of another process."""
+    """Return the identity of a device, whatever its number here: its UUID; of the host, `host_id`.
+
+    A device without a UUID equals no device of another process.
+    """
     if device.type == "cpu":
         return host_id()
     ask = getattr(torch.get_device_module(device), "get_device_properties", lambda _: None)
@@ -192,19 +227,19 @@ def identity(device: torch.device) -> str:
 
 
 class _Mapping(NamedTuple):
-    """A stretch of this process's addresses that shows a file in memory."""
+    """A range of this process's addresses that maps a file in memory."""
 
     first: int
     past: int
     file: tuple[int, int]  # file system and number
-    offset: int  # in the file, of the first byte
+    offset: int  # of the first byte in the file
 
 
 class SharedFiles:
     """The files in memory that this process has mapped, and their descriptors.
 
-    Reads ``/proc/self`` once, which takes milliseconds: make one for all tensors of a call, and
-    none for longer.
+    Reads ``/proc/self`` once, which takes milliseconds: make one object for all tensors of a call,
+    and do not retain it.
     """
 
     def __init__(self) -> None:
@@ -247,19 +282,19 @@ class SharedFiles:
             self._descriptors = {}
             for name in os.listdir("/proc/self/fd"):
                 with suppress(OSError):
-                    found = os.stat(int(name))
-                    self._descriptors.setdefault((found.st_dev, found.st_ino), int(name))
+                    status = os.stat(int(name))
+                    self._descriptors.setdefault((status.st_dev, status.st_ino), int(name))
         return self._descriptors
 
 
-def _mapped(told: _Shared) -> torch.Tensor:
-    """Another process's host memory. No file but one in memory is opened."""
-    (space, pid, _) = told.process
-    (handle, nbytes, offset, *_) = told.words
+def _mapped(message: _Shared) -> torch.Tensor:
+    """Map another process's host memory. Opens only files that are in memory."""
+    (space, pid, _) = message.process
+    (handle, nbytes, offset, *_) = message.words
     if len(handle) != _FILE.size:
         raise _changed()
     if space != process_space():
-        raise Unsupported(_OPEN, "its container has own numbers of processes (docker: --pid)")
+        raise Unsupported(_OPEN, "its container has a separate process namespace (docker: --pid)")
     descriptor, *file = _FILE.unpack(handle)
     path = f"/proc/{pid}/fd/{descriptor}"
     skipped = offset % mmap.ALLOCATIONGRANULARITY
@@ -267,17 +302,20 @@ def _mapped(told: _Shared) -> torch.Tensor:
         if not os.readlink(path).startswith(_IN_MEMORY):
             raise OSError(errno.ESTALE, "its descriptor has another file")
         with open(path, "r+b", buffering=0) as memory:
-            found = os.stat(memory.fileno())
-            if [found.st_dev, found.st_ino] != file or found.st_size < offset + nbytes:
+            status = os.stat(memory.fileno())
+            if [status.st_dev, status.st_ino] != file or status.st_size < offset + nbytes:
                 raise OSError(errno.ESTALE, "its descriptor has another file")
             mapping = mmap.mmap(memory.fileno(), skipped + nbytes, offset=offset - skipped)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ESRCH, errno.ESTALE):
-            why = f"process {pid}'s is not to be had ({error.strerror}); be one user, and have"
-            raise Unsupported(_OPEN, f"{why} descriptors left (ulimit -n)") from None
+            why = (
+                f"this process may not open process {pid}'s ({error.strerror}); run both as one "
+                f"user"
+            )
+            raise Unsupported(_OPEN, f"{why}, with free descriptors (ulimit -n)") from None
         raise PeerError(
-            f"Memory of process {pid} was to be opened, and it is not there any more "
-            f"({error.strerror}); its owner keeps a tensor until it was opened. Share it again."
+            f"Expected shared memory of process {pid}, got none any more ({error.strerror}). Keep "
+            f"the tensor until it was opened, and share it again."
         ) from None
     return torch.frombuffer(mapping, dtype=torch.uint8, offset=skipped, count=nbytes)
 
@@ -288,36 +326,39 @@ def _here() -> tuple[str, tuple[int, int, int]]:
 
 
 def _read(data: bytes, device: torch.device | str | int | None) -> tuple[_Shared, torch.device]:
-    """What these bytes tell of, and the device of this process that is to read it; if it can be."""
-    told: _Shared | None = unsealed(data, _Shared)
-    if told is None:
+    """Return the message in these bytes, and the device of this process that reads the memory."""
+    message: _Shared | None = unsealed(data, _Shared)
+    if message is None:
         raise _changed()
-    (host, mine) = _here()
-    (space, pid, began) = told.process
-    if told.host != host:
-        why = "it is another host's, or of a container with its own shared memory (docker: --ipc)"
+    (host, here) = _here()
+    (space, pid, began) = message.process
+    if message.host != host:
+        why = "it is another host's, or a container's with separate shared memory (docker: --ipc)"
         raise Unsupported(_OPEN, f"{why}; use a transport")
-    if told.process == mine and told.device != "cpu":
-        raise Unsupported(_OPEN, "it is this process's, and torch opens only others'; use that")
-    if space == mine[0] and started(pid) != began:
+    if message.process == here and message.device != "cpu":
+        raise Unsupported(
+            _OPEN,
+            ("it is this process's own, and torch opens only other processes'; use the tensor"),
+        )
+    if space == here[0] and started(pid) != began:
         raise PeerError(
-            f"Memory of process {pid} was to be opened, and that process has ended, whoever has "
-            f"its number now; ask its successor for what it shares."
+            f"Expected shared memory of process {pid}, got a process that has ended. Share the "
+            f"memory of its successor."
         )
     try:
-        usual = torch.device("cpu") if told.device == "cpu" else devices.usual_device()
+        usual = torch.device("cpu") if message.device == "cpu" else devices.usual_device()
         where = usual if device is None else devices.indexed(device)
     except devices.DeviceAbsent as error:
-        raise Unsupported(_OPEN, f"it was to be read by {device}: {error}") from None
-    if where.type != told.device:
-        raise Unsupported(_OPEN, f"it is of type {told.device}, and was to be read by {where}")
-    return told, where
+        raise Unsupported(_OPEN, f"device={device} is not here: {error}") from None
+    if where.type != message.device:
+        raise Unsupported(_OPEN, f"it is of type {message.device}, and device={where} is not")
+    return message, where
 
 
 def _changed() -> PeerError:
     return PeerError(
-        "Expected data to be what another process's `share` or `export` returned, got bytes that "
-        "describe none. Carry them unchanged."
+        "Expected data that another process's `share` or `export` returned, got other bytes. "
+        "Carry them unchanged."
     )
 
 
@@ -325,28 +366,30 @@ def _changed() -> PeerError:
 def _by_torch(
     what: str, device: torch.device | None, do: str = "use a transport"
 ) -> Iterator[None]:
-    """Torch's refusal as a sentence. The device is the current one: torch crashes on an event of a
-    device that the process has not used."""
+    """Report torch's errors as `Unsupported`, with ``device`` as the current device.
+
+    torch crashes on an event of a device that the process has not used.
+    """
     try:
         with devices.inside(device):
             yield
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         why = str(error).partition("\n")[0].rstrip(".")
         where = f" for {device}" if device else ""
-        raise Unsupported(what, f"torch refuses it{where} ({why}); {do}") from error
+        raise Unsupported(what, f"torch rejects it{where} ({why}); {do}") from error
 
 
 def where(device: torch.device) -> str:
-    """A device as both sides tell it: its type, and which one it is, whatever its number."""
+    """Return a device's name for the other side: its type and its identity, whatever its number."""
     return f"{device.type} {identity(device)}"
 
 
 def proof(epoch: bytes, device: torch.device) -> torch.Tensor:
-    """Bytes of an owner that its readers know: they map them as they map rows, and compare."""
-    told = proof_of(epoch)
+    """Return bytes that readers map as they map rows, and compare with `proof_of`."""
+    message = proof_of(epoch)
     if device.type != "cpu":
-        return told.to(device)
-    return shared_empty(told.numel(), torch.uint8).copy_(told)
+        return message.to(device)
+    return shared_empty(message.numel(), torch.uint8).copy_(message)
 
 
 def proof_of(epoch: bytes) -> torch.Tensor:

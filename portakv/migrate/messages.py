@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What owners and readers tell each other: schemas with limits, for the channel and for tickets.
-Nothing that arrives is trusted further than what its schema says."""
+"""The messages between owners and readers: schemas with limits, for the channel and for tickets.
+
+No message is trusted further than its schema.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +16,24 @@ from msgspec import Meta
 
 from portakv.errors import OfferGone, PeerError
 
-VERSION = 2  # of all of this; a channel refuses another one by its first byte
+VERSION = 2  # of all messages; a channel rejects another version by the first byte
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
 Name = Annotated[str, Meta(max_length=64)]
 Text = Annotated[str, Meta(max_length=1024)]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 48)]  # of memory; also extents and strides in elements
 Count = Annotated[int, Meta(ge=0, le=1 << 31)]  # of tokens, blocks, slots
 Small = Annotated[int, Meta(ge=0, le=1 << 16)]  # of layers, heads, groups, regions
-Handle = Annotated[bytes, Meta(max_length=4096)]  # what `ipc` made, for `ipc` alone
+Handle = Annotated[bytes, Meta(max_length=4096)]  # made by `ipc`, for `ipc` alone
 Key = Annotated[bytes, Meta(max_length=64)]  # of a MAC
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
 MOST_ID_BYTES = 4 << 20
-MOST_REGIONS = 1024  # of an owner, its proof included
-Ids = Annotated[
-    bytes, Meta(max_length=MOST_ID_BYTES)
-]  # int32, least byte first, one behind the other
+MOST_REGIONS = 1024  # the most regions of an owner, its proof included
+Ids = Annotated[bytes, Meta(max_length=MOST_ID_BYTES)]  # int32, little-endian, contiguous
 Range = tuple[Small, Small, Small]  # from, to, of: on an axis of the whole model
 Box = tuple[tuple[int, int], ...]  # from and to on each axis
 Dims = Annotated[tuple[Bytes, ...], Meta(max_length=16)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=16)]
-#: What tensors of a view share: torch's name of the dtype, shape and strides in elements.
+#: The dtype's name in torch, the shape and the strides in elements.
 Kind = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{2,31}$")], Dims, Dims]
 Sent = TypeVar("Sent", bound="Message")
 _MAC = 16  # bytes
@@ -44,15 +44,20 @@ _ON_THE_WIRE = {"transport": "mover"}
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
-    """What all have: a tag, and no field that this release does not know. ``purpose`` begins the
-    sentences that say what became of a question."""
+    """The base of all messages: a tag, and no field that this release does not know.
+
+    ``purpose`` begins the error messages about a request.
+    """
 
     purpose: ClassVar[str] = "A message to"
 
 
 class Group(Message, frozen=True):
-    """A shard as far as the other side's must be like it: for each kv ``widths`` in bytes and the
-    number types, none if rows are bytes; of opaque pages ``page`` is their tokens, else 0."""
+    """The facts of a shard that the other side's shard must match.
+
+    ``widths``: the bytes of a row of each kv. ``numbers``: the number type of each kv, none if rows
+    are bytes. ``page``: the tokens of an opaque page, else 0.
+    """
 
     layers: Range
     heads: Range
@@ -62,12 +67,12 @@ class Group(Message, frozen=True):
 
     @property
     def box(self) -> Box:
-        """Its layers and heads."""
+        """Return the layers and heads."""
         return self.layers[:2], self.heads[:2]
 
 
 class Region(Message, frozen=True):
-    """An allocation, the device that has it, and its handle: empty, with the reason, if none."""
+    """An allocation, its device, and its handle; an empty handle comes with a reason."""
 
     nbytes: Bytes
     device: Text
@@ -76,8 +81,11 @@ class Region(Message, frozen=True):
 
 
 class Described(Message, frozen=True):
-    """A view as what `KVView` takes: tensors in ``containers`` of these lengths, outermost first,
-    each of a place: number of the region, byte offset, number of the kind."""
+    """The arguments of `KVView` as data.
+
+    Tensors are in ``containers`` of these lengths, outermost first. Each tensor has a place: the
+    number of its region, its byte offset, the number of its kind.
+    """
 
     group: Group
     layout: Annotated[str, Meta(max_length=256)]
@@ -88,19 +96,22 @@ class Described(Message, frozen=True):
 
 
 class Hello(Message, frozen=True, rename=_ON_THE_WIRE):
-    """A reader asks for what an owner has, and to have it moved by a transport into its slots."""
+    """A reader requests the owner's description, and a transport into its staging buffers."""
 
-    purpose: ClassVar[str] = "Pairing with the owner at"
+    purpose: ClassVar[str] = "The handshake with the owner at"
 
     model: Text
     device: Text = ""
     transport: Name = ""
 
 
-class Welcome(Message, frozen=True, rename=_ON_THE_WIRE):
-    """The owner's answer. Rows that cannot be mapped cross in ``slots`` of ``slot_bytes`` bytes, by
-    ``transport``: the one that both sides agreed on, or before that the one that the owner
-    names."""
+class Handshake(Message, frozen=True, rename=_ON_THE_WIRE, tag="Welcome"):
+    """The owner's answer to `Hello`; its name on the wire is ``Welcome``.
+
+    Rows that cannot be mapped cross in ``slots`` staging buffers of ``slot_bytes`` bytes, by
+    ``transport``: the transport that both sides agreed on, or before that the one that the owner
+    names.
+    """
 
     epoch: Id
     described: Annotated[tuple[Described, ...], Meta(min_length=1, max_length=64)]
@@ -109,31 +120,31 @@ class Welcome(Message, frozen=True, rename=_ON_THE_WIRE):
     transport: Name = ""
     slots: Small = 0
     slot_bytes: Bytes = 0
-    #: Under which the owner signs the tickets of this epoch; only this message carries it.
+    #: The key that signs the tickets of this epoch; only this message carries it.
     key: Key = b""
 
 
 class About(Message, frozen=True):
-    """What is about one offer of one owner."""
+    """The base of messages about one offer of one owner."""
 
     epoch: Id
     offer: Id
 
 
 class Begin(About, frozen=True):
-    """One-way: a reader begins to read an offer, which ends with its channel from now on."""
+    """One-way: a reader starts to read an offer, which from now on ends with its channel."""
 
-    purpose: ClassVar[str] = "Beginning a pull from the owner at"
+    purpose: ClassVar[str] = "Starting a pull from the owner at"
 
 
 class Check(About, frozen=True):
-    """Asks whether an offer has held until now."""
+    """Request the state of an offer."""
 
-    purpose: ClassVar[str] = "Asking whether an offer held, of the owner at"
+    purpose: ClassVar[str] = "Confirming an offer of the owner at"
 
 
 class Close(About, frozen=True):
-    """One-way: a reader is through with an offer: it has ``taken`` the rows, or its pull failed."""
+    """One-way: a reader has ``taken`` the rows of an offer, or its pull failed."""
 
     purpose: ClassVar[str] = "Ending a pull from the owner at"
 
@@ -141,7 +152,7 @@ class Close(About, frozen=True):
 
 
 class Renew(About, frozen=True):
-    """Asks for a deadline so many seconds from now."""
+    """Request a lease of so many seconds from now."""
 
     purpose: ClassVar[str] = "Renewing a lease of the owner at"
 
@@ -149,10 +160,13 @@ class Renew(About, frozen=True):
 
 
 class Gather(About, frozen=True, rename=_ON_THE_WIRE):
-    """Begins, and asks for ``count`` tokens from ``first`` on, of a rectangle of a group on the
-    model's axes: in a slot, for a transport and under a tag; without one, for their checksum."""
+    """Request ``count`` tokens from ``first`` on, of a box of a group on the model's axes.
 
-    purpose: ClassVar[str] = "Asking for rows, of the owner at"
+    With a transport the rows go to a staging buffer under a tag. Without a transport the answer has
+    their checksum. Also counts as `Begin`.
+    """
+
+    purpose: ClassVar[str] = "Requesting rows of the owner at"
 
     group: Small
     layers: tuple[Small, Small]
@@ -165,13 +179,13 @@ class Gather(About, frozen=True, rename=_ON_THE_WIRE):
 
 
 class Bye(Message, frozen=True):
-    """One-way: a reader lets go of an owner's slots."""
+    """One-way: a reader releases an owner's staging buffers."""
 
     purpose: ClassVar[str] = "Leaving the owner at"
 
 
 class Answer(Message, frozen=True):
-    """``seconds``: of a lease that is left, or until "busy" may ask again."""
+    """Answer with a state. ``seconds``: the rest of a lease, or the pause before a retry."""
 
     state: Literal["held", "gone", "busy", "refused", "done"]
     why: Text = ""
@@ -180,8 +194,11 @@ class Answer(Message, frozen=True):
 
 
 class Ticket(About, frozen=True):
-    """An offer: where its owner is reached and, for each group, ids (-1: elsewhere) and the tokens
-    that each counts. ``event``: number of the one behind the rows, -1 if there is none."""
+    """An offer: the address of its owner and, for each group, block ids and the tokens of a block.
+
+    An id of -1 has its rows elsewhere. ``event``: the number of the event after the rows, -1 if
+    there is none.
+    """
 
     address: Text
     tokens: Count
@@ -191,10 +208,10 @@ class Ticket(About, frozen=True):
     event: Annotated[int, Meta(ge=-1, le=255)] = -1
 
     def gone(self, why: str) -> OfferGone:
-        """The error of an offer that does not hold; ``why`` as a clause."""
+        """Return the error of an offer that does not hold; ``why`` is a clause."""
         return OfferGone(
-            f"An offer of {self.address} ({self.offer.hex()[:8]}) was pulled, and does not hold: "
-            f"{why}. Nothing is published; ask for another offer."
+            f"The offer {self.offer.hex()[:8]} of {self.address} does not hold: {why}. No rows "
+            f"were committed; request another offer."
         )
 
     def pack(self, key: bytes) -> bytes:
@@ -204,7 +221,7 @@ class Ticket(About, frozen=True):
 
     @staticmethod
     def read(data: bytes) -> Ticket:
-        """The ticket of these bytes; raises `PeerError`, in the same words whatever is wrong."""
+        """Return the ticket of these bytes; raise the same `PeerError` whatever is wrong."""
         ticket = unsealed(data[_MAC:], Ticket) if isinstance(data, bytes) else None
         whole = ticket and not any(len(ids) % 4 for ids in ticket.ids)
         if ticket and whole and len(ticket.ids) == len(ticket.steps):
@@ -215,8 +232,8 @@ class Ticket(About, frozen=True):
 def no_ticket() -> PeerError:
     """Return the error of bytes that are not a ticket, the same whatever is wrong with them."""
     return PeerError(
-        "Expected tickets to be the bytes of `Offer.ticket`, got others, which is no ticket of "
-        "this release. Carry them unchanged, between sides of one release."
+        "Expected tickets to be the bytes of `Offer.ticket`, got bytes that are not a "
+        "ticket of this release. Carry them unchanged, between sides of one release."
     )
 
 
@@ -231,13 +248,13 @@ def _mac(body: bytes, key: bytes) -> bytes:
 
 
 def sealed(message: Message) -> bytes:
-    """A message that travels by others' ways, with a checksum before it."""
-    told = msgspec.msgpack.encode(message)
-    return blake2b(told, digest_size=16).digest() + told
+    """Return a message as bytes, with a checksum before it, for callers to carry."""
+    data = msgspec.msgpack.encode(message)
+    return blake2b(data, digest_size=16).digest() + data
 
 
 def unsealed(data: bytes, kind: type[Sent]) -> Sent | None:
-    """The message of these bytes; None if they are not as `sealed` made them."""
+    """Return the message of these bytes; None if `sealed` did not make them."""
     if isinstance(data, bytes) and blake2b(data[16:], digest_size=16).digest() == data[:16]:
         with suppress(msgspec.DecodeError, UnicodeDecodeError):
             return msgspec.msgpack.decode(data[16:], type=kind)

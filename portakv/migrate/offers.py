@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Owner` offers rows of its views to readers: it promises not to change them until the offer ends,
-answers whether that held, and brings rows into staging slots for readers that cannot map them."""
+"""An `Owner` offers rows of its views to readers.
+
+It promises not to change the rows until the offer ends, and answers whether the promise held. It
+sends rows through staging buffers to readers that cannot map its memory.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from msgspec.structs import replace
 
@@ -28,28 +33,36 @@ from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.runtime.streams import StreamFence
 from portakv.view.index import Ids, Index
 
-LOOK = 0.1  # seconds between two looks of one who waits for the end of an offer
-EVENTS = 64  # that stand behind offers' rows, in turn; so many offers can be told apart by them
-UNKNOWN = messages.Answer("gone", "this owner has no such offer, or had it long ago")
-_REMEMBERED = 4096  # offers that ended, of which an owner still says why
-SPOILT = messages.Answer("gone", "some of its rows could not be brought; its owner's log says why")
+LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
+EVENTS = 64  # recorded after offers' rows, in turn: so many offers have separate events
+UNKNOWN = messages.Answer("gone", "this owner has no such offer, or it ended long ago")
+_REMEMBERED = 4096  # ended offers for which an owner still reports the reason
+SPOILT = messages.Answer(
+    "gone", ("some of its rows could not be sent; the owner's log has the reason")
+)
 
 
-#: What readers on this host may map: whole allocations, or nothing.
+#: What readers on this host may map: whole allocations, or nothing
 Expose: TypeAlias = Literal["mapped", "staging"]
 
 
+#: Block ids of a shard, int32, and the tokens of a block.
+BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
+
+
 class Offer:
-    """Rows that their owner promises not to change until the offer ends: when its readers have
-    closed it, at its deadline, by `revoke`, or when readers that began it are gone.
+    """Rows that their owner promises not to change until the offer ends.
+
+    An offer ends when its readers have closed it, at its deadline, by `revoke`, or when readers
+    that started to read it are gone.
 
     Attributes:
-        ticket: bytes for the reader, carried by whatever carries the request. Whoever has them and
-            the channel's secret may pull.
+        ticket: bytes for the reader, which travel with the request. Any process that has the
+            ticket and the channel's secret may pull.
     """
 
     def __init__(
-        self, owner: Owner, ids: Sequence[tuple[Any, int]], tokens: int, until: float, readers: int
+        self, owner: Owner, ids: Sequence[BlockList], tokens: int, until: float, readers: int
     ):
         self.number = secrets.token_bytes(16)
         self.ticket = b""
@@ -57,11 +70,12 @@ class Offer:
         self.tokens = tokens
         self.until = until
         self.readers = readers
-        self.behind = StreamFence(owner.device)
-        self.last = until  # the latest time to which a reader may renew it
-        self.begun = dict[bytes, Any]()  # readers that read it: how to stop watching each
-        self.through = set[bytes]()  # readers that have its rows, or are gone
-        self.spoilt = set[bytes]()  # readers for which some of its rows could not be brought
+        self.after = StreamFence(owner.device)
+        self.last = until  # the latest time to which a reader may renew the lease
+        # Readers that read it, with the function that stops watching each.
+        self.begun = dict[bytes, Callable[[], object]]()
+        self.through = set[bytes]()  # readers that have the rows, or are gone
+        self.spoilt = set[bytes]()  # readers to which some of the rows could not be sent
         self._owner = owner
         self._state = "held"
 
@@ -78,7 +92,7 @@ class Offer:
             return self._state
 
     def end(self, state: str) -> None:
-        """Let it end in a state, if it has not ended."""
+        """End the offer in a state, unless it has ended."""
         uninterrupted(partial(self._end, state))
 
     def _end(self, state: str) -> None:
@@ -97,17 +111,19 @@ class Offer:
     def _why_ended(self) -> str:
         """Return why the offer ended, as a clause for a reader."""
         if self._state == "taken":
-            return f"its readers ({self.readers}) have had it; offer it with a larger readers="
+            return f"its readers ({self.readers}) have taken it; offer it with a larger readers="
         reasons = {
-            "expired": "its lease is over",
+            "expired": "its lease expired",
             "revoked": "its owner revoked it",
-            "lost": "a reader that had begun to read it is gone",
+            "lost": "a reader that started to read it is gone",
         }
         return reasons[self._state]
 
     def taken(self, timeout: float | None = None) -> bool:
-        """Wait until it has ended, at most ``timeout`` seconds: True, and the owner may use its
-        blocks again."""
+        """Wait until the offer has ended, at most ``timeout`` seconds; return True if it has.
+
+        The owner may then use its blocks again.
+        """
         seconds = arguments.seconds("timeout", timeout, optional=True)
         return uninterrupted(partial(self._wait, seconds))
 
@@ -123,26 +139,26 @@ class Offer:
         return True
 
     def revoke(self) -> None:
-        """End it at once: what is read from now on is published by nobody."""
+        """End the offer immediately: no reader commits rows that it reads from now on."""
         self.end("revoked")
 
 
 class Owner:
-    """A process that holds rows and offers them.
+    """A process that offers rows to readers.
 
     Args:
-        channel: where readers reach it; one owner on each.
-        shards: its views with their windows, one for each group of layers that share block ids.
-        model: a fingerprint; readers of another one are refused.
-        staging: the most bytes of the slots of one reader that cannot map the memory, on either
-            side; they are made as large as what it pulls needs.
+        channel: the channel at which readers reach it; a channel has at most one owner.
+        shards: the views with their windows, one for each group of layers that share block ids.
+        model: a fingerprint; readers of another model are rejected.
+        staging: the most bytes of the staging buffers of one reader that cannot map the memory, on
+            either side; they are as large as its pulls need.
         expose: "mapped": readers on this host may map whole allocations, to be read and written, so
-            that all are in one trust domain; "staging": they get copies of offered rows alone.
+            all of them must trust each other; "staging": readers get copies of offered rows alone.
         transport: the name of the transport for readers that cannot map; None: the reader's.
         mover: deprecated, the same as ``transport``.
 
     Raises:
-        LayoutError: no shard, one that cannot be described, or not all on one device.
+        LayoutError: no shard, a shard that cannot be described, or shards on several devices.
         InvalidTerms: another ``expose``, no bytes of staging, or a channel that has an owner.
     """
 
@@ -177,7 +193,7 @@ class Owner:
         uninterrupted(partial(self._start, shards), undo=lambda _: self.close())
 
     def _start(self, shards: Sequence[Shard]) -> None:
-        """Offer rows of the shards on the channel."""
+        """Serve the offers of the shards on the channel."""
         channel = self.channel
         channel.claim("an owner", self)
         try:
@@ -185,7 +201,7 @@ class Owner:
         except BaseException:
             channel.free("an owner", self)
             raise
-        self._kinds: dict[Any, Any] = {
+        self._kinds: dict[type[messages.Message], Callable[..., messages.Message | None]] = {
             messages.Hello: self._hello,
             messages.Begin: self._begin,
             messages.Renew: self._renew,
@@ -198,7 +214,7 @@ class Owner:
             channel.serve(kind, answer)
 
     def reallocate(self, *shards: Shard) -> None:
-        """Offer rows of other views from now on: all offers end, and readers pair anew."""
+        """Replace the views: all offers end, and readers connect again."""
         uninterrupted(partial(self._reallocate, shards))
 
     def _reallocate(self, shards: Sequence[Shard]) -> None:
@@ -221,19 +237,23 @@ class Owner:
             for one in self._exports:
                 one.close()
             self._proof = ipc.proof(self.epoch, self.device)
-            held = list[ipc.Held]()
+            exports = list[ipc.Held]()
             files = ipc.SharedFiles()
             for storage in [*regions.storages, self._proof.untyped_storage()]:
-                told = storage.nbytes(), ipc.where(storage.device)
+                described_as = storage.nbytes(), ipc.where(storage.device)
                 try:
                     if self._expose != "mapped":
-                        raise Unsupported("Mapping", "it exposes staged rows alone")
-                    held.append(ipc.export(storage, files))
-                    exported.append(messages.Region(*told, held[-1].handle))
+                        raise Unsupported("Mapping", "the owner exposes staged rows alone")
+                    exports.append(ipc.export(storage, files))
+                    exported.append(messages.Region(*described_as, exports[-1].handle))
                 except Unsupported as error:
-                    exported.append(messages.Region(*told, why=error.why))
-            self._exports, self._events, self._turn = held, _events(self.device) if held else [], 0
-            self._welcome = messages.Welcome(
+                    exported.append(messages.Region(*described_as, why=error.why))
+            self._exports, self._events, self._turn = (
+                exports,
+                _events(self.device) if exports else [],
+                0,
+            )
+            self._handshake = messages.Handshake(
                 epoch=self.epoch,
                 described=described,
                 regions=tuple(exported),
@@ -252,13 +272,15 @@ class Owner:
         readers: int = 1,
         max_lease: float = 3600.0,
     ) -> Offer:
-        """Offer the first ``tokens`` tokens of lists of blocks (or of an `Index`, as of slots), one
-        for each shard, behind what the current stream holds. Of a negative id all is elsewhere.
+        """Offer the first ``tokens`` tokens of lists of blocks, one list for each shard.
+
+        A list may be an `Index`, such as one of slots. The rows are those after the current
+        stream's work. A negative id has its rows elsewhere.
 
         Args:
-            lease: seconds until it ends by itself, unless its reader renews it.
-            readers: how many may pull it.
-            max_lease: seconds after which readers that are still at work renew it no more.
+            lease: seconds until the offer expires, unless its reader renews it.
+            readers: the number of readers that may pull it.
+            max_lease: seconds after which no reader can renew it.
 
         Raises:
             SlotError: ids past the view or twice in a list, too few for the tokens, more than a
@@ -275,17 +297,29 @@ class Owner:
         last = arguments.number(
             "max_lease", max_lease, lease, inf, f"at least the lease of {lease:g} s"
         )
+        lists = self._block_lists(blocks, tokens)
+        on = self.device
+        stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
+        # No event exists that a reader's stream could wait for.
+        if stream and self._exports and not self._events:
+            stream.synchronize()
+        made = Offer(self, lists, tokens, self.now() + lease, readers)
+        made.last = self.now() + last
+        return uninterrupted(partial(self._enter, made, stream, lease), undo=Offer.revoke)
+
+    def _block_lists(self, blocks: Sequence[Ids], tokens: int) -> list[BlockList]:
+        """Return checked ids and the tokens of a block, for each shard."""
         if len(blocks) != len(self.shards):
             raise SlotError(
                 f"Expected blocks to be {len(self.shards)} lists, one for each shard, got "
                 f"{len(blocks)}. Pass a list for each."
             )
-        lists = list[tuple[Any, int]]()
+        lists = list[BlockList]()
         with arguments.naming("blocks", "lists of ids of the views' blocks"):
-            for shard, given in zip(self.shards, blocks, strict=True):
-                if given is None:
+            for shard, block_ids in zip(self.shards, blocks, strict=True):
+                if block_ids is None:
                     raise arguments.invalid("blocks", "ids", None, "Name the blocks to offer.")
-                index = Index.of(given, shard.view.block_size or 1)
+                index = Index.of(block_ids, shard.view.block_size or 1)
                 index.check_length(tokens, shard.view.slots, "offered")
                 if index.offset or index.ids is None:
                     index = Index(index.slots(tokens))
@@ -298,21 +332,16 @@ class Owner:
                         f"got {len(ids)}. Offer blocks in place of slots, or make several offers."
                     )
                 lists.append((ids, index.step))
-        on = self.device
-        stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
-        if stream and self._exports and not self._events:  # no reader's stream can wait for it
-            stream.synchronize()
-        made = Offer(self, lists, tokens, self.now() + lease, readers)
-        made.last = self.now() + last
-        return uninterrupted(partial(self._enter, made, stream, lease), undo=Offer.revoke)
+        return lists
 
-    def _enter(self, made: Offer, stream: Any, lease: float) -> Offer:
-        """Enter an offer of rows that are behind a stream, and write its ticket."""
+    def _enter(self, made: Offer, stream: torch.Stream | None, lease: float) -> Offer:
+        """Register an offer of rows after a stream, and write its ticket."""
         event = -1
         with self.change:
             if self._events:
                 event = self._turn = (self._turn + 1) % EVENTS
-                self._events[event].wait(stream)  # of an older offer, perhaps behind another stream
+                # An older offer's event, perhaps recorded on another stream.
+                self._events[event].wait(stream)
                 self._events[event].record(stream)
             ids, steps = zip(*((each.tobytes(), step) for each, step in made.ids), strict=True)
             terms = self.channel.address, made.tokens, ids, steps, lease, event
@@ -320,7 +349,7 @@ class Owner:
             self.offers[made.number] = made
             self.counts["offered"] += 1
             if self.counts["offered"] % EVENTS == 0:
-                self.statistics()  # those that nobody asks about expire
+                self.statistics()  # offers without a request expire here
         return made
 
     def _refuse_closed(self) -> None:
@@ -336,7 +365,7 @@ class Owner:
             )
 
     def revoke_all(self) -> None:
-        """End every offer at once."""
+        """End every offer immediately."""
         uninterrupted(self._revoke_all)
 
     def _revoke_all(self) -> None:
@@ -345,17 +374,18 @@ class Owner:
             offer.revoke()
 
     def statistics(self) -> dict[str, int]:
-        """Offers that are held, how others ended, what was answered, and slots in use."""
+        """Return the number of active offers, of ends by reason, of answers, and of buffers in
+        use."""
         return uninterrupted(self._statistics)
 
     def _statistics(self) -> dict[str, int]:
         """Do what `statistics` promises."""
         with self.change:
-            held = sum(offer.state == "held" for offer in [*self.offers.values()])
-            return {**self.counts, "held": held, "slots": self._gathers.slots}
+            exports = sum(offer.state == "held" for offer in [*self.offers.values()])
+            return {**self.counts, "held": exports, "slots": self._gathers.slots}
 
     def close(self) -> None:
-        """End every offer, and answer nobody any more."""
+        """End every offer, and answer no further request."""
         uninterrupted(self._end)
 
     def _end(self) -> None:
@@ -372,28 +402,28 @@ class Owner:
 
     # --- what readers ask, in the channel's thread
 
-    def _hello(self, peer: Peer, hello: messages.Hello) -> messages.Welcome | messages.Answer:
+    def _hello(self, peer: Peer, hello: messages.Hello) -> messages.Handshake | messages.Answer:
         same = hello.model == self.model
         self.counts["paired" if same else "refused"] += 1
         if not same:
-            why = f"their model is {self.model!r}, the reader's {hello.model!r}"
+            why = f"the owner's model is {self.model!r}, the reader's {hello.model!r}"
             return messages.Answer("refused", why[:1024])
         if not hello.transport:
-            return self._welcome
-        return replace(self._welcome, transport=self._gathers.agree(peer, hello, self.device))
+            return self._handshake
+        return replace(self._handshake, transport=self._gathers.agree(peer, hello, self.device))
 
-    def _held(self, about: messages.About) -> Offer | None:
+    def _current(self, about: messages.About) -> Offer | None:
         offer = self.offers.get(about.offer)
-        held = offer is not None and about.epoch == self.epoch and offer.state == "held"
-        return offer if held else None
+        exports = offer is not None and about.epoch == self.epoch and offer.state == "held"
+        return offer if exports else None
 
     def _begin(self, peer: Peer, begin: messages.About) -> None:
         with self.change:
-            if (offer := self._held(begin)) and peer.id not in offer.begun:
+            if (offer := self._current(begin)) and peer.id not in offer.begun:
                 offer.begun[peer.id] = peer.on_gone(partial(self._less, offer, peer.id, "lost"))
 
     def _less(self, offer: Offer, reader: bytes, state: str) -> None:
-        """Count a reader that has an offer's rows, or is gone; each counts once."""
+        """Count a reader that has the rows of an offer, or is gone; each counts once."""
         with self.change:
             offer.begun.pop(reader, lambda: None)()
             offer.through.add(reader)
@@ -407,7 +437,7 @@ class Owner:
 
     def _check(self, peer: Peer, check: messages.Check) -> messages.Answer:
         with self.change:
-            offer = self._held(check)
+            offer = self._current(check)
             if offer is None:
                 self.counts["gone"] += 1
                 return self._gone(check)
@@ -415,21 +445,21 @@ class Owner:
 
     def _close(self, peer: Peer, close: messages.Close) -> None:
         with self.change:
-            offer = self._held(close)
+            offer = self._current(close)
             if offer is None:
                 return
             if close.taken and peer.id not in offer.spoilt:
                 self.counts["closed"] += 1
                 self._less(offer, peer.id, "taken")
                 return
-            # The reader has nothing: it may pull again, until the lease is over.
+            # The reader has no rows: it may pull again until the lease expires.
             self.counts["failed"] += 1
             offer.spoilt.discard(peer.id)
             offer.begun.pop(peer.id, lambda: None)()
 
     def _renew(self, _: Peer, renew: messages.Renew) -> messages.Answer:
         with self.change:
-            if (offer := self._held(renew)) is None:
+            if (offer := self._current(renew)) is None:
                 return self._gone(renew)
             wanted = min(self.now() + renew.seconds, offer.last)
             offer.until = max(offer.until, wanted)
@@ -440,35 +470,36 @@ class Owner:
 
     def _gather(self, peer: Peer, gather: messages.Gather) -> messages.Answer:
         with self.change:
-            if (offer := self._held(gather)) is None:
+            if (offer := self._current(gather)) is None:
                 return self._gone(gather)
             self._begin(peer, gather)
             rows = self._rows(offer, gather)
             return SPOILT if peer.id in offer.spoilt else self._gathers.begin(peer, gather, rows)
 
     def _rows(self, offer: Offer, gather: messages.Gather) -> Rows:
-        """What a gather asks for; raises `LayoutError` if that was not offered."""
+        """Return the rows of a request; raise `LayoutError` if they were not offered."""
         shard = self.shards[gather.group] if gather.group < len(self.shards) else None
-        asked = gather.layers, gather.heads
+        box = gather.layers, gather.heads
         some = 0 < gather.count <= offer.tokens - gather.first
-        if shard is None or overlap(asked, shard.group.box) != asked or not some:
+        if shard is None or overlap(box, shard.group.box) != box or not some:
             raise LayoutError(
-                f"Layers {gather.layers} x heads {gather.heads} of group {gather.group} were asked "
-                f"for, and tokens {gather.first} + {gather.count}: expected what was offered."
+                f"Expected offered rows, got layers {gather.layers} x heads {gather.heads} of "
+                f"group "
+                f"{gather.group}, tokens {gather.first} + {gather.count}. Request offered rows."
             )
-        part = shard.view.as_bytes().slice(**slices(asked, shard.group.box))
-        return Rows(part, Index(*offer.ids[gather.group], gather.first), offer.behind, offer.spoilt)
+        part = shard.view.as_bytes().slice(**slices(box, shard.group.box))
+        return Rows(part, Index(*offer.ids[gather.group], gather.first), offer.after, offer.spoilt)
 
 
-def _events(device: torch.device) -> list[Any]:
-    """Events that readers' streams wait for, if the device's can be exported."""
+def _events(device: torch.device) -> list[torch.Event]:
+    """Return events for readers' streams to wait for; none if the device cannot export them."""
     if device.type == "cpu":
         return []
     try:
         module = torch.get_device_module(device)
         with module.device(device):
             made = [module.Event(interprocess=True) for _ in range(EVENTS)]
-            for event in made:  # it becomes this device's with the first export
+            for event in made:  # the first export binds an event to this device
                 ipc.export_event(event)
     except (Unsupported, RuntimeError, TypeError):
         return []

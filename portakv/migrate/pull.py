@@ -1,184 +1,272 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Reader` pulls rows that owners offer into its own views: in one launch for each piece if their
-memory can be mapped, through staged slots if it cannot."""
+"""A `Pull` is the handle of rows in flight, and commits them.
+
+A pull commits its rows only if every offer still held after all bytes had been read. `Reader.pull`
+makes pulls.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from functools import partial
-from time import monotonic
-from typing import Any
-from weakref import WeakSet
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import monotonic, perf_counter
+from typing import TypeAlias, cast
 
 import torch
 
-from portakv import arguments
-from portakv.copy.rows import copy_rows
-from portakv.graph.graph import Graph, Task
-from portakv.interconnect.strategy import Overlap, Terms
-from portakv.migrate.channel import Channel
-from portakv.migrate.moved import taken, verified
-from portakv.migrate.pairing import Pairings, renamed
-from portakv.migrate.published import Part, Pull
-from portakv.migrate.shards import Shard
-from portakv.migrate.steps import count_blocks, steps
-from portakv.runtime.devices import capturing, refuse_capture
-from portakv.view.index import IdList
+from portakv.copy.handle import BlockTransfer, Statistics
+from portakv.errors import (
+    PeerError,
+    PortaKVError,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+)
+from portakv.graph.graph import Graph, Queue
+from portakv.graph.task import Task
+from portakv.migrate.connections import Source, Sources
+from portakv.migrate.messages import About, Answer, Begin, Check, Close, Renew
+from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.streams import StreamFence
+from portakv.runtime.transfer import Completion, Pending, Transfer
 
-LONG = 8 << 20  # bytes on the host whose copy takes longer than to tell their owner of it
+CANCELLED = "The pull was cancelled; no rows were committed."
+MAPPED = "mapped", "the owners' memory can be mapped"
+MOMENT = 1e-3  # seconds: a shorter copy ends before the 0.1 ms message to its owner pays
+LOOK = 0.5  # seconds between two checks of the owners, which also renew the offers
+LAST_QUESTION = 0.5  # seconds after a pull's deadline in which owners may still answer
+CLOSING = 0.5  # seconds for the message that a pull has ended
 
 
-PATIENCE = 7.0  # seconds for which `Reader.close` waits for pulls: they end in three
+Ending: TypeAlias = BlockTransfer | Task
 
 
-class Reader:
-    """A process that pulls rows which owners offer.
+@dataclass
+class Ends:
+    """The copies and the tasks that bring one layer."""
 
-    Args:
-        channel: by which owners are asked; one reader on each.
-        shards: its views with their windows, one for each group of layers that share block ids.
-        model: a fingerprint; owners of another one are refused.
-        transport: the name of the transport for memory that cannot be mapped; None: the one that
-            the owner names, else the first that serves here.
-        mover: deprecated, the same as ``transport``.
+    copies: list[Transfer] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
 
-    Raises `LayoutError` without a shard, or if not all are on one device, and `InvalidTerms` for a
-    channel that has a reader.
+
+@dataclass
+class Requested:
+    """The size of a pull, and how its rows cross."""
+
+    nbytes: float = 0.0
+    blocks: int = 0
+    strategy: tuple[str, str] = MAPPED  # its name, and why
+
+
+class Part(Transfer):
+    """A transfer that also ends with tasks of a graph, and raises the error of the first that
+    failed."""
+
+    def __init__(self, transfers: Sequence[Transfer], tasks: Sequence[Task]) -> None:
+        ends = [each for transfer in transfers for each in transfer.completions]
+        super().__init__([*ends, Completion(pendings=cast("tuple[Pending, ...]", tuple(tasks)))])
+        self.tasks = tasks
+
+    def wait(self, stream: torch.Stream | None = None) -> None:
+        """Block the host, because no stream orders the tasks. Raises the same errors as `done`."""
+        super().wait(stream)
+        self._finish()
+
+    def _finish(self) -> None:
+        super()._finish()
+        for task in self.tasks:
+            if not task.ended:
+                raise TransferError(
+                    "The pull runs in the process that this one was forked from. Wait for it there."
+                )
+            if isinstance(task.error, PortaKVError):
+                raise task.error
+            if task.error:
+                raise TransferError(f"The pull failed: {task.error!r}.") from task.error
+            if not task.landed.all():
+                raise TransferError("The pull ended before all of its rows arrived.")
+
+
+class Pull(Part):
+    """Rows in flight.
+
+    The rows are valid after `synchronize`, `wait` or `done` returned without an error: `OfferGone`
+    if an offer did not hold, another `TransferError` if a peer or a copy failed,
+    `TransferCancelled`. After an error the requested rows are undefined; no other row is modified.
+
+    Attributes:
+        layers: with ``by_layer``, the end of each layer's bytes. A model may start on a layer
+            then, but must not pass on a result before the whole pull has ended.
     """
 
-    def __init__(
-        self,
-        channel: Channel,
-        *shards: Shard,
-        model: str,
-        transport: str | None = None,
-        mover: str | None = None,
-    ) -> None:
-        arguments.instance("channel", channel, Channel)
-        transport = renamed(transport, mover)
-        arguments.text("model", model)
-        self._owners = Pairings(channel, shards, model, transport)
-        self._graph = Graph()
-        self.channel = channel
-        self.shards = shards
-        self.device = self._owners.device
-        self._queue, self._checks = (self._graph.queue(x, width=16) for x in ("pull", "verify"))
-        self._pulls = WeakSet[Pull]()
-        channel.claim("a reader", self)
+    def __init__(self, queue: Queue, until: float) -> None:
+        super().__init__((), [Task(None, 1, queue=queue, name="pull")])
+        self.copies = list[BlockTransfer]()
+        self.slices = list[Task]()
+        self.layers = list[Part]()
+        self.requested = Requested()
+        self.stopped = False
+        #: Orders copies from staging buffers after the caller's stream; None if there are none.
+        self.after: StreamFence | None = None
+        #: Sources that receive no `Gather`, so that `begin` reports the pull to them.
+        self.quiet: Sources = ()
+        self._late = False
+        self._ended: float | None = None
+        self._deciding = threading.Lock()  # guards the end and the cancellation
+        self._until = until
+        self._began = perf_counter()
 
-    def pull(
-        self,
-        tickets: bytes | Sequence[bytes],
-        *blocks: IdList,
-        first: int = 0,
-        by_layer: bool = False,
-        overlap: Overlap = "compute",
-        max_thread_blocks: int | None = None,
-        max_gbps: float | None = None,
-        verify: bool = False,
-        timeout: float | None = None,
-    ) -> Pull:
-        """Pull what tickets offer into lists of blocks, one for each shard; None: blocks from the
-        first one on.
+    @property
+    def published(self) -> bool:
+        """Return True if every offer held, so the rows are valid; never block or raise."""
+        return bool(self.tasks[0].landed.all())
 
-        Args:
-            tickets: one of each owner that has a part of this reader's windows.
-            first: tokens that are here already, and are passed over on both sides.
-            by_layer: one layer behind the other, each with an end of its own: `Pull.layers`.
-            overlap, max_thread_blocks: as for `copy_rows`, for memory that is mapped.
-            max_gbps: the most 10^9 bytes in a second, of all owners together. Other pulls of rows
-                that the same owner moves wait meanwhile.
-            verify: compare digests of all bytes with the owners' before they are published.
-            timeout: seconds from the call, pairing included; then it ends, and publishes nothing.
+    def cancel(self) -> bool:
+        """Start no further copy, and commit nothing; return False if the pull has ended."""
+        return uninterrupted(self._cancel)
 
-        Raises:
-            PeerError, OfferGone: no ticket; an owner that is gone, refuses, or was restarted.
-            LayoutError: rows that cannot become this reader's; layers or heads that nobody offers.
-            SlotError: bad blocks on either side, or too few.
-            Unsupported: memory that can neither be mapped nor moved; inside graph capture.
+    def _cancel(self) -> bool:
+        """Do what `cancel` promises."""
+        with self._deciding:
+            if self._ended is not None:
+                return False
+            self.stopped = True
+        for copy in self.copies:
+            copy.cancel()
+        return not self.tasks[0].ended
+
+    @property
+    def over(self) -> bool:
+        """Return True if the pull was cancelled or its deadline has passed."""
+        if not self._late and monotonic() >= self._until:
+            self._late = self.cancel()
+        return self.stopped
+
+    def drop(self) -> None:
+        """Stop a pull of which a part could not be started, and wait for the copies in flight."""
+        self.cancel()
+        for copy in self.copies:
+            with suppress(PortaKVError):
+                copy.synchronize()
+
+    @property
+    def statistics(self) -> Statistics:
+        """Return the figures of the pull so far; never block or raise.
+
+        Bytes and blocks count after the commit. Blocks are this reader's requested blocks, in all
+        of its shards.
         """
-        terms = Terms(overlap, max_thread_blocks, max_gbps)
-        arguments.whole("first", first)
-        arguments.flag("by_layer", by_layer)
-        arguments.flag("verify", verify)
-        if capturing(self.device):
-            raise refuse_capture("A pull", "owners are asked whether offers held; pull outside")
-        self._graph.submit(())  # raises after `close`, and in a forked process
-        limit = arguments.seconds("timeout", timeout, optional=True)
-        until = monotonic() + limit
-        told = self._owners.told(tickets, until)
-        plan = steps(told, self.shards, blocks, first)
-        for ticket, owner in told:
-            event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
-            if event is not None and not event.query():
-                module = torch.get_device_module(self.device)  # its events take its own streams
-                event.wait(module.current_stream(self.device))
-        pull = Pull(Task(None, 1, queue=self._queue, name="pull"), until)
-        self._pulls.add(pull)
-        pull.blocks = count_blocks(self.shards, blocks, first, told[0][0].tokens)
-        asked = {step.ticket.offer for step in plan if step.cut.src is None}
-        pull.quiet = [one for one in told if one[0].offer not in asked]
-        whole = sum(step.nbytes for step in plan)
-        layers: Any = [[([], []) for _ in range(x.view.layers)] for x in self.shards]
+        landed = self.published
+        over = self.tasks[0].ended
+        seconds = None if self._ended is None else self._ended - self._began
+        pieces = len(self.copies) + len(self.slices)
+        stopped = self.stopped and over and not landed and not self._late
+        engine, why = self.requested.strategy
+        return Statistics(
+            nbytes=int(self.requested.nbytes) if landed else 0,
+            blocks=self.requested.blocks if landed else 0,
+            blocks_asked=self.requested.blocks,
+            engine=engine,
+            why=why,
+            seconds=seconds,
+            slices=pieces,
+            cancelled=stopped,
+        )
+
+    def begin(self) -> None:
+        """Report the pull to the owners once: from now on offers end with this channel."""
+        quiet = self.quiet
+        self.quiet = ()
+        for ticket, owner in quiet:
+            with suppress(PortaKVError):
+                owner.channel.tell(owner.address, Begin(ticket.epoch, ticket.offer))
+
+    def end(self, graph: Graph, sources: Sources, checks: Sequence[Task]) -> None:
+        """Wait for all bytes, verify them, and commit if every owner confirms its offer.
+
+        Renews the offers while it waits.
+        """
+        errors = list[BaseException]()
+        soon = monotonic() + MOMENT
+        endings: list[Ending] = [*self.copies, *self.slices]
+        for one in endings:
+            try:
+                if not _over(one, max(0.0, soon - monotonic())):
+                    self.begin()
+                    self._await(sources, one)
+            except BaseException as error:
+                errors.append(error)
+                self.cancel()  # every copy is waited for, so nothing is written after the end
         try:
-            if self.device.type == "cpu" and whole >= LONG:  # it copies before this returns
-                pull.begin()
-            for step in plan:
-                ends = layers[step.cut.group]
-                pull.nbytes = pull.nbytes + step.nbytes
-                # All steps together keep to the rate.
-                rate = terms.max_gbps and terms.max_gbps * step.nbytes / whole
-                if step.cut.src is None:
-                    pull.way = step.owner.transport.name, step.owner.why
-                    for some, task in taken(self._graph, step, pull, rate):
-                        pull.slices.append(task)
-                        for layer in some:
-                            ends[step.cut.layers[layer]][1].append(task)
-                    continue
-                copy = copy_rows(
-                    step.cut.src,
-                    step.cut.dst,
-                    step.theirs,
-                    step.mine,
-                    count=step.tokens,
-                    by_layer=by_layer,
-                    overlap=overlap,
-                    max_thread_blocks=max_thread_blocks,
-                    max_gbps=rate,
-                )
-                pull.copies.append(copy)
-                for nth, end in enumerate(copy.layers if by_layer else ()):
-                    ends[step.cut.layers[nth]][0].append(end)
-            if by_layer:
-                pull.layers = [Part(*layer) for ends in layers for layer in ends]
-            checks = list[Task]()
-            if verify:
-                checks = [Task(partial(verified, x, pull), 1, queue=self._checks) for x in plan]
-            pull.tasks[0].work = lambda *_: pull.end(told, checks)
-            self._graph.submit([*pull.slices, *pull.tasks], priority="urgent")
-            return pull
-        except BaseException:  # nobody gets the handle of what was issued
-            pull.drop()
-            raise
+            for check in () if self.over else checks:
+                graph.submit([check], priority="urgent")
+                self._await(sources, check)
+        except BaseException as error:
+            errors.append(error)
+        reached = list[Source]()
+        for source, answer in zip(sources, self._answers(sources, Check), strict=True):
+            if isinstance(answer, PortaKVError):
+                errors.append(answer)
+                continue
+            reached.append(source)
+            if answer.state != "held":
+                errors.insert(0, source.ticket.gone(answer.why))
+        with self._deciding:
+            self._ended = perf_counter()
+            self.quiet = ()
+        errors = [x for x in errors if not isinstance(x, TransferCancelled)]
+        self._late = self._late or (bool(errors) and monotonic() >= self._until)
+        self._close(reached, taken=not (self._late or errors or self.stopped))
+        if self._late:
+            raise TransferTimeout("The pull timed out; no rows were committed. Increase timeout.")
+        if errors:
+            raise errors[0]
+        if self.stopped:
+            raise TransferCancelled(CANCELLED)
 
-    def explain(self, tickets: bytes | Sequence[bytes]) -> str:
-        """How rows of these tickets' owners would come, and why so."""
-        lines = list[str]()
-        for ticket, owner in self._owners.told(tickets):
-            how = "rows are read where they lie, by one launch for each piece"
-            if owner.why:
-                how = f"rows are moved by {owner.transport.name}, through staging: {owner.why}"
-                how += f" ({owner.transport.why})"
-            lines.append(f"{owner.address}, {ticket.tokens} tokens: {how}.")
-        return "\n".join(lines)
+    def _close(self, sources: Sources, taken: bool) -> None:
+        """Report to each owner that this reader has the rows, or that the pull failed.
 
-    def close(self) -> None:
-        """Let go of all owners. Pulls under way end first; they are cancelled in time to be
-        closed after ten seconds."""
-        until = monotonic() + PATIENCE
-        for pull in tuple(self._pulls):
-            if not pull.tasks[0].wait(max(0.0, until - monotonic())):
-                pull.cancel()
-        self._graph.close(2.0)
-        self._owners.close()
-        self.channel.free("a reader", self)
+        An owner that does not receive the message keeps its offer until the lease expires.
+        """
+        for ticket, owner in sources:
+            with suppress(PortaKVError):
+                owner.channel.tell(owner.address, Close(ticket.epoch, ticket.offer, taken), CLOSING)
+
+    def _await(self, sources: Sources, one: Ending) -> None:
+        """Wait for a copy or a task, and renew the offers; raise its error."""
+        third = max(MOMENT, min(ticket.lease for ticket, _ in sources) / 3)
+        while True:
+            seconds = third if self.over else max(0.0, min(third, LOOK, self._until - monotonic()))
+            if _over(one, seconds):
+                return
+            for answer in self._answers(sources, Renew, 3 * third):
+                if isinstance(answer, PeerError) or getattr(answer, "state", "") == "gone":
+                    self.cancel()  # no further row of this pull can be committed
+
+    def _answers(
+        self, sources: Sources, kind: type[About], *terms: float
+    ) -> list[Answer | PortaKVError]:
+        """Return each owner's answer about its offer, or the error of the request.
+
+        Waits until half a second after the pull's deadline.
+        """
+        requested = [(owner.address, kind(one.epoch, one.offer, *terms)) for one, owner in sources]
+        channel = sources[0][1].channel
+        left = self._until + LAST_QUESTION - monotonic()
+        seconds = min(channel.timeout, max(0.0, left))
+        return channel.ask_all(requested, Answer, seconds)
+
+
+def _over(one: Ending, seconds: float) -> bool:
+    """Wait for a task or a copy; return True if it ended, and raise its error."""
+    if isinstance(one, Task):
+        if (over := one.wait(seconds)) and one.error:
+            raise one.error
+        return over
+    with suppress(TransferTimeout):
+        one.synchronize(seconds)
+        return True
+    return False

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start torch.distributed groups over a channel, for transports and for callers with collectives.
 
-There is no TCPStore and no further port. The groups open separate sockets for data."""
+The groups need no TCPStore and no further port. They open separate sockets for data.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +26,13 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Message
 from portakv.runtime.interrupts import uninterrupted
 
-KEYS = 1 << 14  # that one rendezvous keeps
+KEYS = 1 << 14  # the most keys of one rendezvous
 Key = Annotated[str, Meta(max_length=1024)]
 Value = Annotated[bytes, Meta(max_length=16 << 10)]
 
 
 class Keep(Message, frozen=True):
-    """What is done with keys: see the methods of `torch.distributed.Store`."""
+    """Request an operation on keys: see the methods of `torch.distributed.Store`."""
 
     do: Literal["set", "add", "get", "delete_key"]
     keys: Annotated[tuple[Key, ...], Meta(min_length=1, max_length=256)]
@@ -40,74 +41,81 @@ class Keep(Message, frozen=True):
 
 
 class Meet(Keep, frozen=True):
-    """The same, with keys of a transport's group, which no rendezvous of the channel mixes up."""
+    """Request an operation on keys of a transport's group, apart from the keys of a rendezvous."""
 
 
 class Kept(Message, frozen=True):
-    """The answer: the values of all keys, none if one of them has none; or a number."""
+    """Answer with the values of all keys, with no value if one key has none, or with a number."""
 
     values: tuple[Value, ...] = ()
     number: int = 0
 
 
 class ChannelStore(Store):
-    """Keys and values of torch.distributed, kept here or, with ``address``, by the channel there,
-    which is asked by messages of ``kind``. torch needs it for as long as it works with it: hold it,
-    as `pair` does.
+    """Keys and values of torch.distributed, stored here or by the channel at ``address``.
+
+    Requests to that channel are messages of ``kind``. torch uses the store for as long as the group
+    exists: keep a reference, as `pair` does.
 
     Attributes:
-        over: set to True once the other side is gone: nobody waits here any more.
+        over: set to True after the other side is gone; calls that wait for keys then end.
     """
 
-    timeout: timedelta  # of torch's own, which its other stores set too
+    timeout: timedelta  # the attribute of torch's stores, which torch sets
 
     def __init__(self, channel: Channel, address: str | None, kind: type[Keep] = Keep) -> None:
         super().__init__()
         self._channel = channel
         self._address = address
         self._kind = kind
-        self._kept = dict[str, bytes]()
+        self._values = dict[str, bytes]()
         self._lock = threading.Lock()
         self.over = False
 
-    def do(self, asked: Keep) -> Kept:
-        """What another side asks of keys that are kept here."""
-        return uninterrupted(partial(self._do, asked))
+    def do(self, request: Keep) -> Kept:
+        """Execute a request on the keys that are stored here, and return the answer."""
+        return uninterrupted(partial(self._do, request))
 
-    def _do(self, asked: Keep) -> Kept:
+    def _do(self, request: Keep) -> Kept:
         """Do what `do` promises."""
-        kept = self._kept
-        key = asked.keys[0]
+        stored = self._values
+        key = request.keys[0]
         with self._lock:
-            if asked.do in ("set", "add") and len(kept) >= KEYS and key not in kept:
-                raise PeerError(f"A rendezvous keeps {KEYS} keys; make another.")
-            if asked.do == "set":
-                kept[key] = asked.value
-            elif asked.do == "add":
-                kept[key] = b"%d" % (int(kept.get(key, b"0")) + asked.amount)
-                return Kept(number=int(kept[key]))
-            elif asked.do == "delete_key":
-                return Kept(number=int(kept.pop(key, None) is not None))
-            found = tuple(kept[each] for each in asked.keys if each in kept)
-            return Kept(found * (len(found) == len(asked.keys)))
+            if request.do in ("set", "add") and len(stored) >= KEYS and key not in stored:
+                raise PeerError(
+                    f"Expected at most {KEYS} keys in a rendezvous, got another. Make a second "
+                    f"rendezvous."
+                )
+            if request.do == "set":
+                stored[key] = request.value
+            elif request.do == "add":
+                stored[key] = b"%d" % (int(stored.get(key, b"0")) + request.amount)
+                return Kept(number=int(stored[key]))
+            elif request.do == "delete_key":
+                return Kept(number=int(stored.pop(key, None) is not None))
+
+            values = tuple(stored[each] for each in request.keys if each in stored)
+            return Kept(values if len(values) == len(request.keys) else ())
 
     def _ask(self, do: Any, *keys: str, **more: Any) -> Kept:
-        asked = self._kind(do, keys, **more)
+        request = self._kind(do, keys, **more)
         if self._address is None:
-            return self.do(asked)
-        return self._channel.ask(self._address, asked, Kept)
+            return self.do(request)
+        return self._channel.ask(self._address, request, Kept)
 
     def _await(self, keys: Sequence[str], seconds: float) -> tuple[bytes, ...]:
         until = monotonic() + seconds
         pause = 0.001
-        while not (found := self._ask("get", *keys).values):
+        while not (values := self._ask("get", *keys).values):
             if monotonic() > until or self.over:
-                raise TransferTimeout(f"Nobody has set {', '.join(keys)[:200]} in {seconds:g} s.")
+                raise TransferTimeout(
+                    f"No rank set {', '.join(keys)[:200]} in {seconds:g} s. Start all ranks."
+                )
             sleep(pause)
             pause = min(0.02, 2 * pause)
-        return found
+        return values
 
-    def set(self, key: str, value: Any) -> None:
+    def set(self, key: str, value: str | bytes | bytearray) -> None:
         self._ask("set", key, value=value.encode() if isinstance(value, str) else bytes(value))
 
     def get(self, key: str) -> bytes:
@@ -126,13 +134,16 @@ class ChannelStore(Store):
         return self._ask("delete_key", key).number == 1
 
     def num_keys(self) -> int:
-        """Of those that are kept here."""
-        return len(self._kept)
+        """Return the number of keys that are stored here."""
+        return len(self._values)
 
 
 def rendezvous(channel: Channel, address: str | None = None) -> ChannelStore:
-    """A `torch.distributed.Store` over a channel: kept here and served to others, one for each
-    channel, or kept by the channel at ``address``, which is there already."""
+    """Return a `torch.distributed.Store` over a channel.
+
+    Without ``address`` this channel stores the keys and serves them to others; a channel serves one
+    rendezvous. With ``address`` the channel there, which has a rendezvous already, stores them.
+    """
     instance("channel", channel, Channel)
     if address is not None:
         text("address", address)
@@ -142,24 +153,31 @@ def rendezvous(channel: Channel, address: str | None = None) -> ChannelStore:
 
     def keep() -> ChannelStore:
         channel.claim("a rendezvous", store)
-        channel.serve(Keep, lambda _, asked: store.do(asked))
+        channel.serve(Keep, lambda _, request: store.do(request))
         return store
 
-    def undo(kept: ChannelStore) -> None:
-        channel.free("a rendezvous", kept)
+    def undo(_: ChannelStore) -> None:
+        channel.free("a rendezvous", store)
 
     return uninterrupted(keep, undo)
 
 
 def pair(
-    store: Store, rank: int, size: int, device: Any, timeout: float = 30.0, name: str = ""
+    store: Store,
+    rank: int,
+    size: int,
+    device: torch.device | str,
+    timeout: float = 30.0,
+    name: str = "",
 ) -> ProcessGroup:
-    """A process group apart from the default one, of gloo, nccl or what a vendor registered for the
-    device. A ``name`` serves once, for one of the groups of a store; an abort of it ends no other.
+    """Return a process group apart from the default group: gloo, nccl or a vendor's for the device.
+
+    A ``name`` serves once, for one of the groups of a store. Aborting the group ends no other
+    group.
 
     Raises:
         Unsupported: torch has no such group for the device.
-        PeerError: the others did not come in ``timeout`` seconds.
+        PeerError: the other ranks did not join in ``timeout`` seconds.
     """
     instance("store", store, Store, "Make one by rendezvous(channel).")
     whole("size", size, 1, 1 << 20)
@@ -179,13 +197,13 @@ def pair(
         raise Unsupported(f"A process group for {kind}", "torch has none here")
     try:
         if plugin is not None and plugin.extended_api:
-            given: Any = torchs["_DistributedBackendOptions"]()
-            given.store = named
-            given.group_rank = rank
-            given.group_size = size
-            given.timeout = seconds
-            given.group_id = name
-            made: Any = plugin.creator_fn(given, None)
+            options: Any = torchs["_DistributedBackendOptions"]()
+            options.store = named
+            options.group_rank = rank
+            options.group_size = size
+            options.timeout = seconds
+            options.group_id = name
+            made: Any = plugin.creator_fn(options, None)
         elif plugin is not None:
             made = plugin.creator_fn(named, rank, size, seconds)
         elif backend == "gloo":
@@ -194,17 +212,18 @@ def pair(
             options = torchs["ProcessGroupNCCL"].Options()
             options._timeout = seconds
             made = torchs["ProcessGroupNCCL"](named, rank, size, options)
-    except RuntimeError as error:  # also what the store raised
+    except RuntimeError as error:  # also the errors that the store raised
         why = str(error).partition("\n")[0].rstrip(".")
         raise PeerError(
-            f"{size} ranks were to meet, here is {rank}, and did not: {why}. Pair by another name."
+            f"Expected {size} ranks to join the group, got too few at rank {rank}: {why}. Pair by "
+            f"another name."
         ) from None
-    weakref.finalize(made, bool, (store, named))  # which are held as long as the group
+    weakref.finalize(made, bool, (store, named))  # retained as long as the group
     return cast(ProcessGroup, made)
 
 
 def unique_id() -> bytes:
-    """NCCL's unique id, for who brings a communicator; raises `Unsupported` without NCCL."""
+    """Return NCCL's unique id for a caller's communicator. Raises `Unsupported` without NCCL."""
     if not (torch.cuda.is_available() and dist.is_nccl_available()):
         raise Unsupported("A unique id", "this torch has no NCCL, or no device for it")
     return bytes(torch.cuda.nccl.unique_id())

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`publish` and `pull_weights` bring a model's weights from processes that serve it into one that
-takes over, whatever TP and PP either side has."""
+"""Pull a model's weights from processes that serve it, whatever TP and PP either side has.
+
+`publish` makes tensors available; `pull_weights` fills the tensors of another process.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,17 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
 from math import prod
-from operator import add, sub
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 from weakref import WeakSet
 
 import torch
 from msgspec import Meta, msgpack, structs
 
-from portakv.arguments import flag, instance, invalid, items, seconds, text, whole
+from portakv.arguments import flag, instance, invalid, items, seconds
 from portakv.errors import (
-    InvalidTerms,
     LayoutError,
     OfferGone,
     PeerError,
@@ -36,286 +35,36 @@ from portakv.interconnect.strategy import Terms
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import Later, box_checksums
 from portakv.migrate.ipc import SharedFiles, open_shared, share
-from portakv.migrate.messages import Box as Ends
-from portakv.migrate.messages import Count, Dims, Handle, Id, Message, Text, sealed, unsealed
-from portakv.migrate.shards import deal
+from portakv.migrate.messages import Count, Dims, Id, Message, Text, sealed, unsealed
+from portakv.migrate.parameters import (
+    Box,
+    Cell,
+    Item,
+    Parameter,
+    Parameters,
+    check_destinations,
+    items_of,
+    named,
+    part_of,
+    plan,
+)
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.worker import RateLimit
 
-# bytes of items in an answer; of tensors that are small
-_PAGE = 40 << 10
-_SMALL = 16 << 20
+_PAGE = 40 << 10  # bytes of items in an answer
+_SMALL = 16 << 20  # bytes of the largest tensor that counts as small
 _LISTED = 32  # small tensors that one call copies
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-# bytes that are copied and compared at once; with a rate
-_BATCH = 1 << 30
-_PACED = 32 << 20
-# the most items of a publisher, and bytes of their list
-_ITEMS = 1 << 18
-_LISTING = 256 << 20
-_SUMS = 256  # cells at once: on the host each may cost a descriptor
-
-
-class Box(NamedTuple):
-    """``extents`` elements of a whole tensor from ``offset`` on, and of the one here from ``start``
-    on."""
-
-    offset: Dims
-    start: Dims
-    extents: Dims
-
-    @property
-    def ends(self) -> Ends:
-        """From and to on each axis of the whole."""
-        return tuple(zip(self.offset, map(add, self.offset, self.extents), strict=True))
-
-    def part(self, ends: Ends) -> Box:
-        """Return what of the box lies between these ends."""
-        pairs = isinstance(ends, Sequence) and len(ends) == len(self.offset)
-        if not pairs or not all(isinstance(x, Sequence) and len(x) == 2 for x in ends):
-            raise invalid("ends", f"{len(self.offset)} pairs (from, to)", ends)
-        first = tuple(a for a, _ in ends)
-        start = map(add, map(sub, first, self.offset), self.start)
-        return Box(first, tuple(start), tuple(b - a for a, b in ends))
-
-
-@dataclass(frozen=True, eq=False)
-class Parameter:
-    """A tensor and which boxes of one of ``shape`` it holds, by default all. ``packing`` names how
-    values were repacked after loading (Marlin, ...); ``block``, how many elements on each axis
-    share a scale, at whose multiples boxes begin and end. Scales are parameters of their own. What
-    is in no box, such as padding, is left alone."""
-
-    tensor: torch.Tensor
-    shape: Sequence[int] | None = None
-    boxes: Sequence[Box] | None = None
-    packing: str = ""
-    block: Sequence[int] = ()
-
-    @classmethod
-    def split(
-        cls,
-        tensor: torch.Tensor,
-        axis: int,
-        parts: Sequence[int],
-        cut: tuple[int, int],
-        unit: int = 1,
-    ) -> Parameter:
-        """What rank ``cut[0]`` of ``cut[1]`` holds of a tensor that is cut along ``axis``.
-        ``parts``: whole extents there of what is fused in it (query, key, value), or one; each is
-        cut at multiples of ``unit`` (a head's rows), and ranks that outnumber these share."""
-        instance("tensor", tensor, torch.Tensor)
-        if not tensor.ndim:
-            raise invalid("tensor", "a tensor with an axis to split", tensor)
-        whole("axis", axis, -tensor.ndim, tensor.ndim - 1)
-        parts = [whole("parts", part) for part in items("parts", parts, "extents")]
-        if not isinstance(cut, tuple) or len(cut) != 2:
-            raise invalid("cut", "a tuple (rank, ranks)", cut)
-        whole("cut", cut[1], 1)
-        whole("cut", cut[0], 0, cut[1] - 1)
-        whole("unit", unit, 1)
-        local = tuple(tensor.shape)
-        boxes = list[Box]()
-        at = 0
-        done = 0
-        axis += len(local) if axis < 0 else 0
-        before = local[:axis]
-        after = local[axis + 1 :]
-        for part in parts:
-            first, past = (part // unit * (cut[0] + x) // cut[1] * unit for x in (0, 1))
-            n = max(unit, past - first)
-            offset, start = ((*[0] * axis, x, *[0] * len(after)) for x in (done + first, at))
-            boxes.append(Box(offset, start, (*before, n, *after)))
-            at = at + n
-            done = done + part
-        if local[axis : axis + 1] != (at,) or any(x % unit or x < unit for x in parts):
-            raise LayoutError(
-                f"Expected a tensor with {at} elements along axis {axis}, for its cut {cut} of "
-                f"parts {parts}, which are multiples of unit {unit}, got {local}. Correct it, "
-                f"or give boxes."
-            )
-        return cls(tensor, (*before, done, *after), boxes)
-
-
-Parameters = Mapping[str, Parameter | torch.Tensor]  # by name; a tensor is whole
-
-
-class Item(Message, frozen=True):
-    """What is told of a parameter; ``tie`` is the first name of its memory, which has ``data``."""
-
-    dtype: Annotated[str, Meta(max_length=32)]
-    shape: Dims
-    boxes: Annotated[tuple[Box, ...], Meta(max_length=1024)]
-    packing: Text
-    block: Dims
-    tie: Text
-    data: Handle = b""
-
-    def __post_init__(self) -> None:
-        of = self.shape
-        blocks = self.block or (1,) * len(self.shape)
-        for offset, _, extents in self.boxes:
-            axes = zip(offset, map(add, offset, extents), of, blocks, strict=False)
-            if len({*map(len, (offset, extents, of, blocks))}) > 1 or any(
-                a < 0 or b > n or a % k or (b % k and b < n) for a, b, n, k in axes
-            ):
-                raise LayoutError(
-                    f"A parameter was said to hold {extents} elements from {offset} on of {of}: "
-                    f"that is outside, or cuts blocks of {blocks}, which share a scale; correct it."
-                )
-
-
-class Cell(NamedTuple):
-    """A box of the reader's parameter, which an owner's tensor has from ``theirs`` on."""
-
-    name: str
-    owner: int
-    box: Box
-    theirs: Dims
-
-
-def part_of(tensor: torch.Tensor, start: Dims, extents: Dims) -> torch.Tensor:
-    """A part of a tensor; raises `LayoutError` if it is not there."""
-    axes = zip(start, extents, tensor.shape, strict=False)
-    part = tensor.detach()[tuple(slice(a, a + n) for a, n, _ in axes)]
-    if part.shape != tuple(extents) or part.is_meta:
-        raise LayoutError(
-            f"{tuple(extents)} elements from {tuple(start)} on were asked of {tuple(tensor.shape)} "
-            f"on {tensor.device}: expected that they lie in it, and memory; correct the box."
-        )
-    return part
-
-
-def _named(argument: str, parameters: Parameters) -> dict[str, Parameter]:
-    """Return parameters by name, all checked."""
-    if not isinstance(parameters, Mapping):
-        raise invalid(argument, "a mapping of names to tensors", parameters)
-    named = dict[str, Parameter]()
-    for name, value in parameters.items():
-        text(f"a name in {argument}", name)
-        whole = isinstance(value, Parameter)
-        parameter = value if isinstance(value, Parameter) else Parameter(value)
-        tensor = instance(f"{argument}[{name!r}]", parameter.tensor, torch.Tensor)
-        if why := _odd(tensor):
-            raise LayoutError(f"Expected {name} to be a plain tensor, got {why}. Pass its parts.")
-        if whole:
-            text(f"packing of {argument}[{name!r}]", parameter.packing, least=0)
-            _check_boxes(name, parameter)
-        named[name] = parameter
-    return named
-
-
-def _odd(tensor: torch.Tensor) -> str:
-    """Return why no plain bytes of a tensor can be copied; empty if they can."""
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return f"one of layout {'nested' if tensor.is_nested else tensor.layout}"
-    if tensor.is_quantized:
-        return "a quantized one"
-    if tensor.is_conj() or tensor.is_neg():
-        return "a conjugate or negative view"
-    if tensor.is_meta:
-        return "one without memory (meta)"
-    return ""
-
-
-def _check_boxes(name: str, parameter: Parameter) -> None:
-    """Raise `InvalidTerms` for shapes, blocks or boxes that are not whole numbers."""
-    boxes = parameter.boxes if parameter.boxes is not None else ()
-    try:
-        numbers: list[Any] = [*(parameter.shape or ()), *parameter.block]
-        for box in boxes:
-            offset, start, extents = box
-            numbers += [*offset, *start, *extents]
-            if not len(offset) == len(start) == len(extents):
-                raise TypeError
-    except (TypeError, ValueError):
-        numbers = [None]
-    if not all(type(each) is int and 0 <= each < 1 << 48 for each in numbers):
-        expected = "whole numbers in boxes, shape and block, of one length for each box"
-        raise InvalidTerms(f"Expected {name} to have {expected}, got others. Pass `Box` of tuples.")
-
-
-def _check_destinations(parameters: Mapping[str, Parameter]) -> None:
-    """Raise `LayoutError` for a destination that has several elements at one address."""
-    for name, parameter in parameters.items():
-        tensor = parameter.tensor
-        axes = zip(tensor.shape, tensor.stride(), strict=True)
-        if any(extent > 1 and stride == 0 for extent, stride in axes):
-            raise LayoutError(
-                f"Expected {name} to have memory for each element, got an expanded tensor. "
-                f"Pass a contiguous one."
-            )
-
-
-def items_of(parameters: Mapping[str, Parameter]) -> dict[str, Item]:
-    """What is told of parameters; one memory under several names is tied."""
-    first = dict[Any, str]()
-    items = dict[str, Item]()
-    for name, x in parameters.items():
-        tensor = x.tensor
-        local = tuple(x.tensor.shape)
-        shape = local if x.shape is None else tuple(x.shape)
-        zeros = (0,) * len(local)
-        boxes = tuple(Box(*map(tuple, b)) for b in x.boxes or [Box(zeros, zeros, local)])
-        item = Item(str(tensor.dtype)[6:], shape, boxes, x.packing, tuple(x.block), "")
-        for box in boxes:
-            part_of(tensor, box.start, box.extents)
-        memory = tensor.data_ptr() or name, tensor.device, tensor.stride(), item
-        items[name] = structs.replace(item, tie=first.setdefault(memory, name))
-    return items
-
-
-def _unlike(mine: Mapping[str, Item], theirs: Mapping[str, Item]) -> Iterator[tuple[str, str]]:
-    """What an owner tells otherwise of which parameters."""
-    both = [x for x in mine if x in theirs]
-    tied = defaultdict[Any, list[str]](list)
-    for name in both:
-        for side in (mine, theirs):
-            tied[id(side), side[name].tie].append(name)
-    for name in both:
-        for what in ("dtype", "shape", "packing", "block"):
-            here = getattr(mine[name], what)
-            there = getattr(theirs[name], what)
-            if here != there:
-                yield name, f"its {what} is {here!r} here and {there!r} there"
-        here, there = (tied[id(side), side[name].tie] for side in (mine, theirs))
-        if here != there:
-            yield name, f"{here} are one tensor here, and {there} there"
-
-
-def plan(
-    mine: Mapping[str, Item], owners: Sequence[Mapping[str, Item]], some: bool = False
-) -> list[Cell]:
-    """Which cell of each parameter comes from which owner, the first that has it. One `LayoutError`
-    lists all that does not fit; ``some``: what nobody asked for does."""
-    surplus = [] if some else [x for theirs in owners for x in theirs if x not in mine]
-    unlike = [x for theirs in owners for x in _unlike(mine, theirs)]
-    wrong = [f"{name}: it was not asked for" for name in surplus]
-    wrong += [f"{name}: {why}" for name, why in unlike]
-    bad = {name for name, _ in unlike}
-    cells = list[Cell]()
-    for name, item in mine.items():
-        held = [(i, box) for i, x in enumerate(owners) if name in x for box in x[name].boxes]
-        wrong += [] if held else [f"{name}: nobody holds it"]
-        boxes = item.boxes if held and name not in bad else ()
-        for box in (x for x in boxes if prod(x.extents)):
-            given, holes = deal(box.ends, {n: (x.ends, None) for n, (_, x) in enumerate(held)})
-            for n, ends, _ in given:
-                owner, theirs = held[n]
-                cells.append(Cell(name, owner, box.part(ends), theirs.part(ends).start))
-            for hole in (box.part(ends) for ends, _ in holes):
-                wrong.append(f"{name}: nobody holds {hole.extents} elements from {hole.offset} on")
-    if wrong:
-        raise LayoutError(
-            f"{len(mine)} weights were to be pulled from {len(owners)} owners, and nothing was, "
-            f"since these differ; correct them on either side:\n" + "\n".join(dict.fromkeys(wrong))
-        )
-    return cells
+_BATCH = 1 << 30  # bytes that are copied and compared together
+_PACED = 32 << 20  # the same with a rate
+_ITEMS = 1 << 18  # the most items of a publisher
+_LISTING = 256 << 20  # the most bytes of their list
+_SUMS = 256  # cells of one request: on the host each may cost a descriptor
 
 
 class WeightsTicket(Message, frozen=True):
-    """Where weights are published, and which."""
+    """The address of published weights, and their id."""
 
     address: Text
     id: Id
@@ -325,7 +74,7 @@ class AskWeights(Message, frozen=True):
     """Request the items from ``first`` on; or, until the answer is known, the checksums of these
     boxes of numbered items, as they lie at the owner."""
 
-    purpose: ClassVar[str] = "Asking for weights, of the process at"
+    purpose: ClassVar[str] = "Requesting weights of the process at"
 
     id: Id
     first: Count = 0
@@ -343,12 +92,12 @@ class Weights(Message, frozen=True):
 
 
 def _checksums(boxes: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
-    """The checksums of boxes of tensors, by their place in the whole."""
+    """Return the checksums of boxes of tensors, by their place in the whole tensor."""
     return box_checksums((part_of(x, box.start, box.extents), box.offset) for x, box in boxes)
 
 
 class _Update:
-    """An update of published weights that is under way."""
+    """An update of published weights in progress."""
 
 
 def _shared(name: str, parameter: Parameter, files: SharedFiles) -> bytes:
@@ -361,25 +110,28 @@ def _shared(name: str, parameter: Parameter, files: SharedFiles) -> bytes:
 
 
 class Published:
-    """What `publish` returns: ``ticket``, for whoever may pull, `update`, `changed` and `close`."""
+    """The result of `publish`: ``ticket``, for any process that may pull, `update`, `changed`,
+    `close`."""
 
     def __init__(self, channel: Channel, parameters: Parameters) -> None:
         instance("channel", channel, Channel)
         channel.check_open()
-        self._held = _named("parameters", parameters)
-        if not self._held:
+        self._parameters = named("parameters", parameters)
+        if not self._parameters:
             raise invalid("parameters", "a mapping of one tensor or more", parameters)
         self._id = secrets.token_bytes(16)
         self.graph = Graph()
         self._changes = 0
-        self._updates = WeakSet[_Update]()  # that are under way; weak, as an end may be interrupted
+        self._updates = WeakSet[
+            _Update
+        ]()  # in progress; weak, because the end of an update may be interrupted
         self._changing = threading.Lock()
-        self._items = items_of(self._held)
+        self._items = items_of(self._parameters)
         if len(self._items) > _ITEMS:
             raise invalid("parameters", f"at most {_ITEMS} tensors", len(self._items))
         self._synchronize()
         files = SharedFiles()
-        for name, x in self._held.items():
+        for name, x in self._parameters.items():
             if self._items[name].tie == name:
                 self._items[name] = structs.replace(self._items[name], data=_shared(name, x, files))
         self._sums = Later[list[int]]("checksums of weights", self.graph.queue("weights"))
@@ -390,9 +142,9 @@ class Published:
     def update(self) -> Iterator[None]:
         """Let this block change the weights.
 
-        A pull that overlaps the block fails with `TransferError` and is to be made again; a pull
-        that begins inside waits for the end. On a device the end of the block waits for the current
-        stream, so write on that.
+        A pull that overlaps the block fails with `TransferError` and must be repeated. A pull that
+        starts inside the block waits for its end. On a device the end of the block waits for the
+        current stream: write on that stream.
         """
         token = _Update()
         try:
@@ -418,72 +170,76 @@ class Published:
             self._changes += 1
 
     def changed(self) -> None:
-        """Say that weights have changed, which no pull under way may have read: such a pull fails
-        with `TransferError`. Prefer `update`, which also keeps others from beginning meanwhile."""
+        """Report that weights have changed; pulls in progress fail with `TransferError`.
+
+        Prefer `update`, which also delays new pulls until the change is complete.
+        """
         with self.update():
             pass
 
     def _synchronize(self) -> None:
         """Wait for the current stream of each device, which has written the weights."""
-        tensors = [x.tensor for x in self._held.values()]
+        tensors = [x.tensor for x in self._parameters.values()]
         for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
             torch.accelerator.current_stream(device.index).synchronize()
 
     def _version(self) -> int:
         """Return a number that grows with each change that this process can notice."""
         version = self._changes
-        for parameter in [*self._held.values()]:
-            if not parameter.tensor.is_inference():  # those have no counter
+        for parameter in [*self._parameters.values()]:
+            if not parameter.tensor.is_inference():  # inference tensors have no counter
                 version += parameter.tensor._version
         return version
 
-    def _answer(self, _: Peer, asked: AskWeights) -> Weights:
+    def _answer(self, _: Peer, request: AskWeights) -> Weights:
         version = self._version()
-        if asked.id != self._id or self.graph.closed.is_set():
+        if request.id != self._id or self.graph.closed.is_set():
             return Weights("gone")
-        if asked.boxes:
-            held = [*self._held.values()]
-            if any(number >= len(held) for number, _ in asked.boxes):
-                raise LayoutError(f"Expected numbers below {len(held)}, got others. Pull again.")
-            boxes = [(held[number].tensor, box) for number, box in asked.boxes]
-            sums = self._sums.answer(asked, lambda: _checksums(boxes))
+        if request.boxes:
+            matches = [*self._parameters.values()]
+            if any(number >= len(matches) for number, _ in request.boxes):
+                raise LayoutError(f"Expected numbers below {len(matches)}, got others. Pull again.")
+            boxes = [(matches[number].tensor, box) for number, box in request.boxes]
+            sums = self._sums.answer(request, lambda: _checksums(boxes))
             if sums is None:
                 return Weights("busy", version=version)
             return Weights("held", sums=tuple(sums), version=version)
-        if self._updates and asked.first == 0:
+        if self._updates and request.first == 0:
             return Weights("busy", version=version)
         page = list[tuple[str, Item]]()
-        room = _PAGE
-        for pair in [*self._items.items()][asked.first :]:
-            room -= len(msgpack.encode(pair))
-            if room < 0 and page:
+        left = _PAGE
+        for pair in [*self._items.items()][request.first :]:
+            left -= len(msgpack.encode(pair))
+            if left < 0 and page:
                 break
             page.append(pair)
         return Weights("held", len(self._items), tuple(page), version=version)
 
     def close(self) -> None:
-        """Release the tensors; who pulls them now gets `OfferGone`."""
+        """Release the tensors; pulls in progress get `OfferGone`."""
         self.graph.close()
-        self._held.clear()
+        self._parameters.clear()
 
 
 def publish(channel: Channel, parameters: Parameters) -> Published:
-    """Let others pull these tensors, until `Published.close`; of a channel, those that were
-    published last. Change them inside ``with published.update():`` only. Readers map the memory,
-    with all of the allocation round it: on the host it has to be shared already
-    (``tensor.share_memory_()``), else this raises `Unsupported`.
+    """Let other processes pull these tensors, until `Published.close`.
 
-    Raises `InvalidTerms` and `LayoutError` for what is not a mapping of names to plain tensors.
+    A channel publishes the parameters of the last call. Change them inside ``with
+    published.update():`` only. Readers map the memory, with the whole allocation around it. Host
+    memory must be shared before (``tensor.share_memory_()``), else this raises `Unsupported`.
+
+    Raises `InvalidTerms` and `LayoutError` for arguments other than a mapping of names to plain
+    tensors.
     """
     return Published(channel, parameters)
 
 
 class _Owner:
-    """An owner of weights, for one pull, which ends at the time ``until``."""
+    """An owner of weights, for one pull that ends at the time ``until``."""
 
     def __init__(self, channel: Channel, ticket: bytes, timeout: float, until: float) -> None:
-        told = unsealed(ticket, WeightsTicket)
-        if told is None:
+        decoded = unsealed(ticket, WeightsTicket)
+        if decoded is None:
             raise PeerError(
                 "Expected tickets to be the bytes of `Published.ticket`, got others, which is no "
                 "ticket of weights of this release. Carry them unchanged."
@@ -491,15 +247,15 @@ class _Owner:
         self.channel = channel
         self.timeout = timeout
         self.until = until
-        self.address = told.address
-        self.id = told.id
+        self.address = decoded.address
+        self.id = decoded.id
         self.version: int | None = None
         self.items = dict[str, Item]()
         self.opened = dict[str, torch.Tensor]()
         self._list()
 
     def _list(self) -> None:
-        """Ask for all items; raise `PeerError` if they are not as many as announced."""
+        """Request all items; raise `PeerError` if their number is not the announced one."""
         page = self.ask(AskWeights(self.id))
         total = page.total
         nbytes = 0
@@ -518,29 +274,33 @@ class _Owner:
                 return
             page = self.ask(AskWeights(self.id, len(self.items)))
 
-    def ask(self, asked: AskWeights) -> Weights:
-        """Return the owner's answer, once it has one."""
+    def ask(self, request: AskWeights) -> Weights:
+        """Return the owner's answer, after the owner has one."""
         pause = 5e-4
         while True:
-            answer = self.once(asked)
+            answer = self.once(request)
             if answer.state == "held":
                 return answer
             time.sleep(min(pause, max(0.0, self.until - time.monotonic())))
             pause = min(2 * pause, 0.05)
 
-    def once(self, asked: AskWeights) -> Weights:
-        """Return the owner's answer, which may be that it is busy; raise if its weights changed."""
+    def once(self, request: AskWeights) -> Weights:
+        """Return the owner's answer, which may be busy; raise if its weights changed."""
         left = self.until - time.monotonic()
         if left <= 0:
             raise self.late()
         try:
-            answer = self.channel.ask(self.address, asked, Weights, min(left, self.channel.timeout))
+            answer = self.channel.ask(
+                self.address, request, Weights, min(left, self.channel.timeout)
+            )
         except TransferTimeout:
             if time.monotonic() < self.until:
                 raise
             raise self.late() from None
         if answer.state == "gone":
-            raise OfferGone(f"Weights at {self.address} are published no more; get a new ticket.")
+            raise OfferGone(
+                f"The weights at {self.address} are no longer published; request a new ticket."
+            )
         if answer.state == "held" and self.version is None:
             self.version = answer.version
         if self.version not in (None, answer.version):
@@ -553,8 +313,9 @@ class _Owner:
     def late(self) -> TransferTimeout:
         """Return the error of a pull whose time is over."""
         return TransferTimeout(
-            f"The pull of weights had not ended after {self.timeout:g} s, at {self.address}. Do "
-            f"not use the weights; pull again with a longer timeout."
+            f"The pull of weights from {self.address} timed out after {self.timeout:g} s. Do not "
+            f"use "
+            f"the weights; pull again with a longer timeout."
         )
 
     def confirm(self) -> None:
@@ -562,7 +323,7 @@ class _Owner:
         self.ask(AskWeights(self.id, max(1, len(self.items))))
 
     def pair(self, cell: Cell, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a cell goes to, and where it lies in the owner's memory."""
+        """Return the destination of a cell, and its source in the owner's memory."""
         box = cell.box
         tie = self.items[cell.name].tie
         if tie not in self.opened:
@@ -570,19 +331,22 @@ class _Owner:
                 self.opened.clear()
             data = self.items[tie].data if tie in self.items else b""
             self.opened[tie] = open_shared(data, tensor.device)
-        if (theirs := self.opened[tie]).dtype != tensor.dtype:
-            raise PeerError(f"{cell.name} is not what {self.address} told of it; pull elsewhere.")
+        if (src := self.opened[tie]).dtype != tensor.dtype:
+            raise PeerError(
+                f"Expected {cell.name} as {self.address} described it, got another tensor. Pull "
+                f"from another owner."
+            )
         into = part_of(tensor, box.start, box.extents)
-        return into, part_of(theirs, cell.theirs, box.extents)
+        return into, part_of(src, cell.src, box.extents)
 
     def wrong(self, cells: Sequence[Cell], parameters: Mapping[str, Parameter]) -> Iterator[str]:
-        """Names of its cells that have another checksum there."""
+        """Yield the names of cells whose checksums differ from the owner's."""
         numbers = {name: number for number, name in enumerate(self.items)}
-        boxes = tuple((numbers[x.name], x.box._replace(start=x.theirs)) for x in cells)
-        asked = AskWeights(self.id, boxes=boxes)
-        self.once(asked)  # it begins while this side works
+        boxes = tuple((numbers[x.name], x.box._replace(start=x.src)) for x in cells)
+        request = AskWeights(self.id, boxes=boxes)
+        self.once(request)  # the owner computes while this side does
         here = _checksums([(parameters[x.name].tensor, x.box) for x in cells])
-        there = self.ask(asked).sums
+        there = self.ask(request).sums
         if len(there) != len(here):
             raise PeerError(
                 f"Expected {len(here)} checksums from {self.address}, got {len(there)}. Do not use "
@@ -593,19 +357,22 @@ class _Owner:
 
 
 def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy to the end; small ones many at a time, as integers: on CUDA that call takes bfloat16 and
-    float16 through float32, which changes NaNs (torch 2.11)."""
+    """Copy tensors, and wait until all bytes have landed.
+
+    One call copies many small tensors, as integers: on CUDA that call converts bfloat16 and float16
+    to float32, which changes NaNs (torch 2.11).
+    """
     many = defaultdict[Any, tuple[list[Any], list[Any]]](lambda: ([], []))
     with torch.inference_mode():
-        for into, theirs in pairs:
+        for into, src in pairs:
             small = into.nbytes < _SMALL and into.itemsize in _INTEGERS
-            if not (small and into.is_contiguous() and theirs.is_contiguous()):
-                into.copy_(theirs)
+            if not (small and into.is_contiguous() and src.is_contiguous()):
+                into.copy_(src)
                 continue
             lists = many[key := (into.device, _INTEGERS[into.itemsize])]
-            for some, one in zip(lists, (into, theirs), strict=True):
+            for some, one in zip(lists, (into, src), strict=True):
                 some.append(one.view(key[1]))
-            if len(lists[0]) == _LISTED:  # the device begins while the host goes on
+            if len(lists[0]) == _LISTED:  # the device starts while the host goes on
                 torch._foreach_copy_(*many.pop(key))
         for lists in many.values():
             torch._foreach_copy_(*lists)
@@ -622,70 +389,90 @@ def pull_weights(
     max_gbps: float | None = None,
     timeout: float | None = 600.0,
 ) -> int:
-    """Fill tensors from owners that publish the same names, preferred ones first, on the current
-    stream, few at a time; block until checksums that the owners work out agree. Returns the bytes.
-    ``some``: owners hold others as well (the reader is one stage of a pipeline). ``timeout``:
-    seconds for the whole call; None for no limit.
+    """Fill tensors from owners that publish the same names, and return the bytes.
 
-    Raises `LayoutError`, which lists all that differs, and `InvalidTerms`, before a byte is
-    written. After any other error the tensors hold an unknown part of the weights, and must not be
-    used until a pull succeeds: `OfferGone`, `PeerError`, `TransferTimeout`, `Unsupported` if an
-    owner's memory cannot be mapped here, `TransferError` if weights changed meanwhile, or with the
-    names whose checksums differ.
+    Copies few tensors at a time on the current stream; blocks until checksums agree.
+
+    Args:
+        tickets: preferred owners first.
+        some: owners have further parameters (the reader is one stage of a pipeline).
+        timeout: seconds for the whole call; None for no limit.
+
+    Raises `LayoutError`, which lists all differences, and `InvalidTerms`, before it writes a byte.
+    After any other error the tensors are undefined until a pull succeeds: `OfferGone`, `PeerError`,
+    `TransferTimeout`, `Unsupported` if an owner's memory cannot be mapped here, `TransferError` if
+    weights changed meanwhile, or with the names whose checksums differ.
     """
     limit = seconds("timeout", timeout, above=True, optional=True)
     until = time.monotonic() + limit
     instance("channel", channel, Channel)
     flag("some", some)
-    held = _named("parameters", parameters)
-    _check_destinations(held)
+    destinations = named("parameters", parameters)
+    check_destinations(destinations)
     rate = Terms(max_gbps=max_gbps).max_gbps
-    mine = items_of(held)
-    if not isinstance(tickets, bytes) and not items("tickets", tickets, "tickets"):
-        raise invalid("tickets", "one ticket or more", tickets, "Pass Published.ticket.")
-    if any(capturing(x.tensor.device) for x in held.values()):
-        raise refuse_capture("Pulling weights", "processes talk to each other; do it before")
-    if not isinstance(tickets, bytes | Sequence) or isinstance(tickets, str):
-        raise invalid("tickets", "bytes, or a list of them", tickets, "Pass `Published.ticket`.")
-    given = [tickets] if isinstance(tickets, bytes) else tickets
-    owners = [_Owner(channel, ticket, limit, until) for ticket in given]
-    cells = plan(mine, [x.items for x in owners], some)
+    described = items_of(destinations)
+    _refuse_capture(destinations)
+    packed = _check_tickets(tickets)
+
+    owners = [_Owner(channel, ticket, limit, until) for ticket in packed]
+    cells = plan(described, [x.items for x in owners], some)
     pace = RateLimit(rate) if rate else None
     wrong = list[str]()
     total = 0
-    on_host = any(x.tensor.is_cpu for x in held.values())
-    for batch in _batches(cells, held, _PACED if rate or on_host else _BATCH):
-        once = [x for x in batch if mine[x.name].tie == x.name]
-        pairs = [owners[x.owner].pair(x, held[x.name].tensor) for x in once]
+    paced = rate or any(x.tensor.is_cpu for x in destinations.values())
+    for batch in _batches(cells, destinations, _PACED if paced else _BATCH):
+        # A tied parameter has the memory of another name, which is copied once.
+        once = [x for x in batch if described[x.name].tie == x.name]
+        pairs = [owners[x.owner].pair(x, destinations[x.name].tensor) for x in once]
         nbytes = sum(into.nbytes for into, _ in pairs)
-        _wait_for_turn(pace, nbytes, until)
-        if time.monotonic() >= until:
-            raise owners[batch[0].owner].late()
+        _wait_for_turn(pace, nbytes, owners[batch[0].owner])
         copy_pairs(pairs)
         for i in {x.owner for x in batch}:
-            wrong += owners[i].wrong([x for x in batch if x.owner == i], held)
+            wrong += owners[i].wrong([x for x in batch if x.owner == i], destinations)
         total += nbytes
+
     for owner in owners:
         owner.confirm()
     if wrong:
+        names = ", ".join(dict.fromkeys(wrong))
         raise TransferError(
-            f"{len(mine)} weights were pulled, and checksums of these differ from their owners': "
-            f"{', '.join(dict.fromkeys(wrong))}. Do not use any of them; pull again."
+            f"Expected the owners' checksums of {len(described)} weights, got others of {names}. "
+            f"Do not use any of the weights; pull again."
         )
     return total
 
 
-def _wait_for_turn(pace: RateLimit | None, nbytes: int, until: float) -> None:
-    """Wait until so many bytes may cross at the rate, at most until a time."""
+def _refuse_capture(parameters: Mapping[str, Parameter]) -> None:
+    """Raise `Unsupported` while a graph capture records a device of the parameters."""
+    if any(capturing(each.tensor.device) for each in parameters.values()):
+        raise refuse_capture("Pulling weights", "processes exchange messages; do it before")
+
+
+def _check_tickets(tickets: bytes | Sequence[bytes]) -> Sequence[bytes]:
+    """Return the tickets as a list; raise `InvalidTerms` for other arguments and for an empty
+    list."""
+    if isinstance(tickets, bytes):
+        return [tickets]
+    if not items("tickets", tickets, "tickets"):
+        raise invalid("tickets", "one ticket or more", tickets, "Pass Published.ticket.")
+    if not isinstance(tickets, Sequence) or isinstance(tickets, str):
+        raise invalid("tickets", "bytes, or a list of them", tickets, "Pass `Published.ticket`.")
+    return [*tickets]
+
+
+def _wait_for_turn(pace: RateLimit | None, nbytes: int, owner: _Owner) -> None:
+    """Wait until the rate allows so many bytes; raise `TransferTimeout` after the pull's time."""
     if pace:
         wait = pace.left(pace.start_of(nbytes))
-        time.sleep(min(wait, max(0.0, until - time.monotonic())))
+        time.sleep(min(wait, max(0.0, owner.until - time.monotonic())))
+    if time.monotonic() >= owner.until:
+        raise owner.late()
 
 
 def _batches(
     cells: Sequence[Cell], parameters: Mapping[str, Parameter], most: int
 ) -> Iterator[list[Cell]]:
-    """Yield cells of about ``most`` bytes together, and of at most as many as a message holds."""
+    """Yield batches of about ``most`` bytes, each with at most as many cells as a message holds."""
     itemsizes = {name: x.tensor.itemsize for name, x in parameters.items()}
     pieces = [piece for x in cells for piece in _pieces(x, most // itemsizes[x.name])]
     sizes = (prod(x.box.extents) * itemsizes[x.name] for x in pieces)
@@ -695,7 +482,7 @@ def _batches(
 
 
 def _pieces(cell: Cell, most: int) -> Iterator[Cell]:
-    """Yield a cell in pieces of about ``most`` elements, so that a pull can end in its time."""
+    """Yield a cell in pieces of about ``most`` elements, so that a pull can end in time."""
     offset, start, extents = cell.box
     total = prod(extents)
     axis = next((axis for axis, extent in enumerate(extents) if extent > 1), None)
@@ -704,14 +491,14 @@ def _pieces(cell: Cell, most: int) -> Iterator[Cell]:
         return
     step = max(1, most * extents[axis] // total)
     if axis == len(extents) - 1:
-        step = max(4, step // 4 * 4)  # so that checksums go by words of four bytes
+        step = max(4, step // 4 * 4)  # checksums then use words of four bytes
     for at in range(0, extents[axis], step):
         size = min(step, extents[axis] - at)
         part = (*extents[:axis], size, *extents[axis + 1 :])
         box = Box(_shifted(offset, axis, at), _shifted(start, axis, at), part)
-        yield from _pieces(cell._replace(box=box, theirs=_shifted(cell.theirs, axis, at)), most)
+        yield from _pieces(cell._replace(box=box, src=_shifted(cell.src, axis, at)), most)
 
 
 def _shifted(start: Dims, axis: int, by: int) -> Dims:
-    """Return the start of a box that lies further along an axis."""
+    """Return the start of a box that is shifted along an axis."""
     return (*start[:axis], start[axis] + by, *start[axis + 1 :])

@@ -68,7 +68,7 @@ class Prepared:
         """Return an index with its ids on the device, and in a dtype, that the backend reads."""
         if self.can.index_on == "any":
             return index
-        if index.fleeting:
+        if index.temporary:
             bring((index,), self.ids_device, self.can.index_dtypes)
         return index.placed(self.ids_device, self.can.index_dtypes)
 
@@ -79,7 +79,7 @@ class Prepared:
         src, dst, src_index, dst_index, count = move
         device = self.ids_device
         dtypes = self.can.index_dtypes
-        if src_index.fleeting or dst_index.fleeting:
+        if src_index.temporary or dst_index.temporary:
             bring((src_index, dst_index), device, dtypes)
         src_placed = src_index.placed(device, dtypes)
         dst_placed = dst_index.placed(device, dtypes)
@@ -188,7 +188,7 @@ def bring(indices: Sequence[Index], device: torch.device, dtypes: frozenset[torc
     sent = [
         index
         for index in dict.fromkeys(indices)
-        if index.fleeting and index.on_host and not index.has_ids_on(device, dtypes)
+        if index.temporary and index.on_host and not index.has_ids_on(device, dtypes)
     ]
     if not sent:
         return
@@ -218,7 +218,7 @@ def bring_table(view: KVView, device: torch.device, stream: torch.Stream | None 
         from portakv.host.small import to_device  # not before it is needed
 
         sent = to_device(view.addresses_for(device), device, torch.int64, stream=stream)
-        view.keep_table(sent, None if view.fleeting else event_pool(device).recorded(stream))
+        view.keep_table(sent, None if view.temporary else event_pool(device).recorded(stream))
     view.follow_table(device, stream)
 
 
@@ -242,7 +242,7 @@ class _CheckedLaunch:
         for view in (src, dst) if self._checks else ():
             if _PLAIN not in view.derived:
                 # Raw addresses have no tensor that could be in a private format.
-                for owner in view.held if view.form.place == "device" and not view.foreign else ():
+                for owner in view.retained if view.form.place == "device" and not view.raw else ():
                     for why in filter(None, (check(owner) for check in self._checks)):
                         what = f"A copy of tensors of {view.layout.text!r}"
                         raise Unsupported(what, f"{why}; nothing was moved")

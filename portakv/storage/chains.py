@@ -14,11 +14,11 @@ from typing import Generic, TypeVar
 
 from portakv.storage.image import checksum
 
-#: Marks of predecessors that are not blocks: no release has noted one; the block begins a prompt.
+#: Marks in place of a predecessor: no release noted it; the block begins a prompt.
 UNKNOWN = 0
 FIRST = (1 << 64) - 1
 
-Mark = Hashable  # the name of a block in records and headers, or what a tier makes of it
+Mark = Hashable  # the name of a block in records and headers, or a value that a tier makes from it
 Key = TypeVar("Key", bound=Hashable)
 
 _KNOWN = 1 << 62  # added to the priority of a block whose predecessor is known
@@ -34,12 +34,13 @@ def mark_of(key: bytes) -> int:
 class Chains(Generic[Key]):
     """The stored blocks of a tier, in groups, with their order of use and their predecessors.
 
-    The block that goes next is the least recently used of those that have no successor in the tier
-    and no pin. Blocks of unknown predecessors go before all others. The first predecessor that is
-    named for a block stays; a predecessor that would close a circle is ignored. Each change costs
-    O(log n), except for a block that comes after its successor: it costs the length of its chain.
+    The next block to evict is the least recently used block without a successor in the tier and
+    without a pin. Blocks with an unknown predecessor go before all other blocks. The first
+    predecessor that a call names for a block stays. A predecessor that would close a circle is
+    ignored.
 
-    Callers hold ``lock`` around every call.
+    Each change costs O(log n), except for a block that arrives after its successor: it costs the
+    length of its chain. Callers hold ``lock`` around every call.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class Chains(Generic[Key]):
         self._by_mark = dict[Mark, int]()
         # By mark: successors that are stored or being written, also of a mark that is not stored.
         self._successors = dict[Mark, int]()
-        # By group: (priority, number) of all blocks that may go, and of some that may not.
+        # By group: (priority, number) of all blocks that may go, and of some blocks that may not.
         self._queues = dict[Hashable, list[tuple[int, int]]]()
         self._uses = 0
 
@@ -65,8 +66,10 @@ class Chains(Generic[Key]):
         return key in self._by_key
 
     def add(self, key: Key, mark: Mark, follows: Mark, group: Hashable) -> None:
-        """Enter a block that is not there as the one used last. ``follows``: its predecessor's
-        mark, `UNKNOWN` or `FIRST`."""
+        """Add a block as the most recently used one.
+
+        ``follows``: the mark of its predecessor, `UNKNOWN` or `FIRST`.
+        """
         if not self._unused:
             self._extend(1)
         number = self._unused.pop()
@@ -82,8 +85,10 @@ class Chains(Generic[Key]):
     def fill(
         self, keys: Sequence[Key], marks: Sequence[Mark], follows: Sequence[Mark], group: Hashable
     ) -> None:
-        """Enter many blocks that are not there, the one used last at the end. Costs O(n) for n
-        blocks, in whatever order they come."""
+        """Add many blocks, the most recently used one last.
+
+        Costs O(n) for n blocks, in any order.
+        """
         first = len(self._keys)
         count = len(keys)
         numbers = range(first, first + count)
@@ -126,7 +131,7 @@ class Chains(Generic[Key]):
         return self._follows[number] is not None or self._priorities[number] != before
 
     def touch(self, key: Key) -> None:
-        """Make a stored block the one used last."""
+        """Make a stored block the most recently used one."""
         number = self._by_key[key]
         self._uses += 1
         self._priorities[number] = self._uses + (self._priorities[number] & _KNOWN)
@@ -181,8 +186,10 @@ class Chains(Generic[Key]):
         return self._keys[min(tops, key=self._priorities.__getitem__)]
 
     def by_use(self, group: Hashable | None = None) -> list[Key]:
-        """Return the keys of a group, or all, the least recently used first, those of unknown
-        predecessors before all others."""
+        """Return the keys of a group, or of all groups, the least recently used first.
+
+        Blocks with an unknown predecessor come before all others.
+        """
         result = [
             (self._priorities[number], key)
             for key, number in self._by_key.items()

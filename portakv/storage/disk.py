@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Disk` is a block store's tier of folders, each of which stands alone: one for each device, that
-may be added or lost."""
+"""`Disk` is a tier of folders, one for each device. A folder may be added or lost."""
 
 from __future__ import annotations
 
@@ -29,12 +28,15 @@ _warnings = RateLimitedLog(logging.getLogger(__name__))
 
 
 class Disk:
-    """Blocks in ``folders``, each of which holds an equal part of ``capacity`` bytes, of all forms
-    together. Space is allocated when blocks are saved.
+    """A tier of blocks in ``folders``.
 
-    ``admit="second"``: a block is stored when it is offered the second time. ``workers``: how many
-    tasks read or write in a folder at once. ``io``: "ring", "threads", an engine; None: what runs.
-    ``track`` shows how far a recovery is, as `rich.progress.track` does: it passes items on.
+    Args:
+        capacity: bytes of all forms and folders together; each folder has an equal part.
+            Saves allocate the space.
+        admit: "second" stores a block when it is offered the second time.
+        workers: the number of tasks that read or write in a folder at a time.
+        io: "ring", "threads" or an I/O engine; None: the first that runs.
+        track: shows the progress of a recovery, as `rich.progress.track` does: it passes items on.
     """
 
     def __init__(
@@ -89,12 +91,13 @@ class Disk:
     def open(
         self, graph: Graph, rows: Any, forms: Sequence[BlockForm], generation: int = 0
     ) -> list[DiskStore]:
-        """Return a store of the first form, which is made, and a store to read each other form.
+        """Return a tier store of the first form, which is created, and a tier store to read each
+        other form.
 
-        Another form that cannot be opened is left out with a note. Requests go to ``rows.memory``.
+        Leaves out, with a note: another form that cannot be opened, and a folder after the first
+        one that another block store has. Requests go to ``rows.memory``.
 
-        A folder after the first one that another store has is left out with a note. Raises
-        `StoreBusy` for the first folder, and `StoreError` for any folder of the first form.
+        Raises `StoreBusy` for the first folder, and `StoreError` for any folder of the first form.
         """
         engine = self.io
         notes = list[str]()
@@ -118,7 +121,7 @@ class Disk:
 
 
 class _Opening:
-    """Open the forms of a disk tier one after another, the store's own form first."""
+    """Open the forms of a disk tier one after the other, the store's own form first."""
 
     def __init__(
         self, disk: Disk, graph: Graph, engine: Engine, undo: ExitStack, notes: list[str]
@@ -129,8 +132,8 @@ class _Opening:
         self.undo = undo
         self.notes = notes  # for the next store of a tier
         self.tier_stores = list[DiskStore]()
-        self.room = disk.capacity // len(disk.folders)
-        self.spaces = {folder: Space(folder, self.room) for folder in disk.folders}
+        self.capacity = disk.capacity // len(disk.folders)
+        self.spaces = {folder: Space(folder, self.capacity) for folder in disk.folders}
         self.busy = set[Path]()
 
     def open_form(self, form: BlockForm, own: bool) -> None:
@@ -160,17 +163,20 @@ class _Opening:
     def _open_folder(
         self, folder: Path, form: BlockForm, own: bool, chains: Chains[bytes], others: bool
     ) -> Slots | None:
-        """Open a form in one folder; None, with a note, if the store can do without it: ``others``
-        have the own form already, or the form is only to be read."""
+        """Open a form in one folder.
+
+        Returns None, with a note, if the store works without it: ``others`` have opened the own
+        form, or the form is only read.
+        """
         place = folder / form.name
         if not own and (folder in self.busy or not (place / "form.json").exists()):
             return None
-        capacity = self.room if own else None
+        capacity = self.capacity if own else None
         space = self.spaces[folder]
         try:
             slots = Slots(place, form, capacity, self.engine, self.disk.track, chains, space)
         except StoreError as error:
-            # The other folders serve without one that another store has.
+            # The other folders serve without a folder that another store has.
             if own and isinstance(error, StoreBusy) and others:
                 self.busy.add(folder)
                 self.notes.append(f"It does without {folder}. {error}")

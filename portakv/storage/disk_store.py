@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DiskStore` reads and writes the blocks of one form in all folders of a disk tier. A block goes
-to the folder with the fewest bytes queued."""
+"""`DiskStore` reads and writes the blocks of one form in all folders of a disk tier.
+
+A block goes to the folder with the fewest bytes queued.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +69,10 @@ class _Taken(NamedTuple):
 
 @dataclass(eq=False, repr=False)
 class DiskStore:
-    """The blocks of one form in all folders of a disk tier, as `BlockStore` knows a tier. The one
-    that is ``writable`` ends the engine of all: it is closed last."""
+    """The blocks of one form in all folders of a disk tier.
+
+    The ``writable`` store closes the I/O engine of all stores: it is closed last.
+    """
 
     graph: Graph
     form: BlockForm
@@ -95,13 +99,13 @@ class DiskStore:
         return ", ".join(str(slots.folder.parent) for slots, _ in self.parts)
 
     def has(self, keys: Sequence[bytes], _: float | None = None) -> list[bool]:
-        """Which blocks are there."""
+        """Return which blocks are stored."""
         return [any(key in slots.index for slots, _ in self.parts) for key in keys]
 
-    known = has  # nobody is asked
+    known = has  # no request is needed
 
     def wants(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which blocks are not there, and admitted."""
+        """Return which blocks are missing and admitted."""
         lacks = [not there for there in self.has(keys)]
         once = self.offered
         if once is not None:
@@ -112,16 +116,18 @@ class DiskStore:
         return lacks
 
     def queue(self, key: bytes) -> Queue:
-        """What a block is read by."""
+        """Return the queue that reads a block."""
         return next((queue for slots, queue in self.parts if key in slots.index), self.parts[0][1])
 
     def queue_for_write(self, nbytes: int) -> Queue:
-        """What a block is written by: the folder with the fewest bytes queued, of several the one
-        that has taken the fewest blocks."""
+        """Return the queue of the folder with the fewest bytes queued.
+
+        Among equal folders, the one with the fewest blocks written.
+        """
         return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0].index) + x[0].evicted))[1]
 
     def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
-        """Note that a prefix was used; ``follows``: what each of its blocks follows."""
+        """Record the use of a prefix; ``follows``: the predecessor of each of its blocks."""
         for slots, _ in self.parts:
             slots.touch(keys, follows)
 
@@ -133,14 +139,17 @@ class DiskStore:
         stop: Callable[[], bool] | None = None,
         report: Report = reasons.ignore,
     ) -> list[bool]:
-        """Read images, or only some segments of them, into rows; return which came, and are right.
-        A block that was not read, as the engine could not or nothing waits for it, is a miss this
-        time."""
+        """Read images, or only some segments of them, into rows; return which blocks arrived
+        correctly.
+
+        A block that was not read, because the I/O engine failed or nothing waits for it, is a miss
+        this time.
+        """
         spans = self._spans(segments)
         pinned = self._pin_all(keys, len(spans), report)
 
         def ended(number: int, result: int) -> None:
-            """Check a block whose last span came, while the disk brings others."""
+            """Verify a block whose last span arrived, while the disk reads others."""
             index, span = divmod(number, len(spans))
             block = pinned[index]
             start, end = spans[span]
@@ -155,18 +164,8 @@ class DiskStore:
                     block.fail(result)
 
         try:
-            size = self.form.image_bytes
-            requests = []
-            for block in pinned:
-                slot, _ = block.place
-                address = rows[block.number].ctypes.data
-                for start, end in spans:
-                    offset = slot * size + start
-                    requests.append(
-                        Request(block.slots.fd, offset, address + start, end - start, False)
-                    )
             if stop is None or not stop():
-                self.engine.run(requests, ended)
+                self.engine.run(self._requests(pinned, rows, spans), ended)
         finally:
             for block in pinned:
                 block.slots.unpin(block.place, good=not block.lost)
@@ -187,9 +186,27 @@ class DiskStore:
         self.graph.count(self.tier, "load", "miss", len(keys) - len(pinned))
         return landed
 
+    def _requests(
+        self, pinned: list[_Pinned], rows: Sequence[Row], spans: list[tuple[int, int]]
+    ) -> list[Request]:
+        """Return the reads of all spans of pinned blocks into their rows."""
+        size = self.form.image_bytes
+        requests = []
+        for block in pinned:
+            slot, _ = block.place
+            address = rows[block.number].ctypes.data
+            for start, end in spans:
+                offset = slot * size + start
+                requests.append(
+                    Request(block.slots.fd, offset, address + start, end - start, False)
+                )
+        return requests
+
     def _spans(self, segments: Sequence[int] | None) -> list[tuple[int, int]]:
-        """Return the parts of an image that a read of segments needs: whole pages, and the header
-        together with the first one."""
+        """Return the parts of an image for a read of segments.
+
+        The parts are whole pages, and the header comes with the first segment.
+        """
         if segments is None:
             return [(0, self.form.image_bytes)]
         spans = []
@@ -200,7 +217,8 @@ class DiskStore:
         return spans
 
     def _pin_all(self, keys: Sequence[bytes], spans: int, report: Report) -> list[_Pinned]:
-        """Pin the blocks that are there. The others were there when the load was planned."""
+        """Pin the blocks that are stored. The missing blocks were evicted after the load was
+        planned."""
         pinned = []
         for position, key in enumerate(keys):
             result = self.pin(key)
@@ -222,13 +240,13 @@ class DiskStore:
         evict: bool = True,
         report: Report = reasons.ignore,
     ) -> list[bool]:
-        """Write sealed images in the queue's folder; return which blocks are there now.
+        """Write sealed images in the queue's folder; return which blocks are stored now.
 
-        A block that would evict one that comes before it in ``own``, all of a call's, is dropped;
-        without ``evict`` also one that would evict any. A folder that cannot evict a block, as all
-        of its blocks have successors, leaves it to the other folders.
+        Drops a block that would evict an earlier block of the call, whose keys ``own`` lists.
+        Without ``evict``, drops a block that would evict any. A folder that cannot evict, because
+        all of its blocks have successors, leaves the block to the other folders.
         """
-        self.touch([*own] if own else ())  # what the call finds stored goes after other blocks
+        self.touch([*own] if own else ())  # the call's stored blocks go after other blocks
         landed = self.has(keys)
         new = [i for i, there in enumerate(landed) if not there]
         size = self.form.image_bytes
@@ -259,8 +277,11 @@ class DiskStore:
         return landed
 
     def _tries(self, queue: Queue, evict: bool) -> list[tuple[Slots, bool]]:
-        """Return the folders to ask for a slot in order, the queue's first, and whether they may
-        evict a block. A folder with free slots comes before one that has to evict."""
+        """Return the folders to try for a slot in order, the queue's first, and which may evict a
+        block.
+
+        A folder with free slots comes before a folder that has to evict.
+        """
         first = next(slots for slots, each in self.parts if each is queue)
         folders = [first, *(slots for slots, _ in self.parts if slots is not first)]
         free = [(slots, False) for slots in folders] if len(folders) > 1 else []
@@ -274,7 +295,7 @@ class DiskStore:
         own: Mapping[bytes, int] | None,
         report: Report,
     ) -> tuple[Slots, int] | None:
-        """Take a slot for a block in the first folder that has one; None, with a report, if none
+        """Take a slot for a block in the first folder with space; None, with a report, if no folder
         has."""
         mark = predecessor(row)
         for slots, evicts in tries:
@@ -295,8 +316,10 @@ class DiskStore:
         checksums: Sequence[int],
         report: Report,
     ) -> bool:
-        """Record a block whose write ended with a result, or give its slot back with a report;
-        return whether it is stored."""
+        """Record a block whose write ended with a result; return True if it is stored.
+
+        After a failure, give the slot back and report the reason.
+        """
         _, slots, slot = place
         size = self.form.image_bytes
         stored = False
@@ -330,7 +353,7 @@ class DiskStore:
             self.engine.close()
 
     def _right(self, row: Row, reported: Header, segments: Sequence[int] | None) -> bool:
-        """Whether segments that were read, the first with the header, are what was sealed."""
+        """Return True if the segments in a row, header first, have their sealed checksums."""
         if (segments is None or 0 in segments) and header(row, self.form) != reported:
             return False
         return verify(row, self.form, reported.checksums, reported.generation, segments)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a disk tier: one function opens each of them, and one says why it cannot be used."""
+"""Open the files of a disk tier, and report why a file cannot be used."""
 
 from __future__ import annotations
 
@@ -67,8 +67,10 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """Return what a file of this user holds. Raises as `open_file`, and `StoreError` for a file of
-    more than ``most`` bytes."""
+    """Return the bytes of a file of this user.
+
+    Raises the errors of `open_file`, and `StoreError` for a file of more than ``most`` bytes.
+    """
     with os.fdopen(open_file(path), "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -79,10 +81,10 @@ def read_file(path: Path, most: int) -> bytes:
     return data
 
 
-def wrong_kind(path: Path, found: str) -> StoreError:
+def wrong_kind(path: Path, kind: str) -> StoreError:
     """Return the error for something else in place of a file."""
     return StoreError(
-        f"Expected {path} to be a regular file, got {found}. Remove it, or give the store another "
+        f"Expected {path} to be a regular file, got {kind}. Remove it, or give the store another "
         f"folder."
     )
 
@@ -133,7 +135,7 @@ def unusable(folder: Path, error: OSError) -> StoreError:
 
 
 def lock(file: Path) -> int:
-    """Return a descriptor of a file that it locks; -1 if another one has the lock, or removed the
+    """Lock a file and return its descriptor; -1 if another process has the lock, or removed the
     file."""
     fd = open_file(file, OPEN)
     with suppress(BlockingIOError):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`BlockForm` tells a store what the bytes of a block mean: which layers and heads of which cache,
-in which layout. It holds no TP size, no device and no engine."""
+"""`BlockForm` describes the bytes of a stored block: its layers and heads, its cache, its layout.
+
+A form contains no TP size, no device and no engine.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,11 @@ from portakv.layout.extents import known_parts
 from portakv.layout.language import parse
 from portakv.view import KVView
 
-FORMAT = 1  # of images, and of what a form tells of itself
-HEADER = 4096  # bytes before the payload of an image, and what images and segments are multiples of
+FORMAT = 1  # of images, and of the description of a form
+HEADER = 4096  # bytes before the payload of an image; images and segments are multiples of it
 LEAST_SEGMENT = 256 << 10
 MOST_SEGMENTS = 48
-Range = tuple[int, int, int]  # from, to, of: [from, to) of what the whole model has
+Range = tuple[int, int, int]  # from, to, of: [from, to) of the whole model's layers or heads
 _RANGE = "(from, to, of) with 0 <= from < to <= of"
 Slices = dict[str, Any]  # arguments of `KVView.slice`
 
@@ -60,8 +62,11 @@ def _check_numbers(name: str, numbers: Any, least: int, count: int) -> None:
 
 @dataclass(frozen=True)
 class BlockForm:
-    """What stored blocks hold. ``dtype`` is torch's name, ``uint8`` for all that is read as bytes;
-    ``widths`` are elements of `dim` for each kv (bytes of a page); ``salt`` is a digest in hex."""
+    """The content of stored blocks.
+
+    ``dtype`` is torch's name, ``uint8`` for all that is read as bytes. ``widths`` are elements of
+    `dim` for each kv (bytes of a page). ``salt`` is a checksum in hex.
+    """
 
     model: str
     dtype: str
@@ -86,11 +91,17 @@ class BlockForm:
         salt: bytes = b"",
         notes: str = "",
     ) -> BlockForm:
-        """The form of a paged view's blocks, in the canonical layout. ``model`` is name and
-        revision; ``layers`` and ``heads`` are those of the model that the view holds;
-        ``block_size`` is in tokens, by default the view's; ``salt`` keeps tenants apart; ``notes``
-        say what else fixes the bytes, such as a quantisation. Raises `InvalidTerms`, which names
-        the argument at fault."""
+        """Return the form of a paged view's blocks, in the canonical layout.
+
+        Args:
+            model: the name and revision of the model.
+            layers, heads: the layers and heads of the model that the view contains.
+            block_size: tokens of a block; by default the view's.
+            salt: separates tenants.
+            notes: other facts that fix the bytes, such as a quantisation.
+
+        Raises `InvalidTerms`, which names the wrong argument.
+        """
         arguments.instance("view", view, KVView, "Make one of the tensors and their layout.")
         if not view.block_size:
             expected = "a paged view"
@@ -154,7 +165,7 @@ class BlockForm:
                     f"Expected text to be the JSON of a block form of format {FORMAT}, got format "
                     f"{arguments.shown(version)}. Use the release that wrote it, or wipe the store."
                 )
-            fields.pop("folder", None)  # what a disk's folder adds about itself
+            fields.pop("folder", None)  # fields that a folder of a disk adds about itself
             for name in ("widths", "layers", "heads"):
                 fields[name] = tuple(fields[name])
             form = cls(**fields)
@@ -181,7 +192,7 @@ class BlockForm:
 
     @property
     def name(self) -> str:
-        """The digest in hex: what a store's folder is called."""
+        """Return the form's checksum in hex, the name of its folder."""
         return self.digest.hex()
 
     @cached_property
@@ -196,13 +207,14 @@ class BlockForm:
 
     @cached_property
     def layer_bytes(self) -> int:
-        """Bytes of a block's rows in one layer."""
+        """Return the bytes of a block's rows in one layer."""
         rows = 1 if parse(self.layout).opaque else self.block_size * (self.heads[1] - self.heads[0])
         return rows * sum(self.widths) * int(getattr(torch, self.dtype).itemsize)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """The payload in groups of layers; one, if a layer is no run of whole 4,096 bytes."""
+        """Return the payload in groups of layers; one group if a layer is not whole runs of 4,096
+        bytes."""
         count = self.layers[1] - self.layers[0]
         size = self.layer_bytes
         many = max(1, count // max(-(-LEAST_SEGMENT // size), -(-count // MOST_SEGMENTS)))
@@ -229,14 +241,16 @@ class BlockForm:
         return KVView(payload.view(shape), self.layout, block_size=size, dim=self.widths, **names)
 
     def same_cache(self, other: BlockForm) -> bool:
-        """Whether both are of one cache, whatever their parts of it and their layouts."""
+        """Return True if both forms are of one cache, whatever their parts of it and their
+        layouts."""
         arguments.instance("other", other, BlockForm)
         one, two = ({**asdict(x), "layers": 0, "heads": 0, "layout": 0} for x in (self, other))
         kinds = {(x.layers[2], x.heads[2], parse(x.layout).opaque) for x in (self, other)}
         return one == two and len(kinds) == 1
 
     def part_of(self, other: BlockForm) -> tuple[Slices, Slices] | None:
-        """What both hold, as slices of ``other``'s view and of this form's; None if nothing."""
+        """Return the common part of both forms, as slices of ``other``'s view and of this form's;
+        or None."""
         arguments.instance("other", other, BlockForm)
         src = Slices()
         dst = Slices()

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block image, one for disks, object stores and peers: a header of 4,096 bytes, the payload,
-zeros up to a multiple of 4,096. Whoever reads one checks it.
+"""The block image of disks, object stores and peers.
 
-Header, little endian: magic 8 bytes, form digest 16, key 32, generation u64, payload bytes u64,
-segments u32, flags u32, 48 checksums u64, of which each segment has one; u64 the mark of the block
-that it follows (`chains`), 0 in images of older releases; zeros; in the last 8 bytes the seal, a
-checksum of all before it.
+An image is a header of 4,096 bytes, the payload, and zeros up to a multiple of 4,096. Each reader
+verifies it.
+
+Header, little endian: magic 8 bytes, form checksum 16, key 32, generation u64, payload bytes u64,
+segments u32, flags u32, 48 checksums u64, one for each segment; u64 the mark of the predecessor
+(`chains`), 0 in images of older releases; zeros; in the last 8 bytes the seal, a checksum of all
+bytes before it.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ _SEAL = Struct("<Q")
 _MARK = Struct("<Q")  # after the body
 _END = HEADER - _SEAL.size
 Ints = Sequence[int]
-Row = npt.NDArray[np.uint8]  # one image: contiguous, of at least ``form.image_bytes``
+Row = npt.NDArray[np.uint8]  # one image: contiguous, at least ``form.image_bytes``
 
 
 class Header(NamedTuple):
-    """What an image says of itself; ``checksums`` has one for each segment."""
+    """The content of an image's header; ``checksums`` has one for each segment."""
 
     key: bytes
     generation: int
@@ -44,7 +46,7 @@ def checksum(data: Any, seed: int = 0) -> int:
         import xxhash  # a name from it would take longer than the checksum of a key
     except ImportError:
         raise StoreError(
-            "A store was asked for, and xxhash, which checks its blocks, was not found; install it "
+            "A block store needs xxhash for its checksums, and it is not installed; install it "
             "by `pip install portakv[storage]`."
         ) from None
     return xxhash.xxh3_64_intdigest(data, seed=seed & (1 << 64) - 1)
@@ -75,8 +77,10 @@ def predecessor(row: Row) -> int:
 
 
 def header(row: Row, form: BlockForm) -> Header | str:
-    """What the header of an image says, or why it is none of this form. The caller compares the key
-    and the generation with those that it expects; nothing looks at the payload."""
+    """Return the content of an image's header, or why the image is not of this form.
+
+    The caller compares the key and the generation with the expected ones. The payload is not read.
+    """
     if _SEAL.unpack_from(row.data, _END)[0] != checksum(row[:_END]):
         return "its header has a broken seal"
     magic, digest, key, generation, *numbers = _BODY.unpack_from(row.data)
@@ -89,8 +93,12 @@ def header(row: Row, form: BlockForm) -> Header | str:
 def verify(
     row: Row, form: BlockForm, checksums: Ints, generation: int, segments: Ints | None = None
 ) -> bool:
-    """Whether some segments of a payload (numbers in ``form.segments``; None: all) are what was
-    sealed under this generation; ``checksums`` has one for each segment of the form."""
+    """Return True if segments of a payload have the checksums that were sealed under this
+    generation.
+
+    ``segments``: numbers in ``form.segments``; None: all. ``checksums`` has one for each segment of
+    the form.
+    """
     pieces = _pieces(row, form)
     wanted = range(len(form.segments)) if segments is None else segments
     return all(checksum(pieces[i], generation) == checksums[i] for i in wanted)

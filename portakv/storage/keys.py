@@ -16,8 +16,11 @@ from portakv.errors import InvalidTerms, Unsupported
 
 
 def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
-    """Keys of 32 bytes; shorter ones get zeros behind them. Raises `InvalidTerms` for a key above
-    32 bytes, or below 16 (1 if ``weak_keys``): two of few bits meet in one store."""
+    """Return keys of 32 bytes; shorter keys get trailing zeros.
+
+    Raises `InvalidTerms` for a key above 32 bytes, or below 16 (below 1 if ``weak_keys``): two
+    short keys may be equal in one store.
+    """
     flag("weak_keys", weak_keys)
     result = items("keys", keys, "bytes")
     least = 1 if weak_keys else 16
@@ -34,7 +37,7 @@ def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
 
 
 def prefix_keys(
-    tokens: Any, block_size: int, salt: bytes = b"", extra: Sequence[bytes] | None = None
+    tokens: object, block_size: int, salt: bytes = b"", extra: Sequence[bytes] | None = None
 ) -> list[bytes]:
     """The keys of all whole blocks: SHA-256 of the previous key, tokens as little-endian u32, and
     ``extra`` of the block (of a LoRA, an image). The ``salt`` keeps tenants apart."""
@@ -47,13 +50,13 @@ def prefix_keys(
     return keys[1:]
 
 
-def lmcache_keys(tokens: Any, block_size: int = 256) -> list[bytes]:
+def lmcache_keys(tokens: object, block_size: int = 256) -> list[bytes]:
     """The keys of LMCache's server of many processes, in chunks (`TokenHasher` of 0.5.6)."""
     try:
         from blake3 import blake3
     except ImportError:
         why = "blake3 was not found; install it by `pip install blake3`"
-        raise Unsupported("The keys of LMCache were asked for", why) from None
+        raise Unsupported("The keys of LMCache", why) from None
     keys = [blake3(bytes(12)).digest()]  # of int64 0 and the token 0
     for block, _ in _blocks(tokens, block_size, ">u4"):
         keys.append(blake3(keys[-1] + block).digest())
@@ -61,10 +64,16 @@ def lmcache_keys(tokens: Any, block_size: int = 256) -> list[bytes]:
 
 
 def vllm_keys(
-    tokens: Any, block_size: int, seed: str = "vllm-none-hash", extra: Sequence[Any] | None = None
+    tokens: object,
+    block_size: int,
+    seed: str = "vllm-none-hash",
+    extra: Sequence[object] | None = None,
 ) -> list[bytes]:
-    """The keys of vLLM by ``sha256_cbor``. ``seed`` is PYTHONHASHSEED of its processes, by default
-    what 0.33 takes without it; ``extra`` are for each block its extra keys, a tuple or None."""
+    """Return the keys that vLLM makes by ``sha256_cbor``.
+
+    ``seed``: the PYTHONHASHSEED of its processes, by default the seed that vLLM 0.33 takes without
+    it. ``extra``: the extra keys of each block, a tuple or None.
+    """
     text("seed", seed, least=0)  # a number would be another seed
     keys = [sha256(_cbor(seed)).digest()]
     for number, (block, more) in enumerate(_blocks(tokens, block_size, "<u4", extra)):
@@ -80,7 +89,7 @@ def vllm_keys(
 
 
 def _blocks(
-    tokens: Any, block_size: int, dtype: str, extra: Sequence[Any] | None = None
+    tokens: object, block_size: int, dtype: str, extra: Sequence[object] | None = None
 ) -> list[tuple[bytes, Any]]:
     """Return the tokens of each whole block as bytes, and its extra."""
     ids = _ids(tokens)
@@ -100,7 +109,7 @@ def _blocks(
     return [(written[step * at : step * (at + 1)], more[at]) for at in range(count)]
 
 
-def _ids(tokens: Any) -> npt.NDArray[Any]:
+def _ids(tokens: object) -> npt.NDArray[Any]:
     """Return tokens as an array of numbers that 32 bits hold."""
     expected = "a list of whole numbers from 0 to 2**32-1 on the host"
     do = "Pass the ids of one prompt."
@@ -118,7 +127,7 @@ def _ids(tokens: Any) -> npt.NDArray[Any]:
     return ids
 
 
-def _cbor(value: Any, kind: int = 0) -> bytes:
+def _cbor(value: object, kind: int = 0) -> bytes:
     """Canonical CBOR of None, booleans, whole numbers, bytes, text, and lists of these."""
     if value is None or isinstance(value, bool):
         return {False: b"\xf4", True: b"\xf5", None: b"\xf6"}[value]

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why blocks of a load or a save did not land: tiers report a reason for each block, and the
-handle's error counts them."""
+"""Collect the reasons why blocks of a load or a save did not land.
+
+Tiers report a reason for each block, and the handle's error counts them.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from portakv.graph.graph import Task
+from portakv.graph.task import Mask, Task
 
 #: The bytes came and are wrong, or the device has lost them.
 DAMAGED = "damaged"
@@ -31,8 +33,11 @@ FAILED = "failed"
 
 
 class Reason(NamedTuple):
-    """Why a tier did not read or write a block: one of the words above; path or URL of the tier,
-    with details if there are any."""
+    """A reason of a tier for a block that it did not read or write.
+
+    ``kind`` is one of the words above; ``where`` is the path or URL of the tier, with details if
+    there are any.
+    """
 
     kind: str
     where: str
@@ -43,7 +48,7 @@ Report: TypeAlias = Callable[[bytes, Reason], object]
 
 
 def ignore(_: bytes, __: Reason) -> None:
-    """Report to no one."""
+    """Ignore a report."""
 
 
 class Reasons:
@@ -64,25 +69,25 @@ class Reasons:
 
 
 class Explanation:
-    """Why blocks of a call did not land, for the error of its handle.
+    """The reasons for the blocks of a call that did not land, for the error of its handle.
 
     Attributes:
         sources: the reasons of each transfer that the call follows.
-        tasks: what moves blocks for the call, with the numbers of these among its blocks and
-            among those of the task.
-        located: which blocks some tier had when the call was planned, bool ``[blocks]``; None for
+        tasks: the tasks that move blocks for the call, with the numbers of these among its blocks
+            and among those of the task.
+        located: the blocks that a tier had when the call was planned, bool ``[blocks]``; None for
             a save.
-        kept_in: where a save puts blocks, from which they may be evicted before it ends.
+        kept_in: the tier of a save, which may evict blocks before the save ends.
     """
 
     def __init__(self, keys: Sequence[bytes]) -> None:
         self._keys = keys
         self.sources: list[Reasons] = []
         self.tasks: list[tuple[Task, Sequence[int], Sequence[int]]] = []
-        self.located: Any = None
-        self.kept_in = ""
+        self.located: Mask | None = None
+        self.saved_in = ""
 
-    def sentence(self, landed: Any) -> str:
+    def sentence(self, landed: Mask) -> str:
         """Return the reasons with their counts, the most frequent first; empty if none is known
         for the blocks that did not land."""
         unrun, untaken = self._by_nodes(landed)
@@ -91,23 +96,23 @@ class Explanation:
             if landed[number]:
                 continue
             result = [*self._reasons(number, key), *unrun.get(number, ())]
-            if not result and self.kept_in and number not in untaken:
-                result = [Reason(EVICTED, self.kept_in)]
+            if not result and self.saved_in and number not in untaken:
+                result = [Reason(EVICTED, self.saved_in)]
             counts.update(result)
         return ", ".join(
             f"{count} {reason.kind} ({reason.where})" for reason, count in counts.most_common()
         )
 
-    def _by_nodes(self, landed: Any) -> tuple[dict[int, dict[Reason, None]], set[int]]:
-        """Return of blocks that did not land why tasks did not run for them, and those that a task
-        ran for in vain."""
+    def _by_nodes(self, landed: Mask) -> tuple[dict[int, dict[Reason, None]], set[int]]:
+        """Return why tasks did not run for blocks that did not land, and the blocks whose task ran
+        without success."""
         unrun: dict[int, dict[Reason, None]] = {}
         untaken = set[int]()
         for task, blocks, rows in self.tasks:
             pairs = zip(blocks, rows, strict=True)
             missing = [(block, row) for block, row in pairs if not landed[block]]
             if task.state != "landed":
-                reason = Reason(task.state, task.queue.name)
+                reason = Reason(task.state, task.queue.name if task.queue else "")
                 for block, _ in missing:
                     unrun.setdefault(block, {})[reason] = None
             else:

@@ -11,6 +11,7 @@ from math import gcd
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.arguments import naming, shown
@@ -24,21 +25,22 @@ from portakv.view import Index, KVView
 from portakv.view.index import IdList
 
 _PAGE = 4096
-# groups of what is kept
+# groups of cached rows
 _USED = "used"
 _UNUSED = "prefetched and not used"
 
 
 class Rows:
-    """At most ``staging`` rows are lent at once and at most ``host`` are kept, so no transfer waits
-    for what is kept. All calls are quick, and may come from any thread.
+    """Rows of host memory: staging buffers, and the host tier.
+
+    At most ``staging`` rows are lent at a time and at most ``host`` rows are cached, so no transfer
+    waits for cached rows. No call blocks, and any thread may call.
 
     Attributes:
         tensor: uint8 ``[staging + host, row_bytes]``, at a multiple of 4,096 bytes.
         array: the same, of numpy.
-        memory: its address and bytes, for an engine to register; pinned: False if it is pageable.
-        most: rows that one lease may have.
-        evicted: rows that lost their key to another one's.
+        memory: its address and bytes, for an I/O engine to register; pinned: False if pageable.
+        most: rows that one lease may have. evicted: rows that lost their key to another key.
     """
 
     def __init__(self, row_bytes: int, staging: int, host: int, pin: bool = True) -> None:
@@ -59,18 +61,18 @@ class Rows:
             first = -space.data_ptr() % _PAGE
             self.tensor = space[first : first + nbytes].view(-1, row_bytes)
         self.memory = ((self.tensor.data_ptr(), nbytes),)
-        self.array: Any = self.tensor.numpy()
+        self.array: npt.NDArray[np.uint8] = self.tensor.numpy()
         self._chains = Chains[bytes]()  # the keys that have a row, in two groups
-        self._lock = self._chains.lock  # nothing is called while it is held
+        self._lock = self._chains.lock  # no call is made while it is locked
         self._free = deque(range(self.staging + self.host))
-        self._lent: dict[int, bool] = {}  # whether it is lent to a store
-        self._kept = dict[bytes, int]()
-        self._unused = set[bytes]()  # prefetched, and not found since
+        self._lent: dict[int, bool] = {}  # True if it is lent to a save
+        self._cached = dict[bytes, int]()
+        self._unused = set[bytes]()  # prefetched, and not used since
         self._pins: Counter[int] = Counter()
-        self._names = dict[int, bytes]()  # of rows that are pinned
+        self._names = dict[int, bytes]()  # names of pinned rows
 
     def take(self, count: int, store: bool) -> list[int] | None:
-        """So many rows for a transfer, all or none; stores have at most `most` of them in sum."""
+        """Return rows for a transfer, all or none; saves have at most `most` of them together."""
         with self._lock:
             stores = sum(self._lent.values()) + count if store else 0
             if stores > self.most or len(self._lent) + count > self.staging:
@@ -80,7 +82,7 @@ class Rows:
             return items
 
     def give(self, items: Sequence[int]) -> None:
-        """The end of a transfer: its rows that it did not `keep` are free."""
+        """End a transfer: its rows that it did not `keep` become free."""
         with self._lock:
             self._free.extend(item for item in items if self._lent.pop(item, None) is not None)
 
@@ -93,16 +95,17 @@ class Rows:
         follows: int = FIRST,
         evict: bool = True,
     ) -> bool:
-        """Keep a lent row under a key that follows a mark, in place of the row that goes next.
+        """Cache a lent row under a key that follows a mark, in place of the next row to evict.
 
-        False if the key has a row, or no row may go: none does without ``evict``, and none whose
-        place in ``own`` comes first, which are a call's blocks by the last 32 bytes of their keys.
-        Half of the rows at most were ``prefetched`` and not found yet."""
+        Returns False if the key has a row, or no row may be evicted. Without ``evict`` none may. A
+        row whose key is earlier in the same call may not: ``own`` maps the last 32 bytes of the
+        call's keys to positions. At most half of the rows are ``prefetched`` and not used yet.
+        """
         with self._lock:
-            if not self.host or key in self._kept:
+            if not self.host or key in self._cached:
                 return False
             crowded = prefetched and len(self._unused) >= max(1, self.host // 2)
-            if crowded or len(self._kept) >= self.host:
+            if crowded or len(self._cached) >= self.host:
                 victim = self._chains.next(_UNUSED if crowded else None)
                 if victim is None or not evict:
                     return False
@@ -110,7 +113,7 @@ class Rows:
                     return False
                 self._drop(victim)
             del self._lent[item]
-            self._kept[key] = item
+            self._cached[key] = item
             if prefetched:
                 self._unused.add(key)
             group = _UNUSED if prefetched else _USED
@@ -118,16 +121,16 @@ class Rows:
             return True
 
     def _drop(self, key: bytes) -> None:
-        """Take the row of a key from it."""
+        """Evict the row of a key."""
         self._chains.remove(key)
         self._unused.discard(key)
-        self._free.append(self._kept.pop(key))
+        self._free.append(self._cached.pop(key))
         self.evicted += 1
 
     def find(self, key: bytes) -> int | None:
         """Return the row of a key, which stays until `unpin`; None if it has none."""
         with self._lock:
-            item = self._kept.get(key)
+            item = self._cached.get(key)
             if item is None:
                 return None
             if key in self._unused:
@@ -139,7 +142,7 @@ class Rows:
             return item
 
     def unpin(self, items: Sequence[int]) -> None:
-        """End what `find` began."""
+        """Release the pin of `find`."""
         with self._lock:
             for item in items:
                 self._pins[item] -= 1
@@ -148,14 +151,16 @@ class Rows:
                     self._chains.unpin(self._names.pop(item))
 
     def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
-        """Note that keys were used, the first one last, so that a prefix outlives its suffix.
-        ``follows``: what each of them follows, for those of which it is not known yet."""
+        """Record the use of keys, the first key last, so that a prefix outlives its suffix.
+
+        ``follows``: the predecessor of each key, for keys whose predecessor is not known yet.
+        """
         with self._lock:
             for key in reversed(keys):
-                if key in self._kept:
+                if key in self._cached:
                     self._chains.touch(key)
             for key, mark in zip(keys, follows, strict=False):
-                if key in self._kept:
+                if key in self._cached:
                     self._chains.learn(key, _mark(key, mark))
 
     def by_use(self) -> list[bytes]:
@@ -164,22 +169,25 @@ class Rows:
             return self._chains.by_use()
 
     def crowded(self, own: Mapping[bytes, int]) -> bool:
-        """Return whether the next row to go is one of a call's (see `keep`)."""
+        """Return True if the next row to evict belongs to a call (see `keep`)."""
         with self._lock:
             return (self._chains.next() or b"")[-32:] in own
 
     def has(self, key: bytes) -> bool:
-        """Whether a key has a row."""
-        return key in self._kept
+        """Return True if a key has a row."""
+        return key in self._cached
 
     def counts(self) -> dict[str, int]:
-        """Rows by what they are."""
-        return {"free": len(self._free), "lent": len(self._lent), "kept": len(self._kept)}
+        """Return the number of rows by their state."""
+        return {"free": len(self._free), "lent": len(self._lent), "kept": len(self._cached)}
 
 
 def _mark(key: bytes, mark: int) -> Hashable:
-    """Return the mark of a block among those of all forms. A row knows no release that did not note
-    predecessors: a block that has none begins a prompt."""
+    """Return the mark of a block among those of all forms.
+
+    A block without a predecessor begins a prompt: rows exist only in releases that note
+    predecessors.
+    """
     return FIRST if mark in (FIRST, UNKNOWN) else (key[:-32], mark)
 
 
@@ -190,8 +198,11 @@ def _ids(blocks: IdList) -> Any:
 
 
 class Crossing:
-    """Copies between rows, seen as ``inner``, and ``blocks`` of a view, whose tokens are ``many``
-    stored blocks of ``size`` tokens. Refuses at once what can never be carried out."""
+    """Copies between rows, seen as ``inner``, and ``blocks`` of a view.
+
+    ``many`` stored blocks of ``size`` tokens name the view's tokens. Rejects impossible copies
+    immediately.
+    """
 
     def __init__(
         self, inner: KVView, view: KVView, blocks: IdList, many: int, size: int, store: bool = False
@@ -221,15 +232,17 @@ class Crossing:
         self._step = gcd(whole, size)
         split = (ids[:, None] * (whole // self._step) + np.arange(whole // self._step)).reshape(-1)
         self._fine = split[: many * size // self._step].reshape(many, size // self._step)
-        self._behind = StreamFence(view.device)
+        self._after = StreamFence(view.device)
         self.copy(inner, view, [], [])
 
     def copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> None:
-        """Copy blocks between rows ``items`` and places ``at`` of the view, each side seen as a
-        view, and wait for the end: on a device on a stream of this thread's own, behind what the
-        maker's stream held."""
+        """Copy blocks between rows ``items`` and places ``at`` of the view, and wait for the end.
+
+        Each side has its own view. On a device the copy uses a private stream of this thread, after
+        the work that the maker's stream had.
+        """
         dst = Index(np.array(items, np.int64), step=self._size)
         src = Index(self._fine[np.array(at, np.int64)].reshape(-1), step=self._step)
         sides = (outer, inner, src, dst) if self._store else (inner, outer, dst, src)
-        with torch.inference_mode(False), self._behind.inside():
+        with torch.inference_mode(False), self._after.inside():
             copy_rows(*sides).synchronize()

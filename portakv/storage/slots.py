@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots: one folder of a disk tier. Blocks of one form lie in the slots of one file, and a sealed
-record of each in another, written in an order that a kill at any place leaves right."""
+"""Slots: one folder of a disk tier.
+
+Blocks of one form lie in the slots of one file. A sealed record of each block lies in another file.
+The order of the writes leaves both consistent after a kill at any moment.
+"""
 
 from __future__ import annotations
 
@@ -52,28 +55,33 @@ from portakv.storage.table import (
     write_record,
 )
 
-# bytes of a header; how many of them are read at once
+# bytes of a header; the number of headers that are read together
 PAGE = 4096
 BATCH = 256
 _LEAST_GROWTH = 1 << 20  # bytes of the first slots
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PATIENCE = 2.0  # seconds
 Track = Callable[[Sequence[int], str], Iterable[int]]
-Place = tuple[int, Header]  # the slot of a block, and what its image must say
+Place = tuple[int, Header]  # the slot of a block, and the expected content of its image
 
 
 class Slots:
-    """The blocks of ``form`` in ``folder``, whose parent is claimed, in at most ``room`` bytes
-    (None: as large as it is, not made, and nothing is claimed). Opening allocates nothing: `take`
-    allocates slots when none is free. ``track`` shows how far a recovery is: it passes the items on
-    of a sequence with a name. ``chains`` has the blocks of all folders of the form, and chooses
-    those that go; by default of this folder alone. ``space`` bounds all forms of the parent; by
-    default only the file system bounds them.
+    """The blocks of ``form`` in ``folder``, whose parent is claimed.
 
-    Raises `StoreBusy` if another store has the folder, or a killed one's I/O; else `StoreError`.
-    Attributes: ``index``, slots by key, to be read only; ``count``, allocated slots; ``limit``, as
-    many as there may be; ``broken``, ``evicted`` slots; ``generation``, the highest found; ``fd``
-    of the blocks, ``direct`` if it goes past the page cache; ``notes``, sentences for `explain`.
+    The slots have at most ``capacity`` bytes. None: as large as the files are; then nothing is
+    created or claimed. Opening allocates nothing: `take` allocates slots when none is free.
+    ``track`` shows the progress of a recovery: it passes the items of a sequence with a name on.
+    ``chains`` has the blocks of all folders of the form and chooses the blocks to evict; by default
+    of this folder alone. ``space`` bounds all forms of the parent; by default only the file system
+    does.
+
+    Raises `StoreBusy` if another store has the folder, or I/O of a killed store; else `StoreError`.
+
+    Attributes:
+        index: slots by key, to be read only; count: allocated slots; limit: the most slots.
+        broken: faulty slots; evicted: evicted blocks; generation: the highest one found.
+        fd: the file of the blocks; direct: True if it bypasses the page cache.
+        notes: sentences for `explain`.
     """
 
     def __init__(
@@ -98,7 +106,7 @@ class Slots:
         self._fits = False  # whether the other forms leave the room that the bound promises
         self.index = dict[bytes, int]()
         self._pins: Counter[int] = Counter()
-        # Slots that are being written: the keys of their blocks, and what these follow.
+        # Slots that are being written: the keys of their blocks, and their predecessors.
         self._taken = dict[int, tuple[bytes, int]]()
         self._written = threading.Condition(self._change)
         self.siblings: Sequence[Slots] = ()  # of all folders of the form, once they are open
@@ -124,12 +132,12 @@ class Slots:
             self._claim = claim(self.folder.parent)
             os.makedirs(self.folder, 0o700, exist_ok=True)
         check_folder(self.folder)
-        result = self._form_found()
+        result = self._form_present()
         self.fd = lock(self.folder / "slots")  # the very file of the I/O
         if self.fd < 0:
             raise StoreBusy(
-                f"The store's folder {self.folder} was asked for, and what a process began there "
-                f"before it was killed has not landed; try again soon."
+                f"Expected the store's folder {self.folder} without I/O in flight, got some of a "
+                f"process that was killed. Try again soon."
             )
         nbytes = os.fstat(self.fd).st_size
         known = nbytes // size
@@ -141,14 +149,15 @@ class Slots:
                     f"Expected room for a block in {self.folder}, got {space} bytes; a block takes "
                     f"{size}. Increase the capacity."
                 )
-            os.utime(self.fd)  # of forms that nobody opens to save, the oldest gives way first
+            # Of forms that no store opens to save, the oldest gives space back first.
+            os.utime(self.fd)
         self.count = known
         if space is not None or result is None:
             self._write_form(new=result is None)
 
         self._table = open_file(table, OPEN)
         old = records_in(self.folder, self.form, known)
-        os.ftruncate(self._table, old.nbytes)  # records of slots that are no more
+        os.ftruncate(self._table, old.nbytes)  # records of slots that do not exist any more
         if nbytes > known * size:  # a call that changes nothing would change the time of last use
             os.ftruncate(self.fd, known * size)
         # For all slots that there may be: growth moves no record that is being written, and the
@@ -186,13 +195,13 @@ class Slots:
                 try:
                     return self._tell(file.name, text, must=True)
                 except OSError as error:
-                    if error.errno not in _FULL or not self._space.give_way(self.folder, PAGE):
+                    if error.errno not in _FULL or not self._space.yield_space(self.folder, PAGE):
                         raise
         except BaseException:
             file.with_name(f"{file.name}.new").unlink(missing_ok=True)
             if not os.fstat(self.fd).st_size:
                 (self.folder / "slots").unlink(missing_ok=True)
-            with suppress(OSError):  # it holds what is not a store's
+            with suppress(OSError):  # it contains files of other programs
                 self.folder.rmdir()
             raise
 
@@ -207,7 +216,7 @@ class Slots:
             self.direct = False
             self.notes.append(f"{self.folder} refuses O_DIRECT ({error.strerror}): it is buffered.")
 
-    def _form_found(self) -> BlockForm | None:
+    def _form_present(self) -> BlockForm | None:
         """Return the form of form.json, None for a new folder. Refuses another form."""
         try:
             result = form_in(self.folder)
@@ -226,23 +235,23 @@ class Slots:
         return result
 
     def _recover(self, engine: Engine, track: Track, records: int) -> None:
-        """Enter what sealed records tell; a slot with a bad record is asked for its header."""
+        """Register the blocks of sealed records; check the header of a slot with a bad record."""
         words = self._records[: self.count]
         size = self.form.image_bytes
         used = np.flatnonzero(words.any(1)).tolist()
         seals = words[:, -1].tolist()
         good = {i for i in track(used, "records") if checksum(words[i, :-1], i) == seals[i]}
-        # A table of zeros is a new one, or was lost.
+        # A table of zeros is new, or was lost.
         torn = [*{*used}.difference(good), *range(records if used else 0, self.count)]
         pages = np.frombuffer(mmap.mmap(-1, BATCH * PAGE), np.uint8).reshape(BATCH, PAGE)
         result = list[tuple[int, Header, int]]()
         for first in track(range(0, len(torn), BATCH), "headers"):
-            if abandoned():  # nobody waits for this store any more
+            if abandoned():  # no caller waits for this store any more
                 raise KeyboardInterrupt
             part = list(zip(torn[first : first + BATCH], pages, strict=False))
             asks = [Request(self.fd, i * size, p.ctypes.data, PAGE, False) for i, p in part]
             for (slot, page), moved in zip(part, engine.run(asks), strict=True):
-                if moved < 0 and -moved not in LOST:  # what is there may be good
+                if moved < 0 and -moved not in LOST:  # the stored block may be good
                     raise OSError(-moved, os.strerror(-moved))
                 reported = header(page, self.form) if moved == PAGE else "it cannot be read"
                 words[slot] = 0
@@ -253,16 +262,19 @@ class Slots:
         self._enter_blocks()
 
     def _enter_blocks(self) -> None:
-        """Enter the blocks of all records: in the order of use that `close` left, or the older
-        first, of several of one save the last first."""
+        """Register the blocks of all records, in the order of use that `close` left, or else older
+        ones first.
+
+        Of several blocks of one save the last comes first.
+        """
         words = self._records[: self.count]
         slots = np.flatnonzero(words[:, SEGMENTS])
         slots = slots[np.lexsort((-slots, words[slots, GENERATION]))]
         self.generation = int(words[slots, GENERATION].max(initial=0))
         text = words[slots, :GENERATION].tobytes()
         keys = [text[at : at + 32] for at in range(0, len(text), 32)]
-        newest = dict(zip(keys, slots.tolist(), strict=True))  # of two records of one key
-        with self._change:  # a block that an earlier folder has lies in that one alone
+        newest = dict(zip(keys, slots.tolist(), strict=True))  # one of two records of one key
+        with self._change:  # a block that an earlier folder has stays in that folder alone
             buffer = {slot: key for key, slot in newest.items() if key not in self.chains}
         for slot in {*slots.tolist()}.difference(buffer):
             self._put(slot)
@@ -293,8 +305,10 @@ class Slots:
             return self.chains.by_use(self.folder)
 
     def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
-        """Note that a prefix was used, its last block first. ``follows``: what each of the blocks
-        follows, for those of which it is not known yet."""
+        """Record the use of a prefix, its last block first.
+
+        ``follows``: the predecessor of each block, for blocks whose predecessor is not known yet.
+        """
         with self._change:
             for key in reversed(keys):
                 if key in self.index:
@@ -342,14 +356,17 @@ class Slots:
         follows: int = UNKNOWN,
         evict: bool = True,
     ) -> int | None:
-        """Return a slot for a block that follows a mark, its record empty. The predecessor stays
-        until the slot is sealed or given back.
+        """Return a slot with an empty record for a block that follows a mark.
 
-        None if no slot is free, none can be allocated and none may be freed: not without
-        ``evict``, not if the next block to go comes before this one in ``own``, the blocks of its
-        call, or all have pins or successors; also if the table cannot be written. Waits while a
-        later block of ``own`` is being written, which may go then, unless no write ends for
-        `_PATIENCE` seconds: calls that name the same keys in other orders wait for each other."""
+        The predecessor stays until the slot is sealed or given back. Returns None if no slot is
+        free, none can be allocated and none may be evicted, or if the table cannot be written. No
+        slot may be evicted without ``evict``, if the next block to evict is earlier in ``own``, the
+        blocks of the call, or if all blocks have pins or successors.
+
+        Waits while a later block of ``own`` is being written, because it may be evicted then. Stops
+        waiting if no write ends for `_PATIENCE` seconds: calls that name the same keys in other
+        orders would wait for each other.
+        """
         with self._change:
             if self.fd < 0:
                 return None
@@ -374,8 +391,10 @@ class Slots:
         return slot
 
     def fit(self, siblings: Sequence[Slots] = ()) -> None:
-        """Give back the slots above the limit, as after a change of it. ``siblings``: the slots of
-        all folders of the form, whose blocks may follow from each other."""
+        """Give back the slots above the limit, as after a change of the limit.
+
+        ``siblings``: the slots of all folders of the form, whose blocks may follow each other.
+        """
         self.siblings = siblings
         try:
             with self._change:
@@ -384,9 +403,11 @@ class Slots:
             raise unusable(self.folder, error) from error
 
     def cut(self, nbytes: int) -> bool:
-        """Give back the empty slots at the end of the file, or if there are none slots of so many
-        bytes or more, with the blocks there and those that follow from them. Slots below one that
-        is pinned or being written stay. Return whether slots went."""
+        """Give back the empty slots at the end of the file, or else slots of so many bytes or more.
+
+        The blocks there go, and their successors with them. Slots below one that is pinned or being
+        written stay. Returns True if slots went.
+        """
         with self._change:
             if self.fd < 0:
                 return False
@@ -397,7 +418,7 @@ class Slots:
             return self.count < before
 
     def _past_used(self) -> int:
-        """Return the number of the slot after the last one that is not free."""
+        """Return the number of the slot after the last slot that is not free."""
         free = {*self._free}
         past = self.count
         while past - 1 in free:
@@ -405,9 +426,11 @@ class Slots:
         return past
 
     def _cut(self, keep: int) -> None:
-        """Give back the slots from ``keep`` on that lie above all that are pinned or being
-        written, or lead to blocks that are being written. Blocks in all folders that follow from
-        those in these slots go with them."""
+        """Give back the slots from ``keep`` on that lie above all slots in use.
+
+        A slot is in use if it is pinned, is being written, or leads to a block that is being
+        written. All successors of the evicted blocks go with them, in all folders.
+        """
         keep = max(keep, 0, *(slot + 1 for slot in [*self._pins, *self._taken]))
         if keep >= self.count:
             return
@@ -438,7 +461,7 @@ class Slots:
         step = min(max(self.count * size, _LEAST_GROWTH), EXTENT)
         more = min(max(step // size, 1), self.limit - self.count)
         while more > 0:
-            more = self._space.room(self.folder, size, more * size) // size
+            more = self._space.allowance(self.folder, size, more * size) // size
             if not more:
                 return
             past = self.count + more
@@ -449,7 +472,7 @@ class Slots:
                     return
                 if more > 1:
                     more //= 2
-                elif not self._space.give_way(self.folder, size + width):
+                elif not self._space.yield_space(self.folder, size + width):
                     return
                 continue
             first = self.count
@@ -461,13 +484,13 @@ class Slots:
             return
 
     def _mark_table(self) -> None:
-        """Seal the record of a free slot: from now on a table of zeros is one that was lost."""
+        """Seal the record of a free slot: from now on a table of zeros means a lost table."""
         if self._free:
             self._put(self._free[0])
 
     def _evict(self, key: bytes, own: Mapping[bytes, int]) -> bool:
-        """Evict a block for another one, unless the other one comes after it in its call; return
-        whether one went."""
+        """Evict a block for another one, unless it is earlier in the call; return True if one
+        went."""
         victim = self.chains.next(self.folder)
         if victim is None or (victim in own and own[victim] <= own[key]):
             return False
@@ -476,7 +499,7 @@ class Slots:
         return True
 
     def _later_are_written(self, key: bytes, own: Mapping[bytes, int]) -> bool:
-        """Return whether blocks are being written that come after one in its call."""
+        """Return True if blocks are being written that come after one in its call."""
         return key in own and any(own.get(x, -1) > own[key] for x, _ in self._taken.values())
 
     def _end_write(self, slot: int) -> None:
@@ -486,7 +509,8 @@ class Slots:
         self._written.notify_all()
 
     def seal(self, slot: int, key: bytes, generation: int, checksums: Sequence[int]) -> bool:
-        """Enter a block whose image was written; False if its record cannot be."""
+        """Register a block whose image was written; return False if its record cannot be
+        written."""
         if not self.direct:
             size = self.form.image_bytes
             os.posix_fadvise(self.fd, slot * size, size, os.POSIX_FADV_DONTNEED)
@@ -496,7 +520,8 @@ class Slots:
             return False
         with self._change:
             self._end_write(slot)
-            # Of two records of a block only one stays, or a later start could enter the other one.
+            # Only one of two records of a block stays, or a later start could register the other
+            # one.
             before = self.index.get(key)
             elsewhere = before is None and key in self.chains  # in another folder
             newer = before is not None and int(self._records[before, GENERATION]) > generation
@@ -512,7 +537,7 @@ class Slots:
         return True
 
     def give(self, slot: int, broken: bool = False) -> None:
-        """Give a taken slot back; a broken one is not used again."""
+        """Give a taken slot back; a faulty slot is not used again."""
         with self._change:
             self._end_write(slot)
             self.broken += broken
@@ -520,7 +545,7 @@ class Slots:
                 self._free.append(slot)
 
     def close(self, sync: bool = True) -> None:
-        """Put all on the device, with the order of last use, and let go of the folder."""
+        """Make all blocks and the order of last use durable, and release the folder."""
         files = [fd for fd in (self.fd, self._table, self._claim) if fd >= 0]
         self.fd = self._table = self._claim = -1
         if sync and files:
@@ -531,8 +556,10 @@ class Slots:
                     act(fd)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        """Release the folder of a store that nobody closed, since its `close` was interrupted. At
-        the interpreter's end what this would call is gone, and the kernel releases the folder."""
+        """Release the folder of a store whose `close` was interrupted.
+
+        At the interpreter's end the needed functions are gone, and the kernel releases the folder.
+        """
         if not ending():
             self.close(sync=False)
 
@@ -581,8 +608,10 @@ class Slots:
 
 
 def claim(folder: Path) -> int:
-    """Take a folder of a disk tier for one store, which has it until this descriptor is closed. A
-    queue is followed. Raises `StoreBusy` if another store has it."""
+    """Claim a folder of a disk tier for one store, until this descriptor is closed.
+
+    A queue is followed. Raises `StoreBusy` if another store has the folder.
+    """
     return uninterrupted(partial(_claim, folder), undo=os.close)
 
 
@@ -595,9 +624,9 @@ def _claim(folder: Path) -> int:
     if (fd := lock(folder / "lock")) < 0:
         own = folder.resolve() in {x.folder.parent.resolve() for x in _opened if x._claim >= 0}
         raise StoreBusy(
-            f"The store's folder {folder} was asked for, and "
-            f"{'this process' if own else holder(folder)} has it open already; one store may. "
-            f"Close that one, or give this one a folder of its own."
+            f"Expected the store's folder {folder} to be free, got a folder that "
+            f"{'this process' if own else holder(folder)} has open already. Close that store, or "
+            f"pass another folder."
         )
     with suppress(OSError):  # the device is full
         os.ftruncate(fd, os.pwrite(fd, str(os.getpid()).encode(), 0))

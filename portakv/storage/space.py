@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Space` holds one bound over the slots of all forms in a folder of a disk tier."""
+"""`Space` bounds the slots of all forms in a folder of a disk tier."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from portakv.storage.files import OPEN, form_in, lock, open_file
 from portakv.storage.form import BlockForm
 from portakv.storage.table import SEGMENTS, Records, Successions, cut_tail, empty, records_in
 
-EXTENT = 64 << 20  # bytes that a form grows or shrinks by at most at one time
+EXTENT = 64 << 20  # the most bytes by which a form grows or shrinks at a time
 _NO_BOUND = (1 << 63) - 1
 
 
@@ -28,7 +28,7 @@ class Reader(Protocol):
     fd: int  # negative: closed
 
     def cut(self, nbytes: int) -> bool:
-        """Give slots back, of so many bytes if there are some; return whether slots went."""
+        """Give slots back, of so many bytes if there are some; return True if slots went."""
 
 
 class _File(NamedTuple):
@@ -40,13 +40,13 @@ class _File(NamedTuple):
 
 
 class Space:
-    """The ``capacity`` in bytes of all slots in ``folder``, which the caller has claimed.
+    """The bound ``capacity``, in bytes, of all slots in ``folder``, which the caller has claimed.
 
-    A form that grows asks for room. If the bound or the file system leaves none, other forms give
-    slots back from the end of their files: closed forms first, of these the one that no store
-    opened to save for the longest time; then ``readers``, the forms that this store has open to
-    read. Empty slots at the end of a file go before slots with blocks. With a block go all blocks
-    that follow from it, also those in ``others``, the claimed folders of the same tier.
+    A form that grows requests space. If the bound or the file system leaves none, other forms give
+    slots back from the end of their files. Closed forms go first, the one that was not opened to
+    save for the longest time at the front; then ``readers``, the forms that this store has open to
+    read. Empty slots at the end of a file go before slots with blocks. All successors of an evicted
+    block go with it, also those in ``others``, the claimed folders of the same tier.
     """
 
     def __init__(self, folder: Path, capacity: int = _NO_BOUND) -> None:
@@ -66,12 +66,14 @@ class Space:
         """Make forms other than ``own`` give way while all exceed the bound, as after a change of
         it."""
         while (excess := self._allocated() - self.capacity) > 0:
-            if not self.give_way(own, excess):
+            if not self.yield_space(own, excess):
                 return
 
-    def room(self, own: Path, least: int, most: int) -> int:
-        """Return how many bytes the form ``own`` may allocate, at most ``most``; make others give
-        way if it is less than ``least``."""
+    def allowance(self, own: Path, least: int, most: int) -> int:
+        """Return the bytes that the form ``own`` may allocate, at most ``most``.
+
+        Other forms give slots back if these are less than ``least``.
+        """
         while True:
             about = os.statvfs(self.folder)
             free = self.capacity - self._allocated()
@@ -79,12 +81,12 @@ class Space:
                 free = min(free, about.f_bavail * about.f_frsize)
             if free >= least:
                 return min(free, most)
-            if not self.give_way(own, least - free):
+            if not self.yield_space(own, least - free):
                 return 0
 
-    def give_way(self, own: Path, nbytes: int) -> bool:
-        """Make one form other than ``own`` give slots back, of ``nbytes`` or more if it has them;
-        return whether one did."""
+    def yield_space(self, own: Path, nbytes: int) -> bool:
+        """Make another form than ``own`` give back slots of ``nbytes`` or more; return True if one
+        did."""
         readers = {slots.folder: slots for slots in [*self.readers] if slots.fd >= 0}
         others = [file for file in self._files() if file.folder != own and file.nbytes]
         closed = [file for file in others if file.folder not in readers]
@@ -120,8 +122,10 @@ class Space:
 
 
 def _share(file: _File, nbytes: int) -> int:
-    """Return how many bytes a form gives back when ``nbytes`` are missing: more than these, so that
-    not each new block makes another one give way."""
+    """Return the bytes that a form gives back when ``nbytes`` are missing.
+
+    These are more than ``nbytes``, so that not every new block makes another form give slots back.
+    """
     return max(nbytes, min(EXTENT, file.nbytes // 8))
 
 
@@ -146,9 +150,12 @@ def _open_closed(folder: Path, form: BlockForm, undo: ExitStack) -> _Closed | No
 
 
 def _cut_closed(folder: Path, nbytes: int, others: Sequence[Path]) -> bool:
-    """Cut so many bytes of slots or more from the end of a form that no store has open; 0: only the
-    empty slots there. Blocks that follow from those in these slots go too, also in the same form of
-    ``others``. Return whether slots went; none of a folder that cannot be read."""
+    """Truncate slots of so many bytes or more at the end of a form that no store has open.
+
+    0 bytes: only the empty slots there. All successors of the removed blocks go with them, also in
+    the same form of ``others``. Returns True if slots went. A folder that cannot be read loses
+    none.
+    """
     with ExitStack() as undo:
         try:
             form = form_in(folder)
@@ -184,8 +191,10 @@ def _closed_in(folders: Sequence[Path], form: BlockForm, undo: ExitStack) -> Ite
 
 
 def _past_used(records: Records, count: int) -> int:
-    """Return the number of the slot after the last one with a block; ``count`` if records are
-    missing, as they may be lost."""
+    """Return the number of the slot after the last slot with a block.
+
+    Returns ``count`` if records are missing, because they may be lost.
+    """
     used = np.flatnonzero(records[:, SEGMENTS])
     if len(records) < count or not len(used):
         return count

@@ -12,12 +12,21 @@ import numpy as np
 
 from portakv.arguments import flag, instance, invalid, items, nbytes, one_of, seconds
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
-from portakv.graph.graph import SLACK, Graph, Priority, Task
+from portakv.graph.graph import SLACK, Graph, Priority
 from portakv.graph.handle import Handle, Missing
 from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_keys
-from portakv.storage.plan import ASKED, KEPT, SAVED, Call, InFlight, SharedState, parts_of
+from portakv.storage.plan import (
+    CACHED,
+    LOOKUP_BATCH,
+    SAVED,
+    Call,
+    Ending,
+    InFlight,
+    SharedState,
+    parts_of,
+)
 from portakv.storage.rows import Crossing, Rows
 from portakv.storage.tier import Keys, Tier, TierStore
 from portakv.view import KVView
@@ -27,7 +36,7 @@ from portakv.view.index import IdList
 Full: TypeAlias = Literal["drop", "wait"]
 
 
-def _check_tiers(tiers: object) -> list[Any]:
+def _check_tiers(tiers: object) -> list[Tier]:
     """Return tiers as a list; raise `InvalidTerms` for anything else."""
     result = items("tiers", tiers, "tiers, such as Disk(...)")
     for number, tier in enumerate(result):
@@ -38,24 +47,24 @@ def _check_tiers(tiers: object) -> list[Any]:
 
 
 class BlockStore:
-    """Blocks of one cache in host memory and in tiers, nearest first.
+    """A store of the blocks of one cache, in host memory and in tiers, nearest first.
 
     Args:
-        form: of the blocks that are saved; views hold its layers and heads.
-        staging: bytes of pinned memory that transfers go through; host: bytes of it that keep
-            blocks, the host tier.
-        tiers: `Disk`, `Remote`, or anything with their ``forms`` and ``open``.
-        graph: to share workers with others; by default the store's own.
-        full: what a save does that finds no staging within its slack: ``drop`` or ``wait``.
-        weak_keys: take keys of less than 16 bytes, of which two may meet.
+        form: the form of the saved blocks; views contain its layers and heads.
+        staging: bytes of pinned memory for transfers; host: bytes of it that cache blocks, the
+            host tier.
+        tiers: `Disk`, `Remote`, or an object with their ``forms`` and ``open``.
+        graph: shares workers with other code; by default the store's own graph.
+        full: the action of a save without staging within its slack: ``drop`` or ``wait``.
+        weak_keys: accept keys of less than 16 bytes, of which two may be equal.
 
     Blocks of a view belong to a load until its end: a model that writes them before `Handle.wait`
-    mixes both. A save reads behind what the current stream holds at the call, and until its end.
-    A store is its own context, and closed at the end of it.
+    mixes both. A save reads after the current stream's work at the call, and until its end. A store
+    is a context manager, which closes it at the end.
 
     Raises:
         StoreError, StoreBusy: memory for no block; a tier that cannot be opened; after `close`.
-        InvalidTerms: keys or terms that are none, a key twice in a call, more keys than blocks.
+        InvalidTerms: wrong keys or terms, a key twice in a call, more keys than blocks.
         LayoutError, SlotError: a view of another cache; blocks that it lacks, or one twice.
         Unsupported: `save` or `load` inside graph capture.
     """
@@ -126,13 +135,16 @@ class BlockStore:
         self.close()
 
     def lookup(self, keys: Keys, timeout: float | None = 1.0) -> int:
-        """How many leading blocks can be loaded, from the host or some tier. What a far tier has
-        not said within ``timeout`` seconds counts as not there. Only here a far tier is asked which
-        blocks it has in other parts than this form's: a `load` or `prefetch` goes by that."""
+        """Return the number of leading blocks that can be loaded, from the host or a tier.
+
+        Blocks that a remote tier does not confirm within ``timeout`` seconds count as missing. Only
+        this call asks a remote tier for blocks in other parts than this form's: a `load` or
+        `prefetch` uses the answer.
+        """
         keys = self._call("lookup", keys, "normal").keys
         until = self.graph.clock() + seconds("timeout", timeout, optional=True)
         leading = 0
-        many = ASKED
+        many = LOOKUP_BATCH
         while many and (some := keys[leading : leading + many]):
             there = self._shared.leading(some, until)
             leading = leading + there
@@ -150,15 +162,17 @@ class BlockStore:
         priority: Priority = "background",
         deadline: float | None = None,
     ) -> Handle:
-        """Save blocks of a view under keys; a key that every writable tier has, or does not
-        admit yet, or whose save is under way, is nothing. ``blocks``: ids of the view's blocks,
-        whose tokens the keys name in order; of another size than the form's, they need not be
-        filled by the last key.
+        """Save blocks of a view under keys.
 
-        Each key follows the one before it, and the first one follows ``after``, or begins a prompt.
-        Tiers evict no block before those that follow it. A tier with no room for all keeps the
-        first ones. The others do not land, and neither do blocks that are evicted before the
-        save ends."""
+        Skips a key that every writable tier has, or does not admit yet, or whose save is in
+        progress. ``blocks``: ids of the view's blocks, whose tokens the keys name in order. If
+        their size is not the form's, the last key need not fill them. Each key follows the key
+        before it, and the first key follows ``after``, or begins a prompt.
+
+        Tiers evict no block before its successors. A tier without space for all blocks stores the
+        first ones. The others do not land, and neither do blocks that are evicted before the save
+        ends.
+        """
         previous = self._predecessor(after)
         call = self._call("save", keys, priority, deadline, previous)
         own = self._own
@@ -170,7 +184,6 @@ class BlockStore:
         """Plan a save, under the graph's lock."""
         own = self._own
         self._shared.touch(call.keys, call.follows)
-        call.given = partial(self._shared.stored, call.keys)
         for tier_stores, some in self._lacking(call).items():
             queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
             chunks = call.chunks(some, SAVED, 1, *queues)
@@ -182,7 +195,7 @@ class BlockStore:
                 for tier_store in tier_stores
                 if not self._shared.continues(call.after, tier_store)
             }
-            written = dict[TierStore, Task]()
+            written = dict[TierStore, Ending]()
             for number, at in enumerate(chunks):
                 in_flight = InFlight(call, own, at, until)
                 in_flight.generation = self._generation - number  # a prefix is the newer part
@@ -191,29 +204,30 @@ class BlockStore:
                 in_flight.last = [gather]
                 for tier_store in tier_stores:
                     queue = tier_store.queue_for_write(len(at) * own.form.image_bytes)
-                    work = partial(in_flight.write, tier_store, queue)
-                    order: list[tuple[Task, list[int], list[int]]] = []
+                    write = partial(in_flight.write, tier_store, queue)
+                    order: list[Ending] = []
                     if tier_store in gaps and tier_store in written:
-                        order.append((written[tier_store], [], []))
-                    written[tier_store] = call.task(at, work, queue, in_flight, [gather, *order])
-                    in_flight.last.append(written[tier_store])
+                        order.append(written[tier_store])
+                    task = call.task(at, write, queue, in_flight, [gather, *order])
+                    written[tier_store] = (task, [], [])
+                    in_flight.last.append(task)
                 call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
-                call.submit()  # now, so that the queues' queues show it
-        return call.handle(view)
+                call.submit()  # submits now, so that the queues count it
+        return call.handle(view, eligible=partial(self._shared.stored, call.keys))
 
     def _lacking(self, call: Call) -> dict[tuple[TierStore, ...], list[int]]:
-        """The blocks of a save by the tiers that lack them; it joins what is under way."""
+        """Return the blocks of a save by the tiers that lack them; join saves in progress."""
         own = self._own
         groups = dict[tuple[TierStore, ...], list[int]]()
         tier_stores = [tier_store for tier_store in own.tier_stores if tier_store.writable]
         keeps = [tier_store.where for tier_store in tier_stores if tier_store.tier != "remote"]
-        call.explanation.kept_in = ", ".join(keeps if tier_stores else ["the host tier"])
+        call.explanation.saved_in = ", ".join(keeps if tier_stores else ["the host tier"])
         known = [tier_store.known(call.keys) for tier_store in tier_stores]
         wants = [tier_store.wants(call.keys) for tier_store in tier_stores]
         for stored, wanted in zip(known, wants, strict=True):
             call.excused |= ~(np.array(stored, np.bool_) | np.array(wanted, np.bool_))
         for i, key in enumerate(call.keys):
-            in_flight, row = self._shared.in_flights.get(own.name(key), (None, 0))
+            in_flight, row = self._shared.in_transit.get(own.name(key), (None, 0))
             lacks = tuple(
                 tier_store for tier_store, x in zip(tier_stores, wants, strict=True) if x[i]
             )
@@ -236,13 +250,15 @@ class BlockStore:
         by_layer: bool = False,
         missing: Missing = "raise",
     ) -> Handle:
-        """Load blocks into a view, of whatever layout, device, and size of blocks.
+        """Load blocks into a view of any layout, device and block size.
 
-        Blocks that no tier has, or not in right bytes, do not land (`Handle.landed`), and nothing
-        is written for them. ``by_layer``: layers are read, verified and handed on one behind the
-        other, each with an end of its own (`Handle.layers`), so that of a block that does not land
-        some layers may be written, in right bytes; blocks of a form with one segment are read as a
-        whole, and only the device's stage goes by layer.
+        Blocks that no tier has, or not with correct bytes, do not land (`Handle.landed`), and no
+        byte of them is written.
+
+        ``by_layer``: read, verify and deliver layers one after the other, each with a separate end
+        (`Handle.layers`). Some layers of a block that does not land may then be written, with
+        correct bytes. Blocks of a form with one segment are read whole, and only the device's stage
+        goes by layer.
         """
         one_of("missing", missing, get_args(Missing))
         flag("by_layer", by_layer)
@@ -263,19 +279,24 @@ class BlockStore:
         return self._planned(call, plan)
 
     def prefetch(self, keys: Keys, priority: Priority = "background") -> Handle:
-        """Read blocks into the host tier, of which what is prefetched and not yet loaded takes half
-        at most: blocks above that do not land. Raises `StoreError` without a host tier."""
+        """Read blocks into the host tier.
+
+        Blocks that are prefetched and not loaded yet take at most half of the tier: blocks above
+        that do not land. Raises `StoreError` without a host tier.
+        """
         if not self.rows.host:
-            raise StoreError("A prefetch was asked of a store without a host tier; give it host=.")
+            raise StoreError(
+                "Expected a store with a host tier for a prefetch, got one without. Pass host=."
+            )
         call = self._call("prefetch", keys, priority)
         most = max(1, self.rows.host // 2)
 
         def plan() -> Handle:
             groups = call.groups()
-            call.given[most:] = False
+            call.located[most:] = False
             for (part, location), some in groups.items():
                 some = [i for i in some if i < most]
-                if some and location != KEPT:
+                if some and location != CACHED:
                     for arrival in call.bring(part, location, some, [None]):
                         ends = [(end, arrival.at, arrival.rows) for end in arrival.ends[0]]
                         call.ends += [(end, range(0)) for end in ends]
@@ -284,8 +305,8 @@ class BlockStore:
         return self._planned(call, plan)
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
-        """Figures by the names that they have in Prometheus, as `Graph.statistics`; what each tier
-        tells beside them."""
+        """Return figures by their names in Prometheus, as `Graph.statistics`, and the figures of
+        each tier."""
         reported = self.graph.statistics()
         rows = self.rows
         tier_stores = self._tier_stores
@@ -298,7 +319,7 @@ class BlockStore:
         return reported
 
     def trace(self, path: str | os.PathLike[str]) -> None:
-        """Write what the graph did last, for Perfetto or Chrome to show."""
+        """Write the last tasks of the graph, for Perfetto or Chrome."""
         if not isinstance(path, str | os.PathLike) or not str(path):
             raise invalid("path", "a path of a file", path)
         try:
@@ -310,7 +331,7 @@ class BlockStore:
             ) from error
 
     def explain(self) -> str:
-        """How blocks are kept and moved, a line each."""
+        """Return how blocks are stored and moved, a line each."""
         rows = self.rows
         many = len(self.form.segments)
         how = f"in {many} segments" if many > 1 else "as a whole, in one segment"
@@ -321,15 +342,18 @@ class BlockStore:
         return "\n".join(lines)
 
     def close(self, timeout: float = 10.0) -> None:
-        """Let what is under way end, for so many seconds; cancel prefetches at once, and the rest
-        then; close the tiers. Raises `TransferTimeout` if one hangs: tiers then stay open, as it
-        uses the rows and the files."""
+        """End the transfers in flight within so many seconds, and close the tiers.
+
+        Cancels prefetches immediately, and the other transfers after the timeout. Raises
+        `TransferTimeout` if one hangs: tiers then stay open, because it uses the rows and the
+        files.
+        """
         timeout = seconds("timeout", timeout)
         if self.graph.process.forked:  # locks may be held for ever, and nothing here is its own
             return
         self._closed = True
         until = self.graph.clock() + timeout
-        # Under the lock, so that no call that found the store open is missed.
+        # Under the lock, so that no call that saw the store open is missed.
         gates = self.graph.run(lambda: [*self._shared.gates])
         for gate in sorted(gates, key=lambda gate: gate.name != "prefetch"):
             gate.wait(0.0 if gate.name == "prefetch" else max(0.0, until - self.graph.clock()))
@@ -347,11 +371,11 @@ class BlockStore:
         uninterrupted(self._close_tiers)
 
     def _close_tiers(self) -> None:
-        """Close what tiers have open, the first one last."""
+        """Close the tier stores, the first one last."""
         while self._tier_stores:
             self._tier_stores.pop().close()
 
-    def _predecessor(self, after: Any) -> bytes | None:
+    def _predecessor(self, after: bytes | None) -> bytes | None:
         """Return the key before the first one of a save, of 32 bytes."""
         if after is None:
             return None
@@ -372,7 +396,7 @@ class BlockStore:
         deadline: float | None = None,
         after: bytes | None = None,
     ) -> Call:
-        """A call with keys of 32 bytes; refuses what is wrong with them, and a closed store."""
+        """Return a call with keys of 32 bytes; reject wrong keys, and a closed store."""
         self._refuse_closed(kind)
         keys = check_keys(keys, self._weak)
         if len({*keys}) < len(keys):
@@ -390,7 +414,9 @@ class BlockStore:
     def _refuse_closed(self, kind: str) -> None:
         if self._closed or self.graph.process.forked or self.graph.closed.is_set():
             why = "closed, or opened by a process that this one was forked from; open another one"
-            raise StoreError(f"A {kind} was asked of a block store that was {why}.")
+            raise StoreError(
+                f"Expected an open store for a {kind}, got one that was {why}. Make another."
+            )
 
     def _planned(self, call: Call, plan: Callable[[], Handle]) -> Handle:
         """Return ``plan()``, run while the graph is locked and the store open. Cancel the call if

@@ -54,8 +54,8 @@ def write_record(table: int, records: Records, slot: int) -> bool:
 
 
 def cut_tail(slots: int, table: int, records: Records, keep: int, image_bytes: int) -> None:
-    """Cut the files of slots and records after the first ``keep`` slots, whose records are empty
-    by now (`empty`)."""
+    """Truncate the files of slots and records after the first ``keep`` slots, whose records are
+    empty."""
     os.ftruncate(slots, keep * image_bytes)
     os.ftruncate(table, min(keep, len(records)) * records.shape[1] * 8)
 
@@ -67,7 +67,7 @@ def empty(table: int, records: Records, slot: int) -> None:
 
 
 class Place(NamedTuple):
-    """A slot of one of several tables."""
+    """A slot in one of several tables."""
 
     table: int
     slot: int
@@ -93,7 +93,8 @@ class Successions:
                 self._following.setdefault(follows, []).append(place)
 
     def before(self, mark: int) -> list[Place]:
-        """Return the places of the block of a mark, its predecessor, and so on to the first one."""
+        """Return the places of the block of a mark, of its predecessor, and so on up to the first
+        block."""
         result = dict[Place, None]()
         place = self._by_mark.get(mark)
         while place is not None and place not in result:
@@ -102,20 +103,25 @@ class Successions:
         return [*result]
 
     def from_slot(self, keep: int) -> list[Place]:
-        """Return the blocks of the first table from a slot on, and all blocks in any table that
-        follow from these. Each block comes before the one that it follows, so that a kill while
-        they are removed in this order leaves no block without its predecessor."""
+        """Return the blocks of the first table from a slot on, and all of their successors in any
+        table.
+
+        Each block comes before its predecessor: a kill during their removal in this order leaves no
+        block without its predecessor.
+        """
         tail = [place for place in self._marks if place.table == 0 and place.slot >= keep]
         result = self._reach(tail)
         marks = {self._marks[place] for place in result}
         first = [place for place in result if self._follows[place] not in marks]
-        # Blocks of a circle, which only damage or a caller's mistake makes, come from no first one.
+        # Blocks of a circle, which only damage or a caller's mistake makes, have no first block.
         in_order = dict.fromkeys([*self._reach(first), *result])
         return [*in_order][::-1]
 
     def _reach(self, first: list[Place]) -> list[Place]:
-        """Return places and those of all blocks that follow from them, each after its predecessor
-        if none of the first ones follows from another one."""
+        """Return places and the places of all successors of their blocks.
+
+        Each comes after its predecessor if none of the given blocks follows another of them.
+        """
         result = dict[Place, None]()
         pending = first[:]
         while pending:

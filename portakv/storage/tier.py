@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tier protocol: what a block store keeps blocks in, outside of its own host memory.
+"""The tier protocol: a tier stores blocks outside of the host memory of a block store.
 
 A *tier* (`Tier`) says where blocks go: `Disk`, `Remote`, or a class of another package. Opened for
 the forms of a cache, it gives one *tier store* (`TierStore`) for each form. A tier store reads and
@@ -15,7 +15,8 @@ The library calls a tier in this order:
 - `has` in the thread of a `lookup`, without that lock. It may ask over a network until its timeout.
 - `read` and `write` in workers of the queue that `queue` or `link_for_write` returned, several at a
   time for one tier store. They block until the blocks came or are stored. The rows belong to them
-  until they return, and to nobody's medium afterwards: whatever still uses a row has to end first.
+  until they return, and no medium uses them afterwards: an operation that still uses a row has to
+      end first.
 - `close` once for each tier store, after the last call, the tier store of the own form last.
 
 Promises of an implementation:
@@ -46,7 +47,7 @@ from portakv.storage.reasons import Report
 from portakv.storage.rows import Rows
 
 Keys = Sequence[bytes]
-#: The tiers by name; other packages name theirs in the entry-point group ``portakv.tiers``.
+#: The tiers by name; other packages name their tiers in the entry-point group ``portakv.tiers``.
 BUILT_IN = {"disk": "portakv.storage.disk:Disk", "remote": "portakv.storage.remote:Remote"}
 
 
@@ -105,7 +106,7 @@ class TierStore(Protocol):
         ...
 
     def known(self, keys: Keys, /) -> list[bool]:
-        """Return which blocks are there as far as is known here; it asks nobody."""
+        """Return which blocks are stored as far as is known here; send no request."""
         ...
 
     def wants(self, keys: Keys, /) -> list[bool]:
@@ -173,5 +174,5 @@ class TierStore(Protocol):
         ...
 
     def close(self) -> None:
-        """Make everything durable that `write` returned as stored, and let go of the medium."""
+        """Make everything durable that `write` returned as stored, and release the medium."""
         ...

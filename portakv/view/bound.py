@@ -27,7 +27,7 @@ _BYTES = frozenset({torch.uint8, torch.int8})
 #: A tensor, or the containers that a layout names, outermost first.
 Tensors: TypeAlias = "torch.Tensor | Sequence[Tensors] | Mapping[Any, Tensors]"
 Grid = npt.NDArray[np.int64]
-#: How a container factor walks: entries of the table, and bytes for each kv, of one step.
+#: The walk of a container factor: table entries, and bytes for each kv, of one step.
 Walks = dict[Factor, tuple[int, tuple[int, ...]]]
 #: Sorted, disjoint ranges [first byte, past the last byte).
 Spans = list[tuple[int, int]]
@@ -48,10 +48,11 @@ class BoundLayout:
         self.layout = parse(text)
         self.reinterpret = reinterpret
         self.declared = declare(self.layout, dict(extents))
-        # What tensors of one key share: form, slots, device, bytes from the first to past the last.
+        # The facts that tensors of one key share: form, slots, device, first byte and past the
+        # last.
         self._known: Bounded[tuple[Any, ...], tuple[Form, int, torch.device, int]]
         self._known = Bounded("forms of tensors", 256)
-        # The same of tensors in containers: form, slots, those that the table has, bytes of each.
+        # The same for tensors in containers: form, slots, table entries, bytes of each.
         self._forms: Bounded[tuple[Any, ...], tuple[Form, int, list[int], list[int]]]
         self._forms = Bounded("forms of tensors in containers", 256)
 
@@ -72,7 +73,7 @@ class BoundLayout:
             or not (address := address_of(tensors))
         ):
             return self._read_all(tensors)
-        # The storage offset tells whether the storage's base is as aligned as the address.
+        # The storage offset shows whether the storage's base is as aligned as the address.
         key = (
             tensors.shape,
             tensors.stride(),
@@ -126,10 +127,11 @@ class BoundLayout:
     def read_table(
         self, sizes: Sequence[int], like: torch.Tensor, alignment: int, place: str, on_device: bool
     ) -> tuple[Form, int, list[int]]:
-        """Form and slots of tensors that are ``like`` one, at addresses in nested containers of
-        these sizes; and which of the addresses, one behind the other, the table has in turn.
+        """Return the form and slots of tensors ``like`` one, at addresses in containers of these
+        sizes.
 
-        ``on_device``: the addresses are known to a device alone.
+        Also returns which of the addresses, in order, the table has. ``on_device``: a device alone
+        knows the addresses.
 
         Raises:
             LayoutError: sizes or tensors that contradict the layout or the extents.
@@ -141,8 +143,10 @@ class BoundLayout:
         return form, slots, entries
 
     def _contained(self, sizes: Sequence[int]) -> tuple[list[dict[str, int]], list[Factor], Grid]:
-        """What nested containers of these sizes tell of the extents of each kv, the factors that
-        they walk through, and the position of each tensor, one behind the other."""
+        """Return the extents of each kv that nested containers of these sizes imply.
+
+        Also returns the factors that they walk through, and the position of each tensor, in order.
+        """
         values = [dict(known) for known in self.declared]
         pairs = zip(self.layout.containers, sizes, strict=True)
         solve(self.layout, values, [(group, [size] * len(values)) for group, size in pairs])
@@ -159,7 +163,7 @@ class BoundLayout:
         place: str,
         table_on_device: bool = False,
     ) -> tuple[Form, int]:
-        """The form of tensors of which each kv has one in ``picks``, and the slots."""
+        """Return the form of tensors of which each kv has one in ``picks``, and the slots."""
         layout = self.layout
         try:
             shapes = [_dim_shapes(layout, tensor) for tensor in picks]
@@ -251,20 +255,20 @@ def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[
     return level, sizes
 
 
-def _not_read(layout: Layout, asked: str, found: object, expected: str) -> LayoutError:
-    if isinstance(found, np.ndarray):
+def _not_read(layout: Layout, problem: str, value: object, expected: str) -> LayoutError:
+    if isinstance(value, np.ndarray):
         return LayoutError(
-            f"A numpy array of shape {found.shape} was found where tensors are read; hand over "
+            f"Expected tensors, got a numpy array of shape {value.shape}. Pass "
             f"torch.from_numpy(array), which shares its memory, or a copy if a stride is negative."
         )
-    if not isinstance(found, (torch.Tensor, list, tuple, Mapping)):
+    if not isinstance(value, (torch.Tensor, list, tuple, Mapping)):
         expected = "; expected tensors, in lists, tuples or dicts."
-    kind = type(found).__name__
-    return LayoutError(f"{layout.text!r} {asked}, but a {kind} was found{expected}")
+    kind = type(value).__name__
+    return LayoutError(f"{layout.text!r} {problem}, but a {kind} was found{expected}")
 
 
 def _by_kv(array: Grid, axes: Sequence[Factor], but: int = -1) -> Grid:
-    """A row for each kv, or one for all if no axis, other than number ``but``, is ``kv``."""
+    """Return a row for each kv, or one for all if no axis, other than number ``but``, is ``kv``."""
     at = next((i for i, factor in enumerate(axes) if factor.axis == "kv" and i != but), None)
     rows = array[None] if at is None else np.moveaxis(array, at, 0)
     return rows.reshape(len(rows), -1)
@@ -277,12 +281,12 @@ def _tabulate(
     begins: Sequence[int] = (),
     bases: Sequence[int] = (),
 ) -> tuple[list[int], Walks]:
-    """Collapse a grid of tensors, which begin at addresses in storages with their bases, into the
-    smallest table: those that stay entries, and how each container factor walks through them.
+    """Collapse a grid of tensors into the smallest table.
 
+    Returns the tensors that stay entries, and the walk of each container factor through them.
     Tensors of one allocation at equal distances become a stride, so that a block that is contiguous
-    over all layers is one run; what is left stays a table. So does all of it without tensors: of
-    bare addresses nothing tells which lie in one allocation.
+    over all layers is one run. The rest stays a table. Raw addresses without tensors also stay a
+    table: nothing shows which of them lie in one allocation.
     """
     # Blocks stand outermost: then no step of another axis depends on how many there are.
     rank = {"block": 0, "token": 1}
@@ -290,7 +294,7 @@ def _tabulate(
     grid = grid.transpose(order)
     axes = [factors[i] for i in order]
     where = np.array(begins, dtype=np.int64)
-    homes = np.array(bases, dtype=np.int64)
+    storages = np.array(bases, dtype=np.int64)
     walks: Walks = {}
     for at, factor in enumerate(axes if begins else ()):
         # Memory objects come and go: whether they lie at equal distances must not change a form.
@@ -299,7 +303,7 @@ def _tabulate(
         steps = _by_kv(np.diff(where[grid], axis=at), axes, at)
         # Torch has no negative strides, so descending tensors stay a table.
         equal = (steps == steps[:, :1]).all() and steps.min(initial=0) >= 0
-        if equal and not np.diff(homes[grid], axis=at).any():
+        if equal and not np.diff(storages[grid], axis=at).any():
             distances = tuple(steps[:, 0].tolist()) if steps.size else (0,)
             walks[factor] = 0, distances if len(distances) == kv else distances * kv
             grid = grid.take([0], axis=at)
@@ -329,9 +333,9 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
             raise LayoutError(f"A view reads strided tensors, but a {kind} one was found.")
         if device.type != "meta" and tensor.numel() and not address_of(tensor):
             raise LayoutError(
-                f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} without memory of its "
-                f"own was found, as inside torch.vmap or torch.func.grad; hand over allocated "
-                f"tensors, outside of function transforms."
+                f"Expected allocated tensors, got a {type(tensor).__name__} of shape "
+                f"{tuple(tensor.shape)} that owns no memory, as inside torch.vmap or "
+                f"torch.func.grad. Pass allocated tensors, outside of function transforms."
             )
     if device.type == "meta":
         raise LayoutError("Tensors on device meta have no memory; hand over allocated tensors.")
@@ -339,7 +343,7 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
 
 
 def address_of(tensor: torch.Tensor) -> int:
-    """The address of a tensor's first byte; 0 if it has no memory of its own."""
+    """Return the address of a tensor's first byte; 0 if it has no memory."""
     try:
         return tensor.data_ptr()
     except RuntimeError:  # inside torch.vmap; inside functionalize it is 0
@@ -350,7 +354,7 @@ def as_dtype(dtype: object) -> torch.dtype:
     """A dtype as it is; raises `LayoutError` for anything else, such as its name."""
     if not isinstance(dtype, torch.dtype):
         raise LayoutError(
-            f"dtype={dtype!r} was asked; expected a torch.dtype, such as torch.float16."
+            f"Expected dtype to be a torch.dtype, got {dtype!r}. Pass one such as torch.float16."
         )
     return dtype
 
@@ -366,7 +370,7 @@ def _pick_per_kv(
             one, other = (f"{tuple(n)} strides {s} {dtype}" for n, s, dtype in list(kinds)[:2])
             raise LayoutError(
                 f"Tensors of one view share shape, strides and dtype, but {one} and {other} were "
-                f"found; tensors that differ are another group, with a view of its own."
+                f"found; tensors that differ are another group, with a separate view."
             )
     picks = [row[0] for row in rows]
     return picks if len(picks) == kv else picks * kv
@@ -403,7 +407,7 @@ def reach(size: Sequence[int], stride: Sequence[int]) -> int:
 
 
 def _spans(tensors: Iterable[tuple[int, int]]) -> Spans:
-    """What tensors cover that begin at addresses and have so many bytes."""
+    """Return the ranges that tensors at addresses cover, each of so many bytes."""
     merged: Spans = []
     for first, past in sorted({(at, at + nbytes) for at, nbytes in tensors if nbytes}):
         if merged and first < merged[-1][1]:

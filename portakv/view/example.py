@@ -29,12 +29,12 @@ def example_tensors(
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Uninitialised tensors of a layout or preset, in the containers that it names: contiguous,
-    unless a preset says that its tensors lie in another memory order.
+    """Return uninitialised tensors of a layout or preset, in the containers that it names.
 
-    ``tokens`` are those of a block, or of the chunk if there is no `block`; ``dim`` counts elements
-    (of a page: its elements), one number or one for each kv. What is None is what the preset says;
-    else 1, and 2 kv if the layout names them and ``dim`` gives no number of widths.
+    They are contiguous, unless a preset has another memory order. ``tokens`` are those of a block,
+    or of the chunk if there is no `block`. ``dim`` counts elements (of a page: its elements), one
+    number or one for each kv. None means the preset's value; else 1, and 2 kv if the layout names
+    them and ``dim`` has one number.
 
     Raises:
         LayoutError: the layout cannot be parsed, a factor does not divide its extent, or the
@@ -51,8 +51,8 @@ def example_tensors(
     widths = dim if isinstance(dim, Sequence) else [dim] * positive("kv", kv)
     if len(widths) != kv:
         raise LayoutError(
-            f"dim={dim} holds {len(widths)} widths, but kv={kv} was asked of {layout!r}; give one "
-            f"number, or one for each kv."
+            f"dim={dim} holds {len(widths)} widths, but {layout!r} has kv={kv}; give one number, "
+            f"or one for each kv."
         )
     shared = {
         "kv": kv,
@@ -70,7 +70,8 @@ def example_tensors(
 def _nested(
     layout: Layout, containers: Sequence[Group], values: Values, k: int, empty: torch.Tensor
 ) -> Any:
-    """The tensors inside some container levels, of which kv ``k`` is known, like ``empty``."""
+    """Return the tensors inside some container levels, of which kv ``k`` is known, like
+    ``empty``."""
     if not containers:
         return empty.new_empty([known_parts(group, values)[k] for group in layout.dims])
     factors = containers[0].factors
@@ -81,7 +82,7 @@ def _nested(
 
 
 def _ordered(made: Any, memory: Layout, layout: Layout) -> Any:
-    """Tensors of a memory order, read by a layout; one more container there is a list of views."""
+    """Return tensors of a memory order, read by a layout; one more container is a list of views."""
     if not isinstance(made, torch.Tensor):
         return [_ordered(one, memory, layout) for one in made]
     groups = [*layout.containers[len(memory.containers) :], *layout.dims]

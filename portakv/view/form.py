@@ -41,10 +41,7 @@ Steps = tuple[Step, ...]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The rows of one ``kv``: its origin and, for each axis, its steps, outermost first.
-
-    ``dim`` covers bytes; for opaque pages it covers the page.
-    """
+    """The rows of one ``kv``: its origin and, for each axis, its steps, outermost first."""
 
     table: int
     offset: int
@@ -55,11 +52,11 @@ class Part:
     dim: Steps = ()
 
     def axis(self, name: str) -> Steps:
-        """The steps of one axis by its name."""
+        """Return the steps of one axis by its name."""
         return getattr(self, name)  # type: ignore[no-any-return]
 
     def cut(self, axis: str, wanted: range) -> Part:
-        """Only ``wanted`` positions of one axis; raises `LayoutError` if they cut a factor."""
+        """Keep only ``wanted`` positions of one axis; raise `LayoutError` if they cut a factor."""
         steps = self.axis(axis)
         size = len(wanted)
         below = 1
@@ -148,7 +145,7 @@ class Form:
 
     @property
     def lists(self) -> bool:
-        """True if its blocks or tokens lie in a list of tensors, perhaps of one."""
+        """Return True if the blocks or tokens lie in a list of tensors."""
         return any(step.table for part in self.parts for step in part.block + part.token)
 
     def _why_unwritable(self) -> str:
@@ -159,13 +156,14 @@ class Form:
 
     @property
     def planes(self) -> list[tuple[int, int]]:
-        """Table entry and byte offset of each plane: for each kv those of all layers."""
+        """Return the table entry and byte offset of each plane: for each kv those of all layers."""
         layers = range(self.layers)
         return [locate(x.table, x.offset, x.layer, layer) for x in self.parts for layer in layers]
 
     @property
     def unshown(self) -> str:
-        """Why `KVView.plane` shows no plane as one strided tensor, as a clause; empty if it can."""
+        """Return why `KVView.plane` shows no plane as one strided tensor, as a clause; empty if it
+        can."""
         if self.opaque:
             return "opaque pages have no rows"
         for part, name in product(self.parts, ("block", "token", "head", "dim")):
@@ -194,13 +192,13 @@ class Form:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token in all layers, heads and kv (opaque pages: of one page)."""
+        """Return the bytes of one token in all layers, heads and kv (opaque pages: of one page)."""
         return self.layers * self.heads * sum(self.widths)
 
 
 @lru_cache(maxsize=4096)
 def same_form(form: Form) -> Form:
-    """The first form that was equal to this one: look-ups then compare them by identity."""
+    """Return the first form that was equal to this one, so that look-ups compare by identity."""
     return form
 
 
@@ -211,9 +209,13 @@ def build_parts(
     itemsizes: Sequence[int],
     walks: Mapping[Factor, tuple[int, Sequence[int]]],
 ) -> tuple[Part, ...]:
-    """The parts of a form, from the extents of each kv (``values``), the strides of its dimensions
-    in elements, their bytes, and what one step of each container factor advances (``walks``):
-    entries of the table, and bytes for each kv."""
+    """Return the parts of a form.
+
+    Args:
+        values: the extents of each kv.
+        strides, itemsizes: the strides of its dimensions in elements, and the bytes of an element.
+        walks: the advance of one step of each container factor: table entries, bytes for each kv.
+    """
     parts = []
     for k, itemsize in enumerate(itemsizes):
         steps: dict[Factor, Step] = {}
@@ -225,7 +227,7 @@ def build_parts(
             else:
                 steps[factor] = Step(factor_extent(factor, values[k]) or 0, entries, distances[k])
         for group, stride in zip(layout.dims, strides[k], strict=True):
-            inner = [stride * itemsize] * len(values)  # for each kv, what the factors so far span
+            inner = [stride * itemsize] * len(values)  # for each kv, the span of the factors so far
             for factor in reversed(group.factors):
                 if factor.axis == "kv":
                     offset = sum(inner[:k])
@@ -253,7 +255,7 @@ def widest_vector(numbers: Iterable[int]) -> int:
 
 
 def merge_steps(steps: Sequence[Step]) -> Steps:
-    """Join neighbours that together are one step, and drop steps of extent 1."""
+    """Join neighbours that form one step, and drop steps of extent 1."""
     merged: list[Step] = []
     for step in steps:
         walk = step.extent * step.table, step.extent * step.stride
@@ -265,7 +267,7 @@ def merge_steps(steps: Sequence[Step]) -> Steps:
 
 
 def locate(table: int, offset: int, steps: Sequence[Step], position: int) -> tuple[int, int]:
-    """Table entry and byte offset of ``position`` on one axis."""
+    """Return the table entry and byte offset of ``position`` on one axis."""
     for step in reversed(steps):
         position, at = divmod(position, step.extent) if step.extent else (0, position)
         table = table + at * step.table
@@ -274,10 +276,11 @@ def locate(table: int, offset: int, steps: Sequence[Step], position: int) -> tup
 
 
 def gather(parts: Sequence[Part], count: int, n: int) -> tuple[tuple[Part, ...], dict[int, int]]:
-    """Parts behind the table entries that they reach, renumbered, and what became of their offsets:
-    for each of these entries, in order, the bytes that its address gains.
+    """Return parts after the table entries that they reach, renumbered, and the change of their
+    offsets.
 
-    ``n``: 1 if parts share entries; else there are ``n``, and entry e of the i-th is e * n + i.
+    The change is, for each of these entries in order, the bytes that its address gains. ``n``: 1 if
+    parts share entries; else there are ``n``, and entry e of the i-th is e * n + i.
     """
     begun = [(part.table * n + i % n, part) for i, part in enumerate(parts)]
     first = {start: part.offset for start, part in reversed(begun)}  # parts of one entry share it

@@ -7,10 +7,10 @@ Addresses come from ``data_ptr()`` and strides, never from contiguity, the numbe
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import warnings
+from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from operator import index, methodcaller
 from typing import Any, NoReturn, TypeAlias
 
@@ -20,20 +20,20 @@ import torch
 
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.language import Layout
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
+from portakv.view.addresses import RawMemory, read_addresses
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
-from portakv.view.foreign import Foreign, read_addresses
-from portakv.view.form import ALIASED, Form, gather, locate, same_form, widest_vector
+from portakv.view.form import ALIASED, locate, same_form
+from portakv.view.slices import slice_form, slice_range, spans_within
 
 #: Addresses as `KVView.at` takes them: in lists as a layout names containers, or in a tensor.
 Addresses: TypeAlias = "int | Sequence[Addresses] | npt.NDArray[Any] | torch.Tensor"
 
 _HOST = torch.device("cpu")
 _detached = methodcaller("detach")
-_TABLE = "table on"  # with a device: the table that was made there, and the event behind that
+_TABLE = "table on"  # with a device: its table, and the event after the table's creation
 
 
 class KVView:
@@ -52,31 +52,31 @@ class KVView:
         tensors: what was read, as it was passed.
         slots: tokens that can be addressed (blocks * block_size, or a chunk's tokens).
         device: where the tensors are; of a peer's rows, which device reads them.
-        home: where the memory is, whichever device reads it.
+        memory_device: where the memory is, whichever device reads it.
 
     Raises:
         LayoutError: a contradiction, naming the axis, the expected and the found extent.
         DeviceMismatch: tensors on different devices.
     """
 
-    # fleeting: made for one call, and used on no stream but that call's.
-    # derived: what slices, launches and engines made of this view; lives as long as the view.
+    # temporary: made for one call, and used on no stream but that call's.
+    # derived: objects that slices, launches and strategies made of this view; they live as long
     __slots__ = (
-        "_foreign",
         "_memory",
         "_origins",
         "_owners",
+        "_raw",
         "_spans",
         "_table",
         "_unwritable",
         "derived",
         "device",
-        "fleeting",
         "form",
-        "home",
         "layout",
+        "memory_device",
         "requires_grad",
         "slots",
+        "temporary",
         "tensors",
     )
 
@@ -103,16 +103,16 @@ class KVView:
             reinterpret=reinterpret,
             **unknown,
         )
-        self._set(bound.layout, tensors, bound.read(tensors), lasting=True)
+        self._set(bound.layout, tensors, bound.read(tensors), persistent=True)
 
     @classmethod
-    def through(cls, bound: BoundLayout, tensors: Tensors, *, lasting: bool = False) -> KVView:
-        """A view through a layout that was bound before; raises as the constructor does.
+    def through(cls, bound: BoundLayout, tensors: Tensors, *, persistent: bool = False) -> KVView:
+        """Return a view through a bound layout; raise as the constructor does.
 
-        ``lasting``: it outlives the call that it is made for.
+        ``persistent``: the view outlives the call that makes it.
         """
         view = cls.__new__(cls)
-        view._set(bound.layout, tensors, bound.read(tensors), lasting)
+        view._set(bound.layout, tensors, bound.read(tensors), persistent)
         return view
 
     @classmethod
@@ -134,37 +134,36 @@ class KVView:
         reinterpret: bool = False,
         **unknown: NoReturn,
     ) -> KVView:
-        """A view over memory that is known by addresses alone, all of tensors of one shape.
+        """Return a view over raw memory: addresses of tensors of one shape.
 
-        It holds no memory and cannot see that it was freed or moved: the caller promises that it
-        stays until copies have ended, and that a table on a device is not written meanwhile. Such a
-        table is never read back by a kernel's launch; what needs the addresses on the host (engines
-        that cut a copy, plain indexing) reads it once.
+        The view does not retain the memory and cannot see that it was freed or moved. The caller
+        promises that it stays until copies have ended, and that a table on a device is not written
+        meanwhile. A kernel's launch never reads such a table back. Strategies that need the
+        addresses on the host read it once.
 
         Args:
-            addresses: whole numbers: one, or in lists as the layout names containers; or an int64
+            addresses: one integer, or integers in lists as the layout names containers; or an int64
                 or uint64 tensor with a dimension for each container level, on the host or on a
-                device. Those on a device must be multiples of 16.
+                device. Addresses on a device must be multiples of 16.
             layout: a layout string, or the name of a preset.
             shape: of the tensor at each address. The extent of the dimension that holds ``block``
-                (of a chunk, ``token``) may be -1: unknown. Then no id is past the end, and nobody
-                looks whether two views share memory.
+                (of a chunk, ``token``) may be -1: unknown. Then no id is past the end, and
+                overlapping views are not detected.
             strides: in elements; None: contiguous, if no extent outside of one of -1 is above 1.
             dtype: of the tensors' elements.
             device: where the memory is; ``cpu``: on the host. None: the driver of the accelerator
-                (CUDA, HIP) says it of the first address, and whether that is pinned; all others are
-                taken to lie in memory of that kind. Without an accelerator it is the host.
-            pinned: host memory is pinned, and mapped to devices; None: torch is asked, if
-                ``device`` is told of one address in each page. Memory of a table on a device is.
+                (CUDA, HIP) reports it for the first address, and the other addresses are assumed
+                to be of that kind. Without an accelerator the memory is on the host.
+            pinned: host memory is pinned, and mapped to devices. None: with a ``device``, torch
+                reports it for one address in each page. Memory of a table on a device is pinned.
             layers, kv, block_size, heads, dim, reinterpret: as for the constructor.
 
         Raises:
-            LayoutError: what are no addresses, or not as many levels of them as the layout has; an
-                address that is 0, or no multiple of the element's bytes; a contradiction; no
-                ``device``, and no driver that can be asked.
+            LayoutError: wrong addresses or levels of them; an address that is 0, or not a multiple
+                of the element's bytes; a contradiction; no ``device``, and no driver to ask.
             DeviceMismatch: a ``device`` that torch does not know, or cannot use here; a table on
                 another device than the memory.
-            TransferError: the driver fails when it is asked.
+            TransferError: the driver reports an error.
         """
         bound = bind_layout(
             layout,
@@ -179,7 +178,7 @@ class KVView:
         result = read_addresses(bound, addresses, shape, strides, dtype, device, pinned)
         view = cls.__new__(cls)
         facts = (result.form, result.origins, None, None), result.slots, result.device, False
-        view._set(bound.layout, (), facts, lasting=False, foreign=result.memory, table=result.table)
+        view._set(bound.layout, (), facts, persistent=False, raw=result.memory, table=result.table)
         return view
 
     def _set(
@@ -187,30 +186,44 @@ class KVView:
         layout: Layout,
         tensors: Any,
         facts: Facts,
-        lasting: bool,
-        foreign: Foreign | None = None,
+        persistent: bool,
+        raw: RawMemory | None = None,
         table: torch.Tensor | None = None,
     ) -> None:
         self.layout = layout
         self.tensors = tensors
         rows, self.slots, self.device, self.requires_grad = facts
-        self.home = self.device
+        self.memory_device = self.device
         self.form, self._origins, self._owners, self._spans = rows
-        self._foreign = foreign
+        self._raw = raw
         self._table = table
-        self.fleeting = not (lasting or foreign)
+        self.temporary = not (persistent or raw)
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
         self._unwritable: str | None = None
         self.derived: dict[Hashable, Any] = {}
-        if lasting:
+        if persistent:
             # Aliases keep the memory that was read, also if a caller gives a tensor another one.
             self._owners = tuple(map(_detached, self.owners))
             self._memory = ()
 
     @property
+    def home(self) -> torch.device:
+        """Return `memory_device`: the former name of the attribute, which goes in 0.2.0."""
+        warnings.warn(
+            "KVView.home is now KVView.memory_device. The former name ships in 0.1.0 and goes in "
+            "0.2.0.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.memory_device
+
+    @property
     def origins(self) -> tuple[int, ...]:
-        """The addresses as integers (one if all is strided). Of a table that only a device has,
-        it reads them once, and waits for that; raises `Unsupported` inside graph capture."""
+        """Return the addresses as integers (one if all rows are strided).
+
+        Reads a table that only a device has once, and waits for it; raises `Unsupported` inside
+        graph capture.
+        """
         if self._origins is None:
             assert self._table is not None
             if capturing(self._table.device):
@@ -226,7 +239,7 @@ class KVView:
 
     @property
     def entries(self) -> int:
-        """How many addresses there are."""
+        """Return the number of addresses."""
         if self._origins is None:
             assert self._table is not None
             return self._table.numel()
@@ -234,24 +247,24 @@ class KVView:
 
     @property
     def tabled(self) -> bool:
-        """Whether a kernel may read the addresses from their table."""
+        """Return True if a kernel may read the addresses from their table."""
         return self.entries > 1 or self.form.lists or self.form.table_on_device
 
     @property
     def owners(self) -> tuple[torch.Tensor, ...]:
-        """For each address the tensor whose storage it lies in; of foreign memory one that owns
-        nothing."""
+        """Return for each address the tensor that owns its storage; for raw memory an empty
+        tensor."""
         if self._owners is None:
-            assert self._foreign is not None
-            self._owners = self._foreign.tensors(self.origins, self.device)
+            assert self._raw is not None
+            self._owners = self._raw.tensors(self.origins, self.device)
         return self._owners
 
     def edges(self) -> npt.NDArray[np.int64]:
-        """Where allocations begin and end, in any order; of memory that is known by addresses
-        alone, where its tensors do."""
-        if self._foreign is not None:
+        """Return the ranges of allocations, in any order; for raw memory, the ranges of its
+        tensors."""
+        if self._raw is not None:
             begins = self.addresses
-            return np.concatenate([begins, begins + self._foreign.nbytes])
+            return np.concatenate([begins, begins + self._raw.nbytes])
         storages = {x.data_ptr(): x.nbytes() for x in (y.untyped_storage() for y in self.owners)}
         return np.array([*storages, *map(sum, storages.items())], dtype=np.int64)
 
@@ -260,27 +273,27 @@ class KVView:
         """Sorted, disjoint ranges [first byte, past the last byte) that the tensors cover; none if
         only a device has the addresses."""
         if self._spans is None:
-            assert self._foreign is not None
+            assert self._raw is not None
             if self._origins is None:
                 return []  # not kept: they may be read back later
-            self._spans = self._foreign.spans(self._origins)
+            self._spans = self._raw.spans(self._origins)
         return self._spans
 
     @property
     def entry_bytes(self) -> int:
-        """Of memory that is known by addresses alone, the bytes behind each; 0: unknown."""
-        return self._foreign.nbytes if self._foreign is not None else 0
+        """Return for raw memory the bytes at each address; 0: unknown."""
+        return self._raw.nbytes if self._raw is not None else 0
 
     @property
-    def foreign(self) -> bool:
+    def raw(self) -> bool:
         """True if the memory is known by addresses alone, so that nothing here holds it."""
-        return self._foreign is not None
+        return self._raw is not None
 
     @property
-    def held(self) -> tuple[torch.Tensor, ...]:
+    def retained(self) -> tuple[torch.Tensor, ...]:
         """The tensors that keep memory while a copy uses it: the owners, or of foreign memory the
         table that a caller has on a device."""
-        if self._foreign is None:
+        if self._raw is None:
             return self.owners
         return (self._table,) if self._table is not None else ()
 
@@ -301,7 +314,7 @@ class KVView:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """For each kv the bytes of ``dim`` (of the page, for opaque pages)."""
+        """Return for each kv the bytes of ``dim`` (of the page, for opaque pages)."""
         return self.form.widths
 
     @property
@@ -339,23 +352,27 @@ class KVView:
         return self.addresses
 
     def table_on(self, device: torch.device) -> torch.Tensor | None:
-        """The table of addresses that lies on a device, if there is one."""
+        """Return the table of addresses on a device, or None."""
         if self._table is not None and self._table.device == device:
             return self._table
         retained: tuple[torch.Tensor, object] | None = self.derived.get((_TABLE, device))
         return None if retained is None else retained[0]
 
     def keep_table(self, table: torch.Tensor, made: torch.Event | None) -> torch.Tensor:
-        """Keep a copy of the addresses that was made on a device, of several there the first.
-        ``made``: behind its making; None: its readers need not wait for it."""
+        """Cache a copy of the addresses on a device; the first copy there stays.
+
+        ``made``: the event after its creation; None: its readers need not wait.
+        """
         table, _ = self.derived.setdefault((_TABLE, table.device), (table, made))
         if table.device == self.device:
             self._table = table
         return table
 
     def follow_table(self, device: torch.device, stream: torch.Stream | None = None) -> None:
-        """Order ``stream`` (None: the current one) behind the making of the table on a device, and
-        hold the table for it. Inside graph capture nothing waits for what was enqueued outside."""
+        """Order ``stream`` (None: the current one) after the creation of the table on a device.
+
+        Retains the table for the stream. Inside graph capture nothing waits for work outside.
+        """
         if capturing(device):
             return
         used = stream or torch.accelerator.current_stream(device.index)
@@ -365,17 +382,17 @@ class KVView:
         self.record_table(used)
 
     def record_table(self, stream: torch.Stream) -> None:
-        """Tell the allocator that a stream uses the table on its device, if there is one."""
+        """Record with the allocator that a stream uses the table on its device, if there is one."""
         table = self.table_on(stream.device)
         if table is not None:
             table.record_stream(stream)
 
     def overlaps(self, other: KVView) -> bool:
-        """True if the two views' tensors share memory."""
+        """Return True if the two views' tensors share memory."""
         if not isinstance(other, KVView):
             kind = type(other).__name__
-            raise LayoutError(f"Overlap with a {kind} was asked; expected a KVView. Pass one.")
-        if self.home != other.home:
+            raise LayoutError(f"Expected other to be a KVView, got a {kind}. Pass a view.")
+        if self.memory_device != other.memory_device:
             return False
         dst = self.spans if self._spans is None else self._spans  # the property costs a call
         src = other.spans if other._spans is None else other._spans
@@ -412,8 +429,11 @@ class KVView:
         size: Sequence[int],
         stride: Sequence[int],
     ) -> torch.Tensor:
-        """A tensor over the storage of table entry ``entry``, ``offset`` bytes behind its address;
-        ``size`` and ``stride`` count elements of ``dtype``. Copies nothing."""
+        """Return a tensor over the storage of table entry ``entry``, ``offset`` bytes after its
+        address.
+
+        ``size`` and ``stride`` count elements of ``dtype``. Copies nothing.
+        """
         storage = self.owners[entry].untyped_storage()
         start = self.origins[entry] + offset - storage.data_ptr()
         if start < 0 or start + reach(size, stride) * dtype.itemsize > storage.nbytes():
@@ -422,8 +442,8 @@ class KVView:
         return empty.set_(storage, start // dtype.itemsize, size, stride)
 
     def check_memory(self) -> None:
-        """Raise `LayoutError` if the memory behind a tensor was freed or replaced in place."""
-        if self._foreign is not None:
+        """Raise `LayoutError` if the memory of a tensor was freed or replaced in place."""
+        if self._raw is not None:
             return
         for storage, address, nbytes in self._memory or ():
             if storage.data_ptr() != address or storage.nbytes() != nbytes:
@@ -435,29 +455,30 @@ class KVView:
         result = tuple((s, s.data_ptr(), s.nbytes()) for s in storages.values())
         ranges = sorted((at, at + n) for _, at, n in result)
         for first, past in self.spans:
-            # Storages that touch each other may hold one span together.
+            # Storages that touch each other may be parts of one span.
             for start, end in ranges:
                 if start <= first < end:
                     first = end
             if first < past:
                 raise self.replaced()
-        # Tensors that are not held may be given other storages, so that all are asked again.
+        # Tensors without a reference may get other storages, so each is checked again.
         self._memory = None if self._memory is None else result
 
     def replaced(self) -> LayoutError:
-        """The error if the memory behind a tensor is another than that which was read."""
+        """Return the error for memory of a tensor that differs from the memory that was read."""
         return LayoutError(
-            f"The memory behind a tensor of {self.layout.text!r} was replaced after it was read; "
-            f"make the view anew, or register the kv_caches again."
+            f"The memory of a tensor of {self.layout.text!r} was replaced after it was read. Make "
+            f"the view again, or register the kv_caches again."
         )
 
     def plane(self, layer: int, kv: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One plane as a strided tensor ``[blocks, block_size, heads, dim]`` (a chunk: ``[tokens,
-        heads, dim]``) in ``dtype``, by default the tensors' own.
+        """Return one plane as a strided tensor ``[blocks, block_size, heads, dim]``, of ``dtype``.
+
+        A chunk's plane is ``[tokens, heads, dim]``. ``dtype`` is by default the tensors' own.
 
         Raises:
-            LayoutError: no strided tensor can show it (`Form.unshown` says why), or its rows do not
-                begin and end at whole numbers of ``dtype``.
+            LayoutError: no strided tensor can show it (`Form.unshown` has the reason), or its rows
+                do not begin and end at whole numbers of ``dtype``.
         """
         try:
             there = 0 <= index(layer) < self.layers and 0 <= index(kv) < self.kv
@@ -465,8 +486,8 @@ class KVView:
             there = False
         if not there:
             raise LayoutError(
-                f"The plane of layer {layer!r} and kv {kv!r} was asked of a view of {self.layers} "
-                f"layers and {self.kv} kv; both are integers that count from 0."
+                f"Expected layer and kv of a plane to be integers that count from 0, below "
+                f"{self.layers} and {self.kv}, got layer {layer!r} and kv {kv!r}. Pass others."
             )
         if self.form.unshown:
             raise LayoutError(
@@ -497,7 +518,7 @@ class KVView:
         kv: slice | int | None = None,
         **unknown: NoReturn,
     ) -> KVView:
-        """Some layers, heads or kv of this view, as a view; copies nothing.
+        """Return some layers, heads or kv of this view, as a view; copy nothing.
 
         An integer keeps its axis with extent 1. Slices of one layer all have one form.
 
@@ -507,34 +528,36 @@ class KVView:
         if unknown:
             requested = ", ".join(f"{name}={unknown[name]!r}" for name in unknown)
             raise LayoutError(
-                f"A slice by {requested} was asked; expected layers, heads or kv; pass an Index of "
-                f"the blocks or tokens to the copy."
+                f"Expected a slice by layers, heads or kv, got {requested}. Pass an Index of the "
+                f"blocks or tokens to the copy."
             )
         form = self.form
         spans = self.spans if self.known else None
-        kv_range = _range("kv", kv, form.kv)
-        layer_range = _range("layers", layers, form.layers)
-        head_range = _range("heads", heads, form.heads)
+        kv_range = slice_range("kv", kv, form.kv)
+        layer_range = slice_range("layers", layers, form.layers)
+        head_range = slice_range("heads", heads, form.heads)
         if (len(kv_range), len(layer_range), len(head_range)) == (form.kv, form.layers, form.heads):
             return self._with((form, self._origins, self._owners, spans), self._table)
+
         count = self.slots // (form.block_size or 1)  # blocks, or a chunk's tokens
-        key = self.form, count, kv_range, layer_range, head_range
-        form, gained, n = _slices.get_or_make(key, lambda: _sliced(*key))
+        sliced = slice_form(form, count, kv_range, layer_range, head_range)
         table = None
         origins = None
-        left = None
+        owners = None
         if self._origins is not None:
-            origins = tuple(self._origins[number // n] + gain for number, gain in gained.items())
+            origins = sliced.origins(self._origins)
         elif self._table is not None:
-            table = _moved(self._table, [number // n for number in gained], [*gained.values()])
-        if self._foreign is None:
-            left = tuple(self.owners[number // n] for number in gained)
-            if spans and len(left) < n * len(self.owners):
-                spans = _within(spans, left)
-        view = self._with((form, origins, left, spans), table)
-        if spans is None and self._foreign and self._foreign.nbytes:  # to be found from origins
-            nbytes = self._foreign.nbytes - min(gained.values())
-            view._foreign = self._foreign._replace(nbytes=nbytes)
+            table = sliced.table(self._table)
+        if self._raw is None:
+            owners = tuple(self.owners[entry] for entry in sliced.sources)
+            if spans and len(owners) < sliced.copies * len(self.owners):
+                spans = spans_within(spans, owners)
+
+        view = self._with((sliced.form, origins, owners, spans), table)
+        # The spans follow from the origins later, so the bytes at each address have to be right.
+        if spans is None and self._raw and self._raw.nbytes:
+            nbytes = self._raw.nbytes - min(sliced.gained.values())
+            view._raw = self._raw._replace(nbytes=nbytes)
         return view
 
     def as_bytes(self) -> KVView:
@@ -548,27 +571,29 @@ class KVView:
         return view
 
     def as_peer(self, device: torch.device | str) -> KVView:
-        """These rows as another ``device`` of their type reads them, at the same addresses: place
-        ``peer``, to be the source of copies to that device. Memory that another process shared
-        counts as this view's own device's; pass that. Nobody writes into a peer's memory.
+        """Return these rows as another ``device`` of their type reads them, at the same addresses.
+
+        Their place is ``peer``; they can be the source of copies to that device. Memory that
+        another process shared counts as this view's own device's; pass that device. No copy writes
+        into a peer's memory.
 
         Raises:
             DeviceMismatch: rows of the host, a device of another type, or one that is not here.
         """
         reader = torch.device(device) if isinstance(device, torch.device) else usable_device(device)
-        if reader.type == self.home.type != "cpu":
+        if reader.type == self.memory_device.type != "cpu":
             index = (
                 torch.accelerator.current_device_index() if reader.index is None else reader.index
             )
             return self._seen("peer", torch.device(reader.type, index))
         raise DeviceMismatch(
-            f"Rows on {self.home} were asked to be read by {reader}; a device reads the memory of "
-            f"others of its own type. Copy them to a view of pinned host memory, and from there."
+            f"Expected a reader of the same device type as the rows on {self.memory_device}, got "
+            f"{reader}. Copy the rows to a view of pinned host memory, and from there."
         )
 
     def as_own(self) -> KVView:
         """A peer's rows as their own device sees them."""
-        return self if self.form.place != "peer" else self._seen("device", self.home)
+        return self if self.form.place != "peer" else self._seen("device", self.memory_device)
 
     def _seen(self, place: str, device: torch.device) -> KVView:
         view: KVView | None = self.derived.get((place, device))
@@ -580,119 +605,48 @@ class KVView:
         return view
 
     def planes(self, layers: tuple[int, int] | None, kv: tuple[int, int] | None) -> KVView:
-        """The rows of some layers and kv, each range [first, past the last), None for all: a slice
-        that is made once and kept with the view."""
+        """Return the rows of some layers and kv, each range [first, past the last), None for all.
+
+        The slice is made once and cached with the view.
+        """
         if layers is None and kv is None:
             return self
         key = "planes", layers, kv
         view: KVView | None = self.derived.get(key)
-        home = self.table.device if self.form.table_on_device else _HOST
-        captured = home != _HOST and capturing(home)
-        if view is None or (captured and (_TABLE, home) in view.derived):
+        device = self.table.device if self.form.table_on_device else _HOST
+        captured = device != _HOST and capturing(device)
+        if view is None or (captured and (_TABLE, device) in view.derived):
             ends = [None if x is None else slice(*x) for x in (layers, kv)]
             view = self.slice(layers=ends[0], kv=ends[1])
             if captured:
                 return view  # its table is made at each replay
-            if home != _HOST:
-                view.keep_table(view.table, event_pool(home).recorded(None))
+            if device != _HOST:
+                view.keep_table(view.table, event_pool(device).recorded(None))
             view = self.derived.setdefault(key, view)
-        if home != _HOST:
-            view.follow_table(home)
+        if device != _HOST:
+            view.follow_table(device)
         return view
 
     def _with(self, rows: Rows, table: torch.Tensor | None) -> KVView:
         view = KVView.__new__(KVView)
         facts = rows, self.slots, self.device, self.requires_grad
-        own = table if self.form.table_on_device else None  # others are made when they are needed
-        lasting = self._memory is not None
-        view._set(self.layout, self.tensors, facts, lasting, self._foreign, own)
-        view.home = self.home
+        # Other slices are made when they are needed.
+        own = table if self.form.table_on_device else None
+        persistent = self._memory is not None
+        view._set(self.layout, self.tensors, facts, persistent, self._raw, own)
+        view.memory_device = self.memory_device
         return view
 
     def __repr__(self) -> str:
         form = self.form
         blocks = self.slots // (self.form.block_size or 1)
         tokens = f"{blocks} blocks of {form.block_size}" if form.paged else f"{self.slots}"
-        if self._foreign is not None and not self._foreign.nbytes:
+        if self._raw is not None and not self._raw.nbytes:
             tokens = f"unknown blocks of {form.block_size}" if form.paged else "unknown"
-        types = [x.dtype for x in self.owners] if self._foreign is None else [self._foreign.dtype]
+        types = [x.dtype for x in self.owners] if self._raw is None else [self._raw.dtype]
         kinds = ", ".join(dict.fromkeys(str(x).removeprefix("torch.") for x in types))
         place = self.device if form.place == "device" else f"{self.device} ({form.place})"
         return (
             f"KVView({self.layout.text!r}: {form.layers} layers, {form.kv} kv, {form.heads} heads, "
             f"{tokens} tokens, widths {form.widths} B, {kinds} on {place})"
         )
-
-
-#: A form, the bytes that each of its table's entries gains, by its number times the last one, and
-#: how many entries become of one.
-_Sliced: TypeAlias = "tuple[Form, dict[int, int], int]"
-_slices: Bounded[tuple[object, ...], _Sliced] = Bounded("forms of slices", 1024)
-
-
-def _sliced(form: Form, count: int, kv: range, layers: range, heads: range) -> _Sliced:
-    """The form of a slice of a view of ``count`` blocks, or of a chunk's tokens."""
-    parts = [form.parts[k].cut("head", heads) for k in kv]
-    fewer_layers = len(layers) < form.layers
-    # What the origins of such slices share at any layer, so that no layer has its own form.
-    strides = [step.stride for part in parts if fewer_layers for step in part.layer]
-    alignment = widest_vector([form.alignment, *strides, *(part.offset for part in parts)])
-    # Parts behind one address that drift apart from layer to layer get entries of their own.
-    shared = len({part.table for part in parts}) < len(parts)
-    drift = fewer_layers and shared and len({part.layer for part in parts}) > 1
-    n = len(parts) if drift else 1
-    gathered, gained = gather([part.cut("layer", layers) for part in parts], count, n)
-    dtypes = tuple(form.dtypes[k] for k in kv) if form.dtypes else ()
-    sliced = replace(
-        form,
-        parts=gathered,
-        layers=len(layers),
-        heads=len(heads),
-        widths=tuple(form.widths[k] for k in kv),
-        alignment=alignment,
-        dtypes=dtypes if any(dtypes) else (),
-    )
-    return same_form(sliced), gained, n
-
-
-def _moved(table: torch.Tensor, entries: list[int], gains: list[int]) -> torch.Tensor:
-    """Some entries of a table, each with bytes added; the host neither reads it nor waits."""
-    steps = {b - a for a, b in pairwise(entries)}
-    if len(set(gains)) == 1 and len(steps) < 2 and min(steps, default=1) > 0:
-        picked = table[entries[0] : entries[-1] + 1 : min(steps, default=1)]
-        return (picked + gains[0] if gains[0] else picked).contiguous()
-    return torch.stack([table[at] + gain for at, gain in zip(entries, gains, strict=True)])
-
-
-def _range(name: str, asked: slice | int | None, extent: int) -> range:
-    if asked is None:
-        return range(extent)
-    try:
-        if isinstance(asked, slice):
-            result = range(extent)[asked]
-        else:
-            at = index(asked)
-            result = range(at, at + 1) if 0 <= at < extent else range(0)
-    except (TypeError, ValueError):
-        raise LayoutError(
-            f"{name}={asked!r} was asked; expected an integer or a slice of integers."
-        ) from None
-    if len(result) < 1 or result.step != 1:
-        raise LayoutError(
-            f"{name}={asked} asks for {list(result)} of {extent}; ask for a range of at least one "
-            f"with step 1."
-        )
-    return result
-
-
-def _within(spans: Spans, owners: Sequence[torch.Tensor]) -> Spans:
-    """The parts of sorted, disjoint spans that lie in the storages of some of their tensors."""
-    storages = (owner.untyped_storage() for owner in owners)
-    ends = [past for _, past in spans]
-    result = []
-    for start, end in sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages}):
-        at = bisect_right(ends, start)
-        while at < len(spans) and spans[at][0] < end:
-            result.append((max(spans[at][0], start), min(spans[at][1], end)))
-            at += 1
-    return result

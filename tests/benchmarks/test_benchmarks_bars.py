@@ -94,7 +94,7 @@ def test_several_files_are_judged_and_a_broken_one_is_no_verdict(
 
 @pytest.mark.parametrize("file", sorted(guide.RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_no_recorded_result_misses_a_bar(file: Path) -> None:
-    verdicts = check.judge(read(file), check.load_bars())
+    verdicts = check.judge(read(file), check.load_targets())
     assert verdicts
     missed = {v.bar.name for v in verdicts if v.word == "missed"}
     known = {v.bar.name for v in verdicts if v.bar.open}
@@ -148,7 +148,7 @@ def test_full_presets_measure_what_the_recorded_results_hold() -> None:
 
 @pytest.mark.parametrize("result", [recorded("h200"), recorded()], ids=["device", "host"])
 def test_every_bar_is_missed_by_one_worse_row(result: dict[str, Any]) -> None:
-    judged = check.judge(result, check.load_bars())
+    judged = check.judge(result, check.load_targets())
     assert len(judged) > 25
     assert len({verdict.bar.suite for verdict in judged}) == 1  # of the other suite none
     for bar in (verdict.bar for verdict in judged):
@@ -164,7 +164,7 @@ def test_every_bar_is_missed_by_one_worse_row(result: dict[str, Any]) -> None:
 
 def test_what_is_only_reported_is_not_judged() -> None:
     result = recorded()
-    before = [(v.bar.name, v.word, v.figure) for v in check.judge(result, check.load_bars())]
+    before = [(v.bar.name, v.word, v.figure) for v in check.judge(result, check.load_targets())]
     calls = having(result["rows"], kind="host_call")
     only = [row for row in calls if row["ids"] != "kept Index" or row["run_bytes"] != 4 * KB]
     staged = having(calls, engine="staged", host_side="block-first random")
@@ -172,7 +172,7 @@ def test_what_is_only_reported_is_not_judged() -> None:
     assert staged
     for row in (*only, *staged):
         row |= {"host_us": 1e6, "us_per_run": 1e6}
-    after = [(v.bar.name, v.word, v.figure) for v in check.judge(result, check.load_bars())]
+    after = [(v.bar.name, v.word, v.figure) for v in check.judge(result, check.load_targets())]
     assert before == after
 
 

@@ -88,7 +88,7 @@ def test_it_prints_a_table_or_one_json_value_and_writes_the_same(
     judged = capsys.readouterr().out
     assert "verdict" in judged
     assert "host time that a registered call adds" in judged
-    assert "3 bars are about rows that were not measured." in judged
+    assert "3 targets concern rows that were not measured." in judged
 
 
 def test_wrong_bytes_end_in_exit_code_1(measured: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,9 @@ def test_every_part_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     rows = checked(tmp_path)
     kinds = {"mapped", "both", "cost", "setup", "weights", "staged"}
     assert {row["kind"] for row in rows} == {f"migrate_{kind}" for kind in kinds}
-    judged = check.judge(json.loads(next(tmp_path.glob("*.json")).read_text()), check.load_bars())
+    judged = check.judge(
+        json.loads(next(tmp_path.glob("*.json")).read_text()), check.load_targets()
+    )
     without = {verdict.bar.name for verdict in judged if not verdict.rows}
     assert without == {"Owner, and publish, of 1,000 allocations (ms)"}  # tiny makes fewer
 

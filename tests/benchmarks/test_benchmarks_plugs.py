@@ -29,11 +29,18 @@ from portakv.integrations.lmcache_formats import LAYOUTS
 from portakv_benchmarks import check
 from portakv_benchmarks.host import merge
 from portakv_benchmarks.plugs import lmcache, sglang, suite, vllm
-from portakv_benchmarks.plugs.suite import OURS, OWN, PLUG_PRESETS, PlugBench, Side, Sides
+from portakv_benchmarks.plugs.suite import (
+    INTEGRATION_PRESETS,
+    OURS,
+    OWN,
+    IntegrationBench,
+    Side,
+    Sides,
+)
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, having
 
-TINY = PLUG_PRESETS["tiny"]
+TINY = INTEGRATION_PRESETS["tiny"]
 DEVICES = [
     pytest.param(CPU, id="cpu"),
     pytest.param(DEVICE, marks=[pytest.mark.simdev, pytest.mark.full], id="simdev"),
@@ -118,22 +125,24 @@ def test_calls_of_lmcaches_torch_ops_are_fewer_by_the_bar(tmp_path: Path) -> Non
         pytest.skip("LMCache is not installed; see .ci/plugs")
     _, result = run(tmp_path, NAME, "--only", "lmcache")
     machine = {**result["machine"], "device_type": "simdev"}
-    (verdict,) = check.judge({**result, "machine": machine}, check.load_bars())
+    (verdict,) = check.judge({**result, "machine": machine}, check.load_targets())
     assert (verdict.word, verdict.rows) == ("met", 6)
 
 
 # --- Own code that is a fake ----------------------------------------------------------------------
 
 
-def fake_ops(functions: Any) -> Callable[[PlugBench], lmcache.Ops]:
+def fake_ops(functions: Any) -> Callable[[IntegrationBench], lmcache.Ops]:
     """In the place of LMCache's ops some others, which take tensors."""
     forms = {x: x for x in (1, 4, 6, 12)}
     return lambda bench_: lmcache.Ops(functions, SimpleNamespace, forms, (0, 1), False)
 
 
-def tried(part: Callable[[PlugBench], Any], steps: slice = slice(2)) -> tuple[Rows, list[str]]:
+def tried(
+    part: Callable[[IntegrationBench], Any], steps: slice = slice(2)
+) -> tuple[Rows, list[str]]:
     """The rows of some steps on the CPU, and what was left out."""
-    bench_ = PlugBench(CPU, "tiny")
+    bench_ = IntegrationBench(CPU, "tiny")
     rows = [row for _, measure in [*part(bench_)][steps] for row in measure()]
     return rows, bench_.left_out
 
@@ -215,7 +224,9 @@ def test_what_bars_judge_comes_first_and_what_they_can_do_without_last(
     monkeypatch.setattr(lmcache, "own_ops", fake_ops(None))
     large = "32 MB, object on the host"
     small = "1 MB, object on the host"
-    bench_: Any = SimpleNamespace(sizes=PLUG_PRESETS["full"], device=DEVICE, left_out=[], found={})
+    bench_: Any = SimpleNamespace(
+        sizes=INTEGRATION_PRESETS["full"], device=DEVICE, left_out=[], found={}
+    )
     names = [name for name, _ in lmcache.lmcache_steps(bench_) if not name.startswith("calls")]
     cases = [name for name in names if "beside" not in name]
     loops = [at for at, name in enumerate(names) if "beside" in name]
@@ -265,7 +276,7 @@ def test_own_code_whose_bytes_are_wrong_is_no_measure(
 
 
 def test_one_wrong_byte_is_seen(device: torch.device) -> None:
-    bench_ = PlugBench(device, "tiny")
+    bench_ = IntegrationBench(device, "tiny")
     shape = dataclasses.replace(suite.LIKE, dim=64, block_size=4, tokens=8, heads=2, pool=2)
     src = Side.make(bench_, "(block token) head dim", shape, 1, salt=1)
     dst = Side.make(bench_, "block head token dim", shape, 1, on_host=True)
@@ -375,7 +386,7 @@ def test_bars_of_plugs_judge_results_of_plugs_alone() -> None:
         "verified": True,
         "op": "d2h",
     }
-    verdicts = check.judge(plugs_result([row], "lmcache"), check.load_bars())
+    verdicts = check.judge(plugs_result([row], "lmcache"), check.load_targets())
     assert MACHINE["device_type"] == "cuda"
     assert {verdict.bar.suite for verdict in verdicts} == {"plugs"}
     (judged,) = [verdict for verdict in verdicts if verdict.rows]
@@ -387,7 +398,7 @@ def test_bars_of_plugs_judge_results_of_plugs_alone() -> None:
 def test_each_bar_of_sglang_s_transfers_finds_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang, "own_kernels", lambda bench_: kvcacheio)
     rows = [{**row, "part": "sglang"} for row in tried(sglang.sglang_steps, slice(None))[0]]
-    verdicts = check.judge(plugs_result(rows, "sglang"), check.load_bars())
+    verdicts = check.judge(plugs_result(rows, "sglang"), check.load_targets())
     judged = {verdict.bar.figure: verdict.rows for verdict in verdicts if verdict.rows}
     assert judged == {"of_own": 6, "host_us": 6, "whole_of_own": 3}  # none with other quotas
     assert max(verdict.rows for verdict in verdicts) == 10  # and those without a kernel

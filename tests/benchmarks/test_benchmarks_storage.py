@@ -82,7 +82,7 @@ def test_every_part_measures_judges_and_draws(
     assert len(refused) == 2 * len(FIO)
     known = ("lmcache: ", "engine, ")  # not installed; what an engine does without
     assert [x for x in result["left_out"] if x not in refused and not x.startswith(known)] == []
-    judged = check.judge(result, check.load_bars())
+    judged = check.judge(result, check.load_targets())
     without = {v.bar.name for v in judged if not v.rows}
     few = ("1 MiB and more", "LMCache", "250,000", "99th")  # which a tiny run does not measure
     assert all(any(word in name for word in few) for name in without), without

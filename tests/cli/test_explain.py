@@ -129,7 +129,7 @@ def test_explain_says_how_rows_of_another_device_cross() -> None:
     assert found["device"] == f"{NAME}:1"
     code, _, err = run(*words, "--src-device", "cpu")
     assert code == 1
-    assert "reads the memory of others of its own type" in err
+    assert "Expected a reader of the same device type" in err
     assert run_json(*words, "--src-device", f"{NAME}:1") == run_json(*words)
     with pytest.raises(SystemExit) as wrong:
         run("explain", "--host", "--src-device", f"{NAME}:0")

@@ -173,7 +173,7 @@ def test_a_store_that_is_open_is_shown_and_neither_checked_nor_wiped(folder: Pat
     assert found[0]["open_in"] == f"process {os.getpid()}"
     for code, out, err in ran:
         assert (code, out) == (1, "")
-        assert "this process has it open already" in err
+        assert "this process has open already" in err
     assert run("store", "check", str(folder)).code == 0
 
 

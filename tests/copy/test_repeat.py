@@ -19,7 +19,7 @@ from portakv.backends.reference import Reference
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import caches
-from portakv.view.foreign import Foreign
+from portakv.view.addresses import RawMemory
 
 TOKENS = 96
 HEADS = 2
@@ -189,7 +189,7 @@ class _Again:
         device = self._like.device
         wide = self._like.itemsize
         ids = [
-            Foreign(self._like.dtype, count * wide).tensors([at], device)[0] for at in (src, dst)
+            RawMemory(self._like.dtype, count * wide).tensors([at], device)[0] for at in (src, dst)
         ]
         self._launch(*self._sides, Index(ids[0]), Index(ids[1]), count, None, None)
 

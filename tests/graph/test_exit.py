@@ -20,7 +20,8 @@ def test_the_interpreter_ends_with_a_full_queue(seconds: float, left: int) -> No
     """Fault 64. What runs may go on for 10 s, and the rest does not begin."""
     script = f"""
 import atexit, time
-from portakv.graph.graph import Graph, Task
+from portakv.graph.graph import Graph
+from portakv.graph.task import Task
 queue = Graph().queue("any", 3)
 atexit.register(lambda: print(queue.queued_bytes))  # after the graph's end
 def work(task, mask):

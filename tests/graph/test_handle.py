@@ -8,14 +8,16 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from portakv.errors import TransferCancelled, TransferError, TransferTimeout
-from portakv.graph.graph import Graph, Task
+from portakv.graph.graph import Graph
 from portakv.graph.handle import Handle
+from portakv.graph.task import Task
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def submitted(graph: Graph, work: Any, blocks: int = 3, **terms: Any) -> Handle:
 
 
 def test_all_landed(graph: Graph) -> None:
-    handle = submitted(graph, lambda task, mask: None, kept=object())
+    handle = submitted(graph, lambda task, mask: None, retained=object())
     handle.wait()
     handle.synchronize()
     assert handle.done()
@@ -64,7 +66,7 @@ def test_the_first_cause_is_named(graph: Graph) -> None:
 def test_a_save_names_the_first_tier_that_did_not_take_all(graph: Graph) -> None:
     """And gives no advice of loads."""
     takes, half, none = (
-        Task(lambda task, mask, n=n: mask & (np.arange(3) < n), 3, queue=graph.queue(name))
+        Task(partial(lambda n, _, mask: mask & (np.arange(3) < n), n), 3, queue=graph.queue(name))
         for name, n in (("disk:/a", 3), ("disk:/b", 2), ("remote", 0))
     )
     gate = Task(None, 3, after=[takes, half, none], name="save")
@@ -120,7 +122,7 @@ def test_cancel_is_told(graph: Graph, missing: str) -> None:
     assert begun.wait(30)
     assert not running.cancel()
     assert (queued.cancel(), queued.cancelled, queued.cancel()) == (True, True, False)
-    with pytest.raises(TransferCancelled, match=r"had not begun and are cancelled\.$"):
+    with pytest.raises(TransferCancelled, match=r"had not started and are cancelled\.$"):
         queued.synchronize()
     go.set()
 

@@ -13,8 +13,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from portakv.errors import Unsupported
-from portakv.graph.graph import Graph, Task
+from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
+from portakv.graph.task import Task
 
 
 def ran() -> Graph:

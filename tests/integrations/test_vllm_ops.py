@@ -20,7 +20,7 @@ from support.guarded_memory import refused
 from portakv import LayoutError, SlotError, Unsupported
 from portakv.host import pinned
 from portakv.integrations import vllm_ops
-from portakv.view import foreign
+from portakv.view import addresses as view_addresses
 
 SLOTS = [37, 0, -1, 5, 63, 36]
 BLOCKS = 8
@@ -215,7 +215,7 @@ def test_swapping_runs(
     # CUDA's driver and ROCm's are asked, as by vLLM's own op; others are told.
     texts = {} if device.type in ("cpu", "cuda") else {"src_device": device}
     if device.type == "cpu":
-        monkeypatch.setattr(foreign, "usual_device", lambda: device)
+        monkeypatch.setattr(view_addresses, "usual_device", lambda: device)
     vllm_ops.swap_blocks_batch(
         torch.tensor(froms) + cache.data_ptr(),
         torch.tensor(tos) + host.data_ptr(),

@@ -156,7 +156,7 @@ def test_lists_are_sent_once_and_not_while_a_copy_is_timed(monkeypatch: pytest.M
     monkeypatch.setattr(HostLaunch, "launch_by", noted)
     calibrate(DEVICE, 60, ONE_POINT, Pretending([1e-5]))
     assert len(met) == 3 * 2
-    assert not any(index.fleeting for pair in met for index in pair)
+    assert not any(index.temporary for pair in met for index in pair)
 
 
 def test_it_ends_when_its_time_is_over() -> None:

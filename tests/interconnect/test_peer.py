@@ -144,7 +144,7 @@ def test_a_view_as_another_device_sees_it() -> None:
     tensors = [filled((2, 3, 4, 2, 8), device=HERE) for _ in range(3)]
     own = KVView(tensors, "layer | kv block token head dim")
     peer = own.as_peer(THERE)
-    assert (peer.device, peer.home, peer.form.place) == (THERE, HERE, "peer")
+    assert (peer.device, peer.memory_device, peer.form.place) == (THERE, HERE, "peer")
     assert peer is own.as_peer(str(THERE).replace("privateuseone", simdev_cases.NAME))
     assert peer.origins == own.origins
     assert [x.data_ptr() for x in peer.owners] == [x.data_ptr() for x in own.owners]
@@ -154,15 +154,15 @@ def test_a_view_as_another_device_sees_it() -> None:
     assert pickle.loads(pickle.dumps(peer.form)) == peer.form
     assert peer.table.device == THERE
     cut = peer.slice(layers=1, heads=0)
-    assert (cut.device, cut.home, cut.form.place) == (THERE, HERE, "peer")
+    assert (cut.device, cut.memory_device, cut.form.place) == (THERE, HERE, "peer")
     assert cut.origins == own.slice(layers=1, heads=0).origins
     assert peer.as_own().form is own.form
     assert peer.as_own().device == HERE
     assert own.as_own() is own
     assert "(peer)" in repr(peer)
-    assert own.home == HERE
+    assert own.memory_device == HERE
     mapped = own.as_peer(HERE)  # another process's memory, which counts as this device's
-    assert (mapped.device, mapped.home, mapped.form.place) == (HERE, HERE, "peer")
+    assert (mapped.device, mapped.memory_device, mapped.form.place) == (HERE, HERE, "peer")
 
 
 @pytest.mark.simdev
@@ -182,7 +182,7 @@ def test_a_view_by_addresses_as_another_device_sees_it() -> None:
 @pytest.mark.simdev
 def test_rows_of_the_host_and_of_other_types_are_no_peers() -> None:
     host = KVView(torch.zeros(4, 8), "token dim")
-    with refused(DeviceMismatch, "cpu", str(HERE), "own type"):
+    with refused(DeviceMismatch, "cpu", str(HERE), "same device type"):
         host.as_peer(HERE)
     there = KVView(torch.zeros(4, 8).to(HERE), "token dim")
     with refused(DeviceMismatch, "cpu", "pinned host memory"):

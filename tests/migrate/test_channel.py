@@ -151,7 +151,7 @@ def test_a_refusal_is_the_sentence_of_the_error_there(pair: tuple[Server, Channe
         raise SlotError("Slot 9 is past the end") if ping.data else ZeroDivisionError("never told")
 
     server.channel.serve(Ping, refuse)
-    with pytest.raises(PeerError, match="was refused: Slot 9 is past the end"):
+    with pytest.raises(PeerError, match="was rejected: Slot 9 is past the end"):
         asker.ask(server.address, Ping(b"9"), Pong)
     with pytest.raises(PeerError, match="it failed there by ZeroDivisionError"):
         asker.ask(server.address, Ping(), Pong)
@@ -160,7 +160,7 @@ def test_a_refusal_is_the_sentence_of_the_error_there(pair: tuple[Server, Channe
 
 def test_an_answer_of_another_kind_is_an_error(pair: tuple[Server, Channel]) -> None:
     server, asker = pair
-    with pytest.raises(PeerError, match="by nothing that was expected"):
+    with pytest.raises(PeerError, match="an answer that is not valid"):
         asker.ask(server.address, Ping(), Unknown)
 
 
@@ -171,7 +171,7 @@ def test_an_answer_too_large_is_a_refusal(pair: tuple[Server, Channel]) -> None:
     server.channel.serve(Ping, lambda *_: Pong(bytes(ANSWER)))
     with pytest.raises(PeerError, match="its answer has 1048"):
         asker.ask(server.address, Ping(), Pong)
-    with pytest.raises(PeerError, match="at most 65536 may go"):
+    with pytest.raises(PeerError, match="a message has at most 65536"):
         asker.ask(server.address, Ping(bytes(LIMIT)), Pong)
     fits = Ping(bytes(LIMIT - len(msgspec.msgpack.encode(Ping(bytes(60000)))) + 60000))
     server.channel.serve(Ping, lambda _, ping: Pong(b"", len(ping.data)))
@@ -195,7 +195,7 @@ def test_a_peer_that_closes_is_gone_at_once_on_both_sides(pair: tuple[Server, Ch
     peer.on_gone(lambda: ends.append("late"))
     server.channel.close()
     assert until(lambda: ends == ["peer", "late", "watch"], 1)
-    with pytest.raises(PeerError, match=r"reached nobody|was to be reached"):
+    with pytest.raises(PeerError, match=r"no channel listens|Expected an address"):
         other.ask(server.address, Ping(), Pong, 2.0)
     assert other.statistics()["links"] == 0
     other.close()
@@ -204,10 +204,10 @@ def test_a_peer_that_closes_is_gone_at_once_on_both_sides(pair: tuple[Server, Ch
 def test_nobody_there_is_an_error_at_once(pair: tuple[Server, Channel]) -> None:
     server, asker = pair
     server.channel.close()
-    with pytest.raises(PeerError, match=r"nobody listens there|No such file"):
+    with pytest.raises(PeerError, match=r"no channel listens there|No such file"):
         asker.tell(server.address, Ping())
     for _ in range(100):  # what the one before left hinders none
-        with pytest.raises(PeerError, match=r"nobody listens there|No such file"):
+        with pytest.raises(PeerError, match=r"no channel listens there|No such file"):
             asker.ask(server.address, Ping(), Pong)
 
 
@@ -311,7 +311,7 @@ def test_strangers_get_no_answer(
         assert until(lambda: server.counts["strangers"] >= 1, 2)
     assert server.asked == []
     assert server.channel.statistics()["peers"] == 0
-    assert "refused strangers" in caplog.text
+    assert "rejected unknown connections" in caplog.text
     assert asker.ask(server.address, Ping(), Pong).count == 1
 
 
@@ -333,7 +333,7 @@ def test_what_has_another_schema_is_refused(body: bytes, by_tcp: tuple[Server, C
     with Raw(server) as raw:
         back = raw.request(body)
         assert BACK.unpack_from(back) == (VERSION, True, 1)
-        assert back[BACK.size :] == b"it is no message that is known there"
+        assert back[BACK.size :] == b"the message is not known there"
         assert server.counts["schema"] == 1
         assert asker.ask(server.address, Ping(), Pong).count == 1
 
@@ -598,7 +598,7 @@ def test_where_a_channel_may_listen(
     ["tcp://127.0.0.1:1", "ipc://@name", "ipc:///nothing/there", "inproc://a", "", "x" * 99],
 )
 def test_where_a_channel_without_a_secret_may_ask(address: str) -> None:
-    with asking() as asker, pytest.raises(PeerError, match="was to be reached"):
+    with asking() as asker, pytest.raises(PeerError, match="Expected an address of a channel"):
         asker.ask(address, Ping(), Pong)
 
 
@@ -843,7 +843,7 @@ def test_a_question_ends_when_nothing_waits_for_it(by_tcp: tuple[Server, Channel
     answer: Any = lambda *_: release.wait(10) and Pong()  # noqa: E731
     server.channel.serve(Ping, answer)
     threading.Timer(0.2, stop.set).start()
-    with pytest.raises(TransferTimeout, match="given up"):
+    with pytest.raises(TransferTimeout, match="was cancelled"):
         asker.ask(server.address, Ping(), Pong, 8.0, stop.is_set)
     release.set()
 

@@ -96,20 +96,20 @@ def test_an_allocation_is_one_region() -> None:
 def test_what_cannot_be_described_is_refused() -> None:
     tensors = [noise(2, 8, 4, 2, 8, dtype=torch.float16) for _ in range(2)]
     view = KVView(tensors, "vllm-nhd")
-    with pytest.raises(LayoutError, match="If it is a slice, hand over the whole view"):
+    with pytest.raises(LayoutError, match="If it is a slice, pass the whole view"):
         describe(Shard(view.slice(layers=slice(1, 2))), Regions())
-    with pytest.raises(LayoutError, match="If it is a slice, hand over the whole view"):
+    with pytest.raises(LayoutError, match="If it is a slice, pass the whole view"):
         describe(Shard(view.slice(heads=0)), Regions())
     bare = KVView.at(
         tensors[0].data_ptr(), "block token dim", shape=(8, 4, 8), dtype=torch.float16, device="cpu"
     )
-    with pytest.raises(LayoutError, match="by addresses alone"):
+    with pytest.raises(LayoutError, match="of raw addresses"):
         describe(Shard(bare), Regions())
     many = [tensors[0][0, 0, :, 0]] * 8193
     with pytest.raises(LayoutError, match="its 8193 tensors"):
         describe(Shard(KVView(many, "block | token dim")), Regions())
     tensors[1].data = torch.zeros(2, 8, 4, 2, 8, dtype=torch.float16)
-    with pytest.raises(LayoutError, match="have their memory still"):
+    with pytest.raises(LayoutError, match="still have their memory"):
         describe(Shard(view), Regions())
 
 
@@ -178,7 +178,7 @@ def test_a_description_that_lies_is_refused(lie: dict[str, Any]) -> None:
     shapes; the region is of addresses alone, so that whatever touches it ends this process."""
     region = reserve(POOL.nbytes)
     assert rebuild(HONEST, [region]).view.form == VIEW.form
-    with pytest.raises(LayoutError, match="was described that 1 regions do not hold"):
+    with pytest.raises(LayoutError, match="that fits its 1 regions, got another"):
         rebuild(with_fields(HONEST, **lie), [region])
 
 

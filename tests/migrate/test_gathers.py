@@ -81,7 +81,7 @@ def test_a_transport_that_the_owner_was_told_to_use_is_the_readers_as_well(
     both = Couple(made, "staging", **({"transport": "memory"} if by == "name" else {}))
     monkeypatch.delenv("PORTAKV_MOVER", raising=False)
     told = pulled(made, both, None)
-    assert "rows are moved by memory, through staging" in told
+    assert "memory sends the rows through staging buffers" in told
     assert "memory: accepted, it is here; it was requested by name" in told
     with pytest.raises(Unsupported, match="The transport memory: its reader has distributed"):
         pulled(made, both, "distributed")
@@ -100,7 +100,7 @@ def test_who_agreed_upon_no_transport_is_not_answered(made: Sides) -> None:
     pulled(made, both, "memory")
     pulled(made, both, None)
     for asked in (Join("x"), Where(1), Taken(1)):
-        with pytest.raises(PeerError, match="has not agreed upon this transport"):
+        with pytest.raises(PeerError, match="Expected the agreed transport"):
             both.reader.channel.ask(both.owner.channel.address, asked, Answer)
 
 
@@ -158,7 +158,7 @@ def test_an_owner_that_cannot_bring_rows_says_so_at_once(
             if at == "staging":
                 patch.setattr("portakv.migrate.gathers.staging", full)
             else:
-                offer.behind = cast(Any, Held(threading.Event(), 0, error))
+                offer.after = cast(Any, Held(threading.Event(), 0, error))
             with pytest.raises(PeerError):
                 both.pull(offer).synchronize(60)
         assert monotonic() - began < 10
@@ -174,7 +174,7 @@ def test_an_owner_that_is_asked_for_no_rows_knows_of_a_pull_that_lasts(made: Sid
     also = made.owner(both.theirs.shard, expose="staging", staging=SMALL)
     offers = [one.offer(both.blocks, tokens=both.tokens) for one in (both.owner, also)]
     for offer in offers:
-        offer.behind = cast(Any, Held(held))
+        offer.after = cast(Any, Held(held))
     pull = both.reader.pull([offer.ticket for offer in offers], both.into)
     assert until(lambda: all(offer.begun for offer in offers))
     held.set()
@@ -192,20 +192,23 @@ def test_only_the_memory_that_slots_have_now_is_registered(
     for both.tokens in (1, 10, 20, 40, 75, 3):
         both.pull(both.offer(), verify=True).synchronize(20)
         assert both.right()
-    (paired,) = both.reader._owners._owners.values()
+    (connection,) = both.reader._owners._owners.values()
+    carrier: Any = connection.staging.transport
     transport: Any = both.owner._gathers._transports["other cpu"]
 
-    def told() -> bool:  # what a slot had before it grew is let go of by the next one
+    def only_these() -> bool:  # the next slot releases what a slot had before it grew
         both.pull(both.offer()).synchronize(20)
-        mine = {(x.data_ptr(), x.nbytes) for _, x, _ in paired.slots.queue if x.nbytes}
-        theirs = {(x.room.data_ptr(), x.room.nbytes) for x in both.owner._gathers._slots.values()}
+        mine = {(x.data_ptr(), x.nbytes) for _, x, _ in connection.staging.slots.queue if x.nbytes}
+        theirs = {
+            (x.buffer.data_ptr(), x.buffer.nbytes) for x in both.owner._gathers._slots.values()
+        }
         theirs = {(min(theirs)[0], SMALL)} if once else theirs
-        return {*transport.entered} == theirs and {*paired.transport.entered} == mine
+        return {*transport.entered} == theirs and {*carrier.entered} == mine
 
-    assert until(told)
+    assert until(only_these)
     assert not once or len(transport.log) == 1
     both.reader.close()
-    assert until(lambda: not (transport.entered or paired.transport.entered))
+    assert until(lambda: not (transport.entered or carrier.entered))
 
 
 def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) -> None:
@@ -214,13 +217,13 @@ def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) ->
     both = Couple(made, "staging", transport="other")
     held = threading.Event()
     offer = both.offer()
-    offer.behind = cast(Any, Held(held))
+    offer.after = cast(Any, Held(held))
     before = both.pull(offer)
     assert until(lambda: both.owner._gathers._graph.live)
     both.theirs = Rows(fill=7)
     both.owner.reallocate(both.theirs.shard)
     offer = both.offer()
-    offer.behind = cast(Any, Held(threading.Event(), 0.2))
+    offer.after = cast(Any, Held(threading.Event(), 0.2))
     pull = both.pull(offer)
     held.set()
     pull.synchronize(20)
@@ -239,5 +242,5 @@ def test_the_late_end_of_a_connection_leaves_the_next_one_of_its_reader_alone(ma
     for peer in (before, now):
         gathers.agree(peer, hello, torch.device("cpu"))
     before.end()
-    assert gathers._asked(now, Where(1)) == There()
+    assert gathers._answer_transport(now, Where(1)) == There()
     gathers.close()

@@ -22,7 +22,7 @@ from portakv import Index, KVView
 from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.offers import Owner
-from portakv.migrate.pull import Reader
+from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
 
 extents = st.integers(1, 4).flatmap(

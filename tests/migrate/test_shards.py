@@ -118,19 +118,19 @@ def test_several_bring_positions_only_if_none_has_them_all() -> None:
 @pytest.mark.parametrize(
     ("owners", "here", "told"),
     [
-        ([((0, 8), (0, 3))], [], "none of 1 owners holds layers 0-7 x heads 3-3;"),
+        ([((0, 8), (0, 3))], [], "got 1, none of which has layers 0-7 x heads 3-3. "),
         ([((0, 4), (0, 2)), ((4, 8), (2, 4))], [], " layers 4-7 x heads 0-1,"),
-        ([((0, 4), (0, 2)), ((4, 8), (2, 4))], [], ", layers 0-3 x heads 2-3;"),
-        ([], [], "none of 0 owners holds layers 0-7 x heads 0-3;"),
-        ([((0, 8), (0, 4))] * 2, ["11000", "01101"], " layers 0-7 x heads 0-3 at positions 3;"),
-        ([((0, 8), (0, 4))], ["000011"], " heads 0-3 at positions 0, 1, 2, 3;"),
-        ([((0, 8), (0, 4))], ["0000011"], " heads 0-3 at positions 0, 1, 2, 3, ...;"),
+        ([((0, 4), (0, 2)), ((4, 8), (2, 4))], [], ", layers 0-3 x heads 2-3. "),
+        ([], [], "got 0, none of which has layers 0-7 x heads 0-3. "),
+        ([((0, 8), (0, 4))] * 2, ["11000", "01101"], " layers 0-7 x heads 0-3 at positions 3. "),
+        ([((0, 8), (0, 4))], ["000011"], " heads 0-3 at positions 0, 1, 2, 3. "),
+        ([((0, 8), (0, 4))], ["0000011"], " heads 0-3 at positions 0, 1, 2, 3, .... "),
     ],
 )
 def test_what_nobody_holds_is_named(owners: Any, here: list[str], told: str) -> None:
     """Fault 18. Windows with a hole, heads that nobody holds, positions that are nowhere."""
     masks = [np.array([*map(int, one)], bool) for one in here]
-    with pytest.raises(LayoutError, match="hand over a ticket of every owner") as refused:
+    with pytest.raises(LayoutError, match="Pass a ticket of every owner") as refused:
         pieces(((0, 8), (0, 4)), owners, masks)
     assert told in str(refused.value)
 
@@ -140,7 +140,7 @@ def test_opaque_pages_come_whole() -> None:
     parts = [((0, 2), (0, 1)), ((2, 4), (0, 1))]
     assert [piece.owner for piece in pieces(whole, [*parts, whole], whole=True)] == [2]
     assert [piece.owner for piece in pieces(parts[1], [*parts, whole], whole=True)] == [1]
-    with pytest.raises(LayoutError, match="none of 0 owners of all of it holds layers 0-3"):
+    with pytest.raises(LayoutError, match="got 0 with all of it, none of which has layers 0-3"):
         pieces(whole, parts, whole=True)
 
 
@@ -164,7 +164,7 @@ def test_a_shard_holds_what_its_window_says() -> None:
     assert Shard(view).group.box == ((0, 2), (0, 3))
     shard = Shard(view, layers=(4, 6, 8), heads=(3, 6, 6))
     assert shard.group == Group((4, 6, 8), (3, 6, 6), (16, 16), ("float16", "float16"))
-    with pytest.raises(LayoutError, match="The view has 2 layers; `of` is how many"):
+    with pytest.raises(LayoutError, match="The view has 2 layers; `of` is the number"):
         Shard(view, layers=(0, 3, 8))
     for wrong in ((0, 2), (2, 0, 8), (0, 9, 8), (-1, 1, 8), (3, 3, 8)):
         with pytest.raises(LayoutError, match=r"to be \(from, to, of\)"):

@@ -96,7 +96,7 @@ def recycled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[t
         return theirs[name]
 
     monkeypatch.setattr("portakv.migrate.gathers.staging", allocate)
-    monkeypatch.setattr("portakv.migrate.moved.staging", receive)
+    monkeypatch.setattr("portakv.migrate.staged.staging", receive)
     monkeypatch.setitem(TRANSPORTS.targets, Table.name, Table)
     try:
         yield begin

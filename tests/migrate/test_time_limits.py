@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from portakv import KVView
 from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferError, TransferTimeout
 from portakv.migrate import Channel, Owner, Reader, Shard, shared_empty
-from portakv.migrate.messages import Answer, Gather, Hello, Welcome
+from portakv.migrate.messages import Answer, Gather, Handshake, Hello
 
 SECRET = b"of both sides, 16 bytes or more"
 BOUND = 6.0  # seconds, generous: without a limit these wait for ever or for the channel's minute
@@ -40,10 +40,10 @@ def staged() -> Iterator[tuple[Owner, Reader, bytes]]:
         owner.close()
 
 
-def welcome_of(owner: Owner) -> Welcome:
+def welcome_of(owner: Owner) -> Handshake:
     """Return what an owner answers to a reader that it maps for."""
     with closing(Channel()) as asker:
-        return asker.ask(owner.channel.address, Hello("m"), Welcome)
+        return asker.ask(owner.channel.address, Hello("m"), Handshake)
 
 
 def lasted(call: Callable[[], object]) -> float:
@@ -91,8 +91,8 @@ def test_an_owner_without_staging_buffers_is_refused(
     staged: tuple[Owner, Reader, bytes], slots: int
 ) -> None:
     owner, reader, ticket = staged
-    welcome = welcome_of(owner)
-    owner.channel.serve(Hello, lambda *_: replace(welcome, slots=slots))
+    handshake = welcome_of(owner)
+    owner.channel.serve(Hello, lambda *_: replace(handshake, slots=slots))
     with pytest.raises(PeerError, match="Expected 1 to 64 staging buffers"):
         reader.pull(ticket, [2, 3], timeout=5.0)
 
@@ -101,8 +101,8 @@ def test_a_second_answer_that_is_not_a_welcome_is_refused(
     staged: tuple[Owner, Reader, bytes],
 ) -> None:
     owner, reader, ticket = staged
-    welcome = welcome_of(owner)
-    owner.channel.serve(Hello, lambda _, hello: Answer("held") if hello.transport else welcome)
+    handshake = welcome_of(owner)
+    owner.channel.serve(Hello, lambda _, hello: Answer("held") if hello.transport else handshake)
     with pytest.raises(PortaKVError):
         reader.pull(ticket, [2, 3], timeout=5.0)
 
@@ -111,10 +111,10 @@ def test_regions_without_addresses_are_the_owner_s_error(
     staged: tuple[Owner, Reader, bytes],
 ) -> None:
     owner, reader, ticket = staged
-    welcome = welcome_of(owner)
+    handshake = welcome_of(owner)
 
-    regions = tuple(replace(region, nbytes=1 << 48) for region in welcome.regions)
-    owner.channel.serve(Hello, lambda *_: replace(welcome, regions=regions))
+    regions = tuple(replace(region, nbytes=1 << 48) for region in handshake.regions)
+    owner.channel.serve(Hello, lambda *_: replace(handshake, regions=regions))
     with pytest.raises(PeerError, match="Expected regions of memory"):
         reader.pull(ticket, [2, 3], timeout=5.0)
 

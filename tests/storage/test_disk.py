@@ -492,7 +492,7 @@ def test_other_forms_of_the_same_cache(tmp_path: Path, store: Open) -> None:
     assert {each.form for each in others} == {*heads[:2]}
     assert not any(each.writable for each in others)
     assert [load(each, KEYS[:2]) for each in others] == [[True, True]] * 2
-    assert any("has not landed" in note for note in own.notes)
+    assert any("without I/O in flight" in note for note in own.notes)
     os.close(late)
     engine: Any = tier.io
     for each in reversed(every):
@@ -508,11 +508,11 @@ def test_one_store_has_a_folder(tmp_path: Path, store: Open) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "a")
     one = store()
     for name in ("a", "link"):
-        with pytest.raises(StoreBusy, match="this process has it open already"):
+        with pytest.raises(StoreBusy, match="this process has open already"):
             store(other, name)
 
     def child() -> None:
-        with pytest.raises(StoreBusy, match=f"process {os.getppid()} has it open already"):
+        with pytest.raises(StoreBusy, match=f"process {os.getppid()} has open already"):
             store(other)
 
     assert cases.ended_well(cases.forked(child))
@@ -527,7 +527,7 @@ def test_a_busy_folder_after_the_first_is_left_out(store: Open) -> None:
     """A note names it. The first folder must be free."""
     store(FORM, "b")
     one = store(FORM, "a", "b")
-    assert any("does without" in note and "has it open already" in note for note in one.notes)
+    assert any("does without" in note and "has open already" in note for note in one.notes)
     assert save(one, KEYS[:2]) == [True, True]
     with pytest.raises(StoreBusy):
         store(FORM, "b", "c")

@@ -18,9 +18,10 @@ from support.storage_cases import FakeTier, key_of, small_form
 
 from portakv import KVView
 from portakv.errors import PortaKVError, TransferError
-from portakv.graph.graph import Graph, Lease, Task
+from portakv.graph.graph import Graph
 from portakv.graph.handle import Handle
 from portakv.graph.prometheus import Collector
+from portakv.graph.task import Lease, Task
 from portakv.graph.trace import Trace
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 from portakv.storage.tier import Tier

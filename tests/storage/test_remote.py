@@ -42,7 +42,8 @@ from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
 from portakv.storage.form import BlockForm
 from portakv.storage.image import HEADER, Row, seal
-from portakv.storage.remote import FAILURES, Remote, RemoteStore
+from portakv.storage.remote import FAILURES, Remote
+from portakv.storage.remote_store import RemoteStore
 from portakv.storage.store import BlockStore
 
 CANONICAL = "block layer head kv token dim"
@@ -105,9 +106,8 @@ class Case:
         return tier_stores
 
     def counted(self) -> dict[str, int]:
-        """Blocks by what was done and what came of it."""
         counts = self.graph.statistics()["tier_blocks_total"]
-        return {f"{one['op']} {one['result']}": one["value"] for one in counts}
+        return {f"{one['op']} {one['result']}": int(one["value"]) for one in counts}
 
     def path(self, key: bytes, form: BlockForm = SMALL) -> str:
         return f"1/{form.name}/{key.hex()[:2]}/{key.hex()}"
@@ -286,7 +286,7 @@ def test_a_block_that_is_there_when_the_deadline_passes_is_no_miss(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 38."""
-    monkeypatch.setattr("portakv.storage.remote.POLL", 60.0)
+    monkeypatch.setattr("portakv.storage.remote_store.POLL", 60.0)
     case.lay(KEYS[0])
     ends = iter([False])
     assert load(case.tier_store(), KEYS[0], stop=lambda: next(ends, True))[0]

@@ -313,7 +313,7 @@ def test_two_processes_and_one_folder(folder: Path) -> None:
     pid, told = cases.telling(hold)
     assert os.read(told, 1) == b"x"
     for _ in range(2):
-        with pytest.raises(StoreBusy, match=f"process {pid} has it open"):
+        with pytest.raises(StoreBusy, match=f"process {pid} has open already"):
             opened(folder)
     os.write(done[1], b"x")
     assert cases.ended_well(pid)  # Fault 14, too: it had not closed its store

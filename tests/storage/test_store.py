@@ -44,6 +44,7 @@ from portakv.storage import BlockStore, remote
 from portakv.storage.disk import Disk
 from portakv.storage.disk_store import DiskStore
 from portakv.storage.form import BlockForm
+from portakv.storage.remote_store import RemoteStore
 from portakv.storage.tier import TierStore
 
 LIMIT = 20.0  # seconds; nothing here takes as long
@@ -443,7 +444,7 @@ def test_a_save_that_a_load_waits_for_is_not_dropped(opened: Any) -> None:
     for handle in (loaded, first, second):
         handle.synchronize(LIMIT)
     assert same(source, [1], target, [1])
-    with pytest.raises(TransferError, match="staging had no room"):
+    with pytest.raises(TransferError, match="staging was full"):
         third.synchronize(LIMIT)
 
 
@@ -896,7 +897,7 @@ def test_a_whole_load_joins_one_by_layer_and_the_other_way(opened: Any) -> None:
     saved(store, source, range(2), KEYS[:2])
     for first in (True, False):
         for key in KEYS[:2]:
-            store.rows._kept.pop(key, None)
+            store.rows._cached.pop(key, None)
         targets = [cache(4, seed=50 + i, **BIG) for i in range(2)]
         handles = [
             store.load(x, range(2), KEYS[:2], by_layer=(i == 0) == first)
@@ -1041,8 +1042,7 @@ def test_what_a_store_refuses(opened: Any, tmp_path: Path) -> None:
     assert opened(host=1, weak_keys=True).lookup([b"weak"]) == 0
 
 
-def tier_stores(disk: DiskStore, far: remote.RemoteStore, fake: FakeStore) -> list[TierStore]:
-    """What a type checker sees: each of them is what a store knows of a tier."""
+def tier_stores(disk: DiskStore, far: RemoteStore, fake: FakeStore) -> list[TierStore]:
     return [disk, far, fake]
 
 

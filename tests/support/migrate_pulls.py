@@ -17,9 +17,9 @@ import torch
 from portakv import KVView
 from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import shared_empty
-from portakv.migrate.messages import Hello, Welcome
+from portakv.migrate.messages import Handshake, Hello
 from portakv.migrate.offers import Offer, Owner
-from portakv.migrate.pull import Reader
+from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
 from support.migrate_channels import until
 
@@ -88,7 +88,7 @@ def _open_files() -> Iterator[str]:
 def key_of(owner: Owner) -> bytes:
     """The key under which an owner signs its tickets, as each of its readers has it."""
     with closing(Channel()) as channel:
-        return channel.ask(owner.channel.address, Hello(owner.model), Welcome).key
+        return channel.ask(owner.channel.address, Hello(owner.model), Handshake).key
 
 
 class Rows:

@@ -38,7 +38,7 @@ SUBJECTS = {
     "portakv/layout": "tests/layout",
     "portakv/view/index.py": "tests/view",
     "portakv/migrate/shards.py": "tests/migrate/test_shards.py tests/migrate/test_pull.py",
-    "portakv/migrate/steps.py": "tests/migrate/test_pull.py",
+    "portakv/migrate/plan.py": "tests/migrate/test_pull.py",
     "portakv/migrate/channel.py": "tests/migrate/test_channel.py",
     "portakv/storage": "tests/storage",
     "portakv/graph": "tests/graph",

@@ -100,7 +100,7 @@ def test_ranges_and_one_id_of_a_reversed_array() -> None:
 @pytest.mark.parametrize(
     ("ids", "why"),
     [
-        (torch.tensor([1.0]), r"dtype torch.float32 was given; expected torch.int32 or"),
+        (torch.tensor([1.0]), r"of torch.int32 or torch.int64, got dtype torch.float32"),
         (torch.tensor([True]), "dtype torch.bool"),
         (torch.tensor([1], dtype=torch.int16), "dtype torch.int16"),
         (torch.tensor([1], dtype=torch.uint8), "dtype torch.uint8"),
@@ -108,16 +108,19 @@ def test_ranges_and_one_id_of_a_reversed_array() -> None:
         (np.array([1], dtype=np.uint16), "dtype uint16"),
         (np.array([1, None], dtype=object), "object"),
         (np.array(["1"]), "<U1"),
-        (torch.tensor(3), r"shape \(\) was given; expected one dimension"),
+        (torch.tensor(3), r"one dimension, got shape \(\)"),
         (torch.tensor([[1, 2]]), r"shape \(1, 2\)"),
-        ([1, 2.0], "2.0 was found"),
-        ([True], "True was found"),
-        ([1, None], "None was found"),
+        ([1, 2.0], "got 2.0"),
+        ([True], "got True"),
+        ([1, None], "got None"),
         ([2**70], "slot"),
-        ("12", "a str was given"),
-        ({1, 2}, "a set was given"),
-        (torch.arange(3).to_sparse(), "dense tensor, but a sparse_coo one"),
-        (torch.nested.nested_tensor([torch.arange(3)] * 2), "dense tensor, but a nested one"),
+        ("12", "got a str"),
+        ({1, 2}, "got a set"),
+        (torch.arange(3).to_sparse(), "dense tensor .* sparse_coo one"),
+        (
+            torch.nested.nested_tensor([torch.arange(3)] * 2),
+            "dense tensor .* nested one",
+        ),
     ],
 )
 def test_lists_that_are_no_slots(ids: Any, why: str) -> None:
@@ -127,7 +130,7 @@ def test_lists_that_are_no_slots(ids: Any, why: str) -> None:
 
 def test_ids_inside_function_transforms() -> None:
     for transform, ids in ((torch.vmap, [[1]]), (torch.func.functionalize, [1])):
-        with pytest.raises(SlotError, match=r"without memory of its own .* torch.vmap"):
+        with pytest.raises(SlotError, match=r"owns no memory, .* torch.vmap"):
             transform(Index)(torch.tensor(ids))
 
 
@@ -135,7 +138,7 @@ def test_ids_inside_function_transforms() -> None:
     ("step", "offset"), [(0, 0), (-1, 0), (1, -1), (1.5, 0), (2, 0.5), ("4", 0), (2**62, 0)]
 )
 def test_a_bad_step_or_offset(step: Any, offset: Any) -> None:
-    with pytest.raises(SlotError, match="from 1 to 2147483647 and offset at least 0"):
+    with pytest.raises(SlotError, match="from 1 to 2147483647 and an integer offset"):
         Index([1], step, offset)
 
 
@@ -205,8 +208,8 @@ def test_clean_ids_stay_clean_for_their_range() -> None:
     ("ids", "step", "offset", "count", "why"),
     [
         ([0, 1], 4, 0, 8, ""),
-        ([0, 1], 4, 0, 9, "9 positions from 0 on were asked of the source index, .* 2 ids"),
-        ([0, 1], 4, 4, 5, "5 positions from 4 .* 2 ids"),
+        ([0, 1], 4, 0, 9, "2 ids .* of the source index, got 9 positions from 0 on"),
+        ([0, 1], 4, 4, 5, "2 ids .* 5 positions from 4"),
         (None, 1, 0, 16, ""),
         (None, 1, 1, 16, "of the source, which holds 16 tokens"),
     ],

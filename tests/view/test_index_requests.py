@@ -88,7 +88,7 @@ def test_a_request_longer_than_its_table(device: torch.device) -> None:
         return
     with pytest.raises(SlotError) as refused:
         Index.of_requests(tables, LENGTHS, SIZE)
-    check_sentence(str(refused.value), "Request 0", "9 tokens", "2 blocks x 4")
+    check_sentence(str(refused.value), "request 0", "9 tokens", "2 blocks x 4")
 
 
 @pytest.mark.parametrize(
@@ -176,5 +176,5 @@ def test_what_are_no_numbers(asked: Any) -> None:
 def test_tables_inside_function_transforms(transform: Any) -> None:
     """Whose numbers torch hands over as whatever lies in memory."""
     tables = torch.zeros(2, 1, 3, dtype=torch.int64)[0 if transform is not torch.vmap else slice(2)]
-    with pytest.raises(SlotError, match="without memory of its own"):
+    with pytest.raises(SlotError, match="owns no memory"):
         transform(lambda given: Index.of_requests(given, [1], SIZE).ids)(tables)

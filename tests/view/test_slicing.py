@@ -82,7 +82,7 @@ def test_a_slice_of_everything_is_the_view_itself() -> None:
     assert whole.slice().form == whole.form
 
 
-OUTSIDE = "asks for .* a range of at least one"
+OUTSIDE = "Expected a range of at least one"
 
 
 @pytest.mark.parametrize(
@@ -96,16 +96,17 @@ OUTSIDE = "asks for .* a range of at least one"
         ({"heads": 1}, OUTSIDE),
         ({"kv": 2}, OUTSIDE),
         ({"kv": slice(2, None)}, OUTSIDE),
-        ({"kv": "1"}, "was asked; expected an integer or a slice of integers"),
-        ({"layers": slice(0.5)}, "expected an integer or a slice of integers"),
-        ({"layers": slice(0, 4, 0)}, "expected an integer or a slice of integers"),
-        ({"blocks": 3}, "expected layers, heads or kv; pass an Index of the blocks"),
-        ({"tokens": object}, "expected layers, heads or kv"),
+        ({"kv": "1"}, "an integer or a slice of integers"),
+        ({"layers": slice(0.5)}, "an integer or a slice of integers"),
+        ({"layers": slice(0, 4, 0)}, "an integer or a slice of integers"),
+        ({"blocks": 3}, "layers, heads or kv, got .* an Index of the blocks"),
+        ({"tokens": object}, "layers, heads or kv"),
     ],
 )
 def test_ranges_that_are_empty_stepped_outside_or_nonsense(cut: dict[str, Any], why: str) -> None:
-    with pytest.raises(LayoutError, match=f"{next(iter(cut))}=.*{why}"):
+    with pytest.raises(LayoutError, match=why) as caught:
         KVView(_separate(), "layer | kv block token dim").slice(**cut)
+    assert f"{next(iter(cut))}=" in str(caught.value)
 
 
 def test_split_heads_are_cut_out_of_one_factor_only() -> None:

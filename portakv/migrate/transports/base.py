@@ -103,10 +103,10 @@ class Moving:
             self._touched = not self.over.is_set()
             return self._touched
 
-    def end(self, error: Exception | None = None, let_go: bool = False) -> None:
-        """End the slot; the first end counts. ``let_go``: no library touches the slot any more."""
+    def end(self, error: Exception | None = None, untouched: bool = False) -> None:
+        """End the slot; the first end counts. ``untouched``: no library touches the slot now."""
         with self._lock:
-            self._touched = self._touched and not let_go
+            self._touched = self._touched and not untouched
             if not self._touched:
                 self.free.set()
             if not self.over.is_set():
@@ -190,9 +190,9 @@ class Lane(ABC):
                 del self.transport.lanes[self.key]
         if first:
             self.unwatch()
-            let_go = self.cut()
+            untouched = self.cut()
             for moving in left:
-                moving.end(error, let_go)
+                moving.end(error, untouched)
             for _ in self.threads:
                 self._jobs.put(None)
 
@@ -200,13 +200,13 @@ class Lane(ABC):
         while self._turn.acquire() and (job := self._jobs.get()):
             moving = job[0]
             carrying = self.carry(*job)
-            held = True
+            holds_turn = True
             try:
                 next(carrying, None)
                 self._turn.release()
-                held = False
+                holds_turn = False
                 next(carrying, None)
-                moving.end(let_go=True)
+                moving.end(untouched=True)
             except Exception as caught:  # each library raises its own error classes
                 short = re.sub(r"^\[\S*\] ", "", str(caught)).partition("\n")[0]
                 what = f"A slot of {moving.slot.nbytes} B did not cross by {self.transport.name}"
@@ -214,8 +214,8 @@ class Lane(ABC):
                 error = PeerError(f"{what}: {why}. Pull again, or choose another transport.")
                 if self.ordered:
                     self.close(error)
-                moving.end(self.gone or error, let_go=True)
-            if held:  # released only now: a lane that this slot closed carries no later slot
+                moving.end(self.gone or error, untouched=True)
+            if holds_turn:  # released only now: a lane that this slot closed carries no later slot
                 self._turn.release()
             with self.transport.lock:
                 self._moving.discard(moving)
@@ -262,7 +262,7 @@ class Transport(ABC):
         """Decide, with a reason, if slots on ``device`` can cross; start nothing."""
 
     @abstractmethod
-    def answer(self, peer: Peer, channel: Channel, asked: Any) -> Message | None:
+    def answer(self, peer: Peer, channel: Channel, request: Any) -> Message | None:
         """Return the owner's answer to a message of a reader's transport, without blocking."""
 
     def lane(self, other: str | Peer, channel: Channel) -> Any:
@@ -292,7 +292,7 @@ class Transport(ABC):
     def forget(self, other: str | Peer) -> None:
         """End the slots in flight with a peer and release its lane; never block."""
         if lane := self.lanes.get(other):
-            lane.close(PeerError("The peer was let go; its slots did not cross."))
+            lane.close(PeerError("The peer was released; its slots did not cross."))
 
     def close(self, patience: float = 1.0) -> None:
         """Close all lanes, and wait ``patience`` seconds for each thread.

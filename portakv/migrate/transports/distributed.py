@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transport by torch.distributed: slots cross by gloo, nccl or a backend of a vendor.
+"""The transport by torch.distributed: slots cross by gloo, nccl or a vendor's backend.
 
-Each pair of processes has a group of its own, so that its end hurts no other. gloo and nccl open
-sockets for the data, neither encrypted nor authenticated (`GLOO_SOCKET_IFNAME`,
+Each pair of processes has a separate group, so that its end affects no other pair. gloo and nccl
+open sockets for the data, neither encrypted nor authenticated (`GLOO_SOCKET_IFNAME`,
 `NCCL_SOCKET_IFNAME`): keep them on an isolated network.
 """
 
@@ -30,23 +30,27 @@ from portakv.runtime.worker import EXIT_SECONDS
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
 
-#: Past its own timeout NCCL's watchdog ends the process; here a group is aborted long before.
+#: After its own timeout NCCL's watchdog ends the process; here a group is aborted long before.
 NEVER = 86400.0
-#: gloo gives a peer that connects this many times a group's timeout (`waitUntil`, tcp/pair.h), also
+#: gloo waits this many times a group's timeout for a peer that connects (`waitUntil`, tcp/pair.h),
+#: also for a dead peer; torch has no call that ends the wait.
 #: one that has died; torch has no call that ends it before.
 RELAXED = 5
 
 
 class Join(Message, frozen=True):
-    """A reader makes a pair group with an owner; ``name`` is random, the group's alone."""
+    """A reader makes a group with an owner; ``name`` is random and belongs to the group alone."""
 
     name: Name
 
 
 class Pair(Lane):
-    """The group of two, made by the first slot that crosses. What comes behind a slot that failed
-    would be taken for it, so that a group carries no more then. On a device slots have no length
-    before them: NCCL takes what it is told, and both sides know it from one `Gather`."""
+    """The group of two processes, which the first slot makes.
+
+    A slot after a failed one would take its bytes, so a failure closes the group. On a device no
+    length precedes a slot: NCCL takes the size that it gets, and both sides know it from one
+    `Gather`.
+    """
 
     ordered = True
 
@@ -55,7 +59,7 @@ class Pair(Lane):
         self.named = threading.Event()
         self.group = cast(Any, None)
         self.stream = None if transport.device.type == "cpu" else torch.Stream(transport.device)
-        # one waits behind another
+        # one slot waits while another crosses
         self.broken = False
         self.width = 1 if self.stream is None else 2
         super().__init__(transport, channel, key)
@@ -63,7 +67,7 @@ class Pair(Lane):
 
     def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
         self.group = self.group or self._join()
-        if self.gone or not moving.begin():  # behind the line before, as `cut` looks at the group
+        if self.gone or not moving.begin():  # after the line above, because `cut` reads the group
             raise self.gone or TransferTimeout("its turn came too late")
         slot = moving.slot.view(-1).view(torch.uint8)
         other = 0 if self.address else 1
@@ -74,7 +78,7 @@ class Pair(Lane):
         with inside(self.stream):
             if ready is not None:
                 ready.wait(self.stream)
-            call([slot], other, tag).wait()  # only this thread's stream does
+            call([slot], other, tag).wait()  # only this thread's stream waits
             ended = self.stream.record_event()
             yield
             try:
@@ -84,13 +88,13 @@ class Pair(Lane):
             except Exception:
                 if not self.broken:
                     self.broken = True
-                    self.group.abort()  # else it waits for the peer as long as the device runs
+                    self.group.abort()  # otherwise it waits for the peer as long as the device runs
                 until = time.monotonic() + EXIT_SECONDS
                 while not ended.query() and time.monotonic() < until:
                     time.sleep(1e-3)
                 raise
 
-    def _join(self) -> Any:
+    def _join(self) -> dist.ProcessGroup:
         if self.address:
             self.name = token_hex(16)
             self.channel.ask(self.address, Join(self.name), Answer)
@@ -102,18 +106,24 @@ class Pair(Lane):
         )
 
     def _by_gloo(self, moving: Moving, slot: torch.Tensor, call: Callable[[Any], Any]) -> None:
-        """The length, then the bytes. gloo ends the process if more come than it was told to
-        receive, so that it is told nothing before the length was seen; fewer it takes for all."""
+        """Move the length, then the bytes.
+
+        gloo ends the process if more bytes arrive than it expects, so the length is checked before
+        the receive. gloo accepts fewer bytes without an error.
+        """
         head = torch.tensor([slot.nbytes], dtype=torch.int64, device="cpu")
         for each in (head.view(torch.uint8), slot):
             left = moving.until - time.monotonic()
             call(each).wait(timedelta(seconds=max(left, 0.001)))
             if (came := int(head)) != slot.nbytes:
-                raise TransferError(f"{came} B came, {slot.nbytes} were asked for")
+                raise TransferError(f"expected {slot.nbytes} B, got {came}")
 
     def cut(self) -> bool:
-        """gloo has no call that ends a receive, but one that times out closes the pair's connection
-        at once, also in the middle of a message; its thread ends with its own timeout."""
+        """End a receive of gloo, which has no call for that.
+
+        A receive that times out closes the pair's connection immediately, also in the middle of a
+        message. gloo's thread ends with its own timeout.
+        """
         self.store.over = True
         self.named.set()
         if self.stream is None and self.group is not None:
@@ -125,7 +135,7 @@ class Pair(Lane):
 
 
 class Distributed(Transport):
-    """By a group of two processes for each peer, apart from the default group."""
+    """Move slots by a group of two processes for each peer, apart from the default group."""
 
     name = "distributed"
     kind = Pair
@@ -139,13 +149,13 @@ class Distributed(Transport):
             return Decision(cls.name, False, f"torch.distributed has no backend for {device.type}")
         return Decision(cls.name, True, f"a group of two by {by}")
 
-    def answer(self, peer: Peer, channel: Channel, asked: Any) -> Message:
+    def answer(self, peer: Peer, channel: Channel, request: Any) -> Message:
         lane: Pair = self.lane(peer, channel)
-        if isinstance(asked, Meet):
-            return lane.store.do(asked)
-        if lane.named.is_set():  # the reader lost the group
-            lane.close(PeerError("The reader makes a new group; the old one carries no more."))
+        if isinstance(request, Meet):
+            return lane.store.do(request)
+        if lane.named.is_set():  # the reader has lost the group
+            lane.close(PeerError("The reader makes a new group, which replaces this one."))
             lane = self.lane(peer, channel)
-        lane.name = asked.name
+        lane.name = request.name
         lane.named.set()
         return Answer("done")

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transports by NIXL and Mooncake: the reader reads the owner's slots. No process writes into
-another one. Only slots are registered, so that nothing else of a process can be reached.
+"""The transports by NIXL and Mooncake: the reader reads the owner's staging buffers.
 
-Neither library authenticates what comes to its own ports: keep them on an isolated network. Who
-reaches Mooncake's can also write into slots (0.3.13).
+No process writes into another process. Only staging buffers are registered, so the peer reaches
+nothing else.
+
+Neither library authenticates connections to its own ports: keep them on an isolated network. A
+process that reaches Mooncake's port can also write into staging buffers (0.3.13).
 """
 
 from __future__ import annotations
@@ -32,21 +34,22 @@ from portakv.runtime.devices import Unusable, imported, inside
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
 
-#: Seconds between a reader's questions for a slot that is not ready, and the most of them.
+#: Seconds between a reader's requests for a slot that is not ready: the first pause and the
+#: longest.
 ASK = 1e-4
-ASKED = 5e-3
+LONGEST_PAUSE = 5e-3
 
 
 class Where(Message, frozen=True):
-    """A reader's transport asks where the slot of a tag is."""
+    """A reader's transport requests the place of the slot of a tag."""
 
     tag: Count
 
 
 class There(Message, frozen=True):
-    """Where it is, and what the library needs to reach it; without, it is not ready yet."""
+    """The place of a slot, and the library's address of it; no address: the slot is not ready."""
 
-    reach: Annotated[bytes, Meta(max_length=32 << 10)] = b""  # with many ports it is long
+    reach: Annotated[bytes, Meta(max_length=32 << 10)] = b""  # long with many ports
     address: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
     nbytes: Bytes = 0
     device: int = 0
@@ -59,45 +62,46 @@ class Taken(Message, frozen=True):
 
 
 class Reading(Lane):
-    """The slots that one peer reads, or that are read from it, two at a time."""
+    """The slots that one peer reads or that are read from it, two at a time."""
 
     width = 2
 
     def __init__(self, transport: OneSided, channel: Channel, key: str | Peer) -> None:
-        # by tag
         self.ours = transport
-        self.given = dict[int, tuple[There, Moving]]()
-        self.names = dict[bytes, str]()  # of the peer in the library, by what reaches it
-        self._entered = dict[int, Any]()  # rooms of slots, their memory, the library's word for it
+        # by tag
+        self.offered = dict[int, tuple[There, Moving]]()
+        self.names = dict[bytes, str]()  # names of the peer in the library, by its address
+        # By address: the base tensor, its memory, the library's handle of it.
+        self._entered = dict[int, Any]()
         super().__init__(transport, channel, key)
 
     def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
         yield
-        if ready is not None:  # libraries read and write behind no stream
+        if ready is not None:  # libraries do not order their reads after a stream
             ready.synchronize()
         with inside(self.ours.device):
             (self._read if self.address else self._offer)(moving, tag)
 
     def _enter(self, slot: torch.Tensor) -> Any:
-        """What the library calls a slot's memory, which it can reach as long as it is a slot's."""
+        """Return the library's handle of a slot's memory; register the memory at the first call."""
         memory = slot.untyped_storage()
-        room = slot if slot._base is None else slot._base
+        base = slot if slot._base is None else slot._base
         with self.ours.turn:
             if self.ours.engine is None:
                 self.ours.engine = self.ours.begin(self.address or self.channel.address)
             for at in [at for at, (one, *_) in self._entered.items() if one() is None]:
-                self.ours.let_go(self._entered.pop(at)[-1])
+                self.ours.deregister(self._entered.pop(at)[-1])
             if (at := memory.data_ptr()) not in self._entered:
-                told = self.ours.enter(at, memory.nbytes(), _index(memory))
-                self._entered[at] = ref(room), memory, told
+                registered = self.ours.enter(at, memory.nbytes(), _index(memory))
+                self._entered[at] = ref(base), memory, registered
             return self._entered[at][-1]
 
     def _offer(self, moving: Moving, tag: int) -> None:
-        self.given[tag] = (There(), moving)
+        self.offered[tag] = (There(), moving)
         slot = moving.slot
         reach = self.ours.reach(self._enter(slot))
-        self.given[tag] = There(reach, slot.data_ptr(), slot.nbytes, _index(slot)), moving
-        moving.wait()  # `Taken` ends it
+        self.offered[tag] = There(reach, slot.data_ptr(), slot.nbytes, _index(slot)), moving
+        moving.wait()  # `Taken` ends the slot
 
     def _read(self, moving: Moving, tag: int) -> None:
         nbytes = moving.slot.nbytes
@@ -106,9 +110,9 @@ class Reading(Lane):
             self._enter(moving.slot)
             while not (there := self.channel.ask(self.address, Where(tag), There)).reach:
                 moving.wait(pause)
-                pause = min(2 * pause, ASKED)
+                pause = min(2 * pause, LONGEST_PAUSE)
             if there.nbytes != nbytes:
-                raise TransferError(f"{there.nbytes} B were given, {nbytes} asked for")
+                raise TransferError(f"expected {nbytes} B, got {there.nbytes}")
             if moving.begin():
                 self.ours.read(self, moving, there)
         finally:
@@ -117,32 +121,31 @@ class Reading(Lane):
 
     def leave(self) -> None:
         with self.ours.turn:
-            for *_, told in self._entered.values():
-                self.ours.let_go(told)
+            for *_, registered in self._entered.values():
+                self.ours.deregister(registered)
             others = [x.names.values() for x in [*self.ours.lanes.values()]]
             for name in {*self.names.values()}.difference(*others):
                 self.ours.part(name)
 
 
 class OneSided(Transport):
-    """What both have; a subclass starts a library, registers memory, tells and reads."""
+    """The common part of both: a subclass starts a library, registers memory, and reads."""
 
-    # a module, and a name in it
     kind = Reading
     asks = (Where, Taken)
-    library = ""
-    needs = ""
+    library = ""  # a module
+    needs = ""  # a name in it
 
     def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
         super().__init__(device, timeout)
-        # the library's, which is slow
+        # starts at the first slot, because that is slow
         self.engine = cast(Any, None)
         self.turn = threading.Lock()
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
         if device.type not in ("cpu", "cuda"):
-            return Decision(cls.name, False, f"it is not tried for {device.type} devices")
+            return Decision(cls.name, False, f"it is not tested on {device.type} devices")
         extra = f"portakv[{cls.name}]"
         try:
             if hasattr(imported(cls.library, extra), cls.needs):
@@ -152,35 +155,35 @@ class OneSided(Transport):
             why = str(error)
         return Decision(cls.name, False, why)
 
-    def answer(self, peer: Peer, channel: Channel, asked: Any) -> Message | None:
+    def answer(self, peer: Peer, channel: Channel, request: Any) -> Message | None:
         lane: Reading = self.lane(peer, channel)
-        if isinstance(asked, Where):
-            there, moving = lane.given.get(asked.tag, (There(), None))
+        if isinstance(request, Where):
+            there, moving = lane.offered.get(request.tag, (There(), None))
             if moving is not None:
                 moving.wait(0)  # raises what it ended with
             return there
-        if given := lane.given.pop(asked.tag, None):
-            given[1].end()
+        if offered := lane.offered.pop(request.tag, None):
+            offered[1].end()
         return None
 
     @abstractmethod
     def begin(self, address: str) -> Any:
-        """Start the library, for peers that reach this host as they reach ``address``."""
+        """Start the library for peers that reach this host as they reach ``address``."""
 
     @abstractmethod
     def enter(self, address: int, nbytes: int, device: int) -> Any:
-        """Register memory; what the library calls it."""
+        """Register memory; return the library's handle of it."""
 
     @abstractmethod
-    def let_go(self, told: Any) -> None:
-        """Register it no more."""
+    def deregister(self, registered: Any) -> None:
+        """End a registration."""
 
     def part(self, name: str) -> None:
-        """Let go of a peer."""
+        """Release a peer."""
 
     @abstractmethod
-    def reach(self, told: Any) -> bytes:
-        """What a reader's library needs to read this memory here."""
+    def reach(self, registered: Any) -> bytes:
+        """Return the bytes by which a reader's library reaches this memory."""
 
     @abstractmethod
     def read(self, lane: Reading, moving: Moving, there: There) -> None:
@@ -188,7 +191,7 @@ class OneSided(Transport):
 
 
 class Nixl(OneSided):
-    """By NIXL (1.5 or later) and its UCX: sockets, shared memory, RDMA, NVLink."""
+    """Move slots by NIXL (1.5 or later) and its UCX: sockets, shared memory, RDMA, NVLink."""
 
     name = "nixl"
     library = "nixl._api"
@@ -203,14 +206,14 @@ class Nixl(OneSided):
     def enter(self, address: int, nbytes: int, device: int) -> Any:
         return self.engine.register_memory([(address, nbytes, device, "")], self._kind())
 
-    def let_go(self, told: Any) -> None:
-        self.engine.deregister_memory(told)
+    def deregister(self, registered: Any) -> None:
+        self.engine.deregister_memory(registered)
 
     def part(self, name: str) -> None:
         self.engine.remove_remote_agent(name)
 
-    def reach(self, told: Any) -> bytes:
-        return bytes(self.engine.get_partial_agent_metadata(told, True, ["UCX"]))
+    def reach(self, registered: Any) -> bytes:
+        return bytes(self.engine.get_partial_agent_metadata(registered, True, ["UCX"]))
 
     def read(self, lane: Reading, moving: Moving, there: There) -> None:
         agent = self.engine
@@ -219,9 +222,9 @@ class Nixl(OneSided):
         with self.turn:
             if there.reach not in lane.names:
                 lane.names[there.reach] = agent.add_remote_agent(there.reach).decode()
-        mine = agent.get_xfer_descs([(slot.data_ptr(), slot.nbytes, _index(slot))], kind)
-        theirs = agent.get_xfer_descs([(there.address, there.nbytes, there.device)], kind)
-        handle = agent.initialize_xfer("READ", mine, theirs, lane.names[there.reach], b"")
+        local = agent.get_xfer_descs([(slot.data_ptr(), slot.nbytes, _index(slot))], kind)
+        remote = agent.get_xfer_descs([(there.address, there.nbytes, there.device)], kind)
+        handle = agent.initialize_xfer("READ", local, remote, lane.names[there.reach], b"")
         try:
             if (state := agent.transfer(handle)) == "PROC":
                 moving.poll(lambda: agent.check_xfer_state(handle) != "PROC")
@@ -229,16 +232,19 @@ class Nixl(OneSided):
         finally:
             _release(handle)
         if state != "DONE":
-            raise TransferError(f"it says {state}, and none of it counts")
+            raise TransferError(f"its state is {state}; no byte of it counts")
 
     def _kind(self) -> str:
         return "DRAM" if self.device.type == "cpu" else "VRAM"
 
 
 class Mooncake(OneSided):
-    """By Mooncake's transfer engine: sockets for host memory; for devices NVLink if
-    ``MC_INTRANODE_NVLINK=1``, else RDMA. It cannot end a read: a slot is not free until then. What
-    an owner registers after a reader's first read, that reader does not find (0.3.14)."""
+    """Move slots by Mooncake's transfer engine.
+
+    It uses sockets for host memory. For devices it uses NVLink if ``MC_INTRANODE_NVLINK=1``, else
+    RDMA. It cannot end a read: the slot is not free until then. A reader does not find memory that
+    an owner registers after the reader's first read (0.3.14).
+    """
 
     name = "mooncake"
     library = "mooncake.engine"
@@ -261,16 +267,16 @@ class Mooncake(OneSided):
             raise TransferError(f"{nbytes} B of staging could not be registered")
         return address
 
-    def let_go(self, told: Any) -> None:
-        self.engine.unregister_memory(told)
+    def deregister(self, registered: Any) -> None:
+        self.engine.unregister_memory(registered)
 
-    def reach(self, told: Any) -> bytes:
+    def reach(self, registered: Any) -> bytes:
         return f"{self._host}:{self.engine.get_rpc_port()}".encode()
 
     def read(self, lane: Reading, moving: Moving, there: There) -> None:
-        given = [moving.slot.data_ptr()], [there.address], [there.nbytes]
-        if self.engine.batch_transfer_sync_read(there.reach.decode(), *given):
-            raise TransferError("it failed, perhaps after a part, and none of it counts")
+        offered = [moving.slot.data_ptr()], [there.address], [there.nbytes]
+        if self.engine.batch_transfer_sync_read(there.reach.decode(), *offered):
+            raise TransferError("the read failed; no byte of it counts")
 
 
 def _index(of: torch.Tensor | torch.UntypedStorage) -> int:
@@ -278,18 +284,18 @@ def _index(of: torch.Tensor | torch.UntypedStorage) -> int:
 
 
 def own_host(address: str) -> str:
-    """The address of this host on the way to one of a channel."""
+    """Return the address of this host on the route to a channel."""
     to = urlsplit(address)
     if to.scheme != "tcp":
         return "127.0.0.1"
     family, kind, *_, place = socket.getaddrinfo(to.hostname, to.port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as way:
-        way.connect(place)  # sends nothing
-        return str(way.getsockname()[0])
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # sends nothing
+        return str(probe.getsockname()[0])
 
 
 def _release(handle: Any) -> None:
-    """Let go of a request; one under way is cancelled, or else waited for."""
+    """Release a request. A request in flight is cancelled, or waited for."""
     while True:
         try:
             return handle.release()  # type: ignore[no-any-return]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine `ring`: Linux's io_uring for block stores, by ctypes and numpy. It needs no memory
-barrier: the kernel takes requests, and with DEFER_TASKRUN tells of their ends, inside a call of the
-thread that owns the ring (without it only x86-64 is served, whose loads and stores are in order).
+"""The I/O engine `ring`: Linux's io_uring for block stores, by ctypes and numpy.
+
+It needs no memory barrier: the kernel takes requests, and with DEFER_TASKRUN reports their ends,
+inside a call of the thread that owns the ring. Without that flag only x86-64 is served, whose loads
+and stores are in order.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ FLAGS = (0x3090, 0x10)  # CLAMP with SUBMIT_ALL, SINGLE_ISSUER, DEFER_TASKRUN (L
 FEATURES = 0x3  # SINGLE_MMAP, NODROP: Linux 5.5
 GETEVENTS = 1
 SQES_AT = 0x10000000
-# one more is WRITE, WRITE_FIXED
+# the next number is WRITE, WRITE_FIXED
 READ = 22
 READ_FIXED = 4
 AGAIN = (-errno.EINTR, -errno.EAGAIN, -errno.EINVAL)  # by a plain call; EINVAL: not aligned
 PASSING = (-errno.EINTR, -errno.EAGAIN, -errno.EBUSY)  # of ENTER: call it again
-# bytes of a registered buffer, and of one move
+# the most bytes of a registered buffer and of one request
 WORD = 0xFFFFFFFF
 LARGEST = 1 << 30
 _COLUMNS = "opcode u1, rest0 V3, fd i4, offset i8, address i8, nbytes u4, rest1 u4, key u8"
@@ -46,14 +48,17 @@ _libc.syscall.restype = ctypes.c_long
 
 
 def system_call(*numbers: int) -> int:
-    """What the kernel returns, or a negative errno; without the interpreter's lock."""
+    """Return the kernel's result, or a negative errno; releases the interpreter's lock."""
     result: int = _libc.syscall(*numbers, *[0] * (7 - len(numbers)))
     return result if result >= 0 else -ctypes.get_errno()
 
 
 class OneRing:
-    """The ring of one thread, until nobody refers to it; `OSError` if the kernel refuses it. One
-    that is ``poisoned`` failed, or told of what nobody asked for, and is not to be used again."""
+    """The ring of one thread, closed when its last reference goes.
+
+    Raises `OSError` if the kernel refuses it. A ``poisoned`` ring failed, or reported a request
+    that it did not have, and must not be used again.
+    """
 
     def __init__(self, memory: Sequence[tuple[int, int]], entries: int) -> None:
         for flags in FLAGS:
@@ -62,11 +67,11 @@ class OneRing:
                 break
         if fd < 0:
             why = f"{os.strerror(-fd)}; see kernel.io_uring_disabled, and the container's profile"
-            raise OSError(-fd, f"io_uring is refused: {why}")
+            raise OSError(-fd, f"the kernel rejects io_uring: {why}")
         # Not at exit: a daemon thread may use it until the very end.
         weakref.finalize(self, os.close, fd).atexit = False
         if ~int(answers[5]) & FEATURES or (flags == FLAGS[1] and os.uname().machine != "x86_64"):
-            raise OSError(errno.ENOSYS, "its io_uring is too old; Linux 6.1 has what is needed")
+            raise OSError(errno.ENOSYS, "its io_uring is too old; Linux 6.1 is needed")
         self.fd = fd
         self.entries = int(answers[0])
         ends = CQE.itemsize * int(answers[1])
@@ -77,8 +82,8 @@ class OneRing:
         self.words = shared.view(np.uint32)
         self.cqes = shared[cq[5] :][:ends].view(CQE)
         self.sqes = np.frombuffer(map_(SQE.itemsize * self.entries, offset=SQES_AT), SQE)
-        # Where four counters stand: taken by the kernel, put here; seen here, told by the kernel.
-        self.taken, self.put, self.seen, self.told = (at // 4 for at in (*sq[:2], *cq[:2]))
+        # Places of four counters: taken by the kernel, put here; seen here, reported by the kernel.
+        self.taken, self.put, self.seen, self.reported = (at // 4 for at in (*sq[:2], *cq[:2]))
         self.words[sq[6] // 4 :][: self.entries] = np.arange(self.entries)
         self.poisoned = False
         self._generation = 0
@@ -93,7 +98,7 @@ class OneRing:
         self.notes = (why,) if code < 0 else ()
 
     def run(self, requests: Sequence[Request], tell: Ended | None = None) -> list[int]:
-        """See `Engine`; what the kernel never ended is not told."""
+        """See `Engine`. Requests that the kernel never ended are not reported."""
         requested = np.array(requests, np.int64).reshape(-1, 5)
         begun = 0
         stop = 0
@@ -104,19 +109,19 @@ class OneRing:
             nonlocal begun, stop
             stop = -errno.ECANCELED * stopped
             while (begun < len(requested) and not stop) or self._count(self.seen, self.put):
-                if stop:  # what the kernel has not taken yet it shall not take
+                if stop:  # the kernel must not take the requests that it has not taken yet
                     self.words[self.put] = self.words[self.taken]
                 elif begun < len(requested):
                     begun += self._fill(requested[begun:], begun)
-                # Wait for all of them, for half if more follow, or for one to tell of.
+                # Wait for all requests, for half if more follow, or for one to report.
                 least = self._count(self.seen, self.put) // (1 + (begun < len(requested)))
                 least = min(least, 1) if tell else least
                 put = self._count(self.taken, self.put)
                 if (code := system_call(ENTER, self.fd, put, least, GETEVENTS)) < 0:
                     stop = stop if code in PASSING else code
-                    time.sleep(0.001)  # short of memory, it may say so at once again
+                    time.sleep(0.001)  # short of memory, the kernel may report so again immediately
                 seen = int(self.words[self.seen])
-                ends = self._count(self.seen, self.told)
+                ends = self._count(self.seen, self.reported)
                 cqes = self.cqes[(seen + np.arange(ends)) % len(self.cqes)]
                 new = list[tuple[int, int]]()
                 for key, got in zip(cqes["key"].tolist(), cqes["result"].tolist(), strict=True):
@@ -127,7 +132,8 @@ class OneRing:
                         again = got in AGAIN or 0 <= got < requests[index].nbytes
                         results[index] = got = carry(requests[index]) if again else got
                         new.append((index, got))
-                self.words[self.seen] = (seen + ends) & WORD  # before what may take long
+                # Before the calls below, which may take long.
+                self.words[self.seen] = (seen + ends) & WORD
                 if tell and not stopped:
                     for each in new:
                         tell(*each)
@@ -139,9 +145,9 @@ class OneRing:
     def _count(self, first: int, past: int) -> int:
         return (int(self.words[past]) - int(self.words[first])) & WORD
 
-    def _fill(self, asked: np.ndarray, first: int) -> int:
-        """Put as many requests as there is room for, the first with that number; how many."""
-        new = asked[: self.entries - self._count(self.seen, self.put)]
+    def _fill(self, requested_rows: np.ndarray, first: int) -> int:
+        """Put requests into the free entries, the first with that number; return their number."""
+        new = requested_rows[: self.entries - self._count(self.seen, self.put)]
         fd, offset, address, nbytes, write = new.T
         buffer = np.searchsorted(self._starts, address, "right") - 1
         fixed = address + nbytes <= self._ends[buffer]
@@ -160,23 +166,23 @@ class OneRing:
 
 
 class Ring(Threads):
-    """A ring for each thread that asks; one that was poisoned is replaced."""
+    """A ring for each thread that makes requests; a poisoned ring is replaced."""
 
     name = "ring"
 
     def __init__(self, memory: Sequence[tuple[int, int]] = (), entries: int = 512) -> None:
         super().__init__()
-        self._asked = (memory, entries)
+        self._requested = (memory, entries)
         self._local = threading.local()
         self._local.ring = one = OneRing(memory, entries)
         self.notes = one.notes
 
     def carry(self, requests: Sequence[Request], tell: Ended | None) -> list[int]:
-        """By the ring of this thread, or as `Threads` if it gets none."""
+        """Execute requests by the ring of this thread, or as `Threads` if it gets none."""
         ring = getattr(self._local, "ring", None)
         if ring is None or ring.poisoned:
             try:
-                ring = self._local.ring = OneRing(*self._asked)
+                ring = self._local.ring = OneRing(*self._requested)
             except OSError as error:
                 self.notes = (f"a thread had no ring ({error.strerror})",)
                 return super().carry(requests, tell)

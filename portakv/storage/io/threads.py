@@ -21,8 +21,10 @@ from portakv.storage.io.base import Ended, Request
 
 
 def to_the_end(go: Callable[[bool], None]) -> None:
-    """Call ``go(False)``. If Ctrl-C, for one, breaks it, ``go(True)`` ends what is under way before
-    that is raised: nobody may still use the memory of a caller who goes on."""
+    """Call ``go(False)``; after an interrupt call ``go(True)`` and raise it again.
+
+    ``go(True)`` ends the requests in flight: none may use the memory of a caller that continues.
+    """
     try:
         go(False)
     except BaseException:
@@ -34,8 +36,11 @@ def to_the_end(go: Callable[[bool], None]) -> None:
 
 
 def carry(request: Request) -> int:
-    """What `Engine.run` returns for one request. What O_DIRECT refuses for its alignment goes by
-    the page cache instead, through another descriptor of the same file."""
+    """Execute one request, and return its result as `Engine.run` does.
+
+    A request that O_DIRECT refuses for its alignment goes through the page cache, by another
+    descriptor of the same file.
+    """
     move = os.pwritev if request.write else os.preadv
     fd = request.fd
     moved = 0
@@ -62,16 +67,18 @@ def carry(request: Request) -> int:
 
 
 def serve(tasks: SimpleQueue[Callable[[], None] | None]) -> None:
-    """What a thread does until its engine is closed, or gone."""
+    """Run tasks until the I/O engine is closed or gone."""
     while task := tasks.get():
         task()
         task = None  # an idle thread holds nothing
-    tasks.put(None)  # for the others
+    tasks.put(None)  # for the other threads
 
 
 class Threads:
-    """Eight threads that carry one request each at a time, begun by the first; no end of the
-    interpreter waits for them."""
+    """Eight threads that each execute one request at a time.
+
+    The first request starts them. The end of the interpreter does not wait for them.
+    """
 
     name = "threads"
     notes: tuple[str, ...] = ()
@@ -87,10 +94,12 @@ class Threads:
         self._end.atexit = False
 
     def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
-        """See `Engine`. Raises `StoreError` in a process forked from the one that made it."""
+        """See `Engine`. Raises `StoreError` in a process that was forked from the maker's."""
         if self._process.forked:
             raise StoreError(
-                f"I/O engine {self.name!r} was used in a forked process; open it there."
+                f"Expected the process that made the I/O engine {self.name!r}, got a forked "
+                f"process. "
+                f"Make another there."
             )
         untold = set(range(len(requests) if ended else 0))
 
@@ -106,8 +115,10 @@ class Threads:
         return results
 
     def carry(self, requests: Sequence[Request], tell: Ended | None) -> list[int]:
-        """By the threads, or the caller's if the system gives none; what was not begun when the
-        engine closed is cancelled, and may not be told."""
+        """Execute requests by the threads, or in the caller's thread if the system provides none.
+
+        Requests that had not started when the engine closed are cancelled, and may not be reported.
+        """
         if not self._begin():
             return [-errno.ECANCELED if self._closed else carry(each) for each in requests]
         ends = [Future[int]() for _ in requests]
@@ -123,7 +134,7 @@ class Threads:
         def go(stopped: bool) -> None:
             for each in () if stopped else enumerate(requests):
                 self._tasks.put(partial(work, *each))
-            # Once it is closed, nobody may come for what was put since.
+            # After the close no thread may take the requests that were put since.
             begun = [end for end in ends if not ((stopped or self._closed) and end.cancel())]
             for _ in begun if tell and not stopped else ():
                 if tell and not ends[number := done.get()].cancelled():
@@ -136,8 +147,9 @@ class Threads:
         return [-errno.ECANCELED if end.cancelled() else end.result() for end in ends]
 
     def _begin(self) -> int:
-        """Begin the threads that there are not yet; how many there are."""
-        with self._lock, suppress(RuntimeError):  # the system gives no more, or none at its end
+        """Start the missing threads; return the number of threads."""
+        # The system provides no more threads, or none at its end.
+        with self._lock, suppress(RuntimeError):
             while self._begun < 8:
                 terms = serve, f"portakv io {self._begun}", (self._tasks,)
                 threading.Thread(None, *terms, daemon=True).start()

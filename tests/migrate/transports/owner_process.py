@@ -17,12 +17,12 @@ if __name__ == "__main__":
     transport = choose(torch.device("cpu"))
     slot = torch.full((1 << 29,), 7, dtype=torch.uint8)
 
-    def welcome(peer: Any, _: Bye) -> Answer:
+    def handshake(peer: Any, _: Bye) -> Answer:
         for kind in transport.asks:
             channel.serve(kind, lambda reader, asked: transport.answer(reader, channel, asked))
         transport.lane(peer, channel).move(slot, 0)
         return Answer("done")
 
-    channel.serve(Bye, welcome)
+    channel.serve(Bye, handshake)
     print(channel.address, slot.nbytes, flush=True)
     time.sleep(300)

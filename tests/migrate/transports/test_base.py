@@ -36,7 +36,7 @@ def test_a_device_that_torch_has_no_group_for_is_told_of_each_transport() -> Non
         choose(torch.device("meta"))
     said = [str(each) for each in found.value.trace]
     assert [each.partition(":")[0] for each in said] == ["distributed", "nixl", "mooncake"]
-    assert "for meta devices" in said[1]
+    assert "on meta devices" in said[1]
     assert "requested by name" in said[2]
 
 

@@ -48,8 +48,8 @@ class Memory(OneSided):
         self.log.append(told)
         return told
 
-    def let_go(self, told: Any) -> None:
-        self.entered.remove(told)
+    def deregister(self, handle: Any) -> None:
+        self.entered.remove(handle)
 
     def reach(self, told: Any) -> bytes:
         return b"here"
@@ -106,7 +106,7 @@ def test_a_slot_of_another_length_is_not_read(kind: type[OneSided]) -> None:
         for tag, (given, asked) in enumerate(((5000, 100), (100, 5000))):
             giving = both.give(slot_of(given), tag)
             into = empty(asked)
-            with pytest.raises(PeerError, match=f"{given} B were given, {asked} asked for"):
+            with pytest.raises(PeerError, match=f"expected {asked} B, got {given}"):
                 both.take(into, tag).wait(20)
             giving.wait(20)  # the reader has told that it does not want it
             assert not into.any()

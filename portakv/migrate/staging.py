@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the canonical chunk, the form of rows of every layout for transports and checksums: for each
-kv the layers in order, in each layer the tokens (or whole pages), in each token the heads."""
+"""Make the canonical chunk, the form of rows of every layout for transports and checksums.
+
+A chunk contains, for each kv, the layers in order; in each layer the tokens (or whole pages); in
+each token the heads.
+"""
 
 from __future__ import annotations
 
@@ -10,43 +13,49 @@ import torch
 
 from portakv.view import KVView
 
-_ALIGNED = 256  # bytes; the rows of each kv begin at a multiple
+_ALIGNED = 256  # bytes; the rows of each kv start at a multiple
 
 
 def page_of(view: KVView) -> int:
-    """Tokens that only move together: those of an opaque page, else one."""
+    """Return the tokens that move together: those of an opaque page, else one."""
     return view.form.block_size if view.opaque else 1
 
 
 def chunk_bytes(view: KVView, count: int) -> int:
-    """Bytes of a chunk for ``count`` tokens of a view."""
+    """Return the bytes of a chunk for ``count`` tokens of a view."""
     tokens = view.layers * count // page_of(view) * view.heads
     return sum(-(-tokens * width // _ALIGNED) * _ALIGNED for width in view.widths)
 
 
 def staging(nbytes: int, device: torch.device, most: int = 0) -> torch.Tensor:
-    """Room for a chunk, uint8 ``[nbytes]``, whatever the caller's settings. With ``most``, for
-    others after it as well: the next power of two, or that."""
+    """Return memory for a chunk, uint8 ``[nbytes]``, whatever the caller's settings.
+
+    With ``most``, the memory also serves later chunks: its size is the next power of two, at most
+    ``most``.
+    """
     nbytes = min(most, 1 << (nbytes - 1).bit_length()) if most else nbytes
     with torch.inference_mode(False):
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def chunk(
-    view: KVView, count: int, room: torch.Tensor | None = None
+    view: KVView, count: int, buffer: torch.Tensor | None = None
 ) -> tuple[list[torch.Tensor], KVView]:
-    """A chunk for ``count`` tokens of a view (of opaque pages, whole ones), in the first bytes of
-    ``room`` (uint8; None: in memory of its own on the view's device): for each kv uint8 ``[layers,
-    tokens, heads * bytes]`` or ``[layers, pages, bytes]``; and as a view."""
-    if room is None:
-        room = staging(chunk_bytes(view, count), view.device)
+    """Return a chunk for ``count`` tokens of a view (whole opaque pages), as tensors and as a view.
+
+    The tensors are, for each kv, uint8 ``[layers, tokens, heads * bytes]`` or ``[layers, pages,
+    bytes]``. The chunk lies in the first bytes of ``buffer`` (uint8; None: new memory on the view's
+    device).
+    """
+    if buffer is None:
+        buffer = staging(chunk_bytes(view, count), view.device)
     size = page_of(view)
     made = list[torch.Tensor]()
     at = 0
     for width in view.widths:
         shape = view.layers, count // size, view.heads * width
         nbytes = shape[0] * shape[1] * shape[2]
-        made.append(room[at : at + nbytes].view(shape))
+        made.append(buffer[at : at + nbytes].view(shape))
         at += -(-nbytes // _ALIGNED) * _ALIGNED
     layout = "kv | layer block page" if view.opaque else "kv | layer token (head dim)"
     paged: dict[str, Any] = {"block_size": size} if view.opaque else {"heads": view.heads}

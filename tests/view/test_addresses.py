@@ -30,9 +30,9 @@ from portakv import (
 )
 from portakv.host import pinned
 from portakv.runtime import cuda, hip
-from portakv.view import foreign
+from portakv.view import addresses as view_addresses
 from portakv.view import view as view_of
-from portakv.view.foreign import UNKNOWN_SLOTS
+from portakv.view.addresses import UNKNOWN_SLOTS
 
 CPU = torch.device("cpu")
 LAYOUT = "layer kv | block token head dim"
@@ -172,8 +172,8 @@ def test_what_only_a_device_knows_is_found_once_it_was_read() -> None:
 
 def test_it_holds_nothing_and_says_so() -> None:
     view = at(addresses(caches()), -1)
-    assert view.foreign
-    assert view.held == ()
+    assert view.raw
+    assert view.retained == ()
     assert "unknown blocks" in repr(view)
     view.check_memory()
 
@@ -345,7 +345,7 @@ def test_a_table_without_memory_of_its_own_is_refused(transform: Any) -> None:
     for read in (at, lambda given: copy_runs(given, given, 2, src_device="cpu", dst_device="cpu")):
         with pytest.raises(LayoutError) as refused:
             (transform or (lambda call: call))(read)(table if transform is torch.vmap else table[0])
-        check_sentence(str(refused.value), "without memory of its own")
+        check_sentence(str(refused.value), "owns no memory")
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -427,7 +427,7 @@ def test_without_a_device_memory_is_the_host_s(
     """On a machine without an accelerator; and pinned memory anywhere."""
     memory = torch.zeros(64, dtype=torch.uint8, device="cpu")
     if device == CPU:
-        monkeypatch.setattr(foreign, "usual_device", lambda: CPU)
+        monkeypatch.setattr(view_addresses, "usual_device", lambda: CPU)
     else:
         memory = pinned.empty(64, torch.uint8)
     view = KVView.at(memory.data_ptr(), "token dim", shape=(4, 16), dtype=torch.uint8)
@@ -442,7 +442,7 @@ def test_the_driver_says_where_memory_is(
     fake = FakeLibrary(tmp_path, None)
     asked = list[torch.device]()
     first = torch.device("cuda", 0)
-    monkeypatch.setattr(foreign, "usual_device", lambda: first)
+    monkeypatch.setattr(view_addresses, "usual_device", lambda: first)
     monkeypatch.setattr(cuda, "adopt", asked.append)
     if build == "hip":
         monkeypatch.setattr(torch.version, "hip", "6.2")

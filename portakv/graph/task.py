@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks of a transfer graph, and the leases of staging buffers that chains of tasks take."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from portakv import arguments
+from portakv.runtime.devices import Process
+
+#: Blocks of a task: bool ``[blocks]``.
+Mask: TypeAlias = npt.NDArray[np.bool_]
+
+
+class Workers(ABC):
+    """The queue of a task, whose workers run it; `Graph.queue` makes it."""
+
+    name: str
+    tier: str
+    width: int
+    queued_bytes: int
+
+    @property
+    @abstractmethod
+    def slow(self) -> bool:
+        """Return True if a task runs for too long."""
+
+    @abstractmethod
+    def push(self, task: Task, /) -> None:
+        """Queue a task."""
+
+
+class Executor(Protocol):
+    """The graph of a task."""
+
+    process: Process
+    clock: Callable[[], float]
+
+    def sweep(self) -> float:
+        """Cancel tasks that are late, and return the time."""
+
+    def pause(self, task: Task, until: float, now: float, /) -> None:
+        """Wait for the end of a task, at most until a time."""
+
+
+class Pool(Protocol):
+    """The owner of staging buffers that leases take from."""
+
+    def take(self, count: int, store: bool, /) -> Any | None:
+        """Return ``count`` items, or None if there are not enough. ``store``: a save takes them."""
+
+    def give(self, items: Any, /) -> object:
+        """Take items back."""
+
+
+@dataclass(eq=False)
+class Lease:
+    """Items that a chain of tasks takes from a pool before its first task starts: all or none.
+
+    The items go back when the last task that names the lease has ended. ``ended(lease)`` is called
+    before ``pool.give(items)``, under the graph's lock. After ``until``, by the graph's clock,
+    tasks that still wait for the lease end as dropped.
+    """
+
+    pool: Pool
+    count: int  # 0: it takes none, and its items are the maker's
+    store: bool = False
+    until: float | None = None
+    ended: Callable[..., object] | None = None
+    items: Any = None  # while it is granted
+    users: int = 0  # tasks that name it and have not ended
+    tasks: list[Task] = field(default_factory=list, init=False)  # tasks that wait for it
+
+    def __post_init__(self) -> None:
+        arguments.whole("count", self.count)
+        if self.count:
+            check_pool(self.pool)
+        arguments.flag("store", self.store)
+        if self.until is not None:
+            arguments.number("until", self.until, what="a time of the graph's clock")
+        if self.ended is not None and not callable(self.ended):
+            raise arguments.invalid("ended", "a function or None", self.ended)
+
+
+def check_pool(pool: object) -> None:
+    """Raise `InvalidTerms` for an object without ``take`` and ``give``."""
+    if not callable(getattr(pool, "take", None)) or not callable(getattr(pool, "give", None)):
+        raise arguments.invalid("pool", "an object with take() and give()", pool)
+
+
+def _check_queue(queue: object) -> None:
+    """Raise `InvalidTerms` for an object that is not a queue of a graph."""
+    if not isinstance(queue, Workers):
+        raise arguments.invalid("queue", "a Queue", queue, "Take it from Graph.queue(name).")
+
+
+@dataclass(eq=False, repr=False)
+class Task:
+    """Blocking work for some blocks.
+
+    Args:
+        work: ``work(task, mask)`` moves the blocks of a mask (bool ``[blocks]``) and returns the
+            blocks that landed; None: all of them.
+        queue: the queue whose workers run the task. A task without a queue is a barrier, which
+            ends after all tasks that it follows.
+        after: tasks, or `Dependency` tuples (task, blocks, its blocks).
+        rescue: move the blocks that did not land in the one task that it follows.
+        eligible: the blocks to try, or a function that returns them; the graph calls it under its
+            lock after all tasks in ``after`` have ended.
+        name: the operation, for figures and traces.
+
+    Attributes:
+        state: new, waiting, leasing, queued, running; then landed (it ran, or no block was left
+            for it), failed, cancelled, late or dropped.
+        error: the first exception of the task or of a task that it follows.
+    """
+
+    work: Callable[[Task, Mask], Any] | None
+    blocks: int
+    _: KW_ONLY
+    queue: Workers | None = None
+    nbytes: int = 0
+    after: Sequence[Any] = ()
+    rescue: bool = False
+    lease: Lease | None = None
+    eligible: Mask | Sequence[bool] | Callable[[], Mask] | None = None
+    name: str = ""
+
+    state = "new"
+    ended = False
+    cut = False
+    watched = False
+    background = False
+    number = 0
+    waits = 0
+    due = 0.0
+    since = 0.0
+
+    def __post_init__(self) -> None:
+        if self.work is not None and not callable(self.work):
+            raise arguments.invalid("work", "a function or None", self.work)
+        arguments.whole("blocks", self.blocks, most=1 << 31)
+        arguments.whole("nbytes", self.nbytes)
+        arguments.flag("rescue", self.rescue)
+        arguments.text("name", self.name, least=0)
+        if self.queue is not None:
+            _check_queue(self.queue)
+        if self.lease is not None:
+            arguments.instance("lease", self.lease, Lease)
+        self.after = self._dependencies()
+        self.followers = list[Task]()
+        self.graph: Executor | None = None
+        self.error: BaseException | None = None
+        self.landed: Mask = np.zeros(self.blocks, np.bool_)  # set at the end
+        self.left: Mask = self.landed  # the blocks to move, set before the task is queued
+        # Numbers of the tasks that ran before a task that never ran, for the trace.
+        self.trail: Collection[int] = ()
+        # The queue of a barrier's first task that did not move all of its blocks, without an error.
+        self.short = ""
+
+    def _dependencies(self) -> list[Dependency]:
+        """Return the checked ``after``; raise `InvalidTerms` for other objects than tasks."""
+        dependencies = list[Dependency]()
+        for each in arguments.items("after", self.after, "tasks"):
+            terms = each if isinstance(each, tuple) and len(each) == 3 else (each, None, None)
+            if not isinstance(terms[0], Task):
+                expected = "tasks, or tuples (task, blocks, its blocks)"
+                raise arguments.invalid("after", expected, terms[0])
+            dependencies.append(Dependency(*terms))
+        return dependencies
+
+    def ran_before(self) -> set[int]:
+        """Return the numbers of the tasks that it follows, through tasks that never ran."""
+        return {number for x, *_ in self.after for number in x.trail or (x.number,)}
+
+    def done(self) -> bool:
+        """Return True if the task has ended; never block."""
+        return self.wait(0.0)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the task has ended, at most ``timeout`` seconds; return True if it has."""
+        seconds = arguments.seconds("timeout", timeout, optional=True)
+        if (graph := self.graph) is None:  # it was not submitted
+            return False
+        if self.ended or graph.process.forked:  # a child has no thread to wait for
+            return True
+        until = graph.clock() + seconds
+        while (now := graph.sweep()) < until and not self.ended:
+            graph.pause(self, until, now)
+        return self.ended
+
+
+class Dependency(NamedTuple):
+    """A task that another task follows.
+
+    Block ``blocks[i]`` of the follower needs block ``its_blocks[i]`` of the task. None: each block
+    needs the block of the same number.
+    """
+
+    task: Task
+    blocks: Sequence[int] | None = None
+    its_blocks: Sequence[int] | None = None

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections of a reader to owners.
+
+A reader connects to each owner once. It rejects an owner with other rows, maps the owner's memory
+if it can, and otherwise agrees with the owner on a transport.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from math import inf
+from queue import LifoQueue
+from time import monotonic
+from typing import Any, NamedTuple
+
+import torch
+
+from portakv import arguments
+from portakv.arguments import FOREVER
+from portakv.errors import (
+    BackendUnavailable,
+    LayoutError,
+    PeerError,
+    PortaKVError,
+    TransferTimeout,
+    Unsupported,
+)
+from portakv.migrate import ipc
+from portakv.migrate.channel import Channel, Refused
+from portakv.migrate.described import rebuild, reserve
+from portakv.migrate.messages import Answer, Bye, Handshake, Hello, Ticket, is_signed, no_ticket
+from portakv.migrate.shards import Shard, device_of, unlike
+from portakv.migrate.staging import staging
+from portakv.migrate.transports import check_transport, choose, forced
+from portakv.migrate.transports import renamed as renamed
+from portakv.migrate.transports.base import Moving, Transport
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.interrupts import uninterrupted
+
+_HOST = torch.device("cpu")
+FAREWELL = 0.5  # seconds for the last message to all owners
+MOST_SLOTS = 64  # staging buffers of an owner; each has a worker here
+
+
+class Staging:
+    """The transport and the staging buffers for an owner whose memory is not mapped."""
+
+    def __init__(self, transport: Transport, device: torch.device, slots: int) -> None:
+        self.transport = transport
+        # Buffers are filled in the order of the requests for them.
+        self.turn = threading.Lock()
+        self.tag = 0
+        #: Free buffers with their numbers, and the last transfer into each.
+        self.slots: LifoQueue[tuple[int, torch.Tensor, Moving | None]] = LifoQueue()
+        for number in range(slots):
+            self.slots.put((number, staging(0, device), None))
+
+
+class Connection:
+    """An owner: the answer to its handshake, and its shards and events if its memory is mapped."""
+
+    def __init__(self, channel: Channel, address: str, handshake: Handshake) -> None:
+        self.channel = channel
+        self.address = address
+        self.handshake = handshake
+        self.shards = list[Shard]()
+        self.events = list[torch.Event]()
+        self.why_not_mapped = ""
+        self.staged: Staging | None = None  # set if the memory is not mapped
+        self.number = 0  # among the open connections; the queue of its tasks has this number
+        self.unwatch: Callable[[], object] = lambda: None
+        #: The cuts of pulls without skipped positions, by the epochs of all of their owners.
+        self.cuts: Bounded[tuple[bytes, ...], Any] = Bounded("cuts of pulls", 16)
+
+    @property
+    def strategy(self) -> tuple[str, str]:
+        """Return the name of the transport of an owner whose memory is not mapped, and why."""
+        return self.staging.transport.name, self.why_not_mapped
+
+    @property
+    def staging(self) -> Staging:
+        """Return the staging of an owner whose memory is not mapped."""
+        if self.staged is None:
+            raise PeerError(f"Expected {self.address} to have a transport, got none. Pull again.")
+        return self.staged
+
+
+class Source(NamedTuple):
+    """A ticket and the owner that made it."""
+
+    ticket: Ticket
+    owner: Connection
+
+
+Sources = Sequence[Source]
+
+
+class Connections:
+    """The owners of one reader; see `Reader` for the arguments."""
+
+    def __init__(
+        self, channel: Channel, shards: Sequence[Shard], model: str, transport: str | None
+    ) -> None:
+        self.channel = channel
+        self.shards = shards
+        self.device = device_of(shards)
+        check_transport(transport, self.device)
+        self._model = model
+        self._transport = forced(transport)
+        self._transports = dict[str, Transport]()
+        self._owners = dict[tuple[str, bytes], Connection]()
+        self._lock = threading.Lock()
+
+    def resolve(self, tickets: bytes | Sequence[bytes], until: float = inf) -> list[Source]:
+        """Return each ticket with its owner, by the time ``until``.
+
+        Raises as `of`, and `PeerError` for bytes that are not a ticket.
+        """
+        if isinstance(tickets, bytes):
+            packed = [tickets]
+        else:
+            packed = arguments.items("tickets", tickets, "the bytes of offers' tickets")
+        for number, one in enumerate(packed):
+            if not isinstance(one, bytes):
+                raise arguments.invalid(f"tickets[{number}]", "bytes", one, "Pass Offer.ticket.")
+        packed = list(dict.fromkeys(packed))
+        if not packed:
+            raise arguments.invalid("tickets", "one ticket or more", tickets, "Pass Offer.ticket.")
+        read = [Ticket.read(data) for data in packed]
+        try:
+            sources = [Source(ticket, self.of(ticket, until)) for ticket in read]
+        except PeerError as error:
+            if monotonic() < until:
+                raise
+            raise TransferTimeout(
+                f"The handshake of the pull timed out; no rows were committed. Increase timeout, "
+                f"or pull from another owner: {error}"
+            ) from error
+        for data, (_, owner) in zip(packed, sources, strict=True):
+            if not is_signed(data, owner.handshake.key):
+                raise no_ticket()
+        return sources
+
+    def of(self, ticket: Ticket, until: float = inf) -> Connection:
+        """Return the owner of a ticket, and connect to it at the first call.
+
+        Raises:
+            TransferTimeout: the handshake had not ended by the time ``until``.
+            PeerError, OfferGone: the owner is gone, or was restarted since the offer.
+            LayoutError: its rows cannot become this reader's.
+            Unsupported: its memory can neither be mapped nor sent.
+        """
+        key = ticket.address, ticket.epoch
+        if (owner := self._owners.get(key)) is not None:
+            return owner
+        return uninterrupted(partial(self._connect, ticket, key, until))
+
+    def _connect(self, ticket: Ticket, key: tuple[str, bytes], until: float) -> Connection:
+        """Connect to the owner of a ticket, unless another thread has."""
+        wait = min(max(0.0, until - monotonic()), FOREVER)
+        if not self._lock.acquire(timeout=wait):
+            raise TransferTimeout(
+                f"The handshake with {ticket.address} timed out after another owner's. Pull again "
+                f"with a longer timeout."
+            )
+        try:
+            if (owner := self._owners.get(key)) is not None:
+                return owner
+            owner = Connection(self.channel, ticket.address, self._shake_hands(ticket, until))
+            for old in [x for x in [*self._owners.values()] if x.address == owner.address]:
+                self._forget(old)
+            owner.why_not_mapped = self._map(owner)
+            if owner.why_not_mapped:
+                try:
+                    self._agree(owner, ticket, until)
+                except PortaKVError as error:
+                    peer = isinstance(error, PeerError | TransferTimeout)
+                    if peer and not isinstance(error, Refused):
+                        raise
+                    why = f"{owner.why_not_mapped}; and they cannot be sent: {error}"
+                    raise Unsupported(f"Pulling rows of {ticket.address}", why) from error
+            used = {one.number for one in [*self._owners.values()]}
+            owner.number = min({*range(len(used) + 1)} - used)
+            self._owners[key] = owner
+            owner.unwatch = self.channel.watch(ticket.address, partial(self._forget, owner))
+        finally:
+            self._lock.release()
+        return owner
+
+    def close(self) -> None:
+        """Release all owners."""
+        uninterrupted(self._close)
+
+    def _close(self) -> None:
+        """Do what `close` promises."""
+        until = monotonic() + min(FAREWELL, self.channel.timeout)
+        for owner in [*self._owners.values()]:
+            with suppress(PortaKVError):
+                left = max(0.0, until - monotonic())
+                self.channel.tell(owner.address, Bye(), left)
+            self._forget(owner)
+        for transport in self._transports.values():
+            transport.close()
+
+    def _shake_hands(
+        self, ticket: Ticket, until: float, transport: str = "", slots: torch.device = _HOST
+    ) -> Handshake:
+        hello = Hello(self._model, ipc.where(slots), transport)
+        seconds = min(self.channel.timeout, max(0.0, until - monotonic()))
+        kind: Any = Handshake | Answer
+        answer: Handshake | Answer = self.channel.ask(ticket.address, hello, kind, seconds)
+        if isinstance(answer, Answer):
+            if answer.state == "gone":
+                raise ticket.gone(answer.why)
+            raise _other_rows(ticket, answer.why or "it gives no reason")
+        local = [shard.group for shard in self.shards]
+        if why := unlike(local, [one.group for one in answer.described]):
+            raise _other_rows(ticket, why)
+        if answer.epoch != ticket.epoch:
+            raise ticket.gone("its owner was restarted, or has other memory, since then")
+        return answer
+
+    def _map(self, owner: Connection) -> str:
+        """Map an owner's memory; return why that fails, or an empty text."""
+        handshake = owner.handshake
+        _check(owner.address, handshake)  # checks the description before any memory is mapped
+        if missing := [region.why for region in handshake.regions if not region.handle]:
+            return f"the owner does not share it: {missing[0]}"
+        try:
+            *flat, proof = [
+                ipc.open_shared(x.handle, "cpu" if x.device.startswith("cpu ") else self.device)
+                for x in handshake.regions
+            ]
+            read = (proof ^ 0).cpu()  # a kernel reads it, as kernels read rows
+            if not torch.equal(read, ipc.proof_of(handshake.epoch)):
+                return "the mapped memory does not show the bytes of its owner"
+            shards = [rebuild(one, flat) for one in handshake.described]
+            remote = handshake.regions[0].device
+            if remote != ipc.where(self.device) and not remote.startswith("cpu "):
+                # torch reports another device's memory as this device's: mark the views.
+                shards = [
+                    Shard(x.view.as_peer(self.device), x.group.layers, x.group.heads)
+                    for x in shards
+                ]
+            events = [ipc.open_event(one, self.device) for one in handshake.events]
+        except PortaKVError as error:
+            return str(error)
+        # The shards last: pulls read an owner that has shards, and need its events to wait for the
+        # stream that writes the rows.
+        owner.events = events
+        owner.shards = shards
+        return ""
+
+    def _agree(self, owner: Connection, ticket: Ticket, until: float) -> None:
+        """Agree with an owner on a transport.
+
+        The staging buffers are on the device of both sides' rows or, if the transport does not run
+        there, on the host.
+        """
+        # The transport that this reader forces, or the owner.
+        remote = owner.handshake.regions[0].device
+        name = self._transport or owner.handshake.transport or None
+        # Another device of the same type: NCCL does not serve two processes on one.
+        same = remote.partition(" ")[0] == self.device.type and remote != ipc.where(self.device)
+        device = self.device if same else _HOST
+        try:
+            transport = choose(device, name)
+        except BackendUnavailable:
+            device = _HOST
+            transport = choose(device, name)
+        shared = self._transports.setdefault(f"{transport.name} {device}", transport)
+        if shared is not transport:
+            transport.close()
+        agreed = self._shake_hands(ticket, until, transport.name, device)
+        same_rows = agreed.described == owner.handshake.described
+        if not (same_rows and 1 <= agreed.slots <= MOST_SLOTS):
+            raise PeerError(
+                f"Expected 1 to {MOST_SLOTS} staging buffers and the rows that it described before "
+                f"from {owner.address}, got {agreed.slots} or others. Pull from another owner."
+            )
+        owner.handshake = agreed
+        owner.staged = Staging(shared, device, agreed.slots)
+
+    def _forget(self, owner: Connection) -> None:
+        """Release an owner. Pulls that still read it retain its memory until they end."""
+        self._owners.pop((owner.address, owner.handshake.epoch), None)
+        for one in [*self._owners.values()]:
+            one.cuts.clear()  # cuts with this owner retain its memory
+        owner.unwatch()
+        if owner.staged:
+            owner.staged.transport.forget(owner.address)
+
+
+def _other_rows(ticket: Ticket, why: str) -> LayoutError:
+    """Return the error of an owner whose rows cannot become this reader's."""
+    return LayoutError(
+        f"The rows of {ticket.address} cannot become this reader's: {why}. Connect shards of one "
+        f"model, by one release."
+    )
+
+
+def _check(address: str, handshake: Handshake) -> None:
+    """Raise `PeerError` if no views fit the regions that an owner describes."""
+    try:
+        regions = [reserve(region.nbytes) for region in handshake.regions]
+    except (OSError, OverflowError, ValueError) as error:
+        raise PeerError(
+            f"Expected regions of memory that this process has addresses for from {address}, got "
+            f"others ({error}). Pull from another owner."
+        ) from None
+    for described in handshake.described:
+        rebuild(described, regions)

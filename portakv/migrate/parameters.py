@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Describe the parameters of a model, and choose which owner provides which part of each.
+
+A parameter is a tensor and the boxes of the whole tensor that it contains. Nothing here moves a
+byte: `portakv.migrate.weights` does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from operator import add, sub
+from typing import Annotated, NamedTuple
+
+import torch
+from msgspec import Meta, structs
+
+from portakv.arguments import instance, invalid, items, text, whole
+from portakv.errors import InvalidTerms, LayoutError
+from portakv.migrate.messages import Box as Ends
+from portakv.migrate.messages import Dims, Handle, Message, Text
+from portakv.migrate.shards import deal
+
+
+class Box(NamedTuple):
+    """A box: ``extents`` elements from ``offset`` on of a whole tensor, here from ``start`` on."""
+
+    offset: Dims
+    start: Dims
+    extents: Dims
+
+    @property
+    def ends(self) -> Ends:
+        """Return from and to on each axis of the whole tensor."""
+        return tuple(zip(self.offset, map(add, self.offset, self.extents), strict=True))
+
+    def part(self, ends: Ends) -> Box:
+        """Return the part of the box between these ends."""
+        pairs = isinstance(ends, Sequence) and len(ends) == len(self.offset)
+        if not pairs or not all(isinstance(x, Sequence) and len(x) == 2 for x in ends):
+            raise invalid("ends", f"{len(self.offset)} pairs (from, to)", ends)
+        first = tuple(a for a, _ in ends)
+        start = map(add, map(sub, first, self.offset), self.start)
+        return Box(first, tuple(start), tuple(b - a for a, b in ends))
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """A tensor, and the boxes of a tensor of ``shape`` that it contains; by default all of it.
+
+    ``packing`` names how values were repacked after loading (Marlin, ...). ``block``: the elements
+    on each axis that share a scale; boxes begin and end at its multiples. Scales are separate
+    parameters. Elements in no box, such as padding, are not modified.
+    """
+
+    tensor: torch.Tensor
+    shape: Sequence[int] | None = None
+    boxes: Sequence[Box] | None = None
+    packing: str = ""
+    block: Sequence[int] = ()
+
+    @classmethod
+    def split(
+        cls,
+        tensor: torch.Tensor,
+        axis: int,
+        parts: Sequence[int],
+        cut: tuple[int, int],
+        unit: int = 1,
+    ) -> Parameter:
+        """Return the parameter of rank ``cut[0]`` of ``cut[1]``, of a tensor that is cut along
+        ``axis``.
+
+        ``parts``: the whole extents on that axis of each fused part (query, key, value), or one
+        extent. Each part is cut at multiples of ``unit`` (a head's rows). Ranks that outnumber
+        these share.
+        """
+        instance("tensor", tensor, torch.Tensor)
+        if not tensor.ndim:
+            raise invalid("tensor", "a tensor with an axis to split", tensor)
+        whole("axis", axis, -tensor.ndim, tensor.ndim - 1)
+        parts = [whole("parts", part) for part in items("parts", parts, "extents")]
+        if not isinstance(cut, tuple) or len(cut) != 2:
+            raise invalid("cut", "a tuple (rank, ranks)", cut)
+        whole("cut", cut[1], 1)
+        whole("cut", cut[0], 0, cut[1] - 1)
+        whole("unit", unit, 1)
+        local = tuple(tensor.shape)
+        boxes = list[Box]()
+        at = 0
+        done = 0
+        axis += len(local) if axis < 0 else 0
+        before = local[:axis]
+        after = local[axis + 1 :]
+        for part in parts:
+            first, past = (part // unit * (cut[0] + x) // cut[1] * unit for x in (0, 1))
+            n = max(unit, past - first)
+            offset, start = ((*[0] * axis, x, *[0] * len(after)) for x in (done + first, at))
+            boxes.append(Box(offset, start, (*before, n, *after)))
+            at = at + n
+            done = done + part
+        if local[axis : axis + 1] != (at,) or any(x % unit or x < unit for x in parts):
+            raise LayoutError(
+                f"Expected a tensor with {at} elements along axis {axis}, for its cut {cut} of "
+                f"parts {parts}, which are multiples of unit {unit}, got {local}. Correct it, "
+                f"or give boxes."
+            )
+        return cls(tensor, (*before, done, *after), boxes)
+
+
+Parameters = Mapping[str, Parameter | torch.Tensor]  # by name; a plain tensor is whole
+
+
+class Item(Message, frozen=True):
+    """The description of a parameter. ``tie``: the first name of its memory, which has ``data``."""
+
+    dtype: Annotated[str, Meta(max_length=32)]
+    shape: Dims
+    boxes: Annotated[tuple[Box, ...], Meta(max_length=1024)]
+    packing: Text
+    block: Dims
+    tie: Text
+    data: Handle = b""
+
+    def __post_init__(self) -> None:
+        of = self.shape
+        blocks = self.block or (1,) * len(self.shape)
+        for offset, _, extents in self.boxes:
+            axes = zip(offset, map(add, offset, extents), of, blocks, strict=False)
+            if len({*map(len, (offset, extents, of, blocks))}) > 1 or any(
+                a < 0 or b > n or a % k or (b % k and b < n) for a, b, n, k in axes
+            ):
+                raise LayoutError(
+                    f"Expected a box in the shape {of} that cuts no block of {blocks}, got "
+                    f"{extents} "
+                    f"elements from {offset} on. Correct the box."
+                )
+
+
+class Cell(NamedTuple):
+    """A box of the reader's parameter, and its start ``src`` in an owner's tensor."""
+
+    name: str
+    owner: int
+    box: Box
+    src: Dims
+
+
+def part_of(tensor: torch.Tensor, start: Dims, extents: Dims) -> torch.Tensor:
+    """Return a part of a tensor; raise `LayoutError` if the tensor does not contain it."""
+    axes = zip(start, extents, tensor.shape, strict=False)
+    part = tensor.detach()[tuple(slice(a, a + n) for a, n, _ in axes)]
+    if part.shape != tuple(extents) or part.is_meta:
+        raise LayoutError(
+            f"Expected a box in a tensor of shape {tuple(tensor.shape)} with memory, got "
+            f"{tuple(extents)} elements from {tuple(start)} on, on {tensor.device}. Correct the "
+            f"box."
+        )
+    return part
+
+
+def named(argument: str, parameters: Parameters) -> dict[str, Parameter]:
+    """Return parameters by name, all checked."""
+    if not isinstance(parameters, Mapping):
+        raise invalid(argument, "a mapping of names to tensors", parameters)
+    named = dict[str, Parameter]()
+    for name, value in parameters.items():
+        text(f"a name in {argument}", name)
+        whole = isinstance(value, Parameter)
+        parameter = value if isinstance(value, Parameter) else Parameter(value)
+        tensor = instance(f"{argument}[{name!r}]", parameter.tensor, torch.Tensor)
+        if why := _odd(tensor):
+            raise LayoutError(f"Expected {name} to be a plain tensor, got {why}. Pass its parts.")
+        if whole:
+            text(f"packing of {argument}[{name!r}]", parameter.packing, least=0)
+            _check_boxes(name, parameter)
+        named[name] = parameter
+    return named
+
+
+def _odd(tensor: torch.Tensor) -> str:
+    """Return why no plain bytes of a tensor can be copied; empty if they can."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"one of layout {'nested' if tensor.is_nested else tensor.layout}"
+    if tensor.is_quantized:
+        return "a quantized one"
+    if tensor.is_conj() or tensor.is_neg():
+        return "a conjugate or negative view"
+    if tensor.is_meta:
+        return "one without memory (meta)"
+    return ""
+
+
+def _check_boxes(name: str, parameter: Parameter) -> None:
+    """Raise `InvalidTerms` for shapes, blocks or boxes that are not whole numbers."""
+    boxes = parameter.boxes if parameter.boxes is not None else ()
+    try:
+        numbers: list[object] = [*(parameter.shape or ()), *parameter.block]
+        for box in boxes:
+            offset, start, extents = box
+            numbers += [*offset, *start, *extents]
+            if not len(offset) == len(start) == len(extents):
+                raise TypeError
+    except (TypeError, ValueError):
+        numbers = [None]
+    if not all(type(each) is int and 0 <= each < 1 << 48 for each in numbers):
+        expected = "whole numbers in boxes, shape and block, of one length for each box"
+        raise InvalidTerms(f"Expected {name} to have {expected}, got others. Pass `Box` of tuples.")
+
+
+def check_destinations(parameters: Mapping[str, Parameter]) -> None:
+    """Raise `LayoutError` for a destination that has several elements at one address."""
+    for name, parameter in parameters.items():
+        tensor = parameter.tensor
+        axes = zip(tensor.shape, tensor.stride(), strict=True)
+        if any(extent > 1 and stride == 0 for extent, stride in axes):
+            raise LayoutError(
+                f"Expected {name} to have memory for each element, got an expanded tensor. "
+                f"Pass a contiguous one."
+            )
+
+
+def items_of(parameters: Mapping[str, Parameter]) -> dict[str, Item]:
+    """Return the descriptions of parameters; several names of one memory are tied."""
+    first = dict[object, str]()
+    items = dict[str, Item]()
+    for name, x in parameters.items():
+        tensor = x.tensor
+        local = tuple(x.tensor.shape)
+        shape = local if x.shape is None else tuple(x.shape)
+        zeros = (0,) * len(local)
+        boxes = tuple(Box(*map(tuple, b)) for b in x.boxes or [Box(zeros, zeros, local)])
+        item = Item(str(tensor.dtype)[6:], shape, boxes, x.packing, tuple(x.block), "")
+        for box in boxes:
+            part_of(tensor, box.start, box.extents)
+        memory = tensor.data_ptr() or name, tensor.device, tensor.stride(), item
+        items[name] = structs.replace(item, tie=first.setdefault(memory, name))
+    return items
+
+
+def _unlike(dst: Mapping[str, Item], src: Mapping[str, Item]) -> Iterator[tuple[str, str]]:
+    """Yield each parameter that both sides describe differently, and the difference."""
+    both = [x for x in dst if x in src]
+    tied = defaultdict[object, list[str]](list)
+    for name in both:
+        for side in (dst, src):
+            tied[id(side), side[name].tie].append(name)
+    for name in both:
+        for what in ("dtype", "shape", "packing", "block"):
+            here = getattr(dst[name], what)
+            there = getattr(src[name], what)
+            if here != there:
+                yield name, f"its {what} is {here!r} here and {there!r} there"
+        here, there = (tied[id(side), side[name].tie] for side in (dst, src))
+        if here != there:
+            yield name, f"{here} are one tensor here, and {there} there"
+
+
+def plan(
+    dst: Mapping[str, Item], owners: Sequence[Mapping[str, Item]], some: bool = False
+) -> list[Cell]:
+    """Return the cells of each parameter, each from the first owner that has it.
+
+    One `LayoutError` lists all that does not match. ``some``: owners may have further parameters.
+    """
+    surplus = [] if some else [x for src in owners for x in src if x not in dst]
+    unlike = [x for src in owners for x in _unlike(dst, src)]
+    wrong = [f"{name}: it was not requested" for name in surplus]
+    wrong += [f"{name}: {why}" for name, why in unlike]
+    bad = {name for name, _ in unlike}
+    cells = list[Cell]()
+    for name, item in dst.items():
+        candidates = [(i, box) for i, x in enumerate(owners) if name in x for box in x[name].boxes]
+        wrong += [] if candidates else [f"{name}: no owner has it"]
+        boxes = item.boxes if candidates and name not in bad else ()
+        for box in (x for x in boxes if prod(x.extents)):
+            dealt, holes = deal(
+                box.ends, {n: (x.ends, None) for n, (_, x) in enumerate(candidates)}
+            )
+            for n, ends, _ in dealt:
+                owner, src = candidates[n]
+                cells.append(Cell(name, owner, box.part(ends), src.part(ends).start))
+            for hole in (box.part(ends) for ends, _ in holes):
+                wrong.append(f"{name}: no owner has {hole.extents} elements from {hole.offset} on")
+    if wrong:
+        raise LayoutError(
+            f"Expected {len(dst)} weights that match {len(owners)} owners, got the differences "
+            f"below; nothing was pulled. Correct them on either side:\n"
+            + "\n".join(dict.fromkeys(wrong))
+        )
+    return cells

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a pull: the steps that copy rows of owners to rows of the reader.
+
+`steps` computes them from tickets and windows before a byte moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from portakv.arguments import naming
+from portakv.copy.handle import token_bytes
+from portakv.errors import InvalidTerms, Unsupported
+from portakv.migrate.connections import Connection, Sources
+from portakv.migrate.messages import Gather, Ticket
+from portakv.migrate.shards import Piece, Shard, pieces, slices
+from portakv.migrate.staging import chunk_bytes, page_of
+from portakv.view import Index, KVView
+from portakv.view.index import Ids
+
+_ANY = 1 << 62  # slots of an owner whose memory is not mapped: the owner checks the ids
+Lists = tuple[Index, list[Index]]  # of a group: the reader's index, and the index of each owner
+
+
+class Slice(NamedTuple):
+    """A part of a step, which crosses in one staging buffer."""
+
+    layers: range
+    first: int  # token, from the step's first one
+    tokens: int
+
+
+class Cut(NamedTuple):
+    """A piece, and the slices of both views.
+
+    ``src`` is None if the owner's memory is not mapped. ``layers``: the layers of the reader's view
+    that the piece fills.
+    """
+
+    group: int
+    piece: Piece
+    src: KVView | None
+    dst: KVView
+    layers: range
+
+
+class Step(NamedTuple):
+    """The rows of an owner that a piece copies to rows of the reader."""
+
+    ticket: Ticket
+    owner: Connection
+    cut: Cut
+    src_index: Index
+    dst_index: Index
+    first: int  # token of the request at which both indices start
+    tokens: int
+
+    @property
+    def nbytes(self) -> float:
+        """Return the bytes of the step if no position is skipped."""
+        return self.tokens * token_bytes(self.cut.dst.form)
+
+    def gather(
+        self,
+        layers: range,
+        first: int,
+        count: int,
+        transport: str = "",
+        slot: int = 0,
+        tag: int = 0,
+    ) -> Gather:
+        """Return the request for some layers and tokens, counted from the step's first ones.
+
+        ``transport``, ``slot``, ``tag``: how the owner sends the rows; none: only their checksum.
+        """
+        (start, _), heads = self.cut.piece.box
+        box = start + layers.start, start + layers.stop
+        about = self.ticket.epoch, self.ticket.offer, self.cut.group
+        return Gather(*about, box, heads, self.first + first, count, transport, slot, tag)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Return the runs ``(from, to)`` of positions for which the owner has all wanted rows."""
+        offered = self.src_index.slots(self.tokens) >= 0
+        wanted = self.dst_index.slots(self.tokens) >= 0
+        complete = np.concatenate([[False], ~offered | wanted, [False]])
+        ends = np.flatnonzero(complete[1:] != complete[:-1]).reshape(-1, 2)
+        return [(int(a), int(b)) for a, b in ends]
+
+    def slices(self, most_bytes: int) -> Iterator[Slice]:
+        """Yield the parts that each cross in one staging buffer.
+
+        A part is as many layers as the buffer holds with all tokens, or tokens of one layer.
+        ``most_bytes``: the most bytes of a part. Raises `Unsupported` if the buffer holds no token.
+        """
+        dst = self.cut.dst
+        space = self.owner.handshake.slot_bytes
+        most = self.tokens
+        layer = dst.slice(layers=slice(0, 1))
+        page = page_of(dst)
+        space = min(space, max(most_bytes, chunk_bytes(layer, page)))
+        while most > page and chunk_bytes(layer, most) > space:
+            most = max(page, most // 2 // page * page)
+        if chunk_bytes(layer, most) > space:
+            why = f"a staging buffer of {space} bytes holds no token of a layer; increase staging="
+            raise Unsupported(f"Pulling rows of {self.owner.address} through staging", why)
+        each = max(1, min(dst.layers, space // chunk_bytes(layer, most)))
+        for start in range(0, dst.layers, each):
+            for at in range(0, self.tokens, most):
+                layers = range(start, min(start + each, dst.layers))
+                yield Slice(layers, at, min(most, self.tokens - at))
+
+
+def steps(
+    sources: Sources, shards: Sequence[Shard], blocks: Sequence[Ids], first: int
+) -> list[Step]:
+    """Return the steps of a pull from token ``first`` on; raise as `Reader.pull` does."""
+    count = _check_tickets(sources, shards, blocks, first)
+    lists, skips = _indices(sources, shards, blocks, first, count)
+
+    # Without skipped positions the cuts depend on the owners alone, and are cached.
+    cached = sources[0].owner.cuts
+    key = tuple(source.ticket.epoch for source in sources)
+    cuts = None if skips else cached.get(key)
+    if cuts is None:
+        cuts = [*_cuts([source.owner for source in sources], shards, lists, count)]
+        if not skips:
+            cached[key] = cuts
+
+    planned = list[Step]()
+    for cut in cuts:
+        dst_index, src_indices = lists[cut.group]
+        if cut.piece.ids is not None:
+            dst_index = Index(np.where(cut.piece.ids, dst_index.slots(count), -1))
+        source = sources[cut.piece.owner]
+        src_index = src_indices[cut.piece.owner]
+        planned.append(Step(source.ticket, source.owner, cut, src_index, dst_index, first, count))
+    return planned
+
+
+def _check_tickets(
+    sources: Sources, shards: Sequence[Shard], blocks: Sequence[Ids], first: int
+) -> int:
+    """Return the number of tokens to pull; raise `InvalidTerms` if the arguments do not match."""
+    tokens = {source.ticket.tokens for source in sources}
+    groups = {len(source.ticket.ids) for source in sources}
+    if len(tokens) != 1:
+        raise InvalidTerms(
+            f"Expected tickets for the same tokens, got tickets for {sorted(tokens)}. Pull the "
+            f"offers of one request together."
+        )
+    if groups != {len(shards)}:
+        raise InvalidTerms(
+            f"Expected tickets of as many groups as this reader's {len(shards)} shards, got "
+            f"{sorted(groups)}. Pull by a reader with the same groups."
+        )
+    if len(blocks) != len(shards):
+        raise InvalidTerms(
+            f"Expected blocks to be {len(shards)} lists, one for each shard, got {len(blocks)}. "
+            f"Pass a list for each."
+        )
+    if not 0 <= first < min(tokens):
+        raise InvalidTerms(
+            f"Expected first to be a token of the {min(tokens)} that the tickets offer, got "
+            f"{first}. Pass fewer."
+        )
+    return min(tokens) - first
+
+
+def _indices(
+    sources: Sources, shards: Sequence[Shard], blocks: Sequence[Ids], first: int, count: int
+) -> tuple[list[Lists], bool]:
+    """Return the checked indices of all groups, and True if any index skips a position."""
+    lists = list[Lists]()
+    skips = False
+    for group, (shard, ids) in enumerate(zip(shards, blocks, strict=True)):
+        with naming("blocks", "lists of ids of the views' blocks"):
+            dst_index = Index.of(ids, shard.view.block_size or 1).shifted(first)
+            dst_index.check_length(count, shard.view.slots, "reader's")
+            skips |= dst_index.check(count, shard.view.slots, "reader's", distinct=True)
+
+        src_indices = []
+        for ticket, owner in sources:
+            numbers = np.frombuffer(ticket.ids[group], "<i4").astype(np.int64)
+            index = Index.of(numbers, ticket.steps[group]).shifted(first)
+            slots = owner.shards[group].view.slots if owner.shards else _ANY
+            index.check_length(count, slots, "offered")
+            skips |= index.check(count, slots, "offered")
+            src_indices.append(index)
+        lists.append((dst_index, src_indices))
+    return lists, skips
+
+
+def count_blocks(shards: Sequence[Shard], blocks: Sequence[Ids], first: int, past: int) -> int:
+    """Return the number of the reader's blocks, in all shards, for tokens ``first`` to ``past``."""
+    total = 0
+    for shard, ids in zip(shards, blocks, strict=True):
+        index = Index.of(ids, shard.view.block_size or 1)
+        start = (index.offset + first) // index.step
+        end = -(-(index.offset + past) // index.step)
+        if index.ids is None:
+            total += end - start
+        else:
+            total += int((index.host_ids()[start:end] >= 0).sum())
+    return total
+
+
+def _cuts(
+    owners: Sequence[Connection], shards: Sequence[Shard], lists: Sequence[Lists], count: int
+) -> Iterator[Cut]:
+    """Yield the cuts of all groups. No owner needs a position that the reader skips."""
+    for group, (shard, (dst_index, src_indices)) in enumerate(zip(shards, lists, strict=True)):
+        unwanted = dst_index.slots(count) < 0
+        masks = [(index.slots(count) >= 0) | unwanted for index in src_indices]
+        offered = [None if mask.all() else mask for mask in masks]
+        boxes = [owner.handshake.described[group].group.box for owner in owners]
+        mapped = [n for n, owner in enumerate(owners) if owner.shards]
+        own = shard.group.box
+        for piece in pieces(own, boxes, offered, mapped, shard.view.opaque):
+            owner = owners[piece.owner]
+            part = slices(piece.box, own)
+            at = slices(piece.box, boxes[piece.owner])
+            src = owner.shards[group].view.slice(**at) if owner.shards else None
+            layers = range(part["layers"].start, part["layers"].stop)
+            yield Cut(group, piece, src, shard.view.slice(**part), layers)

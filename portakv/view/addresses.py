@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw memory, which is known by addresses alone: `KVView.at` reads it, and makes tensors over it.
+
+Nothing here owns the memory or can check that it still exists; the caller promises that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from operator import index
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.errors import DeviceMismatch, LayoutError
+from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import hip
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import usable_device, usual_device
+from portakv.view.bound import BoundLayout, Spans, address_of, as_dtype, reach
+from portakv.view.form import Form, widest_vector
+
+#: Tokens of a view whose number of tokens is unknown: kernels count them in 32 bits.
+UNKNOWN_SLOTS = 1 << 31
+_ENDLESS = 1 << 62  # bytes from an address to an unknown end
+_WORDS = (torch.int64, torch.uint64)
+_HOST = torch.device("cpu")
+
+
+class RawMemory(NamedTuple):
+    """The memory at each address of a view: its dtype, and its number of bytes (0: unknown)."""
+
+    dtype: torch.dtype
+    nbytes: int
+
+    def tensors(self, origins: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Make for each address a tensor over all of its memory, which owns nothing."""
+        n = self.nbytes or _ENDLESS
+        made = []
+        # A tensor that is made in inference mode cannot be written outside of it.
+        with torch.inference_mode(False):
+            for origin in origins:
+                storage = torch._C._construct_storage_from_data_pointer(origin, device, n)
+                empty = torch.empty(0, dtype=self.dtype, device=device)
+                made.append(empty.set_(storage, 0, (n // self.dtype.itemsize,), (1,)))
+        return tuple(made)
+
+    def spans(self, origins: Sequence[int]) -> Spans:
+        """Return the spans of the memory, as `KVView.spans` does; none if its end is unknown."""
+        if not (self.nbytes and origins):
+            return []
+        firsts = np.sort(np.array(origins, dtype=np.int64))
+        begins = np.flatnonzero(np.append(True, np.diff(firsts) >= self.nbytes))
+        lasts = np.append(firsts[begins[1:] - 1], firsts[-1:])
+        return list(zip(firsts[begins].tolist(), (lasts + self.nbytes).tolist(), strict=True))
+
+
+class RawRows(NamedTuple):
+    """Rows of raw memory, as `read_addresses` returns them.
+
+    ``origins`` is None if only a device knows the addresses; the device then has a ``table``.
+    """
+
+    form: Form
+    slots: int
+    device: torch.device
+    origins: tuple[int, ...] | None
+    table: torch.Tensor | None
+    memory: RawMemory
+
+
+class _Request(NamedTuple):
+    """The terms that determine the form of raw memory."""
+
+    bound: BoundLayout
+    #: The extent of each container level.
+    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: torch.dtype
+    place: str
+    alignment: int
+    #: True if only a device has the addresses.
+    on_device: bool
+
+
+class _Walk(NamedTuple):
+    """Extents and strides in which the table goes through the addresses."""
+
+    extents: list[int]
+    strides: list[int]
+
+
+class _Known(NamedTuple):
+    """The form of raw memory, without addresses."""
+
+    form: Form
+    slots: int
+    #: None if the table has the addresses in the order in which they were passed.
+    walk: _Walk | None
+    #: Bytes of the tensor at an address; 0: unknown.
+    nbytes: int
+
+
+_forms: Bounded[_Request, _Known] = Bounded("forms of memory at addresses", 1024)
+_usable: Bounded[str, torch.device] = Bounded("devices that addresses were on", 64)
+
+
+def read_addresses(
+    bound: BoundLayout,
+    addresses: object,
+    shape: Sequence[int],
+    strides: Sequence[int] | None,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    pinned: bool | None,
+) -> RawRows:
+    """Read tensors of one shape at addresses; arguments and errors are those of `KVView.at`."""
+    dtype = as_dtype(dtype)
+    if device is None:
+        target, reported = _driver_device(bound, addresses)
+        pinned = reported if pinned is None else pinned
+    else:
+        target = _named_device(device)
+    if target.type == "meta":
+        raise LayoutError(
+            f"Expected a device with memory for the addresses of {bound.layout.text!r}, got meta. "
+            f"With device=, name the device where the memory is."
+        )
+    shape = _whole_numbers("shape", shape)
+    strides = None if strides is None else _whole_numbers("strides", strides)
+    sizes = tuple(_container_sizes(bound, addresses))
+
+    if isinstance(addresses, torch.Tensor) and not addresses.is_cpu:
+        place = _place_of_table(addresses, target, pinned)
+        request = _Request(bound, sizes, shape, strides, dtype, place, 16, True)
+        known = _known_form(request)
+        table = _walked_table(addresses, known.walk)
+        memory = RawMemory(dtype, known.nbytes)
+        return RawRows(known.form, known.slots, target, None, table, memory)
+
+    numbers = np.asarray(addresses).reshape(-1).astype(np.int64)
+    alignment = widest_vector([int(np.bitwise_or.reduce(numbers, initial=0))])
+    place = _place(numbers, target, pinned)
+    _check_start(numbers, alignment, dtype)
+    known = _known_form(_Request(bound, sizes, shape, strides, dtype, place, alignment, False))
+    _check_end(numbers, known.nbytes)
+    if known.walk is None:
+        origins = tuple(numbers.tolist())
+    else:
+        origins = tuple(torch.from_numpy(numbers).as_strided(*known.walk).reshape(-1).tolist())
+    memory = RawMemory(dtype, known.nbytes)
+    return RawRows(known.form, known.slots, target, origins, None, memory)
+
+
+def _named_device(device: torch.device | str) -> torch.device:
+    """Return a device that the caller named; without an index it is the current one."""
+    target = _usable.get_or_make(str(device), lambda: usable_device(str(device)))
+    if target.type not in ("cpu", "meta") and target.index is None:
+        return torch.device(target.type, torch.accelerator.current_device_index())
+    return target
+
+
+def _place_of_table(table: torch.Tensor, target: torch.device, pinned: bool | None) -> str:
+    """Return the place of memory whose addresses lie in a table on a device.
+
+    Raises:
+        DeviceMismatch: the memory is on another device than the table.
+        LayoutError: host memory that is not pinned, so that the device cannot read it.
+    """
+    if target.type != "cpu":
+        if table.device != target:
+            raise DeviceMismatch(
+                f"Expected the addresses of memory on {target} in a table on {target} or on the "
+                f"host, got a table on {table.device}. Pass table.to({str(target)!r})."
+            )
+        return "device"
+    if pinned is False:
+        raise LayoutError(
+            f"Expected pinned memory for addresses in a table on {table.device}, got host memory "
+            f"that is not pinned, which {table.device} cannot read. Pass the table on the host."
+        )
+    return "pinned"
+
+
+def _walked_table(table: torch.Tensor, walk: _Walk | None) -> torch.Tensor:
+    """Return the addresses of a table on a device in the order of the form.
+
+    A strided read of the table needs no list of positions, so nothing is sent to the device.
+    """
+    table = table.contiguous().view(torch.int64).reshape(-1)
+    return table if walk is None else table.as_strided(*walk).reshape(-1)
+
+
+def _check_start(numbers: npt.NDArray[np.int64], alignment: int, dtype: torch.dtype) -> None:
+    """Raise `LayoutError` if an address is not above 0 or not a multiple of the element's bytes."""
+    wide = dtype.itemsize
+    if numbers.size and (int(numbers.min()) <= 0 or alignment < min(16, wide & -wide)):
+        raise LayoutError(
+            f"Expected addresses above 0 that are multiples of {wide} bytes for {dtype}, got "
+            f"{[hex(x) for x in numbers.tolist()[:4]]}. Pass the addresses of elements."
+        )
+
+
+def _check_end(numbers: npt.NDArray[np.int64], nbytes: int) -> None:
+    """Raise `LayoutError` if memory at an address does not end below 2**63."""
+    last = int(numbers.max())
+    if last + nbytes > 2 * _ENDLESS:
+        raise LayoutError(
+            f"Expected memory that ends below 2**63, got {nbytes} bytes from address {last:#x} on. "
+            f"Pass the address of the first byte."
+        )
+
+
+def _known_form(request: _Request) -> _Known:
+    known = _forms.get(request)
+    if known is None:
+        known = _forms[request] = _read_form(request)
+    return known
+
+
+def _read_form(request: _Request) -> _Known:
+    """Return the form of tensors at addresses; of an unknown extent with as many tokens as fit."""
+    unknown = [at for at, extent in enumerate(request.shape) if extent == -1]
+    if not unknown:
+        return _read_shape(request, request.shape)
+    tokens = request.bound.declared[0].get("token", 1)
+    while True:
+        known = _read_shape(request, _closed_shape(request, unknown, tokens))
+        if known.slots <= UNKNOWN_SLOTS:
+            return known._replace(nbytes=0)
+        # The shape or a container holds more tokens for each step of the extent than declared.
+        tokens = -(-tokens * known.slots // UNKNOWN_SLOTS)
+
+
+def _read_shape(request: _Request, shape: tuple[int, ...]) -> _Known:
+    """Return the form of tensors of a shape without an unknown extent.
+
+    Raises:
+        LayoutError: shape and strides contradict each other, the layout or the extents.
+    """
+    strides = request.strides
+    if strides is None:
+        strides = tuple(prod(shape[at + 1 :]) for at in range(len(shape)))
+    if min((*shape, *strides), default=0) < 0:
+        raise LayoutError(
+            f"Expected no number below 0 in the shape and strides at an address, got shape {shape} "
+            f"with strides {strides}. Pass the address of the first byte, and positive strides."
+        )
+    if len(strides) != len(shape):
+        raise LayoutError(
+            f"Expected a stride, in elements, for each dimension of shape {shape}, got strides "
+            f"{strides}. Pass one for each dimension, or None for a contiguous tensor."
+        )
+    itemsize = request.dtype.itemsize
+    nbytes = reach(shape, strides) * itemsize
+    if max(prod(shape) * itemsize, nbytes) > _ENDLESS:
+        raise LayoutError(
+            f"Expected a view at addresses of at most {_ENDLESS} bytes, with {UNKNOWN_SLOTS} "
+            f"tokens if an extent is -1, got shape {request.shape} with strides "
+            f"{request.strides}. Pass smaller numbers, or the extent."
+        )
+    like = torch.empty_strided(shape, strides, dtype=request.dtype, device="meta")
+    form, slots, order = request.bound.read_table(
+        request.sizes, like, request.alignment, request.place, request.on_device
+    )
+    walk = None if order == list(range(len(order))) else _walk_of(order)
+    return _Known(form, slots, walk, nbytes)
+
+
+def _walk_of(order: Sequence[int]) -> _Walk:
+    """Return the extents and strides of a list of positions, which is a permuted grid."""
+    extents = list[int]()
+    strides = list[int]()
+    while len(order) > 1:
+        step = order[1] - order[0]
+        ends = (at for at in range(2, len(order)) if order[at] - order[at - 1] != step)
+        extents.insert(0, next(ends, len(order)))
+        strides.insert(0, step)
+        order = order[:: extents[0]]
+    return _Walk(extents, strides)
+
+
+def _closed_shape(request: _Request, unknown: list[int], tokens: int) -> tuple[int, ...]:
+    """Return the shape with the most steps that can be counted in place of the unknown extent.
+
+    ``tokens`` is the number of tokens of a step.
+
+    Raises:
+        LayoutError: several extents are unknown, another one than that of the blocks or tokens,
+            or strides that would follow from it are missing.
+    """
+    layout = request.bound.layout
+    shape = request.shape
+    at = unknown[0]
+    growing = "block" if layout.paged else "token"
+    factors = layout.dims[at].factors if at < len(layout.dims) else ()
+    if len(unknown) > 1 or growing not in [factor.axis for factor in factors]:
+        raise LayoutError(
+            f"Expected a shape in which one extent may be -1, that of the dimension of "
+            f"{growing!r} in {layout.text!r}, got {shape}. Pass the other extents."
+        )
+    if request.strides is None and prod(shape[:at]) > 1:
+        raise LayoutError(
+            f"Expected strides for a view at addresses of shape {shape}, got None. The strides "
+            f"outside of an unknown extent follow from no shape. Pass strides=, in elements."
+        )
+    declared = request.bound.declared[0]
+    others = prod(declared.get(factor.axis, 1) for factor in factors if factor.axis != growing)
+    return (*shape[:at], UNKNOWN_SLOTS // tokens * others, *shape[at + 1 :])
+
+
+def _container_sizes(bound: BoundLayout, addresses: object) -> list[int]:
+    """Return the extent of each container level.
+
+    Raises:
+        LayoutError: not addresses, or not as many levels of them as the layout has.
+    """
+    text = bound.layout.text
+    levels = len(bound.layout.containers)
+    if isinstance(addresses, torch.Tensor):
+        sizes = _tensor_shape(text, addresses)
+    else:
+        sizes = _array_shape(text, addresses)
+    if levels == 0 and sizes == [1]:
+        sizes = []
+    if len(sizes) != levels or 0 in sizes:
+        raise LayoutError(
+            f"Expected addresses in {levels} container level(s), as {text!r} names them left of "
+            f"`|`, got shape {sizes}. Pass one dimension for each level, and at least one address."
+        )
+    return sizes
+
+
+def _tensor_shape(text: str, addresses: torch.Tensor) -> list[int]:
+    if addresses.dtype not in _WORDS:
+        raise _not_words(text, addresses.dtype)
+    if addresses.is_meta or (addresses.numel() and not address_of(addresses)):
+        raise LayoutError(
+            f"Expected addresses for {text!r} in a tensor with memory, got one that owns no "
+            f"memory, as on device meta or inside torch.vmap. Call KVView.at outside of function "
+            f"transforms."
+        )
+    return list(addresses.shape)
+
+
+def _array_shape(text: str, addresses: object) -> list[int]:
+    try:
+        array = np.asarray(addresses)
+    except ValueError:  # lists of unequal lengths
+        array = np.empty(0, dtype=object)
+    words = array.dtype.kind in "iu" and array.itemsize == 8
+    empty = array.dtype != object and not array.size
+    if not words and not empty:
+        raise _not_words(text, array.dtype)
+    return list(array.shape)
+
+
+def _not_words(text: str, dtype: object) -> LayoutError:
+    return LayoutError(
+        f"Expected whole numbers of 64 bits as addresses for {text!r}, got {dtype}. Pass them in "
+        f"lists of equal lengths, or in an int64 or uint64 tensor."
+    )
+
+
+def _whole_numbers(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(index, numbers))
+    except TypeError:
+        raise LayoutError(
+            f"Expected whole numbers, one for each dimension of the tensor at an address, got "
+            f"{name}={numbers!r}."
+        ) from None
+
+
+def _driver_device(bound: BoundLayout, addresses: object) -> tuple[torch.device, bool | None]:
+    """Return the device of the memory at the first address, and True or False if it is known to be
+    pinned or not.
+
+    Raises:
+        LayoutError: no driver reports where the memory is.
+    """
+    _container_sizes(bound, addresses)
+    device = usual_device()
+    if isinstance(addresses, torch.Tensor) and not addresses.is_cpu:
+        why = f"its addresses lie on {addresses.device} themselves"
+    elif device.type == "cpu":
+        return device, None
+    else:
+        address = int(np.asarray(addresses).reshape(-1)[0])
+        if _all_pinned([address]):
+            return _HOST, True
+        try:
+            number = _owner(address, device)
+            return (_HOST, False) if number is None else (torch.device("cuda", number), None)
+        except (OSError, AttributeError, hip.DriverMissing) as error:
+            why = f"the driver of {device} does not report where its memory is ({error})"
+    raise LayoutError(
+        f"Expected a device for a view of {bound.layout.text!r} at addresses, got None, and {why}. "
+        f"Pass device=."
+    )
+
+
+def _owner(address: int, device: torch.device) -> int | None:
+    """Return the number of the device that owns memory which is not pinned; None: host memory.
+
+    Raises:
+        OSError, AttributeError, DriverMissing: no driver can report it.
+    """
+    if device.type != "cuda":
+        raise OSError(f"drivers of {device.type} devices have no known query for it")
+    _cuda_driver.adopt(device)
+    if torch.version.hip is not None:
+        return _cuda_driver.owner_of(address, hip.driver().runtime, "hipPointerGetAttribute")
+    return _cuda_driver.owner_of(address, _cuda_driver.library(), "cuPointerGetAttribute")
+
+
+def _place(origins: npt.NDArray[np.int64], device: torch.device, pinned: bool | None) -> str:
+    if device.type != "cpu":
+        return "device"
+    if pinned is None:
+        pinned = _all_pinned(origins)
+    return "pinned" if pinned else "pageable"
+
+
+def _all_pinned(addresses: Sequence[int] | npt.NDArray[np.int64]) -> bool:
+    """Return True if host memory at all addresses is pinned, according to torch.
+
+    Torch checks one address of each allocation whose range a driver reports; without a range it
+    checks one address of each page.
+    """
+    remaining = np.asarray(addresses)
+    storage = torch._C._construct_storage_from_data_pointer
+    with torch.inference_mode(False):
+        probe = torch.empty(0, dtype=torch.uint8, device=_HOST)
+
+        def is_pinned(address: int) -> bool:
+            return probe.set_(storage(address, _HOST, 1)).is_pinned()
+
+        while remaining.size:
+            first = int(remaining[0])
+            allocation = _cuda_driver.range_of(first)
+            if allocation is None:
+                one_per_page = {each >> 12: each for each in remaining.tolist()}
+                return all(map(is_pinned, one_per_page.values()))
+            if not is_pinned(first):
+                return False
+            start, end = allocation
+            remaining = remaining[(remaining < start) | (remaining >= end)]
+    return True

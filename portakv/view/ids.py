@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists of ids as tensors: their types, their checks, and repeated ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.errors import SlotError
+from portakv.view.bound import address_of
+
+IdList: TypeAlias = "torch.Tensor | npt.NDArray[np.signedinteger[Any]] | Sequence[int]"
+ID_DTYPES = (torch.int64, torch.int32)
+#: A slot past the end of any view, and far from where 64 bits overflow.
+PAST_ANY_VIEW = 2**62
+
+
+def as_ids(ids: object) -> torch.Tensor:
+    """Return ids as a dense tensor of one dimension; a list or an array becomes one.
+
+    Raises:
+        SlotError: another type, dtype or rank, or a tensor that owns no memory.
+    """
+    if isinstance(ids, (list, tuple, range)):
+        ids = _array_of(ids)
+    if isinstance(ids, np.ndarray):
+        ids = _tensor_of(ids)
+    if not isinstance(ids, torch.Tensor):
+        raise SlotError(
+            f"Expected an index as a tensor, an array or a list of integers, got a "
+            f"{type(ids).__name__}."
+        )
+    _check_tensor(ids)
+    return ids
+
+
+def _array_of(ids: list[Any] | tuple[Any, ...] | range) -> npt.NDArray[np.int64]:
+    for each in ids:
+        if isinstance(each, bool) or not isinstance(each, (int, np.integer)):
+            raise SlotError(f"Expected integers in an index, got {each!r}. Pass slot numbers.")
+    try:
+        return np.array(ids, dtype=np.int64)
+    except OverflowError:
+        raise SlotError(
+            "Expected slot numbers in an index, got a number of more than 64 bits."
+        ) from None
+
+
+def _tensor_of(ids: npt.NDArray[Any]) -> torch.Tensor:
+    if ids.dtype.kind != "i" or ids.dtype.itemsize not in (4, 8):
+        raise SlotError(
+            f"Expected an index of int32 or int64, got dtype {ids.dtype}. Convert it with "
+            f".astype('int64') if it holds slot numbers."
+        )
+    # Torch takes neither negative strides, nor other byte orders, nor read-only memory.
+    native = np.ascontiguousarray(ids, dtype=ids.dtype.newbyteorder("="))
+    # To numpy an array of one number is contiguous with any stride.
+    plain = native.flags.writeable and min(native.strides, default=0) >= 0
+    return torch.from_numpy(native if plain else native.copy())
+
+
+def _check_tensor(ids: torch.Tensor) -> None:
+    if ids.dtype not in ID_DTYPES:
+        raise SlotError(
+            f"Expected an index of torch.int32 or torch.int64, got dtype {ids.dtype}. Convert it "
+            f"with .to(torch.int64) if it holds slot numbers."
+        )
+    if ids.is_nested or ids.layout is not torch.strided:
+        kind = "nested" if ids.is_nested else str(ids.layout).removeprefix("torch.")
+        raise SlotError(f"Expected a dense tensor as an index, got a {kind} one. Pass its slots.")
+    if ids.dim() != 1:
+        raise SlotError(
+            f"Expected an index of one dimension, got shape {tuple(ids.shape)}. Flatten it."
+        )
+    if ids.is_meta:
+        raise SlotError(
+            "Expected an index on the host or a device, got one on device meta, which holds no ids."
+        )
+    if not address_of(ids) and ids.numel():
+        raise SlotError(
+            "Expected an index with memory, got one that owns no memory, as inside torch.vmap. "
+            "Call the copy outside of function transforms."
+        )
+
+
+def has_repeats(used: npt.NDArray[np.int64]) -> bool:
+    """Return True if a number occurs twice."""
+    if used.size <= 64:
+        return len(set(used.tolist())) < used.size
+    largest = int(np.maximum.reduce(used.view(np.uint64)))  # a negative number reads as huge
+    if largest < 64 * used.size:
+        # One byte for each number is faster than a sort: 16,384 ids take 20 - 72 us, a sort 460.
+        seen = np.zeros(largest + 1, np.bool_)
+        seen[used] = True
+        return int(np.count_nonzero(seen)) < used.size
+    ordered = np.sort(used)
+    return bool((ordered[1:] == ordered[:-1]).any())

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slices of a view: ranges of layers, heads and kv, and the forms and addresses that follow."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from operator import index
+from typing import NamedTuple
+
+import torch
+
+from portakv.errors import LayoutError
+from portakv.runtime.bounded import Bounded
+from portakv.view.bound import Spans
+from portakv.view.form import Form, gather, same_form, widest_vector
+
+
+class SlicedForm(NamedTuple):
+    """The form of a slice, and the table entries that the slice uses."""
+
+    form: Form
+    #: Bytes that each used entry gains. The key is the entry's number times ``copies``, plus which
+    #: of the copies it is.
+    gained: dict[int, int]
+    #: Entries of the slice for each entry of the view.
+    copies: int
+
+    @property
+    def sources(self) -> list[int]:
+        """Return the number of the view's entry for each entry of the slice."""
+        return [number // self.copies for number in self.gained]
+
+    def origins(self, origins: Sequence[int]) -> tuple[int, ...]:
+        """Return the addresses of the slice, from the addresses of the view."""
+        pairs = zip(self.sources, self.gained.values(), strict=True)
+        return tuple(origins[entry] + gain for entry, gain in pairs)
+
+    def table(self, table: torch.Tensor) -> torch.Tensor:
+        """Return the entries of the slice from a table; the host does not read or wait for it."""
+        entries = self.sources
+        gains = list(self.gained.values())
+        steps = {later - earlier for earlier, later in pairwise(entries)}
+        step = min(steps, default=1)
+        if len(set(gains)) == 1 and len(steps) < 2 and step > 0:
+            picked = table[entries[0] : entries[-1] + 1 : step]
+            return (picked + gains[0] if gains[0] else picked).contiguous()
+        return torch.stack([table[at] + gain for at, gain in zip(entries, gains, strict=True)])
+
+
+_slices: Bounded[tuple[object, ...], SlicedForm] = Bounded("forms of slices", 1024)
+
+
+def slice_form(form: Form, count: int, kv: range, layers: range, heads: range) -> SlicedForm:
+    """Return the form of a slice of a view of ``count`` blocks, or of a chunk's tokens."""
+    key = form, count, kv, layers, heads
+    return _slices.get_or_make(key, lambda: _slice_form(*key))
+
+
+def _slice_form(form: Form, count: int, kv: range, layers: range, heads: range) -> SlicedForm:
+    parts = [form.parts[k].cut("head", heads) for k in kv]
+    fewer_layers = len(layers) < form.layers
+
+    # Include the strides of the layers, so that slices of any layer have one alignment and form.
+    strides = [step.stride for part in parts if fewer_layers for step in part.layer]
+    alignment = widest_vector([form.alignment, *strides, *(part.offset for part in parts)])
+
+    # Parts with one address whose distance changes from layer to layer get separate entries.
+    shared = len({part.table for part in parts}) < len(parts)
+    drift = fewer_layers and shared and len({part.layer for part in parts}) > 1
+    copies = len(parts) if drift else 1
+    gathered, gained = gather([part.cut("layer", layers) for part in parts], count, copies)
+
+    dtypes = tuple(form.dtypes[k] for k in kv) if form.dtypes else ()
+    sliced = replace(
+        form,
+        parts=gathered,
+        layers=len(layers),
+        heads=len(heads),
+        widths=tuple(form.widths[k] for k in kv),
+        alignment=alignment,
+        dtypes=dtypes if any(dtypes) else (),
+    )
+    return SlicedForm(same_form(sliced), gained, copies)
+
+
+def slice_range(name: str, requested: slice | int | None, extent: int) -> range:
+    """Return the positions that a slice of one axis covers; an integer covers one position.
+
+    Raises:
+        LayoutError: not an integer or a slice of integers, or an empty or stepped range.
+    """
+    if requested is None:
+        return range(extent)
+    try:
+        if isinstance(requested, slice):
+            result = range(extent)[requested]
+        else:
+            at = index(requested)
+            result = range(at, at + 1) if 0 <= at < extent else range(0)
+    except (TypeError, ValueError):
+        raise LayoutError(
+            f"Expected an integer or a slice of integers, got {name}={requested!r}."
+        ) from None
+    if len(result) < 1 or result.step != 1:
+        raise LayoutError(
+            f"Expected a range of at least one of {extent} {name} with step 1, got "
+            f"{name}={requested}, which covers {list(result)}."
+        )
+    return result
+
+
+def spans_within(spans: Spans, owners: Sequence[torch.Tensor]) -> Spans:
+    """Return the parts of sorted, disjoint spans that lie in the storages of ``owners``."""
+    storages = (owner.untyped_storage() for owner in owners)
+    ends = [past for _, past in spans]
+    result = []
+    for start, end in sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages}):
+        at = bisect_right(ends, start)
+        while at < len(spans) and spans[at][0] < end:
+            result.append((max(spans[at][0], start), min(spans[at][1], end)))
+            at += 1
+    return result
