@@ -31,43 +31,41 @@ def main() -> None:
     """Keep each file named on the command line."""
     parser = argparse.ArgumentParser(prog=".ci/keep_result.py", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument(
-        "--device", default="", help="what a record is about, where it says nothing"
-    )
-    parser.add_argument("--note", help="words that stand behind the level (default: as before)")
-    asked = parser.parse_args()
-    for file in asked.files:
+    parser.add_argument("--device", default="", help="the device of a record that names none")
+    parser.add_argument("--note", help="words after the level (default: as before)")
+    requested = parser.parse_args()
+    for file in requested.files:
         try:
-            kept = place(file, asked.device, asked.note)
+            row = place(file, requested.device, requested.note)
         except (OSError, ValueError) as error:
             sys.exit(str(error))
-        print(f"{file} is kept as {kept.evidence}: {kept.backend} on {kept.device}, {kept.level}.")
+        print(f"{file} is kept as {row.evidence}: {row.backend} on {row.device}, {row.level}.")
     readme_tables.write()
 
 
 def place(file: Path, device: str, note: str | None) -> support_matrix.SupportLevel:
-    """Copy one file to its place and write its row; the row."""
-    found = support_matrix.read(readme_tables.MATRIX)
-    said = evidence.read(file)
-    made = evidence.level_of(said, str(file), device=device)
-    if since := support_matrix.why_expired(made, found.with_level(made)):
+    """Copy one file to its place, write its row, and return the row."""
+    matrix = support_matrix.read(readme_tables.MATRIX)
+    result = evidence.read(file)
+    made = evidence.level_of(result, str(file), device=device)
+    if since := support_matrix.why_expired(made, matrix.with_level(made)):
         raise ValueError(f"{file} is expired: {since}. Make it again.")
-    kept = replace(made, evidence=f"{support_matrix.RESULTS}{file.name}")
-    if wrong := [*support_matrix.broken_rules(support_matrix.SupportMatrix((kept,)))]:
+    row = replace(made, evidence=f"{support_matrix.RESULTS}{file.name}")
+    if wrong := [*support_matrix.broken_rules(support_matrix.SupportMatrix((row,)))]:
         raise ValueError(f"{file} is not kept: {' '.join(wrong)}")
-    old = next((level for level in found.levels if level.place == made.place), None)
+    old = next((level for level in matrix.levels if level.place == made.place), None)
     note = (old.note if old else "") if note is None else note
-    if said.suite:
+    if result.suite:
         target = keep(file, RESULTS)
     else:
         words = (made.backend, made.device, made.level)
         slug = (re.sub(r"[^a-z0-9]+", "-", word.lower()).strip("-") for word in words)
         target = RESULTS / f"{'-'.join(slug)}.json"
         shutil.copyfile(file, target)
-    made = evidence.level_of(said, support_matrix.RESULTS + target.name, device=device, note=note)
+    made = evidence.level_of(result, support_matrix.RESULTS + target.name, device=device, note=note)
     if old is not None and old.evidence != made.evidence:
         (readme_tables.ROOT / old.evidence).unlink(missing_ok=True)
-    text = support_matrix.written(found.with_level(made))
+    text = support_matrix.written(matrix.with_level(made))
     readme_tables.MATRIX.write_text(text, encoding="utf-8", newline="\n")
     return made
 

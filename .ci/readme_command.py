@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print one of README.md's commands, so that CI runs what a reader is told to type.
+"""Print one of README.md's commands, so that CI runs what a reader types.
 
 A command is the fenced block that follows a comment such as `<!-- ci: install -->`.
 """
@@ -16,13 +16,13 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 def command(name: str) -> str:
     """Return the text of the block marked `name`; SystemExit unless there is exactly one."""
     marked = re.compile(rf"<!-- ci: {re.escape(name)} -->\s*\n```\w*\n(.+?)\n```", re.DOTALL)
-    found = marked.findall(README.read_text())
-    if len(found) != 1:
+    commands = marked.findall(README.read_text())
+    if len(commands) != 1:
         raise SystemExit(
-            f"README.md was asked for the command marked `<!-- ci: {name} -->`; {len(found)} "
+            f"Expected one command marked `<!-- ci: {name} -->` in README.md, got {len(commands)}; "
             "fenced blocks follow such a mark, and there must be exactly one."
         )
-    block: str = found[0]
+    block: str = commands[0]
     return block
 
 

@@ -59,18 +59,20 @@ def backends() -> str:
 
 def hardware() -> str:
     """One row for each vendor's device and backend: its levels, highest first."""
-    found = borne_out()
+    matrix = borne_out()
     rows = ["| device | torch calls it | backend | how far it was verified |", "|---|---|---|---|"]
     for device, kind, backend, begins in HARDWARE:
-        mine = [
+        levels_here = [
             level
-            for levels in support_matrix.by_pair(found).values()
+            for levels in support_matrix.by_pair(matrix).values()
             for level in levels
             if level.backend == backend and level.device.startswith(begins)
         ]
-        mine.sort(key=lambda level: level.level, reverse=True)
-        told = "; ".join(results.reached(level, found) for level in mine) or "R0: described"
-        rows.append(f"| {device} | `{kind}` | `{backend}` | {told} |")
+        levels_here.sort(key=lambda level: level.level, reverse=True)
+        reached = (
+            "; ".join(results.reached(level, matrix) for level in levels_here) or "R0: described"
+        )
+        rows.append(f"| {device} | `{kind}` | `{backend}` | {reached} |")
     return "\n".join(rows)
 
 

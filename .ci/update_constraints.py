@@ -53,7 +53,7 @@ def pin(line: str) -> str | None:
 
 def main() -> int:
     """Write the file and say how many pins it holds."""
-    pins = [kept for line in resolve().splitlines() if line.strip() and (kept := pin(line))]
+    pins = [pinned for line in resolve().splitlines() if line.strip() and (pinned := pin(line))]
     (ROOT / "constraints.txt").write_text(HEADER + "\n".join(pins) + "\n")
     print(f"constraints.txt holds {len(pins)} pins")
     return 0

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from portakv.cli.console import Column, print_prose, print_table
 from portakv_benchmarks.shared import recorded
+from portakv_benchmarks.shared.harness import Row
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -48,9 +49,9 @@ CONDITIONS: Mapping[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def _conditions(expected: object) -> Mapping[str, Any]:
+def _conditions(expected: object) -> Row:
     """Return the conditions of a field: those of a table, or equality with a plain value."""
-    return expected if isinstance(expected, Mapping) else {"is": expected}
+    return {**expected} if isinstance(expected, Mapping) else {"is": expected}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Bar:
     at_least: float | None = None
     at_most: float | None = None
     device: str | None = None
-    accepted: Mapping[str, Any] | None = None  # for a missed limit: figure, reason, tries
+    accepted: Row | None = None  # for a missed limit: figure, reason, tries
     open: str = ""
 
     def __post_init__(self) -> None:
@@ -100,7 +101,7 @@ class Bar:
         assert self.at_least is not None
         return value >= (self.at_least if accepted is None else accepted * (1 - TOLERANCE))
 
-    def picks(self, row: Mapping[str, Any]) -> bool:
+    def picks(self, row: Row) -> bool:
         """Return True for rows that the target is about."""
         return {self.figure, *self.where} <= row.keys() and all(
             CONDITIONS[name](row[field], limit)
@@ -110,7 +111,7 @@ class Bar:
             ).items()
         )
 
-    def worst(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    def worst(self, rows: Sequence[Row]) -> Row:
         """Return the row that decides."""
         pick = max if self.at_least is None else min
         return pick(rows, key=lambda row: float(row[self.figure]))
@@ -132,7 +133,7 @@ def load_targets(path: Path = FILE) -> list[Bar]:
     return [Bar(**entry) for entry in tomllib.loads(path.read_text(encoding="utf-8"))["bar"]]
 
 
-def judge(results: Mapping[str, Any], targets: Sequence[Bar]) -> list[Verdict]:
+def judge(results: Row, targets: Sequence[Bar]) -> list[Verdict]:
     """Return a verdict for each target that concerns the device and the suite of the results."""
     device = results["machine"]["device_type"]
     suite = results.get("suite")
@@ -143,7 +144,7 @@ def judge(results: Mapping[str, Any], targets: Sequence[Bar]) -> list[Verdict]:
     ]
 
 
-def _judge(bar: Bar, rows: Sequence[Mapping[str, Any]]) -> Verdict:
+def _judge(bar: Bar, rows: Sequence[Row]) -> Verdict:
     picked = [row for row in rows if bar.picks(row)]
     if not picked:
         return Verdict(bar, None, "missed", bar.open or "no such row was measured")
@@ -168,7 +169,7 @@ def _judge(bar: Bar, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     return Verdict(bar, worst, word, reason, _named(deciding), len(picked))
 
 
-def _named(row: Mapping[str, Any]) -> str:
+def _named(row: Row) -> str:
     names = ["shape", "layers", "backend", "way", "op", "index", "ids", "loop", "stream", "other"]
     names.append("format")
     if row.get("kind") == "startup":

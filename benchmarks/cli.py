@@ -310,7 +310,7 @@ def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field
     for task in suite.tasks(preset, shapes, device):
         yield f"{task}", partial(suite.run_task, task, preset, field)
     for shape in shapes:
-        if preset.ladder and shape.name == SEED:
+        if preset.all_methods and shape.name == SEED:
             yield (
                 f"every method of moving {SEED}",
                 partial(run_all_methods, shape, field, preset.rounds),

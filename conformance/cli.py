@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv conform`: judge a backend, and read what such judgements left behind.
+"""`portakv conform`: judge a backend, and read the reports of earlier runs.
 
 Exit codes: 0 conformant, 1 not, 2 the command cannot be understood, 3 the backend is not available
 here (with the probe's reason; nothing is ever skipped).
@@ -179,7 +179,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: the words behind `portakv conform`, by default the process's own. Returns
+    """Run one command: the words after `portakv conform`, by default the process's own. Returns
     the exit code; argparse raises ``SystemExit(2)`` for what it does not understand."""
     words = list(sys.argv[1:] if argv is None else argv)
     verb = _VERBS.get(words[0]) if words else None
@@ -258,21 +258,21 @@ def _list(words: list[str]) -> int:
     return CONFORMANT
 
 
-def _options(asked: argparse.Namespace) -> Options:
-    drawn = random.SystemRandom().randrange(_SEEDS) if asked.fuzz else 0
+def _options(requested: argparse.Namespace) -> Options:
+    drawn = random.SystemRandom().randrange(_SEEDS) if requested.fuzz else 0
     return Options(
-        asked.backend,
-        asked.device or _usual_device(asked.backend),
-        asked.profile or ("core" if asked.report is None else "full"),
-        drawn if asked.seed is None else asked.seed,
-        asked.fuzz,
-        read_waivers(asked.waivers) if asked.waivers else (),
-        str(asked.waivers or ""),
-        asked.limit,
-        asked.exit_first,
-        tuple(asked.only),
-        asked.emulated,
-        jobs=asked.jobs,
+        requested.backend,
+        requested.device or _usual_device(requested.backend),
+        requested.profile or ("core" if requested.report is None else "full"),
+        drawn if requested.seed is None else requested.seed,
+        requested.fuzz,
+        read_waivers(requested.waivers) if requested.waivers else (),
+        str(requested.waivers or ""),
+        requested.limit,
+        requested.exit_first,
+        tuple(requested.only),
+        requested.emulated,
+        jobs=requested.jobs,
     )
 
 
@@ -288,10 +288,10 @@ def _usual_device(backend: str) -> str:
 
 
 def _examples_folder(report: Path | None) -> Path:
-    """Where failing examples go: beside the report, or to a place of their own."""
+    """Return the folder of failing examples: next to the report, or a separate one."""
     if report is None:
         return Path(tempfile.mkdtemp(prefix="portakv-examples-"))
-    if find_spec("jinja2") is None:  # said before the run, not behind it
+    if find_spec("jinja2") is None:  # raised before the run, not after it
         raise BadRequest(f"--report needs jinja2; {installing('conformance')} brings it.")
     try:
         report.mkdir(parents=True, exist_ok=True)
@@ -333,6 +333,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_profile(parser: argparse.ArgumentParser, default: str | None, told: str) -> None:
-    told = f"which cases (default: {told})"
-    parser.add_argument("--profile", choices=("core", "full"), default=default, help=told)
+def _add_profile(parser: argparse.ArgumentParser, default: str | None, described: str) -> None:
+    text = f"which cases (default: {described})"
+    parser.add_argument("--profile", choices=("core", "full"), default=default, help=text)

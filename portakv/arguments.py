@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from math import inf
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 
@@ -42,9 +42,14 @@ def shown(value: object) -> str:
     return text
 
 
-def _is(value: object, kind: Any) -> bool:
-    """Return True for a number of a kind; a boolean is not a number."""
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _is_whole(value: object) -> TypeGuard[int]:
+    """Return True for a whole number; a boolean is not a number."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> TypeGuard[float]:
+    """Return True for a number; a boolean is not a number."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def flag(name: str, value: object) -> bool:
@@ -66,42 +71,40 @@ def one_of(name: str, value: object, options: Iterable[str]) -> str:
     raise invalid(name, expected, value, do)
 
 
-def whole(name: str, value: Any, least: int = 0, most: int = (1 << 62) - 1, what: str = "") -> int:
+def whole(
+    name: str, value: object, least: int = 0, most: int = (1 << 62) - 1, what: str = ""
+) -> int:
     """Return a whole number from ``least`` to ``most``; ``what`` names its unit."""
-    if _is(value, Integral) and least <= value <= most:
+    if _is_whole(value) and least <= value <= most:
         return int(value)
     expected = f"a whole number {what}".rstrip()
-    if _is(value, Integral) and value > most:
-        limits = f"of at most {most}"
-    else:
-        limits = f"of at least {least}"
+    too_large = _is_whole(value) and value > most
+    limits = f"of at most {most}" if too_large else f"of at least {least}"
     raise invalid(name, f"{expected} {limits}", value, "Pass one.")
 
 
-def nbytes(name: str, value: Any, least: int = 0) -> int:
+def nbytes(name: str, value: object, least: int = 0) -> int:
     """Return a number of bytes, which may be a float such as 1e9."""
-    right = _is(value, Real)
-    if right and least <= value < 1 << 62:
+    if _is_real(value) and least <= value < 1 << 62:
         return int(value)
     raise invalid(name, f"a number of bytes of at least {least}", value, "Pass one.")
 
 
 def number(
-    name: str, value: Any, least: float = -inf, most: float = inf, what: str = "a number"
+    name: str, value: object, least: float = -inf, most: float = inf, what: str = "a number"
 ) -> float:
     """Return a number from ``least`` to ``most``; ``what`` names it with its limits."""
-    if _is(value, Real) and least <= value <= most:
+    if _is_real(value) and least <= value <= most:
         return float(min(value, 1e300))
     raise invalid(name, what, value, "Pass one.")
 
 
-def seconds(name: str, value: Any, above: bool = False, optional: bool = False) -> float:
+def seconds(name: str, value: object, above: bool = False, optional: bool = False) -> float:
     """Return seconds, from 0 on or ``above`` 0, and at most `FOREVER`; if ``optional`` None is
     `FOREVER`."""
     if value is None and optional:
         return FOREVER
-    right = _is(value, Real)
-    if right and (value > 0 or (value == 0 and not above)):
+    if _is_real(value) and (value > 0 or (value == 0 and not above)):
         return float(min(value, FOREVER))
     expected = "a number of seconds above 0" if above else "a number of seconds, 0 or more"
     if optional:
@@ -109,9 +112,9 @@ def seconds(name: str, value: Any, above: bool = False, optional: bool = False) 
     raise invalid(name, expected, value, "Pass one.")
 
 
-def rate(name: str, value: Any) -> float:
+def rate(name: str, value: object) -> float:
     """Return 10^9 bytes in a second."""
-    if _is(value, Real) and 0 < value < 1e9:
+    if _is_real(value) and 0 < value < 1e9:
         return float(value)
     expected = "a number of 10^9 bytes a second, above 0 and below 10^9"
     raise invalid(name, expected, value, "Pass None for the link's own rate.")

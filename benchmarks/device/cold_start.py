@@ -18,9 +18,10 @@ from math import prod
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
+
+from portakv_benchmarks.shared.harness import Row
 
 # Nothing of PortaKV may be imported here: the process that this file is must import it itself.
 
@@ -29,9 +30,9 @@ _LIMIT = 180.0  # seconds for one process
 _CACHES = ("PORTAKV_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, Any]]:
+def measure_startup(backend: str, device: str, rounds: int) -> list[Row]:
     """A row for cold and one for warm starts, each the median of ``rounds`` processes."""
-    results: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
+    results: dict[str, list[Row]] = {"cold": [], "warm": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             for times in results.values():  # the second uses the cache of the first
@@ -51,7 +52,7 @@ def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, An
     ]
 
 
-def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:
+def _start(backend: str, device: str, folder: Path) -> Row:
     """Start one process and read what it prints."""
     caches = {name: str(folder / name.lower()) for name in _CACHES}
     for own in caches.values():
@@ -69,11 +70,11 @@ def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:
     )
     if fields.returncode:
         raise RuntimeError(f"A fresh process with {backend!r} failed: {fields.stderr[-400:]}")
-    read: dict[str, Any] = json.loads(fields.stdout.splitlines()[-1])
+    read: Row = json.loads(fields.stdout.splitlines()[-1])
     return read
 
 
-def _first_transfer(backend: str, device: str) -> dict[str, Any]:
+def _first_transfer(backend: str, device: str) -> Row:
     """Time the first transfer of this process, everything of PortaKV included."""
     size = (2, 4, 16, 8, 64)
     slots = [5, 33, 18]

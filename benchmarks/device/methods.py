@@ -7,9 +7,8 @@ same caches, slots and memory objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any
 
 import torch
 
@@ -69,7 +68,9 @@ def _loops(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
     size = work.shape.block_size
     places = [(slot // size, slot % size) for slot in slots.tolist()]
 
-    def pairs(chunk: torch.Tensor, caches: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def pairs(
+        chunk: torch.Tensor, caches: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for layer, kv in product(range(shape.layers), range(shape.kv)):
             for token, (block, place) in enumerate(places):
                 yield chunk[kv, layer, token], caches[layer][kv, block, place].view(-1)

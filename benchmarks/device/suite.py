@@ -15,6 +15,7 @@ from portakv import AdaptiveConnector, BlockTransfer, Index, KVView, copy_blocks
 from portakv.cli.demo.moves import free_memory
 from portakv.errors import PortaKVError
 from portakv.registry.registry import STRATEGIES, trace
+from portakv.view.bound import Tensors
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, Timer, Variant
@@ -42,7 +43,7 @@ class Preset:
     overhead_rounds: int
     repeats: int = 1  # of payloads below `REPEATED_BELOW`
     compiling: bool = True  # also the backends of `COMPILING`
-    ladder: bool = False  # also every way of moving the founding scenario
+    all_methods: bool = False  # also every way of moving the founding scenario
     starts: int = 0  # fresh processes of each kind
 
 
@@ -55,7 +56,7 @@ PRESETS: Mapping[str, Preset] = {
         41,
         20.0,
         3000,
-        ladder=True,
+        all_methods=True,
     ),
     "full": Preset(
         None,
@@ -65,7 +66,7 @@ PRESETS: Mapping[str, Preset] = {
         6.0,
         3000,
         repeats=3,
-        ladder=True,
+        all_methods=True,
         starts=3,
     ),
 }
@@ -220,7 +221,7 @@ def _by_blocks(work: Workload, backend: str, ids: torch.Tensor) -> Iterator[Vari
         cached = Index(ids, step=shape.block_size)
         copy = copy_rows
     source, target = (KVView(caches, shape.cache) for caches in (work.source, work.target))
-    extents: Any = {"kv": shape.kv} if "kv" in shape.chunk else {}
+    extents: Row = {"kv": shape.kv} if "kv" in shape.chunk else {}
     extents |= {"heads": shape.heads} if "(head dim)" in shape.chunk else {}
 
     def chunk(tensor: torch.Tensor) -> KVView:
@@ -236,7 +237,7 @@ def _by_blocks(work: Workload, backend: str, ids: torch.Tensor) -> Iterator[Vari
     )
 
 
-def _connector(work: Workload, backend: str, caches: Any) -> AdaptiveConnector:
+def _connector(work: Workload, backend: str, caches: Tensors) -> AdaptiveConnector:
     made = AdaptiveConnector(work.device, backend, work.shape.cache, work.shape.chunk)
     made.register_kv_caches(caches)
     return made

@@ -3,8 +3,8 @@
 
 Everything that can be made beforehand is: views, plans, kernels. Calls follow each other in rounds,
 without waiting for an end in between, as those of a serving engine do. The first of a round finds
-an idle device and a processor that has waited: it is told beside the others, and is two to four
-times as dear.
+an idle device and a processor that has waited: it is reported next to the others, and is two to
+four times as dear.
 """
 
 from __future__ import annotations

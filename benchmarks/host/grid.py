@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The grid: every engine over direction, layouts and payload, in turns with a plain memcpy; the
-direct engine by its thread blocks; both directions at once."""
+direct engine by its thread blocks; both directions together."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 """Measure how transfers slow a model down: loops of compute during each strategy, as
 docs/benchmarks.md describes.
 
-Nothing but the loop has an event that tells the time: one for each transfer cost the link of an
-H200 up to 9 %. Such an event is written by the engine that did the last work of its stream. Behind
+Only the loop has an event that measures time: one for each transfer cost the link of an
+H200 up to 9 %. Such an event is written by the engine that did the last work of its stream. After
 a copy that is a copy engine, and while that has copies of another stream the event, and what
 follows it, waits for all of them; so the loop's stream ends with a kernel before its first event.
 
@@ -19,7 +19,6 @@ from functools import partial
 from itertools import product
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -74,7 +73,7 @@ def peer_steps(bench: Bench) -> Iterator[Step]:
 
 
 def _place(loop: str, where: str, direction: str) -> str:
-    return f"beside {loop} on {traffic_sources.STREAMS[where]}, {direction}"
+    return f"alongside {loop} on {traffic_sources.STREAMS[where]}, {direction}"
 
 
 def _measure(
@@ -106,7 +105,7 @@ class Meeting:
         results = make(self._bench, self._direction)
         usable = [Met(one) for one in results if methods.tried(one, Traffic.once)]
         if methods.usable:
-            self._alone()  # clocks sink from then on, no more at once
+            self._alone()  # clocks sink from then on, gradually
         for n in range(repeats):
             turn = n % max(1, len(usable))
             taking_part = [
@@ -152,10 +151,10 @@ class Meeting:
             self._start(first, last)
             while not last.query() and perf_counter() - began < HELD_UP:
                 queue.go_on()
-            held_up = not last.query()
+            delayed = not last.query()
             within = len(queue.stamps)
             self._bench.module.synchronize()
-        if held_up:
+        if delayed:
             raise RuntimeError(f"the loop was held up: it had not ended after {HELD_UP:g} s")
         queue.land()
         traffic.look()
@@ -164,7 +163,7 @@ class Meeting:
         met.links.append(ended * traffic.payload / (queue.stamps[ended - 1] - began) / 1e9)
         met.dry += queue.dry
 
-    def _ready(self) -> tuple[Any, Any]:
+    def _ready(self) -> tuple[torch.Event, torch.Event]:
         """Events for the loop's beginning and end, on a device that has nothing to do."""
         with self._bench.module.stream(self._work):
             torch.zeros(1, device=self._bench.device)  # the stream's last work is a kernel's
@@ -172,7 +171,7 @@ class Meeting:
         first, last = (self._bench.module.Event(enable_timing=True) for _ in range(2))
         return first, last
 
-    def _start(self, first: Any, last: Any) -> None:
+    def _start(self, first: torch.Event, last: torch.Event) -> None:
         with self._bench.module.stream(self._work):
             first.record(self._work)
             self._loop.run()
@@ -220,7 +219,7 @@ def _peers(bench: Bench, direction: str) -> Iterator[Traffic]:
         try:
             call = by_peer(peer, sides, direction)
         except PortaKVError as error:
-            bench.left_out.append(f"beside a loop, {name} {direction}: {error}")
+            bench.left_out.append(f"alongside a loop, {name} {direction}: {error}")
         else:
             labels = sides, direction, name, name, call
             yield traffic_sources.moved(sides, suite.by_call(*labels, peer=name))
@@ -259,7 +258,7 @@ _GIVEN_UP = 50e-3
 def waiting_steps(bench: Bench) -> Iterator[Step]:
     """A step for each direction."""
     for direction in DIRECTIONS:
-        yield f"copies of others beside transfers, {direction}", partial(_wait, bench, direction)
+        yield f"copies of others alongside transfers, {direction}", partial(_wait, bench, direction)
 
 
 def _wait(bench: Bench, direction: str) -> Rows:

@@ -90,7 +90,7 @@ def _pageable(bench: Bench, case: Case) -> Rows:
         chosen = HOST.name in (variant.labels["backend"] for variant in good)
         fields = {HOST.name: HOST.taken(HOST.move(sides, direction))} if chosen else {}
         bench.module.synchronize()
-        for one in bench.measure(torchs, [*rings, *good], case.payload, wall=True):
+        for one in bench.measure(torchs, [*rings, *good], case.payload, host_clock=True):
             rows.append(
                 {
                     "kind": "host_pageable",
@@ -101,7 +101,7 @@ def _pageable(bench: Bench, case: Case) -> Rows:
                     "run_bytes": case.scene.run,
                     "payload_bytes": case.payload,
                     **one.row(case.payload),
-                    "timer": bench.wall.name,
+                    "timer": bench.host_timer.name,
                 }
             )
     compare(rows)

@@ -12,18 +12,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from portakv_benchmarks.check import SUITES, judge, load_targets, print_verdicts
 from portakv_benchmarks.cli import write
 from portakv_benchmarks.shared import recorded
+from portakv_benchmarks.shared.harness import Row
 from portakv_benchmarks.shared.tables import print_results
 
 #: Fields that must be equal for figures to be comparable.
 _SAME = ("device", "driver_version", "torch", "portakv", "python")
 
 
-def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def merge(results: Sequence[Row]) -> Row:
     """All rows, of each part those of the last result that has it; raises `ValueError` for a result
     without parts, of another suite, or of another machine."""
     last = results[-1]

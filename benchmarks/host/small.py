@@ -2,8 +2,8 @@
 """Small copies: integers that a stream can use, on an idle device and while a large copy flies;
 docs/benchmarks.md says what *idle*, *paced* and *busy* mean.
 
-The device's events, recorded on that stream right before and behind the call, are told beside the
-host's latency. Every way is given the same numpy array of int64.
+The device's events, recorded on that stream right before and after the call, are reported next to
+the host's latency. Every way is given the same numpy array of int64.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ WARM_UP = 3
 _HEAD_START = 3e-4
 SHORT = 4096  # bytes
 _CADENCE = (
-    f"each send comes {_HEAD_START * 1e6:.0f} us after another copy was issued, behind a large one "
+    f"each send comes {_HEAD_START * 1e6:.0f} us after another copy was issued, after a large one "
     f"that has ended: as large and still flying (busy), or of {SHORT} bytes (paced); idle sends "
     f"follow one another, the ways in turns"
 )
-#: The count of integers that the bars look at; others take less of the time.
+#: The count of integers of the performance targets; others take less of the time.
 _JUDGED_COUNT = 64
 _FEWER = 3
 TURNS = 3  # of idle sends
@@ -163,7 +163,7 @@ def sends_of(
     for _, name, n in product(range(TURNS), methods, range(samples)):
         send(name, "idle", n)
     for name in methods:
-        large.pass_by()  # from then on the one that flew beside the last send has passed by
+        large.pass_by()  # waits for the copy that ran alongside the last send
         for n in range(samples):
             send(name, "paced", n)
             large.pass_by()

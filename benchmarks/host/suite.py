@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -20,7 +20,7 @@ from portakv.plan.plan import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import STRATEGIES, choose, trace
 from portakv.runtime.transfer import Transfer
-from portakv_benchmarks.host.cases import BLOCK_FIRST, Case, Region, Scene, Sides
+from portakv_benchmarks.host.cases import BLOCK_FIRST, BothIds, Case, Region, Scene, Sides
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Fields, Measured, Variant
 from portakv_benchmarks.shared.peers import LMCache
@@ -46,14 +46,16 @@ class HostPreset:
     duplex: tuple[int, ...]  # payloads of each direction, for both at the same time
     pageable: tuple[int, ...]  # payloads between a device and pageable memory
     ring_slots: tuple[tuple[int, int], ...]  # of a plain pinned ring: slots, and bytes of one
-    alongside: int  # the payload of one transfer beside a model
+    alongside: int  # the payload of one transfer alongside a model
     loop_seconds: float  # how long a loop runs alone
     repeats: int  # how often each way meets it
-    waiting: float  # seconds of transfers that follow each other, beside copies of another stream
+    waiting: (
+        float  # seconds of transfers that follow each other, alongside copies of another stream
+    )
     matmul: int  # the side of its square matrices
     attention: tuple[int, int, int]  # batch, heads and tokens of the decode loop
     small: tuple[int, ...]  # counts of integers
-    small_samples: int  # calls beside a large copy if a bar looks at them; idle ones are more
+    small_samples: int  # calls alongside a large copy if a target reads them; idle ones are more
     large: int  # that copy's bytes
     pinned: int  # bytes to pin
     call_rows: tuple[int, ...]  # bytes of a row, for the host time of block transfers
@@ -66,7 +68,8 @@ class HostPreset:
         return [payload for payload in self.payloads if often or payload < RARE]
 
     def rounds(self, payload: int) -> int:
-        """How many rounds measure a payload: small ones move more from round to round."""
+        """Return the number of rounds that measure a payload: small payloads vary more from round
+        to round."""
         limits = (8 * MB, 25), (32 * MB, 15), (128 * MB, 9)
         return next((rounds for most, rounds in limits if payload <= most), 5)
 
@@ -133,9 +136,11 @@ class Bench:
         self.preset = preset
         self.peers = peers
         self.module = torch.get_device_module(device)
-        self.wall = harness.HostTimer(device)
+        self.host_timer = harness.HostTimer(device)
         # Events that tell the time are had on CUDA devices.
-        self.timer = harness.DeviceTimer(device, link=True) if device.type == "cuda" else self.wall
+        self.timer = (
+            harness.DeviceTimer(device, link=True) if device.type == "cuda" else self.host_timer
+        )
         self.left_out: list[str] = []  # a line for each thing that was not measured
         self.named = ""  # what the result is called if not by its suite
         self._regions: dict[bool, Region] = {}
@@ -148,7 +153,7 @@ class Bench:
 
     @property
     def releases(self) -> dict[str, str]:
-        """Of each peer, by name."""
+        """Return the release of each peer, by name."""
         return {peer.name: peer.release for peer in self.peers}
 
     def region(self, payload: int, *, pageable: bool = False) -> Region:
@@ -159,12 +164,14 @@ class Bench:
         return self._regions[pageable]
 
     def measure(
-        self, ceiling: Variant, variants: Sequence[Variant], payload: int, wall: bool = False
+        self, ceiling: Variant, variants: Sequence[Variant], payload: int, host_clock: bool = False
     ) -> list[Measured]:
-        """Variants in turns with a ceiling, on one device and one region; ``wall``: timed by the
-        host's clock."""
+        """Variants in turns with a ceiling, on one device and one region; ``host_clock``: timed by
+        the host's clock."""
         limits = 1, self.preset.rounds(payload), self.preset.seconds
-        return harness.measure(ceiling, variants, self.wall if wall else self.timer, *limits)
+        return harness.measure(
+            ceiling, variants, self.host_timer if host_clock else self.timer, *limits
+        )
 
     def sides(self, case: Case) -> Sides:
         """A case in the kept memory, with copies of its ids wherever engines read them."""
@@ -201,7 +208,7 @@ class Method:
     terms: Fields = field(default_factory=dict)  # other keywords of `copy_blocks`
 
     def left_out(self, case: Case) -> str:
-        """Why it is not measured with a case, as a line; empty where it is."""
+        """Return a line on why it is not measured with a case; empty if it is."""
         if self.engine != BATCHED_MEMCPY.engine:
             return ""
         if case.scene.run < LEAST_RUN:
@@ -211,8 +218,8 @@ class Method:
         return runs if case.runs > MOST_RUNS else ""
 
     def taken(self, transfer: Transfer) -> dict[str, str]:
-        """What a row says of the choice that a transfer made: ``chosen``, the engine, and
-        ``terms``, which it had to keep. Empty if no engine is chosen."""
+        """Return the fields of a row on the choice that a transfer made: ``chosen``, the strategy,
+        and ``terms``, its limits. Empty if no strategy is chosen."""
         if self.engine != CHOSEN:
             return {}
         terms = {"overlap": Terms().overlap, **self.terms}
@@ -230,7 +237,11 @@ class Method:
         return {one.strategy for one in picked.alternatives if not one.refused}
 
     def move(
-        self, sides: Sides, direction: str, stream: torch.Stream | None = None, ids: Any = None
+        self,
+        sides: Sides,
+        direction: str,
+        stream: torch.Stream | None = None,
+        ids: BothIds | None = None,
     ) -> Transfer:
         """Move a case once."""
         arguments = sides.arguments(direction, ids)
@@ -244,7 +255,7 @@ ZERO_COPY_FEW_BLOCKS = Method("zero_copy beside", "zero_copy")  # with fewer thr
 #: The default: a model may be running meanwhile; and the choice for a device that is idle.
 HOST = Method(CHOSEN, CHOSEN)
 HOST_IDLE = Method(f"{CHOSEN} idle", CHOSEN, {"overlap": "idle"})
-#: Beside a model: no transfer waits for the one before it.
+#: Alongside a model: no transfer waits for the one before it.
 HOST_DETACHED = Method(f"{CHOSEN} detached", CHOSEN, {"detached": True})
 
 
@@ -254,7 +265,12 @@ def zero_copy(blocks: int) -> Method:
 
 
 def by_call(
-    sides: Sides, direction: str, name: str, engine: str, call: Callable[[], object], **labels: Any
+    sides: Sides,
+    direction: str,
+    name: str,
+    engine: str,
+    call: Callable[[], object],
+    **labels: object,
 ) -> Variant:
     """Any call that moves a case, every byte of the destination checked."""
     labels = {"backend": name, "engine": engine, "op": direction, **labels}
@@ -283,7 +299,7 @@ def by_memcpy(
     direction: str,
     name: str = MEMCPY,
     copy: Callable[[torch.Tensor, torch.Tensor], object] = plain_copy,
-    **labels: Any,
+    **labels: object,
 ) -> Variant:
     """One copy of as many bytes, to its first argument, between dense memory and the same host
     memory."""

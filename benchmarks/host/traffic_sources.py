@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from math import ceil
 from time import perf_counter
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ AHEAD = 4
 
 
 class Traffic:
-    """A way of moving a case of so many bytes, and what came of it beside something else. One call
-    of its variant moves the case once, behind the current stream, and returns a handle that tells
+    """A method of moving a case of so many bytes, and its results alongside other work. One call
+    of its variant moves the case once, after the current stream, and returns a handle that reports
     the end, or None if the stream does. A peer and memcpy have no `Way`."""
 
     def __init__(self, variant: Variant, payload: int, method: Method | None = None, **labels: Any):
@@ -59,7 +60,7 @@ class Traffic:
 class Queue:
     """Issues the transfers of one traffic on a stream, one after the other."""
 
-    def __init__(self, module: Any, traffic: Traffic, stream: torch.Stream) -> None:
+    def __init__(self, module: ModuleType, traffic: Traffic, stream: torch.Stream) -> None:
         self.traffic = traffic
         self._module = module
         self._stream = stream
@@ -93,7 +94,7 @@ class Queue:
                 self._flying.append(recorded(self._module, self._stream).query)
 
 
-def recorded(module: Any, stream: torch.Stream) -> Any:
+def recorded(module: ModuleType, stream: torch.Stream) -> Any:
     """Return an event after the work of a stream, without timing."""
     event = module.Event()
     event.record(stream)
@@ -101,7 +102,7 @@ def recorded(module: Any, stream: torch.Stream) -> Any:
 
 
 class Methods:
-    """Keeps the ways apart: what one of them does wrong is told, and the others go on for as long
+    """Keeps the methods apart: a wrong result of one is reported, and the others go on for as long
     as the device can be used."""
 
     def __init__(self, bench: Bench, place: str) -> None:
@@ -165,7 +166,7 @@ def moved(sides: Sides, variant: Variant, method: Method | None = None) -> Traff
     return Traffic(variant, sides.case.payload, method, shape=place.name, row_bytes=place.row)
 
 
-#: Where a loop runs, and in words. On an H200 what the link reaches behind gathers depends on it.
+#: The stream of a loop, in words. On an H200 the link's bandwidth after gathers depends on it.
 DEFAULT = "default"
 OWN = "own"
 STREAMS = {DEFAULT: "the default stream", OWN: "a separate stream"}
@@ -180,7 +181,8 @@ class Loop:
 
     def __init__(self, step: Callable[[], object], device: torch.device, seconds: float) -> None:
         # A captured graph holds addresses, not tensors: freed, the step's memory would be given to
-        # others, such as ids of what is moved beside the loop, and be overwritten by each replay.
+        # others, such as ids of what is moved alongside the loop, and be overwritten by each
+        # replay.
         self._step = step
         self._module = torch.get_device_module(device)
         self._batch = captured(step, device)

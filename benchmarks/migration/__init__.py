@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows and weights that cross between processes and devices, beside raw copies of the same bytes
+"""Rows and weights that cross between processes and devices, alongside raw copies of the same bytes
 and other projects' engines."""

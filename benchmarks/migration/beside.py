@@ -28,7 +28,7 @@ from portakv_benchmarks.shared.shapes import in_words
 def loop_steps(bench: MigrationBench) -> Iterator[Step]:
     """The loop on either side."""
     if not bench.on:
-        raise Unsupported("A loop beside pulls", "torch finds no accelerator here")
+        raise Unsupported("A loop alongside pulls", "torch finds no accelerator here")
     yield "matmul on the reader", partial(_on_reader, bench)
     if bench.there != bench.device:
         yield "matmul on the owner", partial(_on_owner, bench)

@@ -15,7 +15,7 @@ from portakv_benchmarks.shared.shapes import POISON, fill, moved
 # tokens, of which every payload is a multiple
 DTYPE = torch.bfloat16
 UNIT = 16
-#: For each arrangement the dimensions of a tensor behind the layers, and the layout; `hnd` is read
+#: For each arrangement the dimensions of a tensor after the layers, and the layout; `hnd` is read
 #: in the order of `nhd`.
 ARRANGED: Mapping[str, tuple[str, str]] = {
     "nhd": ("kbthd", "layer | kv block token head dim"),
@@ -28,8 +28,8 @@ ARRANGED: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """How an owner and a reader have the rows of one model; ``heads``: of the owner, and from
-    which to which of them the reader has."""
+    """The sharding of one model's rows at the owner and the reader; ``heads``: the owner's, and
+    from which to which of them the reader has."""
 
     owner: str = "nhd"
     reader: str = "nhd"

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -29,8 +29,17 @@ READERS = 1 << 20
 PATIENCE = 60.0
 
 
+#: Attributes of a `Side` that its calls set, and that `Side.drop` deletes.
+_SET_LATER = (
+    *("source", "target", "mirror", "dense", "raw", "landed"),
+    *("owner", "reader", "weights", "engine"),
+)
+
+
 class Side:
     """Hold the rows and dense bytes that one process offers, and the memory for its pulls."""
+
+    engine: Any  # an `engines.Group` or an `engines.Engine`
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -38,7 +47,6 @@ class Side:
         self.salt = 0
         self.case = CASES[USUAL]
         self.products: Any = None
-        self._forget()
 
     def give(self, case: str, nbytes: int, **terms: Any) -> str:
         """Prepare to offer rows of a case; return the dense bytes, as shared."""
@@ -59,15 +67,15 @@ class Side:
         self.target.poison()
 
     def _forget(self) -> None:
-        self.source = self.target = self.mirror = cast(Any, None)
-        self.dense = self.raw = self.landed = cast(Any, None)
-        self.owner = self.reader = self.weights = self.engine = cast(Any, None)
+        for name in _SET_LATER:
+            if hasattr(self, name):
+                delattr(self, name)
 
     def drop(self) -> None:
         """Release all memory of the side."""
-        for one in (self.reader, self.owner, self.weights):
-            if one is not None:
-                one.close()
+        for name in ("reader", "owner", "weights"):
+            if hasattr(self, name):
+                getattr(self, name).close()
         self._forget()
         gc.collect()
 
@@ -155,8 +163,8 @@ class Side:
         self.engine = engines.Engine(name, self.device, self.channel.address)
 
     def lies(self, what: str, nbytes: int) -> tuple[str, list[tuple[int, int]]]:
-        """Where `source`, `target`, `dense` or `landed` lies: the engine's words for it, and the
-        address and bytes of each block, or of all."""
+        """Return the place of `source`, `target`, `dense` or `landed`: the engine's words for it,
+        and the address and bytes of each block, or of all."""
         one = getattr(self, what)
         if not isinstance(one, Cache):
             return self.engine.enter([one]), [(one.data_ptr(), self.case.payload(nbytes))]

@@ -11,10 +11,10 @@ from functools import partial
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from itertools import count
-from typing import Any
 
 import torch
 
+from portakv.migrate import Pull
 from portakv_benchmarks.host.suite import GB, HOST_PRESETS, KB, MB, Bench
 from portakv_benchmarks.migration.side import Far, Side
 from portakv_benchmarks.shared.harness import Row
@@ -46,7 +46,7 @@ class MigrationPreset:
 
     sizes: tuple[tuple[int, ...], tuple[int, ...]]  # of pulls that are mapped
     moved: tuple[tuple[int, ...], tuple[int, ...]]  # of those that are staged
-    large: tuple[int, int]  # scattered blocks, both ways at once, beside a loop
+    large: tuple[int, int]  # scattered blocks, both directions together, alongside a loop
     rounds: int = 9  # on a CPU five at most
     times: int = 8  # how often a burst goes both ways
     calls: int = 200
@@ -95,7 +95,7 @@ MIGRATION_PRESETS: Mapping[str, MigrationPreset] = {
 
 class MigrationBench(Bench):
     """Two processes: this one, which takes, on its device, and one that gives, on a second device
-    if there is one; and what is installed beside."""
+    if there is one; and the installed peers."""
 
     def __init__(self, device: torch.device, preset: MigrationPreset) -> None:
         loops = replace(HOST_PRESETS["tiny"], matmul=preset.matmul, loop_seconds=preset.seconds)
@@ -113,11 +113,11 @@ class MigrationBench(Bench):
         self.salts = count(1)
         self._near = list[Side]()
         self._far = list[Far]()
-        self._settled = dict[Callable[..., Any], float]()
+        self._settled = dict[Callable[..., object], float]()
 
     @property
     def releases(self) -> dict[str, str]:
-        """Of what is measured beside."""
+        """Return the releases of the libraries that are measured as well."""
         results = packages_distributions()
         return {x: version(results[x][0]) for x in PEERS if x not in self.absent and x in results}
 
@@ -190,7 +190,7 @@ class MigrationBench(Bench):
     def compared(
         self, fields: Row, nbytes: int, methods: list[Method], compared_with: Mapping[str, str]
     ) -> list[Row]:
-        """A row for each way; what others are beside is beside nothing itself."""
+        """Yield a row for each method, compared with another one if ``compared_with`` names it."""
         many = self.trials.rounds * (5 if self.on and nbytes < _SMALL else 1)
         trials = replace(self.trials, rounds=many)
         rows = trials.rows({**fields, "across": self.across}, nbytes, methods, compared_with)
@@ -203,28 +203,32 @@ class MigrationBench(Bench):
         return rows
 
     def method(
-        self, name: str, call: Callable[[], Any], right: Callable[[], bool], wall: bool = False
+        self,
+        name: str,
+        call: Callable[[], object],
+        right: Callable[[], bool],
+        host_clock: bool = False,
     ) -> Method:
-        """A call as a way, each time looked at; timed on a device, or (``wall``) until the host
-        knows the end."""
+        """A call as a way, each time looked at; timed on a device, or (``host_clock``) until the
+        host knows the end."""
         seen = list[bool]()
 
         def run() -> Sample:
-            sample = self._sample(call, wall)
+            sample = self._sample(call, host_clock)
             seen.append(right())
             return sample
 
         return Method(name, run, right=lambda: all(seen))
 
-    def _sample(self, call: Callable[[], Any], wall: bool) -> Sample:
-        flying = list[Any]()
+    def _sample(self, call: Callable[[], object], host_clock: bool) -> Sample:
+        flying = list[object]()
 
         def once(_: int = 0) -> None:
             flying.append(call())
 
         def ended() -> None:
             for one in flying:
-                if hasattr(one, "published"):  # raises if it is not
+                if isinstance(one, Pull):  # raises if its rows are not published
                     one.synchronize()
             flying.clear()
             self.module.synchronize()
@@ -233,7 +237,7 @@ class MigrationBench(Bench):
             once()
             ended()
 
-        if wall or not self.on:
+        if host_clock or not self.on:
             self.module.synchronize()
             return timed(whole)
         if call not in self._settled:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of plugs: engines' transfers by their own code and by PortaKV."""
+"""The benchmark of integrations: engines' transfers by their own code and by PortaKV."""

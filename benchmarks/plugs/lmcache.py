@@ -17,7 +17,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from itertools import product
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -75,10 +75,10 @@ _COUNTED_LAYERS = 32
 class Ops(NamedTuple):
     """One set of ops."""
 
-    functions: Any
+    functions: ModuleType
     desc: Callable[[], Any]  # makes a description of caches
-    forms: Mapping[int, Any]  # formats by number
-    methods: tuple[Any, Any]  # of a load and of a store
+    forms: Mapping[int, object]  # formats by number
+    methods: tuple[object, object]  # of a load and of a store
     addresses: bool  # caches and objects are handed over as such, else as tensors
 
     def takes(self, task: Task) -> bool:
@@ -121,7 +121,7 @@ def _load(bench: IntegrationBench, module: str) -> Ops:
     types = functions if module == "c_ops" else import_module("lmcache.lmcache_native")
     forms = {int(each): each for each in types.EngineKVFormat.__members__.values()}
     methods = types.TransferDirection.H2D, types.TransferDirection.D2H
-    bench.found[package] = f"{version(package)} {module}"
+    bench.installed[package] = f"{version(package)} {module}"
     return Ops(functions, types.PageBufferShapeDesc, forms, methods, compiled)
 
 
@@ -143,11 +143,11 @@ class Task(NamedTuple):
 
 
 def _planned_cases(bench: IntegrationBench, own: Ops | None, ours: Ops) -> Iterator[PlannedCase]:
-    """What each bar judges comes first, since time may run out; then all formats, and the other
-    size of some of them; that of the others comes late."""
+    """Return the cases: those of performance targets come first, since time may run out; then all
+    formats, and the other size of some of them; the rest comes late."""
     large, *smaller = bench.sizes.payloads
     several = bench.sizes.formats or _FORMATS
-    found: dict[Task, bool] = {}
+    result: dict[Task, bool] = {}
     for payload, on_host, formats, narrow in (
         (large, True, [_FIRST], False),
         (large, True, [_FIRST], True),
@@ -159,8 +159,8 @@ def _planned_cases(bench: IntegrationBench, own: Ops | None, ours: Ops) -> Itera
     ):
         late = payload != large and formats is several
         for number, op, kernel in product(formats, DIRECTIONS, _KERNELS):
-            found.setdefault(Task(kernel, number, narrow, payload, on_host, op), late)
-    for task, late in found.items():
+            result.setdefault(Task(kernel, number, narrow, payload, on_host, op), late)
+    for task, late in result.items():
         if _is_called(task, own):
             alongside = task == Task("slots", _FIRST, False, large, True, task.op)
             make = partial(_case, bench, own, ours, task)
@@ -179,15 +179,15 @@ def _case(bench: IntegrationBench, own: Ops | None, ours: Ops, task: Task) -> Ca
     looks = _AS_LAYERS.get(task.number, task.number) if task.kernel == "slots" else task.number
     shape = shape_of(looks, bench.sizes.layers, task.payload, task.narrow)
     caches, objects = sides_of(bench, shape, task.number, task.op, task.on_host)
-    found = {OWN: own, OURS: ours}
+    result = {OWN: own, OURS: ours}
     requested = (task.kernel, task.number, shape, caches, objects)
     call = call_of
     if task.kernel == "connector" and own is not None:  # which looks at LMCache's own formats
         call = path_of
-        found[OURS] = ours._replace(forms=own.forms)
+        result[OURS] = ours._replace(forms=own.forms)
     makes = {
         name: partial(call, ops, *requested, task.op)
-        for name, ops in found.items()
+        for name, ops in result.items()
         if ops is not None and ops.takes(task)
     }
     fields = {"shape": str(task), "format": task.number, "kernel": task.kernel}
@@ -244,7 +244,7 @@ def _cached_tensors(number: int, caches: Side) -> list[torch.Tensor]:
 
 
 def _call_by_slots(
-    ops: Ops, number: int, shape: Shape, caches: Side, objects: Side, direction: Any
+    ops: Ops, number: int, shape: Shape, caches: Side, objects: Side, direction: object
 ) -> Call:
     device = caches.tensors[0].device
     ours = ops.functions is lmcache_ops
@@ -252,7 +252,7 @@ def _call_by_slots(
     tensors = _cached_tensors(number, caches)
 
     # Compiled ops take addresses, torch ops take tensors in a shape that depends on the format.
-    cached: Any = tensors
+    cached: object = tensors
     if ops.addresses:
         cached = suite.addresses(tensors).to(device)
     elif not shape.layered:
@@ -286,7 +286,7 @@ def _description(ops: Ops, shape: Shape) -> Any:
 
 
 def _call_by_blocks(
-    ops: Ops, number: int, shape: Shape, caches: Side, objects: Side, direction: Any
+    ops: Ops, number: int, shape: Shape, caches: Side, objects: Side, direction: object
 ) -> Call:
     device = caches.tensors[0].device
     desc = _description(ops, shape)
@@ -316,7 +316,7 @@ def _call_by_blocks(
     )
 
 
-def _as_torch_takes(number: int, shape: Shape, tensors: list[torch.Tensor]) -> Any:
+def _as_torch_takes(number: int, shape: Shape, tensors: list[torch.Tensor]) -> object:
     """Return caches as LMCache's torch op by blocks takes them."""
     if number == _WITH_ONE_HEAD:
         tensors = [each.unsqueeze(1) for each in tensors]
@@ -344,18 +344,18 @@ def path_of(
     return partial(_through, path, getattr(ops.functions, _OP), move)
 
 
-def _through(path: Any, function: Any, move: Call) -> None:
+def _through(path: object, function: object, move: Call) -> None:
     """Carry out a move whose module finds its op where this release has it."""
     package = import_module("lmcache")
     places = (path, "resolve_device_ops"), (package, "device_ops"), (package, "c_ops")
-    home, name = next(each for each in places if hasattr(*each))
-    previous = getattr(home, name)
+    module, name = next(each for each in places if hasattr(*each))
+    previous = getattr(module, name)
     ops = _Over(previous, function)
-    setattr(home, name, (lambda kind: ops) if home is path else ops)
+    setattr(module, name, (lambda kind: ops) if module is path else ops)
     try:
         move()
     finally:
-        setattr(home, name, previous)
+        setattr(module, name, previous)
 
 
 class _Over:
@@ -365,7 +365,7 @@ class _Over:
         self._ops = ops
         setattr(self, _OP, function)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._ops, name)
 
 

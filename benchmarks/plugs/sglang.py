@@ -38,7 +38,7 @@ _HEADS = 8
 _DIM = 128
 _ITEM = _HEADS * _DIM * 2  # bytes of a token in one layer
 _FEW = 16  # rows of the smallest transfer
-_QUOTAS = (8, 32)  # thread blocks beside SGLang's default; 0: that
+_QUOTAS = (8, 32)  # thread blocks alongside SGLang's default; 0: that
 #: Of keys, and likewise of values: one tensor of the host; on the device one for each layer.
 ORDERS = {
     "lf": "kv | layer (block token) head dim",
@@ -54,18 +54,18 @@ def sglang_steps(bench: IntegrationBench) -> Iterator[Step]:
     yield from suite.steps(bench, "sglang", _planned_cases(bench, own_kernels(bench)))
 
 
-def own_kernels(bench: IntegrationBench) -> Any:
+def own_kernels(bench: IntegrationBench) -> object:
     """SGLang's own module; None if it is not here, or does not load."""
     try:
-        found = import_module("sgl_kernel.kvcacheio")
+        result = import_module("sgl_kernel.kvcacheio")
     except Exception as error:  # a library that does not load ends in errors of all kinds
         bench.left_out.append(f"sglang: its own kernels: {in_a_line(error)}")
         return None
-    bench.found["sglang"] = str(getattr(import_module("sgl_kernel"), "__version__", "unknown"))
-    return found
+    bench.installed["sglang"] = str(getattr(import_module("sgl_kernel"), "__version__", "unknown"))
+    return result
 
 
-def _planned_cases(bench: IntegrationBench, own: Any) -> Iterator[PlannedCase]:
+def _planned_cases(bench: IntegrationBench, own: object) -> Iterator[PlannedCase]:
     layers = bench.sizes.layers
     tokens = bench.sizes.pool // (2 * layers * _ITEM * _PAGE) * _PAGE
     made = partial(_case, bench, own)
@@ -91,7 +91,7 @@ def _planned_cases(bench: IntegrationBench, own: Any) -> Iterator[PlannedCase]:
 
 def _case(
     bench: IntegrationBench,
-    own: Any,
+    own: object,
     method: str,
     order: str,
     op: str,
@@ -107,8 +107,8 @@ def _case(
     device = make(_DEVICE, shape, 4, tensors=2 * shape.layers, salt=salts[0])
     host = make(ORDERS[order], shape, 5, tensors=2, on_host=True, salt=salts[1])
     arguments = method, order, op, layers, device, host, quota
-    found = {OWN: own, OURS: kvcacheio}
-    makes = {name: partial(_carrying_out, ops, *arguments) for name, ops in found.items() if ops}
+    result = {OWN: own, OURS: kvcacheio}
+    makes = {name: partial(_carrying_out, ops, *arguments) for name, ops in result.items() if ops}
     fields = {
         "kernel": method,
         "order": order,
@@ -179,8 +179,8 @@ def calls_of(
         each = zip(there_k[:layers], k, there_v, v, strict=False)
         return [partial(ops.transfer_kv_per_layer, *x, remote, local, _ITEM) for x in each]
     move = getattr(ops, f"transfer_kv_per_layer_{order}_lf")
-    found: list[Call] = []
+    result: list[Call] = []
     for n in range(layers):
         pair = there_k, k[n], there_v, v[n]
-        found.append(partial(move, *pair, remote, local, n, _ITEM, pitch, *heads))
-    return found
+        result.append(partial(move, *pair, remote, local, n, _ITEM, pitch, *heads))
+    return result

@@ -2,7 +2,7 @@
 """vLLM's ops of a step, its own and PortaKV's: few rows into a paged cache, or out of one.
 
 They are bound by their launches, so that no bar judges them; a `copy_` of the same bytes inside the
-device stands beside.
+device stands alongside.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOGETHER = 8  # elements of a head that a cache of keys keeps together
 _REQUESTS = 4  # of a gather
 
 
-def step_ops(bench: IntegrationBench, own: Any) -> Iterator[PlannedCase]:
+def step_ops(bench: IntegrationBench, own: object) -> Iterator[PlannedCase]:
     """Each op with few and with many rows; ``own``: vLLM's module, None if it is not here."""
     for rows, name in product(_ROWS, _OPS):
         yield PlannedCase(f"{name}, {rows} rows", partial(_case, bench, own, name, rows))
@@ -75,7 +75,7 @@ def _step(name: str, rows: int, memory: Callable[..., torch.Tensor]) -> Step:
     return Step((key, value, keys, values, slots, *how), [keys, values], plain)
 
 
-def _case(bench: IntegrationBench, own: Any, name: str, rows: int) -> Case:
+def _case(bench: IntegrationBench, own: object, name: str, rows: int) -> Case:
     salts = iter(range(1, 99))
 
     def memory(*sizes: int) -> torch.Tensor:
@@ -108,5 +108,5 @@ def _case(bench: IntegrationBench, own: Any, name: str, rows: int) -> Case:
     return Case({**fields, "row_bytes": payload // rows}, "step", payload, methods, on_host=False)
 
 
-def _call(ops: Any, name: str, step: Step, i: int) -> None:
+def _call(ops: object, name: str, step: Step, i: int) -> None:
     getattr(ops, name)(*step.arguments)

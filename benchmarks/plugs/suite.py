@@ -15,7 +15,7 @@ from functools import cache, partial
 from itertools import product
 from math import prod
 from statistics import median
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -59,7 +59,7 @@ INTEGRATION_PRESETS: Mapping[str, IntegrationPreset] = {
 
 
 class IntegrationBench(Bench):
-    """The device, what times it, and which releases of engines were found."""
+    """The device, what times it, and which releases of engines were result."""
 
     def __init__(self, device: torch.device, preset: str) -> None:
         of_loops = HOST_PRESETS[preset]
@@ -68,12 +68,12 @@ class IntegrationBench(Bench):
         super().__init__(device, replace(of_loops, **fewer))
         self.sizes = INTEGRATION_PRESETS[preset]
         self.absent = {}
-        self.found: dict[str, str] = {}
+        self.installed: dict[str, str] = {}
 
     @property
     def releases(self) -> dict[str, str]:
-        """Of each engine whose own code is measured, by name."""
-        return self.found
+        """Return the release of each engine whose own code is measured, by name."""
+        return self.installed
 
     def memory(self, nbytes: int, on_host: bool, salt: int | None = None) -> torch.Tensor:
         """Bytes that name their places, or poison, as uint8; on the host they are pinned if there
@@ -131,7 +131,9 @@ class Side(NamedTuple):
         touched = len(range(self.shape.layers * self.shape.kv)[self.only])
         return touched * self.shape.tokens * self.shape.row_bytes
 
-    def places(self, device: torch.device, tensors: list[torch.Tensor]) -> tuple[Any, Any]:
+    def places(
+        self, device: torch.device, tensors: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
         """The planes that are touched, and where in them each row is."""
         shape = self.shape
         size = self.shape.block_size
@@ -139,8 +141,8 @@ class Side(NamedTuple):
         if "(block token)" in self.layout:
             shape = replace(shape, tokens=shape.slots)
             at = (torch.zeros_like(self.rows), self.rows)
-        found = planes(tensors if "|" in self.layout else tensors[0], self.layout, shape)
-        return found[self.only], tuple(each.to(device) for each in at)
+        result = planes(tensors if "|" in self.layout else tensors[0], self.layout, shape)
+        return result[self.only], tuple(each.to(device) for each in at)
 
 
 class Sides(NamedTuple):
@@ -209,7 +211,7 @@ class Case(NamedTuple):
 
 
 def labels(name: str, op: str, engine: str) -> Row:
-    """What tells a way from others; an engine's own is a peer."""
+    """Return the fields that distinguish one method from others; an engine's own is a peer."""
     return {"backend": name, "op": op, **({"peer": engine} if name == OWN else {})}
 
 
@@ -245,16 +247,17 @@ class PlannedCase(NamedTuple):
 
 
 def steps(bench: IntegrationBench, part: str, requested: Iterable[PlannedCase]) -> Iterator[Step]:
-    """A step for each case; then one for each loop beside those that ask for it, and late cases."""
+    """Yield a step for each case; then one for each loop alongside the cases that request it, and
+    late cases."""
     alone = bench.device.type == "cpu"
     if alone:
-        bench.left_out.append(f"{part}: beside a loop: there is no accelerator that computes")
+        bench.left_out.append(f"{part}: alongside a loop: there is no accelerator that computes")
     cases = [*requested]
     of_cases = [(one.late, (one.name, partial(_measure, bench, part, one))) for one in cases]
     yield from (step for late, step in of_cases if not late)
     for one, loop in product(cases, () if alone else LOOPS):
         if one.alongside:
-            yield f"{one.name}, beside {loop}", partial(_alongside, bench, part, one, loop)
+            yield f"{one.name}, alongside {loop}", partial(_alongside, bench, part, one, loop)
     yield from (step for late, step in of_cases if late)
 
 
@@ -264,15 +267,15 @@ def _measure(bench: IntegrationBench, part: str, requested: PlannedCase) -> Rows
     if not methods:
         return []
     ceiling = memcpy(bench, case.payload, case.op, case.on_host)
-    found = bench.measure(ceiling, methods, case.payload, wall=case.streams)
-    timer = bench.wall if case.streams else bench.timer
+    result = bench.measure(ceiling, methods, case.payload, host_clock=case.streams)
+    timer = bench.host_timer if case.streams else bench.timer
     fields = {
         "kind": "plug_copy",
         **case.labels,
         "payload_bytes": case.payload,
         "timer": timer.name,
     }
-    rows = [{**fields, **one.labels, **one.row(case.payload)} for one in found]
+    rows = [{**fields, **one.labels, **one.row(case.payload)} for one in result]
     compare(rows)
     return rows
 
@@ -294,26 +297,26 @@ def _whole(row: Row) -> float:
 
 def medians(rows: Rows) -> Rows:
     """A row for each engine: the median of ``of_own`` over its cases but those set ``aside``."""
-    found = []
+    result = []
     for part in harness.grouped(having(rows, kind="plug_copy", backend=OURS), "part"):
         known = [row for row in part if "of_own" in row and not row.get("aside")]
         if known:
             figure = short(median(row["of_own"] for row in known))
             fields = {"part": known[0]["part"], "backend": OURS, "shape": f"{len(known)} cases"}
             right = all(row["verified"] for row in known)
-            found.append({"kind": "plug_median", **fields, "of_own": figure, "verified": right})
-    return found
+            result.append({"kind": "plug_median", **fields, "of_own": figure, "verified": right})
+    return result
 
 
 def _alongside(bench: IntegrationBench, part: str, requested: PlannedCase, loop: str) -> Rows:
     case = requested.make()
     methods = [memcpy(bench, case.payload, case.op, case.on_host), *case.methods]
-    found = [Traffic(one, case.payload, **case.labels) for one in methods]
+    result = [Traffic(one, case.payload, **case.labels) for one in methods]
     meeting = interference.Meeting(
         bench, loop, traffic_sources.DEFAULT, case.op, f"{part}: {requested.name}, "
     )
     names = {MEMCPY, OWN, OURS}
-    rows = meeting.rows(lambda *_: found, bench.preset.repeats, names)
+    rows = meeting.rows(lambda *_: result, bench.preset.repeats, names)
     for own, row in product(having(rows, backend=OWN), having(rows, backend=OURS)):
         row["over_own"] = round(row["slowdown_pct"] - own["slowdown_pct"], 2)
         row["over_noise"] = round(row["over_own"] - noise(rows), 2)
@@ -322,8 +325,8 @@ def _alongside(bench: IntegrationBench, part: str, requested: PlannedCase, loop:
 
 
 def noise(rows: Rows) -> float:
-    """Points of slow-down that mean nothing in a meeting: how far repeats beside a memcpy or the
-    engine's own code lie apart, or how much quicker the loop ever was beside something."""
-    found = {row["backend"]: row["slowdowns_pct"] for row in rows}
-    apart = [max(x) - min(x) for name, x in found.items() if name != OURS]
-    return float(max(*apart, *(-min(x) for x in found.values())))
+    """Points of slow-down that mean nothing in a meeting: how far repeats alongside a memcpy or the
+    engine's own code lie apart, or how much quicker the loop ever was alongside something."""
+    result = {row["backend"]: row["slowdowns_pct"] for row in rows}
+    apart = [max(x) - min(x) for name, x in result.items() if name != OURS]
+    return float(max(*apart, *(-min(x) for x in result.values())))

@@ -2,8 +2,8 @@
 """vLLM's offloading worker with its own code and with PortaKV's, and `swap_blocks_batch` below it;
 then its ops of a step.
 
-A job is submitted as the connector does it, behind the collection of those that have ended; `both`
-is one of either direction at once, of half the blocks each. What a worker keeps in host memory is
+A job is submitted as the connector does it, after the ended jobs were collected; `both`
+is one of each direction together, of half the blocks each. What a worker keeps in host memory is
 judged through it: blocks that were stored are loaded into others.
 """
 
@@ -51,11 +51,11 @@ def vllm_steps(bench: IntegrationBench) -> Iterator[Step]:
     if bench.device.type != "cuda":
         why = f"its worker takes CUDA's and XPU's tensors alone, and this is {bench.device.type}"
     elif not hasattr(import_module("vllm._custom_ops").torch.ops._C_cache_ops, _OP):
-        why = f"its kernels do not load beside torch {torch.__version__}"
+        why = f"its kernels do not load with torch {torch.__version__}"
     if why:
         bench.left_out.append(f"vllm: its own code: {why}")
     else:
-        bench.found["vllm"] = version("vllm")
+        bench.installed["vllm"] = version("vllm")
     yield from suite.steps(bench, "vllm", _planned_cases(bench, not why))
 
 

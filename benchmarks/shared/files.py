@@ -19,7 +19,7 @@ from portakv.storage.io.base import Engine, Request
 from portakv_benchmarks.shared.shapes import POISON
 from portakv_benchmarks.shared.trials import Method, Sample, Trials, timed
 
-#: fio's ways, each at its best: the options beside those that all have.
+#: fio's ways, each at its best: the options alongside those that all have.
 FIO = {
     "fio io_uring": "--ioengine=io_uring --iodepth=64 --fixedbufs --registerfiles --size={nbytes}",
     "fio psync": "--ioengine=psync --numjobs=8 --thread --group_reporting --size={part} "
@@ -29,7 +29,7 @@ THREADS = 8
 
 
 class Slab:
-    """A file of slots full of random words, and memory for as many bytes beside these words."""
+    """A file of slots full of random words, and memory for as many bytes alongside these words."""
 
     def __init__(self, trials: Trials, folder: Path, slot: int, count: int) -> None:
         self.slot = slot
@@ -123,7 +123,8 @@ class FsNative:
         program = Path(__file__).with_name("fs_native.py")
         words = [python, str(program), str(own), str(amount), str(nbytes)]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        # Its disk tier needs no device, and its kernels may not load beside the torch that is here.
+        # Its disk tier needs no device, and its kernels may not load alongside the torch that is
+        # here.
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         self.log = folder / "lmcache.log"
         with self.log.open("w") as log:

@@ -128,7 +128,7 @@ def in_a_line(error: BaseException) -> str:
     """Return an error in a line, with the error during whose handling it occurred, if any."""
     line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     context = error.__context__
-    return line if context is None else f"{line} (behind {in_a_line(context)})"
+    return line if context is None else f"{line} (after {in_a_line(context)})"
 
 
 @contextmanager
@@ -217,7 +217,7 @@ def grouped(rows: Rows, *names: str) -> list[Rows]:
     return list(groups.values())
 
 
-def having(rows: Sequence[Row], **fields: Any) -> Rows:
+def having(rows: Sequence[Row], **fields: object) -> Rows:
     """Return the rows whose fields have these values."""
     return [row for row in rows if all(row.get(name) == fields[name] for name in fields)]
 

@@ -156,6 +156,6 @@ def load(package: str, module: str) -> tuple[ModuleType, str]:
         spec.loader.exec_module(loaded)
     except ImportError as error:
         raise PeerMissing(
-            f"{package} {release} does not load beside torch {torch.__version__}: {error}"
+            f"{package} {release} does not load with torch {torch.__version__}: {error}"
         ) from error
     return loaded, release

@@ -55,7 +55,7 @@ def draw(results: Fields, folder: Path, stem: str) -> list[Path]:
     written = []
     kinds: dict[str, tuple[str, Callable[[list[Row], str], Figure | None]]] = {
         "bandwidth": ("copy", bandwidth), "heatmap": ("copy", heat_map),
-        "host": ("overhead", host_cost), "ladder": ("ladder", ladder),
+        "host": ("overhead", host_cost), "ladder": ("ladder", methods_of_the_seed),
         "ratio": ("host_copy", ratio), "interference": ("host_interference", interference),
         "own": ("plug_copy", compared_with_own), "beside": ("plug_interference", interference),
         "rates": ("storage_engine", stored), "tier": ("storage_tier", stored),
@@ -164,7 +164,7 @@ def host_cost(rows: list[Row], device: str) -> Figure:
     return figure
 
 
-def ladder(rows: list[Row], device: str) -> Figure:
+def methods_of_the_seed(rows: list[Row], device: str) -> Figure:
     """Draw every method for one chunk, slowest first, on a logarithmic axis."""
     slowest = {own[0]["way"]: max(r["p50_us"] for r in own) for own in grouped(rows, "way")}
     order = sorted(slowest, key=lambda method: -slowest[method])

@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from portakv.registry.registry import OLD_NAMES
+from portakv_benchmarks.shared.harness import Row
 
 #: The fields of a row that name transfer strategies.
 _FIELDS = ("backend", "engine", "chosen", "allowed", "best_engine")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Row:
     """Return the result in a file, with today's names of transfer strategies.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: the file does not hold JSON.
     """
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    results: Row = json.loads(path.read_text(encoding="utf-8"))
     for row in results["rows"]:
         # Other suites use the same words for other things: a disk's `ring`, SGLang's `direct`.
         if str(row.get("kind", "")).startswith("host_"):
@@ -30,7 +31,7 @@ def read(path: Path) -> dict[str, Any]:
     return results
 
 
-def _today(value: Any) -> Any:
+def _today(value: object) -> Any:
     """Return a field's value with its names replaced, such as ``direct 8`` or ``direct, staged``;
     or a list of names, sorted as the suite sorts them."""
     if isinstance(value, list):

@@ -102,7 +102,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("x cuda", "to_cuda:.3f"), ("x peer", "to_peer:.3f"), ("host us", "host_us:.1f"), _BYTES),
     ),
     "ladder": (
-        "ladder: ways of moving one chunk of a 7B model",
+        "methods of moving one chunk of a 7B model",
         (("way", "way"), ("op", "op"), ("us", _time), ("of copy_", "ratio:.4f"),
          ("x cuda", "to_cuda:.3f"), ("host us", "host_us:.1f"), _BYTES),
     ),
@@ -125,12 +125,13 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     "host_direct": ("zero_copy, by its limit on thread blocks", (*_LINK, _BYTES)),
     "host_duplex": ("both directions at the same time", (*_LINK, ("chosen", "chosen"), _BYTES)),
     "host_pageable": (
-        "device and pageable host, beside plain copies through a pinned ring; by the host's clock",
+        "device and pageable host, alongside plain copies through a pinned ring; by "
+        "the host's clock",
         (*_WHAT, ("us", _time), ("GB/s", "gb_per_s:.4g"), ("of best ring", "to_ring:.3f"),
          ("p90/p50", _spread), _BYTES),
     ),
     "host_interference": (
-        "beside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
+        "alongside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
         (("loop", "loop"), ("stream", "stream"), *_WHAT, ("blocks", "thread_blocks:"),
          ("slow-down %", "slowdown_pct:.4g"),
          ("repeats", lambda row: " ".join(f"{one:.1f}" for one in row["slowdowns_pct"])),
@@ -145,7 +146,8 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("chosen", "chosen"), _BYTES),
     ),
     "host_small": (
-        "integers from the host, until it sees that their stream has them; busy = beside a copy of "
+        "integers from the host, until it sees that their stream has them; busy = "
+        "alongside a copy of "
         "1 GB; paced = as busy, but idle; device = by events on that stream",
         (("integers", "integers:"), ("way", "backend"), ("idle us", "idle_us:.4g"),
          ("paced us", "paced_us:.4g"), ("busy us", "busy_us:.4g"),
@@ -176,7 +178,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("x own", "host_of_own:.3f"), ("whole x own", "whole_of_own:.3f"), _BYTES),
     ),
     "plug_interference": (
-        "beside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
+        "alongside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
         (("loop", "loop"), *_INTEGRATION, ("slow-down %", "slowdown_pct:.4g"),
          ("over own", "over_own:.4g"), ("over noise", "over_noise:.4g"),
          ("GB/s", "link_gb_per_s:.4g"), ("x own", "link_to_own:.3f"),
@@ -193,19 +195,19 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         ),
     ),
     "plug_median": (
-        "time of the plug / that of the engine's own code, the median of all wide rows",
+        "time of the integration / that of the engine's own code, the median of all wide rows",
         (("engine", "part"), ("over", "shape"), ("x own", "of_own:.3f"), _BYTES),
     ),
     "storage_engine": ("reading and writing random slots of one file", _STORED),
-    "storage_tier": ("a disk's tier beside its engine with as many bytes", _STORED),
-    "storage_remote": ("a remote tier beside plain requests", _STORED),
+    "storage_tier": ("a disk's tier alongside its engine with as many bytes", _STORED),
+    "storage_remote": ("a remote tier alongside plain requests", _STORED),
     "storage_layered": ("from a disk to the device", _STORED),
     "storage_cost": (
         "what a store costs the host",
         (("case", "shape"), ("us", "us:,.4g"), ("CPU us", "cpu_us:,.4g"), _BYTES),
     ),
     "storage_beside": (
-        "urgent loads beside stores that keep the disk busy",
+        "urgent loads alongside stores that keep the disk busy",
         (
             *(*_WHAT, ("p50 alone us", "p50_alone_us:,.4g"), ("p50 us", "p50_us:,.4g")),
             *(("of alone", "p50_ratio:.3f"), ("p99 alone us", "p99_alone_us:,.4g")),
@@ -213,7 +215,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
             *(("GB/s", "gb_per_s:.4g"), ("of alone", "rate_ratio:.3f"), _BYTES),
         ),
     ),
-    "migrate_mapped": ("pulls of mapped memory, beside raw copies of as many bytes", _CROSSED),
+    "migrate_mapped": ("pulls of mapped memory, alongside raw copies of as many bytes", _CROSSED),
     "migrate_both": ("both processes pull from each other at the same time", _CROSSED),
     "migrate_cost": (
         "what a pull costs",
@@ -227,7 +229,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     ),
     "migrate_weights": ("weights: their copies alone, and with names and digests", _CROSSED),
     "migrate_beside": (
-        "beside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
+        "alongside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
         (("loop", "loop"), ("on", "on"), ("case", "shape"), ("way", "backend"), ("of", "op"),
          ("slow-down %", "slowdown_pct:.4g"),
          ("repeats", lambda row: " ".join(f"{one:.1f}" for one in row["slowdowns_pct"])),
@@ -235,7 +237,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          _BYTES),
     ),
     "migrate_staged": (
-        "through staging, beside one buffer of as many bytes by the same library", _CROSSED,
+        "through staging, alongside one buffer of as many bytes by the same library", _CROSSED,
     ),
     "migrate_scattered": ("scattered blocks of 64 KB, compared with transport libraries", _CROSSED),
 }  # fmt: skip

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A block store over one disk: lookups, urgent loads while saves keep the disk busy, and loads to
-the device as a whole and layer by layer, beside the disk's engine."""
+the device as a whole and layer by layer, alongside the disk's engine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PHASES = ("loads", "stores", "both")
 def store_steps(bench: StorageBench) -> Iterator[Step]:
     """A lookup; loads alone, saves alone and both; blocks of 4 MB on their way to the device."""
     yield "lookup", partial(_lookup, bench)
-    yield "loads beside stores", partial(alongside, bench)
+    yield "loads alongside stores", partial(alongside, bench)
     yield "disk to device", partial(_layered, bench)
 
 

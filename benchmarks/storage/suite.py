@@ -53,7 +53,7 @@ STORAGE_PRESETS: Mapping[str, StoragePreset] = {
 
 
 class StorageBench(Bench):
-    """The device, the folder and the peers that were found: fio and a Python with LMCache."""
+    """The device, the folder and the peers that were result: fio and a Python with LMCache."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class StorageBench(Bench):
     ) -> None:
         super().__init__(device, HOST_PRESETS["tiny"])
         self.absent = {}
-        self.found = dict[str, str]()
+        self.installed = dict[str, str]()
         self.sizes = preset
         self.trials = Trials(preset.rounds, preset.pause, self.left_out)
         self.fio = peers["fio"] or shutil.which("fio")
@@ -73,15 +73,15 @@ class StorageBench(Bench):
         requested["lmcache"] = self.lmcache and [self.lmcache, "-c", VERSION]
         for name, words in requested.items():
             if words:
-                self.found[name] = message(words).removeprefix("fio-")
+                self.installed[name] = message(words).removeprefix("fio-")
             else:
                 self.absent[name] = "not installed; see --fio and --lmcache-python"
         self.folder = Path(mkdtemp(prefix="portakv-bench-", dir=folder))
 
     @property
     def releases(self) -> dict[str, str]:
-        """Of each peer, by name."""
-        return self.found
+        """Return the release of each peer, by name."""
+        return self.installed
 
     def forget(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

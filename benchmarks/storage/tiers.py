@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engines that read and write a disk, beside fio; tiers as a block store drives them, with
-checksums and index: a disk's beside its engine alone and LMCache's `fs_native` in one folder, a
-remote one beside plain requests for the same bytes."""
+"""The engines that read and write a disk, alongside fio; tiers as a block store drives them, with
+checksums and index: a disk's alongside its engine alone and LMCache's `fs_native` in one folder, a
+remote one alongside plain requests for the same bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -54,7 +54,7 @@ def caches(blocks: int, nbytes: int, device: torch.device, layers: int = LAYERS)
     return KVView(made, "layer | kv block token head dim", block_size=tokens)
 
 
-def words(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def words(tensors: Any) -> list[torch.Tensor]:
     """Tensors of a cache as bits that can be compared."""
     return [tensor.view(torch.int16) for tensor in tensors]
 
@@ -161,10 +161,10 @@ def _tier(bench: StorageBench, size: int) -> Rows:
     amount = bench.sizes.slots_of(size)
     rounds = bench.sizes.rounds
     nbytes = amount * size
-    room = amount * (size + image.HEADER)
+    capacity = amount * (size + image.HEADER)
     # In one of them each store comes into slots that were never written.
-    fresh = Tier(size, amount, Disk(bench.folder / "fresh", capacity=(rounds + 2) * room))
-    tier = Tier(size, amount, Disk(bench.folder / "tier", capacity=room))
+    fresh = Tier(size, amount, Disk(bench.folder / "fresh", capacity=(rounds + 2) * capacity))
+    tier = Tier(size, amount, Disk(bench.folder / "tier", capacity=capacity))
     slab = Slab(bench.trials, bench.folder, tier.form.image_bytes, amount)
     engine, _ = choose(slab.places)
     peers = [FsNative(x, bench.folder, size, amount) for x in [bench.lmcache] if x]

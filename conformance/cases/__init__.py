@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases: what is asked of a backend. Each test's docstring is a sentence of the specification.
+"""The cases of the suite. Each test's docstring is a sentence of the specification of a backend.
 
 `test_core` is what every backend must do. The other files widen it: layouts and shapes
 (`test_corners`, `test_presets`, `test_indices`, `test_parts`), what callers do (`test_connector`),
 what must never happen (`test_safety`, `test_far`), what a backend claims (`test_claims`,
 `test_lies`), order, devices and graphs (`test_ordering`, `test_devices`, `test_capture`), and
-structures that nobody thought of (`test_drawn`, `test_metamorphic`, `test_stateful`).
+random structures (`test_drawn`, `test_metamorphic`, `test_stateful`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from portakv import AdaptiveConnector
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.by_hand import CHUNK, DIRECTIONS, PAGED, Shape, Workshop, between
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, asked_of, index_of, plan_of, view_of
+from portakv_conformance.judge.judging import Judge, arguments_of, index_of, plan_of, view_of
 from portakv_conformance.judge.subject import Subject
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "Side",
     "Subject",
     "Workshop",
-    "asked_of",
+    "arguments_of",
     "between",
     "full",
     "index_of",
@@ -70,7 +70,7 @@ class Bench(Workshop):
 
     @property
     def subject(self) -> Subject:
-        """What is judged."""
+        """Return the backend under test."""
         return self.judge.subject
 
     @property

@@ -13,6 +13,7 @@ from portakv import BackendUnavailable, Unsupported
 from portakv.registry.registry import STRATEGIES
 from portakv_conformance.cases import CHUNK, PAGED, Bench, Case, Judge, Shape, full, view_of
 from portakv_conformance.draw import by_hand
+from portakv_conformance.draw.arrangement import Keywords
 
 pytestmark = pytest.mark.area("corners")
 
@@ -24,7 +25,7 @@ _TRIES = 1000
     "layout", ["layer | kv block token head dim", "layer kv | block token head dim"]
 )
 def test_tensors_in_no_order(workshop: Bench, direction: str, layout: str) -> None:
-    """Where tensors lie in memory says nothing of which layer they are."""
+    """The order of tensors in memory does not have to be the order of layers."""
     slots = workshop.shuffled(SHAPE.slots, 9, 1)
     for seed in range(workshop.seed, workshop.seed + _TRIES):
         case = workshop.move(direction, SHAPE, slots, layout=layout, place="scattered", seed=seed)
@@ -48,7 +49,7 @@ def _in_no_order(case: Case, direction: str) -> bool:
 ])  # fmt: skip
 def test_a_source_that_is_expanded(bench: Bench, direction: str, axis: str) -> None:
     """A source may show one row in several places, by a stride of 0; each place is a row."""
-    how: dict[str, Any] = {"expand": by_hand.dimension(bench.paged, axis)}
+    how: Keywords = {"expand": by_hand.dimension(bench.paged, axis)}
     if direction == "scatter":
         how = {"chunk": {"expand": by_hand.dimension(CHUNK, axis)}}
     bench.copy(bench.move(direction, SHAPE, bench.shuffled(SHAPE.slots, 9, 1), **how))
@@ -58,7 +59,7 @@ def test_caches_that_share_tensors(workshop: Bench, direction: str) -> None:
     """A cache is all of its tensors in their order, not the first or the last of them."""
     source = direction == "gather"
     slots = workshop.shuffled(SHAPE.slots, 9, 1)
-    how: dict[str, Any] = {"layout": PAGED, "source": source}
+    how: Keywords = {"layout": PAGED, "source": source}
     one, two = (workshop.cache(SHAPE, slots, storage=number, **how) for number in (0, 100))
     first, *_, last = one.tensors
     sets = (

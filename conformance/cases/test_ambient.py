@@ -115,8 +115,10 @@ _STATES: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
 
 @pytest.mark.parametrize("state", _STATES)
 def test_a_copy_under_a_setting(bench: Bench, direction: str, state: str) -> None:
-    """What is made and copied under a setting is what it is at any other time, and serves then.
-    Bytes that are no numbers show if they were moved by arithmetic."""
+    """Objects that are made and copied under a setting are the same as without it, and serve later.
+
+    Bytes that are not numbers show if arithmetic moved them.
+    """
     shape = Shape(layers=3, heads=3, widths=(48, 48), blocks=90 + list(_STATES).index(state))
     slots = bench.shuffled(shape.slots, 19, 2)
 

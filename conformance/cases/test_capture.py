@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -23,12 +23,15 @@ pytestmark = [
     pytest.mark.claim("capturable"),
 ]
 
+Result = TypeVar("Result")
+
+
 SHAPE = Shape(layers=3, widths=(64, 64))
 #: Like no other case's, so that no kernel for it was launched before.
 FIRST = Shape(layers=3, heads=7, widths=(104, 104), block_size=12)
 
 
-def captured(call: Any) -> tuple[Any, Any]:
+def captured(call: Callable[[], Result]) -> tuple[Any, Result]:
     """A graph of one call, and what the call returned."""
     gc.collect()  # a graph that dies during a capture spoils it
     torch.cuda.synchronize()
@@ -67,24 +70,26 @@ def check_captured_launch(bench: Bench, direction: str, *, first: bool) -> None:
         launch(None, None)
     before = Memory.snapshot(case.dst.tensors)
     graph, pending = captured(lambda: launch(None, None))
-    assert pending is None, "A captured launch returned a Pending: nobody can wait for a replay."
+    assert pending is None, (
+        "A captured launch returned a Pending, but a replay cannot be waited for."
+    )
     wrong = changed(before, case.dst.tensors)
     assert wrong is None, f"A captured launch is carried out at a replay, but {wrong}."
     check_replays(bench, case, graph, holes)
 
 
 def test_a_launch_is_captured_and_replayed(bench: Bench, direction: str) -> None:
-    """What was captured reads ids and bytes anew at every replay."""
+    """A captured launch reads ids and bytes again at every replay."""
     check_captured_launch(bench, direction, first=False)
 
 
 def test_a_first_launch_inside_a_capture(bench: Bench, direction: str) -> None:
-    """What a launch needs is made when it is prepared: its first call may be inside a capture."""
+    """`prepare` makes everything that a launch needs: its first call may be inside a capture."""
     check_captured_launch(bench, direction, first=True)
 
 
 def test_a_copy_inside_a_capture(bench: Bench, direction: str) -> None:
-    """As a user gets it: a copy of device ids is captured, or refused with nothing enqueued."""
+    """A user's copy of device ids is captured, or raises with nothing enqueued."""
     can = bench.subject.can
     able = can.capturable and can.skips_negative and can.guards and can.index_on == "device"
     case = bench.move(direction, SHAPE, bench.on_device(SHAPE.slots, 9, 2))
@@ -124,7 +129,7 @@ def _warm(bench: Bench, case: Case) -> Callable[[], Transfer]:
     return call
 
 
-def refused_in_capture(case: Case, call: Any) -> None:
+def refused_in_capture(case: Case, call: Callable[[], object]) -> None:
     """Inside a capture the call raises `Unsupported`; no byte changes."""
     before = Memory.snapshot(case.src.tensors, case.dst.tensors)
     with pytest.raises(Unsupported):

@@ -13,6 +13,7 @@ from portakv import Unsupported
 from portakv.backends.base import refusal
 from portakv.view.form import PLACES
 from portakv_conformance.cases import BOTH, Bench, Case, Shape, Subject, plan_of
+from portakv_conformance.draw.arrangement import Keywords
 from portakv_conformance.draw.by_hand import on_host
 from portakv_conformance.judge.judging import takes
 
@@ -22,7 +23,7 @@ SHAPE = Shape()
 
 
 def test_claims_make_sense(subject: Subject) -> None:
-    """Every field of the claims is one of the values that it can have, each time it is asked."""
+    """Every field of the claims has a valid value, and the same value at each call."""
     can = subject.can
     for name in ("places", "index_dtypes"):
         kind = type(getattr(can, name))
@@ -39,7 +40,9 @@ def test_claims_make_sense(subject: Subject) -> None:
     for name in ("skips_negative", "guards", "tables", "capturable", "threads"):
         assert type(getattr(can, name)) is bool, f"{name} is {getattr(can, name)!r}."
     for _ in range(2):  # also if it alternates
-        assert subject.backend.capabilities() == can, "It claims something else when asked again."
+        assert subject.backend.capabilities() == can, (
+            "A second call of capabilities() returned other claims."
+        )
 
 
 _PAIRS = [
@@ -82,7 +85,7 @@ def test_places(bench: Bench, pair: tuple[str, str], direction: str) -> None:
 
 @pytest.mark.claim("index_on")
 def test_ids_are_read_where_claimed(bench: Bench, direction: str) -> None:
-    """The launch reads ids where it claims to, on both sides at once too."""
+    """The launch reads ids where it claims to, also on both sides."""
     for step in (1, SHAPE.block_size):
         ids = bench.judge.ids(bench.shuffled(SHAPE.slots // step, 5))
         case = bench.move(direction, SHAPE, ids, step=step)
@@ -113,7 +116,9 @@ def test_ids_are_read_in_the_claimed_dtypes(bench: Bench, dtype: Any, direction:
     ids = bench.judge.ids(bench.shuffled(SHAPE.slots, 9), dtype)
     bench.judge.claimed(bench.move(direction, SHAPE, ids), "index_dtypes", f"reads ids of {dtype}")
     for other in bench.subject.can.index_dtypes:
-        _within_one_cache(bench, (dtype, other), "index_dtypes", f"reads {dtype} beside {other}")
+        _within_one_cache(
+            bench, (dtype, other), "index_dtypes", f"reads {dtype} together with {other}"
+        )
 
 
 @pytest.mark.claim("skips_negative")
@@ -155,7 +160,7 @@ def test_bad_ids_are_guarded(bench: Bench, step: int, direction: str) -> None:
 def test_alignment(bench: Bench, vector: int, direction: str) -> None:
     """It takes rows that are aligned as it claims and no better, and refuses any less."""
     for how in ({"shift": vector}, {"pads": {4: vector}}, {"pads": {2: vector}}):
-        as_bytes: dict[str, Any] = {"dtype": torch.uint8, **how}
+        as_bytes: Keywords = {"dtype": torch.uint8, **how}
         case = bench.some(direction, Shape(widths=(64, 64)), 9, **as_bytes)
         plan = plan_of(case)
         assert plan.vector >= min(vector, 16), f"The suite's plan has vector {plan.vector}."
@@ -199,12 +204,12 @@ def test_tables(bench: Bench, direction: str) -> None:
     layout = bench.paged if "|" in bench.paged else bench.paged.replace("block", "block |", 1)
     grain = max(1, bench.subject.can.alignment // 2)
     for number in range(3):
-        how: dict[str, Any] = {"layout": layout, "place": "scattered", "grain": grain}
+        how: Keywords = {"layout": layout, "place": "scattered", "grain": grain}
         case = bench.other(number).some(direction, shape, 9, **how)
         retained.append(case)
         assert plan_of(case).tabled, "The suite's plan needs no table."
         if bench.subject.can.tables:
-            bench.judge.claimed(case, "tables", "takes planes behind a table of addresses")
+            bench.judge.claimed(case, "tables", "takes planes at the addresses of a table")
         else:
             bench.judge.refused(case)
     launches: dict[Any, Any] = {}
@@ -213,12 +218,12 @@ def test_tables(bench: Bench, direction: str) -> None:
         plan = plan_of(case)
         key = (plan.src, plan.dst)
         launches[key] = launches.get(key) or bench.subject.prepare(plan)
-        bench.judge.judge(case, bench.judge.landing(case, launches[key]), lambda: None)
+        bench.judge.judge(case, bench.judge.launch_to_the_end(case, launches[key]), lambda: None)
 
 
 @pytest.mark.claim("threads")
 def test_threads(bench: Bench) -> None:
-    """One launch may be called from several threads at once; copies may be in any case."""
+    """Several threads may call one launch concurrently; concurrent copies are always allowed."""
     shape = Shape(layers=3)
     cases = [bench.other(n).some("gather", shape, 9) for n in range(4)]
     plans = [plan_of(case) for case in cases]

@@ -28,7 +28,7 @@ def compiler() -> Iterator[str]:
 
 @pytest.mark.parametrize("move", ["from_gpu", "to_gpu"])
 def test_a_transfer_inside_a_compiled_function(bench: Bench, compiler: str, move: str) -> None:
-    """It comes behind what the function writes before it, and before what is read behind it."""
+    """A transfer runs after the function's earlier writes and before its later reads."""
     if torch._C._len_torch_dispatch_stack():
         bench.judge.declined.append(
             "what emulates this device watches every op by a dispatch mode, and torch.compile "
@@ -57,12 +57,13 @@ def test_a_transfer_inside_a_compiled_function(bench: Bench, compiler: str, move
         supplied = (chunk.tensors, chunk.tensors.clone(), slots)
         returned: list[torch.Tensor] = []
 
-        def carry(given: Any = supplied, returned: list[torch.Tensor] = returned) -> None:
-            returned.append(compiled(*given))
+        def carry(arguments: Any = supplied, returned: list[torch.Tensor] = returned) -> None:
+            returned.append(compiled(*arguments))
             bench.facility.synchronize()
 
         if bench.judge.judge(case, carry):
             read, left = (each.cpu().view(torch.uint8) for each in (returned[0], chunk.tensors))
             assert torch.equal(read, left), (
-                "What the compiled function read behind the transfer is not what the transfer left."
+                "The compiled function's read after the transfer differs from the "
+                "transfer's result."
             )

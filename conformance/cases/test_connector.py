@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine calls: `AdaptiveConnector`, with this backend forced, over registered caches."""
+"""Check `AdaptiveConnector`, as an engine calls it, with this backend forced, over registered
+caches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from portakv import AdaptiveConnector
-from portakv_conformance.cases import Bench, Case, Shape, Side, asked_of, between
+from portakv_conformance.cases import Bench, Case, Shape, Side, arguments_of, between
+from portakv_conformance.draw.arrangement import Keywords
 from portakv_conformance.judge.judging import changed
 
 pytestmark = pytest.mark.area("corners")
@@ -33,9 +35,11 @@ class Store:
         """Caches of a seed of their own."""
         return self.bench.other(seed).cache(SHAPE, [], source=self.move == "from_gpu")
 
-    def case(self, caches: Side, slots: Any, tokens: int = 0, seed: int = 0) -> Case:
+    def case(
+        self, caches: Side, slots: Sequence[int] | torch.Tensor, tokens: int = 0, seed: int = 0
+    ) -> Case:
         """The copy that a call for these slots must be."""
-        how: dict[str, Any] = {"source": self.move == "to_gpu"}
+        how: Keywords = {"source": self.move == "to_gpu"}
         chunk = self.bench.other(100 + seed).chunk(SHAPE, tokens or max(len(slots), 1), **how)
         return self.between(caches, torch.as_tensor(slots), chunk)
 
@@ -44,9 +48,13 @@ class Store:
         direction = "gather" if self.move == "from_gpu" else "scatter"
         return between(direction, replace(caches, ids=slots, arrangement=None), chunk, len(slots))
 
-    def check(self, case: Case, cache: Any = None, *rest: Any, held: Any = None) -> None:
+    def check(
+        self, case: Case, cache: object = None, *rest: object, memory_obj: object = None
+    ) -> None:
         """Judge a call of the connector, by default under the ids of a case, as that copy."""
-        call = partial(getattr(self.connector, self.move), held or _chunk(case).tensors, cache)
+        call = partial(
+            getattr(self.connector, self.move), memory_obj or _chunk(case).tensors, cache
+        )
         ids = case.src.ids if case.src.ids is not None else case.dst.ids
         self.bench.judge.call(case, partial(call, *(rest or (ids,))))
 
@@ -121,8 +129,8 @@ def test_batches(store: Store, ragged: bool) -> None:
         store.bench.judge.call(joined, partial(batch, starts, ends))
         return
     expected = [case.expected() for case in cases]
-    requested = asked_of(joined)
-    moved = store.bench.judge.call(cases[0], partial(batch, starts, ends), asked=requested)
+    requested = arguments_of(joined)
+    moved = store.bench.judge.call(cases[0], partial(batch, starts, ends), arguments=requested)
     for case, wanted in zip(cases, expected, strict=True):
         verdict = changed(wanted.before, case.dst.tensors)
         if moved:
@@ -134,4 +142,4 @@ def test_objects_that_hold_a_tensor(store: Store) -> None:
     """A memory object may hold its tensor, and may be longer than what is moved."""
     caches = store.caches()
     case = store.case(caches, store.bench.shuffled(SHAPE.slots, 6), tokens=32)
-    store.check(case, caches.tensors, held=SimpleNamespace(tensor=_chunk(case).tensors))
+    store.check(case, caches.tensors, memory_obj=SimpleNamespace(tensor=_chunk(case).tensors))

@@ -100,7 +100,7 @@ def test_an_index_begins_at_its_offset(bench: Bench, direction: str, offset: int
 
 @pytest.mark.parametrize("tail", [1, 2, 5])
 def test_a_list_that_is_longer_than_the_copy(bench: Bench, direction: str, tail: int) -> None:
-    """Ids behind the asked count are not read."""
+    """Ids after the requested count are not read."""
     must(bench, replace(bench.some(direction, SHAPE, 14, 1), count=14 - tail))
 
 
@@ -113,7 +113,7 @@ def test_consecutive_rows_need_no_list(bench: Bench, direction: str) -> None:
 
 @pytest.mark.parametrize("end", ENDS)
 def test_a_transfer_that_ended_has_landed(bench: Bench, direction: str, end: str) -> None:
-    """When a transfer says that it ended, in any of its three ways, every byte is in its place."""
+    """After a transfer reports its end, in any of three ways, every byte is in its place."""
     many = Shape(layers=3, widths=(128, 128), blocks=32)
     must(bench, bench.some(direction, many, 60), end)
 
@@ -166,7 +166,7 @@ def test_ids_changed_after_the_call(bench: Bench, direction: str) -> None:
 
 
 def test_layers_in_one_allocation(bench: Bench, direction: str) -> None:
-    """Whether layers lie in one allocation or in several, the same rows move."""
+    """The same rows move if layers share one allocation and if each has its own."""
     for place in ("strided", "separate"):
         must(bench, bench.some(direction, SHAPE, 9, 1, place=place))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes, widths and strides that have broken movers of rows in the field, both directions each."""
+"""Shapes, widths and strides that have broken copies of rows in the field, in both directions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from portakv_conformance.cases import BOTH, DIRECTIONS, Bench, Case, Shape, Workshop, between, full
 from portakv_conformance.draw import by_hand
+from portakv_conformance.draw.arrangement import Keywords
 
 pytestmark = pytest.mark.area("corners")
 
@@ -53,7 +54,7 @@ _WIDTHS = [
 ]
 
 
-def both_ways(bench: Bench, source: Any, target: Any) -> None:
+def both_directions(bench: Bench, source: Any, target: Any) -> None:
     """Judge a copy from the first maker's side, which has ids, to the second's, and back."""
     for make, take in ((source, target), (target, source)):
         src = make(source=True)
@@ -65,7 +66,7 @@ def both_ways(bench: Bench, source: Any, target: Any) -> None:
 def test_row_width(bench: Bench, width: int) -> None:
     """A row of any number of bytes moves whole: nothing is rounded, and no last piece is lost."""
     shape = Shape(layers=1, heads=1, widths=(width, width), blocks=5)
-    # A width is a program of its own for backends that compile, so the others go one way only.
+    # Backends that compile make a separate program for each width, so others go in one direction.
     for direction in DIRECTIONS if width in _COMMON else (DIRECTIONS[width % 2],):
         bench.copy(bench.some(direction, shape, 7, 1, dtype=torch.uint8))
 
@@ -81,14 +82,14 @@ def heads_first(bench: Bench, direction: str, heads: int, width: int) -> None:
 @pytest.mark.parametrize("width", [2, 6, 10, 20, 34, 66, 100, 132])
 @pytest.mark.parametrize("heads", [1, 3, 8])
 def test_heads_that_no_vector_divides(bench: Bench, heads: int, width: int) -> None:
-    """In HND a head's bytes bound the widest access, also where a vector divides the row."""
+    """The bytes of a head bound the widest access in HND, even where a vector divides the row."""
     for direction in DIRECTIONS:
         heads_first(bench, direction, heads, width)
 
 
 @pytest.mark.parametrize("heads", [5, 6, 12, 40])
 def test_heads_that_are_no_power_of_two(bench: Bench, direction: str, heads: int) -> None:
-    """Heads that lie apart are each moved, and nothing beside the last of them."""
+    """Heads that lie apart are each moved, and nothing next to the last one."""
     heads_first(bench, direction, heads, 32)
 
 
@@ -99,7 +100,7 @@ def test_heads_that_are_no_power_of_two(bench: Bench, direction: str, heads: int
     ("layer | block (kv token dim)", (576, 8)), ("layer | block head (kv token dim)", (64, 32)),
 ])  # fmt: skip
 def test_keys_and_values_of_unequal_width(workshop: Bench, layout: str, widths: Ints) -> None:
-    """Each kv has a width of its own, in containers, side by side and one behind the other."""
+    """Each kv has a separate width: in containers, interleaved and one after the other."""
     shape = Shape(heads=2 if "head" in layout else 1, widths=widths)
     workshop.both(shape, 9, 1, {"layout": PLAIN}, layout=layout)
 
@@ -144,12 +145,12 @@ def test_block_sizes(workshop: Bench, sizes: Ints) -> None:
     first, second = (Shape(widths=(12, 12), block_size=n, blocks=2 + 256 // n) for n in sizes)
     count = min(first.slots, second.slots) - 3
 
-    def make(shape: Shape, layout: str, *, source: bool) -> Any:
+    def make(shape: Shape, layout: str, *, source: bool) -> object:
         rng = workshop.other(source)
         return rng.cache(shape, rng.shuffled(shape.slots, count), layout=layout, source=source)
 
     for layout in (NHD, HND) if first.block_size != second.block_size else (NHD,):
-        both_ways(workshop, partial(make, first, layout), partial(make, second, HND))
+        both_directions(workshop, partial(make, first, layout), partial(make, second, HND))
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (8, 4), (4, 6), (16, 128), (3, 4)])
@@ -157,11 +158,11 @@ def test_block_tables_of_both_sides(workshop: Bench, sizes: Ints) -> None:
     """Block tables on both sides move every token once, whatever their steps have in common."""
     first, second = (Shape(widths=(16, 16), block_size=n, blocks=768 // n) for n in sizes)
 
-    def make(shape: Shape, layout: str) -> Any:
+    def make(shape: Shape, layout: str) -> object:
         blocks = workshop.shuffled(shape.blocks, 384 // shape.block_size)
         return partial(workshop.cache, shape, blocks, step=shape.block_size, layout=layout)
 
-    both_ways(workshop, make(first, NHD), make(second, HND))
+    both_directions(workshop, make(first, NHD), make(second, HND))
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -179,7 +180,7 @@ def test_block_tables_of_both_sides(workshop: Bench, sizes: Ints) -> None:
     ],
 )
 def test_shapes_in_which_every_extent_is_two(workshop: Bench, layout: str, layers: int) -> None:
-    """Which axis is which is said by the layout, never by an extent that happens to be 2."""
+    """The layout decides which axis is which, never an extent that happens to be 2."""
     shape = Shape(layers, widths=(4, 4), block_size=2, blocks=2)
     for direction in DIRECTIONS:
         workshop.copy(workshop.move(direction, shape, [3, 0, 1], layout=layout))
@@ -188,7 +189,7 @@ def test_shapes_in_which_every_extent_is_two(workshop: Bench, layout: str, layer
 
 #: How a cache lies: the axis that is further apart, by how many elements; the order in memory; or
 #: keywords of `arranged`.
-_PADDED: dict[str, Any] = {
+_PADDED: Keywords = {
     "pages": ("block", 24), "blocks-by-one": ("block", 1), "rows": ("head", 3),
     "heads": ("token", 8), "planes": ("kv", 7), "layers": {"place": "strided", "pads": {1: 16}},
     "elements": {"gap": 2}, "scattered": {"place": "scattered"}, "offset": {"shift": 8},
@@ -199,7 +200,7 @@ _PADDED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _lying(layout: str, how: Any) -> dict[str, Any]:
+def _lying(layout: str, how: Any) -> Keywords:
     """An entry of `_PADDED` as keywords, for a cache of a layout."""
     if isinstance(how, tuple):
         axis, elements, *more = how
@@ -221,7 +222,7 @@ def test_strides_and_padding(bench: Bench, direction: str, how: str) -> None:
 
 
 #: How a chunk lies, as keywords of `arranged`.
-_CHUNKS: dict[str, dict[str, Any]] = {
+_CHUNKS: dict[str, Keywords] = {
     "rows": {"pads": {3: 5}},
     "planes": {"pads": {2: 9}},
     "elements": {"gap": 3},
@@ -251,7 +252,9 @@ def test_lists_of_memory_objects(bench: Bench, layout: str, place: str) -> None:
     cache = Shape(blocks=8)
     store = Shape(block_size=16, blocks=2)
     paged = partial(bench.cache, cache, bench.shuffled(cache.slots, 27, 2))
-    both_ways(bench, paged, partial(bench.cache, store, range(27), layout=layout, place=place))
+    both_directions(
+        bench, paged, partial(bench.cache, store, range(27), layout=layout, place=place)
+    )
 
 
 @pytest.mark.parametrize("layout", ["layer | block page", "block layer page", "block | layer page"])
@@ -263,7 +266,7 @@ def test_opaque_pages(workshop: Bench, page: int, layout: str) -> None:
     holes = workshop.shuffled(6, 4, 1)
     blocks = workshop.shuffled(6, 4)
     padded = partial(make, holes, layout="layer | block page", pads={1: 5})
-    both_ways(workshop, padded, partial(make, blocks, layout=layout))
+    both_directions(workshop, padded, partial(make, blocks, layout=layout))
 
 
 def test_one_source_row_for_many_tokens(bench: Bench) -> None:
@@ -278,7 +281,7 @@ def test_one_source_row_for_many_tokens(bench: Bench) -> None:
 def test_more_than_a_grid_holds(bench: Bench, kind: str, direction: str) -> None:
     """Nothing is clipped of many tokens, many blocks, many runs of a token or a long block."""
     rng = torch.Generator().manual_seed(bench.seed)
-    how = dict[str, Any]()
+    how: Keywords = {}
     if kind == "tokens":
         shape = Shape(1, 1, (2, 2), block_size=16, blocks=12_600)
         ids: Any = torch.randperm(shape.slots, generator=rng)[:200_000]

@@ -68,7 +68,7 @@ def test_another_device_than_the_current_one(bench: Bench, direction: str, threa
 @pytest.mark.needs("two devices")
 @pytest.mark.parametrize("supplied", [True, False], ids=["given", "current"])
 def test_a_launch_on_another_device(bench: Bench, direction: str, supplied: bool) -> None:
-    """A launch orders its work on the stream that it gets, or else on the current stream of its own
+    """A launch orders its work on the stream that it gets, or else on the current stream of its
     device, whichever device is current in the thread."""
     subject = bench.subject
     other = bench.facility.second()
@@ -103,7 +103,7 @@ def test_a_launch_on_another_device(bench: Bench, direction: str, supplied: bool
 @pytest.mark.needs("two devices")
 @pytest.mark.parametrize("late", [False, True], ids=["there", "late"])
 def test_ids_on_another_device(bench: Bench, direction: str, late: bool) -> None:
-    """Ids may lie on another device than the views, and be written there behind slow work."""
+    """Ids may lie on another device than the views, and be written there after slow work."""
     there = Facility(bench.facility.second(), bench.facility.emulated)
     slots = torch.tensor(bench.shuffled(SHAPE.slots, 9, 1))
     copy = Late(bench, bench.move(direction, SHAPE, slots.to(there.device)))

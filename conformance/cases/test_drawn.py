@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structures that nobody thought of: drawn by hypothesis by the run's seed, ``--fuzz N`` in each
+"""Random structures, drawn by hypothesis by the run's seed, ``--fuzz N`` in each
 case, and judged by the oracle. A failing one is shrunken and saved, see `draw.saved`."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from portakv_conformance.cases import Judge
+from portakv_conformance.draw.arrangement import Keywords
 from portakv_conformance.draw.strategies import all_cases, cases, migrations, page_cases
 from portakv_conformance.judge.judging import ENDS
 
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.area("drawn")
 in_two = pytest.mark.parametrize("part", range(2))
 
 
-def places(judge: Judge, data: st.DataObject) -> dict[str, Any]:
+def places(judge: Judge, data: st.DataObject) -> Keywords:
     """Options of the strategies: tensors on the device, ids there or on the host."""
     device = str(judge.subject.device)
     ids_on = data.draw(st.sampled_from((device, "cpu"))) if device != "cpu" else device
@@ -59,6 +58,7 @@ def test_pages(judge: Judge, part: int, data: st.DataObject) -> None:
 @in_two
 @given(data=st.data())
 def test_launches(judge: Judge, part: int, data: st.DataObject) -> None:
-    """What `prepare` returns moves the rows by itself, with ids where and as the backend claims."""
+    """The launch that `prepare` returns moves the rows alone, with ids where the backend claims
+    them."""
     holes = judge.subject.can.skips_negative
     judge.launch(data.draw(cases(**places(judge, data), holes=holes)))

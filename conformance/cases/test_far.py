@@ -79,7 +79,7 @@ def check(judge: Judge, direction: str, far: Place, other: Place) -> None:
         for at, place, piece in zip(dst.where, far.where, wanted, strict=True):
             assert torch.equal(dst.tensor[at].cpu(), piece), (
                 f"What lies {far.tensor[place].storage_offset() - far.tensor.storage_offset()} "
-                f"bytes behind the address, at {place} of {far.view.layout.text!r}, was not moved "
+                f"bytes after the address, at {place} of {far.view.layout.text!r}, was not moved "
                 f"right: an offset or a product of it was cut."
             )
         judge.examples += 1
@@ -140,7 +140,7 @@ def check_layers(judge: Judge, direction: str, memory: torch.Tensor, stride: int
 @pytest.mark.needs("host")
 @pytest.mark.parametrize("stride", [2**31 + 256, 2**32 + 256, 2**33 + 4096, 2**35 + 256])
 def test_blocks_that_lie_far_apart(judge: Judge, direction: str, stride: int) -> None:
-    """A block may lie any number of bytes behind the one before it."""
+    """A block may lie any number of bytes after the block before it."""
     plane = far_blocks(mapped(2 * stride + 4096), stride, 3)
     check_rows(judge, direction, plane, [5, 0, 2, 3], "block token head dim")
 
@@ -168,7 +168,7 @@ def test_slots_that_are_far_out(judge: Judge, direction: str, rows: tuple[int, i
 @pytest.mark.needs("host")
 @pytest.mark.parametrize("first", [0, 2**31 // _ODD, 2**32 // _ODD + 3])
 def test_a_far_chunk(judge: Judge, direction: str, first: int) -> None:
-    """A chunk may have planes gigabytes apart, and a copy may begin gigabytes behind it."""
+    """A chunk may have planes gigabytes apart, and a copy may begin gigabytes after its start."""
     tokens = first + 100
     apart = max(tokens * _ODD, 2**32) + 3
     chunk = mapped(2 * apart).as_strided((2, tokens, _ODD), (apart, _ODD, 1))
@@ -190,7 +190,7 @@ def memory(subject: Subject, judge: Judge) -> Iterator[Bytes]:
     judge.facility.release()
 
 
-def on_a_device(test: Any) -> Any:
+def on_a_device(test: object) -> object:
     """A case that takes gigabytes of a device."""
     for mark in (full, pytest.mark.needs("memory"), pytest.mark.bigmem):
         test = mark(test)
@@ -199,7 +199,7 @@ def on_a_device(test: Any) -> Any:
 
 @on_a_device
 def test_far_blocks_on_a_device(judge: Judge, memory: Bytes, direction: str) -> None:
-    """On a device too, a block may lie more than 2**32 bytes behind the first."""
+    """A block on a device may lie more than 2**32 bytes after the first."""
     stride = 2**32 + 256
     plane = far_blocks(memory(stride + 4096), stride, 2)
     check_rows(judge, direction, plane, [3, 0, 2], "block token head dim")
@@ -208,7 +208,7 @@ def test_far_blocks_on_a_device(judge: Judge, memory: Bytes, direction: str) -> 
 @on_a_device
 @pytest.mark.parametrize("kind", MIGRATIONS)
 def test_whole_blocks_and_two_lists_on_a_device(judge: Judge, memory: Bytes, kind: str) -> None:
-    """On a device too, far blocks move whole, and under ids on both sides."""
+    """Far blocks on a device move whole, also under ids on both sides."""
     stride = 2**31 + 256
     offset = 2048
     whole = memory(2 * stride + 8192)
@@ -220,7 +220,7 @@ def test_whole_blocks_and_two_lists_on_a_device(judge: Judge, memory: Bytes, kin
 @on_a_device
 @pytest.mark.parametrize("row", [128, _ODD])
 def test_a_flat_pool_on_a_device(judge: Judge, memory: Bytes, direction: str, row: int) -> None:
-    """On a device too, the product of a slot and a row's bytes passes 2**31 and 2**32."""
+    """The product of a slot and a row's bytes may exceed 2**31 and 2**32 on a device."""
     slots = (2**32 + 2**20) // row // _SIZE * _SIZE
     plane = memory(slots * row).view(slots, 1, row)
     picked = [slots - 1, 0, 2**31 // row, 2**31 // row + 1, 2**32 // row + 3, 1]
@@ -230,7 +230,7 @@ def test_a_flat_pool_on_a_device(judge: Judge, memory: Bytes, direction: str, ro
 @on_a_device
 @pytest.mark.parametrize("far", ["planes", "tokens"])
 def test_a_far_chunk_on_a_device(judge: Judge, memory: Bytes, direction: str, far: str) -> None:
-    """On a device too, planes of a chunk, and its first token, may lie gigabytes behind it."""
+    """Planes of a chunk on a device, and its first token, may lie gigabytes after its start."""
     first = 0
     apart = 2**32 + 3
     row = _ODD
@@ -245,6 +245,6 @@ def test_a_far_chunk_on_a_device(judge: Judge, memory: Bytes, direction: str, fa
 
 @on_a_device
 def test_layers_that_lie_far_apart_on_a_device(judge: Judge, memory: Bytes, direction: str) -> None:
-    """On a device too, planes of one allocation may lie gigabytes apart."""
-    stride = 2**31 + 512  # of three layers the last lies behind 2**32
+    """Planes of one allocation on a device may lie gigabytes apart."""
+    stride = 2**31 + 512  # of three layers the last lies past 2**32
     check_layers(judge, direction, memory(2 * stride + 4096), stride)

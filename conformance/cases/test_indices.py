@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from portakv_conformance.cases import Bench, Case, Shape, Side, Subject
+from portakv_conformance.draw.by_hand import Ids
 from portakv_conformance.judge.judging import across
 
 pytestmark = pytest.mark.area("corners")
@@ -21,12 +22,12 @@ HND = "layer kv | block head token dim"
 DTYPES = {"int32": torch.int32, "int64": torch.int64}
 
 
-def homes(subject: Subject) -> list[torch.device]:
-    """Where ids may lie: the host, and the device if it is another."""
+def id_devices(subject: Subject) -> list[torch.device]:
+    """Return the devices that may hold ids: the host, and the judged device."""
     return list({torch.device("cpu"): None, subject.device: None})
 
 
-def elsewhere(bench: Bench, layout: str, ids: Any, **how: Any) -> Side:
+def elsewhere(bench: Bench, layout: str, ids: Ids, **how: Any) -> Side:
     """A destination in another layout than the home, where the backend copies to it."""
     result = across(bench.subject, bench.paged, layout)
     return bench.cache(SHAPE, ids, layout=result, source=False, **how)
@@ -36,7 +37,7 @@ def elsewhere(bench: Bench, layout: str, ids: Any, **how: Any) -> Side:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ids_that_are_not_contiguous(bench: Bench, direction: str, dtype: str, stride: int) -> None:
     """A strided list of ids is read by its stride; what stands between its ids is not read."""
-    for place in homes(bench.subject):
+    for place in id_devices(bench.subject):
         slots = torch.tensor(bench.shuffled(SHAPE.slots, 11, 2), dtype=DTYPES[dtype])
         wide = torch.full((stride * 11 + 1,), SHAPE.slots + 7, dtype=DTYPES[dtype]).to(place)
         spread = wide[1::stride][:11]
@@ -47,7 +48,7 @@ def test_ids_that_are_not_contiguous(bench: Bench, direction: str, dtype: str, s
 @pytest.mark.parametrize(("own", "remote"), list(product(DTYPES, DTYPES)))
 def test_each_side_has_its_own_dtype(bench: Bench, own: str, remote: str) -> None:
     """Ids of the two sides may be of different dtypes, and lie in different places."""
-    for place, other in product(homes(bench.subject), homes(bench.subject)):
+    for place, other in product(id_devices(bench.subject), id_devices(bench.subject)):
         src = torch.tensor(bench.shuffled(SHAPE.slots, 10, 1), dtype=DTYPES[own])
         dst = torch.tensor(bench.shuffled(SHAPE.slots, 10)[::-1], dtype=DTYPES[remote])
         source = bench.cache(SHAPE, src.to(place))

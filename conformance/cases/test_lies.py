@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from portakv import Transfer
-from portakv_conformance.cases import Bench, Facility, Shape, Subject, asked_of, plan_of
+from portakv_conformance.cases import Bench, Facility, Shape, Subject, arguments_of, plan_of
 from portakv_conformance.cases.test_ordering import Late
 from portakv_conformance.cases.test_safety import DUPLICATES, check_duplicates
 
@@ -23,7 +23,8 @@ BUSY = 300  # milliseconds
 
 @pytest.mark.claim("places")
 def test_places_are_of_this_device(subject: Subject) -> None:
-    """On the host only host memory is claimed; elsewhere each pair has the device on one side."""
+    """A backend of the host claims host memory only; others claim pairs with their device on one
+    side."""
     for pair in sorted(subject.can.places):
         right = ("device" in pair) == (subject.device.type != "cpu")
         assert right, f"It runs on {subject.device} and claims to copy from {' to '.join(pair)}."
@@ -65,9 +66,9 @@ def test_host_ids_that_change_right_after_the_call(bench: Bench, direction: str,
         case = bench.move(direction, SHAPE, ids)
         expected = case.expected()
         started = list[Transfer]()
-        copy = partial(bench.subject.copy, *asked_of(case), count=case.count)
+        copy = partial(bench.subject.copy, *arguments_of(case), count=case.count)
         bench.facility.delay(BUSY)
-        if not bench.judge.carried(lambda: started.append(copy()), case):  # noqa: B023 (called at once)
+        if not bench.judge.carried(lambda: started.append(copy()), case):  # noqa: B023 (called immediately)
             return
         _other_slots(ids)
         bench.judge.finish(started[0])
@@ -94,7 +95,7 @@ def test_a_launch_has_read_its_host_ids(bench: Bench, direction: str) -> None:
 
 @pytest.mark.claim("threads")
 def test_each_thread_gets_its_own_copy(bench: Bench, direction: str) -> None:
-    """Of one launch that several threads call at once each call moves its own rows, once."""
+    """Several threads call one launch concurrently; each call moves its own rows, once."""
     if not bench.judge.claims("threads", "the library lets one thread at a time into a launch."):
         return
     prepared = None
@@ -108,10 +109,10 @@ def test_each_thread_gets_its_own_copy(bench: Bench, direction: str) -> None:
 @pytest.mark.area("safety")
 @pytest.mark.parametrize("step", [1, 4])
 def test_duplicates_that_reach_a_launch(bench: Bench, step: int) -> None:
-    """Where nobody looked at the ids, a destination that occurs twice corrupts nothing else."""
+    """A destination that occurs twice, in ids that were not checked, corrupts nothing else."""
     shape = replace(SHAPE, block_size=4, blocks=6)
     case = bench.scatter(shape, torch.tensor(DUPLICATES).to(bench.subject.device), step=step)
-    check_duplicates(bench.judge, case, bench.judge.landing(case))
+    check_duplicates(bench.judge, case, bench.judge.launch_to_the_end(case))
 
 
 @pytest.mark.area("ordering")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""More than fits: units under two lists of ids, and tensors behind one table of addresses."""
+"""More than fits: units under two lists of ids, and tensors in one table of addresses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_more_than_a_grid_holds_under_two_lists(bench: Bench, units: str) -> Non
 @BOTH
 @pytest.mark.parametrize("layout", ["layer kv | block token head dim", "block | layer token dim"])
 def test_more_tensors_than_a_table_holds(bench: Bench, layout: str, direction: str) -> None:
-    """520 tensors on one side, of layers and kv or of blocks, are all told apart."""
+    """520 tensors on one side, of layers and kv or of blocks, are all distinguished."""
     if layout.startswith("layer"):
         shape = Shape(layers=260, heads=1, widths=(8, 8), block_size=2, blocks=2)
         bench.copy(bench.move(direction, shape, [3, 0], layout=layout))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ Data = st.DataObject
 _FEWER = settings(max_examples=max(settings().max_examples * 2 // 3, 1))
 
 
-def drawn(judge: Judge, data: Data, **options: Any) -> Case:
+def drawn(judge: Judge, data: Data, **options: object) -> Case:
     """A case on the judged device."""
     return data.draw(cases(device=str(judge.subject.device), **options))
 
@@ -60,7 +59,7 @@ def rows_at(side: Side, slots: np.ndarray) -> list[np.ndarray]:
 
 
 def distinct(slots: np.ndarray) -> bool:
-    """Whether no slot occurs twice, holes apart."""
+    """Return True if no slot occurs twice, except for negative slots."""
     real = slots[slots >= 0]
     return len(np.unique(real)) == len(real)
 
@@ -68,7 +67,7 @@ def distinct(slots: np.ndarray) -> bool:
 @_FEWER
 @given(st.data())
 def test_scatter_after_gather_is_the_identity(judge: Judge, data: Data) -> None:
-    """What was copied and is copied back leaves every byte of the source as it was."""
+    """A copy and its reverse leave every byte of the source as it was."""
     there_and_back(judge, data, ("", ""), "After there and back")
 
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from portakv_conformance.cases import Bench, Case, Facility, Shape, asked_of, plan_of
+from portakv import Transfer
+from portakv_conformance.cases import Bench, Case, Facility, Shape, arguments_of, plan_of
 from portakv_conformance.draw.by_hand import on_host
 
 pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
@@ -30,7 +30,7 @@ class Late:
         self.case = case
         self.expected = case.expected()
         self.final = [guard.payload().clone() for guard in case.src.guards]
-        self.asked = asked_of(case)
+        self.arguments = arguments_of(case)
         self.copy().synchronize()  # compiles outside of the race
         self.expected.before.restore(guard.whole for guard in case.dst.guards)
         for guard in case.src.guards:
@@ -42,9 +42,9 @@ class Late:
         for guard, final in zip(self.case.src.guards, self.final, strict=True):
             guard.payload().copy_(final, non_blocking=True)
 
-    def copy(self, stream: torch.Stream | None = None) -> Any:
+    def copy(self, stream: torch.Stream | None = None) -> Transfer:
         """The copy, as a user gets it."""
-        return self.bench.subject.copy(*self.asked, count=self.case.count, stream=stream)
+        return self.bench.subject.copy(*self.arguments, count=self.case.count, stream=stream)
 
     def check(self, *, source: bool = True) -> None:
         """Judge the bytes; all work has ended."""
@@ -54,8 +54,8 @@ class Late:
         judge.check(self.expected, self.case, source=source)
         judge.failing = failing
 
-    def check_behind_its_producer(self, where: str) -> None:
-        """Judge a copy behind a slow producer, on the current stream or on another."""
+    def check_after_its_producer(self, where: str) -> None:
+        """Judge a copy after a slow producer, on the current stream or on another."""
         facility = self.bench.facility
         side = facility.stream()
         with facility.on(side if where == "current" else facility.current()):
@@ -72,13 +72,13 @@ class Late:
         fresh = side.ids.clone()
         side.ids.copy_(torch.arange(len(fresh)).flip(0))
         facility.synchronize()
-        self.asked = asked_of(self.case)
+        self.arguments = arguments_of(self.case)
         facility.delay(SLOW)
         side.ids.copy_(fresh, non_blocking=True)
 
 
 def made(bench: Bench, direction: str, ids: str, *, now: bool = False) -> Late:
-    """A case whose ids lie on the host or on the device, with its source in place if asked."""
+    """A case whose ids lie on the host or on the device, with its source in place if requested."""
     slots = bench.on_device(SHAPE.slots, 9, 1)
     late = Late(bench, bench.move(direction, SHAPE, slots if ids == "device" else slots.cpu()))
     if now:
@@ -90,13 +90,13 @@ def made(bench: Bench, direction: str, ids: str, *, now: bool = False) -> Late:
 @pytest.mark.parametrize("ids", PLACES)
 @pytest.mark.parametrize("where", STREAMS)
 def test_a_copy_waits_for_its_producer(bench: Bench, direction: str, where: str, ids: str) -> None:
-    """A copy is ordered behind all earlier work of the caller's current stream, on any stream."""
-    made(bench, direction, ids).check_behind_its_producer(where)
+    """A copy is ordered after all earlier work of the caller's current stream, on any stream."""
+    made(bench, direction, ids).check_after_its_producer(where)
 
 
 @pytest.mark.parametrize("where", STREAMS)
 def test_later_work_waits_for_the_copy(bench: Bench, direction: str, where: str) -> None:
-    """Behind ``Transfer.wait`` the current stream may read the destination and reuse the source."""
+    """After ``Transfer.wait`` the current stream may read the destination and reuse the source."""
     late = made(bench, direction, "host", now=True)
     side = bench.facility.stream()
     with bench.facility.on(side if where == "current" else bench.facility.current()):
@@ -109,13 +109,13 @@ def test_later_work_waits_for_the_copy(bench: Bench, direction: str, where: str)
         bench.facility.current().synchronize()
     bench.facility.synchronize()
     for guard, copy in zip(late.case.dst.guards, landed, strict=True):
-        assert torch.equal(guard.whole.cpu(), copy.cpu()), "Behind wait() bytes were still coming."
+        assert torch.equal(guard.whole.cpu(), copy.cpu()), "Bytes were still arriving after wait()."
     late.check(source=False)
 
 
 @pytest.mark.parametrize("where", ["none", "side"])
 def test_ids_that_are_produced_late(bench: Bench, direction: str, where: str) -> None:
-    """Ids on the device are read behind the work that writes them."""
+    """Ids on the device are read after the work that writes them."""
     late = made(bench, direction, "device", now=True)
     late.write_ids_late(bench.facility)
     late.copy(bench.facility.stream() if where == "side" else None).synchronize()
@@ -199,7 +199,7 @@ def test_a_launch_returns_while_its_stream_is_busy(bench: Bench, direction: str,
     launch(None, None)  # makes what only a first launch has to wait for
     late.produce()
     bench.facility.synchronize()
-    # Whether slow work is slow here is asked of another stream: work that was asked for has begun.
+    # Another stream shows if slow work is slow here, since the requested work has begun.
     late_at_all = not _busy(bench.facility, bench.facility.stream()).query()
     assert late_at_all or bench.facility.emulated, "The slow job ended as soon as it was ordered."
     busy = _busy(bench.facility, stream := bench.facility.stream())
@@ -229,8 +229,8 @@ def test_copies_on_two_streams_at_once(bench: Bench, direction: str) -> None:
         late.check()
 
 
-def test_a_load_behind_a_store_of_the_same_rows(bench: Bench) -> None:
-    """On one stream, a store reads its rows before the load behind it writes them."""
+def test_a_load_after_a_store_of_the_same_rows(bench: Bench) -> None:
+    """A store reads its rows before a later load on the same stream writes them."""
     slots = bench.shuffled(SHAPE.slots, 9)
     store = bench.gather(SHAPE, slots)
     fresh = bench.other(1).scatter(SHAPE, slots)
@@ -247,17 +247,17 @@ def test_a_load_behind_a_store_of_the_same_rows(bench: Bench) -> None:
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
 @pytest.mark.parametrize("where", ["none", "side"])
 def test_a_store_to_the_host_waits_for_its_producer(bench: Bench, where: str, pinned: bool) -> None:
-    """A store to the host reads the device behind the work that writes it."""
+    """A store to the host reads the device after the work that writes it."""
     case = bench.some("gather", SHAPE, 9, 1, {"device": "cpu"})
     late = Late(bench, replace(case, dst=on_host(case.dst, pinned)))
-    late.check_behind_its_producer(where)
+    late.check_after_its_producer(where)
 
 
 @pytest.mark.parametrize("where", STREAMS[:2])
 def test_a_load_of_pinned_memory_that_is_being_written(bench: Bench, where: str) -> None:
-    """A load reads pinned memory behind the work that writes it."""
+    """A load reads pinned memory after the work that writes it."""
     case = bench.some("scatter", SHAPE, 9, 1, {"device": "cpu"})
     late = Late(bench, replace(case, src=on_host(case.src, True)))
     late.final = [final.to(bench.facility.device) for final in late.final]
     bench.facility.synchronize()
-    late.check_behind_its_producer(where)
+    late.check_after_its_producer(where)

@@ -10,10 +10,11 @@ import pytest
 
 from portakv import Index
 from portakv_conformance.cases import BOTH, Bench, Shape, between, index_of, view_of
+from portakv_conformance.draw.arrangement import Keywords
 
 pytestmark = pytest.mark.area("corners")
 
-#: Layouts of one cache beside the home.
+#: Layouts of one cache, other than the base layout.
 LAYOUTS = {
     "home": "",
     "nhd": "layer | kv block token head dim",
@@ -34,7 +35,7 @@ def test_migration_within_one_cache(bench: Bench, layout: str) -> None:
 
 
 #: What is sliced of a view, and what is left of its shape then.
-_SLICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+_SLICES: dict[str, tuple[Keywords, Keywords]] = {
     "one-layer": ({"layers": 2}, {"layers": 1}), "layers": ({"layers": slice(1, 3)}, {"layers": 2}),
     "one-head": ({"heads": 3}, {"heads": 1}), "heads": ({"heads": slice(1, 3)}, {"heads": 2}),
     "keys": ({"kv": 0}, {"widths": (32,)}), "values": ({"kv": 1}, {"widths": (32,)}),
@@ -64,10 +65,10 @@ def test_slices(bench: Bench, what: str, direction: str, layout: str) -> None:
     if not source:
         requested = (dense, cache, Index(), index_of(side))
     case = between(direction, reported, chunk, 9)
-    bench.judge.call(case, lambda: bench.subject.copy(*requested, count=9), asked=requested)
+    bench.judge.call(case, lambda: bench.subject.copy(*requested, count=9), arguments=requested)
 
 
-def _sliced(tensors: Any, layout: str, part: dict[str, Any]) -> Any:
+def _sliced(tensors: Any, layout: str, part: Keywords) -> Any:
     """The same slice by plain indexing of lists and tensors, one axis in each of their places."""
     left, _, right = layout.rpartition("|")
 

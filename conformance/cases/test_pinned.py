@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 
 from portakv import CopyPlan, Unsupported
-from portakv_conformance.cases import BOTH, Bench, Case, Shape, asked_of
-from portakv_conformance.judge.judging import Asked
+from portakv_conformance.cases import BOTH, Bench, Case, Shape, arguments_of
+from portakv_conformance.judge.judging import Arguments
 
 pytestmark = [
     pytest.mark.area("claims"),
@@ -23,10 +23,10 @@ SHAPE = Shape()
 PAIRS = [("pinned", "pinned"), ("pinned", "pageable"), ("pageable", "pinned")]
 
 
-def made(bench: Bench, direction: str, pair: tuple[str, str]) -> tuple[Case, Asked]:
-    """A case, and what it is asked for with views that are said to lie in a pair of places."""
+def made(bench: Bench, direction: str, pair: tuple[str, str]) -> tuple[Case, Arguments]:
+    """Return a case, and its arguments with views that claim to lie in a pair of places."""
     case = bench.some(direction, SHAPE, 9)
-    requested = asked_of(case)
+    requested = arguments_of(case)
     for view, place in zip(requested[:2], pair, strict=True):
         view.form = replace(view.form, place=place)
     return case, requested
@@ -55,4 +55,4 @@ def test_pinned_memory_on_the_host(bench: Bench, pair: tuple[str, str], directio
         bench.judge.not_claimed("places", f"it does not copy {method}.")
         assert refusal is not None, f"It prepares a plan that it does not claim: {method}."
     fresh, again = made(bench, direction, pair)
-    bench.judge.call(fresh, lambda: bench.subject.copy(*again, count=fresh.count), asked=again)
+    bench.judge.call(fresh, lambda: bench.subject.copy(*again, count=fresh.count), arguments=again)

@@ -14,6 +14,7 @@ import torch
 
 from portakv.layout.presets import PRESETS
 from portakv_conformance.cases import CHUNK, PAGED, Bench, Case, Shape, Workshop, between, full
+from portakv_conformance.draw.arrangement import Keywords
 from portakv_conformance.judge.grammar import read_layout
 
 pytestmark = pytest.mark.area("corners")
@@ -77,7 +78,7 @@ def test_preset(workshop: Bench, operation: str, name: str, dtype: torch.dtype) 
 
 
 def shape_of(name: str, dtype: torch.dtype) -> Shape:
-    """What the tensors of a preset hold here."""
+    """Return the shape that the tensors of a preset have here."""
     preset = PRESETS[name]
     axes = read_layout(preset.layout)
     kv = int(preset.extents.get("kv", 2 if axes.written("kv") else 1))  # type: ignore[arg-type]
@@ -90,9 +91,9 @@ def shape_of(name: str, dtype: torch.dtype) -> Shape:
     return replace(shape, widths=(page * shape.block_size,)) if axes.written("page") else shape
 
 
-def lies(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """How a preset's tensors lie in memory, as `by_hand.arranged` takes it."""
-    how: dict[str, Any] = {"dtype": dtype}
+def lies(name: str, dtype: torch.dtype) -> Keywords:
+    """Return the memory arrangement of a preset's tensors, as `by_hand.arranged` takes it."""
+    how: Keywords = {"dtype": dtype}
     if memory := MEMORY.get(name):
         how["memory"] = memory
         if "layer" in memory.split():
@@ -129,7 +130,7 @@ def _case(shop: Bench, operation: str, name: str, dtype: torch.dtype) -> Case:
     return shop.some(operation, shape, 13, 2, chunk, layout=layout, **how)
 
 
-def _pages(shop: Workshop, operation: str, layout: str, shape: Shape, how: dict[str, Any]) -> Case:
+def _pages(shop: Workshop, operation: str, layout: str, shape: Shape, how: Keywords) -> Case:
     size = shape.block_size
     blocks = shop.shuffled(shape.blocks, 3, 1)
     own = {"layout": layout, "step": size, **how}
@@ -144,7 +145,7 @@ def _pages(shop: Workshop, operation: str, layout: str, shape: Shape, how: dict[
 
 
 def _chunks(shop: Workshop, operation: str, layout: str, shape: Shape, dtype: torch.dtype) -> Case:
-    """A chunk's layout beside a paged cache, or another chunk's."""
+    """A chunk's layout together with a paged cache's, or another chunk's."""
     if operation == "convert":
         source = shop.chunk(shape, 13, layout=layout, dtype=dtype)
         other = "token layer head kv dim"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must never happen: bad ids, shared memory and errors leave every other byte alone."""
+"""Check the guarantees: bad ids, shared memory and errors leave every other byte alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import torch
 from portakv import LayoutError, SlotError
 from portakv_conformance.cases import BOTH, DIRECTIONS, Bench, Case, Judge, Shape, between
 from portakv_conformance.draw import by_hand
+from portakv_conformance.draw.arrangement import Keywords
 from portakv_conformance.judge.judging import without_bad
 from portakv_conformance.judge.memory import Memory
 
@@ -65,7 +65,7 @@ def _judge_bad(bench: Bench, case: Case) -> None:
         bench.judge.check(expected, case)
 
 
-_END = 1 << 20  # stands for the first id past the end, and what is added to it for one far behind
+_END = 1 << 20  # stands for the first id past the end, and the distance of an id far past it
 #: Ids of the source and of the destination: which of them are bad, and what faces a bad one.
 _PAIRS = {
     "source": ([1, _END, 3], [0, 2, 4]), "destination": ([1, 0, 3], [0, _END, 4]),
@@ -76,7 +76,9 @@ _PAIRS = {
 }  # fmt: skip
 
 
-def two_lists(bench: Bench, pair: str, step: int, device: Any, dtype: torch.dtype) -> Case:
+def two_lists(
+    bench: Bench, pair: str, step: int, device: str | torch.device, dtype: torch.dtype
+) -> Case:
     """A copy from one cache to another under a list of ids on each side."""
     src, dst = (torch.tensor(_with_end(ids, step), dtype=dtype).to(device) for ids in _PAIRS[pair])
     target = bench.cache(SHAPE, dst, step=step, source=False)
@@ -90,7 +92,7 @@ def _with_end(ids: list[int], step: int) -> list[int]:
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("pair", _PAIRS)
 def test_host_ids_past_the_end_of_both_sides(bench: Bench, pair: str, step: int) -> None:
-    """An id past the end of either list is a SlotError, also beside padding, and nothing moves."""
+    """An id past the end of either list is a SlotError, also next to padding, and nothing moves."""
     bench.judge.refused(two_lists(bench, pair, step, "cpu", torch.int64), SlotError)
 
 
@@ -107,7 +109,7 @@ def test_device_ids_past_the_end_of_both_sides(bench: Bench, pair: str, step: in
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("pair", _PAIRS)
 def test_bad_ids_of_both_sides_are_guarded(bench: Bench, pair: str, step: int) -> None:
-    """A launch that guards does so for both lists, and tells also of an id that faces padding."""
+    """A launch that guards checks both lists, and reports also an id that faces padding."""
     if not bench.judge.claims("guards", "bad ids are found before the launch."):
         return
     for dtype in bench.subject.can.index_dtypes:
@@ -131,12 +133,12 @@ _SEVERAL = {
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("ids", _SEVERAL)
 def test_the_word_names_a_bad_position(bench: Bench, ids: str, offset: int, step: int) -> None:
-    """Of several bad ids the status word holds the position + 1 of the first, counted from where
-    the copy begins in its list, padding included."""
+    """The status word holds the position + 1 of the first bad id. Positions count from the start of
+    the copy in its list, padding included."""
     if not bench.judge.claims("guards", "bad ids are found before the launch."):
         return
     supplied = bench.judge.ids([0] * offset + _with_end(_SEVERAL[ids], step), torch.int64)
-    how: dict[str, Any] = {"step": step, "offset": offset * step}
+    how: Keywords = {"step": step, "offset": offset * step}
     for direction in DIRECTIONS:
         bench.judge.guarded(bench.move(direction, SHAPE, supplied, **how))
 
@@ -237,7 +239,7 @@ def test_misaligned(bench: Bench, what: str, direction: str, off: int) -> None:
     shape = Shape(layers=3, heads=2, widths=(64, 64))
     of_chunk = what.startswith("chunk")
     part = what.removeprefix("chunk-")
-    how: dict[str, Any] = {"shift": off} if part == "offset" else {}
+    how: Keywords = {"shift": off} if part == "offset" else {}
     if axis := _MISALIGNED[what]:
         how = by_hand.widened(by_hand.CHUNK if of_chunk else bench.paged, axis, off)
     of_chunks, of_caches = (how, {}) if of_chunk else ({}, how)

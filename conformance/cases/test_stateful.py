@@ -30,8 +30,11 @@ SIZE = SHAPE.block_size
 
 
 class Engine(RuleBasedStateMachine):
-    """Sequences of tokens in blocks of a cache in the backend's home layout. ``told`` is what each
-    token of each sequence must hold. What the backend declines does not happen."""
+    """Sequences of tokens in blocks of a cache in the backend's base layout.
+
+    ``expected`` holds the bytes that each token of each sequence must have. A copy that the backend
+    declines does not happen.
+    """
 
     bench: Bench
 
@@ -42,7 +45,7 @@ class Engine(RuleBasedStateMachine):
         self.connector.register_kv_caches(self.cache.tensors)
         self.free = list(range(SHAPE.blocks))
         self.blocks: dict[int, list[int]] = {}  # sequence -> its blocks
-        self.told: dict[int, list[bytes]] = {}  # sequence -> the bytes of each token
+        self.expected: dict[int, list[bytes]] = {}  # sequence -> the bytes of each token
         self.stored: dict[int, tuple[Side, list[bytes]]] = {}  # evicted ones, as chunks
         self.number = 0
         self.done: list[Case] = []  # every copy so far
@@ -71,7 +74,7 @@ class Engine(RuleBasedStateMachine):
         """New tokens of a new or the last sequence are written by a scatter, into new blocks."""
         sequence = max(self.blocks, default=0) + 1 if end or not self.blocks else max(self.blocks)
         own = self.blocks.setdefault(sequence, [])
-        reported = self.told.setdefault(sequence, [])
+        reported = self.expected.setdefault(sequence, [])
         while len(own) * SIZE < len(reported) + tokens and self.free:
             own.append(self.free.pop())
         tokens = min(tokens, len(own) * SIZE - len(reported))
@@ -89,7 +92,7 @@ class Engine(RuleBasedStateMachine):
     def evict(self, pick: int) -> None:
         """A sequence is stored to a chunk and its blocks are given back."""
         sequence = sorted(self.blocks)[pick % len(self.blocks)]
-        reported = self.told.pop(sequence)
+        reported = self.expected.pop(sequence)
         if reported:
             chunk = self._chunk(len(reported), False)
             slots = _slots(self.blocks[sequence], 0, len(reported))
@@ -114,12 +117,12 @@ class Engine(RuleBasedStateMachine):
         if self._carried(Case(chunk, self._paged(slots), len(reported)), call):
             del self.stored[sequence], self.free[: len(own)]
             self.blocks[sequence] = own
-            self.told[sequence] = reported
+            self.expected[sequence] = reported
 
     @precondition(lambda self: self.free and any(self.blocks.values()))
     @rule(pick=st.integers(0, 5), which=st.integers(0, 5))
     def migrate(self, pick: int, which: int) -> None:
-        """A block moves to a free one, all layers at once."""
+        """A block moves to a free block, all layers together."""
         owners = [own for _, own in sorted(self.blocks.items()) if own]
         own = owners[pick % len(owners)]
         place = which % len(own)
@@ -132,12 +135,12 @@ class Engine(RuleBasedStateMachine):
             self.free.append(own[place])
             own[place] = self.free.pop(0)
 
-    @precondition(lambda self: any(self.told.values()))
+    @precondition(lambda self: any(self.expected.values()))
     @rule(pick=st.integers(0, 5), other=st.sampled_from(BASE_LAYOUTS))
     def convert(self, pick: int, other: str) -> None:
         """A sequence is read, through another layout's cache, as it was written."""
         owners = [
-            (sequence, reported) for sequence, reported in sorted(self.told.items()) if reported
+            (sequence, reported) for sequence, reported in sorted(self.expected.items()) if reported
         ]
         sequence, reported = owners[pick % len(owners)]
         blocks = self.blocks[sequence][: -(-len(reported) // SIZE)]
@@ -156,7 +159,7 @@ class Engine(RuleBasedStateMachine):
         """Whatever happened, each token of each sequence holds what was written for it."""
         retained = tokens_at(self.cache, range(SHAPE.slots))
         with self._blaming():
-            for sequence, reported in self.told.items():
+            for sequence, reported in self.expected.items():
                 for token, slot in enumerate(_slots(self.blocks[sequence], 0, len(reported))):
                     where = f"Sequence {sequence}, token {token} in slot {slot}"
                     assert retained[slot] == reported[token], f"{where} does not hold its bytes."

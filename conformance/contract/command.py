@@ -23,6 +23,8 @@ from portakv_conformance.contract import io, tier, transport
 from portakv_conformance.contract.runner import Outcome, checks_of, run_checks
 from portakv_conformance.run.journal import SubjectUnavailable
 
+#: Makes an implementation.
+Maker = Callable[..., Any]
 #: The implementations of each contract by name, also those of installed packages.
 CATALOGS: dict[str, Catalog[Any]] = {
     "tier": TIERS,
@@ -33,13 +35,13 @@ CATALOGS: dict[str, Catalog[Any]] = {
     "io": ENGINES,
 }
 #: How the contract makes a tier of PortaKV in an empty folder.
-_MADE: dict[tuple[str, str], Callable[..., Any]] = {
+_MADE: dict[tuple[str, str], Maker] = {
     ("tier", "disk"): lambda folder: Disk(folder, capacity=8 << 20),
     ("tier", "remote"): lambda folder: Remote(f"file://{folder}"),
 }
 
 
-def implementation(contract: str, name: str) -> Callable[..., Any]:
+def implementation(contract: str, name: str) -> Maker:
     """Return what makes the subjects of a contract.
 
     A tier's maker is called with an empty folder, an I/O engine's class without arguments, and a
@@ -56,7 +58,7 @@ def implementation(contract: str, name: str) -> Callable[..., Any]:
         return made
     catalog = CATALOGS[contract]
     try:
-        make: Callable[..., Any] = catalog.load(catalog.check("NAME", name))
+        make: Maker = catalog.load(catalog.check("NAME", name))
     except PortaKVError as error:
         raise SubjectUnavailable(str(error)) from error
     except (ImportError, AttributeError) as error:
@@ -67,7 +69,7 @@ def implementation(contract: str, name: str) -> Callable[..., Any]:
     return make
 
 
-def outcomes_of(contract: str, make: Callable[..., Any]) -> list[Outcome]:
+def outcomes_of(contract: str, make: Maker) -> list[Outcome]:
     """Return the outcome of each check of a contract over what ``make`` makes."""
 
     def tiers(folder: Path) -> AbstractContextManager[tier.Tiers]:

@@ -188,7 +188,7 @@ def check_a_fault_concerns_its_request_alone(engine: Engine, folder: Path) -> No
 
 
 def check_an_error_of_the_caller_waits_for_the_end(engine: Engine, folder: Path) -> None:
-    """What `ended` raises is raised by `run`, once no request uses memory any more."""
+    """`run` raises the error of `ended` after no request uses memory any more."""
 
     class Stop(Exception):
         pass

@@ -26,6 +26,7 @@ from portakv.storage.form import BlockForm
 from portakv.storage.reasons import Reason
 from portakv.storage.rows import Rows
 from portakv_conformance.contract.runner import expect, run_threads
+from portakv_conformance.draw.arrangement import Keywords
 
 Bytes = npt.NDArray[np.uint8]
 #: The byte of rows that no read has written.
@@ -41,9 +42,9 @@ _KINDS = {
 }
 
 
-def _form(**other: Any) -> BlockForm:
+def _form(**other: object) -> BlockForm:
     """Return a form of four layers and two heads with 2,048 bytes of payload in each segment."""
-    fields: dict[str, Any] = {
+    fields: Keywords = {
         "model": "contract/model@1",
         "dtype": "float16",
         "kv": 2,

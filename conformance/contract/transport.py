@@ -69,7 +69,7 @@ class End:
         answer = self.other.answers[type(message)](self.connection, sent)
         return msgspec.msgpack.decode(msgspec.msgpack.encode(answer), type=kind)
 
-    def tell(self, address: str, message: Any) -> None:
+    def tell(self, address: str, message: object) -> None:
         """Send a message that has no answer."""
         self.ask(address, message, type(None))
 
@@ -106,7 +106,7 @@ class Wire:
         for each in self.owner.asks:
             self.there.serve(each, partial(self._answer, self.there))
 
-    def _answer(self, there: Any, life: Any, question: Any) -> Any:
+    def _answer(self, there: object, life: object, question: object) -> Any:
         return self.owner.answer(life, there, question)
 
     def give(self, slot: torch.Tensor, tag: int = 0) -> Moving:
@@ -222,9 +222,9 @@ def check_another_length_is_an_error(both: Wire, folder: Path) -> None:
         both.cross(1000)
 
 
-def check_a_death_ends_what_is_under_way(both: Wire, folder: Path) -> None:
-    """When the channel reports that the peer is gone, each slot under way ends with `PeerError`
-    and is free; after a new connection slots cross again."""
+def check_a_death_ends_slots_in_flight(both: Wire, folder: Path) -> None:
+    """Each slot in flight ends with `PeerError` and is free after the channel reports that the peer
+    is gone; after a new connection slots cross again."""
     both.cross(100)
     both.owner.timeout = both.reader.timeout = 300.0
     into = [empty(1 << 16), empty(1 << 16)]

@@ -18,6 +18,7 @@ from portakv.graph.graph import Graph
 from portakv.migrate.transports.base import Moving
 from portakv.migrate.transports.distributed import Distributed, Pair
 from portakv.storage import Disk
+from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Ended, Request
 from portakv.storage.io.threads import Threads
 
@@ -100,36 +101,40 @@ class _Tier:
     def __init__(self, folder: Path) -> None:
         self._disk = Disk(folder, capacity=8 << 20)
 
-    def forms(self, form: Any) -> Any:
+    def forms(self, form: BlockForm) -> Any:
         """Return what the disk tier finds."""
         return self._disk.forms(form)
 
-    def open(self, graph: Graph, rows: Any, forms: Any) -> list[Any]:
+    def open(self, graph: Graph, rows: object, forms: Sequence[BlockForm]) -> list[Any]:
         """Open the disk tier, with changed stores."""
         return [type(self).store(store) for store in self._disk.open(graph, rows, forms)]
 
 
 class _Believes(_Changed):
-    def read(self, keys: Any, *rest: Any) -> list[bool]:
+    def read(self, keys: Sequence[bytes], *rest: object) -> list[bool]:
         """Return each block as landed."""
         self._store.read(keys, *rest)
         return [True] * len(keys)
 
 
 class _Silent(_Changed):
-    def read(self, keys: Any, rows: Any, segments: Any, stop: Any, report: Any) -> Any:
+    def read(
+        self, keys: object, rows: object, segments: object, stop: object, report: object
+    ) -> Any:
         """Report no reason."""
         return self._store.read(keys, rows, segments, stop)
 
 
 class _First(_Changed):
-    def read(self, keys: Any, rows: Any, segments: Any, stop: Any, report: Any) -> Any:
+    def read(
+        self, keys: object, rows: object, segments: object, stop: object, report: object
+    ) -> Any:
         """Read the first segment alone."""
         return self._store.read(keys, rows, segments and [0], stop, report)
 
 
 class _Evicts(_Changed):
-    def write(self, *known: Any, report: Any) -> Any:
+    def write(self, *known: object, report: object) -> Any:
         """Evict although the caller forbids it."""
         return self._store.write(*known[:6], report=report)
 
@@ -206,7 +211,7 @@ WRONG = {
         "Evicts": "a_write_without_eviction_keeps_what_is_there",
     },
     "transport": {
-        "Deaf": "a_death_ends_what_is_under_way",
+        "Deaf": "a_death_ends_slots_in_flight",
         "Hasty": "a_slot_has_landed_when_it_ends",
     },
 }

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from portakv_conformance.judge.oracle import Expected, compare, expand, expected
 from portakv_conformance.judge.pattern import Guarded, guarded
 from portakv_conformance.judge.rows import leaves
 
+#: Keyword arguments, such as the fields of an `Arrangement` or declared extents.
+Keywords: TypeAlias = "dict[str, Any]"
+
 
 @dataclass
 class Side:
@@ -28,7 +31,7 @@ class Side:
 
     tensors: Any
     layout: str
-    extents: dict[str, Any]
+    extents: Keywords
     ids: torch.Tensor | None  # this and the next two are those of an Index
     step: int
     offset: int
@@ -47,7 +50,7 @@ class Side:
         return expand(self.ids, self.step, self.offset, count)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """For hypothesis, which would otherwise print every byte of every tensor."""
+        """Print a short text: hypothesis would otherwise print every byte of every tensor."""
         printer.text(repr(self))
 
     def __repr__(self) -> str:
@@ -71,7 +74,7 @@ class Case:
         self.src.reinterpret |= src != dst
 
     def expected(self) -> Expected:
-        """What the oracle expects of this copy; take it before copying."""
+        """Return the oracle's expectation of this copy; call it before copying."""
         src = self.src
         dst = self.dst
         return expected_copy(
@@ -105,13 +108,16 @@ def _sketch(tensors: Any) -> str:
 
 @dataclass
 class Arrangement:
-    """How the tensors of one side lie in memory; all lengths in elements of ``dtype``. ``place``:
-    ``separate`` storages, ``strided`` in one storage at equal distances, ``scattered`` in one at
-    irregular ones, with holes of multiples of ``grain``."""
+    """The arrangement of the tensors of one side in memory.
+
+    All lengths are in elements of ``dtype``. ``place``: ``separate`` storages, ``strided`` in one
+    storage at equal distances, ``scattered`` in one at irregular ones, with holes of multiples of
+    ``grain``.
+    """
 
     layout: str
     dtype: torch.dtype
-    extents: dict[str, Any]  # of every axis: layer, kv, block, token, head; dim: one for each kv
+    extents: Keywords  # of every axis: layer, kv, block, token, head; dim: one for each kv
     kinds: tuple[type, ...] = ()
     place: str = "separate"
     # The physical dimensions, outermost first: right groups; the last number: strided containers.
@@ -134,7 +140,7 @@ def side_of(
     ids: torch.Tensor | None = None,
     step: int = 1,
     offset: int = 0,
-    declared: dict[str, Any] | None = None,
+    declared: Keywords | None = None,
 ) -> Side:
     """Build one side; ``declared`` are its view's extents, by default all that can be declared."""
     axes = read_layout(to.layout)
@@ -176,7 +182,7 @@ def _factor_size(to: Arrangement, group: Group, place: int, kv: int) -> int:
 
 
 def _group_size(to: Arrangement, group: Group, kv: int) -> int:
-    """The length of a group, unequal parts behind one another."""
+    """Return the length of a group, with unequal parts one after another."""
     axes = [str(factor) for factor in group]
     size = math.prod(_factor_size(to, group, place, kv) for place in range(len(group)))
     if {"kv", "dim"} <= set(axes) and axes.index("kv") < axes.index("dim"):
@@ -235,7 +241,7 @@ def _place(
         starts = [start + sum(holes[: n + 1]) for n, start in enumerate(starts)]
         rng.shuffle(starts)
         elements = max(starts) + span
-    how: dict[str, Any] = {"seed": to.seed, "poison": to.poison, "device": to.device}
+    how: Keywords = {"seed": to.seed, "poison": to.poison, "device": to.device}
     first = to.storage + len(guards)
     nbytes = elements * to.dtype.itemsize
     made = [guarded(nbytes, storage=first + n, **how) for n in range(count if separate else 1)]
@@ -252,7 +258,7 @@ def _trailing(
     if not to.split_end:
         return sizes, strides
     inner = [_factor_size(to, right[-1], place, kv) for place in range(len(right[-1]))]
-    if len(inner) == 1:  # a page has no factors of its own: any two numbers do
+    if len(inner) == 1:  # a page has no factors, so any two numbers do
         least = next((n for n in range(2, inner[0] + 1) if inner[0] % n == 0), 1)
         inner = [inner[0] // least, least]
     steps = [strides[-1] * math.prod(inner[place + 1 :]) for place in range(len(inner))]

@@ -11,14 +11,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partialmethod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from portakv_conformance.draw.arrangement import Arrangement, Case, Side, side_of
+from portakv_conformance.draw.arrangement import Arrangement, Case, Keywords, Side, side_of
 from portakv_conformance.judge.grammar import Group, read_layout
 from portakv_conformance.judge.pattern import Guarded
 
+Ids: TypeAlias = "Sequence[int] | torch.Tensor | None"
 DIRECTIONS = ("gather", "scatter")
 PAGED = "layer | kv block token head dim"
 CHUNK = "kv layer token (head dim)"
@@ -39,8 +40,10 @@ _ELSEWHERE = 1000  # storage numbers of destinations, so that no source has the 
 
 @dataclass(frozen=True)
 class Shape:
-    """What both sides of a copy agree on, and how a cache is paged. ``widths`` are bytes, one for
-    each kv; ``page`` bytes for pages."""
+    """The shape that both sides of a copy share, and the paging of a cache.
+
+    ``widths`` are bytes, one for each kv; ``page`` bytes for pages.
+    """
 
     layers: int = 2
     heads: int = 2
@@ -65,16 +68,18 @@ def arranged(
     shift: int = 0,
     **how: Any,
 ) -> Arrangement:
-    """How the tensors of a layout lie; ``tokens`` if it is a chunk's, ``how`` are fields of
-    `Arrangement`. A ``source`` is filled with the pattern, a destination with poison. ``memory`` is
-    the physical order of the groups right of the bar, outermost first, if it is not the logical
-    one; with the group left of it among them, all containers lie in one storage at equal distances.
-    ``shift`` is the storage offset of the first tensor, in elements.
+    """Return the arrangement of the tensors of a layout.
+
+    ``tokens`` if it is a chunk's; ``how`` are fields of `Arrangement`. A ``source`` is filled with
+    the pattern, a destination with poison. ``memory`` is the physical order of the groups right of
+    the bar, outermost first, if it is not the logical one; with the group left of it among them,
+    all containers lie in one storage at equal distances. ``shift`` is the storage offset of the
+    first tensor, in elements.
     """
     axes = read_layout(layout)
     opaque = axes.written("page")
     paged = axes.written("block")
-    extents: dict[str, Any] = {
+    extents: Keywords = {
         "layer": shape.layers,
         "head": shape.heads,
         "kv": len(shape.widths),
@@ -102,9 +107,9 @@ def arranged(
     return Arrangement(layout, dtype, extents, **how)
 
 
-def widened(layout: str, axis: str, elements: int) -> dict[str, Any]:
-    """How to make an axis of a layout, if it is a dimension of it, lie ``elements`` further apart:
-    keywords of `arranged`."""
+def widened(layout: str, axis: str, elements: int) -> Keywords:
+    """Return keywords of `arranged` that make an axis of a layout, if it is a dimension, lie
+    ``elements`` further apart."""
     place = dimension(layout, axis)
     return {} if place is None else {"pads": {place + 1: elements}}
 
@@ -120,7 +125,7 @@ def reordered(layout: str, axes: str) -> str:
 
 
 def dimension(layout: str, axis: str) -> int | None:
-    """Which dimension of a layout is an axis; None if none is."""
+    """Return the dimension of a layout that is an axis; None if none is."""
     names = _names(read_layout(layout).right)
     return names.index(axis) if axis in names else None
 
@@ -147,7 +152,7 @@ class Workshop:
     def cache(
         self,
         shape: Shape,
-        ids: Any = None,
+        ids: Ids = None,
         *,
         layout: str = "",
         step: int = 1,
@@ -159,13 +164,13 @@ class Workshop:
         return side_of(to, self.ids(ids), step, offset)
 
     def chunk(
-        self, shape: Shape, tokens: int, *, layout: str = "", offset: int = 0, **how: Any
+        self, shape: Shape, tokens: int, *, layout: str = "", offset: int = 0, **how: object
     ) -> Side:
         """A chunk of so many tokens, from its token ``offset`` on."""
         to = arranged(layout or self.dense, shape, tokens=tokens, **self._own(how))
         return side_of(to, None, 1, offset)
 
-    def _own(self, how: dict[str, Any]) -> dict[str, Any]:
+    def _own(self, how: Keywords) -> Keywords:
         return {"seed": self.seed, "device": self.device, **how}
 
     def move(
@@ -173,7 +178,7 @@ class Workshop:
         direction: str,
         shape: Shape,
         ids: Any,
-        chunk: dict[str, Any] | None = None,
+        chunk: Keywords | None = None,
         **how: Any,
     ) -> Case:
         """A case of `DIRECTIONS`; ``how`` is that of the cache, ``chunk`` that of the chunk, which
@@ -195,7 +200,7 @@ class Workshop:
         ids = self.shuffled(shape.slots // how.get("step", 1), count, holes)
         return self.move(direction, shape, ids, *chunk, **how)
 
-    def ids(self, ids: Any) -> torch.Tensor | None:
+    def ids(self, ids: Ids) -> torch.Tensor | None:
         """Ids as a tensor: int64 on the host if they are a list."""
         if ids is None or isinstance(ids, torch.Tensor):
             return ids
@@ -216,13 +221,13 @@ def between(direction: str, cache: Side, chunk: Side, count: int) -> Case:
 
 
 def moved(side: Side, guards: list[Guarded]) -> Side:
-    """A side with its tensors over other storages, one for each of its own; lists stay lists."""
-    homes = dict(zip((g.whole.data_ptr() for g in side.guards), guards, strict=True))
+    """Return a side with its tensors over other storages, one for each; lists stay lists."""
+    by_address = dict(zip((g.whole.data_ptr() for g in side.guards), guards, strict=True))
 
     def move(level: Any) -> Any:
         if not isinstance(level, torch.Tensor):
             return [move(item) for item in level]
-        whole = homes[level.untyped_storage().data_ptr()].whole
+        whole = by_address[level.untyped_storage().data_ptr()].whole
         made = torch.empty(0, dtype=level.dtype, device=whole.device)
         where = (level.storage_offset(), level.shape, level.stride())
         return made.set_(whole.untyped_storage(), *where)
@@ -231,7 +236,7 @@ def moved(side: Side, guards: list[Guarded]) -> Side:
 
 
 def on_host(side: Side, pinned: bool) -> Side:
-    """A side with its tensors on the host, pinned if asked, their bytes as they are."""
+    """Return a side with its tensors on the host, pinned if requested, with the same bytes."""
     if not pinned and all(guard.whole.device.type == "cpu" for guard in side.guards):
         return side
     guards = [replace(guard, whole=guard.whole.cpu()) for guard in side.guards]
@@ -241,7 +246,7 @@ def on_host(side: Side, pinned: bool) -> Side:
 
 
 def lifted(side: Side, nbytes: int) -> Side:
-    """A side in storages that begin themselves ``nbytes`` behind an address of the allocator, as
+    """Return a side in storages that begin ``nbytes`` after an address of the allocator, as
     those of tensors do that another library made; storage offsets stay as they are."""
     guards = []
     for guard in side.guards:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,12 +18,13 @@ from portakv_conformance.draw.arrangement import Arrangement, Case, Side, side_o
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import ENDS, Judge
 from portakv_conformance.judge.subject import Subject
+from portakv_conformance.record import JsonObject
 
 SCHEMA = "portakv-example/1"
 _KINDS = {"list": list, "tuple": tuple, "dict": dict}
 
 
-def dump(case: Case, about: dict[str, Any] | None = None) -> str:
+def dump(case: Case, about: JsonObject | None = None) -> str:
     """A case as a JSON document; ``about`` says where it came from. `ValueError` if a side was not
     built from an arrangement."""
     document = {
@@ -38,15 +38,18 @@ def dump(case: Case, about: dict[str, Any] | None = None) -> str:
     return json.dumps(document, indent=1) + "\n"
 
 
-def save(case: Case, path: Path, about: dict[str, Any] | None = None) -> None:
+def save(case: Case, path: Path, about: JsonObject | None = None) -> None:
     """Write a case to a file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dump(case, about), encoding="utf-8")
 
 
-def read_about(text: str) -> dict[str, Any]:
-    """What a JSON document says of its case; makes no tensors, so that no device is needed.
-    `ValueError` if it is no document of this schema."""
+def read_about(text: str) -> JsonObject:
+    """Return what a JSON document states about its case.
+
+    Makes no tensors, so it needs no device. Raises `ValueError` if it is not a document of this
+    schema.
+    """
     with _reading():
         document = json.loads(text)
         if document["schema"] != SCHEMA:
@@ -54,14 +57,14 @@ def read_about(text: str) -> dict[str, Any]:
         return dict(document["about"])
 
 
-def load(text: str, device: str | torch.device | None = None) -> tuple[Case, dict[str, Any]]:
-    """The case of a JSON document, with fresh tensors, and what is said about it. What lay on the
-    judged device is built on ``device``, by default where it lay. `ValueError` if it is no document
+def load(text: str, device: str | torch.device | None = None) -> tuple[Case, JsonObject]:
+    """The case of a JSON document, with fresh tensors, and its description. Tensors of the judged
+    device are built on ``device``, by default where they lay. `ValueError` if it is not a document
     of this schema, or fields are missing."""
     reported = read_about(text)
 
     def to(place: str) -> str:
-        """Where something goes that lay at ``place``; host memory of a device's case stays."""
+        """Return the new device of a tensor at ``place``; host memory of a device's case stays."""
         stays = device is None or (place == "cpu" and reported.get("device", "cpu") != "cpu")
         return place if stays else str(device)
 
@@ -74,13 +77,13 @@ def load(text: str, device: str | torch.device | None = None) -> tuple[Case, dic
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Whatever fails inside is told as a file that is no example."""
+    """Raise `ValueError`, for any failure inside, that the file is not an example."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"This is no saved example of the suite ({type(error).__name__}: {error}); pass a file "
-            f"that a run wrote beside its report."
+            f"that a run wrote next to its report."
         ) from error
 
 
@@ -103,7 +106,7 @@ def replay(path: Path, subject: Subject) -> str | None:
     return None
 
 
-def _side(side: Side) -> dict[str, Any]:
+def _side(side: Side) -> JsonObject:
     if side.arrangement is None:
         raise ValueError(f"{side!r} was not built from an arrangement, so it cannot be saved.")
     to = asdict(side.arrangement)
@@ -120,37 +123,37 @@ def _side(side: Side) -> dict[str, Any]:
             "stride": ids.stride(0),
         }
     )
-    told_of = {"arrangement": to, "declared": side.extents, "step": side.step}
-    return {**told_of, "offset": side.offset, "ids": reported}
+    described = {"arrangement": to, "declared": side.extents, "step": side.step}
+    return {**described, "offset": side.offset, "ids": reported}
 
 
-def _build(told: dict[str, Any], to: Callable[[str], str], shared: Side | None = None) -> Side:
+def _build(document: JsonObject, to: Callable[[str], str], shared: Side | None = None) -> Side:
     """A side, with the tensors of another one if it is given."""
-    ids = _ids(told["ids"], to)
-    step = told["step"]
-    offset = told["offset"]
+    ids = _ids(document["ids"], to)
+    step = document["step"]
+    offset = document["offset"]
     if shared is not None:
         return replace(shared, ids=ids, step=step, offset=offset)
-    values = dict(told["arrangement"])
+    values = dict(document["arrangement"])
     values["dtype"] = _dtype(values["dtype"])
     values["kinds"] = tuple(_KINDS[name] for name in values["kinds"])
     values["order"] = tuple(values["order"])
     values["pads"] = {int(place): pad for place, pad in values["pads"].items()}
     values["extents"] = _extents(values["extents"])
     values["device"] = to(values["device"])
-    return side_of(Arrangement(**values), ids, step, offset, _extents(told["declared"]))
+    return side_of(Arrangement(**values), ids, step, offset, _extents(document["declared"]))
 
 
-def _extents(told: dict[str, Any]) -> dict[str, Any]:
-    return {axis: tuple(n) if isinstance(n, list) else n for axis, n in told.items()}
+def _extents(document: JsonObject) -> JsonObject:
+    return {axis: tuple(n) if isinstance(n, list) else n for axis, n in document.items()}
 
 
-def _ids(told: dict[str, Any] | None, to: Callable[[str], str]) -> torch.Tensor | None:
-    if told is None:
+def _ids(document: JsonObject | None, to: Callable[[str], str]) -> torch.Tensor | None:
+    if document is None:
         return None
-    values = torch.tensor(told["values"], dtype=_dtype(told["dtype"]))
-    step = max(told["stride"], 1)
-    wide = values.new_full((max(len(values), 1) * step,), -1).to(to(told["device"]))
+    values = torch.tensor(document["values"], dtype=_dtype(document["dtype"]))
+    step = max(document["stride"], 1)
+    wide = values.new_full((max(len(values), 1) * step,), -1).to(to(document["device"]))
     spread = wide[::step][: len(values)]
     spread.copy_(values)
     return spread
@@ -165,8 +168,8 @@ def _dtype(name: str) -> torch.dtype:
 
 @contextmanager
 def blaming(judge: Judge, *suspects: Case) -> Iterator[None]:
-    """If what is inside fails, keep the first of ``suspects`` that fails on its own as the judge's
-    failing case; none if each passes on its own."""
+    """Retain, if the block fails, the first of ``suspects`` that fails alone as the judge's failing
+    case; none if each passes alone."""
 
     def fails_alone(case: Case) -> bool:
         try:

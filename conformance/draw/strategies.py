@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from portakv_conformance.draw.arrangement import Arrangement, Case, Side, side_of
+from portakv_conformance.draw.arrangement import Arrangement, Case, Keywords, Side, side_of
 from portakv_conformance.judge.grammar import read_layout
 
 Draw = Any  # the callable that hypothesis hands to a composite strategy
@@ -47,7 +47,7 @@ _PAGES = (
 
 @dataclass(frozen=True)
 class SharedRows:
-    """What both sides of a copy have in common."""
+    """The shape of rows that both sides of a copy share."""
 
     layers: int
     heads: int
@@ -109,8 +109,8 @@ def _draw_layout(
         groups.insert(draw(st.integers(0, len(groups))), "1")
     if not left:
         return " ".join(groups)
-    bars = _grouped(left, draw(st.integers(0, 3)) if rarely(draw) else 0)
-    return f"{' '.join(bars)} | {' '.join(groups)}"
+    outer = _grouped(left, draw(st.integers(0, 3)) if rarely(draw) else 0)
+    return f"{' '.join(outer)} | {' '.join(groups)}"
 
 
 def _grouped(factors: list[str], merge: int) -> list[str]:
@@ -123,7 +123,7 @@ def _grouped(factors: list[str], merge: int) -> list[str]:
     return [group[0] if len(group) == 1 else f"({' '.join(group)})" for group in groups]
 
 
-def _declare(draw: Draw, layout: str, extents: dict[str, Any], paged: bool) -> dict[str, Any]:
+def _declare(draw: Draw, layout: str, extents: Keywords, paged: bool) -> Keywords:
     """The extents a caller declares: all that are needed, and some that are not."""
     dims = extents["dim"]
     one_number = len(set(dims)) == 1 and draw(st.booleans())
@@ -156,24 +156,25 @@ def _solvable(groups: list[list[str]], paged: bool) -> set[str]:
 def _must_declare(
     axis: str, groups: list[list[str]], dims: tuple[int, ...], solved: set[str]
 ) -> bool:
-    """Whether the tensors, with a written kv taken as 2, would not tell the extent of an axis."""
-    home = next((g for g in groups if axis in g or any(f.startswith(f"{axis}/") for f in g)), [])
+    """Return True if the tensors, with a written kv taken as 2, do not determine the extent of an
+    axis."""
+    group = next((g for g in groups if axis in g or any(f.startswith(f"{axis}/") for f in g)), [])
     if axis == "kv":
-        return bool(home) and len(dims) != 2
+        return bool(group) and len(dims) != 2
     if axis == "dim" and len(set(dims)) > 1:
         return True
-    return axis not in solved and len([f for f in home if f != "kv" and "%" not in f]) > 1
+    return axis not in solved and len([f for f in group if f != "kv" and "%" not in f]) > 1
 
 
 def _arranged(
     draw: Draw,
     layout: str,
     dtype: torch.dtype,
-    extents: dict[str, Any],
+    extents: Keywords,
     source: bool,
     options: Options,
 ) -> Arrangement:
-    """How the tensors of a layout lie in memory: order, padding, offsets, allocations."""
+    """Draw the memory of a layout's tensors: order, padding, offsets, allocations."""
     axes = read_layout(layout)
     groups = [list(map(str, group)) for group in axes.right]
     levels = len(axes.left)
@@ -223,7 +224,7 @@ def _arranged(
 
 @dataclass(frozen=True)
 class Options:
-    """What ``cases`` may draw; every field is a keyword of it."""
+    """The options of ``cases``; every field is a keyword of it."""
 
     containers: tuple[str, ...] = ("layer", "kv", "block", "head")  # what may stand left of the bar
     factored: bool = True  # axis/N with axis%N
@@ -303,10 +304,12 @@ def _draw_count(
     offsets = [0, 0]
     if draw(st.booleans()):
         offsets = [draw(st.integers(0, min((m - 1) // unit, 5))) * unit for m in most]
-    room = min(m - o for m, o in zip(most, offsets, strict=True)) // unit
+    limit = min(m - o for m, o in zip(most, offsets, strict=True)) // unit
     if rarely(draw):
         return offsets, 0
-    return offsets, (room if draw(st.booleans()) else draw(st.integers(min(room, 1), room))) * unit
+    return offsets, (
+        limit if draw(st.booleans()) else draw(st.integers(min(limit, 1), limit))
+    ) * unit
 
 
 def _with_ids(
@@ -393,11 +396,11 @@ def page_cases(draw: Draw, /, **options: Any) -> Case:
         arrangement = _arranged(draw, layout, dtype, extents, n == 0, chosen)
         step = pick(draw, (size, 0))
         sides.append(side_of(arrangement, step=step, declared={"block_size": size}))
-    (before, behind), count = _draw_count(draw, sides, chosen, unit=size)
+    (before, after), count = _draw_count(draw, sides, chosen, unit=size)
     src = _with_ids(draw, sides[0], before, count, False, chosen)
-    return Case(src, _with_ids(draw, sides[1], behind, count, True, chosen), count)
+    return Case(src, _with_ids(draw, sides[1], after, count, True, chosen), count)
 
 
-def all_cases(**options: Any) -> st.SearchStrategy[Case]:
+def all_cases(**options: object) -> st.SearchStrategy[Case]:
     """``cases``, ``migrations`` and ``page_cases`` together."""
     return st.one_of(cases(**options), migrations(**options), page_cases(**options))

@@ -15,7 +15,7 @@ from dataclasses import fields
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
 from math import isfinite
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from portakv.backends.base import Capabilities
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
@@ -218,7 +218,7 @@ def _emulation(record: RunRecord, device: str) -> Iterator[str]:
     yield from _unhashed(reported, "emulated")
 
 
-def _unhashed(hashes: dict[str, Any], what: str) -> Iterator[str]:
+def _unhashed(hashes: JsonObject, what: str) -> Iterator[str]:
     for name, sha256 in hashes.items():
         if not re.fullmatch(SHA256, str(sha256)):
             yield f"It does not say the hash of {name}, which {what}."

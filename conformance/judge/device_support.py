@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the suite needs from a device beyond tensors: streams, a slow job, a second device. No other
-module of the suite knows device types by name."""
+"""Device facilities beyond tensors that the suite needs: streams, a slow job, a second device.
+
+No other module of the suite knows device types by name.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 
@@ -25,16 +26,16 @@ class Facility:
 
     @property
     def streams(self) -> bool:
-        """Whether work on the device is ordered on streams."""
+        """Return True if work on the device is ordered on streams."""
         return self.device.type != "cpu"
 
     @property
     def graphs(self) -> bool:
-        """Whether work of the device can be captured into graphs by torch."""
+        """Return True if torch can capture work of the device into graphs."""
         return self.device.type == "cuda"
 
     def devices(self) -> int:
-        """How many devices of this kind there are."""
+        """Return the number of devices of this kind."""
         return torch.accelerator.device_count() if self.streams else 1
 
     def second(self) -> torch.device:
@@ -49,13 +50,15 @@ class Facility:
         """The current stream of the judged device."""
         return torch.accelerator.current_stream(self.device)
 
-    def on(self, stream: torch.Stream) -> AbstractContextManager[Any]:
+    def on(self, stream: torch.Stream) -> AbstractContextManager[object]:
         """Inside, ``stream`` is the current one."""
-        context: AbstractContextManager[Any] = torch.get_device_module(stream.device).stream(stream)
+        context: AbstractContextManager[object] = torch.get_device_module(stream.device).stream(
+            stream
+        )
         return context
 
     def delay(self, milliseconds: int, stream: torch.Stream | None = None) -> None:
-        """Keep a stream (None: the current one) busy; what is enqueued behind it comes late."""
+        """Keep a stream (None: the current one) busy; later work of that stream is delayed."""
         if not self.streams:
             return
         stream = stream or self.current()
@@ -63,7 +66,7 @@ class Facility:
             if self.emulated:
                 from portakv_conformance import simdev
 
-                if simdev.loaded() is not None:  # else without streams of its own: nothing is late
+                if simdev.loaded() is not None:  # else it has no streams: nothing is late
                     simdev.delay(stream, milliseconds)
             elif self.device.type == "cuda":
                 torch.cuda._sleep(milliseconds * _CYCLES)
@@ -79,7 +82,7 @@ class Facility:
             torch.accelerator.synchronize(self.device)
 
     def spare(self) -> int:
-        """Bytes of memory that are free on the judged device; 0 where it cannot be asked."""
+        """Bytes of memory that are free on the judged device; 0 where it is unknown."""
         if not self.streams or self.emulated:
             return 0
         ask = getattr(torch.get_device_module(self.device), "mem_get_info", None)

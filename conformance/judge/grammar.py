@@ -41,11 +41,11 @@ class Axes:
     open_end: bool  # the last right group may cover several trailing dimensions
 
     def written(self, axis: str) -> bool:
-        """Whether the axis occurs anywhere in the layout."""
+        """Return True if the axis occurs anywhere in the layout."""
         return any(f.axis == axis for group in self.left + self.right for f in group)
 
     def on_left(self, axis: str) -> bool:
-        """Whether the axis, or a part of it, is a container."""
+        """Return True if the axis, or a part of it, is a container."""
         return any(f.axis == axis for group in self.left for f in group)
 
 

@@ -34,13 +34,13 @@ from portakv_conformance.judge.subject import Subject
 
 #: How the end of a transfer may be waited for.
 ENDS = ("synchronize", "done", "wait")
-_PATIENCE = 60.0  # seconds until a transfer that never says that it is done is given up
+_PATIENCE = 60.0  # seconds until a transfer that never reports its end is given up
 _RULE = ". A backend raises Unsupported in prepare, or nothing."
 _NO_REASON = "The backend's check and prepare take this plan, and the copy raised Unsupported:"
-#: What the simulated device fills memory with, as the oracle tells of a byte that nobody wrote.
+#: The oracle's text for a byte that was never written, which the simulated device filled in.
 _EMULATED_POISON = "holds 0xdb, which is of unknown origin"
 
-Asked = tuple[KVView, KVView, Index, Index]
+Arguments = tuple[KVView, KVView, Index, Index]
 Why = Callable[[], str | None]
 
 
@@ -54,14 +54,14 @@ def index_of(side: Side) -> Index:
     return Index(side.ids, step=side.step, offset=side.offset)
 
 
-def asked_of(case: Case) -> Asked:
-    """What a copy of a case is asked for: views and indices of source and destination."""
+def arguments_of(case: Case) -> Arguments:
+    """Return the arguments of a case's copy: views and indices of source and destination."""
     return view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst)
 
 
 def plan_of(case: Case) -> CopyPlan:
     """The plan of a case, in the largest unit that both sides allow."""
-    src, dst, own, other = asked_of(case)
+    src, dst, own, other = arguments_of(case)
     return CopyPlan(src.form, dst.form, own.plan_step, other.plan_step)
 
 
@@ -87,7 +87,7 @@ class Judge:
         self.unclaimed = f"{field} is not claimed: {reason}"
 
     def claims(self, field: str, otherwise: str) -> bool:
-        """Whether ``field``, a yes or no, is claimed; where not, the test ends as `not_claimed`."""
+        """Return True if ``field`` is claimed; otherwise the test ends as `not_claimed`."""
         if not getattr(self.subject.can, field):
             self.not_claimed(field, otherwise)
             return False
@@ -99,9 +99,9 @@ class Judge:
         listed = torch.tensor(ids, dtype=dtype or next(iter(can.index_dtypes)))
         return listed.to(can.home_of_ids(self.subject.device))
 
-    def start(self, case: Case, **how: Any) -> Transfer:
+    def start(self, case: Case, **how: object) -> Transfer:
         """Begin a case as a user gets it."""
-        return self.subject.copy(*asked_of(case), count=case.count, **how)
+        return self.subject.copy(*arguments_of(case), count=case.count, **how)
 
     def copy(self, case: Case, *, end: str = "synchronize") -> bool:
         """Judge a case as a user gets it; False where the backend declines it, as it may."""
@@ -112,14 +112,17 @@ class Judge:
         case: Case,
         start: Callable[[], Transfer],
         *,
-        asked: Asked | None = None,
+        arguments: Arguments | None = None,
         end: str = "synchronize",
     ) -> bool:
-        """Judge a call that starts a transfer as the copy that it must be; False where declined.
-        ``asked`` is what the backend is asked for, if that is more than the case."""
+        """Judge a call that starts a transfer as the copy that it must be; return False where
+        declined.
+
+        ``arguments`` are those of the backend's copy, if it moves more than the case.
+        """
         self.direct = False
         self.end = end
-        why = partial(self.why_declined, *asked) if asked else None
+        why = partial(self.why_declined, *arguments) if arguments else None
         return self.judge(case, lambda: self.finish(start(), end), why)
 
     def launch(self, case: Case) -> bool:
@@ -129,26 +132,26 @@ class Judge:
 
     def launch_only(self, case: Case, status: torch.Tensor | None = None) -> None:
         """Prepare and launch a case in its largest unit, and wait for it."""
-        requested = asked_of(case)
+        requested = arguments_of(case)
         unit = largest_unit(*requested, case.count)
         self.land(self.subject.launch(*requested, case.count, status=status, unit=unit))
 
     def launch_of(self, case: Case, launch: Launch | None = None) -> Callable[..., Pending | None]:
-        """A launch, prepared for a case or given, with all that it is called for but the stream and
+        """Return a launch, prepared for a case or passed, with all arguments except the stream and
         the status word; ids and tables of addresses are where it reads them."""
-        src, dst, own, other = asked_of(case)
+        src, dst, own, other = arguments_of(case)
         launch = launch or self.subject.prepare(plan_of(case))
         _ = [view.table for view in (src, dst)]  # a copy from the host, on the current stream
         place = self.subject.place
         return partial(launch, src, dst, place(own), place(other), case.count)
 
-    def landing(self, case: Case, launch: Launch | None = None) -> Callable[[], None]:
-        """A call of `launch_of`, carried out to its end."""
+    def launch_to_the_end(self, case: Case, launch: Launch | None = None) -> Callable[[], None]:
+        """Return a call of `launch_of` that waits for its end."""
         call = self.launch_of(case, launch)
         return lambda: self.land(call(None, None))
 
     def land(self, pending: Pending | None, stream: torch.Stream | None = None) -> None:
-        """Wait for what a launch has begun, on all of the device or on a stream of it."""
+        """Wait for the work of a launch, on all of the device or on one of its streams."""
         if pending is not None:
             pending.wait()
         (stream or self.facility).synchronize()
@@ -157,7 +160,7 @@ class Judge:
         """Run ``carry``, which has finished when it returns, and judge every byte. If it raised
         `Unsupported`, ``why``, by default `why_declined`, is the reason that allows it, or None."""
         try:
-            return self._judge(case, carry, why or (lambda: self.why_declined(*asked_of(case))))
+            return self._judge(case, carry, why or (lambda: self.why_declined(*arguments_of(case))))
         except AssertionError as error:
             self.failing = case
             self.fault = self.fault or str(error)
@@ -178,7 +181,7 @@ class Judge:
             return False
         except Exception as error:
             ours = isinstance(error, PortaKVError)
-            rule = " It was asked for what is right." if ours else _RULE
+            rule = " The request was valid." if ours else _RULE
             reported = f"The copy raised {type(error).__name__}: {error}{rule}"
             raise AssertionError(f"{reported} {_the(case)}") from error
         self.check(expected, case)
@@ -190,29 +193,35 @@ class Judge:
         assert why is not None, f"{_NO_REASON} {refusal}"
         self.declined.append(why)
 
-    def may_decline(self, refusal: Unsupported, *asked: Any) -> None:
-        """Note why a copy of these views was refused; AssertionError where nothing allows it."""
-        self._note(self.why_declined(*asked), str(refusal))
+    def may_decline(self, refusal: Unsupported, *arguments: Any) -> None:
+        """Note the reason of a declined copy; raise AssertionError if nothing allows it."""
+        self._note(self.why_declined(*arguments), str(refusal))
 
-    def carried(self, call: Callable[[], object], of: Case | Asked) -> bool:
-        """Whether a call was carried out; False where the backend declines it, as it may."""
+    def carried(self, call: Callable[[], object], of: Case | Arguments) -> bool:
+        """Return True if a call succeeded; False where the backend declines it, as it may."""
         try:
             call()
         except Unsupported as refusal:
-            self.may_decline(refusal, *(asked_of(of) if isinstance(of, Case) else of))
+            self.may_decline(refusal, *(arguments_of(of) if isinstance(of, Case) else of))
             return False
         return True
 
-    def check(self, expected: Expected, case: Case, told: str = "", *, source: bool = True) -> None:
-        """Count a copy that was carried out; AssertionError, which begins with ``told``, where a
-        byte of the destination is wrong, or of the source if that is looked at."""
+    def check(
+        self, expected: Expected, case: Case, prefix: str = "", *, source: bool = True
+    ) -> None:
+        """Count a copy that was carried out.
+
+        Raises AssertionError, which begins with ``prefix``, if a byte of the destination is wrong,
+        or of the source if ``source``.
+        """
         src = case.src.tensors if source else None
         verdict = self.compare(expected, case.dst.tensors, src)
-        assert verdict is None, f"{told}{verdict} {_the(case)}"
+        assert verdict is None, f"{prefix}{verdict} {_the(case)}"
         self.examples += 1
 
-    def compare(self, expected: Expected, dst: Any, src: Any = None) -> str | None:
-        """As the oracle's `compare`, with what the judged device knows of a wrong byte."""
+    def compare(self, expected: Expected, dst: object, src: object = None) -> str | None:
+        """Compare as the oracle's `compare` does, and add what the judged device knows of a wrong
+        byte."""
         verdict = compare(expected, dst, src)
         if verdict and self.subject.emulated and _EMULATED_POISON in verdict:
             verdict += (
@@ -234,13 +243,15 @@ class Judge:
         else:
             until = time.monotonic() + _PATIENCE
             while not transfer.done():
-                assert time.monotonic() < until, "The transfer never said that it was done."
+                assert time.monotonic() < until, "The transfer never reported that it was done."
                 time.sleep(0.001)
 
-    def why_declined(self, src: KVView, dst: KVView, mine: Index, theirs: Index) -> str | None:
-        """The first reason by which the backend declines a plan of this copy, or None."""
+    def why_declined(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
+    ) -> str | None:
+        """Return the first reason by which the backend declines a plan of this copy, or None."""
         backend = self.subject.backend
-        for plan in plans(src, dst, mine, theirs):
+        for plan in plans(src, dst, src_index, dst_index):
             decision = backend.check(plan)
             if not decision.accepted:
                 return decision.reason
@@ -281,7 +292,7 @@ class Judge:
             name = type(result).__name__
             assert wrong is None, f"The copy was refused as {name}, but {wrong}. {_the(case)}"
             if error is not Unsupported and isinstance(result, Unsupported):
-                self.may_decline(result, *asked_of(case))
+                self.may_decline(result, *arguments_of(case))
             else:
                 self.examples += error is not Unsupported
             return
@@ -292,7 +303,7 @@ class Judge:
 
     def guarded(self, case: Case, *, word: bool = True) -> None:
         """Launch a case with ids past the end: the bytes are as if those were padding, and the
-        status word, if it is given one, tells the position + 1 of the first of them."""
+        status word, if it is passed, holds the position + 1 of the first of them."""
         expected = without_bad(case).expected()
         status = torch.zeros(1, dtype=torch.int64)
         status = status.pin_memory() if self.facility.streams else status
@@ -315,17 +326,17 @@ class Judge:
         )
 
     def at_once(self, cases: Sequence[Case], launch: Launch | None, times: int = 1) -> None:
-        """Judge calls of one launch, or copies as a user gets them, each from its own thread."""
+        """Judge concurrent calls of one launch, or concurrent copies, each in its own thread."""
         expected = [case.expected() for case in cases]
         works = list[Callable[[], object]]()
         for case in cases:
-            copy = partial(self.subject.copy, *asked_of(case))
+            copy = partial(self.subject.copy, *arguments_of(case))
             user = partial(lambda copy: self.finish(copy()), copy)
-            works.append(self.landing(case, launch) if launch else user)
+            works.append(self.launch_to_the_end(case, launch) if launch else user)
         self.facility.synchronize()
         at_once(works, times)
         for case, wanted in zip(cases, expected, strict=True):
-            self.check(wanted, case, f"Called from {len(cases)} threads at once: ")
+            self.check(wanted, case, f"Called from {len(cases)} threads together: ")
 
 
 def _the(case: Case) -> str:
@@ -333,7 +344,7 @@ def _the(case: Case) -> str:
 
 
 def without_bad(case: Case) -> Case:
-    """The copy that is left of a case: ids past the end, of either side, are padding."""
+    """Return a case in which ids past the end, of either side, are padding."""
     made = Case(replace(case.src), replace(case.dst), case.count)
     for side in (made.src, made.dst):
         if side.ids is not None:
@@ -343,8 +354,10 @@ def without_bad(case: Case) -> Case:
 
 
 def at_once(works: Sequence[Callable[[], object]], times: int = 1) -> None:
-    """Run each in a thread of its own, again and again, from one moment on; AssertionError where
-    one of them raised."""
+    """Run each in a separate thread, ``times`` times, started together.
+
+    Raises AssertionError if one of them raised.
+    """
     gate = threading.Barrier(len(works))
 
     def again(work: Callable[[], object]) -> None:
@@ -378,7 +391,7 @@ def find_base_layout(subject: Subject, layouts: Sequence[str]) -> str:
     return layouts[0]
 
 
-@lru_cache(maxsize=256)  # asked by many cases, and preparing may compile
+@lru_cache(maxsize=256)  # called by many cases, and preparing may compile
 def across(subject: Subject, paged: str, other: str) -> str:
     """``other`` where the backend copies from caches of layout ``paged`` to it, else ``paged``."""
     shape = Shape()
@@ -389,27 +402,27 @@ def across(subject: Subject, paged: str, other: str) -> str:
 
 
 def takes(subject: Subject, case: Case) -> bool:
-    """Whether the backend's ``check`` and ``prepare`` take every plan of a case."""
+    """Return True if the backend's ``check`` and ``prepare`` take every plan of a case."""
     try:
-        for plan in plans(*asked_of(case)):
+        for plan in plans(*arguments_of(case)):
             subject.prepare(plan)
     except Exception:  # Unsupported; of anything else the cases will tell
         return False
     return True
 
 
-def plans(src: KVView, dst: KVView, mine: Index, theirs: Index) -> list[CopyPlan]:
-    """The plans that one copy may come to: whole units, single tokens, ids without holes."""
-    first = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+def plans(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> list[CopyPlan]:
+    """Return the possible plans of one copy: whole units, single tokens, ids without holes."""
+    first = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
     result = [first]
-    by_unit = [first.unit if index.ids is not None else 0 for index in (mine, theirs)]
-    for steps in ((mine.plan_step, theirs.plan_step, 1), by_unit):
+    by_unit = [first.unit if index.ids is not None else 0 for index in (src_index, dst_index)]
+    for steps in ((src_index.plan_step, dst_index.plan_step, 1), by_unit):
         with suppress(PortaKVError):  # opaque pages have no plan by tokens
             result.append(CopyPlan(src.form, dst.form, *steps))
     return result
 
 
-def changed(before: Memory, tensors: Any) -> str | None:
+def changed(before: Memory, tensors: object) -> str | None:
     """A clause on the first storage that is not as it was, or None."""
     for number, result in before.changes(Memory.snapshot(tensors)):
         first = int(result[0]) - before.regions[number].base
@@ -419,7 +432,7 @@ def changed(before: Memory, tensors: Any) -> str | None:
 
 
 def largest_unit(src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int) -> int:
-    """The most tokens to move at once that a count and the offsets are multiples of."""
+    """Return the largest unit, in tokens, that divides a count and the offsets."""
     steps = src_index.plan_step, dst_index.plan_step
     most = CopyPlan(src.form, dst.form, *steps).unit
     unit = gcd(most, count, src_index.offset, dst_index.offset)

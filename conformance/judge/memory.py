@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of the storages behind tensors, read and written by absolute address."""
+"""Snapshots of the storages of tensors, read and written by absolute address."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Region:
 
     @property
     def end(self) -> int:
-        """The address behind the last byte."""
+        """Return the address after the last byte."""
         return self.base + self.content.size
 
 
@@ -33,7 +33,7 @@ class Memory:
     regions: list[Region]
 
     @classmethod
-    def snapshot(cls, *tensors: Any) -> Memory:
+    def snapshot(cls, *tensors: object) -> Memory:
         """Copy every distinct storage below tensors or nested containers of them."""
         result: dict[tuple[int, int], torch.Tensor] = {}
         for tensor in leaves(tensors):

@@ -6,7 +6,6 @@ language's definition (``rows``), and a copy is one assignment by absolute addre
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from portakv_conformance.judge.rows import Extents, Rows
 __all__ = ["Expected", "Rows", "compare", "expand", "expected_copy"]
 
 
-def expand(ids: Any, step: int, offset: int, count: int) -> np.ndarray:
+def expand(ids: object, step: int, offset: int, count: int) -> np.ndarray:
     """The slot of each position of one side, int64 ``[count]``; negative where it is skipped.
 
     With ``q = position + offset`` the slot is ``ids[q // step] * step + q % step``, without ids
@@ -44,14 +43,14 @@ class Expected:
 
 
 def expected_copy(
-    src_tensors: Any,
+    src_tensors: object,
     src_layout: str,
     src_extents: Extents | None,
-    dst_tensors: Any,
+    dst_tensors: object,
     dst_layout: str,
     dst_extents: Extents | None,
-    src_slots: Any,
-    dst_slots: Any,
+    src_slots: object,
+    dst_slots: object,
 ) -> Expected:
     """Snapshot both sides and work the copy out, without touching the tensors. Slots are integers,
     one for each position; a position with a negative one is skipped. ValueError where the two sides
@@ -95,7 +94,7 @@ def _whole_blocks(pairs: np.ndarray, size: int) -> np.ndarray:
     return blocks[:, 0]
 
 
-def compare(expected: Expected, dst_tensors: Any, src_tensors: Any = None) -> str | None:
+def compare(expected: Expected, dst_tensors: object, src_tensors: object = None) -> str | None:
     """None where every byte of the destination's storages is right, rows, padding and canaries,
     else a sentence on the first wrong one. ``src_tensors``: the source must not be written."""
     actual = Memory.snapshot(dst_tensors)

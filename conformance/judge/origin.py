@@ -14,7 +14,7 @@ from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.pattern import CANARY, canary_bytes
 from portakv_conformance.judge.rows import Rows
 
-_CHUNK = 1 << 22  # addresses held at once while searching
+_CHUNK = 1 << 22  # addresses in memory at a time while searching
 _LENGTHS = (8, 5, 4)  # bytes compared; fewer than four name a place by accident
 
 
@@ -29,7 +29,7 @@ class Place:
     byte: int
 
     def text(self, rows: Rows) -> str:
-        """For a sentence: ``layer 3 value slot 17 head 2 byte 5``."""
+        """Return a phrase such as ``layer 3 value slot 17 head 2 byte 5``."""
         kv = f"kv {self.kv}" if rows.kv != 2 else ("key", "value")[self.kv]
         size = rows.block_size or 1
         unit = f"block {self.slot // size}" if rows.opaque else f"slot {self.slot}"
@@ -91,8 +91,10 @@ def _windows(actual: Memory, rows: Rows, address: int) -> Iterator[tuple[bytes, 
 def came_from(
     address: int, actual: Memory, dst: Rows, before: Memory, src: Rows, src_memory: Memory
 ) -> str | None:
-    """What the byte at an address of the destination is, in words; None where it cannot be told.
-    ``before`` is the destination before the copy, ``src_memory`` the source then."""
+    """Describe the byte at an address of the destination in words; None if it cannot be determined.
+
+    ``before`` is the destination before the copy, ``src_memory`` the source then.
+    """
     here = np.array([address], dtype=np.int64)
     if bool(before.read(here) == actual.read(here)):
         return "what stood there before the copy: it was not written"

@@ -35,7 +35,8 @@ def pattern_bytes(seed: int, storage: int, nbytes: int, start: int = 0) -> np.nd
 
 
 def poison_bytes(seed: int, storage: int, nbytes: int, start: int = 0) -> np.ndarray:
-    """As ``pattern_bytes``, for destinations: unlike the pattern of any source."""
+    """Return bytes as ``pattern_bytes`` does, for destinations: unlike the pattern of any
+    source."""
     return pattern_bytes(seed ^ POISON_SALT, storage, nbytes, start)
 
 
@@ -77,7 +78,7 @@ class Guarded:
         end = self.start + self.nbytes
         wrong = np.nonzero(host != canary_bytes(host.size))[0]
         wrong = wrong[(wrong < self.start) | (wrong >= end)]
-        where = f"{wrong.size} bytes beside a payload from {self.start} to {end}"
+        where = f"{wrong.size} bytes next to a payload from {self.start} to {end}"
         return (
             f"A canary was overwritten: {where}, the first at {wrong[0]}." if len(wrong) else None
         )

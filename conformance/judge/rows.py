@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each byte of a row lies, from the definition of the layout language alone.
+"""Find each byte of a row from the definition of the layout language alone.
 
 A position in a group is a mixed-radix number, outermost factor first. Left groups pick a tensor out
 of nested containers, right groups an index into its dimensions. It is meant to be checked by
@@ -60,7 +60,7 @@ class Rows:
         self.block_size: int | None = self._whole("token") if paged else None
         self.slots: int = self._whole("token") * (self._whole("block") if paged else 1)
 
-    def _nest(self, tensors: Any) -> None:
+    def _nest(self, tensors: object) -> None:
         """Unfold the containers into arrays indexed by one position for each left group."""
         level: list[Any] = [tensors]
         shape: list[int] = []
@@ -98,7 +98,7 @@ class Rows:
             raise ValueError(f"The extent of {axis!r} in {self.axes.text!r} is not known.")
         return known
 
-    def _declare(self, extents: dict[str, Any]) -> None:
+    def _declare(self, extents: Extents) -> None:
         if unknown := set(extents) - set(_DECLARES):
             raise ValueError(f"Unknown extents {sorted(unknown)}.")
         written = self.axes.written
@@ -153,7 +153,7 @@ class Rows:
         """Find the extent of the one axis in a group that is not known yet, if there is one."""
         unknown = [f for f in group if f.part != "%" and self._extent[f.axis][kvs[0]] is None]
         if {f.axis for f in unknown} == {"block", "token"}:
-            # A flat pool whose block size nobody declared: any block size gives the same bytes.
+            # A flat pool without a declared block size: any block size gives the same bytes.
             self._extent["token"] = [1] * len(self._extent["token"])
             unknown = [f for f in unknown if f.axis == "block"]
         if len(unknown) > 1:
@@ -168,7 +168,7 @@ class Rows:
             extent[alike.start : alike.stop] = [parts * step] * len(alike)
 
     def _size(self, group: Group, kv: int) -> int:
-        """How long a group is. Parts of unequal width lie one behind the other."""
+        """Return the length of a group. Parts of unequal width lie one after the other."""
         if not group:
             return 1
         first = group[0]
@@ -182,7 +182,7 @@ class Rows:
             raise ValueError(f"{first.axis!r} is {whole} long, which {first} does not divide.")
         return whole // max(first.n, 1) * self._size(rest, kv)
 
-    def _position(self, group: Group, at: Mapping[str, Any], kv: int) -> Any:
+    def _position(self, group: Group, at: Extents, kv: int) -> Any:
         """The place in a group of the coordinates ``at`` (numpy arrays that broadcast)."""
         if not group:
             return 0
@@ -196,10 +196,10 @@ class Rows:
             digit = digit // first.n if first.part == "/" else digit % first.n
         return digit * self._size(rest, kv) + inner
 
-    def _container(self, at: Mapping[str, Any], kv: int) -> tuple[Any, ...]:
+    def _container(self, at: Extents, kv: int) -> tuple[Any, ...]:
         return tuple(self._position(group, at, kv) for group in self.axes.left)
 
-    def row_addresses(self, kv: int, layer: int, slots: Any) -> np.ndarray:
+    def row_addresses(self, kv: int, layer: int, slots: object) -> np.ndarray:
         """Absolute addresses of the rows at slots (not negative), int64 ``[len(slots), heads,
         widths[kv]]``; of an opaque page the whole block. IndexError for a row that is not there."""
         slots = np.asarray(slots, dtype=np.int64).reshape(-1, 1, 1)
@@ -227,7 +227,7 @@ class Rows:
         item = np.arange(self._itemsize[kv], dtype=np.int64)
         return np.asarray(elements + item).reshape((*rows, self.widths[kv]))
 
-    def _unravel(self, position: Any, where: tuple[Any, ...], first: int) -> Any:
+    def _unravel(self, position: object, where: tuple[Any, ...], first: int) -> Any:
         """Byte offset of a position in the trailing dimensions from ``first`` on."""
         offset: Any = 0
         for dimension in reversed(range(first, self._rank)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is judged: one backend on one device, as a user gets it and as the library calls it."""
+"""The subject of a run: one backend on one device, called as a user and as the library does."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Subject:
     emulated: bool = False
     flaw: str = ""
 
-    def copy(self, *asked: Any, **how: Any) -> Transfer:
+    def copy(self, *arguments: Any, **how: Any) -> Transfer:
         """The copy as a user gets it: ``copy_rows`` with this backend forced, or a named one."""
-        return copy_rows(*asked, **{"backend": self.name, **how})
+        return copy_rows(*arguments, **{"backend": self.name, **how})
 
     def prepare(self, plan: CopyPlan) -> Launch:
         """The launch, by the backend's own ``check`` and ``prepare``; `Unsupported` if either of
@@ -93,7 +93,7 @@ def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = F
     backend = REGISTRY.ask(name, place, check=False)[0]
     if backend is None:
         raise BackendUnavailable(
-            f"Backend {name!r} was asked for on {place}, but {decision.reason}. Install what is "
+            f"Expected backend {name!r} to serve {place}, but {decision.reason}. Install what is "
             f"missing, name the device that it serves with --device, or pass pkg.mod:Class."
         )
     can, flaw = _claims(backend)
@@ -126,7 +126,7 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
             try:
                 simdev.load(kind)
             except simdev.SimulatedDeviceError as error:
-                raise BackendUnavailable(f"Device {requested!r} was asked for. {error}") from error
+                raise BackendUnavailable(f"Expected device {requested!r}. {error}") from error
             standins.install(kind)
     elif not _WRITTEN.fullmatch(device):
         raise ValueError(
@@ -144,7 +144,7 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
         return torch.device(device), simulated
     except RuntimeError as error:
         why = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"Device {requested!r} was asked for, but not found: {why}.") from error
+        raise ValueError(f"Expected device {requested!r}, which was not found: {why}.") from error
 
 
 def torch_name(device: str) -> str:
@@ -157,20 +157,18 @@ def torch_name(device: str) -> str:
 def _register(target: str, device: torch.device) -> str:
     module, _, attribute = target.partition(":")
     if not (all(word.isidentifier() for word in module.split(".")) and attribute.isidentifier()):
-        raise ValueError(
-            f"{target!r} was asked for; expected a backend's name, or a class as pkg.mod:Class."
-        )
+        raise ValueError(f"Expected a backend's name, or a class as pkg.mod:Class, got {target!r}.")
     try:
         made = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # somebody else's module may fail in any way
         why = f"{type(error).__name__}: {error}"
         raise BackendUnavailable(
-            f"{target!r} was asked for, but it does not load: {why}. Pass pkg.mod:Class of an "
+            f"Expected {target!r} to load, but it does not: {why}. Pass pkg.mod:Class of an "
             f"installed package, or of a module in the current folder."
         ) from None
     if not (isinstance(made, type) and issubclass(made, Backend)) or inspect.isabstract(made):
         raise BackendUnavailable(
-            f"{target!r} was asked for, but it is {made!r}; expected a class of "
+            f"Expected {target!r} to name a backend, got {made!r}. Pass a class of "
             f"portakv.backends.base.Backend that implements probe, capabilities and prepare."
         )
     for name in (made.name or attribute, target):  # the first name may be another's

@@ -20,11 +20,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from packaging.version import Version
 
-from portakv_conformance.record import CaseRecord
+from portakv_conformance.record import CaseRecord, JsonObject
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -73,7 +72,7 @@ def read_waivers(path: Path) -> tuple[Waiver, ...]:
     return result
 
 
-def _waiver(entry: dict[str, Any], place: str) -> Waiver:
+def _waiver(entry: JsonObject, place: str) -> Waiver:
     known = [field.name for field in fields(Waiver)]
     reported = ", ".join(known)
     for key in (*entry, *known):
@@ -112,8 +111,11 @@ def judged(case: CaseRecord, waiver: Waiver | None, suite: str) -> CaseRecord:
 def problems(
     waivers: Sequence[dict[str, str]], cases: Iterable[CaseRecord], suite: str, *, whole: bool
 ) -> list[str]:
-    """Why waivers, as a `RunRecord` holds them, fail a run of a version of the suite, a sentence
-    each. If the ``whole`` profile was run, an id that none of the cases has is unknown."""
+    """Return the reasons why recorded waivers fail a run of a version of the suite, a sentence
+    each.
+
+    If the ``whole`` profile was run, an id that none of the cases has is unknown.
+    """
     areas = {case.id: case.area for case in cases}
     result = []
     for waiver in waivers:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,12 @@ import torch
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv_conformance.draw.arrangement import Keywords
 
 if TYPE_CHECKING:
     from portakv import Index, KVView
 
+Values: TypeAlias = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 Pair = tuple[Int64, Int64]
@@ -39,7 +41,7 @@ class IllegalAddress(RuntimeError):
 
 
 @cache
-def _space(width: int) -> npt.NDArray[Any]:
+def _space(width: int) -> Values:
     """The whole address space for numpy, as vectors of one width."""
     shape = ((_SPACE - _FIRST) // width,)
     reported = {"data": (_FIRST, False), "shape": shape, "typestr": _ELEMENTS[width], "version": 3}
@@ -53,13 +55,13 @@ def _cells(addresses: Int64, nbytes: int, width: int) -> Int64:
     return np.asarray(first[:, None] + np.arange(nbytes // width, dtype=np.int64))
 
 
-def load(view: KVView, addresses: Int64, nbytes: int, width: int) -> npt.NDArray[Any]:
+def load(view: KVView, addresses: Int64, nbytes: int, width: int) -> Values:
     """The runs of ``nbytes`` at addresses of a view, vectors of ``width`` ``[runs, vectors]``."""
     check_inside(view, addresses, nbytes)
     return np.asarray(_space(width)[_cells(addresses, nbytes, width)])
 
 
-def store(view: KVView, addresses: Int64, values: npt.NDArray[Any]) -> None:
+def store(view: KVView, addresses: Int64, values: Values) -> None:
     """Put vectors ``[runs, vectors]`` at addresses of a view."""
     width = values.dtype.itemsize
     nbytes = values.shape[1] * values.dtype.itemsize
@@ -84,7 +86,7 @@ def check_inside(view: KVView, addresses: Int64, nbytes: int) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """What one launch was called with, and the plan that it was prepared for."""
+    """The arguments of one launch, and the plan that it was prepared for."""
 
     plan: CopyPlan
     src: KVView
@@ -97,7 +99,7 @@ class Call:
 
     @property
     def ends(self) -> tuple[int, int]:
-        """How many units each side has."""
+        """Return the number of units of each side."""
         return self.src.slots // self.plan.unit, self.dst.slots // self.plan.unit
 
 
@@ -121,7 +123,7 @@ class HostRows(Backend):
     #: Where a mutant shows its bug: the device and the profile that judge it.
     device_type: ClassVar[str] = "cpu"
     profile: ClassVar[str] = "core"
-    claims: ClassVar[dict[str, Any]] = {
+    claims: ClassVar[Keywords] = {
         "places": HOST,
         "index_on": "host",
         "skips_negative": True,
@@ -140,20 +142,20 @@ class HostRows(Backend):
         """The bug, a sentence."""
         return " ".join((cls.__doc__ or "").split())
 
-    def __init_subclass__(cls, profile: str = "core", **claims: Any) -> None:
+    def __init_subclass__(cls, profile: str = "core", **claims: object) -> None:
         super().__init_subclass__()
         cls.profile = profile
         cls.name = re.sub(r"(?<=.)(?=[A-Z])", "-", cls.__name__).lower()
         cls.claims = {**cls.claims, **claims}
 
     @classmethod
-    def mutate(cls, step: str, **claims: Any) -> Callable[[Callable[..., Any]], type[HostRows]]:
-        """Make a function a mutant, whose ``step`` it is. It is given the right steps, as `super`
+    def mutate(cls, step: str, **claims: object) -> Callable[[Callable[..., Any]], type[HostRows]]:
+        """Make a function a mutant of one ``step``. The function gets the right steps, as `super`
         has them, in place of the backend itself."""
 
         def mutant(wrong: Callable[..., Any]) -> type[HostRows]:
-            def mutated(self: HostRows, *given: Any) -> Any:
-                return wrong(super(made, self), *given)
+            def mutated(self: HostRows, *arguments: object) -> object:
+                return wrong(super(made, self), *arguments)
 
             reported = {
                 "__doc__": wrong.__doc__,
@@ -178,8 +180,8 @@ class HostRows(Backend):
         return lambda *supplied: self.carry(Call(plan, *supplied))
 
     @cached_property
-    def kept(self) -> dict[Any, Any]:
-        """What a mutant keeps from one call to the next."""
+    def state(self) -> dict[Any, Any]:
+        """Return the state of a mutant between calls."""
         return {}
 
     # The steps, in their order
@@ -191,7 +193,7 @@ class HostRows(Backend):
         return None
 
     def pieces(self, call: Call) -> list[Runs]:
-        """What is to be moved, nest by nest: units and loops as the addresses of runs."""
+        """Return the bytes to move, nest by nest: units and loops as the addresses of runs."""
         (src, dst) = self.pairs(call)
         plan = call.plan
         result = []
@@ -205,11 +207,11 @@ class HostRows(Backend):
         return result
 
     def nests(self, plan: CopyPlan) -> Sequence[Nest]:
-        """The nests as the kernel's generator writes them down."""
+        """Return the nests as the kernel's generator writes them down."""
         return plan.nests
 
     def units(self, call: Call) -> int:
-        """How many units the grid covers."""
+        """Return the number of units that the grid covers."""
         return call.count // call.plan.unit
 
     def pairs(self, call: Call) -> Pair:
@@ -219,20 +221,20 @@ class HostRows(Backend):
         src, dst = (self.numbers(at, units, unit) for at in (call.src_index, call.dst_index))
         bad = self.bad(src, dst, call)
         if bad.any() and call.status is not None:
-            call.status[0] = self.told(np.nonzero(bad)[0], call)
+            call.status[0] = self.status_of(np.nonzero(bad)[0], call)
         moved = self.moved(src, dst) & ~bad
         return src[moved], dst[moved]
 
     def bad(self, src: Int64, dst: Int64, call: Call) -> Mask:
-        """Which units lie past the end of either side."""
+        """Return a mask of the units past the end of either side."""
         return (src >= call.ends[0]) | (dst >= call.ends[1])
 
     def moved(self, src: Int64, dst: Int64) -> Mask:
-        """Which units are not padding."""
+        """Return a mask of the units that are not padding."""
         return (src >= 0) & (dst >= 0)
 
-    def told(self, bad: Int64, call: Call) -> int:
-        """What the status word says of bad units: the first of their positions, + 1."""
+    def status_of(self, bad: Int64, call: Call) -> int:
+        """Return the status word for bad units: the first of their positions, + 1."""
         return int(bad[0]) * call.plan.unit + 1
 
     def numbers(self, index: Index, units: int, unit: int) -> Int64:
@@ -254,7 +256,7 @@ class HostRows(Backend):
         return ids.numpy().astype(np.int64)
 
     def offsets(self, nest: Nest, name: str, numbers: Int64, index: Index, unit: int) -> Pair:
-        """Table entry, and bytes behind its address, of every run of one side."""
+        """Return the table entry, and the bytes from its address, of every run of one side."""
         side: Side = getattr(nest, name)
         entry, byte = self.place(side, numbers)
         if index.ids is None:
@@ -299,14 +301,14 @@ class HostRows(Backend):
         return nest.vector
 
     def length(self, run: int, vector: int) -> int:
-        """How many bytes of each run are moved."""
+        """Return the number of moved bytes of each run."""
         return run
 
     def move(self, runs: Runs, call: Call) -> None:
         """Load every vector, and store it."""
         store(call.dst, runs.dst, self.load(runs, call))
 
-    def load(self, runs: Runs, call: Call) -> npt.NDArray[Any]:
+    def load(self, runs: Runs, call: Call) -> Values:
         """The vectors of all runs ``[runs, vectors]``."""
         return load(call.src, runs.src, runs.nbytes, runs.vector)
 

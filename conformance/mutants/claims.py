@@ -38,53 +38,53 @@ def GuardOffByOne(right: HostRows, src: Int64, dst: Int64, call: Call) -> Mask:
     return right.bad(src - 1, dst - 1, call)
 
 
-@HostRows.mutate("told")
+@HostRows.mutate("status_of")
 def StatusIgnored(right: HostRows, bad: Int64, call: Call) -> int:
     """A bad slot moves nothing and is not reported: the status word stays 0."""
     return 0
 
 
-@HostRows.mutate("told")
+@HostRows.mutate("status_of")
 def StatusFromZero(right: HostRows, bad: Int64, call: Call) -> int:
     """The status word holds the position, not position + 1: a bad first id looks like none."""
-    return right.told(bad, call) - 1
+    return right.status_of(bad, call) - 1
 
 
-@HostRows.mutate("told")
+@HostRows.mutate("status_of")
 def StatusInUnits(right: HostRows, bad: Int64, call: Call) -> int:
     """The status word counts units, and so names another position than the bad one."""
     return int(bad[0]) + 1
 
 
-@HostRows.mutate("told")
+@HostRows.mutate("status_of")
 def StatusOfTheWholeList(right: HostRows, bad: Int64, call: Call) -> int:
     """The status word counts from the first id of the list, wherever the copy begins in it."""
-    return right.told(bad, call) + call.src_index.offset + call.dst_index.offset
+    return right.status_of(bad, call) + call.src_index.offset + call.dst_index.offset
 
 
-@HostRows.mutate("told")
+@HostRows.mutate("status_of")
 def StatusWithoutPadding(right: HostRows, bad: Int64, call: Call) -> int:
     """The status word counts the positions that are moved, and so leaves out padding before it."""
     before = replace(call, count=int(bad[0]) * call.plan.unit, status=None)
-    return right.told(np.array([len(right.pairs(before)[0])]), call)
+    return right.status_of(np.array([len(right.pairs(before)[0])]), call)
 
 
-@HostRows.mutate("told")
+@HostRows.mutate("status_of")
 def StatusOfAllAtOnce(right: HostRows, bad: Int64, call: Call) -> int:
     """Each bad position is put into the status word by an atomic or, so that several mix."""
     return int(np.bitwise_or.reduce(bad * call.plan.unit + 1))
 
 
-@HostRows.mutate("told")
+@HostRows.mutate("status_of")
 def StatusOfTheLast(right: HostRows, bad: Int64, call: Call) -> int:
     """The status word is written for each bad position in turn, so the last one stays."""
-    return right.told(bad[-1:], call)
+    return right.status_of(bad[-1:], call)
 
 
-@HostRows.mutate("told")
+@HostRows.mutate("status_of")
 def StatusCountsTheBad(right: HostRows, bad: Int64, call: Call) -> int:
     """The status word counts the bad ids if there are several, and names no position."""
-    return len(bad) if len(bad) > 1 else right.told(bad, call)
+    return len(bad) if len(bad) > 1 else right.status_of(bad, call)
 
 
 @HostRows.mutate("bad")
@@ -130,9 +130,9 @@ class TakesMoreThanItClaims(HostRows, max_loops=1):
 def ClaimsThreads(right: HostRows, call: Call) -> None:
     """Claims that a launch may be called from several threads, and keeps its arguments in one
     place for all of them."""
-    right.kept["call"] = call
+    right.state["call"] = call
     time.sleep(0.001)
-    right.carry(right.kept["call"])
+    right.carry(right.state["call"])
 
 
 class ClaimsGraphs(HostRows, capturable=True):
@@ -149,9 +149,9 @@ class ClaimsFloatIds(HostRows, index_dtypes=frozenset((torch.int32, torch.int64,
 
 @HostRows.mutate("capabilities")
 def ClaimsChange(right: HostRows) -> Capabilities:
-    """What it claims changes from one question to the next."""
-    right.kept["guards"] = not right.kept.get("guards", False)
-    return replace(right.capabilities(), guards=right.kept["guards"])
+    """The claims change from one call to the next."""
+    right.state["guards"] = not right.state.get("guards", False)
+    return replace(right.capabilities(), guards=right.state["guards"])
 
 
 @HostRows.mutate("check")
@@ -181,5 +181,5 @@ def RefusesOddHeads(right: HostRows, plan: CopyPlan) -> Decision:
 def DividesByRows(right: HostRows, call: Call) -> Pair:
     """A copy whose positions are all padding ends in a division by zero."""
     src, dst = right.pairs(call)
-    right.kept["bytes of a row"] = call.count * call.plan.token_bytes // len(src)
+    right.state["bytes of a row"] = call.count * call.plan.token_bytes // len(src)
     return src, dst

@@ -113,8 +113,8 @@ def _guess(form: Form, slots: int) -> Form:
     if len(first.block) != 1 or first.table != second.table or not 0 < kv < first.block[0].stride:
         return form
     block = (replace(first.block[0], stride=kv),)
-    behind = first.offset + first.block[0].stride
-    parts = (replace(first, block=block), replace(second, offset=behind, block=block))
+    after = first.offset + first.block[0].stride
+    parts = (replace(first, block=block), replace(second, offset=after, block=block))
     return replace(form, parts=parts)
 
 

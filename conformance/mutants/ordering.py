@@ -45,7 +45,7 @@ def CurrentDeviceOnly(right: DeviceRows, call: Call) -> torch.Stream:
 
 
 def _own(right: DeviceRows, call: Call) -> torch.Stream:
-    retained: dict[str, torch.Stream] = right.kept
+    retained: dict[str, torch.Stream] = right.state
     return retained.get("own") or retained.setdefault(
         "own", torch.Stream(right.stream(call).device)
     )
@@ -67,7 +67,8 @@ def NobodyWaitsForIt(right: DeviceRows, runs: Runs, call: Call) -> None:
 
 @DeviceRows.mutate("move")
 def WaitsForTheCurrentDevice(right: DeviceRows, runs: Runs, call: Call) -> None:
-    """Its own stream waits for the stream of the thread's current device, not of its own device."""
+    """A private stream waits for the stream of the thread's current device, not of the copy's
+    device."""
     _own(right, call).wait_stream(call.stream or torch.accelerator.current_stream())
     right.enqueue(runs, call, _own(right, call))
     right.stream(call).wait_stream(_own(right, call))
@@ -86,7 +87,7 @@ def LeavesItsStreamCurrent(right: DeviceRows, call: Call) -> None:
 @NoWaitOnProducer.mutate("move")
 def WaitsForTheFirstOnly(right: DeviceRows, runs: Runs, call: Call) -> None:
     """Its own stream waits for the caller's on the first call, and never again."""
-    if not right.kept:
+    if not right.state:
         _own(right, call).wait_stream(right.stream(call))
     right.move(runs, call)
 

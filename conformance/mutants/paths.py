@@ -16,7 +16,7 @@ from portakv_conformance.mutants.base import Call, DeviceRows, HostRows, Int64, 
 
 
 def _of_both(call: Call) -> bool:
-    """Whether both sides have ids, as in copies between caches."""
+    """Return True if both sides have ids, as in copies between caches."""
     return call.src_index.ids is not None and call.dst_index.ids is not None
 
 
@@ -50,13 +50,13 @@ def MigrationsInThirtyTwoBits(right: HostRows, call: Call) -> list[Runs]:
 
 @DeviceRows.mutate("address", profile="full")
 def FarChunkOnTheDevice(right: DeviceRows, view: KVView, entry: Int64, byte: Int64) -> Int64:
-    """On the device the byte offsets of a chunk are worked out in 32 bits and wrap past 2 GiB."""
+    """The byte offsets of a chunk on the device are computed in 32 bits and wrap past 2 GiB."""
     return right.address(view, entry, byte if view.block_size else narrow(byte))
 
 
 @DeviceRows.mutate("walk", profile="full")
 def FarPlanesOnTheDevice(right: DeviceRows, loop: Loop, name: str) -> Pair:
-    """On the device the stride between planes is cut to 32 bits."""
+    """The stride between planes on the device is cut to 32 bits."""
     entries, steps = right.walk(loop, name)
     return entries, narrow(steps)
 
@@ -107,7 +107,7 @@ def LastRunLost(right: HostRows, runs: Runs, call: Call) -> None:
 
 @HostRows.mutate("pieces")
 def OnlyFirstNest(right: HostRows, call: Call) -> list[Runs]:
-    """Of a plan with a nest for each kv only the first is carried out."""
+    """Only the first nest of a plan with a nest for each kv is carried out."""
     return right.pieces(call)[:1]
 
 

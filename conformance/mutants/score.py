@@ -39,8 +39,9 @@ Runner = Callable[..., RunRecord]
 
 @dataclass(frozen=True)
 class Trial:
-    """How a mutant fared under one seed: the first case that failed, or an empty text; what it
-    said, or why there is no verdict; the seconds until then; whether the suite got to judge it."""
+    """The result of a mutant under one seed: the first case that failed, or an empty text; its
+    message, or why there is no verdict; the seconds until then; whether the suite got to judge it.
+    """
 
     mutant: Mutant
     seed: int
@@ -51,7 +52,7 @@ class Trial:
 
     @property
     def ending(self) -> str:
-        """How it fared, in a few words."""
+        """Describe the result in a few words."""
         lost = "SURVIVES" if self.judged else "NOT JUDGED"
         return f"caught by {self.caught_by}" if self.caught_by else f"{lost}: {self.reason}"
 
@@ -69,7 +70,7 @@ class _Clock(Progress):
 
 
 def try_mutant(
-    mutant: Mutant, seed: int = 0, *, wall: float = WALL_LIMIT, runner: Runner = run
+    mutant: Mutant, seed: int = 0, *, most_seconds: float = WALL_LIMIT, runner: Runner = run
 ) -> Trial:
     """Run the suite on a mutant, up to its first failure. A case in error is none that catches: the
     suite itself is at fault then."""
@@ -80,7 +81,7 @@ def try_mutant(
     why = "every case passed"
     judged = True
     try:
-        wrong = _wrong(runner(requested, _Clock(wall)))
+        wrong = _wrong(runner(requested, _Clock(most_seconds)))
         failed = next((case for case in wrong if case.status == "failed"), None)
         if failed is not None:
             caught = failed.id
@@ -109,7 +110,7 @@ def try_control(control: Mutant, seed: int = 0, *, runner: Runner = run) -> str 
 
 
 def fails_self_check(mutant: Mutant) -> bool:
-    """Whether the registry would turn a mutant down when it is chosen, before any user's copy."""
+    """Return True if the registry's self-check rejects a mutant before any user's copy."""
     device = mutant.device_type
     if device != "cpu":
         from portakv_conformance import simdev
@@ -266,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         range(requested.seed, requested.seed + requested.runs),
         jobs=requested.jobs,
         tell=_say,
-        attempt=lambda mutant, seed: try_mutant(mutant, seed, wall=requested.limit),
+        attempt=lambda mutant, seed: try_mutant(mutant, seed, most_seconds=requested.limit),
     )
     known = {mutant.name for mutant in mutants if fails_self_check(mutant)}
     print_score(trials, known, controls)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ import torch
 from portakv import Index, KVView
 from portakv.backends.base import Pending
 from portakv.plan.plan import Side
+from portakv_conformance.draw.arrangement import Keywords
 from portakv_conformance.mutants.base import Call, HostRows, Int64, Pair, Runs, store
 
 _LATE = 0.02  # seconds that work in the background takes
@@ -21,7 +21,7 @@ _LATE = 0.02  # seconds that work in the background takes
 
 class _Remembering(HostRows):
     def carry(self, call: Call) -> Pending | None:
-        return super().carry(self.recalled(self.kept.setdefault(call.plan, call), call))
+        return super().carry(self.recalled(self.state.setdefault(call.plan, call), call))
 
     def recalled(self, first: Call, call: Call) -> Call:
         """The call, mixed up with the first one."""
@@ -41,27 +41,27 @@ def StaleDestination(right: HostRows, first: Call, call: Call) -> Call:
     return replace(call, dst=first.dst) if call.dst.slots == first.dst.slots else call
 
 
-def _kept(right: HostRows, view: KVView, address: np.int64) -> Int64:
-    retained: dict[object, Int64] = right.kept
+def _first_of(right: HostRows, view: KVView, address: np.int64) -> Int64:
+    retained: dict[object, Int64] = right.state
     return retained.setdefault((view.form, len(view.addresses), address), view.addresses)
 
 
 @HostRows.mutate("table")
 def TableOfTheFirstTensor(right: HostRows, view: KVView) -> Int64:
     """The table of a cache is kept under its first tensor's address."""
-    return _kept(right, view, view.addresses[0])
+    return _first_of(right, view, view.addresses[0])
 
 
 @HostRows.mutate("table")
 def TableOfTheLastTensor(right: HostRows, view: KVView) -> Int64:
     """The table of a cache is kept under its last tensor's address."""
-    return _kept(right, view, view.addresses[-1])
+    return _first_of(right, view, view.addresses[-1])
 
 
 @HostRows.mutate("table")
 def TableOfTheSameTensors(right: HostRows, view: KVView) -> Int64:
     """The table of a cache is kept under the sum of its addresses, whatever their order."""
-    return _kept(right, view, view.addresses.sum())
+    return _first_of(right, view, view.addresses.sum())
 
 
 @_Remembering.mutate("recalled")
@@ -83,7 +83,7 @@ def CountOfTheFirstCall(right: HostRows, first: Call, call: Call) -> Call:
 
 @HostRows.mutate("ids")
 def DevicesByDefault(right: HostRows, ids: torch.Tensor) -> Int64:
-    """What it makes lies on torch's default device, which need not be the one that it works on."""
+    """New tensors lie on torch's default device, which may differ from the device of the copy."""
     return right.ids(ids[torch.arange(ids.numel())])
 
 
@@ -134,9 +134,9 @@ class Work(threading.Timer):
         self.join()
 
 
-def late(job: Callable[..., object], *given: Any) -> Work:
+def late(job: Callable[..., object], *arguments: object) -> Work:
     """Begin a job in the background that ends late."""
-    work = Work(_LATE, job, given)
+    work = Work(_LATE, job, arguments)
     work.daemon = True
     work.start()
     return work
@@ -149,7 +149,7 @@ class ReadsHostIdsLater(HostRows):
         return self.handle(late(super().carry, call))
 
     def handle(self, work: Work) -> Pending | None:
-        """What the launch returns."""
+        """Return the result of the launch."""
         return work
 
 
@@ -177,12 +177,12 @@ def WaitsForNothing(right: HostRows, work: Work) -> Pending:
 def TempFreedEarly(right: HostRows, call: Call) -> Pending:
     """Rows pass through a staging buffer that the next call fills while the first is on its way."""
     result = right.pieces(call)
-    right.kept["staging"] = [right.load(runs, call) for runs in result]
-    return late(_store_all, result, right.kept, call)
+    right.state["staging"] = [right.load(runs, call) for runs in result]
+    return late(_store_all, result, right.state, call)
 
 
-def _store_all(found: list[Runs], kept: dict[str, Any], call: Call) -> None:
-    for runs, values in zip(found, kept["staging"], strict=False):
+def _store_all(runs_of_nests: list[Runs], state: Keywords, call: Call) -> None:
+    for runs, values in zip(runs_of_nests, state["staging"], strict=False):
         if values.dtype.itemsize == runs.vector and values.nbytes == len(values) * runs.nbytes:
             n = min(len(values), len(runs.dst))
             store(call.dst, runs.dst[:n], values[:n])

@@ -6,11 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from portakv.plan.loops import widest_vector
 from portakv.plan.plan import CopyPlan, Nest
-from portakv_conformance.mutants.base import Call, HostRows, Runs, store
+from portakv_conformance.mutants.base import Call, HostRows, Runs, Values, store
 
 
 @HostRows.mutate("length")
@@ -88,19 +87,19 @@ def PaddingOverwritten(right: HostRows, call: Call) -> list[Runs]:
 
 
 @HostRows.mutate("load")
-def NansCanonical(right: HostRows, runs: Runs, call: Call) -> npt.NDArray[Any]:
+def NansCanonical(right: HostRows, runs: Runs, call: Call) -> Values:
     """Rows pass through float registers, which make every NaN of 32 bits the same one."""
     return _as_floats(right.load(runs, call), np.isnan, 0x7FC00000)
 
 
 @HostRows.mutate("load")
-def DenormalsFlushed(right: HostRows, runs: Runs, call: Call) -> npt.NDArray[Any]:
+def DenormalsFlushed(right: HostRows, runs: Runs, call: Call) -> Values:
     """Rows pass through float registers that flush denormal numbers of 32 bits to zero."""
     tiny = float(np.finfo(np.float32).tiny)
     return _as_floats(right.load(runs, call), lambda x: np.abs(x) < tiny, 0)
 
 
-def _as_floats(values: npt.NDArray[Any], hit: Any, becomes: int) -> npt.NDArray[Any]:
+def _as_floats(values: Values, hit: Any, becomes: int) -> Values:
     if values.dtype.itemsize % 4 == 0:
         words = values.view(np.uint32)
         with np.errstate(all="ignore"):

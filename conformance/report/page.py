@@ -16,7 +16,6 @@ from functools import cache
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
@@ -187,7 +186,7 @@ def _dtype_of(case: CaseRecord) -> str:
     return case.tags.get("dtype", ANY).removeprefix("torch.")
 
 
-def _filled(name: str, record: RunRecord, **more: Any) -> str:
+def _filled(name: str, record: RunRecord, **more: object) -> str:
     """A template filled with a record and with what every form says of it."""
     level = record.rung
     left_out = record.environment.get(LEFT_OUT)
@@ -246,7 +245,7 @@ def templates() -> Environment:
     return made
 
 
-def _final(value: Any) -> Any:
+def _final(value: object) -> object:
     """Every text that a template prints, with no character that a document must not hold."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return printable(value)
@@ -281,7 +280,8 @@ def _bar(record: RunRecord) -> list[tuple[Status, str, str]]:
 
 
 def _apart(record: RunRecord) -> list[tuple[tuple[Status, str, str], list[str]]]:
-    """What is waived or not claimed: status, reason and expiry, and the cases of each."""
+    """Return the cases that are waived or not claimed: status, reason and expiry, and the ids of
+    each."""
     until = {waiver.get("id"): waiver.get("expires", "") for waiver in record.waivers}
     entries: dict[tuple[Status, str, str], list[str]] = {}
     for case in sorted(record.cases, key=lambda case: case.status != "waived"):

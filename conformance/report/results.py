@@ -27,7 +27,7 @@ _PACKAGES = {
 
 
 def device_kind(record: RunRecord) -> str:
-    """The device's type as it was asked for, without an index: ``cuda:1`` is ``cuda``, and
+    """The device's type as it was requested, without an index: ``cuda:1`` is ``cuda``, and
     ``simdev:mlu`` is ``simdev:mlu``."""
     return re.sub(r":\d+$", "", str(record.environment.get("device", "")))
 
@@ -79,7 +79,7 @@ def keep(report: Path, folder: Path, check: Check = check_report) -> Path:
 
 def device(record: RunRecord) -> str:
     """The device for a reader: ``NVIDIA H200``, ``CPU (x86-64)``, ``mlu, emulated``; with what
-    carried plans out, where a library was built for that: it has a row of its own."""
+    carried plans out, where a library was built for that: it has a separate row."""
     kind = device_kind(record)
     if kind == "cpu":
         machine = str(record.environment.get("os", "")).split()[-1:] or [""]
@@ -93,7 +93,8 @@ def device(record: RunRecord) -> str:
 
 
 def versions(record: RunRecord) -> str:
-    """What the result holds for: torch, the vendor's packages, the driver, Python."""
+    """Return the versions that the result holds for: torch, the vendor's packages, the driver,
+    Python."""
     known = record.environment
     packages = [name for name in known if name.startswith(("torch-", "torch_"))]
     packages += [*_PACKAGES.get(record.backend["name"], ()), "driver"]

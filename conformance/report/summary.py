@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is printed of a run at its end: the verdict, each failure with a line to repeat it, what is
-missing and not claimed; and of two what changed: FIX, REGRESSION, NEW, MISSING."""
+"""Print the end of a run: the verdict, each failure with a line to repeat it, missing and unclaimed
+cases; and the differences of two runs: FIX, REGRESSION, NEW, MISSING."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from portakv_conformance.run.request import Options
 _LONGEST = 600  # characters of a reason; the report has all of it
 _MOST_GROUPS = 8  # tests whose failures are shown
 # What is no longer claimed is a step back from what passed; what is waived fails, and somebody has
-# said why.
+# gave the reason.
 _DEPTH = {"passed": 0, "not-claimed": 1, "waived": 2, "failed": 3, "error": 3}
 _VERDICTS = ("conformant", "incomplete", "failed")  # best first
 _LEVELS = ("R6", "R3", "")
@@ -122,7 +122,7 @@ class Change:
 
     @property
     def bad(self) -> bool:
-        """Whether it makes a comparison fail: so does a new case that is wrong."""
+        """Return True if a difference makes a comparison fail: so does a new case that is wrong."""
         worse = self.kind in ("REGRESSION", "MISSING")
         return worse or (self.kind == "NEW" and self.after in WRONG)
 
@@ -156,7 +156,7 @@ def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
 
 
 def differences(old: RunRecord, new: RunRecord) -> list[str]:
-    """What makes the two reports hard to compare: sentences on what they were made with."""
+    """Return sentences on what makes the two reports hard to compare."""
     pairs = [
         ("suite", old.suite, new.suite),
         ("backend", old.backend.get("name"), new.backend.get("name")),

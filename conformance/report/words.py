@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report says in words, the same in every form, and text that no form acts on."""
+"""Texts of a report, the same in every form, and text that no form interprets."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
 
 from portakv_conformance.evidence.verdict import WRONG, totals_of
 from portakv_conformance.judge.waivers import problems
-from portakv_conformance.record import ASSUMPTION, CARRIER, LIBRARY, STATUSES, RunRecord, Status
+from portakv_conformance.record import (
+    ASSUMPTION,
+    CARRIER,
+    LIBRARY,
+    STATUSES,
+    JsonObject,
+    RunRecord,
+    Status,
+)
 
 #: The levels of verification that a run can reach.
 LEVELS = {"R3": "semantics emulated", "R6": "run on the hardware"}
@@ -35,7 +42,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\uff
 
 _SENTENCE = re.compile(
     r"Destination (?P<place>[^()]+) \(storage (?P<storage>\d+), offset (?P<offset>\d+)\) holds "
-    r"(?P<found>0x[0-9a-f]{2}), which is (?P<origin>.+?); expected (?P<expected>0x[0-9a-f]{2}), "
+    r"(?P<value>0x[0-9a-f]{2}), which is (?P<origin>.+?); expected (?P<expected>0x[0-9a-f]{2}), "
     r"(?P<should>.+?)\. In all (?P<wrong>\d+) bytes are wrong\.",
     re.DOTALL,
 )
@@ -83,7 +90,7 @@ def emulated(record: RunRecord) -> bool:
 
 
 def emulation(record: RunRecord) -> str:
-    """What an emulated device says, and what it does not, in sentences."""
+    """Explain what an emulated device proves, and what it does not."""
     assumed = record.environment.get(ASSUMPTION)
     return f"{EMULATED} It holds {assumed}." if assumed else EMULATED
 
@@ -158,7 +165,7 @@ def moment(started: str) -> str:
     return f"{when.day} {when:%b %Y, %H:%M} UTC"
 
 
-def plain(value: Any) -> str:
+def plain(value: object) -> str:
     """Return a value of capabilities or environment for a reader."""
     if value is None or isinstance(value, bool):
         return {None: "any", True: "yes", False: "no"}[value]
@@ -182,7 +189,7 @@ class FirstByte:
     place: str  # where it lies, in words
     storage: int
     offset: int  # bytes
-    found: str  # ``0x9a``
+    value: str  # ``0x9a``
     origin: str  # where that comes from
     expected: str
     should: str  # where that would come from
@@ -194,7 +201,7 @@ class FirstByte:
         """The reason with the sentence on one line, as Markdown shows it."""
         return (
             f"{self.before} First wrong byte: {self.place}, storage {self.storage}, offset "
-            f"{self.offset:,}: {self.found} for {self.expected}; "
+            f"{self.offset:,}: {self.value} for {self.expected}; "
             f"{plural(self.wrong, 'wrong byte')} in all. {self.after}"
         )
 
@@ -222,7 +229,7 @@ def first_byte(reason: str) -> FirstByte | None:
     result = _SENTENCE.search(reason)
     if result is None:
         return None
-    named: dict[str, Any] = result.groupdict()
+    named: JsonObject = result.groupdict()
     numbers = {name: int(named[name]) for name in ("storage", "offset", "wrong")}
     before = reason[: result.start()].strip()
     after = reason[result.end() :].strip()

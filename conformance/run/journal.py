@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a run so far: its case list, how cases ended, what could not be run."""
+"""The state of a run: its case list, the end of each case, and what could not be run."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from portakv_conformance import SUITE_VERSION
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.judge.waivers import judged
-from portakv_conformance.record import CaseRecord, Status
+from portakv_conformance.record import CaseRecord, JsonObject, Status
 from portakv_conformance.run.progress import Progress
 from portakv_conformance.run.request import Options
 from portakv_conformance.run.worker import Share
@@ -20,7 +19,7 @@ class SubjectUnavailable(Exception):
 
 
 class BadRequest(Exception):
-    """What was asked for cannot be understood: a malformed name, an unknown case."""
+    """The request is not valid: a malformed name, or an unknown case."""
 
 
 class SuiteBroken(Exception):
@@ -40,11 +39,11 @@ class Journal:
         self._options = options
         self.progress = progress
         self._waivers = {waiver.id: waiver for waiver in options.waivers}
-        self._about: dict[str, dict[str, Any]] = {}
+        self._about: dict[str, JsonObject] = {}
         self._examples: Counter[bool] = Counter()  # by whether the case draws them
         self.loading = False  # a worker has begun to load the backend: the suite is in order
-        self.stopped = False  # the first failure was all that was asked for, and it happened
-        self.subject: dict[str, Any] = {}  # the event that introduced what is judged
+        self.stopped = False  # after the first failure, if the run was to end there
+        self.subject: JsonObject = {}  # the event that introduced what is judged
         self.ids: list[str] = []  # the case list, in the order of execution, once it is known
         self.cases: dict[str, CaseRecord] = {}  # by id, what has ended
         self.missing: list[str] = []  # sentences: what cannot be run here
@@ -59,8 +58,8 @@ class Journal:
         """Ids that no worker has taken yet."""
         return [id for id in self.left() if not share.taken(id)]
 
-    def take_list(self, event: dict[str, Any]) -> None:
-        """The case list, as each worker tells it; raises `BadRequest`, `SuiteBroken`."""
+    def take_list(self, event: JsonObject) -> None:
+        """Take the case list that each worker reports; raises `BadRequest`, `SuiteBroken`."""
         self.lone = event["lone"]
         if self.ids:
             return
@@ -75,12 +74,12 @@ class Journal:
             raise SuiteBroken(f"The profile {self._options.profile!r} has no case here.")
         self.progress.listed(len(self.ids))
 
-    def take_end(self, values: dict[str, Any]) -> str:
+    def take_end(self, values: JsonObject) -> str:
         """A case that has ended by itself; its id. Raises `SuiteBroken` if it is no record."""
         try:
             case = CaseRecord.read(values)
         except (ValueError, KeyError) as error:
-            raise SuiteBroken(f"A worker told of a case that is no record: {error}") from error
+            raise SuiteBroken(f"A worker reported a case that is not a record: {error}") from error
         self.ran += 1
         drawn = case.area in _DRAWN
         folder = self._options.examples
@@ -105,7 +104,7 @@ class Journal:
             self.missing.append(sentence)
 
     def _settle(self, case: CaseRecord) -> None:
-        """How a case ended, after its waiver."""
+        """Return the status of a case after its waiver."""
         again = case.id in self.cases
         case.replay = self._options.command(case.id)
         case = self.cases[case.id] = judged(case, self._waivers.get(case.id), SUITE_VERSION)

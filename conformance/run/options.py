@@ -12,15 +12,16 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from portakv_conformance.record import JsonObject
 
 PACKAGE = Path(__file__).resolve().parents[1]
 #: Every mark of a case, with what it says; the plugin registers them.
 MARKS = {
     "area": "area(name): what part of the suite a case belongs to",
-    "profile": "profile(name): the least profile that runs a case; core if none is said",
+    "profile": "profile(name): the least profile that runs a case; core by default",
     "claim": "claim(field): the field of Capabilities that a case judges",
     "tags": "tags(layout=, dtype=, operation=): the cell of the report's matrix",
     "bigmem": "bigmem: takes gigabytes of the judged device's memory",
@@ -37,7 +38,7 @@ def _real(path: Path) -> Path:
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """What reads an argument that is a whole number from ``least`` on."""
+    """Return a reader of arguments that are whole numbers of at least ``least``."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -74,7 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if os.environ.get(ENVIRONMENT):
         raise pytest.UsageError(
-            f"{ENVIRONMENT} forces a backend, but the suite judges the one that it was asked for; "
+            f"{ENVIRONMENT} forces a backend, but the suite judges the requested backend; "
             f"unset {ENVIRONMENT}."
         )
     config.pluginmanager.import_plugin("portakv_conformance.run.plugin")
@@ -88,7 +89,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def is_case(item: pytest.Item) -> bool:
-    """Whether a collected test is one of the suite's."""
+    """Return True if a collected test is one of the suite's."""
     return PACKAGE in _real(item.path).parents
 
 
@@ -104,7 +105,7 @@ def mark_of(item: pytest.Item, name: str, default: str = "core") -> str:
     return default if mark is None else str(mark.args[0])
 
 
-def about(item: pytest.Item) -> dict[str, Any]:
+def about(item: pytest.Item) -> JsonObject:
     """The fields of `CaseRecord` that are marks of a case; of its tags the nearest of each name."""
     tags: dict[str, str] = {}
     for mark in item.iter_markers("tags"):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a case ended, from the reports of its phases: a status, a sentence and the details."""
+"""Find the result of a case from the reports of its phases: a status, a sentence and the
+details."""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ def outcome(
 
 
 def sentence(message: str) -> str:
-    """What an exception says, without its type where it is an assertion's, what pytest and
-    hypothesis write below it, and the structure of the case."""
+    """Return an exception's message, without its type if it is an assertion's, without the lines
+    that pytest and hypothesis add, and without the structure of the case."""
     reported = message.strip().removeprefix("AssertionError: ").partition("\nassert ")[0]
     for note in _NOTES:
         reported = reported.partition(note)[0]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite under pytest: what is judged, which cases, in which order, and how each one ended.
+"""The suite under pytest: the subject, the cases, their order, and the result of each.
 
-Loaded by `options` if ``--portakv-backend`` is given. What happens is appended to the file of
-``--portakv-events`` at once, so that a parent process can tell where a crash came.
+Loaded by `options` if ``--portakv-backend`` is passed. Events are appended to the file of
+``--portakv-events`` immediately, so that a parent process knows which case crashed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from portakv_conformance.draw.by_hand import BASE_LAYOUTS, DIRECTIONS, Shape, Wo
 from portakv_conformance.evidence import environment
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, asked_of, find_base_layout
+from portakv_conformance.judge.judging import Judge, arguments_of, find_base_layout
 from portakv_conformance.judge.subject import SIMULATED, Subject, subject
-from portakv_conformance.record import CaseRecord
+from portakv_conformance.record import CaseRecord, JsonObject
 from portakv_conformance.run.options import about, case_id, is_case, mark_of
 from portakv_conformance.run.outcome import outcome
 from portakv_conformance.run.request import chosen
@@ -42,13 +42,13 @@ from portakv_conformance.run.worker import Share, append
 EXAMPLES = {"core": 20, "full": 60}
 UNAVAILABLE = 3  # exit code
 _BIG = 6 << 30  # bytes that the largest cases take on a device
-_NOT_ALONE = "This one copy alone, with nothing before it or beside it, does not show it."
+_NOT_ALONE = "This one copy alone, with nothing before or alongside it, does not show it."
 _JUDGE = pytest.StashKey[Judge]()
 _REPORTS = pytest.StashKey[dict[str, pytest.TestReport]]()
 
 
 class DeviceAlive:
-    """Asked after a case that failed on an accelerator: torch's own work there, and a small copy
+    """Check an accelerator after a case failed on it: torch's own work there, and a small copy
     through the backend if that has worked before."""
 
     def __init__(self, subject: Subject, facility: Facility) -> None:
@@ -62,7 +62,8 @@ class DeviceAlive:
             self._copies = not self._fault(copy=True)
 
     def lost(self) -> str:
-        """What everything raises since the case that failed just now; empty if all is well."""
+        """Return the error that everything raises since the case that failed; empty if the device
+        works."""
         if not self._facility.streams:
             return ""
         # An error of the failed case may be delivered by the next call, and only by that one.
@@ -75,7 +76,7 @@ class DeviceAlive:
             if copy:
                 bench = find_base_layout(self._subject, BASE_LAYOUTS)
                 case = Workshop(str(self._subject.device), 0, bench).gather(Shape(), [1])
-                self._subject.copy(*asked_of(case), count=case.count).synchronize()
+                self._subject.copy(*arguments_of(case), count=case.count).synchronize()
         except Exception as error:  # a driver's error may be of any kind
             return f"{type(error).__name__}: {error}".partition("\n")[0]
         return ""
@@ -109,9 +110,9 @@ class Suite:
         seed: int | None = option("--portakv-seed")
         self.seed = drawn if seed is None else seed
         self.events: str | None = option("--portakv-events")
-        # What fails before this is a broken installation; what fails behind it is the backend.
+        # A failure before this line is a broken installation, a later one the backend's.
         self._tell({"event": "loading"})
-        self.subject = self._found(config)
+        self.subject = self._find(config)
         listed = option("--portakv-listed")
         own = self.subject
         self.facility = Elsewhere(listed) if listed else Facility(own.device, own.emulated)
@@ -119,7 +120,7 @@ class Suite:
         self.examples: str | None = option("--portakv-examples")
         self.alive = DeviceAlive(self.subject, self.facility)
         self._lone = 0  # cases left out for want of a second device
-        # Loaded before any case is imported; no case has a number of examples of its own.
+        # Loaded before any case is imported; no case sets its own number of examples.
         settings.register_profile(
             "portakv",
             max_examples=self.fuzz or EXAMPLES[self.profile],
@@ -132,9 +133,9 @@ class Suite:
         )
         settings.load_profile("portakv")
 
-    def _found(self, config: pytest.Config) -> Subject:
-        """What is judged, also told as an event; exit code 3, with the reason, if it is not
-        available."""
+    def _find(self, config: pytest.Config) -> Subject:
+        """Return the subject, and report it as an event; exit with code 3 and the reason if it is
+        not available."""
         requested, emulated = map(config.getoption, ("--portakv-device", "--portakv-emulated"))
         try:
             result = subject(config.getoption("--portakv-backend"), requested, emulated=emulated)
@@ -154,18 +155,18 @@ class Suite:
             why = str(error)
         except ValueError as error:
             self._refuse(str(error))
-        except Exception as error:  # a backend fails in any way while it is asked what it claims
+        except Exception as error:  # a backend may fail in any way while it states its claims
             why = f"It failed: {type(error).__name__}: {error}"
         self._tell({"event": "unavailable", "reason": why})
         pytest.exit(why, returncode=UNAVAILABLE)
 
     def _refuse(self, why: str) -> NoReturn:
-        """What was asked for cannot be understood."""
+        """Report that the request is not valid, and end pytest."""
         self._tell({"event": "usage", "reason": why})
         raise pytest.UsageError(why)
 
     def pytest_report_header(self) -> list[str]:
-        """What is judged, where, and from which seed."""
+        """Return the subject, its device and the seed."""
         fuzz = f", {self.fuzz} examples in each drawn case" if self.fuzz else ""
         who = f"{self.subject.target} as {self.subject.name!r} on {self.subject.device}"
         who += " (emulated)" if self.subject.emulated else ""
@@ -187,7 +188,7 @@ class Suite:
             ids, unknown = chosen(profile, sorted(set(filter(None, words))))
             if unknown:
                 self._refuse(
-                    f"Case {unknown[0]!r} was asked for, but no id of the profile "
+                    f"Expected a case, got {unknown[0]!r}, but no id of the profile "
                     f"{self.profile!r} on {self.subject.device} begins so; `portakv conform "
                     f"--list` prints the ids."
                 )
@@ -217,7 +218,8 @@ class Suite:
         return True
 
     def _has(self, need: str) -> tuple[bool, str]:
-        """Whether this device has what a case needs; a sentence if it should have had it."""
+        """Return True if this device has what a case needs; and a sentence if it should have had
+        it."""
         streams = self.facility.streams
         where = self.subject.device
         plain = {"host": not streams, "accelerator": streams, "graphs": self.facility.graphs}
@@ -248,7 +250,7 @@ class Suite:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
-        """Where the cases are shared, run those that nobody else has taken."""
+        """Run the shared cases that no other worker has taken."""
         if self.share is None or session.testsfailed or session.config.option.collectonly:
             return None
         for item in session.items:
@@ -264,7 +266,7 @@ class Suite:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Tell of the case before and after it; a wrapper, so that a crash lies in between."""
+        """Report a case before and after it; a wrapper, so that a crash lies in between."""
         if not is_case(item):
             return (yield)
         self._tell({"event": "start", "id": case_id(item)})
@@ -279,8 +281,8 @@ class Suite:
             self._end(item, time.perf_counter() - began)
 
     def _end(self, item: pytest.Item, seconds: float) -> None:
-        """Tell how a case ended. If nothing more can be judged in this process, end it, so that
-        another goes on where the device works."""
+        """Report the end of a case. If nothing more can be judged in this process, end it, so that
+        another process goes on where the device works."""
         reports = item.stash[_REPORTS]
         judge = item.stash.get(_JUDGE, None)
         status, reason, details = outcome(reports, judge, self.subject.flaw)
@@ -298,7 +300,7 @@ class Suite:
         if record.status == "passed" and record.examples:
             self.alive.learn()
         if why := self.alive.lost() if record.status in WRONG else "":
-            record.reason += f" Behind it everything on {where} fails in this process ({why})."
+            record.reason += f" After it everything on {where} fails in this process ({why})."
         elif record.status == "failed":  # elsewhere no example can be judged again
             self._save(record, judge)
         self._tell({"event": "end", "case": asdict(record)})
@@ -310,7 +312,7 @@ class Suite:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Of a backend that does not say what it claims no case can be judged."""
+        """Fail every case of a backend that does not state its claims."""
         if is_case(item) and self.subject.flaw:
             pytest.fail(self.subject.flaw, pytrace=False)
 
@@ -354,7 +356,7 @@ class Suite:
         else:
             record.example = name
 
-    def _tell(self, event: dict[str, Any]) -> None:
+    def _tell(self, event: JsonObject) -> None:
         if self.events is not None:
             append(self.events, event)
 
@@ -364,7 +366,7 @@ def _needs(item: pytest.Item) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find what is judged."""
+    """Find the subject."""
     config.pluginmanager.register(Suite(config), "portakv-suite")
 
 
@@ -389,7 +391,7 @@ def facility(suite: Suite) -> Facility:
 
 @pytest.fixture
 def judge(request: pytest.FixtureRequest, suite: Suite) -> Judge:
-    """Judges the copies of this case, from a seed of its own."""
+    """Return a judge for the copies of this case, with a separate seed."""
     made = Judge(suite.subject, suite.facility, suite.seed_of(case_id(request.node)))
     request.node.stash[_JUDGE] = made
     return made

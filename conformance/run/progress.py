@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run shows itself on standard error while it goes on: a bar, or plain lines."""
+"""Show a run on standard error while it goes on: a bar, or plain lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_WRONG = 20  # failures that are shown while a run goes on; the summary gro
 
 
 class Progress:
-    """What is told what happens in a run; by itself it shows nothing."""
+    """A listener to the events of a run; this base class shows nothing."""
 
     _wrong = 0
     at = ""  # how far the run has come, if a line has to say it
@@ -29,7 +29,7 @@ class Progress:
         """A case begins."""
 
     def ended(self, case: CaseRecord) -> None:
-        """A case has ended: of failures the first are told, and that there are more."""
+        """Note the end of a case; show the first failures, and that there are more."""
         self._wrong += case.status in WRONG
         if case.status in WRONG and self._wrong <= _MOST_WRONG:
             self.say(f"{self.at}{case.status}: {case.id}")
@@ -44,18 +44,18 @@ SILENT = Progress()
 
 
 class Lines(Progress):
-    """Plain lines: each failure at once, and where the run is every few seconds."""
+    """Plain lines: each failure immediately, and the progress every few seconds."""
 
     def __init__(self) -> None:
         self._count = self._done = 0
-        self._told = time.monotonic()
+        self._shown_at = time.monotonic()
 
     def listed(self, count: int) -> None:
         self._count = count
         self.say("1 case" if count == 1 else f"{count} cases")
 
     def started(self, id: str) -> None:
-        if time.monotonic() - self._told > _EVERY:
+        if time.monotonic() - self._shown_at > _EVERY:
             self.say(f"{self._done}/{self._count} {id}")
 
     def ended(self, case: CaseRecord) -> None:
@@ -64,7 +64,7 @@ class Lines(Progress):
         super().ended(case)
 
     def say(self, sentence: str) -> None:
-        self._told = time.monotonic()
+        self._shown_at = time.monotonic()
         print(sentence, file=sys.stderr, flush=True)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run of the suite was asked for, and the command that asks for it again."""
+"""The request of a run of the suite, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CASES = "cases/"
 
 @dataclass(frozen=True)
 class Options:
-    """What to run."""
+    """The options of a run."""
 
     backend: str  # a registered name or ``pkg.mod:Class``
     device: str = "cpu"
@@ -85,9 +85,9 @@ def counted(cases: int) -> str:
 
 def _means(word: str, id: str) -> bool:
     file, _, test = id.removeprefix(_CASES).partition("::")
-    asked_file, _, asked_test = word.removeprefix(_CASES).partition("::")
-    same_file = asked_file.removesuffix(".py") == file.removesuffix(".py")
-    return same_file and asked_test in ("", test, test.partition("[")[0])
+    wanted_file, _, wanted_test = word.removeprefix(_CASES).partition("::")
+    same_file = wanted_file.removesuffix(".py") == file.removesuffix(".py")
+    return same_file and wanted_test in ("", test, test.partition("[")[0])
 
 
 def _begins(word: str, id: str) -> bool:

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
 from portakv_conformance.evidence.verdict import LEFT_OUT, case_list_sha256, judge
-from portakv_conformance.record import SCHEMA, RunRecord
+from portakv_conformance.record import SCHEMA, JsonObject, RunRecord
 from portakv_conformance.run.journal import BadRequest, Journal, SubjectUnavailable, SuiteBroken
 from portakv_conformance.run.progress import SILENT, Progress
 from portakv_conformance.run.request import Options, counted
@@ -30,7 +29,7 @@ _LISTING = 300.0  # seconds that a worker may take to collect the suite
 def run(
     options: Options, progress: Progress = SILENT, *, command: Sequence[str] | None = None
 ) -> RunRecord:
-    """Run the suite and judge what came of it. A command runs each worker, to which what it is told
+    """Run the suite and judge the result. ``command`` runs each worker, with its arguments
     is added. Raises `SubjectUnavailable`, with the probe's reason, if the backend cannot run there,
     `BadRequest` for a malformed name or an id that no case has, and `SuiteBroken` if the suite
     cannot be collected."""
@@ -40,9 +39,9 @@ def run(
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
         Workers(journal, options, Path(folder), command or worker_command()).work()
     if options.only:
-        journal.miss(f"Only {counted(len(journal.ids))} asked for (--only), not the profile.")
+        journal.miss(f"Only {counted(len(journal.ids))} requested (--only), not the profile.")
     if journal.stopped and (left := journal.left()):
-        journal.miss(f"{counted(len(left))} behind the first failure and did not run (-x).")
+        journal.miss(f"{counted(len(left))} after the first failure and did not run (-x).")
     subject = journal.subject
     environment = journal.subject["environment"]
     if journal.lone:
@@ -73,11 +72,13 @@ def run(
     return record
 
 
-def cases_of(profile: str, device: str) -> dict[str, dict[str, Any]]:
-    """By id, ``area``, ``profile``, ``claim`` and ``tags`` of each case of a profile, and whether
-    it is ``optional``: a real machine with one device is judged without it. The device is as a
-    report names it, ``cuda`` or ``simdev:1``; it need not be here, and two of its kind are assumed.
-    Raises `SuiteBroken` if the suite cannot be collected here."""
+def cases_of(profile: str, device: str) -> dict[str, JsonObject]:
+    """Return ``area``, ``profile``, ``claim`` and ``tags`` of each case of a profile, by id, and
+    whether it is ``optional``: a real machine with one device is judged without it.
+
+    The device is as a report names it, ``cuda`` or ``simdev:1``; it need not be here, and two of
+    its kind are assumed. Raises `SuiteBroken` if the suite cannot be collected here.
+    """
     reported = ["--collect-only", "--portakv-listed", device.partition(":")[0]]
     requested = Options("reference", profile=profile)
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:

@@ -2,7 +2,7 @@
 """The process that a backend is judged in: it introduces what is judged, then runs pytest.
 
 All that the runner learns comes through two files: events, and the stacks that faulthandler leaves
-when the process crashes or is asked for them by a signal. What a backend prints disturbs neither.
+when the process crashes or gets a signal for them. What a backend prints disturbs neither.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from portakv_conformance.record import JsonObject
 
 #: Asks a worker for the stacks of all of its threads. Answered by faulthandler's own handler, in
 #: C, so that a worker answers that hangs in native code.
 STACKS_PLEASE = signal.SIGUSR1
-#: The files that a worker answers in, in a folder of its own.
+#: The files that a worker answers in, in a private folder.
 EVENTS = "events.jsonl"
 STACKS = "stacks.txt"
 #: An empty file there: no configuration of the folder that a run happens to be started in.
@@ -32,14 +33,14 @@ _PLUGINS = ("-p", "portakv_conformance.run.options", "-p", "_hypothesis_pytestpl
 _QUIET = ("-p", "no:cacheprovider", "-p", "no:faulthandler", "--no-header", "-q", "--tb=short")
 
 
-def append(file: str, event: dict[str, Any]) -> None:
-    """Append an event to a file, flushed at once: a crashing process takes no buffered line along.
-    Every report can hold it, whatever bytes a vendor's driver puts into its messages."""
+def append(file: str, event: JsonObject) -> None:
+    """Append an event to a file, flushed immediately, since a crashing process loses buffered
+    lines. Any bytes of a driver's messages can be written."""
     with open(file, "a", encoding="ascii") as events:
         events.write(json.dumps(_writable(event)) + "\n")
 
 
-def _writable(value: Any) -> Any:
+def _writable(value: object) -> object:
     """A value, with lone surrogates, which UTF-8 has no bytes for, written as ``\\udcff``."""
     if isinstance(value, dict):
         return {_writable(str(key)): _writable(retained) for key, retained in value.items()}
@@ -49,8 +50,8 @@ def _writable(value: Any) -> Any:
 
 
 class Share:
-    """The cases that were taken, an empty file each in a folder that all workers look at: a worker
-    that dies leaves no lock behind."""
+    """The cases that were taken, an empty file each in a folder that all workers read: a worker
+    that dies leaves no lock."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -64,7 +65,7 @@ class Share:
         return True
 
     def taken(self, id: str) -> bool:
-        """Whether a worker has a case."""
+        """Return True if a worker has a case."""
         return self._file(id).exists()
 
     def give_back(self, id: str) -> None:
@@ -76,11 +77,11 @@ class Share:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Judge a backend; returns pytest's exit code. Told are the worker's folder, the process of the
-    runner, whose end is the worker's, and options of the suite."""
-    home, runner, *requested = argv
+    """Judge a backend; return pytest's exit code. Arguments: the worker's folder, the process id of
+    the runner, whose end is the worker's, and options of the suite."""
+    private, runner, *requested = argv
     end_with(int(runner))
-    stacks = open(Path(home, STACKS), "a", encoding="utf-8")  # noqa: SIM115 (open until the end)
+    stacks = open(Path(private, STACKS), "a", encoding="utf-8")  # noqa: SIM115 (open until the end)
     faulthandler.enable(file=stacks, all_threads=True)
     faulthandler.register(STACKS_PLEASE, file=stacks, all_threads=True)
     import pytest
@@ -88,8 +89,8 @@ def main(argv: Sequence[str]) -> int:
     from portakv_conformance.run.options import PACKAGE
 
     folder = str(PACKAGE)
-    where = ["-c", str(Path(home, CONFIGURATION)), "--rootdir", folder, "--confcutdir", folder]
-    requested += ["--portakv-events", str(Path(home, EVENTS)), folder]
+    where = ["-c", str(Path(private, CONFIGURATION)), "--rootdir", folder, "--confcutdir", folder]
+    requested += ["--portakv-events", str(Path(private, EVENTS)), folder]
     return int(pytest.main([*where, *_PLUGINS, *_QUIET, *requested]))
 
 

@@ -17,9 +17,8 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from portakv_conformance.record import Status
+from portakv_conformance.record import JsonObject, Status
 from portakv_conformance.run.journal import BadRequest, Journal, SubjectUnavailable, SuiteBroken
 from portakv_conformance.run.request import Options
 from portakv_conformance.run.worker import CONFIGURATION, EVENTS, STACKS, STACKS_PLEASE, Share
@@ -33,7 +32,7 @@ MOST_LOSSES = 20
 MOST_SECONDS = 1800.0
 _PROGRESS = 2  # cases that have to end between two losses, so that they are not in a row
 _POLL = 0.02  # seconds between two looks at the workers
-# Threads of each of several workers at once: two, so that kernels with threads still run so.
+# Threads of each of several concurrent workers: two, so that kernels with threads still run so.
 _LEAST_THREADS = 2
 # Seconds before the first case: torch and the backend load, the simulated device may be built.
 _STARTING = 600.0
@@ -51,16 +50,17 @@ _START = (
 
 
 def worker_command() -> tuple[str, ...]:
-    """What runs a worker, to which what it is told is added."""
+    """Return the command that runs a worker, without the worker's arguments."""
     return (sys.executable, "-I", "-c", _START, json.dumps(sys.path))
 
 
 class WorkerProcess:
-    """A worker's process: its events, its stacks, what it printed. A command runs it, with a folder
-    of its own, which is made, and with options of the suite, of which it alone has ``more``."""
+    """A worker's process: its events, its stacks, its output. ``command`` runs it, with a private
+    folder, which is made, and with options of the suite, of which only this worker gets ``more``.
+    """
 
     def __init__(
-        self, command: Sequence[str], folder: Path, asked: Options, more: Sequence[str]
+        self, command: Sequence[str], folder: Path, options: Options, more: Sequence[str]
     ) -> None:
         folder.mkdir(parents=True)
         self._events = folder / EVENTS
@@ -69,9 +69,9 @@ class WorkerProcess:
         for file in (self._events, self._stacks, folder / CONFIGURATION):
             file.touch()
         self._read = 0
-        reported = [str(folder), str(os.getpid()), *asked.suite_options(), *more]
+        reported = [str(folder), str(os.getpid()), *options.suite_options(), *more]
         environment = {k: v for k, v in os.environ.items() if k not in _LEFT_OUT}
-        environment |= surroundings(asked.jobs)
+        environment |= surroundings(options.jobs)
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         # Else hypothesis leaves a folder in the user's current one.
         environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
@@ -85,11 +85,11 @@ class WorkerProcess:
                 start_new_session=True,  # Ctrl-C is ours to handle, and its children end with it
             )
 
-    def events(self, seconds: float = 0.0) -> list[dict[str, Any]]:
+    def events(self, seconds: float = 0.0) -> list[JsonObject]:
         """The next events; empty if none came within ``seconds`` or the process has ended."""
         until = time.monotonic() + seconds
         while True:
-            ended = self.code is not None  # asked first: what it wrote last must not be missed
+            ended = self.code is not None  # read first, so that its last events are not missed
             with self._events.open("rb") as file:
                 file.seek(self._read)
                 text = file.read()
@@ -105,7 +105,7 @@ class WorkerProcess:
         return self._process.poll()
 
     def how(self) -> str:
-        """How it ended, as the end of a sentence."""
+        """Return how it ended, as the end of a sentence."""
         code = self._process.wait()
         if code >= 0:
             return f"ended with exit code {code}"
@@ -139,7 +139,7 @@ class WorkerProcess:
 
 
 class Worker:
-    """A worker of a run, and what it has told until it ends, crashes, or is silent for too long."""
+    """A worker of a run, and its events until it ends, crashes, or is silent for too long."""
 
     def __init__(
         self, process: WorkerProcess, journal: Journal, share: Share, limit: float
@@ -151,15 +151,15 @@ class Worker:
         self.listed = self._finished = False  # it has collected its cases, and run them
         self._running = self._latest = ""  # the case that runs, and the one that ended last
         self._refusal = ""  # why it could not load what others have loaded
-        self._retired = ""  # why it ended itself behind a case that has failed
-        self._began = self.heard = time.monotonic()
+        self._retired = ""  # why it ended itself after a failed case
+        self._began = self.last_event = time.monotonic()
         self.ready = 0.0  # seconds until it had its case list
 
     def look(self, *, alone: bool) -> str | None:
-        """Take what the worker has told since: None while it goes on, else how it was lost, a
-        sentence, or an empty one if it ended well. What it does not run no other does if it is
-        ``alone``. Raises as `Workers.work`."""
-        ended = self.process.code is not None  # asked before reading, as above
+        """Take the worker's events since the last call. Return None while it goes on, else a
+        sentence on how it was lost, empty if it ended well. If it is ``alone``, no other worker
+        runs its remaining cases. Raises as `Workers.work`."""
+        ended = self.process.code is not None  # read first, as above
         for event in (events := self.process.events()):
             self._take(event)
             if self._journal.stopped:
@@ -168,16 +168,16 @@ class Worker:
         if not self.listed or self._finished:
             limit = ENDING if self._finished else _STARTING
         if events:
-            self.heard = time.monotonic()
-            self.ready = self.ready or (self.heard - self._began if self.listed else 0.0)
+            self.last_event = time.monotonic()
+            self.ready = self.ready or (self.last_event - self._began if self.listed else 0.0)
         elif ended:
             return self._lost(f"The worker process {self.process.how()}", alone)
-        elif time.monotonic() - self.heard > limit:
+        elif time.monotonic() - self.last_event > limit:
             late = f"It took longer than its limit of {limit:g} s; the worker process was killed"
             return self._lost(late, alone)
         return None
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _take(self, event: JsonObject) -> None:
         kind = event.get("event")
         journal = self._journal
         if kind == "loading":
@@ -204,11 +204,11 @@ class Worker:
         elif kind == "retired":
             self._retired = event["reason"]
         else:
-            raise SuiteBroken(f"A worker told of {event!r}, which no suite of this version does.")
+            raise SuiteBroken(f"A worker reported {event!r}, which no suite of this version does.")
 
     def _lost(self, what: str, alone: bool) -> str:
         """Name the case that it was lost with; returns a sentence for the user, or an empty one
-        if it was behind its last case."""
+        if it was after its last case."""
         code = self.process.code
         journal = self._journal
         ended = self._finished and not self._running and journal.ids
@@ -222,7 +222,7 @@ class Worker:
         stacks = self.process.stacks()
         self.process.stop()
         if self._retired:
-            return f"The device failed behind {self._latest} ({self._retired})."
+            return f"The device failed after {self._latest} ({self._retired})."
         if self._refusal:
             what = f"A worker could not load the backend, which others could ({self._refusal}),"
         details = "\n\n".join(part for part in (stacks, self.process.printed()) if part)
@@ -253,8 +253,10 @@ class Worker:
 
 
 class Workers:
-    """As many workers at a time as were asked for, over one case list; their files lie in an empty
-    folder. A command runs each, to which what it is told is added."""
+    """The workers of a run, as many at a time as requested, over one case list.
+
+    Their files lie in an empty folder. ``command`` runs each, with its arguments added.
+    """
 
     def __init__(
         self, journal: Journal, options: Options, folder: Path, command: Sequence[str]
@@ -269,8 +271,8 @@ class Workers:
         taken.mkdir()
         only.write_text("\n".join(options.only), encoding="utf-8")
         self._share = Share(taken)
-        self._told = ["--portakv-share", str(taken)]
-        self._told += ["--portakv-only", str(only)] if options.only else []
+        self._arguments = ["--portakv-share", str(taken)]
+        self._arguments += ["--portakv-only", str(only)] if options.only else []
         self._running: list[Worker] = []
         self._started = self._losses = self._ran = 0
         self._seconds = 0.0  # that losses have cost: workers that began, cases that hung
@@ -313,12 +315,12 @@ class Workers:
             self._started += 1
             folder = self._folder / str(self._started)
             seconds = self._options.seconds
-            process = WorkerProcess(self._command, folder, self._options, self._told)
+            process = WorkerProcess(self._command, folder, self._options, self._arguments)
             self._running.append(Worker(process, self._journal, self._share, seconds))
         return bool(self._running)
 
     def _look(self) -> bool:
-        """Whether a worker has ended, or the run."""
+        """Return True if a worker, or the run, has ended."""
         before = len(self._running)
         for worker in list(self._running):
             lost = worker.look(alone=len(self._running) == 1)
@@ -341,7 +343,7 @@ class Workers:
         self._losses = self._losses + 1 if between < _PROGRESS else 1
         self._ran = self._journal.ran
         # Its start, and how long it was silent at its end.
-        self._seconds += worker.ready + time.monotonic() - worker.heard
+        self._seconds += worker.ready + time.monotonic() - worker.last_event
 
 
 def surroundings(jobs: int) -> dict[str, str]:

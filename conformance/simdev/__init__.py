@@ -42,13 +42,13 @@ EMULATED = True
 #: The names that it can carry, one in a process.
 NAMES = ("simdev", "npu", "mlu")
 
-_FREE = "privateuseone"  # torch's name for the device type while nobody has taken it
+_FREE = "privateuseone"  # torch's name for the device type while it is free
 _lock = threading.Lock()
 _name: str | None = None
 
 
 def available() -> str | None:
-    """None where the device can be loaded, as far as can be told without trying; else why not."""
+    """None where the device can be loaded, as far as is known without trying; else why not."""
     return None if _name is not None else _taken() or missing()
 
 
@@ -58,7 +58,8 @@ def loaded() -> str | None:
 
 
 def load(name: str = "simdev") -> None:
-    """Make the device known to torch as ``name``; builds it where nobody has. Again: nothing.
+    """Make the device known to torch as ``name``; build it if it is not built. A second call does
+    nothing.
 
     Afterwards ``torch.device("simdev:1")``, ``torch.simdev``, ``torch.Stream("simdev")``,
     ``torch.Event`` and ``torch.accelerator`` work.
@@ -71,7 +72,7 @@ def load(name: str = "simdev") -> None:
     global _name
     if name not in NAMES:
         known = ", ".join(NAMES)
-        raise ValueError(f"The simulated device was asked to be {name!r}; it can be {known}.")
+        raise ValueError(f"Expected a name for the simulated device, got {name!r}. Pass {known}.")
     with _lock:
         if _name == name:
             return
@@ -130,7 +131,8 @@ def copy_runs(
 
 
 def take_faults() -> list[str]:
-    """What went wrong in jobs since the last look, a sentence each; the host's waits raise it."""
+    """Return the failures of jobs since the last call, a sentence each; the host's waits raise
+    them."""
     return [] if _name is None else list(torch.ops.portakv_simdev.taken_faults())
 
 
@@ -140,8 +142,8 @@ def synchronised() -> list[str]:
 
 
 def counted() -> tuple[int, int]:
-    """How many operators and copies were launched so far, and how often a host waited: by any
-    thread, on any device. Views are not launched."""
+    """Return how many operators and copies were launched so far, and how often a host waited: by
+    any thread, on any device. Views are not launched."""
     launches, waits = torch.ops.portakv_simdev.counted()
     return launches, waits
 

@@ -29,7 +29,8 @@ class SimulatedDeviceError(BackendUnavailable):
 
 
 def missing() -> str | None:
-    """What the build needs and this machine has not, as a sentence; None where nothing is."""
+    """Return a sentence on what the build needs and this machine does not have; None if it
+    has all."""
     if platform.system() != "Linux":
         return f"The simulated device needs Linux; this is {platform.system()}."
     if cpp.compiler(*_COMPILERS) is None:
@@ -51,7 +52,7 @@ def load_library() -> None:
     compiler = cpp.compiler(*_COMPILERS)
     if (why := missing()) or compiler is None:
         raise SimulatedDeviceError(str(why))
-    home = Path(torch.__file__).parent
+    package = Path(torch.__file__).parent
     abi = int(torch.compiled_with_cxx11_abi())
     command = [
         compiler,
@@ -61,9 +62,9 @@ def load_library() -> None:
         "-fPIC",
         "-shared",
         f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
-        f"-I{home / 'include'}",
-        f"-I{home / 'include/torch/csrc/api/include'}",
-        f"-L{home / 'lib'}",
+        f"-I{package / 'include'}",
+        f"-I{package / 'include/torch/csrc/api/include'}",
+        f"-L{package / 'lib'}",
         "-ltorch_cpu",
         "-lc10",
         "-ldl",

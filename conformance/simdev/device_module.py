@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torch shows as ``torch.simdev`` (or ``torch.npu``, ``torch.mlu``): emulated, and says so."""
+"""The module that torch shows as ``torch.simdev`` (or ``torch.npu``, ``torch.mlu``); it reports
+that it is emulated."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ set_stream = accelerator.set_stream
 synchronize = accelerator.synchronize
 
 
-def Stream(device: Any = None, priority: int = 0) -> torch.Stream:
+def Stream(device: object = None, priority: int = 0) -> torch.Stream:
     """A new stream of a device, by default of the current one."""
     return torch.Stream(device=_device(device), priority=priority)
 
@@ -36,13 +37,13 @@ def device_count() -> int:
     return int(torch.ops.portakv_simdev.device_count())
 
 
-def set_device(device: Any) -> None:
+def set_device(device: object) -> None:
     """Make a device the current one."""
     accelerator.set_device_index(_device(device).index)
 
 
 @contextmanager
-def device(device: Any) -> Iterator[None]:
+def device(device: object) -> Iterator[None]:
     """Inside, a device is the current one."""
     before = current_device()
     set_device(device)
@@ -52,12 +53,12 @@ def device(device: Any) -> Iterator[None]:
         accelerator.set_device_index(before)
 
 
-def get_device_name(device: Any = None) -> str:
+def get_device_name(device: object = None) -> str:
     """A name that says what it is."""
     return f"simulated accelerator {_device(device)} (emulated on the CPU)"
 
 
-def default_stream(device: Any = None) -> torch.Stream:
+def default_stream(device: object = None) -> torch.Stream:
     """Stream 0 of a device."""
     where = _device(device)
     kind = accelerator.current_stream(where).device_type

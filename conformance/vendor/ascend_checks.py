@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from portakv import CopyPlan, Index, KVView, Unsupported, copy_rows
 from portakv.backends.ascend import Ascend
 from portakv.backends.ascend_kernel import VARIABLE
+from portakv_conformance.record import JsonObject
 from portakv_conformance.vendor import ascend_ops, ascendc_emulated, ascendc_npu
 from portakv_conformance.vendor.ascend_device import enter
 
@@ -43,8 +45,9 @@ def main() -> None:
     print(json.dumps(reported))
 
 
-def compare_schemas() -> list[dict[str, Any]]:
-    """For each pinned op: the pinned schema, the one found, and whether the vendor has a kernel."""
+def compare_schemas() -> list[JsonObject]:
+    """Return, for each pinned op, the pinned schema, the installed one, and whether the vendor has
+    a kernel."""
     everything: Any = torch._C._jit_get_all_schemas()
     known = {str(schema).partition("(")[0]: str(schema) for schema in everything}
     result = []
@@ -58,7 +61,7 @@ def compare_schemas() -> list[dict[str, Any]]:
     return result
 
 
-def launch_kernel(torch_npu: Any) -> dict[str, Any]:
+def launch_kernel(torch_npu: ModuleType) -> JsonObject:
     """The AscendC kernel, emulated: through the backend, on a stream and memory of torch_npu's."""
     device = torch.device("npu", 1)
     rows = torch.arange(32 * 32).to(torch.float16).view(4, 8, 2, 16)
@@ -83,8 +86,8 @@ def launch_kernel(torch_npu: Any) -> dict[str, Any]:
 _Call = Callable[[], object]
 
 
-def _refused(name: str, call: _Call, kind: type[Exception]) -> dict[str, Any]:
-    """What a call that must raise said."""
+def _refused(name: str, call: _Call, kind: type[Exception]) -> JsonObject:
+    """Return the message of a call that must raise."""
     try:
         call()
     except Exception as error:
@@ -93,7 +96,7 @@ def _refused(name: str, call: _Call, kind: type[Exception]) -> dict[str, Any]:
     return {"call": name, "right": False, "said": "nothing: it went through"}
 
 
-def _forbidden(torch_npu: Any) -> list[tuple[str, _Call, type[Exception]]]:
+def _forbidden(torch_npu: ModuleType) -> list[tuple[str, _Call, type[Exception]]]:
     """Calls that the dispatcher, the stub, the documents or the backend must refuse."""
     rows = torch.zeros(3, 2, 16, dtype=torch.float16).to("npu")
     cache = torch.zeros(4, 8, 2, 16, dtype=torch.float16).to("npu")

@@ -2,7 +2,7 @@
 """torch_npu over a stub of CANN: the vendor's dispatcher, allocator and copies, and no NPU.
 
 `enter` makes the device ``npu`` known to torch through the vendor's own package, and puts torch's
-CPU kernels behind exactly the ops named here, on the memory that the vendor's allocator gave. Any
+CPU kernels for exactly the ops named here, on the memory that the vendor's allocator gave. Any
 other op raises: here, if its thread is watched, else in the stub. The vendor's code never computes;
 it decides whether a call is well formed.
 """
@@ -24,6 +24,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from portakv_conformance.draw.arrangement import Keywords
 from portakv_conformance.vendor import ascend_ops
 
 #: What emulates below the vendor's package: it is hashed with this file, since it is named here.
@@ -34,7 +35,8 @@ CALLS = "PORTAKV_ASCEND_CALLS"
 calls: Counter[str] = Counter()
 
 _DISPATCH = "PrivateUse1"
-_VENDOR: dict[str, Callable[..., Any]] = {
+Op = Callable[..., Any]
+_VENDOR: dict[str, Op] = {
     "npu::npu_scatter_pa_kv_cache": ascend_ops.scatter_pa_kv_cache,
     "npu::npu_gather_pa_kv_cache": ascend_ops.gather_pa_kv_cache,
     "npu::npu_scatter_nd_update_": ascend_ops.scatter_nd_update_,
@@ -94,7 +96,7 @@ _OWN = frozenset(
     }
 )
 _KNOWN = frozenset({*_VENDOR, *_PLAIN, *_OWN, "aten::copy_"})
-_kept: list[Any] = []
+_retained: list[object] = []
 
 
 def enter(name: str) -> None:
@@ -105,41 +107,41 @@ def enter(name: str) -> None:
         ValueError: another name.
     """
     if name != "npu":
-        raise ValueError(f"torch_npu over a stub was asked to be {name!r}; it is 'npu'.")
-    if _kept:
+        raise ValueError(f"Expected the name 'npu' for torch_npu over a stub, got {name!r}.")
+    if _retained:
         return
     torch_npu = importlib.import_module("torch_npu")
     torch_npu.__dict__["EMULATED"] = True
-    module: Any = torch.get_device_module(name)
+    module = torch.get_device_module(name)
     module.EMULATED_AS = f"torch_npu {torch_npu.__version__} over a stub of CANN, on the host"
     copy = torch.library.get_kernel("aten::copy_", _DISPATCH)
     ops = {**_VENDOR, **{name: _torch_op(name) for name in _PLAIN}}
-    kernels: dict[str, Any] = {name: partial(_run, name, op) for name, op in ops.items()}
+    kernels: Keywords = {name: partial(_run, name, op) for name, op in ops.items()}
     for op, kernel in {**kernels, "aten::copy_": partial(_copy, copy)}.items():
         space, _, rest = op.partition("::")
         library = torch.library.Library(space, "IMPL")
         library.impl(rest, kernel, _DISPATCH)
-        _kept.append(library)  # its kernels go with it
+        _retained.append(library)  # its kernels go with it
     guard: Any = _Guard  # torch does not say its types
     guard = guard()
     guard.__enter__()
-    _kept.append(guard)
+    _retained.append(guard)
     folder = os.environ.get(CALLS)
     if folder:
         reported = Path(folder, f"{os.getpid()}.json")
         atexit.register(lambda: reported.write_text(json.dumps(calls), encoding="utf-8"))
 
 
-def _torch_op(name: str) -> Callable[..., Any]:
+def _torch_op(name: str) -> Op:
     base, _, overload = name.removeprefix("aten::").partition(".")
-    return cast(Callable[..., Any], getattr(getattr(torch.ops.aten, base), overload or "default"))
+    return cast(Op, getattr(getattr(torch.ops.aten, base), overload or "default"))
 
 
 class _Guard(TorchDispatchMode):
     """Lets nothing but the named ops see a tensor of the device; watches one thread."""
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: Any = (), kwargs: Keywords | None = None
     ) -> Any:
         name = func.name()
         named = kwargs or {}
@@ -153,11 +155,11 @@ class _Guard(TorchDispatchMode):
         return func(*args, **named)
 
 
-def _on_npu(value: Any) -> bool:
+def _on_npu(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "npu"
 
 
-def _run(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run(name: str, function: Op, *args: Any, **kwargs: Any) -> Any:
     """Call a function with the host's views of tensors of the device; bring its results there."""
     calls[name] += 1
     lent: dict[int, torch.Tensor] = {}
@@ -174,7 +176,7 @@ def _run(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
             return torch.device("cpu")
         return value
 
-    def give(value: Any) -> Any:
+    def give(value: object) -> object:
         if not isinstance(value, torch.Tensor):
             return value
         return lent[id(value)] if id(value) in lent else value.to(where[0])

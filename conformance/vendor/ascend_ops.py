@@ -3,8 +3,8 @@
 
 The constraints are those of the docstrings in torch_npu 2.13.0 and of CANN's pages on
 aclnnScatterPaKvCache, aclnnGatherPaKvCache, aclnnScatterNdUpdate, aclnnIndexSelect and
-aclnnInplaceIndexCopy, for Atlas A2 and A3. If the hardware would fault, or write what was not
-asked for, these raise `Refused`. They run on tensors of any device; numbers that only the device
+aclnnInplaceIndexCopy, for Atlas A2 and A3. If the hardware would fault, or write more than
+requested, these raise `Refused`. They run on tensors of any device; numbers that only the device
 knows are checked if they can be read without waiting: on a CPU.
 """
 
@@ -46,7 +46,8 @@ def check_current(name: str, tensors: Iterable[torch.Tensor]) -> None:
 
 
 def pinned_schemas(whose: str) -> dict[str, str]:
-    """By qualified name the pinned schemas of the ``vendor``'s ops, or of ``torch``'s own."""
+    """Return the pinned schemas of the ``vendor``'s ops, or of ``torch``'s own, by qualified
+    name."""
     return dict(tomllib.loads(SCHEMAS.read_text(encoding="utf-8"))[whose])
 
 
@@ -133,7 +134,7 @@ def index_select(rows: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Ten
 def index_select_out(
     rows: torch.Tensor, dim: int, index: torch.Tensor, *, out: torch.Tensor
 ) -> torch.Tensor:
-    """As `index_select`, into ``out``, which CANN does not resize."""
+    """Run `index_select` into ``out``, which CANN does not resize."""
     need = _check_index_select(rows, dim, index)
     need(out.shape == (*rows.shape[:dim], *index.shape, *rows.shape[dim + 1 :]), "out is resized")
     need(out.dtype == rows.dtype, f"out is {out.dtype}, self is {rows.dtype}")

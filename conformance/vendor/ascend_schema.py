@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The schema job: `portakv.backends.ascend` against the vendor's own torch_npu, without an NPU.
 
-``python -m portakv_conformance.vendor.ascend_schema --report out`` makes an environment of its own,
+``python -m portakv_conformance.vendor.ascend_schema --report out`` makes a separate environment,
 installs torch and the vendor's wheel there, builds stub libraries in place of CANN, compares the
 schemas of every op that the backend calls with the pinned ones, and runs the suite through the
-vendor's dispatcher. The kernels behind the ops are torch's: this shows that calls are well formed
+vendor's dispatcher. The kernels of the ops are torch's: this shows that calls are well formed
 and rows land where they should if the ops do what their documents say. It shows nothing about an
 NPU. Once the AscendC kernel, emulated, is launched on a stream of torch_npu's. Needs Linux, gcc,
 g++, binutils, the network for pip, and a minute or two.
@@ -25,24 +25,24 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from portakv.backends.ascend_kernel import VARIABLE
 from portakv.runtime.kernel_cache import directory
 from portakv_conformance.evidence import support_matrix
 from portakv_conformance.evidence.environment import hashed
 from portakv_conformance.evidence.evidence import name_of
+from portakv_conformance.record import JsonObject
 from portakv_conformance.report.results import keep, read
 from portakv_conformance.vendor import ascend_device, cann_stub, standins
 
 TORCH = "2.13.0"
 TORCH_NPU = "2.13.0"
-#: The report of this job; the suite's own report lies beside it.
+#: The report of this job; the suite's own report lies next to it.
 REPORT = "ascend-schema.json"
 BACKEND = "portakv.backends.ascend:Ascend"
 COMMAND = "python -m portakv_conformance.vendor.ascend_schema"
 SENTENCE = (
-    "Accepted by torch_npu's own schemas and dispatcher over a stub of CANN; the kernels behind "
+    "Accepted by torch_npu's own schemas and dispatcher over a stub of CANN; the kernels of "
     "its ops are torch's, on the host. No NPU was involved."
 )
 _NEEDS = (f"torch=={TORCH}", "numpy", "pytest", "hypothesis", 'tomli; python_version < "3.11"')
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if right(report) else 1
 
 
-def right(report: dict[str, Any]) -> bool:
-    """Whether a report carries R2 and R3: all that was looked at is as it should be."""
+def right(report: JsonObject) -> bool:
+    """Return True if a report supports R2 and R3: every check passed."""
     rows = [row["same"] for row in report["schemas"]] + [row["right"] for row in report["refusals"]]
     rows += [report.get("kernel", {}).get("right", False)] if rows else []
     return bool(rows) and all(rows) and report["conformance"]["verdict"] == "conformant"
@@ -94,15 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _judge(asked: argparse.Namespace, work: Path, report: Path) -> dict[str, Any]:
+def _judge(requested: argparse.Namespace, work: Path, report: Path) -> JsonObject:
     report.mkdir(parents=True, exist_ok=True)
-    python = asked.venv.absolute() / "bin" / "python"
-    wheel = _environment(asked.venv, python)
+    python = requested.venv.absolute() / "bin" / "python"
+    wheel = _environment(requested.venv, python)
     paths = run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
     raising = cann_stub.build(Path(paths.strip()), work / "cann")
     variables = {**os.environ, **cann_stub.environment(work / "cann"), **_variables(work)}
     checks = run([str(python), "-m", f"{__package__}.ascend_checks"], variables)
-    suite = _suite(python, variables, asked.profile, report.absolute())
+    suite = _suite(python, variables, requested.profile, report.absolute())
     calls: Counter[str] = Counter()  # of each op, in all processes of the suite
     for file in (work / "calls").glob("*.json"):
         calls.update(json.loads(file.read_text(encoding="utf-8")))
@@ -112,7 +112,7 @@ def _judge(asked: argparse.Namespace, work: Path, report: Path) -> dict[str, Any
         "emulated": True,
         "says": SENTENCE,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": f"{COMMAND} --profile {asked.profile} --report out",
+        "command": f"{COMMAND} --profile {requested.profile} --report out",
         "wheel": {"file": wheel.name, "sha256": digest},
         **json.loads(checks),
         "cann_stub_raises": raising,
@@ -165,14 +165,14 @@ def check_wheel(wheel: Path, known: Mapping[str, str]) -> str:
 
 
 def _variables(work: Path) -> dict[str, str]:
-    """What the processes inside get to see, this library's packages among it."""
+    """Return the environment of the processes inside, with this library's packages."""
     site = work / "site"
     calls = work / "calls"
     site.mkdir()
     calls.mkdir()
     for name in _PACKAGES:
-        home = Path(str(importlib.import_module(name).__file__)).parent
-        (site / name).symlink_to(home, target_is_directory=True)
+        installed = Path(str(importlib.import_module(name).__file__)).parent
+        (site / name).symlink_to(installed, target_is_directory=True)
     return {
         "PYTHONPATH": str(site),
         standins.EMULATION: _ENTER,
@@ -182,14 +182,14 @@ def _variables(work: Path) -> dict[str, str]:
     }
 
 
-def _suite(python: Path, variables: dict[str, str], profile: str, report: Path) -> dict[str, Any]:
+def _suite(python: Path, variables: dict[str, str], profile: str, report: Path) -> JsonObject:
     """Run the suite; what its report says of itself."""
     command = ["-m", "portakv", "conform", "ascend", "--device", "npu", "--emulated"]
     command += ["--profile", profile, "--report", str(report)]
     done = run([str(python), *command], variables, accepted=(0, 1))
     file = report / "conformance.json"
     if not file.is_file():
-        raise JobError(f"The suite left no report. It said: {done.strip()}")
+        raise JobError(f"The suite left no report. It printed: {done.strip()}")
     retained = keep(file, report)  # as it can be committed
     record = read(retained)
     return {
@@ -204,7 +204,11 @@ def _suite(python: Path, variables: dict[str, str], profile: str, report: Path) 
     }
 
 
-def run(command: Sequence[str], variables: Any = None, accepted: Sequence[int] = (0,)) -> str:
+def run(
+    command: Sequence[str],
+    variables: Mapping[str, str] | None = None,
+    accepted: Sequence[int] = (0,),
+) -> str:
     done = subprocess.run(
         command, env=variables, capture_output=True, text=True, check=False, timeout=_SECONDS
     )
@@ -214,7 +218,7 @@ def run(command: Sequence[str], variables: Any = None, accepted: Sequence[int] =
     return done.stdout
 
 
-def _print(report: dict[str, Any], file: Path) -> None:
+def _print(report: JsonObject, file: Path) -> None:
     for row in report["schemas"]:
         print(f"{'same     ' if row['same'] else 'DIFFERENT'} {row['op']}{row['found']}")
     for row in report["refusals"]:

@@ -34,7 +34,7 @@ _OPS: dict[str, Callable[..., Any]] = {
 
 
 def install() -> None:
-    """Put the stand-in into ``sys.modules`` as ``torch_npu``; again, or beside the vendor's own
+    """Put the stand-in into ``sys.modules`` as ``torch_npu``; again, or next to the vendor's own
     package, nothing: that is left alone."""
     if "torch_npu" in sys.modules or importlib.util.find_spec("torch_npu") is not None:
         return
@@ -55,10 +55,10 @@ def _declare() -> torch.library.Library:
     return library
 
 
-def _launch(name: str, op: Callable[..., Any], *args: Any, **given: Any) -> Any:
-    tensors = [each for each in (*args, *given.values()) if isinstance(each, torch.Tensor)]
+def _launch(name: str, op: Callable[..., Any], *args: object, **options: object) -> object:
+    tensors = [each for each in (*args, *options.values()) if isinstance(each, torch.Tensor)]
     ascend_ops.check_current(name, tensors)
-    return op(*args, **given)
+    return op(*args, **options)
 
 
 def _module() -> ModuleType:

@@ -42,15 +42,16 @@ _CPU = torch.device("cpu")
 
 
 class Setting(NamedTuple):
-    """What a launch may meet: cores, bytes of one unified buffer, and when copies take place."""
+    """The setting of a launch: cores, bytes of one unified buffer, and when copies take place."""
 
     cores: int
     ub_bytes: int
-    when: int  # 0: at once; 1: as late as allowed; 2: either way
+    when: int  # 0: immediately; 1: as late as allowed; 2: either way
 
 
-#: Small buffers cut even small copies into many tiles; 192 KiB is what an Ascend 910B is said to
-#: have. Which setting a launch meets follows from what it moves, so that a case can be run again.
+#: Small buffers cut even small copies into many tiles; 192 KiB is what an Ascend 910B is reported
+#: to have. Which setting a launch meets follows from what it moves, so that a case can be run
+#: again.
 SETTINGS = (
     Setting(5, 1024, 1),
     Setting(48, 192 << 10, 2),

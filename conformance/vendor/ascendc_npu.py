@@ -4,7 +4,7 @@
 An emulation of the kernel (``native/ascend/emulation``) has no streams and no device memory. Here
 its launches become jobs of the simulated device: they run late, in the order of their stream, on
 bytes that the host cannot touch. All before that is as on an NPU: the library is found, loaded,
-asked and launched by `portakv.backends.ascend_kernel`::
+queried and launched by `portakv.backends.ascend_kernel`::
 
     portakv conform portakv_conformance.vendor.ascendc_npu:AscendKernel --device simdev:npu
 
@@ -34,7 +34,7 @@ from portakv_conformance.vendor.ascendc_emulated import Setting
 EMULATED = True
 _STREAM_OF_ANOTHER_CONTEXT = 107003  # as CANN, for a stream of another device than the current one
 _NO_DEVICE_MEMORY = 507053  # for memory that a core does not reach
-_INTERNAL_ERROR = 507899  # for what the emulation did not expect; told on stderr
+_INTERNAL_ERROR = 507899  # for what the emulation did not expect; printed on stderr
 
 _SERVE = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -49,8 +49,8 @@ _ROWS = (
     "rows(int library, int[] copy, int cores, int ub_bytes, int[] firsts, "
     "Tensor(a!)[] written, Tensor[] read) -> ()"
 )
-_libraries: list[Any] = []
-_kept: list[Any] = []
+_libraries: list[ctypes.CDLL] = []
+_retained: list[object] = []
 
 
 class AscendKernel(Ascend):
@@ -85,18 +85,18 @@ def install(path: str | None) -> None:
 def _install(path: str) -> None:
     library = ctypes.CDLL(path)
     serve: Any = library.portakv_emulation_serve
-    if not _kept:
-        module: Any = torch.get_device_module("npu")
+    if not _retained:
+        module = torch.get_device_module("npu")
         module.current_stream = _current_stream
         ops = torch.library.Library("portakv_ascendc", "DEF")
         ops.define(_ROWS)
         ops.impl("rows", _rows, "CPU")
         ops.impl("rows", lambda *arguments: None, "Meta")  # so that no launch waits for its job
-        _kept.append(ops)  # its op goes with it
+        _retained.append(ops)  # its op goes with it
     callback = _SERVE(partial(_serve, len(_libraries)))
     serve(callback)
     _libraries.append(library)
-    _kept.append(callback)
+    _retained.append(callback)
 
 
 def run_at_once(path: str) -> list[int]:
@@ -119,7 +119,7 @@ def run_at_once(path: str) -> list[int]:
 
     callback = _SERVE(serve)
     library.portakv_emulation_serve(callback)
-    _kept.append(callback)
+    _retained.append(callback)
     return handles
 
 
@@ -186,7 +186,7 @@ def _rows(
     written: list[torch.Tensor],
     read: list[torch.Tensor],
 ) -> None:
-    """The job: the kernel, on the bytes behind tensors that begin at addresses of the device."""
+    """The job: the kernel, on the bytes of tensors that begin at addresses of the device."""
     retained = [*((one, True) for one in written), *((one, False) for one in read)]
     memory = [
         (first, one.numel(), writable, one.data_ptr())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What AMD's compiler makes of `hip`'s kernels for devices that are not here: built, never run.
+"""Compile `hip`'s kernels by AMD's compiler for devices that are not here: built, never run.
 
 ``native/cuda/check_hip.sh`` runs it, and ``check_dtk.sh`` with Hygon's own tools. Each kernel is
 the text of a real plan; its machine code is read for the loads and stores of its vector, for local
@@ -57,7 +57,7 @@ _STATUS = {"flat_load_dwordx2", "flat_atomic_cmpswap_x2", "global_atomic_cmpswap
 
 @dataclass
 class Code:
-    """What was found in the machine code of one kernel for one target: for each entry, how often
+    """The machine code of one kernel for one target: for each entry, how often
     each instruction that touches memory occurs; bytes of local memory of all entries; lanes of a
     wave; what is not as it should be, sentences. The vector is in bytes."""
 
@@ -126,13 +126,13 @@ def read_code(code: Code, disassembly: str, notes: str) -> Code:
     return code
 
 
-def _judge(name: str, found: dict[str, int], vector: int, each: int) -> Iterator[str]:
-    loads = sum(found.get(load, 0) for load in _LOADS[vector])
-    stores = sum(found.get(store, 0) for store in _STORES[vector])
+def _judge(name: str, counts: dict[str, int], vector: int, each: int) -> Iterator[str]:
+    loads = sum(counts.get(load, 0) for load in _LOADS[vector])
+    stores = sum(counts.get(store, 0) for store in _STORES[vector])
     if loads < each or stores != each:
         yield f"{name} has {loads} loads and {stores} stores of {vector} B, not {each}"
     expected = {*_LOADS[vector], *_STORES[vector], *_IDS, *_STATUS}
-    if others := sorted(found.keys() - expected):
+    if others := sorted(counts.keys() - expected):
         yield f"{name} has {', '.join(others)}"
 
 
@@ -162,16 +162,16 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def _print(found: list[Code], targets: Sequence[str]) -> None:
+def _print(codes: list[Code], targets: Sequence[str]) -> None:
     print(f"{'kernel':36}{'vector':>7}  " + "".join(f"{t:>12}" for t in targets) + "   load, store")
-    for name, row in groupby(found, key=lambda code: code.kernel):
+    for name, row in groupby(codes, key=lambda code: code.kernel):
         first, *others = row
         words = "".join(f"{'WRONG' if code.wrong else 'right':>12}" for code in (first, *others))
         shown = first.accesses.get(NAMES[1], {})
         vector = first.vector
         wide = [word for word in (*_LOADS[vector], *_STORES[vector]) if word in shown]
         print(f"{name:36}{vector:>5} B  {words}   {', '.join(wide)}")
-    for code in found:
+    for code in codes:
         for why in code.wrong:
             print(f"{code.kernel} for {code.target}: {why}")
 

@@ -4,17 +4,17 @@
 It proves call shapes and bytes by assumption: signatures and semantics are those of the sources
 that `portakv.backends.mlu` names, which the vendor has not confirmed. What is documented is
 enforced; so is what is likely for a kernel that takes addresses (contiguous tensors, the current
-device). The results are exact and asynchronous; nothing is said about speed.
+device). The results are exact and asynchronous; they prove nothing about speed.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from enum import IntEnum
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -38,7 +38,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
 class KVFormat(IntEnum):
-    """What one pointer of `multi_layer_kv_transfer` points to."""
+    """The memory that one pointer of `multi_layer_kv_transfer` points to."""
 
     TWO_NB_HN_BS_HS = 0
     NB_TWO_HN_BS_HS = 1
@@ -57,7 +57,7 @@ def install(*, direction: bool = True, transfer: bool = True) -> None:
     there already. Older releases have no ``direction`` in `reshape_paged_cache`, or no
     `multi_layer_kv_transfer`."""
     scatter = reshape_paged_cache if direction else _reshape_to_cache
-    ops: dict[str, Any] = {"reshape_paged_cache": scatter}
+    ops: dict[str, Callable[..., object]] = {"reshape_paged_cache": scatter}
     if transfer:
         ops |= {
             each.__name__: each for each in (multi_layer_kv_transfer, KVFormat, TransferDirection)
@@ -76,7 +76,7 @@ def reshape_paged_cache(
     v_cache: torch.Tensor | None,
     slot_mapping: torch.Tensor,
     direction: bool = False,
-) -> Any:
+) -> object:
     """Scatter ``k``, ``v`` [tokens, heads, size] into caches [blocks, heads, block_size, size], or
     with ``direction`` gather; a negative slot moves nothing. `RuntimeError` for a dtype, shape,
     stride or device that the op does not take."""
@@ -105,7 +105,7 @@ def _reshape_to_cache(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor | None,
     slot_mapping: torch.Tensor,
-) -> Any:
+) -> object:
     return reshape_paged_cache(k, v, k_cache, v_cache, slot_mapping)
 
 
@@ -122,7 +122,7 @@ def multi_layer_kv_transfer(
     skip_prefix_n_tokens: int,
 ) -> None:
     """Move all layers between ``key_value`` [2, L, T, heads * head_size] ([L, T, ...] for
-    NB_HN_BS_HS), on the host or the device, and the caches behind the L pointers. `RuntimeError`
+    NB_HN_BS_HS), on the host or the device, and the caches of the L pointers. `RuntimeError`
     for a dtype, shape, stride, device or number that the op does not take."""
     CALLS["multi_layer_kv_transfer"] += 1
     planes = _checked_planes(key_value, kv_cache_ptrs, slot_mapping, KVFormat(kv_format))

@@ -12,7 +12,7 @@ HEAD = """\
 <title id="t">The way of a pull</title>
 <desc id="d">Two ranks of an owner hold a model's rows in blocks of 16 tokens; three ranks of a
 reader want them in blocks of 64. If the owner's memory can be mapped, one launch of the reader
-reads it; else rows go through staging slots that a mover carries. Below, in order: the owner
+reads it; else a transport carries rows through staging buffers. Below, in order: the owner
 offers rows, the ticket travels with the request, the reader pulls, and asks the owner whether the
 offer still held: only then the rows are published.</desc>
 <style>
@@ -31,7 +31,7 @@ offer still held: only then the rows are published.</desc>
 STEPS = (
     ("1", "Offer", "the owner keeps its rows", "as they are, for a lease"),
     ("2", "Ticket", "bytes that travel", "with the request"),
-    ("3", "Pull", "the reader reads; nobody", "writes another's memory"),
+    ("3", "Pull", "the reader reads; no one", "writes another's memory"),
     ("4", "Close", "did the offer still hold?", "the owner alone answers"),
 )
 
@@ -61,76 +61,76 @@ def arrow(kind: str, fill: str, x: float, y: float, past: float) -> list[str]:
 
 def owner() -> list[str]:
     """Two ranks, whose offered blocks of 16 tokens lie anywhere."""
-    found = [box("cell", 28, 28, 232, 276), text(144, 54, "Owner", 15, "ink")]
-    found.append(text(144, 73, "2 ranks, blocks of 16 tokens"))
+    shapes = [box("cell", 28, 28, 232, 276), text(144, 54, "Owner", 15, "ink")]
+    shapes.append(text(144, 73, "2 ranks, blocks of 16 tokens"))
     for rank, kind, offered in ((0, "a", (1, 4, 8, 10)), (1, "b", (1, 4, 8, 10))):
         top = 88 + rank * 106
-        found.append(text(46, top + 52, f"{rank}", 13, "ink"))
+        shapes.append(text(46, top + 52, f"{rank}", 13, "ink"))
         for n in range(12):
             x, y = 62 + n % 4 * 46, top + n // 4 * 31
-            found.append(box(kind if n in offered else "card", x, y, 41, 26, 5))
-    return found
+            shapes.append(box(kind if n in offered else "card", x, y, 41, 26, 5))
+    return shapes
 
 
 def reader() -> list[str]:
     """Three ranks; the heads of the one in the middle come from both ranks of the owner."""
-    found = [box("cell", 700, 28, 232, 276), text(816, 54, "Reader", 15, "ink")]
-    found.append(text(816, 73, "3 ranks, blocks of 64 tokens"))
+    shapes = [box("cell", 700, 28, 232, 276), text(816, 54, "Reader", 15, "ink")]
+    shapes.append(text(816, 73, "3 ranks, blocks of 64 tokens"))
     for rank, kinds in enumerate(("aa", "ab", "bb")):
         top = 88 + rank * 70
-        found.append(text(718, top + 32, f"{rank}", 13, "ink"))
-        found.append(box("card", 734, top, 88, 54, 5))
-        found.append(box("card", 828, top, 88, 54, 5))
+        shapes.append(text(718, top + 32, f"{rank}", 13, "ink"))
+        shapes.append(box("card", 734, top, 88, 54, 5))
+        shapes.append(box("card", 828, top, 88, 54, 5))
         for n, kind in enumerate(kinds):
-            found.append(box(kind, 828, top + 27 * n, 88, 27, 5))
-    return found
+            shapes.append(box(kind, 828, top + 27 * n, 88, 27, 5))
+    return shapes
 
 
-def ways() -> list[str]:
+def transports() -> list[str]:
     """Mapped, and moved."""
-    found = [text(480, 92, "mapped, on one host", 14, "ink")]
-    found += arrow("load", "a", 264, 112, 696)
-    found.append(text(480, 134, "one launch reads the rows where they lie"))
-    found.append(text(480, 151, "and writes the final layout"))
-    found.append(text(480, 206, "moved, from anywhere", 14, "ink"))
-    found += [box("c", 348, 222, 70, 30, 6), text(383, 241, "slot", 11.5, "white")]
-    found += [box("c", 542, 222, 70, 30, 6), text(577, 241, "slot", 11.5, "white")]
+    shapes = [text(480, 92, "mapped, on one host", 14, "ink")]
+    shapes += arrow("load", "a", 264, 112, 696)
+    shapes.append(text(480, 134, "one launch reads the rows where they lie"))
+    shapes.append(text(480, 151, "and writes the final layout"))
+    shapes.append(text(480, 206, "moved, from anywhere", 14, "ink"))
+    shapes += [box("c", 348, 222, 70, 30, 6), text(383, 241, "slot", 11.5, "white")]
+    shapes += [box("c", 542, 222, 70, 30, 6), text(577, 241, "slot", 11.5, "white")]
     for x, past in ((264, 344), (422, 538), (616, 696)):
-        found += arrow("move", "c", x, 237, past)
-    found += [text(304, 268, "gather"), text(656, 268, "scatter"), text(480, 268, "a mover")]
-    found.append(text(480, 286, "torch.distributed, NIXL or Mooncake"))
-    return found
+        shapes += arrow("move", "c", x, 237, past)
+    shapes += [text(304, 268, "gather"), text(656, 268, "scatter"), text(480, 268, "a transport")]
+    shapes.append(text(480, 286, "torch.distributed, NIXL or Mooncake"))
+    return shapes
 
 
 def order() -> list[str]:
-    """What happens one behind the other."""
-    found = list[str]()
+    """Return the steps in their order."""
+    shapes = list[str]()
     for n, (number, name, *words) in enumerate(STEPS):
         x = 28 + n * 176
-        found += [box("cell", x, 340, 158, 104), text(x + 79, 366, f"{number}  {name}", 14, "ink")]
-        found += [text(x + 79, 392 + 18 * i, line, 11.5) for i, line in enumerate(words)]
+        shapes += [box("cell", x, 340, 158, 104), text(x + 79, 366, f"{number}  {name}", 14, "ink")]
+        shapes += [text(x + 79, 392 + 18 * i, line, 11.5) for i, line in enumerate(words)]
         if n:
-            found += arrow("next", "soft", x - 17, 392, x - 2)
+            shapes += arrow("next", "soft", x - 17, 392, x - 2)
     for y, kind, name, why in (
         (340, "b", "held", "published"),
         (396, "c", "gone", "thrown away: OfferGone"),
     ):
-        found += [box(kind, 756, y, 176, 48, 10), text(844, y + 20, name, 13, "white")]
-        found.append(text(844, y + 38, why, 11.5, "white"))
-        found += arrow("next", "soft", 715, y + 24, 753)
-    found.append(
+        shapes += [box(kind, 756, y, 176, 48, 10), text(844, y + 20, name, 13, "white")]
+        shapes.append(text(844, y + 38, why, 11.5, "white"))
+        shapes += arrow("next", "soft", 715, y + 24, 753)
+    shapes.append(
         text(
             480,
             476,
             "Of many owners all must have held; a stale row is read perhaps, and never used.",
         )
     )
-    return found
+    return shapes
 
 
 def picture() -> str:
     """The whole file."""
-    return HEAD + "\n".join((*owner(), *reader(), *ways(), *order())) + "\n</svg>\n"
+    return HEAD + "\n".join((*owner(), *reader(), *transports(), *order())) + "\n</svg>\n"
 
 
 if __name__ == "__main__":

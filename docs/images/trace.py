@@ -42,7 +42,7 @@ def make(path: Path) -> None:
             store = BlockStore(form, staging=128 << 20, tiers=tiers, full="wait")
             if first:
                 saved = store.save(view, list(range(LOADED)), keys[:LOADED])
-            else:  # what was stored is loaded beside other saves
+            else:  # stored blocks are loaded while others are saved
                 new = list(range(LOADED, LOADED + SAVED))
                 saved = store.save(view, new, keys[LOADED:], after=keys[LOADED - 1])
                 time.sleep(0.02)
@@ -56,12 +56,12 @@ def make(path: Path) -> None:
 def draw(events: list[dict[str, Any]]) -> Figure:
     """A row for each worker of each link, a bar for each node, a line along each dependency."""
     links = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-    bars = [e for e in events if e["ph"] == "X"]
-    rows = sorted({(links[e["pid"]], e["tid"]) for e in bars}, reverse=True)
-    began = min(e["ts"] for e in bars)
+    spans = [e for e in events if e["ph"] == "X"]
+    rows = sorted({(links[e["pid"]], e["tid"]) for e in spans}, reverse=True)
+    began = min(e["ts"] for e in spans)
     figure = Figure(figsize=(9.5, 0.34 * len(rows) + 1.1))
     axes = figure.subplots()
-    for e in bars:
+    for e in spans:
         row = rows.index((links[e["pid"]], e["tid"]))
         colour = COLOURS.get(e["name"], "#777777")
         span = [((e["ts"] - began) / 1e3, max(e["dur"], 50) / 1e3)]

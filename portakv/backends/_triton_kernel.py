@@ -36,7 +36,8 @@ def walk(number, start, steps, EXTENTS: tl.constexpr, UNBOUNDED: tl.constexpr):
 
 @triton.jit
 def find_units(at, inside, side, PER_ID: tl.constexpr):
-    """Where units lie on one side: (number, whether it is moved, whether its id is past the end).
+    """Return the units of one side: their numbers, and masks of the moved and the past-the-end
+    ones.
 
     ``PER_ID`` is the units of one id, 0 for a side without ids.
     """
@@ -53,14 +54,14 @@ def find_units(at, inside, side, PER_ID: tl.constexpr):
         narrow = tl.load(
             ids.to(tl.pointer_type(tl.int32)) + slot, mask=inside & (side.wide == 0), other=0
         )
-        found = wide + narrow.to(tl.int64)
+        read = wide + narrow.to(tl.int64)
         # Compared before it is multiplied: no id, however large, can overflow.
-        moved = inside & (found >= 0) & (found < side.past)
-        past = inside & (found >= side.past)
+        moved = inside & (read >= 0) & (read < side.past)
+        past = inside & (read >= side.past)
         if PER_ID == 1:
-            number = found
+            number = read
         else:
-            number = tl.where(moved, found, 0) * PER_ID + number % PER_ID
+            number = tl.where(moved, read, 0) * PER_ID + number % PER_ID
             past = past | (moved & (number >= side.limit))
             moved = moved & (number < side.limit)
     return number, moved, past
@@ -68,7 +69,7 @@ def find_units(at, inside, side, PER_ID: tl.constexpr):
 
 @triton.jit
 def find_plane(plane, side, TABLE: tl.constexpr, OUTER: tl.constexpr, ENTRIES: tl.constexpr):
-    """Where a plane lies on one side: (bytes, entry of the table).
+    """Return the place of a plane on one side: (bytes, entry of the table).
 
     ``TABLE``: 0 if one address is the base of all, 1 if each plane looks one up, 2 if each unit
     does, so that the entry is still open.
@@ -106,7 +107,7 @@ def find_pieces(
 def to_pointers(address, VECTOR: tl.constexpr, ELEMENT: tl.constexpr, LANES: tl.constexpr):
     """Pointers to the elements of each vector: ``[TILE, LANES]``."""
     pointers = address.to(tl.pointer_type(ELEMENT))[:, None] + tl.arange(0, LANES)[None, :]
-    # Nothing tells Triton that what came from a table is aligned; the plan knows.
+    # Triton cannot know that an address from a table is aligned; the plan does.
     return tl.max_contiguous(tl.multiple_of(pointers, (VECTOR, VECTOR)), (1, LANES))
 
 
@@ -115,10 +116,10 @@ def report(status, position):
     """Leave the lowest bad position + 1 in the status word, which holds 0 at first. Programs and
     launches arrive in any order, so a program replaces only 0 and higher positions."""
     word = status.to(tl.int64).to(tl.pointer_type(tl.int64))
-    found = tl.load(word, volatile=True)
-    while (found == 0) | (found > position):
-        before = tl.atomic_cas(word, found, position)
-        found = tl.where(before == found, position, before)
+    current = tl.load(word, volatile=True)
+    while (current == 0) | (current > position):
+        before = tl.atomic_cas(word, current, position)
+        current = tl.where(before == current, position, before)
 
 
 @triton.jit

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 import torch
 
@@ -202,8 +203,9 @@ def _side_json(side: Side) -> Report:
     tensors = side.view.tensors
     lists = ""
     while not isinstance(tensors, torch.Tensor):
-        lists = f"{lists}list of {len(tensors)}, each "
-        tensors = tensors[0]
+        level = tensors.values() if isinstance(tensors, Mapping) else tensors
+        lists = f"{lists}list of {len(level)}, each "
+        tensors = next(iter(level))
     return {
         "asked": side.requested,
         "layout": side.layout.text,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -185,7 +185,7 @@ def _sources(pair: Pair) -> Iterator[str]:
 def _arrangements(side: Side) -> list[KVView]:
     """Return the view, and a copy of it whose tensors are slices of one allocation."""
     view = side.view
-    tensors = side.view.tensors
+    tensors: Any = side.view.tensors
     alike = isinstance(tensors, list) and all(isinstance(t, torch.Tensor) for t in tensors)
     if not alike or len({t.shape for t in tensors}) > 1:
         return [view]

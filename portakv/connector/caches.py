@@ -22,6 +22,7 @@ from portakv.registry.registry import Choice
 from portakv.view import Index, KVView
 from portakv.view.bound import BoundLayout, bind_layout
 
+Extents = dict[str, Any]
 #: A chunk from its first token on.
 WHOLE = Index()
 
@@ -37,7 +38,9 @@ class Batch(NamedTuple):
     ends: list[int | None]
 
     @classmethod
-    def of(cls, memory_objs: Any, slot_mapping: Ids | None, starts: Any, ends: Any) -> Batch:
+    def of(
+        cls, memory_objs: object, slot_mapping: Ids | None, starts: object, ends: object
+    ) -> Batch:
         """Return the arguments as a batch; raise `SlotError` unless each object has a start and an
         end."""
         passed = memory_objs, starts, ends
@@ -70,7 +73,7 @@ class Registration:
         bound: BoundLayout,
         chunk_layout: str,
         choice: Choice,
-        owner: ref[Any],
+        owner: ref[object],
     ) -> None:
         _check_caches(kv_caches, bound)
         self.view = view = KVView.through(bound, kv_caches, persistent=True)
@@ -148,10 +151,9 @@ class Registration:
         Raises `LayoutError` if it does not hold rows of these caches.
         """
         tensor: Any = memory_obj
-        probe: Any = memory_obj
         if not isinstance(memory_obj, torch.Tensor):
             tensor = getattr(memory_obj, "tensor", memory_obj)
-            probe = _first_tensor(tensor)
+        probe = _first_tensor(tensor)
         bound = self._bind(self._layout, probe.itemsize)
         try:
             return KVView.through(bound, tensor)
@@ -171,16 +173,16 @@ class Registration:
             first = job[0].owners[0]
             kind = (chunk.device, first.dtype, first.shape, first.stride())
             groups[chunk.form, chunk.slots, kind].append(job)
-        found = []
+        sets: list[Job] = []
         for members in groups.values():
             chunk = members[0][0]
             if len(members) == 1 or chunk.layout.containers or chunk.layout.paged:
-                found += members
+                sets += members
                 continue
             bound = self._bind(f"block | {chunk.layout.text}", chunk.owners[0].itemsize)
             view = KVView.through(bound, [job[0].tensors for job in members])
-            found.append((view, *_joined(members)))
-        return found
+            sets.append((view, *_joined(members)))
+        return sets
 
     def _bind(self, layout: str, itemsize: int) -> BoundLayout:
         bound = self._bound.get((layout, itemsize))
@@ -192,9 +194,9 @@ class Registration:
         return bound
 
 
-def _known_extents(cache: KVView, layout: str, itemsize: int) -> dict[str, Any]:
+def _known_extents(cache: KVView, layout: str, itemsize: int) -> Extents:
     parsed = parse(layout)
-    extents: dict[str, Any] = {}
+    extents: Extents = {}
     for name, axis in (("layers", "layer"), ("kv", "kv"), ("heads", "head")):
         if axis in parsed.axes or getattr(cache, name) != 1:
             extents[name] = getattr(cache, name)
@@ -228,7 +230,7 @@ def _joined(members: list[Job]) -> tuple[Index, Index, int]:
     return Index.joined(chunks), shared, total
 
 
-def _first_tensor(level: Any) -> torch.Tensor:
+def _first_tensor(level: object) -> torch.Tensor:
     while not isinstance(level, torch.Tensor):
         if not isinstance(level, (list, tuple, Mapping)):
             raise LayoutError(

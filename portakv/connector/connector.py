@@ -60,7 +60,7 @@ class AdaptiveConnector:
         *,
         reinterpret: bool = False,
         check: Check = "usual",
-        **extents: Any,
+        **extents: int | Sequence[int] | None,
     ) -> None:
         self._strict = is_strict(check)
         self._choice = choose(device, backend)
@@ -194,7 +194,7 @@ class AdaptiveConnector:
         """
         self._late.check(self.device)
         if kv_caches is None:
-            return self._held()
+            return self._require()
         if isinstance(kv_caches, Registration):
             return kv_caches
         registered = self._registered
@@ -204,7 +204,7 @@ class AdaptiveConnector:
             registered = self._registered = self._read(kv_caches)
         return registered
 
-    def _held(self) -> Registration:
+    def _require(self) -> Registration:
         registered = self._registered
         if registered is None:
             raise LayoutError(
@@ -278,7 +278,7 @@ class AdaptiveConnector:
             registered = self._registered
             if registered is None or not registered.allocations.holds(leaves):
                 return leaves, levels
-        return self._held().allocations.tensors, []
+        return self._require().allocations.tensors, []
 
     def _run_op(
         self,
@@ -307,7 +307,7 @@ class AdaptiveConnector:
         Others do not replace the registered ones, as they may be a compiler's copies.
         """
         if not levels:
-            registered = self._held()
+            registered = self._require()
             own = registered.allocations
             # A compiler's copies are not retained.
             return registered if own.are(caches) else self._read(own.nested_in(caches))

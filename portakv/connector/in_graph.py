@@ -148,7 +148,7 @@ class Compiled(Protocol):
         cache_levels: Sequence[int],
         memory_objs: Tensors,
         /,
-        *ranges: Any,
+        *ranges: object,
     ) -> None: ...
 
 
@@ -221,7 +221,7 @@ def _run(
     chunk_levels: Sequence[int],
     kv_caches: Sequence[torch.Tensor],
     cache_levels: Sequence[int],
-    *ranges: Any,
+    *ranges: object,
 ) -> None:
     """Run an op; ``ranges``: slots, starts and ends."""
     caller = _enlisted.get(connector)

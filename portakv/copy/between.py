@@ -57,12 +57,13 @@ def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Ch
         DeviceMismatch: a view lies on a device that has no part in the copy.
         Unsupported: nothing here keeps the terms.
     """
-    home = choice.backend.device
+    own_device = choice.backend.device
     devices = {src.device, dst.device}
-    if devices - {home, torch.device("cpu")} or home not in devices:
+    if devices - {own_device, torch.device("cpu")} or own_device not in devices:
         raise DeviceMismatch(
             f"The source is on {src.device} and the destination on {dst.device}, but the copy runs "
-            f"on {home}; views must lie there or on the host. Make a connector for their device."
+            f"on {own_device}; views must lie there or on the host. Make a connector "
+            f"for their device."
         )
     if src.form.place == "peer":
         return reached(src, choice, terms or Terms())

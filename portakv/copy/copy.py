@@ -84,7 +84,7 @@ def source_of(src: KVView, dst: KVView, reinterpret: bool) -> KVView:
     if not (isinstance(src, KVView) and isinstance(dst, KVView)):
         kind = type(dst if isinstance(src, KVView) else src).__name__
         raise LayoutError(
-            f"A copy was asked of a {kind}; expected two views. Read tensors through a layout: "
+            f"Expected two views, got a {kind}. Read tensors through a layout: "
             f"KVView(tensors, layout)."
         )
     return src if reinterpret is False or not flag("reinterpret", reinterpret) else src.as_bytes()
@@ -129,7 +129,7 @@ def whole(name: str, value: object, expected: str, least: float = -inf) -> int:
             return number
     except TypeError:
         pass
-    raise SlotError(f"{name}={value!r} was asked; expected {expected}.")
+    raise SlotError(f"Expected {name} to be {expected}, got {value!r}. Pass one.")
 
 
 def copy_move(
@@ -277,7 +277,7 @@ def _launch(
         for view, read in zip(move[:2], pieces[0][0].tables, strict=True):
             if read and view.device == device:
                 bring_table(view, device)
-    if captured:  # a graph's memory belongs to its owner, so no allocator is told of it
+    if captured:  # a graph's memory belongs to its owner, so no allocator records it
         streams.follow_current(stream)
     elif stream is not None:
         follow_current(stream, [part for *_, part in parts])

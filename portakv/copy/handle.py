@@ -63,7 +63,7 @@ class BlockTransfer(Transfer):
     Its ``worker`` issues what is not issued yet.
     """
 
-    __slots__ = ("_asked", "_began", "_block", "_ended", "_form", "_layers", "_worker")
+    __slots__ = ("_began", "_block", "_ended", "_form", "_layers", "_requested", "_worker")
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class BlockTransfer(Transfer):
         self._block = src_index.plan_step or dst_index.plan_step or form.block_size or 1
         # Tokens, and the indices that may skip some of them. Dropped at the end, when they are
         # counted.
-        self._asked: tuple[int, tuple[Index, ...]] = count, (src_index, dst_index)
+        self._requested: tuple[int, tuple[Index, ...]] = count, (src_index, dst_index)
         self._began = began
         self._worker = worker
         self._layers = layers
@@ -113,7 +113,8 @@ class BlockTransfer(Transfer):
         """
         if self._layers is None:
             raise TransferError(
-                "The layers of a block transfer were asked for, but it was made as a whole; pass "
+                "Expected a block transfer that was made by layers, got one that was "
+                "made as a whole. Pass "
                 "by_layer=True to wait for each layer."
             )
         return self._layers
@@ -159,7 +160,7 @@ class BlockTransfer(Transfer):
 
     def _moving(self) -> int:
         """Return the number of tokens that no id on the host skips."""
-        tokens, indices = self._asked
+        tokens, indices = self._requested
         skipped = [
             index.slots(tokens) < 0
             for index in indices
@@ -188,7 +189,7 @@ class BlockTransfer(Transfer):
         """Note that the end was noticed now; the first time counts. Release the indices."""
         if self._ended is None:
             self._ended = perf_counter()
-        self._asked = self._moving(), ()
+        self._requested = self._moving(), ()
 
 
 class _Together(BlockTransfer):

@@ -143,7 +143,7 @@ def _of_sizes(sides: Sequence[Sequence[KVView]], terms: dict[str, Any]) -> Block
     return job
 
 
-def _ends(addresses: Any) -> Any:
+def _ends(addresses: object) -> Any:
     """Return addresses as an array on the host, or as the tensor that a view has to judge."""
     if isinstance(addresses, torch.Tensor) and not (addresses.is_cpu and address_of(addresses)):
         return addresses.reshape(-1)
@@ -228,7 +228,7 @@ def _alike(shapes: _Int64, ends: Sequence[Any]) -> Iterator[tuple[list[int], _In
         return
     if any(isinstance(end, torch.Tensor) for end in ends):
         raise SlotError(
-            f"Runs of {len(which)} sizes were asked at addresses that only a device has; expected "
+            f"Got runs of {len(which)} sizes at addresses that only a device has; expected "
             f"one size for all. Pass the addresses on the host, or a call for each size."
         )
     for group in which:

@@ -402,7 +402,7 @@ class Graph:
     def pause(self, task: Task, until: float, now: float) -> None:
         """Wait for the end of a task, for a timer, or until a time; perhaps for less.
 
-        Takes no lock of the graph, so an interrupt leaves no lock behind.
+        Takes no lock of the graph, so an interrupt leaves no lock locked.
         """
         sleeper = threading.Lock()
         sleeper.acquire()

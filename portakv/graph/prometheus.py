@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from portakv.arguments import invalid
 from portakv.errors import Unsupported
 from portakv.graph.trace import Figures
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 KINDS = {"total": "counter", "bucket": "histogram", "sum": "histogram", "count": "histogram"}
 
@@ -44,9 +47,9 @@ class Collector:
         if source is not None:
             self.sources.append(({}, source))
 
-    def collect(self) -> Iterator[Any]:
+    def collect(self) -> Iterator[Metric]:
         """Yield each family of figures, as they are now."""
-        families = dict[str, Any]()
+        families: dict[str, Metric] = {}
         samples_of = [
             (store, *each) for store, x in self.sources for each in x.statistics().items()
         ]
@@ -55,7 +58,7 @@ class Collector:
             family, kind = (front, KINDS[end]) if end in KINDS else (f"portakv_{name}", "gauge")
             for sample in samples:
                 if "value" in sample:  # a sample without a value is for people
-                    labels = store | {x: y for x, y in sample.items() if x != "value"}
+                    labels = store | {x: str(y) for x, y in sample.items() if x != "value"}
                     metric = families.setdefault(family, self.metric(family, family, kind))
                     metric.add_sample(f"portakv_{name}", labels, float(sample["value"]))
         yield from families.values()

@@ -16,6 +16,9 @@ import numpy as np
 #: Samples by the name of a figure: labels, and a "value".
 Figures: TypeAlias = dict[str, list[dict[str, str | float]]]
 #: Bounds of the histogram of the seconds that tasks ran.
+#: One entry of Chrome's trace format.
+Event = dict[str, Any]
+
 SECONDS = {"0.001": 0.001, "0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "+Inf": np.inf}
 BOUNDS = (*SECONDS.values(),)
 
@@ -63,12 +66,12 @@ class Trace:
                 figures["tier_seconds_bucket"].append({**what, "le": le, "value": many})
         return {**figures}
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Event]:
         """Return Chrome's events: a process for each queue, a thread for each worker, a flow from a
         task to each that followed it."""
         ran = tuple(self.ran)
-        events: list[dict[str, Any]] = []
-        ends = dict[int, dict[str, Any]]()
+        events: list[Event] = []
+        ends = dict[int, Event]()
         queues = list(dict.fromkeys(task.queue for task in ran))
         for pid, queue in enumerate(queues):
             events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": queue}})

@@ -156,7 +156,7 @@ def available() -> int:
     return min(limits)
 
 
-def libc(name: str, *arguments: Any) -> int:
+def libc(name: str, *arguments: object) -> int:
     """Call a function of the C library, numbers as words; return its errno, or 0."""
     words = [ctypes.c_ulong(one) if isinstance(one, int) else one for one in arguments]
     failed = getattr(_load(None, use_errno=True), name)(*words)

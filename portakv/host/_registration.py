@@ -65,7 +65,7 @@ _NO_DEVICE = "there is no CUDA or ROCm device"
 _ONLY_TORCH = "torch cannot register existing memory for this device; use memory of `allocate`"
 
 
-def call(name: str, *arguments: Any) -> tuple[int, str]:
+def call(name: str, *arguments: object) -> tuple[int, str]:
     """Call a function of the runtime, by its name without ``cuda`` or ``hip``, if `why_not` is
     None.
 
@@ -273,7 +273,7 @@ class Registration:
         _, words = call("HostGetDevicePointer", ctypes.byref(pointer), piece, 0)
         return (pointer.value or 0) + address - piece, words and f"the runtime refused it, {words}"
 
-    def undo(self, owner: Any = None) -> None:
+    def undo(self, owner: object = None) -> None:
         """Unregister, after all devices stop, and drop the claim. Calling it again does nothing.
 
         If a graph's capture forbids it now, it is postponed, and the owner is retained until then.
@@ -407,7 +407,7 @@ _NO_MEMORY = (
 )
 
 
-def buffer_of(memory: Any) -> Buffer:
+def buffer_of(memory: object) -> Buffer:
     """Return the bytes that a tensor, an array or another buffer covers.
 
     Raises:

@@ -52,6 +52,7 @@ _WIDE = 16
 MOST_SLOTS = 16
 
 Array = npt.NDArray[Any]
+NumpyDtype = np.dtype[Any]
 _NAMES = "bool uint8 int8 int16 uint16 int32 uint32 int64 uint64"
 #: The numpy names of the supported dtypes.
 NUMPY = {getattr(torch, name): np.dtype(name) for name in _NAMES.split()}
@@ -172,7 +173,7 @@ class _Pages(threading.local):
     heap.
     """
 
-    def __init__(self, device: torch.device, own: np.dtype[Any], n: int) -> None:
+    def __init__(self, device: torch.device, own: NumpyDtype, n: int) -> None:
         _cuda_driver.adopt(device)  # a new thread has no context yet
         nbytes = max(n, 1) * own.itemsize
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -236,7 +237,7 @@ def why_not_inline(device: torch.device) -> str | None:
 class _Parameters(_cuda_driver.Arguments):
     """The parameters of each thread's launches by value: their head, and the values."""
 
-    def __init__(self, device: torch.device, own: np.dtype[Any], n: int) -> None:
+    def __init__(self, device: torch.device, own: NumpyDtype, n: int) -> None:
         super().__init__(VALUES_HEAD.size + MOST["value"], device)
         self.values = np.frombuffer(self.buffer, own, n, VALUES_HEAD.size)
 
@@ -292,7 +293,7 @@ class Slot:
 
     ended: torch.Event
 
-    def __init__(self, own: np.dtype[Any], n: int) -> None:
+    def __init__(self, own: NumpyDtype, n: int) -> None:
         nbytes = max(n, 1) * own.itemsize
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         self.values = self.memory.numpy().view(own)[:n]
@@ -310,7 +311,7 @@ class ReadLater:
     """Send through pinned memory: by slots in turn, and by one slot that all captured sends
     read."""
 
-    def __init__(self, issue: Issue, device: torch.device, own: np.dtype[Any], n: int) -> None:
+    def __init__(self, issue: Issue, device: torch.device, own: NumpyDtype, n: int) -> None:
         if capturing(device):
             what = "A small copy through pinned memory"
             raise refuse_capture(what, "create it before the capture")

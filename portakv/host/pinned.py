@@ -51,7 +51,7 @@ class PinnedMemory:
         nbytes: exactly the requested bytes.
         address: of the first byte, as the host sees it.
         pinned: False if it is pageable after all.
-        seams: offsets in bytes between two registrations; a copy across one fails or is slow.
+        boundaries: offsets in bytes between two registrations; a copy across one fails or is slow.
         notes: deviations from the request, a sentence each.
     """
 
@@ -64,7 +64,7 @@ class PinnedMemory:
         self._base: torch.Tensor | None = base
         self._registered_by = registration  # None: torch's allocator made it
         self.pinned = base.is_pinned() if registration is None else bool(registration.registered)
-        self.seams = tuple(
+        self.boundaries = tuple(
             at - self.address for at, _ in (registration.pieces[1:] if registration else [])
         )
 
@@ -104,7 +104,7 @@ class PinnedMemory:
                 f"Expected a range within {self.nbytes} bytes, got {nbytes} bytes from {offset} "
                 "on. Pass a shorter range."
             )
-        cuts = [seam for seam in self.seams if offset < seam < offset + nbytes]
+        cuts = [cut for cut in self.boundaries if offset < cut < offset + nbytes]
         return [(a, b - a) for a, b in pairwise([offset, *cuts, offset + nbytes])]
 
     def view(self, dtype: torch.dtype, shape: Sequence[int] | None = None) -> torch.Tensor:
@@ -256,14 +256,14 @@ def register(memory: Any, *, read_only: bool = False, **options: Any) -> PinnedM
         raise HostMemoryError(
             f"Expected memory to register, got {nbytes} bytes at {address:#x} that {why}."
         )
-    return register_address(address, nbytes, held=owner, read_only=read_only, **options)
+    return register_address(address, nbytes, owner=owner, read_only=read_only, **options)
 
 
 def register_address(
-    address: int, nbytes: int, *, held: object = None, read_only: bool = False, **options: Any
+    address: int, nbytes: int, *, owner: object = None, read_only: bool = False, **options: object
 ) -> PinnedMemory:
-    """Register bytes at an address as `register` does. ``held``, which owns the memory, is retained
-    until it is unregistered."""
+    """Register bytes at an address as `register` does. ``owner``, which owns the memory, is
+    retained until it is unregistered."""
     address = whole("address", address)
     nbytes = whole("nbytes", nbytes, 1)
     if not _pages.is_mapped(address, nbytes):
@@ -272,7 +272,7 @@ def register_address(
             f"{address:#x}, some of which are not mapped. Register memory before it is freed."
         )
     registration = Registration(address, nbytes, options_of(options), read_only)
-    memory = _pinned(held, registration)
+    memory = _pinned(owner, registration)
     _open.append(memory)
     return memory
 
@@ -374,7 +374,7 @@ def _dtype(dtype: object) -> torch.dtype:
     raise HostMemoryError(f"Expected a torch.dtype, got {dtype!r}. Pass one such as torch.uint8.")
 
 
-def _from_torch(nbytes: int, huge_pages: HugePages, numa: Any) -> PinnedMemory | None:
+def _from_torch(nbytes: int, huge_pages: HugePages, numa: object) -> PinnedMemory | None:
     """Return memory of torch's allocator for the present accelerator; None if it has none."""
     if numa is not None:
         raise Unsupported(

@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -60,7 +60,7 @@ class Block:
         """Return False after it was released."""
         return self._tensor is not None
 
-    def release(self, after: Any = None) -> None:
+    def release(self, after: object = None) -> None:
         """Release the block; see `PinnedPool.release`."""
         self.pool.release(self, after)
 
@@ -182,7 +182,7 @@ class Pool:
                 self._changed.wait(min(until - now, self._pause))
 
     def close(self) -> None:
-        """Release the memory; tensors of blocks in use still retain theirs.
+        """Release the memory; tensors of blocks in use still retain their memory.
 
         Warns of these blocks (`ResourceWarning`), and names their owners.
         """
@@ -309,7 +309,7 @@ class PinnedPool(Pool):
         self._in_use: dict[int, Callable[[], bool]] = {}
         self._add(blocks)
 
-    def release(self, block: Block, after: Any = None) -> None:
+    def release(self, block: Block, after: object = None) -> None:
         """Release a block. It is handed out again after ``after`` has ended.
 
         ``after``: a `Transfer`, an event, or another object with ``done()`` or ``query()``, which
@@ -409,11 +409,9 @@ class PinnedPool(Pool):
         return self._ready
 
 
-def ending(after: Any, *names: str) -> Callable[[], Any]:
+def ending(after: object, *names: str) -> Callable[[], Any]:
     """Return the first of these methods of ``after``, which reports its end."""
-    queries: Iterator[Callable[[], Any]] = filter(
-        callable, (getattr(after, x, None) for x in names)
-    )
+    queries = filter(callable, (getattr(after, x, None) for x in names))
     query = None if isinstance(after, type) else next(queries, None)
     if query is not None:
         return query

@@ -126,7 +126,7 @@ class SharedPool(Pool):
             self._memory = pinned.register_address(
                 self._address,
                 self.blocks * self._stride,
-                held=self._mapping,
+                owner=self._mapping,
                 unit=self._stride,
                 fallback=fallback,
             )
@@ -142,7 +142,7 @@ class SharedPool(Pool):
         self._refuse()
         return int(self._head["high_water"])
 
-    def release(self, block: Block, after: Any = None) -> None:
+    def release(self, block: Block, after: object = None) -> None:
         """Release a block of this process. First the host waits for the end of the work ``after``
         (``synchronize()``).
 

@@ -34,6 +34,7 @@ from portakv.host._small_methods import (
     METHODS,
     NUMPY,
     Array,
+    NumpyDtype,
     ReadLater,
     Slot,
     Target,
@@ -47,7 +48,7 @@ from portakv.selection import Decision, Kind, select, unavailable
 #: The values that small copies take: integers, bytes, a numpy array, or a tensor on the host.
 Values = Sequence[int] | bytes | bytearray | memoryview | Array | Tensor
 
-_TORCH: dict[np.dtype[Any], torch.dtype] = {own: dtype for dtype, own in NUMPY.items()}
+_TORCH: dict[NumpyDtype, torch.dtype] = {own: dtype for dtype, own in NUMPY.items()}
 _KIND = Kind("method of small copies", argument="way")
 _NO_REFILL = {  # methods that refill nothing, and why
     "host": "there are no graphs; send the values again",
@@ -187,7 +188,7 @@ class SmallCopy:
                 "make it with way='value' for contents that are fixed at capture, or with "
                 "way='mapped' for contents that are read at each replay",
             )
-        array: Any = values
+        array: object = values
         if type(array) is not ndarray or array.dtype is not self._own:
             array = _as_array(values, self._own)
         out = self.out
@@ -313,7 +314,7 @@ def _count(number: Any, what: str) -> int:
 # --- the values -----------------------------------------------------------------------------------
 
 
-def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+def _numpy_dtype(dtype: torch.dtype) -> NumpyDtype:
     """Return the numpy dtype of a dtype; raise `LayoutError` unless it is an integer dtype or
     bool."""
     if not isinstance(dtype, torch.dtype) or dtype not in NUMPY:
@@ -324,7 +325,7 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return NUMPY[dtype]
 
 
-def _as_array(values: Values, wanted: np.dtype[Any] | None) -> Array:
+def _as_array(values: Values, wanted: NumpyDtype | None) -> Array:
     """Return values as an array of a dtype, in their own shape; a copy only if they have another
     dtype.
 
@@ -374,7 +375,7 @@ def _of_tensor(values: Tensor) -> Array:
     return array
 
 
-def _converted(array: Array, wanted: np.dtype[Any]) -> Array:
+def _converted(array: Array, wanted: NumpyDtype) -> Array:
     """Return an array in another dtype; raise `LayoutError` for a value that it cannot hold."""
     if array.dtype.kind not in "iub" or wanted not in _TORCH:
         raise LayoutError(
@@ -389,7 +390,7 @@ def _converted(array: Array, wanted: np.dtype[Any]) -> Array:
     return cast
 
 
-def _of_sequence(values: Sequence[int], wanted: np.dtype[Any]) -> Array:
+def _of_sequence(values: Sequence[int], wanted: NumpyDtype) -> Array:
     try:
         array: Array = np.asarray(values)
         if array.ndim == 1 and array.dtype.kind in "iub":
@@ -408,14 +409,14 @@ def _of_sequence(values: Sequence[int], wanted: np.dtype[Any]) -> Array:
     return np.array(numbers, wanted)
 
 
-def _bounds(wanted: np.dtype[Any]) -> range:
+def _bounds(wanted: NumpyDtype) -> range:
     """Return the integers that a dtype holds."""
     if wanted.kind == "b":
         return range(2)
     return range(int(np.iinfo(wanted).min), int(np.iinfo(wanted).max) + 1)
 
 
-def _wrong_value(value: object, position: int, wanted: np.dtype[Any]) -> LayoutError:
+def _wrong_value(value: object, position: int, wanted: NumpyDtype) -> LayoutError:
     bounds = _bounds(wanted)
     return LayoutError(
         f"Expected integers from {bounds[0]} to {bounds[-1]} for a small copy to {_TORCH[wanted]}, "

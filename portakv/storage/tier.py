@@ -52,7 +52,7 @@ BUILT_IN = {"disk": "portakv.storage.disk:Disk", "remote": "portakv.storage.remo
 
 
 class Tier(Protocol):
-    """Where a block store keeps blocks, not open yet."""
+    """The storage of a block store, not open yet."""
 
     def forms(self, form: BlockForm, /) -> list[BlockForm]:
         """Return the other forms of the form's cache that lie in the tier."""

@@ -100,7 +100,7 @@ ALIASED = "two of its planes lie at one address, so that one would overwrite the
 
 @dataclass(frozen=True, slots=True, eq=True)
 class Form:
-    """Where the rows of a view lie, relative to its addresses.
+    """The places of the rows of a view, relative to its addresses.
 
     Attributes:
         parts: one for each ``kv``.

@@ -14,7 +14,7 @@ from portakv.view.ids import ID_DTYPES, PAST_ANY_VIEW, IdList, as_ids
 
 
 class _Positions(NamedTuple):
-    """For each position the request, and the token of that request."""
+    """The request of each position, and the token of that request."""
 
     request: torch.Tensor
     token: torch.Tensor

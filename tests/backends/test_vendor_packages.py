@@ -260,7 +260,7 @@ def test_a_device_without_the_package_falls_to_reference_with_the_reason() -> No
 @pytest.mark.parametrize(
     ("device", "code", "told"),
     [
-        ("simdev:npuu", 2, "was asked to be 'npuu'; it can be simdev, npu, mlu"),
+        ("simdev:npuu", 2, "got 'npuu'. Pass simdev, npu, mlu"),
         pytest.param("simdev:npu", 3, "it runs on mlu devices, not on npu", marks=pytest.mark.full),
     ],
 )

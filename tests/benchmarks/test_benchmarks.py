@@ -242,7 +242,7 @@ def test_a_way_that_raises_is_left_out_with_its_reason(monkeypatch: pytest.Monke
     late = RuntimeError("the capture failed")
     late.__context__ = ValueError("why it did")
     assert harness.usable([failing(late)], "s", told) == []
-    assert told[1].endswith("RuntimeError: the capture failed (behind ValueError: why it did)")
+    assert told[1].endswith("RuntimeError: the capture failed (after ValueError: why it did)")
     with pytest.raises(ZeroDivisionError):  # a mistake in the benchmark is no answer of a way
         harness.usable([failing(ZeroDivisionError())], "s", told)
     broken = [failing(RuntimeError("no"))]

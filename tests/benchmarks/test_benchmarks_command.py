@@ -35,7 +35,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     words = ["--preset", "full", "--device", "cpu", "--backend", "reference"]
 
     def run(*more: str, drawn: bool = False) -> tuple[int, dict[str, Any]]:
-        full = dataclasses.replace(FULL, repeats=1, overhead_rounds=10, starts=0, ladder=drawn)
+        full = dataclasses.replace(FULL, repeats=1, overhead_rounds=10, starts=0, all_methods=drawn)
         monkeypatch.setattr(suite, "PRESETS", {"full": full})
         if not drawn:
             monkeypatch.delitem(sys.modules, "portakv_benchmarks.shared.plots", raising=False)

@@ -155,7 +155,7 @@ def test_an_engine_that_fails_is_told_and_the_others_stay(monkeypatch: pytest.Mo
     assert any("the link is down" in line for line in bench_.left_out)
 
 
-PLACE = "beside matmul on the default stream, d2h"
+PLACE = "alongside matmul on the default stream, d2h"
 
 
 def alongside(

@@ -225,11 +225,11 @@ def test_what_bars_judge_comes_first_and_what_they_can_do_without_last(
     large = "32 MB, object on the host"
     small = "1 MB, object on the host"
     bench_: Any = SimpleNamespace(
-        sizes=INTEGRATION_PRESETS["full"], device=DEVICE, left_out=[], found={}
+        sizes=INTEGRATION_PRESETS["full"], device=DEVICE, left_out=[], installed={}
     )
     names = [name for name, _ in lmcache.lmcache_steps(bench_) if not name.startswith("calls")]
-    cases = [name for name in names if "beside" not in name]
-    loops = [at for at, name in enumerate(names) if "beside" in name]
+    cases = [name for name in names if "alongside" not in name]
+    loops = [at for at, name in enumerate(names) if "alongside" in name]
     assert {name.partition(", format")[0] for name in names[loops[-1] + 1 :]} == {
         f"{kernel}, {small}" for kernel in ("slots", "blocks")
     }

@@ -128,7 +128,7 @@ def without_a_compiler(options: Options, progress: Any) -> RunRecord:
 def test_the_first_case_that_fails_catches(ends: Any, ending: str, row: str) -> None:
     seen: list[Options] = []
     run = runner(ends, seen) if isinstance(ends, str) else ends
-    trial = try_mutant(SECOND, 7, wall=-1.0 if ends is stopped else 60.0, runner=run)
+    trial = try_mutant(SECOND, 7, most_seconds=-1.0 if ends is stopped else 60.0, runner=run)
     assert trial.ending == ending
     page = document([trial], ())
     assert f"| {row} |" in page

@@ -295,7 +295,7 @@ def test_the_oracle_s_own_sentence_is_taken_apart() -> None:
     byte = first_byte(f"Case 3. {compare(expected, dst)} More.")
     assert byte is not None
     assert (byte.before, byte.after, byte.wrong) == ("Case 3.", "More.", 64)
-    assert (byte.place, byte.found, byte.expected, byte.origin, byte.should) == (
+    assert (byte.place, byte.value, byte.expected, byte.origin, byte.should) == (
         "layer 0 key slot 0 head 0 byte 0",
         "0x20",
         "0x00",

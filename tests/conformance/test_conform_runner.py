@@ -116,7 +116,7 @@ def test_a_case_that_takes_the_process_with_it_has_failed(how: str, reported: st
     assert (record.verdict, record.rung, record.totals["failed"]) == ("failed", "", 1)
     (sentence,) = heard.sentences
     assert CORE + "b" in sentence
-    assert ("The device failed behind" in sentence) == (how == "retire")
+    assert ("The device failed after" in sentence) == (how == "retire")
     assert lost.replay.endswith(f" --only {CORE}b")
 
 
@@ -171,7 +171,7 @@ def test_the_first_failure_can_be_the_end(how: str) -> None:
     behaviours = {CORE + "a": how, CORE + "b": "hang", CORE + "c": "pass"}
     record = ran(behaviours, exit_first=True, limit=0.3)
     assert (record.verdict, statuses(record)) == ("failed", {CORE + "a": "failed"})
-    assert record.missing == ["2 cases were behind the first failure and did not run (-x)."]
+    assert record.missing == ["2 cases were after the first failure and did not run (-x)."]
 
 
 @pytest.mark.parametrize(("behaviours", "error", "why"), [

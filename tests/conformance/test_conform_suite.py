@@ -23,7 +23,7 @@ from portakv_conformance.draw.strategies import all_cases
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import (
     Judge,
-    asked_of,
+    arguments_of,
     find_base_layout,
     largest_unit,
     view_of,
@@ -65,20 +65,20 @@ def test_a_class_is_registered_under_its_own_name() -> None:
 
 
 @pytest.mark.parametrize(("requested", "error", "why"), [
-    ("nonsense", BackendUnavailable, "'nonsense' was asked for on cpu, but no such backend"),
+    ("nonsense", BackendUnavailable, "'nonsense' to serve cpu, but no such backend"),
     ("nonsense", BackendUnavailable, "or pass pkg.mod:Class"),
     ("mlu", BackendUnavailable, "'mlu' .* not on cpu. .* that it serves with --device"),
     (f"{BACKENDS}:Absent", BackendUnavailable, "its driver is from another century"),
-    (f"{BACKENDS}:Nothing", BackendUnavailable, "does not load: AttributeError"),
+    (f"{BACKENDS}:Nothing", BackendUnavailable, "to load, but it does not: AttributeError"),
     ("no_such_package:Backend", BackendUnavailable,
-     "does not load: ModuleNotFoundError.* Pass pkg.mod:Class of an installed package"),
+     "to load, but it does not: ModuleNotFoundError.* Pass pkg.mod:Class of an installed package"),
     ("portakv.backends.base:Backend", BackendUnavailable,
      "implements probe, capabilities and prepare"),
-    ("json:dumps", BackendUnavailable, "expected a class of"),
+    ("json:dumps", BackendUnavailable, "to name a backend, got .* Pass a class of"),
     ("reference, zpu", BackendUnavailable, "got 'zpu': torch knows no zpu"),
     ("reference, npu", BackendUnavailable, "'npu': torch knows no npu.* torch_npu is not inst"),
-    ("a b:C", ValueError, "was asked"),
-    (":", ValueError, "was asked"),
+    ("a b:C", ValueError, "Expected"),
+    (":", ValueError, "Expected"),
     ("reference, z/pu", ValueError, "Expected a device such as .*, got 'z/pu'"),
     ("reference, cpu:x", ValueError, "Expected a device such as .*, got 'cpu:x'"),
 ])  # fmt: skip
@@ -147,10 +147,10 @@ def test_a_refusal_that_check_foretells_is_no_failure_and_no_example() -> None:
         judge_of("Lax").refused(case)
     judge = judge_of("Modest")
     refusal = Unsupported("This plan", "of a launch")
-    judge.may_decline(refusal, *asked_of(case))
+    judge.may_decline(refusal, *arguments_of(case))
     assert judge.declined == foretold
     with pytest.raises(AssertionError, match="of a launch"):
-        judge_of("Right").may_decline(refusal, *asked_of(case))
+        judge_of("Right").may_decline(refusal, *arguments_of(case))
 
 
 def test_what_the_simulated_device_fills_memory_with_is_told() -> None:

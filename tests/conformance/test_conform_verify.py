@@ -65,7 +65,7 @@ def refusals(record: RunRecord) -> str:
     ({"waivers": (Waiver(CLAIM + "c", "Ticket.", "2999.01"),)}, {CLAIM + "c": "fail"},
      "conformant", ""),
     ({"only": (CORE + "b",)}, {CORE + "a": "fail"}, "incomplete", "--only"),
-    ({"exit_first": True}, {CORE + "a": "fail"}, "failed", "behind the first failure"),
+    ({"exit_first": True}, {CORE + "a": "fail"}, "failed", "after the first failure"),
 ])  # fmt: skip
 def test_one_that_failed_one_with_waivers_and_partial_ones_stand(
     options: dict[str, Any], behaviours: dict[str, str], verdict: str, missing: str

@@ -283,20 +283,20 @@ def test_an_error_of_the_library_stays_what_it_is(gate: Gate) -> None:
 def test_few_are_in_flight_and_none_is_issued_behind_one_that_fails_when_it_lands(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    landing = threading.Event()
+    launch_to_the_end = threading.Event()
     errors = [RuntimeError("a sticky error")]
 
     def wait() -> None:
-        assert landing.wait(PATIENCE)
+        assert launch_to_the_end.wait(PATIENCE)
         if errors:
             raise errors.pop()
 
-    late = SimpleNamespace(done=landing.is_set, wait=wait)
+    late = SimpleNamespace(done=launch_to_the_end.is_set, wait=wait)
     monkeypatch.setattr(type(registry.choose("cpu", "gated").backend), "pending", late)
     one = Started()
     gate.open()
     one.until_slice(WINDOW)
-    landing.set()
+    launch_to_the_end.set()
     with pytest.raises(TransferError, match="0 of 5 slices had landed, with RuntimeError: a stick"):
         one.transfer.synchronize()
     found = one.transfer.statistics

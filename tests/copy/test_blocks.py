@@ -348,7 +348,7 @@ def test_memory_that_was_resized_is_noticed(options: dict[str, Any]) -> None:
     storage.resize_(2 * storage.nbytes())
     with (
         registered(addresses=small_backend("addresses", by_runs=True)),
-        refused(LayoutError, "replaced", "make the view again", watch=dst.tensors),
+        refused(LayoutError, "replaced", "Make the view again", watch=dst.tensors),
     ):
         copy_blocks(src.view, dst.view, SRC, DST, backend="addresses", **options)
 

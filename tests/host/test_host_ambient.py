@@ -19,7 +19,7 @@ from portakv.host.small import SmallCopy, choose, to_device
 
 pytestmark = [
     pytest.mark.parametrize("state", STATES.values(), ids=STATES),
-    pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned"),
+    pytest.mark.filterwarnings("ignore:Expected pinned host memory"),
 ]
 NUMBERS = np.arange(48, dtype=np.int32)
 

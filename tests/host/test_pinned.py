@@ -27,7 +27,7 @@ from support.pool_processes import Child
 from portakv.errors import DeviceMismatch, HostMemoryError, Unsupported
 from portakv.host import _pages, _registration, pinned
 
-pytestmark = pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+pytestmark = pytest.mark.filterwarnings("ignore:Expected pinned host memory")
 PAGE = mmap.PAGESIZE
 ODD = 3 * 1024 * 1024 + 4096
 TESTS = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def test_so_many_bytes_and_no_more(
         assert resident(memory.address, nbytes)
         assert memory.nbytes == nbytes == memory.tensor.numel() == memory.array.nbytes
         assert memory.address % PAGE == 0
-        assert (memory.seams, memory.notes) == ((), ())
+        assert (memory.boundaries, memory.notes) == ((), ())
         assert memory.parts(0, nbytes) == [(0, nbytes)]
         assert memory.parts(nbytes, 0) == [(nbytes, 0)]
         memory.tensor.fill_(7)
@@ -366,10 +366,12 @@ def test_a_refusal_leaves_it_pageable_and_no_error_behind(code: int, cuda: FakeL
 
 def test_pieces(cuda: FakeLibrary) -> None:
     with pinned.allocate(10 * PAGE + 5, largest=4 * PAGE) as memory:
-        assert memory.seams == (4 * PAGE, 8 * PAGE)
+        assert memory.boundaries == (4 * PAGE, 8 * PAGE)
         assert [piece.numel() for piece in memory.pieces] == [4 * PAGE, 4 * PAGE, 2 * PAGE + 5]
         assert memory.pieces[1].data_ptr() == memory.address + 4 * PAGE
-        assert sorted(cuda.registered) == [memory.address + seam for seam in (0, *memory.seams)]
+        assert sorted(cuda.registered) == [
+            memory.address + seam for seam in (0, *memory.boundaries)
+        ]
         assert memory.parts(PAGE, PAGE) == [(PAGE, PAGE)]
         assert memory.parts(3 * PAGE, 5 * PAGE) == [(3 * PAGE, PAGE), (4 * PAGE, 4 * PAGE)]
         assert memory.parts(0, 9 * PAGE)[-1] == (8 * PAGE, PAGE)
@@ -382,7 +384,7 @@ def test_pieces(cuda: FakeLibrary) -> None:
         assert memory.device_address(9 * PAGE + 1) == memory.address + 9 * PAGE + 1 + (1 << 40)
     for unit in (3 * PAGE, 3 * PAGE // 2):
         with pinned.allocate(12 * PAGE, largest=4 * PAGE, unit=unit) as memory:
-            assert memory.seams == (3 * PAGE, 6 * PAGE, 9 * PAGE)
+            assert memory.boundaries == (3 * PAGE, 6 * PAGE, 9 * PAGE)
     with pytest.raises(Unsupported, match="mapped=False"):
         pinned.allocate(PAGE, mapped=False).device_address()
 
@@ -390,16 +392,16 @@ def test_pieces(cuda: FakeLibrary) -> None:
 def test_what_is_registered_is_exact_and_its_neighbours_are_left_alone(cuda: FakeLibrary) -> None:
     mapping = private(8 * PAGE)
     address = _pages.address_of(mapping) + 100
-    with pinned.register_address(address, 2 * PAGE, held=mapping) as memory:
+    with pinned.register_address(address, 2 * PAGE, owner=mapping) as memory:
         assert cuda.registered == {address: (2 * PAGE, 3)}
-        assert memory.seams == ()
+        assert memory.boundaries == ()
         for behind in (2 * PAGE + 8, -50):
             with pytest.raises(HostMemoryError, match="registered once"):
-                pinned.register_address(address + behind, 40, held=mapping)
-        pinned.register_address(address + 3 * PAGE, PAGE, held=mapping).close()
-    with pinned.register_address(address, 3 * PAGE, held=mapping, largest=PAGE) as memory:
-        assert memory.seams == tuple(at * PAGE - 100 for at in (1, 2, 3))
-        lengths = [cuda.registered[address + at][0] for at in (0, *memory.seams)]
+                pinned.register_address(address + behind, 40, owner=mapping)
+        pinned.register_address(address + 3 * PAGE, PAGE, owner=mapping).close()
+    with pinned.register_address(address, 3 * PAGE, owner=mapping, largest=PAGE) as memory:
+        assert memory.boundaries == tuple(at * PAGE - 100 for at in (1, 2, 3))
+        lengths = [cuda.registered[address + at][0] for at in (0, *memory.boundaries)]
         assert lengths == [PAGE - 100, PAGE, PAGE, 100]
         assert memory.device_address(PAGE) == address + PAGE + (1 << 40)
     assert not cuda.registered

@@ -113,7 +113,7 @@ def test_what_torch_does_not_offer_is_said() -> None:
 
 
 @pytest.mark.simdev
-@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+@pytest.mark.filterwarnings("ignore:Expected pinned host memory")
 def test_what_exists_is_pageable_with_the_same_results() -> None:
     with pinned.register(torch.arange(50000)) as held:
         assert not held.pinned
@@ -269,7 +269,7 @@ def test_a_tensor_that_dies_in_a_capture_does_not_break_it() -> None:
 def test_pieces_are_registered_each_by_itself() -> None:
     there = pattern(ODD)
     with pinned.allocate(ODD, largest=1 << 20, fallback=False) as memory:
-        assert memory.seams == (1 << 20, 2 << 20, 3 << 20)
+        assert memory.boundaries == (1 << 20, 2 << 20, 3 << 20)
         memory.tensor.fill_(255)
         for start, nbytes in memory.parts(100, ODD - 200):
             part = slice(start, start + nbytes)

@@ -26,7 +26,7 @@ from portakv.host.pool import Block
 from portakv.host.shared import PoolExhausted, SharedPool
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned"),
+    pytest.mark.filterwarnings("ignore:Expected pinned host memory"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Blocks were in use:ResourceWarning"),
 ]

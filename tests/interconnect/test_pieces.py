@@ -225,7 +225,7 @@ def test_units_at_addresses_are_pieces_of_their_own(
 def test_seams_between_registrations() -> None:
     before = pinned.boundaries()
     with pinned.allocate(4 * PAGE, largest=2 * PAGE) as memory:
-        cuts = tuple(memory.address + seam for seam in memory.seams)
+        cuts = tuple(memory.address + seam for seam in memory.boundaries)
         assert pinned.boundaries() == tuple(sorted((*before, *cuts)))
         pieces = to_2d_copies(runs_of([memory.address], [0], 4 * PAGE))
         # Torch's own pinned memory, on a device that has such, is registered in one.

@@ -56,7 +56,14 @@ WORDS = re.compile(
 NAMES = re.compile(r"(?<![a-z])(found|given|held|kept|ways?|rooms?|homes?|house|walls?)(?![a-z])")
 #: Names that stay: public ones, fields of records on disk, and the words of other projects.
 STAYING = re.compile(
-    r"PORTAKV_MOVER|blocks_asked|\.ci/plugs|--plugs|bars\.toml|benchmarks/plugs|docs/plugs"
+    # Environment variables, files, commands and deprecated names.
+    r"PORTAKV_MOVER|\.ci/(plugs|full plugs)|--(plugs|bars|tells)|bars\.toml|[-/.]plugs\b|plugs/"
+    r"|home_of_ids|\bTells\b|[\"`]movers?[\"`]|mover(:|=)"
+    # Fields and kinds of recorded results.
+    r"|blocks_asked|[\"'](asked|told|said|rung|plugs?|ladder|beside|Welcome)[\"']|\.rung\b|\brung[:=]"
+    r"|plug_\w+|\w+_beside|zero_copy beside|``?(told|Welcome)``?|said(_width)?="
+    # Names of tests and of their cases; a decorator of hypothesis.
+    r"|\btest_\w+(\[[^]]*\])?|(behind|beside)-padding|padding-beside|@given|import (\w+, )*given"
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -287,7 +294,7 @@ def words(path: Path) -> Iterator[tuple[int, str]]:
             yield number, match[0]
     if path.suffix == ".py":
         for token in tokenize.generate_tokens(StringIO(text).readline):
-            if token.type == tokenize.NAME:
+            if token.type == tokenize.NAME and token.string in STAYING.sub("", token.line):
                 for match in NAMES.finditer(token.string):
                     yield token.start[0], match[0]
 

@@ -165,7 +165,7 @@ def _print_rows(rows: Sequence[Row], threads: int | None) -> None:
         why = row.refused or row.failed
         if why:
             how = "rejected" if row.refused else "failed"
-            _show(_folded(f"{row.backend}, {row.call}, {row.way}, {how}: {why}"))
+            _show(_folded(f"{row.backend}, {row.call}, {row.route}, {how}: {why}"))
     text = (
         f"bytes: {in_bytes(sum(row.checked for row in rows if row.right))} are the same as by "
         f"plain torch indexing, including the pages that a copy must not change."
@@ -197,7 +197,7 @@ def _cells(row: Row) -> list[str]:
         result = f"{row.wrong:,} wrong"
     if row.refused or row.failed:
         result = "rejected" if row.refused else "failed"
-    return [row.backend, row.call, row.way, time, ratio, result]
+    return [row.backend, row.call, row.route, time, ratio, result]
 
 
 def _print_choice(

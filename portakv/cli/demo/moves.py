@@ -159,7 +159,7 @@ class Row:
 
     backend: str  # the name; "torch" for plain torch with the same bytes
     call: str
-    way: str  # the source and destination, in words
+    route: str  # the source and destination, in words
     checked: int = 0  # compared bytes
     wrong: int = 0  # bytes that differ from those of plain torch indexing
     refused: str | None = None  # why the backend does not accept this copy, by its message
