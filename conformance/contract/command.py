@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from portakv.cli.console import print_json
@@ -20,7 +21,7 @@ from portakv.storage import Disk, Remote
 from portakv.storage.io.choose import ENGINES
 from portakv.storage.tier import TIERS
 from portakv_conformance.contract import io, tier, transport
-from portakv_conformance.contract.runner import Outcome, checks_of, run_checks
+from portakv_conformance.contract.runner import Check, Outcome, checks_of, run_checks
 from portakv_conformance.run.journal import SubjectUnavailable
 
 #: Makes an implementation.
@@ -69,8 +70,9 @@ def implementation(contract: str, name: str) -> Maker:
     return make
 
 
-def outcomes_of(contract: str, make: Maker) -> list[Outcome]:
-    """Return the outcome of each check of a contract over what ``make`` makes."""
+def outcomes_of(contract: str, make: Maker, only: Collection[str] = ()) -> list[Outcome]:
+    """Return the outcome of each check of a contract over what ``make`` makes; ``only`` names the
+    checks to run, all if it is empty."""
 
     def tiers(folder: Path) -> AbstractContextManager[tier.Tiers]:
         return nullcontext(tier.Tiers(make, folder))
@@ -78,11 +80,14 @@ def outcomes_of(contract: str, make: Maker) -> list[Outcome]:
     def engine(folder: Path) -> AbstractContextManager[Any]:
         return closing(make())
 
+    def chosen(module: ModuleType) -> list[Check[Any]]:
+        return [each for each in checks_of(module) if not only or each.name in only]
+
     if contract == "tier":
-        return run_checks(checks_of(tier), tiers)
+        return run_checks(chosen(tier), tiers)
     if contract == "io":
-        return run_checks(checks_of(io), engine)
-    return run_checks(checks_of(transport), lambda folder: transport.wire(make))  # type: ignore[arg-type]
+        return run_checks(chosen(io), engine)
+    return run_checks(chosen(transport), lambda folder: transport.wire(make))  # type: ignore[arg-type]
 
 
 def main(words: Sequence[str]) -> int:

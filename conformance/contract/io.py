@@ -208,7 +208,8 @@ def check_an_error_of_the_caller_waits_for_the_end(engine: Engine, folder: Path)
             memory[:] = 0x3C
         else:
             expect(False, "what the caller's function raised was lost")
-        engine.run(_reads(file.fd, pieces[:20], _memory(1 << 18)))
+        other = _memory(1 << 18)
+        engine.run(_reads(file.fd, pieces[:20], other))
         expect(bool((memory == 0x3C).all()), "memory was written after `run` raised")
 
 

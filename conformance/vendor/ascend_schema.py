@@ -45,7 +45,14 @@ SENTENCE = (
     "Accepted by torch_npu's own schemas and dispatcher over a stub of CANN; the kernels of "
     "its ops are torch's, on the host. No NPU was involved."
 )
-_NEEDS = (f"torch=={TORCH}", "numpy", "pytest", "hypothesis", 'tomli; python_version < "3.11"')
+_NEEDS = (
+    f"torch=={TORCH}",
+    "numpy",
+    "pytest",
+    "hypothesis",
+    "msgspec",
+    'tomli; python_version < "3.11"',
+)
 _PACKAGES = ("portakv", "portakv_conformance", "portakv_native")
 _SECONDS = 1800
 _ENTER = "portakv_conformance.vendor.ascend_device:enter"

@@ -135,7 +135,7 @@ def _own_spec(device_type: str) -> _Class:
         raise
     base: _Class = general.DeviceSpec
     for folder in ("lmcache.v1.platform.devices", "lmcache.v1.platform"):
-        with suppress(ImportError):
+        with suppress(ImportError):  # this release has the device elsewhere
             module = importlib.import_module(f"{folder}.{device_type}")
             own = getattr(module, f"{device_type.capitalize()}DeviceSpec", None)
             if isinstance(own, type):

@@ -90,7 +90,7 @@ class Peer:
             if call := self._calls.pop(key, None):  # else another thread has made the call
                 try:
                     call()
-                except Exception:
+                except Exception:  # the other calls must be made, too
                     _log.exception("A call for the end of a connection failed.")
 
 
@@ -358,7 +358,7 @@ class Channel:
             raise Refused(f"{what} was rejected: {_printable(back[BACK.size :])}.")
         try:
             return decode(memoryview(back)[BACK.size :], type=kind)
-        except Exception:
+        except Exception:  # msgspec, or a message's own checks, raise for the peer's bytes
             raise PeerError(
                 f"{what} got an answer that is not valid. Use one release on both sides."
             ) from None
@@ -537,7 +537,7 @@ class Channel:
             for ready, _ in self._poller.poll():
                 try:
                     self._calls[ready]()
-                except Exception:
+                except Exception:  # one peer's message must not stop the others'
                     _log.exception("%r failed at a message, and goes on.", self)
 
     def _admit(self) -> None:
@@ -653,14 +653,14 @@ class Channel:
     def _answer(self, peer: Peer, data: memoryview, number: int) -> bytes:
         try:
             message = self._decoder.decode(data)
-        except Exception:
+        except Exception:  # msgspec, or a message's own checks, raise for the peer's bytes
             return self._refused(number, "schema", "the message is not known there")
         try:
             answer = self._answers[type(message)](peer, message)
             body = b"" if answer is None else encode(answer)
         except PortaKVError as error:
             return self._refused(number, "refused", str(error)[:4096])
-        except Exception as error:
+        except Exception as error:  # of whoever answers; the peer gets it
             _log.exception("%s could not be answered.", type(message).__name__)
             return self._refused(number, "failed", f"it failed there by {type(error).__name__}")
         if len(body) > ANSWER:

@@ -198,7 +198,7 @@ class Connections:
         """Do what `close` promises."""
         until = monotonic() + min(FAREWELL, self.channel.timeout)
         for owner in [*self._owners.values()]:
-            with suppress(PortaKVError):
+            with suppress(PortaKVError):  # the peer may be gone
                 left = max(0.0, until - monotonic())
                 self.channel.tell(owner.address, Bye(), left)
             self._forget(owner)

@@ -202,7 +202,7 @@ class Gathers:
             with torch.inference_mode(False), rows.after.inside():
                 self._fill(slot, full, gather.count, rows)
                 self._send(peer, gather, agreed, slot, full)
-        except Exception:
+        except Exception:  # whatever failed, the reader must not wait for its bytes
             _log.exception(
                 "Rows could not be gathered into a staging buffer; the reader gets an error."
             )

@@ -198,7 +198,7 @@ class Owner:
         channel.claim("an owner", self)
         try:
             self.reallocate(*shards)
-        except BaseException:
+        except BaseException:  # also an interrupt: the channel must become free
             channel.free("an owner", self)
             raise
         self._kinds: dict[type[messages.Message], Callable[..., messages.Message | None]] = {

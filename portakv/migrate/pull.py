@@ -148,7 +148,7 @@ class Pull(Part):
         """Stop a pull of which a part could not be started, and wait for the copies in flight."""
         self.cancel()
         for copy in self.copies:
-            with suppress(PortaKVError):
+            with suppress(PortaKVError):  # the owner may be gone
                 copy.synchronize()
 
     @property
@@ -180,7 +180,7 @@ class Pull(Part):
         quiet = self.quiet
         self.quiet = ()
         for ticket, owner in quiet:
-            with suppress(PortaKVError):
+            with suppress(PortaKVError):  # the owner may be gone
                 owner.channel.tell(owner.address, Begin(ticket.epoch, ticket.offer))
 
     def end(self, graph: Graph, sources: Sources, checks: Sequence[Task]) -> None:
@@ -196,14 +196,14 @@ class Pull(Part):
                 if not _over(one, max(0.0, soon - monotonic())):
                     self.begin()
                     self._await(sources, one)
-            except BaseException as error:
+            except BaseException as error:  # also an interrupt: `errors` is raised below
                 errors.append(error)
                 self.cancel()  # every copy is waited for, so nothing is written after the end
         try:
             for check in () if self.over else checks:
                 graph.submit([check], priority="urgent")
                 self._await(sources, check)
-        except BaseException as error:
+        except BaseException as error:  # raised below, after all copies have ended
             errors.append(error)
         reached = list[Source]()
         for source, answer in zip(sources, self._answers(sources, Check), strict=True):
@@ -232,7 +232,7 @@ class Pull(Part):
         An owner that does not receive the message keeps its offer until the lease expires.
         """
         for ticket, owner in sources:
-            with suppress(PortaKVError):
+            with suppress(PortaKVError):  # the owner may be gone
                 owner.channel.tell(owner.address, Close(ticket.epoch, ticket.offer, taken), CLOSING)
 
     def _await(self, sources: Sources, one: Ending) -> None:

@@ -151,7 +151,7 @@ class Published:
             uninterrupted(partial(self._begin_update, token))
             yield
             self._synchronize()
-        except BaseException:
+        except BaseException:  # of the block: its writes may still run
             self._synchronize()
             raise
         finally:

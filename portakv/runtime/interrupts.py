@@ -96,7 +96,7 @@ def uninterrupted(work: Callable[[], T], undo: Callable[[T], object] | None = No
         error = task.error
         if error is None:
             return cast(T, task.result)
-    except BaseException:
+    except BaseException:  # an interrupt of the caller
         task.abandon()
         raise
     try:

@@ -130,7 +130,7 @@ class Remote:
             text = _clean(error).rstrip(".")
         for name in options:
             others = {key: value for key, value in settings.items() if key != name}
-            with suppress(BaseException):
+            with suppress(BaseException):  # obstore's panic again
                 make(url, client_options=reading, **others)
                 raise_for = f"Expected {name}= as obstore takes it, got a value that it refuses"
                 break
@@ -164,7 +164,7 @@ class Remote:
         failure: Reason | None = None
         try:
             result = work(*terms)
-        except Exception as error:
+        except Exception as error:  # obstore raises many types, and those of its clients
             missing = isinstance(error, FileNotFoundError) and miss is not None
             if isinstance(error, self.obs.exceptions.AlreadyExistsError):
                 result = True  # also after a put whose answer was lost
@@ -272,7 +272,7 @@ class Remote:
             for batch in obs.list(self.store, "1/", chunk_size=1000):
                 obs.delete(self.store, [one["path"] for one in batch])
                 gone += len(batch)
-        except Exception as error:
+        except Exception as error:  # obstore raises many types, and those of its clients
             raise StoreError(f"{self!r} was to be wiped, but {_clean(error)}.") from None
         finally:
             for tier_store in [*self.tier_stores]:

@@ -117,7 +117,7 @@ class Slots:
             self._free = deque(sorted({*range(self.count)}.difference(self.index.values())))
             if chains is None:
                 self.fit()
-        except BaseException as error:
+        except BaseException as error:  # also an interrupt: nothing stays open or locked
             self.close(sync=False)
             if not isinstance(error, OSError):
                 raise
@@ -197,7 +197,7 @@ class Slots:
                 except OSError as error:
                     if error.errno not in _FULL or not self._space.yield_space(self.folder, PAGE):
                         raise
-        except BaseException:
+        except BaseException:  # also an interrupt: no half of a folder stays
             file.with_name(f"{file.name}.new").unlink(missing_ok=True)
             if not os.fstat(self.fd).st_size:
                 (self.folder / "slots").unlink(missing_ok=True)

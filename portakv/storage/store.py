@@ -121,7 +121,7 @@ class BlockStore:
         try:
             for tier in tiers:
                 self._tier_stores += tier.open(self.graph, self.rows, forms)
-        except BaseException:
+        except BaseException:  # also an interrupt: no tier stays open
             self.close()
             raise
         self._generation = max([x.generation for x in self._tier_stores], default=0)
@@ -426,7 +426,7 @@ class BlockStore:
             self._refuse_closed(call.kind)
             try:
                 return plan()
-            except BaseException:
+            except BaseException:  # also an interrupt: no caller has a handle
                 call.drop()
                 raise
 

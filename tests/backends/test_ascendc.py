@@ -58,6 +58,7 @@ def test_the_kernel_matrix_and_the_misuse_of_the_api() -> None:
     assert done.stdout.splitlines()[-1] == "all right"
 
 
+@pytest.mark.full
 def test_a_check_that_does_not_bite_fails_the_script(tmp_path: Path) -> None:
     """Without the end of a UB buffer three kernels go unnoticed."""
     emulation = shutil.copytree(ASCEND, tmp_path / "ascend") / "emulation"
@@ -465,6 +466,7 @@ def test_the_emulation_launches_nothing_by_itself(emulation: str) -> None:
 
 @pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 @pytest.mark.parametrize("by", ["kernel", pytest.param("ops", marks=pytest.mark.full)])
+@pytest.mark.full
 def test_the_command_of_the_page_judges_the_kernel(by: str, emulation: str, tmp_path: Path) -> None:
     """Here on the simulated device; the report says by what copies went."""
     done = subprocess.run(

@@ -60,6 +60,7 @@ def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @on_each_device
+@pytest.mark.full
 def test_every_dtype_through_one_program(device: torch.device) -> None:
     dtypes = (
         torch.float16,
@@ -112,6 +113,7 @@ def test_another_length_stride_pool_or_place_compiles_nothing(device: torch.devi
 @pytest.mark.parametrize(
     "scatters", [pytest.param(False, marks=pytest.mark.full), True], ids=["gather", "scatter"]
 )
+@pytest.mark.full
 def test_the_code_is_one_kernel_without_a_buffer(device: torch.device, scatters: bool) -> None:
     """No copy of a cache, and no rows kept between: what is loaded is stored.
 

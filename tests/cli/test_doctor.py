@@ -185,7 +185,7 @@ main(["doctor", "--json"])
 
 
 @pytest.mark.usefixtures("engines")
-@pytest.mark.parametrize("name", ["mlu", "simdev"])
+@pytest.mark.parametrize("name", [pytest.param("mlu", marks=pytest.mark.full), "simdev"])
 def test_beside_an_accelerator(name: str) -> None:
     written = python("-c", SIMULATED.format(name=name), PYTHONPATH=":".join(sys.path))
     found = json.loads(written)

@@ -57,7 +57,11 @@ def wrong(record: RunRecord) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["Least", pytest.param("OnlyTuplesByPrepare", marks=pytest.mark.slow)]
+    "name",
+    [
+        pytest.param("Least", marks=pytest.mark.full),
+        pytest.param("OnlyTuplesByPrepare", marks=pytest.mark.slow),
+    ],
 )
 def test_a_narrow_claim_is_no_failure(name: str, conform: Any) -> None:
     record = judged(conform, name, "--only", *_TELLING)
@@ -146,6 +150,7 @@ def test_layouts_are_found_within_what_is_claimed() -> None:
         assert across(one(name), BASE_LAYOUTS[0], BASE_LAYOUTS[requested]) == BASE_LAYOUTS[taken]
 
 
+@pytest.mark.full
 def test_a_backend_that_remembers_is_told_by_what_it_did(conform: Any) -> None:
     """Hypothesis repeats the calls, which then end in another way."""
     mutant = "portakv_conformance.mutants.state:StalePointerTable"

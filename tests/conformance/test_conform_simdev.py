@@ -23,6 +23,7 @@ run = partial(python, SIMDEV_NAME="simdev")
     ("name", "chosen"),
     [("npu", "waits_for"), pytest.param("mlu", "freed", marks=pytest.mark.full)],
 )
+@pytest.mark.full
 def test_the_device_under_another_name(name: str, chosen: str) -> None:
     words = [*PYTEST, "-m", "simdev", "-k", f"name or chooses or {chosen}"]
     done = run(*words, *(str(ROOT / "tests" / module) for module in MODULES), SIMDEV_NAME=name)
@@ -39,7 +40,13 @@ RENAME = "import torch; torch.utils.rename_privateuse1_backend('acme_card')\n"
     ("before", "compiler", "available", "error"),
     [
         ("", "/nowhere/g++", r"The simulated device .* no C\+\+ compiler .*CXX=", "set CXX"),
-        ("", "false", "None\n", r"false failed to compile the simulated device.*C\+\+20"),
+        pytest.param(
+            "",
+            "false",
+            "None\n",
+            r"false failed to compile the simulated device.*C\+\+20",
+            marks=pytest.mark.full,
+        ),
         (RENAME, "g++", "Another package has made 'acme_card'", "Another package"),
     ],
     ids=["no compiler", "a compiler that fails", "another package in its place"],
@@ -53,6 +60,7 @@ def test_a_device_that_cannot_be_had_is_a_clear_error(
     assert re.search(f"SimulatedDeviceError: .*{error}", done.stderr, re.DOTALL)
 
 
+@pytest.mark.full
 def test_processes_that_start_together_build_it_once(tmp_path: Path) -> None:
     compiler = tmp_path / "compiler"
     compiler.write_text(
@@ -111,7 +119,7 @@ except RuntimeError as error:
         pytest.param(
             FAULT, 0, "aten::index on stream 0 of simdev:0 failed", id="a fault is told at the end"
         ),  # nothing waited for it
-        pytest.param(FORK, 7, "'spawn'", id="a forked process"),
+        pytest.param(FORK, 7, "'spawn'", id="a forked process", marks=pytest.mark.full),
     ],
 )
 def test_what_is_wrong_is_told(code: str, ended: int, reported: str) -> None:

@@ -55,6 +55,7 @@ _FEW = (
 )
 
 
+@pytest.mark.full
 def test_events_tell_of_each_case(tmp_path: Path) -> None:
     """The package lies behind a symbolic link in the current folder, which is found first: pytest
     keeps the path that it was given."""
@@ -159,6 +160,7 @@ CASE = "cases/test_core.py::test_rows_move[gather-int64-8]"
 
 
 @pytest.mark.simdev
+@pytest.mark.full
 def test_an_example_of_the_simulated_device_is_replayed(tmp_path: Path, conform: Any) -> None:
     words = [OFF_BY_ONE, "--device", "simdev", "--report", str(tmp_path)]
     done = conform(*words, "--only", CASE)
@@ -187,6 +189,7 @@ def test_the_first_examples_are_kept_drawn_ones_apart(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {name for name in retained if name}
 
 
+@pytest.mark.full
 def test_an_example_keeps_how_its_end_was_waited_for(tmp_path: Path, conform: Any) -> None:
     words = ["portakv_conformance.mutants.state:DoneTooEarly", "--device", "cpu"]
     case = "test_core::test_a_transfer_that_ended_has_landed"
@@ -253,8 +256,10 @@ def test_two_workers_find_what_one_finds(passed: RunRecord) -> None:
     ("name", "reported", "where"),
     [
         ("Crashing", "killed by SIGSEGV while this case ran", "in carry"),
-        ("Hanging", "longer than its limit of 2 s", "in carry"),
-        ("NoClaims", "capabilities() returned 'all of it'; expected", ""),
+        pytest.param("Hanging", "longer than its limit of 2 s", "in carry", marks=pytest.mark.full),
+        pytest.param(
+            "NoClaims", "capabilities() returned 'all of it'; expected", "", marks=pytest.mark.full
+        ),
     ],
 )
 def test_a_backend_that_cannot_be_judged_has_failed(name: str, reported: str, where: str) -> None:
@@ -275,6 +280,7 @@ def test_a_probe_that_crashes() -> None:
         run_on("Deadly")
 
 
+@pytest.mark.full
 def test_the_lists_of_other_devices_are_known_here(listed: Listed) -> None:
     elsewhere = cases_of("core", "cuda:1")
     assert set(listed[CASE]) == {"area", "profile", "claim", "tags", "optional"}

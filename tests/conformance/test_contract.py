@@ -54,7 +54,7 @@ def test_other_tiers_keep_the_contract(name: str) -> None:
     [(contract, *pair) for contract, wrongs in wrong.WRONG.items() for pair in wrongs.items()],
 )
 def test_a_wrong_one_is_found(contract: str, name: str, check: str) -> None:
-    assert check in failures(outcomes_of(contract, getattr(wrong, name)))
+    assert check in failures(outcomes_of(contract, getattr(wrong, name), only=[check]))
 
 
 def test_a_subject_that_hangs_or_raises_has_failed(tmp_path: Path) -> None:

@@ -591,7 +591,7 @@ def test_places_are_left_out(printed: str, retained: str) -> None:
     ({"note": "x"}, "fields ['note'] missing or unknown"),
     ({"cases": [3]}, "A case record is 3, expected an object"),
     ({"cases": [{}]}, "A case record has fields"),
-    ({"environment": None}, "'environment' is null, not dict"),
+    ({"environment": None}, "Expected `object`, got `null` - at `$.environment`"),
     ({"backend": {"name": "acme"}}, "unreadable: it does not say the backend's target"),
     ({"environment": {"python": " "}}, "is unreadable"),
 ])  # fmt: skip

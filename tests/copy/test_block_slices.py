@@ -369,7 +369,12 @@ print(time.time())
 
 
 @pytest.mark.parametrize(
-    ("end", "code"), [("", 0), ("del transfer; sys.exit(3)", 3), ("raise SystemError('no')", 1)]
+    ("end", "code"),
+    [
+        ("", 0),
+        pytest.param("del transfer; sys.exit(3)", 3, marks=pytest.mark.full),
+        pytest.param("raise SystemError('no')", 1, marks=pytest.mark.full),
+    ],
 )
 def test_the_end_of_the_interpreter(end: str, code: int) -> None:
     done = subprocess.run(

@@ -510,15 +510,18 @@ print("right")
 
 
 @accelerators
+@pytest.mark.full
 def test_an_accelerator_that_is_the_default_device(name: str) -> None:
     code = f"{ROUND}{defaults(name)}judge({name!r})\nprint('right')"
     assert answer(code) == "right"
 
 
+@pytest.mark.full
 def test_in_worker_processes() -> None:
     check_in_workers(f"{ROUND}\nwork = judge\n")
 
 
+@pytest.mark.full
 def test_a_process_may_end_while_layers_are_under_way() -> None:
     code = f"""{SIMULATED}
 import torch

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.interrupts import (
     LIMIT,
+    by_width,
     files_of,
     in_other_thread,
     orphans,
@@ -257,7 +258,7 @@ NOT_CALLED = {
 SCENARIOS = [channels, making, mapped, staged, weights, meeting]
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda x: x.__name__)
+@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [weights, staged]))
 def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) -> None:
     found, count = orphans(scenario, tmp_path, FILES)
     print(f"{scenario.__name__}: {count} lines")
@@ -274,7 +275,7 @@ def test_an_interrupt_each_time_that_a_line_runs_leaves_nothing(
     assert found == []
 
 
-@pytest.mark.parametrize("scenario", [making, meeting], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("scenario", by_width([making, meeting], [making]))
 def test_interrupts_without_helpers_leave_something(
     scenario: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

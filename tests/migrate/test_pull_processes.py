@@ -223,7 +223,13 @@ print("begun")
 """
 
 
-@pytest.mark.parametrize(("way", "terms"), [("mapped", {"max_gbps": SLOW / 8}), ("staging", {})])
+@pytest.mark.parametrize(
+    ("way", "terms"),
+    [
+        ("mapped", {"max_gbps": SLOW / 8}),
+        pytest.param("staging", {}, marks=pytest.mark.full),
+    ],
+)
 def test_the_interpreters_end_waits_for_no_pull(way: str, terms: dict[str, Any]) -> None:
     """Fault 31. Between slices, with everything open; nothing is told, and no library aborts."""
     text = EXIT.format(str(Path(__file__).parents[1]), way, terms)

@@ -18,7 +18,7 @@ from portakv.backends.base import Decision
 from portakv.registry.registry import REGISTRY, Registry, choose
 from portakv_conformance.vendor import standins
 
-pytestmark = own_process("npu", "formats")
+pytestmark = own_process("npu", "ascend")
 if in_child():
     standins.install("npu")
 

@@ -203,6 +203,7 @@ __version__ = "1.11.0"
 """
 
 
+@pytest.mark.full
 def test_a_package_that_works_is_imported_and_the_candidates_go_on(tmp_path: Path) -> None:
     """It renames privateuse1, and has no kernels."""
     packages = {"torch_npu": NAMES_ITSELF, "torch_mlu": ""}
@@ -214,6 +215,7 @@ def test_a_package_that_works_is_imported_and_the_candidates_go_on(tmp_path: Pat
     assert "and torch_mlu was imported, but does not bring them" in nothing.splitlines()[0]
 
 
+@pytest.mark.full
 def test_what_a_candidate_imports_may_bring_the_device(tmp_path: Path) -> None:
     """Of a vendor whose package for torch has another name."""
     brings = NAMES_ITSELF.replace('"npu"', '"acme"')

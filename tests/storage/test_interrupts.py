@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.core_cases import noise
-from support.interrupts import LIMIT, files_of, orphans, reach, settles
+from support.interrupts import LIMIT, by_width, files_of, orphans, reach, settles
 from support.storage_cases import FakeTier, key_of, small_form
 
 from portakv import KVView
@@ -259,7 +259,7 @@ NOT_CALLED = {
 SCENARIOS = [opening, serving, joining, closing, graphs, ending]
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda x: x.__name__)
+@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [serving]))
 def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) -> None:
     found, count = orphans(scenario, tmp_path, FILES)
     print(f"{scenario.__name__}: {count} lines")

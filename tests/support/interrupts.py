@@ -17,6 +17,8 @@ from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
+import pytest
+
 import portakv
 
 LIBRARY = Path(portakv.__file__).parent
@@ -216,3 +218,11 @@ def in_other_thread(work: Callable[[], Any]) -> Any:
         return found.result(LIMIT)
     except Late:
         raise AssertionError("it hangs") from None
+
+
+def by_width(scenarios: Sequence[Any], wide: Sequence[Any]) -> list[Any]:
+    """Return the scenarios as parameters; those that take many seconds are run by ``-m full``."""
+    return [
+        pytest.param(each, id=each.__name__, marks=pytest.mark.full if each in wide else ())
+        for each in scenarios
+    ]

@@ -94,7 +94,7 @@ conform() {
 }
 
 has_package() {
-    "$python" -c "import pytest, hypothesis, ${backend%:*}" >/dev/null 2>&1 && return
+    "$python" -c "import pytest, hypothesis, msgspec, ${backend%:*}" >/dev/null 2>&1 && return
     echo "The suite needs PortaKV with its extra 'conformance', and $python has not got both; run" \
         "pip install '.[conformance]' in the repository, or name another Python by PYTHON."
     return 1

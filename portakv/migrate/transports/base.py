@@ -284,7 +284,7 @@ class Transport(ABC):
                 lane.unwatch = channel.watch(other, gone)
             else:
                 lane.unwatch = other.on_gone(gone)
-        except BaseException:
+        except BaseException:  # also an interrupt: no caller has the lane yet
             gone()
             raise
         return lane

@@ -85,7 +85,7 @@ class Pair(Lane):
                 moving.poll(ended.query)
                 if self.broken:
                     raise TransferError("another slot of its pair failed")
-            except Exception:
+            except Exception:  # torch.distributed raises a different type for each backend
                 if not self.broken:
                     self.broken = True
                     self.group.abort()  # otherwise it waits for the peer as long as the device runs

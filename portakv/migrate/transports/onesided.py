@@ -299,5 +299,5 @@ def _release(handle: Any) -> None:
     while True:
         try:
             return handle.release()  # type: ignore[no-any-return]
-        except Exception:
+        except Exception:  # the library's error while the request is in flight
             time.sleep(0.01)

@@ -27,9 +27,9 @@ def to_the_end(go: Callable[[bool], None]) -> None:
     """
     try:
         go(False)
-    except BaseException:
+    except BaseException:  # mostly an interrupt
         while True:
-            with suppress(BaseException):
+            with suppress(BaseException):  # another interrupt does not end the requests either
                 go(True)
                 break
         raise
@@ -58,7 +58,7 @@ def carry(request: Request) -> int:
             if not got:
                 return -errno.ENODATA
             moved += got
-    except Exception as error:
+    except Exception as error:  # also a buffer that is gone: a request reports a number only
         return -(getattr(error, "errno", None) or errno.ECANCELED)
     finally:
         if fd != request.fd:
