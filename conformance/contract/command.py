@@ -81,7 +81,8 @@ def outcomes_of(contract: str, make: Maker, only: Collection[str] = ()) -> list[
         return closing(make())
 
     def chosen(module: ModuleType) -> list[Check[Any]]:
-        return [each for each in checks_of(module) if not only or each.name in only]
+        checks: list[Check[Any]] = checks_of(module)
+        return [each for each in checks if not only or each.name in only]
 
     if contract == "tier":
         return run_checks(chosen(tier), tiers)

@@ -49,6 +49,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.full
 def test_the_kernel_matrix_and_the_misuse_of_the_api() -> None:
     done = bash(RUN, "matrix", "misuse")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -87,6 +87,7 @@ def test_every_dtype_through_one_program(device: torch.device) -> None:
 
 
 @on_each_device
+@pytest.mark.full
 def test_another_length_stride_pool_or_place_compiles_nothing(device: torch.device) -> None:
     """Strides of chunks, and sizes and places of pools, differ each time."""
     first = pool(device)

@@ -245,6 +245,7 @@ def test_the_name_behind_simdev_is_what_torch_gets_to_see(asked: str, seen: str)
 
 @without_the_package
 @needs_a_child
+@pytest.mark.full
 def test_a_device_without_the_package_falls_to_reference_with_the_reason() -> None:
     layouts: dict[str, Any] = {"kv_layout": "mlu", "chunk_layout": "chunk-2ltd"}
     chosen = AdaptiveConnector("mlu", **layouts).explain()

@@ -32,6 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(migrate, "LAYERS", 1)
 
 
+@pytest.mark.full
 def test_the_demo_moves_rows_between_two_processes_and_checks_every_byte() -> None:
     found = run_json("migrate", "--demo", "--device", "cpu")
     good = [one for one in found["pulls"] if not one["stale"]]

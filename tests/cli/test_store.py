@@ -354,6 +354,7 @@ def test_explain_tells_how_a_folder_is_read(
 # the demo
 
 
+@pytest.mark.full
 def test_the_demo_kills_the_process_and_goes_on_with_the_same_tokens(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     found = run_json("demo", "--store", str(tmp_path), "--device", "cpu")

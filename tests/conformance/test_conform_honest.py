@@ -120,6 +120,7 @@ def test_claims_of_another_type_make_no_sense(target: str, why: str) -> None:
         test_claims.test_claims_make_sense(subject(target))
 
 
+@pytest.mark.full
 def test_a_half_that_was_declined_is_not_passed(conform: Any) -> None:
     record = judged(conform, "PartOfScatters", "--only", "cases/test_corners.py::test_row_width")
     reported = {case.id: case for case in record.cases}

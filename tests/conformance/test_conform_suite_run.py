@@ -255,7 +255,9 @@ def test_two_workers_find_what_one_finds(passed: RunRecord) -> None:
 @pytest.mark.parametrize(
     ("name", "reported", "where"),
     [
-        ("Crashing", "killed by SIGSEGV while this case ran", "in carry"),
+        pytest.param(
+            "Crashing", "killed by SIGSEGV while this case ran", "in carry", marks=pytest.mark.full
+        ),
         pytest.param("Hanging", "longer than its limit of 2 s", "in carry", marks=pytest.mark.full),
         pytest.param(
             "NoClaims", "capabilities() returned 'all of it'; expected", "", marks=pytest.mark.full

@@ -46,6 +46,7 @@ def test_the_guide_shows_the_backend_as_it_is() -> None:
     assert project[project.index("[build-system]") :] in guide
 
 
+@pytest.mark.full
 def test_the_registry_lists_it_and_says_why_not_on_a_cpu(installed: Path) -> None:
     code = "from portakv.registry.registry import trace; print(*trace('cpu'), sep='\\n')"
     listed = run(installed, "-c", code)

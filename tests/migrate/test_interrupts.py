@@ -258,7 +258,7 @@ NOT_CALLED = {
 SCENARIOS = [channels, making, mapped, staged, weights, meeting]
 
 
-@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [weights, staged]))
+@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [weights, staged, mapped]))
 def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) -> None:
     found, count = orphans(scenario, tmp_path, FILES)
     print(f"{scenario.__name__}: {count} lines")
@@ -275,7 +275,7 @@ def test_an_interrupt_each_time_that_a_line_runs_leaves_nothing(
     assert found == []
 
 
-@pytest.mark.parametrize("scenario", by_width([making, meeting], [making]))
+@pytest.mark.parametrize("scenario", by_width([making, meeting], [making, meeting]))
 def test_interrupts_without_helpers_leave_something(
     scenario: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

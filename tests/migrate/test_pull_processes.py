@@ -230,6 +230,7 @@ print("begun")
         pytest.param("staging", {}, marks=pytest.mark.full),
     ],
 )
+@pytest.mark.full
 def test_the_interpreters_end_waits_for_no_pull(way: str, terms: dict[str, Any]) -> None:
     """Fault 31. Between slices, with everything open; nothing is told, and no library aborts."""
     text = EXIT.format(str(Path(__file__).parents[1]), way, terms)

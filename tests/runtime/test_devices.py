@@ -93,6 +93,7 @@ RENAMES = "import torch; torch.utils.rename_privateuse1_backend('npu')"
 HCCL = "libhccl.so: cannot open shared object file: No such file or directory"
 
 
+@pytest.mark.full
 def test_without_the_package_every_candidate_says_what_it_lacks(tmp_path: Path) -> None:
     asked = ["npu", "mlu:1"]
     for kind, told in zip(asked, run(CONNECT, {}, tmp_path, *asked), strict=True):

@@ -259,7 +259,7 @@ NOT_CALLED = {
 SCENARIOS = [opening, serving, joining, closing, graphs, ending]
 
 
-@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [serving]))
+@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [serving, opening]))
 def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) -> None:
     found, count = orphans(scenario, tmp_path, FILES)
     print(f"{scenario.__name__}: {count} lines")

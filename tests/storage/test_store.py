@@ -626,7 +626,7 @@ def many_blocks(folder: Path, io: Any) -> tuple[BlockStore, KVView, list[bytes]]
     return store, view, keys
 
 
-@pytest.mark.parametrize("io", ["ring", "threads"])
+@pytest.mark.parametrize("io", ["ring", pytest.param("threads", marks=pytest.mark.full)])
 def test_a_process_that_ends_while_it_reads_loses_no_block(tmp_path: Path, io: str) -> None:
     """Fault 14. The interpreter ends without `close`; what was saved is there afterwards."""
     text = """if True:

@@ -182,8 +182,8 @@ def applied(mutant: Mutant, text: str) -> str | None:
     return text[:at] + mutant.after + text[at + len(mutant.before) :]
 
 
-def judge(mutant: Mutant, copy: Path) -> Result:
-    """Run the tests of a mutant in a copy of the repository."""
+def judge(mutant: Mutant, copy: Path, most: int) -> Result:
+    """Run the tests of a mutant in a copy of the repository, up to ``most`` failures."""
     began = time.monotonic()
     path = copy / mutant.path
     text = path.read_text(encoding="utf-8")
@@ -192,7 +192,7 @@ def judge(mutant: Mutant, copy: Path) -> Result:
         return Result(mutant, "lost", [], 0.0)
     tests = [name for name in mutant.tests.split() if (copy / name).exists()]
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    command += ["--timeout", "120", "--maxfail", "40", "-rfE", *tests]
+    command += ["--timeout", "60", "--maxfail", str(most), "-rfE", *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     path.write_text(changed, encoding="utf-8")
     try:
@@ -208,8 +208,11 @@ def judge(mutant: Mutant, copy: Path) -> Result:
     return Result(mutant, state, failed, time.monotonic() - began)
 
 
-def run(mutants: list[Mutant], jobs: int) -> list[Result]:
-    """Run the tests of each mutant, some at a time, each in a copy of the repository."""
+def run(mutants: list[Mutant], jobs: int, most: int, file: Path) -> list[Result]:
+    """Run the tests of each mutant, some at a time, each in a copy of the repository.
+
+    Writes the results to a file after each mutant, so that a run that is cut off leaves them.
+    """
     waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
     for mutant in mutants:
         waiting.put(mutant)
@@ -229,7 +232,8 @@ def run(mutants: list[Mutant], jobs: int) -> list[Result]:
                 mutant = waiting.get_nowait()
             except queue.Empty:
                 return
-            results.append(judge(mutant, copy))
+            results.append(judge(mutant, copy, most))
+            file.write_text(json.dumps([asdict(each) for each in results], indent=1))
             print(f"{len(results)}/{len(mutants)} {results[-1].state} {mutant.path}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -251,6 +255,8 @@ def main() -> None:
     drawing.add_argument("mutants", type=Path)
     running = verbs.add_parser("run")
     running.add_argument("--jobs", type=int, default=2)
+    running.add_argument("--only", default="", help="the tests whose mutants are run")
+    running.add_argument("--failures", type=int, default=1, help="stop a mutant after so many")
     running.add_argument("mutants", type=Path)
     running.add_argument("results", type=Path)
     args = parser.parse_args()
@@ -259,8 +265,8 @@ def main() -> None:
         args.mutants.write_text(json.dumps([asdict(each) for each in drawn], indent=1))
         return
     mutants = [Mutant(**each) for each in json.loads(args.mutants.read_text())]
-    results = run(mutants, args.jobs)
-    args.results.write_text(json.dumps([asdict(each) for each in results], indent=1))
+    mutants = [each for each in mutants if args.only in each.tests]
+    results = run(mutants, args.jobs, args.failures, args.results)
     states = Counter(each.state for each in results)
     judged = len(results) - states["lost"]
     print(f"{judged - states['survived']} of {judged} killed; {dict(states)}")
