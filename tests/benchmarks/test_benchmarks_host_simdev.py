@@ -119,7 +119,7 @@ def test_every_part_is_measured_and_every_byte_right(
         {8} if cuda else set()
     )
     assert {"chosen", "best"} <= set(shown.split())
-    assert all(title in shown for title in ("both directions at the same time", "beside a loop"))
+    assert all(title in shown for title in ("both directions at the same time", "alongside a loop"))
     if cuda:
         assert 0 < max(row["staging_mb"] for row in grid if row["backend"] == "staged") < 64
         methods = {row["backend"] for row in rows if row["kind"] == "host_small"}

@@ -45,6 +45,8 @@ SUBJECTS = {
 }
 #: Operators that change names and decorators: most of what they make fails when it is imported.
 LEFT_OUT = ("VariableReplacer", "VariableInserter", "RemoveDecorator")
+#: Tests that need services which few machines have.
+IGNORED = ("tests/storage/test_remote.py",)
 #: Seconds after which the tests of one mutant count as hanging.
 PATIENCE = 600
 
@@ -182,6 +184,27 @@ def applied(mutant: Mutant, text: str) -> str | None:
     return text[:at] + mutant.after + text[at + len(mutant.before) :]
 
 
+def run_tests(tests: str, copy: Path, most: int) -> subprocess.CompletedProcess[str]:
+    """Run tests in a copy of the repository, up to ``most`` failures."""
+    names = [name for name in tests.split() if (copy / name).exists()]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    command += [f"--ignore={name}" for name in IGNORED]
+    command += ["--timeout", "60", "--maxfail", str(most), "-rfE", *names]
+    paths = os.pathsep.join(filter(None, [str(copy / "src"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        command, cwd=copy, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+
+
+def check_unchanged(mutants: list[Mutant], copy: Path) -> None:
+    """Raise `SystemExit` if tests fail without a mutant: every mutant would count as killed."""
+    for tests in sorted({mutant.tests for mutant in mutants}):
+        done = run_tests(tests, copy, 1)
+        if done.returncode:
+            raise SystemExit(f"{tests} fail without a mutant:\n{done.stdout[-3000:]}")
+
+
 def judge(mutant: Mutant, copy: Path, most: int) -> Result:
     """Run the tests of a mutant in a copy of the repository, up to ``most`` failures."""
     began = time.monotonic()
@@ -190,15 +213,9 @@ def judge(mutant: Mutant, copy: Path, most: int) -> Result:
     changed = applied(mutant, text)
     if changed is None:
         return Result(mutant, "lost", [], 0.0)
-    tests = [name for name in mutant.tests.split() if (copy / name).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    command += ["--timeout", "60", "--maxfail", str(most), "-rfE", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     path.write_text(changed, encoding="utf-8")
     try:
-        done = subprocess.run(
-            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=PATIENCE
-        )
+        done = run_tests(mutant.tests, copy, most)
     except subprocess.TimeoutExpired:
         return Result(mutant, "hung", [], time.monotonic() - began)
     finally:
@@ -222,11 +239,15 @@ def run(mutants: list[Mutant], jobs: int, most: int, file: Path) -> list[Result]
     )
     tracked = [ROOT / name for name in listed.stdout.splitlines()]
 
-    def work(copy: Path) -> None:
+    def make(copy: Path) -> Path:
         for path in tracked:
             target = copy / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target, follow_symlinks=False)
+        return copy
+
+    def work(copy: Path) -> None:
+        make(copy)
         while True:
             try:
                 mutant = waiting.get_nowait()
@@ -237,6 +258,7 @@ def run(mutants: list[Mutant], jobs: int, most: int, file: Path) -> list[Result]
             print(f"{len(results)}/{len(mutants)} {results[-1].state} {mutant.path}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
+        check_unchanged(mutants, make(Path(folder, "unchanged")))
         threads = [threading.Thread(target=work, args=(Path(folder, str(n)),)) for n in range(jobs)]
         for thread in threads:
             thread.start()
