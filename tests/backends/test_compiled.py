@@ -156,6 +156,7 @@ def test_a_scatter_takes_no_memory() -> None:
 
 
 @on_each_device
+@pytest.mark.full
 def test_what_torch_guards_for_does_not_compile_again(device: torch.device) -> None:
     """Each of these would be a recompilation of a function called through torch.compile."""
     backend = Compiled(device)

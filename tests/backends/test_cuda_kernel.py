@@ -133,6 +133,7 @@ def chosen(tables: bool) -> list[tuple[str, RowsKernel]]:
 @pytest.mark.skipif(_tool() is None, reason="nvdisasm is not installed: pip install triton")
 @pytest.mark.parametrize("architecture", WIDER)
 @pytest.mark.parametrize("tables", [False, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.full
 def test_machine_code_has_the_vector_width(tables: bool, architecture: int, tmp_path: Path) -> None:
     """To disassemble takes longer than to compile."""
     assert {kernel.vector for _, kernel in chosen(tables)} == set(_SASS)

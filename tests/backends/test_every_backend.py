@@ -56,7 +56,11 @@ from portakv_conformance.vendor.hip_emulated import HipEmulated
 if in_child():
     standins.install(os.environ["SIMDEV_NAME"])
 
-INTERPRETED = own_process("", "triton interpreted", TRITON_INTERPRET="1")
+#: The interpreter takes ten seconds to start.
+INTERPRETED = [
+    *own_process("", "triton interpreted", TRITON_INTERPRET="1"),
+    pytest.mark.full,
+]
 GPU = [pytest.mark.gpu, pytest.mark.sanitize]
 #: What compiles kernels here keeps them in its process: one of pytest's has all tests of each.
 TOGETHER = {x: [pytest.mark.xdist_group(x)] for x in ("cuda-on-cpu", "hip", "ascendc", "compiled")}

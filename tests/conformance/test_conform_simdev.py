@@ -47,7 +47,13 @@ RENAME = "import torch; torch.utils.rename_privateuse1_backend('acme_card')\n"
             r"false failed to compile the simulated device.*C\+\+20",
             marks=pytest.mark.full,
         ),
-        (RENAME, "g++", "Another package has made 'acme_card'", "Another package"),
+        pytest.param(
+            RENAME,
+            "g++",
+            "Another package has made 'acme_card'",
+            "Another package",
+            marks=pytest.mark.full,
+        ),
     ],
     ids=["no compiler", "a compiler that fails", "another package in its place"],
 )

@@ -248,6 +248,7 @@ def test_a_block_that_is_split_is_launched_in_a_unit_that_fits_its_parts() -> No
     assert largest_unit(split, flat, ids, Index(), 6) == CopyPlan(split.form, flat.form, 6, 0).unit
 
 
+@pytest.mark.full
 def test_what_fails_beside_other_work_alone_is_no_example(tmp_path: Path, conform: Any) -> None:
     """A saved example that passes when it is replayed would only mislead."""
     mutant = "portakv_conformance.mutants.ordering:NoWaitOnProducer"

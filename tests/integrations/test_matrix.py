@@ -56,6 +56,7 @@ def texts() -> Any:
 
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("integration", MATRIX)
+@pytest.mark.xdist_group("texts of releases")
 def test_a_release_that_is_not_served(integration: str, release: str | None, texts: Any) -> None:
     # A release above the range is served if the one that is installed has the expected interfaces.
     if release == "99.0" and not differences(integration):
@@ -130,6 +131,7 @@ def test_the_matrix_names_the_releases_that_are_run() -> None:
     assert sorted(listed[1].split()) == sorted(named)
 
 
+@pytest.mark.xdist_group("texts of releases")
 def test_no_engine_is_imported_before_its_release_is_known(texts: Any) -> None:
     assert texts[1] in ([], ["transformers"])  # that one is here, and served
 

@@ -240,6 +240,7 @@ def test_the_interpreters_end_waits_for_no_pull(way: str, terms: dict[str, Any])
     assert time.monotonic() - began < 40
 
 
+@pytest.mark.full
 def test_the_shards_of_the_owner_process_are_what_the_reader_expects() -> None:
     """The text above and this module mean the same rows."""
     rows = Rows()

@@ -276,7 +276,7 @@ def test_an_interrupt_each_time_that_a_line_runs_leaves_nothing(
     assert found == []
 
 
-@pytest.mark.parametrize("scenario", [joining, graphs], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("scenario", by_width([joining, graphs], [joining]))
 def test_interrupts_without_helpers_leave_something(
     scenario: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

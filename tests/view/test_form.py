@@ -27,6 +27,7 @@ def test_a_copied_form_is_the_same_form(name: str) -> None:
         assert again.unwritable == form.unwritable
 
 
+@pytest.mark.full
 def test_a_form_sent_to_another_process_is_found_there() -> None:
     """The hash of a string differs between processes: it must not travel along."""
     program = (
