@@ -18,13 +18,13 @@ from math import prod
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 
-from portakv_benchmarks.shared.harness import Row
-
 # Nothing of PortaKV may be imported here: the process that this file is must import it itself.
 
+Row = dict[str, Any]
 _LIMIT = 180.0  # seconds for one process
 # Where the compilers below a backend keep what they made: a cold start must not find it.
 _CACHES = ("PORTAKV_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")

@@ -12,10 +12,9 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-from portakv_conformance.record import JsonObject
 
 PACKAGE = Path(__file__).resolve().parents[1]
 #: Every mark of a case, with what it says; the plugin registers them.
@@ -105,7 +104,7 @@ def mark_of(item: pytest.Item, name: str, default: str = "core") -> str:
     return default if mark is None else str(mark.args[0])
 
 
-def about(item: pytest.Item) -> JsonObject:
+def about(item: pytest.Item) -> dict[str, Any]:
     """The fields of `CaseRecord` that are marks of a case; of its tags the nearest of each name."""
     tags: dict[str, str] = {}
     for mark in item.iter_markers("tags"):

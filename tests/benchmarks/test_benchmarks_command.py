@@ -57,7 +57,7 @@ def test_the_full_preset_prints_and_draws_everything(
     code, results = measured(drawn=True)
     assert code == 0
     shown = capsys.readouterr().out
-    assert "ladder: ways of moving one chunk of a 7B model" in shown
+    assert "methods of moving one chunk of a 7B model" in shown
     assert "pool = slots of the cache" in shown
     assert "verdict" not in shown  # this project's bars are for its own machines
     drawn = {path.name.rpartition("-")[2]: path for path in tmp_path.glob("*.svg")}

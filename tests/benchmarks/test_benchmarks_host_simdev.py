@@ -101,7 +101,7 @@ def test_every_part_is_measured_and_every_byte_right(
     assert all(row["verified"] for row in rows)
     assert {"torch", "python", "device", "date", "portakv"} <= set(result["machine"])
     assert not [line for line in result["left_out"] if "Error" in line]
-    assert cuda or "direct: " in result["left_out"][0]  # there is no CUDA driver
+    assert cuda or "zero_copy: " in result["left_out"][0]  # there is no CUDA driver
     chosen = [row for row in rows if row.get("engine") == "host"]
     terms = {"overlap=compute", "overlap=idle", "overlap=compute, detached=True"}
     assert {row["terms"] for row in chosen} == terms
