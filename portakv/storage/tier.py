@@ -11,9 +11,9 @@ The library calls a tier in this order:
 - `Tier.forms` when a block store is made: the other forms of the same cache that lie in the tier.
 - `Tier.open` once, with the block store's own form first. It opens everything or raises.
 - For each call of a user, under the lock of the task graph: `known`, `wants`, `queue`,
-  `link_for_write` and `touch`. They answer from memory and return within microseconds.
+  `queue_for_write` and `touch`. They answer from memory and return within microseconds.
 - `has` in the thread of a `lookup`, without that lock. It may ask over a network until its timeout.
-- `read` and `write` in workers of the queue that `queue` or `link_for_write` returned, several at a
+- `read` and `write` in workers of the queue that `queue` or `queue_for_write` returned, several at a
   time for one tier store. They block until the blocks came or are stored. The rows belong to them
   until they return, and no medium uses them afterwards: an operation that still uses a row has to
       end first.
@@ -155,7 +155,7 @@ class TierStore(Protocol):
         """Store sealed images of blocks; return which are there now.
 
         Args:
-            queue: the queue that `link_for_write` returned for them.
+            queue: the queue that `queue_for_write` returned for them.
             generations: one for each block; a prefix has a newer one than what follows it.
             checksums: those of each block's segments, as they stand in its header.
             own: the keys of the whole save with their order; no later one evicts an earlier one.
