@@ -19,6 +19,7 @@ import torch
 
 from portakv import Index, copy_rows
 from portakv.migrate import Channel, Owner, Parameter, Pull, Reader, open_shared, publish, share
+from portakv.migrate.weights import Published
 from portakv.runtime.devices import usable_device
 from portakv_benchmarks.migration import engines
 from portakv_benchmarks.migration.cases import CASES, USUAL, Cache, memory
@@ -31,8 +32,8 @@ PATIENCE = 60.0
 
 #: Attributes of a `Side` that its calls set, and that `Side.drop` deletes.
 _SET_LATER = (
+    *("reader", "owner", "weights", "engine"),
     *("source", "target", "mirror", "dense", "raw", "landed"),
-    *("owner", "reader", "weights", "engine"),
 )
 
 
@@ -66,17 +67,12 @@ class Side:
         self.landed = torch.empty_like(self.raw)
         self.target.poison()
 
-    def _forget(self) -> None:
-        for name in _SET_LATER:
-            if hasattr(self, name):
-                delattr(self, name)
-
     def drop(self) -> None:
         """Release all memory of the side."""
-        for name in ("reader", "owner", "weights"):
-            if hasattr(self, name):
-                getattr(self, name).close()
-        self._forget()
+        for name in _SET_LATER:
+            one = vars(self).pop(name, None)
+            if isinstance(one, Owner | Reader | Published):
+                one.close()
         gc.collect()
 
     def change(self, salt: int) -> None:

@@ -146,9 +146,8 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("chosen", "chosen"), _BYTES),
     ),
     "host_small": (
-        "integers from the host, until it sees that their stream has them; busy = "
-        "alongside a copy of "
-        "1 GB; paced = as busy, but idle; device = by events on that stream",
+        "integers from the host, until it sees that their stream has them; busy = alongside a "
+        "copy of 1 GB; paced = as busy, but idle; device = by events on that stream",
         (("integers", "integers:"), ("way", "backend"), ("idle us", "idle_us:.4g"),
          ("paced us", "paced_us:.4g"), ("busy us", "busy_us:.4g"),
          ("busy/paced", "busy_to_idle:.2f"), ("idle/pinned", "idle_to_pinned:.2f"),

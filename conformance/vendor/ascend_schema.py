@@ -164,9 +164,8 @@ def check_wheel(wheel: Path, known: Mapping[str, str]) -> str:
         raise JobError(
             f"{wheel.name} has the sha256 {digest}, and the vendor's wheel of that name has "
             f"{expected} ([vendor] in conformance/support_matrix.toml). Nothing was installed: "
-            f"delete {wheel} "
-            "and run the job again; if the vendor now publishes another wheel under that name, "
-            "record it in support_matrix.toml"
+            f"delete {wheel} and run the job again; if the vendor now publishes another wheel "
+            f"under that name, record it in support_matrix.toml"
         )
     return digest
 

@@ -113,9 +113,8 @@ class BlockTransfer(Transfer):
         """
         if self._layers is None:
             raise TransferError(
-                "Expected a block transfer that was made by layers, got one that was "
-                "made as a whole. Pass "
-                "by_layer=True to wait for each layer."
+                "Expected a block transfer that was made by layers, got one that was made as a "
+                "whole. Pass by_layer=True to wait for each layer."
             )
         return self._layers
 

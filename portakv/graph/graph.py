@@ -283,8 +283,7 @@ class Graph:
         if not all(task.graph is self for task in after):
             raise InvalidTerms(
                 "Expected tasks that follow tasks of this graph, got another. Submit the followed "
-                "task "
-                "first, or in the same call."
+                "task first, or in the same call."
             )
         if self.process.forked:  # the lock may be held for ever
             raise _not_open("belongs to the process that this one was forked from")

@@ -484,8 +484,8 @@ class Owner:
         if shard is None or overlap(box, shard.group.box) != box or not some:
             raise LayoutError(
                 f"Expected offered rows, got layers {gather.layers} x heads {gather.heads} of "
-                f"group "
-                f"{gather.group}, tokens {gather.first} + {gather.count}. Request offered rows."
+                f"group {gather.group}, tokens {gather.first} + {gather.count}. Request offered "
+                f"rows."
             )
         part = shard.view.as_bytes().slice(**slices(box, shard.group.box))
         return Rows(part, Index(*offer.ids[gather.group], gather.first), offer.after, offer.spoilt)

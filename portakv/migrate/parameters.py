@@ -134,8 +134,7 @@ class Item(Message, frozen=True):
             ):
                 raise LayoutError(
                     f"Expected a box in the shape {of} that cuts no block of {blocks}, got "
-                    f"{extents} "
-                    f"elements from {offset} on. Correct the box."
+                    f"{extents} elements from {offset} on. Correct the box."
                 )
 
 

@@ -314,8 +314,7 @@ class _Owner:
         """Return the error of a pull whose time is over."""
         return TransferTimeout(
             f"The pull of weights from {self.address} timed out after {self.timeout:g} s. Do not "
-            f"use "
-            f"the weights; pull again with a longer timeout."
+            f"use the weights; pull again with a longer timeout."
         )
 
     def confirm(self) -> None:

@@ -98,8 +98,7 @@ class Threads:
         if self._process.forked:
             raise StoreError(
                 f"Expected the process that made the I/O engine {self.name!r}, got a forked "
-                f"process. "
-                f"Make another there."
+                f"process. Make another there."
             )
         untold = set(range(len(requests) if ended else 0))
 
