@@ -15,8 +15,8 @@ The library calls a tier in this order:
 - `has` in the thread of a `lookup`, without that lock. It may ask over a network until its timeout.
 - `read` and `write` in workers of the queue that `queue` or `queue_for_write` returned, several
   together for one tier store. They block until the blocks came or are stored. The rows belong to
-  them until they return, and no medium uses them afterwards: an operation that still uses a row has to
-      end first.
+  them until they return, and no medium uses them afterwards: an operation that still uses a row
+  has to end first.
 - `close` once for each tier store, after the last call, the tier store of the own form last.
 
 Promises of an implementation:
