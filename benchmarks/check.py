@@ -71,18 +71,19 @@ class Bar:
         conditions = [expected for expected in self.where.values() if isinstance(expected, Mapping)]
         if unknown := {name for expected in conditions for name in expected} - set(CONDITIONS):
             raise ValueError(
-                f"Bar {self.name!r} asks for {sorted(unknown)}; known are {list(CONDITIONS)}."
+                f"Expected conditions of target {self.name!r} to be some of {list(CONDITIONS)}, "
+                f"got {sorted(unknown)}."
             )
         if (self.at_least is None) == (self.at_most is None):
-            raise ValueError(f"{self!r} has no limit or two; expected at_least or at_most.")
+            raise ValueError(f"Expected either at_least or at_most, got {self!r}.")
         if self.accepted is None:
             return
         tries = self.accepted["tries"]
         reason = self.accepted["reason"]
         if len(tries) < _TRIES or not reason.strip():
             raise ValueError(
-                f"Bar {self.name!r} is accepted with {len(tries)} tries and the reason {reason!r}; "
-                f"expected at least {_TRIES} different tries and a reason."
+                f"Expected at least {_TRIES} different tries and a reason for target "
+                f"{self.name!r}, got {len(tries)} tries and the reason {reason!r}."
             )
 
     @property

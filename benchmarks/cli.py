@@ -136,8 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if os.environ.get(ENVIRONMENT):
             raise PortaKVError(
-                f"{ENVIRONMENT}={os.environ[ENVIRONMENT]} forces every copy through one backend, "
-                f"so that nothing can be compared. Unset it, and name backends with --backend."
+                f"Expected {ENVIRONMENT} to be unset, got {os.environ[ENVIRONMENT]!r}, which "
+                f"forces every copy through one backend. Unset it, and pass --backend."
             )
         device = pick_device(args.device)
         runs = {
@@ -253,12 +253,12 @@ def run_device(args: argparse.Namespace, device: torch.device) -> Row:
     preset = suite.PRESETS[args.preset]
     known = load()
     accepted = suite.accepted_backends(device)
-    _check_known("Shape", args.shape or (), known)
+    _check_known("--shape", args.shape or (), known)
     for name in args.backend or ():
         if name not in accepted:
             raise PortaKVError(
-                f"Backend {name!r} was requested; on {device} the registry accepts "
-                f"{', '.join(accepted)} (`portakv backends` says why not the others)."
+                f"Expected --backend to be one of {', '.join(accepted)} on {device}, got {name!r}. "
+                f"`portakv backends` prints why it rejects the others."
             )
     shapes = [known[name] for name in args.shape or preset.shapes or known]
     usual = [name for name in accepted if preset.compiling or name not in suite.COMPILING]
@@ -286,7 +286,7 @@ def run_device(args: argparse.Namespace, device: torch.device) -> Row:
 def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
-            raise PortaKVError(f"{what} {name!r} was requested; known are {', '.join(known)}.")
+            raise PortaKVError(f"Expected {what} to be one of {', '.join(known)}, got {name!r}.")
 
 
 def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field) -> Iterator[Step]:
@@ -322,8 +322,8 @@ def run_host(args: argparse.Namespace, device: torch.device) -> Row:
     """Measure copies between a device and the host; return the result as JSON."""
     if device.type == "cpu":
         raise PortaKVError(
-            "copies between a device and the host were to be measured, but torch finds no "
-            "accelerator here. Run it on a machine that has one."
+            "Expected a device with host memory next to it, but torch finds no accelerator. "
+            "Run the benchmark on a machine with an accelerator."
         )
     peers = [load_peer(name) for name in args.peer or ()]
     return _run_parts(args, HOST_SUITE, PARTS, Bench(device, HOST_PRESETS[args.preset], peers))
@@ -347,7 +347,10 @@ def run_storage(args: argparse.Namespace, device: torch.device) -> Row:
         raise PortaKVError(f"Expected --dir to be a folder, got {args.dir}. Make it first.")
     preset = STORAGE_PRESETS[args.preset]
     if forced := os.environ.get("PORTAKV_IO"):
-        raise PortaKVError(f"PORTAKV_IO={forced} forces one engine on every way. Unset it.")
+        raise PortaKVError(
+            f"Expected PORTAKV_IO to be unset, got {forced!r}, which forces one engine on all "
+            f"methods. Unset it."
+        )
     try:
         sizes = tuple(map(in_bytes, args.sizes.split(","))) if args.sizes else preset.sizes
         arguments = {
@@ -360,7 +363,10 @@ def run_storage(args: argparse.Namespace, device: torch.device) -> Row:
         peers = {"fio": args.fio, "lmcache": args.lmcache_python}
         bench = StorageBench(device, preset, args.dir, peers)
     except (OSError, RuntimeError, ValueError) as error:
-        raise PortaKVError(f"block stores were to be measured in {args.dir}: {error}") from None
+        raise PortaKVError(
+            f"Expected --dir to be a folder in which block stores can be measured, got {args.dir}: "
+            f"{error}"
+        ) from None
     try:
         return _run_parts(args, STORAGE_SUITE, STORAGE, bench)
     finally:
@@ -370,12 +376,15 @@ def run_storage(args: argparse.Namespace, device: torch.device) -> Row:
 def run_migration(args: argparse.Namespace, device: torch.device) -> Row:
     """Measure what crosses between two processes; returns what is written as JSON."""
     if forced := os.environ.get("PORTAKV_MOVER"):
-        raise PortaKVError(f"PORTAKV_MOVER={forced} forces a transport for all methods. Unset it.")
+        raise PortaKVError(
+            f"Expected PORTAKV_MOVER to be unset, got {forced!r}, which forces one transport on "
+            f"all methods. Unset it."
+        )
     package = "portakv_benchmarks.migration."
     try:
         suite_ = import_module(f"{package}suite")
     except ImportError as error:
-        raise PortaKVError(f"migration was to be measured: {error}") from None
+        raise PortaKVError(f"Expected the packages that migration needs, but {error}") from None
     parts = {
         name: getattr(import_module(package + module), steps)
         for name, (module, _, steps) in ((x, y.partition(":")) for x, y in MIGRATION.items())
@@ -394,13 +403,13 @@ Parts = Mapping[str, Callable[[AnyBench], Iterator[Step]]]
 def _run_parts(args: argparse.Namespace, kind: str, known: Parts[AnyBench], bench: AnyBench) -> Row:
     """Measure the parts of a suite that were requested."""
     words = [*known] if args.only is None else [word.strip() for word in args.only.split(",")]
-    _check_known("Part", words, known)
+    _check_known("--only", words, known)
     parts = [part for part in known if part in words]
     device = bench.device
     if getattr(bench.module, "EMULATED", False) and args.preset != "tiny":
         raise PortaKVError(
-            f"{device} is emulated, and figures come from real hardware only; --preset tiny tries "
-            f"the benchmark itself."
+            f"Expected real hardware for figures, got {device}, which is emulated. Pass --preset "
+            f"tiny to try the benchmark itself."
         )
     machine = describe(device)
     steps = (step for part in parts for step in _steps_of(part, known[part], bench))

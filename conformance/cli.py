@@ -35,15 +35,15 @@ from portakv_conformance.run.runner import cases_of, run
 
 
 def compare(words: list[str]) -> int:
-    """Print what changed between two reports; 1 if something got worse or is gone."""
+    """Print what changed between two reports; return 1 if something got worse or is missing."""
     parser = _parser(
         "diff",
         "Prints FIX, REGRESSION, NEW and MISSING; exits with 1 on REGRESSION "
-        "or MISSING, or if a NEW case is wrong. A claim that was withdrawn is a REGRESSION, and "
-        "so is a level that is lost.",
+        "or MISSING, or if a NEW case is wrong. A claim that the backend no longer makes is a "
+        "REGRESSION, and so is a lower level.",
     )
-    parser.add_argument("old", type=Path, metavar="OLD", help="conformance.json of before")
-    parser.add_argument("new", type=Path, metavar="NEW", help="conformance.json of now")
+    parser.add_argument("old", type=Path, metavar="OLD", help="the earlier conformance.json")
+    parser.add_argument("new", type=Path, metavar="NEW", help="the later conformance.json")
     requested = parser.parse_args(words)
     old = _record(requested.old)
     new = _record(requested.new)
@@ -60,14 +60,20 @@ def compare(words: list[str]) -> int:
 
 
 def verify(words: list[str]) -> int:
-    """Print whether a report stands; 1 with every reason if it does not."""
+    """Check a report and print the result; return 1 with every reason if the report is invalid."""
     parser = _parser(
         "verify",
-        "Checks a report: its schema and seal, its case list against the "
-        "installed suite's, that totals, verdict and level follow from its cases. Of the record of "
-        "another job it checks what that has to show. Needs no device.",
+        "Checks that a report is complete and unchanged since its run: its schema and "
+        "checksum, its list of cases against the installed suite, and that totals, verdict and "
+        "level follow from the cases. For the record of another job it checks the fields that this "
+        "kind of job requires. Judges nothing again, and needs no device.",
     )
-    parser.add_argument("report", type=Path, metavar="REPORT", help="conformance.json, or a record")
+    parser.add_argument(
+        "report",
+        type=Path,
+        metavar="REPORT",
+        help="the conformance.json of a run, or a job's record",
+    )
     requested = parser.parse_args(words)
     text = _text(requested.report)
     if f'"{SCHEMA}"' not in text:
@@ -80,7 +86,7 @@ def verify(words: list[str]) -> int:
 
 
 def _verify_job(file: Path) -> int:
-    """Print what a record of a job bears out, which is no report; 1 with the reason if nothing."""
+    """Print what the record of a job proves; return 1 with the reason if it proves nothing."""
     from portakv_conformance.evidence.evidence import read
 
     try:
@@ -88,23 +94,24 @@ def _verify_job(file: Path) -> int:
     except ValueError as error:
         print(f"{error} Pass the conformance.json of `portakv conform --report`.")
         return 1
-    print(f"{file} is no report, but the record of a job: {reported.backend}, {reported.summary}.")
+    print(f"{file} is the record of a job, not a report: {reported.backend}, {reported.summary}.")
     level = reported.level or "none"
-    print(f"It shows what it has to. Level: {level}. Again: {reported.command}")
+    print(f"The record is complete. Level: {level}. Again: {reported.command}")
     return 0 if reported.level else 1
 
 
 def replay_example(words: list[str]) -> int:
-    """Judge a saved example again; 1, with the first wrong byte, where it still fails."""
+    """Judge a saved example again; return 1, with the first wrong byte, if it still fails."""
     parser = _parser(
         "replay",
-        "Judges a failing example that a run saved, on the backend and "
-        "device that it failed on or on others.",
+        "Judges a failing example that a run saved, on the same backend and device or on others.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="example-*.json of a run")
-    parser.add_argument("backend", nargs="?", metavar="NAME", help="default: the one it failed on")
-    parser.add_argument("--device", metavar="D", help="default: the one it failed on")
-    parser.add_argument("--emulated", action="store_true", help="D is carried by the simulated one")
+    parser.add_argument(
+        "backend", nargs="?", metavar="NAME", help="default: the backend that failed"
+    )
+    parser.add_argument("--device", metavar="D", help="default: the device of the failed run")
+    parser.add_argument("--emulated", action="store_true", help=_EMULATED)
     requested = parser.parse_args(words)
     from portakv_conformance.draw.saved import read_about, replay
     from portakv_conformance.judge.subject import subject
@@ -114,7 +121,9 @@ def replay_example(words: list[str]) -> int:
         reported = read_about(text)
         name = requested.backend or reported.get("backend")
         if not name:
-            raise BadRequest(f"{requested.file} does not say which backend failed; name one.")
+            raise BadRequest(
+                f"Expected {requested.file} to name the backend that failed, got none. Pass NAME."
+            )
         device = requested.device or reported.get("device", "cpu")
         emulated = requested.emulated or (
             requested.device is None and reported.get("emulated") is True
@@ -140,17 +149,23 @@ def _text(path: Path, what: str = "a report") -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise BadRequest(f"{path} cannot be read: {why}. Pass {what} that a run wrote.") from error
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise BadRequest(
+            f"Expected {what}, but {path} cannot be read: {why}. Pass {what} that a run wrote."
+        ) from error
 
 
 def _record(path: Path) -> RunRecord:
     try:
         return RunRecord.read(_text(path))
     except (ValueError, TypeError, KeyError) as error:
-        why = f"{path} is no report of this suite: {error}"
+        why = f"Expected {path} to be a report of this suite, but it is not: {error}"
         raise BadRequest(f"{why} Pass the conformance.json of a run.") from error
 
+
+_EMULATED = (
+    "run on PortaKV's simulated device under the name of D, such as npu, in place of the hardware"
+)
 
 CONFORMANT = 0
 FAILURES = 1
@@ -162,13 +177,13 @@ _SEEDS = 1 << 31
 
 _EPILOG = """\
 other verbs:
-  portakv conform diff OLD NEW        what changed from one report to another
-  portakv conform verify REPORT       whether a report stands
+  portakv conform diff OLD NEW        compare two reports
+  portakv conform verify REPORT       check that a report is complete and unchanged
   portakv conform replay FILE [NAME]  judge a saved example again
-  portakv conform --list              the ids of the cases
-  portakv conform --mutants           the suite's score on backends with seeded bugs
+  portakv conform --list              print the ids of the cases
+  portakv conform --mutants           score the suite on backends with seeded bugs
   portakv conform --contract tier|transport|io NAME
-                                      the contract suite of a tier, a transport or an I/O engine
+                                      check a tier, a transport or an I/O engine
 
 exit codes: 0 conformant, 1 failures, 2 usage, 3 the backend is not available here
 
@@ -179,15 +194,18 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: the words after `portakv conform`, by default the process's own. Returns
-    the exit code; argparse raises ``SystemExit(2)`` for what it does not understand."""
+    """Run one command and return its exit code.
+
+    ``argv`` holds the words after `portakv conform`, by default those of the process. argparse
+    raises ``SystemExit(2)`` for words that it does not understand.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     verb = _VERBS.get(words[0]) if words else None
     try:
         if verb not in (compare, verify) and (forced := os.environ.get(ENVIRONMENT)):
             raise BadRequest(
-                f"{ENVIRONMENT}={forced} forces every copy through one backend, which is not what "
-                f"the suite judges; unset it and name the backend."
+                f"Expected {ENVIRONMENT} to be unset, got {forced!r}, which forces every copy "
+                f"through one backend. Unset it, and pass the backend as NAME."
             )
         return verb(words[1:]) if verb else _conform(words)
     except KeyboardInterrupt:
@@ -248,11 +266,13 @@ def _list(words: list[str]) -> int:
     """Print the ids of a profile's cases; no backend is judged."""
     parser = _parser(
         "--list",
-        "Prints the ids of the cases of a profile on a kind of device, "
-        "which need not be here. --only takes ids, or any beginnings of them.",
+        "Prints the ids of the cases of a profile on a kind of device, which need not be "
+        "present. `portakv conform NAME --only` takes these ids, or the beginning of ids.",
     )
     _add_profile(parser, "core", "core")
-    parser.add_argument("--device", default="cpu", metavar="D", help="a kind (default: cpu)")
+    parser.add_argument(
+        "--device", default="cpu", metavar="D", help="a kind of device, such as cuda (default: cpu)"
+    )
     requested = parser.parse_args(words)
     print("\n".join(cases_of(requested.profile, requested.device)))
     return CONFORMANT
@@ -277,8 +297,10 @@ def _options(requested: argparse.Namespace) -> Options:
 
 
 def _usual_device(backend: str) -> str:
-    """The type that a backend of PortaKV is made for; of others the accelerator if there is
-    one, else the CPU. No device is touched to find out."""
+    """Return the device type that a backend of PortaKV is made for, without touching a device.
+
+    For any other backend: the accelerator if there is one, else the CPU.
+    """
     if backend in MADE_FOR:
         return MADE_FOR[backend]
     from torch import accelerator
@@ -292,16 +314,22 @@ def _examples_folder(report: Path | None) -> Path:
     if report is None:
         return Path(tempfile.mkdtemp(prefix="portakv-examples-"))
     if find_spec("jinja2") is None:  # raised before the run, not after it
-        raise BadRequest(f"--report needs jinja2; {installing('conformance')} brings it.")
+        raise BadRequest(
+            f"Expected jinja2 for --report, but it is not installed. "
+            f"Install it with {installing('conformance')}."
+        )
     try:
         report.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadRequest(f"The folder {report} of --report cannot be made: {error}.") from error
+        raise BadRequest(
+            f"Expected a folder for --report, but {report} cannot be made: {error}. "
+            f"Pass a folder that you may write to."
+        ) from error
     return report
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of a run."""
+    """Return the parser of a run."""
     parser = argparse.ArgumentParser(
         prog="portakv conform",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -309,30 +337,59 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     add = parser.add_argument
-    add("backend", metavar="NAME", help="a registered backend, or pkg.mod:Class")
+    add("backend", metavar="NAME", help="registered name of a backend, or pkg.mod:Class")
     add(
         "--device",
         metavar="D",
-        help="cpu, cuda:1, simdev, simdev:mlu, ... (default: the kind "
-        "that NAME is made for, such as npu for ascend; where it is for several, the accelerator "
-        "or cpu)",
+        help="device to judge on: a torch device such as cpu or cuda:1; simdev, PortaKV's "
+        "simulated device; or simdev:mlu, the simulated device under the name mlu (default: the "
+        "device type of NAME, such as npu for ascend; if NAME serves several, the accelerator, "
+        "else cpu)",
     )
     _add_profile(parser, None, "full with --report, which a level needs; else core")
     count = whole_number(1)
     seed = whole_number(0)
-    add("--fuzz", type=count, default=0, metavar="N", help="draw N examples in each drawn case")
-    add("--seed", type=seed, metavar="S", help="of all that is drawn (default: 0; --fuzz: any)")
-    add("--waivers", type=Path, metavar="FILE", help="TOML: cases that may fail, until when, why")
+    add(
+        "--fuzz",
+        type=count,
+        default=0,
+        metavar="N",
+        help="draw N random examples in each drawn case",
+    )
+    add(
+        "--seed",
+        type=seed,
+        metavar="S",
+        help="seed of the drawn cases (default: 0; with --fuzz: random)",
+    )
+    add(
+        "--waivers",
+        type=Path,
+        metavar="FILE",
+        help="TOML file of cases that may fail, with reasons",
+    )
     add("--report", type=Path, metavar="DIR", help="write conformance.json, report.html and more")
-    add("--limit", type=read_above_zero, metavar="SECONDS", help="for one case (default: 120)")
-    add("--jobs", type=count, default=1, metavar="N", help="cases at a time (default: 1)")
+    add(
+        "--limit",
+        type=read_above_zero,
+        metavar="SECONDS",
+        help="time limit of a case (default: 120)",
+    )
+    add("--jobs", type=count, default=1, metavar="N", help="run N cases in parallel (default: 1)")
     add("-x", dest="exit_first", action="store_true", help="stop at the first failure")
-    add("--json", action="store_true", help="print the report itself, one JSON value")
-    add("--only", nargs="+", default=[], metavar="ID", help="only these: ids, or any beginnings")
-    add("--emulated", action="store_true", help="the simulated device carries the name of D")
+    add("--json", action="store_true", help="print the report as one JSON value")
+    add(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="run only these cases of the profile: ids that --list prints, a file such as "
+        "test_core, or the beginning of ids",
+    )
+    add("--emulated", action="store_true", help=_EMULATED)
     return parser
 
 
 def _add_profile(parser: argparse.ArgumentParser, default: str | None, described: str) -> None:
-    text = f"which cases (default: {described})"
+    text = f"set of cases to run (default: {described})"
     parser.add_argument("--profile", choices=("core", "full"), default=default, help=text)

@@ -65,9 +65,11 @@ class CaseRecord:
         `ValueError`: a field is missing, unknown or of another type.
         """
         if not isinstance(values, dict):
-            raise ValueError(f"A case record is {json.dumps(values)[:60]}, expected an object.")
+            raise ValueError(f"Expected an object as case record, got {json.dumps(values)[:60]}.")
         if odd := _odd(cls, values):
-            raise ValueError(f"A case record has fields {odd} missing or unknown.")
+            raise ValueError(
+                f"Expected the fields of a case record, got fields {odd} missing or unknown."
+            )
         return _converted(values, cls, f"case {values['id']!r}")
 
 
@@ -121,11 +123,12 @@ class RunRecord:
         """
         values = json.loads(text)
         if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-            raise ValueError(f"This is no report of schema {SCHEMA!r}.")
+            got = values.get("schema") if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"Expected a report of schema {SCHEMA!r}, got {got!r}.")
         if odd := _odd(cls, values):
             raise ValueError(
-                f"The report is of suite {values.get('suite')!r} (installed is {SUITE_VERSION!r}) "
-                f"and has fields {odd} missing or unknown."
+                f"Expected the report fields of suite {SUITE_VERSION!r}, got a report of suite "
+                f"{values.get('suite')!r} with fields {odd} missing or unknown."
             )
         cases = values["cases"]
         if isinstance(cases, list):

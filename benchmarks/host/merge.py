@@ -32,12 +32,19 @@ def merge(results: Sequence[Row]) -> Row:
     for n, result in enumerate(results):
         if suite not in SUITES or result.get("suite") != suite:
             expected = suite if suite in SUITES else " or --".join(SUITES)
-            raise ValueError(f"file {n + 1} is no result of `portakv bench --{expected}`")
+            got = result.get("suite")
+            raise ValueError(
+                f"Expected file {n + 1} to be a result of `portakv bench --{expected}`, got a "
+                f"result of suite {got!r}."
+            )
         for name in _SAME:
             local = result["machine"].get(name)
             remote = last["machine"].get(name)
             if local != remote:
-                raise ValueError(f"{name} is {local!r} in file {n + 1} and {remote!r} in the last")
+                raise ValueError(
+                    f"Expected {name} of file {n + 1} to be {remote!r}, as in the last file, got "
+                    f"{local!r}."
+                )
         parts |= dict.fromkeys(result["asked"]["parts"], n)
     rows = []
     left_out = []

@@ -66,14 +66,15 @@ class LMCache:
         kernel``; raises `PeerMissing` if there is none."""
         if shape.cache not in FORMATS or shape.chunk != _CHUNK:
             raise PeerMissing(
-                f"LMCache has no format for a cache {shape.cache!r} with chunks {shape.chunk!r}."
+                f"Expected a shape that LMCache has a format for, got a cache {shape.cache!r} with "
+                f"chunks {shape.chunk!r}."
             )
         if shape.cache not in _BLOCKS_ONLY:
             return ["slot kernel", "block kernel"] if by_blocks else ["slot kernel"]
         if not by_blocks:
             raise PeerMissing(
-                f"LMCache's slot kernel does not carry out a cache {shape.cache!r}: it reads "
-                f"outside of it."
+                f"Expected a cache that LMCache's slot kernel can read, got {shape.cache!r}, "
+                f"outside of which it reads."
             )
         return ["block kernel"]
 
@@ -125,7 +126,7 @@ class LMCache:
 def load_peer(name: str) -> LMCache:
     """The peer of a name; raises `PeerMissing` if it is unknown, not installed or does not load."""
     if name not in PEERS:
-        raise PeerMissing(f"Peer {name!r} was requested; known are {', '.join(PEERS)}.")
+        raise PeerMissing(f"Expected --peer to be one of {', '.join(PEERS)}, got {name!r}.")
     return LMCache()
 
 
@@ -139,8 +140,8 @@ def load(package: str, module: str) -> tuple[ModuleType, str]:
         results = None
     if results is None or not results.submodule_search_locations:
         raise PeerMissing(
-            f"Peer {package!r} was requested, but it is not installed; for the benchmark alone: "
-            f"{install}"
+            f"Expected the peer {package!r}, but it is not installed. Install it for the benchmark "
+            f"with: {install}"
         )
     folders = product(results.submodule_search_locations, EXTENSION_SUFFIXES)
     paths = [Path(folder, module + suffix) for folder, suffix in folders]

@@ -97,31 +97,31 @@ def load(path: Path = FILE) -> Mapping[str, Shape]:
         like = entry.pop("like", None)
         try:
             if like is not None and like not in results:
-                raise ValueError(f"is like {like!r}; expected the name of a shape above it")
+                raise ValueError(f"expected like to name an earlier shape, got {like!r}")
             if name in results:
-                raise ValueError("occurs twice; give each shape a separate name")
+                raise ValueError("expected a separate name for each shape, got this name twice")
             fields = {**(asdict(results[like]) if like else {}), **entry}
             shape = Shape(**{**fields, "index": tuple(fields.get("index", INDEX_KINDS))})
             _check(shape)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path.name}: shape {name!r}: {error}.") from error
+            raise ValueError(f"{path.name}, shape {name!r}: {error}.") from error
         results[name] = shape
     return MappingProxyType(results)
 
 
 def _check(shape: Shape) -> None:
     if not shape.source.strip():
-        raise ValueError("names no source; say where its numbers come from")
+        raise ValueError("expected a source that says where the numbers come from, got none")
     if not isinstance(getattr(torch, shape.dtype, None), torch.dtype):
-        raise ValueError(f"has dtype {shape.dtype!r}; expected the name of a torch dtype")
+        raise ValueError(f"expected dtype to name a torch dtype, got {shape.dtype!r}")
     if not shape.index or not set(shape.index) <= set(INDEX_KINDS):
-        raise ValueError(f"has index {shape.index}; expected some of {INDEX_KINDS}")
+        raise ValueError(f"expected index to be some of {INDEX_KINDS}, got {shape.index}")
     numbers = (shape.layers, shape.kv, shape.heads, shape.dim, shape.block_size, shape.tokens)
     broken = "blocks" in shape.index and shape.tokens % shape.block_size
     if min(*numbers, shape.pool, shape.objects) < 1 or broken:
         raise ValueError(
-            f"has {shape.tokens} tokens in blocks of {shape.block_size} and extents {numbers}; "
-            f"expected whole blocks where the index is `blocks`, and every number at least 1"
+            f"expected every number to be at least 1, and whole blocks if the index is `blocks`, "
+            f"got {shape.tokens} tokens in blocks of {shape.block_size} and extents {numbers}"
         )
 
 
@@ -198,5 +198,5 @@ def in_bytes(words: str) -> int:
     """The number of ``256K``, ``4M``, ``1G``."""
     results = re.fullmatch(r"(\d+)([KMG])", words.strip().upper())
     if not results:
-        raise ValueError(f"{words!r} is no size; write it as 256K, 1M or 1G.")
+        raise ValueError(f"Expected a size such as 256K, 1M or 1G, got {words!r}.")
     return int(results[1]) << {"K": 10, "M": 20, "G": 30}[results[2]]

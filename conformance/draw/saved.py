@@ -53,7 +53,7 @@ def read_about(text: str) -> JsonObject:
     with _reading():
         document = json.loads(text)
         if document["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {document['schema']!r}, expected {SCHEMA!r}")
+            raise ValueError(f"expected schema {SCHEMA!r}, got {document['schema']!r}")
         return dict(document["about"])
 
 
@@ -82,8 +82,8 @@ def _reading() -> Iterator[None]:
         yield
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"This is no saved example of the suite ({type(error).__name__}: {error}); pass a file "
-            f"that a run wrote next to its report."
+            f"Expected a saved example of the suite, got another file ({type(error).__name__}: "
+            f"{error}). Pass an example-*.json that a run wrote."
         ) from error
 
 
@@ -94,7 +94,7 @@ def replay(path: Path, subject: Subject) -> str | None:
     end = reported.get("end", ENDS[0])
     with _reading():
         if end not in ENDS:
-            raise ValueError(f"{end!r} is no way to wait for a copy")
+            raise ValueError(f"expected end to be one of {', '.join(ENDS)}, got {end!r}")
     judge = Judge(subject, Facility(subject.device, subject.emulated), reported.get("seed", 0))
     try:
         if reported.get("direct"):
@@ -108,7 +108,10 @@ def replay(path: Path, subject: Subject) -> str | None:
 
 def _side(side: Side) -> JsonObject:
     if side.arrangement is None:
-        raise ValueError(f"{side!r} was not built from an arrangement, so it cannot be saved.")
+        raise ValueError(
+            f"Expected a side that an arrangement describes, got {side!r}. Build the side from an "
+            f"arrangement to save it."
+        )
     to = asdict(side.arrangement)
     ids = side.ids
     to["dtype"] = str(side.arrangement.dtype).removeprefix("torch.")
@@ -162,7 +165,7 @@ def _ids(document: JsonObject | None, to: Callable[[str], str]) -> torch.Tensor 
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype of torch")
+        raise ValueError(f"expected the name of a torch dtype, got {name!r}")
     return dtype
 
 

@@ -79,23 +79,26 @@ def read(file: Path) -> SupportLevel:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        wrong = "is no JSON" if isinstance(error, ValueError) else "cannot be read"
-        raise ValueError(f"{file} {wrong}: {error}.") from error
+        wrong = "is not JSON" if isinstance(error, ValueError) else "cannot be read"
+        raise ValueError(f"Expected a report or a record, but {file} {wrong}: {error}.") from error
     if not (isinstance(values, dict) and values.get("schema") == SCHEMA):
         return _of_job(file, values)
     record = results.read(file)
     try:
         return of_report(record)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        reported = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
-        raise ValueError(f"{file} is unreadable: {reported}{error}") from error
+        reported = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(
+            f"Expected a complete report, but {file} is unreadable: {reported}{error}"
+        ) from error
 
 
 def of_report(record: RunRecord) -> SupportLevel:
     """Return what a report of the suite proves; `ValueError` if it does not name the backend."""
     for name in ("name", "target", "source_sha256"):
-        if not isinstance(record.backend.get(name), str):
-            raise ValueError(f"it does not say the backend's {name}.")
+        text = record.backend.get(name)
+        if not isinstance(text, str):
+            raise ValueError(f"expected a text as the backend's {name}, got {text!r}.")
     counted = totals_of(record.cases)
     known = record.environment
     shown = [status for status in STATUSES[::-1] if counted[status] or status == "passed"]
@@ -139,18 +142,21 @@ def _emulation(record: RunRecord) -> dict[str, str]:
 
 def _of_job(file: Path, values: object) -> SupportLevel:
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no JSON object.")
+        raise ValueError(f"Expected a JSON object in {file}, got {type(values).__name__}.")
     if odd := [name for name, kind in _WANTED.items() if type(values.get(name)) is not kind]:
         raise ValueError(
-            f"{file} is neither a report of the suite nor a record of a job: {', '.join(odd)} "
-            f"missing or of another type; see portakv_conformance.evidence.evidence."
+            f"Expected {file} to be a report of the suite or a record of a job, got a file with "
+            f"{', '.join(odd)} missing or of another type. See "
+            f"portakv_conformance.evidence.evidence."
         )
     what = values["what"]
     right = values["right"]
     if wrong := lacking(JOBS.get(what, "") if right else "", values):
-        raise ValueError(f"{file}: {what!r} is not borne out. {' '.join(wrong)}")
+        raise ValueError(
+            f"Expected {file} to prove {what!r}, but it is incomplete. {' '.join(wrong)}"
+        )
     if what not in JOBS:
-        raise ValueError(f"{file} says {what!r}; expected one of {', '.join(JOBS)}.")
+        raise ValueError(f"Expected {file} to name one of {', '.join(JOBS)}, got {what!r}.")
     reported = f"{what}, {_counts(values)}".removesuffix(", ")
     return SupportLevel(
         evidence="",
@@ -185,9 +191,9 @@ def level_of(proved: SupportLevel, file: str, *, device: str = "", note: str = "
     `ValueError`: the file proves no support level, or nothing names the device.
     """
     if not proved.level:
-        raise ValueError(f"{file} bears out no level: {proved.summary}.")
+        raise ValueError(f"Expected {file} to prove a support level, got: {proved.summary}.")
     if not (proved.device or device):
-        raise ValueError(f"{file} does not say which device it is about; name it by --device.")
+        raise ValueError(f"Expected {file} to name its device, got none. Pass --device.")
     return replace(proved, device=proved.device or device, evidence=file, note=note)
 
 
@@ -271,7 +277,9 @@ def name_of(target: str) -> str:
     module, _, attribute = target.partition(":")
     result = getattr(getattr(import_module(module), attribute, None), "name", "")
     if not (isinstance(result, str) and result):
-        raise SourceError(f"{target!r} is no backend's class: it says no name")
+        raise SourceError(
+            f"Expected {target!r} to be a backend class with a name, got the name {result!r}"
+        )
     return result
 
 

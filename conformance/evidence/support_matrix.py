@@ -203,13 +203,15 @@ def read(file: Path = FILE) -> SupportMatrix:
         levels = tuple(SupportLevel(**row) for row in values.get("level", []))
         vendor = dict(values.get("vendor", {}))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} is not a support matrix: {error}") from error
+        raise ValueError(f"Expected a support matrix, got {file}: {error}") from error
     for level in levels:
         for entry in fields(SupportLevel):
             supplied = getattr(level, entry.name)
             kind = {"emulated": bool, "vendor": dict, "emulation": dict}.get(entry.name, str)
             if type(supplied) is not kind:
-                raise ValueError(f"{file}: {entry.name} is {supplied!r}, expected {kind.__name__}.")
+                raise ValueError(
+                    f"Expected {entry.name} in {file} to be {kind.__name__}, got {supplied!r}."
+                )
     return SupportMatrix(levels, vendor)
 
 

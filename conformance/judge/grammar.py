@@ -65,7 +65,9 @@ def _groups(text: str, side: str) -> Iterator[Group]:
     while at < end:
         match = _GROUP.match(side, at)
         if match is None:
-            raise ValueError(f"The layout {text!r} cannot be read from {side[at:]!r} on.")
+            raise ValueError(
+                f"Expected an axis or a group in the layout {text!r}, got {side[at:]!r}."
+            )
         result = _FACTOR.findall(match["merged"] or match["one"] or "")
         yield tuple(Factor(axis, part, int(n or 0)) for axis, part, n in result)
         at = match.end()
@@ -74,11 +76,12 @@ def _groups(text: str, side: str) -> Iterator[Group]:
 def _check_axes(text: str, factors: list[Factor]) -> None:
     for axis in {f.axis for f in factors}:
         if axis not in AXES:
-            raise ValueError(f"The layout {text!r} names the unknown axis {axis!r}.")
+            known = ", ".join(AXES)
+            raise ValueError(f"Expected some of {known} in the layout {text!r}, got {axis!r}.")
         parts = sorted((f.part, f.n) for f in factors if f.axis == axis)
         whole = parts == [("", 0)]
         split = [part for part, _ in parts] == ["%", "/"] and parts[0][1] == parts[1][1]
         if not (whole or split):
             raise ValueError(
-                f"The layout {text!r} must write {axis!r} once, or once as /N and once as %N."
+                f"Expected {axis!r} once, or once as /N and once as %N, got the layout {text!r}."
             )

@@ -101,5 +101,8 @@ class Memory:
         pieces = [(self.regions[n], number == n) for n in np.unique(number) if n >= 0]
         inside = sum(int((addresses[c] < r.end).sum()) for r, c in pieces)
         if inside != addresses.size:
-            raise IndexError("A row reaches outside the storages of its tensors.")
+            outside = addresses.size - inside
+            raise IndexError(
+                f"Expected rows inside the storages of their tensors, got {outside} bytes outside."
+            )
         return pieces

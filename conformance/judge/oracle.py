@@ -77,20 +77,21 @@ def _check_same_rows(src: Rows, dst: Rows) -> None:
         ours = getattr(src, name)
         other = getattr(dst, name)
         if ours != other:
-            raise ValueError(f"The source has {name} {ours}, the destination {other}.")
+            raise ValueError(f"Expected equal {name}, got {ours} at src and {other} at dst.")
     if src.opaque and src.block_size != dst.block_size:
-        raise ValueError("Opaque pages can only be copied between equal block sizes.")
+        sizes = f"{src.block_size} at src and {dst.block_size} at dst"
+        raise ValueError(f"Expected equal block sizes for opaque pages, got {sizes}.")
 
 
 def _whole_blocks(pairs: np.ndarray, size: int) -> np.ndarray:
     """One pair for each block; ValueError where a block is not copied whole and in order."""
     if len(pairs) % size:
-        raise ValueError(f"{len(pairs)} positions are not whole blocks of {size}.")
+        raise ValueError(f"Expected whole blocks of {size} positions, got {len(pairs)}.")
     blocks = pairs.reshape(-1, size, 2)
     in_order = blocks == blocks[:, :1] + np.arange(size, dtype=np.int64)[:, None]
     in_order &= blocks[:, :1] % size == 0
     if not (in_order.all(axis=1) | (blocks < 0).all(axis=1)).all():
-        raise ValueError("Opaque pages can only be copied as whole blocks in order.")
+        raise ValueError("Expected whole blocks in order for opaque pages, got other positions.")
     return blocks[:, 0]
 
 

@@ -67,7 +67,10 @@ class Guarded:
         item = view.element_size()
         reach = 1 + offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
         if 0 not in size and reach * item > self.nbytes:
-            raise ValueError(f"{list(size)} of {dtype} does not fit {self.nbytes} guarded bytes.")
+            raise ValueError(
+                f"Expected a tensor inside {self.nbytes} guarded bytes, "
+                f"got {list(size)} of {dtype}."
+            )
         return view.set_(
             self.whole.untyped_storage(), self.start // item + offset, list(size), list(stride)
         )

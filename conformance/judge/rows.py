@@ -67,16 +67,18 @@ class Rows:
         for _ in self.axes.left:
             rows = [list(c.values() if isinstance(c, Mapping) else c) for c in level]
             if len({len(row) for row in rows}) != 1:
-                raise ValueError("The containers of one level hold different numbers of things.")
+                lengths = sorted({len(row) for row in rows})
+                raise ValueError(f"Expected containers of one length, got lengths {lengths}.")
             shape.append(len(rows[0]))
             level = [item for row in rows for item in row]
         if not level:
-            raise ValueError("The containers hold no tensor.")
+            raise ValueError("Expected at least one tensor in the containers, got none.")
         for leaf in level:
             if not isinstance(leaf, torch.Tensor):
-                raise ValueError(f"Expected a tensor inside the containers, found {type(leaf)}.")
+                raise ValueError(f"Expected a tensor inside the containers, got {type(leaf)}.")
             if leaf.dim() != level[0].dim():
-                raise ValueError("The tensors of one view have different ranks.")
+                ranks = f"{level[0].dim()} and {leaf.dim()}"
+                raise ValueError(f"Expected tensors of one rank, got ranks {ranks}.")
         self.tensors: list[torch.Tensor] = level
         self._rank = level[0].dim()
         self._levels = shape
@@ -95,12 +97,14 @@ class Rows:
     def _whole(self, axis: str, kv: int = 0) -> int:
         known = self._extent[axis][kv]
         if known is None:
-            raise ValueError(f"The extent of {axis!r} in {self.axes.text!r} is not known.")
+            raise ValueError(
+                f"Expected the extent of {axis!r} in {self.axes.text!r}, got none. Declare it."
+            )
         return known
 
     def _declare(self, extents: Extents) -> None:
         if unknown := set(extents) - set(_DECLARES):
-            raise ValueError(f"Unknown extents {sorted(unknown)}.")
+            raise ValueError(f"Expected some of {[*_DECLARES]}, got {sorted(unknown)}.")
         written = self.axes.written
         parts = int(extents.get("kv", 2 if written("kv") else 1))
         self._extent.update(kv=[parts] * parts, block=[None] * parts, page=[None] * parts)
@@ -109,8 +113,8 @@ class Rows:
             declared = extents.get(keyword)
             if axis != "token" and not written(axis):
                 if declared not in (None, 1):
-                    reported = f"{keyword}={declared} is declared"
-                    raise ValueError(f"{reported}, but {axis!r} is not written.")
+                    reported = f"got {keyword}={declared} for a layout without {axis!r}"
+                    raise ValueError(f"Expected extents of axes that the layout has, {reported}.")
                 declared = 1
             self._extent[axis] = [None if declared is None else int(declared)] * parts
         if not written("page") and not (written("block") and written("token")):
@@ -119,7 +123,7 @@ class Rows:
         dim = extents.get("dim")
         each = [dim] * parts if dim is None or isinstance(dim, int) else list(map(int, dim))
         if len(each) != parts:
-            raise ValueError(f"dim={dim} names {len(each)} widths for {parts} kv.")
+            raise ValueError(f"Expected {parts} widths in dim, one for each kv, got {dim}.")
         self._extent["dim"] = list(each)
 
     def _measure(self) -> None:
@@ -137,14 +141,17 @@ class Rows:
             for kv in kvs:
                 if self._size(group, kv) != length:
                     text = " ".join(map(str, group)) or "1"
-                    raise ValueError(f"({text}) is {self._size(group, kv)}, found {length}.")
+                    expected = self._size(group, kv)
+                    raise ValueError(f"Expected length {expected} for ({text}), got {length}.")
 
     def _dimensions(self, tensor: torch.Tensor) -> list[tuple[Group, int]]:
         """Each right group and the length of its dimension, or dimensions."""
         shape = list(tensor.shape)
         wanted = len(self.axes.right)
         if len(shape) < wanted or (len(shape) > wanted and not self.axes.open_end):
-            raise ValueError(f"{self.axes.text!r} has {wanted} dimensions, found {shape}.")
+            raise ValueError(
+                f"Expected {wanted} dimensions for {self.axes.text!r}, got the shape {shape}."
+            )
         if self.axes.open_end:
             shape = [*shape[: wanted - 1], math.prod(shape[wanted - 1 :])]
         return list(zip(self.axes.right, shape, strict=True))
@@ -157,7 +164,10 @@ class Rows:
             self._extent["token"] = [1] * len(self._extent["token"])
             unknown = [f for f in unknown if f.axis == "block"]
         if len(unknown) > 1:
-            raise ValueError(f"{[str(f) for f in unknown]} share a dimension: declare all but one.")
+            raise ValueError(
+                f"Expected at most one unknown extent in a dimension, got "
+                f"{[str(f) for f in unknown]}. Declare all but one."
+            )
         for factor in unknown:
             extent = self._extent[factor.axis]
             step = factor.n if factor.part else 1
@@ -179,7 +189,9 @@ class Rows:
             return first.n * self._size(rest, kv)
         whole = self._whole(first.axis, kv)
         if first.part and whole % first.n:
-            raise ValueError(f"{first.axis!r} is {whole} long, which {first} does not divide.")
+            raise ValueError(
+                f"Expected {first.axis!r} to be a multiple of {first.n} for {first}, got {whole}."
+            )
         return whole // max(first.n, 1) * self._size(rest, kv)
 
     def _position(self, group: Group, at: Extents, kv: int) -> Any:
@@ -204,9 +216,15 @@ class Rows:
         widths[kv]]``; of an opaque page the whole block. IndexError for a row that is not there."""
         slots = np.asarray(slots, dtype=np.int64).reshape(-1, 1, 1)
         if slots.size and not (0 <= slots.min() and slots.max() < self.slots):
-            raise IndexError(f"A slot lies outside the {self.slots} slots of {self.axes.text!r}.")
+            raise IndexError(
+                f"Expected slots from 0 to {self.slots - 1} for {self.axes.text!r}, got slots from "
+                f"{slots.min()} to {slots.max()}."
+            )
         if not (0 <= kv < self.kv and 0 <= layer < self.layers):
-            raise IndexError(f"There is no layer {layer}, kv {kv} in {self.axes.text!r}.")
+            raise IndexError(
+                f"Expected a layer below {self.layers} and a kv below {self.kv} for "
+                f"{self.axes.text!r}, got layer {layer}, kv {kv}."
+            )
         size = self.block_size
         at: dict[str, Any] = {"kv": kv, "layer": layer}
         at["block"], at["token"] = (0, slots) if size is None else (slots // size, slots % size)

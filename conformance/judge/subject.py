@@ -129,22 +129,22 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
                 raise BackendUnavailable(f"Expected device {requested!r}. {error}") from error
             standins.install(kind)
     elif not _WRITTEN.fullmatch(device):
-        raise ValueError(
-            f"Expected a device such as cpu or npu:1, got {requested!r}: there is none."
-        )
+        raise ValueError(f"Expected a device such as cpu or npu:1, got {requested!r}.")
     else:
         try:  # a vendor's package is imported where torch does not know the device
             available_device(device)
         except BackendUnavailable as error:
             if kind not in standins.STANDINS:
                 raise
-            reported = "The simulated device carries that name with --emulated."
+            reported = "Pass --emulated to run on the simulated device under that name."
             raise BackendUnavailable(f"{error}\n{reported}") from error
     try:
         return torch.device(device), simulated
     except RuntimeError as error:
         why = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"Expected device {requested!r}, which was not found: {why}.") from error
+        raise ValueError(
+            f"Expected a device that torch knows, got {requested!r}: {why}."
+        ) from error
 
 
 def torch_name(device: str) -> str:

@@ -53,22 +53,30 @@ def read_waivers(path: Path) -> tuple[Waiver, ...]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
-        raise WaiverError(f"The waiver file {path} is no TOML: {error}.") from error
+        raise WaiverError(f"Expected a TOML file, got {path}: {error}. Mend it.") from error
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise WaiverError(f"{path} cannot be read: {why}. Pass a waiver file, in TOML.") from error
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise WaiverError(
+            f"Expected a waiver file, but {path} cannot be read: {why}. "
+            f"Pass a waiver file, in TOML."
+        ) from error
     if unknown := sorted(set(values) - {_TABLE}):
         raise WaiverError(
-            f"The waiver file {path} has the unknown key {unknown[0]!r}; it holds [[{_TABLE}]] "
-            f"tables and nothing else."
+            f"Expected only [[{_TABLE}]] tables in {path}, got the unknown key {unknown[0]!r}. "
+            f"Remove it."
         )
     entries = values.get(_TABLE, [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise WaiverError(f"In {path} {_TABLE!r} is not a list; write [[{_TABLE}]] with two pairs.")
+        raise WaiverError(
+            f"Expected a list of tables for {_TABLE!r} in {path}, got {type(entries).__name__}. "
+            f"Write [[{_TABLE}]], with two pairs of brackets."
+        )
     result = tuple(_waiver(entry, f"{path}, waiver {at}") for at, entry in enumerate(entries, 1))
     for id, times in Counter(waiver.id for waiver in result).items():
         if times > 1:
-            raise WaiverError(f"{path} waives {id!r} {times} times; keep one of them.")
+            raise WaiverError(
+                f"Expected one waiver for {id!r} in {path}, got {times}. Keep one of them."
+            )
     return result
 
 
@@ -77,15 +85,20 @@ def _waiver(entry: JsonObject, place: str) -> Waiver:
     reported = ", ".join(known)
     for key in (*entry, *known):
         if key not in known:
-            raise WaiverError(f"{place} has the unknown key {key!r}; known are {reported}.")
+            raise WaiverError(
+                f"Expected the keys {reported} in {place}, got the unknown key {key!r}. Remove it."
+            )
         value = entry.get(key)
         if not isinstance(value, str) or not value.strip():
-            rule = f"each waiver says {reported}, all of them texts that are not empty"
-            raise WaiverError(f"{place} has no {key!r}; {rule}.")
+            got = repr(value) if key in entry else "nothing"
+            raise WaiverError(
+                f"Expected {key!r} in {place} to be a text that is not empty, got {got}. "
+                f"Give {reported}."
+            )
     if not _VERSION.fullmatch(entry["expires"]):
         raise WaiverError(
-            f"{place} expires in {entry['expires']!r}, which is no version of the suite; write "
-            f'one such as "2027.02".'
+            f"Expected 'expires' in {place} to be a version of the suite, got "
+            f'{entry["expires"]!r}. Write a version such as "2027.02".'
         )
     return Waiver(**entry)
 

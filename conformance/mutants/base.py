@@ -79,8 +79,8 @@ def check_inside(view: KVView, addresses: Int64, nbytes: int) -> None:
     if outside.any():
         first = int(addresses[outside][0])
         raise IllegalAddress(
-            f"{int(outside.sum())} runs of {nbytes} bytes, the first at {first:#x}, leave the "
-            f"buffers of {view.layout.text!r}; nothing was moved. Mend the addresses."
+            f"Expected runs inside the buffers of {view.layout.text!r}, got {int(outside.sum())} "
+            f"runs of {nbytes} bytes outside, the first at {first:#x}. Nothing was moved."
         )
 
 

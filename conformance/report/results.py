@@ -52,8 +52,8 @@ def read(file: Path) -> RunRecord:
         raise ValueError(f"{file}: {error}") from error
     if record.environment.get(SEAL) != digest_of(record):
         raise ValueError(
-            f"{file} is not as its run left it: its seal does not fit its contents. "
-            "Make the report again with `portakv conform ... --report`."
+            f"Expected {file} as its run wrote it, but its seal does not fit its contents. "
+            f"Make the report again with `portakv conform ... --report`."
         )
     return record
 
@@ -65,11 +65,14 @@ def keep(report: Path, folder: Path, check: Check = check_report) -> Path:
     record = read(report)
     wrong = check(report.read_text(encoding="utf-8"))
     if wrong:
-        raise ValueError(f"{report} is refused by `portakv conform verify`: {' '.join(wrong[:3])}")
+        raise ValueError(
+            f"Expected a report that `portakv conform verify` accepts, got {report}: "
+            f"{' '.join(wrong[:3])}"
+        )
     if record.fuzz or record.seed:
         raise ValueError(
-            f"{report} is of a run with seed {record.seed} and fuzz {record.fuzz}; a result is of "
-            "a certification run: no --seed, no --fuzz."
+            f"Expected the report of a certification run, with seed 0 and fuzz 0, got {report} "
+            f"with seed {record.seed} and fuzz {record.fuzz}. Run it without --seed and --fuzz."
         )
     file = folder / file_name(record)
     folder.mkdir(parents=True, exist_ok=True)

@@ -66,12 +66,13 @@ class Journal:
         stale = sorted(set(self._waivers) - set(event["profile"]))
         if stale and self._options.only:  # a whole run fails by it; in a part nothing else shows it
             raise BadRequest(
-                f"A waiver names {stale[0]!r}, but no case of the profile has that id; remove it."
+                f"Expected waivers of cases of the profile, got a waiver of {stale[0]!r}. "
+                f"Remove it."
             )
         self._about = event["cases"]
         self.ids = list(event["cases"])
         if not self.ids:
-            raise SuiteBroken(f"The profile {self._options.profile!r} has no case here.")
+            raise SuiteBroken(f"Expected cases in profile {self._options.profile!r}, got none.")
         self.progress.listed(len(self.ids))
 
     def take_end(self, values: JsonObject) -> str:
@@ -79,7 +80,7 @@ class Journal:
         try:
             case = CaseRecord.read(values)
         except (ValueError, KeyError) as error:
-            raise SuiteBroken(f"A worker reported a case that is not a record: {error}") from error
+            raise SuiteBroken(f"Expected a case record of a worker, got: {error}") from error
         self.ran += 1
         drawn = case.area in _DRAWN
         folder = self._options.examples

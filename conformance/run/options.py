@@ -42,7 +42,7 @@ def whole_number(least: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(
-                f"{text!r} was given, expected a whole number from {least} on"
+                f"expected a whole number of at least {least}, got {text!r}"
             )
         return int(text)
 
@@ -57,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--portakv-device", metavar="D", default="cpu", help="where: cpu, cuda:1, simdev:mlu, ...")
     add("--portakv-profile", choices=PROFILES, default="core", help="which cases (default: core)")
     add("--portakv-fuzz", type=number(1), metavar="N", help="draw N examples in each drawn case")
-    add("--portakv-seed", type=number(0), metavar="S", help="of all that is drawn (default: 0)")
+    add("--portakv-seed", type=number(0), metavar="S", help="seed of the drawn cases (default: 0)")
     add("--portakv-events", metavar="FILE", help="append what happens as JSON lines")
     add("--portakv-only", metavar="FILE", help="run only the cases whose ids stand in FILE")
     add("--portakv-share", metavar="DIR", help="leave out cases that others took by files in DIR")
@@ -74,8 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if os.environ.get(ENVIRONMENT):
         raise pytest.UsageError(
-            f"{ENVIRONMENT} forces a backend, but the suite judges the requested backend; "
-            f"unset {ENVIRONMENT}."
+            f"Expected {ENVIRONMENT} to be unset, got {os.environ[ENVIRONMENT]!r}, which forces "
+            f"every copy through one backend. Unset it."
         )
     config.pluginmanager.import_plugin("portakv_conformance.run.plugin")
 

@@ -237,7 +237,7 @@ class Suite:
             enough = self.facility.emulated or self.facility.spare() > _BIG
             missing = f"it needs {_BIG >> 30} GiB of free memory on {where}."
             return streams and enough, missing if streams else ""
-        raise pytest.UsageError(f"A case needs {need!r}, which the plugin does not know.")
+        raise pytest.UsageError(f"Expected a need that the plugin knows, got {need!r}.")
 
     def seed_of(self, name: str) -> int:
         """The seed of one case: another for each, all from the run's."""

@@ -204,7 +204,7 @@ class Worker:
         elif kind == "retired":
             self._retired = event["reason"]
         else:
-            raise SuiteBroken(f"A worker reported {event!r}, which no suite of this version does.")
+            raise SuiteBroken(f"Expected an event of this suite's version, got {event!r}.")
 
     def _lost(self, what: str, alone: bool) -> str:
         """Name the case that it was lost with; returns a sentence for the user, or an empty one

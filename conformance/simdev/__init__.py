@@ -78,8 +78,8 @@ def load(name: str = "simdev") -> None:
             return
         if _name is not None:
             raise SimulatedDeviceError(
-                f"The simulated device is {_name!r} in this process and cannot be {name!r} as "
-                f"well; torch takes one name. Start another process for {name!r}."
+                f"Expected the name {_name!r}, which the simulated device has in this process, got "
+                f"{name!r}. Start another process for {name!r}: torch takes one name."
             )
         if why := _taken():
             raise SimulatedDeviceError(why)
@@ -117,13 +117,13 @@ def copy_runs(
     for supplied in (src, dst, nbytes):
         if supplied.dtype != torch.int64 or supplied.dim() != 1 or not supplied.is_cpu:
             raise ValueError(
-                f"copy_runs got a list of {supplied.dtype}, shape {tuple(supplied.shape)}, on "
-                f"{supplied.device}; expected int64, one dimension, on the host."
+                f"Expected each list of copy_runs to be int64, with one dimension, on the host, "
+                f"got {supplied.dtype}, shape {tuple(supplied.shape)}, on {supplied.device}."
             )
     if not src.numel() == dst.numel() == nbytes.numel():
         raise ValueError(
-            f"copy_runs was given {src.numel()} sources, {dst.numel()} destinations and "
-            f"{nbytes.numel()} sizes; expected as many of each."
+            f"Expected lists of equal length for copy_runs, got {src.numel()} sources, "
+            f"{dst.numel()} destinations and {nbytes.numel()} sizes."
         )
     where = torch.accelerator.current_stream() if stream is None else stream
     lists = (src.contiguous(), dst.contiguous(), nbytes.contiguous())

@@ -75,8 +75,9 @@ def load_library() -> None:
             library = cpp.built(command, [*key, sys.version])
     except cpp.CompilerError as error:
         raise SimulatedDeviceError(
-            f"{compiler} failed to compile the simulated device ({error}); it needs C++20 (GCC 11 "
-            f"or newer) and the headers that torch brings. The command was: {' '.join(command)}"
+            f"Expected {compiler} to compile the simulated device, got an error ({error}). Install "
+            f"a compiler with C++20 (GCC 11 or newer) and the headers of torch. The command was: "
+            f"{' '.join(command)}"
         ) from error
     ctypes.CDLL(cpp.in_memory("portakv_simdev", library))
 

@@ -42,7 +42,7 @@ def build(packages: Path, folder: Path) -> list[str]:
     libraries = [library for library in result if library.name != _OPTIONAL]
     if not libraries:
         raise StubError(
-            f"No libraries of torch_npu were found in {wheel}; install its wheel there."
+            f"Expected the libraries of torch_npu in {wheel}, got none. Install its wheel there."
         )
     for part in ("lib", "runtime", "compiler", "opp"):
         (folder / part).mkdir(parents=True, exist_ok=True)

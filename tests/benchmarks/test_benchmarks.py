@@ -105,14 +105,14 @@ def test_rows_and_payloads() -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ("", "occurs twice"),
-        ('name = "b"\nsource = " "', "no source"),
+        ("", "got this name twice"),
+        ('name = "b"\nsource = " "', "expected a source"),
         ('name = "b"\ndtype = "float17"', "float17"),
         ('name = "b"\ntokens = 9', "whole blocks"),
         ('name = "b"\nindex = ["sorted"]', "sorted"),
         ('name = "b"\ncolour = 1', "colour"),
-        ('name = "b"\nlike = "nobody"', "like 'nobody'"),
-        ('name = "b"\nlike = "b"', "like 'b'"),
+        ('name = "b"\nlike = "nobody"', "got 'nobody'"),
+        ('name = "b"\nlike = "b"', "expected like to name an earlier shape, got 'b'"),
     ],
 )
 def test_bad_shapes_are_refused(tmp_path: Path, change: str, why: str) -> None:

@@ -61,7 +61,7 @@ def judged(
         ([0.9], {"more": ACCEPTED.replace("cold", " ")}, 2, ""),
         ([0.9], {"more": "at_most = 1.0"}, 2, ""),
         ([0.9], {"limit": ""}, 2, ""),
-        ([0.9], {"where": "ratio = { about = 3 }"}, 2, "asks for ['about']; known are"),
+        ([0.9], {"where": "ratio = { about = 3 }"}, 2, "got ['about']"),
     ],
 )
 def test_verdicts(

@@ -138,7 +138,7 @@ def test_what_cannot_be_measured_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert bench.main(["--migration", "--device", "cpu", "--only", "nonsense"]) == 1
-    assert "known are mapped, both" in capsys.readouterr().err
+    assert "Expected --only to be one of mapped, both" in capsys.readouterr().err
     monkeypatch.setenv("PORTAKV_MOVER", "nixl")
     assert bench.main(["--migration", "--device", "cpu"]) == 1
     assert "PORTAKV_MOVER=nixl forces a transport" in capsys.readouterr().err

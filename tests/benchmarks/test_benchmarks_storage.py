@@ -96,9 +96,9 @@ def test_every_part_measures_judges_and_draws(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--sizes", "1Q"], "'1Q' is no size"),
+        (["--sizes", "1Q"], "Expected a size such as 256K, 1M or 1G, got '1Q'"),
         (["--dir", "/nonexistent"], "/nonexistent"),
-        (["--only", "nonsense"], "known are engine, tier"),
+        (["--only", "nonsense"], "Expected --only to be one of engine, tier"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

@@ -198,16 +198,16 @@ def test_a_saved_case_is_the_same_case(case: Case) -> None:
 )
 def test_a_file_that_is_no_example(text: str) -> None:
     for read in (saved.load, saved.read_about):
-        with pytest.raises(ValueError, match="no saved example"):
+        with pytest.raises(ValueError, match="Expected a saved example"):
             read(text)
 
 
 def test_a_case_without_its_ids_or_made_by_hand_is_no_example() -> None:
     case = gather()
-    with pytest.raises(ValueError, match="no saved example"):
+    with pytest.raises(ValueError, match="Expected a saved example"):
         saved.load(saved.dump(case).replace('"values"', '"other"'))
     case.src.arrangement = None
-    with pytest.raises(ValueError, match="not built from an arrangement"):
+    with pytest.raises(ValueError, match="Expected a side that an arrangement describes"):
         saved.dump(case)
 
 

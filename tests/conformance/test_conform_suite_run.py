@@ -124,7 +124,7 @@ CODES = [
     ("--portakv-backend=reference --portakv-device=npu", 3, "torch_npu"),
     ("--portakv-backend=reference --portakv-device=mps:9", 3, "got 'mps:9'"),
     ("--portakv-backend=reference --portakv-device=zzz", 3, "torch knows no zzz"),
-    ("--portakv-backend=reference '--portakv-device=z z'", 4, "got 'z z': "),
+    ("--portakv-backend=reference '--portakv-device=z z'", 4, "got 'z z'"),
     ("'--portakv-backend=a b:C'", 4, "pkg.mod:Class"),
     ("--portakv-backend=reference --portakv-seed=x", 4, "whole number"),
     ("--portakv-backend=reference --portakv-fuzz=0", 4, "from 1 on"),

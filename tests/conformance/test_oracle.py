@@ -149,7 +149,7 @@ def test_strings_outside_the_language_are_refused(text: str) -> None:
     ("token head dim/2 dim%2", (4, 6, 2, 3), {}),
 ])  # fmt: skip
 def test_contradictions_are_refused(layout: str, shape: Any, extents: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"found|declare|declared"):
+    with pytest.raises(ValueError, match=r"^Expected .* got "):
         Rows(torch.zeros(shape), layout, extents)
 
 
@@ -225,7 +225,7 @@ def test_a_copy_by_hand_is_right_and_a_wrong_byte_is_named(what: str, names: lis
 def test_sides_that_hold_other_rows_are_refused(shape: Any, extents: dict[str, Any]) -> None:
     arguments = gather()
     arguments[3:] = [torch.zeros(shape), arguments[4], arguments[5] | extents, [0], [0]]
-    with pytest.raises(ValueError, match="The source has"):
+    with pytest.raises(ValueError, match=r"Expected equal .* at src and .* at dst"):
         expected_copy(*arguments)
 
 
@@ -277,7 +277,7 @@ def test_canaries_notice() -> None:
     for at in (104, 63, 0):
         retained.whole[at] ^= 1
         assert f"the first at {at}." in str(retained.broken())
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="Expected a tensor inside"):
         retained.tensor(torch.float32, (2, 6), (5, 1))
 
 

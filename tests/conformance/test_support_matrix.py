@@ -368,12 +368,12 @@ FORGED: list[tuple[str, dict[str, Any], str]] = [
     ("R1", {"emulation": {STANDINS["mlu"]: source_sha256(STANDINS["mlu"])}},
      f"are not those of {STANDINS['mlu']}"),
     ("R5", {"source_sha256": "0" * 65}, "is no sha256"),
-    ("R4", {"right": False}, "bears out no level: failed: cross-compiled"),
+    ("R4", {"right": False}, "to prove a support level, got: failed: cross-compiled"),
     ("R4", {"right": "yes"}, "right missing or of another type"),
-    ("R4", {"what": "run on the hardware"}, "says 'run on the hardware'; expected one of"),
+    ("R4", {"what": "run on the hardware"}, "got 'run on the hardware'"),
     ("R4", {"command": None}, "command missing or of another type"),
     ("R4", {"name": None}, "name missing or of another type"),
-    ("R4", {"device": ""}, "name it by --device"),
+    ("R4", {"device": ""}, "Pass --device"),
 ]  # fmt: skip
 
 
@@ -552,7 +552,7 @@ def test_a_row_says_what_a_record_says_of_itself(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'profile full: 9999 passed' was not printed"):
         read(file)
     for target in ("portakv.backends.hip:Nobody", "portakv.backends.hip:Launch"):
-        with pytest.raises(SourceError, match="says no name"):
+        with pytest.raises(SourceError, match="a backend class with a name"):
             evidence.name_of(target)
 
 
@@ -586,13 +586,13 @@ def test_places_are_left_out(printed: str, retained: str) -> None:
 
 
 @pytest.mark.parametrize(("values", "why"), [
-    ({"suite": "2025.01", "seed": ...}, "of suite '2025.01' (installed is"),
+    ({"suite": "2025.01", "seed": ...}, "got a report of suite '2025.01'"),
     ({"seed": ...}, "fields ['seed'] missing or unknown"),
     ({"note": "x"}, "fields ['note'] missing or unknown"),
-    ({"cases": [3]}, "A case record is 3, expected an object"),
-    ({"cases": [{}]}, "A case record has fields"),
+    ({"cases": [3]}, "Expected an object as case record, got 3"),
+    ({"cases": [{}]}, "Expected the fields of a case record"),
     ({"environment": None}, "Expected `object`, got `null` - at `$.environment`"),
-    ({"backend": {"name": "acme"}}, "unreadable: it does not say the backend's target"),
+    ({"backend": {"name": "acme"}}, "unreadable: expected a text as the backend's target"),
     ({"environment": {"python": " "}}, "is unreadable"),
 ])  # fmt: skip
 def test_old_or_foreign_reports_refused(tmp_path: Path, values: dict[str, Any], why: str) -> None:
