@@ -18,10 +18,11 @@ from portakv.migrate import transports
 from portakv.migrate.transports.base import Transport
 from portakv.selection import Catalog
 from portakv.storage import Disk, Remote
+from portakv.storage.io.base import Engine
 from portakv.storage.io.choose import ENGINES
-from portakv.storage.tier import TIERS
+from portakv.storage.tier import TIERS, Tier
 from portakv_conformance.contract import io, tier, transport
-from portakv_conformance.contract.runner import Check, Outcome, checks_of, run_checks
+from portakv_conformance.contract.runner import Check, Outcome, checks_of, expect, run_checks
 from portakv_conformance.run.journal import SubjectUnavailable
 
 #: Makes an implementation.
@@ -40,6 +41,8 @@ _MADE: dict[tuple[str, str], Maker] = {
     ("tier", "disk"): lambda folder: Disk(folder, capacity=8 << 20),
     ("tier", "remote"): lambda folder: Remote(f"file://{folder}"),
 }
+#: The protocols of subjects that a function may make too, so that a catalog cannot check them.
+_PROTOCOLS: dict[str, type] = {"tier": Tier, "io": Engine}
 
 
 def implementation(contract: str, name: str) -> Maker:
@@ -52,7 +55,8 @@ def implementation(contract: str, name: str) -> Maker:
         name: a built-in name, one of an installed package, or ``package.module:Name``.
 
     Raises:
-        SubjectUnavailable: nothing has that name, or it does not load.
+        SubjectUnavailable: nothing has that name, it does not load, or it does not make a subject
+            of the contract.
     """
     made = _MADE.get((contract, name))
     if made is not None:
@@ -67,12 +71,42 @@ def implementation(contract: str, name: str) -> Maker:
             f"Expected {name!r} to name an object of an installed package, but it does not load: "
             f"{type(error).__name__}: {error}. Correct the name, or install the package."
         ) from error
+    if contract in _PROTOCOLS:
+        _check_subject(contract, name, make)
     return make
 
 
-def outcomes_of(contract: str, make: Maker, only: Collection[str] = ()) -> list[Outcome]:
-    """Return the outcome of each check of a contract over what ``make`` makes; ``only`` names the
-    checks to run, all if it is empty."""
+def _check_subject(contract: str, name: str, make: Maker) -> None:
+    """Make one subject; raise `SubjectUnavailable` if it lacks a method of its protocol."""
+    members = vars(_PROTOCOLS[contract]).items()
+    methods = [each for each, member in members if callable(member) and not each.startswith("_")]
+
+    def opened(folder: Path) -> AbstractContextManager[Any]:
+        return nullcontext(make(folder) if contract == "tier" else make())
+
+    def check(subject: Any, folder: Path) -> None:
+        missing = [each for each in methods if not callable(getattr(subject, each, None))]
+        expect(not missing, f"{subject!r} without {', '.join(missing)}")
+        if contract == "io":
+            subject.close()
+
+    (outcome,) = run_checks([Check("the subject", "", check)], opened)
+    if outcome.failure is not None:
+        raise SubjectUnavailable(
+            f"Expected {contract} {name!r} to make an object with {', '.join(methods)}, got "
+            f"{outcome.failure.rstrip('.')}. Name a class or a function that makes such an object."
+        )
+
+
+def outcomes_of(
+    contract: str, make: Maker, only: Collection[str] = (), soon: float = transport.SOON
+) -> list[Outcome]:
+    """Return the outcome of each check of a contract over what ``make`` makes.
+
+    Args:
+        only: the names of the checks to run; all if it is empty.
+        soon: the seconds in which a transport's slot has to cross or fail.
+    """
 
     def tiers(folder: Path) -> AbstractContextManager[tier.Tiers]:
         return nullcontext(tier.Tiers(make, folder))
@@ -88,7 +122,11 @@ def outcomes_of(contract: str, make: Maker, only: Collection[str] = ()) -> list[
         return run_checks(chosen(tier), tiers)
     if contract == "io":
         return run_checks(chosen(io), engine)
-    return run_checks(chosen(transport), lambda folder: transport.wire(make))  # type: ignore[arg-type]
+
+    def wire(folder: Path) -> AbstractContextManager[transport.Wire]:
+        return transport.wire(make, soon=soon)  # type: ignore[arg-type]
+
+    return run_checks(chosen(transport), wire)
 
 
 def main(words: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from portakv.errors import PeerError, TransferError, TransferTimeout
 from portakv.migrate.transports.base import Moving, Transport
 from portakv_conformance.contract.runner import expect
 
-#: Seconds in which a slot crosses, or its failure is noticed.
+#: Seconds in which a slot has to cross, or its failure to be noticed, if a check gets no other.
 SOON = 20.0
 
 
@@ -85,11 +85,17 @@ class Wire:
         kind: the class of the transport.
         timeout: the seconds after which a slot has failed.
         on: the devices of the owner's and of the reader's slots.
+        soon: the seconds in which a check expects a slot to cross or to fail.
     """
 
     def __init__(
-        self, kind: type[Transport], timeout: float = SOON, on: tuple[str, str] = ("cpu", "cpu")
+        self,
+        kind: type[Transport],
+        timeout: float = SOON,
+        on: tuple[str, str] = ("cpu", "cpu"),
+        soon: float = SOON,
     ) -> None:
+        self.soon = soon
         self.devices = tuple(map(torch.device, on))
         self.owner: Any = kind(self.devices[0], timeout)
         self.reader: Any = kind(self.devices[1], timeout)
@@ -126,8 +132,8 @@ class Wire:
         into = torch.zeros(nbytes, dtype=torch.uint8, device=here)
         giving = self.give(slot.to(there), tag)
         taking = self.take(into, tag)
-        taking.wait(3 * SOON)
-        giving.wait(3 * SOON)
+        taking.wait(3 * self.soon)
+        giving.wait(3 * self.soon)
         expect(torch.equal(slot, into.cpu()), f"{nbytes} bytes came wrong")
 
     def close(self) -> None:
@@ -149,28 +155,33 @@ def empty(nbytes: int) -> torch.Tensor:
 
 @contextmanager
 def wire(
-    kind: type[Transport], timeout: float = SOON, on: tuple[str, str] = ("cpu", "cpu")
+    kind: type[Transport],
+    timeout: float = SOON,
+    on: tuple[str, str] = ("cpu", "cpu"),
+    soon: float = SOON,
 ) -> Iterator[Wire]:
     """Connect two transports, and close them afterwards."""
-    both = Wire(kind, timeout, on)
+    both = Wire(kind, timeout, on, soon)
     try:
         yield both
     finally:
         both.close()
 
 
-def _expect_error(moving: Moving, errors: type[Exception] | tuple[type[Exception], ...]) -> None:
-    """Expect that a slot ends with an error, soon."""
+def _expect_error(
+    moving: Moving, errors: type[Exception] | tuple[type[Exception], ...], soon: float
+) -> None:
+    """Expect that a slot ends with an error within ``soon`` seconds."""
     began = time.monotonic()
     try:
-        ended = moving.wait(2 * SOON)
+        ended = moving.wait(2 * soon)
     except errors:
         pass
     except Exception as error:
         expect(False, f"a slot ended with {type(error).__name__}: {error}")
     else:
         expect(False, "a slot landed that cannot" if ended else "a slot did not end")
-    expect(time.monotonic() - began < SOON, f"the failure was noticed after {SOON:g} s")
+    expect(time.monotonic() - began < soon, f"the failure was noticed after {soon:g} s")
 
 
 def check_slots_of_any_size_cross(both: Wire, folder: Path) -> None:
@@ -187,7 +198,7 @@ def check_slots_cross_in_order(both: Wire, folder: Path) -> None:
     sent = [both.give(slot, tag % 2) for tag, slot in enumerate(slots)]
     taken += [both.take(each, tag % 2) for tag, each in enumerate(into[4:], 4)]
     for moving in (*taken, *sent):
-        expect(moving.wait(SOON), "a slot did not end")
+        expect(moving.wait(both.soon), "a slot did not end")
     for number, (slot, landed) in enumerate(zip(slots, into, strict=True)):
         expect(torch.equal(slot, landed), f"slot {number} came wrong, or in another's place")
 
@@ -199,11 +210,11 @@ def check_a_slot_has_landed_when_it_ends(both: Wire, folder: Path) -> None:
         into = empty(3 << 20)
         giving = both.give(slot, seed)
         taking = both.take(into, seed)
-        expect(taking.wait(SOON), "the reader's slot did not end")
+        expect(taking.wait(both.soon), "the reader's slot did not end")
         expect(torch.equal(slot, into), "the slot ended before its bytes were there")
-        expect(giving.wait(SOON), "the owner's slot did not end")
+        expect(giving.wait(both.soon), "the owner's slot did not end")
         for moving in (giving, taking):
-            expect(moving.free.wait(SOON), "a slot that ended is not free")
+            expect(moving.free.wait(both.soon), "a slot that ended is not free")
         slot.fill_(0)
 
 
@@ -213,10 +224,10 @@ def check_another_length_is_an_error(both: Wire, folder: Path) -> None:
         giving = both.give(slot_of(sent))
         into = empty(wanted)
         taking = both.take(into)
-        _expect_error(taking, TransferError)
+        _expect_error(taking, TransferError, both.soon)
         expect(not bool(into.any()), "bytes of another length were written")
         with suppress(TransferError):  # the owner may have sent all before the reader noticed
-            giving.wait(2 * SOON)
+            giving.wait(2 * both.soon)
         both.owner.forget(both.life)
         both.reader.forget(End.address)
         both.cross(1000)
@@ -232,8 +243,8 @@ def check_a_death_ends_slots_in_flight(both: Wire, folder: Path) -> None:
     time.sleep(0.1)
     both.life.end()
     for each in moving:
-        _expect_error(each, PeerError)
-        expect(each.free.wait(SOON), "a slot that ended is not free")
+        _expect_error(each, PeerError, both.soon)
+        expect(each.free.wait(both.soon), "a slot that ended is not free")
     both.owner.forget(both.life)
     both.reader.forget(End.address)
     both.connect()
@@ -245,7 +256,7 @@ def check_the_timeout_is_the_last_resort(both: Wire, folder: Path) -> None:
     both.cross(100)
     both.reader.timeout = 0.3
     taking = both.take(empty(100))
-    _expect_error(taking, (TransferTimeout, TransferError))
+    _expect_error(taking, (TransferTimeout, TransferError), both.soon)
 
 
 def check_nothing_is_left_after_forget(both: Wire, folder: Path) -> None:
@@ -255,7 +266,7 @@ def check_nothing_is_left_after_forget(both: Wire, folder: Path) -> None:
     began = time.monotonic()
     both.reader.forget(End.address)
     expect(time.monotonic() - began < 2, "`forget` blocked for 2 s")
-    _expect_error(taking, PeerError)
+    _expect_error(taking, PeerError, both.soon)
     expect(End.address not in both.reader.lanes, "a lane of the peer is left")
 
 

@@ -127,10 +127,10 @@ CODES = [
     ("--portakv-backend=reference '--portakv-device=z z'", 4, "got 'z z'"),
     ("'--portakv-backend=a b:C'", 4, "pkg.mod:Class"),
     ("--portakv-backend=reference --portakv-seed=x", 4, "whole number"),
-    ("--portakv-backend=reference --portakv-fuzz=0", 4, "from 1 on"),
+    ("--portakv-backend=reference --portakv-fuzz=0", 4, "of at least 1"),
     ("--portakv-backend=reference --portakv-only=only.txt", 4, "test_nothing"),
     ("", 5, "no tests"),
-    ("--portakv-backend=reference", 4, "unset PORTAKV_BACKEND"),
+    ("--portakv-backend=reference", 4, "Expected PORTAKV_BACKEND to be unset"),
 ]
 EACH = """
 import contextlib, os, pytest, shlex, sys

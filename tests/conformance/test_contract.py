@@ -54,7 +54,8 @@ def test_other_tiers_keep_the_contract(name: str) -> None:
     [(contract, *pair) for contract, wrongs in wrong.WRONG.items() for pair in wrongs.items()],
 )
 def test_a_wrong_one_is_found(contract: str, name: str, check: str) -> None:
-    assert check in failures(outcomes_of(contract, getattr(wrong, name), only=[check]))
+    outcomes = outcomes_of(contract, getattr(wrong, name), only=[check], soon=2.0)
+    assert check in failures(outcomes)
 
 
 def test_a_subject_that_hangs_or_raises_has_failed(tmp_path: Path) -> None:
@@ -96,3 +97,14 @@ def test_a_name_that_nothing_has(name: str, why: str, capsys: pytest.CaptureFixt
         implementation("tier", name)
     assert main(["--contract", "tier", name]) == 3
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("contract", CATALOGS)
+@pytest.mark.parametrize("name", ["json:JSONDecoder", "builtins:print"])
+def test_an_object_of_another_kind(
+    contract: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--contract", contract, name]) == 3
+    shown = capsys.readouterr()
+    assert shown.out.count("failed") == 0
+    assert shown.err.startswith(f"portakv conform: Expected {contract} {name!r} to ")
