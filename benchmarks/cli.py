@@ -80,7 +80,7 @@ SEED = "seed"  # the first scenario of PortaKV
 #: about it. Peers come last, since a failing kernel of a peer may leave the device unusable.
 PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "grid": grid.grid_steps,
-    "direct": grid.direct_steps,
+    "direct": grid.zero_copy_steps,
     "duplex": grid.duplex_steps,
     "calls": calls.call_steps,
     "small": small.small_steps,
@@ -170,7 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 _MEASURED = {
     None: "backends on real models' shapes, in turns with copy_",
-    HOST_SUITE: "copies between a device and host memory by every engine, in turns with a memcpy",
+    HOST_SUITE: (
+        "copies between a device and host memory by every transfer strategy, in turns with a memcpy"
+    ),
     INTEGRATION_SUITE: (
         "engines' transfers by their own code and by integrations, in turns with a memcpy"
     ),
@@ -229,7 +231,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
         add("--dir", type=Path, required=True, help="a folder on the disk; left as it was")
         add("--sizes", metavar="LIST", help="of a slot, such as 256K,1M (default: the preset's)")
         add("--gib", type=read_above_zero, help="moved in one trial (default: the preset's)")
-        add("--rounds", type=int, help="trials of each way (default: the preset's)")
+        add("--rounds", type=int, help="trials of each method (default: the preset's)")
         add("--pause", type=float, metavar="S", help="before each trial (default: the preset's)")
         add("--fio", metavar="FILE", help="fio's program (default: that of the path)")
         add("--lmcache-python", metavar="FILE", help="a Python that has LMCache")

@@ -43,7 +43,7 @@ class Preset:
     overhead_rounds: int
     repeats: int = 1  # of payloads below `REPEATED_BELOW`
     compiling: bool = True  # also the backends of `COMPILING`
-    all_methods: bool = False  # also every way of moving the founding scenario
+    all_methods: bool = False  # also every method of moving the founding scenario
     starts: int = 0  # fresh processes of each kind
 
 

@@ -24,7 +24,7 @@ from portakv_benchmarks.shared.shapes import in_words
 _BLOCK = 16
 _LAYERS = 32
 _WAYS = (ZERO_COPY, STAGED, HOST, BATCHED_MEMCPY)
-#: Calls of a way that takes the host this many microseconds are not repeated as often.
+#: Calls of a method that takes the host this many microseconds are not repeated as often.
 _DEAR = 20_000.0
 _FEW = 4
 #: Calls of a round.
@@ -36,7 +36,7 @@ ORDERS = ("random", "consecutive")
 
 def call_steps(bench: Bench) -> Iterator[Step]:
     """A step for each row size and order of the host's blocks. The first size is measured in full;
-    others, which move gigabytes, less often, by fewer ways and with kept ids alone."""
+    others, which move gigabytes, less often, by fewer methods and with cached ids alone."""
     tokens = _BLOCK * bench.preset.call_blocks
     for row, order in product(bench.preset.call_rows, ORDERS):
         whole = row == bench.preset.call_rows[0]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The grid: every engine over direction, layouts and payload, in turns with a plain memcpy; the
-direct engine by its thread blocks; both directions together."""
+"""Measure every transfer strategy over direction, layouts and payload, in turns with a memcpy.
+
+Further parts vary the thread blocks of `zero_copy`, and copy in both directions together.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,13 @@ from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, Step, Variant, short
 from portakv_benchmarks.shared.shapes import in_words
 
-#: What is compared; `chosen_loss` is against the best of these that may be chosen.
-ENGINES = (suite.STAGED, suite.BATCHED_MEMCPY, suite.ZERO_COPY, suite.ZERO_COPY_FEW_BLOCKS)
-GRID_METHODS = (*ENGINES, HOST, suite.HOST_IDLE)
+#: The strategies to compare; `chosen_loss` is against the best of these that may be chosen.
+STRATEGIES = (suite.STAGED, suite.BATCHED_MEMCPY, suite.ZERO_COPY, suite.ZERO_COPY_FEW_BLOCKS)
+GRID_METHODS = (*STRATEGIES, HOST, suite.HOST_IDLE)
 
 
 def grid_steps(bench: Bench) -> Iterator[Step]:
-    """A step for each scene, and the largest payload."""
+    """Yield a step for each scene, and one for the largest payload."""
     preset = bench.preset
     scenes = [one for one in SCENES if one.run in preset.runs]
     steps = [(one.name, cases([one], preset.payloads_of(one))) for one in scenes]
@@ -44,12 +46,12 @@ def grid_steps(bench: Bench) -> Iterator[Step]:
         yield f"grid: {name}", partial(_grid, bench, local)
 
 
-def direct_steps(bench: Bench) -> Iterator[Step]:
-    """The direct engine by its limit on thread blocks."""
+def zero_copy_steps(bench: Bench) -> Iterator[Step]:
+    """Yield a step for each length of a run: `zero_copy` with several limits on thread blocks."""
     for run in (256, 2 * KB, 32 * KB):
         case = case_of(scene(run), bench.preset.direct)
         if case is not None:
-            yield f"direct: {case.name}", partial(_direct, bench, case)
+            yield f"direct: {case.name}", partial(_zero_copy, bench, case)
 
 
 def duplex_steps(bench: Bench) -> Iterator[Step]:
@@ -65,7 +67,7 @@ def _grid(bench: Bench, local: Sequence[Case]) -> Rows:
     return rows
 
 
-def _direct(bench: Bench, case: Case) -> Rows:
+def _zero_copy(bench: Bench, case: Case) -> Rows:
     limits = {suite.zero_copy(blocks).name: blocks for blocks in bench.preset.thread_blocks}
     rows = _measure(bench, case, [*map(suite.zero_copy, limits.values())], "host_direct")
     for row in rows:
@@ -75,7 +77,7 @@ def _direct(bench: Bench, case: Case) -> Rows:
 
 
 def _measure(bench: Bench, case: Case, methods: Sequence[Method], kind: str) -> Rows:
-    """A case in both directions by each way."""
+    """Return the rows of a case in both directions by each method."""
     methods = bench.serving(methods)
     bench.left_out += [why for method in methods if (why := method.left_out(case))]
     named = {method.name: method for method in methods if not method.left_out(case)}
@@ -117,14 +119,17 @@ def _row(kind: str, case: Case, one: Measured, bench: Bench) -> Row:
 
 
 def staging_of(bench: Bench, variant: Variant) -> Row:
-    """``staging_mb``, the most memory of the device that a call takes, in 2^20 bytes; empty if
-    torch does not say. Engines keep staging memory for each stream: the call comes on a new one."""
+    """Return ``staging_mb``, the most memory of the device that a call takes, in 2^20 bytes.
+
+    The row is empty if torch does not report it. Strategies keep staging memory for each stream, so
+    the call runs on a new stream.
+    """
     module = bench.module
     device = bench.device
     if not hasattr(module, "max_memory_allocated"):
         return {}
     stream = bench.stream()
-    staging(device, stream)  # the oldest stream's is given back now, and not in the call
+    staging(device, stream)  # the oldest stream's memory is released now, not in the call
     module.synchronize()
     before = module.memory_allocated(device)
     module.reset_peak_memory_stats(device)
@@ -135,9 +140,12 @@ def staging_of(bench: Bench, variant: Variant) -> Row:
 
 
 def compare(rows: Rows) -> None:
-    """Write into the rows of chosen engines ``chosen_loss``, their time / that of the best engine
-    which their terms allow - 1; and ``best_engine`` and ``best_ratio``, of all."""
-    named = [method.name for method in ENGINES]
+    """Write ``chosen_loss``, ``best_engine`` and ``best_ratio`` into the rows of chosen strategies.
+
+    ``chosen_loss`` is the time / that of the best strategy which the row's terms allow - 1; the
+    other two fields concern the best of all strategies.
+    """
+    named = [method.name for method in STRATEGIES]
     for point in harness.grouped(rows, "shape", "op"):
         known = [row for row in point if row["backend"] in named]
         for row in harness.having(point, engine=suite.CHOSEN):
@@ -202,7 +210,7 @@ def _opposed_memcpy(bench: Bench, ends: Ends) -> Variant:
 
 
 def _together(variants: Sequence[Variant], call: Call) -> Variant:
-    """Both directions as one variant."""
+    """Return both directions as one variant."""
     return Variant(
         {**variants[0].labels, "op": "both"},
         call,

@@ -31,7 +31,7 @@ from portakv_benchmarks.shared.harness import Row, Rows, Step, grouped, having, 
 from portakv_benchmarks.shared.peers import LMCache
 from portakv_benchmarks.shared.shapes import in_words
 
-#: Ways that a bar judges are repeated in full, the others this often at most.
+#: Methods that a target judges are repeated in full, the others this often at most.
 _OTHERS = 2
 #: Repeats with the loop on a separate stream, at most.
 _ON_OWN = 3
@@ -197,7 +197,7 @@ class Meeting:
 
 
 def each_engine(bench: Bench, direction: str) -> Iterator[Traffic]:
-    """Plain memcpy and every engine; rows of 2 KB and of 256 bytes, and blocks for descriptors."""
+    """Yield the traffic of a plain memcpy and of every strategy: rows of 2 KB and of 256 bytes."""
     yield from _chosen(bench, direction, suite.zero_copy(8))
     for method in bench.serving((suite.STAGED, suite.BATCHED_MEMCPY)):
         yield traffic_sources.transfers(bench, method, direction)

@@ -2,9 +2,9 @@
 """Host memory: copies to and from pageable memory, and what pinning takes.
 
 Copies of pageable memory are held against the best that plain copies through a pinned ring reach.
-The ring uses none of PortaKV's engines: the device's memcpy between one end and pinned slots, and
-the host's own copy by several threads between these and pageable memory. Its best configuration,
-and torch's own copy of pageable memory, set the mark.
+The ring uses none of PortaKV's strategies, but the device's memcpy between one end and pinned
+slots, and the host's own copy by several threads between these and pageable memory. Its best
+configuration, and torch's own copy of pageable memory, set the mark.
 
 Pinning gigabytes is held against torch's. The machine's memory is touched once and freed first: a
 virtual machine may get its pages from its host only then. What is taken is what the process has
@@ -109,8 +109,11 @@ def _pageable(bench: Bench, case: Case) -> Rows:
 
 
 def compare(rows: Rows) -> None:
-    """Write into the rows of engines ``to_ring``, the time of the best plain way / their own, and
-    which one that is."""
+    """Write ``to_ring`` and ``best_ring`` into the rows of strategies.
+
+    ``to_ring`` is the time of the fastest plain method / that of the strategy; ``best_ring`` names
+    this method.
+    """
     for point in harness.grouped(rows, "shape", "op"):
         if best := harness.quickest(harness.having(point, plain=True)):
             for row in harness.having(point, plain=False):
@@ -128,7 +131,7 @@ Taken = tuple[torch.Tensor, object, int | None]
 
 
 def pinning_steps(bench: Bench) -> Iterator[Step]:
-    """One step."""
+    """Yield the one step."""
     yield f"pinning {in_words(bench.preset.pinned)}", partial(_pinning, bench, bench.preset.pinned)
 
 
@@ -189,7 +192,7 @@ def _torch(nbytes: int) -> Taken:
 
 
 def _torch_has() -> int | None:
-    """The pinned bytes that torch says it has; None if it does not say."""
+    """Return the pinned bytes that torch reports; None if it does not report them."""
     if not (hasattr(torch.cuda, "host_memory_stats") and torch.cuda.is_available()):
         return None
     stats = torch.cuda.host_memory_stats()
@@ -203,7 +206,7 @@ def _empty_torch() -> None:
 
 
 def resident() -> int:
-    """Bytes that the process has in memory, by the kernel's account."""
+    """Return the bytes that the process has in memory, by the kernel's account."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     results = re.search(r"^VmRSS:\s*(\d+) kB$", status, re.MULTILINE)
     return int(results.group(1)) * 1024 if results else 0

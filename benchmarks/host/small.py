@@ -3,7 +3,7 @@
 docs/benchmarks.md says what *idle*, *paced* and *busy* mean.
 
 The device's events, recorded on that stream right before and after the call, are reported next to
-the host's latency. Every way is given the same numpy array of int64.
+the host's latency. Every method gets the same numpy array of int64.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ OURS = "SmallCopy"
 PINNED = "pinned copy"
 PLAIN = "torch.tensor"
 WARM_UP = 3
-#: Seconds that a large copy is given to be under way, and a short one to end.
+#: Seconds in which a large copy has to begin, and a short one to end.
 _HEAD_START = 3e-4
 SHORT = 4096  # bytes
 _CADENCE = (
     f"each send comes {_HEAD_START * 1e6:.0f} us after another copy was issued, after a large one "
     f"that has ended: as large and still flying (busy), or of {SHORT} bytes (paced); idle sends "
-    f"follow one another, the ways in turns"
+    f"follow one another, the methods in turns"
 )
 #: The count of integers of the performance targets; others take less of the time.
 _JUDGED_COUNT = 64
@@ -46,7 +46,7 @@ TURNS = 3  # of idle sends
 
 
 class Route(NamedTuple):
-    """A way for values."""
+    """A method for values."""
 
     send: Callable[[Values], torch.Tensor]  # is timed: makes them usable on the current stream
     before: Callable[[Values], object] = id  # what was done with them before
@@ -145,8 +145,11 @@ def row_of(bench: Bench, name: str, count: int, seen: Mapping[str, list[Seen]]) 
 def sends_of(
     bench: Bench, methods: Mapping[str, Route], count: int, large: Large
 ) -> dict[str, dict[str, list[Seen]]]:
-    """Every send of every way, idle, paced and busy. The ways take turns, each with many sends: the
-    first of all would meet a colder driver, and a way that alternates others' caches."""
+    """Time every send of every method, idle, paced and busy.
+
+    The methods take turns, each with many sends: the first send of all would meet a colder driver,
+    and a method that alternates would meet the caches of the others.
+    """
     seen = {name: {state: list[Seen]() for state in ("idle", "paced", "busy")} for name in methods}
 
     def send(name: str, state: str, n: int) -> None:
@@ -202,7 +205,7 @@ def timed(
 
 
 def _methods(bench: Bench, count: int) -> dict[str, Route]:
-    """Every way that can be had."""
+    """Return every method that is available."""
     device = bench.device
     methods = {
         OURS: Route(SmallCopy(count, torch.int64, device).send),

@@ -41,14 +41,14 @@ class HostPreset:
     payloads: tuple[int, ...]  # of the grid; from `RARE` on with two host sides only
     largest: int  # payload, of two scenes more
     seconds: float  # bound the rounds of one measurement
-    thread_blocks: tuple[int, ...]  # limits of the direct engine
+    thread_blocks: tuple[int, ...]  # limits of `zero_copy`
     direct: int  # the payload that it is swept with
     duplex: tuple[int, ...]  # payloads of each direction, for both at the same time
     pageable: tuple[int, ...]  # payloads between a device and pageable memory
     ring_slots: tuple[tuple[int, int], ...]  # of a plain pinned ring: slots, and bytes of one
     alongside: int  # the payload of one transfer alongside a model
     loop_seconds: float  # how long a loop runs alone
-    repeats: int  # how often each way meets it
+    repeats: int  # how often each method meets it
     waiting: (
         float  # seconds of transfers that follow each other, alongside copies of another stream
     )
@@ -144,7 +144,7 @@ class Bench:
         self.left_out: list[str] = []  # a line for each thing that was not measured
         self.named = ""  # what the result is called if not by its suite
         self._regions: dict[bool, Region] = {}
-        #: Why an engine does not serve the device, by its name.
+        #: Why a strategy does not serve the device, by its name.
         self.absent = {
             one.name: one.reason
             for one in trace(device)
@@ -174,14 +174,14 @@ class Bench:
         )
 
     def sides(self, case: Case) -> Sides:
-        """A case in the kept memory, with copies of its ids wherever engines read them."""
+        """Return a case in the retained memory; its ids lie wherever strategies read them."""
         largest = max(case.payload, self.preset.alongside, *self.preset.payloads)
         sides = Sides(case, self.region(largest))
         sides.settle()
         return sides
 
     def serving(self, methods: Iterable[Method]) -> list[Method]:
-        """Those of several ways whose engines serve the device."""
+        """Return the methods whose strategies serve the device."""
         return [method for method in methods if method.engine not in self.absent]
 
     def forget(self) -> None:
@@ -201,7 +201,7 @@ LEAST_RUN = 32 << 10
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Method:
-    """An engine under terms."""
+    """A strategy under terms."""
 
     name: str  # what its rows are called
     engine: str  # what ``backend=`` takes
@@ -227,7 +227,7 @@ class Method:
         return {"chosen": cast(BlockTransfer, transfer).statistics.engine, "terms": fields}
 
     def allowed(self, sides: Sides, direction: str) -> set[str]:
-        """The engines that may be chosen for a case under its terms; moves nothing."""
+        """Return the strategies that may be chosen for a case under its terms; move nothing."""
         src, dst, *ids = sides.arguments(direction)
         local, remote = (Index() if one is None else one for one in ids)
         steps = local.plan_step, remote.plan_step
@@ -283,7 +283,7 @@ def by_call(
 
 
 def by_engine(method: Method, sides: Sides, direction: str) -> Variant:
-    """A case through an engine."""
+    """Return a case that a strategy moves, as a variant."""
     return by_call(
         sides, direction, method.name, method.engine, lambda: method.move(sides, direction)
     )

@@ -31,9 +31,11 @@ AHEAD = 4
 
 
 class Traffic:
-    """A method of moving a case of so many bytes, and its results alongside other work. One call
-    of its variant moves the case once, after the current stream, and returns a handle that reports
-    the end, or None if the stream does. A peer and memcpy have no `Way`."""
+    """A method of moving a case of so many bytes, and its results alongside other work.
+
+    One call of its variant moves the case once, after the current stream. The call returns a handle
+    that reports the end, or None if the stream does. A peer and memcpy have no `Method`.
+    """
 
     def __init__(self, variant: Variant, payload: int, method: Method | None = None, **labels: Any):
         self.payload = payload
@@ -150,7 +152,7 @@ def memcpys(bench: Bench, direction: str) -> Traffic:
 
 
 def transfers(bench: Bench, method: Method, direction: str, run: int | None = None) -> Traffic:
-    """An engine; rows of ``run`` bytes, or what suits the engine."""
+    """Return the traffic of a strategy, with rows of ``run`` bytes or what suits the strategy."""
     sides = sides_of(
         bench, run or (BLOCK_RUN if method.engine == BATCHED_MEMCPY.engine else RUNS[0])
     )
@@ -161,7 +163,7 @@ def transfers(bench: Bench, method: Method, direction: str, run: int | None = No
 
 
 def moved(sides: Sides, variant: Variant, method: Method | None = None) -> Traffic:
-    """Any way of moving a case."""
+    """Return the traffic of any method of moving a case."""
     place = sides.case.scene
     return Traffic(variant, sides.case.payload, method, shape=place.name, row_bytes=place.row)
 

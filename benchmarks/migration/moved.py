@@ -86,7 +86,7 @@ class Two:
     def method(
         self, name: str, run: Callable[[], Sample], nbytes: int, raw: bool = False, peer: str = ""
     ) -> Method:
-        """A way whose bytes are looked at each time."""
+        """Return a method whose bytes are checked each time."""
         seen = list[bool]()
 
         def call() -> Sample:

@@ -48,7 +48,7 @@ class MigrationPreset:
     moved: tuple[tuple[int, ...], tuple[int, ...]]  # of those that are staged
     large: tuple[int, int]  # scattered blocks, both directions together, alongside a loop
     rounds: int = 9  # on a CPU five at most
-    times: int = 8  # how often a burst goes both ways
+    times: int = 8  # how often a burst goes in both directions
     calls: int = 200
     repeats: int = 3  # how often a loop is met
     seconds: float = 0.4  # of it
@@ -174,7 +174,7 @@ class MigrationBench(Bench):
     def rows(
         self, fields: Row, nbytes: int, methods: list[Method], compared_with: Mapping[str, str]
     ) -> list[Row]:
-        """A row for each way, with other bytes in each round."""
+        """Return a row for each method, with other bytes in each round."""
         used = set[str]()
 
         def ready(method: Method) -> None:
@@ -209,8 +209,10 @@ class MigrationBench(Bench):
         right: Callable[[], bool],
         host_clock: bool = False,
     ) -> Method:
-        """A call as a way, each time looked at; timed on a device, or (``host_clock``) until the
-        host knows the end."""
+        """Return a call as a method, checked each time.
+
+        It is timed on a device, or with ``host_clock`` until the host knows the end.
+        """
         seen = list[bool]()
 
         def run() -> Sample:

@@ -19,7 +19,7 @@ from portakv.storage.io.base import Engine, Request
 from portakv_benchmarks.shared.shapes import POISON
 from portakv_benchmarks.shared.trials import Method, Sample, Trials, timed
 
-#: fio's ways, each at its best: the options alongside those that all have.
+#: fio's methods, each at its best: the options besides the common ones.
 FIO = {
     "fio io_uring": "--ioengine=io_uring --iodepth=64 --fixedbufs --registerfiles --size={nbytes}",
     "fio psync": "--ioengine=psync --numjobs=8 --thread --group_reporting --size={part} "
@@ -52,7 +52,7 @@ class Slab:
         os.fsync(self.fd)
 
     def method(self, engine: Engine, op: str, name: str = "", times: int = 1) -> Method:
-        """All slots in a random order, so many times, by an engine."""
+        """Return a method that moves all slots by an engine ``times`` times, in random order."""
         write = op == "write"
         prepare = self._changed if write else lambda: self.landed.fill(POISON)
         return Method(
@@ -144,7 +144,7 @@ class FsNative:
         return Sample(elapsed, cpu)
 
     def method(self, word: str, prepare: Callable[[], object] = lambda: None) -> Method:
-        """A word as a way."""
+        """Return a word as a method."""
         return Method("lmcache", partial(self.ask, word), prepare, lambda: self.correct, "lmcache")
 
     def close(self) -> None:

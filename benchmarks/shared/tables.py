@@ -65,7 +65,7 @@ def _best(row: Row) -> str:
 
 
 _BYTES: Cell = ("bytes", "verified")
-_WHAT: tuple[Cell, ...] = (("case", "shape"), ("way", "backend"), ("direction", "op"))
+_WHAT: tuple[Cell, ...] = (("case", "shape"), ("method", "backend"), ("direction", "op"))
 _LINK: tuple[Cell, ...] = (
     *_WHAT, ("us", _time), ("GB/s", "gb_per_s:.4g"), ("of memcpy", "ratio:.3f"),
     ("p90/p50", _spread), ("alone us", "alone_us:.4g"), ("host us", "host_us:.4g"),
@@ -81,7 +81,7 @@ _STORED: tuple[Cell, ...] = (
 _CROSSED: tuple[Cell, ...] = (
     ("case", "shape"),
     ("of", "op"),
-    ("way", "backend"),
+    ("method", "backend"),
     ("between", "across"),
     ("us", lambda row: f"{row['p50_us']:,.5g}"),
     ("GB/s", "gb_per_s:.4g"),
@@ -103,7 +103,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     ),
     "ladder": (
         "methods of moving one chunk of a 7B model",
-        (("way", "way"), ("op", "op"), ("us", _time), ("of copy_", "ratio:.4f"),
+        (("method", "way"), ("op", "op"), ("us", _time), ("of copy_", "ratio:.4f"),
          ("x cuda", "to_cuda:.3f"), ("host us", "host_us:.1f"), _BYTES),
     ),
     "overhead": (
@@ -148,7 +148,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     "host_small": (
         "integers from the host, until it sees that their stream has them; busy = alongside a "
         "copy of 1 GB; paced = as busy, but idle; device = by events on that stream",
-        (("integers", "integers:"), ("way", "backend"), ("idle us", "idle_us:.4g"),
+        (("integers", "integers:"), ("method", "backend"), ("idle us", "idle_us:.4g"),
          ("paced us", "paced_us:.4g"), ("busy us", "busy_us:.4g"),
          ("busy/paced", "busy_to_idle:.2f"), ("idle/pinned", "idle_to_pinned:.2f"),
          ("paced/pinned", "paced_to_pinned:.2f"), ("host us", "idle_host_us:.4g"),
@@ -157,7 +157,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     ),
     "host_pinning": (
         "pinning, memory touched once before",
-        (("case", "shape"), ("way", "backend"), ("seconds", "seconds:.4g"),
+        (("case", "shape"), ("method", "backend"), ("seconds", "seconds:.4g"),
          ("of torch", "to_torch:.3f"), ("taken", lambda row: in_words(row["taken_bytes"])),
          ("resident", lambda row: in_words(row["resident_bytes"])),
          ("to free, s", "free_seconds:.4g"), _BYTES),
@@ -229,7 +229,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     "migrate_weights": ("weights: their copies alone, and with names and digests", _CROSSED),
     "migrate_beside": (
         "alongside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
-        (("loop", "loop"), ("on", "on"), ("case", "shape"), ("way", "backend"), ("of", "op"),
+        (("loop", "loop"), ("on", "on"), ("case", "shape"), ("method", "backend"), ("of", "op"),
          ("slow-down %", "slowdown_pct:.4g"),
          ("repeats", lambda row: " ".join(f"{one:.1f}" for one in row["slowdowns_pct"])),
          ("over raw", "over_raw:.4g"), ("GB/s", "link_gb_per_s:.4g"), ("of raw", "of_raw:.3f"),

@@ -115,7 +115,7 @@ class Tier:
         return np.array(self.tier_store.write(queue, keys, rows, numbers, sums))
 
     def method(self, op: str) -> Method:
-        """Storing or loading as a way; what was stored is loaded to be judged."""
+        """Return storing or loading as a method; stored blocks are loaded to be judged."""
         return Method("tier", partial(self.run, op), right=self.right)
 
     def right(self) -> bool:
@@ -127,7 +127,7 @@ class Tier:
 
 
 def engine_steps(bench: StorageBench) -> Iterator[Step]:
-    """Each size, read and written, by each engine; `threads` at one size alone."""
+    """Measure each size, read and written, by each I/O engine; `threads` at one size alone."""
     for size in bench.sizes.sizes:
         yield in_words(size), partial(_both_directions, bench, size)
 
