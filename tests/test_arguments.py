@@ -204,21 +204,12 @@ def documented() -> Iterator[tuple[str, Any]]:
     for path, options in entries:
         if not path.startswith(PACKAGES):
             continue
-        listed = re.search(r"members: \[(.*)\]", options)
-        members = listed[1].split(", ") if listed and listed[1] else None
-        if listed and not listed[1]:
-            members = []
+        members = _listed_members(options)
         module, _, name = path.rpartition(".")
         with suppress(ImportError):  # it is a module
-            found = import_module(path)
-            own = members or [
-                x for x, y in vars(found).items() if inspect.isfunction(y) and y.__module__ == path
-            ]
-            for each in own:
-                if each.startswith("_"):
-                    continue
-                seen.add(getattr(found, each))
-                yield from _callables(each, getattr(found, each), None, True)
+            for each, value in _of_module(path, members):
+                seen.add(value)
+                yield from _callables(each, value, None, True)
             continue
         kind = getattr(import_module(module), name)
         seen.add(kind)
@@ -230,6 +221,23 @@ def documented() -> Iterator[tuple[str, Any]]:
             error = inspect.isclass(value) and issubclass(value, PortaKVError)
             if value not in seen and not error:
                 yield from _callables(name, value, None, True)
+
+
+def _listed_members(options: str) -> list[str] | None:
+    """Return the members that an entry of the page lists; None if it lists none of its own."""
+    listed = re.search(r"members: \[(.*)\]", options)
+    if listed is None:
+        return None
+    return listed[1].split(", ") if listed[1] else []
+
+
+def _of_module(path: str, members: list[str] | None) -> list[tuple[str, Any]]:
+    """Return the public members of a module, by default its own functions, with their names."""
+    found = import_module(path)
+    own = members or [
+        x for x, y in vars(found).items() if inspect.isfunction(y) and y.__module__ == path
+    ]
+    return [(each, getattr(found, each)) for each in own if not each.startswith("_")]
 
 
 def _callables(name: str, value: Any, members: Any, made: bool) -> Iterator[tuple[str, Any]]:

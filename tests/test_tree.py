@@ -144,7 +144,7 @@ def test_only_bounded_remembers() -> None:
 
 
 def remembering(tree: ast.Module) -> Iterator[int]:
-    """The lines of a module's own empty mappings, and of caches without a limit."""
+    """Yield the lines of a module's own empty mappings, and of caches without a limit."""
     for node in tree.body:
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
         empty = isinstance(value, ast.Dict) and not value.keys
@@ -152,6 +152,11 @@ def remembering(tree: ast.Module) -> Iterator[int]:
             empty = called(value) == "defaultdict" or not value.args  # its factory fills nothing
         if empty and HANDLES not in ast.unparse(node):
             yield node.lineno
+    yield from unlimited_caches(tree)
+
+
+def unlimited_caches(tree: ast.Module) -> Iterator[int]:
+    """Yield the lines of functions with a cache without a limit."""
     for inner in ast.walk(tree):
         if isinstance(inner, ast.FunctionDef) and inner.args.args:
             names = {called(mark) for mark in inner.decorator_list}

@@ -166,6 +166,15 @@ def _must_declare(
     return axis not in solved and len([f for f in group if f != "kv" and "%" not in f]) > 1
 
 
+def _draw_order(draw: Draw, place: str, n: int) -> list[int]:
+    """Draw the order of ``n`` physical dimensions."""
+    # In its plainest form a strided place is one tensor after another.
+    order = [n - 1, *range(n - 1)] if place == "strided" else list(range(n))
+    if draw(st.booleans()):
+        order = [order[p] for p in _order(draw, n)]
+    return order
+
+
 def _arranged(
     draw: Draw,
     layout: str,
@@ -180,10 +189,7 @@ def _arranged(
     levels = len(axes.left)
     place = pick(draw, ("separate", "strided", "scattered")) if levels else "separate"
     n = len(groups) + (place == "strided")
-    # In its plainest form a strided place is one tensor after another.
-    order = [n - 1, *range(n - 1)] if place == "strided" else list(range(n))
-    if draw(st.booleans()):
-        order = [order[p] for p in _order(draw, n)]
+    order = _draw_order(draw, place, n)
     pads = {}
     if draw(st.booleans()):
         pads[draw(st.integers(0, n - 1))] = pick(draw, (1, 2, 3, 4, 8, 16, 5))

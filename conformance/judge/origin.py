@@ -103,15 +103,23 @@ def came_from(
         if window in endless:
             return "a piece of a canary"
         for side, rows, memory in (("source", src, src_memory), ("destination", dst, before)):
-            place = _find_in_rows(window, rows, memory)
-            if place is not None:
-                row = rows.row_addresses(place.kv, place.layer, [place.slot]).ravel()
-                byte = place.head * rows.widths[place.kv] + place.byte + at
-                if byte < row.size:  # a window may end in the next row of the plane
-                    result = place_of(rows, int(row[byte]))
-                    return f"{side} {(result or place).text(rows)}"
-            for number, region in enumerate(memory.regions):
-                offset = region.content.tobytes().find(window)
-                if offset >= 0:
-                    return f"byte {offset + at} of {side} storage {number}, outside its rows"
+            reported = _found_in(window, at, side, rows, memory)
+            if reported is not None:
+                return reported
+    return None
+
+
+def _found_in(window: bytes, at: int, side: str, rows: Rows, memory: Memory) -> str | None:
+    """Describe byte ``at`` of a window in words, if a side holds the window; else return None."""
+    place = _find_in_rows(window, rows, memory)
+    if place is not None:
+        row = rows.row_addresses(place.kv, place.layer, [place.slot]).ravel()
+        byte = place.head * rows.widths[place.kv] + place.byte + at
+        if byte < row.size:  # a window may end in the next row of the plane
+            result = place_of(rows, int(row[byte]))
+            return f"{side} {(result or place).text(rows)}"
+    for number, region in enumerate(memory.regions):
+        offset = region.content.tobytes().find(window)
+        if offset >= 0:
+            return f"byte {offset + at} of {side} storage {number}, outside its rows"
     return None

@@ -109,14 +109,7 @@ class Rows:
         parts = int(extents.get("kv", 2 if written("kv") else 1))
         self._extent.update(kv=[parts] * parts, block=[None] * parts, page=[None] * parts)
         for keyword in ("layers", "heads", "block_size"):
-            axis = _DECLARES[keyword]
-            declared = extents.get(keyword)
-            if axis != "token" and not written(axis):
-                if declared not in (None, 1):
-                    reported = f"got {keyword}={declared} for a layout without {axis!r}"
-                    raise ValueError(f"Expected extents of axes that the layout has, {reported}.")
-                declared = 1
-            self._extent[axis] = [None if declared is None else int(declared)] * parts
+            self._extent[_DECLARES[keyword]] = [self._declared(keyword, extents)] * parts
         if not written("page") and not (written("block") and written("token")):
             # A chunk has no block_size: its tokens are counted. A block may be of one token.
             self._extent["token"] = [1 if written("block") else None] * parts
@@ -125,6 +118,17 @@ class Rows:
         if len(each) != parts:
             raise ValueError(f"Expected {parts} widths in dim, one for each kv, got {dim}.")
         self._extent["dim"] = list(each)
+
+    def _declared(self, keyword: str, extents: Extents) -> int | None:
+        """Return a declared extent, 1 for an axis that the layout does not have."""
+        axis = _DECLARES[keyword]
+        declared = extents.get(keyword)
+        if axis != "token" and not self.axes.written(axis):
+            if declared not in (None, 1):
+                reported = f"got {keyword}={declared} for a layout without {axis!r}"
+                raise ValueError(f"Expected extents of axes that the layout has, {reported}.")
+            return 1
+        return None if declared is None else int(declared)
 
     def _measure(self) -> None:
         """Find every extent that is not declared, then check every group against the tensors."""

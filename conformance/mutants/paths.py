@@ -88,7 +88,8 @@ def _by_source(runs: Runs) -> Runs:
 @HostRows.mutate("move")
 def MergedBySourceAlone(right: HostRows, runs: Runs, call: Call) -> None:
     """Runs are merged where they are neighbours in the source, wherever the destination is."""
-    runs, at = _by_source(runs), np.arange(len(runs.src))
+    runs = _by_source(runs)
+    at = np.arange(len(runs.src))
     follows = np.diff(runs.src, prepend=-1) == runs.nbytes
     begins = np.maximum.accumulate(np.where(follows, 0, at))
     right.move(replace(runs, dst=runs.dst[begins] + (at - begins) * runs.nbytes), call)

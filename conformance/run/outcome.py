@@ -25,23 +25,16 @@ _MOST_DETAILS = 20_000  # characters
 def outcome(
     reports: Mapping[str, pytest.TestReport], judge: Judge | None, flaw: str
 ) -> tuple[Status, str, str]:
-    """Status, a sentence and the details of a case whose phases have all ended, by the report of
-    each. A ``flaw`` says why nothing at all can be judged of the backend."""
+    """Return status, a sentence and the details of a case, by the reports of all of its phases.
+
+    A ``flaw`` says why nothing at all can be judged of the backend.
+    """
     if flaw:
         return "failed", flaw, ""
     for when in ("setup", "call", "teardown"):
         report = reports.get(when)
-        if report is None or report.passed:
-            continue
-        if report.skipped:
-            return "error", "The case skipped itself; a case of the suite never does.", ""
-        status: Status = "failed" if when == "call" else "error"
-        crash = getattr(report.longrepr, "reprcrash", None)
-        reported = sentence(str(getattr(crash, "message", report.longrepr)))
-        if _FLAKY in report.longreprtext and judge is not None and judge.fault:
-            reported = f"{sentence(judge.fault)} {_ONCE}"
-        parts = [report.longreprtext, *(f"--- {name}\n{text}" for name, text in report.sections)]
-        return status, reported, "\n".join(parts)[-_MOST_DETAILS:]
+        if report is not None and not report.passed:
+            return _of_failure(when, report, judge)
     if "call" not in reports:
         return "error", "The case did not come to its end.", ""
     if judge is not None and judge.unclaimed:
@@ -55,6 +48,21 @@ def outcome(
     why = f"It declines {declined} of {total} copies: {judge.declined[0]}"
     # What was judged stands for the case only if it is the greater part of it.
     return ("passed" if 2 * declined < total else "not-claimed"), why, ""
+
+
+def _of_failure(
+    when: str, report: pytest.TestReport, judge: Judge | None
+) -> tuple[Status, str, str]:
+    """Return the outcome of a case by the first phase that did not pass."""
+    if report.skipped:
+        return "error", "The case skipped itself; a case of the suite never does.", ""
+    status: Status = "failed" if when == "call" else "error"
+    crash = getattr(report.longrepr, "reprcrash", None)
+    reported = sentence(str(getattr(crash, "message", report.longrepr)))
+    if _FLAKY in report.longreprtext and judge is not None and judge.fault:
+        reported = f"{sentence(judge.fault)} {_ONCE}"
+    parts = [report.longreprtext, *(f"--- {name}\n{text}" for name, text in report.sections)]
+    return status, reported, "\n".join(parts)[-_MOST_DETAILS:]
 
 
 def sentence(message: str) -> str:

@@ -503,4 +503,4 @@ def test_the_command_of_the_page_judges_the_kernel(by: str, emulation: str, tmp_
     assert said.get("library") == ({"libportakv_ascend.so": digest} if by_kernel else None)
     way = "the AscendC kernel" if by_kernel else "the ops of torch_npu"
     assert said["carried out by"] == way
-    assert device == f"npu, emulated{f', by {way}' * by_kernel}"
+    assert device == (f"npu, emulated, by {way}" if by_kernel else "npu, emulated")

@@ -64,6 +64,15 @@ def run(folder: Path, device: str, *words: str) -> tuple[int, Row]:
     return code, json.loads(file.read_text())
 
 
+def check_lmcache(ours: list[dict[str, Any]], with_own: bool, device: torch.device) -> None:
+    """Check the formats and the kernels of PortaKV's rows for LMCache."""
+    assert with_own == (find_spec("lmcache") is not None)
+    formats = {0, 1, 4, 6, 8, 12, 16, 17} | ({7} if device.type != "cuda" else set())
+    assert {row["format"] for row in ours if "format" in row} >= formats
+    kernels = {"slots", "blocks", "connector"} if with_own else {"slots", "blocks"}
+    assert {row["kernel"] for row in ours if "kernel" in row} == kernels
+
+
 @on_devices
 @pytest.mark.parametrize("part", ["lmcache", "vllm", "sglang"])
 def test_a_part_with_the_engine_that_is_here(
@@ -92,11 +101,7 @@ def test_a_part_with_the_engine_that_is_here(
     assert bool(own) == (part in result["asked"]["peers"])
     assert bool(own) or any(line.startswith(f"{part}: its own") for line in left_out)
     if part == "lmcache":
-        assert bool(own) == (find_spec("lmcache") is not None)
-        formats = {0, 1, 4, 6, 8, 12, 16, 17} | ({7} if device.type != "cuda" else set())
-        assert {row["format"] for row in ours if "format" in row} >= formats
-        kernels = {"slots", "blocks", "connector"} if own else {"slots", "blocks"}
-        assert {row["kernel"] for row in ours if "kernel" in row} == kernels
+        check_lmcache(ours, bool(own), device)
     kinds = {"plug_copy"}
     if device.type != "cpu":
         kinds.add("plug_interference")

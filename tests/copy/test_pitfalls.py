@@ -300,7 +300,8 @@ class Rig:
     def __init__(self, tokens: int) -> None:
         self.memory = noise(7, 4, 8)
         self.chunk_memory = noise(tokens + 8, 8, seed=1)
-        self.before, self.chunk_before = self.memory.clone(), self.chunk_memory.clone()
+        self.before = self.memory.clone()
+        self.chunk_before = self.chunk_memory.clone()
         self.paged = KVView(self.memory[1:6], "block token dim")
         self.dense = KVView(self.chunk_memory[4:-4], "token dim")
 

@@ -12,13 +12,13 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from graphlib import TopologicalSorter
 from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.landed_model import expected_landed
 
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
 from portakv.graph import Graph, Lease, Task
@@ -134,20 +134,7 @@ def test_what_lands_is_what_a_topological_sort_says(data: st.DataObject) -> None
     graph.submit(tasks[cut:], priority="urgent")
     assert all(task.wait(WAIT) for task in tasks)
     assert graph.close(WAIT)
-    landed: dict[int, Any] = {}
-    for one in TopologicalSorter({n: x[0] for n, x in enumerate(plan)}).static_order():
-        befores, maps, rescue, lands, tried, kind = plan[one]
-        left = np.ones(3, bool) if tried is None else tried.copy()
-        own = np.zeros(3, bool)
-        if rescue:
-            own = landed[befores[0]]
-            left = left & ~landed[befores[0]]
-        else:
-            for before, pairs in zip(befores, maps, strict=True):
-                for mine, theirs in [(i, i) for i in range(3)] if pairs is None else pairs:
-                    left[mine] &= landed[before][theirs]
-        result = 0 if kind == "raise" else 1 if kind == "gate" or lands is None else lands
-        landed[one] = own | (left & np.array(result, bool))
+    landed = expected_landed(plan)
     assert [task.landed.tolist() for task in tasks] == [
         landed[n].tolist() for n in range(len(tasks))
     ]

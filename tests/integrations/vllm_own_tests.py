@@ -28,6 +28,18 @@ class Rows(torch.Tensor):
         return self.reshape(*size)
 
 
+class Handler(SimpleNamespace):
+    """The attributes of one direction that vLLM's tests read."""
+
+    def __init__(self, lane: Any, src: list[Any], dst: list[Any], refs: Any) -> None:
+        super().__init__(src_tensors=src[:], dst_tensors=dst[:], lane=lane)
+        self.layer_refs_per_group = self.kv_cache_groups_data_refs = refs  # in 0.33, in 0.26
+
+    @property
+    def _transfers(self) -> list[Any]:
+        return [SimpleNamespace(job_id=job) for job in self.lane.jobs]
+
+
 def pytest_configure() -> None:
     """Put the worker in its place before a test module takes it."""
     from vllm.platforms import current_platform
@@ -41,17 +53,6 @@ def pytest_configure() -> None:
             simdev.load(name)
         type(current_platform).device_type = name
         type(current_platform).manual_seed_all = staticmethod(torch.manual_seed)
-
-    class Handler(SimpleNamespace):
-        """What the tests ask of one direction."""
-
-        def __init__(self, lane: Any, src: list[Any], dst: list[Any], refs: Any) -> None:
-            super().__init__(src_tensors=src[:], dst_tensors=dst[:], lane=lane)
-            self.layer_refs_per_group = self.kv_cache_groups_data_refs = refs  # in 0.33, in 0.26
-
-        @property
-        def _transfers(self) -> list[Any]:
-            return [SimpleNamespace(job_id=job) for job in self.lane.jobs]
 
     class CPUOffloadingWorker(plug.PortaKVOffloadingWorker):
         """With the arguments of vLLM's, and with the tensors of its handlers."""

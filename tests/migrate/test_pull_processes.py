@@ -164,6 +164,15 @@ def test_a_reader_that_was_stopped_finds_its_offer_gone(nursery: Nursery, made: 
     assert offer.state in ("expired", "lost")
 
 
+def check_whole_or_unpublished(pulled: Any, rows: Rows, right: torch.Tensor) -> None:
+    """Wait for a pull; its rows are right, or nothing of it is published."""
+    try:
+        pulled.synchronize(30)
+        assert torch.equal(rows.rows([6, 1, 4], TOKENS), right)
+    except TransferError:
+        assert not pulled.published
+
+
 @pytest.mark.parametrize("rounds", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_nothing_leaks_and_nobody_hangs(
     nursery: Nursery, made: Sides, rounds: int
@@ -190,11 +199,7 @@ def test_killed_at_any_moment_nothing_leaks_and_nobody_hangs(
             except (PeerError, OfferGone):
                 pass
             for pulled in pulls:
-                try:
-                    pulled.synchronize(30)
-                    assert torch.equal(mine.rows([6, 1, 4], TOKENS), right)
-                except TransferError:
-                    assert not pulled.published
+                check_whole_or_unpublished(pulled, mine, right)
         else:
             both = couples[way]
             offers = [both.offer() for _ in range(4)]

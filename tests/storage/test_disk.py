@@ -58,9 +58,8 @@ def store(tmp_path: Path) -> Iterator[Open]:
 
 def save(store: DiskStore, keys: Sequence[bytes], generation: int = 1) -> list[bool]:
     rows = cases.images(len(keys), store.form)
-    sums = [
-        cases.fill(row, store.form, key, generation) for row, key in zip(rows, keys, strict=True)
-    ]
+    pairs = zip(rows, keys, strict=True)
+    sums = [cases.fill(row, store.form, key, generation) for row, key in pairs]
     queue = store.queue_for_write(rows.nbytes)
     return store.write(queue, keys, [*rows], [generation] * len(keys), sums)
 

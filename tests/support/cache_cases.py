@@ -30,6 +30,7 @@ class Cache:
         widths: tuple[int, ...],
         blocks: int,
         size: int,
+        *,
         dtype: torch.dtype = torch.float16,
         seed: int = 0,
         shared: bool = False,

@@ -188,10 +188,11 @@ def function_lines(files: dict[str, str]) -> dict[tuple[str, int], str]:
     for path, name in files.items():
         module = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
         for qualified, code in _codes(module, ""):
-            if code.co_flags & 0x2:  # a function, whose names are local
-                for _, _, line in code.co_lines():
-                    if line is not None and line != code.co_firstlineno:
-                        found.setdefault((name, line), qualified)
+            if not code.co_flags & 0x2:  # no function: its names are not local
+                continue
+            for _, _, line in code.co_lines():
+                if line is not None and line != code.co_firstlineno:
+                    found.setdefault((name, line), qualified)
     return found
 
 

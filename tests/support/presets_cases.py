@@ -105,11 +105,18 @@ def meet(one: str, other: str) -> Shape | None:
     first = 96 if True in opaque else 64 if split else 16
     free = tuple(first // 2 if unequal and k % 2 else first for k in range(min(kv)))
     widths = fixed.pop() if fixed else free
-    if (split and any(width % 32 for width in widths)) or (len(set(widths)) > 1 and not unequal):
+    if not _possible(widths, split, unequal):
         return None
     heads = all(axes.written("head") for axes in sides) and "chunk-2ltd-mla" not in (one, other)
     layers = all(axes.written("layer") for axes in sides)
     return Shape(2 if layers else 1, 2 if heads else 1, widths)
+
+
+def _possible(widths: tuple[int, ...], split: bool, unequal: bool) -> bool:
+    """Return whether both sides can hold these widths."""
+    if split and any(width % 32 for width in widths):
+        return False
+    return unequal or len(set(widths)) == 1
 
 
 def _fixed(name: str) -> tuple[int, ...]:

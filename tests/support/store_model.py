@@ -53,8 +53,9 @@ class Cache:
         self.forget()
 
     def forget(self) -> None:
-        """What it holds now is what it is to hold, and no load has any of it."""
-        self.was, self.free = [plane.copy() for plane in self.planes], [*range(self.blocks)]
+        """Expect the content of now from here on; no load has any block of it."""
+        self.was = [plane.copy() for plane in self.planes]
+        self.free = list(range(self.blocks))
 
     def holds(self) -> bool:
         """Whether it holds what it is to hold."""
