@@ -75,19 +75,19 @@ class Bench(Workshop):
 
     @property
     def facility(self) -> Facility:
-        """Streams and delays of its device."""
+        """Return streams and delays of the judged device."""
         return self.judge.facility
 
     def other(self, number: int) -> Bench:
-        """The same with other bytes and other shuffled lists, by a number."""
+        """Return a bench with other bytes and other shuffled lists, by a number."""
         return replace(self, seed=self.seed + number)
 
     def on_device(self, *shuffled: int) -> torch.Tensor:
-        """Shuffled ids on the judged device."""
+        """Return shuffled ids on the judged device."""
         return torch.tensor(self.shuffled(*shuffled)).to(self.device)
 
     def connector(self) -> AdaptiveConnector:
-        """A connector for what is judged, in layouts that it takes."""
+        """Return a connector for the judged backend, in layouts that the backend takes."""
         return AdaptiveConnector(
             self.subject.device,
             backend=self.subject.name,
@@ -96,11 +96,11 @@ class Bench(Workshop):
         )
 
     def copy(self, case: Case) -> bool:
-        """Judge a case as a user gets it; False where the backend declines it, as it may."""
+        """Judge a case as a user gets it; return False if the backend declines it, as it may."""
         return self.judge.copy(case)
 
     def within(self, shape: Shape, src: Any, dst: Any, *, step: int = 1, **how: Any) -> Case:
-        """A copy within one cache, from some ids to others."""
+        """Return a copy within one cache, from some ids to others."""
         cache = self.cache(shape, src, step=step, **how)
         return Case(cache, replace(cache, ids=self.ids(dst)), len(src) * step)
 

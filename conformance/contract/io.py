@@ -168,7 +168,7 @@ def check_bytes_are_there_when_their_end_is_reported(engine: Engine, folder: Pat
 def check_a_fault_concerns_its_request_alone(engine: Engine, folder: Path) -> None:
     """A request that fails returns a negative errno; the others of the call are moved.
 
-    Of a read past the end of the file the errno says that the bytes will not come.
+    The errno of a read past the end of the file says that the bytes will not come.
     """
     with _opened(folder, 1 << 16) as (file,):
         closed = os.dup(file.fd)

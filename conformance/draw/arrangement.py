@@ -46,7 +46,7 @@ class Side:
     reinterpret: bool = False  # the other side is of another number type
 
     def at(self, count: int) -> np.ndarray:
-        """The slot of each of ``count`` positions, int64; negative if it is skipped."""
+        """Return the slot of each of ``count`` positions, int64; negative if it is skipped."""
         return expand(self.ids, self.step, self.offset, count)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -203,7 +203,7 @@ def _strides(to: Arrangement, sizes: list[int]) -> tuple[list[int], int]:
 
 
 def build(to: Arrangement) -> tuple[Any, list[Guarded]]:
-    """Tensors in their containers, and the guarded storages under them."""
+    """Return tensors in their containers, and the guarded storages under them."""
     axes = read_layout(to.layout)
     levels = [_group_size(to, group, 0) for group in axes.left]
     outer = [(f.axis, _factor_size(to, g, i, 0)) for g in axes.left for i, f in enumerate(g)]

@@ -115,8 +115,10 @@ def widened(layout: str, axis: str, elements: int) -> Keywords:
 
 
 def reordered(layout: str, axes: str) -> str:
-    """The dimensions of a layout in the order of ``axes``, as ``memory`` of `arranged`. Those that
-    are not in ``axes`` come outermost; what is in it and no dimension is passed over."""
+    """Return the dimensions of a layout in the order of ``axes``, as ``memory`` of `arranged`.
+
+    Dimensions that are not in ``axes`` come outermost; axes that are no dimension are passed over.
+    """
     left = _names(read_layout(layout).left)
     names = _names(read_layout(layout).right)
     known = names + left if len(left) == 1 else names
@@ -159,14 +161,14 @@ class Workshop:
         offset: int = 0,
         **how: Any,
     ) -> Side:
-        """A paged cache under a list of slots (with ``step`` the block size: of blocks)."""
+        """Return a paged cache under slots, or under blocks if ``step`` is the block size."""
         to = arranged(layout or self.paged, shape, **self._own(how))
         return side_of(to, self.ids(ids), step, offset)
 
     def chunk(
         self, shape: Shape, tokens: int, *, layout: str = "", offset: int = 0, **how: object
     ) -> Side:
-        """A chunk of so many tokens, from its token ``offset`` on."""
+        """Return a chunk of so many tokens, from its token ``offset`` on."""
         to = arranged(layout or self.dense, shape, tokens=tokens, **self._own(how))
         return side_of(to, None, 1, offset)
 
@@ -181,8 +183,10 @@ class Workshop:
         chunk: Keywords | None = None,
         **how: Any,
     ) -> Case:
-        """A case of `DIRECTIONS`; ``how`` is that of the cache, ``chunk`` that of the chunk, which
-        has the cache's dtype if it names none."""
+        """Return a case of `DIRECTIONS`.
+
+        ``how`` describes the cache, ``chunk`` the chunk; both have one dtype by default.
+        """
         ids = self.ids(ids)
         source = direction == "gather"
         count = len(ids) * how.get("step", 1) - how.get("offset", 0)
@@ -196,18 +200,18 @@ class Workshop:
     def some(
         self, direction: str, shape: Shape, count: int, holes: int = 0, *chunk: Any, **how: Any
     ) -> Case:
-        """A case under `shuffled` ids; the rest is as for `move`."""
+        """Return a case under `shuffled` ids; the rest is as for `move`."""
         ids = self.shuffled(shape.slots // how.get("step", 1), count, holes)
         return self.move(direction, shape, ids, *chunk, **how)
 
     def ids(self, ids: Ids) -> torch.Tensor | None:
-        """Ids as a tensor: int64 on the host if they are a list."""
+        """Return ids as a tensor: int64 on the host if they are a list."""
         if ids is None or isinstance(ids, torch.Tensor):
             return ids
         return torch.tensor(ids, dtype=torch.int64)
 
     def shuffled(self, units: int, count: int, holes: int = 0) -> list[int]:
-        """``count`` distinct numbers below ``units`` out of order, ``holes`` of them negative."""
+        """Return ``count`` shuffled numbers below ``units``, ``holes`` of them negative."""
         rng = random.Random(self.seed)
         numbers = rng.sample(range(units), count)
         for place in rng.sample(range(count), holes):
@@ -216,7 +220,7 @@ class Workshop:
 
 
 def between(direction: str, cache: Side, chunk: Side, count: int) -> Case:
-    """The copy of a direction between a cache and a chunk."""
+    """Return the copy of a direction between a cache and a chunk."""
     return Case(cache, chunk, count) if direction == "gather" else Case(chunk, cache, count)
 
 

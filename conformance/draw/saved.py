@@ -25,8 +25,10 @@ _KINDS = {"list": list, "tuple": tuple, "dict": dict}
 
 
 def dump(case: Case, about: JsonObject | None = None) -> str:
-    """A case as a JSON document; ``about`` says where it came from. `ValueError` if a side was not
-    built from an arrangement."""
+    """Return a case as a JSON document; ``about`` says where it came from.
+
+    `ValueError`: a side was not built from an arrangement.
+    """
     document = {
         "schema": SCHEMA,
         "about": about or {},
@@ -58,9 +60,11 @@ def read_about(text: str) -> JsonObject:
 
 
 def load(text: str, device: str | torch.device | None = None) -> tuple[Case, JsonObject]:
-    """The case of a JSON document, with fresh tensors, and its description. Tensors of the judged
-    device are built on ``device``, by default where they lay. `ValueError` if it is not a document
-    of this schema, or fields are missing."""
+    """Return the case of a JSON document, with fresh tensors, and its description.
+
+    Tensors of the judged device are built on ``device``, by default where they lay.
+    `ValueError`: the document has another schema, or fields are missing.
+    """
     reported = read_about(text)
 
     def to(place: str) -> str:
@@ -88,8 +92,10 @@ def _reading() -> Iterator[None]:
 
 
 def replay(path: Path, subject: Subject) -> str | None:
-    """Judge a saved example on a subject: None if it passes, else what is wrong, a sentence. A copy
-    that the backend declines, as it may, passes; `ValueError` as `load` raises."""
+    """Judge a saved example on a subject; return None if it passes, else the fault as a sentence.
+
+    A copy that the backend declines, as it may, passes. `ValueError` as `load` raises.
+    """
     case, reported = load(path.read_text(encoding="utf-8"), subject.device)
     end = reported.get("end", ENDS[0])
     with _reading():

@@ -56,12 +56,12 @@ class SharedRows:
 
 
 def rarely(draw: Draw) -> bool:
-    """True once in eight draws."""
+    """Return True once in eight draws."""
     return bool(draw(st.integers(0, 7)) == 7)
 
 
 def pick(draw: Draw, among: Sequence[Any]) -> Any:
-    """One of a sequence, shrinking to its first."""
+    """Draw one of a sequence, shrinking to its first."""
     return among[draw(st.integers(0, len(among) - 1))]
 
 
@@ -353,8 +353,10 @@ def _as_tensor(draw: Draw, ids: list[int], device: str) -> torch.Tensor:
 
 @st.composite
 def cases(draw: Draw, /, **options: Any) -> Case:
-    """A token-exact copy between two sides; keywords are those of ``Options``. No slot of the
-    destination is drawn twice."""
+    """Draw a token-exact copy between two sides; keywords are those of ``Options``.
+
+    No slot of the destination is drawn twice.
+    """
     chosen = Options(**options)
     rows, dtypes = _draw_rows(draw, chosen)
     splits = _draw_splits(draw, rows, dtypes)
@@ -366,7 +368,7 @@ def cases(draw: Draw, /, **options: Any) -> Case:
 
 @st.composite
 def migrations(draw: Draw, /, **options: Any) -> Case:
-    """A copy within one cache, between rows that do not meet; ids on both sides."""
+    """Draw a copy within one cache, between rows that do not meet; ids on both sides."""
     chosen = Options(**options)
     rows, dtypes = _draw_rows(draw, chosen)
     split = _draw_splits(draw, rows, dtypes)[0]
@@ -386,7 +388,7 @@ def migrations(draw: Draw, /, **options: Any) -> Case:
 
 @st.composite
 def page_cases(draw: Draw, /, **options: Any) -> Case:
-    """A copy of whole opaque blocks; equal block sizes, and steps of one block or no ids."""
+    """Draw a copy of whole opaque blocks: equal block sizes, and steps of one block or no ids."""
     chosen = Options(**options)
     layers = draw(st.integers(1, 3))
     size = draw(st.integers(1, 8))
@@ -408,5 +410,5 @@ def page_cases(draw: Draw, /, **options: Any) -> Case:
 
 
 def all_cases(**options: object) -> st.SearchStrategy[Case]:
-    """``cases``, ``migrations`` and ``page_cases`` together."""
+    """Return the strategy of ``cases``, ``migrations`` and ``page_cases`` together."""
     return st.one_of(cases(**options), migrations(**options), page_cases(**options))

@@ -39,19 +39,19 @@ class Facility:
         return torch.accelerator.device_count() if self.streams else 1
 
     def second(self) -> torch.device:
-        """Another device of this kind."""
+        """Return another device of this kind."""
         return torch.device(self.device.type, ((self.device.index or 0) + 1) % self.devices())
 
     def stream(self, device: torch.device | None = None) -> torch.Stream:
-        """A new stream."""
+        """Return a new stream."""
         return torch.Stream(device or self.device)
 
     def current(self) -> torch.Stream:
-        """The current stream of the judged device."""
+        """Return the current stream of the judged device."""
         return torch.accelerator.current_stream(self.device)
 
     def on(self, stream: torch.Stream) -> AbstractContextManager[object]:
-        """Inside, ``stream`` is the current one."""
+        """Make ``stream`` the current one in a block."""
         context: AbstractContextManager[object] = torch.get_device_module(stream.device).stream(
             stream
         )
@@ -82,7 +82,7 @@ class Facility:
             torch.accelerator.synchronize(self.device)
 
     def spare(self) -> int:
-        """Bytes of memory that are free on the judged device; 0 where it is unknown."""
+        """Return the free bytes of memory on the judged device; 0 if they are unknown."""
         if not self.streams or self.emulated:
             return 0
         ask = getattr(torch.get_device_module(self.device), "mem_get_info", None)

@@ -45,12 +45,12 @@ Why = Callable[[], str | None]
 
 
 def view_of(side: Side) -> KVView:
-    """The view of one side."""
+    """Return the view of one side."""
     return KVView(side.tensors, side.layout, reinterpret=side.reinterpret, **side.extents)
 
 
 def index_of(side: Side) -> Index:
-    """The index of one side."""
+    """Return the index of one side."""
     return Index(side.ids, step=side.step, offset=side.offset)
 
 
@@ -60,7 +60,7 @@ def arguments_of(case: Case) -> Arguments:
 
 
 def plan_of(case: Case) -> CopyPlan:
-    """The plan of a case, in the largest unit that both sides allow."""
+    """Return the plan of a case, in the largest unit that both sides allow."""
     src, dst, own, other = arguments_of(case)
     return CopyPlan(src.form, dst.form, own.plan_step, other.plan_step)
 
@@ -94,7 +94,7 @@ class Judge:
         return True
 
     def ids(self, ids: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Ids where the backend claims to read them, by default in a dtype that it claims."""
+        """Return ids where the backend claims to read them, by default in a claimed dtype."""
         can = self.subject.can
         listed = torch.tensor(ids, dtype=dtype or next(iter(can.index_dtypes)))
         return listed.to(can.home_of_ids(self.subject.device))
@@ -104,7 +104,7 @@ class Judge:
         return self.subject.copy(*arguments_of(case), count=case.count, **how)
 
     def copy(self, case: Case, *, end: str = "synchronize") -> bool:
-        """Judge a case as a user gets it; False where the backend declines it, as it may."""
+        """Judge a case as a user gets it; return False if the backend declines it, as it may."""
         return self.call(case, partial(self.start, case), end=end)
 
     def call(
@@ -126,7 +126,7 @@ class Judge:
         return self.judge(case, lambda: self.finish(start(), end), why)
 
     def launch(self, case: Case) -> bool:
-        """Judge a case by ``prepare`` and the launch alone; False where it is declined."""
+        """Judge a case by ``prepare`` and the launch alone; return False if it is declined."""
         self.direct = True
         return self.judge(case, lambda: self.launch_only(case))
 
@@ -272,9 +272,9 @@ class Judge:
         )
 
     def refused(self, case: Case, error: type[PortaKVError] = Unsupported) -> None:
-        """The forced backend must raise ``error`` for this case, with every output untouched.
+        """Expect the forced backend to raise ``error`` for this case, with every output untouched.
 
-        Where that is another than `Unsupported`, the backend may decline the case instead.
+        If the error is not `Unsupported`, the backend may decline the case instead.
         """
         before = Memory.snapshot(case.src.tensors, case.dst.tensors)
         rule = "What is not claimed must raise Unsupported"
@@ -379,8 +379,10 @@ def at_once(works: Sequence[Callable[[], object]], times: int = 1) -> None:
 
 
 def find_base_layout(subject: Subject, layouts: Sequence[str]) -> str:
-    """The first layout of a cache that the backend takes both ways, by tokens and by blocks; else
-    the first."""
+    """Return the first layout of a cache that the backend takes by tokens and by blocks.
+
+    If it takes none, return the first layout.
+    """
     methods = list(product((1, Shape().block_size), DIRECTIONS))
     for layout in layouts:
         shop = Workshop(str(subject.device), 0, layout)
@@ -393,7 +395,7 @@ def find_base_layout(subject: Subject, layouts: Sequence[str]) -> str:
 
 @lru_cache(maxsize=256)  # called by many cases, and preparing may compile
 def across(subject: Subject, paged: str, other: str) -> str:
-    """``other`` where the backend copies from caches of layout ``paged`` to it, else ``paged``."""
+    """Return ``other`` if the backend copies from layout ``paged`` to it, else ``paged``."""
     shape = Shape()
     shop = Workshop(str(subject.device), 0, paged)
     source = shop.cache(shape, [1])
@@ -423,7 +425,7 @@ def plans(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> list[
 
 
 def changed(before: Memory, tensors: object) -> str | None:
-    """A clause on the first storage that is not as it was, or None."""
+    """Return a clause on the first storage that changed, or None."""
     for number, result in before.changes(Memory.snapshot(tensors)):
         first = int(result[0]) - before.regions[number].base
         many = f"{result.size} bytes of storage {number} of the outputs"

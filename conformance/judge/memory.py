@@ -53,7 +53,7 @@ class Memory:
         return cls(regions)
 
     def copy(self) -> Memory:
-        """The same regions with bytes of their own."""
+        """Return the same regions with separate bytes."""
         return Memory([Region(r.base, r.content.copy()) for r in self.regions])
 
     def restore(self, wholes: Iterable[torch.Tensor]) -> None:
@@ -63,7 +63,7 @@ class Memory:
             whole.copy_(torch.from_numpy(by_base[whole.data_ptr()]))
 
     def read(self, addresses: np.ndarray) -> np.ndarray:
-        """The bytes at absolute addresses (int64, any shape)."""
+        """Return the bytes at absolute addresses (int64, any shape)."""
         values = np.empty(addresses.shape, dtype=np.uint8)
         for region, chosen in self._split(addresses):
             values[chosen] = region.content[addresses[chosen] - region.base]
@@ -75,14 +75,14 @@ class Memory:
             region.content[addresses[chosen] - region.base] = values[chosen]
 
     def changes(self, now: Memory) -> Iterator[tuple[int, np.ndarray]]:
-        """The number of each region that is not as in ``now``, and the addresses that differ."""
+        """Yield the number of each region that differs from ``now``, and these addresses."""
         for number, (was, result) in enumerate(zip(self.regions, now.regions, strict=True)):
             offsets = np.nonzero(was.content != result.content)[0]
             if offsets.size:
                 yield number, was.base + offsets
 
     def find(self, address: int) -> tuple[int, int] | None:
-        """The number of the region that holds an address and the offset in it, or None."""
+        """Return the number of the region that holds an address and the offset in it, or None."""
         for number, region in enumerate(self.regions):
             if region.base <= address < region.end:
                 return number, address - region.base

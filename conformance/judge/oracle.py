@@ -17,7 +17,7 @@ __all__ = ["Expected", "Rows", "compare", "expand", "expected_copy"]
 
 
 def expand(ids: object, step: int, offset: int, count: int) -> np.ndarray:
-    """The slot of each position of one side, int64 ``[count]``; negative where it is skipped.
+    """Return the slot of each position of one side, int64 ``[count]``; negative if it is skipped.
 
     With ``q = position + offset`` the slot is ``ids[q // step] * step + q % step``, without ids
     it is ``q``. ``ids`` is None or a tensor (any device) or sequence of integers.
@@ -96,8 +96,11 @@ def _whole_blocks(pairs: np.ndarray, size: int) -> np.ndarray:
 
 
 def compare(expected: Expected, dst_tensors: object, src_tensors: object = None) -> str | None:
-    """None where every byte of the destination's storages is right, rows, padding and canaries,
-    else a sentence on the first wrong one. ``src_tensors``: the source must not be written."""
+    """Return None if every byte of the destination is right, else a sentence on the first fault.
+
+    Rows, padding and canaries of its storages are compared. ``src_tensors``: the source must not be
+    written.
+    """
     actual = Memory.snapshot(dst_tensors)
     own, other = ([(r.base, r.end) for r in m.regions] for m in (actual, expected.after))
     if own != other:

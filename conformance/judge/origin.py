@@ -48,7 +48,7 @@ def _planes(rows: Rows) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
 
 
 def place_of(rows: Rows, address: int) -> Place | None:
-    """The byte of a row that lies at an address; None for padding and canaries."""
+    """Return the byte of a row that lies at an address; None for padding and canaries."""
     for layer, kv, slots, addresses in _planes(rows):
         hits = np.argwhere(addresses == address)
         if hits.size:

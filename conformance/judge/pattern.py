@@ -27,7 +27,7 @@ def _mix(words: np.ndarray) -> np.ndarray:
 
 
 def pattern_bytes(seed: int, storage: int, nbytes: int, start: int = 0) -> np.ndarray:
-    """Bytes ``start .. start + nbytes`` of the pattern of one storage, as uint8."""
+    """Return bytes ``start .. start + nbytes`` of the pattern of one storage, as uint8."""
     first = start // 8
     words = np.arange(first, (start + nbytes + 7) // 8 + 1, dtype=np.uint64)
     key = _mix(np.array([(seed * 0x1000193 + storage + 1) & _WORD], dtype=np.uint64))
@@ -41,7 +41,7 @@ def poison_bytes(seed: int, storage: int, nbytes: int, start: int = 0) -> np.nda
 
 
 def canary_bytes(nbytes: int, start: int = 0) -> np.ndarray:
-    """Bytes ``start .. start + nbytes`` of an endless run of canaries, as uint8."""
+    """Return bytes ``start .. start + nbytes`` of an endless run of canaries, as uint8."""
     return np.resize(np.roll(CANARY, -(start % CANARY.size)), nbytes)
 
 
@@ -55,14 +55,16 @@ class Guarded:
     nbytes: int
 
     def payload(self) -> torch.Tensor:
-        """The payload as uint8, on the device of the storage."""
+        """Return the payload as uint8, on the device of the storage."""
         return self.whole[self.start : self.start + self.nbytes]
 
     def tensor(
         self, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int], offset: int = 0
     ) -> torch.Tensor:
-        """A tensor over the payload, which it may not leave (ValueError); stride and offset count
-        elements of ``dtype``."""
+        """Return a tensor over the payload; stride and offset count elements of ``dtype``.
+
+        `ValueError`: the tensor leaves the payload.
+        """
         view = torch.empty(0, dtype=dtype, device=self.whole.device)
         item = view.element_size()
         reach = 1 + offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
@@ -76,7 +78,7 @@ class Guarded:
         )
 
     def broken(self) -> str | None:
-        """A sentence on the canaries that are not whole, or None."""
+        """Return a sentence on the damaged canaries, or None."""
         host = self.whole.cpu().numpy()
         end = self.start + self.nbytes
         wrong = np.nonzero(host != canary_bytes(host.size))[0]

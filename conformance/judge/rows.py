@@ -22,7 +22,7 @@ _DECLARES = {"layers": "layer", "kv": "kv", "block_size": "token", "heads": "hea
 
 
 def leaves(tensors: Any) -> Iterator[torch.Tensor]:
-    """Every tensor of nested lists, tuples and dicts, in their order."""
+    """Yield every tensor of nested lists, tuples and dicts, in their order."""
     if isinstance(tensors, torch.Tensor):
         yield tensors
         return
@@ -216,8 +216,11 @@ class Rows:
         return tuple(self._position(group, at, kv) for group in self.axes.left)
 
     def row_addresses(self, kv: int, layer: int, slots: object) -> np.ndarray:
-        """Absolute addresses of the rows at slots (not negative), int64 ``[len(slots), heads,
-        widths[kv]]``; of an opaque page the whole block. IndexError for a row that is not there."""
+        """Return the absolute addresses of rows, int64 ``[len(slots), heads, widths[kv]]``.
+
+        Slots are not negative. For an opaque page the addresses are those of the whole block.
+        `IndexError`: there is no such row.
+        """
         slots = np.asarray(slots, dtype=np.int64).reshape(-1, 1, 1)
         if slots.size and not (0 <= slots.min() and slots.max() < self.slots):
             raise IndexError(

@@ -42,12 +42,14 @@ class Subject:
     flaw: str = ""
 
     def copy(self, *arguments: Any, **how: Any) -> Transfer:
-        """The copy as a user gets it: ``copy_rows`` with this backend forced, or a named one."""
+        """Copy as a user does: by ``copy_rows`` with this backend forced, or a named one."""
         return copy_rows(*arguments, **{"backend": self.name, **how})
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        """The launch, by the backend's own ``check`` and ``prepare``; `Unsupported` if either of
-        them refuses the plan."""
+        """Return the launch, by the backend's own ``check`` and ``prepare``.
+
+        `Unsupported`: either of them rejects the plan.
+        """
         decision = self.backend.check(plan)
         if not decision.accepted:
             raise Unsupported(f"This plan through {self.name!r}", decision.reason)
@@ -72,12 +74,12 @@ class Subject:
         return self.prepare(plan)(src, dst, own, other, count, None, status)
 
     def place(self, index: Index) -> Index:
-        """An index with its ids where the backend claims to read them."""
+        """Return an index with its ids where the backend claims to read them."""
         return index.placed(self.can.home_of_ids(self.device), self.can.index_dtypes)
 
 
 def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = False) -> Subject:
-    """The backend of a registered name, or of a class written ``pkg.mod:Class``, on a device.
+    """Return the backend of a name, or of a class written ``pkg.mod:Class``, on a device.
 
     ``simdev`` loads the simulated device, ``simdev:mlu`` under that name, as does ``mlu`` with
     ``emulated``; a stand-in takes the place of the vendor's package then. Raises ValueError for a
@@ -148,7 +150,7 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
 
 
 def torch_name(device: str) -> str:
-    """The name that torch gets to see: of ``simdev:mlu:1`` ``mlu:1``. ``simdev:1`` stays."""
+    """Return the name that torch gets: ``mlu:1`` for ``simdev:mlu:1``. ``simdev:1`` stays."""
     kind, _, rest = device.partition(":")
     named = kind == SIMULATED and rest and not rest.partition(":")[0].isdigit()
     return rest if named else device

@@ -48,8 +48,11 @@ class Waiver:
 
 
 def read_waivers(path: Path) -> tuple[Waiver, ...]:
-    """The waivers of a file, in its order. `WaiverError`: no such file, no TOML, an unknown key, a
-    key that is missing or empty, a version that is none, or two waivers of one case."""
+    """Return the waivers of a file, in its order.
+
+    `WaiverError`: no such file, not TOML, an unknown key, a missing or empty key, a malformed
+    version, or two waivers of one case.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -104,9 +107,11 @@ def _waiver(entry: JsonObject, place: str) -> Waiver:
 
 
 def judged(case: CaseRecord, waiver: Waiver | None, suite: str) -> CaseRecord:
-    """A case as its waiver leaves it; the case itself is changed and returned. Failed becomes
-    waived, unless the waiver expired or the case is CORE; a waived case that does not fail becomes
-    failed; what is an error of the suite stays one."""
+    """Change a case as its waiver says, and return it.
+
+    Failed becomes waived, unless the waiver expired or the case is CORE. A waived case that does
+    not fail becomes failed. An error of the suite stays an error.
+    """
     if waiver is None or case.status not in ("passed", "not-claimed", "failed"):
         return case
     if case.status != "failed":

@@ -15,7 +15,7 @@ from portakv_conformance.mutants.base import HostRows, Int64, Pair
 
 
 def narrow(numbers: Int64) -> Int64:
-    """Numbers as they come back from 32 bits."""
+    """Return numbers as they come back from 32 bits."""
     return numbers.astype(np.int32).astype(np.int64)
 
 

@@ -56,7 +56,7 @@ def _cells(addresses: Int64, nbytes: int, width: int) -> Int64:
 
 
 def load(view: KVView, addresses: Int64, nbytes: int, width: int) -> Values:
-    """The runs of ``nbytes`` at addresses of a view, vectors of ``width`` ``[runs, vectors]``."""
+    """Return runs of ``nbytes`` at addresses of a view, in vectors ``[runs, vectors]``."""
     check_inside(view, addresses, nbytes)
     return np.asarray(_space(width)[_cells(addresses, nbytes, width)])
 
@@ -113,7 +113,7 @@ class Runs:
     vector: int
 
     def at(self, chosen: Any) -> Runs:
-        """Some of the runs, by numbers, a mask or a slice."""
+        """Return some of the runs, by numbers, a mask or a slice."""
         return replace(self, src=self.src[chosen], dst=self.dst[chosen])
 
 
@@ -134,12 +134,12 @@ class HostRows(Backend):
 
     @classmethod
     def target(cls) -> str:
-        """``module:Class``, what `portakv conform` is given."""
+        """Return ``module:Class``, the NAME for `portakv conform`."""
         return f"{cls.__module__}:{cls.__name__}"
 
     @classmethod
     def bug(cls) -> str:
-        """The bug, a sentence."""
+        """Return the bug, a sentence."""
         return " ".join((cls.__doc__ or "").split())
 
     def __init_subclass__(cls, profile: str = "core", **claims: object) -> None:
@@ -187,7 +187,7 @@ class HostRows(Backend):
     # The steps, in their order
 
     def carry(self, call: Call) -> Pending | None:
-        """One launch from beginning to end."""
+        """Carry out one launch from beginning to end."""
         for runs in self.pieces(call):
             self.move(runs, call)
         return None
@@ -215,7 +215,7 @@ class HostRows(Backend):
         return call.count // call.plan.unit
 
     def pairs(self, call: Call) -> Pair:
-        """The numbers of the units to move, on both sides; the others are skipped or reported."""
+        """Return the numbers of the units to move, on both sides. Skip or report the others."""
         units = self.units(call)
         unit = call.plan.unit
         src, dst = (self.numbers(at, units, unit) for at in (call.src_index, call.dst_index))
@@ -238,7 +238,7 @@ class HostRows(Backend):
         return int(bad[0]) * call.plan.unit + 1
 
     def numbers(self, index: Index, units: int, unit: int) -> Int64:
-        """The number of each unit on one side; negative where it is padding."""
+        """Return the number of each unit on one side; negative for padding."""
         at = np.arange(self.start(index) // unit, self.start(index) // unit + units)
         if index.ids is None:
             return at
@@ -248,11 +248,11 @@ class HostRows(Backend):
         return np.where(ids < 0, ids, wide * per_id + at % per_id)
 
     def start(self, index: Index) -> int:
-        """The position of an index at which a copy begins."""
+        """Return the position of an index at which a copy begins."""
         return index.offset
 
     def ids(self, ids: torch.Tensor) -> Int64:
-        """The list of ids, as the kernel reads it from memory."""
+        """Return the list of ids, as the kernel reads it from memory."""
         return ids.numpy().astype(np.int64)
 
     def offsets(self, nest: Nest, name: str, numbers: Int64, index: Index, unit: int) -> Pair:
@@ -269,7 +269,7 @@ class HostRows(Backend):
         return entry, byte
 
     def place(self, side: Side, numbers: Int64) -> Pair:
-        """Table entry and bytes of each unit."""
+        """Return table entry and bytes of each unit."""
         entry = np.full_like(numbers, side.table)
         byte = np.full_like(numbers, side.offset)
         for step in reversed(side.units):
@@ -280,24 +280,24 @@ class HostRows(Backend):
         return entry, byte
 
     def walk(self, loop: Loop, name: str) -> Pair:
-        """Table entries and bytes of each turn of a loop, on side ``src`` or ``dst``."""
+        """Return table entries and bytes of each turn of a loop, on side ``src`` or ``dst``."""
         at = self.turns(loop)
         return at * getattr(loop, f"{name}_table"), at * getattr(loop, f"{name}_stride")
 
     def turns(self, loop: Loop) -> Int64:
-        """The numbers that a loop runs through."""
+        """Return the numbers that a loop runs through."""
         return np.arange(loop.extent, dtype=np.int64)
 
     def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
-        """Absolute addresses."""
+        """Return absolute addresses."""
         return np.asarray(self.table(view)[entry] + byte)
 
     def table(self, view: KVView) -> Int64:
-        """The table of addresses of a view."""
+        """Return the table of addresses of a view."""
         return view.addresses
 
     def vector(self, nest: Nest, plan: CopyPlan) -> int:
-        """The width of one access, in bytes."""
+        """Return the width of one access, in bytes."""
         return nest.vector
 
     def length(self, run: int, vector: int) -> int:
@@ -309,7 +309,7 @@ class HostRows(Backend):
         store(call.dst, runs.dst, self.load(runs, call))
 
     def load(self, runs: Runs, call: Call) -> Values:
-        """The vectors of all runs ``[runs, vectors]``."""
+        """Return the vectors of all runs ``[runs, vectors]``."""
         return load(call.src, runs.src, runs.nbytes, runs.vector)
 
 
@@ -323,7 +323,7 @@ class DeviceRows(HostRows, places=frozenset({("device", "device")})):
         self.enqueue(runs, call, self.stream(call))
 
     def stream(self, call: Call) -> torch.Stream:
-        """The stream on which to order the work: that of the call, else the current one."""
+        """Return the stream on which to order the work: that of the call, else the current one."""
         return call.stream or torch.accelerator.current_stream(self.device)
 
     def enqueue(self, runs: Runs, call: Call, stream: torch.Stream) -> None:

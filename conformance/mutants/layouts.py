@@ -23,11 +23,11 @@ class _Misread(HostRows):
         return super().carry(replace(call, plan=plan))
 
     def forms(self, call: Call) -> tuple[Form, Form]:
-        """The forms of both sides as the mutant takes them."""
+        """Return the forms of both sides as the mutant takes them."""
         return self.read(call.plan.src), call.plan.dst
 
     def read(self, form: Form) -> Form:
-        """The form of a source as the mutant takes it."""
+        """Return the form of a source as the mutant takes it."""
         raise NotImplementedError
 
 

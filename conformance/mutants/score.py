@@ -99,7 +99,7 @@ def _wrong(record: RunRecord) -> list[CaseRecord]:
 
 
 def try_control(control: Mutant, seed: int = 0, *, runner: Runner = run) -> str | None:
-    """Run the full suite on an un-mutated base; None where it passes, else why not."""
+    """Run the full suite on an base without a bug; return None if it passes, else why not."""
     try:
         record = runner(Options(control.target(), control.device_type, "full", seed))
     except _UNJUDGED as error:
@@ -149,13 +149,15 @@ Seconds are those of the first run on two cores, two mutants at a time, loading 
 
 
 def by_mutant(trials: Sequence[Trial]) -> list[list[Trial]]:
-    """The trials of each mutant, in the order of the mutants."""
+    """Return the trials of each mutant, in the order of the mutants."""
     return [list(group) for _, group in groupby(trials, key=lambda trial: trial.mutant.name)]
 
 
 def document(trials: Sequence[Trial], self_checked: Collection[str]) -> str:
-    """The page of the documentation; the registry's self-check turns the mutants down that are
-    ``self_checked``, by name."""
+    """Return the page of the documentation.
+
+    The registry's self-check rejects the mutants that ``self_checked`` names.
+    """
     groups = by_mutant(trials)
     parts = [_HEAD, f"**{_sum(groups)}**"]
     for module, mutants in groupby(groups, key=lambda group: group[0].mutant.__module__):

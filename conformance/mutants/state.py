@@ -24,7 +24,7 @@ class _Remembering(HostRows):
         return super().carry(self.recalled(self.state.setdefault(call.plan, call), call))
 
     def recalled(self, first: Call, call: Call) -> Call:
-        """The call, mixed up with the first one."""
+        """Return the call, mixed up with the first one."""
         raise NotImplementedError
 
 

@@ -56,8 +56,10 @@ _SHORT = {
 
 
 def write(record: RunRecord, folder: Path) -> list[Path]:
-    """Write every form of a report into a folder, which is made if it is missing; the files. Of
-    these ``conformance.json`` is the report itself."""
+    """Write every form of a report into a folder, and return the files.
+
+    A missing folder is made. ``conformance.json`` is the report itself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # The report itself first: it is not lost if another form cannot be made.
     forms: dict[str, Callable[[RunRecord], str]] = {
@@ -94,13 +96,16 @@ def page(record: RunRecord) -> str:
 
 
 def markdown(record: RunRecord) -> str:
-    """The summary: short enough for a comment on a pull request."""
+    """Return the summary: short enough for a comment on a pull request."""
     return _filled("report.md", record)
 
 
 def junit(record: RunRecord) -> str:
-    """The common core of what CI servers read. What could not be run, and waivers that do not hold,
-    are errors in suites of their own: they keep a run from being conformant."""
+    """Return the common core of the formats that CI servers read.
+
+    Missing requirements, and waivers that do not hold, are errors in separate suites. Either keeps
+    a run from being conformant.
+    """
     return _filled("junit.xml", record)
 
 
@@ -137,12 +142,12 @@ def message(record: RunRecord) -> str:
 
 
 def width(text: str) -> int:
-    """About how wide a text of the badge is, in px."""
+    """Return the approximate width of a text of the badge, in px."""
     return round(sum(4.4 if c in _NARROW else 9.6 if c in _WIDE else 6.9 for c in text))
 
 
 def prose(text: str) -> Markup:
-    """A sentence; what stands between backticks is code."""
+    """Return a sentence as markup; text between backticks is code."""
     pieces = [escape(printable(piece)) for piece in text.split("`")]
     if len(pieces) % 2 == 0:
         return Markup("`").join(pieces)
@@ -151,7 +156,7 @@ def prose(text: str) -> Markup:
 
 
 def breakable(text: str, marks: str = "/:[,") -> Markup:
-    """A long identifier that may be broken before any of the marks at the end of a line."""
+    """Return a long identifier that may be broken before any of the marks at the end of a line."""
     broken = re.sub(f"(?<=[^{re.escape(marks)}])(?=[{re.escape(marks)}])", "\0", printable(text))
     return Markup("<wbr>").join(broken.split("\0"))
 
@@ -166,7 +171,7 @@ class Matrix:
 
 
 def matrix(cases: Iterable[CaseRecord]) -> Matrix:
-    """The matrix of all cases that are about a layout; empty if none is."""
+    """Return the matrix of all cases that are about a layout; empty if none is."""
     made = Matrix([], {}, {})
     for case in cases:
         if layout := case.tags.get("layout"):

@@ -27,14 +27,18 @@ _PACKAGES = {
 
 
 def device_kind(record: RunRecord) -> str:
-    """The device's type as it was requested, without an index: ``cuda:1`` is ``cuda``, and
-    ``simdev:mlu`` is ``simdev:mlu``."""
+    """Return the requested device's type, without an index: ``cuda`` for ``cuda:1``.
+
+    ``simdev:mlu`` stays ``simdev:mlu``.
+    """
     return re.sub(r":\d+$", "", str(record.environment.get("device", "")))
 
 
 def file_name(record: RunRecord) -> str:
-    """``<backend>-<device>-<suite>.json``; the device by its own name if it is a real one, with
-    what carried plans out if a library was built for that."""
+    """Return ``<backend>-<device>-<suite>.json``, with the real name of a real device.
+
+    If a library was built to carry plans out, the name has it too.
+    """
     kind = device_kind(record)
     named = record.environment.get("device_name") or kind
     on_host = kind == "cpu" or record.environment.get("emulated") is not False
@@ -44,8 +48,10 @@ def file_name(record: RunRecord) -> str:
 
 
 def read(file: Path) -> RunRecord:
-    """A report as its run left it; `ValueError`, a sentence that names the file, if it is none, or
-    its seal is broken."""
+    """Return a report that is as its run left it.
+
+    `ValueError`, a sentence that names the file: it is not a report, or its seal is broken.
+    """
     try:
         record = RunRecord.read(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -81,8 +87,10 @@ def keep(report: Path, folder: Path, check: Check = check_report) -> Path:
 
 
 def device(record: RunRecord) -> str:
-    """The device for a reader: ``NVIDIA H200``, ``CPU (x86-64)``, ``mlu, emulated``; with what
-    carried plans out, where a library was built for that: it has a separate row."""
+    """Return the device for a reader: ``NVIDIA H200``, ``CPU (x86-64)``, ``mlu, emulated``.
+
+    If a library was built to carry plans out, the text names it: it has a separate row.
+    """
     kind = device_kind(record)
     if kind == "cpu":
         machine = str(record.environment.get("os", "")).split()[-1:] or [""]
@@ -107,15 +115,14 @@ def versions(record: RunRecord) -> str:
 
 
 def verified(level: SupportLevel, matrix: SupportMatrix, digest: Digest = digest) -> str:
-    """A level as a link to its evidence, and what has changed since."""
+    """Return a level as a link to its evidence, with the changes since."""
     return _with_caveats(
         f"[{level.level}: {text(level.summary)}]({level.evidence})", level, matrix, digest
     )
 
 
 def reached(level: SupportLevel, matrix: SupportMatrix) -> str:
-    """A level without its link, with the device that it is about: ``R3: 1,820 passed (mlu,
-    emulated)``."""
+    """Return a level without its link, with its device: ``R3: 1,820 passed (mlu, emulated)``."""
     return _with_caveats(
         f"{level.level}: {text(level.summary)} ({text(level.device)})", level, matrix, digest
     )
@@ -128,7 +135,7 @@ def _with_caveats(what: str, level: SupportLevel, matrix: SupportMatrix, digest:
 
 
 def table(matrix: SupportMatrix, digest: Digest = digest) -> str:
-    """The matrix as a Markdown table: a line for each pair, its highest level first."""
+    """Return the matrix as a Markdown table: a line for each pair, its highest level first."""
     lines = ["| backend | device | verified | versions | date |", "|---|---|---|---|---|"]
     for (backend, device), levels in support_matrix.by_pair(matrix).items():
         reached = "; ".join(verified(level, matrix, digest) for level in levels)

@@ -60,7 +60,7 @@ def print_summary(record: RunRecord, options: Options) -> None:
 
 
 def verdict_line(record: RunRecord) -> str:
-    """One line: who, where, verdict, level and totals."""
+    """Return one line with backend, device, verdict, level and totals."""
     facts = record.environment
     place = f"{facts['device']} ({facts['device_name']}{', emulated' if facts['emulated'] else ''})"
     counts = ", ".join(f"{record.totals[s]} {s}" for s in STATUSES[::-1] if record.totals[s])
@@ -132,8 +132,10 @@ class Change:
 
 
 def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
-    """Every change: of verdict and level, then of cases in the order of the new report; what is
-    missing from it comes last."""
+    """Return every change: of verdict and level, then of cases in the order of the new report.
+
+    Cases that are missing from the new report come last.
+    """
     before = {case.id: case for case in old.cases}
     after = {case.id: case for case in new.cases}
     result = []

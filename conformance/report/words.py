@@ -55,17 +55,17 @@ def printable(text: str) -> str:
 
 
 def line(text: str) -> str:
-    """Any text on one line: readers differ in what they do with line ends in attributes."""
+    """Return any text on one line: readers differ in how they treat line ends in attributes."""
     return " ".join(printable(text).split())
 
 
 def text(words: str) -> str:
-    """Any text on one line, with nothing in it that Markdown would act on."""
+    """Return any text on one line, with nothing in it that Markdown would act on."""
     return _SPECIAL.sub(r"\\\1", line(words)).replace("\\@", f"@{_ZERO_WIDTH}")
 
 
 def code(words: str) -> str:
-    """Any text on one line as Markdown's code, whatever backticks it holds."""
+    """Return any text on one line as Markdown's code, whatever backticks it holds."""
     reported = line(words).replace("|", "\u2502")
     fence = _fence("`", reported)
     edge = " " if reported.startswith("`") or reported.endswith("`") else ""
@@ -73,7 +73,7 @@ def code(words: str) -> str:
 
 
 def fenced(words: str) -> str:
-    """Any text as a block of Markdown's code."""
+    """Return any text as a block of Markdown's code."""
     fence = _fence("```", words)
     return f"{fence}\n{printable(words)}\n{fence}"
 
@@ -96,7 +96,7 @@ def emulation(record: RunRecord) -> str:
 
 
 def built(record: RunRecord) -> str:
-    """``by the AscendC kernel``, where a library that was built for that carried plans out."""
+    """Return ``by the AscendC kernel`` if a library was built to carry plans out."""
     known = record.environment
     return f"by {known.get(CARRIER) or ', '.join(known[LIBRARY])}" if known.get(LIBRARY) else ""
 
@@ -112,7 +112,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def broken(record: RunRecord) -> list[str]:
-    """The waivers that do not hold, a sentence each: they fail the run though no case does."""
+    """Return the waivers that do not hold, a sentence each; they fail the run."""
     return problems(record.waivers, record.cases, record.suite, whole=not record.missing)
 
 
@@ -127,7 +127,7 @@ def verdict(record: RunRecord) -> str:
 
 
 def sentence(record: RunRecord) -> str:
-    """The verdict in a sentence or two, for a reader who reads nothing else."""
+    """Return the verdict in a sentence or two, for a reader who reads nothing else."""
     result = totals_of(record.cases)
     if record.verdict == "failed":
         if wrong := sum(result[status] for status in WRONG):
@@ -145,7 +145,7 @@ def sentence(record: RunRecord) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``0.4 s``, ``42 s``, ``3 min 7 s``, ``1 h 2 min``."""
+    """Return a duration such as ``0.4 s``, ``42 s``, ``3 min 7 s`` or ``1 h 2 min``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -155,7 +155,7 @@ def duration(seconds: float) -> str:
 
 
 def moment(started: str) -> str:
-    """``20 Nov 2026, 09:41 UTC``; the text itself if it is no ISO time."""
+    """Return a time such as ``20 Nov 2026, 09:41 UTC``; a text that is not an ISO time stays."""
     try:
         when = datetime.fromisoformat(started.replace("Z", "+00:00"))
     except ValueError:
@@ -198,7 +198,7 @@ class FirstByte:
     after: str
 
     def short(self) -> str:
-        """The reason with the sentence on one line, as Markdown shows it."""
+        """Return the reason with the sentence on one line, as Markdown shows it."""
         return (
             f"{self.before} First wrong byte: {self.place}, storage {self.storage}, offset "
             f"{self.offset:,}: {self.value} for {self.expected}; "
@@ -206,7 +206,7 @@ class FirstByte:
         )
 
     def headline(self) -> str:
-        """The fault in a few words: whose bytes the row holds."""
+        """Return the fault in a few words: whose bytes the row holds."""
         row = _WITHIN_A_ROW.sub("", self.place)
         if self.origin.startswith("what stood there before"):
             return f"Destination {row} was not written."

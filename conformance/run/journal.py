@@ -51,11 +51,11 @@ class Journal:
         self.ran = 0  # cases that came to an end by themselves
 
     def left(self) -> list[str]:
-        """Ids that have not ended, in their order."""
+        """Return the ids that have not ended, in their order."""
         return [id for id in self.ids if id not in self.cases]
 
     def waiting(self, share: Share) -> list[str]:
-        """Ids that no worker has taken yet."""
+        """Return the ids that no worker has taken yet."""
         return [id for id in self.left() if not share.taken(id)]
 
     def take_list(self, event: JsonObject) -> None:
@@ -76,7 +76,7 @@ class Journal:
         self.progress.listed(len(self.ids))
 
     def take_end(self, values: JsonObject) -> str:
-        """A case that has ended by itself; its id. Raises `SuiteBroken` if it is no record."""
+        """Take a case that ended by itself; return its id. `SuiteBroken`: it is not a record."""
         try:
             case = CaseRecord.read(values)
         except (ValueError, KeyError) as error:
@@ -92,7 +92,7 @@ class Journal:
         return case.id
 
     def lose(self, id: str, status: Status, reason: str, details: str) -> None:
-        """A case that its worker was lost with, or that was never run."""
+        """Note a case whose worker was lost during it, or a case that never ran."""
         case = self.cases.get(id) or CaseRecord(id, **self._about[id])
         case.status = status
         case.reason = reason
@@ -100,7 +100,7 @@ class Journal:
         self._settle(case)
 
     def miss(self, sentence: str) -> None:
-        """Something that could not be run here."""
+        """Note a sentence on something that cannot run here."""
         if sentence not in self.missing:
             self.missing.append(sentence)
 

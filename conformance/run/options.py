@@ -81,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Without a backend to judge there are no cases."""
+    """Ignore the cases if there is no backend to judge."""
     if config.getoption("--portakv-backend") is None and PACKAGE in _real(collection_path).parents:
         return True
     return None
@@ -93,19 +93,22 @@ def is_case(item: pytest.Item) -> bool:
 
 
 def case_id(item: pytest.Item) -> str:
-    """The id of a case: the file relative to this package, and what pytest calls the test."""
+    """Return the id of a case: the file relative to this package, and pytest's name of the test."""
     file = _real(item.path).relative_to(PACKAGE).as_posix()
     return f"{file}::{item.nodeid.partition('::')[2]}"
 
 
 def mark_of(item: pytest.Item, name: str, default: str = "core") -> str:
-    """The first argument of the nearest mark of that name."""
+    """Return the first argument of the nearest mark of that name."""
     mark = item.get_closest_marker(name)
     return default if mark is None else str(mark.args[0])
 
 
 def about(item: pytest.Item) -> dict[str, Any]:
-    """The fields of `CaseRecord` that are marks of a case; of its tags the nearest of each name."""
+    """Return the fields of `CaseRecord` that are marks of a case.
+
+    Of its tags the nearest one of each name counts.
+    """
     tags: dict[str, str] = {}
     for mark in item.iter_markers("tags"):
         tags = {**mark.kwargs, **tags}

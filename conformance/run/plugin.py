@@ -57,7 +57,7 @@ class DeviceAlive:
         self._copies = False  # whether the small copy is known to work
 
     def learn(self) -> None:
-        """A case has passed: find out whether the small copy works."""
+        """Note that a case has passed, and find out whether the small copy works."""
         if self._facility.streams and not self._copies:
             self._copies = not self._fault(copy=True)
 
@@ -96,7 +96,7 @@ class Elsewhere(Facility):
         return 1 << 62
 
     def synchronize(self) -> None:
-        """There is nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
 
 class Suite:
@@ -240,7 +240,7 @@ class Suite:
         raise pytest.UsageError(f"Expected a need that the plugin knows, got {need!r}.")
 
     def seed_of(self, name: str) -> int:
-        """The seed of one case: another for each, all from the run's."""
+        """Return the seed of one case: another one for each case, all from the seed of the run."""
         return (self.seed << 32) ^ zlib.crc32(name.encode())
 
     def pytest_collection_finish(self) -> None:
@@ -326,7 +326,7 @@ class Suite:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        """The run came to its end."""
+        """Report that the run came to its end."""
         self._tell({"event": "finish"})
 
     def _save(self, record: CaseRecord, judge: Judge | None) -> None:
@@ -372,7 +372,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def suite(pytestconfig: pytest.Config) -> Suite:
-    """The run that a case is part of."""
+    """Return the run that a case is part of."""
     result = pytestconfig.pluginmanager.get_plugin("portakv-suite")
     assert isinstance(result, Suite)
     return result
@@ -385,7 +385,7 @@ def _the_subject(suite: Suite) -> Subject:
 
 @pytest.fixture(scope="session")
 def facility(suite: Suite) -> Facility:
-    """Streams and delays of the device."""
+    """Return streams and delays of the device."""
     return suite.facility
 
 
@@ -406,23 +406,23 @@ def _settled(facility: Facility) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def base_layout(subject: Subject) -> str:
-    """The first of the layouts of the library's self-check that the backend takes."""
+    """Return the first layout of the library's self-check that the backend takes."""
     return find_base_layout(subject, BASE_LAYOUTS)
 
 
 @pytest.fixture
 def bench(judge: Judge, base_layout: str) -> Bench:
-    """Makes sides on the judged device, caches in a layout that the backend takes."""
+    """Return a bench of the judged device, with caches in a layout that the backend takes."""
     return Bench(str(judge.subject.device), judge.seed, base_layout, judge=judge)
 
 
 @pytest.fixture(params=DIRECTIONS)
 def direction(request: pytest.FixtureRequest) -> str:
-    """Rows go out of a cache, and into it."""
+    """Return the direction: rows go out of a cache, or into it."""
     return str(request.param)
 
 
 @pytest.fixture
 def workshop(judge: Judge) -> Bench:
-    """Makes sides on the judged device."""
+    """Return a bench of the judged device."""
     return Bench(str(judge.subject.device), judge.seed, judge=judge)

@@ -23,10 +23,10 @@ class Progress:
     at = ""  # how far the run has come, if a line has to say it
 
     def listed(self, count: int) -> None:
-        """The run has so many cases."""
+        """Note how many cases the run has."""
 
     def started(self, id: str) -> None:
-        """A case begins."""
+        """Note that a case begins."""
 
     def ended(self, case: CaseRecord) -> None:
         """Note the end of a case; show the first failures, and that there are more."""
@@ -37,7 +37,7 @@ class Progress:
             self.say(f"{self.at}More failures are shown at the end.")
 
     def say(self, sentence: str) -> None:
-        """Something happened to the run itself."""
+        """Print a sentence on the run itself."""
 
 
 SILENT = Progress()
@@ -92,7 +92,7 @@ class Bar(Progress):
 
 @contextmanager
 def shown() -> Iterator[Progress]:
-    """A bar if standard error is a terminal and rich is installed, else plain lines."""
+    """Show a bar if standard error is a terminal and rich is installed, else plain lines."""
     try:
         if not sys.stderr.isatty():
             raise ImportError

@@ -43,7 +43,7 @@ class Options:
         return self.limit or CASE_LIMIT + self.fuzz / _EXAMPLES_A_SECOND
 
     def command(self, *only: str) -> str:
-        """The command that repeats this run, or only some of its cases."""
+        """Return the command that repeats this run, or only some of its cases."""
         words = ["portakv", "conform", self.backend, *self._shared("--")]
         words += ["--waivers", self.waiver_file] if self.waivers and not only else []
         words += ["--limit", f"{self.limit:g}"] if self.limit else []
@@ -54,7 +54,7 @@ class Options:
         return reported + shlex.join(words)
 
     def suite_options(self) -> list[str]:
-        """The same as options of the pytest plugin, but for ``only``."""
+        """Return the same as options of the pytest plugin, except for ``only``."""
         saved = ["--portakv-examples", str(self.examples.resolve())] if self.examples else []
         return ["--portakv-backend", self.backend, *self._shared("--portakv-"), *saved]
 
@@ -67,9 +67,11 @@ class Options:
 
 
 def chosen(ids: Sequence[str], words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The ids that words mean, in the order of ``ids``, and the words that mean none. A word is an
-    id, ``file::test`` for all its parameters, a file for all its tests, else any beginning of ids;
-    ``cases/`` and ``.py`` need not be written."""
+    """Return the ids that words mean, in the order of ``ids``, and the words that mean none.
+
+    A word is an id, ``file::test`` for all its parameters, a file for all its tests, else any
+    beginning of ids; ``cases/`` and ``.py`` need not be written.
+    """
     wanted = {
         word: {id for id in ids if _means(word, id)} or {id for id in ids if _begins(word, id)}
         for word in words
@@ -79,7 +81,7 @@ def chosen(ids: Sequence[str], words: Iterable[str]) -> tuple[list[str], list[st
 
 
 def counted(cases: int) -> str:
-    """``1 case was``, ``2 cases were``."""
+    """Return a count such as ``1 case was`` or ``2 cases were``."""
     return "1 case was" if cases == 1 else f"{cases:,} cases were"
 
 

@@ -57,7 +57,7 @@ class Share:
         self._folder = folder
 
     def take(self, id: str) -> bool:
-        """Take a case; False if another has it."""
+        """Take a case; return False if another worker has it."""
         try:
             self._file(id).touch(exist_ok=False)
         except FileExistsError:
@@ -69,7 +69,7 @@ class Share:
         return self._file(id).exists()
 
     def give_back(self, id: str) -> None:
-        """The worker that had a case will not run it."""
+        """Give back a case that its worker will not run."""
         self._file(id).unlink(missing_ok=True)
 
     def _file(self, id: str) -> Path:

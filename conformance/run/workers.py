@@ -86,7 +86,7 @@ class WorkerProcess:
             )
 
     def events(self, seconds: float = 0.0) -> list[JsonObject]:
-        """The next events; empty if none came within ``seconds`` or the process has ended."""
+        """Return the next events; empty if none came in ``seconds`` or the process has ended."""
         until = time.monotonic() + seconds
         while True:
             ended = self.code is not None  # read first, so that its last events are not missed
@@ -114,7 +114,7 @@ class WorkerProcess:
         return f"was killed by {name}{hint}"
 
     def stacks(self) -> str:
-        """The stacks of all of its threads, as it runs; or what it wrote when it crashed."""
+        """Return the stacks of all of its threads, or the text that it wrote when it crashed."""
         before = self._stacks.stat().st_size
         if self.code is None:
             with contextlib.suppress(ProcessLookupError):
@@ -128,7 +128,7 @@ class WorkerProcess:
         return text.partition("\nExtension modules:")[0][-_TAIL:].strip()
 
     def printed(self) -> str:
-        """The end of what it wrote to standard output and error."""
+        """Return the end of its standard output and error."""
         return self._printed.read_bytes()[-_TAIL:].decode(errors="replace").strip()
 
     def stop(self) -> None:
@@ -292,7 +292,7 @@ class Workers:
                 worker.process.stop()
 
     def _go_on(self) -> bool:
-        """Start the workers that are wanting; False if there is nothing left to do."""
+        """Start the missing workers; return False if there is nothing left to do."""
         why = ""
         if self._losses >= MOST_LOSSES:
             why = f"the worker had been lost {MOST_LOSSES} times in a row"
@@ -347,7 +347,10 @@ class Workers:
 
 
 def surroundings(jobs: int) -> dict[str, str]:
-    """Variables that keep several workers from fighting for the cores; what the user set stands."""
+    """Return variables that keep several workers from competing for the cores.
+
+    Variables that the user set stay.
+    """
     if jobs == 1:
         return {}
     threads = max(_LEAST_THREADS, len(os.sched_getaffinity(0)) // jobs)

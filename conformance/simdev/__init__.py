@@ -48,12 +48,12 @@ _name: str | None = None
 
 
 def available() -> str | None:
-    """None where the device can be loaded, as far as is known without trying; else why not."""
+    """Return None if the device can be loaded, as far as is known without trying; else why not."""
     return None if _name is not None else _taken() or missing()
 
 
 def loaded() -> str | None:
-    """The name that it carries in this process; None where it was not loaded."""
+    """Return the name of the device in this process; None if it was not loaded."""
     return _name
 
 
@@ -102,8 +102,9 @@ def delay(stream: torch.Stream, milliseconds: int) -> None:
 def copy_runs(
     src: torch.Tensor, dst: torch.Tensor, nbytes: torch.Tensor, stream: torch.Stream | None = None
 ) -> None:
-    """Copy ``nbytes[i]`` bytes from address ``src[i]`` to ``dst[i]``, as one job on a stream: what
-    a vendor's batched memory copy looks like.
+    """Copy ``nbytes[i]`` bytes from address ``src[i]`` to ``dst[i]``, as one job on a stream.
+
+    A vendor's batched memory copy looks like this.
 
     Args:
         src, dst, nbytes: int64 ``[runs]`` on the host; read before the call returns. Addresses of
@@ -137,7 +138,7 @@ def take_faults() -> list[str]:
 
 
 def synchronised() -> list[str]:
-    """The operators that had to wait for the device so far, since their shapes depend on values."""
+    """Return the operators that had to wait for the device, since their shapes depend on values."""
     return [] if _name is None else list(torch.ops.portakv_simdev.waited())
 
 
@@ -150,7 +151,7 @@ def counted() -> tuple[int, int]:
 
 @contextmanager
 def early() -> Iterator[None]:
-    """Inside, each job runs before its launch returns: the other extreme of what is allowed."""
+    """Run each job of a block before its launch returns: the other extreme of what is allowed."""
     torch.ops.portakv_simdev.run_early(True)
     try:
         yield

@@ -25,7 +25,7 @@ def Stream(device: object = None, priority: int = 0) -> torch.Stream:
 
 
 def is_available() -> bool:
-    """True: what can ask has loaded it, and there is nothing to initialise."""
+    """Return True: a caller has loaded the device, and there is nothing to initialise."""
     return True
 
 
@@ -33,7 +33,7 @@ is_initialized = is_available
 
 
 def device_count() -> int:
-    """The number of simulated devices."""
+    """Return the number of simulated devices."""
     return int(torch.ops.portakv_simdev.device_count())
 
 
@@ -44,7 +44,7 @@ def set_device(device: object) -> None:
 
 @contextmanager
 def device(device: object) -> Iterator[None]:
-    """Inside, a device is the current one."""
+    """Make a device the current one in a block."""
     before = current_device()
     set_device(device)
     try:
@@ -54,12 +54,12 @@ def device(device: object) -> Iterator[None]:
 
 
 def get_device_name(device: object = None) -> str:
-    """A name that says what it is."""
+    """Return a name that says that the device is simulated."""
     return f"simulated accelerator {_device(device)} (emulated on the CPU)"
 
 
 def default_stream(device: object = None) -> torch.Stream:
-    """Stream 0 of a device."""
+    """Return stream 0 of a device."""
     where = _device(device)
     kind = accelerator.current_stream(where).device_type
     return torch.Stream(stream_id=0, device_index=where.index, device_type=kind)
@@ -67,7 +67,7 @@ def default_stream(device: object = None) -> torch.Stream:
 
 @contextmanager
 def stream(stream: torch.Stream | None) -> Iterator[None]:
-    """Inside, a stream and its device are the current ones; None changes nothing."""
+    """Make a stream and its device the current ones in a block; None changes nothing."""
     if stream is None:
         yield
         return
@@ -82,7 +82,7 @@ def stream(stream: torch.Stream | None) -> Iterator[None]:
 
 
 def manual_seed(seed: int) -> None:
-    """Nothing: random numbers come from the CPU's generator."""
+    """Do nothing: random numbers come from the CPU's generator."""
 
 
 manual_seed_all = manual_seed

@@ -62,7 +62,7 @@ def compare_schemas() -> list[JsonObject]:
 
 
 def launch_kernel(torch_npu: ModuleType) -> JsonObject:
-    """The AscendC kernel, emulated: through the backend, on a stream and memory of torch_npu's."""
+    """Launch the emulated AscendC kernel by the backend, on a stream and memory of torch_npu."""
     device = torch.device("npu", 1)
     rows = torch.arange(32 * 32).to(torch.float16).view(4, 8, 2, 16)
     cache = rows.to(device)

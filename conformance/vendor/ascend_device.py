@@ -201,7 +201,7 @@ def _copy(vendor: Any, target: torch.Tensor, source: torch.Tensor, late: bool = 
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The host's view of a tensor in the stub's device memory, which is the host's."""
+    """Return the host's view of a tensor in the stub's device memory, which is the host's."""
     storage = tensor.untyped_storage()
     view = torch.empty(0, dtype=tensor.dtype)
     if not storage.nbytes():

@@ -126,7 +126,7 @@ def scatter_nd_update_(
 
 
 def index_select(rows: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-    """`torch.index_select`, within the dtypes of aclnnIndexSelect."""
+    """Do `torch.index_select`, within the dtypes of aclnnIndexSelect."""
     _check_index_select(rows, dim, index)
     return torch.index_select(rows, dim, index)
 
@@ -144,7 +144,7 @@ def index_select_out(
 def index_copy_(
     rows: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor
 ) -> torch.Tensor:
-    """`torch.Tensor.index_copy_`, within the dtypes of aclnnInplaceIndexCopy."""
+    """Do `torch.Tensor.index_copy_`, within the dtypes of aclnnInplaceIndexCopy."""
     need = _needs("index_copy_")
     need(rows.dtype in _INDEX, f"{rows.dtype} is not among its dtypes")
     need(source.dtype == rows.dtype, f"source is {source.dtype}, self is {rows.dtype}")

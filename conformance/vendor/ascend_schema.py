@@ -63,7 +63,7 @@ class JobError(RuntimeError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do the job; 0 if every schema is as pinned and the suite passes, else 1."""
+    """Do the job; return 0 if every schema is as pinned and the suite passes, else 1."""
     requested = _parser().parse_args(argv)
     began = time.monotonic()
     try:

@@ -134,7 +134,7 @@ def run(
 
 @cache
 def library() -> ctypes.CDLL:
-    """The kernel with the emulation, loaded; built by g++ unless a process did before.
+    """Return the loaded kernel with the emulation; g++ builds it unless a process did before.
 
     Raises:
         Unsupported: g++ failed.
@@ -149,7 +149,7 @@ def library() -> ctypes.CDLL:
 
 @cache
 def library_file() -> str:
-    """The path from which this process can load that library."""
+    """Return the path from which this process can load that library."""
     with as_file(files("portakv_native.ascend")) as sources:
         texts = [path.read_text() for path in sorted(sources.rglob("*.h"))]
         main = sources / "emulation" / "library.cpp"

@@ -75,7 +75,7 @@ def build(packages: Path, folder: Path) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The variables under which torch_npu finds the stub in ``folder``."""
+    """Return the variables under which torch_npu finds the stub in ``folder``."""
     path = os.pathsep.join(filter(None, [str(folder / "lib"), os.environ.get("LD_LIBRARY_PATH")]))
     return {
         "ASCEND_HOME_PATH": str(folder),

@@ -20,13 +20,13 @@ class CompilerError(Exception):
 
 
 def compiler(*names: str) -> str | None:
-    """The C++ compiler: ``CXX``, else the first of the names that is installed; None without."""
+    """Return the C++ compiler: ``CXX``, else the first installed one of the names, else None."""
     named = os.environ.get("CXX")
     return next(filter(None, map(shutil.which, [named] if named else names)), None)
 
 
 def built(command: Sequence[str], sources: Sequence[str]) -> bytes:
-    """The library that a compiler makes, kept on disk under the command and the compiler's version.
+    """Return the library that a compiler makes, cached on disk by command and compiler version.
 
     Args:
         command: the compiler and its arguments; the file that it writes is added.
@@ -62,9 +62,11 @@ def _build(command: Sequence[str]) -> bytes:
 
 
 def in_memory(name: str, library: bytes) -> str:
-    """The path from which this process can load a library. It has no name on disk: nothing can put
-    another in its place between check and load. And it stays open: the loader takes a path that
-    comes again for the library that it had."""
+    """Return the path from which this process can load a library that has no name on disk.
+
+    So nothing can replace it between check and load. The file stays open: the loader would take a
+    path that comes again for the library that it had.
+    """
     handle = os.memfd_create(name)
     with os.fdopen(handle, "wb", closefd=False) as file:
         file.write(library)

@@ -72,7 +72,7 @@ class Code:
 
 
 def kernels() -> Iterator[tuple[str, RowsKernel]]:
-    """Kernels of real plans: every vector, with and without tables, ids on either side."""
+    """Yield kernels of real plans: every vector, with and without tables, ids on either side."""
     for width, vector in ((4096, 16), (40, 8), (12, 4), (6, 2), (3, 1)):
         caches = KVView([_bytes(5, 4, width) for _ in range(2)], "layer | block token dim")
         rows = KVView(_bytes(2, 7, width), "layer token dim")
@@ -177,7 +177,7 @@ def _print(codes: list[Code], targets: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build, judge and print; 1 if something is wrong, else 0."""
+    """Build, judge and print; return 1 if something is wrong, else 0."""
     requested = argparse.ArgumentParser(prog="check_hip.sh", description=__doc__)
     requested.add_argument("targets", nargs="*", default=list(TARGETS))
     requested.add_argument("--report", type=Path, help="a JSON file for what was found")

@@ -30,13 +30,13 @@ _FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"
 
 
 def compiler() -> str | None:
-    """The C++ compiler that builds the library and then the kernels; None if there is none."""
+    """Return the C++ compiler of the library and of the kernels; None if there is none."""
     return cpp.compiler("g++")
 
 
 @cache
 def built() -> bytes:
-    """The fake runtime, which is also the fake hipRTC, as a file holds it.
+    """Return the fake runtime, which is also the fake hipRTC, as a file holds it.
 
     Raises:
         DriverMissing: there is no compiler, or it failed.
@@ -58,13 +58,13 @@ def built() -> bytes:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The fake runtime, loaded; `DriverMissing` as `built` raises."""
+    """Return the loaded fake runtime; `DriverMissing` as `built` raises."""
     return ctypes.CDLL(cpp.in_memory("portakv_hip_fake", built()))
 
 
 @cache
 def fake_driver() -> Driver:
-    """The fake libraries as `hip` calls them; `DriverMissing` as `built` raises."""
+    """Return the fake libraries as `hip` calls them; `DriverMissing` as `built` raises."""
     return bound(library(), library())
 
 

@@ -20,8 +20,10 @@ STANDINS = {
 
 
 def emulating(name: str) -> tuple[str, ...]:
-    """The modules that emulate a device of that name, from which `source.source_files` starts: a
-    report holds for them, and expires with them."""
+    """Return the modules that emulate a device of that name.
+
+    `source.source_files` starts from them. A report holds for these modules, and expires with them.
+    """
     module = os.environ.get(EMULATION, "").partition(":")[0]
     if module:
         return (module,)
@@ -36,7 +38,7 @@ def install(name: str) -> None:
 
 
 def enter(name: str) -> bool:
-    """Make a device known by what `EMULATION` names; False if it names nothing."""
+    """Make a device known by what `EMULATION` names; return False if it names nothing."""
     module, _, function = os.environ.get(EMULATION, "").partition(":")
     if not module:
         return False
