@@ -31,7 +31,7 @@ _CACHES = ("PORTAKV_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
 def measure_startup(backend: str, device: str, rounds: int) -> list[Row]:
-    """A row for cold and one for warm starts, each the median of ``rounds`` processes."""
+    """Return a row for cold and one for warm starts, each the median of ``rounds`` processes."""
     results: dict[str, list[Row]] = {"cold": [], "warm": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:

@@ -40,7 +40,10 @@ _TURN = 16
 
 
 def measure_overhead(backend: str, device: torch.device, rounds: int) -> Rows:
-    """A row for each kind of index list: an `Index` that the caller keeps, and raw tensors."""
+    """Return a row for each kind of index list.
+
+    The kinds are an `Index` that the caller keeps, and raw tensors.
+    """
     size = (2, _BLOCKS, _BLOCK_SIZE, 1, _DIM)
     cache = torch.arange(prod(size), dtype=torch.int16, device=device).view(size)
     caches = [cache.view(torch.float16)]

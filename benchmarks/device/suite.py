@@ -94,14 +94,18 @@ class Field(NamedTuple):
 
 
 def accepted_backends(device: torch.device) -> list[str]:
-    """Names of the backends that serve a device, in the registry's order; engines between it and
-    the host are measured by ``--host``."""
+    """Return the names of the backends that serve a device, in the registry's order.
+
+    ``--host`` measures the strategies between the device and the host.
+    """
     return [d.name for d in trace(device) if d.accepted and d.name not in STRATEGIES]
 
 
 def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iterator[Task]:
-    """The workloads of a preset; those that the machine's memory cannot hold are left out. Shapes
-    for backends that compile come last, so that nothing waits for them."""
+    """Yield the workloads of a preset; those that the machine's memory cannot hold are left out.
+
+    Shapes for backends that compile come last, so that nothing waits for them.
+    """
     for shape in sorted(shapes, key=lambda shape: shape.compiled):
         arrangements = ["apart"] if shape.layered and shape.apart else []
         if not arrangements or (preset.together and shape.together):
@@ -135,7 +139,7 @@ def run_task(task: Task, preset: Preset, field: Field) -> Rows:
 
 
 def ceiling(work: Workload) -> Variant:
-    """`copy_` of the bytes of one memory object to another."""
+    """Return `copy_` of the bytes of one memory object to another."""
     return Variant(
         {"backend": "copy_", "op": "copy_", "index": "none", "call": "Tensor.copy_"},
         lambda i: work.stored[i].copy_(work.loaded[i]),
@@ -170,7 +174,7 @@ def _backend_methods(work: Workload, backend: str, index: str) -> Iterator[Varia
 
 
 def replayed(variant: Variant) -> Variant:
-    """The same call captured into a CUDA graph, one for each memory object, and replayed."""
+    """Return the same call captured into a CUDA graph, one for each memory object, and replayed."""
     graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def replay(i: int) -> None:
@@ -193,8 +197,10 @@ def replayed(variant: Variant) -> Variant:
 def connector_methods(
     work: Workload, backend: str, index: str, capturable: bool = False
 ) -> Iterator[Variant]:
-    """Gather and scatter through one backend, as a caller of PortaKV writes them; ``capturable``:
-    with slots that lie on the device, as a capture into a graph needs them."""
+    """Yield gather and scatter through one backend, as a caller of PortaKV writes them.
+
+    With ``capturable`` the slots lie on the device, as a capture into a graph needs them.
+    """
     ids = work.ids(index)
     if index == "blocks":
         yield from _by_blocks(work, backend, ids)
@@ -244,8 +250,10 @@ def _connector(work: Workload, backend: str, caches: Tensors) -> AdaptiveConnect
 
 
 def peer_methods(peer: LMCache, work: Workload, index: str) -> Iterator[Variant]:
-    """Gather and scatter by each kernel of a peer that takes such an index list; raises
-    `PeerMissing` if it does not carry such a shape out."""
+    """Yield gather and scatter by each kernel of a peer that takes such an index list.
+
+    Raises `PeerMissing` if it does not carry such a shape out.
+    """
     slots = work.slots(index)
     for kernel in peer.kernels(work.shape, index != "random"):
         store, load = (
@@ -271,7 +279,7 @@ def both_directions(
     load: Call,
     **labels: str,
 ) -> Iterator[Variant]:
-    """A gather and a scatter, with their checks; ``calls`` are their names."""
+    """Yield a gather and a scatter, with their checks; ``calls`` are their names."""
     labels = {"backend": backend, "index": index, **labels}
     yield Variant(
         {**labels, "op": "gather", "call": calls[0]},

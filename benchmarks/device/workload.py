@@ -43,11 +43,14 @@ class Workload:
         }
 
     def ids(self, index: str) -> torch.Tensor:
-        """The index list of a kind, int64 on the host: slots, or for ``blocks`` block ids."""
+        """Return the index list of a kind, int64 on the host.
+
+        It holds slots, or block ids for the kind ``blocks``.
+        """
         return self._ids[index]
 
     def slots(self, index: str) -> torch.Tensor:
-        """The slot of each token, int64 on the host, whatever the kind of the index list."""
+        """Return the slot of each token, int64 on the host, whatever the kind of the index list."""
         ids = self._ids[index]
         size = self.shape.block_size
         if index != "blocks":
@@ -86,7 +89,7 @@ class Workload:
         return bool(right & torch.stack([(one == POISON).all() for one in self._targets()]).all())
 
     def _rows(self, caches: Any, chunk: torch.Tensor, index: str) -> tuple[Any, Any, Any]:
-        """The planes of caches and of a chunk, and block and place in it of each token."""
+        """Return the planes of caches and of a chunk, and block and place in it of each token."""
         slots = self.slots(index).to(self.device)
         shape = self.shape
         places = slots // shape.block_size, slots % shape.block_size

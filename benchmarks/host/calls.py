@@ -35,8 +35,11 @@ ORDERS = ("random", "consecutive")
 
 
 def call_steps(bench: Bench) -> Iterator[Step]:
-    """A step for each row size and order of the host's blocks. The first size is measured in full;
-    others, which move gigabytes, less often, by fewer methods and with cached ids alone."""
+    """Yield a step for each row size and order of the host's blocks.
+
+    The first size is measured in full. Other sizes, which move gigabytes, are measured less often,
+    by fewer methods and with cached ids alone.
+    """
     tokens = _BLOCK * bench.preset.call_blocks
     for row, order in product(bench.preset.call_rows, ORDERS):
         whole = row == bench.preset.call_rows[0]

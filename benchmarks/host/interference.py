@@ -164,7 +164,7 @@ class Meeting:
         met.dry += queue.dry
 
     def _ready(self) -> tuple[torch.Event, torch.Event]:
-        """Events for the loop's beginning and end, on a device that has nothing to do."""
+        """Return events for the loop's beginning and end, on a device that has nothing to do."""
         with self._bench.module.stream(self._work):
             torch.zeros(1, device=self._bench.device)  # the stream's last work is a kernel's
         self._bench.module.synchronize()
@@ -204,14 +204,14 @@ def each_engine(bench: Bench, direction: str) -> Iterator[Traffic]:
 
 
 def _chosen(bench: Bench, direction: str, *more: Method) -> Iterator[Traffic]:
-    """Plain memcpy and what PortaKV chooses; rows of 2 KB and of 256 bytes."""
+    """Yield plain memcpy and what PortaKV chooses; rows of 2 KB and of 256 bytes."""
     yield traffic_sources.memcpys(bench, direction)
     for run, method in product(traffic_sources.RUNS, bench.serving((HOST_DETACHED, HOST, *more))):
         yield traffic_sources.transfers(bench, method, direction, run)
 
 
 def _peers(bench: Bench, direction: str) -> Iterator[Traffic]:
-    """Plain memcpy and peers; rows of 2 KB and of 256 bytes."""
+    """Yield plain memcpy and peers; rows of 2 KB and of 256 bytes."""
     yield traffic_sources.memcpys(bench, direction)
     for peer, run in product(bench.peers, traffic_sources.RUNS):
         sides = traffic_sources.sides_of(bench, run)
@@ -226,7 +226,7 @@ def _peers(bench: Bench, direction: str) -> Iterator[Traffic]:
 
 
 def by_peer(peer: LMCache, sides: Sides, direction: str) -> Callable[[], object]:
-    """A peer's slot kernel with a chunk in pinned memory, as its connector has it."""
+    """Return a peer's slot kernel with a chunk in pinned memory, as its connector has it."""
     kernel, *_ = peer.kernels(sides.case.on_device, by_blocks=False)
     move = peer.move_by(kernel, sides.case.on_device, sides.slots, sides.caches)
     return lambda: move(sides.chunk, direction == "d2h")
@@ -256,7 +256,7 @@ _GIVEN_UP = 50e-3
 
 
 def waiting_steps(bench: Bench) -> Iterator[Step]:
-    """A step for each direction."""
+    """Yield a step for each direction."""
     for direction in DIRECTIONS:
         yield f"copies of others alongside transfers, {direction}", partial(_wait, bench, direction)
 
@@ -305,7 +305,7 @@ def _wait_row(bench: Bench, direction: str, nbytes: int, rows: Rows, traffic: Tr
 
 
 def _waits(bench: Bench, traffic: Traffic, copy: Callable[[], object]) -> list[float]:
-    """Seconds of each copy of the other, from its call to its end."""
+    """Return the seconds of each copy of the other, from its call to its end."""
     queue = Queue(bench.module, traffic, bench.stream())
     stream = bench.stream()
     waits: list[float] = []
@@ -326,7 +326,7 @@ def _waits(bench: Bench, traffic: Traffic, copy: Callable[[], object]) -> list[f
 def _seen(
     bench: Bench, queue: Queue | None, stream: torch.Stream, copy: Callable[[], object]
 ) -> float:
-    """Seconds of a copy until its end was seen, or until it was given up."""
+    """Return the seconds of a copy until its end was seen, or until it was given up."""
     began = perf_counter()
     with bench.module.stream(stream):
         copy()

@@ -64,7 +64,7 @@ class PlainRing:
 
 
 def pageable_steps(bench: Bench) -> Iterator[Step]:
-    """A step for each case."""
+    """Yield a step for each case."""
     scenes = (scene(256), scene(2 * KB), scene(32 * KB, BLOCK_FIRST, "random"))
     for case in cases(scenes, bench.preset.pageable):
         yield f"pageable: {case.name}", partial(_pageable, bench, case)

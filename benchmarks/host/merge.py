@@ -24,8 +24,10 @@ _SAME = ("device", "driver_version", "torch", "portakv", "python")
 
 
 def merge(results: Sequence[Row]) -> Row:
-    """All rows, of each part those of the last result that has it; raises `ValueError` for a result
-    without parts, of another suite, or of another machine."""
+    """Return all rows, of each part those of the last result that has it.
+
+    Raises `ValueError` for a result without parts, of another suite, or of another machine.
+    """
     last = results[-1]
     suite = last.get("suite")
     parts: dict[str, int] = {}

@@ -63,7 +63,7 @@ class Seen(NamedTuple):
 
 
 def small_steps(bench: Bench) -> Iterator[Step]:
-    """A step for each count of integers."""
+    """Yield a step for each count of integers."""
     for count in bench.preset.small:
         yield f"small copies: {count}", partial(_measure, bench, count)
 

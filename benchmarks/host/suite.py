@@ -63,7 +63,7 @@ class HostPreset:
     calls: int  # how often each is called; beyond the first length of rows a third as often
 
     def payloads_of(self, scene: Scene) -> list[int]:
-        """The payloads of a scene of the grid."""
+        """Return the payloads of a scene of the grid."""
         often = scene.order == "dense" or (scene.host, scene.order) == (BLOCK_FIRST, "random")
         return [payload for payload in self.payloads if often or payload < RARE]
 
@@ -157,7 +157,10 @@ class Bench:
         return {peer.name: peer.release for peer in self.peers}
 
     def region(self, payload: int, *, pageable: bool = False) -> Region:
-        """Memory for cases of up to so many bytes; kept, and made anew if it is too small."""
+        """Return memory for cases of up to so many bytes.
+
+        It is cached, and made again if it is too small.
+        """
         if pageable not in self._regions or self._regions[pageable].host.numel() < 2 * payload:
             self._regions.pop(pageable, None)
             self._regions[pageable] = Region.reserve(self.device, payload, pageable=pageable)
@@ -166,8 +169,10 @@ class Bench:
     def measure(
         self, ceiling: Variant, variants: Sequence[Variant], payload: int, host_clock: bool = False
     ) -> list[Measured]:
-        """Variants in turns with a ceiling, on one device and one region; ``host_clock``: timed by
-        the host's clock."""
+        """Measure variants in turns with a ceiling, on one device and one region.
+
+        With ``host_clock`` the host's clock times them.
+        """
         limits = 1, self.preset.rounds(payload), self.preset.seconds
         return harness.measure(
             ceiling, variants, self.host_timer if host_clock else self.timer, *limits
@@ -260,7 +265,7 @@ HOST_DETACHED = Method(f"{CHOSEN} detached", CHOSEN, {"detached": True})
 
 
 def zero_copy(blocks: int) -> Method:
-    """The strategy `zero_copy`, with at most so many thread blocks."""
+    """Return the strategy `zero_copy`, with at most so many thread blocks."""
     return Method(f"zero_copy {blocks}", "zero_copy", {"max_thread_blocks": blocks})
 
 
@@ -272,7 +277,7 @@ def by_call(
     call: Callable[[], object],
     **labels: object,
 ) -> Variant:
-    """Any call that moves a case, every byte of the destination checked."""
+    """Return any call that moves a case as a variant that checks every byte of the destination."""
     labels = {"backend": name, "engine": engine, "op": direction, **labels}
     return Variant(
         labels,
@@ -290,7 +295,7 @@ def by_engine(method: Method, sides: Sides, direction: str) -> Variant:
 
 
 def plain_copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """The plain copy, on the current stream."""
+    """Copy plainly, on the current stream."""
     target.copy_(source, non_blocking=True)
 
 
@@ -301,8 +306,10 @@ def by_memcpy(
     copy: Callable[[torch.Tensor, torch.Tensor], object] = plain_copy,
     **labels: object,
 ) -> Variant:
-    """One copy of as many bytes, to its first argument, between dense memory and the same host
-    memory."""
+    """Return one copy of as many bytes between dense memory and the same host memory.
+
+    The copy goes to its first argument.
+    """
     target, source = (sides.flat, sides.dense)[:: 1 if direction == "d2h" else -1]
     labels = {"backend": name, "engine": MEMCPY, "op": direction, **labels}
     return Variant(

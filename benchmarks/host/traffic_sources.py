@@ -138,14 +138,17 @@ class Methods:
 
 
 def sides_of(bench: Bench, run: int) -> Sides:
-    """A chunk of the host with rows of ``run`` bytes, or blocks of so many in a plane."""
+    """Return a chunk of the host with rows of ``run`` bytes, or blocks of so many in a plane."""
     case = case_of(scene(run), bench.preset.alongside)
     assert case is not None, f"{bench.preset.alongside} bytes are no whole runs of {run}"
     return bench.sides(case)
 
 
 def memcpys(bench: Bench, direction: str) -> Traffic:
-    """Plain memcpys of as many bytes; fills the source of all that move in this direction."""
+    """Return plain memcpys of as many bytes.
+
+    The call fills the source of everything that moves in this direction.
+    """
     dense = sides_of(bench, RUNS[0])
     dense.fill(direction)
     return Traffic(suite.by_memcpy(dense, direction), dense.case.payload, shape="dense")
@@ -198,7 +201,7 @@ class Loop:
             self._batch()
 
     def _time(self) -> float:
-        """Milliseconds of one run."""
+        """Return the milliseconds of one run."""
         first, last = (self._module.Event(enable_timing=True) for _ in range(2))
         self._module.synchronize()
         first.record()
@@ -209,7 +212,7 @@ class Loop:
 
 
 def matmul(device: torch.device, preset: HostPreset) -> Loop:
-    """Products of square bf16 matrices."""
+    """Return a loop of products of square bf16 matrices."""
     shape = preset.matmul, preset.matmul
     a, b = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
@@ -217,7 +220,7 @@ def matmul(device: torch.device, preset: HostPreset) -> Loop:
 
 
 def attention(device: torch.device, preset: HostPreset) -> Loop:
-    """Attention of one new token over long keys and values, fp16, which is bound by memory."""
+    """Return attention of one new token over long keys and values, fp16: memory bounds it."""
     batch, heads, tokens = preset.attention
     shape = (batch, heads, tokens, _DIM)
     k, v = (torch.randn(shape, dtype=torch.float16, device=device) for _ in range(2))

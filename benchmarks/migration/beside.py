@@ -26,7 +26,7 @@ from portakv_benchmarks.shared.shapes import in_words
 
 
 def loop_steps(bench: MigrationBench) -> Iterator[Step]:
-    """The loop on either side."""
+    """Yield a step for the loop on either side."""
     if not bench.on:
         raise Unsupported("A loop alongside pulls", "torch finds no accelerator here")
     yield "matmul on the reader", partial(_on_reader, bench)
@@ -35,7 +35,7 @@ def loop_steps(bench: MigrationBench) -> Iterator[Step]:
 
 
 def _transports(bench: MigrationBench, *_: Any) -> Iterator[Traffic]:
-    """Raw copies, and pulls on the default terms."""
+    """Yield raw copies, and pulls on the default terms."""
     nbytes = bench.sizes.large[1]
     near = bench.near
     bench.meet(USUAL, nbytes)
@@ -67,7 +67,7 @@ def _right(bench: MigrationBench, nbytes: int, raw: bool, _: int) -> bool:
 
 
 def _rows_of_side(bench: MigrationBench, on: str, rows: Rows) -> Rows:
-    """Rows of either side in the same words; `over_raw` in points."""
+    """Return the rows of either side in the same words; `over_raw` in points."""
     raw = next((x for x in rows if x["backend"] == MEMCPY), None)
     made = Rows()
     for row in rows:

@@ -67,7 +67,7 @@ CASES: Mapping[str, Case] = {
 
 
 def memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory that can be shared with another process."""
+    """Return memory that can be shared with another process."""
     if device.type == "cpu":
         return shared_empty(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)
@@ -98,7 +98,7 @@ class Cache:
         self.device = device
 
     def _planes(self, tensors: list[torch.Tensor], order: str) -> list[torch.Tensor]:
-        """Layers outermost, as integers ``[blocks, tokens, heads, dim]``."""
+        """Return the planes, layers outermost, as integers ``[blocks, tokens, heads, dim]``."""
         words = [one.view(torch.int16) for one in tensors]
         if order == "btd":
             return [one.unsqueeze(2) for one in words]
@@ -107,7 +107,7 @@ class Cache:
         return [one.select(order.index("k"), kv) for one in words for kv in (0, 1)]
 
     def blocks(self, nbytes: int) -> torch.Tensor:
-        """The ids of the blocks that hold so many bytes."""
+        """Return the ids of the blocks that hold so many bytes."""
         return self.ids[: -(-self.case.tokens(nbytes) // self.size)]
 
     def fill(self, salt: int) -> None:
@@ -120,7 +120,7 @@ class Cache:
             one.view(torch.uint8).fill_(POISON)
 
     def places(self, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The block, and the place in it, of each token."""
+        """Return the block, and the place in it, of each token."""
         at = torch.arange(self.case.tokens(nbytes))
         results = self.ids[at // self.size], at % self.size
         return results[0].to(self.device), results[1].to(self.device)

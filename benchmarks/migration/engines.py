@@ -93,12 +93,12 @@ class Engine:
 
 
 def products(device: torch.device, size: int, seconds: float) -> Loop:
-    """A loop of products of square bf16 matrices, for so long when nothing disturbs it."""
+    """Return a loop of products of square bf16 matrices, for so long when nothing disturbs it."""
     return matmul(device, replace(HOST_PRESETS["full"], matmul=size, loop_seconds=seconds))
 
 
 def loop_ms(device: torch.device, loop: Loop) -> float:
-    """Milliseconds of it, on the current stream of a device that has nothing else to do."""
+    """Return the milliseconds of a loop, on the current stream of an otherwise idle device."""
     module = torch.get_device_module(device)
     first, last = (module.Event(enable_timing=True) for _ in range(2))
     module.synchronize()

@@ -36,7 +36,7 @@ def staged_steps(bench: MigrationBench) -> Iterator[Step]:
 
 
 def scattered_steps(bench: MigrationBench) -> Iterator[Step]:
-    """Each engine that is installed."""
+    """Yield a step for each installed engine."""
     for name in PEERS:
         if name not in bench.absent:
             yield name, partial(_scattered, bench, name)
@@ -72,7 +72,7 @@ class Two:
         self.reader.do("will_read", local, nbytes, reach, results)
 
     def crossed(self, nbytes: int) -> Sample:
-        """One message of the group."""
+        """Send one message of the group."""
         at = perf_counter() + AHEAD
         self.owner.begin("timed", "send", nbytes, at=at)
         ended = self.reader.do("timed", "receive", nbytes, at=at)[1]
@@ -99,7 +99,7 @@ class Two:
 
 @contextmanager
 def two(bench: MigrationBench) -> Iterator[Two]:
-    """Two processes, which are ended."""
+    """Make two processes, and end them afterwards."""
     made = list[Far]()
     bench.apart()
     try:

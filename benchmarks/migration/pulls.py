@@ -30,7 +30,7 @@ MAPPED = "mapped"
 
 
 def mapped_steps(bench: MigrationBench) -> Iterator[Step]:
-    """Each case in each size."""
+    """Yield a step for each case in each size."""
     for case in CASES:
         if case != BLOCKS:
             yield case, partial(_mapped, bench, case)
@@ -61,7 +61,7 @@ def _mapped(bench: MigrationBench, case: str) -> Rows:
 
 
 def _between(bench: MigrationBench, nbytes: int) -> list[Method]:
-    """The raw copy of one process between two devices."""
+    """Return the raw copy of one process between two devices."""
     if bench.there == bench.device:
         return []
     source = fill(torch.empty(nbytes // 8, dtype=torch.int64, device=bench.there), 7)
@@ -121,7 +121,7 @@ def _both(bench: MigrationBench) -> Rows:
 
 
 def cost_steps(bench: MigrationBench) -> Iterator[Step]:
-    """The call of a pull, and from a ticket to rows that are published."""
+    """Yield a step for the call of a pull, and one from a ticket to published rows."""
     yield "costs", partial(_costs, bench)
 
 
@@ -156,7 +156,7 @@ def _costs(bench: MigrationBench) -> Rows:
 
 
 def weight_steps(bench: MigrationBench) -> Iterator[Step]:
-    """Each set of tensors."""
+    """Yield a step for each set of tensors."""
     for name in bench.sizes.tensors[bench.on]:
         yield name, partial(_weights, bench, name)
 

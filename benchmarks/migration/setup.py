@@ -24,7 +24,7 @@ LAYOUT = "layer | block kv token head dim"
 
 
 def setup_steps(bench: MigrationBench) -> Iterator[Step]:
-    """Both kinds."""
+    """Yield a step for each of both kinds."""
     yield "Owner", partial(_measured, bench, "Owner", _owner)
     yield "publish", partial(_measured, bench, "publish", _publish)
 
@@ -34,7 +34,7 @@ def _measured(
     shape: str,
     once: Callable[[list[torch.Tensor]], tuple[float, bool]],
 ) -> Rows:
-    """A row: the wall clock of the call, over allocations that are new each time."""
+    """Return a row: the wall clock of the call, over allocations that are new each time."""
     count = bench.sizes.allocations
     times = list[float]()
     right = True

@@ -98,12 +98,12 @@ class Side:
         return pulled
 
     def copy(self, nbytes: int) -> None:
-        """The raw copy: as many dense bytes."""
+        """Copy as many dense bytes without PortaKV."""
         n = self.case.payload(nbytes)
         self.landed[:n].copy_(self.raw[:n], non_blocking=True)
 
     def rows(self, nbytes: int) -> object:
-        """The same rows in one process."""
+        """Return the same rows in one process."""
         case = self.case
         mirror = self.mirror
         target = self.target
@@ -190,7 +190,7 @@ class Side:
         return self.weights.ticket.hex(), shared[:-1], shared[-1]
 
     def loop(self, matmul: int, seconds: float) -> float:
-        """Milliseconds of a loop of matrix products."""
+        """Return the milliseconds of a loop of matrix products."""
         self.products = self.products or engines.products(self.device, matmul, seconds)
         return engines.loop_ms(self.device, self.products)
 

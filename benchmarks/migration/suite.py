@@ -136,7 +136,7 @@ class MigrationBench(Bench):
         return self._far[0]
 
     def started(self, device: torch.device) -> Far:
-        """One more process."""
+        """Return one more process."""
         return Far(device)
 
     def meet(self, case: str, nbytes: int) -> None:

@@ -91,8 +91,10 @@ class Ops(NamedTuple):
 
 
 def lmcache_steps(bench: IntegrationBench) -> Iterator[Step]:
-    """A step for each kind of op, format, memory of the objects, payload and direction; then one
-    for each format that is counted."""
+    """Yield a step for each kind of op, format, memory of the objects, payload and direction.
+
+    A step for each format with counted launches follows.
+    """
     own = own_ops(bench)
     addresses = own is not None and own.addresses
     ours = Ops(lmcache_ops, SimpleNamespace, {x: x for x in LAYOUTS}, (0, 1), addresses)
@@ -103,7 +105,7 @@ def lmcache_steps(bench: IntegrationBench) -> Iterator[Step]:
 
 
 def own_ops(bench: IntegrationBench) -> Ops | None:
-    """LMCache's own ops: compiled ones, or those over torch; None if it is not here."""
+    """Return LMCache's own ops: compiled ones, or those over torch; None if it is not here."""
     why = []
     for module in _MODULES if bench.device.type == "cuda" else _MODULES[-1:]:
         try:
@@ -136,7 +138,7 @@ class Task(NamedTuple):
     op: str
 
     def __str__(self) -> str:
-        """``slots, narrow rows, 1 MB, object on the host``; the format is a separate label."""
+        """Return ``slots, narrow rows, 1 MB, object on the host``; the format is another label."""
         rows = ", narrow rows" if self.narrow else ""
         place = "host" if self.on_host else "device"
         return f"{self.kernel}{rows}, {in_words(self.payload)}, object on the {place}"
@@ -197,7 +199,7 @@ def _case(bench: IntegrationBench, own: Ops | None, ours: Ops, task: Task) -> Ca
 
 
 def shape_of(number: int, layers: int, payload: int, narrow: bool = False) -> Shape:
-    """Caches of a format and a transfer of so many bytes at least, whole blocks in one object."""
+    """Return caches and a transfer of at least so many bytes, whole blocks in one object."""
     kv = 2 if "kv" in LAYOUTS[number].split() else 1
     heads, dim = (1, _NARROW) if narrow else (_HEADS, 2 * _DIM if number in FUSED else _DIM)
     if number in MLA:
@@ -329,8 +331,10 @@ def _as_torch_takes(number: int, shape: Shape, tensors: list[torch.Tensor]) -> o
 def path_of(
     ops: Ops, kernel: str, number: int, shape: Shape, caches: Side, objects: Side, op: str
 ) -> Call:
-    """LMCache's own way from caches to chunks or back, which looks at the caches, makes tables and
-    descriptions, and calls one op: of these ops."""
+    """Return LMCache's own path from caches to chunks or back, which calls one of these ops.
+
+    The path looks at the caches, and makes tables and descriptions.
+    """
     path = import_module(_PATH)
     retained = {str(at): each for at, each in enumerate(caches.tensors)}
     ids = (caches.rows[::_BLOCK] // _BLOCK).tolist()
@@ -370,8 +374,10 @@ class _Over:
 
 
 def _as_torch_reads(shape: Shape, ours: bool) -> tuple[int, ...]:
-    """A layer's shape in which LMCache's torch op by slots reads an address; or PortaKV's, of keys
-    or values apart."""
+    """Return a layer's shape in which LMCache's torch op by slots reads an address.
+
+    PortaKV's op reads keys and values apart.
+    """
     if ours:
         return shape.slots, shape.heads, shape.dim
     if "block kv" in shape.cache:

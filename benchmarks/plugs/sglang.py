@@ -50,12 +50,12 @@ _DEVICE = "layer | (block token) head dim"
 
 
 def sglang_steps(bench: IntegrationBench) -> Iterator[Step]:
-    """A step for each order, direction, number of layers and limit of thread blocks."""
+    """Yield a step for each order, direction, number of layers and limit of thread blocks."""
     yield from suite.steps(bench, "sglang", _planned_cases(bench, own_kernels(bench)))
 
 
 def own_kernels(bench: IntegrationBench) -> object:
-    """SGLang's own module; None if it is not here, or does not load."""
+    """Return SGLang's own module; None if it is not here, or does not load."""
     try:
         result = import_module("sgl_kernel.kvcacheio")
     except Exception as error:  # a library that does not load ends in errors of all kinds
@@ -144,7 +144,7 @@ def calls_of(
     host: Side,
     quota: int = 0,
 ) -> list[Call]:
-    """The calls of a transfer, with everything that can be made beforehand."""
+    """Return the calls of a transfer, with everything that can be made beforehand."""
     many = device.shape.layers
     on = device.tensors[0].device
     k = device.tensors[:many]

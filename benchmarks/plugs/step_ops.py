@@ -32,7 +32,7 @@ _REQUESTS = 4  # of a gather
 
 
 def step_ops(bench: IntegrationBench, own: object) -> Iterator[PlannedCase]:
-    """Each op with few and with many rows; ``own``: vLLM's module, None if it is not here."""
+    """Yield each op with few and with many rows; ``own`` is vLLM's module, if it is here."""
     for rows, name in product(_ROWS, _OPS):
         yield PlannedCase(f"{name}, {rows} rows", partial(_case, bench, own, name, rows))
 

@@ -76,8 +76,10 @@ class IntegrationBench(Bench):
         return self.installed
 
     def memory(self, nbytes: int, on_host: bool, salt: int | None = None) -> torch.Tensor:
-        """Bytes that name their places, or poison, as uint8; on the host they are pinned if there
-        is an accelerator."""
+        """Return bytes that name their places, or poison, as uint8.
+
+        On the host they are pinned if there is an accelerator.
+        """
         if on_host and self.device.type != "cpu":
             made = pinned.empty(nbytes, torch.uint8)
         else:
@@ -113,8 +115,11 @@ class Side(NamedTuple):
         salt: int | None = None,
         only: slice = slice(None),
     ) -> Side:
-        """Memory for so many tensors: poison, or with a ``salt`` bytes that name their places.
-        Blocks are drawn by a ``seed``, or all in order."""
+        """Return memory for so many tensors.
+
+        It holds poison, or with a ``salt`` bytes that name their places. A ``seed`` draws the
+        blocks; else they are in order.
+        """
         extents = sizes(layout, shape, shape.blocks, shape.block_size)
         dtype = shape.torch_dtype
         nbytes = prod(extents) * dtype.itemsize
@@ -134,7 +139,7 @@ class Side(NamedTuple):
     def places(
         self, device: torch.device, tensors: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
-        """The planes that are touched, and where in them each row is."""
+        """Return the planes that are touched, and where in them each row is."""
         shape = self.shape
         size = self.shape.block_size
         at = self.rows // size, self.rows % size
@@ -173,7 +178,7 @@ class Sides(NamedTuple):
 
 
 def memcpy(bench: IntegrationBench, payload: int, op: str, to_host: bool) -> Variant:
-    """One plain copy of as many bytes between the device and the host, or inside the device."""
+    """Return one plain copy of as many bytes between device and host, or inside the device."""
     source, target = turned(op, bench.memory(payload, False), bench.memory(payload, to_host))
     fill(source.view(torch.int64), 1)
 
@@ -224,7 +229,7 @@ def case(
     other: Side,
     makes: Mapping[str, Callable[[], Call]],
 ) -> Case:
-    """Ways by name, each made by its first call."""
+    """Return methods by name, each made by its first call."""
     sides = Sides(bench, *turned(op, device, other))
     methods = []
     for name, make in makes.items():
@@ -296,7 +301,10 @@ def _whole(row: Row) -> float:
 
 
 def medians(rows: Rows) -> Rows:
-    """A row for each engine: the median of ``of_own`` over its cases but those set ``aside``."""
+    """Return a row for each engine.
+
+    It holds the median of ``of_own`` over its cases, except for those in ``aside``.
+    """
     result = []
     for part in harness.grouped(having(rows, kind="plug_copy", backend=OURS), "part"):
         known = [row for row in part if "of_own" in row and not row.get("aside")]
@@ -325,8 +333,11 @@ def _alongside(bench: IntegrationBench, part: str, requested: PlannedCase, loop:
 
 
 def noise(rows: Rows) -> float:
-    """Points of slow-down that mean nothing in a meeting: how far repeats alongside a memcpy or the
-    engine's own code lie apart, or how much quicker the loop ever was alongside something."""
+    """Return the points of slow-down that mean nothing.
+
+    They are the distance of repeats alongside a memcpy or the engine's own code, or the points by
+    which the loop was ever faster alongside something.
+    """
     result = {row["backend"]: row["slowdowns_pct"] for row in rows}
     apart = [max(x) - min(x) for name, x in result.items() if name != OURS]
     return float(max(*apart, *(-min(x) for x in result.values())))

@@ -43,8 +43,10 @@ _BOTH = "both"
 
 
 def vllm_steps(bench: IntegrationBench) -> Iterator[Step]:
-    """A step for each page size and direction, of the worker and of the op; raises
-    `IntegrationError` if vLLM is not here."""
+    """Yield a step for each page size and direction, of the worker and of the op.
+
+    Raises `IntegrationError` if vLLM is not here.
+    """
     check_release("vllm")
     import_module("portakv.integrations.vllm")  # fails here, and not in each step
     why = ""
@@ -96,7 +98,7 @@ class Worker:
         chunks = torch.randperm(count, generator=drawn)
 
         def specs(part: slice) -> tuple[Any, Any, Any]:
-            """Blocks that are stored, their chunks, and blocks that these are loaded into."""
+            """Return the blocks to store, their chunks, and the blocks to load the chunks into."""
             stored, loaded = (
                 base.GPULoadStoreSpec(
                     ids[part].tolist(), group_sizes=[len(ids[part])], block_indices=[0]
@@ -137,8 +139,7 @@ class Worker:
         self._bench.module.synchronize()  # vLLM's own loads wait for no stream
 
     def right(self) -> bool:
-        """Whether the blocks that were loaded are those that were stored, and all others as they
-        were."""
+        """Return whether exactly the requested blocks were loaded, and no other changed."""
         self.wait()
         (stored, loaded, rest) = self._ids
         pairs = zip(self._layers, self._before, strict=True)
@@ -148,7 +149,7 @@ class Worker:
         )
 
     def variant(self, name: str, op: str) -> Variant:
-        """A store, judged by a load of what it left; or a load."""
+        """Return a store, judged by a load of what it left; or a load."""
         labels = suite.labels(name, op, "vllm")
         store = (self._stored, self._chunks)
         load = (self._chunks, self._loaded)
@@ -171,8 +172,10 @@ class Worker:
         return Variant(labels, lambda i: self.submit(*load), lambda i: keep(), lambda i: right())
 
     def _both(self, labels: Row) -> Variant:
-        """A store of one half of the blocks and a load of the other, whose chunks hold them; judged
-        by a load of what was stored."""
+        """Return a store of one half of the blocks and a load of the other, whose chunks hold them.
+
+        A load of the stored chunks judges them.
+        """
         (store, full, load), (more, empty, rest) = self._halves
 
         def spoil(i: int) -> None:
@@ -207,7 +210,7 @@ Pair = Callable[[int], dict[str, Worker]]
 
 
 def _workers(bench: IntegrationBench, own: bool, page: int) -> dict[str, Worker]:
-    """Both workers over the same caches, each with separate host memory."""
+    """Return both workers over the same caches, each with separate host memory."""
     base = import_module("vllm.v1.kv_offload.base")
     sizes = bench.sizes
     blocks = 2 * sizes.blocks + _REST
@@ -235,7 +238,10 @@ def _of_op(bench: IntegrationBench) -> int:
 
 
 def _batch(own: bool, bench: IntegrationBench, fields: Row, page: int, op: str) -> Case:
-    """Runs of blocks of each layer, and of a pool block by block: a quarter of a job's pages."""
+    """Return runs of blocks of each layer, and of a pool block by block.
+
+    They have a quarter of a job's pages.
+    """
     layers = bench.sizes.layers
     salts = suite.turned(op, 1, None)
     sized = replace(suite.LIKE, layers=layers, dim=page, dtype="int8", kv=1, pool=2)

@@ -62,8 +62,11 @@ class LMCache:
         self._methods = (self._ops.TransferDirection.H2D, self._ops.TransferDirection.D2H)
 
     def kernels(self, shape: Shape, by_blocks: bool) -> list[str]:
-        """The kernels that carry such a shape out: ``slot kernel``, and with block ids ``block
-        kernel``; raises `PeerMissing` if there is none."""
+        """Return the kernels that carry such a shape out.
+
+        These are ``slot kernel``, and with block ids ``block kernel``. Raises `PeerMissing` if
+        there is none.
+        """
         if shape.cache not in FORMATS or shape.chunk != _CHUNK:
             raise PeerMissing(
                 f"Expected a shape that LMCache has a format for, got a cache {shape.cache!r} with "
@@ -79,8 +82,11 @@ class LMCache:
         return ["block kernel"]
 
     def move_by(self, kernel: str, shape: Shape, slots: torch.Tensor, caches: Any) -> Move:
-        """A call of one of its kernels, with everything that can be made beforehand: from caches on
-        a device to a chunk or back, by the slot of each token, int64 on the host."""
+        """Return a call of one of its kernels, with everything that can be made beforehand.
+
+        It moves from caches on a device to a chunk or back, by the slot of each token, int64 on
+        the host.
+        """
         tensors = caches if isinstance(caches, list) else [caches]
         form = getattr(self._ops.EngineKVFormat, FORMATS[shape.cache])
         device = tensors[0].device
@@ -124,14 +130,17 @@ class LMCache:
 
 
 def load_peer(name: str) -> LMCache:
-    """The peer of a name; raises `PeerMissing` if it is unknown, not installed or does not load."""
+    """Return the peer of a name.
+
+    Raises `PeerMissing` if it is unknown, not installed or does not load.
+    """
     if name not in PEERS:
         raise PeerMissing(f"Expected --peer to be one of {', '.join(PEERS)}, got {name!r}.")
     return LMCache()
 
 
 def load(package: str, module: str) -> tuple[ModuleType, str]:
-    """A compiled module of a package whose own ``__init__`` is not run, and its release."""
+    """Return a compiled module of a package whose own ``__init__`` is not run, and its release."""
     install = f"pip install --no-deps {package}=={PEERS[package]}"
     try:
         results = find_spec(package)

@@ -73,7 +73,7 @@ def draw(results: Fields, folder: Path, stem: str) -> list[Path]:
 
 
 def bandwidth(copies: list[Row], device: str) -> Figure | None:
-    """Bandwidth, read and written, against bytes: Llama-3 8B from one token up, random slots."""
+    """Draw bandwidth, read and written, against bytes: Llama-3 8B from one token up."""
     rows = having(copies, row_bytes=2048, cache="layer | kv block token head dim", layers="apart")
     rows = [row for row in rows if row["shape"].startswith(_SWEEP) and row["slots_used"] < 1]
     if len({row["payload_bytes"] for row in rows}) < 2:

@@ -89,8 +89,11 @@ class Shape:
 
 
 def load(path: Path = FILE) -> Mapping[str, Shape]:
-    """The shapes of a file by name, in its order; raises `ValueError` for a field that is wrong. An
-    entry with ``like`` has every field that it does not write from the shape of that name."""
+    """Return the shapes of a file by name, in its order.
+
+    Raises `ValueError` for a field that is wrong. An entry with ``like`` has every field that
+    it does not write from the shape of that name.
+    """
     results: dict[str, Shape] = {}
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["shape"]:
         name = entry.get("name")
@@ -126,8 +129,11 @@ def _check(shape: Shape) -> None:
 
 
 def planes(tensors: Any, layout: str, shape: Shape) -> list[torch.Tensor]:
-    """Each plane, layers outermost, as integers ``[blocks, tokens, heads, dim]``; a chunk: 1 block.
-    Only for layouts without split axes, and with no container but a list over layers."""
+    """Return each plane, layers outermost, as integers ``[blocks, tokens, heads, dim]``.
+
+    A chunk has one block. Layouts must have no split axes, and no container except a list over
+    layers.
+    """
     order = ("layer", "kv", "block", "token", "head", "dim")
     names = [name for group in _groups(layout) for name in group]
     missing = [name for name in order if name not in names]
@@ -144,13 +150,13 @@ def planes(tensors: Any, layout: str, shape: Shape) -> list[torch.Tensor]:
 
 
 def sizes(layout: str, shape: Shape, blocks: int, tokens: int) -> tuple[int, ...]:
-    """The size of each dimension of a tensor that is read through a layout."""
+    """Return the size of each dimension of a tensor that is read through a layout."""
     groups = _groups(layout)
     return tuple(prod(_axis(name, shape, blocks, tokens) for name in group) for group in groups)
 
 
 def _groups(layout: str) -> list[list[str]]:
-    """The axes of each dimension of a layout's tensors."""
+    """Return the axes of each dimension of a layout's tensors."""
     groups: list[str] = re.findall(r"\(.+?\)|\w+", layout.rpartition("|")[2])
     return [group.strip("()").split() for group in groups]
 
@@ -182,7 +188,7 @@ def moved(
 
 
 def in_words(nbytes: int) -> str:
-    """``256 B``, ``2 KB``, ``32 MB``, ``1 GB``, by 1024."""
+    """Return a size such as ``256 B``, ``2 KB``, ``32 MB`` or ``1 GB``, by 1024."""
     for unit, name in ((1 << 30, "GB"), (1 << 20, "MB"), (1 << 10, "KB")):
         if nbytes >= unit:
             return f"{nbytes / unit:.4g} {name}"
@@ -190,12 +196,12 @@ def in_words(nbytes: int) -> str:
 
 
 def in_decimal(nbytes: int) -> str:
-    """``0.131 MB``, ``1.07 GB``, by 1000."""
+    """Return a size such as ``0.131 MB`` or ``1.07 GB``, by 1000."""
     return f"{nbytes / 1e6:.3g} MB" if nbytes < 999_500_000 else f"{nbytes / 1e9:.3g} GB"
 
 
 def in_bytes(words: str) -> int:
-    """The number of ``256K``, ``4M``, ``1G``."""
+    """Return the number of a size such as ``256K``, ``4M`` or ``1G``."""
     results = re.fullmatch(r"(\d+)([KMG])", words.strip().upper())
     if not results:
         raise ValueError(f"Expected a size such as 256K, 1M or 1G, got {words!r}.")

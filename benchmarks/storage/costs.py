@@ -28,13 +28,13 @@ CPU = torch.device("cpu")
 
 
 def cost_steps(bench: StorageBench) -> Iterator[Step]:
-    """Each cost, in the median of five."""
+    """Yield a step for each cost, in the median of five."""
     yield "nodes", partial(_nodes, bench.sizes.nodes)
     yield "start", partial(_start, bench)
 
 
 def cost_row(shape: str, samples: list[Sample], each: int, right: bool) -> Rows:
-    """The median of samples, each of so many things."""
+    """Return the median of samples, each of so many things."""
     us, cpu = (short(median(results) * 1e6 / each) for results in [*zip(*samples, strict=True)][:2])
     fields: Row = {"kind": "storage_cost", "shape": shape, "backend": "portakv", "verified": right}
     return [{**fields, "us": us, "cpu_us": cpu, "rounds": len(samples)}]
@@ -61,7 +61,7 @@ def _chains(count: int) -> None:
 
 
 def _start(bench: StorageBench) -> Rows:
-    """A folder whose table is full is opened again and again."""
+    """Open a folder whose table is full, again and again."""
     form = BlockForm.of(caches(1, 4 * KB, CPU, 1), "bench")
     count = bench.sizes.slots
     engine, _ = choose()

@@ -42,7 +42,10 @@ PHASES = ("loads", "stores", "both")
 
 
 def store_steps(bench: StorageBench) -> Iterator[Step]:
-    """A lookup; loads alone, saves alone and both; blocks of 4 MB on their way to the device."""
+    """Yield steps for a lookup, for loads and saves alone and together, and for loads to a device.
+
+    Loads to a device have blocks of 4 MB.
+    """
     yield "lookup", partial(_lookup, bench)
     yield "loads alongside stores", partial(alongside, bench)
     yield "disk to device", partial(_layered, bench)
@@ -107,7 +110,7 @@ class Meeting:
         time.sleep(max(0.0, began + PACE - time.perf_counter()))
 
     def phase(self, name: str) -> None:
-        """Loads, stores, or loads until the stores have ended."""
+        """Load, store, or load until the stores have ended."""
         self.store.load(self.view, range(LOADED), self.keys).synchronize(60)
         torch._foreach_zero_(words(self.view.tensors))
         self.loaded.clear()

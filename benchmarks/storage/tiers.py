@@ -45,7 +45,7 @@ REQUESTS = 8  # of a remote store, at the same time
 
 
 def caches(blocks: int, nbytes: int, device: torch.device, layers: int = LAYERS) -> KVView:
-    """A paged cache of bfloat16 whose blocks hold so many bytes in all layers, with random bits."""
+    """Return a paged bfloat16 cache of random bits, with blocks of so many bytes in all layers."""
     tokens = max(1, nbytes // (layers * HEADS * DIM * 4))
     shape = (2, blocks, tokens, HEADS, DIM)
     made = [torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(layers)]
@@ -55,7 +55,7 @@ def caches(blocks: int, nbytes: int, device: torch.device, layers: int = LAYERS)
 
 
 def words(tensors: Any) -> list[torch.Tensor]:
-    """Tensors of a cache as bits that can be compared."""
+    """Return tensors of a cache as bits that can be compared."""
     return [tensor.view(torch.int16) for tensor in tensors]
 
 
@@ -153,7 +153,7 @@ def _both_directions(bench: StorageBench, size: int) -> Rows:
 
 
 def tier_steps(bench: StorageBench) -> Iterator[Step]:
-    """Blocks of 1 MB: stores into an empty and into a full tier, and loads."""
+    """Yield a step for blocks of 1 MB: stores into an empty and into a full tier, and loads."""
     yield in_words(bench.sizes.usual), partial(_tier, bench, bench.sizes.usual)
 
 
@@ -182,7 +182,7 @@ def _tier(bench: StorageBench, size: int) -> Rows:
 
 
 def remote_steps(bench: StorageBench) -> Iterator[Step]:
-    """Objects of 1 MB, by eight concurrent requests."""
+    """Yield a step for objects of 1 MB, by eight concurrent requests."""
     yield "1 MB", partial(_remote, bench)
 
 
