@@ -9,7 +9,9 @@ further package and finds a line again after other lines moved:
     python tests/support/mutation.py run --jobs 2 mutants.json results.json
 
 A mutant is killed if a test of its package fails, or if the tests do not end in time. The results
-name the failed tests of each mutant, so that tests which catch nothing alone can be found.
+name the failed tests of each mutant, so that tests which catch nothing alone can be found. Tests
+that killed earlier mutants of the file run first, so that most mutants end after seconds. To see
+whether the wide tests kill more, run the survivors again with `--mark "full or slow"`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 #: The modules that are changed, and the tests that judge them.
 SUBJECTS = {
@@ -40,15 +44,17 @@ SUBJECTS = {
     "portakv/migrate/shards.py": "tests/migrate/test_shards.py tests/migrate/test_pull.py",
     "portakv/migrate/plan.py": "tests/migrate/test_pull.py",
     "portakv/migrate/channel.py": "tests/migrate/test_channel.py",
-    "portakv/storage": "tests/storage",
+    "portakv/storage": "tests/storage --ignore=tests/storage/test_remote.py",
+    "portakv/storage/remote.py": "tests/storage/test_remote.py tests/storage/test_reasons.py",
+    "portakv/storage/remote_store.py": "tests/storage/test_remote.py tests/storage/test_reasons.py",
     "portakv/graph": "tests/graph",
 }
 #: Operators that change names and decorators: most of what they make fails when it is imported.
 LEFT_OUT = ("VariableReplacer", "VariableInserter", "RemoveDecorator")
-#: Tests that need more than most machines have: a server of objects; on a host with a CUDA driver
-#: transfers of the simulated device find that driver.
-IGNORED = "tests/storage/test_remote.py"
+#: On a host with a CUDA driver transfers of the simulated device find that driver.
 LEFT_OUT_TESTS = "simdev"
+#: The environment variable that names a file of tests, which run before all others.
+FIRST = "PORTAKV_TESTS_FIRST"
 #: Seconds after which the tests of one mutant count as hanging.
 PATIENCE = 600
 
@@ -81,6 +87,7 @@ def modules() -> dict[Path, str]:
     for name, tests in SUBJECTS.items():
         top = ROOT / name
         for path in [top] if top.is_file() else sorted(top.rglob("*.py")):
+            # A file's own entry comes after the entry of its folder.
             if path.name != "__init__.py":
                 found[path] = tests
     return found
@@ -186,48 +193,78 @@ def applied(mutant: Mutant, text: str) -> str | None:
     return text[:at] + mutant.after + text[at + len(mutant.before) :]
 
 
-def run_tests(tests: str, copy: Path, most: int) -> subprocess.CompletedProcess[str]:
-    """Run tests in a copy of the repository, up to ``most`` failures."""
-    names = [name for name in tests.split() if (copy / name).exists()]
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests first that killed earlier mutants of the file.
+
+    Pytest loads this module as a plugin.
+    """
+    places = {name: i for i, name in enumerate(json.loads(Path(os.environ[FIRST]).read_text()))}
+    items.sort(key=lambda item: places.get(item.nodeid, len(places)))
+
+
+@dataclass
+class Judge:
+    """A copy of the repository, and how its tests are run."""
+
+    copy: Path
+    most: int  # failures after which a run stops
+    mark: str  # the expression of pytest's -m
+    killers: dict[str, Counter[str]]  # for each file the tests that killed its mutants
+
+
+def run_tests(tests: str, judge: Judge, first: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run tests in a copy of the repository, some of them first."""
+    copy = judge.copy
+    names = [name for name in tests.split() if name.startswith("-") or (copy / name).exists()]
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    command += [f"--ignore={IGNORED}", "-k", f"not {LEFT_OUT_TESTS}"]
-    command += ["--timeout", "60", "--maxfail", str(most), "-rfE", *names]
-    paths = os.pathsep.join(filter(None, [str(copy / "src"), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+    command += ["-p", "support.mutation", "-k", f"not {LEFT_OUT_TESTS}", "-m", judge.mark]
+    command += ["--timeout", "60", "--maxfail", str(judge.most), "-rfE", *names]
+    paths = [str(copy / "src"), str(copy / "tests"), os.environ.get("PYTHONPATH", "")]
+    order = copy / "first.json"
+    order.write_text(json.dumps(first))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        FIRST: str(order),
+    }
     return subprocess.run(
         command, cwd=copy, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
 
 
-def check_unchanged(mutants: list[Mutant], copy: Path) -> None:
+def check_unchanged(mutants: list[Mutant], judge: Judge) -> None:
     """Raise `SystemExit` if tests fail without a mutant: every mutant would count as killed."""
     for tests in sorted({mutant.tests for mutant in mutants}):
-        done = run_tests(tests, copy, 1)
+        done = run_tests(tests, judge, [])
         if done.returncode:
             raise SystemExit(f"{tests} fail without a mutant:\n{done.stdout[-3000:]}")
 
 
-def judge(mutant: Mutant, copy: Path, most: int) -> Result:
-    """Run the tests of a mutant in a copy of the repository, up to ``most`` failures."""
+def verdict(mutant: Mutant, judge: Judge) -> Result:
+    """Run the tests of a mutant."""
     began = time.monotonic()
-    path = copy / mutant.path
+    path = judge.copy / mutant.path
     text = path.read_text(encoding="utf-8")
     changed = applied(mutant, text)
     if changed is None:
         return Result(mutant, "lost", [], 0.0)
     path.write_text(changed, encoding="utf-8")
     try:
-        done = run_tests(mutant.tests, copy, most)
+        first = [name for name, _ in judge.killers[mutant.path].most_common()]
+        done = run_tests(mutant.tests, judge, first)
     except subprocess.TimeoutExpired:
         return Result(mutant, "hung", [], time.monotonic() - began)
     finally:
         path.write_text(text, encoding="utf-8")
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    judge.killers[mutant.path].update(failed)
     state = "survived" if done.returncode == 0 else "killed"
     return Result(mutant, state, failed, time.monotonic() - began)
 
 
-def run(mutants: list[Mutant], jobs: int, most: int, file: Path) -> list[Result]:
+def run(mutants: list[Mutant], jobs: int, most: int, mark: str, file: Path) -> list[Result]:
     """Run the tests of each mutant, some at a time, each in a copy of the repository.
 
     Writes the results to a file after each mutant, so that a run that is cut off leaves them.
@@ -236,26 +273,27 @@ def run(mutants: list[Mutant], jobs: int, most: int, file: Path) -> list[Result]
     for mutant in mutants:
         waiting.put(mutant)
     results: list[Result] = []
+    killers: dict[str, Counter[str]] = defaultdict(Counter)
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     tracked = [ROOT / name for name in listed.stdout.splitlines()]
 
-    def make(copy: Path) -> Path:
+    def make(copy: Path) -> Judge:
         for path in tracked:
             target = copy / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target, follow_symlinks=False)
-        return copy
+        return Judge(copy, most, mark, killers)
 
     def work(copy: Path) -> None:
-        make(copy)
+        judge = make(copy)
         while True:
             try:
                 mutant = waiting.get_nowait()
             except queue.Empty:
                 return
-            results.append(judge(mutant, copy, most))
+            results.append(verdict(mutant, judge))
             file.write_text(json.dumps([asdict(each) for each in results], indent=1))
             print(f"{len(results)}/{len(mutants)} {results[-1].state} {mutant.path}", flush=True)
 
@@ -281,6 +319,8 @@ def main() -> None:
     running.add_argument("--jobs", type=int, default=2)
     running.add_argument("--only", default="", help="the tests whose mutants are run")
     running.add_argument("--failures", type=int, default=1, help="stop a mutant after so many")
+    running.add_argument("--mark", default="", help="the expression of pytest's -m")
+    running.add_argument("--survivors", type=Path, help="run the survivors of these results alone")
     running.add_argument("mutants", type=Path)
     running.add_argument("results", type=Path)
     args = parser.parse_args()
@@ -290,7 +330,11 @@ def main() -> None:
         return
     mutants = [Mutant(**each) for each in json.loads(args.mutants.read_text())]
     mutants = [each for each in mutants if args.only in each.tests]
-    results = run(mutants, args.jobs, args.failures, args.results)
+    if args.survivors:
+        earlier = json.loads(args.survivors.read_text())
+        left = [each["mutant"] for each in earlier if each["state"] == "survived"]
+        mutants = [each for each in mutants if asdict(each) in left]
+    results = run(mutants, args.jobs, args.failures, args.mark, args.results)
     states = Counter(each.state for each in results)
     judged = len(results) - states["lost"]
     print(f"{judged - states['survived']} of {judged} killed; {dict(states)}")
