@@ -77,7 +77,7 @@ def told(one: OneRing, index: int, result: int) -> Step:
 
     def step(*numbers: int) -> int:
         done = REAL(*numbers)
-        one.cqes["result"][(one.cqes["key"] & ring.WORD) == index] = result
+        one.queues.cqes["result"][(one.queues.cqes["key"] & ring.WORD) == index] = result
         return done
 
     return step
@@ -91,8 +91,8 @@ def test_a_short_move_goes_on_at_every_place(
     """Fault 29. It is cut short at an odd byte."""
 
     def cut(*numbers: int) -> int:
-        which = (one.sqes["key"] & ring.WORD) == index
-        one.sqes["nbytes"][which] = np.minimum(one.sqes["nbytes"][which], 1001)
+        which = (one.queues.sqes["key"] & ring.WORD) == index
+        one.queues.sqes["nbytes"][which] = np.minimum(one.queues.sqes["nbytes"][which], 1001)
         return REAL(*numbers)
 
     left = play(monkeypatch, cut)
@@ -178,7 +178,9 @@ def test_an_interrupt_at_any_line_leaves_no_request_under_way(
             interrupted = True
         finally:
             sys.settrace(before)
-        assert one.words[one.seen] == one.words[one.put] == one.words[one.taken]
+        queues = one.queues
+        seen, put, taken = queues.words[[queues.seen, queues.put, queues.taken]]
+        assert seen == put == taken
     assert line > 40
 
 
@@ -195,9 +197,9 @@ def test_a_request_that_fails_does_so_alone(
 @pytest.mark.parametrize("key", [0, 5, 1 << 40])
 def test_an_end_of_another_batch_poisons_the_ring(one: OneRing, file: int, key: int) -> None:
     """Fault 32. It is counted for no request of this one, whatever number it bears."""
-    one.sqes[0] = np.zeros((), ring.SQE)  # a NOP
-    one.sqes["key"][0] = key
-    one.words[one.put] = 1
+    one.queues.sqes[0] = np.zeros((), ring.SQE)  # a NOP
+    one.queues.sqes["key"][0] = key
+    one.queues.words[one.queues.put] = 1
     assert REAL(ring.ENTER, one.fd, 1, 0) == 1
     SPACE[:] = 0
     assert one.run(ask(file)) == [PAGE] * COUNT
@@ -212,7 +214,7 @@ def test_an_end_that_is_told_twice_and_one_that_never_is(
 
     def confused(*numbers: int) -> int:
         done = REAL(*numbers)
-        one.cqes["key"][(one.cqes["key"] & ring.WORD) == 3] -= 1
+        one.queues.cqes["key"][(one.queues.cqes["key"] & ring.WORD) == 3] -= 1
         return done
 
     play(monkeypatch, confused)
@@ -331,7 +333,7 @@ def test_buffers_are_registered_in_pieces(file: int, monkeypatch: pytest.MonkeyP
     assert small.run(ask(file)) == [PAGE] * COUNT
     assert right(file)
     opcodes = [ring.READ_FIXED, ring.READ_FIXED, ring.READ, ring.READ]
-    assert small.sqes["opcode"].tolist() == opcodes * 2
+    assert small.queues.sqes["opcode"].tolist() == opcodes * 2
     SPACE[:] = 0
     assert small.run([ask(file)[0]._replace(nbytes=SPACE.nbytes)]) == [SPACE.nbytes]
     assert right(file)

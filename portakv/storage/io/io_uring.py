@@ -40,6 +40,26 @@ PASSING = (-errno.EINTR, -errno.EAGAIN, -errno.EBUSY)  # of ENTER: call it again
 WORD = 0xFFFFFFFF
 LARGEST = 1 << 30
 _COLUMNS = "opcode u1, rest0 V3, fd i4, offset i8, address i8, nbytes u4, rest1 u4, key u8"
+#: The used fields of io_uring_params: sizes and flags, then offsets into the shared memory.
+PARAMS = np.dtype(
+    {
+        "names": [
+            "sq_entries",
+            "cq_entries",
+            "flags",
+            "features",
+            "sq_head",
+            "sq_tail",
+            "sq_array",
+            "cq_head",
+            "cq_tail",
+            "cqes",
+        ],
+        "formats": ["u4"] * 10,
+        "offsets": [0, 4, 8, 20, 40, 44, 64, 80, 84, 100],
+        "itemsize": 120,
+    }
+)
 SQE = np.dtype([(*each.split(),) for each in f"{_COLUMNS}, buffer u2, rest2 V22".split(", ")])
 CQE = np.dtype([("key", "u8"), ("result", "i4"), ("flags", "u4")])
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,6 +73,111 @@ def system_call(*numbers: int) -> int:
     return result if result >= 0 else -ctypes.get_errno()
 
 
+class _Queues:
+    """The submission queue and the completion queue, which a ring shares with the kernel.
+
+    Attributes:
+        entries: the most requests that the submission queue holds.
+        sqes: the entries of the submission queue.
+        cqes: the entries of the completion queue.
+        words: the shared memory, where the four counters below are.
+        taken: the place of the counter of requests that the kernel has taken.
+        put: the place of the counter of requests that this side has put.
+        seen: the place of the counter of ends that this side has seen.
+        reported: the place of the counter of ends that the kernel has reported.
+    """
+
+    def __init__(self, fd: int, params: np.void) -> None:
+        self.entries = int(params["sq_entries"])
+        ends = CQE.itemsize * int(params["cq_entries"])
+        order = int(params["sq_array"])
+        first_end = int(params["cqes"])
+        map_ = partial(mmap.mmap, fd, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        shared = np.frombuffer(map_(max(order + 4 * self.entries, first_end + ends)), np.uint8)
+        self.words = shared.view(np.uint32)
+        self.cqes = shared[first_end:][:ends].view(CQE)
+        self.sqes = np.frombuffer(map_(SQE.itemsize * self.entries, offset=SQES_AT), SQE)
+        self.taken = int(params["sq_head"]) // 4
+        self.put = int(params["sq_tail"]) // 4
+        self.seen = int(params["cq_head"]) // 4
+        self.reported = int(params["cq_tail"]) // 4
+        # The kernel takes the entries in their order.
+        self.words[order // 4 :][: self.entries] = np.arange(self.entries)
+
+    def count(self, first: int, past: int) -> int:
+        """Return the difference of two counters, given their places."""
+        return (int(self.words[past]) - int(self.words[first])) & WORD
+
+    def in_flight(self) -> int:
+        """Return the number of requests that were put and whose ends were not seen."""
+        return self.count(self.seen, self.put)
+
+    def take_back(self) -> None:
+        """Take back the requests that the kernel has not taken."""
+        self.words[self.put] = self.words[self.taken]
+
+
+class _Buffers:
+    """The memory that a ring has registered with the kernel, in address order.
+
+    The first buffer has no bytes, so that each address is after the start of a buffer.
+    """
+
+    def __init__(self, fd: int, memory: Sequence[tuple[int, int]]) -> None:
+        cuts = [(at, start + n) for start, n in memory for at in range(start, start + n, LARGEST)]
+        buffers = [(0, 0), *((at, min(LARGEST, past - at)) for at, past in sorted(cuts))]
+        vectors = np.array(buffers, np.int64)
+        code = system_call(REGISTER, fd, 0, vectors[1:].ctypes.data, len(cuts)) if cuts else 0
+        self.notes: tuple[str, ...] = ()
+        if code < 0:
+            vectors = vectors[:1]
+            why = os.strerror(-code)
+            self.notes = (f"no buffers are registered ({why}), see ulimit -l; it costs CPU",)
+        self._starts = vectors[:, 0]
+        self._ends = vectors.sum(axis=1)
+
+    def find(self, address: np.ndarray, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which requests lie in one buffer, and the kernel's number of that buffer."""
+        buffer = np.searchsorted(self._starts, address, "right") - 1
+        fixed = address + nbytes <= self._ends[buffer]
+        return fixed, np.where(fixed, buffer - 1, 0)
+
+
+class _Batch:
+    """The requests of one call, and their results."""
+
+    def __init__(self, requests: Sequence[Request], generation: int) -> None:
+        self.requests = requests
+        self.rows = np.array(requests, np.int64).reshape(-1, 5)
+        self.first_key = generation << 32  # the key of a request is this and its number
+        self.begun = 0  # requests that were put
+        self.code = 0  # the negative errno for which no further request begins
+        self.results: list[int | None] = [None] * len(requests)
+
+    def follows(self) -> bool:
+        """Return True if requests are left that were not put."""
+        return self.begun < len(self.rows)
+
+    def ended(self) -> list[int]:
+        """Return the result of each request; also of a request that never ended."""
+        missing = self.code or -errno.ECANCELED
+        return [missing if result is None else result for result in self.results]
+
+
+def _set_up(entries: int) -> tuple[int, int, np.void]:
+    """Return the descriptor of a new ring, its flags, and the parameters that the kernel chose."""
+    for flags in FLAGS:
+        params = np.zeros(1, PARAMS)
+        params["flags"] = flags
+        fd = system_call(SETUP, entries, params.ctypes.data)
+        if fd != -errno.EINVAL:
+            break
+    if fd < 0:
+        why = f"{os.strerror(-fd)}; see kernel.io_uring_disabled, and the container's profile"
+        raise OSError(-fd, f"the kernel rejects io_uring: {why}")
+    return fd, flags, params[0]
+
+
 class OneRing:
     """The ring of one thread, closed when its last reference goes.
 
@@ -61,108 +186,97 @@ class OneRing:
     """
 
     def __init__(self, memory: Sequence[tuple[int, int]], entries: int) -> None:
-        for flags in FLAGS:
-            answers = np.array([0, 0, flags, *[0] * 27], np.uint32)  # io_uring_params
-            if (fd := system_call(SETUP, entries, answers.ctypes.data)) != -errno.EINVAL:
-                break
-        if fd < 0:
-            why = f"{os.strerror(-fd)}; see kernel.io_uring_disabled, and the container's profile"
-            raise OSError(-fd, f"the kernel rejects io_uring: {why}")
+        fd, flags, params = _set_up(entries)
         # Not at exit: a daemon thread may use it until the very end.
         weakref.finalize(self, os.close, fd).atexit = False
-        if ~int(answers[5]) & FEATURES or (flags == FLAGS[1] and os.uname().machine != "x86_64"):
+        unordered = flags == FLAGS[1] and os.uname().machine != "x86_64"
+        if ~int(params["features"]) & FEATURES or unordered:
             raise OSError(errno.ENOSYS, "its io_uring is too old; Linux 6.1 is needed")
         self.fd = fd
-        self.entries = int(answers[0])
-        ends = CQE.itemsize * int(answers[1])
-        sq = answers[10:20].tolist()
-        cq = answers[20:30].tolist()
-        map_ = partial(mmap.mmap, fd, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        shared = np.frombuffer(map_(max(sq[6] + 4 * self.entries, cq[5] + ends)), np.uint8)
-        self.words = shared.view(np.uint32)
-        self.cqes = shared[cq[5] :][:ends].view(CQE)
-        self.sqes = np.frombuffer(map_(SQE.itemsize * self.entries, offset=SQES_AT), SQE)
-        # Places of four counters: taken by the kernel, put here; seen here, reported by the kernel.
-        self.taken, self.put, self.seen, self.reported = (at // 4 for at in (*sq[:2], *cq[:2]))
-        self.words[sq[6] // 4 :][: self.entries] = np.arange(self.entries)
+        self.queues = _Queues(fd, params)
         self.poisoned = False
         self._generation = 0
-        cuts = [(at, start + n) for start, n in memory for at in range(start, start + n, LARGEST)]
-        buffers = [(0, 0), *((at, min(LARGEST, past - at)) for at, past in sorted(cuts))]
-        vectors = np.array(buffers, np.int64)  # the first: none
-        code = system_call(REGISTER, fd, 0, vectors[1:].ctypes.data, len(cuts)) if cuts else 0
-        vectors = vectors[: 1 if code < 0 else None]
-        self._starts = vectors[:, 0]
-        self._ends = vectors.sum(axis=1)
-        why = f"no buffers are registered ({os.strerror(-code)}), see ulimit -l; it costs CPU"
-        self.notes = (why,) if code < 0 else ()
+        self._buffers = _Buffers(fd, memory)
+        self.notes = self._buffers.notes
 
     def run(self, requests: Sequence[Request], tell: Ended | None = None) -> list[int]:
         """See `Engine`. Requests that the kernel never ended are not reported."""
-        requested = np.array(requests, np.int64).reshape(-1, 5)
-        begun = 0
-        stop = 0
-        results: list[int | None] = [None] * len(requests)
         self._generation = (self._generation + 1) % LARGEST  # fits a key
+        batch = _Batch(requests, self._generation)
+        to_the_end(partial(self._execute, batch, tell))
+        self.poisoned |= batch.code < 0
+        return batch.ended()
 
-        def go(stopped: bool) -> None:
-            nonlocal begun, stop
-            stop = -errno.ECANCELED * stopped
-            while (begun < len(requested) and not stop) or self._count(self.seen, self.put):
-                if stop:  # the kernel must not take the requests that it has not taken yet
-                    self.words[self.put] = self.words[self.taken]
-                elif begun < len(requested):
-                    begun += self._fill(requested[begun:], begun)
-                # Wait for all requests, for half if more follow, or for one to report.
-                least = self._count(self.seen, self.put) // (1 + (begun < len(requested)))
-                least = min(least, 1) if tell else least
-                put = self._count(self.taken, self.put)
-                if (code := system_call(ENTER, self.fd, put, least, GETEVENTS)) < 0:
-                    stop = stop if code in PASSING else code
-                    time.sleep(0.001)  # short of memory, the kernel may report so again immediately
-                seen = int(self.words[self.seen])
-                ends = self._count(self.seen, self.reported)
-                cqes = self.cqes[(seen + np.arange(ends)) % len(self.cqes)]
-                new = list[tuple[int, int]]()
-                for key, got in zip(cqes["key"].tolist(), cqes["result"].tolist(), strict=True):
-                    index = key - (self._generation << 32)
-                    if not 0 <= index < len(results) or results[index] is not None:
-                        self.poisoned = True
-                    else:
-                        again = got in AGAIN or 0 <= got < requests[index].nbytes
-                        results[index] = got = carry(requests[index]) if again else got
-                        new.append((index, got))
-                # Before the calls below, which may take long.
-                self.words[self.seen] = (seen + ends) & WORD
-                if tell and not stopped:
-                    for each in new:
-                        tell(*each)
+    def _execute(self, batch: _Batch, tell: Ended | None, stopped: bool) -> None:
+        """Put the requests of a batch, and wait for the ends of all requests in flight.
 
-        to_the_end(go)
-        self.poisoned |= stop < 0
-        return [stop or -errno.ECANCELED if got is None else got for got in results]
+        If ``stopped``, put no request and report none.
+        """
+        queues = self.queues
+        batch.code = -errno.ECANCELED if stopped else 0
+        while (batch.follows() and not batch.code) or queues.in_flight():
+            if batch.code:  # the kernel must not take the requests that it has not taken yet
+                queues.take_back()
+            elif batch.follows():
+                batch.begun += self._put(batch)
+            # Wait for all requests, for half if more follow, or for one to report.
+            least = queues.in_flight() // (2 if batch.follows() else 1)
+            self._enter(batch, min(least, 1) if tell else least)
+            new = self._note_ends(batch)
+            if tell and not stopped:
+                for number, result in new:
+                    tell(number, result)
 
-    def _count(self, first: int, past: int) -> int:
-        return (int(self.words[past]) - int(self.words[first])) & WORD
-
-    def _fill(self, requested_rows: np.ndarray, first: int) -> int:
-        """Put requests into the free entries, the first with that number; return their number."""
-        new = requested_rows[: self.entries - self._count(self.seen, self.put)]
+    def _put(self, batch: _Batch) -> int:
+        """Put the next requests into the free entries; return their number."""
+        queues = self.queues
+        first = batch.begun
+        new = batch.rows[first : first + queues.entries - queues.in_flight()]
         fd, offset, address, nbytes, write = new.T
-        buffer = np.searchsorted(self._starts, address, "right") - 1
-        fixed = address + nbytes <= self._ends[buffer]
+        fixed, buffer = self._buffers.find(address, nbytes)
         sqes = np.zeros(len(new), SQE)
         sqes["opcode"] = np.where(fixed, READ_FIXED, READ) + write
         sqes["fd"] = fd
         sqes["offset"] = offset
         sqes["address"] = address
         sqes["nbytes"] = np.minimum(nbytes, LARGEST)
-        sqes["buffer"] = np.where(fixed, buffer - 1, 0)
-        sqes["key"] = np.arange(first, first + len(new)) + (self._generation << 32)
-        put = int(self.words[self.put])
-        self.sqes[(put + np.arange(len(new))) % self.entries] = sqes
-        self.words[self.put] = (put + len(new)) & WORD
+        sqes["buffer"] = buffer
+        sqes["key"] = np.arange(first, first + len(new)) + batch.first_key
+        put = int(queues.words[queues.put])
+        queues.sqes[(put + np.arange(len(new))) % queues.entries] = sqes
+        queues.words[queues.put] = (put + len(new)) & WORD
         return len(new)
+
+    def _enter(self, batch: _Batch, least: int) -> None:
+        """Have the kernel take all requests that were put, and wait for at least so many ends."""
+        put = self.queues.count(self.queues.taken, self.queues.put)
+        code = system_call(ENTER, self.fd, put, least, GETEVENTS)
+        if code < 0:
+            if code not in PASSING:
+                batch.code = code
+            time.sleep(0.001)  # short of memory, the kernel may report so again immediately
+
+    def _note_ends(self, batch: _Batch) -> list[tuple[int, int]]:
+        """Note the ends that the kernel has reported; return the new numbers with their results."""
+        queues = self.queues
+        seen = int(queues.words[queues.seen])
+        ends = queues.count(queues.seen, queues.reported)
+        cqes = queues.cqes[(seen + np.arange(ends)) % len(queues.cqes)]
+        requests = batch.requests
+        results = batch.results
+        new = list[tuple[int, int]]()
+        for key, result in zip(cqes["key"].tolist(), cqes["result"].tolist(), strict=True):
+            number = key - batch.first_key
+            if not 0 <= number < len(results) or results[number] is not None:
+                self.poisoned = True
+                continue
+            if result in AGAIN or 0 <= result < requests[number].nbytes:
+                result = carry(requests[number])
+            results[number] = result
+            new.append((number, result))
+        # Before the reports to the caller, which may take long.
+        queues.words[queues.seen] = (seen + ends) & WORD
+        return new
 
 
 class Ring(Threads):

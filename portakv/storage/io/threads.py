@@ -74,6 +74,28 @@ def serve(tasks: SimpleQueue[Callable[[], None] | None]) -> None:
     tasks.put(None)  # for the other threads
 
 
+class _Batch:
+    """The requests of one call, and the ends of these requests."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.ends = [Future[int]() for _ in requests]
+        # The numbers of the requests that a thread is done with, also of cancelled requests.
+        self.done = SimpleQueue[int]()
+
+    def report(self, count: int, tell: Ended) -> None:
+        """Wait until ``count`` requests are done, and report each that was not cancelled."""
+        for _ in range(count):
+            number = self.done.get()
+            end = self.ends[number]
+            if not end.cancelled():
+                tell(number, end.result())
+
+    def results(self) -> list[int]:
+        """Return the result of each request; all have ended."""
+        return [-errno.ECANCELED if end.cancelled() else end.result() for end in self.ends]
+
+
 class Threads:
     """Eight threads that each execute one request at a time.
 
@@ -120,30 +142,40 @@ class Threads:
         """
         if not self._begin():
             return [-errno.ECANCELED if self._closed else carry(each) for each in requests]
-        ends = [Future[int]() for _ in requests]
-        done = SimpleQueue[int]()
+        batch = _Batch(requests)
+        to_the_end(partial(self._execute, batch, tell))
+        return batch.results()
 
-        def work(number: int, request: Request) -> None:
-            if self._closed:
-                ends[number].cancel()
-            if ends[number].set_running_or_notify_cancel():
-                ends[number].set_result(carry(request))
-            done.put(number)
+    def _execute(self, batch: _Batch, tell: Ended | None, stopped: bool) -> None:
+        """Have the threads execute a batch, and wait for its end.
 
-        def go(stopped: bool) -> None:
-            for each in () if stopped else enumerate(requests):
-                self._tasks.put(partial(work, *each))
+        If ``stopped``, put no request, and cancel the requests that no thread has begun.
+        """
+        if not stopped:
+            for number in range(len(batch.requests)):
+                self._tasks.put(partial(self._work, batch, number))
+
+        begun = list[Future[int]]()
+        for end in batch.ends:
             # After the close no thread may take the requests that were put since.
-            begun = [end for end in ends if not ((stopped or self._closed) and end.cancel())]
-            for _ in begun if tell and not stopped else ():
-                if tell and not ends[number := done.get()].cancelled():
-                    tell(number, ends[number].result())
-            for end in begun:  # `wait` of all, if it is broken, may keep their locks
-                with suppress(CancelledError):
-                    end.result()
+            cancelled = (stopped or self._closed) and end.cancel()
+            if not cancelled:
+                begun.append(end)
 
-        to_the_end(go)
-        return [-errno.ECANCELED if end.cancelled() else end.result() for end in ends]
+        if tell and not stopped:
+            batch.report(len(begun), tell)
+        for end in begun:  # `wait` of all, if it is broken, may keep their locks
+            with suppress(CancelledError):
+                end.result()
+
+    def _work(self, batch: _Batch, number: int) -> None:
+        """Execute one request of a batch, unless it was cancelled or the engine is closed."""
+        end = batch.ends[number]
+        if self._closed:
+            end.cancel()
+        if end.set_running_or_notify_cancel():
+            end.set_result(carry(batch.requests[number]))
+        batch.done.put(number)
 
     def _begin(self) -> int:
         """Start the missing threads; return the number of threads."""
