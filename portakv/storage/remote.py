@@ -45,6 +45,49 @@ BACKOFF = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(sec
 RETRY: Any = {"max_retries": 5, "retry_timeout": timedelta(seconds=30), "backoff": BACKOFF}
 
 
+class _CircuitBreaker:
+    """The failures of a store in a row, after which requests to it stop for a while.
+
+    Attributes:
+        last_error: how the last failed request failed, without secrets.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.last_error = ""
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0  # in a row
+        self._pause = PAUSE
+        self._until = 0.0  # when a store that is left alone is tried again
+
+    @property
+    def open(self) -> bool:
+        """Return True while the store gets no requests, except for probes."""
+        return self._failures >= FAILURES
+
+    def admits(self) -> bool:
+        """Return True if a request may go out now; while the breaker is open it is a probe."""
+        with self._lock:
+            if not self.open:
+                return True
+            if self._clock() < self._until:
+                return False
+            # This request is the probe; no other request goes out before it has ended.
+            self._pause = min(LONGEST, 2 * self._pause)
+            self._until = self._clock() + LONGEST
+            return True
+
+    def note(self, error: str | None) -> None:
+        """Count a failure, or begin anew after a success."""
+        with self._lock:
+            self._failures = 0 if error is None else self._failures + 1
+            if self._failures <= FAILURES:
+                self._pause = PAUSE
+            self._until = self._clock() + self._pause
+            if error is not None:
+                self.last_error = error
+
+
 class Remote:
     """A tier of blocks below a prefix of an object store.
 
@@ -81,11 +124,7 @@ class Remote:
         # A store in memory retains the caller's buffer, which the caller uses again.
         self._keeps_buffers = self.url.startswith("memory:")
 
-        self._lock = threading.Lock()
-        self.failures = 0  # in a row
-        self._pause = PAUSE
-        self._until = 0.0  # when a store that is left alone is tried again
-        self.last_error = ""
+        self._breaker = _CircuitBreaker(lambda: self.now())
         self.log = RateLimitedLog(_log, lambda: self.now())
         self._stored_forms: list[BlockForm] = []
         self._size_notes: list[str] = []
@@ -94,7 +133,12 @@ class Remote:
     @property
     def left_alone(self) -> bool:
         """Return True while the store gets no requests, after failures in a row."""
-        return self.failures >= FAILURES
+        return self._breaker.open
+
+    @property
+    def last_error(self) -> str:
+        """Return how the last failed request failed, without secrets; empty if none failed."""
+        return self._breaker.last_error
 
     def __repr__(self) -> str:
         return f"Remote({self.url!r})"
@@ -151,14 +195,9 @@ class Remote:
 
         Raises `Failure` if the store fails, which is logged once a minute, or gets no requests now.
         """
-        with self._lock:
-            if self.failures >= FAILURES:
-                if self.now() < self._until:
-                    where = f"{self.url}: left alone for a while after {self.last_error}"
-                    raise Failure(Reason(reasons.UNREACHABLE, where))
-                # This request is the probe; no other request goes out before it has ended.
-                self._pause = min(LONGEST, 2 * self._pause)
-                self._until = self.now() + LONGEST
+        if not self._breaker.admits():
+            where = f"{self.url}: left alone for a while after {self.last_error}"
+            raise Failure(Reason(reasons.UNREACHABLE, where))
 
         result = miss
         failure: Reason | None = None
@@ -185,16 +224,12 @@ class Remote:
 
     def _note(self, failure: Reason | None) -> None:
         """Count a failure, or begin anew after a success; log the failure."""
-        with self._lock:
-            self.failures = self.failures + 1 if failure else 0
-            if self.failures <= FAILURES:
-                self._pause = PAUSE
-            self._until = self.now() + self._pause
-            if failure:
-                self.last_error = failure.where.removeprefix(f"{self.url}: ")
-        if failure:
-            text = "%r failed; its blocks are misses, and saves do not write there: %s"
-            self.log.warning("failed", text, self, self.last_error, lines=1)
+        if failure is None:
+            self._breaker.note(None)
+            return
+        self._breaker.note(failure.where.removeprefix(f"{self.url}: "))
+        text = "%r failed; its blocks are misses, and saves do not write there: %s"
+        self.log.warning("failed", text, self, self.last_error, lines=1)
 
     def put(self, path: str, data: Any, replaces: Fault | None = None) -> bool:
         """Write an object that does not exist, or that ``replaces`` a faulty version.

@@ -352,26 +352,20 @@ class RemoteStore:
         self, key: bytes, row: Row, segments: Sequence[int] | None, stop: Stop
     ) -> _Fetched:
         """Fetch an object, or its header and some segments, into a row, and verify it."""
-        form = self.form
         obs = self._remote.obs
-        spans = [(0, form.image_bytes if segments is None else HEADER)]
-        for part in (form.segments[i] for i in segments or ()):
-            spans.append((HEADER + part.offset, HEADER + part.offset + part.nbytes))
-
         fetched = _Fetched("late")
-        for span in spans:
+        for span in self._spans(segments):
             if stop():
                 return fetched
             options = {} if segments is None else {"range": span}
             work = obs.get_async(self._remote.store, self._path(key), options=options)
             try:
                 result = await _until_stopped(work, stop)
-                fetched = _Fetched("late", result.meta["e_tag"], result.meta["version"])
-                fetched = fetched._replace(nbytes=result.meta["size"])
-                if fetched.nbytes != form.image_bytes:
+                meta = result.meta
+                fetched = _Fetched("late", meta["e_tag"], meta["version"], meta["size"])
+                if fetched.nbytes != self.form.image_bytes:
                     return fetched._replace(result="fault")
-                if not await _receive(result, row, span, stop):
-                    return fetched
+                await _receive(result, row, span, stop)
             except _Stopped:
                 return fetched
             except obs.exceptions.BaseError as error:
@@ -379,11 +373,26 @@ class RemoteStore:
                     return fetched._replace(result="fault")  # an object of no bytes
                 raise
 
-        head = header(row, form)
-        right = not isinstance(head, str) and head.key == key
-        if not isinstance(head, str) and right:
-            right = verify(row, form, head.checksums, head.generation, segments)
+        right = self._is_right(row, key, segments)
         return fetched._replace(result="hit" if right else "fault")
+
+    def _spans(self, segments: Sequence[int] | None) -> list[tuple[int, int]]:
+        """Return the parts of an image for a read: the whole image, or the header and segments."""
+        if segments is None:
+            return [(0, self.form.image_bytes)]
+        spans = [(0, HEADER)]
+        for number in segments:
+            part = self.form.segments[number]
+            start = HEADER + part.offset
+            spans.append((start, start + part.nbytes))
+        return spans
+
+    def _is_right(self, row: Row, key: bytes, segments: Sequence[int] | None) -> bool:
+        """Return True if a row has the header of a key, and segments with its checksums."""
+        head = header(row, self.form)
+        if isinstance(head, str) or head.key != key:
+            return False
+        return verify(row, self.form, head.checksums, head.generation, segments)
 
     # --- writing ---
 
@@ -455,21 +464,20 @@ async def _until_stopped(work: Awaitable[Result], stop: Stop) -> Result:
             raise _Stopped
 
 
-async def _receive(result: Any, row: Row, span: tuple[int, int], stop: Stop) -> bool:
-    """Copy a body into a span of a row; return False if it was left after ``stop()``."""
+async def _receive(result: Any, row: Row, span: tuple[int, int], stop: Stop) -> None:
+    """Copy a body into a span of a row, or raise `_Stopped`."""
     at, end = span
     if end - at <= PIECE + HEADER:  # a stream would copy it once more
         body = await _until_stopped(result.bytes_async(), stop)
         row[at : at + len(body)] = np.frombuffer(body, np.uint8)
-        return True
+        return
     pieces = aiter(result.stream(PIECE))
     while at < end:
         try:
             piece = await _until_stopped(anext(pieces), stop)
         except StopAsyncIteration:  # the body was too short, which the checksums find
-            return True
+            return
         row[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
         at += len(piece)
         if at < end and stop():
-            return False
-    return True
+            raise _Stopped
