@@ -76,46 +76,46 @@ def test_the_engines_op_writes_the_recorded_page(isa: str) -> None:
 
 
 def test_blocks_of_one_size_move_whole() -> None:
-    theirs = pages(64, 16)
-    mine = torch.zeros(4, HEADS, 16, 2 * DIM)
-    src, dst = (KVView([x], "vllm-0.29-cpu", block_size=16) for x in (theirs, mine))
+    src_pages = pages(64, 16)
+    dst_pages = torch.zeros(4, HEADS, 16, 2 * DIM)
+    src, dst = (KVView([x], "vllm-0.29-cpu", block_size=16) for x in (src_pages, dst_pages))
     copy_blocks(src, dst, [3, 0, 1, 2], [0, 1, 2, 3]).synchronize()
-    assert torch.equal(mine, theirs[[3, 0, 1, 2]])
+    assert torch.equal(dst_pages, src_pages[[3, 0, 1, 2]])
 
 
 @pytest.mark.parametrize("sizes", [(16, 32), (32, 16)])
 def test_no_other_size_of_blocks_is_made_of_them(sizes: tuple[int, int]) -> None:
     """The inside of a page is unknown: another size would put keys in wrong places."""
-    theirs, mine = (pages(64, size) for size in sizes)
-    mine.zero_()
+    src_pages, dst_pages = (pages(64, size) for size in sizes)
+    dst_pages.zero_()
     src, dst = (
         KVView([x], "vllm-0.29-cpu", block_size=size)
-        for x, size in zip((theirs, mine), sizes, strict=True)
+        for x, size in zip((src_pages, dst_pages), sizes, strict=True)
     )
     with pytest.raises(PortaKVError):
         copy_rows(src, dst, torch.arange(64), torch.arange(64))
-    assert not mine.any()
+    assert not dst_pages.any()
 
 
 def test_some_tokens_of_a_page_are_refused() -> None:
-    theirs = pages(64, 16)
-    mine = torch.zeros(4, HEADS, 16, 2 * DIM)
-    src, dst = (KVView([x], "vllm-0.29-cpu", block_size=16) for x in (theirs, mine))
+    src_pages = pages(64, 16)
+    dst_pages = torch.zeros(4, HEADS, 16, 2 * DIM)
+    src, dst = (KVView([x], "vllm-0.29-cpu", block_size=16) for x in (src_pages, dst_pages))
     with pytest.raises(PortaKVError):
         copy_rows(src, dst, torch.arange(5), torch.arange(5))
-    assert not mine.any()
+    assert not dst_pages.any()
 
 
 def test_the_layout_that_the_preset_had_is_wrong_inside_a_block() -> None:
     """The control: tokens before dims for keys, too, moves other bytes into blocks of 32."""
-    theirs = pages(64, 16)
-    mine = torch.zeros(2, HEADS, 32, 2 * DIM)
+    src_pages = pages(64, 16)
+    dst_pages = torch.zeros(2, HEADS, 32, 2 * DIM)
     src, dst = (
         KVView([x], "layer | block head (kv token dim)", block_size=size)
-        for x, size in ((theirs, 16), (mine, 32))
+        for x, size in ((src_pages, 16), (dst_pages, 32))
     )
     copy_rows(src, dst, torch.arange(64), torch.arange(64)).synchronize()
-    assert not torch.equal(mine, pages(64, 32))
+    assert not torch.equal(dst_pages, pages(64, 32))
 
 
 def halves(whole: torch.Tensor) -> tuple[KVView, KVView]:
@@ -131,11 +131,11 @@ def halves(whole: torch.Tensor) -> tuple[KVView, KVView]:
 
 
 def test_a_caller_who_knows_the_isa_takes_keys_and_values_apart() -> None:
-    theirs = pages(64, 16)
-    mine = torch.zeros(2, HEADS, 32, 2 * DIM)
-    for src, dst in zip(halves(theirs), halves(mine), strict=True):
+    src_pages = pages(64, 16)
+    dst_pages = torch.zeros(2, HEADS, 32, 2 * DIM)
+    for src, dst in zip(halves(src_pages), halves(dst_pages), strict=True):
         copy_rows(src, dst, torch.arange(64), torch.arange(64)).synchronize()
-    assert torch.equal(mine, pages(64, 32))
+    assert torch.equal(dst_pages, pages(64, 32))
 
 
 def test_the_preset_says_so() -> None:

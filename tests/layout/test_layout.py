@@ -139,12 +139,12 @@ def layouts(draw: st.DrawFn) -> str:
 @settings(max_examples=2 * settings().max_examples)
 @given(layouts())
 def test_parser_and_oracle_read_a_string_alike(text: str) -> None:
-    """The oracle has a parser of its own."""
-    mine = parse(text)
-    theirs = read_layout(text)
-    assert _plain(g.factors for g in mine.containers) == _plain(theirs.left)
-    assert _plain(g.factors for g in mine.dims) == _plain(theirs.right)
-    assert mine.open_end == theirs.open_end
+    """The oracle has a separate parser."""
+    actual = parse(text)
+    expected = read_layout(text)
+    assert _plain(g.factors for g in actual.containers) == _plain(expected.left)
+    assert _plain(g.factors for g in actual.dims) == _plain(expected.right)
+    assert actual.open_end == expected.open_end
 
 
 def _plain(groups: Iterable[Iterable[Any]]) -> list[list[tuple[str, str, int]]]:

@@ -54,7 +54,7 @@ def test_resolve_gives_a_string_and_extents_that_may_be_changed(text: str, expec
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ("vllm-ndh", "no preset named 'vllm-ndh'.*vllm-nhd"),
         ("flexkv", "no preset named 'flexkv'.*flexkv-"),
@@ -63,26 +63,26 @@ def test_resolve_gives_a_string_and_extents_that_may_be_changed(text: str, expec
         (17, "17 was given"),
     ],
 )
-def test_unknown_name_lists_near_names(wrong: str, told: str) -> None:
-    with pytest.raises(LayoutError, match=told):
+def test_unknown_name_lists_near_names(wrong: str, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
         resolve(wrong)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_view_finds_every_row_where_the_engine_put_it(name: str) -> None:
-    held = side(name)
-    view = KVView(held.tensors, name, **held.extents)
-    found = view.layers, view.kv, view.heads, view.widths, view.block_size, view.slots, view.opaque
-    assert found == (
-        held.layers,
-        len(held.widths),
-        held.heads,
-        held.widths,
-        held.block_size,
-        held.slots,
-        held.opaque,
+    engine = side(name)
+    view = KVView(engine.tensors, name, **engine.extents)
+    actual = view.layers, view.kv, view.heads, view.widths, view.block_size, view.slots, view.opaque
+    assert actual == (
+        engine.layers,
+        len(engine.widths),
+        engine.heads,
+        engine.widths,
+        engine.block_size,
+        engine.slots,
+        engine.opaque,
     )
-    rows = Rows(held.tensors, LAYOUTS[name], held.extents)
+    rows = Rows(engine.tensors, LAYOUTS[name], engine.extents)
     for kv in range(view.kv):
         first = rows.row_addresses(kv, view.layers - 1, range(view.slots))[:, :, 0]
         for slot in range(0, view.slots, view.form.block_size if view.opaque else 1):
@@ -90,7 +90,7 @@ def test_a_view_finds_every_row_where_the_engine_put_it(name: str) -> None:
                 assert address(view, kv, view.layers - 1, slot, head) == first[slot, head]
     for extent in ("layers", "heads", "kv"):
         with pytest.raises(LayoutError):
-            KVView(held.tensors, name, **{**held.extents, extent: held.extents[extent] + 1})
+            KVView(engine.tensors, name, **{**engine.extents, extent: engine.extents[extent] + 1})
 
 
 def test_picture_of_the_founding_layout() -> None:
