@@ -18,7 +18,7 @@ def cache(blocks: int = 4, size: int = 8) -> KVView:
 
 
 def padded(blocks: int = 4, size: int = 8) -> KVView:
-    """Blocks with a gap behind each, so that tokens do not lie at one stride."""
+    """Return blocks with a gap after each, so tokens do not lie at one stride."""
     memory = noise(2, blocks, size * 16 + 16)[:, :, :-16]
     return KVView(memory.unflatten(2, (size, 16)), "layer block token dim")
 
@@ -61,7 +61,7 @@ POOL = KVView(noise(2, 12, 16), "layer (block token) dim", block_size=1)
 
 
 @pytest.mark.parametrize(
-    ("views", "mine", "theirs", "count", "expected"),
+    ("views", "src_index", "dst_index", "count", "expected"),
     [
         ((cache(), chunk(32)), table(3, 1), Index(), 16, [(0, 16, 8)]),
         # A chunk may begin at any token.
@@ -80,20 +80,20 @@ POOL = KVView(noise(2, 12, 16), "layer (block token) dim", block_size=1)
     ],
 )  # fmt: skip
 def test_a_copy_is_split_into_head_body_and_tail(
-    views: tuple[KVView, KVView], mine: Index, theirs: Index, count: int, expected: Any
+    views: tuple[KVView, KVView], src_index: Index, dst_index: Index, count: int, expected: Any
 ) -> None:
-    assert sections(Move(*views, mine, theirs, count)) == expected
+    assert sections(Move(*views, src_index, dst_index, count)) == expected
 
 
 def test_opaque_pages_are_not_split() -> None:
     pages = KVView(noise(4, 64), "block page", block_size=4)
-    mine = Index([2, 0], step=4)
-    theirs = Index([1, 3], step=4)
-    assert sections(Move(pages, pages, mine, theirs, 8)) == [(0, 8, 4)]
+    src_index = Index([2, 0], step=4)
+    dst_index = Index([1, 3], step=4)
+    assert sections(Move(pages, pages, src_index, dst_index, 8)) == [(0, 8, 4)]
     with pytest.raises(Unsupported, match="Moving 7 tokens of opaque pages of 4"):
-        sections(Move(pages, pages, mine, theirs, 7))
+        sections(Move(pages, pages, src_index, dst_index, 7))
     with pytest.raises(Unsupported, match="a page moves only whole"):
-        sections(Move(pages, pages, mine.shifted(1), theirs.shifted(1), 4))
+        sections(Move(pages, pages, src_index.shifted(1), dst_index.shifted(1), 4))
 
 
 def test_a_slot_that_is_read_and_written_is_refused() -> None:

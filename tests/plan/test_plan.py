@@ -25,7 +25,7 @@ def form(layout: str, *shape: int, dtype: torch.dtype = torch.float16, **extents
 
 
 def paged(block: int) -> Form:
-    """Blocks with a gap behind each, so that tokens do not lie at one stride."""
+    """Return the form of blocks with a gap after each, so tokens do not lie at one stride."""
     padded = torch.zeros(3, block * 8 + 8, dtype=torch.float16)
     return KVView(padded[:, :-8].view(3, block, 8), "block token dim").form
 
@@ -38,7 +38,7 @@ PAGES = form("block page", 5, 64, block_size=4)
 
 
 @pytest.mark.parametrize(
-    ("src", "dst", "steps", "asked", "unit"),
+    ("src", "dst", "steps", "requested", "unit"),
     [
         (P16, P16, (16, 16), None, 16),
         (P16, P16, (1, 1), None, 1),
@@ -68,9 +68,9 @@ PAGES = form("block page", 5, 64, block_size=4)
     ],
 )  # fmt: skip
 def test_the_unit_is_what_is_asked_or_the_most_that_steps_and_block_sizes_allow(
-    src: Form, dst: Form, steps: tuple[int, int], asked: int | None, unit: int
+    src: Form, dst: Form, steps: tuple[int, int], requested: int | None, unit: int
 ) -> None:
-    plan = CopyPlan(src, dst, *steps, asked)
+    plan = CopyPlan(src, dst, *steps, requested)
     assert plan.unit == unit
     assert plan.nests[0].unit_bytes == unit * plan.token_bytes
 
@@ -209,7 +209,7 @@ VECTORS: list[tuple[tuple[Form, Form], int]] = [
     # A row of 16 heads is divisible by 16 however wide a head is.
     *((heads(HND, n), vector) for n, vector in ((64, 16), (66, 2), (100, 4), (33, 1), (8, 8))),
     *((heads(NHD, n), 16) for n in (64, 66, 100, 33, 8)),
-    # The second part is 16 bytes wide, every 32 bytes, yet begins behind 8.
+    # The second part is 16 bytes wide, every 32 bytes, yet begins after 8.
     ((parts(8, 16, 8), parts(8, 16, 8)), 8),
     ((parts(6, 10), parts(6, 10)), 2),
 ]
@@ -254,14 +254,14 @@ def _calls(blocks: int) -> int:
 
 
 def typed(*dtypes: torch.dtype) -> Form:
-    """Rows of 8 bytes, for each kv in a dtype of its own."""
+    """Return the form of rows of 8 bytes, with a separate dtype for each kv."""
     tensors = [torch.zeros(5, 8 // dtype.itemsize, dtype=dtype) for dtype in dtypes]
     return KVView(tensors, "kv | token dim", kv=len(dtypes)).form
 
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("src", "dst", "asked", "error", "why"),
+        ("src", "dst", "arguments", "error", "why"),
         [
             (form("kv token dim", 2, 5, 8), FLAT, (), LayoutError, "'kv' extent 2 .* 1"),
             (form("layer token dim", 2, 5, 8), FLAT, (), LayoutError, "'layer' extent 2"),
@@ -283,10 +283,10 @@ class TestRefusals:
         ],
     )  # fmt: skip
     def test_extents_and_widths_that_differ(
-        self, src: Form, dst: Form, asked: tuple[int, ...], error: Any, why: str
+        self, src: Form, dst: Form, arguments: tuple[int, ...], error: Any, why: str
     ) -> None:
         with pytest.raises(error, match=why):
-            CopyPlan(src, dst, *asked)
+            CopyPlan(src, dst, *arguments)
 
     @pytest.mark.parametrize(
         ("src", "dst", "different"),

@@ -30,8 +30,8 @@ def test_sources_whose_rows_share_addresses(axis: int, extent: int, carry: Mover
     for ids in (None, [tokens - 1, 0, 2 % tokens, 0]):
         count = tokens if ids is None else len(ids)
         chunk = noise(kv, count, shape[0], *shape[4:], seed=1)
-        theirs = None if ids is None else list(range(count))
-        carry(cache, KVView(chunk, "kv token layer head dim", kv=kv), ids, theirs)
+        dst_ids = None if ids is None else list(range(count))
+        carry(cache, KVView(chunk, "kv token layer head dim", kv=kv), ids, dst_ids)
         wanted = rows if ids is None else rows[:, :, ids]
         assert torch.equal(chunk, wanted.permute(1, 2, 0, 3, 4))
 
@@ -50,7 +50,7 @@ def test_neighbouring_blocks_become_one_run_also_where_the_list_is_out_of_order(
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs", "expected"),
+    ("src_ids", "dst_ids", "expected"),
     [
         (None, [0, 2, 3, 5], [(0, 0, 1), (1, 2, 2), (3, 5, 1)]),
         ([0, -1, 2, 4], [5, 4, -9, 0], [(0, 5, 1), (4, 0, 1)]),
@@ -61,13 +61,13 @@ def test_neighbouring_blocks_become_one_run_also_where_the_list_is_out_of_order(
     ids=["contiguous on one side", "negative ids", "no ids", "padding only", "one row often"],
 )
 def test_runs_of_single_rows(
-    mine: list[int] | None, theirs: list[int], expected: list[tuple[int, int, int]]
+    src_ids: list[int] | None, dst_ids: list[int], expected: list[tuple[int, int, int]]
 ) -> None:
     src, dst = (KVView(noise(6, 8, seed=i), "token dim") for i in range(2))
-    first = Index(mine)
-    second = Index(theirs)
+    first = Index(src_ids)
+    second = Index(dst_ids)
     plan = CopyPlan(src.form, dst.form, *(index.plan_step for index in (first, second)))
-    runs = plan.runs(src, dst, first, second, len(theirs))
+    runs = plan.runs(src, dst, first, second, len(dst_ids))
     rows = [(runs.src - src.addresses) // 16, (runs.dst - dst.addresses) // 16, runs.nbytes // 16]
     assert list(zip(*(column.tolist() for column in rows), strict=True)) == expected
     assert all(column.dtype == "int64" for column in runs)
@@ -119,7 +119,7 @@ REFUSED: list[tuple[Any, Any, Any, str]] = [
     (table(0, 1), table(0, 1), 6, r"multiple of the plan\'s unit 4, got 6 tokens"),
     (table(0, 1), table(0, 1), -4, r"multiple of the plan\'s unit 4, got -4 tokens"),
     (table(0, 1), table(0, 1), 4.0, r"unit 4, got 4.0 tokens"),
-    # Inside a unit it would read on into the block behind.
+    # Inside a unit it would read on into the next block.
     (
         table(0, 1, offset=1),
         table(0, 1),
@@ -137,11 +137,11 @@ REFUSED: list[tuple[Any, Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("mine", "theirs", "count", "why"), REFUSED)
-def test_runs_that_are_refused(mine: Any, theirs: Any, count: Any, why: str) -> None:
+@pytest.mark.parametrize(("src_index", "dst_index", "count", "why"), REFUSED)
+def test_runs_that_are_refused(src_index: Any, dst_index: Any, count: Any, why: str) -> None:
     src, dst = (KVView(noise(4, 4, 8, seed=i), "block token dim") for i in range(2))
     with pytest.raises(SlotError, match=why):
-        CopyPlan(src.form, dst.form, 4, 4).runs(src, dst, mine, theirs, count)
+        CopyPlan(src.form, dst.form, 4, 4).runs(src, dst, src_index, dst_index, count)
 
 
 def test_ids_with_a_plan_that_was_made_without() -> None:
@@ -155,11 +155,11 @@ def test_a_view_of_another_form_or_none() -> None:
     view = KVView(noise(4, 4, 8), "block token dim")
     other = noise(4, 4, 16)[:, :, :8]
     plan = CopyPlan(view.form, view.form, 4, 4)
-    for wrong, told in (
+    for wrong, message in (
         (KVView(other, "block token dim"), "has another form than the plan was made for"),
         (other, "of plan.runs, got a Tensor and a Index"),
     ):
         for at, side in enumerate(("source", "destination")):
             views: list[Any] = [wrong if n == at else view for n in range(2)]
-            with pytest.raises(PortaKVError, match=f"{side}.* {told}"):
+            with pytest.raises(PortaKVError, match=f"{side}.* {message}"):
                 plan.runs(views[0], views[1], table(0), table(0), 4)
