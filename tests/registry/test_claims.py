@@ -29,18 +29,18 @@ __all__ = ["caches", "fresh"]  # fixtures
 
 @pytest.mark.parametrize("claimed", [torch.int32, torch.int64])
 @pytest.mark.parametrize("passed", [torch.int32, torch.int64])
-@pytest.mark.parametrize("home", ["host", "device"])
+@pytest.mark.parametrize("place", ["host", "device"])
 def test_ids_come_in_the_claimed_dtype_and_place(
-    caches: list[torch.Tensor], claimed: torch.dtype, passed: torch.dtype, home: str
+    caches: list[torch.Tensor], claimed: torch.dtype, passed: torch.dtype, place: str
 ) -> None:
-    backend = small_backend("choosy", index_on=home, index_dtypes=frozenset({claimed}))
+    backend = small_backend("choosy", index_on=place, index_dtypes=frozenset({claimed}))
     register_backend("choosy", backend)
     scattered = torch.tensor([3, 0, 1, 0, 2, 0], dtype=passed)[::2]
     chunk, wanted = store(caches, scattered, "choosy")
     assert same(chunk, wanted)
-    given = [ids for launch in backend.given for ids in launch.ids()]
-    assert {ids.dtype for ids in given} == {claimed}
-    assert all(ids.is_contiguous() and ids.device.type == "cpu" for ids in given)
+    passed_on = [ids for launch in backend.given for ids in launch.ids()]
+    assert {ids.dtype for ids in passed_on} == {claimed}
+    assert all(ids.is_contiguous() and ids.device.type == "cpu" for ids in passed_on)
 
 
 @pytest.mark.parametrize("skips", [True, False])
@@ -52,33 +52,33 @@ def test_negative_ids_reach_only_those_that_skip_them(
     register_backend("skipper", backend)
     chunk, wanted = store(caches, Index([3, -1, 1, -7, -1, 2], step=step), "skipper")
     assert same(chunk, wanted)
-    given = backend.given[-1]
-    assert bool((given.ids()[0] < 0).any()) is skips
-    assert given.count == (6 if skips else 3) * step
+    launch = backend.given[-1]
+    assert bool((launch.ids()[0] < 0).any()) is skips
+    assert launch.count == (6 if skips else 3) * step
 
 
 @pytest.mark.simdev
 @pytest.mark.parametrize("ids", [[3, -1], [3, 1]])
 def test_ids_that_are_to_be_skipped_have_a_status_word(ids: list[int]) -> None:
-    """By it a launch that picks among engines knows that it needs one that skips."""
+    """A launch that picks a transfer strategy learns from it that the strategy must skip ids."""
     backend = small_backend("skipper", skips_negative=True)
-    given = list[Any]()
+    status_words = list[Any]()
 
-    class Told(backend):  # type: ignore[valid-type, misc]
+    class Recording(backend):  # type: ignore[valid-type, misc]
         def prepare(self, plan: CopyPlan) -> Any:
             launch = super().prepare(plan)
 
-            def told(src: KVView, dst: KVView, mine: Index, *rest: Any) -> None:
-                given.append(rest[-1])
-                if mine.ids is None or bool((mine.ids >= 0).all()):
-                    launch(src, dst, mine, *rest)
+            def recorded(src: KVView, dst: KVView, src_index: Index, *rest: Any) -> None:
+                status_words.append(rest[-1])
+                if src_index.ids is None or bool((src_index.ids >= 0).all()):
+                    launch(src, dst, src_index, *rest)
 
-            return told
+            return recorded
 
-    register_backend("skipper", Told)
+    register_backend("skipper", Recording)
     src, dst = (KVView(torch.zeros(5, 1, 4, device="simdev"), "token head dim") for _ in "ab")
     copy_rows(src, dst, ids, [0, 2], backend="skipper").synchronize()
-    assert (given[-1] is not None) == (-1 in ids)
+    assert (status_words[-1] is not None) == (-1 in ids)
 
 
 @pytest.mark.parametrize("count", [22, 20, 3])

@@ -39,14 +39,14 @@ if in_child():
 
 
 class Formats:
-    """The vendor's op, which tells a tensor's format; ``asked`` counts."""
+    """Stand in for the vendor's op that returns a tensor's format; ``calls`` counts its calls."""
 
     def __init__(self) -> None:
         self.private: set[int] = set()
-        self.asked = 0
+        self.calls = 0
 
     def default(self, tensor: torch.Tensor) -> int:
-        self.asked += 1
+        self.calls += 1
         return 29 if tensor.untyped_storage().data_ptr() in self.private else 2
 
 
@@ -111,10 +111,10 @@ def test_registered_caches_are_looked_at_once(formats: Formats) -> None:
     connector.register_kv_caches(caches())
     rows = chunk()
     connector.from_gpu(rows, slot_mapping=IDS).synchronize()
-    seen = formats.asked
+    seen = formats.calls
     for _ in range(5):
         connector.to_gpu(rows, slot_mapping=IDS).synchronize()
-    assert formats.asked - seen <= 5, "the chunk of each call, and no cache"
+    assert formats.calls - seen <= 5, "the chunk of each call, and no cache"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,9 +143,9 @@ def test_only_devices_that_extend_torch_are_asked_about() -> None:
 
 @pytest.mark.parametrize(("number", "strided"), [(0, True), (2, True), (3, False), (30, True)])
 def test_the_vendor_s_words(number: int, strided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = SimpleNamespace(default=lambda tensor: number)
-    monkeypatch.setattr(torch.ops.npu, "get_npu_format", told)
+    vendor_op = SimpleNamespace(default=lambda tensor: number)
+    monkeypatch.setattr(torch.ops.npu, "get_npu_format", vendor_op)
     (tell,) = REGISTRY.format_checks(DEVICE)
-    said = "" if strided else f"a tensor in NPU format {number} (29 is FRACTAL_NZ)"
-    assert tell(chunk()).startswith(said)
+    expected = "" if strided else f"a tensor in NPU format {number} (29 is FRACTAL_NZ)"
+    assert tell(chunk()).startswith(expected)
     assert bool(tell(chunk())) is not strided

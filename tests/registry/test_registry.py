@@ -62,16 +62,16 @@ def test_former_names_of_strategies_are_accepted(
 
 
 def test_one_that_tells_no_formats_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its device's tensors may not be moved unasked."""
+    """No tensor of its device is moved before its format is checked."""
     broken: Any = small_backend("one")
 
     def hides(device: torch.device) -> None:
-        raise RuntimeError(f"no format is told of on {device}")
+        raise RuntimeError(f"no format is known on {device}")
 
     broken.hides = staticmethod(hides)
     register_backend("one", broken)
     monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "cpu")
-    with pytest.raises(RuntimeError, match="no format is told of on cpu"):
+    with pytest.raises(RuntimeError, match="no format is known on cpu"):
         registry.REGISTRY.format_checks(torch.device("cpu"))
 
 
@@ -81,8 +81,9 @@ def test_unknown_forced_backend_lists_the_candidates(monkeypatch: pytest.MonkeyP
         BackendUnavailable, "'none'", "known are", "one, compiled", "let PortaKV"
     ) as caught:
         registry.choose("cpu", "none")
-    said = [str(decision) for decision in caught.value.trace]
-    assert [line.partition(",")[0] for line in said if line.startswith(("none", "one", "ref"))] == [
+    decisions = [str(decision) for decision in caught.value.trace]
+    relevant = [line for line in decisions if line.startswith(("none", "one", "ref"))]
+    assert [line.partition(",")[0] for line in relevant] == [
         "none: rejected",
         "one: accepted",
         "reference: accepted",
@@ -95,8 +96,8 @@ def test_unknown_forced_backend_lists_the_candidates(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("device", [None, True, 2.5, ["cpu"], {}])
 def test_what_is_no_device_is_refused(device: Any) -> None:
-    told = "not a device of torch; pass one such as 'cuda', 'cuda:0'", "Pass a device"
-    with refused(BackendUnavailable, f"got {device!r}:", *told) as caught:
+    expected = "not a device of torch; pass one such as 'cuda', 'cuda:0'", "Pass a device"
+    with refused(BackendUnavailable, f"got {device!r}:", *expected) as caught:
         registry.choose(device)
     assert "\n" not in str(caught.value)
 
@@ -135,12 +136,12 @@ def test_the_self_check_runs_once_and_never_in_a_transfer(caches: list[torch.Ten
 
 
 def test_nothing_is_imported_until_asked(tmp_path: Path) -> None:
-    # In a process of its own: here other tests imported backends long ago.
+    # In a separate process: other tests imported backends here long ago.
     (tmp_path / "vendor_stub.py").write_text("raise SystemError('imported too early')\n")
     add_entry_point(tmp_path, "stub", "vendor_stub:Backend")
     program = (
         "import sys, portakv\n"
-        "portakv.register_backend('mine', 'vendor_stub:Backend')\n"
+        "portakv.register_backend('lazy', 'vendor_stub:Backend')\n"
         "assert 'vendor_stub' not in sys.modules\n"
         "assert 'portakv.backends.reference' not in sys.modules\n"
         "assert portakv.registry.registry.choose('cpu', 'reference').name == 'reference'\n"
@@ -206,12 +207,12 @@ def test_third_parties_come_before_what_runs_everywhere_on_other_devices(
 ) -> None:
     add_entry_point(tmp_path, "vendor", "support.small_backends:Small")
     monkeypatch.syspath_prepend(str(tmp_path))
-    register_backend("mine", small_backend("mine"))
-    for device, expected in (("npu_like", ["vendor", "mine"]), ("cpu", ["mine"])):
+    register_backend("local", small_backend("local"))
+    for device, expected in (("npu_like", ["vendor", "local"]), ("cpu", ["local"])):
         order = registry.REGISTRY.automatic(type("Device", (), {"type": device})())
-        assert [name for name in order if name in ("vendor", "mine")] == expected
-        assert order.index("mine") < order.index("reference")
-        assert order.index("triton") < order.index("mine")
+        assert [name for name in order if name in ("vendor", "local")] == expected
+        assert order.index("local") < order.index("reference")
+        assert order.index("triton") < order.index("local")
 
 
 @pytest.mark.parametrize("target", [7, object, Backend, "no_colon", "a b:C", ":C", "pkg:", None])
@@ -237,11 +238,11 @@ def test_logged_once(caplog: pytest.LogCaptureFixture, caches: list[torch.Tensor
     for _ in range(3):
         store(caches, [3, 1, 2])
         store(caches, [3, 1])
-    said = [record.getMessage() for record in caplog.records]
-    assert [line for line in said if "backend picky" in line] == [
+    messages = [record.getMessage() for record in caplog.records]
+    assert [line for line in messages if "backend picky" in line] == [
         "cpu: backend picky, it is a test; self-check passed, every byte right"
     ]
-    assert len([line for line in said if "backend reference in place of picky" in line]) == 1
+    assert len([line for line in messages if "backend reference in place of picky" in line]) == 1
 
 
 def test_entry_points_replace_no_built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,10 +325,10 @@ def test_plans_not_taken_fall_back_aloud(caches: list[torch.Tensor], how: str, j
     assert same(chunk, wanted)
     assert len(backend.given) == launches
     connector.register_kv_caches(caches)
-    said = connector.explain()
-    assert "picky: rejected" in said
-    assert "dislikes" in said
-    assert "reference" in said
+    explanation = connector.explain()
+    assert "picky: rejected" in explanation
+    assert "dislikes" in explanation
+    assert "reference" in explanation
     with refused(Unsupported, "'picky' was forced", "dislikes", watch=[*caches, chunk]):
         store(caches, [3, 1, 2], "picky")
 
@@ -350,7 +351,7 @@ def test_a_claim_that_a_plan_exceeds(claims: dict[str, Any], reason: str) -> Non
     AdaptiveConnector("cpu").from_gpu(chunk, caches, [5, 0, 9]).synchronize()
     rows = torch.stack([c.view(2, -1, HEADS * 3)[:, [5, 0, 9]] for c in caches], dim=1)
     assert same(chunk, rows)
-    assert all(given.plan.src.layers == 2 for given in backend.given)  # the self-check's only
+    assert all(launch.plan.src.layers == 2 for launch in backend.given)  # the self-check's only
     chunk.fill_(0)
     with refused(Unsupported, "'limited' was forced", reason, watch=[*caches, chunk]):
         AdaptiveConnector("cpu", backend="limited").from_gpu(chunk, caches, [5, 0, 9])
