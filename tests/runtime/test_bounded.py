@@ -12,30 +12,30 @@ from portakv.runtime.bounded import Bounded, caches
 
 
 def test_the_entry_that_was_inserted_first_goes_first() -> None:
-    kept: Bounded[int, str] = Bounded("numbers", 2)
-    assert kept.setdefault(1, "one") == "one"
-    assert kept.get_or_make(2, lambda: "two") == "two"
-    assert kept.get(1) == "one"  # which does not make it younger
-    kept[3] = "three"
-    assert (kept.get(1), kept.get(2), kept.get(3)) == (None, "two", "three")
-    kept[2] = "deux"  # neither does this
-    assert list(kept.values()) == ["deux", "three"]
-    kept[4] = "four"
-    assert (2 in kept, len(kept), kept.pop(3), kept.pop(3, None)) == (False, 2, "three", None)
+    cache: Bounded[int, str] = Bounded("numbers", 2)
+    assert cache.setdefault(1, "one") == "one"
+    assert cache.get_or_make(2, lambda: "two") == "two"
+    assert cache.get(1) == "one"  # which does not make it younger
+    cache[3] = "three"
+    assert (cache.get(1), cache.get(2), cache.get(3)) == (None, "two", "three")
+    cache[2] = "deux"  # neither does this
+    assert list(cache.values()) == ["deux", "three"]
+    cache[4] = "four"
+    assert (2 in cache, len(cache), cache.pop(3), cache.pop(3, None)) == (False, 2, "three", None)
     assert Bounded.get is dict.get  # so that a hit costs what one of a dictionary does
 
 
 def test_an_entry_is_made_once_and_not_remembered_if_it_cannot_be_made() -> None:
-    kept: Bounded[int, float | None] = Bounded("quotients", 4)
+    cache: Bounded[int, float | None] = Bounded("quotients", 4)
     with pytest.raises(ZeroDivisionError):
-        kept.get_or_make(0, lambda: 1 / 0)
-    assert len(kept) == 0
+        cache.get_or_make(0, lambda: 1 / 0)
+    assert len(cache) == 0
     made: list[int] = []
     for _ in range(2):  # None is a value as any
-        assert kept.get_or_make(0, lambda: made.append(1)) is None
+        assert cache.get_or_make(0, lambda: made.append(1)) is None
     assert made == [1]
-    assert kept.setdefault(0, 5) is None
-    assert 0 in kept
+    assert cache.setdefault(0, 5) is None
+    assert 0 in cache
 
 
 def test_existing_mappings_are_listed_by_name() -> None:
@@ -50,12 +50,12 @@ def test_existing_mappings_are_listed_by_name() -> None:
 
 
 def test_threads_fill_one_at_once() -> None:
-    kept: Bounded[int, int] = Bounded("squares", 8)
+    cache: Bounded[int, int] = Bounded("squares", 8)
 
     def fill(start: int) -> None:
         for i in range(2000):
             key = (start + i) % 50
-            assert kept.get_or_make(key, partial(mul, key, key)) == key * key
+            assert cache.get_or_make(key, partial(mul, key, key)) == key * key
 
     run_threads(fill, range(0, 42, 7))
-    assert len(kept) <= 8
+    assert len(cache) <= 8

@@ -2,7 +2,7 @@
 """Devices that torch does not know: vendors' packages that are absent, broken or not loaded yet;
 names; the current device and process.
 
-What imports a package runs in a process of its own, where torch loads none by itself.
+Tests that import a package run a separate process, where torch loads none by itself.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ INSTALL = {
 }
 BACKEND = {"npu": "ascend", "mlu": "mlu"}
 why_not = build.missing()
-# torch_npu and torch_mlu behave alike here: one of them is enough unless all is asked for.
+# torch_npu and torch_mlu behave alike here: one of them is enough unless all tests are requested.
 KINDS = ["npu", pytest.param("mlu", marks=pytest.mark.slow)]
 
 
 def run(code: str, packages: dict[str, str], folder: Path, *words: str) -> Any:
-    """What a fresh process printed as JSON, with these packages installed."""
+    """Return the JSON that a fresh process prints with these packages installed."""
     for name, text in packages.items():
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text(text)
@@ -76,18 +76,18 @@ import portakv
 from portakv.cli import main
 from portakv.registry.registry import trace
 assert not [name for name in sys.modules if name.startswith("torch_")], "a vendor's was imported"
-told = []
+reports = []
 for kind in sys.argv[1:]:
     try:
         portakv.AdaptiveConnector(kind)
     except portakv.BackendUnavailable as error:
-        told.append([str(error), [str(decision) for decision in trace(kind)]])
+        reports.append([str(error), [str(decision) for decision in trace(kind)]])
     for words in ([], ["--json"]):
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as error:
             code = main(["backends", "--device", kind, *words])
-        told[-1] += [code, out.getvalue(), error.getvalue()]
+        reports[-1] += [code, out.getvalue(), error.getvalue()]
 assert "was chosen" in portakv.AdaptiveConnector("cpu").explain()
-print(json.dumps(told))
+print(json.dumps(reports))
 """
 RENAMES = "import torch; torch.utils.rename_privateuse1_backend('npu')"
 HCCL = "libhccl.so: cannot open shared object file: No such file or directory"
@@ -95,16 +95,16 @@ HCCL = "libhccl.so: cannot open shared object file: No such file or directory"
 
 @pytest.mark.full
 def test_without_the_package_every_candidate_says_what_it_lacks(tmp_path: Path) -> None:
-    asked = ["npu", "mlu:1"]
-    for kind, told in zip(asked, run(CONNECT, {}, tmp_path, *asked), strict=True):
-        said, traced, code, out, err, json_code, as_json, _ = told
+    kinds = ["npu", "mlu:1"]
+    for kind, report in zip(kinds, run(CONNECT, {}, tmp_path, *kinds), strict=True):
+        message, traced, code, out, err, json_code, as_json, _ = report
         package = kind.partition(":")[0]
-        assert said.startswith(
+        assert message.startswith(
             f"Expected a device of this machine, got {kind!r}: torch knows no {package} devices, "
             f"and torch_{package}"
         )
-        # What to install leads; what the candidates lack is said when it is asked for.
-        (first,) = said.splitlines()
+        # The message leads with what to install; the command lists what each candidate lacks.
+        (first,) = message.splitlines()
         assert f" is not installed; {INSTALL[package]}. Fix that, or pass a device " in first
         assert first.endswith(
             f"machine: cpu. `portakv backends --device {kind}` lists every candidate's decision."
@@ -116,7 +116,7 @@ def test_without_the_package_every_candidate_says_what_it_lacks(tmp_path: Path) 
         assert line.endswith(f"is not installed; {INSTALL[package]}")
         assert [line.partition(":")[0] for line in traced] == [*BUILT_IN]
         assert not any("accepted" in line for line in traced)
-        # What `portakv backends` said, as text and as JSON.
+        # The output of `portakv backends`, as text and as JSON.
         assert (code, json_code, err) == (1, 1, f"portakv: no backend is chosen for {kind}.\n")
         text = " ".join(out.split())
         assert f"{kind}, not here" in text
@@ -127,7 +127,7 @@ def test_without_the_package_every_candidate_says_what_it_lacks(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("asked", "meant"),
+    ("name", "meant"),
     [
         ("CPU", "cpu"), ("Cuda:1", "cuda:1"), ("nvidia", "cuda"), ("rocm:2", "cuda:2"),
         ("hip", "cuda"), ("HIP:0", "cuda:0"), ("hip:1", "cuda:1"), ("dcu", "cuda"),
@@ -135,28 +135,28 @@ def test_without_the_package_every_candidate_says_what_it_lacks(tmp_path: Path) 
         ("nonsense", None), ("tpu", None),
     ],
 )  # fmt: skip
-def test_a_name_unknown_to_torch_suggests_the_device_meant(asked: str, meant: str | None) -> None:
+def test_a_name_unknown_to_torch_suggests_the_device_meant(name: str, meant: str | None) -> None:
     """And names no package: the project knows of none."""
-    if asked.lower().startswith("gpu"):
+    if name.lower().startswith("gpu"):
         here = torch.accelerator.current_accelerator()
         meant = ("cuda" if here is None else here.type) + (meant or "")
-    kind = asked.partition(":")[0]
+    kind = name.partition(":")[0]
     present = ", ".join(map(str, devices_present()))
     why = f"torch knows no {kind} devices"
     if kind.lower() in ("nvidia", "rocm", "hip", "dcu", "ascend"):
         why = f"torch calls {kind} devices {str(meant).partition(':')[0]}"
     hint = "." if meant is None else f"; did you mean {meant!r}?"
     with pytest.raises(BackendUnavailable) as refused:
-        available_device(asked)
+        available_device(name)
     assert str(refused.value) == (
-        f"Expected a device of this machine, got {asked!r}: {why}{hint} Pass a device of this "
+        f"Expected a device of this machine, got {name!r}: {why}{hint} Pass a device of this "
         f"machine: {present}."
     )
     with pytest.raises(BackendUnavailable) as host:
-        resolve(asked)
+        resolve(name)
     assert str(host.value).endswith(f"{hint} Name a device of this machine, or leave it out.")
     with pytest.raises(DeviceMismatch) as command:
-        usable_device(asked)
+        usable_device(name)
     assert hint.rstrip(".") in str(command.value)
     assert "torch_" not in str(command.value) + str(refused.value)
 
@@ -183,13 +183,13 @@ def test_a_name_unknown_to_torch_suggests_the_device_meant(asked: str, meant: st
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["at once", "after its name", "half"],
+    ids=["immediately", "after its name", "half"],
 )
 def test_a_broken_package_s_own_words(packages: dict[str, tuple[str, str]], tmp_path: Path) -> None:
     texts = {f"torch_{kind}": text for kind, (text, _) in packages.items()}
-    told = run(CONNECT, texts, tmp_path, *packages)
-    for (kind, (_, words)), (said, traced, *_) in zip(packages.items(), told, strict=True):
-        first = said.splitlines()[0]
+    reports = run(CONNECT, texts, tmp_path, *packages)
+    for (kind, (_, words)), (message, traced, *_) in zip(packages.items(), reports, strict=True):
+        first = message.splitlines()[0]
         assert f"torch_{kind}" in first
         assert words in first
         assert INSTALL[kind] in first or "SystemExit" in words
@@ -211,17 +211,17 @@ __version__ = "1.11.0"
 def test_a_package_that_works_is_imported_and_the_candidates_go_on(tmp_path: Path) -> None:
     """It renames privateuse1, and has no kernels."""
     packages = {"torch_npu": NAMES_ITSELF, "torch_mlu": ""}
-    (said, traced, *_), (nothing, *_) = run(CONNECT, packages, tmp_path, "npu", "mlu")
-    assert said.startswith("Expected a backend to serve npu:0, but none can:\n")
-    assert f"torch_npu 1.11.0 is installed, which is not for torch {torch.__version__}" in said
-    assert "reference: rejected, plain torch indexing runs on any torch device; its self" in said
+    (message, traced, *_), (nothing, *_) = run(CONNECT, packages, tmp_path, "npu", "mlu")
+    assert message.startswith("Expected a backend to serve npu:0, but none can:\n")
+    assert f"torch_npu 1.11.0 is installed, which is not for torch {torch.__version__}" in message
+    assert "reference: rejected, plain torch indexing runs on any torch device; its self" in message
     assert any(line.startswith("reference: rejected") for line in traced)
     assert "and torch_mlu was imported, but does not bring them" in nothing.splitlines()[0]
 
 
 @pytest.mark.full
 def test_what_a_candidate_imports_may_bring_the_device(tmp_path: Path) -> None:
-    """Of a vendor whose package for torch has another name."""
+    """The vendor's package for torch has another name."""
     brings = NAMES_ITSELF.replace('"npu"', '"acme"')
     code = (
         "import json, portakv.registry.registry as registry\n"
@@ -259,9 +259,9 @@ print(json.dumps([str(connector.device), connector.explain()]))
 @pytest.mark.skipif(why_not is not None, reason=why_not or "")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_package_that_torch_did_not_load_serves(kind: str, tmp_path: Path) -> None:
-    device, told = run(CHOOSE, {f"torch_{kind}": WORKS[kind]}, tmp_path, kind)
+    device, explanation = run(CHOOSE, {f"torch_{kind}": WORKS[kind]}, tmp_path, kind)
     assert device == f"{kind}:0"
-    assert f"backend {BACKEND[kind]!r} was chosen" in told
+    assert f"backend {BACKEND[kind]!r} was chosen" in explanation
 
 
 # Names
@@ -278,24 +278,24 @@ def test_what_names_no_device_imports_nothing(text: str, monkeypatch: pytest.Mon
         available_device(text)
 
 
-@pytest.mark.parametrize("asked", ["cuda", "cuda:0", "cuda:99", torch.device("cuda", 99), "mps"])
-def test_a_device_that_torch_does_not_find_is_one_line(asked: str | torch.device) -> None:
-    """The reason and what to do; what each backend says of it comes when it is asked for."""
-    count = torch.get_device_module(torch.device(asked).type).device_count()
-    if count and "99" not in str(asked):
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:99", torch.device("cuda", 99), "mps"])
+def test_a_device_that_torch_does_not_find_is_one_line(device: str | torch.device) -> None:
+    """It has the reason and what to do; a command lists each backend's decision."""
+    count = torch.get_device_module(torch.device(device).type).device_count()
+    if count and "99" not in str(device):
         pytest.skip("torch finds that device here")
     with pytest.raises(BackendUnavailable) as refused:
-        AdaptiveConnector(asked)
+        AdaptiveConnector(device)
     line = str(refused.value)
-    lacks = not (asked == "mps" or torch.backends.cuda.is_built())
+    lacks = not (device == "mps" or torch.backends.cuda.is_built())
     assert line.startswith(
-        f"Expected a device of this machine, got '{asked}': torch cannot use it here ("
+        f"Expected a device of this machine, got '{device}': torch cannot use it here ("
     )
     assert ("; install torch's build for CUDA, or for ROCm. Fix that, or pass a " in line) == lacks
     assert (f"it finds {count} of that type, and counts from 0" in line) == (count > 0)
-    assert line.endswith(f"`portakv backends --device {asked}` lists every candidate's decision.")
+    assert line.endswith(f"`portakv backends --device {device}` lists every candidate's decision.")
     assert "\n" not in line
-    assert not any(decision.accepted for decision in trace(asked))
+    assert not any(decision.accepted for decision in trace(device))
 
 
 def test_a_driver_that_fails_is_seen_behind_an_index_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,9 +324,9 @@ def test_the_table_says_what_the_probes_say(name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_backend_is_judged_on_its_own_kind(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert conform([BACKEND[kind]]) == 3
-    told = capsys.readouterr().err
-    assert f"got {kind!r}: " in told
-    assert INSTALL[kind] in told
+    output = capsys.readouterr().err
+    assert f"got {kind!r}: " in output
+    assert INSTALL[kind] in output
 
 
 # The current device, captures, processes
@@ -356,17 +356,17 @@ def test_what_cannot_be_captured_is_told_with_what_to_do() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_process_is_another_one() -> None:
-    mine = this_process()
-    assert this_process() is mine
-    assert not mine.forked
+    parent = this_process()
+    assert this_process() is parent
+    assert not parent.forked
     child = os.fork()
     if not child:
         grandchild = os.fork()
-        theirs = this_process()
-        code = 0 if mine.forked and theirs is not mine and not theirs.forked else 1
+        process = this_process()
+        code = 0 if parent.forked and process is not parent and not process.forked else 1
         if grandchild:
             code |= os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1])
         os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert not mine.forked
-    assert this_process() is mine
+    assert not parent.forked
+    assert this_process() is parent

@@ -30,13 +30,13 @@ def test_uninterrupted_work_runs_in_a_helper_and_returns() -> None:
 
 
 def test_another_thread_that_no_signal_interrupts_runs_work_itself() -> None:
-    found = list[bool]()
+    results = list[bool]()
     thread = threading.Thread(
-        target=lambda: found.append(uninterrupted(threading.get_ident) == threading.get_ident())
+        target=lambda: results.append(uninterrupted(threading.get_ident) == threading.get_ident())
     )
     thread.start()
     thread.join()
-    assert found == [True]
+    assert results == [True]
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -25,13 +25,13 @@ BINARY = bytes(range(256)) * 16
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache directory that is not there yet."""
-    found = tmp_path / "a" / "cache"
-    monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(found))
-    return found
+    result = tmp_path / "a" / "cache"
+    monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(result))
+    return result
 
 
 def builds(times: int) -> None:
-    """Asked twice, the binary is built so many times."""
+    """Check how often two requests build the binary."""
     build = Mock(return_value=BINARY)
     assert [cached(KEY, build) for _ in range(2)] == [BINARY] * 2
     assert build.call_count == times
@@ -39,8 +39,8 @@ def builds(times: int) -> None:
 
 def entry(folder: Path) -> Path:
     """The only entry of the cache."""
-    (found,) = folder.iterdir()
-    return found
+    (result,) = folder.iterdir()
+    return result
 
 
 def test_a_kernel_is_built_once_and_kept_privately(folder: Path) -> None:

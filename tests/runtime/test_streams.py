@@ -63,7 +63,8 @@ def test_those_that_live_are_apart_and_one_that_ends_comes_back() -> None:
     last = streams[50].handle
     first = streams[7].handle
     del streams[50], streams[7]
-    assert [own_stream(CARD).handle for _ in range(3)] == [first] * 3  # each is forgotten at once
+    # Each is forgotten immediately.
+    assert [own_stream(CARD).handle for _ in range(3)] == [first] * 3
     again = [own_stream(CARD) for _ in range(2)]
     assert [stream.handle for stream in again] == [first, last]
     assert own_stream(CARD).handle not in {stream.handle for stream in (*streams, *again)}
@@ -106,8 +107,8 @@ def test_torch_gives_them_to_nobody_and_one_that_is_forgotten_serves_again(prior
     handles = [stream.cuda_stream for stream in own]
     assert len({*handles}) == 50
     assert all((stream.device, stream.priority) == (DEVICE, priority) for stream in own)
-    theirs = {torch.cuda.Stream(DEVICE, priority=priority).cuda_stream for _ in range(100)}
-    assert not {*handles} & {*theirs, 0}
+    of_torch = {torch.cuda.Stream(DEVICE, priority=priority).cuda_stream for _ in range(100)}
+    assert not {*handles} & {*of_torch, 0}
     del own[20]
     gc.collect()
     later = [own_stream(DEVICE, priority) for _ in range(60)]
@@ -129,12 +130,12 @@ def test_transfers_in_slices_share_no_stream(monkeypatch: pytest.MonkeyPatch) ->
         handed_out.append(stream.cuda_stream)
         return stream
 
-    def held(*args: Any) -> None:  # none ends before the last one begins
+    def bring_together(*args: Any) -> None:  # none ends before the last one begins
         assert all_began.wait(PATIENCE)
         bring(*args)
 
     monkeypatch.setattr(block_slices, "own_stream", noted)
-    monkeypatch.setattr(block_slices, "bring", held)
+    monkeypatch.setattr(block_slices, "bring", bring_together)
     rounds = []
     for _ in range(3):
         handed_out.clear()
@@ -170,7 +171,7 @@ def test_they_wait_for_no_default_stream(priority: int) -> None:
 
 @pytest.mark.gpu
 def test_the_allocator_knows_them() -> None:
-    """Memory of the current stream that one of them still reads is given to nobody."""
+    """The allocator does not reuse memory of the current stream while one of them reads it."""
     stream = own_stream(DEVICE)
     size = 1 << 20
     tensor = torch.full((size,), 3, dtype=torch.uint8, device=DEVICE)

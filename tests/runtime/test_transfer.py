@@ -58,7 +58,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _troubled() -> bool:
-    """What a connector asks in each call."""
+    """Repeat the check that a connector makes in each call."""
     return bool(transfer.failed) or any_word_set()
 
 
@@ -97,22 +97,23 @@ def test_words_come_back_once_their_work_has_ended() -> None:
 
 @pytest.mark.usefixtures("apart")
 def test_an_error_is_told_to_its_owner_once_and_to_nobody_else() -> None:
-    mine = weakref.ref(one := Later())
-    theirs = weakref.ref(two := Later())
-    begun(mine)
-    work, word, _ = begun(theirs)
+    first_owner = weakref.ref(first := Later())
+    second_owner = weakref.ref(second := Later())
+    begun(first_owner)
+    work, word, _ = begun(second_owner)
     assert not _troubled()
     bad(word, 3)
     assert _troubled()
-    assert transfer.unreported_error(mine) is None
-    error = transfer.unreported_error(theirs)
+    assert transfer.unreported_error(first_owner) is None
+    error = transfer.unreported_error(second_owner)
     assert isinstance(error, SlotError)
     assert "Position 13 " in str(error)
-    assert transfer.unreported_error(theirs) is None
+    assert transfer.unreported_error(second_owner) is None
     work.ended = True
-    assert transfer.unreported_error(theirs) is None  # it has ended, so that its word is put back
+    # The work has ended, so its word is put back.
+    assert transfer.unreported_error(second_owner) is None
     assert not _troubled()
-    assert one is not two
+    assert first is not second
 
 
 @pytest.mark.usefixtures("apart")
@@ -148,7 +149,7 @@ def test_errors_of_an_owner_that_is_gone_are_dropped() -> None:
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> Later:
-    """A backend ``later`` whose launches return this, alone in a registry of its own."""
+    """Register a backend ``later``, whose launches return this, alone in a separate registry."""
     monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
     pending = Later()
@@ -185,16 +186,16 @@ def test_a_transfer_ends_when_its_work_does(later: Later, how: str) -> None:
     assert transfer.done()
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("retained", [True, False])
 def test_views_and_ids_are_held_until_the_end_also_of_a_transfer_that_nobody_kept(
-    later: Later, kept: bool
+    later: Later, retained: bool
 ) -> None:
     transfer, refs = start()
-    if not kept:
+    if not retained:
         del transfer
     gc.collect()
     assert all(ref() is not None for ref in refs), "memory was freed below a copy in flight"
-    if kept:
+    if retained:
         transfer.synchronize()
         gc.collect()
         assert not any(ref() is not None for ref in refs)
