@@ -45,7 +45,7 @@ DIM = 8
 
 
 def caches(device: torch.device = CPU) -> list[list[torch.Tensor]]:
-    """Keys and values of three layers, each an allocation of its own."""
+    """Return keys and values of three layers, each a separate allocation."""
     return [
         [noise(BLOCKS, SIZE, HEADS, DIM, seed=2 * layer + kv).to(device) for kv in (0, 1)]
         for layer in range(3)
@@ -56,18 +56,18 @@ def addresses(tensors: list[list[torch.Tensor]]) -> list[list[int]]:
     return [[tensor.data_ptr() for tensor in pair] for pair in tensors]
 
 
-def at(given: Any, blocks: int = BLOCKS, device: torch.device = CPU, **named: Any) -> KVView:
+def at(memory: Any, blocks: int = BLOCKS, device: torch.device = CPU, **named: Any) -> KVView:
     shape = (blocks, SIZE, HEADS, DIM)
     if blocks < 0:
         named.setdefault("block_size", SIZE)
-    return KVView.at(given, LAYOUT, shape=shape, dtype=torch.int16, device=device, **named)
+    return KVView.at(memory, LAYOUT, shape=shape, dtype=torch.int16, device=device, **named)
 
 
 def rows(tensors: list[list[torch.Tensor]], slots: list[int]) -> torch.Tensor:
-    """The rows of some slots as a chunk has them; zeros for those that are skipped."""
+    """Return the rows of some slots as a chunk has them; zeros for slots that are skipped."""
     picked = torch.stack([torch.stack(pair) for pair in tensors], 1).flatten(2, 3).cpu()
-    kept = torch.tensor(slots) >= 0
-    return picked[:, :, torch.tensor(slots).clamp(0)] * kept[:, None, None]
+    used = torch.tensor(slots) >= 0
+    return picked[:, :, torch.tensor(slots).clamp(0)] * used[:, None, None]
 
 
 def chunk(device: torch.device = CPU) -> torch.Tensor:
@@ -116,7 +116,7 @@ def test_strides_are_elements_and_may_leave_holes() -> None:
 
 
 def test_a_block_behind_each_address() -> None:
-    """What a list of runs of one size is: a table that the block's number walks through."""
+    """A list of runs of one size is a table that the block's number walks through."""
     pages = [noise(SIZE, DIM, seed=seed) for seed in range(7)]
     layout = "block | token dim"
     target = torch.zeros(3, SIZE, DIM, dtype=torch.int16)
@@ -184,7 +184,7 @@ def test_a_plane_shows_memory_at_an_address() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "named", "told"),
+    ("passed", "named", "expected"),
     [
         ([1 << 12], {}, "2 container"),
         ([[1 << 12, 0]], {}, "above 0"),
@@ -208,13 +208,18 @@ def test_a_plane_shows_memory_at_an_address() -> None:
         ([[1 << 12, 1 << 13]], {"strides": (-64, 16, 8, 1)}, "no number below 0"),
     ],
 )  # fmt: skip
-def test_what_are_no_addresses_is_refused(given: Any, named: Any, told: str) -> None:
-    asked = {"shape": (BLOCKS, SIZE, HEADS, DIM), "dtype": torch.int16, "device": "cpu", **named}
+def test_what_are_no_addresses_is_refused(passed: Any, named: Any, expected: str) -> None:
+    arguments = {
+        "shape": (BLOCKS, SIZE, HEADS, DIM),
+        "dtype": torch.int16,
+        "device": "cpu",
+        **named,
+    }
     with pytest.raises(LayoutError) as refused:
-        KVView.at(given, LAYOUT, **asked)
+        KVView.at(passed, LAYOUT, **arguments)
     message = str(refused.value)
     check_sentence(message)
-    assert any(each in message for each in told.split("|")), message
+    assert any(each in message for each in expected.split("|")), message
 
 
 @pytest.mark.parametrize(
@@ -234,7 +239,7 @@ def test_a_device_that_is_told_is_asked_for_memory(device: Any) -> None:
 
 
 def test_an_unknown_extent_inside_another_needs_strides() -> None:
-    """Where the second of ``kv`` begins would follow from the number of blocks."""
+    """The start of the second of ``kv`` would follow from the number of blocks."""
     memory = noise(2, BLOCKS, SIZE, DIM)
     out = torch.zeros(2, len(SLOTS), DIM, dtype=torch.int16)
 
@@ -278,8 +283,9 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = op(*args, **(kwargs or {}))
         each = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else [arg])]
-        given = [x for x in each if isinstance(x, torch.Tensor)]
-        if isinstance(answer, torch.Tensor) and not answer.is_cpu and any(x.is_cpu for x in given):
+        tensors = [x for x in each if isinstance(x, torch.Tensor)]
+        on_device = isinstance(answer, torch.Tensor) and not answer.is_cpu
+        if on_device and any(x.is_cpu for x in tensors):
             self.ops.append(op.overloadpacket.__name__)
         return answer
 
@@ -292,22 +298,22 @@ def test_a_table_in_another_order_is_permuted_where_it_is(
 ) -> None:
     sizes = [4, 2, 6] if "kv" in layout else [4, 12]
     addresses = (torch.arange(48) + 1).reshape(sizes) * 4096
-    asked: dict[str, Any] = {"shape": (SIZE, DIM), "dtype": torch.int16, "device": accelerator}
-    listed = KVView.at(addresses, layout, **asked)
+    terms: dict[str, Any] = {"shape": (SIZE, DIM), "dtype": torch.int16, "device": accelerator}
+    listed = KVView.at(addresses, layout, **terms)
     table = addresses.to(accelerator)
     with Sent() as sent:
-        view = KVView.at(table, layout, **asked)
+        view = KVView.at(table, layout, **terms)
     assert view.table.tolist() == list(listed.origins)
     assert sorted(listed.origins) == addresses.reshape(-1).tolist()
     assert sent.ops == []
 
 
 def test_torch_is_asked_of_one_address_in_each_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    pages: list[int] = []
 
     def is_pinned(tensor: torch.Tensor) -> bool:
-        asked.append(tensor.data_ptr() >> 12)
-        return asked[-1] != 9
+        pages.append(tensor.data_ptr() >> 12)
+        return pages[-1] != 9
 
     monkeypatch.setattr(torch.Tensor, "is_pinned", is_pinned)
     for last, place in ((8, "pinned"), (9, "pageable")):
@@ -316,14 +322,14 @@ def test_torch_is_asked_of_one_address_in_each_page(monkeypatch: pytest.MonkeyPa
             addresses, "block | token dim", shape=(1, 64), dtype=torch.uint8, device="cpu"
         )
         assert view.form.place == place
-        assert asked == [5, 7, last]
-        asked.clear()
+        assert pages == [5, 7, last]
+        pages.clear()
 
 
 @pytest.mark.parametrize("size", [4, 12, 16])
 def test_the_shape_tells_how_many_blocks_can_be_counted(size: int) -> None:
     """Kernels count tokens in 32 bits, also if ``block_size`` stands in the shape alone."""
-    told, read = (
+    stated, inferred = (
         KVView.at(
             4096,
             "block token dim",
@@ -334,15 +340,20 @@ def test_the_shape_tells_how_many_blocks_can_be_counted(size: int) -> None:
         )
         for declared in (size, None)
     )
-    assert (read.slots, read.form) == (told.slots, told.form)
-    assert UNKNOWN_SLOTS - size < read.slots <= UNKNOWN_SLOTS
+    assert (inferred.slots, inferred.form) == (stated.slots, stated.form)
+    assert UNKNOWN_SLOTS - size < inferred.slots <= UNKNOWN_SLOTS
 
 
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize, None])
 def test_a_table_without_memory_of_its_own_is_refused(transform: Any) -> None:
     """Torch would hand over whatever lies in memory as addresses."""
     table = torch.full((1, 3, 2), 4096, device="meta" if transform is None else "cpu")
-    for read in (at, lambda given: copy_runs(given, given, 2, src_device="cpu", dst_device="cpu")):
+
+    def copied(numbers: torch.Tensor) -> Any:
+        return copy_runs(numbers, numbers, 2, src_device="cpu", dst_device="cpu")
+
+    reads: tuple[Callable[[torch.Tensor], Any], ...] = (at, copied)
+    for read in reads:
         with pytest.raises(LayoutError) as refused:
             (transform or (lambda call: call))(read)(table if transform is torch.vmap else table[0])
         check_sentence(str(refused.value), "owns no memory")
@@ -402,9 +413,9 @@ def test_planes_that_one_stream_made_are_read_on_another(accelerator: torch.devi
     with on(torch.Stream(accelerator)):
         made = view.planes(None, (1, 2))
     with on(torch.Stream(accelerator)):
-        found = view.planes(None, (1, 2))
-        assert found.table.tolist() == [pair[1].data_ptr() for pair in tensors]
-    assert found is made
+        again = view.planes(None, (1, 2))
+        assert again.table.tolist() == [pair[1].data_ptr() for pair in tensors]
+    assert again is made
 
 
 @pytest.mark.parametrize("where", ["host", "device"])
@@ -424,7 +435,7 @@ def test_across_the_link(accelerator: torch.device, where: str) -> None:
 def test_without_a_device_memory_is_the_host_s(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a machine without an accelerator; and pinned memory anywhere."""
+    """Pinned memory is the host's on any machine."""
     memory = torch.zeros(64, dtype=torch.uint8, device="cpu")
     if device == CPU:
         monkeypatch.setattr(view_addresses, "usual_device", lambda: CPU)
@@ -440,10 +451,10 @@ def test_the_driver_says_where_memory_is(
     build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeLibrary(tmp_path, None)
-    asked = list[torch.device]()
+    adopted = list[torch.device]()
     first = torch.device("cuda", 0)
     monkeypatch.setattr(view_addresses, "usual_device", lambda: first)
-    monkeypatch.setattr(cuda, "adopt", asked.append)
+    monkeypatch.setattr(cuda, "adopt", adopted.append)
     if build == "hip":
         monkeypatch.setattr(torch.version, "hip", "6.2")
         monkeypatch.setattr(hip, "driver", lambda: hip.Driver(fake.library, fake.library))
@@ -456,13 +467,13 @@ def test_the_driver_says_where_memory_is(
 
     assert view(memory.data_ptr()).form.place == "pageable"
     fake.give(memory.data_ptr(), 3)
-    found = view(memory.data_ptr())
-    assert (found.device, found.form.place) == (torch.device("cuda", 3), "device")
+    result = view(memory.data_ptr())
+    assert (result.device, result.form.place) == (torch.device("cuda", 3), "device")
     several = KVView.at(
         [memory.data_ptr(), 4096], "layer | token dim", shape=(4, 16), dtype=torch.uint8
     )
-    assert several.device == found.device, "the first is asked, the others are promised"
-    assert asked == [first] * 3, "a thread has a context before it asks"
+    assert several.device == result.device, "only the first is checked, the others are promised"
+    assert adopted == [first] * 3, "a thread has a context before it asks"
     with pytest.raises(TransferError, match="nothing was moved") as caught:
         view(13)
     check_sentence(str(caught.value))
@@ -479,8 +490,8 @@ def test_nvidia_s_driver_says_where_memory_is() -> None:
     page = pinned.empty((4, 16), torch.uint8)
     heap = torch.zeros(4, 16, dtype=torch.uint8)
     for memory, place in ((there, "device"), (page, "pinned"), (heap, "pageable")):
-        found = KVView.at(memory[1:].data_ptr(), "token dim", shape=(3, 16), dtype=torch.uint8)
-        assert (found.device, found.form.place) == (memory.device, place)
+        result = KVView.at(memory[1:].data_ptr(), "token dim", shape=(3, 16), dtype=torch.uint8)
+        assert (result.device, result.form.place) == (memory.device, place)
     for memory in (page, heap):
         copy_runs(there.data_ptr(), memory.data_ptr(), 64).synchronize()
         assert torch.equal(memory, there.cpu())
@@ -492,14 +503,14 @@ def no_driver() -> Any:
 
 def test_what_no_driver_tells_has_to_be_said(accelerator: torch.device) -> None:
     if accelerator.type == "cuda":
-        pytest.skip("its driver tells")
+        pytest.skip("its driver knows the memory")
     there = torch.zeros(64, dtype=torch.uint8, device=accelerator)
     table = torch.tensor([there.data_ptr()]).to(accelerator)
-    for given, told in ((there.data_ptr(), str(accelerator)), (table, "themselves")):
-        with pytest.raises(LayoutError, match=told) as refused:
+    for passed, expected in ((there.data_ptr(), str(accelerator)), (table, "themselves")):
+        with pytest.raises(LayoutError, match=expected) as refused:
             KVView.at(
-                given,
-                "layer | token dim" if given is table else "token dim",
+                passed,
+                "layer | token dim" if passed is table else "token dim",
                 shape=(4, 16),
                 dtype=torch.uint8,
             )
@@ -507,8 +518,8 @@ def test_what_no_driver_tells_has_to_be_said(accelerator: torch.device) -> None:
 
 
 def test_a_table_is_not_made_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = [torch.zeros(4, 8) for _ in "ab"]
-    addresses = [x.data_ptr() for x in held]
+    tensors = [torch.zeros(4, 8) for _ in "ab"]
+    addresses = [x.data_ptr() for x in tensors]
     view = KVView.at(
         addresses, "layer | token dim", shape=(4, 8), dtype=torch.float32, device="cpu"
     )
@@ -524,7 +535,7 @@ def test_a_table_is_not_made_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.gpu
 def test_many_addresses_in_a_few_allocations() -> None:
-    """CUDA's driver tells how far one reaches, so that one question answers for all in it."""
+    """CUDA's driver knows the range of an allocation, so one call serves all addresses in it."""
     pools = [torch.empty(1 << 20, dtype=torch.uint8).pin_memory() for _ in range(2)]
     at = [pool.data_ptr() + 4096 * page for page in range(200) for pool in pools]
     shape: dict[str, Any] = {"shape": (16, 4), "dtype": torch.uint8, "device": "cpu"}

@@ -55,9 +55,9 @@ def test_an_example_lies_in_memory_as_its_preset_says(name: str) -> None:
     apart = (made[1].data_ptr() - made[0].data_ptr()) // made[0].element_size()
     strides = dict(zip(groups, (apart, *made[0].stride()), strict=True))
     assert len(made) == 3
-    found = [strides[group] for group in ordered.dims]
-    assert found == sorted(found, reverse=True)
-    assert found[-1] == 1
+    actual = [strides[group] for group in ordered.dims]
+    assert actual == sorted(actual, reverse=True)
+    assert actual[-1] == 1
 
 
 def test_a_preset_says_what_is_not_given() -> None:

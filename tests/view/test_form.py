@@ -32,8 +32,8 @@ def test_a_form_sent_to_another_process_is_found_there() -> None:
     """The hash of a string differs between processes: it must not travel along."""
     program = (
         "import pickle, sys, torch\nfrom portakv import KVView\n"
-        "mine = KVView(torch.zeros(2, 3, 4, 8), 'kv block token dim').form\n"
-        "print(mine in {pickle.load(sys.stdin.buffer)})\n"
+        "local = KVView(torch.zeros(2, 3, 4, 8), 'kv block token dim').form\n"
+        "print(local in {pickle.load(sys.stdin.buffer)})\n"
     )
     form = KVView(torch.zeros(2, 3, 4, 8), "kv block token dim").form
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"

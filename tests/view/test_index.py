@@ -25,9 +25,9 @@ def indices(draw: st.DrawFn) -> tuple[Index, int, list[int]]:
     position p, with q = p + offset, is slot ids[q // step] * step + q % step."""
     step = draw(st.integers(1, 6))
     ids = draw(st.none() | st.lists(st.integers(-2, 40), max_size=8))
-    room = 30 if ids is None else len(ids) * step
-    offset = draw(st.integers(0, room))
-    count = draw(st.integers(0, room - offset))
+    limit = 30 if ids is None else len(ids) * step
+    offset = draw(st.integers(0, limit))
+    count = draw(st.integers(0, limit - offset))
     slots = []
     for q in range(offset, offset + count):
         if ids is None:
@@ -43,9 +43,9 @@ def indices(draw: st.DrawFn) -> tuple[Index, int, list[int]]:
 def test_the_definition_from_any_position(case: tuple[Index, int, list[int]], passed: int) -> None:
     index, count, slots = case
     passed = min(passed, count)
-    found = index.shifted(passed).slots(count - passed)
-    assert found.tolist() == slots[passed:]
-    assert found.dtype == np.int64
+    actual = index.shifted(passed).slots(count - passed)
+    assert actual.tolist() == slots[passed:]
+    assert actual.dtype == np.int64
     assert index.slots(count).tolist() == slots  # the first index is as it was
 
 
@@ -64,8 +64,8 @@ def test_units_are_slots_divided(case: tuple[Index, int, list[int]], unit: int) 
 def test_joined_indices_follow_each_other(cases: list[tuple[Index, int, list[int]]]) -> None:
     joined = Index.joined([(index, count) for index, count, _ in cases])
     expected = [slot for _, _, slots in cases for slot in slots]
-    found = joined.slots(len(expected))
-    assert np.where(found < 0, -1, found).tolist() == expected
+    actual = joined.slots(len(expected))
+    assert np.where(actual < 0, -1, actual).tolist() == expected
 
 
 LISTS: dict[str, Any] = {
@@ -92,7 +92,7 @@ def test_lists_of_any_make(make: str) -> None:
 
 
 def test_ranges_and_one_id_of_a_reversed_array() -> None:
-    """To numpy such an array is contiguous, and to torch its stride is negative."""
+    """Numpy calls such an array contiguous; its stride in torch is negative."""
     assert Index(np.arange(6)[::-1][2:3]).slots(1).tolist() == [3]
     assert Index(range(3, 6)).slots(3).tolist() == [3, 4, 5]
 
@@ -223,33 +223,34 @@ def test_a_list_covers_ids_times_step_and_without_ids_the_view_decides(
 
 @given(indices(), st.integers(0, 120), st.integers(0, 3), st.booleans())
 def test_a_check_finds_what_the_definition_says(
-    case: tuple[Index, int, list[int]], room: int, passed: int, distinct: bool
+    case: tuple[Index, int, list[int]], size: int, passed: int, distinct: bool
 ) -> None:
     """Only positions that are used count, and what was found holds for its view and range only."""
     whole, count, slots = case
     top = max(slots, default=0)
     fewer = max(0, count - passed)
-    ranges = [(view, 0, count) for view in (room, room, top, top + 1, 300)]
+    ranges = [(view, 0, count) for view in (size, size, top, top + 1, 300)]
     for view, first, length in (*ranges, (300, 0, fewer), (300, count - fewer, fewer)):
         index = whole.shifted(first)
         used = slots[first : first + length]
         used = [] if whole.ids is None else used
-        kept = [slot for slot in used if slot >= 0]
+        valid = [slot for slot in used if slot >= 0]
         past = next((at for at, slot in enumerate(used) if slot >= view), None)
-        twice = {slot for slot in kept if kept.count(slot) > 1} if distinct else set()
+        twice = {slot for slot in valid if valid.count(slot) > 1} if distinct else set()
         if past is None and not twice:
             skips = index.check(length, view, "source", distinct=distinct)
-            assert skips is (len(kept) < len(used))
+            assert skips is (len(valid) < len(used))
             continue
         with pytest.raises(SlotError) as caught:
             index.check(length, view, "source", distinct=distinct)
         if past is None:
-            told = f"Slot {min(twice)} occurs {kept.count(min(twice))} times in the source index; "
+            times = valid.count(min(twice))
+            expected = f"Slot {min(twice)} occurs {times} times in the source index; "
         else:
-            told = f"Position {past} of the source index is slot {used[past]}"
+            expected = f"Position {past} of the source index is slot {used[past]}"
             if index.step > 1:
-                told += f" (of id {used[past] // index.step}, {index.step} slots each), but"
-        assert str(caught.value).startswith(told)
+                expected += f" (of id {used[past] // index.step}, {index.step} slots each), but"
+        assert str(caught.value).startswith(expected)
 
 
 @pytest.mark.parametrize("apart", [1, 100])

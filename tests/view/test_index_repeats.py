@@ -12,7 +12,7 @@ from portakv import Index, KVView, SlotError, copy_rows
 
 
 def expected(ids: list[int]) -> list[int]:
-    """Of equal ids the last stays; written without the library."""
+    """Keep the last of equal ids; written without the library."""
     return [each if each not in ids[at + 1 :] else -1 for at, each in enumerate(ids)]
 
 
@@ -25,16 +25,16 @@ def test_the_last_of_equal_ids_stays(
     ids: list[int], dtype: torch.dtype, device: torch.device
 ) -> None:
     index = Index(torch.tensor(ids, dtype=dtype).to(device), 2, min(len(ids), 1))
-    kept = index.without_repeats()
-    assert kept.host_ids().tolist() == expected(ids)
-    assert (kept.step, kept.offset) == (index.step, index.offset)
+    unique = index.without_repeats()
+    assert unique.host_ids().tolist() == expected(ids)
+    assert (unique.step, unique.offset) == (index.step, index.offset)
     assert index.host_ids().tolist() == ids
 
 
 def test_of_a_long_list_too(device: torch.device) -> None:
     drawn = np.random.default_rng(0).integers(-1, 300, 900)
-    kept = Index(torch.from_numpy(drawn).to(device)).without_repeats()
-    assert kept.host_ids().tolist() == expected(drawn.tolist())
+    unique = Index(torch.from_numpy(drawn).to(device)).without_repeats()
+    assert unique.host_ids().tolist() == expected(drawn.tolist())
 
 
 def test_a_copy_writes_what_the_last_position_says(device: torch.device) -> None:
@@ -66,8 +66,8 @@ def test_ids_behind_the_count_are_not_kept(device: torch.device, on_host: bool) 
     dst = torch.full((4, 2, 1), -1.0, device=device)
     views = KVView(src, "token dim"), KVView(dst, "block token dim")
     index = Index(torch.tensor([2, 1, 0, 1]).to("cpu" if on_host else device), 2, 1)
-    kept = index.without_repeats(4)
-    copy_rows(*views, None, kept, count=4).synchronize()
+    unique = index.without_repeats(4)
+    copy_rows(*views, None, unique, count=4).synchronize()
     assert dst[..., 0].tolist() == [[3, -1], [1, 2], [-1, 0], [-1, -1]]
     assert index.without_repeats(7).host_ids().tolist() == [2, -1, 0, 1]
     for refused in (-1, 1.5):
@@ -83,7 +83,7 @@ def test_without_ids_and_without_repeats_nothing_is_made() -> None:
 def test_the_host_does_not_wait_and_a_promise_ends(accelerator: torch.device) -> None:
     index = Index(torch.tensor([3, 1, 3]).to(accelerator), trusted=True)
     with ReadBack() as waited:
-        kept = index.without_repeats()
+        unique = index.without_repeats()
     assert not waited.seen
     assert index.trusted
-    assert not kept.trusted
+    assert not unique.trusted

@@ -43,11 +43,11 @@ def test_slots(device: torch.device, dtype: torch.dtype, count: int | None, firs
 @pytest.mark.parametrize("count", [None, 26, 30])
 @pytest.mark.parametrize("tables", [TABLES, []], ids=["three", "none"])
 def test_positions_in_front(device: torch.device, tables: Any, count: int | None) -> None:
-    """They are skipped, as those behind the last request are."""
-    given = torch.tensor(tables, dtype=torch.int64, device=device).view(-1, 4)
+    """They are skipped, like positions after the last request."""
+    tensor = torch.tensor(tables, dtype=torch.int64, device=device).view(-1, 4)
     lengths = LENGTHS[: len(tables)]
     front = torch.tensor([3], device=device)
-    index = Index.of_requests(given, lengths, SIZE, front=front, count=count)
+    index = Index.of_requests(tensor, lengths, SIZE, front=front, count=count)
     assert index.ids is not None
     expected = [-1] * 3 + (slots(LENGTHS, [0] * 3) if tables else [])
     number = len(expected) if count is None else count
@@ -72,8 +72,8 @@ def test_requests_are_gathered_in_one_copy(accelerator: torch.device) -> None:
         transfer = gathered()
     assert not read.seen
     transfer.synchronize()
-    found = out.cpu().view(torch.int16).view(2, LAYERS, 23, -1).transpose(0, 1)
-    assert torch.equal(found, src.rows()[:, :, slots(LENGTHS, [0] * 3)])
+    actual = out.cpu().view(torch.int16).view(2, LAYERS, 23, -1).transpose(0, 1)
+    assert torch.equal(actual, src.rows()[:, :, slots(LENGTHS, [0] * 3)])
 
 
 def test_a_request_longer_than_its_table(device: torch.device) -> None:
@@ -108,10 +108,10 @@ def test_numbers_below_0(device: torch.device, lengths: Any, first: Any, count: 
 
 def test_what_is_no_number_in_front(device: torch.device) -> None:
     tables = torch.tensor(TABLES, device=device)
-    for front, told in (([-1], "below 0"), ([1, 2], "2 front")):
+    for front, expected in (([-1], "below 0"), ([1, 2], "2 front")):
         with pytest.raises(SlotError) as refused:
             Index.of_requests(tables, LENGTHS, SIZE, front=front, count=23)
-        check_sentence(str(refused.value), told)
+        check_sentence(str(refused.value), expected)
 
 
 def test_numbers_below_0_on_a_device(accelerator: torch.device) -> None:
@@ -165,16 +165,16 @@ def test_what_are_no_requests(tables: Any, lengths: Any, words: str) -> None:
     check_sentence(str(refused.value), words)
 
 
-@pytest.mark.parametrize("asked", [{"step": 0}, {"step": "four"}, {"count": -1}, {"count": 2.5}])
-def test_what_are_no_numbers(asked: Any) -> None:
+@pytest.mark.parametrize("terms", [{"step": 0}, {"step": "four"}, {"count": -1}, {"count": 2.5}])
+def test_what_are_no_numbers(terms: Any) -> None:
     with pytest.raises(SlotError) as refused:
-        Index.of_requests(torch.zeros(1, 3, dtype=torch.int32), [1], **{"step": SIZE, **asked})
-    check_sentence(str(refused.value), *(f"{name}={given!r}" for name, given in asked.items()))
+        Index.of_requests(torch.zeros(1, 3, dtype=torch.int32), [1], **{"step": SIZE, **terms})
+    check_sentence(str(refused.value), *(f"{name}={value!r}" for name, value in terms.items()))
 
 
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize])
 def test_tables_inside_function_transforms(transform: Any) -> None:
-    """Whose numbers torch hands over as whatever lies in memory."""
+    """Torch would hand over whatever lies in memory as their numbers."""
     tables = torch.zeros(2, 1, 3, dtype=torch.int64)[0 if transform is not torch.vmap else slice(2)]
     with pytest.raises(SlotError, match="owns no memory"):
-        transform(lambda given: Index.of_requests(given, [1], SIZE).ids)(tables)
+        transform(lambda passed: Index.of_requests(passed, [1], SIZE).ids)(tables)

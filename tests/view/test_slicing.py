@@ -19,18 +19,20 @@ from portakv_conformance.draw.strategies import cases
 Range = slice | int | None
 
 
-def picked(asked: Range, extent: int) -> range:
-    if asked is None:
+def picked(requested: Range, extent: int) -> range:
+    if requested is None:
         return range(extent)
-    return range(extent)[asked] if isinstance(asked, slice) else range(asked, asked + 1)
+    if isinstance(requested, slice):
+        return range(extent)[requested]
+    return range(requested, requested + 1)
 
 
 def check(part: KVView, whole: KVView, layers: Range, heads: Range, kv: Range) -> None:
     """Each row of a slice lies where the whole view has it, and its alignment is true."""
-    kept = picked(layers, whole.layers), picked(heads, whole.heads), picked(kv, whole.kv)
-    assert (part.layers, part.heads, part.kv, part.slots) == (*map(len, kept), whole.slots)
-    assert part.widths == tuple(whole.widths[k] for k in kept[2])
-    for (i, layer), (j, head), (k, plane) in product(*map(enumerate, kept)):
+    expected = picked(layers, whole.layers), picked(heads, whole.heads), picked(kv, whole.kv)
+    assert (part.layers, part.heads, part.kv, part.slots) == (*map(len, expected), whole.slots)
+    assert part.widths == tuple(whole.widths[k] for k in expected[2])
+    for (i, layer), (j, head), (k, plane) in product(*map(enumerate, expected)):
         for slot in range(whole.slots):
             assert address(part, k, i, slot, j) == address(whole, plane, layer, slot, head)
     assert not any(at % part.form.alignment for at in part.addresses.tolist())

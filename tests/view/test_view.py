@@ -59,7 +59,7 @@ def test_readings_of_one_form(
 
 
 def _apart() -> list[torch.Tensor]:
-    """Separate allocations at equal distances by chance: each a storage of its own."""
+    """Return tensors with a separate storage each, which lie at equal distances by chance."""
     memory = noise(3, 5, 8).numpy()
     return [torch.from_numpy(memory[i]) for i in range(3)]
 
@@ -85,15 +85,15 @@ OTHERS = list(torch.zeros(4, 3, 6, 8))
 
 
 def spans_of(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
-    """The ranges that tensors cover, those that overlap as one."""
+    """Return the ranges that tensors cover; ranges that overlap are merged."""
     ends = {(x.data_ptr(), x[-1, -1, -1].data_ptr() + x.element_size()) for x in tensors}
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for first, past in sorted(ends):
-        if found and first < found[-1][1]:
-            first, end = found.pop()
+        if spans and first < spans[-1][1]:
+            first, end = spans.pop()
             past = max(past, end)
-        found.append((first, past))
-    return found
+        spans.append((first, past))
+    return spans
 
 
 def test_forms_of_containers_are_not_confused() -> None:
@@ -190,11 +190,11 @@ def test_what_is_refused(tensors: Any, layout: str, extents: dict[str, Any], why
 
 @pytest.mark.parametrize("layout", ["kv token dim", "layer kv token dim", "kv layer | token dim"])
 def test_tensors_that_do_not_fit_are_named_by_shape_and_strides(layout: str) -> None:
-    """By tensors and by addresses alike: two kv of three."""
+    """Tensors and addresses are named alike: two kv of three."""
     tensor = torch.zeros(3, 5, 9)[:, :, :8]
-    held = [[tensor], [tensor[:, :, :4]]] if "|" in layout else tensor
+    tensors = [[tensor], [tensor[:, :, :4]]] if "|" in layout else tensor
     with pytest.raises(LayoutError, match=re.escape("shape (3, 5, 8), strides (45, 9, 1)")):
-        KVView(held, layout)
+        KVView(tensors, layout)
     if "|" not in layout:
         with pytest.raises(LayoutError, match=re.escape("shape (3, 5, 8), strides (45, 9, 1)")):
             KVView.at(
@@ -250,7 +250,7 @@ UNWRITABLE: dict[str, tuple[Any, str, str]] = {
     "one block twice": ([A] * 2, "block | token dim", APART),
     "one among others twice": ([A, D, A], "layer | token dim", APART),
     "a value that is the next layer's key": ([(A, B), (B, C)], "layer kv | token dim", APART),
-    "behind several addresses": ([(A, B), (B, C), (D, E)], "layer kv | token dim", APART),
+    "after several addresses": ([(A, B), (B, C), (D, E)], "layer kv | token dim", APART),
     "requires grad":
         (torch.zeros(5, 8, requires_grad=True), "token dim", r"grad; pass tensor.detach\(\)"),
 }  # fmt: skip
@@ -266,16 +266,16 @@ def test_what_cannot_be_written(name: str) -> None:
 class TestPlanes:
     @pytest.mark.parametrize("name", KINDS)
     def test_a_plane_is_the_memory_itself(self, name: str) -> None:
-        held = side(name)
-        view = KVView(held.tensors, name, **held.extents)
+        engine = side(name)
+        view = KVView(engine.tensors, name, **engine.extents)
         view.check_writable()
-        if re.search("page|%|^block [|]", held.layout):
+        if re.search("page|%|^block [|]", engine.layout):
             with pytest.raises(LayoutError, match="No strided tensor can show"):
                 view.plane(0, 0)
             assert view.form.unshown
             return
         assert not view.form.unshown
-        rows = Rows(held.tensors, held.layout, held.extents)
+        rows = Rows(engine.tensors, engine.layout, engine.extents)
         for layer, kv in np.ndindex(view.layers, view.kv):
             plane = view.plane(layer, kv)
             assert plane.dtype == view.owners[0].dtype
@@ -284,9 +284,9 @@ class TestPlanes:
             assert plane.shape == (*shape, view.heads, view.widths[kv] // plane.itemsize)
             view.plane(layer, kv, torch.uint8).add_(1)
             at = rows.row_addresses(kv, layer, range(view.slots))
-            memory = Memory.snapshot(held.tensors)
-            found = view.plane(layer, kv, torch.uint8).reshape(at.shape)
-            assert np.array_equal(found, memory.read(at))
+            memory = Memory.snapshot(engine.tensors)
+            actual = view.plane(layer, kv, torch.uint8).reshape(at.shape)
+            assert np.array_equal(actual, memory.read(at))
 
     @pytest.mark.parametrize(
         ("make", "dtype", "why"),
@@ -312,8 +312,8 @@ class TestPlanes:
 def test_views_of_one_memory_overlap_where_their_ranges_do() -> None:
     memory = noise(100, 8)
     views = [KVView(memory[a:b], "token dim") for a, b in ((0, 5), (5, 10), (4, 6), (0, 0))]
-    found = [[a.overlaps(b) for b in views[:3]] for a in views]
-    assert found == [[True, False, True], [False, True, True], [True] * 3, [False] * 3]
+    actual = [[a.overlaps(b) for b in views[:3]] for a in views]
+    assert actual == [[True, False, True], [False, True, True], [True] * 3, [False] * 3]
     # A short range inside a long one is the last before the other view, yet ends before it.
     wide = memory.as_strided((3, 8), (264, 1))
     narrow = memory.as_strided((3, 2), (8, 1), 16)
