@@ -31,6 +31,47 @@ def mark_of(key: bytes) -> int:
     return mark if mark not in (UNKNOWN, FIRST) else 1
 
 
+class _Columns(Generic[Key]):
+    """The properties of blocks, whose numbers are the places in these lists.
+
+    An object for each block took a second at a start.
+    """
+
+    def __init__(self) -> None:
+        self.keys = list[Key | None]()  # None: no block has the number
+        self.marks = list[Mark]()
+        self.follows = list[Mark | None]()
+        self.groups = list[Hashable]()
+        self.priorities = list[int]()
+        self.pinned = list[bool]()
+        self.queued = list[bool]()  # whether a queue has an entry, maybe with an older priority
+        self.unused = list[int]()  # numbers without a block
+
+    def extend(self, count: int) -> None:
+        """Append numbers without a block."""
+        first = len(self.keys)
+        self.keys += [None] * count
+        self.marks += [None] * count
+        self.follows += [None] * count
+        self.groups += [None] * count
+        self.priorities += [0] * count
+        self.pinned += [False] * count
+        self.queued += [False] * count
+        self.unused += range(first, first + count)
+
+    def clear(self, number: int) -> None:
+        """Take the block from a number."""
+        self.keys[number] = None
+        self.follows[number] = None
+        self.pinned[number] = False
+        self.queued[number] = False
+        self.unused.append(number)
+
+    def in_group(self, number: int, group: Hashable) -> bool:
+        """Return whether a number has a block, of a group."""
+        return self.keys[number] is not None and self.groups[number] == group
+
+
 class Chains(Generic[Key]):
     """The stored blocks of a tier, in groups, with their order of use and their predecessors.
 
@@ -45,15 +86,7 @@ class Chains(Generic[Key]):
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        # Blocks are numbers of places in these lists: an object for each took a second at a start.
-        self._keys = list[Key | None]()  # None: no block has the number
-        self._marks = list[Mark]()
-        self._follows = list[Mark | None]()
-        self._groups = list[Hashable]()
-        self._priorities = list[int]()
-        self._pinned = list[bool]()
-        self._queued = list[bool]()  # whether a queue has an entry, maybe with an older priority
-        self._unused = list[int]()  # numbers without a block
+        self._blocks = _Columns[Key]()
         self._by_key = dict[Key, int]()
         self._by_mark = dict[Mark, int]()
         # By mark: successors that are stored or being written, also of a mark that is not stored.
@@ -70,15 +103,16 @@ class Chains(Generic[Key]):
 
         ``follows``: the mark of its predecessor, `UNKNOWN` or `FIRST`.
         """
-        if not self._unused:
-            self._extend(1)
-        number = self._unused.pop()
+        blocks = self._blocks
+        if not blocks.unused:
+            blocks.extend(1)
+        number = blocks.unused.pop()
         self._by_key[key] = number
         self._name(number, key, mark)
-        self._keys[number] = key
-        self._groups[number] = group
+        blocks.keys[number] = key
+        blocks.groups[number] = group
         self._uses += 1
-        self._priorities[number] = self._uses
+        blocks.priorities[number] = self._uses
         self._follow(number, follows)
         self._queue(number)
 
@@ -89,69 +123,73 @@ class Chains(Generic[Key]):
 
         Costs O(n) for n blocks, in any order.
         """
-        first = len(self._keys)
+        blocks = self._blocks
+        first = len(blocks.keys)
         count = len(keys)
         numbers = range(first, first + count)
-        self._extend(count)
-        del self._unused[len(self._unused) - count :]
-        self._keys[first:] = keys
-        self._groups[first:] = [group] * count
+        blocks.extend(count)
+        del blocks.unused[len(blocks.unused) - count :]
+        blocks.keys[first:] = keys
+        blocks.groups[first:] = [group] * count
         self._by_key.update(zip(keys, numbers, strict=True))
 
         # Whole lists: a step for each block, as in `add`, took half a second for 250,000.
         known = [before not in (UNKNOWN, FIRST) for before in follows]
-        self._follows[first:] = [
+        blocks.follows[first:] = [
             x if real else None for x, real in zip(follows, known, strict=True)
         ]
         for mark, many in Counter(compress(follows, known)).items():
             self._successors[mark] = self._successors.get(mark, 0) + many
         ranks = [0 if before == UNKNOWN else _KNOWN for before in follows]
         uses = range(self._uses + 1, self._uses + 1 + count)
-        self._priorities[first:] = map(add, uses, ranks)
+        blocks.priorities[first:] = map(add, uses, ranks)
         self._uses += count
         if len({*marks}) == count and self._by_mark.keys().isdisjoint(marks):
-            self._marks[first:] = marks
+            blocks.marks[first:] = marks
             self._by_mark.update(zip(marks, numbers, strict=True))
         else:
             for number, key, mark in zip(numbers, keys, marks, strict=True):
                 self._name(number, key, mark)
 
         self._cut_circles(numbers)
-        for number, mark in zip(numbers, self._marks[first:], strict=True):
+        for number, mark in zip(numbers, blocks.marks[first:], strict=True):
             if mark not in self._successors:
                 self._queue(number)
 
     def learn(self, key: Key, follows: Mark) -> bool:
         """Note the predecessor of a stored block that has none so far; return whether it is new."""
+        blocks = self._blocks
         number = self._by_key[key]
-        if self._follows[number] is not None:
+        if blocks.follows[number] is not None:
             return False
-        before = self._priorities[number]
+        before = blocks.priorities[number]
         self._follow(number, follows)
-        return self._follows[number] is not None or self._priorities[number] != before
+        return blocks.follows[number] is not None or blocks.priorities[number] != before
 
     def touch(self, key: Key) -> None:
         """Make a stored block the most recently used one."""
+        blocks = self._blocks
         number = self._by_key[key]
         self._uses += 1
-        self._priorities[number] = self._uses + (self._priorities[number] & _KNOWN)
+        blocks.priorities[number] = self._uses + (blocks.priorities[number] & _KNOWN)
 
     def move(self, key: Key, group: Hashable) -> None:
         """Put a stored block into another group."""
+        blocks = self._blocks
         number = self._by_key[key]
-        if self._groups[number] != group:
-            self._groups[number] = group
-            self._queued[number] = False
+        if blocks.groups[number] != group:
+            blocks.groups[number] = group
+            blocks.queued[number] = False
             self._queue(number)
 
     def pin(self, key: Key) -> None:
         """Keep a stored block until `unpin`."""
-        self._pinned[self._by_key[key]] = True
+        self._blocks.pinned[self._by_key[key]] = True
 
     def unpin(self, key: Key) -> None:
         """Let a stored block go in its turn."""
         number = self._by_key[key]
-        self._pinned[number] = False
+        self._blocks.pinned[number] = False
         self._queue(number)
 
     def expect(self, follows: Mark) -> None:
@@ -166,64 +204,52 @@ class Chains(Generic[Key]):
 
     def remove(self, key: Key) -> None:
         """Forget a stored block."""
+        blocks = self._blocks
         number = self._by_key.pop(key)
-        del self._by_mark[self._marks[number]]
-        before = self._follows[number]
+        del self._by_mark[blocks.marks[number]]
+        before = blocks.follows[number]
         if before is not None:
             self._unlink(before)
-        self._keys[number] = None
-        self._follows[number] = None
-        self._pinned[number] = False
-        self._queued[number] = False
-        self._unused.append(number)
+        blocks.clear(number)
 
     def next(self, group: Hashable | None = None) -> Key | None:
         """Return the block that goes next, of a group or of all; None if none can go."""
+        blocks = self._blocks
         groups = [*self._queues] if group is None else [group]
         tops = [top for each in groups if (top := self._top(each)) is not None]
         if not tops:
             return None
-        return self._keys[min(tops, key=self._priorities.__getitem__)]
+        return blocks.keys[min(tops, key=blocks.priorities.__getitem__)]
 
     def by_use(self, group: Hashable | None = None) -> list[Key]:
         """Return the keys of a group, or of all groups, the least recently used first.
 
         Blocks with an unknown predecessor come before all others.
         """
+        blocks = self._blocks
         result = [
-            (self._priorities[number], key)
+            (blocks.priorities[number], key)
             for key, number in self._by_key.items()
-            if group is None or self._groups[number] == group
+            if group is None or blocks.groups[number] == group
         ]
         result.sort()
         return [key for _, key in result]
-
-    def _extend(self, count: int) -> None:
-        """Make room for more blocks."""
-        first = len(self._keys)
-        self._keys += [None] * count
-        self._marks += [None] * count
-        self._follows += [None] * count
-        self._groups += [None] * count
-        self._priorities += [0] * count
-        self._pinned += [False] * count
-        self._queued += [False] * count
-        self._unused += range(first, first + count)
 
     def _name(self, number: int, key: Key, mark: Mark) -> None:
         """Give a block its mark; if another key has it by chance, a mark that nothing follows."""
         if mark in self._by_mark:
             mark = ("a mark of two keys", key)
-        self._marks[number] = mark
+        self._blocks.marks[number] = mark
         self._by_mark[mark] = number
 
     def _follow(self, number: int, follows: Mark) -> None:
         """Note the predecessor of a block that has none."""
         if follows == UNKNOWN:
             return
-        self._priorities[number] |= _KNOWN
-        if follows != FIRST and not self._leads_to(follows, self._marks[number]):
-            self._follows[number] = follows
+        blocks = self._blocks
+        blocks.priorities[number] |= _KNOWN
+        if follows != FIRST and not self._leads_to(follows, blocks.marks[number]):
+            blocks.follows[number] = follows
             self._successors[follows] = self._successors.get(follows, 0) + 1
 
     def _leads_to(self, mark: Mark | None, goal: Mark) -> bool:
@@ -232,7 +258,7 @@ class Chains(Generic[Key]):
             return False
         while mark is not None and mark != goal:
             number = self._by_mark.get(mark)
-            mark = None if number is None else self._follows[number]
+            mark = None if number is None else self._blocks.follows[number]
         return mark == goal
 
     def _unlink(self, mark: Mark) -> None:
@@ -248,47 +274,51 @@ class Chains(Generic[Key]):
 
     def _cut_circles(self, new: range) -> None:
         """Open every circle through new blocks, each at the place that a walk comes to first."""
-        walks = [-1] * len(self._keys)  # the number of the walk that came by
+        blocks = self._blocks
+        walks = [-1] * len(blocks.keys)  # the number of the walk that came by
         for start in new:
             number: int | None = start
             while number is not None and walks[number] < 0:
                 walks[number] = start
-                number = self._by_mark.get(self._follows[number])
+                number = self._by_mark.get(blocks.follows[number])
             if number is not None and walks[number] == start:
-                follows = self._follows[number]
-                self._follows[number] = None
+                follows = blocks.follows[number]
+                blocks.follows[number] = None
                 self._unlink(follows)
 
     def _queue(self, number: int) -> None:
         """Give a block that may go an entry in the queue of its group."""
-        if self._queued[number] or self._pinned[number] or self._marks[number] in self._successors:
+        blocks = self._blocks
+        if blocks.queued[number] or blocks.pinned[number]:
             return
-        group = self._groups[number]
+        if blocks.marks[number] in self._successors:
+            return
+
+        group = blocks.groups[number]
         queue = self._queues.setdefault(group, [])
         if len(queue) > 2 * len(self._by_key) + _SPARE:  # most are of blocks that are gone
-            live = {each for _, each in queue if self._owns(each, group)}
-            queue[:] = [(self._priorities[each], each) for each in live]
+            live = {each for _, each in queue if blocks.in_group(each, group)}
+            queue[:] = [(blocks.priorities[each], each) for each in live]
             heapify(queue)
-        heappush(queue, (self._priorities[number], number))
-        self._queued[number] = True
-
-    def _owns(self, number: int, group: Hashable) -> bool:
-        """Return whether a number has a block, of a group."""
-        return self._keys[number] is not None and self._groups[number] == group
+        heappush(queue, (blocks.priorities[number], number))
+        blocks.queued[number] = True
 
     def _top(self, group: Hashable) -> int | None:
         """Return the block of a group that goes next; drop and correct entries until it is first.
-        No priority ever falls, so that no entry comes too late."""
+
+        Priorities only rise, so that no entry comes too late.
+        """
+        blocks = self._blocks
         queue = self._queues.get(group, [])
         while queue:
             priority, number = queue[0]
-            if not self._owns(number, group):
+            if not blocks.in_group(number, group):
                 heappop(queue)
-            elif self._pinned[number] or self._marks[number] in self._successors:
+            elif blocks.pinned[number] or blocks.marks[number] in self._successors:
                 heappop(queue)
-                self._queued[number] = False
-            elif self._priorities[number] != priority:
-                heapreplace(queue, (self._priorities[number], number))
+                blocks.queued[number] = False
+            elif blocks.priorities[number] != priority:
+                heapreplace(queue, (blocks.priorities[number], number))
             else:
                 return number
         return None
