@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Rows` is the host memory of a block store: rows that hold a block's image each, lent as staging
-or kept under a key as the host tier, so that nothing is copied between these. `Crossing` copies
-blocks between them and a view."""
+"""Rows of host memory, for staging and for the host tier of a block store.
+
+`Rows` lends rows, which hold the image of a block each, as staging, or caches them under a key as
+the host tier. No bytes are copied between the two. `Crossing` copies blocks between rows and a
+view.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,50 @@ from portakv.view import Index, KVView
 from portakv.view.index import IdList
 
 _PAGE = 4096
-# groups of cached rows
+# The groups of cached rows.
 _USED = "used"
 _UNUSED = "prefetched and not used"
+
+
+class _Cache:
+    """The rows of the host tier, by their keys. Callers hold the lock of ``chains``."""
+
+    def __init__(self) -> None:
+        self.chains = Chains[bytes]()  # the keys that have a row, in two groups
+        self.rows = dict[bytes, int]()
+        self.unused = set[bytes]()  # keys of rows that were prefetched and not used since
+        self.pins: Counter[int] = Counter()  # by row
+        self._names = dict[int, bytes]()  # keys of pinned rows
+
+    def add(self, key: bytes, row: int, follows: int, prefetched: bool) -> None:
+        """Add a row under a key that follows a mark."""
+        self.rows[key] = row
+        if prefetched:
+            self.unused.add(key)
+        group = _UNUSED if prefetched else _USED
+        self.chains.add(key, _mark(key, mark_of(key[-32:])), _mark(key, follows), group)
+
+    def remove(self, key: bytes) -> int:
+        """Take a key from its row, and return the row."""
+        self.chains.remove(key)
+        self.unused.discard(key)
+        return self.rows.pop(key)
+
+    def pin(self, key: bytes, row: int) -> None:
+        """Retain the row of a key until `unpin`; the key is used now."""
+        if key in self.unused:
+            self.unused.remove(key)
+            self.chains.move(key, _USED)
+        self.pins[row] += 1
+        self._names[row] = key
+        self.chains.pin(key)
+
+    def unpin(self, row: int) -> None:
+        """Release a pin of a row."""
+        self.pins[row] -= 1
+        if not self.pins[row]:
+            del self.pins[row]
+            self.chains.unpin(self._names.pop(row))
 
 
 class Rows:
@@ -39,8 +83,9 @@ class Rows:
     Attributes:
         tensor: uint8 ``[staging + host, row_bytes]``, at a multiple of 4,096 bytes.
         array: the same, of numpy.
-        memory: its address and bytes, for an I/O engine to register; pinned: False if pageable.
-        most: rows that one lease may have. evicted: rows that lost their key to another key.
+        pinned: False if the memory is pageable.
+        most: rows that one lease may have.
+        evicted: rows that lost their key to another key.
     """
 
     def __init__(self, row_bytes: int, staging: int, host: int, pin: bool = True) -> None:
@@ -60,16 +105,16 @@ class Rows:
                 space = torch.from_numpy(np.empty(nbytes + _PAGE, np.uint8))
             first = -space.data_ptr() % _PAGE
             self.tensor = space[first : first + nbytes].view(-1, row_bytes)
-        self.memory = ((self.tensor.data_ptr(), nbytes),)
         self.array: npt.NDArray[np.uint8] = self.tensor.numpy()
-        self._chains = Chains[bytes]()  # the keys that have a row, in two groups
-        self._lock = self._chains.lock  # no call is made while it is locked
+        self._cache = _Cache()
+        self._lock = self._cache.chains.lock  # no call is made while it is locked
         self._free = deque(range(self.staging + self.host))
         self._lent: dict[int, bool] = {}  # True if it is lent to a save
-        self._cached = dict[bytes, int]()
-        self._unused = set[bytes]()  # prefetched, and not used since
-        self._pins: Counter[int] = Counter()
-        self._names = dict[int, bytes]()  # names of pinned rows
+
+    @property
+    def memory(self) -> tuple[tuple[int, int], ...]:
+        """Return the address and the bytes of the rows, for an I/O engine to register."""
+        return ((self.tensor.data_ptr(), self.tensor.nbytes),)
 
     def take(self, count: int, store: bool) -> list[int] | None:
         """Return rows for a transfer, all or none; saves have at most `most` of them together."""
@@ -102,84 +147,68 @@ class Rows:
         call's keys to positions. At most half of the rows are ``prefetched`` and not used yet.
         """
         with self._lock:
-            if not self.host or key in self._cached:
+            cache = self._cache
+            if not self.host or key in cache.rows:
                 return False
-            crowded = prefetched and len(self._unused) >= max(1, self.host // 2)
-            if crowded or len(self._cached) >= self.host:
-                victim = self._chains.next(_UNUSED if crowded else None)
+            crowded = prefetched and len(cache.unused) >= max(1, self.host // 2)
+            if crowded or len(cache.rows) >= self.host:
+                victim = cache.chains.next(_UNUSED if crowded else None)
                 if victim is None or not evict:
                     return False
                 if own and own.get(victim[-32:], len(own)) <= own[key[-32:]]:
                     return False
-                self._drop(victim)
+                self._free.append(cache.remove(victim))
+                self.evicted += 1
             del self._lent[item]
-            self._cached[key] = item
-            if prefetched:
-                self._unused.add(key)
-            group = _UNUSED if prefetched else _USED
-            self._chains.add(key, _mark(key, mark_of(key[-32:])), _mark(key, follows), group)
+            cache.add(key, item, follows, prefetched)
             return True
-
-    def _drop(self, key: bytes) -> None:
-        """Evict the row of a key."""
-        self._chains.remove(key)
-        self._unused.discard(key)
-        self._free.append(self._cached.pop(key))
-        self.evicted += 1
 
     def find(self, key: bytes) -> int | None:
         """Return the row of a key, which stays until `unpin`; None if it has none."""
         with self._lock:
-            item = self._cached.get(key)
-            if item is None:
-                return None
-            if key in self._unused:
-                self._unused.remove(key)
-                self._chains.move(key, _USED)
-            self._pins[item] += 1
-            self._names[item] = key
-            self._chains.pin(key)
+            item = self._cache.rows.get(key)
+            if item is not None:
+                self._cache.pin(key, item)
             return item
 
     def unpin(self, items: Sequence[int]) -> None:
         """Release the pin of `find`."""
         with self._lock:
             for item in items:
-                self._pins[item] -= 1
-                if not self._pins[item]:
-                    del self._pins[item]
-                    self._chains.unpin(self._names.pop(item))
+                self._cache.unpin(item)
 
     def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
         """Record the use of keys, the first key last, so that a prefix outlives its suffix.
 
         ``follows``: the predecessor of each key, for keys whose predecessor is not known yet.
         """
+        cache = self._cache
         with self._lock:
             for key in reversed(keys):
-                if key in self._cached:
-                    self._chains.touch(key)
+                if key in cache.rows:
+                    cache.chains.touch(key)
             for key, mark in zip(keys, follows, strict=False):
-                if key in self._cached:
-                    self._chains.learn(key, _mark(key, mark))
+                if key in cache.rows:
+                    cache.chains.learn(key, _mark(key, mark))
 
     def by_use(self) -> list[bytes]:
         """Return the keys that have a row, the least recently used first."""
         with self._lock:
-            return self._chains.by_use()
+            return self._cache.chains.by_use()
 
     def crowded(self, own: Mapping[bytes, int]) -> bool:
         """Return True if the next row to evict belongs to a call (see `keep`)."""
         with self._lock:
-            return (self._chains.next() or b"")[-32:] in own
+            return (self._cache.chains.next() or b"")[-32:] in own
 
     def has(self, key: bytes) -> bool:
         """Return True if a key has a row."""
-        return key in self._cached
+        return key in self._cache.rows
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows by their state."""
-        return {"free": len(self._free), "lent": len(self._lent), "kept": len(self._cached)}
+        cached = len(self._cache.rows)
+        return {"free": len(self._free), "lent": len(self._lent), "kept": cached}
 
 
 def _mark(key: bytes, mark: int) -> Hashable:

@@ -54,7 +54,7 @@ def judge(store: BlockStore) -> None:
     store.load(TARGET, range(3), others, missing="skip").synchronize(LIMIT)
     assert settles(lambda: not store.graph.live), "a node lives"
     assert settles(lambda: store.rows.counts()["lent"] == 0), "a row is lent"
-    assert not store.rows._pins, "a row is pinned"
+    assert not store.rows._cache.pins, "a row is pinned"
     assert sum(queue.queued_bytes for queue in store.graph.queues.values()) == 0
     store.close(LIMIT)
 

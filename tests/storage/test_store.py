@@ -99,7 +99,7 @@ def opened() -> Iterator[Any]:
         counts = store.rows.counts()
         assert counts["lent"] == 0
         assert counts["free"] + counts["kept"] == store.rows.tensor.shape[0]
-        assert not store.rows._pins
+        assert not store.rows._cache.pins
 
 
 def saved(store: BlockStore, view: KVView, blocks: Any = range(8), keys: Any = KEYS) -> None:
@@ -897,7 +897,7 @@ def test_a_whole_load_joins_one_by_layer_and_the_other_way(opened: Any) -> None:
     saved(store, source, range(2), KEYS[:2])
     for first in (True, False):
         for key in KEYS[:2]:
-            store.rows._cached.pop(key, None)
+            store.rows._cache.rows.pop(key, None)
         targets = [cache(4, seed=50 + i, **BIG) for i in range(2)]
         handles = [
             store.load(x, range(2), KEYS[:2], by_layer=(i == 0) == first)
