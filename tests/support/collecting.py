@@ -15,7 +15,6 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-import torch
 
 OPT_IN = ("wheel", "visitor", "bigmem", "slow", "full")
 NO_GPU = "torch.cuda.is_available() is False: this test needs a CUDA device"
@@ -36,6 +35,9 @@ def pytest_pycollect_makeitem(
     made = yield
     config = collector.config
     named = any("::" in argument for argument in config.args)
+    # The process that hands tests to workers collects nothing, and does without torch.
+    import torch
+
     if not isinstance(made, list) or named or torch.cuda.is_available():
         return made
     kept = []
