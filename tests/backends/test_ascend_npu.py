@@ -211,7 +211,9 @@ def test_explain_names_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     # Which guards as well as the kernel does.
     status = KERNEL.word()
-    KERNEL.tells(Copy(chunk("tuples", 4), by(cache("tuples"), [9, -1, SLOTS, 5]), 4), status)
+    KERNEL.launch_and_check(
+        Copy(chunk("tuples", 4), by(cache("tuples"), [9, -1, SLOTS, 5]), 4), status
+    )
     assert int(status) == 3
 
 

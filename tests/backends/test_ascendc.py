@@ -196,7 +196,7 @@ CUT = (
 def test_every_byte_lands(name: str, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the cores, their buffers, and when copies take place."""
     monkeypatch.setattr(ascendc_emulated, "SETTINGS", (setting,))
-    Carrier(AscendC, CPU).tells(COPIES[name](), None)
+    Carrier(AscendC, CPU).launch_and_check(COPIES[name](), None)
 
 
 def test_the_arguments_are_as_large_as_the_kernel_says() -> None:

@@ -238,9 +238,9 @@ def test_a_bad_id_moves_nothing_and_is_told(dtype: torch.dtype, bad: int, carrie
         dense = chunk(8)
         for copy in (Copy(paged, dense, 8), Copy(dense, paged, 8)):
             status = carrier.word()
-            carrier.tells(copy, status)
+            carrier.launch_and_check(copy, status)
             assert int(status) == at + 1
-    carrier.tells(copy, None)
+    carrier.launch_and_check(copy, None)
 
 
 @by_each(KERNELS)
@@ -264,7 +264,7 @@ def test_bad_blocks_on_either_side(
     copy = Copy(by(pool(blocks=blocks), mine, unit), dst, unit * len(mine))
     status = carrier.word()
     assert copy.plan().unit == unit
-    carrier.tells(copy, status)
+    carrier.launch_and_check(copy, status)
     assert int(status) in told
 
 
@@ -272,7 +272,7 @@ def test_bad_blocks_on_either_side(
 def test_of_several_bad_ids_the_first_is_reported_and_stays(carrier: Carrier) -> None:
     status = carrier.word()
     for slots in ([12, 1, 13, 2, 99, 0, 5, 3], [1, 2, -1, 3, 4, 5, 6, 7]):
-        carrier.tells(Copy(by(pool(), slots), chunk(8), 8), status)
+        carrier.launch_and_check(Copy(by(pool(), slots), chunk(8), 8), status)
         assert int(status) == 1
 
 
@@ -326,7 +326,7 @@ def test_a_copy_of_several_launches(carrier: Carrier, monkeypatch: pytest.Monkey
     slots = [*range(11, -1, -1), *range(11)]
     slots[17] = 12
     status = carrier.word()
-    carrier.tells(Copy(by(pool(), slots), chunk(23), 23), status)
+    carrier.launch_and_check(Copy(by(pool(), slots), chunk(23), 23), status)
     assert int(status) == 18
 
 

@@ -150,7 +150,7 @@ def test_a_release_that_lacks_something(
     mlu_standin.install(**lacks)
     for kind, gather in ((x, y) for x in (*kinds, "in blocks") for y in (True, False)):
         mlu_standin.CALLS.clear()
-        MLU.tells(copied(kind, gather, [*IDS, -1]), None)
+        MLU.launch_and_check(copied(kind, gather, [*IDS, -1]), None)
         calls = 0 if kind == "in blocks" else gathers if gather else LAYERS
         assert mlu_standin.CALLS[PLANES_OP] == mlu_standin.CALLS.total() == calls, (kind, gather)
 

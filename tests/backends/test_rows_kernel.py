@@ -167,7 +167,7 @@ def test_a_seeded_bug_is_caught(
     status = torch.zeros(1, dtype=torch.int64)
 
     def judge() -> None:
-        Carrier(backend, CPU).tells(copied, status)
+        Carrier(backend, CPU).launch_and_check(copied, status)
         assert int(status) == told
 
     with pytest.raises(AssertionError):

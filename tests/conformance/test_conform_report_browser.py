@@ -100,7 +100,7 @@ def test_the_page_fits_is_legible_and_asks_for_nothing(
     assert browser.ask("typeof window.hacked") == "undefined"
     assert browser.complaints() == []
     requested = [
-        reported["request"]["url"] for reported in browser.told("Network.requestWillBeSent")
+        reported["request"]["url"] for reported in browser.params_of("Network.requestWillBeSent")
     ]
     assert [url for url in requested if not url.startswith("data:")] == [
         pages[name].resolve().as_uri()

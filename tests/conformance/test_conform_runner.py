@@ -18,7 +18,7 @@ import torch
 from support import conform_reports
 from support.conform_fake_worker import CLAIM, CORE
 from support.conform_reports import changed, refusals
-from support.conform_runs import Heard, environment, ran, statuses
+from support.conform_runs import RecordingProgress, environment, ran, statuses
 
 from portakv_conformance.evidence.verdict import case_list_sha256
 from portakv_conformance.judge.device_support import Facility
@@ -86,7 +86,7 @@ def test_the_command_tells_how_the_kernel_is_run(monkeypatch: pytest.MonkeyPatch
 
 def test_a_run_in_which_all_is_well(capfd: pytest.CaptureFixture[str]) -> None:
     """What workers print, lines that look like events among it, disturbs nothing."""
-    heard = Heard()
+    heard = RecordingProgress()
     record = ran({CORE + "a": "pass", CORE + "b": "pass", CLAIM + "c": "not-claimed"}, heard)
     assert (record.verdict, record.rung, record.missing) == ("conformant", "", [])
     assert [case.id for case in record.cases] == heard.ids == [CORE + "a", CORE + "b", CLAIM + "c"]
@@ -108,7 +108,7 @@ def test_a_run_in_which_all_is_well(capfd: pytest.CaptureFixture[str]) -> None:
     ("retire", "It faulted."),  # the device, and the worker says so
 ])  # fmt: skip
 def test_a_case_that_takes_the_process_with_it_has_failed(how: str, reported: str) -> None:
-    heard = Heard()
+    heard = RecordingProgress()
     record = ran({CORE + "a": "pass", CORE + "b": how, CORE + "c": "pass"}, heard)
     assert statuses(record) == {CORE + "a": "passed", CORE + "b": "failed", CORE + "c": "passed"}
     lost = record.cases[1]
@@ -190,9 +190,9 @@ def test_nothing_to_be_judged(behaviours: dict[str, str], error: type[Exception]
 def test_a_worker_ends_when_its_runner_is_killed() -> None:
     """A device must not stay occupied by the worker of a runner that is gone."""
     code = (
-        "from support.conform_runs import Heard, ran\n"
-        "Heard.started = lambda self, id: print(id, flush=True)\n"
-        "ran({'a': 'hang'}, Heard())"
+        "from support.conform_runs import RecordingProgress, ran\n"
+        "RecordingProgress.started = lambda self, id: print(id, flush=True)\n"
+        "ran({'a': 'hang'}, RecordingProgress())"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as parent:
@@ -216,7 +216,7 @@ def test_a_run_of_another_thread_can_be_interrupted(monkeypatch: pytest.MonkeyPa
 
 def test_several_workers_share_the_cases() -> None:
     behaviours = {f"{CORE}{n}": "slow" for n in range(6)} | {CLAIM + "c": "not-claimed"}
-    heard = Heard()
+    heard = RecordingProgress()
     record = ran(behaviours, heard, jobs=3)
     assert sorted(heard.ids) == sorted(behaviours), "each is run once"
     assert [case.id for case in record.cases] == list(behaviours), "in the order of the list"
@@ -231,7 +231,7 @@ def test_several_workers_share_the_cases() -> None:
 @pytest.mark.parametrize("how", ["crash", "hang", "leave"])
 def test_a_worker_that_is_lost_disturbs_no_other(how: str) -> None:
     slow = [f"{CORE}{n}" for n in range(5)]
-    heard = Heard()
+    heard = RecordingProgress()
     behaviours = {slow[0]: "slow", CORE + "bad": how} | dict.fromkeys(slow[1:], "slow")
     record = ran(behaviours, heard, jobs=2, limit=1.0)
     wanted = {**dict.fromkeys(behaviours, "passed"), CORE + "bad": "failed"}
@@ -249,7 +249,7 @@ def test_the_first_failure_stops_all() -> None:
 
 @pytest.mark.parametrize("how", ["unavailable", "exit"])
 def test_a_worker_too_many(how: str) -> None:
-    heard = Heard()
+    heard = RecordingProgress()
     slow = {f"{CORE}{n}": "slow" for n in range(4)}
     record = ran({**slow, "2 start": how}, heard, jobs=2)
     assert statuses(record) == dict.fromkeys(slow, "passed")

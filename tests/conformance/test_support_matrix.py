@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.conform_reports import changed, emulated, kept, passing
+from support.conform_reports import changed, emulated, passing, saved_report
 from support.conform_runs import ROOT
 
 from portakv.cli import main as portakv
@@ -180,7 +180,7 @@ def test_a_row_has_the_emulation_of_its_report() -> None:
 
 def row(run: RunRecord, root: Path) -> SupportLevel:
     """The row of a run whose report was put among the results."""
-    file = kept(run, root)
+    file = saved_report(run, root)
     return level_of(read(file), RESULTS + file.name)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.conform_reports import changed, emulated, failing, kept, passing
+from support.conform_reports import changed, emulated, failing, passing, saved_report
 from support.conform_runs import ROOT
 
 from portakv_conformance.evidence import support_matrix
@@ -146,7 +146,7 @@ def ours(*facts: dict[str, Any], **values: Any) -> RunRecord:
 
 def test_a_result_is_the_whole_report_with_a_line_for_each_case(tmp_path: Path) -> None:
     record = failing()
-    file = kept(record, tmp_path)
+    file = saved_report(record, tmp_path)
     assert file.name == "acme-acme-xpu-900-2026.12.json"
     assert RunRecord.read(file.read_text()) == read(file) == record
     assert len(file.read_text().splitlines()) < len(record.cases) + 40
@@ -177,10 +177,10 @@ def test_a_result_is_named_by_the_processor_s_kind_or_the_name_that_a_device_car
 
 def test_what_is_edited_no_report_or_no_certification_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its seal does not fit its contents"):
-        kept(replace(failing(), verdict="conformant", rung="R6"), tmp_path)
+        saved_report(replace(failing(), verdict="conformant", rung="R6"), tmp_path)
     for requested in {"fuzz": 100}, {"seed": 7}:
         with pytest.raises(ValueError, match="Run it without --seed and --fuzz"):
-            kept(ours(**requested), tmp_path)
+            saved_report(ours(**requested), tmp_path)
     for text, why in (('{"schema": "other"}', "Expected a report of schema"), ("{", r"odd\.json")):
         (tmp_path / "odd.json").write_text(text)
         with pytest.raises(ValueError, match=why):

@@ -216,11 +216,11 @@ def test_one_launch_for_chunks_of_equal_shape(monkeypatch: pytest.MonkeyPatch) -
     backend = small_backend("counts")
     registry.register_backend("counts", backend)
     connector = AdaptiveConnector("cpu", backend="counts")
-    checks = len(backend.given)
+    checks = len(backend.launches)
     caches = make_caches()
     chunks = [make_chunk(n) for n in (4, 2, 4, 2, 4)]
     connector.batched_from_gpu(chunks, caches, MANY, [0, 4, 6, 10, 11], [4, 6, 10, 11, 12])
-    assert len(backend.given) - checks == 2
+    assert len(backend.launches) - checks == 2
 
 
 def test_overlapping_ranges_are_stored_but_not_loaded(connector: AdaptiveConnector) -> None:

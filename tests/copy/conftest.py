@@ -6,22 +6,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.block_cases import BLOCK_BYTES, WAYS
+from support.block_cases import BLOCK_BYTES, METHODS
 
 from portakv.copy import slices
 from portakv.runtime.worker import WINDOW
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=METHODS)
 def way(request: pytest.FixtureRequest) -> str:
-    """The name of one of `WAYS` in which blocks are issued."""
+    """The name of one of `METHODS` in which blocks are issued."""
     return str(request.param)
 
 
 @pytest.fixture
 def options(way: str) -> dict[str, Any]:
     """What `copy_blocks` is passed for that way."""
-    return WAYS[way]
+    return METHODS[way]
 
 
 @pytest.fixture

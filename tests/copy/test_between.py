@@ -13,7 +13,7 @@ from support.block_cases import BLOCK_BYTES, DST, SIZE, SRC, Pair, block_first, 
 from support.cuda_cases import COPIES, HND, NHD, Copy, End, by
 from support.device_cases import check_canaries, current, delay, on
 from support.guarded_memory import filled, refused
-from support.peer_cases import ReadsPeers, Two, judge, reading, said, settle_both, two_of
+from support.peer_cases import ReadsPeers, Two, answering, judge, reading, settle_both, two_of
 
 from portakv import DeviceMismatch, Index, KVView, LayoutError, SlotError, Unsupported, copy_rows
 from portakv.copy import between
@@ -29,14 +29,14 @@ def two(accelerator: torch.device) -> Two:
 
 @pytest.fixture
 def through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer, "unmapped", said(HOST))
+    monkeypatch.setattr(peer, "unmapped", answering(HOST))
 
 
 @pytest.fixture(params=["mapped", "through the host"])
 def route(request: pytest.FixtureRequest, two: Two, monkeypatch: pytest.MonkeyPatch) -> str:
     """How rows cross; what maps no memory only goes through the host."""
     if request.param == "through the host":
-        monkeypatch.setattr(peer, "unmapped", said(HOST))
+        monkeypatch.setattr(peer, "unmapped", answering(HOST))
     elif peer.unmapped(*two):
         pytest.skip(peer.unmapped(*two))
     return str(request.param)
@@ -122,7 +122,7 @@ def test_every_way_of_blocks(two: Two, route: str, options: dict[str, Any]) -> N
 def small_slices(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
     """With a reason of their own they are not the launches that other tests prepared."""
     monkeypatch.setattr(bounce, "SLICE", nbytes)
-    monkeypatch.setattr(peer, "unmapped", said(f"{HOST}, {nbytes} B at a time"))
+    monkeypatch.setattr(peer, "unmapped", answering(f"{HOST}, {nbytes} B at a time"))
 
 
 def test_slices_through_the_host(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_a_backend_that_reads_peers_on_the_simulated_device(
     """The library's way of a mapped copy, with a reader in the place of kernels."""
     if two[0].type == "cuda":
         pytest.skip("kernels read there")
-    monkeypatch.setattr(peer, "unmapped", said(""))
+    monkeypatch.setattr(peer, "unmapped", answering(""))
     with reading(ReadsPeers):
         for options in ({}, {"overlap": "idle"}, {"by_layer": True}, {"cancellable": True}):
             src = layered(two[0])

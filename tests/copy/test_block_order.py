@@ -15,10 +15,10 @@ from support.block_cases import (
     DIM,
     DST,
     HEADS,
+    METHODS,
     SIZE,
     SLICED,
     SRC,
-    WAYS,
     Pair,
     block_first,
     inside,
@@ -118,7 +118,7 @@ def test_both_directions_on_one_cache(accelerator: torch.device, options: dict[s
     assert all(each.landed() for each in both)
 
 
-@pytest.mark.parametrize("terms", [*WAYS.values(), *ENGINES], ids=str)
+@pytest.mark.parametrize("terms", [*METHODS.values(), *ENGINES], ids=str)
 @STORE
 def test_two_devices(accelerator: torch.device, store: bool, terms: dict[str, Any]) -> None:
     """Whichever device is the current one, bytes and order are each device's own."""
@@ -148,7 +148,7 @@ def test_as_much_is_under_way_in_one_slice_that_blocks_as_in_three(
     assert moved.statistics.slices == (5 if pin else 2)  # of five blocks
 
 
-@pytest.mark.parametrize("terms", [*WAYS.values(), *ENGINES], ids=str)
+@pytest.mark.parametrize("terms", [*METHODS.values(), *ENGINES], ids=str)
 @STORE
 @PIN
 def test_memory_that_everybody_forgets(
@@ -214,7 +214,7 @@ def test_ids_of_one_call_cross_together_without_a_wait(
         stream = torch.Stream(device) if side else None
         sent.clear()
         simdev.delay(current(device), 50)
-        moved = blocks.start(theirs=torch.tensor(DST), stream=stream, **WAYS[way])
+        moved = blocks.start(dst_ids=torch.tensor(DST), stream=stream, **METHODS[way])
         if way not in SLICED and "detached" not in way:
             assert sent == [10]
             assert not moved.done(), "the host waited for the stream"

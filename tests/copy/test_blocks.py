@@ -19,10 +19,10 @@ from support.block_cases import (
     DST,
     HEADS,
     LAYERS,
+    METHODS,
     SIZE,
     SLICED,
     SRC,
-    WAYS,
     Cache,
     Pair,
     block_first,
@@ -121,11 +121,11 @@ def test_bad_ids_on_the_device(accelerator: torch.device, store: bool, way: str)
     ids = torch.tensor([5, BLOCKS, 2], device=accelerator)
     if way not in SLICED:
         with pytest.raises(SlotError):
-            blocks.start(ids, [1, 3, 4], **WAYS[way]).synchronize()
+            blocks.start(ids, [1, 3, 4], **METHODS[way]).synchronize()
         assert blocks.landed()
     else:  # they are read before anything is issued
         with refused(SlotError, "source", f"id {BLOCKS}", watch=blocks.dst.tensors):
-            blocks.start(ids, [1, 3, 4], **WAYS[way])
+            blocks.start(ids, [1, 3, 4], **METHODS[way])
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -169,7 +169,7 @@ def test_within_one_cache(options: dict[str, Any]) -> None:
     blocks.start(**options).synchronize()
     assert blocks.landed()
     with refused(SlotError, "both source and destination", watch=cache.tensors):
-        blocks.start(theirs=[1, 5, 2], **options)
+        blocks.start(dst_ids=[1, 5, 2], **options)
 
 
 def test_nothing_to_move(options: dict[str, Any]) -> None:
@@ -328,15 +328,15 @@ def test_streams_and_caches_of_other_devices(accelerator: torch.device, way: str
     here = layered()
     name = str(accelerator)
     with refused(DeviceMismatch, "cpu", name, "stream", watch=here.tensors):
-        Pair(here, here).start(stream=torch.Stream(accelerator), **WAYS[way])
+        Pair(here, here).start(stream=torch.Stream(accelerator), **METHODS[way])
     if torch.get_device_module(accelerator).device_count() > 1:
         other = torch.device(accelerator.type, 1)
         blocks = pair(accelerator, store=True)
         with refused(DeviceMismatch, name, str(other), "stream", watch=blocks.dst.tensors):
-            blocks.start(stream=torch.Stream(other), **WAYS[way])
+            blocks.start(stream=torch.Stream(other), **METHODS[way])
         between = Pair(blocks.src, layered(other))
         with refused(DeviceMismatch, name, str(other), "stream", watch=between.dst.tensors):
-            between.start(stream=torch.Stream(accelerator), **WAYS[way])
+            between.start(stream=torch.Stream(accelerator), **METHODS[way])
 
 
 @pytest.mark.parametrize("options", [{}, {"by_layer": True}, {"cancellable": True}], ids=str)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from support.block_cases import (
     DST,
+    METHODS,
     SLICED,
     SRC,
-    WAYS,
     block_first,
     holds,
     large,
@@ -104,7 +104,7 @@ def test_in_a_graph() -> None:
         moved = copy_blocks(src.view, dst.view, *ids)
         for name in (*SLICED, "detached"):
             with pytest.raises(Unsupported, match="capture"):
-                copy_blocks(src.view, dst.view, *ids, **WAYS[name])
+                copy_blocks(src.view, dst.view, *ids, **METHODS[name])
     with pytest.raises(TransferError):
         moved.synchronize()
     found = moved.statistics

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.core_cases import GIB, Mover, address, by_backend, by_runs, lazy, noise
+from support.core_cases import GIB, Copier, address, by_backend, by_runs, lazy, noise
 
 from portakv import CopyPlan, Index, KVView, LayoutError, SlotError, Unsupported
 
@@ -20,15 +20,15 @@ SCATTERED = pytest.mark.parametrize("scattered", [False, True], ids=["gather", "
 
 
 @pytest.fixture(params=[by_backend, by_runs], ids=["backend", "runs"])
-def carry(request: pytest.FixtureRequest) -> Mover:
-    found: Mover = request.param
+def carry(request: pytest.FixtureRequest) -> Copier:
+    found: Copier = request.param
     return found
 
 
 BYTES = torch.uint8
 
 
-def loaded(carry: Mover, rows: KVView, view: KVView, index: Any, memory: torch.Tensor) -> None:
+def loaded(carry: Copier, rows: KVView, view: KVView, index: Any, memory: torch.Tensor) -> None:
     """Copy rows to a view of memory, of which only what ``memory`` says may change."""
     carry(rows, view, None, index)
     storage = view.owners[0].untyped_storage()
@@ -41,7 +41,7 @@ def loaded(carry: Mover, rows: KVView, view: KVView, index: Any, memory: torch.T
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("width", [131, 132, 4096])
-def test_a_layer_of_more_than_4_gib(carry: Mover, ids_dtype: torch.dtype, width: int) -> None:
+def test_a_layer_of_more_than_4_gib(carry: Copier, ids_dtype: torch.dtype, width: int) -> None:
     """Rows around 2**31 and 2**32 bytes, of odd and even widths."""
     slots = 5 * GIB // width
     cache = lazy(slots * width).view(slots, width)
@@ -86,7 +86,7 @@ def test_131072_tokens_of_32_layers_in_one_call() -> None:
      (7, BYTES), (131, BYTES), (584, BYTES), (656, torch.float8_e4m3fn)],
 )  # fmt: skip
 def test_every_byte_of_a_row_and_none_behind_it(
-    carry: Mover, width: int, dtype: torch.dtype
+    carry: Copier, width: int, dtype: torch.dtype
 ) -> None:
     paged = noise(32, width + 3, dtype=dtype)
     dense = noise(20, width, dtype=dtype, seed=1)
@@ -124,7 +124,7 @@ def off_alignment(kind: str, by: int) -> tuple[torch.Tensor, torch.Tensor]:
         *(("stride", by) for by in (65, 66, 68, 72)),
     ],
 )
-def test_rows_off_their_alignment(carry: Mover, kind: str, by: int, side: str) -> None:
+def test_rows_off_their_alignment(carry: Copier, kind: str, by: int, side: str) -> None:
     memory, inside = off_alignment(kind, by)
     other = noise(8, 64, dtype=BYTES, seed=1)
     ids = torch.arange(8).flip(0)
@@ -144,7 +144,7 @@ def test_rows_off_their_alignment(carry: Mover, kind: str, by: int, side: str) -
 @pytest.mark.parametrize(
     ("heads", "dim"), [(16, 33), (16, 50), (16, 100), (128, 16), (129, 16), (1030, 16)]
 )
-def test_heads_that_are_many_or_odd(carry: Mover, heads: int, dim: int) -> None:
+def test_heads_that_are_many_or_odd(carry: Copier, heads: int, dim: int) -> None:
     """HND: 16 heads of 33 bytes make a row of 528, yet each head is a piece of its own. More than
     1,024 threads were asked for a block of 128 heads."""
     cache = noise(3, heads, 4, dim, dtype=BYTES)
@@ -162,7 +162,7 @@ def test_heads_that_are_many_or_odd(carry: Mover, heads: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 4, 1, 8), (2, 2, 2, 2, 2)])
-def test_two_blocks_of_two_kv(carry: Mover, shape: tuple[int, ...]) -> None:
+def test_two_blocks_of_two_kv(carry: Copier, shape: tuple[int, ...]) -> None:
     """[2, B, ...] and [B, 2, ...] with B == 2: each reading gives bytes of its own."""
     cache = noise(*shape)
     _, _, tokens, heads, dim = shape
@@ -176,14 +176,14 @@ def test_two_blocks_of_two_kv(carry: Mover, shape: tuple[int, ...]) -> None:
     assert not torch.equal(*got)
 
 
-def test_two_tokens_are_no_kv(carry: Mover) -> None:
+def test_two_tokens_are_no_kv(carry: Copier) -> None:
     cache = noise(3, 2, 2, 8)
     chunk = noise(6, 2, 8, seed=1)
     carry(KVView(cache, "block token head dim"), KVView(chunk, "token head dim"), None, None)
     assert torch.equal(chunk, cache.flatten(0, 1))
 
 
-def test_two_tensors_are_layers_or_kv_as_declared(carry: Mover) -> None:
+def test_two_tensors_are_layers_or_kv_as_declared(carry: Copier) -> None:
     pair = [noise(12, 8, seed=i) for i in range(2)]
     as_layers = KVView(pair, "layer | token dim")
     as_kv = KVView(pair, "kv | token dim")
@@ -194,7 +194,7 @@ def test_two_tensors_are_layers_or_kv_as_declared(carry: Mover) -> None:
         carry(as_layers, KVView(torch.zeros(2, 12, 8).short(), "kv token dim"), None, None)
 
 
-def test_logical_nhd_over_hnd_memory(carry: Mover) -> None:
+def test_logical_nhd_over_hnd_memory(carry: Copier) -> None:
     """Shape (2, B, T, H, D) over memory K B H T D, addressed as if it were linear."""
     memory = noise(2, 3, 2, 4, 8)
     chunk = noise(2, 5, 2, 8, seed=1)
@@ -205,7 +205,7 @@ def test_logical_nhd_over_hnd_memory(carry: Mover) -> None:
     loaded(carry, KVView(chunk, "kv token head dim"), view, ids, expected)
 
 
-def test_padding_of_pages_is_not_touched(carry: Mover) -> None:
+def test_padding_of_pages_is_not_touched(carry: Copier) -> None:
     """The stride of a block is more than its dense size: the rest belongs to somebody."""
     memory = noise(4, 100)
     chunk = noise(2, 4, 8, seed=1)
@@ -216,7 +216,7 @@ def test_padding_of_pages_is_not_touched(carry: Mover) -> None:
     loaded(carry, KVView(chunk, "kv token dim"), view, Index([2], step=4), expected)
 
 
-def test_packed_layers_do_not_touch_each_other(carry: Mover) -> None:
+def test_packed_layers_do_not_touch_each_other(carry: Copier) -> None:
     """All layers interleave in a block; a copy of one must leave its neighbours whole."""
     memory = noise(3, 4, 5, 2, 16)
     chunk = noise(2, 10, 2, 8, seed=1)
@@ -229,7 +229,7 @@ def test_packed_layers_do_not_touch_each_other(carry: Mover) -> None:
     loaded(carry, KVView(chunk, "kv token head dim"), view, Index([2, 0], step=5), expected)
 
 
-def test_a_destination_that_is_not_contiguous_is_really_written(carry: Mover) -> None:
+def test_a_destination_that_is_not_contiguous_is_really_written(carry: Copier) -> None:
     """Copied through `.contiguous()` and thrown away: success reported, nothing written."""
     memory = noise(8, 2, 3, 12)
     chunk = noise(2, 6, 3, 8, seed=1)
@@ -239,7 +239,7 @@ def test_a_destination_that_is_not_contiguous_is_really_written(carry: Mover) ->
     loaded(carry, KVView(chunk, "kv token head dim"), view, None, expected)
 
 
-def test_a_slice_of_a_list_is_written_and_not_a_copy_of_it(carry: Mover) -> None:
+def test_a_slice_of_a_list_is_written_and_not_a_copy_of_it(carry: Copier) -> None:
     """A raw-pointer view fell back to a copy, and what was scattered into it was lost."""
     layers = [noise(3, 2, 4, 8, seed=i).transpose(1, 2) for i in range(3)]
     part = KVView(layers, "layer | block token head dim").slice(layers=1, heads=1)
@@ -251,7 +251,7 @@ def test_a_slice_of_a_list_is_written_and_not_a_copy_of_it(carry: Mover) -> None
 
 @pytest.mark.parametrize(("of_tensor", "step", "ids"), [(16, 64, [2, 0]), (64, 16, [11, 1])])
 def test_manager_blocks_over_kernel_blocks(
-    carry: Mover, of_tensor: int, step: int, ids: list[int]
+    carry: Copier, of_tensor: int, step: int, ids: list[int]
 ) -> None:
     """The manager counts blocks of 64 tokens, the tensor kernel blocks of 16; or the other way."""
     cache = noise(192 // of_tensor, of_tensor, 8)
@@ -262,7 +262,7 @@ def test_manager_blocks_over_kernel_blocks(
         assert torch.equal(rows, chunk[at * step : (at + 1) * step])
 
 
-def test_a_dsa_page_is_its_values_and_then_its_scales(carry: Mover) -> None:
+def test_a_dsa_page_is_its_values_and_then_its_scales(carry: Copier) -> None:
     """Nominal (B, T, 132): moved as rows of 132 bytes, values and scales mix."""
     cache = [noise(3, 64, 132, dtype=BYTES, seed=i) for i in range(2)]
     pages = torch.stack(cache).view(2, 3, 64 * 132)
@@ -279,7 +279,7 @@ def test_a_dsa_page_is_its_values_and_then_its_scales(carry: Mover) -> None:
     assert not torch.equal(as_rows, torch.cat(expected, 2))
 
 
-def test_a_dsa_page_is_not_moved_by_token_where_its_content_is_unknown(carry: Mover) -> None:
+def test_a_dsa_page_is_not_moved_by_token_where_its_content_is_unknown(carry: Copier) -> None:
     cache = [noise(3, 64, 132, dtype=BYTES) for _ in range(2)]
     other = [torch.zeros(3, 64, 132, dtype=BYTES) for _ in range(2)]
     src, dst = (KVView(tensors, "vllm-dsa", block_size=64) for tensors in (cache, other))
@@ -305,7 +305,7 @@ class Rig:
         self.paged = KVView(self.memory[1:6], "block token dim")
         self.dense = KVView(self.chunk_memory[4:-4], "token dim")
 
-    def move(self, carry: Mover, index: Any, scattered: bool, count: int | None = None) -> None:
+    def move(self, carry: Copier, index: Any, scattered: bool, count: int | None = None) -> None:
         if scattered:
             carry(self.dense, self.paged, None, index, count)
         else:
@@ -353,7 +353,7 @@ LISTS: dict[str, Callable[[list[int]], Any]] = {
     ids=str,
 )
 def test_lists_of_any_length_make_and_order(
-    carry: Mover, make: Callable[[list[int]], Any], scattered: bool, slots: list[int]
+    carry: Copier, make: Callable[[list[int]], Any], scattered: bool, slots: list[int]
 ) -> None:
     """Empty, one element, no multiple of the block; int32; not contiguous. A negative slot was
     skipped by one backend and read as the last row by another: here it is skipped by all."""
@@ -364,7 +364,7 @@ def test_lists_of_any_length_make_and_order(
 
 @SCATTERED
 @pytest.mark.parametrize("slot", [20, 21, 2**31, 2**40, 2**62])
-def test_a_slot_past_the_end_moves_nothing(carry: Mover, scattered: bool, slot: int) -> None:
+def test_a_slot_past_the_end_moves_nothing(carry: Copier, scattered: bool, slot: int) -> None:
     """A wild write, or a device assert that poisons the context, where nobody looked."""
     rig = Rig(3)
     with pytest.raises(SlotError, match=f"slot {slot}, but the view has 20 slots"):
@@ -384,7 +384,7 @@ def test_a_block_past_the_end_moves_nothing(scattered: bool, block: int, count: 
     rig.expect([-1] * 12, scattered=scattered)
 
 
-def test_duplicates_in_a_scatter_are_refused_and_in_a_gather_are_served(carry: Mover) -> None:
+def test_duplicates_in_a_scatter_are_refused_and_in_a_gather_are_served(carry: Copier) -> None:
     rig = Rig(4)
     with pytest.raises(SlotError, match="Slot 7 occurs 2 times in the destination index"):
         rig.move(by_backend, [7, 3, 7, 1], scattered=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.block_cases import BLOCKS, SIZE, SLICED, WAYS, Cache, block_first, layered
+from support.block_cases import BLOCKS, METHODS, SIZE, SLICED, Cache, block_first, layered
 from support.guarded_memory import refused
 
 from portakv import Index, InvalidTerms, SlotError, Unsupported, copy_blocks, copy_rows
@@ -29,9 +29,9 @@ PARTS = [
 ]
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=METHODS)
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return WAYS[request.param]
+    return METHODS[request.param]
 
 
 @pytest.fixture

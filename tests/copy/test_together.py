@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.block_cases import BLOCKS, SIZE, SLICED, WAYS, layered, wanted
+from support.block_cases import BLOCKS, METHODS, SIZE, SLICED, layered, wanted
 from support.device_cases import current, delay, settle
 from support.guarded_memory import refused
 
@@ -26,13 +26,13 @@ THEIRS = [1, 6, 0]
 GROUPS = 3
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", METHODS)
 def test_bytes_blocks_and_the_end(device: torch.device, way: str) -> None:
     pairs = [(layered(device), layered(device)) for _ in range(GROUPS)]
     expected = [wanted(src, dst, MINE, THEIRS) for src, dst in pairs]
     began = time.perf_counter()
     job = BlockTransfer.together(
-        [copy_blocks(src.view, dst.view, MINE, THEIRS, **WAYS[way]) for src, dst in pairs]
+        [copy_blocks(src.view, dst.view, MINE, THEIRS, **METHODS[way]) for src, dst in pairs]
     )
     job.synchronize()
     assert job.done()
@@ -49,7 +49,7 @@ def test_bytes_blocks_and_the_end(device: torch.device, way: str) -> None:
     assert 0 < told.seconds <= took
     assert not told.cancelled
     assert told.engine != "none"
-    if "by_layer" in WAYS[way]:
+    if "by_layer" in METHODS[way]:
         assert len(job.layers) == GROUPS * pairs[0][0].view.layers
         job.layers[-1].synchronize()
     else:
@@ -87,7 +87,7 @@ def test_an_error_of_any_of_them_is_told(accelerator: torch.device) -> None:
 @pytest.mark.parametrize("way", SLICED)
 def test_cancelling_asks_all_of_them(way: str) -> None:
     pairs = [(layered(), layered()) for _ in range(GROUPS)]
-    options: dict[str, Any] = {**WAYS[way], "max_gbps": 1e-6}
+    options: dict[str, Any] = {**METHODS[way], "max_gbps": 1e-6}
     job = BlockTransfer.together(
         [copy_blocks(src.view, dst.view, MINE, THEIRS, **options) for src, dst in pairs]
     )

@@ -12,7 +12,7 @@ import torch
 from support import fake_libcuda
 from support.device_cases import settle
 from support.pinned_runtime import FakeLibrary, absent, claimed, installed
-from support.small_cases import HOST_WAYS, WAYS, Card, Place, small_copy
+from support.small_cases import HOST_METHODS, METHODS, Card, Place, small_copy
 from support.small_cases import installed as small_installed
 
 from portakv import BackendUnavailable
@@ -51,7 +51,7 @@ def card(libcuda: fake_libcuda.FakeLibrary) -> Iterator[Card]:
         yield found
 
 
-@pytest.fixture(params=[*HOST_WAYS, *WAYS])
+@pytest.fixture(params=[*HOST_METHODS, *METHODS])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     """Each way of small copies to each device, if it can be had there."""
     device = torch.device(request.param[0])
@@ -75,4 +75,4 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 @pytest.fixture(params=["new", "ready"])
 def send(request: pytest.FixtureRequest, place: Place) -> Callable[..., torch.Tensor]:
     """A small copy to a target that goes that way."""
-    return small_copy(request.param, place.asked)
+    return small_copy(request.param, place.requested)

@@ -302,7 +302,7 @@ def test_processes_never_share_a_block_even_when_some_are_killed(name: str) -> N
     with SharedPool(name, 64, 3) as pool:
         children = [Child(work) for _ in range(4)]
         for child in children:
-            child.told()
+            child.receive()
         for child in children[:2]:
             time.sleep(0.1)
             child.kill()

@@ -70,13 +70,13 @@ NESTED = torch.nested.nested_tensor([ONE])
 )
 def test_values(place: Place, values: Any, dtype: torch.dtype | None, wanted: torch.Tensor) -> None:
     """As a tensor of their own, and in a target that has as much room or more."""
-    made = to_device(values, place.device, dtype, way=place.asked)
+    made = to_device(values, place.device, dtype, way=place.requested)
     assert (made.dtype, made.shape) == (wanted.dtype, wanted.shape)
     assert made.tolist() == wanted.tolist()
     for room in (wanted.numel(), wanted.numel() + 3):
         out = filled((room,), wanted.dtype, poison=True, device=place.device)
         rest = bits(out)[wanted.nbytes :].clone()
-        landed = SmallCopy(room, out.dtype, out=out, way=place.asked).send(values)
+        landed = SmallCopy(room, out.dtype, out=out, way=place.requested).send(values)
         assert same_bits(landed, wanted.contiguous().view(-1))
         assert torch.equal(bits(out)[wanted.nbytes :], rest)
 
@@ -110,17 +110,17 @@ def test_wrong_values(
 ) -> None:
     """They leave a target as it was."""
     out = filled((9,), dtype or torch.int64, device=place.device)
-    sender = SmallCopy(9, out.dtype, out=out, way=place.asked)
+    sender = SmallCopy(9, out.dtype, out=out, way=place.requested)
     if place.card is not None:
         place.card.forget()
     with refused(LayoutError, *names):
-        to_device(values, place.device, dtype, way=place.asked)
+        to_device(values, place.device, dtype, way=place.requested)
     with refused(LayoutError, watch=out):
-        to_device(values, out=out, way=place.asked)
+        to_device(values, out=out, way=place.requested)
     with refused(LayoutError, watch=out):
         sender.send(values)
-    assert to_device([], place.device, torch.int32, way=place.asked).shape == (0,)
-    assert place.card is None or place.card.asked == []
+    assert to_device([], place.device, torch.int32, way=place.requested).shape == (0,)
+    assert place.card is None or place.card.sends == []
 
 
 @pytest.mark.parametrize(

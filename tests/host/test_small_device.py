@@ -20,7 +20,7 @@ from support.device_cases import DEVICE, current, delay, on, settle
 from support.guarded_memory import refused
 from support.simdev_cases import DEVICE as SIMDEV
 from support.simdev_cases import OTHER
-from support.small_cases import WAYS, Place, drawn, same_bits, small_copy
+from support.small_cases import METHODS, Place, drawn, same_bits, small_copy
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
 from portakv.host import _small_methods
@@ -28,7 +28,7 @@ from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime.transfer import copies_holding_memory
 
 INLINE = 65536  # bytes
-each_way = pytest.mark.parametrize("place", WAYS, indirect=True)
+each_way = pytest.mark.parametrize("place", METHODS, indirect=True)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_many_sends_under_way(place: Place, on_side: bool, side: torch.Stream) -
     out = torch.zeros(16, dtype=torch.int32, device=place.device)
     where = side if on_side else current(place.device)
     for call in ("new", "ready"):
-        send = small_copy(call, place.way)
+        send = small_copy(call, place.method)
         send([0] * 16, out)
         settle(place.device)
         delay(where)
@@ -153,11 +153,13 @@ def test_values_are_kept_until_they_were_read(place: Place, call: str, side: tor
             if slow:
                 delay(side)
             for nth, out in enumerate(landed):
-                small_copy(call, place.way)(wanted + nth, out.zero_())
+                small_copy(call, place.method)(wanted + nth, out.zero_())
             assert not (slow and side.query())
             if slow:
                 # Of a copy from a slot of its own torch's allocator knows by itself.
-                held = 4 if place.way == "mapped" or (place.way, call) == ("copy", "new") else 0
+                held = (
+                    4 if place.method == "mapped" or (place.method, call) == ("copy", "new") else 0
+                )
                 assert copies_holding_memory() == held
             gc.collect()
             rubbish = [torch.zeros(500, dtype=torch.int64, pin_memory=True) for _ in range(32)]

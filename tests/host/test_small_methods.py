@@ -40,11 +40,11 @@ VALUE = MOST["value"]
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_every_count(place: Place, dtype: torch.dtype) -> None:
-    sender = SmallCopy(300, dtype, place.device, way=place.asked)
-    assert sender.way == place.way
+    sender = SmallCopy(300, dtype, place.device, way=place.requested)
+    assert sender.way == place.method
     for count in range(301) if place.device.type != "privateuseone" else (*range(80), 255, 300):
         values = drawn(count, dtype)
-        assert same_bits(to_device(values, place.device, way=place.asked), values), count
+        assert same_bits(to_device(values, place.device, way=place.requested), values), count
         assert same_bits(sender.send(values), values), count
 
 
@@ -59,9 +59,9 @@ def test_counts_round_the_limits(
         for count in range(limit // dtype.itemsize - 2, limit // dtype.itemsize + 3):
             nbytes = count * dtype.itemsize
             values = drawn(count, dtype)
-            if nbytes > place.most and place.asked is not None:
+            if nbytes > place.most and place.requested is not None:
                 with refused(BackendUnavailable, str(place.most)):
-                    to_device(values, place.device, way=place.asked)
+                    to_device(values, place.device, way=place.requested)
                 continue
             out = filled((count,), dtype, poison=True, device=place.device)
             if place.card is not None:
@@ -71,7 +71,7 @@ def test_counts_round_the_limits(
             if place.card is not None:
                 stream = place.card.raw[None]
                 one = [(out.data_ptr(), nbytes, stream)]
-                assert place.card.asked == (one if nbytes <= place.most else [])
+                assert place.card.sends == (one if nbytes <= place.most else [])
 
 
 @pytest.mark.parametrize("offset", [*range(1, 17), 4097])
@@ -81,14 +81,14 @@ def test_a_target_of_any_alignment(place: Place, offset: int) -> None:
         memory = filled((count + 4200,), torch.uint8, device=place.device)
         before = memory.clone()
         values = drawn(count, torch.uint8)
-        to_device(values, out=memory[offset : offset + count], way=place.asked)
+        to_device(values, out=memory[offset : offset + count], way=place.requested)
         assert same_bits(memory[offset : offset + count], values)
         assert torch.equal(memory[:offset], before[:offset])
         assert torch.equal(memory[offset + count :], before[offset + count :])
 
 
 def test_sends_again_and_again(place: Place) -> None:
-    sender = SmallCopy(300, torch.int32, place.device, way=place.asked)
+    sender = SmallCopy(300, torch.int32, place.device, way=place.requested)
     for count in (300, 16, 0, 1, 299, 64, 72):
         before = sender.out.clone()
         values = drawn(count, torch.int32)
@@ -100,18 +100,18 @@ def test_sends_again_and_again(place: Place) -> None:
         with refused(LayoutError, watch=sender.out):
             sender.send(many)
     whys = {"host": "send the values again", "inline": "way='mapped'", "value": "way='mapped'"}
-    with refused(Unsupported, whys.get(place.way, "never captured")):
+    with refused(Unsupported, whys.get(place.method, "never captured")):
         sender.refill([1])
 
 
 def test_threads_do_not_write_over_each_other_s_values(place: Place) -> None:
     """Nor has one of them ever seen the device."""
-    sender = SmallCopy(64, torch.int64, place.device, way=place.asked)
+    sender = SmallCopy(64, torch.int64, place.device, way=place.requested)
 
     def work(number: int) -> None:
         for time in range(50):
             values = np.arange(500) * (number + 1) + time
-            found = to_device(values, place.device, way=place.asked).cpu().numpy()
+            found = to_device(values, place.device, way=place.requested).cpu().numpy()
             assert np.array_equal(found, values)
             if place.device.type != "cpu":  # where it is written at once, not in one piece
                 assert len(set(sender.send([number] * 64).tolist())) == 1
@@ -184,7 +184,7 @@ def test_the_current_stream_of_its_device_or_the_one_that_is_passed(card: Card, 
     assert card.entered == []
     card.current = 0
     way(ONE_TWO + 2, out, None, False)
-    assert [stream for _, _, stream in card.asked] == [STREAM, 0, 72, 0]
+    assert [stream for _, _, stream in card.sends] == [STREAM, 0, 72, 0]
     assert (card.entered, card.current) == ([1], 0)
     assert out.tolist() == [3, 4, 0, 0]
 
@@ -214,7 +214,7 @@ def test_a_forked_process_cannot_send(card: Card, way: Send) -> None:
 
     assert Child(work).end() == 0
     way(ONE_TWO, out, None, False)
-    assert len(card.asked) == 2
+    assert len(card.sends) == 2
 
 
 def test_each_thread_has_memory_and_a_context_of_its_own(card: Card) -> None:
@@ -268,7 +268,7 @@ def test_inside_a_capture(libcuda: FakeLibrary, monkeypatch: pytest.MonkeyPatch)
             with refused(Unsupported, "to_device", "way='value'", "SmallCopy", watch=sender.out):
                 to_device([1, 2], out=sender.out, way=way, stream=stream)
         # Nor did a stream wait for another one, which would have drawn it into the capture.
-        assert (followed, card.asked) == ([], [])
+        assert (followed, card.sends) == ([], [])
 
 
 @pytest.mark.parametrize("count", [1, 64, INLINE // 8])

@@ -183,7 +183,7 @@ def test_memory_that_a_named_backend_does_not_reach_is_left_to_a_strategy(downwa
     with registered(near=near):
         copy_blocks(*transfer.move()[:4], backend="near").synchronize()
         transfer.check(expected)
-        assert "pageable" not in {given.src.form.place for given in near.given}
+        assert "pageable" not in {given.src.form.place for given in near.launches}
 
 
 # Strategies for terms

@@ -52,7 +52,7 @@ def slices_of(transfer: Transfers) -> list[Any]:
     rows = transfer.rows
     host = transfer.host
     count = transfer.case.count
-    found: list[Any] = transfer.prepared().slices(rows, host, transfer.theirs, count)
+    found: list[Any] = transfer.prepared().slices(rows, host, transfer.host_index, count)
     return found
 
 
@@ -148,9 +148,9 @@ def test_ids_that_are_brought_for_the_copy_are_there_before_they_are_read(
     for seed in range(4):
         order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))
         table = torch.stack([order, torch.full_like(order, 1 << 40)], 1).to(accelerator)
-        transfer.mine = Index(table[:, 0])
+        transfer.device_index = Index(table[:, 0])
         expected = transfer.expected()
-        transfer.mine = Index(table[:, 0])  # of which the host knows nothing
+        transfer.device_index = Index(table[:, 0])  # of which the host knows nothing
         torch.accelerator.synchronize(accelerator)
         with on(stream):
             delay(stream)

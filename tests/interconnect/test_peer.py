@@ -15,7 +15,7 @@ from support.cuda_cases import COPIES, Copy
 from support.cuda_on_cpu import HostDriver
 from support.direct_on_cpu import CPU, Loads, installed, why_not
 from support.guarded_memory import filled, refused
-from support.peer_cases import ReadsPeers, ReadsWrong, Two, judge, reading, said, two_of
+from support.peer_cases import ReadsPeers, ReadsWrong, Two, answering, judge, reading, two_of
 
 from portakv import CopyPlan, DeviceMismatch, KVView, Unsupported
 from portakv.backends import rows_kernel
@@ -133,7 +133,7 @@ def test_the_kernel_reads_a_peers_rows_and_asks_nothing_of_pinned_memory(
         ends = copied.src.view(), copied.dst.view(), copied.src.index(), copied.dst.index()
         copied.check(lambda: launch(*ends, copied.count, None, None))
     assert driver.launches
-    assert not driver.held, "the transfer holds a peer's memory"
+    assert not driver.retained, "the transfer holds a peer's memory"
 
 
 # Views
@@ -277,12 +277,12 @@ def way(terms: Terms = Terms(), backend: str | None = None) -> Choice:  # noqa: 
 @pytest.mark.simdev
 def test_ways_by_what_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     with reading(ReadsPeers):
-        monkeypatch.setattr(peer, "unmapped", said(""))
+        monkeypatch.setattr(peer, "unmapped", answering(""))
         assert way().name == way(Terms("idle")).name == ReadsPeers.name
         with refused(Unsupported, "max_thread_blocks=3", "only 'zero_copy'"):
             way(Terms(max_thread_blocks=3))
         assert way(backend="reference").name == "bounce"
-        monkeypatch.setattr(peer, "unmapped", said("it is not"))
+        monkeypatch.setattr(peer, "unmapped", answering("it is not"))
         assert way().name == "bounce"
         assert way() is way(), "else each copy would be prepared anew"
         assert way(Terms(max_gbps=1.0)) is way(Terms(max_gbps=2.0))

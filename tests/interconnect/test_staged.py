@@ -343,7 +343,9 @@ def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.M
 
     def fresh() -> Slice:
         transfer.rows.derived.clear()
-        (found,) = transfer.prepared().slices(transfer.rows, host, transfer.theirs, TOKENS, True)
+        (found,) = transfer.prepared().slices(
+            transfer.rows, host, transfer.host_index, TOKENS, True
+        )
         return found  # type: ignore[no-any-return]
 
     one = fresh()
@@ -383,7 +385,7 @@ def test_what_is_kept_of_a_transfer_serves_no_other(
     indices = [Index(order) for order in orders] if listed else [Index()]
     indices.append(indices[0].shifted(3))
     memories = [transfer.host, transfer.chunk(5), transfer.chunk(6)]
-    for transfer.theirs, memory, tokens in product(indices, memories, (16, TOKENS - 3)):
+    for transfer.host_index, memory, tokens in product(indices, memories, (16, TOKENS - 3)):
         transfer(memory, tokens)
 
 
@@ -423,7 +425,7 @@ def test_tables_of_addresses_are_held_until_the_callers_stream_is_past(
         KVView, "record_table", lambda view, stream: told.append((view, stream.stream_id))
     )
     transfer.go()
-    slices = transfer.prepared().slices(transfer.rows, transfer.host, transfer.theirs, TOKENS)
+    slices = transfer.prepared().slices(transfer.rows, transfer.host, transfer.host_index, TOKENS)
     (room,) = staging.cached_staging.values()
     work = current(DEVICE).stream_id
     for each, at in zip(slices, room.turns(len(slices)), strict=True):
@@ -473,7 +475,7 @@ def test_ids_may_lie_anywhere(accelerator: torch.device, strategy: type[Strategy
     transfer = Transfers(strategy(accelerator), True)
     for where in (torch.device("cpu"), accelerator):
         for dtype in (torch.int32, torch.int64):
-            transfer.mine = Index(torch.randperm(190)[:TOKENS].to(where, dtype))
+            transfer.device_index = Index(torch.randperm(190)[:TOKENS].to(where, dtype))
             transfer()
 
 
@@ -482,7 +484,7 @@ def test_an_id_past_the_end_moves_nothing(accelerator: torch.device, on_host: bo
     transfer = Transfers(BatchedMemcpy(accelerator), True)
     ids = torch.arange(TOKENS)
     ids[7] = 24 * 8
-    transfer.mine = Index(ids if on_host else ids.to(accelerator))
+    transfer.device_index = Index(ids if on_host else ids.to(accelerator))
     before = transfer.expected(tokens=0)
     with pytest.raises(SlotError) as caught:
         transfer.go()
@@ -504,16 +506,16 @@ def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPa
     ids = torch.randperm(150)[:TOKENS]
     index = Index(ids)
     for again, expected in ((index, 1), (index, 1), (index.shifted(3), 2), (index.shifted(3), 2)):
-        transfer.mine = again
+        transfer.device_index = again
         transfer.go(tokens=32)
         assert len(asked) == expected
     known = len(transfer.prepared().cached)
-    transfer.mine = Index.of(ids)  # for one call: it is never met again
+    transfer.device_index = Index.of(ids)  # for one call: it is never met again
     transfer.go(tokens=32)
     assert (len(asked), len(transfer.prepared().cached)) == (3, known)
     # Another index of the same tensor may be made after its ids have changed.
     ids.copy_(ids.flip(0))
-    transfer.mine = Index(ids)
+    transfer.device_index = Index(ids)
     transfer(tokens=32)
     assert len(asked) == 4
 
@@ -526,7 +528,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = list[Index]()
     for seed in range(30):
         kept.append(Index(torch.randperm(190)[: 8 + seed].tolist()))
-        transfer.mine = kept[-1]
+        transfer.device_index = kept[-1]
         transfer.go(tokens=8 + seed if seed < 24 else 32)
         launch = transfer.prepared()
         number = sum(pieces.number + 1 for pieces in launch.cached.values())
@@ -560,7 +562,7 @@ def test_host_memory_outlives_the_copy(accelerator: torch.device, strategy: type
 def test_from_several_threads(accelerator: torch.device) -> None:
     transfers = [Transfers(BatchedMemcpy(accelerator), True) for _ in range(3)]
     for each in transfers:
-        each.mine = Index(torch.randperm(190)[:TOKENS].tolist())
+        each.device_index = Index(torch.randperm(190)[:TOKENS].tolist())
         each._prepared = transfers[0]._prepared
     wanted = [each.expected() for each in transfers]
     run_threads(lambda each: [each.go(), each.go()], transfers)

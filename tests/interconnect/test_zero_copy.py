@@ -298,23 +298,23 @@ def test_nothing_is_loaded_during_capture(driver: Driver, monkeypatch: pytest.Mo
         with refused(Unsupported, "make the same call once before the capture"):
             made.prepare(copied.plan())
     launched(copied, made.prepare(copied.plan()))
-    driver.held.clear()
+    driver.retained.clear()
     monkeypatch.setattr(zero_copy, "capturing", lambda device: True)
     launched(copied, made.prepare(copied.plan()))
-    assert driver.held == [], "a graph's memory is its owner's"
+    assert driver.retained == [], "a graph's memory is its owner's"
 
 
 def test_host_memory_is_held_until_the_copy_ended(strategy: type[Stores], driver: Driver) -> None:
     copied = COPIES["gather"]()
     assert judged(copied, strategy) == 0
     host = copied.src if strategy is Loads else copied.dst
-    assert [[x.data_ptr() for x in held] for held in driver.held] == [
+    assert [[x.data_ptr() for x in held] for held in driver.retained] == [
         [x.data_ptr() for x in host.view().owners]
     ]
     driver.error = 700  # what was launched before may be under way
     with refused(TransferError, "700", "nothing was moved", watch=copied.dst.tensors):
         judged(copied, strategy)
-    assert len(driver.held) == 2
+    assert len(driver.retained) == 2
 
 
 @pytest.mark.parametrize("reached", [True, False], ids=["mapped", "not mapped"])

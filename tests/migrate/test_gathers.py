@@ -113,7 +113,7 @@ def test_a_reader_that_pairs_anew_finds_its_slots_free(
     both = Couple(made, "staging", transport="other")
     before = both.pull(both.offer())
     assert until(lambda: both.owner.statistics()["slots"] >= 2)
-    both.owner.reallocate(both.theirs.shard)
+    both.owner.reallocate(both.src.shard)
     monkeypatch.setattr(Other, "stuck", None)
     began = monotonic()
     both.pull(both.offer()).synchronize(40)
@@ -171,7 +171,7 @@ def test_an_owner_that_is_asked_for_no_rows_knows_of_a_pull_that_lasts(made: Sid
     """Fault 7. Another one has all of them: its offer ends with the reader all the same."""
     both = Couple(made, "staging")
     held = threading.Event()
-    also = made.owner(both.theirs.shard, expose="staging", staging=SMALL)
+    also = made.owner(both.src.shard, expose="staging", staging=SMALL)
     offers = [one.offer(both.blocks, tokens=both.tokens) for one in (both.owner, also)]
     for offer in offers:
         offer.after = cast(Any, Held(held))
@@ -220,8 +220,8 @@ def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) ->
     offer.after = cast(Any, Held(held))
     before = both.pull(offer)
     assert until(lambda: both.owner._gathers._graph.live)
-    both.theirs = Rows(fill=7)
-    both.owner.reallocate(both.theirs.shard)
+    both.src = Rows(fill=7)
+    both.owner.reallocate(both.src.shard)
     offer = both.offer()
     offer.after = cast(Any, Held(threading.Event(), 0.2))
     pull = both.pull(offer)

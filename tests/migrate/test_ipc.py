@@ -175,7 +175,7 @@ def test_memory_outlives_its_owner() -> None:
         pipe.recv()
 
     owner = Child(work)
-    data = owner.told()
+    data = owner.receive()
     opened = ipc.open_shared(data)
     owner.kill()
     assert opened.sum() == 15_000
@@ -219,7 +219,7 @@ def test_a_forked_process_shares_and_opens() -> None:
         pipe.recv()
 
     child = Child(work)
-    theirs = ipc.open_shared(child.told())
+    theirs = ipc.open_shared(child.receive())
     assert mine[0] == 40
     assert torch.equal(theirs, before)
     assert theirs.data_ptr() != before.data_ptr()
@@ -310,7 +310,7 @@ def test_another_users_memory_is_refused() -> None:
             pipe.send(str(error))
 
     child = Child(work)
-    told = child.told()
+    told = child.receive()
     assert f"process {os.getpid()}'s (Permission denied); run both as one us" in told
     assert child.end() == 0
     assert mine[3] == 3
@@ -331,7 +331,7 @@ def test_a_process_without_descriptors_is_told_so() -> None:
             pipe.send(str(error))
 
     child = Child(work)
-    assert "(Too many open files); run both as one user, with free descriptors" in child.told()
+    assert "(Too many open files); run both as one user, with free descriptors" in child.receive()
     assert child.end() == 0
     assert mine[3] == 3
 

@@ -256,5 +256,5 @@ def test_a_forked_process_is_refused_device_memory() -> None:
         pipe.recv()
 
     child = Child(work)
-    assert "fork" in child.told() or "refuses" in child.told()
+    assert "fork" in child.receive() or "refuses" in child.receive()
     child.end()

@@ -118,7 +118,7 @@ def test_an_offer_that_ends_in_mid_copy_is_not_published(made: Sides, end: str) 
         offer.revoke()
     assert offer.taken(0)
     assert offer.state == end
-    both.theirs.whole.fill_(9)
+    both.src.whole.fill_(9)
     assert not pulled.done()
     ended(pulled, OfferGone)
     assert both.spared()
@@ -134,7 +134,7 @@ def test_an_offer_that_ends_between_slices_is_not_published(made: Sides) -> None
             offer.until = 0.0
         offer.revoke()
         assert offer.taken(0)
-        both.theirs.whole.fill_(9)
+        both.src.whole.fill_(9)
         with pytest.raises(OfferGone):
             pulled.synchronize(30)
         assert not pulled.published
@@ -182,7 +182,7 @@ def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
 
     class Waits(Copies):
         def heard(self, plan: CopyPlan) -> Any:
-            return later if plan.dst == both.mine.view.form else None
+            return later if plan.dst == both.dst.view.form else None
 
     timer.start()
     with reading(Waits):
@@ -323,7 +323,7 @@ def test_a_ticket_of_another_group_is_refused(made: Sides) -> None:
     both = Couple(made)
     other = Rows()
     wide = made.owner(
-        Shard(KVView([*other.whole.view(2, 2, 16, 16, 2, 16)], both.theirs.view.layout.text))
+        Shard(KVView([*other.whole.view(2, 2, 16, 16, 2, 16)], both.src.view.layout.text))
     )
     with pytest.raises(LayoutError, match="bytes of a row of group 0"):
         both.reader.pull(wide.offer([1], tokens=16).ticket, [0])
@@ -336,7 +336,7 @@ def test_a_ticket_of_another_group_is_refused(made: Sides) -> None:
     for bad in (16, -1):
         with pytest.raises(InvalidTerms):
             both.reader.pull(tickets[0], [0], first=bad)
-    assert (both.mine.whole == -1).all()
+    assert (both.dst.whole == -1).all()
 
 
 def test_bad_blocks_of_the_owner_are_refused_at_the_offer(made: Sides) -> None:
@@ -366,7 +366,7 @@ def test_a_forged_ticket_reads_nothing_past_a_region(made: Sides) -> None:
     past = torch.tensor([7, 3, 11, 0, 1 << 20], dtype=torch.int32, device="cpu").numpy().tobytes()
     with pytest.raises(SlotError):
         both.reader.pull(replace(told, ids=(past,)).pack(key_of(both.owner)), both.into)
-    assert (both.mine.whole == -1).all()
+    assert (both.dst.whole == -1).all()
 
 
 @WAYS
@@ -377,7 +377,7 @@ def test_bad_blocks_of_the_reader_are_refused_before_anything_moves(made: Sides,
     for bad in ([1, 2, 1], [1, 2, 8], [1, 2]):
         with pytest.raises(SlotError):
             both.reader.pull(offer.ticket, bad)
-    assert (both.mine.whole == -1).all()
+    assert (both.dst.whole == -1).all()
     both.pull(offer).synchronize(30)
     assert both.right()
 
@@ -394,9 +394,9 @@ def test_an_owner_that_reallocates_publishes_nothing_of_its_old_regions(made: Si
     ended(both.pull(offers[1]), OfferGone)
     assert offers[1].state == "revoked"
     with pytest.raises(OfferGone, match="other memory"):
-        made.reader(both.mine.shard).pull(offers[1].ticket, both.into)
+        made.reader(both.dst.shard).pull(offers[1].ticket, both.into)
     both.reader.pull(both.owner.offer([31, 30], tokens=32).ticket, [0]).synchronize(30)
-    assert torch.equal(both.mine.rows([0], 32), other.rows([31, 30], 32))
+    assert torch.equal(both.dst.rows([0], 32), other.rows([31, 30], 32))
 
 
 def test_an_owner_that_reallocates_between_two_greetings_is_not_paired_with(made: Sides) -> None:
@@ -406,7 +406,7 @@ def test_an_owner_that_reallocates_between_two_greetings_is_not_paired_with(made
     def hello(peer: Peer, asked: Hello) -> Any:
         answer = both.owner._hello(peer, asked)
         both.owner.channel.serve(Hello, both.owner._hello)
-        both.owner.reallocate(both.theirs.shard)
+        both.owner.reallocate(both.src.shard)
         return answer
 
     both.owner.channel.serve(Hello, hello)
@@ -470,15 +470,15 @@ def test_a_slot_that_was_not_taken_is_busy(made: Sides) -> None:
     assert busy.seconds > 0
     other = Rows(8, 32, fill=-1)
     made.reader(other.shard).pull(offer.ticket, both.into).synchronize(30)
-    assert torch.equal(other.rows(both.into, 75), both.theirs.rows(both.blocks, 75))
+    assert torch.equal(other.rows(both.into, 75), both.src.rows(both.blocks, 75))
 
 
 def test_rows_that_change_after_they_were_read_are_not_verified(made: Sides) -> None:
     """Fault 29. An owner that does not keep its promise is found by the digest."""
     both = Couple(made)
     pulled = both.pull(both.offer(), max_gbps=SLOW, verify=True)
-    assert until(lambda: bool((both.mine.rows([6], 1) != -1).any()))
-    both.theirs.whole[0, 0, 7, 0] ^= 1
+    assert until(lambda: bool((both.dst.rows([6], 1) != -1).any()))
+    both.src.whole[0, 0, 7, 0] ^= 1
     ended(pulled, TransferError, "Expected the bytes of the rows")
 
 
@@ -501,7 +501,7 @@ def test_a_pull_is_cancelled_at_any_moment(made: Sides, way: str) -> None:
             both.pull(offer).synchronize(30)  # by the same ticket
         assert offer.taken(5)
         assert offer.state == "taken"
-    both.mine.whole.fill_(-1)
+    both.dst.whole.fill_(-1)
     pulled = both.pull(both.offer())
     pulled.synchronize(30)
     assert not pulled.cancel()
@@ -600,10 +600,10 @@ def test_a_reader_that_is_closed_writes_nothing_from_then_on(made: Sides, way: s
     both.reader.close()
     assert until(lambda: pulled.tasks[0].ended)
     ended(pulled, TransferCancelled)
-    written = both.mine.whole.clone()
+    written = both.dst.whole.clone()
     assert not offer.taken(0.5)
     assert offer.state == "held"
-    assert torch.equal(both.mine.whole, written)
+    assert torch.equal(both.dst.whole, written)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -619,7 +619,7 @@ def test_a_forked_child_refuses_and_the_parent_goes_on(made: Sides) -> None:
         try:
             both.pull(offers[1])
         except (PeerError, TransferError):
-            refused += bool((both.mine.whole[:, :, both.into] == -1).all())
+            refused += bool((both.dst.whole[:, :, both.into] == -1).all())
         try:
             pulled.synchronize(5)
         except TransferError:
@@ -667,7 +667,7 @@ def test_another_model_is_refused(made: Sides) -> None:
     offer = both.offer()
     offer.revoke()
     with pytest.raises(LayoutError, match="the owner's model is 'a model', the reader's 'another'"):
-        made.reader(both.mine.shard, model="another").pull(offer.ticket, both.into)
+        made.reader(both.dst.shard, model="another").pull(offer.ticket, both.into)
 
 
 @WAYS
@@ -707,8 +707,8 @@ def failing(both: Couple, offer: Any, how: str) -> None:
         ended(both.pull(offer, max_gbps=SLOW / 16, timeout=0.1), TransferTimeout)
     else:
         pulled = both.pull(offer, max_gbps=SLOW, verify=True)
-        assert until(lambda: bool((both.mine.rows([6], 1) != -1).any()))
-        both.theirs.whole[0, 0, 7, 0] ^= 1
+        assert until(lambda: bool((both.dst.rows([6], 1) != -1).any()))
+        both.src.whole[0, 0, 7, 0] ^= 1
         ended(pulled, TransferError, "Expected the bytes of the rows")
 
 
@@ -775,7 +775,7 @@ def test_an_edited_ticket_reads_nothing(made: Sides, way: str, fields: dict[str,
     offer = both.offer()
     with pytest.raises(PeerError, match="not a ticket of this release"):
         both.reader.pull(forged(offer.ticket, **fields), both.into)
-    assert (both.mine.whole == -1).all()
+    assert (both.dst.whole == -1).all()
     both.pull(offer).synchronize(30)
     assert both.right()
 
@@ -785,8 +785,8 @@ def test_the_mac_is_what_stops_an_edited_ticket(made: Sides) -> None:
     both = Couple(made)
     told = replace(Ticket.read(both.offer().ticket), ids=(OTHERS,))
     both.reader.pull(told.pack(key_of(both.owner)), both.into).synchronize(30)
-    wanted = both.theirs.rows([1, 2, 3, 4, 5], both.tokens)
-    assert torch.equal(both.mine.rows(both.into, both.tokens), wanted)
+    wanted = both.src.rows([1, 2, 3, 4, 5], both.tokens)
+    assert torch.equal(both.dst.rows(both.into, both.tokens), wanted)
 
 
 def test_an_owner_whose_events_cannot_be_opened_is_not_mapped(made: Sides) -> None:
@@ -799,7 +799,7 @@ def test_an_owner_whose_events_cannot_be_opened_is_not_mapped(made: Sides) -> No
 
     both = Couple(made)
     both.owner.close()
-    both.owner = Eventful(both.owner.channel, both.theirs.shard, model=MODEL)
+    both.owner = Eventful(both.owner.channel, both.src.shard, model=MODEL)
     made.made.append(both.owner)
     pulled = both.pull(both.offer())
     pulled.synchronize(60)
@@ -886,7 +886,7 @@ def test_a_reference_that_is_stale_after_reuse_is_never_published(made: Sides) -
     both = Couple(made)
     stale = both.offer()
     stale.revoke()
-    both.theirs.whole.fill_(5)
+    both.src.whole.fill_(5)
     again = both.offer()
     ended(both.pull(stale), OfferGone)
     both.pull(again).synchronize(30)
@@ -920,21 +920,21 @@ def test_rows_of_an_owner_that_reuses_its_blocks_at_once_are_never_stale(
     both.pull(both.offer()).synchronize(30)
     span = 2 * (time.monotonic() - began)
     for number in range(rounds):
-        both.theirs.whole.fill_(number)
+        both.src.whole.fill_(number)
         offer = both.offer()
         after = seed.random() * span
 
         def reuse(offer: Any = offer, after: float = after) -> None:
             time.sleep(after)
             offer.revoke()
-            both.theirs.whole.fill_(-2)
+            both.src.whole.fill_(-2)
 
         thread = threading.Thread(target=reuse)
         thread.start()
         try:
             both.pull(offer).synchronize(30)
             published += 1
-            assert (both.mine.rows(both.into, both.tokens) == number).all()
+            assert (both.dst.rows(both.into, both.tokens) == number).all()
         except OfferGone:
             gone += 1
         thread.join()
@@ -1000,7 +1000,7 @@ def test_an_owner_is_told_of_copies_that_last(made: Sides, lasts: bool) -> None:
 
     class Waits(Copies):
         def heard(self, plan: CopyPlan) -> Any:
-            if plan.dst != both.mine.view.form:
+            if plan.dst != both.dst.view.form:
                 return None
             (threading.Timer(0.3, over.set).start if lasts else over.set)()
             return SimpleNamespace(done=over.is_set, wait=over.wait)
@@ -1031,13 +1031,13 @@ def test_a_channel_has_one_owner_and_one_reader_at_a_time(made: Sides) -> None:
     both = Couple(made, "staging")
     with pytest.raises(InvalidTerms, match="Expected a channel without"):
         Owner(
-            both.owner.channel, both.theirs.shard, model=MODEL
+            both.owner.channel, both.src.shard, model=MODEL
         )  # before its shards are looked at, and exported
     with pytest.raises(LayoutError):
         Owner(both.reader.channel, model=MODEL)
-    made.made.append(Owner(both.reader.channel, both.mine.shard, model=MODEL))
+    made.made.append(Owner(both.reader.channel, both.dst.shard, model=MODEL))
     for kind, one in ((Owner, both.owner), (Reader, both.reader)):
-        terms: Any = one.channel, both.theirs.shard if kind is Owner else both.mine.shard
+        terms: Any = one.channel, both.src.shard if kind is Owner else both.dst.shard
         with pytest.raises(InvalidTerms, match="Expected a channel without"):
             kind(*terms, model=MODEL)
         one.close()

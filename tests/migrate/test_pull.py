@@ -152,8 +152,8 @@ def test_what_the_reader_does_not_want_nobody_has_to_hold(way: str) -> None:
         both = Couple(made, way)
         offer = both.owner.offer([7, -1, 11, 0, 5, 9], tokens=96)
         both.reader.pull(offer.ticket, [-1, 4, 2], verify=True).synchronize(60)
-        assert torch.equal(both.mine.rows([4, 2], 64), both.theirs.rows([11, 0, 5, 9], 64))
-        assert (both.mine.whole[:, :, [0, 1, 3, 5, 6, 7]] == -1).all()
+        assert torch.equal(both.dst.rows([4, 2], 64), both.src.rows([11, 0, 5, 9], 64))
+        assert (both.dst.whole[:, :, [0, 1, 3, 5, 6, 7]] == -1).all()
 
 
 @pytest.mark.parametrize("way", ["mapped", "staging"])
@@ -174,10 +174,10 @@ def test_a_second_pull_of_the_same_owners_plans_nothing_anew() -> None:
     with sides() as made:
         both = Couple(made)
         for first in (0, 5, 40):
-            both.mine.whole.fill_(-1)
+            both.dst.whole.fill_(-1)
             both.pull(both.offer(), first=first).synchronize(60)
-            rows = both.mine.rows(both.into, both.tokens)
-            assert torch.equal(rows[:, :, first:], both.theirs.rows(both.blocks, 75)[:, :, first:])
+            rows = both.dst.rows(both.into, both.tokens)
+            assert torch.equal(rows[:, :, first:], both.src.rows(both.blocks, 75)[:, :, first:])
             assert (rows[:, :, :first] == -1).all()
             assert both.spared()
 

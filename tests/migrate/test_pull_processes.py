@@ -93,7 +93,7 @@ def test_rows_of_this_process_come_to_another(nursery: Nursery, made: Sides, way
     pid, _ = nursery.born(READER, tickets=tickets, terms={"verify": True})
     for _ in offers:
         read = torch.from_numpy(nursery.hear(pid))
-        assert torch.equal(read, both.theirs.rows(BLOCKS, TOKENS))
+        assert torch.equal(read, both.src.rows(BLOCKS, TOKENS))
     assert all(offer.taken(5) for offer in offers)
     nursery.end(pid)
 
@@ -157,7 +157,7 @@ def test_a_reader_that_was_stopped_finds_its_offer_gone(nursery: Nursery, made: 
     assert until(lambda: bool(offer.begun))
     os.kill(pid, signal.SIGSTOP)
     assert offer.taken(20)
-    both.theirs.whole.fill_(9)
+    both.src.whole.fill_(9)
     os.kill(pid, signal.SIGCONT)
     assert nursery.hear(pid) in ("OfferGone", "PeerError")
     nursery.end(pid)

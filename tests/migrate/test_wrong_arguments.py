@@ -115,7 +115,7 @@ def test_pulls_name_the_argument(made: Sides) -> None:
     for into in ([6, 6, 6], ["a"], 5, [99, 1, 4], [6]):
         with pytest.raises(SlotError, match=r"\bblocks\b"):
             both.reader.pull(ticket, into)  # type: ignore[arg-type]
-    assert (both.mine.whole == -1).all()
+    assert (both.dst.whole == -1).all()
     both.reader.pull(ticket, both.into).synchronize(30)
     assert both.right()
     assert both.spared()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.core_cases import Mover, by_backend, by_runs, move, noise
+from support.core_cases import Copier, by_backend, by_runs, move, noise
 
 from portakv import CopyPlan, Index, KVView, PortaKVError, SlotError
 
@@ -15,7 +15,7 @@ from portakv import CopyPlan, Index, KVView, PortaKVError, SlotError
 @pytest.mark.parametrize("carry", [by_runs, by_backend])
 @pytest.mark.parametrize("extent", [1, 3])
 @pytest.mark.parametrize("axis", range(6), ids=["layer", "kv", "block", "token", "head", "dim"])
-def test_sources_whose_rows_share_addresses(axis: int, extent: int, carry: Mover) -> None:
+def test_sources_whose_rows_share_addresses(axis: int, extent: int, carry: Copier) -> None:
     """An axis of stride 0, or of one element under an odd stride, read by ids and without."""
     shape = [2, 2, 3, 4, 2, 8]
     shape[axis] = 1 if extent == 1 else shape[axis]

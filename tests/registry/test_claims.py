@@ -38,7 +38,7 @@ def test_ids_come_in_the_claimed_dtype_and_place(
     scattered = torch.tensor([3, 0, 1, 0, 2, 0], dtype=passed)[::2]
     chunk, wanted = store(caches, scattered, "choosy")
     assert same(chunk, wanted)
-    passed_on = [ids for launch in backend.given for ids in launch.ids()]
+    passed_on = [ids for launch in backend.launches for ids in launch.ids()]
     assert {ids.dtype for ids in passed_on} == {claimed}
     assert all(ids.is_contiguous() and ids.device.type == "cpu" for ids in passed_on)
 
@@ -52,7 +52,7 @@ def test_negative_ids_reach_only_those_that_skip_them(
     register_backend("skipper", backend)
     chunk, wanted = store(caches, Index([3, -1, 1, -7, -1, 2], step=step), "skipper")
     assert same(chunk, wanted)
-    launch = backend.given[-1]
+    launch = backend.launches[-1]
     assert bool((launch.ids()[0] < 0).any()) is skips
     assert launch.count == (6 if skips else 3) * step
 
@@ -109,7 +109,7 @@ def test_head_and_tail_are_told_apart_by_who_carries_them_out(
         count=count,
     ).synchronize()
     assert same(chunk, wanted)
-    assert all(ids.dtype == torch.int32 for launch in backend.given for ids in launch.ids())
+    assert all(ids.dtype == torch.int32 for launch in backend.launches for ids in launch.ids())
 
 
 def test_a_slot_that_int32_cannot_hold_is_not_narrowed() -> None:
@@ -125,7 +125,7 @@ def test_a_slot_that_int32_cannot_hold_is_not_narrowed() -> None:
         check_sentence(str(error), "int32")
     else:
         assert same(chunk, wide[:2].contiguous())
-    assert not any(bool((ids < 0).any()) for launch in backend.given for ids in launch.ids())
+    assert not any(bool((ids < 0).any()) for launch in backend.launches for ids in launch.ids())
 
 
 def test_a_backend_that_no_pattern_fits_is_never_chosen_unasked() -> None:

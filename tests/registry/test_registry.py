@@ -118,21 +118,21 @@ def test_candidates_behind_the_winner_are_not_touched() -> None:
     register_backend("first", first)
     register_backend("second", second)
     assert registry.choose("cpu").name == "first"
-    assert first.asked[0] == "probe"
-    assert not second.asked
+    assert first.calls[0] == "probe"
+    assert not second.calls
 
 
 def test_the_self_check_runs_once_and_never_in_a_transfer(caches: list[torch.Tensor]) -> None:
     backend = small_backend("once")
     register_backend("once", backend)
     connector = AdaptiveConnector("cpu")
-    launches = len(backend.given)
+    launches = len(backend.launches)
     assert launches >= 2  # gather and scatter
     AdaptiveConnector("cpu")
-    assert len(backend.given) == launches
+    assert len(backend.launches) == launches
     chunk = filled((2, LAYERS, 2, HEADS * DIM), poison=True)
     connector.from_gpu(chunk, caches, [1, 2]).synchronize()
-    assert len(backend.given) == launches + 1
+    assert len(backend.launches) == launches + 1
 
 
 def test_nothing_is_imported_until_asked(tmp_path: Path) -> None:
@@ -320,10 +320,10 @@ def test_plans_not_taken_fall_back_aloud(caches: list[torch.Tensor], how: str, j
     backend = small_backend("picky", **{how: judge})
     register_backend("picky", backend)
     connector = AdaptiveConnector("cpu")
-    launches = len(backend.given)
+    launches = len(backend.launches)
     chunk, wanted = store(caches, [3, 1, 2])
     assert same(chunk, wanted)
-    assert len(backend.given) == launches
+    assert len(backend.launches) == launches
     connector.register_kv_caches(caches)
     explanation = connector.explain()
     assert "picky: rejected" in explanation
@@ -351,7 +351,7 @@ def test_a_claim_that_a_plan_exceeds(claims: dict[str, Any], reason: str) -> Non
     AdaptiveConnector("cpu").from_gpu(chunk, caches, [5, 0, 9]).synchronize()
     rows = torch.stack([c.view(2, -1, HEADS * 3)[:, [5, 0, 9]] for c in caches], dim=1)
     assert same(chunk, rows)
-    assert all(launch.plan.src.layers == 2 for launch in backend.given)  # the self-check's only
+    assert all(launch.plan.src.layers == 2 for launch in backend.launches)  # the self-check's only
     chunk.fill_(0)
     with refused(Unsupported, "'limited' was forced", reason, watch=[*caches, chunk]):
         AdaptiveConnector("cpu", backend="limited").from_gpu(chunk, caches, [5, 0, 9])
@@ -363,4 +363,4 @@ def test_a_claim_that_a_plan_meets(caches: list[torch.Tensor], alignment: int) -
     register_backend("aligned", backend)
     chunk, wanted = store(caches, [3, 1, 2], "aligned")
     assert same(chunk, wanted)
-    assert backend.given[-1].plan.vector >= alignment
+    assert backend.launches[-1].plan.vector >= alignment

@@ -157,7 +157,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Later:
     register_backend("later", backend)
     registry.choose("cpu", "later")  # its self-check waits as well
     # It keeps nothing: views are what these tests are about.
-    backend.given = deque(maxlen=0)  # type: ignore[assignment]
+    backend.launches = deque(maxlen=0)  # type: ignore[assignment]
     pending.ended = False
     pending.waited = 0
     return pending

@@ -27,7 +27,7 @@ DST = [1, 6, 0, 4, 2]
 BIG = 1 << 20  # bytes of a block of the large caches
 PATIENCE = 30.0  # seconds that no test should ever take
 #: Every way in which blocks are issued.
-WAYS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "at once": {},
     "by layer": {"by_layer": True},
     "detached": {"detached": True},
@@ -36,7 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "in slices by layer": {"cancellable": True, "by_layer": True},
     "at a rate": {"max_gbps": 1.0},
 }
-SLICED = [name for name, options in WAYS.items() if set(options) - {"by_layer", "detached"}]
+SLICED = [name for name, options in METHODS.items() if set(options) - {"by_layer", "detached"}]
 
 
 @dataclass
@@ -81,18 +81,22 @@ class Pair:
     """Two caches, blocks to copy from the first to the second, and what the second holds then."""
 
     def __init__(
-        self, src: Cache, dst: Cache, mine: Sequence[int] = SRC, theirs: Sequence[int] = DST
+        self,
+        src: Cache,
+        dst: Cache,
+        src_ids: Sequence[int] = SRC,
+        dst_ids: Sequence[int] = DST,
     ) -> None:
         self.src = src
         self.dst = dst
-        self.ids = (mine, theirs)
-        self.expected = wanted(src, dst, mine, theirs)
+        self.ids = (src_ids, dst_ids)
+        self.expected = wanted(src, dst, src_ids, dst_ids)
 
-    def start(self, mine: Any = None, theirs: Any = None, **options: Any) -> BlockTransfer:
+    def start(self, src_ids: Any = None, dst_ids: Any = None, **options: Any) -> BlockTransfer:
         """The transfer; its ids may be passed in another form."""
-        mine = self.ids[0] if mine is None else mine
-        theirs = self.ids[1] if theirs is None else theirs
-        return copy_blocks(self.src.view, self.dst.view, mine, theirs, **options)
+        src_ids = self.ids[0] if src_ids is None else src_ids
+        dst_ids = self.ids[1] if dst_ids is None else dst_ids
+        return copy_blocks(self.src.view, self.dst.view, src_ids, dst_ids, **options)
 
     def landed(self) -> bool:
         """True where the destination holds what it should."""

@@ -275,7 +275,7 @@ def refusals(run: RunRecord) -> str:
     return "\n".join(check_report(run.document(), lambda profile, device: {}))
 
 
-def kept(run: RunRecord, root: Path) -> Path:
+def saved_report(run: RunRecord, root: Path) -> Path:
     """The file of a run whose report was put among the results below a folder; what `verify` says
     of cases that no suite has is not asked."""
     report = root / "conformance.json"

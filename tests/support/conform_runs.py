@@ -30,7 +30,7 @@ def python(*words: str, where: Path = ROOT, **more: str) -> subprocess.Completed
     )
 
 
-class Heard(Progress):
+class RecordingProgress(Progress):
     """A `Progress` that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -52,9 +52,11 @@ class Heard(Progress):
         self.sentences.append(sentence)
 
 
-def ran(behaviours: Mapping[str, str], heard: Heard | None = None, **options: object) -> RunRecord:
+def ran(
+    behaviours: Mapping[str, str], heard: RecordingProgress | None = None, **options: object
+) -> RunRecord:
     wanted = Options("fake", **options)  # type: ignore[arg-type]
-    return run(wanted, heard or Heard(), command=fake.command(behaviours))
+    return run(wanted, heard or RecordingProgress(), command=fake.command(behaviours))
 
 
 def statuses(record: RunRecord) -> dict[str, str]:

@@ -39,7 +39,7 @@ def move(runs: Iterable[Any]) -> None:
         ctypes.memmove(target, source, nbytes)
 
 
-Mover = Callable[..., None]
+Copier = Callable[..., None]
 
 
 def by_backend(src: KVView, dst: KVView, mine: Any, theirs: Any, count: int | None = None) -> None:

@@ -52,7 +52,7 @@ class Driver:
     """What the strategy asked of the driver: the blocks, threads and stream of each launch, and the
     host memory that it had held; ``error``: what it answers."""
 
-    held: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    retained: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     launches: list[tuple[int, int, int]] = field(default_factory=list)
     error: int = 0
 
@@ -60,7 +60,7 @@ class Driver:
         return dict.fromkeys(names, compiled(source))
 
     def hold(self, device: torch.device, stream: torch.Stream | None, *host: torch.Tensor) -> None:
-        self.held.append(host)
+        self.retained.append(host)
 
     def launch(self, library: Any, x: int, y: int, z: int, *rest: Any) -> tuple[int]:
         threads, of_y, of_z, shared, stream, address, extra = rest

@@ -141,7 +141,7 @@ class Carrier(NamedTuple):
 
         self._judged(copy, carry)
 
-    def tells(self, copy: Copy, status: torch.Tensor | None) -> None:
+    def launch_and_check(self, copy: Copy, status: torch.Tensor | None) -> None:
         """Launch behind the library's checks, with a status word; every byte is judged."""
         self._judged(copy, lambda src, dst: self.launches(Copy(src, dst, copy.count), status))
 

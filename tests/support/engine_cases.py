@@ -141,8 +141,8 @@ class Transfers:
         # The memory of the device and of the host, and the index of either.
         self.rows = view_of(mapped(made, lambda x: x.to(strategy.device)), case.device)
         self.host = self.chunk(seed + 1)
-        self.mine = index_of(case.ids)
-        self.theirs = index_of(case.host_ids, case.offset)
+        self.device_index = index_of(case.ids)
+        self.host_index = index_of(case.host_ids, case.offset)
         self.plan = self._plan_of(None)
         self._prepared: dict[int, Any] = {}
 
@@ -153,7 +153,7 @@ class Transfers:
 
     def _plan_of(self, unit: int | None) -> CopyPlan:
         src, dst = self.turned(self.rows.form, self.host.form)
-        steps = self.turned(self.mine.plan_step, self.theirs.plan_step)
+        steps = self.turned(self.device_index.plan_step, self.host_index.plan_step)
         return CopyPlan(src, dst, steps[0], steps[1], unit)
 
     def prepared(self, unit: int | None = None) -> Any:
@@ -168,7 +168,7 @@ class Transfers:
     def move(self, host: KVView | None = None, tokens: int | None = None) -> Move:
         """The transfer as it is asked for."""
         src, dst = self.turned(self.rows, host or self.host)
-        mine, theirs = self.turned(self.mine, self.theirs)
+        mine, theirs = self.turned(self.device_index, self.host_index)
         return Move(src, dst, mine, theirs, self.case.count if tokens is None else tokens)
 
     def go(

@@ -132,14 +132,16 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def told(self, *methods: str) -> list[dict[str, Any]]:
+    def params_of(self, *methods: str) -> list[dict[str, Any]]:
         """What events of these methods told since the page was opened."""
         self.ask("0")  # what was said before this answer has arrived with it
         return [event["params"] for event in self.events if event["method"] in methods]
 
     def complaints(self) -> list[dict[str, Any]]:
         """Errors and warnings of the page since it was opened."""
-        return self.told("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+        return self.params_of(
+            "Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"
+        )
 
     def shoot(self, picture: Path) -> bytes:
         """A PNG of the whole page, also kept as a file."""

@@ -40,13 +40,13 @@ class Server:
         secret = given.pop("secret", SECRET if address else None)
         self.channel = Channel(address, secret=secret, **given)
         self.peers = dict[Peer, None]()
-        self.asked = list[bytes]()
+        self.received = list[bytes]()
         self.channel.serve(Ping, self.answer)
 
     def answer(self, peer: Peer, ping: Ping) -> Pong:
         self.peers[peer] = None
-        self.asked.append(ping.data)
-        return Pong(ping.data, len(self.asked))
+        self.received.append(ping.data)
+        return Pong(ping.data, len(self.received))
 
     @property
     def address(self) -> str:

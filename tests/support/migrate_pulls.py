@@ -115,11 +115,11 @@ class Couple:
     """An owner of 16 blocks of 16 tokens and a reader of 8 of 32, and one pull between them."""
 
     def __init__(self, made: Sides, way: str = "mapped", **given: Any) -> None:
-        self.theirs = Rows()
-        self.mine = Rows(8, 32, fill=-1)
+        self.src = Rows()
+        self.dst = Rows(8, 32, fill=-1)
         terms: dict[str, Any] = {"expose": way, "staging": SMALL} if way == "staging" else {}
-        self.owner = made.owner(self.theirs.shard, **{**terms, **given})
-        self.reader = made.reader(self.mine.shard, timeout=5.0)
+        self.owner = made.owner(self.src.shard, **{**terms, **given})
+        self.reader = made.reader(self.dst.shard, timeout=5.0)
         self.blocks = [7, 3, 11, 0, 5]
         self.into = [6, 1, 4]
         self.tokens = 75
@@ -134,11 +134,11 @@ class Couple:
 
     def right(self) -> bool:
         """Whether the reader has the owner's rows."""
-        theirs = self.theirs.rows(self.blocks, self.tokens)
-        return torch.equal(theirs, self.mine.rows(self.into, self.tokens))
+        theirs = self.src.rows(self.blocks, self.tokens)
+        return torch.equal(theirs, self.dst.rows(self.into, self.tokens))
 
     def spared(self) -> bool:
         """Whether all other rows of the reader are as they were."""
         others = [x for x in range(8) if x not in self.into]
-        rest = self.mine.rows(self.into[-1:], 32)[:, :, self.tokens - 64 :]
-        return bool((self.mine.whole[:, :, others] == -1).all()) and bool((rest == -1).all())
+        rest = self.dst.rows(self.into[-1:], 32)[:, :, self.tokens - 64 :]
+        return bool((self.dst.whole[:, :, others] == -1).all()) and bool((rest == -1).all())

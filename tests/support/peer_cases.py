@@ -107,6 +107,6 @@ def reading(cls: type[ReadsPeers]) -> Iterator[None]:
         REGISTRY.unregister(cls.name)
 
 
-def said(why: str) -> Callable[[torch.device, torch.device], str]:
+def answering(why: str) -> Callable[[torch.device, torch.device], str]:
     """An answer for each pair of devices; see `peers.unmapped`."""
     return lambda owner, reader: why

@@ -43,7 +43,7 @@ class Child:
                 os._exit(1)
         there.close()
 
-    def told(self) -> Any:
+    def receive(self) -> Any:
         assert self.here.poll(30), "the child says nothing"
         return self.here.recv()
 
@@ -73,7 +73,7 @@ class Opener(Child):
                     block.release()
 
         super().__init__(work)
-        self.blocks: list[tuple[int, int]] = self.told()  # the index and generation of each
+        self.blocks: list[tuple[int, int]] = self.receive()  # the index and generation of each
 
 
 def holder(name: str, count: int, value: int = 1) -> Opener:

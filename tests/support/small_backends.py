@@ -16,7 +16,7 @@ from portakv.backends.reference import Reference
 from support.core_cases import move
 
 
-class Given(NamedTuple):
+class Launched(NamedTuple):
     """What one launch was called with."""
 
     plan: CopyPlan
@@ -42,8 +42,8 @@ class Small(Reference):
     """The base of backends that `small_backend` makes: with what each launch was given, and what
     each was asked, in order, and what a launch returns."""
 
-    given: list[Given]
-    asked: list[str]
+    launches: list[Launched]
+    calls: list[str]
     pending: Any
 
 
@@ -67,26 +67,26 @@ def small_backend(
     class Made(Small):
         @classmethod
         def probe(cls, device: torch.device) -> Decision:
-            cls.asked.append("probe")
+            cls.calls.append("probe")
             return Decision(cls.name, True, "it is a test")
 
         def capabilities(self) -> Capabilities:
             return replace(super().capabilities(), **claims)
 
         def check(self, plan: CopyPlan) -> Decision:
-            self.asked.append("check")
+            self.calls.append("check")
             if rejects(plan):
                 return Decision(self.name, False, "check dislikes this plan")
             return super().check(plan)
 
         def prepare(self, plan: CopyPlan) -> Any:
-            self.asked.append("prepare")
+            self.calls.append("prepare")
             if refuses(plan):
                 raise Unsupported("This plan", "prepare dislikes it")
             launch = run_by_run(plan) if by_runs else super().prepare(plan)
 
             def recorded(src: KVView, dst: KVView, *rest: Any) -> Any:
-                self.given.append(Given(plan, src, dst, *rest))
+                self.launches.append(Launched(plan, src, dst, *rest))
                 launch(src, dst, *rest)
                 spoil(dst)
                 return self.pending
@@ -94,7 +94,7 @@ def small_backend(
             return recorded
 
     Made.name = name
-    Made.given = []
-    Made.asked = []
+    Made.launches = []
+    Made.calls = []
     Made.pending = pending
     return Made

@@ -44,8 +44,8 @@ def _way(device: str, way: str, *marks: pytest.MarkDecorator) -> Any:
 
 
 #: What the fixture `place` goes through: the host, also as the device of `installed`, and devices.
-HOST_WAYS = [_way("cpu", way) for way in ("host", "inline", "value")]
-WAYS = [
+HOST_METHODS = [_way("cpu", way) for way in ("host", "inline", "value")]
+METHODS = [
     _way("privateuseone:0", "copy", pytest.mark.simdev),
     *(_way("cuda:0", way, pytest.mark.gpu) for way in ("inline", "value", "mapped", "copy")),
 ]
@@ -55,14 +55,14 @@ class Place(NamedTuple):
     """A device, a way to it, the way that is to be named, and what stands in for its driver."""
 
     device: torch.device
-    way: str
-    asked: str | None
+    method: str
+    requested: str | None
     card: Card | None
 
     @property
     def most(self) -> int:
         """Bytes that go the way."""
-        return _small_methods.MOST.get(self.way, 1 << 20)
+        return _small_methods.MOST.get(self.method, 1 << 20)
 
 
 def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -133,7 +133,7 @@ class Card:
         self.answer = 0  # what the driver says
 
     @property
-    def asked(self) -> list[tuple[int, int, int]]:
+    def sends(self) -> list[tuple[int, int, int]]:
         """Where each send went to, its bytes, and its stream."""
         return [(one.dst, one.nbytes, one.stream) for one in self.library.sent] + self.launches
 
