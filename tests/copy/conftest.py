@@ -13,15 +13,15 @@ from portakv.runtime.worker import WINDOW
 
 
 @pytest.fixture(params=METHODS)
-def way(request: pytest.FixtureRequest) -> str:
-    """The name of one of `METHODS` in which blocks are issued."""
+def method(request: pytest.FixtureRequest) -> str:
+    """Return the name of one of `METHODS`, in which a test issues blocks."""
     return str(request.param)
 
 
 @pytest.fixture
-def options(way: str) -> dict[str, Any]:
-    """What `copy_blocks` is passed for that way."""
-    return METHODS[way]
+def options(method: str) -> dict[str, Any]:
+    """Return the options of `copy_blocks` for that method."""
+    return METHODS[method]
 
 
 @pytest.fixture

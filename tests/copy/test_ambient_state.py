@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine set torch up to before it calls: none of it changes what PortaKV does.
+"""Settings of torch that an engine makes before it calls do not change what PortaKV does.
 
 Under each state a backend is chosen and self-checked anew, and connector, rows and blocks move the
 right bytes, within the device and between it and the host.
@@ -39,13 +39,16 @@ def test_every_backend_passes_its_self_check(name: str, device: torch.device) ->
     again = registry.Registry()
     with STATES[name](device):
         for backend in order:
-            said = again.ask(backend, device, check=True)[1]
-            assert (said.accepted, said.reason) == (usual[backend].accepted, usual[backend].reason)
+            decision = again.ask(backend, device, check=True)[1]
+            assert (decision.accepted, decision.reason) == (
+                usual[backend].accepted,
+                usual[backend].reason,
+            )
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_in_a_process_of_its_own(method: str) -> None:
-    """On the CPU: a device that was used before a fork is refused, which other tests judge."""
+    """The process copies on the CPU: other tests cover a device that was used before a fork."""
     context: Any = multiprocessing.get_context(method)
     process = context.Process(target=in_a_child)
     process.start()

@@ -76,8 +76,8 @@ def _slots(what: str, value: Any, *words: str) -> tuple[Any, ...]:
 
 
 def _range(start: Any, end: Any, *words: str) -> tuple[Any, ...]:
-    given = {"slot_mapping": [0, 1, 2, 3], "start": start, "end": end}
-    return (f"[{start!r}:{end!r}]", given, SlotError, *words)
+    arguments = {"slot_mapping": [0, 1, 2, 3], "start": start, "end": end}
+    return (f"[{start!r}:{end!r}]", arguments, SlotError, *words)
 
 
 #: What is special about a call, in place of right arguments; functions are called with the scene.
@@ -210,15 +210,15 @@ CALLS: list[tuple[Any, ...]] = [
 @pytest.mark.parametrize("case", CALLS, ids=[case[0] for case in CALLS])
 def test_what_a_connector_refuses(scene: Scene, move: str, case: tuple[Any, ...]) -> None:
     _, special, error, *words = case
-    given = {"memory_obj": scene.chunk, "kv_caches": scene.caches, "slot_mapping": [0, 1]}
+    arguments = {"memory_obj": scene.chunk, "kv_caches": scene.caches, "slot_mapping": [0, 1]}
     for name, value in special.items():
-        given[name] = value(scene) if isinstance(value, FunctionType) else value
-    connector = AdaptiveConnector("cpu", **given.pop("options", {}))  # type: ignore[arg-type]
-    chunk = given["memory_obj"]
+        arguments[name] = value(scene) if isinstance(value, FunctionType) else value
+    connector = AdaptiveConnector("cpu", **arguments.pop("options", {}))  # type: ignore[arg-type]
+    chunk = arguments["memory_obj"]
     with refused(
         error, *words, watch=[*scene.memory, *([chunk] * isinstance(chunk, torch.Tensor))]
     ):
-        getattr(connector, move)(**given)
+        getattr(connector, move)(**arguments)
 
 
 def test_chunk_inside_the_cache_behind_a_nested_plane() -> None:
@@ -238,10 +238,10 @@ def test_chunk_inside_the_cache_behind_a_nested_plane() -> None:
 
 def test_chunk_inside_caches_whose_list_was_emptied(scene: Scene) -> None:
     scene.connector.register_kv_caches(scene.caches)
-    kept = list(scene.caches)
-    inside = kept[0].view(-1)[: 2 * LAYERS * 2 * 16].view(2, LAYERS, 2, 16)
+    caches = list(scene.caches)
+    inside = caches[0].view(-1)[: 2 * LAYERS * 2 * 16].view(2, LAYERS, 2, 16)
     scene.caches.clear()
-    with refused(LayoutError, "memory_obj", "kv_caches", watch=kept):
+    with refused(LayoutError, "memory_obj", "kv_caches", watch=caches):
         scene.connector.to_gpu(inside, None, [8, 9])
 
 
@@ -387,9 +387,9 @@ def test_rows_of_another_type_unless_their_bits_are_meant(scene: Scene, dtype: t
     copy_rows(*views, None, [*range(4, 12)], reinterpret=True).synchronize()
     AdaptiveConnector("cpu", reinterpret=True).to_gpu(chunk, caches, [1, 2, 3]).synchronize()
     rows = chunk[1, 1].unflatten(1, (HEADS, -1))
-    found = caches[1][1].flatten(0, 1).view(dtype)
-    assert same(found[4:12], rows)
-    assert same(found[1:4], rows[:3])
+    result = caches[1][1].flatten(0, 1).view(dtype)
+    assert same(result[4:12], rows)
+    assert same(result[1:4], rows[:3])
     other = KVView([x.view(dtype) for x in caches], KV_LAYOUT)
     with refused(LayoutError, "reinterpret=True", watch=caches):
         copy_blocks(scene.cache, other, [0], [1])
@@ -408,7 +408,7 @@ def test_rows_of_another_type_unless_their_bits_are_meant(scene: Scene, dtype: t
     ],
 )
 def test_a_bad_chunk_refuses_the_whole_batch(scene: Scene, store: bool, fault: str) -> None:
-    # The first chunk is a set of its own: it must not be moved before the others were judged.
+    # The first chunk is a separate set: it must not be moved before the others were judged.
     chunks = [dense(n) for n in (3, 4, 4)]
     slots = [*range(11)]
     starts = [0, 3, 7]

@@ -34,7 +34,7 @@ def through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["mapped", "through the host"])
 def route(request: pytest.FixtureRequest, two: Two, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How rows cross; what maps no memory only goes through the host."""
+    """Select how rows cross; devices that map no memory only go through the host."""
     if request.param == "through the host":
         monkeypatch.setattr(peer, "unmapped", answering(HOST))
     elif peer.unmapped(*two):
@@ -92,14 +92,14 @@ def test_a_slice_of_heads(two: Two, route: str) -> None:
     """Two of eight heads, as another tensor parallel size has them; the rest stays poisoned."""
     src = [filled((2, 6, 16, 8, 64), torch.bfloat16, device=two[0]) for _ in range(2)]
     dst = [filled((2, 5, 16, 2, 64), torch.bfloat16, poison=True, device=two[1]) for _ in range(2)]
-    wanted = [x.cpu() for x in dst]
+    expected = [x.cpu() for x in dst]
     view = KVView(src, NHD).slice(heads=slice(4, 6))
     copy_rows(view, KVView(dst, NHD), Index([3, 5, 0], 16), Index([4, 1, 2], 16)).synchronize()
     settle_both(two)
-    for read, told, found in zip(src, wanted, dst, strict=True):
-        told[:, [4, 1, 2]] = read.cpu()[:, [3, 5, 0], :, 4:6]
-        assert torch.equal(found.cpu().view(torch.int16), told.view(torch.int16))
-        check_canaries(found)
+    for read, rows, result in zip(src, expected, dst, strict=True):
+        rows[:, [4, 1, 2]] = read.cpu()[:, [3, 5, 0], :, 4:6]
+        assert torch.equal(result.cpu().view(torch.int16), rows.view(torch.int16))
+        check_canaries(result)
 
 
 def crossing(two: Two) -> Pair:
@@ -135,14 +135,14 @@ def test_slices_through_the_host(two: Two, monkeypatch: pytest.MonkeyPatch) -> N
         src = layered(two[0], blocks=3)
         dst = layered(two[1], blocks=3)
         settle_both(two)
-        given = [
+        indices = [
             x if y is None else torch.tensor(x).to(y) for x, y in zip(ids, places, strict=True)
         ]
         expected = dst.rows()
-        for mine, theirs in zip(*ids, strict=True):
-            if mine >= 0 and theirs >= 0:
-                expected[:, :, theirs] = src.rows()[:, :, mine]
-        copy_rows(src.view, dst.view, *given).synchronize()
+        for src_id, dst_id in zip(*ids, strict=True):
+            if src_id >= 0 and dst_id >= 0:
+                expected[:, :, dst_id] = src.rows()[:, :, src_id]
+        copy_rows(src.view, dst.view, *indices).synchronize()
         settle_both(two)
         assert torch.equal(dst.rows(), expected)
 
@@ -188,7 +188,7 @@ class Late:
         self.blocks.src = src
 
     def produce(self) -> None:
-        """On the owner's current stream."""
+        """Fill the owner's memory on its current stream."""
         delay(current(self.two[0]))
         for tensor, made in zip(self.blocks.src.tensors, self.fresh.tensors, strict=True):
             tensor.copy_(made)
@@ -297,9 +297,9 @@ def test_bad_ids_between_devices(two: Two, route: str) -> None:
     blocks = crossing(two)
     with refused(SlotError, "Position 8", "slot 36", watch=blocks.dst.tensors):
         blocks.start([5, 0, 9, 2, 3])
-    for home in two:
+    for device in two:
         with pytest.raises(SlotError, match="Position 8"):
-            blocks.start(torch.tensor([5, 0, 9, 2, 3]).to(home)).synchronize()
+            blocks.start(torch.tensor([5, 0, 9, 2, 3]).to(device)).synchronize()
 
 
 def test_engines_and_limits_that_read_no_peers(two: Two, through_the_host: None) -> None:

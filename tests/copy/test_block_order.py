@@ -80,7 +80,7 @@ def test_a_stream_waits_for_one_layer(
     for _ in range(3):
         blocks = pair(accelerator, store=False)
         stream = torch.Stream(accelerator)
-        found = []
+        copies = []
         delay(stream)
         moved = blocks.start(by_layer=True, stream=stream)
         assert not moved.done()
@@ -88,9 +88,9 @@ def test_a_stream_waits_for_one_layer(
             reader = torch.Stream(accelerator)
             with on(reader):
                 layer.wait()
-                found.append(cache.clone())
+                copies.append(cache.clone())
             current(accelerator).wait_stream(reader)
-        rows = [x.cpu().view(torch.int16).reshape(2, -1, HEADS * DIM) for x in found]
+        rows = [x.cpu().view(torch.int16).reshape(2, -1, HEADS * DIM) for x in copies]
         assert all(map(torch.equal, rows, blocks.expected)) is waits
         moved.synchronize()
 
@@ -185,12 +185,12 @@ def test_a_forgotten_transfer_in_slices_goes_on(accelerator: torch.device) -> No
     until(blocks.landed)
 
 
-# Ids that cross the link: those of one call at once, and without the host waiting for it
+# Ids that cross the link: those of one call together, and the host does not wait for the call
 
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many ids were sent each time, as on devices that are sent ids by a kernel."""
+    """Record the number of ids of each send, as on devices that a kernel sends ids to."""
     monkeypatch.setattr(prepared, "ASYNCHRONOUS", frozenset({simdev_cases.DEVICE.type}))
     sent: list[int] = []
     send = small.to_device
@@ -206,7 +206,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.simdev
 @SIDE
 def test_ids_of_one_call_cross_together_without_a_wait(
-    side: bool, way: str, sent: list[int]
+    side: bool, method: str, sent: list[int]
 ) -> None:
     device = simdev_cases.DEVICE
     for _ in range(2):
@@ -214,8 +214,8 @@ def test_ids_of_one_call_cross_together_without_a_wait(
         stream = torch.Stream(device) if side else None
         sent.clear()
         simdev.delay(current(device), 50)
-        moved = blocks.start(dst_ids=torch.tensor(DST), stream=stream, **METHODS[way])
-        if way not in SLICED and "detached" not in way:
+        moved = blocks.start(dst_ids=torch.tensor(DST), stream=stream, **METHODS[method])
+        if method not in SLICED and "detached" not in method:
             assert sent == [10]
             assert not moved.done(), "the host waited for the stream"
         moved.synchronize()
@@ -227,10 +227,10 @@ def test_ids_of_one_call_cross_together_without_a_wait(
 def test_an_index_that_is_kept_is_not_sent_behind_a_stream(sent: list[int]) -> None:
     """It may be used on another stream next, which does not wait for this one."""
     blocks = inside(simdev_cases.DEVICE)
-    mine = Index(SRC, step=SIZE)
-    theirs = Index(DST, step=SIZE)
-    prepared.bring((mine, theirs), simdev_cases.DEVICE, frozenset({torch.int64}))
+    src_index = Index(SRC, step=SIZE)
+    dst_index = Index(DST, step=SIZE)
+    prepared.bring((src_index, dst_index), simdev_cases.DEVICE, frozenset({torch.int64}))
     for stream in (None, torch.Stream(simdev_cases.DEVICE)):
-        blocks.start(mine, theirs, stream=stream).synchronize()
+        blocks.start(src_index, dst_index, stream=stream).synchronize()
         assert blocks.landed()
     assert not sent

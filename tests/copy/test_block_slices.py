@@ -44,7 +44,7 @@ class Gate:
         self._permits.release(slices)
 
     def pass_through(self, dst: Any) -> None:
-        """Called behind each slice."""
+        """Wait at the gate after each slice."""
         if not self.armed:
             return
         assert self._permits.acquire(timeout=PATIENCE)
@@ -56,7 +56,7 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """A backend ``gated`` that waits at the gate behind every slice; one block to a slice."""
+    """Register a backend ``gated`` that waits at the gate after every slice of one block."""
     monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
     monkeypatch.setattr(block_slices, "SLICE", 1)
     gate = Gate()
@@ -123,16 +123,16 @@ def test_a_layer_ends_before_the_next(gate: Gate) -> None:
 
 
 def test_a_transfer_keeps_its_rate() -> None:
-    """Never faster than asked, but for its last slice; a busy machine may make it slower."""
+    """Only the last slice may exceed the requested rate; a busy machine may be slower."""
     src, dst = (torch.zeros(16, 2, 1 << 16, dtype=torch.uint8) for _ in range(2))
     src += torch.arange(16, dtype=torch.uint8)[:, None, None]
     views = [KVView(tensor, "block token dim") for tensor in (src, dst)]
     transfer = copy_blocks(views[0], views[1], range(16), range(16), max_gbps=0.02)
     transfer.synchronize()
-    found = transfer.statistics
-    assert found.slices == 16
-    assert found.seconds is not None
-    assert found.seconds >= 15 / 16 * src.numel() / 0.02e9
+    statistics = transfer.statistics
+    assert statistics.slices == 16
+    assert statistics.seconds is not None
+    assert statistics.seconds >= 15 / 16 * src.numel() / 0.02e9
     assert torch.equal(src, dst)
 
 
@@ -165,9 +165,9 @@ def test_cancelling(gate: Gate) -> None:
     assert transfer.cancel()  # it stays so
     assert gate.started == 3
     assert one.landed(3)
-    found = transfer.statistics
-    assert (found.blocks, found.blocks_asked, found.slices) == (3, 5, 3)
-    assert found.nbytes == 3 * one.expected[:, :, : one.dst.size].numel() * 2
+    statistics = transfer.statistics
+    assert (statistics.blocks, statistics.blocks_asked, statistics.slices) == (3, 5, 3)
+    assert statistics.nbytes == 3 * one.expected[:, :, : one.dst.size].numel() * 2
     assert issubclass(TransferCancelled, TransferError)
 
 
@@ -200,21 +200,21 @@ def test_cancelling_too_late(gate: Gate) -> None:
 
 def test_cancelling_from_many_threads_while_others_wait(gate: Gate) -> None:
     transfer = Started().transfer
-    told = list[bool]()
+    answers = list[bool]()
 
     def work(nth: int) -> None:
         if nth == 0:
             with pytest.raises(TransferCancelled):
                 transfer.synchronize(timeout=PATIENCE)
         elif nth < 9:
-            told.append(transfer.cancel())
+            answers.append(transfer.cancel())
         else:
-            until(lambda: len(told) == 8)
+            until(lambda: len(answers) == 8)
             gate.open()
 
     gate.open(1)
     run_threads(work, range(10))
-    assert told == [True] * 8
+    assert answers == [True] * 8
     assert gate.started <= 2
 
 
@@ -235,7 +235,7 @@ def test_a_slice_that_fails_at_its_launch(gate: Gate) -> None:
             ask()
     assert not transfer.cancel()
     assert not transfer.cancelled
-    assert gate.started == 3, "nothing is issued behind an error"
+    assert gate.started == 3, "nothing is issued after an error"
     assert transfer.statistics.blocks == 2
 
 
@@ -269,7 +269,7 @@ def test_a_transfer_that_was_cancelled_is_no_late_error(gate: Gate) -> None:
 
 
 def test_an_error_of_the_library_stays_what_it_is(gate: Gate) -> None:
-    error = SlotError("A slot was bad in the middle of it, which nobody expects; correct it.")
+    error = SlotError("A slot was bad in the middle of it, which no one expects; correct it.")
     gate.failing[0] = error
     transfer = Started(by_layer=True).transfer
     gate.open()
@@ -299,9 +299,9 @@ def test_few_are_in_flight_and_none_is_issued_behind_one_that_fails_when_it_land
     launch_to_the_end.set()
     with pytest.raises(TransferError, match="0 of 5 slices had landed, with RuntimeError: a stick"):
         one.transfer.synchronize()
-    found = one.transfer.statistics
-    assert found.slices == WINDOW
-    assert found.blocks == 0, "blocks count up to the first that did not land"
+    statistics = one.transfer.statistics
+    assert statistics.slices == WINDOW
+    assert statistics.blocks == 0, "blocks count up to the first that did not land"
 
 
 def test_a_thread_that_cannot_start(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +353,7 @@ def test_a_child_of_the_process_is_told_that_the_parent_goes_on(gate: Gate) -> N
 
 PROGRAM = """
 import atexit, sys, time
-atexit.register(lambda: print(time.time()))  # behind the handlers of what is imported and begun
+atexit.register(lambda: print(time.time()))  # after the handlers of imported modules
 import torch
 from portakv import KVView, copy_blocks
 

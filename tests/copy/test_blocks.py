@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block transfers on the host, within a device and between the two: every way moves the same
-bytes, tells of itself, and refuses what it cannot do."""
+bytes, reports about itself, and refuses what it cannot do."""
 
 from __future__ import annotations
 
@@ -69,15 +69,19 @@ def test_every_byte_lands(
     assert isinstance(moved, BlockTransfer)
     assert moved.done()
     assert blocks.landed()
-    found = moved.statistics
-    assert (found.blocks, found.blocks_asked, found.nbytes) == (5, 5, 5 * BLOCK_BYTES)
-    engines = {"cpu": {"reference"}, "cuda": {found.engine}}
+    statistics = moved.statistics
+    assert (statistics.blocks, statistics.blocks_asked, statistics.nbytes) == (
+        5,
+        5,
+        5 * BLOCK_BYTES,
+    )
+    engines = {"cpu": {"reference"}, "cuda": {statistics.engine}}
     on_link = {"staged", "batched_memcpy"} if pin else {"pageable"}
-    assert found.engine in engines.get(device.type, on_link)
-    assert found.why
-    assert found.seconds is not None
-    assert found.gbps == pytest.approx(found.nbytes / found.seconds / 1e9)
-    assert not found.cancelled
+    assert statistics.engine in engines.get(device.type, on_link)
+    assert statistics.why
+    assert statistics.seconds is not None
+    assert statistics.gbps == pytest.approx(statistics.nbytes / statistics.seconds / 1e9)
+    assert not statistics.cancelled
 
 
 def test_inside_a_device(accelerator: torch.device, options: dict[str, Any]) -> None:
@@ -110,22 +114,26 @@ def test_skipped_blocks(
     moved = blocks.start(*ids, **options)
     moved.synchronize()
     assert blocks.landed()
-    found = moved.statistics
+    statistics = moved.statistics
     if kind == "arrays":
-        assert (found.blocks, found.blocks_asked, found.nbytes) == (3, 3, 3 * BLOCK_BYTES)
+        assert (statistics.blocks, statistics.blocks_asked, statistics.nbytes) == (
+            3,
+            3,
+            3 * BLOCK_BYTES,
+        )
 
 
 @STORE
-def test_bad_ids_on_the_device(accelerator: torch.device, store: bool, way: str) -> None:
+def test_bad_ids_on_the_device(accelerator: torch.device, store: bool, method: str) -> None:
     blocks = pair(accelerator, store, True, [5, 2], [1, 4])
     ids = torch.tensor([5, BLOCKS, 2], device=accelerator)
-    if way not in SLICED:
+    if method not in SLICED:
         with pytest.raises(SlotError):
-            blocks.start(ids, [1, 3, 4], **METHODS[way]).synchronize()
+            blocks.start(ids, [1, 3, 4], **METHODS[method]).synchronize()
         assert blocks.landed()
     else:  # they are read before anything is issued
         with refused(SlotError, "source", f"id {BLOCKS}", watch=blocks.dst.tensors):
-            blocks.start(ids, [1, 3, 4], **METHODS[way])
+            blocks.start(ids, [1, 3, 4], **METHODS[method])
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -175,18 +183,18 @@ def test_within_one_cache(options: dict[str, Any]) -> None:
 def test_nothing_to_move(options: dict[str, Any]) -> None:
     src = layered()
     dst = layered()
-    for mine, theirs in (([], []), ([-1, 3], [2, -1])):
+    for src_ids, dst_ids in (([], []), ([-1, 3], [2, -1])):
         with untouched(dst.tensors):
-            transfer = copy_blocks(src.view, dst.view, mine, theirs, **options)
+            transfer = copy_blocks(src.view, dst.view, src_ids, dst_ids, **options)
             assert transfer.done()
             transfer.wait()
             transfer.synchronize()
-        found = transfer.statistics
-        assert (found.nbytes, found.blocks, found.blocks_asked) == (0, 0, 0)
+        statistics = transfer.statistics
+        assert (statistics.nbytes, statistics.blocks, statistics.blocks_asked) == (0, 0, 0)
         assert not transfer.cancel()
 
 
-# What it tells of itself
+# What a transfer reports about itself
 
 
 def test_layers_and_slices(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +202,7 @@ def test_layers_and_slices(options: dict[str, Any], monkeypatch: pytest.MonkeyPa
     transfer = Pair(layered(), layered()).start(**options)
     assert transfer.statistics.blocks_asked == 5
     if not set(options) - {"by_layer", "detached"}:
-        assert not transfer.cancel()  # it was issued at once
+        assert not transfer.cancel()  # it was issued immediately
         assert not transfer.cancelled
     if "by_layer" in options:  # a layer of all five blocks is smaller than a slice
         slices = LAYERS
@@ -214,21 +222,21 @@ def test_layers_and_slices(options: dict[str, Any], monkeypatch: pytest.MonkeyPa
 
 def test_statistics_before_the_end_of_a_transfer_that_nobody_asked() -> None:
     transfer = Pair(layered(), layered()).start(cancellable=True)
-    found = transfer.statistics
-    while found.seconds is None:
-        assert found.gbps is None
-        found = transfer.statistics
-    assert found.blocks == 5
+    statistics = transfer.statistics
+    while statistics.seconds is None:
+        assert statistics.gbps is None
+        statistics = transfer.statistics
+    assert statistics.blocks == 5
 
 
 def test_memory_is_held_until_the_end_and_no_longer(options: dict[str, Any]) -> None:
     src = layered()
     dst = layered()
-    mine = torch.tensor([*SRC, -1])
-    theirs = torch.tensor([*DST, 3])
-    refs = [weakref.ref(x) for x in (*src.tensors, *dst.tensors, mine, theirs)]
-    transfer = copy_blocks(src.view, dst.view, mine, theirs, **options)
-    del src, dst, mine, theirs
+    src_ids = torch.tensor([*SRC, -1])
+    dst_ids = torch.tensor([*DST, 3])
+    refs = [weakref.ref(x) for x in (*src.tensors, *dst.tensors, src_ids, dst_ids)]
+    transfer = copy_blocks(src.view, dst.view, src_ids, dst_ids, **options)
+    del src, dst, src_ids, dst_ids
     transfer.synchronize()
     gc.collect()
     assert not any(ref() is not None for ref in refs)
@@ -281,13 +289,15 @@ REFUSED: list[tuple[Callable[[Cache, Cache], tuple[Any, ...]], Any, list[str]]] 
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "words"), REFUSED, ids=[" ".join(words) for _, _, words in REFUSED]
+    ("arguments", "error", "words"), REFUSED, ids=[" ".join(words) for _, _, words in REFUSED]
 )
-def test_what_all_refuse(given: Any, error: Any, words: list[str], options: dict[str, Any]) -> None:
+def test_what_all_refuse(
+    arguments: Any, error: Any, words: list[str], options: dict[str, Any]
+) -> None:
     src = layered()
     dst = block_first()
     with refused(error, *words, watch=[src.tensors, dst.tensors]):
-        copy_blocks(*given(src, dst), **options)
+        copy_blocks(*arguments(src, dst), **options)
 
 
 @pytest.mark.parametrize(
@@ -324,24 +334,24 @@ def test_limits_where_no_kernel_reads_host_memory(device: torch.device) -> None:
     assert blocks.landed()
 
 
-def test_streams_and_caches_of_other_devices(accelerator: torch.device, way: str) -> None:
+def test_streams_and_caches_of_other_devices(accelerator: torch.device, method: str) -> None:
     here = layered()
     name = str(accelerator)
     with refused(DeviceMismatch, "cpu", name, "stream", watch=here.tensors):
-        Pair(here, here).start(stream=torch.Stream(accelerator), **METHODS[way])
+        Pair(here, here).start(stream=torch.Stream(accelerator), **METHODS[method])
     if torch.get_device_module(accelerator).device_count() > 1:
         other = torch.device(accelerator.type, 1)
         blocks = pair(accelerator, store=True)
         with refused(DeviceMismatch, name, str(other), "stream", watch=blocks.dst.tensors):
-            blocks.start(stream=torch.Stream(other), **METHODS[way])
+            blocks.start(stream=torch.Stream(other), **METHODS[method])
         between = Pair(blocks.src, layered(other))
         with refused(DeviceMismatch, name, str(other), "stream", watch=between.dst.tensors):
-            between.start(stream=torch.Stream(accelerator), **METHODS[way])
+            between.start(stream=torch.Stream(accelerator), **METHODS[method])
 
 
 @pytest.mark.parametrize("options", [{}, {"by_layer": True}, {"cancellable": True}], ids=str)
 def test_memory_that_was_resized_is_noticed(options: dict[str, Any]) -> None:
-    """By the call, since a backend that goes by addresses cannot."""
+    """The call notices it, since a backend that uses addresses cannot."""
     src = layered()
     dst = layered()
     storage = src.tensors[1].untyped_storage()
@@ -355,7 +365,7 @@ def test_memory_that_was_resized_is_noticed(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("how", ["data", "set_"])
 def test_a_kept_view_goes_on_with_the_memory_that_it_read(device: torch.device, how: str) -> None:
-    """As docs/errors.md says: the view keeps that memory alive, whatever its tensor is given."""
+    """The view keeps that memory alive, whatever its tensor holds later; see docs/errors.md."""
     src = layered(device)
     dst = layered(device)
     expected = src.rows()
@@ -372,31 +382,31 @@ def test_a_kept_view_goes_on_with_the_memory_that_it_read(device: torch.device, 
 # Indices that are used again
 
 
-@pytest.mark.parametrize(("kept", "judged"), [("both", [1, 2]), ("src", [1]), ("dst", [2])])
-def test_a_kept_index_is_judged_once_for_views_of_one_size(kept: str, judged: list[int]) -> None:
-    mine: Any = SRC if kept == "dst" else Index(SRC, SIZE)
-    theirs: Any = DST if kept == "src" else Index(DST, SIZE)
+@pytest.mark.parametrize(("cached", "judged"), [("both", [1, 2]), ("src", [1]), ("dst", [2])])
+def test_a_kept_index_is_judged_once_for_views_of_one_size(cached: str, judged: list[int]) -> None:
+    src_index: Any = SRC if cached == "dst" else Index(SRC, SIZE)
+    dst_index: Any = DST if cached == "src" else Index(DST, SIZE)
     for blocks in (BLOCKS, BLOCKS, BLOCKS + 1, BLOCKS):  # other memory each time
         moved = Pair(layered(), block_first(blocks=blocks))
-        moved.start(mine, theirs).synchronize()
+        moved.start(src_index, dst_index).synchronize()
         assert moved.landed()
-    assert [len(x._store.checked) for x in (mine, theirs) if isinstance(x, Index)] == judged
+    assert [len(x._store.checked) for x in (src_index, dst_index) if isinstance(x, Index)] == judged
     small = block_first(blocks=6)
-    if kept != "src":
+    if cached != "src":
         with refused(SlotError, "slot 24", "24 slots", watch=small.tensors):
-            copy_blocks(layered().view, small.view, mine, theirs)
+            copy_blocks(layered().view, small.view, src_index, dst_index)
 
 
 def test_ids_of_a_source_that_may_not_be_a_destination() -> None:
-    """The same indices the other way round, or beside no ids, are judged anew."""
+    """The same indices in the other direction, or next to no ids, are judged again."""
     twice = Index([5, 5, 7], SIZE)
-    theirs = Index([1, 6, 0], SIZE)
+    other = Index([1, 6, 0], SIZE)
     src = layered()
     dst = layered()
-    copy_blocks(src.view, dst.view, twice, theirs).synchronize()
+    copy_blocks(src.view, dst.view, twice, other).synchronize()
     for _ in range(2):  # what was refused is refused again
         with refused(SlotError, "occurs 2 times", watch=dst.tensors):
-            copy_blocks(src.view, dst.view, theirs, twice)
+            copy_blocks(src.view, dst.view, other, twice)
     for none in (None, Index()):
         copy_rows(src.view, dst.view, twice, none).synchronize()
     with refused(SlotError, "occurs 2 times", watch=dst.tensors):
@@ -404,15 +414,15 @@ def test_ids_of_a_source_that_may_not_be_a_destination() -> None:
 
 
 def test_indices_do_not_hold_each_other_or_any_view() -> None:
-    mine = Index(SRC, SIZE)
-    theirs = Index(DST, SIZE)
+    src_index = Index(SRC, SIZE)
+    dst_index = Index(DST, SIZE)
     src = layered()
     dst = layered()
-    copy_blocks(src.view, dst.view, mine, theirs).synchronize()
-    gone = [weakref.ref(x) for x in (src.tensors[0], dst.tensors[0], theirs.ids)]
+    copy_blocks(src.view, dst.view, src_index, dst_index).synchronize()
+    gone = [weakref.ref(x) for x in (src.tensors[0], dst.tensors[0], dst_index.ids)]
     gc.disable()
     try:
-        del src, dst, theirs
+        del src, dst, dst_index
         assert [ref() is None for ref in gone] == [True] * 3
     finally:
         gc.enable()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block transfers on a CUDA device that take a while: slices, graphs, and a model beside them."""
+"""Block transfers on a CUDA device that take a while: slices, graphs, a model running meanwhile."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def test_cancelling(store: bool) -> None:
     assert moved.cancel()
     with pytest.raises(TransferCancelled):
         moved.synchronize()
-    found = moved.statistics
-    assert 0 < found.blocks < 2048
-    assert found.cancelled
-    pools.numbers[0, order[found.blocks :]] = 0
+    statistics = moved.statistics
+    assert 0 < statistics.blocks < 2048
+    assert statistics.cancelled
+    pools.numbers[0, order[statistics.blocks :]] = 0
     assert pools.right(), "blocks moved that were not counted, or were not moved that were"
 
 
@@ -107,8 +107,8 @@ def test_in_a_graph() -> None:
                 copy_blocks(src.view, dst.view, *ids, **METHODS[name])
     with pytest.raises(TransferError):
         moved.synchronize()
-    found = moved.statistics
-    assert (found.nbytes, found.seconds, found.blocks_asked) == (0, None, 5)
+    statistics = moved.statistics
+    assert (statistics.nbytes, statistics.seconds, statistics.blocks_asked) == (0, None, 5)
     graph.replay()
     torch.cuda.synchronize()
     slots = dst.slots(DST)
@@ -139,7 +139,7 @@ def test_a_capture_beside_a_transfer_in_slices() -> None:
     assert pools.right()
 
 
-# Many detached transfers beside a model
+# Many detached transfers while a model runs
 
 # MiB of one transfer, three slices; transfers; a matrix
 BLOCKS = 80

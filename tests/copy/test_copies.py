@@ -126,7 +126,7 @@ def test_bad_device_ids_move_nothing_and_are_reported(card: Rig, store: bool, ba
         card.move(store, chunk, None, ids).synchronize()
     check_sentence(str(caught.value), "Position 2", "past the end", "not moved")
     check(card.targets(store, chunk), wanted)
-    # The device is sound, and the error was told: the next call goes on.
+    # The device is sound, and the error was reported: the next call goes on.
     card.move(store, chunk, None, [1, 2]).synchronize()
 
 
@@ -144,8 +144,8 @@ def test_bad_device_blocks(card: Rig, bad: int, count: int) -> None:
     slots = [4 * SIZE + i for i in range(SIZE)] + [-1] * SIZE
     slots += [SIZE + i for i in range(count - 2 * SIZE)]
     wanted = card.wanted(True, chunk, slots)
-    told = pytest.raises(SlotError, match=f"Position {SIZE}") if bad > 0 else nullcontext()
-    with told:
+    outcome = pytest.raises(SlotError, match=f"Position {SIZE}") if bad > 0 else nullcontext()
+    with outcome:
         blocks_to(chunk, card, [4, bad, 1]).synchronize()
     check([chunk], wanted)
 
@@ -158,8 +158,8 @@ def test_a_bad_block_is_named_by_its_position_in_the_whole_copy(card: Rig, bad: 
     with pytest.raises(SlotError) as caught:
         blocks_to(card.chunk(2 * SIZE + 1), card, blocks, offset=1).synchronize()
     position = max(0, bad * SIZE - 1)
-    found = int(str(caught.value).split("Position ")[1].split()[0])
-    assert position <= found < position + SIZE
+    reported = int(str(caught.value).split("Position ")[1].split()[0])
+    assert position <= reported < position + SIZE
 
 
 @pytest.mark.parametrize("memory", ["device", "pageable"])

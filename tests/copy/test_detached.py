@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detached transfers: many under way, and none behind the end of another."""
+"""Detached transfers: many under way, and none waits for the end of another."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Pairs:
 def test_every_byte_of_many_lands(
     accelerator: torch.device, downward: bool, options: dict[str, Any]
 ) -> None:
-    """In slices no stream orders them anyway."""
+    """No stream orders transfers in slices anyway."""
     name = options.get("backend", "staged")
     if name == "zero_copy" and accelerator.type != "cuda":
         pytest.skip("no kernel of this device reads host memory")
@@ -78,8 +78,8 @@ def test_every_byte_of_many_lands(
 def test_a_gather_waits_for_the_end_of_the_transfer_before_unless_detached(detached: bool) -> None:
     Pairs(simdev_cases.DEVICE, True, 1).started(detached=detached)[0].synchronize()
     before, after = Pairs(simdev_cases.DEVICE, True, 2).started(detached=detached)
-    (room,) = staging.cached_staging.values()
-    room.half.synchronize()
+    (buffers,) = staging.cached_staging.values()
+    buffers.half.synchronize()
     assert before.done() is not detached
     after.synchronize()
     assert before.done()
@@ -125,12 +125,12 @@ def test_larger_transfers_behind_smaller_ones_and_staging_given_back(
 
 def test_the_link_touches_new_buffers_behind_their_stream(accelerator: torch.device) -> None:
     """An allocator hands out memory that was freed on a stream while that is still at work."""
-    room = staging.staging(accelerator, current(accelerator), detached=True)
-    with on(room.half):
-        delay(room.half)
-        room.reserve(1 << 12)
-    staging.mark(room.link).synchronize()
-    assert room.half.query()
+    buffers = staging.staging(accelerator, current(accelerator), detached=True)
+    with on(buffers.half):
+        delay(buffers.half)
+        buffers.reserve(1 << 12)
+    staging.mark(buffers.link).synchronize()
+    assert buffers.half.query()
 
 
 @pytest.mark.simdev
@@ -141,9 +141,9 @@ def test_buffers_are_made_on_the_stream_that_they_are_given_back_on(
     real = staging.Staging.reserve
     of_half = list[bool]()
 
-    def reserve(room: staging.Staging, nbytes: int) -> None:
-        of_half.append(current(simdev_cases.DEVICE).stream_id == room.half.stream_id)
-        real(room, nbytes)
+    def reserve(self: staging.Staging, nbytes: int) -> None:
+        of_half.append(current(simdev_cases.DEVICE).stream_id == self.half.stream_id)
+        real(self, nbytes)
 
     monkeypatch.setattr(staging.Staging, "reserve", reserve)
     Pairs(simdev_cases.DEVICE, True, 1).started(detached=detached)[0].synchronize()
@@ -157,7 +157,9 @@ def test_one_that_failed_leaves_the_next_right(
     downward: bool, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = Pairs(simdev_cases.DEVICE, downward, 4)
-    told = (torch.OutOfMemoryError, "full") if fault == "full" else (RuntimeError, "link is down")
+    expected = (
+        (torch.OutOfMemoryError, "full") if fault == "full" else (RuntimeError, "link is down")
+    )
     for moved in Pairs(simdev_cases.DEVICE, downward, 1).started():  # to prepare takes memory too
         moved.synchronize()
     with monkeypatch.context() as patch:
@@ -166,7 +168,7 @@ def test_one_that_failed_leaves_the_next_right(
             patch.setattr(torch, "empty", full)
         else:
             patch.setattr(TorchLink, "copy", broken_at(5, TorchLink.copy))
-        with pytest.raises(told[0], match=told[1]):
+        with pytest.raises(expected[0], match=expected[1]):
             pairs.started()
     for moved in pairs.started():
         moved.synchronize()
@@ -180,17 +182,17 @@ def test_ids_that_an_index_keeps_and_everybody_forgets(accelerator: torch.device
         there = [layered(accelerator) for _ in range(2)]
         here = block_first(pin="pageable" not in how)
         settle(accelerator)
-        mine, theirs = (Index(torch.tensor(ids), step=SIZE) for ids in (IDS, IDS[::-1]))
+        src_index, dst_index = (Index(torch.tensor(ids), step=SIZE) for ids in (IDS, IDS[::-1]))
         rows = wanted(there[0], here, IDS, IDS[::-1])
         again = wanted(there[0], there[1], IDS, IDS)
         options: dict[str, Any] = {"backend": "pageable" if "pageable" in how else "staged"}
         stream = torch.Stream(accelerator)
         options |= {"detached": True} if how == "detached" else {"stream": stream}
-        copy_blocks(there[0].view, here.view, mine, theirs, **options).synchronize()
+        copy_blocks(there[0].view, here.view, src_index, dst_index, **options).synchronize()
         assert torch.equal(here.rows(), rows)
         delay(current(accelerator) if how == "detached" else stream)
-        moved = copy_blocks(here.view, there[1].view, theirs, mine, **options)
-        del mine, theirs, moved
+        moved = copy_blocks(here.view, there[1].view, dst_index, src_index, **options)
+        del src_index, dst_index, moved
         gc.collect()
         junk = [torch.full((8,), 99, dtype=torch.int64, device=accelerator) for _ in range(20)]
         settle(accelerator)

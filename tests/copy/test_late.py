@@ -40,9 +40,9 @@ def test_the_next_copy_tells(accelerator: torch.device, terms: Any) -> None:
     dropped(late, accelerator, **terms)
     src, dst = sides(accelerator)
     copy_rows(src, dst, late=other).synchronize()
-    with pytest.raises(SlotError, match="past the end") as found:
+    with pytest.raises(SlotError, match="past the end") as caught:
         copy_blocks(src, dst, [0], [1], late=late)
-    check_sentence(str(found.value))
+    check_sentence(str(caught.value))
     copy_rows(src, dst, late=late).synchronize()
 
 

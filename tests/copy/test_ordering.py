@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a connector's copy waits for, what waits for it, and what may be freed meanwhile.
+"""Order a connector's copy before and after other work, and free memory meanwhile.
 
 Where waiting is what a test is about, the simulated device shows that without it bytes are wrong.
 """
@@ -42,7 +42,7 @@ PLACES = pytest.mark.parametrize("place", ["host", "device"])
 
 @pytest.fixture(params=[0, 1], ids=["first", "second"])
 def rig(request: pytest.FixtureRequest, accelerator: torch.device) -> Rig:
-    """On either device of its kind; the first one is the current one."""
+    """Return a rig on either device of its kind; the first one is the current device."""
     if request.param >= torch.get_device_module(accelerator).device_count():
         pytest.skip("there is one device of this kind")
     return Rig(torch.device(accelerator.type, request.param))
@@ -71,7 +71,7 @@ def copy_late(targets: list[torch.Tensor], fresh: list[torch.Tensor]) -> None:
 def test_a_copy_waits_for_its_producer(
     rig: Rig, store: bool, memory: str, place: str, side: bool
 ) -> None:
-    """And what comes behind it on the current stream waits for the copy."""
+    """Work after the copy on the current stream waits for the copy too."""
     ids = rig.ids(IDS, place)
     if memory == "again":  # where shortcuts are taken, it takes one
         memory = "device"
@@ -98,13 +98,13 @@ def test_a_copy_waits_for_its_producer(
 @pytest.mark.simdev
 def test_the_stream_of_a_table_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(simdev_cases.DEVICE)
-    told = list[torch.Tensor]()
-    monkeypatch.setattr(streams, "follow_current", lambda stream, *used: told.extend(used))
+    followed = list[torch.Tensor]()
+    monkeypatch.setattr(streams, "follow_current", lambda stream, *used: followed.extend(used))
     list_of_one = KVView([rig.chunk()], "block | kv layer token (head dim)", heads=HEADS)
     views = KVView(rig.caches, KV_LAYOUT), list_of_one
     tables = [view.table for view in views]
     copy_rows(*views, rig.ids(IDS), stream=torch.Stream(rig.device)).synchronize()
-    assert all(any(used is table for used in told) for table in tables)
+    assert all(any(used is table for used in followed) for table in tables)
 
 
 @pytest.mark.simdev
@@ -209,7 +209,7 @@ def test_another_current_device(rig: Rig, elsewhere: torch.device, place: str) -
         for _ in range(2):
             chunk = rig.chunk()
             settle(rig.device)
-            delay(current(rig.device))  # the work must wait on the stream of its own device
+            delay(current(rig.device))  # the work must wait on the stream of that device
             stored = rig.move(True, chunk, None, ids)
             # `reference`, which the simulated device has, reads device ids and waits for them.
             assert (place == "device" and rig.device.type != "cuda") or not stored.done()
@@ -252,8 +252,8 @@ def test_ids_that_a_device_produces_late(
 # What a stream, and the end of a transfer, mean
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["given", "current"])
-def test_the_default_stream_passed_to_the_connector(rig: Rig, given: bool) -> None:
+@pytest.mark.parametrize("passed", [True, False], ids=["given", "current"])
+def test_the_default_stream_passed_to_the_connector(rig: Rig, passed: bool) -> None:
     """Its number is 0, which does not say that no stream was given: only then does waiting for it
     bring the bytes."""
     chunk = rig.chunk()
@@ -262,9 +262,9 @@ def test_the_default_stream_passed_to_the_connector(rig: Rig, given: bool) -> No
     wanted = rig.wanted(True, chunk, IDS)
     assert default.stream_id == 0
     with on(rig.delayed()):
-        moving = rig.move(True, chunk, None, IDS, stream=default if given else None)
+        moving = rig.move(True, chunk, None, IDS, stream=default if passed else None)
     default.synchronize()
-    assert holds([chunk], wanted) is given  # read behind the default stream alone
+    assert holds([chunk], wanted) is passed  # read after the default stream alone
     moving.synchronize()
     check([chunk], wanted)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses and index lists that broke released KV movers: each test names the fault it met.
+"""Addresses and index lists that broke released KV transports: each test names the fault it met.
 
 Every copy is made twice: by the library's choice of backend, and run by run with memmove.
 """
@@ -21,8 +21,8 @@ SCATTERED = pytest.mark.parametrize("scattered", [False, True], ids=["gather", "
 
 @pytest.fixture(params=[by_backend, by_runs], ids=["backend", "runs"])
 def carry(request: pytest.FixtureRequest) -> Copier:
-    found: Copier = request.param
-    return found
+    carrier: Copier = request.param
+    return carrier
 
 
 BYTES = torch.uint8
@@ -32,8 +32,8 @@ def loaded(carry: Copier, rows: KVView, view: KVView, index: Any, memory: torch.
     """Copy rows to a view of memory, of which only what ``memory`` says may change."""
     carry(rows, view, None, index)
     storage = view.owners[0].untyped_storage()
-    found = torch.empty(0, dtype=memory.dtype).set_(storage)
-    assert torch.equal(found, memory.flatten())
+    content = torch.empty(0, dtype=memory.dtype).set_(storage)
+    assert torch.equal(content, memory.flatten())
 
 
 # Offsets in 32-bit arithmetic wrap silently: a row lands 4 GiB before its place.
@@ -145,8 +145,8 @@ def test_rows_off_their_alignment(carry: Copier, kind: str, by: int, side: str) 
     ("heads", "dim"), [(16, 33), (16, 50), (16, 100), (128, 16), (129, 16), (1030, 16)]
 )
 def test_heads_that_are_many_or_odd(carry: Copier, heads: int, dim: int) -> None:
-    """HND: 16 heads of 33 bytes make a row of 528, yet each head is a piece of its own. More than
-    1,024 threads were asked for a block of 128 heads."""
+    """HND: 16 heads of 33 bytes make a row of 528, yet each head is a separate piece. More than
+    1,024 threads were requested for a block of 128 heads."""
     cache = noise(3, heads, 4, dim, dtype=BYTES)
     chunk = noise(12, heads * dim, dtype=BYTES, seed=1)
     views = KVView(cache, "block head token dim"), KVView(chunk, "token (head dim)", heads=heads)
@@ -163,7 +163,7 @@ def test_heads_that_are_many_or_odd(carry: Copier, heads: int, dim: int) -> None
 
 @pytest.mark.parametrize("shape", [(2, 2, 4, 1, 8), (2, 2, 2, 2, 2)])
 def test_two_blocks_of_two_kv(carry: Copier, shape: tuple[int, ...]) -> None:
-    """[2, B, ...] and [B, 2, ...] with B == 2: each reading gives bytes of its own."""
+    """[2, B, ...] and [B, 2, ...] with B == 2: each reading gives different bytes."""
     cache = noise(*shape)
     _, _, tokens, heads, dim = shape
     got = []
@@ -365,7 +365,7 @@ def test_lists_of_any_length_make_and_order(
 @SCATTERED
 @pytest.mark.parametrize("slot", [20, 21, 2**31, 2**40, 2**62])
 def test_a_slot_past_the_end_moves_nothing(carry: Copier, scattered: bool, slot: int) -> None:
-    """A wild write, or a device assert that poisons the context, where nobody looked."""
+    """Other code wrote out of bounds, or raised a device assert that poisons the context."""
     rig = Rig(3)
     with pytest.raises(SlotError, match=f"slot {slot}, but the view has 20 slots"):
         rig.move(carry, torch.tensor([1, slot, 2]), scattered)
@@ -378,8 +378,8 @@ def test_a_slot_past_the_end_moves_nothing(carry: Copier, scattered: bool, slot:
 def test_a_block_past_the_end_moves_nothing(scattered: bool, block: int, count: int) -> None:
     """2**62 * 4 is 0 in 64 bits: a wild block must not come back as block 0."""
     rig = Rig(12)
-    told = rf"Position 4 .* \(of id {block}, 4 slots each\), .* has 20 slots"
-    with pytest.raises(SlotError, match=told):
+    message = rf"Position 4 .* \(of id {block}, 4 slots each\), .* has 20 slots"
+    with pytest.raises(SlotError, match=message):
         rig.move(by_backend, Index([0, block, 1], step=4), scattered, count)
     rig.expect([-1] * 12, scattered=scattered)
 

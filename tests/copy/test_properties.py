@@ -31,8 +31,8 @@ _TIMES = settings().max_examples
 def _move(case: Case) -> Move:
     sides = case.src, case.dst
     src, dst = (KVView(x.tensors, x.layout, reinterpret=x.reinterpret, **x.extents) for x in sides)
-    mine, theirs = (Index(x.ids, x.step, x.offset) for x in sides)
-    return Move(src, dst, mine, theirs, case.count)
+    src_index, dst_index = (Index(x.ids, x.step, x.offset) for x in sides)
+    return Move(src, dst, src_index, dst_index, case.count)
 
 
 def _check(case: Case) -> None:
@@ -76,17 +76,17 @@ def test_runs_are_the_same_copy(case: Case) -> None:
 
 @given(cases())
 def test_gather_then_scatter_is_the_identity(case: Case) -> None:
-    """What was copied and is copied back leaves the source as it was."""
-    src, dst, mine, theirs, count = _move(case)
+    """Copy rows and copy them back; the source is unchanged."""
+    src, dst, src_index, dst_index, count = _move(case)
     slots = case.src.at(case.count)
     assume(len(set(slots[slots >= 0])) == (slots >= 0).sum())
     try:
         src.check_writable()
     except LayoutError:
         assume(False)
-    copy_rows(src, dst, mine, theirs, count=count).synchronize()
+    copy_rows(src, dst, src_index, dst_index, count=count).synchronize()
     with untouched(case.src.tensors):
-        copy_rows(dst, src, theirs, mine, count=count).synchronize()
+        copy_rows(dst, src, dst_index, src_index, count=count).synchronize()
 
 
 @pytest.mark.slow
@@ -122,10 +122,10 @@ def test_every_destination(source: str, third: int) -> None:
     for at, destination in enumerate(KINDS):
         if (first + at) % 3 != third and at != first:
             continue
-        held = meet(source, destination)
+        common = meet(source, destination)
         names = (source, destination)
-        sides = side(source, held), side(destination, held, source=False)
-        if held is None:
+        sides = side(source, common), side(destination, common, source=False)
+        if common is None:
             _refuses(names, Case(*sides, 1))
         else:
             _copies(names, *sides)
@@ -135,12 +135,12 @@ def test_every_destination(source: str, third: int) -> None:
 
 def _copies(names: tuple[str, str], src: Side, dst: Side) -> None:
     step = src.block_size or 1 if src.opaque else 1
-    mine = _index(src, step, 0)
-    theirs = _index(dst, step, 1)
-    sides = replace(src, ids=mine, step=step), replace(dst, ids=theirs, step=step)
-    case = Case(*sides, len(mine) * step)
+    src_ids = _index(src, step, 0)
+    dst_ids = _index(dst, step, 1)
+    sides = replace(src, ids=src_ids, step=step), replace(dst, ids=dst_ids, step=step)
+    case = Case(*sides, len(src_ids) * step)
     first, second = _views(names, case)
-    indices = Index(mine, step), Index(theirs, step)
+    indices = Index(src_ids, step), Index(dst_ids, step)
     case.check(lambda: copy_rows(first, second, *indices).synchronize())
 
 

@@ -54,9 +54,9 @@ class Pools:
         rows = source.cpu() if not store else source.cpu().transpose(0, 1)
         into = wanted if store else wanted.transpose(0, 1)
         into[written] = rows[read]
-        mine, theirs = (torch.tensor(x, device=DEVICE) for x in (read, written))
+        src_ids, dst_ids = (torch.tensor(x, device=DEVICE) for x in (read, written))
         torch.accelerator.synchronize(DEVICE)
-        ids = Index(mine, trusted=True), Index(theirs, trusted=True)
+        ids = Index(src_ids, trusted=True), Index(dst_ids, trusted=True)
         copy_rows(src, dst, *ids, **terms).synchronize()
         assert torch.equal(target.cpu(), wanted)
 
@@ -67,9 +67,9 @@ def pools(request: pytest.FixtureRequest) -> Pools:
 
 
 def repeats() -> int:
-    """How many copies are remembered, all in all."""
-    kept = [each for each in caches() if each.name == "copies made again"]
-    return sum(way is not None for each in kept for way in each.values())
+    """Return the number of copies that all caches remember together."""
+    registers = [each for each in caches() if each.name == "copies made again"]
+    return sum(method is not None for each in registers for method in each.values())
 
 
 @pytest.mark.gpu
@@ -114,9 +114,9 @@ class TestsOfRepeats:
     def test_in_a_capture_it_is_a_copy_like_any_other(self, pools: Pools, store: bool) -> None:
         src, dst = pools.views if store else pools.views[::-1]
         source, target = (pools.layers, pools.whole) if store else (pools.whole, pools.layers)
-        mine, theirs = (torch.tensor(x, device=DEVICE) for x in ([1, 2], [3, 4]))
+        src_ids, dst_ids = (torch.tensor(x, device=DEVICE) for x in ([1, 2], [3, 4]))
         backend = None if pools.whole.is_cuda else "zero_copy"
-        ids = Index(mine, trusted=True), Index(theirs, trusted=True)
+        ids = Index(src_ids, trusted=True), Index(dst_ids, trusted=True)
         for _ in range(2):
             copy_rows(src, dst, *ids, backend=backend).synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -241,7 +241,7 @@ def test_on_the_simulated_device() -> None:
             expected = torch.zeros(shape, dtype=torch.int32)
             expected[written] = rows[read]
             assert torch.equal(other.cpu(), expected)
-            # A third number of tokens is asked about first.
+            # A third number of tokens comes first.
             assert [each.calls for each in made] == [[], [0], [1], [1]][turn]
         with pytest.raises(SlotError):
             copy_rows(views[0], views[1], *ids, count=5, backend="repeating")

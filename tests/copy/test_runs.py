@@ -43,10 +43,12 @@ FAILED = "An earlier copy failed, of which no caller kept the handle."
 EVERY = ("to host", "to device", "inside")
 
 
-def ends(device: torch.device, way: str) -> tuple[torch.Tensor, torch.Tensor]:
+def ends(device: torch.device, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Random bytes on both sides, on the host pinned if there is a device."""
     places = {"to host": (device, CPU), "to device": (CPU, device), "inside": (device, device)}
-    made = [noise(BYTES, dtype=torch.uint8, seed=seed).to(x) for seed, x in enumerate(places[way])]
+    made = [
+        noise(BYTES, dtype=torch.uint8, seed=seed).to(x) for seed, x in enumerate(places[direction])
+    ]
     if device.type != "cpu":
         made = [pinned.empty(BYTES, x.dtype).copy_(x) if x.is_cpu else x for x in made]
     settle(device)
@@ -54,22 +56,22 @@ def ends(device: torch.device, way: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def wanted(src: torch.Tensor, dst: torch.Tensor, runs: Sequence[tuple[int, int, int]]) -> Any:
-    mine = src.cpu().clone()
-    theirs = dst.cpu().clone()
+    source = src.cpu().clone()
+    result = dst.cpu().clone()
     for a, b, size in runs:
-        theirs[b : b + size] = mine[a : a + size]
-    return theirs
+        result[b : b + size] = source[a : a + size]
+    return result
 
 
 def at(tensor: torch.Tensor, offsets: Sequence[int]) -> list[int]:
     return [tensor.data_ptr() + offset for offset in offsets]
 
 
-@pytest.mark.parametrize("way", EVERY)
+@pytest.mark.parametrize("direction", EVERY)
 @pytest.mark.parametrize("sizes", [512, [512, 96, 512, 96], [1, 2, 300, 4096 - 8]], ids=str)
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor], ids=["list", "numpy", "tensor"])
-def test_every_byte(device: torch.device, way: str, sizes: Any, kind: Any) -> None:
-    src, dst = ends(device, way)
+def test_every_byte(device: torch.device, direction: str, sizes: Any, kind: Any) -> None:
+    src, dst = ends(device, direction)
     each = [sizes] * 4 if isinstance(sizes, int) else sizes
     expected = wanted(src, dst, list(zip(SRC, DST, each, strict=True)))
     transfer = copy_runs(
@@ -81,15 +83,15 @@ def test_every_byte(device: torch.device, way: str, sizes: Any, kind: Any) -> No
     )
     transfer.synchronize()
     assert torch.equal(dst.cpu(), expected)
-    told = transfer.statistics
-    assert (told.nbytes, told.blocks, told.blocks_asked) == (sum(each), 4, 4)
-    assert told.seconds is not None
+    statistics = transfer.statistics
+    assert (statistics.nbytes, statistics.blocks, statistics.blocks_asked) == (sum(each), 4, 4)
+    assert statistics.seconds is not None
 
 
-@pytest.mark.parametrize("way", EVERY)
+@pytest.mark.parametrize("direction", EVERY)
 @pytest.mark.parametrize("pitches", [(128, 64), (64, 200), ([128, 64, 128, 64], 64)], ids=str)
-def test_rows_at_a_pitch(device: torch.device, way: str, pitches: Any) -> None:
-    src, dst = ends(device, way)
+def test_rows_at_a_pitch(device: torch.device, direction: str, pitches: Any) -> None:
+    src, dst = ends(device, direction)
     rows = 5
     size = 64
     steps = [each if isinstance(each, list) else [each] * 4 for each in pitches]
@@ -115,22 +117,22 @@ def test_rows_at_a_pitch(device: torch.device, way: str, pitches: Any) -> None:
     assert torch.equal(dst.cpu(), expected)
 
 
-@pytest.mark.parametrize("way", EVERY)
-def test_addresses_that_only_a_device_has(accelerator: torch.device, way: str) -> None:
-    src, dst = ends(accelerator, way)
+@pytest.mark.parametrize("direction", EVERY)
+def test_addresses_that_only_a_device_has(accelerator: torch.device, direction: str) -> None:
+    src, dst = ends(accelerator, direction)
     offsets = [[each // 16 * 16 for each in side] for side in (SRC, DST)]
     expected = wanted(src, dst, [(a, b, 256) for a, b in zip(*offsets, strict=True)])
     tables = [
         torch.tensor(at(*side)).view(torch.uint64).to(accelerator)
         for side in zip((src, dst), offsets, strict=True)
     ]
-    mine, theirs = tables
-    copy_runs(mine, theirs, 256, src_device=src.device, dst_device=dst.device).synchronize()
+    src_table, dst_table = tables
+    copy_runs(src_table, dst_table, 256, src_device=src.device, dst_device=dst.device).synchronize()
     assert torch.equal(dst.cpu(), expected)
 
 
 class Reading(Reference):
-    """As if it read tables of addresses on the device, which ops of torch do not."""
+    """Claims to read tables of addresses on the device, which ops of torch do not."""
 
     name = "reading"
 
@@ -142,19 +144,19 @@ class Reading(Reference):
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """What is sent to the simulated device, as to one that takes small values by a kernel: behind
-    work that goes on."""
+    """Record what is sent to the simulated device, as to a device that takes small values by a
+    kernel, ordered after work that goes on."""
     register_backend(Reading.name, Reading)
     monkeypatch.setattr(prepared, "ASYNCHRONOUS", frozenset({simdev_cases.DEVICE.type}))
-    found = list[int]()
+    lengths = list[int]()
     send = small.to_device
 
     def noted(values: Any, *rest: Any, **named: Any) -> torch.Tensor:
-        found.append(len(values))
+        lengths.append(len(values))
         return send(values, *rest, **named)
 
     monkeypatch.setattr(small, "to_device", noted)
-    yield found
+    yield lengths
     REGISTRY.unregister(Reading.name)
 
 
@@ -162,7 +164,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 @pytest.mark.parametrize("backend", ["reading", "reference"])
 @pytest.mark.parametrize("side", [False, True], ids=["current", "another stream"])
 def test_addresses_are_sent_without_waiting(side: bool, backend: str, sent: list[int]) -> None:
-    """If the launch reads them."""
+    """The launch that reads addresses gets them by an asynchronous copy."""
     device = simdev_cases.DEVICE
     src, dst = ends(device, "inside")
     expected = wanted(src, dst, [(a, b, 64) for a, b in zip(SRC, DST, strict=True)])
@@ -184,7 +186,7 @@ def test_addresses_are_sent_to_what_gathers(sent: list[int]) -> None:
     device = simdev_cases.DEVICE
     src, dst = ends(device, "to host")
     expected = wanted(src, dst, [(a, b, 64) for a, b in zip(SRC, DST, strict=True)])
-    # One of its own: that of the process may have made its choice of what gathers before.
+    # A separate one: that of the process may have chosen a backend that gathers before.
     engine = Staged(device, choose(device, Reading.name))
     choice = Choice(engine, (), True, engine.capabilities())
     shaped: Any = {"shape": (1, 64), "dtype": torch.uint8}
@@ -193,7 +195,7 @@ def test_addresses_are_sent_to_what_gathers(sent: list[int]) -> None:
         for x, each in ((src, SRC), (dst, DST))
     ]
     copy_move(Move(views[0], views[1], Index(), Index(), 4), choice, None).synchronize()
-    assert sent.count(4) == 1  # beside those of a self-check, and of the rows on the device
+    assert sent.count(4) == 1  # in addition to those of a self-check, and of the rows on the device
     assert torch.equal(dst, expected)
 
 
@@ -203,11 +205,11 @@ def test_addresses_are_sent_to_what_gathers(sent: list[int]) -> None:
 def test_addresses_of_a_view_that_is_kept_are_sent_once(
     foreign: bool, layout: str, sent: list[int]
 ) -> None:
-    """By any thread; each stream that reads them waits until they are there."""
+    """Any thread may send them; each stream that reads them waits until they are there."""
     device = simdev_cases.DEVICE
     src, dst = ends(device, "inside")
     expected = wanted(src, dst, [(a, b, 64) for a, b in zip(SRC, DST, strict=True)])
-    mine, theirs = (
+    source, destination = (
         KVView.at(at(end, places), layout, shape=(1, 64), dtype=torch.uint8, device=device)
         if foreign
         else KVView([end[place : place + 64].view(1, 64) for place in places], layout)
@@ -215,17 +217,17 @@ def test_addresses_of_a_view_that_is_kept_are_sent_once(
     )
     other = torch.Stream(device)
     delay(current(device))
-    copy_rows(mine, theirs, backend=Reading.name)
+    copy_rows(source, destination, backend=Reading.name)
     with on(other):
         transfer = copy_rows(
-            mine, theirs, backend=Reading.name
-        )  # orders it behind the making of the tables
-        tables = [view.table.clone() for view in (mine, theirs)]
+            source, destination, backend=Reading.name
+        )  # orders it after the making of the tables
+        tables = [view.table.clone() for view in (source, destination)]
     transfer.synchronize()
     settle(device)
     assert sent == [4, 4]
     assert torch.equal(dst.cpu(), expected)
-    assert [x.tolist() for x in tables] == [list(x.origins) for x in (mine, theirs)]
+    assert [x.tolist() for x in tables] == [list(x.origins) for x in (source, destination)]
 
 
 @pytest.mark.parametrize(
@@ -279,10 +281,10 @@ def test_nothing() -> None:
 )  # fmt: skip
 def test_what_are_no_runs(change: dict[str, Any], error: Any, words: list[str]) -> None:
     src, dst = ends(CPU, "inside")
-    asked = {"src": SRC, "dst": DST, "sizes": 64, **change}
-    lists = [at(side, asked.pop(name)) for name, side in (("src", src), ("dst", dst))]
+    arguments = {"src": SRC, "dst": DST, "sizes": 64, **change}
+    lists = [at(side, arguments.pop(name)) for name, side in (("src", src), ("dst", dst))]
     with refused(error, *words, watch=[dst]):
-        copy_runs(*lists, **asked, src_device="cpu", dst_device="cpu")
+        copy_runs(*lists, **arguments, src_device="cpu", dst_device="cpu")
 
 
 def test_rows_that_lie_between_those_of_another_run() -> None:
@@ -329,22 +331,22 @@ def test_late_errors_are_asked_for_before_anything_is_moved() -> None:
     src, dst = ends(CPU, "inside")
     sizes = [64, 128, 256, 512]
     late = LateErrors()
-    asked = at(src, SRC), at(dst, DST), sizes
+    runs = at(src, SRC), at(dst, DST), sizes
 
     class Second(LateErrors):
-        """It learns of an error behind the first size that asks."""
+        """Learns of an error after the check for the first size."""
 
-        asked = 0
+        checks = 0
 
         def check(self, device: torch.device | None = None) -> None:
-            self.asked += 1
-            if self.asked == 2:
+            self.checks += 1
+            if self.checks == 2:
                 self.keep(Transfer((Completion(error=SlotError(FAILED)),)))
             super().check(device)
 
     with refused(SlotError, FAILED, watch=[dst]):
-        copy_runs(*asked, src_device="cpu", dst_device="cpu", late=Second())
-    copy_runs(*asked, src_device="cpu", dst_device="cpu", late=late).synchronize()
+        copy_runs(*runs, src_device="cpu", dst_device="cpu", late=Second())
+    copy_runs(*runs, src_device="cpu", dst_device="cpu", late=late).synchronize()
     late.check()
 
 

@@ -32,7 +32,7 @@ IDS = [9, 2, 17, 6, 0]
 
 
 class Again(Rig):
-    """A rig that tells for each of its transfers whether it took a shortcut."""
+    """A rig that records for each of its transfers whether it took a shortcut."""
 
     def __init__(self, backend: str, device: torch.device = DEVICE) -> None:
         super().__init__(device, backend)
@@ -66,9 +66,9 @@ def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Agai
     find = Shortcuts.transfer
 
     def transfer(self: Shortcuts, *arguments: Any) -> Any:
-        found = find(self, *arguments)
-        rig.taken.append(found is not None)
-        return found
+        shortcut = find(self, *arguments)
+        rig.taken.append(shortcut is not None)
+        return shortcut
 
     monkeypatch.setattr(Shortcuts, "transfer", transfer)
     return rig
@@ -160,8 +160,8 @@ def test_refusals_are_those_of_the_long_way(rig: Again) -> None:
         rig.start(rig.ids(IDS).view(1, 5))
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_bad_ids_in_a_shortcut(rig: Again, asked: bool) -> None:
+@pytest.mark.parametrize("waits", [True, False])
+def test_bad_ids_in_a_shortcut(rig: Again, waits: bool) -> None:
     other = Again("cuda")
     bad = [4, SLOTS, 1, 2, 3]
     chunk = make_chunk(5)
@@ -172,7 +172,7 @@ def test_bad_ids_in_a_shortcut(rig: Again, asked: bool) -> None:
     assert torch.equal(host_bytes(chunk), wanted)
     other.start().synchronize()  # it is not this one's error
     with pytest.raises(SlotError, match="Position 1 "):
-        transfer.synchronize() if asked else rig.start()
+        transfer.synchronize() if waits else rig.start()
     rig.moved(True, IDS, rig.ids(IDS))
     assert rig.taken[-1]
 

@@ -13,7 +13,7 @@ from support.guarded_memory import refused
 
 from portakv import Index, SlotError, copy_blocks, copy_rows
 
-#: Slices read the ids whatever is asked of them.
+#: Slices read the ids whatever the options are.
 SLICED = [{"cancellable": True, "check": "usual"}, {"max_gbps": 1.0, "check": "usual"}]
 
 
@@ -23,18 +23,18 @@ def placed(ids: list[int], device: torch.device) -> torch.Tensor:
 
 @pytest.mark.parametrize("more", [{}, {"by_layer": True}, {"detached": True}, *SLICED], ids=str)
 @pytest.mark.parametrize(
-    ("mine", "theirs", "words"),
+    ("src_ids", "dst_ids", "words"),
     [
         ([0, 1, 2], [3, 4, 3], ["occurs 2 times", "destination"]),
         ([0, BLOCKS], [1, 2], ["source", f"{BLOCKS * SIZE} slots"]),
     ],
 )
 def test_what_is_refused(
-    device: torch.device, mine: list[int], theirs: list[int], words: list[str], more: Any
+    device: torch.device, src_ids: list[int], dst_ids: list[int], words: list[str], more: Any
 ) -> None:
     src = layered(device)
     dst = layered(device)
-    ids = placed(mine, device), placed(theirs, device)
+    ids = placed(src_ids, device), placed(dst_ids, device)
     with refused(SlotError, *words, watch=dst.tensors):
         copy_blocks(src.view, dst.view, *ids, **{"check": "strict"} | more)
     slots = [Index(one, SIZE) for one in ids]
@@ -46,9 +46,9 @@ def test_what_is_right_is_moved(device: torch.device) -> None:
     src = layered(device)
     dst = layered(device)
     # a block may be read twice
-    mine = [5, -1, 7, 5]
-    theirs = [1, 6, -2, 0]
-    expected = wanted(src, dst, mine, theirs)
-    ids = placed(mine, device), placed(theirs, device)
+    src_ids = [5, -1, 7, 5]
+    dst_ids = [1, 6, -2, 0]
+    expected = wanted(src, dst, src_ids, dst_ids)
+    ids = placed(src_ids, device), placed(dst_ids, device)
     copy_blocks(src.view, dst.view, *ids, check="strict").synchronize()
     assert torch.equal(dst.rows(), expected)

@@ -16,8 +16,8 @@ from support.guarded_memory import refused
 from portakv import Index, InvalidTerms, SlotError, Unsupported, copy_blocks, copy_rows
 from portakv.copy import slices
 
-MINE = [5, -1, 31, 8, 9, 10]
-THEIRS = [0, 3, 2, 17, 18, 30]
+SRC_IDS = [5, -1, 31, 8, 9, 10]
+DST_IDS = [0, 3, 2, 17, 18, 30]
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
 PARTS = [
     # blocks of the source and destination, skip, count, the first slots, how many
@@ -45,48 +45,54 @@ def sides(device: torch.device, downward: bool) -> tuple[Cache, Cache]:
     return (there, here) if downward else (here, there)
 
 
-def moved(src: Cache, dst: Cache, mine: list[int], theirs: list[int]) -> torch.Tensor:
+def moved(src: Cache, dst: Cache, src_ids: list[int], dst_ids: list[int]) -> torch.Tensor:
     """The destination's rows once slots were copied; a negative one skips its position."""
-    found = dst.rows()
+    result = dst.rows()
     rows = src.rows()
-    for a, b in zip(mine, theirs, strict=True):
+    for a, b in zip(src_ids, dst_ids, strict=True):
         if a >= 0 and b >= 0:
-            found[:, :, b] = rows[:, :, a]
-    return found
+            result[:, :, b] = rows[:, :, a]
+    return result
 
 
 @DOWNWARD
 @pytest.mark.usefixtures("_small_slices")
 def test_slots(device: torch.device, downward: bool, options: dict[str, Any]) -> None:
     src, dst = sides(device, downward)
-    expected = moved(src, dst, MINE, THEIRS)
-    transfer = copy_rows(src.view, dst.view, MINE, THEIRS, **options)
+    expected = moved(src, dst, SRC_IDS, DST_IDS)
+    transfer = copy_rows(src.view, dst.view, SRC_IDS, DST_IDS, **options)
     transfer.synchronize()
     assert torch.equal(dst.rows(), expected)
-    told = transfer.statistics
-    assert (told.blocks, told.blocks_asked) == (5, 5), "a slot that is skipped does not count"
-    assert told.nbytes == 5 * src.view.form.token_bytes
+    statistics = transfer.statistics
+    assert (statistics.blocks, statistics.blocks_asked) == (5, 5), (
+        "a slot that is skipped does not count"
+    )
+    assert statistics.nbytes == 5 * src.view.form.token_bytes
     assert len(transfer.layers if "by_layer" in options else "one") == 3
 
 
 @DOWNWARD
 @pytest.mark.usefixtures("_small_slices")
-@pytest.mark.parametrize(("mine", "theirs", "skip", "count"), PARTS, ids=str)
+@pytest.mark.parametrize(("src_ids", "dst_ids", "skip", "count"), PARTS, ids=str)
 def test_blocks_in_part(
     device: torch.device,
     downward: bool,
     options: dict[str, Any],
-    mine: list[int],
-    theirs: list[int],
+    src_ids: list[int],
+    dst_ids: list[int],
     skip: Any,
     count: int | None,
 ) -> None:
     src, dst = sides(device, downward)
-    first, behind = skip if isinstance(skip, tuple) else (skip, skip)
-    slots = [side.slots(ids)[at:] for side, ids, at in ((src, mine, first), (dst, theirs, behind))]
+    first, second = skip if isinstance(skip, tuple) else (skip, skip)
+    slots = [
+        side.slots(ids)[at:] for side, ids, at in ((src, src_ids, first), (dst, dst_ids, second))
+    ]
     slots = [each[:count] for each in slots]
     expected = moved(src, dst, *slots)
-    copy_blocks(src.view, dst.view, mine, theirs, skip=skip, count=count, **options).synchronize()
+    copy_blocks(
+        src.view, dst.view, src_ids, dst_ids, skip=skip, count=count, **options
+    ).synchronize()
     assert torch.equal(dst.rows(), expected)
 
 
@@ -94,14 +100,14 @@ def test_blocks_of_two_sizes_in_part() -> None:
     """A chunk of several blocks of which the first and the last one are partial."""
     pages = layered()
     chunks = block_first(size=3 * SIZE)
-    mine = [4, 0, 6, 1, 2]
-    theirs = [5, 2]
+    src_ids = [4, 0, 6, 1, 2]
+    dst_ids = [5, 2]
     skip = 2 * SIZE
-    slots = pages.slots(mine), chunks.slots(theirs)[skip:][: 5 * SIZE]
+    slots = pages.slots(src_ids), chunks.slots(dst_ids)[skip:][: 5 * SIZE]
     slots = slots[0][: len(slots[1])], slots[1]
     expected = moved(pages, chunks, *slots)
     copy_blocks(
-        pages.view, chunks.view, mine, theirs, skip=(0, skip), count=len(slots[1])
+        pages.view, chunks.view, src_ids, dst_ids, skip=(0, skip), count=len(slots[1])
     ).synchronize()
     assert torch.equal(chunks.rows(), expected)
 
@@ -117,10 +123,10 @@ def test_what_is_no_number_of_tokens_to_skip(skip: Any) -> None:
 def test_more_than_the_lists_hold() -> None:
     src = layered()
     dst = layered()
-    asked: Any
-    for asked in ({"count": SIZE + 1}, {"skip": 1, "count": SIZE}, {"skip": SIZE + 1}):
+    part: Any
+    for part in ({"count": SIZE + 1}, {"skip": 1, "count": SIZE}, {"skip": SIZE + 1}):
         with refused(SlotError, watch=dst.tensors):
-            copy_blocks(src.view, dst.view, [1], [2], **asked)
+            copy_blocks(src.view, dst.view, [1], [2], **part)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +176,8 @@ def test_blocks_cost_the_host_what_rows_do() -> None:
     dst = layered()
     index = Index([1, 2], SIZE)
 
-    def calls(copy: Any, theirs: Index | None = index) -> int:
-        copy(src.view, dst.view, index, theirs, count=SIZE)  # what is remembered is made now
+    def calls(copy: Any, dst_index: Index | None = index) -> int:
+        copy(src.view, dst.view, index, dst_index, count=SIZE)  # what is remembered is made now
         seen: list[str] = []
 
         def called(frame: FrameType, event: str, argument: object) -> None:
@@ -180,7 +186,7 @@ def test_blocks_cost_the_host_what_rows_do() -> None:
 
         sys.setprofile(called)
         try:
-            copy(src.view, dst.view, index, theirs, count=SIZE)
+            copy(src.view, dst.view, index, dst_index, count=SIZE)
         finally:
             sys.setprofile(None)
         return len(seen)

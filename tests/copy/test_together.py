@@ -21,18 +21,18 @@ from portakv import (
     copy_blocks,
 )
 
-MINE = [5, 0, 7]
-THEIRS = [1, 6, 0]
+SRC_IDS = [5, 0, 7]
+DST_IDS = [1, 6, 0]
 GROUPS = 3
 
 
-@pytest.mark.parametrize("way", METHODS)
-def test_bytes_blocks_and_the_end(device: torch.device, way: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_blocks_and_the_end(device: torch.device, method: str) -> None:
     pairs = [(layered(device), layered(device)) for _ in range(GROUPS)]
-    expected = [wanted(src, dst, MINE, THEIRS) for src, dst in pairs]
+    expected = [wanted(src, dst, SRC_IDS, DST_IDS) for src, dst in pairs]
     began = time.perf_counter()
     job = BlockTransfer.together(
-        [copy_blocks(src.view, dst.view, MINE, THEIRS, **METHODS[way]) for src, dst in pairs]
+        [copy_blocks(src.view, dst.view, SRC_IDS, DST_IDS, **METHODS[method]) for src, dst in pairs]
     )
     job.synchronize()
     assert job.done()
@@ -40,16 +40,16 @@ def test_bytes_blocks_and_the_end(device: torch.device, way: str) -> None:
     assert all(
         torch.equal(dst.rows(), each) for (_, dst), each in zip(pairs, expected, strict=True)
     )
-    told = job.statistics
-    tokens = GROUPS * len(MINE) * SIZE
-    assert told.nbytes == tokens * pairs[0][0].view.form.token_bytes
-    assert (told.blocks, told.blocks_asked) == (GROUPS * len(MINE),) * 2
-    assert told.slices >= GROUPS
-    assert told.seconds is not None
-    assert 0 < told.seconds <= took
-    assert not told.cancelled
-    assert told.engine != "none"
-    if "by_layer" in METHODS[way]:
+    statistics = job.statistics
+    tokens = GROUPS * len(SRC_IDS) * SIZE
+    assert statistics.nbytes == tokens * pairs[0][0].view.form.token_bytes
+    assert (statistics.blocks, statistics.blocks_asked) == (GROUPS * len(SRC_IDS),) * 2
+    assert statistics.slices >= GROUPS
+    assert statistics.seconds is not None
+    assert 0 < statistics.seconds <= took
+    assert not statistics.cancelled
+    assert statistics.engine != "none"
+    if "by_layer" in METHODS[method]:
         assert len(job.layers) == GROUPS * pairs[0][0].view.layers
         job.layers[-1].synchronize()
     else:
@@ -84,12 +84,12 @@ def test_an_error_of_any_of_them_is_told(accelerator: torch.device) -> None:
         job.synchronize()
 
 
-@pytest.mark.parametrize("way", SLICED)
-def test_cancelling_asks_all_of_them(way: str) -> None:
+@pytest.mark.parametrize("method", SLICED)
+def test_cancelling_asks_all_of_them(method: str) -> None:
     pairs = [(layered(), layered()) for _ in range(GROUPS)]
-    options: dict[str, Any] = {**METHODS[way], "max_gbps": 1e-6}
+    options: dict[str, Any] = {**METHODS[method], "max_gbps": 1e-6}
     job = BlockTransfer.together(
-        [copy_blocks(src.view, dst.view, MINE, THEIRS, **options) for src, dst in pairs]
+        [copy_blocks(src.view, dst.view, SRC_IDS, DST_IDS, **options) for src, dst in pairs]
     )
     assert job.cancel()
     assert job.cancelled
@@ -100,7 +100,7 @@ def test_cancelling_asks_all_of_them(way: str) -> None:
 def test_none_and_one() -> None:
     src = layered()
     dst = layered()
-    one = copy_blocks(src.view, dst.view, MINE, THEIRS)
+    one = copy_blocks(src.view, dst.view, SRC_IDS, DST_IDS)
     assert BlockTransfer.together([one]) is one
     none = BlockTransfer.together([])
     none.synchronize()
@@ -111,15 +111,15 @@ def test_none_and_one() -> None:
 
 def test_one_that_is_joined_already() -> None:
     pairs = [(layered(), layered()) for _ in range(GROUPS)]
-    parts = [copy_blocks(src.view, dst.view, MINE, THEIRS) for src, dst in pairs]
+    parts = [copy_blocks(src.view, dst.view, SRC_IDS, DST_IDS) for src, dst in pairs]
     job = BlockTransfer.together(
         [BlockTransfer.together(parts[:2]), BlockTransfer.together([]), parts[2]]
     )
     job.synchronize()
-    told = job.statistics
-    assert told.blocks == GROUPS * len(MINE)
-    assert told.engine == parts[0].statistics.engine
-    assert told.seconds is not None
+    statistics = job.statistics
+    assert statistics.blocks == GROUPS * len(SRC_IDS)
+    assert statistics.engine == parts[0].statistics.engine
+    assert statistics.seconds is not None
 
 
 def test_a_join_of_the_base_class_is_a_plain_transfer() -> None:

@@ -12,8 +12,8 @@ from support.read_back import ReadBack
 from portakv import BlockTransfer, Index, KVView, SlotError, copy_rows
 from portakv.host import pinned
 
-MINE = [5, 1, 7]
-THEIRS = [1, 6, 0]
+SRC_IDS = [5, 1, 7]
+DST_IDS = [1, 6, 0]
 
 
 def indices(device: torch.device, trusted: bool, *lists: list[int]) -> list[Index]:
@@ -26,9 +26,9 @@ def test_the_host_waits_only_for_ids_without_a_promise(
 ) -> None:
     src = layered(accelerator)
     dst = layered(accelerator)
-    ids = indices(accelerator, trusted, MINE, THEIRS)
+    ids = indices(accelerator, trusted, SRC_IDS, DST_IDS)
     copy_rows(src.view, dst.view, *indices(accelerator, True, [0], [0])).synchronize()  # prepared
-    expected = wanted(src, dst, MINE, THEIRS)
+    expected = wanted(src, dst, SRC_IDS, DST_IDS)
     with ReadBack() as read:
         transfer = copy_rows(src.view, dst.view, *ids)
     transfer.synchronize()
@@ -41,7 +41,7 @@ def test_the_host_waits_only_for_ids_without_a_promise(
 @pytest.mark.parametrize("downward", [True, False])
 def test_pools_with_wide_rows_on_the_host_are_not_waited_for(downward: bool) -> None:
     """A page-first pool, whose tokens are runs of 64 KiB, by ids that only the device has: 32 MiB,
-    more than a kernel usually carries beside a model."""
+    more than a kernel usually carries while a model runs."""
     device = torch.device("cuda", 0)
     slots = 512
     caches = [torch.randint(9, (slots, 8, 1024), dtype=torch.int16, device=device) for _ in "1234"]
