@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of measured costs have: a cache directory of their own."""
+"""Give tests of measured costs a separate cache directory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache directory that is not there yet, in a process that has read no table; commands write
     80 columns."""
     settle(monkeypatch)
-    found = tmp_path / "a" / "cache"
-    monkeypatch.setenv(kernel_cache.ENVIRONMENT, str(found))
+    path = tmp_path / "a" / "cache"
+    monkeypatch.setenv(kernel_cache.ENVIRONMENT, str(path))
     costs.forget()
-    yield found
+    yield path
     costs.forget()

@@ -26,26 +26,27 @@ ROW = 96
 
 @pytest.fixture
 def crossed(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Pieces]:
-    """What the link of a device is given."""
+    """Record the pieces that the link of a device copies."""
     link = link_of(accelerator)
-    found = list[Pieces]()
+    copied = list[Pieces]()
     copy: Any = link.copy
 
     def seen(pieces: Pieces, *rest: Any) -> None:
-        found.append(pieces)
+        copied.append(pieces)
         copy(pieces, *rest)
 
     monkeypatch.setattr(link, "copy", seen)
-    return found
+    return copied
 
 
-def over(seams: list[int], pieces: Pieces) -> int:
-    """Pieces that reach over a seam on either side."""
-    return sum(
-        int(((start < seam) & (start + (pieces.height - 1) * pitch + pieces.width > seam)).sum())
-        for start, pitch in ((pieces.src, pieces.src_pitch), (pieces.dst, pieces.dst_pitch))
-        for seam in seams
-    )
+def over(boundaries: list[int], pieces: Pieces) -> int:
+    """Count the pieces that reach over a boundary on either side."""
+    count = 0
+    for start, pitch in ((pieces.src, pieces.src_pitch), (pieces.dst, pieces.dst_pitch)):
+        past = start + (pieces.height - 1) * pitch + pieces.width
+        for boundary in boundaries:
+            count += int(((start < boundary) & (past > boundary)).sum())
+    return count
 
 
 @pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
@@ -72,8 +73,8 @@ def test_copies_are_cut_where_pieces_meet(
             }
             copy_runs([src.data_ptr()], [dst.data_ptr()], ROWS * ROW, **sides).synchronize()
         else:
-            mine, theirs = (KVView(x.view(ROWS, ROW), "token dim") for x in (src, dst))
-            copy_rows(mine, theirs, backend=strategy).synchronize()
+            src_view, dst_view = (KVView(x.view(ROWS, ROW), "token dim") for x in (src, dst))
+            copy_rows(src_view, dst_view, backend=strategy).synchronize()
     assert torch.equal(dst.cpu(), expected)
     assert crossed
     assert not any(over(cuts[1:-1], each) for each in crossed)
@@ -84,11 +85,11 @@ def test_seams_last_as_long_as_somebody_tells_of_them() -> None:
     pieces = [(1 << 20, 4096), ((1 << 20) + 4096, 4096), (1 << 22, 4096)]
     first = pinned.adopt(pieces)
     second = pinned.adopt(pieces)
-    told = tuple(sorted((*before, (1 << 20) + 4096)))
-    assert pinned.boundaries() == told, "pieces that do not touch have no seam"
+    boundaries = tuple(sorted((*before, (1 << 20) + 4096)))
+    assert pinned.boundaries() == boundaries, "pieces that do not touch have no boundary"
     first.close()
     first.close()
-    assert pinned.boundaries() == told
+    assert pinned.boundaries() == boundaries
     second.close()
     assert pinned.boundaries() == before
 
@@ -96,11 +97,11 @@ def test_seams_last_as_long_as_somebody_tells_of_them() -> None:
 def test_pieces_that_were_told_of_one_by_one_meet_as_well() -> None:
     before = pinned.boundaries()
     page = 4096
-    told = [pinned.adopt([(at * page, page)]) for at in (300, 302, 301, 310)]
+    adopted = [pinned.adopt([(at * page, page)]) for at in (300, 302, 301, 310)]
     assert {*pinned.boundaries()} - {*before} == {301 * page, 302 * page}
-    told[0].close()
+    adopted[0].close()
     assert {*pinned.boundaries()} - {*before} == {302 * page}
-    for each in told:
+    for each in adopted:
         each.close()
     assert pinned.boundaries() == before
 

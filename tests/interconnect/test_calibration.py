@@ -43,7 +43,7 @@ FAKES = "support.host_choice_cases"
 
 @pytest.fixture(autouse=True)
 def _small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A small grid, and no faults left behind."""
+    """Use a small grid, and check that no faults are left."""
     monkeypatch.setattr(calibration, "GRID", SMALL)
     yield
     torch.accelerator.synchronize(DEVICE)
@@ -51,12 +51,12 @@ def _small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
-    found = BUILT_IN | targets
-    monkeypatch.setattr(chosen, "strategy_class", lambda name: resolve_name(found[name]))
+    names = BUILT_IN | targets
+    monkeypatch.setattr(chosen, "strategy_class", lambda name: resolve_name(names[name]))
 
 
 def altered(strategy: type[Strategy], launched: Callable[..., Any]) -> type[Strategy]:
-    """A strategy whose launches are given to a function, with their arguments."""
+    """Return a strategy that passes its launches to a function, with their arguments."""
 
     def prepare(self: Strategy, plan: CopyPlan) -> Any:
         return partial(launched, strategy.prepare(self, plan))
@@ -65,14 +65,14 @@ def altered(strategy: type[Strategy], launched: Callable[..., Any]) -> type[Stra
 
 
 def fail(launch: Any, *arguments: Any) -> Any:
-    """With many runs."""
+    """Fail with many runs."""
     if arguments[4] > 16:
-        raise RuntimeError("the driver said no")
+        raise RuntimeError("the driver failed")
     return launch(*arguments)
 
 
 def be_late(launch: Any, *arguments: Any) -> Any:
-    """Behind the caller's back, until it is waited for."""
+    """Stay pending until the caller waits."""
     launch(*arguments)
     return SimpleNamespace(done=lambda: False, wait=waited)
 
@@ -87,22 +87,22 @@ def runs_of(points: Any) -> list[tuple[int, int]]:
 
 
 def test_every_strategy_that_serves_the_device_is_measured() -> None:
-    found = calibrate(DEVICE, 60)
-    strategies = {strategy for strategy, _ in found.points}
+    table = calibrate(DEVICE, 60)
+    strategies = {strategy for strategy, _ in table.points}
     assert strategies == {"staged", "batched_memcpy", "pageable"}
-    assert found.left_out == {"zero_copy": f"the CUDA driver does not serve {NAME} devices"}
-    assert (found.emulated, found.whole) == (True, True)
-    assert "which is emulated" in found.origin
-    assert 0 < found.took < 60
+    assert table.left_out == {"zero_copy": f"the CUDA driver does not serve {NAME} devices"}
+    assert (table.emulated, table.whole) == (True, True)
+    assert "which is emulated" in table.origin
+    assert 0 < table.took < 60
     for direction in DIRECTIONS:
         for strategy in ("staged", "batched_memcpy"):
-            points = found.points[strategy, direction]
+            points = table.points[strategy, direction]
             assert runs_of(points) == [(256, 16), (256, 64), (4096, 1), (4096, 8)]
-        assert runs_of(found.points["pageable", direction]) == [(256, 16), (4096, 1)]
-    for columns in found.points.values():
+        assert runs_of(table.points["pageable", direction]) == [(256, 16), (4096, 1)]
+    for columns in table.points.values():
         for column in columns.values():
             assert all(point.seconds > 0 and 0 < point.host_seconds < 60 for point in column)
-    rows = calibration.by_point(found)
+    rows = calibration.by_point(table)
     assert list(rows)[:2] == [("d2h", 256, 16), ("d2h", 256, 64)]
     assert list(rows["h2d", 4096, 1]) == ["staged", "batched_memcpy", "pageable"]
 
@@ -123,11 +123,11 @@ class Pretending(Timer):
 
 def test_the_median_of_what_the_timer_tells_is_kept() -> None:
     timer = Pretending([3.0, 1.0, 2.0])
-    found = calibrate(DEVICE, 60, ONE_POINT, timer)
-    assert {p.seconds for columns in found.points.values() for p in columns[4096]} == {2.0}
-    assert found.timer == "pretended"
+    table = calibrate(DEVICE, 60, ONE_POINT, timer)
+    assert {p.seconds for columns in table.points.values() for p in columns[4096]} == {2.0}
+    assert table.timer == "pretended"
     # What `pageable` does first cannot be hidden, as it waits for the device in between.
-    strategies = [strategy for strategy, way in found.points if way == "d2h"]
+    strategies = [strategy for strategy, direction in table.points if direction == "d2h"]
     assert strategies == ["staged", "batched_memcpy", "pageable"]
     both = 2 * ONE_POINT.repeats
     assert len(timer.hidden) == 3 * both
@@ -161,28 +161,28 @@ def test_lists_are_sent_once_and_not_while_a_copy_is_timed(monkeypatch: pytest.M
 
 def test_it_ends_when_its_time_is_over() -> None:
     timer = Pretending([1e-5])
-    found = calibrate(DEVICE, 10, SMALL, timer, clock=count(1.0, 1.0).__next__)
-    assert not found.whole
+    table = calibrate(DEVICE, 10, SMALL, timer, clock=count(1.0, 1.0).__next__)
+    assert not table.whole
     assert timer.at == 9  # the first look at the clock is the beginning
     # The ends of the grid first, by every strategy, so that a part of it spans all.
     for strategy in ("staged", "batched_memcpy"):
         for direction in DIRECTIONS:
-            assert runs_of(found.points[strategy, direction]) == [(256, 16), (256, 64)]
-    assert runs_of(found.points["pageable", "d2h"]) == [(256, 16)]
-    assert len(found.points) == 5
+            assert runs_of(table.points[strategy, direction]) == [(256, 16), (256, 64)]
+    assert runs_of(table.points["pageable", "d2h"]) == [(256, 16)]
+    assert len(table.points) == 5
 
 
 def test_a_point_that_would_take_too_long_is_left_out_and_smaller_ones_are_not() -> None:
-    """What took a second for 16 runs takes longer for 64."""
-    found = calibrate(
+    """A copy that took a second for 16 runs takes longer for 64."""
+    table = calibrate(
         DEVICE,
         60,
         Grid((256,), (4096, 16384), repeats=9, short=0, pageable=4096),
         Pretending([5.0]),
         clock=count(0.001, 0.001).__next__,
     )
-    assert not found.whole
-    assert runs_of(found.points["staged", "d2h"]) == [(256, 16)]
+    assert not table.whole
+    assert runs_of(table.points["staged", "d2h"]) == [(256, 16)]
 
 
 def test_too_little_time_for_anything_is_an_error() -> None:
@@ -194,16 +194,16 @@ def test_too_little_time_for_anything_is_an_error() -> None:
     ("fake", "why"),
     [
         (f"{FAKES}:BatchedMemcpy", "its bytes were wrong"),  # it moves nothing
-        (f"{HERE}:Failing", "RuntimeError at 64 runs of 256 B: the driver said no"),
+        (f"{HERE}:Failing", "RuntimeError at 64 runs of 256 B: the driver failed"),
     ],
 )
 def test_a_strategy_that_is_wrong_or_fails_is_left_out_with_all_its_points(
     fake: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replaced(monkeypatch, batched_memcpy=fake)
-    found = calibrate(DEVICE, 60)
-    assert why in found.left_out["batched_memcpy"]
-    assert {strategy for strategy, _ in found.points} == {"staged", "pageable"}
+    table = calibrate(DEVICE, 60)
+    assert why in table.left_out["batched_memcpy"]
+    assert {strategy for strategy, _ in table.points} == {"staged", "pageable"}
 
 
 def test_pending_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,20 +239,20 @@ def test_the_timer_sees_the_work_of_the_stream() -> None:
 
 @pytest.fixture
 def delays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A kernel that does nothing, on a device that has none: 1000 cycles are 1 ms. How long the
-    delays were, in ms."""
+    """Give a device without it a kernel that does nothing: 1000 cycles are 1 ms. Return how long
+    the delays were, in ms."""
     module = torch.get_device_module(DEVICE)
-    asked = list[int]()
+    durations = list[int]()
 
     def sleep(cycles: int) -> None:
-        asked.append(cycles // 1000)
+        durations.append(cycles // 1000)
         simdev.delay(torch.accelerator.current_stream(DEVICE), cycles // 1000)
 
     monkeypatch.setattr(module, "_sleep", sleep, raising=False)
     cache = SimpleNamespace(L2_cache_size=1 << 16)
     monkeypatch.setattr(module, "get_device_properties", lambda device: cache, raising=False)
     monkeypatch.setattr(calibration, "CYCLES", 20_000)
-    return asked
+    return durations
 
 
 def test_a_delay_hides_the_host_s_work(delays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,18 +316,18 @@ def test_calibrate_and_then_explain(folder: Path) -> None:
     assert explained["measured"]
     assert "which is emulated" in explained["origin"]
     assert explained["note"] == f"On {DEVICE}."
-    told = {one["engine"]: one for one in explained["engines"]}
-    assert told["zero_copy"]["refused"] == f"the CUDA driver does not serve {NAME} devices"
-    assert told["staged"]["measured"]
+    by_name = {one["engine"]: one for one in explained["engines"]}
+    assert by_name["zero_copy"]["refused"] == f"the CUDA driver does not serve {NAME} devices"
+    assert by_name["staged"]["measured"]
 
 
 def test_calibrate_as_json_and_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run_json("calibrate", "--device", NAME, "--seconds", "30")
-    path = Path(found.pop("file"))
+    report = run_json("calibrate", "--device", NAME, "--seconds", "30")
+    path = Path(report.pop("file"))
     assert path.parent == folder
-    assert found == json.loads(path.read_text())
-    assert found["emulated"]
-    assert sorted(found["engines"]) == ["batched_memcpy", "pageable", "staged"]
+    assert report == json.loads(path.read_text())
+    assert report["emulated"]
+    assert sorted(report["engines"]) == ["batched_memcpy", "pageable", "staged"]
     assert run("calibrate", "--device", str(DEVICE), "--seconds", "1e-4")[:2] == (1, "")
     absent = f"{FAKES}:Absent"
     replaced(monkeypatch, staged=absent, batched_memcpy=f"{FAKES}:Breaking", pageable=absent)

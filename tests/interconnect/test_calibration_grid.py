@@ -61,11 +61,11 @@ def test_the_usual_grid_takes_less_than_its_time_by_figures_of_an_h200() -> None
 @pytest.mark.parametrize("count", range(1, 12))
 def test_the_ends_come_first_and_nothing_twice(count: int) -> None:
     values = list(range(0, 10 * count, 10))
-    found = calibration.spread(values)
-    assert sorted(found) == values
-    assert found[:2] == [values[0], values[-1]][: len(found)]
+    order = calibration.spread(values)
+    assert sorted(order) == values
+    assert order[:2] == [values[0], values[-1]][: len(order)]
     if count >= 5:
-        assert found[2] == values[(count - 1) // 2]
+        assert order[2] == values[(count - 1) // 2]
 
 
 # A real link
@@ -77,24 +77,24 @@ def measured() -> tuple[Table, float]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(kernel_cache.ENVIRONMENT)
         began = perf_counter()
-        found = calibrate(CUDA)
-        return found, perf_counter() - began
+        table = calibrate(CUDA)
+        return table, perf_counter() - began
 
 
 @pytest.mark.gpu
 def test_every_strategy_is_measured_in_time_and_rates_are_those_of_a_link() -> None:
-    found, took = measured()
+    table, took = measured()
     assert took < SECONDS + 2  # with what is prepared before the clock can be looked at
-    assert (found.left_out, found.emulated) == ({}, False)
-    assert set(found.points) == {(name, way) for name in ORDER for way in DIRECTIONS}
-    assert found.device["model"]
-    assert found.device["driver"]
-    assert found.timer == DELAYED
-    for (_, size, runs), strategies in by_point(found).items():
+    assert (table.left_out, table.emulated) == ({}, False)
+    assert set(table.points) == {(name, direction) for name in ORDER for direction in DIRECTIONS}
+    assert table.device["model"]
+    assert table.device["driver"]
+    assert table.timer == DELAYED
+    for (_, size, runs), strategies in by_point(table).items():
         for point in strategies.values():
             assert 0 < size * runs / point.seconds < 1e12
-    for way in DIRECTIONS:
-        longest = found.points["staged", way][2 << 20][-1]
+    for direction in DIRECTIONS:
+        longest = table.points["staged", direction][2 << 20][-1]
         assert longest.runs * (2 << 20) / longest.seconds > 5e9
 
 
@@ -108,7 +108,7 @@ def test_what_the_host_does_first_is_hidden() -> None:
         sleep(1e-3)
         target.copy_(source, non_blocking=True)  # 32 MiB: 0.6 ms on a fast link
 
-    for _ in range(50):  # a device that others use as well may be theirs for a millisecond
+    for _ in range(50):  # other users of the device may keep it busy for a millisecond
         seen = timer.time(late)
         hidden = timer.time(late, 1e-3)
         assert seen.host_seconds > 1e-3
@@ -124,9 +124,9 @@ def test_the_table_is_kept_and_decides(folder: Path) -> None:
     assert list(folder.iterdir()) == [path]
     known = costs_of(CUDA)
     assert known.measured
-    for way in DIRECTIONS:
+    for direction in DIRECTIONS:
         for strategy in ORDER:
-            assert known.seconds(strategy, way, 32 << 10, 1000)
+            assert known.seconds(strategy, direction, 32 << 10, 1000)
 
 
 # The command

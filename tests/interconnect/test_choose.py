@@ -55,24 +55,24 @@ def host(**terms: object) -> Host:
     return Host(CPU, terms=Terms(**terms))  # type: ignore[arg-type]
 
 
-def moved(src: KVView, dst: KVView, mine: Index, theirs: Index | None = None) -> Move:
-    """All blocks of the indices, which are alike unless there are two."""
-    ids = mine.ids
+def moved(src: KVView, dst: KVView, src_index: Index, dst_index: Index | None = None) -> Move:
+    """Return a move of all blocks of the indices, which are alike unless there are two."""
+    ids = src_index.ids
     assert ids is not None
-    return Move(src, dst, mine, theirs or mine, ids.numel() * mine.step)
+    return Move(src, dst, src_index, dst_index or src_index, ids.numel() * src_index.step)
 
 
 def ready(
     blocks: int, src: KVView | None = None, dst: KVView | None = None, **terms: object
 ) -> tuple[HostLaunch, Move]:
-    """A launch, from planes on the device to pinned blocks unless told otherwise, and the move of
-    so many blocks without neighbours."""
+    """Return a launch, by default from planes on the device to pinned blocks, and the move of so
+    many blocks without neighbours."""
     sides = src or planes("device"), dst or view("pinned")
     return host(**terms).prepare(plan_of(*sides)), moved(*sides, apart(blocks))
 
 
-def runs_of(found: Pick) -> dict[str, int]:
-    return {one.strategy: one.runs for one in found.alternatives}
+def runs_of(result: Pick) -> dict[str, int]:
+    return {one.strategy: one.runs for one in result.alternatives}
 
 
 def launched() -> list[str]:
@@ -83,29 +83,29 @@ def test_a_strategy_that_does_not_serve_the_device_is_out(monkeypatch: pytest.Mo
     with strategies(
         monkeypatch, zero_copy="Absent", pageable="Absent", batched_memcpy="no.such.module:At"
     ):
-        asked = host()
-        assert list(asked.strategies) == ["staged"]
-        assert asked.out["zero_copy"] == asked.out["pageable"] == "its driver is not installed"
-        assert "failed to load: ModuleNotFoundError" in asked.out["batched_memcpy"]
-        assert asked.capabilities().places == {("device", "pinned"), ("pinned", "device")}
-        decision = asked.check(plan_of(view("device"), view("pageable")))
+        backend = host()
+        assert list(backend.strategies) == ["staged"]
+        assert backend.out["zero_copy"] == backend.out["pageable"] == "its driver is not installed"
+        assert "failed to load: ModuleNotFoundError" in backend.out["batched_memcpy"]
+        assert backend.capabilities().places == {("device", "pinned"), ("pinned", "device")}
+        decision = backend.check(plan_of(view("device"), view("pageable")))
         assert not decision.accepted
         for reason in ("staged: it does not copy from device to pageable", "pageable: its driver"):
             assert reason in decision.reason
         with pytest.raises(Unsupported, match="pageable: rejected, its driver is not installed"):
-            asked.prepare(plan_of(view("device"), view("pageable")))
+            backend.prepare(plan_of(view("device"), view("pageable")))
 
 
 def test_it_can_do_what_its_strategies_can() -> None:
-    asked = host()
-    assert asked.capabilities() == Capabilities(places=PINNED | PAGEABLE, index_on="any")
-    for src, dst, told in (
+    backend = host()
+    assert backend.capabilities() == Capabilities(places=PINNED | PAGEABLE, index_on="any")
+    for src, dst, reason in (
         ("device", "pinned", "takes the plan, by staged or batched_memcpy or zero_copy"),
         ("pageable", "device", "takes the plan, by pageable"),
         ("pageable", "pinned", "no strategy takes it"),
     ):
-        decision = asked.check(plan_of(view(src), view(dst)))
-        assert decision.reason.startswith(told)
+        decision = backend.check(plan_of(view(src), view(dst)))
+        assert decision.reason.startswith(reason)
         assert decision.accepted == (src == "device" or dst == "device")
 
 
@@ -127,13 +127,18 @@ def test_the_pick_depends_on_the_ids() -> None:
     scattered, move = ready(30)
     sides = move[:2]
     near = Index(range(5, 35), SIZE)
-    found = scattered.pick(moved(*sides, near))
+    result = scattered.pick(moved(*sides, near))
     # Blocks follow each other on the host; on the device the heads do, and no two rows of both.
     each = 30 * ROWS
-    assert runs_of(found) == {"staged": 1, "batched_memcpy": each, "zero_copy": each, "pageable": 1}
-    assert found.strategy == "staged"
-    found = scattered.pick(moved(*sides, near, apart(30)))
-    assert runs_of(found) == {
+    assert runs_of(result) == {
+        "staged": 1,
+        "batched_memcpy": each,
+        "zero_copy": each,
+        "pageable": 1,
+    }
+    assert result.strategy == "staged"
+    result = scattered.pick(moved(*sides, near, apart(30)))
+    assert runs_of(result) == {
         "staged": 30,
         "batched_memcpy": each,
         "zero_copy": each,
@@ -164,20 +169,21 @@ def test_what_folds_counts_for_the_host_as_it_crosses(
     below: int | None, tall: int, folds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows under the link's `fold_below` at a pitch are one piece, and so are many wider ones (16
-    lie together); by torch (None) each is a call. The device pays for each row beside its piece."""
+    lie together); by torch (None) each is a call. The device pays for each row and for its piece.
+    """
     if below is not None:
         monkeypatch.setattr(chosen, "by_torch", lambda device: False)
         monkeypatch.setattr(chosen, "link_of", lambda device: SimpleNamespace(fold_below=below))
     monkeypatch.setattr(pieces_of, "TALL", tall)
     pieces = 30 * ROWS // 16 if folds else 30 * ROWS
     launch, move = ready(30)
-    found = launch.pick(move)
-    (one,) = (each for each in found.alternatives if each.strategy == "batched_memcpy")
-    asked = "batched_memcpy", "d2h", 256 * 30 * ROWS // pieces, pieces
-    assert (one.run_bytes, one.runs) == asked[2:]
+    result = launch.pick(move)
+    (one,) = (each for each in result.alternatives if each.strategy == "batched_memcpy")
+    arguments = "batched_memcpy", "d2h", 256 * 30 * ROWS // pieces, pieces
+    assert (one.run_bytes, one.runs) == arguments[2:]
     rows = 30 * ROWS * ROW["d2h"] if pieces < 30 * ROWS else 0
-    assert one.seconds == (H200.seconds(*asked) or 0) + rows
-    assert one.host_seconds == H200.host_seconds(*asked)
+    assert one.seconds == (H200.seconds(*arguments) or 0) + rows
+    assert one.host_seconds == H200.host_seconds(*arguments)
 
 
 def test_pageable_memory_goes_through_pinned_memory() -> None:
@@ -239,8 +245,8 @@ def test_a_strategy_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anoth
         for trusted in (True, False):
             there = OnDevice([2 * n for n in range(30)], SIZE, trusted=trusted)
             there.on_host = False
-            found = launch.pick(move._replace(src_index=there, dst_index=host_ids)).strategy
-            assert found == (known if trusted else expected)
+            result = launch.pick(move._replace(src_index=there, dst_index=host_ids)).strategy
+            assert result == (known if trusted else expected)
     assert "does not wait" in launch.pick(unknown).why
     monkeypatch.setattr(chosen, "capturing", lambda device: True)
     assert not launch.claims(unknown).guards, "inside a capture nothing is prepared"
@@ -273,8 +279,8 @@ POOLS = {
 @pytest.mark.parametrize("layout", POOLS)
 @pytest.mark.parametrize("downward", [True, False])
 def test_pools_of_strategies(layout: str, downward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages of 16 tokens of 2 KiB in each layer; by ids of tokens that only the device has nothing
-    but a kernel goes at once, by pages that the host knows runs of 32 KiB go to copy engines."""
+    """Pages hold 16 tokens of 2 KiB in each layer. By ids of tokens that only the device has, only
+    a kernel starts immediately; by pages that the host knows, runs of 32 KiB go to copy engines."""
     monkeypatch.setattr(chosen, "costs_of", lambda device: UNMEASURED)
     sizes = {"layer": 4, "block": 128, "token": SIZE, "head": 8, "dim": 128}
     dims = layout.partition(" | ")[2]
@@ -298,9 +304,9 @@ def test_pools_of_strategies(layout: str, downward: bool, monkeypatch: pytest.Mo
         launch = host().prepare(CopyPlan(src.form, dst.form, ids.step, ids.step))
         for name, reads in (("staged", "host"), ("batched_memcpy", "both")):
             launch.strategies[name].reads = reads
-        found = launch.pick(moved(src, dst, ids))
-        assert found.strategy == expected
-    assert {one.strategy: one.run_bytes for one in found.alternatives}["staged"] >= POOLS[layout]
+        result = launch.pick(moved(src, dst, ids))
+        assert result.strategy == expected
+    assert {one.strategy: one.run_bytes for one in result.alternatives}["staged"] >= POOLS[layout]
 
 
 def test_none_takes_over_ids_that_direct_alone_guards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +348,7 @@ def test_a_strategy_that_cannot_be_prepared_is_out_with_its_reason(
 ) -> None:
     with strategies(monkeypatch, zero_copy=fake):
         launch, move = ready(2)
-        assert launch.pick(move).strategy == "zero_copy"  # nobody has tried yet
+        assert launch.pick(move).strategy == "zero_copy"  # no call has prepared it yet
         launch(*move, None, None)
         assert launched() == ["staged"]
         after = launch.pick(move)
@@ -359,8 +365,11 @@ def test_a_strategy_that_cannot_use_the_host_s_memory_is_out_for_that(
 ) -> None:
     with strategies(monkeypatch, zero_copy="Unreaching"):
         launch, move = ready(2)
-        found = launch.pick(move)
-        assert (found.strategy, refusals(found)["zero_copy"]) == ("staged", "it does not reach it")
+        result = launch.pick(move)
+        assert (result.strategy, refusals(result)["zero_copy"]) == (
+            "staged",
+            "it does not reach it",
+        )
         launch(*move, None, None)
         assert launched() == ["staged"]
         move.dst.derived["reached"] = True  # other memory, of the same form
@@ -380,9 +389,9 @@ def test_the_first_strategy_that_can_be_prepared_counts(monkeypatch: pytest.Monk
 
 
 def test_engines_get_the_device_and_the_terms_of_the_host() -> None:
-    asked: dict[str, Any] = host(overlap="idle", max_thread_blocks=3).strategies
-    given = {(strategy.device, strategy.terms) for strategy in asked.values()}
-    assert given == {(CPU, Terms("idle", 3))}
+    by_name: dict[str, Any] = host(overlap="idle", max_thread_blocks=3).strategies
+    received = {(strategy.device, strategy.terms) for strategy in by_name.values()}
+    assert received == {(CPU, Terms("idle", 3))}
     for policy, picks in (("compute", "staged"), ("idle", "zero_copy")):
         launch, move = ready(32, overlap=policy)
         assert launch.pick(move).strategy == picks
@@ -402,11 +411,11 @@ def test_a_forced_strategy_carries_out_what_another_would() -> None:
 
 
 def test_costs_are_read_and_a_pick_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[torch.device] = []
+    devices: list[torch.device] = []
     with monkeypatch.context() as patch:
-        patch.setattr(chosen, "costs_of", asked.append)
+        patch.setattr(chosen, "costs_of", devices.append)
         launch, move = ready(30)
-    assert asked == [CPU]
+    assert devices == [CPU]
     first = launch.pick(move)
     assert launch.pick(move) is first
     # Another list of the same shape has the same answer.
@@ -421,9 +430,9 @@ def test_a_pick_under_way_when_its_strategy_goes_is_not_kept(
         launch, move = ready(2)
 
         def slow(*arguments: Any) -> Pick:
-            found = real(*arguments)
+            result = real(*arguments)
             launch.prepared("zero_copy")  # by another thread, say
-            return found
+            return result
 
         monkeypatch.setattr(chosen, "pick", slow)
         assert launch.pick(move).strategy == "zero_copy"
@@ -453,7 +462,7 @@ def picked(
     out: dict[str, str] | None = None,
     **terms: object,
 ) -> Pick:
-    """The pick for scattered runs on the device and so many in host memory."""
+    """Return the pick for scattered runs on the device and so many in host memory."""
     apart = Shape(payload, runs, runs)
     dense = Shape(payload, host_runs, host_runs)
     shapes = {"staged": dense, "batched_memcpy": apart, "zero_copy": apart, "pageable": dense}
@@ -500,38 +509,40 @@ def test_what_the_rule_wants_may_not_serve() -> None:
 
 
 def test_a_computing_device_keeps_the_kernel_out() -> None:
-    asked = (16 * MIB, 65536, 400)
-    found = picked(*asked)
-    assert found.strategy == "staged"
-    assert "overlap='compute'" in refusals(found)["zero_copy"]
+    arguments = (16 * MIB, 65536, 400)
+    result = picked(*arguments)
+    assert result.strategy == "staged"
+    assert "overlap='compute'" in refusals(result)["zero_copy"]
     for terms in ({"overlap": "idle"}, {"max_gbps": 30.0}, {"max_thread_blocks": 2}):
-        let_in = picked(*asked, **terms)
+        let_in = picked(*arguments, **terms)
         assert let_in.strategy == "zero_copy"
         assert refusals(let_in)["zero_copy"] == ""
-    # What it would have taken is told all the same.
-    found = picked(*asked, costs=table(staged=2.0, batched_memcpy=3.0, zero_copy=1e-3))
-    assert found.strategy == "staged"
-    assert "zero_copy would take less, but the terms exclude it" in found.why
-    seconds = {one.strategy: one.seconds for one in found.alternatives}
+    # The seconds that it would have taken are listed all the same.
+    result = picked(*arguments, costs=table(staged=2.0, batched_memcpy=3.0, zero_copy=1e-3))
+    assert result.strategy == "staged"
+    assert "zero_copy would take less, but the terms exclude it" in result.why
+    seconds = {one.strategy: one.seconds for one in result.alternatives}
     assert (seconds["zero_copy"] or 9) < (seconds["staged"] or 0)
 
 
 def test_terms_never_leave_a_copy_without_a_strategy_and_no_strategy_at_all_is_an_error() -> None:
     out = {name: f"{name} is broken" for name in ORDER if name != "zero_copy"}
-    found = picked(64 * MIB, 64, 64, out=out)
-    assert found.strategy == "zero_copy"
-    assert "no other strategy takes the copy" in found.why
+    result = picked(64 * MIB, 64, 64, out=out)
+    assert result.strategy == "zero_copy"
+    assert "no other strategy takes the copy" in result.why
     with pytest.raises(Unsupported, match=r"(?s)none can:.*staged is broken.*pageable is"):
         picked(MIB, 1, 1, out={**out, "zero_copy": "no"})
 
 
 def table(host: dict[str, float] | None = None, **seconds: float) -> Table:
-    """What strategies take for 4 MiB in 1024 runs, a hundredth of it for one; and of the host."""
-    kept = host or {}
+    """Return the seconds of strategies for 4 MiB in 1024 runs, a hundredth of that for one run,
+    and those of the host."""
+    host_seconds = host or {}
     points = {
         (strategy, "d2h"): {
             4096: [
-                Point(n, s * part, kept.get(strategy, 1.0)) for n, part in ((1, 0.01), (1024, 1))
+                Point(n, s * part, host_seconds.get(strategy, 1.0))
+                for n, part in ((1, 0.01), (1024, 1))
             ]
         }
         for strategy, s in seconds.items()
@@ -540,44 +551,46 @@ def table(host: dict[str, float] | None = None, **seconds: float) -> Table:
 
 
 def test_what_was_measured_decides() -> None:
-    asked = (4 * MIB, 1024, 64)
+    arguments = (4 * MIB, 1024, 64)
     for fast, slow in (("staged", "batched_memcpy"), ("batched_memcpy", "staged")):
-        found = picked(*asked, costs=table(**dict[str, Any]({fast: 1e-5, slow: 2e-5})))
-        assert (found.strategy, "as measured" in found.why) == (fast, True)
-    # Of a strategy that the table does not know nobody can say that it is better.
-    found = picked(*asked, costs=table(staged=1.0), overlap="idle")
-    assert found.strategy == "staged"
-    assert [one.strategy for one in found.alternatives if one.seconds is not None] == ["staged"]
+        result = picked(*arguments, costs=table(**dict[str, Any]({fast: 1e-5, slow: 2e-5})))
+        assert (result.strategy, "as measured" in result.why) == (fast, True)
+    # A strategy that is not in the table cannot be better.
+    result = picked(*arguments, costs=table(staged=1.0), overlap="idle")
+    assert result.strategy == "staged"
+    assert [one.strategy for one in result.alternatives if one.seconds is not None] == ["staged"]
     # Nothing that was measured may go: the rule decides.
-    found = picked(*asked, costs=table(zero_copy=1e-9))
-    assert found.strategy in ("staged", "batched_memcpy")
-    assert "the default rule" in found.why
+    result = picked(*arguments, costs=table(zero_copy=1e-9))
+    assert result.strategy in ("staged", "batched_memcpy")
+    assert "the default rule" in result.why
 
 
 def test_of_those_about_as_quick_the_one_that_keeps_the_host_least() -> None:
-    asked = (4 * MIB, 1024, 64)
+    arguments = (4 * MIB, 1024, 64)
     idle = dict[str, Any](overlap="idle")
     host = {"staged": 3e-4, "batched_memcpy": 2e-4, "zero_copy": 1e-4}
     near = 1 + 0.9 * EQUAL
     far = 1 + 1.1 * EQUAL
     known = table(host, staged=1.0, batched_memcpy=near, zero_copy=far)
-    found = picked(*asked, costs=known, **idle)
-    assert found.strategy == "batched_memcpy"
-    assert "within 2 % of the least time" in found.why
-    assert "keeps the host least, as measured" in found.why
-    assert {one.strategy: one.host_seconds for one in found.alternatives}["zero_copy"] == 1e-4
-    # What is not as quick is not asked what it costs the host.
-    found = picked(*asked, costs=table(host, staged=1.0, batched_memcpy=far, zero_copy=far), **idle)
-    assert found.strategy == "staged"
-    assert found.why.startswith("the least time of the strategies")
+    result = picked(*arguments, costs=known, **idle)
+    assert result.strategy == "batched_memcpy"
+    assert "within 2 % of the least time" in result.why
+    assert "keeps the host least, as measured" in result.why
+    assert {one.strategy: one.host_seconds for one in result.alternatives}["zero_copy"] == 1e-4
+    # The host's cost of a slower strategy does not count.
+    result = picked(
+        *arguments, costs=table(host, staged=1.0, batched_memcpy=far, zero_copy=far), **idle
+    )
+    assert result.strategy == "staged"
+    assert result.why.startswith("the least time of the strategies")
     # Nor is what the terms keep out, however quick.
     quick = table(host, staged=1.0, batched_memcpy=near, zero_copy=0.5)
-    assert picked(*asked, costs=quick).strategy == "batched_memcpy"
+    assert picked(*arguments, costs=quick).strategy == "batched_memcpy"
     # Where the host is kept as long, the gentlest.
     equal = table(dict.fromkeys(ORDER, 1e-4), staged=near, batched_memcpy=1.0, zero_copy=1.0)
-    assert picked(*asked, costs=equal, **idle).strategy == "staged"
-    # A strategy that nobody measured is no rival, though the host would hardly notice it.
-    assert picked(*asked, costs=table(host, staged=1.0), **idle).strategy == "staged"
+    assert picked(*arguments, costs=equal, **idle).strategy == "staged"
+    # A strategy that was not measured is no rival, though the host would hardly notice it.
+    assert picked(*arguments, costs=table(host, staged=1.0), **idle).strategy == "staged"
 
 
 ROWS_OF_2_KIB = Shape(2048 * 6400, 6400, 100)
@@ -585,12 +598,12 @@ ROWS_OF_2_KIB = Shape(2048 * 6400, 6400, 100)
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_pieces_are_looked_up_and_each_row_costs_the_device(direction: str) -> None:
-    found = pick(dict.fromkeys(ORDER, ROWS_OF_2_KIB), direction, OUT, Terms(), H200)
-    for one in found.alternatives:
-        asked = one.strategy, direction, 64 * 2048, 100
+    result = pick(dict.fromkeys(ORDER, ROWS_OF_2_KIB), direction, OUT, Terms(), H200)
+    for one in result.alternatives:
+        arguments = one.strategy, direction, 64 * 2048, 100
         assert (one.runs, one.run_bytes) == (100, 64 * 2048)
-        assert one.seconds == H200.seconds(*asked) + 6400 * ROW[direction]
-        assert one.host_seconds == H200.host_seconds(*asked)
+        assert one.seconds == H200.seconds(*arguments) + 6400 * ROW[direction]
+        assert one.host_seconds == H200.host_seconds(*arguments)
     # Rows that cross by themselves are pieces of 2 KiB, and nothing is added.
     apart = Shape(2048 * 6400, 6400, 6400)
     for one in pick(dict.fromkeys(ORDER, apart), direction, OUT, Terms(), H200).alternatives:
@@ -605,8 +618,8 @@ def test_rows_count_beside_a_table_and_may_turn_the_pick() -> None:
 
     def seconds(shape: Shape) -> tuple[str, float]:
         shapes = {"staged": of_1024[0], "batched_memcpy": shape}
-        found = pick(shapes, "d2h", OUT, idle, known)
-        return found.strategy, found.alternatives[1].seconds or 0
+        result = pick(shapes, "d2h", OUT, idle, known)
+        return result.strategy, result.alternatives[1].seconds or 0
 
     assert seconds(of_1024[0]) == ("batched_memcpy", 1e-3)
     assert seconds(of_1024[1]) == ("staged", 1e-3 + 8 * 1024 * ROW["d2h"])
@@ -616,7 +629,7 @@ def test_the_guide_tells_the_rule() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "host.md").read_text()
     flat = " ".join(page.split())
     to_host, to_device = (f"{ROW[direction] * 1e9:.0f} ns" for direction in DIRECTIONS)
-    for told in (
+    for text in (
         f"those within {EQUAL * 100:.0f} % of the fewest seconds",
         f"of {LEAST_HEIGHT} or more that are narrower than {FOLD_BELOW >> 10} KiB, of {TALL} or "
         "more that are not",
@@ -628,5 +641,5 @@ def test_the_guide_tells_the_rule() -> None:
         f"three pinned buffers of at most {SIZES.largest >> 20} MiB each",
         "{} MiB from the device or {} MiB to it".format(*(n >> 20 for n in SMALL.values())),
     ):
-        assert told in flat
+        assert text in flat
     assert BUFFERS == 3

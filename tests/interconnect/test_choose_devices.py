@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transfers by the strategy that is picked, on devices: every byte, ids where a kernel reads them,
-a device without room; which strategy there is for which terms, and what is told of it."""
+a device without room; which strategy there is for which terms, and what is logged of it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
     downward: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is picked under either policy and for pageable memory, and each strategy by its name."""
+    """The pick under either policy and for pageable memory, and each strategy by its name."""
     terms = Terms("idle" if how == "idle" else "compute")
     pageable = how == "pageable"
     transfer = Transfers(Host(accelerator, terms=terms), downward, case, pageable=pageable)
@@ -55,7 +55,7 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
     if how in launch.out:
         pytest.skip(launch.out[how])
     if how in ORDER:
-        named = SimpleNamespace(strategy=how, why="asked")
+        named = SimpleNamespace(strategy=how, why="requested")
         monkeypatch.setattr(HostLaunch, "pick", lambda self, move, guarded=False: named)
     transfer(stream=torch.Stream(accelerator) if side else None)
     assert launch.carried is not None
@@ -69,7 +69,7 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """By another strategy, of which the launch tells, and the log once."""
+    """Another strategy copies; the launch reports it, and the log names it once."""
     caplog.set_level(logging.INFO, "portakv.interconnect")
     REGISTRY.logged_strategies.clear()
     transfer = Transfers(Host(accelerator), downward, BY_BLOCKS)
@@ -84,9 +84,9 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(staging.Staging, "reserve", full)
-    with pytest.raises(torch.OutOfMemoryError):  # by name, it is told
+    with pytest.raises(torch.OutOfMemoryError):  # by name, the error is raised
         launch.launch_by("staged", move, None)
-    only = SimpleNamespace(strategy="staged", why="asked")
+    only = SimpleNamespace(strategy="staged", why="requested")
     monkeypatch.setattr(launch, "pick", lambda move, guarded=False: only)
     for seed in range(2):
         transfer(transfer.chunk(seed))
@@ -94,8 +94,8 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
         assert launch.carried[0] == "batched_memcpy"
         assert "no memory left" in launch.carried[1]
     Host(accelerator, terms=Terms(max_thread_blocks=2)).log("batched_memcpy", "again")
-    told = [record.getMessage().partition(", ")[0] for record in caplog.records]
-    assert told == list(
+    messages = [record.getMessage().partition(", ")[0] for record in caplog.records]
+    assert messages == list(
         dict.fromkeys(
             f"{accelerator}: strategy {name}" for name in (picked.strategy, "batched_memcpy")
         )
@@ -112,11 +112,11 @@ class ReadsIds(Strategy):
         return Capabilities(places=PINNED, index_dtypes=frozenset({torch.int32}))
 
     def prepare(self, plan: CopyPlan) -> Any:
-        def launched(src: KVView, dst: KVView, mine: Index, *rest: Any) -> None:
-            assert mine.ids is not None
-            assert mine.ids.dtype == torch.int32
-            with on(rest[2] or torch.accelerator.current_stream(mine.ids.device.index)):
-                ReadsIds.seen.append((mine.ids.device, mine.ids + 1000))
+        def launched(src: KVView, dst: KVView, src_index: Index, *rest: Any) -> None:
+            assert src_index.ids is not None
+            assert src_index.ids.dtype == torch.int32
+            with on(rest[2] or torch.accelerator.current_stream(src_index.ids.device.index)):
+                ReadsIds.seen.append((src_index.ids.device, src_index.ids + 1000))
 
         return launched
 
@@ -129,8 +129,8 @@ class Kernel:
         self._launch: HostLaunch = transfer.prepared()
         ReadsIds.seen.clear()
 
-    def run(self, mine: Index, theirs: Index, stream: torch.Stream | None) -> None:
-        move = self._move._replace(src_index=mine, dst_index=theirs)
+    def run(self, src_index: Index, dst_index: Index, stream: torch.Stream | None) -> None:
+        move = self._move._replace(src_index=src_index, dst_index=dst_index)
         self._launch.launch_by("zero_copy", move, stream)
         torch.zeros(2, dtype=torch.int32, device=self.device)  # in memory that was freed too early
 
@@ -157,11 +157,11 @@ def test_a_kernels_ids_live_as_long_as_it_reads_them(kernel: Kernel, side: bool)
 
 
 def test_ids_that_are_kept_serve_every_stream(kernel: Kernel) -> None:
-    mine = Index([5, 6], BLOCK)
-    theirs = Index([8, 2], BLOCK)
+    src_index = Index([5, 6], BLOCK)
+    dst_index = Index([8, 2], BLOCK)
     for stream in (None, torch.Stream(kernel.device), torch.Stream(kernel.device)):
-        kernel.run(mine, theirs, stream)
-    del mine, theirs
+        kernel.run(src_index, dst_index, stream)
+    del src_index, dst_index
     assert kernel.read() == [[1005, 1006]] * 3
 
 
@@ -183,7 +183,7 @@ def test_memory_that_a_named_backend_does_not_reach_is_left_to_a_strategy(downwa
     with registered(near=near):
         copy_blocks(*transfer.move()[:4], backend="near").synchronize()
         transfer.check(expected)
-        assert "pageable" not in {given.src.form.place for given in near.launches}
+        assert "pageable" not in {launch.src.form.place for launch in near.launches}
 
 
 # Strategies for terms

@@ -22,12 +22,12 @@ CPU = torch.device("cpu")
 
 
 def affine(size: int, runs: int) -> float:
-    """What a copy engine costs: a fixed time, a time for each run, a time for each byte."""
+    """Return the cost of a copy engine: a fixed time, a time for each run and for each byte."""
     return 2e-5 + 8e-7 * runs + size * runs / 55e9
 
 
-def kept(runs: int) -> float:
-    """What a call keeps the host: no byte has a price."""
+def host_cost(runs: int) -> float:
+    """Return the time that a call keeps the host: no byte has a price."""
     return 4e-5 + 4.5e-7 * runs
 
 
@@ -36,7 +36,8 @@ SIZES = (256, 4096, 65536, 1 << 20)
 
 def made(**device: str) -> Table:
     columns = {
-        size: [Point(n, affine(size, n), kept(n)) for n in (1, 16, 256, 4096)] for size in SIZES
+        size: [Point(n, affine(size, n), host_cost(n)) for n in (1, 16, 256, 4096)]
+        for size in SIZES
     }
     return Table(
         {**identity(CPU), **device},
@@ -55,14 +56,14 @@ def made(**device: str) -> Table:
 def test_between_measurements_what_is_affine_is_exact(size: int, runs: int) -> None:
     known = made()
     few = size * runs < max(SIZES)
-    for found, wanted in (
+    for actual, wanted in (
         (known.seconds("staged", "d2h", size, runs), affine(size, runs)),
-        (known.host_seconds("staged", "d2h", size, runs), kept(runs)),
+        (known.host_seconds("staged", "d2h", size, runs), host_cost(runs)),
     ):
-        # Before its first point a column is level, and behind its last it goes straight on.
-        assert found is not None
-        assert few or found == pytest.approx(wanted, rel=1e-6)
-        assert runs < 16 or not few or found == pytest.approx(wanted, rel=0.5)
+        # Before its first point a column is level, and after its last it goes straight on.
+        assert actual is not None
+        assert few or actual == pytest.approx(wanted, rel=1e-6)
+        assert runs < 16 or not few or actual == pytest.approx(wanted, rel=0.5)
 
 
 def test_outside_the_sizes_that_were_measured() -> None:
@@ -80,12 +81,12 @@ def test_seconds_do_not_fall_with_the_number_of_runs() -> None:
     single = [Point(64, 1e-4, 0)]
     known = Table({}, {("a", "d2h"): {4096: noisy}, ("b", "d2h"): {4096: single}})
     for strategy in "ab":
-        found = [known.seconds(strategy, "d2h", 4096, 2**n) or 0 for n in range(24)]
+        actual = [known.seconds(strategy, "d2h", 4096, 2**n) or 0 for n in range(24)]
         if strategy == "b":
-            assert found == sorted(found)
-        # Far behind the last point it costs more: bytes are never free.
-        assert found[23] > 50 * found[10]
-        assert all(found)
+            assert actual == sorted(actual)
+        # Far after the last point it costs more: bytes are never free.
+        assert actual[23] > 50 * actual[10]
+        assert all(actual)
 
 
 def test_what_was_not_measured_is_not_known() -> None:
@@ -106,9 +107,9 @@ def test_a_table_comes_back_as_it_was(folder: Path) -> None:
     after = read(path)
     assert costs.as_json(after) == costs.as_json(before)
     for size in (300, 4096):
-        asked = "staged", "d2h", size, 77
-        assert after.seconds(*asked) == before.seconds(*asked)
-        assert after.host_seconds(*asked) == before.host_seconds(*asked)
+        arguments = "staged", "d2h", size, 77
+        assert after.seconds(*arguments) == before.seconds(*arguments)
+        assert after.host_seconds(*arguments) == before.host_seconds(*arguments)
     assert (after.left_out, after.timer) == ({"pageable": "it was slow"}, "a good clock")
     assert str(path) in after.origin
     assert [entry.name for entry in folder.iterdir()] == [path.name]  # nothing half-written
@@ -138,11 +139,11 @@ def test_it_is_read_once_and_used_from_then_on() -> None:
 
 
 def test_tables_of_other_devices_drivers_and_releases_lie_beside_it(folder: Path) -> None:
-    mine = identity(CPU)
-    assert mine["torch"] == torch.__version__
-    paths = {costs.path_for(mine | {name: "another"}) for name in mine}
-    paths.add(costs.path_for(mine))
-    assert len(paths) == len(mine) + 1
+    fields = identity(CPU)
+    assert fields["torch"] == torch.__version__
+    paths = {costs.path_for(fields | {name: "another"}) for name in fields}
+    paths.add(costs.path_for(fields))
+    assert len(paths) == len(fields) + 1
     store(made(model="another model"))
     assert not costs_of(CPU).measured
 
@@ -189,10 +190,10 @@ def test_a_file_that_is_damaged_is_ignored_and_says_so(kind: str) -> None:
     with pytest.raises(costs.TableError) as refused:
         read(path)
     assert why in str(refused.value)
-    found = costs_of(CPU)
-    assert not found.measured
-    assert f"{path} was ignored, since" in found.origin
-    assert why in found.origin
+    result = costs_of(CPU)
+    assert not result.measured
+    assert f"{path} was ignored, since" in result.origin
+    assert why in result.origin
     # Measuring again mends it.
     store(made())
     assert costs_of(CPU).measured
@@ -230,7 +231,7 @@ def test_a_reader_sees_a_whole_table_while_others_write(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "driver"),
+    ("version_text", "driver"),
     [
         ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27\n", "580.65.06"),
         ("NVRM version: Open Kernel Module for x86_64  570.86.15  Release", "570.86.15"),
@@ -241,7 +242,7 @@ def test_a_reader_sees_a_whole_table_while_others_write(folder: Path) -> None:
     ],
 )
 def test_the_driver_of_a_table(
-    told: str | None, driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    version_text: str | None, driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def version() -> int:
         if not driver:
@@ -249,8 +250,8 @@ def test_the_driver_of_a_table(
         return 13000
 
     file = tmp_path / "version"
-    if told is not None:
-        file.write_text(told)
+    if version_text is not None:
+        file.write_text(version_text)
     monkeypatch.setattr(costs, "DRIVER_FILES", (file, file))
     monkeypatch.setattr(_cuda_driver, "driver_version", version)
     assert costs.installed_driver() == driver

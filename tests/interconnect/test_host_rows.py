@@ -23,9 +23,11 @@ from portakv.plan.plan import CopyPlan
 OUTWARD = pytest.mark.parametrize("outward", [True, False], ids=["to rows", "from rows"])
 
 
-def moved(src: KVView, dst: KVView, mine: Index, theirs: Index, count: int, unit: int = 1) -> None:
-    steps = mine.plan_step, theirs.plan_step
-    HostRows(src.form, dst.form, *steps, unit).copy(src, dst, mine, theirs, count)
+def moved(
+    src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int, unit: int = 1
+) -> None:
+    steps = src_index.plan_step, dst_index.plan_step
+    HostRows(src.form, dst.form, *steps, unit).copy(src, dst, src_index, dst_index, count)
 
 
 def dense_of(rows: KVView, slots: int, fill: int | None = None) -> tuple[torch.Tensor, KVView]:
@@ -65,10 +67,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     seen = list[tuple[int, bool]]()
     ops = strided.HOST_OPS
 
-    def select(*given: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+    def select(*arguments: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is not None:
             seen.append((out.numel(), True))
-        return ops.select(*given, out=out)
+        return ops.select(*arguments, out=out)
 
     def put(target: torch.Tensor, _: int, rows: torch.Tensor, source: torch.Tensor) -> None:
         seen.append((source.numel(), True))
@@ -186,7 +188,7 @@ def test_memory_that_is_elsewhere_or_too_short_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """20 rows in the middle third of an arena of 60, whose storage then holds other rows, before
-    them, behind them, or not up to the last one, or is resized: nothing is touched. If it grew
+    them, after them, or not up to the last one, or is resized: nothing is touched. If it grew
     around them, they are the same rows."""
     arena = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (60, 20), dtype=np.uint8))
     whole = arena[20:40].clone() if ends is None else torch.from_numpy(arena.numpy()[20:40])
@@ -219,17 +221,17 @@ def test_memory_that_is_elsewhere_or_too_short_is_refused(
 def test_an_extent_covers_its_positions(layout: str, first: int, count: int) -> None:
     rows = chunks((16, 48))[1] if "(kv" in layout else view_of(tensors_of(layout, 24, 1), layout)
     mirror = dense_rows(rows.form)
-    held = 24
-    buffer = torch.zeros(mirror.nbytes(held), dtype=torch.uint8)
-    dense = mirror.view(buffer, held)
+    slots = 24
+    buffer = torch.zeros(mirror.nbytes(slots), dtype=torch.uint8)
+    dense = mirror.view(buffer, slots)
     first %= mirror.block_size  # rows begin as far into a block as they do on the host
     plan = CopyPlan(dense.form, dense.form, 0, 0, 1)
     runs = plan.runs(dense, dense, Index(offset=first), Index(offset=first), count)
     begins = runs.src - dense.origins[0]
     needed = [np.arange(at, at + n) for at, n in zip(begins, runs.nbytes, strict=True)]
-    found = extent(dense.form, held, first, count)
-    rows_at = found.start + found.pitch * np.arange(found.height)
-    crossing = rows_at[:, None] + np.arange(found.width)
+    result = extent(dense.form, slots, first, count)
+    rows_at = result.start + result.pitch * np.arange(result.height)
+    crossing = rows_at[:, None] + np.arange(result.width)
     assert crossing.min() >= 0
     assert crossing.max() < buffer.numel()
     assert np.isin(np.concatenate(needed), crossing).all()

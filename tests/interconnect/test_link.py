@@ -41,9 +41,9 @@ def bytes_view(memory: torch.Tensor) -> KVView:
 
 
 def foreign(memory: torch.Tensor) -> torch.Tensor:
-    """Pageable memory at an odd address inside of what torch did not allocate."""
-    room = (ctypes.c_ubyte * (memory.numel() + 4))()
-    return torch.frombuffer(room, dtype=torch.uint8)[3:-1].copy_(memory)
+    """Return pageable memory at an odd address inside of memory that torch did not allocate."""
+    buffer = (ctypes.c_ubyte * (memory.numel() + 4))()
+    return torch.frombuffer(buffer, dtype=torch.uint8)[3:-1].copy_(memory)
 
 
 class Link(Ends):
@@ -72,7 +72,7 @@ class Link(Ends):
 
 
 def streams_of(device: torch.device) -> list[torch.Stream | None]:
-    """The current one, the legacy default stream as such if there is one, and one of our own."""
+    """Return no stream, the legacy default stream if the device has one, and a new stream."""
     default = torch.cuda.default_stream(device) if device.type == "cuda" else current(device)
     return [None, default, torch.Stream(device)]
 
@@ -109,8 +109,8 @@ def test_every_byte_of_any_pieces(
     @given(drawn_runs())
     def check(runs: Runs) -> None:
         pieces = to_2d_copies(runs)
-        room = int(max((at + runs.nbytes).max(initial=0) for at in runs[:2])) + 16
-        ends = Link(accelerator, to_device, room, on_host)
+        size = int(max((at + runs.nbytes).max(initial=0) for at in runs[:2])) + 16
+        ends = Link(accelerator, to_device, size, on_host)
         ends.copy(pieces)
         ends.judge(pieces)
 
@@ -126,13 +126,13 @@ def test_every_byte_of_any_pieces(
 def test_plain_copies_one_by_one_and_in_batches_are_ordered_on_their_stream(
     accelerator: torch.device, count: int, to_device: bool, which: int
 ) -> None:
-    """Behind a producer that is late, and before a consumer; the host goes on at once."""
+    """The copy runs after a late producer and before a consumer; the host goes on immediately."""
     if accelerator.type != "cuda" and count > 100:
         pytest.skip("each copy is a call of torch")
     ends = Link(accelerator, to_device)
     pieces = scattered(count)
-    asked = streams_of(accelerator)[which]
-    stream = asked or current(accelerator)
+    passed = streams_of(accelerator)[which]
+    stream = passed or current(accelerator)
     fresh = ends.src.clone()
     rubbish = torch.zeros_like(ends.src)
     if not to_device:
@@ -142,7 +142,7 @@ def test_plain_copies_one_by_one_and_in_batches_are_ordered_on_their_stream(
         delay(stream)
         if not to_device:
             ends.src.copy_(fresh)
-        ends.copy(pieces, asked)
+        ends.copy(pieces, passed)
         assert count > 100 or not stream.query()  # to enqueue many may take as long as the delay
         if not to_device:
             ends.src.copy_(rubbish)
@@ -155,7 +155,7 @@ def test_plain_copies_one_by_one_and_in_batches_are_ordered_on_their_stream(
 def test_torch_is_never_given_strided_host_memory(
     on_host: OnHost, to_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Vendors' torch packs it on the host: at once, whatever the stream still holds, or waiting.
+    """Vendors' torch packs it on the host, immediately, whatever the stream still holds, or late.
     And pageable memory must have been read when the call returns."""
     ends = Link(DEVICE, to_device, 6400, on_host)
     pieces = to_2d_copies(runs_of(range(0, 6400, 64), range(16, 6400, 64), 32))
@@ -220,13 +220,13 @@ def test_a_small_copy_need_not_wait_for_the_last_transfer(
         torch.zeros(small, dtype=torch.uint8).pin_memory(),
     ]
     torch.cuda.synchronize()
-    asked: dict[str, Any] = {"backend": strategy, "detached": detached}
+    terms: dict[str, Any] = {"backend": strategy, "detached": detached}
     for _ in range(TRIES):  # a host that is held up looks when all is over
-        delay(current(CUDA))  # all are asked for before the first begins, on a slow host too
+        delay(current(CUDA))  # all are requested before the first begins, on a slow host too
         other.wait_stream(current(CUDA))
         ids = torch.arange(BLOCKS * MANY).split(BLOCKS)
         ids = [part.flip(0) if backwards else part for part in ids]
-        moves = [copy_blocks(src, dst, part, part, **asked) for part in ids]
+        moves = [copy_blocks(src, dst, part, part, **terms) for part in ids]
         with torch.cuda.stream(other):
             ends[not to_device].copy_(ends[to_device], non_blocking=True)
         other.synchronize()
@@ -238,7 +238,7 @@ def test_a_small_copy_need_not_wait_for_the_last_transfer(
             return
         empty.zero_()
         torch.cuda.synchronize()
-    pytest.fail("the small copy ended behind every transfer")
+    pytest.fail("the small copy ended after every transfer")
 
 
 @pytest.mark.gpu
@@ -248,5 +248,5 @@ def test_a_stream_of_torchs_general_kind_takes_turns_too() -> None:
     stream = torch.Stream(CUDA)
     for part in torch.arange(BLOCKS * 4).split(BLOCKS):
         copy_blocks(src, dst, part, part, backend="batched_memcpy", stream=stream)
-    stream.synchronize()  # behind the copies that went beside, too
+    stream.synchronize()  # which waits for the copies on the link's own streams, too
     assert holds(empty, numbers)

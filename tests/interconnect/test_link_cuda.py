@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA driver's copies, through a stand-in for its library that really copies.
 
-It shows what the driver is asked, and that the bytes land; it says nothing about a driver.
+It shows the calls of the driver, and that the bytes land; it says nothing about a real driver.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Crossing:
         self.device = 0
         self.adopted: list[tuple[int, int | None]] = []
         self.log: list[str] = []
-        self.beside = [77, 78, 79]  # handles of the next streams of the link's own
+        self.link_streams = [77, 78, 79]  # handles of the next streams of the link's own
 
         @contextmanager
         def switched(device: torch.device) -> Iterator[None]:
@@ -164,7 +164,7 @@ class Crossing:
         patch.setattr(_cuda_driver, "raw", lambda stream, index: stream.cuda_stream)
         patch.setattr(torch._C, "_cuda_getDevice", lambda: self.device, raising=False)
         patch.setattr(torch.cuda, "device", switched)
-        patch.setattr(link, "own_stream", lambda device: self.stream(self.beside.pop(0)))
+        patch.setattr(link, "own_stream", lambda device: self.stream(self.link_streams.pop(0)))
         buffers = (self.memory.src, "pinned"), (self.memory.dst, "device")
         self._views = []
         for buffer, place in buffers:
@@ -219,10 +219,10 @@ def test_the_right_device_in_any_thread(cuda: Crossing, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("handle", [0, 1])
 def test_the_default_stream_is_not_given_to_a_batch(cuda: Crossing, handle: int) -> None:
     for pieces in (plain(LEAST_BATCH - 1), plain(30), plain(40)):
-        beside = pieces.number >= LEAST_BATCH and cuda.library.batches
-        assert set(cuda.copy(pieces, handle)) == {77 if beside else handle}
+        on_link_stream = pieces.number >= LEAST_BATCH and cuda.library.batches
+        assert set(cuda.copy(pieces, handle)) == {77 if on_link_stream else handle}
         order = [f"77 waits for {handle}", f"{handle} waits for 77"]
-        assert cuda.log == (order if beside else [])
+        assert cuda.log == (order if on_link_stream else [])
 
 
 @pytest.mark.parametrize("library", [13], indirect=True)

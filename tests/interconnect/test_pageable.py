@@ -52,8 +52,8 @@ def slices_of(transfer: Transfers) -> list[Any]:
     rows = transfer.rows
     host = transfer.host
     count = transfer.case.count
-    found: list[Any] = transfer.prepared().slices(rows, host, transfer.host_index, count)
-    return found
+    result: list[Any] = transfer.prepared().slices(rows, host, transfer.host_index, count)
+    return result
 
 
 @DOWNWARD
@@ -109,9 +109,9 @@ def test_an_interrupt_leaves_the_ring_usable(
     (chunk,) = tensors_in(transfer.host.tensors)
     chunk.fill_(0x11)
     del transfer
-    after.go()  # through the same buffers, while what was left behind crosses
+    after.go()  # through the same buffers, while the interrupted slices cross
     after.check(expected)
-    assert (chunk == 0x11).all()  # what was left behind is not written later
+    assert (chunk == 0x11).all()  # the interrupted slices are not written later
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -130,9 +130,9 @@ def test_threads_on_streams_of_their_own(accelerator: torch.device, devices: int
             with on(stream):
                 tensors_in(target.tensors)[0].zero_()
                 transfer.go(stream=stream)
-                found = tensors_in(target.tensors)[0].cpu().clone()
+                actual = tensors_in(target.tensors)[0].cpu().clone()
             stream.synchronize()
-            assert torch.equal(found, expected.tensors)
+            assert torch.equal(actual, expected.tensors)
 
     run_threads(work, range(4))
 
@@ -222,9 +222,9 @@ def test_a_slice_is_no_larger_than_asked_or_by_one_block(
     made = torch.zeros((*shape, block, 32), dtype=torch.uint8)
     sides = [made.to(DEVICE), made] if "|" not in layout else [list(made.to(DEVICE)), list(made)]
     device, host = (KVView(x, layout) for x in sides)
-    theirs = Index(list(range(blocks))[::-1], block, offset)
+    host_index = Index(list(range(blocks))[::-1], block, offset)
     launch: Any = Pageable(DEVICE).prepare(CopyPlan(device.form, host.form, 0, block))
-    for piece in launch.slices(device, host, theirs, 640 - offset):
+    for piece in launch.slices(device, host, host_index, 640 - offset):
         once = piece.dense.nbytes(piece.dense.block_size)
         assert piece.nbytes <= max(3072, once) + (once if offset else 0)
 

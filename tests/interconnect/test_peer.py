@@ -102,14 +102,14 @@ def test_no_launch_prefetches_a_peers_rows(
     ids=str,
 )
 def test_thread_blocks_of_a_peers_rows(terms: Terms, most: int) -> None:
-    """As many for small copies as for large ones, and what the strategy says of it."""
+    """Small copies have as many as large ones, and the strategy reports the number."""
     plan = between(COPIES["gather"]())
     kernel = ZeroCopyKernel(plan.nests[0], plan, CPU, terms)
     assert kernel.cut == PEER_CUT
     assert kernel.grid(1 << 20, 1)[0] == most
     assert kernel.grid(1, 1)[0] == 1
-    told = ZeroCopy(CUDA, terms=terms).check(plan).reason
-    assert told == f"reads the peer's rows by {most} thread blocks at most"
+    reason = ZeroCopy(CUDA, terms=terms).check(plan).reason
+    assert reason == f"reads the peer's rows by {most} thread blocks at most"
 
 
 class ReadsOnHost(Loads):
@@ -195,8 +195,8 @@ def test_rows_of_the_host_and_of_other_types_are_no_peers() -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What the driver says of access, and no answers from before."""
+def access(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Set the driver's answer about access, and forget earlier answers."""
     says = [True]
     monkeypatch.setattr(peer, "answers", Bounded("answers of a test", 8))
     monkeypatch.setattr(
@@ -206,13 +206,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.simdev
-def test_a_driver_that_gives_no_access(asked: list[bool]) -> None:
-    asked[0] = False
+def test_a_driver_that_gives_no_access(access: list[bool]) -> None:
+    access[0] = False
     with reading(ReadsPeers):
         why = f"the driver says that {THERE} does not reach memory of {HERE}"
         assert peer.unmapped(HERE, THERE) == why
-        asked[0] = True
-        assert peer.unmapped(HERE, THERE) == why, "it is asked once"
+        access[0] = True
+        assert peer.unmapped(HERE, THERE) == why, "the driver answers once"
 
 
 @pytest.mark.simdev
@@ -223,9 +223,9 @@ def test_a_device_whose_torch_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.simdev
 def test_a_device_that_is_full_is_asked_again(
-    asked: list[bool], monkeypatch: pytest.MonkeyPatch
+    access: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else all later copies went through the host, since one came at a bad moment."""
+    """Otherwise all later copies go through the host because one came at a bad moment."""
 
     def full(*_: object) -> bool:
         raise torch.OutOfMemoryError("no room")
@@ -239,17 +239,17 @@ def test_a_device_that_is_full_is_asked_again(
 
 
 @pytest.mark.simdev
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("access")
 def test_a_pattern_that_is_read_right() -> None:
     with reading(ReadsPeers):
         assert peer.unmapped(HERE, THERE) == ""
-        assert peer.unmapped(THERE, HERE) == "", "the other direction is a question of its own"
+        assert peer.unmapped(THERE, HERE) == "", "the other direction has a separate answer"
 
 
 @pytest.mark.simdev
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("access")
 def test_a_mapping_that_reads_wrong_bytes_is_not_used() -> None:
-    """Fault 22. As behind an IOMMU that breaks peer access: wrong bytes without an error."""
+    """Fault 22. An IOMMU that breaks peer access gives wrong bytes without an error."""
     with reading(ReadsWrong):
         assert "elements of a pattern on" in peer.unmapped(HERE, THERE)
         done = judge(COPIES["pool to pool"](), (HERE, THERE))
@@ -258,9 +258,9 @@ def test_a_mapping_that_reads_wrong_bytes_is_not_used() -> None:
 
 
 @pytest.mark.simdev
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("access")
 def test_a_device_without_a_kernel_that_reads_peers() -> None:
-    """Fault 23. No way between two devices but the host."""
+    """Fault 23. Two devices are connected through the host alone."""
     why = peer.unmapped(HERE, THERE)
     assert why.startswith(f"reading a pattern of {HERE} on {THERE} raised Unsupported")
     assert judge(COPIES["gather"](), (HERE, THERE)).statistics.engine == "bounce"
@@ -269,7 +269,7 @@ def test_a_device_without_a_kernel_that_reads_peers() -> None:
 # What carries a copy out
 
 
-def way(terms: Terms = Terms(), backend: str | None = None) -> Choice:  # noqa: B008
+def chosen(terms: Terms = Terms(), backend: str | None = None) -> Choice:  # noqa: B008
     view = KVView([torch.zeros(3, 4, 32, dtype=torch.uint8).to(HERE)], "layer | block token dim")
     return peer.reached(view.as_peer(THERE), choose(THERE, backend), terms)
 
@@ -278,14 +278,14 @@ def way(terms: Terms = Terms(), backend: str | None = None) -> Choice:  # noqa: 
 def test_ways_by_what_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     with reading(ReadsPeers):
         monkeypatch.setattr(peer, "unmapped", answering(""))
-        assert way().name == way(Terms("idle")).name == ReadsPeers.name
+        assert chosen().name == chosen(Terms("idle")).name == ReadsPeers.name
         with refused(Unsupported, "max_thread_blocks=3", "only 'zero_copy'"):
-            way(Terms(max_thread_blocks=3))
-        assert way(backend="reference").name == "bounce"
+            chosen(Terms(max_thread_blocks=3))
+        assert chosen(backend="reference").name == "bounce"
         monkeypatch.setattr(peer, "unmapped", answering("it is not"))
-        assert way().name == "bounce"
-        assert way() is way(), "else each copy would be prepared anew"
-        assert way(Terms(max_gbps=1.0)) is way(Terms(max_gbps=2.0))
+        assert chosen().name == "bounce"
+        assert chosen() is chosen(), "else each copy would be prepared anew"
+        assert chosen(Terms(max_gbps=1.0)) is chosen(Terms(max_gbps=2.0))
 
 
 # On CUDA devices

@@ -49,8 +49,8 @@ def shapes(pieces: Pieces) -> list[tuple[int, int, int, int]]:
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def judge(runs: Runs, pieces: Pieces, seams: Sequence[int] = ()) -> Pieces:
-    """Exactly the bytes of the runs, and no piece over a seam."""
+def judge(runs: Runs, pieces: Pieces, boundaries: Sequence[int] = ()) -> Pieces:
+    """Check that pieces are exactly the bytes of the runs, and that none crosses a boundary."""
     assert np.array_equal(bytes_of_pieces(pieces), bytes_of_runs(runs))
     assert pieces.nbytes == runs.nbytes.sum()
     assert {column.dtype for column in pieces} == {np.dtype(np.int64)}
@@ -58,8 +58,8 @@ def judge(runs: Runs, pieces: Pieces, seams: Sequence[int] = ()) -> Pieces:
     for start, pitch in ((pieces.src, pieces.src_pitch), (pieces.dst, pieces.dst_pitch)):
         assert ((pieces.width <= pitch) & ((pitch <= MAX_PITCH) | (pieces.height == 1))).all()
         past = start + (pieces.height - 1) * pitch + pieces.width
-        for seam in seams:
-            assert not ((start < seam) & (seam < past)).any()
+        for boundary in boundaries:
+            assert not ((start < boundary) & (boundary < past)).any()
     return pieces
 
 
@@ -71,19 +71,19 @@ def test_pieces_are_the_runs(runs: Runs) -> None:
 
 
 @given(drawn_runs(), st.lists(st.integers(0, 400), max_size=6, unique=True))
-def test_no_piece_reaches_over_a_seam(runs: Runs, seams: list[int]) -> None:
+def test_no_piece_reaches_over_a_seam(runs: Runs, boundaries: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pinned, "boundaries", lambda: tuple(sorted(seams)))
-        judge(runs, to_2d_copies(runs), seams)
+        patch.setattr(pinned, "boundaries", lambda: tuple(sorted(boundaries)))
+        judge(runs, to_2d_copies(runs), boundaries)
 
 
 @given(drawn_runs(), st.integers(1, 200))
 def test_portions_are_the_pieces_in_their_order(runs: Runs, most: int) -> None:
     pieces = to_2d_copies(runs)
-    found = list(folding.portions(pieces, most))
-    for whole, *parts in zip(pieces, *found, strict=True):
+    result = list(folding.portions(pieces, most))
+    for whole, *parts in zip(pieces, *result, strict=True):
         assert np.concatenate(parts).tolist() == whole.tolist()
-    for one in found:
+    for one in result:
         assert one.number or not pieces.number
         # No more than the last of them is beyond, and only by a part of itself.
         assert one.number < 2 or int((one.width * one.height)[1:-1].sum()) < most
@@ -105,7 +105,7 @@ def test_groups_of_rows_with_jumps_between() -> None:
 
 @pytest.mark.parametrize("kv", [1, 2])
 def test_scattered_blocks_fold_over_their_planes(kv: int) -> None:
-    """Whatever the order of the blocks, each is a piece over all layers; K and V may lie anyhow."""
+    """Each block is a piece over all layers, in any order of blocks; K and V may lie anyhow."""
     blocks = np.random.default_rng(3).permutation(200)[:BLOCKS]
     where = np.arange(LAYERS) * 200 * 64
     src = np.concatenate([far + where[:, None] + blocks * 64 for far in (0, 9_999_936)[:kv]])
@@ -136,7 +136,7 @@ def test_what_no_copy_of_rows_takes(src_step: int, dst_step: int) -> None:
 
 
 def test_allocations_are_never_joined() -> None:
-    """Of two tensors that touch, the rows of each are a piece; one over both is cut."""
+    """The rows of each of two tensors that touch are a piece; a run over both is cut."""
     memory = np.zeros((2, 64, 16), dtype=np.uint8)
     halves = [torch.frombuffer(half, dtype=torch.uint8).view(64, 16) for half in memory]
     src = KVView(halves, "layer | token dim")
@@ -154,8 +154,8 @@ def test_allocations_are_never_joined() -> None:
 def test_memory_at_addresses_is_cut_where_each_tensor_ends(
     few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors that touch on both sides are no piece, since nothing tells that they are one
-    allocation; and no tensor is made of an address for that."""
+    """Tensors that touch on both sides are not merged, since they may be separate allocations; no
+    tensor is made of an address for that."""
     monkeypatch.setattr(folding, "FEW", few)
     order = [3, 0, 1, 5, 4, 2]
     views = [
@@ -177,13 +177,13 @@ def test_memory_at_addresses_is_cut_where_each_tensor_ends(
 
 
 @pytest.mark.parametrize("tokens", [4, 2, 1])
-@pytest.mark.parametrize("mine", ["at addresses", "of tensors"])
+@pytest.mark.parametrize("source", ["at addresses", "of tensors"])
 def test_units_at_addresses_are_pieces_of_their_own(
-    tokens: int, mine: str, monkeypatch: pytest.MonkeyPatch
+    tokens: int, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole tensors, the fast way; parts of them, that begin in one and end in the next, the long
-    way. Half of the addresses follow each other on both sides, and one seam of a registration lies
-    in a tensor."""
+    """Whole tensors take the short path; parts that begin in one tensor and end in the next take
+    the long one. Half of the addresses follow each other on both sides, and the boundary of a
+    registration lies in a tensor."""
     rng = np.random.default_rng(tokens)
     number = 60
     order = np.concatenate([rng.permutation(number // 2), np.arange(number // 2, number)])
@@ -199,7 +199,7 @@ def test_units_at_addresses_are_pieces_of_their_own(
         )
         for start in (1 << 20, 1 << 22)
     ]
-    if mine == "of tensors":
+    if source == "of tensors":
         views[0] = KVView(memory, "block token dim")
     at = views[0].addresses[0] + 96 * 7 + 40
     monkeypatch.setattr(pinned, "boundaries", lambda: (int(at),))
@@ -211,13 +211,13 @@ def test_units_at_addresses_are_pieces_of_their_own(
     plan = CopyPlan(views[0].form, views[1].form, ids.step, ids.step)
     pieces = pieces_of(plan, move)
     assert np.array_equal(bytes_of_pieces(pieces), bytes_of_runs(plan.runs(*move)))
-    # The destination's addresses end a piece, and so does the seam.
-    for begins, pitch, seams in (
+    # The destination's addresses end a piece, and so does the boundary.
+    for begins, pitch, boundaries in (
         (pieces.src, pieces.src_pitch, np.array([at])),
         (pieces.dst, pieces.dst_pitch, views[1].addresses),
     ):
         ends = begins + (pieces.height - 1) * pitch + pieces.width
-        inside = (begins[:, None] < seams) & (seams < ends[:, None])
+        inside = (begins[:, None] < boundaries) & (boundaries < ends[:, None])
         assert not inside.any()
 
 
@@ -225,7 +225,7 @@ def test_units_at_addresses_are_pieces_of_their_own(
 def test_seams_between_registrations() -> None:
     before = pinned.boundaries()
     with pinned.allocate(4 * PAGE, largest=2 * PAGE) as memory:
-        cuts = tuple(memory.address + seam for seam in memory.boundaries)
+        cuts = tuple(memory.address + boundary for boundary in memory.boundaries)
         assert pinned.boundaries() == tuple(sorted((*before, *cuts)))
         pieces = to_2d_copies(runs_of([memory.address], [0], 4 * PAGE))
         # Torch's own pinned memory, on a device that has such, is registered in one.
@@ -265,9 +265,9 @@ def plan_of(move: Move) -> CopyPlan:
     return CopyPlan(move.src.form, move.dst.form, *move.steps)
 
 
-def folded(move: Move, seams: Sequence[int] = ()) -> Pieces:
+def folded(move: Move, boundaries: Sequence[int] = ()) -> Pieces:
     plan = plan_of(move)
-    return judge(plan.runs(*move), pieces_of(plan, move), seams)
+    return judge(plan.runs(*move), pieces_of(plan, move), boundaries)
 
 
 @DOWNWARD
@@ -296,10 +296,10 @@ def test_a_list_over_blocks() -> None:
         KVView(both, "layer block | token dim"),
         pooled(POOL_BY_LAYER, blocks=9),
     )
-    mine = Index([3, 1, 8, 0], step=4)
-    theirs = Index([2, 3, 4, 7], step=4)
+    src_index = Index([3, 1, 8, 0], step=4)
+    dst_index = Index([2, 3, 4, 7], step=4)
     for src, dst in permutations(views, 2):
-        folded(Move(src, dst, mine, theirs, 16))
+        folded(Move(src, dst, src_index, dst_index, 16))
 
 
 def pooled(layout: str, blocks: int = 40, layers: int = 3, size: int = 4) -> KVView:
@@ -309,10 +309,12 @@ def pooled(layout: str, blocks: int = 40, layers: int = 3, size: int = 4) -> KVV
     return KVView([each.clone() for each in pool] if "|" in layout else pool, layout)
 
 
-def copied(src: str, dst: str, mine: Sequence[int], theirs: Sequence[int], layers: int = 3) -> Move:
+def copied(
+    src: str, dst: str, src_ids: Sequence[int], dst_ids: Sequence[int], layers: int = 3
+) -> Move:
     views = [pooled(layout, layers=layers) for layout in (src, dst)]
-    ids = Index(list(mine), step=4), Index(list(theirs), step=4)
-    return Move(views[0], views[1], *ids, 4 * len(mine))
+    ids = Index(list(src_ids), step=4), Index(list(dst_ids), step=4)
+    return Move(views[0], views[1], *ids, 4 * len(src_ids))
 
 
 NEAR = list(range(5, 15))
@@ -339,8 +341,8 @@ def test_blocks_that_follow_each_other_are_merged_and_planes_at_one_distance_are
 def test_skipped_blocks_and_none_at_all() -> None:
     some = folded(copied(LAYER_FIRST, BLOCK_FIRST, [3, -1, 5, 9], [1, 2, -7, 4]))
     assert some.nbytes == 2 * 3 * 64
-    for mine, theirs in (([-1, 4], [4, -1]), ([], [])):
-        assert folded(copied(LAYER_FIRST, BLOCK_FIRST, mine, theirs)).number == 0
+    for src_ids, dst_ids in (([-1, 4], [4, -1]), ([], [])):
+        assert folded(copied(LAYER_FIRST, BLOCK_FIRST, src_ids, dst_ids)).number == 0
 
 
 @pytest.mark.usefixtures("always")
@@ -363,11 +365,11 @@ def test_no_piece_of_a_large_copy_reaches_over_a_seam(
     ids = range(4, 20)
     for src, dst in ((layout, BLOCK_FIRST), (layout, POOL_BY_LAYER), (POOL_BY_LAYER, layout)):
         move = copied(src, dst, ids, ids, 12)
-        for behind in (0, 40 * 64, 5 * 40 * 64, 9 * 64, 3 * 40 * 64 + 6 * 64 + 24):
-            seam = move[:2][side].origins[0] + behind
+        for offset in (0, 40 * 64, 5 * 40 * 64, 9 * 64, 3 * 40 * 64 + 6 * 64 + 24):
+            boundary = move[:2][side].origins[0] + offset
             with monkeypatch.context() as patch:
-                patch.setattr(pinned, "boundaries", lambda seam=seam: (seam,))
-                folded(move, [seam])
+                patch.setattr(pinned, "boundaries", lambda boundary=boundary: (boundary,))
+                folded(move, [boundary])
 
 
 @pytest.mark.parametrize("large", [0, 10**9])
@@ -380,8 +382,8 @@ def test_what_runs_refuse_is_refused(large: int, monkeypatch: pytest.MonkeyPatch
         (SlotError, "begins at token 2", {"dst_index": Index(RANDOM, step=4, offset=2)}),
         (SlotError, "36 positions", {"count": 36}),
     ]
-    for error, told, change in wrong:
-        with refused(error, told, watch=move.dst.tensors):
+    for error, message, change in wrong:
+        with refused(error, message, watch=move.dst.tensors):
             pieces_of(plan_of(move), move._replace(**change))
 
 
@@ -393,11 +395,11 @@ def test_rows_that_are_wide_are_copies_of_their_own(
 ) -> None:
     monkeypatch.setattr(folding, "LARGE", large)
     move = copied(POOL_BY_LAYER, BLOCK_FIRST, RANDOM, RANDOM, layers)
-    found = pieces_of(plan_of(move), move, below)
+    result = pieces_of(plan_of(move), move, below)
     whole = plan_of(move).runs(*move)
     width = int(whole.nbytes.max())
-    assert (found.height > 1).any() == (width < below or layers >= TALL)
-    judge(whole, found)
+    assert (result.height > 1).any() == (width < below or layers >= TALL)
+    judge(whole, result)
 
 
 # Runs that are counted without expanding them, against `CopyPlan.runs` and `to_2d_copies`
@@ -410,10 +412,10 @@ def _view(side: Side) -> KVView:
 
 
 def counted(
-    plan: CopyPlan, mine: Index, theirs: Index, count: int, below: int = folding.ALL
+    plan: CopyPlan, src_index: Index, dst_index: Index, count: int, below: int = folding.ALL
 ) -> folding.Shape:
     counter = RunCounter(plan, fold_below=below)
-    return counter.shape(counter.groups(mine, theirs, count), count)
+    return counter.shape(counter.groups(src_index, dst_index, count), count)
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.full)])
@@ -426,20 +428,22 @@ def test_drawn_plans(times: int) -> None:
     def check(case: DrawnCase) -> None:
         src = _view(case.src)
         dst = _view(case.dst)
-        mine, theirs = (Index(s.ids, step=s.step, offset=s.offset) for s in (case.src, case.dst))
-        steps = mine.plan_step, theirs.plan_step
+        src_index, dst_index = (
+            Index(s.ids, step=s.step, offset=s.offset) for s in (case.src, case.dst)
+        )
+        steps = src_index.plan_step, dst_index.plan_step
         unit = CopyPlan(src.form, dst.form, *steps, reinterpret=True).unit
-        unit = gcd(unit, case.count, mine.offset, theirs.offset)
+        unit = gcd(unit, case.count, src_index.offset, dst_index.offset)
         plan = CopyPlan(src.form, dst.form, *steps, unit, reinterpret=True)
-        skipped = (mine.slots(case.count) < 0) | (theirs.slots(case.count) < 0)
+        skipped = (src_index.slots(case.count) < 0) | (dst_index.slots(case.count) < 0)
         assume(case.count and not skipped.any())  # what is skipped, who launches has removed
-        found = counted(plan, mine, theirs, case.count)
-        runs = plan.runs(src, dst, mine, theirs, case.count)
-        assert found.nbytes == int(runs.nbytes.sum())
-        # Parts of a plan that happen to meet are merged by nobody but `runs`.
-        assert found.runs >= runs.src.size
-        assert 1 <= found.pieces <= found.runs
-        seen.append(found.runs == runs.src.size)
+        actual = counted(plan, src_index, dst_index, case.count)
+        runs = plan.runs(src, dst, src_index, dst_index, case.count)
+        assert actual.nbytes == int(runs.nbytes.sum())
+        # Only `runs` merges parts of a plan that happen to meet.
+        assert actual.runs >= runs.src.size
+        assert 1 <= actual.pieces <= actual.runs
+        seen.append(actual.runs == runs.src.size)
 
     check()
     assert len(seen) > times * _TIMES / 4
@@ -491,18 +495,18 @@ def test_what_strategies_meet(source: str, target: str, order: str) -> None:
         ids = random.permutation(N)[:20]
         ids = np.sort(ids) if order == "rising" else np.arange(3, 23) if order[0] == "n" else ids
         indices.append(Index(ids, step=B) if view.block_size else Index())
-    mine, theirs = indices
-    plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
-    runs = plan.runs(src, dst, mine, theirs, 20 * B)
+    src_index, dst_index = indices
+    plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
+    runs = plan.runs(src, dst, src_index, dst_index, 20 * B)
     for below in (1, 1 << 10, 64 << 10, folding.ALL):
-        found = counted(plan, mine, theirs, 20 * B, below)
+        actual = counted(plan, src_index, dst_index, 20 * B, below)
         # Planes of separate allocations may happen to touch each other.
-        assert 0.9 * found.runs <= runs.src.size <= found.runs
-        assert 0.5 <= found.pieces / fewest(runs, src, dst, below) <= 2
+        assert 0.9 * actual.runs <= runs.src.size <= actual.runs
+        assert 0.5 <= actual.pieces / fewest(runs, src, dst, below) <= 2
 
 
-def of_host(src: KVView, dst: KVView, mine: Index, theirs: Index, down: bool) -> RunCounter:
-    plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+def of_host(src: KVView, dst: KVView, src_index: Index, dst_index: Index, down: bool) -> RunCounter:
+    plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
     places = ("device", "pinned") if down else ("pinned", "device")
     plan.src, plan.dst = (replace(x.form, place=y) for x, y in zip((src, dst), places, strict=True))
     return RunCounter.of_host(plan)
@@ -516,16 +520,16 @@ def test_the_host_side_alone() -> None:
     for ids, runs in (([7, 3, 5], 3), ([3, 4, 5], 1), ([5, 4, 3], 3), ([1, 2, 9, 10, 11, 0], 3)):
         index = Index(ids, step=B)
         counter = of_host(device, host, index, index, True)
-        found = counter.shape(counter.groups(index, index, len(ids) * B), len(ids) * B)
-        assert (found.nbytes, found.runs, found.pieces) == (len(ids) * block, runs, runs)
+        actual = counter.shape(counter.groups(index, index, len(ids) * B), len(ids) * B)
+        assert (actual.nbytes, actual.runs, actual.pieces) == (len(ids) * block, runs, runs)
     # The whole plan moves head by head.
     plan = CopyPlan(device.form, host.form, B, B)
     assert counted(plan, Index([7], B), Index([3], B), B).runs == L * 2 * H * B
     # A chunk without ids: rows at one pitch, or all of it.
     counter = of_host(chunk(), paged(), Index(), Index([1], B), False)
     assert counter.groups(Index(), Index(), 20 * B) == 1
-    found = counter.shape(1, 20 * B)
-    assert (found.runs, found.pieces) == (2 * L, 1)
+    actual = counter.shape(1, 20 * B)
+    assert (actual.runs, actual.pieces) == (2 * L, 1)
     assert counter.shape(1, N * B).runs == 1
 
 
@@ -533,22 +537,22 @@ def test_the_host_side_alone() -> None:
     ("offset", "count", "runs"), [(0, 4 * B, 4), (0, 4 * B - 1, 4 * 2 * L), (1, 2 * B, 3 * 2 * L)]
 )
 def test_whole_blocks_are_one_run_whatever_names_them(offset: int, count: int, runs: int) -> None:
-    """By slots on the device, host blocks that are taken whole lie in one piece all the same; parts
-    of blocks are runs of each plane."""
+    """Host blocks that are copied whole are one piece each, also by slots of the device; parts of
+    blocks are runs of each plane."""
     slots = Index(np.random.default_rng(2).permutation(N * B)[: 4 * B])
-    theirs = Index([7, 3, 5, 1], B, offset=offset)
-    counter = of_host(paged(), by_block(), slots, theirs, True)
-    assert counter.shape(counter.groups(theirs, theirs, count), count).runs == runs
+    host_index = Index([7, 3, 5, 1], B, offset=offset)
+    counter = of_host(paged(), by_block(), slots, host_index, True)
+    assert counter.shape(counter.groups(host_index, host_index, count), count).runs == runs
 
 
 def test_padding_between_blocks_keeps_neighbours_apart() -> None:
-    room = torch.empty(10, 5, 8)
-    view = KVView(room[:, :4], "block token dim")
+    memory = torch.empty(10, 5, 8)
+    view = KVView(memory[:, :4], "block token dim")
     dense = KVView(torch.empty(40, 8), "token dim")
     plan = CopyPlan(view.form, dense.form, 4, 0)
     blocks = Index(list(range(1, 9)), 4)
-    found = counted(plan, blocks, Index(), 32)
-    assert (found.runs, found.pieces) == (8, 1)
+    actual = counted(plan, blocks, Index(), 32)
+    assert (actual.runs, actual.pieces) == (8, 1)
     assert to_2d_copies(plan.runs(view, dense, blocks, Index(), 32)).number == 1
     assert counted(plan, blocks, Index(), 32, below=4 * 32).pieces == 8  # too few for wide ones
     # The same slots by a slot mapping: no neighbours across the padding either.
@@ -559,7 +563,7 @@ def test_padding_between_blocks_keeps_neighbours_apart() -> None:
 @pytest.mark.parametrize("by_loop", [False, True], ids=["units", "a loop"])
 @pytest.mark.parametrize("height", [LEAST_HEIGHT - 1, LEAST_HEIGHT, TALL - 1, TALL, 2 * TALL])
 def test_few_wide_rows_stay_apart_and_many_fold(height: int, by_loop: bool) -> None:
-    """As many as `to_2d_copies` makes: of narrow runs from 8 rows on, of wide ones from 32."""
+    """The count is that of `to_2d_copies`: narrow runs fold from 8 rows on, wide ones from 32."""
     count = 4 if by_loop else height
     shape = (4, height, 8) if by_loop else (height, 8)
     layout = "token head dim" if by_loop else "token dim"
@@ -570,15 +574,15 @@ def test_few_wide_rows_stay_apart_and_many_fold(height: int, by_loop: bool) -> N
     plan = CopyPlan(src.form, dst.form, 0, 0)
     runs = plan.runs(src, dst, Index(), Index(), count)
     for below, least in ((33, LEAST_HEIGHT), (32, TALL)):
-        found = counted(plan, Index(), Index(), count, below)
-        assert found.runs == runs.src.size
+        actual = counted(plan, Index(), Index(), count, below)
+        assert actual.runs == runs.src.size
         if not by_loop:
-            assert found.pieces == to_2d_copies(runs, src, dst, below).number
-            assert found.pieces == (1 if height >= least else height)
+            assert actual.pieces == to_2d_copies(runs, src, dst, below).number
+            assert actual.pieces == (1 if height >= least else height)
         elif height >= least:
-            assert found.pieces == 4
+            assert actual.pieces == 4
         else:
-            assert found.pieces == found.runs
+            assert actual.pieces == actual.runs
     never = counted(plan, Index(), Index(), count, 0)
     assert (never.runs, never.pieces) == (runs.src.size,) * 2
 
@@ -588,13 +592,13 @@ def test_ids_on_a_device_are_not_waited_for() -> None:
     src = paged()
     dst = by_block()
     counter = RunCounter(CopyPlan(src.form, dst.form, B, B))
-    mine = Index([1, 2, 3], B)
-    theirs = Index([4, 5, 6], B)
-    mine.on_host = False  # as an index whose ids are on a device
-    assert counter.groups(mine, theirs, 3 * B) == 3
-    assert mine.known_ids() is None
-    mine.host_ids()
-    assert counter.groups(mine, theirs, 3 * B) == 1
+    src_index = Index([1, 2, 3], B)
+    dst_index = Index([4, 5, 6], B)
+    src_index.on_host = False  # as an index whose ids are on a device
+    assert counter.groups(src_index, dst_index, 3 * B) == 3
+    assert src_index.known_ids() is None
+    src_index.host_ids()
+    assert counter.groups(src_index, dst_index, 3 * B) == 1
 
 
 def test_long_lists_are_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ PLACES = {"pageable": "cpu", "staged": "pinned", "batched_memcpy": "pinned", "ze
 
 
 def unequal(layout: str, widths: list[list[int]]) -> Copy:
-    """Parts of unequal widths outside the tokens, each a tensor of its own."""
+    """Return a copy of parts of unequal widths outside the tokens, each a separate tensor."""
     extents = {"layers": 2, "kv": 2, "heads": 1, "dim": (16, 8)}
     src, dst = (
         End([[filled((4, 8, 1, w), torch.uint8) for w in row] for row in widths], layout, extents)
@@ -182,7 +182,7 @@ def test_a_strategy_that_does_not_serve_the_memory_says_which_one_does(
 @DOWNWARD
 @pytest.mark.usefixtures("slices")
 def test_streams_have_staging_of_their_own(accelerator: torch.device, downward: bool) -> None:
-    """The same prepared copy on two streams at once, over and over: each by its own buffers."""
+    """The same prepared copy runs on two streams together, each through its own buffers."""
     transfer = Transfers(Staged(accelerator), downward)
     others = [transfer.host, transfer.chunk(2)]  # of the same bytes
     expected = transfer.expected()
@@ -241,9 +241,9 @@ def test_one_that_refuses_the_hosts_order(accelerator: torch.device, downward: b
         Transfers(Staged(accelerator, half), downward).prepared()
     assert OnlyByLayer.refused == 2  # both were tried
     dense = dense_rows(host.form, "layer")
-    held = {TOKENS, *(1 << n for n in range(12))}
-    room = torch.empty(dense.nbytes(max(held)), dtype=torch.uint8, device=accelerator)
-    OnlyByLayer.takes = {dense.view(room, each).form for each in held}
+    sizes = {TOKENS, *(1 << n for n in range(12))}
+    memory = torch.empty(dense.nbytes(max(sizes)), dtype=torch.uint8, device=accelerator)
+    OnlyByLayer.takes = {dense.view(memory, each).form for each in sizes}
     Transfers(Staged(accelerator, half), downward)()
 
 
@@ -295,8 +295,8 @@ def test_transfers_go_on_after_one_that_found_no_memory(
         patch.setattr(torch, "empty", full)
         with pytest.raises(torch.OutOfMemoryError):
             transfer.go()
-    (room,) = staging.cached_staging.values()
-    assert not room.nbytes
+    (cached,) = staging.cached_staging.values()
+    assert not cached.nbytes
     transfer(tokens=8)
     transfer()
 
@@ -305,13 +305,13 @@ def test_transfers_go_on_after_one_that_found_no_memory(
 def test_of_too_many_streams_the_one_used_longest_ago_gives_its_staging_back() -> None:
     streams = [torch.Stream(DEVICE) for _ in range(staging.STREAMS + 1)]
     assert len({stream.stream_id for stream in streams}) == len(streams)
-    first, second, *_ = rooms = [staging.staging(DEVICE, stream) for stream in streams[:-1]]
+    first, second, *_ = buffers = [staging.staging(DEVICE, stream) for stream in streams[:-1]]
     second.reserve(1 << 12)
     gone = weakref.ref(second)
     assert staging.staging(DEVICE, streams[0]) is first  # used again, so not the next to go
     staging.staging(DEVICE, streams[-1])
-    assert list(staging.cached_staging.values())[:-2] == rooms[2:]
-    del second, rooms, _
+    assert list(staging.cached_staging.values())[:-2] == buffers[2:]
+    del second, buffers, _
     gc.collect()
     assert gone() is None
     assert staging.staging(DEVICE, streams[0]) is first
@@ -322,14 +322,14 @@ def test_of_too_many_streams_the_one_used_longest_ago_gives_its_staging_back() -
 @pytest.mark.simdev
 @pytest.mark.parametrize("pinned", [False, True])
 def test_buffers_that_grow_leave_nothing_of_the_smaller_ones(pinned: bool) -> None:
-    room = staging.BounceBuffers() if pinned else staging.Staging(DEVICE, detached=True)
+    buffers = staging.BounceBuffers() if pinned else staging.Staging(DEVICE, detached=True)
     dense = dense_rows(Transfers(Staged(DEVICE), True).host.form)
-    room.reserve(1 << 12)
-    gone = weakref.ref(room.view(0, dense, 4).tensors)
-    room.reserve(1 << 13)
+    buffers.reserve(1 << 12)
+    gone = weakref.ref(buffers.view(0, dense, 4).tensors)
+    buffers.reserve(1 << 13)
     assert gone() is None
-    if isinstance(room, staging.Staging):  # each transfer goes on behind the last one's buffer
-        assert [room.turns(3), room.turns(2)] == [[0, 1, 2], [3, 0]]
+    if isinstance(buffers, staging.Staging):  # each transfer goes on after the last one's buffer
+        assert [buffers.turns(3), buffers.turns(2)] == [[0, 1, 2], [3, 0]]
 
 
 @DOWNWARD
@@ -343,14 +343,14 @@ def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.M
 
     def fresh() -> Slice:
         transfer.rows.derived.clear()
-        (found,) = transfer.prepared().slices(
+        (result,) = transfer.prepared().slices(
             transfer.rows, host, transfer.host_index, TOKENS, True
         )
-        return found  # type: ignore[no-any-return]
+        return result  # type: ignore[no-any-return]
 
     one = fresh()
-    rooms = [torch.empty(one.nbytes, dtype=torch.uint8, device=DEVICE) for _ in range(3)]
-    buffers = [one.dense.view(room, one.slots) for room in rooms]
+    memories = [torch.empty(one.nbytes, dtype=torch.uint8, device=DEVICE) for _ in range(3)]
+    buffers = [one.dense.view(memory, one.slots) for memory in memories]
     expected = [fresh().pieces(buffer, host, ALL) for buffer in buffers]
 
     def check(nth: int) -> None:
@@ -358,10 +358,10 @@ def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.M
             assert np.array_equal(column, wanted)
 
     def interrupted(self: Slice, *ends: Any) -> Pieces:
-        found = real(self, *ends)
+        result = real(self, *ends)
         monkeypatch.setattr(Slice, "crossing", real)
         check(1)
-        return found
+        return result
 
     monkeypatch.setattr(Slice, "crossing", interrupted)
     for nth in range(3):
@@ -417,20 +417,20 @@ def test_a_transfer_that_ends_early_holds_nothing_and_leaves_streams_in_order(
 def test_tables_of_addresses_are_held_until_the_callers_stream_is_past(
     downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A launch makes them on a stream of its own, and they may go with their view at any time."""
+    """A launch makes them on a separate stream, and they may go with their view at any time."""
     small_slices(monkeypatch)
     transfer = Transfers(Staged(DEVICE), downward)
-    told = list[tuple[KVView, int]]()
+    recorded = list[tuple[KVView, int]]()
     monkeypatch.setattr(
-        KVView, "record_table", lambda view, stream: told.append((view, stream.stream_id))
+        KVView, "record_table", lambda view, stream: recorded.append((view, stream.stream_id))
     )
     transfer.go()
     slices = transfer.prepared().slices(transfer.rows, transfer.host, transfer.host_index, TOKENS)
-    (room,) = staging.cached_staging.values()
+    (buffers,) = staging.cached_staging.values()
     work = current(DEVICE).stream_id
-    for each, at in zip(slices, room.turns(len(slices)), strict=True):
-        assert (each.rows, work) in told
-        assert (room.view(at, each.dense, each.slots), work) in told
+    for each, at in zip(slices, buffers.turns(len(slices)), strict=True):
+        assert (each.rows, work) in recorded
+        assert (buffers.view(at, each.dense, each.slots), work) in recorded
 
 
 @DOWNWARD
@@ -440,7 +440,7 @@ def test_tables_of_addresses_are_held_until_the_callers_stream_is_past(
 def test_memory_that_is_pinned_in_other_parts_is_cut_there(
     strategy: type[Backend], host_ids: bool, downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the same address, with the same ids, where pieces are kept: none may reach over a seam."""
+    """Pieces that are cached for the same address and ids are cut again at a new boundary."""
     case = replace(USUAL, host_ids=(range(TOKENS), 1) if host_ids else None)
     transfer = Transfers(strategy(DEVICE), downward, case)
     crossed = list[tuple[int, int]]()
@@ -458,13 +458,13 @@ def test_memory_that_is_pinned_in_other_parts_is_cut_there(
     transfer()
     for _ in range(3):
         start, past = max(crossed, key=lambda ends: ends[1] - ends[0])
-        seam = (start + past) // 2
-        assert start < seam < past  # it is one that matters
-        monkeypatch.setattr(pinned, "boundaries", lambda seam=seam: (seam,))
+        boundary = (start + past) // 2
+        assert start < boundary < past  # it is one that matters
+        monkeypatch.setattr(pinned, "boundaries", lambda boundary=boundary: (boundary,))
         crossed.clear()
         transfer()
         assert crossed
-        assert not [ends for ends in crossed if ends[0] < seam < ends[1]]
+        assert not [ends for ends in crossed if ends[0] < boundary < ends[1]]
 
 
 # Ids wherever they are, lists that are remembered, memory that is held
@@ -495,11 +495,11 @@ def test_an_id_past_the_end_moves_nothing(accelerator: torch.device, on_host: bo
 @pytest.mark.simdev
 def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     transfer = Transfers(BatchedMemcpy(DEVICE), True)
-    asked = list[int]()
+    expansions = list[int]()
     real = CopyPlan.runs
 
     def runs(self: CopyPlan, *args: object) -> Runs:
-        asked.append(1)
+        expansions.append(1)
         return real(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CopyPlan, "runs", runs)
@@ -508,16 +508,16 @@ def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPa
     for again, expected in ((index, 1), (index, 1), (index.shifted(3), 2), (index.shifted(3), 2)):
         transfer.device_index = again
         transfer.go(tokens=32)
-        assert len(asked) == expected
+        assert len(expansions) == expected
     known = len(transfer.prepared().cached)
     transfer.device_index = Index.of(ids)  # for one call: it is never met again
     transfer.go(tokens=32)
-    assert (len(asked), len(transfer.prepared().cached)) == (3, known)
+    assert (len(expansions), len(transfer.prepared().cached)) == (3, known)
     # Another index of the same tensor may be made after its ids have changed.
     ids.copy_(ids.flip(0))
     transfer.device_index = Index(ids)
     transfer(tokens=32)
-    assert len(asked) == 4
+    assert len(expansions) == 4
 
 
 @pytest.mark.simdev
@@ -525,15 +525,15 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched_memcpy, "MOST_CACHED", 500)
     monkeypatch.setattr(TorchLink, "copy", lambda *args: None)
     transfer = Transfers(BatchedMemcpy(DEVICE), True)
-    kept = list[Index]()
+    indices = list[Index]()
     for seed in range(30):
-        kept.append(Index(torch.randperm(190)[: 8 + seed].tolist()))
-        transfer.device_index = kept[-1]
+        indices.append(Index(torch.randperm(190)[: 8 + seed].tolist()))
+        transfer.device_index = indices[-1]
         transfer.go(tokens=8 + seed if seed < 24 else 32)
         launch = transfer.prepared()
         number = sum(pieces.number + 1 for pieces in launch.cached.values())
         assert 0 < launch.number == number <= 500
-        assert kept[-1].ids_token in next(reversed(launch.cached))
+        assert indices[-1].ids_token in next(reversed(launch.cached))
 
 
 @pytest.mark.parametrize("strategy", [BatchedMemcpy, Staged])

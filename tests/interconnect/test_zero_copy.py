@@ -26,7 +26,7 @@ from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch
 from portakv.interconnect import zero_copy
 from portakv.interconnect.strategy import PINNED, Terms
-from portakv.interconnect.strategy import SMALL as MOST_BESIDE
+from portakv.interconnect.strategy import SMALL as SMALL_BYTES
 from portakv.interconnect.zero_copy import (
     BLOCKS,
     CUT,
@@ -51,14 +51,14 @@ needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc
 def driver() -> Iterator[Driver]:
     if why := why_not():
         pytest.skip(why)
-    with installed() as found:
-        yield found
+    with installed() as result:
+        yield result
 
 
 @pytest.fixture(params=[Loads, Stores], ids=["loads", "stores"])
 def strategy(request: pytest.FixtureRequest, driver: Driver) -> type[Stores]:
-    found: type[Stores] = request.param
-    return found
+    result: type[Stores] = request.param
+    return result
 
 
 def between(copied: Copy, src: str, dst: str) -> CopyPlan:
@@ -68,7 +68,7 @@ def between(copied: Copy, src: str, dst: str) -> CopyPlan:
 
 
 def launched(copied: Copy, prepared: Launch) -> int:
-    """Launch behind the library's checks and judge every byte; returns the status word."""
+    """Launch after the library's checks, judge every byte and return the status word."""
     src = copied.src
     dst = copied.dst
     status = torch.zeros(1, dtype=torch.int64)
@@ -107,8 +107,8 @@ def test_what_it_claims_and_that_narrow_vectors_are_told() -> None:
         wide = strategy.check(between(COPIES["gather"](), *sides))
         assert wide == Decision("zero_copy", True, "takes the plan")
         narrow = strategy.check(between(COPIES["rows at an odd address"](), *sides))
-        told = "takes the plan, in vectors of 1 B: only 16 B fill the link"
-        assert narrow == Decision("zero_copy", True, told)
+        reason = "takes the plan, in vectors of 1 B: only 16 B fill the link"
+        assert narrow == Decision("zero_copy", True, reason)
     for src, dst in (("device", "device"), ("pageable", "device"), ("device", "pageable")):
         decision = strategy.check(between(COPIES["gather"](), src, dst))
         assert decision.reason == f"it does not copy from {src} to {dst} memory"
@@ -147,10 +147,10 @@ def test_beside_a_model_a_large_launch_has_few(strategy: type[Stores], terms: Te
     plan = between(COPIES["gather"](), *strategy.sides)
     direction = "h2d" if strategy is Loads else "d2h"
     most = terms.max_thread_blocks or BLOCKS
-    beside = zero_copy.COMPUTING[direction] if terms == Terms() else most
+    computing = zero_copy.COMPUTING[direction] if terms == Terms() else most
     kernel = ZeroCopyKernel(plan.nests[0], plan, CPU, terms)
-    small = MOST_BESIDE[direction] // plan.token_bytes
-    assert [kernel.grid(units, 2)[0] for units in (small, small + 1)] == [most, beside]
+    small = SMALL_BYTES[direction] // plan.token_bytes
+    assert [kernel.grid(units, 2)[0] for units in (small, small + 1)] == [most, computing]
 
 
 CUTS = [SMALL, Cut(), Cut(64, 4), Cut(2, 1), *(Cut(8, 4, planes) for planes in (2, 4, 5, 8))]
@@ -175,7 +175,7 @@ def tall(tokens: int) -> Copy:
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 7, 11, 12])
 def test_planes_of_any_length(tokens: int, strategy: type[Stores]) -> None:
-    """What is divided by the length of a plane, which only the launch knows."""
+    """The kernel divides by the length of a plane, which only the launch knows."""
     assert judged(tall(tokens), strategy) == 0
 
 
@@ -263,14 +263,14 @@ BUGS = {
     "one turn": ("start += gridDim.x * width", "start += all", "gather"),
     "a divisor rounded down": ("divisor - 1) / divisor", "0) / divisor", "gather"),
     "ids are always int64": ("request.wide ?", "true ?", "gather int32"),
-    "a bad id is told at the wrong place": ("(i64)unit[nth] * copy.unit + 1", "1", "past the end"),
+    "a bad id has the wrong place": ("(i64)unit[nth] * copy.unit + 1", "1", "past the end"),
     "parts of an id are forgotten": (
         "known.first = (request.first + unit) % Shape::per_id;", "known.first = 0;",
         "several units of an id",
     ),
     "one plane": ("lengths.divide(Planes == 1 ? there : start)", "0", "gather"),
 }  # fmt: skip
-#: Of several planes at once.
+#: Bugs of several planes together.
 PLANES_BUGS = {
     "one plane of several": ("group[nth] * Planes + more", "group[nth] * Planes", "gather"),
     "planes are not filled up": ("/ width * width;", "/ width;", "gather"),
@@ -282,9 +282,9 @@ PLANES_BUGS = {
 def test_a_seeded_bug_is_caught(
     bug: str, strategy: type[Stores], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied, told = seed_bug(monkeypatch, (BUGS | PLANES_BUGS)[bug], "host/direct.cuh")
+    copied, expected = seed_bug(monkeypatch, (BUGS | PLANES_BUGS)[bug], "host/direct.cuh")
     with installed(SMALL if bug in BUGS else Cut(8, 4, 4)), pytest.raises(AssertionError):
-        assert judged(copied, strategy, 1) == told
+        assert judged(copied, strategy, 1) == expected
 
 
 # What it asks of the driver, and of the host's memory
@@ -308,7 +308,7 @@ def test_host_memory_is_held_until_the_copy_ended(strategy: type[Stores], driver
     copied = COPIES["gather"]()
     assert judged(copied, strategy) == 0
     host = copied.src if strategy is Loads else copied.dst
-    assert [[x.data_ptr() for x in held] for held in driver.retained] == [
+    assert [[x.data_ptr() for x in retained] for retained in driver.retained] == [
         [x.data_ptr() for x in host.view().owners]
     ]
     driver.error = 700  # what was launched before may be under way
@@ -321,11 +321,11 @@ def test_host_memory_is_held_until_the_copy_ended(strategy: type[Stores], driver
 def test_a_view_is_asked_until_it_is_reached(
     driver: Driver, reached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    addresses: list[int] = []
 
     def ask(address: int, device: torch.device) -> int:
-        asked.append(address)
-        return address if reached else 64 * (len(asked) - 1)  # nowhere, or elsewhere
+        addresses.append(address)
+        return address if reached else 64 * (len(addresses) - 1)  # nowhere, or elsewhere
 
     monkeypatch.setattr(zero_copy, "device_address", ask)
     copied = COPIES["gather"]()
@@ -336,10 +336,10 @@ def test_a_view_is_asked_until_it_is_reached(
         if reached:
             prepared(*ends, None, None)
             continue
-        told = "mapped=True" if len(asked) == 0 else f"reaches it only at {64 * len(asked):#x}"
-        with refused(Unsupported, told, "staged", watch=copied.dst.tensors):
+        expected = f"reaches it only at {64 * len(addresses):#x}" if addresses else "mapped=True"
+        with refused(Unsupported, expected, "staged", watch=copied.dst.tensors):
             prepared(*ends, None, None)
-    assert asked == [dst.origins[0]] * (1 if reached else 3)
+    assert addresses == [dst.origins[0]] * (1 if reached else 3)
     assert len(driver.launches) == 3 * reached
 
 
@@ -348,14 +348,14 @@ def test_a_table_is_sent_once_and_waited_for_by_every_stream(accelerator: torch.
     side = torch.Stream(accelerator)
     delay(current(accelerator))
     bring_table(view, accelerator)
-    kept = view.table_on(accelerator)
-    assert kept is not None
+    cached = view.table_on(accelerator)
+    assert cached is not None
     with on(side):
         bring_table(view, accelerator, side)
-        read = kept.clone()
-    assert kept is view.table_on(accelerator)
+        read = cached.clone()
+    assert cached is view.table_on(accelerator)
     view.derived.clear()
-    del kept  # the allocator knows which stream reads it
+    del cached  # the allocator knows which stream reads it
     rubbish = [torch.full_like(read, 7) for _ in range(4)]
     with on(side):
         assert read.tolist() == list(view.origins)
@@ -379,12 +379,12 @@ def test_a_callers_table_is_held_for_the_stream_that_reads_it_first(
     settle(accelerator)
     delay(side)
     bring_table(view, accelerator, side)
-    kept = view.table_on(accelerator)
-    assert kept is not None
-    assert kept.data_ptr() == table.data_ptr()
+    cached = view.table_on(accelerator)
+    assert cached is not None
+    assert cached.data_ptr() == table.data_ptr()
     with on(side):
         read = table.clone()
-    del table, kept, view
+    del table, cached, view
     rubbish = [torch.full_like(read, 7) for _ in range(4)]
     with on(side):
         assert read.tolist() == list(made.view().origins)
@@ -410,7 +410,7 @@ def test_a_table_in_a_capture(accelerator: torch.device, monkeypatch: pytest.Mon
 def test_a_table_that_only_the_device_has_is_read_where_it_is(
     strategy: type[Stores], driver: Driver, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """On both sides, and the host never asks for an address."""
+    """Both sides have one, and the host never reads an address."""
     copied = COPIES[name]()
     status = torch.zeros(1, dtype=torch.int64)
     src = blind(copied.src.view())
@@ -418,7 +418,7 @@ def test_a_table_that_only_the_device_has_is_read_where_it_is(
     indices = copied.src.index(), copied.dst.index()
     plan = CopyPlan(src.form, dst.form, *(index.plan_step for index in indices))
     prepared = strategy(CPU).prepare(plan)
-    # No allocator is told of tables.
+    # No allocator is notified of tables.
     monkeypatch.setattr(zero_copy, "capturing", lambda device: True)
     copied.check(lambda: prepared(src, dst, *indices, copied.count, None, status))
     assert not src.known
@@ -486,7 +486,7 @@ def gpu() -> ZeroCopy:
 
 
 def judged_there(copied: Copy, strategy: ZeroCopy, downward: bool) -> int:
-    """Launch on the device and judge every byte; returns the status word."""
+    """Launch on the device, judge every byte and return the status word."""
     status = torch.zeros(1, dtype=torch.int64).pin_memory()
 
     def run() -> None:
@@ -497,8 +497,8 @@ def judged_there(copied: Copy, strategy: ZeroCopy, downward: bool) -> int:
         launch = strategy.prepare(CopyPlan(src.form, dst.form, *(x.plan_step for x in indices)))
         torch.cuda.synchronize()
         dtypes = strategy.capabilities().index_dtypes
-        mine, theirs = (x.placed(CUDA, dtypes) for x in indices)
-        launch(src, dst, mine, theirs, copied.count, None, status)
+        src_index, dst_index = (x.placed(CUDA, dtypes) for x in indices)
+        launch(src, dst, src_index, dst_index, copied.count, None, status)
         torch.cuda.synchronize()
         for side in sides:
             side.bring_back()
@@ -553,9 +553,9 @@ class Moved:
         self._launch(*self.views, *self.indices, 12, stream, None)
 
     def rows(self) -> torch.Tensor:
-        """What the host should hold: ``[kv, layer, token, head dim]``."""
-        held = self.cache.cpu()[:, :, [1, 0, 2]].transpose(0, 1)
-        return held.reshape(2, 3, 12, 16)
+        """Return the rows that the host should hold: ``[kv, layer, token, head dim]``."""
+        expected = self.cache.cpu()[:, :, [1, 0, 2]].transpose(0, 1)
+        return expected.reshape(2, 3, 12, 16)
 
     def landed(self) -> torch.Tensor:
         parts = [x.view(torch.int16).view(2, 3, -1, 16) for x in self.host]
