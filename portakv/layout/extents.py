@@ -146,23 +146,29 @@ def _settle(layout: Layout, values: Values, group: Group, sizes: Sequence[int]) 
     if len(unknown) > 1:
         return False
     for known, size, expected in zip(values, sizes, known_parts(group, values), strict=True):
-        if not expected or size % expected or (not unknown and size != expected):
-            what = "The dimension `1`"
-            if len(group.factors) == 1:
-                what = f"Axis {group.factors[0].axis!r}"
-            elif group.factors:
-                parts = ", ".join(f"{f}={factor_extent(f, known) or '?'}" for f in group.factors)
-                what = f"The dimension {group} ({parts})"
-            extent = (
-                f"an extent that {expected or 1} divides" if unknown else f"extent {expected or 1}"
-            )
+        # A known factor of extent 0 fits no size: only an axis that is still unknown may be empty.
+        fits = expected > 0 and (size % expected == 0 if unknown else size == expected)
+        if not fits:
+            extent = f"extent {expected or 1}"
+            if unknown:
+                extent = f"an extent that {expected or 1} divides"
             raise LayoutError(
-                f"{what} of {layout.text!r} was expected to have {extent}, but {size} was found; "
-                f"correct the layout, the declared extents or the tensors."
+                f"{_described(group, known)} of {layout.text!r} was expected to have {extent}, but "
+                f"{size} was found; correct the layout, the declared extents or the tensors."
             )
         for factor in unknown:
             known[factor.axis] = size // expected * (factor.n or 1)
     return True
+
+
+def _described(group: Group, known: Mapping[str, int]) -> str:
+    """Return the name of a group for an error, with its known extents if it has several factors."""
+    if not group.factors:
+        return "The dimension `1`"
+    if len(group.factors) == 1:
+        return f"Axis {group.factors[0].axis!r}"
+    parts = ", ".join(f"{f}={factor_extent(f, known) or '?'}" for f in group.factors)
+    return f"The dimension {group} ({parts})"
 
 
 def factor_extent(factor: Factor, known: Mapping[str, int]) -> int | None:

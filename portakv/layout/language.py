@@ -12,6 +12,7 @@ the tensor's dimensions in their logical order. This module knows strings only: 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NoReturn
@@ -62,27 +63,27 @@ class Layout:
 
     @property
     def axes(self) -> frozenset[str]:
-        """The names of the axes that are written."""
+        """Return the names of the axes that are written."""
         return frozenset(f.axis for g in self.containers + self.dims for f in g.factors)
 
     @property
     def paged(self) -> bool:
-        """True if rows are addressed by slot, that is, if ``block`` is written."""
+        """Return True if rows are addressed by slot, that is, if ``block`` is written."""
         return "block" in self.axes
 
     @property
     def opaque(self) -> bool:
-        """True if only whole pages can be moved."""
+        """Return True if only whole pages can be moved."""
         return "page" in self.axes
 
     @property
     def open_end(self) -> bool:
-        """True if the last group, ``page`` or in parentheses, may cover several dimensions."""
+        """Return True if the last group may cover several dimensions: ``page``, or parentheses."""
         last = self.dims[-1]
         return last.merged or last.factors == (Factor("page"),)
 
     def shares(self, axis: str) -> bool:
-        """True if ``axis`` shares a dimension with another axis, so that neither is implied."""
+        """Return True if ``axis`` shares a dimension with another axis; neither is then implied."""
         groups = [{f.axis for f in group.factors} for group in self.containers + self.dims]
         return any(axis in names and len(names) > 1 for names in groups)
 
@@ -101,51 +102,81 @@ def parse(text: str) -> Layout:
 
 @lru_cache(maxsize=512)
 def _parse(text: str) -> Layout:
-    groups: list[Group] = []  # containers first
-    bar: int | None = None  # how many of them stand left of `|`
-    places: list[tuple[Factor, int]] = []
-    inside: list[Factor] | None = None  # factors since an open parenthesis
-    opened = 0
-    for token in _TOKEN.finditer(text):
-        at = token.start()
-        mark = token["mark"]
-        if token["other"]:
-            fail(text, at, f"{token[0]!r} is not part of the layout language.")
-        elif token["axis"]:
-            factor = Factor(token["axis"], token["part"] or "", int(token["n"] or 0))
-            if factor.axis not in AXES:
-                fail(text, at, f"Unknown axis {factor.axis!r}; the axes are {', '.join(AXES)}.")
-            if factor.part and not factor.n:
-                fail(text, at, f"{token[0]!r} needs a positive number after `{factor.part}`.")
-            places.append((factor, at))
-            if inside is None:
-                groups.append(Group((factor,)))
+    return _Parser(text).parse()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A factor, and its position in the string."""
+
+    factor: Factor
+    at: int
+
+
+class _Parser:
+    """Read one layout string from left to right."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.places: list[_Place] = []
+        # The containers come first. `bar` is their number once `|` was read.
+        self.groups: list[Group] = []
+        self.bar: int | None = None
+        # The factors since an open parenthesis, and the position of that parenthesis.
+        self.inside: list[Factor] | None = None
+        self.opened = 0
+
+    def parse(self) -> Layout:
+        """Return the layout; raise `LayoutError` as `parse` does."""
+        text = self.text
+        for token in _TOKEN.finditer(text):
+            if token["other"]:
+                fail(text, token.start(), f"{token[0]!r} is not part of the layout language.")
+            if token["axis"]:
+                self._read_factor(token)
             else:
-                inside.append(factor)
-        elif mark == "1":
-            if inside is not None:
-                fail(text, at, "`1` is a separate dimension and cannot stand in parentheses.")
-            groups.append(Group(()))
-        elif mark == "|":
-            if bar is not None or inside is not None:
-                fail(text, at, "`|` stands at most once, and outside of parentheses.")
-            bar = len(groups)
-        elif mark == "(":
-            if inside is not None:
-                fail(text, at, "Parentheses do not nest.")
-            inside = []
-            opened = at
+                self._read_mark(token["mark"], token.start())
+        if self.inside is not None:
+            fail(text, self.opened, "This parenthesis is never closed.")
+        bar = self.bar or 0
+        if len(self.groups) == bar:
+            fail(text, len(text.rstrip()), "The tensor has no dimension; name at least one axis.")
+        _check(text, self.places)
+        return Layout(text, tuple(self.groups[:bar]), tuple(self.groups[bar:]))
+
+    def _read_factor(self, token: re.Match[str]) -> None:
+        at = token.start()
+        factor = Factor(token["axis"], token["part"] or "", int(token["n"] or 0))
+        if factor.axis not in AXES:
+            fail(self.text, at, f"Unknown axis {factor.axis!r}; the axes are {', '.join(AXES)}.")
+        if factor.part and not factor.n:
+            fail(self.text, at, f"{token[0]!r} needs a positive number after `{factor.part}`.")
+        self.places.append(_Place(factor, at))
+        if self.inside is None:
+            self.groups.append(Group((factor,)))
         else:
-            if not inside:
-                fail(text, at, "This parenthesis closes nothing; write axes in between.")
-            groups.append(Group(tuple(inside), merged=True))
-            inside = None
-    if inside is not None:
-        fail(text, opened, "This parenthesis is never closed.")
-    if len(groups) == (bar or 0):
-        fail(text, len(text.rstrip()), "The tensor has no dimension; name at least one axis.")
-    _check(text, places)
-    return Layout(text, tuple(groups[: bar or 0]), tuple(groups[bar or 0 :]))
+            self.inside.append(factor)
+
+    def _read_mark(self, mark: str, at: int) -> None:
+        """Read ``1``, ``|`` or a parenthesis."""
+        if mark == "1":
+            if self.inside is not None:
+                fail(self.text, at, "`1` is a separate dimension and cannot stand in parentheses.")
+            self.groups.append(Group(()))
+        elif mark == "|":
+            if self.bar is not None or self.inside is not None:
+                fail(self.text, at, "`|` stands at most once, and outside of parentheses.")
+            self.bar = len(self.groups)
+        elif mark == "(":
+            if self.inside is not None:
+                fail(self.text, at, "Parentheses do not nest.")
+            self.inside = []
+            self.opened = at
+        else:
+            if not self.inside:
+                fail(self.text, at, "This parenthesis closes nothing; write axes in between.")
+            self.groups.append(Group(tuple(self.inside), merged=True))
+            self.inside = None
 
 
 def fail(text: str, at: int, why: str) -> NoReturn:
@@ -154,33 +185,54 @@ def fail(text: str, at: int, why: str) -> NoReturn:
     raise LayoutError(f"{why}\n    {shown}\n    {' ' * at}^")
 
 
-def _check(text: str, places: list[tuple[Factor, int]]) -> None:
-    """Each axis occurs once, whole or as quotient and remainder by one number; all go together."""
-    seen: dict[str, list[tuple[Factor, int]]] = {}
-    for factor, at in places:
-        earlier = seen.setdefault(factor.axis, [])
-        for other, _ in earlier:
-            if not (other.part and factor.part) or other.part == factor.part:
-                fail(text, at, f"Axis {factor.axis!r} occurs twice ({other} and {factor}).")
-            if other.n != factor.n:
-                why = f"{other} and {factor} do not belong together; use one number for both."
-                fail(text, at, why)
-        earlier.append((factor, at))
-    for (factor, at), *others in seen.values():
-        if factor.part and not others:
-            partner = Factor(factor.axis, "%" if factor.part == "/" else "/", factor.n)
-            fail(text, at, f"{factor} needs its partner {partner} somewhere in the layout.")
-        if factor.part and factor.axis == "page":
-            fail(text, at, "`page` is opaque and cannot be split.")
-        if factor.part and factor.axis == "kv":
-            fail(text, at, "`kv` cannot be split into quotient and remainder.")
-    opaque = "page" in seen
+def _check(text: str, places: Sequence[_Place]) -> None:
+    """Raise `LayoutError` unless each axis is complete and all axes go together."""
+    by_axis: dict[str, list[_Place]] = {}
+    for place in places:
+        earlier = by_axis.setdefault(place.factor.axis, [])
+        for other in earlier:
+            _check_pair(text, other.factor, place)
+        earlier.append(place)
+    for places_of_axis in by_axis.values():
+        _check_axis(text, places_of_axis)
+    _check_axes(text, {axis: places_of_axis[0].at for axis, places_of_axis in by_axis.items()})
+
+
+def _check_pair(text: str, other: Factor, place: _Place) -> None:
+    """Check that two factors of one axis are quotient and remainder by one number."""
+    factor = place.factor
+    if not (other.part and factor.part) or other.part == factor.part:
+        fail(text, place.at, f"Axis {factor.axis!r} occurs twice ({other} and {factor}).")
+    if other.n != factor.n:
+        why = f"{other} and {factor} do not belong together; use one number for both."
+        fail(text, place.at, why)
+
+
+def _check_axis(text: str, places: Sequence[_Place]) -> None:
+    """Check that an axis is whole, or split into both quotient and remainder."""
+    factor = places[0].factor
+    at = places[0].at
+    if not factor.part:
+        return
+    if len(places) == 1:
+        partner = Factor(factor.axis, "%" if factor.part == "/" else "/", factor.n)
+        fail(text, at, f"{factor} needs its partner {partner} somewhere in the layout.")
+    if factor.axis == "page":
+        fail(text, at, "`page` is opaque and cannot be split.")
+    if factor.axis == "kv":
+        fail(text, at, "`kv` cannot be split into quotient and remainder.")
+
+
+def _check_axes(text: str, first: Mapping[str, int]) -> None:
+    """Check that the named axes go together; ``first`` has the position where each begins."""
+    if "page" not in first:
+        for axis in ("token", "dim"):
+            if axis not in first:
+                fail(text, len(text.rstrip()), f"The layout must name {axis!r} (or `page`).")
+        return
     for axis in ("token", "head", "dim"):
-        if opaque and axis in seen:
+        if axis in first:
             why = f"`page` is a block's opaque content and cannot go together with {axis!r}."
-            fail(text, seen[axis][0][1], why)
-        if not opaque and axis != "head" and axis not in seen:
-            fail(text, len(text.rstrip()), f"The layout must name {axis!r} (or `page`).")
-    if opaque and "block" not in seen:
-        at = seen["page"][0][1]
-        fail(text, at, "`page` is a block's content; the layout must name `block`.")
+            fail(text, first[axis], why)
+    if "block" not in first:
+        fail(text, first["page"], "`page` is a block's content; the layout must name `block`.")

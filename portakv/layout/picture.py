@@ -46,8 +46,10 @@ def _meaning(group: Group, layout: Layout) -> str:
     if len(group.factors) > 1:
         return _run(group.factors)
     (factor,) = group.factors
+    if factor.part == "%":
+        return f"which of those {factor.n} {factor.axis}s"
     if factor.part:
-        return f"which {'of those ' * (factor.part == '%')}{factor.n} {factor.axis}s"
+        return f"which {factor.n} {factor.axis}s"
     if factor.axis == "token":
         return "a token of the block" if layout.paged else "a token: its position in the chunk"
     return _MEANING[factor.axis]

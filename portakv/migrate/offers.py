@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import Literal, TypeAlias, get_args
@@ -50,6 +51,14 @@ Expose: TypeAlias = Literal["mapped", "staging"]
 BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
 
 
+@dataclass
+class Lease:
+    """The time for which an owner promises not to change rows."""
+
+    until: float
+    latest: float  # the latest time to which a reader may renew the lease
+
+
 class Offer:
     """Rows that their owner promises not to change until the offer ends.
 
@@ -62,16 +71,15 @@ class Offer:
     """
 
     def __init__(
-        self, owner: Owner, ids: Sequence[BlockList], tokens: int, until: float, readers: int
+        self, owner: Owner, ids: Sequence[BlockList], tokens: int, lease: Lease, readers: int
     ):
         self.number = secrets.token_bytes(16)
         self.ticket = b""
         self.ids = ids
         self.tokens = tokens
-        self.until = until
+        self.lease = lease
         self.readers = readers
         self.after = StreamFence(owner.device)
-        self.last = until  # the latest time to which a reader may renew the lease
         # Readers that read it, with the function that stops watching each.
         self.begun = dict[bytes, Callable[[], object]]()
         self.through = set[bytes]()  # readers that have the rows, or are gone
@@ -87,7 +95,7 @@ class Offer:
     def _look(self) -> str:
         """Return the state now."""
         with self._owner.change:
-            if self._state == "held" and self._owner.now() > self.until:
+            if self._state == "held" and self._owner.now() > self.lease.until:
                 self.end("expired")
             return self._state
 
@@ -133,9 +141,10 @@ class Offer:
         until = owner.now() + seconds
         with owner.change:
             while self.state == "held":
-                if (now := owner.now()) >= until or abandoned():
+                now = owner.now()
+                if now >= until or abandoned():
                     return False
-                owner.change.wait(min(until, self.until + 1e-3, now + LOOK) - now)
+                owner.change.wait(min(until, self.lease.until + 1e-3, now + LOOK) - now)
         return True
 
     def revoke(self) -> None:
@@ -248,11 +257,10 @@ class Owner:
                     exported.append(messages.Region(*described_as, exports[-1].handle))
                 except Unsupported as error:
                     exported.append(messages.Region(*described_as, why=error.why))
-            self._exports, self._events, self._turn = (
-                exports,
-                _events(self.device) if exports else [],
-                0,
-            )
+            events = _events(self.device) if exports else []
+            self._exports = exports
+            self._events = events
+            self._turn = 0
             self._handshake = messages.Handshake(
                 epoch=self.epoch,
                 described=described,
@@ -303,8 +311,8 @@ class Owner:
         # No event exists that a reader's stream could wait for.
         if stream and self._exports and not self._events:
             stream.synchronize()
-        made = Offer(self, lists, tokens, self.now() + lease, readers)
-        made.last = self.now() + last
+        now = self.now()
+        made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers)
         return uninterrupted(partial(self._enter, made, stream, lease), undo=Offer.revoke)
 
     def _block_lists(self, blocks: Sequence[Ids], tokens: int) -> list[BlockList]:
@@ -459,11 +467,13 @@ class Owner:
 
     def _renew(self, _: Peer, renew: messages.Renew) -> messages.Answer:
         with self.change:
-            if (offer := self._current(renew)) is None:
+            offer = self._current(renew)
+            if offer is None:
                 return self._gone(renew)
-            wanted = min(self.now() + renew.seconds, offer.last)
-            offer.until = max(offer.until, wanted)
-            return messages.Answer("held", seconds=offer.until - self.now())
+            lease = offer.lease
+            wanted = min(self.now() + renew.seconds, lease.latest)
+            lease.until = max(lease.until, wanted)
+            return messages.Answer("held", seconds=lease.until - self.now())
 
     def _bye(self, peer: Peer, _: messages.Bye) -> None:
         self._gathers.forget(peer)

@@ -16,7 +16,7 @@ from math import prod
 
 from portakv.errors import LayoutError
 from portakv.layout.extents import factor_extent
-from portakv.layout.language import Factor, Layout
+from portakv.layout.language import Factor, Group, Layout
 
 #: Where memory can be: on the device, pinned or pageable on the host, in another process, or a
 #: peer's, whose memory the device reads over a link: another device's, perhaps of another process.
@@ -219,7 +219,8 @@ def build_parts(
     parts = []
     for k, itemsize in enumerate(itemsizes):
         steps: dict[Factor, Step] = {}
-        table = offset = 0
+        table = 0
+        offset = 0
         for factor, (entries, distances) in walks.items():
             if factor.axis == "kv":
                 table = k * entries
@@ -227,23 +228,46 @@ def build_parts(
             else:
                 steps[factor] = Step(factor_extent(factor, values[k]) or 0, entries, distances[k])
         for group, stride in zip(layout.dims, strides[k], strict=True):
-            inner = [stride * itemsize] * len(values)  # for each kv, the span of the factors so far
-            for factor in reversed(group.factors):
-                if factor.axis == "kv":
-                    offset = sum(inner[:k])
-                    inner = [sum(inner)] * len(values)
-                    continue
-                extents = [factor_extent(factor, known) or 0 for known in values]
-                steps[factor] = Step(extents[k], 0, inner[k])
-                inner = [span * extent for span, extent in zip(inner, extents, strict=True)]
-        axes: dict[str, list[Step]] = {name: [] for name in PART_AXES}
-        for factor, step in sorted(steps.items(), key=lambda item: item[0].part == "%"):
-            axes["dim" if factor.axis == "page" else factor.axis].append(step)
-        axes["dim"].append(Step(itemsize, 0, 1))
-        unbounded = axes["block" if layout.paged else "token"]
-        unbounded[0] = replace(unbounded[0], extent=0)
-        parts.append(Part(table, offset, **{name: merge_steps(axes[name]) for name in PART_AXES}))
+            # The layout names kv once, so at most one dimension or container adds to the offset.
+            offset += _add_steps(steps, group, stride * itemsize, values, k)
+        parts.append(Part(table, offset, **_steps_by_axis(layout, steps, itemsize)))
     return tuple(parts)
+
+
+def _add_steps(
+    steps: dict[Factor, Step],
+    group: Group,
+    stride: int,
+    values: Sequence[Mapping[str, int]],
+    k: int,
+) -> int:
+    """Add the steps of one dimension for kv ``k``; return the byte offset of that kv in it.
+
+    The planes of a dimension that contains kv follow each other, and may differ in width.
+    """
+    offset = 0
+    spans = [stride] * len(values)  # for each kv, the bytes of the factors further in
+    for factor in reversed(group.factors):
+        if factor.axis == "kv":
+            offset = sum(spans[:k])
+            spans = [sum(spans)] * len(values)
+            continue
+        extents = [factor_extent(factor, known) or 0 for known in values]
+        steps[factor] = Step(extents[k], 0, spans[k])
+        spans = [span * extent for span, extent in zip(spans, extents, strict=True)]
+    return offset
+
+
+def _steps_by_axis(layout: Layout, steps: Mapping[Factor, Step], itemsize: int) -> dict[str, Steps]:
+    """Return the steps of each axis of a part, outermost first."""
+    axes: dict[str, list[Step]] = {name: [] for name in PART_AXES}
+    # A quotient is outside of its remainder, wherever the layout names them.
+    for factor, step in sorted(steps.items(), key=lambda item: item[0].part == "%"):
+        axes["dim" if factor.axis == "page" else factor.axis].append(step)
+    axes["dim"].append(Step(itemsize, 0, 1))  # the bytes of an element
+    unbounded = axes["block" if layout.paged else "token"]
+    unbounded[0] = replace(unbounded[0], extent=0)
+    return {name: merge_steps(axes[name]) for name in PART_AXES}
 
 
 def widest_vector(numbers: Iterable[int]) -> int:

@@ -22,7 +22,7 @@ from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.language import Layout
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
-from portakv.view.addresses import RawMemory, read_addresses
+from portakv.view.addresses import RawMemory, RawRows, read_addresses
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.form import ALIASED, locate, same_form
@@ -138,8 +138,7 @@ class KVView:
 
         The view does not retain the memory and cannot see that it was freed or moved. The caller
         promises that it stays until copies have ended, and that a table on a device is not written
-        meanwhile. A kernel's launch never reads such a table back. Strategies that need the
-        addresses on the host read it once.
+        meanwhile. Only strategies that need addresses on the host read such a table back, once.
 
         Args:
             addresses: one integer, or integers in lists as the layout names containers; or an int64
@@ -175,10 +174,16 @@ class KVView:
             reinterpret=reinterpret,
             **unknown,
         )
-        result = read_addresses(bound, addresses, shape, strides, dtype, device, pinned)
+        rows = read_addresses(bound, addresses, shape, strides, dtype, device, pinned)
+        return cls._over(rows, bound.layout)
+
+    @classmethod
+    def _over(cls, rows: RawRows, layout: Layout) -> KVView:
+        """Return a view over rows of raw memory."""
         view = cls.__new__(cls)
-        facts = (result.form, result.origins, None, None), result.slots, result.device, False
-        view._set(bound.layout, (), facts, persistent=False, raw=result.memory, table=result.table)
+        # The tensors that own the memory and its spans follow from the addresses when needed.
+        facts = (rows.form, rows.origins, None, None), rows.slots, rows.device, False
+        view._set(layout, (), facts, persistent=False, raw=rows.memory, table=rows.table)
         return view
 
     def _set(
@@ -445,15 +450,20 @@ class KVView:
         """Raise `LayoutError` if the memory of a tensor was freed or replaced in place."""
         if self._raw is not None:
             return
+        # Compare the storages with those of the last check, which costs less than their ranges.
+        changed = not self._memory
         for storage, address, nbytes in self._memory or ():
             if storage.data_ptr() != address or storage.nbytes() != nbytes:
+                changed = True
                 break
-        else:
-            if self._memory:
-                return
+        if changed:
+            self._check_storages()
+
+    def _check_storages(self) -> None:
+        """Raise `LayoutError` unless the storages of the tensors cover the spans of the view."""
         storages = {s._cdata: s for s in (owner.untyped_storage() for owner in self.owners)}
-        result = tuple((s, s.data_ptr(), s.nbytes()) for s in storages.values())
-        ranges = sorted((at, at + n) for _, at, n in result)
+        checked = tuple((s, s.data_ptr(), s.nbytes()) for s in storages.values())
+        ranges = sorted((start, start + nbytes) for _, start, nbytes in checked)
         for first, past in self.spans:
             # Storages that touch each other may be parts of one span.
             for start, end in ranges:
@@ -462,7 +472,7 @@ class KVView:
             if first < past:
                 raise self.replaced()
         # Tensors without a reference may get other storages, so each is checked again.
-        self._memory = None if self._memory is None else result
+        self._memory = None if self._memory is None else checked
 
     def replaced(self) -> LayoutError:
         """Return the error for memory of a tensor that differs from the memory that was read."""
