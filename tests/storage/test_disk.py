@@ -342,10 +342,10 @@ def test_a_read_that_comes_too_late(store: Open) -> None:
     io = Faulty()
     one = store(io=io)
     save(one, KEYS[:2])
-    io.asked.clear()
+    io.received.clear()
     rows = cases.images(2, FORM)
     assert one.read(KEYS[:2], [*rows], None, lambda: True) == [False, False]
-    assert not io.asked
+    assert not io.received
     assert counts(one)["load", "late"] == 2
     assert load(one, KEYS[:2]) == [True, True]
 

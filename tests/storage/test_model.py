@@ -56,7 +56,7 @@ class StoreModel(RuleBasedStateMachine):
         self.folder = world.folder / "kv"
         self.far = FakeTier("remote")
         self.open = list[Call]()
-        self.found = dict[Path, Any]()
+        self.contents = dict[Path, Any]()
         self.store = cast(Any, None)
         self.rotten = False
         self.loads = 0
@@ -80,8 +80,8 @@ class StoreModel(RuleBasedStateMachine):
         self.parts = bool({*self.disk.forms(form), *self.far.forms(form)} - {form})
         memory: Any = {x: sizes[x] * self.world.form(0).image_bytes for x in ("staging", "host")}
         self.store = BlockStore(form, tiers=chosen, full=full, **memory)
-        for folder, (keys, count) in self.disk.found().items():
-            before, least = self.found.get(folder, (set(), 0))
+        for folder, (keys, count) in self.disk.contents().items():
+            before, least = self.contents.get(folder, (set(), 0))
             assert self.rotten or count < least or keys == before, "a sealed entry was lost"
 
     def take(self, at: int = -1) -> Call:
@@ -120,7 +120,7 @@ class StoreModel(RuleBasedStateMachine):
         if not kill:
             self.store.close(LIMIT)  # which refuses if a fill was left
         self.settle()
-        self.found |= self.disk.found()
+        self.contents |= self.disk.contents()
         for number in range(self.store.rows.host):  # none is pinned: all that are kept can go
             (item,) = self.store.rows.take(1, False)
             assert self.store.rows.keep(item, b"new" + key_of(number)), "a leaked pin"

@@ -178,7 +178,7 @@ def test_a_body_that_is_cut_is_resumed_from_its_first_missing_byte(
     well, row = load(stored, KEYS[0])
     assert well
     assert np.array_equal(row, sealed)
-    assert len(case.proxy.asked) == 2
+    assert len(case.proxy.requests) == 2
     assert case.proxy.sent <= len(sealed) + (64 << 10)
 
 
@@ -191,7 +191,7 @@ def test_three_cuts_cost_three_requests_and_few_bytes(case: Case) -> None:
     assert well
     assert np.array_equal(row, sealed)
     last = len(sealed) - 1
-    ranges = [line.partition("bytes=")[2] for line in case.proxy.asked]
+    ranges = [line.partition("bytes=")[2] for line in case.proxy.requests]
     assert ranges == ["", f"500000-{last}", f"1000000-{last}", f"1500000-{last}"]
     assert case.proxy.sent <= len(sealed) + 3 * (64 << 10)
 
@@ -204,7 +204,7 @@ def test_a_part_of_a_block_that_is_cut_is_resumed(case: Case) -> None:
     case.proxy.play(Fault("GET", cut=100), Fault("GET"), Fault("GET", cut=1000, reset=True))
     assert load(stored, KEYS[0], segments=[3])[0]
     last = at + LAYERED.segments[3].nbytes - 1
-    ranges = [line.partition("bytes=")[2] for line in case.proxy.asked]
+    ranges = [line.partition("bytes=")[2] for line in case.proxy.requests]
     assert ranges == ["0-4095", "100-4095", f"{at}-{last}", f"{at + 1000}-{last}"]
 
 
@@ -214,7 +214,7 @@ def test_more_cuts_than_the_budget_are_a_miss_in_time(case: Case) -> None:
     stored = case.tier_store(retries=3)
     case.proxy.play(Fault("GET", cut=100, times=99))
     assert not load(stored, KEYS[0])[0]
-    assert len(case.proxy.asked) == 4
+    assert len(case.proxy.requests) == 4
     assert case.counted() == {"load error": 1}
     case.proxy.play()
     assert load(stored, KEYS[0])[0]
@@ -229,7 +229,7 @@ def test_no_number_of_retries_outlasts_the_retry_timeout(case: Case, fault: Any)
     began = time.monotonic()
     assert not load(stored, KEYS[0])[0]
     assert time.monotonic() - began < 5
-    assert len(case.proxy.asked) > 4
+    assert len(case.proxy.requests) > 4
     assert case.counted() == {"load error": 1}
 
 
@@ -241,7 +241,7 @@ def test_a_stall_longer_than_the_read_timeout_is_resumed(case: Case) -> None:
     well, row = load(stored, KEYS[0])
     assert well
     assert np.array_equal(row, sealed)
-    assert len(case.proxy.asked) >= 2  # it did not wait for the first answer
+    assert len(case.proxy.requests) >= 2  # it did not wait for the first answer
 
 
 def test_a_slow_body_is_left_between_two_pieces_after_the_deadline(case: Case) -> None:
@@ -253,7 +253,7 @@ def test_a_slow_body_is_left_between_two_pieces_after_the_deadline(case: Case) -
     rows = [np.zeros(LAYERED.image_bytes, np.uint8) for _ in range(2)]
     assert stored.read(KEYS[:2], rows, None, lambda: next(ends, True)) == [False, False]
     assert case.counted() == {"load late": 2}
-    assert len(case.proxy.asked) == 1  # left after the first of three pieces, and not begun
+    assert len(case.proxy.requests) == 1  # left after the first of three pieces, and not begun
     assert case.proxy.sent < LAYERED.image_bytes
 
 
@@ -304,7 +304,7 @@ def test_a_byte_flipped_in_transit_is_fetched_again_then_a_miss(
     well, row = load(stored, KEYS[0])
     assert well == (times == 1)
     assert not well or np.array_equal(row, sealed)
-    assert [line[:3] for line in case.proxy.asked if "form.json" not in line] == ["GET", "GET"]
+    assert [line[:3] for line in case.proxy.requests if "form.json" not in line] == ["GET", "GET"]
     assert stored.has([KEYS[0]]) == [well]  # what is wrong twice with one ETag counts as missing
     assert obstore.head(case.raw, case.path(KEYS[0]))["size"] == len(sealed)
 
@@ -366,9 +366,9 @@ def test_a_storm_of_503_opens_the_breaker_which_closes_again(case: Case) -> None
     stored = case.tier_store(retries=1)
 
     def asked(well: bool) -> int:
-        before = len(case.proxy.asked)
+        before = len(case.proxy.requests)
         assert load(stored, KEYS[0])[0] == well
-        return len(case.proxy.asked) - before
+        return len(case.proxy.requests) - before
 
     case.proxy.play(Fault("GET", answer=b"503 Slow Down\nx", times=2 * (FAILURES + 7)))
     assert [asked(False) for _ in range(FAILURES)] == [2] * FAILURES
@@ -673,11 +673,11 @@ def test_an_upload_of_which_a_part_fails_leaves_nothing(case: Case) -> None:
     case.proxy.play(Fault("partNumber=2", answer=b"500 Oh\nx", times=99))
     assert save(stored, KEYS[0]) == [False]
     if obstore.__version__ >= "0.12":  # before, parts stay for the bucket's rule
-        assert "DELETE" in " ".join(case.proxy.asked)  # the upload
+        assert "DELETE" in " ".join(case.proxy.requests)  # the upload
     assert stored.has(KEYS[:1]) == [False]
     case.proxy.play()
     assert save(stored, KEYS[0]) == [True]
-    assert sum("partNumber" in line for line in case.proxy.asked) == 2
+    assert sum("partNumber" in line for line in case.proxy.requests) == 2
     well, row = load(stored, KEYS[0])
     assert well
     assert np.array_equal(row, image(big, KEYS[0]))
@@ -740,7 +740,7 @@ def test_a_lookup_asks_in_batches_and_remembers_for_a_while(case: Case) -> None:
     def asked(count: int) -> int:
         case.proxy.play()
         assert store.lookup(KEYS[:30], timeout=20) == count
-        return len(case.proxy.asked)
+        return len(case.proxy.requests)
 
     assert asked(13) == 8 + 16  # two batches; the third is not asked
     case.now += 4
@@ -778,7 +778,7 @@ def test_a_load_asks_no_bucket_what_it_has(case: Case, forms: int) -> None:
         assert loaded.landed[:20].all()
         for mine, theirs in zip(target.tensors, tensors, strict=True):
             assert torch.equal(mine[:found].view(torch.int16), theirs[:found].view(torch.int16))
-        assert not [x for x in case.proxy.asked if x.startswith("HEAD")]
+        assert not [x for x in case.proxy.requests if x.startswith("HEAD")]
         case.proxy.play()
         assert store.lookup(KEYS[:40], timeout=20) == (40 if forms > 1 else 20)
         case.proxy.play()
@@ -838,7 +838,7 @@ def test_a_slow_upload_is_not_cut_by_the_read_timeout(case: Case) -> None:
     stored = case.tier_store(LAYERED, read_timeout=0.2)
     case.proxy.play(Fault(f"PUT .*{KEYS[0].hex()}", slow_upload=4e6))
     assert save(stored, KEYS[0]) == [True]
-    assert sum(line.startswith("PUT") for line in case.proxy.asked) == 2  # the form, the block
+    assert sum(line.startswith("PUT") for line in case.proxy.requests) == 2  # the form, the block
 
 
 def test_a_block_that_is_there_or_comes_first_is_not_written_again(case: Case) -> None:
@@ -847,7 +847,7 @@ def test_a_block_that_is_there_or_comes_first_is_not_written_again(case: Case) -
     stored = case.tier_store()
     case.proxy.play(Fault(f"PUT .*{KEYS[2].hex()}", before=lambda: case.lay(KEYS[2], data=older)))
     assert save(stored, KEYS[0], KEYS[2]) == [True, True]
-    assert not [line for line in case.proxy.asked if line.startswith("PUT") and "0000" in line]
+    assert not [line for line in case.proxy.requests if line.startswith("PUT") and "0000" in line]
     for key in (KEYS[0], KEYS[2]):
         assert bytes(obstore.get(case.raw, case.path(key)).bytes()) == older.tobytes()
 
@@ -1010,7 +1010,7 @@ def test_a_damaged_object_counts_as_missing_until_a_save_writes_it_anew(
     case.proxy.play()
     assert stored.has(KEYS[:1]) == [False]
     assert not load(stored, KEYS[0], segments=segments)[0]
-    gets = [line for line in case.proxy.asked if line.startswith("GET")]
+    gets = [line for line in case.proxy.requests if line.startswith("GET")]
     assert len(gets) == (1 if segments is None else 2)
 
     assert save(stored, KEYS[0]) == [True]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests share."""
+"""Cases and helpers that several tests share."""

@@ -20,7 +20,7 @@ State = Callable[[torch.device], AbstractContextManager[object]]
 
 
 def _set(change: Callable[[Any], object], value: Any, before: Any) -> State:
-    """A state that a setter of torch begins and ends."""
+    """Return a state that a setter of torch begins and ends."""
 
     @contextmanager
     def state(device: torch.device) -> Iterator[None]:
@@ -115,7 +115,8 @@ class Scene:
         self._check_addresses(src, dst)
 
     def _check_addresses(self, src: KVView, dst: KVView) -> None:
-        """The same rows by addresses, on the host and on the device, and by lists of requests."""
+        """Copy the same rows by addresses, on the host and on the device, and by lists of
+        requests."""
         cache = self.caches[0]
         table = torch.tensor(src.origins, dtype=torch.int64, device="cpu")
         shape = (2, -1, *cache.shape[2:])
@@ -153,12 +154,12 @@ class Scene:
 
 
 def _blocks(caches: list[torch.Tensor]) -> Any:
-    """``[layer, kv, block, ...]`` as numpy has it."""
+    """Return ``[layer, kv, block, ...]`` as numpy arrays."""
     return np.stack([cache.cpu().numpy() for cache in caches])
 
 
 def _rows(caches: list[torch.Tensor]) -> Any:
-    """``[layer, kv, slot, head * dim]``."""
+    """Return ``[layer, kv, slot, head * dim]``."""
     return _blocks(caches).reshape(LAYERS, 2, SLOTS, -1)
 
 

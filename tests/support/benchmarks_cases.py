@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the benchmarks share: small shapes, what is measured, rows of results."""
+"""Small shapes, measured objects and rows of results for the tests of the benchmarks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MACHINE = {
 
 
 def tiny(name: str = "seed", **changes: Any) -> Shape:
-    """A shape of the file with few layers and tokens."""
+    """Return a shape of the file with few layers and tokens."""
     shape = load()[name]
     tokens = shape.tokens if shape.tokens < 16 else 2 * shape.block_size
     small = {"layers": min(shape.layers, 3), "tokens": tokens, "pool": min(shape.pool, 32)}
@@ -43,13 +43,13 @@ def tiny(name: str = "seed", **changes: Any) -> Shape:
 
 
 def field(device: torch.device = CPU, peers: tuple[Any, ...] = ()) -> suite.Field:
-    """What is measured, without a peer unless one is given."""
+    """Return the object to measure, without a peer unless the caller passes one."""
     timer = DeviceTimer(device) if device.type == "cuda" else HostTimer(device)
     return suite.Field(("reference",), peers, timer, device, [])
 
 
 def copied(backend: str, time: float, **more: Any) -> dict[str, Any]:
-    """A row of a result."""
+    """Return a row of a result."""
     row = {
         "kind": "copy",
         "shape": "s",
@@ -64,7 +64,7 @@ def copied(backend: str, time: float, **more: Any) -> dict[str, Any]:
 
 
 def linked(backend: str, time: float = 1.0, **more: Any) -> dict[str, Any]:
-    """A row of a result of the host benchmark."""
+    """Return a row of a result of the host benchmark."""
     usual = {
         "kind": "host_copy",
         "shape": "s",
@@ -78,7 +78,7 @@ def linked(backend: str, time: float = 1.0, **more: Any) -> dict[str, Any]:
 
 
 def host_result(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """A result of the host benchmark."""
+    """Return a result of the host benchmark."""
     return {
         "suite": "host",
         "name": "some-gpu-host",

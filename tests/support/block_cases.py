@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged caches in several layouts, the rows that they hold by plain torch, and the ways of
+"""Paged caches in several layouts, the rows that they hold by plain torch, and the methods of
 `copy_blocks`."""
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SRC = [5, 0, 7, 2, 3]
 DST = [1, 6, 0, 4, 2]
 BIG = 1 << 20  # bytes of a block of the large caches
 PATIENCE = 30.0  # seconds that no test should ever take
-#: Every way in which blocks are issued.
+#: Every method of issuing blocks.
 METHODS: dict[str, dict[str, Any]] = {
-    "at once": {},
+    "together": {},
     "by layer": {"by_layer": True},
     "detached": {"detached": True},
     "detached by layer": {"detached": True, "by_layer": True},
@@ -48,7 +48,7 @@ class Cache:
     size: int
 
     def rows(self) -> torch.Tensor:
-        """A copy on the host, its elements int16."""
+        """Return a copy on the host with int16 elements."""
         if isinstance(self.tensors, list):
             stacked = torch.stack([x.cpu().view(torch.int16) for x in self.tensors])
         else:
@@ -56,14 +56,15 @@ class Cache:
         return stacked.reshape(LAYERS, 2, -1, HEADS * DIM).clone()
 
     def slots(self, blocks: Sequence[int]) -> list[int]:
-        """The slots of some blocks."""
+        """Return the slots of some blocks."""
         return [block * self.size + token for block in blocks for token in range(self.size)]
 
 
 def layered(
     device: torch.device | str = "cpu", pin: bool = False, blocks: int = BLOCKS, size: int = SIZE
 ) -> Cache:
-    """A list over layers of ``(2, blocks, size, HEADS, DIM)``, each an allocation of its own."""
+    """Return a list over layers of ``(2, blocks, size, HEADS, DIM)``, each a separate
+    allocation."""
     shape = (2, blocks, size, HEADS, DIM)
     tensors = [_placed(filled(shape, device=device), pin) for _ in range(LAYERS)]
     return Cache(tensors, KVView(tensors, "layer | kv block token head dim"), size)
@@ -72,13 +73,14 @@ def layered(
 def block_first(
     device: torch.device | str = "cpu", pin: bool = False, blocks: int = BLOCKS, size: int = SIZE
 ) -> Cache:
-    """One tensor ``(blocks, LAYERS, 2, size, HEADS, DIM)``."""
+    """Return one tensor ``(blocks, LAYERS, 2, size, HEADS, DIM)``."""
     tensor = _placed(filled((blocks, LAYERS, 2, size, HEADS, DIM), device=device), pin)
     return Cache(tensor, KVView(tensor, "block layer kv token head dim"), size)
 
 
 class Pair:
-    """Two caches, blocks to copy from the first to the second, and what the second holds then."""
+    """Two caches, blocks to copy from the first to the second, and the rows expected in the
+    second."""
 
     def __init__(
         self,
@@ -93,18 +95,18 @@ class Pair:
         self.expected = wanted(src, dst, src_ids, dst_ids)
 
     def start(self, src_ids: Any = None, dst_ids: Any = None, **options: Any) -> BlockTransfer:
-        """The transfer; its ids may be passed in another form."""
+        """Return the transfer; the caller may pass its ids in another form."""
         src_ids = self.ids[0] if src_ids is None else src_ids
         dst_ids = self.ids[1] if dst_ids is None else dst_ids
         return copy_blocks(self.src.view, self.dst.view, src_ids, dst_ids, **options)
 
     def landed(self) -> bool:
-        """True where the destination holds what it should."""
+        """Return True if the destination holds the expected rows."""
         return torch.equal(self.dst.rows(), self.expected)
 
 
 def pair(device: torch.device, store: bool, pin: bool = True, *ids: Sequence[int]) -> Pair:
-    """Caches of a device and of the host in different layouts, with nothing under way."""
+    """Return caches of a device and of the host in different layouts, with nothing under way."""
     there = layered(device)
     here = block_first(pin=pin and device.type != "cpu")
     settle(device)
@@ -112,7 +114,7 @@ def pair(device: torch.device, store: bool, pin: bool = True, *ids: Sequence[int
 
 
 def inside(device: torch.device) -> Pair:
-    """Caches of a device in different layouts, with nothing under way."""
+    """Return caches of a device in different layouts, with nothing under way."""
     there = layered(device)
     here = block_first(device)
     settle(device)
@@ -126,19 +128,20 @@ def _placed(tensor: torch.Tensor, pin: bool) -> torch.Tensor:
 def wanted(
     src: Cache, dst: Cache, src_blocks: Sequence[int], dst_blocks: Sequence[int]
 ) -> torch.Tensor:
-    """The destination's rows once blocks were copied; a negative id skips its positions."""
-    found = dst.rows()
+    """Return the destination's rows after the blocks are copied; a negative id skips its
+    positions."""
+    result = dst.rows()
     rows = src.rows()
-    mine = src.slots(src_blocks)
-    theirs = dst.slots(dst_blocks)
-    for a, b in zip(mine, theirs, strict=True):
+    src_slots = src.slots(src_blocks)
+    dst_slots = dst.slots(dst_blocks)
+    for a, b in zip(src_slots, dst_slots, strict=True):
         if a >= 0 and b >= 0:
-            found[:, :, b] = rows[:, :, a]
-    return found
+            result[:, :, b] = rows[:, :, a]
+    return result
 
 
 def until(true: Callable[[], bool]) -> None:
-    """Wait for something that another thread does."""
+    """Wait for an effect of another thread."""
     end = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < end
@@ -146,7 +149,8 @@ def until(true: Callable[[], bool]) -> None:
 
 
 def large(blocks: int, layers: int, device: torch.device | str) -> tuple[torch.Tensor, KVView]:
-    """``layers * blocks`` blocks of `BIG` bytes; on the host pinned, outside torch's allocator."""
+    """Return ``layers * blocks`` blocks of `BIG` bytes; on the host pinned, outside torch's
+    allocator."""
     shape = (layers, blocks, 1, BIG // 4)
     if device == "cpu":
         tensor = pinned.empty(shape, torch.int32).zero_()
@@ -163,5 +167,5 @@ def numbered(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def holds(tensor: torch.Tensor, numbers: torch.Tensor) -> bool:
-    """True where each block holds its number throughout."""
+    """Return True if each block holds its number throughout."""
     return bool((tensor == numbers.to(tensor.device).view(*tensor.shape[:2], 1, 1)).all())

@@ -45,7 +45,7 @@ class Cache:
         self.rows = Rows(self.tensors, PRESETS[preset].layout, {"block_size": size, **shape})
 
     def logical(self, blocks: torch.Tensor) -> Logical:
-        """The rows of these blocks, as the oracle finds them."""
+        """Return the rows of these blocks, as the oracle finds them."""
         rows = self.rows
         memory = Memory.snapshot(self.tensors)
         size = rows.block_size or 1

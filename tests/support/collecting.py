@@ -40,21 +40,21 @@ def pytest_pycollect_makeitem(
 
     if not isinstance(made, list) or named or torch.cuda.is_available():
         return made
-    kept = []
+    retained = []
     for item in made:
         marks = {mark.name for mark in item.iter_markers()}
         if "gpu" not in marks:
-            kept.append(item)
+            retained.append(item)
         elif not marks.intersection(OPT_IN):
             config.stash[_count] += 1
-    return kept
+    return retained
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """In every second worker: go through a directory from its end."""
+    """Go through a directory from its end in every second worker."""
     report = yield
     if isinstance(collector, pytest.Directory) and _goes_backwards(collector.config):
         report.result.reverse()
@@ -63,20 +63,20 @@ def pytest_make_collect_report(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In every worker: give the modules the same order."""
+    """Give the modules the same order in every worker."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.path.parts)
 
 
 def _goes_backwards(config: pytest.Config) -> bool:
-    """True in the workers gw1, gw3, ..."""
+    """Return True in the workers gw1, gw3, ..."""
     worker: str = getattr(config, "workerinput", {}).get("workerid", "gw0")
     return int(worker.removeprefix("gw")) % 2 == 1
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """In a worker: report the number of tests left out to the main process."""
+    """Report the number of tests left out to the main process, in a worker."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output[_KEY] = session.config.stash[_count]

@@ -27,7 +27,7 @@ FOUNDING = ("layer | kv block token head dim", "kv layer token (head dim)")
 
 
 class Ran(NamedTuple):
-    """What a command left behind."""
+    """The output and the exit status of a command."""
 
     code: int
     out: str
@@ -44,18 +44,20 @@ def run(*words: str) -> Ran:
 
 
 def run_json(*words: str) -> Any:
-    """What a command with --json writes, which is JSON alone."""
+    """Return the output of a command with --json, which is JSON alone."""
     ran = run(*words, "--json")
     assert (ran.code, ran.err) == (0, "")
     return json.loads(ran.out)
 
 
 def python(*words: str, **environment: str | None) -> str:
-    """What Python writes with these words, in a process of its own where no backend is forced and
-    variables of the environment are changed (None: unset)."""
+    """Return the output of Python with these words, in a separate process where no backend is
+    forced. Variables of the environment are changed (None: unset)."""
     changed = {"PORTAKV_BACKEND": None, "TRITON_INTERPRET": None, **environment}
-    told = {name: value for name, value in {**os.environ, **changed}.items() if value is not None}
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=told)
+    variables = {
+        name: value for name, value in {**os.environ, **changed}.items() if value is not None
+    }
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -67,21 +69,21 @@ def bash(script: Path, *words: str, **environment: str) -> subprocess.CompletedP
 
 
 def rejection(backend: type[Backend], device: torch.device) -> str:
-    """Why a backend rejects a device."""
+    """Return the reason why a backend rejects a device."""
     decision = backend.probe(device)
     assert not decision.accepted
     return decision.reason
 
 
 def settle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns without colours, and nothing forced."""
+    """Set 80 columns without colours, and force nothing."""
     for name in ("PORTAKV_BACKEND", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
 
 
 def choose_tables(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables through ``rich``, or ``plain`` as if it were not installed."""
+    """Choose tables through ``rich``, or ``plain`` as if it were not installed."""
     if kind == "rich":
         pytest.importorskip("rich")
         return
@@ -116,5 +118,5 @@ class Absent(Reference):
 
 #: Accepts a device, but only plans that 16-byte accesses suit.
 Shy = small_backend("shy", alignment=16)
-#: Takes any plan when asked, and when it comes to preparing only the self-check's.
+#: Accepts any plan in `check`, and only the self-check's plan in `prepare`.
 Late = small_backend("late", refuses=lambda plan: plan.nests[0].run != 2 * 32 * 2)

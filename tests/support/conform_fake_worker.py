@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker without torch, pytest and cases: it writes the events of the behaviours that it is
-given, and crashes, hangs and prints as it is told.
+"""A worker without torch, pytest and cases: it writes the events of the requested behaviours,
+crashes, hangs and prints.
 
-As a script: ``conform_fake_worker.py BEHAVIOURS`` and what a worker is told. As a module: what
-tests start it with.
+As a script: ``conform_fake_worker.py BEHAVIOURS`` and the arguments of a worker. As a module: the
+command that starts it, and helpers.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ SUBJECT = {
 
 
 def command(behaviours: Mapping[str, str]) -> tuple[str, ...]:
-    """What `runner.run` starts: cases by id, each with what it does, in this order.
+    """Return the command for `runner.run`: cases by id, each with its behaviour, in this order.
 
-    Before and behind them happen ``load``, ``start``, ``collect`` and ``finish``; what has ``2 ``
-    before its name is what the second worker does. The first one takes the case ``take``, and
-    never begins it.
+    Before the cases come ``load``, ``start`` and ``collect``, after them ``finish``. The prefix ``2
+    `` marks a behaviour of the second worker. The first worker takes the case ``take``, and never
+    begins it.
     """
     return (sys.executable, __file__, json.dumps(dict(behaviours)))
 
 
 def gone(process: int) -> bool:
-    """Whether a process ends within a few seconds; what nobody has asked after yet has ended."""
+    """Return True if a process ends within a few seconds; an ended process that still has a record
+    counts too."""
     for _ in range(200):
         try:
             reported = Path(f"/proc/{process}/stat").read_text()
@@ -65,44 +66,44 @@ def gone(process: int) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     behaviours: dict[str, str] = json.loads(argv[0])
-    home = Path(argv[1])
+    folder = Path(argv[1])
     end_with(int(argv[2]))
-    number = home.name
+    number = folder.name
     of_second = {key: behaviours.pop(key) for key in list(behaviours) if key.startswith("2 ")}
     if number == "2":
         behaviours |= {key.removeprefix("2 "): what for key, what in of_second.items()}
-    faulthandler.enable(file=open(home / STACKS, "a"))  # noqa: SIM115
-    faulthandler.register(STACKS_PLEASE, file=open(home / STACKS, "a"))  # noqa: SIM115
+    faulthandler.enable(file=open(folder / STACKS, "a"))  # noqa: SIM115
+    faulthandler.register(STACKS_PLEASE, file=open(folder / STACKS, "a"))  # noqa: SIM115
     if "load" in behaviours:
-        act(behaviours.pop("load"), home, "")
-    tell(home, {"event": "loading"})
+        act(behaviours.pop("load"), folder, "")
+    tell(folder, {"event": "loading"})
     alone = behaviours.pop("start", "")
     if alone:
-        act(alone, home, "")
+        act(alone, folder, "")
         return
-    tell(home, SUBJECT)
-    act(behaviours.pop("collect", "pass"), home, "")
+    tell(folder, SUBJECT)
+    act(behaviours.pop("collect", "pass"), folder, "")
     finish = behaviours.pop("finish", "pass")
     taken = behaviours.pop("take", "")
     lone = int(behaviours.pop("lone", 0))
     only = option(argv, "--portakv-only")
     ids = Path(only).read_text().splitlines() if only else list(behaviours)
     if unknown := set(ids) - set(behaviours):
-        tell(home, {"event": "usage", "reason": f"Case {unknown.pop()!r} is none."})
+        tell(folder, {"event": "usage", "reason": f"Case {unknown.pop()!r} is none."})
         return
     ids = [id for id in behaviours if id in ids]
     cases = {id: about(id) for id in ids}
-    tell(home, {"event": "list", "cases": cases, "profile": list(behaviours), "lone": lone})
+    tell(folder, {"event": "list", "cases": cases, "profile": list(behaviours), "lone": lone})
     share = Share(Path(option(argv, "--portakv-share")))
     if number == "1" and taken:
         share.take(taken)  # and never begins it
     for id in ids:
         if not share.take(id):
             continue
-        tell(home, {"event": "start", "id": id})
-        act(behaviours[id], home, id)
-    tell(home, {"event": "finish"})
-    act(finish, home, "")
+        tell(folder, {"event": "start", "id": id})
+        act(behaviours[id], folder, id)
+    tell(folder, {"event": "finish"})
+    act(finish, folder, "")
 
 
 def option(words: Sequence[str], name: str) -> str:
@@ -115,12 +116,12 @@ def about(id: str) -> dict[str, Any]:
     return {"area": area, "profile": "core", "claim": claim, "tags": {}}
 
 
-def tell(home: Path, event: Mapping[str, Any]) -> None:
-    with open(home / EVENTS, "a", encoding="utf-8") as events:
+def tell(folder: Path, event: Mapping[str, Any]) -> None:
+    with open(folder / EVENTS, "a", encoding="utf-8") as events:
         events.write(json.dumps(event) + "\n")
 
 
-def end(home: Path, id: str, status: str, reason: str = "") -> None:
+def end(folder: Path, id: str, status: str, reason: str = "") -> None:
     record = {
         "id": id,
         **about(id),
@@ -133,51 +134,51 @@ def end(home: Path, id: str, status: str, reason: str = "") -> None:
         "replay": "",
         "example": "",
     }
-    tell(home, {"event": "end", "case": record})
+    tell(folder, {"event": "end", "case": record})
 
 
-def act(what: str, home: Path, id: str) -> None:
+def act(what: str, folder: Path, id: str) -> None:
     if what == "fail":
-        end(home, id, "failed", "Byte 3 is 7, expected 9.")
+        end(folder, id, "failed", "Byte 3 is 7, expected 9.")
     elif what in ("error", "not-claimed"):
-        end(home, id, what, "It is so.")
+        end(folder, id, what, "It is so.")
     elif what == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     elif what == "crash later":
-        end(home, id, "passed")
+        end(folder, id, "passed")
         os.kill(os.getpid(), signal.SIGSEGV)
     elif what == "abort":
         os.abort()
     elif what == "exit":
         os._exit(7)
     elif what == "unavailable":
-        tell(home, {"event": "unavailable", "reason": "no such backend; known are x"})
+        tell(folder, {"event": "unavailable", "reason": "no such backend; known are x"})
     elif what == "hang":
         time.sleep(600)
     elif what == "leave":  # the session ends without this case
-        tell(home, {"event": "finish"})
+        tell(folder, {"event": "finish"})
         sys.exit(0)
     elif what == "retire":  # the device works no more in this process
-        end(home, id, "failed", "It faulted.")
-        tell(home, {"event": "retired", "reason": "an illegal access"})
+        end(folder, id, "failed", "It faulted.")
+        tell(folder, {"event": "retired", "reason": "an illegal access"})
         os._exit(1)
     elif what == "half a line":
-        with open(home / EVENTS, "a", encoding="utf-8") as events:
+        with open(folder / EVENTS, "a", encoding="utf-8") as events:
             events.write('{"event": "en')
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "slow":
         time.sleep(0.2)
-        end(home, id, "passed", f"by {os.getpid()}")
+        end(folder, id, "passed", f"by {os.getpid()}")
     elif what == "child":
         child = os.fork()
         if child == 0:
             time.sleep(600)
-        end(home, id, "failed", f"child {child}")
+        end(folder, id, "failed", f"child {child}")
     else:
         print('{"event": "end", "case": "what a backend prints"}\n' * 100)
         print("and to standard error", file=sys.stderr)
         if id:
-            end(home, id, "passed")
+            end(folder, id, "passed")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from portakv_conformance.mutants.base import HostRows
 
 
 def _narrow(name: str, **less: Any) -> Any:
-    """A backend that claims less; its own check compares plans with what it claims."""
+    """Return a backend that claims less; its own check compares plans with its claims."""
     return type(name, (HostRows,), {"less": less, "__module__": __name__}, **less)
 
 
@@ -31,7 +31,7 @@ NoSkip = _narrow("NoSkip", skips_negative=False)
 NoGuards = _narrow("NoGuards", guards=False)
 NoThreads = _narrow("NoThreads", threads=False)
 OnlyPageable = _narrow("OnlyPageable", places=frozenset({("pageable", "pageable")}))
-# Everything that can be left out, at once.
+# Everything that can be left out, together.
 Least = _narrow(
     "Least",
     tables=False,

@@ -88,7 +88,7 @@ def _copies(draw: random.Random) -> list[CaseRecord]:
 
 
 def _others(draw: random.Random) -> list[CaseRecord]:
-    """Cases that are about no layout in particular, and those about a claim."""
+    """Return cases that are about no layout in particular, and cases about a claim."""
     made = []
     for area, names in {
         "drawn": ("caches", "chunks", "pages", "migrations", "padding"),
@@ -163,7 +163,7 @@ def _run(cases: list[CaseRecord], **values: Any) -> RunRecord:
 
 
 def passing() -> RunRecord:
-    """Conformant on a real device; a claim is not made."""
+    """Return a run that is conformant on a real device, without one of the claims."""
     draw = random.Random(1)
     cases = _copies(draw) + _others(draw)
     for case in cases:
@@ -174,7 +174,7 @@ def passing() -> RunRecord:
 
 
 def failing(count: int = 12) -> RunRecord:
-    """``count`` cases failed, one of them by a crash, one by a time-out; two are waived."""
+    """Return a run with ``count`` failed cases: one crashed, one timed out; two are waived."""
     cases = passing().cases
     others = [n for n, case in enumerate(cases) if case.area not in ("ordering", "capture")]
     hit = [cases[n] for n in sorted(random.Random(2).sample(others, count))]
@@ -196,7 +196,7 @@ def failing(count: int = 12) -> RunRecord:
 
 
 def emulated() -> RunRecord:
-    """Conformant on the simulated device."""
+    """Return a run that is conformant on the simulated device."""
     facts = {
         "device": "simdev",
         "device_name": "simulated device (simdev, on the host's processor)",
@@ -210,7 +210,7 @@ def emulated() -> RunRecord:
 
 
 def incomplete() -> RunRecord:
-    """Nothing failed, but a part of the profile could not be run."""
+    """Return a run without failures that could not run a part of the profile."""
     cases = [case for case in passing().cases if case.area != "ordering"]
     return _run(
         cases,
@@ -222,7 +222,8 @@ def incomplete() -> RunRecord:
 
 
 def hostile() -> RunRecord:
-    """Every text tries to be markup, a link, a mention, or a character that no document takes."""
+    """Return a run whose every text tries to be markup, a link, a mention, or a character that no
+    document takes."""
     bad = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
     bad += "\"'&|`@all\x1b[0m\x00"
     run = failing()
@@ -260,8 +261,8 @@ RUNS = {each.__name__: each for each in (passing, failing, emulated, incomplete,
 
 
 def changed(run: RunRecord, *facts: dict[str, Any], **values: Any) -> RunRecord:
-    """The run with other values and facts of its environment, judged again; ``...`` for a fact that
-    is left out."""
+    """Return the run with other values and facts of its environment, judged again; ``...`` leaves a
+    fact out."""
     run = replace(run, **values)
     for reported in facts:
         run.environment |= reported
@@ -271,13 +272,13 @@ def changed(run: RunRecord, *facts: dict[str, Any], **values: Any) -> RunRecord:
 
 
 def refusals(run: RunRecord) -> str:
-    """What `verify` says of a run, whose cases no suite has to know."""
+    """Return the findings of `verify` about a run, whose cases no suite has to know."""
     return "\n".join(check_report(run.document(), lambda profile, device: {}))
 
 
 def saved_report(run: RunRecord, root: Path) -> Path:
-    """The file of a run whose report was put among the results below a folder; what `verify` says
-    of cases that no suite has is not asked."""
+    """Save a run's report among the results below a folder and return its file. `verify` does not
+    check the cases against a suite."""
     report = root / "conformance.json"
     report.write_text(run.document())
     return keep(report, root / RESULTS, lambda text: [])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of the suite with workers that need no torch, and what they tell; Python run anew."""
+"""Runs of the suite with workers that need no torch, and their events; new Python processes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of a Python which finds the tests' modules, with some variables more."""
+    """Return the environment of a Python that finds the tests' modules, with more variables."""
     path = os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
 def python(*words: str, where: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
-    """What Python did in that environment."""
+    """Run Python in that environment and return its result."""
     return subprocess.run(
         [sys.executable, *words], cwd=where, env=environment(**more), capture_output=True, text=True
     )
 
 
 class RecordingProgress(Progress):
-    """A `Progress` that keeps what it is told."""
+    """A `Progress` that keeps every report."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -53,10 +53,10 @@ class RecordingProgress(Progress):
 
 
 def ran(
-    behaviours: Mapping[str, str], heard: RecordingProgress | None = None, **options: object
+    behaviours: Mapping[str, str], progress: RecordingProgress | None = None, **options: object
 ) -> RunRecord:
     wanted = Options("fake", **options)  # type: ignore[arg-type]
-    return run(wanted, heard or RecordingProgress(), command=fake.command(behaviours))
+    return run(wanted, progress or RecordingProgress(), command=fake.command(behaviours))
 
 
 def statuses(record: RunRecord) -> dict[str, str]:

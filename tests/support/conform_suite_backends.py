@@ -34,23 +34,23 @@ class Right(Reference):
     def prepare(self, plan: CopyPlan) -> Any:
         return partial(self.carry, super().prepare(plan))
 
-    def carry(self, real: Any, *asked: Any) -> Any:
-        """The launch, as a subclass has it."""
-        return real(*asked[:5], None, None)
+    def carry(self, real: Any, *arguments: Any) -> Any:
+        """Launch; subclasses change it."""
+        return real(*arguments[:5], None, None)
 
 
 class OffByOne(Right):
-    """It reads the slot behind the one that was asked for, where a long list asks."""
+    """It reads the slot after the requested one if the list of ids is long."""
 
-    def carry(self, real: Any, *asked: Any) -> Any:
-        src, dst, own, *rest = asked
+    def carry(self, real: Any, *arguments: Any) -> Any:
+        src, dst, own, *rest = arguments
         if own.ids is not None and own.ids.numel() > 2:
             own = Index((own.ids + 1) % (src.slots // own.step), own.step, own.offset)
         return super().carry(real, src, dst, own, *rest)
 
 
 class Talking(Right):
-    """It prints to both outputs, also past Python, which is nobody's business."""
+    """It prints to both outputs, also past Python, and none of this is an event."""
 
     def carry(self, real: Any, *rest: Any) -> Any:
         print('{"event": "finish"}')
@@ -61,15 +61,15 @@ class Talking(Right):
 
 
 class Raising(Right):
-    """It raises what is no error of PortaKV, after it has written a part."""
+    """It raises an error that is not PortaKV's, after it has written a part."""
 
-    def carry(self, real: Any, *asked: Any) -> Any:
-        super().carry(real, *asked)
+    def carry(self, real: Any, *arguments: Any) -> Any:
+        super().carry(real, *arguments)
         raise KeyError("stream")
 
 
 class Waiting(Right):
-    """It returns before it has begun, with a `Pending` that tells the truth."""
+    """It returns before it has begun, with a `Pending` that reports the truth."""
 
     def carry(self, real: Any, *rest: Any) -> Any:
         later = Timer(0.02, super().carry, (real, *rest))
@@ -85,25 +85,25 @@ class Modest(Right):
 
 
 class Lax(Modest):
-    """It carries out what it does not claim."""
+    """It accepts plans that it does not claim."""
 
     def check(self, plan: CopyPlan) -> Decision:
         return Decision(self.name, True, "takes everything")
 
 
 class WholeChunks(Right):
-    """Its launch refuses what does not fill a chunk, of which check and prepare say nothing."""
+    """Its launch refuses a part of a chunk; check and prepare accept it."""
 
-    def carry(self, real: Any, *asked: Any) -> Any:
-        src, dst, own, other, count = asked[:5]
+    def carry(self, real: Any, *arguments: Any) -> Any:
+        src, dst, own, other, count = arguments[:5]
         for view, index in ((src, own), (dst, other)):
             if index.ids is None and count < view.slots:
                 raise Unsupported("A part of a chunk", "it moves whole ones")
-        return super().carry(real, *asked)
+        return super().carry(real, *arguments)
 
 
 class Noting(Right):
-    """It notes the plans that it is asked for, in the file that the environment names."""
+    """It notes the requested plans in the file that the environment names."""
 
     def prepare(self, plan: CopyPlan) -> Any:
         with open(os.environ["SUITE_PLANS"], "a", encoding="utf-8") as file:
@@ -120,12 +120,12 @@ class Absent(Right):
 
 
 class Namesake(Right):
-    """It bears the name of another."""
+    """It has the name of another backend."""
 
     name = "reference"
 
 
-# -- what they do to their process ----------------------------------------------------------------
+# -- backends that harm their process --------------------------------------------------------------
 
 
 class Hanging(Right):
@@ -144,7 +144,7 @@ class Crashing(Right):
 
 
 class Nonsense(Right):
-    """Claims what no claim can be."""
+    """It claims impossible values."""
 
     def capabilities(self) -> Capabilities:
         dtypes = frozenset({torch.float32})
@@ -153,14 +153,14 @@ class Nonsense(Right):
 
 
 class NoClaims(Right):
-    """Claims by a word."""
+    """It claims by a word."""
 
     def capabilities(self) -> Capabilities:
         return "all of it"  # type: ignore[return-value]
 
 
 class Secretive(Right):
-    """It does not say what it claims."""
+    """It raises instead of claims."""
 
     def capabilities(self) -> Capabilities:
         raise OSError("the licence server is asleep")

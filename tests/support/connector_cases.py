@@ -25,19 +25,19 @@ KV_LAYOUT = "layer | kv block token head dim"
 def make_caches(
     blocks: int = BLOCKS, dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu"
 ) -> list[torch.Tensor]:
-    """A list over layers of ``(2, blocks, SIZE, HEADS, DIM)``."""
+    """Return a list over layers of ``(2, blocks, SIZE, HEADS, DIM)``."""
     return [filled((2, blocks, SIZE, HEADS, DIM), dtype, device=device) for _ in range(LAYERS)]
 
 
 def make_chunk(
     tokens: int, dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """A poisoned chunk ``[2, LAYERS, tokens, HEADS * DIM]``."""
+    """Return a poisoned chunk ``[2, LAYERS, tokens, HEADS * DIM]``."""
     return filled((2, LAYERS, tokens, HEADS * DIM), dtype, poison=True, device=device)
 
 
 def rows(caches: list[torch.Tensor], slots: list[int]) -> torch.Tensor:
-    """What a chunk of ``slots`` holds: ``[2, LAYERS, T, HEADS * DIM]``."""
+    """Return the expected rows of a chunk of ``slots``: ``[2, LAYERS, T, HEADS * DIM]``."""
     flat = [cache.reshape(2, -1, HEADS * DIM)[:, slots] for cache in caches]
     return torch.stack(flat, dim=1)
 
@@ -45,18 +45,18 @@ def rows(caches: list[torch.Tensor], slots: list[int]) -> torch.Tensor:
 def scattered(
     caches: list[torch.Tensor], chunk: torch.Tensor, slots: list[int]
 ) -> list[torch.Tensor]:
-    """What the caches hold once the first tokens of a chunk went to ``slots``."""
-    found = []
+    """Return the expected caches after the first tokens of a chunk went to ``slots``."""
+    result = []
     for layer, cache in enumerate(caches):
         flat = cache.reshape(2, -1, HEADS * DIM).clone()
         flat[:, slots] = chunk[:, layer, : len(slots)]
-        found.append(flat.view(cache.shape))
-    return found
+        result.append(flat.view(cache.shape))
+    return result
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registry of its own for each test, and no forced backend."""
+    """Give each test a separate registry, and no forced backend."""
     monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
 
@@ -69,14 +69,14 @@ def caches() -> list[torch.Tensor]:
 def store(
     caches: list[torch.Tensor], slots: Any, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the chunk that a connector stored, what it should hold) for slots of which some are
+    """Return (the chunk that a connector stored, the expected chunk) for slots of which some are
     padding; their rows keep the chunk's poison."""
     index = slots if isinstance(slots, Index) else Index(slots)
     expanded = index.slots(index.length or 0)
     chunk = make_chunk(len(expanded))
     wanted = chunk.clone()
-    kept = torch.from_numpy(expanded >= 0)
-    wanted[:, :, kept] = rows(caches, expanded[expanded >= 0].tolist())
+    stored = torch.from_numpy(expanded >= 0)
+    wanted[:, :, stored] = rows(caches, expanded[expanded >= 0].tolist())
     connector = AdaptiveConnector("cpu", backend=backend)
     connector.from_gpu(chunk, caches, index).synchronize()
     return chunk, wanted

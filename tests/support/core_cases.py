@@ -21,7 +21,7 @@ _MAP_NORESERVE = 0x4000  # Linux; not named by every Python's mmap
 
 
 def address(view: KVView, kv: int = 0, layer: int = 0, slot: int = 0, head: int = 0) -> int:
-    """The address of the first byte of a row, by the view's form and table alone."""
+    """Return the address of the first byte of a row, by the view's form and table alone."""
     form = view.form
     part = view.form.parts[kv]
     table, offset = step_to(part.table, part.offset, part.layer, layer)
@@ -42,14 +42,18 @@ def move(runs: Iterable[Any]) -> None:
 Copier = Callable[..., None]
 
 
-def by_backend(src: KVView, dst: KVView, mine: Any, theirs: Any, count: int | None = None) -> None:
-    """Copy by the library's choice of backend."""
-    copy_rows(src, dst, mine, theirs, count=count).synchronize()
+def by_backend(
+    src: KVView, dst: KVView, src_index: Any, dst_index: Any, count: int | None = None
+) -> None:
+    """Copy with the backend that the library chooses."""
+    copy_rows(src, dst, src_index, dst_index, count=count).synchronize()
 
 
-def by_runs(src: KVView, dst: KVView, mine: Any, theirs: Any, count: int | None = None) -> None:
+def by_runs(
+    src: KVView, dst: KVView, src_index: Any, dst_index: Any, count: int | None = None
+) -> None:
     """Copy run by run, as a copy engine would."""
-    indices = Index.of(mine), Index.of(theirs)
+    indices = Index.of(src_index), Index.of(dst_index)
     lengths = [x.length for x in indices if x.length is not None]
     count = min(lengths or [src.slots, dst.slots]) if count is None else count
     dst.check_writable()
@@ -58,20 +62,21 @@ def by_runs(src: KVView, dst: KVView, mine: Any, theirs: Any, count: int | None 
 
 
 def sections(whole: Move) -> Iterator[tuple[CopyPlan, Move]]:
-    """A copy as the library cuts it: whole units, and head and tail by tokens, each with a plan."""
+    """Yield a copy in the library's sections: whole units, and head and tail by tokens, each with a
+    plan."""
     forms = whole.src.form, whole.dst.form
     for first, tokens, unit in CopyPlan(*forms, *whole.steps).split(whole):
         yield CopyPlan(*forms, *whole.steps, unit), whole.part(first, tokens)
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.int16, seed: int = 0) -> torch.Tensor:
-    """Random bits of any dtype, always the same."""
+    """Return random bits of any dtype, always the same."""
     count = prod(shape) * dtype.itemsize
     random = np.random.default_rng([seed, *shape]).integers(0, 256, count, dtype=np.uint8)
     return torch.from_numpy(random).view(dtype).view(shape)
 
 
 def lazy(nbytes: int) -> torch.Tensor:
-    """``nbytes`` of zeros of which only the pages that are touched take memory."""
+    """Return ``nbytes`` of zeros of which only the touched pages take memory."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)

@@ -15,7 +15,7 @@ from portakv.plan.runs import Int64, Runs
 
 
 def runs_of(src: Sequence[int], dst: Sequence[int], nbytes: int | Sequence[int]) -> Runs:
-    """Runs out of plain numbers, in the order of the source."""
+    """Return runs of plain numbers, in the order of the source."""
     sizes = [nbytes] * len(src) if isinstance(nbytes, int) else nbytes
     columns = [np.array(each, dtype=np.int64) for each in (src, dst, sizes)]
     order = np.lexsort((columns[1], columns[0]))
@@ -23,7 +23,7 @@ def runs_of(src: Sequence[int], dst: Sequence[int], nbytes: int | Sequence[int])
 
 
 def bytes_of_runs(runs: Runs) -> Int64:
-    """Of each byte where it goes and where it comes from, ``[2, bytes]``, in order of the first."""
+    """Return the destination and the source of each byte, ``[2, bytes]``, in order of the first."""
     of_run = np.repeat(np.arange(runs.nbytes.size), runs.nbytes)
     within = np.arange(of_run.size) - np.repeat(np.cumsum(runs.nbytes) - runs.nbytes, runs.nbytes)
     ends = np.stack([runs.dst[of_run] + within, runs.src[of_run] + within])
@@ -31,7 +31,7 @@ def bytes_of_runs(runs: Runs) -> Int64:
 
 
 def bytes_of_pieces(pieces: Pieces) -> Int64:
-    """The same of pieces, however they are folded."""
+    """Return the same for pieces, however they are folded."""
     of_piece = np.repeat(np.arange(pieces.number), pieces.height)
     row = np.arange(of_piece.size) - np.repeat(
         np.cumsum(pieces.height) - pieces.height, pieces.height
@@ -44,7 +44,7 @@ def bytes_of_pieces(pieces: Pieces) -> Int64:
 
 
 class Ends:
-    """Two buffers of bytes, and what a copy of pieces must make of the second."""
+    """Two buffers of bytes, and the expected result of a copy of pieces in the second."""
 
     def __init__(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         self.src = src
@@ -53,13 +53,13 @@ class Ends:
         self._target = dst.cpu().numpy().copy()
 
     def at(self, pieces: Pieces) -> Pieces:
-        """Pieces whose addresses count from 0, in these buffers."""
+        """Return pieces in these buffers; the addresses of ``pieces`` count from 0."""
         src = self.src.data_ptr()
         dst = self.dst.data_ptr()
         return pieces._replace(dst=pieces.dst + dst, src=pieces.src + src)
 
     def judge(self, pieces: Pieces) -> None:
-        """Exactly the pieces' bytes were copied; then the second buffer is as it was."""
+        """Check that exactly the pieces' bytes were copied; then reset the second buffer."""
         targets, sources = bytes_of_pieces(pieces)
         expected = self._target.copy()
         expected[targets] = self._source[sources]
@@ -69,20 +69,21 @@ class Ends:
 
 @st.composite
 def drawn_runs(draw: st.DrawFn) -> Runs:
-    """Runs of a loop nest with regular and irregular loops, some left out, at disjoint places."""
+    """Return runs of a loop nest with regular and irregular loops, some left out, at disjoint
+    places."""
     extents = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
     src = np.zeros(1, dtype=np.int64)
     dst = np.zeros(1, dtype=np.int64)
-    room = [draw(st.integers(1, 24)), draw(st.integers(1, 24))]
+    spans = [draw(st.integers(1, 24)), draw(st.integers(1, 24))]
     for extent in extents:
         moved = []
         for side, base in enumerate((src, dst)):
-            steps = _places(draw, extent, room[side])
-            room[side] = int(steps.max()) + room[side]
+            steps = _places(draw, extent, spans[side])
+            spans[side] = int(steps.max()) + spans[side]
             moved.append((base[:, None] + steps).reshape(-1))
         src, dst = moved
-    kept = draw(st.lists(st.booleans(), min_size=src.size, max_size=src.size))
-    mask = np.array(kept) | draw(st.booleans())
+    chosen = draw(st.lists(st.booleans(), min_size=src.size, max_size=src.size))
+    mask = np.array(chosen) | draw(st.booleans())
     width = draw(st.integers(1, 3))
     uneven = draw(st.booleans())
     sizes = [draw(st.integers(1, width)) if uneven else width for _ in range(int(mask.sum()))]
@@ -90,7 +91,7 @@ def drawn_runs(draw: st.DrawFn) -> Runs:
 
 
 def _places(draw: st.DrawFn, extent: int, apart: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """So many distinct multiples of ``apart``, in any order or at one distance."""
+    """Return ``extent`` distinct multiples of ``apart``, in any order or at one distance."""
     if draw(st.booleans()):
         return np.arange(extent, dtype=np.int64) * apart * draw(st.integers(1, 3))
     order = draw(st.permutations(range(2 * extent)))

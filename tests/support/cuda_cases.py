@@ -43,9 +43,9 @@ class End:
         return Index(ids, step=self.step, offset=self.offset)
 
     def slots(self, count: int) -> Any:
-        """The slot of each position; negative also where the id is past the end."""
-        found = expand(self.ids, self.step, self.offset, count)
-        return np.where(found < self.view().slots, found, -1)
+        """Return the slot of each position; negative also for an id past the end."""
+        expanded = expand(self.ids, self.step, self.offset, count)
+        return np.where(expanded < self.view().slots, expanded, -1)
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Copy:
 
 
 def pool(layout: str = NHD, layers: int = 3, blocks: int = 3, dim: int = 8, **ids: Any) -> End:
-    """Layers ``[kv, block, token (4), head (2), dim]``, heads before tokens where it says so."""
+    """Return layers ``[kv, block, token (4), head (2), dim]``; some have heads before tokens."""
     inner = (2, 4) if layout == HND else (4, 2)
     return End([filled((2, blocks, *inner, dim)) for _ in range(layers)], layout, **ids)
 
@@ -90,7 +90,8 @@ def chunk(tokens: int, layers: int = 3, dim: int = 8, **ids: Any) -> End:
 
 
 def rows(width: int, shift: int = 0) -> tuple[End, End]:
-    """Layers of rows of ``width`` bytes, ``shift`` bytes behind an aligned address; a chunk."""
+    """Return layers of rows of ``width`` bytes, ``shift`` bytes after an aligned address; a
+    chunk."""
     caches = [filled((shift + 12 * width,), torch.uint8) for _ in range(2)]
     shifted = [cache[shift:].view(3, 4, width) for cache in caches]
     landed = End(filled((2, 7, width), torch.uint8), "layer token dim")
@@ -98,12 +99,12 @@ def rows(width: int, shift: int = 0) -> tuple[End, End]:
 
 
 def by(end: End, ids: list[int] | None, step: int = 1, **more: Any) -> End:
-    """The same memory under another index."""
+    """Return the same memory with another index."""
     return End(end.tensors, end.layout, end.extents, ids, step, **more)
 
 
 def objects(count: int = 3) -> End:
-    """Memory objects of four tokens each: the number of a block chooses the address."""
+    """Return memory objects of four tokens each: the number of a block chooses the address."""
     made = [filled((2, 3, 4, 16)) for _ in range(count)]
     return End(made, "block | kv layer token (head dim)", {"heads": 2})
 
@@ -119,7 +120,7 @@ def scattered(width: int, shift: int = 0) -> Copy:
 
 
 def joined(layout: str) -> End:
-    """All layers in one allocation."""
+    """Return all layers in one allocation."""
     whole = filled((3, 2, 3, 4, 2, 8) if layout == NHD else (3, 2, 3, 2, 4, 8))
     return End(list(whole), layout)
 
@@ -132,12 +133,12 @@ def unequal() -> Copy:
 
 
 def split_tokens() -> End:
-    """The number of a token walks through three steps."""
+    """Return a side whose token numbers walk through three steps."""
     return End(filled((3, 2, 2, 2, 2, 8)), "block kv token/2 head token%2 dim")
 
 
 def universal(**ids: Any) -> End:
-    """A head's rows of all layers lie together."""
+    """Return a side that stores a head's rows of all layers together."""
     return End(filled((3, 2, 3, 2, 4, 8)), "block head layer kv token dim", **ids)
 
 
@@ -147,7 +148,7 @@ def nz(**ids: Any) -> End:
 
 
 def holed() -> End:
-    """Rows with padding behind each head, each token and each block."""
+    """Return rows with padding after each head, each token and each block."""
     wide = [filled((2, 4, 5, 3, 12)) for _ in range(3)]
     return End([t[:, :3, :4, :2, :8] for t in wide], NHD)
 

@@ -29,12 +29,12 @@ from portakv_conformance.vendor.hip_emulated import SHIM
 THREADS = 128
 #: Further flags for g++, from the environment: a process under a sanitizer sets them.
 FLAGS = "PORTAKV_TEST_GXX_FLAGS"
-# Where a member lies is asked of a class with a base, which g++ warns of and supports; and it does
+# `offsetof` of a class with a base is supported by g++, with a warning; and it does
 # not see that an address is used only where both numbers were found.
 _STRICT = ["-Wall", "-Wextra", "-Werror", "-Wno-invalid-offsetof", "-Wno-maybe-uninitialized"]
 HOST_PLACES = frozenset((a, b) for a in ("pageable", "pinned") for b in ("pageable", "pinned"))
 _HEAD = f'#include "{SHIM}"\n#include "{Path(__file__).with_name("cuda_on_cpu.h")}"\n'
-# Behind the text: the grid, what the compiler makes of the argument, and where it prefetched.
+# After the text: the grid, what the compiler makes of the argument, and where it prefetched.
 _ENTRIES = f"""
 extern "C" void run_kernel(
     const void* argument, unsigned each, unsigned blocks, unsigned planes, unsigned threads) {{
@@ -51,13 +51,14 @@ extern "C" unsigned prefetched(const void** into) {{
 
 
 def why_not() -> str | None:
-    """Why the kernel cannot be compiled here, or None."""
+    """Return the reason why the kernel cannot be compiled here, or None."""
     return None if shutil.which("g++") else "g++ is not installed: the kernel cannot be compiled"
 
 
 @cache
 def compiled(source: str, entries: str = _ENTRIES) -> ctypes.CDLL:
-    """A kernel's text and its entries as a loaded library; each is compiled once in a process."""
+    """Return a kernel's text and its entries as a loaded library; each is compiled once in a
+    process."""
     with tempfile.TemporaryDirectory(prefix="cuda-on-cpu-") as folder:
         path = Path(folder, "kernel.cpp")
         library = Path(folder, "kernel.so")
@@ -92,8 +93,8 @@ class CudaOnCpu(Backend):
         driver = HostDriver()
         kernels = [RowsKernel(nest, plan) for nest in plan.nests]
         functions = LoadedKernels(driver, lambda: False).functions(kernels)
-        for kernel, found in zip(kernels, functions, strict=True):
-            entry: Any = found[1]
+        for kernel, function in zip(kernels, functions, strict=True):
+            entry: Any = function[1]
             library, _ = entry
             assert len(kernel.fixed) == library.argument_bytes()
             assert kernel._dst_table_at == library.dst_table_at()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches and chunks on a device, and what they must hold, worked out in bytes on the host."""
+"""Caches and chunks on a device, and their expected content, computed in bytes on the host."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ CHUNK_LAYOUT = "kv layer token (head dim)"
 
 
 def current(device: torch.device) -> torch.Stream:
-    """The current stream of a device."""
+    """Return the current stream of a device."""
     stream: torch.Stream = torch.get_device_module(device).current_stream(device)
     return stream
 
 
 def on(stream: torch.Stream) -> Any:
-    """Inside, a stream is the current one."""
+    """Make a stream the current one."""
     return torch.get_device_module(stream.device).stream(stream)
 
 
 def settle(device: torch.device) -> None:
-    """Let everything end that was enqueued on a device."""
+    """Wait for the end of everything that was enqueued on a device."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
 
@@ -56,74 +56,76 @@ def delay(stream: torch.Stream) -> None:
 def make_caches(
     dtype: torch.dtype = torch.float16, device: torch.device = DEVICE
 ) -> list[torch.Tensor]:
-    """A list over layers of ``(2, BLOCKS, SIZE, HEADS, DIM)``."""
+    """Return a list over layers of ``(2, BLOCKS, SIZE, HEADS, DIM)``."""
     return [filled((2, BLOCKS, SIZE, HEADS, DIM), dtype, device=device) for _ in range(LAYERS)]
 
 
 def make_chunk(
     tokens: int, dtype: torch.dtype = torch.float16, device: torch.device | str = DEVICE
 ) -> torch.Tensor:
-    """A chunk ``[2, LAYERS, tokens, HEADS * DIM]``."""
+    """Return a chunk ``[2, LAYERS, tokens, HEADS * DIM]``."""
     return filled((2, LAYERS, tokens, HEADS * DIM), dtype, device=device)
 
 
 def host_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host with bytes as elements: ``[..., n]`` becomes ``[..., n * itemsize]``."""
+    """Return a copy on the host with bytes as elements: ``[..., n]`` becomes ``[..., n *
+    itemsize]``."""
     return tensor.detach().cpu().contiguous().view(torch.uint8).clone()
 
 
 def gathered(
     caches: Sequence[torch.Tensor], chunk: torch.Tensor, slots: Sequence[int]
 ) -> torch.Tensor:
-    """The chunk's bytes once ``slots`` were stored: slots that are none leave it as it is."""
-    found = host_bytes(chunk)
+    """Return the chunk's bytes after ``slots`` were stored; invalid slots leave it unchanged."""
+    result = host_bytes(chunk)
     for layer, cache in enumerate(caches):
         rows = host_bytes(cache).reshape(2, SLOTS, -1)
         for position, slot in enumerate(slots):
             if 0 <= slot < SLOTS:
-                found[:, layer, position] = rows[:, slot]
-    return found
+                result[:, layer, position] = rows[:, slot]
+    return result
 
 
 def scattered(
     caches: Sequence[torch.Tensor], chunk: torch.Tensor, slots: Sequence[int]
 ) -> list[torch.Tensor]:
-    """The caches' bytes once a chunk was loaded to ``slots``."""
+    """Return the caches' bytes after a chunk was loaded to ``slots``."""
     rows = host_bytes(chunk)
-    found = []
+    result = []
     for layer, cache in enumerate(caches):
         whole = host_bytes(cache)
         flat = whole.view(2, SLOTS, -1)
         for position, slot in enumerate(slots):
             if 0 <= slot < SLOTS:
                 flat[:, slot] = rows[:, layer, position]
-        found.append(whole)
-    return found
+        result.append(whole)
+    return result
 
 
-def holds(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> bool:
-    """True where tensors have the wanted bytes."""
-    return all(torch.equal(host_bytes(x), y) for x, y in zip(found, wanted, strict=True))
+def holds(actual: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> bool:
+    """Return True if tensors have the wanted bytes."""
+    return all(torch.equal(host_bytes(x), y) for x, y in zip(actual, wanted, strict=True))
 
 
-def check(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> None:
-    """Tensors hold the wanted bytes, and their canaries are whole."""
-    assert holds(found, wanted)
-    for tensor in found:
+def check(actual: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> None:
+    """Check that tensors hold the wanted bytes, and that their canaries are whole."""
+    assert holds(actual, wanted)
+    for tensor in actual:
         check_canaries(tensor)
 
 
 def check_canaries(tensor: torch.Tensor) -> None:
-    """The bytes around a tensor made by `filled`, if it lies among such, are as they were made."""
+    """Check that the bytes around a tensor made by `filled`, if it lies among such, are
+    unchanged."""
     whole = next(iter(storages(tensor).values()))
     if len(whole) == tensor.nbytes:  # a pinned copy of one
         return
     start = tensor.storage_offset() * tensor.itemsize
     pristine = filled((tensor.numel(),), tensor.dtype)
     around = next(iter(storages(pristine).values()))
-    behind = start + tensor.numel() * tensor.itemsize
+    end = start + tensor.numel() * tensor.itemsize
     assert torch.equal(whole[:start], around[:start])
-    assert torch.equal(whole[behind:], around[behind:])
+    assert torch.equal(whole[end:], around[end:])
 
 
 class Rig:
@@ -136,29 +138,30 @@ class Rig:
         self.connector.register_kv_caches(self.caches)
 
     def chunk(self, tokens: int = 5, place: str = "device") -> torch.Tensor:
-        """A chunk on the device, or in memory of the host that is ``pinned`` or ``pageable``."""
+        """Return a chunk on the device, or in memory of the host that is ``pinned`` or
+        ``pageable``."""
         chunk = make_chunk(tokens, device=self.device if place == "device" else "cpu")
         return chunk.pin_memory() if place == "pinned" else chunk
 
     def ids(self, slots: Sequence[int], place: str = "device") -> torch.Tensor:
-        """Slots on the device or on the ``host``."""
+        """Return slots on the device or on the ``host``."""
         return torch.tensor(slots, device="cpu" if place == "host" else self.device)
 
-    def move(self, store: bool, *given: Any, **options: Any) -> Transfer:
+    def move(self, store: bool, *arguments: Any, **options: Any) -> Transfer:
         """Store to a chunk, or load it."""
-        return (self.connector.from_gpu if store else self.connector.to_gpu)(*given, **options)
+        return (self.connector.from_gpu if store else self.connector.to_gpu)(*arguments, **options)
 
     def wanted(self, store: bool, chunk: torch.Tensor, slots: Sequence[int]) -> list[torch.Tensor]:
-        """What the chunk holds then, or the caches, in bytes."""
-        found = gathered if store else scattered
-        bytes_ = found(self.caches, chunk, slots)
+        """Return the expected content of the chunk, or of the caches, in bytes."""
+        compute = gathered if store else scattered
+        bytes_ = compute(self.caches, chunk, slots)
         return [bytes_] if isinstance(bytes_, torch.Tensor) else bytes_
 
     def targets(self, store: bool, chunk: torch.Tensor) -> list[torch.Tensor]:
         return [chunk] if store else self.caches
 
     def delayed(self) -> torch.Stream:
-        """A stream that is busy, with nothing else under way."""
+        """Return a stream that is busy, with nothing else under way."""
         stream = torch.Stream(self.device)
         settle(self.device)
         delay(stream)

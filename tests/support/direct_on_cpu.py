@@ -43,14 +43,14 @@ extern "C" unsigned dst_table_at() {{ return offsetof(Argument, to.table); }}
 
 
 def compiled(source: str) -> ctypes.CDLL:
-    """The loaded kernel."""
+    """Return the loaded kernel."""
     return cuda_on_cpu.compiled(source, _ENTRIES)
 
 
 @dataclass
 class Driver:
-    """What the strategy asked of the driver: the blocks, threads and stream of each launch, and the
-    host memory that it had held; ``error``: what it answers."""
+    """The strategy's requests to the driver: the blocks, threads and stream of each launch, and the
+    retained host memory; ``error``: the driver's answer."""
 
     retained: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     launches: list[tuple[int, int, int]] = field(default_factory=list)
@@ -95,20 +95,20 @@ class Stores(ZeroCopy):
 
 
 class Loads(Stores):
-    """From the host: the destination counts as the device's."""
+    """`ZeroCopy` for the CPU, from the host: the destination counts as the device's."""
 
     name = "direct-on-cpu-loads"
     sides = ("pinned", "device")
 
 
-def _bring_table(view: KVView, home: torch.device, stream: torch.Stream | None) -> None:
-    """There is no stream to wait for."""
-    assert view.table.device == home
+def _bring_table(view: KVView, target: torch.device, stream: torch.Stream | None) -> None:
+    """Stand for a copy that waits for a stream: there is none."""
+    assert view.table.device == target
 
 
 @contextmanager
 def installed(cut: Cut = SMALL) -> Iterator[Driver]:
-    """Inside, `Loads` and `Stores` launch on the host."""
+    """Launch `Loads` and `Stores` on the host."""
     driver = Driver()
     bindings = SimpleNamespace(cuLaunchKernel=driver.launch, CUstream=lambda raw: raw)
     with pytest.MonkeyPatch.context() as patched:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend that copies are carried out by, wherever it runs, and sources with stride 0, which no
-backend may mind."""
+"""A backend that carries out copies, on any device, and sources with stride 0, which every backend
+has to support."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def _chunk(tensor: torch.Tensor, **more: Any) -> End:
 
 
 def _pools(shape: tuple[int, ...], **ids: Any) -> End:
-    """Three layers, each expanded to a pool of three blocks."""
+    """Return three layers, each expanded to a pool of three blocks."""
     return End([filled(shape).expand(2, 3, 4, 2, 8) for _ in range(3)], NHD, **ids)
 
 
 def _windows(step: int) -> Copy:
-    """Rows that begin ``step`` elements behind each other, and so share most of their bytes."""
+    """Return rows that begin ``step`` elements after each other, and so share most of their
+    bytes."""
     source = filled((64,)).as_strided((9, 16), (step, 1), 3)
     return Copy(
         End(source, "token dim", offset=1), by(End(filled((3, 4, 16)), "block token dim"), SLOTS), 7
@@ -40,7 +41,7 @@ def _windows(step: int) -> Copy:
 
 
 def _one_element_apart(axis: str) -> Copy:
-    """A chunk, one of whose axes has a step of one element."""
+    """Return a chunk, one of whose axes has a step of one element."""
     dense = filled((2, 3, 9, 2, 8))
     steps = [1 if x == axis else n for x, n in zip(_AXES.split(), dense.stride(), strict=True)]
     source = End(dense.as_strided(dense.shape, steps), _AXES)
@@ -83,7 +84,7 @@ class Elsewhere:
         self._storages = dict[int, tuple[torch.Tensor, torch.Tensor]]()
 
     def moved(self, tree: Any) -> Any:
-        """The same containers on the device."""
+        """Return the same containers on the device."""
         if not isinstance(tree, torch.Tensor):
             return [self.moved(each) for each in tree]
         storage = tree.untyped_storage()
@@ -96,11 +97,11 @@ class Elsewhere:
         return moved.set_(there, tree.storage_offset(), tree.size(), tree.stride())
 
     def views(self, *ends: End) -> list[KVView]:
-        """Of their tensors on the device."""
+        """Return views of their tensors on the device."""
         return [KVView(self.moved(end.tensors), end.layout, **end.extents) for end in ends]
 
     def bring_back(self) -> None:
-        """What the device's storages hold, padding included, into those of the host."""
+        """Copy the content of the device's storages, padding included, into those of the host."""
         for here, there in self._storages.values():
             here.copy_(there)
 
@@ -118,8 +119,8 @@ class Carrier(NamedTuple):
     def copies(
         self, copy: Copy, *, stream: torch.Stream | None = None, bad: str = "", there: bool = False
     ) -> None:
-        """Copy as the library would, ids on the device if they are ``there``; every byte is judged.
-        ``bad`` is what the error says of a bad id."""
+        """Copy as the library would, ids on the device if they are ``there``, and check every byte.
+        ``bad``: the text of the error about a bad id."""
 
         def index(end: End) -> Index:
             made = end.index()
@@ -142,7 +143,7 @@ class Carrier(NamedTuple):
         self._judged(copy, carry)
 
     def launch_and_check(self, copy: Copy, status: torch.Tensor | None) -> None:
-        """Launch behind the library's checks, with a status word; every byte is judged."""
+        """Launch without the library's checks, with a status word, and check every byte."""
         self._judged(copy, lambda src, dst: self.launches(Copy(src, dst, copy.count), status))
 
     def launches(
@@ -156,26 +157,29 @@ class Carrier(NamedTuple):
         with nullcontext() if state is None else STATES[state](self.device):
             backend = self._made(state is None)
             can = backend.capabilities()
-            home = can.home_of_ids(self.device)
-            mine, theirs = [
-                x if x.ids is None else x.placed(home, can.index_dtypes) for x in indices
+            ids_device = can.home_of_ids(self.device)
+            src_index, dst_index = [
+                x if x.ids is None else x.placed(ids_device, can.index_dtypes) for x in indices
             ]
-            pending = backend.prepare(plan)(src, dst, mine, theirs, copy.count, None, status)
+            pending = backend.prepare(plan)(
+                src, dst, src_index, dst_index, copy.count, None, status
+            )
             if pending is not None:
                 pending.wait()
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
     def _made(self, may_be_shared: bool) -> Backend:
-        """A backend with nothing prepared; of `compiled`, which takes seconds, the registry's."""
+        """Return a backend with nothing prepared; for `compiled`, which takes seconds, the
+        registry's."""
         if may_be_shared and self.backend is Compiled:
-            found = choose(self.device, self.name).backend
-            assert isinstance(found, Backend)
-            return found
+            backend = choose(self.device, self.name).backend
+            assert isinstance(backend, Backend)
+            return backend
         return self.backend(self.device)
 
     def word(self) -> torch.Tensor:
-        """A status word that the backend can write."""
+        """Return a status word that the backend can write."""
         word = torch.zeros(1, dtype=torch.int64)
         return word if self.device.type == "cpu" else word.pin_memory()
 

@@ -52,33 +52,33 @@ class Case:
 
 
 def scattered(count: int, step: int, seed: int = 7) -> tuple[list[int], int]:
-    """Distinct ids in no order, of so many tokens each."""
+    """Return distinct ids in no order, of so many tokens each."""
     generator = torch.Generator().manual_seed(seed)
     units = BLOCKS * BLOCK // step
     return torch.randperm(units, generator=generator)[: -(-count // step)].tolist(), step
 
 
 def cases() -> list[Case]:
-    """Every pair of layouts by tokens and by blocks, with heads and tails."""
-    found = []
+    """Return every pair of layouts by tokens and by blocks, with heads and tails."""
+    result = []
     for layout in PAGED:
-        found += [Case(layout, host, scattered(37, 1), None, 37) for host in CHUNKS]
-        found += [Case(layout, host, scattered(64, BLOCK), None, 61) for host in CHUNKS]
+        result += [Case(layout, host, scattered(37, 1), None, 37) for host in CHUNKS]
+        result += [Case(layout, host, scattered(64, BLOCK), None, 61) for host in CHUNKS]
     for layout in PAGED[:2]:
         for host in POOLS:
             blocks = scattered(96, BLOCK), scattered(96, BLOCK, seed=8)
-            found.append(Case(layout, host, *blocks, 96))
-            found.append(Case(layout, host, scattered(41, 1), scattered(41, 1, seed=9), 41))
-            found.append(Case(layout, host, scattered(72, BLOCK), (range(3, 12), BLOCK), 70))
-            found.append(Case(layout, host, scattered(40, 1), None, 40, offset=21))
+            result.append(Case(layout, host, *blocks, 96))
+            result.append(Case(layout, host, scattered(41, 1), scattered(41, 1, seed=9), 41))
+            result.append(Case(layout, host, scattered(72, BLOCK), (range(3, 12), BLOCK), 70))
+            result.append(Case(layout, host, scattered(40, 1), None, 40, offset=21))
     for layout, host in zip((*PAGED, PAGED[0]), POOLS, strict=True):
-        found.append(Case(layout, host, scattered(72, BLOCK), (range(11, 2, -1), BLOCK), 72))
-        found.append(Case(layout, host, scattered(40, 1), (range(0, 80, 2), 1), 40))
-    return found
+        result.append(Case(layout, host, scattered(72, BLOCK), (range(11, 2, -1), BLOCK), 72))
+        result.append(Case(layout, host, scattered(40, 1), (range(0, 80, 2), 1), 40))
+    return result
 
 
 def tensors_of(layout: str, tokens: int, seed: int) -> Any:
-    """Random bytes on the host in a layout's containers."""
+    """Return random bytes on the host in a layout's containers."""
     paged = " block" in f" {layout}" or "(block" in layout
     made = example_tensors(
         layout, **EXTENTS, blocks=BLOCKS, tokens=BLOCK if paged else tokens, dtype=torch.int16
@@ -90,14 +90,14 @@ def tensors_of(layout: str, tokens: int, seed: int) -> Any:
 
 
 def mapped(tensors: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The containers with another tensor for each."""
+    """Return the containers with another tensor for each."""
     if isinstance(tensors, torch.Tensor):
         return make(tensors)
     return [mapped(each, make) for each in tensors]
 
 
 def view_of(tensors: Any, layout: str) -> KVView:
-    """A view with every extent declared."""
+    """Return a view with every extent declared."""
     size: dict[str, Any] = {"block_size": BLOCK} if "block" in layout else {}
     return KVView(tensors, layout, **EXTENTS, **size)
 
@@ -147,7 +147,7 @@ class Transfers:
         self._prepared: dict[int, Any] = {}
 
     def chunk(self, seed: int) -> KVView:
-        """Other memory of the host, of random bytes."""
+        """Return other memory of the host, of random bytes."""
         made = tensors_of(self.case.host, self.case.count + self.case.offset, seed)
         return view_of(mapped(made, self._on_host), self.case.host)
 
@@ -157,7 +157,7 @@ class Transfers:
         return CopyPlan(src, dst, steps[0], steps[1], unit)
 
     def prepared(self, unit: int | None = None) -> Any:
-        """The launch of the plan in units of so many tokens; None: of its own."""
+        """Return the launch of the plan in units of so many tokens; None: the plan's unit."""
         unit = unit or self.plan.unit
         if unit not in self._prepared:
             plan = self._plan_of(unit)
@@ -166,10 +166,10 @@ class Transfers:
         return self._prepared[unit]
 
     def move(self, host: KVView | None = None, tokens: int | None = None) -> Move:
-        """The transfer as it is asked for."""
+        """Return the transfer as requested."""
         src, dst = self.turned(self.rows, host or self.host)
-        mine, theirs = self.turned(self.device_index, self.host_index)
-        return Move(src, dst, mine, theirs, self.case.count if tokens is None else tokens)
+        src_index, dst_index = self.turned(self.device_index, self.host_index)
+        return Move(src, dst, src_index, dst_index, self.case.count if tokens is None else tokens)
 
     def go(
         self,
@@ -180,20 +180,26 @@ class Transfers:
         """Launch whole units, and head and tail by tokens, as the library does, without waiting."""
         move = self.move(host, tokens)
         for first, count, unit in self.plan.split(move):
-            mine = move.src_index.shifted(first)
-            theirs = move.dst_index.shifted(first)
-            self.prepared(unit)(move.src, move.dst, mine, theirs, count, stream, None)
+            src_index = move.src_index.shifted(first)
+            dst_index = move.dst_index.shifted(first)
+            self.prepared(unit)(move.src, move.dst, src_index, dst_index, count, stream, None)
 
     def expected(self, host: KVView | None = None, tokens: int | None = None) -> KVView:
-        """The destination as it should be once the rows were moved, on the host."""
-        asked = self.move(host, tokens)
-        src = self._plain(asked.src)
-        dst = self._plain(asked.dst)
-        copy_rows(src, dst, asked.src_index.to_host(), asked.dst_index.to_host(), count=asked.count)
+        """Return the expected destination after the rows were moved, on the host."""
+        requested = self.move(host, tokens)
+        src = self._plain(requested.src)
+        dst = self._plain(requested.dst)
+        copy_rows(
+            src,
+            dst,
+            requested.src_index.to_host(),
+            requested.dst_index.to_host(),
+            count=requested.count,
+        )
         return dst
 
     def check(self, expected: KVView, host: KVView | None = None) -> None:
-        """Every byte of the destination is as it should be, once all has ended."""
+        """Check every byte of the destination after all has ended."""
         torch.accelerator.synchronize(self.strategy.device)
         self._alike(self.turned(self.rows, host or self.host)[1], expected)
 
@@ -217,17 +223,17 @@ class Transfers:
         layout = self.case.device if view is self.rows else self.case.host
         return view_of(mapped(view.tensors, lambda x: x.cpu().clone()), layout)
 
-    def _alike(self, found: KVView, wanted: KVView) -> None:
-        pairs = zip(tensors_in(found.tensors), tensors_in(wanted.tensors), strict=True)
-        assert all(torch.equal(mine.cpu(), other) for mine, other in pairs), self.case
+    def _alike(self, actual: KVView, wanted: KVView) -> None:
+        pairs = zip(tensors_in(actual.tensors), tensors_in(wanted.tensors), strict=True)
+        assert all(torch.equal(one.cpu(), other) for one, other in pairs), self.case
 
-    def turned(self, mine: Any, theirs: Any) -> Any:
-        """(Source, destination) of what belongs to the device and to the host."""
-        return (mine, theirs) if self.downward else (theirs, mine)
+    def turned(self, device_side: Any, host_side: Any) -> Any:
+        """Return (source, destination) of a pair that belongs to the device and to the host."""
+        return (device_side, host_side) if self.downward else (host_side, device_side)
 
 
 def small_slices(monkeypatch: pytest.MonkeyPatch, largest: int = 2048) -> None:
-    """Slices so small that every copy has many."""
+    """Make slices so small that every copy has many."""
     for name, size in (("LARGEST", largest), ("SMALLEST", largest // 4), ("WHOLE", 0)):
         monkeypatch.setattr(staged, name, size)
     monkeypatch.setattr(pageable, "SIZES", Sizes(largest // 4, largest // 4, largest))
@@ -239,7 +245,7 @@ def broken_at(
     error: type[BaseException] = RuntimeError,
     late: bool = False,
 ) -> Callable[..., None]:
-    """A copy whose ``nth`` call fails, before the bytes are copied or ``late``."""
+    """Return a copy whose ``nth`` call fails, before the bytes are copied or ``late``."""
     calls = list[None]()
 
     def failing(*arguments: Any) -> None:
@@ -253,5 +259,5 @@ def broken_at(
 
 
 def full(*_sizes: Any, **_how: Any) -> torch.Tensor:
-    """Stands for `torch.empty` on a device without room."""
+    """Stand for `torch.empty` on a device without room."""
     raise torch.OutOfMemoryError("the device is full")

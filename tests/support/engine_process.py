@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code beside a real engine in a process of its own, for what is true of a whole process: which
-plug was chosen, the defaults of torch before the first use, workers that were forked or spawned."""
+"""Code alongside a real engine in a separate process, for facts of a whole process: the chosen
+integration, the defaults of torch before the first use, workers that were forked or spawned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from portakv.integrations import INTEGRATIONS
 
-#: What an engine may have told torch before PortaKV's first use.
+#: Settings of torch that an engine may have changed before PortaKV's first use.
 _DEFAULTS = """
 import torch
 if "{name}" != "cuda":
@@ -43,13 +43,14 @@ if __name__ == "__main__":
 
 
 def defaults(name: str) -> str:
-    """Code after which an accelerator is torch's default device, and bf16 its default dtype."""
+    """Return code after which an accelerator is torch's default device, and bf16 its default
+    dtype."""
     return _DEFAULTS.format(name=name)
 
 
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new process, in which no plug was chosen but by ``environment``."""
-    chosen = {plug.variable for plug in INTEGRATIONS.values()}
+    """Run code in a new process, in which only ``environment`` chooses an integration."""
+    chosen = {integration.variable for integration in INTEGRATIONS.values()}
     inherited = {name: value for name, value in os.environ.items() if name not in chosen}
     inherited["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     with TemporaryDirectory() as folder:
@@ -65,14 +66,14 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def answer(code: str, **environment: str) -> str:
-    """What code in a new process prints last."""
+    """Return the last line that code in a new process prints."""
     done = in_a_process(code, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
 
 
 def check_in_workers(code: str, **environment: str) -> None:
-    """A worker that was forked and one that was spawned end well, behind their parent's first use:
-    all do ``work()``, which the code defines."""
+    """Check that a forked and a spawned worker end well after their parent's first use. All do
+    ``work()``, which the code defines."""
     ended = answer(textwrap.dedent(code) + _IN_WORKERS, **environment)
     assert ended == "{'fork': 0, 'spawn': 0}"

@@ -76,14 +76,14 @@ class FakeLibrary:
 
     @property
     def calls(self) -> list[Call]:
-        """What was called, in order."""
+        """Return the calls in order."""
         noted = (_Call * 4096)()
         made = self.library.fake_calls(noted)
         return [Call(c.kind.decode(), c.count, c.stream) for c in noted[:made]]
 
     @property
     def sent(self) -> list[Sent]:
-        """The copies from the host to the device, in order."""
+        """Return the copies from the host to the device, in order."""
         noted = (_Sent * 4096)()
         made = self.library.fake_sent(noted)
         return [Sent(c.dst, c.src, c.nbytes, c.stream) for c in noted[:made]]

@@ -10,8 +10,8 @@ from portakv.view.form import same_form
 
 
 def blind(view: KVView) -> KVView:
-    """The view, whose addresses only its table has from now on; `KVView.known` tells whether they
-    were read back."""
+    """Return the view, whose addresses only its table has from now on; `KVView.known` reports
+    whether they were read back."""
     view._table = view.table.clone()
     view.form = same_form(replace(view.form, table_on_device=True))
     view._origins = None

@@ -25,7 +25,8 @@ def filled(
     poison: bool = False,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """A contiguous tensor of its own storage, between canaries, each byte naming its place."""
+    """Return a contiguous tensor in a separate storage, between canaries, each byte naming its
+    place."""
     size = torch.Size(shape)
     nbytes = size.numel() * dtype.itemsize
     memory = guarded(nbytes, storage=next(_numbers), poison=poison, device=device)
@@ -34,17 +35,17 @@ def filled(
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor's elements, on the host: NaN patterns compare as what they are."""
+    """Return the bytes of a tensor's elements, on the host: NaN patterns compare by their bits."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """True where two tensors hold the same bytes in the same shape."""
+    """Return True if two tensors hold the same bytes in the same shape."""
     return left.shape == right.shape and torch.equal(bits(left), bits(right))
 
 
 def tensors_in(level: Any) -> list[torch.Tensor]:
-    """Every tensor in nested containers."""
+    """Yield every tensor in nested containers."""
     if isinstance(level, torch.Tensor):
         return [level]
     items = level.values() if isinstance(level, Mapping) else level
@@ -52,19 +53,19 @@ def tensors_in(level: Any) -> list[torch.Tensor]:
 
 
 def storages(*levels: Any) -> dict[int, torch.Tensor]:
-    """A copy of each whole storage, canaries and padding included, by its address."""
-    found = {}
+    """Return a copy of each whole storage, canaries and padding included, by its address."""
+    result = {}
     for tensor in tensors_in(levels):
         if tensor.device.type != "meta":
             storage = tensor.untyped_storage()
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            found[storage.data_ptr()] = whole.cpu().clone()
-    return found
+            result[storage.data_ptr()] = whole.cpu().clone()
+    return result
 
 
 @contextmanager
 def untouched(*levels: Any) -> Iterator[None]:
-    """No byte of any storage may change inside, be it a row, padding or a canary."""
+    """Check that no byte of any storage changes inside, be it a row, padding or a canary."""
     before = storages(*levels)
     yield
     after = storages(*levels)
@@ -76,8 +77,8 @@ def untouched(*levels: Any) -> Iterator[None]:
 
 @contextmanager
 def refused(error: type[PortaKVError], *names: str, watch: Any = ()) -> Iterator[Any]:
-    """Inside, exactly ``error`` is raised as a sentence that has all ``names``, and nothing is
-    written to the storages of ``watch``; gives what pytest.raises does."""
+    """Expect exactly ``error`` as a sentence that has all ``names``, with nothing written to the
+    storages of ``watch``; yields the value of pytest.raises."""
     with untouched(watch), pytest.raises(PortaKVError) as caught:
         yield caught
     message = str(caught.value)
@@ -86,8 +87,8 @@ def refused(error: type[PortaKVError], *names: str, watch: Any = ()) -> Iterator
 
 
 def check_sentence(message: str, *names: str) -> None:
-    """A message is a sentence: a beginning, a full stop, several words, and what was asked for,
-    found and expected."""
+    """Check that a message is a sentence: a beginning, a full stop, several words, and the
+    requested, actual and expected values."""
     assert re.match(r"[A-Z0-9`'\[(]|[a-z_]+[=\[. ]", message), message
     assert message.rstrip().rstrip(")").endswith((".", "!")) or "\n" in message, message
     assert len(message.split()) >= 8, message

@@ -82,7 +82,7 @@ class Browser:
         os.close(self._read)
 
     def call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """One command; events that come meanwhile are kept in ``events``."""
+        """Send one command; events that come meanwhile are kept in ``events``."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": arguments}
         if self._session:
@@ -121,7 +121,7 @@ class Browser:
             self.events.append(self._message())
 
     def ask(self, expression: str) -> Any:
-        """The value of an expression in the page, awaited."""
+        """Return the value of an expression in the page, awaited."""
         answer = self.call(
             "Runtime.evaluate",
             expression=expression,
@@ -133,26 +133,26 @@ class Browser:
         return answer["result"].get("value")
 
     def params_of(self, *methods: str) -> list[dict[str, Any]]:
-        """What events of these methods told since the page was opened."""
-        self.ask("0")  # what was said before this answer has arrived with it
+        """Return the parameters of the events of these methods since the page was opened."""
+        self.ask("0")  # events from before this answer have arrived with it
         return [event["params"] for event in self.events if event["method"] in methods]
 
     def complaints(self) -> list[dict[str, Any]]:
-        """Errors and warnings of the page since it was opened."""
+        """Return errors and warnings of the page since it was opened."""
         return self.params_of(
             "Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"
         )
 
     def shoot(self, picture: Path) -> bytes:
-        """A PNG of the whole page, also kept as a file."""
+        """Return a PNG of the whole page, also kept as a file."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        asked = {"optimizeForSpeed": True, "captureBeyondViewport": True, "clip": clip}
-        shot = base64.b64decode(self.call("Page.captureScreenshot", **asked)["data"])
+        options = {"optimizeForSpeed": True, "captureBeyondViewport": True, "clip": clip}
+        shot = base64.b64decode(self.call("Page.captureScreenshot", **options)["data"])
         picture.write_bytes(shot)
         return shot
 
     def paper(self) -> bytes:
-        """The page as a PDF, as it would be printed on A4."""
-        asked = {"printBackground": True, "paperWidth": 8.27, "paperHeight": 11.7}
-        return base64.b64decode(self.call("Page.printToPDF", **asked)["data"])
+        """Return the page as a PDF, as it would be printed on A4."""
+        options = {"printBackground": True, "paperWidth": 8.27, "paperHeight": 11.7}
+        return base64.b64decode(self.call("Page.printToPDF", **options)["data"])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strategies that move nothing but say who was asked, and plans across a link that is not there."""
+"""Strategies that move nothing but record the calls, and plans across a link that does not
+exist."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ BLOCKS = 64
 SIZE = 16
 ROWS = 8 * SIZE * 4  # of 256 bytes, in each block
 
-#: Of an H200 behind PCIe 5 x16, by strategy: fixed seconds, at least for each run, bytes in a
+#: Figures of an H200 on PCIe 5 x16, by strategy: fixed seconds, at least for each run, bytes in a
 #: second to the host and to the device; seconds of the host: fixed, for each run, for each 32 MiB.
 FIGURES: dict[str, tuple[float, float, float, float]] = {
     "staged": (18e-6, 0.12e-6, 55.0e9, 55.0e9),
@@ -64,7 +65,7 @@ H200: Any = Figures()
 
 
 class Fake(Strategy):
-    """A strategy that writes down what is asked of it."""
+    """A strategy that records its calls."""
 
     places = PINNED
     prepared: list[str] = []  # noqa: RUF012 # of all strategies, in order
@@ -106,7 +107,7 @@ class ZeroCopy(Fake):
 
 
 class Unreaching(ZeroCopy):
-    """Reaches no host memory but that of which a test says so."""
+    """Reaches no host memory except for memory that a test marks."""
 
     def refuses(self, host: KVView) -> str:
         return "" if "reached" in host.derived else "it does not reach it"
@@ -158,32 +159,33 @@ USUAL = {
 
 @contextmanager
 def strategies(monkeypatch: pytest.MonkeyPatch, **targets: str) -> Iterator[None]:
-    """Inside, fakes stand for the strategies; ``zero_copy="Late"`` is another one for it."""
-    found = USUAL | {
+    """Replace the strategies by fakes; ``zero_copy="Late"`` names another fake for it."""
+    names = USUAL | {
         name: target if ":" in target else f"{HERE}:{target}" for name, target in targets.items()
     }
     Fake.prepared.clear()
     Fake.launched.clear()
     with monkeypatch.context() as patched:
-        patched.setattr(chosen, "strategy_class", lambda name: resolve_name(found[name]))
+        patched.setattr(chosen, "strategy_class", lambda name: resolve_name(names[name]))
         yield
 
 
-def put(found: KVView, place: str) -> KVView:
-    """The view, which then says that its memory lies there."""
-    found.form = replace(found.form, place=place)
-    return found
+def put(changed: KVView, place: str) -> KVView:
+    """Return the view, which then reports that its memory lies there."""
+    changed.form = replace(changed.form, place=place)
+    return changed
 
 
 def view(place: str) -> KVView:
-    """Blocks of 16 tokens, 8 planes of 16 KiB, each block in one piece."""
+    """Return blocks of 16 tokens, 8 planes of 16 KiB, each block in one piece."""
     return put(
         KVView(torch.empty(BLOCKS, 4, 2, SIZE, 4, 64), "block layer kv token head dim"), place
     )
 
 
 def planes(place: str) -> KVView:
-    """The same rows head by head, 256 bytes each, and each layer in an allocation of its own."""
+    """Return the same rows head by head, 256 bytes each, and each layer in a separate
+    allocation."""
     layers = [torch.empty(2, BLOCKS, 4, SIZE, 64) for _ in range(4)]
     return put(KVView(layers, "layer | kv block head token dim"), place)
 
@@ -193,7 +195,7 @@ def plan_of(src: KVView, dst: KVView) -> CopyPlan:
 
 
 def apart(count: int, first: int = 0) -> Index:
-    """Blocks without neighbours."""
+    """Return blocks without neighbours."""
     return Index([first + 2 * n for n in range(count)], SIZE)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether inductor compiles for the CPU of this machine, as the backend `compiled` reports it."""
+"""The report of the backend `compiled` about inductor for the CPU of this machine."""
 
 from __future__ import annotations
 

@@ -44,12 +44,12 @@ class Place(NamedTuple):
 
 def files_of(*folders: str) -> dict[str, str]:
     """Return the short names of all files of the library below folders, by their paths."""
-    found = dict[str, str]()
+    result = dict[str, str]()
     for folder in folders:
         place = LIBRARY / folder
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            found[str(path)] = str(path.relative_to(LIBRARY))
-    return found
+            result[str(path)] = str(path.relative_to(LIBRARY))
+    return result
 
 
 class Lines:
@@ -114,8 +114,8 @@ def replay(
 
 
 def places(lines: Lines, every: bool) -> Iterator[Place]:
-    """The places of a clean run: each line once, or each time that it runs, `MOST` times at most:
-    a loop that asks whether something has ended runs tens of thousands of times."""
+    """Yield the places of a clean run: each line once, or each time that it runs, `MOST` times at
+    most. A loop that waits for an end runs tens of thousands of times."""
     for (file, line), hits in lines.hits.items():
         for hit in range(1, (min(hits, MOST) if every else 1) + 1):
             yield Place(file, line, hit)
@@ -128,16 +128,16 @@ def orphans(
     for act in scenario(folder / "warm"):  # a process makes some things once
         act()
     clean = replay(scenario, folder / "clean", files)
-    found = list[str]()
+    leaks = list[str]()
     count = 0
     for number, place in enumerate(places(clean, every)):
         try:
             count += replay(scenario, folder / str(number), files, place).raised
         except Exception as error:
-            found.append(f"{place}: {type(error).__name__}: {str(error)[:500]}")
-            if len(found) >= most:
+            leaks.append(f"{place}: {type(error).__name__}: {str(error)[:500]}")
+            if len(leaks) >= most:
                 break
-    return found, count
+    return leaks, count
 
 
 def reach(
@@ -174,17 +174,17 @@ def settles(holds: Callable[[], bool], seconds: float = LIMIT) -> bool:
 
 
 def open_files() -> Counter[str]:
-    """Return what descriptors of this process stand for, except for memory of no name."""
-    found = Counter[str]()
+    """Return the targets of this process's descriptors, except for memory without a name."""
+    targets = Counter[str]()
     for number in os.listdir("/proc/self/fd"):
         with suppress(OSError):
-            found[os.readlink(f"/proc/self/fd/{number}")] += 1
-    return Counter({name: n for name, n in found.items() if "deleted" not in name})
+            targets[os.readlink(f"/proc/self/fd/{number}")] += 1
+    return Counter({name: n for name, n in targets.items() if "deleted" not in name})
 
 
 def function_lines(files: dict[str, str]) -> dict[tuple[str, int], str]:
     """Return the function of each line of code that is inside one."""
-    found = dict[tuple[str, int], str]()
+    result = dict[tuple[str, int], str]()
     for path, name in files.items():
         module = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
         for qualified, code in _codes(module, ""):
@@ -192,8 +192,8 @@ def function_lines(files: dict[str, str]) -> dict[tuple[str, int], str]:
                 continue
             for _, _, line in code.co_lines():
                 if line is not None and line != code.co_firstlineno:
-                    found.setdefault((name, line), qualified)
-    return found
+                    result.setdefault((name, line), qualified)
+    return result
 
 
 def _codes(code: CodeType, above: str) -> Iterator[tuple[str, CodeType]]:
@@ -206,17 +206,17 @@ def _codes(code: CodeType, above: str) -> Iterator[tuple[str, CodeType]]:
 
 def in_other_thread(work: Callable[[], Any]) -> Any:
     """Return ``work()``, run in a thread; raises if it does not end: it waits for a lock."""
-    found = Future[Any]()
+    result = Future[Any]()
 
     def run() -> None:
         try:
-            found.set_result(work())
+            result.set_result(work())
         except BaseException as error:
-            found.set_exception(error)
+            result.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        return found.result(LIMIT)
+        return result.result(LIMIT)
     except Late:
         raise AssertionError("it hangs") from None
 

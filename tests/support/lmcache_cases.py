@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """LMCache's formats as physical tensors, built from one logical array by numpy alone: the oracle of
-the plug's tests, which knows no layout strings."""
+the integration's tests, which knows no layout strings."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ class Geometry(NamedTuple):
         return self.heads * self.dim
 
     def logical(self, seed: int = 0) -> Array:
-        """Random rows ``[kv, layers, blocks, block_size, heads, dim]``."""
+        """Return random rows ``[kv, layers, blocks, block_size, heads, dim]``."""
         shape = (self.kv, self.layers, self.blocks, self.block_size, self.heads, self.dim)
         drawn = np.random.default_rng(seed).integers(-(2**15), 2**15, shape, dtype=np.int64)
         return drawn.astype(np.int16)
 
     def rows(self, logical: Array) -> Array:
-        """Rows by slot: ``[kv, layers, slots, row]``."""
+        """Return rows by slot: ``[kv, layers, slots, row]``."""
         return logical.reshape(self.kv, self.layers, self.slots, self.row)
 
     def descriptor(self) -> Any:
-        """What LMCache tells the block op of the caches, with the names of its fields."""
+        """Return LMCache's description of the caches for the block op, with the names of its
+        fields."""
         return SimpleNamespace(
             kv_size=self.kv,
             nl=self.layers,
@@ -86,7 +87,7 @@ PLANES = (12, 8, 4)  # of format 17
 
 
 def physical(geometry: Geometry, logical: Array) -> list[Any]:
-    """The arrays of caches of a format, in its containers."""
+    """Return the arrays of caches of a format, in its containers."""
     g = geometry
     x = logical
     pages = [x[:, layer] for layer in range(g.layers)]  # [kv, blocks, block_size, heads, dim]
@@ -121,7 +122,7 @@ def physical(geometry: Geometry, logical: Array) -> list[Any]:
 
 
 def _blocked_scales(page: Array) -> Array:
-    """Of each block all values, then all scales of 4 bytes."""
+    """Return blocks that each have all values, then all scales of 4 bytes."""
     rows = page[0, :, :, 0]
     blocks, block_size, dim = rows.shape
     values = rows[..., :-2].reshape(blocks, -1)
@@ -134,37 +135,37 @@ def _own(array: Array) -> Array:
     return np.array(array, dtype=np.int16, order="C")
 
 
-def tensors(held: Any, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Arrays in containers as tensors on a device, in a dtype of 16 bits."""
-    if isinstance(held, np.ndarray):
-        return torch.from_numpy(held.copy()).view(dtype).to(device)
-    return type(held)(tensors(each, device, dtype) for each in held)
+def tensors(nested: Any, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Return arrays in containers as tensors on a device, in a dtype of 16 bits."""
+    if isinstance(nested, np.ndarray):
+        return torch.from_numpy(nested.copy()).view(dtype).to(device)
+    return type(nested)(tensors(each, device, dtype) for each in nested)
 
 
-def arrays(held: Any) -> Any:
-    """The reverse of `tensors`."""
-    if isinstance(held, torch.Tensor):
-        return held.cpu().view(torch.int16).numpy()
-    return type(held)(arrays(each) for each in held)
+def arrays(nested: Any) -> Any:
+    """Return tensors in containers as arrays: the reverse of `tensors`."""
+    if isinstance(nested, torch.Tensor):
+        return nested.cpu().view(torch.int16).numpy()
+    return type(nested)(arrays(each) for each in nested)
 
 
-def flat(held: Any) -> list[Any]:
-    """The leaves of containers, in order."""
-    if isinstance(held, (list, tuple)):
-        return [leaf for each in held for leaf in flat(each)]
-    return [held]
+def flat(nested: Any) -> list[Any]:
+    """Return the leaves of containers, in order."""
+    if isinstance(nested, (list, tuple)):
+        return [leaf for each in nested for leaf in flat(each)]
+    return [nested]
 
 
-def assert_equal(found: Any, expected: Any) -> None:
-    """Caches hold these rows, bit for bit, and nothing else changed."""
-    pairs = zip(flat(arrays(found)), flat(expected), strict=True)
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Check that caches hold these rows, bit for bit, and nothing else changed."""
+    pairs = zip(flat(arrays(actual)), flat(expected), strict=True)
     for number, (one, other) in enumerate(pairs):
         np.testing.assert_array_equal(one, other, err_msg=f"tensor {number} of the caches")
 
 
-def pointers(held: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """A table of addresses as LMCache makes it."""
-    at = [leaf.data_ptr() for leaf in flat(held)]
+def pointers(nested: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Return a table of addresses as LMCache makes it."""
+    at = [leaf.data_ptr() for leaf in flat(nested)]
     return torch.tensor(at, dtype=dtype).to(device)
 
 

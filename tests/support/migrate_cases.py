@@ -38,13 +38,14 @@ class Rank(NamedTuple):
         return self.layers[:2], self.heads[:2]
 
     def part(self, array: Any) -> Any:
-        """The same of an array [layer, token, head, ...]: all tokens."""
+        """Return the same of an array [layer, token, head, ...]: all tokens."""
         return array[slice(*self.layers[:2]), :, slice(*self.heads[:2])]
 
 
 @st.composite
 def ranges(draw: st.DrawFn, extent: int, most: int) -> list[Range]:
-    """An axis as up to ``most`` ranks hold it: in uneven parts, or each part by several ranks."""
+    """Return an axis as up to ``most`` ranks hold it: in uneven parts, or each part by several
+    ranks."""
     count = draw(st.integers(1, most))
     if count > extent:
         return [(n * extent // count, n * extent // count + 1, extent) for n in range(count)]
@@ -57,8 +58,8 @@ def ranges(draw: st.DrawFn, extent: int, most: int) -> list[Range]:
 def ranks(
     draw: st.DrawFn, layers: int, heads: int, tokens: int, most: tuple[int, int, int] = (3, 6, 3)
 ) -> list[Rank]:
-    """The ranks of one side, in any order: PP, TP and, of tokens dealt out in turns, CP sizes, each
-    up to ``most``."""
+    """Return the ranks of one side, in any order: PP, TP and CP sizes, each up to ``most``; CP
+    deals the tokens out in turns."""
     cp = draw(st.integers(1, most[2]))
     turn = draw(st.integers(1, 5))
     dealt = [np.arange(tokens) // turn % cp == n for n in range(cp)]
@@ -68,7 +69,8 @@ def ranks(
 
 
 class Held:
-    """The cache of a rank: its tokens lie in blocks in any order, one more block is not theirs."""
+    """The cache of a rank: its tokens lie in blocks in any order, one more block does not belong to
+    it."""
 
     def __init__(
         self,
@@ -91,8 +93,8 @@ class Held:
         self.slots = np.where(rank.tokens, slots, -1)
 
     def written(self, model: Model, first: int = 0) -> Memory:
-        """The memory of the cache once its rows of the model, from a token on, are in it, by the
-        oracle."""
+        """Return the memory of the cache after its rows of the model, from a token on, were written
+        by the oracle."""
         rows = self.cache.rows
         memory = Memory.snapshot(self.cache.tensors)
         here = self.rank.tokens & (np.arange(len(self.slots)) >= first)
@@ -110,7 +112,7 @@ class Held:
 
 
 def drawn_model(layers: int, tokens: int, heads: int, widths: tuple[int, ...]) -> Model:
-    """Random rows of a model of float16."""
+    """Return random rows of a model of float16."""
     random = np.random.default_rng([layers, tokens, heads])
     shapes = [(layers, tokens, heads, 2 * width) for width in widths]
     return [random.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]

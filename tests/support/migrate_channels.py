@@ -34,11 +34,11 @@ class Pong(Message, frozen=True):
 
 
 class Server:
-    """A channel that answers `Ping` and keeps who asked."""
+    """A channel that answers `Ping` and keeps the received data."""
 
-    def __init__(self, address: str | None = "tcp://127.0.0.1:0", **given: Any) -> None:
-        secret = given.pop("secret", SECRET if address else None)
-        self.channel = Channel(address, secret=secret, **given)
+    def __init__(self, address: str | None = "tcp://127.0.0.1:0", **options: Any) -> None:
+        secret = options.pop("secret", SECRET if address else None)
+        self.channel = Channel(address, secret=secret, **options)
         self.peers = dict[Peer, None]()
         self.received = list[bytes]()
         self.channel.serve(Ping, self.answer)
@@ -59,7 +59,7 @@ class Server:
 
 @contextmanager
 def server_and_asker(address: str | None = "tcp://127.0.0.1:0") -> Iterator[tuple[Server, Channel]]:
-    """A server, and a channel that can ask it."""
+    """Yield a server, and a channel that can send it requests."""
     server = Server(address)
     asker = Channel(secret=SECRET if address else None, timeout=3.0)
     try:
@@ -70,13 +70,13 @@ def server_and_asker(address: str | None = "tcp://127.0.0.1:0") -> Iterator[tupl
 
 
 def keys(secret: bytes) -> tuple[bytes, bytes]:
-    """The public and the private key that a secret stands for, as the reference has them."""
+    """Return the public and the private key of a secret, as the reference derives them."""
     private = z85.encode(blake2b(secret, digest_size=32, person=b"portakv-curve").digest())
     return zmq.curve_public(private), private
 
 
 def until(true: Any, seconds: float = 5.0) -> bool:
-    """Whether something becomes true in time."""
+    """Return whether a condition becomes true in time."""
     end = monotonic() + seconds
     while not true():
         if monotonic() > end:

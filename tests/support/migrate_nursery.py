@@ -14,11 +14,11 @@ from typing import Any
 from support.peer_process import Peer
 
 _BEGIN = "import support.migrate_pulls\nfrom support.migrate_nursery import bear, end, hear\n"
-_children: dict[int, Any] = {}  # in the nursery: what each tells
+_children: dict[int, Any] = {}  # in the nursery: the pipe of each
 
 
 class Nursery(Peer):
-    """Where they come from; they end with it."""
+    """A process that forks the processes of tests; they end with it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,12 +28,13 @@ class Nursery(Peer):
         return self
 
     def born(self, code: str, **values: Any) -> tuple[int, Any]:
-        """A process that runs code, which begins from nothing but ``tell``, and what it told."""
-        pid = self.do("answer = bear(run, given)", run=code, given=values)
+        """Return a process that runs code, which begins with nothing but ``tell``, and its first
+        message."""
+        pid = self.do("answer = bear(run, values)", run=code, values=values)
         return pid, self.hear(pid)
 
     def hear(self, pid: int) -> Any:
-        """What it tells next."""
+        """Return its next message."""
         return self.do("answer = hear(pid)", pid=pid)
 
     def end(self, pid: int) -> None:
@@ -42,7 +43,7 @@ class Nursery(Peer):
 
 
 def bear(code: str, values: dict[str, Any]) -> int:
-    """Fork, in the nursery."""
+    """Fork in the nursery, and return the pid."""
     here, there = os.pipe()
     pid = os.fork()
     if pid:
@@ -52,7 +53,7 @@ def bear(code: str, values: dict[str, Any]) -> int:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     with os.fdopen(there, "wb", 0) as out:
         try:
-            _run(code, values, lambda told: out.write(pickle.dumps(told)))
+            _run(code, values, lambda message: out.write(pickle.dumps(message)))
         finally:
             signal.pause()
             os._exit(1)
@@ -66,7 +67,7 @@ def _run(code: str, values: dict[str, Any], tell: Callable[[Any], object]) -> No
 
 
 def hear(pid: int) -> Any:
-    """What a child tells."""
+    """Return the next message of a child."""
     return pickle.load(_children[pid])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owners and readers of one process for the tests of pulls, and what is left when they ended."""
+"""Owners and readers of one process for the tests of pulls, and the leaks that they leave."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ SMALL = 1 << 15  # bytes of staging: slots of two pages, so that a pull has many
 
 
 class Sides:
-    """Owners and readers, each with a channel of its own."""
+    """Owners and readers, each with a separate channel."""
 
     def __init__(self) -> None:
         self.made = list[Any]()
 
-    def owner(self, *shards: Shard, **given: Any) -> Owner:
-        """An owner of shards."""
+    def owner(self, *shards: Shard, **options: Any) -> Owner:
+        """Return an owner of shards."""
         self.made.append(channel := Channel(timeout=20.0))
-        self.made.append(owner := Owner(channel, *shards, **{"model": MODEL, **given}))
+        self.made.append(owner := Owner(channel, *shards, **{"model": MODEL, **options}))
         return owner
 
-    def reader(self, *shards: Shard, **given: Any) -> Reader:
-        """A reader of shards; ``timeout``: of its channel."""
-        self.made.append(channel := Channel(timeout=given.pop("timeout", 20.0)))
-        self.made.append(reader := Reader(channel, *shards, **{"model": MODEL, **given}))
+    def reader(self, *shards: Shard, **options: Any) -> Reader:
+        """Return a reader of shards; ``timeout``: of its channel."""
+        self.made.append(channel := Channel(timeout=options.pop("timeout", 20.0)))
+        self.made.append(reader := Reader(channel, *shards, **{"model": MODEL, **options}))
         return reader
 
 
 @contextmanager
 def sides() -> Iterator[Sides]:
-    """Sides, which are closed after it and then have left nothing."""
+    """Yield sides; close them afterwards, and check that they have left nothing."""
     made = Sides()
     before = left()
     files = Counter(_open_files())
@@ -60,18 +60,18 @@ def sides() -> Iterator[Sides]:
             one.close()
     for one in made.made:
         if isinstance(one, Owner):
-            told = one.statistics()
-            assert told["held"] == told["slots"] == 0
+            statistics = one.statistics()
+            assert statistics["held"] == statistics["slots"] == 0
     made.made.clear()
     gc.collect()
     # A pair that is made with one who is killed meanwhile ends with the transport's own timeout.
-    found = left(), before, _named(), Counter(_open_files()) - files
-    assert until(lambda: left() <= before, 90), found
+    leaks = left(), before, _named(), Counter(_open_files()) - files
+    assert until(lambda: left() <= before, 90), leaks
 
 
 def left() -> tuple[int, int]:
-    """Threads of the library, and open files but for shared memory, which tests still hold; a
-    driver keeps its own after the first event of another process."""
+    """Return threads of the library, and open files except for shared memory, which tests still
+    use; a driver keeps its files after the first event of another process."""
     return len(_named()), sum(not re.search("deleted|/cuda.shm", path) for path in _open_files())
 
 
@@ -86,7 +86,7 @@ def _open_files() -> Iterator[str]:
 
 
 def key_of(owner: Owner) -> bytes:
-    """The key under which an owner signs its tickets, as each of its readers has it."""
+    """Return the key with which an owner signs its tickets, as each of its readers has it."""
     with closing(Channel()) as channel:
         return channel.ask(owner.channel.address, Hello(owner.model), Handshake).key
 
@@ -107,38 +107,38 @@ class Rows:
         self.shard = Shard(self.view)
 
     def rows(self, blocks: Any, tokens: int) -> torch.Tensor:
-        """The first tokens of blocks, ``[layer, kv, token, head, dim]``."""
+        """Return the first tokens of blocks, ``[layer, kv, token, head, dim]``."""
         return self.whole[:, :, torch.as_tensor(blocks)].flatten(2, 3)[:, :, :tokens]
 
 
 class Couple:
     """An owner of 16 blocks of 16 tokens and a reader of 8 of 32, and one pull between them."""
 
-    def __init__(self, made: Sides, way: str = "mapped", **given: Any) -> None:
+    def __init__(self, made: Sides, method: str = "mapped", **options: Any) -> None:
         self.src = Rows()
         self.dst = Rows(8, 32, fill=-1)
-        terms: dict[str, Any] = {"expose": way, "staging": SMALL} if way == "staging" else {}
-        self.owner = made.owner(self.src.shard, **{**terms, **given})
+        terms: dict[str, Any] = {"expose": method, "staging": SMALL} if method == "staging" else {}
+        self.owner = made.owner(self.src.shard, **{**terms, **options})
         self.reader = made.reader(self.dst.shard, timeout=5.0)
         self.blocks = [7, 3, 11, 0, 5]
         self.into = [6, 1, 4]
         self.tokens = 75
 
-    def offer(self, **given: Any) -> Offer:
-        """An offer of 75 tokens."""
-        return self.owner.offer(self.blocks, tokens=self.tokens, **given)
+    def offer(self, **options: Any) -> Offer:
+        """Return an offer of 75 tokens."""
+        return self.owner.offer(self.blocks, tokens=self.tokens, **options)
 
-    def pull(self, offer: Offer, **given: Any) -> Any:
+    def pull(self, offer: Offer, **options: Any) -> Any:
         """Begin to pull it."""
-        return self.reader.pull(offer.ticket, self.into, **given)
+        return self.reader.pull(offer.ticket, self.into, **options)
 
     def right(self) -> bool:
-        """Whether the reader has the owner's rows."""
-        theirs = self.src.rows(self.blocks, self.tokens)
-        return torch.equal(theirs, self.dst.rows(self.into, self.tokens))
+        """Return True if the reader has the owner's rows."""
+        expected = self.src.rows(self.blocks, self.tokens)
+        return torch.equal(expected, self.dst.rows(self.into, self.tokens))
 
     def spared(self) -> bool:
-        """Whether all other rows of the reader are as they were."""
+        """Return True if all other rows of the reader are unchanged."""
         others = [x for x in range(8) if x not in self.into]
         rest = self.dst.rows(self.into[-1:], 32)[:, :, self.tokens - 64 :]
         return bool((self.dst.whole[:, :, others] == -1).all()) and bool((rest == -1).all())

@@ -9,7 +9,8 @@ from portakv.runtime import streams
 
 
 def follow_without_waiting(stream: torch.Stream | None, *tensors: torch.Tensor) -> None:
-    """`streams.follow_current` with the line that waits taken out: only the allocator is told."""
+    """Stand for `streams.follow_current` without the line that waits: only the allocator is
+    informed."""
     for tensor in tensors:
         if stream is not None and tensor.device == stream.device:
             tensor.record_stream(stream)

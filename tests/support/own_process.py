@@ -27,8 +27,8 @@ _results = pytest.StashKey[dict[str, dict[str, list[Any]]]]()
 
 
 def own_process(device: str, group: str = "", **environment: str) -> list[pytest.MarkDecorator]:
-    """Marks for tests that run in a child, where the simulated device carries a name (empty: there
-    is none), with variables of the environment. Tests of one group share a child."""
+    """Return marks for tests that run in a child, where the simulated device has this name (empty:
+    there is none), with variables of the environment. Tests of one group share a child."""
     group = group or device
     marked = pytest.mark.own_process(device, group, **environment)
     return [marked, pytest.mark.xdist_group(group)]
@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    """Report what the child said of a test, in place of running it here."""
+    """Report the child's results of a test, in place of running it here."""
     marked = item.get_closest_marker("own_process")
     if marked is None or os.environ.get(_GROUP):
         return None
@@ -58,14 +58,14 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """In a child: leave the report for the parent."""
+    """Leave the report for the parent, in a child."""
     if path := os.environ.get(_REPORTS):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(report._to_json()) + "\n")
 
 
 def in_child() -> bool:
-    """True in a process that runs a group for another one."""
+    """Return True in a process that runs a group for another one."""
     return _GROUP in os.environ
 
 
@@ -94,16 +94,18 @@ def _run(
             check=False,
             timeout=_SECONDS,
         )
-        told: dict[str, list[Any]] = {"": [done.stdout[-6000:] + done.stderr[-2000:]]}
+        reported: dict[str, list[Any]] = {"": [done.stdout[-6000:] + done.stderr[-2000:]]}
         for line in reports.read_text(encoding="utf-8").splitlines():
             report = pytest.TestReport._from_json(json.loads(line))
-            told.setdefault(report.nodeid, []).append(report)
-    return told
+            reported.setdefault(report.nodeid, []).append(report)
+    return reported
 
 
-def _lost(item: pytest.Item, told: dict[str, list[Any]]) -> pytest.TestReport:
-    """A failure for a test of which the child said nothing: it crashed, or did not collect it."""
-    words = f"Its process ended without a word on {item.nodeid}. What it printed:\n{told[''][0]}"
+def _lost(item: pytest.Item, reported: dict[str, list[Any]]) -> pytest.TestReport:
+    """Return a failure for a test without a report of the child: it crashed, or did not collect
+    it."""
+    output = reported[""][0]
+    words = f"Its process ended without a word on {item.nodeid}. Its output:\n{output}"
     return pytest.TestReport(
         item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed", words, "call"
     )

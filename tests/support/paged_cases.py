@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small pool of three layers and a chunk beside it, on any device."""
+"""A small pool of three layers and a chunk, on any device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.core_cases import noise
 def pool(
     device: torch.device | str, *, blocks: int = 6, dim: int = 8, layers: int = 3
 ) -> list[torch.Tensor]:
-    """Layers ``[kv, block, token (4), head (2), dim]`` of their own allocations."""
+    """Return layers ``[kv, block, token (4), head (2), dim]`` in separate allocations."""
     return [noise(2, blocks, 4, 2, dim, seed=n).to(device) for n in range(layers)]
 
 
@@ -31,5 +31,5 @@ def dense(rows: torch.Tensor) -> KVView:
 
 
 def rows_of(caches: list[torch.Tensor]) -> torch.Tensor:
-    """[kv, layer, slot, (head dim)] of a pool, a copy on the host."""
+    """Return a copy of a pool on the host: [kv, layer, slot, (head dim)]."""
     return torch.stack([c.cpu().flatten(3).flatten(1, 2) for c in caches], dim=1)

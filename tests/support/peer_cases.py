@@ -24,7 +24,7 @@ Two = tuple[torch.device, torch.device]
 
 
 def two_of(device: torch.device) -> Two:
-    """A device and the next one of its type; skips a test if there is none."""
+    """Return a device and the next one of its type; skip a test if there is none."""
     if torch.get_device_module(device).device_count() < 2:
         pytest.skip(f"there is one {device.type} device here, and it takes two")
     return device, torch.device(device.type, 1)
@@ -56,7 +56,7 @@ def judge(copied: Copy, two: Two, **how: Any) -> BlockTransfer:
 
 class ReadsPeers(Reference):
     """`reference` that reads a peer's rows, through a copy of them: for devices without kernels.
-    ``wrong``: it reads nothing, and says nothing."""
+    ``wrong``: it reads nothing, without an error."""
 
     name = "reads-peers"
     wrong = False
@@ -86,20 +86,21 @@ class ReadsPeers(Reference):
 
 
 class ReadsWrong(ReadsPeers):
-    """Its peers' bytes never come."""
+    """A backend that never reads its peers' bytes."""
 
     wrong = True
 
 
 def _brought(src: KVView, device: torch.device) -> KVView:
-    """A peer's rows, copied to the device that reads them: of allocations in a list, or of one."""
+    """Return a peer's rows, copied to the device that reads them: from allocations in a list, or
+    from one."""
     moved = [x.to(device) for x in src.owners]
     return KVView(moved if src.layout.containers else moved[0], src.layout.text)
 
 
 @contextmanager
 def reading(cls: type[ReadsPeers]) -> Iterator[None]:
-    """Inside, a backend is the first one that is chosen on a device without kernels."""
+    """Make a backend the first one that is chosen on a device without kernels."""
     REGISTRY.register(cls.name, cls)
     try:
         yield
@@ -108,5 +109,5 @@ def reading(cls: type[ReadsPeers]) -> Iterator[None]:
 
 
 def answering(why: str) -> Callable[[torch.device, torch.device], str]:
-    """An answer for each pair of devices; see `peers.unmapped`."""
+    """Return a function that gives one answer for each pair of devices; see `peers.unmapped`."""
     return lambda owner, reader: why

@@ -11,11 +11,11 @@ from typing import Any
 
 
 class Refused(Exception):
-    """What the code raised there: the type's name and the sentence."""
+    """An error that the code raised there: the type's name and the sentence."""
 
 
 class Peer:
-    """A process of its own; a context manager, which ends it."""
+    """A separate process; a context manager, which ends it."""
 
     def __init__(self, **environment: str) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
@@ -41,7 +41,7 @@ class Peer:
         return answer
 
     def kill(self) -> None:
-        """As the kernel does when memory runs out."""
+        """Kill the process, as the kernel does when memory runs out."""
         self._process.kill()
         self._process.communicate()
 

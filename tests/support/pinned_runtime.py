@@ -13,7 +13,7 @@ from portakv.host import _registration
 
 class FakeLibrary:
     """Registers ranges, refuses a page a second time as CUDA does, and remembers its last error
-    until it is asked."""
+    until it is read."""
 
     def __init__(self) -> None:
         self.registered: dict[int, tuple[int, int]] = {}  # by address: bytes, flags
@@ -39,16 +39,16 @@ class FakeLibrary:
         self.log.append("unregister")
         return self._end(0 if self.registered.pop(address, None) else 713)
 
-    def cudaHostGetDevicePointer(self, found: Any, address: int, flags: int) -> int:
+    def cudaHostGetDevicePointer(self, out: Any, address: int, flags: int) -> int:
         if address not in self.registered:
             return self._end(1)
-        found._obj.value = address + (1 << 40)
+        out._obj.value = address + (1 << 40)
         return 0
 
     def cudaGetLastError(self) -> int:
-        found = self.sticky
+        error = self.sticky
         self.sticky = 0
-        return found
+        return error
 
     def cudaGetErrorString(self, code: int) -> bytes:
         return b"refused by the test"
@@ -59,7 +59,7 @@ class FakeLibrary:
 
 
 def installed(patch: pytest.MonkeyPatch) -> FakeLibrary:
-    """A stand-in in the place of the runtime."""
+    """Put a stand-in in the place of the runtime."""
     library = FakeLibrary()
     patch.setattr(_registration, "device_runtime", lambda: (library, "cuda"))
     patch.setattr(_registration, "why_not", lambda: None)
@@ -68,10 +68,10 @@ def installed(patch: pytest.MonkeyPatch) -> FakeLibrary:
 
 
 def absent(patch: pytest.MonkeyPatch) -> None:
-    """No device at all, whatever this machine has."""
+    """Stand for a machine without a device."""
     patch.setattr(_registration, "why_not", lambda: "the test has taken every device away")
 
 
 def claimed() -> int:
-    """How many page ranges are registered or claimed."""
+    """Return the number of page ranges that are registered or claimed."""
     return len(_registration.live)

@@ -21,10 +21,10 @@ SIZE = 3000
 
 
 def unused_name() -> Iterator[str]:
-    """A name of its own, which nothing is left of."""
-    found = f"test-{os.getpid()}-{time.monotonic_ns()}"
-    yield found
-    assert found not in shared.names()
+    """Yield a unique name, and check that nothing is left under it."""
+    name = f"test-{os.getpid()}-{time.monotonic_ns()}"
+    yield name
+    assert name not in shared.names()
     assert registered() == []
 
 
@@ -48,28 +48,28 @@ class Child:
         return self.here.recv()
 
     def end(self) -> int:
-        """Its exit status."""
+        """Return its exit status."""
         with suppress(BrokenPipeError):  # it may have ended by itself
             self.here.send("end")
         return os.waitpid(self.pid, 0)[1]
 
     def kill(self) -> None:
-        """As the kernel does when memory runs out."""
+        """Kill the process, as the kernel does when memory runs out."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 
 
 class Opener(Child):
-    """A process ``holder`` that has opened a pool and done something with it, and waits; when it
-    is told to end it gives back the blocks that it had from that."""
+    """A process ``holder`` that has opened a pool and called ``do`` with it, and waits. At the end
+    it releases the blocks that ``do`` returned."""
 
     def __init__(self, do: Callable[[SharedPool], list[Block] | None], *pool: Any) -> None:
         def work(pipe: Connection) -> None:
             with SharedPool(*pool, label="holder") as opened:
-                held = do(opened) or []
-                pipe.send([(block.index, block.generation) for block in held])
+                blocks = do(opened) or []
+                pipe.send([(block.index, block.generation) for block in blocks])
                 pipe.recv()
-                for block in held:
+                for block in blocks:
                     block.release()
 
         super().__init__(work)
@@ -77,7 +77,7 @@ class Opener(Child):
 
 
 def holder(name: str, count: int, value: int = 1) -> Opener:
-    """A process that has opened a pool and filled some of its blocks."""
+    """Return a process that has opened a pool and filled some of its blocks."""
 
     def work(pool: SharedPool) -> list[Block]:
         blocks = [pool.acquire("offload") for _ in range(count)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What engines hand over for every preset, written down once more without asking the library.
+"""Tensors that engines pass for every preset, written down independently of the library.
 
-A preset whose layout string were wrong would disagree with the table here, and with the oracle,
-which reads it. Tensors lie as `portakv_conformance.cases.test_presets` says: memory orders, padded
+A preset with a wrong layout string would disagree with the table here, and with the oracle, which
+reads it. Tensors lie as `portakv_conformance.cases.test_presets` describes: memory orders, padded
 pages, slices of larger allocations.
 """
 
@@ -82,7 +82,7 @@ _DTYPES = {
 
 
 def _kind(name: str) -> str:
-    """What presets share whose tensors are alike in everything."""
+    """Return the common part of presets whose tensors are alike in everything."""
     dtype = _DTYPES.get(name, torch.float16)
     return f"{LAYOUTS[name]} {lies(name, dtype)} {WIDTHS.get(name)} {_KV.get(name)}"
 
@@ -92,8 +92,8 @@ KINDS = list({_kind(name): name for name in reversed(LAYOUTS)}.values())[::-1]
 
 
 def meet(one: str, other: str) -> Shape | None:
-    """What both presets can hold, or None: then a copy between them must raise. Widths are unequal
-    wherever both sides can have such."""
+    """Return the rows that both presets can hold, or None: then a copy between them must raise.
+    Widths are unequal if both sides can have such."""
     sides = [read_layout(LAYOUTS[name]) for name in (one, other)]
     opaque = {axes.written("page") for axes in sides}
     kv = {_KV.get(n, 2 if a.written("kv") else 1) for n, a in zip((one, other), sides, strict=True)}
@@ -120,13 +120,14 @@ def _possible(widths: tuple[int, ...], split: bool, unequal: bool) -> bool:
 
 
 def _fixed(name: str) -> tuple[int, ...]:
-    """Bytes of each kv (of a page: all of it) if the engine fixes them."""
+    """Return the bytes of each kv (of a page: all of it) if the engine fixes them."""
     widths = WIDTHS.get(name, ())
     return (widths[0] * Shape.block_size,) if "page" in LAYOUTS[name] and widths else widths
 
 
 def side(name: str, shape: Shape | None = None, *, source: bool = True) -> Side:
-    """Tensors of a preset between canaries, by default of the shape that it holds by itself."""
+    """Return tensors of a preset between canaries, by default of the shape that it holds by
+    itself."""
     shape = shape or meet(name, name)
     assert shape is not None
     axes = read_layout(LAYOUTS[name])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which ops of torch the host waited for."""
+"""A record of torch's ops that the host waited for."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def _check_simdev(used: torch.device) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Keep what was collected out of every later collection of garbage, of which tests ask many."""
+    """Keep the collected tests out of every later collection of garbage: tests cause many."""
     _freeze(session.config)
 
 
@@ -122,8 +122,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def answers_are_asked_again() -> Iterator[None]:
-    """A test that patches the build of torch leaves no answer about it to the next test."""
+def forget_answers() -> Iterator[None]:
+    """Forget the answers about the build of torch, which a test may have patched."""
     yield
     cuda.why_not.cache_clear()
     link.why_not.cache_clear()
@@ -135,16 +135,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Tests of the simulated device come last: once loaded it stays torch's accelerator in a process,
     and each worker runs its tests in this order.
     """
-    asked = config.getoption("-m")
-    left_out = {mark for mark in OPT_IN if not re.search(rf"\b{mark}\b", asked)}
-    kept: list[pytest.Item] = []
+    expression = config.getoption("-m")
+    left_out = {mark for mark in OPT_IN if not re.search(rf"\b{mark}\b", expression)}
+    selected: list[pytest.Item] = []
     dropped: list[pytest.Item] = []
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
-        (dropped if marks & left_out else kept).append(item)
+        (dropped if marks & left_out else selected).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = kept
+        items[:] = selected
     items.sort(key=lambda item: item.get_closest_marker("simdev") is not None)
     if worker := getattr(config, "workerinput", None):
         from support.scheduling import tell_groups

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How pytest-xdist hands tests to its workers: by groups, and the others by short runs.
+"""Distribution of tests to pytest-xdist's workers: by groups, and the others by short runs.
 
-By itself it hands out one test at a time, counts after each what is left of all that a worker ever
-had, and has each worker make the fixtures of each module. Its own groups are lost under pytest 9.2,
-which has no longer the attribute that it writes them to; so workers leave them in a file.
+pytest-xdist hands out one test at a time, counts after each all that a worker ever had, and has
+each worker make the fixtures of each module. pytest 9.2 no longer has the attribute to which xdist
+writes its own groups; so workers leave the groups in a file.
 """
 
 from __future__ import annotations
@@ -22,36 +22,37 @@ LONGEST = 12  # so that no worker is left with much at the end
 
 
 def groups_file() -> Path:
-    """Where the workers of this process leave the groups of tests."""
+    """Return the file in which the workers of this process leave the groups of tests."""
     return Path(tempfile.gettempdir(), f"portakv-tests-{os.getpid()}.json")
 
 
 def tell_groups(items: Iterable[pytest.Item], worker: dict[str, str]) -> None:
-    """In a worker: leave the groups of its tests, which are those of every worker. Tests of the
-    simulated device are a group of their own, and so stay behind all others."""
+    """Write the groups of a worker's tests, which are those of every worker. Tests of the simulated
+    device are a separate group, and so stay after all others."""
     groups = {}
     for item in items:
         if mark := item.get_closest_marker("xdist_group"):
             simulated = item.get_closest_marker("simdev") is not None
             groups[item.nodeid] = f"{mark.args[0]}, {simulated}"
-    mine = Path(f"{worker['groups']}.{worker['workerid']}")
-    mine.write_text(json.dumps(groups), encoding="utf-8")
-    mine.replace(worker["groups"])
+    draft = Path(f"{worker['groups']}.{worker['workerid']}")
+    draft.write_text(json.dumps(groups), encoding="utf-8")
+    draft.replace(worker["groups"])
 
 
 class Runs(LoadScopeScheduling):  # type: ignore[misc]
     """One worker has the tests of an ``xdist_group``, and up to a dozen others that were collected
-    behind each other in one module, so that those of the simulated device stay the last."""
+    one after the other in one module, so that those of the simulated device stay the last."""
 
     def __init__(self, config: Any, log: Any) -> None:
         super().__init__(config, log)
-        config.option.loadscopereorder = False  # else the short ones come behind the last
+        config.option.loadscopereorder = False  # else the short ones come after the last
         self._scopes: dict[str, str] | None = None
         self._module = ""
         self._first = 0
 
     def _split_scope(self, nodeid: str) -> str:
-        """The group or run of a test; xdist asks first in the order of the collection."""
+        """Return the group or run of a test; xdist calls this first in the order of the
+        collection."""
         if self._scopes is None:
             self._scopes = dict(json.loads(groups_file().read_text(encoding="utf-8")))
         if nodeid not in self._scopes:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets SGLang be imported beside a torch without CUDA. The index has torchvision for CUDA; its
-library does not load there, and its Python part then asks for operators that do not exist."""
+"""Lets SGLang be imported with a torch without CUDA. The index has torchvision for CUDA; its
+library does not load there, and its Python part then requires operators that do not exist."""
 
 from __future__ import annotations
 

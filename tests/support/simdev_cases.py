@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated device in tests that need nothing but it: its two devices and their streams.
+"""The simulated device for tests that need nothing else: its two devices and their streams.
 
 Tests marked ``simdev`` find it loaded. It is ``simdev`` unless the environment variable
-``SIMDEV_NAME`` says otherwise, in a process of its own.
+``SIMDEV_NAME`` has another name, in a separate process.
 """
 
 from __future__ import annotations
@@ -23,5 +23,5 @@ if "SIMDEV_NAME" in os.environ:
 
 
 def current(device: torch.device = DEVICE) -> torch.Stream:
-    """The current stream of a device."""
+    """Return the current stream of a device."""
     return torch.accelerator.current_stream(device)

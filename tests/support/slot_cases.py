@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For the tests of the disk tier: blocks whose bytes follow from their key, an engine that fails on
-demand, what a store of a tier needs of a graph, and children that end in any way."""
+"""Cases of the disk tier: blocks whose bytes follow from their key, an engine that fails on demand,
+a stand-in for a graph, and children that end in any way."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ KEYS = [key_of(number) for number in range(1, 100)]
 
 
 def images(count: int, of: BlockForm) -> Bytes:
-    """Memory for so many."""
+    """Return memory for so many images."""
     return aligned(count * of.image_bytes).reshape(count, -1)
 
 
 def payload(of: BlockForm, key: bytes) -> Bytes:
-    """What a block of ``key`` holds."""
+    """Return the payload of the block of ``key``."""
     return np.random.default_rng([*key]).integers(0, 256, of.payload_bytes, np.uint8)
 
 
 def fill(row: Bytes, of: BlockForm, key: bytes, generation: int) -> tuple[int, ...]:
-    """Write the image of ``key`` into a row; its checksums."""
+    """Write the image of ``key`` into a row, and return its checksums."""
     row[image.HEADER : image.HEADER + of.payload_bytes] = payload(of, key)
     return image.seal(row, of, key, generation)
 
 
 def holds(row: Bytes, of: BlockForm, key: bytes) -> bool:
-    """Whether a row has the block of ``key``."""
-    held = row[image.HEADER : image.HEADER + of.payload_bytes]
-    return bool(np.array_equal(held, payload(of, key)))
+    """Return True if a row has the block of ``key``."""
+    data = row[image.HEADER : image.HEADER + of.payload_bytes]
+    return bool(np.array_equal(data, payload(of, key)))
 
 
 class Faulty:
@@ -61,10 +61,10 @@ class Faulty:
     def __init__(self, fail: Callable[[Request], int | None] = lambda request: None) -> None:
         self.fail = fail
         self.closed = False
-        self.asked: list[Request] = []
+        self.received: list[Request] = []
 
     def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
-        self.asked += requests
+        self.received += requests
         failed = [self.fail(each) for each in requests]
         results = list[int]()
         for n, fault in reversed([*enumerate(failed)]):
@@ -78,7 +78,7 @@ class Faulty:
 
 
 class Tally:
-    """What a store of a tier needs of a graph: links, and a place to count."""
+    """The part of a graph that a tier's store uses: queues and counts."""
 
     def __init__(self) -> None:
         self.queues: dict[str, Any] = {}
@@ -94,7 +94,8 @@ class Tally:
 
 
 def forked(work: Callable[[], object]) -> int:
-    """The pid of a child that does ``work`` and exits with 0, 1 if it raises, or in a minute."""
+    """Return the pid of a child that does ``work`` and exits with 0, with 1 if it raises, or in a
+    minute."""
     if pid := os.fork():
         return pid
     signal.alarm(60)
@@ -106,15 +107,16 @@ def forked(work: Callable[[], object]) -> int:
 
 
 def telling(work: Callable[[int], object]) -> tuple[int, int]:
-    """A child as of `forked`, and what it writes; which ends with it, as nobody else can write."""
-    told, tell = os.pipe()
-    pid = forked(lambda: work(tell))
-    os.close(tell)
-    return pid, told
+    """Return a child as of `forked`, and a pipe of its output, which ends with it because no other
+    process can write."""
+    readable, writable = os.pipe()
+    pid = forked(lambda: work(writable))
+    os.close(writable)
+    return pid, readable
 
 
 def ended_well(pid: int) -> bool:
-    """Whether a child's work did not raise."""
+    """Return True if a child's work did not raise."""
     return os.waitpid(pid, 0)[1] == 0
 
 
@@ -125,16 +127,17 @@ def kill(pid: int) -> None:
 
 
 def kill_writer(work: Callable[[int], object], most: float) -> None:
-    """Kill a child that writes, within ``most`` seconds after it says that it has begun."""
-    pid, told = telling(work)
-    assert os.read(told, 1) == b"x"
-    os.close(told)
+    """Kill a child that writes, within ``most`` seconds after it reports its begin."""
+    pid, readable = telling(work)
+    assert os.read(readable, 1) == b"x"
+    os.close(readable)
     time.sleep(random.random() * most)
     kill(pid)
 
 
 def reopened(tier: Disk, form: BlockForm) -> DiskStore:
-    """The store of a tier, as soon as the requests of a process that was killed have landed."""
+    """Return the store of a tier, as soon as the requests of a process that was killed have
+    landed."""
     graph: Any = Tally()
     until = time.monotonic() + 10
     while True:

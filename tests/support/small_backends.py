@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small backends for tests: they do what `reference` does, or move bytes run by run, under
-claims of the test's choice, and keep what they were given."""
+claims of the test's choice, and record their calls and launches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.core_cases import move
 
 
 class Launched(NamedTuple):
-    """What one launch was called with."""
+    """The arguments of one launch."""
 
     plan: CopyPlan
     src: KVView
@@ -29,18 +29,18 @@ class Launched(NamedTuple):
     status: torch.Tensor | None
 
     def ids(self) -> list[torch.Tensor]:
-        """The id tensors of both sides."""
+        """Return the id tensors of both sides."""
         return [x.ids for x in (self.src_index, self.dst_index) if x.ids is not None]
 
 
 def run_by_run(plan: CopyPlan) -> Callable[..., None]:
-    """A launch that moves ``plan.runs`` with memmove: it skips negative ids by itself."""
+    """Return a launch that moves ``plan.runs`` with memmove: it skips negative ids by itself."""
     return lambda *move_and_stream: move(plan.runs(*move_and_stream[:5]))
 
 
 class Small(Reference):
-    """The base of backends that `small_backend` makes: with what each launch was given, and what
-    each was asked, in order, and what a launch returns."""
+    """The base of backends that `small_backend` makes: the launches and the calls in order, and the
+    value that a launch returns."""
 
     launches: list[Launched]
     calls: list[str]
@@ -48,7 +48,7 @@ class Small(Reference):
 
 
 def wipe(view: KVView) -> None:
-    """Lose what a copy wrote."""
+    """Erase the rows that a copy wrote."""
     view.owners[0].view(torch.uint8).zero_()
 
 
@@ -62,7 +62,7 @@ def small_backend(
     pending: Any = None,  # what a launch returns
     **claims: Any,
 ) -> type[Small]:
-    """A backend class of its own, with claims other than those of `reference`."""
+    """Return a new backend class, with claims other than those of `reference`."""
 
     class Made(Small):
         @classmethod

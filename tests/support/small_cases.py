@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of small copies send, whether it arrived, and a CUDA device that is the host.
+"""Values of small copies, checks that they arrived, and a CUDA device that is the host.
 
-The device's kernels are compiled by g++, its driver is a stand-in that copies at once and notes
-what it was asked, and out of which memory; it says nothing about a driver.
+The device's kernels are compiled by g++. Its driver is a stand-in that copies immediately and notes
+the requests and their memory. It proves nothing about a real driver.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ INTEGERS = (
 STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
 
 
-def _way(device: str, way: str, *marks: pytest.MarkDecorator) -> Any:
-    return pytest.param((device, way), id=f"{device.partition(':')[0]}-{way}", marks=marks)
+def _case(device: str, method: str, *marks: pytest.MarkDecorator) -> Any:
+    return pytest.param((device, method), id=f"{device.partition(':')[0]}-{method}", marks=marks)
 
 
-#: What the fixture `place` goes through: the host, also as the device of `installed`, and devices.
-HOST_METHODS = [_way("cpu", way) for way in ("host", "inline", "value")]
+#: Parameters of the fixture `place`: the host, also as the device of `installed`, and devices.
+HOST_METHODS = [_case("cpu", method) for method in ("host", "inline", "value")]
 METHODS = [
-    _way("privateuseone:0", "copy", pytest.mark.simdev),
-    *(_way("cuda:0", way, pytest.mark.gpu) for way in ("inline", "value", "mapped", "copy")),
+    _case("privateuseone:0", "copy", pytest.mark.simdev),
+    *(_case("cuda:0", method, pytest.mark.gpu) for method in ("inline", "value", "mapped", "copy")),
 ]
 
 
 class Place(NamedTuple):
-    """A device, a way to it, the way that is to be named, and what stands in for its driver."""
+    """A device, a method of copying to it, the requested method, and a stand-in for its driver."""
 
     device: torch.device
     method: str
@@ -61,12 +61,12 @@ class Place(NamedTuple):
 
     @property
     def most(self) -> int:
-        """Bytes that go the way."""
+        """Return the number of bytes that the method takes."""
         return _small_methods.MOST.get(self.method, 1 << 20)
 
 
 def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Elements with any bits, on the host."""
+    """Return elements with any bits, on the host."""
     if dtype == torch.bool:
         return torch.arange(count) % 3 == 0
     if not count:
@@ -76,35 +76,37 @@ def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def same_bits(landed: torch.Tensor, values: torch.Tensor) -> bool:
-    """True if a tensor holds the dtype and the bits of values on the host."""
+    """Return True if a tensor holds the dtype and the bits of values on the host."""
     return landed.dtype == values.dtype and torch.equal(
         landed.cpu().view(torch.uint8), values.view(torch.uint8)
     )
 
 
-def small_copy(call: str, way: str | None) -> Callable[..., torch.Tensor]:
-    """A small copy to a target by ``call``: ``new``, or one that is ``ready`` for that target."""
+def small_copy(call: str, method: str | None) -> Callable[..., torch.Tensor]:
+    """Return a small copy to a target by ``call``: ``new``, or one that is ``ready`` for that
+    target."""
     senders: dict[int, SmallCopy] = {}  # kept, since a kernel may still read their memory
 
     def send(values: Any, out: torch.Tensor, **more: Any) -> torch.Tensor:
         if call == "new":
-            return to_device(values, out=out, way=way, **more)
+            return to_device(values, out=out, way=method, **more)
         if id(out) not in senders:
-            senders[id(out)] = SmallCopy(out.numel(), out.dtype, out=out, way=way)
+            senders[id(out)] = SmallCopy(out.numel(), out.dtype, out=out, way=method)
         return senders[id(out)].send(values, **more)
 
     return send
 
 
 def forget() -> None:
-    """Forget what small copies know of devices and keep ready for them."""
+    """Forget the facts and the memory that small copies have cached of devices."""
     small.targets.clear()
     capture_question.cache_clear()
 
 
 @cache
 def kernels() -> ctypes.CDLL:
-    """The small copies' kernels compiled by g++, each behind an entry that runs its grid."""
+    """Return the small copies' kernels compiled by g++, each called by an entry that runs its
+    grid."""
     if why := why_not():
         pytest.skip(why)
     kinds = {_small_methods.MAPPED_NAME: "Mapped", _small_methods.VALUES_NAME: "Values"}
@@ -124,17 +126,17 @@ class Card:
         self.library = library
         library.forget()
         library.read_by_page_tables()
-        # torch's device, and those that were made it
+        # torch's device, and the devices that became it
         self.current = 1
         self.entered = list[int]()
         self.raw: dict[int | None, int] = {None: STREAM, 0: 70, 1: STREAM}  # its current streams
-        self.adopted: list[int] = []  # threads that were given a context
+        self.adopted: list[int] = []  # threads that got a context
         self.launches: list[tuple[int, int, int]] = []  # where to, how many bytes, which stream
-        self.answer = 0  # what the driver says
+        self.answer = 0  # the driver's answer
 
     @property
     def sends(self) -> list[tuple[int, int, int]]:
-        """Where each send went to, its bytes, and its stream."""
+        """Return the target, the bytes and the stream of each send."""
         return [(one.dst, one.nbytes, one.stream) for one in self.library.sent] + self.launches
 
     def forget(self) -> None:
@@ -166,15 +168,15 @@ class Card:
 
 @contextmanager
 def installed(library: FakeLibrary, only: str | None = None) -> Iterator[Card]:
-    """Inside, torch has two such devices; or, with the way of ``only``, small copies to the CPU go
-    that way if they fit, as on a device of which there is one."""
+    """Give torch two such devices. With the method ``only``, small copies to the CPU use that
+    method if they fit, as on a device with one method."""
     card = Card(library)
 
     def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
         return {name: getattr(kernels(), f"run_{name}") for name in names}
 
-    def lacks(way: str, device: torch.device) -> str | None:
-        return None if way in ("host", only) else "it is a test"
+    def lacks(method: str, device: torch.device) -> str | None:
+        return None if method in ("host", only) else "it is a test"
 
     stands: dict[Any, dict[str, Any]] = {
         torch._C: {

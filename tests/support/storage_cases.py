@@ -16,7 +16,7 @@ from support.core_cases import noise
 
 
 def small_form(layers: int = 4, heads: int = 2, block_size: int = 4, **other: Any) -> BlockForm:
-    """A form in the canonical layout; ``other`` replaces any field of it."""
+    """Return a form in the canonical layout; ``other`` replaces any field of it."""
     fields: dict[str, Any] = {
         "model": "org/model@1",
         "dtype": "float16",
@@ -31,12 +31,12 @@ def small_form(layers: int = 4, heads: int = 2, block_size: int = 4, **other: An
 
 
 def key_of(number: int) -> bytes:
-    """A key of 32 bytes that tells its number."""
+    """Return a key of 32 bytes that contains its number."""
     return number.to_bytes(4, "little") * 8
 
 
 def sealed(form: BlockForm, keys: list[bytes], generation: int = 1, seed: int = 0) -> torch.Tensor:
-    """Images of random rows, uint8 ``[keys, image bytes]``."""
+    """Return images of random rows, uint8 ``[keys, image bytes]``."""
     rows = noise(len(keys), form.image_bytes, dtype=torch.uint8, seed=seed)
     for row, key in zip(rows.numpy(), keys, strict=True):
         image.seal(row, form, key, generation)
@@ -44,19 +44,19 @@ def sealed(form: BlockForm, keys: list[bytes], generation: int = 1, seed: int = 
 
 
 def payloads(rows: torch.Tensor, form: BlockForm) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The payloads of images, uint8 ``[images, payload bytes]``."""
+    """Return the payloads of images, uint8 ``[images, payload bytes]``."""
     return rows.numpy()[:, image.HEADER : image.HEADER + form.payload_bytes]
 
 
 def aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Zeroed bytes that begin with a page."""
+    """Return zeroed bytes that begin with a page."""
     return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
 
 class FakeTier:
-    """A tier whose blocks are bytes in a dict by form and key, and that fails as a test says.
+    """A tier whose blocks are bytes in a dict by form and key, and that fails on demand.
 
-    ``faults`` maps a key to what its next reads do: "flip", "error", or a callable that waits.
+    ``faults`` maps a key to the faults of its next reads: "flip", "error", or a callable.
     """
 
     def __init__(self, tier: str = "fake", writable: bool = True, width: int = 2) -> None:
@@ -66,7 +66,7 @@ class FakeTier:
         self.blocks: dict[tuple[BlockForm, bytes], bytes] = {}
         self.faults: dict[bytes, list[Any]] = {}
         self.reads: list[tuple[bytes, Any]] = []
-        self.asked: list[bytes] = []  # by `has`, over what would be a network
+        self.requested: list[bytes] = []  # by `has`, over what would be a network
         self.hold: Any = None  # an event that writes wait for
         self.began = threading.Event()  # set when a write begins
         self.refuse = False
@@ -81,13 +81,13 @@ class FakeTier:
         return [FakeStore(self, form, queue, form == forms[0]) for form in forms]
 
     def put(self, form: BlockForm, keys: list[bytes], rows: torch.Tensor) -> None:
-        """Blocks that are there, as sealed images."""
+        """Store blocks as sealed images."""
         for key, row in zip(keys, rows.numpy(), strict=True):
             self.blocks[form, key] = row[: form.image_bytes].tobytes()
 
 
 class FakeStore:
-    """What a `BlockStore` knows of a `FakeTier`."""
+    """The part of a `FakeTier` that a `BlockStore` uses."""
 
     def __init__(self, owner: FakeTier, form: BlockForm, queue: Any, own: bool) -> None:
         self.tier = owner.tier
@@ -100,13 +100,13 @@ class FakeStore:
         self._queue = queue
 
     def has(self, keys: Any, timeout: float | None = None) -> list[bool]:
-        self._owner.asked += keys
+        self._owner.requested += keys
         return self._there(keys)
 
     def known(self, keys: Any) -> list[bool]:
         near = self.tier != "remote"
         there = zip(keys, self._there(keys), strict=True)
-        return [x and (near or key in self._owner.asked) for key, x in there]
+        return [x and (near or key in self._owner.requested) for key, x in there]
 
     def wants(self, keys: Any) -> list[bool]:
         return [not known for known in self.known(keys)]

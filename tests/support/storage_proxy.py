@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A proxy before an object store, which cuts, stalls, slows and flips for the tests of the remote
-tier, and keeps what was asked."""
+"""A proxy in front of an object store, which cuts, stalls, slows and flips for the tests of the
+remote tier, and records the requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass
 class Fault:
-    """What happens to the next ``times`` requests whose first line ``match`` is found in."""
+    """The fault of the next ``times`` requests whose first line matches ``match``."""
 
     match: str
     times: int = 1
@@ -31,15 +31,15 @@ class Fault:
     flip: int | None = None  #: the byte of the answer's body whose lowest bit is turned
     answer: bytes = b""  #: status and body, in place of the store's
     whole: bool = False  #: the request's Range is left out
-    before: Callable[[], object] | None = None  #: called before the store is asked
+    before: Callable[[], object] | None = None  #: called before the request goes to the store
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Listens on a free port of this host, and asks the store at ``host``, ``port``.
+    """Listens on a free port of this host, and forwards to the store at ``host``, ``port``.
 
     Attributes:
         faults: played in their order; the first that matches and has times left is taken.
-        asked: the first line of each request and its Range, as they came.
+        requests: the first line of each request and its Range, as they came.
         sent: bytes of answers' bodies that went out.
     """
 
@@ -51,27 +51,27 @@ class Proxy(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Request)
         self.store = (host, port)
         self.faults = list[Fault]()
-        self.asked = list[str]()
+        self.requests = list[str]()
         self.sent = 0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """Return the address at which it listens."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def play(self, *faults: Fault) -> None:
-        """From now on these faults, and nothing of what was asked before."""
+        """Play these faults from now on, and forget earlier requests."""
         with self.lock:
             self.faults = list(faults)
-            self.asked = []
+            self.requests = []
             self.sent = 0
 
     def fault_of(self, line: str, wanted: str) -> Fault:
-        """Which fault a request meets; one that changes nothing if there is none."""
+        """Return the fault of a request; one that changes nothing if there is none."""
         with self.lock:
-            self.asked.append(f"{line} {wanted}".strip())
+            self.requests.append(f"{line} {wanted}".strip())
             for fault in self.faults:
                 if fault.times > 0 and re.search(fault.match, line):
                     fault.times -= 1
@@ -79,7 +79,7 @@ class Proxy(socketserver.ThreadingTCPServer):
         return Fault("")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is what some tests are about."""
+        """Ignore a client that went away: some tests do this."""
 
 
 class _Request(socketserver.StreamRequestHandler):
@@ -98,13 +98,13 @@ class _Request(socketserver.StreamRequestHandler):
         if fault.before:
             fault.before()
         left = {"connection", "expect", *(["range"] if fault.whole else [])}
-        kept = [one for one in fields if one.partition(":")[0].lower() not in left]
-        status, _, said = fault.answer.partition(b"\n")
-        answer = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(said), said)
+        retained = [one for one in fields if one.partition(":")[0].lower() not in left]
+        status, _, text = fault.answer.partition(b"\n")
+        answer = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(text), text)
         if not status:
-            asked = "\r\n".join([line, *kept, "Connection: close", "\r\n"]).encode() + body
+            request = "\r\n".join([line, *retained, "Connection: close", "\r\n"]).encode() + body
             with socket.create_connection(self.server.store) as store:
-                store.sendall(asked)
+                store.sendall(request)
                 answer = b"".join(iter(lambda: store.recv(1 << 20), b""))
         self._answer(fault, answer)
 

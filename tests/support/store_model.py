@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For the model-based test of block stores: caches in several layouts that show the bytes of any
-block, and an engine that waits, fails and dies when it is told to."""
+"""Parts of the model-based test of block stores: caches in several layouts that show the bytes of
+any block, and an engine that waits, fails and dies on demand."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ class Cache:
         self.forget()
 
     def forget(self) -> None:
-        """Expect the content of now from here on; no load has any block of it."""
+        """Expect the present content from now on; no load has any block of it."""
         self.was = [plane.copy() for plane in self.planes]
         self.free = list(range(self.blocks))
 
     def holds(self) -> bool:
-        """Whether it holds what it is to hold."""
+        """Return True if it holds the expected elements."""
         return all(map(np.array_equal, self.planes, self.was))
 
     def lend(self, tokens: int, value: int) -> list[int]:
-        """Blocks for so many tokens, in no order, all of whose elements are ``value``."""
+        """Return blocks for so many tokens, in no order, all of whose elements are ``value``."""
         many = -(-tokens // self.size)
         blocks = [self.free.pop(7 * many % len(self.free)) for _ in range(many)]
         for array in (*self.planes, *self.was):
@@ -71,7 +71,7 @@ class Cache:
 
 
 def tokens_of(plane: Any, blocks: Sequence[int]) -> Any:
-    """A copy of the tokens of blocks, one behind the other, ``[kv, head, token, dim]``."""
+    """Return a copy of the tokens of blocks in order, ``[kv, head, token, dim]``."""
     some = np.moveaxis(plane[blocks], 0, 2)
     return some.reshape(*some.shape[:2], -1, some.shape[-1])
 
@@ -105,7 +105,7 @@ class World:
         self.ranks: Any = [{"layers": slice(a, b), "heads": slice(c, d)} for a, b, c, d in spans]
 
     def form(self, rank: int) -> BlockForm:
-        """Of a rank's part."""
+        """Return the form of a rank's part."""
         part = self.ranks[rank]
         of = {"layers": len(self.truth), "heads": self.truth.shape[2]}
         ranges: Any = {name: (cut.start, cut.stop, of[name]) for name, cut in part.items()}
@@ -113,7 +113,7 @@ class World:
         return BlockForm.of(view, "org/model@1", block_size=self.size, **ranges)
 
     def spread(self, run: tuple[int, int, bool], times: int = 1) -> list[int]:
-        """Keys: the first, how many, and whether they stand apart; ``times`` to a block."""
+        """Return keys: the first, how many, and whether they stand apart; ``times`` to a block."""
         first = run[0] * times
         step = 5 if run[2] and times == 1 else 1
         return [(first + i * step) % self.keys for i in range(min(run[1], self.keys))]
@@ -121,7 +121,7 @@ class World:
 
 @dataclass(eq=False)
 class Call:
-    """What is under way: into which blocks of which target, by which part of the model."""
+    """A call under way: its target, the blocks of it, and the part of the model."""
 
     handle: Any
     keys: list[int]
@@ -137,7 +137,7 @@ class Call:
         self.handle.cancel()
 
     def check(self, world: World, closing: bool) -> None:
-        """Wait for the end: what landed is right, and if nothing landed nothing changed."""
+        """Wait for the end, and check that landed blocks are right and no other byte changed."""
         try:
             self.handle.synchronize(LIMIT)
         except TransferTimeout:
@@ -154,26 +154,26 @@ class Call:
             self.target.free += self.blocks
 
     def check_layer(self, cache: Cache, layer: int, world: World) -> None:
-        held, due = (tokens_of(x[layer], self.blocks) for x in (cache.planes, cache.was))
+        actual, due = (tokens_of(x[layer], self.blocks) for x in (cache.planes, cache.was))
         layers = self.part["layers"]
         heads = self.part["heads"]
         by = self.handle.layers
-        mine = layers.start <= layer < layers.stop
+        in_part = layers.start <= layer < layers.stop
         whole = self.handle.landed
-        landed = whole | by[layer - layers.start].landed if by and mine else whole
-        for i, key in enumerate(self.keys if mine else ()):
+        landed = whole | by[layer - layers.start].landed if by and in_part else whole
+        for i, key in enumerate(self.keys if in_part else ()):
             to, at = (slice(n * world.size, (n + 1) * world.size) for n in (i, key))
             for head in range(heads.start, heads.stop):
                 right = world.truth[layer][:, head, at]
-                if landed[i] or (self.loose and np.array_equal(held[:, head, to], right)):
+                if landed[i] or (self.loose and np.array_equal(actual[:, head, to], right)):
                     due[:, head, to] = right
-        assert np.array_equal(held, due), "a wrong byte, or one of a block that did not land"
+        assert np.array_equal(actual, due), "a wrong byte, or one of a block that did not land"
         cache.was[layer][self.blocks] = cache.planes[layer][self.blocks]
 
 
 class Troubled:
-    """An engine: ``faults`` tells by the number of a request what becomes of it ("EIO", "short",
-    "flip"); nothing is carried out while ``go`` is not set. When it died, a request has moved
+    """An engine that fails: ``faults`` maps the number of a request to its fault ("EIO", "short",
+    "flip"). It carries out nothing while ``go`` is not set. After it died, a request has moved
     ``share`` of its bytes, and never ends well."""
 
     name: str = "troubled"
@@ -201,10 +201,10 @@ class Troubled:
             for each in requests:
                 carry(each._replace(nbytes=int(each.nbytes * self.share)))
             return [-errno.ECANCELED] * len(requests)
-        mine = [kind not in ("", "flip") for kind in kinds]
-        order = sorted(range(len(mine)), key=mine.__getitem__)
-        many = mine.count(False)
-        results = [0] * len(mine)
+        fails = [kind not in ("", "flip") for kind in kinds]
+        order = sorted(range(len(fails)), key=fails.__getitem__)
+        many = fails.count(False)
+        results = [0] * len(fails)
 
         def end(n: int, moved: int) -> None:
             i = order[n]
@@ -213,7 +213,7 @@ class Troubled:
                 ended(i, results[i])
 
         moved = self.inner.run([requests[i] for i in order[:many]], end if ended else None)
-        for n in range(many if ended else 0, len(mine)):
+        for n in range(many if ended else 0, len(fails)):
             end(n, moved[n] if n < many else 0)
         return results
 
@@ -230,23 +230,23 @@ class Troubled:
 
 
 class WatchedDisk(Disk):
-    """A disk tier that tells its stores of a tier."""
+    """A disk tier that records its stores of a tier."""
 
     tier_stores: Sequence[DiskStore] = ()
 
-    def open(self, *given: Any) -> list[DiskStore]:
-        self.tier_stores = super().open(*given)
+    def open(self, *arguments: Any) -> list[DiskStore]:
+        self.tier_stores = super().open(*arguments)
         return [*self.tier_stores]
 
     def slots(self) -> list[Slots]:
-        """Of each folder, those of the first form first."""
+        """Return the slots of each folder, those of the first form first."""
         return [slots for tier_store in self.tier_stores for slots, _ in tier_store.parts]
 
-    def found(self) -> dict[Path, tuple[set[bytes], int]]:
-        """Of each folder the keys and the number of slots."""
+    def contents(self) -> dict[Path, tuple[set[bytes], int]]:
+        """Return the keys and the number of slots of each folder."""
         return {slots.folder: ({*slots.index}, slots.count) for slots in self.slots()}
 
     def die(self) -> None:
-        """Let go of the folders as a process that is killed does; nothing may be under way."""
+        """Release the folders as a process that is killed does; nothing may be under way."""
         for slots in self.slots():
             slots.close(sync=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that several threads do at once, for tests of what they share."""
+"""Concurrent work of several threads, for tests of the state that they share."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own values for tests of its plug: a configuration, caches as its connector hands them
-over, and what a job must leave behind."""
+"""vLLM's own values for tests of its integration: a configuration, caches as its connector passes
+them, and the expected results of a job."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXTRA = {
 
 
 def known(kind: Any, **values: Any) -> Any:
-    """A dataclass of vLLM's with those of the values that this release has."""
+    """Return a dataclass of vLLM's with those of the values that this release has."""
     names = {field.name for field in fields(kind)}
     return kind(**{name: value for name, value in values.items() if name in names})
 
@@ -27,7 +27,7 @@ def known(kind: Any, **values: Any) -> Any:
 def offloading_config(
     block_bytes: int, blocks_per_chunk: int, chunks: int, **extra: Any
 ) -> config.OffloadingConfig:
-    """What vLLM hands to a spec: room for so many chunks."""
+    """Return the configuration that vLLM passes to a spec, for so many chunks."""
     page = 4096
     chunk_bytes = -(-block_bytes * blocks_per_chunk // page) * page
     return known(
@@ -103,12 +103,13 @@ class Caches:
         )
 
     def lose(self) -> None:
-        """Other bytes everywhere, as another request leaves behind."""
+        """Write other bytes everywhere, as another request would."""
         for each in self.tensors:
             each.fill_(77)
 
     def expect(self, came: Sequence[Sequence[int]], went: Sequence[Sequence[int]]) -> None:
-        """After `lose`, blocks of each group came back from those that went; all else is lost."""
+        """Check after `lose` that blocks of each group came back from those that went; all else is
+        lost."""
         wanted = [torch.full_like(each, 77) for each in self.before]
         for group, there, here in zip(self.groups, came, went, strict=True):
             for at, width in group:
@@ -119,7 +120,7 @@ class Caches:
 
 
 def device_spec(groups: Sequence[Sequence[int]], firsts: Sequence[int]) -> base.GPULoadStoreSpec:
-    """The blocks of each group, and the index in its request of the first of each."""
+    """Return the blocks of each group, and the index in its request of the first of each."""
     ids = [block for group in groups for block in group]
     return base.GPULoadStoreSpec(
         ids, group_sizes=[len(group) for group in groups], block_indices=list(firsts)
