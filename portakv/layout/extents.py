@@ -86,17 +86,27 @@ def _declare_widths(layout: Layout, values: Values, dim: int | tuple[int, ...]) 
             f"dim={dim!r} declares {len(widths)} widths, but kv has extent {len(values)}; "
             f"declare one number, or one for each kv."
         )
-    # Widths may differ if kv is a container's axis, or stands left of them in their parentheses.
-    names = [[f.axis for f in group.factors] for group in layout.dims]
-    apart = any(f.axis == "kv" for group in layout.containers for f in group.factors)
-    apart = apart or any("kv" in x and axis in x[x.index("kv") :] for x in names)
-    if len(set(widths)) > 1 and not apart:
+    if len(set(widths)) > 1 and not _may_differ(layout, axis):
         raise LayoutError(
             f"dim={dim!r} declares unequal widths, but in {layout.text!r} `kv` stands neither in "
             f"a container nor left of `{axis}` in its parentheses, so all kv have one width."
         )
     for known, width in zip(values, widths, strict=True):
         known[axis] = width
+
+
+def _may_differ(layout: Layout, axis: str) -> bool:
+    """Return True if each kv may have a width of its own.
+
+    Each kv then has separate tensors, or ``kv`` stands left of ``axis`` in one dimension.
+    """
+    if any(factor.axis == "kv" for group in layout.containers for factor in group.factors):
+        return True
+    for group in layout.dims:
+        names = [factor.axis for factor in group.factors]
+        if "kv" in names and axis in names[names.index("kv") :]:
+            return True
+    return False
 
 
 def solve(layout: Layout, values: Values, sized: Sequence[Sized]) -> None:

@@ -84,8 +84,11 @@ class Layout:
 
     def shares(self, axis: str) -> bool:
         """Return True if ``axis`` shares a dimension with another axis; neither is then implied."""
-        groups = [{f.axis for f in group.factors} for group in self.containers + self.dims]
-        return any(axis in names and len(names) > 1 for names in groups)
+        for group in self.containers + self.dims:
+            names = {factor.axis for factor in group.factors}
+            if axis in names and len(names) > 1:
+                return True
+        return False
 
 
 def parse(text: str) -> Layout:

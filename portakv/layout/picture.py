@@ -30,7 +30,7 @@ def draw(layout_text: str) -> str:
     if layout.open_end:
         places[-1] += " .."  # the last group may cover several trailing dimensions
     groups = layout.containers + layout.dims
-    left = [f"{'   ' * (n - 1)}{'└─ ' if n else ''}{group}" for n, group in enumerate(groups)]
+    left = [_branch(depth, group) for depth, group in enumerate(groups)]
     wide = max(map(len, left))
     middle = max(map(len, places))
     lines = [
@@ -38,6 +38,10 @@ def draw(layout_text: str) -> str:
         for name, place, group in zip(left, places, groups, strict=True)
     ]
     return "\n".join([_expression(layout), "", *lines])
+
+
+def _branch(depth: int, group: Group) -> str:
+    return f"{'   ' * (depth - 1)}└─ {group}" if depth else str(group)
 
 
 def _meaning(group: Group, layout: Layout) -> str:
@@ -56,7 +60,7 @@ def _meaning(group: Group, layout: Layout) -> str:
 
 
 def _run(factors: tuple[Factor, ...]) -> str:
-    """A merged group as it lies in memory: ``kv 0 [dim 0 1 ..] kv 1 [dim 0 1 ..] ..``."""
+    """Return a merged group as it lies in memory, like ``kv 0 [dim 0 1 ..] kv 1 [..] ..``."""
     outer = factors[0]
     inner = factors[1:]
     if not inner:
@@ -66,7 +70,7 @@ def _run(factors: tuple[Factor, ...]) -> str:
 
 
 def _expression(layout: Layout) -> str:
-    """Like Python: ``kv_caches[layer][kv, block, token, head, dim]``."""
+    """Return the Python that finds an element: ``kv_caches[layer][kv, block, token, ..]``."""
     start = "kv_caches" if layout.paged else "chunk"
     steps = "".join(f"[{_index(group)}]" for group in layout.containers)
     dims = [_index(group) for group in layout.dims]

@@ -50,7 +50,7 @@ class Preset:
 
 
 def memory_order(text: str) -> str:
-    """The groups of a preset in the order in which they lie in memory; a layout string as it is."""
+    """Return a preset's groups in the order of memory; a layout string as it is."""
     preset = _named(text)
     return (preset.memory or preset.layout) if preset else text
 
@@ -130,12 +130,18 @@ _VIEW_ORDERS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
 _ALSO = {"LBHNC": " Also called HND.", "LBNHC": " Also called NHD."}
 _LETTERS = {"L": "layer", "B": "block", "H": "head", "N": "token", "C": "(kv dim)"}
 
+
+def _spelled(order: str) -> str:
+    """Return the groups of a memory order that is named by letters."""
+    return " ".join(_LETTERS[letter] for letter in order)
+
+
 # Presets whose tensors do not lie in the order of their dimensions.
 _MEMORY = {
     "vllm-hnd": "layer | kv block head token dim",
     "vllm-flashinfer-hnd": "layer | block kv head token dim",
     "vllm-0.26-nhd": "layer | block token head (kv dim)",
-    **{f"vllm-{x.lower()}": " ".join(_LETTERS[c] for c in x) for x in _VIEW_ORDERS},
+    **{f"vllm-{order.lower()}": _spelled(order) for order in _VIEW_ORDERS},
 }
 
 # name, layout, engine, releases, extents, note

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +57,7 @@ class BoundLayout:
         self._forms = Bounded("forms of tensors in containers", 256)
 
     def read(self, tensors: Tensors) -> Facts:
-        """Find form and addresses.
+        """Return the form, the addresses and the other facts of tensors.
 
         Raises:
             LayoutError: tensors that contradict the layout or the extents.
@@ -70,8 +70,10 @@ class BoundLayout:
             or tensors.is_nested
             or tensors.is_conj()
             or tensors.is_neg()
-            or not (address := address_of(tensors))
         ):
+            return self._read_all(tensors)
+        address = address_of(tensors)
+        if not address:
             return self._read_all(tensors)
         # The storage offset shows whether the storage's base is as aligned as the address.
         key = (
@@ -89,8 +91,8 @@ class BoundLayout:
             (form, _, _, spans), slots, device, _ = facts
             self._known[key] = form, slots, device, spans[0][1] - spans[0][0] if spans else 0
             return facts
-        form, slots, device, reach = known
-        spans = [(address, address + reach)] if reach else []
+        form, slots, device, nbytes = known
+        spans = [(address, address + nbytes)] if nbytes else []
         return (form, (address,), (tensors,), spans), slots, device, tensors.requires_grad
 
     def _read_all(self, tensors: Tensors) -> Facts:
@@ -166,13 +168,13 @@ class BoundLayout:
         """Return the form of tensors of which each kv has one in ``picks``, and the slots."""
         layout = self.layout
         try:
-            shapes = [_dim_shapes(layout, tensor) for tensor in picks]
-            sizes = [[shape[at][0] for shape in shapes] for at in range(len(layout.dims))]
-            solve(layout, values, list(zip(layout.dims, sizes, strict=True)))
+            dims = [_read_dims(layout, tensor) for tensor in picks]
+            sizes_of_each = zip(*(of_kv.sizes for of_kv in dims), strict=True)
+            solve(layout, values, list(zip(layout.dims, sizes_of_each, strict=True)))
         except LayoutError as error:
             kinds = dict.fromkeys(f"shape {tuple(t.shape)}, strides {t.stride()}" for t in picks)
             raise LayoutError(f"{error} The tensors have {'; '.join(kinds)}.") from None
-        strides = [[stride for _, stride in shape] for shape in shapes]
+        strides = [of_kv.strides for of_kv in dims]
         itemsizes = [tensor.element_size() for tensor in picks]
         known = values[0]
         axis = "page" if layout.opaque else "dim"
@@ -198,13 +200,14 @@ _bound = lru_cache(maxsize=256)(BoundLayout)
 def bind_layout(
     layout: str, /, *, reinterpret: bool = False, **extents: int | Sequence[int] | None
 ) -> BoundLayout:
-    """A layout (string or preset) bound to declared extents; None means undeclared.
+    """Return a layout (string or preset) bound to declared extents; None means undeclared.
 
     ``reinterpret``: rows are bytes, whatever the dtypes of the tensors.
     """
     text, always = resolve(layout)
     declared = dict(always)
-    if unknown := extents.keys() - {"layers", "kv", "block_size", "heads", "dim"}:
+    unknown = extents.keys() - {"layers", "kv", "block_size", "heads", "dim"}
+    if unknown:
         raise LayoutError(
             f"Unknown extents {', '.join(sorted(unknown))}; declare layers, kv, block_size, heads "
             f"or dim. A connector takes its layout as kv_layout."
@@ -226,7 +229,7 @@ def bind_layout(
 
 
 def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:
-    """The tensors inside nested containers in order, and the extent of each container level."""
+    """Return the tensors inside nested containers in order, and the extent of each level."""
     sizes: list[int] = []
     level: list[Any] = [tensors]
     for group in layout.containers:
@@ -351,7 +354,7 @@ def address_of(tensor: torch.Tensor) -> int:
 
 
 def as_dtype(dtype: object) -> torch.dtype:
-    """A dtype as it is; raises `LayoutError` for anything else, such as its name."""
+    """Return a dtype as it is; raise `LayoutError` for anything else, such as its name."""
     if not isinstance(dtype, torch.dtype):
         raise LayoutError(
             f"Expected dtype to be a torch.dtype, got {dtype!r}. Pass one such as torch.float16."
@@ -362,9 +365,10 @@ def as_dtype(dtype: object) -> torch.dtype:
 def _pick_per_kv(
     factors: Sequence[Factor], flat: Sequence[torch.Tensor], grid: Grid, kv: int
 ) -> list[torch.Tensor]:
-    """One tensor for each kv, after checking that it speaks for all of its kv."""
-    rows = [[flat[i] for i in row] for row in _by_kv(grid, factors)]
-    for row in rows:
+    """Return a tensor for each kv; raise `LayoutError` if the tensors of a kv differ."""
+    picks = []
+    for numbers in _by_kv(grid, factors):
+        row = [flat[number] for number in numbers]
         kinds = dict.fromkeys((tensor.shape, tensor.stride(), tensor.dtype) for tensor in row)
         if len(kinds) > 1:
             one, other = (f"{tuple(n)} strides {s} {dtype}" for n, s, dtype in list(kinds)[:2])
@@ -372,12 +376,19 @@ def _pick_per_kv(
                 f"Tensors of one view share shape, strides and dtype, but {one} and {other} were "
                 f"found; tensors that differ are another group, with a separate view."
             )
-    picks = [row[0] for row in rows]
+        picks.append(row[0])
     return picks if len(picks) == kv else picks * kv
 
 
-def _dim_shapes(layout: Layout, tensor: torch.Tensor) -> list[tuple[int, int]]:
-    """Size and stride (elements) of each dimension group; the last may cover several."""
+class _Dims(NamedTuple):
+    """The sizes and the strides, in elements, of the dimensions that a layout names."""
+
+    sizes: list[int]
+    strides: list[int]
+
+
+def _read_dims(layout: Layout, tensor: torch.Tensor) -> _Dims:
+    """Return the dimensions of a tensor; the last one of a layout may cover several of them."""
     shape = list(tensor.shape)
     strides = list(tensor.stride())
     groups = layout.dims
@@ -398,11 +409,11 @@ def _dim_shapes(layout: Layout, tensor: torch.Tensor) -> list[tuple[int, int]]:
         if size != 1:
             strides[-1] = stride
         shape[-1] *= size
-    return list(zip(shape, strides, strict=True))
+    return _Dims(shape, strides)
 
 
 def reach(size: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements from the first to past the last of a tensor."""
+    """Return the number of elements from the first to past the last of a tensor."""
     return 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else 0
 
 

@@ -46,7 +46,9 @@ def example_tensors(
     memory = parse(memory_order(layout))
     dim = always.get("dim", 1) if dim is None else dim
     if kv is None:
-        usual = len(dim) if isinstance(dim, Sequence) else 2 if "kv" in parsed.axes else 1
+        usual = 2 if "kv" in parsed.axes else 1
+        if isinstance(dim, Sequence):
+            usual = len(dim)
         kv = always.get("kv", usual)
     widths = dim if isinstance(dim, Sequence) else [dim] * positive("kv", kv)
     if len(widths) != kv:
@@ -91,7 +93,7 @@ def _ordered(made: Any, memory: Layout, layout: Layout) -> Any:
 
 
 def example_chunk(cache: KVView, layout: str, tokens: int) -> Any:
-    """A contiguous memory object for ``tokens`` tokens of a cache, in the cache's dtype."""
+    """Return a contiguous memory object for ``tokens`` tokens of a cache, in its dtype."""
     dtype = cache.owners[0].dtype
     paged = parse(resolve(layout)[0]).paged
     size = cache.block_size or tokens

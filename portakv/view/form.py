@@ -58,19 +58,21 @@ class Part:
     def cut(self, axis: str, wanted: range) -> Part:
         """Keep only ``wanted`` positions of one axis; raise `LayoutError` if they cut a factor."""
         steps = self.axis(axis)
-        size = len(wanted)
-        below = 1
+        size = len(wanted)  # in units of the step that is looked at
+        below = 1  # positions of that unit
         if size == prod(step.extent for step in steps):
             return self
         table, offset = locate(self.table, self.offset, steps, wanted.start)
+
+        # From the innermost step on, whole steps stay. The first step that is longer than the rest
+        # of the positions is cut, and has to contain them.
         retained: Steps = ()
         for step in reversed(steps):
             if size <= step.extent:
                 if wanted.start % below or wanted.start // below % step.extent + size > step.extent:
                     break
-                retained = (
-                    (Step(size, step.table, step.stride), *retained) if size > 1 else retained
-                )
+                if size > 1:
+                    retained = (Step(size, step.table, step.stride), *retained)
                 return replace(self, table=table, offset=offset, **{axis: retained})
             if size % step.extent:
                 break
@@ -83,7 +85,10 @@ class Part:
         )
 
     def entries(self, count: int) -> list[int]:
-        """The entries from ``table`` on that it reaches; its unbounded axis has ``count`` steps."""
+        """Return the table entries that it reaches, counted from ``table`` on.
+
+        ``count`` is the number of steps of its unbounded axis.
+        """
         walks = []
         for steps in map(self.axis, PART_AXES):
             for step in steps:
@@ -103,7 +108,7 @@ class Form:
     """The places of the rows of a view, relative to its addresses.
 
     Attributes:
-        parts: one for each ``kv``.
+        parts: a part for each ``kv``.
         layers, heads: extents.
         widths: bytes of ``dim`` (or of the page) for each kv.
         block_size: tokens of a block; 0 if the view is not paged.
@@ -177,17 +182,17 @@ class Form:
         return ""
 
     def untyped(self) -> Form:
-        """This form with rows of bytes, which go to and from rows of any number type."""
+        """Return this form with rows of bytes, which go to and from rows of any number type."""
         return replace(self, dtypes=()) if self.dtypes else self
 
     @property
     def kv(self) -> int:
-        """The number of parts."""
+        """Return the number of parts."""
         return len(self.parts)
 
     @property
     def paged(self) -> bool:
-        """True if rows are addressed by slot."""
+        """Return True if rows are addressed by slot."""
         return self.block_size > 0
 
     @property
@@ -271,7 +276,7 @@ def _steps_by_axis(layout: Layout, steps: Mapping[Factor, Step], itemsize: int) 
 
 
 def widest_vector(numbers: Iterable[int]) -> int:
-    """The largest power of two up to 16 that divides every number: a vector's bytes."""
+    """Return the largest power of two up to 16 that divides every number: a vector's bytes."""
     bits = 16
     for number in numbers:
         bits |= number

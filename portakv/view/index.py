@@ -248,11 +248,11 @@ class Index:
         if self.ids is None:
             return self.shifted(first)
         q = self.offset + first
-        buffer = slice(q // self.step, -(-(q + count) // self.step))
+        used = slice(q // self.step, -(-(q + count) // self.step))
         store = _Store()
-        store.array = None if self._store.array is None else self._store.array[buffer]
-        store.copies = [copy[buffer] for copy in self._store.copies]
-        return self._derived(self.ids[buffer], q % self.step, store)
+        store.array = None if self._store.array is None else self._store.array[used]
+        store.copies = [copy[used] for copy in self._store.copies]
+        return self._derived(self.ids[used], q % self.step, store)
 
     @property
     def ids_token(self) -> object:

@@ -239,7 +239,7 @@ class KVView:
 
     @property
     def known(self) -> bool:
-        """True if the host knows the addresses, so that `origins` waits for nothing."""
+        """Return True if the host knows the addresses, so that `origins` waits for nothing."""
         return self._origins is not None
 
     @property
@@ -270,17 +270,20 @@ class KVView:
         if self._raw is not None:
             begins = self.addresses
             return np.concatenate([begins, begins + self._raw.nbytes])
-        storages = {x.data_ptr(): x.nbytes() for x in (y.untyped_storage() for y in self.owners)}
-        return np.array([*storages, *map(sum, storages.items())], dtype=np.int64)
+        storages = [owner.untyped_storage() for owner in self.owners]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return np.array([*sizes, *map(sum, sizes.items())], dtype=np.int64)
 
     @property
     def spans(self) -> Spans:
-        """Sorted, disjoint ranges [first byte, past the last byte) that the tensors cover; none if
-        only a device has the addresses."""
+        """Return sorted, disjoint ranges [first byte, past the last byte) that the tensors cover.
+
+        There are none if only a device has the addresses.
+        """
         if self._spans is None:
             assert self._raw is not None
             if self._origins is None:
-                return []  # not kept: they may be read back later
+                return []  # not cached: the addresses may be read back later
             self._spans = self._raw.spans(self._origins)
         return self._spans
 
@@ -291,30 +294,32 @@ class KVView:
 
     @property
     def raw(self) -> bool:
-        """True if the memory is known by addresses alone, so that nothing here holds it."""
+        """Return True if the memory is known by addresses alone, so that nothing retains it."""
         return self._raw is not None
 
     @property
     def retained(self) -> tuple[torch.Tensor, ...]:
-        """The tensors that keep memory while a copy uses it: the owners, or of foreign memory the
-        table that a caller has on a device."""
+        """Return the tensors that retain memory while a copy uses it.
+
+        They are the owners. For raw memory, it is the table that a caller has on a device.
+        """
         if self._raw is None:
             return self.owners
         return (self._table,) if self._table is not None else ()
 
     @property
     def layers(self) -> int:
-        """Number of layers."""
+        """Return the number of layers."""
         return self.form.layers
 
     @property
     def kv(self) -> int:
-        """Number of kv: 2 for keys and values, 1 for MLA."""
+        """Return the number of kv: 2 for keys and values, 1 for MLA."""
         return self.form.kv
 
     @property
     def heads(self) -> int:
-        """Number of kv heads."""
+        """Return the number of kv heads."""
         return self.form.heads
 
     @property
@@ -324,17 +329,17 @@ class KVView:
 
     @property
     def block_size(self) -> int | None:
-        """Tokens of a block; None if the view is not paged."""
+        """Return the tokens of a block; None if the view is not paged."""
         return self.form.block_size or None
 
     @property
     def opaque(self) -> bool:
-        """True if only whole pages can be moved."""
+        """Return True if only whole pages can be moved."""
         return self.form.opaque
 
     @property
     def addresses(self) -> npt.NDArray[np.int64]:
-        """The table of addresses as an int64 array on the host, which is not to be written."""
+        """Return the table of addresses as an int64 array on the host; callers do not write it."""
         result: npt.NDArray[np.int64] | None = self.derived.get("addresses")
         if result is None:
             result = self.derived["addresses"] = np.array(self.origins, dtype=np.int64)
@@ -342,15 +347,18 @@ class KVView:
 
     @property
     def table(self) -> torch.Tensor:
-        """The table of addresses on the view's device, int64; made once. A caller's own lies where
-        the caller has it. Raises `Unsupported` if it would be made inside graph capture."""
+        """Return the table of addresses on the view's device, int64; made once.
+
+        A table that the caller passed stays where it is. Raises `Unsupported` if a table would be
+        made inside graph capture.
+        """
         if self._table is None:
             sent = torch.from_numpy(self.addresses_for(self.device)).to(self.device)
             return self.keep_table(sent, None)
         return self._table
 
     def addresses_for(self, device: torch.device) -> npt.NDArray[np.int64]:
-        """`addresses`, to be sent to a device; raises `Unsupported` inside graph capture."""
+        """Return `addresses` for a device; raise `Unsupported` inside graph capture."""
         if capturing(device):
             why = "the host would wait for them; make the same call once before the capture"
             raise refuse_capture("Sending addresses to a device", why)
@@ -418,8 +426,8 @@ class KVView:
             elif self.form.place == "peer":
                 why = "it is a peer's, whose rows are read alone; let its own device read yours"
             elif not why and self._origins is not None and len(self._origins) > 1:
-                result = [self.origins[entry] + offset for entry, offset in self.form.planes]
-                distinct = all(len(set(each)) == len(each) for each in (result, self.origins))
+                planes = [self.origins[entry] + offset for entry, offset in self.form.planes]
+                distinct = all(len(set(each)) == len(each) for each in (planes, self.origins))
                 why = "" if distinct else ALIASED
             if self.known:  # else the addresses may be read back later
                 self._unwritable = why
@@ -461,8 +469,10 @@ class KVView:
 
     def _check_storages(self) -> None:
         """Raise `LayoutError` unless the storages of the tensors cover the spans of the view."""
-        storages = {s._cdata: s for s in (owner.untyped_storage() for owner in self.owners)}
-        checked = tuple((s, s.data_ptr(), s.nbytes()) for s in storages.values())
+        storages = [owner.untyped_storage() for owner in self.owners]
+        # Owners may share a storage, for which torch makes an object for each of them.
+        distinct = {storage._cdata: storage for storage in storages}
+        checked = tuple((s, s.data_ptr(), s.nbytes()) for s in distinct.values())
         ranges = sorted((start, start + nbytes) for _, start, nbytes in checked)
         for first, past in self.spans:
             # Storages that touch each other may be parts of one span.
@@ -571,7 +581,7 @@ class KVView:
         return view
 
     def as_bytes(self) -> KVView:
-        """This view with rows of bytes, whatever the dtypes of its tensors; see ``reinterpret``."""
+        """Return this view with rows of bytes, whatever its dtypes; see ``reinterpret``."""
         if not self.form.dtypes:
             return self
         view: KVView | None = self.derived.get("bytes")
@@ -602,7 +612,7 @@ class KVView:
         )
 
     def as_own(self) -> KVView:
-        """A peer's rows as their own device sees them."""
+        """Return a peer's rows as their own device sees them."""
         return self if self.form.place != "peer" else self._seen("device", self.memory_device)
 
     def _seen(self, place: str, device: torch.device) -> KVView:
