@@ -106,7 +106,7 @@ class GuardedRows:
 
     def __call__(self, move: Move, status: torch.Tensor | None) -> None:
         copies = self._whole
-        indices = move[2:4]
+        indices = (move.src_index, move.dst_index)
         if any(index.ids is not None for index in indices):
             numbers = [index.units(move.count, self._unit, self._device) for index in indices]
             ends = move.src.slots // self._unit, move.dst.slots // self._unit

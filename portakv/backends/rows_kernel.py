@@ -221,8 +221,9 @@ class RowsKernel:
 
     def requests(self, move: Move) -> tuple[Request, Request]:
         """Return the values that a request adds to each side; see `SideArguments.request`."""
-        src, dst, src_index, dst_index, _ = move
-        return self.src.request(src, src_index), self.dst.request(dst, dst_index)
+        src = self.src.request(move.src, move.src_index)
+        dst = self.dst.request(move.dst, move.dst_index)
+        return src, dst
 
     def packer(self, move: Move) -> Packer | None:
         """Return a function that packs as `pack` and `pack_span` do, for one repeated launch.

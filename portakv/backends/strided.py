@@ -84,7 +84,11 @@ class StridedCopy:
 
     def planes(self, move: Move) -> Iterator[_Planes]:
         """Yield the planes to copy and their rows; raises as `KVView.strided` does."""
-        src, dst, src_index, dst_index, count = move
+        src = move.src
+        dst = move.dst
+        src_index = move.src_index
+        dst_index = move.dst_index
+        count = move.count
         units = count // self._unit
         if not units:
             return

@@ -225,7 +225,10 @@ class _TritonAgain(_OnDevice):
 
     def __init__(self, device: torch.device, parts: list[_Part], move: Move) -> None:
         super().__init__(device)
-        src, dst, src_index, dst_index, _ = move
+        src = move.src
+        dst = move.dst
+        src_index = move.src_index
+        dst_index = move.dst_index
         self._store = src_index.ids is not None
         self._parts = []
         for nest, run, function, metadata, constants in parts:

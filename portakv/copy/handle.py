@@ -76,12 +76,13 @@ class BlockTransfer(Transfer):
         self.completions = transfer.completions
         self._retained = transfer._retained
         self.carried = transfer.carried
-        src, _, src_index, dst_index, count = move
-        self._form = form = src.form
+        src_index = move.src_index
+        dst_index = move.dst_index
+        self._form = form = move.src.form
         self._block = src_index.plan_step or dst_index.plan_step or form.block_size or 1
         # Tokens, and the indices that may skip some of them. Dropped at the end, when they are
         # counted.
-        self._requested: tuple[int, tuple[Index, ...]] = count, (src_index, dst_index)
+        self._requested: tuple[int, tuple[Index, ...]] = move.count, (src_index, dst_index)
         self._began = began
         self._worker = worker
         self._layers = layers

@@ -59,7 +59,11 @@ class _BatchedMemcpyLaunch(StrategyLaunch):
         self.number = 0
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        src, dst, src_index, dst_index, count = move
+        src = move.src
+        dst = move.dst
+        src_index = move.src_index
+        dst_index = move.dst_index
+        count = move.count
         key = (
             src.origins,
             dst.origins,

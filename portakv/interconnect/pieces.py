@@ -84,8 +84,9 @@ def portions(pieces: Pieces, most: int) -> Iterator[Pieces]:
 def pieces_of(plan: CopyPlan, move: Move, below: int = ALL) -> Pieces:
     """Return the pieces of a plan's runs, as `to_2d_copies` makes them; raise as `CopyPlan.runs`
     does."""
-    src, dst = move[:2]
-    plan.runs(*move[:4], 0)  # only for its errors
+    src = move.src
+    dst = move.dst
+    plan.runs(src, dst, move.src_index, move.dst_index, 0)  # only for its errors
     several = factors(plan.nests, plan.unit, move)
     if any(_whole_entries(plan, view) for view in (src, dst)) and several[0].planes.src.size == 1:
         # Each unit is all bytes at one address, so no unit joins another, and the ends of

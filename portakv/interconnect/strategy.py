@@ -118,10 +118,9 @@ class StrategyLaunch(MoveLaunch):
 
     def ends(self, move: Move) -> tuple[KVView, KVView, Index, Index]:
         """Return the rows of the device, the rows of the host, and the index of each."""
-        src, dst, src_index, dst_index, _ = move
         if self.downward:
-            return src, dst, src_index, dst_index
-        return dst, src, dst_index, src_index
+            return move.src, move.dst, move.src_index, move.dst_index
+        return move.dst, move.src, move.dst_index, move.src_index
 
 
 def read_on(stream: torch.Stream | None, index: Index) -> Index:
