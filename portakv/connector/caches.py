@@ -26,7 +26,14 @@ Extents = dict[str, Any]
 #: A chunk from its first token on.
 WHOLE = Index()
 
-Job = tuple[KVView, Index, Index, int]  # a chunk, its index, the cache's index, tokens
+
+class Job(NamedTuple):
+    """A copy between a chunk and the caches, without its direction."""
+
+    chunk: KVView
+    chunk_index: Index
+    cache_index: Index
+    tokens: int
 
 
 class Batch(NamedTuple):
@@ -43,15 +50,16 @@ class Batch(NamedTuple):
     ) -> Batch:
         """Return the arguments as a batch; raise `SlotError` unless each object has a start and an
         end."""
-        passed = memory_objs, starts, ends
-        lists: list[Any] = [[*each] if isinstance(each, Iterable) else None for each in passed]
-        count, *others = (None if each is None else len(each) for each in lists)
-        if count is None or others != [count, count]:
+        objects = _listed(memory_objs)
+        firsts = _listed(starts)
+        pasts = _listed(ends)
+        counts = [None if each is None else len(each) for each in (objects, firsts, pasts)]
+        if objects is None or firsts is None or pasts is None or len(set(counts)) > 1:
             raise SlotError(
-                f"Expected one start and one end for each memory object, got {count} memory "
-                f"objects, {others[0]} starts and {others[1]} ends. Pass lists of equal length."
+                f"Expected one start and one end for each memory object, got {counts[0]} memory "
+                f"objects, {counts[1]} starts and {counts[2]} ends. Pass lists of equal length."
             )
-        return cls(lists[0], slot_mapping, lists[1], lists[2])
+        return cls(objects, slot_mapping, firsts, pasts)
 
 
 class Registration:
@@ -106,10 +114,10 @@ class Registration:
 
     def move(self, store: bool, job: Job) -> Move:
         """Return the copy between the caches and a chunk."""
-        chunk, own, index, count = job
+        chunk, chunk_index, cache_index, tokens = job
         if store:
-            return Move(self.view, chunk, index, own, count)
-        return Move(chunk, self.view, own, index, count)
+            return Move(self.view, chunk, cache_index, chunk_index, tokens)
+        return Move(chunk, self.view, chunk_index, cache_index, tokens)
 
     def job(self, memory_obj: MemoryObject, slots: Ids | None, start: int, end: int | None) -> Job:
         """Return one memory object with its range of the slot mapping, after checks.
@@ -129,7 +137,7 @@ class Registration:
                 "Expected a memory_obj outside the kv_caches, got one in their memory. Pass a "
                 "separate buffer."
             )
-        return chunk, WHOLE, index, count
+        return Job(chunk, WHOLE, index, count)
 
     def batch_moves(self, store: bool, batch: Batch, strict: bool) -> list[Move]:
         """Return the copies of a batch, one for each set of chunks of equal shape and strides.
@@ -138,9 +146,9 @@ class Registration:
         """
         ranges = zip(batch.memory_objs, batch.starts, batch.ends, strict=True)
         jobs = [self.job(one, batch.slot_mapping, start, end) for one, start, end in ranges]
-        jobs = [job for job in jobs if job[3]]
+        jobs = [job for job in jobs if job.tokens]
         if store:
-            _check_apart([job[0] for job in jobs])
+            _check_apart([job.chunk for job in jobs])
         moves = [self.move(store, job) for job in self._sets(jobs)]
         _check_batch(moves, strict)
         return moves
@@ -169,19 +177,19 @@ class Registration:
         groups: dict[tuple[object, ...], list[Job]] = defaultdict(list)
         for job in jobs:
             # Equal in bytes is not enough: one view has tensors of one shape and dtype.
-            chunk = job[0]
-            first = job[0].owners[0]
+            chunk = job.chunk
+            first = chunk.owners[0]
             kind = (chunk.device, first.dtype, first.shape, first.stride())
             groups[chunk.form, chunk.slots, kind].append(job)
         sets: list[Job] = []
         for members in groups.values():
-            chunk = members[0][0]
+            chunk = members[0].chunk
             if len(members) == 1 or chunk.layout.containers or chunk.layout.paged:
                 sets += members
                 continue
             bound = self._bind(f"block | {chunk.layout.text}", chunk.owners[0].itemsize)
-            view = KVView.through(bound, [job[0].tensors for job in members])
-            sets.append((view, *_joined(members)))
+            view = KVView.through(bound, [job.chunk.tensors for job in members])
+            sets.append(_joined(members, view))
         return sets
 
     def _bind(self, layout: str, itemsize: int) -> BoundLayout:
@@ -192,6 +200,11 @@ class Registration:
                 extents.pop("block_size", None)  # a block of a batch is a chunk
             bound = self._bound[layout, itemsize] = bind_layout(layout, **extents)
         return bound
+
+
+def _listed(passed: object) -> list[Any] | None:
+    """Return arguments as a list; None if nothing can iterate over them."""
+    return [*passed] if isinstance(passed, Iterable) else None
 
 
 def _known_extents(cache: KVView, layout: str, itemsize: int) -> Extents:
@@ -211,23 +224,26 @@ def _known_extents(cache: KVView, layout: str, itemsize: int) -> Extents:
     return extents
 
 
-def _joined(members: list[Job]) -> tuple[Index, Index, int]:
-    """Return the index of the chunks' view, the index of the cache and the tokens of several jobs
-    as one."""
-    slots = members[0][0].slots
-    shared = members[0][2]
+def _joined(members: list[Job], view: KVView) -> Job:
+    """Return several jobs as one; in ``view`` each of their chunks is a block."""
+    # Ranges of one list that follow each other need no separate list.
+    shared = members[0].cache_index
     follow = True
     at = shared.offset
-    for _, _, index, count in members:
+    for job in members:
+        index = job.cache_index
         follow &= index.ids is shared.ids and index.step == shared.step and index.offset == at
-        at += count
+        at += job.tokens
     total = at - shared.offset
     if not follow:
-        shared = Index.joined([(index, count) for _, _, index, count in members])
-    if all(count == slots for *_, count in members[:-1]):
-        return Index(), shared, total
-    chunks = [(Index(offset=nth * slots), count) for nth, (*_, count) in enumerate(members)]
-    return Index.joined(chunks), shared, total
+        shared = Index.joined([(job.cache_index, job.tokens) for job in members])
+
+    # The same holds for chunks that are full, except for the last one.
+    slots = members[0].chunk.slots
+    if all(job.tokens == slots for job in members[:-1]):
+        return Job(view, Index(), shared, total)
+    filled = [(Index(offset=nth * slots), job.tokens) for nth, job in enumerate(members)]
+    return Job(view, Index.joined(filled), shared, total)
 
 
 def _first_tensor(level: object) -> torch.Tensor:

@@ -67,19 +67,19 @@ class AdaptiveConnector:
         self.device = self._choice.backend.device
         self._bound = bind_layout(kv_layout, reinterpret=reinterpret, **extents)
         parse(resolve(chunk_layout)[0])  # raises here for a layout that cannot be parsed
-        self._layouts = kv_layout, chunk_layout
+        self._kv_layout = kv_layout
+        self._chunk_layout = chunk_layout
         self._registered: Registration | None = None
         self._late = LateErrors()
         self._number = in_graph.enlist(self)
         self._passing: Registration | None = None
 
     def __repr__(self) -> str:
-        kv_layout, chunk_layout = self._layouts
         registered = self._registered
         caches = "nothing registered" if registered is None else f"{registered.view.slots} slots"
         return (
             f"AdaptiveConnector({str(self.device)!r}, backend={self._choice.name!r}, "
-            f"kv_layout={kv_layout!r}, chunk_layout={chunk_layout!r}, {caches})"
+            f"kv_layout={self._kv_layout!r}, chunk_layout={self._chunk_layout!r}, {caches})"
         )
 
     def register_kv_caches(self, kv_caches: Tensors) -> None:
@@ -106,7 +106,7 @@ class AdaptiveConnector:
         *,
         stream: torch.Stream | None = None,
     ) -> Transfer:
-        """Store: rows of ``slot_mapping[start:end]`` become tokens 0 .. end - start of the chunk.
+        """Store rows ``slot_mapping[start:end]`` as tokens 0 .. end - start of the chunk.
 
         Args:
             memory_obj: the chunk, a tensor or anything with ``.tensor``, on device or host.
@@ -130,7 +130,7 @@ class AdaptiveConnector:
         *,
         stream: torch.Stream | None = None,
     ) -> Transfer:
-        """Load: tokens 0 .. end - start of the chunk go to rows ``slot_mapping[start:end]``.
+        """Load tokens 0 .. end - start of the chunk into rows ``slot_mapping[start:end]``.
 
         Arguments and errors are those of `from_gpu`.
         """
@@ -175,7 +175,7 @@ class AdaptiveConnector:
         if registered is None:
             return "\n".join([*lines, "no kv_caches are registered, so there is no plan yet"])
         cache = registered.view
-        chunk = registered.chunk(example_chunk(cache, self._layouts[1], tokens))
+        chunk = registered.chunk(example_chunk(cache, self._chunk_layout, tokens))
         ready = prepared(cache.form, chunk.form, 1, 0, None, self._choice)
         lines.append(f"from_gpu of {tokens} tokens, carried out by {ready.choice.name!r}:")
         if ready.choice.name != self._choice.name:
@@ -237,7 +237,7 @@ class AdaptiveConnector:
         move = caches.move(store, job)
         transfer = copy_move(move, self._choice, stream, known_good=True, strict=strict)
         if not strict:  # a shortcut looks at no ids
-            caches.shortcuts.remember(store, job[0], slot_mapping)
+            caches.shortcuts.remember(store, job.chunk, slot_mapping)
         return self._keep(transfer)
 
     def _move_batch(
@@ -318,7 +318,7 @@ class AdaptiveConnector:
 
     def _read(self, kv_caches: Tensors) -> Registration:
         return Registration(
-            kv_caches, self._bound, self._layouts[1], self._choice, self._late.owner
+            kv_caches, self._bound, self._chunk_layout, self._choice, self._late.owner
         )
 
     def _keep(self, transfer: Transfer) -> Transfer:

@@ -96,7 +96,7 @@ def _declare_widths(layout: Layout, values: Values, dim: int | tuple[int, ...]) 
 
 
 def _may_differ(layout: Layout, axis: str) -> bool:
-    """Return True if each kv may have a width of its own.
+    """Return True if each kv may have a separate width.
 
     Each kv then has separate tensors, or ``kv`` stands left of ``axis`` in one dimension.
     """

@@ -37,17 +37,17 @@ class Loop:
 
     @property
     def name(self) -> str:
-        """The axes as text."""
+        """Return the axes as text."""
         return " ".join(self.axes)
 
     @property
     def tabled(self) -> bool:
-        """True if a side looks its address up for each step."""
+        """Return True if a side looks its address up for each step."""
         return bool(self.src_table or self.dst_table)
 
     @property
     def over_planes(self) -> bool:
-        """True if each step leads to another plane, and so never inside a token's row."""
+        """Return True if each step leads to another plane, and so never inside a token's row."""
         return _PLANES.issuperset(self.axes)
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Side:
 
     @property
     def tabled(self) -> bool:
-        """True if a unit's number decides which entry of the table its address comes from."""
+        """Return True if a unit's number selects the table entry of its address."""
         return any(step.table for step in self.units)
 
     def text(self, number: str) -> str:
@@ -121,8 +121,18 @@ class Nest:
 
     @property
     def unit_bytes(self) -> int:
-        """The bytes that one unit moves in this nest."""
+        """Return the bytes that one unit moves in this nest."""
         return prod(loop.extent for loop in self.loops) * self.run
+
+    @property
+    def src_tabled(self) -> bool:
+        """Return True if the source looks addresses up in its table."""
+        return self.src.tabled or any(loop.src_table for loop in self.loops)
+
+    @property
+    def dst_tabled(self) -> bool:
+        """Return True if the destination looks addresses up in its table."""
+        return self.dst.tabled or any(loop.dst_table for loop in self.loops)
 
 
 def _walk(table: int, stride: int) -> str:

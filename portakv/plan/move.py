@@ -29,7 +29,7 @@ class Move(NamedTuple):
 
     @property
     def steps(self) -> tuple[int, int]:
-        """The steps that a plan of this copy is made for."""
+        """Return the steps that a plan of this copy is made for."""
         return self.src_index.plan_step, self.dst_index.plan_step
 
     def part(self, first: int, tokens: int) -> Move:

@@ -7,7 +7,7 @@ contiguous run. Its cost does not depend on the number of tokens or blocks that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -75,9 +75,8 @@ class CopyPlan:
         self.dst = dst
         self.src_step = src_step
         self.dst_step = dst_step
-        chains = [_chain(form, part)[1:] for form in (src, dst) for part in form.parts]
-        inner = [prod(step.extent for step in chain) for chain in chains if chain]
-        largest = gcd(src_step, dst_step, *inner)  # 0 if any number of tokens can be moved together
+        # 0 if any number of tokens can be moved together.
+        largest = gcd(src_step, dst_step, *_block_tokens(src), *_block_tokens(dst))
         if unit is not None and (unit < 1 or largest % unit):
             raise Unsupported(
                 f"A plan with unit {unit}", f"the steps and block sizes allow divisors of {largest}"
@@ -88,19 +87,18 @@ class CopyPlan:
 
     @property
     def vector(self) -> int:
-        """The least vector of the nests, in bytes."""
+        """Return the least vector of the nests, in bytes."""
         return min(nest.vector for nest in self.nests)
 
     @property
     def token_bytes(self) -> int:
-        """The bytes that one token moves (an opaque page: its share)."""
+        """Return the bytes that one token moves (an opaque page: its share)."""
         return sum(nest.unit_bytes for nest in self.nests) // self.unit
 
     @cached_property
     def tabled(self) -> bool:
-        """True if a side needs its address table."""
-        sided = any(nest.src.tabled or nest.dst.tabled for nest in self.nests)
-        return sided or any(loop.tabled for nest in self.nests for loop in nest.loops)
+        """Return True if a side needs its address table."""
+        return any(nest.src_tabled or nest.dst_tabled for nest in self.nests)
 
     def aligned(self, side: str) -> bool:
         """Return True if positions of a side must start at multiples of ``unit``.
@@ -121,7 +119,10 @@ class CopyPlan:
         """
         unit = self.unit
         count = move.count
-        src, dst, src_index, dst_index, _ = move
+        src = move.src
+        dst = move.dst
+        src_index = move.src_index
+        dst_index = move.dst_index
         offsets = (src_index.offset, dst_index.offset)
         if unit == 1 or unit == gcd(unit, count, src.slots, dst.slots, *offsets):
             return [(0, count, unit)]
@@ -208,7 +209,11 @@ def check_disjoint(move: Move) -> None:
 
     Ids on a device are not read back: the contents of overlapping rows are then unspecified.
     """
-    src, dst, src_index, dst_index, count = move
+    src = move.src
+    dst = move.dst
+    src_index = move.src_index
+    dst_index = move.dst_index
+    count = move.count
     if not src.overlaps(dst) or not (src_index.on_host and dst_index.on_host):
         return
     if src.form == dst.form and src.origins == dst.origins:
@@ -280,6 +285,16 @@ def _chain(form: Form, part: Part) -> Steps:
         return merge_steps((*part.block, *part.token))
     # Tokens of an opaque page have no separate place.
     return (*part.block, Step(form.block_size, 0, 0)) if form.block_size > 1 else part.block
+
+
+def _block_tokens(form: Form) -> list[int]:
+    """Return the tokens of a block of each part that has blocks."""
+    inner = [_chain(form, part)[1:] for part in form.parts]
+    return [_extent(steps) for steps in inner if steps]
+
+
+def _extent(steps: Steps) -> int:
+    return prod(step.extent for step in steps)
 
 
 def _fit(
@@ -356,8 +371,12 @@ def _join(nests: list[Nest]) -> tuple[Nest, ...]:
     kv."""
     shapes = {(nest.loops, nest.src.units, nest.dst.units) for nest in nests}
     origins = [(n.src.table, n.src.offset, n.dst.table, n.dst.offset) for n in nests]
-    steps = {tuple(b - a for a, b in zip(x, y, strict=True)) for x, y in pairwise(origins)}
+    steps = {_distances(kv, next_kv) for kv, next_kv in pairwise(origins)}
     if len(shapes) == 1 and len(steps) < 2:
         loops = [Loop(("kv",), len(nests), *step) for step in steps]
         nests = [replace(nests[0], loops=(*nests[0].loops, *loops))]
     return tuple(close(nest) for nest in nests)
+
+
+def _distances(origin: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    return tuple(after - before for before, after in zip(origin, other, strict=True))

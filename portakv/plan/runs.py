@@ -38,7 +38,11 @@ class Factors(NamedTuple):
 def factors(nests: Sequence[Nest], unit: int, move: Move) -> list[Factors]:
     """Return for each nest the runs of a copy, before multiplication; raises as `CopyPlan.runs`
     does."""
-    src, dst, src_index, dst_index, count = move
+    src = move.src
+    dst = move.dst
+    src_index = move.src_index
+    dst_index = move.dst_index
+    count = move.count
     if not isinstance(count, (int, np.integer)) or count < 0 or count % unit:
         raise SlotError(
             f"Expected runs of a multiple of the plan's unit {unit}, got {count!r} tokens. Pass "
@@ -69,9 +73,12 @@ def _sum(planes: Runs, lines: Runs) -> Runs:
     if lines.src.size > 1 and np.ptp(planes.src) < np.diff(lines.src).min():
         outer = lines
         inner = planes
-    src, dst = (_outer(a, b) for a, b in zip(outer[:2], inner[:2], strict=True))
     nbytes = np.broadcast_to(lines.nbytes, (planes.src.size, lines.src.size))
-    return Runs(src, dst, (nbytes if outer is planes else nbytes.T).reshape(-1))
+    if outer is lines:
+        nbytes = nbytes.T
+    src = _outer(outer.src, inner.src)
+    dst = _outer(outer.dst, inner.dst)
+    return Runs(src, dst, nbytes.reshape(-1))
 
 
 def _factors(
@@ -110,13 +117,18 @@ def _split(nest: Nest) -> tuple[list[Loop], list[Loop], tuple[bool, bool]]:
     """
     inner: list[Loop] = []
     outer = list(nest.loops)
-    src, dst = (any(step.table for step in side.units) for side in (nest.src, nest.dst))
-    while taken := [x for x in outer if (src and x.src_table) or (dst and x.dst_table)]:
+    src = nest.src.tabled
+    dst = nest.dst.tabled
+    # A loop that is taken into the lines for one side may need a look-up of the other side, which
+    # then takes more loops.
+    while True:
+        taken = [x for x in outer if (src and x.src_table) or (dst and x.dst_table)]
+        if not taken:
+            return inner, outer, (src, dst)
         inner += taken
         outer = [x for x in outer if x not in taken]
         src = src or any(x.src_table for x in taken)
         dst = dst or any(x.dst_table for x in taken)
-    return inner, outer, (src, dst)
 
 
 def _walk(entries: Int64, offsets: Int64, loops: Sequence[Loop], side: int) -> tuple[Int64, Int64]:

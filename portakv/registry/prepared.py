@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Prepared:
 
     @property
     def carried(self) -> tuple[str, str]:
-        """The executor of this thread's last launch, and the reason for the choice.
+        """Return the executor of this thread's last launch, and the reason for the choice.
 
         The executor is the backend, or the strategy that was picked.
         """
@@ -76,7 +77,11 @@ class Prepared:
         """Return a copy with the ids of both sides placed as `place` places them."""
         if self.can.index_on == "any":
             return move
-        src, dst, src_index, dst_index, count = move
+        src = move.src
+        dst = move.dst
+        src_index = move.src_index
+        dst_index = move.dst_index
+        count = move.count
         device = self.ids_device
         dtypes = self.can.index_dtypes
         if src_index.temporary or dst_index.temporary:
@@ -107,8 +112,8 @@ def prepared(
     launch, used = prepare(plan, choice)
     ids_device = used.can.home_of_ids(used.backend.device)
     looked_up = (
-        any(x.src.tabled or any(y.src_table for y in x.loops) for x in plan.nests),
-        any(x.dst.tabled or any(y.dst_table for y in x.loops) for x in plan.nests),
+        any(nest.src_tabled for nest in plan.nests),
+        any(nest.dst_tabled for nest in plan.nests),
     )
     tables = getattr(launch, "tables", looked_up)
     by = used.name, used.trace[-1].reason
@@ -241,22 +246,30 @@ class _CheckedLaunch:
     def __call__(self, src: KVView, dst: KVView, *rest: Any, **named: Any) -> Pending | None:
         for view in (src, dst) if self._checks else ():
             if _PLAIN not in view.derived:
-                # Raw addresses have no tensor that could be in a private format.
-                for owner in view.retained if view.form.place == "device" and not view.raw else ():
-                    for why in filter(None, (check(owner) for check in self._checks)):
-                        what = f"A copy of tensors of {view.layout.text!r}"
-                        raise Unsupported(what, f"{why}; nothing was moved")
-                view.derived[_PLAIN] = True
+                self._check_format(view)
         with self._lock:
             return self._launch(src, dst, *rest, **named)
 
+    def _check_format(self, view: KVView) -> None:
+        """Raise `Unsupported` if a tensor of the view is in a private format."""
+        # Raw addresses have no tensor that could be in a private format.
+        if view.form.place == "device" and not view.raw:
+            for owner, check in product(view.retained, self._checks):
+                why = check(owner)
+                if why:
+                    what = f"A copy of tensors of {view.layout.text!r}"
+                    raise Unsupported(what, f"{why}; nothing was moved")
+        view.derived[_PLAIN] = True
+
     @property
     def claims(self) -> Callable[[Move], Capabilities] | None:
-        """The function that returns the capabilities for a copy, if strategies are picked for each
-        copy."""
+        """Return the function that returns the capabilities for a copy.
+
+        None unless strategies are picked for each copy.
+        """
         return getattr(self._launch, "claims", None)
 
     @property
     def carried(self) -> tuple[str, str] | None:
-        """The executor of the last launch, if strategies are picked for each copy."""
+        """Return the executor of the last launch, if strategies are picked for each copy."""
         return getattr(self._launch, "carried", None)

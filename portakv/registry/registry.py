@@ -83,7 +83,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """The name of the chosen backend."""
+        """Return the name of the chosen backend."""
         return self.backend.name
 
 
@@ -269,9 +269,8 @@ class Registry:
             if device not in self._format_checks:
                 classes = []
                 for name in self.names():
-                    with suppress(
-                        Exception, SystemExit
-                    ):  # a package that does not load has no check
+                    # A package that does not load has no check.
+                    with suppress(Exception, SystemExit):
                         classes.append(self.class_of(name))
                 # Errors pass through: without a check, bytes of a private format might be moved.
                 checks = (cls.hides(device) for cls in classes)

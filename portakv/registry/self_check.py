@@ -73,10 +73,9 @@ def _try_pattern(backend: Backend, layout: str) -> str | None:
     ordered = known.transpose(3, 4) if heads_first else known
     pool = [layer.contiguous().to(backend.device) for layer in ordered]
     target = [torch.full_like(layer, -1) for layer in pool]
-    paged, empty = (
-        KVView([tuple(layer) for layer in one] if "layer kv |" in layout else one, layout)
-        for one in (pool, target)
-    )
+    paged = _view_of(pool, layout)
+    empty = _view_of(target, layout)
+
     expected = known.flatten(2, 3)[:, :, _SLOTS].transpose(0, 1)
     chunk = torch.full_like(expected.contiguous(), -1)
     places = backend.capabilities().places
@@ -85,15 +84,24 @@ def _try_pattern(backend: Backend, layout: str) -> str | None:
     elif ("device", "pinned") in places:  # a transfer strategy
         chunk = chunk.pin_memory()
     dense = KVView(chunk, "kv layer token head dim")
+
     _copy(backend, paged, dense, 1, 0)
     if not chunk.cpu().equal(expected):
         return f"{_wrong(chunk.cpu(), expected)} gathering {layout!r}"
+
     _copy(backend, dense, empty, 0, 1)
     wanted = torch.full_like(known, -1)
     wanted.flatten(2, 3)[:, :, _SLOTS] = expected.transpose(0, 1)
     arrived = torch.stack([layer.cpu() for layer in target])
     wanted = wanted.transpose(3, 4) if heads_first else wanted
     return None if arrived.equal(wanted) else f"{_wrong(arrived, wanted)} scattering {layout!r}"
+
+
+def _view_of(layers: list[torch.Tensor], layout: str) -> KVView:
+    """Return a view of layers whose first axis is kv, which some layouts name as a container."""
+    if "layer kv |" in layout:
+        return KVView([tuple(layer) for layer in layers], layout)
+    return KVView(layers, layout)
 
 
 def _copy(backend: Backend, src: KVView, dst: KVView, src_step: int, dst_step: int) -> None:
