@@ -167,10 +167,10 @@ def test_the_help_imports_no_extra_a_picture_needs_no_unicode_and_a_reader_may_g
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
     with process:
-        told = "".join(takewhile("end\n".__ne__, process.stdout))
+        output = "".join(takewhile("end\n".__ne__, process.stdout))
         process.stdout.close()
         _, err = process.communicate("\n", timeout=300)
-    assert "kv_caches[layer][kv, block, token, head, dim]" in told, err
+    assert "kv_caches[layer][kv, block, token, head, dim]" in output, err
     assert (process.returncode, err) == (1, "")
 
 
@@ -191,11 +191,11 @@ def test_backends() -> None:
 
 
 def test_backends_as_json() -> None:
-    found = run_json("backends")
-    assert list(found) == ["portakv", "torch", "python", "forced", "devices"]
-    assert (found["torch"], found["forced"]) == (torch.__version__, None)
-    assert [d["device"] for d in found["devices"]] == [str(d) for d in devices_present()]
-    cpu = found["devices"][0]
+    report = run_json("backends")
+    assert list(report) == ["portakv", "torch", "python", "forced", "devices"]
+    assert (report["torch"], report["forced"]) == (torch.__version__, None)
+    assert [d["device"] for d in report["devices"]] == [str(d) for d in devices_present()]
+    cpu = report["devices"][0]
     assert list(cpu) == ["device", "name", "count", "missing", "chosen", "candidates"]
     assert (cpu["device"], cpu["count"], cpu["chosen"]) == ("cpu", 1, "reference")
     answers = {c["name"]: c["on_request"] for c in cpu["candidates"]}
@@ -211,9 +211,9 @@ def test_backends_tell_why_not_the_others() -> None:
     wrong = small_backend("wrong", spoil=wipe)
     with registered(absent=Absent, broken=missing, wrong=wrong, shy=Shy):
         out = run("backends").out
-    found = dict(line.split()[:2] for line in out.splitlines() if len(line.split()) > 1)
+    answers = dict(line.split()[:2] for line in out.splitlines() if len(line.split()) > 1)
     names = ["absent", "broken", "wrong", "shy", "reference"]
-    assert [found[name] for name in names] == [*["rejected"] * 3, "chosen", "accepted"]
+    assert [answers[name] for name in names] == [*["rejected"] * 3, "chosen", "accepted"]
     text = " ".join(out.split())
     assert "its driver [v2] is not installed" in text  # and no brackets are taken for markup
     folded = "".join(out.split())  # a narrow column breaks a long word
@@ -304,11 +304,11 @@ def test_a_string_gets_its_picture() -> None:
     text = "layer token kv (head dim)"
     preset = PRESETS["chunk-2ltd"]
     assert run("layouts", text)[1].endswith(f"\n{draw(text)}\n")
-    found = run_json("layouts", text)
-    assert (found["name"], found["layout"], found["same_layout"]) == (None, text, [])
-    found = run_json("layouts", preset.name)
-    assert (found["picture"], found["same_layout"]) == (draw(preset.layout), ["chunk-2ltd-mla"])
-    assert (found["name"], found["engine"]) == (preset.name, preset.engine)
+    report = run_json("layouts", text)
+    assert (report["name"], report["layout"], report["same_layout"]) == (None, text, [])
+    report = run_json("layouts", preset.name)
+    assert (report["picture"], report["same_layout"]) == (draw(preset.layout), ["chunk-2ltd-mla"])
+    assert (report["name"], report["engine"]) == (preset.name, preset.engine)
 
 
 # portakv demo and portakv bench
@@ -340,14 +340,14 @@ def test_words_are_handed_on(
 
 
 @pytest.mark.parametrize(
-    ("missing", "said"),
+    ("missing", "messages"),
     [
         ("portakv_benchmarks.cli", ["runs the package portakv_benchmarks, but this installation"]),
         ("matplotlib", ["needs 'matplotlib'", "pip install '.[bench]'"]),
     ],
 )
 def test_bench_without_a_package(
-    missing: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+    missing: str, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(name: str) -> ModuleType:
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
@@ -355,4 +355,4 @@ def test_bench_without_a_package(
     monkeypatch.setattr(importlib, "import_module", refuse)
     code, out, err = run("bench", "--json")
     assert (code, out) == (1, "")
-    assert all(words in err for words in said)
+    assert all(words in err for words in messages)

@@ -29,8 +29,8 @@ def test_nothing_is_cropped(
     monkeypatch.setenv("COLUMNS", str(width))
     print_table(COLUMNS, ROWS, title="T")
     out = capsys.readouterr().out
-    asked = "T" + "".join(column.title for column in COLUMNS) + "".join(map("".join, ROWS))
-    assert letters(out) == letters(asked)
+    expected = "T" + "".join(column.title for column in COLUMNS) + "".join(map("".join, ROWS))
+    assert letters(out) == letters(expected)
     assert max(map(len, out.splitlines())) <= width
     assert all(line == line.rstrip() for line in out.splitlines())
     if width >= 48:

@@ -67,9 +67,9 @@ def test_the_example_is_bit_identical_and_its_control_is_not(
 
     monkeypatch.setattr(example, "decode", noted)
     assert example.run([str(DEVICE), "--host", host]) == 0
-    told = capsys.readouterr().out
-    assert f"tokens in {host if DEVICE.type == 'cuda' else 'pageable'} memory" in told
-    assert "bit-identical" in told
+    output = capsys.readouterr().out
+    assert f"tokens in {host if DEVICE.type == 'cuda' else 'pageable'} memory" in output
+    assert "bit-identical" in output
     stayed, came_back, noise = caches
     assert [tuple(x.shape) for x in stayed] == [(1, 4, 235, 32)] * 8
     assert all(torch.equal(x, y) for x, y in zip(stayed, came_back, strict=True))
@@ -192,33 +192,33 @@ def test_the_check_of_a_chunk_and_of_pages_counts_wrong_bytes() -> None:
 # the second part: its backends
 
 
-def rows_of(found: Any, backend: str) -> list[dict[str, Any]]:
-    return [row for row in found["moves"] if row["backend"] == backend]
+def rows_of(report: Any, backend: str) -> list[dict[str, Any]]:
+    return [row for row in report["moves"] if row["backend"] == backend]
 
 
 def test_every_backend_is_checked_and_timed() -> None:
     with registered(twin=small_backend("twin")):
-        found = run_json("demo", "--device", "cpu")
-    assert (found["ok"], found["chosen"]) == (True, "twin")
-    model = found["model"]
+        report = run_json("demo", "--device", "cpu")
+    assert (report["ok"], report["chosen"]) == (True, "twin")
+    model = report["model"]
     assert (model["skipped"], model["identical"], model["control_differs"]) == (None, True, True)
     assert any("bit-identical to" in line for line in model["story"])
-    assert found["scenario"]["payload_bytes"] == PAYLOAD
-    assert found["candidates"][-1]["name"] == "reference"
-    assert [row["backend"] for row in found["moves"][:7]] == [*["torch"] * 3, *["twin"] * 4]
-    plain = [row["call"] for row in rows_of(found, "torch")]
+    assert report["scenario"]["payload_bytes"] == PAYLOAD
+    assert report["candidates"][-1]["name"] == "reference"
+    assert [row["backend"] for row in report["moves"][:7]] == [*["torch"] * 3, *["twin"] * 4]
+    plain = [row["call"] for row in rows_of(report, "torch")]
     assert plain == ["copy_", "indexing", "indexing"]
-    for row in found["moves"]:  # one figure, whatever the rounds were like
-        assert row["ratio"] == found["moves"][0]["seconds"] / row["seconds"]
+    for row in report["moves"]:  # one figure, whatever the rounds were like
+        assert row["ratio"] == report["moves"][0]["seconds"] / row["seconds"]
     for name in ("twin", "reference"):
-        rows = rows_of(found, name)
+        rows = rows_of(report, name)
         assert [row["call"] for row in rows] == ["from_gpu", "to_gpu", "copy_blocks", "copy_blocks"]
         assert [row["checked"] for row in rows] == [PAYLOAD, POOL, PAYLOAD, POOL]
         assert all(row["wrong"] == 0 and row["seconds"] > 0 and row["ratio"] > 0 for row in rows)
 
 
 def flip(view: KVView) -> None:
-    """Flip one bit behind a copy, but not of the self-check's."""
+    """Flip one bit after a copy, except for the copies of the self-check."""
     if view.slots in (24, 40):
         view.owners[-1].view(torch.uint8).flatten()[-1] ^= 1
 
@@ -230,19 +230,19 @@ def fail(view: KVView) -> None:
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
-    ("wrong", "code", "said"),
+    ("wrong", "code", "message"),
     [
         (flip, 1, "all right through reference WRONG or missing through odd"),
         (fail, 1, "odd, from_gpu, 24 slots -> chunk, failed: ValueError: out of ideas"),
         (wipe, 0, "self-check failed"),
     ],
 )
-def test_a_backend_that_is_wrong_hides_no_other(wrong: Any, code: int, said: str) -> None:
+def test_a_backend_that_is_wrong_hides_no_other(wrong: Any, code: int, message: str) -> None:
     with registered(odd=small_backend("odd", spoil=wrong)):
         ran = run("demo", "--device", "cpu")
     text = " ".join(ran.out.split())
     assert ran.code == code
-    assert said in text
+    assert message in text
     assert "all right through reference" in text
     assert text.count("1 wrong") == (4 if wrong is flip else 0)
     assert ("odd rejected" in text) is (wrong is wipe)  # and so not run
@@ -254,19 +254,19 @@ def test_a_backend_may_refuse_a_copy_but_not_when_it_is_forced_and_then_it_runs_
 ) -> None:
     picky = small_backend("picky", rejects=lambda plan: plan.src_step == 8)
     with registered(picky=picky):
-        found = run_json("demo", "--device", "cpu")
+        report = run_json("demo", "--device", "cpu")
         monkeypatch.setenv("PORTAKV_BACKEND", "picky")
         code, _, err = run("demo", "--device", "cpu")
         monkeypatch.setenv("PORTAKV_BACKEND", "reference")
         alone = run_json("demo", "--device", "cpu")
-        told = run("demo", "--device", "cpu").out
-    refused = [row["refused"] is not None for row in rows_of(found, "picky")]
-    assert (refused, found["ok"]) == ([False, False, True, False], True)
+        output = run("demo", "--device", "cpu").out
+    refused = [row["refused"] is not None for row in rows_of(report, "picky")]
+    assert (refused, report["ok"]) == ([False, False, True, False], True)
     assert (code, "check dislikes this plan" in err) == (1, True)
     assert alone["forced"] == alone["chosen"] == "reference"
     assert {row["backend"] for row in alone["moves"]} == {"torch", "reference"}
-    assert "PORTAKV_BACKEND=reference is set: that backend runs alone." in told
-    assert "PORTAKV_BACKEND forces it" in told
+    assert "PORTAKV_BACKEND=reference is set: that backend runs alone." in output
+    assert "PORTAKV_BACKEND forces it" in output
 
 
 # what is printed
@@ -280,8 +280,8 @@ def test_the_demo_fits_80_columns(kind: str, forced: str, monkeypatch: pytest.Mo
     ran = run("demo", "--device", "cpu")
     assert ran.code == 0
     assert max(map(len, ran.out.splitlines())) <= 80
-    for said in ("bit-identical to", "vs copy_", "128 slots -> chunk", "all right", "is chosen"):
-        assert said in ran.out
+    for text in ("bit-identical to", "vs copy_", "128 slots -> chunk", "all right", "is chosen"):
+        assert text in ran.out
 
 
 # memory and time
@@ -290,24 +290,24 @@ def test_the_demo_fits_80_columns(kind: str, forced: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("free", "layers"), [(None, 32), (8 << 30, 32), (1 << 30, 16), (0, 1)])
 def test_the_scenario_is_fitted_to_free_memory(free: int | None, layers: int) -> None:
     assert FOUNDING.payload == 64 << 20 < FOUNDING.pool
-    found = fitted(FOUNDING, free)
-    assert (found.layers, found.full_layers) == (layers, 32 if layers < 32 else 0)
+    scenario = fitted(FOUNDING, free)
+    assert (scenario.layers, scenario.full_layers) == (layers, 32 if layers < 32 else 0)
 
 
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("room", [True, False])
-def test_what_the_demo_says_is_what_it_did(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_the_demo_says_is_what_it_did(fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's weights, the backends by name, and what it did not run or scaled down."""
-    if not room:
+    if not fits:
         monkeypatch.setattr("portakv.cli.demo.moves.free_memory", lambda device: SMALL.needed)
-    told = " ".join(run("demo", "--device", "cpu").out.split())
-    assert "a small Llama with random weights; nothing is downloaded" in told
-    assert "of KV cache through reference 24 tokens" in told
-    assert "every backend" not in told
-    assert ("compiled on request" in told) == ("so the demo did not run it" in told)
-    assert ("24 tokens of 1 layers" in told) is not room
-    said = "Scaled down: 3 layers would take more than half of the free memory of cpu."
-    assert (said in told) is not room
+    output = " ".join(run("demo", "--device", "cpu").out.split())
+    assert "a small Llama with random weights; nothing is downloaded" in output
+    assert "of KV cache through reference 24 tokens" in output
+    assert "every backend" not in output
+    assert ("compiled on request" in output) == ("so the demo did not run it" in output)
+    assert ("24 tokens of 1 layers" in output) is not fits
+    message = "Scaled down: 3 layers would take more than half of the free memory of cpu."
+    assert (message in output) is not fits
 
 
 def test_times_are_medians_of_rounds_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

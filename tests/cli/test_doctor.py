@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv doctor`, beside engines that a folder of metadata says are installed."""
+"""`portakv doctor`, with engines that a folder of metadata says are installed."""
 
 from __future__ import annotations
 
@@ -52,42 +52,42 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 @pytest.fixture
 def engines(install: Install) -> Install:
-    """PortaKV with its entry points, beside the oldest release of each engine that is tested."""
+    """Install PortaKV's entry points, and the oldest tested release of each engine."""
     install("portakv", "0.1", **PROJECT["entry-points"])
     for releases in MATRIX.values():
         install(releases.package, releases.tested[0])
     return install
 
 
-def told(plug: str) -> Any:
-    return next(one for one in run_json("doctor")["plugs"] if one["plug"] == plug)
+def report_on(integration: str) -> Any:
+    return next(one for one in run_json("doctor")["plugs"] if one["plug"] == integration)
 
 
-def refusal(plug: str, *names: str) -> None:
-    """A plug is rejected by one sentence, which has these names."""
-    found = told(plug)
-    (reason,) = found["reasons"]
-    assert found["answer"] == "rejected"
+def refusal(integration: str, *names: str) -> None:
+    """Assert that one sentence, which has these names, rejects an integration."""
+    report = report_on(integration)
+    (reason,) = report["reasons"]
+    assert report["answer"] == "rejected"
     check_sentence(reason, *names)
 
 
-# --- Plugs ----------------------------------------------------------------------------------------
+# --- Integrations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("engines")
 def test_plugs_that_would_work() -> None:
-    found = run_json("doctor")
+    report = run_json("doctor")
     names = "portakv", "torch", "python", "forced", "variables", "plugs", "devices", "extras"
-    assert tuple(found) == names
-    for one in found["plugs"]:
+    assert tuple(report) == names
+    for one in report["plugs"]:
         assert one["found"] == MATRIX[one["plug"]].tested[0]
         assert (one["answer"], one["reasons"], one["notes"]) == ("on request", [], [])
         assert one["devices"][0] == "cpu"
-    assert [one["plug"] for one in found["plugs"]] == list(INTEGRATIONS) == [*MATRIX]
+    assert [one["plug"] for one in report["plugs"]] == list(INTEGRATIONS) == [*MATRIX]
 
 
 def test_a_line_of_python_brings_its_imports() -> None:
-    """In the order in which the page of the plug has them."""
+    """The line has the imports in the order of the integration's page."""
     line = INTEGRATIONS["transformers"].line
     page = (Path(__file__).parents[2] / "docs/plugs/transformers.md").read_text("utf-8")
     at = [page.index(statement) for statement in line.split("; ")]
@@ -95,23 +95,26 @@ def test_a_line_of_python_brings_its_imports() -> None:
     assert "import OffloadedCache" in line
 
 
-@pytest.mark.parametrize(("plug", "release"), [(x, y) for x in MATRIX for y in ("0.1", "99.0")])
-def test_a_release_outside_the_matrix(install: Install, plug: str, release: str) -> None:
-    releases = MATRIX[plug]
+@pytest.mark.parametrize(
+    ("integration", "release"), [(x, y) for x in MATRIX for y in ("0.1", "99.0")]
+)
+def test_a_release_outside_the_matrix(install: Install, integration: str, release: str) -> None:
+    releases = MATRIX[integration]
     install(releases.package, release)
-    if (plug, release) == ("transformers", "99.0"):  # with interfaces as expected, as it is here
-        found = told(plug)
-        assert found["reasons"] == []
-        check_sentence(*found["notes"], "transformers 99.0", "look as expected")
+    if (integration, release) == ("transformers", "99.0"):
+        # Its interfaces are as expected, since the installed release stands in for it.
+        report = report_on(integration)
+        assert report["reasons"] == []
+        check_sentence(*report["notes"], "transformers 99.0", "look as expected")
         return
-    refusal(plug, f"{releases.package} {release}", str(releases), "PortaKV 0.", "Install")
+    refusal(integration, f"{releases.package} {release}", str(releases), "PortaKV 0.", "Install")
 
 
 def test_a_release_that_was_not_run_is_told(install: Install) -> None:
     install("vllm", "0.29.1")
-    found = told("vllm")
-    assert found["answer"] == "on request"
-    check_sentence(*found["notes"], "vllm 0.29.1", "0.26.0 and 0.33.0")
+    report = report_on("vllm")
+    assert report["answer"] == "on request"
+    check_sentence(*report["notes"], "vllm 0.29.1", "0.26.0 and 0.33.0")
 
 
 def test_an_engine_whose_metadata_is_broken(install: Install) -> None:
@@ -122,7 +125,7 @@ def test_an_engine_whose_metadata_is_broken(install: Install) -> None:
 
 
 def test_an_engine_that_is_missing() -> None:
-    """Of those that are missing from this environment."""
+    """An engine that this environment lacks is rejected."""
     for one in run_json("doctor")["plugs"]:
         if one["found"] is None:
             (reason,) = one["reasons"]
@@ -130,31 +133,41 @@ def test_an_engine_that_is_missing() -> None:
             assert one["answer"] == "rejected"
 
 
-@pytest.mark.parametrize("plug", ["lmcache", "sglang"])
-def test_an_entry_point_that_is_not_installed(install: Install, plug: str) -> None:
+@pytest.mark.parametrize("integration", ["lmcache", "sglang"])
+def test_an_entry_point_that_is_not_installed(install: Install, integration: str) -> None:
     install("portakv", "0.1")  # shadows the one that is installed
-    install(plug, MATRIX[plug].least)
-    refusal(plug, INTEGRATIONS[plug].at("cpu"), INTEGRATIONS[plug].group, "Install PortaKV again")
-
-
-@pytest.mark.parametrize("plug", ["lmcache", "sglang"])
-def test_another_plug_of_the_same_name(engines: Install, plug: str) -> None:
-    engines(
-        "acme", "1.0", **{INTEGRATIONS[plug].group: {INTEGRATIONS[plug].at("cpu"): "acme:Other"}}
+    install(integration, MATRIX[integration].least)
+    refusal(
+        integration,
+        INTEGRATIONS[integration].at("cpu"),
+        INTEGRATIONS[integration].group,
+        "Install PortaKV again",
     )
-    refusal(plug, INTEGRATIONS[plug].at("cpu"), "acme:Other", "Uninstall acme")
+
+
+@pytest.mark.parametrize("integration", ["lmcache", "sglang"])
+def test_another_plug_of_the_same_name(engines: Install, integration: str) -> None:
+    engines(
+        "acme",
+        "1.0",
+        **{INTEGRATIONS[integration].group: {INTEGRATIONS[integration].at("cpu"): "acme:Other"}},
+    )
+    refusal(integration, INTEGRATIONS[integration].at("cpu"), "acme:Other", "Uninstall acme")
 
 
 @pytest.mark.usefixtures("engines")
 def test_what_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCACHE_DEVICE_BACKEND", " PortaKV-CPU ")
-    assert (told("lmcache")["answer"], told("sglang")["answer"]) == ("chosen", "on request")
-    assert told("lmcache")["line"] == "LMCACHE_DEVICE_BACKEND=portakv-cpu"
+    assert (report_on("lmcache")["answer"], report_on("sglang")["answer"]) == (
+        "chosen",
+        "on request",
+    )
+    assert report_on("lmcache")["line"] == "LMCACHE_DEVICE_BACKEND=portakv-cpu"
     monkeypatch.setenv("PORTAKV_SGLANG", "0")
-    assert told("sglang")["answer"] == "on request"
+    assert report_on("sglang")["answer"] == "on request"
     monkeypatch.setenv("PORTAKV_SGLANG", "1")
     monkeypatch.setenv("SGLANG_PLUGINS", "acme, portakv")
-    assert told("sglang")["answer"] == "chosen"
+    assert report_on("sglang")["answer"] == "chosen"
     monkeypatch.setenv("SGLANG_PLUGINS", "acme")
     refusal("sglang", "SGLANG_PLUGINS=acme", "Unset it")
 
@@ -169,11 +182,11 @@ def test_another_backend_of_lmcache_is_named(name: str, monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("engines")
 def test_no_device_is_served_under_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
-    found = run_json("doctor")
-    assert found["forced"] == "nonsense"
-    assert [one["backend"] for one in found["devices"]] == [None] * len(found["devices"])
-    for plug in INTEGRATIONS:
-        refusal(plug, "no device of this machine", "PORTAKV_BACKEND", "portakv backends")
+    report = run_json("doctor")
+    assert report["forced"] == "nonsense"
+    assert [one["backend"] for one in report["devices"]] == [None] * len(report["devices"])
+    for integration in INTEGRATIONS:
+        refusal(integration, "no device of this machine", "PORTAKV_BACKEND", "portakv backends")
 
 
 SIMULATED = """
@@ -188,11 +201,11 @@ main(["doctor", "--json"])
 @pytest.mark.parametrize("name", [pytest.param("mlu", marks=pytest.mark.full), "simdev"])
 def test_beside_an_accelerator(name: str) -> None:
     written = python("-c", SIMULATED.format(name=name), PYTHONPATH=":".join(sys.path))
-    found = json.loads(written)
-    plugs = {one["plug"]: one for one in found["plugs"]}
-    assert [one["device"] for one in found["devices"]] == ["cpu", f"{name}:0"]
-    assert plugs["vllm"]["devices"] == ["cpu", name]
-    lmcache = plugs["lmcache"]
+    report = json.loads(written)
+    integrations = {one["plug"]: one for one in report["plugs"]}
+    assert [one["device"] for one in report["devices"]] == ["cpu", f"{name}:0"]
+    assert integrations["vllm"]["devices"] == ["cpu", name]
+    lmcache = integrations["lmcache"]
     assert lmcache["answer"] == "on request"
     if name == "mlu":
         assert lmcache["line"] == "LMCACHE_DEVICE_BACKEND=portakv-mlu"
@@ -263,8 +276,8 @@ def test_doctor() -> None:
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
     firsts = {line.split()[0]: line for line in out.splitlines() if line.split()}
-    for name, plug in INTEGRATIONS.items():
-        assert f"{name}: {plug.line.replace('{device}', 'cpu')}\n" in out
+    for name, integration in INTEGRATIONS.items():
+        assert f"{name}: {integration.line.replace('{device}', 'cpu')}\n" in out
         assert firsts[name].split()[-2:] == ["on", "request"]
     assert firsts["cpu"].split()[2] == "reference"
     lines = [
@@ -294,7 +307,7 @@ def test_extras_are_those_of_the_project() -> None:
 
 def test_an_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    found = run_json("doctor")["extras"]
-    assert next(x for x in found if x["extra"] == "bench")["missing"] == ["matplotlib"]
+    report = run_json("doctor")["extras"]
+    assert next(x for x in report if x["extra"] == "bench")["missing"] == ["matplotlib"]
     out = " ".join(run("doctor").out.split())
     assert "portakv[bench" in out

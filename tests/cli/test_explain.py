@@ -36,8 +36,8 @@ def test_explain() -> None:
 
 
 def test_explain_as_json() -> None:
-    found = run_json("explain", *FOUNDING, "--device", "cpu")
-    assert list(found) == [
+    report = run_json("explain", *FOUNDING, "--device", "cpu")
+    assert list(report) == [
         "source",
         "destination",
         "plan",
@@ -48,7 +48,7 @@ def test_explain_as_json() -> None:
         "notes",
         "candidates",
     ]
-    assert found["source"] == {
+    assert report["source"] == {
         "asked": FOUNDING[0],
         "layout": FOUNDING[0],
         "dtype": "float16",
@@ -61,7 +61,7 @@ def test_explain_as_json() -> None:
         "opaque": False,
         "step": 1,
     }
-    plan = found["plan"]
+    plan = report["plan"]
     assert (plan["unit"], plan["vector_bytes"], plan["token_bytes"]) == (1, 16, 2 * 32 * 32 * 256)
     (nest,) = plan["nests"]
     assert (nest["run_bytes"], nest["vector_bytes"]) == (32 * 256, 16)
@@ -70,16 +70,16 @@ def test_explain_as_json() -> None:
     assert (layer["axis"], layer["extent"], layer["destination"]["bytes"]) == ("layer", 32, 1 << 20)
     assert (kv["axis"], kv["source"], kv["extent"]) == ("kv", {"table": 0, "bytes": 1 << 20}, 2)
     assert plan["text"].splitlines()[0] == "unit 1 token, vector 16 B, 524288 B a token"
-    assert (found["device"], found["backend"], found["forced"]) == ("cpu", "reference", False)
+    assert (report["device"], report["backend"], report["forced"]) == ("cpu", "reference", False)
 
 
 @pytest.mark.usefixtures("either")
 def test_explain_lists_everything_that_remembers() -> None:
-    kept: Bounded[str, int] = Bounded("things of a test", 7)
-    kept["a"] = 1
-    found = run_json("explain", "--caches")["caches"]
-    assert {"name": "things of a test", "size": 1, "limit": 7} in found
-    assert len(found) == len(caches())
+    cache: Bounded[str, int] = Bounded("things of a test", 7)
+    cache["a"] = 1
+    report = run_json("explain", "--caches")["caches"]
+    assert {"name": "things of a test", "size": 1, "limit": 7} in report
+    assert len(report) == len(caches())
     row = next(line for line in run("explain", "--caches").out.splitlines() if "of a test" in line)
     assert row.split()[-2:] == ["1", "7"]
 
@@ -112,21 +112,21 @@ def test_explain_takes_every_preset(name: str) -> None:
     words = ["--layers", "2"] if "layer" in axes else []
     if "head" in axes and "heads" not in PRESETS[name].extents:
         words += ["--heads", "4"]
-    found = run_json("explain", name, name, "--device", "cpu", *words)
-    side = found["source"]
+    report = run_json("explain", name, name, "--device", "cpu", *words)
+    side = report["source"]
     assert (side["asked"], side["layout"]) == (name, PRESETS[name].layout)
     row = side["layers"] * side["heads"] * sum(side["width_bytes"])
     tokens = side["block_size"] if side["opaque"] else 1
-    assert found["plan"]["token_bytes"] == row // tokens
+    assert report["plan"]["token_bytes"] == row // tokens
 
 
 @pytest.mark.simdev
 def test_explain_says_how_rows_of_another_device_cross() -> None:
     words = "explain", *FOUNDING, "--layers", "2", "--device", f"{NAME}:1"
-    found = run_json(*words, "--src-device", f"{NAME}:0", "--overlap", "idle")
-    assert found["backend"] == "bounce"
-    assert found["why"].startswith("goes through pinned host memory, since torch does not report")
-    assert found["device"] == f"{NAME}:1"
+    report = run_json(*words, "--src-device", f"{NAME}:0", "--overlap", "idle")
+    assert report["backend"] == "bounce"
+    assert report["why"].startswith("goes through pinned host memory, since torch does not report")
+    assert report["device"] == f"{NAME}:1"
     code, _, err = run(*words, "--src-device", "cpu")
     assert code == 1
     assert "Expected a reader of the same device type" in err
@@ -136,19 +136,19 @@ def test_explain_says_how_rows_of_another_device_cross() -> None:
     assert wrong.value.code == 2
 
 
-def answers_in(found: Any) -> dict[str, tuple[bool, bool, str]]:
-    return {c["name"]: (c["accepted"], c["chosen"], c["reason"]) for c in found["candidates"]}
+def answers_in(report: Any) -> dict[str, tuple[bool, bool, str]]:
+    return {c["name"]: (c["accepted"], c["chosen"], c["reason"]) for c in report["candidates"]}
 
 
 @pytest.mark.usefixtures("either")
 def test_explain_tells_who_refused_the_plan() -> None:
     words = (*FOUNDING, "--dim", "2", "--heads", "1", "--device", "cpu")
     with registered(shy=Shy, absent=Absent, late=Late):
-        found = run_json("explain", *words)
+        report = run_json("explain", *words)
         text = " ".join(run("explain", *words).out.split())
-    assert found["backend"] == "reference"
-    assert found["why"].endswith("the candidates before it rejected it")
-    answers = answers_in(found)
+    assert report["backend"] == "reference"
+    assert report["why"].endswith("the candidates before it rejected it")
+    answers = answers_in(report)
     narrow = "it needs 16 B alignment and the plan allows 4 B"
     assert answers["shy"] == (False, False, narrow)
     assert answers["absent"] == (False, False, "its driver [v2] is not installed")
@@ -159,9 +159,9 @@ def test_explain_tells_who_refused_the_plan() -> None:
 
 def test_explain_tells_who_was_not_needed() -> None:
     with registered(shy=Shy, absent=Absent):
-        found = run_json("explain", *FOUNDING, "--device", "cpu")
-    assert found["backend"] == "shy"
-    answers = answers_in(found)
+        report = run_json("explain", *FOUNDING, "--device", "cpu")
+    assert report["backend"] == "shy"
+    answers = answers_in(report)
     assert answers["absent"] == (False, False, "its driver [v2] is not installed")
     assert answers["reference"][:2] == (True, False)
     assert answers["reference"][2].endswith("accepts the plan too, but shy comes before it")
@@ -174,17 +174,17 @@ def test_explain_tells_what_was_forced(how: str, monkeypatch: pytest.MonkeyPatch
         if how == "PORTAKV_BACKEND":
             monkeypatch.setenv(how, "reference")
             words = ["--backend", "shy"]  # which the environment beats
-        found = run_json("explain", *FOUNDING, "--device", "cpu", *words)
-        told = [found[name] for name in ("backend", "forced", "why")]
-        assert told == ["reference", True, f"forced by {how}"]
-        accepted, chosen, reason = answers_in(found)["shy"]
+        report = run_json("explain", *FOUNDING, "--device", "cpu", *words)
+        answer = [report[name] for name in ("backend", "forced", "why")]
+        assert answer == ["reference", True, f"forced by {how}"]
+        accepted, chosen, reason = answers_in(report)["shy"]
         assert (accepted, chosen) == (True, False)
         assert reason.endswith("accepts the plan too, but reference was forced")
 
 
 # portakv explain --host, on a machine without a device
 
-ASKED = ("explain", "--host", "--blocks", "1000", "--run-bytes", "32768", "--direction", "d2h")
+COMMAND = ("explain", "--host", "--blocks", "1000", "--run-bytes", "32768", "--direction", "d2h")
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ host = pytest.mark.usefixtures("no_table")
 @host
 @pytest.mark.usefixtures("either")
 def test_the_command_of_the_guide() -> None:
-    code, out, err = run(*ASKED)
+    code, out, err = run(*COMMAND)
     assert (code, err) == (0, "")
     flat = " ".join(out.split())
     for text in (
@@ -226,8 +226,8 @@ def test_the_command_of_the_guide() -> None:
 
 @host
 def test_host_as_json() -> None:
-    found = run_json(*ASKED)
-    assert list(found) == [
+    report = run_json(*COMMAND)
+    assert list(report) == [
         "direction",
         "bytes",
         "runs",
@@ -241,9 +241,9 @@ def test_host_as_json() -> None:
         "note",
         "engines",
     ]
-    assert [*found.values()][:5] == ["d2h", 32_768_000, 1000, 1000, "pinned"]
-    assert (found["terms"]["overlap"], found["measured"]) == ("compute", False)
-    engines = {one["engine"]: one for one in found["engines"]}
+    assert [*report.values()][:5] == ["d2h", 32_768_000, 1000, 1000, "pinned"]
+    assert (report["terms"]["overlap"], report["measured"]) == ("compute", False)
+    engines = {one["engine"]: one for one in report["engines"]}
     assert list(engines) == ["staged", "batched_memcpy", "zero_copy", "pageable"]
     assert engines["zero_copy"]["refused"].startswith("with overlap='compute'")
     assert engines["pageable"]["refused"] == "it does not copy pinned memory"
@@ -278,7 +278,7 @@ def test_host_as_json() -> None:
     ],
 )
 def test_what_is_asked_decides(words: list[str], engine: str) -> None:
-    assert run_json(*ASKED, *words)["engine"] == engine
+    assert run_json(*COMMAND, *words)["engine"] == engine
 
 
 @host
@@ -288,15 +288,15 @@ def test_what_is_not_said_is_a_run_of_32_kib() -> None:
         ("--payload 100M --run-bytes 1M", 100, 100 << 20),
         ("--payload 100", 1, 100),
     ):
-        found = run_json("explain", "--host", *words.split())
-        assert (found["runs"], found["bytes"], found["direction"]) == (runs, nbytes, "d2h")
+        report = run_json("explain", "--host", *words.split())
+        assert (report["runs"], report["bytes"], report["direction"]) == (runs, nbytes, "d2h")
 
 
 @host
 def test_terms_are_told() -> None:
-    _, out, _ = run(*ASKED, "--max-gbps", "12.5", "--overlap", "idle", "--max-thread-blocks", "3")
-    told = "overlap='idle': assume that the device does nothing else; max_gbps=12.5; max_thread_"
-    assert f"{told}blocks=3" in " ".join(out.split())
+    _, out, _ = run(*COMMAND, "--max-gbps", "12.5", "--overlap", "idle", "--max-thread-blocks", "3")
+    terms = "overlap='idle': assume that the device does nothing else; max_gbps=12.5; max_thread_"
+    assert f"{terms}blocks=3" in " ".join(out.split())
 
 
 @host
@@ -309,9 +309,9 @@ def test_a_table_of_another_machine(seconds: float, engine: str, tmp_path: Path)
     points = {(name, "d2h"): own for name, own in columns.items()}
     path = tmp_path / "table.json"
     path.write_text(json.dumps(as_json(Table({"model": "Another Card"}, points))))
-    found = run_json(*ASKED, "--table", str(path))
-    assert found["engine"] == engine
-    assert found["origin"] == f"measured on Another Card ({path})"
-    engines = {one["engine"]: one for one in found["engines"]}
+    report = run_json(*COMMAND, "--table", str(path))
+    assert report["engine"] == engine
+    assert report["origin"] == f"measured on Another Card ({path})"
+    engines = {one["engine"]: one for one in report["engines"]}
     assert (engines["staged"]["seconds"], engines["staged"]["measured"]) == (seconds, True)
     assert engines["zero_copy"]["measured"] is False

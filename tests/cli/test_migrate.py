@@ -34,30 +34,30 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.full
 def test_the_demo_moves_rows_between_two_processes_and_checks_every_byte() -> None:
-    found = run_json("migrate", "--demo", "--device", "cpu")
-    good = [one for one in found["pulls"] if not one["stale"]]
-    stale = [one for one in found["pulls"] if one["stale"]]
-    assert found["ok"]
-    assert found["owner"]["process"] != found["reader"]["process"]
+    report = run_json("migrate", "--demo", "--device", "cpu")
+    good = [one for one in report["pulls"] if not one["stale"]]
+    stale = [one for one in report["pulls"] if one["stale"]]
+    assert report["ok"]
+    assert report["owner"]["process"] != report["reader"]["process"]
     assert {one["engine"] for one in good} == {"mapped", "distributed"}
     assert {tuple(one["from"]) for one in good} == {(0,), (0, 1), (1,)}
     assert [one["wrong_bytes"] for one in good] == [0] * 6
-    assert [(one["way"], one["published"]) for one in stale] == [(way, False) for way in METHODS]
+    assert [(one["way"], one["published"]) for one in stale] == [(name, False) for name in METHODS]
     assert all("does not hold" in one["why"] for one in stale)
 
 
 @pytest.mark.usefixtures("small")
 def test_the_demo_is_told_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    """In one process, which is quicker."""
+    """The demo runs in one process, which is quicker."""
     with ExitStack() as keep:
-        found = pull_rows(CPU, offer_rows(CPU, keep), keep)
+        report = pull_rows(CPU, offer_rows(CPU, keep), keep)
     process: dict[str, Any] = {"process": 1, "device": "cpu"}
-    print_report(found | {"owner": process, "reader": process})
-    told = capsys.readouterr().out
-    assert "0, 1" in told
-    assert told.count("all bytes right") == 6
-    assert told.count("not published") == 2
-    assert "bytes: all right" in told
+    print_report(report | {"owner": process, "reader": process})
+    output = capsys.readouterr().out
+    assert "0, 1" in output
+    assert output.count("all bytes right") == 6
+    assert output.count("not published") == 2
+    assert "bytes: all right" in output
 
 
 @pytest.mark.usefixtures("small")
@@ -67,11 +67,11 @@ def test_the_demo_fails_if_a_byte_is_wrong_or_what_is_stale_is_published(
 ) -> None:
     with ExitStack() as keep:
         offers = offer_rows(CPU, keep)
-        for way in METHODS:
-            offers[way][what] = offers[way][other]
-        found = pull_rows(CPU, offers, keep)
-    assert not found["ok"]
-    changed = [one for one in found["pulls"] if one["stale"] == (what == "stale")]
+        for method in METHODS:
+            offers[method][what] = offers[method][other]
+        report = pull_rows(CPU, offers, keep)
+    assert not report["ok"]
+    changed = [one for one in report["pulls"] if one["stale"] == (what == "stale")]
     assert {one["published"] for one in changed} == {what == "stale"}
 
 
@@ -91,7 +91,7 @@ def test_rows_of_the_host_come_to_a_device() -> None:
 
 
 def test_ctrl_c_ends_the_command_which_ends_its_processes() -> None:
-    """A terminal sends it to all processes of a session, and theirs would tell how they met it."""
+    """A terminal sends it to all processes of a session, which would all report the interrupt."""
     with started("code") as process:
         assert os.getsid(process.pid) == process.pid
     assert process.returncode == -signal.SIGKILL
@@ -129,15 +129,17 @@ def test_the_verb_is_asked_for_its_demo(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_explain_tells_how_peers_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PORTAKV_MOVER", raising=False)
-    found = run_json("explain", "--peer", "--device", "cpu")
-    said = {one["name"]: one["accepted"] for part in ("mapped", "movers") for one in found[part]}
-    assert said["host memory"]
-    assert said["distributed"]
-    assert {"nixl", "mooncake"} < set(said)
-    assert all(one["reason"] for one in found["movers"])
-    assert (found["forced"], found["links"]) == (None, [])
-    assert found["channel"]["curve"]
-    assert set(found["channel"]["versions"]) == {"msgspec", "pyzmq", "libzmq"}
+    report = run_json("explain", "--peer", "--device", "cpu")
+    accepted = {
+        one["name"]: one["accepted"] for part in ("mapped", "movers") for one in report[part]
+    }
+    assert accepted["host memory"]
+    assert accepted["distributed"]
+    assert {"nixl", "mooncake"} < set(accepted)
+    assert all(one["reason"] for one in report["movers"])
+    assert (report["forced"], report["links"]) == (None, [])
+    assert report["channel"]["curve"]
+    assert set(report["channel"]["versions"]) == {"msgspec", "pyzmq", "libzmq"}
 
 
 @pytest.mark.parametrize("more", ["--host", "vllm-nhd"])
@@ -174,34 +176,34 @@ def test_the_example_takes_weights_and_rows_over_from_a_living_process() -> None
     pytest.importorskip("transformers")
     from portakv_examples import switch_role
 
-    told = list[str]()
-    assert switch_role.main("cpu", told.append)
-    assert [line.split()[0] for line in told] == [
+    lines = list[str]()
+    assert switch_role.main("cpu", lines.append)
+    assert [line.split()[0] for line in lines] == [
         *("serving", "weights", "rows", "killed", "goes", "control")
     ]
 
 
 @pytest.mark.simdev
 def test_explain_says_why_a_device_shares_nothing() -> None:
-    found = run_json("explain", "--peer", "--device", "privateuseone")
-    host, memory, events = found["mapped"]
-    assert [one["accepted"] for one in found["mapped"]] == [True, False, False]
+    report = run_json("explain", "--peer", "--device", "privateuseone")
+    host, memory, events = report["mapped"]
+    assert [one["accepted"] for one in report["mapped"]] == [True, False, False]
     assert host["name"] == "host memory"
     assert "_share_simdev_" in memory["reason"]
     assert "the owner's host waits instead" in events["reason"]
-    assert not any(one["accepted"] for one in found["links"])
-    said = {(one["name"], one["slots"]): one["accepted"] for one in found["movers"]}
-    assert said["distributed", "cpu"]
-    assert not said["distributed", found["device"]]
+    assert not any(one["accepted"] for one in report["links"])
+    accepted = {(one["name"], one["slots"]): one["accepted"] for one in report["movers"]}
+    assert accepted["distributed", "cpu"]
+    assert not accepted["distributed", report["device"]]
 
 
 @pytest.mark.simdev
 @pytest.mark.usefixtures("small")
 def test_rows_of_a_device_that_shares_nothing_come_through_the_host() -> None:
-    """A device without a UUID is told by a name of some length, which is no reason to refuse it."""
+    """A device without a UUID has a name of some length, which is no reason to refuse it."""
     with ExitStack() as keep:
-        found = pull_rows(SIMDEV, offer_rows(owner_device(SIMDEV), keep), keep)
-    assert found["ok"]
-    good = [one for one in found["pulls"] if not one["stale"]]
+        report = pull_rows(SIMDEV, offer_rows(owner_device(SIMDEV), keep), keep)
+    assert report["ok"]
+    good = [one for one in report["pulls"] if not one["stale"]]
     assert {one["engine"] for one in good} == {"distributed"}
     assert "_share_simdev_" in good[0]["why"]

@@ -73,15 +73,15 @@ def spoil(folder: Path, offset: int, form: BlockForm = FORM) -> None:
 
 def test_show_tells_each_form_in_the_folder(folder: Path) -> None:
     fill(folder, OTHER, 2)
-    found = {one["form"]: one for one in run_json("store", "show", str(folder))["stores"]}
-    assert {name: one["used"] for name, one in found.items()} == {FORM.name: 5, OTHER.name: 2}
-    one = found[OTHER.name]
+    stores = {one["form"]: one for one in run_json("store", "show", str(folder))["stores"]}
+    assert {name: one["used"] for name, one in stores.items()} == {FORM.name: 5, OTHER.name: 2}
+    one = stores[OTHER.name]
     assert (one["slots"], one["open_in"], one["block_size"]) == (ALLOCATED, "-", 32)
     assert one["bytes"] >= ALLOCATED * OTHER.image_bytes
-    told = run("store", "show", str(folder)).out
-    assert re.search(rf"{OTHER.name[:8]} +m +float16 +4 +4 +32 +2 +{ALLOCATED} ", told)
-    assert FORM.name[:8] in told
-    assert "open in" not in told
+    output = run("store", "show", str(folder)).out
+    assert re.search(rf"{OTHER.name[:8]} +m +float16 +4 +4 +32 +2 +{ALLOCATED} ", output)
+    assert FORM.name[:8] in output
+    assert "open in" not in output
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -94,8 +94,8 @@ def test_show_says_what_a_form_is(
         fill(tmp_path, part, 1)
     with closing(choose()[0]) as engine, closing(Slots(tmp_path / FORM.name, FORM, ROOM, engine)):
         monkeypatch.setenv("COLUMNS", str(width))
-        told = run("store", "show", str(tmp_path)).out
-    lines = told.splitlines()
+        output = run("store", "show", str(tmp_path)).out
+    lines = output.splitlines()
     assert max(map(len, lines)) <= width
     for part_of_heads in ("0-3 of 8", "4-7 of 8"):
         assert sum(part_of_heads in line and "float16" in line for line in lines) == 1
@@ -103,7 +103,7 @@ def test_show_says_what_a_form_is(
 
 
 def test_show_follows_no_link_and_waits_for_no_pipe(folder: Path, tmp_path: Path) -> None:
-    """In place of the file that is locked."""
+    """A link or a pipe takes the place of the locked file."""
     lock = folder / "lock"
     for kind in ("link", "pipe"):
         lock.unlink()
@@ -168,26 +168,26 @@ def test_check_verifies_every_image(folder: Path, offset: int | None, why: str) 
 def test_a_store_that_is_open_is_shown_and_neither_checked_nor_wiped(folder: Path) -> None:
     """Fault 12. The sentence names the process."""
     with closing(choose()[0]) as engine, closing(Slots(folder / FORM.name, FORM, ROOM, engine)):
-        found = run_json("store", "show", str(folder))["stores"]
+        stores = run_json("store", "show", str(folder))["stores"]
         ran = [run("store", *words, str(folder)) for words in (["check"], ["wipe", "--yes"])]
-    assert found[0]["open_in"] == f"process {os.getpid()}"
+    assert stores[0]["open_in"] == f"process {os.getpid()}"
     for code, out, err in ran:
         assert (code, out) == (1, "")
         assert "this process has open already" in err
     assert run("store", "check", str(folder)).code == 0
 
 
-@pytest.mark.parametrize(("said", "gone"), [("y\n", True), ("", False), ("--yes", True)])
+@pytest.mark.parametrize(("answer", "gone"), [("y\n", True), ("", False), ("--yes", True)])
 def test_wipe_asks_and_leaves_what_is_not_a_store(
-    folder: Path, said: str, gone: bool, monkeypatch: pytest.MonkeyPatch
+    folder: Path, answer: str, gone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "notes").mkdir()
     (folder / FORM.name / "form.json").write_text("of another release")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
-    ran = run("store", "wipe", str(folder), *(["--yes"] if said == "--yes" else []))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+    ran = run("store", "wipe", str(folder), *(["--yes"] if answer == "--yes" else []))
     assert ran.code == (0 if gone else 1)
     assert ((folder / FORM.name).exists(), (folder / "notes").exists()) == (not gone, True)
-    assert ("[y/N]" in ran.err) == (said != "--yes")
+    assert ("[y/N]" in ran.err) == (answer != "--yes")
 
 
 WORDS = [
@@ -249,7 +249,7 @@ def test_a_folder_without_stores_is_a_sentence(words: list[str], tmp_path: Path)
 def test_a_form_that_cannot_be_read_is_a_row_with_the_reason(
     words: list[str], harm: str, folder: Path
 ) -> None:
-    """The others are told as ever."""
+    """The command reports the other forms as before."""
     fill(folder, OTHER, 2)
     bad = folder / FORM.name
     if harm == "another format":
@@ -316,19 +316,19 @@ def test_check_shows_a_bar_if_it_takes_longer_than_a_second(
         def isatty(self) -> bool:
             return True
 
-    told = Terminal()
+    terminal = Terminal()
     monkeypatch.setattr(verbs, "LATE", 0.0)
-    monkeypatch.setattr(sys, "stderr", told)
+    monkeypatch.setattr(sys, "stderr", terminal)
     (folder / FORM.name / "table").unlink()  # so that headers are read, too
     fill(folder, OTHER, 2)
     for action in ("check", "wipe"):
-        assert verbs.run(_asked(action, folder)) == 0
+        assert verbs.run(_arguments(action, folder)) == 0
     for what in ("records", "headers", "checking", "wiping"):
-        assert what in told.getvalue()
-    assert "100%" in told.getvalue()
+        assert what in terminal.getvalue()
+    assert "100%" in terminal.getvalue()
 
 
-def _asked(action: str, folder: Path) -> Any:
+def _arguments(action: str, folder: Path) -> Any:
     from argparse import Namespace
 
     return Namespace(action=action, folder=str(folder), yes=True, json=False)
@@ -340,14 +340,14 @@ def test_explain_tells_how_a_folder_is_read(
 ) -> None:
     if engine:
         monkeypatch.setenv("PORTAKV_IO", engine)
-    found = run_json("explain", "--storage", str(folder))
-    said = {one["name"]: one["accepted"] for one in found["engines"]}
-    assert said[found["engine"]]
-    assert not engine or found["engine"] == engine
-    assert (found["alignment"], found["free"] > 0) == (4096, True)
-    assert [one["used"] for one in found["stores"]] == [5]
-    told = run("explain", "--storage", str(folder)).out
-    assert f"{found['engine']} serves" in told
+    report = run_json("explain", "--storage", str(folder))
+    accepted = {one["name"]: one["accepted"] for one in report["engines"]}
+    assert accepted[report["engine"]]
+    assert not engine or report["engine"] == engine
+    assert (report["alignment"], report["free"] > 0) == (4096, True)
+    assert [one["used"] for one in report["stores"]] == [5]
+    output = run("explain", "--storage", str(folder)).out
+    assert f"{report['engine']} serves" in output
     assert {path.name for path in folder.iterdir()} == {FORM.name, "lock"}
 
 
@@ -357,10 +357,10 @@ def test_explain_tells_how_a_folder_is_read(
 @pytest.mark.full
 def test_the_demo_kills_the_process_and_goes_on_with_the_same_tokens(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    found = run_json("demo", "--store", str(tmp_path), "--device", "cpu")
-    wrote = found["wrote"]
-    read = found["read"]
-    assert (found["killed"], found["ok"]) == (True, True)
+    report = run_json("demo", "--store", str(tmp_path), "--device", "cpu")
+    wrote = report["wrote"]
+    read = report["read"]
+    assert (report["killed"], report["ok"]) == (True, True)
     assert wrote["tokens"] == read["tokens"] != read["noise"]
     assert wrote["layout"] != read["layout"]
     assert (wrote["loaded"], read["loaded"]) == (0, wrote["computed"] // 16 * 16)
@@ -392,9 +392,9 @@ def test_the_example_finds_a_prefix_in_a_remote_store(capsys: pytest.CaptureFixt
     from portakv_examples import prefix_store
 
     assert prefix_store.run(["cpu", "--remote", "memory://"]) == 0
-    told = capsys.readouterr().out
-    assert "the same twice" in told
-    assert "0 tokens of the prompt loaded" in told
+    output = capsys.readouterr().out
+    assert "the same twice" in output
+    assert "0 tokens of the prompt loaded" in output
 
 
 def test_the_demo_of_a_store_takes_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,18 +37,18 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both compilers answer at once; what is kept, and under which name, is as ever."""
+    """Make both compilers answer immediately; the cached files and their names are as usual."""
     monkeypatch.setattr(_nvrtc, "compile_text", lambda text, target: f"{text} {target}".encode())
     monkeypatch.setattr(_hip_driver, "compile_text", lambda *_: b"code")
 
 
-def devices(monkeypatch: pytest.MonkeyPatch, hip: str | None, told: list[Any]) -> None:
-    """This machine has GPUs, of which torch tells so much."""
+def devices(monkeypatch: pytest.MonkeyPatch, hip: str | None, properties: list[Any]) -> None:
+    """Give this machine GPUs, with these properties from torch."""
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(told))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(properties))
     ask = "get_device_capability" if hip is None else "get_device_properties"
-    monkeypatch.setattr(torch.cuda, ask, told.__getitem__)
+    monkeypatch.setattr(torch.cuda, ask, properties.__getitem__)
 
 
 def refuses(*words: str) -> str:
@@ -85,22 +85,25 @@ def test_the_table(cache: Path) -> None:
     newest = _nvrtc.architectures()[-1]
     assert f"compute_{newest}" in ran.out, "PTX where NVRTC does not know the architecture"
     assert "Compiled 8 kernels by NVRTC 13." in ran.out
-    told = f"0 were cached before. All are stored in {cache}"
-    assert told in " ".join(ran.out.split())
+    message = f"0 were cached before. All are stored in {cache}"
+    assert message in " ".join(ran.out.split())
 
 
 def _needed(device: torch.device) -> list[str]:
     """Kernels of caches and chunks of any size, of one model."""
-    found = []
+    sources = []
     for blocks, tokens in ((3, 7), (40, 256)):
         chunk = torch.empty(2, 3, tokens, 2 * 64, dtype=torch.bfloat16, device=device)
         whole = torch.empty(3, 2, blocks, 16, 2, 64, dtype=torch.bfloat16, device=device)
-        theirs = KVView(chunk, CHUNK, heads=2).form
+        chunk_form = KVView(chunk, CHUNK, heads=2).form
         for caches, step in product((list(whole), [x.clone() for x in whole]), (1, 16)):
-            mine = KVView(caches, NHD).form
-            plans = [CopyPlan(mine, theirs, step, 0), CopyPlan(theirs, mine, 0, step)]
-            found += [RowsKernel(nest, plan).source for plan in plans for nest in plan.nests]
-    return found
+            cache_form = KVView(caches, NHD).form
+            plans = [
+                CopyPlan(cache_form, chunk_form, step, 0),
+                CopyPlan(chunk_form, cache_form, 0, step),
+            ]
+            sources += [RowsKernel(nest, plan).source for plan in plans for nest in plan.nests]
+    return sources
 
 
 @needs_nvrtc
@@ -138,7 +141,7 @@ def test_by_default_every_shape_for_these_devices(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(compiler() is None, reason="there is no g++ for the fake HIP driver")
 @pytest.mark.usefixtures("quick")
 def test_amds_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hipRTC; a name that says more is another one. The default is this machine's devices."""
+    """hipRTC compiles for them; a longer name is another target. No name means every device."""
     monkeypatch.setattr(_hip_driver, "driver", fake_driver)
     words = ("--layout", NHD, CHUNK, "--heads", "2", "--layers", "3", "--dim", "64")
     first = run_json("warmup", "--arch", "gfx906", "gfx906", "gfx90a:xnack-", *words)
@@ -157,7 +160,7 @@ def test_amds_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--arch", "50", "--shape", "seed"], "Expected compute capability 7.5 or later"),
         (["--arch", "999", "--shape", "seed"], "Expected --arch to be a compute capability"),
@@ -165,8 +168,8 @@ def test_amds_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--arch", "90", "--layout", "layer | bock dim", CHUNK], "axis"),
     ],
 )
-def test_what_cannot_be_compiled(words: list[str], said: str) -> None:
-    assert said in refuses(*words)
+def test_what_cannot_be_compiled(words: list[str], message: str) -> None:
+    assert message in refuses(*words)
 
 
 @needs_nvrtc
@@ -186,7 +189,7 @@ def test_a_cache_that_cannot_be_used(cache: Path) -> None:
 
 NO_HIPRTC = _hip_driver.DriverMissing("hipRTC cannot be loaded (no such file); install ROCm")
 REFUSED = RuntimeError("NVRTC refused the kernel:\na line that it did not like")
-#: What fails, how, for which architecture, and words of what is said.
+#: The failing function, its result, the architecture, and words of the message.
 BROKEN: dict[str, tuple[Any, str, Mock, str, str]] = {
     "no NVRTC": (
         _nvrtc, "missing", Mock(return_value="cuda-bindings is not installed"), "90",
@@ -205,7 +208,7 @@ BROKEN: dict[str, tuple[Any, str, Mock, str, str]] = {
 @needs_nvrtc
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_broken_is_told(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name, broken, architecture, said = BROKEN[what]
+    owner, name, broken, architecture, message = BROKEN[what]
     monkeypatch.setattr(owner, name, broken)
     arch = ["--arch", architecture] if architecture else []
-    assert said in refuses(*arch, "--shape", "seed")
+    assert message in refuses(*arch, "--shape", "seed")
