@@ -96,13 +96,13 @@ def test_caches_in_every_container(connector: AdaptiveConnector) -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory_obj", "found"),
+    ("memory_obj", "reason"),
     [(None, "NoneType"), (SimpleNamespace(tensor=None), "NoneType"), ([3], "int"), ([], "empty")],
     ids=str,
 )
-def test_no_memory_object(connector: AdaptiveConnector, memory_obj: Any, found: str) -> None:
+def test_no_memory_object(connector: AdaptiveConnector, memory_obj: Any, reason: str) -> None:
     caches = make_caches()
-    with refused(LayoutError, "memory_obj", found, watch=caches):
+    with refused(LayoutError, "memory_obj", reason, watch=caches):
         connector.to_gpu(memory_obj, caches, SLOTS)
 
 
@@ -174,8 +174,8 @@ def test_batches(connector: AdaptiveConnector, name: str, skipped: list[int]) ->
     wanted = [chunk.clone() for chunk in chunks]
     jobs = list(zip(wanted, starts, ends, strict=True))
     for want, start, end in jobs:
-        held = [at for at in range(start, end) if slots[at] >= 0]
-        want[:, :, [at - start for at in held]] = rows(caches, [slots[at] for at in held])
+        used = [at for at in range(start, end) if slots[at] >= 0]
+        want[:, :, [at - start for at in used]] = rows(caches, [slots[at] for at in used])
     with untouched(caches):
         stored = connector.batched_from_gpu(chunks, caches, ids, starts, ends)
     assert stored.done()
@@ -183,9 +183,9 @@ def test_batches(connector: AdaptiveConnector, name: str, skipped: list[int]) ->
     targets = make_caches()
     expected = [cache.clone() for cache in targets]
     for chunk, start, end in jobs:
-        held = [at for at in range(start, end) if slots[at] >= 0]
-        tokens = chunk[:, :, [at - start for at in held]]
-        expected = scattered(expected, tokens, [slots[at] for at in held])
+        used = [at for at in range(start, end) if slots[at] >= 0]
+        tokens = chunk[:, :, [at - start for at in used]]
+        expected = scattered(expected, tokens, [slots[at] for at in used])
     with untouched(chunks):
         connector.batched_to_gpu(chunks, targets, ids, starts, ends).synchronize()
     assert all(map(same, targets, expected))
@@ -236,9 +236,9 @@ def test_overlapping_ranges_are_stored_but_not_loaded(connector: AdaptiveConnect
 @pytest.mark.parametrize("wrong", [None, 3, 1.5, ..., [], [0, 0]], ids=str)
 def test_batches_of_lists_that_do_not_fit(at: int, wrong: object) -> None:
     caches = make_caches()
-    given = list[Any](wrong if at == n else [0] for n in range(3))
+    lists = list[Any](wrong if at == n else [0] for n in range(3))
     with refused(SlotError, "one start and one end for each", watch=caches):
-        AdaptiveConnector("cpu").batched_to_gpu(given[0], caches, MANY, *given[1:])
+        AdaptiveConnector("cpu").batched_to_gpu(lists[0], caches, MANY, *lists[1:])
 
 
 @pytest.mark.parametrize("tokens", [(4, 4), (4, 3)], ids=["one set", "two sets"])

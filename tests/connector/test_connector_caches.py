@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a connector holds, for how long, and from which threads it is called."""
+"""A connector holds caches for a limited time, and several threads call it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_reallocated_caches_are_noticed(connector: AdaptiveConnector, change: st
         "one": [old[0], make_caches()[0], *old[2:]],
     }[change]
     chunk = make_chunk(3, dtype)
-    gone = [cache for cache in old if all(cache is not kept for kept in caches)]
+    gone = [cache for cache in old if all(cache is not other for other in caches)]
     wanted = scattered(caches, chunk, slots)
     with untouched([] if change in ("dtype", "order") else gone):
         connector.to_gpu(chunk, caches, slots)
@@ -143,7 +143,7 @@ class Interrupting(dict[str, torch.Tensor]):
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_caches_of_two_threads_are_not_mixed_up(connector: AdaptiveConnector, at: int) -> None:
-    mine = make_caches()
+    own = make_caches()
     others = make_caches(7)
     slots = [1, 6, 15]
     chunk = make_chunk(3)
@@ -154,11 +154,11 @@ def test_caches_of_two_threads_are_not_mixed_up(connector: AdaptiveConnector, at
         other.start()
         other.join(timeout=0.5)  # it may have to wait for this thread
 
-    passed = Interrupting(mine, at, interrupt)
+    passed = Interrupting(own, at, interrupt)
     for _ in range(3):
         chunk = make_chunk(3)
         connector.from_gpu(chunk, passed, slots).synchronize()
-        assert same(chunk, rows(mine, slots)), "rows of another thread's caches were stored"
+        assert same(chunk, rows(own, slots)), "rows of another thread's caches were stored"
     other.join()
     assert same(other_chunk, rows(others, slots))
 
@@ -198,10 +198,10 @@ def test_a_connector_shows_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["x", [torch.zeros(2, 4, 4, 2, 8).to_sparse()]], ids=["str", "sparse"]
+    "caches", ["x", [torch.zeros(2, 4, 4, 2, 8).to_sparse()]], ids=["str", "sparse"]
 )
-def test_what_is_no_cache_is_refused_beside_registered_ones(given: Any) -> None:
+def test_what_is_no_cache_is_refused_beside_registered_ones(caches: Any) -> None:
     connector = AdaptiveConnector("cpu")
     connector.register_kv_caches([torch.zeros(2, 4, 4, 2, 8)])
     with pytest.raises(LayoutError, match="was found"):
-        connector.from_gpu(torch.zeros(2, 1, 3, 16), given, [1, 2, 3])
+        connector.from_gpu(torch.zeros(2, 1, 3, 16), caches, [1, 2, 3])

@@ -44,7 +44,7 @@ def make_caches(device: str = "cpu") -> list[torch.Tensor]:
 
 
 def in_one_allocation(device: str = "cpu") -> list[torch.Tensor]:
-    """As `make_caches`, all layers views of one tensor."""
+    """Return caches as `make_caches` does, all layers views of one tensor."""
     return list(torch.randn(LAYERS, 2, BLOCKS, SIZE, HEADS, DIM, device=device))
 
 
@@ -56,7 +56,7 @@ def make_chunk(tokens: int = 4, device: str = "cpu") -> torch.Tensor:
 
 
 def rows_of(caches: list[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
-    """What a store of these slots puts into a chunk."""
+    """Return the rows that a store of these slots puts into a chunk."""
     return torch.stack([cache.reshape(2, SLOTS, HEADS * DIM)[:, slots] for cache in caches], dim=1)
 
 
@@ -125,11 +125,11 @@ def test_a_store_behind_writes_before_reads(device: str, compiler: str, register
         row = torch.randn(SIZE, HEADS, DIM, device=device)
         chunk = make_chunk(tokens, device)
         slots = torch.randperm(SLOTS, device=device)[:tokens]
-        found = compiled(row, chunk, slots)
+        result = compiled(row, chunk, slots)
         assert torch.equal(caches[1][0, 1], row + 1)
         wanted = rows_of(caches, slots)
         assert torch.equal(chunk, wanted)
-        assert torch.equal(found, wanted * 2)
+        assert torch.equal(result, wanted * 2)
     assert counter.frame_count <= 2  # once for the first length, once for any
     assert set(counter.ops()) == {"portakv.from_gpu"}
 
@@ -153,12 +153,12 @@ def test_a_load_stands_behind_the_chunk_and_before_reads_of_the_cache(
     before = [cache.clone() for cache in caches]
     rows = make_chunk(4, device)
     slots = torch.randperm(SLOTS, device=device)[:6]
-    found = torch.compile(step, fullgraph=True, backend=compiler)(rows, slots)
+    result = torch.compile(step, fullgraph=True, backend=compiler)(rows, slots)
     for layer, cache in enumerate(before):
         flat = cache.view(2, SLOTS, HEADS * DIM)
         flat[:, slots[1:5]] = rows[:, layer] * 3
     assert all(torch.equal(x, y) for x, y in zip(caches, before, strict=True))
-    torch.testing.assert_close(found, sum(cache.double().sum() for cache in caches))
+    torch.testing.assert_close(result, sum(cache.double().sum() for cache in caches))
 
 
 @BY_INDUCTOR
@@ -308,8 +308,8 @@ def test_work_that_no_stream_orders_has_landed_before_the_graph_goes_on() -> Non
 
         chunk = torch.zeros_like(make_chunk())
         slots = torch.arange(4)
-        found = torch.compile(step, fullgraph=True, backend="aot_eager")(chunk, slots)
-        assert torch.equal(found, 2 * rows_of(caches, slots))
+        result = torch.compile(step, fullgraph=True, backend="aot_eager")(chunk, slots)
+        assert torch.equal(result, 2 * rows_of(caches, slots))
 
 
 @pytest.mark.gpu
@@ -364,9 +364,9 @@ def test_copy_rows_is_kept_out_of_graphs_by_its_caller() -> None:
         outside(cache, dense, index)
         return y * chunk.sum()
 
-    found = torch.compile(step, backend="eager")(torch.ones(3))
+    result = torch.compile(step, backend="eager")(torch.ones(3))
     assert torch.equal(chunk, rows_of(caches, torch.tensor([9, 2, 17, 6])))
-    assert torch.equal(found, 2 * torch.ones(3) * chunk.sum())
+    assert torch.equal(result, 2 * torch.ones(3) * chunk.sum())
 
 
 def test_nothing_registered_nothing_passed() -> None:
@@ -414,8 +414,8 @@ def test_caches_that_are_not_registered_do_not_replace_those_that_are() -> None:
 def test_torch_finds_the_schema_true(store: bool) -> None:
     connector = AdaptiveConnector("cpu")
     op = torch.ops.portakv.from_gpu if store else torch.ops.portakv.to_gpu
-    given = ([make_chunk()], [1], make_caches(), [LAYERS], torch.arange(4), [0], [4])
-    torch.library.opcheck(op.default, (connector._number, *given))
+    arguments = ([make_chunk()], [1], make_caches(), [LAYERS], torch.arange(4), [0], [4])
+    torch.library.opcheck(op.default, (connector._number, *arguments))
 
 
 @pytest.mark.gpu
@@ -446,7 +446,7 @@ def test_inside_the_compiler_s_own_graphs(backend: str) -> None:
     for _ in range(5):
         row = torch.randn(SIZE, HEADS, DIM, device="cuda")
         slots = torch.randperm(SLOTS, device="cuda")[:4]
-        found = compiled(row, slots).clone()
+        result = compiled(row, slots).clone()
         assert torch.equal(caches[0][0, 1], row)
         assert torch.equal(chunk, rows_of(caches, slots))
-        assert torch.equal(found, chunk + 1)
+        assert torch.equal(result, chunk + 1)
