@@ -111,7 +111,7 @@ def test_rows_and_payloads() -> None:
         ('name = "b"\ntokens = 9', "whole blocks"),
         ('name = "b"\nindex = ["sorted"]', "sorted"),
         ('name = "b"\ncolour = 1', "colour"),
-        ('name = "b"\nlike = "nobody"', "got 'nobody'"),
+        ('name = "b"\nlike = "unknown"', "got 'unknown'"),
         ('name = "b"\nlike = "b"', "expected like to name an earlier shape, got 'b'"),
     ],
 )
@@ -139,8 +139,8 @@ def test_bad_shapes_are_refused(tmp_path: Path, change: str, why: str) -> None:
 def test_every_tensor_has_bytes_of_its_own_where_they_were_asked_for() -> None:
     for arrangement, allocations in (("apart", 3), ("together", 1)):
         work = Workload(TINY, arrangement, CPU)
-        held = [*work.loaded, *work.source]
-        assert len({bytes(x.view(torch.uint8).flatten().numpy()) for x in held}) == len(held)
+        tensors = [*work.loaded, *work.source]
+        assert len({bytes(x.view(torch.uint8).flatten().numpy()) for x in tensors}) == len(tensors)
         assert len({x.untyped_storage().data_ptr() for x in work.source}) == allocations
 
 
@@ -235,21 +235,23 @@ def failing(error: Exception) -> Variant:
 
 
 def test_a_way_that_raises_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+    left_out: list[str] = []
     methods = [failing(RuntimeError("no\nmore")), right := variant(1)]
-    assert harness.usable(methods, "s", told) == [right]
-    assert told == ["s, broken gather random: RuntimeError: no"]
+    assert harness.usable(methods, "s", left_out) == [right]
+    assert left_out == ["s, broken gather random: RuntimeError: no"]
     late = RuntimeError("the capture failed")
     late.__context__ = ValueError("why it did")
-    assert harness.usable([failing(late)], "s", told) == []
-    assert told[1].endswith("RuntimeError: the capture failed (after ValueError: why it did)")
-    with pytest.raises(ZeroDivisionError):  # a mistake in the benchmark is no answer of a way
-        harness.usable([failing(ZeroDivisionError())], "s", told)
+    assert harness.usable([failing(late)], "s", left_out) == []
+    assert left_out[1].endswith("RuntimeError: the capture failed (after ValueError: why it did)")
+    with pytest.raises(ZeroDivisionError):  # a mistake in the benchmark is no answer of a method
+        harness.usable([failing(ZeroDivisionError())], "s", left_out)
     broken = [failing(RuntimeError("no"))]
     monkeypatch.setattr(suite, "connector_methods", lambda work, backend, index: broken)
-    rows = suite.run_task(suite.Task(tiny(), "apart"), FULL, asked := field())
+    rows = suite.run_task(suite.Task(tiny(), "apart"), FULL, bench_field := field())
     assert [row["backend"] for row in rows] == ["copy_"]
-    assert asked.left_out == ["seed, layers apart, broken gather random: RuntimeError: no"] * 3
+    assert (
+        bench_field.left_out == ["seed, layers apart, broken gather random: RuntimeError: no"] * 3
+    )
 
 
 def test_a_way_that_takes_too_long_to_hide_is_not_delayed() -> None:
@@ -281,8 +283,8 @@ def test_a_call_is_timed_on_an_idle_device_and_then_forgotten() -> None:
 @pytest.mark.parametrize("tiny", TINIES, ids=lambda s: f"{s.name} {s.cache} {s.dtype}")
 def test_a_tiny_shape_gives_verified_rows(tiny: Shape, device: torch.device) -> None:
     for task in suite.tasks(PRESET, [tiny], device):
-        rows = suite.run_task(task, PRESET, asked := field(device))
-        assert asked.left_out == []
+        rows = suite.run_task(task, PRESET, bench_field := field(device))
+        assert bench_field.left_out == []
         assert all(row["verified"] and row["p50_us"] > 0 for row in rows)
         assert (rows[0]["backend"], rows[0]["ratio"], rows[0]["host_hidden"]) == ("copy_", 1, True)
         assert {row["rounds"] for row in rows} == {5}
@@ -323,20 +325,20 @@ def test_backends_that_compile_serve_marked_shapes_only(monkeypatch: pytest.Monk
 
 def test_what_memory_cannot_hold_is_left_out_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "free_memory", lambda device: 10_000_000_000)
-    found = list(suite.tasks(suite.PRESETS["full"], list(load().values()), CPU))
-    left_out = {task.shape.name for task in found if task.left_out}
+    tasks = list(suite.tasks(suite.PRESETS["full"], list(load().values()), CPU))
+    left_out = {task.shape.name for task in tasks if task.left_out}
     assert left_out == {
         "llama3-8b-long",
         "llama3-8b-long-full",
         "llama3-8b-16384",
         "llama3-8b-131072",
     }
-    assert "10.0 GB are free" in next(task.left_out for task in found if task.left_out)
+    assert "10.0 GB are free" in next(task.left_out for task in tasks if task.left_out)
 
 
 def test_the_ladder_checks_every_way() -> None:
-    rows = run_all_methods(tiny(), asked := field(), 5)
-    assert asked.left_out == []
+    rows = run_all_methods(tiny(), bench_field := field(), 5)
+    assert bench_field.left_out == []
     assert all(row["verified"] for row in rows)
     assert {(row["way"], row["op"]) for row in rows} == {
         (method, op) for method in (*PLAIN, "reference") for op in ("gather", "scatter")

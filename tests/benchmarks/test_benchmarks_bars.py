@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bars on conditions and on the rows that full presets give, and the decision guide of results."""
+"""Performance targets on conditions and on rows of full presets; the decision guide of results."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def judged(
     where: str = 'shape = "s"',
     **row: Any,
 ) -> int:
-    """The exit code of the check of rows with these figures against one bar."""
-    bars = tmp_path / "bars.toml"
+    """Return the exit code of the check of rows with these figures against one target."""
+    targets = tmp_path / "bars.toml"
     result = tmp_path / "result.json"
     about = f'name = "b"\nwhere = {{ {where} }}\nfigure = "ratio"'
-    bars.write_text(f"[[bar]]\n{about}\n{limit}\n{more}\n")
+    targets.write_text(f"[[bar]]\n{about}\n{limit}\n{more}\n")
     rows = [{"shape": "s", "ratio": figure, "verified": True, **row} for figure in figures]
     result.write_text(json.dumps({"machine": {"device_type": "cpu"}, "rows": rows}))
-    return check.main([str(result), "--bars", str(bars)])
+    return check.main([str(result), "--bars", str(targets)])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def recorded(name: str = "h200-host") -> dict[str, Any]:
 
 
 def test_full_presets_measure_what_the_recorded_results_hold() -> None:
-    """All bars find rows in these, see above; so they do in what is measured next."""
+    """All targets find rows in these, see above; so they do in later measurements."""
     copies = having(recorded("h200")["rows"], kind="copy", backend="cuda")
     indices = {name: shape.index for name, shape in load().items()}
     assert all(row["index"] in indices[row["shape"]] for row in copies)
@@ -184,7 +184,7 @@ def test_the_guide_is_what_the_results_say() -> None:
 
 @pytest.mark.parametrize("name", ["cpu-2core", "h200"])
 def test_the_registry_asks_the_fastest_first(name: str) -> None:
-    """By the figures of each recorded device, of the backends that a caller gets unasked."""
+    """The order follows the figures of each recorded device, of backends that need no request."""
     result = recorded(name)
     copies = [row for row in result["rows"] if row["kind"] == "copy" and not row.get("peer")]
     known = Registry().names()

@@ -59,7 +59,7 @@ def test_the_full_preset_prints_and_draws_everything(
     shown = capsys.readouterr().out
     assert "methods of moving one chunk of a 7B model" in shown
     assert "pool = slots of the cache" in shown
-    assert "verdict" not in shown  # this project's bars are for its own machines
+    assert "verdict" not in shown  # this project's targets are for its own machines
     drawn = {path.name.rpartition("-")[2]: path for path in tmp_path.glob("*.svg")}
     assert set(drawn) == {"bandwidth.svg", "heatmap.svg", "host.svg", "ladder.svg"}
     assert all(path.read_text().count("<path") > 20 for path in drawn.values())
@@ -105,14 +105,14 @@ def test_what_no_time_is_left_for_is_told(measured: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told", "ended"),
+    ("error", "reason", "ended"),
     [
         (RuntimeError("no memory"), "llama3-8b-16, layers apart: RuntimeError: no memory", 1),
         (KeyboardInterrupt(), "interrupted: the last 1 steps", 0),
     ],
 )
 def test_a_step_that_fails_or_is_interrupted_leaves_what_was_measured(
-    measured: Bench, monkeypatch: pytest.MonkeyPatch, error: BaseException, told: str, ended: int
+    measured: Bench, monkeypatch: pytest.MonkeyPatch, error: BaseException, reason: str, ended: int
 ) -> None:
     whole: Callable[..., Any] = suite.run_task
 
@@ -124,7 +124,7 @@ def test_a_step_that_fails_or_is_interrupted_leaves_what_was_measured(
     monkeypatch.setattr(suite, "run_task", sometimes)
     code, written = measured("--shape", "llama3-8b-64", "--shape", "llama3-8b-16")
     assert code == ended
-    assert told in written["left_out"]
+    assert reason in written["left_out"]
     assert any(row.get("shape") == "llama3-8b-64" for row in written["rows"])
 
 
@@ -157,10 +157,10 @@ def test_what_cannot_be_measured_is_refused(
     if why == FORCED:
         monkeypatch.setenv("PORTAKV_BACKEND", "staged")
     assert bench.main(words) == 1
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     command = "portakv bench --host" if "--host" in words else "portakv bench"
-    assert told.startswith(f"{command}: ")
-    assert why in told
+    assert message.startswith(f"{command}: ")
+    assert why in message
 
 
 def test_its_help_names_the_parts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,9 +49,9 @@ def test_the_grid_has_every_length_of_runs_and_every_host_side() -> None:
 
 
 def test_cases_move_exactly_what_they_say() -> None:
-    found = cases(SCENES, FULL.payloads)
-    assert {case.payload for case in found} == set(FULL.payloads)
-    for case in found:
+    result = cases(SCENES, FULL.payloads)
+    assert {case.payload for case in result} == set(FULL.payloads)
+    for case in result:
         assert case.runs * case.scene.run == case.payload
         assert case.on_device.payload == case.on_host.payload == case.payload
         assert case.on_device.slots >= 4 * case.tokens
@@ -72,12 +72,12 @@ def test_what_bars_judge_comes_first_and_pools_by_layer_last() -> None:
 
 def test_descriptors_are_not_measured_with_a_descriptor_for_each_row() -> None:
     wanted = ((8 * KB, MB), (32 * KB, 512 * MB), (32 * KB, GB), (256, 128 * MB))
-    found = [case for run, payload in wanted for case in cases([scene(run)], [payload])]
-    told = [suite.BATCHED_MEMCPY.left_out(case) for case in found]
-    assert list(map(bool, told)) == [True, False, True, True]
-    assert str(GB // (32 * KB)) in told[2]
-    assert found[3].runs > suite.MOST_RUNS
-    assert not suite.HOST.left_out(found[3])
+    result = [case for run, payload in wanted for case in cases([scene(run)], [payload])]
+    reasons = [suite.BATCHED_MEMCPY.left_out(case) for case in result]
+    assert list(map(bool, reasons)) == [True, False, True, True]
+    assert str(GB // (32 * KB)) in reasons[2]
+    assert result[3].runs > suite.MOST_RUNS
+    assert not suite.HOST.left_out(result[3])
 
 
 def moved(one: Scene, direction: str) -> tuple[Sides, torch.Tensor, torch.Tensor]:
@@ -118,8 +118,8 @@ def test_plain_copies_in_the_halves_of_a_region() -> None:
     """They share no byte; the beginning of the same host memory serves them."""
     (case,) = cases([scene(2 * KB)], [64 * KB])
     first, second = Region.reserve(CPU, 128 * KB, pageable=True).halves()
-    for mine, theirs in zip(first, second, strict=True):
-        assert mine.data_ptr() + mine.numel() == theirs.data_ptr()
+    for lower, upper in zip(first, second, strict=True):
+        assert lower.data_ptr() + lower.numel() == upper.data_ptr()
     sides = Sides(case, second)
     sides.fill("d2h")
     sides.poison("d2h", plain=True)
@@ -188,8 +188,8 @@ def test_pageable_and_small_copies_are_against_the_best_plain_one() -> None:
 
 def test_what_a_process_has_in_memory() -> None:
     before = memory.resident()
-    held = torch.frombuffer(mmap.mmap(-1, 64 * MB), dtype=torch.uint8).fill_(1)
-    assert held.numel() - 4 * MB < memory.resident() - before < held.numel() + 16 * MB
+    memory_map = torch.frombuffer(mmap.mmap(-1, 64 * MB), dtype=torch.uint8).fill_(1)
+    assert memory_map.numel() - 4 * MB < memory.resident() - before < memory_map.numel() + 16 * MB
 
 
 @pytest.mark.parametrize(("count", "samples", "expected"), [(64, 6, 6), (1000, 31, 10), (1, 2, 1)])
@@ -250,9 +250,9 @@ def test_the_other_copy_is_large_or_short_and_has_ended(
 
 def test_parts_are_merged_and_the_last_of_each_counts(tmp_path: Path) -> None:
     def part(name: str, figure: float) -> dict[str, Any]:
-        found = [linked("host", ratio=figure, part=name)]
+        rows = [linked("host", ratio=figure, part=name)]
         return host_result(
-            found,
+            rows,
             name=f"some-gpu-host-{name}",
             left_out=["same"],
             asked={"parts": [name], "peers": {}},

@@ -68,8 +68,8 @@ def _unforced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def written(folder: Path) -> Row:
     (file,) = folder.glob("*-host*.json")
-    found: Row = json.loads(file.read_text())
-    return found
+    result: Row = json.loads(file.read_text())
+    return result
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_every_part_is_measured_and_every_byte_right(
     rows = result["rows"]
     assert (result["suite"], result["format"], len([*tmp_path.glob("*.svg")])) == ("host", 2, 2)
     assert result["asked"]["parts"] == list(PARTS)
-    assert {row["part"] for row in rows} == set(PARTS) - {"peers"}  # none was asked for
+    assert {row["part"] for row in rows} == set(PARTS) - {"peers"}  # none was requested
     assert {row["kind"] for row in rows} == KINDS
     assert all(row["verified"] for row in rows)
     assert {"torch", "python", "device", "date", "portakv"} <= set(result["machine"])
@@ -161,15 +161,19 @@ PLACE = "alongside matmul on the default stream, d2h"
 def alongside(
     monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], None]
 ) -> tuple[Rows, list[str]]:
-    """The first step of the interference, beside movers of which one may fail: ``fails`` is told
-    how often that was asked to move."""
-    asked = count(1)
+    """Return the rows of the first step of the interference, alongside transfers of which one may
+    fail: ``fails`` gets the number of its calls."""
+    calls_of_bad = count(1)
 
     def traffic(name: str, call: Callable[[int], None]) -> Traffic:
         labels = {"backend": name, "engine": name, "op": "d2h"}
         return Traffic(Variant(labels, call, lambda i: None, lambda i: True), 1 << 20, shape="s")
 
-    calls: dict[str, Any] = {"memcpy": Mock(), "bad": lambda i: fails(next(asked)), "host": Mock()}
+    calls: dict[str, Any] = {
+        "memcpy": Mock(),
+        "bad": lambda i: fails(next(calls_of_bad)),
+        "host": Mock(),
+    }
     three = [traffic(name, call) for name, call in calls.items()]
     monkeypatch.setattr(interference, "each_engine", lambda bench_, direction: three)
     bench_ = Bench(DEVICE, TINY)
@@ -178,7 +182,7 @@ def alongside(
 
 
 @pytest.mark.simdev
-@pytest.mark.parametrize("at", [1, 2, 8])  # while it is tried alone, and beside the loop
+@pytest.mark.parametrize("at", [1, 2, 8])  # while it is tried alone, and alongside the loop
 def test_a_failure_beside_a_loop_leaves_others(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(times: int) -> None:
         if times >= at:
@@ -202,8 +206,11 @@ def test_one_that_takes_the_device_ends_with_what_there_is(monkeypatch: pytest.M
 
     rows, left_out = alongside(monkeypatch, lose)
     assert [(row["backend"], row["repeats"]) for row in rows] == [("memcpy", 1)]
-    told = ["bad s: RuntimeError: device-side", "the device cannot be used any more (RuntimeError:"]
-    for line, begin in zip(left_out, told, strict=True):
+    beginnings = [
+        "bad s: RuntimeError: device-side",
+        "the device cannot be used any more (RuntimeError:",
+    ]
+    for line, begin in zip(left_out, beginnings, strict=True):
         assert line.startswith(f"{PLACE}, {begin}")
 
 
@@ -245,8 +252,10 @@ def test_a_part_that_fails_or_is_wrong_is_told_and_the_others_stay(
     monkeypatch.setattr(Sides, "right", lambda self, direction: False)
     assert bench.main([*WORDS, "--only", "grid,direct,duplex", "--out", str(tmp_path)]) == 1
     result = written(tmp_path)
-    found = {(row["part"], row["backend"] == "memcpy", row["verified"]) for row in result["rows"]}
-    assert found == {("duplex", True, True), ("duplex", False, False)}
+    outcomes = {
+        (row["part"], row["backend"] == "memcpy", row["verified"]) for row in result["rows"]
+    }
+    assert outcomes == {("duplex", True, True), ("duplex", False, False)}
     assert "grid: RuntimeError: no cases" in result["left_out"]
     assert "direct: a step: OSError: no memory" in result["left_out"]
 
@@ -266,8 +275,8 @@ def test_staging_is_what_a_call_takes_itself(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "reset_peak_memory_stats", lambda _: None, raising=False)
     monkeypatch.setattr(module, "max_memory_allocated", lambda _: max(taken), raising=False)
     variant = Variant({}, call, lambda i: None, lambda i: True)
-    told = [grid.staging_of(Bench(DEVICE, TINY), variant) for _ in range(2)]
-    assert told == [{"staging_mb": 3.0}] * 2
+    staging = [grid.staging_of(Bench(DEVICE, TINY), variant) for _ in range(2)]
+    assert staging == [{"staging_mb": 3.0}] * 2
     assert len({*seen, module.current_stream(DEVICE).stream_id}) == 3
 
 
@@ -284,20 +293,20 @@ def test_what_an_overlap_allows_depends_on_the_payload() -> None:
 
 @pytest.mark.simdev
 def test_a_loop_keeps_what_its_graph_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph holds addresses alone: memory that it writes to was given to a transfer's ids."""
+    """A graph holds addresses alone: memory that it writes to was reused for a transfer's ids."""
     monkeypatch.setattr(traffic_sources, "captured", lambda step, device: lambda: None)
-    held: list[weakref.ref[torch.Tensor]] = []
+    references: list[weakref.ref[torch.Tensor]] = []
     made = torch.empty_like
 
     def watched(*arguments: Any) -> torch.Tensor:
-        held.append(weakref.ref(tensor := made(*arguments)))
+        references.append(weakref.ref(tensor := made(*arguments)))
         return tensor
 
     monkeypatch.setattr(torch, "empty_like", watched)
     loop = LOOPS["matmul"](DEVICE, TINY)
-    assert held[0]() is not None
+    assert references[0]() is not None
     del loop
-    assert held[0]() is None
+    assert references[0]() is None
 
 
 @pytest.mark.gpu
@@ -305,7 +314,7 @@ def test_loops_last_as_long_as_was_asked_for_and_write_to_their_own_memory() -> 
     device = torch.device("cuda", 0)
     for make in LOOPS.values():
         loop = make(device, SMALL)
-        theirs = [torch.zeros(1024, 1024, dtype=torch.bfloat16, device=device) for _ in range(8)]
+        others = [torch.zeros(1024, 1024, dtype=torch.bfloat16, device=device) for _ in range(8)]
         assert loop._time() >= 40.0  # milliseconds; the shortest of three runs set its length
         torch.cuda.synchronize()
-        assert not any(tensor.any() for tensor in theirs)
+        assert not any(tensor.any() for tensor in others)

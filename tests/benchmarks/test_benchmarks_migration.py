@@ -24,9 +24,9 @@ NBYTES = 1 << 19
 
 
 def run(folder: Path, *words: str) -> tuple[int, Row]:
-    """The exit code and what was written."""
-    given = ["--device", "cpu", "--preset", "tiny", "--out", str(folder), *words]
-    code = bench.main(["--migration", *given])
+    """Return the exit code and the written result."""
+    arguments = ["--device", "cpu", "--preset", "tiny", "--out", str(folder), *words]
+    code = bench.main(["--migration", *arguments])
     (file,) = folder.glob("*-migration*.json")
     return code, json.loads(file.read_text())
 
@@ -49,7 +49,7 @@ def test_pulls_are_measured_judged_and_drawn(
     mapped = having(rows, kind="migrate_mapped")
     assert {row["shape"] for row in mapped} == {*CASES} - {"blocks of 64 KB"}
     assert {row["row_bytes"] for row in mapped} == {2048, 512, 256, 1152}
-    # What others are beside is beside nothing.
+    # The baseline of the others has no baseline.
     assert all({"of_raw", "of_rows"} <= row.keys() for row in having(mapped, backend="mapped"))
     assert not [row for row in having(mapped, backend="raw copy") if "of_raw" in row]
     shown = capsys.readouterr().out
@@ -117,21 +117,21 @@ def test_one_wrong_byte_is_seen_and_one_elsewhere(name: str) -> None:
 
 
 def test_a_process_that_fails_hangs_or_ends_is_told_and_replaced() -> None:
-    found = MigrationBench(CPU, MIGRATION_PRESETS["tiny"])
-    far = found.far
+    bench_ = MigrationBench(CPU, MIGRATION_PRESETS["tiny"])
+    far = bench_.far
     with pytest.raises(RuntimeError, match="no_such_thing"):
         far.do("no_such_thing")
-    far.begin("nonsense")  # whoever asked never waited for the answer
+    far.begin("nonsense")  # the caller never waited for the answer
     assert len(far.do("give", "NHD to HND", NBYTES)) > 100
     far.process.kill()
     far.process.wait()
     with pytest.raises((RuntimeError, OSError)):
         far.do("drop")
-    assert found.far is not far
-    found.far.begin("drop")  # it imports torch meanwhile
+    assert bench_.far is not far
+    bench_.far.begin("drop")  # it imports torch meanwhile
     with pytest.raises(RuntimeError, match=r"did not answer in 0\.1 s"):
-        found.far.end(0.1)
-    found.forget()
+        bench_.far.end(0.1)
+    bench_.forget()
 
 
 def test_what_cannot_be_measured_is_refused(
@@ -147,15 +147,15 @@ def test_what_cannot_be_measured_is_refused(
 @pytest.mark.slow
 def test_a_step_whose_process_ends_leaves_the_others(tmp_path: Path) -> None:
     class Ends(Far):
-        def do(self, name: str, *given: object, **named: object) -> object:
+        def do(self, name: str, *arguments: object, **named: object) -> object:
             if name == "offer":
                 self.process.kill()
-            return super().do(name, *given, **named)
+            return super().do(name, *arguments, **named)
 
-    found = MigrationBench(CPU, MIGRATION_PRESETS["tiny"])
-    found.started = Ends  # type: ignore[method-assign]
-    steps = [*pulls.cost_steps(found), *pulls.weight_steps(found)][:2]
-    rows = bench.carry_out(steps, CPU, None, found.left_out)
+    bench_ = MigrationBench(CPU, MIGRATION_PRESETS["tiny"])
+    bench_.started = Ends  # type: ignore[method-assign]
+    steps = [*pulls.cost_steps(bench_), *pulls.weight_steps(bench_)][:2]
+    rows = bench.carry_out(steps, CPU, None, bench_.left_out)
     assert {row["kind"] for row in rows} == {"migrate_weights"}
-    assert [isinstance(line, Failed) for line in found.left_out] == [True]
-    found.forget()
+    assert [isinstance(line, Failed) for line in bench_.left_out] == [True]
+    bench_.forget()

@@ -102,15 +102,15 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> LMCache:
 
 def measured(shape: Shape, arrangement: str, peer: LMCache) -> tuple[Rows, list[str]]:
     """The rows of a shape with a peer, and what was left out."""
-    asked = field(peers=(peer,))
-    return suite.run_task(suite.Task(shape, arrangement), ONCE, asked), asked.left_out
+    bench_field = field(peers=(peer,))
+    return suite.run_task(suite.Task(shape, arrangement), ONCE, bench_field), bench_field.left_out
 
 
 def test_a_peer_is_called_and_its_bytes_are_checked(peer: LMCache) -> None:
     rows, left_out = measured(tiny(), "apart", peer)
     assert left_out == []
-    theirs = [row for row in rows if row.get("peer")]
-    assert {(row["backend"], row["op"], row["index"]) for row in theirs} == {
+    of_peer = [row for row in rows if row.get("peer")]
+    assert {(row["backend"], row["op"], row["index"]) for row in of_peer} == {
         (f"lmcache {kernel}", op, index)
         for op in ("gather", "scatter")
         for kernel, indices in (
@@ -119,7 +119,7 @@ def test_a_peer_is_called_and_its_bytes_are_checked(peer: LMCache) -> None:
         )
         for index in indices
     }
-    assert all(row["verified"] for row in theirs)
+    assert all(row["verified"] for row in of_peer)
 
 
 def test_a_peer_that_is_wrong_is_told_and_is_not_compared_with(
@@ -129,14 +129,17 @@ def test_a_peer_that_is_wrong_is_told_and_is_not_compared_with(
     rows, _ = measured(tiny(), "apart", peer)
     suite.relate(rows)
     assert not any("to_peer" in row for row in rows)
-    told = suite.peer_failures(rows)
-    assert len(told) == 10
-    assert told[0] == "seed, layers apart, lmcache slot kernel gather random: some bytes were wrong"
+    failures = suite.peer_failures(rows)
+    assert len(failures) == 10
+    assert (
+        failures[0]
+        == "seed, layers apart, lmcache slot kernel gather random: some bytes were wrong"
+    )
 
 
 def test_a_peer_says_which_caches_it_has_no_format_for(peer: LMCache) -> None:
-    _, (told,) = measured(tiny("encoder-cache", tokens=576), "together", peer)
-    assert "a shape that LMCache has a format for" in told
+    _, (reason,) = measured(tiny("encoder-cache", tokens=576), "together", peer)
+    assert "a shape that LMCache has a format for" in reason
 
 
 def test_a_kernel_that_reads_outside_of_the_cache_is_not_called(peer: LMCache) -> None:
@@ -156,7 +159,7 @@ def test_a_missing_peer_is_a_clear_error(
     words = ["--preset", "quick", "--device", "cpu", "--backend", "reference"]
     assert bench.main([*words, "--peer", "lmcache"]) == 1
     assert "pip install --no-deps lmcache==0.5.3" in capsys.readouterr().err
-    assert bench.main([*words, "--peer", "nobody"]) == 1
+    assert bench.main([*words, "--peer", "unknown"]) == 1
     assert "Expected --peer to be one of lmcache" in capsys.readouterr().err
 
 
@@ -168,8 +171,8 @@ def test_a_peer_that_does_not_load_is_a_clear_error(
 ) -> None:
     if file is not None:
         (tmp_path / f"c_ops{EXTENSION_SUFFIXES[0]}").write_bytes(file)
-    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(peers, "find_spec", lambda package: found)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(peers, "find_spec", lambda package: spec)
     monkeypatch.setattr(peers, "version", lambda package: "9.9")
     with pytest.raises(peers.PeerMissing, match=rf"lmcache 9\.9.*{why}"):
         peers.load_peer("lmcache")

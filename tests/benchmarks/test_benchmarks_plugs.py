@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of plugs, in sizes that mean nothing: each part with whatever engine is installed,
-and with own code that is a fake only at the seam between the benchmark and an engine.
+"""The benchmark of integrations, in sizes that mean nothing: each part with any installed engine,
+and with own code that is a fake only at the patch point between the benchmark and an engine.
 
 No test here judges a time. `.ci/plugs` runs it in the engines' environments, too.
 """
@@ -138,7 +138,7 @@ def test_calls_of_lmcaches_torch_ops_are_fewer_by_the_bar(tmp_path: Path) -> Non
 
 
 def fake_ops(functions: Any) -> Callable[[IntegrationBench], lmcache.Ops]:
-    """In the place of LMCache's ops some others, which take tensors."""
+    """Return a replacement for LMCache's ops, which takes tensors."""
     forms = {x: x for x in (1, 4, 6, 12)}
     return lambda bench_: lmcache.Ops(functions, SimpleNamespace, forms, (0, 1), False)
 
@@ -168,24 +168,26 @@ def test_own_code_that_is_as_good_is_compared_and_drawn(
 
         (drawn,) = draw({"rows": named, "machine": MACHINE}, tmp_path, "x")
         assert drawn.name == "x-own.svg"
-    (told,) = suite.medians(named)
-    assert told["of_own"] == pytest.approx(sum(row["of_own"] for row in rows[2::3]) / 2, rel=1e-3)
+    (median,) = suite.medians(named)
+    assert median["of_own"] == pytest.approx(sum(row["of_own"] for row in rows[2::3]) / 2, rel=1e-3)
 
 
 def test_the_whole_of_a_call_is_its_host_time_and_what_follows() -> None:
-    told = {"host_us": 10.0, "p50_us": 20.0}
+    times = {"host_us": 10.0, "p50_us": 20.0}
     rows: Rows = [
-        {**told, "backend": OWN, "host_hidden": True, "verified": True},
+        {**times, "backend": OWN, "host_hidden": True, "verified": True},
         {"backend": OURS, "host_us": 5.0, "p50_us": 60.0, "host_hidden": False},
     ]
     suite.compare(rows)
-    found = [rows[1][name] for name in ("of_own", "host_of_own", "whole_of_own")]
-    assert found == [3.0, 0.5, 2.0]
+    ratios = [rows[1][name] for name in ("of_own", "host_of_own", "whole_of_own")]
+    assert ratios == [3.0, 0.5, 2.0]
 
 
 def test_a_slow_down_within_the_noise_of_its_meeting_is_none() -> None:
     repeats = {"memcpy": [1.0, 1.5, 2.0], OWN: [3.0, 2.5, 2.0], OURS: [9.0, 5.0, 7.0]}
-    rows: Rows = [{"backend": name, "slowdowns_pct": found} for name, found in repeats.items()]
+    rows: Rows = [
+        {"backend": name, "slowdowns_pct": slowdowns} for name, slowdowns in repeats.items()
+    ]
     assert suite.noise(rows) == 1.0  # of PortaKV's own repeats none
     rows[2]["slowdowns_pct"] = [4.0, -1.25, 4.0]
     assert suite.noise(rows) == 1.25  # nothing makes a loop quicker
@@ -208,7 +210,7 @@ class Left(TorchDispatchMode):
 
 def test_an_error_that_a_failed_way_leaves_is_not_the_next_way_s() -> None:
     mode = Left()
-    told = list[str]()
+    left_out = list[str]()
 
     def fails(i: int) -> None:
         mode.left = True
@@ -219,8 +221,8 @@ def test_an_error_that_a_failed_way_leaves_is_not_the_next_way_s() -> None:
         for name, call in ((OWN, fails), (OURS, lambda i: torch.zeros(1)))
     ]
     with mode:
-        assert harness.usable(methods, "somewhere", told) == methods[1:]
-    assert told == ["somewhere, own: RuntimeError: cudaMemcpyBatchAsync failed"]
+        assert harness.usable(methods, "somewhere", left_out) == methods[1:]
+    assert left_out == ["somewhere, own: RuntimeError: cudaMemcpyBatchAsync failed"]
 
 
 def test_what_bars_judge_comes_first_and_what_they_can_do_without_last(
@@ -242,14 +244,14 @@ def test_what_bars_judge_comes_first_and_what_they_can_do_without_last(
     for words in ("slots, 32", "blocks, 32", "connector", "narrow", "object on the device"):
         assert [name for name in cases[:20] if words in name], words
     for number, place, op in product(LAYOUTS, (large, small), ("d2h", "h2d")):
-        found = {name for name in cases if name.endswith(f"{place}, format {number}, {op}")}
+        matching = {name for name in cases if name.endswith(f"{place}, format {number}, {op}")}
         kernels = {"blocks"} | ({"slots"} if number not in (16, 17) else set())
         kernels |= {"connector"} if number in (1, 7) else set()
-        assert {name.partition(",")[0] for name in found} == (kernels if number != 14 else set())
+        assert {name.partition(",")[0] for name in matching} == (kernels if number != 14 else set())
 
 
 def test_own_code_that_fails_is_told_and_ours_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*given: Any, **more: Any) -> None:
+    def broken(*arguments: Any, **more: Any) -> None:
         raise IndexError("no such layout")
 
     ops = SimpleNamespace(multi_layer_kv_transfer=broken, multi_layer_block_kv_transfer=broken)
@@ -257,8 +259,8 @@ def test_own_code_that_fails_is_told_and_ours_stays(monkeypatch: pytest.MonkeyPa
     rows, left_out = tried(lmcache.lmcache_steps)
     assert [row["backend"] for row in rows] == ["memcpy", OURS] * 2
     assert all("of_own" not in row for row in rows)
-    told = [line for line in left_out if "own d2h: IndexError: no such layout" in line]
-    assert [line.partition(",")[0] for line in told] == ["lmcache: slots", "lmcache: blocks"]
+    reasons = [line for line in left_out if "own d2h: IndexError: no such layout" in line]
+    assert [line.partition(",")[0] for line in reasons] == ["lmcache: slots", "lmcache: blocks"]
 
 
 @pytest.mark.slow
@@ -266,9 +268,9 @@ def test_own_code_whose_bytes_are_wrong_is_no_measure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     nothing = SimpleNamespace(
-        multi_layer_kv_transfer=lambda *given, **more: None,
-        multi_layer_kv_transfer_unilateral=lambda *given, **more: None,
-        multi_layer_block_kv_transfer=lambda *given, **more: None,
+        multi_layer_kv_transfer=lambda *arguments, **more: None,
+        multi_layer_kv_transfer_unilateral=lambda *arguments, **more: None,
+        multi_layer_block_kv_transfer=lambda *arguments, **more: None,
     )
     monkeypatch.setattr(lmcache, "own_ops", fake_ops(nothing))
     code, result = run(tmp_path, "cpu", "--only", "lmcache")
@@ -316,8 +318,8 @@ def test_blocks_are_poisoned_before_vllms_load_begins(monkeypatch: pytest.Monkey
         def __setitem__(self, at: Any, value: Any) -> None:
             done.append("poison")
 
-    def specs(*given: Any, **named: Any) -> tuple[Any, ...]:
-        return given
+    def specs(*arguments: Any, **named: Any) -> tuple[Any, ...]:
+        return arguments
 
     if find_spec("vllm") is None:  # only names stand for it then
         engine = SimpleNamespace(GPULoadStoreSpec=specs, CPULoadStoreSpec=list)
@@ -325,20 +327,20 @@ def test_blocks_are_poisoned_before_vllms_load_begins(monkeypatch: pytest.Monkey
             monkeypatch.setitem(sys.modules, f"vllm.v1.kv_offload.{name}", engine)
     module = SimpleNamespace(synchronize=lambda: done.append("synchronize"))
     bench_: Any = SimpleNamespace(device=CPU, sizes=TINY, module=module)
-    theirs = SimpleNamespace(
+    handlers = SimpleNamespace(
         get_finished=list,
         wait=lambda jobs: None,
         submit_store=lambda *job: done.append("store"),
         submit_load=lambda *job: done.append("load"),
     )
     layers: Any = [Layer(range(2 * TINY.blocks + 8))]
-    method = vllm.Worker(bench_, theirs, layers).variant(OWN, "h2d")
+    method = vllm.Worker(bench_, handlers, layers).variant(OWN, "h2d")
     method.poison(0)
     method.call(0)
     assert done == ["store", "synchronize", "poison", "synchronize", "load"]
 
 
-# --- Options, bars and several files --------------------------------------------------------------
+# --- Options, targets and several files -----------------------------------------------------------
 
 
 def test_what_no_time_is_left_for_is_told(tmp_path: Path) -> None:
@@ -349,7 +351,7 @@ def test_what_no_time_is_left_for_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--only", "nonsense"], "to be one of sglang, vllm, lmcache"),
         (["--host"], "unrecognized arguments: --plugs"),
@@ -357,14 +359,14 @@ def test_what_no_time_is_left_for_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_do_not_fit(
-    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
         code: Any = bench.main(["--plugs", "--device", "cpu", "--preset", "tiny", *words])
     except SystemExit as error:
         code = error.code
     assert code in (1, 2)
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.simdev
@@ -373,7 +375,7 @@ def test_times_of_an_emulated_device_are_refused(capsys: pytest.CaptureFixture[s
     assert "Expected real hardware for figures" in capsys.readouterr().err
 
 
-def plugs_result(rows: Rows, part: str) -> Row:
+def integrations_result(rows: Rows, part: str) -> Row:
     more = {"suite": "plugs", "name": f"some-gpu-plugs-{part}"}
     return host_result(rows, **more, asked={"parts": [part], "peers": {part: "1"}})
 
@@ -391,7 +393,7 @@ def test_bars_of_plugs_judge_results_of_plugs_alone() -> None:
         "verified": True,
         "op": "d2h",
     }
-    verdicts = check.judge(plugs_result([row], "lmcache"), check.load_targets())
+    verdicts = check.judge(integrations_result([row], "lmcache"), check.load_targets())
     assert MACHINE["device_type"] == "cuda"
     assert {verdict.bar.suite for verdict in verdicts} == {"plugs"}
     (judged,) = [verdict for verdict in verdicts if verdict.rows]
@@ -403,14 +405,16 @@ def test_bars_of_plugs_judge_results_of_plugs_alone() -> None:
 def test_each_bar_of_sglang_s_transfers_finds_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang, "own_kernels", lambda bench_: kvcacheio)
     rows = [{**row, "part": "sglang"} for row in tried(sglang.sglang_steps, slice(None))[0]]
-    verdicts = check.judge(plugs_result(rows, "sglang"), check.load_targets())
+    verdicts = check.judge(integrations_result(rows, "sglang"), check.load_targets())
     judged = {verdict.bar.figure: verdict.rows for verdict in verdicts if verdict.rows}
     assert judged == {"of_own": 6, "host_us": 6, "whole_of_own": 3}  # none with other quotas
     assert max(verdict.rows for verdict in verdicts) == 10  # and those without a kernel
 
 
 def test_parts_of_several_files_make_one_result() -> None:
-    files = [plugs_result([{"part": part, "kind": "plug_copy"}], part) for part in ("a", "b")]
+    files = [
+        integrations_result([{"part": part, "kind": "plug_copy"}], part) for part in ("a", "b")
+    ]
     whole = merge.merge(files)
     assert (whole["name"], whole["asked"]["parts"]) == ("some-gpu-plugs", ["a", "b"])
     assert [row["part"] for row in whole["rows"]] == ["a", "b"]

@@ -35,8 +35,8 @@ if "--version" in words:
     sys.exit(print("fio-3.33"))
 n, op = os.path.getsize(words["--filename"]), words["--rw"][4:]
 moved = n if int(words["--bs"]) < 1 << 20 else n // 2
-told = {"io_bytes": moved, "bw_bytes": 10**9}
-job = {"error": 0, "usr_cpu": 1, "sys_cpu": 1, "job_runtime": 9, op: told}
+figures = {"io_bytes": moved, "bw_bytes": 10**9}
+job = {"error": 0, "usr_cpu": 1, "sys_cpu": 1, "job_runtime": 9, op: figures}
 print(json.dumps({"jobs": [job]}))
 """
 
@@ -54,10 +54,10 @@ def fio(tmp_path: Path) -> str:
 
 
 def run(folder: Path, *words: str) -> tuple[int, Row]:
-    """The exit code and what was written."""
-    given = ["--dir", str(folder / "disk"), "--out", str(folder), *words]
+    """Return the exit code and the written result."""
+    arguments = ["--dir", str(folder / "disk"), "--out", str(folder), *words]
     (folder / "disk").mkdir()
-    code = bench.main(["--storage", "--device", "cpu", "--preset", "tiny", *given])
+    code = bench.main(["--storage", "--device", "cpu", "--preset", "tiny", *arguments])
     assert [*(folder / "disk").iterdir()] == []  # it is left as it was
     (file,) = folder.glob("*-storage*.json")
     return code, json.loads(file.read_text())
@@ -94,7 +94,7 @@ def test_every_part_measures_judges_and_draws(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--sizes", "1Q"], "Expected a size such as 256K, 1M or 1G, got '1Q'"),
         (["--dir", "/nonexistent"], "/nonexistent"),
@@ -102,11 +102,11 @@ def test_every_part_measures_judges_and_draws(
     ],
 )
 def test_what_cannot_be_measured_is_refused(
-    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--storage", "--device", "cpu", "--dir", str(tmp_path), *words]
-    assert bench.main(given) == 1
-    assert told in capsys.readouterr().err
+    arguments = ["--storage", "--device", "cpu", "--dir", str(tmp_path), *words]
+    assert bench.main(arguments) == 1
+    assert message in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []
 
 
@@ -115,7 +115,7 @@ def test_sizes_in_words() -> None:
 
 
 def test_quantiles_of_urgent_loads_are_over_those_of_all_rounds(tmp_path: Path) -> None:
-    """Of a round alone the 99th of 100 is the worst one."""
+    """A round alone has its worst load as the 99th of 100."""
     sizes = replace(STORAGE_PRESETS["tiny"], rounds=4, loads=3)
     bench = StorageBench(torch.device("cpu"), sizes, tmp_path, {"fio": None, "lmcache": None})
     row, stored = alongside(bench)
@@ -147,7 +147,7 @@ def test_ways_are_tried_in_turns_and_compared_by_round() -> None:
     rows = Trials(3, 0.0, left_out).rows({"kind": "k"}, 1 << 20, methods, {"of_fio": "fio"})
     assert [row["backend"] for row in rows] == ["ours", "fio a", "fio b", "wrong"]
     assert [row["verified"] for row in rows] == [True, True, True, False]
-    assert rows[0]["of_fio"] == 1.0  # of 2.0, 1.0, 1.0, beside the one of the better median
+    assert rows[0]["of_fio"] == 1.0  # of 2.0, 1.0, 1.0, compared with the one of the better median
     assert (rows[0]["p50_us"], rows[0]["cpu_us_per_mib"]) == (2e6, 1000.0)
     assert "of_fio" not in rows[1]
     assert [("refused" in x, isinstance(x, Failed)) for x in left_out] == [(True, True)]
@@ -158,8 +158,8 @@ def test_ways_are_tried_in_turns_and_compared_by_round() -> None:
 def test_a_file_that_is_read_from_memory_is_told(
     tmp_path: Path, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the device takes no O_DIRECT the page cache is measured, and the results say so.
-    Control: where it does, the file is open past the page cache, and nothing is said."""
+    """A device that takes no O_DIRECT has its page cache measured, and the results say so.
+    Control: with O_DIRECT, the file is open past the page cache, and no line is left out."""
     real = os.open
 
     def opened(path: Any, flags: int, *more: Any, **named: Any) -> int:
@@ -178,5 +178,5 @@ def test_a_file_that_is_read_from_memory_is_told(
     if not refused and not direct:
         pytest.skip("this file system takes no O_DIRECT")
     assert direct is not refused
-    said = f"{tmp_path} refuses O_DIRECT: the page cache is measured"
-    assert left_out == ([said] if refused else [])
+    reason = f"{tmp_path} refuses O_DIRECT: the page cache is measured"
+    assert left_out == ([reason] if refused else [])
