@@ -102,14 +102,14 @@ class Recorded(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
+        named = kwargs or {}
         name = func._schema.name.partition("::")[2]
         if name in (SCATTER, GATHER, UPDATE, COPY, SELECT):
             self.seen[name] += 1
-            moved = [x for x in (*args, *given.values()) if isinstance(x, torch.Tensor)]
+            moved = [x for x in (*args, *named.values()) if isinstance(x, torch.Tensor)]
             assert all(x.is_contiguous() for x in moved), f"{name} was given holes"
-            assert given.get("cache_mode", "Norm") == "Norm"
-        return func(*args, **given)
+            assert named.get("cache_mode", "Norm") == "Norm"
+        return func(*args, **named)
 
 
 OPS = Carrier(Ascend, DEVICE)
@@ -126,13 +126,13 @@ def _kernel() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_faults_left() -> Iterator[None]:
-    """As of an op that meets a negative slot, or one past the end."""
+    """Assert that no op met a negative slot or a slot past the end."""
     yield
     torch.accelerator.synchronize(DEVICE)
     assert simdev.take_faults() == []
 
 
-def both_ways(carrier: Carrier, name: str, tokens: int, **index: Any) -> list[dict[str, int]]:
+def both_directions(carrier: Carrier, name: str, tokens: int, **index: Any) -> list[dict[str, int]]:
     """Gather and scatter, every byte judged; the ops that were called."""
     seen = []
     for scatters in (False, True):
@@ -159,18 +159,18 @@ SERVES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 
 @pytest.mark.parametrize("name", CACHES)
 def test_which_op_serves(name: str) -> None:
-    """If the kernel was built, it serves any layout."""
+    """The kernel, once built, serves any layout."""
     gathers, scatters = SERVES[name]
     planes = len(CACHES[name][1]) * LAYERS
     slots: dict[str, Any] = {"tokens": len(IDS), "ids": IDS}
     blocks: dict[str, Any] = {"tokens": 3 * SIZE, "ids": [3, 0, 2], "step": SIZE}
     inside = {**blocks, "tokens": 2 * SIZE, "offset": 3}
-    assert both_ways(OPS, name, **slots) == [{SELECT: planes}, scatters]
-    assert both_ways(OPS, name, **blocks)[0] == gathers
+    assert both_directions(OPS, name, **slots) == [{SELECT: planes}, scatters]
+    assert both_directions(OPS, name, **blocks)[0] == gathers
     # Head and tail of a range that cuts through blocks go by slots.
-    assert SELECT in both_ways(OPS, name, **inside)[0]
+    assert SELECT in both_directions(OPS, name, **inside)[0]
     for index in (slots, blocks, inside):
-        assert both_ways(KERNEL, name, **index) == [{}, {}]
+        assert both_directions(KERNEL, name, **index) == [{}, {}]
 
 
 # What they say
@@ -190,7 +190,7 @@ def test_explain_names_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (backend.emulated, backend.capabilities().guards) == (True, False)
     assert kernel.capabilities().guards
     scatters = CopyPlan(rows.form, view.form, 0, 1)
-    for plan, told in [
+    for plan, decision in [
         (scatters, f"accepted, takes the plan by {SCATTER}"),
         (CopyPlan(view.form, rows.form, SIZE, 0), f"accepted, takes the plan by {GATHER}"),
         (
@@ -202,7 +202,7 @@ def test_explain_names_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
             "rejected, it does not copy from device to pageable memory",
         ),
     ]:
-        assert str(backend.check(plan)) == f"ascend: {told}"
+        assert str(backend.check(plan)) == f"ascend: {decision}"
     assert str(kernel.check(scatters)).endswith("takes the plan by the AscendC kernel")
     monkeypatch.setattr(ascend_kernel, "MAX_LOOPS", 0)
     assert str(kernel.check(scatters)) == (
@@ -233,8 +233,8 @@ def test_negative_slots_never_reach_an_op(there: bool) -> None:
 
 @by_both
 def test_block_migration_within_one_cache(carrier: Carrier) -> None:
-    held = cache("three")
-    carrier.copies(Copy(by(held, [0, 2], SIZE), by(held, [3, 1], SIZE), 2 * SIZE))
+    pool = cache("three")
+    carrier.copies(Copy(by(pool, [0, 2], SIZE), by(pool, [3, 1], SIZE), 2 * SIZE))
 
 
 def test_what_torch_npu_would_refuse() -> None:
@@ -299,9 +299,12 @@ def test_a_prepared_launch_serves_any_request_of_its_plan() -> None:
     there = Elsewhere(DEVICE)
     first, second = there.views(*pools)
     launch = AscendKernel(DEVICE).prepare(CopyPlan(first.form, second.form, SIZE, SIZE))
-    for (mine, theirs), (src, dst) in (((first, second), pools), ((second, first), pools[::-1])):
+    for (src_view, dst_view), (src, dst) in (
+        ((first, second), pools),
+        ((second, first), pools[::-1]),
+    ):
         read, written = (Index(torch.tensor([at]).to(DEVICE), SIZE) for at in (1, 3))
-        move = Move(mine, theirs, read, written, SIZE)
+        move = Move(src_view, dst_view, read, written, SIZE)
 
         def carry(move: Move = move) -> None:
             launch(*move, None, None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops behind stand-ins do what the vendor documents, and refuse what it forbids."""
+"""The ops of the stand-ins do what the vendor documents, and refuse what it forbids."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 
 def scatter(**changed: Any) -> None:
-    """A call of the scatter that is right but for what is changed."""
-    given = {
+    """Call the scatter with right arguments, except for the changed ones."""
+    arguments = {
         "key": numbers(3, HEADS, DIM),
         "value": numbers(3, HEADS, DIM),
         "key_cache": numbers(BLOCKS, SIZE, HEADS, DIM),
@@ -38,12 +38,12 @@ def scatter(**changed: Any) -> None:
         "slot_mapping": torch.tensor([7, 0, 11]),
         "cache_mode": "Norm",
     }
-    ascend_ops.scatter_pa_kv_cache(**{**given, **changed})
+    ascend_ops.scatter_pa_kv_cache(**{**arguments, **changed})
 
 
 def gather(**changed: Any) -> None:
-    """As `scatter`, of the gather."""
-    given = {
+    """Call the gather with right arguments, except for the changed ones."""
+    arguments = {
         "key_cache": numbers(BLOCKS, SIZE, HEADS, DIM),
         "value_cache": numbers(BLOCKS, SIZE, HEADS, DIM),
         "block_tables": torch.tensor([[2, 0]], dtype=torch.int32),
@@ -51,17 +51,17 @@ def gather(**changed: Any) -> None:
         "key": numbers(6, HEADS, DIM),
         "value": numbers(6, HEADS, DIM),
     }
-    ascend_ops.gather_pa_kv_cache(**{**given, **changed})
+    ascend_ops.gather_pa_kv_cache(**{**arguments, **changed})
 
 
 def update(**changed: Any) -> torch.Tensor:
-    given = {"input": torch.zeros(5, 3, dtype=torch.int64), "indices": WHERE, "updates": ROWS}
-    return ascend_ops.scatter_nd_update_(**{**given, **changed})
+    arguments = {"input": torch.zeros(5, 3, dtype=torch.int64), "indices": WHERE, "updates": ROWS}
+    return ascend_ops.scatter_nd_update_(**{**arguments, **changed})
 
 
 def select(**changed: Any) -> torch.Tensor:
-    given: dict[str, Any] = {"rows": ROWS, "dim": 0, "index": torch.tensor([1])}
-    return ascend_ops.index_select(**{**given, **changed})
+    arguments: dict[str, Any] = {"rows": ROWS, "dim": 0, "index": torch.tensor([1])}
+    return ascend_ops.index_select(**{**arguments, **changed})
 
 
 def test_scatter_writes_each_row_to_its_slot() -> None:

@@ -35,8 +35,8 @@ AGAIN = (
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(REPORT.read_text("utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(REPORT.read_text("utf-8"))
+    return content
 
 
 def test_the_report_carries_its_rungs(report: dict[str, Any]) -> None:
@@ -76,11 +76,11 @@ def test_the_suite_s_report_stands_and_is_about_the_backend_as_it_is(
 
 
 SPOILED: dict[str, Callable[[dict[str, Any]], None]] = {
-    "schemas": lambda found: found["schemas"][2].update(same=False),
-    "refusals": lambda found: found["refusals"][-1].update(right=False),
-    "kernel": lambda found: found.update(kernel={"right": False}),
-    "conformance": lambda found: found["conformance"].update(verdict="failed"),
-    "empty": lambda found: found.update(schemas=[], refusals=[]),
+    "schemas": lambda report: report["schemas"][2].update(same=False),
+    "refusals": lambda report: report["refusals"][-1].update(right=False),
+    "kernel": lambda report: report.update(kernel={"right": False}),
+    "conformance": lambda report: report["conformance"].update(verdict="failed"),
+    "empty": lambda report: report.update(schemas=[], refusals=[]),
 }
 
 
@@ -94,7 +94,7 @@ def test_a_report_with_one_error_carries_nothing(report: dict[str, Any], spoiled
 def test_another_wheel_of_the_same_name_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before it is installed: what it holds is not what the pinned hash stands for."""
+    """The script refuses a wheel whose hash is not the pinned one before it installs the wheel."""
     known = support_matrix.read().vendor
     (name,) = (name for name in known if name.endswith(".whl"))
     wheel = tmp_path / "venv" / "wheels" / name
@@ -103,14 +103,14 @@ def test_another_wheel_of_the_same_name_is_refused(
     digest = hashlib.sha256(b"another").hexdigest()
     assert ascend_schema.check_wheel(wheel, {}) == digest
     assert ascend_schema.check_wheel(wheel, {name: digest}) == digest
-    asked: list[str] = []
-    monkeypatch.setattr(ascend_schema, "run", lambda command: asked.append(" ".join(command)))
+    commands: list[str] = []
+    monkeypatch.setattr(ascend_schema, "run", lambda command: commands.append(" ".join(command)))
     words = ["--venv", str(tmp_path / "venv"), "--report", str(tmp_path / "out")]
     assert ascend_schema.main(words) == 1
-    said = capsys.readouterr().err
-    assert f"{name} has the sha256 {digest}, and the vendor's wheel of that name has" in said
-    assert known[name] in said
-    assert not any(name in command for command in asked)
+    error = capsys.readouterr().err
+    assert f"{name} has the sha256 {digest}, and the vendor's wheel of that name has" in error
+    assert known[name] in error
+    assert not any(name in command for command in commands)
 
 
 def test_no_wheel_no_compiler_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_no_wheel_no_compiler_are_told(tmp_path: Path, monkeypatch: pytest.Monke
     not (shutil.which("gcc") and shutil.which("nm")), reason="gcc and nm are not installed"
 )
 def test_what_the_stub_does_not_know_raises(tmp_path: Path) -> None:
-    """A library that wants a function of CANN's which nobody wrote gets one that fails, loudly."""
+    """A library that needs a function of CANN which the stub lacks gets one that fails loudly."""
     inner = tmp_path / "torch_npu"
     inner.mkdir()
     source = tmp_path / "c.c"
@@ -136,8 +136,8 @@ def test_what_the_stub_does_not_know_raises(tmp_path: Path) -> None:
     assert cann_stub.build(tmp_path, tmp_path / "cann") == ["aclrtNew"]
     code = "import ctypes, sys; x = ctypes.CDLL(sys.argv[1]); print(x.aclInit(), x.aclrtNew())"
     library = str(tmp_path / "cann" / "lib" / "libhccl.so")
-    said = cann_stub.run(sys.executable, "-c", code, library)
-    assert said == "0 200001\n"
+    output = cann_stub.run(sys.executable, "-c", code, library)
+    assert output == "0 200001\n"
 
 
 def test_an_environment_that_cannot_be_made_is_a_sentence(
@@ -149,9 +149,9 @@ def test_an_environment_that_cannot_be_made_is_a_sentence(
     python.chmod(0o755)
     words = ["--venv", str(tmp_path / "venv"), "--report", str(tmp_path / "out")]
     assert ascend_schema.main(words) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("ascend_schema: ")
-    assert said.endswith("ended with 4: no network\n")
+    error = capsys.readouterr().err
+    assert error.startswith("ascend_schema: ")
+    assert error.endswith("ended with 4: no network\n")
     assert os.listdir(tmp_path / "out") == []
 
 

@@ -81,9 +81,9 @@ def test_everything_that_the_script_runs() -> None:
 
 
 FAULTS = [
-    (header, found.start())
+    (header, match.start())
     for header in ("machine.h", "kernel_operator.h", "copies.h")
-    for found in re.finditer(r"(?<![\w:])fault\((?=\s*\")", (EMULATION / header).read_text())
+    for match in re.finditer(r"(?<![\w:])fault\((?=\s*\")", (EMULATION / header).read_text())
 ]
 
 
@@ -105,7 +105,7 @@ def test_each_check_of_the_emulation_bites(header: str, site: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("script", "word", "record", "code", "told"),
+    ("script", "word", "record", "code", "reason"),
     [
         ("emulation/run.sh", "everything", "", 2, "everything"),
         ("emulation/run.sh", "matrix", "record.json", 2, "RECORD is for 'run.sh sanitized'"),
@@ -115,11 +115,11 @@ def test_each_check_of_the_emulation_bites(header: str, site: int, tmp_path: Pat
     ],
 )
 def test_a_script_says_what_it_does_not_know_or_misses(
-    script: str, word: str, record: str, code: int, told: str, tmp_path: Path
+    script: str, word: str, record: str, code: int, reason: str, tmp_path: Path
 ) -> None:
     places = {"HOME": str(tmp_path), "OUT": str(tmp_path), "ASCEND_HOME_PATH": ""}
     done = bash(ASCEND / script, word, RECORD=record and str(tmp_path / record), **places)
-    assert (done.returncode, told in done.stdout) == (code, True), done.stdout
+    assert (done.returncode, reason in done.stdout) == (code, True), done.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -131,8 +131,8 @@ def test_without_the_package_the_script_says_what_to_install(word: str, tmp_path
     for python in (bare, tmp_path / "none"):
         done = bash(RUN, word, PYTHON=str(python))
         assert done.returncode == 1
-        said = done.stdout.partition("===")[2].splitlines()[1]
-        assert said == (
+        message = done.stdout.partition("===")[2].splitlines()[1]
+        assert message == (
             f"The suite needs PortaKV with its extra 'conformance', and {python} has not got both; "
             f"run pip install '.[conformance]' in the repository, or name another Python by PYTHON."
         )
@@ -144,15 +144,15 @@ def test_the_sanitized_run_leaves_a_record_for_the_ladder(tmp_path: Path) -> Non
     record = tmp_path / "ascendc-sanitized.json"
     done = bash(RUN, "sanitized", RECORD=str(record))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    said = read(record)
-    assert (said.level, said.emulated) == ("R3", True)
-    assert said.target == "portakv_conformance.vendor.ascendc_emulated:AscendC"
-    assert said.source_sha256 == source_sha256(said.target)
-    assert said.device.endswith(", emulated, under ASan and UBSan")
-    assert said.backend == "ascendc-emulated"
-    assert said.summary.startswith("semantics emulated, profile core, seed 0: ")
-    assert " passed" in said.summary
-    assert said.command == "bash native/ascend/emulation/run.sh sanitized"
+    evidence = read(record)
+    assert (evidence.level, evidence.emulated) == ("R3", True)
+    assert evidence.target == "portakv_conformance.vendor.ascendc_emulated:AscendC"
+    assert evidence.source_sha256 == source_sha256(evidence.target)
+    assert evidence.device.endswith(", emulated, under ASan and UBSan")
+    assert evidence.backend == "ascendc-emulated"
+    assert evidence.summary.startswith("semantics emulated, profile core, seed 0: ")
+    assert " passed" in evidence.summary
+    assert evidence.command == "bash native/ascend/emulation/run.sh sanitized"
 
 
 # Texts
@@ -210,7 +210,7 @@ def test_the_arguments_are_as_large_as_the_kernel_says() -> None:
 
 
 def test_memory_that_was_not_given_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A destination said to be shorter than it is: the first byte past its end is told."""
+    """The kernel gets a destination that is shorter: the first byte past its end is reported."""
 
     def shorter(move: Move, further: Any) -> list[tuple[int, int, bool]]:
         return [(at, nbytes - written, written) for at, nbytes, written in reached(move, further)]
@@ -223,13 +223,15 @@ def test_memory_that_was_not_given_is_not_touched(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "reason"),
     [(Setting(0, 4096, 0), "no core"), (Setting(1, 512, 0), "ask the platform")],
 )
-def test_impossible_launches(setting: Setting, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_launches(
+    setting: Setting, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ascendc_emulated, "SETTINGS", (setting,))
     copied = gathered(64)
-    with refused(TransferError, told, watch=copied.dst.tensors):
+    with refused(TransferError, reason, watch=copied.dst.tensors):
         Carrier(AscendC, CPU).launches(copied)
 
 
@@ -259,7 +261,7 @@ struct PlatformAscendCManager {
 LAUNCH = """
 #include "copy.h"
 int64_t launched[18];
-extern "C" const int64_t* told() { return launched; }
+extern "C" const int64_t* last_launch() { return launched; }
 extern "C" void portakv_ascend_launch(
     const portakv::Copy* copy, uint32_t blocks, uint32_t ub_bytes, void* stream) {
     static_assert(sizeof(*copy) == 15 * 8, "a Copy is 15 numbers");
@@ -311,7 +313,7 @@ def built(tmp_path: Path) -> Built:
 
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No library is named or lies in the tree; what a test loads is asked anew."""
+    """Hide every library, and forget the libraries that a test loads."""
     monkeypatch.delenv(_ascendc.VARIABLE, raising=False)
     monkeypatch.setattr(_ascendc, "files", lambda package: tmp_path / "native")
     yield
@@ -325,7 +327,7 @@ def sound(emulated: int = 0, **changed: str) -> str:
 
 
 def refusal(path: str, emulated: bool = False) -> str:
-    """Why a library is refused."""
+    """Return the reason why a library is refused."""
     with pytest.raises(Unusable) as raised:
         open_kernel(path, emulated)
     return str(raised.value)
@@ -335,27 +337,29 @@ def test_where_it_is_sought(built: Built, tmp_path: Path, monkeypatch: pytest.Mo
     lib = tmp_path / "native" / "lib"
     lib.mkdir(parents=True)
     shutil.copy(built(sound()), lib)
-    kernel, told = find_kernel(False)
+    kernel, choice = find_kernel(False)
     assert kernel is not None
     assert (kernel.blocks, kernel.ub_bytes, kernel.emulated) == (8, 4096, False)
-    assert told == "by the AscendC kernel in libportakv_ascend.so"
-    # What lies there and cannot be used was not asked for: the ops serve, and it is said why.
-    kernel, told = find_kernel(True)
+    assert choice == "by the AscendC kernel in libportakv_ascend.so"
+    # A library that lies there and cannot be used was not requested: the ops serve, with a reason.
+    kernel, choice = find_kernel(True)
     assert kernel is None
-    assert told.startswith("by its ops, since of the AscendC kernel libportakv_ascend.so is for an")
+    assert choice.startswith(
+        "by its ops, since of the AscendC kernel libportakv_ascend.so is for an"
+    )
     # The place is where run_in_cann.sh leaves a library; the variable goes first.
     script, cmake = ((ASCEND / x).read_text() for x in ("run_in_cann.sh", "CMakeLists.txt"))
     assert '--install "$work" --prefix "$here/lib"' in script
     assert "install(TARGETS portakv_ascend portakv_ascend_kernel DESTINATION .)" in cmake
-    monkeypatch.setenv(_ascendc.VARIABLE, built(sound(), name="mine.so"))
-    assert find_kernel(False)[1] == "by the AscendC kernel in mine.so"
+    monkeypatch.setenv(_ascendc.VARIABLE, built(sound(), name="own.so"))
+    assert find_kernel(False)[1] == "by the AscendC kernel in own.so"
 
 
 ELSE = "libportakv_ascend.so"
 
 
 @pytest.mark.parametrize(
-    ("text", "emulated", "told"),
+    ("text", "emulated", "reason"),
     [
         (sound(portakv_ascend_abi="unsigned portakv_ascend_abi() { return 7; }"), False,
          f"{ELSE} has the interface 7, and 2 is launched here; build it again, from native/ascend "
@@ -370,8 +374,8 @@ ELSE = "libportakv_ascend.so"
     ],
     ids=["interface", *SOUND, "platform", "emulation for a real NPU", "the other way round"],
 )  # fmt: skip
-def test_a_library_is_refused(text: str, emulated: bool, told: str, built: Built) -> None:
-    assert refusal(built(text), emulated).startswith(told)
+def test_a_library_is_refused(text: str, emulated: bool, reason: str, built: Built) -> None:
+    assert refusal(built(text), emulated).startswith(reason)
 
 
 def test_a_library_that_is_none_or_lacks_another(built: Built, tmp_path: Path) -> None:
@@ -407,9 +411,9 @@ def test_the_real_library_s_host_part(built: Built, tmp_path: Path) -> None:
     assert (kernel.blocks, kernel.ub_bytes, kernel.emulated) == (40, 192 << 10, False)
     numbers = list(range(100, 115))
     kernel.launch(bytes((ctypes.c_int64 * 15)(*numbers)), (), 2**40 + 8)
-    told = kernel.library.told
-    told.restype = ctypes.POINTER(ctypes.c_int64 * 18)
-    assert list(told().contents) == [*numbers, 40, 192 << 10, 2**40 + 8]
+    last_launch = kernel.library.last_launch
+    last_launch.restype = ctypes.POINTER(ctypes.c_int64 * 18)
+    assert list(last_launch().contents) == [*numbers, 40, 192 << 10, 2**40 + 8]
     with pytest.raises(TransferError, match=r"returned 1; the copy was not made, or in part\. 1"):
         kernel.launch(bytes(15 * 8), (), 0)  # a launch without a nest
     none = built(LAUNCH, *words, "-DCORES=0", name="none.so")
@@ -441,9 +445,9 @@ def test_cmake_builds_and_installs_a_library_that_loads(tmp_path: Path) -> None:
         done = subprocess.run(["cmake", *words], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     shutil.rmtree(work)  # what is installed stands alone
-    kernel, told = find_kernel(False)
+    kernel, choice = find_kernel(False)
     assert kernel is not None
-    assert (told, kernel.blocks) == ("by the AscendC kernel in libportakv_ascend.so", 40)
+    assert (choice, kernel.blocks) == ("by the AscendC kernel in libportakv_ascend.so", 40)
     kernel.launch(bytes((ctypes.c_int64 * 15)(*range(1, 16))), (), 0)
 
 
@@ -490,17 +494,17 @@ def test_the_command_of_the_page_judges_the_kernel(by: str, emulation: str, tmp_
         capture_output=True,
         text=True,
     )
-    told = done.stdout + done.stderr
-    assert re.search(r"\b\d+ passed in ", told), told
+    output = done.stdout + done.stderr
+    assert re.search(r"\b\d+ passed in ", output), output
     report = (tmp_path / "conformance.json").read_text()
-    said = json.loads(report)["environment"]
+    environment = json.loads(report)["environment"]
     device = results.device(RunRecord.read(report))
     digest = hashlib.sha256(Path(emulation).read_bytes()).hexdigest()
     by_kernel = by == "kernel"
     assert (
         "copies go by the AscendC kernel in libportakv_ascend.so, emulated" in report
     ) == by_kernel
-    assert said.get("library") == ({"libportakv_ascend.so": digest} if by_kernel else None)
-    way = "the AscendC kernel" if by_kernel else "the ops of torch_npu"
-    assert said["carried out by"] == way
-    assert device == (f"npu, emulated, by {way}" if by_kernel else "npu, emulated")
+    assert environment.get("library") == ({"libportakv_ascend.so": digest} if by_kernel else None)
+    carrier = "the AscendC kernel" if by_kernel else "the ops of torch_npu"
+    assert environment["carried out by"] == carrier
+    assert device == (f"npu, emulated, by {carrier}" if by_kernel else "npu, emulated")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How `compiled` compiles: once for all lengths, in prepare, without copying a cache, and never
-eagerly instead. The bytes that it moves: test_every_backend.py."""
+"""`compiled` compiles once for all lengths, in prepare, without copying a cache, and never runs
+eagerly instead. test_every_backend.py judges the bytes that it moves."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ def compiled(device: torch.device) -> Compiled:
     return backend
 
 
-def copy(src: KVView, dst: KVView, mine: Any = None, theirs: Any = None, **more: Any) -> None:
-    copy_rows(src, dst, mine, theirs, backend="compiled", **more).synchronize()
+def copy(
+    src: KVView, dst: KVView, src_index: Any = None, dst_index: Any = None, **more: Any
+) -> None:
+    copy_rows(src, dst, src_index, dst_index, backend="compiled", **more).synchronize()
 
 
 def _plan(device: torch.device, *, layers: int = 3) -> CopyPlan:
@@ -75,15 +77,15 @@ def test_every_dtype_through_one_program(device: torch.device) -> None:
         torch.float8_e4m3fn,
         torch.float8_e5m2,
     )
-    found = set()
+    counts = set()
     slots = [23, 0, 9, 4, 5]
     for dtype in dtypes:
         caches = [filled((2, 6, 4, 2, 32 // dtype.itemsize), dtype, device=device)]
         rows = filled((2, 1, 5, 64 // dtype.itemsize), dtype, poison=True, device=device)
         copy(paged(caches), dense(rows), slots)
-        found.add(len(compiled(device).programs))
+        counts.add(len(compiled(device).programs))
         assert same(rows, caches[0].flatten(3).flatten(1, 2)[:, slots].unsqueeze(1)), dtype
-    assert len(found) == 1
+    assert len(counts) == 1
 
 
 @on_each_device
@@ -163,7 +165,7 @@ def test_what_torch_guards_for_does_not_compile_again(device: torch.device) -> N
     caches = pool(device)
     threads = torch.get_num_threads()
     promised = torch.are_deterministic_algorithms_enabled()
-    # Under this promise inductor would write rows by a slow way of its own, over all memory.
+    # Under this promise inductor would write rows by a slow method that goes over all memory.
     torch.use_deterministic_algorithms(True, warn_only=True)
     with torch.inference_mode():
         launch = backend.prepare(_plan(device))
@@ -289,9 +291,9 @@ def test_a_compiler_that_fails_is_the_self_checks_reason(
 
 @needs_inductor
 def test_where_it_stands(nothing_chosen: None) -> None:
-    """On a host it is only used when asked for; on a GPU between `triton` and `reference`."""
+    """A host uses it only when it is named; a GPU tries it between `triton` and `reference`."""
     assert "compiled" not in registry.REGISTRY.automatic(CPU)
-    said = {decision.name: decision for decision in registry.trace(CPU)}
-    assert "on cpu it is used only when named" in said["compiled"].reason
+    decisions = {decision.name: decision for decision in registry.trace(CPU)}
+    assert "on cpu it is used only when named" in decisions["compiled"].reason
     order = registry.REGISTRY.automatic(CUDA)
     assert order[order.index("triton") :] == ["triton", "compiled", "reference"]

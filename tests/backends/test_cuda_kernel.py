@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What NVRTC makes of the CUDA kernel for devices that are not here, and why `cuda` is rejected."""
+"""NVRTC compiles the CUDA kernel for devices that are not here; reasons why `cuda` is rejected."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kernels() -> dict[str, RowsKernel]:
     """The table's kernels by their texts."""
-    found: dict[str, RowsKernel] = {}
+    result: dict[str, RowsKernel] = {}
     for make in COPIES.values():
         plan = make().plan()
         for nest in plan.nests:
             kernel = RowsKernel(nest, plan)
-            found.setdefault(kernel.source, kernel)
-    return found
+            result.setdefault(kernel.source, kernel)
+    return result
 
 
 KERNELS = kernels()
@@ -98,16 +98,18 @@ _PTX = {16: ".v4.u32", 8: ".u64", 4: ".u32", 2: ".u16", 1: ".u8"}
 
 
 def _judge_sass(code: str, vector: int) -> None:
-    """As many loads and stores of the vector as a thread moves; beside them only ids, addresses and
-    the status."""
+    """Assert as many loads and stores of the vector as a thread moves; the only other ones are of
+    ids, addresses and the status."""
     for each, name in NAMES.items():
         _, there, rest = code.partition(f".section\t.text.{name},")
         assert there, f"{name} was not found"
         entry = rest.partition(".section\t")[0]
-        found = re.findall(r"\b(LDG?|STG?|LDL|STL)((?:\.[A-Z0-9]+)*) ", entry)
-        assert not {op for op, _ in found} & {"LD", "ST", "LDL", "STL"}, "generic or local memory"
-        loads = [kind for op, kind in found if op == "LDG" and ".STRONG" not in kind]
-        stores = [kind for op, kind in found if op == "STG" and ".STRONG" not in kind]
+        accesses = re.findall(r"\b(LDG?|STG?|LDL|STL)((?:\.[A-Z0-9]+)*) ", entry)
+        assert not {op for op, _ in accesses} & {"LD", "ST", "LDL", "STL"}, (
+            "generic or local memory"
+        )
+        loads = [kind for op, kind in accesses if op == "LDG" and ".STRONG" not in kind]
+        stores = [kind for op, kind in accesses if op == "STG" and ".STRONG" not in kind]
         assert stores == [_SASS[vector]] * each, stores
         assert loads.count(_SASS[vector]) >= each, loads
         assert set(loads) <= {_SASS[vector], _SASS[8], _SASS[4]}, loads
@@ -135,7 +137,7 @@ def chosen(tables: bool) -> list[tuple[str, RowsKernel]]:
 @pytest.mark.parametrize("tables", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.full
 def test_machine_code_has_the_vector_width(tables: bool, architecture: int, tmp_path: Path) -> None:
-    """To disassemble takes longer than to compile."""
+    """The machine code is disassembled, which takes longer than to compile it."""
     assert {kernel.vector for _, kernel in chosen(tables)} == set(_SASS)
     for number, (source, kernel) in enumerate(chosen(tables)):
         binary = _nvrtc.compile_kernel(source, architecture)
@@ -191,7 +193,7 @@ def test_an_error_carries_the_compilers_log() -> None:
 
 @needs_nvrtc
 def test_compiling_needs_no_cuda_core() -> None:
-    """In a process of its own, where it cannot be imported."""
+    """A separate process, which cannot import it, compiles a kernel."""
     program = (
         "import sys; sys.modules['cuda.core'] = None\n"
         "from portakv.runtime import nvrtc as _nvrtc\n"
@@ -204,9 +206,9 @@ def test_compiling_needs_no_cuda_core() -> None:
 # Why `cuda` is rejected
 
 
-def _tells(name: str, *told: Any) -> Any:
-    """A binding whose version is told by a function of some name."""
-    return SimpleNamespace(**{name: lambda: told})
+def _report(name: str, *answer: Any) -> Any:
+    """Return a binding whose version a function of that name reports."""
+    return SimpleNamespace(**{name: lambda: answer})
 
 
 _LOST = RuntimeError("libnvrtc.so.13 was not found\nsearched in:\n  nowhere")
@@ -223,8 +225,8 @@ def bindings(monkeypatch: pytest.MonkeyPatch) -> Any:
         return "13.1.0"
 
     made: Any = ModuleType("cuda.bindings")
-    made.nvrtc = _tells("nvrtcVersion", 0, 13, 2)
-    made.driver = _tells("cuDriverGetVersion", 0, 13000)
+    made.nvrtc = _report("nvrtcVersion", 0, 13, 2)
+    made.driver = _report("cuDriverGetVersion", 0, 13000)
     monkeypatch.setitem(sys.modules, "cuda.bindings", made)
     for name in ("cuda.bindings.nvrtc", "cuda.bindings.driver"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -249,12 +251,13 @@ def test_nothing_is_missing(bindings: Any) -> None:
         ("version", Mock(return_value="12.9.1"),
          "cuda-bindings 12.9.1 is installed, but 13.x is needed; pip install"),
         ("nvrtc", None, "NVRTC cannot be loaded (cannot import name 'nvrtc'"),
-        ("nvrtc", _tells("nvrtcVersion", 0, 12, 2), "NVRTC 12.2 is installed, but 13.x is needed"),
-        ("nvrtc", _tells("nvrtcVersion", 7, 13, 2), "NVRTC does not report its version (7)"),
+        ("nvrtc", _report("nvrtcVersion", 0, 12, 2), "NVRTC 12.2 is installed, but 13.x is needed"),
+        ("nvrtc", _report("nvrtcVersion", 7, 13, 2), "NVRTC does not report its version (7)"),
         ("nvrtc", NOT_THERE, "NVRTC cannot be loaded (libnvrtc.so.13 was not found); pip install"),
-        ("driver", _tells("cuDriverGetVersion", 0, 12080),
+        ("driver", _report("cuDriverGetVersion", 0, 12080),
          "the driver supports CUDA 12.8, but 13.0 is needed; update the"),
-        ("driver", _tells("cuDriverGetVersion", 3, None), "the driver does not report its version"),
+        ("driver", _report("cuDriverGetVersion", 3, None),
+         "the driver does not report its version"),
         ("get_device_capability", Mock(return_value=(7, 0)),
          "Expected compute capability "),
     ],

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds of every backend alike: one table of copies, judged byte by byte, wherever it runs.
+"""Every backend passes one table of copies, judged byte by byte, wherever it runs.
 
 Here the kernels of `cuda`, `hip` and `ascend` run on the host, `triton` under its interpreter, and
 `ascend` and `mlu` over stand-ins on the simulated device; a GPU has the real ones. Under a checker
-of device memory, without whose cache the allocator gives each tensor memory of its own::
+of device memory, without whose cache the allocator gives each tensor separate memory::
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \\
         python -m pytest -m sanitize tests/backends/test_every_backend.py
@@ -140,8 +140,8 @@ SLOW = {"more planes than the arguments hold", *(x for x in IN_STATES if "gather
 def carrier(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Carrier]:
-    """A backend, registered if it is not one of the library's own; it prefetches in the smallest
-    copies, and a cache on disk of its own holds its kernels."""
+    """Yield a backend, registered unless the library registers it; it prefetches in the smallest
+    copies, and a separate cache on disk holds its kernels."""
     backend, kind, vectors, _ = ALL[request.param]
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, 0)
     decision = backend.probe(device)
@@ -212,11 +212,11 @@ def test_drawn_copies(share: int, carrier: Carrier) -> None:
     def check(case: Case) -> None:
         src = view_of(case.src)
         dst = view_of(case.dst)
-        mine = index_of(case.src)
-        theirs = index_of(case.dst)
+        src_index = index_of(case.src)
+        dst_index = index_of(case.dst)
         case.check(
             lambda: copy_rows(
-                src, dst, mine, theirs, count=case.count, backend=carrier.name
+                src, dst, src_index, dst_index, count=case.count, backend=carrier.name
             ).synchronize()
         )
 
@@ -245,30 +245,34 @@ def test_a_bad_id_moves_nothing_and_is_told(dtype: torch.dtype, bad: int, carrie
 
 @by_each(KERNELS)
 @pytest.mark.parametrize(
-    ("mine", "theirs", "step", "told"),
+    ("src_ids", "dst_ids", "step", "reported"),
     [
         ([1, 2**61, 0], [2, 1, 0], 4, (5,)),  # a block of the source
         ([2, -1, 1], [0, 1, 2**63 - 1], 4, (9,)),  # one of the destination
-        ([3, 0, 1], [-1, 0, 1], 4, (1,)),  # it is told although the other side skips it
+        ([3, 0, 1], [-1, 0, 1], 4, (1,)),  # it is reported although the other side skips it
         ([2, -(2**63), 5, 1], [2, 0], 8, (5, 9)),  # of five blocks of 4 half a block of 8 is there
         ([-1, 0, -1], None, 1, (2,)),  # of a view without slots
     ],
     ids=["source", "destination", "skipped", "half a block", "no slots"],
 )
 def test_bad_blocks_on_either_side(
-    mine: list[int], theirs: list[int] | None, step: int, told: tuple[int, ...], carrier: Carrier
+    src_ids: list[int],
+    dst_ids: list[int] | None,
+    step: int,
+    reported: tuple[int, ...],
+    carrier: Carrier,
 ) -> None:
     blocks = {1: 0, 4: 3, 8: 5}[step]
     unit = min(step, 4)
-    dst = chunk(3) if theirs is None else by(pool(blocks=blocks), theirs, step)
-    copy = Copy(by(pool(blocks=blocks), mine, unit), dst, unit * len(mine))
+    dst = chunk(3) if dst_ids is None else by(pool(blocks=blocks), dst_ids, step)
+    copy = Copy(by(pool(blocks=blocks), src_ids, unit), dst, unit * len(src_ids))
     status = carrier.word()
     assert copy.plan().unit == unit
     carrier.launch_and_check(copy, status)
-    assert int(status) in told
+    assert int(status) in reported
 
 
-@by_each(WITH_SPACE)  # what the AscendC kernel tells is copied to the word
+@by_each(WITH_SPACE)  # the report of the AscendC kernel is copied to the word
 def test_of_several_bad_ids_the_first_is_reported_and_stays(carrier: Carrier) -> None:
     status = carrier.word()
     for slots in ([12, 1, 13, 2, 99, 0, 5, 3], [1, 2, -1, 3, 4, 5, 6, 7]):
@@ -332,7 +336,7 @@ def test_a_copy_of_several_launches(carrier: Carrier, monkeypatch: pytest.Monkey
 
 @by_each(["hip-emulated", "compiled", DIRECT[1], "cuda", "triton", "compiled on a GPU"])
 def test_threads_share_a_launch(carrier: Carrier) -> None:
-    """Each has arguments of its own: a launch copies them when it is called, not before."""
+    """Each thread has separate arguments: a launch copies them when it is called, not before."""
 
     def work(n: int) -> None:
         copy = Copy(by(pool(), [n, 11 - n, 5, 0]), chunk(4), 4)
@@ -378,7 +382,7 @@ def test_an_emulation_says_so(backend: type[HipEmulated] | type[AscendC]) -> Non
 
 
 def test_asking_them_loads_no_compiler_and_no_driver() -> None:
-    """In a process of its own."""
+    """A separate process asks all backends."""
     program = (
         "import sys, torch\n"
         "from portakv.registry import registry\n"
@@ -408,13 +412,13 @@ def test_bad_device_ids_leave_the_context_usable(carrier: Carrier) -> None:
 
 
 @by_each([*ON_A_GPU, *VENDORS])
-@pytest.mark.parametrize("given", [False, True], ids=["no stream", "a stream"])
-def test_copies_on_another_device_than_the_current_one(given: bool, carrier: Carrier) -> None:
+@pytest.mark.parametrize("passed", [False, True], ids=["no stream", "a stream"])
+def test_copies_on_another_device_than_the_current_one(passed: bool, carrier: Carrier) -> None:
     """The vendors' packages launch an op on the current device, wherever its tensors are."""
     if torch.accelerator.device_count() < 2:
         pytest.skip("there is one device")
     other = Carrier(carrier.backend, torch.device(carrier.device.type, 1))
-    stream = torch.Stream(device=other.device) if given else None
+    stream = torch.Stream(device=other.device) if passed else None
     for layout, step in ((x, n) for x in (NHD, HND) for n in (1, 4)):
         paged = by(pool(layout, dim=16), [2, 0], step)
         dense = chunk(2 * step, dim=16)
@@ -450,13 +454,14 @@ def test_the_connector_chooses_it_and_asks_for_no_other_vendor_s_package(
     monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
     monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
     connector = AdaptiveConnector(carrier.device, kv_layout=HND, chunk_layout=CHUNK)
-    told = connector.explain()
+    explanation = connector.explain()
     looked_for = [call.args[0] for call in finder.find_spec.call_args_list]
     assert not [name for name in looked_for if name.startswith("torch_")]
-    assert f"backend '{carrier.name}' was chosen" in told
-    assert "self-check passed, every byte right" in told
+    assert f"backend '{carrier.name}' was chosen" in explanation
+    assert "self-check passed, every byte right" in explanation
     assert any(
-        f"{carrier.name}: accepted, torch_" in x and "emulated" in x for x in told.split("\n")
+        f"{carrier.name}: accepted, torch_" in x and "emulated" in x
+        for x in explanation.split("\n")
     )
     caches, rows = Elsewhere(carrier.device).moved(
         [pool(HND, dim=16).tensors, chunk(4, dim=16).tensors]
@@ -477,21 +482,21 @@ def gather(carrier: Carrier, layers: int = 3) -> tuple[list[torch.Tensor], torch
     return caches, rows, (paged_cases.paged(caches), paged_cases.dense(rows), ids, Index(), 8)
 
 
-def prepared(carrier: Carrier, given: Any) -> Any:
-    src, dst, *_ = given
+def prepared(carrier: Carrier, arguments: Any) -> Any:
+    src, dst, *_ = arguments
     return carrier.backend(carrier.device).prepare(CopyPlan(src.form, dst.form, 1, 0))
 
 
 @by_each(ON_A_GPU)
 def test_a_captured_launch_reads_the_ids_of_each_replay(carrier: Carrier) -> None:
-    caches, rows, given = gather(carrier)
-    launch = prepared(carrier, given)
+    caches, rows, arguments = gather(carrier)
+    launch = prepared(carrier, arguments)
     status = carrier.word()
-    ids = given[2].ids
-    launch(*given, None, status)
+    ids = arguments[2].ids
+    launch(*arguments, None, status)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch(*given, None, status)
+        launch(*arguments, None, status)
     for seed in range(3):
         drawn = torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:8]
         drawn[seed] = -1
@@ -529,8 +534,8 @@ def test_a_first_use_inside_a_capture_is_refused(carrier: Carrier) -> None:
 @by_each(ON_A_GPU)
 def test_a_stream_is_honoured(carrier: Carrier) -> None:
     """Also one that is not a torch.cuda.Stream."""
-    caches, rows, given = gather(carrier)
-    launch = prepared(carrier, given)
+    caches, rows, arguments = gather(carrier)
+    launch = prepared(carrier, arguments)
     streams: list[Any] = [torch.cuda.Stream(), torch.Stream(device="cuda")]
     for stream in streams:
         rows.zero_()
@@ -538,16 +543,16 @@ def test_a_stream_is_honoured(carrier: Carrier) -> None:
         with torch.cuda.stream(stream):
             torch.cuda._sleep(200_000_000)
             caches[0].add_(1)
-        launch(*given, stream, None)
+        launch(*arguments, stream, None)
         stream.synchronize()
         assert torch.equal(rows.cpu(), paged_cases.rows_of(caches)[:, :, :8])
 
 
 @by_each(["hip-emulated", DIRECT[1], "cuda", "triton"])
 def test_a_forked_process_is_refused(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> None:
-    caches, rows, given = gather(carrier)
-    launch = prepared(carrier, given)
+    caches, rows, arguments = gather(carrier)
+    launch = prepared(carrier, arguments)
     monkeypatch.setattr(this_process(), "forked", True)
-    said = "HIP does not survive fork" if carrier.backend is HipEmulated else "forked"
-    with refused(Unsupported, said, watch=[*caches, rows]):
-        launch(*given, None, None)
+    reason = "HIP does not survive fork" if carrier.backend is HipEmulated else "forked"
+    with refused(Unsupported, reason, watch=[*caches, rows]):
+        launch(*arguments, None, None)

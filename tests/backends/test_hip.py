@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hip` on the host's side, EMULATED: what it says of devices, which libraries it loads, what it
-tells the driver, what errors say."""
+"""`hip` on the host's side, EMULATED: its reports about devices, the libraries that it loads, its
+calls of the driver, its errors."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def failing(function: str, error: int) -> Iterator[None]:
 
 def rocm(patched: pytest.MonkeyPatch, name: str = "", architecture: str = "gfx90a") -> None:
     """A torch for ROCm with one device, over the fake driver."""
-    told = SimpleNamespace(name=name, gcnArchName=architecture)
+    properties = SimpleNamespace(name=name, gcnArchName=architecture)
     patched.setattr(torch.version, "hip", "6.3.42134")
-    patched.setattr(torch.cuda, "get_device_properties", lambda _: told)
+    patched.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     patched.setattr(Hip, "open_driver", staticmethod(fake_driver))
 
 
-# What it says of devices
+# What it reports about devices
 
 
 def test_other_builds_of_torch_load_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_other_builds_of_torch_load_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "architecture", "told"),
+    ("name", "architecture", "description"),
     [
         ("AMD Instinct MI250X", "gfx90a:sramecc+:xnack-", "gfx90a (AMD Instinct MI250X)"),
         ("", "gfx906", "gfx906 (unnamed)"),
@@ -96,17 +96,17 @@ def test_other_builds_of_torch_load_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_a_device_is_named(
-    name: str, architecture: str, told: str, monkeypatch: pytest.MonkeyPatch
+    name: str, architecture: str, description: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rocm(monkeypatch, name, architecture)
     decision = Hip.probe(CUDA)
     assert decision.accepted
     assert decision.reason.startswith("hipRTC 0.0 of HIP 0.0.")
-    assert decision.reason.endswith(f" compiles its kernel for {told}")
+    assert decision.reason.endswith(f" compiles its kernel for {description}")
 
 
 @pytest.mark.parametrize(
-    ("function", "error", "device", "told"),
+    ("function", "error", "device", "why"),
     [
         ("hipGetDeviceCount", 100, 0,
          "HIP finds no device: hipGetDeviceCount returned hipErrorNoDevice (100), no ROCm-capable "
@@ -119,11 +119,11 @@ def test_a_device_is_named(
     ],
 )  # fmt: skip
 def test_what_the_driver_or_torch_does_not_tell_is_the_reason(
-    function: str, error: int, device: int, told: str, monkeypatch: pytest.MonkeyPatch
+    function: str, error: int, device: int, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rocm(monkeypatch, architecture="")
     with failing(function, error):
-        assert told in reason(torch.device("cuda", device))
+        assert why in reason(torch.device("cuda", device))
 
 
 @pytest.mark.parametrize(("number", "release"), [(50221153, "5.2.21153"), (60325422, "6.3.25422")])
@@ -136,7 +136,7 @@ def test_a_release_is_read_from_its_number(number: int, release: str) -> None:
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """Where libraries are looked for; nowhere."""
+    """Return the places of libraries, of which there are none at first."""
     places: dict[str, list[str]] = {}
     monkeypatch.setattr(_hip_driver, "places", lambda stem, _=None: iter(places.get(stem, [])))
     monkeypatch.setattr(_hip_driver, "driver", _hip_driver.driver.__wrapped__)
@@ -172,14 +172,14 @@ def test_libraries_that_cannot_be_used(
 
 
 def test_the_dtk_s_runtime_with_hiprtc(libraries: dict[str, list[str]], tmp_path: Path) -> None:
-    """As `libgalaxyhip.so`, behind one that does not load; the compiler is in the runtime."""
+    """`libgalaxyhip.so` comes after one that does not load; the compiler is in the runtime."""
     place = tmp_path / "libgalaxyhip.so.5"
     place.write_bytes(built())
     libraries["amdhip64"] = ["/nowhere/libamdhip64.so"]
     libraries["galaxyhip"] = [str(place)]
-    found = _hip_driver.driver()
-    assert found.runtime is found.compiler
-    assert found.error(100).startswith("hipErrorNoDevice (100)")
+    driver = _hip_driver.driver()
+    assert driver.runtime is driver.compiler
+    assert driver.error(100).startswith("hipErrorNoDevice (100)")
 
 
 def test_a_loaded_library_is_preferred_then_one_beside(tmp_path: Path) -> None:
@@ -189,8 +189,8 @@ def test_a_loaded_library_is_preferred_then_one_beside(tmp_path: Path) -> None:
     assert Path(places[0]).is_absolute()
     assert places[-4:] == ["libc.so", "libc.so.7", "libc.so.6", "libc.so.5"]
     (tmp_path / "libportakv_none.so.7").touch()
-    beside = list(_hip_driver.places("portakv_none", tmp_path))
-    assert beside[0] == str(tmp_path / "libportakv_none.so.7")
+    nearby = list(_hip_driver.places("portakv_none", tmp_path))
+    assert nearby[0] == str(tmp_path / "libportakv_none.so.7")
 
 
 def test_which_backend_a_torch_for_rocm_gets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +230,7 @@ def test_a_compile_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("function", "error", "told"),
+    ("function", "error", "message"),
     [
         ("hiprtcCreateProgram", 3, "Creating a program of hipRTC failed: HIPRTC_ERROR_INVALID_I"),
         ("hiprtcCompileProgram", 5, "hipRTC refused the kernel for gfx906:\nHIPRTC_ERROR_INVALID_"),
@@ -242,7 +242,7 @@ def test_a_compile_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> Non
         ("hipHostGetDevicePointer", 1, "Finding the status word: expected success of HIP, got"),
     ],
 )
-def test_an_error_of_the_driver_is_told(function: str, error: int, told: str) -> None:
+def test_an_error_of_the_driver_is_told(function: str, error: int, message: str) -> None:
     copied = COPIES["one plane"]()
     status = torch.zeros(1, dtype=torch.int64)
     before = copied.dst.tensors.clone()
@@ -250,7 +250,7 @@ def test_an_error_of_the_driver_is_told(function: str, error: int, told: str) ->
     kind = RuntimeError if function.startswith("hiprtc") else TransferError
     with failing(function, error), pytest.raises(kind) as caught:
         launch(HipEmulated(CPU), copied, status)
-    assert str(caught.value).startswith(told)
+    assert str(caught.value).startswith(message)
     assert same(copied.dst.tensors, before)
     launch(HipEmulated(CPU), copied, status)
     assert not same(copied.dst.tensors, before)
@@ -265,11 +265,11 @@ def launch(backend: Hip, copied: Copy, status: torch.Tensor | None = None, **mor
 
 
 def test_the_text_has_nothing_of_nvidia_or_of_warps() -> None:
-    """What stands under NVIDIA's own conditions is theirs."""
+    """Code under NVIDIA's own conditions does not count."""
     plan = COPIES["gather"]().plan()
     text = RowsKernel(plan.nests[0], plan).source
-    theirs = r"^#if[^\n]*(__CUDA_ARCH__|__CUDACC_RTC__).*?^#(else|endif)|^ *//[^\n]*"
-    code = re.sub(theirs, "", text, flags=re.MULTILINE | re.DOTALL)
+    nvidia = r"^#if[^\n]*(__CUDA_ARCH__|__CUDACC_RTC__).*?^#(else|endif)|^ *//[^\n]*"
+    code = re.sub(nvidia, "", text, flags=re.MULTILINE | re.DOTALL)
     assert "portakv_rows" in code
     for word in (
         "asm",
@@ -286,7 +286,7 @@ def test_the_text_has_nothing_of_nvidia_or_of_warps() -> None:
         assert word not in code, word
 
 
-# What it tells the driver
+# What it passes to the driver
 
 
 def last_launch() -> tuple[list[int], int | None]:
@@ -366,16 +366,16 @@ def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
     launch(backend, copied)
     # Loading, arguments, launching.
     assert (OtherCard.entered, last_launch()[1]) == (3, 0x5EED)
-    given: Any = SimpleNamespace(cuda_stream=0xCAFE)
-    launch(backend, copied, stream=given)
+    stream: Any = SimpleNamespace(cuda_stream=0xCAFE)
+    launch(backend, copied, stream=stream)
     assert (OtherCard.entered, last_launch()[1]) == (5, 0xCAFE)
 
 
 def test_nothing_is_loaded_during_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = HipOnOther(CPU)
     copied = COPIES["gather"]()
-    said = "same call once before the capture"
-    with monkeypatch.context() as patched, refused(Unsupported, said, watch=copied.dst.tensors):
+    reason = "same call once before the capture"
+    with monkeypatch.context() as patched, refused(Unsupported, reason, watch=copied.dst.tensors):
         patched.setattr(rows_launch, "capturing", lambda device: True)
         with failing("hiprtcCompileProgram", 6):
             launch(backend, copied)

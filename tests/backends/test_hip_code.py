@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What AMD's compilers make of `hip`'s kernels for devices that are not here: built, never run."""
+"""AMD's compilers build `hip`'s kernels for devices that are not here; nothing runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_runtime = pytest.mark.skipif(
 
 # AMD's own hipRTC, through the code that `hip` calls it by
 
-# In a process of its own: the library brings an LLVM along.
+# In a separate process: the library brings an LLVM along.
 PROGRAM = """
 import json, sys, torch
 from pathlib import Path
@@ -65,14 +65,14 @@ CHOSEN = ["gather rows of 4096 B", "scatter rows of 3 B", "one allocation to mem
 def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
-    """For the targets that tests of this run ask for."""
+    """Compile kernels for the targets that tests of this run use."""
     specs = [getattr(item, "callspec", None) for item in request.session.items]
     named = {spec.params.get("target") for spec in specs if spec is not None}
-    asked = ",".join(target for target in TARGETS if target in named)
+    targets = ",".join(target for target in TARGETS if target in named)
     folder = tmp_path_factory.mktemp("code")
-    words = "-c", PROGRAM, str(folder), asked, *CHOSEN
-    found: dict[str, str] = json.loads(python(*words, PORTAKV_CACHE_DIR=str(folder / "cache")))
-    return found
+    words = "-c", PROGRAM, str(folder), targets, *CHOSEN
+    results: dict[str, str] = json.loads(python(*words, PORTAKV_CACHE_DIR=str(folder / "cache")))
+    return results
 
 
 @needs_runtime
@@ -113,21 +113,21 @@ def test_the_script_builds_every_kernel_for_three_targets(tmp_path: Path) -> Non
     names = [name for name, _ in kernels()]
     assert f"{3 * len(names)} kernels built by hipcc (HIP version: " in ran.stdout
     assert ran.stdout.rstrip().endswith("0 wrong; compiled, not run")
-    told: dict[str, Any] = json.loads(report.read_text())
-    assert (told["targets"], told["right"]) == ([*TARGETS], True)
-    assert [code["kernel"] for code in told["kernels"][::3]] == names
+    result: dict[str, Any] = json.loads(report.read_text())
+    assert (result["targets"], result["right"]) == ([*TARGETS], True)
+    assert [code["kernel"] for code in result["kernels"][::3]] == names
 
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One kernel for less time; where LLVM's tools are, as the module is told."""
+    """Leave one kernel, to save time, and return the options that name LLVM's tools."""
     chosen = next(kernels())
     monkeypatch.setattr(hip_code, "kernels", lambda: iter([chosen]))
-    return [f"--{tool}={found(tool)}" for tool in ("llvm-objdump", "llvm-readelf")]
+    return [f"--{tool}={find_tool(tool)}" for tool in ("llvm-objdump", "llvm-readelf")]
 
 
-def found(tool: str) -> str:
-    """A tool of LLVM; Debian's has its release in its name."""
+def find_tool(tool: str) -> str:
+    """Return the path of a tool of LLVM; Debian's name of it has its release."""
     return shutil.which(tool) or shutil.which(f"{tool}-15") or tool
 
 
@@ -135,13 +135,13 @@ def found(tool: str) -> str:
 def test_the_machine_code_is_wide(few: list[str], tmp_path: Path) -> None:
     report = tmp_path / "code.json"
     assert hip_code.main([*few, "gfx906", "--report", str(report)]) == 0
-    told: dict[str, Any] = json.loads(report.read_text())
-    wide = told["kernels"][0]["accesses"]["portakv_rows"]
+    result: dict[str, Any] = json.loads(report.read_text())
+    wide = result["kernels"][0]["accesses"]["portakv_rows"]
     assert wide["global_load_dwordx4"] >= 1
     assert wide["global_store_dwordx4"] == 1
-    assert {code["wave"] for code in told["kernels"]} == {64}
-    said = evidence.read(report)
-    assert (said.level, said.backend, said.device) == ("R4", "hip", "AMD gfx906")
+    assert {code["wave"] for code in result["kernels"]} == {64}
+    record = evidence.read(report)
+    assert (record.level, record.backend, record.device) == ("R4", "hip", "AMD gfx906")
 
 
 # What rows.cuh says to AMD's compiler alone, and would say otherwise.
@@ -163,11 +163,11 @@ def test_without_the_words_for_amd_the_check_fails(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """They are needed, and the check sees where they are not said."""
+    """They are needed, and the check sees that they are missing."""
     text = rows_kernel.kernel_text()
-    for said, otherwise in words:
-        assert text.count(said) == 1
-        text = text.replace(said, otherwise)
+    for original, otherwise in words:
+        assert text.count(original) == 1
+        text = text.replace(original, otherwise)
     monkeypatch.setattr(rows_kernel, "kernel_text", lambda *_: text)
     assert hip_code.main([*few, "gfx906"]) == 1
     assert why in capsys.readouterr().out
@@ -176,13 +176,13 @@ def test_without_the_words_for_amd_the_check_fails(
 @needs_hipcc
 def test_a_target_the_compiler_lacks(few: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert hip_code.main([*few, "gfx936"]) == 1
-    told = capsys.readouterr().out
-    assert "hipcc refused it:" in told
-    assert "WRONG" in told
+    output = capsys.readouterr().out
+    assert "hipcc refused it:" in output
+    assert "WRONG" in output
 
 
 @pytest.mark.parametrize(
-    ("script", "where", "told"),
+    ("script", "where", "messages"),
     [
         (
             SCRIPT,
@@ -198,27 +198,27 @@ def test_a_target_the_compiler_lacks(few: list[str], capsys: pytest.CaptureFixtu
     ids=["AMD", "Hygon"],
 )
 def test_without_a_compiler_a_script_says_what_to_install(
-    script: Path, where: dict[str, str], told: list[str]
+    script: Path, where: dict[str, str], messages: list[str]
 ) -> None:
     ran = bash(script, **where)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert all(words in ran.stderr for words in told)
+    assert all(words in ran.stderr for words in messages)
 
 
 @needs_hipcc
 @pytest.mark.slow
 def test_with_a_dtk_it_says_who_built(tmp_path: Path) -> None:
-    """In its place hipcc and LLVM's tools of the system, for a target that both know."""
+    """The system's hipcc and LLVM's tools stand in for a DTK, for a target that both know."""
     (tmp_path / "bin").mkdir()
     for tool in ("hipcc", "llvm-objdump", "llvm-readelf"):
-        (tmp_path / "bin" / tool).write_text(f'#!/bin/sh\nexec {found(tool)} "$@"\n')
+        (tmp_path / "bin" / tool).write_text(f'#!/bin/sh\nexec {find_tool(tool)} "$@"\n')
         (tmp_path / "bin" / tool).chmod(0o755)
     ran = bash(DTK, "gfx906", DTKROOT=str(tmp_path), OUT=str(tmp_path / "out"))
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "nothing was run, only built" in ran.stdout
-    said = evidence.read(tmp_path / "out" / "hip-dtk.json")
-    assert (said.level, said.backend, said.device) == ("R5", "hip", "Hygon gfx906")
-    assert said.command == "bash native/cuda/check_dtk.sh gfx906"
+    record = evidence.read(tmp_path / "out" / "hip-dtk.json")
+    assert (record.level, record.backend, record.device) == ("R5", "hip", "Hygon gfx906")
+    assert record.command == "bash native/cuda/check_dtk.sh gfx906"
 
 
 # Reading machine code
@@ -256,14 +256,14 @@ def test_code_that_is_wrong(old: str, new: str, why: str) -> None:
         return read_code(Code("a kernel", "gfx906", 16), disassembly, notes).wrong
 
     assert wrong(RIGHT, NOTES) == []
-    assert any(why in told for told in wrong(RIGHT.replace(old, new), NOTES.replace(old, new)))
+    assert any(why in error for error in wrong(RIGHT.replace(old, new), NOTES.replace(old, new)))
 
 
 def test_the_kernels_have_every_vector_and_table() -> None:
-    found = [kernel for _, kernel in kernels()]
-    assert {kernel.vector for kernel in found} == {16, 8, 4, 2, 1}
-    for sides in ([k.src for k in found], [k.dst for k in found]):
+    all_kernels = [kernel for _, kernel in kernels()]
+    assert {kernel.vector for kernel in all_kernels} == {16, 8, 4, 2, 1}
+    for sides in ([k.src for k in all_kernels], [k.dst for k in all_kernels]):
         assert {side.kind for side in sides} >= {"NONE", "PLANES"}
         assert {side.ids for side in sides} == {False, True}
-    assert "UNITS" in {kernel.dst.kind for kernel in found}
-    assert {kernel.unit for kernel in found} == {1, 4}
+    assert "UNITS" in {kernel.dst.kind for kernel in all_kernels}
+    assert {kernel.unit for kernel in all_kernels} == {1, 4}

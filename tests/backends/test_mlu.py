@@ -47,7 +47,7 @@ CACHES = {
     "nhd": ("layer | kv block token head dim", (2, BLOCKS, SIZE, HEADS, DIM), 0, "", 0),
     "narrow": ("layer | kv block head token dim", (2, BLOCKS, HEADS, SIZE, 2), 0, "", 0),
 }  # fmt: skip
-both_ways = pytest.mark.parametrize("gather", [True, False])
+both_directions = pytest.mark.parametrize("gather", [True, False])
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def copied(
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.uint8, torch.int64]
 )
-@both_ways
+@both_directions
 @pytest.mark.parametrize("kind", CACHES)
 def test_each_kind_of_cache_goes_by_its_op(kind: str, gather: bool, dtype: torch.dtype) -> None:
     *_, op, calls = CACHES[kind]
@@ -103,11 +103,11 @@ def test_each_kind_of_cache_goes_by_its_op(kind: str, gather: bool, dtype: torch
     MLU.copies(copy)
     assert dict(mlu_standin.CALLS) == ({op: calls} if op else {})
     src, dst = Elsewhere(DEVICE).views(copy.src, copy.dst)
-    told = Mlu(DEVICE).check(CopyPlan(src.form, dst.form, int(gather), int(not gather))).reason
-    assert told == f"takes the plan by {op or 'index_select and index_copy_, after a wait'}"
+    reason = Mlu(DEVICE).check(CopyPlan(src.form, dst.form, int(gather), int(not gather))).reason
+    assert reason == f"takes the plan by {op or 'index_select and index_copy_, after a wait'}"
 
 
-@both_ways
+@both_directions
 @pytest.mark.parametrize("kind", CACHES)
 def test_padding_and_block_tables(kind: str, gather: bool) -> None:
     MLU.copies(copied(kind, gather, [-1, 3, -7, 70, -1]))
@@ -115,7 +115,7 @@ def test_padding_and_block_tables(kind: str, gather: bool) -> None:
     MLU.copies(copied(kind, gather, [3, 0, -1], step=SIZE))
 
 
-@both_ways
+@both_directions
 @pytest.mark.parametrize(("kind", "op"), [("merged", PLANES_OP), ("latent", PLANES_OP),
                                           ("pairs", PLANES_OP), ("in blocks", "")])  # fmt: skip
 def test_a_part_of_a_chunk_goes_plane_by_plane(kind: str, op: str, gather: bool) -> None:
@@ -127,8 +127,8 @@ def test_unequal_widths_are_a_call_for_each_plane() -> None:
     shapes = (BLOCKS, 1, SIZE, 64), (BLOCKS, 1, SIZE, 16)
     layers = [[filled(shape) for shape in shapes] for _ in range(2)]
     paged = End(layers, "layer kv | block head token dim", {"dim": (64, 16)}, IDS)
-    beside = End(filled((2, 9, 80)), "layer token (kv dim)", {"kv": 2, "dim": (64, 16)})
-    MLU.copies(Copy(paged, beside, 9))
+    joined = End(filled((2, 9, 80)), "layer token (kv dim)", {"kv": 2, "dim": (64, 16)})
+    MLU.copies(Copy(paged, joined, 9))
     assert not mlu_standin.CALLS  # rows of a chunk with key and value side by side are no planes
     parts = [[filled((9, dim)) for dim in (64, 16)] for _ in range(2)]
     MLU.copies(Copy(End(parts, "layer kv | token dim", {"dim": (64, 16)}), paged, 9))
@@ -141,7 +141,7 @@ def test_unequal_widths_are_a_call_for_each_plane() -> None:
         ({"direction": False, "transfer": False}, ("merged", "pairs"), 0),
         ({"transfer": False}, ("merged", "latent", "pairs"), LAYERS),
     ],
-    ids=["the way back", "the transfer of all layers"],
+    ids=["the other direction", "the transfer of all layers"],
 )
 def test_a_release_that_lacks_something(
     lacks: dict[str, bool], kinds: tuple[str, ...], gathers: int, monkeypatch: pytest.MonkeyPatch
@@ -168,8 +168,8 @@ def _arguments(**others: Any) -> dict[str, Any]:
     rows = torch.zeros(3, 2, 16, device=DEVICE)
     cache = torch.zeros(2, 2, 4, 16, device=DEVICE)
     slots = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    given = {"k": rows, "v": rows, "k_cache": cache, "v_cache": cache, "slot_mapping": slots}
-    return given | others
+    arguments = {"k": rows, "v": rows, "k_cache": cache, "v_cache": cache, "slot_mapping": slots}
+    return arguments | others
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_the_transfer_takes_chunks_on_the_host_and_skips_a_prefix() -> None:
         16,
         1,
     )
-    found = cache.cpu().transpose(2, 3).reshape(2, 16, 32)
-    wanted = torch.zeros_like(found)
+    result = cache.cpu().transpose(2, 3).reshape(2, 16, 32)
+    wanted = torch.zeros_like(result)
     wanted[:, 9] = chunk[:, 0, 2]
-    assert torch.equal(found, wanted)
+    assert torch.equal(result, wanted)

@@ -39,7 +39,7 @@ VENDORS = ("acl/acl.h", "tikicpulib.h", "tiling/platform/platform_ascendc.h")
 
 @pytest.fixture(scope="module", autouse=True)
 def prefetching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Also in the smallest copies; a cache on disk of its own holds the kernels."""
+    """Prefetch also in the smallest copies; a separate cache on disk holds the kernels."""
     with pytest.MonkeyPatch.context() as patched, registered(**{CudaOnCpu.name: CudaOnCpu}):
         patched.delenv("PORTAKV_BACKEND", raising=False)
         patched.setenv("PORTAKV_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
@@ -67,19 +67,19 @@ def test_a_text_has_what_it_includes_in_its_place_once() -> None:
 
 @pytest.mark.parametrize("name", ["gather", "scatter", "gather int32"])
 def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
-    """With other addresses, ids and counts, and a bad id told by its position."""
+    """It gets other addresses, ids and counts, and reports a bad id by its position."""
     copied = COPIES[name]()
     src = copied.src.view()
     dst = copied.dst.view()
-    mine = copied.src.index()
-    theirs = copied.dst.index()
+    src_index = copied.src.index()
+    dst_index = copied.dst.index()
     launch = CudaOnCpu(CPU).prepare(copied.plan())
     assert isinstance(launch, RowsLaunch)
     assert isinstance(launch._driver, HostDriver)
     launch._driver.readable = src.spans
-    repeat = launch.again(src, dst, mine, theirs)
+    repeat = launch.again(src, dst, src_index, dst_index)
     assert repeat is not None
-    paged, ids = (src, mine) if mine.ids is not None else (dst, theirs)
+    paged, ids = (src, src_index) if src_index.ids is not None else (dst, dst_index)
     dense = dst if paged is src else src
     status = torch.zeros(1, dtype=torch.int64)
     slots = ids.ids
@@ -89,8 +89,8 @@ def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
         if end.ids is not None:
             end.ids = slots.tolist()
     sides = (slots.data_ptr(), dense.origins[0])
-    given = (*(sides if paged is src else sides[::-1]), 0, copied.count, status.data_ptr())
-    copied.check(lambda: repeat(*given))
+    arguments = (*(sides if paged is src else sides[::-1]), 0, copied.count, status.data_ptr())
+    copied.check(lambda: repeat(*arguments))
     assert int(status) == 5
 
 
@@ -140,7 +140,11 @@ BUGS = {
     "ids are always int64": ("request.wide ?", "true ?", "gather int32"),
     "the first position is forgotten": ("request.first + unit;", "unit;", "slots to an id"),
     "a slot past the end is moved": ("if (found >= request.limit)", "if (false)", "past the end"),
-    "a bad id is told at the wrong place": ("(i64)unit * copy.unit + 1", "unit", "past the end"),
+    "a bad id is reported at the wrong place": (
+        "(i64)unit * copy.unit + 1",
+        "unit",
+        "past the end",
+    ),
     "one table for both sides": ("copy.dst_table, to", "copy.src_table, to", "pool to pool"),
     "units run backwards": ("+ at % Shape::per_id", "+ 1 - at % 2", "several units of an id"),
     "inner loops run across": ("(at / below) * stride", "(at % First) * stride", "NZ blocks"),
@@ -163,12 +167,12 @@ BUGS_OF_HIP = {
 def test_a_seeded_bug_is_caught(
     backend: type[Backend], bug: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied, told = seed_bug(monkeypatch, {**BUGS, **BUGS_OF_HIP}[bug])
+    copied, position = seed_bug(monkeypatch, {**BUGS, **BUGS_OF_HIP}[bug])
     status = torch.zeros(1, dtype=torch.int64)
 
     def judge() -> None:
         Carrier(backend, CPU).launch_and_check(copied, status)
-        assert int(status) == told
+        assert int(status) == position
 
     with pytest.raises(AssertionError):
         judge()
@@ -180,8 +184,10 @@ def test_a_seeded_bug_is_caught(
 @pytest.mark.full
 def test_the_kernel_is_clean_under_sanitizers() -> None:
     """Reads and writes outside of ids, tables and arguments; misaligned or overflowing ones."""
-    asked = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True)
-    library = asked.stdout.strip()
+    compiler = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True
+    )
+    library = compiler.stdout.strip()
     if not os.path.isabs(library):
         pytest.skip("g++ has no address sanitizer")
     flags = {FLAGS: "-fsanitize=address,undefined -fno-sanitize-recover=all"}

@@ -48,10 +48,10 @@ def test_a_call_for_each_layer_of_each_chunk(store: bool) -> None:
     ids = [7, 2, 0, 5, 8, 3]
     order = [2, 0, 1]
     sides = (paged, Index(ids, BLOCK_SIZE)), (paged_chunks, Index(order, TOKENS))
-    (src, mine), (dst, theirs) = sides if store else sides[::-1]
-    copy_rows(src, dst, mine, theirs, backend="reference")  # the backend checks itself once
+    (src, src_index), (dst, dst_index) = sides if store else sides[::-1]
+    copy_rows(src, dst, src_index, dst_index, backend="reference")  # the backend checks itself once
     with Calls() as calls:
-        copy_rows(src, dst, mine, theirs, backend="reference")
+        copy_rows(src, dst, src_index, dst_index, backend="reference")
     rows = torch.stack([layer[ids].reshape(-1, ROW) for layer in caches])
     there = torch.cat([chunks[n] for n in order], dim=1)
     assert torch.equal(rows, there)
@@ -80,10 +80,12 @@ def test_blocks_of_chunks_on_a_device_take_one_call_for_each_layer(
     begin = first * BLOCK_SIZE
     count = len(ids) * BLOCK_SIZE
     sides = (paged, Index(ids, BLOCK_SIZE)), (dense, Index(offset=begin))
-    (src, mine), (dst, theirs) = sides if store else sides[::-1]
+    (src, src_index), (dst, dst_index) = sides if store else sides[::-1]
     for _ in range(2):  # the backend checks itself once
         with Calls() as calls:
-            copy_rows(src, dst, mine, theirs, count=count, backend="reference").synchronize()
+            copy_rows(
+                src, dst, src_index, dst_index, count=count, backend="reference"
+            ).synchronize()
     for place, block in enumerate(ids, first):
         at = slice(place % 2 * BLOCK_SIZE, (place % 2 + 1) * BLOCK_SIZE)
         for layer in range(LAYERS):
@@ -122,16 +124,16 @@ def test_rows_of_a_chunk_that_do_not_follow_each_other() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, chunks, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["both", "mine", "theirs", "none"])
+@pytest.mark.parametrize("kind", ["both", "source", "destination", "none"])
 def test_units_by_the_entries_of_both_sides(kind: str) -> None:
     drawn = np.random.default_rng(1)
-    mine, theirs = (torch.from_numpy(drawn.integers(0, 3, 50)) for _ in range(2))
+    src_units, dst_units = (torch.from_numpy(drawn.integers(0, 3, 50)) for _ in range(2))
     if kind == "both":
-        # some lie one behind the other
-        theirs[:20] = 0
-        mine[:20] = 1
-    first = mine if kind in ("both", "mine") else None
-    other = theirs if kind in ("both", "theirs") else None
+        # some lie one after the other
+        dst_units[:20] = 0
+        src_units[:20] = 1
+    first = src_units if kind in ("both", "source") else None
+    other = dst_units if kind in ("both", "destination") else None
     seen: list[int] = []
     for (src, dst), at in _by_entry(first, other, 50):
         places = list(range(50))[at] if isinstance(at, slice) else at.tolist()
@@ -149,11 +151,11 @@ def test_units_by_the_entries_of_both_sides(kind: str) -> None:
      ([0, 4, 10, 14, 20, 24], 1), ([0, 4, 10, 15], 4)],
 )  # fmt: skip
 def test_planes_are_grids_or_each_by_itself(moves: list[int], grids: int) -> None:
-    found = _grids(moves)
-    assert len(found) == grids
+    result = _grids(moves)
+    assert len(result) == grids
     assert moves == [
         grid.first + row * grid.far + at * grid.near
-        for grid in found
+        for grid in result
         for row in range(grid.rows)
         for at in range(grid.each)
     ]

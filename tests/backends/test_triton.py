@@ -70,7 +70,7 @@ def test_another_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class Target:
-    """As Cambricon's driver, by FlagTree: it tells only what it compiles for."""
+    """Stands in for Cambricon's driver, by FlagTree: it reports only what it compiles for."""
 
     def __init__(self, serves: str) -> None:
         self.serves = serves
@@ -82,7 +82,7 @@ class Target:
 
 
 class Driver(Target):
-    """As triton-ascend's, which has both methods."""
+    """Stands in for triton-ascend's driver, which has both methods."""
 
     def get_active_torch_device(self) -> torch.device:
         if not self.serves:
@@ -103,20 +103,20 @@ def test_what_it_says_under_a_vendor_s_driver(
 ) -> None:
     from triton.runtime import driver
 
-    def told(active: Any) -> str:
+    def answer(active: Any) -> str:
         monkeypatch.setattr(driver, "_active", active)
         return str(Triton.probe(torch.device(name, 0)))
 
     fails = f"triton: rejected, Triton finds no driver for {name} devices here"
-    assert torch.cuda.is_available() or told(None) == fails
+    assert torch.cuda.is_available() or answer(None) == fails
     for right in (Driver(name), Target(name)):
-        assert told(right).startswith("triton: accepted, ")
-        assert told(right).endswith(f"compiles its kernel for {target}")
+        assert answer(right).startswith("triton: accepted, ")
+        assert answer(right).endswith(f"compiles its kernel for {target}")
     serves = f"triton: rejected, Triton's active driver serves {{}} devices, not {name}"
-    assert told(Driver("cuda")) == serves.format("cuda")
-    assert told(Target("maca")) == serves.format("maca")
+    assert answer(Driver("cuda")) == serves.format("cuda")
+    assert answer(Target("maca")) == serves.format("maca")
     assert (
-        told(Driver(""))
+        answer(Driver(""))
         == f"{fails} (RuntimeError: libascendcl.so: cannot open shared object file)"
     )
 
@@ -144,14 +144,16 @@ _ACCESS = {
 }
 
 
-def compiled(nest: NestKernel, target: str, told: pytest.CaptureFixture[str]) -> tuple[str, Any]:
+def compiled(
+    nest: NestKernel, target: str, captured: pytest.CaptureFixture[str]
+) -> tuple[str, Any]:
     """The text of a nest's kernel, and what Triton knows of it."""
     from triton.backends.compiler import GPUTarget
 
     try:
         kernel = compile_kernel(nest, GPUTarget(*TARGETS[target]))
     except RuntimeError:
-        if REFUSAL in told.readouterr().err:
+        if REFUSAL in captured.readouterr().err:
             pytest.skip("this Triton refuses gfx906; 3.9.0 takes it")
         raise
     assert target.startswith("sm_") or kernel.asm["hsaco"][:4] == b"\x7fELF"
@@ -188,14 +190,14 @@ def test_the_generated_code_has_the_vector_width(
     text, metadata = compiled(nest, target, capfd)
     threads = nest.tile.warps * TARGETS[target][2]
     for verb in ("load", "store"):
-        found = {w: accesses(text, w, verb) for w in _ACCESS}
-        # Ids are 8 and 4 bytes wide, addresses and the status word 8: beside them stands only the
-        # vector, as often as a thread moves one.
+        counts = {w: accesses(text, w, verb) for w in _ACCESS}
+        # Ids are 8 and 4 bytes wide, addresses and the status word 8: the only other
+        # accesses are of the vector, as often as a thread moves one.
         narrow = (2, 1, 4) if verb == "store" else (2, 1)
-        assert found[vector] >= nest.tile.vectors // threads, f"{verb}s of {vector} B: {found}"
-        assert not any(found[w] for w in narrow if w != vector), f"{verb}s: {found}"
+        assert counts[vector] >= nest.tile.vectors // threads, f"{verb}s of {vector} B: {counts}"
+        assert not any(counts[w] for w in narrow if w != vector), f"{verb}s: {counts}"
         if vector != 16:
-            assert not found[16], f"{verb}s: {found}"
+            assert not counts[16], f"{verb}s: {counts}"
     # Warps find the first bad position together, by 8 bytes each; rows go through registers only.
     assert metadata.shared <= 8 * nest.tile.warps
     if not target.startswith("sm_"):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `ascend`, `mlu` and `triton` say of packages that are missing, broken or of another release;
-and what a run on the simulated device says of a package that is not there."""
+"""`ascend`, `mlu` and `triton` name packages that are missing, broken or of another release, and a
+run on the simulated device names a package that is not there."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ BOTH_WAYS = f"__version__ = '1.4.0'\ndef reshape_paged_cache({FIVE}, direction=F
 
 @pytest.fixture
 def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-    """What a backend says if its vendor's package is a module of some text, or is not there."""
+    """Yield a function that returns a backend's decision if its vendor's package is a module of
+    some text, or is not there."""
     monkeypatch.delenv(_ascendc.VARIABLE, raising=False)
     monkeypatch.setattr(_ascendc, "files", lambda package: tmp_path)  # whatever was built here
     packages = {"torch_npu", "torch_mlu_ops", "torch_mlu"}
@@ -59,17 +60,17 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     without = [x for x in sys.path if not any(Path(x, name).exists() for name in packages)]
     monkeypatch.setattr(sys, "path", [str(tmp_path), *without])
 
-    def said(kind: str, text: str | None, device: str = "") -> str:
+    def answer(kind: str, text: str | None, device: str = "") -> str:
         backend, package, _ = VENDORS[kind]
         if text is not None:
             (tmp_path / f"{package}.py").write_text(text)
         if kind == "cpu":
             monkeypatch.setenv("TRITON_INTERPRET", "1")
         # torch knows the type only once its package was imported; `probe` reads the type alone.
-        asked: Any = torch.device(device) if device else SimpleNamespace(type=kind)
-        return str(backend.probe(asked))
+        target: Any = torch.device(device) if device else SimpleNamespace(type=kind)
+        return str(backend.probe(target))
 
-    yield said
+    yield answer
     for name in packages:
         sys.modules.pop(name, None)
 
@@ -79,28 +80,28 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
 def test_others_are_refused_before_the_package_is_imported(
     kind: str, device: str, ask: Any
 ) -> None:
-    told = ask(kind, "raise SystemExit('imported')", device)
-    assert told.endswith(f": rejected, it runs on {kind} devices, not on {device}")
+    answer = ask(kind, "raise SystemExit('imported')", device)
+    assert answer.endswith(f": rejected, it runs on {kind} devices, not on {device}")
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "told"),
+    ("kind", "text", "reason"),
     [
         ("npu", None, "torch_npu is not installed; install"),
         ("mlu", None, "torch_mlu_ops is not installed; install"),
         ("npu", "import torch_npu_part", "torch_npu_part, which torch_npu needs, is not installed"),
         ("mlu", "import torch_mlu", "torch_mlu, which torch_mlu_ops needs, is not installed"),
-        *((kind, f"raise {error}", f"{VENDORS[kind][1]} is installed, but its import failed {said}")
+        *((kind, f"raise {error}", f"{VENDORS[kind][1]} is installed, but its import failed {why}")
           for kind in ("npu", "mlu")
-          for error, said in (
+          for error, why in (
             ("ImportError('libx.so: cannot open')", "(ImportError: libx.so: cannot open); install"),
             ("OSError('libx.so: undefined symbol')", "(OSError: libx.so: undefined symbol)"),
             ("RuntimeError('CNRT error.')", "(RuntimeError: CNRT error)"),
             ("AttributeError('x')", "(AttributeError: x)"))),
         ("mlu", "def reshape(", "torch_mlu_ops is installed, but its import failed (SyntaxError: "),
-        *((kind, f"raise {error}", said)
+        *((kind, f"raise {error}", why)
           for kind in ("cuda", "cpu")
-          for error, said in (
+          for error, why in (
             ("ModuleNotFoundError('x', name='triton')",
              "the package 'triton' is missing; pip install triton"),
             *((f"{error}('libtriton.so: foo\\nmore')",
@@ -109,11 +110,11 @@ def test_others_are_refused_before_the_package_is_imported(
     ],
 )  # fmt: skip
 def test_a_package_that_is_missing_or_broken_is_the_reason(
-    kind: str, text: str | None, told: str, ask: Any
+    kind: str, text: str | None, reason: str, ask: Any
 ) -> None:
-    said = ask(kind, text)
-    assert said.startswith(f"{VENDORS[kind][0].name}: rejected, {told}")
-    assert VENDORS[kind][2] in said
+    answer = ask(kind, text)
+    assert answer.startswith(f"{VENDORS[kind][0].name}: rejected, {reason}")
+    assert VENDORS[kind][2] in answer
 
 
 # torch_mlu_ops
@@ -131,12 +132,12 @@ HAS = "accepted, torch_mlu_ops 1.4.0 has reshape_paged_cache ("
 
 
 @pytest.mark.parametrize(
-    ("package", "told"),
+    ("package", "answer"),
     [
         ("__version__ = '0.1'", another("no such op", "0.1")),
         ("reshape_paged_cache = 7", another("no such op")),
-        *((f"def reshape_paged_cache({given}): ...", another(f"reshape_paged_cache({told})"))
-          for given, told in (
+        *((f"def reshape_paged_cache({has}): ...", another(f"reshape_paged_cache({names})"))
+          for has, names in (
             ("key, value, cache", "key, value, cache"),
             (f"{FIVE}, direction, stream", f"{FIVE}, direction, stream"),
             ("*args, **kwargs", "args, kwargs"))),
@@ -151,8 +152,8 @@ HAS = "accepted, torch_mlu_ops 1.4.0 has reshape_paged_cache ("
          "the known one and is not used"),
     ],
 )  # fmt: skip
-def test_what_it_says_of_a_torch_mlu_ops(package: str, told: str, ask: Any) -> None:
-    assert ask("mlu", package) == f"mlu: {told}"
+def test_what_it_says_of_a_torch_mlu_ops(package: str, answer: str, ask: Any) -> None:
+    assert ask("mlu", package) == f"mlu: {answer}"
 
 
 # torch_npu
@@ -160,18 +161,18 @@ def test_what_it_says_of_a_torch_mlu_ops(package: str, told: str, ask: Any) -> N
 
 @pytest.fixture
 def loaded(ask: Any) -> Iterator[Callable[..., str]]:
-    """What `ascend` says of a torch_npu of some version, with some schemas changed (empty: the op
-    is missing)."""
+    """Yield a function that returns the decision of `ascend` for a torch_npu of some version, with
+    some schemas changed (empty: the op is missing)."""
     library = torch.library.Library("npu", "FRAGMENT")
 
-    def said(version: str = f"{RELEASE}.0", **changed: str) -> str:
+    def answer(version: str = f"{RELEASE}.0", **changed: str) -> str:
         known = ascend_ops.pinned_schemas("vendor")
         for name, schema in ({x.partition("::")[2]: known[x] for x in known} | changed).items():
             if schema:
                 library.define(name + schema)
         return str(ask("npu", f"__version__ = {version!r}"))
 
-    yield said
+    yield answer
     library._destroy()
     for name in CALLS:  # which torch remembers
         torch.ops.npu.__dict__.pop(name, None)
@@ -207,12 +208,12 @@ OTHERS = {
 def test_what_it_says_of_a_torch_npu(
     version: str, changed: dict[str, str], first: str, last: str, loaded: Any
 ) -> None:
-    said = loaded(version, **changed)
+    answer = loaded(version, **changed)
     if last:
-        assert said.startswith(f"ascend: {first}")
-        assert last in said
+        assert answer.startswith(f"ascend: {first}")
+        assert last in answer
     else:
-        assert said == f"ascend: {first}"
+        assert answer == f"ascend: {first}"
 
 
 def test_a_kernel_that_is_named_and_cannot_be_used_is_a_rejection(
@@ -235,12 +236,12 @@ def test_what_is_called_is_what_is_pinned() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "seen"),
+    ("requested", "seen"),
     [("simdev:mlu", "mlu"), ("simdev:npu:1", "npu:1"), ("simdev", "simdev"),
      ("simdev:1", "simdev:1"), ("cuda:1", "cuda:1"), ("cpu", "cpu")],
 )  # fmt: skip
-def test_the_name_behind_simdev_is_what_torch_gets_to_see(asked: str, seen: str) -> None:
-    assert torch_name(asked) == seen
+def test_the_name_behind_simdev_is_what_torch_gets_to_see(requested: str, seen: str) -> None:
+    assert torch_name(requested) == seen
 
 
 @without_the_package
@@ -259,15 +260,17 @@ def test_a_device_without_the_package_falls_to_reference_with_the_reason() -> No
 
 @simulated
 @pytest.mark.parametrize(
-    ("device", "code", "told"),
+    ("device", "code", "message"),
     [
         ("simdev:npuu", 2, "got 'npuu'. Pass simdev, npu, mlu"),
         pytest.param("simdev:npu", 3, "it runs on mlu devices, not on npu", marks=pytest.mark.full),
     ],
 )
-def test_names_that_the_simulated_device_does_not_carry(device: str, code: int, told: str) -> None:
+def test_names_that_the_simulated_device_does_not_carry(
+    device: str, code: int, message: str
+) -> None:
     ran = run("conform", "mlu", "--device", device)
-    assert (ran.code, told in ran.err) == (code, True), ran
+    assert (ran.code, message in ran.err) == (code, True), ran
 
 
 @simulated
