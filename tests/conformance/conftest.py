@@ -14,7 +14,7 @@ from portakv.registry import registry
 
 @pytest.fixture
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registry of the test's own: what is registered would also be chosen by tests behind it."""
+    """Use a separate registry: later tests would also choose what a test registers."""
     made = registry.Registry()
     monkeypatch.setattr(registry, "REGISTRY", made)
     monkeypatch.setattr("portakv_conformance.judge.subject.REGISTRY", made)

@@ -35,7 +35,7 @@ CPU = ["fake", "--device", "cpu"]
 
 
 class Command:
-    """`portakv conform`, whose workers behave as they are told, and what it printed."""
+    """`portakv conform`, whose workers behave as a test says, and its output."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._patch = monkeypatch
@@ -56,8 +56,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
-    """What runs were asked for, each of which is interrupted at once."""
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
+    """Return the requested runs, each of which is interrupted immediately."""
     settle(monkeypatch)
     result: list[Options] = []
 
@@ -110,13 +110,13 @@ def test_how_a_run_ends(
 
 
 def test_a_report_is_of_the_profile_that_earns_a_rung(
-    tmp_path: Path, asked: list[Options], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, requests: list[Options], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for words in "", "--report out", "--report out --profile core", "--profile full":
         main([*CPU, *words.split()])
-    assert [options.profile for options in asked] == ["core", "full", "core", "full"]
-    assert all(f"--profile {options.profile} " in options.command() for options in asked)
+    assert [options.profile for options in requests] == ["core", "full", "core", "full"]
+    assert all(f"--profile {options.profile} " in options.command() for options in requests)
 
 
 DEVICES = {
@@ -132,12 +132,12 @@ DEVICES = {
 }
 
 
-def test_one_is_judged_elsewhere(asked: list[Options], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_is_judged_elsewhere(requests: list[Options], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     for words in DEVICES:
         main(words.split())
-    assert [options.device for options in asked] == list(DEVICES.values())
+    assert [options.device for options in requests] == list(DEVICES.values())
 
 
 @pytest.mark.parametrize("words", ["reference", "--mutants", "replay x.json"])
@@ -171,7 +171,7 @@ def test_nothing_runs_under_a_forced_backend(
         "--list --only a",
     ],
 )
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("requests")
 def test_what_is_not_understood_ends_with_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(words.split())
@@ -253,7 +253,7 @@ def test_an_example_is_told_with_its_replay(
 
 @pytest.mark.parametrize("tables", ["rich", "plain"])
 def test_a_terminal_s_bar(command: Command, tables: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ids' brackets are no markup, and a failure is told at once."""
+    """The ids' brackets are no markup, and a failure is reported immediately."""
     choose_tables(tables, monkeypatch)
     if tables == "plain":
         monkeypatch.setitem(sys.modules, "rich.progress", None)
@@ -277,16 +277,16 @@ def test_an_extra_that_is_missing_is_no_failure_of_a_backend(
     missing: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    asked: list[Options],
+    requests: list[Options],
 ) -> None:
-    """And it is missed before any case is run."""
+    """The command reports it before any case is run."""
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     if missing != "jinja2":
         monkeypatch.setitem(sys.modules, missing, None)
     assert portakv(["conform", "reference", "--report", "out"]) == 2
     expected = missing if missing.startswith("portakv") else "pip install '.[conformance]'"
     assert expected in capsys.readouterr().err
-    assert not asked
+    assert not requests
 
 
 def test_a_file_that_is_no_example_ends_with_2(command: Command, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report says of the backend's source, of where it ran, and of a vendor's device: its name,
+"""A report describes the backend's source, the machine it ran on, and a vendor's device: its name,
 its driver and the vendor's packages."""
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ MLU = "Device name: MLU590\n"
 
 
 def device(kind: str) -> Any:
-    """A device of a type that torch knows only beside the vendor's package."""
+    """Return a device of a type that torch knows only together with the vendor's package."""
     return SimpleNamespace(type=kind, index=0)
 
 

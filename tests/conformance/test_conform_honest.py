@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend that claims little and keeps to it is conformant; what it withholds is told."""
+"""A backend that claims little and keeps to it is conformant; the report shows its omissions."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def one(name: str) -> Subject:
     return subject(f"{_HONEST}:{name}")
 
 
-def judge_of(found: Subject) -> Judge:
-    return Judge(found, Facility(torch.device("cpu")), 7)
+def judge_of(tested: Subject) -> Judge:
+    return Judge(tested, Facility(torch.device("cpu")), 7)
 
 
 def judged(conform: Any, name: str, *options: str) -> RunRecord:
@@ -134,7 +134,7 @@ def test_a_half_that_was_declined_is_not_passed(conform: Any) -> None:
 
 
 def test_layouts_are_found_within_what_is_claimed() -> None:
-    homes = {
+    positions = {
         "OnlyNHD": 0,
         "OnlyHND": 1,
         "OnlyTuples": 2,
@@ -145,8 +145,8 @@ def test_layouts_are_found_within_what_is_claimed() -> None:
         "Least": 5,
     }
     assert {
-        name: BASE_LAYOUTS.index(find_base_layout(one(name), BASE_LAYOUTS)) for name in homes
-    } == homes
+        name: BASE_LAYOUTS.index(find_base_layout(one(name), BASE_LAYOUTS)) for name in positions
+    } == positions
     for name, requested, taken in (("OnlyNHD", 1, 0), ("OnlyNHD", 2, 2), ("NoMigration", 1, 0)):
         assert across(one(name), BASE_LAYOUTS[0], BASE_LAYOUTS[requested]) == BASE_LAYOUTS[taken]
 

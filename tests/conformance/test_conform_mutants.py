@@ -95,7 +95,7 @@ def test_the_page_tells_of_every_mutant_and_of_no_survivor() -> None:
 
 
 def runner(ends: str, seen: list[Options], verdict: str = "failed") -> Callable[..., RunRecord]:
-    """What runs the suite, whose cases a, b, ... end as they are told."""
+    """Return a run of the suite, whose cases a, b, ... end with the statuses in `ends`."""
 
     def run(options: Options, progress: object = None) -> RunRecord:
         seen.append(options)
@@ -114,7 +114,7 @@ def stopped(options: Options, progress: Any) -> RunRecord:
 
 
 def without_a_compiler(options: Options, progress: Any) -> RunRecord:
-    """What cannot run it, which tells nothing of the suite."""
+    """Raise the error of a run that never began, which says nothing about the suite."""
     raise SubjectUnavailable("there is no compiler.\nmore")
 
 
@@ -203,7 +203,7 @@ def test_the_exit_code_and_the_page(
 
 
 @pytest.mark.parametrize(("words", "forced", "reported"), [
-    ("--only nobody", "", "nobody"), ("--runs 0", "", "0"), ("--runs x", "", "x"),
+    ("--only unknown", "", "unknown"), ("--runs 0", "", "0"), ("--runs x", "", "x"),
     (f"--only {FIRST.name}", "reference", "PORTAKV_BACKEND forces another backend"),
 ])  # fmt: skip
 def test_what_cannot_be_understood(
@@ -233,7 +233,7 @@ def test_the_suite_catches_mutants(words: str) -> None:
 
 
 def test_an_interrupt_ends_every_run() -> None:
-    """Ctrl-C ends the score: trials that wait do not begin, and those that run are told."""
+    """Ctrl-C ends the score: trials that wait do not begin, and those that run are stopped."""
     began = []
 
     def attempt(mutant: Mutant, seed: int) -> Trial:

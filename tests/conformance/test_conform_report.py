@@ -131,7 +131,7 @@ def test_each_failure_is_explained_and_can_be_replayed() -> None:
         if case.status in ("failed", "error"):
             assert case.replay in reader.texts
             assert case.details in reader.texts
-    text = Reader(conform_reports.failing(60)).text  # folded behind the first
+    text = Reader(conform_reports.failing(60)).text  # folded after the first
     assert "60 failures" in text
     assert "35 more failures" in text
 

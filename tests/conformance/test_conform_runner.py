@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The runner against workers that crash, hang, print and leave, one or several at a time: the run
-goes on and says so. A device that fails for good is told from a case that failed."""
+goes on and says so. A device that fails for good is not reported as a failed case."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from portakv_conformance.run.workers import surroundings
 
 
 def children(process: int | str = "self") -> list[int]:
-    """What a process, by default this one, has started and has not ended."""
+    """Return the running children of a process, by default this one."""
     threads = Path(f"/proc/{process}/task").glob("*/children")
     return [int(child) for thread in threads for child in thread.read_text().split()]
 
 
-# -- what is asked for ----------------------------------------------------------------------------
+# -- what is requested ----------------------------------------------------------------------------
 
 IDS = [
     "cases/test_core.py::test_one_row[gather-1]",
@@ -85,14 +85,16 @@ def test_the_command_tells_how_the_kernel_is_run(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_run_in_which_all_is_well(capfd: pytest.CaptureFixture[str]) -> None:
-    """What workers print, lines that look like events among it, disturbs nothing."""
-    heard = RecordingProgress()
-    record = ran({CORE + "a": "pass", CORE + "b": "pass", CLAIM + "c": "not-claimed"}, heard)
+    """Output of workers, with lines that look like events, disturbs nothing."""
+    progress = RecordingProgress()
+    record = ran({CORE + "a": "pass", CORE + "b": "pass", CLAIM + "c": "not-claimed"}, progress)
     assert (record.verdict, record.rung, record.missing) == ("conformant", "", [])
-    assert [case.id for case in record.cases] == heard.ids == [CORE + "a", CORE + "b", CLAIM + "c"]
+    assert (
+        [case.id for case in record.cases] == progress.ids == [CORE + "a", CORE + "b", CLAIM + "c"]
+    )
     assert record.case_list_sha256 == case_list_sha256([CLAIM + "c", CORE + "b", CORE + "a"])
-    assert (heard.count, heard.sentences) == (3, [])
-    assert heard.statuses == ["passed", "passed", "not-claimed"]
+    assert (progress.count, progress.sentences) == (3, [])
+    assert progress.statuses == ["passed", "passed", "not-claimed"]
     assert record.backend == fake.SUBJECT["backend"]
     assert record.command == "portakv conform fake --device cpu --profile core --seed 0"
     assert capfd.readouterr() == ("", "")
@@ -108,13 +110,13 @@ def test_a_run_in_which_all_is_well(capfd: pytest.CaptureFixture[str]) -> None:
     ("retire", "It faulted."),  # the device, and the worker says so
 ])  # fmt: skip
 def test_a_case_that_takes_the_process_with_it_has_failed(how: str, reported: str) -> None:
-    heard = RecordingProgress()
-    record = ran({CORE + "a": "pass", CORE + "b": how, CORE + "c": "pass"}, heard)
+    progress = RecordingProgress()
+    record = ran({CORE + "a": "pass", CORE + "b": how, CORE + "c": "pass"}, progress)
     assert statuses(record) == {CORE + "a": "passed", CORE + "b": "failed", CORE + "c": "passed"}
     lost = record.cases[1]
     assert reported in lost.reason
     assert (record.verdict, record.rung, record.totals["failed"]) == ("failed", "", 1)
-    (sentence,) = heard.sentences
+    (sentence,) = progress.sentences
     assert CORE + "b" in sentence
     assert ("The device failed after" in sentence) == (how == "retire")
     assert lost.replay.endswith(f" --only {CORE}b")
@@ -216,12 +218,12 @@ def test_a_run_of_another_thread_can_be_interrupted(monkeypatch: pytest.MonkeyPa
 
 def test_several_workers_share_the_cases() -> None:
     behaviours = {f"{CORE}{n}": "slow" for n in range(6)} | {CLAIM + "c": "not-claimed"}
-    heard = RecordingProgress()
-    record = ran(behaviours, heard, jobs=3)
-    assert sorted(heard.ids) == sorted(behaviours), "each is run once"
+    progress = RecordingProgress()
+    record = ran(behaviours, progress, jobs=3)
+    assert sorted(progress.ids) == sorted(behaviours), "each is run once"
     assert [case.id for case in record.cases] == list(behaviours), "in the order of the list"
-    assert (record.verdict, record.missing, heard.sentences) == ("conformant", [], [])
-    assert heard.count == len(heard.statuses) == 7
+    assert (record.verdict, record.missing, progress.sentences) == ("conformant", [], [])
+    assert progress.count == len(progress.statuses) == 7
     assert len(Counter(c.reason for c in record.cases if c.reason.startswith("by "))) == 3
     assert record.command.endswith("--seed 0 --jobs 3")
     assert "--jobs" not in record.cases[0].replay
@@ -231,14 +233,14 @@ def test_several_workers_share_the_cases() -> None:
 @pytest.mark.parametrize("how", ["crash", "hang", "leave"])
 def test_a_worker_that_is_lost_disturbs_no_other(how: str) -> None:
     slow = [f"{CORE}{n}" for n in range(5)]
-    heard = RecordingProgress()
+    progress = RecordingProgress()
     behaviours = {slow[0]: "slow", CORE + "bad": how} | dict.fromkeys(slow[1:], "slow")
-    record = ran(behaviours, heard, jobs=2, limit=1.0)
+    record = ran(behaviours, progress, jobs=2, limit=1.0)
     wanted = {**dict.fromkeys(behaviours, "passed"), CORE + "bad": "failed"}
     assert list(statuses(record).items()) == list(wanted.items())
     assert "while this case ran" in record.cases[1].reason
-    assert len(heard.sentences) == 1
-    assert sorted(heard.ids) == sorted(behaviours), "no case is run again"
+    assert len(progress.sentences) == 1
+    assert sorted(progress.ids) == sorted(behaviours), "no case is run again"
 
 
 def test_the_first_failure_stops_all() -> None:
@@ -249,18 +251,18 @@ def test_the_first_failure_stops_all() -> None:
 
 @pytest.mark.parametrize("how", ["unavailable", "exit"])
 def test_a_worker_too_many(how: str) -> None:
-    heard = RecordingProgress()
+    progress = RecordingProgress()
     slow = {f"{CORE}{n}": "slow" for n in range(4)}
-    record = ran({**slow, "2 start": how}, heard, jobs=2)
+    record = ran({**slow, "2 start": how}, progress, jobs=2)
     assert statuses(record) == dict.fromkeys(slow, "passed")
     assert record.verdict == "conformant"
-    (reported,) = heard.sentences
+    (reported,) = progress.sentences
     assert "before it was ready; the others go on" in reported
     assert ("no such backend" in reported) == (how == "unavailable")
 
 
 def test_a_worker_that_cannot_be_replaced_is_an_error() -> None:
-    """With nobody else there, it is not left out quietly."""
+    """The only worker is not left out quietly."""
     cases = {CORE + "a": "crash", CORE + "b": "pass", CORE + "c": "pass"}
     record = ran({**cases, "2 start": "unavailable"})
     assert list(statuses(record).values()) == ["failed", "error", "passed"]
@@ -322,10 +324,10 @@ def test_a_fault_that_is_delivered_once_is_the_case_s(faults: int, reported: str
 
 @pytest.mark.parametrize("worked", [True, False])
 def test_a_backend_that_raises_for_good(worked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one whose driver's context is lost, though torch's is not. One that has never worked is
-    judged on: else each of its failures would cost a process."""
+    """The backend's driver has lost its context, though torch has not. A backend that never worked
+    is judged on: else each of its failures would cost a process."""
 
-    def copy(*given: object, **named: object) -> None:
+    def copy(*arguments: object, **named: object) -> None:
         raise RuntimeError("no more")
 
     alive = DeviceAlive(subject("reference"), Card(torch.device("cpu")))
@@ -341,7 +343,10 @@ def test_a_backend_that_raises_for_good(worked: bool, monkeypatch: pytest.Monkey
 
 def test_an_event_holds_any_text(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
-    append(str(file), {"reason": "driver said \udcff", "cases": [{"a\ud800": ("x", 1, None)}]})
+    append(str(file), {"reason": "driver reported \udcff", "cases": [{"a\ud800": ("x", 1, None)}]})
     reported = json.loads(file.read_text(encoding="utf-8"))
-    assert reported == {"reason": "driver said \\udcff", "cases": [{"a\\ud800": ["x", 1, None]}]}
+    assert reported == {
+        "reason": "driver reported \\udcff",
+        "cases": [{"a\\ud800": ["x", 1, None]}],
+    }
     json.dumps(reported, ensure_ascii=False).encode("utf-8")

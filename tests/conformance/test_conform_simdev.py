@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated device, each time in a process of its own: torch takes one such device for good."""
+"""The simulated device, each time in a separate process: torch takes one such device for good."""
 
 from __future__ import annotations
 
@@ -123,7 +123,10 @@ except RuntimeError as error:
             id="the host touches device memory",
         ),
         pytest.param(
-            FAULT, 0, "aten::index on stream 0 of simdev:0 failed", id="a fault is told at the end"
+            FAULT,
+            0,
+            "aten::index on stream 0 of simdev:0 failed",
+            id="a fault is reported at the end",
         ),  # nothing waited for it
         pytest.param(FORK, 7, "'spawn'", id="a forked process", marks=pytest.mark.full),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite tells right backends from wrong ones, says what is wrong, and keeps what failed."""
+"""The suite separates right backends from wrong ones, says what is wrong, and keeps failures."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ _FEW = (
 
 @pytest.mark.full
 def test_events_tell_of_each_case(tmp_path: Path) -> None:
-    """The package lies behind a symbolic link in the current folder, which is found first: pytest
-    keeps the path that it was given."""
+    """A symbolic link in the current folder, which is found first, leads to the package: pytest
+    keeps the path that it was passed."""
     (tmp_path / "portakv_conformance").symlink_to(Path(portakv_conformance.__file__).parent)
     done, events, result = judged("Talking", "--portakv-fuzz=77", "-sv", ids=_FEW, where=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -75,7 +75,7 @@ def test_events_tell_of_each_case(tmp_path: Path) -> None:
     assert preset.tags == {"layout": "vllm-mla-fp8", "dtype": "uint8", "operation": "gather"}
     assert guards.claim == "guards"
     assert "guards is not claimed" in guards.reason
-    # As many are drawn as was asked for, and from which seed is told.
+    # The suite draws as many examples as were requested, and reports the seed.
     assert 60 <= drawn.examples <= 77
     assert re.search(r"seed [1-9]\d*, 77 examples", done.stdout)
 
@@ -118,7 +118,7 @@ def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
     assert drawn[0] != drawn[2]
 
 
-#: Options of the suite, the exit code, and what is told.
+#: Options of the suite, the exit code, and a part of the output.
 CODES = [
     ("--portakv-backend=nonsense", 3, "no such backend"),
     ("--portakv-backend=reference --portakv-device=npu", 3, "torch_npu"),
@@ -134,9 +134,9 @@ CODES = [
 ]
 EACH = """
 import contextlib, os, pytest, shlex, sys
-base, *asked = map(shlex.split, sys.argv[1:])
-for words in asked:
-    if words is asked[-1]:
+base, *requests = map(shlex.split, sys.argv[1:])
+for words in requests:
+    if words is requests[-1]:
         os.environ["PORTAKV_BACKEND"] = "cuda"
     with contextlib.redirect_stderr(sys.stdout):
         code = pytest.main([*base, *words])

@@ -30,7 +30,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, *command: str, **variables: str) -> str:
-    """What Python prints with the package installed."""
+    """Return the output of Python with the package installed."""
     path = os.pathsep.join([str(installed), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = python(*command, where=ROOT, PYTHONPATH=path, COLUMNS="200", **variables)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -368,7 +368,7 @@ def test_a_file_is_read_in_its_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "reported"), [
     (GOOD + 'ticket = "4711"\n', "unknown key 'ticket'"),
-    ('title = "mine"\n' + GOOD, "unknown key 'title'"),
+    ('title = "own"\n' + GOOD, "unknown key 'title'"),
     ("[waivers]\n", "unknown key 'waivers'"),
     (GOOD.replace("[[waiver]]", "[waiver]"), "Expected a list of tables"),
     (GOOD.replace('reason = "Ticket 4711."\n', ""), "'reason' .*, got nothing"),
@@ -416,7 +416,7 @@ def test_an_expiry_is_compared_as_numbers() -> None:
     case = CaseRecord("a", "claims", "core", status="failed", reason="Wrong.")
     assert judged(case, Waiver("a", "why", "2026.9"), "2026.11").status == "failed"
     assert judged(case, Waiver("a", "why", "2026.12"), "2026.11").status == "waived"
-    # One that expired and that names no case is told twice.
+    # A waiver that expired and that names no case is reported twice.
     assert len(problems([asdict(Waiver("x", "why", "1"))], [], NOW, whole=True)) == 2
 
 

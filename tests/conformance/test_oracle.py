@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the oracle finds rows, against plain indexing and addresses worked out by hand; what it
-expects of a copy, how it names a wrong byte, and what the strategies draw."""
+"""The oracle finds rows as plain indexing and addresses worked out by hand do; its expectation of
+a copy, its name of a wrong byte, and the draws of the strategies."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ HANDS: list[tuple[str, Any, Any, dict[str, Any], tuple[Any, ...]]] = [
      lambda t, kv, layer, s, h: t[kv][s // 4, layer, h, s % 4], {}, (2, 2, (3, 3), 12)),
     ("token/2 (dim kv) token%2 head", numbered(3, 6, 2, 2),
      lambda t, kv, layer, s, h: t[s // 2, kv::2, s % 2, h], {}, (1, 2, (3, 3), 6)),
-    # pages of 8 elements, 50 apart, behind an offset
+    # pages of 8 elements, 50 apart, after an offset
     ("layer | block token dim", [numbered(400).as_strided((3, 2, 4), (50, 4, 1), 7)],
      lambda t, kv, layer, s, h: t[0][s // 2, s % 2], {}, (1, 1, (4,), 6)),
     ("token head kv dim", numbered(2, 3, 4, 2).permute(2, 3, 0, 1),

@@ -103,7 +103,7 @@ def test_operators_agree_with_the_cpu(device: torch.device) -> None:
 
 def test_what_portakv_needs_does_not_wait_for_the_device() -> None:
     """Operators that waited would hide a missing wait of the caller; so would those that wait for
-    more than they read, such as a blocking copy of ids behind a producer."""
+    more than they read, such as a blocking copy of ids after a producer."""
     x = torch.zeros(8, 4, dtype=torch.int64, device=DEVICE)
     ids = torch.tensor([1, 2], device=DEVICE)
     out = torch.empty(2, 4, dtype=x.dtype, device=DEVICE)
@@ -236,7 +236,7 @@ def test_freed_memory_is_soon_somebody_elses() -> None:
     side.wait_stream(current())
     with on(side):
         copy = source.clone()
-    del source  # and nobody has recorded that another stream reads it
+    del source  # and no code has recorded that another stream reads it
     with on(side):
         with pytest.raises(RuntimeError, match=r"8000 bytes that were freed.*record_str"):
             copy.cpu()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix: its rules, what bears a level out, what ends one, and what stands beside it always.
+"""The matrix: its rules, what bears a level out, what ends one, and what always accompanies it.
 Records of jobs and old reports: none is believed for its label alone, each names its backend and
 what it is about, and none holds a place of the machine that made it."""
 
@@ -127,9 +127,9 @@ def test_a_list_tells_the_rung_here_else_the_highest_that_holds() -> None:
     assert summary("cuda", "CPU (x86-64)", result, same) == "R3 on hip, emulated"
     assert summary("cuda", "CPU (x86-64)", SupportMatrix((level(),)), same) == "R6 on NVIDIA H200"
     assert summary("triton", "NVIDIA H200", result, same) == ""
-    assumed = replace(far, assumption="by assumption: nobody said so", note="not by us")
+    assumed = replace(far, assumption="by assumption: not measured", note="not by us")
     assert summary("cuda", "hip, emulated", SupportMatrix((assumed,)), same) == (
-        "R3, by assumption: nobody said so, not by us"
+        "R3, by assumption: not measured, not by us"
     )
 
 
@@ -185,7 +185,7 @@ def row(run: RunRecord, root: Path) -> SupportLevel:
 
 
 def test_a_row_says_what_its_file_says(tmp_path: Path) -> None:
-    """And a note, which is a person's."""
+    """It has a note too, which a person wrote."""
     made = row(passing(), tmp_path)
     assert (made.level, made.emulated, made.summary) == ("R6", False, "312 passed, 2 not claimed")
     assert contradictions(SupportMatrix((replace(made, note="by us"),)), tmp_path) == []
@@ -287,7 +287,7 @@ def test_pairs_stand_in_the_readme_s_order() -> None:
 
 
 def test_what_a_stand_in_assumes_stands_in_every_form(capsys: pytest.CaptureFixture[str]) -> None:
-    """In the report, what is printed of it, the matrix's row and list, and `portakv backends`."""
+    """The report, its printed form, the matrix's row and list, and `portakv backends` have it."""
     assert assumed(emulating("mlu")) == ASSUMED
     assert assumed(emulating("npu")) == assumed(emulating("simdev")) == ""
     run = changed(emulated(), {"device": "simdev:mlu", "assumption": ASSUMED})
@@ -529,8 +529,8 @@ def test_the_command_says_what_a_record_lacks(
 
 
 def test_a_row_says_what_a_record_says_of_itself(tmp_path: Path) -> None:
-    """The class's own name, as a report has it: a module's last word may be another. What it tells,
-    and what its stand-in takes for true."""
+    """The class's own name, as a report has it: a module's last word may be another. The row has
+    its printed summary, and the assumption of its stand-in."""
     sources = (SIMULATION, STANDINS["mlu"])
     job: dict[str, Any] = {
         "backend": ASCENDC,
@@ -551,7 +551,7 @@ def test_a_row_says_what_a_record_says_of_itself(tmp_path: Path) -> None:
     file.write_text(json.dumps(record | {"told": "profile full: 9999 passed"}))
     with pytest.raises(ValueError, match="'profile full: 9999 passed' was not printed"):
         read(file)
-    for target in ("portakv.backends.hip:Nobody", "portakv.backends.hip:Launch"):
+    for target in ("portakv.backends.hip:Unknown", "portakv.backends.hip:Launch"):
         with pytest.raises(SourceError, match="a backend class with a name"):
             evidence.name_of(target)
 

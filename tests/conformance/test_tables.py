@@ -162,7 +162,7 @@ def test_a_result_is_the_whole_report_with_a_line_for_each_case(tmp_path: Path) 
     ({"device": "simdev:mlu"}, "cuda", "mlu, emulated", "cuda-simdev-mlu"),
     ({"device": "simdev:mlu:1"}, "cuda", "mlu, emulated", "cuda-simdev-mlu"),
     ({"device": "mlu"}, "cuda", "mlu, emulated", "cuda-mlu"),
-    # What a built library carried out has a row and a file of its own, not what ops did.
+    # Results of a built library have a separate row and file, those of ops have not.
     ({"emulated": False, "carried out by": "the ops"}, "cuda", "NVIDIA H200", "cuda-nvidia-h200"),
     ({"emulated": False, "carried out by": "the AscendC kernel", "library": {"a.so": "7" * 64}},
      "cuda", "NVIDIA H200, by the AscendC kernel", "cuda-nvidia-h200-by-the-ascendc-kernel"),
@@ -276,7 +276,7 @@ def test_no_pitfall_was_lost() -> None:
     result = Counter(pitfall["area"] for pitfall in PITFALLS)
     assert set(result) == set(KNOWN)
     assert result >= Counter(KNOWN)
-    # Only engines and movers that do not exist can be left for later.
+    # Only engines and transports that do not exist can be left for later.
     late = {pitfall["area"] for pitfall in PITFALLS if "later" in pitfall}
     assert late <= {"host memory", "copy engine", "honesty"}
 
