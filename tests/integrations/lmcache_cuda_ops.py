@@ -24,16 +24,16 @@ from portakv.integrations.lmcache import OPS
 class _Ops(ModuleType):
     """PortaKV's ops, then those of another module."""
 
-    def __init__(self, name: str, behind: Any) -> None:
+    def __init__(self, name: str, fallback: Any) -> None:
         super().__init__(name)
-        self._behind = behind
+        self._fallback = fallback
         for module, names in OPS.items():
             for name in names:
                 setattr(self, name, getattr(module, name))
         self.lmcache_memcpy_async = lmcache_host.lmcache_memcpy_async
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._behind, name)
+        return getattr(self._fallback, name)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,8 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     name = "c_ops" if "lmcache.c_ops" in sys.modules else "cuda_ops"
     try:
-        behind: Any = importlib.import_module(f"lmcache.{name}")
+        fallback: Any = importlib.import_module(f"lmcache.{name}")
     except ImportError:
-        behind = importlib.import_module("lmcache.v1.platform.torch_ops")
-    made = sys.modules[f"lmcache.{name}"] = _Ops(f"lmcache.{name}", behind)
+        fallback = importlib.import_module("lmcache.v1.platform.torch_ops")
+    made = sys.modules[f"lmcache.{name}"] = _Ops(f"lmcache.{name}", fallback)
     setattr(lmcache, name, made)

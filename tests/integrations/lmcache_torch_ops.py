@@ -40,5 +40,5 @@ def _replace(torch_ops: Any, name: str, function: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    told = ", ".join(f"{name} {times}" for name, times in sorted(_calls.items())) or "none"
-    terminalreporter.write_line(f"PortaKV's ops were called: {told}")
+    counts = ", ".join(f"{name} {times}" for name, times in sorted(_calls.items())) or "none"
+    terminalreporter.write_line(f"PortaKV's ops were called: {counts}")

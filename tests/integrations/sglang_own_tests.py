@@ -35,8 +35,10 @@ class InPlaceOfCuda(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        given = [self._other(each) for each in args]
-        return function(*given, **{key: self._other(each) for key, each in (kwargs or {}).items()})
+        arguments = [self._other(each) for each in args]
+        return function(
+            *arguments, **{key: self._other(each) for key, each in (kwargs or {}).items()}
+        )
 
     def _other(self, value: Any) -> Any:
         is_cuda = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
@@ -57,8 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run what is skipped for the sake of the kernels that are not run here."""
     for module in {item.getparent(pytest.Module) for item in items}:
         if module is not None:
-            kept = [x for x in module.own_markers if "CUDA 13" not in str(x.kwargs)]
-            module.own_markers[:] = kept
+            markers = [x for x in module.own_markers if "CUDA 13" not in str(x.kwargs)]
+            module.own_markers[:] = markers
 
 
 @pytest.fixture(autouse=True)

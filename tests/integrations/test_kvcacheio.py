@@ -126,7 +126,7 @@ def pages(where: str, dtype: torch.dtype, device: torch.device, seed: int) -> to
 def moved(
     src: torch.Tensor, dst: torch.Tensor, s: torch.Tensor, d: torch.Tensor, layers: Sequence[int]
 ) -> torch.Tensor:
-    """What plain torch makes of ``dst``."""
+    """Return ``dst`` as plain torch writes it."""
     wanted = dst.clone()
     for layer in layers:
         wanted[layer, d.cpu().long()] = src[layer, s.cpu().long()]
@@ -466,7 +466,7 @@ def test_no_ids_move_nothing(device: torch.device) -> None:
 
 @pytest.mark.parametrize("order", ["pf", "ph"])
 def test_copies_are_ordered_on_the_current_stream(order: str, accelerator: torch.device) -> None:
-    """Each reads what the stream wrote before, and is read by what the stream does behind it."""
+    """Each reads the stream's earlier writes, and later work of the stream reads its rows."""
     there = on_host(order, accelerator, 1)
     here = on_device(accelerator, 50)
     fresh = drawn((TOKENS, HEADS, DIM), 99).pin_memory()
@@ -507,7 +507,7 @@ def test_a_table_is_read_once_and_again_when_it_was_written(device: torch.device
 
 
 def test_a_table_that_was_written_without_torch_knowing(device: torch.device) -> None:
-    """By numpy, or in inference mode."""
+    """Numpy wrote it, or torch in inference mode."""
     first, second, into = (on_device(device, seed) for seed in (1, 20, 50))
     s = torch.arange(4)
     new = table(second.k)

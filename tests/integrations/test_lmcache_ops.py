@@ -264,7 +264,7 @@ def object_shape(g: Geometry, blocks: int) -> tuple[int, ...]:
 
 
 def object_rows(g: Geometry, logical: Any, blocks: list[int]) -> Any:
-    """What an object of these blocks holds."""
+    """Return the rows of an object of these blocks."""
     rows = logical[:, :, blocks].reshape(g.kv, g.layers, len(blocks) * g.block_size, g.row)
     return rows if g.kv == 2 else rows[0]
 
@@ -714,7 +714,7 @@ def test_a_bad_slot_on_a_device_is_raised_by_the_next_call_of_its_thread(
     device: torch.device,
 ) -> None:
     if device.type == "cpu":
-        pytest.skip("ids on the host are refused at once")
+        pytest.skip("ids on the host are refused immediately")
     g = GEOMETRIES[1]
     _, caches = built(g, device, 1)
     chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16, device=device)

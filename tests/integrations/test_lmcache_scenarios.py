@@ -34,8 +34,8 @@ def scenarios() -> dict[str, Any]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found: dict[str, Any] = module.SCENARIO_REGISTRY
-    return found
+    registered: dict[str, Any] = module.SCENARIO_REGISTRY
+    return registered
 
 
 @pytest.mark.parametrize("name", NAMES)

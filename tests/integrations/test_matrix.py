@@ -137,7 +137,7 @@ def test_no_engine_is_imported_before_its_release_is_known(texts: Any) -> None:
 
 
 def test_doctor_agrees_with_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the real packages: an integration whose engine is here would work, and no other."""
+    """An integration would work exactly if its engine is installed here."""
     for integration in INTEGRATIONS.values():
         if integration.variable:
             monkeypatch.delenv(integration.variable, raising=False)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plug inside the real SGLang, which `.ci/plugs` installs in its own environment: its host
-pools as SGLang builds them, hooked by its own `load_plugins`.
+"""The integration inside the real SGLang, which `.ci/plugs` installs in a separate environment.
 
-What is true of a whole process (a plug that was not asked for, a default device, a fork) is asked
-of a process of its own.
+Host pools are built by SGLang and hooked by its own `load_plugins`.
+
+Facts of a whole process (an integration that was not requested, a default device, a fork) are
+tested in a separate process.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from support.guarded_memory import check_sentence
 
 from portakv import BackendUnavailable, LayoutError, SlotError
 from portakv.integrations import IntegrationError, kvcacheio
-from portakv.integrations import sglang as plug
+from portakv.integrations import sglang as integration
 
 load_plugins()
 
@@ -45,7 +46,7 @@ DIM = 16
 CPU = torch.device("cpu")
 BEFORE = "from support import sglang_on_cpu\n"
 #: What SGLang's own methods serve, by name of the functions of `sgl_kernel.kvcacheio`.
-THEIRS = [
+SGLANG_CASES = [
     ("mha", "layer_first", "kernel"), ("mha", "layer_first", "direct"),
     ("mha", "page_first", "kernel"), ("mha", "page_first_direct", "direct"),
     ("mha", "page_head", "kernel"), ("unequal", "page_first", "kernel"),
@@ -54,9 +55,9 @@ THEIRS = [
     ("mla", "page_first_direct", "direct"),
 ]  # fmt: skip
 LAYOUTS = {
-    "mha": tuple(plug.HOST),
+    "mha": tuple(integration.HOST),
     "unequal": ("page_first", "page_first_direct"),
-    "mla": tuple(plug.MLA_HOST),
+    "mla": tuple(integration.MLA_HOST),
 }
 CASES = [
     (kind, each, io) for kind, x in LAYOUTS.items() for each in x for io in ("kernel", "direct")
@@ -75,16 +76,16 @@ class Pools(NamedTuple):
     device: torch.device
 
     def ids(self, seed: int, where: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of some pages on the host and on the device."""
+        """Return tokens of some pages on the host and on the device."""
         generator = torch.Generator().manual_seed(seed)
-        found = []
+        tokens = []
         for pages in (self.host.size // PAGE, TOKENS // PAGE + 1):
             first = torch.randperm(pages, generator=generator)[:3] * PAGE
-            found.append((first[:, None] + torch.arange(PAGE)).flatten().to(where))
-        return found[0], found[1]
+            tokens.append((first[:, None] + torch.arange(PAGE)).flatten().to(where))
+        return tokens[0], tokens[1]
 
-    def held(self) -> list[torch.Tensor]:
-        """A copy of what the device holds."""
+    def contents(self) -> list[torch.Tensor]:
+        """Return a copy of what the device holds."""
         synchronize(self.device)
         return [each.cpu().clone() for each in self.buffers]
 
@@ -163,7 +164,7 @@ def each_zeroed(buffer: Any) -> Any:
 
 
 def moved(info: Any, kind: str, buffers: list[torch.Tensor], device: torch.device) -> Any:
-    """What SGLang tells of a pool, with its buffers on another device."""
+    """Return SGLang's description of a pool, with its buffers on another device."""
 
     def table(layers: Any) -> torch.Tensor:
         return torch.tensor([x.data_ptr() for x in layers], dtype=torch.uint64).to(device)
@@ -181,7 +182,7 @@ def moved(info: Any, kind: str, buffers: list[torch.Tensor], device: torch.devic
 
 
 def answer(code: str, **environment: str) -> str:
-    """What code beside SGLang prints last, in a new process."""
+    """Run code with SGLang in a new process and return the last line that it prints."""
     return engine_process.answer(BEFORE + textwrap.dedent(code), **environment)
 
 
@@ -193,57 +194,59 @@ def answer(code: str, **environment: str) -> str:
 def test_backup_and_load(kind: str, layout: str, io: str, where: str, device: torch.device) -> None:
     pools = build(kind, layout, device)
     on_host, on_device = pools.ids(2, device if where == "device" else CPU)
-    before = pools.held()
+    before = pools.contents()
     pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, io)
     pools.lose()
     for layer in range(LAYERS):
         pools.host.load_to_device_per_layer(
             pools.device_pool, on_host, on_device, layer, io_backend=io
         )
-    assert plug._ATTRIBUTE in pools.host.__dict__
-    found = pools.held()
+    assert integration._ATTRIBUTE in pools.host.__dict__
+    after = pools.contents()
     rows = on_device.cpu()
-    for mine, right in zip(found, before, strict=True):
+    for actual, right in zip(after, before, strict=True):
         wanted = torch.zeros_like(right)
         wanted[rows] = right[rows]
-        assert torch.equal(mine, wanted)
+        assert torch.equal(actual, wanted)
 
 
-@pytest.mark.parametrize(("kind", "layout", "io"), THEIRS, ids=["-".join(each) for each in THEIRS])
+@pytest.mark.parametrize(
+    ("kind", "layout", "io"), SGLANG_CASES, ids=["-".join(each) for each in SGLANG_CASES]
+)
 def test_the_same_bytes_as_sglangs_own_methods(
     kind: str, layout: str, io: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SGLang's methods, unhooked, with the functions that they import from `sgl_kernel` where there
     is one, fill a host pool of the same bytes."""
     ours = build(kind, layout, device)
-    theirs = build(kind, layout, device)
+    original = build(kind, layout, device)
     on_host, on_device = ours.ids(3, device if io == "kernel" else CPU)
     module = mla if kind == "mla" else mha
     for name in dir(kvcacheio):
         if name.startswith("transfer_kv"):
             monkeypatch.setattr(module, name, getattr(kvcacheio, name), raising=False)
-    own = type(theirs.host)
+    own = type(original.host)
     ours.host.backup_from_device_all_layer(ours.device_pool, on_host, on_device, io)
     own.backup_from_device_all_layer.__wrapped__(
-        theirs.host, theirs.device_pool, on_host, on_device, io
+        original.host, original.device_pool, on_host, on_device, io
     )
     synchronize(device)
-    pairs = zip(*(flat(each.host.kv_buffer) for each in (ours, theirs)), strict=True)
+    pairs = zip(*(flat(each.host.kv_buffer) for each in (ours, original)), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    for each in (ours, theirs):
+    for each in (ours, original):
         each.lose()
     for layer in range(LAYERS):
-        asked = on_host, on_device, layer, io
-        ours.host.load_to_device_per_layer(ours.device_pool, *asked)
-        own.load_to_device_per_layer.__wrapped__(theirs.host, theirs.device_pool, *asked)
-    assert all(map(torch.equal, ours.held(), theirs.held()))
+        arguments = on_host, on_device, layer, io
+        ours.host.load_to_device_per_layer(ours.device_pool, *arguments)
+        own.load_to_device_per_layer.__wrapped__(original.host, original.device_pool, *arguments)
+    assert all(map(torch.equal, ours.contents(), original.contents()))
 
 
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 def test_whatever_torch_was_told_before(device: torch.device, state: State) -> None:
     pools = build("mha", "page_head", device)
     on_host, on_device = pools.ids(2)
-    before = pools.held()
+    before = pools.contents()
     with state(device):
         pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "kernel")
         pools.lose()
@@ -251,8 +254,8 @@ def test_whatever_torch_was_told_before(device: torch.device, state: State) -> N
             pools.host.load_to_device_per_layer(
                 pools.device_pool, on_host, on_device, layer, "direct"
             )
-    for mine, right in zip(pools.held(), before, strict=True):
-        assert torch.equal(mine[on_device], right[on_device])
+    for actual, right in zip(pools.contents(), before, strict=True):
+        assert torch.equal(actual[on_device], right[on_device])
 
 
 def flat(buffer: Any) -> list[torch.Tensor]:
@@ -263,12 +266,12 @@ def test_layers_that_a_pool_does_not_have_are_passed_over() -> None:
     for kind in ("mha", "mla"):
         pools = build(kind, "layer_first", CPU)
         on_host, on_device = pools.ids(2)
-        before = pools.held()
+        before = pools.contents()
         for layer in (-1, LAYERS, 99):
             pools.host.load_to_device_per_layer(
                 pools.device_pool, on_host, on_device, layer, "kernel"
             )
-        assert all(map(torch.equal, pools.held(), before))
+        assert all(map(torch.equal, pools.contents(), before))
 
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])
@@ -294,23 +297,23 @@ def test_layers_of_a_draft_model_lie_behind_those_of_the_target(kind: str) -> No
         one = msgspec.structs.replace(info, buffers=first)
     pools = build(kind, "page_first", CPU, draft_buffer_infos=(one,))
     on_host, on_device = pools.ids(2)
-    kept = [draft.buffers[0]] if kind == "mla" else [draft.buffers[0], draft.buffers[LAYERS]]
-    before = [each.clone() for each in kept]
+    buffers = [draft.buffers[0]] if kind == "mla" else [draft.buffers[0], draft.buffers[LAYERS]]
+    before = [each.clone() for each in buffers]
     pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "kernel")
-    for each in kept:
+    for each in buffers:
         each.zero_()
     pools.host.load_to_device_per_layer(
         pools.device_pool, on_host, on_device, LAYERS, "kernel", is_draft=True
     )
-    for mine, right in zip(kept, before, strict=True):
-        assert torch.equal(mine[on_device], right[on_device])
+    for actual, right in zip(buffers, before, strict=True):
+        assert torch.equal(actual[on_device], right[on_device])
 
 
 def test_context_parallel_ranks_keep_every_nth_token() -> None:
     pools = build("mla", "page_first", CPU)
     pools.host.dcp_size = 2
     pools.host.dcp_rank = 1
-    before = pools.held()
+    before = pools.contents()
     wide = torch.arange(2 * PAGE)
     pools.host.backup_from_device_all_layer(pools.device_pool, wide, wide + 2 * PAGE, "direct")
     for layer in range(LAYERS):
@@ -339,23 +342,23 @@ def test_a_rank_that_owns_some_layers_of_mla() -> None:
         )
         pools = whole._replace(host=host)
         on_host, on_device = pools.ids(2)
-        before = pools.held()
+        before = pools.contents()
         host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "kernel")
         pools.lose()
         for layer in range(LAYERS):
             host.load_to_device_per_layer(pools.device_pool, on_host, on_device, layer, "kernel")
-        for layer, (mine, right) in enumerate(zip(pools.held(), before, strict=True)):
-            assert torch.equal(mine[on_device], right[on_device]) is (layer in (1, 2))
+        for layer, (actual, right) in enumerate(zip(pools.contents(), before, strict=True)):
+            assert torch.equal(actual[on_device], right[on_device]) is (layer in (1, 2))
         for each, right in zip(pools.buffers, before, strict=True):
             each.copy_(right)
 
 
 @pytest.mark.parametrize("layout", ["page_first", "page_first_direct"])
 def test_rows_of_the_device_that_lie_apart(layout: str, device: torch.device) -> None:
-    """As in SGLang's unified pool, whose tokens hold all layers."""
+    """SGLang's unified pool lies like this: its tokens hold all layers."""
     pools = build("mha", layout, CPU)
-    kept = torch.stack(pools.buffers, 1).to(device)
-    strided = list(kept.unbind(1))
+    unified = torch.stack(pools.buffers, 1).to(device)
+    strided = list(unified.unbind(1))
     info = moved(pools.host._buffer_infos[0], "mha", strided, device)
     host = mha.MHATokenToKVPoolHost(
         info,
@@ -371,17 +374,17 @@ def test_rows_of_the_device_that_lie_apart(layout: str, device: torch.device) ->
     assert not host.device_rows_packed
     again = pools._replace(host=host, buffers=strided, device=device)
     on_host, on_device = again.ids(2)
-    before = again.held()
+    before = again.contents()
     host.backup_from_device_all_layer(again.device_pool, on_host, on_device, "direct")
     again.lose()
     for layer in range(LAYERS):
         host.load_to_device_per_layer(again.device_pool, on_host, on_device, layer, "direct")
-    for mine, right in zip(again.held(), before, strict=True):
-        assert torch.equal(mine[on_device], right[on_device])
+    for actual, right in zip(again.contents(), before, strict=True):
+        assert torch.equal(actual[on_device], right[on_device])
 
 
 def test_pages_of_ascend_without_its_kernels(device: torch.device) -> None:
-    """What SGLang tells of its pool on an NPU: pages, and no tables of addresses."""
+    """SGLang describes its pool on an NPU by pages, without tables of addresses."""
     pools = build("mha", "page_first_direct", CPU)
     paged = [x.view(-1, PAGE, HEADS, DIM).to(device) for x in pools.buffers]
     info = moved(pools.host._buffer_infos[0], "mha", paged, device)
@@ -404,14 +407,14 @@ def test_pages_of_ascend_without_its_kernels(device: torch.device) -> None:
     )
     again = pools._replace(host=host, buffers=paged, device=device)
     on_host, on_device = again.ids(2, device)
-    before = again.held()
+    before = again.contents()
     host.backup_from_device_all_layer(again.device_pool, on_host, on_device, "kernel_ascend")
     again.lose()
     for layer in range(LAYERS):
         host.load_to_device_per_layer(again.device_pool, on_host, on_device, layer, "kernel_ascend")
     pages = on_device.cpu()[::PAGE] // PAGE
-    for mine, right in zip(again.held(), before, strict=True):
-        assert torch.equal(mine[pages], right[pages])
+    for actual, right in zip(again.contents(), before, strict=True):
+        assert torch.equal(actual[pages], right[pages])
 
 
 def test_its_moves_within_pools_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,25 +441,25 @@ def test_ids_past_a_pool_are_refused_before_anything_is_moved() -> None:
     for kind in ("mha", "mla"):
         pools = build(kind, "page_first_direct", CPU)
         on_host, on_device = pools.ids(2)
-        before = pools.held()
+        before = pools.contents()
         past = (on_host + pools.host.size, on_device), (on_host, on_device + TOKENS + PAGE)
         below = (on_host - TOKENS, on_device), (on_host, on_device - TOKENS)
-        for asked in (*past, *below):
+        for ids in (*past, *below):
             for io in ("kernel", "direct"):
                 with pytest.raises(SlotError) as raised:
-                    pools.host.load_to_device_per_layer(pools.device_pool, *asked, 0, io)
+                    pools.host.load_to_device_per_layer(pools.device_pool, *ids, 0, io)
                 check_sentence(str(raised.value))
-        assert all(map(torch.equal, pools.held(), before))
+        assert all(map(torch.equal, pools.contents(), before))
 
 
 def test_another_io_backend_stays_sglangs() -> None:
-    """Which knows none of that name."""
+    """SGLang knows none of that name."""
     pools = build("mha", "page_first", CPU)
-    given = pools.device_pool, *pools.ids(2)
+    arguments = pools.device_pool, *pools.ids(2)
     with pytest.raises(ValueError, match="Unsupported IO backend: nonsense"):
-        pools.host.backup_from_device_all_layer(*given, "nonsense")
+        pools.host.backup_from_device_all_layer(*arguments, "nonsense")
     with pytest.raises(ValueError, match="Unsupported IO backend: nonsense"):
-        pools.host.load_to_device_per_layer(*given, 0, "nonsense")
+        pools.host.load_to_device_per_layer(*arguments, 0, "nonsense")
 
 
 def test_a_pool_that_was_destroyed(device: torch.device) -> None:
@@ -466,11 +469,11 @@ def test_a_pool_that_was_destroyed(device: torch.device) -> None:
     pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "direct")
     for layer in range(LAYERS):
         pools.host.load_to_device_per_layer(pools.device_pool, on_host, on_device, layer, "direct")
-    last = pools.host.__dict__[plug._ATTRIBUTE]._last
+    last = pools.host.__dict__[integration._ATTRIBUTE]._last
     pools.host.destroy()
     assert set(last) == {CPU, pools.buffers[0].device}
     assert all(each.done() for each in last.values())
-    assert plug._ATTRIBUTE not in pools.host.__dict__
+    assert integration._ATTRIBUTE not in pools.host.__dict__
     with pytest.raises(IntegrationError) as raised:
         pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "direct")
     check_sentence(str(raised.value), "MHATokenToKVPoolHost")
@@ -509,12 +512,12 @@ def test_a_pool_of_other_layers_is_refused() -> None:
 def test_a_device_without_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     pools = build("mha", "page_first", CPU)
     on_host, on_device = pools.ids(2)
-    before = pools.held()
+    before = pools.contents()
     monkeypatch.setenv("PORTAKV_BACKEND", "cuda")
     with pytest.raises(BackendUnavailable) as raised:
         pools.host.load_to_device_per_layer(pools.device_pool, on_host, on_device, 0, "kernel")
     check_sentence(str(raised.value), "cpu")
-    assert all(map(torch.equal, pools.held(), before))
+    assert all(map(torch.equal, pools.contents(), before))
 
 
 def test_buffers_that_were_made_again_between_two_calls() -> None:
@@ -545,11 +548,11 @@ def test_host_memory_that_sglang_registered_in_pieces_is_cut_there() -> None:
     at = pools.host.kv_buffer.data_ptr()
     half = pools.host.kv_buffer.nbytes // 2
     pieces = ((at, half), (at + half, half))
-    setattr(pools.host.kv_buffer, plug._RANGES, list(pieces))
-    assert plug._RANGES == common._CUDA_HOST_REGISTERED_RANGES_ATTR
+    setattr(pools.host.kv_buffer, integration._RANGES, list(pieces))
+    assert integration._RANGES == common._CUDA_HOST_REGISTERED_RANGES_ATTR
     pools.host.backup_from_device_all_layer(pools.device_pool, *pools.ids(2), "kernel")
-    held = pools.host.__dict__[plug._ATTRIBUTE]
-    assert held._adopted.pieces == pieces
+    state = pools.host.__dict__[integration._ATTRIBUTE]
+    assert state._adopted.pieces == pieces
 
 
 def test_two_engines_in_one_process() -> None:
@@ -584,20 +587,20 @@ def test_one_variable_chooses_it_and_stands_for_kernels_that_are_missing() -> No
     assert answer(WHICH, PORTAKV_SGLANG="1") == "True True"
 
 
-@pytest.mark.parametrize("found", ["0.5.21", "0.5.22"])
-def test_a_release_outside_the_matrix_is_refused_with_both_versions(found: str) -> None:
+@pytest.mark.parametrize("installed", ["0.5.21", "0.5.22"])
+def test_a_release_outside_the_matrix_is_refused_with_both_versions(installed: str) -> None:
     before = f"""
     from importlib import metadata
     real = metadata.version
-    metadata.version = lambda name: {found!r} if name == "sglang" else real(name)
+    metadata.version = lambda name: {installed!r} if name == "sglang" else real(name)
     """
     code = BEFORE + textwrap.dedent(before) + textwrap.dedent(WHICH)
     done = engine_process.in_a_process(code, PORTAKV_SGLANG="1")
     assert done.stdout.strip().splitlines()[-1] == "False False"  # SGLang logs it and goes on
-    said = next(x for x in done.stderr.splitlines() if "IntegrationError: " in x)
-    assert f"sglang {found}" in said
-    assert "PortaKV 0." in said
-    check_sentence(said.partition(": ")[2])
+    message = next(x for x in done.stderr.splitlines() if "IntegrationError: " in x)
+    assert f"sglang {installed}" in message
+    assert "PortaKV 0." in message
+    check_sentence(message.partition(": ")[2])
 
 
 ROUND = """

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from portakv import BackendUnavailable, KVView, LayoutError, SlotError, integrations
 from portakv.integrations import IntegrationError
-from portakv.integrations import transformers as plug
+from portakv.integrations import transformers as integration
 
 LAYERS = 3
 KV_HEADS = 2
@@ -64,12 +64,12 @@ def prompt(batch: int = 1, tokens: int = 21) -> torch.Tensor:
 @torch.no_grad()
 def steps(model: Any, cache: Any, tokens: torch.Tensor, number: int = STEPS) -> torch.Tensor:
     """The logits of several steps, greedily from ``tokens`` on."""
-    told = []
+    outputs = []
     for _ in range(number):
         logits = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1:]
-        told.append(logits)
+        outputs.append(logits)
         tokens = logits.argmax(-1)
-    return torch.cat(told, 1)
+    return torch.cat(outputs, 1)
 
 
 # --- A cache whose layers leave the device --------------------------------------------------------
@@ -79,10 +79,10 @@ def steps(model: Any, cache: Any, tokens: torch.Tensor, number: int = STEPS) -> 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_same_logits(model: Any, batch: int, configured: bool) -> None:
     """And every layer is away but the next one; the host has all of its rows."""
-    cache = plug.OffloadedCache(model.config if configured else None)
+    cache = integration.OffloadedCache(model.config if configured else None)
     expected = steps(model, DynamicCache(), prompt(batch))
     assert torch.equal(steps(model, cache, prompt(batch)), expected)
-    assert [type(layer) for layer in cache.layers] == [plug.PortaKVLayer] * LAYERS
+    assert [type(layer) for layer in cache.layers] == [integration.PortaKVLayer] * LAYERS
     assert all(layer.is_away for layer in cache.layers)
     assert {layer._stored for layer in cache.layers} == {21 + STEPS - 1}
     coming = [layer._returned is not None for layer in cache.layers]
@@ -90,21 +90,21 @@ def test_the_same_logits(model: Any, batch: int, configured: bool) -> None:
 
 
 def test_generate_takes_it(model: Any) -> None:
-    asked = {"max_new_tokens": 9, "do_sample": False}
-    expected = model.generate(prompt(2), **asked)
-    cache = plug.OffloadedCache(config=model.config)
-    assert torch.equal(model.generate(prompt(2), past_key_values=cache, **asked), expected)
+    options = {"max_new_tokens": 9, "do_sample": False}
+    expected = model.generate(prompt(2), **options)
+    cache = integration.OffloadedCache(config=model.config)
+    assert torch.equal(model.generate(prompt(2), past_key_values=cache, **options), expected)
 
 
 def test_beams_are_reordered(model: Any) -> None:
-    asked = {"max_new_tokens": 7, "num_beams": 3, "do_sample": False}
-    expected = model.generate(prompt(2), **asked)
-    cache = plug.OffloadedCache(config=model.config)
-    assert torch.equal(model.generate(prompt(2), past_key_values=cache, **asked), expected)
+    options = {"max_new_tokens": 7, "num_beams": 3, "do_sample": False}
+    expected = model.generate(prompt(2), **options)
+    cache = integration.OffloadedCache(config=model.config)
+    assert torch.equal(model.generate(prompt(2), past_key_values=cache, **options), expected)
 
 
 def test_gradients_go_through_it(model: Any) -> None:
-    """As through transformers' own: rows that need gradients do not leave."""
+    """Rows that need gradients do not leave, so gradients equal those of transformers' cache."""
 
     def gradient(cache: Any) -> Any:
         with torch.no_grad():
@@ -114,15 +114,15 @@ def test_gradients_go_through_it(model: Any) -> None:
         weight = model.model.layers[0].self_attn.k_proj.weight
         return torch.autograd.grad(logits.sum(), weight)[0]
 
-    cache = plug.OffloadedCache(model.config)
+    cache = integration.OffloadedCache(model.config)
     assert torch.equal(gradient(cache), gradient(DynamicCache()))
     assert not any(layer.is_away for layer in cache.layers)
 
 
 def test_layers_with_a_window_stay(model: Any) -> None:
     sliding = small("Mistral", sliding_window=8)
-    cache = plug.OffloadedCache(config=sliding.config)
-    assert not any(isinstance(layer, plug.PortaKVLayer) for layer in cache.layers)
+    cache = integration.OffloadedCache(config=sliding.config)
+    assert not any(isinstance(layer, integration.PortaKVLayer) for layer in cache.layers)
     expected = steps(sliding, DynamicCache(config=sliding.config), prompt())
     assert torch.equal(steps(sliding, cache, prompt()), expected)
 
@@ -150,10 +150,10 @@ def test_a_layer_is_as_transformers_own(
 ) -> None:
     """Whatever changes it, at whatever moment, and whether its host memory grows or not."""
     drawn = torch.Generator().manual_seed(0)
-    ours = plug.PortaKVLayer()
-    theirs = transformers.cache_utils.DynamicLayer()
+    ours = integration.PortaKVLayer()
+    reference = transformers.cache_utils.DynamicLayer()
     first = torch.randn(2, 2, KV_HEADS, 9, DIM, generator=drawn, device="cpu")
-    for layer in (ours, theirs):
+    for layer in (ours, reference):
         fed(device, layer, first)
     ours.offload()
     ours.land()
@@ -161,22 +161,22 @@ def test_a_layer_is_as_transformers_own(
         ours.offload()
     if moment == "coming":
         ours.prefetch()
-    for layer in (ours, theirs):
+    for layer in (ours, reference):
         change(layer, device)
     for tokens in (more, 1, 2):
-        assert ours.get_seq_length() == theirs.get_seq_length()
-        batch = len(theirs.keys) if theirs.is_initialized else 2
+        assert ours.get_seq_length() == reference.get_seq_length()
+        batch = len(reference.keys) if reference.is_initialized else 2
         rows = torch.randn(2, batch, KV_HEADS, tokens, DIM, generator=drawn, device="cpu")
-        mine = fed(device, ours, rows)
-        own = fed(device, theirs, rows)
-        assert all(each.device == device for each in mine)
-        assert all(map(torch.equal, mine, own))
+        actual = fed(device, ours, rows)
+        expected = fed(device, reference, rows)
+        assert all(each.device == device for each in actual)
+        assert all(map(torch.equal, actual, expected))
         ours.offload()
 
 
 def test_only_new_rows_leave(accelerator: torch.device) -> None:
     """Rows that are in host memory are not written there again."""
-    layer: Any = plug.PortaKVLayer()
+    layer: Any = integration.PortaKVLayer()
     rows = torch.randn(2, 1, KV_HEADS, 9, DIM)
     fed(accelerator, layer, rows)
     layer.offload()
@@ -191,7 +191,7 @@ def test_only_new_rows_leave(accelerator: torch.device) -> None:
 
 
 def test_it_waits_for_the_model_and_the_model_for_it(accelerator: torch.device) -> None:
-    layer = plug.PortaKVLayer()
+    layer = integration.PortaKVLayer()
     rows = torch.randn(2, 1, KV_HEADS, 9, DIM).to(accelerator)
     late = torch.zeros_like(rows)
     torch.accelerator.synchronize(accelerator)
@@ -211,8 +211,8 @@ def test_it_waits_for_the_model_and_the_model_for_it(accelerator: torch.device) 
     ids=["copy", "pickle"],
 )
 def test_a_filled_cache_is_copied(device: torch.device, copied: Callable[[Any], Any]) -> None:
-    """As prompts that share a beginning do; both go on by themselves, and the first stays away."""
-    caches = [plug.OffloadedCache(), DynamicCache()]
+    """Prompts that share a beginning copy it: both caches go on apart, and the first stays away."""
+    caches = [integration.OffloadedCache(), DynamicCache()]
     rows: Any = torch.randn(LAYERS, 2, 1, KV_HEADS, 9, DIM).to(device)
     for cache in caches:
         for n in range(LAYERS):
@@ -230,8 +230,8 @@ def test_a_filled_cache_is_copied(device: torch.device, copied: Callable[[Any], 
 
 
 def test_rows_that_are_read_come_back(device: torch.device) -> None:
-    """As attention to an encoder reads them, which adds none."""
-    cache = plug.OffloadedCache()
+    """Attention to an encoder reads them like this and adds none."""
+    cache = integration.OffloadedCache()
     rows: Any = torch.randn(2, 1, KV_HEADS, 9, DIM).to(device)
     for n in range(LAYERS):
         cache.update(*rows.unbind(0), n)
@@ -249,10 +249,13 @@ def test_a_model_with_an_encoder() -> None:
     )
     torch.manual_seed(0)
     model: Any = transformers.T5ForConditionalGeneration(config).eval()
-    asked = {"max_new_tokens": 7, "do_sample": False, "decoder_start_token_id": 0}
-    both = transformers.EncoderDecoderCache(plug.OffloadedCache(), plug.OffloadedCache())
+    options = {"max_new_tokens": 7, "do_sample": False, "decoder_start_token_id": 0}
+    both = transformers.EncoderDecoderCache(
+        integration.OffloadedCache(), integration.OffloadedCache()
+    )
     assert torch.equal(
-        model.generate(prompt(), past_key_values=both, **asked), model.generate(prompt(), **asked)
+        model.generate(prompt(), past_key_values=both, **options),
+        model.generate(prompt(), **options),
     )
     assert [x.is_away for x in both.self_attention_cache.layers] == [True] * LAYERS
 
@@ -275,7 +278,7 @@ POOLS = pytest.mark.parametrize(
 
 
 @POOLS
-@pytest.mark.parametrize("kind", [DynamicCache, plug.OffloadedCache])
+@pytest.mark.parametrize("kind", [DynamicCache, integration.OffloadedCache])
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_a_model_goes_on_behind_a_prefix(
@@ -287,10 +290,10 @@ def test_a_model_goes_on_behind_a_prefix(
     before = kind()
     first = model(tokens, past_key_values=before).logits[:, -1:].argmax(-1)
     blocks = torch.randperm(BLOCKS)[: 3 * batch].reshape(batch, 3)
-    plug.save_prefix(before, pool, blocks if batch > 1 else blocks[0]).synchronize()
+    integration.save_prefix(before, pool, blocks if batch > 1 else blocks[0]).synchronize()
     expected = steps(model, before, first)
     after = kind()
-    plug.load_prefix(after, pool, blocks if batch > 1 else blocks[0].tolist(), 21, "cpu")
+    integration.load_prefix(after, pool, blocks if batch > 1 else blocks[0].tolist(), 21, "cpu")
     assert after.get_seq_length() == 21
     assert torch.equal(steps(model, after, first), expected)
 
@@ -302,10 +305,10 @@ def test_part_of_a_prefix_serves_another_request(model: Any) -> None:
     tokens = prompt(1, 30)
     cache = DynamicCache()
     model(tokens, past_key_values=cache)
-    plug.save_prefix(cache, pool, [5, 2], 16)
+    integration.save_prefix(cache, pool, [5, 2], 16)
     other = torch.cat([tokens[:, :16], prompt(1, 9)], 1)
     shared = DynamicCache(config=model.config)
-    plug.load_prefix(shared, pool, [5, 2], 16)
+    integration.load_prefix(shared, pool, [5, 2], 16)
     came = model(other[:, 16:], past_key_values=shared).logits
     assert torch.allclose(came, model(other).logits[:, 16:], atol=1e-5)
 
@@ -315,13 +318,13 @@ def test_whatever_torch_was_told_before(device: torch.device, state: State) -> N
     """A layer leaves and comes back, and a prefix goes through a pool."""
     pool = pool_of(device, "block layer kv head token dim")
     rows: Any = torch.randn(LAYERS, 2, 1, KV_HEADS, 9, DIM).to(device)
-    before = plug.OffloadedCache()
-    after = plug.OffloadedCache()
+    before = integration.OffloadedCache()
+    after = integration.OffloadedCache()
     with state(device):
         for n in range(LAYERS):
             before.update(*rows[n].unbind(0), n)
-        plug.save_prefix(before, pool, [4, 2]).synchronize()
-        plug.load_prefix(after, pool, [4, 2], 9)
+        integration.save_prefix(before, pool, [4, 2]).synchronize()
+        integration.load_prefix(after, pool, [4, 2], 9)
         came = [after.update(*rows[n, :, :, :, :1].unbind(0), n) for n in range(LAYERS)]
     for pair, wanted in zip(came, rows, strict=True):
         for each, right in zip(pair, wanted, strict=True):
@@ -333,29 +336,29 @@ def test_what_is_refused(model: Any) -> None:
     cache = DynamicCache()
     steps(model, cache, prompt(), 1)
     with refused(LayoutError, "21 tokens"):
-        plug.load_prefix(cache, pool, [1, 2, 3], 21)
+        integration.load_prefix(cache, pool, [1, 2, 3], 21)
     with refused(SlotError, "21 tokens", "2 blocks"):
-        plug.save_prefix(cache, pool, [1, 2])
+        integration.save_prefix(cache, pool, [1, 2])
     with refused(SlotError, "slot"):
-        plug.save_prefix(cache, pool, [1, 2, BLOCKS])
+        integration.save_prefix(cache, pool, [1, 2, BLOCKS])
     with refused(SlotError, "-1"):
-        plug.save_prefix(cache, pool, [1, 2, -1])
+        integration.save_prefix(cache, pool, [1, 2, -1])
     with refused(LayoutError, "22 tokens", "of 21"):
-        plug.save_prefix(cache, pool, [1, 2, 3], 22)
+        integration.save_prefix(cache, pool, [1, 2, 3], 22)
     with refused(LayoutError, "0 tokens", "of 0"):
-        plug.save_prefix(DynamicCache(), pool, [1, 2, 3])
+        integration.save_prefix(DynamicCache(), pool, [1, 2, 3])
     with refused(SlotError, "A prefix of 0 tokens"):
-        plug.save_prefix(cache, pool, [1, 2, 3], 0)
+        integration.save_prefix(cache, pool, [1, 2, 3], 0)
     chunk = KVView(torch.zeros(2, LAYERS, 32, KV_HEADS, DIM), "kv layer token head dim")
     with refused(LayoutError, "`block` axis"):
-        plug.save_prefix(cache, chunk, [0])
+        integration.save_prefix(cache, chunk, [0])
     sliding = small("Mistral", sliding_window=8)
     windowed = DynamicCache(config=sliding.config)
     steps(sliding, windowed, prompt(), 1)
     with refused(LayoutError, "Layer 0", "DynamicSlidingWindowLayer"):
-        plug.save_prefix(windowed, pool, [1, 2, 3])
+        integration.save_prefix(windowed, pool, [1, 2, 3])
     with refused(IntegrationError, "config='llama'", "model.config"):
-        plug.OffloadedCache("llama")
+        integration.OffloadedCache("llama")
 
 
 REFUSED = {
@@ -369,16 +372,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    ("blocks", "tokens", "layers", "error", "told"), REFUSED.values(), ids=REFUSED
+    ("blocks", "tokens", "layers", "error", "message"), REFUSED.values(), ids=REFUSED
 )
 def test_a_refused_prefix_leaves_the_cache_empty(
-    blocks: list[int], tokens: int, layers: int, error: Any, told: str
+    blocks: list[int], tokens: int, layers: int, error: Any, message: str
 ) -> None:
     pool = pool_of(torch.device("cpu"), "layer | kv block token head dim")
     config = small(num_hidden_layers=layers).config
     cache = DynamicCache(config=config)
-    with refused(error, told):
-        plug.load_prefix(cache, pool, blocks, tokens)
+    with refused(error, message):
+        integration.load_prefix(cache, pool, blocks, tokens)
     assert cache.get_seq_length() == 0
 
 
@@ -392,22 +395,22 @@ def test_what_are_no_blocks(blocks: Any) -> None:
     for n in range(LAYERS):
         cache.update(*torch.zeros(2, 2, KV_HEADS, 9, DIM), n)
     with refused(SlotError, "blocks", repr(blocks)[:9], "2 sequences"):
-        plug.save_prefix(cache, pool, blocks)
+        integration.save_prefix(cache, pool, blocks)
     if blocks not in OF_OTHERS:
         with refused(SlotError, "blocks", repr(blocks)[:9]):
-            plug.load_prefix(DynamicCache(), pool, blocks, 9)
+            integration.load_prefix(DynamicCache(), pool, blocks, 9)
 
 
 @pytest.mark.parametrize("tokens", ["48", None, 4.5, torch.ones(2)])
 def test_what_are_no_tokens(tokens: Any) -> None:
     pool = pool_of(torch.device("cpu"), "layer | kv block token head dim")
     with refused(SlotError, f"of {tokens!r} tokens"):
-        plug.load_prefix(DynamicCache(), pool, [1, 2], tokens)
+        integration.load_prefix(DynamicCache(), pool, [1, 2], tokens)
 
 
 @pytest.mark.parametrize("shape", [(2, 9, DIM), (1, KV_HEADS, 9, DIM, 2)])
 def test_rows_that_were_never_seen(shape: tuple[int, ...]) -> None:
-    layer = plug.PortaKVLayer()
+    layer = integration.PortaKVLayer()
     rows = torch.zeros(shape)
     layer.update(rows, rows)
     with refused(LayoutError, f"shape {shape}, strides {rows.stride()}"):
@@ -417,7 +420,7 @@ def test_rows_that_were_never_seen(shape: tuple[int, ...]) -> None:
 
 def test_a_device_without_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer stays where it is, with all of its rows."""
-    layer = plug.PortaKVLayer()
+    layer = integration.PortaKVLayer()
     rows = torch.randn(2, 1, KV_HEADS, 9, DIM)
     layer.update(*rows)
     monkeypatch.setenv("PORTAKV_BACKEND", "cuda")
@@ -429,18 +432,18 @@ def test_a_device_without_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_models_in_one_process(model: Any) -> None:
-    """Step by step, each with a cache and a number type of its own."""
+    """The models take turns, each with a separate cache and number type."""
     other = small("Qwen2").to(torch.bfloat16)
-    pairs = [(each, plug.OffloadedCache(each.config)) for each in (model, other)]
+    pairs = [(each, integration.OffloadedCache(each.config)) for each in (model, other)]
     expected = [steps(each, DynamicCache(), prompt()) for each, _ in pairs]
     tokens = [prompt()] * 2
-    told = [list[torch.Tensor](), list[torch.Tensor]()]
+    outputs = [list[torch.Tensor](), list[torch.Tensor]()]
     for _ in range(STEPS):
         for n, (each, cache) in enumerate(pairs):
-            told[n].append(steps(each, cache, tokens[n], 1))
-            tokens[n] = told[n][-1].argmax(-1)
-    for mine, right in zip(told, expected, strict=True):
-        assert torch.equal(torch.cat(mine, 1), right)
+            outputs[n].append(steps(each, cache, tokens[n], 1))
+            tokens[n] = outputs[n][-1].argmax(-1)
+    for actual, right in zip(outputs, expected, strict=True):
+        assert torch.equal(torch.cat(actual, 1), right)
 
 
 def test_a_pool_that_was_made_again() -> None:
@@ -454,9 +457,9 @@ def test_a_pool_that_was_made_again() -> None:
         memory = np.zeros((BLOCKS, LAYERS, 2, KV_HEADS, SIZE, DIM), dtype=np.float32)
         gone = weakref.ref(memory)
         pool = KVView(torch.from_numpy(memory), "block layer kv head token dim")
-        plug.save_prefix(cache, pool, [4, 2])
+        integration.save_prefix(cache, pool, [4, 2])
         after = DynamicCache()
-        plug.load_prefix(after, pool, [4, 2], 9)
+        integration.load_prefix(after, pool, [4, 2], 9)
         assert all(torch.equal(after.layers[n].keys, rows[n, 0]) for n in range(LAYERS))
         del pool, memory
         gc.collect()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plug inside the real vLLM, which `.ci/plugs` installs in an environment of its own."""
+"""The integration inside the real vLLM, which `.ci/plugs` installs in a separate environment."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ from portakv import (
     integrations,
 )
 from portakv.integrations import IntegrationError
-from portakv.integrations import vllm as plug
+from portakv.integrations.vllm import PortaKVOffloadingSpec, PortaKVOffloadingWorker
 from portakv_conformance import simdev
 
 NEW = hasattr(cpu_spec, "SharedOffloadRegion")
-Make = Callable[..., plug.PortaKVOffloadingWorker]
+Make = Callable[..., PortaKVOffloadingWorker]
 
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Makes workers, and shuts them down."""
-    made: list[plug.PortaKVOffloadingWorker] = []
+    """Make workers, and shut them down."""
+    made: list[PortaKVOffloadingWorker] = []
 
     def worker(caches: Caches, blocks_per_chunk: int = 1, chunks: int = 9, **options: Any) -> Any:
         made.append(
-            plug.PortaKVOffloadingWorker(caches.canonical(), blocks_per_chunk, chunks, **options)
+            PortaKVOffloadingWorker(caches.canonical(), blocks_per_chunk, chunks, **options)
         )
         return made[-1]
 
@@ -69,7 +69,7 @@ def finish(worker: Any, jobs: set[int]) -> Any:
     return worker.get_finished()
 
 
-def hosts(worker: plug.PortaKVOffloadingWorker) -> list[torch.Tensor]:
+def hosts(worker: PortaKVOffloadingWorker) -> list[torch.Tensor]:
     return [part.host.tensors[0] for parts in worker._groups for part in parts]
 
 
@@ -83,10 +83,10 @@ def settle(device: torch.device) -> None:
 
 @pytest.mark.parametrize("blocks_per_chunk", [1, 3])
 def test_store_lookup_and_load(device: torch.device, blocks_per_chunk: int) -> None:
-    """As the connector does it: the manager names chunks, the worker moves them."""
+    """The manager names chunks and the worker moves them, as in the connector."""
     caches = Caches(device, [256, 256, 96], [[0, 1, 2]])
     spec = OffloadingSpecFactory.create_spec(offloading_config(608, blocks_per_chunk, 8))
-    assert type(spec) is plug.PortaKVOffloadingSpec
+    assert type(spec) is PortaKVOffloadingSpec
     manager = spec.get_manager()
     worker = spec.get_worker(caches.canonical())
     assert isinstance(manager, CPUOffloadingManager)
@@ -122,7 +122,7 @@ ORDERS = ["LBNHC", "LBHNC"] if NEW else []
 @pytest.mark.parametrize("order", ORDERS)
 def test_what_the_connector_does(device: torch.device, order: str) -> None:
     """vLLM's own caches, layers and groups, and the connector's calls of the worker: stores wait
-    for the next step, or for a preemption, and loads are told when they have ended."""
+    for the next step, or for a preemption, and loads are reported when they have ended."""
     connector, common, specs, utils = (
         importlib.import_module(f"vllm.{name}")
         for name in (
@@ -171,17 +171,17 @@ def test_what_the_connector_does(device: torch.device, order: str) -> None:
     def job(src: Any, dst: Any) -> Any:
         return common.TransferJob(req_id="request", src_spec=src, dst_spec=dst)
 
-    def told(loads: dict[int, Any], stores: dict[int, Any], flush: set[int] | None = None) -> Any:
+    def jobs(loads: dict[int, Any], stores: dict[int, Any], flush: set[int] | None = None) -> Any:
         return common.OffloadingConnectorMetadata(
             load_jobs=loads, store_jobs=stores, jobs_to_flush=flush
         )
 
     some = [[1, 2, 3], [4, 5]]
     more = [[6], [7]]
-    first = told({}, {1: job(device_spec(some, [0, 0]), host_spec([0, 1, 2]))})
+    first = jobs({}, {1: job(device_spec(some, [0, 0]), host_spec([0, 1, 2]))})
     worker.start_kv_transfers(first)
     worker.prepare_store_kv(first)
-    preempted = told({}, {2: job(device_spec(more, [0, 0]), host_spec([3, 4]))}, {2})
+    preempted = jobs({}, {2: job(device_spec(more, [0, 0]), host_spec([3, 4]))}, {2})
     worker.handle_preemptions(preempted)
     for each in caches.values():  # those blocks may be written now
         each.zero_()
@@ -190,7 +190,7 @@ def test_what_the_connector_does(device: torch.device, order: str) -> None:
     assert worker.get_finished(set()) == (set(), set())
     assert worker.build_connector_worker_meta().completed_jobs == {1: 1, 2: 1}
     into = device_spec([[9], [10, 8]], [0, 0])
-    worker.start_kv_transfers(told({3: job(host_spec([3, 2]), into)}, {}))
+    worker.start_kv_transfers(jobs({3: job(host_spec([3, 2]), into)}, {}))
     worker.worker.wait({3})
     assert worker.get_finished(set()) == (set(), {"request"})
     for group, (new, old) in zip(names, (([9], [6]), ([10, 8], [4, 5])), strict=True):
@@ -247,7 +247,7 @@ def test_every_byte_comes_back(
 def test_first_and_last_chunk_in_part(
     device: torch.device, make: Make, first: int, count: int
 ) -> None:
-    """A request's blocks from ``first`` on, in chunks of three; what lies beside them stays."""
+    """A request's blocks move from ``first`` on, in chunks of three; the rows around them stay."""
     caches = Caches(device, [128, 128], [[0], [1]])
     worker = make(caches, 3, 9)
     all_of_it = [list(range(12)), []]
@@ -391,11 +391,11 @@ def test_another_thread_may_ask(device: torch.device, make: Make) -> None:
     taken: list[list[int]] = [[], []]
     stop = threading.Event()
 
-    def take(mine: list[int]) -> None:
+    def take(job_ids: list[int]) -> None:
         while not stop.is_set():
-            mine += [each.job_id for each in worker.get_finished()]
+            job_ids += [each.job_id for each in worker.get_finished()]
 
-    threads = [threading.Thread(target=take, args=(mine,)) for mine in taken]
+    threads = [threading.Thread(target=take, args=(job_ids,)) for job_ids in taken]
     for thread in threads:
         thread.start()
     for job in range(60):
@@ -407,14 +407,14 @@ def test_another_thread_may_ask(device: torch.device, make: Make) -> None:
     for thread in threads:
         thread.join()
     assert sorted(taken[0] + taken[1]) == list(range(60))
-    assert all(mine == sorted(mine) for mine in taken)
+    assert all(job_ids == sorted(job_ids) for job_ids in taken)
 
 
 # --- Errors at submit -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("blocks", "firsts", "chunks", "told"),
+    ("blocks", "firsts", "chunks", "messages"),
     [
         ([[3], [13]], [0, 0], [0, 1], ("slot 13", "13 slots")),
         ([[3], [-1]], [0, 0], [0, 1], ("-1",)),
@@ -433,24 +433,24 @@ def test_bad_stores_are_refused_and_move_nothing(
     blocks: Any,
     firsts: list[int],
     chunks: list[int],
-    told: tuple[str, ...],
+    messages: tuple[str, ...],
 ) -> None:
     worker = make(Caches(device, [64, 64], [[0], [1]]), 2, 4)
     settle(device)
-    with refused(SlotError, *told, watch=hosts(worker)):
+    with refused(SlotError, *messages, watch=hosts(worker)):
         worker.submit_store(1, device_spec(blocks, firsts), host_spec(chunks))
     assert worker.get_finished() == []
 
 
 @pytest.mark.parametrize(
-    ("blocks", "told"), [([[3, 4], [5, 13]], "slot 13"), ([[3, 4], [5, 5]], "2 times")]
+    ("blocks", "message"), [([[3, 4], [5, 13]], "slot 13"), ([[3, 4], [5, 5]], "2 times")]
 )
 def test_bad_loads_are_refused_and_move_nothing(
-    device: torch.device, make: Make, blocks: Any, told: str
+    device: torch.device, make: Make, blocks: Any, message: str
 ) -> None:
     caches = Caches(device, [64, 64], [[0], [1]])
     worker = make(caches, 2, 4)
-    with refused(SlotError, told, watch=caches.tensors):
+    with refused(SlotError, message, watch=caches.tensors):
         worker.submit_load(1, host_spec([0, 1]), device_spec(blocks, [0, 0]))
 
 
@@ -467,7 +467,7 @@ def test_two_groups_in_one_tensor_write_no_block_twice(device: torch.device, mak
 
 
 def test_a_refused_job_leaves_no_copy_under_way(accelerator: torch.device, make: Make) -> None:
-    """If the second copy of a job is refused, the first one has ended: no job would tell of it."""
+    """The first copy of a job has ended if the second one is refused, as no job would report it."""
     caches = Caches(accelerator, [256, 96], [[0, 1]])
     caches.tensors[1] = caches.tensors[1][:1].expand(13, 96)  # which cannot be written
     worker = make(caches)
@@ -525,7 +525,7 @@ def test_shutdown_waits_for_all_jobs_if_one_failed(accelerator: torch.device, ma
 
 
 def test_results_may_be_asked_for_during_shutdown(make: Make) -> None:
-    """By another thread; each job ends there or here."""
+    """Another thread may request them; each job ends in one of the threads."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -534,10 +534,10 @@ def test_results_may_be_asked_for_during_shutdown(make: Make) -> None:
             for job in range(30):
                 worker.submit_store(job, device_spec([[job % 13]], [0]), host_spec([job % 9]))
             with ThreadPoolExecutor() as pool:
-                asked = [pool.submit(worker.get_finished) for _ in range(3)]
+                futures = [pool.submit(worker.get_finished) for _ in range(3)]
                 worker.shutdown()
-            told = [each.job_id for one in asked for each in one.result()]
-            assert len(told) == len({*told})
+            job_ids = [each.job_id for one in futures for each in one.result()]
+            assert len(job_ids) == len({*job_ids})
     finally:
         sys.setswitchinterval(before)
 
@@ -554,8 +554,8 @@ def test_caches_that_were_never_seen(shape: tuple[int, ...], make: Make) -> None
     ("pages", "groups", "blocks"), [([], [[]], 1), ([64], [], 1), ([64], [[0]], 0)]
 )
 def test_nothing_to_move_at_all(pages: Any, groups: Any, blocks: int, make: Make) -> None:
-    told = f"{len(pages)} tensors, {len(groups)} groups", f"{blocks} blocks"
-    with refused(LayoutError, *told):
+    messages = f"{len(pages)} tensors, {len(groups)} groups", f"{blocks} blocks"
+    with refused(LayoutError, *messages):
         make(Caches(torch.device("cpu"), pages, groups), blocks)
 
 
@@ -598,7 +598,7 @@ def test_caches_that_were_made_again(make: Make) -> None:
         caches = Caches(torch.device("cpu"), [64], [[0]])
         caches.tensors = [torch.from_numpy(memory)]
         caches.before = [torch.from_numpy(memory + 0)]
-        worker = plug.PortaKVOffloadingWorker(caches.canonical(), 1, 9)
+        worker = PortaKVOffloadingWorker(caches.canonical(), 1, 9)
         worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
         worker.submit_load(2, host_spec([1]), device_spec([[5]], [0]))
         assert len(finish(worker, {1, 2})) == 2
@@ -620,19 +620,19 @@ def test_no_room_for_one_chunk(make: Make) -> None:
 
 def test_terms_come_from_the_configuration(device: torch.device) -> None:
     caches = Caches(device, [64], [[0]])
-    given = {"overlap": "idle"}
-    spec = OffloadingSpecFactory.create_spec(offloading_config(64, 1, 4, portakv=given))
+    terms = {"overlap": "idle"}
+    spec = OffloadingSpecFactory.create_spec(offloading_config(64, 1, 4, portakv=terms))
     worker = spec.get_worker(caches.canonical())
-    assert worker._terms == given
+    assert worker._terms == terms
     worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
     assert len(finish(worker, {1})) == 1
     worker.shutdown()
 
 
-@pytest.mark.parametrize("given", [{"detached": True}, "idle", ["overlap"]])
-def test_other_terms_are_refused(given: Any) -> None:
+@pytest.mark.parametrize("terms", [{"detached": True}, "idle", ["overlap"]])
+def test_other_terms_are_refused(terms: Any) -> None:
     with refused(InvalidTerms, "portakv=", "max_thread_blocks"):
-        OffloadingSpecFactory.create_spec(offloading_config(64, 1, 4, portakv=given))
+        OffloadingSpecFactory.create_spec(offloading_config(64, 1, 4, portakv=terms))
 
 
 @pytest.mark.parametrize(
@@ -657,7 +657,7 @@ def test_a_canonical_layout_is_refused() -> None:
 
 
 def test_the_factory_refuses_a_release_outside_the_matrix() -> None:
-    """At the start, with both versions; other specs of that release stay vLLM's."""
+    """It refuses at the start, with both versions; other specs of that release stay vLLM's."""
     code = """
         from importlib import metadata
         real = metadata.version
@@ -669,9 +669,9 @@ def test_the_factory_refuses_a_release_outside_the_matrix() -> None:
     """
     done = in_a_process(code)
     assert done.stdout.strip().splitlines()[-1] == "CPUOffloadingSpec"
-    said = done.stderr.strip().splitlines()[-1]
-    assert "IntegrationError" in said
-    check_sentence(said.partition(": ")[2], "vllm 0.25.0", "PortaKV 0.")
+    message = done.stderr.strip().splitlines()[-1]
+    assert "IntegrationError" in message
+    check_sentence(message.partition(": ")[2], "vllm 0.25.0", "PortaKV 0.")
 
 
 def test_the_installed_release_is_in_the_matrix() -> None:
@@ -681,8 +681,8 @@ def test_the_installed_release_is_in_the_matrix() -> None:
 # --- The memory that workers share ----------------------------------------------------------------
 
 
-class Sharing(plug.PortaKVOffloadingSpec):
-    """As on CUDA, whatever the platform."""
+class Sharing(PortaKVOffloadingSpec):
+    """Use a shared region on any platform, as on CUDA."""
 
     def _uses_shared_region(self) -> bool:
         return True
@@ -720,10 +720,10 @@ def test_workers_share_one_region(
 @pytest.mark.skipif(not NEW, reason="0.26 shares none")
 def test_registrations_of_a_region_are_adopted() -> None:
     """Copies are cut where vLLM cut its registrations."""
-    region = cpu_spec.SharedOffloadRegion("portakv-seams", 6, 0, 4096, 192, lambda: None)
+    region = cpu_spec.SharedOffloadRegion("portakv-boundaries", 6, 0, 4096, 192, lambda: None)
     begin = region.base_tensor.data_ptr()
     region.pinned_addresses = [begin, begin + 2 * 4096, begin + 4 * 4096]
-    adopted = plug._adopt(region)
+    adopted = integrations.vllm._adopt(region)
     assert [nbytes for _, nbytes in adopted.pieces] == [8192] * 3
     adopted.close()
     region.cleanup()
@@ -757,16 +757,16 @@ def judge(*engines):
 
 
 @pytest.mark.parametrize(
-    "told",
+    "setting",
     [
         "torch.set_default_dtype(torch.bfloat16)",
         "torch.set_default_device('meta'); torch.set_default_dtype(torch.bfloat16)",
     ],
     ids=["dtype", "both"],
 )
-def test_defaults_of_torch_that_were_set_before_the_first_use(told: str) -> None:
+def test_defaults_of_torch_that_were_set_before_the_first_use(setting: str) -> None:
     before = "torch.set_default_dtype(torch.bfloat16)"
-    code = PROCESS.format(before=before) + f"engine = made(256)\n{told}\njudge(engine)"
+    code = PROCESS.format(before=before) + f"engine = made(256)\n{setting}\njudge(engine)"
     assert answer(f"{code}\nprint('right')") == "right"
 
 
@@ -782,7 +782,7 @@ def test_in_worker_processes() -> None:
 
 
 def test_two_engines_in_one_process() -> None:
-    """Two of vLLM's, and a cache of transformers beside them."""
+    """Two of vLLM's run alongside a cache of transformers."""
     code = """
 from portakv.integrations.transformers import PortaKVLayer
 layer, rows = PortaKVLayer(), torch.randn(2, 1, 2, 9, 16)

@@ -153,7 +153,7 @@ def test_gathering_requests(
     device: torch.device, noise: Noise, starts: list[int] | None, front: int, op: str, heads: bool
 ) -> None:
     """One request is empty, and the destination is longer than all of them; the first one begins
-    where it is said to, as with vLLM's kernel."""
+    at its start, as with vLLM's kernel."""
     entry = (HEADS, DIM) if heads else (DIM,)
     cache = noise(BLOCKS, SIZE, *entry)
     dst = noise(40, *entry)
@@ -212,7 +212,7 @@ def test_swapping_runs(
     tos = [1024, 256, 0]
     for begin, end, size in zip(froms, tos, sizes, strict=True):
         expected[end // 2 : (end + size) // 2] = wanted[begin // 2 : (begin + size) // 2]
-    # CUDA's driver and ROCm's are asked, as by vLLM's own op; others are told.
+    # The drivers of CUDA and ROCm know the memory, as in vLLM's own op; others need the device.
     texts = {} if device.type in ("cpu", "cuda") else {"src_device": device}
     if device.type == "cpu":
         monkeypatch.setattr(view_addresses, "usual_device", lambda: device)
@@ -252,7 +252,7 @@ def test_whatever_state_torch_is_in(device: torch.device, noise: Noise, state: S
 
 @pytest.mark.parametrize(("name", "other"), [("float16", "bfloat16"), ("bfloat16", "float16")])
 def test_a_dtype_by_its_name(device: torch.device, noise: Noise, name: str, other: str) -> None:
-    """As users ask for caches that are not quantised; another dtype would be a conversion."""
+    """Users name the dtype of caches that are not quantised; another dtype is a conversion."""
     dtype = getattr(torch, name)
     caches = noise(2, BLOCKS, SIZE, HEADS, DIM, dtype=dtype)
     rows = noise(2, len(SLOTS), HEADS, DIM, dtype=dtype)
@@ -285,7 +285,7 @@ def test_what_is_refused() -> None:
 
 @pytest.mark.parametrize("name", vllm_ops.__all__)
 def test_arguments_are_those_of_vllm(name: str) -> None:
-    """Names and order, up to what vLLM calls by keyword; ours may have more behind."""
+    """Names and order agree, up to vLLM's calls by keyword; ours may have more at the end."""
     if find_spec("vllm") is None:
         pytest.skip("vLLM is not installed; see .ci/plugs")
     from vllm import _custom_ops

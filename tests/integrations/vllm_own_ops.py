@@ -5,7 +5,7 @@
         tests/kernels/attention/test_cache.py
 
 `vllm._custom_ops` calls them through torch's registry, where they replace what vLLM compiled. What
-the tests ask of ``cuda`` is asked of the device that the variable names; on a CUDA device without
+the tests request of ``cuda`` goes to the device that the variable names; on a CUDA device without
 the variable nothing else is changed. It prints at the end how often each op was called.
 """
 
@@ -39,7 +39,7 @@ WRITTEN = {
     "swap_blocks": ("dst",),
     "swap_blocks_batch": (),
 }
-#: Of each value what belongs to the plug: it converts no rows, and Triton's kernels are vLLM's own.
+#: The values that the integration serves: it converts no rows, and Triton's kernels are vLLM's own.
 TAKEN = {"kv_cache_dtype": ("auto",), "implementation": ("cuda",)}
 SIZES = "num_blocks", "block_size", "head_size"
 #: Blocks x their tokens x dim of a head: larger pools take a CPU minutes, and a GPU many GiB.
@@ -55,10 +55,10 @@ def swap_blocks_batch(
     sizes: torch.Tensor,
     is_src_access_order_any: bool = False,
 ) -> None:
-    """With the arguments of vLLM's alone; its tests hand over addresses of the device."""
-    home = NAME if NAME in SIMULATED else None
+    """Take only vLLM's arguments; its tests hand over addresses of the device."""
+    device = NAME if NAME in SIMULATED else None
     vllm_ops.swap_blocks_batch(
-        src_ptrs, dst_ptrs, sizes, is_src_access_order_any, src_device=home, dst_device=home
+        src_ptrs, dst_ptrs, sizes, is_src_access_order_any, src_device=device, dst_device=device
     )
 
 
@@ -92,18 +92,18 @@ def _counted(name: str, op: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is not the plug's, and what would run twice."""
-    kept = list[pytest.Item]()
+    """Leave out the tests of others' code, and those that would run twice."""
+    selected = list[pytest.Item]()
     left = list[pytest.Item]()
     for item in items:
         values = getattr(getattr(item, "callspec", None), "params", {})
         fits = values.get("device", "cuda:0") == "cuda:0"
         fits &= prod(values.get(each, 1) for each in SIZES) <= MOST
         fits &= all(values.get(each, some[0]) in some for each, some in TAKEN.items())
-        (kept if fits else left).append(item)
+        (selected if fits else left).append(item)
         item.own_markers = [x for x in item.own_markers if "requires CUDA" not in str(x.kwargs)]
     config.hook.pytest_deselected(items=left)
-    items[:] = kept
+    items[:] = selected
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def kv_cache_factory() -> Any:
-    """As vLLM's conftest has it, whose parents import more than is installed here."""
+    """Repeat the fixture of vLLM's conftest, whose parents import more than is installed here."""
     from vllm.utils.torch_utils import create_kv_caches_with_random
 
     return create_kv_caches_with_random
@@ -136,12 +136,12 @@ def kv_cache_factory() -> Any:
 
 @pytest.fixture
 def kv_cache_factory_flashinfer() -> Any:
-    """As `kv_cache_factory`."""
+    """Repeat vLLM's fixture, like `kv_cache_factory`."""
     from vllm.utils.torch_utils import create_kv_caches_with_random_flash
 
     return create_kv_caches_with_random_flash
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    told = ", ".join(f"{name} {times}" for name, times in sorted(_calls.items())) or "none"
-    terminalreporter.write_line(f"PortaKV's ops were called: {told}")
+    counts = ", ".join(f"{name} {times}" for name, times in sorted(_calls.items())) or "none"
+    terminalreporter.write_line(f"PortaKV's ops were called: {counts}")

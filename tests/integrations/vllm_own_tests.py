@@ -22,7 +22,7 @@ from portakv_conformance import simdev
 
 class Rows(torch.Tensor):
     """Host memory as the worker lays it out, all tensors of a chunk side by side; some tests read
-    it by ``view``, which takes each tensor in memory of its own, as vLLM's is."""
+    it by ``view``, which takes each tensor in separate memory, as vLLM's is."""
 
     def view(self, *size: int) -> torch.Tensor:  # type: ignore[override]
         return self.reshape(*size)
@@ -45,7 +45,7 @@ def pytest_configure() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.kv_offload.cpu import gpu_worker
 
-    from portakv.integrations import vllm as plug
+    from portakv.integrations import vllm as integration
 
     if not current_platform.is_cuda_alike():  # the wheel finds no platform without its device
         name = os.environ.get("SIMDEV_NAME", "cpu")
@@ -54,7 +54,7 @@ def pytest_configure() -> None:
         type(current_platform).device_type = name
         type(current_platform).manual_seed_all = staticmethod(torch.manual_seed)
 
-    class CPUOffloadingWorker(plug.PortaKVOffloadingWorker):
+    class CPUOffloadingWorker(integration.PortaKVOffloadingWorker):
         """With the arguments of vLLM's, and with the tensors of its handlers."""
 
         def __init__(
@@ -68,7 +68,7 @@ def pytest_configure() -> None:
         ) -> None:
             if hasattr(mmap_region, "create_next_view"):
                 mmap_region.cleanup()
-                pytest.skip("Beside vLLM 0.26 the worker has memory of its own.")
+                pytest.skip("The worker for vLLM 0.26 has separate memory.")
             if mmap_region is not None:
                 gpu_worker.pin_mmap_region(mmap_region, worker_slot_only=True)
             chunks = num_cpu_chunks or num_cpu_blocks  # 0.26 calls them blocks
@@ -94,7 +94,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture
 def default_vllm_config() -> Iterator[None]:
-    """As vLLM's conftest has it, which imports more than is installed here."""
+    """Repeat the fixture of vLLM's conftest, which imports more than is installed here."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
     with set_current_vllm_config(VllmConfig()):
