@@ -19,13 +19,13 @@ pytest_plugins = ["support.own_process"]
 def positive(text: str) -> int:
     """Read a whole number above zero from the command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} examples were asked for; ask for 1 or more")
+        raise argparse.ArgumentTypeError(f"Expected 1 or more examples, got {text!r}.")
     return int(text)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    told = "draw N fresh random examples in each property test, instead of the fixed ones"
-    parser.addoption("--fuzz", type=positive, metavar="N", help=told)
+    description = "draw N fresh random examples in each property test, instead of the fixed ones"
+    parser.addoption("--fuzz", type=positive, metavar="N", help=description)
 
 
 def pytest_configure(config: pytest.Config) -> None:

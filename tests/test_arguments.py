@@ -50,7 +50,7 @@ LIMIT = 30.0  # seconds of one call, which is a hang then
 
 
 class Scene:
-    """What calls need, made anew for each argument, and closed after it."""
+    """The objects that calls need, made anew for each argument, and closed after it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -224,7 +224,7 @@ def documented() -> Iterator[tuple[str, Any]]:
 
 
 def _listed_members(options: str) -> list[str] | None:
-    """Return the members that an entry of the page lists; None if it lists none of its own."""
+    """Return the members that an entry of the page lists; None if it lists no members."""
     listed = re.search(r"members: \[(.*)\]", options)
     if listed is None:
         return None
@@ -233,11 +233,11 @@ def _listed_members(options: str) -> list[str] | None:
 
 def _of_module(path: str, members: list[str] | None) -> list[tuple[str, Any]]:
     """Return the public members of a module, by default its own functions, with their names."""
-    found = import_module(path)
+    module = import_module(path)
     own = members or [
-        x for x, y in vars(found).items() if inspect.isfunction(y) and y.__module__ == path
+        x for x, y in vars(module).items() if inspect.isfunction(y) and y.__module__ == path
     ]
-    return [(each, getattr(found, each)) for each in own if not each.startswith("_")]
+    return [(each, getattr(module, each)) for each in own if not each.startswith("_")]
 
 
 def _callables(name: str, value: Any, members: Any, made: bool) -> Iterator[tuple[str, Any]]:
@@ -258,11 +258,11 @@ def _callables(name: str, value: Any, members: Any, made: bool) -> Iterator[tupl
 
 def arguments() -> list[tuple[str, str]]:
     """Return the public callables with each of their arguments."""
-    found = dict[tuple[str, str], None]()
+    pairs = dict[tuple[str, str], None]()
     for name, value in documented():
         parameters = inspect.signature(value).parameters.values()
-        found.update({(name, x.name): None for x in parameters if x.name not in ("self", "cls")})
-    return [*found]
+        pairs.update({(name, x.name): None for x in parameters if x.name not in ("self", "cls")})
+    return [*pairs]
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in arguments()}))
@@ -328,8 +328,8 @@ def test_a_word_that_an_argument_does_not_know_is_named_with_those_that_it_does(
 
 
 def test_the_sweep_finds_what_is_public() -> None:
-    found = {name for name, _ in arguments()}
-    assert {"BlockStore.save", "Graph.submit", "Owner.offer", "prefix_keys"} <= found
+    names = {name for name, _ in arguments()}
+    assert {"BlockStore.save", "Graph.submit", "Owner.offer", "prefix_keys"} <= names
     assert len(arguments()) > 120
 
 
@@ -355,19 +355,19 @@ def _before(call: Callable[..., Any], name: str) -> list[str]:
 
 def limited(call: Callable[..., Any], terms: dict[str, Any]) -> Any:
     """Return the result of a call, or the error that it raises; fail if it hangs."""
-    found = list[Any]()
+    results = list[Any]()
 
     def run() -> None:
         try:
-            found.append(invoke(call, terms))
+            results.append(invoke(call, terms))
         except BaseException as error:
-            found.append(error)
+            results.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(LIMIT)
-    assert found, f"{call} hangs with {terms}"
-    return found[0]
+    assert results, f"{call} hangs with {terms}"
+    return results[0]
 
 
 def _end(result: Any) -> None:

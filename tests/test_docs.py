@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python that readers are told to type runs, block after block, as it stands."""
+"""The Python code of the documentation runs, block after block, as it stands."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page: str) -> list[str]:
-    found = BLOCK.findall((ROOT / page).read_text())
-    assert found, f"{page} holds no block marked python"
-    return found
+    code = BLOCK.findall((ROOT / page).read_text())
+    assert code, f"{page} holds no block marked python"
+    return code
 
 
 def run(page: str, code: list[str], names: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def acme(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _named_anywhere(check_available: bool = False) -> torch.device | None:
-    """PyPI's torch names ``cuda`` as its accelerator anywhere, unless it is asked to look."""
+    """PyPI's torch names ``cuda`` as its accelerator anywhere, unless it checks availability."""
     return None if check_available else torch.device("cuda")
 
 
@@ -110,8 +110,8 @@ def test_the_design_is_short_and_names_files_that_exist() -> None:
     assert not missing, f"docs/design.md names files that do not exist: {missing}"
 
 
-#: The last backend of the guide for vendors is asked about rows that a plane shows, and split ones.
-ASKED = """
+#: The last backend of the guide for vendors checks rows that a plane shows, and split ones.
+CHECKS = """
 cache = torch.zeros(4, 2, 2, 8, 16, device="npu")
 for layout in ("block head dim/16 token dim%16", "layer block head token dim"):
     form = KVView(cache, layout).form
@@ -121,7 +121,7 @@ for layout in ("block head dim/16 token dim%16", "layer block head token dim"):
 
 @pytest.mark.skipif(build.missing() is not None, reason=build.missing() or "")
 def test_the_code_of_the_guide_for_vendors_runs() -> None:
-    """In a process of its own, since the guide gives the simulated device another name."""
-    done = python("-c", "\n".join([*blocks("docs/vendors.md"), ASKED]))
+    """It runs in a separate process, since the guide gives the simulated device another name."""
+    done = python("-c", "\n".join([*blocks("docs/vendors.md"), CHECKS]))
     assert done.returncode == 0, done.stderr
     assert re.findall("rejected|accepted", done.stdout) == ["rejected", "accepted"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `import portakv` costs and what it brings along, seen from a fresh interpreter."""
+"""The cost of `import portakv` and the modules that it loads, in a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from support.command_line import python
 
-pytestmark = pytest.mark.xdist_group("import")  # one process asks once
-#: Plugs of vLLM and transformers derive from the engine's classes, and are loaded by it.
-PLUGS = ("kvcacheio", "lmcache", "lmcache_ops", "sglang", "vllm_ops")
+pytestmark = pytest.mark.xdist_group("import")  # one process imports once
+#: The integrations of vLLM and transformers derive from the engine's classes, which loads them.
+INTEGRATIONS = ("kvcacheio", "lmcache", "lmcache_ops", "sglang", "vllm_ops")
 PROBE = """
 import importlib, json, sys, time
 import numpy, torch
@@ -29,7 +29,7 @@ print(json.dumps(dict(
 
 
 def imported(*modules: str) -> Any:
-    """What a new interpreter tells after importing them behind torch."""
+    """Return the report of a new interpreter that imports them after torch."""
     return json.loads(python("-c", PROBE, *modules))
 
 
@@ -44,8 +44,8 @@ def test_import_brings_nothing_but_portakv(first: Any) -> None:
 
 
 def test_plugs_bring_no_engine() -> None:
-    found = imported(*(f"portakv.integrations.{plug}" for plug in PLUGS))
-    assert (found["roots"], found["cuda"]) == (["portakv"], False)
+    loaded = imported(*(f"portakv.integrations.{integration}" for integration in INTEGRATIONS))
+    assert (loaded["roots"], loaded["cuda"]) == (["portakv"], False)
 
 
 def test_import_does_not_start_cuda(first: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is packaged: the declaration against the tree, then the wheel in a clean environment."""
+"""Packaging: the declaration against the tree, then the wheel in a clean environment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE_SUFFIXES = (".cuh", ".cu", ".h", ".hpp", ".cpp", ".md", ".sh")
 TEMPLATES = (".css", ".js", ".html", ".md", ".svg", ".xml")
-#: What travels beside Python files, by package.
+#: Suffixes of the files that travel with Python files, by package.
 TRAVELS = {
     "portakv_native": NATIVE_SUFFIXES,
     "portakv_benchmarks": (".toml",),
@@ -56,16 +56,16 @@ def test_the_demo_asks_for_what_its_plug_serves(declared: dict[str, Any]) -> Non
 
 
 def test_each_package_is_declared(declared: dict[str, Any], folders: dict[str, Path]) -> None:
-    found = {
+    packaged = {
         ".".join((name, *init.parent.relative_to(folder).parts))
         for name, folder in folders.items()
         for init in folder.rglob("__init__.py")
     }
-    assert found == set(declared["tool"]["setuptools"]["packages"])
+    assert packaged == set(declared["tool"]["setuptools"]["packages"])
 
 
 def test_each_folder_with_python_code_is_a_package(folders: dict[str, Path]) -> None:
-    """An example with a ``pyproject.toml`` is a project of its own, and stays out of the wheel."""
+    """An example with a ``pyproject.toml`` is a separate project, and stays out of the wheel."""
     modules = [module for folder in folders.values() for module in folder.rglob("*.py")]
     ours = [module for module in modules if not (module.parent / "pyproject.toml").exists()]
     assert [module for module in ours if not (module.parent / "__init__.py").exists()] == []
@@ -107,10 +107,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scripts' folder of a new environment that holds the wheel and what it requires."""
-    home = tmp_path_factory.mktemp("clean")
-    venv.create(home, with_pip=True, symlinks=True)
-    run(home / "bin/python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel)
-    return home / "bin"
+    environment = tmp_path_factory.mktemp("clean")
+    venv.create(environment, with_pip=True, symlinks=True)
+    install: list[str | Path] = ["-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
+    run(environment / "bin/python", *install, wheel)
+    return environment / "bin"
 
 
 def seeded_sources() -> list[str]:
@@ -153,11 +154,11 @@ def test_the_wheel_is_pure_python(wheel: Path) -> None:
 
 @pytest.mark.wheel
 def test_the_wheel_requires_torch_and_numpy_and_no_more(wheel: Path) -> None:
-    found = metadata(wheel, "METADATA")
-    required = [line for line in found.get_all("Requires-Dist", []) if "extra ==" not in line]
+    fields = metadata(wheel, "METADATA")
+    required = [line for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert required == ["torch>=2.6", "numpy"]
-    assert found["Requires-Python"] == ">=3.10"
-    assert found["License-Expression"] == "Apache-2.0"
+    assert fields["Requires-Python"] == ">=3.10"
+    assert fields["License-Expression"] == "Apache-2.0"
 
 
 @pytest.mark.wheel
@@ -166,14 +167,14 @@ def test_the_wheel_holds_every_file_that_travels(wheel: Path, folders: dict[str,
         f"{name}/{path.relative_to(folder).as_posix()}"
         for name, folder in folders.items()
         for path in folder.rglob("*")
-        if not (path.parent / "pyproject.toml").exists()  # an example that is a project of its own
+        if not (path.parent / "pyproject.toml").exists()  # an example that is a separate project
         if path.suffix in (".py", ".typed", *TRAVELS.get(name, ())) or path.name == "CMakeLists.txt"
     }
     expected |= {f"portakv_native/{seeded}" for seeded in seeded_sources()}
     expected.add("portakv_command.py")  # the script `portakv`, which stands apart from the package
     with zipfile.ZipFile(wheel) as archive:
-        held = {path for path in archive.namelist() if ".dist-info/" not in path}
-    assert held == expected
+        actual = {path for path in archive.namelist() if ".dist-info/" not in path}
+    assert actual == expected
 
 
 @pytest.mark.wheel
@@ -182,7 +183,7 @@ def test_the_wheel_holds_every_file_that_travels(wheel: Path, folders: dict[str,
     ["portakv", "portakv_native.cuda", "portakv_native.ascend", "portakv_conformance.judge.oracle"],
 )
 def test_the_installed_wheel_imports(clean: Path, module: str) -> None:
-    """From the environment's own folder and with nothing of the repository on the path."""
+    """It imports from the environment's own folder, without the repository on the path."""
     where = run(clean / "python", "-I", "-c", f"import {module} as it; print(it.__file__)")
     assert Path(where.strip()).is_relative_to(clean.parent)
 

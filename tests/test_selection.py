@@ -27,7 +27,7 @@ class Acme(Threads):
 class Pigeon(Distributed):
     name = "pigeon"
 
-def shelf(folder):
+def cold(folder):
     return Disk(folder, capacity=1 << 23)
 """
 ENTRIES = """
@@ -37,7 +37,7 @@ threads = acme_pumps:Acme
 [portakv.transports]
 pigeon = acme_pumps:Pigeon
 [portakv.tiers]
-shelf = acme_pumps:shelf
+cold = acme_pumps:cold
 """
 
 
@@ -75,7 +75,7 @@ def test_tiers_and_transports_of_another_package(tmp_path: Path) -> None:
     transports = Catalog[Transport](KIND, Transport, {}, "portakv.transports")
     assert issubclass(transports.load("pigeon"), Distributed)
     tiers = Catalog[Any](KIND, None, {}, "portakv.tiers")
-    make: Any = tiers.load("shelf")
+    make: Any = tiers.load("cold")
     assert make(tmp_path).folders == [tmp_path]
 
 
@@ -104,13 +104,13 @@ def test_a_candidate_is_of_the_class_of_its_kind(target: str) -> None:
 
 def consider(name: str) -> tuple[str | None, Decision]:
     works = name in ("two", "three")
-    return (name if works else None), Decision(name, works, f"{name} said so")
+    return (name if works else None), Decision(name, works, f"{name} decides so")
 
 
 def test_the_first_that_accepts_is_taken_with_every_decision() -> None:
     selected = select(KIND, "a well", ("one", "two", "three"), consider)
     assert (selected.value, selected.name) == ("two", "two")
-    assert selected.why == "one: rejected, one said so; two: accepted, two said so"
+    assert selected.why == "one: rejected, one decides so; two: accepted, two decides so"
     assert select(KIND, "a well", ("one", "two", "three"), consider, "three").name == "three"
 
 
@@ -118,10 +118,10 @@ def test_none_that_accepts_is_an_error_with_the_trace(monkeypatch: pytest.Monkey
     with pytest.raises(StoreError, match="a pump to serve a well, but none can:") as caught:
         select(KIND, "a well", ("one", "four"), consider)
     assert [str(each) for each in caught.value.trace] == [
-        "one: rejected, one said so",
-        "four: rejected, four said so",
+        "one: rejected, one decides so",
+        "four: rejected, four decides so",
     ]
-    forced = "Expected pump 'one', which is forced, to serve a well, but it cannot: one said so."
+    forced = "Expected pump 'one', which is forced, to serve a well, but it cannot: one decides so."
     with pytest.raises(StoreError, match=f"^{forced}\nPass pump=None to let PortaKV choose"):
         select(KIND, "a well", ("one", "two"), consider, "one")
     monkeypatch.setenv("PORTAKV_PUMP", "one")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things lie, and what the modules of each package may know.
+"""The places of files, and the imports that the modules of each package may have.
 
 The order of the packages is import-linter's contract (pyproject.toml); here are the limits that it
 cannot say.
@@ -47,7 +47,7 @@ PRIVATE = re.compile(
 PRIVATE_READS = 151
 #: Functions that remember by device, of which a process has a few; `Bounded` would be slower there.
 BY_DEVICE = {"link_of", "why_not", "bounce_buffers", "capture_question", "event_pool"}
-#: The streams' handles without an owner, by device and priority: none may be let go of.
+#: The streams' handles without an owner, by device and priority: none may be released.
 HANDLES = "free_handles: defaultdict["
 #: Calls that make a cache without a limit, or a mapping that nothing empties.
 REMEMBER = {"cache", "lru_cache", "dict", "defaultdict", "WeakKeyDictionary", "OrderedDict"}
@@ -82,8 +82,8 @@ def findings() -> list[Finding]:
 @pytest.mark.parametrize("folder", TREE)
 def test_the_names_of_the_design_are_there(folder: str) -> None:
     for name in TREE[folder].split():
-        found = [ROOT / folder / name, ROOT / folder / f"{name}.py"]
-        assert any(path.exists() for path in found), name
+        candidates = [ROOT / folder / name, ROOT / folder / f"{name}.py"]
+        assert any(path.exists() for path in candidates), name
 
 
 @pytest.mark.parametrize("rule", style.LIMITS)
@@ -133,7 +133,7 @@ def test_no_module_imports_one_that_imports_it() -> None:
 
 
 def test_only_bounded_remembers() -> None:
-    """No module holds a cache or an empty mapping of its own: `runtime.bounded` has a limit."""
+    """No module has its own cache or empty mapping: `runtime.bounded` has a limit."""
     wrong = [
         f"{module.relative_to(ROOT)}:{line}"
         for module in modules(LIBRARY)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a visitor's own tools see of an installed PortaKV."""
+"""An installed PortaKV, as a visitor's own tools see it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ reveal_type(AdaptiveConnector.register_kv_caches)
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What mypy says of a script that lies outside the clone."""
+def mypy_output(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the output of mypy for a script that lies outside the clone."""
     pytest.importorskip("mypy", reason="it comes with the extra `lint`")
     folder = tmp_path_factory.mktemp("visitor")
     (folder / "script.py").write_text(SCRIPT)
@@ -44,22 +44,22 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> str:
     return done.stdout + done.stderr
 
 
-def test_static_tools_find_the_package(told: str) -> None:
-    assert 'Revealed type is "portakv.view.view.KVView"' in told
-    assert 'Revealed type is "portakv.copy.handle.BlockTransfer"' in told
-    assert "error:" not in told
+def test_static_tools_find_the_package(mypy_output: str) -> None:
+    assert 'Revealed type is "portakv.view.view.KVView"' in mypy_output
+    assert 'Revealed type is "portakv.copy.handle.BlockTransfer"' in mypy_output
+    assert "error:" not in mypy_output
 
 
-def test_public_ids_caches_and_chunks_have_types(told: str) -> None:
+def test_public_ids_caches_and_chunks_have_types(mypy_output: str) -> None:
     """The three signatures name what they take."""
-    revealed = re.findall(r'Revealed type is "(def .*)"', told)
+    revealed = re.findall(r'Revealed type is "(def .*)"', mypy_output)
     assert len(revealed) == 3
     for signature in revealed:
         assert not re.search(r": Any\b", signature), signature
 
 
 def test_the_old_places_of_public_names_still_work() -> None:
-    """For one release: readers, vendors and the suite import them from there."""
+    """Readers, vendors and the suite import them from there, for one release."""
     code = (
         "from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending\n"
         "from portakv.host.pinned import empty\nfrom portakv.errors import PortaKVError\n"
