@@ -39,7 +39,7 @@ MANY = 100  # blocks of the views
 
 
 def paged() -> KVView:
-    """A cache whose blocks are those of `small_form`."""
+    """Return a cache whose blocks are those of `small_form`."""
     return KVView(torch.zeros(MANY, 4, 2, 2, 4, 32, dtype=torch.float16), small_form().layout)
 
 
@@ -155,7 +155,7 @@ class ChainsModel(RuleBasedStateMachine):
         self.uses = 0
 
     def may_go(self, group: str | None) -> list[int]:
-        """Keys that may go, the next one first."""
+        """Return the keys that may be evicted, the next one first."""
         followed = {block.follows for block in self.model.values()}
         keys = [
             key
@@ -299,7 +299,7 @@ def as_older_release(folder: Path, slots: list[int], form: BlockForm = FORM) -> 
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_blocks_of_an_older_release_are_read_and_go_first(tmp_path: Path, lost: bool) -> None:
-    """In one table with new ones; and the record is the very same if it notes no predecessor."""
+    """They share one table with new ones; the record is the same if it notes no predecessor."""
     folder = tmp_path / "x"
     slots = opened(folder, 4)
     put_chain(slots, range(4))
@@ -321,7 +321,7 @@ def test_blocks_of_an_older_release_are_read_and_go_first(tmp_path: Path, lost: 
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_save_names_what_older_blocks_follow(tmp_path: Path, killed: bool) -> None:
-    """Which the records keep from then on."""
+    """The records keep the predecessors from then on."""
     slots = opened(tmp_path / "x", 4)
     for number in range(3):
         assert put(slots, number, UNKNOWN)
@@ -354,7 +354,8 @@ def test_an_older_release_reads_new_images() -> None:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[Any]:
-    """Makes stores of so many slots, in folders, and of so many rows of the host tier."""
+    """Return a function that makes stores of so many slots, in folders, and of so many rows of the
+    host tier."""
     stores: list[BlockStore] = []
 
     def make(slots: int = 0, host: int = 0, folders: int = 1, tiers: Any = ()) -> BlockStore:
@@ -539,7 +540,7 @@ class StoreModel(RuleBasedStateMachine):
             self.follows.update((later, before) for before, later in pairwise(prompt))
 
     def tiers(self) -> list[set[int]]:
-        """The numbers of the keys in each tier."""
+        """Return the numbers of the keys in each tier."""
         (tier_store,) = self.store._tier_stores
         disk = {key for slots, _ in tier_store.parts for key in slots.index}
         host = {name[-32:] for name in self.store.rows.by_use()}
@@ -591,9 +592,9 @@ class StoreModel(RuleBasedStateMachine):
         some = self.prompts[which][:past]
 
         def work() -> None:
-            found = self.store.lookup([key_of(i) for i in some])
-            keys = [key_of(i) for i in some[:found]]
-            self.store.load(self.view, some[:found], keys).synchronize(LIMIT)
+            count = self.store.lookup([key_of(i) for i in some])
+            keys = [key_of(i) for i in some[:count]]
+            self.store.load(self.view, some[:count], keys).synchronize(LIMIT)
 
         self.watched(work)
 

@@ -42,7 +42,7 @@ def disk(*folders: Path, blocks: int = 8, of: BlockForm = FORM, **more: Any) -> 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Open]:
-    """Opens the store of a tier of a form in folders of the test, and closes it at the end."""
+    """Return an opener for the store of a tier of a form; close the stores at the end."""
     opened: list[DiskStore] = []
 
     def make(of: BlockForm = FORM, *names: str, graph: Any = None, **more: Any) -> DiskStore:
@@ -65,7 +65,7 @@ def save(store: DiskStore, keys: Sequence[bytes], generation: int = 1) -> list[b
 
 
 def load(store: DiskStore, keys: Sequence[bytes]) -> list[bool]:
-    """What landed; which must be right."""
+    """Return whether each block landed, and check the landed ones."""
     rows = cases.images(len(keys), store.form)
     landed = store.read(keys, [*rows])
     for row, key, there in zip(rows, keys, landed, strict=True):
@@ -79,7 +79,7 @@ def counts(store: DiskStore) -> dict[tuple[str, str], int]:
 
 
 def slot_of(store: DiskStore, key: bytes) -> tuple[Path, int]:
-    """The file of blocks, and where in it a block lies."""
+    """Return the file of blocks, and the offset of a block in it."""
     slots, entry = store.pin(key) or pytest.fail("no such block")
     slots.unpin(entry)
     return slots.folder / "slots", entry[0] * store.form.image_bytes
@@ -176,9 +176,9 @@ def test_an_image_in_the_slot_of_another(store: Open) -> None:
     one = store()
     save(one, KEYS[:2])
     (path, a), (_, b) = (slot_of(one, key) for key in KEYS[:2])
-    held = path.read_bytes()
+    content = path.read_bytes()
     with open(path, "r+b") as file:
-        os.pwrite(file.fileno(), held[a : a + FORM.image_bytes], b)
+        os.pwrite(file.fileno(), content[a : a + FORM.image_bytes], b)
     assert load(one, KEYS[:2]) == [True, False]
 
 
@@ -253,7 +253,7 @@ def test_a_block_is_checked_as_soon_as_it_has_landed(
 
 
 def test_a_read_that_raises_keeps_its_blocks(store: Open) -> None:
-    """Nobody knows of any whether it is bad."""
+    """Nothing proves that any of them is bad."""
     io = Faulty()
     one = store(io=io)
     save(one, KEYS[:3])
@@ -416,7 +416,7 @@ def test_a_block_that_two_saves_write_at_once_stays_in_one_folder(store: Open) -
 
 
 def test_a_prefix_is_the_last_to_go(store: Open) -> None:
-    """Of blocks that were written together, and after a kill as well."""
+    """This holds for blocks that were written together, and after a kill as well."""
     one = store()
     save(one, KEYS[:4])
     save(one, KEYS[4:6], 2)
@@ -501,8 +501,8 @@ def test_other_forms_of_the_same_cache(tmp_path: Path, store: Open) -> None:
 
 
 def test_one_store_has_a_folder(tmp_path: Path, store: Open) -> None:
-    """Fault 12. Ranks or models that share it are told at their first start, of whom, until the
-    first one has closed; also through a link."""
+    """Fault 12. Ranks or models that share it get an error at their first start, with the owner's
+    name, until the first one has closed; also through a link."""
     other = replace(FORM, model="another")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     one = store()
@@ -552,7 +552,7 @@ def test_a_busy_folder_after_the_first_is_left_out(store: Open) -> None:
     ],
 )
 def test_a_wrong_argument_is_named(folders: Any, terms: dict[str, Any], name: str) -> None:
-    """When the tier is made, not when it is opened."""
+    """The error comes from making the tier, not from opening it."""
     with pytest.raises(InvalidTerms, match=rf"^Expected {name}"):
         Disk(*folders, **{"capacity": 1 << 20, **terms})
 
@@ -608,14 +608,14 @@ def test_a_recovery_tells_how_far_it_is(store: Open, tmp_path: Path) -> None:
     save(one := store(), KEYS[:2])
     one.close()
     (tmp_path / "a" / FORM.name / "table").unlink()
-    told = list[tuple[str, int]]()
+    reports = list[tuple[str, int]]()
 
     def track(items: Sequence[int], what: str) -> Sequence[int]:
-        told.append((what, len(items)))
+        reports.append((what, len(items)))
         return items
 
     assert load(store(track=track), KEYS[:2]) == [True, True]
-    assert told == [("records", 0), ("headers", 1)]
+    assert reports == [("records", 0), ("headers", 1)]
 
 
 def test_a_folder_that_is_removed(store: Open, tmp_path: Path) -> None:
@@ -633,7 +633,7 @@ def test_a_folder_that_is_removed(store: Open, tmp_path: Path) -> None:
 
 
 def writer(folder: Path, io: str) -> Callable[[int], None]:
-    """What a child does until it is killed: overwrite a store, eight blocks at a time."""
+    """Overwrite a store in a child until it is killed, eight blocks at a time."""
 
     def work(ready: int) -> None:
         of = LARGE
@@ -656,17 +656,17 @@ def writer(folder: Path, io: str) -> Callable[[int], None]:
     "rounds", [5, pytest.param(100, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_killed_at_random(tmp_path: Path, io: str, rounds: int) -> None:
-    """Fault 10. Whatever a sealed record tells of is there, whole and right."""
+    """Fault 10. Every block of a sealed record is there, whole and right."""
     checked = 0
     for _ in range(rounds):
         cases.kill_writer(writer(tmp_path, io), 0.03)
         one = cases.reopened(disk(tmp_path, blocks=12, of=LARGE, io=io), LARGE)
         try:
-            held = [key for key, there in zip(KEYS, one.has(KEYS), strict=True) if there]
-            assert load(one, held) == [True] * len(held)
+            stored = [key for key, there in zip(KEYS, one.has(KEYS), strict=True) if there]
+            assert load(one, stored) == [True] * len(stored)
         finally:
             one.close()
-        checked += len(held)
+        checked += len(stored)
     assert checked >= 4 * rounds  # eight of twelve slots may have been under way
 
 
@@ -686,9 +686,9 @@ def test_restarted_while_writes_are_in_flight(tmp_path: Path, io: str) -> None:
             one.write(one.queue(keys[0]), keys, [*rows], [generation] * many, [[0, 0]] * many)
 
     for _ in range(3):
-        pid, told = cases.telling(work)
+        pid, readable = cases.telling(work)
         for _ in range(3):
-            assert os.read(told, 1) == b"x"
+            assert os.read(readable, 1) == b"x"
         time.sleep(random.random() * 0.01)
         os.kill(pid, signal.SIGKILL)
         one = cases.reopened(disk(tmp_path, blocks=many, of=LARGE, io=io), LARGE)

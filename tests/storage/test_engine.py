@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both engines of the disk tier do, on real files; and which of them is chosen."""
+"""Both I/O engines of the disk tier on real files, and the choice between them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 @pytest.fixture(params=["direct", "buffered", "tmpfs"])
 def file(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
-    """An open file of 4 MiB; on a disk with and without O_DIRECT, and in memory."""
+    """Yield an open file of 4 MiB; on a disk with and without O_DIRECT, and in memory."""
     folder = "/dev/shm" if request.param == "tmpfs" else tmp_path
     path = Path(folder) / f"portakv-{os.getpid()}"
     path.write_bytes(np.random.default_rng(0).bytes(4 << 20))
@@ -59,17 +59,17 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
 
 
 def content(fd: int) -> np.ndarray[Any, Any]:
-    """What a file holds, read past the engine."""
+    """Return the content of a file, read past the engine."""
     return np.fromfile(f"/proc/self/fd/{fd}", np.uint8)
 
 
 def reads(fd: int, pieces: Sequence[tuple[int, int]]) -> list[Request]:
-    """Requests for pieces (offset, bytes), to memory at the same offset."""
+    """Return requests for pieces (offset, bytes), to memory at the same offset."""
     return [Request(fd, at, AT + at, nbytes, False) for at, nbytes in pieces]
 
 
 def rings() -> int:
-    """How many rings this process has."""
+    """Return the number of rings of this process."""
     queues = [os.path.join("/proc/self/fd", each) for each in os.listdir("/proc/self/fd")]
     return sum("io_uring" in os.readlink(each) for each in queues if os.path.islink(each))
 
@@ -143,32 +143,33 @@ def test_what_the_kernel_refuses_fails_its_request_alone(
 
 
 def test_each_end_is_told_once(engine: Engine, file: int) -> None:
-    """In the caller's thread, once its bytes are there, with what `run` returns; of more requests
-    than a ring has entries, some of which are not aligned, lie behind the end or fail."""
+    """Each end is reported in the caller's thread, after its bytes are there, with the result of
+    `run`. There are more requests than a ring has entries; some are not aligned, lie after the end
+    or fail."""
     before = content(file)
-    told = list[tuple[int, int]]()
-    asked = reads(file, [(at, PAGE) for at in range(0, 60 * PAGE, PAGE)])
-    asked[7] = asked[7]._replace(offset=asked[7].offset + 1)
-    asked[20] = asked[20]._replace(offset=len(before))
-    asked[40] = asked[40]._replace(fd=999)
+    reports = list[tuple[int, int]]()
+    requests = reads(file, [(at, PAGE) for at in range(0, 60 * PAGE, PAGE)])
+    requests[7] = requests[7]._replace(offset=requests[7].offset + 1)
+    requests[20] = requests[20]._replace(offset=len(before))
+    requests[40] = requests[40]._replace(fd=999)
 
     def ended(number: int, result: int) -> None:
         assert threading.current_thread() is caller
-        told.append((number, result))
-        at = asked[number].offset
+        reports.append((number, result))
+        at = requests[number].offset
         if result > 0:
             assert bytes(SPACE[number * PAGE :][:PAGE]) == bytes(before[at : at + PAGE])
 
     SPACE[:] = 0
     caller = threading.current_thread()
-    results = engine.run(asked, ended)
-    assert sorted(told) == [*enumerate(results)]
+    results = engine.run(requests, ended)
+    assert sorted(reports) == [*enumerate(results)]
     assert [results.pop(40), results.pop(20)] == [-errno.EBADF, -errno.ENODATA]
     assert results == [PAGE] * 58
     engine.close()
-    told.clear()
-    assert engine.run(asked, ended) == [-errno.ECANCELED] * 60
-    assert sorted(told) == [(n, -errno.ECANCELED) for n in range(60)]
+    reports.clear()
+    assert engine.run(requests, ended) == [-errno.ECANCELED] * 60
+    assert sorted(reports) == [(n, -errno.ECANCELED) for n in range(60)]
 
 
 @pytest.mark.parametrize("raises", [False, True])
@@ -176,48 +177,48 @@ def test_an_end_is_told_while_others_are_under_way(
     engine: Engine, file: int, raises: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 34. What is raised there is raised once the others have left the memory."""
-    ours, theirs = os.pipe()
+    readable, writable = os.pipe()
     real = os.preadv
-    told = list[int]()
+    reports = list[int]()
 
     def read(fd: int, buffers: Any, at: int) -> int:  # of `threads`
-        return os.readv(fd, buffers) if fd == ours else real(fd, buffers, at)
+        return os.readv(fd, buffers) if fd == readable else real(fd, buffers, at)
 
     def ended(number: int, _: int) -> None:
-        told.append(number)
+        reports.append(number)
         if number == 1:
             later.start()
             if raises:
                 raise RuntimeError("of the caller")
 
-    later = threading.Timer(0.05, os.write, (theirs, b"x" * 10))
+    later = threading.Timer(0.05, os.write, (writable, b"x" * 10))
     monkeypatch.setattr(os, "preadv", read)
     SPACE[:] = 0
-    asked = [Request(ours, 0, AT, 10, False), *reads(file, [(PAGE, PAGE)])]
+    requests = [Request(readable, 0, AT, 10, False), *reads(file, [(PAGE, PAGE)])]
     if raises:
         with pytest.raises(RuntimeError, match="of the caller"):
-            engine.run(asked, ended)
+            engine.run(requests, ended)
     else:
-        assert engine.run(asked, ended) == [10, PAGE]
+        assert engine.run(requests, ended) == [10, PAGE]
     assert bytes(SPACE[:11]) == b"x" * 10 + b"\0"
-    assert told == [1, 0][: 1 if raises else 2]
-    assert engine.run(asked[1:]) == [PAGE]
-    for each in (ours, theirs):
+    assert reports == [1, 0][: 1 if raises else 2]
+    assert engine.run(requests[1:]) == [PAGE]
+    for each in (readable, writable):
         os.close(each)
 
 
 def test_threads_may_ask_at_once(engine: Engine, file: int) -> None:
-    """Each has a ring of its own, which goes with it."""
+    """Each thread has a separate ring, which ends with it."""
     before = content(file)
     others = rings()
 
     def work(number: int) -> None:
-        mine = slice(number << 20, (number + 1) << 20)
+        part = slice(number << 20, (number + 1) << 20)
         for _ in range(4):
-            SPACE[mine] = 0
-            pieces = [(at, 1 << 15) for at in range(mine.start, mine.stop, 1 << 15)]
+            SPACE[part] = 0
+            pieces = [(at, 1 << 15) for at in range(part.start, part.stop, 1 << 15)]
             assert engine.run(reads(file, pieces)) == [1 << 15] * 32
-            assert np.array_equal(SPACE[mine], before[mine])
+            assert np.array_equal(SPACE[part], before[part])
 
     run_threads(work, range(4))
     assert rings() == others
@@ -236,19 +237,19 @@ def test_a_request_under_way_outlives_close(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 15. It ends before its `run` does, and its ring goes then."""
-    ours, theirs = os.pipe()
-    asked = threading.Event()
+    readable, writable = os.pipe()
+    submitted = threading.Event()
 
     def read(fd: int, buffers: Any, _: int) -> int:  # of `threads`
-        asked.set()
+        submitted.set()
         return os.readv(fd, buffers)
 
     def enter(number: int, *rest: int) -> int:
-        asked.set()
+        submitted.set()
         return real(number, *rest)
 
     def work() -> None:
-        results.extend(engine.run([Request(ours, 0, AT, 10, False)]))
+        results.extend(engine.run([Request(readable, 0, AT, 10, False)]))
 
     real = ring.system_call
     results = list[int]()
@@ -256,33 +257,33 @@ def test_a_request_under_way_outlives_close(
     monkeypatch.setattr(ring, "system_call", enter)
     thread = threading.Thread(target=work)
     thread.start()
-    assert asked.wait(10)
+    assert submitted.wait(10)
     engine.close()
-    assert engine.run([Request(ours, 0, AT, 10, False)]) == [-errno.ECANCELED]
+    assert engine.run([Request(readable, 0, AT, 10, False)]) == [-errno.ECANCELED]
     thread.join(0.05)
     assert thread.is_alive()
-    os.write(theirs, b"x" * 10)
+    os.write(writable, b"x" * 10)
     thread.join(10)
     assert (results, rings()) == ([10], 0)
-    for each in (ours, theirs):
+    for each in (readable, writable):
         os.close(each)
 
 
 def test_a_forked_child_is_refused(engine: Engine, file: int) -> None:
     """And holds no ring of another thread of its parent."""
     ask = partial(engine.run, reads(file, [(0, PAGE)]))
-    asked = threading.Event()
+    submitted = threading.Event()
     go = threading.Event()
     others = rings()
 
     def work() -> None:
         ask()
-        asked.set()
+        submitted.set()
         go.wait()
 
     thread = threading.Thread(target=work)
     thread.start()
-    asked.wait()
+    submitted.wait()
     if not (child := os.fork()):
         try:
             ask()
@@ -300,16 +301,16 @@ def test_an_interrupted_caller_waits_for_the_memory(
 ) -> None:
     """Fault 34. The memory may go once `run` has left it, and not before the kernel has; Ctrl-C
     again and again changes nothing."""
-    ours, theirs = os.pipe()
+    readable, writable = os.pipe()
     left = [KeyboardInterrupt] * 3
 
     def interrupt(_: int, frame: Any) -> None:
         while frame and frame.f_code is not type(engine).run.__code__:
             frame = frame.f_back
-        if frame and left:  # inside of `run`, which ends behind the last of them alone
+        if frame and left:  # inside of `run`, which ends only after the last of them
             raise left.pop()
         if frame:
-            os.write(theirs, b"x" * 10)
+            os.write(writable, b"x" * 10)
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, _: os.readv(fd, buffers))  # of `threads`
@@ -317,16 +318,16 @@ def test_an_interrupted_caller_waits_for_the_memory(
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.05, 0.02)
     with pytest.raises(KeyboardInterrupt):
-        engine.run([Request(ours, 0, AT, 10, False)])
+        engine.run([Request(readable, 0, AT, 10, False)])
     assert not left
     assert bytes(SPACE[:11]) == b"x" * 10 + b"\0"
     signal.signal(signal.SIGALRM, before)
-    for each in (ours, theirs):
+    for each in (readable, writable):
         os.close(each)
 
 
 def refusing(call: int, code: int) -> Any:
-    """A kernel that answers one system call with an error."""
+    """Return a kernel that answers one system call with an error."""
     real = ring.system_call
     return lambda number, *rest: -code if number == call else real(number, *rest)
 
@@ -340,9 +341,9 @@ def test_threads_serve_if_io_uring_is_refused(
     """Fault 24. The reason is kept; an engine that was forced is an error."""
     monkeypatch.setattr(ring, "system_call", refusing(ring.SETUP, code))
     monkeypatch.delenv("PORTAKV_IO", raising=False)
-    engine, said = choose()
-    assert (engine.name, [each.accepted for each in said]) == ("threads", [False, True])
-    assert why in said[0].reason
+    engine, decisions = choose()
+    assert (engine.name, [each.accepted for each in decisions]) == ("threads", [False, True])
+    assert why in decisions[0].reason
     with pytest.raises(StoreError, match=r"(?s)'ring', which is forced.*(io=None|Unset)"):
         choose(name="ring")
     monkeypatch.setenv("PORTAKV_IO", "ring")
@@ -357,18 +358,18 @@ def test_without_descriptors_threads_serve(file: int, monkeypatch: pytest.Monkey
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
     try:
-        engine, said = choose()
+        engine, decisions = choose()
         with pytest.raises(StoreError, match=r"'ring'.*which is forced.*Too many open files"):
             choose(name="ring")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert (engine.name, "Too many" in said[0].reason) == ("threads", True)
+    assert (engine.name, "Too many" in decisions[0].reason) == ("threads", True)
 
 
 def test_an_engine_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PORTAKV_IO", raising=False)
-    engine, said = choose(name="threads")
-    assert (engine.name, [each.name for each in said]) == ("threads", ["threads"])
+    engine, decisions = choose(name="threads")
+    assert (engine.name, [each.name for each in decisions]) == ("threads", ["threads"])
     with pytest.raises(InvalidTerms, match=r"'ring' or 'threads'.*got 'aio'"):
         choose(name="aio")
     monkeypatch.setenv("PORTAKV_IO", "threads")

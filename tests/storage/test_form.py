@@ -27,7 +27,8 @@ FORM = small_form()
 
 
 def stored(cache: Cache, form: BlockForm, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of images that hold these blocks of a cache, in order; a row is longer than an image."""
+    """Return rows of images that hold these blocks of a cache, in order; a row is longer than an
+    image."""
     tokens = len(ids) * (cache.view.block_size or 1)
     rows = torch.zeros(tokens // form.block_size, form.image_bytes + 4096, dtype=torch.uint8)
     copy_blocks(cache.view, form.view(rows), ids, torch.arange(len(rows))).synchronize()
@@ -46,7 +47,7 @@ KINDS = {
 
 @st.composite
 def parts(draw: st.DrawFn, extent: int) -> list[tuple[int, int, int]]:
-    """An extent in equal parts, as the ranks of a TP or PP size hold them."""
+    """Return an extent in equal parts, as the ranks of a TP or PP size hold them."""
     count = draw(st.sampled_from([n for n in range(1, extent + 1) if extent % n == 0]))
     step = extent // count
     return [(first, first + step, extent) for first in range(0, extent, step)]
@@ -69,8 +70,8 @@ def test_ranks_of_another_size_read_what_ranks_have_stored(kind: str, data: st.D
     for number, (a, b) in enumerate((a, b) for a in sides[0][0] for b in sides[0][1]):
         count = tokens // sizes[0] + 1
         preset = data.draw(presets)
-        held = a[1] - a[0], b[1] - b[0]
-        cache = Cache(preset, *held, widths, count, sizes[0], seed=100 * number)
+        extents = a[1] - a[0], b[1] - b[0]
+        cache = Cache(preset, *extents, widths, count, sizes[0], seed=100 * number)
         ids = shuffled(count, number)[: count - 1]
         form = BlockForm.of(cache.view, "m", layers=a, heads=b, block_size=sizes[1])
         for whole, own in zip(model, cache.logical(ids), strict=True):
@@ -83,11 +84,11 @@ def test_ranks_of_another_size_read_what_ranks_have_stored(kind: str, data: st.D
         cache = Cache(preset, a[1] - a[0], b[1] - b[0], widths, count, sizes[2], seed=9999)
         ids = shuffled(count, 9)[: count - 1]
         covered = 0
-        mine = BlockForm.of(cache.view, "m", layers=a, heads=b, block_size=sizes[1])
+        own_form = BlockForm.of(cache.view, "m", layers=a, heads=b, block_size=sizes[1])
         for form, rows in zip(forms, images, strict=True):
-            if found := mine.part_of(form):
-                source = form.view(rows).slice(**found[0])
-                target = cache.view.slice(**found[1])
+            if shared := own_form.part_of(form):
+                source = form.view(rows).slice(**shared[0])
+                target = cache.view.slice(**shared[1])
                 copy_blocks(source, target, torch.arange(len(rows)), ids).synchronize()
                 covered += source.layers * source.heads
         assert covered == (a[1] - a[0]) * (b[1] - b[0])
@@ -193,7 +194,7 @@ def test_what_does_not_change_the_bytes_leaves_the_digest(preset: str) -> None:
 
 
 def _number_types() -> list[torch.dtype]:
-    found = [x for x in vars(torch).values() if isinstance(x, torch.dtype)]
+    dtypes = [x for x in vars(torch).values() if isinstance(x, torch.dtype)]
     quantised = {
         torch.complex32,
         torch.quint8,
@@ -203,8 +204,8 @@ def _number_types() -> list[torch.dtype]:
         torch.quint2x4,
     }
     bits = {f"torch.{sign}int{n}" for sign in ("", "u") for n in range(1, 8)}
-    bits |= {str(x) for x in found if "bits" in str(x)}
-    return [*dict.fromkeys(x for x in found if x not in quantised and str(x) not in bits)]
+    bits |= {str(x) for x in dtypes if "bits" in str(x)}
+    return [*dict.fromkeys(x for x in dtypes if x not in quantised and str(x) not in bits)]
 
 
 @pytest.mark.parametrize("dtype", _number_types(), ids=str)
@@ -266,7 +267,7 @@ def test_segments_are_whole_layers(
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs", "found"),
+    ("first", "second", "shared"),
     [
         (((0, 8, 8), (0, 4, 4)), ((0, 8, 8), (1, 2, 4)), ((0, 8, 0, 1), (0, 8, 1, 2))),
         (((0, 8, 8), (1, 2, 4)), ((0, 8, 8), (0, 4, 4)), ((0, 8, 1, 2), (0, 8, 0, 1))),
@@ -276,12 +277,14 @@ def test_segments_are_whole_layers(
         (((0, 8, 8), (0, 4, 4)), ((0, 8, 8), (0, 4, 8)), None),
     ],
 )
-def test_parts_that_two_forms_share(mine: Any, theirs: Any, found: Any) -> None:
+def test_parts_that_two_forms_share(first: Any, second: Any, shared: Any) -> None:
     """Fault 62. TP 1 and 4, stages that overlap in part, parts that do not meet, another model."""
-    one, two = (replace(FORM, layers=x[0], heads=x[1]) for x in (mine, theirs))
-    told = one.part_of(two)
-    slices = found and tuple({"layers": slice(a, b), "heads": slice(c, d)} for a, b, c, d in found)
-    assert told == slices
+    one, two = (replace(FORM, layers=x[0], heads=x[1]) for x in (first, second))
+    result = one.part_of(two)
+    slices = shared and tuple(
+        {"layers": slice(a, b), "heads": slice(c, d)} for a, b, c, d in shared
+    )
+    assert result == slices
     assert one.part_of(replace(two, model="another")) is None
 
 
@@ -311,17 +314,17 @@ def test_a_view_that_is_not_paged_has_no_form() -> None:
         BlockForm.of(view, "m")
 
 
-def _told(**changes: Any) -> str:
+def _text(**changes: Any) -> str:
     return json.dumps({**json.loads(FORM.json()), **changes})
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "{}", "[]", "null", "\x00" * 40, FORM.json()[:40], _told(format=2), _told(layers=4)),
-        *(_told(dtype="float99"), _told(layout="block what"), _told(unknown=1), "[" * 100_000),
-        *(_told(heads=[0, 2.0, 4]), _told(layers=[-4, 0, 4]), _told(layers=[0, 9, 4])),
-        *(_told(block_size=2.5), _told(kv=3), _told(widths=[16, -7]), _told(widths=[16])),
+        *("", "{}", "[]", "null", "\x00" * 40, FORM.json()[:40], _text(format=2), _text(layers=4)),
+        *(_text(dtype="float99"), _text(layout="block what"), _text(unknown=1), "[" * 100_000),
+        *(_text(heads=[0, 2.0, 4]), _text(layers=[-4, 0, 4]), _text(layers=[0, 9, 4])),
+        *(_text(block_size=2.5), _text(kv=3), _text(widths=[16, -7]), _text(widths=[16])),
     ],
 )
 def test_other_text_is_no_form(text: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block image: whatever happens to its bytes, it is what was asked for or refused."""
+"""The block image: a damaged or foreign image is always refused."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _IMAGES = {form: sealed(form, [key_of(1)])[0].numpy() for form in (FORM, LARGE, 
 
 
 def good(row: image.Row, form: BlockForm, key: bytes, generation: int) -> bool:
-    """What a tier asks of an image that it has read."""
-    found = image.header(row, form)
-    if isinstance(found, str) or (found.key, found.generation) != (key, generation):
+    """Return whether a tier accepts an image that it has read."""
+    header = image.header(row, form)
+    if isinstance(header, str) or (header.key, header.generation) != (key, generation):
         return False
-    return image.verify(row, form, found.checksums, generation)
+    return image.verify(row, form, header.checksums, generation)
 
 
 @pytest.mark.parametrize("form", [FORM, LARGE, ODD], ids=["one", "three", "odd"])
@@ -50,14 +50,14 @@ def test_what_is_sealed_is_good_and_lies_as_it_is_told(form: BlockForm) -> None:
     for part in (slice(4096, past), slice(form.image_bytes, None)):
         assert (row[part] == before.numpy()[0][part]).all()
     count = len(form.segments)
-    told = struct.unpack_from(f"<8s16s32sQQII{count}Q", row.tobytes())
-    assert told[:3] == (b"PKVBLK\x00\x01", form.digest, key_of(7))
-    assert told[3:] == ((1 << 64) - 3, form.payload_bytes, count, 0, *sums)
+    fields = struct.unpack_from(f"<8s16s32sQQII{count}Q", row.tobytes())
+    assert fields[:3] == (b"PKVBLK\x00\x01", form.digest, key_of(7))
+    assert fields[3:] == ((1 << 64) - 3, form.payload_bytes, count, 0, *sums)
     assert not row[80 + 8 * count : 4088].any()
     assert struct.unpack("<Q", row[4088:4096].tobytes()) == (xxhash.xxh3_64_intdigest(row[:4088]),)
-    for segment, found in zip(form.segments, sums, strict=True):
+    for segment, checksum in zip(form.segments, sums, strict=True):
         part = row[4096 + segment.offset :][: segment.nbytes].tobytes()
-        assert found == xxhash.xxh3_64_intdigest(part, seed=(1 << 64) - 3)
+        assert checksum == xxhash.xxh3_64_intdigest(part, seed=(1 << 64) - 3)
 
 
 def test_each_bit_of_a_header_is_checked() -> None:
@@ -77,16 +77,16 @@ def test_one_bit_flipped_in_a_payload_is_found(form: BlockForm, data: st.DataObj
     """Fault 1. One bit flipped in a payload: its segment fails, and no other."""
     row = _IMAGES[form]
     bit = data.draw(st.integers(0, 8 * form.payload_bytes - 1))
-    found = image.header(row, form)
-    assert isinstance(found, image.Header)
+    header = image.header(row, form)
+    assert isinstance(header, image.Header)
     row[4096 + (bit >> 3)] ^= 1 << (bit & 7)
     try:
         ends = [x.offset + x.nbytes for x in form.segments]
         wrong = int(np.searchsorted(ends, bit >> 3, side="right"))
         for number in range(len(ends)):
-            told = image.verify(row, form, found.checksums, 1, [number])
-            assert told == (number != wrong)
-        assert not image.verify(row, form, found.checksums, 1)
+            result = image.verify(row, form, header.checksums, 1, [number])
+            assert result == (number != wrong)
+        assert not image.verify(row, form, header.checksums, 1)
     finally:
         row[4096 + (bit >> 3)] ^= 1 << (bit & 7)
 
@@ -123,12 +123,12 @@ def test_a_new_header_over_an_old_payload() -> None:
 
 
 def test_the_image_of_another_key_is_told() -> None:
-    """Fault 6. The image of key a in the place of key b: the header tells whose it is."""
+    """Fault 6. The image of key a in the place of key b: the header names its key."""
     a, b = sealed(FORM, [key_of(1), key_of(2)]).numpy()
     b[:] = a
-    found = image.header(b, FORM)
-    assert isinstance(found, image.Header)
-    assert found.key == key_of(1)
+    header = image.header(b, FORM)
+    assert isinstance(header, image.Header)
+    assert header.key == key_of(1)
     assert not good(b, FORM, key_of(2), 1)
     assert good(b, FORM, key_of(1), 1)
 

@@ -34,7 +34,7 @@ Steps = Generator[Callable[[], object], None, None]
 
 
 def cache(seed: int = 0) -> KVView:
-    """A cache of eight small blocks."""
+    """Return a cache of eight small blocks."""
     tensors = [noise(8, 2, 4, 2, 32, dtype=torch.float16, seed=seed + i) for i in range(4)]
     return KVView(tensors, "layer | block kv token head dim")
 
@@ -44,7 +44,8 @@ TARGET = cache(50)
 
 
 def judge(store: BlockStore) -> None:
-    """The store serves the same keys and new ones, holds nothing that is over, and closes."""
+    """Check that the store serves the same keys and new ones, holds nothing of ended calls, and
+    closes."""
     others = [key_of(100 + number) for number in range(3)]
     saved = store.save(SOURCE, range(6), KEYS, priority="urgent", deadline=LIMIT)
     saved.synchronize(LIMIT)
@@ -64,7 +65,7 @@ def disk(folder: Path) -> Disk:
 
 
 def opening(folder: Path) -> Steps:
-    """A store of all tiers is opened, and closed."""
+    """Open a store of all tiers, and close it."""
 
     def act() -> None:
         form = BlockForm.of(SOURCE, "org/model@1")
@@ -81,7 +82,7 @@ def opening(folder: Path) -> Steps:
     yield act
 
     def again() -> bool:
-        """The folder is free, at the latest when the helper has undone all."""
+        """Check that the folder is free, at the latest after the helper has undone all."""
         try:
             BlockStore(FORM, staging=SIZE, tiers=[disk(folder / "a")]).close()
         except PortaKVError:
@@ -92,7 +93,7 @@ def opening(folder: Path) -> Steps:
 
 
 def serving(folder: Path) -> Steps:
-    """Blocks are saved, found and loaded, with each tier that there is."""
+    """Save blocks, look them up and load them, with each tier that there is."""
     tiers: list[Tier] = [disk(folder / "b"), Remote("memory://")]
     store = BlockStore(FORM, staging=8 * SIZE, host=4 * SIZE, tiers=tiers, full="wait")
 
@@ -115,7 +116,7 @@ def serving(folder: Path) -> Steps:
 
 
 def joining(folder: Path) -> Steps:
-    """Calls join what others began, wait for staging, are late, and are cancelled."""
+    """Join work that other calls began, wait for staging, be late, and be cancelled."""
     tier = FakeTier(width=1)
     go = threading.Event()
     store = BlockStore(FORM, staging=4 * SIZE, host=2 * SIZE, tiers=[tier], full="wait")
@@ -137,7 +138,7 @@ def joining(folder: Path) -> Steps:
 
 
 def closing(folder: Path) -> Steps:
-    """A store is closed while calls are under way."""
+    """Close a store while calls are under way."""
     tier = FakeTier(width=1)
     go = threading.Event()
     tiers: list[Tier] = [disk(folder / "c"), tier]
@@ -173,29 +174,29 @@ class Pool:
 
 
 def graphs(folder: Path) -> Steps:
-    """Tasks follow each other, share leases, are late, and are cancelled."""
+    """Run tasks that follow each other, share leases, are late, and are cancelled."""
     graph = Graph()
     pool = Pool()
     go = threading.Event()
     queue = graph.queue("one", 2)
     narrow = graph.queue("two", 1, max_gbps=10.0)
 
-    def held(task: Task, mask: Any) -> None:
+    def slow(task: Task, mask: Any) -> None:
         go.wait(0.02)
 
     def act() -> None:
         tasks = list[Task]()
         for number in range(6):
             lease = Lease(pool, 2, number % 2 == 1)
-            read = Task(held, 2, queue=queue, lease=lease, nbytes=10)
+            read = Task(slow, 2, queue=queue, lease=lease, nbytes=10)
             check = Task(None, 2, after=[read])
-            leg = Task(held, 1, queue=narrow, lease=lease, after=[(check, [0], [1])], nbytes=10)
-            gate = Task(None, 1, after=[leg])
+            stage = Task(slow, 1, queue=narrow, lease=lease, after=[(check, [0], [1])], nbytes=10)
+            gate = Task(None, 1, after=[stage])
             graph.submit(
-                [read, check, leg, gate], priority="background" if number % 2 else "urgent"
+                [read, check, stage, gate], priority="background" if number % 2 else "urgent"
             )
             tasks.append(gate)
-        late = Task(held, 1, queue=narrow, nbytes=5)
+        late = Task(slow, 1, queue=narrow, nbytes=5)
         graph.submit([late], deadline=0.001)
         graph.cancel(tasks[4])
         graph.grant(pool)
@@ -209,7 +210,7 @@ def graphs(folder: Path) -> Steps:
 
     yield act
     go.set()
-    task = Task(None, 1, after=[Task(held, 1, queue=narrow, lease=Lease(pool, 3))])
+    task = Task(None, 1, after=[Task(slow, 1, queue=narrow, lease=Lease(pool, 3))])
     graph.submit([task.after[0][0], task], priority="background")
     assert task.wait(LIMIT), "it hangs"
     assert settles(lambda: not graph.live), "a node lives"
@@ -222,7 +223,7 @@ def graphs(folder: Path) -> Steps:
 
 
 def ending(folder: Path) -> Steps:
-    """A graph is closed while nodes wait."""
+    """Close a graph while nodes wait."""
     graph = Graph()
     go = threading.Event()
     queue = graph.queue("one", 1)
@@ -261,9 +262,9 @@ SCENARIOS = [opening, serving, joining, closing, graphs, ending]
 
 @pytest.mark.parametrize("scenario", by_width(SCENARIOS, [serving, opening]))
 def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) -> None:
-    found, count = orphans(scenario, tmp_path, FILES)
+    leaks, count = orphans(scenario, tmp_path, FILES)
     print(f"{scenario.__name__}: {count} lines")
-    assert found == []
+    assert leaks == []
 
 
 @pytest.mark.slow
@@ -272,8 +273,8 @@ def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) 
 def test_an_interrupt_each_time_that_a_line_runs_leaves_nothing(
     scenario: Any, tmp_path: Path
 ) -> None:
-    found, _ = orphans(scenario, tmp_path, FILES, every=True)
-    assert found == []
+    leaks, _ = orphans(scenario, tmp_path, FILES, every=True)
+    assert leaks == []
 
 
 @pytest.mark.parametrize("scenario", by_width([joining, graphs], [joining]))
@@ -283,8 +284,8 @@ def test_interrupts_without_helpers_leave_something(
     """The negative control: the main thread makes all changes itself."""
     monkeypatch.setattr("portakv.runtime.interrupts.interruptible", bool)
     monkeypatch.setattr("support.interrupts.LIMIT", 1.0)
-    found, _ = orphans(scenario, tmp_path, FILES, most=1)
-    assert found
+    leaks, _ = orphans(scenario, tmp_path, FILES, most=1)
+    assert leaks
 
 
 def test_interrupts_meet_what_callers_run(tmp_path: Path) -> None:

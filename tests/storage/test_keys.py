@@ -27,8 +27,8 @@ def test_a_key_is_the_hash_of_all_before_it(salt: bytes, extra: list[bytes] | No
     previous = hashlib.sha256(b"portakv" + salt).digest()
     assert len(keys) == 3
     for number, key in enumerate(keys):
-        told = previous + struct.pack("<4I", *range(4 * number, 4 * number + 4))
-        previous = hashlib.sha256(told + (extra[number] if extra else b"")).digest()
+        hashed = previous + struct.pack("<4I", *range(4 * number, 4 * number + 4))
+        previous = hashlib.sha256(hashed + (extra[number] if extra else b"")).digest()
         assert key == previous
 
 
@@ -104,9 +104,9 @@ def test_booleans_are_no_numbers_in_vllm_s_chain() -> None:
     """RFC 8949: 81 f5 is a list of true, 81 01 of one."""
     ids = b"\x84\x00\x17\x18\x18\x18\xff"
     seed = hashlib.sha256(b"\x61a").digest()
-    for extra, told in ((True, b"\x81\xf5"), (False, b"\x81\xf4"), (1, b"\x81\x01")):
-        found = vllm_keys(TOKENS[:4], 4, "a", [(extra,)])
-        assert found == [hashlib.sha256(b"\x83\x58\x20" + seed + ids + told).digest()]
+    for extra, encoded in ((True, b"\x81\xf5"), (False, b"\x81\xf4"), (1, b"\x81\x01")):
+        keys = vllm_keys(TOKENS[:4], 4, "a", [(extra,)])
+        assert keys == [hashlib.sha256(b"\x83\x58\x20" + seed + ids + encoded).digest()]
 
 
 def test_lmcache_s_chain() -> None:
@@ -143,9 +143,9 @@ def test_lmcache_s_chain_without_blake3(monkeypatch: pytest.MonkeyPatch) -> None
 def test_vllm_s_chain(seed: str | None, extra: Any, keys: tuple[str, str]) -> None:
     """The first halves of what ``init_none_hash(sha256_cbor)`` with PYTHONHASHSEED=``seed``, then
     ``hash_block_tokens`` with extra keys make, in vllm 0.33.0 with cbor2 6.3.0."""
-    told: dict[str, Any] = {} if seed is None else {"seed": seed}
-    found = vllm_keys(TOKENS, 4, extra=extra, **told)
-    assert [key.hex()[:32] for key in found] == [*keys]
+    options: dict[str, Any] = {} if seed is None else {"seed": seed}
+    result = vllm_keys(TOKENS, 4, extra=extra, **options)
+    assert [key.hex()[:32] for key in result] == [*keys]
 
 
 def test_shorter_keys_get_zeros_behind_them() -> None:
@@ -169,7 +169,7 @@ def test_weak_keys_is_a_flag(weak: Any) -> None:
     ],
 )
 def test_keys_of_a_wrong_length_are_refused(key: Any, weak: bool) -> None:
-    """Fault 63. Keys of wrong length: a sentence that tells the key's number, not the key."""
+    """Fault 63. Keys of wrong length: a sentence that names the key's number, not the key."""
     with pytest.raises(InvalidTerms, match=r"Expected keys .* as keys\[1\]") as error:
         check_keys([bytes(32), key], weak)
     assert "aaa" not in str(error.value)

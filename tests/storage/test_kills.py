@@ -29,12 +29,12 @@ CHAINS = [[key_of(100 * chain + number) for number in range(1, 13)] for chain in
 
 
 def opened(folder: Path, form: BlockForm, io: Any) -> DiskStore:
-    """The store of a tier of a form, in a folder that others were killed in."""
+    """Return the store of a tier of a form, in a folder in which earlier processes were killed."""
     return cases.reopened(Disk(folder, capacity=ROOM, io=io), form)
 
 
 def writer(folder: Path, form: BlockForm, io: Any) -> Callable[[int], None]:
-    """What a child does until it is killed: save the next blocks of chains."""
+    """Save the next blocks of chains in a child until it is killed."""
 
     def work(ready: int) -> None:
         draw = random.Random(os.getpid())
@@ -60,15 +60,15 @@ def check(folder: Path, form: BlockForm, io: str) -> int:
     """Return how many blocks a form has, each of which is right."""
     store = opened(folder, form, io)
     try:
-        held = []
+        stored = []
         for chain in CHAINS:
             there = store.has(chain)
             assert there == sorted(there, reverse=True), "a block without its predecessor"
-            held += [key for key, is_there in zip(chain, there, strict=True) if is_there]
-        rows = cases.images(max(len(held), 1), form)
-        assert store.read(held, [*rows][: len(held)]) == [True] * len(held)
-        assert all(cases.holds(row, form, key) for row, key in zip(rows, held, strict=False))
-        return len(held)
+            stored += [key for key, is_there in zip(chain, there, strict=True) if is_there]
+        rows = cases.images(max(len(stored), 1), form)
+        assert store.read(stored, [*rows][: len(stored)]) == [True] * len(stored)
+        assert all(cases.holds(row, form, key) for row, key in zip(rows, stored, strict=False))
+        return len(stored)
     finally:
         store.close()
 
@@ -78,13 +78,13 @@ def check(folder: Path, form: BlockForm, io: str) -> int:
     "kills", [4, pytest.param(200, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_kills_at_random(tmp_path: Path, io: str, kills: int) -> None:
-    found = 0
+    total = 0
     for number in range(kills):
         form = FORMS[number * 7 // 4 % 3]
         cases.kill_writer(writer(tmp_path, form, io), 0.05)
-        found += check(tmp_path, form, io)
+        total += check(tmp_path, form, io)
         if number % 8 == 7:
             for each in FORMS:
                 check(tmp_path, each, io)
         assert sum(path.stat().st_size for path in tmp_path.glob("*/slots")) <= ROOM
-    assert found >= 2 * kills
+    assert total >= 2 * kills

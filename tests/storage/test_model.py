@@ -26,7 +26,7 @@ from portakv.storage.store import BlockStore
 
 
 def of(**choices: Any) -> Any:
-    """Arguments that Hypothesis draws."""
+    """Return arguments that Hypothesis draws."""
     return {name: st.sampled_from(x) for name, x in choices.items()}
 
 
@@ -45,7 +45,7 @@ FREE = precondition(lambda self: len(self.open) < 12)
 
 
 def cells(form: BlockForm) -> set[tuple[int, int]]:
-    """Each head of each layer that blocks of a form have."""
+    """Return each head of each layer that blocks of a form have."""
     return {*product(range(*form.layers[:2]), range(*form.heads[:2]))}
 
 
@@ -74,8 +74,8 @@ class StoreModel(RuleBasedStateMachine):
         self.part = self.world.ranks[rank]
         self.engine = Troubled(choose((), io)[0])
         self.far.hold = self.engine.go
-        room = sizes["slots"] * form.image_bytes
-        self.disk = WatchedDisk(self.folder, capacity=room, admit=admit, io=self.engine)
+        capacity = sizes["slots"] * form.image_bytes
+        self.disk = WatchedDisk(self.folder, capacity=capacity, admit=admit, io=self.engine)
         chosen = [getattr(self, name) for name in tiers.split()]
         self.parts = bool({*self.disk.forms(form), *self.far.forms(form)} - {form})
         memory: Any = {x: sizes[x] * self.world.form(0).image_bytes for x in ("staging", "host")}
@@ -110,7 +110,7 @@ class StoreModel(RuleBasedStateMachine):
     @precondition(lambda self: self.age > 3)
     @rule(**STORE, **of(kill=(False, True), share=(0.0, 0.5, 1.0)))
     def restart(self, kill: bool, share: float, **store: Any) -> None:
-        """A process that is killed leaves its last requests half done."""
+        """Kill the process, which leaves its last requests half done, and start again."""
         self.closing = True
         self.engine.dead = kill
         self.engine.share = share
@@ -134,7 +134,7 @@ class StoreModel(RuleBasedStateMachine):
     @precondition(lambda self: self.age > 6)
     @rule(**RUN, **STORE, ranks=st.sampled_from(((1, 2), (5, 6, 2), (3, 4))))
     def others(self, run: Any, ranks: tuple[int, ...], rank: int, **store: Any) -> None:
-        """All ranks of another split save the same blocks, before this one is there again."""
+        """Save the same blocks from all ranks of another split, before this one is there again."""
         for each in (*ranks, rank):
             self.restart(kill=False, share=0.0, rank=each, **store)
             if self.engine.go.is_set():
@@ -201,7 +201,8 @@ class StoreModel(RuleBasedStateMachine):
 
     @rule(**RUN, which=st.sampled_from((0, 1, 2)))
     def undisturbed(self, run: Any, which: int) -> None:
-        """What is found is loaded; what is saved is found, and evicts no more than it must."""
+        """Check that known blocks are loaded, and that saved blocks are known and evict no more
+        than they must."""
         self.settle()
         fired = self.engine.fired
         (first, many, apart) = run
@@ -224,15 +225,15 @@ class StoreModel(RuleBasedStateMachine):
             for slots, *_ in before:
                 goes = slots.chains.next(slots.folder)
                 # Its own, or what these follow; or its own went for one that comes before it.
-                gone = any(keys & held - {*one.index} for one, _, held in before)
+                gone = any(keys & stored - {*one.index} for one, _, stored in before)
                 refused = goes is None or goes in keys or gone
                 assert refused or call.handle.landed.all(), "what was saved did not land"
             landed = zip(call.keys, call.handle.landed, strict=True)
             there = all(self.store.lookup([key_of(i)]) for i, well in landed if well)
             assert there, "what was saved is not there"
-            for slots, evicted, held in before if call.handle.landed.all() else ():
-                free = slots.limit - slots.broken - len(held)
-                assert slots.evicted - evicted == max(0, len(keys - held) - free), "a lost slot"
+            for slots, evicted, stored in before if call.handle.landed.all() else ():
+                free = slots.limit - slots.broken - len(stored)
+                assert slots.evicted - evicted == max(0, len(keys - stored) - free), "a lost slot"
 
     # --- what goes wrong ---
 
@@ -268,8 +269,8 @@ WIDE = [pytest.param(*each, marks=pytest.mark.slow) for each in ((SMALL, 22.0), 
 def test_any_order_of_calls(tmp_path: Path, shape: dict[str, int], times: float) -> None:
     world = World(tmp_path, **shape)
     many = max(1, int(times * settings().max_examples))
-    given = settings(max_examples=many, stateful_step_count=50)
-    run_model(cast(Any, lambda: StoreModel(world)), settings=given)
+    chosen = settings(max_examples=many, stateful_step_count=50)
+    run_model(cast(Any, lambda: StoreModel(world)), settings=chosen)
     assert world.steps > 40 * many
     assert all(cache.holds() for cache in world.sources)
 
@@ -277,8 +278,8 @@ def test_any_order_of_calls(tmp_path: Path, shape: dict[str, int], times: float)
 class Quick(StoreModel):
     """A model whose loads have ended before their rule returns."""
 
-    def load(self, *given: Any, **terms: Any) -> None:
-        super().load(*given, **terms)
+    def load(self, *arguments: Any, **terms: Any) -> None:
+        super().load(*arguments, **terms)
         self.open[-1].handle.wait()
 
 

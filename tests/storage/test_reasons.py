@@ -31,7 +31,7 @@ FORM = small_form()
 
 
 def cache(seed: int = 0) -> KVView:
-    """A paged cache of noise that the small form fits."""
+    """Return a paged cache of noise that the small form fits."""
     tensors = [noise(12, 2, 4, 2, 32, dtype=torch.float16, seed=seed + i) for i in range(4)]
     return KVView(tensors, "layer | block kv token head dim")
 
@@ -46,7 +46,7 @@ def saved(store: BlockStore) -> None:
 
 
 def error_of_load(store: BlockStore, **terms: Any) -> str:
-    """The sentence of a load of all blocks."""
+    """Return the sentence of a load of all blocks."""
     with pytest.raises(TransferError) as error:
         store.load(cache(), range(8), KEYS, **terms).synchronize(LIMIT)
     store.load(cache(), range(8), KEYS, missing="skip").synchronize(LIMIT)
@@ -97,13 +97,13 @@ class Failing:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """An address where something listens and never answers."""
+    """Yield an address where something listens and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 def impatient(url: str, endpoint: str) -> Remote:
-    """A remote tier at an endpoint, which gives up soon."""
+    """Return a remote tier at an endpoint, which gives up soon."""
     retry = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
     options = {"allow_http": True, "read_timeout": "200ms"}
     names: dict[str, Any] = {"access_key_id": "a", "secret_access_key": "b", "region": "r"}
@@ -156,11 +156,11 @@ def test_a_block_that_goes_between_the_plan_and_the_read_is_evicted(tmp_path: Pa
         read = tier_store.read
         (slots, _), *_ = tier_store.parts
 
-        def evict_first(*given: Any) -> list[bool]:
+        def evict_first(*arguments: Any) -> list[bool]:
             place = slots.pin(KEYS[2])
             if place:
                 slots.unpin(place, good=False)
-            landed: list[bool] = read(*given)
+            landed: list[bool] = read(*arguments)
             return landed
 
         tier_store.read = evict_first
@@ -228,13 +228,13 @@ def test_calls_that_join_a_read_have_its_reasons() -> None:
         tier_store: Any = store._tier_stores[0]
         read = tier_store.read
 
-        def held(*given: Any) -> list[bool]:
+        def blocked(*arguments: Any) -> list[bool]:
             begun.set()
             assert go.wait(LIMIT)
-            landed: list[bool] = read(*given)
+            landed: list[bool] = read(*arguments)
             return landed
 
-        tier_store.read = held
+        tier_store.read = blocked
         handles = [store.load(cache(), range(8), KEYS) for _ in range(2)]
         assert begun.wait(LIMIT)
         go.set()
@@ -277,7 +277,7 @@ def test_a_save_that_staging_drops_is_logged(caplog: pytest.LogCaptureFixture) -
 
 
 def error_of(handle: Any) -> str:
-    """The sentence with which a handle ends."""
+    """Return the sentence with which a handle ends."""
     with pytest.raises(TransferError) as error:
         handle.synchronize(LIMIT)
     return str(error.value)
@@ -302,7 +302,7 @@ def test_a_save_to_the_host_tier_counts_blocks_that_are_gone_when_it_ends() -> N
 @pytest.mark.parametrize("end", ["late", "cancelled"])
 @pytest.mark.parametrize("call", ["save", "load", "joined load"])
 def test_blocks_whose_transfer_never_began_are_counted(call: str, end: str) -> None:
-    """One block holds the only worker; the others wait behind it."""
+    """One block holds the only worker; the others wait for it."""
     tier = FakeTier(width=1)
     with opened(tier) as store:
         saved(store)

@@ -58,7 +58,7 @@ KEYS = [bytes([n]) * 32 for n in range(40)]
 
 
 class Case:
-    """A prefix of its own in the store, which is reached through the proxy, or around it."""
+    """A separate prefix in the store, which is reached through the proxy, or around it."""
 
     def __init__(self, proxy: Proxy, bucket: str) -> None:
         self.proxy = proxy
@@ -100,7 +100,7 @@ class Case:
         return self.opened(self.remote(**settings), form)[0]
 
     def opened(self, remote: Remote, form: BlockForm) -> list[RemoteStore]:
-        """The stores of a tier of a form, and what was found for it, as a store opens them."""
+        """Return a tier's stores for a form and the forms that it has, as a store opens them."""
         tier_stores = remote.open(self.graph, None, [form, *remote.forms(form)])
         self.proxy.play()
         return tier_stores
@@ -123,14 +123,14 @@ class Case:
 
 
 def image(form: BlockForm, key: bytes, generation: int = 1) -> Row:
-    """A sealed image of random bytes."""
+    """Return a sealed image of random bytes."""
     row = np.random.default_rng([*key]).integers(0, 256, form.image_bytes, np.uint8)
     seal(row, form, key, generation)
     return row
 
 
 def load(stored: RemoteStore, key: bytes, **how: Any) -> tuple[bool, Row]:
-    """Whether a block came, and the row that it was to come into."""
+    """Return whether a block came, and its row."""
     row = np.full(stored.form.image_bytes, 0xEE, np.uint8)
     (well,) = stored.read([key], [row], **how)
     return well, row
@@ -365,23 +365,23 @@ def test_a_storm_of_503_opens_the_breaker_which_closes_again(case: Case) -> None
     case.lay(KEYS[0])
     stored = case.tier_store(retries=1)
 
-    def asked(well: bool) -> int:
+    def requests_of_load(well: bool) -> int:
         before = len(case.proxy.requests)
         assert load(stored, KEYS[0])[0] == well
         return len(case.proxy.requests) - before
 
     case.proxy.play(Fault("GET", answer=b"503 Slow Down\nx", times=2 * (FAILURES + 7)))
-    assert [asked(False) for _ in range(FAILURES)] == [2] * FAILURES
+    assert [requests_of_load(False) for _ in range(FAILURES)] == [2] * FAILURES
     assert stored.statistics()["left_alone"]
-    assert asked(False) == 0
+    assert requests_of_load(False) == 0
     assert stored.has(KEYS[:1]) == [False]
     assert save(stored, KEYS[1]) == [False]
     pauses = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
     for at, pause in enumerate(pauses):  # after each one request goes, the probe
         case.now += pause - 0.5
-        assert asked(False) == 0
+        assert requests_of_load(False) == 0
         case.now += 0.5
-        assert asked(at == len(pauses) - 1) == (2 if at < len(pauses) - 1 else 1)
+        assert requests_of_load(at == len(pauses) - 1) == (2 if at < len(pauses) - 1 else 1)
     assert not stored.statistics()["left_alone"]
     assert stored.has(KEYS[:1]) == [True]  # a refusal was not remembered
 
@@ -424,9 +424,9 @@ def test_credentials_that_are_refused_are_told_once_a_minute_and_never_shown(
     seen += [generate_latest(registry).decode()]
     seen += [json.dumps([stored.statistics(), case.counted(), *map(str, caplog.records)])]
     for error in (raised.value, pickled.value):
-        told = traceback.TracebackException.from_exception(error, capture_locals=True)
-        kept = [x for x in told.stack if x.filename != __file__]  # here stands the answer itself
-        seen += [*told.format_exception_only(), *traceback.StackSummary.from_list(kept).format()]
+        trace = traceback.TracebackException.from_exception(error, capture_locals=True)
+        frames = [x for x in trace.stack if x.filename != __file__]  # this file has the answer
+        seen += [*trace.format_exception_only(), *traceback.StackSummary.from_list(frames).format()]
         assert error.__cause__ is None
     assert not [text for text in seen if SECRET in text or "secret" in text.lower()]
 
@@ -465,12 +465,12 @@ def test_a_secret_in_an_address_is_not_shown_whatever_stands_in_it(url: str, sho
     """Fault 44: a slash, an @, or what begins a query."""
     sentence = f"Remote('{shown}')"
     try:
-        told = repr(Remote(url))
+        text = repr(Remote(url))
     except (StoreError, InvalidTerms) as error:
-        told = "".join(traceback.format_exception(error))
+        text = "".join(traceback.format_exception(error))
         sentence = f" {shown}: " if isinstance(error, StoreError) else f" after {shown}. "
-    assert sentence in told
-    assert SECRET not in told
+    assert sentence in text
+    assert SECRET not in text
 
 
 def test_what_a_provider_of_credentials_says_is_not_shown(
@@ -551,7 +551,7 @@ def test_plain_http_can_be_allowed_by_the_environment(
 def test_a_forked_process_is_refused(case: Case) -> None:
     """Fault 13. Calls of obstore would never return there."""
     remote = case.remote()
-    told = []
+    refusals = []
     (stored,) = case.opened(remote, SMALL)
     works: list[Any] = [
         partial(Remote, "memory://"),
@@ -568,8 +568,8 @@ def test_a_forked_process_is_refused(case: Case) -> None:
             try:
                 work()
             except (StoreError, TransferError) as error:
-                told.append("spawn" in str(error) or "forked from" in str(error))
-        os._exit(0 if told == [True] * len(works) else 1)
+                refusals.append("spawn" in str(error) or "forked from" in str(error))
+        os._exit(0 if refusals == [True] * len(works) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -580,7 +580,7 @@ def test_without_obstore_a_sentence_says_what_brings_it(monkeypatch: pytest.Monk
 
 
 def test_a_store_is_refused_with_a_sentence_if_no_descriptor_is_left(tmp_path: Path) -> None:
-    """Fault 25. With any number of descriptors a store opens and is asked, or says why not."""
+    """Fault 25. With any number of descriptors a store opens and answers, or gives a reason."""
     text = """if True:
         import os, resource, sys
         from portakv.errors import StoreError
@@ -610,10 +610,10 @@ def test_a_store_is_refused_with_a_sentence_if_no_descriptor_is_left(tmp_path: P
     words = [sys.executable, "-c", text, str(tmp_path / "a")]
     ran = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
-    told = ran.stdout.splitlines()
-    assert len(told) == 18
-    assert "stored" in told[:9]
-    assert all("Too many open files" in told[n] for n in (0, 9))
+    lines = ran.stdout.splitlines()
+    assert len(lines) == 18
+    assert "stored" in lines[:9]
+    assert all("Too many open files" in lines[n] for n in (0, 9))
 
 
 def test_a_put_whose_answer_is_lost_is_a_success(case: Case) -> None:
@@ -650,7 +650,7 @@ def test_a_block_that_was_loaded_is_there_for_a_lookup(case: Case) -> None:
 
 @pytest.mark.parametrize("how", ["wipe", "miss", "minute"])
 def test_a_form_that_was_deleted_is_put_again(case: Case, how: str) -> None:
-    """By a wipe, and by others: with blocks, which is noticed, or alone."""
+    """A wipe or another client deletes the form: with blocks, which is noticed, or alone."""
     remote = case.remote()
     (stored,) = case.opened(remote, SMALL)
     assert save(stored, KEYS[0]) == [True]
@@ -737,26 +737,26 @@ def test_a_lookup_asks_in_batches_and_remembers_for_a_while(case: Case) -> None:
             case.lay(key)
     store = BlockStore(SMALL, staging=1 << 20, tiers=[case.remote(workers=8)])
 
-    def asked(count: int) -> int:
+    def requests_of_lookup(count: int) -> int:
         case.proxy.play()
         assert store.lookup(KEYS[:30], timeout=20) == count
         return len(case.proxy.requests)
 
-    assert asked(13) == 8 + 16  # two batches; the third is not asked
+    assert requests_of_lookup(13) == 8 + 16  # two batches; the third is not sent
     case.now += 4
-    assert asked(13) == 0
+    assert requests_of_lookup(13) == 0
     case.lay(KEYS[13])
     case.now += 2  # nothing is missing for more than 5 s
-    assert asked(18) == 1 + 6
+    assert requests_of_lookup(18) == 1 + 6
     case.now += 55  # or there for more than 60
-    assert asked(18) == 17 + 6
+    assert requests_of_lookup(18) == 17 + 6
     assert store.lookup([]) == 0
     store.close()
 
 
 @pytest.mark.parametrize("forms", [1, 3])
 def test_a_load_asks_no_bucket_what_it_has(case: Case, forms: int) -> None:
-    """It begins at once: of parts that no lookup has found it takes blocks of its own form."""
+    """It begins immediately, with blocks of the store's form if no lookup confirmed other parts."""
     shape = 40, 2, 16, 2, 8
     tensors = [noise(*shape, dtype=torch.float16, seed=n) for n in range(4)]
     view = KVView(tensors, "layer | block kv token head dim")
@@ -771,13 +771,13 @@ def test_a_load_asks_no_bucket_what_it_has(case: Case, forms: int) -> None:
             store.save(part, some, [KEYS[i] for i in some], deadline=20).synchronize(20)
     store = BlockStore(BlockForm.of(view, "m"), staging=1 << 20, tiers=[case.remote()])
     case.proxy.play(Fault("HEAD", stall=0.2, times=999))
-    for found in (20, 40 if forms > 1 else 20):
+    for count in (20, 40 if forms > 1 else 20):
         loaded = store.load(target, range(40), KEYS[:40], missing="skip")
         loaded.synchronize(20)
-        assert loaded.landed.sum() == found
+        assert loaded.landed.sum() == count
         assert loaded.landed[:20].all()
-        for mine, theirs in zip(target.tensors, tensors, strict=True):
-            assert torch.equal(mine[:found].view(torch.int16), theirs[:found].view(torch.int16))
+        for actual, expected in zip(target.tensors, tensors, strict=True):
+            assert torch.equal(actual[:count].view(torch.int16), expected[:count].view(torch.int16))
         assert not [x for x in case.proxy.requests if x.startswith("HEAD")]
         case.proxy.play()
         assert store.lookup(KEYS[:40], timeout=20) == (40 if forms > 1 else 20)
@@ -893,12 +893,12 @@ def test_every_kind_of_store_keeps_and_wipes_its_blocks(
 
 
 def test_a_wipe_takes_nothing_beside_the_prefix(case: Case) -> None:
-    beside = case.store(case.proxy.url, "")
-    obstore.put(beside, f"{case.prefix}2/1/x", b"1")
-    obstore.put(beside, f"{case.prefix}/other", b"1")
+    whole_bucket = case.store(case.proxy.url, "")
+    obstore.put(whole_bucket, f"{case.prefix}2/1/x", b"1")
+    obstore.put(whole_bucket, f"{case.prefix}/other", b"1")
     assert save(case.tier_store(), *KEYS) == [True] * len(KEYS)
     assert case.remote().wipe() == len(KEYS) + 1
-    paths = [one["path"] for batch in obstore.list(beside) for one in batch]
+    paths = [one["path"] for batch in obstore.list(whole_bucket) for one in batch]
     assert {x for x in paths if case.prefix in x} == {f"{case.prefix}2/1/x", f"{case.prefix}/other"}
 
 
@@ -906,7 +906,7 @@ def test_one_probe_is_sent_at_a_time() -> None:
     """Fault 43."""
     remote = Remote("memory://")
     clock = [0.0]
-    asked = list[object]()
+    calls = list[object]()
     remote.now = lambda: clock[0]
 
     def fails() -> None:
@@ -914,15 +914,15 @@ def test_one_probe_is_sent_at_a_time() -> None:
 
     def hangs() -> bool:
         clock[0] += 30
-        return remote.ask(asked.append, 1) is None
+        return remote.ask(calls.append, 1) is None
 
     for _ in range(FAILURES):
         remote.ask(fails)
     clock[0] += 1
     assert remote.ask(hangs)
-    assert asked == []
-    remote.ask(asked.append, 2)
-    assert asked == [2]
+    assert calls == []
+    remote.ask(calls.append, 2)
+    assert calls == [2]
 
 
 def test_an_object_that_is_written_anew_in_between_is_no_miss_afterwards(case: Case) -> None:
@@ -939,14 +939,14 @@ def test_an_object_that_is_written_anew_in_between_is_no_miss_afterwards(case: C
 
 
 def bodies(case: Case, keys: list[bytes] = KEYS) -> dict[bytes, bytes]:
-    """The objects of blocks, read around the proxy."""
+    """Return the objects of blocks, read around the proxy."""
     paths = {case.path(key): key for key in keys}
-    found = {}
+    result = {}
     for batch in obstore.list(case.raw):
         for one in batch:
             if one["path"] in paths:
-                found[paths[one["path"]]] = bytes(obstore.get(case.raw, one["path"]).bytes())
-    return found
+                result[paths[one["path"]]] = bytes(obstore.get(case.raw, one["path"]).bytes())
+    return result
 
 
 @pytest.mark.parametrize("segments", [None, [0]])
@@ -972,9 +972,9 @@ def test_a_path_that_flips_a_bit_costs_no_object(
     assert save(stored, *keys) == [True] * 8
     assert bodies(case) == before
 
-    told = [x.getMessage() for x in caplog.records if "came wrong twice" in x.getMessage()]
-    assert len(told) == 8
-    for key, line in zip(keys, told, strict=True):
+    messages = [x.getMessage() for x in caplog.records if "came wrong twice" in x.getMessage()]
+    assert len(messages) == 8
+    for key, line in zip(keys, messages, strict=True):
         assert f"{stored._remote.url}/{case.path(key)} " in line
         assert "the bytes changed on the way here" in line
 
@@ -1064,10 +1064,10 @@ def test_stores_without_an_md5_have_damaged_objects_written_anew(
 def test_an_etag_that_is_no_md5_blames_no_path(
     case: Case, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As in a bucket that encrypts by a key service: ETags of 32 hex that are no MD5."""
+    """A bucket that encrypts by a key service has ETags of 32 hex that are no MD5."""
     stored = case.tier_store()
     assert save(stored, KEYS[0]) == [True]
-    # The form's object tells: its bytes are known, its ETag is then another one's.
+    # The form's object shows it: its bytes are known, its ETag is then another one's.
     obstore.put(case.raw, f"1/{SMALL.name}/form.json", b"other bytes")
     case.proxy.play(Fault("GET", flip=9, times=2))
     assert not load(stored, KEYS[0])[0]

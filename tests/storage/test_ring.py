@@ -50,7 +50,8 @@ def file(tmp_path: Path) -> Iterator[int]:
 
 
 def play(monkeypatch: pytest.MonkeyPatch, *steps: Step) -> list[Step]:
-    """Have each step answer one ``enter``, and the kernel those that follow; what is left of it."""
+    """Have each step answer one ``enter``, and the kernel those that follow; return the steps that
+    are left."""
     left = list(steps)
 
     def system_call(number: int, *rest: int) -> int:
@@ -62,18 +63,19 @@ def play(monkeypatch: pytest.MonkeyPatch, *steps: Step) -> list[Step]:
 
 
 def ask(file: int, write: bool = False) -> list[Request]:
-    """Page n of the file and page n of the memory, for each n."""
+    """Return requests for page n of the file and page n of the memory, for each n."""
     at = SPACE.ctypes.data
     return [Request(file, n * PAGE, at + n * PAGE, PAGE, write) for n in range(COUNT)]
 
 
 def right(file: int) -> bool:
-    """The file and the memory hold the same."""
+    """Return whether the file and the memory hold the same."""
     return bytes(SPACE) == Path(f"/proc/self/fd/{file}").read_bytes()
 
 
-def told(one: OneRing, index: int, result: int) -> Step:
-    """The kernel carries out what was put, but tells this of one request."""
+def reporting(one: OneRing, index: int, result: int) -> Step:
+    """Return a step in which the kernel carries out the requests, but reports this result of
+    one."""
 
     def step(*numbers: int) -> int:
         done = REAL(*numbers)
@@ -128,7 +130,7 @@ def test_a_request_that_is_interrupted_is_made_again(
     one: OneRing, file: int, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 31. It fails alone if it goes on so."""
-    left = play(monkeypatch, told(one, 2, code), told(one, 3, code))
+    left = play(monkeypatch, reporting(one, 2, code), reporting(one, 3, code))
     ends = list[tuple[int, int]]()
     SPACE[:] = 0
     assert one.run(ask(file), lambda *end: ends.append(end)) == [PAGE] * COUNT
@@ -188,7 +190,7 @@ def test_an_interrupt_at_any_line_leaves_no_request_under_way(
 def test_a_request_that_fails_does_so_alone(
     one: OneRing, file: int, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play(monkeypatch, told(one, 5, code))
+    play(monkeypatch, reporting(one, 5, code))
     expected = [PAGE] * COUNT
     expected[5] = code
     assert one.run(ask(file)) == expected
@@ -210,7 +212,7 @@ def test_an_end_of_another_batch_poisons_the_ring(one: OneRing, file: int, key: 
 def test_an_end_that_is_told_twice_and_one_that_never_is(
     one: OneRing, file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 32. Nobody knows whether the other one's bytes came."""
+    """Fault 32. No report proves that the other one's bytes came."""
 
     def confused(*numbers: int) -> int:
         done = REAL(*numbers)
@@ -278,11 +280,11 @@ def test_a_kernel_that_lacks_too_much_has_no_ring(
     """Without DEFER_TASKRUN the ring needs x86-64; no descriptor is left open."""
 
     def older(number: int, *rest: int) -> int:
-        said = (ctypes.c_uint32 * 30).from_address(rest[1])
-        if what == "its order of memory" and said[2] & 0x2000:
+        parameters = (ctypes.c_uint32 * 30).from_address(rest[1])
+        if what == "its order of memory" and parameters[2] & 0x2000:
             return -errno.EINVAL
         done = REAL(number, *rest)
-        said[5] &= ~2 if what == "its features" else ring.WORD
+        parameters[5] &= ~2 if what == "its features" else ring.WORD
         return done
 
     monkeypatch.setattr(ring, "system_call", older)

@@ -10,15 +10,15 @@ from support.storage_cases import key_of
 from portakv.storage.rows import Rows
 
 
-def kept(rows: Rows, *numbers: int, prefetched: bool = False) -> list[bool]:
-    """Lend a row for each number and keep it."""
-    found = []
+def fill_rows(rows: Rows, *numbers: int, prefetched: bool = False) -> list[bool]:
+    """Lend a row for each number and keep it; return which were kept."""
+    result = []
     for number in numbers:
         items = rows.take(1, False)
         assert items is not None
-        found.append(rows.keep(items[0], key_of(number), prefetched))
+        result.append(rows.keep(items[0], key_of(number), prefetched))
         rows.give(items)
-    return found
+    return result
 
 
 def test_rows_are_aligned_and_apart() -> None:
@@ -51,18 +51,18 @@ def test_a_lease_is_all_or_none_and_stores_leave_half_to_loads(staging: int) -> 
 def test_the_row_used_least_recently_goes_unless_it_is_pinned() -> None:
     """Fault 58, 59 of the host tier: what is being read stays, and if all is, nothing is kept."""
     rows = Rows(4096, 2, 3, pin=False)
-    assert kept(rows, 0, 1, 2) == [True] * 3
-    assert kept(rows, 1) == [False]
+    assert fill_rows(rows, 0, 1, 2) == [True] * 3
+    assert fill_rows(rows, 1) == [False]
     rows.touch([key_of(0), key_of(2)])  # a prefix: 0 is to outlive 2, and both 1
     pin = rows.find(key_of(1))
     assert pin is not None
-    assert kept(rows, 3) == [True]
+    assert fill_rows(rows, 3) == [True]
     assert [rows.has(key_of(i)) for i in range(4)] == [True, True, False, True]
     pins = [pin, *(item for i in (0, 3) if (item := rows.find(key_of(i))) is not None)]
-    assert kept(rows, 4) == [False]
+    assert fill_rows(rows, 4) == [False]
     assert len({*pins}) == 3
     rows.unpin(pins)
-    assert kept(rows, 4) == [True]
+    assert fill_rows(rows, 4) == [True]
     assert rows.find(key_of(9)) is None
     assert rows.counts() == {"free": 2, "lent": 0, "kept": 3}
     assert rows.evicted == 2
@@ -70,17 +70,17 @@ def test_the_row_used_least_recently_goes_unless_it_is_pinned() -> None:
 
 def test_what_was_prefetched_and_not_used_takes_half() -> None:
     rows = Rows(4096, 2, 4, pin=False)
-    kept(rows, 0, 1)
-    assert kept(rows, 2, 3, 4, prefetched=True) == [True] * 3
+    fill_rows(rows, 0, 1)
+    assert fill_rows(rows, 2, 3, 4, prefetched=True) == [True] * 3
     assert [rows.has(key_of(i)) for i in range(5)] == [True, True, False, True, True]
     item = rows.find(key_of(3))  # used: it counts as any other
     assert item is not None
     rows.unpin([item])
-    kept(rows, 5, prefetched=True)
+    fill_rows(rows, 5, prefetched=True)
     assert [rows.has(key_of(i)) for i in range(6)] == [False, True, False, True, True, True]
 
 
 def test_without_a_host_tier_nothing_is_kept() -> None:
     rows = Rows(4096, 2, 0, pin=False)
-    assert kept(rows, 0) == [False]
+    assert fill_rows(rows, 0) == [False]
     assert rows.counts()["free"] == 2

@@ -53,11 +53,11 @@ def put(slots: Slots, key: bytes, generation: int) -> bool:
 
 
 def entries(slots: Slots) -> dict[bytes, Place]:
-    """All that the index has; nothing stays pinned."""
-    found = {key: pinned(slots, key) for key in slots.index}
-    for entry in found.values():
+    """Return all entries of the index; nothing stays pinned."""
+    result = {key: pinned(slots, key) for key in slots.index}
+    for entry in result.values():
         slots.unpin(entry)
-    return found
+    return result
 
 
 def pinned(slots: Slots, key: bytes) -> Place:
@@ -67,7 +67,7 @@ def pinned(slots: Slots, key: bytes) -> Place:
 
 
 def test_an_early_block_waits_for_the_slot_of_a_late_one(tmp_path: Path) -> None:
-    """Of a call, while the late one is being written; without a call it is refused."""
+    """It waits within a call, while the late one is being written; without a call it is refused."""
     own = {key: place for place, key in enumerate(KEYS[:3])}
     with closing(opened(tmp_path / "x", 1)) as slots:
         late = slots.take(KEYS[2], own)
@@ -115,7 +115,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def six(folder: Path) -> tuple[Path, dict[bytes, Place]]:
-    """A folder of eight slots with six blocks, and their entries."""
+    """Return a folder of eight slots with six blocks, and their entries."""
     with closing(opened(folder)) as slots:
         assert all(put(slots, key, 10 + i) for i, key in enumerate(KEYS[:6]))
         return folder, entries(slots)
@@ -147,12 +147,12 @@ def test_files_are_their_owners_alone(six: tuple[Path, dict[bytes, Place]]) -> N
 
 
 def test_form_json_tells_of_the_folder(folder: Path) -> None:
-    """The form as it is everywhere, and beside it what lies here, after a change, too."""
+    """The form is the same everywhere; the facts of this folder are added, after a change, too."""
     for count in (4, 6):
         opened(folder, count).close()
-        told = json.loads((folder / "form.json").read_text())
-        about = told.pop("folder")
-        assert told == json.loads(FORM.json())
+        content = json.loads((folder / "form.json").read_text())
+        about = content.pop("folder")
+        assert content == json.loads(FORM.json())
         assert about == {
             "slots": count,
             "slot_bytes": IMAGE,
@@ -184,7 +184,7 @@ def test_form_json_is_on_the_device_before_the_first_record(
 
 
 def test_form_json_stays_as_it_is_if_it_says_the_same(folder: Path) -> None:
-    """Of another release's hand, too; whoever changes the rest signs it."""
+    """This holds for another release's file, too; whoever changes the rest signs it."""
     opened(folder).close()
     file = folder / "form.json"
     file.write_text(file.read_text().replace(portakv.__version__, "of former days"))
@@ -310,8 +310,8 @@ def test_two_processes_and_one_folder(folder: Path) -> None:
         os.read(done[0], 1)
         assert slots.fd >= 0
 
-    pid, told = cases.telling(hold)
-    assert os.read(told, 1) == b"x"
+    pid, readable = cases.telling(hold)
+    assert os.read(readable, 1) == b"x"
     for _ in range(2):
         with pytest.raises(StoreBusy, match=f"process {pid} has open already"):
             opened(folder)
@@ -321,8 +321,8 @@ def test_two_processes_and_one_folder(folder: Path) -> None:
 
 
 def test_a_forked_child_is_refused(folder: Path) -> None:
-    """Fault 13. Its copies of the files are closed at once, so that it neither reads, nor writes,
-    nor holds the lock when the parent has ended with the store."""
+    """Fault 13. Its copies of the files are closed immediately, so it neither reads, nor writes,
+    nor holds the lock after the parent has ended with the store."""
     slots = opened(folder)
     done = os.pipe()
     assert put(slots, KEYS[0], 1)
@@ -337,9 +337,9 @@ def test_a_forked_child_is_refused(folder: Path) -> None:
         os.read(done[0], 1)
 
     with slots._change:  # as another thread of the parent may
-        pid, told = cases.telling(child)
+        pid, readable = cases.telling(child)
     assert put(slots, KEYS[2], 2)
-    assert os.read(told, 1) == b"x"
+    assert os.read(readable, 1) == b"x"
     slots.close()
     opened(folder).close()  # while the child lives
     os.write(done[1], b"x")
@@ -357,7 +357,7 @@ def test_a_process_that_exits_without_close(folder: Path) -> None:
 
 @pytest.fixture
 def small_device(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of one MiB."""
+    """Yield a filesystem of one MiB."""
     place = tmp_path / "device"
     place.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=False)
@@ -442,7 +442,7 @@ def test_a_device_that_is_full(small_device: Path) -> None:
 
 
 def fill_device(device: Path) -> None:
-    """Leave no room on a device."""
+    """Leave no free space on a device."""
     with (device / "other").open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
@@ -698,7 +698,7 @@ def test_a_close_puts_both_files_on_the_device(
 
 
 def test_a_clock_that_is_set_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 28. Order is by generation, and no clock is asked."""
+    """Fault 28. Order is by generation, and no clock matters."""
     now = iter(range(10**6, 0, -1))
     monkeypatch.setattr(time, "time", lambda: float(next(now)))
     with closing(opened(folder, 3)) as slots:
@@ -721,15 +721,15 @@ def test_a_block_that_is_read_is_not_evicted(folder: Path) -> None:
 
 
 def test_all_slots_are_pinned(folder: Path) -> None:
-    """Fault 59. There is no slot for a block, until one is let go of."""
+    """Fault 59. There is no slot for a block, until one is released."""
     with closing(opened(folder, 2)) as slots:
         assert all(put(slots, key, 1) for key in KEYS[:2])
-        held = [pinned(slots, key) for key in [*KEYS[:2], KEYS[0]]]
+        pinned_slots = [pinned(slots, key) for key in [*KEYS[:2], KEYS[0]]]
         assert slots.take(KEYS[2]) is None
-        slots.unpin(held[0])
+        slots.unpin(pinned_slots[0])
         assert slots.take(KEYS[2]) is None
-        slots.unpin(held[2])
-        assert slots.take(KEYS[2]) == held[0][0]
+        slots.unpin(pinned_slots[2])
+        assert slots.take(KEYS[2]) == pinned_slots[0][0]
 
 
 def test_a_dropped_block_leaves_its_slot_when_the_last_reader_does(folder: Path) -> None:
@@ -779,8 +779,8 @@ def test_a_block_has_one_record(folder: Path, killed: bool) -> None:
             slots._put(0, KEYS[0], 0, (1,))
     with closing(opened(folder, 6)) as slots:
         assert slots.index[KEYS[0]] == slot
-    found = records_in(folder, FORM, 6)
-    assert np.flatnonzero(found[:, SEGMENTS]).tolist() == sorted(slots.index.values())
+    records = records_in(folder, FORM, 6)
+    assert np.flatnonzero(records[:, SEGMENTS]).tolist() == sorted(slots.index.values())
 
 
 def test_a_prefix_outlives_its_suffix(folder: Path) -> None:
@@ -827,27 +827,27 @@ def test_killed_in_the_very_first_write(folder: Path) -> None:
 
 
 def test_recovery_tells_how_far_it_is(six: tuple[Path, dict[bytes, Place]]) -> None:
-    told: list[tuple[str, int]] = []
+    reports: list[tuple[str, int]] = []
 
     def track(items: Any, what: str) -> Any:
-        told.append((what, len(items)))
+        reports.append((what, len(items)))
         return items
 
     opened(six[0].parent / "empty").close()
     opened(six[0].parent / "empty", track=track).close()
-    assert told == [("records", 0), ("headers", 0)]
+    assert reports == [("records", 0), ("headers", 0)]
     with closing(opened(six[0].parent / "empty")) as slots:
         slot = slots.take(KEYS[0])
         assert slot is not None
         slots.give(slot)
-    told.clear()
+    reports.clear()
     opened(six[0].parent / "empty", track=track).close()
-    assert told == [("records", 1), ("headers", 0)]  # no table that was lost
-    told.clear()
+    assert reports == [("records", 1), ("headers", 0)]  # no table that was lost
+    reports.clear()
     opened(six[0], track=track).close()
     (six[0] / "table").unlink()
     opened(six[0], track=track).close()
-    assert told == [("records", 6), ("headers", 0), ("records", 0), ("headers", 1)]
+    assert reports == [("records", 6), ("headers", 0), ("records", 0), ("headers", 1)]
 
 
 def test_slots_that_are_lost(six: tuple[Path, dict[bytes, Place]]) -> None:

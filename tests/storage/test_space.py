@@ -39,8 +39,8 @@ def form_of(model: int) -> BlockForm:
     return replace(FORM, model=f"model {model}")
 
 
-def opened(folder: Path, form: BlockForm, room: int | None = ROOM, **more: Any) -> Slots:
-    return Slots(folder / form.name, form, room, Faulty(), **more)
+def opened(folder: Path, form: BlockForm, capacity: int | None = ROOM, **more: Any) -> Slots:
+    return Slots(folder / form.name, form, capacity, Faulty(), **more)
 
 
 def put(slots: Slots, key: bytes, follows: int = FIRST) -> bool:
@@ -60,7 +60,7 @@ def put_chain(slots: Slots, keys: Sequence[bytes]) -> list[bool]:
 
 
 def fill(folder: Path, form: BlockForm, keys: Sequence[bytes] = ALL[:128], **more: Any) -> None:
-    """A closed form with one chain of blocks."""
+    """Fill a closed form with one chain of blocks."""
     space = Space(folder, ROOM)
     with closing(opened(folder, form, space=space, **more)) as slots:
         assert all(put_chain(slots, keys))
@@ -70,23 +70,23 @@ def allocated(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*/slots"))
 
 
-def is_beginning(found: Sequence[bytes], chain: Sequence[bytes]) -> bool:
-    """Whether blocks are the first ones of a chain."""
-    return {*found} == {*chain[: len(found)]}
+def is_beginning(blocks: Sequence[bytes], chain: Sequence[bytes]) -> bool:
+    """Return whether blocks are the first ones of a chain."""
+    return {*blocks} == {*chain[: len(blocks)]}
 
 
-def kept(folder: Path, form: BlockForm) -> list[bytes]:
-    """The keys of a form; each block is right."""
+def stored_keys(folder: Path, form: BlockForm) -> list[bytes]:
+    """Return the keys of a form, and check that each block is right."""
     with closing(opened(folder, form, None)) as slots:
-        found = [*slots.index]
+        keys = [*slots.index]
         row = cases.images(1, form)[0]
-        for key in found:
+        for key in keys:
             place = slots.pin(key)
             assert place is not None
             os.preadv(slots.fd, [row.data], place[0] * form.image_bytes)
             assert cases.holds(row, form, key)
             slots.unpin(place)
-        return found
+        return keys
 
 
 def shuffled(keys: Sequence[bytes]) -> list[bytes]:
@@ -104,18 +104,18 @@ def test_one_bound_holds_over_all_forms(tmp_path: Path, bounded: bool) -> None:
                 assert not bounded or allocated(tmp_path) <= ROOM
             assert slots.evicted == 0
     assert allocated(tmp_path) == (1 if bounded else 4) * ROOM
-    found = [kept(tmp_path, form_of(model)) for model in range(4)]
-    assert all(is_beginning(some, ALL) for some in found)
-    assert len(found[3]) == 128
+    keys = [stored_keys(tmp_path, form_of(model)) for model in range(4)]
+    assert all(is_beginning(some, ALL) for some in keys)
+    assert len(keys[3]) == 128
 
 
 def test_a_form_gives_only_what_is_needed(tmp_path: Path) -> None:
     """An eighth at a time, the first blocks of a chain last."""
     fill(tmp_path, form_of(0))
     fill(tmp_path, form_of(1), ALL[:10])
-    found = kept(tmp_path, form_of(0))
-    assert is_beginning(found, ALL)
-    assert 90 < len(found) < 128
+    keys = stored_keys(tmp_path, form_of(0))
+    assert is_beginning(keys, ALL)
+    assert 90 < len(keys) < 128
 
 
 def test_blocks_go_with_those_that_follow_from_them(tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_blocks_go_with_those_that_follow_from_them(tmp_path: Path) -> None:
     with closing(opened(tmp_path, form_of(0))) as slots:
         assert len(slots.index) == 128
     fill(tmp_path, form_of(1), ALL[:40])
-    found = {*kept(tmp_path, form_of(0))}
-    assert 0 < len(found) < 128
+    keys = {*stored_keys(tmp_path, form_of(0))}
+    assert 0 < len(keys) < 128
     for chain in (ALL[:64], ALL[64:128]):
-        assert is_beginning([key for key in chain if key in found], chain)
+        assert is_beginning([key for key in chain if key in keys], chain)
 
 
 def test_the_form_that_was_opened_last_gives_way_last(tmp_path: Path) -> None:
@@ -138,16 +138,16 @@ def test_the_form_that_was_opened_last_gives_way_last(tmp_path: Path) -> None:
         fill(tmp_path, form_of(model), ALL[:60])
     with closing(opened(tmp_path, form_of(0))):
         pass
-    before = [len(kept(tmp_path, form_of(model))) for model in (0, 1)]
+    before = [len(stored_keys(tmp_path, form_of(model))) for model in (0, 1)]
     fill(tmp_path, form_of(2), ALL[:40])
-    after = [len(kept(tmp_path, form_of(model))) for model in (0, 1)]
+    after = [len(stored_keys(tmp_path, form_of(model))) for model in (0, 1)]
     assert before == [60, 60]
     assert after[0] == 60
     assert after[1] < 60
 
 
 def test_empty_slots_go_before_blocks(tmp_path: Path) -> None:
-    """As those of a folder that an older release allocated whole."""
+    """A folder that an older release allocated whole has such slots."""
     old = tmp_path / form_of(0).name
     fill(tmp_path, form_of(0), ALL[:20])
     for name, width in (("slots", IMAGE), ("table", 256)):
@@ -159,8 +159,8 @@ def test_empty_slots_go_before_blocks(tmp_path: Path) -> None:
         assert {*slots.index} == {*ALL[:20]}
     fill(tmp_path, form_of(1), ALL[:100])
     assert allocated(tmp_path) <= ROOM
-    assert len(kept(tmp_path, form_of(0))) == 20
-    assert len(kept(tmp_path, form_of(1))) == 100
+    assert len(stored_keys(tmp_path, form_of(0))) == 20
+    assert len(stored_keys(tmp_path, form_of(1))) == 100
 
 
 def test_folders_of_an_older_release_are_made_to_fit(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_folders_of_an_older_release_are_made_to_fit(tmp_path: Path) -> None:
         assert allocated(tmp_path) == 3 * ROOM  # opening removes nothing
         assert put(slots, KEYS[0])
     assert allocated(tmp_path) <= ROOM
-    assert all(is_beginning(kept(tmp_path, form_of(model)), ALL) for model in range(3))
+    assert all(is_beginning(stored_keys(tmp_path, form_of(model)), ALL) for model in range(3))
 
 
 def test_a_smaller_capacity_leaves_the_beginning_of_chains(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_smaller_capacity_leaves_the_beginning_of_chains(tmp_path: Path) -> No
         assert all(put(slots, key, marks[key]) for key in shuffled(ALL[:128]))
     opened(tmp_path, FORM, ROOM // 2).close()
     assert allocated(tmp_path) == ROOM // 2
-    assert is_beginning(kept(tmp_path, FORM), ALL)
+    assert is_beginning(stored_keys(tmp_path, FORM), ALL)
 
 
 def test_what_is_read_stays(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_what_is_read_stays(tmp_path: Path) -> None:
         assert cases.holds(row, FORM, ALL[40])
         reader.unpin(place)
         assert put(own, ALL[200])
-    assert is_beginning(kept(tmp_path, form_of(0)), ALL)
+    assert is_beginning(stored_keys(tmp_path, form_of(0)), ALL)
 
 
 class Killed(Exception):
@@ -217,18 +217,19 @@ class Killed(Exception):
 def test_a_kill_while_a_form_gives_way(
     tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each call that changes a file. What is left are whole blocks and beginnings of chains."""
+    """The kill comes at each call that changes a file. Whole blocks and beginnings of chains are
+    left."""
     marks = dict(zip(ALL[:128], [FIRST, *map(mark_of, ALL)], strict=False))
     with closing(opened(tmp_path, form_of(0))) as slots:
         assert all(put(slots, key, marks[key]) for key in shuffled(ALL[:128]))
     left = [step]
 
     def ends(call: Any) -> Any:
-        def ending(*given: Any) -> Any:
+        def ending(*arguments: Any) -> Any:
             if not left[0]:
                 raise Killed
             left[0] -= 1
-            return call(*given)
+            return call(*arguments)
 
         return ending
 
@@ -239,8 +240,8 @@ def test_a_kill_while_a_form_gives_way(
         with pytest.raises(Killed):
             put_chain(slots, ALL[:30])
     slots.close(sync=False)
-    assert is_beginning(kept(tmp_path, form_of(0)), ALL)
-    assert is_beginning(kept(tmp_path, form_of(1)), ALL)
+    assert is_beginning(stored_keys(tmp_path, form_of(0)), ALL)
+    assert is_beginning(stored_keys(tmp_path, form_of(1)), ALL)
 
 
 def test_a_form_that_cannot_be_read_stays(tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ def tier_stores(folder: Path, form: BlockForm) -> Iterator[DiskStore]:
 
 
 def test_reading_in_other_parts_allocates_nothing(tmp_path: Path) -> None:
-    """Each part and block size is a form of its own, which has no slots before it is saved."""
+    """Each part and block size is a separate form, which has no slots before it is saved."""
     whole = small_form(4, 8)
     fill(tmp_path, whole, ALL[:10])
     before = allocated(tmp_path)

@@ -55,28 +55,28 @@ NO_RETRY = {"max_retries": 0}
 def cache(
     blocks: int = 12, layers: int = 4, heads: int = 2, size: int = 4, seed: int = 0
 ) -> KVView:
-    """A paged cache of noise in a layout of vLLM."""
+    """Return a paged cache of noise in a layout of vLLM."""
     shape = (blocks, 2, size, heads, 32)
     tensors = [noise(*shape, dtype=torch.float16, seed=seed + i) for i in range(layers)]
     return KVView(tensors, "layer | block kv token head dim")
 
 
 def tokens_of(view: KVView, blocks: Any, heads: slice = slice(None)) -> Any:
-    """All bytes of blocks, ``[layers, kv, tokens, heads, bytes]``."""
-    found = []
+    """Return all bytes of blocks, ``[layers, kv, tokens, heads, bytes]``."""
+    layers = []
     for tensor in view.tensors:
         raw = tensor.cpu().view(torch.uint8).numpy()[np.array([*blocks])]
-        found.append(np.moveaxis(raw, 0, 1).reshape(2, -1, *raw.shape[3:])[:, :, heads])
-    return np.stack(found)
+        layers.append(np.moveaxis(raw, 0, 1).reshape(2, -1, *raw.shape[3:])[:, :, heads])
+    return np.stack(layers)
 
 
-def same(one: KVView, mine: Any, other: KVView, theirs: Any) -> bool:
-    return bool((tokens_of(one, mine) == tokens_of(other, theirs)).all())
+def same(one: KVView, blocks: Any, other: KVView, other_blocks: Any) -> bool:
+    return bool((tokens_of(one, blocks) == tokens_of(other, other_blocks)).all())
 
 
 @pytest.fixture
 def opened() -> Iterator[Any]:
-    """Makes stores, ``staging`` and ``host`` in rows; at the end no row may be out."""
+    """Return a maker of stores, ``staging`` and ``host`` in rows; at the end no row may be out."""
     stores: list[BlockStore] = []
 
     def make(
@@ -372,7 +372,7 @@ def test_a_read_that_hangs_costs_its_caller_alone(opened: Any) -> None:
 
 
 def test_close_lets_saves_end_and_refuses_more(opened: Any) -> None:
-    """Fault 15; what hangs keeps the tier open until it ended, and is told."""
+    """Fault 15; a save that hangs keeps the tier open until it ended, and is reported."""
     source = cache()
     tier = FakeTier()
     go = threading.Event()
@@ -449,7 +449,7 @@ def test_a_save_that_a_load_waits_for_is_not_dropped(opened: Any) -> None:
 
 
 def test_nobody_joins_a_read_that_was_given_up(opened: Any) -> None:
-    """Its load was cancelled, and it has been told to stop: another load reads on its own."""
+    """Its load was cancelled, and it has to stop: another load reads independently."""
     source = cache()
     target = cache(seed=50)
     tier = FakeTier()
@@ -513,7 +513,7 @@ def test_a_prefix_outlives_its_suffix(opened: Any, tmp_path: Path) -> None:
 def test_a_save_of_more_than_a_tier_holds_leaves_its_beginning(
     opened: Any, tmp_path: Path, where: str, older: bool
 ) -> None:
-    """And what is older goes first, but for blocks of its own that are there already."""
+    """Older blocks go first, except for blocks of the same call that are there already."""
     source = cache(20)
     keys = [key_of(i) for i in range(20)]
     form = small_form()
@@ -555,19 +555,19 @@ def test_a_load_of_more_than_the_host_tier_holds_leaves_its_beginning_there(open
     assert len(tier.reads) == reads, "the beginning is still there"
 
 
-@pytest.mark.parametrize("kept", [0, 3])
-def test_a_lookup_does_not_wait_for_a_store_that_is_dead(opened: Any, kept: int) -> None:
-    """What is near counts, and what has not answered is not there."""
+@pytest.mark.parametrize("cached", [0, 3])
+def test_a_lookup_does_not_wait_for_a_store_that_is_dead(opened: Any, cached: int) -> None:
+    """Near blocks count, and blocks without an answer count as missing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/kv"
         far = remote.Remote(address, client_options={"read_timeout": "4s"}, retry_config=NO_RETRY)
         store = opened(host=4, tiers=[far])
-        for row in range(kept):
+        for row in range(cached):
             (item,) = store.rows.take(1, False)
             assert store.rows.keep(item, store.form.digest + KEYS[row])
-        for keys in (KEYS, KEYS[: kept + 1]):
+        for keys in (KEYS, KEYS[: cached + 1]):
             began = time.monotonic()
-            assert store.lookup(keys, timeout=0.2) == kept
+            assert store.lookup(keys, timeout=0.2) == cached
             assert time.monotonic() - began < 2
     for timeout in (float("nan"), -1):
         with pytest.raises(InvalidTerms, match="Expected timeout to be a number of seconds"):
@@ -617,7 +617,7 @@ def test_close_knows_each_transfer_of_a_block(opened: Any, kind: str, shared: bo
 
 
 def many_blocks(folder: Path, io: Any) -> tuple[BlockStore, KVView, list[bytes]]:
-    """A store on disk with room for the blocks of a view, and their keys."""
+    """Return a store on disk with room for the blocks of a view, and their keys."""
     view = cache(128)
     form = BlockForm.of(view, model="m")
     keys = [key_of(i) for i in range(128)]
@@ -654,7 +654,7 @@ def test_a_process_that_ends_while_it_reads_loses_no_block(tmp_path: Path, io: s
 
 
 def test_a_load_that_nobody_waits_for_does_not_fail_close(opened: Any) -> None:
-    """Of a shared graph: its read has begun, its deadline has passed; close waits for it."""
+    """Its graph is shared, its read has begun, its deadline has passed; close waits for it."""
     source = cache()
     tier = FakeTier()
     go = threading.Event()
@@ -676,7 +676,7 @@ def test_a_load_that_nobody_waits_for_does_not_fail_close(opened: Any) -> None:
 def test_close_does_not_wait_for_a_prefetch(opened: Any) -> None:
     source = cache()
     tier = FakeTier()
-    told = list[bool]()
+    calls = list[bool]()
     begun = Event()
     saved(opened(tiers=[tier]), source)
     store = opened(tiers=[tier], host=4)
@@ -686,7 +686,7 @@ def test_close_does_not_wait_for_a_prefetch(opened: Any) -> None:
         begun.set()
         while not stop():
             time.sleep(0.01)
-        told.append(True)
+        calls.append(True)
         return [False] * len(keys)
 
     tier_store.read = hangs
@@ -695,7 +695,7 @@ def test_close_does_not_wait_for_a_prefetch(opened: Any) -> None:
     began = time.monotonic()
     store.close(LIMIT)
     assert time.monotonic() - began < LIMIT / 2
-    assert told == [True]
+    assert calls == [True]
 
 
 @pytest.mark.usefixtures("ctrl_c")
@@ -719,7 +719,7 @@ def test_ctrl_c_in_synchronize_leaves_the_transfer(opened: Any) -> None:
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_a_load_is_planned_leaves_nothing(opened: Any) -> None:
-    """Fault 16: nobody waits for reads that never begin."""
+    """Fault 16: no call waits for reads that never begin."""
     source = cache()
     target = cache(seed=50)
     tier = FakeTier()
@@ -761,8 +761,8 @@ def test_cancel_leaves_the_rest(opened: Any) -> None:
 def ranks(
     view: KVView, count: int, by: str, model: str = "org/model@1"
 ) -> list[tuple[BlockForm, KVView]]:
-    """The forms and views of ranks that each hold an equal part of the layers or the heads."""
-    found = []
+    """Return the forms and views of ranks that each hold an equal part of layers or heads."""
+    result = []
     for rank in range(count):
         of = view.layers if by == "layers" else view.heads
         cut = slice(rank * of // count, (rank + 1) * of // count)
@@ -776,8 +776,8 @@ def ranks(
         )
         assert (one.layers, one.heads) == (part.layers, part.heads)
         ranges: Any = {by: (cut.start, cut.stop, of)}
-        found.append((BlockForm.of(one, model, **ranges), one))
-    return found
+        result.append((BlockForm.of(one, model, **ranges), one))
+    return result
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -819,9 +819,9 @@ def test_two_splits_of_one_axis_are_read_beside_each_other(
     # half and two quarters; a half and two thirds, which overlap; and two that are not whole.
     has = {2: ["xx", "", "x.", "x.", "x.", ".x"], 4: ["", "xxxx", ".xxx", "", "", "x.xx"]}
     has[3] = ["", "", "", ".xx", "x.x", ""]
-    for count, held in has.items():
+    for count, parts_of_blocks in has.items():
         for n, (form, view) in enumerate(ranks(whole, count, by, model)):
-            some = [i for i, parts in enumerate(held) if parts[n : n + 1] == "x"]
+            some = [i for i, parts in enumerate(parts_of_blocks) if parts[n : n + 1] == "x"]
             saved(opened(form, tiers=[tier]), view, some, [KEYS[i] for i in some])
     store = opened(BlockForm.of(whole, model), tiers=[tier], staging=9)
     assert [store.lookup([key]) for key in KEYS[:6]] == [1, 1, 1, 1, 0, 0]
@@ -857,7 +857,7 @@ BIG = {"layers": 8, "heads": 8, "size": 64}  # 64 KiB a layer: segments of four 
 
 @pytest.mark.parametrize("big", [True, False])
 def test_layers_end_one_behind_the_other(opened: Any, big: bool) -> None:
-    """Each is verified before it is handed on; with one segment the device's leg alone is cut."""
+    """Each layer is verified before it is passed on; with one segment only its upload is cut."""
     shape: Any = BIG if big else {}
     source = cache(4, **shape)
     target = cache(4, seed=50, **shape)
@@ -919,17 +919,17 @@ def test_a_load_by_layer_that_staging_cannot_hold_at_once(opened: Any, staging: 
     saved(store, source)
     store.load(target, range(8), KEYS, by_layer=True).synchronize(LIMIT)
     assert [segment for _, segment in tier.reads] == [[0]] * 8 + [[1]] * 8
-    kept = opened(store.form, tiers=[tier], staging=staging, host=2)
+    again = opened(store.form, tiers=[tier], staging=staging, host=2)
     go = Event()
     other = cache(12, seed=70, **shape)
     names = [store.form.digest + key for key in KEYS]
     tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
-    handles = [kept.load(target, range(8), KEYS, by_layer=True), kept.load(other, range(8), KEYS)]
+    handles = [again.load(target, range(8), KEYS, by_layer=True), again.load(other, range(8), KEYS)]
     go.set()
     for handle in handles:
         handle.synchronize(LIMIT)
     assert same(source, range(8), other, range(8)), "it reads on its own if it has to"
-    assert kept.rows.counts()["kept"] == sum(map(kept.rows.has, names)) == 2, "whole blocks"
+    assert again.rows.counts()["kept"] == sum(map(again.rows.has, names)) == 2, "whole blocks"
     assert same(source, range(8), target, range(8))
 
 
@@ -1062,9 +1062,9 @@ def test_what_can_be_seen(opened: Any, tmp_path: Path) -> None:
     store = opened(tiers=[tier], host=2, graph=(graph := Graph()))
     saved(store, source)
     store.load(source, range(8), KEYS).synchronize(LIMIT)
-    told = store.statistics()
-    assert told["tiers"][0]["blocks"] == 8
-    json.dumps(told)
+    statistics = store.statistics()
+    assert statistics["tiers"][0]["blocks"] == 8
+    json.dumps(statistics)
     registry = CollectorRegistry()
     registry.register(Collector(store))
     text = generate_latest(registry).decode()
@@ -1109,7 +1109,7 @@ def test_a_forked_child_is_refused(opened: Any) -> None:
 def test_a_save_waits_for_the_kernel_that_writes_the_blocks(
     opened: Any, accelerator: torch.device
 ) -> None:
-    """Fault 61: the copy is behind what the caller's stream held, which is late."""
+    """Fault 61: the copy is ordered after the work of the caller's stream, which is late."""
     fresh = cache()
     target = cache(seed=50)
     tier = FakeTier()
@@ -1122,8 +1122,8 @@ def test_a_save_waits_for_the_kernel_that_writes_the_blocks(
     store = opened(tiers=[tier], host=4)
     store.load(on_device, [0], KEYS[:1], missing="skip").synchronize(LIMIT)  # what is prepared once
     delay(current(accelerator))
-    for mine, theirs in zip(on_device.tensors, sent, strict=True):
-        mine.copy_(theirs)
+    for dst, src in zip(on_device.tensors, sent, strict=True):
+        dst.copy_(src)
     saved(store, on_device)
     store.load(target, range(8), KEYS).synchronize(LIMIT)
     assert same(fresh, range(8), target, range(8))
@@ -1143,12 +1143,12 @@ def test_a_load_waits_for_what_reads_the_blocks(
     torch.accelerator.synchronize(accelerator)
     before = tokens_of(target, range(12))
     delay(current(accelerator))
-    kept = [x.clone() for x in target.tensors]
+    copies = [x.clone() for x in target.tensors]
     loaded = store.load(target, torch.arange(8), KEYS, by_layer=by_layer)
     loaded.wait()
     after = tokens_of(target, range(8))
     assert (after == tokens_of(source, range(8))).all()
-    read = KVView(kept, "layer | block kv token head dim")
+    read = KVView(copies, "layer | block kv token head dim")
     assert (tokens_of(read, range(12)) == before).all()
 
 

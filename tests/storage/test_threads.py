@@ -41,8 +41,10 @@ def test_a_short_move_goes_on(write: bool, tmp_path: Path, monkeypatch: pytest.M
     space[:] = 7 * write
     with file.open("r+b", buffering=0) as opened:
         at = space.ctypes.data
-        asked = [Request(opened.fileno(), n * PAGE, at + n * PAGE, PAGE, write) for n in range(8)]
-        assert Threads().run(asked) == [PAGE] * 8
+        requests = [
+            Request(opened.fileno(), n * PAGE, at + n * PAGE, PAGE, write) for n in range(8)
+        ]
+        assert Threads().run(requests) == [PAGE] * 8
     assert file.read_bytes() == bytes(space)
 
 
@@ -53,8 +55,8 @@ def test_a_short_move_goes_on(write: bool, tmp_path: Path, monkeypatch: pytest.M
 def test_a_request_that_fails_does_so_alone(
     code: int, flags: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An EINVAL that is not for alignment, too: the file was not opened with O_DIRECT. What the
-    disk refuses is not asked of the page cache."""
+    """An EINVAL that is not for alignment, too: the file was not opened with O_DIRECT. A request
+    that the disk refuses is not sent to the page cache."""
     real = os.preadv
     space = aligned(3 * PAGE)
 
@@ -71,8 +73,10 @@ def test_a_request_that_fails_does_so_alone(
         pytest.skip("its filesystem refuses O_DIRECT")
     with os.fdopen(fd, "rb", 0) as opened:
         at = space.ctypes.data
-        asked = [Request(opened.fileno(), n * PAGE, at + n * PAGE, PAGE, False) for n in range(3)]
-        assert Threads().run(asked) == [PAGE, -code, PAGE]
+        requests = [
+            Request(opened.fileno(), n * PAGE, at + n * PAGE, PAGE, False) for n in range(3)
+        ]
+        assert Threads().run(requests) == [PAGE, -code, PAGE]
 
 
 def test_a_request_that_needs_a_descriptor_fails_alone_if_none_is_left(tmp_path: Path) -> None:
@@ -87,18 +91,18 @@ def test_a_request_that_needs_a_descriptor_fails_alone_if_none_is_left(tmp_path:
     with os.fdopen(fd, "rb", 0):
         at = space.ctypes.data
         good = Request(fd, 0, at, PAGE, False)
-        asked = [good, Request(fd, 1, at + PAGE, PAGE, False), good]
-        assert engine.run(asked) == [PAGE] * 3
+        requests = [good, Request(fd, 1, at + PAGE, PAGE, False), good]
+        assert engine.run(requests) == [PAGE] * 3
         spare = os.dup(fd)
         os.close(spare)
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
         try:
-            found = engine.run(asked)
+            results = engine.run(requests)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert found == [PAGE, -errno.EMFILE, PAGE]
-        assert engine.run(asked) == [PAGE] * 3
+        assert results == [PAGE, -errno.EMFILE, PAGE]
+        assert engine.run(requests) == [PAGE] * 3
 
 
 def test_what_is_not_begun_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +122,10 @@ def test_what_is_not_begun_is_cancelled(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "preadv", move)
     (tmp_path / "a").write_bytes(bytes(PAGE))
     with (tmp_path / "a").open("rb") as opened:
-        asked = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 5_000
+        requests = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 5_000
         before = set(threading.enumerate())
         ends = list[tuple[int, int]]()
-        results = engine.run(asked, lambda *end: ends.append(end))
+        results = engine.run(requests, lambda *end: ends.append(end))
         assert sorted(ends) == [*enumerate(results)]
         for thread in set(threading.enumerate()) - before:
             thread.join(5)
@@ -130,38 +134,38 @@ def test_what_is_not_begun_is_cancelled(tmp_path: Path, monkeypatch: pytest.Monk
         assert counts[0] == counts[1] < 5_000
         assert counts[1] + counts[2] == 5_000
         monkeypatch.undo()
-        assert engine.run(asked) == [-errno.ECANCELED] * 5_000
+        assert engine.run(requests) == [-errno.ECANCELED] * 5_000
 
 
 @pytest.mark.parametrize("many", [0, 3])
 def test_the_caller_goes_on_without_threads(
     many: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system gives none, or fewer than it was asked for: nothing fails for that."""
+    """The system gives no threads, or too few: nothing fails for that."""
     space = aligned(PAGE)
     real = threading.Thread.start
-    given = list[threading.Thread]()
+    started = list[threading.Thread]()
 
     def start(thread: threading.Thread) -> None:
-        if len(given) == many:
+        if len(started) == many:
             raise RuntimeError("can't start new thread")
-        given.append(thread)
+        started.append(thread)
         real(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
     (tmp_path / "a").write_bytes(bytes(PAGE))
     with (tmp_path / "a").open("rb") as opened:
-        asked = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 20
+        requests = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 20
         engine = Threads()
         ends = list[tuple[int, int]]()
-        for told in (None, lambda *end: ends.append(end)):
-            assert engine.run(asked, told) == [PAGE] * 20
+        for report in (None, lambda *end: ends.append(end)):
+            assert engine.run(requests, report) == [PAGE] * 20
         assert sorted(ends) == [(n, PAGE) for n in range(20)]
-        assert len(given) == many
+        assert len(started) == many
 
 
 def test_threads_end_with_their_engine(tmp_path: Path) -> None:
-    """Nobody has to close it, and they keep nothing that they carried."""
+    """No one has to close it, and they retain nothing that they carried."""
     (tmp_path / "a").write_bytes(bytes(PAGE))
     space = aligned(PAGE)
     before = {*threading.enumerate()}
@@ -178,7 +182,7 @@ def test_threads_end_with_their_engine(tmp_path: Path) -> None:
 
 
 def test_no_end_of_the_interpreter_waits_for_a_read_that_hangs(tmp_path: Path) -> None:
-    """Fault 64. How long others wait for it is theirs to say."""
+    """Fault 64. The process decides how long it waits for the read."""
     (tmp_path / "a").write_bytes(bytes(PAGE))
     text = """if True:
         import os, sys, threading, time
@@ -187,8 +191,8 @@ def test_no_end_of_the_interpreter_waits_for_a_read_that_hangs(tmp_path: Path) -
         from portakv.storage.io.threads import Threads
         begun, file, space = threading.Event(), open(sys.argv[1]), np.zeros(4096, np.uint8)
         os.preadv = lambda *_: begun.set() or time.sleep(60)
-        asked = [Request(file.fileno(), 0, space.ctypes.data, 4096, False)]
-        threading.Thread(target=Threads().run, args=[asked], daemon=True).start()
+        requests = [Request(file.fileno(), 0, space.ctypes.data, 4096, False)]
+        threading.Thread(target=Threads().run, args=[requests], daemon=True).start()
         assert begun.wait(20)
         """
     began = time.monotonic()
@@ -211,8 +215,8 @@ def test_a_request_that_makes_no_sense_fails_alone(tmp_path: Path) -> None:
 def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 34. Ctrl-C in the caller, inside of what it calls as well: no read is under way behind
-    it, and no thread is lost to the next caller."""
+    """Fault 34. Ctrl-C in the caller, inside of its calls as well: no read is under way after it,
+    and no thread is lost to the next caller."""
     (tmp_path / "a").write_bytes(bytes(PAGE))
     space = aligned(PAGE)
     engine = Threads()
@@ -238,8 +242,8 @@ def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
 
     monkeypatch.setattr(os, "preadv", read)
     with (tmp_path / "a").open("rb") as opened:
-        asked = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 10
-        assert engine.run(asked) == [PAGE] * 10
+        requests = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 10
+        assert engine.run(requests) == [PAGE] * 10
         while interrupted:
             lines = itertools.count()
             line = line + 1
@@ -247,7 +251,7 @@ def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
             interrupted = False
             sys.settrace(at_line)
             try:
-                engine.run(asked, lambda *_: None)
+                engine.run(requests, lambda *_: None)
             except KeyboardInterrupt:
                 interrupted = True
             finally:
