@@ -108,7 +108,7 @@ def test_what_is_told_has_no_answer(pair: tuple[Server, Channel]) -> None:
     server, asker = pair
     asker.tell(server.address, Ping(b"told"))
     assert asker.ask(server.address, Ping(b"asked"), Pong).count == 2
-    assert server.received == [b"told", b"asked"]
+    assert server.pings == [b"told", b"asked"]
 
 
 def test_many_threads_ask_at_once(pair: tuple[Server, Channel]) -> None:
@@ -127,9 +127,7 @@ def test_many_threads_ask_at_once(pair: tuple[Server, Channel]) -> None:
     for each in threads:
         each.join()
     assert wrong == []
-    assert sorted(server.received) == sorted(
-        b"%d %d" % (a, b) for a in range(4) for b in range(100)
-    )
+    assert sorted(server.pings) == sorted(b"%d %d" % (a, b) for a in range(4) for b in range(100))
 
 
 def test_threads_that_serve_at_once_are_all_answered(
@@ -261,7 +259,7 @@ def test_a_lost_answer_is_told_again_and_nothing_is_done_twice(
     network.quiet.set()
     network.eat = 1
     assert asker.ask(network.address, Ping(b"second"), Pong) == Pong(b"second", 2)
-    assert server.received == [b"first", b"second"]
+    assert server.pings == [b"first", b"second"]
     assert server.counts["repeated"] >= 1
     assert asker.ask(network.address, Ping(b"third"), Pong).count == 3
     network.close()
@@ -311,7 +309,7 @@ def test_strangers_get_no_answer(
                 with pytest.raises(zmq.Again):
                     raw.request(msgspec.msgpack.encode(Ping()))
         assert until(lambda: server.counts["strangers"] >= 1, 2)
-    assert server.received == []
+    assert server.pings == []
     assert server.channel.statistics()["peers"] == 0
     assert "rejected unknown connections" in caplog.text
     assert asker.ask(server.address, Ping(), Pong).count == 1
@@ -369,7 +367,7 @@ def test_floods_hold_up_nobody(by_tcp: tuple[Server, Channel]) -> None:
 
         thread = threading.Thread(target=flood)
         thread.start()
-        assert until(lambda: len(server.received) > 1000)
+        assert until(lambda: len(server.pings) > 1000)
         for _ in range(50):
             asker.ask(server.address, Ping(), Pong, 2.0)
         stop.set()
@@ -418,7 +416,7 @@ def test_another_release_is_refused_by_a_sentence(by_tcp: tuple[Server, Channel]
     with Raw(server) as raw:
         back = raw.request(b"whatever", version=VERSION + 1)
         assert b"release of version %d, not %d" % (VERSION, VERSION + 1) in back
-        assert (server.received, server.counts["version"]) == ([], 1)
+        assert (server.pings, server.counts["version"]) == ([], 1)
 
 
 def mutated(seed: int) -> bytes:
@@ -469,7 +467,7 @@ def test_mutated_messages_do_nothing_and_others_are_served(
         assert ended == []
         assert until(lambda: server.counts["schema"] > count // 10)  # of those on their way, too
         asked = (b"mutated", b"well")  # a change may hit the head alone, or the data
-        assert sum(data not in asked for data in server.received) < count // 4
+        assert sum(data not in asked for data in server.pings) < count // 4
         assert server.counts["failed"] == 0
 
 

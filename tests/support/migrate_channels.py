@@ -34,19 +34,19 @@ class Pong(Message, frozen=True):
 
 
 class Server:
-    """A channel that answers `Ping` and keeps the received data."""
+    """A channel that answers `Ping` and keeps their data."""
 
     def __init__(self, address: str | None = "tcp://127.0.0.1:0", **options: Any) -> None:
         secret = options.pop("secret", SECRET if address else None)
         self.channel = Channel(address, secret=secret, **options)
         self.peers = dict[Peer, None]()
-        self.received = list[bytes]()
+        self.pings = list[bytes]()
         self.channel.serve(Ping, self.answer)
 
     def answer(self, peer: Peer, ping: Ping) -> Pong:
         self.peers[peer] = None
-        self.received.append(ping.data)
-        return Pong(ping.data, len(self.received))
+        self.pings.append(ping.data)
+        return Pong(ping.data, len(self.pings))
 
     @property
     def address(self) -> str:
