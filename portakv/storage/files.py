@@ -81,6 +81,26 @@ def read_file(path: Path, most: int) -> bytes:
     return data
 
 
+def replace_file(file: Path, text: str) -> None:
+    """Write a small file, whole or not at all, whenever the power fails."""
+    new = file.with_name(f"{file.name}.new")
+    with open(open_file(new, OPEN | os.O_TRUNC), "w") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    new.replace(file)
+    place = os.open(file.parent, os.O_DIRECTORY)
+    with suppress(OSError):  # some network file systems refuse it
+        os.fsync(place)
+    os.close(place)
+
+
+def replace_if_possible(file: Path, text: str) -> None:
+    """Write a small file as `replace_file`, unless the device is full or refuses it."""
+    with suppress(OSError, StoreError):
+        replace_file(file, text)
+
+
 def wrong_kind(path: Path, kind: str) -> StoreError:
     """Return the error for something else in place of a file."""
     return StoreError(

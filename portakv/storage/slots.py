@@ -14,12 +14,13 @@ import mmap
 import os
 import sys
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -36,12 +37,15 @@ from portakv.storage.files import (
     lock,
     open_file,
     read_file,
+    replace_file,
+    replace_if_possible,
     unusable,
     wrong_owner,
 )
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, checksum, header, predecessor
 from portakv.storage.io.base import LOST, Engine, Request
+from portakv.storage.occupancy import NO_WRITE, Occupancy, Write
 from portakv.storage.space import EXTENT, Space
 from portakv.storage.table import (
     FOLLOWS,
@@ -51,6 +55,7 @@ from portakv.storage.table import (
     Records,
     Successions,
     cut_tail,
+    extend,
     records_in,
     write_record,
 )
@@ -62,7 +67,26 @@ _LEAST_GROWTH = 1 << 20  # bytes of the first slots
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PATIENCE = 2.0  # seconds
 Track = Callable[[Sequence[int], str], Iterable[int]]
-Place = tuple[int, Header]  # the slot of a block, and the expected content of its image
+
+
+class Place(NamedTuple):
+    """The slot of a block, and the expected header of the image there."""
+
+    slot: int
+    header: Header
+
+
+@dataclass
+class _Files:
+    """The descriptors of a folder; negative: not open."""
+
+    slots: int = -1  # the very file of the I/O
+    table: int = -1
+    claim: int = -1  # of the parent
+
+    def opened(self) -> list[int]:
+        """Return the open descriptors."""
+        return [fd for fd in (self.slots, self.table, self.claim) if fd >= 0]
 
 
 class Slots:
@@ -94,27 +118,24 @@ class Slots:
         chains: Chains[bytes] | None = None,
         space: Space | None = None,
     ) -> None:
-        self.fd = self._table = self._claim = -1  # first, as `__del__` reads them
+        self._files = _Files()  # first, as `__del__` reads it
         self.folder = folder
         self.form = form
         self.direct = True
         self.notes = list[str]()
-        self.generation = self.broken = self.evicted = 0
+        self.generation = 0
         self.chains = Chains[bytes]() if chains is None else chains
-        self._change = self.chains.lock
         self._space = Space(folder.parent) if space is None else space
         self._fits = False  # whether the other forms leave the room that the bound promises
         self.index = dict[bytes, int]()
-        self._pins: Counter[int] = Counter()
-        # Slots that are being written: the keys of their blocks, and their predecessors.
-        self._taken = dict[int, tuple[bytes, int]]()
-        self._written = threading.Condition(self._change)
+        self._occupancy = Occupancy(self.chains.lock)
         self.siblings: Sequence[Slots] = ()  # of all folders of the form, once they are open
         _watch_forks()
         _opened.add(self)
         try:
             self._recover(engine, track, self._open(capacity))
-            self._free = deque(sorted({*range(self.count)}.difference(self.index.values())))
+            free = {*range(self.count)}.difference(self.index.values())
+            self._occupancy.free.extend(sorted(free))
             if chains is None:
                 self.fit()
         except BaseException as error:  # also an interrupt: nothing stays open or locked
@@ -124,16 +145,31 @@ class Slots:
             raise unusable(folder, error) from error
         self._mark_table()
 
+    @property
+    def fd(self) -> int:
+        """Return the descriptor of the file of the blocks; negative if it is closed."""
+        return self._files.slots
+
+    @property
+    def broken(self) -> int:
+        """Return the number of faulty slots."""
+        return self._occupancy.broken
+
+    @property
+    def evicted(self) -> int:
+        """Return the number of evicted blocks."""
+        return self._occupancy.evicted
+
     def _open(self, space: int | None) -> int:
         """Open and lock the files; return how many records there were."""
         size = self.form.image_bytes
         table = self.folder / "table"
         if space is not None:
-            self._claim = claim(self.folder.parent)
+            self._files.claim = claim(self.folder.parent)
             os.makedirs(self.folder, 0o700, exist_ok=True)
         check_folder(self.folder)
         result = self._form_present()
-        self.fd = lock(self.folder / "slots")  # the very file of the I/O
+        self._files.slots = lock(self.folder / "slots")
         if self.fd < 0:
             raise StoreBusy(
                 f"Expected the store's folder {self.folder} without I/O in flight, got some of a "
@@ -155,9 +191,9 @@ class Slots:
         if space is not None or result is None:
             self._write_form(new=result is None)
 
-        self._table = open_file(table, OPEN)
+        self._files.table = open_file(table, OPEN)
         old = records_in(self.folder, self.form, known)
-        os.ftruncate(self._table, old.nbytes)  # records of slots that do not exist any more
+        os.ftruncate(self._files.table, old.nbytes)  # records of slots that do not exist any more
         if nbytes > known * size:  # a call that changes nothing would change the time of last use
             os.ftruncate(self.fd, known * size)
         # For all slots that there may be: growth moves no record that is being written, and the
@@ -185,7 +221,7 @@ class Slots:
             if new:
                 self._make_form(file, json.dumps(content))
             else:
-                self._tell(file.name, json.dumps(content))
+                replace_if_possible(file, json.dumps(content))
 
     def _make_form(self, file: Path, text: str) -> None:
         """Write the first form.json of a folder; other forms give way while the device is full. If
@@ -193,7 +229,7 @@ class Slots:
         try:
             while True:
                 try:
-                    return self._tell(file.name, text, must=True)
+                    return replace_file(file, text)
                 except OSError as error:
                     if error.errno not in _FULL or not self._space.yield_space(self.folder, PAGE):
                         raise
@@ -274,7 +310,7 @@ class Slots:
         text = words[slots, :GENERATION].tobytes()
         keys = [text[at : at + 32] for at in range(0, len(text), 32)]
         newest = dict(zip(keys, slots.tolist(), strict=True))  # one of two records of one key
-        with self._change:  # a block that an earlier folder has stays in that folder alone
+        with self.chains.lock:  # a block that an earlier folder has stays in that folder alone
             buffer = {slot: key for key, slot in newest.items() if key not in self.chains}
         for slot in {*slots.tolist()}.difference(buffer):
             self._put(slot)
@@ -295,13 +331,13 @@ class Slots:
         self.index = {buffer[slot]: slot for slot in last}
         follows = words[[*last], FOLLOWS]
         follows[follows == self.form.payload_bytes] = UNKNOWN
-        with self._change:
+        with self.chains.lock:
             marks = [mark_of(key) for key in self.index]
             self.chains.fill([*self.index], marks, follows.tolist(), self.folder)
 
     def by_use(self) -> list[bytes]:
         """Return all keys, the least recently used first, after those of unknown predecessors."""
-        with self._change:
+        with self.chains.lock:
             return self.chains.by_use(self.folder)
 
     def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
@@ -309,7 +345,7 @@ class Slots:
 
         ``follows``: the predecessor of each block, for blocks whose predecessor is not known yet.
         """
-        with self._change:
+        with self.chains.lock:
             for key in reversed(keys):
                 if key in self.index:
                     self.chains.touch(key)
@@ -317,37 +353,38 @@ class Slots:
                 slot = self.index.get(key)
                 if slot is not None and self.chains.learn(key, mark):
                     self._records[slot, FOLLOWS] = mark
-                    write_record(self._table, self._records, slot)
+                    write_record(self._files.table, self._records, slot)
 
     def pin(self, key: bytes) -> Place | None:
         """Return where a block lies, which stays there until `unpin`; None if it is not there."""
-        with self._change:
+        with self.chains.lock:
             slot = self.index.get(key)
             if slot is None:
                 return None
-            self._pins[slot] += 1
+            self._occupancy.pins[slot] += 1
             self.chains.pin(key)
             generation, _, many, *sums = self._records[slot, GENERATION:].tolist()
-            return slot, Header(key, generation, tuple(sums[:many]))
+            return Place(slot, Header(key, generation, tuple(sums[:many])))
 
     def unpin(self, place: Place, good: bool = True) -> None:
         """Release a pin. A block that is not ``good`` is forgotten; its slot is free when the last
         pin goes."""
-        slot, (key, *_) = place
-        with self._change:
+        slot = place.slot
+        key = place.header.key
+        with self.chains.lock:
             if not good:
                 if self.index.get(key) == slot:
                     del self.index[key]
                     self.chains.remove(key)
                 self._put(slot)
-            self._pins[slot] -= 1
-            if self._pins[slot]:
+            self._occupancy.pins[slot] -= 1
+            if self._occupancy.pins[slot]:
                 return
-            del self._pins[slot]
+            del self._occupancy.pins[slot]
             if self.index.get(key) == slot:
                 self.chains.unpin(key)
             else:
-                self._free.append(slot)
+                self._occupancy.free.append(slot)
 
     def take(
         self,
@@ -367,23 +404,23 @@ class Slots:
         waiting if no write ends for `_PATIENCE` seconds: calls that name the same keys in other
         orders would wait for each other.
         """
-        with self._change:
+        with self.chains.lock:
             if self.fd < 0:
                 return None
             if not self._fits:
                 self._space.make_fit(self.folder)
                 self._fits = True
-            if not self._free:
+            if not self._occupancy.free:
                 self._grow()
-            while not self._free and evict and not self._evict(key, own or {}):
+            while not self._occupancy.free and evict and not self._evict(key, own or {}):
                 if not self._later_are_written(key, own or {}):
                     break
-                if not self._written.wait(_PATIENCE):
+                if not self._occupancy.written.wait(_PATIENCE):
                     break
-            if not self._free:
+            if not self._occupancy.free:
                 return None
-            slot: int = self._free.popleft()
-            self._taken[slot] = key, follows
+            slot: int = self._occupancy.free.popleft()
+            self._occupancy.writes[slot] = Write(key, follows)
             self.chains.expect(follows)
         if not self._put(slot):
             self.give(slot)
@@ -397,7 +434,7 @@ class Slots:
         """
         self.siblings = siblings
         try:
-            with self._change:
+            with self.chains.lock:
                 self._cut(self.limit)
         except OSError as error:
             raise unusable(self.folder, error) from error
@@ -408,22 +445,14 @@ class Slots:
         The blocks there go, and their successors with them. Slots below one that is pinned or being
         written stay. Returns True if slots went.
         """
-        with self._change:
+        with self.chains.lock:
             if self.fd < 0:
                 return False
             before = self.count
-            self._cut(self._past_used())
+            self._cut(self._occupancy.past_free(self.count))
             if self.count == before:
                 self._cut(before - -(-nbytes // self.form.image_bytes))
             return self.count < before
-
-    def _past_used(self) -> int:
-        """Return the number of the slot after the last slot that is not free."""
-        free = {*self._free}
-        past = self.count
-        while past - 1 in free:
-            past -= 1
-        return past
 
     def _cut(self, keep: int) -> None:
         """Give back the slots from ``keep`` on that lie above all slots in use.
@@ -431,14 +460,14 @@ class Slots:
         A slot is in use if it is pinned, is being written, or leads to a block that is being
         written. All successors of the evicted blocks go with them, in all folders.
         """
-        keep = max(keep, 0, *(slot + 1 for slot in [*self._pins, *self._taken]))
+        keep = max(keep, self._occupancy.past_used())
         if keep >= self.count:
             return
         folders = [self, *(x for x in self.siblings if x is not self and x.fd >= 0)]
         successions = Successions([x._records[: x.count] for x in folders])
         for writing in folders:
-            for _, follows in writing._taken.values():
-                leading = [x.slot for x in successions.before(follows) if x.table == 0]
+            for write in writing._occupancy.writes.values():
+                leading = [x.slot for x in successions.before(write.follows) if x.table == 0]
                 keep = max(keep, *(slot + 1 for slot in leading), 0)
         if keep >= self.count:
             return
@@ -448,8 +477,10 @@ class Slots:
             if key is not None:
                 folders[number]._forget(key)
             folders[number]._put(slot)
-        cut_tail(self.fd, self._table, self._records[: self.count], keep, self.form.image_bytes)
-        self._free = deque(slot for slot in self._free if slot < keep)
+        cut_tail(
+            self.fd, self._files.table, self._records[: self.count], keep, self.form.image_bytes
+        )
+        self._occupancy.free = deque(slot for slot in self._occupancy.free if slot < keep)
         self._records[keep : self.count] = 0
         self.count = keep
 
@@ -466,7 +497,7 @@ class Slots:
                 return
             past = self.count + more
             try:
-                _extend({self.fd: past * size, self._table: past * width})
+                extend({self.fd: past * size, self._files.table: past * width})
             except OSError as error:
                 if error.errno not in _FULL:
                     return
@@ -477,7 +508,7 @@ class Slots:
                 continue
             first = self.count
             self.count = past
-            self._free.extend(range(first, past))
+            self._occupancy.free.extend(range(first, past))
             self._mark_table()
             if not first and self.direct:
                 self._try_direct()
@@ -485,8 +516,8 @@ class Slots:
 
     def _mark_table(self) -> None:
         """Seal the record of a free slot: from now on a table of zeros means a lost table."""
-        if self._free:
-            self._put(self._free[0])
+        if self._occupancy.free:
+            self._put(self._occupancy.free[0])
 
     def _evict(self, key: bytes, own: Mapping[bytes, int]) -> bool:
         """Evict a block for another one, unless it is earlier in the call; return True if one
@@ -495,18 +526,20 @@ class Slots:
         if victim is None or (victim in own and own[victim] <= own[key]):
             return False
         self._forget(victim)
-        self.evicted += 1
+        self._occupancy.evicted += 1
         return True
 
     def _later_are_written(self, key: bytes, own: Mapping[bytes, int]) -> bool:
         """Return True if blocks are being written that come after one in its call."""
-        return key in own and any(own.get(x, -1) > own[key] for x, _ in self._taken.values())
+        return key in own and any(
+            own.get(write.key, -1) > own[key] for write in self._occupancy.writes.values()
+        )
 
     def _end_write(self, slot: int) -> None:
         """Note that a slot is not being written any more."""
-        _, follows = self._taken.pop(slot, (b"", UNKNOWN))
-        self.chains.unexpect(follows)
-        self._written.notify_all()
+        write = self._occupancy.writes.pop(slot, NO_WRITE)
+        self.chains.unexpect(write.follows)
+        self._occupancy.written.notify_all()
 
     def seal(self, slot: int, key: bytes, generation: int, checksums: Sequence[int]) -> bool:
         """Register a block whose image was written; return False if its record cannot be
@@ -514,11 +547,11 @@ class Slots:
         if not self.direct:
             size = self.form.image_bytes
             os.posix_fadvise(self.fd, slot * size, size, os.POSIX_FADV_DONTNEED)
-        _, follows = self._taken.get(slot, (b"", UNKNOWN))
+        follows = self._occupancy.writes.get(slot, NO_WRITE).follows
         if not self._put(slot, key, generation, checksums, follows):
             self.give(slot)
             return False
-        with self._change:
+        with self.chains.lock:
             self._end_write(slot)
             # Only one of two records of a block stays, or a later start could register the other
             # one.
@@ -527,7 +560,7 @@ class Slots:
             newer = before is not None and int(self._records[before, GENERATION]) > generation
             if elsewhere or newer:
                 self._put(slot)
-                self._free.append(slot)
+                self._occupancy.free.append(slot)
                 return True
             self._forget(key)
             if before is not None:
@@ -538,18 +571,19 @@ class Slots:
 
     def give(self, slot: int, broken: bool = False) -> None:
         """Give a taken slot back; a faulty slot is not used again."""
-        with self._change:
+        with self.chains.lock:
             self._end_write(slot)
-            self.broken += broken
+            self._occupancy.broken += broken
             if not broken:
-                self._free.append(slot)
+                self._occupancy.free.append(slot)
 
     def close(self, sync: bool = True) -> None:
         """Make all blocks and the order of last use durable, and release the folder."""
-        files = [fd for fd in (self.fd, self._table, self._claim) if fd >= 0]
-        self.fd = self._table = self._claim = -1
+        files = self._files.opened()
+        self._files = _Files()
         if sync and files:
-            self._tell("order", json.dumps([self.index[key] for key in self.by_use()]))
+            order = json.dumps([self.index[key] for key in self.by_use()])
+            replace_if_possible(self.folder / "order", order)
         for act in (os.fdatasync, os.close) if sync else (os.close,):
             for fd in files:
                 with suppress(OSError):
@@ -580,22 +614,7 @@ class Slots:
             record[FOLLOWS] = self.form.payload_bytes if follows == UNKNOWN else follows
             record[SEGMENTS] = len(sums)
             record[SUMS : SUMS + len(sums)] = np.array(sums, "<u8")
-        return write_record(self._table, self._records, slot)
-
-    def _tell(self, name: str, text: str, must: bool = False) -> None:
-        """Write a small file, whole or not at all, whenever the power fails; on a device that is
-        full only if it must."""
-        new = self.folder / f"{name}.new"
-        with suppress(*[] if must else [OSError, StoreError]):
-            with open(open_file(new, OPEN | os.O_TRUNC), "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self.folder / name)
-            place = os.open(self.folder, os.O_DIRECTORY)
-            with suppress(OSError):  # some network file systems refuse it
-                os.fsync(place)
-            os.close(place)
+        return write_record(self._files.table, self._records, slot)
 
     def _forget(self, key: bytes) -> None:
         """Take a block from the index; its slot is free unless a reader has it."""
@@ -603,8 +622,8 @@ class Slots:
         if slot is None:
             return
         self.chains.remove(key)
-        if slot not in self._pins:
-            self._free.append(slot)
+        if slot not in self._occupancy.pins:
+            self._occupancy.free.append(slot)
 
 
 def claim(folder: Path) -> int:
@@ -622,7 +641,9 @@ def _claim(folder: Path) -> int:
     if owner not in (0, os.geteuid()):  # root could do anything anyway
         raise wrong_owner(folder, owner)
     if (fd := lock(folder / "lock")) < 0:
-        own = folder.resolve() in {x.folder.parent.resolve() for x in _opened if x._claim >= 0}
+        own = folder.resolve() in {
+            x.folder.parent.resolve() for x in _opened if x._files.claim >= 0
+        }
         raise StoreBusy(
             f"Expected the store's folder {folder} to be free, got a folder that "
             f"{'this process' if own else holder(folder)} has open already. Close that store, or "
@@ -642,19 +663,6 @@ def holder(folder: Path) -> str:
     return f"process {text if text.isdigit() else '?'}"
 
 
-def _extend(sizes: Mapping[int, int]) -> None:
-    """Make open files so large, in real space; or leave all as they were."""
-    before = {fd: os.fstat(fd).st_size for fd in sizes}
-    try:
-        for fd, nbytes in sizes.items():
-            if nbytes > before[fd]:
-                os.posix_fallocate(fd, before[fd], nbytes - before[fd])
-    except OSError:
-        for fd, nbytes in before.items():
-            os.ftruncate(fd, nbytes)
-        raise
-
-
 _opened: WeakSet[Slots] = WeakSet()
 
 
@@ -664,7 +672,7 @@ def _watch_forks() -> None:
 
     def forked() -> None:
         for slots in _opened:
-            slots._change = threading.Lock()  # a thread that is not here may have it
+            slots.chains.lock = threading.Lock()  # a thread that is not here may have it
             slots.close(sync=False)
 
     os.register_at_fork(after_in_child=forked)

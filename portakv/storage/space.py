@@ -25,7 +25,10 @@ class Reader(Protocol):
     """Slots that this store has open to read."""
 
     folder: Path
-    fd: int  # negative: closed
+
+    @property
+    def fd(self) -> int:
+        """Return the descriptor of the file of slots; negative if it is closed."""
 
     def cut(self, nbytes: int) -> bool:
         """Give slots back, of so many bytes if there are some; return True if slots went."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +58,19 @@ def cut_tail(slots: int, table: int, records: Records, keep: int, image_bytes: i
     empty."""
     os.ftruncate(slots, keep * image_bytes)
     os.ftruncate(table, min(keep, len(records)) * records.shape[1] * 8)
+
+
+def extend(sizes: Mapping[int, int]) -> None:
+    """Make open files so large, in real space; or leave all as they were."""
+    before = {fd: os.fstat(fd).st_size for fd in sizes}
+    try:
+        for fd, nbytes in sizes.items():
+            if nbytes > before[fd]:
+                os.posix_fallocate(fd, before[fd], nbytes - before[fd])
+    except OSError:
+        for fd, nbytes in before.items():
+            os.ftruncate(fd, nbytes)
+        raise
 
 
 def empty(table: int, records: Records, slot: int) -> None:

@@ -336,7 +336,7 @@ def test_a_forked_child_is_refused(folder: Path) -> None:
         os.write(tell, b"x")
         os.read(done[0], 1)
 
-    with slots._change:  # as another thread of the parent may
+    with slots.chains.lock:  # as another thread of the parent may
         pid, readable = cases.telling(child)
     assert put(slots, KEYS[2], 2)
     assert os.read(readable, 1) == b"x"

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Occupancy` records which slots of a folder are free, pinned, or being written."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from typing import NamedTuple
+
+from portakv.storage.chains import UNKNOWN
+
+
+class Write(NamedTuple):
+    """A block that is being written, and the mark that it follows."""
+
+    key: bytes
+    follows: int
+
+
+NO_WRITE = Write(b"", UNKNOWN)
+
+
+class Occupancy:
+    """The slots that are free, pinned, or being written, and the number of losses.
+
+    Attributes:
+        free: slots without a block.
+        pins: the number of pins of each pinned slot.
+        writes: the blocks that are being written, by slot.
+        written: notified when a write ends.
+        broken: the number of faulty slots, which are not used again.
+        evicted: the number of evicted blocks.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.free = deque[int]()
+        self.pins: Counter[int] = Counter()
+        self.writes = dict[int, Write]()
+        self.written = threading.Condition(lock)
+        self.broken = 0
+        self.evicted = 0
+
+    def past_free(self, count: int) -> int:
+        """Return the number of the slot after the last slot, of ``count``, that is not free."""
+        free = {*self.free}
+        past = count
+        while past - 1 in free:
+            past -= 1
+        return past
+
+    def past_used(self) -> int:
+        """Return the number of the slot after the last slot that is pinned or being written."""
+        return max((slot + 1 for slot in (*self.pins, *self.writes)), default=0)
