@@ -14,6 +14,7 @@ from support.conform_runs import python
 from support.inductor import needs_inductor
 
 from portakv.registry import registry
+from portakv_conformance.contract.command import implementation, outcomes_of
 from portakv_conformance.simdev import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +109,22 @@ def test_the_design_is_short_and_names_files_that_exist() -> None:
     assert named
     missing = [file for file in named if not (ROOT / "portakv" / file).is_file()]
     assert not missing, f"docs/design.md names files that do not exist: {missing}"
+
+
+@pytest.mark.parametrize(
+    ("contract", "name"),
+    [
+        ("tier", "portakv_examples.memory_tier:make"),
+        ("transport", "portakv_examples.channel_transport:ChannelTransport"),
+    ],
+)
+def test_the_examples_of_extending_keep_their_contract(contract: str, name: str) -> None:
+    assert f"portakv conform --contract {contract} {name}" in (
+        ROOT / "docs" / "extending.md"
+    ).read_text(encoding="utf-8")
+    outcomes = outcomes_of(contract, implementation(contract, name))
+    assert outcomes
+    assert {each.name: each.failure for each in outcomes if each.failure is not None} == {}
 
 
 #: The last backend of the guide for vendors checks rows that a plane shows, and split ones.
