@@ -13,7 +13,7 @@ import numpy as np
 
 from portakv.arguments import naming
 from portakv.copy.handle import token_bytes
-from portakv.errors import InvalidTerms, Unsupported
+from portakv.errors import InvalidTerms, SlotError, Unsupported
 from portakv.migrate.connections import Connection, Sources
 from portakv.migrate.messages import Gather, Ticket
 from portakv.migrate.shards import Piece, Shard, pieces, slices
@@ -178,6 +178,7 @@ def _indices(
     for group, (shard, ids) in enumerate(zip(shards, blocks, strict=True)):
         with naming("blocks", "lists of ids of the views' blocks"):
             dst_index = Index.of(ids, shard.view.block_size or 1).shifted(first)
+            _check_number_of_blocks(dst_index, first, count)
             dst_index.check_length(count, shard.view.slots, "reader's")
             skips |= dst_index.check(count, shard.view.slots, "reader's", distinct=True)
 
@@ -191,6 +192,17 @@ def _indices(
             src_indices.append(index)
         lists.append((dst_index, src_indices))
     return lists, skips
+
+
+def _check_number_of_blocks(index: Index, first: int, count: int) -> None:
+    """Raise `SlotError` if the reader's blocks hold fewer tokens than the pull brings."""
+    if index.ids is None or index.length is None or count <= index.length:
+        return
+    needed = -(-(first + count) // index.step)
+    raise SlotError(
+        f"Expected blocks to hold {count} tokens from token {first} on, {needed} blocks of "
+        f"{index.step} tokens, got {index.ids.numel()}. Pass a longer list, or fewer tokens."
+    )
 
 
 def count_blocks(shards: Sequence[Shard], blocks: Sequence[Ids], first: int, past: int) -> int:
