@@ -53,10 +53,10 @@ BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
 
 @dataclass
 class Lease:
-    """The time for which an owner promises not to change rows."""
+    """The time for which an owner promises not to change rows, by the owner's clock."""
 
     until: float
-    latest: float  # the latest time to which a reader may renew the lease
+    latest: float  # to which a reader may renew the lease
 
 
 class Offer:
@@ -89,7 +89,7 @@ class Offer:
 
     @property
     def state(self) -> str:
-        """ "held"; then "taken" by its readers, "expired", "revoked", or "lost" with a reader."""
+        """Return "held"; after the end "taken", "expired", "revoked", or "lost" with a reader."""
         return uninterrupted(self._look)
 
     def _look(self) -> str:
@@ -427,7 +427,8 @@ class Owner:
 
     def _begin(self, peer: Peer, begin: messages.About) -> None:
         with self.change:
-            if (offer := self._current(begin)) and peer.id not in offer.begun:
+            offer = self._current(begin)
+            if offer is not None and peer.id not in offer.begun:
                 offer.begun[peer.id] = peer.on_gone(partial(self._less, offer, peer.id, "lost"))
 
     def _less(self, offer: Offer, reader: bytes, state: str) -> None:
@@ -480,7 +481,8 @@ class Owner:
 
     def _gather(self, peer: Peer, gather: messages.Gather) -> messages.Answer:
         with self.change:
-            if (offer := self._current(gather)) is None:
+            offer = self._current(gather)
+            if offer is None:
                 return self._gone(gather)
             self._begin(peer, gather)
             rows = self._rows(offer, gather)

@@ -131,7 +131,7 @@ def test_an_offer_that_ends_between_slices_is_not_published(made: Sides) -> None
         offer = both.offer()
         pulled = both.pull(offer)
         if end == "expired":
-            offer.until = 0.0
+            offer.lease.until = 0.0
         offer.revoke()
         assert offer.taken(0)
         both.src.whole.fill_(9)
