@@ -57,7 +57,10 @@ def _named_anywhere(check_available: bool = False) -> torch.device | None:
 @pytest.mark.usefixtures("acme")
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("no_driver", [False, True], ids=["as it is", "cuda without a driver"])
-def test_a_page_s_code_runs(no_driver: bool, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_s_code_runs(
+    no_driver: bool, page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a page may name a folder
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
     if no_driver:
         if torch.accelerator.is_available():
