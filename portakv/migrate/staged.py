@@ -51,8 +51,10 @@ def _take(
             slot = buffer[:nbytes]
             with _turn(step, pull):
                 start = pace.start_of(slot.nbytes)
-                while (left := pace.left(start)) and not pull.over:
+                left = pace.left(start)
+                while left and not pull.over:
                     sleep(min(left, 0.05))
+                    left = pace.left(start)
                 stage.tag += 1
                 request = step.gather(*part, stage.transport.name, number, stage.tag)
                 ask(step, request, pull)

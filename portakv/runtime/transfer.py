@@ -250,12 +250,12 @@ class Transfer:
 
     @property
     def _captured(self) -> bool:
-        """True if a launch was captured into a graph, whose replays this handle does not follow."""
+        """Return True if a launch was captured into a graph, whose replays the handle ignores."""
         return any(completion.standing for completion in self.completions)
 
     @property
     def ordered(self) -> bool:
-        """True if later work on the copy's stream runs after the whole copy.
+        """Return True if later work on the copy's stream runs after the whole copy.
 
         Streams then order all of the copy, or it ended with the call. Otherwise `synchronize` (or
         `wait`) blocks until the end: the copy used pageable memory, or is issued in slices.

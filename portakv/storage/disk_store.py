@@ -90,12 +90,12 @@ class DiskStore:
 
     @property
     def generation(self) -> int:
-        """The highest that was found."""
+        """Return the highest generation at the start."""
         return max(slots.generation for slots, _ in self.parts)
 
     @property
     def where(self) -> str:
-        """The folders."""
+        """Return the folders, for messages."""
         return ", ".join(str(slots.folder.parent) for slots, _ in self.parts)
 
     def has(self, keys: Sequence[bytes], _: float | None = None) -> list[bool]:
@@ -158,8 +158,8 @@ class DiskStore:
                 return
             block.spans_left -= 1
             if not block.spans_left and block.failure is None:
-                _, reported = block.place
-                block.right = self._right(rows[block.number], reported, segments)
+                expected = block.place.header
+                block.right = self._right(rows[block.number], expected, segments)
                 if not block.right:
                     block.fail(result)
 
@@ -193,7 +193,7 @@ class DiskStore:
         size = self.form.image_bytes
         requests = []
         for block in pinned:
-            slot, _ = block.place
+            slot = block.place.slot
             address = rows[block.number].ctypes.data
             for start, end in spans:
                 offset = slot * size + start
@@ -320,7 +320,8 @@ class DiskStore:
 
         After a failure, give the slot back and report the reason.
         """
-        _, slots, slot = place
+        slots = place.slots
+        slot = place.slot
         size = self.form.image_bytes
         stored = False
         why = "its record cannot be written"
@@ -337,13 +338,19 @@ class DiskStore:
         return stored
 
     def statistics(self) -> dict[str, Any]:
-        """Numbers of slots by folder."""
-        names = ("count", "limit", "broken", "evicted", "direct")
-        return {
-            str(slots.folder): {"io": self.engine.name, "used": len(slots.index)}
-            | {name: getattr(slots, name) for name in names}
-            for slots, _ in self.parts
-        }
+        """Return the figures of the slots by folder."""
+        figures = dict[str, Any]()
+        for slots, _ in self.parts:
+            figures[str(slots.folder)] = {
+                "io": self.engine.name,
+                "used": len(slots.index),
+                "count": slots.count,
+                "limit": slots.limit,
+                "broken": slots.broken,
+                "evicted": slots.evicted,
+                "direct": slots.direct,
+            }
+        return figures
 
     def close(self) -> None:
         """Put all on the devices, and close the folders."""
@@ -359,7 +366,9 @@ class DiskStore:
         return verify(row, self.form, reported.checksums, reported.generation, segments)
 
     def pin(self, key: bytes) -> tuple[Slots, Place] | None:
+        """Pin a block, and return its folder's slots and its place; None if no folder has it."""
         for slots, _ in self.parts:
-            if (place := slots.pin(key)) is not None:
+            place = slots.pin(key)
+            if place is not None:
                 return slots, place
         return None

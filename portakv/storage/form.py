@@ -182,12 +182,12 @@ class BlockForm:
         )
 
     def json(self) -> str:
-        """Canonical JSON; the digest is made of it."""
+        """Return canonical JSON, of which the digest is made."""
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True, separators=(",", ":"))
 
     @cached_property
     def digest(self) -> bytes:
-        """16 bytes, which differ if the bytes of a block can."""
+        """Return 16 bytes, which differ from those of forms whose blocks may have other bytes."""
         return hashlib.sha256(self.json().encode()).digest()[:16]
 
     @property
@@ -197,12 +197,12 @@ class BlockForm:
 
     @cached_property
     def payload_bytes(self) -> int:
-        """Bytes of a block's rows."""
+        """Return the bytes of a block's rows."""
         return self.layer_bytes * (self.layers[1] - self.layers[0])
 
     @cached_property
     def image_bytes(self) -> int:
-        """Bytes of header, payload and padding."""
+        """Return the bytes of header, payload and padding."""
         return HEADER + -(-self.payload_bytes // HEADER) * HEADER
 
     @cached_property
@@ -223,8 +223,10 @@ class BlockForm:
         return tuple(Segment(a, b, a * size, (b - a) * size) for a, b in pairwise(ends))
 
     def view(self, rows: torch.Tensor) -> KVView:
-        """The blocks of images: ``rows`` is uint8 ``[n, >= image_bytes]`` on the host, its rows at
-        multiples of 4,096 bytes. Copies nothing."""
+        """Return a view of the blocks of images; copies nothing.
+
+        ``rows`` is uint8 ``[n, >= image_bytes]`` on the host, its rows at multiples of 4,096 bytes.
+        """
         arguments.instance("rows", rows, torch.Tensor)
         if rows.dtype != torch.uint8 or rows.ndim != 2 or rows.shape[1] < self.image_bytes:
             expected = f"a tensor of uint8 [n, {self.image_bytes} or more]"

@@ -39,8 +39,11 @@ def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
 def prefix_keys(
     tokens: object, block_size: int, salt: bytes = b"", extra: Sequence[bytes] | None = None
 ) -> list[bytes]:
-    """The keys of all whole blocks: SHA-256 of the previous key, tokens as little-endian u32, and
-    ``extra`` of the block (of a LoRA, an image). The ``salt`` keeps tenants apart."""
+    """Return the keys of all whole blocks.
+
+    A key is the SHA-256 of the previous key, the tokens as little-endian u32, and ``extra`` of the
+    block (of a LoRA, an image). The ``salt`` keeps tenants apart.
+    """
     octets("salt", salt)
     keys = [sha256(b"portakv" + salt).digest()]
     for number, (block, more) in enumerate(_blocks(tokens, block_size, "<u4", extra)):
@@ -51,7 +54,7 @@ def prefix_keys(
 
 
 def lmcache_keys(tokens: object, block_size: int = 256) -> list[bytes]:
-    """The keys of LMCache's server of many processes, in chunks (`TokenHasher` of 0.5.6)."""
+    """Return the keys of LMCache's multiprocess server, by chunk (`TokenHasher` of 0.5.6)."""
     try:
         from blake3 import blake3
     except ImportError:

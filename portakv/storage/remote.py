@@ -145,7 +145,7 @@ class Remote:
 
     @property
     def obs(self) -> Any:
-        """obstore; refused in a process in which its calls would never return."""
+        """Return obstore. Raises `StoreError` in a forked process, where its calls never return."""
         if self._process.forked:
             raise StoreError(f"{self!r} is obstore's, which hangs once forked; start it by spawn.")
         return self._obs

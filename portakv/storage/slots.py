@@ -224,8 +224,10 @@ class Slots:
                 replace_if_possible(file, json.dumps(content))
 
     def _make_form(self, file: Path, text: str) -> None:
-        """Write the first form.json of a folder; other forms give way while the device is full. If
-        it cannot be written, nothing is left that somebody takes for a form."""
+        """Write the first form.json of a folder; other forms give way while the device is full.
+
+        If it cannot be written, nothing is left that looks like a form.
+        """
         try:
             while True:
                 try:
@@ -243,7 +245,9 @@ class Slots:
 
     def _try_direct(self) -> None:
         """Have the I/O go past the page cache, if the device takes images at multiples of a page.
-        A file without slots does not show that."""
+
+        A file without slots does not show that.
+        """
         try:
             fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_DIRECT)
             os.preadv(self.fd, [mmap.mmap(-1, PAGE)], PAGE)
@@ -367,8 +371,10 @@ class Slots:
             return Place(slot, Header(key, generation, tuple(sums[:many])))
 
     def unpin(self, place: Place, good: bool = True) -> None:
-        """Release a pin. A block that is not ``good`` is forgotten; its slot is free when the last
-        pin goes."""
+        """Release a pin.
+
+        Forgets a block that is not ``good``; its slot becomes free with its last pin.
+        """
         slot = place.slot
         key = place.header.key
         with self.chains.lock:
@@ -485,8 +491,10 @@ class Slots:
         self.count = keep
 
     def _grow(self) -> None:
-        """Allocate slots: as many bytes again as there are, up to an extent; or fewer, or none. A
-        kill in it leaves empty slots without records."""
+        """Allocate as many bytes of slots as there are, up to an extent; or fewer, or none.
+
+        A kill in it leaves empty slots without records.
+        """
         size = self.form.image_bytes
         width = self._records.shape[1] * 8
         step = min(max(self.count * size, _LEAST_GROWTH), EXTENT)
@@ -640,7 +648,8 @@ def _claim(folder: Path) -> int:
     owner = folder.stat().st_uid
     if owner not in (0, os.geteuid()):  # root could do anything anyway
         raise wrong_owner(folder, owner)
-    if (fd := lock(folder / "lock")) < 0:
+    fd = lock(folder / "lock")
+    if fd < 0:
         own = folder.resolve() in {
             x.folder.parent.resolve() for x in _opened if x._files.claim >= 0
         }
@@ -668,7 +677,7 @@ _opened: WeakSet[Slots] = WeakSet()
 
 @cache
 def _watch_forks() -> None:
-    """A child's copies of the files would hold the parent's locks: the child closes them."""
+    """Have a forked child close its copies of the files, which would hold the parent's locks."""
 
     def forked() -> None:
         for slots in _opened:

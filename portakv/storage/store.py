@@ -145,10 +145,13 @@ class BlockStore:
         until = self.graph.clock() + seconds("timeout", timeout, optional=True)
         leading = 0
         many = LOOKUP_BATCH
-        while many and (some := keys[leading : leading + many]):
-            there = self._shared.leading(some, until)
+        while leading < len(keys):
+            batch = keys[leading : leading + many]
+            there = self._shared.leading(batch, until)
             leading = leading + there
-            many = 2 * many if there == len(some) else 0
+            if there < len(batch):
+                break
+            many = 2 * many
         uninterrupted(partial(self._shared.touch, keys[:leading]))
         return leading
 

@@ -94,7 +94,8 @@ class Moving:
         began = now = monotonic()
         while not ended():
             sleep(min(max(20e-6, (now - began) / 8), 1e-3))
-            if self.over.is_set() or (now := monotonic()) > self.until:
+            now = monotonic()
+            if self.over.is_set() or now > self.until:
                 self.wait(0)
 
     def begin(self) -> bool:
