@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,18 @@ def test_the_first_copy_of_the_quickstart_moves_what_it_says() -> None:
         for kv in range(2):
             rows = cache[kv].flatten(0, 1)[slots].flatten(1)
             assert torch.equal(chunk[kv, layer], rows)
+
+
+def test_the_two_processes_of_the_migration_page_hand_rows_over() -> None:
+    page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    owner, reader = re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    command = [sys.executable, "-c"]
+    with subprocess.Popen([*command, owner], stdout=subprocess.PIPE) as offering:
+        done = subprocess.run(
+            [*command, reader], stdin=offering.stdout, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert offering.returncode == 0
 
 
 def test_the_picture_of_a_pull_is_what_its_code_draws() -> None:
