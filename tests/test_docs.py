@@ -113,6 +113,19 @@ def test_every_page_says_its_kind(page: Path) -> None:
     )
 
 
+def test_the_tables_of_the_api_list_what_its_directives_render() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for section in page.split("\n## ")[1:]:
+        listed = {name.rpartition(".")[2] for name in re.findall(r"^\| `([\w.]+)`", section, re.M)}
+        for directive in section.split("\n::: ")[1:]:
+            name = directive.split()[0].rpartition(".")[2]
+            members = re.search(r"members: \[(.+)\]", directive)
+            if name.islower() and members:  # a module
+                assert listed >= set(members[1].split(", ")), f"{name}: {listed}"
+            elif not name.islower() or "_" in name:
+                assert name in listed, f"docs/api.md lists no {name} in a table."
+
+
 def _section(page: str, title: str) -> str:
     return page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
