@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predict the states of a transfer graph's tasks, for the state machine that compares them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from portakv.errors import TransferCancelled, TransferError
+from portakv.graph import Graph, Handle, Lease, Task
+
+LIMIT = 10.0
+BLOCKS = 3
+ALL = (True,) * BLOCKS
+NONE = (False,) * BLOCKS
+SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
+WIDTHS = {"disk": 2, "net": 1, "device": 3}
+STALL = 2.0  # seconds after which a queue is slow
+UNRUN = ("cancelled", "late", "dropped")
+
+Bits = tuple[bool, ...]
+
+
+class Staging:
+    """A pool that fails a test if a buffer comes back twice."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.free = set(range(count))
+
+    def take(self, count: int, store: bool) -> list[int] | None:
+        """Return free buffers, or None if there are not enough."""
+        if count > len(self.free):
+            return None
+        return [self.free.pop() for _ in range(count)]
+
+    def give(self, items: list[int]) -> None:
+        """Take buffers back."""
+        assert not self.free & {*items}, "a buffer came back twice"
+        self.free |= {*items}
+
+
+class Work:
+    """Work that starts, and runs until the machine ends it with a result or an error."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log  # mistakes that workers saw
+        self.masks = list[Bits]()  # one for each start
+        self.go = threading.Event()
+        self.result: Any = None
+
+    def __call__(self, task: Task, mask: Any) -> Any:
+        if task.lease is not None and not task.lease.items:
+            self.log.append("a task runs without the buffers of its lease")
+        self.masks.append(tuple(mask.tolist()))
+        if not self.go.wait(4 * LIMIT):
+            self.log.append("no one ended a task")
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+@dataclass(eq=False)
+class Known:
+    """A task and all that the model knows of it."""
+
+    task: Task
+    number: int  # in the order of submission
+    after: list[tuple[Known, list[tuple[int, int]] | None]]
+    eligible: Bits
+    work: Work | None  # None: a barrier
+    lease: Lease | None
+    due: float = 0.0
+    background: bool = False
+    followers: list[Known] = field(default_factory=list)
+    droppable: bool = False  # a queue was slow when it was submitted
+    wanted: bool = True  # neither cancelled nor late
+    unrun: str = ""  # its state, if it ended without a run
+    since: float | None = None  # the time at which it was seen to run
+    final: tuple[str, Bits] | None = None  # its state and its blocks when it was seen to end
+    handle: Handle | None = None  # of a barrier
+
+    @property
+    def queue(self) -> str:
+        """Return the name of its queue; an empty text for a barrier."""
+        return self.task.queue.name if self.task.queue else ""
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Return its place among the tasks that wait for the same worker or pool."""
+        return self.due, self.number
+
+    @property
+    def left(self) -> Bits | None:
+        """Return the blocks that it has to move; None before the tasks that it follows end."""
+        left = np.array(self.eligible, bool)
+        for before, pairs in self.after:
+            landed = before.landed
+            if landed is None:
+                return None
+            if self.task.rescue:
+                left &= ~np.array(landed)
+                continue
+            for block, its_block in [(i, i) for i in range(BLOCKS)] if pairs is None else pairs:
+                left[block] &= landed[its_block]
+        return tuple(left.tolist())
+
+    @property
+    def landed(self) -> Bits | None:
+        """Return its blocks that landed; None before it ends."""
+        if self.final:
+            return self.final[1]
+        before = self.after[0][0].landed if self.task.rescue else NONE
+        if self.unrun:
+            return before or NONE
+        left = self.left
+        if left is None or before is None:
+            return None
+        result: Any = None
+        if self.work and any(left):
+            if not self.work.go.is_set():
+                return None
+            result = self.work.result
+        if is_failure(result):
+            return before
+        moved = left if result is None else np.logical_and(left, result)
+        return tuple(np.logical_or(before, moved).tolist())
+
+    @property
+    def ended(self) -> bool:
+        """Return True if it has ended, by the model."""
+        return self.landed is not None
+
+    @property
+    def running(self) -> bool:
+        """Return True if its work runs."""
+        return self.task.state == "running"
+
+
+def is_failure(result: Any) -> bool:
+    """Return True if work raises its result, or returns something that is not a mask."""
+    return result is not None and not (isinstance(result, list) and len(result) == BLOCKS)
+
+
+def free_for_background(running: list[Known], width: int) -> bool:
+    """Return True if a queue may start more background work, which leaves one worker to others."""
+    return sum(x.background for x in running) < max(1, width - 1)
+
+
+class Model:
+    """The tasks of one graph, and the comparison of each with its predicted state."""
+
+    def __init__(self, graph: Graph, now: list[float], staging: Staging) -> None:
+        self.graph = graph
+        self.now = now
+        self.staging = staging
+        self.log = list[str]()
+        self.tasks = list[Known]()
+        self.timers = list[tuple[float, Known | Lease]]()
+        self.counts = Counter[tuple[str, str, str]]()
+        # When the graph stood still last:
+        self.running = list[Known]()
+        self.leasing = list[Known]()
+        self.saves = False  # True if a save had buffers
+
+    # --- what calls change ------------------------------------------------------------------------
+
+    def submit(self, group: list[Known], deadline: float | None) -> None:
+        """Add tasks that were submitted together."""
+        self.tasks += group
+        now = self.now[0]
+        for known in group:
+            if deadline is not None:
+                known.due = min(known.due, now + deadline)
+            for before, _ in known.after:
+                before.followers.append(known)
+            self.hasten(known)
+        if deadline is not None:
+            self.timers += [(now + deadline, known) for known in group if not known.followers]
+        leases = {x.lease for x in group if x.lease}
+        self.timers += [(x.until, x) for x in leases if x.until is not None]
+        for known in group:
+            if known.background and known.queue and self.slow(known.queue):
+                self.cancel(known, "dropped")
+                for each in group:
+                    each.droppable = True
+        self.expire()
+
+    def hasten(self, known: Known) -> None:
+        """Make the tasks that it follows as urgent as itself."""
+        for before, _ in known.after:
+            if before.due > known.due and not before.ended and before.since is None:
+                before.due = known.due
+                before.background = False
+                self.hasten(before)
+
+    def slow(self, name: str) -> bool:
+        """Return True if a task of a queue has run for too long."""
+        since = [x.since for x in self.tasks if x.queue == name and x.since is not None]
+        return any(self.now[0] - x > STALL for x in since)
+
+    def expire(self) -> None:
+        """End the tasks whose deadline has passed, and the tasks without a lease in time."""
+        passed = [x for x in self.timers if x[0] <= self.now[0]]
+        self.timers = [x for x in self.timers if x[0] > self.now[0]]
+        for _, each in sorted(passed, key=lambda x: x[0]):
+            if isinstance(each, Known):
+                self.cancel(each, "late")
+            else:
+                for known in [x for x in self.leasing if x.lease is each]:
+                    self.cancel(known, "dropped")
+
+    def cancel(self, known: Known, state: str = "cancelled") -> bool:
+        """End a task that does not run, and the tasks before it that no other task needs."""
+        if known.ended or known.running:
+            return False
+        known.wanted = False
+        changed = False
+        if known.work:
+            known.unrun = state
+            changed = True
+        for before, _ in known.after:
+            if before.work and not any(x.wanted and not x.ended for x in before.followers):
+                changed |= self.cancel(before, state)
+        return changed
+
+    def close(self) -> None:
+        """End every task that does not run, in any order."""
+        for known in reversed(self.tasks):
+            self.cancel(known)
+        for known in self.tasks:
+            # A task has nothing to move after the tasks before it are cancelled.
+            if known.unrun and known.task.state == "landed":
+                known.unrun = ""
+
+    # --- what has to hold -------------------------------------------------------------------------
+
+    def settle(self, in_order: bool = True) -> None:
+        """Wait until the graph stands still, and compare it with the model."""
+        until = time.monotonic() + LIMIT
+        while (why := self.moves()) and time.monotonic() < until:
+            time.sleep(0.0002)
+        assert not why, f"a deadlock: {why}"
+        with self.graph.lock:
+            if in_order:
+                self.compare_order()
+                self.compare_grants()
+            self.compare()
+
+    def moves(self) -> str:
+        """Return why the graph does not stand still yet; an empty text if it does."""
+        with self.graph.lock:
+            for known in self.tasks:
+                if known.final or not known.work or not known.running:
+                    continue
+                if known.work.go.is_set():
+                    return "a task whose work is over runs on"
+                if not known.work.masks:
+                    return "a running task has not started"
+            for name, width in WIDTHS.items():
+                queued, running = self.at(name)
+                free = width - len(running)
+                for known in queued:
+                    if free and (not known.background or free_for_background(running, width)):
+                        return f"a worker of {name} is idle"
+        return ""
+
+    def at(self, name: str) -> tuple[list[Known], list[Known]]:
+        """Return the queued and the running tasks of a queue."""
+        tasks = [x for x in self.tasks if not x.final and x.queue == name]
+        return [x for x in tasks if x.task.state == "queued"], [x for x in tasks if x.running]
+
+    def compare(self) -> None:
+        """Compare every task, queue and buffer with the model."""
+        assert not self.log, self.log
+        for known in self.tasks:
+            self.compare_task(known)
+        self.compare_leases()
+        self.compare_figures()
+        self.running = [x for x in self.tasks if x.running]
+        self.leasing = [x for x in self.tasks if x.task.state == "leasing"]
+        self.saves = any(x.lease.store and x.lease.items for x in self.tasks if x.lease)
+
+    def compare_task(self, known: Known) -> None:
+        """Compare one task: it ends once, with the right blocks, and never runs too early."""
+        task = known.task
+        seen = (task.state, tuple(task.landed.tolist()))
+        if known.final:
+            assert seen == known.final, "an ended task changed"
+            return
+        masks = known.work.masks if known.work else []
+        if masks:
+            assert masks == [known.left], "a wrong mask, a start too early, or two starts"
+        expected = self.expected(known)
+        if expected == "landed" and known.droppable and not masks and task.state == "dropped":
+            # A task without blocks to move may be dropped before the graph sees that.
+            known.unrun = expected = "dropped"
+        assert task.state == expected, f"task {known.number} is {task.state}, not {expected}"
+        if known.running:
+            known.since = self.now[0] if known.since is None else known.since
+        assert task.ended == known.ended
+        assert known.handle is None or known.handle.cancelled or known.ended == self.done(known)
+        if not task.ended:
+            return
+        # A rescue that never started has the blocks of the task before it, or none.
+        possible = [known.landed, NONE] if known.unrun else [known.landed]
+        assert seen[1] in possible, f"task {known.number}: {seen[1]}, not {known.landed}"
+        self.compare_error(known)
+        known.final = seen
+        known.since = None
+        if known.queue and task.state != "landed":
+            self.counts[known.queue, task.name, task.state] += BLOCKS
+
+    def expected(self, known: Known) -> str:
+        """Return the state that a task has to have while the graph stands still."""
+        if known.unrun:
+            return known.unrun
+        left = known.left
+        if left is None:
+            return "waiting"
+        if not known.work or not any(left):
+            return "landed"
+        if known.work.masks:
+            if not known.work.go.is_set():
+                return "running"
+            return "failed" if is_failure(known.work.result) else "landed"
+        lease = known.lease
+        if lease and not lease.items:
+            if lease.until is None or lease.until > self.now[0]:
+                return "leasing"
+            known.unrun = "dropped"
+            return "dropped"
+        return "queued"
+
+    def done(self, known: Known) -> bool:
+        """Return what the handle of a barrier reports."""
+        assert known.handle is not None
+        try:
+            return known.handle.done()
+        except TransferCancelled:
+            assert isinstance(known.task.error, TransferCancelled)
+            return True
+
+    def compare_error(self, known: Known) -> None:
+        """Check that an ended task has its own error, or the error of a task that it follows."""
+        error = known.task.error
+        result = known.work.result if known.work and known.work.masks else None
+        before = [x.task.error for x, _ in known.after if x.task.error]
+        if error in before:
+            return
+        if known.unrun or not known.wanted:
+            kind = TransferCancelled if known.unrun == "cancelled" else TransferError
+            assert type(error) is kind or (error is None and not known.work)
+        elif isinstance(result, Exception):
+            assert error is result
+        else:
+            assert (error is not None) == is_failure(result)
+            assert not before, "the error of a task before it is lost"
+
+    def compare_order(self) -> None:
+        """Check that no task overtook a task of the same queue that was due before it."""
+        for name, width in WIDTHS.items():
+            queued, running = self.at(name)
+            started = [x for x in running if x.since is None]
+            for waits in queued:
+                rivals = started
+                if waits.background and not free_for_background(running, width):
+                    rivals = [x for x in started if x.background]
+                assert all(x.order < waits.order for x in rivals), "a task was overtaken"
+
+    def compare_leases(self) -> None:
+        """Check who has each buffer, and that no task waits for buffers without a reason."""
+        chains = dict[Lease, list[Known]]()
+        for known in self.tasks:
+            if known.lease:
+                chains.setdefault(known.lease, []).append(known)
+        lent = list[int]()
+        waiting = list[tuple[tuple[float, int], Lease]]()
+        parted = False  # a task of a chain without buffers was cancelled, and another is left
+        for lease, tasks in chains.items():
+            lent += lease.items or ()
+            assert len(lease.items or ()) in (0, lease.count)
+            assert not lease.items or not all(x.final for x in tasks), "an ended chain has buffers"
+            cancelled = any(x.unrun for x in tasks) and not all(x.final for x in tasks)
+            parted = parted or (cancelled and not lease.items)
+            orders = [x.order for x in tasks if x.task.state == "leasing"]
+            if orders:
+                waiting.append((min(orders), lease))
+        assert sorted([*lent, *self.staging.free]) == list(range(self.staging.count))
+        if waiting and not parted:  # else the graph grants at the next end of a chain
+            _, first = min(waiting, key=lambda x: x[0])
+            assert first.count > len(self.staging.free), "a lease waits for free buffers"
+
+    def compare_grants(self) -> None:
+        """Check that no save passes a save, no load a load, and no load a save that waits for
+        loads."""
+        leases = {known.lease for known in self.tasks if known.lease}
+        saves = self.saves or any(lease.store and lease.items for lease in leases)
+        waiting = [x for x in self.leasing if x.task.state == "leasing"]
+        granted = [x for x in self.leasing if x.lease and x.lease.items]
+        for known in granted:
+            for waits in waiting:
+                assert known.lease
+                assert waits.lease
+                differ = waits.lease.store != known.lease.store
+                may_pass = differ and (saves or not waits.lease.store)
+                # One call may have made both as urgent, one after the other.
+                due = min(x.due for x in granted if x.lease is known.lease)
+                assert due <= waits.due or may_pass, "a lease was passed"
+
+    def compare_figures(self) -> None:
+        """Compare the figures of the graph and of its queues."""
+        counted = {name: count for name, count in self.graph.counts.items() if count}
+        assert counted == dict(self.counts), "a wrong figure"
+        for name in WIDTHS:
+            queue = self.graph.queue(name)
+            nbytes = sum(x.task.nbytes for x in self.tasks if x.queue == name and not x.final)
+            assert queue.queued_bytes == nbytes
+            assert queue.slow == self.slow(name)
