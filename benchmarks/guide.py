@@ -38,6 +38,8 @@ _HEAD = """<!-- Made from the files in benchmarks/results: python -m benchmarks.
 
 *Reference: measured times of backends, transfer strategies, stores and pulls.*
 
+{summary}
+
 PortaKV chooses a backend for you. To see which one it chose here, and why, run
 
 ```
@@ -254,16 +256,49 @@ def page(files: Iterable[Path]) -> str:
     suites = {None: _device, HOST_SUITE: _link, STORAGE_SUITE: _storage}
     suites[MIGRATION_SUITE] = _migration
     results.sort(key=lambda result: [*suites].index(result.get("suite")))
-    parts = [_HEAD]
+    parts = [_HEAD.replace("{summary}", _summary(results))]
     for result in results:
         parts += suites[result.get("suite")](result)
     return "\n".join(parts) + "\n"
 
 
+def _summary(results: Sequence[Fields]) -> str:
+    """Return one line: the fastest backend and the chosen strategy, on the first accelerator."""
+    sentences = []
+    for result in results:
+        device = result["machine"]["device"]
+        if result.get("suite") is None and (preferred := preference(_copies(result))):
+            method, ratios = next(iter(preferred.items()))
+            sentences.append(f"On one {device}, `{method}` reaches {_shares(ratios, 'copy_')}.")
+            break
+    for result in results:
+        device = result["machine"]["device"]
+        if result.get("suite") == HOST_SUITE and (rows := _chosen_strategy(result["rows"])):
+            shares = _shares([float(row["ratio"]) for row in rows], "memcpy")
+            sentences.append(
+                f"Between one {device} and pinned host memory, the strategy that PortaKV chooses "
+                f"reaches {shares}."
+            )
+            break
+    return " ".join(sentences)
+
+
+def _shares(ratios: Sequence[float], peer: str) -> str:
+    return f"{median(ratios):.2f} of `{peer}` in the median and {min(ratios):.2f} at worst"
+
+
+def _copies(result: Fields) -> list[Row]:
+    return having(result["rows"], kind="copy", verified=True, peer=None)
+
+
+def _chosen_strategy(rows: Sequence[Row]) -> list[Row]:
+    return having(rows, kind="host_copy", backend="host", verified=True)
+
+
 def _device(result: Fields) -> list[str]:
     machine = result["machine"]
     rows = result["rows"]
-    copies = having(rows, kind="copy", verified=True, peer=None)
+    copies = _copies(result)
     driver = f", driver {machine['driver_version']}" if "driver_version" in machine else ""
     gathers = [row for row in rows if row.get("op") in ("gather", "copy_")]
     gathers.sort(key=lambda row: -float(row["p50_us"]))
@@ -400,7 +435,7 @@ def _peers(rows: Sequence[Row]) -> list[str]:
 
 
 def _link_sizes(rows: Sequence[Row]) -> list[str]:
-    chosen = having(rows, kind="host_copy", backend="host")
+    chosen = _chosen_strategy(rows)
     table = []
     for payload in sorted({row["payload_bytes"] for row in chosen}):
         cells = [in_words(payload)]
