@@ -201,7 +201,7 @@ class ChannelMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.clients and self.services)
     @rule(by=AT, to=AT, kind=st.sampled_from(("answer", "refuse", "fail")))
     def hang(self, by: int, to: int, kind: str) -> None:
-        """Let a service hang in a request."""
+        """Let a service hang in a request; its other clients get no answer."""
         client = self.clients[by % len(self.clients)]
         service = self.services[to % len(self.services)]
         if service.hung or service.unsure or self.is_full(client, service):
@@ -211,6 +211,9 @@ class ChannelMachine(RuleBasedStateMachine):
         client.waiting[service] = work, self.pool.submit(client.ask, service, work, self.patience)
         assert until(lambda: work.number in service.executed, PATIENCE), "a request was lost"
         service.peers.add(client)
+        for other in service.peers - {client}:
+            late = self.new("answer")
+            self.judge(other, service, late, other.ask(service, late, SHORT), False)
 
     def collect(self, service: Service, *also: str) -> None:
         """Take the ends of the requests in which a service hung."""
@@ -224,12 +227,16 @@ class ChannelMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.services)
     @rule()
     def go_on(self) -> None:
-        """Let services go on that hang."""
+        """Let services go on that hang; late answers are not those to the next requests."""
         for service in self.services:
             if service.hung:
                 service.go.set()
                 self.collect(service)
                 self.settle(service)
+                for client in service.peers.intersection(self.clients):
+                    work = self.new("answer")
+                    end = client.ask(service, work, self.patience)
+                    self.judge(client, service, work, end, False)
 
     def settle(self, service: Service) -> None:
         """Wait until a service knows which clients are gone."""
@@ -367,7 +374,7 @@ def run(made: type[Channel], examples: int, cuts: int = 0, patience: float = PAT
 
 
 @pytest.mark.parametrize(
-    ("examples", "cuts"), [(15, 1), pytest.param(600, 40, marks=pytest.mark.full)]
+    ("examples", "cuts"), [(30, 1), pytest.param(600, 40, marks=pytest.mark.full)]
 )
 def test_any_order_of_requests(examples: int, cuts: int) -> None:
     run(Channel, examples, cuts)

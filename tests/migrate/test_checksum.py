@@ -48,11 +48,11 @@ def expected(model: list[Any], first: int = 0) -> int:
     return total % MODULUS
 
 
-def of(held: Held, ids: Any = None, first: int = 0, count: int | None = None) -> int:
+def of(cached: Held, ids: Any = None, first: int = 0, count: int | None = None) -> int:
     """The checksum of what a rank holds."""
-    slots = held.slots if ids is None else ids
+    slots = cached.slots if ids is None else ids
     index = Index(torch.from_numpy(slots))
-    return checksum(held.cache.view, index, len(slots), held.rank.box, first)
+    return checksum(cached.cache.view, index, len(slots), cached.rank.box, first)
 
 
 @given(st.sampled_from([*WIDTHS, (3, 1), (6,)]), st.data())
@@ -70,12 +70,12 @@ def test_checksums_of_all_ranks_add_up_to_that_of_the_model(
     total = 0
     seen = set()
     for rank in data.draw(ranks(layers, heads, tokens)):
-        told = rank.layers, rank.heads, rank.tokens.tobytes()
-        if told not in seen:
-            held = Held(rank, data.draw(st.sampled_from(presets)), widths, size)
-            held.fill(model)
-            total += of(held, first=first)
-        seen.add(told)
+        reference = rank.layers, rank.heads, rank.tokens.tobytes()
+        if reference not in seen:
+            cached = Held(rank, data.draw(st.sampled_from(presets)), widths, size)
+            cached.fill(model)
+            total += of(cached, first=first)
+        seen.add(reference)
     assert total % MODULUS == expected(model, first)
 
 
@@ -84,53 +84,53 @@ def whole_rank(tokens: int = 24, layers: int = 2, heads: int = 2) -> Rank:
 
 
 def test_block_tables_and_slots_have_one_checksum() -> None:
-    held = Held(whole_rank(), "vllm-nhd", (8, 8), 4)
-    blocks = Index(torch.from_numpy(held.blocks), step=4)
-    view = held.cache.view
-    window = held.rank.box
-    assert checksum(view, blocks, 24, window) == of(held)
+    cached = Held(whole_rank(), "vllm-nhd", (8, 8), 4)
+    blocks = Index(torch.from_numpy(cached.blocks), step=4)
+    view = cached.cache.view
+    window = cached.rank.box
+    assert checksum(view, blocks, 24, window) == of(cached)
     tail = checksum(view, Index(blocks.ids, step=4, offset=6), 18, window, first=6)
-    assert (checksum(view, blocks, 6, window) + tail) % MODULUS == of(held)
+    assert (checksum(view, blocks, 6, window) + tail) % MODULUS == of(cached)
 
 
 def test_a_flipped_bit_and_swapped_words_change_it() -> None:
-    held = Held(whole_rank(), "vllm-nhd", (8, 8), 4)
-    before = of(held)
-    rows = held.cache.tensors[1].view(torch.int64)
-    at = int(held.blocks[0])
-    found = {before}
+    cached = Held(whole_rank(), "vllm-nhd", (8, 8), 4)
+    before = of(cached)
+    rows = cached.cache.tensors[1].view(torch.int64)
+    at = int(cached.blocks[0])
+    sums = {before}
     for bit in range(64):
         rows[0, at, 1, 1, 0] ^= 1 << bit if bit < 63 else -1 << 63
-        found.add(of(held))
-    assert len(found) == 65
+        sums.add(of(cached))
+    assert len(sums) == 65
     rows.copy_(rows[:, :, [1, 0, 2, 3]])
-    found.add(of(held))
+    sums.add(of(cached))
     rows.copy_(rows[..., [1, 0]])
-    found.add(of(held))
-    assert len(found) == 67
-    swapped = held.slots.copy()
+    sums.add(of(cached))
+    assert len(sums) == 67
+    swapped = cached.slots.copy()
     swapped[[2, 9]] = swapped[[9, 2]]
-    assert of(held, swapped) != of(held)
-    assert of(held, first=1) != of(held)
+    assert of(cached, swapped) != of(cached)
+    assert of(cached, first=1) != of(cached)
 
 
 def test_what_is_left_out_does_not_count() -> None:
     """Skipped positions, and slots that no position names."""
-    held = Held(whole_rank(10), "sglang-mha", (8, 8), 4)
+    cached = Held(whole_rank(10), "sglang-mha", (8, 8), 4)
     none = np.full(10, -1)
     nothing = np.zeros(0, np.int64)
-    assert of(held, none) == of(held, nothing) == 0
+    assert of(cached, none) == of(cached, nothing) == 0
     odd = np.arange(10) % 2 == 1
-    parts = [np.where(odd, held.slots, -1), np.where(odd, -1, held.slots)]
-    assert sum(map(of, [held] * 2, parts)) % MODULUS == of(held)
-    before = of(held)
-    other = int(({*range(12)} - {*held.slots.tolist()}).pop())
-    held.cache.tensors[0][0][other] += 1
-    assert of(held) == before
+    parts = [np.where(odd, cached.slots, -1), np.where(odd, -1, cached.slots)]
+    assert sum(map(of, [cached] * 2, parts)) % MODULUS == of(cached)
+    before = of(cached)
+    other = int(({*range(12)} - {*cached.slots.tolist()}).pop())
+    cached.cache.tensors[0][0][other] += 1
+    assert of(cached) == before
 
 
 def test_many_rows_are_summed_in_slices() -> None:
-    """More than is gathered at once."""
+    """The rows are more than one gather takes."""
     tokens = 3000
     layers = 8
     pool = noise(layers, tokens, 2048, dtype=torch.uint8)
@@ -147,13 +147,13 @@ def test_pages_are_summed_whole(kv: int) -> None:
     view = KVView(pages, layout, block_size=4, kv=kv)
     window = ((0, 3), (0, 1))
     ids = Index([4, -1, 2], step=4)
-    found = checksum(view, ids, 12, window)
+    sums = checksum(view, ids, 12, window)
     turned = KVView([page.clone() for page in pages], layout, block_size=4, kv=kv)
-    assert found == checksum(turned, ids, 12, window)
+    assert sums == checksum(turned, ids, 12, window)
     parts = [(Index([4], step=4), 0), (Index([2], step=4), 8)]
-    assert found == sum(checksum(turned, x, 4, window, at) for x, at in parts) % MODULUS
+    assert sums == sum(checksum(turned, x, 4, window, at) for x, at in parts) % MODULUS
     pages[0][4, 131] += 1
-    assert found != checksum(view, ids, 12, window)
+    assert sums != checksum(view, ids, 12, window)
 
 
 def box_checksum(box: torch.Tensor, *start: int) -> int:
@@ -167,27 +167,27 @@ def test_boxes_of_a_tensor_add_up(dtype: torch.dtype) -> None:
     words, they have the sum that numpy finds in the whole."""
     bits = noise(6, 12 * dtype.itemsize, dtype=torch.uint8)
     whole = (bits % 2 if dtype == torch.bool else bits).view(dtype)
-    told = box_checksum(whole, 0, 0)
+    reference = box_checksum(whole, 0, 0)
     for axis, cut in ((0, 3), (1, 4), (1, 8), (0, 5)):
         one, other = whole.split([cut, whole.shape[axis] - cut], axis)
         start = (cut, 0) if axis == 0 else (0, cut)
-        assert sum(box_checksums([(one, (0, 0)), (other, start)])) % MODULUS == told
-    assert told == mixed(whole.view(torch.int32).numpy().astype(np.int64))
-    assert len({told, box_checksum(whole.flip(0), 0, 0), box_checksum(whole, 0, 4)}) == 3
+        assert sum(box_checksums([(one, (0, 0)), (other, start)])) % MODULUS == reference
+    assert reference == mixed(whole.view(torch.int32).numpy().astype(np.int64))
+    assert len({reference, box_checksum(whole.flip(0), 0, 0), box_checksum(whole, 0, 4)}) == 3
 
 
 @pytest.mark.parametrize("shape", [(5, 300_000), (300_000, 5), (700_001,), (1, 1, 300_000), (3, 2)])
 def test_large_boxes_are_mixed_in_pieces(shape: tuple[int, ...]) -> None:
     words = noise(*shape, 4, dtype=torch.uint8).view(torch.int32)[..., 0]
-    told = mixed(words.numpy().astype(np.int64))
-    assert box_checksum(words, *[0] * len(shape)) == told
+    reference = mixed(words.numpy().astype(np.int64))
+    assert box_checksum(words, *[0] * len(shape)) == reference
 
 
 def test_bits_that_flip_in_an_even_number_of_words_do_not_cancel() -> None:
-    """Each bit, the highest as well, in all words at once."""
-    held = noise(64, 32, dtype=torch.uint8).view(torch.int64)
+    """Each bit, the highest as well, in all words together."""
+    cached = noise(64, 32, dtype=torch.uint8).view(torch.int64)
     flips = [0, *(1 << bit for bit in range(63)), -1 << 63]
-    assert len({box_checksum(held ^ flip, 0, 0) for flip in flips}) == 65
+    assert len({box_checksum(cached ^ flip, 0, 0) for flip in flips}) == 65
 
 
 def test_a_transposed_tensor_has_another_checksum() -> None:
@@ -208,8 +208,8 @@ def test_scalars_complex_numbers_and_nothing_have_checksums() -> None:
 
 @pytest.mark.parametrize("state", STATES)
 def test_checksums_in_any_state_of_torch(state: str) -> None:
-    held = Held(whole_rank(), "vllm-hnd", (8, 8), 4)
+    cached = Held(whole_rank(), "vllm-hnd", (8, 8), 4)
     weight = noise(3, 4, dtype=torch.bfloat16)
-    told = of(held), box_checksum(weight, 0, 0)
+    reference = of(cached), box_checksum(weight, 0, 0)
     with STATES[state](torch.device("cpu")):
-        assert (of(held), box_checksum(weight, 0, 0)) == told
+        assert (of(cached), box_checksum(weight, 0, 0)) == reference

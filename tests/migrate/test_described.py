@@ -26,14 +26,14 @@ from portakv.migrate.shards import Shard
 
 
 def sent(shard: Shard) -> tuple[Described, Regions]:
-    """What arrives, and the regions that were told."""
+    """Return a description as it arrives, and its regions."""
     regions = Regions()
-    told = msgspec.msgpack.encode(describe(shard, regions))
-    return msgspec.msgpack.decode(told, type=Described), regions
+    message = msgspec.msgpack.encode(describe(shard, regions))
+    return msgspec.msgpack.decode(message, type=Described), regions
 
 
 def lies(view: KVView, regions: list[torch.Tensor]) -> list[tuple[int, int]]:
-    """For each address of a view the number of its region and the offset there."""
+    """Return the region's number and the offset there for each address of a view."""
     begins = [region.data_ptr() for region in regions]
     past = [region.data_ptr() + region.numel() for region in regions]
     return [
@@ -55,11 +55,11 @@ def same(one: KVView, ones: list[torch.Tensor], other: KVView, others: list[torc
 def test_a_view_of_a_preset_is_rebuilt_at_other_addresses(name: str) -> None:
     made = presets_cases.side(name)
     view = KVView(made.tensors, name, **made.extents)
-    told, regions = sent(Shard(view))
+    message, regions = sent(Shard(view))
     there = [region.clone() for region in regions.flat()]
-    shard = rebuild(told, there)
+    shard = rebuild(message, there)
     same(view, regions.flat(), shard.view, there)
-    assert shard.group == told.group == Shard(view).group
+    assert shard.group == message.group == Shard(view).group
 
 
 def test_what_the_constructor_was_told_arrives() -> None:
@@ -67,8 +67,8 @@ def test_what_the_constructor_was_told_arrives() -> None:
     pool = [noise(64, 3, 8, dtype=torch.bfloat16) for _ in range(4)]
     layout = "(kv layer) | (block token) head dim"
     view = KVView(pool, layout, layers=2, block_size=16, reinterpret=True)
-    told, regions = sent(Shard(view, (2, 4, 8), (3, 6, 6)))
-    shard = rebuild(told, regions.flat())
+    message, regions = sent(Shard(view, (2, 4, 8), (3, 6, 6)))
+    shard = rebuild(message, regions.flat())
     assert shard.view.form == view.form
     assert (shard.view.block_size, shard.view.form.dtypes) == (16, ())
     assert shard.group == Group((2, 4, 8), (3, 6, 6), (16, 16))
@@ -77,9 +77,9 @@ def test_what_the_constructor_was_told_arrives() -> None:
 def test_80_layers_in_80_regions_are_a_few_thousand_bytes() -> None:
     tensors = [torch.empty(2, 8, 16, 8, 128, dtype=torch.float16) for _ in range(80)]
     regions = Regions()
-    told = describe(Shard(KVView(tensors, "vllm-nhd")), regions)
+    message = describe(Shard(KVView(tensors, "vllm-nhd")), regions)
     assert len(regions.storages) == 80
-    assert len(msgspec.msgpack.encode(told)) < 1000
+    assert len(msgspec.msgpack.encode(message)) < 1000
 
 
 def test_an_allocation_is_one_region() -> None:
@@ -88,9 +88,9 @@ def test_an_allocation_is_one_region() -> None:
     layers = pool[1:3]
     other = pool[3]
     describe(Shard(KVView([*layers], "vllm-nhd")), regions)
-    told = describe(Shard(KVView(other, "kv block token head dim")), regions)
+    message = describe(Shard(KVView(other, "kv block token head dim")), regions)
     assert [x.nbytes() for x in regions.storages] == [pool.nbytes]
-    assert told.places == ((0, 3 * pool[0].nbytes, 0),)
+    assert message.places == ((0, 3 * pool[0].nbytes, 0),)
 
 
 def test_what_cannot_be_described_is_refused() -> None:
@@ -222,11 +222,11 @@ def test_a_reserved_region_has_addresses_and_no_memory() -> None:
     region = reserve(POOL.nbytes)
     target = Cache("vllm-mla", 2, 1, (16,), 4, 16).view
     pool = POOL.view(2, 8, 4, 1, 16)
-    told, regions = sent(Shard(KVView([*pool], "layer | block token 1 dim")))
-    source = rebuild(told, [region]).view
-    mine = rebuild(told, regions.flat()).view
+    message, regions = sent(Shard(KVView([*pool], "layer | block token 1 dim")))
+    source = rebuild(message, [region]).view
+    local = rebuild(message, regions.flat()).view
     runs = []
-    for view, begin in ((source, region.data_ptr()), (mine, POOL.data_ptr())):
+    for view, begin in ((source, region.data_ptr()), (local, POOL.data_ptr())):
         plan = CopyPlan(view.form, target.form, 4, 1)
         first, second, nbytes = plan.runs(
             view, target, Index([3, 0, -1], step=4), Index([*range(12)]), 12
@@ -243,8 +243,8 @@ def test_a_reserved_region_has_addresses_and_no_memory() -> None:
 @pytest.mark.parametrize("state", STATES)
 def test_views_are_rebuilt_whatever_torch_was_told(state: str) -> None:
     with STATES[state](torch.device("cpu")):
-        told, regions = sent(Shard(VIEW))
-        view = rebuild(told, [region.clone() for region in regions.flat()]).view
-        assert rebuild(told, [reserve(POOL.nbytes)]).view.form == view.form
+        message, regions = sent(Shard(VIEW))
+        view = rebuild(message, [region.clone() for region in regions.flat()]).view
+        assert rebuild(message, [reserve(POOL.nbytes)]).view.form == view.form
     assert view.form == VIEW.form
     assert torch.equal(view.plane(1, 0, torch.uint8), VIEW.plane(1, 0, torch.uint8))

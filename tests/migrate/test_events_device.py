@@ -51,13 +51,13 @@ def test_rows_are_read_behind_the_owners_stream_or_not_at_all(
 ) -> None:
     if torch.cuda.device_count() <= number:
         pytest.skip("it takes two CUDA devices")
-    mine = torch.full(SHAPE, -1, dtype=torch.int16, device="cuda:0")
+    local = torch.full(SHAPE, -1, dtype=torch.int16, device="cuda:0")
     if not opens:
         monkeypatch.setattr(ipc, "open_event", refuses)
     # Not `sides`, which looks for what is left: NCCL keeps descriptors of a process's first group.
     with Peer() as owner, closing(Channel(timeout=20.0)) as channel:
         owner.do(OWNER, number=number, shape=SHAPE, layout=LAYOUT, model=MODEL)
-        reader = Reader(channel, Shard(KVView([*mine], LAYOUT)), model=MODEL)
+        reader = Reader(channel, Shard(KVView([*local], LAYOUT)), model=MODEL)
         for value in (7, 8, 9):
             ticket = owner.do(WRITE, value=value)
             try:
@@ -66,6 +66,6 @@ def test_rows_are_read_behind_the_owners_stream_or_not_at_all(
             except PortaKVError:
                 assert not opens, "with its events the owner's rows come"
                 continue
-            assert (mine[:, :, [1, 5]] == value).all(), "rows from before the owner's write"
+            assert (local[:, :, [1, 5]] == value).all(), "rows from before the owner's write"
             assert (pulled.statistics.engine == "mapped") == opens
         reader.close()

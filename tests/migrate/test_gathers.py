@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An owner of staged rows with several transports at once, and what the two sides agree upon."""
+"""An owner of staged rows with several transports, and the transport that two sides agree on."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sides]:
 
 
 def pulled(made: Sides, both: Couple, transport: str | None) -> str:
-    """Pull twice by a reader of its own; what it explains."""
-    mine = Rows(8, 32, fill=-1)
-    reader = made.reader(mine.shard, transport=transport, timeout=5.0)
+    """Pull twice by a separate reader; return its explanation."""
+    local = Rows(8, 32, fill=-1)
+    reader = made.reader(local.shard, transport=transport, timeout=5.0)
     for _ in range(2):
         reader.pull(both.offer().ticket, both.into, verify=True).synchronize(20)
     return reader.explain(both.offer().ticket)
@@ -80,9 +80,9 @@ def test_a_transport_that_the_owner_was_told_to_use_is_the_readers_as_well(
         monkeypatch.setenv("PORTAKV_MOVER", "memory")
     both = Couple(made, "staging", **({"transport": "memory"} if by == "name" else {}))
     monkeypatch.delenv("PORTAKV_MOVER", raising=False)
-    told = pulled(made, both, None)
-    assert "memory sends the rows through staging buffers" in told
-    assert "memory: accepted, it is here; it was requested by name" in told
+    text = pulled(made, both, None)
+    assert "memory sends the rows through staging buffers" in text
+    assert "memory: accepted, it is here; it was requested by name" in text
     with pytest.raises(Unsupported, match="The transport memory: its reader has distributed"):
         pulled(made, both, "distributed")
 
@@ -95,21 +95,21 @@ def test_a_transport_that_nobody_knows_is_refused_at_once(made: Sides) -> None:
 
 
 def test_who_agreed_upon_no_transport_is_not_answered(made: Sides) -> None:
-    """Fault 12. Neither a group nor a place is told."""
+    """Fault 12. The owner reports neither a group nor a place."""
     both = Couple(made, "staging")
     pulled(made, both, "memory")
     pulled(made, both, None)
-    for asked in (Join("x"), Where(1), Taken(1)):
+    for requested in (Join("x"), Where(1), Taken(1)):
         with pytest.raises(PeerError, match="Expected the agreed transport"):
-            both.reader.channel.ask(both.owner.channel.address, asked, Answer)
+            both.reader.channel.ask(both.owner.channel.address, requested, Answer)
 
 
 def test_a_reader_that_pairs_anew_finds_its_slots_free(
     made: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 20. Whatever it had not taken when its owner had other memory."""
-    held = threading.Event()
-    monkeypatch.setattr(Other, "stuck", held)
+    gate = threading.Event()
+    monkeypatch.setattr(Other, "stuck", gate)
     both = Couple(made, "staging", transport="other")
     before = both.pull(both.offer())
     assert until(lambda: both.owner.statistics()["slots"] >= 2)
@@ -119,13 +119,13 @@ def test_a_reader_that_pairs_anew_finds_its_slots_free(
     both.pull(both.offer()).synchronize(40)
     assert monotonic() - began < 10
     assert both.right()
-    held.set()
+    gate.set()
     with pytest.raises(PeerError):
         before.synchronize(20)
 
 
 class Held(NamedTuple):
-    """What an offer's rows follow, until an event or for so many seconds; or an error."""
+    """Work before an offer's rows: it lasts until an event or for some seconds, or fails."""
 
     event: threading.Event
     seconds: float = 20.0
@@ -170,14 +170,14 @@ def test_an_owner_that_cannot_bring_rows_says_so_at_once(
 def test_an_owner_that_is_asked_for_no_rows_knows_of_a_pull_that_lasts(made: Sides) -> None:
     """Fault 7. Another one has all of them: its offer ends with the reader all the same."""
     both = Couple(made, "staging")
-    held = threading.Event()
+    gate = threading.Event()
     also = made.owner(both.src.shard, expose="staging", staging=SMALL)
     offers = [one.offer(both.blocks, tokens=both.tokens) for one in (both.owner, also)]
     for offer in offers:
-        offer.after = cast(Any, Held(held))
+        offer.after = cast(Any, Held(gate))
     pull = both.reader.pull([offer.ticket for offer in offers], both.into)
     assert until(lambda: all(offer.begun for offer in offers))
-    held.set()
+    gate.set()
     pull.synchronize(30)
     assert both.right()
 
@@ -198,12 +198,12 @@ def test_only_the_memory_that_slots_have_now_is_registered(
 
     def only_these() -> bool:  # the next slot releases what a slot had before it grew
         both.pull(both.offer()).synchronize(20)
-        mine = {(x.data_ptr(), x.nbytes) for _, x, _ in connection.staging.slots.queue if x.nbytes}
-        theirs = {
+        local = {(x.data_ptr(), x.nbytes) for _, x, _ in connection.staging.slots.queue if x.nbytes}
+        remote = {
             (x.buffer.data_ptr(), x.buffer.nbytes) for x in both.owner._gathers._slots.values()
         }
-        theirs = {(min(theirs)[0], SMALL)} if once else theirs
-        return {*transport.entered} == theirs and {*carrier.entered} == mine
+        remote = {(min(remote)[0], SMALL)} if once else remote
+        return {*transport.entered} == remote and {*carrier.entered} == local
 
     assert until(only_these)
     assert not once or len(transport.log) == 1
@@ -215,9 +215,9 @@ def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) ->
     """Fault 20. What was still to be brought when the owner's memory was replaced, under the tags
     with which the next pairing begins."""
     both = Couple(made, "staging", transport="other")
-    held = threading.Event()
+    gate = threading.Event()
     offer = both.offer()
-    offer.after = cast(Any, Held(held))
+    offer.after = cast(Any, Held(gate))
     before = both.pull(offer)
     assert until(lambda: both.owner._gathers._graph.live)
     both.src = Rows(fill=7)
@@ -225,7 +225,7 @@ def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) ->
     offer = both.offer()
     offer.after = cast(Any, Held(threading.Event(), 0.2))
     pull = both.pull(offer)
-    held.set()
+    gate.set()
     pull.synchronize(20)
     assert both.right()
     with pytest.raises(PeerError):

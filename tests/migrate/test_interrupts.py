@@ -50,7 +50,7 @@ MINUTE = timedelta(seconds=60)
 
 
 def channels(folder: Path) -> Steps:
-    """A channel asks, tells, watches, and closes, while it serves others."""
+    """A channel sends requests and messages, watches, and closes, while it serves others."""
     server = Server()
     made = list[Channel]()
 
@@ -89,9 +89,9 @@ def judge(there: Channel, here: Channel, owner: Owner, reader: Reader, rows: Row
         return offer.taken(LIMIT)
 
     assert in_other_thread(again), "an offer is held"
-    held = in_other_thread(owner.statistics)["held"]
+    retained = in_other_thread(owner.statistics)["held"]
     in_other_thread(owner.revoke_all)
-    assert held <= 1, "offers have no handle"
+    assert retained <= 1, "offers have no handle"
     for one in (reader, owner, here, there):
         in_other_thread(one.close)
 
@@ -99,26 +99,26 @@ def judge(there: Channel, here: Channel, owner: Owner, reader: Reader, rows: Row
 def sides(**terms: Any) -> tuple[Channel, Channel, Owner, Reader, Rows]:
     there = Channel(timeout=LIMIT)
     here = Channel(timeout=LIMIT)
-    theirs = Rows()
-    mine = Rows(8, 32, fill=-1)
-    owner = Owner(there, theirs.shard, model=MODEL, **terms)
-    return there, here, owner, Reader(here, mine.shard, model=MODEL), mine
+    remote = Rows()
+    local = Rows(8, 32, fill=-1)
+    owner = Owner(there, remote.shard, model=MODEL, **terms)
+    return there, here, owner, Reader(here, local.shard, model=MODEL), local
 
 
 def making(folder: Path) -> Steps:
     """An owner and a reader are made and closed."""
     there = Channel(timeout=LIMIT)
     here = Channel(timeout=LIMIT)
-    theirs = Rows()
-    mine = Rows(8, 32, fill=-1)
+    remote = Rows()
+    local = Rows(8, 32, fill=-1)
     made = list[Any]()
 
     def act() -> None:
-        owner = Owner(there, Shard(theirs.view), model=MODEL)
+        owner = Owner(there, Shard(remote.view), model=MODEL)
         made.append(owner)
-        reader = Reader(here, Shard(mine.view), model=MODEL)
+        reader = Reader(here, Shard(local.view), model=MODEL)
         made.append(reader)
-        owner.reallocate(Shard(theirs.view))
+        owner.reallocate(Shard(remote.view))
         offer = owner.offer([1, 2], tokens=20)
         reader.explain(offer.ticket)
         reader.close()
@@ -145,7 +145,7 @@ def free(channel: Channel, kind: str) -> bool:
 
 def mapped(folder: Path) -> Steps:
     """Offers are pulled through a mapping, revoked, and waited for."""
-    there, here, owner, reader, mine = sides()
+    there, here, owner, reader, local = sides()
 
     def act() -> None:
         offer = owner.offer([7, 3, 11], tokens=40)
@@ -166,12 +166,12 @@ def mapped(folder: Path) -> Steps:
         owner.revoke_all()
 
     yield act
-    judge(there, here, owner, reader, mine)
+    judge(there, here, owner, reader, local)
 
 
 def staged(folder: Path) -> Steps:
     """An offer is pulled through slots."""
-    there, here, owner, reader, mine = sides(expose="staging", staging=SMALL)
+    there, here, owner, reader, local = sides(expose="staging", staging=SMALL)
 
     def act() -> None:
         offer = owner.offer([7, 3, 11], tokens=40)
@@ -180,19 +180,19 @@ def staged(folder: Path) -> Steps:
         offer.taken(LIMIT)
 
     yield act
-    judge(there, here, owner, reader, mine)
+    judge(there, here, owner, reader, local)
 
 
 def weights(folder: Path) -> Steps:
     """Weights are published and pulled, and memory is shared."""
     there = Channel(timeout=LIMIT)
     here = Channel(timeout=LIMIT)
-    held = shared_empty((4, 8), torch.float32).fill_(3)
+    retained = shared_empty((4, 8), torch.float32).fill_(3)
     made = list[Published]()
 
     def act() -> None:
-        part = Parameter.split(held, 0, [4], (0, 1))
-        published = publish(there, {"a": held, "b": part})
+        part = Parameter.split(retained, 0, [4], (0, 1))
+        published = publish(there, {"a": retained, "b": part})
         made.append(published)
         into = {"a": torch.zeros(4, 8), "b": torch.zeros(4, 8)}
         into["b"] = into["a"]
@@ -207,11 +207,11 @@ def weights(folder: Path) -> Steps:
         in_other_thread(published.close)
 
     def again() -> bool:
-        published = publish(there, {"a": held})
+        published = publish(there, {"a": retained})
         tensor = torch.zeros(4, 8)
         pull_weights(here, published.ticket, {"a": tensor})
         published.close()
-        return torch.equal(tensor, held)
+        return torch.equal(tensor, retained)
 
     assert in_other_thread(again)
     in_other_thread(here.close)
@@ -222,11 +222,11 @@ def meeting(folder: Path) -> Steps:
     """Keys are set and read by a rendezvous."""
     there = Channel(timeout=LIMIT)
     here = Channel(timeout=LIMIT)
-    kept = list[ChannelStore]()
+    stores = list[ChannelStore]()
 
     def act() -> None:
         store = rendezvous(there)
-        kept.append(store)
+        stores.append(store)
         far = rendezvous(here, there.address)
         for one in (store, far):
             one.set("a", b"1")
@@ -238,9 +238,9 @@ def meeting(folder: Path) -> Steps:
             one.num_keys()
 
     yield act
-    if not kept:
+    if not stores:
         assert settles(lambda: free(there, "a rendezvous")), "the channel has a rendezvous"
-        kept.append(rendezvous(there))
+        stores.append(rendezvous(there))
     far = rendezvous(here, there.address)
     in_other_thread(partial(far.set, "c", b"2"))
     assert in_other_thread(partial(far.get, "c")) == b"2"
@@ -250,7 +250,7 @@ def meeting(folder: Path) -> Steps:
 
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
-    "Pull.begin": "tells owners of a copy of 8 MiB or more on the host; else runs in a worker",
+    "Pull.begin": "reports to owners a copy of 8 MiB or more on the host; else runs in a worker",
     "Pull.drop": "runs after a pull that failed",
     "Pull.end": "runs in a worker",
     "Pull.over": "runs in a worker",
@@ -260,9 +260,9 @@ SCENARIOS = [channels, making, mapped, staged, weights, meeting]
 
 @pytest.mark.parametrize("scenario", by_width(SCENARIOS, [weights, staged, mapped]))
 def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) -> None:
-    found, count = orphans(scenario, tmp_path, FILES)
+    problems, count = orphans(scenario, tmp_path, FILES)
     print(f"{scenario.__name__}: {count} lines")
-    assert found == []
+    assert problems == []
 
 
 @pytest.mark.slow
@@ -271,8 +271,8 @@ def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) 
 def test_an_interrupt_each_time_that_a_line_runs_leaves_nothing(
     scenario: Any, tmp_path: Path
 ) -> None:
-    found, _ = orphans(scenario, tmp_path, FILES, every=True)
-    assert found == []
+    problems, _ = orphans(scenario, tmp_path, FILES, every=True)
+    assert problems == []
 
 
 @pytest.mark.parametrize("scenario", by_width([making, meeting], [making, meeting]))
@@ -282,8 +282,8 @@ def test_interrupts_without_helpers_leave_something(
     """The negative control: the main thread makes all changes itself."""
     monkeypatch.setattr("portakv.runtime.interrupts.interruptible", bool)
     monkeypatch.setattr("support.interrupts.LIMIT", 1.0)
-    found, _ = orphans(scenario, tmp_path, FILES, most=1)
-    assert found
+    problems, _ = orphans(scenario, tmp_path, FILES, most=1)
+    assert problems
 
 
 def test_interrupts_meet_what_callers_run(tmp_path: Path) -> None:

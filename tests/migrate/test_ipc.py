@@ -57,11 +57,11 @@ def descriptors() -> list[str]:
 
 
 def test_both_processes_read_what_either_wrote(peer: Peer) -> None:
-    mine = sample(4, 6)
-    peer.do("theirs = ipc.open_shared(data); theirs[1] = -1", data=ipc.share(mine))
-    assert bool((mine[1] == -1).all())
-    mine[2] = 7
-    assert peer.do("answer = theirs.tolist()") == mine.tolist()
+    local = sample(4, 6)
+    peer.do("remote = ipc.open_shared(data); remote[1] = -1", data=ipc.share(local))
+    assert bool((local[1] == -1).all())
+    local[2] = 7
+    assert peer.do("answer = remote.tolist()") == local.tolist()
     data = peer.do(
         "own = torch.arange(24, dtype=torch.int16).share_memory_().view(2, 12)\n"
         "answer = ipc.share(own[1])"
@@ -99,8 +99,8 @@ def test_suballocations_and_every_dtype_cross(peer: Peer) -> None:
         dtype = getattr(torch, text)
         part = whole[4096 * at + 24 : 4096 * at + 24 + 6 * 8].view(dtype)[1:]
         code = "x = ipc.open_shared(data); answer = str(x.dtype), bytes(x.view(torch.uint8))"
-        told = peer.do(code, data=ipc.share(part))
-        assert told == (str(dtype), bytes(part.view(torch.uint8)))
+        message = peer.do(code, data=ipc.share(part))
+        assert message == (str(dtype), bytes(part.view(torch.uint8)))
 
 
 def test_memory_whose_end_is_no_whole_element_crosses(peer: Peer) -> None:
@@ -108,8 +108,8 @@ def test_memory_whose_end_is_no_whole_element_crosses(peer: Peer) -> None:
     odd = view_of(pages, 4, 11999)
     part = odd[8:4008].view(torch.float32)
     assert part.untyped_storage().nbytes() % 4 == 3
-    told = peer.do("answer = ipc.open_shared(data).tolist()", data=ipc.share(part))
-    assert told == list(map(float, range(3, 1003)))
+    message = peer.do("answer = ipc.open_shared(data).tolist()", data=ipc.share(part))
+    assert message == list(map(float, range(3, 1003)))
 
 
 @pytest.mark.filterwarnings("ignore:Expected pinned host memory")
@@ -130,40 +130,40 @@ def test_memory_that_the_kernel_keeps_in_parts_crosses(peer: Peer) -> None:
     assert advise(page, ctypes.c_size_t(mmap.PAGESIZE), 10) == 0  # MADV_DONTFORK
     lines = Path("/proc/self/maps").read_text().split(f"{tensor.data_ptr():x}-")[1].splitlines()
     assert int(lines[0].split("-")[0].split()[0], 16) < tensor.data_ptr() + tensor.nbytes
-    told = peer.do("answer = ipc.open_shared(data)[-1].item()", data=ipc.share(tensor))
-    assert told == tensor.numel() - 1
+    message = peer.do("answer = ipc.open_shared(data)[-1].item()", data=ipc.share(tensor))
+    assert message == tensor.numel() - 1
 
 
 def test_whole_allocations_are_exported_and_let_go(peer: Peer) -> None:
     tensor = sample(100, 10)
-    held = ipc.export(tensor[3].untyped_storage())
-    assert held.tensor is not None
-    assert held.tensor.shape == (4000,)
-    peer.do("theirs = ipc.open_shared(handle)", handle=held.handle)
-    assert peer.do("answer = theirs.view(torch.float32)[35].item()") == 35
-    again = ipc.open_shared(held.handle)  # host memory: by its own process too
+    exported = ipc.export(tensor[3].untyped_storage())
+    assert exported.tensor is not None
+    assert exported.tensor.shape == (4000,)
+    peer.do("remote = ipc.open_shared(handle)", handle=exported.handle)
+    assert peer.do("answer = remote.view(torch.float32)[35].item()") == 35
+    again = ipc.open_shared(exported.handle)  # host memory: by its own process too
     assert again.data_ptr() != tensor.data_ptr()
     for _ in range(2):
-        held.close()
-    assert held.tensor is None
+        exported.close()
+    assert exported.tensor is None
     assert tensor[3, 5] == 35
 
 
 def test_who_opened_memory_passes_it_on(peer: Peer) -> None:
-    mine = sample(10)
-    passed = peer.do("x = ipc.open_shared(data); answer = ipc.share(x[4:])", data=ipc.share(mine))
+    local = sample(10)
+    passed = peer.do("x = ipc.open_shared(data); answer = ipc.share(x[4:])", data=ipc.share(local))
     third = Child(lambda pipe: ipc.open_shared(passed)[:1].fill_(50))
     assert third.end() == 0
-    assert mine[4] == 50
+    assert local[4] == 50
 
 
 # --- how long it lives
 
 
 def test_memory_outlives_the_tensor_that_was_shared(peer: Peer) -> None:
-    mine = sample(5000)
-    peer.do("x = ipc.open_shared(data)", data=ipc.share(mine))
-    del mine
+    local = sample(5000)
+    peer.do("x = ipc.open_shared(data)", data=ipc.share(local))
+    del local
     gc.collect()
     assert peer.do("answer = x.sum().item()") == sum(range(5000))
 
@@ -186,15 +186,15 @@ def test_memory_outlives_its_owner() -> None:
 def test_nothing_is_left_behind(peer: Peer) -> None:
     before = descriptors()
     for _ in range(3):
-        mine = sample(1000)
-        peer.do("x = ipc.open_shared(data); answer = ipc.share(x)", data=ipc.share(mine))
-        again = ipc.open_shared(ipc.share(mine))
+        local = sample(1000)
+        peer.do("x = ipc.open_shared(data); answer = ipc.share(x)", data=ipc.share(local))
+        again = ipc.open_shared(ipc.share(local))
         other = ipc.open_shared(peer.do("own = x.clone().share_memory_(); answer = ipc.share(own)"))
         assert torch.equal(again, other)
-    found = Path("/dev/shm").glob("*portakv*")
-    assert not [one for one in found if str(os.getpid()) in one.name]
+    result = Path("/dev/shm").glob("*portakv*")
+    assert not [one for one in result if str(os.getpid()) in one.name]
     assert not list(Path("/dev/shm").glob(f"torch_{peer.pid}_*"))
-    del mine, again, other
+    del local, again, other
     assert descriptors() == before
 
 
@@ -209,8 +209,8 @@ def test_memory_that_is_gone_is_not_opened(peer: Peer) -> None:
 
 def test_a_forked_process_shares_and_opens() -> None:
     before = sample(6)
-    mine = sample(8)
-    data = ipc.share(mine)
+    local = sample(8)
+    data = ipc.share(local)
 
     def work(pipe: Any) -> None:
         opened = ipc.open_shared(data)
@@ -219,10 +219,10 @@ def test_a_forked_process_shares_and_opens() -> None:
         pipe.recv()
 
     child = Child(work)
-    theirs = ipc.open_shared(child.receive())
-    assert mine[0] == 40
-    assert torch.equal(theirs, before)
-    assert theirs.data_ptr() != before.data_ptr()
+    remote = ipc.open_shared(child.receive())
+    assert local[0] == 40
+    assert torch.equal(remote, before)
+    assert remote.data_ptr() != before.data_ptr()
     assert child.end() == 0
 
 
@@ -298,7 +298,7 @@ def test_hosts_and_devices_are_known_by_themselves(peer: Peer) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
 def test_another_users_memory_is_refused() -> None:
-    data = ipc.share(mine := sample(4))
+    data = ipc.share(local := sample(4))
 
     def work(pipe: Any) -> None:
         os.setuid(65534)
@@ -310,15 +310,15 @@ def test_another_users_memory_is_refused() -> None:
             pipe.send(str(error))
 
     child = Child(work)
-    told = child.receive()
-    assert f"process {os.getpid()}'s (Permission denied); run both as one us" in told
+    message = child.receive()
+    assert f"process {os.getpid()}'s (Permission denied); run both as one us" in message
     assert child.end() == 0
-    assert mine[3] == 3
+    assert local[3] == 3
 
 
 def test_a_process_without_descriptors_is_told_so() -> None:
     """Not that the memory is gone, as each mapping has a descriptor."""
-    data = ipc.share(mine := sample(4))
+    data = ipc.share(local := sample(4))
 
     def work(pipe: Any) -> None:
         opened = [ipc.open_shared(data)]
@@ -333,7 +333,7 @@ def test_a_process_without_descriptors_is_told_so() -> None:
     child = Child(work)
     assert "(Too many open files); run both as one user, with free descriptors" in child.receive()
     assert child.end() == 0
-    assert mine[3] == 3
+    assert local[3] == 3
 
 
 def test_no_file_but_one_in_memory_is_opened(peer: Peer, tmp_path: Path) -> None:
@@ -357,11 +357,11 @@ def test_no_file_but_one_in_memory_is_opened(peer: Peer, tmp_path: Path) -> None
 def test_changed_bytes_are_refused_and_nothing_is_opened() -> None:
     rng = random.Random(1)
     data = ipc.share(sample(64, 3)[1:, :2])
-    held = ipc.export(sample(10).untyped_storage())
+    exported = ipc.export(sample(10).untyped_storage())
     before = descriptors()
     words = set()
     for i in range(10_000):
-        was = (data, held.handle)[i % 2]
+        was = (data, exported.handle)[i % 2]
         bad = mutated(rng, was)
         if bad == was:
             continue
@@ -377,22 +377,22 @@ def test_changed_bytes_are_refused_and_nothing_is_opened() -> None:
 
 def test_lies_with_a_right_checksum_open_no_more_than_the_memory() -> None:
     rng = random.Random(2)
-    mine = sample(64, 3)
-    data = ipc.share(mine[1:, :2])
+    local = sample(64, 3)
+    data = ipc.share(local[1:, :2])
     before = descriptors()
     refused = 0
     for _ in range(3_000):
         try:
-            found = ipc.open_shared(sealed(mutated(rng, data[16:])))
+            result = ipc.open_shared(sealed(mutated(rng, data[16:])))
         except PortaKVError as error:
             refused += str(error).endswith(".")
             continue
-        last = sum((n - 1) * x for n, x in zip(found.shape, found.stride(), strict=True))
-        nbytes = (found.storage_offset() + last + 1) * found.itemsize
-        assert found.untyped_storage().nbytes() <= mine.nbytes
-        assert 0 in found.shape or nbytes <= mine.nbytes
+        last = sum((n - 1) * x for n, x in zip(result.shape, result.stride(), strict=True))
+        nbytes = (result.storage_offset() + last + 1) * result.itemsize
+        assert result.untyped_storage().nbytes() <= local.nbytes
+        assert 0 in result.shape or nbytes <= local.nbytes
     assert refused > 2_000
-    del found
+    del result
     assert descriptors() == before
     hostile: list[dict[str, Any]] = [
         {"kind": ["float32", [1 << 48] * 3, [0, 0, 0]]},
@@ -416,27 +416,27 @@ def test_lies_with_a_right_checksum_open_no_more_than_the_memory() -> None:
 
 
 def test_settings_of_torch_change_nothing() -> None:
-    mine = sample(6)
-    data = ipc.share(mine)
-    empty = ipc.share(mine[:0])
+    local = sample(6)
+    data = ipc.share(local)
+    empty = ipc.share(local[:0])
     with torch.inference_mode():
         opened = ipc.open_shared(data)
         made = ipc.shared_empty(3, torch.int8)
         none = ipc.open_shared(empty)
-        assert ipc.why_not(mine[1:]) is None
-        held = ipc.export(mine.untyped_storage())
-    for tensor in (opened, made, none, held.tensor):
+        assert ipc.why_not(local[1:]) is None
+        exported = ipc.export(local.untyped_storage())
+    for tensor in (opened, made, none, exported.tensor):
         assert tensor is not None
         assert not tensor.is_inference()
     with torch.device("meta"):
         opened = ipc.open_shared(data)
         made = ipc.shared_empty(3, torch.int8)
         none = ipc.open_shared(empty)
-        held = ipc.export(mine.untyped_storage())
-    for tensor in (opened, made, none, held.tensor):
+        exported = ipc.export(local.untyped_storage())
+    for tensor in (opened, made, none, exported.tensor):
         assert tensor is not None
         assert tensor.device.type == "cpu"
-    assert torch.equal(opened, mine)
+    assert torch.equal(opened, local)
 
 
 def test_shared_memory_is_there_from_the_start() -> None:

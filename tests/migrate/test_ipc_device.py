@@ -49,29 +49,29 @@ def test_a_vendors_words_cross_unchanged_but_for_the_number(
     released = list[Any]()
     words = b"h" * 234, storage.nbytes(), 512, b"/counter", 3, b"e" * 64, True
 
-    def open_(*given: Any) -> torch.UntypedStorage:
-        opened.append(given)
-        return tensor.to(torch.device(SIMDEV.type, given[0])).untyped_storage()
+    def open_(*arguments: Any) -> torch.UntypedStorage:
+        opened.append(arguments)
+        return tensor.to(torch.device(SIMDEV.type, arguments[0])).untyped_storage()
 
     for end, fake in {
         "share_simdev_": lambda _: (0, *words),
         "new_shared_simdev": staticmethod(open_),
-        "release_ipc_counter_simdev": staticmethod(lambda *given: released.append(given)),
+        "release_ipc_counter_simdev": staticmethod(lambda *arguments: released.append(arguments)),
     }.items():
         monkeypatch.setattr(torch.UntypedStorage, f"_{end}", fake, raising=False)
     data = ipc.share(tensor[1:])
     with pytest.raises(Unsupported, match="this process's own, and torch opens only other"):
         ipc.open_shared(data)
     foreign = lied(data, process={0: 0})
-    found = ipc.open_shared(foreign, torch.device(SIMDEV.type, 1))
+    result = ipc.open_shared(foreign, torch.device(SIMDEV.type, 1))
     assert opened == [(1, *words)]
-    assert found.cpu().tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
-    held = ipc.export(storage)
+    assert result.cpu().tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    exported = ipc.export(storage)
     assert released == []
-    held.close()
-    held.close()
+    exported.close()
+    exported.close()
     assert released == [(b"/counter", 3)]
-    ipc.Held(foreign, found).close()  # another process's is not this one's to release
+    ipc.Held(foreign, result).close()  # another process's is not this one's to release
     assert len(released) == 1
     with pytest.raises(Unsupported, match="of type simdev, and device=cpu is not"):
         ipc.open_shared(foreign, "cpu")
@@ -91,7 +91,7 @@ def test_events_that_cannot_be_shared_say_so() -> None:
 
 @pytest.mark.simdev
 def test_a_device_without_a_uuid_is_like_none_of_another_process() -> None:
-    """Fault 33: what cannot be told apart is taken for two."""
+    """Fault 33: devices that look alike count as two."""
     one, two = (ipc.identity(torch.device(SIMDEV.type, i)) for i in range(2))
     assert one == ipc.identity(SIMDEV)
     assert len({one, two, ipc.host_id()}) == 3
@@ -101,7 +101,7 @@ def test_a_device_without_a_uuid_is_like_none_of_another_process() -> None:
 
 EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 OWNER = f"{SHARE}device = torch.device('cuda', 0)\n"
-#: Tensors one behind the other in the allocator's blocks, small and large.
+#: Tensors one after the other in the allocator's blocks, small and large.
 MANY = """
 xs = [torch.full((n,), i, dtype=torch.int32, device=device)
       for i, n in enumerate([3, 700, 5, 1 << 19, 9, 1 << 22, 100])]
@@ -110,7 +110,7 @@ torch.cuda.synchronize()
 
 
 def on_device(owner: Peer, code: str, **values: Any) -> Any:
-    """As `Peer.do`; skips if this platform does not export such memory."""
+    """Do the same as `Peer.do`; skip if this platform does not export such memory."""
     try:
         return owner.do(code, **values)
     except Refused as error:
@@ -209,9 +209,9 @@ event.record()
 torch.cuda.synchronize()
 answer = ipc.share(x), ipc.export_event(event)
 """
-        data, told = on_device(owner, OWNER + code)
+        data, handle = on_device(owner, OWNER + code)
         opened = opened_here(data, index)
-        event = ipc.open_event(told, torch.device("cuda", index))
+        event = ipc.open_event(handle, torch.device("cuda", index))
         for number in (1, 2, 3):
             owner.do(
                 "torch.cuda._sleep(400_000_000); x.fill_(number); event.record()", number=number
@@ -234,16 +234,16 @@ answer = ipc.share(x), ipc.export_event(event)
 def test_devices_are_known_by_their_uuid() -> None:
     """Fault 33: another process numbers the devices in another order."""
     count = torch.cuda.device_count()
-    mine = [ipc.identity(torch.device("cuda", i)) for i in range(count)]
-    assert len(set(mine)) == count
+    local = [ipc.identity(torch.device("cuda", i)) for i in range(count)]
+    assert len(set(local)) == count
     order = ",".join(map(str, reversed(range(count))))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     with Peer(CUDA_VISIBLE_DEVICES=order) if visible is None else Peer() as other:
         code = f"answer = [ipc.identity(torch.device('cuda', i)) for i in range({count})]"
-        theirs = other.do(SHARE + code)
-    assert sorted(theirs) == sorted(mine)
+        remote = other.do(SHARE + code)
+    assert sorted(remote) == sorted(local)
     if visible is None:
-        assert theirs == mine[::-1]
+        assert remote == local[::-1]
 
 
 @pytest.mark.gpu

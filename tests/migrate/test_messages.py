@@ -44,8 +44,8 @@ decode = msgspec.msgpack.decode
 
 def plain(message: Message) -> dict[str, Any]:
     """A message as a stranger would write it."""
-    told: dict[str, Any] = decode(encode(message))
-    return told
+    fields: dict[str, Any] = decode(encode(message))
+    return fields
 
 
 def changed(message: Message, **fields: Any) -> bytes:
@@ -120,13 +120,13 @@ def repacked(**fields: Any) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda told: b"",
-        lambda told: told[:15],
-        lambda told: told[:-1],
-        lambda told: told + b"\0",
-        lambda told: told[16:],
-        lambda told: told.hex(),
-        lambda told: None,
+        lambda data: b"",
+        lambda data: data[:15],
+        lambda data: data[:-1],
+        lambda data: data + b"\0",
+        lambda data: data[16:],
+        lambda data: data.hex(),
+        lambda data: None,
         repacked(epoch=b"short"),
         repacked(ids=(b"", b"")),
         repacked(event=256),
@@ -144,7 +144,7 @@ def test_a_ticket_that_was_changed_or_forged_is_refused_in_constant_words(
 def test_no_bit_of_a_ticket_can_flip() -> None:
     """Fault 12. Not even one of the ids, which the schema could not tell."""
     packed = TICKET.pack(KEY)
-    told = set()
+    texts = set()
     assert is_signed(packed, KEY)
     for bit in range(8 * len(packed)):
         flipped = bytearray(packed)
@@ -154,8 +154,8 @@ def test_no_bit_of_a_ticket_can_flip() -> None:
             continue
         with pytest.raises(PeerError) as refused:
             Ticket.read(bytes(flipped))
-        told.add(str(refused.value))
-    assert told == {words()}
+        texts.add(str(refused.value))
+    assert texts == {words()}
 
 
 def test_a_ticket_is_signed_under_its_owners_key_alone() -> None:

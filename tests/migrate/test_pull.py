@@ -30,35 +30,35 @@ extents = st.integers(1, 4).flatmap(
 )
 
 
-def listed(held: Held, slots: bool) -> Any:
+def listed(caches: Held, slots: bool) -> Any:
     """Its tokens as blocks or, if it has not all of them, as slots."""
-    return Index(torch.from_numpy(held.slots)) if slots else held.blocks
+    return Index(torch.from_numpy(caches.slots)) if slots else caches.blocks
 
 
-def pull_all(made: Sides, extents: Any, data: st.DataObject, way: str, most: Any) -> None:
+def pull_all(made: Sides, extents: Any, data: st.DataObject, expose: str, most: Any) -> None:
     widths = data.draw(st.sampled_from([*WIDTHS]))
     layers, heads, tokens = extents
     heads = 1 if len(widths) == 1 else heads
     model = drawn_model(layers, tokens, heads, widths)
     presets = WIDTHS[widths].split()
-    held = []
+    caches = []
     for size in data.draw(st.tuples(*[st.sampled_from([16, 64, 5])] * 2)):
         drawn = data.draw(ranks(layers, heads, tokens, most))
         kinds = [data.draw(st.sampled_from(presets)) for _ in drawn]
         both = zip(drawn, kinds, strict=True)
-        held.append([Held(x, kind, widths, size, n, True) for n, (x, kind) in enumerate(both)])
+        caches.append([Held(x, kind, widths, size, n, True) for n, (x, kind) in enumerate(both)])
     owners = []
-    for one in held[0]:
+    for one in caches[0]:
         one.fill(model)
-        owners.append(made.owner(one.shard, expose=way, staging=SMALL))
-    slots = any(not x.rank.tokens.all() for x in held[0])
-    for one in held[1][:2]:
+        owners.append(made.owner(one.shard, expose=expose, staging=SMALL))
+    slots = any(not x.rank.tokens.all() for x in caches[0])
+    for one in caches[1][:2]:
         reader = made.reader(one.shard)
         first = data.draw(st.integers(0, tokens - 1))
         wanted = one.written(model, first)
         offers = [
             owner.offer(listed(x, slots), tokens=tokens)
-            for owner, x in zip(owners, held[0], strict=True)
+            for owner, x in zip(owners, caches[0], strict=True)
         ]
         terms: dict[str, Any] = {
             "by_layer": data.draw(st.booleans()),
@@ -66,8 +66,8 @@ def pull_all(made: Sides, extents: Any, data: st.DataObject, way: str, most: Any
             "max_gbps": data.draw(st.sampled_from([None, None, 50.0])),
             "overlap": data.draw(st.sampled_from(["compute", "idle"])),
         }
-        mine = listed(one, not one.rank.tokens.all())
-        pulled = reader.pull([x.ticket for x in offers], mine, first=first, **terms)
+        local = listed(one, not one.rank.tokens.all())
+        pulled = reader.pull([x.ticket for x in offers], local, first=first, **terms)
         if terms["by_layer"]:
             for end in pulled.layers:
                 end.synchronize(60)
@@ -95,72 +95,72 @@ def test_rows_of_any_sharding_are_moved_through_small_slots(
         pull_all(made, extents, data, "staging", (2, 2, 2))
 
 
-@pytest.mark.parametrize("way", ["mapped", "staging"])
-def test_groups_have_views_ids_and_block_sizes_of_their_own(way: str) -> None:
+@pytest.mark.parametrize("expose", ["mapped", "staging"])
+def test_groups_have_views_ids_and_block_sizes_of_their_own(expose: str) -> None:
     with sides() as made:
-        theirs = [Rows(16, 16), Rows(8, 8)]
-        mine = [Rows(8, 32, fill=-1), Rows(16, 4, fill=-1)]
-        owner = made.owner(*(x.shard for x in theirs), expose=way, staging=SMALL)
-        reader = made.reader(*(x.shard for x in mine))
+        remote = [Rows(16, 16), Rows(8, 8)]
+        local = [Rows(8, 32, fill=-1), Rows(16, 4, fill=-1)]
+        owner = made.owner(*(x.shard for x in remote), expose=expose, staging=SMALL)
+        reader = made.reader(*(x.shard for x in local))
         lists = [[9, 2, 4], [7, 0, 3, 2, 6]]
         into = [[3, 5], [*range(9, 0, -1)]]
         offer = owner.offer(*lists, tokens=36)
         pulled = reader.pull(offer.ticket, *into, by_layer=True, verify=True)
         assert len(pulled.layers) == 4
         pulled.synchronize(60)
-        for one, other, a, b in zip(theirs, mine, lists, into, strict=True):
+        for one, other, a, b in zip(remote, local, lists, into, strict=True):
             assert torch.equal(one.rows(a, 36), other.rows(b, 36))
         assert pulled.statistics.nbytes == 2 * 36 * 2 * 2 * 4 * 16
 
 
-@pytest.mark.parametrize("way", ["mapped", "staging"])
-def test_whole_opaque_pages_are_pulled_by_layer_windows_alone(way: str) -> None:
-    theirs = shared_empty((3, 9, 640), torch.uint8)
-    mine = torch.zeros(3, 9, 640, dtype=torch.uint8)
-    theirs.copy_(torch.randint(0, 256, theirs.shape, dtype=torch.uint8))
-    one, other = (KVView([*x], "layer | block page", block_size=64) for x in (theirs, mine))
+@pytest.mark.parametrize("expose", ["mapped", "staging"])
+def test_whole_opaque_pages_are_pulled_by_layer_windows_alone(expose: str) -> None:
+    remote = shared_empty((3, 9, 640), torch.uint8)
+    local = torch.zeros(3, 9, 640, dtype=torch.uint8)
+    remote.copy_(torch.randint(0, 256, remote.shape, dtype=torch.uint8))
+    one, other = (KVView([*x], "layer | block page", block_size=64) for x in (remote, local))
     with sides() as made:
-        owner = made.owner(Shard(one), expose=way, staging=SMALL)
+        owner = made.owner(Shard(one), expose=expose, staging=SMALL)
         reader = made.reader(Shard(other))
         offer = owner.offer([8, 1, 3, 4], tokens=256)
         reader.pull(offer.ticket, [0, 7, 2, 5], first=64, verify=True).synchronize(60)
-    assert torch.equal(mine[:, [7, 2, 5]], theirs[:, [1, 3, 4]])
-    assert not mine[:, [0, 1, 3, 4, 6, 8]].any()
+    assert torch.equal(local[:, [7, 2, 5]], remote[:, [1, 3, 4]])
+    assert not local[:, [0, 1, 3, 4, 6, 8]].any()
 
 
-@pytest.mark.parametrize("way", ["mapped", "staging"])
-def test_an_encoder_s_blocks_are_pulled_into_blocks_of_another_size(way: str) -> None:
+@pytest.mark.parametrize("expose", ["mapped", "staging"])
+def test_an_encoder_s_blocks_are_pulled_into_blocks_of_another_size(expose: str) -> None:
     """Embeddings of images: one plane, and the last block is not full."""
-    theirs, mine = (shared_empty(shape, torch.int16) for shape in [(5, 48, 24), (9, 16, 24)])
-    theirs.copy_(torch.arange(theirs.numel()).view(theirs.shape))
-    one, other = (Shard(KVView(x, "encoder-cache")) for x in (theirs, mine.fill_(-1)))
+    remote, local = (shared_empty(shape, torch.int16) for shape in [(5, 48, 24), (9, 16, 24)])
+    remote.copy_(torch.arange(remote.numel()).view(remote.shape))
+    one, other = (Shard(KVView(x, "encoder-cache")) for x in (remote, local.fill_(-1)))
     with sides() as made:
-        owner = made.owner(one, expose=way, staging=SMALL)
+        owner = made.owner(one, expose=expose, staging=SMALL)
         reader = made.reader(other)
         offer = owner.offer([3, 1], tokens=70)
         into = [8, 0, 2, 5, 1]
         reader.pull(offer.ticket, into, verify=True).synchronize(60)
-    assert torch.equal(mine[into].flatten(0, 1)[:70], theirs[[3, 1]].flatten(0, 1)[:70])
-    assert (mine[into].flatten(0, 1)[70:] == -1).all()
-    assert (mine[[3, 4, 6, 7]] == -1).all()
+    assert torch.equal(local[into].flatten(0, 1)[:70], remote[[3, 1]].flatten(0, 1)[:70])
+    assert (local[into].flatten(0, 1)[70:] == -1).all()
+    assert (local[[3, 4, 6, 7]] == -1).all()
 
 
-@pytest.mark.parametrize("way", ["mapped", "staging"])
-def test_what_the_reader_does_not_want_nobody_has_to_hold(way: str) -> None:
+@pytest.mark.parametrize("expose", ["mapped", "staging"])
+def test_what_the_reader_does_not_want_nobody_has_to_hold(expose: str) -> None:
     """Blocks of -1 on both sides; digests are of what was brought alone."""
     with sides() as made:
-        both = Couple(made, way)
+        both = Couple(made, expose)
         offer = both.owner.offer([7, -1, 11, 0, 5, 9], tokens=96)
         both.reader.pull(offer.ticket, [-1, 4, 2], verify=True).synchronize(60)
         assert torch.equal(both.dst.rows([4, 2], 64), both.src.rows([11, 0, 5, 9], 64))
         assert (both.dst.whole[:, :, [0, 1, 3, 5, 6, 7]] == -1).all()
 
 
-@pytest.mark.parametrize("way", ["mapped", "staging"])
+@pytest.mark.parametrize("expose", ["mapped", "staging"])
 @pytest.mark.parametrize("state", STATES)
-def test_nothing_of_the_callers_settings_matters(way: str, state: str) -> None:
+def test_nothing_of_the_callers_settings_matters(expose: str, state: str) -> None:
     with sides() as made:
-        both = Couple(made, way)
+        both = Couple(made, expose)
         offered = both.offer()
         with STATES[state](torch.device("cpu")):
             both.pull(offered, verify=True, by_layer=True).synchronize(60)
@@ -183,50 +183,50 @@ def test_a_second_pull_of_the_same_owners_plans_nothing_anew() -> None:
 
 
 def test_an_owner_that_is_gone_keeps_no_memory_beside_another() -> None:
-    """What a pull of both had planned held it: on a device, a dead owner's cache for ever."""
+    """The plan of a pull of both retained it: on a device, a dead owner's cache for ever."""
     with sides() as made:
-        theirs = [Rows(), Rows()]
-        mine = torch.zeros(4, 2, 8, 32, 4, 8, dtype=torch.int16)
-        owners = [made.owner(Shard(x.view, (2 * n, 2 * n + 2, 4))) for n, x in enumerate(theirs)]
+        remote = [Rows(), Rows()]
+        local = torch.zeros(4, 2, 8, 32, 4, 8, dtype=torch.int16)
+        owners = [made.owner(Shard(x.view, (2 * n, 2 * n + 2, 4))) for n, x in enumerate(remote)]
         tickets = [owner.offer([1, 2], tokens=32).ticket for owner in owners]
-        reader = made.reader(Shard(KVView([*mine], LAYOUT)))
+        reader = made.reader(Shard(KVView([*local], LAYOUT)))
         reader.pull(tickets, [3]).synchronize(60)
         owners[1].channel.close()
-        assert until(lambda: gc.collect() >= 0 and mappings(theirs[1].whole) == 1, 20)
-        assert mappings(theirs[0].whole) == 2
+        assert until(lambda: gc.collect() >= 0 and mappings(remote[1].whole) == 1, 20)
+        assert mappings(remote[0].whole) == 2
 
 
 def mappings(tensor: torch.Tensor) -> int:
-    """How often the file that a tensor lies in is mapped here."""
-    told = [x.split() for x in Path("/proc/self/maps").read_text().splitlines()]
-    own = next(x for x in told if x[0].startswith(f"{tensor.data_ptr():x}-"))
-    return sum(x[3:5] == own[3:5] for x in told)
+    """Count how often the file that a tensor lies in is mapped here."""
+    lines = [x.split() for x in Path("/proc/self/maps").read_text().splitlines()]
+    own = next(x for x in lines if x[0].startswith(f"{tensor.data_ptr():x}-"))
+    return sum(x[3:5] == own[3:5] for x in lines)
 
 
 def test_tokens_that_are_dealt_out_in_turns_come_from_all_owners() -> None:
     """Also if they overlap: each position is brought once, and digests still agree."""
     with sides() as made:
-        theirs = Rows()
-        mine = Rows(8, 32, fill=-1)
+        remote = Rows()
+        local = Rows(8, 32, fill=-1)
         slots = np.arange(60)
-        owners = [made.owner(theirs.shard) for _ in range(2)]
+        owners = [made.owner(remote.shard) for _ in range(2)]
         has = [slots % 3 != 2, slots % 3 != 0]
         tickets = [
             owner.offer(Index(torch.from_numpy(np.where(x, slots, -1))), tokens=60).ticket
             for owner, x in zip(owners, has, strict=True)
         ]
-        made.reader(mine.shard).pull(tickets, [2, 1], verify=True).synchronize(60)
-        assert torch.equal(mine.rows([2, 1], 60), theirs.rows([0, 1, 2, 3], 60))
+        made.reader(local.shard).pull(tickets, [2, 1], verify=True).synchronize(60)
+        assert torch.equal(local.rows([2, 1], 60), remote.rows([0, 1, 2, 3], 60))
 
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_of_owners_that_have_the_same_one_that_can_be_mapped_is_read(swapped: bool) -> None:
     with sides() as made:
-        theirs = Rows()
-        mine = Rows(8, 32, fill=-1)
-        owners = [made.owner(theirs.shard, expose=x) for x in ("mapped", "staging")]
+        remote = Rows()
+        local = Rows(8, 32, fill=-1)
+        owners = [made.owner(remote.shard, expose=x) for x in ("mapped", "staging")]
         tickets = [owner.offer([1, 2], tokens=32).ticket for owner in owners]
-        pulled = made.reader(mine.shard).pull(tickets[:: -1 if swapped else 1], [2])
+        pulled = made.reader(local.shard).pull(tickets[:: -1 if swapped else 1], [2])
         pulled.synchronize(60)
         assert pulled.statistics.engine == "mapped"
 
@@ -236,26 +236,26 @@ def test_each_layer_may_have_an_allocation_of_its_own() -> None:
     shape = (4, 16, 1, 8)
     layout = "layer kv | block token head dim"
     pools = [tuple(shared_empty(shape, torch.uint8).fill_(n) for _ in "kv") for n in range(160)]
-    mine = [tuple(torch.zeros(shape, dtype=torch.uint8) for _ in "kv") for _ in pools]
+    local = [tuple(torch.zeros(shape, dtype=torch.uint8) for _ in "kv") for _ in pools]
     with sides() as made:
         owner = made.owner(Shard(KVView(pools, layout)))
-        pull = made.reader(Shard(KVView(mine, layout))).pull(
+        pull = made.reader(Shard(KVView(local, layout))).pull(
             owner.offer([1], tokens=16).ticket, [3]
         )
         pull.synchronize()
-        assert all(bool((one[3] == n).all()) for n, both in enumerate(mine) for one in both)
+        assert all(bool((one[3] == n).all()) for n, both in enumerate(local) for one in both)
 
 
 def test_tickets_say_the_address_that_a_channel_was_given() -> None:
     """A container's published port, or NAT: what it listens at is not what others reach."""
-    mine = Rows()
-    theirs = Rows()
+    local = Rows()
+    remote = Rows()
     listening = Channel("tcp://127.0.0.1:0", secret=SECRET)
     asking = Channel(secret=SECRET)
     network = Network(listening.address)
     listening.address = network.address
-    owner = Owner(listening, theirs.shard, model="m")
-    reader = Reader(asking, mine.shard, model="m")
+    owner = Owner(listening, remote.shard, model="m")
+    reader = Reader(asking, local.shard, model="m")
     offer = owner.offer([1], tokens=16)
     assert network.address in reader.explain(offer.ticket)
     reader.pull(offer.ticket, [2]).synchronize()

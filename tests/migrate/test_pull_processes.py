@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pulls between processes, which are killed and stopped meanwhile: nothing of a pull with one that
-is gone is published, nobody hangs, and nothing stays behind."""
+is gone is published, nothing hangs, and nothing is left."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from support.migrate_pulls import *
 made, rows = Sides(), Rows()
 shard = Shard(rows.view) if layer is None else Shard(
     KVView([rows.whole[layer]], LAYOUT), layers=(layer, layer + 1, 2))
-owner = made.owner(shard, expose=way, staging=SMALL)
+owner = made.owner(shard, expose=expose, staging=SMALL)
 offers = [owner.offer(blocks, tokens=tokens) for _ in range(count)]
 tell([offer.ticket for offer in offers])
 """
@@ -51,7 +51,7 @@ for pulled in pulls:
     except Exception as error:
         tell(type(error).__name__)
 """
-WAYS = pytest.mark.parametrize("way", ["mapped", "staging"])
+WAYS = pytest.mark.parametrize("expose", ["mapped", "staging"])
 
 
 @pytest.fixture(scope="module")
@@ -66,28 +66,28 @@ def made() -> Iterator[Sides]:
         yield those
 
 
-def owned(nursery: Nursery, way: str, count: int = 1, layer: int | None = None) -> Any:
+def owned(nursery: Nursery, expose: str, count: int = 1, layer: int | None = None) -> Any:
     """A process that owns rows, and tickets of it."""
-    given = {"blocks": BLOCKS, "tokens": TOKENS}
-    return nursery.born(OWNER, way=way, count=count, layer=layer, **given)
+    options = {"blocks": BLOCKS, "tokens": TOKENS}
+    return nursery.born(OWNER, expose=expose, count=count, layer=layer, **options)
 
 
 @WAYS
-def test_rows_of_two_processes_come_to_a_third(nursery: Nursery, made: Sides, way: str) -> None:
-    owners = [owned(nursery, way, layer=layer) for layer in (1, 0)]
-    theirs = Rows()
-    mine = Rows(8, 32, fill=-1)
-    pulled = made.reader(mine.shard).pull([x[1][0] for x in owners], [6, 1, 4], verify=True)
+def test_rows_of_two_processes_come_to_a_third(nursery: Nursery, made: Sides, expose: str) -> None:
+    owners = [owned(nursery, expose, layer=layer) for layer in (1, 0)]
+    remote = Rows()
+    local = Rows(8, 32, fill=-1)
+    pulled = made.reader(local.shard).pull([x[1][0] for x in owners], [6, 1, 4], verify=True)
     pulled.synchronize(60)
-    assert torch.equal(mine.rows([6, 1, 4], TOKENS), theirs.rows(BLOCKS, TOKENS))
-    assert (mine.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
+    assert torch.equal(local.rows([6, 1, 4], TOKENS), remote.rows(BLOCKS, TOKENS))
+    assert (local.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
     for pid, _ in owners:
         nursery.end(pid)
 
 
 @WAYS
-def test_rows_of_this_process_come_to_another(nursery: Nursery, made: Sides, way: str) -> None:
-    both = Couple(made, way)
+def test_rows_of_this_process_come_to_another(nursery: Nursery, made: Sides, expose: str) -> None:
+    both = Couple(made, expose)
     offers = [both.offer() for _ in range(2)]
     tickets = [x.ticket for x in offers]
     pid, _ = nursery.born(READER, tickets=tickets, terms={"verify": True})
@@ -100,13 +100,13 @@ def test_rows_of_this_process_come_to_another(nursery: Nursery, made: Sides, way
 
 @WAYS
 def test_an_owner_that_is_killed_in_mid_copy_publishes_nothing(
-    nursery: Nursery, made: Sides, way: str
+    nursery: Nursery, made: Sides, expose: str
 ) -> None:
     """Faults 4 and 5. The error comes with the channel's notice; the reader goes on with others."""
-    mine = Rows(8, 32, fill=-1)
-    reader = made.reader(mine.shard)
-    terms: dict[str, Any] = {"max_gbps": SLOW} if way == "mapped" else {}
-    pid, tickets = owned(nursery, way, 20)
+    local = Rows(8, 32, fill=-1)
+    reader = made.reader(local.shard)
+    terms: dict[str, Any] = {"max_gbps": SLOW} if expose == "mapped" else {}
+    pid, tickets = owned(nursery, expose, 20)
     reader.pull(tickets[0], [6, 1, 4]).synchronize(30)
     pulls = [reader.pull(ticket, [6, 1, 4], **terms) for ticket in tickets[1:]]
     began = time.monotonic()
@@ -120,21 +120,21 @@ def test_an_owner_that_is_killed_in_mid_copy_publishes_nothing(
             assert not pulled.published
     assert failed
     assert time.monotonic() - began < 15
-    assert (mine.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
+    assert (local.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
     with pytest.raises((PeerError, OfferGone)):
         reader.pull(tickets[-1], [0, 2, 3]).synchronize(30)
-    pid, tickets = owned(nursery, way)
+    pid, tickets = owned(nursery, expose)
     reader.pull(tickets[0], [6, 1, 4]).synchronize(30)
-    assert torch.equal(mine.rows([6, 1, 4], TOKENS), Rows().rows(BLOCKS, TOKENS))
+    assert torch.equal(local.rows([6, 1, 4], TOKENS), Rows().rows(BLOCKS, TOKENS))
     nursery.end(pid)
 
 
 @WAYS
 def test_a_reader_that_is_killed_in_mid_copy_frees_its_offers(
-    nursery: Nursery, made: Sides, way: str
+    nursery: Nursery, made: Sides, expose: str
 ) -> None:
     """Fault 7. As soon as the channel is dead, long before the lease ends."""
-    both = Couple(made, way)
+    both = Couple(made, expose)
     offers = [both.offer(lease=600.0) for _ in range(8)]
     terms = {"max_gbps": SLOW / 4}
     pid, _ = nursery.born(READER, tickets=[x.ticket for x in offers], terms=terms)
@@ -179,17 +179,17 @@ def test_killed_at_any_moment_nothing_leaks_and_nobody_hangs(
 ) -> None:
     """Faults 4, 5, 7 and 8. Owners and readers of both ways, in turns."""
     seed = random.Random(3)
-    mine = Rows(8, 32, fill=-1)
+    local = Rows(8, 32, fill=-1)
     before = None
-    couples = {way: Couple(made, way) for way in ("mapped", "staging")}
-    reader = made.reader(mine.shard)
+    couples = {expose: Couple(made, expose) for expose in ("mapped", "staging")}
+    reader = made.reader(local.shard)
     right = Rows().rows(BLOCKS, TOKENS)
     for number in range(rounds):
-        way = ("mapped", "staging")[number % 2]
-        terms: dict[str, Any] = {"max_gbps": SLOW * 10} if way == "mapped" else {}
+        expose = ("mapped", "staging")[number % 2]
+        terms: dict[str, Any] = {"max_gbps": SLOW * 10} if expose == "mapped" else {}
         moment = seed.random() * 0.15
         if number % 4 < 2:
-            pid, tickets = owned(nursery, way, 8)
+            pid, tickets = owned(nursery, expose, 8)
             pulls = list[Any]()
             try:
                 pulls += [reader.pull(ticket, [6, 1, 4], **terms) for ticket in tickets[:4]]
@@ -199,9 +199,9 @@ def test_killed_at_any_moment_nothing_leaks_and_nobody_hangs(
             except (PeerError, OfferGone):
                 pass
             for pulled in pulls:
-                check_whole_or_unpublished(pulled, mine, right)
+                check_whole_or_unpublished(pulled, local, right)
         else:
-            both = couples[way]
+            both = couples[expose]
             offers = [both.offer() for _ in range(4)]
             pid, _ = nursery.born(READER, tickets=[x.ticket for x in offers], terms=terms)
             time.sleep(moment)
@@ -213,7 +213,7 @@ def test_killed_at_any_moment_nothing_leaks_and_nobody_hangs(
             before = left()
     now = before or left()
     assert until(lambda: left() <= (now[0] + 2, now[1] + 2), 40), (left(), now)
-    assert (mine.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
+    assert (local.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
 
 
 EXIT = """
@@ -229,16 +229,16 @@ print("begun")
 
 
 @pytest.mark.parametrize(
-    ("way", "terms"),
+    ("expose", "terms"),
     [
         ("mapped", {"max_gbps": SLOW / 8}),
         pytest.param("staging", {}, marks=pytest.mark.full),
     ],
 )
 @pytest.mark.full
-def test_the_interpreters_end_waits_for_no_pull(way: str, terms: dict[str, Any]) -> None:
-    """Fault 31. Between slices, with everything open; nothing is told, and no library aborts."""
-    text = EXIT.format(str(Path(__file__).parents[1]), way, terms)
+def test_the_interpreters_end_waits_for_no_pull(expose: str, terms: dict[str, Any]) -> None:
+    """Fault 31. Between slices, with everything open; no message is sent, and no library aborts."""
+    text = EXIT.format(str(Path(__file__).parents[1]), expose, terms)
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"begun\n", b"")

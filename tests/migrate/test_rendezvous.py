@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of torch.distributed over a channel: apart from the default one, several at once."""
+"""Groups of torch.distributed over a channel: apart from the default one, several together."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_store_keeps_so_many_keys(
 
 
 def test_a_channel_keeps_one_rendezvous(stores: tuple[ChannelStore, ChannelStore]) -> None:
-    """Else those who ask for the first one's keys would be told the second's."""
+    """Otherwise a request for the first group's keys would get those of the second."""
     here, there = stores
     here.set("a", b"1")
     with pytest.raises(InvalidTerms, match="without a rendezvous"):
@@ -95,7 +95,7 @@ def test_a_channel_keeps_one_rendezvous(stores: tuple[ChannelStore, ChannelStore
 
 
 def test_two_pairs_of_one_store_send_at_once(stores: tuple[ChannelStore, ChannelStore]) -> None:
-    """Each pair is a group of its own; the store is held as long as its group."""
+    """Each pair is a separate group; the store lives as long as its group."""
 
     def work(names: tuple[int, str]) -> torch.Tensor:
         rank, name = names

@@ -25,16 +25,16 @@ sides = st.integers(1, 8).flatmap(
 )
 
 
-def pulled(reader: Rank, owners: list[Rank], found: list[Piece]) -> Any:
-    """How often each cell and position is brought; and each must be there."""
+def pulled(reader: Rank, owners: list[Rank], result: list[Piece]) -> Any:
+    """Count how often each cell and position is brought; each must be there."""
     brought = np.zeros([b - a for a, b, _ in (reader.layers, reader.heads)] + [len(reader.tokens)])
-    for piece in found:
+    for piece in result:
         ids = np.ones(len(reader.tokens), bool) if piece.ids is None else piece.ids
         owner = owners[piece.owner]
         assert not (ids & ~owner.tokens).any()
         assert overlap(piece.box, reader.box) == overlap(piece.box, owner.box) == piece.box
-        mine = slices(piece.box, reader.box)
-        brought[mine["layers"], mine["heads"], ids] += 1
+        local = slices(piece.box, reader.box)
+        brought[local["layers"], local["heads"], ids] += 1
     return brought
 
 
@@ -47,15 +47,15 @@ def test_each_cell_and_position_comes_once_from_who_has_it(
     here = [None if owner.tokens.all() else owner.tokens for owner in owners]
     prefer = data.draw(st.lists(st.integers(0, len(owners) - 1), max_size=3))
     for reader in readers:
-        found = pieces(reader.box, [owner.box for owner in owners], here, prefer)
-        assert (pulled(reader, owners, found) == 1).all()
+        result = pieces(reader.box, [owner.box for owner in owners], here, prefer)
+        assert (pulled(reader, owners, result) == 1).all()
 
 
 @given(sides, st.sampled_from([*WIDTHS]), st.data())
 def test_ranks_of_any_size_read_what_ranks_of_another_hold(
     extents: tuple[int, int, int], widths: tuple[int, ...], data: st.DataObject
 ) -> None:
-    """TP, PP, CP, layouts and block sizes differ: every row that a reader asked for arrives, and
+    """TP, PP, CP, layouts and block sizes differ: every requested row arrives, and
     nothing else of its caches changes."""
     layers = min(extents[0], 4)
     heads = extents[1]
@@ -72,11 +72,11 @@ def test_ranks_of_any_size_read_what_ranks_of_another_hold(
     ]
     for owner in owners:
         owner.fill(model)
-    theirs = [x.rank.box for x in owners]
+    remote = [x.rank.box for x in owners]
     here = [x.rank.tokens for x in owners]
     for reader in readers[:2]:
         wanted = reader.written(model)
-        for piece in pieces(reader.rank.box, theirs, here):
+        for piece in pieces(reader.rank.box, remote, here):
             owner = owners[piece.owner]
             source = owner.cache.view.slice(**slices(piece.box, owner.rank.box))
             target = reader.cache.view.slice(**slices(piece.box, reader.rank.box))
@@ -91,11 +91,11 @@ def test_ranks_of_any_size_read_what_ranks_of_another_hold(
 
 def test_tp_2_to_3_of_6_heads_takes_four_pieces() -> None:
     owners = [((0, 2), heads) for heads in ((0, 3), (3, 6))]
-    found = [pieces(((0, 2), heads), owners) for heads in ((0, 2), (2, 4), (4, 6))]
-    assert [[piece.owner for piece in one] for one in found] == [[0], [0, 1], [1]]
-    assert [piece.box[1] for piece in found[1]] == [(2, 3), (3, 4)]
-    theirs = [slices(piece.box, owners[piece.owner])["heads"] for piece in found[1]]
-    assert theirs == [slice(2, 3), slice(0, 1)]
+    result = [pieces(((0, 2), heads), owners) for heads in ((0, 2), (2, 4), (4, 6))]
+    assert [[piece.owner for piece in one] for one in result] == [[0], [0, 1], [1]]
+    assert [piece.box[1] for piece in result[1]] == [(2, 3), (3, 4)]
+    remote = [slices(piece.box, owners[piece.owner])["heads"] for piece in result[1]]
+    assert remote == [slice(2, 3), slice(0, 1)]
 
 
 def test_replicas_are_asked_in_the_preferred_order() -> None:
@@ -110,13 +110,13 @@ def test_several_bring_positions_only_if_none_has_them_all() -> None:
     whole = ((0, 4), (0, 2))
     even = np.arange(6) % 2 == 0
     assert [x.owner for x in pieces(whole, [whole] * 3, [even, ~even, None])] == [2]
-    found = pieces(whole, [whole] * 3, [even, np.arange(6) > 2, ~even])
-    ids = [np.flatnonzero(piece.ids).tolist() for piece in found if piece.ids is not None]
+    result = pieces(whole, [whole] * 3, [even, np.arange(6) > 2, ~even])
+    ids = [np.flatnonzero(piece.ids).tolist() for piece in result if piece.ids is not None]
     assert ids == [[0, 2, 4], [3, 5], [1]]
 
 
 @pytest.mark.parametrize(
-    ("owners", "here", "told"),
+    ("owners", "here", "message"),
     [
         ([((0, 8), (0, 3))], [], "got 1, none of which has layers 0-7 x heads 3-3. "),
         ([((0, 4), (0, 2)), ((4, 8), (2, 4))], [], " layers 4-7 x heads 0-1,"),
@@ -127,12 +127,12 @@ def test_several_bring_positions_only_if_none_has_them_all() -> None:
         ([((0, 8), (0, 4))], ["0000011"], " heads 0-3 at positions 0, 1, 2, 3, .... "),
     ],
 )
-def test_what_nobody_holds_is_named(owners: Any, here: list[str], told: str) -> None:
-    """Fault 18. Windows with a hole, heads that nobody holds, positions that are nowhere."""
+def test_what_nobody_holds_is_named(owners: Any, here: list[str], message: str) -> None:
+    """Fault 18. Windows with a hole, heads that no owner has, positions that are nowhere."""
     masks = [np.array([*map(int, one)], bool) for one in here]
     with pytest.raises(LayoutError, match="Pass a ticket of every owner") as refused:
         pieces(((0, 8), (0, 4)), owners, masks)
-    assert told in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_opaque_pages_come_whole() -> None:
@@ -145,14 +145,14 @@ def test_opaque_pages_come_whole() -> None:
 
 
 def test_boxes_of_any_number_of_axes_are_dealt() -> None:
-    """As weights need it: one axis, and three."""
+    """Weights need one axis, and three."""
     assert deal(((0, 9),), {7: (((0, 4),), None), 8: (((3, 9),), None)}) == (
         [(7, ((0, 4),), None), (8, ((4, 9),), None)],
         [],
     )
     inner = ((1, 2), (1, 2), (1, 2))
-    given, left = deal(((0, 3),) * 3, {0: (inner, None)})
-    assert given == [(0, inner, None)]
+    dealt, left = deal(((0, 3),) * 3, {0: (inner, None)})
+    assert dealt == [(0, inner, None)]
     count = np.zeros((3, 3, 3))
     for box, _ in left:
         count[tuple(slice(a, b) for a, b in box)] += 1
@@ -171,11 +171,11 @@ def test_a_shard_holds_what_its_window_says() -> None:
             Shard(view, layers=wrong)  # type: ignore[arg-type]
 
 
-MINE = Group((0, 4, 8), (0, 2, 4), (256, 128), ("float16", "float16"))
+LOCAL = Group((0, 4, 8), (0, 2, 4), (256, 128), ("float16", "float16"))
 
 
 @pytest.mark.parametrize(
-    ("theirs", "told"),
+    ("remote", "message"),
     [
         ({"heads": (3, 4, 4)}, ""),
         ({"numbers": ()}, ""),
@@ -188,10 +188,10 @@ MINE = Group((0, 4, 8), (0, 2, 4), (256, 128), ("float16", "float16"))
     ],
 )
 def test_shards_that_cannot_become_each_other_are_told_apart(
-    theirs: dict[str, Any], told: str
+    remote: dict[str, Any], message: str
 ) -> None:
-    """Fault 19. Other widths, kv, totals; what may differ is not told."""
-    found = unlike([MINE], [replace(MINE, **theirs)])
-    assert found.startswith(told)
-    assert bool(found) == bool(told)
-    assert unlike([MINE, MINE], [MINE]) == "groups: 2 here and 1 there"
+    """Fault 19. Other widths, kv, totals; what may differ is not reported."""
+    result = unlike([LOCAL], [replace(LOCAL, **remote)])
+    assert result.startswith(message)
+    assert bool(result) == bool(message)
+    assert unlike([LOCAL, LOCAL], [LOCAL]) == "groups: 2 here and 1 there"

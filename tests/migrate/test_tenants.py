@@ -27,15 +27,15 @@ class Table(Memory):
     """A library that reads memory of any device, which it finds by its address."""
 
     name = "table"
-    rooms: ClassVar = dict[int, torch.Tensor]()  # staging buffers of the owner, by address
+    buffers: ClassVar = dict[int, torch.Tensor]()  # staging buffers of the owner, by address
 
     def read(self, lane: Any, moving: Any, there: Any) -> None:
-        for start, room in [*self.rooms.items()]:
+        for start, buffer in [*self.buffers.items()]:
             at = there.address - start
-            if 0 <= at < room.nbytes:
-                moving.slot.copy_(room[at : at + there.nbytes])
-                if room.device.type != "cpu":
-                    torch.accelerator.synchronize(room.device)
+            if 0 <= at < buffer.nbytes:
+                moving.slot.copy_(buffer[at : at + there.nbytes])
+                if buffer.device.type != "cpu":
+                    torch.accelerator.synchronize(buffer.device)
                 return
         raise RuntimeError("no such memory")
 
@@ -76,24 +76,24 @@ class Tenants:
 def recycled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[torch.Tensor]]]:
     """Allocate staging buffers of the owner from memory that holds tenant A's rows, and keep the
     buffers of each reader, to look at them. The result begins the turn of a reader."""
-    theirs: dict[str, list[torch.Tensor]] = {"A": [], "B": []}
+    remote: dict[str, list[torch.Tensor]] = {"A": [], "B": []}
     turn = ["A"]
 
     def allocate(nbytes: int, device: torch.device, most: int = 0) -> torch.Tensor:
         size = min(most, 1 << (nbytes - 1).bit_length()) if most else nbytes
-        room = torch.full((size,), SECRET, dtype=torch.uint8, device=device)
-        Table.rooms[room.data_ptr()] = room
-        return room
+        buffer = torch.full((size,), SECRET, dtype=torch.uint8, device=device)
+        Table.buffers[buffer.data_ptr()] = buffer
+        return buffer
 
     def receive(nbytes: int, device: torch.device, most: int = 0) -> torch.Tensor:
         size = min(most, 1 << (nbytes - 1).bit_length()) if most else nbytes
-        room = torch.zeros(size, dtype=torch.uint8, device=device)
-        theirs[turn[0]].append(room)
-        return room
+        buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        remote[turn[0]].append(buffer)
+        return buffer
 
     def begin(name: str) -> list[torch.Tensor]:
         turn[0] = name
-        return theirs[name]
+        return remote[name]
 
     monkeypatch.setattr("portakv.migrate.gathers.staging", allocate)
     monkeypatch.setattr("portakv.migrate.staged.staging", receive)
@@ -101,7 +101,7 @@ def recycled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[t
     try:
         yield begin
     finally:
-        Table.rooms.clear()
+        Table.buffers.clear()
 
 
 def leaks(
@@ -132,20 +132,20 @@ def count_leaks(
     seed: int,
 ) -> int:
     """Return how many pulls of tenant B left a byte of tenant A in B's buffers or pages."""
-    found = 0
+    leaked = 0
     with sides() as made:
         tenants = Tenants(made, device, transport, seed)
         for _ in range(pulls):
             begin("A")
             tenants.pull("A")
-            rooms = begin("B")
+            buffers = begin("B")
             tenants.pull("B")
-            memory = [*rooms, tenants.pages["B"]]
-            found += any(bool((each == SECRET).any()) for each in memory)
-        assert rooms
+            memory = [*buffers, tenants.pages["B"]]
+            leaked += any(bool((each == SECRET).any()) for each in memory)
+        assert buffers
         assert bool((tenants.pages["A"] == SECRET).any())
-        del memory, rooms
-    return found
+        del memory, buffers
+    return leaked
 
 
 @pytest.mark.parametrize("guarded", [True, False])
@@ -155,8 +155,8 @@ def test_tenants_get_nothing_of_each_other(
     """Without the zeros the second tenant gets bytes of the first one."""
     if not guarded:
         monkeypatch.setattr("portakv.migrate.gathers.zero", lambda memory: None)
-    found = leaks(monkeypatch, device, "table", 12, seed=1)
-    assert found == 0 if guarded else found > 0
+    leaked = leaks(monkeypatch, device, "table", 12, seed=1)
+    assert leaked == 0 if guarded else leaked > 0
 
 
 @pytest.mark.slow
@@ -168,5 +168,5 @@ def test_tenants_get_nothing_of_each_other_in_thousands_of_pulls(
     if not guarded:
         monkeypatch.setattr("portakv.migrate.gathers.zero", lambda memory: None)
     pulls = 2000 if guarded else 50
-    found = leaks(monkeypatch, torch.device("cpu"), transport, pulls, seed=2)
-    assert found == 0 if guarded else found > 0
+    leaked = leaks(monkeypatch, torch.device("cpu"), transport, pulls, seed=2)
+    assert leaked == 0 if guarded else leaked > 0

@@ -40,7 +40,7 @@ def staged() -> Iterator[tuple[Owner, Reader, bytes]]:
         owner.close()
 
 
-def welcome_of(owner: Owner) -> Handshake:
+def handshake_of(owner: Owner) -> Handshake:
     """Return what an owner answers to a reader that it maps for."""
     with closing(Channel()) as asker:
         return asker.ask(owner.channel.address, Hello("m"), Handshake)
@@ -91,7 +91,7 @@ def test_an_owner_without_staging_buffers_is_refused(
     staged: tuple[Owner, Reader, bytes], slots: int
 ) -> None:
     owner, reader, ticket = staged
-    handshake = welcome_of(owner)
+    handshake = handshake_of(owner)
     owner.channel.serve(Hello, lambda *_: replace(handshake, slots=slots))
     with pytest.raises(PeerError, match="Expected 1 to 64 staging buffers"):
         reader.pull(ticket, [2, 3], timeout=5.0)
@@ -101,7 +101,7 @@ def test_a_second_answer_that_is_not_a_welcome_is_refused(
     staged: tuple[Owner, Reader, bytes],
 ) -> None:
     owner, reader, ticket = staged
-    handshake = welcome_of(owner)
+    handshake = handshake_of(owner)
     owner.channel.serve(Hello, lambda _, hello: Answer("held") if hello.transport else handshake)
     with pytest.raises(PortaKVError):
         reader.pull(ticket, [2, 3], timeout=5.0)
@@ -111,7 +111,7 @@ def test_regions_without_addresses_are_the_owner_s_error(
     staged: tuple[Owner, Reader, bytes],
 ) -> None:
     owner, reader, ticket = staged
-    handshake = welcome_of(owner)
+    handshake = handshake_of(owner)
 
     regions = tuple(replace(region, nbytes=1 << 48) for region in handshake.regions)
     owner.channel.serve(Hello, lambda *_: replace(handshake, regions=regions))
@@ -139,7 +139,7 @@ def test_the_time_of_a_pull_counts_from_the_call() -> None:
 def test_an_owner_that_stops_answering_ends_with_the_pull_s_time(
     staged: tuple[Owner, Reader, bytes], terms: Any
 ) -> None:
-    """All questions after the pull's time share half a second: none gets one of its own."""
+    """All questions after the pull's time share half a second: none gets a separate one."""
     owner, reader, ticket = staged
     reader.pull(ticket, [2, 3], timeout=10.0).synchronize()
     ticket = owner.offer([0, 1], tokens=20).ticket

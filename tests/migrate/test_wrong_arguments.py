@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrong arguments of owners and readers raise an error that names the argument."""
+"""Wrong arguments of channels, owners and readers raise an error that names the argument."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from support.migrate_channels import SECRET, Ping, Pong
 from support.migrate_pulls import MODEL, Couple, Rows, Sides, sides
 
+from portakv import KVView
 from portakv.errors import BackendUnavailable, InvalidTerms, LayoutError, PeerError, SlotError
 from portakv.migrate import Channel, Owner, Reader, Shard
+from portakv.migrate.ipc import shared_empty
 from portakv.migrate.transports.onesided import Nixl
 
 
@@ -18,6 +24,71 @@ from portakv.migrate.transports.onesided import Nixl
 def made() -> Iterator[Sides]:
     with sides() as made:
         yield made
+
+
+#: Arguments of a channel that raise `InvalidTerms`, with the argument that the error names.
+WRONG_CHANNELS: list[tuple[str, dict[str, Any]]] = [
+    *(
+        ("address", {"address": address, "secret": SECRET})
+        for address in (
+            "tcp://127.0.0.1:99999",
+            "tcp://127.0.0.1",
+            "tcp://127.0.0.1:\0",
+            "ipc:///tmp/somewhere",
+        )
+    ),
+    ("address", {"address": 5}),
+    ("address", {"address": ""}),
+    ("", {"address": "tcp://127.0.0.1:0"}),
+    *(("secret", {"secret": secret}) for secret in (5, b"", b"short")),
+    ("secret", {"address": "tcp://127.0.0.1:0", "secret": b"short"}),
+    *(("timeout", {"timeout": value}) for value in (0, -1, "5", float("nan"))),
+]
+#: Addresses at which no channel listens: of every interface, or of another host.
+WRONG_HOSTS = (
+    "*",
+    "0.0.0.0",
+    "0",
+    "0x0",
+    "000.0.0.0",
+    "[::]",
+    "[::0]",
+    "[0:0:0:0:0:0:0:0]",
+    "203.0.113.9",
+)
+#: Addresses to which a channel sends nothing: without a secret, and with one.
+WRONG_PEERS: dict[bytes | None, tuple[str, ...]] = {
+    None: (
+        "tcp://127.0.0.1:1",
+        "ipc://@name",
+        "ipc:///nothing/there",
+        "inproc://a",
+        "",
+        "x" * 99,
+    ),
+    SECRET: ("tcp://example.invalid:1", "tcp://a\0b:1", "ipc:///\0"),
+}
+
+
+@pytest.mark.parametrize(("argument", "terms"), WRONG_CHANNELS)
+def test_a_wrong_argument_of_a_channel_is_named(argument: str, terms: dict[str, Any]) -> None:
+    with pytest.raises(InvalidTerms, match=f"Expected (a )?{argument}"):
+        Channel(**terms)
+
+
+@pytest.mark.parametrize("host", WRONG_HOSTS)
+def test_where_a_channel_may_listen(host: str) -> None:
+    with pytest.raises(PeerError, match="at which a channel can listen"):
+        Channel(f"tcp://{host}:0", secret=SECRET)
+
+
+@pytest.mark.parametrize("secret", WRONG_PEERS)
+def test_a_wrong_address_of_a_peer_is_looked_up_nowhere(secret: bytes | None) -> None:
+    with closing(Channel(secret=secret, timeout=3.0)) as channel:
+        for address in WRONG_PEERS[secret]:
+            expected = "numeric address" if secret else "Expected an address of a channel"
+            with pytest.raises(PeerError, match=expected):
+                channel.ask(address, Ping(), Pong)
 
 
 @pytest.mark.parametrize("kind", [Owner, Reader])
@@ -66,25 +137,47 @@ def test_a_shard_takes_a_view(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("axis", ["layers", "heads"])
-@pytest.mark.parametrize("wrong", [3, "abc", [], (0, 1), (0.0, 2, 2), (0, True, 4), object()])
+@pytest.mark.parametrize(
+    "wrong", [3, "abc", [], (0, 1), (0.0, 2, 2), (0, True, 4), (0, 4, 2**70), object()]
+)
 def test_a_window_is_three_numbers(axis: str, wrong: Any) -> None:
     with pytest.raises(LayoutError, match=rf"{axis}=.*\(from, to, of\)"):
         Shard(Rows().view, **{axis: wrong})
 
 
+#: Terms of an offer that raise `InvalidTerms`.
+WRONG_TERMS: dict[str, list[Any]] = {
+    "tokens": [0, "4", 1.5, True, None],
+    "lease": ["1", 0, -1, float("nan"), float("inf"), 1e9, 2**63, None, True],
+    "readers": [0, "2", True],
+}
+#: Lists of blocks that an owner of 16 blocks does not offer, and the clause that names them.
+WRONG_LISTS: list[tuple[Any, int, str]] = [
+    (([3, 3],), 32, "blocks"),
+    ((["a"],), 32, "blocks"),
+    ((5,), 32, "blocks"),
+    (([99],), 16, "blocks"),
+    (([16],), 16, "blocks"),
+    (([3, 1 << 20],), 32, "blocks"),
+    (([1 << 40],), 16, "blocks"),
+    (([0.5],), 16, "blocks"),
+    (([1, 2],), 33, "longer list"),
+    (([1], [1]), 3, "Expected blocks to be 1 lists"),
+]
+
+
 def test_offers_name_the_argument(made: Sides) -> None:
+    """Fault 16. No list reads past the region; negative ids are allowed, repeated ones are not."""
     both = Couple(made)
-    terms: list[dict[str, Any]] = [
-        *({"tokens": x} for x in (0, "4", 1.5, True, None)),
-        *({"lease": x} for x in ("1", 0, -1, float("nan"), 2**63, None, True)),
-        *({"readers": x} for x in (0, "2", True)),
-    ]
-    for each in terms:
-        with pytest.raises(InvalidTerms, match=f"Expected {next(iter(each))} to be"):
-            both.owner.offer(both.blocks, **{"tokens": 16, **each})
-    for blocks in ([3, 3], ["a"], 5, [99], [0.5]):
-        with pytest.raises(SlotError, match=r"\bblocks\b"):
-            both.owner.offer(blocks, tokens=16 * 2)  # type: ignore[arg-type]
+    for name, values in WRONG_TERMS.items():
+        for value in values:
+            with pytest.raises(InvalidTerms, match=f"Expected {name} to be"):
+                both.owner.offer(both.blocks, **{"tokens": 16, name: value})
+    for lists, tokens, clause in WRONG_LISTS:
+        with pytest.raises(SlotError, match=rf"\b{clause}\b"):
+            both.owner.offer(*lists, tokens=tokens)
+    with pytest.raises(InvalidTerms, match="blocks"):
+        both.owner.offer(None, tokens=16)  # type: ignore[arg-type]
     assert both.owner.statistics()["held"] == 0
     offer = both.offer()
     for timeout in ("x", -1, float("nan"), True):
@@ -93,25 +186,41 @@ def test_offers_name_the_argument(made: Sides) -> None:
     offer.revoke()
 
 
+def test_more_than_a_ticket_or_a_handshake_holds_is_refused_at_once(made: Sides) -> None:
+    tall = shared_empty((1 << 21, 1, 8), torch.int8)
+    owner = made.owner(Shard(KVView(tall, "(block token) head dim", block_size=1)))
+    many = (1 << 20) + 1
+    with pytest.raises(SlotError, match="Expected at most 1048576 ids"):
+        owner.offer(torch.arange(many), tokens=many)
+    tensors = [shared_empty((2, 16, 1, 8), torch.int8) for _ in range(1024)]
+    with pytest.raises(LayoutError, match="at most 1023 allocations, got 1024"):
+        made.owner(Shard(KVView(tensors, "layer | block token head dim")))
+
+
+#: Terms of a pull that raise `InvalidTerms`.
+WRONG_PULLS: dict[str, list[Any]] = {
+    "first": [-1, "1", True, None, 75, 2**63],
+    "timeout": [-1, float("nan"), "1", True],
+    "by_layer": [1, None],
+    "verify": [1, None],
+    "overlap": ["iddle", "never"],
+    "max_gbps": [0, -1, "2", True, torch.tensor([1, 2]), np.array([1, 2])],
+    "max_thread_blocks": [0, "2", True],
+}
+
+
 def test_pulls_name_the_argument(made: Sides) -> None:
     both = Couple(made)
     ticket = both.offer().ticket
-    for wrong in (None, 5, [5], [], "x", object()):
+    for wrong in (None, 5, [5], [], "x", object(), torch.tensor(3.0)):
         with pytest.raises(InvalidTerms, match="Expected tickets"):
             both.reader.pull(wrong, both.into)  # type: ignore[arg-type]
     with pytest.raises(PeerError, match="Expected tickets"):
         both.reader.pull(b"", both.into)
-    terms: list[dict[str, Any]] = [
-        *({"first": x} for x in (-1, "1", True, None, 75, 2**63)),
-        *({"timeout": x} for x in (-1, float("nan"), "1", True)),
-        *({name: x} for name in ("by_layer", "verify") for x in (1, None)),
-        {"overlap": "iddle"},
-        *({"max_gbps": x} for x in (0, "2", True)),
-        *({"max_thread_blocks": x} for x in (0, "2", True)),
-    ]
-    for each in terms:
-        with pytest.raises(InvalidTerms, match=f"Expected {next(iter(each))} to be"):
-            both.reader.pull(ticket, both.into, **each)
+    for name, values in WRONG_PULLS.items():
+        for value in values:
+            with pytest.raises(InvalidTerms, match=f"Expected {name} to be"):
+                both.reader.pull(ticket, both.into, **{name: value})
     for into in ([6, 6, 6], ["a"], 5, [99, 1, 4], [6]):
         with pytest.raises(SlotError, match=r"\bblocks\b"):
             both.reader.pull(ticket, into)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An owner in a process of its own, for tests that kill it: it gives one large slot of sevens."""
+"""An owner in a separate process, for tests that kill it: it gives one large slot of sevens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ if __name__ == "__main__":
 
     def handshake(peer: Any, _: Bye) -> Answer:
         for kind in transport.asks:
-            channel.serve(kind, lambda reader, asked: transport.answer(reader, channel, asked))
+            channel.serve(
+                kind, lambda reader, requested: transport.answer(reader, channel, requested)
+            )
         transport.lane(peer, channel).move(slot, 0)
         return Answer("done")
 

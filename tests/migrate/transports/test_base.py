@@ -23,7 +23,7 @@ def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_transport_is_torch_distributed_and_says_why() -> None:
-    """Fault 23. Whatever led to a transport, who asks is told which one, and why."""
+    """Fault 23. The library reports which transport it chose, and why."""
     transport = choose(CPU)
     assert isinstance(transport, Distributed)
     assert transport.why == "distributed: accepted, a group of two by gloo"
@@ -32,12 +32,12 @@ def test_the_first_transport_is_torch_distributed_and_says_why() -> None:
 
 def test_a_device_that_torch_has_no_group_for_is_told_of_each_transport() -> None:
     """Fault 23. Each transport's reason is kept; Mooncake is not taken unasked."""
-    with pytest.raises(BackendUnavailable, match="no backend for meta") as found:
+    with pytest.raises(BackendUnavailable, match="no backend for meta") as raised:
         choose(torch.device("meta"))
-    said = [str(each) for each in found.value.trace]
-    assert [each.partition(":")[0] for each in said] == ["distributed", "nixl", "mooncake"]
-    assert "on meta devices" in said[1]
-    assert "requested by name" in said[2]
+    why = [str(each) for each in raised.value.trace]
+    assert [each.partition(":")[0] for each in why] == ["distributed", "nixl", "mooncake"]
+    assert "on meta devices" in why[1]
+    assert "requested by name" in why[2]
 
 
 @pytest.mark.parametrize("by", ["name", "environment"])
@@ -52,11 +52,11 @@ def test_a_forced_transport_never_falls_back(by: str, monkeypatch: pytest.Monkey
 
 
 def test_a_release_that_is_too_old_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As NIXL 0.8, which would be accepted, and no slot would cross."""
+    """NIXL 0.8 would be accepted otherwise, and no slot would cross."""
     monkeypatch.setitem(sys.modules, "nixl._api", ModuleType("nixl._api"))
-    said = TRANSPORTS.load("nixl").probe(CPU)
-    assert not said.accepted
-    assert "nixl._api has no nixl_thread_sync_t; install portakv[nixl]" in said.reason
+    probed = TRANSPORTS.load("nixl").probe(CPU)
+    assert not probed.accepted
+    assert "nixl._api has no nixl_thread_sync_t; install portakv[nixl]" in probed.reason
 
 
 def test_a_transport_that_nobody_knows_is_refused_with_the_names() -> None:

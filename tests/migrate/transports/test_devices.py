@@ -44,8 +44,8 @@ def test_slots_of_any_size_cross_by_nccl() -> None:
 @pytest.mark.parametrize("kind", ["nccl", "nixl"])
 def test_a_slot_crosses_behind_what_the_streams_hold(kind: str) -> None:
     """Fault 24 and 25. The owner's stream still writes the slot; the reader's still reads it."""
-    if kind == "nixl" and not (said := Nixl.probe(torch.device(DEVICES[0]))).accepted:
-        pytest.skip(str(said))
+    if kind == "nixl" and not (why := Nixl.probe(torch.device(DEVICES[0]))).accepted:
+        pytest.skip(str(why))
     both = nccl() if kind == "nccl" else Wire(Nixl, 60.0, DEVICES)
     both.cross(1000)  # so that the pair is made
     nbytes = 1 << 20
@@ -98,8 +98,8 @@ def test_a_timeout_aborts_and_does_not_end_the_process() -> None:
 
 
 def test_slots_cross_by_nixl() -> None:
-    if not (said := Nixl.probe(torch.device(DEVICES[0]))).accepted:
-        pytest.skip(str(said))
+    if not (why := Nixl.probe(torch.device(DEVICES[0]))).accepted:
+        pytest.skip(str(why))
     with wire(Nixl, 60.0, on=DEVICES) as both:
         for tag, nbytes in enumerate((1, 1000, 1 << 20, 64 << 20)):
             both.cross(nbytes, tag)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots cross by torch.distributed; a peer's death ends them at once, and a new pair is made."""
+"""Slots cross by torch.distributed; the death of a peer ends them, and a new pair is made."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_slots_cross_in_the_order_in_which_they_are_given_two_at_a_time() -> Non
         slots = [slot_of(10_000, seed) for seed in range(8)]
         into = [empty(10_000) for _ in slots]
         taken = [both.take(each, tag % 2) for tag, each in enumerate(into[:4])]
-        given = [both.give(slot, tag % 2) for tag, slot in enumerate(slots)]
+        sent = [both.give(slot, tag % 2) for tag, slot in enumerate(slots)]
         taken += [both.take(each, tag % 2) for tag, each in enumerate(into[4:])]
-        for moving in (*taken, *given):
+        for moving in (*taken, *sent):
             moving.wait(20)
         assert all(map(torch.equal, slots, into))
 
@@ -113,13 +113,13 @@ def test_an_owner_killed_in_mid_chunk_is_told_by_the_channel() -> None:
         channel.close()
 
 
-@pytest.mark.parametrize(("given", "asked"), [(5000, 100), (100, 5000), (1, 0)])
-def test_a_slot_of_another_length_is_an_error_on_either_side(given: int, asked: int) -> None:
+@pytest.mark.parametrize(("sent", "requested"), [(5000, 100), (100, 5000), (1, 0)])
+def test_a_slot_of_another_length_is_an_error_on_either_side(sent: int, requested: int) -> None:
     """Fault 29. gloo takes too few bytes for all, and ends the process if there are too many."""
     with wire(Distributed) as both:
-        giving = both.give(slot_of(given))
-        into = empty(asked)
-        with pytest.raises(PeerError, match=f"expected {asked} B, got {given}"):
+        giving = both.give(slot_of(sent))
+        into = empty(requested)
+        with pytest.raises(PeerError, match=f"expected {requested} B, got {sent}"):
             both.take(into).wait(20)
         with pytest.raises(PeerError):
             giving.wait(20)
@@ -170,8 +170,7 @@ def test_a_channel_that_watches_nobody_leaves_no_lane(monkeypatch: pytest.Monkey
 
 
 class Group:
-    """What nccl does of a group of two, between two simulated devices: all in the order of streams,
-    whatever the tags."""
+    """Do what nccl does for two simulated devices: all in stream order, whatever the tags."""
 
     def __init__(self, device: torch.device, wire: queue.Queue[Any]) -> None:
         self.device = device
@@ -181,17 +180,17 @@ class Group:
     def send(self, slots: list[torch.Tensor], _: int, tag: int) -> Any:
         landed: queue.Queue[torch.Event] = queue.Queue()
         self.wire.put((slots[0], current(self.device).record_event(), landed))
-        return self.behind(landed.get(timeout=20))
+        return self.ordered(landed.get(timeout=20))
 
     def recv(self, slots: list[torch.Tensor], _: int, tag: int) -> Any:
-        given, ready, landed = self.wire.get(timeout=20)
+        sent, ready, landed = self.wire.get(timeout=20)
         ready.wait(current(self.device))
         simdev.delay(current(self.device), 20)
-        slots[0].copy_(given, non_blocking=True)
+        slots[0].copy_(sent, non_blocking=True)
         landed.put(ended := current(self.device).record_event())
-        return self.behind(ended)
+        return self.ordered(ended)
 
-    def behind(self, event: torch.Event) -> Any:
+    def ordered(self, event: torch.Event) -> Any:
         return SimpleNamespace(wait=lambda: event.wait(current(self.device)))
 
     def abort(self) -> None:
@@ -226,23 +225,23 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Fault 24, 25 and 27. The host waits for no copy of the owner's, and streams order all. The
-    reader's device waits for as many bytes as were asked for, also if they cannot be brought."""
+    reader's device waits for as many bytes as were requested, also if they cannot be brought."""
     monkeypatch.setitem(TRANSPORTS.targets, Simulated.name, Simulated)
-    theirs = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
-    mine = torch.zeros_like(theirs, device=OTHER)
-    views = [KVView([*x], LAYOUT) for x in (theirs, mine)]
+    remote = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
+    local = torch.zeros_like(remote, device=OTHER)
+    views = [KVView([*x], LAYOUT) for x in (remote, local)]
     busy = current(OTHER)
     with sides() as made, inside(torch.Stream(DEVICE)), inside(torch.Stream(OTHER)):
-        owner = made.owner(Shard(views[0]), expose="staging", staging=4 * theirs[0].nbytes)
+        owner = made.owner(Shard(views[0]), expose="staging", staging=4 * remote[0].nbytes)
         reader = made.reader(Shard(views[1]), transport=Simulated.name)
         for turn in range(1, 6):
-            before = mine.cpu()
+            before = local.cpu()
             if turn == 2:  # another stream, which has nothing to do with it
                 simdev.delay(busy, 2000)
             simdev.delay(current(OTHER), 50)
-            read = mine.clone()
+            read = local.clone()
             simdev.delay(current(DEVICE), 50)
-            theirs.copy_(torch.arange(theirs.numel()).view(theirs.shape).to(DEVICE) * turn)
+            remote.copy_(torch.arange(remote.numel()).view(remote.shape).to(DEVICE) * turn)
             offer = owner.offer(range(8), tokens=128)
             began = time.monotonic()
             fails = turn % 2
@@ -255,7 +254,7 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
             assert torch.equal(read.cpu(), before)
             assert len(pulled.slices) == 9
             assert time.monotonic() - began < 10
-            assert fails or torch.equal(theirs.cpu(), mine.cpu().flip(2))
+            assert fails or torch.equal(remote.cpu(), local.cpu().flip(2))
         until = time.monotonic() + 5
         while owner.statistics()["taken"] != 2 and time.monotonic() < until:
             time.sleep(0.01)
@@ -271,8 +270,8 @@ def test_a_death_ends_the_slots_that_cross_on_a_device_and_aborts_their_group() 
         both.cross(nbytes, tag)
     lanes = both.reader.lane(End.address, both.here), both.owner.lane(both.life, both.there)
     simdev.delay(current(DEVICE), 500)
-    given = [both.give(slot_of(100).to(DEVICE, non_blocking=True), tag) for tag in range(3)]
-    taking = [both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER)) for _ in given]
+    sent = [both.give(slot_of(100).to(DEVICE, non_blocking=True), tag) for tag in range(3)]
+    taking = [both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER)) for _ in sent]
     time.sleep(0.1)  # so that they are on the stream
     both.life.end()
     for each in taking:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slots are read by NIXL and Mooncake, if they are installed; and what both have, by a library of
-the test's own that can be told to fail."""
+the test's own that can be made to fail."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class Memory(OneSided):
         return self
 
     def enter(self, address: int, nbytes: int, device: int) -> Any:
-        told = address, nbytes
-        self.entered.append(told)
-        self.log.append(told)
-        return told
+        entry = address, nbytes
+        self.entered.append(entry)
+        self.log.append(entry)
+        return entry
 
     def deregister(self, handle: Any) -> None:
         self.entered.remove(handle)
 
-    def reach(self, told: Any) -> bytes:
+    def reach(self, entry: Any) -> bytes:
         return b"here"
 
     def read(self, lane: Any, moving: Any, there: Any) -> None:
@@ -92,9 +92,9 @@ def test_two_slots_of_one_allocation_are_read_again_and_again(kind: type[OneSide
         for turn in range(6):
             staging.add_(1)
             slots = staging.view(2, -1), into.view(2, -1)
-            given = [both.give(slots[0][tag], 2 * turn + tag) for tag in range(2)]
+            sent = [both.give(slots[0][tag], 2 * turn + tag) for tag in range(2)]
             taken = [both.take(slots[1][tag], 2 * turn + tag) for tag in range(2)]
-            for moving in (*taken, *given):
+            for moving in (*taken, *sent):
                 moving.wait(20)
             assert torch.equal(into, staging)
 
@@ -103,19 +103,19 @@ def test_two_slots_of_one_allocation_are_read_again_and_again(kind: type[OneSide
 def test_a_slot_of_another_length_is_not_read(kind: type[OneSided]) -> None:
     """Fault 29. Not one byte of it."""
     with wire(kind) as both:
-        for tag, (given, asked) in enumerate(((5000, 100), (100, 5000))):
-            giving = both.give(slot_of(given), tag)
-            into = empty(asked)
-            with pytest.raises(PeerError, match=f"expected {asked} B, got {given}"):
+        for tag, (sent, requested) in enumerate(((5000, 100), (100, 5000))):
+            giving = both.give(slot_of(sent), tag)
+            into = empty(requested)
+            with pytest.raises(PeerError, match=f"expected {requested} B, got {sent}"):
                 both.take(into, tag).wait(20)
-            giving.wait(20)  # the reader has told that it does not want it
+            giving.wait(20)  # the reader has reported that it does not want it
             assert not into.any()
         both.cross(1000)
 
 
 @EACH
 def test_a_death_that_the_channel_notices_ends_what_is_under_way(kind: type[OneSided]) -> None:
-    """Fault 5. Also a take whose slot was not given, and a give that nobody took."""
+    """Fault 5. Also a take whose slot was not given, and a give that no side took."""
     with wire(kind, NEVER) as both:
         both.cross(100)
         moving = both.give(slot_of(100), 1), both.take(empty(100), 2)
@@ -145,7 +145,7 @@ def test_an_error_after_a_part_counts_for_all_of_it() -> None:
 
 @pytest.mark.parametrize("timeout", [NEVER, 0.2])
 def test_a_slot_that_a_library_cannot_let_go_of_is_not_free_until_it_does(timeout: float) -> None:
-    """Fault 8. As Mooncake's. The reader is told at once, or when its time is over; the slot is
+    """Fault 8. Mooncake's cannot. The reader learns it immediately, or after its time; the slot is
     used again only later."""
     with wire(Memory, timeout) as both:
         both.reader.stuck = threading.Event()
