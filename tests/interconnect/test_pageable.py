@@ -96,7 +96,7 @@ def test_an_interrupt_leaves_the_ring_usable(
     where: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    owner: Any = {"rows": HostRows, "link": type(link_of(accelerator))}[where]
+    owner: Any = {"rows": HostRows, "link": link_of(accelerator)}[where]
     transfer = between_chunks(accelerator, downward)
     assert len(slices_of(transfer)) > BUFFERS + 2
     after = between_chunks(accelerator, not downward, seed=9)
