@@ -173,4 +173,7 @@ def form_in(folder: Path) -> BlockForm:
     try:
         return BlockForm.from_json(text)
     except StoreError as error:
-        raise StoreError(f"{file} is damaged or of another release. {error}") from error
+        raise StoreError(
+            f"Expected the form of a cache in {file}, got damaged text or that of another release. "
+            f"{error}"
+        ) from error

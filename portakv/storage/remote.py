@@ -112,7 +112,9 @@ class Remote:
         try:
             import obstore
         except (ImportError, OSError) as x:
-            raise StoreError(f"A remote tier needs obstore, portakv[remote]: {x}.") from None
+            raise StoreError(
+                f"Expected obstore for a remote tier, got: {x}. Install portakv[remote]."
+            ) from None
         _check_arguments(url, workers, multipart, settings)
         Remote._process = Remote._process or this_process()
         self._obs = obstore
@@ -147,7 +149,10 @@ class Remote:
     def obs(self) -> Any:
         """Return obstore. Raises `StoreError` in a forked process, where its calls never return."""
         if self._process.forked:
-            raise StoreError(f"{self!r} is obstore's, which hangs once forked; start it by spawn.")
+            raise StoreError(
+                f"Expected {self!r} in the process that made it, got a forked one, where obstore "
+                f"hangs. Start the process by spawn."
+            )
         return self._obs
 
     def _connect(self, url: str, settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -308,7 +313,9 @@ class Remote:
                 obs.delete(self.store, [one["path"] for one in batch])
                 gone += len(batch)
         except Exception as error:  # obstore raises many types, and those of its clients
-            raise StoreError(f"{self!r} was to be wiped, but {_clean(error)}.") from None
+            raise StoreError(
+                f"Expected to wipe {self!r}, got: {_clean(error)}. Wipe it again."
+            ) from None
         finally:
             for tier_store in [*self.tier_stores]:
                 tier_store.forget()

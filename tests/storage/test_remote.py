@@ -885,7 +885,7 @@ def test_every_kind_of_store_keeps_and_wipes_its_blocks(
         assert np.array_equal(row, image(SMALL, KEYS[0]))
         assert not load(stored, KEYS[1])[0]
     if kind == "http":
-        with pytest.raises(StoreError, match="was to be wiped"):
+        with pytest.raises(StoreError, match="Expected to wipe"):
             remote.wipe()
     else:
         assert remote.wipe() == 2  # and form.json

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 NEVER = 86400.0
 #: gloo waits this many times a group's timeout for a peer that connects (`waitUntil`, tcp/pair.h),
 #: also for a dead peer; torch has no call that ends the wait.
-#: one that has died; torch has no call that ends it before.
 RELAXED = 5
 
 
