@@ -25,7 +25,6 @@ import pytest
 import zmq
 from support.migrate_channels import (
     SECRET,
-    Network,
     Ping,
     Pong,
     Server,
@@ -92,23 +91,6 @@ class Raw:
 
     def __exit__(self, *_: object) -> None:
         self.context.destroy(0)
-
-
-def test_a_request_has_its_answer(pair: tuple[Server, Channel]) -> None:
-    server, asker = pair
-    for n in range(1, 20):
-        assert asker.ask(server.address, Ping(b"x" * n), Pong) == Pong(b"x" * n, n)
-    (peer,) = server.peers
-    assert peer.id == asker.id
-    assert not peer.gone
-    assert server.channel.statistics()["peers"] == asker.statistics()["links"] == 1
-
-
-def test_what_is_told_has_no_answer(pair: tuple[Server, Channel]) -> None:
-    server, asker = pair
-    asker.tell(server.address, Ping(b"told"))
-    assert asker.ask(server.address, Ping(b"asked"), Pong).count == 2
-    assert server.pings == [b"told", b"asked"]
 
 
 def test_many_threads_ask_at_once(pair: tuple[Server, Channel]) -> None:
@@ -205,16 +187,6 @@ def test_a_peer_that_closes_is_gone_at_once_on_both_sides(pair: tuple[Server, Ch
     other.close()
 
 
-def test_nobody_there_is_an_error_at_once(pair: tuple[Server, Channel]) -> None:
-    server, asker = pair
-    server.channel.close()
-    with pytest.raises(PeerError, match=r"no channel listens there|No such file"):
-        asker.tell(server.address, Ping())
-    for _ in range(100):  # what the one before left hinders none
-        with pytest.raises(PeerError, match=r"no channel listens there|No such file"):
-            asker.ask(server.address, Ping(), Pong)
-
-
 def test_a_server_that_starts_again_at_its_address_is_reached() -> None:
     """Fault 6, as far as it is the channel's: another process has the same address."""
     first = Server()
@@ -230,43 +202,6 @@ def test_a_server_that_starts_again_at_its_address_is_reached() -> None:
             except PeerError:  # reported once, if the request came between the two
                 continue
         second.channel.close()
-
-
-def test_a_network_that_is_cut_is_noticed_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 9. A request ends with its time, both sides count, and both go on afterwards."""
-    monkeypatch.setattr(module, "HEARTBEAT", 100)
-    monkeypatch.setattr(module, "DEAD", 300)
-    with server_and_asker(TCP) as (server, asker):
-        network = Network(server.address)
-        ends = list[str]()
-        asker.ask(network.address, Ping(), Pong)
-        (peer,) = server.peers
-        asker.watch(network.address, lambda: ends.append("watch"))
-        peer.on_gone(lambda: ends.append("peer"))
-        network.cut.set()
-        with pytest.raises((TransferTimeout, PeerError)):
-            asker.ask(network.address, Ping(), Pong, 0.3)
-        assert until(lambda: len(ends) == 2, 3)
-        assert (asker.counts["lost"], server.counts["gone"]) == (1, 1)
-        assert asker.ask(server.address, Ping(), Pong).count == 2
-        network.close()
-
-
-def test_a_lost_answer_is_told_again_and_nothing_is_done_twice(
-    by_tcp: tuple[Server, Channel],
-) -> None:
-    """Fault 10. The connection breaks with the answer on its way; the request is repeated with its
-    number on the next connection."""
-    server, asker = by_tcp
-    network = Network(server.address)
-    asker.ask(network.address, Ping(b"first"), Pong)
-    network.quiet.set()
-    network.eat = 1
-    assert asker.ask(network.address, Ping(b"second"), Pong) == Pong(b"second", 2)
-    assert server.pings == [b"first", b"second"]
-    assert server.counts["repeated"] >= 1
-    assert asker.ask(network.address, Ping(b"third"), Pong).count == 3
-    network.close()
 
 
 def test_a_server_that_is_slow_carries_a_request_out_once(by_tcp: tuple[Server, Channel]) -> None:
@@ -400,20 +335,6 @@ def test_errors_say_what_was_asked_and_not_the_name_of_its_message() -> None:
     assert "Ping" not in str(error.value)
 
 
-def test_more_peers_than_a_channel_serves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PEERS", 1)
-    with server_and_asker(TCP) as (server, asker):
-        asker.ask(server.address, Ping(), Pong)
-        with asking(SECRET) as other:
-            with pytest.raises(PeerError, match="it serves 1 connections; try later"):
-                other.ask(server.address, Ping(), Pong)
-            now = server.channel.statistics()
-            assert (now["peers"], now["links"], now["full"]) == (1, 0, 1)
-            asker.close()
-            assert until(lambda: server.counts["gone"] == 1)
-            assert other.ask(server.address, Ping(), Pong).count == 2
-
-
 def test_another_release_is_refused_by_a_sentence(by_tcp: tuple[Server, Channel]) -> None:
     """Fault 34. Whatever the other version sends after its first byte."""
     server, _ = by_tcp
@@ -537,34 +458,6 @@ def test_the_interpreters_end_closes(tmp_path: Path) -> None:
     where = {**os.environ, "TMPDIR": str(folder)}
     done = subprocess.run(script, capture_output=True, timeout=60, env=where)
     assert (done.returncode, done.stdout.split()[-1], done.stderr) == (0, b"1", b"")
-
-
-def test_a_closed_channel_ends_what_waits(by_tcp: tuple[Server, Channel]) -> None:
-    server, asker = by_tcp
-    gate = threading.Event()
-    errors = list[str]()
-
-    def slow(*_: object) -> None:
-        gate.wait(2)
-
-    server.channel.serve(Ping, slow)
-
-    def ask() -> None:
-        try:
-            asker.ask(server.address, Ping(), Pong)
-        except PeerError as error:
-            errors.append(str(error))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    assert until(lambda: asker.statistics()["links"] == 1)
-    asker.close()
-    asker.close()
-    thread.join(2)
-    gate.set()
-    assert "closed" in errors[0]
-    with pytest.raises(PeerError, match="got one that is closed"):
-        asker.tell(server.address, Ping())
 
 
 @contextmanager
@@ -711,24 +604,6 @@ def test_several_are_asked_at_once_each_with_its_own_answer() -> None:
         assert [type(x) for x in results] == [Pong, PeerError, Pong]
     for server in servers:
         server.channel.close()
-
-
-def test_several_questions_for_one_address_are_each_what_one_alone_is(
-    by_tcp: tuple[Server, Channel],
-) -> None:
-    """Fault 10. The next connection repeats their answers; its end is an error."""
-    server, asker = by_tcp
-    network = Network(server.address)
-    asker.ask(network.address, Ping(b"1"), Pong)
-    network.quiet.set()
-    network.eat = 1
-    requests = [(network.address, Ping(x)) for x in (b"2", b"3")]
-    assert asker.ask_all(requests, Pong) == [Pong(b"2", 2), Pong(b"3", 3)]
-    server.channel.serve(Ping, lambda *_: None)
-    threading.Timer(0.2, server.channel.close).start()
-    results = asker.ask_all([(server.address, ping) for _, ping in requests], Pong)
-    assert [type(x) for x in results] == [PeerError] * 2
-    network.close()
 
 
 def test_a_question_that_fails_in_its_own_way_holds_up_no_other(

@@ -45,7 +45,6 @@ from portakv.migrate.messages import (
     Gather,
     Handshake,
     Hello,
-    Renew,
     Ticket,
 )
 from portakv.migrate.offers import EVENTS, Owner
@@ -91,19 +90,6 @@ class Copies(ReadsPeers):
         return cast(Launch, lambda *options: (self.observe(plan), launch(*options))[0])
 
 
-@WAYS
-def test_an_offer_that_ended_before_its_pull_is_gone(made: Sides, expose: str) -> None:
-    """Fault 1."""
-    both = Couple(made, expose)
-    offer = both.offer(lease=0.02)
-    assert offer.taken(5)
-    assert offer.state == "expired"
-    ended(both.pull(offer), OfferGone, "No rows were committed; request another offer")
-    parsed = both.owner.statistics()
-    assert (parsed["expired"], parsed["gone"]) == (1, 1)
-    assert both.spared()
-
-
 @pytest.mark.parametrize("end", ["expired", "revoked"])
 def test_an_offer_that_ends_in_mid_copy_is_not_published(made: Sides, end: str) -> None:
     """Faults 2 and 3. Its owner uses the blocks immediately; the offer is gone after the copy."""
@@ -120,23 +106,6 @@ def test_an_offer_that_ends_in_mid_copy_is_not_published(made: Sides, end: str) 
     assert not pulled.done()
     ended(pulled, OfferGone)
     assert both.spared()
-
-
-def test_an_offer_that_ends_between_slices_is_not_published(made: Sides) -> None:
-    """Faults 2 and 3, of rows that are moved: the owner brings no more of them."""
-    both = Couple(made, "staging")
-    for end in ("expired", "revoked"):
-        offer = both.offer()
-        pulled = both.pull(offer)
-        if end == "expired":
-            offer.lease.until = 0.0
-        offer.revoke()
-        assert offer.taken(0)
-        both.src.whole.fill_(9)
-        with pytest.raises(OfferGone):
-            pulled.synchronize(30)
-        assert not pulled.published
-        assert both.spared()
 
 
 def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
@@ -277,24 +246,6 @@ def test_a_check_whose_answer_is_lost_is_repeated(made: Sides) -> None:
     net.close()
 
 
-@pytest.mark.parametrize("readers", [1, 2])
-def test_so_many_readers_may_pull_an_offer(made: Sides, readers: int) -> None:
-    """Fault 11."""
-    both = Couple(made)
-    offer = both.offer(readers=readers)
-    other = made.reader(Rows(8, 32).shard)
-    both.reader.pull([offer.ticket] * 2, both.into).synchronize(30)  # which is one pull
-    if readers == 1:
-        assert offer.taken(5)
-        ended(other.pull(offer.ticket, both.into), OfferGone, r"its readers \(1\) have taken it")
-    else:
-        both.reader.pull(offer.ticket, both.into).synchronize(30)  # again: it is one reader still
-        assert not offer.taken(0.2)
-        other.pull(offer.ticket, both.into).synchronize(30)
-        assert offer.taken(5)
-        assert offer.state == "taken"
-
-
 @WAYS
 def test_what_is_no_ticket_is_refused_in_the_same_words(made: Sides, expose: str) -> None:
     """Fault 12. Truncated and bit-flipped ones; the ids of one owner's offer forged."""
@@ -360,23 +311,6 @@ def test_bad_blocks_of_the_reader_are_refused_before_anything_moves(
     assert (both.dst.whole == -1).all()
     both.pull(offer).synchronize(30)
     assert both.right()
-
-
-def test_an_owner_that_reallocates_publishes_nothing_of_its_old_regions(made: Sides) -> None:
-    """Fault 20. Also of a pull that is under way; then readers map the new ones."""
-    both = Couple(made)
-    other = Rows(32)
-    both.pull(both.offer()).synchronize(30)
-    offers = [both.offer() for _ in range(2)]
-    pulled = both.pull(offers[0], max_gbps=SLOW)
-    both.owner.reallocate(other.shard)
-    ended(pulled, OfferGone)
-    ended(both.pull(offers[1]), OfferGone)
-    assert offers[1].state == "revoked"
-    with pytest.raises(OfferGone, match="other memory"):
-        made.reader(both.dst.shard).pull(offers[1].ticket, both.into)
-    both.reader.pull(both.owner.offer([31, 30], tokens=32).ticket, [0]).synchronize(30)
-    assert torch.equal(both.dst.rows([0], 32), other.rows([31, 30], 32))
 
 
 def test_an_owner_that_reallocates_between_two_greetings_is_not_paired_with(made: Sides) -> None:
@@ -647,30 +581,6 @@ def test_another_model_is_refused(made: Sides) -> None:
         made.reader(both.dst.shard, model="another").pull(offer.ticket, both.into)
 
 
-@WAYS
-def test_one_of_several_owners_that_fails_publishes_nothing(made: Sides, expose: str) -> None:
-    """Fault 36. The other owners' offers stay, for another pull."""
-    local = Rows(8, 32, fill=-1)
-    retained = [Rows(), Rows()]
-    layers = [
-        Shard(KVView([*x.whole[:1]], x.view.layout.text), layers=(n, n + 1, 2))
-        for n, x in enumerate(retained)
-    ]
-    owners = [made.owner(x, expose=expose, staging=SMALL) for x in layers]
-    offers = [owner.offer([1, 2], tokens=32) for owner in owners]
-    reader = made.reader(local.shard)
-    terms: dict[str, Any] = {"max_gbps": SLOW / 12} if expose == "mapped" else {}
-    pulled = reader.pull([x.ticket for x in offers], [3], **terms)
-    offers[1].revoke()
-    ended(pulled, OfferGone)
-    assert offers[0].state == "held"
-    offers[1] = owners[1].offer([1, 2], tokens=32)
-    reader.pull([x.ticket for x in offers], [3]).synchronize(30)
-    assert [x.taken(5) and x.state for x in offers] == ["taken"] * 2
-    assert torch.equal(local.rows([3], 32)[0], retained[0].rows([1, 2], 32)[0])
-    assert torch.equal(local.rows([3], 32)[1], retained[1].rows([1, 2], 32)[0])
-
-
 # --- offers end as taken only if their rows were published
 
 
@@ -701,15 +611,6 @@ def test_a_pull_that_failed_leaves_its_offer_for_another(made: Sides, how: str) 
     assert offer.taken(5)
     assert offer.state == "taken"
     assert both.right()
-
-
-def test_a_pull_that_failed_ends_no_offer_past_its_lease(made: Sides) -> None:
-    both = Couple(made)
-    offer = both.offer(lease=0.5)
-    failing(both, offer, "cancelled")
-    assert offer.taken(5)
-    assert offer.state == "expired"
-    ended(both.pull(offer), OfferGone, "its lease expired")
 
 
 def test_renewals_end_at_the_longest_lease(made: Sides) -> None:
@@ -795,13 +696,6 @@ def test_a_pull_counts_the_readers_blocks(made: Sides) -> None:
     assert pulled.statistics.blocks == 2
 
 
-def test_an_owner_that_nobody_reaches_makes_no_offer(made: Sides) -> None:
-    both = Couple(made)
-    both.owner.close()
-    with pytest.raises(PeerError, match="is closed"):
-        both.offer()
-
-
 def test_a_forked_process_makes_no_offer(made: Sides) -> None:
     both = Couple(made)
     child = os.fork()
@@ -837,37 +731,6 @@ def test_a_reference_out_of_range_is_never_published(made: Sides) -> None:
         "Expected offered rows",
     )
     assert both.spared()
-
-
-def test_a_consumed_reference_is_never_published(made: Sides) -> None:
-    """Fault 38."""
-    both = Couple(made)
-    offer = both.offer()
-    both.pull(offer).synchronize(30)
-    ended(both.pull(offer), OfferGone)
-
-
-def test_a_reference_that_is_stale_after_reuse_is_never_published(made: Sides) -> None:
-    """Fault 38. The same blocks were offered again: it is the offer that counts."""
-    both = Couple(made)
-    stale = both.offer()
-    stale.revoke()
-    both.src.whole.fill_(5)
-    again = both.offer()
-    ended(both.pull(stale), OfferGone)
-    both.pull(again).synchronize(30)
-    assert both.right()
-
-
-def test_an_expired_reference_is_never_published(made: Sides) -> None:
-    """Fault 38. It cannot be renewed either."""
-    both = Couple(made)
-    offer = both.offer(lease=0.01)
-    assert offer.taken(5)
-    parsed = Ticket.read(offer.ticket)
-    renew = Renew(parsed.epoch, parsed.offer, 30.0)
-    assert both.reader.channel.ask(parsed.address, renew, Answer).state == "gone"
-    ended(both.pull(offer), OfferGone)
 
 
 @pytest.mark.parametrize("rounds", [100, pytest.param(1000, marks=pytest.mark.slow)])
@@ -916,23 +779,6 @@ def test_offers_that_nobody_asks_about_expire(made: Sides) -> None:
     for _ in range(70):
         both.offer().revoke()
     assert both.owner.counts["expired"] == 1
-
-
-def test_a_reader_that_begins_and_is_gone_loses_the_offer(made: Sides) -> None:
-    """Fault 7, of a channel that is closed in order."""
-    both = Couple(made)
-    offer = both.offer(readers=2)
-    channel = Channel()
-    parsed = Ticket.read(offer.ticket)
-    for _ in range(2):
-        channel.tell(parsed.address, Begin(parsed.epoch, parsed.offer))
-    assert channel.ask(parsed.address, Renew(parsed.epoch, parsed.offer, 50.0), Answer).seconds > 40
-    channel.close()
-    assert until(lambda: len(offer.through) == 1)
-    assert offer.state == "held"
-    both.pull(offer).synchronize(30)
-    assert offer.taken(5)
-    assert offer.state == "taken"
 
 
 def test_an_owner_knows_of_its_reader_while_rows_of_the_host_are_copied(made: Sides) -> None:
