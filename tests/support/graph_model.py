@@ -231,12 +231,13 @@ class Model:
 
     def close(self) -> None:
         """End every task that does not run, in any order."""
-        for known in reversed(self.tasks):
-            self.cancel(known)
         for known in self.tasks:
-            # A task has nothing to move after the tasks before it are cancelled.
-            if known.unrun and known.task.state == "landed":
-                known.unrun = ""
+            if known.final or known.running:
+                continue
+            known.wanted = False
+            # A task lands if it has nothing to move after the tasks before it are cancelled.
+            if known.work and known.task.state != "landed":
+                known.unrun = "cancelled"
 
     # --- what has to hold -------------------------------------------------------------------------
 
@@ -366,6 +367,8 @@ class Model:
         """Check that no task overtook a task of the same queue that was due before it."""
         for name, width in WIDTHS.items():
             queued, running = self.at(name)
+            background = [x for x in running if x.background]
+            assert len(background) <= max(1, width - 1), "background work leaves no worker"
             started = [x for x in running if x.since is None]
             for waits in queued:
                 rivals = started
@@ -409,8 +412,9 @@ class Model:
                 assert waits.lease
                 differ = waits.lease.store != known.lease.store
                 may_pass = differ and (saves or not waits.lease.store)
-                # One call may have made both as urgent, one after the other.
-                due = min(x.due for x in granted if x.lease is known.lease)
+                # One call may have made both as urgent, one after the other; and a chain keeps the
+                # place of a task that was cancelled.
+                due = min(x.due for x in self.tasks if x.lease is known.lease)
                 assert due <= waits.due or may_pass, "a lease was passed"
 
     def compare_figures(self) -> None:
