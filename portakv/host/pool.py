@@ -400,7 +400,7 @@ class PinnedPool(Pool):
         """Return the free blocks; add those whose release waited for work that has ended."""
         for index, ask in list(self._in_use.items()):
             ended = True  # failed work also moves no more bytes; its own handle reports the error
-            with suppress(Exception):  # work may fail in any way
+            with suppress(Exception):  # the caller's own work may raise anything
                 ended = bool(ask())
             if ended:
                 del self._in_use[index]

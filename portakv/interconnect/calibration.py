@@ -197,7 +197,7 @@ class Work:
         try:
             times = self._times(strategy, direction, size, runs, prove=not column)
         except Exception as error:  # a strategy that fails must not end the measurement
-            with suppress(Exception):  # the device may fail again; the first error counts
+            with suppress(RuntimeError):  # the device may fail again; the first error counts
                 torch.accelerator.synchronize(self.device)
             self.left_out[strategy] = f"{type(error).__name__} at {runs} runs of {size} B: {error}"
             self.results = {key: sizes for key, sizes in self.results.items() if key[0] != strategy}

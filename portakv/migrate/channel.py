@@ -30,7 +30,7 @@ from zmq.utils import z85
 from portakv.arguments import seconds
 from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferTimeout
 from portakv.migrate.address import NUMERIC, check_address, keys_of, too_short
-from portakv.migrate.messages import VERSION, Message
+from portakv.migrate.messages import UNDECODABLE, VERSION, Message
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import abandoned, uninterrupted
@@ -358,7 +358,7 @@ class Channel:
             raise Refused(f"{what} was rejected: {_printable(back[BACK.size :])}.")
         try:
             return decode(memoryview(back)[BACK.size :], type=kind)
-        except Exception:  # msgspec, or a message's own checks, raise for the peer's bytes
+        except UNDECODABLE:
             raise PeerError(
                 f"{what} got an answer that is not valid. Use one release on both sides."
             ) from None
@@ -653,7 +653,7 @@ class Channel:
     def _answer(self, peer: Peer, data: memoryview, number: int) -> bytes:
         try:
             message = self._decoder.decode(data)
-        except Exception:  # msgspec, or a message's own checks, raise for the peer's bytes
+        except UNDECODABLE:
             return self._refused(number, "schema", "the message is not known there")
         try:
             answer = self._answers[type(message)](peer, message)

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from portakv.errors import OfferGone, PeerError
+from portakv.errors import OfferGone, PeerError, PortaKVError
 
 VERSION = 2  # of all messages; a channel rejects another version by the first byte
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
@@ -37,6 +37,9 @@ Names = Annotated[tuple[Name, ...], Meta(max_length=16)]
 Kind = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{2,31}$")], Dims, Dims]
 Sent = TypeVar("Sent", bound="Message")
 _MAC = 16  # bytes
+#: The errors of decoding bytes that a peer sent: msgspec's own, text that is not UTF-8, arrays nested
+#: too deeply, and the checks of a message.
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, PortaKVError)
 
 
 #: Names of fields that the messages of this version keep on the wire.
@@ -256,6 +259,6 @@ def sealed(message: Message) -> bytes:
 def unsealed(data: bytes, kind: type[Sent]) -> Sent | None:
     """Return the message of these bytes; None if `sealed` did not make them."""
     if isinstance(data, bytes) and blake2b(data[16:], digest_size=16).digest() == data[:16]:
-        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        with suppress(*UNDECODABLE):
             return msgspec.msgpack.decode(data[16:], type=kind)
     return None

@@ -130,7 +130,7 @@ class Item(Message, frozen=True):
         for offset, _, extents in self.boxes:
             axes = zip(offset, map(add, offset, extents), of, blocks, strict=False)
             if len({*map(len, (offset, extents, of, blocks))}) > 1 or any(
-                a < 0 or b > n or a % k or (b % k and b < n) for a, b, n, k in axes
+                k < 1 or a < 0 or b > n or a % k or (b % k and b < n) for a, b, n, k in axes
             ):
                 raise LayoutError(
                     f"Expected a box in the shape {of} that cuts no block of {blocks}, got "

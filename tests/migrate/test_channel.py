@@ -262,9 +262,11 @@ def test_strangers_get_no_answer(
         msgspec.msgpack.encode({"type": "Unknown"}),
         msgspec.msgpack.encode(Unknown()),
         b"\x91" * 60000,
+        b"\x81\xa4more" + b"\x91" * 60000,
+        b"\x82\xa4type\xa4Ping\xa4data\xa1\xff",
         b"",
     ],
-    ids=["field", "type", "tag", "not served", "nested", "empty"],
+    ids=["field", "type", "tag", "not served", "nested", "nested in a field", "text", "empty"],
 )
 def test_what_has_another_schema_is_refused(body: bytes, by_tcp: tuple[Server, Channel]) -> None:
     """Fault 14. In constant words, and others are served."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -117,6 +118,12 @@ def repacked(**fields: Any) -> Callable[[bytes], bytes]:
     return lambda _: new
 
 
+def nested(_: bytes) -> bytes:
+    """Arrays in arrays, deeper than msgspec follows, under a right checksum."""
+    body = b"\x82\xa4type\xa6Ticket\xa1x" + b"\x91" * 60000
+    return bytes(16) + blake2b(body, digest_size=16).digest() + body
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -130,6 +137,7 @@ def repacked(**fields: Any) -> Callable[[bytes], bytes]:
         repacked(epoch=b"short"),
         repacked(ids=(b"", b"")),
         repacked(event=256),
+        nested,
     ],
 )
 def test_a_ticket_that_was_changed_or_forged_is_refused_in_constant_words(

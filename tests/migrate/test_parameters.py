@@ -223,6 +223,13 @@ def test_blocks_that_share_a_scale_are_not_cut() -> None:
             items_of({"w": cut})
 
 
+def test_a_block_of_zero_rows_is_refused() -> None:
+    """A peer's message may have one: its check must not end by a division by zero."""
+    one = Parameter(torch.zeros(4, 2), (4, 2), [Box((0, 0), (0, 0), (4, 2))], block=(0, 2))
+    with pytest.raises(LayoutError, match=r"cuts no block of \(0, 2\)"):
+        items_of({"w": one})
+
+
 def test_a_tensor_is_split_along_its_last_axis() -> None:
     cut = Parameter.split(torch.zeros(3, 4), -1, [8], (1, 2))
     assert (cut.shape, cut.boxes) == ((3, 8), [Box((0, 4), (0, 0), (3, 4))])

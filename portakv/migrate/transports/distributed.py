@@ -84,7 +84,7 @@ class Pair(Lane):
                 moving.poll(ended.query)
                 if self.broken:
                     raise TransferError("another slot of its pair failed")
-            except Exception:  # torch.distributed raises a different type for each backend
+            except Exception:  # whatever failed, the group must not wait for the peer
                 if not self.broken:
                     self.broken = True
                     self.group.abort()  # otherwise it waits for the peer as long as the device runs

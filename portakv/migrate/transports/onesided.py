@@ -299,5 +299,5 @@ def _release(handle: Any) -> None:
     while True:
         try:
             return handle.release()  # type: ignore[no-any-return]
-        except Exception:  # the library's error while the request is in flight
+        except Exception:  # NIXL has a type for each error; the request is still in flight
             time.sleep(0.01)
