@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A simulated accelerator on torch's PrivateUse1: what torch asks of a device, and Python of it.
+// A simulated accelerator on torch's PrivateUse1: the functions that torch and Python call.
 #include "operators.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -34,8 +34,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void setDevice(c10::Device device) const override {
     int index = device.index();
-    TORCH_CHECK(index >= -1 && index < kDevices, "simdev: device ", index, " was asked; there are ",
-                kDevices, ", counted from 0.");
+    TORCH_CHECK(index >= -1 && index < kDevices, "simdev: expected a device below ", kDevices,
+                ", counted from 0, got ", index, ".");
     if (index >= 0) current_device = index;
   }
   void uncheckedSetDevice(c10::Device device) const noexcept override {
@@ -69,7 +69,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
       queue = queue_of(stream.device_index(), stream.id());
       if (ended(queue->probe)) queue->probe = now;
     }
-    asked(queue->probe);
+    query(queue->probe);
     return false;
   }
   void synchronizeStream(const Stream& stream) const override { wait_for(mark(stream)); }
@@ -98,7 +98,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (event) fence(stream, static_cast<Event*>(event)->job);
   }
   bool queryEvent(void* event) const override {
-    return !event || asked(static_cast<Event*>(event)->job);
+    return !event || query(static_cast<Event*>(event)->job);
   }
   void synchronizeEvent(void* event) const override {
     if (event) wait_for(static_cast<Event*>(event)->job);
@@ -108,8 +108,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   double elapsedTime(void* first, void* second, const c10::DeviceIndex) const override {
     auto &a = *static_cast<Event*>(first), &b = *static_cast<Event*>(second);
-    TORCH_CHECK(asked(a.job) && asked(b.job), "simdev: the time was asked between events that have "
-                "not ended; synchronize them first.");
+    TORCH_CHECK(query(a.job) && query(b.job), "simdev: expected events that have ended, got a "
+                "pending event; synchronize them first.");
     return std::chrono::duration<double, std::milli>(b.time() - a.time()).count();
   }
   void recordDataPtrOnStream(const c10::DataPtr& at, const Stream& stream) const override {
@@ -120,9 +120,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
 
  private:
-  static bool asked(const JobPtr& job) {  // who asks often enough sees the device begin to work
+  static bool query(const JobPtr& job) {  // after enough queries the device begins to work
     std::lock_guard lock(machine.mutex);
-    if (job && job->state == State::pending && ++job->asked >= kPatience) start(job);
+    if (job && job->state == State::pending && ++job->queries >= kPatience) start(job);
     return !job || job->state == State::done;
   }
 };
@@ -156,7 +156,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override;
 };
 
-// --- operators of its own ------------------------------------------------------------------------
+// --- the device's own operators ------------------------------------------------------------------
 
 constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
 
@@ -252,7 +252,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("record_stream", &record_stream);
 }
 
-// --- what Python calls ---------------------------------------------------------------------------
+// --- functions for Python ------------------------------------------------------------------------
 
 Stream given(int64_t device, int64_t id) {
   return Stream(Stream::UNSAFE, c10::Device(kType, static_cast<c10::DeviceIndex>(device)), id);
@@ -268,7 +268,7 @@ struct Run {
   size_t bytes;
 };
 
-// Memory of `device` or pinned memory, for `bytes` from an address on; its alias.
+// The alias of `bytes` of device or pinned memory, from an address on.
 char* reached(int64_t address, int64_t bytes, int64_t device, bool writes,
               std::vector<Touch>& touches) {
   auto* at = reinterpret_cast<char*>(address);
@@ -302,10 +302,10 @@ void copy_runs(const Tensor& src, const Tensor& dst, const Tensor& bytes, int64_
 }
 
 std::vector<std::string> taken_faults() {
-  std::vector<std::string> told;
+  std::vector<std::string> faults;
   std::lock_guard lock(machine.mutex);
-  told.swap(machine.faults);
-  return told;
+  faults.swap(machine.faults);
+  return faults;
 }
 
 std::vector<std::string> waited() {
@@ -322,7 +322,7 @@ void run_early(bool early) {
   std::unique_lock lock(machine.mutex);
   machine.early = early;
   while (early && !machine.pending.empty()) {
-    JobPtr first = machine.pending.begin()->second;  // which erases itself
+    JobPtr first = machine.pending.begin()->second;  // the job erases itself
     finish(lock, first);
   }
 }

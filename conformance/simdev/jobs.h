@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Jobs on streams: what they touch, what they wait for, and the order in which they run.
+// Jobs on streams: the memory that they touch, the jobs that they wait for, and their order.
 //
-// A job runs in its device's worker thread, and only when somebody needs it: a wait of the host, or
-// a job behind it. Of all orders that streams and events allow the scheduler takes the worst: what
-// was not ordered and touches the same memory runs in the reverse order of its launch. A missing
-// wait is therefore wrong bytes each time, and not only when a thread happens to be slow.
+// A job runs in its device's worker thread, and only when it is needed: the host waits for it, or a
+// job runs after it. The scheduler takes the worst order that streams and events allow: jobs that
+// are not ordered and touch the same memory run in the reverse order of their launch. A missing
+// wait therefore gives wrong bytes each time, and not only when a thread happens to be slow.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -38,15 +38,15 @@ constexpr char kForked[] = "simdev: this process was forked from one that had us
 struct Job;
 using JobPtr = std::shared_ptr<Job>;
 
-// A stream. Its jobs run in the order of their launch only as far as anybody can tell: those that
-// touch the same memory, and all that lies behind a wait. An operator that blocks the host does not
-// complete others on the way, which would hide a missing wait elsewhere.
+// A stream. Its jobs run in the order of their launch only where the order is visible: jobs that
+// touch the same memory, and all jobs after a wait. An operator that blocks the host does not
+// complete other jobs, because that would hide a missing wait elsewhere.
 struct Queue {
   int device;
   int64_t id;
-  std::vector<JobPtr> open;  // what an event or a wait of the host has to wait for
-  JobPtr fence;              // the last wait: whatever is launched later runs behind it
-  JobPtr probe;              // what a question whether all has ended asks for
+  std::vector<JobPtr> open;  // the jobs that an event or a wait of the host waits for
+  JobPtr fence;              // the last wait: all jobs launched later run after it
+  JobPtr probe;              // the job that a query of the stream looks at
 };
 
 std::mutex registry_mutex;
@@ -54,21 +54,21 @@ struct Block;
 auto& registry = *new std::map<uintptr_t, Block*>;  // by address; leaked, as threads outlive main
 
 struct Block {  // memory, of one tenant after another
-  char *address, *alias;  // what the program sees, and where the bytes are
+  char *address, *alias;  // the address that the program sees, and the address of the bytes
   size_t bytes, size, mapped;
   int device;
   Queue* home = nullptr;  // the stream on which it was allocated
-  uint64_t tenant = 0;    // counts those that freed it
+  uint64_t tenant = 0;    // counts the tenants that freed it
   uint64_t ended = 0;     // tenants whose memory is gone
   std::set<Queue*> recorded;
   std::vector<std::pair<JobPtr, bool>> users;  // pending jobs that touch it, and whether they write
 
-  Block(size_t asked, size_t rounded, int on) : bytes(asked), size(rounded), device(on) {
+  Block(size_t requested, size_t rounded, int on) : bytes(requested), size(rounded), device(on) {
     mapped = on == kHost ? size + 2 * kPage : 2 * size + 3 * kPage;
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     void* all = mmap(nullptr, mapped, PROT_NONE, flags, -1, 0);
-    TORCH_CHECK(all != MAP_FAILED, "simdev: ", asked, " bytes were asked, but this machine has no "
-                "address space for them: out of memory.");
+    TORCH_CHECK(all != MAP_FAILED, "simdev: requested ", requested, " bytes, but this machine has "
+                "no address space for them: out of memory.");
     address = static_cast<char*>(all) + kPage;
     alias = on == kHost ? address : address + size + kPage;
     mprotect(alias, size, PROT_READ | PROT_WRITE);
@@ -85,7 +85,7 @@ struct Block {  // memory, of one tenant after another
   }
 };
 using BlockPtr = std::shared_ptr<Block>;
-auto& holders = *new std::map<Block*, BlockPtr>;  // those with a tenant
+auto& holders = *new std::map<Block*, BlockPtr>;  // blocks with a tenant
 
 struct Touch {
   BlockPtr block;
@@ -110,11 +110,11 @@ struct Job {
   std::vector<JobPtr> after;
   std::vector<Touch> touches;
   std::function<void()> work;
-  bool awaited = false;  // its launcher waits for it and is told of its error
+  bool awaited = false;  // its launcher waits for it and raises its error
   State state = State::pending;
   std::exception_ptr error;
   std::chrono::steady_clock::time_point ended;
-  int asked = 0;
+  int queries = 0;
 };
 
 struct Machine {
@@ -122,7 +122,7 @@ struct Machine {
   std::condition_variable changed;
   std::map<std::pair<int, int64_t>, std::unique_ptr<Queue>> queues;
   std::map<uint64_t, JobPtr> pending;
-  std::deque<JobPtr> order;  // what the workers run, one job at a time
+  std::deque<JobPtr> order;  // the jobs for the workers, one at a time
   std::map<std::pair<Queue*, size_t>, std::vector<std::pair<BlockPtr, JobPtr>>> pool;
   std::vector<std::string> faults;
   std::set<std::string> waited;  // operations that had to wait for the device
@@ -170,7 +170,7 @@ bool may_precede(const JobPtr& job, const std::set<Job*>& open, std::set<Job*>& 
                      [&](const JobPtr& first) { return may_precede(first, open, seen); });
 }
 
-// Launched later on other streams, in the same memory; latest first.
+// Jobs launched later on other streams, in the same memory; latest first.
 std::vector<JobPtr> rivals(const Job& job) {
   std::map<uint64_t, JobPtr, std::greater<>> found;
   for (const Touch& touch : job.touches)
@@ -182,7 +182,7 @@ std::vector<JobPtr> rivals(const Job& job) {
   return listed;
 }
 
-// Give a job to the workers: behind what it has to follow, and behind all that it need not precede.
+// Give a job to the workers, after the jobs that it follows and the jobs that it need not precede.
 void pursue(const JobPtr& job, std::set<Job*>& open) {
   if (job->state != State::pending || !open.insert(job.get()).second) return;
   for (const JobPtr& rival : rivals(*job)) {
@@ -213,14 +213,14 @@ void need(const JobPtr& job) {
 }
 
 void raise_faults() {
-  std::vector<std::string> told;
+  std::vector<std::string> faults;
   {
     std::lock_guard lock(machine.mutex);
-    told.swap(machine.faults);
+    faults.swap(machine.faults);
   }
-  if (told.empty()) return;
-  auto text = told.front();
-  if (told.size() > 1) text = c10::str(text, " (and ", told.size() - 1, " more)");
+  if (faults.empty()) return;
+  auto text = faults.front();
+  if (faults.size() > 1) text = c10::str(text, " (and ", faults.size() - 1, " more)");
   TORCH_CHECK(false, text);
 }
 
@@ -256,7 +256,7 @@ void run(Job& job) {
       report(c10::str(described(job), " used ", touch.block->bytes, " bytes that were freed after "
                       "its launch. Its stream was not recorded with the allocator: call "
                       "tensor.record_stream(stream), or keep the tensor until the work ended."));
-      break;  // and it runs all the same: what it reads is poison by now
+      break;  // and it runs all the same: it now reads poison
     }
   try {
     if (job.work) execute(job);
@@ -271,7 +271,7 @@ void run(Job& job) {
 }
 
 [[noreturn]] void serve(int device) {
-  at::get_num_threads();  // torch sets this thread up now, so that the next line has the last word
+  at::get_num_threads();  // torch sets this thread up now, and the next line overrides it
   auto set_threads = reinterpret_cast<void (*)(int)>(dlsym(RTLD_DEFAULT, "omp_set_num_threads"));
   if (set_threads) set_threads(1);
   at::AutoDispatchBelowADInplaceOrView plain;
@@ -330,8 +330,9 @@ void follow(Job& job, const JobPtr& first) {
   if (!ended(first)) job.after.push_back(first);
 }
 
-// Put a job behind those of a stream that touch the same memory: the last one that writes, which is
-// behind all before it, and those since. To name them all again takes the cube of their number.
+// Order a job after the jobs of a stream that touch the same memory: after the last job that
+// writes, which follows all jobs before it, and after the jobs since. A list of all jobs would take
+// the cube of their number.
 void follow_users(Job& job, const Queue* queue) {
   for (const Touch& touch : job.touches) {
     const auto& users = touch.block->users;
@@ -371,7 +372,7 @@ JobPtr launch(const Stream& stream, std::string name, std::vector<Touch> touches
   return job;
 }
 
-// A job that ends when everything that was launched on a stream has ended; null where it has.
+// A job that ends when all jobs of a stream have ended; null if they have.
 JobPtr mark(const Stream& stream) {
   std::unique_lock lock(machine.mutex);
   Queue* queue = queue_of(stream.device_index(), stream.id());
@@ -383,7 +384,7 @@ JobPtr mark(const Stream& stream) {
   return job;
 }
 
-// Everything launched later on a stream runs behind `first`, and behind some work.
+// Order all later jobs of a stream after `first`, and after some work.
 void fence(const Stream& stream, const JobPtr& first, std::function<void()> work = nullptr) {
   std::unique_lock lock(machine.mutex);
   if (ended(first) && !work) return;

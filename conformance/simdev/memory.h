@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device and pinned memory: who has it, and what happens to it once it is freed.
+// Device and pinned memory: its owner, and its state after it is freed.
 //
-// As in a caching allocator memory is freed in the order of the stream that it was allocated on.
-// Recorded streams are waited for; work of others finds poison, or another tensor's bytes.
+// As in a caching allocator, memory is freed in the order of the stream that it was allocated on.
+// The free waits for recorded streams; work on other streams reads poison, or bytes of another
+// tensor.
 #pragma once
 
 #include "jobs.h"
@@ -27,8 +28,8 @@ void* acquire(size_t bytes, BlockPtr block) {
   return block->address;
 }
 
-// A block that was freed on this stream, or null. One whose end is still to come is not taken: to
-// wait for it would hurry the stream's other work.
+// A block that was freed on this stream, or null. A block whose free is still pending is not taken:
+// a wait for it would hurry the stream's other work.
 BlockPtr pooled(Queue* queue, size_t size) {  // the mutex is held
   auto& free = machine.pool[{queue, size}];
   for (auto it = free.rbegin(); it != free.rend(); ++it) {
@@ -41,7 +42,7 @@ BlockPtr pooled(Queue* queue, size_t size) {  // the mutex is held
   return nullptr;
 }
 
-void drop_pool() {  // streams come and go, and nobody asks again for what was theirs
+void drop_pool() {  // streams come and go, and nothing uses the blocks of an old one
   machine.kept = 0;
   auto is_over = [](const auto& free) { return ended(free.second); };
   for (auto& [key, free] : machine.pool) {
@@ -65,14 +66,14 @@ void release(void* context) {
     block = held->second;
     holders.erase(held);
   }
-  if (block->device == kHost || forked) return;  // jobs that still read pinned memory hold it
+  if (block->device == kHost || forked) return;  // jobs that still read pinned memory own it
   std::lock_guard lock(machine.mutex);
   uint64_t tenant = block->tenant++;
   auto work = [at = block.get(), tenant] { end_tenancy(*at, tenant); };
   JobPtr end = make(block->home, "free", {{block, true, tenant}}, work);
   append(end);
   for (Queue* queue : block->recorded) {
-    follow(*end, queue->fence);  // others that use it may have been joined to the recorded stream
+    follow(*end, queue->fence);  // other users may have been joined to the recorded stream
     follow_users(*end, queue);
   }
   block->recorded.clear();
@@ -124,15 +125,15 @@ void on_fault(int number, siginfo_t* facts, void*) {
     fault_address = facts->si_addr;
     siglongjmp(escape, 1);
   }
-  // What the host may not touch is a device's, or nobody's. The search takes no lock: who was
-  // stopped here may hold it.
+  // Memory that the host may not touch belongs to a device, or is not allocated. The search takes
+  // no lock: the thread that was stopped here may hold it.
   auto next = registry.upper_bound(reinterpret_cast<uintptr_t>(facts->si_addr));
   Block* block = next == registry.begin() ? nullptr : std::prev(next)->second;
   bool ours = block && facts->si_addr < block->address + block->mapped;
   char text[] = "simdev: the host touched memory of the simulated device outside of a job, or ran "
                 "past pinned memory. Copy device memory to the host before it is read there.\n";
   if (ours && write(2, text, sizeof text - 1) < 0) _exit(139);
-  sigaction(number, &previous[number == SIGBUS], nullptr);  // which meets the fault again
+  sigaction(number, &previous[number == SIGBUS], nullptr);  // it handles the repeated fault
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ namespace {
 using at::Tensor;
 using c10::IValue;
 
-// --- what a job sees of a tensor -----------------------------------------------------------------
+// --- a job's view of a tensor --------------------------------------------------------------------
 
 // Tensors over the same bytes for the CPU, or without bytes for Meta. They own nothing, and share
 // storages as the originals do.
@@ -65,8 +65,8 @@ bool pinned(const Tensor& tensor) {
 void copy_on(const Stream& stream, const Tensor& to, const Tensor& from, bool waits) {
   Aliases aliases(c10::kCPU);
   auto target = aliases.of(to, true);
-  bool mine = from.is_cpu() && !pinned(from);
-  auto source = mine ? from : aliases.of(from, false);
+  bool pageable = from.is_cpu() && !pinned(from);
+  auto source = pageable ? from : aliases.of(from, false);
   auto work = [target, source] { target.copy_(source); };
   launch(stream, "a copy", std::move(aliases.touches), work, waits);
 }
@@ -77,7 +77,7 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
   bool here = to.device().type() == kType, there = from.device().type() == kType;
   Stream stream = stream_of(there ? from.device().index() : to.device().index());
   if (!there) {
-    // Pageable memory is read at once, as its owner may change it; pinned memory by the job.
+    // Pageable memory is read now, because its owner may change it; pinned memory by the job.
     copy_on(stream, to, pinned(from) || !non_blocking ? from : from.clone(), !non_blocking);
   } else if (!here) {
     bool later = non_blocking && pinned(to);
@@ -124,7 +124,7 @@ struct Call {  // one operator with its arguments
   }
   bool passed_on(size_t i) const { return op.schema().returns()[i].alias_info() != nullptr; }
 
-  size_t argument_of(size_t result) const {  // the argument that a result is
+  size_t argument_of(size_t result) const {  // the argument that a result aliases
     const auto& schema = op.schema();
     for (size_t i = 0; i < arguments.size(); ++i)
       if (schema.arguments()[i].alias_info() &&
@@ -167,7 +167,7 @@ struct Call {  // one operator with its arguments
     return stack;
   }
 
-  // What Meta says of the results; false where shapes depend on values, or where it does not know.
+  // The results of the Meta kernel; false if shapes depend on values, or if Meta has no kernel.
   bool foretell(torch::jit::Stack& results) const {
     for (const auto& result : op.schema().returns())
       if (!result.type()->isSubtypeOf(*c10::TensorType::get())) return false;
@@ -189,13 +189,13 @@ Tensor made(const Tensor& like, int device) {
 void launch_foretold(Call& call, torch::jit::Stack& results) {
   auto returned = call.op.schema().returns().size();
   for (size_t i = 0; i < returned; ++i) {
-    Tensor told = results[i].toTensor();
+    Tensor expected = results[i].toTensor();
     if (!call.passed_on(i)) {
-      if (told.defined()) results[i] = made(told, call.device);
+      if (expected.defined()) results[i] = made(expected, call.device);
       continue;
     }
     Tensor given = call.arguments[call.argument_of(i)].toTensor();
-    if (given.sizes() != told.sizes()) given.resize_(told.sizes());
+    if (given.sizes() != expected.sizes()) given.resize_(expected.sizes());
     results[i] = given;
   }
   Aliases aliases(c10::kCPU);
@@ -216,7 +216,7 @@ void run_at_once(Call& call, torch::jit::Stack& results) {
   const auto& schema = call.op.schema();
   Aliases aliases(c10::kCPU);
   auto stack = std::make_shared<torch::jit::Stack>(call.on(aliases, c10::kCPU));
-  for (size_t i = 0; i < schema.arguments().size(); ++i)  // it decides itself how large they are
+  for (size_t i = 0; i < schema.arguments().size(); ++i)  // the operator decides their sizes
     if (schema.arguments()[i].is_out() && (*stack)[i].isTensor())
       (*stack)[i] = at::empty({0}, (*stack)[i].toTensor().options());
   {

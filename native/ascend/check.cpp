@@ -15,8 +15,8 @@ typedef std::vector<int64_t> Ids;
 // A cache [block][token][head][width], or [block][head][token][width], for each layer.
 struct Cache {
     bool heads_first;
-    int64_t pad;    // bytes behind each row of a head
-    int64_t shift;  // bytes that it lies behind an aligned address
+    int64_t pad;    // bytes after each row of a head
+    int64_t shift;  // distance from an aligned address, in bytes
     int64_t blocks, tokens, heads, width;
 
     int64_t Pitch() const { return width + pad; }
@@ -38,7 +38,7 @@ struct Case {
     int64_t count;         // tokens
     bool wide;             // int64 ids
     int layers;
-    int64_t told;          // the lowest status word: the first bad position + 1, or 0
+    int64_t status;        // the lowest status word: the first bad position + 1, or 0
 
     int64_t Unit() const { return src_step < dst_step ? src_step : dst_step; }
 };
@@ -161,10 +161,10 @@ bool Passes(Device& device, const Case& test, uint32_t blocks, uint32_t ub, int 
         int64_t status = 0;
         for (const int64_t one : words)
             if (one != 0 && (status == 0 || one < status)) status = one;
-        right = status == test.told;
+        right = status == test.status;
         if (!right)
             printf("  %s: the lowest status word is %lld, expected %lld\n", test.name,
-                   (long long)status, (long long)test.told);
+                   (long long)status, (long long)test.status);
     }
     right = right && IsRight(device, test, src, dst);
     device.FreeAll();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What check.cpp needs of a device, three times: our emulation, CANN's CPU twin, and an NPU.
-// `Device` allocates, copies to and fro, and launches; `cores` and `ub_bytes` are what it has,
-// `most_ub` the largest buffer that can be tried.
+// The device interface of check.cpp, for the emulation, for CANN's CPU twin and for an NPU.
+// `Device` allocates, copies to and from the device, and launches. `cores` and `ub_bytes` are the
+// device's sizes; `most_ub` is the largest buffer that a test can use.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -19,7 +19,7 @@ public:
     uint32_t cores = 20, ub_bytes = 192 << 10, most_ub = 512 << 10;
 
     void* Allocate(size_t bytes) {
-        void* memory = nullptr;  // aligned as devices do, and no byte longer than asked for
+        void* memory = nullptr;  // aligned as on a device, and not a byte longer than requested
         if (posix_memalign(&memory, 512, bytes ? bytes : 1)) abort();
         memory_.push_back({reinterpret_cast<uint64_t>(memory), bytes, 1});
         return memory;
@@ -31,7 +31,7 @@ public:
     void Upload(void* into, const void* from, size_t bytes) { memcpy(into, from, bytes); }
     void Download(void* into, const void* from, size_t bytes) { memcpy(into, from, bytes); }
 
-    // Three times as often as elsewhere: copies at once, as late as allowed, and either way.
+    // Three runs of each case: copies happen immediately, as late as allowed, and at random.
     static int Turns() { return 3; }
     const char* Launch(const portakv::Copy& copy, uint32_t blocks, uint32_t ub, int turn) {
         try {

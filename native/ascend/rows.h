@@ -89,7 +89,7 @@ private:
         tiles_.EnQue(tile);
     }
 
-    // The places are worked out again: ids are read from the cache, and nothing has to be kept.
+    // Compute the places again instead of storing them: the ids come from the cache.
     __aicore__ inline void Store(int64_t first, int64_t past) {
         AscendC::LocalTensor<uint8_t> tile = tiles_.DeQue<uint8_t>();
         Part part;
@@ -183,9 +183,9 @@ private:
         return table.GetValue(static_cast<uint64_t>(entry)) + request.base;
     }
 
-    // The place of a unit on both sides, kept for all its parts. Only the core that has a unit's first
-    // part tells that its id is bad.
-    __aicore__ inline void FindUnit(int64_t unit, bool tells) {
+    // The place of a unit on both sides, cached for all its parts. Only the core that has a unit's
+    // first part reports that its id is bad.
+    __aicore__ inline void FindUnit(int64_t unit, bool reports) {
         if (unit == unit_) return;
         unit_ = unit;
         int64_t from = 0, to = 0;
@@ -193,7 +193,7 @@ private:
         const bool read = FindNumber(nest_.src, src_, unit, from, bad);
         const bool write = FindNumber(nest_.dst, dst_, unit, to, bad);
         moved_ = read && write;
-        if (bad && tells) Tell(unit * nest_.unit + 1);
+        if (bad && reports) Report(unit * nest_.unit + 1);
         if (!moved_) return;
         Walk(nest_.src, from, src_entry_, src_bytes_);
         Walk(nest_.dst, to, dst_entry_, dst_bytes_);
@@ -242,12 +242,12 @@ private:
         }
     }
 
-    // Through UB and not by a scalar store: that would write back a whole cache line, with whatever
-    // lies beside the word. Once for each core, so that no transfer still reads the word in UB: a core
-    // takes its units in ascending order, so this is its first one. Each core has a word.
-    __aicore__ inline void Tell(int64_t position) {
-        if (told_ || status_ == nullptr) return;
-        told_ = true;
+    // Write the status word through UB: a scalar store would write back a whole cache line, with
+    // the bytes around the word. Each core writes its own word once, because a transfer may still read
+    // the word in UB. A core takes its units in ascending order: its first bad one is the lowest.
+    __aicore__ inline void Report(int64_t position) {
+        if (reported_ || status_ == nullptr) return;
+        reported_ = true;
         word_.Get<int64_t>().SetValue(0, position);
         const auto event =
             static_cast<event_t>(pipe_->FetchEventID(AscendC::HardEvent::S_MTE3));
@@ -270,7 +270,7 @@ private:
     int64_t planes_, parts_, run_parts_, part_run_, part_rows_;
     int64_t part_bytes_, tile_bytes_, per_tile_;
     int64_t unit_ = -1, src_entry_, src_bytes_, dst_entry_, dst_bytes_;
-    bool moved_ = false, told_ = false;
+    bool moved_ = false, reported_ = false;
 };
 
 }  // namespace portakv

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the kernels of misuse.cpp run: two small allocations, a queue, and what the machine says.
+// The bench on which the kernels of misuse.cpp run: two small allocations, a queue, and the fault
+// that the machine reports.
 #pragma once
 #include "kernel_operator.h"
 
@@ -12,7 +13,7 @@ using portakv_emulation::When;
 
 constexpr uint64_t kBytes = 256, kUb = 4096;
 
-// Two allocations with others' memory between them.
+// Two allocations, and memory between them that a kernel must not touch.
 struct Bench {
     alignas(64) uint8_t source[kBytes];
     alignas(64) uint8_t beyond[kBytes];
@@ -48,8 +49,8 @@ inline std::vector<portakv_emulation::Memory> Allocations() {
     return {{(uint64_t)bench.source, kBytes, 0}, {(uint64_t)bench.target, kBytes, 1}};
 }
 
-// What the machine says of a kernel; empty if it finds nothing.
-inline std::string Told(void (*kernel)(), When when, uint32_t blocks = 1, uint32_t seed = 1) {
+// The fault that the machine reports for a kernel; empty if there is none.
+inline std::string FaultOf(void (*kernel)(), When when, uint32_t blocks = 1, uint32_t seed = 1) {
     try {
         Machine on(Allocations(), kUb, when, seed);
         portakv_emulation::launch(on, blocks, kernel);

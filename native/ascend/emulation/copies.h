@@ -17,11 +17,10 @@ template <typename T> struct Place {
 
 inline void check_counts(uint64_t count, uint64_t length, uint64_t most) {
     if (count < 1 || count > 4095)
-        fault("A copy of %llu blocks was asked for; 1 to 4095 are possible",
-              (unsigned long long)count);
+        fault("Expected a copy of 1 to 4095 blocks, got %llu", (unsigned long long)count);
     if (length < 1 || length > most)
-        fault("A copy of blocks of length %llu was asked for; 1 to %llu are possible",
-              (unsigned long long)length, (unsigned long long)most);
+        fault("Expected a copy of blocks of length 1 to %llu, got length %llu",
+              (unsigned long long)most, (unsigned long long)length);
 }
 
 template <typename T> void move(const Place<T>& place, const Rows& rows, bool load) {

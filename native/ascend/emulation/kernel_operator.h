@@ -51,7 +51,7 @@ public:
     GlobalTensor operator[](uint64_t elements) const {
         GlobalTensor rest;
         rest.address_ = address_ + elements * sizeof(T);
-        if (elements * sizeof(T) > bytes_) fault("A global tensor begins behind its buffer's end");
+        if (elements * sizeof(T) > bytes_) fault("A global tensor begins after its buffer's end");
         rest.bytes_ = bytes_ - elements * sizeof(T);
         return rest;
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The unchanged kernel as a shared library, functionally emulated on a CPU: the C interface of
-// copy.h, and what an emulation needs beside it.
+// copy.h, and the functions that only an emulation needs.
 #include "../rows.h"
 #include "rows_emulated.h"
 
@@ -42,14 +42,14 @@ extern "C" int portakv_ascend_rows(
     return serve(copy, blocks, ub_bytes, memory.data(), static_cast<uint32_t>(memory.size()), stream);
 }
 
-// --- Beside it -----------------------------------------------------------------------------------
+// --- Only for the emulation ----------------------------------------------------------------------
 
-// What this thread's next launch may touch: an emulation has no device's memory of its own.
+// Memory that this thread's next launch may touch: an emulation has no device memory.
 extern "C" void portakv_emulation_lend(const Memory* memory, uint32_t allocations) {
     lent.assign(memory, memory + allocations);
 }
 
-// Who runs launches from now on: an emulation has no streams either.
+// The function that runs launches from now on: an emulation has no streams either.
 extern "C" void portakv_emulation_serve(Serve serve) { serving = serve; }
 
 // Run a launch now. Returns 0, or 1 with a sentence in `why`.

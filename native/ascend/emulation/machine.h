@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The machine behind kernel_operator.h: global memory that was registered, one unified buffer, and
-// copies that happen when it suits the emulation. Whatever the hardware would refuse, hang on or
-// silently spoil is a `Fault` whose text is a sentence.
+// The machine that kernel_operator.h uses: registered global memory, one unified buffer, and copies
+// that happen when the emulation chooses. An operation that the hardware would reject, hang on or
+// silently corrupt raises a `Fault` whose text is a sentence.
 //
-// It models no time: neither pipes that overlap, nor caches, nor two cores at once. What it shows is
-// what a kernel asks of the API, and the bytes that come of it.
+// It does not model time: no overlapping pipes, no caches, and no two cores that run at the same
+// time. It shows how a kernel uses the API, and which bytes result.
 #pragma once
 #include <algorithm>
 #include <cstdarg>
@@ -68,7 +68,7 @@ public:
     Machine(std::vector<Memory> memory, uint64_t ub_bytes, When when, uint32_t seed)
         : memory_(std::move(memory)), ub_bytes_(ub_bytes), when_(when), random_(seed) {}
 
-    // Every block of a launch, one at a time, in an order of its own.
+    // Every block of a launch, one at a time, in an order that the seed decides.
     void Run(uint32_t blocks, const std::function<void()>& kernel) {
         std::vector<uint32_t> order(blocks);
         std::iota(order.begin(), order.end(), 0u);
@@ -101,10 +101,10 @@ public:
 
     uint32_t AddBuffer(const void* owner, uint64_t bytes, Buffer::State state) {
         if (bytes == 0 || bytes % kBlock)
-            fault("A buffer of %llu bytes was asked for, no multiple of 32",
+            fault("Expected a buffer of a multiple of 32 bytes, got %llu bytes",
                   (unsigned long long)bytes);
         if (used_ + bytes > ub_bytes_)
-            fault("UB overflow: %llu bytes were asked for and %llu exist",
+            fault("UB overflow: requested %llu bytes, but there are %llu",
                   (unsigned long long)(used_ + bytes), (unsigned long long)ub_bytes_);
         if (buffers_.size() == kMostBuffers) fault("A pipe has at most 64 buffers");
         buffers_.push_back({owner, used_, bytes, state, {}, {}});
@@ -113,7 +113,8 @@ public:
     }
 
     Buffer& At(uint32_t buffer) {
-        if (buffer >= buffers_.size()) fault("A local tensor that no buffer stands behind was used");
+        if (buffer >= buffers_.size())
+            fault("Expected a local tensor with a buffer, got a tensor without a buffer");
         return buffers_[buffer];
     }
 
@@ -178,7 +179,7 @@ public:
 
 private:
     void Start() {
-        // Exactly as large as asked for, so that a sanitizer sees its end too.
+        // Exactly as large as requested: a sanitizer then sees its end too.
         ub_.reset(new uint8_t[ub_bytes_]);
         memset(ub_.get(), kPoison, ub_bytes_);
         buffers_.clear();

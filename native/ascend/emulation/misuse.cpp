@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Each check of the emulation, shown to bite: small kernels that misuse the API, and what they must
-// be told. A kernel that keeps the rules comes first, so that a machine which refuses everything
-// does not pass.
+// Tests of the emulation's checks: small kernels that misuse the API, and the fault that each must
+// raise. The first kernel follows the rules: a machine that rejects everything does not pass.
 #include "bench.h"
 
 namespace {
 
 struct Misuse {
     const char* name;
-    const char* told;  // part of the sentence; null: no fault
+    const char* fault;  // part of the sentence; null: no fault
     void (*kernel)();
 };
 
@@ -36,7 +35,7 @@ const Misuse kMisuses[] = {
         Kernel k;
         DataCopyPad(k.into, k.Loaded()[4], DataCopyExtParams(1, 8, 0, 0, 0));
     }},
-    {"a buffer of a length that is no multiple of 32", "no multiple of 32", [] { Kernel(1, 40); }},
+    {"a buffer of a length that is no multiple of 32", "got 40 bytes", [] { Kernel(1, 40); }},
     {"a global address that the elements do not allow", "elements do not allow", [] {
         GlobalTensor<int64_t> words;
         words.SetGlobalBuffer((int64_t*)(bench.source + 4));
@@ -91,7 +90,7 @@ const Misuse kMisuses[] = {
     {"a scalar past the end", "past the end of a UB buffer", [] {
         Kernel().scratch.Get<int64_t>().SetValue(4, 1);
     }},
-    {"a tensor without a buffer", "no buffer stands behind", [] {
+    {"a tensor without a buffer", "got a tensor without a buffer", [] {
         Kernel k;
         DataCopy(LocalTensor<uint8_t>(), k.from, 32);
     }},
@@ -231,7 +230,7 @@ const Misuse kMisuses[] = {
         ids.SetGlobalBuffer(bench.source, 16);
         ids.GetValue(16);
     }},
-    {"a global tensor that begins behind its end", "behind its buffer's end", [] {
+    {"a global tensor that begins after its end", "after its buffer's end", [] {
         GlobalTensor<uint8_t> ids;
         ids.SetGlobalBuffer(bench.source, 16);
         ids[17];
@@ -246,7 +245,7 @@ void Expect(bool held, const char* name, const std::string& found) {
     printf("  NOT CAUGHT: %s (%s)\n", name, found.empty() ? "no fault" : found.c_str());
 }
 
-// --- What is shown by bytes -------------------------------------------------------------------
+// --- Tests by bytes ---------------------------------------------------------------------------
 
 bool TargetIs(uint8_t value, size_t bytes) {
     for (size_t at = 0; at < bytes; ++at)
@@ -272,18 +271,18 @@ void ShowsLateCopies() {
         *seen_stored = bench.target[0];
         k.queue.FreeTensor(tile);
     };
-    std::string told = Told(kernel, When::kAsLateAsAllowed);
-    Expect(told.empty() && before == 0xCD && after == 0x11, "a load visible before DeQue", told);
-    Expect(stored == 0x22 && TargetIs(0x11, 32), "a store that is done when it is issued", told);
+    std::string fault = FaultOf(kernel, When::kAsLateAsAllowed);
+    Expect(fault.empty() && before == 0xCD && after == 0x11, "a load visible before DeQue", fault);
+    Expect(stored == 0x22 && TargetIs(0x11, 32), "a store that is done when it is issued", fault);
     Reset();
-    told = Told(kernel, When::kAtOnce);
-    Expect(told.empty() && before == 0x11 && stored == 0x11, "a copy at once", told);
+    fault = FaultOf(kernel, When::kAtOnce);
+    Expect(fault.empty() && before == 0x11 && stored == 0x11, "an immediate copy", fault);
 }
 
 // Bytes that nothing brought are poison, also if the buffer held others before.
 void ShowsPoison() {
     Reset();
-    const std::string told = Told([] {
+    const std::string fault = FaultOf([] {
         Kernel k(1);
         for (uint32_t bytes : {64u, 32u}) {
             LocalTensor<uint8_t> tile = k.Loaded(bytes);
@@ -291,7 +290,8 @@ void ShowsPoison() {
             k.queue.FreeTensor(tile);
         }
     }, When::kEitherWay);
-    Expect(told.empty() && TargetIs(0x11, 32) && bench.target[32] == 0xCD, "stale bytes in UB", told);
+    Expect(fault.empty() && TargetIs(0x11, 32) && bench.target[32] == 0xCD, "stale bytes in UB",
+           fault);
 }
 
 // The API exists inside of a launch only.
@@ -311,7 +311,7 @@ void ShowsShuffledBlocks() {
     std::vector<std::vector<int64_t>> orders;
     for (uint32_t seed : {1u, 2u}) {
         order.clear();
-        Told([] { order.push_back(GetBlockIdx()); }, When::kAtOnce, 8, seed);
+        FaultOf([] { order.push_back(GetBlockIdx()); }, When::kAtOnce, 8, seed);
         orders.push_back(order);
     }
     bool right = orders[0] != orders[1] && orders[0].size() == 8;
@@ -327,8 +327,8 @@ int main() {
     for (const Misuse& misuse : kMisuses)
         for (When when : {When::kAtOnce, When::kAsLateAsAllowed, When::kEitherWay}) {
             Reset();
-            const std::string found = Told(misuse.kernel, when);
-            Expect(misuse.told ? found.find(misuse.told) != std::string::npos : found.empty(),
+            const std::string found = FaultOf(misuse.kernel, when);
+            Expect(misuse.fault ? found.find(misuse.fault) != std::string::npos : found.empty(),
                    misuse.name, found);
             ++shown;
         }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # shellcheck shell=bash disable=SC2034
-# Bugs seeded into the kernel's text (rows.h), for run.sh: what it breaks, and the sed command. The
-# kernel matrix, on the emulation, must fail with each. Copies that break the
-# API's rules are told by the emulation, wrong places by bytes.
+# Bugs that run.sh seeds into the kernel's text (rows.h): a description and a sed command each. The
+# kernel matrix, on the emulation, must fail with each. The emulation reports copies that break the
+# API's rules; the bytes show wrong places.
 MUTANTS=(
     "stores without waiting for the load"          's/\(tile = tiles_\.\)DeQue/\1AllocTensor/'
     "a tile is never enqueued"                     's/^ *tiles_\.EnQue(tile);//'
@@ -15,7 +15,7 @@ MUTANTS=(
     "plain copies over any gap"                    's/(address | bytes | gap) % kAlign == 0/(address | bytes) % kAlign == 0/'
     "gaps of more than 16 bits"                    's/ && gap \/ kAlign <= kMostGap//'
     "more rows than 12 bits count"                 's/kMostRows = 4095/kMostRows = 8192/'
-    "rows beside a cut run"                        's/if (run_parts_ > 1) part_rows_ = 1;/if (run_parts_ > 1) part_rows_ = 2;/'
+    "more rows than one of a cut run"              's/if (run_parts_ > 1) part_rows_ = 1;/if (run_parts_ > 1) part_rows_ = 2;/'
     "a stride taken for a gap"                     's/stride - part.bytes : 0/stride : 0/'
     "the strides of both sides exchanged"          's/Gap(part, nest_.src_stride)/Gap(part, nest_.dst_stride)/'
     "negative ids are not skipped"                 's/if (id < 0) return false;//'
@@ -23,11 +23,11 @@ MUTANTS=(
     "wild ids are multiplied"                      's/if (id > request.limit \/ side.per_id)/if (false)/'
     "ids are always int64"                         's/if (request.wide)/if (true)/'
     "ids are always int32"                         's/if (request.wide)/if (false)/'
-    "a bad id is never told"                       's/if (bad \&\& tells) Tell/if (false) Tell/'
-    "a bad id is told by its unit"                 's/Tell(unit \* nest_.unit + 1)/Tell(unit + 1)/'
+    "a bad id is never reported"                   's/if (bad \&\& reports) Report/if (false) Report/'
+    "a bad id is reported by its unit"             's/Report(unit \* nest_.unit + 1)/Report(unit + 1)/'
     "the status word is not announced"             's/^ *AscendC::SetFlag<.*$//;s/^ *AscendC::WaitFlag<.*$//'
     "every core begins at the first part"          's/begin_ = share \* AscendC::GetBlockIdx()/begin_ = 0 * AscendC::GetBlockIdx()/'
-    "the last parts are nobody's"                  's/(parts + AscendC::GetBlockNum() - 1)/parts/'
+    "no core moves the last parts"                 's/(parts + AscendC::GetBlockNum() - 1)/parts/'
     "the last rows are left out"                   's/part.rows = nest_.rows - row < part_rows_ ? nest_.rows - row/part.rows = nest_.rows - row < part_rows_ ? 1/'
     "one layer for all"                            's/src_entry += step \* loop.src_table;//'
     "the table's base is forgotten"                's/ + request.base;/;/'

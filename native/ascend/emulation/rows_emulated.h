@@ -4,7 +4,7 @@
 
 namespace portakv_emulation {
 
-// `ub_bytes` is what the kernel is told; what the machine has, it knows itself.
+// `ub_bytes` is the size that the kernel gets; the machine checks it against its own size.
 inline void run_rows(Machine& on, const portakv::Copy& copy, uint32_t blocks, uint32_t ub_bytes) {
     if (const char* why = portakv::why_not(copy, blocks, ub_bytes)) fault("%s", why);
     launch(on, blocks, [&] { portakv_rows(PORTAKV_ROWS_ARGUMENTS(copy), ub_bytes); });
