@@ -41,7 +41,7 @@ def cost_row(shape: str, samples: list[Sample], each: int, right: bool) -> Rows:
 
 
 def _nodes(count: int) -> Rows:
-    """Run chains of four nodes without work by two workers, submitted together as in a load."""
+    """Run chains of four tasks without work by two workers, submitted together as in a load."""
     samples = [timed(partial(_chains, count)) for _ in range(ROUNDS)]
     return cost_row("a node of the graph, in chains of 4", samples, count, True)
 
@@ -53,10 +53,10 @@ def _chains(count: int) -> None:
     for number in range(count // CHAIN * CHAIN):
         after = tasks[-1:] if number % CHAIN else []
         tasks.append(Task(lambda task, mask: None, 1, queue=queue, after=after))
-    gate = Task(None, 1, after=tasks[CHAIN - 1 :: CHAIN])
-    graph.submit([*tasks, gate])
-    if not (gate.wait(60) and gate.landed.all()):
-        raise RuntimeError("a node did not land")
+    barrier = Task(None, 1, after=tasks[CHAIN - 1 :: CHAIN])
+    graph.submit([*tasks, barrier])
+    if not (barrier.wait(60) and barrier.landed.all()):
+        raise RuntimeError("a task did not land")
     graph.close()
 
 

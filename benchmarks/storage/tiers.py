@@ -40,7 +40,7 @@ from portakv_benchmarks.storage.suite import StorageBench
 LAYERS = 32
 HEADS = 8
 DIM = 64
-CHUNKS = {"store": SAVED, "load": LOADED}  # as a store's nodes
+CHUNKS = {"store": SAVED, "load": LOADED}  # as a store's tasks
 REQUESTS = 8  # of a remote store, at the same time
 
 
@@ -81,7 +81,7 @@ class Tier:
         close(self.graph, self.tier_store)
 
     def run(self, op: str) -> Sample:
-        """Store new blocks, or load them, in nodes as a store makes them."""
+        """Store new blocks, or load them, in tasks as a store makes them."""
         if op == "store":
             start = next(self.numbers) * self.amount
             self.keys = [(start + n).to_bytes(32, "big") for n in range(self.amount)]

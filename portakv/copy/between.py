@@ -75,6 +75,6 @@ def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Ch
         raise Unsupported(
             f"A copy from {src.device} to {dst.device} by {choice.name!r} with "
             f"max_thread_blocks={terms.max_thread_blocks}",
-            "the limit is kept by engines whose kernels read or write host memory; leave it out",
+            "the limit is kept by strategies whose kernels read or write host memory; leave it out",
         )
     return choice

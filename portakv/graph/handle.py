@@ -25,29 +25,29 @@ class Handle(Transfer):
     `TransferCancelled` if it was cancelled.
 
     Args:
-        gate: the barrier; the name "save" marks a transfer that writes blocks.
+        barrier: its task; the name "save" marks a transfer that writes blocks.
         layers: the barrier of each layer, which becomes a handle in the attribute.
         retained: an object to retain until the end.
         excused: blocks that need not land, bool ``[blocks]``.
         why: takes the blocks that landed, and returns why the others did not, or an empty text.
     """
 
-    __slots__ = ("_excused", "_gates", "_graph", "_skip", "_why", "cancelled", "layers")
+    __slots__ = ("_barriers", "_excused", "_graph", "_skip", "_why", "cancelled", "layers")
 
     def __init__(
         self,
         graph: Graph,
-        gate: Task,
+        barrier: Task,
         layers: Sequence[Task] = (),
         missing: Missing = "raise",
         retained: object = None,
         excused: Mask | bool = False,
         why: Callable[[Mask], str] | None = None,
     ) -> None:
-        super().__init__((Completion(pendings=(cast(Pending, gate),), retained=retained),))
+        super().__init__((Completion(pendings=(cast(Pending, barrier),), retained=retained),))
         self.layers = [Handle(graph, layer, missing=missing, why=why) for layer in layers]
         self._graph = graph
-        self._gates = (*layers, gate)
+        self._barriers = (*layers, barrier)
         self._skip = missing == "skip"
         self._excused = excused
         self._why = why
@@ -56,7 +56,7 @@ class Handle(Transfer):
     @property
     def landed(self) -> Mask:
         """Return the blocks that landed, bool ``[blocks]``; none before the end."""
-        return np.array(self._gates[-1].landed, np.bool_)
+        return np.array(self._barriers[-1].landed, np.bool_)
 
     def cancel(self) -> bool:
         """Start no further block; return True if some blocks will not be moved."""
@@ -66,7 +66,7 @@ class Handle(Transfer):
 
     def _cancel(self) -> bool:
         """Cancel all barriers; each retains the tasks that it follows."""
-        left = [self._graph.cancel(gate) for gate in self._gates]
+        left = [self._graph.cancel(barrier) for barrier in self._barriers]
         return any(left)
 
     def wait(self, stream: torch.Stream | None = None) -> None:
@@ -79,32 +79,32 @@ class Handle(Transfer):
 
     def _finish(self) -> None:
         super()._finish()
-        gate = self._gates[-1]
+        barrier = self._barriers[-1]
         landed = self.landed
-        if not gate.ended:
+        if not barrier.ended:
             raise TransferError(
                 "Expected the process that started the transfer, got one that was forked from it. "
                 "Wait there."
             )
-        kind = TransferCancelled if isinstance(gate.error, TransferCancelled) else TransferError
+        kind = TransferCancelled if isinstance(barrier.error, TransferCancelled) else TransferError
         if not ((landed | self._excused).all() or (self._skip and kind is TransferError)):
             counts = f"{landed.sum()} of {len(landed)} blocks landed."
-            raise kind(f"{counts} {self._explain(gate, landed)}") from gate.error
+            raise kind(f"{counts} {self._explain(barrier, landed)}") from barrier.error
 
-    def _explain(self, gate: Task, landed: Mask) -> str:
+    def _explain(self, barrier: Task, landed: Mask) -> str:
         """Return why blocks did not land, and how the caller may proceed."""
         sentences = []
         details = self._why(landed) if self._why else ""
         if details:
             sentences.append(f"{details}.")
-        if gate.error:
-            known = isinstance(gate.error, PortaKVError)
-            sentences.append(str(gate.error) if known else repr(gate.error))
+        if barrier.error:
+            known = isinstance(barrier.error, PortaKVError)
+            sentences.append(str(barrier.error) if known else repr(barrier.error))
 
-        if gate.name == "save":
-            if not sentences and gate.short:
-                sentences.append(f"{gate.short} did not take the other blocks.")
-        elif not gate.error:
+        if barrier.name == "save":
+            if not sentences and barrier.short:
+                sentences.append(f"{barrier.short} did not take the other blocks.")
+        elif not barrier.error:
             if not details:
                 sentences.append("No tier has the other blocks.")
             sentences.append("Pass missing='skip' to accept that.")

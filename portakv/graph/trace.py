@@ -76,9 +76,9 @@ class Trace:
         for pid, queue in enumerate(queues):
             events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": queue}})
         for task in ran:
-            place = {"pid": queues.index(task.queue), "tid": task.worker, "cat": "node"}
+            place = {"pid": queues.index(task.queue), "tid": task.worker, "cat": "task"}
             start = {**place, "ts": task.start * 1e6}
-            details = {"node": task.number, "blocks": task.blocks, "bytes": task.nbytes}
+            details = {"task": task.number, "blocks": task.blocks, "bytes": task.nbytes}
             took = (task.end - task.start) * 1e6
             events.append({**start, "ph": "X", "name": task.name, "dur": took, "args": details})
             for before in filter(ends.get, task.followed):

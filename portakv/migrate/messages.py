@@ -37,8 +37,8 @@ Names = Annotated[tuple[Name, ...], Meta(max_length=16)]
 Kind = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{2,31}$")], Dims, Dims]
 Sent = TypeVar("Sent", bound="Message")
 _MAC = 16  # bytes
-#: The errors of decoding bytes that a peer sent: msgspec's own, text that is not UTF-8, arrays nested
-#: too deeply, and the checks of a message.
+#: The errors of decoding a peer's bytes: msgspec's own, text that is not UTF-8, arrays nested too
+#: deeply, and the checks of a message.
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, PortaKVError)
 
 

@@ -128,7 +128,7 @@ class SharedState:
     """The state that the calls of a store share, under the graph's lock.
 
     ``begun``: reads and saves that have not ended. ``in_transit``: the last of them by part and
-    key, with the row of the block. ``gates``: the barriers at the ends of calls.
+    key, with the row of the block. ``barriers``: the last task of each call.
     """
 
     def __init__(self, graph: Graph, rows: Rows, tier_stores: list[TierStore]) -> None:
@@ -137,7 +137,7 @@ class SharedState:
         self.tier_stores = tier_stores
         self.parts = list[Part]()  # once tiers are open
         self.in_transit = dict[bytes, tuple[InFlight, int]]()
-        self.gates = WeakSet[Task]()
+        self.barriers = WeakSet[Task]()
         self.begun = set[InFlight]()
         self.log = RateLimitedLog(logging.getLogger(__name__))
 
@@ -302,13 +302,13 @@ class Call:
         if after is not None:
             self.order[after] = -1
         self.order.update((key, place) for place, key in enumerate(keys))
-        self.gate = Task(None, len(keys), name=kind)
+        self.barrier = Task(None, len(keys), name=kind)
         self.located: Mask = np.ones(len(keys), np.bool_)
         self.excused: Mask = np.zeros(len(keys), np.bool_)  # need not land: no tier admits them yet
         self.ends = list[tuple[Ending, range]]()
         self.in_transit = 0  # in-flight blocks of the call that have not ended
         self.explanation = Explanation(keys)
-        self._nodes = list[tuple[int, Task]]()  # tasks with the numbers of their stages
+        self._tasks = list[tuple[int, Task]]()  # tasks with the numbers of their stages
         self._leases = list[Lease]()  # leases of pinned rows
 
     @cached_property
@@ -427,17 +427,17 @@ class Call:
             lease=lease,
             name=self.kind,
         )
-        self._nodes.append((order[0], task))
+        self._tasks.append((order[0], task))
         self.explanation.tasks.append((task, at, range(len(at))))
         return task
 
-    def submit(self, *gates: Task) -> None:
+    def submit(self, *barriers: Task) -> None:
         """Start the planned tasks, those of the first stages first."""
-        tasks = [task for _, task in sorted(self._nodes, key=itemgetter(0))]
-        self._nodes.clear()
+        tasks = [task for _, task in sorted(self._tasks, key=itemgetter(0))]
+        self._tasks.clear()
         # A call that joins a task may have a later deadline.
-        late = self.deadline if gates else None
-        self.shared.graph.submit([*tasks, *gates], priority=self.priority, deadline=late)
+        late = self.deadline if barriers else None
+        self.shared.graph.submit([*tasks, *barriers], priority=self.priority, deadline=late)
 
     def drop(self) -> None:
         """Drop a plan that failed: no other call may wait for tasks that never start."""
@@ -457,17 +457,17 @@ class Call:
     ) -> Handle:
         """Start a call with one barrier at its end and, by layer, one barrier for each layer."""
         blocks = self.located if eligible is None else eligible
-        gates = [Task(None, len(self.keys), eligible=blocks) for _ in range(layers)]
-        for layer, gate in enumerate(gates):
-            gate.after = [end for end, has in self.ends if layer in has]
-        self.gate.eligible = blocks
-        self.gate.after = [end for end, _ in self.ends]
-        self.submit(*gates, self.gate)
-        self.shared.gates.add(self.gate)
+        barriers = [Task(None, len(self.keys), eligible=blocks) for _ in range(layers)]
+        for layer, barrier in enumerate(barriers):
+            barrier.after = [end for end, has in self.ends if layer in has]
+        self.barrier.eligible = blocks
+        self.barrier.after = [end for end, _ in self.ends]
+        self.submit(*barriers, self.barrier)
+        self.shared.barriers.add(self.barrier)
         if self.kind != "save":
             self.explanation.located = self.located
         why = self.explanation.sentence
-        return Handle(self.shared.graph, self.gate, gates, missing, view, self.excused, why)
+        return Handle(self.shared.graph, self.barrier, barriers, missing, view, self.excused, why)
 
 
 class InFlight(Lease):
@@ -503,7 +503,7 @@ class InFlight(Lease):
     def wanted(self) -> bool:
         """Return True if a call that is neither cancelled nor late waits for the rows; under the
         lock."""
-        return any(not call.gate.cut for call, _ in self.calls)
+        return any(not call.barrier.cut for call, _ in self.calls)
 
     def over(self) -> None:
         """Return the rows, under the graph's lock, and cache rows whose blocks landed whole.

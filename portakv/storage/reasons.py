@@ -90,7 +90,7 @@ class Explanation:
     def sentence(self, landed: Mask) -> str:
         """Return the reasons with their counts, the most frequent first; empty if none is known
         for the blocks that did not land."""
-        unrun, untaken = self._by_nodes(landed)
+        unrun, untaken = self._by_tasks(landed)
         counts: Counter[Reason] = Counter()
         for number, key in enumerate(self._keys):
             if landed[number]:
@@ -103,7 +103,7 @@ class Explanation:
             f"{count} {reason.kind} ({reason.where})" for reason, count in counts.most_common()
         )
 
-    def _by_nodes(self, landed: Mask) -> tuple[dict[int, dict[Reason, None]], set[int]]:
+    def _by_tasks(self, landed: Mask) -> tuple[dict[int, dict[Reason, None]], set[int]]:
         """Return why tasks did not run for blocks that did not land, and the blocks whose task ran
         without success."""
         unrun: dict[int, dict[Reason, None]] = {}

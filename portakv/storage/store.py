@@ -357,10 +357,11 @@ class BlockStore:
         self._closed = True
         until = self.graph.clock() + timeout
         # Under the lock, so that no call that saw the store open is missed.
-        gates = self.graph.run(lambda: [*self._shared.gates])
-        for gate in sorted(gates, key=lambda gate: gate.name != "prefetch"):
-            gate.wait(0.0 if gate.name == "prefetch" else max(0.0, until - self.graph.clock()))
-            self.graph.cancel(gate)
+        barriers = self.graph.run(lambda: [*self._shared.barriers])
+        for barrier in sorted(barriers, key=lambda barrier: barrier.name != "prefetch"):
+            left = 0.0 if barrier.name == "prefetch" else max(0.0, until - self.graph.clock())
+            barrier.wait(left)
+            self.graph.cancel(barrier)
         ended = not self._own_graph or self.graph.close(max(0.0, until - self.graph.clock()))
         begun = self.graph.run(lambda: [*self._shared.begun])
         for in_flight in begun:

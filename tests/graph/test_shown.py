@@ -102,7 +102,7 @@ def test_a_trace_has_the_form_that_perfetto_opens(tmp_path: Path) -> None:
     queues = {x["pid"]: x["args"]["name"] for x in events if x["ph"] == "M"}
     read, copy = [x for x in events if x["ph"] == "X"]
     assert [queues[read["pid"]], queues[copy["pid"]]] == ["disk:/a", "device"]
-    assert (read["name"], read["args"]) == ("read", {"node": 1, "blocks": 2, "bytes": 10})
+    assert (read["name"], read["args"]) == ("read", {"task": 1, "blocks": 2, "bytes": 10})
     start, end = [x for x in events if x["ph"] in "sf"]
     assert (start["id"], start["name"], start["cat"]) == (end["id"], end["name"], end["cat"])
     assert (start["pid"], end["pid"]) == (read["pid"], copy["pid"])
@@ -110,7 +110,7 @@ def test_a_trace_has_the_form_that_perfetto_opens(tmp_path: Path) -> None:
     assert end["ts"] == copy["ts"]
 
 
-def test_arrows_lead_past_nodes_that_never_ran() -> None:
+def test_arrows_lead_past_tasks_that_never_ran() -> None:
     """A load's device stage follows rescues, which have nothing to do if the first tier has all."""
     graph = Graph()
     read = Task(lambda task, mask: None, 2, queue=graph.queue("disk"))
@@ -124,10 +124,10 @@ def test_arrows_lead_past_nodes_that_never_ran() -> None:
     assert flows == [("s", "1-4"), ("f", "1-4")]
 
 
-def test_a_trace_keeps_the_last_nodes_alone() -> None:
+def test_a_trace_keeps_the_last_tasks_alone() -> None:
     graph = Graph(trace_events=3)
     tasks = [Task(lambda task, mask: None, 1, queue=graph.queue("any")) for _ in range(9)]
     graph.submit(tasks)
     assert all(task.wait(30.0) for task in tasks)
-    assert [x["args"]["node"] for x in graph.trace.events() if x["ph"] == "X"] == [7, 8, 9]
+    assert [x["args"]["task"] for x in graph.trace.events() if x["ph"] == "X"] == [7, 8, 9]
     assert graph.close()
