@@ -31,7 +31,7 @@ def positive(name: str, value: object) -> int:
     except TypeError:
         extent = 0
     if extent < 1:
-        raise LayoutError(f"{name}={value!r} was declared; an extent is a positive integer.")
+        raise LayoutError(f"Expected {name} to be a positive integer, got {value!r}. Declare one.")
     return extent
 
 
@@ -53,8 +53,8 @@ def declare(layout: Layout, extents: Mapping[str, Any]) -> Values:
         extent = declared.pop(name, (2 if axis == "kv" else None) if written else 1)
         if not written and extent != 1:
             raise LayoutError(
-                f"{name}={extent} was declared, but {layout.text!r} does not name {axis!r}, whose "
-                f"extent is then 1; name the axis or leave the declaration out."
+                f"Expected {name}=1 for {layout.text!r}, which does not name {axis!r}, got "
+                f"{extent}. Name the axis or leave {name} out."
             )
         if extent is not None:
             shared[axis] = extent
@@ -62,16 +62,18 @@ def declare(layout: Layout, extents: Mapping[str, Any]) -> Values:
         shared["token"] = declared.pop("block_size")
         if not layout.paged:
             raise LayoutError(
-                f"block_size={shared['token']} was declared, but {layout.text!r} has no `block` "
-                f"axis; leave it out."
+                f"Expected no block_size for {layout.text!r}, which has no `block` axis, got "
+                f"{shared['token']}. Leave it out."
             )
     elif layout.opaque:
         raise LayoutError(
-            f"{layout.text!r} holds opaque pages, whose number of tokens cannot be read from "
-            f"a shape; declare block_size."
+            f"Expected block_size for {layout.text!r}, got None: no shape shows the number of "
+            f"tokens of opaque pages. Declare block_size."
         )
     if shared["kv"] > _MOST_KV:
-        raise LayoutError(f"kv={shared['kv']} was declared; a token has at most {_MOST_KV} planes.")
+        raise LayoutError(
+            f"Expected at most {_MOST_KV} planes for a token, got kv={shared['kv']}. Declare fewer."
+        )
     values = [dict(shared) for _ in range(shared["kv"])]
     if "dim" in declared:
         _declare_widths(layout, values, declared.pop("dim"))
@@ -83,13 +85,14 @@ def _declare_widths(layout: Layout, values: Values, dim: int | tuple[int, ...]) 
     widths = dim if isinstance(dim, tuple) else (dim,) * len(values)
     if len(widths) != len(values):
         raise LayoutError(
-            f"dim={dim!r} declares {len(widths)} widths, but kv has extent {len(values)}; "
-            f"declare one number, or one for each kv."
+            f"Expected dim to be one width, or {len(values)}, one for each kv, got {len(widths)} "
+            f"widths, {dim!r}. Declare one number, or one for each kv."
         )
     if len(set(widths)) > 1 and not _may_differ(layout, axis):
         raise LayoutError(
-            f"dim={dim!r} declares unequal widths, but in {layout.text!r} `kv` stands neither in "
-            f"a container nor left of `{axis}` in its parentheses, so all kv have one width."
+            f"Expected one width for all kv of {layout.text!r}, where `kv` stands neither in a "
+            f"container nor left of `{axis}` in its parentheses, got unequal widths, dim={dim!r}. "
+            f"Declare one width, or move `kv`."
         )
     for known, width in zip(values, widths, strict=True):
         known[axis] = width
@@ -128,8 +131,8 @@ def solve(layout: Layout, values: Values, sized: Sequence[Sized]) -> None:
             # The growing axis is never declared: it takes the rest.
             names = dict.fromkeys(DECLARED_AS.get(axis, axis) for axis in unknown if axis != grows)
             raise LayoutError(
-                f"The dimension {group} of {layout.text!r} has {sizes[0]} entries, which "
-                f"{' and '.join(unknown)} share; all but one of them must be declared: declare "
+                f"Expected at most one undeclared axis in dimension {group} of {layout.text!r}, "
+                f"which has {sizes[0]} entries, got {' and '.join(unknown)}. Declare "
                 f"{' or '.join(names)}."
             )
         pending = stuck
@@ -137,16 +140,15 @@ def solve(layout: Layout, values: Values, sized: Sequence[Sized]) -> None:
         for axis, extent in known.items():
             if not extent and axis != grows:
                 raise LayoutError(
-                    f"Axis {axis!r} of {layout.text!r} has extent 0; a view needs at least 1. Hand "
-                    f"over tensors that hold rows."
+                    f"Expected axis {axis!r} of {layout.text!r} to have an extent of at least 1, "
+                    f"got 0. Pass tensors that hold rows."
                 )
     for axis in ("layer", "block", "token", "head"):
         extents_of_kv = [known.get(axis) for known in values]
         if len(set(extents_of_kv)) > 1:
             raise LayoutError(
-                f"In {layout.text!r} axis {axis!r} has extents {extents_of_kv} for the "
-                f"{len(extents_of_kv)} kv; expected one extent for all. Hand over tensors that "
-                f"agree."
+                f"Expected one extent of axis {axis!r} of {layout.text!r} for all "
+                f"{len(extents_of_kv)} kv, got {extents_of_kv}. Pass tensors that agree."
             )
 
 
@@ -163,8 +165,8 @@ def _settle(layout: Layout, values: Values, group: Group, sizes: Sequence[int]) 
             if unknown:
                 extent = f"an extent that {expected or 1} divides"
             raise LayoutError(
-                f"{_described(group, known)} of {layout.text!r} was expected to have {extent}, but "
-                f"{size} was found; correct the layout, the declared extents or the tensors."
+                f"Expected {_described(group, known)} of {layout.text!r} to have {extent}, got "
+                f"{size}. Correct the layout, the declared extents or the tensors."
             )
         for factor in unknown:
             known[factor.axis] = size // expected * (factor.n or 1)
@@ -174,11 +176,11 @@ def _settle(layout: Layout, values: Values, group: Group, sizes: Sequence[int]) 
 def _described(group: Group, known: Mapping[str, int]) -> str:
     """Return the name of a group for an error, with its known extents if it has several factors."""
     if not group.factors:
-        return "The dimension `1`"
+        return "the dimension `1`"
     if len(group.factors) == 1:
-        return f"Axis {group.factors[0].axis!r}"
+        return f"axis {group.factors[0].axis!r}"
     parts = ", ".join(f"{f}={factor_extent(f, known) or '?'}" for f in group.factors)
-    return f"The dimension {group} ({parts})"
+    return f"the dimension {group} ({parts})"
 
 
 def factor_extent(factor: Factor, known: Mapping[str, int]) -> int | None:
@@ -190,8 +192,8 @@ def factor_extent(factor: Factor, known: Mapping[str, int]) -> int | None:
         return extent
     if extent % factor.n:
         raise LayoutError(
-            f"Axis {factor.axis!r} has extent {extent}, which {factor} cannot divide; "
-            f"use a factor that divides it."
+            f"Expected axis {factor.axis!r} to have an extent that {factor} divides, got {extent}. "
+            f"Use a factor that divides it."
         )
     return extent // factor.n
 

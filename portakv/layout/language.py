@@ -99,7 +99,9 @@ def parse(text: str) -> Layout:
             cannot go together; the message shows the string with the place marked.
     """
     if not isinstance(text, str):
-        raise LayoutError(f"A layout is a string of axis names, but {text!r} was given.")
+        raise LayoutError(
+            f"Expected a layout as a string of axis names, got {text!r}. Pass a string."
+        )
     return _parse(text)
 
 

@@ -70,7 +70,7 @@ def resolve(text: str) -> tuple[str, dict[str, Extent]]:
     """
     if not isinstance(text, str):
         raise LayoutError(
-            f"A layout is a layout string or the name of a preset, but {text!r} was given."
+            f"Expected a layout string or the name of a preset, got {text!r}. Pass a string."
         )
     preset = _named(text)
     word = text.strip()
@@ -82,8 +82,9 @@ def resolve(text: str) -> tuple[str, dict[str, Extent]]:
     near = difflib.get_close_matches(word.lower(), PRESETS, n=5, cutoff=0.5)
     hint = f"Near names: {', '.join(near)}." if near else "No name is near."
     raise LayoutError(
-        f"There is no preset named {word!r}. {hint} Write one of the names that "
-        f"`portakv layouts` prints, or a layout string such as 'layer | kv block token head dim'."
+        f"Expected the name of a preset or a layout string, got {word!r}. {hint} Write one "
+        f"of the names that `portakv layouts` prints, or a layout string such as "
+        f"'layer | kv block token head dim'."
     )
 
 

@@ -209,8 +209,9 @@ def bind_layout(
     unknown = extents.keys() - {"layers", "kv", "block_size", "heads", "dim"}
     if unknown:
         raise LayoutError(
-            f"Unknown extents {', '.join(sorted(unknown))}; declare layers, kv, block_size, heads "
-            f"or dim. A connector takes its layout as kv_layout."
+            f"Expected extents among layers, kv, block_size, heads and dim, got "
+            f"{', '.join(sorted(unknown))}. Declare one of those; a connector takes its layout as "
+            f"kv_layout."
         )
     for name, value in extents.items():
         if value is None:
@@ -222,8 +223,8 @@ def bind_layout(
             extent = positive(name, value)
         if declared.setdefault(name, extent) != extent:
             raise LayoutError(
-                f"{name}={extent} was declared, but preset {layout!r} is true only for "
-                f"{name}={always[name]}; declare that, or write the layout string."
+                f"Expected {name}={always[name]} for preset {layout!r}, got {extent}. Declare "
+                f"{name}={always[name]}, or write the layout string."
             )
     return _bound(text, tuple(sorted(declared.items())), flag("reinterpret", reinterpret))
 
@@ -236,38 +237,38 @@ def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[
         rows = [list(x.values()) if isinstance(x, Mapping) else x for x in level]
         for row in rows:
             if not isinstance(row, (list, tuple)):
-                problem = f"names {len(layout.containers)} container level(s) left of `|`"
-                wanted = " where a list, tuple or dict was expected; write its axis right of `|` if"
-                raise _not_read(layout, problem, row, f"{wanted} it is a dimension of the tensor.")
+                expected = f"a list, tuple or dict for each of {len(layout.containers)} container"
+                remedy = "Write its axis right of `|` if it is a dimension of the tensor."
+                raise _not_read(f"{expected} level(s) left of `|` in {layout.text!r}", row, remedy)
         first, *others = dict.fromkeys(map(len, rows))
         if not first:
             raise LayoutError(
-                f"A container of {layout.text!r} is empty; hand over at least one tensor."
+                f"Expected containers with tensors for {layout.text!r}, got an empty one. Pass at "
+                f"least one tensor."
             )
         if others:
             raise LayoutError(
-                f"Containers of {group} in {layout.text!r} have unequal lengths {first} and "
-                f"{others[0]}; all must be equally long."
+                f"Expected equally long containers of {group} in {layout.text!r}, got lengths "
+                f"{first} and {others[0]}. Make the lengths equal."
             )
         sizes.append(first)
         level = [item for row in rows for item in row]
     for tensor in level:
         if not isinstance(tensor, torch.Tensor):
-            problem = f"expects tensors inside {len(sizes)} container level(s)"
-            raise _not_read(layout, problem, tensor, "; add a container axis left of `|`.")
+            expected = f"tensors inside {len(sizes)} container level(s) for {layout.text!r}"
+            raise _not_read(expected, tensor, "Add a container axis left of `|`.")
     return level, sizes
 
 
-def _not_read(layout: Layout, problem: str, value: object, expected: str) -> LayoutError:
+def _not_read(expected: str, value: object, remedy: str) -> LayoutError:
     if isinstance(value, np.ndarray):
         return LayoutError(
             f"Expected tensors, got a numpy array of shape {value.shape}. Pass "
             f"torch.from_numpy(array), which shares its memory, or a copy if a stride is negative."
         )
     if not isinstance(value, (torch.Tensor, list, tuple, Mapping)):
-        expected = "; expected tensors, in lists, tuples or dicts."
-    kind = type(value).__name__
-    return LayoutError(f"{layout.text!r} {problem}, but a {kind} was found{expected}")
+        remedy = "Pass tensors, in lists, tuples or dicts."
+    return LayoutError(f"Expected {expected}, got a {type(value).__name__}. {remedy}")
 
 
 def _by_kv(array: Grid, axes: Sequence[Factor], but: int = -1) -> Grid:
@@ -323,17 +324,17 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
     for tensor in tensors:
         if tensor.device != device:
             raise DeviceMismatch(
-                f"The tensors of one view lie on {device} and {tensor.device}; one view lives on "
-                f"one device. Make a view (and a connector) for each device."
+                f"Expected the tensors of one view on one device, got {device} and "
+                f"{tensor.device}. Make a view (and a connector) for each device."
             )
         if tensor.is_conj() or tensor.is_neg():
             raise LayoutError(
-                "A lazily conjugated or negated tensor was found, whose bytes are not its values; "
-                "hand over tensor.resolve_conj().resolve_neg()."
+                "Expected tensors whose bytes are their values, got a lazily conjugated or negated "
+                "one. Pass tensor.resolve_conj().resolve_neg()."
             )
         if tensor.layout is not _STRIDED or tensor.is_nested:
             kind = "nested" if tensor.is_nested else tensor.layout
-            raise LayoutError(f"A view reads strided tensors, but a {kind} one was found.")
+            raise LayoutError(f"Expected strided tensors, got a {kind} one. Pass a strided copy.")
         if device.type != "meta" and tensor.numel() and not address_of(tensor):
             raise LayoutError(
                 f"Expected allocated tensors, got a {type(tensor).__name__} of shape "
@@ -341,7 +342,10 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
                 f"torch.func.grad. Pass allocated tensors, outside of function transforms."
             )
     if device.type == "meta":
-        raise LayoutError("Tensors on device meta have no memory; hand over allocated tensors.")
+        raise LayoutError(
+            "Expected tensors with memory, got some on device meta, which has no memory. Pass "
+            "allocated tensors."
+        )
     return device
 
 
@@ -373,8 +377,8 @@ def _pick_per_kv(
         if len(kinds) > 1:
             one, other = (f"{tuple(n)} strides {s} {dtype}" for n, s, dtype in list(kinds)[:2])
             raise LayoutError(
-                f"Tensors of one view share shape, strides and dtype, but {one} and {other} were "
-                f"found; tensors that differ are another group, with a separate view."
+                f"Expected tensors of one shape, strides and dtype in a view, got {one} and "
+                f"{other}. Make a separate view for each group of equal tensors."
             )
         picks.append(row[0])
     return picks if len(picks) == kv else picks * kv
@@ -395,16 +399,17 @@ def _read_dims(layout: Layout, tensor: torch.Tensor) -> _Dims:
     extra = len(shape) - len(groups)
     if extra < 0 or (extra and not layout.open_end):
         raise LayoutError(
-            f"{layout.text!r} has {len(groups)} dimension(s) right of its containers, but a tensor "
-            f"of {len(shape)} was found; write an axis (or `1`) for each dimension."
+            f"Expected a tensor of {len(groups)} dimension(s), as {layout.text!r} has right of its "
+            f"containers, got {len(shape)}. Write an axis (or `1`) for each dimension."
         )
     for _ in range(extra):
         size = shape.pop()
         stride = strides.pop()
         if shape[-1] != 1 and size != 1 and strides[-1] != size * stride:
             raise LayoutError(
-                f"{groups[-1]} of {layout.text!r} covers several dimensions of a tensor, which are "
-                f"not contiguous together; write an axis for each dimension."
+                f"Expected contiguous dimensions for {groups[-1]} of {layout.text!r}, which covers "
+                f"several, got some that are not contiguous together. Write an axis for each "
+                f"dimension."
             )
         if size != 1:
             strides[-1] = stride

@@ -88,7 +88,7 @@ CALLS: list[tuple[Any, ...]] = [
         LayoutError,
         "'token'",
         "extent 16",
-        "4 was found",
+        "got 4",
     ),
     _caches(
         "of another rank",
@@ -98,9 +98,9 @@ CALLS: list[tuple[Any, ...]] = [
         "axis",
     ),
     _caches("in an empty dict", {}, "empty", "at least one"),
-    _caches("that are a number", 7, "expect"),
-    _caches("of None", [None], "expect"),
-    _caches("nested", [[torch.zeros(1)]], "expect"),
+    _caches("that are a number", 7, "Expected"),
+    _caches("of None", [None], "Expected"),
+    _caches("nested", [[torch.zeros(1)]], "Expected"),
     _caches("on meta", lambda s: [x.to("meta") for x in s.caches], "meta", "memory", "allocated"),
     (
         "caches on several devices",
@@ -123,11 +123,11 @@ CALLS: list[tuple[Any, ...]] = [
         "'block'",
         "5",
         "6",
-        "expected",
+        "Expected",
     ),
     _chunk("of another rank", lambda s: s.chunk.flatten(1, 2), "4 dimension", "(2, 24, 16)"),
     *(
-        _chunk(f"of shape {shape}", filled(shape, poison=True), "expected", "found")
+        _chunk(f"of shape {shape}", filled(shape, poison=True), "Expected", ", got")
         for shape in [(2, 2, 8, 16), (1, LAYERS, 8, 16), (2, LAYERS, 8, 24)]
     ),
     *(
@@ -135,7 +135,7 @@ CALLS: list[tuple[Any, ...]] = [
         for value in [None, 7, np.zeros(3), object()]
     ),
     *(
-        _chunk(f"of {dtype}", dense(8, dtype=dtype), str(dtype), "torch.float16", "expected")
+        _chunk(f"of {dtype}", dense(8, dtype=dtype), str(dtype), "torch.float16", "Expected")
         for dtype in [torch.float32, torch.uint8, torch.float64]
     ),
     _chunk(

@@ -56,11 +56,11 @@ def test_resolve_gives_a_string_and_extents_that_may_be_changed(text: str, expec
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("vllm-ndh", "no preset named 'vllm-ndh'.*vllm-nhd"),
-        ("flexkv", "no preset named 'flexkv'.*flexkv-"),
-        ("VLLM-NHD", "no preset named 'VLLM-NHD'.*vllm-nhd"),
-        ("qqqq", r"no preset named 'qqqq'\. No name is near"),
-        (17, "17 was given"),
+        ("vllm-ndh", "name of a preset .*got 'vllm-ndh'.*vllm-nhd"),
+        ("flexkv", "name of a preset .*got 'flexkv'.*flexkv-"),
+        ("VLLM-NHD", "name of a preset .*got 'VLLM-NHD'.*vllm-nhd"),
+        ("qqqq", r"name of a preset .*got 'qqqq'\. No name is near"),
+        (17, "got 17"),
     ],
 )
 def test_unknown_name_lists_near_names(wrong: str, message: str) -> None:
