@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -56,7 +56,7 @@ class Pair(Lane):
     def __init__(self, transport: Transport, channel: Channel, key: str | Peer) -> None:
         self.name = ""
         self.named = threading.Event()
-        self.group = cast(Any, None)
+        self.group: dist.ProcessGroup | None = None  # until the first slot
         self.stream = None if transport.device.type == "cpu" else torch.Stream(transport.device)
         # one slot waits while another crosses
         self.broken = False
@@ -65,12 +65,12 @@ class Pair(Lane):
         self.store = ChannelStore(channel, self.address or None, Meet)  # by which both meet
 
     def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
-        self.group = self.group or self._join()
+        group = self.group = self.group or self._join()
         if self.gone or not moving.begin():  # after the line above, because `cut` reads the group
             raise self.gone or TransferTimeout("its turn came too late")
         slot = moving.slot.view(-1).view(torch.uint8)
         other = 0 if self.address else 1
-        call = self.group.recv if self.address else self.group.send
+        call = group.recv if self.address else group.send
         if self.stream is None:
             self._by_gloo(moving, slot, lambda x: call([x], other, tag))
             return
@@ -87,7 +87,7 @@ class Pair(Lane):
             except Exception:  # whatever failed, the group must not wait for the peer
                 if not self.broken:
                     self.broken = True
-                    self.group.abort()  # otherwise it waits for the peer as long as the device runs
+                    group.abort()  # otherwise it waits for the peer as long as the device runs
                 until = time.monotonic() + EXIT_SECONDS
                 while not ended.query() and time.monotonic() < until:
                     time.sleep(1e-3)

@@ -18,7 +18,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from importlib import import_module
 from secrets import token_hex
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 from weakref import ref
 
@@ -87,8 +87,7 @@ class Reading(Lane):
         memory = slot.untyped_storage()
         base = slot if slot._base is None else slot._base
         with self.ours.turn:
-            if self.ours.engine is None:
-                self.ours.engine = self.ours.begin(self.address or self.channel.address)
+            self.ours.start(self.address or self.channel.address)
             for at in [at for at, (one, *_) in self._entered.items() if one() is None]:
                 self.ours.deregister(self._entered.pop(at)[-1])
             if (at := memory.data_ptr()) not in self._entered:
@@ -138,8 +137,7 @@ class OneSided(Transport):
 
     def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
         super().__init__(device, timeout)
-        # starts at the first slot, because that is slow
-        self.engine = cast(Any, None)
+        self._engine: Any | None = None  # starts at the first slot, because that is slow
         self.turn = threading.Lock()
 
     @classmethod
@@ -165,6 +163,17 @@ class OneSided(Transport):
         if offered := lane.offered.pop(request.tag, None):
             offered[1].end()
         return None
+
+    @property
+    def engine(self) -> Any:
+        """Return the library's engine, which `start` made."""
+        assert self._engine is not None
+        return self._engine
+
+    def start(self, address: str) -> None:
+        """Start the library at the first call, as `begin` does."""
+        if self._engine is None:
+            self._engine = self.begin(address)
 
     @abstractmethod
     def begin(self, address: str) -> Any:
