@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-# What .ci/run and .ci/full share: steps that are named and timed, and the README's own commands.
+# The part that .ci/run and .ci/full share: named and timed steps, and the README's own commands.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off PIP_QUIET=2
-# Modules are compiled when they are first imported, which most never are, and then for all processes.
+# Modules are compiled at their first import, and then for all processes. Most are never imported.
 export PIP_COMPILE=no
 unset PYTHONDONTWRITEBYTECODE
 export NO_MKDOCS_2_WARNING=1 # an advertisement, not a warning of this build
-unset PORTAKV_BACKEND PYTHONPATH # neither a forced backend nor another tree is what we test
-timings=() now= summary= begun= beside=
+unset PORTAKV_BACKEND PYTHONPATH # test neither a forced backend nor another tree
+timings=() now= summary=
 
-# in_a_clone COMMAND...: run it in a copy of this tree whose folder is called `portakv`, as a reader's
-# clone is, below a folder with a space in its name: nothing may depend on either. Ends this process
-# with its status. The copy is removed; what it leaves in build/ comes back.
+# in_a_clone COMMAND...: run it in a copy of this tree. The copy's folder is called `portakv`, as a
+# reader's clone is, below a folder with a space in its name: nothing may depend on either name. Ends
+# this process with the command's status. The copy is removed; its files in build/ are copied back.
 in_a_clone() {
     [[ $PWD != *" "*/portakv ]] || return 0
     local root tree status=0
@@ -33,7 +33,7 @@ in_a_clone() {
     exit "$status"
 }
 
-# The table of steps, on the screen and in build/: the last line is how the tests went.
+# Print the table of steps, and write it to build/. The last line is the summary of the tests.
 report() {
     local status=$?
     mkdir -p build
@@ -47,7 +47,7 @@ report() {
 }
 trap report EXIT
 
-# step NAME COMMAND...: run it here, not in a subshell: the README's command activates .venv.
+# step NAME COMMAND...: run it in this shell, because the README's command activates .venv.
 step() {
     local began=$SECONDS
     now=$1
@@ -57,20 +57,20 @@ step() {
     timings+=("$now" $((SECONDS - began)))
 }
 
-# begin COMMAND...: run it beside the steps that follow, until one says `ended COMMAND...`.
-declare -A said begun
+# begin COMMAND...: run it in the background, until a later step calls `ended COMMAND...`.
+declare -A output process
 begin() {
-    said[$*]=$(mktemp)
-    "$@" >"${said[$*]}" 2>&1 &
-    begun[$*]=$!
+    output[$*]=$(mktemp)
+    "$@" >"${output[$*]}" 2>&1 &
+    process[$*]=$!
 }
 
-# ended COMMAND...: what `begin` began; its words, and its status.
+# ended COMMAND...: wait for the command that `begin` started, print its output, return its status.
 ended() {
     local status=0
-    wait "${begun[$*]}" || status=$?
-    cat "${said[$*]}"
-    rm -f "${said[$*]}"
+    wait "${process[$*]}" || status=$?
+    cat "${output[$*]}"
+    rm -f "${output[$*]}"
     return "$status"
 }
 
