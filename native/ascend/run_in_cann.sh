@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds and runs the same kernel, unchanged, with CANN's own toolchain: in its CPU twin (no device
+# Build and run the same kernel, unchanged, with CANN's own toolchain: in its CPU twin (no device
 # needed) and, with an NPU, on the device. For people who have CANN, for instance in its container.
 #
-# NOBODY OF THIS PROJECT HAS RUN THIS SCRIPT. It was written from CANN's documentation and public
-# projects. If it does not work for you, please send the log: it is evidence that we lack.
+# THIS PROJECT HAS NOT RUN THIS SCRIPT. It was written from CANN's documentation and public projects.
+# If it does not work for you, please send the log: the project has no such evidence.
 #
 #   run_in_cann.sh cpu [SOC_VERSION]        CPU twin: any machine with CANN
 #   run_in_cann.sh sim [SOC_VERSION]        CANN's simulator
 #   run_in_cann.sh npu [SOC_VERSION]        the device; SOC_VERSION as `npu-smi info` names the chip.
-#                                           Leaves the library in lib/ beside this file, where
+#                                           Leaves the library in lib/ next to this file, where
 #                                           portakv finds it and PORTAKV_ASCENDC can name it.
 #   OUT=folder run_in_cann.sh ...           where the log goes (default: the current folder)
 set -euo pipefail
@@ -17,7 +17,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 mode=${1:-} soc=${2:-Ascend910B1} out=${OUT:-$PWD}
 
 if [[ ! $mode =~ ^(cpu|sim|npu)$ ]]; then
-    echo "run_in_cann.sh was asked for the mode '$mode'; expected cpu, sim or npu."
+    echo "Expected the mode cpu, sim or npu, got '$mode'."
     exit 2
 fi
 if [[ -z ${ASCEND_HOME_PATH:-} ]]; then

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds the row kernel of `hip` for AMD targets that need not be there, and shows which loads and
-# stores its machine code has. Nothing is run: it needs hipcc and no device.
+# Build the row kernel of `hip` for AMD targets, and print the loads and stores of its machine code.
+# The kernel is not run: this script needs hipcc, but no device.
 #
 #   bash native/cuda/check_hip.sh [--report FILE] [target ...]      default: gfx906 gfx908 gfx90a
 #
 # HIPCC, LLVM_BIN (a folder with llvm-objdump and llvm-readelf) and PYTHON name other tools.
-# Ends with 0 if all is right, 1 if a kernel is wrong, 2 if a tool is missing.
+# Exit status: 0 if all kernels are right, 1 if a kernel is wrong, 2 if a tool is missing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-export HIP_PLATFORM=amd # if nvcc is installed, hipcc would else act as nvcc
+export HIP_PLATFORM=amd # otherwise hipcc acts as nvcc if nvcc is installed
 
 missing() {
     echo "$1 was not found; $2" >&2
@@ -20,7 +20,7 @@ hipcc=${HIPCC:-hipcc}
 command -v "$hipcc" >/dev/null || missing "$hipcc" \
     "install it (Debian: apt-get install hipcc rocm-device-libs; else ROCm), or name it in HIPCC"
 
-# The LLVM tools of the compiler that hipcc calls: others may not know its targets.
+# The LLVM tools of the compiler that hipcc calls: other releases may not support its targets.
 own=$("$hipcc" --version 2>/dev/null | sed -n 's/^InstalledDir: //p' | head -1 || true)
 tool() {
     local place

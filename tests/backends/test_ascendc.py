@@ -109,7 +109,7 @@ def test_each_check_of_the_emulation_bites(header: str, site: int, tmp_path: Pat
     [
         ("emulation/run.sh", "everything", "", 2, "everything"),
         ("emulation/run.sh", "matrix", "record.json", 2, "RECORD is for 'run.sh sanitized'"),
-        ("emulation/run.sh", "library", "", 2, "library was not told where to; name a file."),
+        ("emulation/run.sh", "library", "", 2, "Expected run.sh library FILE, got 0 files."),
         ("run_in_cann.sh", "cpu", "", 3, "ASCEND_HOME_PATH"),
         ("run_in_cann.sh", "gpu", "", 2, "'gpu'"),
     ],
@@ -133,7 +133,7 @@ def test_without_the_package_the_script_says_what_to_install(word: str, tmp_path
         assert done.returncode == 1
         message = done.stdout.partition("===")[2].splitlines()[1]
         assert message == (
-            f"The suite needs PortaKV with its extra 'conformance', and {python} has not got both; "
+            f"The suite needs PortaKV with its extra 'conformance', and {python} lacks one of them; "
             f"run pip install '.[conformance]' in the repository, or name another Python by PYTHON."
         )
         assert "Traceback" not in done.stdout + done.stderr

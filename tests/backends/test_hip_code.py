@@ -192,7 +192,7 @@ def test_a_target_the_compiler_lacks(few: list[str], capsys: pytest.CaptureFixtu
         (
             DTK,
             {"ROCM_PATH": "/nowhere", "DTKROOT": "/nowhere"},
-            ["/nowhere/bin/hipcc was not found", "Nobody of PortaKV has run this"],
+            ["/nowhere/bin/hipcc was not found", "PortaKV has not run this script"],
         ),
     ],
     ids=["AMD", "Hygon"],

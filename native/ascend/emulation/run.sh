@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs the unchanged AscendC kernel on a CPU, functionally emulated: no Ascend device is involved,
-# and nothing here says how one would perform. Needs g++; the suite also needs this package's
+# Run the unchanged AscendC kernel on a CPU, functionally emulated. No Ascend device is involved,
+# and no result here predicts the performance of a device. Needs g++; the suite also needs this package's
 # Python (PYTHON, or python3 from PATH).
 #
 #   run.sh [matrix|misuse|mutants|suite|npu|sanitized]...  all of them if none is named
@@ -28,7 +28,7 @@ command -v g++ >/dev/null || {
     exit 2
 }
 
-# check NAME COMMAND...: run it, remember whether it failed, say how long it took.
+# check NAME COMMAND...: run it, record a failure, print the seconds it took.
 check() {
     local name=$1 began=$SECONDS
     shift
@@ -95,14 +95,14 @@ conform() {
 
 has_package() {
     "$python" -c "import pytest, hypothesis, msgspec, ${backend%:*}" >/dev/null 2>&1 && return
-    echo "The suite needs PortaKV with its extra 'conformance', and $python has not got both; run" \
+    echo "The suite needs PortaKV with its extra 'conformance', and $python lacks one of them; run" \
         "pip install '.[conformance]' in the repository, or name another Python by PYTHON."
     return 1
 }
 
 suite() { has_package && conform cpu "$backend"; }
 
-# `ascend` itself: its loader, its arguments and its launches, which a simulated device runs.
+# Test `ascend` itself: its loader, its arguments and its launches, which a simulated device runs.
 npu() {
     has_package && conform simdev:npu portakv_conformance.vendor.ascendc_npu:AscendKernel
 }
@@ -141,7 +141,7 @@ record() {
 }
 
 if [[ ${1:-} == library ]]; then
-    [[ $# == 2 ]] || { echo "run.sh library was not told where to; name a file."; exit 2; }
+    [[ $# == 2 ]] || { echo "Expected run.sh library FILE, got $(($# - 1)) files."; exit 2; }
     g++ "${strict[@]}" -shared -fPIC -I"$here" "$here/library.cpp" -o "$2"
     echo "$2 emulates the AscendC kernel on a CPU; PORTAKV_ASCENDC=$2 names it for a simulated NPU."
     exit 0
@@ -155,29 +155,28 @@ fi
 declare -A wanted=()
 for word in "${@:-all}"; do
     [[ $word =~ ^(all|matrix|misuse|mutants|suite|npu|sanitized)$ ]] || {
-        echo "run.sh was asked for '$word'; expected matrix, misuse, mutants, suite, npu, sanitized" \
-            "or library."
+        echo "Expected matrix, misuse, mutants, suite, npu, sanitized or library, got '$word'."
         exit 2
     }
     wanted[$word]=1
 done
-asks() { [[ -n ${wanted[all]:-} || -n ${wanted[$1]:-} ]]; }
+wants() { [[ -n ${wanted[all]:-} || -n ${wanted[$1]:-} ]]; }
 
 echo "The AscendC kernel of native/ascend, functionally emulated on a CPU by $(g++ --version | head -n 1)."
-if asks matrix; then check "kernel matrix" matrix; fi
-if asks misuse; then check "misuse of the API" misuse; fi
-if asks mutants; then check "bugs seeded into the kernel" mutants; fi
-if asks sanitized; then check "kernel matrix and misuse under ASan and UBSan" sanitized; fi
-if asks suite; then check "conformance suite, profile $profile" suite; fi
-if asks npu; then check "ascend with the kernel on a simulated NPU, profile $profile" npu; fi
-if asks sanitized; then check "conformance suite under ASan and UBSan, profile $profile" suite_sanitized; fi
+if wants matrix; then check "kernel matrix" matrix; fi
+if wants misuse; then check "misuse of the API" misuse; fi
+if wants mutants; then check "bugs seeded into the kernel" mutants; fi
+if wants sanitized; then check "kernel matrix and misuse under ASan and UBSan" sanitized; fi
+if wants suite; then check "conformance suite, profile $profile" suite; fi
+if wants npu; then check "ascend with the kernel on a simulated NPU, profile $profile" npu; fi
+if wants sanitized; then check "conformance suite under ASan and UBSan, profile $profile" suite_sanitized; fi
 
 echo
 if ((${#failed[@]})); then
     printf 'FAILED: %s\n' "${failed[@]}"
     exit 1
 fi
-if asks sanitized && [[ -n ${wanted[all]:-} ]]; then
+if wants sanitized && [[ -n ${wanted[all]:-} ]]; then
     echo "RECORD=ascendc-sanitized.json bash native/ascend/emulation/run.sh sanitized leaves a record."
 fi
 echo "The AscendC kernel was functionally emulated on a CPU; it was not run on an Ascend device."
