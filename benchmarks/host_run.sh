@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The host side on a machine with a GPU, from a clone that is not installed:
+# Measure the host side on a machine with a GPU, from a clone that is not installed:
 # bash benchmarks/host_run.sh FOLDER. Under 10 minutes on one H200, of which the measurements take 8.
 # FOLDER gets the result (<device>-host.json), its two plots, its tables (host.log), and the logs of
-# the tests, of calibration and of the benchmark. Each part has a time limit and a process of its own,
-# and what was measured before it stays: the result is written anew behind each. PEERS names peers to
-# measure beside, such as "lmcache"; they come last. SKIP_TESTS=1 leaves the tests out; TESTS are the
+# the tests, of calibration and of the benchmark. Each part has a time limit and a separate process,
+# and the result is written again after each part: earlier measurements stay. PEERS names peers to
+# measure as well, such as "lmcache"; they come last. SKIP_TESTS=1 leaves the tests out; TESTS are the
 # folders or files to run (default: those of the host side).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ tests=(${TESTS:-tests/host tests/interconnect tests/copy})
 
 parts=$(mktemp -d)
 trap 'rm -rf "$parts"' EXIT
-# The packages under the names that they have once installed.
+# The packages under the names that the installed packages have.
 export PYTHONPATH=$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 COLUMNS=200
 unset PORTAKV_BACKEND
 
@@ -30,8 +30,8 @@ fi
 timeout --signal=INT --kill-after=5 25 python3 -m portakv calibrate >"$out/calibrate.log" 2>&1 || status=1
 tail -n 3 "$out/calibrate.log"
 
-# measure SECONDS PARTS [OPTIONS]: past these seconds nothing new is begun; some more, and it is
-# interrupted, and writes what it has measured so far.
+# measure SECONDS PARTS [OPTIONS]: start no new part after these seconds. 15 seconds later the
+# benchmark is interrupted, and writes the results so far.
 measure() {
     local seconds=$1 what=$2
     shift 2

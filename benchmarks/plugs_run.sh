@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The plugs on a machine with a GPU, beside the engines that are installed there, from a clone that is
-# installed too (pip install --no-deps -e .), since engines find plugs by entry points:
-# bash benchmarks/plugs_run.sh FOLDER. FOLDER gets what doctor says, a log of each engine's tests, of
-# which none takes more than 100 s, and the result (<device>-plugs.json) with its plots and tables,
+# Measure the integrations on a machine with a GPU, with the engines that are installed there. The clone
+# must be installed (pip install --no-deps -e .), because engines find integrations by entry points:
+# bash benchmarks/plugs_run.sh FOLDER. FOLDER gets the output of doctor, a log of each engine's tests,
+# of which none takes more than 100 s, and the result (<device>-plugs.json) with its plots and tables,
 # after 60 to 100 s an engine. LMCACHE_SOURCES and VLLM_SOURCES name unpacked source archives, and
-# SGLANG_SOURCES a checkout, whose own tests are run against the plugs. ENGINES are the parts to measure;
+# SGLANG_SOURCES a checkout, whose own tests run against the integrations. ENGINES are the parts to measure;
 # SKIP_TESTS=1 leaves PortaKV's tests out. DEVICE=cpu PRESET=tiny tries the script itself.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ device=${DEVICE:-cuda}
 
 parts=$(mktemp -d)
 trap 'rm -rf "$parts"' EXIT
-# The packages under the names that they have once installed, and the stand-ins for engines' own tests.
+# The packages under the names that the installed packages have, and the stand-ins for engines' tests.
 export PYTHONPATH=$PWD/src:$PWD:$PWD/tests/integrations${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 COLUMNS=200 LMCACHE_TRACK_USAGE=false
 unset PORTAKV_BACKEND LMCACHE_DEVICE_BACKEND PORTAKV_SGLANG
@@ -24,8 +24,8 @@ unset PORTAKV_BACKEND LMCACHE_DEVICE_BACKEND PORTAKV_SGLANG
 status=0
 timeout 60 python3 -m portakv doctor >"$out/doctor.txt" || status=1
 
-# tests NAME FOLDER ARGUMENTS...: in a process of their own, as an engine changes torch for all of it;
-# 5 says that none of them is for a GPU.
+# tests NAME FOLDER ARGUMENTS...: run them in a separate process, because an engine changes torch for
+# the whole process. Status 5 means that none of the tests is for a GPU.
 tests() {
     local log=$out/pytest-$1.log from=$2 code=0
     shift 2
