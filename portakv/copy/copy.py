@@ -149,7 +149,8 @@ def copy_move(
 
     Raises as `copy_rows`.
     """
-    src, dst, src_index, dst_index, count = move
+    src = move.src
+    dst = move.dst
     if stream is not None:
         streams.check_stream(stream, choice.backend.device)
     dst.check_writable()
@@ -158,14 +159,16 @@ def copy_move(
         dst.check_memory()
     if not src.device == dst.device == choice.backend.device:
         choice = carrier(src, dst, choice, None)
-    ready = prepared(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
-    if count == 0:
+    ready = prepared(src.form, dst.form, *move.steps, None, choice)
+    if move.count == 0:
         return Transfer()
     skips = check_ids(move, strict)
     error = None
     pieces = _pieces(ready, move, choice)
-    clean = (src_index.on_host or src_index.is_clean(count, src.slots)) and (
-        dst_index.on_host or dst_index.is_clean(count, dst.slots)
+    src_index = move.src_index
+    dst_index = move.dst_index
+    clean = (src_index.on_host or src_index.is_clean(move.count, src.slots)) and (
+        dst_index.on_host or dst_index.is_clean(move.count, dst.slots)
     )
     guarded = skips or not clean
     if guarded and not _take(pieces, move, clean):
@@ -208,13 +211,14 @@ def check_ids(move: Move, strict: bool) -> bool:
         SlotError: a slot past the end, or a destination that occurs twice.
         Unsupported: inside graph capture, if it had to wait.
     """
-    src, dst, src_index, dst_index, count = move
+    src_index = move.src_index
+    dst_index = move.dst_index
     if strict and not (src_index.on_host and dst_index.on_host):
-        check_not_captured(common_device(src, dst), UNCHECKED)
+        check_not_captured(common_device(move.src, move.dst), UNCHECKED)
         src_index = src_index.to_host()
         dst_index = dst_index.to_host()
-    skips = src_index.check(count, src.slots, "source")
-    return dst_index.check(count, dst.slots, "destination", distinct=True) or skips
+    skips = src_index.check(move.count, move.src.slots, "source")
+    return dst_index.check(move.count, move.dst.slots, "destination", distinct=True) or skips
 
 
 def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
@@ -223,32 +227,35 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
 
     It waits once for the device if ids are there. If nothing is dropped, no later check is needed.
     """
-    src, dst, *indices, count = move
+    views = (move.src, move.dst)
+    indices = (move.src_index, move.dst_index)
+    count = move.count
     unit = gcd(unit, *(index.offset for index in indices), count)
-    device = next((x.ids.device for x in indices if x.ids is not None), src.device)
+    device = next((x.ids.device for x in indices if x.ids is not None), move.src.device)
     listed = [
         (x.units(count, unit, device), view.slots // unit)
-        for x, view in zip(indices, (src, dst), strict=True)
+        for x, view in zip(indices, views, strict=True)
         if x.ids is not None  # otherwise its length was checked
     ]
     good = [(number >= 0) & (number < slots) for number, slots in listed]
     usable = (good[0] & good[1] if len(good) == 2 else good[0]).nonzero()[:, 0]
     if usable.numel() * unit == count:
-        for index, view in zip(indices, (src, dst), strict=True):
+        for index, view in zip(indices, views, strict=True):
             index.mark_clean(count, view.slots)
         return move, None
     numbers = [x.units(count, unit, device) for x in indices]
-    bad = [number >= view.slots // unit for number, view in zip(numbers, (src, dst), strict=True)]
+    bad = [number >= view.slots // unit for number, view in zip(numbers, views, strict=True)]
     error = None
     at = (bad[0] | bad[1]).nonzero()[:, 0]
     if at.numel():
         first = int(at[0])
         side = 0 if bool(bad[0][first]) else 1
         slot = int(numbers[side][first]) * unit
-        view = (src, dst)[side]
+        view = views[side]
         error = bad_slot(first * unit, slot, view.slots)
     src_index, dst_index = (Index(number[usable], step=unit) for number in numbers)
-    return Move(src, dst, src_index, dst_index, usable.numel() * unit), error
+    usable_tokens = usable.numel() * unit
+    return Move(move.src, move.dst, src_index, dst_index, usable_tokens), error
 
 
 def _launch(
@@ -274,7 +281,7 @@ def _launch(
         for ready, first, tokens in pieces
     ]
     if on_device and not captured:
-        for view, read in zip(move[:2], pieces[0][0].tables, strict=True):
+        for view, read in zip((move.src, move.dst), pieces[0][0].tables, strict=True):
             if read and view.device == device:
                 bring_table(view, device)
     if captured:  # a graph's memory belongs to its owner, so no allocator records it
@@ -323,7 +330,8 @@ def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:
     src = moves[0].src
     dst = moves[0].dst
     tables = [table for view in (src, dst) if (table := view.table_on(stream.device)) is not None]
-    ids = [index.ids for move in moves for index in move[2:4] if index.ids is not None]
+    indices = [index for move in moves for index in (move.src_index, move.dst_index)]
+    ids = [index.ids for index in indices if index.ids is not None]
     streams.follow_current(stream, *src.retained, *dst.retained, *ids, *tables)
 
 

@@ -40,27 +40,31 @@ _strategies: Bounded[tuple[Any, ...], str] = Bounded("carriers of copies made ag
 
 def repeated(move: Move, choice: Choice) -> Transfer | None:
     """Issue the copy on the current stream if one like it was remembered; else return None."""
-    src, dst, src_index, dst_index, count = move
+    src = move.src
+    dst = move.dst
     kind = _kind(move, choice.backend.device)
-    if kind is None or count < 1 or capturing(choice.backend.device):
+    if kind is None or move.count < 1 or capturing(choice.backend.device):
         return None
-    name = _strategies.get((src.form, dst.form, kind, choice, count))
+    name = _strategies.get((src.form, dst.form, kind, choice, move.count))
     repeatable: _Repeatable | None = src.derived.get(_AGAIN, {}).get((dst, kind, choice, name))
-    if repeatable is None or count > repeatable.again.most:
+    if repeatable is None or move.count > repeatable.again.most:
         return None
     for view in repeatable.tabled:
         view.follow_table(choice.backend.device)
-    read = src.origins[0] if src_index.ids is None else src_index.ids.data_ptr()
-    written = dst.origins[0] if dst_index.ids is None else dst_index.ids.data_ptr()
+    src_ids = move.src_index.ids
+    dst_ids = move.dst_index.ids
+    read = src.origins[0] if src_ids is None else src_ids.data_ptr()
+    written = dst.origins[0] if dst_ids is None else dst_ids.data_ptr()
     word = acquire_word() if repeatable.guards else None
-    repeatable.again(read, written, 0, count, word.address if word else 0)
+    repeatable.again(read, written, 0, move.count, word.address if word else 0)
     words = [(word, 0)] if word else []
     completion = Completion(
         repeatable.events.recorded(None), (), words, None, None, repeatable.events
     )
     if word:
         hold(completion)
-    return Transfer((completion,), (src, dst, src_index, dst_index), repeatable.carried)
+    retained = (src, dst, move.src_index, move.dst_index)
+    return Transfer((completion,), retained, repeatable.carried)
 
 
 def remember(move: Move, choice: Choice, made: Transfer) -> None:
@@ -69,7 +73,8 @@ def remember(move: Move, choice: Choice, made: Transfer) -> None:
     A copy is remembered when its like was made twice, which never happens to views made for one
     call.
     """
-    src, dst, src_index, dst_index, count = move
+    src = move.src
+    dst = move.dst
     device = choice.backend.device
     kind = _kind(move, device)
     if kind is None or not made.completions or capturing(device):
@@ -86,14 +91,14 @@ def remember(move: Move, choice: Choice, made: Transfer) -> None:
         repeatables[key] = None
         return
     if repeatables[key] is None:
-        result = again(src, dst, src_index, dst_index)
+        result = again(src, dst, move.src_index, move.dst_index)
         if result is None:
             return
         tabled = tuple(view for view in (src, dst) if view.table_on(device) is not None)
         repeatables[key] = _Repeatable(
             result, tabled, ready.can.guards, event_pool(device), made.carried
         )
-    _strategies[src.form, dst.form, kind, choice, count] = name
+    _strategies[src.form, dst.form, kind, choice, move.count] = name
 
 
 def _kind(move: Move, device: torch.device) -> tuple[Any, ...] | None:

@@ -63,13 +63,12 @@ def in_slices(
         raise refuse_capture("A copy in slices", why)
     nothing = (_layer(move, 0) if by_layer else move)._replace(count=0)
     copy_move(nothing, choice, stream)  # refuse now what cannot be executed
-    src, dst, src_index, dst_index, count = move
-    guarded = Move(src, dst, src_index.to_host(), dst_index.to_host(), count)
+    guarded = move._replace(src_index=move.src_index.to_host(), dst_index=move.dst_index.to_host())
     if check_ids(guarded, strict=False):
         guarded, _ = drop_bad_ids(guarded, gcd(*guarded.steps))  # positions that are skipped
     _check_memory(guarded)
     if not guarded.count:
-        none = (Transfer(),) * src.layers if by_layer else None
+        none = (Transfer(),) * move.src.layers if by_layer else None
         return BlockTransfer(Transfer(), move, began, none)
     # Private indices: copies of ids that the thread makes are on no other stream.
     guarded = _part(guarded, Slice(None, 0, guarded.count, 0))
@@ -87,7 +86,7 @@ def in_slices(
     last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
     ends = (Transfer((SliceCompletion(worker, nth),)) for nth in last.values())
     layers = tuple(ends) if by_layer else None
-    worker.end = end = SliceCompletion(worker, len(slices), (src, dst))
+    worker.end = end = SliceCompletion(worker, len(slices), (move.src, move.dst))
     transfer = BlockTransfer(Transfer((end,)), move, began, layers, worker)
     worker.start()
     return transfer
@@ -95,7 +94,8 @@ def in_slices(
 
 def _cut(move: Move, rate: float | None, by_layer: bool) -> list[Slice]:
     """Return the slices of a transfer, each of whole blocks."""
-    src, dst, *_, count = move
+    src = move.src
+    dst = move.dst
     src_step, dst_step = move.steps
     # Tokens between two places where both sides may be cut.
     whole = lcm(src_step or 1, dst_step or 1, src.form.block_size if src.opaque else 1)
@@ -110,8 +110,8 @@ def _cut(move: Move, rate: float | None, by_layer: bool) -> list[Slice]:
     return [
         Slice(layer, first, size, round(size * each))
         for layer in layers
-        for first in range(0, count, tokens)
-        for size in [min(tokens, count - first)]
+        for first in range(0, move.count, tokens)
+        for size in [min(tokens, move.count - first)]
     ]
 
 
@@ -124,9 +124,12 @@ def _layer(move: Move, layer: int) -> Move:
 
 def _part(move: Move, piece: Slice) -> Move:
     """Return a slice of a copy, with only the ids of its positions."""
-    src, dst, *indices, _ = move if piece.layer is None else move.layer(piece.layer)
-    src_index, dst_index = (index.part(piece.first, piece.tokens) for index in indices)
-    return Move(src, dst, src_index, dst_index, piece.tokens)
+    whole = move if piece.layer is None else move.layer(piece.layer)
+    return whole._replace(
+        src_index=whole.src_index.part(piece.first, piece.tokens),
+        dst_index=whole.dst_index.part(piece.first, piece.tokens),
+        count=piece.tokens,
+    )
 
 
 def _check_memory(move: Move) -> None:

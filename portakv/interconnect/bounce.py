@@ -66,8 +66,9 @@ class _BounceLaunch(StrategyLaunch):
         self._most = max(1, slices) * self._whole
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        src, dst, *_, count = move
-        src = src.as_own()
+        src = move.src.as_own()
+        dst = move.dst
+        count = move.count
         name = self._half.name if self._half.forced else None
         down, up = (across(x, self._terms) for x in (choose(src.device, name), self._half))
         work = stream or torch.accelerator.current_stream(self.device.index)
