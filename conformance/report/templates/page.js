@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Filter and copy buttons. Without this script the page shows everything and lacks only those.
+// Filter and copy buttons. Without this script the page shows all cases, but has no buttons.
 "use strict";
 (() => {
   const all = (selector) => [...document.querySelectorAll(selector)];
