@@ -167,9 +167,9 @@ class Registration:
             return KVView.through(bound, tensor)
         except LayoutError as error:
             raise LayoutError(
-                f"The memory_obj does not hold chunks of these caches. {error} (Its dtype is "
-                f"{probe.dtype}, the caches' {self.view.owners[0].dtype}; widths are compared "
-                f"in bytes.)"
+                f"Expected a memory_obj that holds chunks of these caches, got {probe.dtype} that "
+                f"does not (the caches' dtype is {self.view.owners[0].dtype}; widths are compared "
+                f"in bytes). {error}"
             ) from error
 
     def _sets(self, jobs: Sequence[Job]) -> list[Job]:
@@ -215,8 +215,8 @@ def _known_extents(cache: KVView, layout: str, itemsize: int) -> Extents:
             extents[name] = getattr(cache, name)
     if any(width % itemsize for width in cache.widths):
         raise LayoutError(
-            f"The memory_obj's elements have {itemsize} bytes, which do not divide the caches' "
-            f"rows of {cache.widths} bytes for each kv and head; use a dtype of their width."
+            f"Expected a memory_obj whose elements divide the caches' rows of {cache.widths} bytes "
+            f"for each kv and head, got elements of {itemsize} bytes. Use a dtype of their width."
         )
     extents["dim"] = [width // itemsize for width in cache.widths]
     if parsed.opaque or (parsed.paged and parsed.shares("token")):

@@ -88,14 +88,14 @@ def _block_index(view: KVView, blocks: Ids | None, side: str) -> Index:
     size = view.form.block_size
     if not size:
         raise LayoutError(
-            f"{side}_blocks was given, but {view.layout.text!r} has no `block` axis; pass None for "
-            f"consecutive tokens."
+            f"Expected {side}_blocks=None for {view.layout.text!r}, which has no `block` axis, got "
+            f"ids. Pass None for consecutive tokens."
         )
     if isinstance(blocks, Index):
         if blocks.step != size:
             raise SlotError(
-                f"{side}_blocks is an Index with step {blocks.step}, but the view's blocks hold "
-                f"{size} tokens; pass Index(ids, step={size}), or ids."
+                f"Expected {side}_blocks to be an Index with a step of {size} tokens, one block of "
+                f"the view, got step {blocks.step}. Pass Index(ids, step={size}), or ids."
             )
         return blocks
     return Index.of(blocks, size)

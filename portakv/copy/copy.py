@@ -97,8 +97,9 @@ def common_device(src: KVView, dst: KVView) -> torch.device:
     if src.device.type == "cpu":
         return dst.device
     raise DeviceMismatch(
-        f"The source is on {src.device} and the destination on {dst.device}; a copy runs on one "
-        f"device, between it and the host, or between two of one type. Go through a host buffer."
+        f"Expected a copy on one device, between it and the host, or between two devices of one "
+        f"type, got {src.device} as source and {dst.device} as destination. Go through a host "
+        f"buffer."
     )
 
 
@@ -113,11 +114,14 @@ def covered(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> int
     assert tokens is not None
     if dst_tokens not in (None, tokens):
         raise SlotError(
-            f"The source covers {tokens} tokens and the destination {dst_tokens}; make them equal, "
-            f"or pass count."
+            f"Expected equally many tokens on both sides, got a source that covers {tokens} and a "
+            f"destination of {dst_tokens}. Make them equal, or pass count."
         )
     if tokens < 0:
-        raise SlotError(f"The index begins {-tokens} tokens after its end; lower its offset.")
+        raise SlotError(
+            f"Expected an index that begins before its end, got one that begins {-tokens} tokens "
+            f"after it. Lower its offset."
+        )
     return tokens
 
 

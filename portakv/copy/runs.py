@@ -90,8 +90,8 @@ def copy_runs(
     number = len(ends[0])
     if not len(ends[1]) == number:
         raise SlotError(
-            f"{number} src_addresses and {len(ends[1])} dst_addresses were given; pass an address "
-            f"for each run on both sides."
+            f"Expected equally many addresses on both sides, got {number} src_addresses and "
+            f"{len(ends[1])} dst_addresses. Pass an address for each run on both sides."
         )
     shapes = _shapes(number, sizes, rows, src_pitch, dst_pitch)
     if not number:
@@ -174,8 +174,8 @@ def _each(name: str, numbers: Numbers, number: int, least: int) -> _Int64:
         result = np.asarray(numbers)
     except (RuntimeError, TypeError, ValueError):
         raise SlotError(
-            f"{name} was given as a {type(numbers).__name__} that is no array on the host; "
-            f"expected {least_text} for each run, or one for all. Pass a list of them."
+            f"Expected {name} to be {least_text} for each run, or one for all, got a "
+            f"{type(numbers).__name__} that is not an array on the host. Pass a list of them."
         ) from None
     if result.ndim == 0 and result.dtype.kind != "b":
         return np.array([whole(name, numbers, least_text, least)])
@@ -185,8 +185,8 @@ def _each(name: str, numbers: Numbers, number: int, least: int) -> _Int64:
         or (result < least).any()
     ):
         raise SlotError(
-            f"{name} of {result.dtype} and shape {result.shape} was given for {number} runs; "
-            f"expected {least_text} for each run, or one for all."
+            f"Expected {name} to be {least_text} for each of {number} runs, or one for all, got "
+            f"{result.dtype} of shape {result.shape}. Pass a list of them."
         )
     return result.astype(np.int64)
 

@@ -223,9 +223,9 @@ def _page_first(pools: Tensors, layer: int, layers: int, page_size: int) -> KVVi
         or not 0 <= layer <= layer + layers <= first.shape[1]
     ):
         raise LayoutError(
-            f"Layers {layer} to {layer + layers - 1} in pages of {page_size} tokens were requested "
-            f"from {described(first)}; expected [page, layer, token, ...]. Pass a pool in that "
-            f"order."
+            f"Expected a pool [page, layer, token, ...] that has layers {layer} to "
+            f"{layer + layers - 1} in pages of {page_size} tokens, got {described(first)}. Pass a "
+            f"pool in that order."
         )
     for each in pools:
         _check_alike(first, each)

@@ -309,9 +309,9 @@ def _layers(cache: DynamicCache) -> list[DynamicLayer]:
     for number, layer in enumerate(cache.layers):
         if type(layer) not in (DynamicLayer, PortaKVLayer):
             raise LayoutError(
-                f"Layer {number} of the cache is a {type(layer).__name__}, expected a layer that "
-                f"retains every token: DynamicLayer or PortaKVLayer. Make the cache without "
-                f"config=, if the model may attend to all tokens."
+                f"Expected layer {number} of the cache to retain every token, as DynamicLayer and "
+                f"PortaKVLayer do, got a {type(layer).__name__}. Make the cache without config= "
+                f"if the model may attend to all tokens."
             )
     return list(cache.layers)
 
@@ -322,8 +322,8 @@ def _whole(tokens: SupportsIndex) -> int:
         if (number := whole_number(tokens)) > 0:
             return number
     raise SlotError(
-        f"A prefix of {tokens!r} tokens was requested, expected a whole number of at least 1. "
-        f"Correct the number."
+        f"Expected a whole number of at least 1 as the length of a prefix, got a prefix of "
+        f"{tokens!r} tokens. Correct the number."
     )
 
 

@@ -104,9 +104,8 @@ def parts_of(
         widest = pages[at].shape[1] if 0 <= at < len(pages) else 0
         if not 0 < width <= widest:
             raise LayoutError(
-                f"A group names pages of {width} bytes in tensor {at}; expected one of "
-                f"{len(pages)} tensors, with pages of up to {widest} bytes. Pass vLLM's canonical "
-                f"caches."
+                f"Expected a group in one of {len(pages)} tensors, with pages of up to {widest} "
+                f"bytes, got pages of {width} bytes in tensor {at}. Pass vLLM's canonical caches."
             )
         shape = (pages[at].shape, pages[at].stride(), host[at].shape, host[at].stride())
         alike.setdefault((width, shape), {})[at] = None

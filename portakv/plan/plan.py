@@ -222,8 +222,8 @@ def check_disjoint(move: Move) -> None:
         both = np.intersect1d(read[read >= 0], written[written >= 0])
         if both.size:
             raise SlotError(
-                f"Slot {int(both[0])} is both source and destination of a copy inside one cache; "
-                f"exchange rows through a buffer."
+                f"Expected different slots on the two sides of a copy inside one cache, got slot "
+                f"{int(both[0])} as both source and destination. Exchange rows through a buffer."
             )
         return
     unit = src.form.block_size if src.opaque else 1
@@ -234,8 +234,8 @@ def check_disjoint(move: Move) -> None:
     at = np.searchsorted(first, runs.src + runs.nbytes) - 1
     if ((at >= 0) & (past[at] > runs.src)).any():
         raise SlotError(
-            "A row is both source and destination of a copy inside one allocation; exchange rows "
-            "through a buffer."
+            "Expected different rows on the two sides of a copy inside one allocation, got a row "
+            "as both source and destination. Exchange rows through a buffer."
         )
 
 
@@ -249,8 +249,8 @@ def _check_forms(src: Form, dst: Form) -> None:
         dst_extent = getattr(dst, axis)
         if src_extent != dst_extent:
             raise LayoutError(
-                f"The source has {axis.rstrip('s')!r} extent {src_extent} and the destination "
-                f"{dst_extent}; a copy needs equal extents: declare them alike, or slice one view."
+                f"Expected a destination with {axis.rstrip('s')!r} extent {src_extent} like the "
+                f"source, got extent {dst_extent}. Declare them alike, or slice one view."
             )
     if src.opaque != dst.opaque:
         raise Unsupported(
@@ -261,21 +261,21 @@ def _check_forms(src: Form, dst: Form) -> None:
     for k, (src_width, dst_width) in enumerate(zip(src.widths, dst.widths, strict=True)):
         if src_width != dst_width:
             raise LayoutError(
-                f"The source's rows of kv {k} are {src_width} bytes wide for each head of each "
-                f"layer, the destination's {dst_width}; widths are compared in bytes and must be "
-                f"equal: declare dim alike, or slice the kv that agree."
+                f"Expected the destination's rows of kv {k} to be {src_width} bytes wide for each "
+                f"head of each layer like the source's, got {dst_width}: widths are compared in "
+                f"bytes. Declare dim alike, or slice the kv that agree."
             )
     if src.opaque and src.block_size != dst.block_size:
         raise LayoutError(
-            f"The source's pages hold {src.block_size} tokens and the destination's "
-            f"{dst.block_size}; opaque pages move only between equal block sizes."
+            f"Expected the destination's opaque pages to hold {src.block_size} tokens like the "
+            f"source's, got {dst.block_size}. Copy such pages only between equal block sizes."
         )
     for k, (one, other) in enumerate(zip(src.dtypes, dst.dtypes, strict=False)):
         if one != other and one and other:
             raise LayoutError(
-                f"The source's rows of kv {k} are {one} and the destination's {other}; a copy "
-                f"moves bits and converts nothing. Make the dtypes equal, or pass reinterpret=True "
-                f"(to a connector when it is made) if the bits are meant."
+                f"Expected the destination's rows of kv {k} to be {one} like the source's, got "
+                f"{other}: a copy moves bits and converts nothing. Make the dtypes equal, or pass "
+                f"reinterpret=True (to a connector when it is made) if the bits are meant."
             )
 
 

@@ -276,7 +276,7 @@ REFUSED: list[tuple[Callable[[Cache, Cache], tuple[Any, ...]], Any, list[str]]] 
     (lambda src, dst: (src.view, dst.view, SRC, [1, 2, 3, 4, 1]), SlotError,  # in two slices
      ["occurs 2 times", "destination"]),
     (lambda src, dst: (src.view, dst.view, [0, 1], [1]), SlotError,
-     [f"covers {2 * SIZE}", f"destination {SIZE}"]),
+     [f"covers {2 * SIZE}", f"destination of {SIZE}"]),
     (lambda src, dst: (src.view, dst.view, torch.tensor([0.0]), [1]), SlotError, ["float"]),
     (lambda src, dst: (WIDE, src.view, [0], [1]), LayoutError, ["bytes"]),
     (lambda src, dst: (dst.view, KVView([src.tensors[0]] * LAYERS, NHD), [0], [1]), LayoutError,

@@ -637,7 +637,7 @@ def test_sizes_that_do_not_fit() -> None:
         (lambda: io.transfer_kv_all_layer_direct_lf_pf(here.k, [there.k] * 2, s, s, PAGE), ()),
         (lambda: io.transfer_kv_all_layer_direct_lf_pf(here.k, [there.k], s, s, PAGE), ()),
         (lambda: io.transfer_kv_per_layer_direct_pf_lf(
-            [on_host("pfd", CPU, 1).k], [here.k[0]], s, s, 3, PAGE), ("Layers 3 to 3",)),
+            [on_host("pfd", CPU, 1).k], [here.k[0]], s, s, 3, PAGE), ("layers 3 to 3",)),
     ]  # fmt: skip
     for call, names in calls:
         bad(call, LayoutError, *names)

@@ -347,7 +347,7 @@ def test_what_is_refused(model: Any) -> None:
         integration.save_prefix(cache, pool, [1, 2, 3], 22)
     with refused(LayoutError, "0 tokens", "of 0"):
         integration.save_prefix(DynamicCache(), pool, [1, 2, 3])
-    with refused(SlotError, "A prefix of 0 tokens"):
+    with refused(SlotError, "a prefix of 0 tokens"):
         integration.save_prefix(cache, pool, [1, 2, 3], 0)
     chunk = KVView(torch.zeros(2, LAYERS, 32, KV_HEADS, DIM), "kv layer token head dim")
     with refused(LayoutError, "`block` axis"):
@@ -355,7 +355,7 @@ def test_what_is_refused(model: Any) -> None:
     sliding = small("Mistral", sliding_window=8)
     windowed = DynamicCache(config=sliding.config)
     steps(sliding, windowed, prompt(), 1)
-    with refused(LayoutError, "Layer 0", "DynamicSlidingWindowLayer"):
+    with refused(LayoutError, "layer 0", "DynamicSlidingWindowLayer"):
         integration.save_prefix(windowed, pool, [1, 2, 3])
     with refused(IntegrationError, "config='llama'", "model.config"):
         integration.OffloadedCache("llama")
