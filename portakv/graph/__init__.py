@@ -17,10 +17,29 @@ __all__ = ["Collector", "Graph", "Handle", "Lease", "Task"]
 
 
 class _Node(Task):
-    """A task from the arguments of its former class; ``link`` is its queue."""
+    """A task from the arguments of its former class: ``link`` is its queue, ``given`` the eligible
+    blocks."""
 
-    def __init__(self, work: Any, blocks: int, *, link: _Queue | None = None, **terms: Any) -> None:
-        super().__init__(work, blocks, queue=link, **terms)
+    def __init__(
+        self,
+        work: Any,
+        blocks: int,
+        *,
+        link: _Queue | None = None,
+        given: Any = None,
+        **terms: Any,
+    ) -> None:
+        super().__init__(work, blocks, queue=link, eligible=given, **terms)
+
+    @property
+    def link(self) -> Any:
+        """Return the queue."""
+        return self.queue
+
+    @property
+    def given(self) -> Any:
+        """Return the eligible blocks."""
+        return self.eligible
 
 
 def __getattr__(name: str) -> object:
@@ -28,8 +47,8 @@ def __getattr__(name: str) -> object:
     if name != "Node":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(
-        "portakv.graph.Node is now Task, with queue= in place of link=. The former name ships in "
-        "0.1.0 and goes in 0.2.0.",
+        "portakv.graph.Node is now Task, with queue= and eligible= in place of link= and given=. "
+        "The former name ships in 0.1.0 and goes in 0.2.0.",
         DeprecationWarning,
         stacklevel=2,
     )

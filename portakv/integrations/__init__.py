@@ -8,10 +8,12 @@ chooses it.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from importlib import metadata
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import portakv
 from portakv.errors import PortaKVError
@@ -29,6 +31,10 @@ __all__ = [
     "untested",
     "why_not",
 ]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_FORMER_NAMES = {"PLUGS": "INTEGRATIONS", "Plug": "Integration"}
 
 
 class IntegrationError(PortaKVError, RuntimeError):
@@ -118,6 +124,34 @@ INTEGRATIONS = {
 }
 
 
+def __getattr__(name: str) -> object:
+    """Return an object under its former name; raise `AttributeError` for any other name."""
+    if name not in _FORMER_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _warn_former(f"{__name__}.{name}", _FORMER_NAMES[name])
+    return globals()[_FORMER_NAMES[name]]
+
+
+def _warn_former(former: str, name: str) -> None:
+    """Warn the caller's caller that a name has changed."""
+    why = f"{former} is now {name}. The former name ships in 0.1.0 and goes in 0.2.0."
+    warnings.warn(why, DeprecationWarning, stacklevel=3)
+
+
+def _accept_plug(function: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that also accepts ``plug=``, the former name of ``integration``."""
+
+    @wraps(function)
+    def call(*args: Any, **terms: Any) -> T:
+        if "plug" in terms:
+            _warn_former(f"{function.__name__}(plug=)", f"{function.__name__}(integration=)")
+            terms["integration"] = terms.pop("plug")
+        return function(*args, **terms)
+
+    return call
+
+
+@_accept_plug
 def why_not(integration: str) -> str | None:
     """Return None if an integration supports the installed engine, else a sentence with the reason.
 
@@ -127,6 +161,7 @@ def why_not(integration: str) -> str | None:
     return _judge(integration).refusal
 
 
+@_accept_plug
 def untested(integration: str) -> str | None:
     """Return a sentence if the installed release is supported but was not tested, else None.
 
@@ -135,6 +170,7 @@ def untested(integration: str) -> str | None:
     return _judge(integration).warning
 
 
+@_accept_plug
 def check_release(integration: str) -> None:
     """Check the installed release of an integration's engine. Warn if it was not tested.
 
@@ -145,7 +181,7 @@ def check_release(integration: str) -> None:
     if verdict.refusal:
         raise IntegrationError(verdict.refusal)
     if verdict.warning:
-        warnings.warn(verdict.warning, RuntimeWarning, stacklevel=2)
+        warnings.warn(verdict.warning, RuntimeWarning, stacklevel=3)  # past `_accept_plug`
 
 
 class _Verdict(NamedTuple):

@@ -41,8 +41,10 @@ def test_former_names_warn_and_work() -> None:
     with pytest.warns(DeprecationWarning, match=r"Graph\.queue.*goes in 0\.2\.0"):
         queue = graph.link("any", 2)
     with pytest.warns(DeprecationWarning, match=r"Task.*goes in 0\.2\.0"):
-        task = graphs.Node(lambda task, mask: mask, 2, link=queue)
+        task = graphs.Node(lambda task, mask: mask, 2, link=queue, given=[True, False])
     graph.submit([task])
     assert task.wait(10)
+    assert task.landed.tolist() == [True, False]
+    assert (task.link, task.given) == (queue, [True, False])
     with pytest.raises(AttributeError, match="no attribute 'Nodes'"):
         _ = graphs.Nodes
