@@ -65,15 +65,15 @@ class Copied:
     transfer: Transfer = field(repr=False, compare=False)
 
     def done(self) -> bool:
-        """See `Transfer.done`."""
+        """Return what `Transfer.done` of the transfer returns."""
         return self.transfer.done()
 
     def wait(self, stream: Stream | None = None) -> None:
-        """See `Transfer.wait`."""
+        """Make a stream wait, as `Transfer.wait` does."""
         self.transfer.wait(stream)
 
     def synchronize(self) -> None:
-        """See `Transfer.synchronize`."""
+        """Wait on the host, as `Transfer.synchronize` does."""
         self.transfer.synchronize()
 
 

@@ -135,7 +135,7 @@ class ZeroCopyKernel(RowsKernel):
         self._first = 8 * side.side.table
 
     def entry(self, each: int, name: str) -> str:
-        """See `RowsKernel.entry`."""
+        """Return the definition of one entry, as `RowsKernel.entry` does."""
         sizes = self.vector, self.run // self.vector, self._strips, self._together
         of = f"{', '.join(map(str, sizes))}, Inner, Outer, Src, Dst"
         entry = f"void PORTAKV_AT_MOST({self.threads}) {name}(const PORTAKV_CONSTANT Argument copy)"
@@ -150,7 +150,7 @@ class ZeroCopyKernel(RowsKernel):
         return min(most, -(-units * self._length // width) * self._groups), 1
 
     def requests(self, move: Move) -> tuple[Request, Request]:
-        """See `RowsKernel.requests`; uses the host's addresses on the device."""
+        """Return the values as `RowsKernel.requests`, with the host's addresses on the device."""
         src, dst = super().requests(move)
         if not self.wants_table:
             return src, dst
@@ -244,7 +244,10 @@ class _ZeroCopyLaunch(StrategyLaunch):
     def again(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
     ) -> RowsAgain | None:
-        """See `base.Repeatable`. None if host memory must be retained until the kernel ends."""
+        """Return the packed launch as `base.Repeatable`.
+
+        None if host memory must be retained until the kernel ends.
+        """
         retained = (dst if self.downward else src).retained
         return (
             None if self._pinned and retained else self._rows.again(src, dst, src_index, dst_index)

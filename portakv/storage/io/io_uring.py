@@ -200,7 +200,7 @@ class OneRing:
         self.notes = self._buffers.notes
 
     def run(self, requests: Sequence[Request], tell: Ended | None = None) -> list[int]:
-        """See `Engine`. Requests that the kernel never ended are not reported."""
+        """Carry out requests as `Engine.run`, but report none that the kernel never ended."""
         self._generation = (self._generation + 1) % LARGEST  # fits a key
         batch = _Batch(requests, self._generation)
         to_the_end(partial(self._execute, batch, tell))
@@ -304,6 +304,6 @@ class Ring(Threads):
         return ring.run(requests, tell)
 
     def close(self) -> None:
-        """See `Engine`. Each ring goes once its thread has left it."""
+        """End the engine as `Engine.close`; each ring goes once its thread has left it."""
         super().close()
         self._local = threading.local()

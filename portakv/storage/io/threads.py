@@ -116,7 +116,7 @@ class Threads:
         self._end.atexit = False
 
     def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
-        """See `Engine`. Raises `StoreError` in a process that was forked from the maker's."""
+        """Carry out requests as `Engine.run`; raise `StoreError` in a forked process."""
         if self._process.forked:
             raise StoreError(
                 f"Expected the process that made the I/O engine {self.name!r}, got a forked "
@@ -188,6 +188,6 @@ class Threads:
         return self._begun
 
     def close(self) -> None:
-        """See `Engine`."""
+        """End the engine as `Engine.close`."""
         self._closed = True
         self._end()
