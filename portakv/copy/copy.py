@@ -234,12 +234,16 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
     views = (move.src, move.dst)
     indices = (move.src_index, move.dst_index)
     count = move.count
+
+    # Units divide the offsets and the count, so that none is cut.
     unit = gcd(unit, *(index.offset for index in indices), count)
     device = next((x.ids.device for x in indices if x.ids is not None), move.src.device)
+
+    # An index without ids is a range, whose length was checked.
     listed = [
         (x.units(count, unit, device), view.slots // unit)
         for x, view in zip(indices, views, strict=True)
-        if x.ids is not None  # otherwise its length was checked
+        if x.ids is not None
     ]
     good = [(number >= 0) & (number < slots) for number, slots in listed]
     usable = (good[0] & good[1] if len(good) == 2 else good[0]).nonzero()[:, 0]
@@ -247,6 +251,8 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
         for index, view in zip(indices, views, strict=True):
             index.mark_clean(count, view.slots)
         return move, None
+
+    # Negative ids are padding: only an id past the end is an error.
     numbers = [x.units(count, unit, device) for x in indices]
     bad = [number >= view.slots // unit for number, view in zip(numbers, views, strict=True)]
     error = None
@@ -257,6 +263,7 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
         slot = int(numbers[side][first]) * unit
         view = views[side]
         error = bad_slot(first * unit, slot, view.slots)
+
     src_index, dst_index = (Index(number[usable], step=unit) for number in numbers)
     usable_tokens = usable.numel() * unit
     return Move(move.src, move.dst, src_index, dst_index, usable_tokens), error

@@ -423,21 +423,28 @@ def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]
     ``below`` (0: nothing folds)."""
     if not units:
         return 0, 0
+
+    # Units that follow each other on both sides form one run for each group.
     src = nest.src.units[-1]
     dst = nest.dst.units[-1]
     joined = src.stride == dst.stride == nest.run and not (src.table or dst.table)
     lines = groups if joined else units
     width = nest.run
     loops = list(nest.loops)
+
     limits = [limit for side in (nest.src, nest.dst) if (limit := _limit(side.units))]
     # All groups have one known length: there is one group, or each group is a whole block.
     if joined and (groups == 1 or (limits and units == groups * min(limits))):
         width, loops = _absorb(loops, nest.run * (units // groups))
+
     around = prod(loop.extent for loop in loops)
     runs = pieces = lines * around
     if not below:
         return runs, runs
+
+    # Wide rows cross faster as entries of a batch, so that only many of them fold.
     least = LEAST_HEIGHT if max(width, nest.run * units // lines) < below else TALL
+
     # Rows that may become one 2-D copy: their number, their pitches, and the resulting pieces.
     rows = [(x.extent, x.src_stride, x.dst_stride, runs // x.extent) for x in loops if not x.tabled]
     if not joined:

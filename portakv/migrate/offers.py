@@ -237,14 +237,18 @@ class Owner:
                 f"Expected shards in at most {messages.MOST_REGIONS - 1} allocations, got "
                 f"{len(regions.storages)}. Make the tensors slices of fewer allocations."
             )
+
         with self.change:
             self.revoke_all()
             self.epoch = secrets.token_bytes(16)
             self.shards = shards
             self.device = device
             self._key = secrets.token_bytes(32)
-            for one in self._exports:
-                one.close()
+
+            for export in self._exports:
+                export.close()
+
+            # The proof is exported like a region, after all others.
             self._proof = ipc.proof(self.epoch, self.device)
             exports = list[ipc.Held]()
             files = ipc.SharedFiles()
@@ -256,11 +260,14 @@ class Owner:
                     exports.append(ipc.export(storage, files))
                     exported.append(messages.Region(*described_as, exports[-1].handle))
                 except Unsupported as error:
+                    # A reader that cannot map a region reads staged rows of it.
                     exported.append(messages.Region(*described_as, why=error.why))
+
             events = _events(self.device) if exports else []
             self._exports = exports
             self._events = events
             self._turn = 0
+
             self._handshake = messages.Handshake(
                 epoch=self.epoch,
                 described=described,

@@ -191,6 +191,7 @@ class BlockStore:
             queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
             chunks = call.chunks(some, SAVED, 1, *queues)
             self._generation += len(chunks)
+
             # After a gap no block evicts another one. The first blocks take the free slots only if
             # each chunk waits for the writes of the chunk before it.
             gaps = {
@@ -198,6 +199,7 @@ class BlockStore:
                 for tier_store in tier_stores
                 if not self._shared.continues(call.after, tier_store)
             }
+
             written = dict[TierStore, Ending]()
             for number, at in enumerate(chunks):
                 in_flight = InFlight(call, own, at, until)
@@ -205,6 +207,7 @@ class BlockStore:
                 work = partial(in_flight.gather, crossing, view)
                 in_flight.ends[None] = gather = call.task(at, work, self._down, in_flight, ())
                 in_flight.last = [gather]
+
                 for tier_store in tier_stores:
                     queue = tier_store.queue_for_write(len(at) * own.form.image_bytes)
                     write = partial(in_flight.write, tier_store, queue)
@@ -214,6 +217,7 @@ class BlockStore:
                     task = call.task(at, write, queue, in_flight, [gather, *order])
                     written[tier_store] = (task, [], [])
                     in_flight.last.append(task)
+
                 call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
                 call.submit()  # submits now, so that the queues count it
         return call.handle(view, eligible=partial(self._shared.stored, call.keys))
@@ -225,10 +229,13 @@ class BlockStore:
         tier_stores = [tier_store for tier_store in own.tier_stores if tier_store.writable]
         keeps = [tier_store.where for tier_store in tier_stores if tier_store.tier != "remote"]
         call.explanation.saved_in = ", ".join(keeps if tier_stores else ["the host tier"])
+
+        # A block that a tier does not admit yet need not land.
         known = [tier_store.known(call.keys) for tier_store in tier_stores]
         wants = [tier_store.wants(call.keys) for tier_store in tier_stores]
         for stored, wanted in zip(known, wants, strict=True):
             call.excused |= ~(np.array(stored, np.bool_) | np.array(wanted, np.bool_))
+
         for i, key in enumerate(call.keys):
             in_flight, row = self._shared.in_transit.get(own.name(key), (None, 0))
             lacks = tuple(

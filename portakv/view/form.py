@@ -311,18 +311,26 @@ def gather(parts: Sequence[Part], count: int, n: int) -> tuple[tuple[Part, ...],
     The change is, for each of these entries in order, the bytes that its address gains. ``n``: 1 if
     parts share entries; else there are ``n``, and entry e of the i-th is e * n + i.
     """
-    begun = [(part.table * n + i % n, part) for i, part in enumerate(parts)]
-    first = {start: part.offset for start, part in reversed(begun)}  # parts of one entry share it
+    started = [(part.table * n + i % n, part) for i, part in enumerate(parts)]
+
+    # Parts that start at one entry share its address, so that the first part's offset goes into it.
+    moved_by = {start: part.offset for start, part in reversed(started)}
+
     gained: dict[int, int] = {}
-    for start, part in begun:
-        gained.update((start + n * entry, first[start]) for entry in part.entries(count))
+    for start, part in started:
+        gained.update((start + n * entry, moved_by[start]) for entry in part.entries(count))
     reached = sorted(gained)
-    made = []
-    for start, part in begun:
+
+    gathered = []
+    for start, part in started:
         axes: dict[str, Steps] = {}
         for name in PART_AXES:
-            # A step now passes as many entries as are left of those it passed from the first on.
-            passed = ((x, bisect_left(reached, reached[0] + n * x.table)) for x in part.axis(name))
-            axes[name] = tuple(replace(step, table=table) for step, table in passed)
-        made.append(Part(bisect_left(reached, start), part.offset - first[start], **axes))
-    return tuple(made), {number: gained[number] for number in reached}
+            steps = []
+            for step in part.axis(name):
+                # Entries that no part reaches are gone: a step passes only those that are left.
+                table = bisect_left(reached, reached[0] + n * step.table)
+                steps.append(replace(step, table=table))
+            axes[name] = tuple(steps)
+        table = bisect_left(reached, start)
+        gathered.append(Part(table, part.offset - moved_by[start], **axes))
+    return tuple(gathered), {number: gained[number] for number in reached}
