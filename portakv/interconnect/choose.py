@@ -192,7 +192,7 @@ class HostLaunch(StrategyLaunch):
         )
 
     def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
-        """Return what the strategy of this thread's last transfer returns; see `base.Repeatable`."""
+        """Return what this thread's last strategy returns; see `base.Repeatable`."""
         repeat = getattr(self._launches.get(self._last.carried[0]), "again", None)
         return None if repeat is None else repeat(src, dst, src_index, dst_index)
 
