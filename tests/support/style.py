@@ -25,6 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EXCEPTIONS = ROOT / "tests/style_exceptions.toml"
 FOLDERS = ("portakv", "conformance", "benchmarks", "examples", "tests")
+#: Files other than Python modules in which `--words` looks for private words.
+SUFFIXES = (".md", ".toml", ".sh", ".h", ".cpp", ".html")
 
 #: The largest measure that each rule allows without an exception.
 LIMITS = {
@@ -57,11 +59,12 @@ NAMES = re.compile(r"(?<![a-z])(found|given|held|kept|ways?|rooms?|homes?|house|
 #: Names that stay: public ones, fields of records on disk, and the words of other projects.
 STAYING = re.compile(
     # Environment variables, files, commands and deprecated names.
-    r"PORTAKV_MOVER|\.ci/(plugs|full plugs)|--(plugs|bars|tells)|bars\.toml|[-/.]plugs\b|plugs/"
+    r"PORTAKV_MOVER|PLUGS_ENVIRONMENTS|\.ci/(plugs|full plugs)|^plugs\)|or plugs \[|plugs_run"
+    r"|--(plugs|bars|tells)|bars\.toml|[-/.]plugs\b|plugs/"
     r"|home_of_ids|\bTells\b|[\"`]movers?[\"`]|mover(:|=)"
     # Fields and kinds of recorded results.
     r"|blocks_asked|[\"'](asked|told|said|rung|plugs?|ladder|beside|Welcome)[\"']|\.rung\b|\brung[:=]"
-    r"|plug_\w+|\w+_beside|zero_copy beside|``?(told|Welcome)``?|said(_width)?="
+    r"|plug_\w+|\w+_beside|zero_copy beside|``?(told|Welcome)``?"
     # Names of tests and of their cases; a decorator of hypothesis.
     r"|\btest_\w+(\[[^]]*\])?|(behind|beside)-padding|padding-beside|@given|import (\w+, )*given"
 )
@@ -287,7 +290,7 @@ def sizes() -> dict[str, Size]:
 
 
 def words(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line and the word of each private word in a Python file or a page."""
+    """Yield the line and the word of each private word in a text file."""
     text = path.read_text(encoding="utf-8")
     for number, line in enumerate(text.splitlines(), 1):
         for match in WORDS.finditer(STAYING.sub("", line)):
@@ -299,12 +302,24 @@ def words(path: Path) -> Iterator[tuple[int, str]]:
                     yield token.start[0], match[0]
 
 
+def texts(folder: Path) -> list[Path]:
+    """Return the files below a folder that have words: no results, and all files of `.ci`."""
+    others = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and (path.suffix in SUFFIXES or (path.parent.name == ".ci" and not path.suffix))
+        and not {"results", "__pycache__"} & set(path.parts)
+    ]
+    return [*modules(folder), *others]
+
+
 def list_words(names: list[str]) -> None:
     """Print each private word below the named files and folders, and their number."""
     total = 0
     for name in names:
         top = ROOT / name
-        files = [top] if top.is_file() else [*modules(top), *sorted(top.rglob("*.md"))]
+        files = [top] if top.is_file() else texts(top)
         for path in files:
             for number, word in words(path):
                 total += 1
