@@ -133,8 +133,9 @@ def test_without_the_package_the_script_says_what_to_install(word: str, tmp_path
         assert done.returncode == 1
         message = done.stdout.partition("===")[2].splitlines()[1]
         assert message == (
-            f"The suite needs PortaKV with its extra 'conformance', and {python} lacks one of them; "
-            f"run pip install '.[conformance]' in the repository, or name another Python by PYTHON."
+            f"The suite needs PortaKV with its extra 'conformance', and {python} lacks one of "
+            "them; run pip install '.[conformance]' in the repository, or name another Python by "
+            "PYTHON."
         )
         assert "Traceback" not in done.stdout + done.stderr
 

@@ -203,5 +203,5 @@ def test_a_connector_shows_what_it_is() -> None:
 def test_what_is_no_cache_is_refused_beside_registered_ones(caches: Any) -> None:
     connector = AdaptiveConnector("cpu")
     connector.register_kv_caches([torch.zeros(2, 4, 4, 2, 8)])
-    with pytest.raises(LayoutError, match="Expected .*, got a "):
+    with pytest.raises(LayoutError, match=r"Expected .*, got a "):
         connector.from_gpu(torch.zeros(2, 1, 3, 16), caches, [1, 2, 3])
