@@ -32,12 +32,12 @@ class _Node(Task):
         super().__init__(work, blocks, queue=link, eligible=given, **terms)
 
     @property
-    def link(self) -> Any:
+    def link(self) -> object:
         """Return the queue."""
         return self.queue
 
     @property
-    def given(self) -> Any:
+    def given(self) -> object:
         """Return the eligible blocks."""
         return self.eligible
 
