@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller learns of the blocks that a graph moves."""
+"""Test the handle, by which a caller learns the fate of its blocks."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from portakv.graph.task import Task
 
 @pytest.fixture
 def graph() -> Iterator[Graph]:
+    """Return a graph, and close it after the test."""
     graph = Graph()
     yield graph
     assert graph.close(30.0)
 
 
 def submitted(graph: Graph, work: Any, blocks: int = 3, **terms: Any) -> Handle:
-    """A handle of one task and its gate."""
+    """Return the handle of one task and its barrier."""
     task = Task(work, blocks, queue=graph.queue("disk"))
     gate = Task(None, blocks, after=[task])
     graph.submit([task, gate], priority="urgent")
@@ -48,8 +49,8 @@ def test_all_landed(graph: Graph) -> None:
 def test_blocks_that_are_missing_raise_unless_they_may(graph: Graph, call: str) -> None:
     """Fault 55, in the graph's sense: it says exactly which."""
     for mask in ([False, True, True], [True, False, True], [True, True, False]):
-        raises = submitted(graph, lambda task, mask, mine=mask: mine)
-        skips = submitted(graph, lambda task, mask, mine=mask: mine, missing="skip")
+        raises = submitted(graph, lambda task, left, mask=mask: mask)
+        skips = submitted(graph, lambda task, left, mask=mask: mask, missing="skip")
         skips.synchronize()  # and by then the other has ended as well
         with pytest.raises(TransferError, match=r"^2 of 3 blocks landed\. No tier has"):
             getattr(raises, call)()
@@ -64,7 +65,7 @@ def test_the_first_cause_is_named(graph: Graph) -> None:
 
 
 def test_a_save_names_the_first_tier_that_did_not_take_all(graph: Graph) -> None:
-    """And gives no advice of loads."""
+    """The error gives no advice about loads."""
     takes, half, none = (
         Task(partial(lambda n, _, mask: mask & (np.arange(3) < n), n), 3, queue=graph.queue(name))
         for name, n in (("disk:/a", 3), ("disk:/b", 2), ("remote", 0))
@@ -88,7 +89,7 @@ def test_a_save_that_fails_names_its_cause(graph: Graph) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("missing", ["raise", "skip"])
 def test_a_forked_child_learns_what_ended_before(graph: Graph, missing: str) -> None:
-    """And of the rest that it goes on in the parent, if blocks may be missing too."""
+    """It learns that the rest goes on in the parent, also if blocks may be missing."""
     go = threading.Event()
     landed = submitted(graph, lambda task, mask: None, missing=missing)
     landed.synchronize()
@@ -113,11 +114,11 @@ def test_cancel_is_told(graph: Graph, missing: str) -> None:
     begun = threading.Event()
     go = threading.Event()
 
-    def held(*_: object) -> None:
+    def blocks(*_: object) -> None:
         begun.set()
         go.wait(30)
 
-    running = submitted(graph, held)
+    running = submitted(graph, blocks)
     queued = submitted(graph, lambda task, mask: None, missing=missing)
     assert begun.wait(30)
     assert not running.cancel()
@@ -164,7 +165,7 @@ def test_ctrl_c_in_synchronize_leaves_the_handle_usable(graph: Graph) -> None:
             signal.pthread_kill(main, signal.SIGINT)  # as the terminal's Ctrl-C comes
             if go.wait(1):
                 return
-        raise AssertionError("nobody noticed Ctrl-C")
+        raise AssertionError("no one noticed Ctrl-C")
 
     handle = submitted(graph, work)
     submits.set()

@@ -47,7 +47,7 @@ class Drawn(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What the tasks of one call have in common."""
+    """The common terms of the tasks of one call."""
 
     priority: Any
     deadline: float | None
@@ -78,7 +78,7 @@ TERMS = st.builds(
     priority=st.sampled_from(tuple(SLACK)),
     deadline=st.sampled_from((None, None, None, None, 0.0, 0.04, 0.5, 3.0)),
     store=st.booleans(),
-    until=st.sampled_from((None, None, None, 0.26, 2.51)),
+    until=st.sampled_from((None, None, None, 0.257, 2.507)),
 )
 
 
@@ -149,11 +149,12 @@ class GraphMachine(RuleBasedStateMachine):
         count = drawn.lease
         return Lease(self.model.staging, count, terms.store, until) if count else None
 
-    @precondition(lambda self: self.model.running)
     @rule(at=AT, result=st.sampled_from(RESULTS) | BITS, together=st.sampled_from((1, 1, 3)))
     def finish(self, at: int, result: Any, together: int) -> None:
         """End the work of running tasks."""
         running = self.model.running
+        if not running:  # a precondition would make the draws depend on the order of threads
+            return
         works = [running[(at + n) % len(running)].work for n in range(together)]
         for work in works:
             assert work is not None
@@ -172,7 +173,7 @@ class GraphMachine(RuleBasedStateMachine):
         assert changed == self.model.cancel(known), f"cancel of task {known.number}: {changed}"
         self.model.settle()
 
-    @rule(seconds=st.sampled_from((0.03, 0.3, 1.0)))
+    @rule(seconds=st.sampled_from((0.03, 0.3, 1.0, 2.5)))
     def advance(self, seconds: float) -> None:
         """Let time pass, from one deadline to the next."""
         end = self.now[0] + seconds

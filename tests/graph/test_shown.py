@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a graph shows of itself: figures, for Prometheus too, and a trace."""
+"""Test the figures of a graph, also for Prometheus, and its trace."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from portakv.graph.task import Task
 
 
 def ran() -> Graph:
-    """A graph on which a read of a disk and what followed it ran."""
+    """Return a graph on which a read of a disk and its follower ran."""
     graph = Graph()
     read = Task(lambda task, mask: None, 2, queue=graph.queue("disk:/a", 2), name="read", nbytes=10)
-    leg = Task(lambda task, mask: None, 2, queue=graph.queue("device"), name="copy", after=[read])
-    graph.submit([read, leg])
-    assert leg.wait(30.0)
+    copy = Task(lambda task, mask: None, 2, queue=graph.queue("device"), name="copy", after=[read])
+    graph.submit([read, copy])
+    assert copy.wait(30.0)
     assert graph.close()
     graph.count("disk", "read", "hit", 2, 20)
     graph.count("disk", "read", "miss")
@@ -34,8 +34,8 @@ def ran() -> Graph:
 def test_prometheus_reads_every_figure() -> None:
     class Source:
         def statistics(self) -> dict[str, Any]:
-            told = {"tiers": [{"tier": "disk"}], "rows": {"free": 1}}
-            return {**graph.statistics(), **told, "staging_bytes": staging}
+            figures = {"tiers": [{"tier": "disk"}], "rows": {"free": 1}}
+            return {**graph.statistics(), **figures, "staging_bytes": staging}
 
     graph = ran()
     registry = CollectorRegistry()
@@ -44,17 +44,17 @@ def test_prometheus_reads_every_figure() -> None:
     text = generate_latest(registry).decode()
     assert generate_latest(registry).decode() == text
     families = {x.name: x for x in text_string_to_metric_families(text)}
-    found = {
+    samples = {
         (x.name, *sorted(x.labels.values())): x.value for y in families.values() for x in y.samples
     }
-    assert found["portakv_tier_bytes_total", "disk", "read"] == 20
-    assert found["portakv_tier_blocks_total", "disk", "hit", "read"] == 2
-    assert found["portakv_tier_blocks_total", "disk", "miss", "read"] == 1
-    assert found["portakv_tier_seconds_bucket", "+Inf", "disk", "read"] == 1
-    assert found["portakv_tier_seconds_count", "copy", "device"] == 1
-    assert 0 < found["portakv_tier_seconds_sum", "copy", "device"] < 30
-    assert found["portakv_link_queue_bytes", "disk:/a"] == 0
-    assert found["portakv_staging_bytes", "free"] == 4096
+    assert samples["portakv_tier_bytes_total", "disk", "read"] == 20
+    assert samples["portakv_tier_blocks_total", "disk", "hit", "read"] == 2
+    assert samples["portakv_tier_blocks_total", "disk", "miss", "read"] == 1
+    assert samples["portakv_tier_seconds_bucket", "+Inf", "disk", "read"] == 1
+    assert samples["portakv_tier_seconds_count", "copy", "device"] == 1
+    assert 0 < samples["portakv_tier_seconds_sum", "copy", "device"] < 30
+    assert samples["portakv_link_queue_bytes", "disk:/a"] == 0
+    assert samples["portakv_staging_bytes", "free"] == 4096
     assert {x.name: x.type for x in families.values()} == {
         "portakv_tier_blocks": "counter",
         "portakv_tier_bytes": "counter",
@@ -116,9 +116,9 @@ def test_arrows_lead_past_tasks_that_never_ran() -> None:
     read = Task(lambda task, mask: None, 2, queue=graph.queue("disk"))
     rescue = Task(lambda task, mask: 1 // 0, 2, queue=graph.queue("far"), after=[read], rescue=True)
     last = Task(None, 2, queue=graph.queue("farther"), after=[rescue], rescue=True)
-    leg = Task(lambda task, mask: None, 2, queue=graph.queue("device"), after=[last])
-    graph.submit([read, rescue, last, leg])
-    assert leg.wait(30.0)
+    copy = Task(lambda task, mask: None, 2, queue=graph.queue("device"), after=[last])
+    graph.submit([read, rescue, last, copy])
+    assert copy.wait(30.0)
     assert graph.close()
     flows = [(x["ph"], x["id"]) for x in graph.trace.events() if x["ph"] in "sf"]
     assert flows == [("s", "1-4"), ("f", "1-4")]

@@ -182,7 +182,7 @@ class Model:
             self.hasten(known)
         if deadline is not None:
             self.timers += [(now + deadline, known) for known in group if not known.followers]
-        leases = {x.lease for x in group if x.lease}
+        leases = dict.fromkeys(x.lease for x in group if x.lease)
         self.timers += [(x.until, x) for x in leases if x.until is not None]
         for known in group:
             if known.background and known.queue and self.slow(known.queue):
@@ -211,7 +211,7 @@ class Model:
         for _, each in sorted(passed, key=lambda x: x[0]):
             if isinstance(each, Known):
                 self.cancel(each, "late")
-            else:
+            elif not each.items:  # else another chain ended at the same time, before this one
                 for known in [x for x in self.leasing if x.lease is each]:
                     self.cancel(known, "dropped")
 
@@ -263,13 +263,16 @@ class Model:
                     return "a task whose work is over runs on"
                 if not known.work.masks:
                     return "a running task has not started"
-            for name, width in WIDTHS.items():
-                queued, running = self.at(name)
-                free = width - len(running)
-                for known in queued:
-                    if free and (not known.background or free_for_background(running, width)):
-                        return f"a worker of {name} is idle"
-        return ""
+            idle = [name for name in WIDTHS if self.idle(name)]
+            return f"workers of {idle} are idle" if idle else ""
+
+    def idle(self, name: str) -> bool:
+        """Return True if a worker of a queue has to take a queued task."""
+        width = WIDTHS[name]
+        queued, running = self.at(name)
+        if len(running) == width:
+            return False
+        return any(not x.background or free_for_background(running, width) for x in queued)
 
     def at(self, name: str) -> tuple[list[Known], list[Known]]:
         """Return the queued and the running tasks of a queue."""
