@@ -140,7 +140,10 @@ def test_a_worker_that_does_not_end_well_is_no_certificate(
 def test_one_that_always_crashes_is_given_up(jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "MOST_LOSSES", 3)
     record = ran({f"{CORE}{n}": "crash" for n in range(6)}, jobs=jobs)
-    assert sorted(statuses(record).values()) == ["error"] * 3 + ["failed"] * 3
+    ended = [*statuses(record).values()]
+    assert {*ended} == {"error", "failed"}
+    # Each other worker may lose a case in the moment in which the run is given up.
+    assert 3 <= ended.count("failed") < 3 + jobs
     assert record.cases[-1].reason == "It was not run: the worker had been lost 3 times in a row."
     assert record.verdict == "failed"
     assert children() == []

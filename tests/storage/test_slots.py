@@ -630,8 +630,8 @@ SPOILED = {
     "link": "to be a regular file, got a symbolic link",
     "pipe": "to be a regular file, got a pipe",
     "directory": "to be a regular file, got a directory",
-    "nested": "is damaged .* got text that is not JSON",
-    "binary": "is damaged .* got text that is not JSON",
+    "nested": "got damaged text .* got text that is not JSON",
+    "binary": "got damaged text .* got text that is not JSON",
     "long": "to have at most 1048576 bytes, got more",
 }
 
