@@ -156,6 +156,23 @@ def test_a_system_without_threads_fails_what_it_cannot_begin(
 # --- order ----------------------------------------------------------------------------------------
 
 
+def test_what_an_urgent_one_follows_is_as_urgent(graph: Graph, busy: Blocked) -> None:
+    """A load hastens the read of a prefetch that waits for its lease."""
+    ran = list[str]()
+    queue = graph.queue("one")
+    pool = Items(0)
+    work = lambda task, mask: ran.append(task.name)  # noqa: E731
+    tasks = [Task(work, 1, queue=queue, name=name, lease=Lease(pool, 1)) for name in "abc"]
+    graph.submit(tasks, priority="background")
+    urgent = Task(None, 1, after=tasks[-1:])
+    graph.submit([urgent], priority="urgent")
+    pool.give([0])
+    graph.grant(pool)
+    busy.end.set()
+    assert all(task.wait(WAIT) for task in (*tasks, urgent))
+    assert ran[0] == "c"
+
+
 @pytest.mark.parametrize("pool", [None, Items()], ids=["a worker", "a lease"])
 def test_background_for_ever_and_urgent_for_ever_both_go_on(
     graph: Graph, now: list[float], pool: Items | None
