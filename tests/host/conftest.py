@@ -47,32 +47,32 @@ def libcuda(tmp_path_factory: pytest.TempPathFactory) -> fake_libcuda.FakeLibrar
 @pytest.fixture
 def card(libcuda: fake_libcuda.FakeLibrary) -> Iterator[Card]:
     """Two CUDA devices, of which the second is current."""
-    with small_installed(libcuda) as found:
-        yield found
+    with small_installed(libcuda) as installed_card:
+        yield installed_card
 
 
 @pytest.fixture(params=[*HOST_METHODS, *METHODS])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    """Each way of small copies to each device, if it can be had there."""
+    """Each method of small copies to each device, if the device has it."""
     device = torch.device(request.param[0])
-    way = request.param[1]
+    method = request.param[1]
     if device.type == "cpu":
         stand_in: AbstractContextManager[Card | None] = nullcontext()
-        if way != "host":
-            stand_in = small_installed(request.getfixturevalue("libcuda"), only=way)
+        if method != "host":
+            stand_in = small_installed(request.getfixturevalue("libcuda"), only=method)
         with stand_in as card:
-            yield Place(device, way, None, card)
+            yield Place(device, method, None, card)
         return
     try:
-        choose(1, device, way)
+        choose(1, device, method)
     except BackendUnavailable as error:
         pytest.skip(str(error))
-    yield Place(device, way, way, None)
+    yield Place(device, method, method, None)
     settle(device)
     assert not simdev.take_faults()
 
 
 @pytest.fixture(params=["new", "ready"])
 def send(request: pytest.FixtureRequest, place: Place) -> Callable[..., torch.Tensor]:
-    """A small copy to a target that goes that way."""
+    """Return a small copy to a target by that method."""
     return small_copy(request.param, place.requested)

@@ -26,13 +26,13 @@ NUMBERS = np.arange(48, dtype=np.int32)
 
 @pytest.fixture(autouse=True)
 def _warned() -> None:
-    """What is said once of pageable memory is said before a state makes it an error."""
+    """Warn once of pageable memory, before a state makes the warning an error."""
     with pinned.allocate(1), pinned.register(np.zeros(1, np.uint8)):
         pass
 
 
 def same(tensor: torch.Tensor, wanted: np.ndarray) -> bool:
-    """By numpy, as torch's own functions are under the setting as well."""
+    """Compare with numpy, as torch's own functions are under the setting as well."""
     return bool(np.array_equal(tensor.detach().cpu().numpy(), wanted))
 
 
@@ -42,18 +42,18 @@ def test_pinned_memory(device: torch.device, state: State) -> None:
         tensor = pinned.empty((6, 8))
         nothing = pinned.empty((0, 4))
         memory = pinned.allocate(100)
-        held = pinned.register(existing)
+        registered = pinned.register(existing)
         pool = PinnedPool(64, 1, limit=2)
         blocks = pool.acquire_many(2)
     for each in (tensor, nothing):
         assert (each.dtype, each.device.type) == (torch.float32, "cpu")
-    for each in (tensor, memory.tensor, held.tensor, *(block.tensor for block in blocks)):
+    for each in (tensor, memory.tensor, registered.tensor, *(block.tensor for block in blocks)):
         each.fill_(1)  # also what was made in inference mode
         assert bool(each.numpy().all())
     with state(device):
         for one in blocks:
             one.release()
-        for made in (pool, memory, held):
+        for made in (pool, memory, registered):
             made.close()
 
 

@@ -47,16 +47,16 @@ def test_a_host_copy(dtype: torch.dtype) -> None:
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("way", ["to it", "from it", "inside"])
+@pytest.mark.parametrize("method", ["to it", "from it", "inside"])
 def test_a_source_whose_elements_share_addresses(
     device: torch.device,
-    way: str,
+    method: str,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     non_blocking: bool,
 ) -> None:
     host = torch.device("cpu")
-    ends = {"to it": (device, host), "from it": (host, device), "inside": (device, device)}[way]
+    ends = {"to it": (device, host), "from it": (host, device), "inside": (device, device)}[method]
     for pinned in {False, device.type != "cpu"}:
         memory = filled((1024,), torch.int32).clone()
         memory = memory.pin_memory() if pinned else memory
@@ -134,7 +134,7 @@ def test_two_kinds_of_device() -> None:
     ids=str,
 )  # fmt: skip
 def test_parts_of_one_tensor(device: torch.device, cut: Any, other: Any) -> None:
-    """What a caller slices out of one cache: columns, rows, every second one. A copy through
+    """Return slices of one cache: columns, rows, every second one. A copy through
     `.contiguous()` would report success and write nothing."""
     memory = filled((8, 16), torch.int16, device=device)
     for dst, src in ((cut, other), (other, cut)):
@@ -212,8 +212,8 @@ def _strided(memory: torch.Tensor, dims: list[tuple[int, int]], offset: int) -> 
 def test_rows_at_a_pitch(dst: Any, src: Any, rows: Pitched | str) -> None:
     memory = filled((8, 32), torch.int32)
     other = filled((8, 32), torch.int32)
-    found = memcpy.pitched(dst(memory), src(other))
-    assert rows in found if isinstance(rows, str) else rows == found
+    result = memcpy.pitched(dst(memory), src(other))
+    assert rows in result if isinstance(rows, str) else rows == result
 
 
 @given(st.data())

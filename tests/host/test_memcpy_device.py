@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain copies to, from and inside a device: every byte, the way, order, graphs, and who waits.
+"""Plain copies to, from and inside a device: every byte, the method, order, graphs, and who waits.
 
 On the simulated device a missing wait becomes wrong bytes, and a stand-in for the driver's 2-D
-memcpy issues the rows as one job, so that this way is judged there too.
+memcpy issues the rows as one job, so that this method is judged there too.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def rest_of(view: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(params=["torch", "memcpy2d"])
-def way(
+def method(
     request: pytest.FixtureRequest, accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> str:
-    """The way that rows at a pitch take."""
+    """The method that rows at a pitch take."""
 
     def issue(
         dst: int,
@@ -108,7 +108,12 @@ def second(accelerator: torch.device) -> torch.device:
 @pytest.mark.parametrize("non_blocking", [False, True])
 @pytest.mark.parametrize(("target", "source"), PAIRS)
 def test_every_byte_lands(
-    accelerator: torch.device, target: str, source: str, non_blocking: bool, on_side: bool, way: str
+    accelerator: torch.device,
+    target: str,
+    source: str,
+    non_blocking: bool,
+    on_side: bool,
+    method: str,
 ) -> None:
     dst = place(target, accelerator)
     src = place(source, accelerator)
@@ -127,8 +132,8 @@ def test_every_byte_lands(
     assert torch.equal(rest_of(dst), rest)
     rows = {source, target} <= TAKEN_AS_ROWS and {source, target} != {"pinned", "device"}
     rows = rows and copied.direction != "d2d"
-    assert copied.way == ("memcpy2d" if rows and way == "memcpy2d" else "torch"), copied.why
-    assert copied.why == "of the test" or not (rows and way == "torch")
+    assert copied.way == ("memcpy2d" if rows and method == "memcpy2d" else "torch"), copied.why
+    assert copied.why == "of the test" or not (rows and method == "torch")
     if accelerator.type != "cuda":  # CUDA has read pageable memory when its call returns
         # Whether the host has to wait although it need not have.
         host = target if target in HOSTS else source
@@ -143,9 +148,9 @@ def test_every_byte_lands(
      ("device rows", "pinned"), ("device", "device")],
 )  # fmt: skip
 def test_non_blocking_does_not_wait_and_blocking_does(
-    accelerator: torch.device, target: str, source: str, way: str
+    accelerator: torch.device, target: str, source: str, method: str
 ) -> None:
-    if "rows" in target and way == "torch":
+    if "rows" in target and method == "torch":
         pytest.skip("torch packs the rows on the host")
     dst = place(target, accelerator)
     src = place(source, accelerator)
@@ -168,7 +173,7 @@ def test_non_blocking_does_not_wait_and_blocking_does(
      ("pinned", "device elements"), ("pinned elements", "device"), ("device", "pinned elements")],
 )  # fmt: skip
 def test_a_copy_waits_for_its_producer(
-    accelerator: torch.device, target: str, source: str, on_side: bool, way: str
+    accelerator: torch.device, target: str, source: str, on_side: bool, method: str
 ) -> None:
     """And what waits for it sees it."""
     for _ in range(REPEATS if accelerator.type != "cuda" else 1):
@@ -232,12 +237,12 @@ def test_the_default_stream_is_a_stream() -> None:
     with torch.cuda.stream(side):
         delay(side)
         copied = copy_d2d(dst, src, True, torch.cuda.default_stream(DEVICE))
-        copied.synchronize()  # behind the current stream, which is slow
+        copied.synchronize()  # after the current stream, which is slow
         assert side.query()
     assert same(dst, src)
 
 
-def test_what_is_freed_while_a_copy_flies(accelerator: torch.device, way: str) -> None:
+def test_what_is_freed_while_a_copy_flies(accelerator: torch.device, method: str) -> None:
     src = pinned(ROWS, 2 * WIDTH)[:, :WIDTH]
     back = pinned(ROWS, 2 * WIDTH)[:, :WIDTH]
     wanted = src.clone()
@@ -267,7 +272,7 @@ def test_memory_is_let_go_once_a_copy_has_ended(accelerator: torch.device) -> No
     settle(accelerator)
     delay(current(accelerator))
     for _ in range(5):
-        copy_h2d(dst, src, non_blocking=True)  # whose handle nobody keeps
+        copy_h2d(dst, src, non_blocking=True)  # no one keeps the handle
     assert copies_holding_memory() == 5
     forgotten = weakref.ref(src)
     del src
@@ -280,12 +285,12 @@ def test_memory_is_let_go_once_a_copy_has_ended(accelerator: torch.device) -> No
 def test_memory_that_is_pinned_only_at_its_beginning(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held: object = None
+    registered: object = None
     src = filled((ROWS, 2 * WIDTH), torch.int32)
     dst = there(accelerator, ROWS, WIDTH)
     assert not is_pinned(src)
     if accelerator.type == "cuda":
-        held = register(src[: ROWS // 2], fallback=False)
+        registered = register(src[: ROWS // 2], fallback=False)
     else:
         end = src[ROWS // 2 :].data_ptr()
         monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: self.data_ptr() < end)
@@ -294,7 +299,7 @@ def test_memory_that_is_pinned_only_at_its_beginning(
     copied = copy_h2d(dst, src[:, :WIDTH], non_blocking=True)
     assert (copied.way, copied.waited) == ("torch", True)
     assert same(dst, src[:, :WIDTH])
-    del held
+    del registered
 
 
 @pytest.mark.parametrize("on_source", [None, True, False])
@@ -351,7 +356,7 @@ def test_what_can_be_captured(
     target: str,
     source: str,
     why: tuple[str, ...],
-    way: str,
+    method: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dst = place(target, accelerator)
@@ -359,7 +364,7 @@ def test_what_can_be_captured(
     monkeypatch.setattr(memcpy, "capturing", lambda device: True)
     with refused(Unsupported, "non_blocking=True", watch=dst):
         copy_(dst, src)
-    if target == "pinned rows" and way == "torch":
+    if target == "pinned rows" and method == "torch":
         why = "strides [1024, 1]", "of the test"
     if why:
         with refused(Unsupported, *why, watch=dst):
@@ -384,8 +389,8 @@ def test_a_copy_in_a_graph(rows: bool, on_side: bool) -> None:
     copy_h2d(through, src)
     graph: Any = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for dst, given in ((through, src), (back, through)):
-            copied = copy_(dst, given, True, side if on_side else None)
+        for dst, origin in ((through, src), (back, through)):
+            copied = copy_(dst, origin, True, side if on_side else None)
             copied.wait()
         with pytest.raises(Unsupported):
             copy_(through, src)

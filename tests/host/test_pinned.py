@@ -33,7 +33,7 @@ ODD = 3 * 1024 * 1024 + 4096
 TESTS = Path(__file__).parents[1]
 
 BYTES = pinned.PinnedMemory(torch.zeros(16, dtype=torch.uint8), None, ())
-each_way = pytest.mark.usefixtures("either")
+each_method = pytest.mark.usefixtures("either")
 
 
 def private(nbytes: int = 4 * PAGE) -> mmap.mmap:
@@ -58,7 +58,7 @@ def test_so_many_bytes_and_no_more(
         assert memory.array.sum() == 7 * nbytes
 
 
-@each_way
+@each_method
 def test_a_tensor_of_any_shape_and_of_none() -> None:
     tensor = pinned.empty((3, 5), torch.bfloat16)
     nothing = pinned.empty((0, 4), torch.int8)
@@ -67,11 +67,11 @@ def test_a_tensor_of_any_shape_and_of_none() -> None:
 
 
 def resident(address: int, nbytes: int) -> bool:
-    """From the kernel's page map: bit 63 of a page's word is whether it is there."""
+    """Return True if all pages are there: bit 63 of each word of the kernel's page map."""
     with open("/proc/self/pagemap", "rb") as words:
         words.seek(address // PAGE * 8)
-        found = np.frombuffer(words.read(8 * -(-nbytes // PAGE)), np.uint64)
-    return bool((found >> np.uint64(63)).all())
+        pages = np.frombuffer(words.read(8 * -(-nbytes // PAGE)), np.uint64)
+    return bool((pages >> np.uint64(63)).all())
 
 
 def test_without_populate_pages_keep_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,16 +87,16 @@ def test_without_populate_pages_keep_what_they_hold(monkeypatch: pytest.MonkeyPa
 
 def test_what_the_kernel_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cgroup limits what is available; nodes are listed as ranges."""
-    told = {
+    contents = {
         "memory.max": "1000\n",
         "memory.current": "700\n",
         "has_memory": "0-2,5\n",
         "memory.stat": "anon 200\nfile 500\nshmem 100\n",
     }
-    for name, text in told.items():
+    for name, text in contents.items():
         (tmp_path / name).write_text(text)
-    beside = {"/sys/fs/cgroup": tmp_path, "/sys/devices/system/node": tmp_path}
-    monkeypatch.setattr(_pages, "Path", lambda at, *name: Path(beside.get(at, Path(at)), *name))
+    replaced = {"/sys/fs/cgroup": tmp_path, "/sys/devices/system/node": tmp_path}
+    monkeypatch.setattr(_pages, "Path", lambda at, *name: Path(replaced.get(at, Path(at)), *name))
     assert _pages.available() == 1000 - 700 + 400
     assert _pages.nodes() == [0, 1, 2, 5]
     (tmp_path / "memory.max").write_text("max\n")
@@ -111,7 +111,7 @@ def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "transparent huge pages were" in memory.notes[1]
 
 
-@each_way
+@each_method
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -158,7 +158,7 @@ def test_no_memory(call: Callable[[], object], words: str, monkeypatch: pytest.M
     assert re.search(words, str(caught.value))
 
 
-@each_way
+@each_method
 def test_memory_is_not_freed_while_registered_nor_registered_once_freed() -> None:
     gone = private()
     released = memoryview(bytearray(9))
@@ -167,12 +167,12 @@ def test_memory_is_not_freed_while_registered_nor_registered_once_freed() -> Non
     byte = torch.zeros(1).bool()
     shared = SharedMemory(create=True, size=3 * PAGE)
     shared.unlink()
-    held = pinned.register(shared)
-    assert held.nbytes >= 3 * PAGE
+    registration = pinned.register(shared)
+    assert registration.nbytes >= 3 * PAGE
     with pytest.raises(BufferError):
         shared.close()
-    pinned.unregister(held)
-    del held
+    pinned.unregister(registration)
+    del registration
     address = _pages.address_of(gone)
     gone.close()
     shared.close()
@@ -188,7 +188,7 @@ def test_memory_is_not_freed_while_registered_nor_registered_once_freed() -> Non
             pinned.register_address(start, PAGE)
 
 
-@each_way
+@each_method
 def test_registered_already(monkeypatch: pytest.MonkeyPatch) -> None:
     again: Any
     tensor = torch.zeros(50000)
@@ -196,12 +196,12 @@ def test_registered_already(monkeypatch: pytest.MonkeyPatch) -> None:
         for again in (tensor, tensor[10000:10001], tensor.numpy(), memory.tensor):
             with pytest.raises(HostMemoryError, match="already"):
                 pinned.register(again)
-    held = pinned.register(tensor)
+    registration = pinned.register(tensor)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)  # as a device's runtime says
     with pytest.raises(HostMemoryError, match="pinned already"):
         pinned.register(tensor)
     pinned.unregister(tensor)
-    for again in (tensor, held):
+    for again in (tensor, registration):
         with pytest.raises(HostMemoryError, match="Pass registered memory"):
             pinned.unregister(again)
 
@@ -209,7 +209,7 @@ def test_registered_already(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_node_that_exists_and_one_that_does_not() -> None:
     known = _pages.nodes()
     if not known:
-        pytest.skip("this kernel tells of no NUMA nodes")
+        pytest.skip("this kernel reports no NUMA nodes")
     nodes: list[Any] = [known[-1], [known[-1]], {known[-1]}, np.int64(known[-1])]
     for wanted in nodes:
         try:
@@ -309,10 +309,10 @@ KINDS: dict[str, Any] = {
 
 @pytest.mark.parametrize("memory", KINDS.values(), ids=KINDS)
 def test_memory_that_exists_where_it_is(memory: Any, cuda: FakeLibrary) -> None:
-    with pinned.register(memory, mapped=False) as held:
-        assert cuda.registered == {held.address: (held.nbytes, 1)}
-        held.tensor.fill_(1)
-        assert pinned.registered() == [held]
+    with pinned.register(memory, mapped=False) as registration:
+        assert cuda.registered == {registration.address: (registration.nbytes, 1)}
+        registration.tensor.fill_(1)
+        assert pinned.registered() == [registration]
     assert not cuda.registered
     assert pinned.registered() == []
     whole = np.ascontiguousarray(np.asarray(memory)).view(np.uint8)
@@ -325,8 +325,8 @@ def test_read_only(cuda: FakeLibrary) -> None:
     for memory in (array, b"0" * 50000):
         with pytest.raises(HostMemoryError, match="read_only=True"):
             pinned.register(memory)
-        with pinned.register(memory, read_only=True) as held:
-            assert not held.array.flags.writeable
+        with pinned.register(memory, read_only=True) as registration:
+            assert not registration.array.flags.writeable
             assert [flags for _, flags in cuda.registered.values()] == [3 + 8]
 
 
@@ -348,9 +348,9 @@ def test_a_refusal_leaves_it_pageable_and_no_error_behind(code: int, cuda: FakeL
     """Also of a later piece, which undoes the earlier."""
     cuda.refuse = {0: code, 3: code, 4: code}
     array = np.arange(50000)
-    with pinned.register(array) as held:
-        assert not held.pinned
-        assert (held.view(torch.int64).numpy() == array).all()
+    with pinned.register(array) as registration:
+        assert not registration.pinned
+        assert (registration.view(torch.int64).numpy() == array).all()
     with pinned.allocate(4 * PAGE, largest=PAGE) as memory:
         assert not memory.pinned
         assert cuda.log.count("register") == cuda.log.count("unregister") == 2
@@ -370,7 +370,7 @@ def test_pieces(cuda: FakeLibrary) -> None:
         assert [piece.numel() for piece in memory.pieces] == [4 * PAGE, 4 * PAGE, 2 * PAGE + 5]
         assert memory.pieces[1].data_ptr() == memory.address + 4 * PAGE
         assert sorted(cuda.registered) == [
-            memory.address + seam for seam in (0, *memory.boundaries)
+            memory.address + boundary for boundary in (0, *memory.boundaries)
         ]
         assert memory.parts(PAGE, PAGE) == [(PAGE, PAGE)]
         assert memory.parts(3 * PAGE, 5 * PAGE) == [(3 * PAGE, PAGE), (4 * PAGE, 4 * PAGE)]
@@ -380,7 +380,7 @@ def test_pieces(cuda: FakeLibrary) -> None:
         for each in ((0, end + 1), (-5, 9), (end, 1), (end + 1, 0), (8, -1), (0, 1.5), ("x", 1)):
             with pytest.raises(HostMemoryError, match=outside):
                 memory.parts(*each)
-        # The address of each piece is asked for by itself.
+        # The address of each piece is requested separately.
         assert memory.device_address(9 * PAGE + 1) == memory.address + 9 * PAGE + 1 + (1 << 40)
     for unit in (3 * PAGE, 3 * PAGE // 2):
         with pinned.allocate(12 * PAGE, largest=4 * PAGE, unit=unit) as memory:
@@ -395,9 +395,9 @@ def test_what_is_registered_is_exact_and_its_neighbours_are_left_alone(cuda: Fak
     with pinned.register_address(address, 2 * PAGE, owner=mapping) as memory:
         assert cuda.registered == {address: (2 * PAGE, 3)}
         assert memory.boundaries == ()
-        for behind in (2 * PAGE + 8, -50):
+        for offset in (2 * PAGE + 8, -50):
             with pytest.raises(HostMemoryError, match="registered once"):
-                pinned.register_address(address + behind, 40, owner=mapping)
+                pinned.register_address(address + offset, 40, owner=mapping)
         pinned.register_address(address + 3 * PAGE, PAGE, owner=mapping).close()
     with pinned.register_address(address, 3 * PAGE, owner=mapping, largest=PAGE) as memory:
         assert memory.boundaries == tuple(at * PAGE - 100 for at in (1, 2, 3))
@@ -415,15 +415,15 @@ def test_the_library_that_torch_loaded() -> None:
         "/e/libcudart-1a2b.so.11.0",
     ]
     maps = "".join(f"7f00-7f01 r-xp 00000000 00:00 1      {path}\n" for path in (*paths, ""))
-    for version, found in (("13", paths[1]), ("12", paths[0]), ("11", paths[3]), ("", paths[0])):
-        assert _registration.loaded_library(maps, "libcudart", version) == found
+    for version, path in (("13", paths[1]), ("12", paths[0]), ("11", paths[3]), ("", paths[0])):
+        assert _registration.loaded_library(maps, "libcudart", version) == path
     assert _registration.loaded_library(maps, "libamdhip64", "6") is None
     maps += " /torch/libamdhip64.so\n /opt/rocm/lib/libamdhip64.so.6\n"
     assert _registration.loaded_library(maps, "libamdhip64", "") == "/torch/libamdhip64.so"
 
 
 def test_cuda_s_devices_are_waited_for_beside_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which torch.accelerator stands for."""
+    """Replace torch.accelerator."""
     waited: list[int] = []
     monkeypatch.setattr(_registration, "why_not", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda at: at != 1, raising=False)
@@ -452,22 +452,22 @@ pinned.empty((4, 4))
 pinned._registration.warned.clear()
 pinned.register(bytearray(9))
 library = installed(patch)
-class Told(list):
+class Logged(list):
     def append(self, what):
         print(what, flush=True)
-library.log = Told()
-held = pinned.allocate(4096)
-tensor = held.tensor
+library.log = Logged()
+registration = pinned.allocate(4096)
+tensor = registration.tensor
 closed = pinned.allocate(4096)
 closed.close()
 atexit.register(print, "workers", flush=True)
-mine = pinned.register(bytearray(50000))
+memory = pinned.register(bytearray(50000))
 print("end", flush=True)
 """
 
 
 def test_a_process_that_ends(tmp_path: Path) -> None:
-    """Each reason is told once, where the caller asked, and what is left is unregistered once,
+    """Warn of each reason once, at the line of the caller; unregister the rest once,
     below no worker that was started after the first registration."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -480,12 +480,12 @@ def test_a_process_that_ends(tmp_path: Path) -> None:
         timeout=120,
         env={**os.environ, "PYTHONPATH": paths},
     )
-    said = done.stdout.split("end\n")
-    assert said[0].split() == ["register"] * 2 + ["quiesce", "unregister", "register"]
-    assert said[1].split() == ["workers"] + ["quiesce", "unregister"] * 2
-    told = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
+    printed = done.stdout.split("end\n")
+    assert printed[0].split() == ["register"] * 2 + ["quiesce", "unregister", "register"]
+    assert printed[1].split() == ["workers"] + ["quiesce", "unregister"] * 2
+    warned = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
     wanted = [(9, "the test has taken"), (9, "of the test"), (13, "of the test")]
-    for line, (at, why) in zip(told, wanted, strict=True):
+    for line, (at, why) in zip(warned, wanted, strict=True):
         assert line.startswith(f"{script}:{at}: ")
         assert why in line
 

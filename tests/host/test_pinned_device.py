@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pinned memory of a device: exact, asynchronous, and no error is left behind.
+"""Pinned memory of a device: exact, asynchronous, and no error remains.
 
 CUDA registers it; for the simulated device torch's own allocator pins."""
 
@@ -40,7 +40,7 @@ def pattern(nbytes: int, device: torch.device = DEVICE) -> torch.Tensor:
 
 
 def last_error() -> int:
-    """What the runtime that torch uses remembers; reading it clears it."""
+    """Return the last error of the runtime that torch uses, and clear it."""
     return _registration.call("GetLastError")[0]
 
 
@@ -51,7 +51,7 @@ def resident() -> int:
 
 
 def lands_later(here: torch.Tensor, device: torch.device = DEVICE) -> None:
-    """A copy into it returns at once, has not happened then, and is right in the end."""
+    """A copy into it returns immediately, has not happened then, and is right in the end."""
     there = pattern(here.numel(), device)
     here.fill_(255)
     settle(device)
@@ -115,9 +115,9 @@ def test_what_torch_does_not_offer_is_said() -> None:
 @pytest.mark.simdev
 @pytest.mark.filterwarnings("ignore:Expected pinned host memory")
 def test_what_exists_is_pageable_with_the_same_results() -> None:
-    with pinned.register(torch.arange(50000)) as held:
-        assert not held.pinned
-        assert held.view(torch.int64).to(SIMDEV).cpu().sum() == 50000 * 49999 // 2
+    with pinned.register(torch.arange(50000)) as registered:
+        assert not registered.pinned
+        assert registered.view(torch.int64).to(SIMDEV).cpu().sum() == 50000 * 49999 // 2
     memory = mmap.mmap(-1, 1 << 16)
     with pinned.register(memory) as mapped:
         there = torch.arange(1 << 14, dtype=torch.int32, device=SIMDEV).view(64, 4, 64)
@@ -201,11 +201,11 @@ def test_somebody_else_registered_it_and_no_error_is_left() -> None:
 )
 def test_memory_that_exists(memory: Any) -> None:
     others = pinned.registered()  # of other tests
-    with pinned.register(memory, fallback=False) as held:
-        assert held.pinned
-        lands_later(held.tensor)
-        tensor = held.tensor
-    del held
+    with pinned.register(memory, fallback=False) as registered:
+        assert registered.pinned
+        lands_later(registered.tensor)
+        tensor = registered.tensor
+    del registered
     assert tensor.is_pinned()
     del tensor
     assert not isinstance(memory, torch.Tensor) or not memory.is_pinned()
@@ -216,20 +216,20 @@ def test_memory_that_exists(memory: Any) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("behind", [16, 3000])
-def test_neighbours_on_the_heap_are_left_alone(behind: int) -> None:
-    """A pageable copy that begins behind registered memory, in its last page, and reaches far."""
+@pytest.mark.parametrize("distance", [16, 3000])
+def test_neighbours_on_the_heap_are_left_alone(distance: int) -> None:
+    """A pageable copy that begins after registered memory, in its last page, and reaches far."""
     heap = torch.zeros(64 * PAGE, dtype=torch.uint8)
     first = -heap.data_ptr() % PAGE
     ours = heap[first + 100 : first + 3 * 4096 + 50]
-    theirs = heap[first + 3 * 4096 + 50 + behind :]
-    with pinned.register(ours, fallback=False) as held:
-        assert held.tensor.is_pinned()
-        lands_later(held.tensor)
-        there = pattern(theirs.numel())
-        theirs.copy_(there)
-        assert torch.equal(theirs, there.cpu())
-        assert torch.equal(theirs.to("cuda"), there)
+    neighbour = heap[first + 3 * 4096 + 50 + distance :]
+    with pinned.register(ours, fallback=False) as registered:
+        assert registered.tensor.is_pinned()
+        lands_later(registered.tensor)
+        there = pattern(neighbour.numel())
+        neighbour.copy_(there)
+        assert torch.equal(neighbour, there.cpu())
+        assert torch.equal(neighbour.to("cuda"), there)
     assert last_error() == 0
 
 
@@ -246,7 +246,7 @@ def test_freed_and_read_only_leave_no_error() -> None:
     with suppress(HostMemoryError):  # devices differ in whether they can
         pinned.register(fixed, read_only=True, fallback=False).close()
     assert last_error() == 0
-    # Behind the library's own checks, the runtime's refusal is cleared as well.
+    # After the library's own checks, the runtime's refusal is cleared as well.
     assert _registration.call("HostRegister", address, ODD, 0)[0] != 0
     assert last_error() == 0
 
@@ -323,7 +323,7 @@ from portakv.host import pinned
 here = pinned.empty((2, 4, 16), torch.int32)
 print(pinned.why_not() is None, here.is_pinned(), KVView(here, "layer token dim").form.place)
 here = pinned.empty(100 << 20, torch.uint8, fallback=False)
-mine = pinned.register(bytearray(1 << 20), fallback=False)
+memory = pinned.register(bytearray(1 << 20), fallback=False)
 there = torch.ones(100 << 20, dtype=torch.uint8, device="cuda")
 torch.cuda._sleep(500_000_000)
 here.copy_(there, non_blocking=True)
@@ -351,8 +351,8 @@ def test_17_gib_faster_than_torch_and_to_the_byte() -> None:
     assert abs(resident() - before - nbytes) < (64 << 20)
     memory.close()
     began = time.perf_counter()
-    theirs = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    neighbour = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     torchs = time.perf_counter() - began
-    del theirs
+    del neighbour
     print(f"\npinning 17 GiB: {ours:.2f} s here, {torchs:.2f} s by torch")
     assert ours < torchs

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pools of pinned blocks: what both kinds promise, and the one that grows, in one process."""
+"""Test pools of pinned blocks, of both kinds, in one process; `test_pool_model.py` tests the order
+of calls.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ name = pytest.fixture(unused_name)
 
 @pytest.fixture(params=[PinnedPool, SharedPool])
 def make(request: pytest.FixtureRequest) -> Make:
-    """A pool of either kind, of so many blocks."""
+    """Return a function that makes a pool of either kind, of so many blocks."""
     named = [request.getfixturevalue("name")] if request.param is SharedPool else []
     return lambda blocks, size=SIZE, **more: request.param(*named, size, blocks, **more)
 
@@ -68,7 +70,7 @@ def test_blocks_lie_apart_have_their_size_and_are_counted(make: Make, either: An
 
 
 def test_waiting_ends_by_time_or_a_release(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("portakv.host.pool.GROW_AGAIN", 9)  # a release is told of, not found
+    monkeypatch.setattr("portakv.host.pool.GROW_AGAIN", 9)  # a release notifies
     with make(1) as pool:
         block = pool.acquire()
         began = time.monotonic()
@@ -87,12 +89,12 @@ def test_waiting_ends_by_time_or_a_release(make: Make, monkeypatch: pytest.Monke
 def test_released_twice_or_elsewhere(make: Make) -> None:
     with make(2) as pool, PinnedPool(SIZE, 2) as other:
         block = pool.acquire()
-        theirs = other.acquire()
+        strange_block = other.acquire()
         never = SimpleNamespace(synchronize=lambda: pytest.fail("it waited first"), done=bool)
-        for place, strange in ((other, block), (pool, theirs)):
+        for place, strange in ((other, block), (pool, strange_block)):
             with refused(HostMemoryError, "another pool"):
                 place.release(strange, never)
-        theirs.release()
+        strange_block.release()
         block.release()
         for count in (0, 2):  # the same block is somebody else's then
             again = [pool.acquire() for _ in range(count)]
@@ -149,8 +151,8 @@ def test_a_forked_child_is_told_to_make_its_own(make: Make) -> None:
                 with pytest.raises(HostMemoryError, match="forked from it"):
                     call()
             pool.close()
-            with PinnedPool(SIZE, 1) as own, own.acquire() as mine:
-                mine.tensor.fill_(4)
+            with PinnedPool(SIZE, 1) as own, own.acquire() as block_of_child:
+                block_of_child.tensor.fill_(4)
             if isinstance(pool, SharedPool):
                 with SharedPool(pool.name) as again:
                     assert again.reclaim() == []
@@ -183,18 +185,18 @@ SHARED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("given", "options", "words"), LOCAL, ids=str)
-def test_what_makes_no_pool(given: Any, options: dict[str, Any], words: str) -> None:
+@pytest.mark.parametrize(("arguments", "options", "words"), LOCAL, ids=str)
+def test_what_makes_no_pool(arguments: Any, options: dict[str, Any], words: str) -> None:
     with refused(HostMemoryError) as caught:
-        PinnedPool(*given, **options)
+        PinnedPool(*arguments, **options)
     assert re.search(words, str(caught.value))
 
 
-@pytest.mark.parametrize(("given", "words"), SHARED, ids=str)
-def test_what_makes_no_shared_pool(given: Any, words: str, name: str) -> None:
-    given = [name if each is None else each for each in given]
+@pytest.mark.parametrize(("arguments", "words"), SHARED, ids=str)
+def test_what_makes_no_shared_pool(arguments: Any, words: str, name: str) -> None:
+    arguments = [name if each is None else each for each in arguments]
     with SharedPool(name, SIZE, 2), refused(HostMemoryError, words):
-        SharedPool(*given)
+        SharedPool(*arguments)
 
 
 def test_arguments_that_mean_nothing(make: Make) -> None:
@@ -248,22 +250,23 @@ def test_no_block_lies_in_two_registrations(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(_registration, "LARGEST", most)
     with PinnedPool(most // 4 + 1, 4, limit=11, alignment=1, largest=most) as pool:
         for block in pool.acquire_many(11):
-            assert not any(0 < seam - block.address < block.nbytes for seam in pinned.boundaries())
+            inside = [boundary - block.address for boundary in pinned.boundaries()]
+            assert not any(0 < distance < block.nbytes for distance in inside)
 
 
 class Scarce:
-    """In the place of `pinned.allocate`: no memory for more than ``room`` blocks at a time."""
+    """Replace `pinned.allocate`: no memory for more than ``most`` blocks at a time."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-        self.room = room
-        self.asked = [0]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+        self.most = most
+        self.requests = [0]
         self._allocate = pinned.allocate
         monkeypatch.setattr(pinned, "allocate", self)
 
     def __call__(self, nbytes: int, **options: Any) -> PinnedMemory:
         memory = self._allocate(nbytes, **options)  # as pages that are mapped, and then not there
-        self.asked.append(nbytes)
-        if nbytes > 1024 * self.room:
+        self.requests.append(nbytes)
+        if nbytes > 1024 * self.most:
             raise HostMemoryError("of the test")
         return memory
 
@@ -272,61 +275,31 @@ def test_it_grows_by_what_is_missing_or_tells_the_cause(monkeypatch: pytest.Monk
     with PinnedPool(SIZE, 2, limit=64, grow=32) as pool:
         scarce = Scarce(monkeypatch, 3)
         block, *_ = pool.acquire_many(5)
-        assert (pool.blocks, scarce.asked) == (5, [0, 31 * 1024 + SIZE, 2 * 1024 + SIZE])
-        scarce.room = 0
-        kept = claimed()
+        assert (pool.blocks, scarce.requests) == (5, [0, 31 * 1024 + SIZE, 2 * 1024 + SIZE])
+        scarce.most = 0
+        ranges = claimed()
         with pytest.raises(PoolExhausted, match="it has 5 and there was no memory") as refused:
             pool.acquire()
         assert str(refused.value.__cause__) == "of the test"
-        assert claimed() == kept, "the error holds the memory that was taken"
-        block.release(after=SimpleNamespace(done=bool))  # which never ends, and is asked often
-        asked = len(scarce.asked)
+        assert claimed() == ranges, "the error holds the memory that was taken"
+        block.release(after=SimpleNamespace(done=bool))  # which never ends, and is queried often
+        before = len(scarce.requests)
         with pytest.raises(PoolExhausted, match=r"within 0\.15 s") as refused:
             pool.acquire(wait=True, timeout=0.15)
         assert isinstance(refused.value.__cause__, HostMemoryError)
-        assert 2 <= len(scarce.asked) - asked <= 6, "it asks again, and not without pause"
-
-
-def test_a_wait_ends_with_memory_or_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    with PinnedPool(SIZE, 1, limit=64, grow=32) as pool:
-        pool.acquire()
-        scarce = Scarce(monkeypatch, 0)
-        began = time.monotonic()
-        threading.Timer(0.05, setattr, (scarce, "room", 1)).start()
-        assert pool.acquire(wait=True, timeout=10).index == 1
-        scarce.room = 0
-        threading.Timer(0.05, pool.close).start()
-        with pytest.raises(HostMemoryError, match="closed"):
-            pool.acquire(wait=True, timeout=10)
-        assert time.monotonic() - began < 8, "it was noticed when the time was over"
-
-
-def test_a_block_in_flight_is_not_handed_out() -> None:
-    over = threading.Event()
-    with PinnedPool(SIZE, 1) as pool:
-        pool.acquire().release(after=SimpleNamespace(done=over.is_set))
-        assert pool.free == 0
-        with pytest.raises(PoolExhausted):
-            pool.acquire()
-        threading.Timer(0.05, over.set).start()
-        with pool.acquire(wait=True, timeout=30):
-            assert over.is_set()
-            assert pool.free == 0
-        # Work that failed has ended as well.
-        pool.acquire().release(after=SimpleNamespace(query=lambda: 1 / 0))
-        pool.acquire().release()
+        assert 2 <= len(scarce.requests) - before <= 6, "it asks again, and not without pause"
 
 
 def test_leaks_say_who_where_and_what_was_dropped() -> None:
     with PinnedPool(SIZE, 3, stacks=True) as pool:
-        kept = pool.acquire("kept")
+        retained = pool.acquire("kept")
         pool.acquire("lost")
         first, second = pool.leaks()
         assert (first.owner, first.dropped) == ("kept", False)
         assert (second.owner, second.dropped) == ("lost", True)
         assert "test_leaks_say_who" in first.stack
         assert "dropped without release" in str(second)
-        kept.release()
+        retained.release()
         with pytest.warns(ResourceWarning, match="lost in thread MainThread"):
             pool.close()
         pool.close()

@@ -50,7 +50,7 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self, make: Make, memory: Memory, grow: int) -> None:
         super().__init__()
         self.memory = memory
-        memory.room = None
+        memory.most = None
         self.pool = make()
         self.model = PoolModel(self.pool, memory, grow, ALIGNMENT)
         self.owners = itertools.count()
@@ -71,19 +71,19 @@ class PoolMachine(RuleBasedStateMachine):
         self.model.waiters.append(waiter)
         self.model.settle()
 
-    @precondition(lambda self: self.model.held)
+    @precondition(lambda self: self.model.used)
     @rule(at=AT, use=st.booleans())
     def release(self, at: int, use: bool) -> None:
         """Release a block, which work may still use; to release it again fails."""
-        held = self.model.held.pop(at % len(self.model.held))
+        used = self.model.used.pop(at % len(self.model.used))
         work = Work() if use and isinstance(self.pool, PinnedPool) else None
         if work is not None:
-            self.model.busy[held.block.index] = work
-        held.check()
-        held.block.release(work)
-        assert not held.block.held
+            self.model.busy[used.block.index] = work
+        used.check()
+        used.block.release(work)
+        assert not used.block.held
         with pytest.raises(HostMemoryError, match="released twice"):
-            held.block.release()
+            used.block.release()
         self.model.settle()
 
     @precondition(lambda self: self.model.busy)
@@ -96,10 +96,10 @@ class PoolMachine(RuleBasedStateMachine):
         work.ended = True
         self.model.settle()
 
-    @rule(room=st.sampled_from((None, None, 0, 1, 2)))
-    def change_memory(self, room: int | None) -> None:
+    @rule(most=st.sampled_from((None, None, 0, 1, 2)))
+    def change_memory(self, most: int | None) -> None:
         """Let the machine have memory for so many blocks at a time."""
-        self.memory.room = None if room is None else room * ALIGNMENT
+        self.memory.most = None if most is None else most * ALIGNMENT
         self.model.settle(changing=True)
 
     def teardown(self) -> None:
@@ -151,17 +151,17 @@ class IgnoresWork(PinnedPool):
 class LosesBlocks(PinnedPool):
     """A pool that loses the second of two blocks."""
 
-    def acquire_many(self, count: int, *given: Any, **terms: Any) -> list[Block]:
-        blocks = super().acquire_many(count, *given, **terms)
+    def acquire_many(self, count: int, *numbers: Any, **terms: Any) -> list[Block]:
+        blocks = super().acquire_many(count, *numbers, **terms)
         return [*blocks[:-1], blocks[0]] if count > 1 else blocks
 
 
 class GrowsOn(PinnedPool):
     """A pool that ignores its limit."""
 
-    def acquire_many(self, count: int, *given: Any, **terms: Any) -> list[Block]:
+    def acquire_many(self, count: int, *numbers: Any, **terms: Any) -> list[Block]:
         self.limit += 1
-        return super().acquire_many(count, *given, **terms)
+        return super().acquire_many(count, *numbers, **terms)
 
 
 class NeverWaits(PinnedPool):

@@ -54,10 +54,10 @@ def test_one_opening_waits_for_another_and_cannot_release_what_that_has(name: st
     with SharedPool(name, SIZE, 1) as giver, SharedPool(name) as taker:
         assert (taker.block_bytes, taker.blocks, shared.names().count(name)) == (SIZE, 1, 1)
         threading.Timer(0.05, giver.acquire().release).start()
-        given = taker.acquire(wait=True, timeout=30)
-        taken = giver.adopt(given.index)
+        handed_over = taker.acquire(wait=True, timeout=30)
+        taken = giver.adopt(handed_over.index)
         with pytest.raises(HostMemoryError, match="adopted"):
-            given.release()
+            handed_over.release()
         assert taker.free == 0
         again = giver.adopt(taken.index)  # a second time by one that has it: one lease remains
         with pytest.raises(HostMemoryError, match="released twice"):
@@ -81,14 +81,14 @@ def test_closed_with_blocks_out(name: str) -> None:
 def test_a_pool_left_open_leaves_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does one that was never made say anything."""
     SharedPool(name, SIZE, 2)
-    told: list[object] = []
-    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    raised: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
     with pytest.raises(TypeError, match="block_byte"):
         SharedPool(name, block_byte=3)  # type: ignore[call-arg]
     absent(monkeypatch)
     with pytest.raises(HostMemoryError, match="fallback=True"):
         SharedPool(name, SIZE, 2, fallback=False)
-    assert told == []
+    assert raised == []
 
 
 EXIT = """
@@ -175,7 +175,7 @@ def test_there_is_room_for_128_and_for_one_in_the_place_of_the_dead(name: str) -
     with pytest.raises(HostMemoryError, match="at most 128 processes"):
         SharedPool(name)
     child.kill()
-    with SharedPool(name) as pool:  # left behind by the last
+    with SharedPool(name) as pool:  # the last process left it
         assert pool.reclaim() == []
         others += [SharedPool(name) for _ in range(127)]
         others.clear()
@@ -191,7 +191,7 @@ def test_tables_of_many_blocks_count_in_full(name: str, monkeypatch: pytest.Monk
 
 def test_a_block_that_a_predecessor_left_is_free(name: str) -> None:
     with SharedPool(name, SIZE, 2) as pool:
-        pool._table["owner"][0] = pool._me + 2  # the next place's, which nobody has
+        pool._table["owner"][0] = pool._me + 2  # the next place's, which no process has
         with SharedPool(name) as next_one:
             assert next_one._me == pool._me + 1
             assert next_one.free == 2
@@ -202,12 +202,12 @@ def test_blocks_of_a_killed_process_are_taken_back_when_needed(name: str) -> Non
         dead = holder(name, 2)
         living = holder(name, 1)
         assert pool.reclaim() == []
-        mine = pool.acquire("mine")
+        own = pool.acquire("mine")
         with pytest.raises(PoolExhausted, match=r"holder \(\d+\): 2\n  holder \(\d+\): 1"):
             pool.acquire()
         dead.kill()
         rest = pool.acquire_many(2)
-        assert len({mine.index, *(block.index for block in rest)}) == 3
+        assert len({own.index, *(block.index for block in rest)}) == 3
         assert pool.reclaim() == []
         assert living.end() == 0
 
@@ -324,7 +324,7 @@ def test_a_process_whose_lock_is_gone_and_that_lives_on_is_spared(name: str) -> 
         child = Opener(work, name)
         assert pool.reclaim() == []
         os.kill(child.pid, signal.SIGKILL)
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie, which nobody reaped
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie, which no process reaped
         assert len(pool.reclaim()) == 1
         os.waitpid(child.pid, 0)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small copies: what is accepted and what is refused by each way, and the way that is chosen."""
+"""Test which values and targets small copies accept, and the method that they choose."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ NESTED = torch.nested.nested_tensor([ONE])
     ids=lambda x: type(x).__name__,
 )
 def test_values(place: Place, values: Any, dtype: torch.dtype | None, wanted: torch.Tensor) -> None:
-    """As a tensor of their own, and in a target that has as much room or more."""
+    """Send values to a new tensor, and to a target of the same size or larger."""
     made = to_device(values, place.device, dtype, way=place.requested)
     assert (made.dtype, made.shape) == (wanted.dtype, wanted.shape)
     assert made.tolist() == wanted.tolist()
-    for room in (wanted.numel(), wanted.numel() + 3):
-        out = filled((room,), wanted.dtype, poison=True, device=place.device)
+    for size in (wanted.numel(), wanted.numel() + 3):
+        out = filled((size,), wanted.dtype, poison=True, device=place.device)
         rest = bits(out)[wanted.nbytes :].clone()
-        landed = SmallCopy(room, out.dtype, out=out, way=place.requested).send(values)
+        landed = SmallCopy(size, out.dtype, out=out, way=place.requested).send(values)
         assert same_bits(landed, wanted.contiguous().view(-1))
         assert torch.equal(bits(out)[wanted.nbytes :], rest)
 
@@ -151,11 +151,11 @@ def test_wrong_values(
         *((partial(call, device), BackendUnavailable, "not a device of torch|cannot")
           for device in ([], {}, "", -1, 1 << 70, 1.5, True, ARRAY, ONE, object())
           for call in (partial(choose, 64), partial(to_device, []), partial(SmallCopy, 1, INT))),
-        *((lambda way=way: choose(1, "cpu", way), BackendUnavailable, "on the CPU(?s:.*)way='host'")
-          for way in ("inline", "value", "mapped", "copy")),
+        *((partial(choose, 1, "cpu", method), BackendUnavailable, "on the CPU(?s:.*)way='host'")
+          for method in ("inline", "value", "mapped", "copy")),
         (lambda: choose(1, "cpu", "pigeon"), BackendUnavailable, "inline, value, mapped.*'pigeon'"),
-        *((partial(choose, 1, "cpu", way), BackendUnavailable, "copy, host, or None")  # type: ignore
-          for way in ([], 1, ARRAY, ONE.expand(2))),
+        *((partial(choose, 1, "cpu", method), BackendUnavailable, "copy, host, or None")  # type: ignore
+          for method in ([], 1, ARRAY, ONE.expand(2))),
     ],
 )  # fmt: skip
 def test_a_wrong_target(call: Any, error: type[PortaKVError], words: str) -> None:
@@ -206,20 +206,20 @@ def test_the_best_way_and_those_that_may_be_named(
 ) -> None:
     for what in lacks:
         monkeypatch.setattr(*LACKS[what])
-    if wanted[0] == "inline":  # of which nothing is asked of the compiler
+    if wanted[0] == "inline":  # which the compiler does not see
         with monkeypatch.context() as patched:
-            patched.setattr(_cuda_driver, "why_not", lambda device: pytest.fail("it was asked"))
+            patched.setattr(_cuda_driver, "why_not", lambda device: pytest.fail("it was called"))
             assert choose(nbytes, CARD) == ("inline", ALONG)
     assert choose(nbytes, CARD) == wanted
     kernel = {"extra": WITHOUT, "compiler": OLD}.get("".join(lacks[-1:]))
     whys = {"host": "not a CPU", "inline": SHARED if "inline" in lacks else "65536"}
-    for way in _small_methods.METHODS:
-        if way in allowed.split():
-            assert choose(nbytes, CARD, way) == (way, "it was requested")
+    for method in _small_methods.METHODS:
+        if method in allowed.split():
+            assert choose(nbytes, CARD, method) == (method, "it was requested")
         else:
-            why = whys.get(way, kernel or HELD)
+            why = whys.get(method, kernel or HELD)
             with refused(BackendUnavailable, f"{nbytes} bytes", why, f"way='{wanted[0]}'"):
-                choose(nbytes, CARD, way)
+                choose(nbytes, CARD, method)
 
 
 def test_the_cpu_has_a_way_of_its_own() -> None:
@@ -227,9 +227,9 @@ def test_the_cpu_has_a_way_of_its_own() -> None:
     assert (sender.way, sender.why) == choose(64, "cpu") == ("host", "the target is on the CPU")
 
 
-@pytest.mark.parametrize("way", ["value", "mapped", "copy"])
-def test_what_is_prepared_outside_of_captures(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["value", "mapped", "copy"])
+def test_what_is_prepared_outside_of_captures(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target = _small_methods.Target(torch.device("cpu"))
     monkeypatch.setattr(_small_methods, "capturing", lambda device: True)
     with refused(Unsupported, "inside graph capture", "before the capture"):
-        target.make(way, torch.int64, 1)
+        target.make(method, torch.int64, 1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small copies to a device at work: order, values that change, graphs, and a large copy in flight.
 
-The simulated device has the way ``copy``; a CUDA device is asked for each way by its name.
+The simulated device has the method ``copy``; each method of a CUDA device is requested by its name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime.transfer import copies_holding_memory
 
 INLINE = 65536  # bytes
-each_way = pytest.mark.parametrize("place", METHODS, indirect=True)
+each_method = pytest.mark.parametrize("place", METHODS, indirect=True)
 
 
 @pytest.fixture
@@ -67,13 +67,13 @@ def test_the_best_way() -> None:
     assert str(INLINE) in longer.why
 
 
-@each_way
+@each_method
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("count", [1, 64, INLINE // 8])
 def test_values_may_change_right_after_the_call(
     place: Place, send: Callable[..., torch.Tensor], count: int, pinned: bool, side: torch.Stream
 ) -> None:
-    """It comes behind what the stream holds, and the host does not wait."""
+    """It is ordered after the work of the stream, and the host does not wait."""
     if count * 8 > place.most:
         pytest.skip("fewer bytes go that way")
     out = torch.zeros(count, dtype=torch.int64, device=place.device)
@@ -94,11 +94,11 @@ def test_values_may_change_right_after_the_call(
         assert landed.tolist() == list(range(1, count + 1))
 
 
-@each_way
+@each_method
 def test_a_stream_that_is_passed_comes_in_its_turn(
     place: Place, send: Callable[..., torch.Tensor], side: torch.Stream
 ) -> None:
-    """Behind what it holds, and behind what still reads the target on the current one."""
+    """It follows the stream's work, and reads of the target on the current stream."""
     device = place.device
     out = torch.zeros(2, dtype=torch.int32, device=device)
     send([0, 0], out)
@@ -121,10 +121,10 @@ def test_a_stream_that_is_passed_comes_in_its_turn(
             send([1, 1], out, stream=torch.Stream(other))
 
 
-@each_way
+@each_method
 @pytest.mark.parametrize("on_side", [False, True])
 def test_many_sends_under_way(place: Place, on_side: bool, side: torch.Stream) -> None:
-    """By ``inline`` all leave the same memory of the host, which holds other values by then."""
+    """Copies by ``inline`` share one memory of the host, which has other values by then."""
     out = torch.zeros(16, dtype=torch.int32, device=place.device)
     where = side if on_side else current(place.device)
     for call in ("new", "ready"):
@@ -141,7 +141,7 @@ def test_many_sends_under_way(place: Place, on_side: bool, side: torch.Stream) -
         assert [one.tolist() for one in results] == [[nth] * 16 for nth in range(len(results))]
 
 
-@each_way
+@each_method
 @pytest.mark.parametrize("call", ["new", "ready"])
 def test_values_are_kept_until_they_were_read(place: Place, call: str, side: torch.Stream) -> None:
     """Though the sender is dropped."""
@@ -156,11 +156,11 @@ def test_values_are_kept_until_they_were_read(place: Place, call: str, side: tor
                 small_copy(call, place.method)(wanted + nth, out.zero_())
             assert not (slow and side.query())
             if slow:
-                # Of a copy from a slot of its own torch's allocator knows by itself.
-                held = (
+                # torch's allocator knows of a copy from a separate slot.
+                retained = (
                     4 if place.method == "mapped" or (place.method, call) == ("copy", "new") else 0
                 )
-                assert copies_holding_memory() == held
+                assert copies_holding_memory() == retained
             gc.collect()
             rubbish = [torch.zeros(500, dtype=torch.int64, pin_memory=True) for _ in range(32)]
         settle(place.device)
@@ -201,10 +201,10 @@ def test_what_a_capture_carries_changes_with_refill(monkeypatch: pytest.MonkeyPa
     assert landed.tolist() == [4, 5, 6]
 
 
-def skip_without(way: str) -> None:
-    """Skip the test if the CUDA device does not have a way."""
+def skip_without(method: str) -> None:
+    """Skip the test if the CUDA device does not have a method."""
     try:
-        choose(8, DEVICE, way)
+        choose(8, DEVICE, method)
     except BackendUnavailable as error:
         pytest.skip(str(error))
 
@@ -231,12 +231,12 @@ def test_a_graph_keeps_what_was_sent_by_value() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", ["mapped", "copy"])
+@pytest.mark.parametrize("method", ["mapped", "copy"])
 @pytest.mark.parametrize("count", [1, 16, 64, 72, 20_000])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
-def test_a_graph_reads_what_was_refilled(way: str, count: int, dtype: torch.dtype) -> None:
-    skip_without(way)
-    sender = SmallCopy(count, dtype, DEVICE, way=way)
+def test_a_graph_reads_what_was_refilled(method: str, count: int, dtype: torch.dtype) -> None:
+    skip_without(method)
+    sender = SmallCopy(count, dtype, DEVICE, way=method)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         landed = sender.send(drawn(count, dtype)).clone()
@@ -257,7 +257,7 @@ def test_what_is_not_captured() -> None:
     gc.collect()  # a graph of an earlier test that is freed during this capture would end it
     out = torch.zeros(5, dtype=torch.int32, device=DEVICE)
     side = torch.cuda.Stream(DEVICE)
-    calls = [small_copy(call, way) for call in ("new", "ready") for way in (None, "inline")]
+    calls = [small_copy(call, method) for call in ("new", "ready") for method in (None, "inline")]
     for call in calls:
         call([0] * 5, out)
     graph = torch.cuda.CUDAGraph()
@@ -277,12 +277,12 @@ def test_what_is_not_captured() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("way", "count"),
+    ("method", "count"),
     [("inline", 64), ("inline", INLINE // 8), ("value", 64), ("mapped", 64), ("copy", 64)],
 )
-def test_while_a_large_copy_is_in_flight(way: str, count: int) -> None:
+def test_while_a_large_copy_is_in_flight(method: str, count: int) -> None:
     """It lands before that ends by ``inline``, of which the driver does not promise it."""
-    skip_without(way)
+    skip_without(method)
     host = torch.zeros(1 << 30, dtype=torch.uint8).pin_memory()
     large = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
     out = torch.zeros(count, dtype=torch.int64, device=DEVICE)
@@ -298,8 +298,8 @@ def test_while_a_large_copy_is_in_flight(way: str, count: int) -> None:
                 ended.record()
             time.sleep(1e-3)  # so that it has surely begun
         with torch.cuda.stream(side):
-            to_device(values, out=out, way=way)
+            to_device(values, out=out, way=method)
         side.synchronize()
         overtook = not ended.query()
-        assert overtook or not nth or way != "inline"
+        assert overtook or not nth or method != "inline"
         assert out.tolist() == values.tolist()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small copies by each way that there is: every count, dtype, alignment and size round the limits.
+"""Test small copies by each method: every count, dtype, alignment, and sizes round the limits.
 
 On the host ``inline`` goes through a stand-in for the driver, and ``value`` and ``mapped`` by the
 kernels that g++ compiled; the simulated device has ``copy``; a CUDA device has all of them.
@@ -76,7 +76,7 @@ def test_counts_round_the_limits(
 
 @pytest.mark.parametrize("offset", [*range(1, 17), 4097])
 def test_a_target_of_any_alignment(place: Place, offset: int) -> None:
-    """Only the elements asked for are written, by the widest vector that is allowed there."""
+    """Only the requested elements are written, by the widest vector that is allowed there."""
     for count in (0, 1, 15, 16, 17, 64, 333, 5000, min(place.most, INLINE)):
         memory = filled((count + 4200,), torch.uint8, device=place.device)
         before = memory.clone()
@@ -111,24 +111,24 @@ def test_threads_do_not_write_over_each_other_s_values(place: Place) -> None:
     def work(number: int) -> None:
         for time in range(50):
             values = np.arange(500) * (number + 1) + time
-            found = to_device(values, place.device, way=place.requested).cpu().numpy()
-            assert np.array_equal(found, values)
-            if place.device.type != "cpu":  # where it is written at once, not in one piece
+            landed = to_device(values, place.device, way=place.requested).cpu().numpy()
+            assert np.array_equal(landed, values)
+            if place.device.type != "cpu":  # the host writes it immediately, not in one piece
                 assert len(set(sender.send([number] * 64).tolist())) == 1
 
     run_threads(work, range(4))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", ["inline", "value", "mapped", "copy"])
-def test_a_device_that_is_not_current(way: str) -> None:
+@pytest.mark.parametrize("method", ["inline", "value", "mapped", "copy"])
+def test_a_device_that_is_not_current(method: str) -> None:
     other = torch.device("cuda", 1)
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     for nth in range(20):
-        landed = to_device(range(nth), other, way=way)
+        landed = to_device(range(nth), other, way=method)
         assert (landed.device, landed.tolist()) == (other, [*range(nth)])
-    assert SmallCopy(8, torch.int8, other, way=way).send([1, 2]).tolist() == [1, 2]
+    assert SmallCopy(8, torch.int8, other, way=method).send([1, 2]).tolist() == [1, 2]
     assert torch.cuda.current_device() == 0
 
 
@@ -159,7 +159,7 @@ def test_nvrtc_reads_parameters_where_they_lie() -> None:
 
 
 @pytest.fixture(params=["inline", "value"])
-def way(request: pytest.FixtureRequest, card: Card) -> Send:
+def method(request: pytest.FixtureRequest, card: Card) -> Send:
     """Carries up to 64 int64 to the second device."""
     return Target(CARD).make(request.param, torch.int64, 64)
 
@@ -174,65 +174,67 @@ class Without:
         raise AttributeError(f"undefined symbol: {name}")
 
 
-def test_the_current_stream_of_its_device_or_the_one_that_is_passed(card: Card, way: Send) -> None:
+def test_the_current_stream_of_its_device_or_the_one_that_is_passed(
+    card: Card, method: Send
+) -> None:
     out = torch.zeros(4, dtype=torch.int64)
-    way(ONE_TWO, out, None, False)
+    method(ONE_TWO, out, None, False)
     card.raw[1] = 0  # the default stream
-    way(ONE_TWO, out, None, False)
+    method(ONE_TWO, out, None, False)
     other: Any = SimpleNamespace(cuda_stream=72)
-    way(ONE_TWO, out, other, False)
+    method(ONE_TWO, out, other, False)
     assert card.entered == []
     card.current = 0
-    way(ONE_TWO + 2, out, None, False)
+    method(ONE_TWO + 2, out, None, False)
     assert [stream for _, _, stream in card.sends] == [STREAM, 0, 72, 0]
     assert (card.entered, card.current) == ([1], 0)
     assert out.tolist() == [3, 4, 0, 0]
 
 
-def test_a_driver_that_refuses(card: Card, way: Send) -> None:
+def test_a_driver_that_refuses(card: Card, method: Send) -> None:
     out = torch.zeros(4, dtype=torch.int64)
     card.library.forget(refuse_at=0)
     card.answer = 719
     with refused(TransferError, "Check", watch=out) as caught:
-        way(ONE_TWO, out, None, False)
+        method(ONE_TWO, out, None, False)
     assert re.search("of 2 values.*CUDA_ERROR_INVALID_VALUE|launch.* 719", str(caught.value))
     card.library.forget()
     card.answer = 0
-    way(ONE_TWO, out, None, False)
+    method(ONE_TWO, out, None, False)
     assert out.tolist() == [1, 2, 0, 0]
     library: Any = Without()
     assert _cuda_driver.error_name(700, library) == "error 700"  # the library returns no name
 
 
-def test_a_forked_process_cannot_send(card: Card, way: Send) -> None:
+def test_a_forked_process_cannot_send(card: Card, method: Send) -> None:
     out = torch.zeros(4, dtype=torch.int64)
-    way(ONE_TWO, out, None, False)
+    method(ONE_TWO, out, None, False)
 
     def work(_: object) -> None:
         with refused(Unsupported, "forked"):
-            way(ONE_TWO, out, None, False)
+            method(ONE_TWO, out, None, False)
 
     assert Child(work).end() == 0
-    way(ONE_TWO, out, None, False)
+    method(ONE_TWO, out, None, False)
     assert len(card.sends) == 2
 
 
 def test_each_thread_has_memory_and_a_context_of_its_own(card: Card) -> None:
-    way = Target(CARD).make("inline", torch.int64, 64)
+    method = Target(CARD).make("inline", torch.int64, 64)
     turn = threading.Lock()
     all_sent = threading.Barrier(4)
 
     def work(number: int) -> None:
         for _ in range(2):
             with turn:
-                way(np.arange(64) + number, torch.zeros(64, dtype=torch.int64), None, False)
+                method(np.arange(64) + number, torch.zeros(64, dtype=torch.int64), None, False)
         all_sent.wait()  # so that none is given what another thread gave back
 
     run_threads(work, range(4))
     sources = [one.src for one in card.library.sent]
     assert len(sources) == 8
     assert len(set(sources)) == 4
-    # This one asked for the way and made it; and four others.
+    # This thread made the method; four other threads use it.
     assert (len(card.adopted), len(set(card.adopted))) == (6, 5)
 
 
@@ -264,9 +266,9 @@ def test_inside_a_capture(libcuda: FakeLibrary, monkeypatch: pytest.MonkeyPatch)
             sender.send([1, 2], stream=stream)
         with refused(Unsupported, "left open", *names):
             opened.send([1, 2])
-        for way in (None, "inline"):
+        for method in (None, "inline"):
             with refused(Unsupported, "to_device", "way='value'", "SmallCopy", watch=sender.out):
-                to_device([1, 2], out=sender.out, way=way, stream=stream)
+                to_device([1, 2], out=sender.out, way=method, stream=stream)
         # Nor did a stream wait for another one, which would have drawn it into the capture.
         assert (followed, card.sends) == ([], [])
 
@@ -277,9 +279,9 @@ def test_the_source_is_whole_pages_that_nobody_pins(card: Card, count: int) -> N
     the caller's memory, which would be read later if it were pinned."""
     out = torch.zeros(count, dtype=torch.int64)
     senders = [Target(CARD).make("inline", torch.int64, count) for _ in range(2)]
-    for way in senders:
+    for method in senders:
         for values in (np.arange(count), np.arange(2 * count)[::2]):
-            way(values, out, None, False)
+            method(values, out, None, False)
             assert out.tolist() == values.tolist()
     sources = sorted({one.src for one in card.library.sent})
     pages = -(-8 * count // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -298,7 +300,7 @@ def _addresses(mapping: str) -> range:
 
 
 def test_where_it_can_be_had(card: Card) -> None:
-    """And the first question gave the thread a context; nothing is asked again."""
+    """The first call gave the thread a context; no later call needs another."""
     assert choose(0, CARD).way == "inline"
     card.library.read_by_page_tables(1)
     assert choose(INLINE, CARD) == choose(0, CARD)

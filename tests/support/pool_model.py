@@ -53,20 +53,20 @@ class Waiter(threading.Thread):
 
 
 class Memory:
-    """Replace `pinned.allocate`: an allocation has at most ``room`` bytes; None: no limit."""
+    """Replace `pinned.allocate`: an allocation has at most ``most`` bytes; None: no limit."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.room: int | None = None
+        self.most: int | None = None
         self._allocate = pinned.allocate
         patch.setattr(pinned, "allocate", self)
 
     def __call__(self, nbytes: int, **options: Any) -> PinnedMemory:
-        if self.room is not None and nbytes > self.room:
+        if self.most is not None and nbytes > self.most:
             raise HostMemoryError("as planned")
         return self._allocate(nbytes, **options)
 
 
-class Held:
+class Used:
     """A block in the hands of a caller, with the byte that fills it."""
 
     def __init__(self, block: Block, owner: str, fill: int) -> None:
@@ -90,7 +90,7 @@ class PoolModel:
         self.alignment = alignment
         self.blocks: int = pool.blocks
         self.limit: int = pool.limit
-        self.held = list[Held]()
+        self.used = list[Used]()
         self.busy = dict[int, Work]()  # by the number of the block
         self.waiters = list[Waiter]()  # all need the same number of blocks
         self.high_water = 0
@@ -98,7 +98,7 @@ class PoolModel:
 
     def free(self) -> int:
         """Return the number of free blocks."""
-        return self.blocks - len(self.held) - sum(not x.ended for x in self.busy.values())
+        return self.blocks - len(self.used) - sum(not x.ended for x in self.busy.values())
 
     def growth(self, count: int) -> int | None:
         """Return by how many blocks the pool grows for a request; None if it cannot serve it."""
@@ -109,7 +109,7 @@ class PoolModel:
         if missing > space:
             return None
         for more in (min(max(self.grow, missing), space), missing):
-            if self.memory.room is None or more * self.pool.block_bytes <= self.memory.room:
+            if self.memory.most is None or more * self.pool.block_bytes <= self.memory.most:
                 return more
         return None
 
@@ -121,13 +121,13 @@ class PoolModel:
         self.blocks = self.pool.blocks if changing else self.blocks + growth
         assert len(blocks) == count
         self.busy = {index: work for index, work in self.busy.items() if not work.ended}
-        taken = {x.block.index for x in self.held} | {*self.busy}
+        taken = {x.block.index for x in self.used} | {*self.busy}
         for block in blocks:
             assert block.index not in taken, "a block is in two hands, or work still uses it"
             assert 0 <= block.index < self.blocks
             taken.add(block.index)
             self.fills = self.fills % 250 + 1
-            self.held.append(Held(block, owner, self.fills))
+            self.used.append(Used(block, owner, self.fills))
         if count:
             used = self.blocks - self.free()
             self.high_water = max(self.high_water, used)
@@ -161,25 +161,25 @@ class PoolModel:
         assert pool.high_water == self.high_water
         assert pool.blocks <= self.limit
         assert all(waiter.is_alive() for waiter in self.waiters)
-        for held in self.held:
-            held.check()
-        assert all(x.block.address % self.alignment == 0 for x in self.held)
-        spans = sorted(x.block.address for x in self.held)
+        for used in self.used:
+            used.check()
+        assert all(x.block.address % self.alignment == 0 for x in self.used)
+        spans = sorted(x.block.address for x in self.used)
         distances = [after - before for before, after in itertools.pairwise(spans)]
         assert all(distance >= pool.block_bytes for distance in distances), "blocks overlap"
         leaks = pool.leaks()
-        assert len(leaks) == len(self.held)
-        for held in self.held:
-            assert sum(held.owner in str(leak) for leak in leaks) >= 1, "an owner is missing"
+        assert len(leaks) == len(self.used)
+        for used in self.used:
+            assert sum(used.owner in str(leak) for leak in leaks) >= 1, "an owner is missing"
 
     def end(self, call: Callable[[], object]) -> None:
         """Close the pool; callers that wait get an error, and blocks keep their bytes."""
-        tensors = [held.block.tensor for held in self.held]
+        tensors = [used.block.tensor for used in self.used]
         call()
         for waiter in self.waiters:
             waiter.join(LIMIT)
             assert isinstance(waiter.error, HostMemoryError), "a caller waits for a closed pool"
         with pytest.raises(HostMemoryError, match="closed"):
             self.pool.acquire()
-        for held, tensor in zip(self.held, tensors, strict=True):
-            assert bool((tensor == held.fill).all())
+        for used, tensor in zip(self.used, tensors, strict=True):
+            assert bool((tensor == used.fill).all())
