@@ -4,9 +4,9 @@
 The package uses no files, no networks and no block store.
 """
 
-import warnings
 from typing import Any
 
+from portakv.deprecation import warn_former
 from portakv.graph.graph import Graph
 from portakv.graph.graph import Queue as _Queue
 from portakv.graph.handle import Handle
@@ -46,10 +46,7 @@ def __getattr__(name: str) -> object:
     """Return `Task` under its former name; raise `AttributeError` for any other name."""
     if name != "Node":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(
-        "portakv.graph.Node is now Task, with queue= and eligible= in place of link= and given=. "
-        "The former name ships in 0.1.0 and goes in 0.2.0.",
-        DeprecationWarning,
-        stacklevel=2,
+    warn_former(
+        "portakv.graph.Node", "Task, with queue= and eligible= in place of link= and given="
     )
     return _Node

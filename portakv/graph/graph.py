@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from portakv import arguments
+from portakv.deprecation import warn_former
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
 from portakv.graph.task import Lease, Mask, Pool, Task, Workers, check_pool
 from portakv.graph.trace import Figures, Ran, Trace
@@ -248,11 +248,7 @@ class Graph:
         stall_seconds: float | None = None,
     ) -> Queue:
         """Return `queue` of that name: the former name of the method, which goes in 0.2.0."""
-        warnings.warn(
-            "Graph.link is now Graph.queue. The former name ships in 0.1.0 and goes in 0.2.0.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        warn_former("Graph.link", "Graph.queue")
         return self.queue(name, width, max_gbps, stall_seconds)
 
     def submit(

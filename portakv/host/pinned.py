@@ -9,7 +9,6 @@ nothing can be pinned, the same calls return pageable memory, and warn once if t
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.deprecation import warn_former
 from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages, _registration
 from portakv.host._pages import HugePages, available, whole
@@ -45,17 +45,11 @@ __all__ = [
 _open: list[PinnedMemory] = []  # the results of `register` that are open
 
 
-def _warn_former(former: str, name: str) -> None:
-    """Warn the caller's caller that a name has changed."""
-    why = f"{former} is now {name}. The former name ships in 0.1.0 and goes in 0.2.0."
-    warnings.warn(why, DeprecationWarning, stacklevel=3)
-
-
 def __getattr__(name: str) -> object:
     """Return `boundaries` under its former name; raise `AttributeError` for any other name."""
     if name != "seams":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _warn_former("portakv.host.pinned.seams", "boundaries")
+    warn_former("portakv.host.pinned.seams", "boundaries")
     return boundaries
 
 
@@ -86,7 +80,7 @@ class PinnedMemory:
     @property
     def seams(self) -> tuple[int, ...]:
         """Return `boundaries`: the former name of the attribute, which goes in 0.2.0."""
-        _warn_former("PinnedMemory.seams", "PinnedMemory.boundaries")
+        warn_former("PinnedMemory.seams", "PinnedMemory.boundaries")
         return self.boundaries
 
     @property
@@ -286,7 +280,7 @@ def register_address(
     """Register bytes at an address as `register` does. ``owner``, which owns the memory, is
     retained until it is unregistered; its former name ``held`` goes in 0.2.0."""
     if "held" in options:
-        _warn_former("register_address(held=)", "register_address(owner=)")
+        warn_former("register_address(held=)", "register_address(owner=)")
         owner = options.pop("held")
     address = whole("address", address)
     nbytes = whole("nbytes", nbytes, 1)

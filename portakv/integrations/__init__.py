@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import portakv
+from portakv.deprecation import warn_former
 from portakv.errors import PortaKVError
 from portakv.integrations.interfaces import differences
 
@@ -128,14 +129,8 @@ def __getattr__(name: str) -> object:
     """Return an object under its former name; raise `AttributeError` for any other name."""
     if name not in _FORMER_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _warn_former(f"{__name__}.{name}", _FORMER_NAMES[name])
+    warn_former(f"{__name__}.{name}", _FORMER_NAMES[name])
     return globals()[_FORMER_NAMES[name]]
-
-
-def _warn_former(former: str, name: str) -> None:
-    """Warn the caller's caller that a name has changed."""
-    why = f"{former} is now {name}. The former name ships in 0.1.0 and goes in 0.2.0."
-    warnings.warn(why, DeprecationWarning, stacklevel=3)
 
 
 def _accept_plug(function: Callable[P, T]) -> Callable[P, T]:
@@ -144,7 +139,7 @@ def _accept_plug(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def call(*args: Any, **terms: Any) -> T:
         if "plug" in terms:
-            _warn_former(f"{function.__name__}(plug=)", f"{function.__name__}(integration=)")
+            warn_former(f"{function.__name__}(plug=)", f"{function.__name__}(integration=)")
             terms["integration"] = terms.pop("plug")
         return function(*args, **terms)
 

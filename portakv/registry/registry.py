@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import warnings
 from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import NamedTuple, cast
 import torch
 
 from portakv.backends.base import Backend, Capabilities, FormatCheck
+from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable
 from portakv.registry.self_check import SelfCheck, self_check
 from portakv.runtime.devices import DeviceAbsent, devices_present, indexed
@@ -348,12 +348,7 @@ def current_name(name: str) -> str:
     one. Warns of a former name."""
     if name not in OLD_NAMES:
         return name
-    warnings.warn(
-        f"The transfer strategy {name!r} is now {OLD_NAMES[name]!r}. The former name ships in "
-        f"0.1.0 and goes in 0.2.0.",
-        DeprecationWarning,
-        stacklevel=3,
-    )
+    warn_former(f"The transfer strategy {name!r}", repr(OLD_NAMES[name]), above=1)
     return OLD_NAMES[name]
 
 

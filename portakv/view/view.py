@@ -7,7 +7,6 @@ Addresses come from ``data_ptr()`` and strides, never from contiguity, the numbe
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.deprecation import warn_former
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.language import Layout
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
@@ -214,12 +214,7 @@ class KVView:
     @property
     def home(self) -> torch.device:
         """Return `memory_device`: the former name of the attribute, which goes in 0.2.0."""
-        warnings.warn(
-            "KVView.home is now KVView.memory_device. The former name ships in 0.1.0 and goes in "
-            "0.2.0.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        warn_former("KVView.home", "KVView.memory_device")
         return self.memory_device
 
     @property

@@ -181,8 +181,8 @@ def test_an_interrupt_at_any_line_leaves_no_request_under_way(
         finally:
             sys.settrace(before)
         queues = one.queues
-        seen, put, taken = queues.words[[queues.seen, queues.put, queues.taken]]
-        assert seen == put == taken
+        words = queues.words
+        assert words[queues.seen] == words[queues.put] == words[queues.taken]
     assert line > 40
 
 
