@@ -27,9 +27,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -234,12 +234,24 @@ def run_tests(tests: str, judge: Judge, first: list[str]) -> subprocess.Complete
     )
 
 
-def check_unchanged(mutants: list[Mutant], judge: Judge) -> None:
+def check_unchanged(mutants: list[Mutant], judges: list[Judge]) -> None:
     """Raise `SystemExit` if tests fail without a mutant: every mutant would count as killed."""
-    for tests in sorted({mutant.tests for mutant in mutants}):
-        done = run_tests(tests, judge, [])
-        if done.returncode:
-            raise SystemExit(f"{tests} fail without a mutant:\n{done.stdout[-3000:]}")
+    tests = sorted({mutant.tests for mutant in mutants})
+    idle: queue.SimpleQueue[Judge] = queue.SimpleQueue()
+    for judge in judges:
+        idle.put(judge)
+
+    def check(names: str) -> subprocess.CompletedProcess[str]:
+        judge = idle.get()
+        try:
+            return run_tests(names, judge, [])
+        finally:
+            idle.put(judge)
+
+    with ThreadPoolExecutor(len(judges)) as pool:
+        for names, done in zip(tests, pool.map(check, tests), strict=True):
+            if done.returncode:
+                raise SystemExit(f"{names} fail without a mutant:\n{done.stdout[-3000:]}")
 
 
 def verdict(mutant: Mutant, judge: Judge) -> Result:
@@ -286,8 +298,7 @@ def run(mutants: list[Mutant], jobs: int, most: int, mark: str, file: Path) -> l
             shutil.copy2(path, target, follow_symlinks=False)
         return Judge(copy, most, mark, killers)
 
-    def work(copy: Path) -> None:
-        judge = make(copy)
+    def work(judge: Judge) -> None:
         while True:
             try:
                 mutant = waiting.get_nowait()
@@ -298,12 +309,10 @@ def run(mutants: list[Mutant], jobs: int, most: int, mark: str, file: Path) -> l
             print(f"{len(results)}/{len(mutants)} {results[-1].state} {mutant.path}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        check_unchanged(mutants, make(Path(folder, "unchanged")))
-        threads = [threading.Thread(target=work, args=(Path(folder, str(n)),)) for n in range(jobs)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        judges = [make(Path(folder, str(n))) for n in range(jobs)]
+        check_unchanged(mutants, judges)
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(work, judges))
     return results
 
 
