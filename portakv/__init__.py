@@ -10,6 +10,7 @@ from __future__ import annotations
 from portakv.connector.connector import AdaptiveConnector
 from portakv.copy.blocks import copy_blocks
 from portakv.copy.handle import BlockTransfer
+from portakv.copy.options import CopyOptions
 from portakv.copy.rows import copy_rows
 from portakv.copy.runs import copy_runs
 from portakv.errors import (
@@ -44,6 +45,7 @@ __all__ = [
     "AdaptiveConnector",
     "BackendUnavailable",
     "BlockTransfer",
+    "CopyOptions",
     "CopyPlan",
     "DeviceMismatch",
     "HostMemoryError",

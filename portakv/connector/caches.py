@@ -12,7 +12,9 @@ from weakref import ref
 import torch
 
 from portakv.connector.in_graph import Allocations, flatten
-from portakv.copy.copy import Ids, MemoryObject, Tensors, check_ids, whole
+from portakv.copy.context import Context
+from portakv.copy.request import Ids, MemoryObject, Tensors, whole
+from portakv.copy.settle import check_ids
 from portakv.copy.shortcut import Shortcuts
 from portakv.errors import DeviceMismatch, LayoutError, SlotError
 from portakv.layout.language import parse
@@ -25,6 +27,11 @@ from portakv.view.bound import BoundLayout, bind_layout
 Extents = dict[str, Any]
 #: A chunk from its first token on.
 WHOLE = Index()
+
+
+def check_chunk_layout(layout: str) -> None:
+    """Raise `LayoutError` for a layout of memory objects that cannot be parsed."""
+    parse(resolve(layout)[0])
 
 
 class Job(NamedTuple):
@@ -150,7 +157,7 @@ class Registration:
         if store:
             _check_apart([job.chunk for job in jobs])
         moves = [self.move(store, job) for job in self._sets(jobs)]
-        _check_batch(moves, strict)
+        _check_batch(moves, Context.of(self.view.device, None), strict)
         return moves
 
     def chunk(self, memory_obj: MemoryObject) -> KVView:
@@ -285,11 +292,11 @@ def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[I
     return (index.shifted(start) if start else index), stop - start
 
 
-def _check_batch(moves: list[Move], strict: bool) -> None:
+def _check_batch(moves: list[Move], context: Context, strict: bool) -> None:
     """Reject the whole batch before its first launch if one of its copies is bad."""
     for move in moves:
         move.dst.check_writable()
-        check_ids(move, strict)
+        check_ids(move, context, strict)
     if len(moves) < 2:
         return
     # Sets of one batch share the cache; destinations must be distinct across them as well.

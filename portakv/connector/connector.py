@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """`AdaptiveConnector`: store chunks of an engine's paged cache, and load them.
 
-It decides on views, direction and stream; `copy.copy_move` makes the copy.
+It decides on views, direction and stream; `submit` makes the copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch.compiler import is_compiling
 
 from portakv.connector import in_graph
-from portakv.connector.caches import Batch, Registration
-from portakv.copy.copy import Check, Ids, MemoryObject, Tensors, copy_move, is_strict
+from portakv.connector.caches import Batch, Registration, check_chunk_layout
+from portakv.copy.options import Check, CopyOptions, options_from
+from portakv.copy.request import Ids, MemoryObject, Tensors
+from portakv.copy.submit import submit
 from portakv.errors import LayoutError, SlotError
-from portakv.layout.language import parse
-from portakv.layout.presets import resolve
+from portakv.plan.move import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
 from portakv.runtime.transfer import LateErrors, Transfer
@@ -43,12 +45,14 @@ class AdaptiveConnector:
         check: ``usual`` checks slots on the host; ``strict`` also slots on a device, for which each
             call then waits. Slots past the end, and destinations that occur twice, are rejected
             before anything moves.
+        options: how all transfers are made, in place of ``backend``, ``reinterpret`` and ``check``.
+            A call's own ``stream`` counts more than theirs.
         extents: declared extents of the caches: ``layers, kv, block_size, heads, dim``.
 
     Raises:
         LayoutError: a layout that cannot be parsed, or extents that it does not have.
         BackendUnavailable: no backend, or not the forced one, serves the device.
-        InvalidTerms: an unknown ``check``, or a ``reinterpret`` that is not True or False.
+        InvalidTerms: a value that an option cannot have; options and other keywords.
     """
 
     def __init__(
@@ -60,13 +64,17 @@ class AdaptiveConnector:
         *,
         reinterpret: bool = False,
         check: Check = "usual",
+        options: CopyOptions | None = None,
         **extents: int | Sequence[int] | None,
     ) -> None:
-        self._strict = is_strict(check)
-        self._choice = choose(device, backend)
+        keywords = {"backend": backend, "reinterpret": reinterpret, "check": check}
+        options = options_from(options, keywords)
+        self._choice = choose(device, options.backend)
         self.device = self._choice.backend.device
-        self._bound = bind_layout(kv_layout, reinterpret=reinterpret, **extents)
-        parse(resolve(chunk_layout)[0])  # raises here for a layout that cannot be parsed
+        self._bound = bind_layout(kv_layout, reinterpret=options.reinterpret, **extents)
+        self._options = replace(options, reinterpret=False)  # the views are bytes by their binding
+        self._usual = self._options.terms is None and not (options.by_layer or options.late)
+        check_chunk_layout(chunk_layout)
         self._kv_layout = kv_layout
         self._chunk_layout = chunk_layout
         self._registered: Registration | None = None
@@ -227,16 +235,15 @@ class AdaptiveConnector:
             batch = Batch([memory_obj], slot_mapping, [start], [end])
             return self._traced(store, kv_caches, batch, stream)
         caches = self._caches(kv_caches)
-        if stream is None:
+        stream = self._options.stream if stream is None else stream
+        if stream is None and self._usual:
             transfer = caches.shortcuts.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:
                 return transfer
         caches.check_memory()
         job = caches.job(memory_obj, slot_mapping, start, end)
-        strict = self._strict
-        move = caches.move(store, job)
-        transfer = copy_move(move, self._choice, stream, known_good=True, strict=strict)
-        if not strict:  # a shortcut looks at no ids
+        transfer = self._submit(caches.move(store, job), stream)
+        if self._usual and not self._options.strict:  # a shortcut looks at no ids
             caches.shortcuts.remember(store, job.chunk, slot_mapping)
         return self._keep(transfer)
 
@@ -247,11 +254,15 @@ class AdaptiveConnector:
             return self._traced(store, kv_caches, batch, stream)
         caches = self._caches(kv_caches)
         caches.check_memory()
-        transfers = [
-            copy_move(move, self._choice, stream, known_good=True, strict=self._strict)
-            for move in caches.batch_moves(store, batch, self._strict)
-        ]
-        return self._keep(Transfer.join(transfers))
+        moves = caches.batch_moves(store, batch, self._options.strict)
+        return self._keep(Transfer.join([self._submit(move, stream) for move in moves]))
+
+    def _submit(self, move: Move, stream: torch.Stream | None) -> Transfer:
+        """Issue a copy of checked caches."""
+        options = self._options
+        if stream is not options.stream and stream is not None:
+            options = replace(options, stream=stream)
+        return submit(move, options, self._choice, known_good=True)
 
     def _traced(
         self, store: bool, kv_caches: Caches, batch: Batch, stream: torch.Stream | None

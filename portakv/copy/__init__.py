@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copy rows from one view to another, ordered on a stream: the one primitive of PortaKV."""
 
-from portakv.copy.copy import copy_move as copy_move
 from portakv.copy.handle import BlockTransfer as BlockTransfer
+from portakv.copy.options import CopyOptions as CopyOptions
 from portakv.copy.rows import copy_rows as copy_rows
 from portakv.copy.runs import copy_runs as copy_runs

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from portakv.errors import DeviceMismatch, Unsupported
@@ -10,10 +12,29 @@ from portakv.interconnect.choose import across
 from portakv.interconnect.peer import reached
 from portakv.interconnect.strategy import Strategy, Terms
 from portakv.registry.registry import Choice
-from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import check_stream
 from portakv.runtime.transfer import Transfer
 from portakv.view.view import KVView
+
+
+def common_device(src: KVView, dst: KVView) -> torch.device:
+    """Return the device that executes a copy: the accelerator if one side is on it."""
+    if src.device == dst.device or dst.device.type == "cpu":
+        return src.device
+    if src.device.type == "cpu":
+        return dst.device
+    raise DeviceMismatch(
+        f"Expected a copy on one device, between it and the host, or between two devices of one "
+        f"type, got {src.device} as source and {dst.device} as destination. Go through a host "
+        f"buffer."
+    )
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one: once, instead of a query about every device that is not."""
+    apart = torch.accelerator.current_device_index() != device.index
+    return inside(device if apart else None)
 
 
 def seen_by_reader(src: KVView, reader: torch.device, stream: torch.Stream | None) -> KVView:

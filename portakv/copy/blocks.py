@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from portakv.copy.copy import Check, Ids, source_of, whole
 from portakv.copy.handle import BlockTransfer
-from portakv.copy.rows import issued
+from portakv.copy.options import Check, CopyOptions, options_of
+from portakv.copy.request import Ids, move_of, not_views, whole
+from portakv.copy.submit import submit
 from portakv.errors import LayoutError, SlotError
 from portakv.interconnect.strategy import Overlap
 from portakv.runtime.transfer import LateErrors
@@ -22,6 +23,7 @@ def copy_blocks(
     *,
     count: int | None = None,
     skip: int | tuple[int, int] = 0,
+    options: CopyOptions | None = None,
     backend: str | None = None,
     stream: torch.Stream | None = None,
     by_layer: bool = False,
@@ -34,37 +36,24 @@ def copy_blocks(
     check: Check = "usual",
     late: LateErrors | None = None,
 ) -> BlockTransfer:
-    """Copy whole blocks by their ids. Block sizes may differ; the numbers of tokens may not.
+    """Copy whole blocks by their ids, as `copy_rows` does, whose other arguments it takes.
 
-    It is `copy_rows` under ids of blocks, and takes its other arguments.
+    Block sizes may differ; the numbers of tokens may not.
 
     Args:
         src, dst: paged views; or chunks of consecutive tokens, if that side's blocks are None.
         src_blocks, dst_blocks: block ids, int32 or int64; negative ids are skipped. Or an `Index`
-            of them with ``step=block_size``, which is validated once for all of its uses.
-        count: tokens to move, so that the last blocks may be moved in part. None: all that are
-            left.
-        skip: tokens to leave out at the beginning of the lists, so that the first blocks may be
-            moved in part. One number for both sides, or a pair for the source and the destination.
+            of them with ``step=block_size``, which is checked once for all of its uses.
+        count: tokens to move, so that the last blocks may be moved in part. None: all.
+        skip: tokens to leave out at the beginning of both lists, or a pair of numbers.
 
     Raises:
         LayoutError: ids for a view that is not paged.
-        SlotError: ``skip`` is not a whole number of at least 0, or a pair of them.
+        SlotError: ``skip`` that is no number of tokens, or two.
         PortaKVError: as `copy_rows`.
     """
-    source = source_of(src, dst, reinterpret)
-    src_index = _block_index(src, src_blocks, "src")
-    dst_index = _block_index(dst, dst_blocks, "dst")
-    if skip or type(skip) is not int:
-        first, after = skip if isinstance(skip, tuple) and len(skip) == 2 else (skip, skip)
-        src_index = src_index.shifted(_tokens(first))
-        dst_index = dst_index.shifted(_tokens(after))
-    return issued(
-        source,
-        dst,
-        src_index,
-        dst_index,
-        count,
+    options = options_of(
+        options,
         backend,
         stream,
         by_layer,
@@ -73,9 +62,19 @@ def copy_blocks(
         max_gbps,
         cancellable,
         detached,
+        reinterpret,
         check,
         late,
     )
+    if not (isinstance(src, KVView) and isinstance(dst, KVView)):
+        raise not_views(src, dst)
+    src_index = _block_index(src, src_blocks, "src")
+    dst_index = _block_index(dst, dst_blocks, "dst")
+    if skip or type(skip) is not int:
+        first, after = skip if isinstance(skip, tuple) and len(skip) == 2 else (skip, skip)
+        src_index = src_index.shifted(_tokens(first))
+        dst_index = dst_index.shifted(_tokens(after))
+    return submit(move_of(src, dst, src_index, dst_index, count), options)
 
 
 def _tokens(skip: object) -> int:

@@ -14,11 +14,11 @@ import torch
 
 from portakv.backends.base import Again
 from portakv.copy.between import carrier
+from portakv.copy.context import Context
 from portakv.plan.plan import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import capturing
 from portakv.runtime.transfer import Completion, EventPool, Transfer, acquire_word, event_pool, hold
 from portakv.view.view import KVView
 
@@ -38,19 +38,19 @@ _KEPT = 64
 _strategies: Bounded[tuple[Any, ...], str] = Bounded("carriers of copies made again", 4096)
 
 
-def repeated(move: Move, choice: Choice) -> Transfer | None:
+def repeated(move: Move, choice: Choice, context: Context) -> Transfer | None:
     """Issue the copy on the current stream if one like it was remembered; else return None."""
     src = move.src
     dst = move.dst
-    kind = _kind(move, choice.backend.device)
-    if kind is None or move.count < 1 or capturing(choice.backend.device):
+    kind = _kind(move, context.device)
+    if kind is None or move.count < 1 or context.captured:
         return None
     name = _strategies.get((src.form, dst.form, kind, choice, move.count))
     repeatable: _Repeatable | None = src.derived.get(_AGAIN, {}).get((dst, kind, choice, name))
     if repeatable is None or move.count > repeatable.again.most:
         return None
     for view in repeatable.tabled:
-        view.follow_table(choice.backend.device)
+        view.follow_table(context.device)
     src_ids = move.src_index.ids
     dst_ids = move.dst_index.ids
     read = src.origins[0] if src_ids is None else src_ids.data_ptr()
@@ -67,7 +67,7 @@ def repeated(move: Move, choice: Choice) -> Transfer | None:
     return Transfer((completion,), retained, repeatable.carried)
 
 
-def remember(move: Move, choice: Choice, made: Transfer) -> None:
+def remember(move: Move, choice: Choice, context: Context, made: Transfer) -> None:
     """Remember a copy that this thread just made, if it can be repeated.
 
     A copy is remembered when its like was made twice, which never happens to views made for one
@@ -75,9 +75,9 @@ def remember(move: Move, choice: Choice, made: Transfer) -> None:
     """
     src = move.src
     dst = move.dst
-    device = choice.backend.device
+    device = context.device
     kind = _kind(move, device)
-    if kind is None or not made.completions or capturing(device):
+    if kind is None or not made.completions or context.captured:
         return
     half = choice if src.device == dst.device else carrier(src, dst, choice, None)
     ready = prepared(src.form, dst.form, *move.steps, None, half)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from inspect import Parameter, signature
+from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -13,21 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.copy.copy import whole
 from portakv.copy.handle import BlockTransfer
-from portakv.copy.rows import copy_rows
-from portakv.errors import InvalidTerms, LayoutError, PortaKVError, SlotError
+from portakv.copy.options import CopyOptions, options_from
+from portakv.copy.request import move_of, whole
+from portakv.copy.submit import submit
+from portakv.errors import LayoutError, PortaKVError, SlotError
 from portakv.plan.plan import Move, check_disjoint
 from portakv.view.bound import address_of
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: The terms of a copy, by their names in `copy_rows`.
-_TERMS = {
-    name
-    for name, each in signature(copy_rows).parameters.items()
-    if each.kind is Parameter.KEYWORD_ONLY and name != "count"
-}
 #: A number for each run, or one for all of them.
 Numbers: TypeAlias = "int | Sequence[int] | npt.NDArray[Any] | torch.Tensor"
 #: Each run is a separate block: rows of bytes, at a pitch.
@@ -46,7 +41,8 @@ def copy_runs(
     src_pitch: Numbers | None = None,
     dst_pitch: Numbers | None = None,
     pinned: bool | None = None,
-    **terms: Any,
+    options: CopyOptions | None = None,
+    **keywords: Any,
 ) -> BlockTransfer:
     """Copy runs of bytes, each from one address to another.
 
@@ -68,7 +64,8 @@ def copy_runs(
         rows: the number of rows of each run, ``src_pitch`` and ``dst_pitch`` bytes apart (None:
             without gaps).
         pinned: True if host memory is pinned; None: query torch.
-        terms: further terms of `copy_rows`.
+        options: how to copy, made once for many calls. None: the keywords, which are the options
+            that `CopyOptions` describes.
 
     Returns:
         One handle for all; it counts runs as blocks.
@@ -78,14 +75,10 @@ def copy_runs(
             a byte that is both read and written, if the host can see it.
         LayoutError: values that are not addresses, or runs that write one byte twice, if the host
             can see it.
-        InvalidTerms: a term that `copy_rows` does not have; an index or a count, which runs do not
-            have.
+        InvalidTerms: a keyword that is not an option, such as a count; options and keywords.
         PortaKVError: as `copy_rows`.
     """
-    for name in terms.keys() - _TERMS:
-        raise InvalidTerms(
-            f"Expected terms among {', '.join(sorted(_TERMS))}, got {name}. Leave {name} out."
-        )
+    options = options_from(options, keywords)
     ends = _ends(src_addresses), _ends(dst_addresses)
     number = len(ends[0])
     if not len(ends[1]) == number:
@@ -116,21 +109,22 @@ def copy_runs(
     for view in chain.from_iterable(sides):
         view.temporary = True
     if len(sides) > 1:
-        return _of_sizes(sides, terms)
+        return _of_sizes(sides, options)
     src, dst = sides[0]
-    return copy_rows(src, dst, **terms)
+    return submit(move_of(src, dst, None, None, None), options)
 
 
-def _of_sizes(sides: Sequence[Sequence[KVView]], terms: dict[str, Any]) -> BlockTransfer:
+def _of_sizes(sides: Sequence[Sequence[KVView]], options: CopyOptions) -> BlockTransfer:
     """Copy runs of several sizes: none of them if one is refused, or if an earlier copy failed."""
-    late = terms.pop("late", None)
+    late = options.late
     moved = list[BlockTransfer]()
     for src, dst in sides:
-        copy_rows(src, dst, **{**terms, "late": late, "count": 0})
+        submit(move_of(src, dst, None, None, 0), options)
         check_disjoint(Move(src, dst, Index(), Index(), src.slots))
+    each = options if late is None else replace(options, late=None)
     try:
         for src, dst in sides:
-            moved.append(copy_rows(src, dst, **terms))
+            moved.append(submit(move_of(src, dst, None, None, None), each))
     except BaseException:  # such as no memory on the device: no caller has a handle of the others
         issued = BlockTransfer.together(moved)
         issued.cancel()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shortcuts: repeat a transfer of registered caches with other addresses and counts.
 
-`copy.copy_move` makes every decision about a transfer. The next one with a chunk and ids of the
+`settle` makes every decision about a transfer. The next one with a chunk and ids of the
 same kind has the same decisions, so a shortcut only checks what an address or a count can change.
 What does not fit goes through `copy_move` again, which also words the error.
 """

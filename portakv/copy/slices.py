@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copy in parts: layer by layer, issued together, or in slices that a worker issues, so that they
-can be cancelled or keep a rate."""
+"""Copy in slices that a worker issues, so that they can be cancelled or keep a rate."""
 
 from __future__ import annotations
 
@@ -12,13 +11,15 @@ from math import gcd, lcm
 
 import torch
 
-from portakv.copy.copy import check_ids, copy_move, drop_bad_ids, follow_current
+from portakv.copy.context import Context
 from portakv.copy.handle import BlockTransfer, token_bytes
+from portakv.copy.launch import copy_move, follow_current
+from portakv.copy.settle import check_ids, check_memory, drop_bad_ids, layer_of, settle
 from portakv.interconnect.strategy import Strategy
-from portakv.plan.plan import CopyPlan, Move, check_disjoint
+from portakv.plan.move import Move
 from portakv.registry.prepared import bring
 from portakv.registry.registry import Choice
-from portakv.runtime.devices import capturing, inside, refuse_capture
+from portakv.runtime.devices import inside, refuse_capture
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import Transfer
 from portakv.runtime.worker import WINDOW, RateLimit, Slice, SliceCompletion, Worker
@@ -32,20 +33,8 @@ SLICE = 16 << 20
 BEAT = 0.002
 
 
-def in_layers(
-    move: Move, choice: Choice, stream: torch.Stream | None, strict: bool, began: float
-) -> BlockTransfer:
-    """Issue one layer after another; arguments and errors are those of `copy_move`."""
-    _check_memory(move)
-    layers = tuple(
-        copy_move(_layer(move, i), choice, stream, known_good=True, strict=strict)
-        for i in range(move.src.layers)
-    )
-    return BlockTransfer(Transfer.join(layers), move, began, layers)
-
-
 def in_slices(
-    move: Move, choice: Choice, stream: torch.Stream | None, rate: float | None, by_layer: bool
+    move: Move, choice: Choice, context: Context, rate: float | None, by_layer: bool
 ) -> BlockTransfer:
     """Start a transfer in slices, at most ``rate`` 10^9 bytes a second.
 
@@ -56,17 +45,17 @@ def in_slices(
         Unsupported: inside graph capture.
         PortaKVError: as `copy_move`.
     """
-    device = choice.backend.device
+    device, stream, captured = context
     began = time.perf_counter()
-    if capturing(device):
+    if captured:
         why = "the host issues them while the copy runs; leave out cancellable and max_gbps"
         raise refuse_capture("A copy in slices", why)
-    nothing = (_layer(move, 0) if by_layer else move)._replace(count=0)
-    copy_move(nothing, choice, stream)  # refuse now what cannot be executed
+    nothing = (layer_of(move, 0) if by_layer else move)._replace(count=0)
+    settle(nothing, choice, context)  # refuse now what cannot be executed
     guarded = move._replace(src_index=move.src_index.to_host(), dst_index=move.dst_index.to_host())
-    if check_ids(guarded, strict=False):
+    if check_ids(guarded, context, strict=False):
         guarded, _ = drop_bad_ids(guarded, gcd(*guarded.steps))  # positions that are skipped
-    _check_memory(guarded)
+    check_memory(guarded)
     if not guarded.count:
         none = (Transfer(),) * move.src.layers if by_layer else None
         return BlockTransfer(Transfer(), move, began, none)
@@ -76,9 +65,11 @@ def in_slices(
         stream = stream or own_stream(device)
         follow_current(stream, [guarded])
 
+    here = Context(device, None, captured=False)  # of the worker, whose stream is the current one
+
     def issue(piece: Slice) -> Transfer:
         # Memory may be released while it runs.
-        return copy_move(_part(guarded, piece), choice, None)
+        return copy_move(_part(guarded, piece), choice, here)
 
     slices = _cut(guarded, rate, by_layer)
     limit = None if rate is None else RateLimit(rate)
@@ -115,13 +106,6 @@ def _cut(move: Move, rate: float | None, by_layer: bool) -> list[Slice]:
     ]
 
 
-def _layer(move: Move, layer: int) -> Move:
-    """Return one layer of a copy; raise as the whole copy if the sides have different numbers."""
-    if move.src.layers != move.dst.layers:
-        CopyPlan(move.src.form, move.dst.form, *move.steps)
-    return move.layer(layer)
-
-
 def _part(move: Move, piece: Slice) -> Move:
     """Return a slice of a copy, with only the ids of its positions."""
     whole = move if piece.layer is None else move.layer(piece.layer)
@@ -130,14 +114,6 @@ def _part(move: Move, piece: Slice) -> Move:
         dst_index=whole.dst_index.part(piece.first, piece.tokens),
         count=piece.tokens,
     )
-
-
-def _check_memory(move: Move) -> None:
-    """Raise if memory was replaced or cannot be written, or if a row is both read and written."""
-    move.dst.check_writable()
-    move.src.check_memory()
-    move.dst.check_memory()
-    check_disjoint(move)
 
 
 @contextmanager

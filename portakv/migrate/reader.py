@@ -8,15 +8,16 @@ sends the rows through staging buffers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from time import monotonic
 from weakref import WeakSet
 
 import torch
 
 from portakv import arguments
+from portakv.copy.options import CopyOptions, Overlap, options_from
 from portakv.copy.rows import copy_rows
 from portakv.graph.graph import Graph
-from portakv.interconnect.strategy import Overlap, Terms
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Connections, Sources, renamed
 from portakv.migrate.plan import count_blocks, steps
@@ -27,7 +28,8 @@ from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import IdList
 
 LONG = 8 << 20  # bytes on the host whose copy takes longer than the message to the owner
-
+#: The options that a pull takes.
+OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
 
 PATIENCE = 7.0  # seconds for which `Reader.close` waits for pulls, which end within three
 
@@ -77,6 +79,7 @@ class Reader:
         overlap: Overlap = "compute",
         max_thread_blocks: int | None = None,
         max_gbps: float | None = None,
+        options: CopyOptions | None = None,
         verify: bool = False,
         timeout: float | None = None,
     ) -> Pull:
@@ -91,6 +94,7 @@ class Reader:
             overlap, max_thread_blocks: as for `copy_rows`, for memory that is mapped.
             max_gbps: the most 10^9 bytes in a second, of all owners together. Other pulls of rows
                 that the same owner sends wait meanwhile.
+            options: these four options, made once for many pulls, in place of them.
             verify: compare checksums of all bytes with the owners' before the commit.
             timeout: seconds from the call, handshake included; then the pull ends without a commit.
 
@@ -100,9 +104,10 @@ class Reader:
             SlotError: bad blocks on either side, or too few.
             Unsupported: memory that can neither be mapped nor sent; inside graph capture.
         """
-        terms = Terms(overlap, max_thread_blocks, max_gbps)
+        keywords = dict(zip(OPTIONS, (by_layer, overlap, max_thread_blocks, max_gbps), strict=True))
+        options = options_from(options, keywords)
+        options.check_only("a pull", OPTIONS)
         arguments.whole("first", first)
-        arguments.flag("by_layer", by_layer)
         arguments.flag("verify", verify)
         if capturing(self.device):
             raise refuse_capture("A pull", "it asks owners to confirm their offers; pull outside")
@@ -127,7 +132,7 @@ class Reader:
                 ends = layers[step.cut.group]
                 pull.requested.nbytes += step.nbytes
                 # The steps share the rate.
-                rate = terms.max_gbps and terms.max_gbps * step.nbytes / total
+                rate = options.max_gbps and options.max_gbps * step.nbytes / total
                 if step.cut.src is None:
                     pull.requested.strategy = step.owner.strategy
                     for some, task in taken(self._graph, step, pull, rate):
@@ -141,15 +146,12 @@ class Reader:
                     step.src_index,
                     step.dst_index,
                     count=step.tokens,
-                    by_layer=by_layer,
-                    overlap=overlap,
-                    max_thread_blocks=max_thread_blocks,
-                    max_gbps=rate,
+                    options=replace(options, max_gbps=rate),
                 )
                 pull.copies.append(copy)
-                for nth, end in enumerate(copy.layers if by_layer else ()):
+                for nth, end in enumerate(copy.layers if options.by_layer else ()):
                     ends[step.cut.layers[nth]].copies.append(end)
-            if by_layer:
+            if options.by_layer:
                 pull.layers = [Part(x.copies, x.tasks) for ends in layers for x in ends]
             checks = verifications(plan, pull, self._checks) if verify else []
             pull.tasks[0].work = lambda *_: pull.end(self._graph, sources, checks)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from portakv.arguments import naming, shown
+from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.rows import copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
@@ -234,7 +235,14 @@ class Crossing:
     """
 
     def __init__(
-        self, inner: KVView, view: KVView, blocks: IdList, many: int, size: int, store: bool = False
+        self,
+        inner: KVView,
+        view: KVView,
+        blocks: IdList,
+        many: int,
+        size: int,
+        store: bool = False,
+        options: CopyOptions = USUAL,
     ) -> None:
         if not isinstance(view, KVView) or not view.block_size:
             got = repr(view) if isinstance(view, KVView) else shown(view)
@@ -255,9 +263,12 @@ class Crossing:
         with naming("blocks", "ids of the view's blocks"):
             index = Index(ids, step=whole)
             if index.check(len(ids) * whole, view.slots, "view", distinct=not store):
-                raise SlotError("A block is negative.")
+                raise SlotError(
+                    f"Expected blocks of at least 0, got {int(ids.min())}. Pass the view's blocks."
+                )
         self._size = size
         self._store = store
+        self._options = options
         self._step = gcd(whole, size)
         split = (ids[:, None] * (whole // self._step) + np.arange(whole // self._step)).reshape(-1)
         self._fine = split[: many * size // self._step].reshape(many, size // self._step)
@@ -274,4 +285,4 @@ class Crossing:
         src = Index(self._fine[np.array(at, np.int64)].reshape(-1), step=self._step)
         sides = (outer, inner, src, dst) if self._store else (inner, outer, dst, src)
         with torch.inference_mode(False), self._after.inside():
-            copy_rows(*sides).synchronize()
+            copy_rows(*sides, options=self._options).synchronize()

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from portakv.arguments import flag, instance, invalid, items, nbytes, one_of, seconds
+from portakv.copy.options import CopyOptions, options_from
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
 from portakv.graph.graph import SLACK, Graph, Priority
 from portakv.graph.handle import Handle, Missing
@@ -28,22 +30,33 @@ from portakv.storage.plan import (
     parts_of,
 )
 from portakv.storage.rows import Crossing, Rows
-from portakv.storage.tier import Keys, Tier, TierStore
-from portakv.view import KVView
-from portakv.view.index import IdList
+from portakv.storage.tier import Keys, Tier, TierStore, tier_of
+from portakv.view import IdList, KVView
 
+#: The options that a save takes, and a load, which also takes ``by_layer``.
+OPTIONS = ("backend", "overlap", "max_thread_blocks")
 #: What a save does that finds no staging.
 Full: TypeAlias = Literal["drop", "wait"]
 
 
 def _check_tiers(tiers: object) -> list[Tier]:
-    """Return tiers as a list; raise `InvalidTerms` for anything else."""
-    result = items("tiers", tiers, "tiers, such as Disk(...)")
+    """Return tiers as a list, those made that are named; raise `InvalidTerms` for anything else."""
+    result = [
+        tier_of(each) if isinstance(each, str) else each
+        for each in items("tiers", tiers, "tiers, such as Disk(...)")
+    ]
     for number, tier in enumerate(result):
         if not callable(getattr(tier, "open", None)) or not callable(getattr(tier, "forms", None)):
-            do = "Pass a Disk, a Remote, or an object with their forms() and open()."
+            do = "Pass a Disk, a Remote, an object with forms() and open(), or a text NAME:PLACE."
             raise invalid(f"tiers[{number}]", "a tier", tier, do)
     return result
+
+
+def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
+    """Return the options of a store's copies; workers make the copies and wait for each."""
+    options = options_from(options, {})
+    options.check_only(what, OPTIONS)
+    return options
 
 
 class BlockStore:
@@ -53,7 +66,9 @@ class BlockStore:
         form: the form of the saved blocks; views contain its layers and heads.
         staging: bytes of pinned memory for transfers; host: bytes of it that cache blocks, the
             host tier.
-        tiers: `Disk`, `Remote`, or an object with their ``forms`` and ``open``.
+        tiers: `Disk`, `Remote`, or an object with their ``forms`` and ``open``. Or a text
+            ``NAME:PLACE``, such as ``remote:s3://bucket/kv``: a tier of that name, also of another
+            package, made with the place alone.
         graph: shares workers with other code; by default the store's own graph.
         full: the action of a save without staging within its slack: ``drop`` or ``wait``.
         weak_keys: accept keys of less than 16 bytes, of which two may be equal.
@@ -75,7 +90,7 @@ class BlockStore:
         *,
         staging: int = 1 << 30,
         host: int = 0,
-        tiers: Sequence[Tier] = (),
+        tiers: Sequence[Tier | str] = (),
         graph: Graph | None = None,
         full: Full = "drop",
         weak_keys: bool = False,
@@ -164,6 +179,7 @@ class BlockStore:
         after: bytes | None = None,
         priority: Priority = "background",
         deadline: float | None = None,
+        options: CopyOptions | None = None,
     ) -> Handle:
         """Save blocks of a view under keys.
 
@@ -175,11 +191,17 @@ class BlockStore:
         Tiers evict no block before its successors. A tier without space for all blocks stores the
         first ones. The others do not land, and neither do blocks that are evicted before the save
         ends.
+
+        ``options``: how blocks are copied from the view: backend, overlap, max_thread_blocks.
         """
         previous = self._predecessor(after)
         call = self._call("save", keys, priority, deadline, previous)
         own = self._own
-        crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size, store=True)
+        size = own.form.block_size
+        options = _copy_options("a save", options)
+        crossing = Crossing(
+            own.rows, view, blocks, len(call.keys), size, store=True, options=options
+        )
         until = self.graph.clock() + SLACK[priority] if self._drop else None
         return self._planned(call, partial(self._save, call, crossing, view, until))
 
@@ -259,6 +281,7 @@ class BlockStore:
         deadline: float | None = None,
         by_layer: bool = False,
         missing: Missing = "raise",
+        options: CopyOptions | None = None,
     ) -> Handle:
         """Load blocks into a view of any layout, device and block size.
 
@@ -269,12 +292,18 @@ class BlockStore:
         (`Handle.layers`). Some layers of a block that does not land may then be written, with
         correct bytes. Blocks of a form with one segment are read whole, and only the device's stage
         goes by layer.
+
+        ``options``: how blocks are copied into the view, in place of ``by_layer``: also backend,
+        overlap, max_thread_blocks.
         """
         one_of("missing", missing, get_args(Missing))
-        flag("by_layer", by_layer)
+        options = options_from(options, {"by_layer": by_layer})
+        by_layer = options.by_layer
+        options = _copy_options("a load", replace(options, by_layer=False))
         call = self._call("load", keys, priority, deadline)
         own = self._own
-        crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size)
+        sizes = len(call.keys), own.form.block_size
+        crossing = Crossing(own.rows, view, blocks, *sizes, options=options)
 
         def plan() -> Handle:
             groups = call.groups()

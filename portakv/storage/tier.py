@@ -36,8 +36,10 @@ is provisional: both follow with the rewritten store.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any, Protocol
 
+from portakv.arguments import shown
 from portakv.errors import InvalidTerms, StoreError
 from portakv.graph.graph import Graph, Queue
 from portakv.selection import Catalog, Kind
@@ -47,7 +49,8 @@ from portakv.storage.reasons import Report
 from portakv.storage.rows import Rows
 
 Keys = Sequence[bytes]
-#: The tiers by name; other packages name their tiers in the entry-point group ``portakv.tiers``.
+#: What makes a tier, by name; other packages name theirs in the entry-point group
+#: ``portakv.tiers``. It is called with one text, the tier's place: a folder, an address.
 BUILT_IN = {"disk": "portakv.storage.disk:Disk", "remote": "portakv.storage.remote:Remote"}
 
 
@@ -77,6 +80,31 @@ class Tier(Protocol):
 TIERS = Catalog[Tier](
     Kind("tier", error=StoreError, unknown=InvalidTerms), None, BUILT_IN, "portakv.tiers"
 )
+
+
+def tier_of(text: str) -> Tier:
+    """Return the tier that a text ``NAME:PLACE`` names, such as ``remote:s3://bucket/prefix``.
+
+    Raises:
+        InvalidTerms: there is no tier of that name, the text has no place, or the tier needs more
+            than a place.
+        StoreError: the name does not load. PortaKVError: the tier rejects the place.
+    """
+    name, _, place = text.partition(":")
+    if not place:
+        raise InvalidTerms(
+            f"Expected a tier as NAME:PLACE, such as 'remote:s3://bucket/kv', got {shown(text)}. "
+            f"Write the place after a colon, or pass an object such as Disk(...)."
+        )
+    make: Callable[[str], Tier] = TIERS.load(TIERS.check("tiers", name))
+    try:
+        signature(make).bind(place)
+    except TypeError as error:
+        raise InvalidTerms(
+            f"Expected a tier that is made with its place alone, got {name!r} ({error}). Pass the "
+            f"object itself, such as Disk(folder, capacity=...)."
+        ) from None
+    return make(place)
 
 
 class TierStore(Protocol):

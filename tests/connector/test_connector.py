@@ -23,7 +23,17 @@ from support.connector_cases import (
 from support.guarded_memory import filled, refused, same, untouched
 from support.small_backends import small_backend
 
-from portakv import AdaptiveConnector, Index, LayoutError, SlotError, Transfer
+from portakv import (
+    AdaptiveConnector,
+    BlockTransfer,
+    CopyOptions,
+    Index,
+    InvalidTerms,
+    LateErrors,
+    LayoutError,
+    SlotError,
+    Transfer,
+)
 from portakv.registry import registry
 
 SLOTS = [9, 2, 17, 6]
@@ -260,3 +270,45 @@ def test_strict_looks_at_slots_on_a_device(device: torch.device, tokens: tuple[i
     connector.to_gpu(chunks[0], None, slots, 1, 4).synchronize()
     with refused(SlotError, "occurs 2 times", watch=caches):
         connector.to_gpu(chunks[0], None, slots, 0, 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"backend": "reference"},
+        {"check": "strict"},
+        {"by_layer": True},
+        {"cancellable": True},
+        {"max_gbps": 100.0},
+        {"overlap": "idle"},
+        {"late": LateErrors()},
+    ],
+    ids=lambda options: next(iter(options), "none"),
+)
+def test_options_of_a_connector_hold_for_every_transfer(options: dict[str, Any]) -> None:
+    connector = AdaptiveConnector("cpu", options=CopyOptions(**options))
+    caches = make_caches()
+    chunks = [make_chunk(4), make_chunk(4)]
+    for _ in range(3):  # the third is made by what was remembered, if that is possible
+        connector.from_gpu(chunks[0], caches, SLOTS).synchronize()
+        assert same(chunks[0], rows(caches, SLOTS))
+    connector.batched_from_gpu(chunks, caches, MANY[:8], [0, 4], [4, 8]).synchronize()
+    assert same(chunks[1], rows(caches, MANY[4:8]))
+    wanted = scattered(caches, chunks[1], SLOTS)
+    transfer = connector.to_gpu(chunks[1], caches, SLOTS)
+    transfer.synchronize()
+    assert all(map(same, caches, wanted))
+    if options.get("by_layer"):
+        assert isinstance(transfer, BlockTransfer)
+        assert len(transfer.layers) == LAYERS
+
+
+def test_a_connector_takes_options_or_keywords() -> None:
+    with pytest.raises(InvalidTerms, match="got options and check"):
+        AdaptiveConnector("cpu", check="strict", options=CopyOptions())
+    half = AdaptiveConnector("cpu", options=CopyOptions(reinterpret=True))
+    caches = make_caches()
+    chunk = make_chunk(4)
+    half.from_gpu(chunk.view(torch.int16), caches, SLOTS).synchronize()
+    assert same(chunk, rows(caches, SLOTS))

@@ -25,7 +25,8 @@ from portakv import (
     copy_runs,
 )
 from portakv.backends.reference import Reference
-from portakv.copy.copy import copy_move
+from portakv.copy.context import Context
+from portakv.copy.launch import copy_move
 from portakv.errors import InvalidTerms
 from portakv.host import pinned, small
 from portakv.interconnect.staged import Staged
@@ -194,7 +195,8 @@ def test_addresses_are_sent_to_what_gathers(sent: list[int]) -> None:
         KVView.at(at(x, each), "block | token dim", device=x.device, **shaped)
         for x, each in ((src, SRC), (dst, DST))
     ]
-    copy_move(Move(views[0], views[1], Index(), Index(), 4), choice, None).synchronize()
+    here = Context.of(choice.backend.device, None)
+    copy_move(Move(views[0], views[1], Index(), Index(), 4), choice, here).synchronize()
     assert sent.count(4) == 1  # in addition to those of a self-check, and of the rows on the device
     assert torch.equal(dst, expected)
 

@@ -689,8 +689,11 @@ def test_what_a_peer_says_is_shown_on_one_line(pair: tuple[Server, Channel]) -> 
         asker._read(bytes([9]) + b"?" * 20, server.address, Ping(), Pong)
 
 
-def test_a_channel_that_is_closed_takes_no_user() -> None:
+def test_a_channel_that_is_closed_takes_no_user_and_leaves_no_descriptor() -> None:
+    Channel().close()  # what the process opens once
+    before = len(os.listdir("/proc/self/fd"))
     channel = Channel()
     channel.close()
+    assert until(lambda: len(os.listdir("/proc/self/fd")) <= before, 2)
     with pytest.raises(PeerError, match="channel that is open, got one that is closed"):
         channel.claim("an owner", object())

@@ -330,10 +330,13 @@ class ChannelMachine(RuleBasedStateMachine):
         network.eat = 1
         work = self.new("answer")
         full = len(service.peers) >= PEERS
+        repeated = service.channel.counts["repeated"]
         end = client.ask(service, work, self.patience)
         unsure = ("full", "lost") if service.unsure else ("full",) if full else ()
         assert end.kind in ("answer", *unsure), end.kind
         assert end.number in (-1, work.number), "a request got the answer to another"
+        if end.kind == "answer" and not network.eat:
+            assert service.channel.counts["repeated"] > repeated, "a repeat is not counted"
         network.eat = 0
         network.quiet.clear()
         service.unsure = True  # it may serve the client before it sees the end of the connection

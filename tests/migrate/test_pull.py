@@ -18,7 +18,7 @@ from support.migrate_cases import WIDTHS, Held, drawn_model, ranks
 from support.migrate_channels import SECRET, Network, until
 from support.migrate_pulls import LAYOUT, SMALL, Couple, Rows, Sides, sides
 
-from portakv import Index, KVView
+from portakv import CopyOptions, Index, InvalidTerms, KVView
 from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.offers import Owner
@@ -66,9 +66,13 @@ def pull_all(made: Sides, extents: Any, data: st.DataObject, expose: str, most: 
             "max_gbps": data.draw(st.sampled_from([None, None, 50.0])),
             "overlap": data.draw(st.sampled_from(["compute", "idle"])),
         }
+        by_layer = terms["by_layer"]
         local = listed(one, not one.rank.tokens.all())
+        if data.draw(st.booleans()):
+            verify = terms.pop("verify")
+            terms = {"options": CopyOptions(**terms), "verify": verify}
         pulled = reader.pull([x.ticket for x in offers], local, first=first, **terms)
-        if terms["by_layer"]:
+        if by_layer:
             for end in pulled.layers:
                 end.synchronize(60)
         pulled.synchronize(60)
@@ -168,6 +172,23 @@ def test_nothing_of_the_callers_settings_matters(expose: str, state: str) -> Non
             both.pull(again, max_gbps=50.0).synchronize(60)
         assert both.right()
         assert both.spared()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cancellable": True}, {"detached": True}, {"backend": "reference"}, {"check": "strict"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_a_pull_does_not_keep_are_refused(options: dict[str, Any]) -> None:
+    with sides() as made:
+        both = Couple(made)
+        offered = both.offer()
+        with pytest.raises(InvalidTerms, match=f"options for a pull .* got {next(iter(options))}"):
+            both.pull(offered, options=CopyOptions(**options))
+        with pytest.raises(InvalidTerms, match="got options and by_layer"):
+            both.pull(offered, options=CopyOptions(), by_layer=True)
+        both.pull(offered, options=CopyOptions(overlap="idle")).synchronize(60)
+        assert both.right()
 
 
 def test_a_second_pull_of_the_same_owners_plans_nothing_anew() -> None:

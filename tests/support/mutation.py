@@ -43,7 +43,9 @@ SUBJECTS = {
     "portakv/view/index.py": "tests/view",
     "portakv/migrate/shards.py": "tests/migrate/test_shards.py tests/migrate/test_pull.py",
     "portakv/migrate/plan.py": "tests/migrate/test_pull.py",
-    "portakv/migrate/channel.py": "tests/migrate/test_channel.py",
+    "portakv/migrate/channel.py": (
+        "tests/migrate/test_channel.py tests/migrate/test_channel_model.py"
+    ),
     "portakv/storage": "tests/storage --ignore=tests/storage/test_remote.py",
     "portakv/storage/remote.py": "tests/storage/test_remote.py tests/storage/test_reasons.py",
     "portakv/storage/remote_store.py": "tests/storage/test_remote.py tests/storage/test_reasons.py",

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch a copy that is settled, without a further question, and return its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from portakv.copy.context import Context
+from portakv.copy.settle import Piece, Settled, settle
+from portakv.plan.move import Move
+from portakv.registry.prepared import Prepared, bring_table
+from portakv.registry.registry import Choice
+from portakv.runtime import streams
+from portakv.runtime.transfer import (
+    NOTHING,
+    Completion,
+    Pending,
+    StatusWord,
+    Transfer,
+    acquire_word,
+    event_pool,
+    hold,
+    hold_memory,
+)
+
+
+class Part(NamedTuple):
+    """A piece of a copy with its ids where its backend reads them.
+
+    Attributes:
+        ready: the backend with its plan.
+        first: the position in the whole copy at which the part begins.
+        move: the part as a copy.
+    """
+
+    ready: Prepared
+    first: int
+    move: Move
+
+
+def copy_move(
+    move: Move,
+    choice: Choice,
+    context: Context,
+    *,
+    known_good: bool = False,
+    strict: bool = False,
+) -> Transfer:
+    """Settle and launch a copy; arguments and errors are those of `settle`."""
+    return launch(settle(move, choice, context, known_good=known_good, strict=strict), context)
+
+
+def launch(settled: Settled, context: Context) -> Transfer:
+    """Launch every piece after the current stream's work, or on the context's stream after that.
+
+    Inside graph capture with a stream the capture forks there, and `Transfer.wait` joins it.
+    """
+    move, pieces, error, guarded = settled
+    if not pieces:
+        return Transfer(() if error is None else (Completion(error=error),))
+    device, stream, captured = context
+    on_device = device.type != "cpu"
+    parts = [
+        Part(ready, first, ready.place_both(move).part(first, tokens))
+        for ready, first, tokens in pieces
+    ]
+    if captured:  # a graph's memory belongs to its owner, so no allocator records it
+        streams.follow_current(stream)
+    elif on_device:
+        _bring_tables(move, pieces, device)
+        follow_current(stream, [part.move for part in parts])
+    pendings, status, carried = _enqueue(parts, on_device, guarded, stream)
+    if captured:
+        # The graph may write these words at every replay, so they are never given back.
+        return streams.captured(device, stream, move, status, carried)
+    if not (on_device or pendings or error):
+        return Transfer((), None, carried)
+    retained = (move.src, move.dst, parts)
+    # No allocator keeps a peer's memory while this device reads it, or while its own device sends.
+    peer = move.src.form.place == "peer"
+    pool = event_pool(device) if on_device else None
+    completion = Completion(
+        None if pool is None else pool.recorded(stream),
+        pendings,
+        status,
+        error,
+        retained if pendings or peer else None,
+        pool,
+    )
+    if peer:
+        hold_memory(completion)
+    if pendings or status:
+        hold(completion)
+    return Transfer((completion,), retained, carried)
+
+
+def _enqueue(
+    parts: Sequence[Part], on_device: bool, guarded: bool, stream: torch.Stream | None
+) -> tuple[list[Pending], list[tuple[StatusWord, int]], tuple[str, str]]:
+    """Launch parts; return what no stream orders, the status words with their first positions, and
+    what executes the first part.
+
+    A backend that executes ids which are to be ``guarded`` gets a status word; a strategy is picked
+    that takes one.
+    """
+    pendings: list[Pending] = []
+    status: list[tuple[StatusWord, int]] = []
+    carried = NOTHING
+    for ready, first, part in parts:
+        word = None
+        if on_device and (ready.can.guards or guarded):
+            status_word = acquire_word()
+            status.append((status_word, first))  # it counts from its own start
+            word = status_word.tensor
+        pending = ready.launch(*part, stream, word)
+        if carried is NOTHING:
+            carried = ready.carried
+        if pending is not None:
+            pendings.append(pending)
+    return pendings, status, carried
+
+
+def _bring_tables(move: Move, pieces: Sequence[Piece], device: torch.device) -> None:
+    """Have the tables of addresses on the device that backends read there."""
+    for view, read in zip((move.src, move.dst), pieces[0][0].tables, strict=True):
+        if read and view.device == device:
+            bring_table(view, device)
+
+
+def follow_current(stream: torch.Stream | None, moves: Sequence[Move]) -> None:
+    """Make ``stream`` wait for the current stream, and tell the allocator which memory of two views
+    it uses. None: it is the current stream."""
+    if stream is None:
+        return
+    src = moves[0].src
+    dst = moves[0].dst
+    tables = [table for view in (src, dst) if (table := view.table_on(stream.device)) is not None]
+    indices = [index for move in moves for index in (move.src_index, move.dst_index)]
+    ids = [index.ids for index in indices if index.ids is not None]
+    streams.follow_current(stream, *src.retained, *dst.retained, *ids, *tables)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`CopyOptions`: who executes a copy, on which stream, and on which terms."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from functools import partial
+from operator import is_
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+
+from portakv.arguments import flag, instance, invalid, one_of
+from portakv.errors import InvalidTerms
+from portakv.interconnect.strategy import Overlap as Overlap
+from portakv.interconnect.strategy import Terms
+from portakv.runtime.transfer import LateErrors
+
+#: How ids on a device are checked.
+Check: TypeAlias = Literal["usual", "strict"]
+CHECKS: tuple[str, ...] = get_args(Check)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyOptions:
+    """The options of a copy. Make them once and pass them to many copies.
+
+    Attributes:
+        backend: the name of the backend or strategy that must execute it. None: the registry
+            chooses.
+        stream: where to order the work; it first waits for the current stream. Kernels run at its
+            priority; copy engines have no priorities. None: the current stream.
+        by_layer: copy one layer after another, each with a separate end: `BlockTransfer.layers`.
+        overlap: what else the device does meanwhile: ``compute``, it runs a model; ``idle``,
+            nothing.
+        max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory, or
+            reads another device's memory.
+        max_gbps: the most 10^9 bytes a second.
+        cancellable: `BlockTransfer.cancel` can stop it between two slices.
+        detached: no stream waits for its end, not even ``stream``; only the handle reports it.
+        reinterpret: allow rows of one number type to go to rows of another; their bits are moved.
+        check: ``usual`` checks ids on the host. ``strict`` also waits for ids on a device: ids past
+            the end and destinations that occur twice are refused before anything is moved.
+        late: before this copy, raise an error of an earlier copy that passed the same object and
+            failed after its call. For callers that keep no handles.
+
+    Raises:
+        InvalidTerms: an option with a value that it cannot have.
+    """
+
+    backend: str | None = None
+    stream: torch.Stream | None = None
+    by_layer: bool = False
+    overlap: Overlap = "compute"
+    max_thread_blocks: int | None = None
+    max_gbps: float | None = None
+    cancellable: bool = False
+    detached: bool = False
+    reinterpret: bool = False
+    check: Check = "usual"
+    late: LateErrors | None = None
+    #: A thread issues the copy in slices.
+    sliced: bool = field(init=False, repr=False, compare=False)
+    #: Ids on a device are checked before anything is moved.
+    strict: bool = field(init=False, repr=False, compare=False)
+    #: The terms for a strategy; None: the usual ones, which every backend keeps.
+    terms: Terms | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        flag("by_layer", self.by_layer)
+        flag("cancellable", self.cancellable)
+        flag("reinterpret", self.reinterpret)
+        one_of("check", self.check, CHECKS)
+        if self.late is not None and not isinstance(self.late, LateErrors):
+            raise invalid("late", "a LateErrors or None", self.late, "Pass LateErrors().")
+        sliced = self.cancellable or self.max_gbps is not None
+        # Made in any case, since it checks its values. No stream orders slices.
+        detached = flag("detached", self.detached) and not sliced
+        terms = Terms(self.overlap, self.max_thread_blocks, self.max_gbps, detached)
+        put = partial(object.__setattr__, self)  # the options are frozen
+        put("sliced", sliced)
+        put("strict", self.check == "strict")
+        put("terms", terms if sliced or terms != _NO_TERMS else None)
+
+    def check_only(self, what: str, names: Collection[str]) -> None:
+        """Raise `InvalidTerms` if another option than these is set; ``what`` has no use for it."""
+        for name in _NAMES:
+            if name not in names and getattr(self, name) is not getattr(USUAL, name):
+                raise InvalidTerms(
+                    f"Expected options for {what} among {', '.join(names)}, got {name}. Leave "
+                    f"{name} out."
+                )
+
+
+_NO_TERMS = Terms()
+_NAMES = tuple(each.name for each in fields(CopyOptions) if each.init)
+#: The options of a copy that passes none.
+USUAL = CopyOptions()
+_USUAL_VALUES = tuple(getattr(USUAL, name) for name in _NAMES)
+
+
+def options_of(options: CopyOptions | None, *keywords: object) -> CopyOptions:
+    """Return the options of a call that takes ``options`` or all keywords, these in the order of
+    `CopyOptions`; raise as `options_from`."""
+    if all(map(is_, keywords, _USUAL_VALUES)):
+        return USUAL if options is None else options_from(options, {})
+    return options_from(options, dict(zip(_NAMES, keywords, strict=True)))
+
+
+def options_from(options: CopyOptions | None, keywords: dict[str, Any]) -> CopyOptions:
+    """Return the options of a call that takes ``options`` or some keywords.
+
+    Raises:
+        InvalidTerms: both, a keyword that is not an option, or a value that an option cannot have.
+    """
+    for name in keywords.keys() - set(_NAMES):
+        raise InvalidTerms(
+            f"Expected terms among {', '.join(sorted(_NAMES))}, got {name}. Leave {name} out."
+        )
+    passed = {name: x for name, x in keywords.items() if x is not getattr(USUAL, name)}
+    if options is None:
+        return CopyOptions(**passed) if passed else USUAL
+    if passed:
+        names = ", ".join(passed)
+        raise InvalidTerms(
+            f"Expected options or single options, got options and {names}. Put {names} into "
+            f"CopyOptions."
+        )
+    return instance("options", options, CopyOptions, "Pass CopyOptions(...).")
