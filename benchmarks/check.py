@@ -72,10 +72,10 @@ class Bar:
         if unknown := {name for expected in conditions for name in expected} - set(CONDITIONS):
             raise ValueError(
                 f"Expected conditions of target {self.name!r} to be some of {list(CONDITIONS)}, "
-                f"got {sorted(unknown)}."
+                f"got {sorted(unknown)}. Correct `where`."
             )
         if (self.at_least is None) == (self.at_most is None):
-            raise ValueError(f"Expected either at_least or at_most, got {self!r}.")
+            raise ValueError(f"Expected either at_least or at_most, got {self!r}. Write one.")
         if self.accepted is None:
             return
         tries = self.accepted["tries"]
@@ -83,7 +83,7 @@ class Bar:
         if len(tries) < _TRIES or not reason.strip():
             raise ValueError(
                 f"Expected at least {_TRIES} different tries and a reason for target "
-                f"{self.name!r}, got {len(tries)} tries and the reason {reason!r}."
+                f"{self.name!r}, got {len(tries)} tries and the reason {reason!r}. Add them."
             )
 
     @property
@@ -208,8 +208,8 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge files; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
-    result = "a result of `portakv bench`"
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=result)
+    described = "a result of `portakv bench`"
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=described)
     parser.add_argument(
         "--bars", dest="targets", type=Path, default=FILE, help="default: benchmarks/bars.toml"
     )

@@ -52,7 +52,7 @@ from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.methods import run_all_methods
 from portakv_benchmarks.device.overhead import measure_overhead
-from portakv_benchmarks.host import calls, grid, interference, memory, small
+from portakv_benchmarks.host import calls, grid, interference, memory, small, wall
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.plugs.lmcache import lmcache_steps
 from portakv_benchmarks.plugs.sglang import sglang_steps
@@ -80,6 +80,7 @@ SEED = "seed"  # the first scenario of PortaKV
 #: about it. Peers come last, since a failing kernel of a peer may leave the device unusable.
 PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "grid": grid.grid_steps,
+    "wall": wall.wall_steps,
     "direct": grid.zero_copy_steps,
     "duplex": grid.duplex_steps,
     "calls": calls.call_steps,
@@ -163,8 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in written:
         print(f"wrote {path}", file=sys.stderr)
     # For integrations, left_out names the engines' own code that failed.
-    fields = [] if kind == INTEGRATION_SUITE else results["left_out"]
-    failed = any(isinstance(line, harness.Failed) for line in fields)
+    lines = [] if kind == INTEGRATION_SUITE else results["left_out"]
+    failed = any(isinstance(line, harness.Failed) for line in lines)
     return int(failed or not all(x["verified"] for x in results["rows"] if not x.get("peer")))
 
 
@@ -288,7 +289,9 @@ def run_device(args: argparse.Namespace, device: torch.device) -> Row:
 def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
-            raise PortaKVError(f"Expected {what} to be one of {', '.join(known)}, got {name!r}.")
+            raise PortaKVError(
+                f"Expected {what} to be one of {', '.join(known)}, got {name!r}. Correct the name."
+            )
 
 
 def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field) -> Iterator[Step]:
@@ -367,7 +370,7 @@ def run_storage(args: argparse.Namespace, device: torch.device) -> Row:
     except (OSError, RuntimeError, ValueError) as error:
         raise PortaKVError(
             f"Expected --dir to be a folder in which block stores can be measured, got {args.dir}: "
-            f"{error}"
+            f"{str(error).rstrip('.')}. Pass a folder that you may write to, or correct --sizes."
         ) from None
     try:
         return _run_parts(args, STORAGE_SUITE, STORAGE, bench)
@@ -386,7 +389,9 @@ def run_migration(args: argparse.Namespace, device: torch.device) -> Row:
     try:
         suite_ = import_module(f"{package}suite")
     except ImportError as error:
-        raise PortaKVError(f"Expected the packages that migration needs, but {error}") from None
+        raise PortaKVError(
+            f"Expected the packages that migration needs, but {error}. Install them."
+        ) from None
     parts = {
         name: getattr(import_module(package + module), steps)
         for name, (module, _, steps) in ((x, y.partition(":")) for x, y in MIGRATION.items())
@@ -447,14 +452,14 @@ def _steps_of(
 
     try:
         return [(f"{part}: {name}", partial(labelled, step)) for name, step in steps(bench)]
-    except Exception as error:
+    except Exception as error:  # libraries of peers raise errors of all kinds while they load
         line = f"{part}: {in_a_line(error)}"  # an error of PortaKV names what is absent here
         bench.left_out.append(line if isinstance(error, PortaKVError) else harness.Failed(line))
         return []
 
 
 def carry_out(
-    args: Iterable[Step], device: torch.device, seconds: float | None, left_out: list[str]
+    planned: Iterable[Step], device: torch.device, seconds: float | None, left_out: list[str]
 ) -> Rows:
     """Run the steps and return their rows; start no step after ``seconds``.
 
@@ -463,7 +468,7 @@ def carry_out(
     """
     rows: Rows = []
     began = perf_counter()
-    steps = [*args]
+    steps = [*planned]
     with torch.no_grad():
         for done, (name, step) in enumerate(steps):
             elapsed = perf_counter() - began
@@ -538,8 +543,8 @@ def _smi(device: torch.device) -> dict[str, str]:
     args = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
     command = ["nvidia-smi", f"--query-gpu={','.join(args)}", "--format=csv,noheader"]
     try:
-        fields = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        line = fields.stdout.splitlines()[device.index or 0]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        line = process.stdout.splitlines()[device.index or 0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return {}
     return dict(zip(args, (word.strip() for word in line.split(",")), strict=False))

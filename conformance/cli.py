@@ -44,9 +44,9 @@ def compare(words: list[str]) -> int:
     )
     parser.add_argument("old", type=Path, metavar="OLD", help="the earlier conformance.json")
     parser.add_argument("new", type=Path, metavar="NEW", help="the later conformance.json")
-    requested = parser.parse_args(words)
-    old = _record(requested.old)
-    new = _record(requested.new)
+    args = parser.parse_args(words)
+    old = _record(args.old)
+    new = _record(args.new)
     for sentence in summary.differences(old, new):
         print(sentence, file=sys.stderr)
     changes = summary.compare_runs(old, new)
@@ -74,14 +74,14 @@ def verify(words: list[str]) -> int:
         metavar="REPORT",
         help="the conformance.json of a run, or a job's record",
     )
-    requested = parser.parse_args(words)
-    text = _text(requested.report)
+    args = parser.parse_args(words)
+    text = _text(args.report)
     if f'"{SCHEMA}"' not in text:
-        return _verify_job(requested.report)
+        return _verify_job(args.report)
     if wrong := check_report(text):
-        print("\n".join([*wrong, f"{requested.report} is refused: {len(wrong)} contradictions."]))
+        print("\n".join([*wrong, f"{args.report} is refused: {len(wrong)} contradictions."]))
         return 1
-    print(f"{requested.report} stands: {summary.verdict_line(RunRecord.read(text))}")
+    print(f"{args.report} stands: {summary.verdict_line(RunRecord.read(text))}")
     return 0
 
 
@@ -90,14 +90,14 @@ def _verify_job(file: Path) -> int:
     from portakv_conformance.evidence.evidence import read
 
     try:
-        reported = read(file)
+        proved = read(file)
     except ValueError as error:
         print(f"{error} Pass the conformance.json of `portakv conform --report`.")
         return 1
-    print(f"{file} is the record of a job, not a report: {reported.backend}, {reported.summary}.")
-    level = reported.level or "none"
-    print(f"The record is complete. Level: {level}. Again: {reported.command}")
-    return 0 if reported.level else 1
+    print(f"{file} is the record of a job, not a report: {proved.backend}, {proved.summary}.")
+    level = proved.level or "none"
+    print(f"The record is complete. Level: {level}. Again: {proved.command}")
+    return 0 if proved.level else 1
 
 
 def replay_example(words: list[str]) -> int:
@@ -112,32 +112,30 @@ def replay_example(words: list[str]) -> int:
     )
     parser.add_argument("--device", metavar="D", help="default: the device of the failed run")
     parser.add_argument("--emulated", action="store_true", help=_EMULATED)
-    requested = parser.parse_args(words)
+    args = parser.parse_args(words)
     from portakv_conformance.draw.saved import read_about, replay
     from portakv_conformance.judge.subject import subject
 
-    text = _text(requested.file, "an example")
+    text = _text(args.file, "an example")
     try:
-        reported = read_about(text)
-        name = requested.backend or reported.get("backend")
+        about = read_about(text)
+        name = args.backend or about.get("backend")
         if not name:
             raise BadRequest(
-                f"Expected {requested.file} to name the backend that failed, got none. Pass NAME."
+                f"Expected {args.file} to name the backend that failed, got none. Pass NAME."
             )
-        device = requested.device or reported.get("device", "cpu")
-        emulated = requested.emulated or (
-            requested.device is None and reported.get("emulated") is True
-        )
+        device = args.device or about.get("device", "cpu")
+        emulated = args.emulated or (args.device is None and about.get("emulated") is True)
         if "" not in sys.path and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # a class in this folder, as a run finds it
         # The device is made known to torch by this; tensors of the example may lie there.
         judged = subject(name, device, emulated=emulated)
-        wrong = judged.flaw or replay(requested.file, judged)
+        wrong = judged.flaw or replay(args.file, judged)
     except PortaKVError as error:
         raise SubjectUnavailable(str(error)) from error
     except ValueError as error:
         raise BadRequest(str(error)) from error
-    print(f"{requested.file}: {wrong or f'passes on {judged.name}, {judged.device}.'}")
+    print(f"{args.file}: {wrong or f'passes on {judged.name}, {judged.device}.'}")
     return 0 if wrong is None else 1
 
 
@@ -210,17 +208,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verb(words[1:]) if verb else _conform(words)
     except KeyboardInterrupt:
         code = _INTERRUPTED
-        reported = "interrupted; nothing was reported."
+        message = "interrupted; nothing was reported."
     except SubjectUnavailable as error:
         code = UNAVAILABLE
-        reported = str(error)
+        message = str(error)
     except (BadRequest, WaiverError) as error:
         code = USAGE
-        reported = str(error)
+        message = str(error)
     except (SuiteBroken, PortaKVError) as error:
         code = FAILURES
-        reported = str(error)
-    print(f"portakv conform: {reported}", file=sys.stderr)
+        message = str(error)
+    print(f"portakv conform: {message}", file=sys.stderr)
     return code
 
 
@@ -229,31 +227,31 @@ def _conform(words: list[str]) -> int:
         from portakv_conformance.mutants.score import main as score
 
         return score([word for word in words if word != "--mutants"])
-    if "--contract" in words:  # a tier, a transport or an I/O engine, which are no backends
+    if "--contract" in words:  # a tier, a transport or an I/O engine, not a backend
         from portakv_conformance.contract.command import main as run_contract
 
         return run_contract([word for word in words if word != "--contract"])
     if "--list" in words:
         return _list([word for word in words if word != "--list"])
-    requested = make_parser().parse_args(words)
-    folder = _examples_folder(requested.report)
-    options = replace(_options(requested), examples=folder)
+    args = make_parser().parse_args(words)
+    folder = _examples_folder(args.report)
+    options = replace(_options(args), examples=folder)
     try:
         with shown() as progress:
             if options.fuzz:
                 progress.say(f"seed {options.seed}")
             record = run(options, progress)
     finally:
-        if requested.report is None and not any(folder.iterdir()):
+        if args.report is None and not any(folder.iterdir()):
             folder.rmdir()
-    if requested.json:
+    if args.json:
         print(record.document(), end="")
     else:
         summary.print_summary(record, options)
-    if requested.report is not None:
+    if args.report is not None:
         from portakv_conformance.report.page import write  # needs jinja2
 
-        for path in write(record, requested.report):
+        for path in write(record, args.report):
             print(f"wrote {path}", file=sys.stderr)
     right = record.verdict == "conformant"
     if options.only:  # whether those are right, and every waiver holds
@@ -273,26 +271,26 @@ def _list(words: list[str]) -> int:
     parser.add_argument(
         "--device", default="cpu", metavar="D", help="a kind of device, such as cuda (default: cpu)"
     )
-    requested = parser.parse_args(words)
-    print("\n".join(cases_of(requested.profile, requested.device)))
+    args = parser.parse_args(words)
+    print("\n".join(cases_of(args.profile, args.device)))
     return CONFORMANT
 
 
-def _options(requested: argparse.Namespace) -> Options:
-    drawn = random.SystemRandom().randrange(_SEEDS) if requested.fuzz else 0
+def _options(args: argparse.Namespace) -> Options:
+    drawn = random.SystemRandom().randrange(_SEEDS) if args.fuzz else 0
     return Options(
-        requested.backend,
-        requested.device or _usual_device(requested.backend),
-        requested.profile or ("core" if requested.report is None else "full"),
-        drawn if requested.seed is None else requested.seed,
-        requested.fuzz,
-        read_waivers(requested.waivers) if requested.waivers else (),
-        str(requested.waivers or ""),
-        requested.limit,
-        requested.exit_first,
-        tuple(requested.only),
-        requested.emulated,
-        jobs=requested.jobs,
+        args.backend,
+        args.device or _usual_device(args.backend),
+        args.profile or ("core" if args.report is None else "full"),
+        drawn if args.seed is None else args.seed,
+        args.fuzz,
+        read_waivers(args.waivers) if args.waivers else (),
+        str(args.waivers or ""),
+        args.limit,
+        args.exit_first,
+        tuple(args.only),
+        args.emulated,
+        jobs=args.jobs,
     )
 
 

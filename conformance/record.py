@@ -110,8 +110,8 @@ class RunRecord:
         values = asdict(self)
         del values["cases"]
         cases = ",\n".join(f"  {case.line()}" for case in self.cases)
-        reported = {json.dumps(k): json.dumps(v, ensure_ascii=False) for k, v in values.items()}
-        lines = "".join(f" {key}: {value},\n" for key, value in reported.items())
+        pairs = {json.dumps(k): json.dumps(v, ensure_ascii=False) for k, v in values.items()}
+        lines = "".join(f" {key}: {value},\n" for key, value in pairs.items())
         return f'{{\n{lines} "cases": [\n{cases}\n ]\n}}\n'
 
     @classmethod

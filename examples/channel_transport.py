@@ -54,9 +54,9 @@ class PiecesTaken(Message, frozen=True):
     tag: Count
 
 
-def _bytes_of(slot: torch.Tensor) -> npt.NDArray[np.uint8]:
+def _bytes_of(buffer: torch.Tensor) -> npt.NDArray[np.uint8]:
     """Return the bytes of a staging buffer, without a copy."""
-    array: npt.NDArray[np.uint8] = slot.view(-1).view(torch.uint8).numpy()
+    array: npt.NDArray[np.uint8] = buffer.view(-1).view(torch.uint8).numpy()
     return array
 
 
@@ -77,7 +77,7 @@ class ChannelLane(Lane):
         yield
 
     def _receive(self, moving: Moving, tag: int) -> None:
-        into = _bytes_of(moving.slot)
+        into = _bytes_of(moving.buffer)
         start = 0
         try:
             while True:
@@ -124,5 +124,5 @@ class ChannelTransport(Transport):
         if moving is None:
             return Piece(ready=False)
         moving.wait(0)  # raises the error that ended it
-        data = _bytes_of(moving.slot)[request.start : request.start + PIECE]
-        return Piece(ready=True, nbytes=moving.slot.nbytes, data=data.tobytes())
+        data = _bytes_of(moving.buffer)[request.start : request.start + PIECE]
+        return Piece(ready=True, nbytes=moving.buffer.nbytes, data=data.tobytes())

@@ -60,7 +60,7 @@ def _start(backend: str, device: str, folder: Path) -> Row:
     # Not the script's folder, whose modules could stand in for others.
     modules = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, **caches, "PYTHONPATH": modules, "PYTHONSAFEPATH": "1"}
-    fields = subprocess.run(
+    process = subprocess.run(
         [sys.executable, __file__, backend, device],
         env=environment,
         capture_output=True,
@@ -68,9 +68,9 @@ def _start(backend: str, device: str, folder: Path) -> Row:
         timeout=_LIMIT,
         check=False,
     )
-    if fields.returncode:
-        raise RuntimeError(f"A fresh process with {backend!r} failed: {fields.stderr[-400:]}")
-    read: Row = json.loads(fields.stdout.splitlines()[-1])
+    if process.returncode:
+        raise RuntimeError(f"A fresh process with {backend!r} failed: {process.stderr[-400:]}")
+    read: Row = json.loads(process.stdout.splitlines()[-1])
     return read
 
 

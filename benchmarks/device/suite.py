@@ -130,8 +130,10 @@ def run_task(task: Task, preset: Preset, field: Field) -> Rows:
     runs: list[list[Measured]] = []
     for repeat in range(repeats):
         work = Workload(shape, task.arrangement, field.device, shape.objects)
-        fields = field.left_out if repeat == 0 else []  # the others leave out the same
-        good = harness.usable(_variants(work, preset, field, f"{task}", fields), f"{task}", fields)
+        left_out = field.left_out if repeat == 0 else []  # the others leave out the same
+        good = harness.usable(
+            _variants(work, preset, field, f"{task}", left_out), f"{task}", left_out
+        )
         limits = shape.objects, preset.rounds, preset.seconds
         runs.append(harness.measure(ceiling(work), good, field.timer, *limits))
         del work, good
@@ -205,26 +207,29 @@ def connector_methods(
     if index == "blocks":
         yield from _by_blocks(work, backend, ids)
         return
-    cached = Index(ids.to(work.device) if capturable else ids)
+    slot_index = Index(ids.to(work.device) if capturable else ids)
     source, target = (_connector(work, backend, caches) for caches in (work.source, work.target))
     yield from both_directions(
         work,
         index,
         backend,
         ("from_gpu", "to_gpu"),
-        lambda i: source.from_gpu(work.stored[i], slot_mapping=cached),
-        lambda i: target.to_gpu(work.loaded[i], slot_mapping=cached),
+        lambda i: source.from_gpu(work.stored[i], slot_mapping=slot_index),
+        lambda i: target.to_gpu(work.loaded[i], slot_mapping=slot_index),
     )
 
 
 def _by_blocks(work: Workload, backend: str, ids: torch.Tensor) -> Iterator[Variant]:
-    """Through `copy_blocks`; on an accelerator with an `Index` that the caller keeps, since ids
-    that are copied to the device in each call would make the host wait in the middle of it."""
+    """Yield gather and scatter through `copy_blocks`.
+
+    On an accelerator they go through `copy_rows` with an `Index` that the caller keeps: ids that
+    each call copied to the device would make the host wait in the middle of the call.
+    """
     shape = work.shape
-    cached: torch.Tensor | Index = ids
+    block_index: torch.Tensor | Index = ids
     copy: Callable[..., BlockTransfer] = copy_blocks
     if work.device.type != "cpu":
-        cached = Index(ids, step=shape.block_size)
+        block_index = Index(ids, step=shape.block_size)
         copy = copy_rows
     source, target = (KVView(caches, shape.cache) for caches in (work.source, work.target))
     extents: Row = {"kv": shape.kv} if "kv" in shape.chunk else {}
@@ -238,8 +243,8 @@ def _by_blocks(work: Workload, backend: str, ids: torch.Tensor) -> Iterator[Vari
         "blocks",
         backend,
         (copy.__name__, copy.__name__),
-        lambda i: copy(source, chunk(work.stored[i]), cached, None, backend=backend),
-        lambda i: copy(chunk(work.loaded[i]), target, None, cached, backend=backend),
+        lambda i: copy(source, chunk(work.stored[i]), block_index, None, backend=backend),
+        lambda i: copy(chunk(work.loaded[i]), target, None, block_index, backend=backend),
     )
 
 
@@ -345,8 +350,8 @@ def _relate_copies(group: Rows) -> None:
 def peer_failures(rows: Rows) -> list[str]:
     """Return a line for each wrong result of a peer."""
     wrong = [row for row in rows if row.get("peer") and not row["verified"]]
-    fields = "{shape}, layers {layers}, {backend} {op} {index}: some bytes were wrong"
-    return [fields.format_map(row) for row in wrong]
+    line = "{shape}, layers {layers}, {backend} {op} {index}: some bytes were wrong"
+    return [line.format_map(row) for row in wrong]
 
 
 def _times(row: Row, other: Row) -> float:

@@ -111,9 +111,9 @@ class Workload:
     def _tensor(self, extents: tuple[int, ...], salt: int | None) -> torch.Tensor:
         dtype = self.shape.torch_dtype
         count = prod(extents) * dtype.itemsize
-        retained = torch.empty(-(-count // 8), dtype=torch.int64, device=self.device)
+        words = torch.empty(-(-count // 8), dtype=torch.int64, device=self.device)
         if salt is None:
-            retained.view(torch.uint8).fill_(POISON)
+            words.view(torch.uint8).fill_(POISON)
         else:
-            fill(retained, salt)
-        return retained.view(torch.uint8)[:count].view(dtype).view(extents)
+            fill(words, salt)
+        return words.view(torch.uint8)[:count].view(dtype).view(extents)

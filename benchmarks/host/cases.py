@@ -123,11 +123,15 @@ def _scenes(host: str, order: str) -> list[Scene]:
 
 #: The common host sides come first, since time may run out; then runs of a whole block.
 SCENES: tuple[Scene, ...] = (
-    *_scenes(CHUNK, "dense"), *_scenes(BLOCK_FIRST, "consecutive"), *_scenes(BLOCK_FIRST, "random"),
-    *(Scene(_LAYERS * _KV * _BLOCK * 2048, 8, BLOCK_FIRST, "blocks", BLOCK_FIRST, order)
-      for order in ("consecutive", "random")),
+    *_scenes(CHUNK, "dense"),
+    *_scenes(BLOCK_FIRST, "consecutive"),
+    *_scenes(BLOCK_FIRST, "random"),
+    *(
+        Scene(_LAYERS * _KV * _BLOCK * 2048, 8, BLOCK_FIRST, "blocks", BLOCK_FIRST, order)
+        for order in ("consecutive", "random")
+    ),
     *_scenes(POOL_BY_LAYER, "random"),
-)  # fmt: skip
+)
 
 
 def scene(run: int, host: str = CHUNK, order: str = "dense") -> Scene:

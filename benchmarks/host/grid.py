@@ -42,8 +42,8 @@ def grid_steps(bench: Bench) -> Iterator[Step]:
     late = sum(one.host == POOL_BY_LAYER for one in scenes)  # they are the last of all
     largest = cases([scene(2 * KB), scene(32 * KB, BLOCK_FIRST, "random")], [preset.largest])
     steps.insert(len(steps) - late, (in_words(preset.largest), largest))
-    for name, local in steps:
-        yield f"grid: {name}", partial(_grid, bench, local)
+    for name, grid_cases in steps:
+        yield f"grid: {name}", partial(_grid, bench, grid_cases)
 
 
 def zero_copy_steps(bench: Bench) -> Iterator[Step]:
@@ -173,10 +173,10 @@ def _both_directions(bench: Bench, case: Case) -> Rows:
         row = _row("host_duplex", case, one, bench)
         row["gb_per_s"] = short(2 * row["gb_per_s"])  # what went both ways together
         if (method := chosen.get(row["backend"])) is not None:
-            fields = [method.taken(method.move(sides, direction)) for sides, direction, _ in ends]
+            moves = [method.taken(method.move(sides, direction)) for sides, direction, _ in ends]
             row |= {
-                **fields[0],
-                "chosen": ", ".join(dict.fromkeys(one["chosen"] for one in fields)),
+                **moves[0],
+                "chosen": ", ".join(dict.fromkeys(one["chosen"] for one in moves)),
             }
         rows.append(row)
     bench.module.synchronize()

@@ -61,15 +61,15 @@ def interference_steps(bench: Bench) -> Iterator[Step]:
     """
     kinds = (traffic_sources.DEFAULT, each_engine, bench.preset.repeats), (OWN, _chosen, _ON_OWN)
     for (where, make, most), direction, loop in product(kinds, DIRECTIONS, LOOPS):
-        requested = loop, where, direction
-        yield _place(*requested), partial(_measure, bench, *requested, make, most)
+        case = loop, where, direction
+        yield _place(*case), partial(_measure, bench, *case, make, most)
 
 
 def peer_steps(bench: Bench) -> Iterator[Step]:
     """Yield the same steps for plain memcpy and peers; no step without peers."""
     for direction, loop in product(DIRECTIONS if bench.peers else (), LOOPS):
-        requested = loop, traffic_sources.DEFAULT, direction
-        yield f"peers {_place(*requested)}", partial(_measure, bench, *requested, _peers, _OTHERS)
+        case = loop, traffic_sources.DEFAULT, direction
+        yield f"peers {_place(*case)}", partial(_measure, bench, *case, _peers, _OTHERS)
 
 
 def _place(loop: str, where: str, direction: str) -> str:

@@ -153,8 +153,8 @@ def _pinned_by(name: str, nbytes: int, take: Callable[[int], Taken]) -> Row:
     began = perf_counter()
     tensor, tensors, message = take(nbytes)
     seconds = perf_counter() - began
-    results = resident() - before
-    taken = results if message is None else message
+    grown = resident() - before
+    taken = grown if message is None else message
     # Another byte than 0 at both ends and in between.
     some = tensor[:: max(1, nbytes // 1000)].fill_(0x5A)
     right = tensor.numel() == nbytes and bool((some == 0x5A).all())
@@ -174,7 +174,7 @@ def _pinned_by(name: str, nbytes: int, take: Callable[[int], Taken]) -> Row:
         "gib_per_s": short(nbytes / seconds / (1 << 30)),
         "taken_bytes": taken,
         "excess_mb": short(abs(taken - nbytes) / 1e6),
-        "resident_bytes": results,
+        "resident_bytes": grown,
         "pinned": pinned_all,
         "verified": right,
     }
@@ -200,7 +200,7 @@ def _torch_has() -> int | None:
 
 
 def _empty_torch() -> None:
-    """Have torch give back the pinned memory that it keeps for later."""
+    """Release the pinned memory that torch keeps for later."""
     if torch.cuda.is_available() and hasattr(torch._C, "_host_emptyCache"):
         torch._C._host_emptyCache()
 
@@ -208,5 +208,5 @@ def _empty_torch() -> None:
 def resident() -> int:
     """Return the bytes that the process has in memory, by the kernel's account."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    results = re.search(r"^VmRSS:\s*(\d+) kB$", status, re.MULTILINE)
-    return int(results.group(1)) * 1024 if results else 0
+    match = re.search(r"^VmRSS:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(match.group(1)) * 1024 if match else 0

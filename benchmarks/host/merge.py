@@ -37,15 +37,15 @@ def merge(results: Sequence[Row]) -> Row:
             got = result.get("suite")
             raise ValueError(
                 f"Expected file {n + 1} to be a result of `portakv bench --{expected}`, got a "
-                f"result of suite {got!r}."
+                f"result of suite {got!r}. Pass results of one suite."
             )
         for name in _SAME:
-            local = result["machine"].get(name)
-            remote = last["machine"].get(name)
-            if local != remote:
+            value = result["machine"].get(name)
+            last_value = last["machine"].get(name)
+            if value != last_value:
                 raise ValueError(
-                    f"Expected {name} of file {n + 1} to be {remote!r}, as in the last file, got "
-                    f"{local!r}."
+                    f"Expected {name} of file {n + 1} to be {last_value!r}, as in the last file, "
+                    f"got {value!r}. Pass results of one machine."
                 )
         parts |= dict.fromkeys(result["asked"]["parts"], n)
     rows = []
@@ -53,14 +53,14 @@ def merge(results: Sequence[Row]) -> Row:
     for n, result in enumerate(results):
         rows += [row for row in result["rows"] if parts[row["part"]] == n]
         replaced = [part for part in result["asked"]["parts"] if parts[part] != n]
-        fields = [line for line in result["left_out"] if line.partition(": ")[0] not in replaced]
-        left_out += [line for line in fields if line not in left_out]
+        lines = [line for line in result["left_out"] if line.partition(": ")[0] not in replaced]
+        left_out += [line for line in lines if line not in left_out]
     if {row["part"] for row in rows} == set(parts):  # what broke off in one is in another
         left_out = [line for line in left_out if not line.startswith("interrupted:")]
     peers = {k: v for result in results for k, v in result["asked"]["peers"].items()}
-    requested = {**last["asked"], "parts": list(parts), "peers": peers}
+    asked = {**last["asked"], "parts": list(parts), "peers": peers}
     name = last["name"].partition(f"-{suite}")[0] + f"-{suite}"
-    return {**last, "name": name, "asked": requested, "left_out": left_out, "rows": rows}
+    return {**last, "name": name, "asked": asked, "left_out": left_out, "rows": rows}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host.merge", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    requested = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
-        results = merge([recorded.read(file) for file in requested.files])
+        results = merge([recorded.read(file) for file in args.files])
     except (OSError, ValueError, KeyError) as error:
         print(f"merge: {error}", file=sys.stderr)
         return 2
-    for path in write(results, requested.out, results["name"]):
+    for path in write(results, args.out, results["name"]):
         print(f"wrote {path}", file=sys.stderr)
     print_results(results)
     verdicts = judge(results, load_targets())

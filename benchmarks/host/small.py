@@ -113,7 +113,7 @@ class Large:
 
     @property
     def flying(self) -> bool:
-        """True while it is under way."""
+        """Return True while the copy is under way."""
         return not self._ended.query()
 
 

@@ -43,6 +43,7 @@ class HostPreset:
     seconds: float  # bound the rounds of one measurement
     thread_blocks: tuple[int, ...]  # limits of `zero_copy`
     direct: int  # the payload that it is swept with
+    wall: tuple[int, ...]  # payloads by the wall clock
     duplex: tuple[int, ...]  # payloads of each direction, for both at the same time
     pageable: tuple[int, ...]  # payloads between a device and pageable memory
     ring_slots: tuple[tuple[int, int], ...]  # of a plain pinned ring: slots, and bytes of one
@@ -82,6 +83,7 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
         seconds=1.5,
         thread_blocks=(1, 2, 4, 8, 16),
         direct=128 * MB,
+        wall=(2 * MB, 16 * MB, 128 * MB),
         duplex=(32 * MB, 128 * MB, 512 * MB),
         pageable=(32 * MB, 256 * MB),
         ring_slots=((2, 4 * MB), (4, 4 * MB), (3, 16 * MB), (4, 16 * MB)),
@@ -106,6 +108,7 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
         seconds=0.02,
         thread_blocks=(8,),
         direct=64 * KB,
+        wall=(64 * KB,),
         duplex=(64 * KB,),
         pageable=(64 * KB,),
         ring_slots=((2, 16 * KB),),
@@ -228,8 +231,8 @@ class Method:
         if self.engine != CHOSEN:
             return {}
         terms = {"overlap": Terms().overlap, **self.terms}
-        fields = ", ".join(f"{name}={value}" for name, value in terms.items())
-        return {"chosen": cast(BlockTransfer, transfer).statistics.engine, "terms": fields}
+        words = ", ".join(f"{name}={value}" for name, value in terms.items())
+        return {"chosen": cast(BlockTransfer, transfer).statistics.engine, "terms": words}
 
     def allowed(self, sides: Sides, direction: str) -> set[str]:
         """Return the strategies that may be chosen for a case under its terms; move nothing."""

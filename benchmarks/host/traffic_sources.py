@@ -71,12 +71,12 @@ class Queue:
         self._flying: deque[Callable[[], bool]] = deque()
 
     def fill(self) -> None:
-        """Issue as many as there may be in the queue."""
+        """Issue as many transfers as the queue may hold."""
         while len(self._flying) < AHEAD:
             self._issue()
 
     def go_on(self) -> None:
-        """See which have ended, and issue one more if there is room."""
+        """Note the transfers that ended, and issue one more if the queue has room."""
         self.land()
         if len(self._flying) < AHEAD:
             self.dry += not self._flying
@@ -140,7 +140,7 @@ class Methods:
 def sides_of(bench: Bench, run: int) -> Sides:
     """Return a chunk of the host with rows of ``run`` bytes, or blocks of so many in a plane."""
     case = case_of(scene(run), bench.preset.alongside)
-    assert case is not None, f"{bench.preset.alongside} bytes are no whole runs of {run}"
+    assert case is not None, f"{bench.preset.alongside} bytes are not whole runs of {run}"
     return bench.sides(case)
 
 

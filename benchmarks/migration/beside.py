@@ -92,14 +92,14 @@ def _on_reader(bench: MigrationBench) -> Rows:
 
 
 def _on_owner(bench: MigrationBench) -> Rows:
-    results = [*_transports(bench)]
+    traffics = [*_transports(bench)]
     terms = bench.sizes.matmul, bench.sizes.seconds
     bench.far.do("loop", *terms)  # makes it, and warms it up
-    slow: dict[str, list[float]] = {str(one): [] for one in results}
-    rates: dict[str, list[float]] = {str(one): [] for one in results}
+    slow: dict[str, list[float]] = {str(one): [] for one in traffics}
+    rates: dict[str, list[float]] = {str(one): [] for one in traffics}
     side = bench.stream()
     for _ in range(bench.sizes.repeats):
-        for traffic in results:
+        for traffic in traffics:
             alone = bench.far.do("loop", *terms)
             traffic.variant.poison(0)
             bench.module.synchronize()
@@ -123,6 +123,6 @@ def _on_owner(bench: MigrationBench) -> Rows:
             "slowdowns_pct": [round(one, 2) for one in slow[str(traffic)]],
             "link_gb_per_s": short(median(rates[str(traffic)])),
         }
-        for traffic in results
+        for traffic in traffics
     ]
     return _rows_of_side(bench, "owner", rows)

@@ -122,8 +122,8 @@ class Cache:
     def places(self, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the block, and the place in it, of each token."""
         at = torch.arange(self.case.tokens(nbytes))
-        results = self.ids[at // self.size], at % self.size
-        return results[0].to(self.device), results[1].to(self.device)
+        places = self.ids[at // self.size], at % self.size
+        return places[0].to(self.device), places[1].to(self.device)
 
     def has(self, source: Cache, nbytes: int) -> bool:
         """Return whether this cache holds these rows of a source, and poison elsewhere.

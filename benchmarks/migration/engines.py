@@ -61,23 +61,23 @@ class Engine:
                 self.known.add(one.data_ptr())
                 self.index = max(one.get_device(), 0)
         all_ = self.name == "nixl"  # what it has registered, and not one slot
-        fields = self.library.get_agent_metadata() if all_ else self.transport.reach(None)
-        return f"{fields.hex()}/{self.index}"
+        reach = self.library.get_agent_metadata() if all_ else self.transport.reach(None)
+        return f"{reach.hex()}/{self.index}"
 
     def plan(self, reach: str, remote: Pieces, local: Pieces) -> None:
         """Make ready to read pieces of another one's."""
         words, _, index = reach.partition("/")
-        fields = bytes.fromhex(words)
+        session = bytes.fromhex(words)
         if self.name == "mooncake":
             addresses = [[at for at, _ in side] for side in (local, remote)]
-            self.planned = fields.decode(), *addresses, [n for _, n in local]
+            self.planned = session.decode(), *addresses, [n for _, n in local]
             return
         sides = (local, self.index), (remote, int(index))
         lists = [[(at, n, number) for at, n in side] for side, number in sides]
         descs = [self.library.get_xfer_descs(one, self.kind) for one in lists]
-        if fields not in self.peers:
-            self.peers[fields] = self.library.add_remote_agent(fields).decode()
-        self.planned = self.library.initialize_xfer("READ", *descs, self.peers[fields], b"")
+        if session not in self.peers:
+            self.peers[session] = self.library.add_remote_agent(session).decode()
+        self.planned = self.library.initialize_xfer("READ", *descs, self.peers[session], b"")
 
     def read(self) -> None:
         """Read them, to the end."""

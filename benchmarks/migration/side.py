@@ -12,8 +12,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from portakv import Index, copy_rows
 from portakv.migrate import Channel, Owner, Parameter, Pull, Reader, open_shared, publish, share
 from portakv.migrate.weights import Published
 from portakv.runtime.devices import usable_device
+from portakv_benchmarks.host.traffic_sources import Loop
 from portakv_benchmarks.migration import engines
 from portakv_benchmarks.migration.cases import CASES, USUAL, Cache, memory
 from portakv_benchmarks.shared.shapes import POISON, fill
@@ -29,84 +31,111 @@ LEASE = 3000.0
 READERS = 1 << 20
 PATIENCE = 60.0
 
+T = TypeVar("T")
 
-#: Attributes of a `Side` that its calls set, and that `Side.drop` deletes.
-_SET_LATER = (
-    *("reader", "owner", "weights", "engine"),
-    *("source", "target", "mirror", "dense", "raw", "landed"),
-)
+
+@dataclass
+class Resources:
+    """Hold everything that the calls of a `Side` make, and that `Side.drop` releases."""
+
+    reader: Reader | None = None
+    owner: Owner | None = None
+    weights: Published | None = None
+    group: engines.Group | None = None  # of torch.distributed
+    library: engines.Engine | None = None  # NIXL or Mooncake
+    source: Cache | None = None  # the rows to offer
+    target: Cache | None = None  # the destination of pulls
+    mirror: Cache | None = None  # the rows that a pull must bring
+    dense: torch.Tensor | None = None  # the dense bytes to offer
+    raw: torch.Tensor | None = None  # the dense bytes of the other side
+    landed: torch.Tensor | None = None  # the destination of dense bytes
+
+
+def ready(resource: T | None) -> T:
+    """Return a resource; raise `RuntimeError` if no call has made it."""
+    if resource is None:
+        raise RuntimeError(
+            "Expected memory and a connection of the side, got none. Call give, take, publish, "
+            "join or start first."
+        )
+    return resource
 
 
 class Side:
     """Hold the rows and dense bytes that one process offers, and the memory for its pulls."""
-
-    engine: Any  # an `engines.Group` or an `engines.Engine`
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.channel = Channel(timeout=30.0)
         self.salt = 0
         self.case = CASES[USUAL]
-        self.products: Any = None
+        self.products: Loop | None = None
+        self.made = Resources()
 
     def give(self, case: str, nbytes: int, **terms: Any) -> str:
         """Prepare to offer rows of a case; return the dense bytes, as shared."""
         self.case = CASES[case]
-        self.source = Cache(self.case, False, nbytes, self.device)
-        self.dense = memory((self.case.payload(nbytes),), torch.uint8, self.device)
-        self.owner = Owner(self.channel, self.source.shard, model="bench", **terms)
-        return share(self.dense).hex()
+        source = Cache(self.case, False, nbytes, self.device)
+        self.made.source = source
+        dense = memory((self.case.payload(nbytes),), torch.uint8, self.device)
+        self.made.dense = dense
+        self.made.owner = Owner(self.channel, source.shard, model="bench", **terms)
+        return share(dense).hex()
 
     def take(self, case: str, nbytes: int, raw: str, transport: str | None = None) -> None:
         """Allocate memory for rows of a case, and a mirror of the expected rows."""
         self.case = CASES[case]
-        self.target = Cache(self.case, True, nbytes, self.device)
-        self.mirror = Cache(self.case, False, nbytes, self.device)
-        self.reader = Reader(self.channel, self.target.shard, model="bench", transport=transport)
-        self.raw = open_shared(bytes.fromhex(raw), self.device)
-        self.landed = torch.empty_like(self.raw)
-        self.target.poison()
+        target = Cache(self.case, True, nbytes, self.device)
+        self.made.target = target
+        self.made.mirror = Cache(self.case, False, nbytes, self.device)
+        self.made.reader = Reader(self.channel, target.shard, model="bench", transport=transport)
+        shared = open_shared(bytes.fromhex(raw), self.device)
+        self.made.raw = shared
+        self.made.landed = torch.empty_like(shared)
+        target.poison()
 
     def drop(self) -> None:
         """Release all memory of the side."""
-        for name in _SET_LATER:
-            one = vars(self).pop(name, None)
-            if isinstance(one, Owner | Reader | Published):
-                one.close()
+        made = self.made
+        self.made = Resources()
+        for resource in (made.reader, made.owner, made.weights):
+            if resource is not None:
+                resource.close()
+        del made, resource  # the last references, so that the collection releases all memory
         gc.collect()
 
     def change(self, salt: int) -> None:
         """Write other bytes to the offered rows."""
-        self.source.fill(salt)
-        fill(self.dense.view(torch.int64), salt)
+        ready(self.made.source).fill(salt)
+        fill(ready(self.made.dense).view(torch.int64), salt)
         self.settle()
 
     def expect(self, salt: int) -> None:
         """Expect other bytes from now on."""
-        self.mirror.fill(salt)
+        ready(self.made.mirror).fill(salt)
         self.salt = salt
 
     def offer(self, nbytes: int) -> str:
         """Return a ticket that many pulls may use."""
         terms: Any = {"tokens": self.case.tokens(nbytes), "lease": LEASE, "readers": READERS}
-        ticket: bytes = self.owner.offer(self.source.blocks(nbytes), **terms).ticket
-        return ticket.hex()
+        blocks = ready(self.made.source).blocks(nbytes)
+        return ready(self.made.owner).offer(blocks, **terms).ticket.hex()
 
     def pull(self, ticket: str, nbytes: int, **terms: Any) -> Pull:
         """Begin to pull rows."""
-        pulled: Pull = self.reader.pull(bytes.fromhex(ticket), self.target.blocks(nbytes), **terms)
-        return pulled
+        blocks = ready(self.made.target).blocks(nbytes)
+        return ready(self.made.reader).pull(bytes.fromhex(ticket), blocks, **terms)
 
     def copy(self, nbytes: int) -> None:
         """Copy as many dense bytes without PortaKV."""
         n = self.case.payload(nbytes)
-        self.landed[:n].copy_(self.raw[:n], non_blocking=True)
+        ready(self.made.landed)[:n].copy_(ready(self.made.raw)[:n], non_blocking=True)
 
     def rows(self, nbytes: int) -> object:
         """Return the same rows in one process."""
         case = self.case
-        mirror = self.mirror
-        target = self.target
+        mirror = ready(self.made.mirror)
+        target = ready(self.made.target)
         src = mirror.shard.view.slice(heads=slice(*case.heads[:2]))
         ids = (Index(one.blocks(nbytes), step=one.size) for one in (mirror, target))
         return copy_rows(src, target.shard.view, *ids, count=case.tokens(nbytes))
@@ -114,11 +143,12 @@ class Side:
     def right(self, nbytes: int, raw: bool = False) -> bool:
         """Return whether every byte of the last pull, or raw copy, is right; then erase it."""
         if not raw:
-            return self.target.has(self.mirror, nbytes)
+            return ready(self.made.target).has(ready(self.made.mirror), nbytes)
         n = self.case.payload(nbytes)
-        known = fill(torch.empty_like(self.landed).view(torch.int64), self.salt)
-        same = torch.equal(self.landed[:n], known.view(torch.uint8)[:n])
-        self.landed.fill_(POISON)
+        landed = ready(self.made.landed)
+        known = fill(torch.empty_like(landed).view(torch.int64), self.salt)
+        same = torch.equal(landed[:n], known.view(torch.uint8)[:n])
+        landed.fill_(POISON)
         return same
 
     def settle(self) -> None:
@@ -132,9 +162,9 @@ class Side:
         calls: dict[str, Callable[[], Any]] = {
             "pull": lambda: self.pull(ticket, nbytes, overlap="idle"),
             "copy": lambda: self.copy(nbytes),
-            "send": lambda: self.engine.send(self.dense[:n]),
-            "receive": lambda: self.engine.receive(self.landed[:n]),
-            "read": lambda: self.engine.read(),
+            "send": lambda: ready(self.made.group).send(ready(self.made.dense)[:n]),
+            "receive": lambda: ready(self.made.group).receive(ready(self.made.landed)[:n]),
+            "read": lambda: ready(self.made.library).read(),
         }
         call = calls[what]
         began = perf_counter()
@@ -148,30 +178,36 @@ class Side:
 
     def join(self, address: str = "") -> str:
         """Begin a group of torch.distributed here, or come to another side's; see `Group.meet`."""
-        self.engine = engines.Group(self.channel, self.device, address)
+        self.made.group = engines.Group(self.channel, self.device, address)
         return self.channel.address
 
     def meet(self) -> None:
-        self.engine.meet()
+        ready(self.made.group).meet()
 
     def start(self, name: str) -> None:
         """Start NIXL or Mooncake."""
-        self.engine = engines.Engine(name, self.device, self.channel.address)
+        self.made.library = engines.Engine(name, self.device, self.channel.address)
 
     def lies(self, what: str, nbytes: int) -> tuple[str, list[tuple[int, int]]]:
-        """Return the place of `source`, `target`, `dense` or `landed`: the engine's words for it,
-        and the address and bytes of each block, or of all."""
-        one = getattr(self, what)
-        if not isinstance(one, Cache):
-            return self.engine.enter([one]), [(one.data_ptr(), self.case.payload(nbytes))]
-        step = one.memory[0][0].nbytes
-        ids = one.blocks(nbytes).tolist()
-        results = [(each.data_ptr() + step * block, step) for each in one.memory for block in ids]
-        return self.engine.enter(one.memory), results
+        """Return the place of `source`, `target`, `dense` or `landed`.
+
+        It is the library's words for it, and the address and bytes of each block, or of all.
+        """
+        library = ready(self.made.library)
+        caches = {"source": self.made.source, "target": self.made.target}
+        if what not in caches:
+            tensors = {"dense": self.made.dense, "landed": self.made.landed}
+            tensor = ready(tensors[what])
+            return library.enter([tensor]), [(tensor.data_ptr(), self.case.payload(nbytes))]
+        cache = ready(caches[what])
+        step = cache.memory[0][0].nbytes
+        ids = cache.blocks(nbytes).tolist()
+        blocks = [(each.data_ptr() + step * block, step) for each in cache.memory for block in ids]
+        return library.enter(cache.memory), blocks
 
     def will_read(self, what: str, nbytes: int, reach: str, remote: list[list[int]]) -> None:
         """Plan the next `read`: its sources and its destinations."""
-        self.engine.plan(reach, remote, self.lies(what, nbytes)[1])
+        ready(self.made.library).plan(reach, remote, self.lies(what, nbytes)[1])
 
     def publish(self, shapes: list[list[int]], nbytes: int) -> tuple[str, list[str], str]:
         """Publish weights of these shapes.
@@ -181,13 +217,15 @@ class Side:
         made = [memory((*shape,), torch.bfloat16, self.device) for shape in shapes]
         for at, one in enumerate(made):
             fill(one.view(-1).view(torch.int64), at)
-        self.dense = memory((nbytes,), torch.uint8, self.device)
-        fill(self.dense.view(torch.int64), len(made))
+        dense = memory((nbytes,), torch.uint8, self.device)
+        self.made.dense = dense
+        fill(dense.view(torch.int64), len(made))
         self.settle()
         named = {f"w{at}": Parameter(one) for at, one in enumerate(made)}
-        self.weights = publish(self.channel, named)
-        shared = [share(one).hex() for one in (*made, self.dense)]
-        return self.weights.ticket.hex(), shared[:-1], shared[-1]
+        weights = publish(self.channel, named)
+        self.made.weights = weights
+        shared = [share(one).hex() for one in (*made, dense)]
+        return weights.ticket.hex(), shared[:-1], shared[-1]
 
     def loop(self, matmul: int, seconds: float) -> float:
         """Return the milliseconds of a loop of matrix products."""
@@ -247,7 +285,7 @@ class Far:
 def main() -> None:
     """Serve until the pipe ends."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print is not an answer
     side = Side(usable_device(sys.argv[1]))
     if side.device.type != "cpu":
         torch.get_device_module(side.device).set_device(side.device)
@@ -255,7 +293,7 @@ def main() -> None:
         name, arguments, named = json.loads(line)
         try:
             answer = [getattr(side, name)(*arguments, **named), ""]
-        except Exception as error:
+        except Exception as error:  # any error of PortaKV, of a peer's library or of the device
             answer = [None, f"{type(error).__name__}: {error}".partition("\n")[0]]
         out.write(json.dumps(answer) + "\n")
         out.flush()

@@ -118,19 +118,19 @@ class MigrationBench(Bench):
     @property
     def releases(self) -> dict[str, str]:
         """Return the releases of the libraries that are measured as well."""
-        results = packages_distributions()
-        return {x: version(results[x][0]) for x in PEERS if x not in self.absent and x in results}
+        packages = packages_distributions()
+        return {x: version(packages[x][0]) for x in PEERS if x not in self.absent and x in packages}
 
     @property
     def near(self) -> Side:
-        """This process."""
+        """Return the side in this process."""
         if not self._near:
             self._near.append(Side(self.device))
         return self._near[0]
 
     @property
     def far(self) -> Far:
-        """The one that gives; another one if it has ended."""
+        """Return the side that gives; start another process if the last one ended."""
         if not self._far or self._far[0].process.poll() is not None:
             self._far = [self.started(self.there)]
         return self._far[0]
@@ -154,7 +154,7 @@ class MigrationBench(Bench):
             self.far.do("drop")
 
     def change(self) -> None:
-        """Have other bytes to move."""
+        """Write other bytes to move."""
         salt = next(self.salts)
         self.far.begin("change", salt)
         self.near.expect(salt)
@@ -198,7 +198,7 @@ class MigrationBench(Bench):
             if row["backend"].startswith(tuple(compared_with.values())):
                 for name in compared_with:
                     row.pop(name, None)
-            if self.on:  # the host's time is no measure of a device's work
+            if self.on:  # the host's time does not measure a device's work
                 row.pop("cpu_us_per_mib")
         return rows
 
@@ -244,6 +244,6 @@ class MigrationBench(Bench):
             return timed(whole)
         if call not in self._settled:
             self._settled[call] = self.timer.settle(once, 1)
-        results = self.timer.sample(once, 0, self._settled[call])
+        sample = self.timer.sample(once, 0, self._settled[call])
         ended()
-        return Sample(results.elapsed / 1e6, results.host / 1e6)
+        return Sample(sample.elapsed / 1e6, sample.host / 1e6)

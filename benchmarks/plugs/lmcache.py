@@ -48,8 +48,8 @@ _HEADS = 8
 _DIM = 128
 _LATENT = 576
 _NARROW = 32  # elements of the one head of narrow rows
-#: Pages of 14, values before scales, are no rows. By slots LMCache reads a pool of 0 as layers, and
-#: knows no 8; its torch op reads keys and values in one row as two planes.
+#: Pages of 14, values before scales, are not rows. By slots LMCache reads a pool of 0 as layers,
+#: and knows no 8; its torch op reads keys and values in one row as two planes.
 _FORMATS = [number for number in LAYOUTS if number != 14]
 _KERNELS = ("slots", "blocks", "connector")
 _AS_LAYERS = {0: 1}
@@ -83,10 +83,10 @@ class Ops(NamedTuple):
 
     def takes(self, task: Task) -> bool:
         by_slots = task.kernel == "slots"
-        remote = self.functions is not lmcache_ops
-        torch_reads_planes = remote and not self.addresses
+        lmcache_own = self.functions is not lmcache_ops
+        torch_reads_planes = lmcache_own and not self.addresses
         fused = by_slots and torch_reads_planes and task.number in FUSED
-        unknown = by_slots and remote and task.number == _OURS_ALONE
+        unknown = by_slots and lmcache_own and task.number == _OURS_ALONE
         return task.number in self.forms and not fused and not unknown
 
 
@@ -149,7 +149,7 @@ def _planned_cases(bench: IntegrationBench, own: Ops | None, ours: Ops) -> Itera
     formats, and the other size of some of them; the rest comes late."""
     large, *smaller = bench.sizes.payloads
     several = bench.sizes.formats or _FORMATS
-    result: dict[Task, bool] = {}
+    tasks: dict[Task, bool] = {}
     for payload, on_host, formats, narrow in (
         (large, True, [_FIRST], False),
         (large, True, [_FIRST], True),
@@ -161,8 +161,8 @@ def _planned_cases(bench: IntegrationBench, own: Ops | None, ours: Ops) -> Itera
     ):
         late = payload != large and formats is several
         for number, op, kernel in product(formats, DIRECTIONS, _KERNELS):
-            result.setdefault(Task(kernel, number, narrow, payload, on_host, op), late)
-    for task, late in result.items():
+            tasks.setdefault(Task(kernel, number, narrow, payload, on_host, op), late)
+    for task, late in tasks.items():
         if _is_called(task, own):
             alongside = task == Task("slots", _FIRST, False, large, True, task.op)
             make = partial(_case, bench, own, ours, task)
@@ -181,15 +181,15 @@ def _case(bench: IntegrationBench, own: Ops | None, ours: Ops, task: Task) -> Ca
     looks = _AS_LAYERS.get(task.number, task.number) if task.kernel == "slots" else task.number
     shape = shape_of(looks, bench.sizes.layers, task.payload, task.narrow)
     caches, objects = sides_of(bench, shape, task.number, task.op, task.on_host)
-    result = {OWN: own, OURS: ours}
-    requested = (task.kernel, task.number, shape, caches, objects)
+    libraries = {OWN: own, OURS: ours}
+    arguments = (task.kernel, task.number, shape, caches, objects)
     call = call_of
     if task.kernel == "connector" and own is not None:  # which looks at LMCache's own formats
         call = path_of
-        result[OURS] = ours._replace(forms=own.forms)
+        libraries[OURS] = ours._replace(forms=own.forms)
     makes = {
-        name: partial(call, ops, *requested, task.op)
-        for name, ops in result.items()
+        name: partial(call, ops, *arguments, task.op)
+        for name, ops in libraries.items()
         if ops is not None and ops.takes(task)
     }
     fields = {"shape": str(task), "format": task.number, "kernel": task.kernel}
@@ -336,15 +336,17 @@ def path_of(
     The path looks at the caches, and makes tables and descriptions.
     """
     path = import_module(_PATH)
-    retained = {str(at): each for at, each in enumerate(caches.tensors)}
+    caches_by_layer = {str(at): each for at, each in enumerate(caches.tensors)}
     ids = (caches.rows[::_BLOCK] // _BLOCK).tolist()
     chunks = list(objects.tensors[0].unbind())
     hints = {"kv_layout": "HND" if "head token" in shape.cache else "NHD"}
     more = {"layout_hints": hints, "engine_kv_format": ops.forms[number]}
     if op == "d2h":
-        move = partial(path.gather_paged_kv_to_cpu, retained, ids, len(ids), out=chunks, **more)
+        move = partial(
+            path.gather_paged_kv_to_cpu, caches_by_layer, ids, len(ids), out=chunks, **more
+        )
     else:
-        move = partial(path.scatter_cpu_to_paged_kv, retained, ids, chunks, len(ids), **more)
+        move = partial(path.scatter_cpu_to_paged_kv, caches_by_layer, ids, chunks, len(ids), **more)
     return partial(_through, path, getattr(ops.functions, _OP), move)
 
 
@@ -397,7 +399,8 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls = self.waits = 0
+        self.calls = 0
+        self.waits = 0
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = op(*args, **(kwargs or {}))

@@ -57,12 +57,12 @@ def sglang_steps(bench: IntegrationBench) -> Iterator[Step]:
 def own_kernels(bench: IntegrationBench) -> object:
     """Return SGLang's own module; None if it is not here, or does not load."""
     try:
-        result = import_module("sgl_kernel.kvcacheio")
+        kernels = import_module("sgl_kernel.kvcacheio")
     except Exception as error:  # a library that does not load ends in errors of all kinds
         bench.left_out.append(f"sglang: its own kernels: {in_a_line(error)}")
         return None
     bench.installed["sglang"] = str(getattr(import_module("sgl_kernel"), "__version__", "unknown"))
-    return result
+    return kernels
 
 
 def _planned_cases(bench: IntegrationBench, own: object) -> Iterator[PlannedCase]:
@@ -107,8 +107,8 @@ def _case(
     device = make(_DEVICE, shape, 4, tensors=2 * shape.layers, salt=salts[0])
     host = make(ORDERS[order], shape, 5, tensors=2, on_host=True, salt=salts[1])
     arguments = method, order, op, layers, device, host, quota
-    result = {OWN: own, OURS: kvcacheio}
-    makes = {name: partial(_carrying_out, ops, *arguments) for name, ops in result.items() if ops}
+    modules = {OWN: own, OURS: kvcacheio}
+    makes = {name: partial(_carrying_out, ops, *arguments) for name, ops in modules.items() if ops}
     fields = {
         "kernel": method,
         "order": order,
@@ -179,8 +179,8 @@ def calls_of(
         each = zip(there_k[:layers], k, there_v, v, strict=False)
         return [partial(ops.transfer_kv_per_layer, *x, remote, local, _ITEM) for x in each]
     move = getattr(ops, f"transfer_kv_per_layer_{order}_lf")
-    result: list[Call] = []
+    calls: list[Call] = []
     for n in range(layers):
         pair = there_k, k[n], there_v, v[n]
-        result.append(partial(move, *pair, remote, local, n, _ITEM, pitch, *heads))
-    return result
+        calls.append(partial(move, *pair, remote, local, n, _ITEM, pitch, *heads))
+    return calls

@@ -57,10 +57,10 @@ def _step(name: str, rows: int, memory: Callable[..., torch.Tensor]) -> Step:
     at = (slots // _BLOCK, slots % _BLOCK)
     how = ("auto", scale, scale)
     if name == "cp_gather_cache":
-        results = memory(rows, _LATENT + _ROTARY)
+        gathered = memory(rows, _LATENT + _ROTARY)
         ends = torch.arange(0, rows + 1, rows // _REQUESTS, dtype=torch.int32, device=device)
-        arguments = paged, results, table.view(_REQUESTS, -1), ends, _REQUESTS
-        return Step(arguments, [results], [(results, slice(None), paged[at])])
+        arguments = paged, gathered, table.view(_REQUESTS, -1), ends, _REQUESTS
+        return Step(arguments, [gathered], [(gathered, slice(None), paged[at])])
     if name == "concat_and_cache_mla":
         parts = memory(rows, _LATENT), memory(rows, _ROTARY)
         return Step((*parts, paged, slots, *how[:2]), [paged], [(paged, at, torch.cat(parts, 1))])
@@ -89,11 +89,11 @@ def _case(bench: IntegrationBench, own: object, name: str, rows: int) -> Case:
             each.view(torch.uint8).fill_(POISON)
 
     def right(i: int) -> bool:
-        results = [each.view(torch.int16).clone() for each in step.written]
+        written = [each.view(torch.int16).clone() for each in step.written]
         poison(i)
         for view, at, each in step.plain:
             view[at] = each
-        pairs = zip(results, step.written, strict=True)
+        pairs = zip(written, step.written, strict=True)
         return all(torch.equal(each, want.view(torch.int16)) for each, want in pairs)
 
     methods = [

@@ -59,7 +59,7 @@ INTEGRATION_PRESETS: Mapping[str, IntegrationPreset] = {
 
 
 class IntegrationBench(Bench):
-    """The device, what times it, and which releases of engines were result."""
+    """The device, what times it, and which releases of engines are installed."""
 
     def __init__(self, device: torch.device, preset: str) -> None:
         of_loops = HOST_PRESETS[preset]
@@ -128,8 +128,8 @@ class Side(NamedTuple):
         if seed is not None:
             blocks = torch.randperm(shape.blocks, generator=torch.Generator().manual_seed(seed))
         rows = (blocks[:, None] * shape.block_size + torch.arange(shape.block_size)).flatten()
-        retained = [each.view(dtype).view(extents) for each in made]
-        return cls(retained, layout, shape, rows[: shape.tokens], only)
+        views = [each.view(dtype).view(extents) for each in made]
+        return cls(views, layout, shape, rows[: shape.tokens], only)
 
     @property
     def payload(self) -> int:
@@ -146,8 +146,8 @@ class Side(NamedTuple):
         if "(block token)" in self.layout:
             shape = replace(shape, tokens=shape.slots)
             at = (torch.zeros_like(self.rows), self.rows)
-        result = planes(tensors if "|" in self.layout else tensors[0], self.layout, shape)
-        return result[self.only], tuple(each.to(device) for each in at)
+        touched = planes(tensors if "|" in self.layout else tensors[0], self.layout, shape)
+        return touched[self.only], tuple(each.to(device) for each in at)
 
 
 class Sides(NamedTuple):
@@ -251,13 +251,13 @@ class PlannedCase(NamedTuple):
     late: bool = False  # comes after those
 
 
-def steps(bench: IntegrationBench, part: str, requested: Iterable[PlannedCase]) -> Iterator[Step]:
+def steps(bench: IntegrationBench, part: str, planned: Iterable[PlannedCase]) -> Iterator[Step]:
     """Yield a step for each case; then one for each loop alongside the cases that request it, and
     late cases."""
     alone = bench.device.type == "cpu"
     if alone:
         bench.left_out.append(f"{part}: alongside a loop: there is no accelerator that computes")
-    cases = [*requested]
+    cases = [*planned]
     of_cases = [(one.late, (one.name, partial(_measure, bench, part, one))) for one in cases]
     yield from (step for late, step in of_cases if not late)
     for one, loop in product(cases, () if alone else LOOPS):
@@ -266,13 +266,13 @@ def steps(bench: IntegrationBench, part: str, requested: Iterable[PlannedCase]) 
     yield from (step for late, step in of_cases if late)
 
 
-def _measure(bench: IntegrationBench, part: str, requested: PlannedCase) -> Rows:
-    case = requested.make()
-    methods = harness.usable(case.methods, f"{part}: {requested.name}", bench.left_out)
+def _measure(bench: IntegrationBench, part: str, planned: PlannedCase) -> Rows:
+    case = planned.make()
+    methods = harness.usable(case.methods, f"{part}: {planned.name}", bench.left_out)
     if not methods:
         return []
     ceiling = memcpy(bench, case.payload, case.op, case.on_host)
-    result = bench.measure(ceiling, methods, case.payload, host_clock=case.streams)
+    measurements = bench.measure(ceiling, methods, case.payload, host_clock=case.streams)
     timer = bench.host_timer if case.streams else bench.timer
     fields = {
         "kind": "plug_copy",
@@ -280,7 +280,7 @@ def _measure(bench: IntegrationBench, part: str, requested: PlannedCase) -> Rows
         "payload_bytes": case.payload,
         "timer": timer.name,
     }
-    rows = [{**fields, **one.labels, **one.row(case.payload)} for one in result]
+    rows = [{**fields, **one.labels, **one.row(case.payload)} for one in measurements]
     compare(rows)
     return rows
 
@@ -305,26 +305,26 @@ def medians(rows: Rows) -> Rows:
 
     It holds the median of ``of_own`` over its cases, except for those in ``aside``.
     """
-    result = []
+    figures = []
     for part in harness.grouped(having(rows, kind="plug_copy", backend=OURS), "part"):
         known = [row for row in part if "of_own" in row and not row.get("aside")]
         if known:
             figure = short(median(row["of_own"] for row in known))
             fields = {"part": known[0]["part"], "backend": OURS, "shape": f"{len(known)} cases"}
             right = all(row["verified"] for row in known)
-            result.append({"kind": "plug_median", **fields, "of_own": figure, "verified": right})
-    return result
+            figures.append({"kind": "plug_median", **fields, "of_own": figure, "verified": right})
+    return figures
 
 
-def _alongside(bench: IntegrationBench, part: str, requested: PlannedCase, loop: str) -> Rows:
-    case = requested.make()
+def _alongside(bench: IntegrationBench, part: str, planned: PlannedCase, loop: str) -> Rows:
+    case = planned.make()
     methods = [memcpy(bench, case.payload, case.op, case.on_host), *case.methods]
-    result = [Traffic(one, case.payload, **case.labels) for one in methods]
+    traffic = [Traffic(one, case.payload, **case.labels) for one in methods]
     meeting = interference.Meeting(
-        bench, loop, traffic_sources.DEFAULT, case.op, f"{part}: {requested.name}, "
+        bench, loop, traffic_sources.DEFAULT, case.op, f"{part}: {planned.name}, "
     )
     names = {MEMCPY, OWN, OURS}
-    rows = meeting.rows(lambda *_: result, bench.preset.repeats, names)
+    rows = meeting.rows(lambda *_: traffic, bench.preset.repeats, names)
     for own, row in product(having(rows, backend=OWN), having(rows, backend=OURS)):
         row["over_own"] = round(row["slowdown_pct"] - own["slowdown_pct"], 2)
         row["over_noise"] = round(row["over_own"] - noise(rows), 2)
@@ -338,6 +338,6 @@ def noise(rows: Rows) -> float:
     They are the distance of repeats alongside a memcpy or the engine's own code, or the points by
     which the loop was ever faster alongside something.
     """
-    result = {row["backend"]: row["slowdowns_pct"] for row in rows}
-    apart = [max(x) - min(x) for name, x in result.items() if name != OURS]
-    return float(max(*apart, *(-min(x) for x in result.values())))
+    slowdowns = {row["backend"]: row["slowdowns_pct"] for row in rows}
+    apart = [max(x) - min(x) for name, x in slowdowns.items() if name != OURS]
+    return float(max(*apart, *(-min(x) for x in slowdowns.values())))

@@ -221,8 +221,8 @@ def _workers(bench: IntegrationBench, own: bool, page: int) -> dict[str, Worker]
     arguments = base.CanonicalKVCaches(tensors, [refs]), 1, sizes.blocks
     made: dict[str, Worker] = {}
     if own:
-        remote = import_module("vllm.v1.kv_offload.cpu.gpu_worker").CPUOffloadingWorker
-        made[OWN] = Worker(bench, remote(*arguments), layers)
+        worker_class = import_module("vllm.v1.kv_offload.cpu.gpu_worker").CPUOffloadingWorker
+        made[OWN] = Worker(bench, worker_class(*arguments), layers)
     ours = import_module("portakv.integrations.vllm").PortaKVOffloadingWorker
     made[OURS] = Worker(bench, ours(*arguments), layers)
     return made

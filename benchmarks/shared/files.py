@@ -66,12 +66,12 @@ class Slab:
         base = self.places[0 if write else 1][0]
         order = [*range(0, self.nbytes, self.slot)]
         self.trials.random.shuffle(order)
-        requested = [Request(self.fd, at, base + at, self.slot, write) for at in order]
+        requests = [Request(self.fd, at, base + at, self.slot, write) for at in order]
         ended: set[int] = set()
 
         def run() -> None:
             for _ in range(times):
-                ended.update(engine.run(requested))
+                ended.update(engine.run(requests))
 
         sample = timed(run)
         if wrong := ended - {self.slot}:

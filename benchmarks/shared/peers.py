@@ -70,14 +70,14 @@ class LMCache:
         if shape.cache not in FORMATS or shape.chunk != _CHUNK:
             raise PeerMissing(
                 f"Expected a shape that LMCache has a format for, got a cache {shape.cache!r} with "
-                f"chunks {shape.chunk!r}."
+                f"chunks {shape.chunk!r}. Choose another --shape."
             )
         if shape.cache not in _BLOCKS_ONLY:
             return ["slot kernel", "block kernel"] if by_blocks else ["slot kernel"]
         if not by_blocks:
             raise PeerMissing(
                 f"Expected a cache that LMCache's slot kernel can read, got {shape.cache!r}, "
-                f"outside of which it reads."
+                f"outside of which it reads. Measure the block kernel instead."
             )
         return ["block kernel"]
 
@@ -106,23 +106,23 @@ class LMCache:
                 head_size=shape.dim,
             )
         blocks = (slots[:: shape.block_size] // shape.block_size).to(device)
-        described = self._ops.PageBufferShapeDesc()
-        described.kv_size = shape.kv
-        described.nl = shape.layers
-        described.nb = shape.blocks
-        described.bs = shape.block_size
+        description = self._ops.PageBufferShapeDesc()
+        description.kv_size = shape.kv
+        description.nl = shape.layers
+        description.nb = shape.blocks
+        description.bs = shape.block_size
         latent = shape.cache == "layer | block token dim"
-        described.nh = 1 if latent else shape.heads
-        described.hs = shape.dim
-        described.element_size = shape.torch_dtype.itemsize
-        described.block_stride_elems = 0  # blocks without padding
+        description.nh = 1 if latent else shape.heads
+        description.hs = shape.dim
+        description.element_size = shape.torch_dtype.itemsize
+        description.block_stride_elems = 0  # blocks without padding
         return lambda chunk, store: self._ops.multi_layer_block_kv_transfer(
             pointers,
             [chunk.data_ptr()],
             blocks,
             device,
             self._methods[store],
-            described,
+            description,
             shape.tokens,
             form,
             0,
@@ -135,7 +135,9 @@ def load_peer(name: str) -> LMCache:
     Raises `PeerMissing` if it is unknown, not installed or does not load.
     """
     if name not in PEERS:
-        raise PeerMissing(f"Expected --peer to be one of {', '.join(PEERS)}, got {name!r}.")
+        raise PeerMissing(
+            f"Expected --peer to be one of {', '.join(PEERS)}, got {name!r}. Correct the name."
+        )
     return LMCache()
 
 
@@ -143,22 +145,23 @@ def load(package: str, module: str) -> tuple[ModuleType, str]:
     """Return a compiled module of a package whose own ``__init__`` is not run, and its release."""
     install = f"pip install --no-deps {package}=={PEERS[package]}"
     try:
-        results = find_spec(package)
+        package_spec = find_spec(package)
         release = version(package)
     except (PackageNotFoundError, ValueError):
-        results = None
-    if results is None or not results.submodule_search_locations:
+        package_spec = None
+    if package_spec is None or not package_spec.submodule_search_locations:
         raise PeerMissing(
             f"Expected the peer {package!r}, but it is not installed. Install it for the benchmark "
             f"with: {install}"
         )
-    folders = product(results.submodule_search_locations, EXTENSION_SUFFIXES)
+    folders = product(package_spec.submodule_search_locations, EXTENSION_SUFFIXES)
     paths = [Path(folder, module + suffix) for folder, suffix in folders]
     path = next(filter(Path.exists, paths), None)
     if path is None:
         raise PeerMissing(
-            f"{package} {release} has no compiled {module} for Python "
-            f"{sys.version_info.major}.{sys.version_info.minor}; install a wheel for it: {install}"
+            f"Expected a compiled {module} for Python "
+            f"{sys.version_info.major}.{sys.version_info.minor}, but {package} {release} has none. "
+            f"Install a wheel for it: {install}"
         )
     try:
         spec: Any = spec_from_file_location(f"{package}.{module}", path)
@@ -166,6 +169,7 @@ def load(package: str, module: str) -> tuple[ModuleType, str]:
         spec.loader.exec_module(loaded)
     except ImportError as error:
         raise PeerMissing(
-            f"{package} {release} does not load with torch {torch.__version__}: {error}"
+            f"Expected {package} {release} to load with torch {torch.__version__}, but it does "
+            f"not: {error}. Install the release that fits this torch: {install}"
         ) from error
     return loaded, release

@@ -296,7 +296,8 @@ def stored(rows: list[Row], device: str) -> Figure:
     axes = figure.subplots()
     places = list[float]()
     names = list[str]()
-    at = furthest = 0.0
+    at = 0.0
+    furthest = 0.0
     for selected in cases:
         for row in selected:
             rate = row["gb_per_s"]

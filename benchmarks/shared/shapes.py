@@ -59,32 +59,32 @@ class Shape:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token in one plane."""
+        """Return the bytes of one token in one plane."""
         return self.heads * self.dim * self.torch_dtype.itemsize
 
     @property
     def payload(self) -> int:
-        """Bytes moved, each counted once."""
+        """Return the bytes moved, each counted once."""
         return self.layers * self.kv * self.tokens * self.row_bytes
 
     @property
     def blocks(self) -> int:
-        """Blocks of the cache."""
+        """Return the number of blocks of the cache."""
         return -(-self.pool * self.tokens // self.block_size)
 
     @property
     def slots(self) -> int:
-        """Token slots of the cache, the size of the pool."""
+        """Return the number of token slots of the cache, the size of the pool."""
         return self.blocks * self.block_size
 
     @property
     def slots_used(self) -> float:
-        """Share of the pool that one transfer touches."""
+        """Return the share of the pool that one transfer touches."""
         return self.tokens / self.slots
 
     @property
     def layered(self) -> bool:
-        """True where the cache is a list over layers, so that their allocations can differ."""
+        """Return True if the cache is a list over layers, whose allocations can differ."""
         return self.cache.partition("|")[0].split() == ["layer"]
 
 
@@ -100,9 +100,13 @@ def load(path: Path = FILE) -> Mapping[str, Shape]:
         like = entry.pop("like", None)
         try:
             if like is not None and like not in results:
-                raise ValueError(f"expected like to name an earlier shape, got {like!r}")
+                raise ValueError(
+                    f"expected like to name an earlier shape, got {like!r}. Move it up"
+                )
             if name in results:
-                raise ValueError("expected a separate name for each shape, got this name twice")
+                raise ValueError(
+                    "expected a separate name for each shape, got this name twice. Rename one"
+                )
             fields = {**(asdict(results[like]) if like else {}), **entry}
             shape = Shape(**{**fields, "index": tuple(fields.get("index", INDEX_KINDS))})
             _check(shape)
@@ -114,17 +118,22 @@ def load(path: Path = FILE) -> Mapping[str, Shape]:
 
 def _check(shape: Shape) -> None:
     if not shape.source.strip():
-        raise ValueError("expected a source that says where the numbers come from, got none")
+        raise ValueError(
+            "expected a source that says where the numbers come from, got none. Name it"
+        )
     if not isinstance(getattr(torch, shape.dtype, None), torch.dtype):
-        raise ValueError(f"expected dtype to name a torch dtype, got {shape.dtype!r}")
+        raise ValueError(f"expected dtype to name a torch dtype, got {shape.dtype!r}. Correct it")
     if not shape.index or not set(shape.index) <= set(INDEX_KINDS):
-        raise ValueError(f"expected index to be some of {INDEX_KINDS}, got {shape.index}")
+        raise ValueError(
+            f"expected index to be some of {INDEX_KINDS}, got {shape.index}. Correct it"
+        )
     numbers = (shape.layers, shape.kv, shape.heads, shape.dim, shape.block_size, shape.tokens)
     broken = "blocks" in shape.index and shape.tokens % shape.block_size
     if min(*numbers, shape.pool, shape.objects) < 1 or broken:
         raise ValueError(
             f"expected every number to be at least 1, and whole blocks if the index is `blocks`, "
-            f"got {shape.tokens} tokens in blocks of {shape.block_size} and extents {numbers}"
+            f"got {shape.tokens} tokens in blocks of {shape.block_size} and extents {numbers}. "
+            f"Correct the numbers"
         )
 
 
@@ -202,7 +211,7 @@ def in_decimal(nbytes: int) -> str:
 
 def in_bytes(words: str) -> int:
     """Return the number of a size such as ``256K``, ``4M`` or ``1G``."""
-    results = re.fullmatch(r"(\d+)([KMG])", words.strip().upper())
-    if not results:
-        raise ValueError(f"Expected a size such as 256K, 1M or 1G, got {words!r}.")
-    return int(results[1]) << {"K": 10, "M": 20, "G": 30}[results[2]]
+    match = re.fullmatch(r"(\d+)([KMG])", words.strip().upper())
+    if not match:
+        raise ValueError(f"Expected a size such as 256K, 1M or 1G, got {words!r}. Add K, M or G.")
+    return int(match[1]) << {"K": 10, "M": 20, "G": 30}[match[2]]

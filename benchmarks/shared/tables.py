@@ -122,6 +122,13 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         (*_LINK, ("staging MiB", "staging_mb:.3g"), ("loss", "chosen_loss:.3f"),
          ("chosen", "chosen"), ("best", _best), _BYTES),
     ),
+    "host_wall": (
+        "device and pinned host by the wall, from the call until the host sees the end on an idle "
+        "device, in turns with a memcpy of the same bytes",
+        (*_WHAT, ("ids", "ids"), ("us", _time), ("GB/s", "gb_per_s:.4g"),
+         ("of memcpy", "ratio:.3f"), ("p90/p50", _spread), ("host us", "host_us:.1f"),
+         ("chosen", "chosen"), _BYTES),
+    ),
     "host_direct": ("zero_copy, by its limit on thread blocks", (*_LINK, _BYTES)),
     "host_duplex": ("both directions at the same time", (*_LINK, ("chosen", "chosen"), _BYTES)),
     "host_pageable": (

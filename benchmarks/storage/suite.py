@@ -53,7 +53,7 @@ STORAGE_PRESETS: Mapping[str, StoragePreset] = {
 
 
 class StorageBench(Bench):
-    """The device, the folder and the peers that were result: fio and a Python with LMCache."""
+    """The device, the folder and the installed peers: fio and a Python with LMCache."""
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class StorageBench(Bench):
         self.trials = Trials(preset.rounds, preset.pause, self.left_out)
         self.fio = peers["fio"] or shutil.which("fio")
         self.lmcache = peers["lmcache"] or (sys.executable if find_spec("lmcache") else None)
-        requested = {"fio": self.fio and [self.fio, "--version"]}
-        requested["lmcache"] = self.lmcache and [self.lmcache, "-c", VERSION]
-        for name, words in requested.items():
+        commands = {"fio": self.fio and [self.fio, "--version"]}
+        commands["lmcache"] = self.lmcache and [self.lmcache, "-c", VERSION]
+        for name, words in commands.items():
             if words:
                 self.installed[name] = message(words).removeprefix("fio-")
             else:

@@ -110,8 +110,8 @@ class Tier:
         if op == "load":
             return np.array(self.tier_store.read(keys, rows))
         numbers = [next(self.numbers) for _ in keys]
-        fields = zip(rows, keys, numbers, strict=True)
-        sums = [image.seal(row, self.form, key, number) for row, key, number in fields]
+        triples = zip(rows, keys, numbers, strict=True)
+        sums = [image.seal(row, self.form, key, number) for row, key, number in triples]
         return np.array(self.tier_store.write(queue, keys, rows, numbers, sums))
 
     def method(self, op: str) -> Method:
@@ -137,8 +137,8 @@ def _both_directions(bench: StorageBench, size: int) -> Rows:
     rows = Rows()
     engine, decisions = choose(slab.places)
     engines = [engine]
-    fields = f"engine, {in_words(size)}: "
-    bench.left_out += [fields + str(one) for one in decisions if not one.accepted]
+    prefix = f"engine, {in_words(size)}: "
+    bench.left_out += [prefix + str(one) for one in decisions if not one.accepted]
     if engine.name != "threads" and size == bench.sizes.usual:
         engines.append(choose(slab.places, "threads")[0])
     for op in ("read", "write"):
@@ -147,7 +147,7 @@ def _both_directions(bench: StorageBench, size: int) -> Rows:
         what = {"kind": "storage_engine", "shape": in_words(size), "slot_bytes": size, "op": op}
         results = bench.trials.rows(what, slab.nbytes, methods, {"of_fio": "fio"})
         rows += [{**row, "chosen": row["backend"] == engine.name} for row in results]
-    bench.left_out += [fields + note for note in engine.notes]
+    bench.left_out += [prefix + note for note in engine.notes]
     close(slab, *engines)
     return rows
 
@@ -205,20 +205,20 @@ def _remote(bench: StorageBench) -> Rows:
         arguments |= {"access_key_id": "bench", "secret_access_key": "bench", "region": "us-east-1"}
         remote = Remote("s3://bench/kv", workers=REQUESTS, **arguments)
         tier = Tier(MB, bench.sizes.remote, remote, chunk=1)
-        results = list[int]()
+        sizes = list[int]()
         tier.run("store")
         listed = [one for batch in obstore.list(remote.store) for one in batch]
         paths = [one["path"] for one in listed if one["size"] == tier.form.image_bytes]
 
         def get(path: str) -> None:
-            results.append(len(obstore.get(remote.store, path).bytes()))
+            sizes.append(len(obstore.get(remote.store, path).bytes()))
 
         with ThreadPoolExecutor(REQUESTS) as pool:
             raw = Method(
                 "obs.get",
                 lambda: timed(lambda: list(pool.map(get, paths))),
-                results.clear,
-                lambda: results == [tier.form.image_bytes] * len(paths),
+                sizes.clear,
+                lambda: sizes == [tier.form.image_bytes] * len(paths),
             )
             fields = {"kind": "storage_remote", "shape": "1 MB, moto", "op": "load"}
             methods = [tier.method("load"), raw]

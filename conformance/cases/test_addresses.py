@@ -36,7 +36,7 @@ def test_tensors_in_no_order(workshop: Bench, direction: str, layout: str) -> No
 
 
 def _in_no_order(case: Case, direction: str) -> bool:
-    """Neither rising nor falling, and no distance occurs twice in a row."""
+    """Return True if ids neither rise nor fall, and no distance occurs twice in a row."""
     at = view_of(case.src if direction == "gather" else case.dst).addresses.tolist()
     steps = [b - a for a, b in pairwise(at)]
     even = any(a == b for a, b in pairwise(steps))

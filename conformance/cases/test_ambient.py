@@ -21,7 +21,7 @@ pytestmark = pytest.mark.area("safety")
 
 @contextmanager
 def _restored(get: Callable[[], object], set: Callable[..., object], to: object) -> Iterator[None]:
-    """Inside, a global setting of torch has another value."""
+    """Give a global setting of torch another value inside, and restore it afterwards."""
     before = get()
     set(to)
     try:
@@ -32,7 +32,7 @@ def _restored(get: Callable[[], object], set: Callable[..., object], to: object)
 
 @contextmanager
 def _on_a_stream(device: torch.device) -> Iterator[None]:
-    """Inside, a new stream is the current one, if the device has streams."""
+    """Make a new stream the current one inside, if the device has streams."""
     facility = Facility(device)
     with ExitStack() as stack:
         if facility.streams:
@@ -41,8 +41,8 @@ def _on_a_stream(device: torch.device) -> Iterator[None]:
 
 
 def _settings(device: torch.device) -> dict[str, object]:
-    """The settings of the calling thread and of torch that a copy must leave alone, by name."""
-    result: dict[str, object] = {
+    """Return by name the settings of this thread and of torch that a copy must not change."""
+    facts: dict[str, object] = {
         "torch's default dtype": torch.get_default_dtype(),
         "torch's default device": torch.get_default_device(),
         "the number of threads": torch.get_num_threads(),
@@ -51,15 +51,18 @@ def _settings(device: torch.device) -> dict[str, object]:
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
     }
     if Facility(device).streams:
-        result["the current device"] = torch.accelerator.current_device_index()
-        result["the current stream"] = torch.accelerator.current_stream(device)
-    return result
+        facts["the current device"] = torch.accelerator.current_device_index()
+        facts["the current stream"] = torch.accelerator.current_stream(device)
+    return facts
 
 
 @contextmanager
 def _unchanged(device: torch.device) -> Iterator[Callable[[], str]]:
-    """Inside, a call compares the settings with those of the beginning, and names the first that
-    differs, else returns ''. Restores those that a wrong backend changes."""
+    """Yield a call that compares the settings with those of the beginning.
+
+    The call returns the name of the first setting that differs, else ''. At the end the settings
+    that a wrong backend changed are restored.
+    """
     before = _settings(device)
     changed = list[str]()
 
@@ -167,5 +170,5 @@ def test_a_setting_stays_as_it_is(bench: Bench, direction: str, state: str, carr
 def test_the_self_check_under_a_setting(subject: Subject, judge: Judge, state: str) -> None:
     """The library's self-check, which precedes a backend's first use, does not mind a setting."""
     with _STATES[state](subject.device):
-        result, why = self_check(subject.backend)
-    assert result is not SelfCheck.FAILED, f"{why}."
+        verdict, why = self_check(subject.backend)
+    assert verdict is not SelfCheck.FAILED, f"{why}."

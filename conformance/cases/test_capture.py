@@ -32,7 +32,7 @@ FIRST = Shape(layers=3, heads=7, widths=(104, 104), block_size=12)
 
 
 def captured(call: Callable[[], Result]) -> tuple[Any, Result]:
-    """A graph of one call, and what the call returned."""
+    """Return a graph of one call, and what the call returned."""
     gc.collect()  # a graph that dies during a capture spoils it
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -116,8 +116,10 @@ def test_host_ids_inside_a_capture(bench: Bench, direction: str) -> None:
 
 
 def _warm(bench: Bench, case: Case) -> Callable[[], Transfer]:
-    """The copy of a case, which was made once: under other indices, since one that was used before
-    has its ids on the device."""
+    """Make the copy of a case once and return the copy under other indices.
+
+    An index that was used before has its ids on the device.
+    """
     views = view_of(case.src), view_of(case.dst)
 
     def call() -> Transfer:
@@ -130,7 +132,7 @@ def _warm(bench: Bench, case: Case) -> Callable[[], Transfer]:
 
 
 def refused_in_capture(case: Case, call: Callable[[], object]) -> None:
-    """Inside a capture the call raises `Unsupported`; no byte changes."""
+    """Expect that the call raises `Unsupported` inside a capture, and that no byte changes."""
     before = Memory.snapshot(case.src.tensors, case.dst.tensors)
     with pytest.raises(Unsupported):
         captured(call)

@@ -64,16 +64,16 @@ _PAIRS = [
 def test_places(bench: Bench, pair: tuple[str, str], direction: str) -> None:
     """It copies between the places that it claims, and refuses plans between others."""
     case = bench.some(direction, SHAPE, 9)
-    method = f"from {pair[0]} to {pair[1]} memory"
+    route = f"from {pair[0]} to {pair[1]} memory"
     src, dst = (
         side if place == "device" else on_host(side, place == "pinned")
         for place, side in zip(pair, (case.src, case.dst), strict=True)
     )
     case = Case(src, dst, case.count)
     if pair in bench.subject.can.places:
-        bench.judge.claimed(case, "places", f"copies {method}")
+        bench.judge.claimed(case, "places", f"copies {route}")
         return
-    bench.judge.not_claimed("places", f"it does not copy {method}.")
+    bench.judge.not_claimed("places", f"it does not copy {route}.")
     plan = plan_of(case)
     try:
         bench.subject.prepare(plan)
@@ -200,7 +200,7 @@ def test_tables(bench: Bench, direction: str) -> None:
     """It takes planes in separate allocations, at new addresses in each call; or refuses them."""
     shape = Shape(layers=5)
     retained = []
-    # Blocks as a list need a table and no loop, where the home has no list.
+    # Blocks as a list need a table and no loop, where the base layout has no list.
     layout = bench.paged if "|" in bench.paged else bench.paged.replace("block", "block |", 1)
     grain = max(1, bench.subject.can.alignment // 2)
     for number in range(3):

@@ -20,7 +20,7 @@ SHAPE = Shape(layers=3, blocks=8)
 
 @pytest.fixture
 def compiler() -> Iterator[str]:
-    """A compiler that traces, and runs what it traced; with nothing compiled before."""
+    """Yield the name of a compiler that traces and runs the trace; nothing is compiled before."""
     torch._dynamo.reset()
     yield "aot_eager"
     torch._dynamo.reset()
@@ -54,10 +54,12 @@ def test_a_transfer_inside_a_compiled_function(bench: Bench, compiler: str, move
         chunk = shop.chunk(SHAPE, tokens, source=move == "to_gpu")
         paged = replace(caches, ids=slots, arrangement=None)
         case = between("gather" if move == "from_gpu" else "scatter", paged, chunk, tokens)
-        supplied = (chunk.tensors, chunk.tensors.clone(), slots)
+        arguments_of_step = (chunk.tensors, chunk.tensors.clone(), slots)
         returned: list[torch.Tensor] = []
 
-        def carry(arguments: Any = supplied, returned: list[torch.Tensor] = returned) -> None:
+        def carry(
+            arguments: Any = arguments_of_step, returned: list[torch.Tensor] = returned
+        ) -> None:
             returned.append(compiled(*arguments))
             bench.facility.synchronize()
 

@@ -32,19 +32,19 @@ class Store:
     move: str
 
     def caches(self, seed: int = 0) -> Side:
-        """Caches of a seed of their own."""
+        """Return caches with a separate seed."""
         return self.bench.other(seed).cache(SHAPE, [], source=self.move == "from_gpu")
 
     def case(
         self, caches: Side, slots: Sequence[int] | torch.Tensor, tokens: int = 0, seed: int = 0
     ) -> Case:
-        """The copy that a call for these slots must be."""
+        """Return the copy that a call for these slots must be."""
         how: Keywords = {"source": self.move == "to_gpu"}
         chunk = self.bench.other(100 + seed).chunk(SHAPE, tokens or max(len(slots), 1), **how)
         return self.between(caches, torch.as_tensor(slots), chunk)
 
     def between(self, caches: Side, slots: torch.Tensor, chunk: Side) -> Case:
-        """The copy between these slots of the caches and a chunk."""
+        """Return the copy between these slots of the caches and a chunk."""
         direction = "gather" if self.move == "from_gpu" else "scatter"
         return between(direction, replace(caches, ids=slots, arrangement=None), chunk, len(slots))
 
@@ -65,7 +65,7 @@ def _chunk(case: Case) -> Side:
 
 @pytest.fixture(params=("from_gpu", "to_gpu"))
 def store(bench: Bench, request: pytest.FixtureRequest) -> Store:
-    """A connector for this backend, in a layout that it takes."""
+    """Return a connector for this backend, in a layout that it takes."""
     return Store(bench, bench.connector(), request.param)
 
 
@@ -129,8 +129,8 @@ def test_batches(store: Store, ragged: bool) -> None:
         store.bench.judge.call(joined, partial(batch, starts, ends))
         return
     expected = [case.expected() for case in cases]
-    requested = arguments_of(joined)
-    moved = store.bench.judge.call(cases[0], partial(batch, starts, ends), arguments=requested)
+    arguments = arguments_of(joined)
+    moved = store.bench.judge.call(cases[0], partial(batch, starts, ends), arguments=arguments)
     for case, wanted in zip(cases, expected, strict=True):
         verdict = changed(wanted.before, case.dst.tensors)
         if moved:

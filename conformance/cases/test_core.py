@@ -74,7 +74,7 @@ def test_negative_blocks_are_skipped(bench: Bench, direction: str) -> None:
 
 @DTYPES
 def test_an_empty_list_moves_nothing(bench: Bench, direction: str, ids: torch.dtype) -> None:
-    """An empty list of ids is no error, and no byte changes."""
+    """An empty list of ids is not an error, and no byte changes."""
     must(bench, bench.move(direction, SHAPE, torch.empty(0, dtype=ids)))
 
 
@@ -107,7 +107,8 @@ def test_a_list_that_is_longer_than_the_copy(bench: Bench, direction: str, tail:
 def test_consecutive_rows_need_no_list(bench: Bench, direction: str) -> None:
     """Without ids on either side, rows move in their order."""
     case = bench.move(direction, SHAPE, list(range(SHAPE.slots)))
-    case.src.ids = case.dst.ids = None
+    case.src.ids = None
+    case.dst.ids = None
     must(bench, case)
 
 
@@ -133,8 +134,9 @@ def test_every_bit_pattern_survives(bench: Bench, direction: str, width: int) ->
 
 
 def _odd_floats(width: int, nbytes: int) -> torch.Tensor:
-    """Bytes of numbers that arithmetic does not keep: every pattern, or NaNs of every payload."""
-    bits = count = torch.arange(nbytes // width, dtype=torch.int64)
+    """Return bytes of numbers that arithmetic changes: every pattern, or NaNs of every payload."""
+    count = torch.arange(nbytes // width, dtype=torch.int64)
+    bits = count
     if width > 2:
         top, sign = {4: (0x7F80_0001, -(1 << 31)), 8: (0x7FF0_0000_0000_0001, -(1 << 63))}[width]
         bits = top + count * 37  # signalling NaNs, as most payloads are
@@ -192,5 +194,5 @@ def test_to_the_host_and_back(bench: Bench, direction: str, end: str) -> None:
 
 def test_the_power_on_self_check(judge: Judge) -> None:
     """The library's own self-check accepts the backend, or takes none of its layouts."""
-    result, why = self_check(judge.subject.backend)
-    assert result is not SelfCheck.FAILED, f"{why}."
+    verdict, why = self_check(judge.subject.backend)
+    assert verdict is not SelfCheck.FAILED, f"{why}."

@@ -201,7 +201,7 @@ _PADDED: Keywords = {
 
 
 def _lying(layout: str, how: Any) -> Keywords:
-    """An entry of `_PADDED` as keywords, for a cache of a layout."""
+    """Return an entry of `_PADDED` as keywords, for a cache of a layout."""
     if isinstance(how, tuple):
         axis, elements, *more = how
         return {**by_hand.widened(layout, axis, elements), **dict(*more)}

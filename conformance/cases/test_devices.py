@@ -42,8 +42,8 @@ def test_another_device_than_the_current_one(bench: Bench, direction: str, threa
     subject = bench.subject
     current = torch.accelerator.current_device_index()
     other = bench.facility.second()
-    result = find(subject.name, other, emulated=subject.emulated)
-    judge = Judge(result, Facility(other, subject.emulated), bench.judge.seed)
+    judged = find(subject.name, other, emulated=subject.emulated)
+    judge = Judge(judged, Facility(other, subject.emulated), bench.judge.seed)
     there = replace(bench, device=str(other), judge=judge)
     late = Late(there, there.some(direction, SHAPE, 9, 1))
 

@@ -20,7 +20,7 @@ in_two = pytest.mark.parametrize("part", range(2))
 
 
 def places(judge: Judge, data: st.DataObject) -> Keywords:
-    """Options of the strategies: tensors on the device, ids there or on the host."""
+    """Return options of the strategies: tensors on the device, ids there or on the host."""
     device = str(judge.subject.device)
     ids_on = data.draw(st.sampled_from((device, "cpu"))) if device != "cpu" else device
     return {"device": device, "ids_on": ids_on}

@@ -33,13 +33,16 @@ MIGRATIONS = ("blocks-gather", "blocks-scatter", "blocks-both", "slots-both")
 
 
 def mapped(nbytes: int) -> torch.Tensor:
-    """Zeros of which only the pages that are touched take memory, uint8."""
+    """Return zeros, uint8, of which only the pages that are touched take memory."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
     return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
 
 
 def far_blocks(memory: torch.Tensor, stride: int, blocks: int) -> torch.Tensor:
-    """One plane ``[blocks, block_size, heads, dim]`` whose blocks lie ``stride`` bytes apart."""
+    """Return one plane ``[blocks, block_size, heads, dim]``.
+
+    Its blocks lie ``stride`` bytes apart.
+    """
     sizes = (blocks, _SIZE, _HEADS, _DIM)
     return memory.as_strided(sizes, (stride, _HEADS * _DIM, _DIM, 1))
 
@@ -62,7 +65,7 @@ class Place:
 
 
 def near(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """A small tensor of other bytes on the device of a far one."""
+    """Return a small tensor of other bytes on the device of a far one."""
     return torch.full(shape, 0xA5, dtype=torch.uint8).to(like.device)
 
 
@@ -74,8 +77,8 @@ def check(judge: Judge, direction: str, far: Place, other: Place) -> None:
     wanted = torch.from_numpy(pattern_bytes(judge.seed, 1, prod(shape)).copy()).view(shape)
     for at, piece in zip(src.where, wanted.to(src.tensor.device), strict=True):
         src.tensor[at] = piece
-    requested = (src.view, dst.view, src.index, dst.index)
-    if judge.carried(lambda: judge.finish(judge.subject.copy(*requested)), requested):
+    arguments = (src.view, dst.view, src.index, dst.index)
+    if judge.carried(lambda: judge.finish(judge.subject.copy(*arguments)), arguments):
         for at, place, piece in zip(dst.where, far.where, wanted, strict=True):
             assert torch.equal(dst.tensor[at].cpu(), piece), (
                 f"What lies {far.tensor[place].storage_offset() - far.tensor.storage_offset()} "
@@ -184,14 +187,16 @@ def test_layers_that_lie_far_apart(judge: Judge, direction: str) -> None:
 
 @pytest.fixture
 def memory(subject: Subject, judge: Judge) -> Iterator[Bytes]:
-    """Makes bytes of the judged device, which are given back afterwards, and writes none of them:
-    on the simulated device only what is touched takes memory."""
+    """Yield a function that makes bytes of the judged device, and release them afterwards.
+
+    The bytes are not written: on the simulated device only touched memory takes room.
+    """
     yield lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=subject.device)
     judge.facility.release()
 
 
 def on_a_device(test: object) -> object:
-    """A case that takes gigabytes of a device."""
+    """Mark a case that takes gigabytes of a device."""
     for mark in (full, pytest.mark.needs("memory"), pytest.mark.bigmem):
         test = mark(test)
     return test

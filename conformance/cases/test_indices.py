@@ -28,9 +28,9 @@ def id_devices(subject: Subject) -> list[torch.device]:
 
 
 def elsewhere(bench: Bench, layout: str, ids: Ids, **how: Any) -> Side:
-    """A destination in another layout than the home, where the backend copies to it."""
-    result = across(bench.subject, bench.paged, layout)
-    return bench.cache(SHAPE, ids, layout=result, source=False, **how)
+    """Return a destination in another layout than the base layout, if the backend copies to it."""
+    accepted = across(bench.subject, bench.paged, layout)
+    return bench.cache(SHAPE, ids, layout=accepted, source=False, **how)
 
 
 @pytest.mark.parametrize("stride", [2, 3])

@@ -118,7 +118,7 @@ def test_duplicates_that_reach_a_launch(bench: Bench, step: int) -> None:
 @pytest.mark.area("ordering")
 @pytest.mark.needs("accelerator")
 def test_the_default_stream_is_a_stream(bench: Bench, direction: str) -> None:
-    """The default stream, passed while another is current, is no missing one, though it is 0."""
+    """The default stream, passed while another is current, is not a missing one, though it is 0."""
     late = Late(bench, bench.some(direction, SHAPE, 9))
     facility = bench.facility
     launch = bench.judge.launch_of(late.case)

@@ -28,7 +28,7 @@ _FEWER = settings(max_examples=max(settings().max_examples * 2 // 3, 1))
 
 
 def drawn(judge: Judge, data: Data, **options: object) -> Case:
-    """A case on the judged device."""
+    """Draw a case on the judged device."""
     return data.draw(cases(device=str(judge.subject.device), **options))
 
 
@@ -51,7 +51,7 @@ def agree(judge: Judge, wrong: str | None, how: str, case: Case) -> None:
 
 
 def rows_at(side: Side, slots: np.ndarray) -> list[np.ndarray]:
-    """The bytes of the rows at some slots, one array for each layer and kv."""
+    """Return the bytes of the rows at some slots, one array for each layer and kv."""
     rows = Rows(side.tensors, side.layout, side.extents)
     memory = Memory.snapshot(side.tensors)
     planes = product(range(rows.layers), range(rows.kv))
@@ -141,13 +141,13 @@ def test_a_chain_of_layouts(judge: Judge, data: Data) -> None:
     with blaming(judge, case):
         if not carry(judge, case):
             return
-        reported = None
+        fault = None
         landed = rows_at(case.dst, case.dst.at(case.count))
         for plane, (was, now) in enumerate(zip(wanted, landed, strict=True)):
-            if reported is None and (wrong := np.argwhere(was != now)).size:
+            if fault is None and (wrong := np.argwhere(was != now)).size:
                 where = f"the row at position {wrong[0, 0]} of plane {plane}"
-                reported = f"{where} is not the one that was read"
-        agree(judge, reported, "By the layouts alone", case)
+                fault = f"{where} is not the one that was read"
+        agree(judge, fault, "By the layouts alone", case)
 
 
 def test_an_index_of_blocks_is_its_slots(bench: Bench) -> None:

@@ -43,7 +43,7 @@ class Late:
             guard.payload().copy_(final, non_blocking=True)
 
     def copy(self, stream: torch.Stream | None = None) -> Transfer:
-        """The copy, as a user gets it."""
+        """Start the copy as a user does."""
         return self.bench.subject.copy(*self.arguments, count=self.case.count, stream=stream)
 
     def check(self, *, source: bool = True) -> None:
@@ -78,7 +78,10 @@ class Late:
 
 
 def made(bench: Bench, direction: str, ids: str, *, now: bool = False) -> Late:
-    """A case whose ids lie on the host or on the device, with its source in place if requested."""
+    """Return a case whose ids lie on the host or on the device.
+
+    Its source is in place if requested.
+    """
     slots = bench.on_device(SHAPE.slots, 9, 1)
     late = Late(bench, bench.move(direction, SHAPE, slots if ids == "device" else slots.cpu()))
     if now:
@@ -193,7 +196,8 @@ def test_a_launch_returns_while_its_stream_is_busy(bench: Bench, direction: str,
     can = bench.subject.can
     case = bench.some(direction, SHAPE, 9)
     if ids == "no-ids":
-        case.src.ids = case.dst.ids = None
+        case.src.ids = None
+        case.dst.ids = None
     late = Late(bench, case)
     launch = bench.judge.launch_of(case)
     launch(None, None)  # makes what only a first launch has to wait for

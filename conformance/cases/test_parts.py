@@ -58,18 +58,18 @@ def test_slices(bench: Bench, what: str, direction: str, layout: str) -> None:
     tensors = _sliced(side.tensors, side.layout, part)
     extents = {"layers": shape.layers, "kv": kv, "heads": shape.heads}
     extents = {**side.extents, **extents, "dim": side.extents["dim"][:kv]}
-    reported = replace(side, tensors=tensors, extents=extents, arrangement=None)
+    sliced = replace(side, tensors=tensors, extents=extents, arrangement=None)
     cache = view_of(side).slice(**part)
     dense = view_of(chunk)
-    requested = (cache, dense, index_of(side), Index())
+    arguments = (cache, dense, index_of(side), Index())
     if not source:
-        requested = (dense, cache, Index(), index_of(side))
-    case = between(direction, reported, chunk, 9)
-    bench.judge.call(case, lambda: bench.subject.copy(*requested, count=9), arguments=requested)
+        arguments = (dense, cache, Index(), index_of(side))
+    case = between(direction, sliced, chunk, 9)
+    bench.judge.call(case, lambda: bench.subject.copy(*arguments, count=9), arguments=arguments)
 
 
 def _sliced(tensors: Any, layout: str, part: Keywords) -> Any:
-    """The same slice by plain indexing of lists and tensors, one axis in each of their places."""
+    """Return the same slice by plain indexing of lists and tensors, one axis in each position."""
     left, _, right = layout.rpartition("|")
 
     def span(axis: str) -> slice:

@@ -26,33 +26,33 @@ PAIRS = [("pinned", "pinned"), ("pinned", "pageable"), ("pageable", "pinned")]
 def made(bench: Bench, direction: str, pair: tuple[str, str]) -> tuple[Case, Arguments]:
     """Return a case, and its arguments with views that claim to lie in a pair of places."""
     case = bench.some(direction, SHAPE, 9)
-    requested = arguments_of(case)
-    for view, place in zip(requested[:2], pair, strict=True):
+    arguments = arguments_of(case)
+    for view, place in zip(arguments[:2], pair, strict=True):
         view.form = replace(view.form, place=place)
-    return case, requested
+    return case, arguments
 
 
 @BOTH
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_pinned_memory_on_the_host(bench: Bench, pair: tuple[str, str], direction: str) -> None:
     """A backend of the host copies pinned memory if it claims to, and refuses it if not."""
-    case, requested = made(bench, direction, pair)
-    src, dst, own, other = requested
+    case, arguments = made(bench, direction, pair)
+    src, dst, own, other = arguments
     refusal = None
-    method = f"from {pair[0]} to {pair[1]} memory"
+    route = f"from {pair[0]} to {pair[1]} memory"
     try:
         bench.subject.prepare(CopyPlan(src.form, dst.form, own.plan_step, other.plan_step))
     except Unsupported as error:
         refusal = error
     if pair in bench.subject.can.places:
-        reported = (
-            f"It claims by 'places' that it copies {method}, and refuses a plan of that: {refusal}"
+        message = (
+            f"It claims by 'places' that it copies {route}, and refuses a plan of that: {refusal}"
         )
-        assert refusal is None, reported
-        launched = partial(bench.subject.launch, *requested, case.count)
+        assert refusal is None, message
+        launched = partial(bench.subject.launch, *arguments, case.count)
         bench.judge.judge(case, lambda: bench.judge.land(launched()), lambda: None)
     else:
-        bench.judge.not_claimed("places", f"it does not copy {method}.")
-        assert refusal is not None, f"It prepares a plan that it does not claim: {method}."
+        bench.judge.not_claimed("places", f"it does not copy {route}.")
+        assert refusal is not None, f"It prepares a plan that it does not claim: {route}."
     fresh, again = made(bench, direction, pair)
     bench.judge.call(fresh, lambda: bench.subject.copy(*again, count=fresh.count), arguments=again)

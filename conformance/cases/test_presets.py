@@ -54,7 +54,7 @@ _PAD = 16  # elements between the pages of layouts that lie in one pool
 
 
 def _table() -> Iterator[Any]:
-    """(operation, preset, dtype): in `core` one dtype for each preset, in `full` others too."""
+    """Yield (operation, preset, dtype): one dtype for each preset in `core`, others in `full`."""
     for number, (name, preset) in enumerate(PRESETS.items()):
         dtypes = (torch.uint8,) if name in WIDTHS else DTYPES
         paged = read_layout(preset.layout).written("block")
@@ -145,7 +145,7 @@ def _pages(shop: Workshop, operation: str, layout: str, shape: Shape, how: Keywo
 
 
 def _chunks(shop: Workshop, operation: str, layout: str, shape: Shape, dtype: torch.dtype) -> Case:
-    """A chunk's layout together with a paged cache's, or another chunk's."""
+    """Return a copy between a chunk's layout and a paged cache's, or another chunk's."""
     if operation == "convert":
         source = shop.chunk(shape, 13, layout=layout, dtype=dtype)
         other = "token layer head kv dim"

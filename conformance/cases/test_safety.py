@@ -55,7 +55,7 @@ def test_device_slots_past_the_end(bench: Bench, direction: str, slot: int) -> N
 
 
 def _judge_bad(bench: Bench, case: Case) -> None:
-    """Bytes as if the bad id were padding, and a SlotError at the end."""
+    """Expect bytes as if the bad id were padding, and a SlotError at the end."""
     expected = without_bad(case).expected()
     try:
         carried = bench.judge.carried(lambda: bench.judge.start(case).synchronize(), case)
@@ -79,7 +79,7 @@ _PAIRS = {
 def two_lists(
     bench: Bench, pair: str, step: int, device: str | torch.device, dtype: torch.dtype
 ) -> Case:
-    """A copy from one cache to another under a list of ids on each side."""
+    """Return a copy from one cache to another under a list of ids on each side."""
     src, dst = (torch.tensor(_with_end(ids, step), dtype=dtype).to(device) for ids in _PAIRS[pair])
     target = bench.cache(SHAPE, dst, step=step, source=False)
     return Case(bench.cache(SHAPE, src, step=step), target, len(src) * step)
@@ -137,10 +137,10 @@ def test_the_word_names_a_bad_position(bench: Bench, ids: str, offset: int, step
     the copy in its list, padding included."""
     if not bench.judge.claims("guards", "bad ids are found before the launch."):
         return
-    supplied = bench.judge.ids([0] * offset + _with_end(_SEVERAL[ids], step), torch.int64)
+    id_list = bench.judge.ids([0] * offset + _with_end(_SEVERAL[ids], step), torch.int64)
     how: Keywords = {"step": step, "offset": offset * step}
     for direction in DIRECTIONS:
-        bench.judge.guarded(bench.move(direction, SHAPE, supplied, **how))
+        bench.judge.guarded(bench.move(direction, SHAPE, id_list, **how))
 
 
 @pytest.mark.claim("guards")
@@ -154,9 +154,9 @@ def test_the_word_names_the_first_of_many(bench: Bench) -> None:
     bad = range(37, len(good), 5)
     for at in bad:
         good[at] = shape.slots + at
-    supplied = bench.judge.ids(good)
+    id_list = bench.judge.ids(good)
     for direction in DIRECTIONS:
-        case = bench.move(direction, shape, supplied)
+        case = bench.move(direction, shape, id_list)
         bench.judge.carried(partial(bench.judge.guarded, case), case)
 
 
@@ -178,10 +178,10 @@ def check_duplicates(judge: Judge, case: Case, carry: Callable[[], object]) -> N
     dst = replace(case.dst, ids=torch.tensor([DUPLICATES[n] for n in once]))
     expected = Case(replace(case.src, ids=positions), dst, len(once) * step).expected()
     carry()
-    result = Memory.snapshot(case.dst.tensors)
+    landed = Memory.snapshot(case.dst.tensors)
     for layer, kv in product(range(expected.dst.layers), range(expected.dst.kv)):
         rows = expected.dst.row_addresses(kv, layer, list(range(5 * step, 6 * step)))
-        expected.after.write(rows, result.read(rows))
+        expected.after.write(rows, landed.read(rows))
     judge.check(expected, case)
 
 

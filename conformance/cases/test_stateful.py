@@ -71,58 +71,58 @@ class Engine(RuleBasedStateMachine):
     @precondition(lambda self: self.free)
     @rule(tokens=st.integers(1, 2 * SIZE), end=st.booleans())
     def append(self, tokens: int, end: bool) -> None:
-        """New tokens of a new or the last sequence are written by a scatter, into new blocks."""
+        """Scatter new tokens of a new or the last sequence into new blocks."""
         sequence = max(self.blocks, default=0) + 1 if end or not self.blocks else max(self.blocks)
         own = self.blocks.setdefault(sequence, [])
-        reported = self.expected.setdefault(sequence, [])
-        while len(own) * SIZE < len(reported) + tokens and self.free:
+        expected = self.expected.setdefault(sequence, [])
+        while len(own) * SIZE < len(expected) + tokens and self.free:
             own.append(self.free.pop())
-        tokens = min(tokens, len(own) * SIZE - len(reported))
+        tokens = min(tokens, len(own) * SIZE - len(expected))
         if not tokens:
             return
         chunk = self._chunk(tokens, True)
         fresh = tokens_at(chunk, range(tokens))
-        slots = _slots(own, len(reported), len(reported) + tokens)
+        slots = _slots(own, len(expected), len(expected) + tokens)
         call = partial(self.connector.to_gpu, chunk.tensors, None, [-1, *slots], 1)
         if self._carried(Case(chunk, self._paged(slots), tokens), call):
-            reported.extend(fresh)
+            expected.extend(fresh)
 
     @precondition(lambda self: self.blocks)
     @rule(pick=st.integers(0, 5))
     def evict(self, pick: int) -> None:
-        """A sequence is stored to a chunk and its blocks are given back."""
+        """Store a sequence to a chunk and release its blocks."""
         sequence = sorted(self.blocks)[pick % len(self.blocks)]
-        reported = self.expected.pop(sequence)
-        if reported:
-            chunk = self._chunk(len(reported), False)
-            slots = _slots(self.blocks[sequence], 0, len(reported))
+        expected = self.expected.pop(sequence)
+        if expected:
+            chunk = self._chunk(len(expected), False)
+            slots = _slots(self.blocks[sequence], 0, len(expected))
             ids = torch.tensor(slots, dtype=torch.int32)
             call = partial(self.connector.from_gpu, chunk.tensors, None, ids)
-            if self._carried(Case(self._paged(slots), chunk, len(reported)), call):
-                self.stored[sequence] = (chunk, reported)
+            if self._carried(Case(self._paged(slots), chunk, len(expected)), call):
+                self.stored[sequence] = (chunk, expected)
         self.free += self.blocks.pop(sequence)
 
     @precondition(lambda self: self.stored and self.free)
     @rule(pick=st.integers(0, 5))
     def reload(self, pick: int) -> None:
-        """A stored sequence is loaded into whatever blocks are free, if they are enough."""
+        """Load a stored sequence into free blocks, if there are enough."""
         sequence = sorted(self.stored)[pick % len(self.stored)]
-        chunk, reported = self.stored[sequence]
-        own = self.free[: -(-len(reported) // SIZE)]
-        if len(own) * SIZE < len(reported):
+        chunk, expected = self.stored[sequence]
+        own = self.free[: -(-len(expected) // SIZE)]
+        if len(own) * SIZE < len(expected):
             return
-        slots = _slots(own, 0, len(reported))
+        slots = _slots(own, 0, len(expected))
         ids = torch.tensor(slots).to(self.bench.device)
         call = partial(self.connector.to_gpu, chunk.tensors, None, ids)
-        if self._carried(Case(chunk, self._paged(slots), len(reported)), call):
+        if self._carried(Case(chunk, self._paged(slots), len(expected)), call):
             del self.stored[sequence], self.free[: len(own)]
             self.blocks[sequence] = own
-            self.expected[sequence] = reported
+            self.expected[sequence] = expected
 
     @precondition(lambda self: self.free and any(self.blocks.values()))
     @rule(pick=st.integers(0, 5), which=st.integers(0, 5))
     def migrate(self, pick: int, which: int) -> None:
-        """A block moves to a free block, all layers together."""
+        """Move a block to a free block, all layers together."""
         owners = [own for _, own in sorted(self.blocks.items()) if own]
         own = owners[pick % len(owners)]
         place = which % len(own)
@@ -138,31 +138,31 @@ class Engine(RuleBasedStateMachine):
     @precondition(lambda self: any(self.expected.values()))
     @rule(pick=st.integers(0, 5), other=st.sampled_from(BASE_LAYOUTS))
     def convert(self, pick: int, other: str) -> None:
-        """A sequence is read, through another layout's cache, as it was written."""
+        """Read a sequence through a cache of another layout, and expect its tokens unchanged."""
         owners = [
-            (sequence, reported) for sequence, reported in sorted(self.expected.items()) if reported
+            (sequence, tokens) for sequence, tokens in sorted(self.expected.items()) if tokens
         ]
-        sequence, reported = owners[pick % len(owners)]
-        blocks = self.blocks[sequence][: -(-len(reported) // SIZE)]
+        sequence, expected = owners[pick % len(owners)]
+        blocks = self.blocks[sequence][: -(-len(expected) // SIZE)]
         order = list(range(len(blocks)))[::-1]
         shape = replace(SHAPE, blocks=len(blocks))
         dst = self.bench.cache(shape, order, layout=other, step=SIZE, source=False)
-        if not self._carried(Case(self._paged(blocks, SIZE), dst, len(reported))):
+        if not self._carried(Case(self._paged(blocks, SIZE), dst, len(expected))):
             return
-        result = tokens_at(dst, _slots(order, 0, len(reported)))
+        converted = tokens_at(dst, _slots(order, 0, len(expected)))
         with self._blaming():
-            for token, (was, now) in enumerate(zip(reported, result, strict=True)):
+            for token, (was, now) in enumerate(zip(expected, converted, strict=True)):
                 assert was == now, f"Sequence {sequence}, token {token} was converted wrong."
 
     @invariant()
     def every_token_holds_its_bytes(self) -> None:
-        """Whatever happened, each token of each sequence holds what was written for it."""
-        retained = tokens_at(self.cache, range(SHAPE.slots))
+        """Expect that each token of each sequence holds the bytes that were written for it."""
+        stored = tokens_at(self.cache, range(SHAPE.slots))
         with self._blaming():
-            for sequence, reported in self.expected.items():
-                for token, slot in enumerate(_slots(self.blocks[sequence], 0, len(reported))):
+            for sequence, expected in self.expected.items():
+                for token, slot in enumerate(_slots(self.blocks[sequence], 0, len(expected))):
                     where = f"Sequence {sequence}, token {token} in slot {slot}"
-                    assert retained[slot] == reported[token], f"{where} does not hold its bytes."
+                    assert stored[slot] == expected[token], f"{where} does not hold its bytes."
             wrong = [guard.broken() for guard in self.cache.guards]
             assert not any(wrong), wrong
 
@@ -172,13 +172,13 @@ def _slots(blocks: list[int], first: int, past: int) -> list[int]:
 
 
 def tokens_at(side: Side, slots: Sequence[int]) -> list[bytes]:
-    """The bytes of the tokens at some slots, in all planes."""
+    """Return the bytes of the tokens at some slots, in all planes."""
     planes = rows_at(side, np.asarray(slots, dtype=np.int64))
     return [b"".join(plane[at].tobytes() for plane in planes) for at in range(len(slots))]
 
 
 def test_blocks_of_an_engine(bench: Bench) -> None:
-    """Through any sequence of appends, evictions, reloads and migrations, no token is lost."""
+    """No token is lost in any sequence of appends, evictions, reloads and migrations."""
     machine = type("Engine", (Engine,), {"bench": bench})
     hypothesis.seed(bench.judge.seed)(machine)
     examples = max(settings().max_examples // 2, 10)

@@ -86,7 +86,7 @@ class Opened:
         self._lock = threading.Lock()
         try:
             self.stores = list(tier.open(self.graph, self.rows, list(forms)))
-        except BaseException:
+        except BaseException:  # any failure to open, or Ctrl-C: the graph's threads must end
             self.graph.close()
             raise
         self.own = self.stores[0]

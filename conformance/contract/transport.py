@@ -35,7 +35,7 @@ class Connection:
         self.calls: dict[object, Callable[[], object]] = {}
 
     def on_gone(self, call: Callable[[], object]) -> Callable[[], object]:
-        """Have a function called when the connection ends; return a function that undoes this."""
+        """Register a function for the end of the connection; return a function that undoes this."""
         key = object()
         self.calls[key] = call
         return lambda: self.calls.pop(key, None)
@@ -74,7 +74,7 @@ class End:
         self.ask(address, message, type(None))
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
-        """Have a function called when the other end is gone."""
+        """Register a function for the end of the other side; return a function that undoes this."""
         return self.connection.on_gone(gone)
 
 
@@ -177,7 +177,7 @@ def _expect_error(
         ended = moving.wait(2 * soon)
     except errors:
         pass
-    except Exception as error:
+    except Exception as error:  # a transport of another package may raise any other error
         expect(False, f"a slot ended with {type(error).__name__}: {error}")
     else:
         expect(False, "a slot landed that cannot" if ended else "a slot did not end")
@@ -237,7 +237,8 @@ def check_a_death_ends_slots_in_flight(both: Wire, folder: Path) -> None:
     """Each slot in flight ends with `PeerError` and is free after the channel reports that the peer
     is gone; after a new connection slots cross again."""
     both.cross(100)
-    both.owner.timeout = both.reader.timeout = 300.0
+    both.owner.timeout = 300.0
+    both.reader.timeout = 300.0
     into = [empty(1 << 16), empty(1 << 16)]
     moving = [both.take(each, tag) for tag, each in enumerate(into)]
     time.sleep(0.1)

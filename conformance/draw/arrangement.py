@@ -2,7 +2,7 @@
 """One side of a copy and a whole copy as plain structures, and tensors built from a structure.
 
 The strategies draw an ``Arrangement`` (how rows lie in memory) and an index; ``build`` makes
-tensors of it between canaries. Here is no randomness but that of the seeds handed in.
+tensors of it between canaries. The seeds that are passed decide all randomness.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Case:
 
 
 def _sketch(tensors: Any) -> str:
-    """Containers as counts, a tensor as dtype, shape, strides and storage offset."""
+    """Return containers as counts, a tensor as dtype, shape, strides and storage offset."""
     if isinstance(tensors, torch.Tensor):
         dtype = str(tensors.dtype)[6:]
         offset = tensors.storage_offset()
@@ -192,7 +192,10 @@ def _group_size(to: Arrangement, group: Group, kv: int) -> int:
 
 
 def _strides(to: Arrangement, sizes: list[int]) -> tuple[list[int], int]:
-    """Strides of physical dimensions under the order, pads and gap; and the elements spanned."""
+    """Return the strides of physical dimensions, and the number of elements that they span.
+
+    The order, pads and gap of the arrangement decide them.
+    """
     strides = [0] * len(sizes)
     reach = to.gap
     for place in reversed(range(len(sizes))):
@@ -224,7 +227,7 @@ def build(to: Arrangement) -> tuple[Any, list[Guarded]]:
 def _place(
     to: Arrangement, right: tuple[Group, ...], count: int, kv: int, guards: list[Guarded]
 ) -> list[torch.Tensor]:
-    """``count`` tensors of one shape, in as many storages as ``to.place`` says."""
+    """Return ``count`` tensors of one shape, in as many storages as ``to.place`` says."""
     sizes = [_group_size(to, group, kv) for group in right]
     separate = to.place == "separate"
     strided = to.place == "strided"

@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def slots(self) -> int:
-        """Tokens that a cache of this shape holds."""
+        """Return the number of tokens that a cache of this shape holds."""
         return self.block_size * self.blocks
 
 
@@ -117,7 +117,7 @@ def widened(layout: str, axis: str, elements: int) -> Keywords:
 def reordered(layout: str, axes: str) -> str:
     """Return the dimensions of a layout in the order of ``axes``, as ``memory`` of `arranged`.
 
-    Dimensions that are not in ``axes`` come outermost; axes that are no dimension are passed over.
+    Dimensions that are not in ``axes`` come outermost; axes that are not a dimension are skipped.
     """
     left = _names(read_layout(layout).left)
     names = _names(read_layout(layout).right)
@@ -148,7 +148,7 @@ class Workshop:
 
     @property
     def dense(self) -> str:
-        """The layout of chunks that name none."""
+        """Return the layout of chunks that name none."""
         return _CHUNKS.get(self.paged, CHUNK)
 
     def cache(

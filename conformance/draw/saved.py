@@ -65,18 +65,18 @@ def load(text: str, device: str | torch.device | None = None) -> tuple[Case, Jso
     Tensors of the judged device are built on ``device``, by default where they lay.
     `ValueError`: the document has another schema, or fields are missing.
     """
-    reported = read_about(text)
+    about = read_about(text)
 
     def to(place: str) -> str:
         """Return the new device of a tensor at ``place``; host memory of a device's case stays."""
-        stays = device is None or (place == "cpu" and reported.get("device", "cpu") != "cpu")
+        stays = device is None or (place == "cpu" and about.get("device", "cpu") != "cpu")
         return place if stays else str(device)
 
     with _reading():
         document = json.loads(text)
         src = _build(document["src"], to)
         dst = _build(document["dst"], to, src if document["one_cache"] else None)
-        return Case(src, dst, int(document["count"])), reported
+        return Case(src, dst, int(document["count"])), about
 
 
 @contextmanager
@@ -96,14 +96,14 @@ def replay(path: Path, subject: Subject) -> str | None:
 
     A copy that the backend declines, as it may, passes. `ValueError` as `load` raises.
     """
-    case, reported = load(path.read_text(encoding="utf-8"), subject.device)
-    end = reported.get("end", ENDS[0])
+    case, about = load(path.read_text(encoding="utf-8"), subject.device)
+    end = about.get("end", ENDS[0])
     with _reading():
         if end not in ENDS:
             raise ValueError(f"expected end to be one of {', '.join(ENDS)}, got {end!r}")
-    judge = Judge(subject, Facility(subject.device, subject.emulated), reported.get("seed", 0))
+    judge = Judge(subject, Facility(subject.device, subject.emulated), about.get("seed", 0))
     try:
-        if reported.get("direct"):
+        if about.get("direct"):
             judge.launch(case)
         else:
             judge.copy(case, end=end)
@@ -122,22 +122,20 @@ def _side(side: Side) -> JsonObject:
     ids = side.ids
     to["dtype"] = str(side.arrangement.dtype).removeprefix("torch.")
     to["kinds"] = [kind.__name__ for kind in side.arrangement.kinds]
-    reported = (
-        None
-        if ids is None
-        else {
+    ids_document = None
+    if ids is not None:
+        ids_document = {
             "values": ids.tolist(),
             "dtype": str(ids.dtype).removeprefix("torch."),
             "device": str(ids.device),
             "stride": ids.stride(0),
         }
-    )
     described = {"arrangement": to, "declared": side.extents, "step": side.step}
-    return {**described, "offset": side.offset, "ids": reported}
+    return {**described, "offset": side.offset, "ids": ids_document}
 
 
 def _build(document: JsonObject, to: Callable[[str], str], shared: Side | None = None) -> Side:
-    """A side, with the tensors of another one if it is given."""
+    """Return the side of a document, with the tensors of ``shared`` if it is passed."""
     ids = _ids(document["ids"], to)
     step = document["step"]
     offset = document["offset"]
@@ -191,7 +189,7 @@ def blaming(judge: Judge, *suspects: Case) -> Iterator[None]:
 
     try:
         yield
-    except Exception as fault:
+    except Exception as fault:  # a wrong byte, or any error of the judged backend
         judge.fault = judge.fault or str(fault)
         judge.direct = False
         judge.failing = next(filter(fails_alone, suspects), None)

@@ -66,7 +66,7 @@ def pick(draw: Draw, among: Sequence[Any]) -> Any:
 
 
 def _order(draw: Draw, n: int) -> list[int]:
-    """A permutation from one drawn number, 0 being the identity."""
+    """Return a permutation from one drawn number; 0 is the identity."""
     code = draw(st.integers(0, math.factorial(n) - 1))
     left = list(range(n))
     order = []
@@ -78,14 +78,14 @@ def _order(draw: Draw, n: int) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _lefts(axes: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Every choice of one to three containers."""
+    """Return every choice of one to three containers."""
     return [left for n in range(1, 4) for left in permutations(axes, n)]
 
 
 def _draw_layout(
     draw: Draw, rows: SharedRows, paged: bool, n: int, containers: tuple[str, ...]
 ) -> str:
-    """A layout string; ``n`` is the N of the factored axis, 0 for none."""
+    """Draw a layout string; ``n`` is the N of the factored axis, 0 for none."""
     extents = {"layer": rows.layers, "kv": len(rows.widths), "head": rows.heads}
     gone = {axis for axis, n in extents.items() if n == 1 and draw(st.booleans())}
     gone |= set() if paged else {"block"}
@@ -114,7 +114,7 @@ def _draw_layout(
 
 
 def _grouped(factors: list[str], merge: int) -> list[str]:
-    """Bit n of ``merge`` puts factors n and n + 1 into one group."""
+    """Return groups of factors: bit n of ``merge`` puts factors n and n + 1 into one group."""
     groups: list[list[str]] = []
     for place, factor in enumerate(factors):
         if place == 0 or not merge >> (place - 1) & 1:
@@ -124,7 +124,7 @@ def _grouped(factors: list[str], merge: int) -> list[str]:
 
 
 def _declare(draw: Draw, layout: str, extents: Keywords, paged: bool) -> Keywords:
-    """The extents a caller declares: all that are needed, and some that are not."""
+    """Return the extents that a caller declares: all that are needed, and others too."""
     dims = extents["dim"]
     one_number = len(set(dims)) == 1 and draw(st.booleans())
     every: dict[str, tuple[str, Any]] = {
@@ -146,7 +146,7 @@ def _declare(draw: Draw, layout: str, extents: Keywords, paged: bool) -> Keyword
 
 
 def _solvable(groups: list[list[str]], paged: bool) -> set[str]:
-    """The one axis of each shared dimension that need not be declared."""
+    """Return the one axis of each shared dimension that need not be declared."""
     counted = {"block"} if paged else {"token"}  # no extent of a view declares these
     shared = [g for g in groups if len(g) > 1 and not counted & {f.split("/")[0] for f in g}]
     unknown = [[f for f in g if f != "kv" and "%" not in f] for g in shared]
@@ -200,7 +200,7 @@ def _arranged(
     expandable = len(groups) - (1 if split_end else 0)
     expand = source and expandable > 0 and rarely(draw)
     kinds = tuple(pick(draw, _KINDS) for _ in range(levels))
-    result = Arrangement(
+    arrangement = Arrangement(
         layout,
         dtype,
         extents,
@@ -219,13 +219,13 @@ def _arranged(
     )
     # What the options leave out is drawn all the same, so that the rest is as without them.
     if not options.expanded:
-        result = replace(result, expand=None)
+        arrangement = replace(arrangement, expand=None)
     if "page" in extents and not options.loose_pages:
         page = len(groups) - 1
-        order = [*(n for n in result.order if n != page), page]
-        expanded = None if result.expand == page else result.expand
-        result = replace(result, order=tuple(order), gap=1, expand=expanded)
-    return result
+        order = [*(n for n in arrangement.order if n != page), page]
+        expanded = None if arrangement.expand == page else arrangement.expand
+        arrangement = replace(arrangement, order=tuple(order), gap=1, expand=expanded)
+    return arrangement
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class Options:
     containers: tuple[str, ...] = ("layer", "kv", "block", "head")  # what may stand left of the bar
     factored: bool = True  # axis/N with axis%N
     holes: bool = True  # negative ids
-    ragged: bool = True  # counts and offsets that are no multiple of any block
+    ragged: bool = True  # counts and offsets that are not a multiple of any block
     expanded: bool = True  # a source dimension of stride 0
     loose_pages: bool = True  # opaque pages whose bytes are not contiguous
     device: str = "cpu"
@@ -243,7 +243,7 @@ class Options:
 
 
 def _draw_rows(draw: Draw, options: Options) -> tuple[SharedRows, list[torch.dtype]]:
-    """Extents and widths, and a dtype for each side that the widths are a multiple of."""
+    """Draw extents and widths, and for each side a dtype whose size divides the widths."""
     layers = draw(st.integers(1, 3))
     heads = draw(st.integers(1, 3))
     kv = pick(draw, (2, 1, 3))
@@ -258,7 +258,7 @@ def _draw_rows(draw: Draw, options: Options) -> tuple[SharedRows, list[torch.dty
 
 
 def _draw_splits(draw: Draw, rows: SharedRows, dtypes: list[torch.dtype]) -> list[int]:
-    """The N of the factored axis for each side, 0 for none; one N divides the other."""
+    """Draw the N of the factored axis for each side, 0 for none; one N divides the other."""
     if not rows.split:
         return [0, 0]
     bytes_of = [d.itemsize if rows.split == "dim" else 1 for d in dtypes]
@@ -276,8 +276,10 @@ def _draw_splits(draw: Draw, rows: SharedRows, dtypes: list[torch.dtype]) -> lis
 def _draw_side(
     draw: Draw, rows: SharedRows, dtype: torch.dtype, n: int, source: bool, options: Options
 ) -> Side:
-    """One side but for its ids: a paged cache or a chunk, its layout, its memory and the step of
-    its index, 0 if it will have none."""
+    """Draw one side without its ids: a paged cache or a chunk, its layout and its memory.
+
+    The side has the step of its index, 0 if it will have none.
+    """
     paged = draw(st.booleans())
     grain = n if n and rows.split == "token" else 1
     size = pick(draw, (4, 2, 8, 1, 3, 5, 6, 7) if paged else (4, 1, 2, 3, *range(5, 25)))
@@ -302,7 +304,7 @@ def _draw_side(
 def _draw_count(
     draw: Draw, sides: list[Side], options: Options, unit: int = 1
 ) -> tuple[list[int], int]:
-    """Offsets of both sides and the count of positions."""
+    """Draw the offsets of both sides and the count of positions."""
     if not options.ragged and unit == 1:
         unit = math.gcd(*(n or 0 for s in sides for n in (s.step, s.block_size))) or 1
     most = [side.slots // max(side.step, 1) * max(side.step, 1) for side in sides]
@@ -321,7 +323,7 @@ def _draw_count(
 def _with_ids(
     draw: Draw, side: Side, offset: int, count: int, unique: bool, options: Options
 ) -> Side:
-    """A side with ids: in order, reversed or shuffled, perhaps with holes and spare ones."""
+    """Return a side with ids: in order, reversed or shuffled, perhaps with holes and spare ids."""
     if not side.step:
         return replace(side, step=1, offset=offset)
     units = side.slots // side.step
@@ -341,7 +343,7 @@ def _with_ids(
 
 
 def _as_tensor(draw: Draw, ids: list[int], device: str) -> torch.Tensor:
-    """Ids as int64 or int32, contiguous or every other element of a longer tensor."""
+    """Return ids as int64 or int32, contiguous or every other element of a longer tensor."""
     dtype = pick(draw, (torch.int64, torch.int32))
     if not rarely(draw):
         return torch.tensor(ids, dtype=dtype, device=device)

@@ -60,8 +60,8 @@ def driver_version(device: torch.device) -> str:
 def _version_in(pattern: str, around: str) -> str:
     for file in sorted(ROOT.glob(pattern)):
         with suppress(OSError):
-            if result := re.search(around, file.read_text(encoding="utf-8"), re.MULTILINE):
-                return result.group(1)
+            if match := re.search(around, file.read_text(encoding="utf-8"), re.MULTILINE):
+                return match.group(1)
     return ""
 
 
@@ -122,7 +122,8 @@ def describe_environment(subject: Subject, requested: str) -> JsonObject:
     if subject.emulated:
         emulating = standins.emulating(device.type)
         facts["emulation"] = hashed(emulating)
-        facts |= {ASSUMPTION: reported} if (reported := assumed(emulating)) else {}
+        if assumption := assumed(emulating):
+            facts[ASSUMPTION] = assumption
     else:
         facts |= _toolkit(device)
     if path := subject.backend.library:
@@ -153,19 +154,19 @@ def assumed(modules: Iterable[str]) -> str:
 
     Each module's ``ASSUMPTION`` is a clause. The text is empty if no module has one.
     """
-    reported = (str(getattr(import_module(module), "ASSUMPTION", "")) for module in modules)
-    return "; ".join(clause for clause in reported if clause)
+    assumptions = (str(getattr(import_module(module), "ASSUMPTION", "")) for module in modules)
+    return "; ".join(clause for clause in assumptions if clause)
 
 
 def hashed(modules: Iterable[str]) -> dict[str, str]:
     """Return each module's source hash, or why it is unknown; ``module:Class`` is accepted too."""
-    result = {}
+    hashes = {}
     for module in modules:
         try:
-            result[module] = source_sha256(module)
+            hashes[module] = source_sha256(module)
         except SourceError as error:
-            result[module] = f"unknown: {error}"
-    return result
+            hashes[module] = f"unknown: {error}"
+    return hashes
 
 
 def plain(value: object) -> Any:
@@ -175,7 +176,7 @@ def plain(value: object) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, dict):
-        return {str(key): plain(retained) for key, retained in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         entries = [plain(entry) for entry in value]
         return entries if isinstance(value, list | tuple) else sorted(entries, key=str)
@@ -194,9 +195,9 @@ def interpreted(subject: Subject) -> bool:
     """Return True if Triton's interpreter runs the backend's kernels."""
     if os.environ.get(INTERPRET, "").lower() not in YES or subject.device.type != "cpu":
         return False
-    reported = [decision.reason for decision in subject.trace if decision.name == subject.name]
+    reasons = [decision.reason for decision in subject.trace if decision.name == subject.name]
     ours = subject.target.partition(":")[0] == "portakv.backends.triton"
-    return ours or "interpret" in " ".join(reported)
+    return ours or "interpret" in " ".join(reasons)
 
 
 def device_name(device: torch.device, simulated: bool) -> str:
@@ -231,15 +232,15 @@ def _toolkit(device: torch.device) -> dict[str, str]:
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
     """Return the versions of installed distributions, and of modules without a distribution."""
-    result = {}
+    versions = {}
     for name in names:
         try:
-            result[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             module = sys.modules.get(name.replace("-", "_"))
             emulated = getattr(module, "EMULATED", False)
-            result[name] = "" if emulated else str(getattr(module, "__version__", ""))
-    return {name: version for name, version in result.items() if version}
+            versions[name] = "" if emulated else str(getattr(module, "__version__", ""))
+    return {name: version for name, version in versions.items() if version}
 
 
 def package_sha256(name: str) -> str:
@@ -267,11 +268,11 @@ def _distributions(target: str) -> list[str]:
 def _system() -> str:
     """Return the distribution, and the kernel without its builder's suffix."""
     kernel = ".".join(platform.release().split(".")[:2])
-    reported = f"{platform.system()} {kernel} {platform.machine()}"
+    system = f"{platform.system()} {kernel} {platform.machine()}"
     try:
-        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {reported}"
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {system}"
     except (OSError, KeyError):
-        return reported
+        return system
 
 
 def _processor() -> str:

@@ -87,9 +87,9 @@ def read(file: Path) -> SupportLevel:
     try:
         return of_report(record)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        reported = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(
-            f"Expected a complete report, but {file} is unreadable: {reported}{error}"
+            f"Expected a complete report, but {file} is unreadable: {kind}{error}"
         ) from error
 
 
@@ -102,11 +102,11 @@ def of_report(record: RunRecord) -> SupportLevel:
     counted = totals_of(record.cases)
     known = record.environment
     shown = [status for status in STATUSES[::-1] if counted[status] or status == "passed"]
-    reported = [f"{counted[status]:,} {STATUS_WORDS[status]}" for status in shown]
+    counts = [f"{counted[status]:,} {STATUS_WORDS[status]}" for status in shown]
     return SupportLevel(
         evidence="",
         level=record.rung,
-        summary=", ".join([*reported, "on one device"] if LEFT_OUT in known else reported),
+        summary=", ".join([*counts, "on one device"] if LEFT_OUT in known else counts),
         backend=record.backend["name"],
         target=record.backend["target"],
         source_sha256=record.backend["source_sha256"],
@@ -132,9 +132,7 @@ def _emulation(record: RunRecord) -> dict[str, str]:
     if known.get("emulated") is False:
         return {}
     if results.device_kind(record) != "cpu":
-        return {
-            str(name): str(reported) for name, reported in dict(known.get("emulation", {})).items()
-        }
+        return {str(name): str(sha256) for name, sha256 in dict(known.get("emulation", {})).items()}
     if INTERPRET in known:
         return {"triton": str(known.get("triton", ""))}
     return {record.backend["target"].partition(":")[0]: record.backend["source_sha256"]}
@@ -157,11 +155,11 @@ def _of_job(file: Path, values: object) -> SupportLevel:
         )
     if what not in JOBS:
         raise ValueError(f"Expected {file} to name one of {', '.join(JOBS)}, got {what!r}.")
-    reported = f"{what}, {_counts(values)}".removesuffix(", ")
+    summary = f"{what}, {_counts(values)}".removesuffix(", ")
     return SupportLevel(
         evidence="",
         level=JOBS[what] if right else "",
-        summary=reported if right else f"failed: {reported}",
+        summary=summary if right else f"failed: {summary}",
         backend=values["name"],
         target=values["backend"],
         source_sha256=values["source_sha256"],
@@ -178,11 +176,11 @@ def _of_job(file: Path, values: object) -> SupportLevel:
 
 def _counts(values: JsonObject) -> str:
     """Return what a job reported, with counts as in a report: ``1,797 passed, 2 not claimed``."""
-    reported = str(values.get("told") or "")
+    counts = str(values.get("told") or "")
     printed = " ".join(map(str, values.get("printed", ())))
-    if reported and (whole := re.search(re.escape(reported) + r", \d+ not-claimed", printed)):
-        reported = whole[0]
-    return re.sub(r"(\d)(?=\d{3} passed)", r"\1,", reported.replace("-claimed", " claimed"))
+    if counts and (whole := re.search(re.escape(counts) + r", \d+ not-claimed", printed)):
+        counts = whole[0]
+    return re.sub(r"(\d)(?=\d{3} passed)", r"\1,", counts.replace("-claimed", " claimed"))
 
 
 def level_of(proved: SupportLevel, file: str, *, device: str = "", note: str = "") -> SupportLevel:
@@ -213,10 +211,10 @@ def contradictions(matrix: SupportMatrix, root: Path) -> list[str]:
 def _not_borne_out(level: SupportLevel, file: Path) -> Iterator[str]:
     place = f"{' '.join(level.place)}, by {level.evidence}"
     try:
-        reported = read(file)
-        if reported.suite and file.name != results.file_name(results.read(file)):
+        proved = read(file)
+        if proved.suite and file.name != results.file_name(results.read(file)):
             yield f"{place}: the file must be named after its contents."
-        made = level_of(reported, level.evidence, device=level.device, note=level.note)
+        made = level_of(proved, level.evidence, device=level.device, note=level.note)
     except ValueError as error:
         yield f"{place}: {error}"
         return
@@ -275,26 +273,26 @@ def without_places(printed: str) -> str:
 def name_of(target: str) -> str:
     """Return a backend's own name; raise `SourceError` if ``module:Class`` is not a backend."""
     module, _, attribute = target.partition(":")
-    result = getattr(getattr(import_module(module), attribute, None), "name", "")
-    if not (isinstance(result, str) and result):
+    name = getattr(getattr(import_module(module), attribute, None), "name", "")
+    if not (isinstance(name, str) and name):
         raise SourceError(
-            f"Expected {target!r} to be a backend class with a name, got the name {result!r}"
+            f"Expected {target!r} to be a backend class with a name, got the name {name!r}"
         )
-    return result
+    return name
 
 
 def _shown(job: argparse.Namespace, printed: str) -> JsonObject:
     """Return the keys that the kinds of job require, from the options and the output."""
-    result: JsonObject = {"targets": job.targets}
+    keys: JsonObject = {"targets": job.targets}
     if JOBS[job.what] == "R1":
-        result["signatures"] = signatures_of(job.emulated_by)
+        keys["signatures"] = signatures_of(job.emulated_by)
     if job.kernels:
-        result["kernels"] = kernels_in(printed, job.kernels)
-    if job.summary and (reported := re.search(job.summary, printed)):
-        result["told"] = " ".join(reported[0].split())
+        keys["kernels"] = kernels_in(printed, job.kernels)
+    if job.summary and (match := re.search(job.summary, printed)):
+        keys["told"] = " ".join(match[0].split())
     if job.compiler and (line := re.search(job.compiler, printed, re.MULTILINE)):
-        result["compiler"] = line[0].strip()
-    return {name: value for name, value in result.items() if value or name == "kernels"}
+        keys["compiler"] = line[0].strip()
+    return {name: value for name, value in keys.items() if value or name == "kernels"}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,16 +46,16 @@ def lacking(level: str, record: _Record) -> list[str]:
         values = record.get(place, {})
         hashes |= values if isinstance(values, dict) else {place: values}
     bad = {name: value for name, value in hashes.items() if not re.fullmatch(SHA256, str(value))}
-    result = [f"{name} {value!r} is no sha256." for name, value in bad.items()]
-    reported = str(record.get("told") or "")
-    if reported not in " ".join(" ".join(_printed(record)).split()):
-        result.append(f"{reported!r} was not printed.")
+    faults = [f"{name} {value!r} is not a sha256." for name, value in bad.items()]
+    summary = str(record.get("told") or "")
+    if summary not in " ".join(" ".join(_printed(record)).split()):
+        faults.append(f"{summary!r} was not printed.")
     kind = _KINDS.get(level, _Kind())
     rows, wrong = _rows_of(kind, record)
-    result += wrong
+    faults += wrong
     for check in kind.checks:
-        result += check(record, rows)
-    return result
+        faults += check(record, rows)
+    return faults
 
 
 def _rows_of(kind: _Kind, record: _Record) -> tuple[_Rows, list[str]]:
@@ -76,9 +76,9 @@ def _signatures(record: _Record, rows: _Rows) -> Iterator[str]:
     for row in rows:
         if not re.fullmatch(r"\(.*\).*", row["signature"], re.DOTALL):
             yield f"The signature of {row['op']} is {row['signature']!r}."
-    reported = record.get("emulation")
+    emulation = record.get("emulation")
     standins = []
-    for name, sha256 in reported.items() if isinstance(reported, dict) else ():
+    for name, sha256 in emulation.items() if isinstance(emulation, dict) else ():
         with suppress(SourceError):  # of this repository, and here as they were then
             if str(name).startswith(_STANDINS) and source_sha256(name) == sha256:
                 standins.append(name)
@@ -90,7 +90,7 @@ def _schemas(record: _Record, rows: _Rows) -> Iterator[str]:
     for row in rows:
         if row["pinned"] != row["found"] or row.get("same") is not True:
             yield f"{row['op']} is pinned as {row['pinned']}, but was found as {row['found']}."
-    wheels = [result for name in record.get("vendor") or () if (result := _WHEEL.fullmatch(name))]
+    wheels = [match for name in record.get("vendor") or () if (match := _WHEEL.fullmatch(name))]
     if not wheels:
         yield "It names no wheel of the vendor's, <package>-<version>-<tags>.whl, with its sha256."
     for wheel in wheels:
@@ -149,16 +149,16 @@ def signatures_of(modules: Iterable[str]) -> list[dict[str, str]]:
 
     A stand-in's ``SOURCES`` has the source of each function, ``package.function``.
     """
-    result = []
+    signatures = []
     for name in modules:
         module = import_module(name)
         for op, source in getattr(module, "SOURCES", {}).items():
             signature = str(inspect.signature(getattr(module, op.rpartition(".")[2])))
-            result.append({"op": op, "signature": signature, "source": source})
-    return result
+            signatures.append({"op": op, "signature": signature, "source": source})
+    return signatures
 
 
 def kernels_in(printed: str, pattern: str) -> list[dict[str, str]]:
     """Return each kernel that the output names, by the pattern's groups ``kernel``, ``target``."""
-    result = re.finditer(pattern, printed, re.MULTILINE)
-    return [{name: each[name] for name in ("kernel", "target")} for each in result]
+    matches = re.finditer(pattern, printed, re.MULTILINE)
+    return [{name: each[name] for name in ("kernel", "target")} for each in matches]

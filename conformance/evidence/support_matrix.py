@@ -141,7 +141,7 @@ def broken_rules(matrix: SupportMatrix) -> Iterator[str]:
         real = not level.emulated
         top = level.level == "R6"
         own = level.target.startswith(_EMULATIONS)
-        reported = real or "emulated" in level.device or level.level not in EMULATED
+        device_says_so = real or "emulated" in level.device or level.level not in EMULATED
         inside = level.evidence.startswith(RESULTS) and ".." not in level.evidence
         rules = {
             f"there is no level {level.level!r}; expected one of {', '.join(LEVELS)}": level.level
@@ -152,7 +152,7 @@ def broken_rules(matrix: SupportMatrix) -> Iterator[str]:
             f"{level.target} emulates a vendor's backend, and is at most R3": not (
                 own and level.level in ("R4", "R5", "R6")
             ),
-            "the device has to say that it is emulated": reported,
+            "the device has to say that it is emulated": device_says_so,
             "listed twice": level.place not in places[:at],
             f"the evidence {level.evidence!r} does not lie in {RESULTS}": inside,
         }
@@ -206,11 +206,11 @@ def read(file: Path = FILE) -> SupportMatrix:
         raise ValueError(f"Expected a support matrix, got {file}: {error}") from error
     for level in levels:
         for entry in fields(SupportLevel):
-            supplied = getattr(level, entry.name)
+            value = getattr(level, entry.name)
             kind = {"emulated": bool, "vendor": dict, "emulation": dict}.get(entry.name, str)
-            if type(supplied) is not kind:
+            if type(value) is not kind:
                 raise ValueError(
-                    f"Expected {entry.name} in {file} to be {kind.__name__}, got {supplied!r}."
+                    f"Expected {entry.name} in {file} to be {kind.__name__}, got {value!r}."
                 )
     return SupportMatrix(levels, vendor)
 

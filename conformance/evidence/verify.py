@@ -54,21 +54,21 @@ def check_report(text: str, listing: Listing = cases_of) -> list[str]:
     # `RunRecord.read` has checked all other fields.
     for waiver in record.waivers:
         if not isinstance(waiver, dict) or set(waiver) != {"id", "reason", "expires"}:
-            return ["A waiver of the report has not the keys id, reason, expires."]
+            return ["A waiver of the report does not have the keys id, reason, expires."]
         if not re.fullmatch(r"\d+(\.\d+)*", str(expires := waiver["expires"])):
-            return [f"A waiver of the report expires in {expires!r}, which is no version."]
+            return [f"A waiver of the report expires in {expires!r}, which is not a version."]
     if (record.suite, record.spec) != (SUITE_VERSION, SPEC_VERSION):
         return [
             f"It was made by suite {record.suite} (spec {record.spec}), but {SUITE_VERSION} (spec "
             f"{SPEC_VERSION}) is installed; verify it with the release that has its suite."
         ]
-    result = [*_sums(record), *_cases(record), *_facts(record), *_case_list(record, listing)]
+    faults = [*_sums(record), *_cases(record), *_facts(record), *_case_list(record, listing)]
     seal = record.environment.get(verdict.SEAL)
     if seal is None:
-        result.insert(0, f"It has no seal ({verdict.SEAL!r}): no run of the suite wrote it.")
+        faults.insert(0, f"It has no seal ({verdict.SEAL!r}): no run of the suite wrote it.")
     elif seal != verdict.digest_of(record):
-        result.insert(0, "Its seal does not fit its content: it was changed after the run.")
-    return result
+        faults.insert(0, "Its seal does not fit its content: it was changed after the run.")
+    return faults
 
 
 def _sums(record: RunRecord) -> Iterator[str]:
@@ -184,7 +184,7 @@ def _facts(record: RunRecord) -> Iterator[str]:
         "It does not say what the registry answered.": record.trace,
         "It does not say the name of the backend.": backend.get("name"),
         "It does not say the target of the backend.": backend.get("target"),
-        f"Its profile {record.profile!r} is none.": record.profile in ("core", "full"),
+        f"Its profile {record.profile!r} is not core or full.": record.profile in ("core", "full"),
     }
     yield from (sentence for sentence, holds in rules.items() if not holds)
     yield from _emulation(record, device)
@@ -195,7 +195,7 @@ def _facts(record: RunRecord) -> Iterator[str]:
         if started > datetime.now(timezone.utc) + _CLOCKS:
             yield f"It was started at {record.started}, which is yet to come."
     except (ValueError, TypeError):
-        yield f"It was started at {record.started!r}, which is no time with a zone."
+        yield f"It was started at {record.started!r}, which is not a time with a zone."
     yield from _command(record)
 
 
@@ -203,19 +203,19 @@ def _emulation(record: RunRecord, device: str) -> Iterator[str]:
     """Check what emulated a device; on a CPU it is the backend itself or an interpreter."""
     if record.environment.get("emulated") is not True or device == "cpu":
         return
-    reported = record.environment.get("emulation")
-    if not isinstance(reported, dict) or not reported:
+    emulation = record.environment.get("emulation")
+    if not isinstance(emulation, dict) or not emulation:
         yield "Its device is emulated, but it does not say by what."
         return
-    if device == SIMULATED or SIMULATION in reported:
+    if device == SIMULATED or SIMULATION in emulation:
         carried = re.sub(r":\d+$", "", str(record.environment["device"])).rpartition(":")[2]
         for module in (SIMULATION, STANDINS.get(carried, SIMULATION)):
-            if module not in reported:
+            if module not in emulation:
                 yield f"Its device is {device}, but it does not say the hash of {module}."
         assumed_here = assumed((STANDINS[carried],)) if carried in STANDINS else ""
         if assumed_here and not record.environment.get(ASSUMPTION):
             yield f"It does not say what it holds by: {assumed_here}."
-    yield from _unhashed(reported, "emulated")
+    yield from _unhashed(emulation, "emulated")
 
 
 def _unhashed(hashes: JsonObject, what: str) -> Iterator[str]:
@@ -281,14 +281,14 @@ def _options(record: RunRecord) -> Iterator[str]:
     for pair in expected:
         if pair not in pairwise(words):
             yield f"Its command does not say {' '.join(pair)}: {record.command}"
-    reported = {
+    allowed = {
         "--only": record.verdict != "conformant",
         "--fuzz": record.fuzz != 0,
         "--waivers": bool(record.waivers),
         "--emulated": record.environment.get("emulated") is not False,
     }
-    for word, shown in reported.items():
-        if word in words and not shown:
+    for word, fits in allowed.items():
+        if word in words and not fits:
             yield f"Its command has {word}, which does not fit the rest of it: {record.command}"
 
 
@@ -297,11 +297,11 @@ def _backend(record: RunRecord) -> Iterator[str]:
     words = _words_of(record)
     # The command begins with `portakv conform` and the backend, by its name or as `pkg.mod:Class`.
     start = [word for word in words if "=" not in word or word.startswith("-")][:3]
-    requested = start[2] if start[:2] == ["portakv", "conform"] and len(start) == 3 else ""
+    named = start[2] if start[:2] == ["portakv", "conform"] and len(start) == 3 else ""
     name, target = (str(record.backend.get(key, "")) for key in ("name", "target"))
     # A package may offer its class in another module than the one that defines it.
-    offered = ":" in requested and requested.rpartition(":")[2] == target.rpartition(":")[2]
-    if requested not in (name, target) and not offered:
+    offered = ":" in named and named.rpartition(":")[2] == target.rpartition(":")[2]
+    if named not in (name, target) and not offered:
         yield f"Its command does not judge {name!r} ({target}): {record.command}"
 
 

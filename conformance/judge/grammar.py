@@ -10,7 +10,7 @@ from dataclasses import dataclass
 AXES = ("layer", "kv", "block", "token", "head", "dim", "page")
 _WORD = r"[a-z]+(?:[/%][1-9][0-9]*)?"
 _FACTOR = re.compile(r"([a-z]+)([/%]?)([0-9]*)")
-#: A factor, several in parentheses, or a 1, which is no factor.
+#: A factor, several in parentheses, or a 1, which is not a factor.
 _GROUP = re.compile(
     rf"\s*(?:\((?P<merged>(?:\s*{_WORD}(?![\w/%]))+)\s*\)|(?:(?P<one>{_WORD})|1)(?![\w/%]))"
 )
@@ -66,10 +66,11 @@ def _groups(text: str, side: str) -> Iterator[Group]:
         match = _GROUP.match(side, at)
         if match is None:
             raise ValueError(
-                f"Expected an axis or a group in the layout {text!r}, got {side[at:]!r}."
+                f"Expected an axis or a group in the layout {text!r}, got {side[at:]!r}. Write "
+                f"groups such as `block`, `token/16` or `(head dim)`, with spaces between them."
             )
-        result = _FACTOR.findall(match["merged"] or match["one"] or "")
-        yield tuple(Factor(axis, part, int(n or 0)) for axis, part, n in result)
+        factors = _FACTOR.findall(match["merged"] or match["one"] or "")
+        yield tuple(Factor(axis, part, int(n or 0)) for axis, part, n in factors)
         at = match.end()
 
 
@@ -77,11 +78,14 @@ def _check_axes(text: str, factors: list[Factor]) -> None:
     for axis in {f.axis for f in factors}:
         if axis not in AXES:
             known = ", ".join(AXES)
-            raise ValueError(f"Expected some of {known} in the layout {text!r}, got {axis!r}.")
+            raise ValueError(
+                f"Expected some of {known} in the layout {text!r}, got {axis!r}. Correct the name."
+            )
         parts = sorted((f.part, f.n) for f in factors if f.axis == axis)
         whole = parts == [("", 0)]
         split = [part for part, _ in parts] == ["%", "/"] and parts[0][1] == parts[1][1]
         if not (whole or split):
             raise ValueError(
-                f"Expected {axis!r} once, or once as /N and once as %N, got the layout {text!r}."
+                f"Expected {axis!r} once, or once as /N and once as %N, got the layout {text!r}. "
+                f"Remove the other factors of {axis!r}."
             )

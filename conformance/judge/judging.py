@@ -132,9 +132,9 @@ class Judge:
 
     def launch_only(self, case: Case, status: torch.Tensor | None = None) -> None:
         """Prepare and launch a case in its largest unit, and wait for it."""
-        requested = arguments_of(case)
-        unit = largest_unit(*requested, case.count)
-        self.land(self.subject.launch(*requested, case.count, status=status, unit=unit))
+        arguments = arguments_of(case)
+        unit = largest_unit(*arguments, case.count)
+        self.land(self.subject.launch(*arguments, case.count, status=status, unit=unit))
 
     def launch_of(self, case: Case, launch: Launch | None = None) -> Callable[..., Pending | None]:
         """Return a launch, prepared for a case or passed, with all arguments except the stream and
@@ -174,16 +174,16 @@ class Judge:
             carry()
         except Unsupported as refusal:
             self.facility.synchronize()
-            reported = f"{refusal} {_the(case)}"
+            reason = f"{refusal} {_the(case)}"
             wrong = changed(expected.before, case.dst.tensors)
-            assert wrong is None, f"The copy was refused as Unsupported, but {wrong}: {reported}"
-            self._note(why(), reported)
+            assert wrong is None, f"The copy was refused as Unsupported, but {wrong}: {reason}"
+            self._note(why(), reason)
             return False
-        except Exception as error:
+        except Exception as error:  # any error of the backend, of the library or of a driver
             ours = isinstance(error, PortaKVError)
             rule = " The request was valid." if ours else _RULE
-            reported = f"The copy raised {type(error).__name__}: {error}{rule}"
-            raise AssertionError(f"{reported} {_the(case)}") from error
+            fault = f"The copy raised {type(error).__name__}: {error}{rule}"
+            raise AssertionError(f"{fault} {_the(case)}") from error
         self.check(expected, case)
         same = all(torch.equal(a, b) for a, b in zip(ids, lists, strict=True))
         assert same, f"The copy wrote into its ids. {_the(case)}"
@@ -264,8 +264,10 @@ class Judge:
     # -- claims ---------------------------------------------------------------------------------
 
     def claimed(self, case: Case, field: str, what: str) -> None:
-        """Judge a case by the launch alone: a plan in the home layout, within all its other claims,
-        may not be refused."""
+        """Judge a case by the launch alone.
+
+        The backend must take its plan, which is in the base layout and within all other claims.
+        """
         assert self.launch(case), (
             f"It claims by {field!r} that it {what}, and refuses a plan of that: "
             f"{self.declined[-1]}."
@@ -282,24 +284,24 @@ class Judge:
         if error is not Unsupported:
             rule = f"This copy must raise {error.__name__}"
             advice = ""
-        reported = f"the copy returned as if it were carried out. {advice}"
+        outcome = f"the copy returned as if it were carried out. {advice}"
         cause = None
         try:
             self.finish(self.start(case))
-        except (error, Unsupported) as result:
+        except (error, Unsupported) as raised:
             self.facility.synchronize()
             wrong = changed(before, [case.src.tensors, case.dst.tensors])
-            name = type(result).__name__
+            name = type(raised).__name__
             assert wrong is None, f"The copy was refused as {name}, but {wrong}. {_the(case)}"
-            if error is not Unsupported and isinstance(result, Unsupported):
-                self.may_decline(result, *arguments_of(case))
+            if error is not Unsupported and isinstance(raised, Unsupported):
+                self.may_decline(raised, *arguments_of(case))
             else:
                 self.examples += error is not Unsupported
             return
-        except Exception as other:
-            reported = f"{type(other).__name__} was raised: {other} "
-            cause = other
-        raise AssertionError(f"{rule}; {reported}{_the(case)}") from cause
+        except Exception as unexpected:  # any other error of the backend or of a driver
+            outcome = f"{type(unexpected).__name__} was raised: {unexpected} "
+            cause = unexpected
+        raise AssertionError(f"{rule}; {outcome}{_the(case)}") from cause
 
     def guarded(self, case: Case, *, word: bool = True) -> None:
         """Launch a case with ids past the end: the bytes are as if those were padding, and the
@@ -318,10 +320,10 @@ class Judge:
                 lists.append(f"{ids} of {side.step} tokens, of which those from {end} on are bad")
                 at = range(case.count)
                 wanted |= {p + 1 for p in at if ids[(p + side.offset) // side.step] >= end}
-        reported = int(status[0])
+        status_word = int(status[0])
         first = min(wanted, default=0)
-        assert not word or reported == first, (
-            f"The status word holds {reported} for ids {' and '.join(lists)}; expected {first}, "
+        assert not word or status_word == first, (
+            f"The status word holds {status_word} for ids {' and '.join(lists)}; expected {first}, "
             f"the position + 1 of the first bad one, or 0 if there is none. {_the(case)}"
         )
 
@@ -383,11 +385,12 @@ def find_base_layout(subject: Subject, layouts: Sequence[str]) -> str:
 
     If it takes none, return the first layout.
     """
-    methods = list(product((1, Shape().block_size), DIRECTIONS))
+    wanted = list(product((1, Shape().block_size), DIRECTIONS))
     for layout in layouts:
         shop = Workshop(str(subject.device), 0, layout)
         if all(
-            takes(subject, shop.move(method, Shape(), [1], step=step)) for step, method in methods
+            takes(subject, shop.move(direction, Shape(), [1], step=step))
+            for step, direction in wanted
         ):
             return layout
     return layouts[0]
@@ -416,19 +419,19 @@ def takes(subject: Subject, case: Case) -> bool:
 def plans(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> list[CopyPlan]:
     """Return the possible plans of one copy: whole units, single tokens, ids without holes."""
     first = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step)
-    result = [first]
+    possible = [first]
     by_unit = [first.unit if index.ids is not None else 0 for index in (src_index, dst_index)]
     for steps in ((src_index.plan_step, dst_index.plan_step, 1), by_unit):
         with suppress(PortaKVError):  # opaque pages have no plan by tokens
-            result.append(CopyPlan(src.form, dst.form, *steps))
-    return result
+            possible.append(CopyPlan(src.form, dst.form, *steps))
+    return possible
 
 
 def changed(before: Memory, tensors: object) -> str | None:
     """Return a clause on the first storage that changed, or None."""
-    for number, result in before.changes(Memory.snapshot(tensors)):
-        first = int(result[0]) - before.regions[number].base
-        many = f"{result.size} bytes of storage {number} of the outputs"
+    for number, addresses in before.changes(Memory.snapshot(tensors)):
+        first = int(addresses[0]) - before.regions[number].base
+        many = f"{addresses.size} bytes of storage {number} of the outputs"
         return f"{many} were changed, the first at offset {first}"
     return None
 

@@ -35,13 +35,13 @@ class Memory:
     @classmethod
     def snapshot(cls, *tensors: object) -> Memory:
         """Copy every distinct storage below tensors or nested containers of them."""
-        result: dict[tuple[int, int], torch.Tensor] = {}
+        storages: dict[tuple[int, int], torch.Tensor] = {}
         for tensor in leaves(tensors):
             storage = tensor.untyped_storage()
             if storage.nbytes():
-                result[(storage.data_ptr(), storage.nbytes())] = tensor
+                storages[(storage.data_ptr(), storage.nbytes())] = tensor
         regions: list[Region] = []
-        for (base, _), tensor in sorted(result.items(), key=lambda item: item[0]):
+        for (base, _), tensor in sorted(storages.items(), key=lambda item: item[0]):
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
             content = np.array(whole.set_(tensor.untyped_storage()).cpu().numpy(), copy=True)
             # Two storages can be windows on one piece of memory; it must be kept only once.
@@ -76,8 +76,8 @@ class Memory:
 
     def changes(self, now: Memory) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the number of each region that differs from ``now``, and these addresses."""
-        for number, (was, result) in enumerate(zip(self.regions, now.regions, strict=True)):
-            offsets = np.nonzero(was.content != result.content)[0]
+        for number, (was, region) in enumerate(zip(self.regions, now.regions, strict=True)):
+            offsets = np.nonzero(was.content != region.content)[0]
             if offsets.size:
                 yield number, was.base + offsets
 
@@ -103,6 +103,7 @@ class Memory:
         if inside != addresses.size:
             outside = addresses.size - inside
             raise IndexError(
-                f"Expected rows inside the storages of their tensors, got {outside} bytes outside."
+                f"Expected rows inside the storages of their tensors, got {outside} bytes outside. "
+                f"Correct the tensors' strides or the extents."
             )
         return pieces

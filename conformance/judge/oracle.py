@@ -52,9 +52,11 @@ def expected_copy(
     src_slots: object,
     dst_slots: object,
 ) -> Expected:
-    """Snapshot both sides and work the copy out, without touching the tensors. Slots are integers,
-    one for each position; a position with a negative one is skipped. ValueError where the two sides
-    cannot hold the same rows."""
+    """Snapshot both sides and work the copy out, without touching the tensors.
+
+    Slots are integers, one for each position; a position with a negative slot is skipped.
+    `ValueError`: the two sides cannot hold the same rows.
+    """
     src = Rows(src_tensors, src_layout, src_extents)
     dst = Rows(dst_tensors, dst_layout, dst_extents)
     _check_same_rows(src, dst)
@@ -77,21 +79,35 @@ def _check_same_rows(src: Rows, dst: Rows) -> None:
         ours = getattr(src, name)
         other = getattr(dst, name)
         if ours != other:
-            raise ValueError(f"Expected equal {name}, got {ours} at src and {other} at dst.")
+            raise ValueError(
+                f"Expected equal {name}, got {ours} at src and {other} at dst. Pass sides that "
+                f"agree."
+            )
     if src.opaque and src.block_size != dst.block_size:
         sizes = f"{src.block_size} at src and {dst.block_size} at dst"
-        raise ValueError(f"Expected equal block sizes for opaque pages, got {sizes}.")
+        raise ValueError(
+            f"Expected equal block sizes for opaque pages, got {sizes}. Pass sides that agree."
+        )
 
 
 def _whole_blocks(pairs: np.ndarray, size: int) -> np.ndarray:
-    """One pair for each block; ValueError where a block is not copied whole and in order."""
+    """Return one pair for each block.
+
+    `ValueError`: a block is not copied whole and in order.
+    """
     if len(pairs) % size:
-        raise ValueError(f"Expected whole blocks of {size} positions, got {len(pairs)}.")
+        raise ValueError(
+            f"Expected whole blocks of {size} positions, got {len(pairs)}. Pass all slots of each "
+            f"block."
+        )
     blocks = pairs.reshape(-1, size, 2)
     in_order = blocks == blocks[:, :1] + np.arange(size, dtype=np.int64)[:, None]
     in_order &= blocks[:, :1] % size == 0
     if not (in_order.all(axis=1) | (blocks < 0).all(axis=1)).all():
-        raise ValueError("Expected whole blocks in order for opaque pages, got other positions.")
+        raise ValueError(
+            "Expected whole blocks in order for opaque pages, got other positions. Pass the slots "
+            "of each block in order."
+        )
     return blocks[:, 0]
 
 

@@ -37,7 +37,7 @@ class Place:
 
 
 def _planes(rows: Rows) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """All rows of a view in pieces: layer, kv, slots, addresses [slots, heads, width]."""
+    """Yield all rows of a view in pieces: layer, kv, slots, addresses [slots, heads, width]."""
     step = rows.block_size or 1 if rows.opaque else 1
     slots = np.arange(0, rows.slots, step, dtype=np.int64)
     for layer, kv in product(range(rows.layers), range(rows.kv)):
@@ -58,7 +58,10 @@ def place_of(rows: Rows, address: int) -> Place | None:
 
 
 def _find_in_rows(window: bytes, rows: Rows, memory: Memory) -> Place | None:
-    """The row bytes (in the order of heads and dim, wherever they lie) that equal a window."""
+    """Find the row bytes that equal a window.
+
+    The bytes of a row are in the order of heads and dim, wherever they lie.
+    """
     for layer, kv, slots, addresses in _planes(rows):
         at = memory.read(addresses).tobytes().find(window)
         if at >= 0:
@@ -68,20 +71,23 @@ def _find_in_rows(window: bytes, rows: Rows, memory: Memory) -> Place | None:
 
 
 def _windows(actual: Memory, rows: Rows, address: int) -> Iterator[tuple[bytes, int]]:
-    """Neighbours of a byte in its row, or outside of rows in its storage, longest first, with the
-    place of the byte among them."""
+    """Yield neighbours of a byte, longest first, with the place of the byte among them.
+
+    They lie in the byte's row, or in its storage if the byte lies outside of rows.
+    """
     place = place_of(rows, address)
     if place is not None:
         near = rows.row_addresses(place.kv, place.layer, [place.slot])
         line = actual.read(near).tobytes()
         at = place.head * rows.widths[place.kv] + place.byte
     else:
-        result = actual.find(address)
-        assert result is not None
-        content = actual.regions[result[0]].content
-        low = max(result[1] - 8, 0)
-        line = content[low : result[1] + 8].tobytes()
-        at = result[1] - low
+        located = actual.find(address)
+        assert located is not None
+        region, offset = located
+        content = actual.regions[region].content
+        low = max(offset - 8, 0)
+        line = content[low : offset + 8].tobytes()
+        at = offset - low
     for length in _LENGTHS:
         for first in (at, at - length + 1, at - length // 2):
             if first >= 0 and first + length <= len(line):
@@ -103,9 +109,9 @@ def came_from(
         if window in endless:
             return "a piece of a canary"
         for side, rows, memory in (("source", src, src_memory), ("destination", dst, before)):
-            reported = _found_in(window, at, side, rows, memory)
-            if reported is not None:
-                return reported
+            origin = _found_in(window, at, side, rows, memory)
+            if origin is not None:
+                return origin
     return None
 
 
@@ -116,8 +122,8 @@ def _found_in(window: bytes, at: int, side: str, rows: Rows, memory: Memory) -> 
         row = rows.row_addresses(place.kv, place.layer, [place.slot]).ravel()
         byte = place.head * rows.widths[place.kv] + place.byte + at
         if byte < row.size:  # a window may end in the next row of the plane
-            result = place_of(rows, int(row[byte]))
-            return f"{side} {(result or place).text(rows)}"
+            exact = place_of(rows, int(row[byte]))
+            return f"{side} {(exact or place).text(rows)}"
     for number, region in enumerate(memory.regions):
         offset = region.content.tobytes().find(window)
         if offset >= 0:

@@ -19,7 +19,7 @@ _WORD = (1 << 64) - 1
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
-    """The output function of splitmix64 (Steele, Lea, Flood, OOPSLA 2014) on uint64."""
+    """Return the output function of splitmix64 (Steele, Lea, Flood, OOPSLA 2014) on uint64."""
     words = words * np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -68,17 +68,25 @@ class Rows:
             rows = [list(c.values() if isinstance(c, Mapping) else c) for c in level]
             if len({len(row) for row in rows}) != 1:
                 lengths = sorted({len(row) for row in rows})
-                raise ValueError(f"Expected containers of one length, got lengths {lengths}.")
+                raise ValueError(
+                    f"Expected containers of one length, got lengths {lengths}. Pass as many "
+                    f"tensors in each."
+                )
             shape.append(len(rows[0]))
             level = [item for row in rows for item in row]
         if not level:
-            raise ValueError("Expected at least one tensor in the containers, got none.")
+            raise ValueError("Expected at least one tensor in the containers, got none. Pass one.")
         for leaf in level:
             if not isinstance(leaf, torch.Tensor):
-                raise ValueError(f"Expected a tensor inside the containers, got {type(leaf)}.")
+                raise ValueError(
+                    f"Expected a tensor inside the containers, got {type(leaf)}. Write a group "
+                    f"left of the bar for each level of containers."
+                )
             if leaf.dim() != level[0].dim():
                 ranks = f"{level[0].dim()} and {leaf.dim()}"
-                raise ValueError(f"Expected tensors of one rank, got ranks {ranks}.")
+                raise ValueError(
+                    f"Expected tensors of one rank, got ranks {ranks}. Pass tensors of one shape."
+                )
         self.tensors: list[torch.Tensor] = level
         self._rank = level[0].dim()
         self._levels = shape
@@ -91,7 +99,7 @@ class Rows:
         self._strides = np.array(strides, dtype=np.int64).reshape(rank)
 
     def _tensor_of(self, kv: int) -> torch.Tensor:
-        """The first tensor that holds rows of this kv."""
+        """Return the first tensor that holds rows of this kv."""
         return self.tensors[int(self._number[self._container({"kv": kv}, kv)])]
 
     def _whole(self, axis: str, kv: int = 0) -> int:
@@ -104,7 +112,9 @@ class Rows:
 
     def _declare(self, extents: Extents) -> None:
         if unknown := set(extents) - set(_DECLARES):
-            raise ValueError(f"Expected some of {[*_DECLARES]}, got {sorted(unknown)}.")
+            raise ValueError(
+                f"Expected some of {[*_DECLARES]}, got {sorted(unknown)}. Remove the others."
+            )
         written = self.axes.written
         parts = int(extents.get("kv", 2 if written("kv") else 1))
         self._extent.update(kv=[parts] * parts, block=[None] * parts, page=[None] * parts)
@@ -116,7 +126,10 @@ class Rows:
         dim = extents.get("dim")
         each = [dim] * parts if dim is None or isinstance(dim, int) else list(map(int, dim))
         if len(each) != parts:
-            raise ValueError(f"Expected {parts} widths in dim, one for each kv, got {dim}.")
+            raise ValueError(
+                f"Expected {parts} widths in dim, one for each kv, got {dim}. Pass one number, or "
+                f"{parts}."
+            )
         self._extent["dim"] = list(each)
 
     def _declared(self, keyword: str, extents: Extents) -> int | None:
@@ -125,36 +138,42 @@ class Rows:
         declared = extents.get(keyword)
         if axis != "token" and not self.axes.written(axis):
             if declared not in (None, 1):
-                reported = f"got {keyword}={declared} for a layout without {axis!r}"
-                raise ValueError(f"Expected extents of axes that the layout has, {reported}.")
+                raise ValueError(
+                    f"Expected extents of axes that the layout has, got {keyword}={declared} for a "
+                    f"layout without {axis!r}. Remove {keyword}, or add the axis."
+                )
             return 1
         return None if declared is None else int(declared)
 
     def _measure(self) -> None:
         """Find every extent that is not declared, then check every group against the tensors."""
         every = range(self._whole("kv"))
-        result = [(g, n, every) for g, n in zip(self.axes.left, self._levels, strict=True)]
-        for group, length, kvs in result:
+        groups = [(g, n, every) for g, n in zip(self.axes.left, self._levels, strict=True)]
+        for group, length, kvs in groups:
             self._solve(group, length, kvs)
         for kv in every:
             kvs = range(kv, kv + 1) if self.axes.on_left("kv") else every
             for group, length in self._dimensions(self._tensor_of(kv)):
                 self._solve(group, length, kvs)
-                result.append((group, length, kvs))
-        for group, length, kvs in result:
+                groups.append((group, length, kvs))
+        for group, length, kvs in groups:
             for kv in kvs:
                 if self._size(group, kv) != length:
                     text = " ".join(map(str, group)) or "1"
                     expected = self._size(group, kv)
-                    raise ValueError(f"Expected length {expected} for ({text}), got {length}.")
+                    raise ValueError(
+                        f"Expected length {expected} for ({text}), got {length}. Correct the "
+                        f"extents or the layout."
+                    )
 
     def _dimensions(self, tensor: torch.Tensor) -> list[tuple[Group, int]]:
-        """Each right group and the length of its dimension, or dimensions."""
+        """Return each right group and the length of its dimension, or dimensions."""
         shape = list(tensor.shape)
         wanted = len(self.axes.right)
         if len(shape) < wanted or (len(shape) > wanted and not self.axes.open_end):
             raise ValueError(
-                f"Expected {wanted} dimensions for {self.axes.text!r}, got the shape {shape}."
+                f"Expected {wanted} dimensions for {self.axes.text!r}, got the shape {shape}. "
+                f"Write a group right of the bar for each dimension."
             )
         if self.axes.open_end:
             shape = [*shape[: wanted - 1], math.prod(shape[wanted - 1 :])]
@@ -194,12 +213,13 @@ class Rows:
         whole = self._whole(first.axis, kv)
         if first.part and whole % first.n:
             raise ValueError(
-                f"Expected {first.axis!r} to be a multiple of {first.n} for {first}, got {whole}."
+                f"Expected {first.axis!r} to be a multiple of {first.n} for {first}, got {whole}. "
+                f"Correct the extent or the factor."
             )
         return whole // max(first.n, 1) * self._size(rest, kv)
 
     def _position(self, group: Group, at: Extents, kv: int) -> Any:
-        """The place in a group of the coordinates ``at`` (numpy arrays that broadcast)."""
+        """Return the place in a group of the coordinates ``at`` (numpy arrays that broadcast)."""
         if not group:
             return 0
         first = group[0]
@@ -225,18 +245,20 @@ class Rows:
         if slots.size and not (0 <= slots.min() and slots.max() < self.slots):
             raise IndexError(
                 f"Expected slots from 0 to {self.slots - 1} for {self.axes.text!r}, got slots from "
-                f"{slots.min()} to {slots.max()}."
+                f"{slots.min()} to {slots.max()}. Pass slots of this cache."
             )
         if not (0 <= kv < self.kv and 0 <= layer < self.layers):
             raise IndexError(
                 f"Expected a layer below {self.layers} and a kv below {self.kv} for "
-                f"{self.axes.text!r}, got layer {layer}, kv {kv}."
+                f"{self.axes.text!r}, got layer {layer}, kv {kv}. Pass smaller numbers."
             )
         size = self.block_size
         at: dict[str, Any] = {"kv": kv, "layer": layer}
         at["block"], at["token"] = (0, slots) if size is None else (slots // size, slots % size)
         at["head"] = np.arange(self.heads, dtype=np.int64).reshape(1, -1, 1)
-        at["dim"] = at["page"] = np.arange(self._elements[kv], dtype=np.int64).reshape(1, 1, -1)
+        elements = np.arange(self._elements[kv], dtype=np.int64).reshape(1, 1, -1)
+        at["dim"] = elements
+        at["page"] = elements
         where = self._container(at, kv)
         address = self._base[where]
         last = len(self.axes.right) - 1
@@ -248,12 +270,12 @@ class Rows:
                 at_dimension = (*where, dimension)
                 address = address + position * self._strides[at_dimension]
         rows = (slots.shape[0], self.heads)
-        elements = np.broadcast_to(address, (*rows, self._elements[kv]))[..., None]
+        starts = np.broadcast_to(address, (*rows, self._elements[kv]))[..., None]
         item = np.arange(self._itemsize[kv], dtype=np.int64)
-        return np.asarray(elements + item).reshape((*rows, self.widths[kv]))
+        return np.asarray(starts + item).reshape((*rows, self.widths[kv]))
 
     def _unravel(self, position: object, where: tuple[Any, ...], first: int) -> Any:
-        """Byte offset of a position in the trailing dimensions from ``first`` on."""
+        """Return the byte offset of a position in the trailing dimensions from ``first`` on."""
         offset: Any = 0
         for dimension in reversed(range(first, self._rank)):
             at_dimension = (*where, dimension)

@@ -131,21 +131,23 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
                 raise BackendUnavailable(f"Expected device {requested!r}. {error}") from error
             standins.install(kind)
     elif not _WRITTEN.fullmatch(device):
-        raise ValueError(f"Expected a device such as cpu or npu:1, got {requested!r}.")
+        raise ValueError(
+            f"Expected a device such as cpu or npu:1, got {requested!r}. Correct --device."
+        )
     else:
         try:  # a vendor's package is imported where torch does not know the device
             available_device(device)
         except BackendUnavailable as error:
             if kind not in standins.STANDINS:
                 raise
-            reported = "Pass --emulated to run on the simulated device under that name."
-            raise BackendUnavailable(f"{error}\n{reported}") from error
+            advice = "Pass --emulated to run on the simulated device under that name."
+            raise BackendUnavailable(f"{error}\n{advice}") from error
     try:
         return torch.device(device), simulated
     except RuntimeError as error:
         why = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"Expected a device that torch knows, got {requested!r}: {why}."
+            f"Expected a device that torch knows, got {requested!r}: {why}. Correct --device."
         ) from error
 
 
@@ -159,7 +161,10 @@ def torch_name(device: str) -> str:
 def _register(target: str, device: torch.device) -> str:
     module, _, attribute = target.partition(":")
     if not (all(word.isidentifier() for word in module.split(".")) and attribute.isidentifier()):
-        raise ValueError(f"Expected a backend's name, or a class as pkg.mod:Class, got {target!r}.")
+        raise ValueError(
+            f"Expected a backend's name, or a class as pkg.mod:Class, got {target!r}. Correct "
+            f"NAME; `portakv backends` lists the names."
+        )
     try:
         made = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # somebody else's module may fail in any way

@@ -74,29 +74,29 @@ def read_waivers(path: Path) -> tuple[Waiver, ...]:
             f"Expected a list of tables for {_TABLE!r} in {path}, got {type(entries).__name__}. "
             f"Write [[{_TABLE}]], with two pairs of brackets."
         )
-    result = tuple(_waiver(entry, f"{path}, waiver {at}") for at, entry in enumerate(entries, 1))
-    for id, times in Counter(waiver.id for waiver in result).items():
+    waivers = tuple(_waiver(entry, f"{path}, waiver {at}") for at, entry in enumerate(entries, 1))
+    for id, times in Counter(waiver.id for waiver in waivers).items():
         if times > 1:
             raise WaiverError(
                 f"Expected one waiver for {id!r} in {path}, got {times}. Keep one of them."
             )
-    return result
+    return waivers
 
 
 def _waiver(entry: JsonObject, place: str) -> Waiver:
     known = [field.name for field in fields(Waiver)]
-    reported = ", ".join(known)
+    names = ", ".join(known)
     for key in (*entry, *known):
         if key not in known:
             raise WaiverError(
-                f"Expected the keys {reported} in {place}, got the unknown key {key!r}. Remove it."
+                f"Expected the keys {names} in {place}, got the unknown key {key!r}. Remove it."
             )
         value = entry.get(key)
         if not isinstance(value, str) or not value.strip():
             got = repr(value) if key in entry else "nothing"
             raise WaiverError(
                 f"Expected {key!r} in {place} to be a text that is not empty, got {got}. "
-                f"Give {reported}."
+                f"Give {names}."
             )
     if not _VERSION.fullmatch(entry["expires"]):
         raise WaiverError(
@@ -135,13 +135,13 @@ def problems(
     If the ``whole`` profile was run, an id that none of the cases has is unknown.
     """
     areas = {case.id: case.area for case in cases}
-    result = []
+    faults = []
     for waiver in waivers:
         if waiver["id"] not in areas and whole:
-            result.append(f"A waiver names {waiver['id']!r}, but no case of this run has that id.")
+            faults.append(f"A waiver names {waiver['id']!r}, but no case of this run has that id.")
         if why_not := _why_not(waiver, areas.get(waiver["id"], ""), suite):
-            result.append(f"The waiver of {waiver['id']!r} does not hold: {why_not}")
-    return result
+            faults.append(f"The waiver of {waiver['id']!r} does not hold: {why_not}")
+    return faults
 
 
 def _why_not(waiver: dict[str, str], area: str, suite: str) -> str:

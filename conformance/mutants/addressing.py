@@ -22,8 +22,8 @@ def narrow(numbers: Int64) -> Int64:
 @HostRows.mutate("numbers")
 def OffByOneSlot(right: HostRows, index: Index, units: int, unit: int) -> Int64:
     """Slots of the source are counted from one, so each row comes from the slot after it."""
-    result = right.numbers(index, units, unit)
-    return result if index.ids is None else np.where(result > 0, result - 1, result)
+    numbers = right.numbers(index, units, unit)
+    return numbers if index.ids is None else np.where(numbers > 0, numbers - 1, numbers)
 
 
 @HostRows.mutate("address")
@@ -58,10 +58,10 @@ def IgnoredStorageOffset(right: HostRows, view: KVView) -> Int64:
 @HostRows.mutate("table")
 def FirstTensorForAll(right: HostRows, view: KVView) -> Int64:
     """One base address is used for tensors that lie in separate allocations at equal distances."""
-    result = right.table(view)
-    if len(result) < 3:
-        return result
-    return np.asarray(result[0] + np.arange(len(result)) * (result[1] - result[0]))
+    table = right.table(view)
+    if len(table) < 3:
+        return table
+    return np.asarray(table[0] + np.arange(len(table)) * (table[1] - table[0]))
 
 
 @HostRows.mutate("table")
@@ -115,8 +115,8 @@ def TableStepsInBytes(right: HostRows, loop: Loop, name: str) -> Pair:
 @HostRows.mutate("turns")
 def RepeatsMovedOnce(right: HostRows, loop: Loop) -> Int64:
     """A loop without a stride in the source, rows that are seen twice, is left out."""
-    result = right.turns(loop)
-    return result if loop.src_stride or loop.src_table else result[:1]
+    turns = right.turns(loop)
+    return turns if loop.src_stride or loop.src_table else turns[:1]
 
 
 @HostRows.mutate("place")
@@ -129,8 +129,8 @@ def RepeatsAVectorApart(right: HostRows, side: Side, numbers: Int64) -> Pair:
 @HostRows.mutate("turns")
 def HeadsRoundedDown(right: HostRows, loop: Loop) -> Int64:
     """Heads are halved until one is left, so of 6 or 12 heads only 4 or 8 are walked."""
-    result = right.turns(loop)
-    return result[: 1 << (loop.extent.bit_length() - 1)] if "head" in loop.name else result
+    turns = right.turns(loop)
+    return turns[: 1 << (loop.extent.bit_length() - 1)] if "head" in loop.name else turns
 
 
 @HostRows.mutate("turns")

@@ -42,15 +42,17 @@ class IllegalAddress(RuntimeError):
 
 @cache
 def _space(width: int) -> Values:
-    """The whole address space for numpy, as vectors of one width."""
+    """Return the whole address space for numpy, as vectors of one width."""
     shape = ((_SPACE - _FIRST) // width,)
-    reported = {"data": (_FIRST, False), "shape": shape, "typestr": _ELEMENTS[width], "version": 3}
-    return np.asarray(SimpleNamespace(__array_interface__=reported))
+    interface = {"data": (_FIRST, False), "shape": shape, "typestr": _ELEMENTS[width], "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 def _cells(addresses: Int64, nbytes: int, width: int) -> Int64:
-    """Numbers of the vectors in ``nbytes`` from each address on, int64 ``[runs, vectors]``. As on
-    hardware without byte lanes the low bits of an address that is not aligned are lost."""
+    """Return numbers of the vectors in ``nbytes`` from each address on, int64 ``[runs, vectors]``.
+
+    The low bits of an unaligned address are lost, as on hardware without byte lanes.
+    """
     first = (addresses - _FIRST) // width
     return np.asarray(first[:, None] + np.arange(nbytes // width, dtype=np.int64))
 
@@ -157,12 +159,12 @@ class HostRows(Backend):
             def mutated(self: HostRows, *arguments: object) -> object:
                 return wrong(super(made, self), *arguments)
 
-            reported = {
+            attributes = {
                 "__doc__": wrong.__doc__,
                 "__module__": wrong.__module__,
                 "__wrapped__": wrong,
             }
-            made = type(wrong.__name__, (cls,), {step: mutated, **reported}, **claims)
+            made = type(wrong.__name__, (cls,), {step: mutated, **attributes}, **claims)
             return made
 
         return mutant
@@ -196,15 +198,15 @@ class HostRows(Backend):
         """Return the bytes to move, nest by nest: units and loops as the addresses of runs."""
         (src, dst) = self.pairs(call)
         plan = call.plan
-        result = []
+        pieces = []
         for nest in self.nests(plan):
             own = self.offsets(nest, "src", src, call.src_index, plan.unit)
             other = self.offsets(nest, "dst", dst, call.dst_index, plan.unit)
             here = self.address(call.src, *own)
             there = self.address(call.dst, *other)
             vector = self.vector(nest, plan)
-            result.append(Runs(here, there, self.length(nest.run, vector), vector))
-        return result
+            pieces.append(Runs(here, there, self.length(nest.run, vector), vector))
+        return pieces
 
     def nests(self, plan: CopyPlan) -> Sequence[Nest]:
         """Return the nests as the kernel's generator writes them down."""

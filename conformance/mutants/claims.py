@@ -99,8 +99,8 @@ def BadSlotStopsTheRest(right: HostRows, src: Int64, dst: Int64, call: Call) -> 
 @HostRows.mutate("table")
 def ClaimsTables(right: HostRows, view: KVView) -> Int64:
     """Claims pointer tables and reads the first address only."""
-    result = right.table(view)
-    return np.full_like(result, result[0])
+    table = right.table(view)
+    return np.full_like(table, table[0])
 
 
 @HostRows.mutate("move")
@@ -172,9 +172,9 @@ def RefusesOddWidths(right: HostRows, plan: CopyPlan) -> Launch:
 def RefusesOddHeads(right: HostRows, plan: CopyPlan) -> Decision:
     """Refuses head counts that are no power of two, though it claims nothing that says so."""
     heads = plan.src.heads
-    result = right.check(plan)
-    why = f"{heads} heads are no power of two"
-    return replace(result, accepted=False, reason=why) if heads & (heads - 1) else result
+    decision = right.check(plan)
+    why = f"{heads} heads are not a power of two"
+    return replace(decision, accepted=False, reason=why) if heads & (heads - 1) else decision
 
 
 @HostRows.mutate("pairs")

@@ -79,9 +79,11 @@ def BlockIdsAsSlots(right: HostRows, index: Index, units: int, unit: int) -> Int
 @HostRows.mutate("numbers")
 def PartialBlockRepeats(right: HostRows, index: Index, units: int, unit: int) -> Int64:
     """Inside a block of the table the position is lost: each piece is the block's first."""
-    result = right.numbers(index, units, unit)
+    numbers = right.numbers(index, units, unit)
     per_id = index.step // unit
-    return result if index.ids is None else np.where(result < 0, result, result // per_id * per_id)
+    if index.ids is None:
+        return numbers
+    return np.where(numbers < 0, numbers, numbers // per_id * per_id)
 
 
 @HostRows.mutate("units")
@@ -106,8 +108,8 @@ def SixteenBitCount(right: HostRows, call: Call) -> int:
 @HostRows.mutate("units")
 def OneUnitForgotten(right: HostRows, call: Call) -> int:
     """A copy of a single unit is taken for an empty one."""
-    result = right.units(call)
-    return result if result > 1 else 0
+    count = right.units(call)
+    return count if count > 1 else 0
 
 
 @HostRows.mutate("pairs")

@@ -72,16 +72,18 @@ class _Clock(Progress):
 def try_mutant(
     mutant: Mutant, seed: int = 0, *, most_seconds: float = WALL_LIMIT, runner: Runner = run
 ) -> Trial:
-    """Run the suite on a mutant, up to its first failure. A case in error is none that catches: the
-    suite itself is at fault then."""
+    """Run the suite on a mutant, up to its first failure.
+
+    A case in error does not catch the mutant: the suite itself is at fault then.
+    """
     began = time.monotonic()
     where = (mutant.target(), mutant.device_type, mutant.profile)
-    requested = Options(*where, seed, limit=CASE_LIMIT, exit_first=True)
+    options = Options(*where, seed, limit=CASE_LIMIT, exit_first=True)
     caught = ""
     why = "every case passed"
     judged = True
     try:
-        wrong = _wrong(runner(requested, _Clock(most_seconds)))
+        wrong = _wrong(runner(options, _Clock(most_seconds)))
         failed = next((case for case in wrong if case.status == "failed"), None)
         if failed is not None:
             caught = failed.id
@@ -165,10 +167,10 @@ def document(trials: Sequence[Trial], self_checked: Collection[str]) -> str:
         parts.append(f"\n## {title.rstrip('.')}\n")
         parts.append("| mutant | bug | profile | caught by | s |\n|---|---|---|---|---:|")
         for group in mutants:
-            name, *reported, case, took = _row(group, self_checked)
+            name, *cells, case, took = _row(group, self_checked)
             # A bar would end the cell, and code in backticks would show what stands for one.
             case = case.replace("`", "<code>", 1).replace("`", "</code>").replace("|", "&#124;")
-            parts.append(f"| `{name}` | {' | '.join(reported)} | {case} | {took} |")
+            parts.append(f"| `{name}` | {' | '.join(cells)} | {case} | {took} |")
     return "\n".join(parts) + "\n"
 
 
@@ -228,10 +230,10 @@ def score(
     """Try every mutant under every seed, ``jobs`` at a time; in the order of mutants and seeds.
     ``tell`` is given each trial as it ends."""
     with _ending_with_the_caller(jobs) as pool:
-        requested = [pool.submit(attempt, mutant, seed) for mutant in mutants for seed in seeds]
-        for future in as_completed(requested):
+        futures = [pool.submit(attempt, mutant, seed) for mutant in mutants for seed in seeds]
+        for future in as_completed(futures):
             tell(future.result())
-    return [future.result() for future in requested]
+    return [future.result() for future in futures]
 
 
 @contextmanager
@@ -240,7 +242,7 @@ def _ending_with_the_caller(jobs: int) -> Iterator[ThreadPoolExecutor]:
     pool = ThreadPoolExecutor(jobs)
     try:
         yield pool
-    except BaseException:
+    except BaseException:  # Ctrl-C, or any failure of the caller: end the runs that go on
         INTERRUPTED.set()
         raise
     finally:
@@ -251,30 +253,30 @@ def _ending_with_the_caller(jobs: int) -> Iterator[ThreadPoolExecutor]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the score; returns the exit code."""
     parser = _parser()
-    requested = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     if os.environ.get(ENVIRONMENT):
         parser.error(f"{ENVIRONMENT} forces another backend than the mutant; unset it")
-    if unknown := sorted(set(requested.only or ()) - {mutant.name for mutant in MUTANTS}):
+    if unknown := sorted(set(args.only or ()) - {mutant.name for mutant in MUTANTS}):
         parser.error(f"no mutant is named {unknown[0]!r}; docs/mutants.md lists them")
-    mutants = [one for one in MUTANTS if requested.only is None or one.name in requested.only]
+    mutants = [one for one in MUTANTS if args.only is None or one.name in args.only]
     # Two processes on two cores: threads of torch's own would only get in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    devices = {mutant.device_type for mutant in mutants if not requested.no_control}
+    devices = {mutant.device_type for mutant in mutants if not args.no_control}
     needed = [control for control in CONTROLS if control.device_type in devices]
     with _ending_with_the_caller(_JOBS) as pool:
         names = [control.name for control in needed]
         controls = dict(zip(names, pool.map(try_control, needed), strict=True))
     trials = score(
         mutants,
-        range(requested.seed, requested.seed + requested.runs),
-        jobs=requested.jobs,
+        range(args.seed, args.seed + args.runs),
+        jobs=args.jobs,
         tell=_say,
-        attempt=lambda mutant, seed: try_mutant(mutant, seed, most_seconds=requested.limit),
+        attempt=lambda mutant, seed: try_mutant(mutant, seed, most_seconds=args.limit),
     )
     known = {mutant.name for mutant in mutants if fails_self_check(mutant)}
     print_score(trials, known, controls)
-    if requested.write is not None:
-        requested.write.write_text(document(trials, known), encoding="utf-8")
+    if args.write is not None:
+        args.write.write_text(document(trials, known), encoding="utf-8")
     return 1 if any(not trial.caught_by for trial in trials) or any(controls.values()) else 0
 
 

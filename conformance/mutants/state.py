@@ -176,9 +176,9 @@ def WaitsForNothing(right: HostRows, work: Work) -> Pending:
 @HostRows.mutate("carry")
 def TempFreedEarly(right: HostRows, call: Call) -> Pending:
     """Rows pass through a staging buffer that the next call fills while the first is on its way."""
-    result = right.pieces(call)
-    right.state["staging"] = [right.load(runs, call) for runs in result]
-    return late(_store_all, result, right.state, call)
+    pieces = right.pieces(call)
+    right.state["staging"] = [right.load(runs, call) for runs in pieces]
+    return late(_store_all, pieces, right.state, call)
 
 
 def _store_all(runs_of_nests: list[Runs], state: Keywords, call: Call) -> None:

@@ -77,13 +77,13 @@ def _strides(nest: Nest) -> list[int]:
 @HostRows.mutate("pieces")
 def PaddingOverwritten(right: HostRows, call: Call) -> list[Runs]:
     """Pages are written whole: the padding between their rows is filled with zeros."""
-    result = right.pieces(call)
-    for nest, runs in zip(call.plan.nests, result, strict=True):
+    pieces = right.pieces(call)
+    for nest, runs in zip(call.plan.nests, pieces, strict=True):
         padding = nest.dst.units[-1].stride - nest.run
         # Only where all that lies between two rows is padding.
-        if padding > 0 and len(result) == 1 and not any(x.dst_stride for x in nest.loops):
+        if padding > 0 and len(pieces) == 1 and not any(x.dst_stride for x in nest.loops):
             store(call.dst, runs.dst + nest.run, np.zeros((len(runs.dst), padding), np.uint8))
-    return result
+    return pieces
 
 
 @HostRows.mutate("load")

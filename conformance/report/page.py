@@ -111,7 +111,7 @@ def junit(record: RunRecord) -> str:
 
 def badge(record: RunRecord) -> str:
     """Return the badge as an SVG document of 20 px height, drawn without a service."""
-    reported = message(record)
+    shown = message(record)
     label = width(LABEL)
     emulated = record.verdict == "conformant" and words.emulated(record)
     colour = _EMULATED if emulated else _COLOURS.get(record.verdict, _COLOURS["failed"])
@@ -119,11 +119,11 @@ def badge(record: RunRecord) -> str:
         "badge.svg",
         record,
         label=LABEL,
-        message=reported,
+        message=shown,
         label_width=label,
-        message_width=width(reported),
+        message_width=width(shown),
         left=label + 2 * _PADDING,
-        right=width(reported) + 2 * _PADDING,
+        right=width(shown) + 2 * _PADDING,
         padding=_PADDING,
         colour=colour,
     )
@@ -187,12 +187,12 @@ def matrix(cases: Iterable[CaseRecord]) -> Matrix:
 
 
 def _dtype_of(case: CaseRecord) -> str:
-    """The dtype that a case is about, without torch's name, or `ANY`."""
+    """Return the dtype that a case is about, without torch's name, or `ANY`."""
     return case.tags.get("dtype", ANY).removeprefix("torch.")
 
 
 def _filled(name: str, record: RunRecord, **more: object) -> str:
-    """A template filled with a record and with what every form says of it."""
+    """Return a template filled with a record and with the texts that every form has of it."""
     level = record.rung
     left_out = record.environment.get(LEFT_OUT)
     return (
@@ -251,30 +251,30 @@ def templates() -> Environment:
 
 
 def _final(value: object) -> object:
-    """Every text that a template prints, with no character that a document must not hold."""
+    """Return a text that a template prints, without characters that a document must not hold."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return printable(value)
     return "" if value is None else value
 
 
 def _own(name: str) -> Markup:
-    """A file of this package as markup; it must not end the element that it stands in."""
+    """Return a file of this package as markup; it must not end the element that it stands in."""
     text = files(__package__ or "").joinpath("templates").joinpath(name).read_text(encoding="utf-8")
     assert "</" not in text, f"{name} holds '</' and would end its element."
     return Markup(text)
 
 
 def _headline(reason: str) -> tuple[str, str]:
-    """The first line of a reason, where it is short enough for large letters, and the rest."""
+    """Return the first line of a reason, if it is short enough for large letters, and the rest."""
     first, _, rest = reason.strip().partition("\n")
     return ("", reason) if len(first) > _HEADLINE else (first, rest)
 
 
 def _bar(record: RunRecord) -> list[tuple[Status, str, str]]:
-    """Shares of each status as one line: status, where it begins and how wide it is."""
-    result = totals_of(record.cases)
-    total = sum(result.values()) or 1
-    widths = {s: max(_BAR * result[s] // total, _LEAST) for s in reversed(STATUSES) if result[s]}
+    """Return the shares of each status as one line: status, where it begins and how wide it is."""
+    totals = totals_of(record.cases)
+    total = sum(totals.values()) or 1
+    widths = {s: max(_BAR * totals[s] // total, _LEAST) for s in reversed(STATUSES) if totals[s]}
     scale = _BAR / (sum(widths.values()) or 1)
     pieces = []
     at = 0.0

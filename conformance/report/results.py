@@ -139,7 +139,7 @@ def table(matrix: SupportMatrix, digest: Digest = digest) -> str:
     lines = ["| backend | device | verified | versions | date |", "|---|---|---|---|---|"]
     for (backend, device), levels in support_matrix.by_pair(matrix).items():
         reached = "; ".join(verified(level, matrix, digest) for level in levels)
-        reported = text(levels[0].versions)
+        versions_text = text(levels[0].versions)
         date = levels[0].date
-        lines.append(f"| `{backend}` | {text(device)} | {reached} | {reported} | {date} |")
+        lines.append(f"| `{backend}` | {text(device)} | {reached} | {versions_text} | {date} |")
     return "\n".join(lines)

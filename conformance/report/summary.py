@@ -18,8 +18,8 @@ from portakv_conformance.run.request import Options
 
 _LONGEST = 600  # characters of a reason; the report has all of it
 _MOST_GROUPS = 8  # tests whose failures are shown
-# What is no longer claimed is a step back from what passed; what is waived fails, and somebody has
-# gave the reason.
+# A case that is no longer claimed is a step back from one that passed. A waived case fails, for a
+# reason that the waiver gives.
 _DEPTH = {"passed": 0, "not-claimed": 1, "waived": 2, "failed": 3, "error": 3}
 _VERDICTS = ("conformant", "incomplete", "failed")  # best first
 _LEVELS = ("R6", "R3", "")
@@ -35,8 +35,8 @@ def print_summary(record: RunRecord, options: Options) -> None:
         case.claim or case.area for case in record.cases if case.status == "not-claimed"
     )
     if unclaimed:
-        reported = ", ".join(f"{claim} ({count})" for claim, count in sorted(unclaimed.items()))
-        print_prose(f"not claimed (cases): {reported}")
+        claims = ", ".join(f"{claim} ({count})" for claim, count in sorted(unclaimed.items()))
+        print_prose(f"not claimed (cases): {claims}")
     partly = [case.declined for case in record.cases if case.status == "passed" and case.declined]
     if partly:
         print_prose(f"declined: {sum(partly)} copies in {len(partly)} cases that passed")
@@ -74,7 +74,7 @@ def verdict_line(record: RunRecord) -> str:
 
 
 def _print_failures(record: RunRecord, options: Options) -> None:
-    """The failures of each test as one group, the simplest first; of many groups the first."""
+    """Print the simplest failure of each test, of the first tests only."""
     groups: dict[str, list[CaseRecord]] = {}
     for case in record.cases:  # CORE comes first in the list of cases
         if case.status in WRONG:
@@ -99,14 +99,14 @@ def _print_failures(record: RunRecord, options: Options) -> None:
 
 
 def _size(case: CaseRecord) -> tuple[bool, bool, int]:
-    """One with an example to replay comes first, errors of the surroundings come last."""
+    """Return a sort key: examples to replay come first, errors of the surroundings last."""
     return case.status != "failed", not case.example, len(case.reason) + len(case.id)
 
 
 def _short(reason: str) -> str:
-    """The sentence on the first wrong byte, without the structure that it was found in."""
-    reported = reason.partition(" The case was ")[0].partition("\n")[0]
-    return reported if len(reported) <= _LONGEST else reported[:_LONGEST] + " ..."
+    """Return the sentence on the first wrong byte, without the structure that holds the byte."""
+    sentence = reason.partition(" The case was ")[0].partition("\n")[0]
+    return sentence if len(sentence) <= _LONGEST else sentence[:_LONGEST] + " ..."
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class Change:
         return worse or (self.kind == "NEW" and self.after in WRONG)
 
     def __str__(self) -> str:
-        method = f"{self.before or 'not there'} -> {self.after or 'not there'}"
-        return f"{self.kind:<10} {self.id}: {method}"
+        change = f"{self.before or 'not there'} -> {self.after or 'not there'}"
+        return f"{self.kind:<10} {self.id}: {change}"
 
 
 def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
@@ -138,7 +138,7 @@ def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
     """
     before = {case.id: case for case in old.cases}
     after = {case.id: case for case in new.cases}
-    result = []
+    changes = []
     for name, best, was, now, why in (
         ("verdict", _VERDICTS, old.verdict, new.verdict, "; ".join(new.missing)),
         ("level", _LEVELS, old.rung, new.rung, why_no_level(new)),
@@ -146,15 +146,15 @@ def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
         if was != now:  # what is not known is the worst
             step = [best.index(each) if each in best else len(best) for each in (was, now)]
             kind = "REGRESSION" if step[1] > step[0] else "FIX"
-            result.append(Change(kind, name, was or "none", now or "none", why))
+            changes.append(Change(kind, name, was or "none", now or "none", why))
     for id, case in after.items():
         if (earlier := before.get(id)) is None:
-            result.append(Change("NEW", id, "", case.status, case.reason))
+            changes.append(Change("NEW", id, "", case.status, case.reason))
         elif deeper := _DEPTH[case.status] - _DEPTH[earlier.status]:
             kind, worse = ("REGRESSION", case) if deeper > 0 else ("FIX", earlier)
-            result.append(Change(kind, id, earlier.status, case.status, worse.reason))
+            changes.append(Change(kind, id, earlier.status, case.status, worse.reason))
     gone = [case for id, case in before.items() if id not in after]
-    return result + [Change("MISSING", case.id, case.status, "") for case in gone]
+    return changes + [Change("MISSING", case.id, case.status, "") for case in gone]
 
 
 def differences(old: RunRecord, new: RunRecord) -> list[str]:

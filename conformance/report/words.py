@@ -51,7 +51,7 @@ _WITHIN_A_ROW = re.compile(r" head \d+ byte \d+$")
 
 def printable(text: str) -> str:
     """Return the text with characters that a document must not hold written as ``\\x1b``."""
-    return _UNPRINTABLE.sub(lambda result: ascii(result.group())[1:-1], text)
+    return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 def line(text: str) -> str:
@@ -66,10 +66,10 @@ def text(words: str) -> str:
 
 def code(words: str) -> str:
     """Return any text on one line as Markdown's code, whatever backticks it holds."""
-    reported = line(words).replace("|", "\u2502")
-    fence = _fence("`", reported)
-    edge = " " if reported.startswith("`") or reported.endswith("`") else ""
-    return f"{fence}{edge}{reported}{edge}{fence}" if reported else ""
+    content = line(words).replace("|", "\u2502")
+    fence = _fence("`", content)
+    edge = " " if content.startswith("`") or content.endswith("`") else ""
+    return f"{fence}{edge}{content}{edge}{fence}" if content else ""
 
 
 def fenced(words: str) -> str:
@@ -128,20 +128,20 @@ def verdict(record: RunRecord) -> str:
 
 def sentence(record: RunRecord) -> str:
     """Return the verdict in a sentence or two, for a reader who reads nothing else."""
-    result = totals_of(record.cases)
+    totals = totals_of(record.cases)
     if record.verdict == "failed":
-        if wrong := sum(result[status] for status in WRONG):
+        if wrong := sum(totals[status] for status in WRONG):
             cases = plural(len(record.cases), "case")
             return f"{wrong} of {cases} failed; each is explained below."
         return "No case failed, but waivers do not hold, and a waiver that does not fails the run."
     if record.verdict == "incomplete":
         gaps = plural(len(record.missing), "part")
         return f"No certificate: {gaps} of the {record.profile} profile could not be run here."
-    reported = f"{plural(result['passed'], 'case')} passed, with every byte where it must be."
-    if unclaimed := result["not-claimed"]:
+    passed = f"{plural(totals['passed'], 'case')} passed, with every byte where it must be."
+    if unclaimed := totals["not-claimed"]:
         about = "is" if unclaimed == 1 else "are"
-        reported += f" {plural(unclaimed, 'case')} {about} about what the backend does not claim."
-    return reported
+        passed += f" {plural(unclaimed, 'case')} {about} about what the backend does not claim."
+    return passed
 
 
 def duration(seconds: float) -> str:
@@ -226,11 +226,11 @@ class FirstByte:
 
 def first_byte(reason: str) -> FirstByte | None:
     """Return the wrong byte that a reason describes; None if it describes something else."""
-    result = _SENTENCE.search(reason)
-    if result is None:
+    match = _SENTENCE.search(reason)
+    if match is None:
         return None
-    named: JsonObject = result.groupdict()
+    named: JsonObject = match.groupdict()
     numbers = {name: int(named[name]) for name in ("storage", "offset", "wrong")}
-    before = reason[: result.start()].strip()
-    after = reason[result.end() :].strip()
+    before = reason[: match.start()].strip()
+    after = reason[match.end() :].strip()
     return FirstByte(**{**named, **numbers}, before=before, after=after)

@@ -108,7 +108,8 @@ class Journal:
         """Return the status of a case after its waiver."""
         again = case.id in self.cases
         case.replay = self._options.command(case.id)
-        case = self.cases[case.id] = judged(case, self._waivers.get(case.id), SUITE_VERSION)
+        case = judged(case, self._waivers.get(case.id), SUITE_VERSION)
+        self.cases[case.id] = case
         if not again:
             self.progress.ended(case)
         self.stopped |= case.status in WRONG and self._options.exit_first

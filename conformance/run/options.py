@@ -32,7 +32,7 @@ ENVIRONMENT = "PORTAKV_BACKEND"
 
 @cache
 def _real(path: Path) -> Path:
-    """A path without symbolic links: pytest keeps those that it was pointed to the package by."""
+    """Return a path without symbolic links: pytest keeps the links that it is pointed to."""
     return path.resolve()
 
 

@@ -58,17 +58,17 @@ def _of_failure(
         return "error", "The case skipped itself; a case of the suite never does.", ""
     status: Status = "failed" if when == "call" else "error"
     crash = getattr(report.longrepr, "reprcrash", None)
-    reported = sentence(str(getattr(crash, "message", report.longrepr)))
+    reason = sentence(str(getattr(crash, "message", report.longrepr)))
     if _FLAKY in report.longreprtext and judge is not None and judge.fault:
-        reported = f"{sentence(judge.fault)} {_ONCE}"
+        reason = f"{sentence(judge.fault)} {_ONCE}"
     parts = [report.longreprtext, *(f"--- {name}\n{text}" for name, text in report.sections)]
-    return status, reported, "\n".join(parts)[-_MOST_DETAILS:]
+    return status, reason, "\n".join(parts)[-_MOST_DETAILS:]
 
 
 def sentence(message: str) -> str:
     """Return an exception's message, without its type if it is an assertion's, without the lines
     that pytest and hypothesis add, and without the structure of the case."""
-    reported = message.strip().removeprefix("AssertionError: ").partition("\nassert ")[0]
+    reason = message.strip().removeprefix("AssertionError: ").partition("\nassert ")[0]
     for note in _NOTES:
-        reported = reported.partition(note)[0]
-    return reported.partition(" The case was ")[0].strip()
+        reason = reason.partition(note)[0]
+    return reason.partition(" The case was ")[0].strip()

@@ -138,19 +138,19 @@ class Suite:
         not available."""
         requested, emulated = map(config.getoption, ("--portakv-device", "--portakv-emulated"))
         try:
-            result = subject(config.getoption("--portakv-backend"), requested, emulated=emulated)
+            judged = subject(config.getoption("--portakv-backend"), requested, emulated=emulated)
             if self.events is not None:
-                claims = environment.plain(result.can)
+                claims = environment.plain(judged.can)
                 self._tell(
                     {
                         "event": "subject",
-                        "backend": environment.describe_backend(result),
-                        "environment": environment.describe_environment(result, requested),
+                        "backend": environment.describe_backend(judged),
+                        "environment": environment.describe_environment(judged, requested),
                         "capabilities": claims if isinstance(claims, dict) else {"": claims},
-                        "trace": [str(decision) for decision in result.trace],
+                        "trace": [str(decision) for decision in judged.trace],
                     }
                 )
-            return result
+            return judged
         except PortaKVError as error:
             why = str(error)
         except ValueError as error:
@@ -226,12 +226,12 @@ class Suite:
         if need in plain:
             return plain[need], ""
         if need == "two devices":
-            result = self.facility.devices()
+            count = self.facility.devices()
             if self.subject.emulated:
-                return result > 1, f"it needs two devices of type {where.type}, found {result}."
-            # With one real device it is no fault of the machine, but a report says so.
-            self._lone += result < 2 and where.type != "cpu"
-            return result > 1, ""
+                return count > 1, f"it needs two devices of type {where.type}, found {count}."
+            # With one real device it is not a fault of the machine, but a report says so.
+            self._lone += count < 2 and where.type != "cpu"
+            return count > 1, ""
         if need == "memory":
             # An emulated device's takes no room before it is touched.
             enough = self.facility.emulated or self.facility.spare() > _BIG
@@ -373,9 +373,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def suite(pytestconfig: pytest.Config) -> Suite:
     """Return the run that a case is part of."""
-    result = pytestconfig.pluginmanager.get_plugin("portakv-suite")
-    assert isinstance(result, Suite)
-    return result
+    plugin = pytestconfig.pluginmanager.get_plugin("portakv-suite")
+    assert isinstance(plugin, Suite)
+    return plugin
 
 
 @pytest.fixture(name="subject", scope="session")
@@ -399,7 +399,7 @@ def judge(request: pytest.FixtureRequest, suite: Suite) -> Judge:
 
 @pytest.fixture(autouse=True)
 def _settled(facility: Facility) -> Iterator[None]:
-    """No case leaves work on the device to the next one."""
+    """Wait after each case, so no case leaves work on the device to the next one."""
     yield
     facility.synchronize()
 

@@ -47,7 +47,8 @@ class Lines(Progress):
     """Plain lines: each failure immediately, and the progress every few seconds."""
 
     def __init__(self) -> None:
-        self._count = self._done = 0
+        self._count = 0
+        self._done = 0
         self._shown_at = time.monotonic()
 
     def listed(self, count: int) -> None:

@@ -39,7 +39,7 @@ class Options:
 
     @property
     def seconds(self) -> float:
-        """The limit of one case, in seconds."""
+        """Return the limit of one case, in seconds."""
         return self.limit or CASE_LIMIT + self.fuzz / _EXAMPLES_A_SECOND
 
     def command(self, *only: str) -> str:
@@ -50,8 +50,8 @@ class Options:
         words += ["--jobs", str(self.jobs)] if self.jobs > 1 and not only else []
         chosen = only or self.only
         words += ["--only", *chosen] if chosen else []
-        reported = f"{_INTERPRET}={os.environ[_INTERPRET]} " if _INTERPRET in os.environ else ""
-        return reported + shlex.join(words)
+        variable = f"{_INTERPRET}={os.environ[_INTERPRET]} " if _INTERPRET in os.environ else ""
+        return variable + shlex.join(words)
 
     def suite_options(self) -> list[str]:
         """Return the same as options of the pytest plugin, except for ``only``."""
@@ -59,7 +59,7 @@ class Options:
         return ["--portakv-backend", self.backend, *self._shared("--portakv-"), *saved]
 
     def _shared(self, start: str) -> list[str]:
-        """The options that both commands have, whose names begin so."""
+        """Return the options that both commands have, whose names begin so."""
         words = [f"{start}device", self.device, f"{start}profile", self.profile]
         words += [f"{start}seed", str(self.seed)]
         words += [f"{start}fuzz", str(self.fuzz)] if self.fuzz else []
@@ -76,8 +76,8 @@ def chosen(ids: Sequence[str], words: Iterable[str]) -> tuple[list[str], list[st
         word: {id for id in ids if _means(word, id)} or {id for id in ids if _begins(word, id)}
         for word in words
     }
-    result = set().union(*wanted.values())
-    return [id for id in ids if id in result], [word for word, some in wanted.items() if not some]
+    chosen = set().union(*wanted.values())
+    return [id for id in ids if id in chosen], [word for word, some in wanted.items() if not some]
 
 
 def counted(cases: int) -> str:
@@ -93,8 +93,6 @@ def _means(word: str, id: str) -> bool:
 
 
 def _begins(word: str, id: str) -> bool:
-    requested = word.removeprefix(_CASES)
+    prefix = word.removeprefix(_CASES)
     short = id.removeprefix(_CASES)
-    return word != "" and (
-        short.startswith(requested) or short.replace(".py", "").startswith(requested)
-    )
+    return word != "" and (short.startswith(prefix) or short.replace(".py", "").startswith(prefix))

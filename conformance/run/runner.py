@@ -79,10 +79,10 @@ def cases_of(profile: str, device: str) -> dict[str, JsonObject]:
     The device is as a report names it, ``cuda`` or ``simdev:1``; it need not be here, and two of
     its kind are assumed. Raises `SuiteBroken` if the suite cannot be collected here.
     """
-    reported = ["--collect-only", "--portakv-listed", device.partition(":")[0]]
-    requested = Options("reference", profile=profile)
+    listing = ["--collect-only", "--portakv-listed", device.partition(":")[0]]
+    options = Options("reference", profile=profile)
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
-        worker = WorkerProcess(worker_command(), Path(folder, "listing"), requested, reported)
+        worker = WorkerProcess(worker_command(), Path(folder, "listing"), options, listing)
         try:
             while events := worker.events(_LISTING):
                 for event in events:

@@ -41,9 +41,9 @@ def append(file: str, event: JsonObject) -> None:
 
 
 def _writable(value: object) -> object:
-    """A value, with lone surrogates, which UTF-8 has no bytes for, written as ``\\udcff``."""
+    """Return a value with each lone surrogate written as ``\\udcff``: UTF-8 has no bytes for it."""
     if isinstance(value, dict):
-        return {_writable(str(key)): _writable(retained) for key, retained in value.items()}
+        return {_writable(str(key)): _writable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_writable(entry) for entry in value]
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
@@ -79,7 +79,7 @@ class Share:
 def main(argv: Sequence[str]) -> int:
     """Judge a backend; return pytest's exit code. Arguments: the worker's folder, the process id of
     the runner, whose end is the worker's, and options of the suite."""
-    private, runner, *requested = argv
+    private, runner, *options = argv
     end_with(int(runner))
     stacks = open(Path(private, STACKS), "a", encoding="utf-8")  # noqa: SIM115 (open until the end)
     faulthandler.enable(file=stacks, all_threads=True)
@@ -90,8 +90,8 @@ def main(argv: Sequence[str]) -> int:
 
     folder = str(PACKAGE)
     where = ["-c", str(Path(private, CONFIGURATION)), "--rootdir", folder, "--confcutdir", folder]
-    requested += ["--portakv-events", str(Path(private, EVENTS)), folder]
-    return int(pytest.main([*where, *_PLUGINS, *_QUIET, *requested]))
+    options += ["--portakv-events", str(Path(private, EVENTS)), folder]
+    return int(pytest.main([*where, *_PLUGINS, *_QUIET, *options]))
 
 
 def end_with(runner: int) -> None:

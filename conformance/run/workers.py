@@ -69,7 +69,7 @@ class WorkerProcess:
         for file in (self._events, self._stacks, folder / CONFIGURATION):
             file.touch()
         self._read = 0
-        reported = [str(folder), str(os.getpid()), *options.suite_options(), *more]
+        arguments = [str(folder), str(os.getpid()), *options.suite_options(), *more]
         environment = {k: v for k, v in os.environ.items() if k not in _LEFT_OUT}
         environment |= surroundings(options.jobs)
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -77,7 +77,7 @@ class WorkerProcess:
         environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
         with self._printed.open("wb") as printed:
             self._process = subprocess.Popen(
-                [*command, *reported],
+                [*command, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
@@ -101,7 +101,7 @@ class WorkerProcess:
 
     @property
     def code(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
+        """Return the exit code, negative for a signal; None while it runs."""
         return self._process.poll()
 
     def how(self) -> str:
@@ -148,11 +148,14 @@ class Worker:
         self._journal = journal
         self._share = share
         self._limit = limit
-        self.listed = self._finished = False  # it has collected its cases, and run them
-        self._running = self._latest = ""  # the case that runs, and the one that ended last
+        self.listed = False  # it has collected its cases
+        self._finished = False  # it has run its cases
+        self._running = ""  # the case that runs
+        self._latest = ""  # the case that ended last
         self._refusal = ""  # why it could not load what others have loaded
         self._retired = ""  # why it ended itself after a failed case
-        self._began = self.last_event = time.monotonic()
+        self._began = time.monotonic()
+        self.last_event = self._began
         self.ready = 0.0  # seconds until it had its case list
 
     def look(self, *, alone: bool) -> str | None:
@@ -242,12 +245,12 @@ class Worker:
         return f"{what} {when}: {id}"
 
     def _at_fault(self) -> tuple[str, Status, str]:
-        """The case that it was lost with, how that ended, and when it was, as a clause."""
+        """Return the case that the worker was lost with, its status, and the time as a clause."""
         if self._running:
             return self._running, "failed", "while this case ran"
         if self._latest:
             return self._latest, "failed", "right after this case"
-        # None is to blame; one is named, so that a worker that never begins is no endless loop.
+        # None is to blame; one is named, so that a worker that never begins is not a loop.
         next_one = next((id for id in self._journal.left() if self._share.take(id)), "")
         return next_one, "error", f"before {'this case began' if self.listed else 'it was ready'}"
 
@@ -274,7 +277,9 @@ class Workers:
         self._arguments = ["--portakv-share", str(taken)]
         self._arguments += ["--portakv-only", str(only)] if options.only else []
         self._running: list[Worker] = []
-        self._started = self._losses = self._ran = 0
+        self._started = 0  # workers so far
+        self._losses = 0  # in a row
+        self._ran = 0  # cases that had ended at the last loss
         self._seconds = 0.0  # that losses have cost: workers that began, cases that hung
 
     def work(self) -> None:

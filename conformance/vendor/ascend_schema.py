@@ -64,16 +64,16 @@ class JobError(RuntimeError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do the job; return 0 if every schema is as pinned and the suite passes, else 1."""
-    requested = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="portakv-ascend-") as work:
-            report = _judge(requested, Path(work), requested.report)
+            report = _judge(args, Path(work), args.report)
     except (JobError, cann_stub.StubError) as error:
         print(f"ascend_schema: {error}", file=sys.stderr)
         return 1
     report["seconds"] = round(time.monotonic() - began)
-    target = requested.report / REPORT
+    target = args.report / REPORT
     target.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _print(report, target)
     return 0 if right(report) else 1
@@ -101,15 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _judge(requested: argparse.Namespace, work: Path, report: Path) -> JsonObject:
+def _judge(args: argparse.Namespace, work: Path, report: Path) -> JsonObject:
     report.mkdir(parents=True, exist_ok=True)
-    python = requested.venv.absolute() / "bin" / "python"
-    wheel = _environment(requested.venv, python)
+    python = args.venv.absolute() / "bin" / "python"
+    wheel = _environment(args.venv, python)
     paths = run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
     raising = cann_stub.build(Path(paths.strip()), work / "cann")
     variables = {**os.environ, **cann_stub.environment(work / "cann"), **_variables(work)}
     checks = run([str(python), "-m", f"{__package__}.ascend_checks"], variables)
-    suite = _suite(python, variables, requested.profile, report.absolute())
+    suite = _suite(python, variables, args.profile, report.absolute())
     calls: Counter[str] = Counter()  # of each op, in all processes of the suite
     for file in (work / "calls").glob("*.json"):
         calls.update(json.loads(file.read_text(encoding="utf-8")))
@@ -119,7 +119,7 @@ def _judge(requested: argparse.Namespace, work: Path, report: Path) -> JsonObjec
         "emulated": True,
         "says": SENTENCE,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": f"{COMMAND} --profile {requested.profile} --report out",
+        "command": f"{COMMAND} --profile {args.profile} --report out",
         "wheel": {"file": wheel.name, "sha256": digest},
         **json.loads(checks),
         "cann_stub_raises": raising,
@@ -219,8 +219,8 @@ def run(
         command, env=variables, capture_output=True, text=True, check=False, timeout=_SECONDS
     )
     if done.returncode not in accepted:
-        reported = f"{done.returncode}: {done.stderr.strip()[-2000:]}"
-        raise JobError(f"{' '.join(command[:6])} ended with {reported}")
+        ending = f"{done.returncode}: {done.stderr.strip()[-2000:]}"
+        raise JobError(f"{' '.join(command[:6])} ended with {ending}")
     return done.stdout
 
 

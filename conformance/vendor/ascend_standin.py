@@ -45,7 +45,7 @@ def install() -> None:
 
 @cache
 def _declare() -> torch.library.Library:
-    """The ops, which go with the library."""
+    """Return the library with the ops, which last as long as it."""
     library = torch.library.Library("npu", "DEF")
     for name, schema in ascend_ops.pinned_schemas("vendor").items():
         library.define(name.partition("::")[2] + schema)

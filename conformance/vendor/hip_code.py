@@ -82,11 +82,11 @@ def kernels() -> Iterator[tuple[str, RowsKernel]]:
     joined = KVView(list(_bytes(3, 2, 3, 4, 2, 64)), _NHD)
     heads = KVView([_bytes(2, 3, 2, 4, 64) for _ in range(3)], "layer | kv block head token dim")
     objects = [_bytes(2, 3, 4, 128) for _ in range(3)]
-    listed = KVView(objects, "block | kv layer token (head dim)", heads=2)
+    in_list = KVView(objects, "block | kv layer token (head dim)", heads=2)
     chunk = KVView(_bytes(2, 3, 8, 128), "kv layer token (head dim)", heads=2)
     yield _of("pool to pool, other order of heads", pool, heads, 1, 1, 16)
     yield _of("whole blocks", heads, chunk, 4, 0, 16)
-    yield _of("one allocation to memory objects", joined, listed, 1, 0, 16)
+    yield _of("one allocation to memory objects", joined, in_list, 1, 0, 16)
 
 
 def _bytes(*shape: int) -> torch.Tensor:
@@ -105,20 +105,20 @@ def read_code(code: Code, disassembly: str, notes: str) -> Code:
     """Judge the machine code of a kernel, by its disassembly (``llvm-objdump -d``) and its code
     object's metadata (``llvm-readelf --notes``); ``code`` is completed and returned."""
     for each, name in NAMES.items():
-        _, result, rest = disassembly.partition(f"<{name}>:\n")
+        _, label, rest = disassembly.partition(f"<{name}>:\n")
         body = rest.partition("\n\n")[0]
         pattern = r"\b(?:global|flat|ds|scratch|buffer)_(?:load|store|read|write|atomic)\w*"
         code.accesses[name] = dict(sorted(Counter(re.findall(pattern, body)).items()))
-        if not result:
+        if not label:
             code.wrong.append(f"{name} is not in the code")
         else:
             code.wrong += _judge(name, code.accesses[name], code.vector, each)
-    reported: dict[str, list[int]] = {}
+    metadata: dict[str, list[int]] = {}
     for key, number in re.findall(r"\.(\w+):\s*(\d+)", notes):
-        reported.setdefault(key, []).append(int(number))
-    code.lds = sum(reported.get("group_segment_fixed_size", ()))
-    code.scratch = sum(reported.get("private_segment_fixed_size", ()))
-    code.wave = min(reported.get("wavefront_size", ()), default=0)
+        metadata.setdefault(key, []).append(int(number))
+    code.lds = sum(metadata.get("group_segment_fixed_size", ()))
+    code.scratch = sum(metadata.get("private_segment_fixed_size", ()))
+    code.wave = min(metadata.get("wavefront_size", ()), default=0)
     if code.lds or code.scratch:
         code.wrong.append(f"{code.lds} B of LDS and {code.scratch} B of scratch are used, not none")
     if code.wave != 64:
@@ -138,7 +138,7 @@ def _judge(name: str, counts: dict[str, int], vector: int, each: int) -> Iterato
 
 def _build(tools: Sequence[str], folder: Path, targets: Sequence[str]) -> list[Code]:
     (hipcc, objdump, readelf) = tools
-    result = []
+    codes = []
     for number, (name, kernel) in enumerate(kernels()):
         text = folder / f"kernel{number}.hip"
         text.write_text(f"#include <hip/hip_runtime.h>\n{kernel.source}")
@@ -152,8 +152,8 @@ def _build(tools: Sequence[str], folder: Path, targets: Sequence[str]) -> list[C
             else:
                 disassembly = _run([objdump, "-d", f"--mcpu={target}", str(built)]).stdout
                 read_code(code, disassembly, _run([readelf, "--notes", str(built)]).stdout)
-            result.append(code)
-    return result
+            codes.append(code)
+    return codes
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -178,36 +178,36 @@ def _print(codes: list[Code], targets: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build, judge and print; return 1 if something is wrong, else 0."""
-    requested = argparse.ArgumentParser(prog="check_hip.sh", description=__doc__)
-    requested.add_argument("targets", nargs="*", default=list(TARGETS))
-    requested.add_argument("--report", type=Path, help="a JSON file for what was found")
-    requested.add_argument("--dtk", action="store_true", help="the tools are Hygon's own")
+    parser = argparse.ArgumentParser(prog="check_hip.sh", description=__doc__)
+    parser.add_argument("targets", nargs="*", default=list(TARGETS))
+    parser.add_argument("--report", type=Path, help="a JSON file for what was found")
+    parser.add_argument("--dtk", action="store_true", help="the tools are Hygon's own")
     for tool in ("hipcc", "llvm-objdump", "llvm-readelf"):
-        requested.add_argument(f"--{tool}", default=tool)
-    supplied = requested.parse_args(arguments)
-    tools = supplied.hipcc, supplied.llvm_objdump, supplied.llvm_readelf
+        parser.add_argument(f"--{tool}", default=tool)
+    args = parser.parse_args(arguments)
+    tools = args.hipcc, args.llvm_objdump, args.llvm_readelf
     with tempfile.TemporaryDirectory(prefix="portakv-hip-") as folder:
-        result = _build(tools, Path(folder), supplied.targets)
-    _print(result, supplied.targets)
-    wrong = sum(bool(code.wrong) for code in result)
-    compiler = (_run([supplied.hipcc, "--version"]).stdout.splitlines() or ["unknown"])[0]
-    if supplied.report:  # a record of a job, as `portakv_conformance.evidence.evidence` reads it
-        what, who, script = _DTK if supplied.dtk else _HIPCC
+        codes = _build(tools, Path(folder), args.targets)
+    _print(codes, args.targets)
+    wrong = sum(bool(code.wrong) for code in codes)
+    compiler = (_run([args.hipcc, "--version"]).stdout.splitlines() or ["unknown"])[0]
+    if args.report:  # a record of a job, as `portakv_conformance.evidence.evidence` reads it
+        what, who, script = _DTK if args.dtk else _HIPCC
         report = {
             "what": what,
             "backend": "portakv.backends.hip:Hip",
             "name": Hip.name,
             "source_sha256": source_sha256("portakv.backends.hip:Hip"),
-            "device": f"{who} {', '.join(supplied.targets)}",
-            "command": " ".join([f"bash native/cuda/{script}", *supplied.targets]),
+            "device": f"{who} {', '.join(args.targets)}",
+            "command": " ".join([f"bash native/cuda/{script}", *args.targets]),
             "compiler": compiler,
             "date": datetime.now(timezone.utc).date().isoformat(),
-            "targets": list(supplied.targets),
+            "targets": list(args.targets),
             "right": not wrong,
-            "kernels": [asdict(code) for code in result],
+            "kernels": [asdict(code) for code in codes],
         }
-        supplied.report.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{len(result)} kernels built by hipcc ({compiler}), {wrong} wrong; compiled, not run")
+        args.report.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{len(codes)} kernels built by hipcc ({compiler}), {wrong} wrong; compiled, not run")
     return int(wrong > 0)
 
 

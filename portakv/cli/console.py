@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal, TypeAlias
 
+from portakv.extras import installing as installing
+
 #: Characters of a line without a terminal and without ``COLUMNS``.
 PIPED_WIDTH = 160
 
@@ -39,11 +41,6 @@ class Column:
 def output_width() -> int:
     """Return the characters of a line: ``COLUMNS``, else the terminal's, else `PIPED_WIDTH`."""
     return shutil.get_terminal_size(fallback=(PIPED_WIDTH, 24)).columns
-
-
-def installing(extra: str) -> str:
-    """Return the commands that install an extra, in a clone and from a release."""
-    return f"`pip install '.[{extra}]'` in a clone of PortaKV ('portakv[{extra}]' once released)"
 
 
 def print_table(columns: Sequence[Column], rows: Rows, title: str = "") -> None:

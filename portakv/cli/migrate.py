@@ -15,7 +15,7 @@ import torch
 
 from portakv.backends.base import Decision
 from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
-from portakv.errors import PortaKVError, Unsupported
+from portakv.errors import BackendUnavailable, PortaKVError, Unsupported
 from portakv.runtime.devices import (
     device_name,
     devices_present,
@@ -70,9 +70,9 @@ def explain_peer(device: str | None, as_json: bool) -> int:
         "mapped": [asdict(one) for one in _mapped(where)],
         "links": [asdict(one) for one in _links(where)],
         "movers": [
-            asdict(one) | {"slots": str(slots)}
-            for slots in dict.fromkeys((where, torch.device("cpu")))
-            for one in _transports(slots)
+            asdict(one) | {"slots": str(buffers_on)}
+            for buffers_on in dict.fromkeys((where, torch.device("cpu")))
+            for one in _transports(buffers_on)
         ],
         "forced": forced(),
         "channel": {"host": host_id(), "curve": bool(zmq.has("curve")), "versions": versions},
@@ -137,10 +137,13 @@ def _links(device: torch.device) -> Iterator[Decision]:
 
 def _transports(device: torch.device) -> Iterator[Decision]:
     """Yield the answer of each transport for staging buffers on the device."""
-    from portakv.migrate.transports import ONLY_BY_NAME, TRANSPORTS
+    from portakv.migrate.transports import ONLY_BY_NAME, TRANSPORTS, load
 
     for name in TRANSPORTS.names():
-        decision = TRANSPORTS.load(name).probe(device)
+        try:
+            decision = load(name).probe(device)
+        except BackendUnavailable as error:  # of another package: not a transport, or misnamed
+            decision = Decision(name, False, str(error))
         if decision.accepted and name in ONLY_BY_NAME:
             decision = Decision(name, True, f"{decision.reason}; only if it is requested by name")
         yield decision

@@ -258,7 +258,7 @@ def read_bytes(text: str) -> int:
 
 def read_above_zero(text: str, what: str = "seconds above 0") -> float:
     """Return a number above 0, or raise argparse's error, which names ``what`` was expected."""
-    with suppress(ValueError):
+    with suppress(ValueError):  # the text is not a number
         if 0 < float(text) < inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")

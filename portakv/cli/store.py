@@ -292,7 +292,7 @@ def with_bar(items: Sequence[Item], what: str) -> Iterator[Item]:
     for done, item in enumerate(items, 1):
         yield item
         if time.monotonic() - began > LATE and sys.stderr.isatty():
-            with suppress(ImportError):
+            with suppress(ImportError):  # without rich there is no bar
                 from rich.console import Console
                 from rich.progress import track
 

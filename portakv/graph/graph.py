@@ -179,7 +179,9 @@ class Graph:
     """Queues and tasks under one ``lock``, which a caller may hold for a moment.
 
     ``clock`` never goes back. After an interrupt of a caller, tasks and leases are as before the
-    call or as after the whole call: the main thread changes them in a helper (`run`).
+    call or as after the whole call: the main thread changes them in a helper (`run`). So methods
+    that change them come in pairs, such as `cancel` and `_cancel`: the public half checks its
+    arguments, and the private half does the work under the lock.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
@@ -320,7 +322,7 @@ class Graph:
             self.todo += ready[::-1]  # the first task is settled first
             self.settle()
             self.sweep()
-        except BaseException as error:  # of a pool
+        except BaseException as error:  # raised by a pool, or an interrupt
             for task in tasks:
                 if task in self.live and task.state != "running":
                     self.end(task, None, "failed", error)
@@ -366,7 +368,7 @@ class Graph:
         return self.run(partial(self._cancel, task, state, error))
 
     def _cancel(self, task: Task, state: str, error: TransferError) -> bool:
-        """Do what `cancel` promises, under the lock."""
+        """Cancel a task and the tasks that only it follows on, under the lock."""
         tasks = [task]
         cancelled = False
         while tasks:
@@ -502,7 +504,7 @@ class Graph:
         self.run(partial(self._grant, pool))
 
     def _grant(self, pool: Pool) -> None:
-        """Do what `grant` promises, under the lock."""
+        """Give the items of a pool to the leases that wait for them, under the lock."""
         waiting = self.waiting.get(pool)
         if waiting is None:
             return
@@ -607,9 +609,11 @@ class Graph:
             {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
         ]
         queues = [*self.queues.values()]
-        figures["link_queue_bytes"] = [{"link": x.name, "value": x.queued_bytes} for x in queues]
-        figures["link_oldest_seconds"] = [{"link": x.name, "value": x.oldest_wait} for x in queues]
-        figures["link_slow"] = [{"link": x.name, "value": x.slow} for x in queues]
+        figures["queue_bytes"] = [{"queue": x.name, "value": x.queued_bytes} for x in queues]
+        figures["queue_oldest_seconds"] = [
+            {"queue": x.name, "value": x.oldest_wait} for x in queues
+        ]
+        figures["queue_slow"] = [{"queue": x.name, "value": x.slow} for x in queues]
         return figures
 
     def close(self, timeout: float = EXIT_SECONDS) -> bool:

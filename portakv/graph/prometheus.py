@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from portakv.arguments import invalid
 from portakv.errors import Unsupported
+from portakv.extras import installing
 from portakv.graph.trace import Figures
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class Collector:
         try:
             from prometheus_client.core import Metric
         except ImportError as error:
-            raise Unsupported("Figures for Prometheus", "install portakv[metrics]") from error
+            why = f"they need prometheus_client; {installing('metrics')} brings it"
+            raise Unsupported("Figures for Prometheus", why) from error
         self.metric = Metric
         self.sources: list[tuple[dict[str, str], Source]] = [
             ({"store": name}, store) for name, store in stores.items()

@@ -48,7 +48,7 @@ def bytes_at(address: int, nbytes: int) -> Any:
 def whole(name: str, number: Any, least: int = 0, do: str = "pass one") -> int:
     """Return a whole number of at least ``least``; raise `HostMemoryError`, which ends with what to
     do."""
-    with suppress(TypeError):
+    with suppress(TypeError):  # of a value that is not a whole number
         if not isinstance(number, bool) and operator.index(number) >= least:
             return operator.index(number)
     raise HostMemoryError(
@@ -77,7 +77,7 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if huge_pages == "reserved":
         length = to_pages(nbytes, _HUGE)
-        with suppress(OSError):
+        with suppress(OSError):  # no reserved pages are free, or the kernel has none
             mapping = mmap.mmap(-1, length, flags=flags | MAP_HUGETLB)
             return mapping, [f"it lies in reserved huge pages, {length} bytes"]
         notes.append(
@@ -96,8 +96,8 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
     if huge_pages != "never":
         code = libc("madvise", address_of(mapping), nbytes, _MADV_HUGEPAGE)
         if huge_pages != "auto":
-            result = f"refused ({os.strerror(code)})" if code else "advised"
-            notes.append(f"transparent huge pages were {result}")
+            answer = f"refused ({os.strerror(code)})" if code else "advised"
+            notes.append(f"transparent huge pages were {answer}")
     return mapping, notes
 
 
@@ -147,7 +147,7 @@ def available() -> int:
     second = "memory.max", "memory.current", "memory.stat"
     first = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")
     for names in (second, first):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):  # no such cgroup, or its limit is "max"
             limit, used, stat = ((root / name).read_text() for name in names)
             counts = dict(re.findall(r"(?m)^(file|cache|shmem) (\d+)$", stat))
             # The kernel drops the page cache first, but not shared memory.
@@ -180,6 +180,7 @@ def bind(address: int, nbytes: int, wanted: Any) -> None:
     """
     requested: list[int] = []
     for listed in ([wanted], wanted):
+        # It is not a list, or its elements are not whole numbers; tensors raise either class.
         with suppress(TypeError, NotImplementedError):
             requested = requested or [operator.index(node) for node in listed]
     number = _MBIND.get(platform.machine())

@@ -140,7 +140,7 @@ def quiesce() -> None:
     module: Any = torch.accelerator if others else torch.cuda
     for index in range(module.device_count()):
         if others or inside._cuda_hasPrimaryContext(index):  # waiting must not create a context
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # of a device that failed before
                 module.synchronize(index)
 
 
@@ -282,7 +282,7 @@ class Registration:
             _postponed.append((self, owner))
             return
         self._unregister()
-        with suppress(ValueError):
+        with suppress(ValueError):  # another call has removed it
             live.remove(self)
             between = [at for at, _ in self.pieces[1:]]
             if between:

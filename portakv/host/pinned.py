@@ -264,9 +264,9 @@ def register(memory: Any, *, read_only: bool = False, **options: Any) -> PinnedM
     address, nbytes, fixed, owner = _registration.buffer_of(memory)
     why = ""
     if isinstance(memory, torch.Tensor) and memory.is_pinned():
-        why = "are pinned already, here or by torch; use them as they are"
+        why = "are pinned already, here or by torch. Use them as they are"
     elif fixed and not read_only:
-        why = "can only be read; pass read_only=True to copy from them alone"
+        why = "can only be read. Pass read_only=True to copy from them alone"
     if why:
         raise HostMemoryError(
             f"Expected memory to register, got {nbytes} bytes at {address:#x} that {why}."
@@ -403,6 +403,7 @@ def _from_torch(nbytes: int, huge_pages: HugePages, numa: object) -> PinnedMemor
     notes = ["it comes from torch's allocator, which may take more than was requested"]
     if huge_pages in ("transparent", "reserved"):
         notes.append("torch's allocator takes no request for huge pages")
+    # RuntimeError: torch cannot pin so many bytes.
     with suppress(RuntimeError), torch.inference_mode(False):
         base = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         return PinnedMemory(base, None, notes)

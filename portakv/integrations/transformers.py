@@ -318,7 +318,7 @@ def _layers(cache: DynamicCache) -> list[DynamicLayer]:
 
 def _whole(tokens: SupportsIndex) -> int:
     """Return a positive number of tokens, or raise `SlotError` for any other value."""
-    with suppress(TypeError):
+    with suppress(TypeError):  # of a value that is not a whole number
         if (number := whole_number(tokens)) > 0:
             return number
     raise SlotError(

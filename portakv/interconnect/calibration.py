@@ -4,7 +4,7 @@
 Each point copies a number of runs of one size between blocks in random order, on the device and on
 the host. Gaps lie between the blocks, so that no two runs are neighbours and none fold. Every
 strategy copies the same blocks, and a strategy with wrong bytes is left out. The time that a call
-occupies the host is measured separately. It is no part of the device's time if it can be hidden.
+occupies the host is measured separately. It is not part of the device's time if it can be hidden.
 """
 
 from __future__ import annotations

@@ -287,7 +287,7 @@ class HostLaunch(StrategyLaunch):
             bring((move.src_index, move.dst_index), ids_device, dtypes)
             src_index, dst_index = (
                 index if index.ids is None else index.placed(ids_device, dtypes)
-                for index in move[2:4]
+                for index in (move.src_index, move.dst_index)
             )
         if stream is not None and separate:
             stream.wait_stream(torch.accelerator.current_stream(self.device.index))

@@ -169,11 +169,11 @@ def installed_driver() -> str:
     """Return the kernel module's version, else the CUDA version that the driver supports, else
     nothing."""
     module = DRIVER_FILES[torch.version.hip is not None]
-    with suppress(OSError, UnicodeDecodeError):
+    with suppress(OSError, UnicodeDecodeError):  # this system has no such file, or another text
         version = re.search(r"(?:^|\s)(\d+\.\d[\d.]*)", module.read_text())
         if version:
             return version[1]
-    with suppress(ImportError):
+    with suppress(ImportError):  # no bindings of the driver
         return str(_cuda_driver.driver_version())
     return ""
 

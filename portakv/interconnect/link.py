@@ -292,12 +292,12 @@ class CudaLink:
         rejects batches.
         """
         other = self._others.get_or_make(handle, lambda: own_stream(self.device))
-        requested = stream or torch.cuda.current_stream(self.device)
-        other.wait_stream(requested)
+        stream = stream or torch.cuda.current_stream(self.device)
+        other.wait_stream(stream)
         try:
             self._copies.copy(pieces, to_device, _cuda_driver.raw(other, self.device.index), begun)
         finally:
-            requested.wait_stream(other)
+            stream.wait_stream(other)
 
 
 @cache

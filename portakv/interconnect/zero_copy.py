@@ -230,7 +230,7 @@ class _ZeroCopyLaunch(StrategyLaunch):
         host = move.dst if self.downward else move.src
         if self._pinned:
             check_reach(host, self.device)
-        for view, read in zip(move[:2], self._rows.tables, strict=True):
+        for view, read in zip((move.src, move.dst), self._rows.tables, strict=True):
             if read:  # each thread would read a table in host memory over the link
                 bring_table(view, self.device, stream)
         try:

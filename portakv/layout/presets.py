@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from portakv.arguments import shown
 from portakv.errors import LayoutError
 from portakv.layout.language import AXES
 
@@ -70,7 +71,8 @@ def resolve(text: str) -> tuple[str, dict[str, Extent]]:
     """
     if not isinstance(text, str):
         raise LayoutError(
-            f"Expected a layout string or the name of a preset, got {text!r}. Pass a string."
+            f"Expected a layout string or the name of a preset, got {shown(text)}. Pass a "
+            f"string. Pass the tensors first, then the layout."
         )
     preset = _named(text)
     word = text.strip()

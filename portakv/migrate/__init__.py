@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows, blocks and weights of other processes, devices and machines: readers pull what owners
-offer, in whatever layout and sharding either side has, and publish only what still held."""
+offer, in whatever layout and sharding either side has, and commit only rows whose offer is still
+valid."""
+
+from portakv.extras import installing
 
 try:
     import msgspec as msgspec
     import zmq as zmq
 except ImportError as error:
     raise ImportError(
-        f"Migration needs msgspec and pyzmq, `pip install portakv[migrate]`: {error}."
+        f"Expected msgspec and pyzmq for migration, got: {error}. {installing('migrate')} brings "
+        f"them."
     ) from error
 
 from portakv.errors import (

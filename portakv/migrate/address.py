@@ -21,7 +21,7 @@ def too_short(secret: object) -> str:
     """Return the error text for a secret that is too short; empty if it serves."""
     got = f"a secret of {len(secret)}" if isinstance(secret, bytes | str) else type(secret).__name__
     if isinstance(secret, str) and not secret.isascii():
-        with suppress(UnicodeEncodeError):
+        with suppress(UnicodeEncodeError):  # a lone surrogate has no UTF-8
             secret = secret.encode()
         if isinstance(secret, str):  # the codec's error contains the text
             return "Expected a secret that UTF-8 can hold, got a text that it cannot. Pass bytes."
@@ -35,7 +35,7 @@ def check_address(address: str | None, secret: bool) -> None:
     if address is None:
         return
     example = "Pass None, or one such as 'tcp://10.0.0.1:0'."
-    expected = "None, or a tcp:// address of numbers with a port of 0 to 65535"
+    expected = "None, or tcp:// with a numeric address or an interface and a port of 0 to 65535"
     if not isinstance(address, str) or not address.startswith("tcp://"):
         raise invalid("address", expected, address, example)
     numeric = NUMERIC.fullmatch(address)

@@ -151,13 +151,16 @@ class _Link:
 class Channel:
     """A channel listens for requests and sends requests to other channels. Any thread may call it.
 
-    `close` ends it, or the end of the interpreter.
+    `close` ends it, or the end of the interpreter. Methods come in pairs, such as `serve` and
+    `_serve`: no interrupt may cut the private half in two, so a helper thread runs it for the main
+    thread.
 
     Args:
         address: ``tcp://10.0.0.1:0`` listens there, at a free port; None: at a Unix socket that
             only this user of this host reaches. Tickets carry the attribute of this name: set it
             if other hosts reach the channel by another address (NAT, containers).
-        secret: 16 bytes or more, the same for all channels that communicate; TCP needs a secret.
+        secret: 16 bytes or more, or a str of as many; the same for all channels that communicate.
+            TCP needs a secret.
         timeout: seconds for a request and its answer.
     """
 
@@ -246,7 +249,7 @@ class Channel:
         uninterrupted(partial(self._serve, kind, answer))
 
     def _serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
-        """Do what `serve` promises."""
+        """Register the function, and make a decoder that knows the new kind of message."""
         with self._lock:
             self._answers[kind] = answer
             self._decoder = Decoder(Union[tuple(self._answers)])  # noqa: UP007
@@ -259,7 +262,7 @@ class Channel:
         uninterrupted(partial(self._claim, kind, user), undo=lambda _: self.free(kind, user))
 
     def _claim(self, kind: str, user: object) -> None:
-        """Do what `claim` promises."""
+        """Check that the channel is open and free of the kind, and register the user."""
         self.check_open()
         if self._users.setdefault(kind, user) is not user:
             raise InvalidTerms(
@@ -320,7 +323,7 @@ class Channel:
     def _ask_all(
         self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None
     ) -> list[T | PortaKVError]:
-        """Do what `ask_all` promises."""
+        """Send the first request to each address, then read the answers and send the others."""
         results = dict[int, Any]()
         until = self._until(timeout)
         sending = [self._sending(*x, until, True) for x in requests]
@@ -384,7 +387,7 @@ class Channel:
             uninterrupted(self._close)
 
     def _close(self) -> None:
-        """Do what `close` promises."""
+        """Stop the channel's thread, drop all connections, and close the sockets."""
         atexit.unregister(self.close)
         with self._lock:
             if self._closed:
@@ -439,7 +442,7 @@ class Channel:
             data = HEAD.pack(VERSION, self.id, link.number, number := link.requests * answer) + body
             while True:
                 self._look(link, until, what, stop)
-                with suppress(zmq.Again):
+                with suppress(zmq.Again):  # nothing came or went within `LOOK` seconds
                     # Repeat after the next connection stands: before, the old one may take the
                     # message.
                     if by is not (life := link.life) and (link.up or by is None):
@@ -647,6 +650,7 @@ class Channel:
         self._see()
         if fd not in self._fds:
             return
+        # OSError: the connection has ended already.
         with suppress(OSError), socket(fileno=os.dup(fd)) as connection:
             connection.shutdown(SHUT_RDWR)
 

@@ -183,15 +183,15 @@ class Later(Generic[A]):
 
         Raises the error of ``make``.
         """
-        task, result = self._results.get(question, (None, list[A]()))
+        task, answers = self._results.get(question, (None, list[A]()))
         if task is not None and task.done():
             del self._results[question]
             if task.error:
                 raise task.error
-            return result[0]
+            return answers[0]
 
         if task is None and len(self._queue.graph.live) < _MAX_REQUESTS:
-            task = Task(lambda *_: result.append(make()), 1, queue=self._queue, name="answer")
-            self._results[question] = task, result
+            task = Task(lambda *_: answers.append(make()), 1, queue=self._queue, name="answer")
+            self._results[question] = task, answers
             self._queue.graph.submit([task], priority="urgent")
         return None

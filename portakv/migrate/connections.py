@@ -42,21 +42,21 @@ from portakv.runtime.interrupts import uninterrupted
 
 _HOST = torch.device("cpu")
 FAREWELL = 0.5  # seconds for the last message to all owners
-MOST_SLOTS = 64  # staging buffers of an owner; each has a worker here
+MOST_BUFFERS = 64  # staging buffers of an owner; each has a worker here
 
 
 class Staging:
     """The transport and the staging buffers for an owner whose memory is not mapped."""
 
-    def __init__(self, transport: Transport, device: torch.device, slots: int) -> None:
+    def __init__(self, transport: Transport, device: torch.device, count: int) -> None:
         self.transport = transport
         # Buffers are filled in the order of the requests for them.
         self.turn = threading.Lock()
         self.tag = 0
         #: Free buffers with their numbers, and the last transfer into each.
-        self.slots: LifoQueue[tuple[int, torch.Tensor, Moving | None]] = LifoQueue()
-        for number in range(slots):
-            self.slots.put((number, staging(0, device), None))
+        self.buffers: LifoQueue[tuple[int, torch.Tensor, Moving | None]] = LifoQueue()
+        for number in range(count):
+            self.buffers.put((number, staging(0, device), None))
 
 
 class Connection:
@@ -99,7 +99,11 @@ Sources = Sequence[Source]
 
 
 class Connections:
-    """The owners of one reader; see `Reader` for the arguments."""
+    """The owners of one reader; see `Reader` for the arguments.
+
+    `of` and `close` have private halves, `_connect` and `_close`: no interrupt may cut these in
+    two, so a helper thread runs them for the main thread.
+    """
 
     def __init__(
         self, channel: Channel, shards: Sequence[Shard], model: str, transport: str | None
@@ -195,7 +199,7 @@ class Connections:
         uninterrupted(self._close)
 
     def _close(self) -> None:
-        """Do what `close` promises."""
+        """Say goodbye to each owner, forget it, and close the transports."""
         until = monotonic() + min(FAREWELL, self.channel.timeout)
         for owner in [*self._owners.values()]:
             with suppress(PortaKVError):  # the peer may be gone
@@ -206,9 +210,9 @@ class Connections:
             transport.close()
 
     def _shake_hands(
-        self, ticket: Ticket, until: float, transport: str = "", slots: torch.device = _HOST
+        self, ticket: Ticket, until: float, transport: str = "", device: torch.device = _HOST
     ) -> Handshake:
-        hello = Hello(self._model, ipc.where(slots), transport)
+        hello = Hello(self._model, ipc.where(device), transport)
         seconds = min(self.channel.timeout, max(0.0, until - monotonic()))
         kind: Any = Handshake | Answer
         answer: Handshake | Answer = self.channel.ask(ticket.address, hello, kind, seconds)
@@ -276,10 +280,11 @@ class Connections:
             transport.close()
         agreed = self._shake_hands(ticket, until, transport.name, device)
         same_rows = agreed.described == owner.handshake.described
-        if not (same_rows and 1 <= agreed.slots <= MOST_SLOTS):
+        if not (same_rows and 1 <= agreed.slots <= MOST_BUFFERS):
             raise PeerError(
-                f"Expected 1 to {MOST_SLOTS} staging buffers and the rows that it described before "
-                f"from {owner.address}, got {agreed.slots} or others. Pull from another owner."
+                f"Expected 1 to {MOST_BUFFERS} staging buffers and the rows that it described "
+                f"before from {owner.address}, got {agreed.slots} or others. Pull from another "
+                f"owner."
             )
         owner.handshake = agreed
         owner.staged = Staging(shared, device, agreed.slots)

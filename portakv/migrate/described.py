@@ -132,7 +132,7 @@ def rebuild(described: Described, regions: Sequence[torch.Tensor]) -> Shard:
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise LayoutError(f"{name} is no dtype of torch {torch.__version__}")
+        raise LayoutError(f"expected a dtype of torch {torch.__version__}, got {name}")
     return dtype
 
 

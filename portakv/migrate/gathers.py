@@ -29,7 +29,7 @@ from portakv.runtime.streams import StreamFence
 from portakv.view import Index, KVView
 
 _log = logging.getLogger(__name__)
-SLOTS = 4  # for each reader: one is filled, two are on the wire, one is emptied
+BUFFERS = 4  # for each reader: one is filled, two are on the wire, one is emptied
 
 
 class Rows(NamedTuple):
@@ -42,12 +42,12 @@ class Rows(NamedTuple):
     spoilt: set[bytes]
 
 
-class Slot:
-    """The staging buffer of one reader, and the gather that fills it."""
+class StagingBuffer:
+    """A staging buffer of one reader, and the gather that fills it."""
 
-    def __init__(self, buffer: torch.Tensor, dirty: list[torch.Tensor]) -> None:
-        self.buffer = buffer
-        # Memory that still contains bytes of earlier users; slots of one allocation share the list.
+    def __init__(self, memory: torch.Tensor, dirty: list[torch.Tensor]) -> None:
+        self.memory = memory
+        # Memory that contains bytes of earlier users; buffers of one allocation share the list.
         self.dirty = dirty
         self.filling = False  # a gather was accepted, and no byte is sent yet
         self.sent: Moving | None = None
@@ -67,7 +67,7 @@ class Slot:
 
 
 def zero(memory: torch.Tensor) -> None:
-    """Zero memory of a slot, ordered after the current stream's work."""
+    """Zero memory of a buffer, ordered after the current stream's work."""
     memory.zero_()
 
 
@@ -75,37 +75,38 @@ class Gathers:
     """The staging buffers and transports of an owner, for all of its readers. No call blocks."""
 
     def __init__(
-        self, channel: Channel, slot_bytes: int, transport: str | None, device: torch.device
+        self, channel: Channel, buffer_bytes: int, transport: str | None, device: torch.device
     ) -> None:
         check_transport(transport, device)
         self._channel = channel
-        self._slot_bytes = slot_bytes
+        self._buffer_bytes = buffer_bytes
         self.transport = forced(transport)
         self._transports = dict[str, Transport]()  # by name
         self._by = dict[Peer, list[Transport]]()  # of readers; each agreement is a separate list
-        self._slots = dict[tuple[Peer, int], Slot]()
-        self._lock = threading.Lock()  # a reader that is gone gets no slot
+        self._buffers = dict[tuple[Peer, int], StagingBuffer]()
+        self._lock = threading.Lock()  # a reader that is gone gets no buffer
         self._graph = Graph()
         # One worker: readers take in the order of gathers.
         self._queue = self._graph.queue("gather")
         self._sums = Later[int]("checksums of rows", self._queue)
 
     @property
-    def slots(self) -> int:
-        """Return the number of slots in use."""
-        return len(self._slots)
+    def buffers(self) -> int:
+        """Return the number of buffers in use."""
+        return len(self._buffers)
 
     def agree(self, peer: Peer, hello: Hello, device: torch.device) -> str:
         """Choose the transport for a reader, and return its name.
 
-        Its slots are on the device of both sides' rows, or on the host. Raises `Unsupported` or
+        Its buffers are on the device of both sides' rows, or on the host. Raises `Unsupported` or
         `BackendUnavailable` if there is no such transport.
         """
         if hello.device.partition(" ")[0] != device.type:
             device = torch.device("cpu")
         name = self.transport or hello.transport
         if name != hello.transport:
-            raise Unsupported(f"The transport {name}", f"its reader has {hello.transport}")
+            why = f"the reader uses {hello.transport!r}; pass both the same transport="
+            raise Unsupported(f"The owner's transport {name!r}", why)
         self.forget(peer)  # the reader takes no more of the rows that were sent to it before
         transport = self._transports.get(f"{name} {device}") or choose(device, name)
         self._transports[f"{name} {device}"] = transport
@@ -123,15 +124,15 @@ class Gathers:
         return transport.answer(peer, self._channel, request)
 
     def forget(self, peer: Peer) -> None:
-        """Release the slots of a reader that is gone or needs them no more."""
+        """Release the buffers of a reader that is gone or needs them no more."""
         with self._lock:
             agreed = self._by.pop(peer, [])
-            self._slots = {key: one for key, one in self._slots.items() if key[0] is not peer}
+            self._buffers = {key: one for key, one in self._buffers.items() if key[0] is not peer}
         for transport in agreed:
             transport.forget(peer)
 
     def begin(self, peer: Peer, gather: Gather, rows: Rows) -> Answer:
-        """Have the worker gather rows into a slot and send it, or compute their checksum.
+        """Have the worker gather rows into a buffer and send it, or compute their checksum.
 
         A reader repeats its request for a checksum until the checksum exists. Only one thread calls
         this method.
@@ -140,43 +141,44 @@ class Gathers:
             agreed = self._by.get(peer)
             if agreed is None or agreed[0].name != gather.transport:
                 return Answer("refused", f"{gather.transport} was not agreed on; connect again.")
-            number = gather.slot % SLOTS
-            slot = self._slots.get((peer, number))
-            if slot is not None and slot.busy:
+            number = gather.slot % BUFFERS
+            buffer = self._buffers.get((peer, number))
+            if buffer is not None and buffer.busy:
                 return Answer("busy", seconds=2e-4)
 
             needs = chunk_bytes(rows.view, gather.count)
-            if slot is None or slot.buffer.nbytes < min(needs, self._slot_bytes):
+            if buffer is None or buffer.memory.nbytes < min(needs, self._buffer_bytes):
                 # Allocate in this thread, so that the reader gets the error if there is no memory.
                 # Use a private stream: work may still use memory that was freed on a caller's
-                # stream. on a caller's stream, where work may still use it.
+                # stream.
                 with StreamFence(agreed[0].device).inside():
-                    slot = self._new_slot(peer, number, needs, agreed[0])
+                    buffer = self._new_buffer(peer, number, needs, agreed[0])
 
-            slot.filling = True
-            bring = partial(self._bring, peer, gather, rows, agreed, slot)
+            buffer.filling = True
+            bring = partial(self._bring, peer, gather, rows, agreed, buffer)
             task = Task(lambda *_: bring(), 1, queue=self._queue, name="gather")
             self._graph.submit([task], priority="urgent")
             return Answer("done")
         total = self._sums.answer(gather, partial(self._sum, gather, rows))
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
 
-    def _new_slot(self, peer: Peer, number: int, needs: int, transport: Transport) -> Slot:
-        """Allocate a slot; allocate all slots of a reader if the transport learns them only
-        once."""
+    def _new_buffer(
+        self, peer: Peer, number: int, needs: int, transport: Transport
+    ) -> StagingBuffer:
+        """Allocate a buffer, or all buffers of a reader if the transport learns them only once."""
         if transport.knows_once:
-            whole = staging(SLOTS * self._slot_bytes, transport.device)
-            dirty = [whole]  # the library can reach all of it after the first slot
-            buffers = dict(enumerate(whole.view(SLOTS, -1)))
+            whole = staging(BUFFERS * self._buffer_bytes, transport.device)
+            dirty = [whole]  # the library can reach all of it after the first buffer
+            parts = dict(enumerate(whole.view(BUFFERS, -1)))
         else:
-            buffer = staging(needs, transport.device, self._slot_bytes)
-            dirty = [buffer]
-            buffers = {number: buffer}
+            memory = staging(needs, transport.device, self._buffer_bytes)
+            dirty = [memory]
+            parts = {number: memory}
 
         with self._lock:
-            for each, buffer in buffers.items():
-                self._slots[peer, each] = Slot(buffer, dirty)
-            return self._slots[peer, number]
+            for each, part in parts.items():
+                self._buffers[peer, each] = StagingBuffer(part, dirty)
+            return self._buffers[peer, number]
 
     def close(self) -> None:
         """Cancel the gathers in flight and close the transports."""
@@ -193,36 +195,37 @@ class Gathers:
             return checksum(rows.view, rows.ids, gather.count, box, gather.first)
 
     def _bring(
-        self, peer: Peer, gather: Gather, rows: Rows, agreed: list[Transport], slot: Slot
+        self, peer: Peer, gather: Gather, rows: Rows, agreed: list[Transport], buffer: StagingBuffer
     ) -> None:
-        """Fill a slot and send it; after an error send zeros, and mark the offer for the reader."""
+        """Fill a buffer and send it; after an error, send zeros and note the reader."""
         nbytes = chunk_bytes(rows.view, gather.count)
-        full = slot.buffer[:nbytes]
+        full = buffer.memory[:nbytes]
         try:
             with torch.inference_mode(False), rows.after.inside():
-                self._fill(slot, full, gather.count, rows)
-                self._send(peer, gather, agreed, slot, full)
+                self._fill(buffer, full, gather.count, rows)
+                self._send(peer, gather, agreed, buffer, full)
         except Exception:  # whatever failed, the reader must not wait for its bytes
             _log.exception(
                 "Rows could not be gathered into a staging buffer; the reader gets an error."
             )
             rows.spoilt.add(peer.id)
             # Use the stream of the failed gather, whose copies may still run.
-            with torch.inference_mode(False), StreamFence(slot.buffer.device).inside():
-                slot.clean()
+            with torch.inference_mode(False), StreamFence(buffer.memory.device).inside():
+                buffer.clean()
                 full.zero_()  # as many bytes as the reader waits for
-                self._send(peer, gather, agreed, slot, full)
+                self._send(peer, gather, agreed, buffer, full)
         finally:
-            slot.filling = False
+            buffer.filling = False
 
-    def _fill(self, slot: Slot, full: torch.Tensor, count: int, rows: Rows) -> None:
-        """Gather rows into a slot; positions without rows, and padding, become zeros."""
-        on_host = slot.buffer.device.type == "cpu"
+    def _fill(self, buffer: StagingBuffer, full: torch.Tensor, count: int, rows: Rows) -> None:
+        """Gather rows into a buffer; positions without rows, and padding, become zeros."""
+        on_host = buffer.memory.device.type == "cpu"
         if not on_host:
-            slot.buffer.record_stream(torch.accelerator.current_stream(slot.buffer.device.index))
+            device = buffer.memory.device
+            buffer.memory.record_stream(torch.accelerator.current_stream(device.index))
 
-        slot.clean()
-        planes, into = chunk(rows.view, count, slot.buffer)
+        buffer.clean()
+        planes, into = chunk(rows.view, count, buffer.memory)
         written = sum(plane.nbytes for plane in planes)
         skips = rows.ids.check(count, rows.view.slots, "offered")
         if skips or written < full.nbytes:
@@ -236,10 +239,15 @@ class Gathers:
             copy.wait()
 
     def _send(
-        self, peer: Peer, gather: Gather, agreed: list[Transport], slot: Slot, full: torch.Tensor
+        self,
+        peer: Peer,
+        gather: Gather,
+        agreed: list[Transport],
+        buffer: StagingBuffer,
+        full: torch.Tensor,
     ) -> None:
-        """Have the transport send a full slot, unless its reader is gone or connected again."""
+        """Have the transport send a full buffer, unless its reader is gone or connected again."""
         lane = agreed[0].lane(peer, self._channel)
         with self._lock:
             if self._by.get(peer) is agreed:
-                slot.sent = lane.move(full, gather.tag)
+                buffer.sent = lane.move(full, gather.tag)

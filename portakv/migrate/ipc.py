@@ -281,7 +281,7 @@ class SharedFiles:
         if self._descriptors is None:
             self._descriptors = {}
             for name in os.listdir("/proc/self/fd"):
-                with suppress(OSError):
+                with suppress(OSError):  # it was closed meanwhile
                     status = os.stat(int(name))
                     self._descriptors.setdefault((status.st_dev, status.st_ino), int(name))
         return self._descriptors

@@ -259,6 +259,6 @@ def sealed(message: Message) -> bytes:
 def unsealed(data: bytes, kind: type[Sent]) -> Sent | None:
     """Return the message of these bytes; None if `sealed` did not make them."""
     if isinstance(data, bytes) and blake2b(data[16:], digest_size=16).digest() == data[:16]:
-        with suppress(*UNDECODABLE):
+        with suppress(*UNDECODABLE):  # another release made the bytes
             return msgspec.msgpack.decode(data[16:], type=kind)
     return None

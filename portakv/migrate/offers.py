@@ -27,7 +27,7 @@ from portakv.errors import LayoutError, PeerError, SlotError, Unsupported
 from portakv.migrate import ipc, messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
-from portakv.migrate.gathers import SLOTS, Gathers, Rows, renamed
+from portakv.migrate.gathers import BUFFERS, Gathers, Rows, renamed
 from portakv.migrate.shards import Shard, device_of, overlap, slices
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import abandoned, uninterrupted
@@ -64,6 +64,9 @@ class Offer:
 
     An offer ends when its readers have closed it, at its deadline, by `revoke`, or when readers
     that started to read it are gone.
+
+    Methods come in pairs, such as `end` and `_end`: no interrupt may cut the private half in two,
+    so a helper thread runs it for the main thread.
 
     Attributes:
         ticket: bytes for the reader, which travel with the request. Any process that has the
@@ -104,7 +107,7 @@ class Offer:
         uninterrupted(partial(self._end, state))
 
     def _end(self, state: str) -> None:
-        """Do what `end` promises."""
+        """Record the end, stop to watch the readers, and wake the threads that wait for the end."""
         owner = self._owner
         with owner.change:
             if self._state == "held":
@@ -136,7 +139,7 @@ class Offer:
         return uninterrupted(partial(self._wait, seconds))
 
     def _wait(self, seconds: float) -> bool:
-        """Do what `taken` promises."""
+        """Wait for the end; return early if the caller was interrupted."""
         owner = self._owner
         until = owner.now() + seconds
         with owner.change:
@@ -154,6 +157,9 @@ class Offer:
 
 class Owner:
     """A process that offers rows to readers.
+
+    Methods come in pairs, such as `close` and `_end`: no interrupt may cut the private half in two,
+    so a helper thread runs it for the main thread.
 
     Args:
         channel: the channel at which readers reach it; a channel has at most one owner.
@@ -185,7 +191,7 @@ class Owner:
         transport = renamed(transport, mover)
         device = device_of(shards)
         arguments.text("model", model)
-        staging = arguments.nbytes("staging", staging, SLOTS << 12)
+        staging = arguments.nbytes("staging", staging, BUFFERS << 12)
         arguments.one_of("expose", expose, get_args(Expose))
         self.channel = channel
         self.model = model
@@ -193,12 +199,12 @@ class Owner:
         self.change = threading.Condition(threading.RLock())
         self.counts = Counter[str]()
         self._expose = expose
-        self._slot_bytes = staging // SLOTS // 4096 * 4096
+        self._buffer_bytes = staging // BUFFERS // 4096 * 4096
         self.offers = dict[bytes, Offer]()
         self._exports = list[ipc.Held]()
         self.ended: Bounded[bytes, str] = Bounded("ended offers", _REMEMBERED)
         self._closed = False
-        self._gathers = Gathers(channel, self._slot_bytes, transport, device)
+        self._gathers = Gathers(channel, self._buffer_bytes, transport, device)
         uninterrupted(partial(self._start, shards), undo=lambda _: self.close())
 
     def _start(self, shards: Sequence[Shard]) -> None:
@@ -227,7 +233,7 @@ class Owner:
         uninterrupted(partial(self._reallocate, shards))
 
     def _reallocate(self, shards: Sequence[Shard]) -> None:
-        """Do what `reallocate` promises."""
+        """Describe the new views, end all offers, and begin a new epoch."""
         device = device_of(shards)
         regions = Regions()
         exported = list[messages.Region]()
@@ -272,8 +278,8 @@ class Owner:
                 epoch=self.epoch,
                 described=described,
                 regions=tuple(exported),
-                slots=SLOTS,
-                slot_bytes=self._slot_bytes,
+                slots=BUFFERS,
+                slot_bytes=self._buffer_bytes,
                 transport=self._gathers.transport or "",
                 events=tuple(ipc.export_event(x) for x in self._events),
                 key=self._key,
@@ -384,7 +390,7 @@ class Owner:
         uninterrupted(self._revoke_all)
 
     def _revoke_all(self) -> None:
-        """Do what `revoke_all` promises."""
+        """Revoke the offers one by one."""
         for offer in [*self.offers.values()]:
             offer.revoke()
 
@@ -394,17 +400,17 @@ class Owner:
         return uninterrupted(self._statistics)
 
     def _statistics(self) -> dict[str, int]:
-        """Do what `statistics` promises."""
+        """Count the offers and buffers, under the lock."""
         with self.change:
             exports = sum(offer.state == "held" for offer in [*self.offers.values()])
-            return {**self.counts, "held": exports, "slots": self._gathers.slots}
+            return {**self.counts, "held": exports, "slots": self._gathers.buffers}
 
     def close(self) -> None:
         """End every offer, and answer no further request."""
         uninterrupted(self._end)
 
     def _end(self) -> None:
-        """Do what `close` promises."""
+        """Free the channel, and release the offers, the exports and the staging buffers."""
         if not self.channel.free("an owner", self):
             return
         self._closed = True

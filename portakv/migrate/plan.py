@@ -69,17 +69,17 @@ class Step(NamedTuple):
         first: int,
         count: int,
         transport: str = "",
-        slot: int = 0,
+        buffer: int = 0,
         tag: int = 0,
     ) -> Gather:
         """Return the request for some layers and tokens, counted from the step's first ones.
 
-        ``transport``, ``slot``, ``tag``: how the owner sends the rows; none: only their checksum.
+        ``transport``, ``buffer``, ``tag``: how the owner sends the rows; none: only their checksum.
         """
         (start, _), heads = self.cut.piece.box
         box = start + layers.start, start + layers.stop
         about = self.ticket.epoch, self.ticket.offer, self.cut.group
-        return Gather(*about, box, heads, self.first + first, count, transport, slot, tag)
+        return Gather(*about, box, heads, self.first + first, count, transport, buffer, tag)
 
     def runs(self) -> list[tuple[int, int]]:
         """Return the runs ``(from, to)`` of positions for which the owner has all wanted rows."""

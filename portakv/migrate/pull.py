@@ -86,7 +86,9 @@ class Part(Transfer):
             if task.error:
                 raise TransferError(f"The pull failed: {task.error!r}.") from task.error
             if not task.landed.all():
-                raise TransferError("The pull ended before all of its rows arrived.")
+                raise TransferError(
+                    "Expected all rows of the pull to arrive, got an end before that. Pull again."
+                )
 
 
 class Pull(Part):
@@ -95,6 +97,8 @@ class Pull(Part):
     The rows are valid after `synchronize`, `wait` or `done` returned without an error: `OfferGone`
     if an offer did not hold, another `TransferError` if a peer or a copy failed,
     `TransferCancelled`. After an error the requested rows are undefined; no other row is modified.
+    No interrupt may cut `_cancel` in two, so a helper thread runs it for the main thread, which
+    calls `cancel`.
 
     Attributes:
         layers: with ``by_layer``, the end of each layer's bytes. A model may start on a layer
@@ -128,7 +132,7 @@ class Pull(Part):
         return uninterrupted(self._cancel)
 
     def _cancel(self) -> bool:
-        """Do what `cancel` promises."""
+        """Set the state of a cancelled pull, unless the pull has ended, and cancel its copies."""
         with self._deciding:
             if self._ended is not None:
                 return False
@@ -253,11 +257,11 @@ class Pull(Part):
 
         Waits until half a second after the pull's deadline.
         """
-        requested = [(owner.address, kind(one.epoch, one.offer, *terms)) for one, owner in sources]
+        requests = [(owner.address, kind(one.epoch, one.offer, *terms)) for one, owner in sources]
         channel = sources[0][1].channel
         left = self._until + LAST_QUESTION - monotonic()
         seconds = min(channel.timeout, max(0.0, left))
-        return channel.ask_all(requested, Answer, seconds)
+        return channel.ask_all(requests, Answer, seconds)
 
 
 def _over(one: Ending, seconds: float) -> bool:
@@ -266,7 +270,7 @@ def _over(one: Ending, seconds: float) -> bool:
         if (over := one.wait(seconds)) and one.error:
             raise one.error
         return over
-    with suppress(TransferTimeout):
+    with suppress(TransferTimeout):  # it has not ended yet
         one.synchronize(seconds)
         return True
     return False

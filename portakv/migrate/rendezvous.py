@@ -55,7 +55,8 @@ class ChannelStore(Store):
     """Keys and values of torch.distributed, stored here or by the channel at ``address``.
 
     Requests to that channel are messages of ``kind``. torch uses the store for as long as the group
-    exists: keep a reference, as `pair` does.
+    exists: keep a reference, as `pair` does. No interrupt may cut `_do` in two, so a helper thread
+    runs it for the main thread, which calls `do`.
 
     Attributes:
         over: set to True after the other side is gone; calls that wait for keys then end.
@@ -77,7 +78,7 @@ class ChannelStore(Store):
         return uninterrupted(partial(self._do, request))
 
     def _do(self, request: Keep) -> Kept:
-        """Do what `do` promises."""
+        """Read or change the stored keys, under the lock."""
         stored = self._values
         key = request.keys[0]
         with self._lock:

@@ -50,11 +50,17 @@ def _range(axis: str, requested: Range | None, view: KVView) -> Range:
         return 0, has, has
     valid = isinstance(requested, tuple | list) and [*map(type, requested)] == [int, int, int]
     first, past, of = requested if valid else (0, 0, 0)
-    if not 0 <= first < past <= of <= _MOST or past - first != has:
+    if not 0 <= first < past <= of <= _MOST:
         raise LayoutError(
             f"Expected {axis}= of a shard to be (from, to, of) with 0 <= from < to <= of <= "
             f"{_MOST}, got {axis}={arguments.shown(requested)}. The view has {has} {axis}; `of` "
             f"is the number in the whole model. Leave it out if the view has all {axis}."
+        )
+    if past - first != has:
+        raise LayoutError(
+            f"Expected {axis}= of a shard to name the {has} {axis} that its view has, got "
+            f"{axis}=({first}, {past}, {of}), which names {past - first}. Pass "
+            f"(from, from + {has}, {axis} of the whole model)."
         )
     return first, past, of
 

@@ -39,7 +39,7 @@ def _take(
     """Have an owner send a slice of a step, and scatter it from the staging buffer."""
     owner = step.owner
     stage = owner.staging
-    number, buffer, moving = _free_slot(step, pull)
+    number, buffer, moving = _free_buffer(step, pull)
     try:
         if moving is not None:  # the pull before was cancelled, and its bytes may still arrive
             _await(moving.free.wait, pull)
@@ -48,9 +48,9 @@ def _take(
             nbytes = chunk_bytes(dst, part.tokens)
             if nbytes > buffer.nbytes:
                 buffer = staging(nbytes, buffer.device, owner.handshake.slot_bytes)
-            slot = buffer[:nbytes]
+            into = buffer[:nbytes]
             with _turn(step, pull):
-                start = pace.start_of(slot.nbytes)
+                start = pace.start_of(nbytes)
                 left = pace.left(start)
                 while left and not pull.over:
                     sleep(min(left, 0.05))
@@ -58,21 +58,21 @@ def _take(
                 stage.tag += 1
                 request = step.gather(*part, stage.transport.name, number, stage.tag)
                 ask(step, request, pull)
-                moving = stage.transport.lane(owner.address, owner.channel).move(slot, stage.tag)
+                moving = stage.transport.lane(owner.address, owner.channel).move(into, stage.tag)
             src = chunk(dst, part.tokens, buffer)[1]
             dst_index = step.dst_index.shifted(part.first)
             _await(moving.wait, pull)
             copy_rows(src, dst, None, dst_index, count=part.tokens).synchronize()
     finally:
-        stage.slots.put((number, buffer, moving))
+        stage.buffers.put((number, buffer, moving))
 
 
-def _free_slot(step: Step, pull: Pull) -> tuple[int, torch.Tensor, Moving | None]:
+def _free_buffer(step: Step, pull: Pull) -> tuple[int, torch.Tensor, Moving | None]:
     """Return a free staging buffer of the owner; wait for it as long as the pull waits."""
     until = monotonic() + PATIENCE
     while True:
-        with suppress(Empty):
-            return step.owner.staging.slots.get(timeout=0.05)
+        with suppress(Empty):  # all buffers are in use
+            return step.owner.staging.buffers.get(timeout=0.05)
         _check(pull, until)
 
 

@@ -122,9 +122,8 @@ class Published:
         self._id = secrets.token_bytes(16)
         self.graph = Graph()
         self._changes = 0
-        self._updates = WeakSet[
-            _Update
-        ]()  # in progress; weak, because the end of an update may be interrupted
+        # Updates in progress; weak, because the end of an update may be interrupted.
+        self._updates = WeakSet[_Update]()
         self._changing = threading.Lock()
         self._items = items_of(self._parameters)
         if len(self._items) > _ITEMS:
@@ -241,8 +240,8 @@ class _Owner:
         decoded = unsealed(ticket, WeightsTicket)
         if decoded is None:
             raise PeerError(
-                "Expected tickets to be the bytes of `Published.ticket`, got others, which is no "
-                "ticket of weights of this release. Carry them unchanged."
+                "Expected tickets to be the bytes of `Published.ticket`, got bytes that are "
+                "not a ticket of weights of this release. Carry them unchanged."
             )
         self.channel = channel
         self.timeout = timeout

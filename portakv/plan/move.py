@@ -35,7 +35,9 @@ class Move(NamedTuple):
     def part(self, first: int, tokens: int) -> Move:
         """Return ``tokens`` positions from position ``first`` on; shares ids and their copies."""
         if not first:
-            return self if tokens == self.count else Move(*self[:4], tokens)
+            if tokens == self.count:
+                return self
+            return Move(self.src, self.dst, self.src_index, self.dst_index, tokens)
         src_index = self.src_index.shifted(first)
         dst_index = self.dst_index.shifted(first)
         return Move(self.src, self.dst, src_index, dst_index, tokens)

@@ -153,8 +153,8 @@ class CopyPlan:
 
         Raises:
             LayoutError: a view whose form the plan was not made for.
-            SlotError: what is no view or index, an id past the end of its view, a range past the
-                list, or a range or an index that does not consist of whole units.
+            SlotError: an argument that is not a view or an index, an id past the end of its view, a
+                range past the list, or a range or an index that does not consist of whole units.
         """
         self._check_side("src", "source", src, src_index)
         self._check_side("dst", "destination", dst, dst_index)
@@ -258,13 +258,9 @@ def _check_forms(src: Form, dst: Form) -> None:
             "what a page holds is unknown, so it moves only whole and to another page view; use a "
             "layout that names the token's place in the page",
         )
-    for k, (src_width, dst_width) in enumerate(zip(src.widths, dst.widths, strict=True)):
-        if src_width != dst_width:
-            raise LayoutError(
-                f"Expected the destination's rows of kv {k} to be {src_width} bytes wide for each "
-                f"head of each layer like the source's, got {dst_width}: widths are compared in "
-                f"bytes. Declare dim alike, or slice the kv that agree."
-            )
+    for k in range(src.kv):
+        if src.widths[k] != dst.widths[k]:
+            raise _unequal_widths(src, dst, k)
     if src.opaque and src.block_size != dst.block_size:
         raise LayoutError(
             f"Expected the destination's opaque pages to hold {src.block_size} tokens like the "
@@ -277,6 +273,26 @@ def _check_forms(src: Form, dst: Form) -> None:
                 f"{other}: a copy moves bits and converts nothing. Make the dtypes equal, or pass "
                 f"reinterpret=True (to a connector when it is made) if the bits are meant."
             )
+
+
+def _unequal_widths(src: Form, dst: Form, k: int) -> LayoutError:
+    """Return the error for rows of one kv that differ in width."""
+    src_width = f"{src.widths[k]} bytes wide"
+    dst_width = f"{dst.widths[k]}"
+    why = "widths are compared in bytes"
+    do = "Declare dim alike, or slice the kv that agree."
+    # A form without dtypes holds bytes, or rows whose bits the caller reinterprets.
+    src_dtype = src.dtypes[k] if src.dtypes else ""
+    dst_dtype = dst.dtypes[k] if dst.dtypes else ""
+    if src_dtype and dst_dtype and src_dtype != dst_dtype:
+        src_width += f" ({src_dtype})"
+        dst_width += f" ({dst_dtype})"
+        why = "a copy moves bits and converts nothing"
+        do = f"Make the dtypes equal: convert the rows by tensor.to(torch.{dst_dtype}) first."
+    return LayoutError(
+        f"Expected the destination's rows of kv {k} to be {src_width} for each head of each layer "
+        f"like the source's, got {dst_width}: {why}. {do}"
+    )
 
 
 def _chain(form: Form, part: Part) -> Steps:

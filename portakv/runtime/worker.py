@@ -181,7 +181,7 @@ class Worker:
             with self._inside():
                 try:
                     self._issue_all()
-                except BaseException as error:
+                except BaseException as error:  # raised by a backend's launch
                     self._fail(error)
                 while self._in_flight:
                     self._land()

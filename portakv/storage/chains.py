@@ -227,13 +227,13 @@ class Chains(Generic[Key]):
         Blocks with an unknown predecessor come before all others.
         """
         blocks = self._blocks
-        result = [
+        by_priority = [
             (blocks.priorities[number], key)
             for key, number in self._by_key.items()
             if group is None or blocks.groups[number] == group
         ]
-        result.sort()
-        return [key for _, key in result]
+        by_priority.sort()
+        return [key for _, key in by_priority]
 
     def _name(self, number: int, key: Key, mark: Mark) -> None:
         """Give a block its mark; if another key has it by chance, a mark that nothing follows."""

@@ -79,18 +79,16 @@ class Disk:
 
     def _stored(self) -> list[BlockForm]:
         """Return all forms that lie in the folders and can be read."""
-        result = dict[BlockForm, None]()
+        forms = dict[BlockForm, None]()
         for folder in self.folders:
             for name in sorted(glob("*", root_dir=folder)):
-                with suppress(StoreError, OSError):
+                with suppress(StoreError, OSError):  # a folder without a form, or a damaged one
                     form = form_in(folder / name)
                     if form.name == name:
-                        result[form] = None
-        return [*result]
+                        forms[form] = None
+        return [*forms]
 
-    def open(
-        self, graph: Graph, rows: Any, forms: Sequence[BlockForm], generation: int = 0
-    ) -> list[DiskStore]:
+    def open(self, graph: Graph, rows: Any, forms: Sequence[BlockForm]) -> list[DiskStore]:
         """Return a tier store of the first form, which is created, and a tier store to read each
         other form.
 

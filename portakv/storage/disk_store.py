@@ -221,11 +221,11 @@ class DiskStore:
         planned."""
         pinned = []
         for position, key in enumerate(keys):
-            result = self.pin(key)
-            if result is None:
+            stored = self.pin(key)
+            if stored is None:
                 report(key, Reason(reasons.EVICTED, self.where))
             else:
-                slots, place = result
+                slots, place = stored
                 pinned.append(_Pinned(position, slots, place, spans))
         return pinned
 
@@ -359,11 +359,11 @@ class DiskStore:
         if self.writable:
             self.engine.close()
 
-    def _right(self, row: Row, reported: Header, segments: Sequence[int] | None) -> bool:
+    def _right(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:
         """Return True if the segments in a row, header first, have their sealed checksums."""
-        if (segments is None or 0 in segments) and header(row, self.form) != reported:
+        if (segments is None or 0 in segments) and header(row, self.form) != expected:
             return False
-        return verify(row, self.form, reported.checksums, reported.generation, segments)
+        return verify(row, self.form, expected.checksums, expected.generation, segments)
 
     def pin(self, key: bytes) -> tuple[Slots, Place] | None:
         """Pin a block, and return its folder's slots and its place; None if no folder has it."""

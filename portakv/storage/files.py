@@ -97,7 +97,7 @@ def replace_file(file: Path, text: str) -> None:
 
 def replace_if_possible(file: Path, text: str) -> None:
     """Write a small file as `replace_file`, unless the device is full or refuses it."""
-    with suppress(OSError, StoreError):
+    with suppress(OSError, StoreError):  # StoreError: something else is in place of the file
         replace_file(file, text)
 
 
@@ -115,6 +115,20 @@ def wrong_owner(path: Path, uid: int) -> StoreError:
         f"Expected {path} to belong to user {os.geteuid()}, got user {uid}. Correct its owner, or "
         f"give the store another folder."
     )
+
+
+def make_folder(folder: Path) -> None:
+    """Make a private folder with its parents, unless it exists.
+
+    Raises `OSError` as `os.makedirs`, and `StoreError` where no folder can be created, as in /proc.
+    """
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"Expected to create {error.filename or folder}, but the file system there creates no "
+            f"folders. Give the store another folder."
+        ) from error
 
 
 def check_folder(folder: Path) -> None:
@@ -158,7 +172,7 @@ def lock(file: Path) -> int:
     """Lock a file and return its descriptor; -1 if another process has the lock, or removed the
     file."""
     fd = open_file(file, OPEN)
-    with suppress(BlockingIOError):
+    with suppress(BlockingIOError):  # another process has the lock
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(fd).st_nlink:
             return fd

@@ -171,13 +171,13 @@ class BlockForm:
             form = cls(**fields)
             if form.image_bytes > HEADER:
                 return form
-            result = "fields of wrong types or values"
+            got = "fields of wrong types or values"
         except (json.JSONDecodeError, RecursionError):
-            result = "text that is not JSON"
+            got = "text that is not JSON"
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-            result = "other JSON"
+            got = "other JSON"
         raise StoreError(
-            f"Expected text to be the JSON of a block form of format {FORMAT}, got {result}. Use "
+            f"Expected text to be the JSON of a block form of format {FORMAT}, got {got}. Use "
             f"the release that wrote it, or wipe the store."
         )
 

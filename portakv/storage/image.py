@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portakv.errors import StoreError
+from portakv.extras import installing
 from portakv.storage.form import HEADER as HEADER
 from portakv.storage.form import MOST_SEGMENTS, BlockForm
 
@@ -46,8 +47,8 @@ def checksum(data: Any, seed: int = 0) -> int:
         import xxhash  # a name from it would take longer than the checksum of a key
     except ImportError:
         raise StoreError(
-            "A block store needs xxhash for its checksums, and it is not installed; install it "
-            "by `pip install portakv[storage]`."
+            "Expected xxhash for the checksums of a block store, but it is not installed. "
+            f"{installing('storage')} brings it."
         ) from None
     return xxhash.xxh3_64_intdigest(data, seed=seed & (1 << 64) - 1)
 

@@ -22,18 +22,24 @@ def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
     short keys may be equal in one store.
     """
     flag("weak_keys", weak_keys)
-    result = items("keys", keys, "bytes")
+    listed = items("keys", keys, "bytes")
     least = 1 if weak_keys else 16
-    for number, key in enumerate(result):
+    for number, key in enumerate(listed):
         if isinstance(key, bytes) and least <= len(key) <= 32:
             continue
-        got = f"{len(key)} bytes" if isinstance(key, bytes) else f"a {type(key).__name__}"
+        # The error does not show a key: it may be what a cache of a tenant is found by.
+        got = f"a {type(key).__name__}"
+        do = "Pass bytes, such as the keys of prefix_keys."
+        if isinstance(key, bytes):
+            got = f"{len(key)} bytes"
+            do = (
+                "Hash longer ones; BlockStore(..., weak_keys=True) takes shorter ones if a wrong "
+                "block now and then does no harm."
+            )
         raise InvalidTerms(
-            f"Expected keys of {least} to 32 bytes each, got {got} as keys[{number}]. Hash longer "
-            f"ones; BlockStore(..., weak_keys=True) takes shorter ones if a wrong block now and "
-            f"then does no harm."
+            f"Expected keys of {least} to 32 bytes each, got {got} as keys[{number}]. {do}"
         )
-    return [key.ljust(32, b"\0") for key in result]
+    return [key.ljust(32, b"\0") for key in listed]
 
 
 def prefix_keys(

@@ -165,8 +165,8 @@ class SharedState:
             left = [i for i in some if not self.rows.has(part.name(keys[i]))]
             for tier_store in part.tier_stores:
                 time = max(0.0, until - self.graph.clock())
-                there = tier_store.has([keys[i] for i in left], time)
-                left = [i for i, result in zip(left, there, strict=True) if not result]
+                present = tier_store.has([keys[i] for i in left], time)
+                left = [i for i, has in zip(left, present, strict=True) if not has]
             for i in {*some}.difference(left):
                 covers[i] |= part.cells
             later = reduce(or_, (other.cells for other in self.parts[number + 1 :]), 0)

@@ -95,10 +95,10 @@ class Explanation:
         for number, key in enumerate(self._keys):
             if landed[number]:
                 continue
-            result = [*self._reasons(number, key), *unrun.get(number, ())]
-            if not result and self.saved_in and number not in untaken:
-                result = [Reason(EVICTED, self.saved_in)]
-            counts.update(result)
+            why = [*self._reasons(number, key), *unrun.get(number, ())]
+            if not why and self.saved_in and number not in untaken:
+                why = [Reason(EVICTED, self.saved_in)]
+            counts.update(why)
         return ", ".join(
             f"{count} {reason.kind} ({reason.where})" for reason, count in counts.most_common()
         )

@@ -21,6 +21,7 @@ from urllib.parse import unquote
 from weakref import WeakSet
 
 from portakv.errors import InvalidTerms, StoreError
+from portakv.extras import installing
 from portakv.graph.graph import Graph
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
@@ -113,7 +114,7 @@ class Remote:
             import obstore
         except (ImportError, OSError) as x:
             raise StoreError(
-                f"Expected obstore for a remote tier, got: {x}. Install portakv[remote]."
+                f"Expected obstore for a remote tier, got: {x}. {installing('remote')} brings it."
             ) from None
         _check_arguments(url, workers, multipart, settings)
         Remote._process = Remote._process or this_process()
@@ -175,7 +176,7 @@ class Remote:
                 return store, store
             # `read_timeout` would end a body on its way out, too.
             return store, make(url, client_options=writing, **settings)
-        except BaseException as error:  # also obstore's panic, which is no Exception
+        except BaseException as error:  # also obstore's panic, which is not an Exception
             text = _clean(error).rstrip(".")
         for name in options:
             others = {key: value for key, value in settings.items() if key != name}
@@ -270,7 +271,10 @@ class Remote:
         return uninterrupted(partial(self._find_forms, form))
 
     def _find_forms(self, form: BlockForm) -> list[BlockForm]:
-        """Do what `forms` promises: an interrupted request would block the others."""
+        """List the forms in the bucket.
+
+        An interrupted request would block the others, so a helper runs this for `forms`.
+        """
         self._stored_forms = []
         self._size_notes = []
         stored = list[BlockForm]()
@@ -280,7 +284,7 @@ class Remote:
         listed = self.ask(self.obs.list_with_delimiter, store, "1/")
         for path in listed["common_prefixes"] if listed else ():
             text = self.ask(self._read_small, f"{path}/form.json", miss=b"")
-            with suppress(StoreError, ValueError):
+            with suppress(StoreError, ValueError):  # the text is not a form
                 other = BlockForm.from_json((text or b"").decode())
                 if path == f"1/{other.name}" and other != form:
                     stored.append(other)

@@ -164,20 +164,20 @@ class RemoteStore:
             return until > 0
 
         remote = self._remote
-        result = remote.ask(remote.obs.head, remote.store, self._path(key), miss=False)
-        if result is None:
+        meta = remote.ask(remote.obs.head, remote.store, self._path(key), miss=False)
+        if meta is None:
             return False
-        if result and self._is_faulty_still(key, result):
+        if meta and self._is_faulty_still(key, meta):
             return False
-        self.verdicts[key] = now + THERE if result else -now - MISSING
-        return bool(result)
+        self.verdicts[key] = now + THERE if meta else -now - MISSING
+        return bool(meta)
 
-    def _is_faulty_still(self, key: bytes, result: Any) -> bool:
+    def _is_faulty_still(self, key: bytes, meta: Any) -> bool:
         """Return whether the object is the version that was damaged; note it for longer then."""
         fault = self._faults.pop(key, None)
         if not fault or not fault.e_tag or fault.side != OBJECT:
             return False
-        if (result["e_tag"], result["version"]) != (fault.e_tag, fault.version):
+        if (meta["e_tag"], meta["version"]) != (fault.e_tag, fault.version):
             return False
         self._note_fault(key, fault.e_tag, fault.version, fault.side)
         return True
@@ -219,13 +219,13 @@ class RemoteStore:
             for key, row in zip(keys, rows, strict=True):
                 fetch = partial(self._fetch_now, loop, key, stop=stop)
                 try:
-                    result = self._read_one(fetch, key, row, segments, report)
+                    outcome = self._read_one(fetch, key, row, segments, report)
                 except Failure as failure:
-                    result = "error"
+                    outcome = "error"
                     report(key, failure.reason)
-                landed.append(result == "hit")
-                nbytes = self._nbytes(segments) if result == "hit" else 0
-                self._graph.count(self.tier, "load", result, 1, nbytes)
+                landed.append(outcome == "hit")
+                nbytes = self._nbytes(segments) if outcome == "hit" else 0
+                self._graph.count(self.tier, "load", outcome, 1, nbytes)
         return landed
 
     def _nbytes(self, segments: Sequence[int] | None) -> int:
@@ -324,12 +324,12 @@ class RemoteStore:
         """
         if self._tags_are_md5 is None:
             remote = self._remote
-            result = remote.ask(remote.obs.head, remote.store, self._form_path, miss=False)
-            if not result:
+            meta = remote.ask(remote.obs.head, remote.store, self._form_path, miss=False)
+            if not meta:
                 return False
             text = self.form.json().encode()
             digest = hashlib.md5(text, usedforsecurity=False).hexdigest()
-            self._tags_are_md5 = (result["e_tag"] or "").strip('"') == digest
+            self._tags_are_md5 = (meta["e_tag"] or "").strip('"') == digest
         return self._tags_are_md5
 
     def _fetch_now(
@@ -360,12 +360,12 @@ class RemoteStore:
             options = {} if segments is None else {"range": span}
             work = obs.get_async(self._remote.store, self._path(key), options=options)
             try:
-                result = await _until_stopped(work, stop)
-                meta = result.meta
+                response = await _until_stopped(work, stop)
+                meta = response.meta
                 fetched = _Fetched("late", meta["e_tag"], meta["version"], meta["size"])
                 if fetched.nbytes != self.form.image_bytes:
                     return fetched._replace(result="fault")
-                await _receive(result, row, span, stop)
+                await _receive(response, row, span, stop)
             except _Stopped:
                 return fetched
             except obs.exceptions.BaseError as error:
@@ -464,14 +464,14 @@ async def _until_stopped(work: Awaitable[Result], stop: Stop) -> Result:
             raise _Stopped
 
 
-async def _receive(result: Any, row: Row, span: tuple[int, int], stop: Stop) -> None:
+async def _receive(response: Any, row: Row, span: tuple[int, int], stop: Stop) -> None:
     """Copy a body into a span of a row, or raise `_Stopped`."""
     at, end = span
     if end - at <= PIECE + HEADER:  # a stream would copy it once more
-        body = await _until_stopped(result.bytes_async(), stop)
+        body = await _until_stopped(response.bytes_async(), stop)
         row[at : at + len(body)] = np.frombuffer(body, np.uint8)
         return
-    pieces = aiter(result.stream(PIECE))
+    pieces = aiter(response.stream(PIECE))
     while at < end:
         try:
             piece = await _until_stopped(anext(pieces), stop)

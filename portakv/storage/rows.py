@@ -263,8 +263,9 @@ class Crossing:
         with naming("blocks", "ids of the view's blocks"):
             index = Index(ids, step=whole)
             if index.check(len(ids) * whole, view.slots, "view", distinct=not store):
+                least = int(ids.min())
                 raise SlotError(
-                    f"Expected blocks of at least 0, got {int(ids.min())}. Pass the view's blocks."
+                    f"Expected ids of the view's blocks, got the negative {least}. Leave it out."
                 )
         self._size = size
         self._store = store

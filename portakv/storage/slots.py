@@ -35,6 +35,7 @@ from portakv.storage.files import (
     check_folder,
     form_in,
     lock,
+    make_folder,
     open_file,
     read_file,
     replace_file,
@@ -166,9 +167,9 @@ class Slots:
         table = self.folder / "table"
         if space is not None:
             self._files.claim = claim(self.folder.parent)
-            os.makedirs(self.folder, 0o700, exist_ok=True)
+            make_folder(self.folder)
         check_folder(self.folder)
-        result = self._form_present()
+        present = self._form_present()
         self._files.slots = lock(self.folder / "slots")
         if self.fd < 0:
             raise StoreBusy(
@@ -188,8 +189,8 @@ class Slots:
             # Of forms that no store opens to save, the oldest gives space back first.
             os.utime(self.fd)
         self.count = known
-        if space is not None or result is None:
-            self._write_form(new=result is None)
+        if space is not None or present is None:
+            self._write_form(new=present is None)
 
         self._files.table = open_file(table, OPEN)
         old = records_in(self.folder, self.form, known)
@@ -259,7 +260,7 @@ class Slots:
     def _form_present(self) -> BlockForm | None:
         """Return the form of form.json, None for a new folder. Refuses another form."""
         try:
-            result = form_in(self.folder)
+            present = form_in(self.folder)
         except FileNotFoundError:
             if not os.path.lexists(self.folder / "table"):
                 return None
@@ -267,12 +268,12 @@ class Slots:
                 f"Expected {self.folder / 'form.json'} with the form of the blocks there, got no "
                 f"such file. Restore it, or remove the blocks by `portakv store wipe`."
             ) from None
-        if result != self.form:
+        if present != self.form:
             raise StoreError(
-                f"Expected {self.folder / 'form.json'} to hold {self.form}, got {result}. Restore "
+                f"Expected {self.folder / 'form.json'} to hold {self.form}, got {present}. Restore "
                 f"it, or remove the blocks by `portakv store wipe`."
             )
-        return result
+        return present
 
     def _recover(self, engine: Engine, track: Track, records: int) -> None:
         """Register the blocks of sealed records; check the header of a slot with a bad record."""
@@ -284,7 +285,7 @@ class Slots:
         # A table of zeros is new, or was lost.
         torn = [*{*used}.difference(good), *range(records if used else 0, self.count)]
         pages = np.frombuffer(mmap.mmap(-1, BATCH * PAGE), np.uint8).reshape(BATCH, PAGE)
-        result = list[tuple[int, Header, int]]()
+        recovered = list[tuple[int, Header, int]]()
         for first in track(range(0, len(torn), BATCH), "headers"):
             if abandoned():  # no caller waits for this store any more
                 raise KeyboardInterrupt
@@ -293,11 +294,11 @@ class Slots:
             for (slot, page), moved in zip(part, engine.run(asks), strict=True):
                 if moved < 0 and -moved not in LOST:  # the stored block may be good
                     raise OSError(-moved, os.strerror(-moved))
-                reported = header(page, self.form) if moved == PAGE else "it cannot be read"
+                head = header(page, self.form) if moved == PAGE else "it cannot be read"
                 words[slot] = 0
-                if not isinstance(reported, str):
-                    result.append((slot, reported, predecessor(page)))
-        for slot, head, follows in result:  # not before: a table with a record was not lost
+                if not isinstance(head, str):
+                    recovered.append((slot, head, predecessor(page)))
+        for slot, head, follows in recovered:  # not before: a table with a record was not lost
             self._put(slot, *head, follows)
         self._enter_blocks()
 
@@ -315,8 +316,8 @@ class Slots:
         keys = [text[at : at + 32] for at in range(0, len(text), 32)]
         newest = dict(zip(keys, slots.tolist(), strict=True))  # one of two records of one key
         with self.chains.lock:  # a block that an earlier folder has stays in that folder alone
-            buffer = {slot: key for key, slot in newest.items() if key not in self.chains}
-        for slot in {*slots.tolist()}.difference(buffer):
+            entered = {slot: key for key, slot in newest.items() if key not in self.chains}
+        for slot in {*slots.tolist()}.difference(entered):
             self._put(slot)
 
         used = list[int]()
@@ -324,15 +325,15 @@ class Slots:
         # The order is a hint: nothing that is wrong with it stops a start. It is not there after a
         # kill.
         with suppress(OSError, StoreError, ValueError, TypeError, RecursionError):
-            reported = json.loads(read_file(order, 16 * len(buffer) + MOST_FORM))
-            used = [slot for slot in reported if isinstance(slot, int) and slot in buffer]
-        with suppress(OSError):
+            listed = json.loads(read_file(order, 16 * len(entered) + MOST_FORM))
+            used = [slot for slot in listed if isinstance(slot, int) and slot in entered]
+        with suppress(OSError):  # it is not there, or the folder is read only
             order.unlink()
         late = {*used}
-        before = [slot for slot in slots.tolist() if slot in buffer and slot not in late]
+        before = [slot for slot in slots.tolist() if slot in entered and slot not in late]
         last = dict.fromkeys([*before, *used])
 
-        self.index = {buffer[slot]: slot for slot in last}
+        self.index = {entered[slot]: slot for slot in last}
         follows = words[[*last], FOLLOWS]
         follows[follows == self.form.payload_bytes] = UNKNOWN
         with self.chains.lock:
@@ -594,7 +595,7 @@ class Slots:
             replace_if_possible(self.folder / "order", order)
         for act in (os.fdatasync, os.close) if sync else (os.close,):
             for fd in files:
-                with suppress(OSError):
+                with suppress(OSError):  # a device that fails; the other files are closed, too
                     act(fd)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -637,14 +638,15 @@ class Slots:
 def claim(folder: Path) -> int:
     """Claim a folder of a disk tier for one store, until this descriptor is closed.
 
-    A queue is followed. Raises `StoreBusy` if another store has the folder.
+    A queue is followed. Raises `StoreBusy` if another store has the folder. No interrupt may leave
+    the lock without its descriptor, so a helper thread runs `_claim` for the main thread.
     """
     return uninterrupted(partial(_claim, folder), undo=os.close)
 
 
 def _claim(folder: Path) -> int:
-    """Do what `claim` promises."""
-    os.makedirs(folder, 0o700, exist_ok=True)
+    """Make the folder, lock it, and write the number of this process into the lock."""
+    make_folder(folder)
     owner = folder.stat().st_uid
     if owner not in (0, os.geteuid()):  # root could do anything anyway
         raise wrong_owner(folder, owner)

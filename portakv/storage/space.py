@@ -119,7 +119,7 @@ class Space:
         """Yield the file of slots of each folder that has one."""
         for name in os.listdir(self.folder):
             place = self.folder / name
-            with suppress(OSError):
+            with suppress(OSError):  # not a folder of a form, or removed meanwhile
                 about = os.lstat(place / "slots")
                 yield _File(about.st_mtime_ns, place, about.st_size)
 
@@ -186,7 +186,7 @@ def _cut_closed(folder: Path, nbytes: int, others: Sequence[Path]) -> bool:
 def _closed_in(folders: Sequence[Path], form: BlockForm, undo: ExitStack) -> Iterator[_Closed]:
     """Yield the files of a form in each folder that has it and can be read."""
     for folder in folders:
-        with suppress(OSError, StoreError):
+        with suppress(OSError, StoreError):  # the folder has no such form, or a damaged one
             if form_in(folder / form.name) == form:
                 closed = _open_closed(folder / form.name, form, undo)
                 if closed is not None:

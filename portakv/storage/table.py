@@ -37,8 +37,8 @@ def records_in(folder: Path, form: BlockForm, count: int) -> Records:
     except FileNotFoundError:
         return np.zeros((0, words), "<u8")
     with os.fdopen(fd, "rb") as file:
-        result = np.fromfile(file, "<u8", count * words)
-    return result[: len(result) // words * words].reshape(-1, words)
+        numbers = np.fromfile(file, "<u8", count * words)
+    return numbers[: len(numbers) // words * words].reshape(-1, words)
 
 
 def write_record(table: int, records: Records, slot: int) -> bool:
@@ -108,12 +108,12 @@ class Successions:
     def before(self, mark: int) -> list[Place]:
         """Return the places of the block of a mark, of its predecessor, and so on up to the first
         block."""
-        result = dict[Place, None]()
+        chain = dict[Place, None]()
         place = self._by_mark.get(mark)
-        while place is not None and place not in result:
-            result[place] = None
+        while place is not None and place not in chain:
+            chain[place] = None
             place = self._by_mark.get(self._follows[place])
-        return [*result]
+        return [*chain]
 
     def from_slot(self, keep: int) -> list[Place]:
         """Return the blocks of the first table from a slot on, and all of their successors in any
@@ -123,11 +123,11 @@ class Successions:
         block without its predecessor.
         """
         tail = [place for place in self._marks if place.table == 0 and place.slot >= keep]
-        result = self._reach(tail)
-        marks = {self._marks[place] for place in result}
-        first = [place for place in result if self._follows[place] not in marks]
+        reached = self._reach(tail)
+        marks = {self._marks[place] for place in reached}
+        first = [place for place in reached if self._follows[place] not in marks]
         # Blocks of a circle, which only damage or a caller's mistake makes, have no first block.
-        in_order = dict.fromkeys([*self._reach(first), *result])
+        in_order = dict.fromkeys([*self._reach(first), *reached])
         return [*in_order][::-1]
 
     def _reach(self, first: list[Place]) -> list[Place]:
@@ -135,11 +135,11 @@ class Successions:
 
         Each comes after its predecessor if none of the given blocks follows another of them.
         """
-        result = dict[Place, None]()
+        reached = dict[Place, None]()
         pending = first[:]
         while pending:
             place = pending.pop()
-            if place not in result:
-                result[place] = None
+            if place not in reached:
+                reached[place] = None
                 pending += self._following.get(self._marks[place], ())
-        return [*result]
+        return [*reached]

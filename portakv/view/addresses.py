@@ -372,7 +372,7 @@ def _whole_numbers(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
     except TypeError:
         raise LayoutError(
             f"Expected whole numbers, one for each dimension of the tensor at an address, got "
-            f"{name}={numbers!r}."
+            f"{name}={numbers!r}. Pass a tuple of integers."
         ) from None
 
 

@@ -237,9 +237,7 @@ def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[
         rows = [list(x.values()) if isinstance(x, Mapping) else x for x in level]
         for row in rows:
             if not isinstance(row, (list, tuple)):
-                expected = f"a list, tuple or dict for each of {len(layout.containers)} container"
-                remedy = "Write its axis right of `|` if it is a dimension of the tensor."
-                raise _not_read(f"{expected} level(s) left of `|` in {layout.text!r}", row, remedy)
+                raise _not_contained(layout, str(group), row)
         first, *others = dict.fromkeys(map(len, rows))
         if not first:
             raise LayoutError(
@@ -255,9 +253,31 @@ def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[
         level = [item for row in rows for item in row]
     for tensor in level:
         if not isinstance(tensor, torch.Tensor):
-            expected = f"tensors inside {len(sizes)} container level(s) for {layout.text!r}"
-            raise _not_read(expected, tensor, "Add a container axis left of `|`.")
+            raise _not_a_tensor(layout, tensor)
     return level, sizes
+
+
+def _not_a_tensor(layout: Layout, value: object) -> LayoutError:
+    """Return the error for a value in place of a tensor."""
+    if not layout.containers:
+        expected = f"a tensor for {layout.text!r}"
+        remedy = "Pass the tensor itself, or write the axis of the list left of `|`."
+        return _not_read(expected, value, remedy)
+    levels = " of ".join(["a list, tuple or dict"] * len(layout.containers))
+    expected = f"{levels} of tensors for {layout.text!r}"
+    remedy = "Pass the tensors without it, or write its axis left of `|` too."
+    return _not_read(expected, value, remedy)
+
+
+def _not_contained(layout: Layout, axis: str, value: object) -> LayoutError:
+    """Return the error for a value in place of the container of an axis."""
+    expected = f"a list, tuple or dict with an item for each {axis}, left of `|` in {layout.text!r}"
+    remedy = "Put it into a list: [tensor]."
+    if len(layout.containers) > 1:
+        order = ", ".join(map(str, layout.containers))
+        remedy = f"Nest the containers in the order {order}, outermost first."
+    elsewhere = f"If {axis} is a dimension of the tensor, write it right of `|`."
+    return _not_read(expected, value, f"{remedy} {elsewhere}")
 
 
 def _not_read(expected: str, value: object, remedy: str) -> LayoutError:

@@ -176,7 +176,7 @@ class Form:
             if any(step.table for step in steps):
                 return f"its {name!r} axis goes through tensors of their own"
             if name == "dim" and steps and (len(steps) > 1 or steps[0].stride != 1):
-                return "its 'dim' axis is no single run of bytes"
+                return "its 'dim' axis is not a single run of bytes"
             if len(steps) > 1:
                 return f"its {name!r} axis is split into {len(steps)} factors"
         return ""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv.arguments import shown
 from portakv.errors import SlotError
 from portakv.view.bound import address_of
 
@@ -32,7 +33,7 @@ def as_ids(ids: object) -> torch.Tensor:
     if not isinstance(ids, torch.Tensor):
         raise SlotError(
             f"Expected an index as a tensor, an array or a list of integers, got a "
-            f"{type(ids).__name__}."
+            f"{type(ids).__name__}. Convert it to one of these."
         )
     _check_tensor(ids)
     return ids
@@ -41,12 +42,13 @@ def as_ids(ids: object) -> torch.Tensor:
 def _array_of(ids: list[Any] | tuple[Any, ...] | range) -> npt.NDArray[np.int64]:
     for each in ids:
         if isinstance(each, bool) or not isinstance(each, (int, np.integer)):
-            raise SlotError(f"Expected integers in an index, got {each!r}. Pass slot numbers.")
+            raise SlotError(f"Expected integers in an index, got {shown(each)}. Pass ids.")
     try:
         return np.array(ids, dtype=np.int64)
     except OverflowError:
         raise SlotError(
-            "Expected slot numbers in an index, got a number of more than 64 bits."
+            "Expected integers of at most 64 bits in an index, got a larger number. Pass ids that "
+            "the view has."
         ) from None
 
 
@@ -54,7 +56,7 @@ def _tensor_of(ids: npt.NDArray[Any]) -> torch.Tensor:
     if ids.dtype.kind != "i" or ids.dtype.itemsize not in (4, 8):
         raise SlotError(
             f"Expected an index of int32 or int64, got dtype {ids.dtype}. Convert it with "
-            f".astype('int64') if it holds slot numbers."
+            f".astype('int64') if it holds ids."
         )
     # Torch takes neither negative strides, nor other byte orders, nor read-only memory.
     native = np.ascontiguousarray(ids, dtype=ids.dtype.newbyteorder("="))
@@ -67,7 +69,7 @@ def _check_tensor(ids: torch.Tensor) -> None:
     if ids.dtype not in ID_DTYPES:
         raise SlotError(
             f"Expected an index of torch.int32 or torch.int64, got dtype {ids.dtype}. Convert it "
-            f"with .to(torch.int64) if it holds slot numbers."
+            f"with .to(torch.int64) if it holds ids."
         )
     if ids.is_nested or ids.layout is not torch.strided:
         kind = "nested" if ids.is_nested else str(ids.layout).removeprefix("torch.")
@@ -78,7 +80,8 @@ def _check_tensor(ids: torch.Tensor) -> None:
         )
     if ids.is_meta:
         raise SlotError(
-            "Expected an index on the host or a device, got one on device meta, which holds no ids."
+            "Expected an index on the host or a device, got one on device meta, which holds no "
+            "ids. Make the index where its ids are."
         )
     if not address_of(ids) and ids.numel():
         raise SlotError(

@@ -61,8 +61,8 @@ class Index:
         trusted: the caller promises that ids on a device are neither negative nor past the end, so
             that no copy waits for the device to check them. A kernel that skips and guards still
             moves nothing for a bad id; the result of other kernels is then undefined. Ids on the
-            host are checked all the same. Engines that need ids on the host read the ids of a
-            device there once, if the terms of a transfer leave no other engine.
+            host are checked all the same. Strategies that need ids on the host read the ids of a
+            device there once, if the terms of a transfer leave no other strategy.
 
     Attributes:
         length: positions that the ids cover; None without ids.
@@ -99,7 +99,7 @@ class Index:
         if type(step) is not int or type(offset) is not int or not 0 < step <= _INT32 or offset < 0:
             raise SlotError(
                 f"Expected an integer step from 1 to {_INT32} and an integer offset of at least 0, "
-                f"got Index(step={step!r}, offset={offset!r})."
+                f"got Index(step={step!r}, offset={offset!r}). Pass such numbers."
             )
         made = None if ids is None else as_ids(ids)
         self._set(made, step, offset, _Store(), False, bool(trusted))
@@ -217,20 +217,20 @@ class Index:
             if not isinstance(count, (int, np.integer)) or count < 0:
                 raise SlotError(
                     f"Expected a whole number of at least 0 as the count of an index without "
-                    f"repeats, got count={count!r}."
+                    f"repeats, got count={count!r}. Pass the positions of the copy."
                 )
             if count < (self.length or 0):
                 return self.part(0, int(count)).without_repeats()
         if self.ids is None:
             return self
         if self.on_host:
-            result = self.host_ids()
-            if not has_repeats(result):
+            host_ids = self.host_ids()
+            if not has_repeats(host_ids):
                 return self
-            _, from_end = np.unique(result[::-1], return_index=True)
-            last = result.size - 1 - from_end
-            retained = np.full_like(result, -1)
-            retained[last] = result[last]
+            _, from_end = np.unique(host_ids[::-1], return_index=True)
+            last = host_ids.size - 1 - from_end
+            retained = np.full_like(host_ids, -1)
+            retained[last] = host_ids[last]
             ids = torch.from_numpy(retained)
         else:
             order = self.ids.argsort(stable=True)
@@ -439,9 +439,11 @@ class Index:
         values, times = np.unique(expanded[expanded >= 0], return_counts=True)
         if distinct and (times > 1).any():
             at = int(np.argmax(times > 1))
+            slot = int(values[at])
+            of = f" (of id {slot // self.step})" if self.step > 1 else ""
             raise SlotError(
-                f"Slot {int(values[at])} occurs {int(times[at])} times in the {side} index; each "
-                f"may occur once there. Nothing was moved."
+                f"Slot {slot}{of} occurs {int(times[at])} times in the {side} index; each may "
+                f"occur once there. Nothing was moved."
             )
 
     def __repr__(self) -> str:

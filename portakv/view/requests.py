@@ -64,7 +64,7 @@ def _check_tables(tables: torch.Tensor) -> None:
             kind = f"{tables.dtype} tensor of shape {tuple(tables.shape)}"
     raise SlotError(
         f"Expected tables of requests as block ids [requests, blocks] in an int32 or int64 tensor, "
-        f"got a {kind}."
+        f"got a {kind}. Convert them to such a tensor."
     )
 
 
@@ -77,7 +77,7 @@ def _whole_terms(step: int, count: int | None) -> tuple[int, int | None]:
     if not whole or step < 1 or (count or 0) < 0:
         raise SlotError(
             f"Expected requests with an integer step of at least 1 and an integer count of at "
-            f"least 0, got step={step!r} and count={count!r}."
+            f"least 0, got step={step!r} and count={count!r}. Pass such integers."
         )
     return step, count
 
@@ -94,7 +94,7 @@ def _check_counts(
         raise SlotError(
             f"Expected one length and one first token for each request, one front or None, and at "
             f"least one block, got {len(sizes)} lengths, {len(begins)} first tokens and {fronts} "
-            f"front for tables of shape {tuple(tables.shape)}."
+            f"front for tables of shape {tuple(tables.shape)}. Pass one of each for each request."
         )
 
 

@@ -102,12 +102,12 @@ def slice_range(name: str, requested: slice | int | None, extent: int) -> range:
             result = range(at, at + 1) if 0 <= at < extent else range(0)
     except (TypeError, ValueError):
         raise LayoutError(
-            f"Expected an integer or a slice of integers, got {name}={requested!r}."
+            f"Expected an integer or a slice of integers, got {name}={requested!r}. Pass one."
         ) from None
     if len(result) < 1 or result.step != 1:
         raise LayoutError(
             f"Expected a range of at least one of {extent} {name} with step 1, got "
-            f"{name}={requested}, which covers {list(result)}."
+            f"{name}={requested}, which covers {list(result)}. Pass a range within the view."
         )
     return result
 

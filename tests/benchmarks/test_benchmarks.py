@@ -243,7 +243,7 @@ def test_a_way_that_raises_is_left_out_with_its_reason(monkeypatch: pytest.Monke
     late.__context__ = ValueError("why it did")
     assert harness.usable([failing(late)], "s", left_out) == []
     assert left_out[1].endswith("RuntimeError: the capture failed (after ValueError: why it did)")
-    with pytest.raises(ZeroDivisionError):  # a mistake in the benchmark is no answer of a method
+    with pytest.raises(ZeroDivisionError):  # a mistake in the benchmark is not a result of a method
         harness.usable([failing(ZeroDivisionError())], "s", left_out)
     broken = [failing(RuntimeError("no"))]
     monkeypatch.setattr(suite, "connector_methods", lambda work, backend, index: broken)

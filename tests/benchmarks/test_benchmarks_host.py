@@ -56,7 +56,7 @@ def test_cases_move_exactly_what_they_say() -> None:
         assert case.on_device.payload == case.on_host.payload == case.payload
         assert case.on_device.slots >= 4 * case.tokens
     assert case_of(scene(32 * KB), GB) is not None
-    # A payload that is no whole block has none.
+    # A payload that is not whole blocks has no case.
     assert case_of(scene(2 * MB, BLOCK_FIRST, "random"), MB) is None
     assert case_of(scene(8 * KB), 8 * KB) is None
     assert [few.layers for few in cases([scene(32 * KB)], [MB])] == [16]

@@ -52,6 +52,7 @@ KINDS = {
     "host_direct",
     "host_duplex",
     "host_call",
+    "host_wall",
     "host_small",
     "host_interference",
     "host_waiting",

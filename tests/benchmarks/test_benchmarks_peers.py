@@ -164,7 +164,11 @@ def test_a_missing_peer_is_a_clear_error(
 
 
 @pytest.mark.parametrize(
-    ("file", "why"), [(None, "no compiled c_ops"), (b"not a library", "does not load")]
+    ("file", "why"),
+    [
+        (None, r"Expected a compiled c_ops .* lmcache 9\.9 has none"),
+        (b"not a library", r"Expected lmcache 9\.9 to load"),
+    ],
 )
 def test_a_peer_that_does_not_load_is_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: bytes | None, why: str
@@ -174,5 +178,5 @@ def test_a_peer_that_does_not_load_is_a_clear_error(
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(peers, "find_spec", lambda package: spec)
     monkeypatch.setattr(peers, "version", lambda package: "9.9")
-    with pytest.raises(peers.PeerMissing, match=rf"lmcache 9\.9.*{why}"):
+    with pytest.raises(peers.PeerMissing, match=why):
         peers.load_peer("lmcache")

@@ -76,7 +76,7 @@ def test_every_part_measures_judges_and_draws(
     assert {row["kind"] for row in rows} == {f"storage_{kind}" for kind in kinds}
     assert all(row["verified"] for row in rows)
     assert all(row["of_fio"] > 0 for row in having(rows, slot_bytes=1 << 18, chosen=True))
-    # What fio did not move whole is no measure.
+    # A trial that fio did not move whole does not count.
     assert not [row for row in having(rows, slot_bytes=1 << 20) if "of_fio" in row]
     refused = [line for line in result["left_out"] if "fio moved" in line]
     assert len(refused) == 2 * len(FIO)

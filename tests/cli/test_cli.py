@@ -343,7 +343,7 @@ def test_words_are_handed_on(
     ("missing", "messages"),
     [
         ("portakv_benchmarks.cli", ["runs the package portakv_benchmarks, but this installation"]),
-        ("matplotlib", ["needs 'matplotlib'", "pip install '.[bench]'"]),
+        ("matplotlib", ["needs 'matplotlib'", "pip install -e '.[bench]'"]),
     ],
 )
 def test_bench_without_a_package(

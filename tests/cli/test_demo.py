@@ -138,7 +138,7 @@ def test_without_transformers_the_model_names_the_extra(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, demo.EXAMPLE)
     code, out, _ = run("demo", "--device", "cpu")
-    assert (code, "pip install '.[demo]'" in out, "all right through" in out) == (0, True, True)
+    assert (code, "pip install -e '.[demo]'" in out, "all right through" in out) == (0, True, True)
 
 
 def test_a_release_of_transformers_that_is_not_served_is_told(

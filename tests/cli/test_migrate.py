@@ -118,7 +118,7 @@ def test_the_extra_that_is_missing_is_named(
     code, out, err = run(*words, "--device", "cpu")
     assert (code, out) == (1, "")
     assert "msgspec" in err
-    assert "`pip install '.[migrate]'` in a clone" in err
+    assert "`pip install -e '.[migrate]'` in a clone" in err
 
 
 def test_the_verb_is_asked_for_its_demo(capsys: pytest.CaptureFixture[str]) -> None:

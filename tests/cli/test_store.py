@@ -383,7 +383,7 @@ def test_the_demo_names_the_extra_that_is_missing(
     (tmp_path / "transformers.py").write_text("raise ImportError('not here')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     code, _, err = run("demo", "--store", str(tmp_path), "--device", "cpu")
-    assert (code, "pip install '.[demo]'" in err) == (1, True)
+    assert (code, "pip install -e '.[demo]'" in err) == (1, True)
 
 
 def test_the_example_finds_a_prefix_in_a_remote_store(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ C = CORE + "c"
 CLAIMED = CLAIM + "d"
 
 
-@pytest.mark.parametrize(("behaviours", "words", "code", "reported"), [
+@pytest.mark.parametrize(("behaviours", "words", "code", "expected"), [
     ({A: "pass", CLAIMED: "not-claimed"}, "--profile full", 0,
      ["fake on cpu (CPU): conformant, R6.", "1 passed, 1 not-claimed",
       "not claimed (cases): guards (1)"]),
@@ -94,7 +94,7 @@ def test_how_a_run_ends(
     behaviours: dict[str, str],
     words: str,
     code: int,
-    reported: list[str],
+    expected: list[str],
     command: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -103,7 +103,7 @@ def test_how_a_run_ends(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert command(behaviours, *words.split()) == code
     statement = " ".join((command.err if code > 1 else command.out + command.err).split())
-    assert [text for text in reported if text not in statement] == []
+    assert [text for text in expected if text not in statement] == []
     assert not any(f"FAILED {id}" in statement for id, how in behaviours.items() if how == "pass")
     assert (command.out == "") or code < 2
     assert list(tmp_path.iterdir()) == []
@@ -183,7 +183,7 @@ B_AND_GONE = WAIVER.format(CLAIM + "b") + WAIVER.format("gone")
 
 
 # Strict too if only some cases are run: a waiver that does not hold fails them.
-@pytest.mark.parametrize(("text", "words", "code", "reported"), [
+@pytest.mark.parametrize(("text", "words", "code", "expected"), [
     (WAIVER.format(CLAIM + "b"), [], 0, f"waived: {CLAIM}b: Ticket. (What it showed: Byte 3 is 7"),
     (WAIVER.format(CLAIM + "b"), [], 0, "(no level: cases are waived)"),
     (B_AND_GONE, [], 1, "waivers: A waiver names 'gone'"),
@@ -194,13 +194,13 @@ B_AND_GONE = WAIVER.format(CLAIM + "b") + WAIVER.format("gone")
     (B_AND_GONE, ["--only", CORE + "a"], 2, "got a waiver of 'gone'. Remove it"),
 ], ids=lambda value: None if isinstance(value, str) else str(value))  # fmt: skip
 def test_waivers_are_told(
-    text: str, words: list[str], code: int, reported: str, command: Command, tmp_path: Path
+    text: str, words: list[str], code: int, expected: str, command: Command, tmp_path: Path
 ) -> None:
     file = tmp_path / "waivers.toml"
     file.write_text(text)
-    requested = ["--profile", "full", "--waivers", str(file), *words]
-    assert command({CORE + "a": "pass", CLAIM + "b": "fail"}, *requested) == code
-    assert reported in " ".join((command.out + command.err).split())
+    arguments = ["--profile", "full", "--waivers", str(file), *words]
+    assert command({CORE + "a": "pass", CLAIM + "b": "fail"}, *arguments) == code
+    assert expected in " ".join((command.out + command.err).split())
 
 
 def test_fuzzing_draws_another_seed_each_time_and_tells_it(command: Command) -> None:
@@ -253,7 +253,7 @@ def test_an_example_is_told_with_its_replay(
 
 @pytest.mark.parametrize("tables", ["rich", "plain"])
 def test_a_terminal_s_bar(command: Command, tables: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ids' brackets are no markup, and a failure is reported immediately."""
+    """The ids' brackets are not markup, and a failure is reported immediately."""
     choose_tables(tables, monkeypatch)
     if tables == "plain":
         monkeypatch.setitem(sys.modules, "rich.progress", None)
@@ -284,7 +284,7 @@ def test_an_extra_that_is_missing_is_no_failure_of_a_backend(
     if missing != "jinja2":
         monkeypatch.setitem(sys.modules, missing, None)
     assert portakv(["conform", "reference", "--report", "out"]) == 2
-    expected = missing if missing.startswith("portakv") else "pip install '.[conformance]'"
+    expected = missing if missing.startswith("portakv") else "pip install -e '.[conformance]'"
     assert expected in capsys.readouterr().err
     assert not requests
 
@@ -391,7 +391,7 @@ def test_cases_that_came_went_and_changed(record: RunRecord, diff: Any) -> None:
     failed = ended(record, "failed")
     less = replace(record, cases=record.cases[1:])
     assert diff(record, record) == (0, "0 FIX, 0 REGRESSION, 0 NEW, 0 MISSING\n")
-    for old, new, wanted, reported in (
+    for old, new, wanted, line in (
         (failed, record, 0, "FIX        cases/"),
         (record, failed, 1, "REGRESSION cases/"),
         (record, less, 1, f"MISSING    {CORE}0"),
@@ -399,13 +399,13 @@ def test_cases_that_came_went_and_changed(record: RunRecord, diff: Any) -> None:
         (less, failed, 1, "Byte 3 is wrong."),  # a new case that is wrong
     ):
         code, out = diff(old, new)
-        assert (code, reported in out) == (wanted, True)
+        assert (code, line in out) == (wanted, True)
 
 
 def test_other_surroundings_are_told(record: RunRecord) -> None:
     other = replace(record, environment={**record.environment, "device_name": "H200"}, seed=5)
-    reported = ["The device differs: CPU and H200.", "The seed differs: 0 and 5."]
-    assert differences(record, other) == reported
+    sentences = ["The device differs: CPU and H200.", "The seed differs: 0 and 5."]
+    assert differences(record, other) == sentences
     assert differences(record, record) == []
 
 

@@ -92,8 +92,8 @@ def test_a_module_of_ours_counts_with_what_it_builds_on(module: str, files: str)
 
 
 def test_a_source_that_is_not_here_is_told(judged: Subject) -> None:
-    reported = environment.describe_backend(replace(judged, target="no_such_module:Class"))
-    assert reported["source_sha256"].startswith("unknown: module 'no_such_module'")
+    described = environment.describe_backend(replace(judged, target="no_such_module:Class"))
+    assert described["source_sha256"].startswith("unknown: module 'no_such_module'")
 
 
 def test_who_emulates(judged: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,11 +152,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
             file.chmod(0o755)
-        reported = SimpleNamespace(name="", gcnArchName="gfx906:sramecc+:xnack-")
+        properties = SimpleNamespace(name="", gcnArchName="gfx906:sramecc+:xnack-")
         monkeypatch.setattr(torch.version, "hip", None if hip is None else "6.3.42134")
         monkeypatch.setattr("portakv.runtime.hip.driver", driver)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: reported)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: reported.name)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: properties.name)
 
     return make
 
@@ -187,11 +187,11 @@ def test_a_driver_is_told_by_the_vendor_s_own_files(
 
 def test_another_vendor_s_extension_tells_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """R6 needs a driver of any accelerator, so any has to be able to say it."""
-    reported = SimpleNamespace(driver_version="5.2.1")
-    extension = SimpleNamespace(get_device_properties=lambda device: reported)
+    properties = SimpleNamespace(driver_version="5.2.1")
+    extension = SimpleNamespace(get_device_properties=lambda device: properties)
     monkeypatch.setattr(torch, "acme", extension, raising=False)
     assert driver_version(device("acme")) == "5.2.1"
-    del reported.driver_version
+    del properties.driver_version
     assert driver_version(device("acme")) == ""
     del extension.get_device_properties
     assert driver_version(device("acme")) == ""
@@ -201,8 +201,8 @@ def test_a_hip_device(machine: Machine) -> None:
     machine({"sys/module/hydcu/version": "5.16.29\n"}, 0)
     on_it = replace(subject("reference", "cpu"), device=CUDA)
     facts = describe_environment(on_it, "cuda")
-    reported = {name: facts.get(name) for name in ("driver", "hip", "architecture", "cuda")}
-    assert reported == {
+    shown = {name: facts.get(name) for name in ("driver", "hip", "architecture", "cuda")}
+    assert shown == {
         "driver": "hydcu 5.16.29",
         "hip": "6.3.42134",
         "architecture": "gfx906:sramecc+:xnack-",
@@ -268,5 +268,5 @@ def test_a_package_that_was_put_there_without_an_installer(monkeypatch: pytest.M
     assert environment.package_versions(["torch-mlu-ops"]) == {}
     module.__version__ = "1.3.2"
     assert environment.package_versions(["torch-mlu-ops"]) == {"torch-mlu-ops": "1.3.2"}
-    module.EMULATED = True  # a stand-in is no package of the vendor's
+    module.EMULATED = True  # a stand-in is not a package of the vendor's
     assert environment.package_versions(["torch-mlu-ops"]) == {}

@@ -123,12 +123,12 @@ def test_claims_of_another_type_make_no_sense(target: str, why: str) -> None:
 @pytest.mark.full
 def test_a_half_that_was_declined_is_not_passed(conform: Any) -> None:
     record = judged(conform, "PartOfScatters", "--only", "cases/test_corners.py::test_row_width")
-    reported = {case.id: case for case in record.cases}
-    assert {case.status for case in reported.values()} == {"passed", "not-claimed"}
-    for case in reported.values():
+    cases = {case.id: case for case in record.cases}
+    assert {case.status for case in cases.values()} == {"passed", "not-claimed"}
+    for case in cases.values():
         assert (case.status == "not-claimed") == (case.declined >= case.examples)
         assert bool(case.reason) == bool(case.declined)
-    narrow = next(case for case in reported.values() if case.status == "not-claimed")
+    narrow = next(case for case in cases.values() if case.status == "not-claimed")
     assert (narrow.declined, narrow.examples) == (1, 1)
     assert narrow.reason == "It declines 1 of 2 copies: no scatter of such rows"
 

@@ -82,12 +82,12 @@ def test_the_page_tells_of_every_mutant_and_of_no_survivor() -> None:
     page = (ROOT / "docs" / "mutants.md").read_text(encoding="utf-8")
     assert "survives**" not in page
     rows = [line for line in page.splitlines() if line.startswith("| `")]
-    reported = [tuple(cell.strip(" `") for cell in row.split("|")[1:3]) for row in rows]
-    assert reported == [(mutant.name, mutant.bug()) for mutant in MUTANTS], (
+    cells = [tuple(cell.strip(" `") for cell in row.split("|")[1:3]) for row in rows]
+    assert cells == [(mutant.name, mutant.bug()) for mutant in MUTANTS], (
         "docs/mutants.md is stale; run python -m portakv_conformance.mutants.score --write "
         "docs/mutants.md"
     )
-    for unlike in zip(*reported, strict=True):
+    for unlike in zip(*cells, strict=True):
         assert len(set(unlike)) == len(MUTANTS) >= 117
 
 
@@ -134,9 +134,9 @@ def test_the_first_case_that_fails_catches(ends: Any, ending: str, row: str) -> 
     assert f"| {row} |" in page
     unjudged = " 1 could not be judged here." if row == "not judged" else ""
     assert f"**{int(bool(trial.caught_by))} of 1 mutants are caught.{unjudged}**" in page
-    for requested in seen:
-        assert (requested.backend, requested.device) == (SECOND.target(), SECOND.device_type)
-        assert (requested.profile, requested.seed, requested.exit_first) == (
+    for options in seen:
+        assert (options.backend, options.device) == (SECOND.target(), SECOND.device_type)
+        assert (options.profile, options.seed, options.exit_first) == (
             SECOND.profile,
             7,
             True,
@@ -165,11 +165,11 @@ def test_all_are_tried_under_all_seeds_and_come_back_in_order() -> None:
         two.wait(20)
         return Trial(mutant, seed, "a", "", 1.0)
 
-    reported: list[Trial] = []
-    trials = score.score(MUTANTS[:2], range(3), jobs=2, attempt=attempt, tell=reported.append)
+    reports: list[Trial] = []
+    trials = score.score(MUTANTS[:2], range(3), jobs=2, attempt=attempt, tell=reports.append)
     wanted = [(mutant, seed) for mutant in MUTANTS[:2] for seed in range(3)]
     assert [(trial.mutant, trial.seed) for trial in trials] == wanted
-    assert len(reported) == len(trials)
+    assert len(reports) == len(trials)
 
 
 @pytest.mark.parametrize(
@@ -202,21 +202,21 @@ def test_the_exit_code_and_the_page(
     assert f"({2 if caught else 1} of 2)" in first
 
 
-@pytest.mark.parametrize(("words", "forced", "reported"), [
+@pytest.mark.parametrize(("words", "forced", "expected"), [
     ("--only unknown", "", "unknown"), ("--runs 0", "", "0"), ("--runs x", "", "x"),
     (f"--only {FIRST.name}", "reference", "PORTAKV_BACKEND forces another backend"),
 ])  # fmt: skip
 def test_what_cannot_be_understood(
     words: str,
     forced: str,
-    reported: str,
+    expected: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PORTAKV_BACKEND", forced)
     with pytest.raises(SystemExit, match="2"):
         score.main(words.split())
-    assert reported in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

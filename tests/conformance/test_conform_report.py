@@ -226,36 +226,36 @@ def test_junit_counts_what_it_holds_and_names_as_pytest_does(name: str, record: 
     result = {f"{c.get('classname')}::{c.get('name')}": c for c in root.iter("testcase")}
     for case in record.cases if name != "hostile" else ():
         made = result[case.id.replace(".py::", "::").replace("/", ".", 1)]
-        reported = [child.get("message") for child in made]
-        assert reported == ([] if case.status == "passed" else [case.reason])
+        messages = [child.get("message") for child in made]
+        assert messages == ([] if case.status == "passed" else [case.reason])
         if case.status == "failed":
             body = made[0].text or ""
             assert all(text in body for text in (case.reason, case.replay, case.details))
 
 
 def test_markdown_says_verdict_totals_failures_and_place() -> None:
-    reported = forms.markdown(conform_reports.failing())
-    assert reported.startswith("## ❌ acme on Acme XPU 900: Not conformant\n")
-    assert "| 298 | 2 | 2 | 11 | 1 |" in reported
-    assert "### 12 failures" in reported
-    assert reported.count("replay: `portakv conform") == 12
-    assert "holds bytes of layer 3 key slot 17, not of" in reported
-    assert "| driver | 5.2.1 |" in reported
-    assert len(reported) < 12_000
+    text = forms.markdown(conform_reports.failing())
+    assert text.startswith("## ❌ acme on Acme XPU 900: Not conformant\n")
+    assert "| 298 | 2 | 2 | 11 | 1 |" in text
+    assert "### 12 failures" in text
+    assert text.count("replay: `portakv conform") == 12
+    assert "holds bytes of layer 3 key slot 17, not of" in text
+    assert "| driver | 5.2.1 |" in text
+    assert len(text) < 12_000
     assert len(forms.markdown(conform_reports.passing())) < 1_500
-    reported = forms.markdown(conform_reports.failing(200))
-    assert "and 180 more, in `report.html`." in reported
-    assert len(reported) < 60_000  # a comment on GitHub has 65,536
-    reported = forms.markdown(conform_reports.emulated())
-    assert "Conformant in emulation · R3: semantics emulated" in reported
-    assert "> **EMULATED.**" in reported
+    text = forms.markdown(conform_reports.failing(200))
+    assert "and 180 more, in `report.html`." in text
+    assert len(text) < 60_000  # a comment on GitHub has 65,536
+    text = forms.markdown(conform_reports.emulated())
+    assert "Conformant in emulation · R3: semantics emulated" in text
+    assert "> **EMULATED.**" in text
     assert "- The simulated device was not built" in forms.markdown(conform_reports.incomplete())
 
 
 def test_markdown_acts_on_nothing_that_a_record_says() -> None:
-    reported = forms.markdown(conform_reports.hostile())
+    text = forms.markdown(conform_reports.hostile())
     # What is left without code, whether within a line or in a block.
-    outside = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", reported, flags=re.DOTALL)
+    outside = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", text, flags=re.DOTALL)
     assert not re.search(r"(?<!\\)<", outside)
     assert "@all" not in outside
     assert words.text("a|b\n# c `d` @me") == "a\\|b \\# c \\`d\\` @\u200bme"
@@ -308,7 +308,7 @@ SLOT_4 = "source layer 0 key slot 4 head 0 byte 0"
 ROW = "Destination layer 0 key slot 1"
 
 
-@pytest.mark.parametrize(("origin", "should", "reported"), [
+@pytest.mark.parametrize(("origin", "should", "expected"), [
     ("what stood there before the copy: it was not written", SLOT_4, f"{ROW} was not written."),
     ("source layer 0 key slot 4 head 0 byte 2", SLOT_4,
      f"{ROW} holds other bytes of source layer 0 key slot 4."),
@@ -321,13 +321,13 @@ ROW = "Destination layer 0 key slot 1"
     (SLOT_4, "what was there before: the copy must not write it",
      "The copy wrote to layer 0 key slot 1, where it must not write."),
 ])  # fmt: skip
-def test_the_fault_is_told_in_a_few_words(origin: str, should: str, reported: str) -> None:
+def test_the_fault_is_told_in_a_few_words(origin: str, should: str, expected: str) -> None:
     byte = first_byte(
         f"Destination layer 0 key slot 1 head 0 byte 0 (storage 0, offset 64) holds 0x01, which is "
         f"{origin}; expected 0x02, {should}. In all 1 bytes are wrong."
     )
     assert byte is not None
-    assert byte.headline() == reported
+    assert byte.headline() == expected
     assert first_byte("The worker process died.") is None
 
 

@@ -99,12 +99,8 @@ def test_the_page_fits_is_legible_and_asks_for_nothing(
     assert ground == {"light": "rgb(246, 247, 249)", "dark": "rgb(14, 19, 25)"}[scheme]
     assert browser.ask("typeof window.hacked") == "undefined"
     assert browser.complaints() == []
-    requested = [
-        reported["request"]["url"] for reported in browser.params_of("Network.requestWillBeSent")
-    ]
-    assert [url for url in requested if not url.startswith("data:")] == [
-        pages[name].resolve().as_uri()
-    ]
+    urls = [params["request"]["url"] for params in browser.params_of("Network.requestWillBeSent")]
+    assert [url for url in urls if not url.startswith("data:")] == [pages[name].resolve().as_uri()]
 
 
 def test_the_matrix_scrolls_in_its_own_box_on_a_phone(browser: Browser, pages: Pages) -> None:
@@ -124,8 +120,8 @@ def test_cases_are_filtered_by_status_area_words_and_a_cell(browser: Browser, pa
     for status, number in record.totals.items():
         browser.ask(click.format(status))
         assert browser.ask(SEEN) == number
-        reported = browser.ask("document.getElementById('shown').textContent")
-        assert reported == f"{number} of {len(record.cases)} shown"
+        text = browser.ask("document.getElementById('shown').textContent")
+        assert text == f"{number} of {len(record.cases)} shown"
     browser.ask(click.format(""))
     safe = sum(case.area == "safety" for case in record.cases)
     for field, value, seen in (

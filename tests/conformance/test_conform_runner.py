@@ -62,8 +62,8 @@ IDS = [
     (f"{IDS[3]} test_core {IDS[0]}", IDS),  # in the list's order, and nothing twice
 ])  # fmt: skip
 def test_a_beginning_names_all_that_begin_so(words: str, result: list[str]) -> None:
-    requested = words.split(" ")
-    assert chosen(IDS, requested) == (result, [] if result else requested)
+    parts = words.split(" ")
+    assert chosen(IDS, parts) == (result, [] if result else parts)
 
 
 def test_a_fuzzed_case_may_take_longer() -> None:
@@ -100,7 +100,7 @@ def test_a_run_in_which_all_is_well(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("how", "reported"), [
+@pytest.mark.parametrize(("how", "expected"), [
     ("crash", "SIGSEGV while this case ran; another worker went on with the rest"),
     ("abort", "SIGABRT while this case ran"),
     ("exit", "exit code 7 while this case ran"),
@@ -109,12 +109,12 @@ def test_a_run_in_which_all_is_well(capfd: pytest.CaptureFixture[str]) -> None:
     ("leave", "exit code 0 while this case ran"),
     ("retire", "It faulted."),  # the device, and the worker says so
 ])  # fmt: skip
-def test_a_case_that_takes_the_process_with_it_has_failed(how: str, reported: str) -> None:
+def test_a_case_that_takes_the_process_with_it_has_failed(how: str, expected: str) -> None:
     progress = RecordingProgress()
     record = ran({CORE + "a": "pass", CORE + "b": how, CORE + "c": "pass"}, progress)
     assert statuses(record) == {CORE + "a": "passed", CORE + "b": "failed", CORE + "c": "passed"}
     lost = record.cases[1]
-    assert reported in lost.reason
+    assert expected in lost.reason
     assert (record.verdict, record.rung, record.totals["failed"]) == ("failed", "", 1)
     (sentence,) = progress.sentences
     assert CORE + "b" in sentence
@@ -123,17 +123,17 @@ def test_a_case_that_takes_the_process_with_it_has_failed(how: str, reported: st
 
 
 @pytest.mark.parametrize(
-    ("how", "reported"),
+    ("how", "expected"),
     [("crash", "killed by SIGSEGV after the last case"), ("hang", "did not end")],
 )
 def test_a_worker_that_does_not_end_well_is_no_certificate(
-    how: str, reported: str, monkeypatch: pytest.MonkeyPatch
+    how: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "ENDING", 0.2)
     record = ran({CORE + "a": "pass", "finish": how})
     assert statuses(record) == {CORE + "a": "passed"}
     assert (record.verdict, record.rung) == ("incomplete", "")
-    assert reported in record.missing[0]
+    assert expected in record.missing[0]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -259,9 +259,9 @@ def test_a_worker_too_many(how: str) -> None:
     record = ran({**slow, "2 start": how}, progress, jobs=2)
     assert statuses(record) == dict.fromkeys(slow, "passed")
     assert record.verdict == "conformant"
-    (reported,) = progress.sentences
-    assert "before it was ready; the others go on" in reported
-    assert ("no such backend" in reported) == (how == "unavailable")
+    (sentence,) = progress.sentences
+    assert "before it was ready; the others go on" in sentence
+    assert ("no such backend" in sentence) == (how == "unavailable")
 
 
 def test_a_worker_that_cannot_be_replaced_is_an_error() -> None:
@@ -318,11 +318,11 @@ class Card(Facility):
 FAULT = "RuntimeError: an illegal memory access was encountered"
 
 
-@pytest.mark.parametrize(("faults", "reported"), [(0, ""), (1, ""), (1000, FAULT)])
-def test_a_fault_that_is_delivered_once_is_the_case_s(faults: int, reported: str) -> None:
+@pytest.mark.parametrize(("faults", "expected"), [(0, ""), (1, ""), (1000, FAULT)])
+def test_a_fault_that_is_delivered_once_is_the_case_s(faults: int, expected: str) -> None:
     card = Card(torch.device("cpu"))
     card.faults = faults
-    assert DeviceAlive(subject("reference"), card).lost() == reported
+    assert DeviceAlive(subject("reference"), card).lost() == expected
 
 
 @pytest.mark.parametrize("worked", [True, False])
@@ -347,9 +347,9 @@ def test_a_backend_that_raises_for_good(worked: bool, monkeypatch: pytest.Monkey
 def test_an_event_holds_any_text(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     append(str(file), {"reason": "driver reported \udcff", "cases": [{"a\ud800": ("x", 1, None)}]})
-    reported = json.loads(file.read_text(encoding="utf-8"))
-    assert reported == {
+    event = json.loads(file.read_text(encoding="utf-8"))
+    assert event == {
         "reason": "driver reported \\udcff",
         "cases": [{"a\\ud800": ["x", 1, None]}],
     }
-    json.dumps(reported, ensure_ascii=False).encode("utf-8")
+    json.dumps(event, ensure_ascii=False).encode("utf-8")

@@ -114,7 +114,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.parametrize(
-    ("code", "ended", "reported"),
+    ("code", "ended", "expected"),
     [
         pytest.param(
             TOUCH,
@@ -131,10 +131,10 @@ except RuntimeError as error:
         pytest.param(FORK, 7, "'spawn'", id="a forked process", marks=pytest.mark.full),
     ],
 )
-def test_what_is_wrong_is_told(code: str, ended: int, reported: str) -> None:
+def test_what_is_wrong_is_told(code: str, ended: int, expected: str) -> None:
     done = run("-c", f"import torch; from support.simdev_cases import DEVICE\n{code}")
     assert done.returncode == ended or done.returncode < 0 > ended, done.stderr
-    assert reported in done.stderr
+    assert expected in done.stderr
 
 
 @pytest.mark.slow

@@ -303,8 +303,8 @@ def test_what_the_installed_hypothesis_writes_is_known() -> None:
     with pytest.raises(AssertionError) as caught:
         fails()
     notes = getattr(caught.value, "__notes__", [])
-    for reported in (caught.value, ORACLE):
-        assert sentence("\n".join([f"AssertionError: {reported}", *notes])) == ORACLE
+    for message in (caught.value, ORACLE):
+        assert sentence("\n".join([f"AssertionError: {message}", *notes])) == ORACLE
 
 
 # -- tensors in no order ------------------------------------------------------------------------

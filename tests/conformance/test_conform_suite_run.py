@@ -33,16 +33,16 @@ Judged = tuple[subprocess.CompletedProcess[str], list[dict[str, Any]], dict[str,
 
 def judged(backend: str, *words: str, ids: Sequence[str], where: Path, **more: str) -> Judged:
     """A run of some cases under pytest: how it ended, its events, and its cases by id."""
-    reported = where / "events.jsonl"
+    file = where / "events.jsonl"
     only = where / "only.txt"
     only.write_text("\n".join(ids) + "\n", encoding="utf-8")
-    requested = (
+    options = (
         f"--portakv-backend=support.conform_suite_backends:{backend}",
-        f"--portakv-events={reported}",
+        f"--portakv-events={file}",
         f"--portakv-only={only}",
     )
-    done = python("-m", "pytest", *SUITE, *requested, *words, where=where, **more)
-    events = [json.loads(line) for line in reported.read_text(encoding="utf-8").splitlines()]
+    done = python("-m", "pytest", *SUITE, *options, *words, where=where, **more)
+    events = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     cases = [CaseRecord.read(event["case"]) for event in events if event["event"] == "end"]
     return done, events, {case.id: case for case in cases}
 
@@ -146,11 +146,11 @@ for words in requests:
 
 def test_exit_codes(tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("cases/test_core.py::test_nothing\n")
-    requested = [words for words, _, _ in CODES]
-    done = python("-c", EACH, shlex.join(SUITE), *requested, where=tmp_path)
-    reported = re.split(r"^@@ (\d)$", done.stdout, flags=re.MULTILINE)
-    assert [int(code) for code in reported[1::2]] == [code for _, code, _ in CODES], done.stdout
-    for (words, _, why), text in zip(CODES, reported[::2], strict=False):
+    commands = [words for words, _, _ in CODES]
+    done = python("-c", EACH, shlex.join(SUITE), *commands, where=tmp_path)
+    parts = re.split(r"^@@ (\d)$", done.stdout, flags=re.MULTILINE)
+    assert [int(code) for code in parts[1::2]] == [code for _, code, _ in CODES], done.stdout
+    for (words, _, why), text in zip(CODES, parts[::2], strict=False):
         assert why in text, (words, text)
 
 
@@ -253,7 +253,7 @@ def test_two_workers_find_what_one_finds(passed: RunRecord) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reported", "where"),
+    ("name", "expected", "where"),
     [
         pytest.param(
             "Crashing", "killed by SIGSEGV while this case ran", "in carry", marks=pytest.mark.full
@@ -264,12 +264,12 @@ def test_two_workers_find_what_one_finds(passed: RunRecord) -> None:
         ),
     ],
 )
-def test_a_backend_that_cannot_be_judged_has_failed(name: str, reported: str, where: str) -> None:
+def test_a_backend_that_cannot_be_judged_has_failed(name: str, expected: str, where: str) -> None:
     """The suite and its surroundings are in order."""
     record = run_on(name, limit=2.0)
     (case,) = record.cases
     assert (record.verdict, case.status, case.area) == ("failed", "failed", "core")
-    assert reported in case.reason
+    assert expected in case.reason
     assert where in case.details
     if name == "NoClaims":
         assert case.reason.endswith("no case can be judged.")

@@ -79,10 +79,10 @@ def test_it_copies_by_the_drivers_call(installed: Path) -> None:
 @pytest.mark.slow
 def test_the_suite_certifies_it_on_the_simulated_device(installed: Path, tmp_path: Path) -> None:
     report = str(tmp_path / "out")
-    reported = run(
+    output = run(
         installed, "-m", "portakv", "conform", "acme", "--device=simdev", "--report", report
     )
-    assert "conformant, R3" in reported
+    assert "conformant, R3" in output
     verified = run(installed, "-m", "portakv", "conform", "verify", f"{report}/conformance.json")
     assert "stands: acme on" in verified
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000

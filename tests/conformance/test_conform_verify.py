@@ -138,7 +138,7 @@ EDITS: list[tuple[Any, ...]] = [
     (fact_to("device", "simdev:1"), "always emulated"),
     (lambda record: record.environment.pop("torch"), "does not say torch"),
     (set_to("profile", "core"), "R6 needs the full profile"),
-    (set_to("profile", "most"), "is none"),
+    (set_to("profile", "most"), "is not core or full"),
     (set_to("seed", 7), "seed 0", "does not say --seed 7"),
     (set_to("fuzz", 9), "no fuzzing", "does not say --fuzz 9"),
     (set_to("missing", ["A thing."]), "'incomplete' follows"),
@@ -156,16 +156,16 @@ EDITS: list[tuple[Any, ...]] = [
     (case_to("claim", "threads", 2), "the backend claims 'threads'"),
     (case_to("seconds", 1e6), "one after another"),
     (case_to("seconds", -1.0), "took -1.0 s"),
-    (set_to("started", "yesterday"), "no time with a zone"),
-    (set_to("started", "2026-01-01T00:00:00"), "no time with a zone"),
+    (set_to("started", "yesterday"), "not a time with a zone"),
+    (set_to("started", "2026-01-01T00:00:00"), "not a time with a zone"),
     (set_to("started", "2999-01-01T00:00:00+00:00"), "yet to come"),
     (lambda record: record.backend.pop("source_sha256"), "hash of the backend's source"),
     (lambda record: record.backend.pop("target"), "the target of the backend"),
     (set_to("totals", []), "got `array` - at `$.totals`"),
     (set_to("seconds", "1"), "at `$.seconds`"),
     (set_to("rung", None), "got `null` - at `$.rung`"),
-    (set_to("waivers", [{"id": "x"}]), "has not the keys"),
-    (set_to("waivers", [{"id": "x", "reason": "y", "expires": "soon"}]), "no version"),
+    (set_to("waivers", [{"id": "x"}]), "does not have the keys"),
+    (set_to("waivers", [{"id": "x", "reason": "y", "expires": "soon"}]), "not a version"),
     (case_to("examples", True), "got `bool` - at `$.examples`"),
     (each_to("examples", 0), "judged no copy"),
     (case_to("declined", 99), "passed, with half or more of its copies declined"),
@@ -190,22 +190,22 @@ EDITS: list[tuple[Any, ...]] = [
 
 
 @pytest.mark.parametrize(
-    ("edit", "reported"),
-    [(edit, reported) for edit, *reported in EDITS],
+    ("edit", "expected"),
+    [(edit, expected) for edit, *expected in EDITS],
     ids=[edit[-1] if edit[1:] else "seal" for edit in EDITS],
 )
 def test_an_edit_is_found_by_the_seal_and_a_contradiction_behind_a_new_one(
-    record: RunRecord, edit: Callable[[RunRecord], object], reported: list[str]
+    record: RunRecord, edit: Callable[[RunRecord], object], expected: list[str]
 ) -> None:
     assert refusals(record) == ""
     edit(record)
     before = refusals(record)
     assert ("no seal" in before) == (SEAL not in record.environment)
-    assert any(word in before for word in ("changed after the run", "no seal", *reported))
+    assert any(word in before for word in ("changed after the run", "no seal", *expected))
     record.environment[SEAL] = digest_of(record)
     result = refusals(record)
-    assert all(word in result for word in reported)
-    assert bool(result) == bool(reported)
+    assert all(word in result for word in expected)
+    assert bool(result) == bool(expected)
     assert "changed after the run" not in result
 
 
@@ -218,7 +218,7 @@ KERNEL = {"carried out by": "the AscendC kernel", "library": {"libportakv_ascend
 
 @pytest.mark.parametrize(("facts", "why"), [
     *((whole, "") for whole in ({}, MLU | {"assumption": ASSUMED}, KERNEL)),
-    *(({"emulation": reported}, "does not say by what") for reported in (..., None, [SIMULATION])),
+    *(({"emulation": value}, "does not say by what") for value in (..., None, [SIMULATION])),
     ({"emulation": {}}, "does not say by what"),
     ({"emulation": {"acme": "1" * 64}}, f"does not say the hash of {SIMULATION}"),
     ({"emulation": {SIMULATION: "unknown: x"}}, f"the hash of {SIMULATION}, which emulated"),
@@ -228,9 +228,9 @@ KERNEL = {"carried out by": "the AscendC kernel", "library": {"libportakv_ascend
     (KERNEL | {"library": "a.so"}, "Its library is 'a.so'"),
 ])  # fmt: skip
 def test_a_report_says_what_emulated_and_what_carried(facts: dict[str, Any], why: str) -> None:
-    reported = conform_reports.refusals(changed(conform_reports.emulated(), facts))
-    assert why in reported
-    assert bool(why) == bool(re.search("emulat|librar|hash|holds by", reported))
+    refusals = conform_reports.refusals(changed(conform_reports.emulated(), facts))
+    assert why in refusals
+    assert bool(why) == bool(re.search("emulat|librar|hash|holds by", refusals))
 
 
 PACKAGE = "a version of the vendor's package"
@@ -240,7 +240,7 @@ OURS = {"target": "portakv.backends.ascend:Ascend"}
 @pytest.mark.parametrize(("facts", "backend", "lacking"), [
     ({}, {}, []),
     ({"device": "cpu", "driver": ""}, {}, []),
-    *(({"driver": reported}, {}, ["the driver's version"]) for reported in ("", " ", None, ...)),
+    *(({"driver": driver}, {}, ["the driver's version"]) for driver in ("", " ", None, ...)),
     *(({"device": kind, "torch_acme": ...}, OURS, [PACKAGE])
       for kind in ("npu", "mlu:1", "cuda")),
     ({"device": "npu", "torch_acme": ..., "torch-npu": ""}, OURS, [PACKAGE]),
@@ -312,11 +312,11 @@ def test_the_command(
     assert main(["verify", str(file)]) == 1
     assert "2 contradictions" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "nothing.json")]) == 2
-    reported = capsys.readouterr().err
-    assert "nothing.json cannot be read: No such file or directory. Pass a report" in reported
+    shown = capsys.readouterr().err
+    assert "nothing.json cannot be read: No such file or directory. Pass a report" in shown
 
 
-@pytest.mark.parametrize(("change", "code", "reported"), [
+@pytest.mark.parametrize(("change", "code", "expected"), [
     ({}, 0, "the record of a job, not a report: hip, cross-compiled, not executed."),
     ({}, 0, "The record is complete. Level: R4. Again: bash native/cuda/check_hip.sh gfx906"),
     ({"right": False}, 1, "Level: none."),
@@ -327,7 +327,7 @@ def test_the_command(
 def test_a_record_of_a_job_is_told_apart(
     change: dict[str, Any] | None,
     code: int,
-    reported: str,
+    expected: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -336,7 +336,7 @@ def test_a_record_of_a_job_is_told_apart(
     changed = "" if change is None else json.dumps(json.loads(retained.read_text()) | change)
     file.write_text(changed)
     assert main(["verify", str(file)]) == code
-    assert reported in capsys.readouterr().out
+    assert expected in capsys.readouterr().out
 
 
 # -- waivers ---------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_a_file_is_read_in_its_order(tmp_path: Path) -> None:
     assert read_waivers(written(tmp_path, "")) == ()
 
 
-@pytest.mark.parametrize(("text", "reported"), [
+@pytest.mark.parametrize(("text", "expected"), [
     (GOOD + 'ticket = "4711"\n', "unknown key 'ticket'"),
     ('title = "own"\n' + GOOD, "unknown key 'title'"),
     ("[waivers]\n", "unknown key 'waivers'"),
@@ -380,8 +380,8 @@ def test_a_file_is_read_in_its_order(tmp_path: Path) -> None:
     (GOOD + GOOD, "Expected one waiver .*, got 2"),
     ("[[waiver]\n", "Expected a TOML file"),
 ])  # fmt: skip
-def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, reported: str) -> None:
-    with pytest.raises(WaiverError, match=reported):
+def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(WaiverError, match=expected):
         read_waivers(written(tmp_path, text))
     (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")
     for name in "nothing", "latin":
@@ -389,7 +389,7 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, reported: 
             read_waivers(tmp_path / f"{name}.toml")
 
 
-@pytest.mark.parametrize(("how", "id", "expires", "status", "reported"), [
+@pytest.mark.parametrize(("how", "id", "expires", "status", "expected"), [
     ("fail", CLAIM + "a", LATER, "waived", "Ticket 4711. (What it showed: Byte 3 is 7"),
     ("crash", CLAIM + "a", LATER, "waived", "SIGSEGV"),
     ("pass", CLAIM + "a", LATER, "failed", "remove the waiver"),
@@ -399,13 +399,13 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, reported: 
     *(("fail", CLAIM + "a", expires, "failed", f"expired in suite {expires}")
       for expires in (NOW, f"{NOW}.0", "2020.01", "1")),
 ])  # fmt: skip
-def test_a_waived_case(how: str, id: str, expires: str, status: str, reported: str) -> None:
+def test_a_waived_case(how: str, id: str, expires: str, status: str, expected: str) -> None:
     """A failure or a crash is waived, of no CORE case and until its waiver expires; it proves no
     level. What passes, or is not claimed, fails."""
     waiver = Waiver(id, "Ticket 4711.", expires)
     record = ran({id: how, CLAIM + "b": "pass"}, waivers=(waiver,), profile="full")
     assert [case.status for case in record.cases] == [status, "passed"]
-    assert reported in record.cases[0].reason
+    assert expected in record.cases[0].reason
     conformant = "conformant" if status == "waived" else "failed"
     assert (record.verdict, record.rung) == (conformant, "")
     assert ("cases are waived" in why_no_level(record)) == (status == "waived")

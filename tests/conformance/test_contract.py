@@ -70,10 +70,10 @@ def test_a_subject_that_hangs_or_raises_has_failed(tmp_path: Path) -> None:
     ]
     outcomes = run_checks(checks, lambda folder: nullcontext(3), patience=0.2)
     never.set()
-    reported = [each.failure for each in outcomes]
-    assert reported[0] == "it did not end in 0.2 s"
-    assert str(reported[1]).startswith("IndexError at test_contract.py:")
-    assert reported[2] is None
+    failures = [each.failure for each in outcomes]
+    assert failures[0] == "it did not end in 0.2 s"
+    assert str(failures[1]).startswith("IndexError at test_contract.py:")
+    assert failures[2] is None
 
 
 def test_the_command_prints_each_promise(capsys: pytest.CaptureFixture[str]) -> None:

@@ -291,11 +291,11 @@ def test_what_a_stand_in_assumes_stands_in_every_form(capsys: pytest.CaptureFixt
     assert assumed(emulating("mlu")) == ASSUMED
     assert assumed(emulating("npu")) == assumed(emulating("simdev")) == ""
     run = changed(emulated(), {"device": "simdev:mlu", "assumption": ASSUMED})
-    reported = f"It holds {ASSUMED}."
-    assert reported in html.unescape(page(run))
-    assert reported in markdown(run)
+    sentence = f"It holds {ASSUMED}."
+    assert sentence in html.unescape(page(run))
+    assert sentence in markdown(run)
     print_summary(run, Options(backend="mlu", device="simdev:mlu"))
-    assert reported in " ".join(capsys.readouterr().out.split())
+    assert sentence in " ".join(capsys.readouterr().out.split())
     own = level_of(evidence.of_report(run), "a.json")
     assert own.assumption == ASSUMED
     assert ASSUMED in reached(own, SupportMatrix((own,)))
@@ -349,11 +349,11 @@ FORGED: list[tuple[str, dict[str, Any], str]] = [
      "a::b is pinned as (), but was found as (int x)"),
     ("R2", {"schemas": [{"op": "a::b", "pinned": "()", "found": "()", "same": False}]}, "a::b is"),
     ("R2", {"vendor": {"torch_npu": "b" * 64}}, "names no wheel"),
-    ("R2", {"vendor": {WHEEL: "b" * 63}}, "is no sha256"),
-    ("R2", {"vendor": [WHEEL]}, "is no sha256"),
+    ("R2", {"vendor": {WHEEL: "b" * 63}}, "is not a sha256"),
+    ("R2", {"vendor": [WHEEL]}, "is not a sha256"),
     ("R2", {"versions": "torch-npu 2.12.0"}, "do not name 2.13.0"),
-    ("R2", {"source_sha256": "A" * 64}, "is no sha256"),
-    ("R3", {"emulation": {SIMULATION: None}}, "is no sha256"),
+    ("R2", {"source_sha256": "A" * 64}, "is not a sha256"),
+    ("R3", {"emulation": {SIMULATION: None}}, "is not a sha256"),
     ("R4", {"targets": []}, "for which targets"),
     ("R4", {"kernels": [{"kernel": "gather"}]}, "needs kernel, target"),
     ("R4", {"kernels": [{"kernel": "g", "target": "gfx906", "wrong": ["narrow"]}]}, "is wrong"),
@@ -367,7 +367,7 @@ FORGED: list[tuple[str, dict[str, Any], str]] = [
     ("R4", {"printed": ["scatter for gfx906"]}, "Nothing was printed of gather"),
     ("R1", {"emulation": {STANDINS["mlu"]: source_sha256(STANDINS["mlu"])}},
      f"are not those of {STANDINS['mlu']}"),
-    ("R5", {"source_sha256": "0" * 65}, "is no sha256"),
+    ("R5", {"source_sha256": "0" * 65}, "is not a sha256"),
     ("R4", {"right": False}, "to prove a support level, got: failed: cross-compiled"),
     ("R4", {"right": "yes"}, "right missing or of another type"),
     ("R4", {"what": "run on the hardware"}, "got 'run on the hardware'"),
@@ -502,7 +502,7 @@ def test_a_job_shows_what_was_built_and_read(tmp_path: Path) -> None:
         assert not recorded("R4", PRINTED, tmp_path, **job | less)["right"]
 
 
-@pytest.mark.parametrize(("level", "more", "command", "reported"), [
+@pytest.mark.parametrize(("level", "more", "command", "expected"), [
     ("R1", [], "true", "It holds no signatures."),
     ("R3", [], "true", "It does not say what emulated (--emulated-by)."),
     ("R5", [], "true", "the toolchain's line with its version"),
@@ -515,15 +515,15 @@ def test_the_command_says_what_a_record_lacks(
     level: str,
     more: list[str],
     command: str,
-    reported: str,
+    expected: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "job.json"
     words = ["--backend", REFERENCE, "--device", "x, emulated", "--report", str(file), *more]
-    assert evidence.main(["--what", KINDS[level], *words, "--", command]) == (1 if reported else 0)
-    assert reported in capsys.readouterr().err
-    assert not file.exists() or read(file).level == ("" if reported else level)
+    assert evidence.main(["--what", KINDS[level], *words, "--", command]) == (1 if expected else 0)
+    assert expected in capsys.readouterr().err
+    assert not file.exists() or read(file).level == ("" if expected else level)
     with pytest.raises(SystemExit):  # its own job writes that record
         evidence.main(["--what", KINDS["R2"], *words, "--", "true"])
 
@@ -598,10 +598,10 @@ def test_places_are_left_out(printed: str, retained: str) -> None:
 def test_old_or_foreign_reports_refused(tmp_path: Path, values: dict[str, Any], why: str) -> None:
     known = {name: values[name] for name in ("environment", "backend") if values.get(name)}
     run = changed(passing(), **known)  # sealed anew
-    reported = json.loads(run.document()) | ({} if known else values)
+    document = json.loads(run.document()) | ({} if known else values)
     file = tmp_path / "old.json"
     file.write_text(
-        json.dumps({name: value for name, value in reported.items() if value is not ...})
+        json.dumps({name: value for name, value in document.items() if value is not ...})
     )
     with pytest.raises(ValueError, match=re.escape(why)) as refused:
         read(file)

@@ -65,8 +65,8 @@ def test_every_rung_is_borne_out_by_its_file(tables: Any) -> None:
     assert about_devices | {"reference", "compiled", "triton"} >= {r.backend for r in result.levels}
     shown = tables.hardware()  # ends the program if a row is not borne out
     for level in result.levels:
-        reported = re.escape(f"{level.level}: {level.summary} ({level.device})")
-        row = rf"\| `{level.backend}` \| [^|]*{reported}"
+        line = re.escape(f"{level.level}: {level.summary} ({level.device})")
+        row = rf"\| `{level.backend}` \| [^|]*{line}"
         assert level.backend not in about_devices or re.search(row, shown)
 
 
@@ -178,9 +178,9 @@ def test_a_result_is_named_by_the_processor_s_kind_or_the_name_that_a_device_car
 def test_what_is_edited_no_report_or_no_certification_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its seal does not fit its contents"):
         saved_report(replace(failing(), verdict="conformant", rung="R6"), tmp_path)
-    for requested in {"fuzz": 100}, {"seed": 7}:
+    for options in {"fuzz": 100}, {"seed": 7}:
         with pytest.raises(ValueError, match="Run it without --seed and --fuzz"):
-            saved_report(ours(**requested), tmp_path)
+            saved_report(ours(**options), tmp_path)
     for text, why in (('{"schema": "other"}', "Expected a report of schema"), ("{", r"odd\.json")):
         (tmp_path / "odd.json").write_text(text)
         with pytest.raises(ValueError, match=why):
@@ -212,9 +212,9 @@ def lines(*levels: SupportLevel, sha256: str = "a" * 64) -> list[str]:
 
 
 def test_a_line_of_the_table_says_rung_versions_date_and_what_has_changed() -> None:
-    reported = "torch 2.13.0, nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7"
+    expected = "torch 2.13.0, nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7"
     assert "driver" not in versions(ours({"driver": ""}))
-    assert lines(level()) == [f"| `cuda` | NVIDIA H200 | {LINK} | {reported} | 2026-11-20 |"]
+    assert lines(level()) == [f"| `cuda` | NVIDIA H200 | {LINK} | {expected} | 2026-11-20 |"]
     (shown,) = lines(level(suite="2026.05", note="by us"), sha256="b" * 64)
     assert f"| expired: {LINK}, source changed since, suite 2026.05, now 2026.12, by us |" in shown
     (shown,) = lines(level(device="a|b <c>\nd", versions="v|1"))

@@ -53,15 +53,15 @@ def test_prometheus_reads_every_figure() -> None:
     assert samples["portakv_tier_seconds_bucket", "+Inf", "disk", "read"] == 1
     assert samples["portakv_tier_seconds_count", "copy", "device"] == 1
     assert 0 < samples["portakv_tier_seconds_sum", "copy", "device"] < 30
-    assert samples["portakv_link_queue_bytes", "disk:/a"] == 0
+    assert samples["portakv_queue_bytes", "disk:/a"] == 0
     assert samples["portakv_staging_bytes", "free"] == 4096
     assert {x.name: x.type for x in families.values()} == {
         "portakv_tier_blocks": "counter",
         "portakv_tier_bytes": "counter",
         "portakv_tier_seconds": "histogram",
-        "portakv_link_queue_bytes": "gauge",
-        "portakv_link_oldest_seconds": "gauge",
-        "portakv_link_slow": "gauge",
+        "portakv_queue_bytes": "gauge",
+        "portakv_queue_oldest_seconds": "gauge",
+        "portakv_queue_slow": "gauge",
         "portakv_staging_bytes": "gauge",
     }
 
@@ -86,8 +86,8 @@ def test_without_the_package_a_sentence_names_the_extra(monkeypatch: pytest.Monk
 
 
 def test_figures_can_be_written_as_json() -> None:
-    assert json.loads(json.dumps(ran().statistics()))["link_slow"][0] == {
-        "link": "disk:/a",
+    assert json.loads(json.dumps(ran().statistics()))["queue_slow"][0] == {
+        "queue": "disk:/a",
         "value": False,
     }
 

@@ -37,7 +37,18 @@ from portakv.interconnect.choose import Host, HostLaunch
 from portakv.interconnect.costs import DIRECTIONS, Point, Table
 from portakv.interconnect.link import FOLD_BELOW
 from portakv.interconnect.pageable import SIZES
-from portakv.interconnect.pick import EQUAL, EVEN, NARROW, ORDER, ROW, WIDE, Pick, pick
+from portakv.interconnect.pick import (
+    EQUAL,
+    EVEN,
+    NARROW,
+    ORDER,
+    PART,
+    ROW,
+    UNHIDDEN,
+    WIDE,
+    Pick,
+    pick,
+)
 from portakv.interconnect.pieces import LEAST_HEIGHT, TALL, Shape
 from portakv.interconnect.staging import BUFFERS
 from portakv.interconnect.strategy import PAGEABLE, PINNED, SMALL, Terms
@@ -491,7 +502,11 @@ def test_the_default_rule_picks_what_the_measurements_behind_it_say(direction: s
     ):
         assert picked(payload, runs, host_runs, direction).strategy == strategy
     assert picked(large, 4096, narrow + 1, direction, overlap="idle").strategy == "zero_copy"
-    assert picked(large, 4096, narrow, direction, overlap="idle").strategy == "staged"
+    above = UNHIDDEN[direction] + large
+    narrow = above // NARROW
+    assert picked(above, 4096, narrow, direction, overlap="idle").strategy == "staged"
+    assert picked(above, 4096, narrow + 1, direction, overlap="idle").strategy == "zero_copy"
+    assert picked(UNHIDDEN[direction], 1, 1, direction, overlap="idle").strategy == "zero_copy"
     for terms in ({"overlap": "idle"}, {"max_thread_blocks": 3}):  # no copy engine, run by run
         assert picked(large, even, even, direction, **terms).strategy == "zero_copy"
     # A detached transfer's stream must not wait for a kernel.
@@ -536,12 +551,12 @@ def test_terms_never_leave_a_copy_without_a_strategy_and_no_strategy_at_all_is_a
 
 def table(host: dict[str, float] | None = None, **seconds: float) -> Table:
     """Return the seconds of strategies for 4 MiB in 1024 runs, a hundredth of that for one run,
-    and those of the host."""
+    and those of the host, else 0."""
     host_seconds = host or {}
     points = {
         (strategy, "d2h"): {
             4096: [
-                Point(n, s * part, host_seconds.get(strategy, 1.0))
+                Point(n, s * part, host_seconds.get(strategy, 0.0))
                 for n, part in ((1, 0.01), (1024, 1))
             ]
         }
@@ -563,6 +578,20 @@ def test_what_was_measured_decides() -> None:
     result = picked(*arguments, costs=table(zero_copy=1e-9))
     assert result.strategy in ("staged", "batched_memcpy")
     assert "the default rule" in result.why
+
+
+def test_the_hosts_part_counts_where_nothing_hides_it() -> None:
+    """With overlap='idle', or if the call is longer than the transfer; a quarter of it shows."""
+    arguments = (4 * MIB, 1024, 64)
+    short = table({"staged": 0.8e-3}, staged=1.0e-3, batched_memcpy=1.1e-3)
+    assert picked(*arguments, costs=short).strategy == "staged"
+    idle = picked(*arguments, costs=short, overlap="idle")
+    assert idle.strategy == "batched_memcpy"
+    assert "with the host's part" in idle.why
+    long = table({"staged": 1.2e-3}, staged=1.0e-3, batched_memcpy=1.1e-3)
+    assert picked(*arguments, costs=long).strategy == "batched_memcpy"
+    little = table({"staged": 0.2e-3}, staged=1.0e-3, batched_memcpy=1.1e-3)
+    assert picked(*arguments, costs=little, overlap="idle").strategy == "staged"
 
 
 def test_of_those_about_as_quick_the_one_that_keeps_the_host_least() -> None:
@@ -636,6 +665,8 @@ def test_the_guide_tells_the_rule() -> None:
         f"wide ones where {TALL} or more lie together",
         f"device {to_host} more to the host, and {to_device} to the device",
         f"runs of less than {NARROW >> 10} KiB",
+        f"{PART:.0%} of the host's time counts as well",
+        f"{UNHIDDEN['d2h'] >> 20} MiB from the device or {UNHIDDEN['h2d'] >> 20} MiB to it",
         f"runs of {WIDE >> 10} KiB or more",
         f"runs of {EVEN >> 10} KiB or more that a gather would not merge",
         f"three pinned buffers of at most {SIZES.largest >> 20} MiB each",

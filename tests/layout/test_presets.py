@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from support.core_cases import address
 from support.presets_cases import LAYOUTS, side
 
@@ -61,9 +62,11 @@ def test_resolve_gives_a_string_and_extents_that_may_be_changed(text: str, expec
         ("VLLM-NHD", "name of a preset .*got 'VLLM-NHD'.*vllm-nhd"),
         ("qqqq", r"name of a preset .*got 'qqqq'\. No name is near"),
         (17, "got 17"),
+        # Swapped arguments of KVView: no text of a tensor is in the message.
+        ([torch.zeros(2)], r"got a list\. Pass a string\. Pass the tensors first"),
     ],
 )
-def test_unknown_name_lists_near_names(wrong: str, message: str) -> None:
+def test_unknown_name_lists_near_names(wrong: Any, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         resolve(wrong)
 

@@ -83,7 +83,8 @@ def test_a_transport_that_the_owner_was_told_to_use_is_the_readers_as_well(
     text = pulled(made, both, None)
     assert "memory sends the rows through staging buffers" in text
     assert "memory: accepted, it is here; it was requested by name" in text
-    with pytest.raises(Unsupported, match="The transport memory: its reader has distributed"):
+    why = "The owner's transport 'memory': the reader uses 'distributed'; pass both the same"
+    with pytest.raises(Unsupported, match=why):
         pulled(made, both, "distributed")
 
 
@@ -143,8 +144,8 @@ class Held(NamedTuple):
 def test_an_owner_that_cannot_bring_rows_says_so_at_once(
     made: Sides, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    """Fault 27. It has no memory for a slot, or fails as it fills one: the first, before transports
-    have met, or a later one. Its reader does not wait; later there may be room."""
+    """Fault 27. It has no memory for a buffer, or fails as it fills one: the first, before
+    transports have met, or a later one. Its reader does not wait; later there may be room."""
     both = Couple(made, "staging", transport=transport)
     error = torch.OutOfMemoryError("no room")
 
@@ -186,7 +187,7 @@ def test_an_owner_that_is_asked_for_no_rows_knows_of_a_pull_that_lasts(made: Sid
 def test_only_the_memory_that_slots_have_now_is_registered(
     made: Sides, monkeypatch: pytest.MonkeyPatch, once: bool
 ) -> None:
-    """Slots grow with pulls; an owner whose readers learn of it but once has all from the start."""
+    """Buffers grow with pulls; an owner whose readers learn of it once has all from the start."""
     monkeypatch.setattr(Other, "knows_once", once)
     both = Couple(made, "staging", transport="other")
     for both.tokens in (1, 10, 20, 40, 75, 3):
@@ -196,11 +197,12 @@ def test_only_the_memory_that_slots_have_now_is_registered(
     carrier: Any = connection.staging.transport
     transport: Any = both.owner._gathers._transports["other cpu"]
 
-    def only_these() -> bool:  # the next slot releases what a slot had before it grew
+    def only_these() -> bool:  # the next buffer releases what a buffer had before it grew
         both.pull(both.offer()).synchronize(20)
-        local = {(x.data_ptr(), x.nbytes) for _, x, _ in connection.staging.slots.queue if x.nbytes}
+        free = connection.staging.buffers.queue
+        local = {(x.data_ptr(), x.nbytes) for _, x, _ in free if x.nbytes}
         remote = {
-            (x.buffer.data_ptr(), x.buffer.nbytes) for x in both.owner._gathers._slots.values()
+            (x.memory.data_ptr(), x.memory.nbytes) for x in both.owner._gathers._buffers.values()
         }
         remote = {(min(remote)[0], SMALL)} if once else remote
         return {*transport.entered} == remote and {*carrier.entered} == local

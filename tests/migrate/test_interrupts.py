@@ -170,7 +170,7 @@ def mapped(folder: Path) -> Steps:
 
 
 def staged(folder: Path) -> Steps:
-    """An offer is pulled through slots."""
+    """An offer is pulled through staging buffers."""
     there, here, owner, reader, local = sides(expose="staging", staging=SMALL)
 
     def act() -> None:

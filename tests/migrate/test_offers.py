@@ -36,7 +36,7 @@ from portakv.errors import (
     Unsupported,
 )
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.gathers import SLOTS
+from portakv.migrate.gathers import BUFFERS
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import (
     Answer,
@@ -314,7 +314,7 @@ def test_bad_blocks_of_the_reader_are_refused_before_anything_moves(
 
 
 def test_an_owner_that_reallocates_between_two_greetings_is_not_paired_with(made: Sides) -> None:
-    """It would be known by an epoch that it no longer has, with slots that are never released."""
+    """It would be known by an epoch that it no longer has, with buffers that are never released."""
     both = Couple(made, "staging")
 
     def hello(peer: Peer, requested: Hello) -> Any:
@@ -355,7 +355,7 @@ def test_a_pull_inside_a_capture_is_refused(made: Sides, monkeypatch: pytest.Mon
 
 
 def test_too_little_staging_is_an_error_before_anything_moves(made: Sides) -> None:
-    """Fault 27. A slot that holds not one token of a layer."""
+    """Fault 27. A buffer that holds not one token of a layer."""
     wide = torch.zeros(1, 2, 4, 16, 4, 1024, dtype=torch.int16)
     shard = [Shard(KVView([*x], "layer | kv block token head dim")) for x in (wide, wide.clone())]
     owner = made.owner(shard[0], expose="staging", staging=1 << 14)
@@ -398,7 +398,7 @@ def test_rows_that_change_after_they_were_read_are_not_verified(made: Sides) -> 
 
 @WAYS
 def test_a_pull_is_cancelled_at_any_moment(made: Sides, expose: str) -> None:
-    """Fault 30. Nothing is published, slots are free, and the next pull is right."""
+    """Fault 30. Nothing is published, buffers are free, and the next pull is right."""
     both = Couple(made, expose)
     seed = random.Random(1)
     for _ in range(12):
@@ -834,11 +834,11 @@ def test_owners_that_come_and_go_leave_no_workers(made: Sides) -> None:
         owner.close()
         channel.close()
         assert until(lambda: reader.channel.statistics()["links"] == 0)
-        assert sum("take" in thread.name for thread in threading.enumerate()) <= SLOTS
+        assert sum("take" in thread.name for thread in threading.enumerate()) <= BUFFERS
 
 
 def test_a_channel_has_one_owner_and_one_reader_at_a_time(made: Sides) -> None:
-    """Two would answer for each other's offers and take each other's slots; one that closes would
+    """Two would answer for each other's offers and take each other's buffers; one that closes would
     end the other."""
     both = Couple(made, "staging")
     with pytest.raises(InvalidTerms, match="Expected a channel without"):

@@ -164,8 +164,10 @@ def test_a_shard_holds_what_its_window_says() -> None:
     assert Shard(view).group.box == ((0, 2), (0, 3))
     shard = Shard(view, layers=(4, 6, 8), heads=(3, 6, 6))
     assert shard.group == Group((4, 6, 8), (3, 6, 6), (16, 16), ("float16", "float16"))
-    with pytest.raises(LayoutError, match="The view has 2 layers; `of` is the number"):
+    with pytest.raises(LayoutError, match=r"the 2 layers that its view has, .* which names 3"):
         Shard(view, layers=(0, 3, 8))
+    with pytest.raises(LayoutError, match="The view has 2 layers; `of` is the number"):
+        Shard(view, layers=(0, 2, 1))
     for wrong in ((0, 2), (2, 0, 8), (0, 9, 8), (-1, 1, 8), (3, 3, 8)):
         with pytest.raises(LayoutError, match=r"to be \(from, to, of\)"):
             Shard(view, layers=wrong)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ class Table(Memory):
         for start, buffer in [*self.buffers.items()]:
             at = there.address - start
             if 0 <= at < buffer.nbytes:
-                moving.slot.copy_(buffer[at : at + there.nbytes])
+                moving.buffer.copy_(buffer[at : at + there.nbytes])
                 if buffer.device.type != "cpu":
                     torch.accelerator.synchronize(buffer.device)
                 return

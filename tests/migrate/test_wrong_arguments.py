@@ -235,7 +235,7 @@ def test_the_former_name_of_the_transport_is_deprecated() -> None:
     channel = Channel()
     try:
         for kind in (Owner, Reader):
-            with pytest.warns(DeprecationWarning, match="Pass transport="):
+            with pytest.warns(DeprecationWarning, match=r"transport=.*goes in 0\.2\.0"):
                 kind(channel, rows.shard, model=MODEL, mover="distributed").close()
             with pytest.raises(InvalidTerms, match="Expected mover to be"), pytest.warns():
                 kind(channel, rows.shard, model=MODEL, mover="pigeon")

@@ -270,6 +270,8 @@ class TestRefusals:
             (SPLIT, form("token (kv dim)", 12, 136, dtype=torch.uint8, dim=(128, 8)), (1, 0),
              LayoutError, "kv 1 to be 4 bytes wide for each head of each layer .* 8: .*dim"),
             (FLAT, form("token dim", 5, 8, dtype=torch.uint8), (), LayoutError, "are compared in"),
+            (form("token dim", 5, 8, dtype=torch.float32), form("token dim", 5, 8), (), LayoutError,
+             r"32 bytes wide \(float32\) .* got 16 \(float16\): .* nothing.*torch.float16\) first"),
             (PAGES, form("block page", 5, 64, block_size=8), (4, 8), LayoutError,
              "to hold 4 tokens .* got 8"),
             (PAGES, form("block page", 5, 32, block_size=4), (4, 4), LayoutError, "bytes"),

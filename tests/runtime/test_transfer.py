@@ -250,11 +250,11 @@ def test_waiting_with_a_limit_raises_what_the_work_met() -> None:
 
 def test_a_transfer_shows_what_is_known_of_it(later: Later) -> None:
     transfer, _ = start()
-    assert repr(transfer) == "<Transfer by later, not seen to have ended>"
+    assert repr(transfer) == "<BlockTransfer by later, not seen to have ended>"
     later.ended = True
     assert "not seen" in repr(transfer)  # which asks nothing: a graph may be being captured
     transfer.synchronize()
-    assert repr(transfer) == "<Transfer by later, ended>"
+    assert repr(transfer) == "<BlockTransfer by later, ended>"
     assert repr(Transfer(carried=("reference", "it runs everywhere"))) == (
         "<Transfer by reference, ended>"
     )

@@ -156,5 +156,5 @@ def test_images_are_checked_where_they_lie() -> None:
 
 def test_without_xxhash_a_store_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xxhash", None)
-    with pytest.raises(StoreError, match=r"pip install portakv\[storage\]"):
+    with pytest.raises(StoreError, match=r"pip install -e '\.\[storage\]'"):
         image.seal(np.zeros(FORM.image_bytes, np.uint8), FORM, key_of(1), 1)

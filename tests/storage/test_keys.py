@@ -172,4 +172,5 @@ def test_keys_of_a_wrong_length_are_refused(key: Any, weak: bool) -> None:
     """Fault 63. Keys of wrong length: a sentence that names the key's number, not the key."""
     with pytest.raises(InvalidTerms, match=r"Expected keys .* as keys\[1\]") as error:
         check_keys([bytes(32), key], weak)
+    assert ("Pass bytes" in str(error.value)) is not isinstance(key, bytes)
     assert "aaa" not in str(error.value)

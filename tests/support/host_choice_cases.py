@@ -38,9 +38,9 @@ FIGURES: dict[str, tuple[float, float, float, float]] = {
     "pageable": (60e-6, 0.1e-6, 36.0e9, 36.0e9),
 }
 HOST_FIGURES = {
-    "staged": (45e-6, 0.45e-6, 30e-6),
-    "batched_memcpy": (40e-6, 0.45e-6, 0.0),
-    "zero_copy": (65e-6, 0.0, 0.0),
+    "staged": (90e-6, 0.45e-6, 30e-6),
+    "batched_memcpy": (70e-6, 0.45e-6, 0.0),
+    "zero_copy": (50e-6, 0.0, 0.0),
 }
 
 

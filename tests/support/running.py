@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """SIGINT interrupts, also in a process that was begun in the background, which ignores it.
+    """Let SIGINT interrupt, also in a process that was started in the background and ignores it.
 
     No callback of a collection of garbage, such as Hypothesis's, runs meanwhile: Python ignores an
     interrupt that is raised in one.
@@ -76,20 +76,20 @@ ACCELERATORS = [
 
 @pytest.fixture(params=[pytest.param(torch.device("cpu"), id="cpu"), *ACCELERATORS])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The host, the simulated device, and a CUDA device if there is one."""
+    """Yield the host, the simulated device, and a CUDA device if there is one."""
     yield request.param
     _check_simdev(request.param)
 
 
 @pytest.fixture(params=ACCELERATORS)
 def accelerator(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The simulated device, and a CUDA device if there is one: what has streams."""
+    """Yield the devices with streams: the simulated device, and a CUDA device if there is one."""
     yield request.param
     _check_simdev(request.param)
 
 
 def _check_simdev(used: torch.device) -> None:
-    """Nothing that the test enqueued on the simulated device touched memory that was freed."""
+    """Check that no work of the test on the simulated device touched freed memory."""
     if used.type == torch.device(_SIMDEV).type:
         for index in range(2):
             torch.accelerator.synchronize(torch.device(_SIMDEV, index))

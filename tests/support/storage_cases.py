@@ -76,7 +76,7 @@ class FakeTier:
     def forms(self, form: BlockForm) -> list[BlockForm]:
         return [x for x in dict.fromkeys(x for x, _ in self.blocks) if form.same_cache(x)]
 
-    def open(self, graph: Any, rows: Any, forms: Any, generation: int = 0) -> list[FakeStore]:
+    def open(self, graph: Any, rows: Any, forms: Any) -> list[FakeStore]:
         queue = graph.queue(f"{self.tier}:x", width=self.width)
         return [FakeStore(self, form, queue, form == forms[0]) for form in forms]
 

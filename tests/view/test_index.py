@@ -113,7 +113,7 @@ def test_ranges_and_one_id_of_a_reversed_array() -> None:
         ([1, 2.0], "got 2.0"),
         ([True], "got True"),
         ([1, None], "got None"),
-        ([2**70], "slot"),
+        ([2**70], "64 bits"),
         ("12", "got a str"),
         ({1, 2}, "got a set"),
         (torch.arange(3).to_sparse(), "dense tensor .* sparse_coo one"),
@@ -245,7 +245,8 @@ def test_a_check_finds_what_the_definition_says(
             index.check(length, view, "source", distinct=distinct)
         if past is None:
             times = valid.count(min(twice))
-            expected = f"Slot {min(twice)} occurs {times} times in the source index; "
+            of = f" (of id {min(twice) // index.step})" if index.step > 1 else ""
+            expected = f"Slot {min(twice)}{of} occurs {times} times in the source index; "
         else:
             expected = f"Position {past} of the source index is slot {used[past]}"
             if index.step > 1:

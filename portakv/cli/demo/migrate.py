@@ -243,8 +243,8 @@ def print_report(report: Report) -> None:
         print_prose(f"{engine}: {why}.")
     for one in report["pulls"]:
         if one["stale"]:
-            result = "PUBLISHED" if one["published"] else "not published"
-            print_prose(f"A stale offer, {one['way']}: {result}. {one['why']}")
+            outcome = "PUBLISHED" if one["published"] else "not published"
+            print_prose(f"A stale offer, {one['way']}: {outcome}. {one['why']}")
     right = "all right, and no other byte of the readers' pages has changed"
     print_prose(f"bytes: {right if report['ok'] else 'WRONG or missing, or stale ones published'}.")
 

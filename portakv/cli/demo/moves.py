@@ -75,7 +75,7 @@ def fitted(scenario: Scenario, free: int | None) -> Scenario:
 
 def free_memory(device: torch.device) -> int | None:
     """Return the free bytes on ``device``; None if the system does not report them."""
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError):  # no /proc, or a module without `mem_get_info`
         if device.type == "cpu":
             return available()
         return int(torch.get_device_module(device).mem_get_info(device)[0])

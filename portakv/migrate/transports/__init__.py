@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
+from portakv.arguments import shown
+from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable, InvalidTerms
 from portakv.migrate.transports.base import Transport
 from portakv.selection import Catalog, Decision, Kind, select
@@ -35,6 +35,23 @@ def forced(name: str | None = None) -> str | None:
     return None if wanted is None else TRANSPORTS.check(KIND.source(), wanted)
 
 
+def load(name: str) -> type[Transport]:
+    """Return the class of a transport.
+
+    Raises:
+        InvalidTerms: no transport has that name.
+        BackendUnavailable: it is not a class of a transport, or the class has another name.
+    """
+    transport = TRANSPORTS.load(name)
+    # Peers send each other the class's name: under another name a peer does not find the transport.
+    if transport.name != name:
+        raise BackendUnavailable(
+            f"Expected transport {name!r} to be a class with name = {name!r}, got "
+            f"{shown(transport.name)}. Give the entry point and the class the same name."
+        )
+    return transport
+
+
 def check_transport(name: str | None, device: torch.device) -> None:
     """Check that a transport can carry staging buffers of the device, or else of the host.
 
@@ -44,7 +61,7 @@ def check_transport(name: str | None, device: torch.device) -> None:
     """
     if name is None:
         return
-    transport = TRANSPORTS.load(TRANSPORTS.check("transport", name))
+    transport = load(TRANSPORTS.check("transport", name))
     decisions = [transport.probe(each) for each in dict.fromkeys((device, torch.device("cpu")))]
     if not any(each.accepted for each in decisions):
         reasons = "; ".join(map(str, decisions))
@@ -70,7 +87,7 @@ def choose(device: torch.device, name: str | None = None) -> Transport:
     def consider(each: str) -> tuple[Transport | None, Decision]:
         if wanted is None and each in ONLY_BY_NAME:
             return None, Decision(each, False, "it is used only if it is requested by name")
-        kind = TRANSPORTS.load(each)
+        kind = load(each)
         decision = kind.probe(device)
         return (kind(device) if decision.accepted else None), decision
 
@@ -84,9 +101,5 @@ def renamed(transport: str | None, mover: str | None) -> str | None:
     """Return the transport that the deprecated argument ``mover`` names, or else ``transport``."""
     if mover is None:
         return transport
-    warnings.warn(
-        "The argument mover= is deprecated and goes in 0.2.0. Pass transport=.",
-        DeprecationWarning,
-        stacklevel=3,
-    )
+    warn_former("The argument mover=", "transport=", above=1)
     return TRANSPORTS.check("mover", mover)

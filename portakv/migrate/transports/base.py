@@ -1,30 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transport protocol: the classes that a transport implements, and the order of the calls.
 
-A transport carries staging buffers, here called slots, between processes whose memory cannot be
-mapped. It carries slots from an owner to a reader in the order in which they were passed, and
+A transport carries staging buffers, below called buffers, between processes whose memory cannot be
+mapped. It carries buffers from an owner to a reader in the order in which they were passed, and
 converts nothing. The library calls a transport in this order:
 
-1. `Transport.probe` decides, for a device and without side effects, whether slots can cross.
+1. `Transport.probe` decides, for a device and without side effects, whether buffers can cross.
 2. The constructor creates the transport for the device. Owner and reader each have a transport of
    the same name. The owner's channel serves the messages in ``asks`` from then on.
 3. `Transport.lane` returns the `Lane` to one peer, and creates the lane at the first call. The
    channel closes the lane when the peer is gone.
-4. `Lane.move` queues one slot and returns a `Moving` without blocking. The owner calls it in its
-   worker for gathers, the reader in a worker of its pull. Both pass slots of one peer in one order.
+4. `Lane.move` queues one buffer and returns a `Moving` without blocking. The owner calls it in its
+   worker for gathers, the reader in a worker of its pull. Both pass the buffers of one peer in one
+   order.
 5. `Lane.carry` runs in a thread of the lane and moves the bytes. It may send messages in ``asks``
    to the owner. The owner's channel calls `Transport.answer` for these messages.
-6. `Moving` ends: ``over`` is set when the bytes have landed or the slot has failed. ``free`` is set
-   when, in addition, no library touches the slot. Only then may the slot's memory be used again.
-7. `Transport.forget` closes the lane to one peer, and `Transport.close` closes all lanes. Slots in
-   flight end with `PeerError`. The lane calls `Lane.cut` immediately and `Lane.leave` after its
+6. `Moving` ends: ``over`` is set when the bytes have landed or the buffer has failed. ``free`` is
+   set when, in addition, no library touches the buffer. Only then may its memory be used again.
+7. `Transport.forget` closes the lane to one peer, and `Transport.close` closes all lanes. Buffers
+   in flight end with `PeerError`. The lane calls `Lane.cut` immediately and `Lane.leave` after its
    threads have ended.
 
-A thread of the lane turns every error of `Lane.carry` into a `PeerError` of the slot. If the lane
-is ``ordered``, the error also closes the lane. `Moving.wait` raises `TransferTimeout` if the slot
+A thread of the lane turns every error of `Lane.carry` into a `PeerError` of the buffer. If the lane
+is ``ordered``, the error also closes the lane. `Moving.wait` raises `TransferTimeout` if the buffer
 takes longer than the transport's ``timeout``.
 
-Provisional: the moment when a slot is released, and how the end of a slot is reported, may change.
+Provisional: the moment when a buffer is released, and how its end is reported, may change.
 The contract suite is `portakv conform --contract transport NAME`.
 """
 
@@ -54,16 +55,16 @@ if TYPE_CHECKING:
 
 
 class Moving:
-    """A slot in flight. It lands or fails as a whole.
+    """A buffer in flight. It lands or fails as a whole.
 
     Attributes:
-        over: set when the slot has ended.
+        over: set when the buffer has ended.
         error: the reason for the failure; None if the bytes have landed.
-        free: set when the slot may be used again: it has ended, and no library touches its bytes.
+        free: set when the buffer may be used again: it has ended, and no library touches its bytes.
     """
 
-    def __init__(self, slot: torch.Tensor, seconds: float) -> None:
-        self.slot = slot
+    def __init__(self, buffer: torch.Tensor, seconds: float) -> None:
+        self.buffer = buffer
         self.seconds = seconds
         self.until = monotonic() + seconds
         self.error: Exception | None = None
@@ -73,14 +74,14 @@ class Moving:
         self._lock = threading.Lock()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block the host until the slot ends, at most ``timeout`` seconds; return True if it ended.
+        """Block the host until the buffer ends, at most ``timeout`` seconds; return True if it did.
 
-        Raises the slot's error: `TransferTimeout` if the time of the transport is over.
+        Raises the buffer's error: `TransferTimeout` if the time of the transport is over.
         """
         left = self.until - monotonic()
         last = timeout is None or timeout >= left
         if not self.over.wait(left if last else timeout) and last:
-            what = f"A slot of {self.slot.nbytes} B did not cross in {self.seconds:g} s."
+            what = f"A buffer of {self.buffer.nbytes} B did not cross in {self.seconds:g} s."
             self.end(TransferTimeout(f"{what} Pull again, or choose another transport."))
         if self.error is not None:
             raise self.error
@@ -89,7 +90,7 @@ class Moving:
     def poll(self, ended: Callable[[], bool]) -> None:
         """Call ``ended`` until it returns True, at growing intervals so that other threads can run.
 
-        Raises as `wait`, also if the slot was ended meanwhile.
+        Raises as `wait`, also if the buffer was ended meanwhile.
         """
         began = now = monotonic()
         while not ended():
@@ -99,13 +100,13 @@ class Moving:
                 self.wait(0)
 
     def begin(self) -> bool:
-        """Return False if the slot has ended; else a library may touch the slot from now on."""
+        """Return False if the buffer has ended; else a library may touch the buffer from now on."""
         with self._lock:
             self._touched = not self.over.is_set()
             return self._touched
 
     def end(self, error: Exception | None = None, untouched: bool = False) -> None:
-        """End the slot; the first end counts. ``untouched``: no library touches the slot now."""
+        """End the buffer; the first end counts. ``untouched``: no library touches it now."""
         with self._lock:
             self._touched = self._touched and not untouched
             if not self._touched:
@@ -116,13 +117,13 @@ class Moving:
 
 
 class Lane(ABC):
-    """The slots between this process and one peer.
+    """The buffers between this process and one peer.
 
-    Private threads carry the slots, because libraries block.
+    Private threads carry the buffers, because libraries block.
 
     Attributes:
         width: the number of threads.
-        ordered: a slot that fails closes the lane, so no later slot is carried.
+        ordered: a buffer that fails closes the lane, so no later buffer is carried.
     """
 
     width = 1
@@ -145,30 +146,30 @@ class Lane(ABC):
 
     @abstractmethod
     def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
-        """Move the bytes of a slot after the event ``ready``, and return when they have landed.
+        """Move the bytes of a buffer after the event ``ready``, and return when they have landed.
 
         Call `Moving.begin` first, and move nothing if it returns False. The generator may yield
-        once: the part before the yield runs in the order of the slots, one slot at a time. Raises
-        the error of the library.
+        once: the part before the yield runs in the order of the buffers, one at a time. Raises the
+        error of the library.
         """
 
     def cut(self) -> bool:
-        """Abort the library's work, quickly; return True if it touches no slot now."""
+        """Abort the library's work, quickly; return True if it touches no buffer now."""
         return False
 
     def leave(self) -> None:  # noqa: B027
         """Release the library's resources for this lane, after its threads have ended."""
 
-    def move(self, slot: torch.Tensor, tag: int) -> Moving:
-        """Queue a slot, contiguous bytes, after the current stream's work and after earlier slots.
+    def move(self, buffer: torch.Tensor, tag: int) -> Moving:
+        """Queue a buffer, contiguous bytes, after the current stream's work and earlier buffers.
 
-        The owner's slot ends when the reader has it, as far as the library reports this. The
-        reader's slot ends when it has received the owner's slot of the same ``tag``, which has
-        exactly as many bytes. Both sides pass their slots in one order. A closed lane returns a
-        slot that has failed.
+        The owner's buffer ends when the reader has it, as far as the library reports this. The
+        reader's buffer ends when it has received the owner's buffer of the same ``tag``, which has
+        exactly as many bytes. Both sides pass their buffers in one order. A closed lane returns a
+        buffer that has failed.
         """
-        moving = Moving(slot, self.transport.timeout)
-        ready = None if slot.device.type == "cpu" else event_pool(slot.device).recorded(None)
+        moving = Moving(buffer, self.transport.timeout)
+        ready = None if buffer.device.type == "cpu" else event_pool(buffer.device).recorded(None)
         with self.transport.lock:
             if self.gone is None:
                 self._moving.add(moving)
@@ -178,7 +179,7 @@ class Lane(ABC):
         return moving
 
     def close(self, error: Exception) -> None:
-        """End all slots immediately with ``error``; the peer's next slot gets a new lane.
+        """End all buffers immediately with ``error``; the peer's next buffer gets a new lane.
 
         A thread that is still inside a library ends when the library returns.
         """
@@ -210,13 +211,15 @@ class Lane(ABC):
                 moving.end(untouched=True)
             except Exception as caught:  # each library raises its own error classes
                 short = re.sub(r"^\[\S*\] ", "", str(caught)).partition("\n")[0]
-                what = f"A slot of {moving.slot.nbytes} B did not cross by {self.transport.name}"
+                nbytes = moving.buffer.nbytes
+                what = f"A buffer of {nbytes} B did not cross by {self.transport.name}"
                 why = short.partition(". ")[0].rstrip(".") or type(caught).__name__
                 error = PeerError(f"{what}: {why}. Pull again, or choose another transport.")
                 if self.ordered:
                     self.close(error)
                 moving.end(self.gone or error, untouched=True)
-            if holds_turn:  # released only now: a lane that this slot closed carries no later slot
+            # Released only now: a lane that this buffer closed carries no later buffer.
+            if holds_turn:
                 self._turn.release()
             with self.transport.lock:
                 self._moving.discard(moving)
@@ -229,16 +232,16 @@ class Lane(ABC):
 
 
 class Transport(ABC):
-    """A transport for slots on ``device``.
+    """A transport for buffers on ``device``.
 
-    A slot fails if it has not crossed in ``timeout`` seconds. This is the last resort, because the
-    channel reports the death of a peer earlier.
+    A buffer fails if it has not crossed in ``timeout`` seconds. This is the last resort, because
+    the channel reports the death of a peer earlier.
 
     Attributes:
         name: the name by which owner and reader agree on the transport.
         kind: the class of its lanes.
         asks: the messages that a reader's transport sends to the owner's, which `answer` answers.
-        knows_once: a reader learns the owner's reachable memory only once, with all slots in it.
+        knows_once: a reader learns the owner's reachable memory only once, with all buffers in it.
         why: the reason why this transport was chosen.
     """
 
@@ -260,7 +263,7 @@ class Transport(ABC):
     @classmethod
     @abstractmethod
     def probe(cls, device: torch.device) -> Decision:
-        """Decide, with a reason, if slots on ``device`` can cross; start nothing."""
+        """Decide, with a reason, if buffers on ``device`` can cross; start nothing."""
 
     @abstractmethod
     def answer(self, peer: Peer, channel: Channel, request: Any) -> Message | None:
@@ -279,7 +282,7 @@ class Transport(ABC):
                 return lane
             lane = self.lanes[other] = self.kind(self, channel, other)
             self._threads = [x for x in self._threads if x.is_alive()] + lane.threads
-        gone = partial(lane.close, PeerError("The peer is gone; its slots did not cross."))
+        gone = partial(lane.close, PeerError("The peer is gone; its buffers did not cross."))
         try:
             if isinstance(other, str):
                 lane.unwatch = channel.watch(other, gone)
@@ -291,9 +294,9 @@ class Transport(ABC):
         return lane
 
     def forget(self, other: str | Peer) -> None:
-        """End the slots in flight with a peer and release its lane; never block."""
+        """End the buffers in flight with a peer and release its lane; never block."""
         if lane := self.lanes.get(other):
-            lane.close(PeerError("The peer was released; its slots did not cross."))
+            lane.close(PeerError("The peer was released; its buffers did not cross."))
 
     def close(self, patience: float = 1.0) -> None:
         """Close all lanes, and wait ``patience`` seconds for each thread.
@@ -303,7 +306,7 @@ class Transport(ABC):
         """
         if not self._process.forked:
             for lane in [*self.lanes.values()]:
-                lane.close(PeerError("The transport was closed; its slots did not cross."))
+                lane.close(PeerError("The transport was closed; its buffers did not cross."))
             for thread in self._threads:
                 thread.join(patience)
         if not any(thread.is_alive() for thread in self._threads):

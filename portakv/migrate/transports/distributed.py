@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transport by torch.distributed: slots cross by gloo, nccl or a vendor's backend.
+"""The transport by torch.distributed: buffers cross by gloo, nccl or a vendor's backend.
 
 Each pair of processes has a separate group, so that its end affects no other pair. gloo and nccl
 open sockets for the data, neither encrypted nor authenticated (`GLOO_SOCKET_IFNAME`,
@@ -44,10 +44,10 @@ class Join(Message, frozen=True):
 
 
 class Pair(Lane):
-    """The group of two processes, which the first slot makes.
+    """The group of two processes, which the first buffer makes.
 
-    A slot after a failed one would take its bytes, so a failure closes the group. On a device no
-    length precedes a slot: NCCL takes the size that it gets, and both sides know it from one
+    A buffer after a failed one would take its bytes, so a failure closes the group. On a device no
+    length precedes a buffer: NCCL takes the size that it gets, and both sides know it from one
     `Gather`.
     """
 
@@ -56,9 +56,9 @@ class Pair(Lane):
     def __init__(self, transport: Transport, channel: Channel, key: str | Peer) -> None:
         self.name = ""
         self.named = threading.Event()
-        self.group: dist.ProcessGroup | None = None  # until the first slot
+        self.group: dist.ProcessGroup | None = None  # until the first buffer
         self.stream = None if transport.device.type == "cpu" else torch.Stream(transport.device)
-        # one slot waits while another crosses
+        # one buffer waits while another crosses
         self.broken = False
         self.width = 1 if self.stream is None else 2
         super().__init__(transport, channel, key)
@@ -68,22 +68,22 @@ class Pair(Lane):
         group = self.group = self.group or self._join()
         if self.gone or not moving.begin():  # after the line above, because `cut` reads the group
             raise self.gone or TransferTimeout("its turn came too late")
-        slot = moving.slot.view(-1).view(torch.uint8)
+        buffer = moving.buffer.view(-1).view(torch.uint8)
         other = 0 if self.address else 1
         call = group.recv if self.address else group.send
         if self.stream is None:
-            self._by_gloo(moving, slot, lambda x: call([x], other, tag))
+            self._by_gloo(moving, buffer, lambda x: call([x], other, tag))
             return
         with inside(self.stream):
             if ready is not None:
                 ready.wait(self.stream)
-            call([slot], other, tag).wait()  # only this thread's stream waits
+            call([buffer], other, tag).wait()  # only this thread's stream waits
             ended = self.stream.record_event()
             yield
             try:
                 moving.poll(ended.query)
                 if self.broken:
-                    raise TransferError("another slot of its pair failed")
+                    raise TransferError("another buffer of its pair failed")
             except Exception:  # whatever failed, the group must not wait for the peer
                 if not self.broken:
                     self.broken = True
@@ -104,18 +104,18 @@ class Pair(Lane):
             self.store, int(bool(self.address)), 2, self.transport.device, seconds, self.name
         )
 
-    def _by_gloo(self, moving: Moving, slot: torch.Tensor, call: Callable[[Any], Any]) -> None:
+    def _by_gloo(self, moving: Moving, buffer: torch.Tensor, call: Callable[[Any], Any]) -> None:
         """Move the length, then the bytes.
 
         gloo ends the process if more bytes arrive than it expects, so the length is checked before
         the receive. gloo accepts fewer bytes without an error.
         """
-        head = torch.tensor([slot.nbytes], dtype=torch.int64, device="cpu")
-        for each in (head.view(torch.uint8), slot):
+        head = torch.tensor([buffer.nbytes], dtype=torch.int64, device="cpu")
+        for each in (head.view(torch.uint8), buffer):
             left = moving.until - time.monotonic()
             call(each).wait(timedelta(seconds=max(left, 0.001)))
-            if (came := int(head)) != slot.nbytes:
-                raise TransferError(f"expected {slot.nbytes} B, got {came}")
+            if (came := int(head)) != buffer.nbytes:
+                raise TransferError(f"expected {buffer.nbytes} B, got {came}")
 
     def cut(self) -> bool:
         """End a receive of gloo, which has no call for that.
@@ -126,7 +126,7 @@ class Pair(Lane):
         self.store.over = True
         self.named.set()
         if self.stream is None and self.group is not None:
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # of gloo: the receive timed out
                 late = torch.empty(1, dtype=torch.uint8, device="cpu")
                 other = 0 if self.address else 1
                 self.group.recv([late], other, 0x7FFFFFFF).wait(timedelta(milliseconds=1))
@@ -134,7 +134,7 @@ class Pair(Lane):
 
 
 class Distributed(Transport):
-    """Move slots by a group of two processes for each peer, apart from the default group."""
+    """Move buffers by a group of two processes for each peer, apart from the default group."""
 
     name = "distributed"
     kind = Pair

@@ -27,6 +27,7 @@ from msgspec import Meta
 
 from portakv.backends.base import Decision
 from portakv.errors import TransferError
+from portakv.extras import installing
 from portakv.migrate.messages import Bytes, Count, Message
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.devices import Unusable, imported, inside
@@ -34,20 +35,20 @@ from portakv.runtime.devices import Unusable, imported, inside
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
 
-#: Seconds between a reader's requests for a slot that is not ready: the first pause and the
+#: Seconds between a reader's requests for a buffer that is not ready: the first pause and the
 #: longest.
 ASK = 1e-4
 LONGEST_PAUSE = 5e-3
 
 
 class Where(Message, frozen=True):
-    """A reader's transport requests the place of the slot of a tag."""
+    """A reader's transport requests the place of the buffer of a tag."""
 
     tag: Count
 
 
 class There(Message, frozen=True):
-    """The place of a slot, and the library's address of it; no address: the slot is not ready."""
+    """The place of a buffer, and the library's address of it; no address: it is not ready."""
 
     reach: Annotated[bytes, Meta(max_length=32 << 10)] = b""  # long with many ports
     address: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
@@ -56,13 +57,13 @@ class There(Message, frozen=True):
 
 
 class Taken(Message, frozen=True):
-    """One-way: a reader has read the slot of a tag, or will not."""
+    """One-way: a reader has read the buffer of a tag, or will not."""
 
     tag: Count
 
 
 class Reading(Lane):
-    """The slots that one peer reads or that are read from it, two at a time."""
+    """The buffers that one peer reads or that are read from it, two at a time."""
 
     width = 2
 
@@ -82,10 +83,10 @@ class Reading(Lane):
         with inside(self.ours.device):
             (self._read if self.address else self._offer)(moving, tag)
 
-    def _enter(self, slot: torch.Tensor) -> Any:
-        """Return the library's handle of a slot's memory; register the memory at the first call."""
-        memory = slot.untyped_storage()
-        base = slot if slot._base is None else slot._base
+    def _enter(self, buffer: torch.Tensor) -> Any:
+        """Return the library's handle of a buffer's memory; register it at the first call."""
+        memory = buffer.untyped_storage()
+        base = buffer if buffer._base is None else buffer._base
         with self.ours.turn:
             self.ours.start(self.address or self.channel.address)
             for at in [at for at, (one, *_) in self._entered.items() if one() is None]:
@@ -97,16 +98,16 @@ class Reading(Lane):
 
     def _offer(self, moving: Moving, tag: int) -> None:
         self.offered[tag] = (There(), moving)
-        slot = moving.slot
-        reach = self.ours.reach(self._enter(slot))
-        self.offered[tag] = There(reach, slot.data_ptr(), slot.nbytes, _index(slot)), moving
-        moving.wait()  # `Taken` ends the slot
+        buffer = moving.buffer
+        reach = self.ours.reach(self._enter(buffer))
+        self.offered[tag] = There(reach, buffer.data_ptr(), buffer.nbytes, _index(buffer)), moving
+        moving.wait()  # `Taken` ends the buffer
 
     def _read(self, moving: Moving, tag: int) -> None:
-        nbytes = moving.slot.nbytes
+        nbytes = moving.buffer.nbytes
         pause = ASK
         try:
-            self._enter(moving.slot)
+            self._enter(moving.buffer)
             while not (there := self.channel.ask(self.address, Where(tag), There)).reach:
                 moving.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -137,18 +138,18 @@ class OneSided(Transport):
 
     def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
         super().__init__(device, timeout)
-        self._engine: Any | None = None  # starts at the first slot, because that is slow
+        self._engine: Any | None = None  # starts at the first buffer, because that is slow
         self.turn = threading.Lock()
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
         if device.type not in ("cpu", "cuda"):
             return Decision(cls.name, False, f"it is not tested on {device.type} devices")
-        extra = f"portakv[{cls.name}]"
+        how = f"it by {installing(cls.name)}"
         try:
-            if hasattr(imported(cls.library, extra), cls.needs):
+            if hasattr(imported(cls.library, how), cls.needs):
                 return Decision(cls.name, True, f"{cls.library} is installed")
-            why = f"{cls.library} has no {cls.needs}; install {extra}"
+            why = f"{cls.library} has no {cls.needs}; install a newer one by {installing(cls.name)}"
         except Unusable as error:
             why = str(error)
         return Decision(cls.name, False, why)
@@ -196,11 +197,11 @@ class OneSided(Transport):
 
     @abstractmethod
     def read(self, lane: Reading, moving: Moving, there: There) -> None:
-        """Read a place of a peer into a slot, all of it."""
+        """Read a place of a peer into a buffer, all of it."""
 
 
 class Nixl(OneSided):
-    """Move slots by NIXL (1.5 or later) and its UCX: sockets, shared memory, RDMA, NVLink."""
+    """Move buffers by NIXL (1.5 or later) and its UCX: sockets, shared memory, RDMA, NVLink."""
 
     name = "nixl"
     library = "nixl._api"
@@ -226,12 +227,12 @@ class Nixl(OneSided):
 
     def read(self, lane: Reading, moving: Moving, there: There) -> None:
         agent = self.engine
-        slot = moving.slot
+        buffer = moving.buffer
         kind = self._kind()
         with self.turn:
             if there.reach not in lane.names:
                 lane.names[there.reach] = agent.add_remote_agent(there.reach).decode()
-        local = agent.get_xfer_descs([(slot.data_ptr(), slot.nbytes, _index(slot))], kind)
+        local = agent.get_xfer_descs([(buffer.data_ptr(), buffer.nbytes, _index(buffer))], kind)
         remote = agent.get_xfer_descs([(there.address, there.nbytes, there.device)], kind)
         handle = agent.initialize_xfer("READ", local, remote, lane.names[there.reach], b"")
         try:
@@ -248,11 +249,11 @@ class Nixl(OneSided):
 
 
 class Mooncake(OneSided):
-    """Move slots by Mooncake's transfer engine.
+    """Move buffers by Mooncake's transfer engine.
 
     It uses sockets for host memory. For devices it uses NVLink if ``MC_INTRANODE_NVLINK=1``, else
-    RDMA. It cannot end a read: the slot is not free until then. A reader does not find memory that
-    an owner registers after the reader's first read (0.3.14).
+    RDMA. It cannot end a read: the buffer is not free until then. A reader does not find memory
+    that an owner registers after the reader's first read (0.3.14).
     """
 
     name = "mooncake"
@@ -283,7 +284,7 @@ class Mooncake(OneSided):
         return f"{self._host}:{self.engine.get_rpc_port()}".encode()
 
     def read(self, lane: Reading, moving: Moving, there: There) -> None:
-        offered = [moving.slot.data_ptr()], [there.address], [there.nbytes]
+        offered = [moving.buffer.data_ptr()], [there.address], [there.nbytes]
         if self.engine.batch_transfer_sync_read(there.reach.decode(), *offered):
             raise TransferError("the read failed; no byte of it counts")
 

@@ -17,7 +17,7 @@ request that fails: the result says what went wrong. If the calling thread is in
 for one, `run` first ends what is under way, so that no request uses the memory any more.
 
 `portakv conform --contract io NAME` runs these promises over an engine. Registered memory and the
-number of requests under way (``depth=``) are provisional: they follow with the rewritten store.
+number of requests under way (``depth=``) are provisional: they may change in 0.2.0.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An owner in a separate process, for tests that kill it: it gives one large slot of sevens."""
+"""An owner in a separate process, for tests that kill it: it gives one large buffer of sevens."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from portakv.migrate.transports import choose
 if __name__ == "__main__":
     channel = Channel()
     transport = choose(torch.device("cpu"))
-    slot = torch.full((1 << 29,), 7, dtype=torch.uint8)
+    buffer = torch.full((1 << 29,), 7, dtype=torch.uint8)
 
     def handshake(peer: Any, _: Bye) -> Answer:
         for kind in transport.asks:
             channel.serve(
                 kind, lambda reader, requested: transport.answer(reader, channel, requested)
             )
-        transport.lane(peer, channel).move(slot, 0)
+        transport.lane(peer, channel).move(buffer, 0)
         return Answer("done")
 
     channel.serve(Bye, handshake)
-    print(channel.address, slot.nbytes, flush=True)
+    print(channel.address, buffer.nbytes, flush=True)
     time.sleep(300)

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transports are chosen with a reason, and a slot on its way ends once."""
+"""Transports are chosen with a reason, and a buffer on its way ends once."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
 
 from portakv.errors import BackendUnavailable, InvalidTerms, PeerError, TransferTimeout
-from portakv.migrate.transports import TRANSPORTS, choose
+from portakv.migrate.transports import TRANSPORTS, check_transport, choose
 from portakv.migrate.transports.base import Moving
 from portakv.migrate.transports.distributed import Distributed
 
@@ -46,17 +47,17 @@ def test_a_forced_transport_never_falls_back(by: str, monkeypatch: pytest.Monkey
     if by == "environment":
         monkeypatch.setenv("PORTAKV_MOVER", "nixl")
     with pytest.raises(
-        BackendUnavailable, match=r"nixl._api is not installed; install portakv\[nixl\]"
+        BackendUnavailable, match=r"nixl._api is not installed; install it by `pip install -e '.\["
     ):
         choose(CPU, "nixl" if by == "name" else "distributed")
 
 
 def test_a_release_that_is_too_old_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NIXL 0.8 would be accepted otherwise, and no slot would cross."""
+    """NIXL 0.8 would be accepted otherwise, and no buffer would cross."""
     monkeypatch.setitem(sys.modules, "nixl._api", ModuleType("nixl._api"))
     probed = TRANSPORTS.load("nixl").probe(CPU)
     assert not probed.accepted
-    assert "nixl._api has no nixl_thread_sync_t; install portakv[nixl]" in probed.reason
+    assert "nixl._api has no nixl_thread_sync_t; install a newer one by `pip" in probed.reason
 
 
 def test_a_transport_that_nobody_knows_is_refused_with_the_names() -> None:
@@ -64,12 +65,23 @@ def test_a_transport_that_nobody_knows_is_refused_with_the_names() -> None:
         choose(CPU, "pigeon")
 
 
+@pytest.mark.parametrize("call", [choose, lambda device, name: check_transport(name, device)])
+def test_a_transport_whose_class_has_another_name_is_refused(
+    call: Callable[[torch.device, str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peers agree by the class's name, and would not find it by the entry point's."""
+    monkeypatch.setitem(TRANSPORTS.targets, "mychan", Distributed)
+    expected = "Expected transport 'mychan' to be a class with name = 'mychan', got 'distributed'"
+    with pytest.raises(BackendUnavailable, match=f"{expected}. Give the entry point"):
+        call(CPU, "mychan")
+
+
 def test_a_slot_on_its_way_ends_once() -> None:
-    slot = torch.zeros(8, dtype=torch.uint8)
-    moving = Moving(slot, 60.0)
+    buffer = torch.zeros(8, dtype=torch.uint8)
+    moving = Moving(buffer, 60.0)
     assert not moving.over.is_set()
     assert not moving.wait(0.01)
-    late = Moving(slot, 0.01)
+    late = Moving(buffer, 0.01)
     for _ in range(2):
         with pytest.raises(TransferTimeout, match=r"8 B did not cross in 0.01 s"):
             late.wait()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots cross between two CUDA devices, whose transports are in one process: by nccl, by NIXL."""
+"""Buffers cross between two CUDA devices, whose transports are in one process: by nccl, by NIXL."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def test_slots_of_any_size_cross_by_nccl() -> None:
 
 @pytest.mark.parametrize("kind", ["nccl", "nixl"])
 def test_a_slot_crosses_behind_what_the_streams_hold(kind: str) -> None:
-    """Fault 24 and 25. The owner's stream still writes the slot; the reader's still reads it."""
+    """Fault 24 and 25. The owner's stream still writes the buffer; the reader's still reads it."""
     if kind == "nixl" and not (why := Nixl.probe(torch.device(DEVICES[0]))).accepted:
         pytest.skip(str(why))
     both = nccl() if kind == "nccl" else Wire(Nixl, 60.0, DEVICES)
     both.cross(1000)  # so that the pair is made
     nbytes = 1 << 20
     with torch.cuda.device(0):
-        slot = torch.zeros(nbytes, dtype=torch.uint8, device=DEVICES[0])
+        buffer = torch.zeros(nbytes, dtype=torch.uint8, device=DEVICES[0])
         torch.cuda._sleep(500_000_000)
-        slot.fill_(7)
-        giving = both.give(slot, 1)
+        buffer.fill_(7)
+        giving = both.give(buffer, 1)
     with torch.cuda.device(1):
         into = empty(nbytes)
         torch.cuda._sleep(500_000_000)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots cross by torch.distributed; the death of a peer ends them, and a new pair is made."""
+"""Buffers cross by torch.distributed; the death of a peer ends them, and a new pair is made."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_slots_of_any_size_cross() -> None:
 def test_slots_cross_in_the_order_in_which_they_are_given_two_at_a_time() -> None:
     """And if they are taken before."""
     with wire(Distributed) as both:
-        slots = [slot_of(10_000, seed) for seed in range(8)]
-        into = [empty(10_000) for _ in slots]
+        buffers = [slot_of(10_000, seed) for seed in range(8)]
+        into = [empty(10_000) for _ in buffers]
         taken = [both.take(each, tag % 2) for tag, each in enumerate(into[:4])]
-        sent = [both.give(slot, tag % 2) for tag, slot in enumerate(slots)]
+        sent = [both.give(buffer, tag % 2) for tag, buffer in enumerate(buffers)]
         taken += [both.take(each, tag % 2) for tag, each in enumerate(into[4:])]
         for moving in (*taken, *sent):
             moving.wait(20)
-        assert all(map(torch.equal, slots, into))
+        assert all(map(torch.equal, buffers, into))
 
 
 def test_nothing_of_the_callers_settings_matters() -> None:
@@ -64,13 +64,13 @@ def test_nothing_of_the_callers_settings_matters() -> None:
 
 @pytest.mark.parametrize("side", ["take", "give"])
 def test_a_death_that_the_channel_notices_ends_what_is_under_way(side: str) -> None:
-    """Fault 5. Not the transport's timeout ends it; the slot is free, and a new pair is made."""
+    """Fault 5. Not the transport's timeout ends it; the buffer is free, and a new pair is made."""
     with wire(Distributed, NEVER) as both:
         both.cross(100)
-        slots = [slot_of(1 << 20), slot_of(1 << 20)]
+        buffers = [slot_of(1 << 20), slot_of(1 << 20)]
         only = list(both.life.calls.items())[side == "take"]  # the other side hears nothing
         both.life.calls = dict([only])
-        moving = [getattr(both, side)(slot, tag) for tag, slot in enumerate(slots)]
+        moving = [getattr(both, side)(buffer, tag) for tag, buffer in enumerate(buffers)]
         time.sleep(0.1)  # so that gloo has the first one
         both.life.end()
         for each in moving:
@@ -85,8 +85,8 @@ def test_a_death_that_the_channel_notices_ends_what_is_under_way(side: str) -> N
 
 
 def test_an_owner_killed_in_mid_chunk_is_told_by_the_channel() -> None:
-    """Fault 5. A real process, killed while a slot of it crosses; gloo alone would wait on, and the
-    thread that it blocks does."""
+    """Fault 5. A real process, killed while a buffer of it crosses; gloo alone would wait on, and
+    the thread that it blocks does."""
     channel = Channel()
     owner = subprocess.Popen([sys.executable, str(OWNER)], stdout=subprocess.PIPE, text=True)
     transport = Distributed(torch.device("cpu"), NEVER)
@@ -177,16 +177,16 @@ class Group:
         self.wire = wire
         self.aborted = False
 
-    def send(self, slots: list[torch.Tensor], _: int, tag: int) -> Any:
+    def send(self, buffers: list[torch.Tensor], _: int, tag: int) -> Any:
         landed: queue.Queue[torch.Event] = queue.Queue()
-        self.wire.put((slots[0], current(self.device).record_event(), landed))
+        self.wire.put((buffers[0], current(self.device).record_event(), landed))
         return self.ordered(landed.get(timeout=20))
 
-    def recv(self, slots: list[torch.Tensor], _: int, tag: int) -> Any:
+    def recv(self, buffers: list[torch.Tensor], _: int, tag: int) -> Any:
         sent, ready, landed = self.wire.get(timeout=20)
         ready.wait(current(self.device))
         simdev.delay(current(self.device), 20)
-        slots[0].copy_(sent, non_blocking=True)
+        buffers[0].copy_(sent, non_blocking=True)
         landed.put(ended := current(self.device).record_event())
         return self.ordered(ended)
 
@@ -295,7 +295,7 @@ def test_a_slot_on_a_device_that_takes_too_long_ends_the_one_behind_it() -> None
     taking = list[Any]()
     for both.reader.timeout in (0.2, NEVER):
         taking.append(both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER)))
-    for each, why in zip(taking, ("did not cross in 0.2 s", "another slot of its"), strict=True):
+    for each, why in zip(taking, ("did not cross in 0.2 s", "another buffer of its"), strict=True):
         with pytest.raises(TransferError, match=why):
             each.wait(20)
     for transport in (both.reader, both.owner):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots are read by NIXL and Mooncake, if they are installed; and what both have, by a library of
+"""Buffers are read by NIXL and Mooncake, if they are installed; and what both have, by a library of
 the test's own that can be made to fail."""
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Memory(OneSided):
         if self.stuck is not None:
             self.reads.set()
             self.stuck.wait()
-        ctypes.memmove(moving.slot.data_ptr(), there.address, nbytes)
+        ctypes.memmove(moving.buffer.data_ptr(), there.address, nbytes)
         if self.fails is not None:
             raise RuntimeError("-1")
 
@@ -91,9 +91,9 @@ def test_two_slots_of_one_allocation_are_read_again_and_again(kind: type[OneSide
     with wire(kind) as both:
         for turn in range(6):
             staging.add_(1)
-            slots = staging.view(2, -1), into.view(2, -1)
-            sent = [both.give(slots[0][tag], 2 * turn + tag) for tag in range(2)]
-            taken = [both.take(slots[1][tag], 2 * turn + tag) for tag in range(2)]
+            buffers = staging.view(2, -1), into.view(2, -1)
+            sent = [both.give(buffers[0][tag], 2 * turn + tag) for tag in range(2)]
+            taken = [both.take(buffers[1][tag], 2 * turn + tag) for tag in range(2)]
             for moving in (*taken, *sent):
                 moving.wait(20)
             assert torch.equal(into, staging)
@@ -115,7 +115,7 @@ def test_a_slot_of_another_length_is_not_read(kind: type[OneSided]) -> None:
 
 @EACH
 def test_a_death_that_the_channel_notices_ends_what_is_under_way(kind: type[OneSided]) -> None:
-    """Fault 5. Also a take whose slot was not given, and a give that no side took."""
+    """Fault 5. Also a take whose buffer was not given, and a give that no side took."""
     with wire(kind, NEVER) as both:
         both.cross(100)
         moving = both.give(slot_of(100), 1), both.take(empty(100), 2)
@@ -129,7 +129,7 @@ def test_a_death_that_the_channel_notices_ends_what_is_under_way(kind: type[OneS
 
 
 def test_an_error_after_a_part_counts_for_all_of_it() -> None:
-    """Fault 28. As Mooncake's -1 and NIXL's ERR: some of it was moved; other slots go on."""
+    """Fault 28. As Mooncake's -1 and NIXL's ERR: some of it was moved; other buffers go on."""
     with wire(Memory) as both:
         both.reader.fails = 500
         giving = both.give(slot_of(1000))
@@ -138,15 +138,15 @@ def test_an_error_after_a_part_counts_for_all_of_it() -> None:
         with pytest.raises(PeerError, match=r"1000 B did not cross by memory: -1\. Pull again"):
             taking.wait(20)
         assert into[:500].any()
-        giving.wait(20)  # the owner's slot is free
+        giving.wait(20)  # the owner's buffer is free
         both.reader.fails = None
         both.cross(1000, 1)
 
 
 @pytest.mark.parametrize("timeout", [NEVER, 0.2])
 def test_a_slot_that_a_library_cannot_let_go_of_is_not_free_until_it_does(timeout: float) -> None:
-    """Fault 8. Mooncake's cannot. The reader learns it immediately, or after its time; the slot is
-    used again only later."""
+    """Fault 8. Mooncake's cannot. The reader learns it immediately, or after its time; the buffer
+    is used again only later."""
     with wire(Memory, timeout) as both:
         both.reader.stuck = threading.Event()
         both.reader.reads = threading.Event()

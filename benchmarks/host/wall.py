@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure copies by the wall clock: from the call until the host sees the end, on an idle device.
+
+Nothing hides the host's time here, as for a caller who needs one transfer now. Every method copies
+with ids that it has seen before, and with ids that are new in each call. The memcpy of the same
+bytes is timed in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from portakv_benchmarks.host import suite
+from portakv_benchmarks.host.calls import IDS
+from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, Case, Sides, cases, scene
+from portakv_benchmarks.host.suite import KB, Bench, Method
+from portakv_benchmarks.shared import harness
+from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant
+
+METHODS = (suite.HOST, suite.HOST_IDLE, suite.STAGED, suite.ZERO_COPY)
+
+
+def wall_steps(bench: Bench) -> Iterator[Step]:
+    """Yield a step for each payload, between caches by layer and a block-first pool."""
+    pool = scene(32 * KB, BLOCK_FIRST, "random")
+    for case in cases([pool], bench.preset.wall):
+        yield f"wall: {case.name}", partial(_measure, bench, case)
+
+
+def _measure(bench: Bench, case: Case) -> Rows:
+    sides = bench.sides(case)
+    rows: Rows = []
+    for direction in DIRECTIONS:
+        sides.fill(direction)
+        variants = [
+            _variant(method, sides, direction, ids)
+            for method in bench.serving(METHODS)
+            for ids in IDS
+        ]
+        good = harness.usable(variants, case.name, bench.left_out)
+        memcpy = suite.by_memcpy(sides, direction)
+        for one in bench.measure(memcpy, good, case.payload, host_clock=True):
+            row: Row = {
+                "kind": "host_wall",
+                "shape": case.name,
+                **one.labels,
+                "host_side": case.scene.side,
+                "run_bytes": case.scene.run,
+                "payload_bytes": case.payload,
+                **one.row(case.payload),
+                "timer": bench.host_timer.name,
+            }
+            rows.append({**row, **_chosen(sides, direction, row["backend"])})
+    return rows
+
+
+def _variant(method: Method, sides: Sides, direction: str, ids: str) -> Variant:
+    """Return a method as a variant whose ids are kept, or new in each call."""
+
+    def call() -> object:
+        fresh = None if ids == IDS[0] else sides.fresh_ids()
+        return method.move(sides, direction, ids=fresh)
+
+    return suite.by_call(sides, direction, method.name, method.engine, call, ids=ids)
+
+
+def _chosen(sides: Sides, direction: str, name: str) -> dict[str, str]:
+    """Return the fields of a row on the strategy that was chosen, if its method chooses one."""
+    method = next((each for each in METHODS if each.name == name), None)
+    if method is None or method.engine != suite.CHOSEN:
+        return {}
+    transfer = method.move(sides, direction)
+    transfer.synchronize()
+    return method.taken(transfer)
