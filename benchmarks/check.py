@@ -27,10 +27,16 @@ FILE = Path(__file__).with_name("bars.toml")
 #: The suite that a result of `portakv bench --host`, `--plugs`, ... names, and the prefix of the
 #: kinds of its rows. A result of copies inside a device names no suite.
 HOST_SUITE = "host"
+WALL_SUITE = "wall"
 INTEGRATION_SUITE = "plugs"
 STORAGE_SUITE = "storage"
 MIGRATION_SUITE = "migration"
-SUITES = {HOST_SUITE: "host_", INTEGRATION_SUITE: "plug_", STORAGE_SUITE: "storage_"}
+SUITES = {
+    HOST_SUITE: "host_",
+    WALL_SUITE: "wall_",
+    INTEGRATION_SUITE: "plug_",
+    STORAGE_SUITE: "storage_",
+}
 SUITES[MIGRATION_SUITE] = "migrate_"
 
 #: The share by which a target may be worse than its accepted figure: the noise between two runs.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`portakv bench`: measure backends on real models' shapes; print tables and write JSON.
 
-``--host`` measures copies between a device and host memory. ``--plugs`` compares engines' own
+``--host`` measures copies between a device and host memory, ``--wall`` the same as a caller waits
+for them. ``--plugs`` compares engines' own
 transfers with those of PortaKV's integrations. ``--storage`` measures block stores in a folder, and
 ``--migration`` measures rows and weights that cross between two processes.
 
@@ -44,6 +45,7 @@ from portakv_benchmarks.check import (
     MIGRATION_SUITE,
     STORAGE_SUITE,
     SUITES,
+    WALL_SUITE,
     judge,
     load_targets,
     print_verdicts,
@@ -74,13 +76,15 @@ from portakv_benchmarks.shared.tables import print_results
 from portakv_benchmarks.storage import costs, stores, tiers
 from portakv_benchmarks.storage.suite import STORAGE_PRESETS, StorageBench
 
+AnyBench = TypeVar("AnyBench", bound=Bench)
+Parts = Mapping[str, Callable[[AnyBench], Iterator[Step]]]
+
 RESULT_FORMAT = 2
 SEED = "seed"  # the first scenario of PortaKV
 #: The parts of ``--host``, in this order. The grid comes first, since most performance targets are
 #: about it. Peers come last, since a failing kernel of a peer may leave the device unusable.
 PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "grid": grid.grid_steps,
-    "wall": wall.wall_steps,
     "direct": grid.zero_copy_steps,
     "duplex": grid.duplex_steps,
     "calls": calls.call_steps,
@@ -91,6 +95,8 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "pinning": memory.pinning_steps,
     "peers": interference.peer_steps,
 }
+#: The parts of ``--wall``.
+WALL: Mapping[str, Callable[[Bench], Iterator[Step]]] = {"link": wall.wall_steps}
 #: The parts of ``--plugs``, by engine. LMCache comes last: its kernels accept any layout.
 INTEGRATIONS: Mapping[str, Callable[[IntegrationBench], Iterator[Step]]] = {
     "sglang": sglang_steps,
@@ -119,6 +125,7 @@ MIGRATION: Mapping[str, str] = {
 }
 _PARTS_OF: Mapping[str, Fields] = {
     HOST_SUITE: PARTS,
+    WALL_SUITE: WALL,
     INTEGRATION_SUITE: INTEGRATIONS,
     STORAGE_SUITE: STORAGE,
     MIGRATION_SUITE: MIGRATION,
@@ -141,8 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"forces every copy through one backend. Unset it, and pass --backend."
             )
         device = pick_device(args.device)
-        runs = {
-            HOST_SUITE: run_host,
+        runs: dict[str, Callable[[argparse.Namespace, torch.device], Row]] = {
+            HOST_SUITE: partial(run_host, HOST_SUITE, PARTS),
+            WALL_SUITE: partial(run_host, WALL_SUITE, WALL),
             INTEGRATION_SUITE: run_integrations,
             STORAGE_SUITE: run_storage,
         }
@@ -174,6 +182,10 @@ _MEASURED = {
     HOST_SUITE: (
         "copies between a device and host memory by every transfer strategy, in turns with a memcpy"
     ),
+    WALL_SUITE: (
+        "copies between a device and host memory by the wall clock, from the call until the host "
+        "sees the end on an idle device, in turns with a memcpy"
+    ),
     INTEGRATION_SUITE: (
         "engines' transfers by their own code and by integrations, in turns with a memcpy"
     ),
@@ -182,6 +194,7 @@ _MEASURED = {
 }
 _INSTEAD = {
     HOST_SUITE: "copies between the device and the host",
+    WALL_SUITE: "the same by the wall clock, as a caller waits for them",
     INTEGRATION_SUITE: "engines' own transfers compared with those of PortaKV's integrations",
     STORAGE_SUITE: "block stores in a folder compared with fio and LMCache",
     MIGRATION_SUITE: "rows and weights that cross between two processes",
@@ -203,6 +216,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
     known = {
         None: suite.PRESETS,
         HOST_SUITE: HOST_PRESETS,
+        WALL_SUITE: HOST_PRESETS,
         INTEGRATION_SUITE: INTEGRATION_PRESETS,
         STORAGE_SUITE: STORAGE_PRESETS,
         MIGRATION_SUITE: dict.fromkeys(("full", "quick", "tiny")),
@@ -323,15 +337,15 @@ def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field
     yield from (step for name, step in overheads.items() if name not in fast)
 
 
-def run_host(args: argparse.Namespace, device: torch.device) -> Row:
-    """Measure copies between a device and the host; return the result as JSON."""
+def run_host(kind: str, parts: Parts[Bench], args: argparse.Namespace, device: torch.device) -> Row:
+    """Measure parts of copies between a device and the host; return the result as JSON."""
     if device.type == "cpu":
         raise PortaKVError(
             "Expected a device with host memory next to it, but torch finds no accelerator. "
             "Run the benchmark on a machine with an accelerator."
         )
-    peers = [load_peer(name) for name in args.peer or ()]
-    return _run_parts(args, HOST_SUITE, PARTS, Bench(device, HOST_PRESETS[args.preset], peers))
+    peers = [load_peer(name) for name in getattr(args, "peer", None) or ()]
+    return _run_parts(args, kind, parts, Bench(device, HOST_PRESETS[args.preset], peers))
 
 
 def run_integrations(args: argparse.Namespace, device: torch.device) -> Row:
@@ -401,10 +415,6 @@ def run_migration(args: argparse.Namespace, device: torch.device) -> Row:
         return _run_parts(args, MIGRATION_SUITE, parts, bench)
     finally:
         bench.forget()
-
-
-AnyBench = TypeVar("AnyBench", bound=Bench)
-Parts = Mapping[str, Callable[[AnyBench], Iterator[Step]]]
 
 
 def _run_parts(args: argparse.Namespace, kind: str, known: Parts[AnyBench], bench: AnyBench) -> Row:

@@ -42,7 +42,7 @@ def _measure(bench: Bench, case: Case) -> Rows:
         memcpy = suite.by_memcpy(sides, direction)
         for one in bench.measure(memcpy, good, case.payload, host_clock=True):
             row: Row = {
-                "kind": "host_wall",
+                "kind": "wall_copy",
                 "shape": case.name,
                 **one.labels,
                 "host_side": case.scene.side,

@@ -122,7 +122,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         (*_LINK, ("staging MiB", "staging_mb:.3g"), ("loss", "chosen_loss:.3f"),
          ("chosen", "chosen"), ("best", _best), _BYTES),
     ),
-    "host_wall": (
+    "wall_copy": (
         "device and pinned host by the wall, from the call until the host sees the end on an idle "
         "device, in turns with a memcpy of the same bytes",
         (*_WHAT, ("ids", "ids"), ("us", _time), ("GB/s", "gb_per_s:.4g"),

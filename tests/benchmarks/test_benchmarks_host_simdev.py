@@ -52,7 +52,6 @@ KINDS = {
     "host_direct",
     "host_duplex",
     "host_call",
-    "host_wall",
     "host_small",
     "host_interference",
     "host_waiting",
@@ -68,7 +67,7 @@ def _unforced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(folder: Path) -> Row:
-    (file,) = folder.glob("*-host*.json")
+    (file,) = folder.glob("*.json")
     result: Row = json.loads(file.read_text())
     return result
 
@@ -125,6 +124,33 @@ def test_every_part_is_measured_and_every_byte_right(
         assert 0 < max(row["staging_mb"] for row in grid if row["backend"] == "staged") < 64
         methods = {row["backend"] for row in rows if row["kind"] == "host_small"}
         assert {"SmallCopy value", "SmallCopy mapped", "torch.tensor"} <= methods
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(DEVICE, marks=pytest.mark.simdev, id="simdev"),
+        pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu, id="cuda"),
+    ],
+    indirect=True,
+)
+def test_copies_by_the_wall(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = device.type == "cuda"
+    monkeypatch.setattr(bench, "HOST_PRESETS", {"tiny": SMALL if cuda else TINY, "full": SMALL})
+    words = ["--wall", "--device", device.type if cuda else NAME, "--preset", "tiny"]
+    assert bench.main([*words, "--out", str(tmp_path)]) == 0
+    result = written(tmp_path)
+    assert result["suite"] == "wall"
+    rows = result["rows"]
+    assert all(row["verified"] and row["kind"] == "wall_copy" for row in rows)
+    methods = {"memcpy", "host", "host idle", "staged", *(("zero_copy",) if cuda else ())}
+    assert {(row["backend"], row.get("ids")) for row in rows} == {("memcpy", None)} | {
+        (method, ids) for method in methods - {"memcpy"} for ids in ("kept Index", "host tensor")
+    }
+    assert all(("chosen" in row) == row["backend"].startswith("host") for row in rows)
+    assert all(row["p50_us"] >= row["host_us"] > 0 for row in rows)
 
 
 @pytest.mark.simdev
