@@ -140,7 +140,7 @@ def take_over(
             pulled = reader.pull(rows, [3, 1], verify=True)
             pulled.synchronize(timeout=30)
             statistics = pulled.statistics
-        why = f"{statistics.engine}: {statistics.why}"
+        why = f"{statistics.strategy}: {statistics.why}"
         tell(f"rows      {tokens} tokens, 16 -> 64 in a block; {why}")
     cache = DynamicCache()
     load_prefix(cache, pages, [3, 1], tokens).synchronize()

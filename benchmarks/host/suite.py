@@ -232,7 +232,7 @@ class Method:
             return {}
         terms = {"overlap": Terms().overlap, **self.terms}
         words = ", ".join(f"{name}={value}" for name, value in terms.items())
-        return {"chosen": cast(BlockTransfer, transfer).statistics.engine, "terms": words}
+        return {"chosen": cast(BlockTransfer, transfer).statistics.strategy, "terms": words}
 
     def allowed(self, sides: Sides, direction: str) -> set[str]:
         """Return the strategies that may be chosen for a case under its terms; move nothing."""

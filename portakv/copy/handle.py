@@ -10,6 +10,7 @@ from time import perf_counter
 
 import numpy as np
 
+from portakv.deprecation import warn_former
 from portakv.errors import TransferError
 from portakv.plan.move import Move
 from portakv.runtime.transfer import NOTHING, Transfer
@@ -27,9 +28,9 @@ class Statistics:
         blocks: blocks that have landed in all layers, counted by the source's ids, else by the
             destination's. With a slot mapping each token is a block; without ids the source's
             blocks count.
-        blocks_asked: blocks to move. Skipped ids on the host do not count. Ids on a device are not
-            read, so they all count.
-        engine: the backend or strategy that executed the copy, or its first piece.
+        blocks_requested: blocks to move. Skipped ids on the host do not count. Ids on a device are
+            not read, so they all count.
+        strategy: the strategy or backend that executed the copy, or its first piece.
         why: the reason for that choice, as a phrase.
         seconds: time by the host's clock from the call until its end was noticed. None before the
             end, and inside graph capture.
@@ -39,12 +40,24 @@ class Statistics:
 
     nbytes: int
     blocks: int
-    blocks_asked: int
-    engine: str
+    blocks_requested: int
+    strategy: str
     why: str
     seconds: float | None
     slices: int
     cancelled: bool
+
+    @property
+    def engine(self) -> str:
+        """The former name of `strategy`."""
+        warn_former("Statistics.engine", "Statistics.strategy")
+        return self.strategy
+
+    @property
+    def blocks_asked(self) -> int:
+        """The former name of `blocks_requested`."""
+        warn_former("Statistics.blocks_asked", "Statistics.blocks_requested")
+        return self.blocks_requested
 
     @property
     def gbps(self) -> float | None:
@@ -235,8 +248,8 @@ class _Together(BlockTransfer):
         return Statistics(
             sum(one.nbytes for one in reported),
             sum(one.blocks for one in reported),
-            sum(one.blocks_asked for one in reported),
-            *(reported[0].engine, reported[0].why) if reported else NOTHING,
+            sum(one.blocks_requested for one in reported),
+            *(reported[0].strategy, reported[0].why) if reported else NOTHING,
             None if None in ends else seconds,
             sum(one.slices for one in reported),
             self.cancelled,

@@ -128,11 +128,15 @@ class HostLaunch(StrategyLaunch):
         self._picks: Bounded[tuple[object, ...], Pick] = Bounded("picks of strategies", _PICKS)
         self._last = threading.local()
 
-    def pick(self, move: Move, guarded: bool = False) -> Pick:
+    def pick(self, move: Move, guarded: bool = False, quick: bool = False) -> Pick:
         """Return the strategy that a transfer takes; move nothing.
 
-        ``guarded``: pick only a strategy that skips and guards ids. Raises as the function `pick`
-        does.
+        Args:
+            guarded: pick only a strategy that skips and guards ids.
+            quick: do not count the runs of the ids if the strategy is certain without. The costs of
+                the other strategies are then those of the fewest runs that any ids give.
+
+        Raises as the function `pick` does.
         """
         out = self.out
         host = self.ends(move)[1]
@@ -142,23 +146,39 @@ class HostLaunch(StrategyLaunch):
             unfit = [name for name, each in strategies if not each.capabilities().guards]
             out = {**dict.fromkeys(unfit, "it takes no ids that are to be guarded"), **out}
         while True:
-            picked = self._pick(move, out)
+            picked = self._pick(move, out, quick)
             strategy = self.strategies.get(picked.strategy)  # another thread may have removed it
             why = strategy.refuses(host) if strategy is not None else ""
             if not why:
                 return picked
             out = {**out, picked.strategy: why}
 
-    def _pick(self, move: Move, out: Mapping[str, str]) -> Pick:
+    def _pick(self, move: Move, out: Mapping[str, str], quick: bool) -> Pick:
         """Pick as `pick` does, without the strategies in ``out``."""
         rows, host, device_index, host_index = self.ends(move)
         count = move.count
-        groups = self._whole.groups(move.src_index, move.dst_index, count)
-        host_groups = self._of_host.groups(host_index, host_index, count)
         clean = device_index.is_clean(count, rows.slots) and host_index.is_clean(count, host.slots)
         waits = self._waiting(
             known_to_host(rows, device_index), known_to_host(host, host_index), clean
         )
+        if quick:
+            # More runs cost every other strategy more, and the kernel as much as before.
+            picked = self._pick_by(1, 1, count, out, waits)
+            if picked.strategy == "zero_copy":
+                return picked
+        groups = self._whole.groups(move.src_index, move.dst_index, count)
+        host_groups = self._of_host.groups(host_index, host_index, count)
+        return self._pick_by(groups, host_groups, count, out, waits)
+
+    def _pick_by(
+        self,
+        groups: int,
+        host_groups: int,
+        count: int,
+        out: Mapping[str, str],
+        waits: frozenset[str],
+    ) -> Pick:
+        """Pick for so many groups of neighbours on both sides together, and on the host."""
         # After another strategy refuses the plan, earlier picks do not count.
         key = groups, host_groups, count, tuple(out), waits
         picked = self._picks.get(key)
@@ -205,9 +225,9 @@ class HostLaunch(StrategyLaunch):
 
     def _pick_prepared(self, move: Move, guarded: bool = False) -> Pick:
         """Pick as `pick` does, and prepare the strategy."""
-        picked = self.pick(move, guarded)
+        picked = self.pick(move, guarded, quick=True)
         while self.prepared(picked.strategy) is None:  # refused just now: pick another strategy
-            picked = self.pick(move, guarded)
+            picked = self.pick(move, guarded, quick=True)
         return picked
 
     def launch_by(

@@ -167,12 +167,12 @@ class Pull(Part):
         seconds = None if self._ended is None else self._ended - self._began
         pieces = len(self.copies) + len(self.slices)
         stopped = self.stopped and over and not landed and not self._late
-        engine, why = self.requested.strategy
+        strategy, why = self.requested.strategy
         return Statistics(
             nbytes=int(self.requested.nbytes) if landed else 0,
             blocks=self.requested.blocks if landed else 0,
-            blocks_asked=self.requested.blocks,
-            engine=engine,
+            blocks_requested=self.requested.blocks,
+            strategy=strategy,
             why=why,
             seconds=seconds,
             slices=pieces,

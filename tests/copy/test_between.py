@@ -47,7 +47,7 @@ def test_every_byte_of_every_shape(two: Two, route: str, name: str) -> None:
     for overlap in ("compute", "idle"):
         done = judge(COPIES[name](), two, overlap=overlap)
         engines = ("bounce",) if route == "through the host" else ("zero_copy", "cuda", "triton")
-        assert done.statistics.engine in engines
+        assert done.statistics.strategy in engines
 
 
 def wide(layout: str, heads: int, blocks: int, size: int, dim: int = 128, **more: Any) -> End:
@@ -164,7 +164,7 @@ def test_a_backend_that_reads_peers_on_the_simulated_device(
             done.synchronize()
             settle_both(two)
             assert blocks.landed()
-            assert done.statistics.engine == ReadsPeers.name
+            assert done.statistics.strategy == ReadsPeers.name
             assert done.statistics.why == "reads the peer's rows, with the whole device"
 
 

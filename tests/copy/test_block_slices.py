@@ -166,7 +166,7 @@ def test_cancelling(gate: Gate) -> None:
     assert gate.started == 3
     assert one.landed(3)
     statistics = transfer.statistics
-    assert (statistics.blocks, statistics.blocks_asked, statistics.slices) == (3, 5, 3)
+    assert (statistics.blocks, statistics.blocks_requested, statistics.slices) == (3, 5, 3)
     assert statistics.nbytes == 3 * one.expected[:, :, : one.dst.size].numel() * 2
     assert issubclass(TransferCancelled, TransferError)
 

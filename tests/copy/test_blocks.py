@@ -37,6 +37,7 @@ from support.small_backends import small_backend
 
 from portakv import BlockTransfer, Index, KVView, copy_blocks, copy_rows
 from portakv.copy import slices as block_slices
+from portakv.copy.handle import Statistics
 from portakv.errors import (
     DeviceMismatch,
     InvalidTerms,
@@ -70,14 +71,14 @@ def test_every_byte_lands(
     assert moved.done()
     assert blocks.landed()
     statistics = moved.statistics
-    assert (statistics.blocks, statistics.blocks_asked, statistics.nbytes) == (
+    assert (statistics.blocks, statistics.blocks_requested, statistics.nbytes) == (
         5,
         5,
         5 * BLOCK_BYTES,
     )
-    engines = {"cpu": {"reference"}, "cuda": {statistics.engine}}
+    engines = {"cpu": {"reference"}, "cuda": {statistics.strategy}}
     on_link = {"staged", "batched_memcpy"} if pin else {"pageable"}
-    assert statistics.engine in engines.get(device.type, on_link)
+    assert statistics.strategy in engines.get(device.type, on_link)
     assert statistics.why
     assert statistics.seconds is not None
     assert statistics.gbps == pytest.approx(statistics.nbytes / statistics.seconds / 1e9)
@@ -116,7 +117,7 @@ def test_skipped_blocks(
     assert blocks.landed()
     statistics = moved.statistics
     if kind == "arrays":
-        assert (statistics.blocks, statistics.blocks_asked, statistics.nbytes) == (
+        assert (statistics.blocks, statistics.blocks_requested, statistics.nbytes) == (
             3,
             3,
             3 * BLOCK_BYTES,
@@ -190,7 +191,7 @@ def test_nothing_to_move(options: dict[str, Any]) -> None:
             transfer.wait()
             transfer.synchronize()
         statistics = transfer.statistics
-        assert (statistics.nbytes, statistics.blocks, statistics.blocks_asked) == (0, 0, 0)
+        assert (statistics.nbytes, statistics.blocks, statistics.blocks_requested) == (0, 0, 0)
         assert not transfer.cancel()
 
 
@@ -200,7 +201,7 @@ def test_nothing_to_move(options: dict[str, Any]) -> None:
 def test_layers_and_slices(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_slices, "SLICE", 2 * BLOCK_BYTES)
     transfer = Pair(layered(), layered()).start(**options)
-    assert transfer.statistics.blocks_asked == 5
+    assert transfer.statistics.blocks_requested == 5
     if not set(options) - {"by_layer", "detached"}:
         assert not transfer.cancel()  # it was issued immediately
         assert not transfer.cancelled
@@ -218,6 +219,14 @@ def test_layers_and_slices(options: dict[str, Any], monkeypatch: pytest.MonkeyPa
     transfer.synchronize()
     assert transfer.statistics.slices == slices
     assert not transfer.cancel()
+
+
+def test_former_names_of_statistics_warn_and_answer() -> None:
+    statistics = Statistics(8, 1, 2, "staged", "why", 1.0, 1, False)
+    for former, name in (("engine", "strategy"), ("blocks_asked", "blocks_requested")):
+        why = f"Statistics.{former} is now Statistics.{name}"
+        with pytest.warns(DeprecationWarning, match=why):
+            assert getattr(statistics, former) == getattr(statistics, name)
 
 
 def test_statistics_before_the_end_of_a_transfer_that_nobody_asked() -> None:
@@ -240,7 +249,7 @@ def test_memory_is_held_until_the_end_and_no_longer(options: dict[str, Any]) -> 
     transfer.synchronize()
     gc.collect()
     assert not any(ref() is not None for ref in refs)
-    assert (transfer.statistics.blocks, transfer.statistics.engine) == (5, "reference")
+    assert (transfer.statistics.blocks, transfer.statistics.strategy) == (5, "reference")
 
 
 @STORE
@@ -257,7 +266,7 @@ def test_an_engine_by_its_name(
     moved = blocks.start(backend=name, **terms)
     moved.synchronize()
     assert blocks.landed()
-    assert name in ("host", moved.statistics.engine)
+    assert name in ("host", moved.statistics.strategy)
 
 
 # Bad input

@@ -108,7 +108,7 @@ def test_in_a_graph() -> None:
     with pytest.raises(TransferError):
         moved.synchronize()
     statistics = moved.statistics
-    assert (statistics.nbytes, statistics.seconds, statistics.blocks_asked) == (0, None, 5)
+    assert (statistics.nbytes, statistics.seconds, statistics.blocks_requested) == (0, None, 5)
     graph.replay()
     torch.cuda.synchronize()
     slots = dst.slots(DST)

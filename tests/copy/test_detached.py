@@ -69,7 +69,7 @@ def test_every_byte_of_many_lands(
     for moved in reversed(pairs.started(**options)):
         moved.synchronize()
         assert moved.done()
-        assert name in ("host", moved.statistics.engine)
+        assert name in ("host", moved.statistics.strategy)
     assert pairs.landed()
 
 

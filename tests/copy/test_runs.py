@@ -85,7 +85,7 @@ def test_every_byte(device: torch.device, direction: str, sizes: Any, kind: Any)
     transfer.synchronize()
     assert torch.equal(dst.cpu(), expected)
     statistics = transfer.statistics
-    assert (statistics.nbytes, statistics.blocks, statistics.blocks_asked) == (sum(each), 4, 4)
+    assert (statistics.nbytes, statistics.blocks, statistics.blocks_requested) == (sum(each), 4, 4)
     assert statistics.seconds is not None
 
 

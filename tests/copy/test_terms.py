@@ -64,7 +64,7 @@ def test_slots(device: torch.device, downward: bool, options: dict[str, Any]) ->
     transfer.synchronize()
     assert torch.equal(dst.rows(), expected)
     statistics = transfer.statistics
-    assert (statistics.blocks, statistics.blocks_asked) == (5, 5), (
+    assert (statistics.blocks, statistics.blocks_requested) == (5, 5), (
         "a slot that is skipped does not count"
     )
     assert statistics.nbytes == 5 * src.view.form.token_bytes
@@ -157,7 +157,7 @@ def test_a_rate_is_kept_by_a_worker_that_can_be_cancelled() -> None:
         src.view, dst.view, range(BLOCKS * SIZE), range(BLOCKS * SIZE), max_gbps=1e-6
     )
     assert transfer.cancel()
-    assert transfer.statistics.blocks_asked == BLOCKS * SIZE
+    assert transfer.statistics.blocks_requested == BLOCKS * SIZE
     assert SLICED
 
 

@@ -43,12 +43,12 @@ def test_bytes_blocks_and_the_end(device: torch.device, method: str) -> None:
     statistics = job.statistics
     tokens = GROUPS * len(SRC_IDS) * SIZE
     assert statistics.nbytes == tokens * pairs[0][0].view.form.token_bytes
-    assert (statistics.blocks, statistics.blocks_asked) == (GROUPS * len(SRC_IDS),) * 2
+    assert (statistics.blocks, statistics.blocks_requested) == (GROUPS * len(SRC_IDS),) * 2
     assert statistics.slices >= GROUPS
     assert statistics.seconds is not None
     assert 0 < statistics.seconds <= took
     assert not statistics.cancelled
-    assert statistics.engine != "none"
+    assert statistics.strategy != "none"
     if "by_layer" in METHODS[method]:
         assert len(job.layers) == GROUPS * pairs[0][0].view.layers
         job.layers[-1].synchronize()
@@ -118,7 +118,7 @@ def test_one_that_is_joined_already() -> None:
     job.synchronize()
     statistics = job.statistics
     assert statistics.blocks == GROUPS * len(SRC_IDS)
-    assert statistics.engine == parts[0].statistics.engine
+    assert statistics.strategy == parts[0].statistics.strategy
     assert statistics.seconds is not None
 
 

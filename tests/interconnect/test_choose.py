@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`host`, which prepares strategies and picks one of them: when one is out, and the rule by which
-one is picked, by what each costs and what the terms allow."""
+"""`host`, which prepares strategies and picks one for each copy: when one is out, and why."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.foreign_cases import blind
 from support.host_choice_cases import (
     CPU,
@@ -34,24 +34,15 @@ from portakv.backends.base import Capabilities
 from portakv.interconnect import choose as chosen
 from portakv.interconnect import pieces as pieces_of
 from portakv.interconnect.choose import Host, HostLaunch
-from portakv.interconnect.costs import DIRECTIONS, Point, Table
-from portakv.interconnect.link import FOLD_BELOW
-from portakv.interconnect.pageable import SIZES
 from portakv.interconnect.pick import (
-    EQUAL,
     EVEN,
-    NARROW,
     ORDER,
-    PART,
     ROW,
-    UNHIDDEN,
-    WIDE,
     Pick,
     pick,
 )
-from portakv.interconnect.pieces import LEAST_HEIGHT, TALL, Shape
-from portakv.interconnect.staging import BUFFERS
-from portakv.interconnect.strategy import PAGEABLE, PINNED, SMALL, Terms
+from portakv.interconnect.pieces import TALL
+from portakv.interconnect.strategy import PAGEABLE, PINNED, Terms
 from portakv.plan.plan import Move
 
 
@@ -458,219 +449,31 @@ def test_threads_prepare_a_strategy_once() -> None:
     assert launched() == ["zero_copy"] * 160
 
 
-# The rule
-
-MIB = 1 << 20
-OUT = {"pageable": "it does not copy pinned memory"}
-
-
-def picked(
-    payload: int,
-    runs: int,
-    host_runs: int,
-    direction: str = "d2h",
-    costs: object = UNMEASURED,
-    out: dict[str, str] | None = None,
-    **terms: object,
-) -> Pick:
-    """Return the pick for scattered runs on the device and so many in host memory."""
-    apart = Shape(payload, runs, runs)
-    dense = Shape(payload, host_runs, host_runs)
-    shapes = {"staged": dense, "batched_memcpy": apart, "zero_copy": apart, "pageable": dense}
-    out = OUT if out is None else out
-    return pick(shapes, direction, out, Terms(**terms), costs)  # type: ignore[arg-type]
+@settings(max_examples=60)
+@given(st.data())
+def test_a_quick_pick_is_the_pick(data: st.DataObject) -> None:
+    """Without a count of the runs, by any terms and costs, for scattered and neighbouring ids."""
+    blocks = data.draw(st.integers(1, 30))
+    overlap = data.draw(st.sampled_from(["compute", "idle"]))
+    launch, move = ready(30, view("device"), view("pinned"), overlap=overlap)
+    scattered = apart(blocks)
+    near = Index(range(blocks), SIZE)
+    sides = [data.draw(st.sampled_from([scattered, near])) for _ in range(2)]
+    costs = data.draw(st.sampled_from([H200, UNMEASURED]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chosen, "costs_of", lambda device: costs)
+        copy = moved(move.src, move.dst, *sides)
+        quick = launch.pick(copy, quick=True)
+        assert quick.strategy == launch.pick(copy).strategy
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_the_default_rule_picks_what_the_measurements_behind_it_say(direction: str) -> None:
-    """Gathering pays if it makes runs longer; if it does not, and for long runs, the copy engine
-    goes by itself; a kernel moves little, or what may be slow."""
-    large = 64 * MIB
-    small = SMALL[direction]
-    wide, even, narrow = (large // each for each in (WIDE, EVEN, NARROW))
-    for payload, runs, host_runs, strategy in (
-        (large, 2048, 1, "staged"),  # scattered to a dense chunk
-        (large, 262144, 1, "staged"),  # rows of 256 bytes
-        (large, 32, 32, "batched_memcpy"),  # 2 MiB each, both sides
-        (large, wide, 1, "batched_memcpy"),
-        (large, wide + 1, 1, "staged"),
-        (large, even, even, "batched_memcpy"),
-        (large, even, 100, "staged"),
-        (large, even + 1, even + 1, "zero_copy"),  # short runs on both sides
-        (small, 4096, 1, "zero_copy"),
-        (small + 1, 4096, 1, "staged"),
-    ):
-        assert picked(payload, runs, host_runs, direction).strategy == strategy
-    assert picked(large, 4096, narrow + 1, direction, overlap="idle").strategy == "zero_copy"
-    above = UNHIDDEN[direction] + large
-    narrow = above // NARROW
-    assert picked(above, 4096, narrow, direction, overlap="idle").strategy == "staged"
-    assert picked(above, 4096, narrow + 1, direction, overlap="idle").strategy == "zero_copy"
-    assert picked(UNHIDDEN[direction], 1, 1, direction, overlap="idle").strategy == "zero_copy"
-    for terms in ({"overlap": "idle"}, {"max_thread_blocks": 3}):  # no copy engine, run by run
-        assert picked(large, even, even, direction, **terms).strategy == "zero_copy"
-    # A detached transfer's stream must not wait for a kernel.
-    assert picked(large, even + 1, even + 1, direction, detached=True).strategy == "staged"
-    pageable = dict.fromkeys(ORDER[:3], "it does not copy pageable memory")
-    assert picked(large, 64, 64, direction, out=pageable).strategy == "pageable"
+def test_a_copy_for_the_kernel_counts_no_runs() -> None:
+    launch, move = ready(8, view("device"), view("pinned"), overlap="idle")
 
+    def count(*_: object) -> int:
+        raise AssertionError("the runs were counted")
 
-def test_what_the_rule_wants_may_not_serve() -> None:
-    out = {**OUT, "zero_copy": "no driver"}
-    why = "the gentlest strategy that is left, as nothing was measured here"
-    assert picked(MIB, 4096, 1, out=out)[:2] == ("staged", why)
-    out["batched_memcpy"] = "no"
-    assert picked(64 * MIB, 2, 2, out=out)[:2] == ("staged", "the only strategy that is left")
-
-
-def test_a_computing_device_keeps_the_kernel_out() -> None:
-    arguments = (16 * MIB, 65536, 400)
-    result = picked(*arguments)
-    assert result.strategy == "staged"
-    assert "overlap='compute'" in refusals(result)["zero_copy"]
-    for terms in ({"overlap": "idle"}, {"max_gbps": 30.0}, {"max_thread_blocks": 2}):
-        let_in = picked(*arguments, **terms)
-        assert let_in.strategy == "zero_copy"
-        assert refusals(let_in)["zero_copy"] == ""
-    # The seconds that it would have taken are listed all the same.
-    result = picked(*arguments, costs=table(staged=2.0, batched_memcpy=3.0, zero_copy=1e-3))
-    assert result.strategy == "staged"
-    assert "zero_copy would take less, but the terms exclude it" in result.why
-    seconds = {one.strategy: one.seconds for one in result.alternatives}
-    assert (seconds["zero_copy"] or 9) < (seconds["staged"] or 0)
-
-
-def test_terms_never_leave_a_copy_without_a_strategy_and_no_strategy_at_all_is_an_error() -> None:
-    out = {name: f"{name} is broken" for name in ORDER if name != "zero_copy"}
-    result = picked(64 * MIB, 64, 64, out=out)
-    assert result.strategy == "zero_copy"
-    assert "no other strategy takes the copy" in result.why
-    with pytest.raises(Unsupported, match=r"(?s)none can:.*staged is broken.*pageable is"):
-        picked(MIB, 1, 1, out={**out, "zero_copy": "no"})
-
-
-def table(host: dict[str, float] | None = None, **seconds: float) -> Table:
-    """Return the seconds of strategies for 4 MiB in 1024 runs, a hundredth of that for one run,
-    and those of the host, else 0."""
-    host_seconds = host or {}
-    points = {
-        (strategy, "d2h"): {
-            4096: [
-                Point(n, s * part, host_seconds.get(strategy, 0.0))
-                for n, part in ((1, 0.01), (1024, 1))
-            ]
-        }
-        for strategy, s in seconds.items()
-    }
-    return Table({}, points)
-
-
-def test_what_was_measured_decides() -> None:
-    arguments = (4 * MIB, 1024, 64)
-    for fast, slow in (("staged", "batched_memcpy"), ("batched_memcpy", "staged")):
-        result = picked(*arguments, costs=table(**dict[str, Any]({fast: 1e-5, slow: 2e-5})))
-        assert (result.strategy, "as measured" in result.why) == (fast, True)
-    # A strategy that is not in the table cannot be better.
-    result = picked(*arguments, costs=table(staged=1.0), overlap="idle")
-    assert result.strategy == "staged"
-    assert [one.strategy for one in result.alternatives if one.seconds is not None] == ["staged"]
-    # Nothing that was measured may go: the rule decides.
-    result = picked(*arguments, costs=table(zero_copy=1e-9))
-    assert result.strategy in ("staged", "batched_memcpy")
-    assert "the default rule" in result.why
-
-
-def test_the_hosts_part_counts_where_nothing_hides_it() -> None:
-    """With overlap='idle', or if the call is longer than the transfer; a quarter of it shows."""
-    arguments = (4 * MIB, 1024, 64)
-    short = table({"staged": 0.8e-3}, staged=1.0e-3, batched_memcpy=1.1e-3)
-    assert picked(*arguments, costs=short).strategy == "staged"
-    idle = picked(*arguments, costs=short, overlap="idle")
-    assert idle.strategy == "batched_memcpy"
-    assert "with the host's part" in idle.why
-    long = table({"staged": 1.2e-3}, staged=1.0e-3, batched_memcpy=1.1e-3)
-    assert picked(*arguments, costs=long).strategy == "batched_memcpy"
-    little = table({"staged": 0.2e-3}, staged=1.0e-3, batched_memcpy=1.1e-3)
-    assert picked(*arguments, costs=little, overlap="idle").strategy == "staged"
-
-
-def test_of_those_about_as_quick_the_one_that_keeps_the_host_least() -> None:
-    arguments = (4 * MIB, 1024, 64)
-    idle = dict[str, Any](overlap="idle")
-    host = {"staged": 3e-4, "batched_memcpy": 2e-4, "zero_copy": 1e-4}
-    near = 1 + 0.9 * EQUAL
-    far = 1 + 1.1 * EQUAL
-    known = table(host, staged=1.0, batched_memcpy=near, zero_copy=far)
-    result = picked(*arguments, costs=known, **idle)
-    assert result.strategy == "batched_memcpy"
-    assert "within 2 % of the least time" in result.why
-    assert "keeps the host least, as measured" in result.why
-    assert {one.strategy: one.host_seconds for one in result.alternatives}["zero_copy"] == 1e-4
-    # The host's cost of a slower strategy does not count.
-    result = picked(
-        *arguments, costs=table(host, staged=1.0, batched_memcpy=far, zero_copy=far), **idle
-    )
-    assert result.strategy == "staged"
-    assert result.why.startswith("the least time of the strategies")
-    # Nor is what the terms keep out, however quick.
-    quick = table(host, staged=1.0, batched_memcpy=near, zero_copy=0.5)
-    assert picked(*arguments, costs=quick).strategy == "batched_memcpy"
-    # Where the host is kept as long, the gentlest.
-    equal = table(dict.fromkeys(ORDER, 1e-4), staged=near, batched_memcpy=1.0, zero_copy=1.0)
-    assert picked(*arguments, costs=equal, **idle).strategy == "staged"
-    # A strategy that was not measured is no rival, though the host would hardly notice it.
-    assert picked(*arguments, costs=table(host, staged=1.0), **idle).strategy == "staged"
-
-
-ROWS_OF_2_KIB = Shape(2048 * 6400, 6400, 100)
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_pieces_are_looked_up_and_each_row_costs_the_device(direction: str) -> None:
-    result = pick(dict.fromkeys(ORDER, ROWS_OF_2_KIB), direction, OUT, Terms(), H200)
-    for one in result.alternatives:
-        arguments = one.strategy, direction, 64 * 2048, 100
-        assert (one.runs, one.run_bytes) == (100, 64 * 2048)
-        assert one.seconds == H200.seconds(*arguments) + 6400 * ROW[direction]
-        assert one.host_seconds == H200.host_seconds(*arguments)
-    # Rows that cross by themselves are pieces of 2 KiB, and nothing is added.
-    apart = Shape(2048 * 6400, 6400, 6400)
-    for one in pick(dict.fromkeys(ORDER, apart), direction, OUT, Terms(), H200).alternatives:
-        assert (one.runs, one.run_bytes) == (6400, 2048)
-        assert one.seconds == H200.seconds(one.strategy, direction, 2048, 6400)
-
-
-def test_rows_count_beside_a_table_and_may_turn_the_pick() -> None:
-    known = table(staged=1.1e-3, batched_memcpy=1e-3)
-    idle = Terms("idle")
-    of_1024 = Shape(4 * MIB, 1024, 1024), Shape(4 * MIB, 8 * 1024, 1024)
-
-    def seconds(shape: Shape) -> tuple[str, float]:
-        shapes = {"staged": of_1024[0], "batched_memcpy": shape}
-        result = pick(shapes, "d2h", OUT, idle, known)
-        return result.strategy, result.alternatives[1].seconds or 0
-
-    assert seconds(of_1024[0]) == ("batched_memcpy", 1e-3)
-    assert seconds(of_1024[1]) == ("staged", 1e-3 + 8 * 1024 * ROW["d2h"])
-
-
-def test_the_guide_tells_the_rule() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "host.md").read_text()
-    flat = " ".join(page.split())
-    to_host, to_device = (f"{ROW[direction] * 1e9:.0f} ns" for direction in DIRECTIONS)
-    for text in (
-        f"those within {EQUAL * 100:.0f} % of the fewest seconds",
-        f"of {LEAST_HEIGHT} or more that are narrower than {FOLD_BELOW >> 10} KiB, of {TALL} or "
-        "more that are not",
-        f"wide ones where {TALL} or more lie together",
-        f"device {to_host} more to the host, and {to_device} to the device",
-        f"runs of less than {NARROW >> 10} KiB",
-        f"{PART:.0%} of the host's time counts as well",
-        f"{UNHIDDEN['d2h'] >> 20} MiB from the device or {UNHIDDEN['h2d'] >> 20} MiB to it",
-        f"runs of {WIDE >> 10} KiB or more",
-        f"runs of {EVEN >> 10} KiB or more that a gather would not merge",
-        f"three pinned buffers of at most {SIZES.largest >> 20} MiB each",
-        "{} MiB from the device or {} MiB to it".format(*(n >> 20 for n in SMALL.values())),
-    ):
-        assert text in flat
-    assert BUFFERS == 3
+    launch._whole.groups = count  # type: ignore[method-assign, assignment]
+    assert launch.pick(move, quick=True).strategy == "zero_copy"
+    with pytest.raises(AssertionError, match="counted"):
+        launch.pick(move)

@@ -234,7 +234,7 @@ def test_a_device_that_is_full_is_asked_again(
         with monkeypatch.context() as busy:
             busy.setattr(device_module, "can_device_access_peer", full)
             assert peer.unmapped(HERE, THERE).endswith(f"could not be tested on {THERE}: no room")
-            assert judge(COPIES["gather"](), (HERE, THERE)).statistics.engine == "bounce"
+            assert judge(COPIES["gather"](), (HERE, THERE)).statistics.strategy == "bounce"
         assert peer.unmapped(HERE, THERE) == ""
 
 
@@ -253,7 +253,7 @@ def test_a_mapping_that_reads_wrong_bytes_is_not_used() -> None:
     with reading(ReadsWrong):
         assert "elements of a pattern on" in peer.unmapped(HERE, THERE)
         done = judge(COPIES["pool to pool"](), (HERE, THERE))
-        assert done.statistics.engine == "bounce"
+        assert done.statistics.strategy == "bounce"
         assert "elements of a pattern on" in done.statistics.why
 
 
@@ -263,7 +263,7 @@ def test_a_device_without_a_kernel_that_reads_peers() -> None:
     """Fault 23. Two devices are connected through the host alone."""
     why = peer.unmapped(HERE, THERE)
     assert why.startswith(f"reading a pattern of {HERE} on {THERE} raised Unsupported")
-    assert judge(COPIES["gather"](), (HERE, THERE)).statistics.engine == "bounce"
+    assert judge(COPIES["gather"](), (HERE, THERE)).statistics.strategy == "bounce"
 
 
 # What carries a copy out
@@ -315,7 +315,7 @@ def test_what_reads_on_two_devices(two: Two, how: dict[str, Any], strategy: str)
     if why := peer.unmapped(*two):
         pytest.skip(why)
     for name in ("pool to pool", "memory objects, gathered", "blocks of heads", "NZ"):
-        assert judge(COPIES[name](), two, **how).statistics.engine == strategy
+        assert judge(COPIES[name](), two, **how).statistics.strategy == strategy
 
 
 @pytest.mark.gpu

@@ -67,5 +67,5 @@ def test_rows_are_read_behind_the_owners_stream_or_not_at_all(
                 assert not opens, "with its events the owner's rows come"
                 continue
             assert (local[:, :, [1, 5]] == value).all(), "rows from before the owner's write"
-            assert (pulled.statistics.engine == "mapped") == opens
+            assert (pulled.statistics.strategy == "mapped") == opens
         reader.close()

@@ -681,7 +681,7 @@ def test_an_owner_whose_events_cannot_be_opened_is_not_mapped(made: Sides) -> No
     made.made.append(both.owner)
     pulled = both.pull(both.offer())
     pulled.synchronize(60)
-    assert pulled.statistics.engine == "distributed"
+    assert pulled.statistics.strategy == "distributed"
     assert both.right()
 
 
@@ -690,7 +690,7 @@ def test_a_pull_counts_the_readers_blocks(made: Sides) -> None:
     pulled = both.pull(both.offer())
     pulled.synchronize(30)
     parsed = pulled.statistics
-    assert (parsed.blocks, parsed.blocks_asked) == (3, 3)
+    assert (parsed.blocks, parsed.blocks_requested) == (3, 3)
     pulled = both.pull(both.offer(), first=40)  # the first block of 32 tokens is there already
     pulled.synchronize(30)
     assert pulled.statistics.blocks == 2

@@ -249,7 +249,7 @@ def test_of_owners_that_have_the_same_one_that_can_be_mapped_is_read(swapped: bo
         tickets = [owner.offer([1, 2], tokens=32).ticket for owner in owners]
         pulled = made.reader(local.shard).pull(tickets[:: -1 if swapped else 1], [2])
         pulled.synchronize(60)
-        assert pulled.statistics.engine == "mapped"
+        assert pulled.statistics.strategy == "mapped"
 
 
 def test_each_layer_may_have_an_allocation_of_its_own() -> None:

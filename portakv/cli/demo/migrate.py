@@ -217,7 +217,7 @@ def _pulled(
     wrong = int((pages.view(torch.uint8) != expected.view(torch.uint8)).sum())
     report = {"seconds": seconds, "wrong_bytes": wrong, "why": why or statistics.why}
     return report | {
-        "engine": statistics.engine,
+        "engine": statistics.strategy,
         "bytes": statistics.nbytes,
         "published": pull.published,
     }
