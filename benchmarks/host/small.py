@@ -213,7 +213,7 @@ def _methods(bench: Bench, count: int) -> dict[str, Route]:
     }
     for method in ("inline", "value", "mapped", "copy"):
         try:
-            sender = SmallCopy(count, torch.int64, device, way=method)
+            sender = SmallCopy(count, torch.int64, device, method=method)
         except PortaKVError as error:
             bench.left_out.append(f"small copies: {count}, {method}: {error}")
         else:

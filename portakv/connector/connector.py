@@ -46,7 +46,7 @@ class AdaptiveConnector:
             call then waits. Slots past the end, and destinations that occur twice, are rejected
             before anything moves.
         options: how all transfers are made, in place of ``backend``, ``reinterpret`` and ``check``.
-            A call's own ``stream`` counts more than theirs.
+            A call's own ``stream`` replaces that of the options.
         extents: declared extents of the caches: ``layers, kv, block_size, heads, dim``.
 
     Raises:

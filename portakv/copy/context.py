@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Context`: where and when a copy is issued, asked once at the call and passed on."""
+"""`Context`: where and when a copy is issued, determined once at the call and passed on."""
 
 from __future__ import annotations
 

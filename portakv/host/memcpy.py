@@ -18,6 +18,7 @@ import torch
 from torch import Stream, Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
@@ -50,7 +51,7 @@ class Copied:
 
     Attributes:
         direction: ``h2d``, ``d2h``, ``d2d`` (one device), ``peer`` (two) or ``h2h``.
-        way: ``memcpy2d`` (the driver's, of rows), ``torch`` (its ``copy_``), or ``nothing``.
+        method: ``memcpy2d`` (the driver's, of rows), ``torch`` (its ``copy_``), or ``nothing``.
         why: the reason for that method, as a phrase; a fallback names what is missing.
         nbytes: bytes moved.
         waited: all bytes had arrived when the call returned.
@@ -58,11 +59,17 @@ class Copied:
     """
 
     direction: str
-    way: str
+    method: str
     why: str
     nbytes: int
     waited: bool
     transfer: Transfer = field(repr=False, compare=False)
+
+    @property
+    def way(self) -> str:
+        """The former name of `method`."""
+        warn_former("Copied.way", "Copied.method")
+        return self.method
 
     def done(self) -> bool:
         """Return what `Transfer.done` of the transfer returns."""
@@ -186,15 +193,15 @@ def _copy(
         _cuda_driver.copy_pitched(*places, rows, device, stream)
     else:
         late = _copy_by_torch(dst, src, host, ready, non_blocking, stream)
-    way = "torch" if rows is None else "memcpy2d"
+    method = "torch" if rows is None else "memcpy2d"
     if captures:
         transfer = streams.captured(device, stream, (dst, src))
-        return Copied(direction, way, why, nbytes, False, transfer)
+        return Copied(direction, method, why, nbytes, False, transfer)
     end = streams.completion(device, stream, *(() if host is None else (host,)))
     if late:
-        return Copied(direction, way, why, nbytes, False, Transfer((end,), (dst, src)))
+        return Copied(direction, method, why, nbytes, False, Transfer((end,), (dst, src)))
     end.synchronize()
-    return Copied(direction, way, why, nbytes, True, Transfer())
+    return Copied(direction, method, why, nbytes, True, Transfer())
 
 
 def _rows(

@@ -28,6 +28,7 @@ import torch
 from numpy import ndarray
 from torch import Stream, Tensor
 
+from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
 from portakv.host._small_methods import (
     HOLDS,
@@ -49,28 +50,46 @@ from portakv.selection import Decision, Kind, select, unavailable
 Values = Sequence[int] | bytes | bytearray | memoryview | Array | Tensor
 
 _TORCH: dict[NumpyDtype, torch.dtype] = {own: dtype for dtype, own in NUMPY.items()}
-_KIND = Kind("method of small copies", argument="way")
+_KIND = Kind("method of small copies", argument="method")
 _NO_REFILL = {  # methods that refill nothing, and why
     "host": "there are no graphs; send the values again",
-    "inline": "it cannot be captured; make it with way='mapped', or send instead of refill",
-    "value": "its contents were fixed when it was captured; make it with way='mapped'",
+    "inline": "it cannot be captured; make it with method='mapped', or send instead of refill",
+    "value": "its contents were fixed when it was captured; make it with method='mapped'",
 }
 
 
 class Chosen(NamedTuple):
     """A method, and why it was chosen, as a phrase."""
 
-    way: str
+    method: str
     why: str
 
+    @property
+    def way(self) -> str:
+        """The former name of `method`."""
+        warn_former("Chosen.way", "Chosen.method")
+        return self.method
 
-def choose(nbytes: int, device: torch.device | str, way: str | None = None) -> Chosen:
-    """Return the method by which ``nbytes`` of values go to a device; ``way``: a requested method.
+
+def choose(
+    nbytes: int, device: torch.device | str, method: str | None = None, *, way: str | None = None
+) -> Chosen:
+    """Return the method by which ``nbytes`` of values go to a device; ``method``: a requested one.
+    ``way`` is its former name.
 
     Raises:
         BackendUnavailable: an unknown method, or a method that this device or size does not allow.
     """
-    return _choose(_target(resolve(device), None), _count(nbytes, "bytes"), way)
+    method = _by_former(method, way)
+    return _choose(_target(resolve(device), None), _count(nbytes, "bytes"), method)
+
+
+def _by_former(method: str | None, way: str | None) -> str | None:
+    """Return the method that a call requests, perhaps by the argument's former name."""
+    if way is not None:
+        warn_former("The argument way=", "method=", above=1)
+        return way
+    return method
 
 
 def to_device(
@@ -80,6 +99,7 @@ def to_device(
     *,
     out: Tensor | None = None,
     stream: Stream | None = None,
+    method: str | None = None,
     way: str | None = None,
 ) -> Tensor:
     """Return values of the host as a tensor on a device; the host does not wait.
@@ -93,8 +113,8 @@ def to_device(
             shape of ``values``.
         stream: the stream to order the copy on, after the present work of the current stream. A
             reader on another stream must wait for this stream. None: the current stream.
-        way: the method, see the module; None: the best. A graph capture takes only ``"value"``, by
-            name.
+        method: the method, see the module; None: the best. A graph capture takes only ``"value"``,
+            by name. ``way`` is its former name.
 
     Raises:
         LayoutError: values that the dtype cannot hold; an ``out`` that does not fit.
@@ -102,6 +122,7 @@ def to_device(
         BackendUnavailable: a method that is not available, with the reason.
         Unsupported: inside graph capture, any method but ``"value"``.
     """
+    method = _by_former(method, way)
     target = _target(device, out)
     target_device = target.device
     dtype = out.dtype if dtype is None and out is not None else dtype
@@ -109,14 +130,14 @@ def to_device(
     dtype = _TORCH[array.dtype] if dtype is None else dtype
     if stream is not None:
         streams.check_stream(stream, target_device)
-    best = way is None and array.nbytes <= target.most
-    chosen = target.first if best else _choose(target, array.nbytes, way).way
+    best = method is None and array.nbytes <= target.most
+    chosen = target.first if best else _choose(target, array.nbytes, method).method
     captured = target.captures()
-    if captured and way != "value":
+    if captured and method != "value":
         raise refuse_capture(
             "A small copy by to_device",
-            "pass way='value' if its contents may be fixed at capture; use SmallCopy with "
-            "way='mapped' for contents that are read at each replay",
+            "pass method='value' if its contents may be fixed at capture; use SmallCopy with "
+            "method='mapped' for contents that are read at each replay",
         )
     into = _checked(out, array.shape, dtype, target_device)
     if stream is not None:
@@ -143,12 +164,12 @@ class SmallCopy:
         dtype: an integer dtype or bool.
         device: the target device.
         out: contiguous, ``n`` elements, written by every send; None: a new tensor.
-        way: the method, see the module; None: the best. To capture sends into a graph, name a
-            method that can be captured.
+        method: the method, see the module; None: the best. To capture sends into a graph, name a
+            method that can be captured. ``way`` is its former name.
 
     Attributes:
         out: the target.
-        way, why: the method, and why it was chosen.
+        method, why: the method, and why it was chosen.
 
     Raises as `to_device` does.
     """
@@ -160,6 +181,7 @@ class SmallCopy:
         device: torch.device | str | None = None,
         *,
         out: Tensor | None = None,
+        method: str | None = None,
         way: str | None = None,
     ) -> None:
         self._own = _numpy_dtype(dtype)
@@ -168,10 +190,18 @@ class SmallCopy:
         self._n = n
         self._device = target.device
         self._captures = target.captures
-        self.way, self.why = _choose(target, n * dtype.itemsize, way)
-        self._uncaptured = {None: "whose way was left open", "inline": "by way='inline'"}.get(way)
-        self._send = target.make(self.way, dtype, n)
+        method = _by_former(method, way)
+        self.method, self.why = _choose(target, n * dtype.itemsize, method)
+        uncaptured = {None: "whose method was left open", "inline": "by method='inline'"}
+        self._uncaptured = uncaptured.get(method)
+        self._send = target.make(self.method, dtype, n)
         self.out = _checked(out, (n,), dtype, target.device)
+
+    @property
+    def way(self) -> str:
+        """The former name of `method`."""
+        warn_former("SmallCopy.way", "SmallCopy.method")
+        return self.method
 
     def send(self, values: Values, *, stream: Stream | None = None) -> Tensor:
         """Write up to ``n`` values to the beginning of ``out``; ``values`` and ``stream`` as in
@@ -185,8 +215,8 @@ class SmallCopy:
         if captures and self._uncaptured is not None:
             raise refuse_capture(
                 f"A send of a SmallCopy {self._uncaptured}",
-                "make it with way='value' for contents that are fixed at capture, or with "
-                "way='mapped' for contents that are read at each replay",
+                "make it with method='value' for contents that are fixed at capture, or with "
+                "method='mapped' for contents that are read at each replay",
             )
         array: object = values
         if type(array) is not ndarray or array.dtype is not self._own:
@@ -216,7 +246,7 @@ class SmallCopy:
             LayoutError: another number of values.
         """
         if not isinstance(self._send, ReadLater):
-            raise Unsupported(f"Refilling a small copy by {self.way!r}", _NO_REFILL[self.way])
+            raise Unsupported(f"Refilling a small copy by {self.method!r}", _NO_REFILL[self.method])
         self._send.refill(_as_array(values, self._own))
 
 
@@ -252,11 +282,11 @@ def _target(device: torch.device | str | int | None, out: Tensor | None) -> Targ
     return known
 
 
-def _choose(target: Target, nbytes: int, way: str | None) -> Chosen:
-    if way is not None and str(way) not in METHODS:
+def _choose(target: Target, nbytes: int, method: str | None) -> Chosen:
+    if method is not None and str(method) not in METHODS:
         raise BackendUnavailable(
-            f"Expected way to be one of {', '.join(METHODS)}, or None for the best, got {way!r}. "
-            f"Pass one of these."
+            f"Expected method to be one of {', '.join(METHODS)}, or None for the best, got "
+            f"{method!r}. Pass one of these."
         )
 
     def consider(method: str) -> tuple[str | None, Decision]:
@@ -266,12 +296,12 @@ def _choose(target: Target, nbytes: int, way: str | None) -> Chosen:
         return None, Decision(method, False, why_not)
 
     purpose = f"{nbytes} bytes to {target.device}"
-    if way is not None:
-        made, decision = consider(way)
+    if method is not None:
+        made, decision = consider(method)
         if made is None:
             best = select(_KIND, purpose, METHODS, consider).name
-            raise unavailable(_KIND, purpose, [decision], way, best)
-        return Chosen(way, "it was requested")
+            raise unavailable(_KIND, purpose, [decision], method, best)
+        return Chosen(method, "it was requested")
     selected = select(_KIND, purpose, METHODS, consider)
     reasons = dict.fromkeys(each.reason for each in selected.trace[:-1])
     return Chosen(selected.value, " and ".join(reasons) or selected.trace[-1].reason)

@@ -49,8 +49,8 @@ from portakv.storage.reasons import Report
 from portakv.storage.rows import Rows
 
 Keys = Sequence[bytes]
-#: What makes a tier, by name; other packages name theirs in the entry-point group
-#: ``portakv.tiers``. It is called with one text, the tier's place: a folder, an address.
+#: What makes a tier, by name; other packages use the entry-point group ``portakv.tiers``. It is
+#: called with one text, the tier's place: a folder, an address.
 BUILT_IN = {"disk": "portakv.storage.disk:Disk", "remote": "portakv.storage.remote:Remote"}
 
 

@@ -94,7 +94,7 @@ def test_small_copies(device: torch.device, state: State, values: object) -> Non
         made = to_device(values, device, torch.int32)  # type: ignore[arg-type]
         assert to_device(values, out=out) is out  # type: ignore[arg-type]
         landed = [sender.send(values) for sender in senders]  # type: ignore[arg-type]
-        assert [sender.way for sender in senders] == [choose(192, device).way] * 2
+        assert [sender.method for sender in senders] == [choose(192, device).method] * 2
         assert all(same(each, NUMBERS) for each in (made, out, *landed))
     assert {each.device for each in (made, *landed)} == {torch.zeros(1, device=device).device}
     made.add_(1)  # also what was made in inference mode

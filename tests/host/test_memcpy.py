@@ -31,7 +31,7 @@ def test_a_host_copy(dtype: torch.dtype) -> None:
     dst.requires_grad_(dtype.is_floating_point)  # a leaf that learns
     copied = copy_(dst, src)
     assert same(dst, src)
-    assert (copied.direction, copied.way, copied.waited) == ("h2h", "torch", True)
+    assert (copied.direction, copied.method, copied.waited) == ("h2h", "torch", True)
     assert (copied.nbytes, copied.why) == (60 * dtype.itemsize, "both tensors are on the host")
     assert copied.done()
     copied.wait()
@@ -70,7 +70,12 @@ def test_a_source_whose_elements_share_addresses(
 
 def test_nothing_to_copy() -> None:
     copied = copy_(torch.zeros(3, 0), torch.zeros(3, 0), non_blocking=True)
-    assert (copied.way, copied.nbytes, copied.waited, copied.done()) == ("nothing", 0, True, True)
+    assert (copied.method, copied.nbytes, copied.waited, copied.done()) == (
+        "nothing",
+        0,
+        True,
+        True,
+    )
     with refused(LayoutError, "[0, 3]", "[3, 0]"):
         copy_(torch.zeros(3, 0), torch.zeros(0, 3))
     memory = filled((64,), torch.int32)

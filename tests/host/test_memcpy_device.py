@@ -132,13 +132,13 @@ def test_every_byte_lands(
     assert torch.equal(rest_of(dst), rest)
     rows = {source, target} <= TAKEN_AS_ROWS and {source, target} != {"pinned", "device"}
     rows = rows and copied.direction != "d2d"
-    assert copied.way == ("memcpy2d" if rows and method == "memcpy2d" else "torch"), copied.why
+    assert copied.method == ("memcpy2d" if rows and method == "memcpy2d" else "torch"), copied.why
     assert copied.why == "of the test" or not (rows and method == "torch")
     if accelerator.type != "cuda":  # CUDA has read pageable memory when its call returns
         # Whether the host has to wait although it need not have.
         host = target if target in HOSTS else source
         ready = host == "pinned" or {source, target} == {"pinned columns", "device columns"}
-        late = host in DEVICES or ready or copied.way == "memcpy2d"
+        late = host in DEVICES or ready or copied.method == "memcpy2d"
         assert copied.waited is not (non_blocking and late)
 
 
@@ -297,7 +297,7 @@ def test_memory_that_is_pinned_only_at_its_beginning(
     assert is_pinned(src[: ROWS // 2])
     assert not is_pinned(src[:, :WIDTH])
     copied = copy_h2d(dst, src[:, :WIDTH], non_blocking=True)
-    assert (copied.way, copied.waited) == ("torch", True)
+    assert (copied.method, copied.waited) == ("torch", True)
     assert same(dst, src[:, :WIDTH])
     del registered
 
@@ -318,7 +318,7 @@ def test_between_two_devices(
         delay(current(accelerator))
         src.copy_(fresh)
         copied = copy_d2d(dst[:, columns], src[:, columns], True, stream)
-        assert (copied.direction, copied.way, copied.waited) == ("peer", "torch", False)
+        assert (copied.direction, copied.method, copied.waited) == ("peer", "torch", False)
         copied.wait(current(accelerator))
         copied.wait(current(second))
         src.zero_()

@@ -70,13 +70,13 @@ NESTED = torch.nested.nested_tensor([ONE])
 )
 def test_values(place: Place, values: Any, dtype: torch.dtype | None, wanted: torch.Tensor) -> None:
     """Send values to a new tensor, and to a target of the same size or larger."""
-    made = to_device(values, place.device, dtype, way=place.requested)
+    made = to_device(values, place.device, dtype, method=place.requested)
     assert (made.dtype, made.shape) == (wanted.dtype, wanted.shape)
     assert made.tolist() == wanted.tolist()
     for size in (wanted.numel(), wanted.numel() + 3):
         out = filled((size,), wanted.dtype, poison=True, device=place.device)
         rest = bits(out)[wanted.nbytes :].clone()
-        landed = SmallCopy(size, out.dtype, out=out, way=place.requested).send(values)
+        landed = SmallCopy(size, out.dtype, out=out, method=place.requested).send(values)
         assert same_bits(landed, wanted.contiguous().view(-1))
         assert torch.equal(bits(out)[wanted.nbytes :], rest)
 
@@ -110,16 +110,16 @@ def test_wrong_values(
 ) -> None:
     """They leave a target as it was."""
     out = filled((9,), dtype or torch.int64, device=place.device)
-    sender = SmallCopy(9, out.dtype, out=out, way=place.requested)
+    sender = SmallCopy(9, out.dtype, out=out, method=place.requested)
     if place.card is not None:
         place.card.forget()
     with refused(LayoutError, *names):
-        to_device(values, place.device, dtype, way=place.requested)
+        to_device(values, place.device, dtype, method=place.requested)
     with refused(LayoutError, watch=out):
-        to_device(values, out=out, way=place.requested)
+        to_device(values, out=out, method=place.requested)
     with refused(LayoutError, watch=out):
         sender.send(values)
-    assert to_device([], place.device, torch.int32, way=place.requested).shape == (0,)
+    assert to_device([], place.device, torch.int32, method=place.requested).shape == (0,)
     assert place.card is None or place.card.sends == []
 
 
@@ -151,7 +151,7 @@ def test_wrong_values(
         *((partial(call, device), BackendUnavailable, "not a device of torch|cannot")
           for device in ([], {}, "", -1, 1 << 70, 1.5, True, ARRAY, ONE, object())
           for call in (partial(choose, 64), partial(to_device, []), partial(SmallCopy, 1, INT))),
-        *((partial(choose, 1, "cpu", method), BackendUnavailable, "on the CPU(?s:.*)way='host'")
+        *((partial(choose, 1, "cpu", method), BackendUnavailable, "on the CPU(?s:.*)method='host'")
           for method in ("inline", "value", "mapped", "copy")),
         (lambda: choose(1, "cpu", "pigeon"), BackendUnavailable, "inline, value, mapped.*'pigeon'"),
         *((partial(choose, 1, "cpu", method), BackendUnavailable, "copy, host, or None")  # type: ignore
@@ -218,13 +218,13 @@ def test_the_best_way_and_those_that_may_be_named(
             assert choose(nbytes, CARD, method) == (method, "it was requested")
         else:
             why = whys.get(method, kernel or HELD)
-            with refused(BackendUnavailable, f"{nbytes} bytes", why, f"way='{wanted[0]}'"):
+            with refused(BackendUnavailable, f"{nbytes} bytes", why, f"method='{wanted[0]}'"):
                 choose(nbytes, CARD, method)
 
 
 def test_the_cpu_has_a_way_of_its_own() -> None:
     sender = SmallCopy(1, torch.int32, "cpu")
-    assert (sender.way, sender.why) == choose(64, "cpu") == ("host", "the target is on the CPU")
+    assert (sender.method, sender.why) == choose(64, "cpu") == ("host", "the target is on the CPU")
 
 
 @pytest.mark.parametrize("method", ["value", "mapped", "copy"])
@@ -233,3 +233,14 @@ def test_what_is_prepared_outside_of_captures(method: str, monkeypatch: pytest.M
     monkeypatch.setattr(_small_methods, "capturing", lambda device: True)
     with refused(Unsupported, "inside graph capture", "before the capture"):
         target.make(method, torch.int64, 1)
+
+
+def test_the_former_name_of_a_method_warns_and_answers() -> None:
+    for call in (partial(choose, 4, "cpu"), partial(to_device, [1], "cpu")):
+        with pytest.warns(DeprecationWarning, match="The argument way= is now method="):
+            call(way="host")
+    with pytest.warns(DeprecationWarning, match="way="):
+        sender = SmallCopy(2, torch.int64, "cpu", way="host")
+    for made in (sender, choose(4, "cpu")):
+        with pytest.warns(DeprecationWarning, match="way is now"):
+            assert made.way == made.method == "host"

@@ -42,7 +42,7 @@ def test_the_simulated_device_has_one_way() -> None:
     assert choose(64, SIMDEV) == ("copy", f"the CUDA driver does not serve {name} devices")
     assert SmallCopy(3, torch.int32, SIMDEV).why == choose(64, SIMDEV).why
     with refused(BackendUnavailable, "does not serve", "'copy'"):
-        to_device([1], SIMDEV, way="value")
+        to_device([1], SIMDEV, method="value")
 
 
 @pytest.mark.simdev
@@ -60,10 +60,10 @@ def test_a_device_that_is_not_current_or_named_without_a_number() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="its pages may be the device's too")
 def test_the_best_way() -> None:
-    assert [choose(n, DEVICE).way for n in (0, INLINE)] == ["inline", "inline"]
-    assert SmallCopy(64, torch.int64, DEVICE).way == "inline"
+    assert [choose(n, DEVICE).method for n in (0, INLINE)] == ["inline", "inline"]
+    assert SmallCopy(64, torch.int64, DEVICE).method == "inline"
     longer = choose(INLINE + 1, DEVICE)
-    assert longer.way in ("mapped", "copy")
+    assert longer.method in ("mapped", "copy")
     assert str(INLINE) in longer.why
 
 
@@ -180,7 +180,7 @@ def test_what_a_capture_carries_changes_with_refill(monkeypatch: pytest.MonkeyPa
         replay.append(partial(by_copy, out, slot, nbytes, None))
 
     monkeypatch.setattr(_small_methods, "by_copy", crossing)
-    sender = SmallCopy(4, torch.int32, SIMDEV, way="copy")
+    sender = SmallCopy(4, torch.int32, SIMDEV, method="copy")
     with refused(Unsupported, "never captured"):
         sender.refill([1, 2, 3])
     with monkeypatch.context() as patched:
@@ -212,21 +212,21 @@ def skip_without(method: str) -> None:
 @pytest.mark.gpu
 def test_a_graph_keeps_what_was_sent_by_value() -> None:
     skip_without("value")
-    sender = SmallCopy(72, torch.int32, DEVICE, way="value")
+    sender = SmallCopy(72, torch.int32, DEVICE, method="value")
     out = torch.zeros(72, dtype=torch.int32, device=DEVICE)
     to_device(range(72), out=out)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         first = sender.send(range(72)).clone()
         second = sender.send(range(100, 172)).clone()
-        to_device(range(72), out=out, way="value")
+        to_device(range(72), out=out, method="value")
     out.zero_()
     sender.send([0] * 72)
     graph.replay()
     torch.cuda.synchronize()
     assert first.tolist() == out.tolist() == list(range(72))
     assert second.tolist() == list(range(100, 172))
-    with refused(Unsupported, "way='mapped'"):
+    with refused(Unsupported, "method='mapped'"):
         sender.refill([1])
 
 
@@ -236,7 +236,7 @@ def test_a_graph_keeps_what_was_sent_by_value() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
 def test_a_graph_reads_what_was_refilled(method: str, count: int, dtype: torch.dtype) -> None:
     skip_without(method)
-    sender = SmallCopy(count, dtype, DEVICE, way=method)
+    sender = SmallCopy(count, dtype, DEVICE, method=method)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         landed = sender.send(drawn(count, dtype)).clone()
@@ -264,10 +264,10 @@ def test_what_is_not_captured() -> None:
     with torch.cuda.graph(graph):
         for stream in (None, side):  # which is not drawn into the capture either
             for call in calls:
-                with refused(Unsupported, "way='value'"):
+                with refused(Unsupported, "method='value'"):
                     call([1, 2, 3, 4, 5], out, stream=stream)
         with pytest.raises(Unsupported, match="before the capture"):
-            SmallCopy(4, torch.int32, DEVICE, way="copy")
+            SmallCopy(4, torch.int32, DEVICE, method="copy")
         out.add_(1)
     graph.replay()
     torch.cuda.synchronize()
@@ -298,7 +298,7 @@ def test_while_a_large_copy_is_in_flight(method: str, count: int) -> None:
                 ended.record()
             time.sleep(1e-3)  # so that it has surely begun
         with torch.cuda.stream(side):
-            to_device(values, out=out, way=method)
+            to_device(values, out=out, method=method)
         side.synchronize()
         overtook = not ended.query()
         assert overtook or not nth or method != "inline"

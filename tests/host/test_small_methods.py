@@ -40,11 +40,11 @@ VALUE = MOST["value"]
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_every_count(place: Place, dtype: torch.dtype) -> None:
-    sender = SmallCopy(300, dtype, place.device, way=place.requested)
-    assert sender.way == place.method
+    sender = SmallCopy(300, dtype, place.device, method=place.requested)
+    assert sender.method == place.method
     for count in range(301) if place.device.type != "privateuseone" else (*range(80), 255, 300):
         values = drawn(count, dtype)
-        assert same_bits(to_device(values, place.device, way=place.requested), values), count
+        assert same_bits(to_device(values, place.device, method=place.requested), values), count
         assert same_bits(sender.send(values), values), count
 
 
@@ -61,7 +61,7 @@ def test_counts_round_the_limits(
             values = drawn(count, dtype)
             if nbytes > place.most and place.requested is not None:
                 with refused(BackendUnavailable, str(place.most)):
-                    to_device(values, place.device, way=place.requested)
+                    to_device(values, place.device, method=place.requested)
                 continue
             out = filled((count,), dtype, poison=True, device=place.device)
             if place.card is not None:
@@ -81,14 +81,14 @@ def test_a_target_of_any_alignment(place: Place, offset: int) -> None:
         memory = filled((count + 4200,), torch.uint8, device=place.device)
         before = memory.clone()
         values = drawn(count, torch.uint8)
-        to_device(values, out=memory[offset : offset + count], way=place.requested)
+        to_device(values, out=memory[offset : offset + count], method=place.requested)
         assert same_bits(memory[offset : offset + count], values)
         assert torch.equal(memory[:offset], before[:offset])
         assert torch.equal(memory[offset + count :], before[offset + count :])
 
 
 def test_sends_again_and_again(place: Place) -> None:
-    sender = SmallCopy(300, torch.int32, place.device, way=place.requested)
+    sender = SmallCopy(300, torch.int32, place.device, method=place.requested)
     for count in (300, 16, 0, 1, 299, 64, 72):
         before = sender.out.clone()
         values = drawn(count, torch.int32)
@@ -99,19 +99,23 @@ def test_sends_again_and_again(place: Place) -> None:
     for many in (np.arange(301), torch.arange(301), range(301)):
         with refused(LayoutError, watch=sender.out):
             sender.send(many)
-    whys = {"host": "send the values again", "inline": "way='mapped'", "value": "way='mapped'"}
+    whys = {
+        "host": "send the values again",
+        "inline": "method='mapped'",
+        "value": "method='mapped'",
+    }
     with refused(Unsupported, whys.get(place.method, "never captured")):
         sender.refill([1])
 
 
 def test_threads_do_not_write_over_each_other_s_values(place: Place) -> None:
     """Nor has one of them ever seen the device."""
-    sender = SmallCopy(64, torch.int64, place.device, way=place.requested)
+    sender = SmallCopy(64, torch.int64, place.device, method=place.requested)
 
     def work(number: int) -> None:
         for time in range(50):
             values = np.arange(500) * (number + 1) + time
-            landed = to_device(values, place.device, way=place.requested).cpu().numpy()
+            landed = to_device(values, place.device, method=place.requested).cpu().numpy()
             assert np.array_equal(landed, values)
             if place.device.type != "cpu":  # the host writes it immediately, not in one piece
                 assert len(set(sender.send([number] * 64).tolist())) == 1
@@ -126,9 +130,9 @@ def test_a_device_that_is_not_current(method: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     for nth in range(20):
-        landed = to_device(range(nth), other, way=method)
+        landed = to_device(range(nth), other, method=method)
         assert (landed.device, landed.tolist()) == (other, [*range(nth)])
-    assert SmallCopy(8, torch.int8, other, way=method).send([1, 2]).tolist() == [1, 2]
+    assert SmallCopy(8, torch.int8, other, method=method).send([1, 2]).tolist() == [1, 2]
     assert torch.cuda.current_device() == 0
 
 
@@ -255,20 +259,20 @@ def test_a_capture_is_asked_of_its_device(card: Card, monkeypatch: pytest.Monkey
 
 def test_inside_a_capture(libcuda: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     with installed(libcuda, only="inline") as card:
-        sender = SmallCopy(2, torch.int32, out=filled((2,), torch.int32), way="inline")
+        sender = SmallCopy(2, torch.int32, out=filled((2,), torch.int32), method="inline")
         opened = SmallCopy(2, torch.int32, CPU)
         monkeypatch.setattr(_small_methods, "capturing", lambda device: True)
-        names = ("way='value'", "way='mapped'", "inside graph capture")
+        names = ("method='value'", "method='mapped'", "inside graph capture")
         followed: list[Any] = []
         monkeypatch.setattr(streams, "follow_current", lambda *rest: followed.append(rest))
         stream: Any = SimpleNamespace(device=CPU, stream_id=0)
-        with refused(Unsupported, "by way='inline'", *names, watch=sender.out):
+        with refused(Unsupported, "by method='inline'", *names, watch=sender.out):
             sender.send([1, 2], stream=stream)
         with refused(Unsupported, "left open", *names):
             opened.send([1, 2])
         for method in (None, "inline"):
-            with refused(Unsupported, "to_device", "way='value'", "SmallCopy", watch=sender.out):
-                to_device([1, 2], out=sender.out, way=method, stream=stream)
+            with refused(Unsupported, "to_device", "method='value'", "SmallCopy", watch=sender.out):
+                to_device([1, 2], out=sender.out, method=method, stream=stream)
         # Nor did a stream wait for another one, which would have drawn it into the capture.
         assert (followed, card.sends) == ([], [])
 
@@ -301,7 +305,7 @@ def _addresses(mapping: str) -> range:
 
 def test_where_it_can_be_had(card: Card) -> None:
     """The first call gave the thread a context; no later call needs another."""
-    assert choose(0, CARD).way == "inline"
+    assert choose(0, CARD).method == "inline"
     card.library.read_by_page_tables(1)
     assert choose(INLINE, CARD) == choose(0, CARD)
     assert len(card.adopted) == 1

@@ -197,7 +197,7 @@ def test_while_another_thread_captures(mode: str) -> None:
     values = range(64)
     graph = torch.cuda.CUDAGraph()
     marker = torch.zeros(1, device=DEVICE)
-    sender = SmallCopy(64, torch.int64, DEVICE, way="inline")
+    sender = SmallCopy(64, torch.int64, DEVICE, method="inline")
     sender.send(values)
     side = own_stream(DEVICE)  # torch may give the stream of the capture again, as its 33rd
     torch.cuda.synchronize()

@@ -89,9 +89,9 @@ def small_copy(call: str, method: str | None) -> Callable[..., torch.Tensor]:
 
     def send(values: Any, out: torch.Tensor, **more: Any) -> torch.Tensor:
         if call == "new":
-            return to_device(values, out=out, way=method, **more)
+            return to_device(values, out=out, method=method, **more)
         if id(out) not in senders:
-            senders[id(out)] = SmallCopy(out.numel(), out.dtype, out=out, way=method)
+            senders[id(out)] = SmallCopy(out.numel(), out.dtype, out=out, method=method)
         return senders[id(out)].send(values, **more)
 
     return send
