@@ -54,7 +54,7 @@ from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.methods import run_all_methods
 from portakv_benchmarks.device.overhead import measure_overhead
-from portakv_benchmarks.host import calls, grid, interference, memory, small, wall_clock
+from portakv_benchmarks.host import calls, grid, interference, memory, small, whole_call
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.plugs.lmcache import lmcache_steps
 from portakv_benchmarks.plugs.sglang import sglang_steps
@@ -96,7 +96,7 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "peers": interference.peer_steps,
 }
 #: The parts of ``--wall``.
-WALL: Mapping[str, Callable[[Bench], Iterator[Step]]] = {"link": wall_clock.wall_clock_steps}
+WALL: Mapping[str, Callable[[Bench], Iterator[Step]]] = {"link": whole_call.whole_call_steps}
 #: The parts of ``--plugs``, by engine. LMCache comes last: its kernels accept any layout.
 INTEGRATIONS: Mapping[str, Callable[[IntegrationBench], Iterator[Step]]] = {
     "sglang": sglang_steps,

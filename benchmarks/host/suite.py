@@ -43,7 +43,7 @@ class HostPreset:
     seconds: float  # bound the rounds of one measurement
     thread_blocks: tuple[int, ...]  # limits of `zero_copy`
     direct: int  # the payload that it is swept with
-    wall_clock: tuple[int, ...]  # payloads by the wall clock
+    whole_call: tuple[int, ...]  # payloads by the wall clock
     duplex: tuple[int, ...]  # payloads of each direction, for both at the same time
     pageable: tuple[int, ...]  # payloads between a device and pageable memory
     ring_slots: tuple[tuple[int, int], ...]  # of a plain pinned ring: slots, and bytes of one
@@ -83,7 +83,7 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
         seconds=1.5,
         thread_blocks=(1, 2, 4, 8, 16),
         direct=128 * MB,
-        wall_clock=(2 * MB, 16 * MB, 128 * MB),
+        whole_call=(2 * MB, 16 * MB, 128 * MB),
         duplex=(32 * MB, 128 * MB, 512 * MB),
         pageable=(32 * MB, 256 * MB),
         ring_slots=((2, 4 * MB), (4, 4 * MB), (3, 16 * MB), (4, 16 * MB)),
@@ -108,7 +108,7 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
         seconds=0.02,
         thread_blocks=(8,),
         direct=64 * KB,
-        wall_clock=(64 * KB,),
+        whole_call=(64 * KB,),
         duplex=(64 * KB,),
         pageable=(64 * KB,),
         ring_slots=((2, 16 * KB),),

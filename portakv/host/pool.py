@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from portakv.arguments import flag, seconds
+from portakv.deprecation import warn_former
 from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _pages, _registration, pinned
 from portakv.runtime.devices import this_process
@@ -56,9 +57,15 @@ class Block:
         return self.tensor.data_ptr()
 
     @property
-    def held(self) -> bool:
+    def in_use(self) -> bool:
         """Return False after it was released."""
         return self._tensor is not None
+
+    @property
+    def held(self) -> bool:
+        """The former name of `in_use`."""
+        warn_former("Block.held", "Block.in_use")
+        return self.in_use
 
     def release(self, after: object = None) -> None:
         """Release the block; see `PinnedPool.release`."""
@@ -72,7 +79,7 @@ class Block:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.held:
+        if self.in_use:
             self.release()
 
 
@@ -232,7 +239,7 @@ class Pool:
             why = f"a {type(block).__name__}; release a Block that it handed out"
         elif block.pool is not self:
             why = f"block {block.index} of another pool; release it to the pool that it came from"
-        elif not block.held:
+        elif not block.in_use:
             why = f"block {block.index}, released twice and maybe another caller's; do it once"
         else:
             return

@@ -303,3 +303,12 @@ def test_leaks_say_who_where_and_what_was_dropped() -> None:
         with pytest.warns(ResourceWarning, match="lost in thread MainThread"):
             pool.close()
         pool.close()
+
+
+def test_the_former_name_of_in_use_warns_and_answers(make: Make) -> None:
+    with make(1) as pool:
+        block = pool.acquire()
+        with pytest.warns(DeprecationWarning, match=r"Block\.held is now Block\.in_use"):
+            assert block.held
+        block.release()
+        assert not block.in_use

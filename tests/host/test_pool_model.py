@@ -81,7 +81,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.model.busy[used.block.index] = work
         used.check()
         used.block.release(work)
-        assert not used.block.held
+        assert not used.block.in_use
         with pytest.raises(HostMemoryError, match="released twice"):
             used.block.release()
         self.model.settle()

@@ -72,7 +72,7 @@ def test_closed_with_blocks_out(name: str) -> None:
         block = other.acquire("decode")
         with pytest.warns(ResourceWarning, match=r"closed. In use:\n  block 0.*for decode, "):
             other.close()
-        assert (pool.free, block.held, name in shared.names()) == (2, False, True)
+        assert (pool.free, block.in_use, name in shared.names()) == (2, False, True)
         for call in (other.acquire, other.reclaim, lambda: other.free, lambda: other.high_water):
             with pytest.raises(HostMemoryError, match="after it was closed"):
                 call()
@@ -141,7 +141,7 @@ def test_owners_that_are_numbers_and_work_that_goes_on(name: str) -> None:
 
         with refused(HostMemoryError, "released twice"):
             block.release(after=SimpleNamespace(synchronize=meanwhile))
-        assert taken[0].held
+        assert taken[0].in_use
         assert pool.free == 0
 
 

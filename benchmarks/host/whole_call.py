@@ -21,10 +21,10 @@ from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant
 METHODS = (suite.HOST, suite.HOST_IDLE, suite.STAGED, suite.ZERO_COPY)
 
 
-def wall_clock_steps(bench: Bench) -> Iterator[Step]:
+def whole_call_steps(bench: Bench) -> Iterator[Step]:
     """Yield a step for each payload, between caches by layer and a block-first pool."""
     pool = scene(32 * KB, BLOCK_FIRST, "random")
-    for case in cases([pool], bench.preset.wall_clock):
+    for case in cases([pool], bench.preset.whole_call):
         yield f"wall clock: {case.name}", partial(_measure, bench, case)
 
 
