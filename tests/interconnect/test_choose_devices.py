@@ -56,7 +56,7 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
         pytest.skip(launch.out[how])
     if how in ORDER:
         named = SimpleNamespace(strategy=how, why="requested")
-        monkeypatch.setattr(HostLaunch, "pick", lambda self, move, guarded=False: named)
+        monkeypatch.setattr(HostLaunch, "pick", lambda self, move, guarded=False, quick=False: named)
     transfer(stream=torch.Stream(accelerator) if side else None)
     assert launch.carried is not None
     assert how not in ORDER or launch.carried[0] == how
@@ -87,7 +87,7 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
     with pytest.raises(torch.OutOfMemoryError):  # by name, the error is raised
         launch.launch_by("staged", move, None)
     only = SimpleNamespace(strategy="staged", why="requested")
-    monkeypatch.setattr(launch, "pick", lambda move, guarded=False: only)
+    monkeypatch.setattr(launch, "pick", lambda move, guarded=False, quick=False: only)
     for seed in range(2):
         transfer(transfer.chunk(seed))
         assert launch.carried is not None
