@@ -15,7 +15,13 @@ from itertools import compress, product
 from pathlib import Path
 from statistics import median
 
-from portakv_benchmarks.check import HOST_SUITE, INTEGRATION_SUITE, MIGRATION_SUITE, STORAGE_SUITE
+from portakv_benchmarks.check import (
+    HOST_SUITE,
+    INTEGRATION_SUITE,
+    MIGRATION_SUITE,
+    STORAGE_SUITE,
+    WALL_SUITE,
+)
 from portakv_benchmarks.shared import recorded
 from portakv_benchmarks.shared.harness import Fields, Row, grouped, having, quickest
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
@@ -144,6 +150,16 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
          "time, us": "{p50_us:,.4g}",
          "x cuda": lambda row: _times(row["to_cuda"]) if "to_cuda" in row else ""},
     ),
+    "wall_copy": (
+        "Blocks of 2 MiB between a block-first pool and caches by layer",
+        "From the call until the host sees the end on an idle device. *New* ids are lists that the "
+        "library has not seen; `host idle` is PortaKV's choice with `overlap=\"idle\"`.",
+        {"bytes": lambda row: in_words(row["payload_bytes"]),
+         "direction": lambda row: _WORDS[row["op"]],
+         "method": "`{backend}`",
+         "ids": lambda row: {"kept Index": "kept", "host tensor": "new"}.get(row.get("ids", ""), "-"),
+         "time, us": "{p50_us:,.4g}", "of memcpy": "{ratio:.2f}", "call, us": "{host_us:,.4g}"},
+    ),
     "host_interference": (
         "How a transfer slows a model down",
         "The loop runs alone, then during transfers at full speed, on the default stream or on a "
@@ -253,7 +269,7 @@ def page(files: Iterable[Path]) -> str:
     read = (recorded.read(path) for path in sorted(files))
     results = [result for result in read if result.get("suite") != INTEGRATION_SUITE]
     results.sort(key=lambda result: result["machine"]["device_type"] == "cpu")
-    suites = {None: _device, HOST_SUITE: _link, STORAGE_SUITE: _storage}
+    suites = {None: _device, HOST_SUITE: _link, WALL_SUITE: _wall, STORAGE_SUITE: _storage}
     suites[MIGRATION_SUITE] = _migration
     results.sort(key=lambda result: [*suites].index(result.get("suite")))
     parts = [_HEAD.replace("{summary}", _summary(results))]
@@ -322,6 +338,10 @@ def _device(result: Fields) -> list[str]:
 def _link(result: Fields) -> list[str]:
     rows = having(result["rows"], verified=True)
     return _suite("Host memory", result, ["", _LINK_HEAD, *_link_sizes(rows), *_link_best(rows)])
+
+
+def _wall(result: Fields) -> list[str]:
+    return _suite("Host memory by the wall clock", result, [])
 
 
 def _storage(result: Fields) -> list[str]:
