@@ -275,7 +275,7 @@ def test_a_delay_hides_the_host_s_work(delays: list[int], monkeypatch: pytest.Mo
     timer.time(work, 0.3)  # longer than what is worth hiding
     assert len(delays) == 1
     monkeypatch.setattr(calibration, "SEEN", 0.02)
-    timer.time(work, 0.06)  # most of its 0.07 s
+    timer.time(work, 0.3)  # most of its time, however loaded the machine is
     assert len(delays) == 1
     timer.time(work, 0.03)  # the device takes longer
     assert len(delays) >= 2
