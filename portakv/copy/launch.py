@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 
 from portakv.copy.context import Context
-from portakv.copy.settle import Piece, Settled, settle
+from portakv.copy.settle import Piece, Settled
 from portakv.plan.move import Move
 from portakv.registry.prepared import Prepared, bring_table
-from portakv.registry.registry import Choice
 from portakv.runtime import streams
 from portakv.runtime.transfer import (
     NOTHING,
@@ -39,18 +38,6 @@ class Part(NamedTuple):
     ready: Prepared
     first: int
     move: Move
-
-
-def copy_move(
-    move: Move,
-    choice: Choice,
-    context: Context,
-    *,
-    known_good: bool = False,
-    strict: bool = False,
-) -> Transfer:
-    """Settle and launch a copy; arguments and errors are those of `settle`."""
-    return launch(settle(move, choice, context, known_good=known_good, strict=strict), context)
 
 
 def launch(settled: Settled, context: Context) -> Transfer:

@@ -3,7 +3,7 @@
 
 `settle` makes every decision about a transfer. The next one with a chunk and ids of the
 same kind has the same decisions, so a shortcut only checks what an address or a count can change.
-What does not fit goes through `copy_move` again, which also words the error.
+What does not fit goes through `settle` again, which also words the error.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Shortcuts:
     def transfer(
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
     ) -> Transfer | None:
-        """Issue the transfer by a shortcut, on the current stream; None: `copy_move` has to make
-        it."""
+        """Issue the transfer by a shortcut, on the current stream; None: `settle` has to look
+        at it."""
         ids = slot_mapping
         if type(ids) is not torch.Tensor:
             ids = self._ids_of(ids, store, start, end)
@@ -111,7 +111,7 @@ class Shortcuts:
         return index.checked_copy(start, count, self._cache.slots, not store)
 
     def remember(self, store: bool, chunk: KVView, slot_mapping: Ids | None) -> None:
-        """Make a shortcut of a transfer that `copy_move` just made, if one is possible."""
+        """Make a shortcut of a transfer that was just made, if one is possible."""
         if not self._repeatable:
             return
         tensor = chunk.tensors

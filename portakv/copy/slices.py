@@ -13,7 +13,7 @@ import torch
 
 from portakv.copy.context import Context
 from portakv.copy.handle import BlockTransfer, token_bytes
-from portakv.copy.launch import copy_move, follow_current
+from portakv.copy.launch import follow_current, launch
 from portakv.copy.settle import check_ids, check_memory, drop_bad_ids, layer_of, settle
 from portakv.interconnect.strategy import Strategy
 from portakv.plan.move import Move
@@ -43,7 +43,7 @@ def in_slices(
     Raises:
         SlotError: bad ids, also on a device, which are read first.
         Unsupported: inside graph capture.
-        PortaKVError: as `copy_move`.
+        PortaKVError: as `settle`.
     """
     device, stream, captured = context
     began = time.perf_counter()
@@ -69,7 +69,7 @@ def in_slices(
 
     def issue(piece: Slice) -> Transfer:
         # Memory may be released while it runs.
-        return copy_move(_part(guarded, piece), choice, here)
+        return launch(settle(_part(guarded, piece), choice, here), here)
 
     slices = _cut(guarded, rate, by_layer)
     limit = None if rate is None else RateLimit(rate)

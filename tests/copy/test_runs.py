@@ -26,7 +26,8 @@ from portakv import (
 )
 from portakv.backends.reference import Reference
 from portakv.copy.context import Context
-from portakv.copy.launch import copy_move
+from portakv.copy.launch import launch
+from portakv.copy.settle import settle as settled
 from portakv.errors import InvalidTerms
 from portakv.host import pinned, small
 from portakv.interconnect.staged import Staged
@@ -196,7 +197,8 @@ def test_addresses_are_sent_to_what_gathers(sent: list[int]) -> None:
         for x, each in ((src, SRC), (dst, DST))
     ]
     here = Context.of(choice.backend.device, None)
-    copy_move(Move(views[0], views[1], Index(), Index(), 4), choice, here).synchronize()
+    move = Move(views[0], views[1], Index(), Index(), 4)
+    launch(settled(move, choice, here), here).synchronize()
     assert sent.count(4) == 1  # in addition to those of a self-check, and of the rows on the device
     assert torch.equal(dst, expected)
 
