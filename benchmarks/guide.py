@@ -130,6 +130,7 @@ _CROSSED: Mapping[str, Cell] = {
     "of one buffer": _if_there("of_own", ".2f"),
     "times its rate": _if_there("of_peer", ".1f"),
 }
+_IDS = {"kept Index": "kept", "host tensor": "new"}
 #: For each kind of rows in a list: the section's title, its introduction, its cells by column.
 _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
     "overhead": (
@@ -157,7 +158,7 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
         {"bytes": lambda row: in_words(row["payload_bytes"]),
          "direction": lambda row: _WORDS[row["op"]],
          "method": "`{backend}`",
-         "ids": lambda row: {"kept Index": "kept", "host tensor": "new"}.get(row.get("ids", ""), "-"),
+         "ids": lambda row: _IDS.get(row.get("ids", ""), "-"),
          "time, us": "{p50_us:,.4g}", "of memcpy": "{ratio:.2f}", "call, us": "{host_us:,.4g}"},
     ),
     "host_interference": (
