@@ -17,6 +17,7 @@ this one. Two more methods are optional: `Backend.hides`, and `Repeatable.again`
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +26,6 @@ from typing import Protocol
 
 import torch
 
-from portakv.arguments import shown
-from portakv.deprecation import warn_former
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Pending as Pending
@@ -81,19 +80,6 @@ class Capabilities:
     def home_of_ids(self, device: torch.device) -> torch.device:
         """Return the device where ids must be for a backend of ``device``."""
         return device if self.index_on == "device" else _HOST
-
-
-def wrong_claims(can: object) -> str:
-    """Return what is wrong with the claims of a backend, as a phrase; empty if nothing is."""
-    if not isinstance(can, Capabilities):
-        return f"expected capabilities() to return Capabilities, got {shown(can)}"
-    known = ("device", "pinned", "pageable", "peer")
-    for pair in can.places:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and all(x in known for x in pair)):
-            return f"expected places as pairs of {', '.join(known)}, got {shown(pair)}"
-    if can.index_on not in ("host", "device", "any"):
-        return f"expected index_on to be host or device, got {shown(can.index_on)}"
-    return ""
 
 
 class Launch(Protocol):
@@ -198,7 +184,8 @@ FormatCheck = Callable[[torch.Tensor], str]
 def __getattr__(name: str) -> object:
     """Return `FormatCheck` under its old name, with a warning."""
     if name == "Tells":
-        warn_former(f"{__name__}.Tells", "FormatCheck")
+        why = "Tells ships in 0.1.0 and goes in 0.2.0; use FormatCheck."
+        warnings.warn(why, DeprecationWarning, stacklevel=2)
         return FormatCheck
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

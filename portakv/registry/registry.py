@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, FormatCheck, wrong_claims
+from portakv.backends.base import Backend, Capabilities, FormatCheck
 from portakv.deprecation import warn_former
 from portakv.errors import BackendUnavailable
 from portakv.registry.self_check import SelfCheck, self_check
@@ -300,8 +300,6 @@ class Registry:
             if not make:
                 return _Answer(None, f"{decision.reason}; it needs the device, which is not here")
             backend = cls(device)
-            if wrong := wrong_claims(backend.capabilities()):
-                return _Answer(None, f"its claims are wrong: {wrong}")
         except (Exception, SystemExit) as error:  # a broken package must not stop the others
             return _Answer(None, f"it failed to load: {type(error).__name__}: {error}")
         backend.name = name

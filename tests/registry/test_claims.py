@@ -14,7 +14,6 @@ from support.small_backends import small_backend
 from support.threads import run_threads
 
 from portakv import (
-    BackendUnavailable,
     CopyPlan,
     Index,
     KVView,
@@ -156,33 +155,3 @@ def test_launches_that_claim_no_threads_run_one_at_a_time(caches: list[torch.Ten
     register_backend("lonely", small_backend("lonely", threads=False, spoil=slow))
     run_threads(lambda _: store(caches, [1, 2], "lonely"), range(8))
     assert most == 1
-
-
-@pytest.mark.parametrize(
-    ("claims", "why"),
-    [
-        (
-            {"places": {("cpu", "cpu")}},
-            "expected places as pairs of device, pinned, pageable, peer",
-        ),
-        ({"places": {"device"}}, "expected places as pairs"),
-        ({"index_on": "cpu"}, "expected index_on to be host or device, got 'cpu'"),
-    ],
-)
-def test_claims_without_a_meaning_reject_a_backend(
-    fresh: None, claims: dict[str, Any], why: str
-) -> None:
-    """By one sentence, in place of a fault in each copy."""
-    register_backend("vague", small_backend("vague", **claims))
-    with pytest.raises(BackendUnavailable, match=f"its claims are wrong: {why}"):
-        registry.choose("cpu", "vague")
-
-
-def test_what_is_no_claims_rejects_a_backend(fresh: None) -> None:
-    class Silent(small_backend("silent")):  # type: ignore[misc]
-        def capabilities(self) -> Any:
-            return None
-
-    register_backend("silent", Silent)
-    with pytest.raises(BackendUnavailable, match="to return Capabilities, got None"):
-        registry.choose("cpu", "silent")
