@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`AdaptiveConnector`: store chunks of an engine's paged cache, and load them.
 
-It decides on views, direction and stream; `submit` makes the copy.
+It decides on views, direction and stream; `issue` makes the copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +18,7 @@ from portakv.connector import in_graph
 from portakv.connector.caches import Batch, Registration, check_chunk_layout
 from portakv.copy.options import Check, CopyOptions, options_from
 from portakv.copy.request import Ids, MemoryObject, Tensors
-from portakv.copy.submit import submit
+from portakv.copy.submit import issue
 from portakv.errors import LayoutError, SlotError
 from portakv.plan.move import Move
 from portakv.registry.prepared import prepared
@@ -254,15 +255,20 @@ class AdaptiveConnector:
             return self._traced(store, kv_caches, batch, stream)
         caches = self._caches(kv_caches)
         caches.check_memory()
+        stream = self._options.stream if stream is None else stream
         moves = caches.batch_moves(store, batch, self._options.strict)
         return self._keep(Transfer.join([self._submit(move, stream) for move in moves]))
 
     def _submit(self, move: Move, stream: torch.Stream | None) -> Transfer:
         """Issue a copy of checked caches."""
+        began = perf_counter()
         options = self._options
-        if stream is not options.stream and stream is not None:
-            options = replace(options, stream=stream)
-        return submit(move, options, self._choice, known_good=True)
+        if options.late is not None:
+            options.late.check(self.device)
+        transfer = issue(move, self._choice, stream, options, began, known_good=True)
+        if options.late is not None:
+            options.late.keep(transfer)
+        return transfer
 
     def _traced(
         self, store: bool, kv_caches: Caches, batch: Batch, stream: torch.Stream | None

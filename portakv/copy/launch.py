@@ -50,10 +50,9 @@ def launch(settled: Settled, context: Context) -> Transfer:
         return Transfer(() if error is None else (Completion(error=error),))
     device, stream, captured = context
     on_device = device.type != "cpu"
-    parts = [
-        Part(ready, first, ready.place_both(move).part(first, tokens))
-        for ready, first, tokens in pieces
-    ]
+    parts: list[Part] = []
+    for ready, first, tokens in pieces:
+        parts.append(Part(ready, first, ready.place_both(move).part(first, tokens)))
     if captured:  # a graph's memory belongs to its owner, so no allocator records it
         streams.follow_current(stream)
     elif on_device:

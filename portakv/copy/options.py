@@ -103,9 +103,10 @@ _USUAL_VALUES = tuple(getattr(USUAL, name) for name in _NAMES)
 def options_of(options: CopyOptions | None, *keywords: object) -> CopyOptions:
     """Return the options of a call that takes ``options`` or all keywords, these in the order of
     `CopyOptions`; raise as `options_from`."""
-    if all(map(is_, keywords, _USUAL_VALUES)):
-        return USUAL if options is None else options_from(options, {})
-    return options_from(options, dict(zip(_NAMES, keywords, strict=True)))
+    usual = all(map(is_, keywords, _USUAL_VALUES))
+    if options is None:  # without a look at the names, since calls are in a hot path
+        return USUAL if usual else CopyOptions(**dict(zip(_NAMES, keywords, strict=True)))  # type: ignore[arg-type]
+    return options_from(options, {} if usual else dict(zip(_NAMES, keywords, strict=True)))
 
 
 def options_from(options: CopyOptions | None, keywords: dict[str, Any]) -> CopyOptions:

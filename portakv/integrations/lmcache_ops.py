@@ -16,7 +16,16 @@ from typing import Any, SupportsInt
 
 import torch
 
-from portakv import Index, InvalidTerms, KVView, LateErrors, LayoutError, SlotError, copy_rows
+from portakv import (
+    CopyOptions,
+    Index,
+    InvalidTerms,
+    KVView,
+    LateErrors,
+    LayoutError,
+    SlotError,
+    copy_rows,
+)
 from portakv.integrations.arguments import described, typed
 from portakv.integrations.lmcache_formats import (
     FUSED,
@@ -41,8 +50,8 @@ H2D = 0
 D2H = 1
 
 
-#: Errors that an op detects late, such as a bad id on a device, by thread. The next op of the same
-#: thread raises them, because an op of another thread has other caches.
+#: Options, with the errors that an op detects late, such as a bad id on a device, by thread. The
+#: next op of the same thread raises them, because an op of another thread has other caches.
 _late = threading.local()
 
 
@@ -64,6 +73,17 @@ def terms() -> dict[str, Any]:
             except InvalidTerms as error:
                 raise InvalidTerms(f"{variable}={text} was set. {error}") from None
     return chosen
+
+
+def _options(across: bool) -> CopyOptions:
+    """Return this thread's options, made once; ``across``: between a device and the host."""
+    chosen = terms() if across else None
+    known = vars(_late).setdefault("options", {})
+    made: tuple[dict[str, Any] | None, CopyOptions] | None = known.get(across)
+    if made is None or made[0] is not chosen:
+        late = vars(_late).setdefault("errors", LateErrors())
+        made = known[across] = chosen, CopyOptions(late=late, **(chosen or {}))
+    return made[1]
 
 
 def is_store(direction: SupportsInt | str) -> bool:
@@ -97,14 +117,13 @@ def move(
     """
     if count <= 0:
         return
-    across = terms() if caches.device != chunk.device else {}
-    late = vars(_late).setdefault("errors", LateErrors())
+    options = _options(across=caches.device != chunk.device)
     if store:
-        transfer = copy_rows(caches, chunk, ids, positions, count=count, late=late, **across)
+        transfer = copy_rows(caches, chunk, ids, positions, count=count, options=options)
     else:
         if ids.on_host:
             ids = ids.without_repeats(count)
-        transfer = copy_rows(chunk, caches, positions, ids, count=count, late=late, **across)
+        transfer = copy_rows(chunk, caches, positions, ids, count=count, options=options)
     if not transfer.ordered:
         transfer.synchronize()
 

@@ -34,6 +34,11 @@ OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
 PATIENCE = 7.0  # seconds for which `Reader.close` waits for pulls, which end within three
 
 
+def _at_rate(options: CopyOptions, rate: float | None) -> CopyOptions:
+    """Return the options of a step at its share of the rate; the same ones without a rate."""
+    return options if rate is None else replace(options, max_gbps=rate)
+
+
 class Reader:
     """A process that pulls the rows that owners offer.
 
@@ -146,7 +151,7 @@ class Reader:
                     step.src_index,
                     step.dst_index,
                     count=step.tokens,
-                    options=replace(options, max_gbps=rate),
+                    options=_at_rate(options, rate),
                 )
                 pull.copies.append(copy)
                 for nth, end in enumerate(copy.layers if options.by_layer else ()):

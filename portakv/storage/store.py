@@ -299,7 +299,9 @@ class BlockStore:
         one_of("missing", missing, get_args(Missing))
         options = options_from(options, {"by_layer": by_layer})
         by_layer = options.by_layer
-        options = _copy_options("a load", replace(options, by_layer=False))
+        if by_layer:
+            options = replace(options, by_layer=False)
+        options = _copy_options("a load", options)
         call = self._call("load", keys, priority, deadline)
         own = self._own
         sizes = len(call.keys), own.form.block_size
