@@ -7,10 +7,12 @@ test that the command line names by its id is collected and skipped, with the re
 Every worker of pytest-xdist collects every module. In a fresh clone most of that time is the
 compilation of test modules. Half of the workers collect from the last module to the first, so each
 module is compiled by the worker that arrives first, and the other worker loads the result.
+Collection makes a million objects that all stay, so nothing looks for garbage among them meanwhile.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Generator
 from typing import Any
 
@@ -25,6 +27,16 @@ _count = pytest.StashKey[int]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_count] = 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Collect tests without the collector of garbage, which took a third of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
