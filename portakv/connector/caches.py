@@ -13,9 +13,9 @@ import torch
 
 from portakv.connector.in_graph import Allocations, flatten
 from portakv.copy.context import Context
+from portakv.copy.repeat import ChunkRepeats
 from portakv.copy.request import Ids, MemoryObject, Tensors, whole
 from portakv.copy.settle import check_ids
-from portakv.copy.shortcut import Shortcuts
 from portakv.errors import DeviceMismatch, LayoutError, SlotError
 from portakv.layout.language import parse
 from portakv.layout.presets import resolve
@@ -75,7 +75,7 @@ class Registration:
     Attributes:
         view: the caches.
         allocations: the tensors that a compiler sees in their place.
-        shortcuts: repeated transfers to and from the caches.
+        repeats: repeated transfers to and from the caches.
 
     Raises:
         LayoutError: caches that contradict the layout.
@@ -101,7 +101,7 @@ class Registration:
             view.table  # noqa: B018 - made now, so that no transfer has to
         self.allocations = Allocations(kv_caches)
         self._facts = _facts(self.allocations.leaves)
-        self.shortcuts = Shortcuts(view, self.allocations.unchanged, choice, owner)
+        self.repeats = ChunkRepeats(view, self.allocations.unchanged, choice, owner)
         self._layout = chunk_layout
         self._bound: dict[tuple[str, int], BoundLayout] = {}
 

@@ -238,14 +238,14 @@ class AdaptiveConnector:
         caches = self._caches(kv_caches)
         stream = self._options.stream if stream is None else stream
         if stream is None and self._usual:
-            transfer = caches.shortcuts.transfer(store, memory_obj, slot_mapping, start, end)
+            transfer = caches.repeats.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:
                 return transfer
         caches.check_memory()
         job = caches.job(memory_obj, slot_mapping, start, end)
         transfer = self._submit(caches.move(store, job), stream)
-        if self._usual and not self._options.strict:  # a shortcut looks at no ids
-            caches.shortcuts.remember(store, job.chunk, slot_mapping)
+        if self._usual and not self._options.strict:  # a repeat looks at no ids
+            caches.repeats.remember(store, job.chunk, slot_mapping)
         return self._keep(transfer)
 
     def _move_batch(

@@ -45,7 +45,7 @@ def launch(settled: Settled, context: Context) -> Transfer:
 
     Inside graph capture with a stream the capture forks there, and `Transfer.wait` joins it.
     """
-    move, pieces, error, guarded = settled
+    move, pieces, error, guarded, _ = settled
     if not pieces:
         return Transfer(() if error is None else (Completion(error=error),))
     device, stream, captured = context

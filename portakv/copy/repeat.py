@@ -1,124 +1,435 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repeat a copy between memory known by addresses, with other ids on a device.
+"""Repeat a copy that was made before, with other ids, addresses and counts.
 
-Functions in the place of an engine's own are called for the same pools again and again, one layer
-at a time. Views over addresses hold no memory that could be gone, and ids that are clean by promise
-need no check. So every decision about the first copy holds for the next ones.
+`settle` makes every decision about a copy. The next copy between memory of the same kind has the
+same decisions, so a repeat checks only what ids, an address or a count can change. What does not
+fit goes through `settle` again, which also words the error.
+
+Two callers repeat copies: `submit`, between two views that are used again, and a connector, between
+its registered caches and chunks of one shape, for which it makes no view (`ChunkRepeats`).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from portakv.backends.base import Again
-from portakv.copy.between import carrier
+from portakv.backends.base import Again, Capabilities, Launch
 from portakv.copy.context import Context
+from portakv.copy.launch import follow_current
+from portakv.copy.settle import Settled
 from portakv.plan.plan import Move
-from portakv.registry.prepared import prepared
+from portakv.registry.prepared import Prepared, place_for, prepared
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.transfer import Completion, EventPool, Transfer, acquire_word, event_pool, hold
+from portakv.runtime.devices import Process, capture_question, capturing, this_process
+from portakv.runtime.transfer import (
+    Completion,
+    EventPool,
+    Owner,
+    StatusWord,
+    Transfer,
+    acquire_word,
+    event_pool,
+    hold,
+    hold_memory,
+)
+from portakv.view.index import Ids, Index
 from portakv.view.view import KVView
 
+_current_device = torch.accelerator.current_device_index
+_REPEATS = "repeats"  # the key of a view's repeats: kept with the source, and released with it
+_TOKEN = "repeats: token"  # of what stands for a view without keeping its memory
+_KEPT = 64
+#: What executes a copy of so many tokens between two forms: strategies may differ by their number.
+_executors: Bounded[tuple[Any, ...], str] = Bounded("executors of repeats", 4096)
 
-class _Repeatable(NamedTuple):
-    again: Again
-    tabled: tuple[KVView, ...]  # views whose tables of addresses are read
-    guards: bool  # it writes a status word
+#: For one side: None without ids; else their place or dtype, their step, and whether they are clean
+#: by promise.
+_Part: TypeAlias = "tuple[object, int, bool] | None"
+
+
+class Repeat(NamedTuple):
+    """A copy between two views with all decisions about it.
+
+    It keeps no memory of the views.
+
+    Attributes:
+        launch: executes it with any ids.
+        again: executes it with ids on the device, with everything packed but addresses and counts;
+            None: it cannot.
+        can: the capabilities of what executes it.
+        ids_device: where the launch reads ids.
+        unit: the tokens that the launch moves as one.
+        tabled, held: for each side, whether its table of addresses is read, and whether no
+            allocator knows that the launch uses its memory.
+        carried: what executes it, and why.
+        process: the process that prepared it.
+    """
+
+    launch: Launch
+    again: Again | None
+    can: Capabilities
+    ids_device: torch.device
+    unit: int
+    tabled: tuple[bool, bool]
+    held: tuple[bool, bool]
     events: EventPool
     carried: tuple[str, str]
+    process: Process
+
+    def fits(self, move: Move) -> bool:
+        """Return True if a copy consists of whole units, as the one before, in this process."""
+        unit = self.unit
+        cut = unit > 1 and (move.src_index.offset or move.dst_index.offset or move.count % unit)
+        return not cut and not self.process.forked
+
+    def issue(self, move: Move, context: Context) -> Transfer:
+        """Launch a copy that `fits`, after its ids and its memory were checked."""
+        src, dst, src_index, dst_index, count = move
+        device, stream, _ = context
+        for view, read in zip((src, dst), self.tabled, strict=True):
+            if read:
+                view.follow_table(device, stream)
+        word = acquire_word() if self.can.guards else None
+        again = self.again
+        offset = src_index.offset or dst_index.offset
+        if again is None or stream is not None or offset or count > again.most:
+            move = place_for(self.can, self.ids_device, move)
+            follow_current(stream, [move])
+            self.launch(*move, stream, word.tensor if word else None)
+        else:
+            read_at = _address(src, src_index)
+            written_at = _address(dst, dst_index)
+            again(read_at, written_at, 0, count, word.address if word else 0)
+        host: tuple[torch.Tensor, ...] = ()
+        for view, held in zip((src, dst), self.held, strict=True):
+            if held:
+                host = view.retained
+        event = self.events.recorded(stream)
+        retained = src, dst, move.src_index, move.dst_index
+        return end_of(event, self.events, word, retained, self.carried, host=host)
 
 
-# kept with the source, and released with it
-_AGAIN = "copies made again"
-_KEPT = 64
-#: The backend of a copy of so many tokens between two forms; strategies may differ by their number.
-_strategies: Bounded[tuple[Any, ...], str] = Bounded("carriers of copies made again", 4096)
+def end_of(
+    event: torch.Event,
+    events: EventPool,
+    word: StatusWord | None,
+    retained: object,
+    carried: tuple[str, str],
+    owner: Owner | None = None,
+    host: tuple[torch.Tensor, ...] = (),
+) -> Transfer:
+    """Return the end of a repeated launch, which ``event`` marks.
+
+    ``host``: memory to retain until then, also if the handle is dropped.
+    """
+    words = () if word is None else ((word, 0),)
+    completion = Completion(event, (), words, None, host or None, events)
+    if host:
+        hold_memory(completion)
+    if words:
+        hold(completion, owner)
+    return Transfer((completion,), retained, carried)
+
+
+# --- two views ------------------------------------------------------------------------------------
 
 
 def repeated(move: Move, choice: Choice, context: Context) -> Transfer | None:
-    """Issue the copy on the current stream if one like it was remembered; else return None."""
-    src = move.src
-    dst = move.dst
+    """Issue a copy if one like it was remembered; else return None.
+
+    Raises:
+        LayoutError: memory that was replaced.
+        SlotError: a bad index on the host.
+    """
+    src, dst, src_index, dst_index, count = move
+    repeats = src.derived.get(_REPEATS)
+    if repeats is None or context.captured or not count:
+        return None
     kind = _kind(move, context.device)
-    if kind is None or move.count < 1 or context.captured:
+    token = dst.derived.get(_TOKEN)
+    if kind is None or token is None:
         return None
-    name = _strategies.get((src.form, dst.form, kind, choice, move.count))
-    repeatable: _Repeatable | None = src.derived.get(_AGAIN, {}).get((dst, kind, choice, name))
-    if repeatable is None or move.count > repeatable.again.most:
+    name = _executors.get((src.form, dst.form, kind, choice, count))
+    repeat: Repeat | None = repeats.get((token, kind, choice, name))
+    if repeat is None or not repeat.fits(move):
         return None
-    for view in repeatable.tabled:
-        view.follow_table(context.device)
-    src_ids = move.src_index.ids
-    dst_ids = move.dst_index.ids
-    read = src.origins[0] if src_ids is None else src_ids.data_ptr()
-    written = dst.origins[0] if dst_ids is None else dst_ids.data_ptr()
-    word = acquire_word() if repeatable.guards else None
-    repeatable.again(read, written, 0, move.count, word.address if word else 0)
-    words = [(word, 0)] if word else []
-    completion = Completion(
-        repeatable.events.recorded(None), (), words, None, None, repeatable.events
-    )
-    if word:
-        hold(completion)
-    retained = (src, dst, move.src_index, move.dst_index)
-    return Transfer((completion,), retained, repeatable.carried)
+    src.check_memory()
+    dst.check_memory()
+    src_index.check(count, src.slots, "source")
+    dst_index.check(count, dst.slots, "destination", distinct=True)
+    return repeat.issue(move, context)
 
 
-def remember(move: Move, choice: Choice, context: Context, made: Transfer) -> None:
+def remember(
+    move: Move, choice: Choice, context: Context, settled: Settled, made: Transfer
+) -> None:
     """Remember a copy that this thread just made, if it can be repeated.
 
     A copy is remembered when its like was made twice, which never happens to views made for one
     call.
     """
-    src = move.src
-    dst = move.dst
     device = context.device
     kind = _kind(move, device)
-    if kind is None or not made.completions or context.captured:
+    if kind is None or context.captured or device.type == "cpu" or not made.ordered:
         return
-    half = choice if src.device == dst.device else carrier(src, dst, choice, None)
-    ready = prepared(src.form, dst.form, *move.steps, None, half)
+    launch = _launch_of(move, settled, kind)
+    if launch is None or not made.completions:
+        return
+    src = move.src
+    dst = move.dst
+    token = dst.derived.setdefault(_TOKEN, object())
     name = made.carried[0]
-    again = getattr(ready.launch, "again", None)
-    if again is None:
+    repeats = src.derived.setdefault(_REPEATS, Bounded(_REPEATS, _KEPT))
+    key = token, kind, choice, name
+    if key not in repeats:
+        repeats[key] = None
         return
-    key = dst, kind, choice, name
-    repeatables = src.derived.setdefault(_AGAIN, Bounded(_AGAIN, _KEPT))
-    if key not in repeatables:
-        repeatables[key] = None
-        return
-    if repeatables[key] is None:
-        result = again(src, dst, move.src_index, move.dst_index)
-        if result is None:
-            return
-        tabled = tuple(view for view in (src, dst) if view.table_on(device) is not None)
-        repeatables[key] = _Repeatable(
-            result, tabled, ready.can.guards, event_pool(device), made.carried
+    if repeats[key] is None:
+        ready = settled.pieces[0][0]
+        can = ready.claims(move)
+        repeats[key] = Repeat(
+            launch,
+            _packed(move, ready, can, kind),
+            can,
+            can.home_of_ids(device),
+            ready.plan.unit,
+            (src.table_on(device) is not None, dst.table_on(device) is not None),
+            (src.form.place != "device", dst.form.place != "device"),
+            event_pool(device),
+            made.carried,
+            this_process(),
         )
-    _strategies[src.form, dst.form, kind, choice, move.count] = name
+    _executors[src.form, dst.form, kind, choice, move.count] = name
 
 
-def _kind(move: Move, device: torch.device) -> tuple[Any, ...] | None:
+def _launch_of(move: Move, settled: Settled, kind: tuple[_Part, _Part]) -> Launch | None:
+    """Return what executes copies of this kind; None if they cannot be repeated."""
+    if len(settled.pieces) != 1 or settled.error is not None:
+        return None
+    src = move.src
+    dst = move.dst
+    if src.memory_device == dst.memory_device and src.overlaps(dst):
+        return None  # the ids decide which rows both sides share
+    ready = settled.pieces[0][0]
+    if ready is not settled.whole:
+        return None
+    can = ready.claims(move)
+    clean = all(part is None or part[2] for part in kind)
+    return ready.lasting() if clean or (can.guards and can.skips_negative) else None
+
+
+def _packed(
+    move: Move, ready: Prepared, can: Capabilities, kind: tuple[_Part, _Part]
+) -> Again | None:
+    """Return the launch with everything packed but addresses and counts, if there is one."""
+    again = getattr(ready.launch, "again", None)
+    if again is None or any(part is not None and part[0] == "host" for part in kind):
+        return None
+    device = can.home_of_ids(ready.choice.backend.device)
+    offset = move.src_index.offset or move.dst_index.offset
+    if offset or place_for(can, device, move) is not move:
+        return None
+    packed: Again | None = again(move.src, move.dst, move.src_index, move.dst_index)
+    return packed
+
+
+def _kind(move: Move, device: torch.device) -> tuple[_Part, _Part] | None:
     """Return the key under which copies have all decisions in common; None if there is none.
 
-    Both views must be known by addresses and be made for more than one call. Ids must be clean by
-    promise and lie where kernels read them. Without any ids, the tokens would decide which rows
-    both sides share.
+    Both views must be made for more than one call, and ids must lie on the host or where kernels
+    read them.
     """
-    if not all(view.raw and not view.temporary for view in (move.src, move.dst)):
+    if move.src.temporary or move.dst.temporary:
         return None
-    kind: tuple[Any, ...] = ()
-    for index in move.src_index, move.dst_index:
+    parts: list[_Part] = []
+    for index in (move.src_index, move.dst_index):
         ids = index.ids
-        if index.offset or index.plan_step > 1:
-            return None
         if ids is None:
-            kind = *kind, None
-        elif index.trusted and not ids.is_cpu and ids.device == device and ids.is_contiguous():
-            kind = *kind, ids.dtype
+            parts.append(None)
+        elif index.on_host:
+            parts.append(("host", index.step, False))
+        elif ids.device == device and ids.is_contiguous():
+            parts.append((ids.dtype, index.step, index.trusted))
         else:
             return None
-    return kind if any(kind) else None
+    return parts[0], parts[1]
+
+
+def _address(view: KVView, index: Index) -> int:
+    """Return the address of a side as `base.Again` takes it."""
+    return view.origins[0] if index.ids is None else index.ids.data_ptr()
+
+
+# --- registered caches ----------------------------------------------------------------------------
+
+_MOST = 256  # a chunk length that occurs once must not stay for ever
+
+
+class ChunkRepeats:
+    """The repeats of one registration: copies between its caches and chunks of one kind.
+
+    Attributes:
+        cache: the registered caches.
+        unchanged: returns True if each of their tensors still lies at its address.
+        owner: the connector, which reports errors later.
+    """
+
+    def __init__(
+        self, cache: KVView, unchanged: Callable[[], bool], choice: Choice, owner: Owner
+    ) -> None:
+        self._cache = cache
+        self._choice = choice
+        self._owner = owner
+        device = choice.backend.device
+        self._events = event_pool(device)
+        self._index = device.index
+        self._capturing = capture_question(device)
+        self._unchanged = unchanged
+        self._known: Bounded[tuple[object, ...], _ChunkRepeat] = Bounded("repeats of chunks", _MOST)
+        self._repeatable = device.type != "cpu"  # until a launch shows the opposite
+
+    def transfer(
+        self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
+    ) -> Transfer | None:
+        """Issue a copy on the current stream if one like it was remembered; else return None."""
+        ids = slot_mapping
+        if type(ids) is not torch.Tensor:
+            ids = self._ids_of(ids, store, start, end)
+        chunk = memory_obj
+        if type(chunk) is not torch.Tensor:
+            chunk = getattr(memory_obj, "tensor", None)
+        if type(chunk) is not torch.Tensor or type(ids) is not torch.Tensor:
+            return None
+        try:
+            address = chunk.data_ptr()
+            first_id = ids.data_ptr()
+            repeat = self._known.get(_kind_of_chunk(store, chunk, address, ids))
+        except RuntimeError:  # a tensor without strides or without memory
+            return None
+        if repeat is None or not (address and first_id) or not repeat.fits(chunk, ids):
+            return None
+        if type(start) is not int:
+            return None
+        count = repeat.tokens(start, end, ids.numel())
+        if not count or repeat.overlaps(address) or not self._unchanged():
+            return None
+        # The capture check and the event are about the current device.
+        if _current_device() != self._index or self._capturing():
+            return None
+        word = acquire_word()
+        event = self._events.acquire()
+        sides = (first_id, address) if store else (address, first_id)
+        repeat.again(*sides, start, count, word.address)
+        event.record()
+        retained = chunk, ids, self._cache
+        return end_of(event, self._events, word, retained, repeat.carried, self._owner)
+
+    def _ids_of(
+        self, index: object, store: bool, start: object, end: object
+    ) -> torch.Tensor | None:
+        """Return the copy, on the device, of host ids that were checked for this range before."""
+        if type(index) is not Index or index.plan_step != 1 or index.offset:
+            return None
+        if not index.on_host:
+            return index.ids
+        if type(start) is not int or (end is not None and type(end) is not int):
+            return None
+        length = index.length or 0
+        count = (length if end is None else end) - start
+        return index.checked_copy(start, count, self._cache.slots, not store)
+
+    def remember(self, store: bool, chunk: KVView, slot_mapping: Ids | None) -> None:
+        """Remember a copy that was just made, if it can be repeated."""
+        if not self._repeatable or capturing(self._choice.backend.device):
+            return
+        tensor = chunk.tensors
+        index = self._index_on_device(slot_mapping)
+        ids = index.ids
+        if type(tensor) is not torch.Tensor or ids is None or len(chunk.spans) != 1:
+            return
+        if not (chunk.device == ids.device == self._choice.backend.device):
+            return
+        key = _kind_of_chunk(store, tensor, tensor.data_ptr(), ids)
+        if key in self._known:
+            return
+        forms = (self._cache.form, chunk.form) if store else (chunk.form, self._cache.form)
+        ready = prepared(*forms, int(store), int(not store), None, self._choice)
+        again = getattr(ready.launch, "again", None)
+        if again is None or not (ready.can.guards and ready.can.skips_negative):
+            self._repeatable = False
+        elif index.length and index.placed(ready.ids_device, ready.can.index_dtypes) is index:
+            cache = self._cache
+            sides = (cache, chunk, index, Index()) if store else (chunk, cache, Index(), index)
+            packed = again(*sides)
+            if packed is not None:
+                self._known[key] = _ChunkRepeat(cache, chunk, packed, ready.carried)
+
+    def _index_on_device(self, slot_mapping: Ids | None) -> Index:
+        """Return a slot mapping with its ids where the device reads them; without ids if it is
+        none."""
+        index = Index.of(slot_mapping)
+        if index.plan_step != 1:
+            return Index()
+        if type(slot_mapping) is Index and index.on_host:
+            return index.placed(self._choice.backend.device, self._choice.can.index_dtypes)
+        return index
+
+
+def _kind_of_chunk(
+    store: bool, chunk: torch.Tensor, address: int, ids: torch.Tensor
+) -> tuple[object, ...]:
+    """Return the key under which copies of chunks have all decisions in common.
+
+    The last bits of the address are its alignment, which the vectors of a plan rely on.
+    """
+    return store, chunk.shape, chunk.stride(), chunk.dtype, address & 15, ids.dtype
+
+
+class _ChunkRepeat:
+    """One kind of copy: a chunk of one form, ids of one dtype, one direction."""
+
+    __slots__ = ("_firsts", "_index", "_pasts", "_reach", "_slots", "again", "carried")
+
+    def __init__(
+        self, cache: KVView, chunk: KVView, again: Again, carried: tuple[str, str]
+    ) -> None:
+        self.again = again
+        self.carried = carried
+        self._slots = min(chunk.slots, again.most)
+        self._index = chunk.device.index
+        ((first, past),) = chunk.spans
+        self._reach = past - first
+        self._firsts, self._pasts = zip(*cache.spans, strict=True)
+
+    def fits(self, chunk: torch.Tensor, ids: torch.Tensor) -> bool:
+        """Return True if tensors have the shapes and dtypes for which it was made."""
+        index = self._index
+        return (
+            chunk.get_device() == index
+            and ids.get_device() == index
+            and ids.dim() == 1
+            and ids.is_contiguous()
+            and not chunk.requires_grad
+            and not chunk.is_neg()
+        )
+
+    def tokens(self, start: int, end: object, length: int) -> int:
+        """Return the tokens of a range of the ids; 0 if a chunk does not hold them, or if the range
+        is wrong."""
+        if end is None:
+            end = length
+        if type(end) is not int or not 0 <= start < end <= length:
+            return 0
+        count = end - start
+        return count if count <= self._slots else 0
+
+    def overlaps(self, address: int) -> bool:
+        """Return True if a chunk at this address would share memory with the caches."""
+        past = address + self._reach
+        at = bisect_right(self._firsts, past - 1)
+        return at > 0 and self._pasts[at - 1] > address

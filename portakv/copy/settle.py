@@ -29,12 +29,14 @@ class Settled(NamedTuple):
         pieces: who executes which part; none if nothing is left to move.
         error: the error that the transfer raises for ids that were left out.
         guarded: ids are to be checked where they are read.
+        whole: the backend with the plan of the largest units.
     """
 
     move: Move
     pieces: Sequence[Piece]
     error: SlotError | None = None
     guarded: bool = False
+    whole: Prepared | None = None
 
 
 def settle(
@@ -85,7 +87,7 @@ def settle(
         check_disjoint(move)
     if context.captured:
         _check_capture(pieces, move, context)
-    return Settled(move, pieces, error, guarded)
+    return Settled(move, pieces, error, guarded, ready)
 
 
 def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:

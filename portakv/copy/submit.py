@@ -70,14 +70,15 @@ def issue(
         return detached(move, choice, context, options, began)
     if options.by_layer:
         return in_layers(move, choice, context, options.strict, began)
-    if src.raw and dst.raw and stream is None and not options.strict:
-        made = repeated(move, choice, context)
-        if made is None:
-            made = launch(settle(move, choice, context), context)
-            remember(move, choice, context, made)
-        return BlockTransfer(made, move, began)
-    settled = settle(move, choice, context, known_good=known_good, strict=options.strict)
-    return BlockTransfer(launch(settled, context), move, began)
+    # A connector repeats its own copies, whose views are made for one call.
+    repeats = context.device.type != "cpu" and not (options.strict or known_good)
+    made = repeated(move, choice, context) if repeats else None
+    if made is None:
+        settled = settle(move, choice, context, known_good=known_good, strict=options.strict)
+        made = launch(settled, context)
+        if repeats:
+            remember(move, choice, context, settled, made)
+    return BlockTransfer(made, move, began)
 
 
 def _from_peer(move: Move, options: CopyOptions, began: float) -> BlockTransfer:

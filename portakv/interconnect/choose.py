@@ -165,10 +165,11 @@ class HostLaunch(StrategyLaunch):
             # More runs cost every other strategy more, and the kernel as much as before.
             picked = self._pick_by(1, 1, count, out, waits)
             if picked.strategy == "zero_copy":
-                return picked
+                return picked._replace(any_ids=True)
         groups = self._whole.groups(move.src_index, move.dst_index, count)
         host_groups = self._of_host.groups(host_index, host_index, count)
-        return self._pick_by(groups, host_groups, count, out, waits)
+        picked = self._pick_by(groups, host_groups, count, out, waits)
+        return picked._replace(any_ids=True) if waits else picked
 
     def _pick_by(
         self,
@@ -210,6 +211,13 @@ class HostLaunch(StrategyLaunch):
             for name, strategy in strategies
             if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
         )
+
+    def lasting(self) -> Launch | None:
+        """Return the launch of this thread's last transfer, if any ids give it; see `Prepared`."""
+        if not self._last.any_ids:
+            return None
+        lasting = getattr(self._launches.get(self._last.carried[0]), "lasting", None)
+        return None if lasting is None else lasting()
 
     def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
         """Return what this thread's last strategy returns; see `base.Repeatable`."""
@@ -270,6 +278,7 @@ class HostLaunch(StrategyLaunch):
             pending = self.launch_by(strategy, move, stream, status)
         self._host.log(strategy, why)
         self._last.carried = strategy, why
+        self._last.any_ids = picked.any_ids and strategy == picked.strategy
         return pending
 
     @property

@@ -65,11 +65,15 @@ class Alternative(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """The strategy of a copy, the reason as a sentence, and the cost by each strategy."""
+    """The strategy of a copy, the reason as a sentence, and the cost by each strategy.
+
+    ``any_ids``: other ids in the same places, for as many tokens, have the same pick.
+    """
 
     strategy: str
     why: str
     alternatives: tuple[Alternative, ...]
+    any_ids: bool = False
 
 
 def default_rule(

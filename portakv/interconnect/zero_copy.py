@@ -244,14 +244,12 @@ class _ZeroCopyLaunch(StrategyLaunch):
     def again(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
     ) -> RowsAgain | None:
-        """Return the packed launch as `base.Repeatable`.
+        """Return the packed launch as `base.Repeatable`; its caller retains host memory."""
+        return self._rows.again(src, dst, src_index, dst_index)
 
-        None if host memory must be retained until the kernel ends.
-        """
-        retained = (dst if self.downward else src).retained
-        return (
-            None if self._pinned and retained else self._rows.again(src, dst, src_index, dst_index)
-        )
+    def lasting(self) -> Launch:
+        """Return the launch of the kernel alone; see `Prepared`."""
+        return self._rows
 
 
 def check_reach(view: KVView, device: torch.device) -> None:

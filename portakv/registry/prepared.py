@@ -73,24 +73,34 @@ class Prepared:
             bring((index,), self.ids_device, self.can.index_dtypes)
         return index.placed(self.ids_device, self.can.index_dtypes)
 
+    def lasting(self) -> Launch | None:
+        """Return the launch that executes copies like this thread's last one, with any ids. None:
+        the ids decide which launch that is.
+
+        The caller retains memory that no allocator knows to be used.
+        """
+        lasting: Callable[[], Launch | None] | None = getattr(self.launch, "lasting", None)
+        return self.launch if lasting is None else lasting()
+
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `place` places them."""
-        if self.can.index_on == "any":
-            return move
-        src = move.src
-        dst = move.dst
-        src_index = move.src_index
-        dst_index = move.dst_index
-        count = move.count
-        device = self.ids_device
-        dtypes = self.can.index_dtypes
-        if src_index.temporary or dst_index.temporary:
-            bring((src_index, dst_index), device, dtypes)
-        src_placed = src_index.placed(device, dtypes)
-        dst_placed = dst_index.placed(device, dtypes)
-        if src_placed is src_index and dst_placed is dst_index:
-            return move
-        return Move(src, dst, src_placed, dst_placed, count)
+        return place_for(self.can, self.ids_device, move)
+
+
+def place_for(can: Capabilities, device: torch.device, move: Move) -> Move:
+    """Return a copy with the ids of both sides on ``device``, as a backend with these capabilities
+    reads them."""
+    if can.index_on == "any":
+        return move
+    src, dst, src_index, dst_index, count = move
+    dtypes = can.index_dtypes
+    if src_index.temporary or dst_index.temporary:
+        bring((src_index, dst_index), device, dtypes)
+    src_placed = src_index.placed(device, dtypes)
+    dst_placed = dst_index.placed(device, dtypes)
+    if src_placed is src_index and dst_placed is dst_index:
+        return move
+    return Move(src, dst, src_placed, dst_placed, count)
 
 
 _prepared: Bounded[tuple[Form, Form, int, int, int | None, Choice], Prepared]
@@ -204,7 +214,8 @@ def bring(indices: Sequence[Index], device: torch.device, dtypes: frozenset[torc
         return
     listed = [index.host_ids() for index in sent]
     ids = to_device(np.concatenate(listed), device, torch.int64)
-    for index, part in zip(sent, ids.split([each.size for each in listed]), strict=True):
+    parts = ids.split_with_sizes([each.size for each in listed])
+    for index, part in zip(sent, parts, strict=True):
         index.add_copy(part)
 
 

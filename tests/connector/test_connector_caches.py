@@ -174,7 +174,7 @@ def test_caches_given_other_memory_are_noticed(
     connector = AdaptiveConnector(device)
     connector.register_kv_caches(caches)
     slots = [1, 2] if ids == "host" else torch.tensor([1, 2], device=device)
-    for _ in range(2):  # the second of ids on a device goes by a shortcut
+    for _ in range(2):  # the second of ids on a device is repeated
         connector.from_gpu(chunk, None, slots).synchronize()
     if how == "data":
         caches[layer].data = torch.ones_like(caches[layer])

@@ -73,7 +73,7 @@ def test_a_copy_waits_for_its_producer(
 ) -> None:
     """Work after the copy on the current stream waits for the copy too."""
     ids = rig.ids(IDS, place)
-    if memory == "again":  # where shortcuts are taken, it takes one
+    if memory == "again":  # where copies are repeated, it is one
         memory = "device"
         rig.move(store, rig.chunk(), None, ids).synchronize()
     chunk = rig.chunk(place=memory)

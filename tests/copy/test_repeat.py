@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies between memory known by addresses that are made again and again: the second takes less of
-the host, and moves what the first did."""
+"""Copies between two views that are made again and again: the third takes less of the host, and
+moves and refuses what the first did."""
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +17,8 @@ from support.command_line import registered
 from support.device_cases import DEVICE
 from torch.cuda import _sleep
 
-from portakv import Index, KVView, SlotError, copy_rows
-from portakv.backends.base import Launch, MoveLaunch, Pending
+from portakv import Index, KVView, LayoutError, SlotError, copy_blocks, copy_rows
+from portakv.backends.base import Capabilities, Launch, MoveLaunch, Pending
 from portakv.backends.reference import Reference
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan, Move
@@ -68,7 +72,7 @@ def pools(request: pytest.FixtureRequest) -> Pools:
 
 def repeats() -> int:
     """Return the number of copies that all caches remember together."""
-    registers = [each for each in caches() if each.name == "copies made again"]
+    registers = [each for each in caches() if each.name == "repeats"]
     return sum(method is not None for each in registers for method in each.values())
 
 
@@ -144,11 +148,81 @@ def test_ids_without_a_promise_are_guarded_each_time() -> None:
     pools = Pools(DEVICE)
     before = repeats()
     ids = torch.tensor([1, TOKENS + 5], device=DEVICE)
-    for _ in range(2):
+    for _ in range(4):
         transfer = copy_rows(*pools.views, ids, torch.tensor([0, 1], device=DEVICE))
         with pytest.raises(SlotError, match="Position 1"):
             transfer.synchronize()
-    assert repeats() == before
+    assert repeats() == before + 1
+
+
+SHAPE = (LAYERS, 24, 4, HEADS, DIM)  # of blocks of four tokens
+PAGED = "layer block token head dim"
+
+
+class Paged:
+    """Blocks on the device, and pinned ones, as tensors."""
+
+    def __init__(self) -> None:
+        self.device = torch.zeros(SHAPE, dtype=torch.int32, device=DEVICE)
+        self.host = pinned.empty(SHAPE, torch.int32)
+        self.views = KVView(self.device, PAGED), KVView(self.host, PAGED)
+
+    def copied(self, store: bool, read: list[int], written: list[int], **terms: Any) -> None:
+        """Copy blocks that differ from before, and look at every byte."""
+        source, target = (self.device, self.host) if store else (self.host, self.device)
+        source.copy_(torch.randint(1, 1 << 30, SHAPE, dtype=torch.int32))
+        target.fill_(-1)
+        wanted = target.cpu().clone()
+        pairs = [(a, b) for a, b in zip(read, written, strict=True) if min(a, b) >= 0]
+        for a, b in pairs:
+            wanted[:, b] = source[:, a].cpu()
+        torch.accelerator.synchronize(DEVICE)
+        src, dst = self.views if store else self.views[::-1]
+        copy_blocks(src, dst, read, written, **terms).synchronize()
+        assert torch.equal(target.cpu(), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
+def test_blocks_of_tensors_by_new_ids_of_the_host(store: bool, streams: bool) -> None:
+    blocks = Paged()
+    before = repeats()
+    for read, written in [
+        ([9, 2, 17], [0, 5, 3]),
+        ([1, 2, 3], [22, 0, 7]),
+        ([1, -1, 3], [4, 5, -2]),
+        ([3, 2, 1], [1, 2, 3]),
+    ]:
+        terms = {"stream": torch.Stream(DEVICE)} if streams else {}
+        blocks.copied(store, read, written, overlap="idle", **terms)
+    assert repeats() == before + 1
+    src, dst = blocks.views if store else blocks.views[::-1]
+    for read, written in [([1, 2, 24], [1, 2, 3]), ([1, 2, 3], [4, 4, 5]), ([1, 2, 3], [4, 24, 5])]:
+        with pytest.raises(SlotError):
+            copy_blocks(src, dst, read, written, overlap="idle")
+    # Half a block is no copy of whole units.
+    copy_blocks(src, dst, [1, 2, 3], [4, 5, 6], count=10, overlap="idle").synchronize()
+
+
+@pytest.mark.gpu
+def test_pinned_memory_stays_until_a_repeated_copy_that_nobody_holds_has_ended() -> None:
+    blocks = Paged()
+    for _ in range(3):
+        blocks.copied(False, [9, 2, 17], [0, 5, 3], overlap="idle")
+    blocks.host.fill_(7)
+    blocks.device.zero_()
+    torch.accelerator.synchronize(DEVICE)
+    address = blocks.host.data_ptr()
+    _sleep(200_000_000)
+    copy_blocks(*blocks.views[::-1], [9, 2, 17], [0, 5, 3], overlap="idle")
+    device = blocks.device
+    del blocks
+    gc.collect()
+    others = [pinned.empty(SHAPE, torch.int32).fill_(3) for _ in range(4)]
+    assert address not in [each.data_ptr() for each in others]
+    torch.accelerator.synchronize(DEVICE)
+    assert int((device == 7).sum()) == 3 * LAYERS * 4 * HEADS * DIM
 
 
 def test_without_addresses_or_on_the_host_nothing_is_remembered() -> None:
@@ -245,6 +319,126 @@ def test_on_the_simulated_device() -> None:
             assert [each.calls for each in made] == [[], [0], [1], [1]][turn]
         with pytest.raises(SlotError):
             copy_rows(views[0], views[1], *ids, count=5, backend="repeating")
-        for _ in range(3):  # without ids it depends on the tokens which rows both sides share
-            copy_rows(views[0], views[1], count=8, backend="repeating").synchronize()
+        for _ in range(3):  # of one tensor it depends on the ids which rows both sides share
+            part = Index(offset=20)
+            copy_rows(views[0], views[0], None, part, count=8, backend="repeating").synchronize()
     assert len(made) == 1
+
+
+class _Lasting(_Launch):
+    """A launch that counts its calls."""
+
+    calls = 0
+
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: Any) -> Pending | None:
+        _Lasting.calls += 1
+        return super().enqueue(move, stream, status)
+
+
+class _First(_Lasting):
+    """A launch that gives another one for the copies that are repeated."""
+
+    again = None  # type: ignore[assignment]
+
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: Any) -> Pending | None:
+        return self._launch(*move, stream, status)
+
+    def lasting(self) -> Launch:
+        return _Lasting(self._launch)
+
+
+class Guarding(Reference):
+    """The reference, which says that it guards: ids of the host are checked anyway."""
+
+    name = "guarding"
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), guards=True, skips_negative=True)
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        return _First(super().prepare(plan))
+
+
+@pytest.fixture
+def guarding() -> Iterator[None]:
+    _Lasting.calls = 0
+    with registered(guarding=Guarding):
+        yield
+
+
+def blocks_of_simdev() -> tuple[torch.Tensor, torch.Tensor]:
+    one, other = (torch.zeros(SHAPE, dtype=torch.int32, device=simulated.DEVICE) for _ in "ab")
+    return one, other
+
+
+@pytest.mark.simdev
+def test_ids_of_the_host_are_checked_in_each_copy(guarding: None) -> None:
+    one, other = blocks_of_simdev()
+    src = KVView(one, PAGED)
+    dst = KVView(other, PAGED)
+    ids = [([9, 2], [0, 5]), ([5, 2], [7, 0]), ([1, 7], [8, 3]), ([4, 6], [6, 4])]
+    for turn, (read, written) in enumerate(ids):
+        rows = torch.randint(1, 1 << 30, SHAPE, dtype=torch.int32)
+        one.copy_(rows)
+        other.zero_()
+        transfer = copy_blocks(src, dst, read, written, backend="guarding")
+        transfer.synchronize()
+        assert transfer.statistics.blocks == 2
+        expected = torch.zeros(SHAPE, dtype=torch.int32)
+        expected[:, written] = rows[:, read]
+        assert torch.equal(other.cpu(), expected)
+        assert _Lasting.calls == max(0, turn - 1)
+    for bad in ([1, 24], [24, 1], [1, 1 << 40]):
+        with pytest.raises(SlotError, match="the view has"):
+            copy_blocks(src, dst, bad, [1, 2], backend="guarding")
+        with pytest.raises(SlotError):
+            copy_blocks(src, dst, [1, 2], bad, backend="guarding")
+    with pytest.raises(SlotError, match="occurs 2 times"):
+        copy_blocks(src, dst, [1, 2], [3, 3], backend="guarding")
+    with pytest.raises(SlotError):
+        copy_blocks(src, dst, [1, 2], [3, 3], count=9, backend="guarding")
+    assert _Lasting.calls == 2
+    copy_blocks(src, dst, [1, 2], [3, 4], count=5, backend="guarding").synchronize()
+    assert _Lasting.calls == 2  # the last block is moved in part
+
+
+@pytest.mark.simdev
+def test_memory_that_was_replaced_is_refused(guarding: None) -> None:
+    one, other = blocks_of_simdev()
+    src = KVView(one, PAGED)
+    dst = KVView(other, PAGED)
+    for _ in range(3):
+        copy_blocks(src, dst, [1, 2], [3, 4], backend="guarding").synchronize()
+    assert _Lasting.calls == 1
+    other.untyped_storage().resize_(0)
+    with pytest.raises(LayoutError, match="replaced"):
+        copy_blocks(src, dst, [1, 2], [3, 4], backend="guarding")
+    assert _Lasting.calls == 1
+
+
+@pytest.mark.simdev
+def test_a_view_that_is_dropped_leaves_no_memory_behind(guarding: None) -> None:
+    one, other = blocks_of_simdev()
+    src = KVView(one, PAGED)
+    dst = KVView(other, PAGED)
+    for _ in range(3):
+        copy_blocks(src, dst, [1, 2], [3, 4], backend="guarding").synchronize()
+    assert _Lasting.calls == 1
+    gone = weakref.ref(dst.owners[0].untyped_storage())
+    alive = weakref.ref(other)
+    del dst, other
+    gc.collect()
+    assert gone() is None
+    assert alive() is None
+
+
+@pytest.mark.simdev
+def test_rows_that_both_sides_may_share_are_compared_each_time(guarding: None) -> None:
+    one, _ = blocks_of_simdev()
+    src = KVView(one, PAGED)
+    dst = KVView(one, PAGED)
+    for _ in range(3):
+        copy_blocks(src, dst, [1, 2], [3, 4], backend="guarding").synchronize()
+    with pytest.raises(SlotError, match="both source and destination"):
+        copy_blocks(src, dst, [1, 2], [2, 4], backend="guarding")
+    assert _Lasting.calls == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers that are made again and again: the second takes a shortcut, and is as right, and
+"""Transfers that are made again and again: the second is repeated, and is as right, and
 refuses as much, as the first."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from support.device_cases import (
 from support.guarded_memory import untouched
 
 from portakv import Index, LayoutError, SlotError, Transfer, TransferError
-from portakv.copy.shortcut import Shortcuts
+from portakv.copy.repeat import ChunkRepeats
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +32,7 @@ IDS = [9, 2, 17, 6, 0]
 
 
 class Again(Rig):
-    """A rig that records for each of its transfers whether it took a shortcut."""
+    """A rig that records for each of its transfers whether it was repeated."""
 
     def __init__(self, backend: str, device: torch.device = DEVICE) -> None:
         super().__init__(device, backend)
@@ -63,14 +63,14 @@ class Again(Rig):
 @pytest.fixture(params=["cuda", "triton"])
 def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Again:
     rig = Again(request.param)
-    find = Shortcuts.transfer
+    find = ChunkRepeats.transfer
 
-    def transfer(self: Shortcuts, *arguments: Any) -> Any:
-        shortcut = find(self, *arguments)
-        rig.taken.append(shortcut is not None)
-        return shortcut
+    def transfer(self: ChunkRepeats, *arguments: Any) -> Any:
+        repeat = find(self, *arguments)
+        rig.taken.append(repeat is not None)
+        return repeat
 
-    monkeypatch.setattr(Shortcuts, "transfer", transfer)
+    monkeypatch.setattr(ChunkRepeats, "transfer", transfer)
     return rig
 
 
@@ -123,7 +123,7 @@ def test_what_does_not_fit_goes_the_long_way(rig: Again) -> None:
 def test_a_first_chunk_off_its_alignment_does_not_slow_later_ones(rig: Again) -> None:
     for chunk in (off_alignment(), make_chunk(5), make_chunk(5)):
         rig.moved(True, IDS, rig.ids(IDS), chunk=chunk)
-    assert rig.taken == [False, False, True]  # a shortcut for each alignment
+    assert rig.taken == [False, False, True]  # one for each alignment
 
 
 def test_host_ids_in_a_kept_index(rig: Again) -> None:
@@ -161,7 +161,7 @@ def test_refusals_are_those_of_the_long_way(rig: Again) -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_bad_ids_in_a_shortcut(rig: Again, waits: bool) -> None:
+def test_bad_ids_in_a_repeat(rig: Again, waits: bool) -> None:
     other = Again("cuda")
     bad = [4, SLOTS, 1, 2, 3]
     chunk = make_chunk(5)
@@ -239,7 +239,7 @@ def test_a_transfer_does_not_stand_behind_another_streams_work(backend: str) -> 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "compiled", "reference"])
 def test_a_transfer_of_a_device_that_is_not_current_is_not_done_early(backend: str) -> None:
     rig = Again(backend, torch.device("cuda", 1))
-    # The first compiles, which takes longer than the sleep; after it shortcuts are taken.
+    # The first compiles, which takes longer than the sleep; after it copies are repeated.
     rig.start()
     for _ in range(2):
         chunk = rig.chunk()
