@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from portakv import BlockTransfer, InvalidTerms, LayoutError, copy_rows
+from portakv import BlockTransfer, CopyOptions, InvalidTerms, LayoutError, copy_rows
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
 from portakv.integrations.vllm_lanes import Lane
@@ -28,6 +28,7 @@ from portakv.integrations.vllm_moves import (
     CacheRef,
     ChunkSpec,
     Move,
+    Part,
     moves_of,
     parts_of,
     sharing,
@@ -41,6 +42,9 @@ from vllm.v1.kv_offload.cpu import spec as cpu_spec  # noqa: E402
 
 #: The terms that ``"portakv"`` in the configuration may hold.
 TERMS = ("backend", "max_gbps", "max_thread_blocks", "overlap")
+#: Bytes of the large copy that a worker makes when it is created: more than those for which the
+#: strategy of small copies is picked.
+WARM_UP = 16 << 20
 
 
 class CanonicalTensor(Protocol):
@@ -184,17 +188,18 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         if region is not None and region.is_pinned:
             self._adopted = _adopt(region)
         self._groups = [parts_of(refs, pages, host) for refs in kv_caches.group_data_refs]
-        if self._terms:  # empty copies check them now, not in the first job
-            for part in itertools.chain(*self._groups):
-                copy_rows(part.device, part.host, count=0, **self._terms)
-                copy_rows(part.host, part.device, count=0, **self._terms)
         self._together = sharing(kv_caches.group_data_refs)
         device = pages[0].device
         self._store, self._load, self._expedited = (
             Lane(device, paced="max_gbps" in self._terms) for _ in range(3)
         )
         self._lanes = self._store, self._load, self._expedited
+        self._options = {
+            each: CopyOptions(stream=each.stream, **self._terms) for each in self._lanes
+        }
         self._taking = threading.Lock()
+        for part in itertools.chain(*self._groups):
+            self._warm_up(part)
 
     def submit_store(self, job_id: int, src_spec: BlockSpec, dst_spec: ChunkSpec) -> bool:
         """Begin to copy blocks into chunks, ordered after the current stream's work.
@@ -264,25 +269,40 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             )
         # All groups are checked before any of them moves.
         moves = moves_of(self._groups, self._together, self.blocks_per_chunk, device, host, store)
-        lane.submit(job, partial(self._copy, moves, lane.stream, store))
+        lane.submit(job, partial(self._copy, moves, self._options[lane], store))
         return True
 
-    def _copy(
-        self, moves: Sequence[Move], stream: torch.Stream | None, store: bool
-    ) -> BlockTransfer:
+    def _warm_up(self, part: Part) -> None:
+        """Copy a few pages to the host and back to where they were, on the lanes' streams.
+
+        So no job, which holds up a step of the engine, builds kernels or reserves memory for
+        staging, and terms that no copy can keep are refused now. The chunks hold nothing yet.
+        """
+        page = sum(part.device.widths) * part.device.layers
+        most = min(part.device.slots, part.host.slots)
+        paced = "max_gbps" in self._terms  # many bytes would take a rated copy long
+        many = 1 if paced else 1 + WARM_UP // page
+        for count in sorted({min(most, 1), min(most, many)}):
+            for lane in self._lanes:
+                options = self._options[lane]
+                sides = (part.device, part.host) if lane is self._store else part[::-1]
+                pages = range(count)
+                copy_rows(*sides, pages, pages, count=count, options=options).synchronize()
+
+    def _copy(self, moves: Sequence[Move], options: CopyOptions, store: bool) -> BlockTransfer:
         """Issue the copies of a job."""
         moved: list[BlockTransfer] = []
         try:
             for move in moves:
                 blocks = move.blocks
                 places = move.places
-                terms = {"count": move.pages, "stream": stream, **self._terms}
+                count = move.pages
                 for part in move.parts:
                     if store:
-                        copied = copy_rows(part.device, part.host, blocks, places, **terms)
+                        sides = part.device, part.host, blocks, places
                     else:
-                        copied = copy_rows(part.host, part.device, places, blocks, **terms)
-                    moved.append(copied)
+                        sides = part.host, part.device, places, blocks
+                    moved.append(copy_rows(*sides, count=count, options=options))
         except BaseException:  # also an interrupt: a refused job leaves no copy in flight
             BlockTransfer.together(moved).synchronize()
             raise

@@ -34,13 +34,16 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from portakv import (
     BackendUnavailable,
+    BlockTransfer,
     InvalidTerms,
+    KVView,
     LayoutError,
     SlotError,
     TransferError,
     integrations,
 )
 from portakv.integrations import IntegrationError
+from portakv.integrations import vllm as integration
 from portakv.integrations.vllm import PortaKVOffloadingSpec, PortaKVOffloadingWorker
 from portakv_conformance import simdev
 
@@ -469,13 +472,13 @@ def test_two_groups_in_one_tensor_write_no_block_twice(device: torch.device, mak
 def test_a_refused_job_leaves_no_copy_under_way(accelerator: torch.device, make: Make) -> None:
     """The first copy of a job has ended if the second one is refused, as no job would report it."""
     caches = Caches(accelerator, [256, 96], [[0, 1]])
-    caches.tensors[1] = caches.tensors[1][:1].expand(13, 96)  # which cannot be written
     worker = make(caches)
     worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
     finish(worker, {1})
     settle(accelerator)
+    caches.tensors[1].untyped_storage().resize_(0)
     delay(accelerator)
-    with refused(LayoutError, "stride 0"):
+    with refused(LayoutError, "replaced"):
         worker.submit_load(2, host_spec([1]), device_spec([[5]], [0]))
     with torch.Stream(accelerator):  # which no copy follows
         assert torch.equal(caches.tensors[0][5].cpu(), caches.before[0][3])
@@ -616,6 +619,29 @@ def test_no_room_for_one_chunk(make: Make) -> None:
 
 
 # --- Configuration --------------------------------------------------------------------------------
+
+
+def test_a_worker_has_copied_before_its_first_job(
+    device: torch.device, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both directions, a page and more than `WARM_UP` bytes; the caches keep their bytes."""
+    caches = Caches(device, [256 << 10, 96], [[0], [1]], blocks=80)
+    recorded: list[tuple[str, int]] = []
+    real = integration.copy_rows
+
+    def copy(src: KVView, dst: KVView, *ids: Any, count: int, **terms: Any) -> BlockTransfer:
+        recorded.append((src.layout.text, count))
+        return real(src, dst, *ids, count=count, **terms)
+
+    monkeypatch.setattr(integration, "copy_rows", copy)
+    make(caches, chunks=99)
+    down = "layer | block (token dim)"
+    up = "layer | block token dim"
+    first = [(down, 1), (up, 1), (up, 1), (down, 65), (up, 65), (up, 65)]
+    assert recorded == [*first, *((side, 1 if count == 1 else 80) for side, count in first)]
+    settle(device)
+    for tensor, before in zip(caches.tensors, caches.before, strict=True):
+        assert torch.equal(tensor.cpu(), before)
 
 
 def test_terms_come_from_the_configuration(device: torch.device) -> None:
