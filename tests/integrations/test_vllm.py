@@ -34,16 +34,13 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from portakv import (
     BackendUnavailable,
-    BlockTransfer,
     InvalidTerms,
-    KVView,
     LayoutError,
     SlotError,
     TransferError,
     integrations,
 )
 from portakv.integrations import IntegrationError
-from portakv.integrations import vllm as integration
 from portakv.integrations.vllm import PortaKVOffloadingSpec, PortaKVOffloadingWorker
 from portakv_conformance import simdev
 
@@ -621,29 +618,6 @@ def test_no_room_for_one_chunk(make: Make) -> None:
 # --- Configuration --------------------------------------------------------------------------------
 
 
-def test_a_worker_has_copied_before_its_first_job(
-    device: torch.device, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both directions, a page and more than `WARM_UP` bytes; the caches keep their bytes."""
-    caches = Caches(device, [256 << 10, 96], [[0], [1]], blocks=80)
-    recorded: list[tuple[str, int]] = []
-    real = integration.copy_rows
-
-    def copy(src: KVView, dst: KVView, *ids: Any, count: int, **terms: Any) -> BlockTransfer:
-        recorded.append((src.layout.text, count))
-        return real(src, dst, *ids, count=count, **terms)
-
-    monkeypatch.setattr(integration, "copy_rows", copy)
-    make(caches, chunks=99)
-    down = "layer | block (token dim)"
-    up = "layer | block token dim"
-    first = [(down, 1), (up, 1), (up, 1), (down, 65), (up, 65), (up, 65)]
-    assert recorded == [*first, *((side, 1 if count == 1 else 80) for side, count in first)]
-    settle(device)
-    for tensor, before in zip(caches.tensors, caches.before, strict=True):
-        assert torch.equal(tensor.cpu(), before)
-
-
 def test_terms_come_from_the_configuration(device: torch.device) -> None:
     caches = Caches(device, [64], [[0]])
     terms = {"overlap": "idle"}
@@ -659,21 +633,6 @@ def test_terms_come_from_the_configuration(device: torch.device) -> None:
 def test_other_terms_are_refused(terms: Any) -> None:
     with refused(InvalidTerms, "portakv=", "max_thread_blocks"):
         OffloadingSpecFactory.create_spec(offloading_config(64, 1, 4, portakv=terms))
-
-
-@pytest.mark.parametrize(
-    ("terms", "error"),
-    [({"backend": "nope"}, BackendUnavailable), ({"max_thread_blocks": -1}, InvalidTerms),
-     ({"overlap": "nope"}, InvalidTerms), ({"max_gbps": 0}, InvalidTerms)],
-    ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("chunks", [9, 0])
-def test_terms_are_judged_at_the_start(
-    device: torch.device, make: Make, terms: Any, error: Any, chunks: int
-) -> None:
-    """And not by the first store, when the engine runs."""
-    with refused(error, *map(str, terms.values())):
-        make(Caches(device, [64], [[0]]), 1, chunks, terms=terms)
 
 
 @pytest.mark.skipif(not NEW, reason="0.26 has no canonical layout")
