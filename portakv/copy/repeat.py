@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 
 from portakv.backends.base import Again, Capabilities, Launch
@@ -44,6 +45,7 @@ _current_device = torch.accelerator.current_device_index
 _REPEATS = "repeats"  # the key of a view's repeats: kept with the source, and released with it
 _TOKEN = "repeats: token"  # of what stands for a view without keeping its memory
 _KEPT = 64
+_NO_IDS = np.empty(0, np.int64)
 #: What executes a copy of so many tokens between two forms: strategies may differ by their number.
 _executors: Bounded[tuple[Any, ...], str] = Bounded("executors of repeats", 4096)
 
@@ -64,6 +66,7 @@ class Repeat(NamedTuple):
         can: the capabilities of what executes it.
         ids_device: where the launch reads ids.
         unit: the tokens that the launch moves as one.
+        reads_pinned_ids: the launch reads ids in pinned memory as fast as on the device.
         tabled, held: for each side, whether its table of addresses is read, and whether no
             allocator knows that the launch uses its memory.
         carried: what executes it, and why.
@@ -75,6 +78,7 @@ class Repeat(NamedTuple):
     can: Capabilities
     ids_device: torch.device
     unit: int
+    reads_pinned_ids: bool
     tabled: tuple[bool, bool]
     held: tuple[bool, bool]
     events: EventPool
@@ -97,21 +101,46 @@ class Repeat(NamedTuple):
         word = acquire_word() if self.can.guards else None
         again = self.again
         offset = src_index.offset or dst_index.offset
+        host: tuple[torch.Tensor, ...] = ()
         if again is None or stream is not None or offset or count > again.most:
-            move = place_for(self.can, self.ids_device, move)
+            move, host = self._place(move)
             follow_current(stream, [move])
             self.launch(*move, stream, word.tensor if word else None)
         else:
             read_at = _address(src, src_index)
             written_at = _address(dst, dst_index)
             again(read_at, written_at, 0, count, word.address if word else 0)
-        host: tuple[torch.Tensor, ...] = ()
         for view, held in zip((src, dst), self.held, strict=True):
             if held:
-                host = view.retained
+                host = *host, *view.retained
         event = self.events.recorded(stream)
         retained = src, dst, move.src_index, move.dst_index
         return end_of(event, self.events, word, retained, self.carried, host=host)
+
+    def _place(self, move: Move) -> tuple[Move, tuple[torch.Tensor, ...]]:
+        """Return the copy with its ids where the launch reads them, and host memory with ids, which
+        no allocator knows to be used.
+
+        Ids of the host for one call stay there if the launch reads them as fast in pinned memory.
+        """
+        indices = (move.src_index, move.dst_index)
+        listed = [x.host_ids() if x.temporary and x.on_host else _NO_IDS for x in indices]
+        count = listed[0].size
+        past = count + listed[1].size
+        if not (self.reads_pinned_ids and past):
+            return place_for(self.can, self.ids_device, move), ()
+        ids = torch.empty(past, dtype=torch.int64, device="cpu", pin_memory=True)
+        values = ids.numpy()
+        values[:count] = listed[0]
+        values[count:] = listed[1]
+        src_index, dst_index = (
+            index.reading(part) if part.numel() else self._on_device(index)
+            for index, part in zip(indices, (ids[:count], ids[count:]), strict=True)
+        )
+        return Move(move.src, move.dst, src_index, dst_index, move.count), (ids,)
+
+    def _on_device(self, index: Index) -> Index:
+        return index.placed(self.ids_device, self.can.index_dtypes)
 
 
 def end_of(
@@ -198,6 +227,7 @@ def remember(
             can,
             can.home_of_ids(device),
             ready.plan.unit,
+            getattr(launch, "reads_pinned_ids", False),
             (src.table_on(device) is not None, dst.table_on(device) is not None),
             (src.form.place != "device", dst.form.place != "device"),
             event_pool(device),

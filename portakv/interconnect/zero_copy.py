@@ -211,8 +211,16 @@ class ZeroCopy(Strategy):
 
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = [ZeroCopyKernel(nest, plan, self.device, self.terms) for nest in plan.nests]
-        rows = RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
+        rows = _Rows(kernels, self._kernels.functions(kernels), self._driver)
         return _ZeroCopyLaunch(plan, self.device, rows)
+
+
+class _Rows(RowsLaunch):
+    """The launch of the kernel alone."""
+
+    #: Ids in pinned memory take as long as ids on the device: 16 MiB by 8 ids and 128 MiB by 64
+    #: took 0.3 % longer on an H100, where a copy of the ids took 25 us of the host before.
+    reads_pinned_ids = True
 
 
 class _ZeroCopyLaunch(StrategyLaunch):

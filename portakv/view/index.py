@@ -192,6 +192,10 @@ class Index:
         index._set(ids, self.step, offset, store or self._store, self.temporary, self.trusted)
         return index
 
+    def reading(self, ids: torch.Tensor) -> Index:
+        """Return this index with its ids read from another contiguous copy of them."""
+        return self._derived(ids, self.offset)
+
     def shifted(self, tokens: int) -> Index:
         """Return this index from position ``tokens`` on; it shares ids and copies."""
         return self._derived(self.ids, self.offset + tokens) if tokens else self

@@ -221,8 +221,13 @@ def test_pinned_memory_stays_until_a_repeated_copy_that_nobody_holds_has_ended()
     gc.collect()
     others = [pinned.empty(SHAPE, torch.int32).fill_(3) for _ in range(4)]
     assert address not in [each.data_ptr() for each in others]
+    # The ids of the call lie in pinned memory too.
+    ids = [torch.full((n,), 20, dtype=torch.int64).pin_memory() for n in range(1, 17)]
     torch.accelerator.synchronize(DEVICE)
+    moved = (device == 7).transpose(0, 1).flatten(1).all(1).nonzero()[:, 0]
+    assert moved.tolist() == [0, 3, 5]
     assert int((device == 7).sum()) == 3 * LAYERS * 4 * HEADS * DIM
+    del ids
 
 
 def test_without_addresses_or_on_the_host_nothing_is_remembered() -> None:
