@@ -90,7 +90,7 @@ def _pageable(bench: Bench, case: Case) -> Rows:
         chosen = HOST.name in (variant.labels["backend"] for variant in good)
         fields = {HOST.name: HOST.taken(HOST.move(sides, direction))} if chosen else {}
         bench.module.synchronize()
-        for one in bench.measure(torchs, [*rings, *good], case.payload, host_clock=True):
+        for one in bench.measure(torchs, [*rings, *good], case.payload, bench.host_timer):
             rows.append(
                 {
                     "kind": "host_pageable",

@@ -140,6 +140,8 @@ class Bench:
         self.peers = peers
         self.module = torch.get_device_module(device)
         self.host_timer = harness.HostTimer(device)
+        #: For calls of a process that works all the time, as a serving engine does.
+        self.busy_timer = harness.HostTimer(device, busy=True)
         # Events that tell the time are had on CUDA devices.
         self.timer = (
             harness.DeviceTimer(device, link=True) if device.type == "cuda" else self.host_timer
@@ -170,16 +172,18 @@ class Bench:
         return self._regions[pageable]
 
     def measure(
-        self, ceiling: Variant, variants: Sequence[Variant], payload: int, host_clock: bool = False
+        self,
+        ceiling: Variant,
+        variants: Sequence[Variant],
+        payload: int,
+        timer: harness.Timer | None = None,
     ) -> list[Measured]:
         """Measure variants in turns with a ceiling, on one device and one region.
 
-        With ``host_clock`` the host's clock times them.
+        ``timer``: what times them; None: `timer`, which hides the host's part.
         """
         limits = 1, self.preset.rounds(payload), self.preset.seconds
-        return harness.measure(
-            ceiling, variants, self.host_timer if host_clock else self.timer, *limits
-        )
+        return harness.measure(ceiling, variants, timer or self.timer, *limits)
 
     def sides(self, case: Case) -> Sides:
         """Return a case in the retained memory; its ids lie wherever strategies read them."""

@@ -40,7 +40,7 @@ def _measure(bench: Bench, case: Case) -> Rows:
         ]
         good = harness.usable(variants, case.name, bench.left_out)
         memcpy = suite.by_memcpy(sides, direction)
-        for one in bench.measure(memcpy, good, case.payload, host_clock=True):
+        for one in bench.measure(memcpy, good, case.payload, bench.busy_timer):
             row: Row = {
                 "kind": "wall_copy",
                 "shape": case.name,
@@ -49,7 +49,7 @@ def _measure(bench: Bench, case: Case) -> Rows:
                 "run_bytes": case.scene.run,
                 "payload_bytes": case.payload,
                 **one.row(case.payload),
-                "timer": bench.host_timer.name,
+                "timer": bench.busy_timer.name,
             }
             rows.append({**row, **_chosen(sides, direction, row["backend"])})
     return rows
