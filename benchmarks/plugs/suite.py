@@ -272,10 +272,8 @@ def _measure(bench: IntegrationBench, part: str, planned: PlannedCase) -> Rows:
     if not methods:
         return []
     ceiling = memcpy(bench, case.payload, case.op, case.on_host)
-    measurements = bench.measure(
-        ceiling, methods, case.payload, bench.host_timer if case.streams else None
-    )
     timer = bench.host_timer if case.streams else bench.timer
+    measurements = bench.measure(ceiling, methods, case.payload, timer)
     fields = {
         "kind": "plug_copy",
         **case.labels,
