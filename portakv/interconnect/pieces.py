@@ -86,7 +86,7 @@ def pieces_of(plan: CopyPlan, move: Move, below: int = ALL) -> Pieces:
     does."""
     src = move.src
     dst = move.dst
-    plan.runs(src, dst, move.src_index, move.dst_index, 0)  # only for its errors
+    plan.check_sides(src, dst, move.src_index, move.dst_index)
     several = factors(plan.nests, plan.unit, move)
     if any(_whole_entries(plan, view) for view in (src, dst)) and several[0].planes.src.size == 1:
         # Each unit is all bytes at one address, so no unit joins another, and the ends of
@@ -183,6 +183,8 @@ def _least(runs: Runs, areas: Int64, below: int = ALL) -> Pieces:
 def _in_order(runs: Runs, areas: Int64, below: int) -> Pieces:
     """Fold rows that follow each other in this order."""
     src, dst, width = runs
+    if width.size < LEAST_HEIGHT:
+        return _plain(runs)
     src_step = np.diff(src)
     dst_step = np.diff(dst)
     joins = (width[1:] == width[:-1]) & (np.minimum(src_step, dst_step) >= width[:-1])

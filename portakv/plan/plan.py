@@ -156,9 +156,13 @@ class CopyPlan:
             SlotError: an argument that is not a view or an index, an id past the end of its view, a
                 range past the list, or a range or an index that does not consist of whole units.
         """
+        self.check_sides(src, dst, src_index, dst_index)
+        return summed(factors(self.nests, self.unit, Move(src, dst, src_index, dst_index, count)))
+
+    def check_sides(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> None:
+        """Raise as `runs` does for views and indices that the plan was not made for."""
         self._check_side("src", "source", src, src_index)
         self._check_side("dst", "destination", dst, dst_index)
-        return summed(factors(self.nests, self.unit, Move(src, dst, src_index, dst_index, count)))
 
     def _check_side(self, side: str, name: str, view: KVView, index: Index) -> None:
         if not (isinstance(view, KVView) and isinstance(index, Index)):
