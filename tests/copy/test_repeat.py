@@ -71,7 +71,8 @@ def pools(request: pytest.FixtureRequest) -> Pools:
 
 
 def repeats() -> int:
-    """Return the number of copies that all caches remember together."""
+    """Return the number of copies that the views which are alive remember together."""
+    gc.collect()
     registers = [each for each in caches() if each.name == "repeats"]
     return sum(method is not None for each in registers for method in each.values())
 
