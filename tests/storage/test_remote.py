@@ -822,9 +822,9 @@ def test_a_lookup_that_hangs_does_not_keep_the_process(case: Case) -> None:
         form = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), "block layer page")
         store = Remote("s3://b/x", endpoint=sys.argv[1], region="r", access_key_id="a",
             secret_access_key="b", client_options={"allow_http": True, "read_timeout": "60s"})
-        (store of a tier,) = store.open(Graph(), None, [form])
+        (held,) = store.open(Graph(), None, [form])
         keys = [bytes([n]) * 32 for n in range(4)]
-        threading.Thread(target=store of a tier.has, args=[keys], daemon=True).start()
+        threading.Thread(target=held.has, args=[keys], daemon=True).start()
         time.sleep(1)
     """
     with socket.create_server(("127.0.0.1", 0)) as silent:
