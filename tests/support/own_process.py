@@ -36,6 +36,8 @@ def own_process(device: str, group: str = "", **environment: str) -> list[pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_results] = {}
+    # The environments of engines lack pytest-xdist, which declares it.
+    config.addinivalue_line("markers", "xdist_group(name): run in one worker")
 
 
 @pytest.hookimpl(tryfirst=True)
