@@ -16,7 +16,7 @@ if find_spec("vllm") is None:
 from support.guarded_memory import refused
 from support.vllm_cases import Caches
 
-from portakv import BackendUnavailable, BlockTransfer, InvalidTerms, KVView
+from portakv import BackendUnavailable, BlockTransfer, InvalidTerms, KVView, copy_rows
 from portakv.integrations import vllm as integration
 from portakv.integrations.vllm import PortaKVOffloadingWorker
 
@@ -45,11 +45,10 @@ def test_a_worker_has_copied_before_its_first_job(
     """Both directions, a page and more than `WARM_UP` bytes; the caches keep their bytes."""
     caches = Caches(device, [256 << 10, 96], [[0], [1]], blocks=80)
     recorded: list[tuple[str, int]] = []
-    real = integration.copy_rows
 
     def copy(src: KVView, dst: KVView, *ids: Any, count: int, **terms: Any) -> BlockTransfer:
         recorded.append((src.layout.text, count))
-        return real(src, dst, *ids, count=count, **terms)
+        return copy_rows(src, dst, *ids, count=count, **terms)
 
     monkeypatch.setattr(integration, "copy_rows", copy)
     make(caches, chunks=99)
