@@ -270,7 +270,7 @@ def page(files: Iterable[Path]) -> str:
     read = (recorded.read(path) for path in sorted(files))
     results = [result for result in read if result.get("suite") != INTEGRATION_SUITE]
     results.sort(key=lambda result: result["machine"]["device_type"] == "cpu")
-    suites = {None: _device, HOST_SUITE: _link, WALL_SUITE: _wall, STORAGE_SUITE: _storage}
+    suites = {None: _device, HOST_SUITE: _link, WALL_SUITE: _whole_calls, STORAGE_SUITE: _storage}
     suites[MIGRATION_SUITE] = _migration
     results.sort(key=lambda result: [*suites].index(result.get("suite")))
     parts = [_HEAD.replace("{summary}", _summary(results))]
@@ -341,7 +341,7 @@ def _link(result: Fields) -> list[str]:
     return _suite("Host memory", result, ["", _LINK_HEAD, *_link_sizes(rows), *_link_best(rows)])
 
 
-def _wall(result: Fields) -> list[str]:
+def _whole_calls(result: Fields) -> list[str]:
     return _suite("Host memory by the wall clock", result, [])
 
 

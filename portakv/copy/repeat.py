@@ -67,7 +67,7 @@ class Repeat(NamedTuple):
         ids_device: where the launch reads ids.
         unit: the tokens that the launch moves as one.
         reads_pinned_ids: the launch reads ids in pinned memory as fast as on the device.
-        tabled, held: for each side, whether its table of addresses is read, and whether no
+        tabled, unowned: for each side, whether its table of addresses is read, and whether no
             allocator knows that the launch uses its memory.
         carried: what executes it, and why.
         process: the process that prepared it.
@@ -80,7 +80,7 @@ class Repeat(NamedTuple):
     unit: int
     reads_pinned_ids: bool
     tabled: tuple[bool, bool]
-    held: tuple[bool, bool]
+    unowned: tuple[bool, bool]
     events: EventPool
     carried: tuple[str, str]
     process: Process
@@ -110,8 +110,8 @@ class Repeat(NamedTuple):
             read_at = _address(src, src_index)
             written_at = _address(dst, dst_index)
             again(read_at, written_at, 0, count, word.address if word else 0)
-        for view, held in zip((src, dst), self.held, strict=True):
-            if held:
+        for view, unowned in zip((src, dst), self.unowned, strict=True):
+            if unowned:
                 host = *host, *view.retained
         event = self.events.recorded(stream)
         retained = src, dst, move.src_index, move.dst_index
@@ -250,7 +250,7 @@ def _launch_of(move: Move, settled: Settled, kind: tuple[_Part, _Part]) -> Launc
         return None
     can = ready.claims(move)
     clean = all(part is None or part[2] for part in kind)
-    return ready.lasting() if clean or (can.guards and can.skips_negative) else None
+    return ready.repeatable() if clean or (can.guards and can.skips_negative) else None
 
 
 def _packed(

@@ -212,12 +212,12 @@ class HostLaunch(StrategyLaunch):
             if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
         )
 
-    def lasting(self) -> Launch | None:
+    def repeatable(self) -> Launch | None:
         """Return the launch of this thread's last transfer, if any ids give it; see `Prepared`."""
         if not self._last.any_ids:
             return None
-        lasting = getattr(self._launches.get(self._last.carried[0]), "lasting", None)
-        return None if lasting is None else lasting()
+        repeatable = getattr(self._launches.get(self._last.carried[0]), "repeatable", None)
+        return None if repeatable is None else repeatable()
 
     def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
         """Return what this thread's last strategy returns; see `base.Repeatable`."""

@@ -73,14 +73,14 @@ class Prepared:
             bring((index,), self.ids_device, self.can.index_dtypes)
         return index.placed(self.ids_device, self.can.index_dtypes)
 
-    def lasting(self) -> Launch | None:
+    def repeatable(self) -> Launch | None:
         """Return the launch that executes copies like this thread's last one, with any ids. None:
         the ids decide which launch that is.
 
         The caller retains memory that no allocator knows to be used.
         """
-        lasting: Callable[[], Launch | None] | None = getattr(self.launch, "lasting", None)
-        return self.launch if lasting is None else lasting()
+        repeatable: Callable[[], Launch | None] | None = getattr(self.launch, "repeatable", None)
+        return self.launch if repeatable is None else repeatable()
 
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `place` places them."""

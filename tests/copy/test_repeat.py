@@ -349,7 +349,7 @@ class _First(_Lasting):
     def enqueue(self, move: Move, stream: torch.Stream | None, status: Any) -> Pending | None:
         return self._launch(*move, stream, status)
 
-    def lasting(self) -> Launch:
+    def repeatable(self) -> Launch:
         return _Lasting(self._launch)
 
 
