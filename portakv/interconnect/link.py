@@ -13,21 +13,20 @@ import ctypes
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from portakv.errors import TransferError
-from portakv.interconnect.pieces import ALL, Pieces, portions
+from portakv.interconnect.pieces import ALL, Mask, Pieces, portions
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import own_stream
 from portakv.view.view import KVView
-
-_Mask = npt.NDArray[np.bool_]
 
 #: Entries of the longest batched call. The driver states no limit; other runtimes fail above 8192,
 #: and another thread's small copy gets in between shorter calls. The first of several calls is
@@ -154,6 +153,26 @@ class _Storages:
         )
 
 
+class _Lists:
+    """Plain copies as the driver's batched call takes them: the addresses of three lists."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        columns = (pieces.dst, pieces.src, pieces.width)
+        self._columns = [np.ascontiguousarray(column) for column in columns]
+        self.addresses = [_at(column) for column in self._columns]
+
+
+class _Share(NamedTuple):
+    """Pieces that go in batches, or, without ``lists``, each by a separate call."""
+
+    pieces: Pieces
+    lists: _Lists | None = None
+
+    def in_batches(self, first: int, past: int) -> bool:
+        """Return whether a range goes in batches."""
+        return self.lists is not None and past - first >= LEAST_BATCH
+
+
 class Copies:
     """The copies of a driver's library; knows nothing of devices or torch."""
 
@@ -177,41 +196,60 @@ class Copies:
         self._from_first = _at(_FROM_FIRST)
         self.fold_below = ALL if self._batch is None else FOLD_BELOW
 
-    def batched(self, pieces: Pieces) -> _Mask | None:
+    def batched(self, pieces: Pieces) -> Mask | None:
         """Return which pieces `copy` hands over in batches; None: none."""
         if self._batch is None or pieces.number < LEAST_BATCH:
             return None
         plain = pieces.height == 1
         return plain if np.count_nonzero(plain) >= LEAST_BATCH else None
 
-    def copy(self, pieces: Pieces, to_device: bool, stream: int, begun: bool = False) -> None:
-        """Copy pieces, ordered on the stream of that handle.
+    def divided(self, pieces: Pieces) -> list[_Share]:
+        """Return the pieces that are separate calls, and those that go in batches."""
+        batched = self.batched(pieces)
+        if batched is None:
+            return [_Share(pieces)]
+        if batched.all():
+            return [_Share(pieces, _Lists(pieces))]
+        plain = pieces.where(batched)
+        return [_Share(pieces.where(~batched)), _Share(plain, _Lists(plain))]
 
-        ``begun``: the pieces follow others, so the link does not wait for the end of the first
-        batch's call.
+    def copy(self, pieces: Pieces, to_device: bool, stream: int) -> None:
+        """Copy pieces, ordered on the stream of that handle.
 
         Raises:
             TransferError: the driver rejects a piece; the pieces before it may have been moved.
         """
-        batched = self.batched(pieces)
-        if batched is None:
-            self._copy_each(pieces, to_device, stream)
-        elif batched.all():
-            self._copy_batch(pieces, stream, begun)
-        else:
-            self._copy_each(Pieces(*(column[~batched] for column in pieces)), to_device, stream)
-            self._copy_batch(Pieces(*(column[batched] for column in pieces)), stream, begun)
+        for share in self.divided(pieces):
+            self.copy_range(share, 0, share.pieces.number, to_device, stream)
 
-    def _copy_batch(self, pieces: Pieces, stream: int, begun: bool) -> None:
+    def copy_range(
+        self,
+        share: _Share,
+        first: int,
+        past: int,
+        to_device: bool,
+        stream: int,
+        begun: bool = False,
+    ) -> None:
+        """Copy a range of a share; raise as `copy` does.
+
+        ``begun``: it follows other copies, so the link does not wait for the end of the first
+        batch's call.
+        """
+        if share.in_batches(first, past):
+            self._copy_batch(share, first, past, stream, begun)
+        else:
+            self._copy_each(share.pieces.part(first, past), to_device, stream)
+
+    def _copy_batch(self, share: _Share, first: int, past: int, stream: int, begun: bool) -> None:
         assert self._batch is not None  # `batched` looked
-        columns = [np.ascontiguousarray(each) for each in (pieces.dst, pieces.src, pieces.width)]
-        lists = [_at(column) for column in columns]
-        first = 0
+        assert share.lists is not None
+        addresses = share.lists.addresses
         most = MOST_DESCRIPTORS if begun else FIRST_DESCRIPTORS
-        while first < pieces.number:
-            count = min(most, pieces.number - first)
+        while first < past:
+            count = min(most, past - first)
             error = self._batch(
-                *(base + 8 * first for base in lists),
+                *(base + 8 * first for base in addresses),
                 count,
                 self._attributes,
                 self._from_first,
@@ -267,14 +305,18 @@ class CudaLink:
             with torch.cuda.device(self.device):
                 self.copy(pieces, src, dst, stream)
             return
-        to_device = dst.form.place == "device"
         handle = _cuda_driver.raw(stream, self.device.index)
-        for nth, portion in enumerate(portions(pieces, IN_A_ROW // 3)):
-            refused = handle in _NULL_STREAMS and self._copies.batched(portion) is not None
-            if self._too_many(handle, portion.nbytes) or refused:
-                self._copy_on_other_stream(portion, to_device, stream, handle, nth > 0)
-            else:
-                self._copies.copy(portion, to_device, handle, nth > 0)
+        to_device = dst.form.place == "device"
+        begun = False
+        for share in self._copies.divided(pieces):
+            for first, past, nbytes in portions(share.pieces, IN_A_ROW // 3):
+                copy = partial(self._copies.copy_range, share, first, past, to_device, begun=begun)
+                refused = handle in _NULL_STREAMS and share.in_batches(first, past)
+                if self._too_many(handle, nbytes) or refused:
+                    self._copy_on_other_stream(copy, stream, handle)
+                else:
+                    copy(handle)
+                begun = True
 
     def _too_many(self, handle: int, nbytes: int) -> bool:
         """Return whether ``nbytes`` more are too many in a row on a stream; count them."""
@@ -284,7 +326,7 @@ class CudaLink:
         return too_many
 
     def _copy_on_other_stream(
-        self, pieces: Pieces, to_device: bool, stream: torch.Stream | None, handle: int, begun: bool
+        self, copy: Callable[[int], None], stream: torch.Stream | None, handle: int
     ) -> None:
         """Copy on another stream, between two events.
 
@@ -295,7 +337,7 @@ class CudaLink:
         stream = stream or torch.cuda.current_stream(self.device)
         other.wait_stream(stream)
         try:
-            self._copies.copy(pieces, to_device, _cuda_driver.raw(other, self.device.index), begun)
+            copy(_cuda_driver.raw(other, self.device.index))
         finally:
             stream.wait_stream(other)
 

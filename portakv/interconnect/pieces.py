@@ -8,7 +8,6 @@ expanding the plan: from its loops, and from the ids whose neighbours follow the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -43,7 +42,7 @@ ALL = 1 << 62
 #: are not merged.
 LARGE = 4096
 
-_Mask = npt.NDArray[np.bool_]
+Mask = npt.NDArray[np.bool_]
 
 
 class Pieces(NamedTuple):
@@ -69,16 +68,30 @@ class Pieces(NamedTuple):
         """Return all bytes that the pieces move."""
         return int(self.width @ self.height)
 
+    def part(self, first: int, past: int) -> Pieces:
+        """Return a range of the pieces."""
+        return Pieces(*(column[first:past] for column in self))
 
-def portions(pieces: Pieces, most: int) -> Iterator[Pieces]:
-    """Yield the pieces in their order, in groups of about ``most`` bytes; no piece is cut."""
-    if pieces.number < 2 or pieces.nbytes <= most:
-        yield pieces
+    def where(self, chosen: Mask) -> Pieces:
+        """Return some of the pieces."""
+        return Pieces(*(column[chosen] for column in self))
+
+
+def portions(pieces: Pieces, most: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the ranges of pieces, in their order, that have about ``most`` bytes each; no piece is
+    cut. A range is (first, past, bytes)."""
+    reached = np.cumsum(pieces.width * pieces.height)
+    total = int(reached[-1]) if reached.size else 0
+    if reached.size < 2 or total <= most:
+        yield 0, reached.size, total
         return
-    nth = (np.cumsum(pieces.width * pieces.height) - 1) // most
-    ends = (np.flatnonzero(np.diff(nth)) + 1).tolist()
-    for first, past in pairwise([0, *ends, pieces.number]):
-        yield Pieces(*(column[first:past] for column in pieces))
+    nth = (reached - 1) // most
+    ends = np.append(np.flatnonzero(np.diff(nth)) + 1, reached.size)
+    first = before = 0
+    for past, after in zip(ends.tolist(), reached[ends - 1].tolist(), strict=True):
+        yield first, past, after - before
+        first = past
+        before = after
 
 
 def pieces_of(plan: CopyPlan, move: Move, below: int = ALL) -> Pieces:

@@ -198,13 +198,13 @@ def cuda(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Crossing:
 
 def test_the_right_device_in_any_thread(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = Copies.copy
+    real = Copies.copy_range
 
-    def copy(self: Copies, *args: Any) -> None:
+    def copy(self: Copies, *args: Any, **terms: Any) -> None:
         seen.append(cuda.device)
-        real(self, *args)
+        real(self, *args, **terms)
 
-    monkeypatch.setattr(Copies, "copy", copy)
+    monkeypatch.setattr(Copies, "copy_range", copy)
     for _ in range(2):
         cuda.copy(plain(3), STREAM, device=1)
     other = threading.Thread(target=lambda: cuda.copy(plain(3), STREAM, device=1))
