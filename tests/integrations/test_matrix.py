@@ -29,6 +29,10 @@ RELEASES = (None, "0.1", "99.0")
 CODE = f"""
 import json, sys
 from importlib import metadata
+from importlib.util import find_spec
+
+if find_spec("sglang"):
+    from support import sglang_on_cpu  # before SGLang
 
 real, texts = metadata.version, {{}}
 for integration, code in {REACHED!r}.items():
