@@ -18,7 +18,7 @@ from portakv.host import pinned
 from portakv.host.memcpy import MAX_PITCH
 from portakv.plan.loops import Loop, Nest
 from portakv.plan.plan import CopyPlan, Move
-from portakv.plan.runs import Int64, Runs, factors, summed
+from portakv.plan.runs import Int64, Runs, summed
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Steps
 from portakv.view.index import Index
@@ -34,6 +34,11 @@ LEAST_HEIGHT = 8
 #: us and more, and reached 0.98 where the host kept up, 0.5 - 0.9 where it did not.
 TALL = 32
 
+#: Rows of this many bytes stay entries of a batch, if the link has batches: the host describes an
+#: entry (0.42 us) in less than the link takes to move it (1.2 us), and looking for constant pitches
+#: would take the host longer than it saves.
+APART = 64 << 10
+
 #: A width that no row reaches.
 ALL = 1 << 62
 
@@ -43,6 +48,9 @@ ALL = 1 << 62
 LARGE = 4096
 
 Mask = npt.NDArray[np.bool_]
+
+
+_NO_BOUNDARIES = np.zeros(0, dtype=np.int64)
 
 
 class Pieces(NamedTuple):
@@ -99,8 +107,7 @@ def pieces_of(plan: CopyPlan, move: Move, below: int = ALL) -> Pieces:
     does."""
     src = move.src
     dst = move.dst
-    plan.check_sides(src, dst, move.src_index, move.dst_index)
-    several = factors(plan.nests, plan.unit, move)
+    several = plan.factors(move)
     if any(_whole_entries(plan, view) for view in (src, dst)) and several[0].planes.src.size == 1:
         # Each unit is all bytes at one address, so no unit joins another, and the ends of
         # allocations need no look-up.
@@ -175,13 +182,16 @@ def to_2d_copies(
 
     The runs come in the order of the source, with neighbours merged. No piece reaches from one
     allocation of the views into another, nor across a boundary between two registrations, which
-    drivers reject. Runs of ``below`` bytes or more become rows only if many lie together.
+    drivers reject. Runs of ``below`` bytes or more become rows only if many lie together, and those of
+    `APART` bytes never.
     """
     return _least(*_apart(runs, [view for view in (src, dst) if view is not None]), below)
 
 
 def _least(runs: Runs, areas: Int64, below: int = ALL) -> Pieces:
     """Fold runs, each in an area, in the order that gives the fewest pieces."""
+    if below <= APART <= runs.nbytes.min(initial=ALL):
+        return _plain(runs)
     best = _in_order(runs, areas, below)
     for lag in _lags(runs):
         if lag >= best.number:  # it gives at least as many pieces
@@ -268,10 +278,10 @@ def _apart(runs: Runs, views: list[KVView]) -> tuple[Runs, Int64]:
 def _boundaries(views: list[KVView]) -> Int64:
     """Return the addresses, in order, that no copy may cross."""
     several = [view.edges() for view in views if view.entries > 1]
-    addresses = np.sort(np.concatenate([np.array(pinned.boundaries(), dtype=np.int64), *several]))
-    return (
-        addresses[np.append(True, addresses[1:] > addresses[:-1])] if addresses.size else addresses
-    )
+    registered = pinned.boundaries()
+    if registered:
+        several.append(np.array(registered, dtype=np.int64))
+    return np.unique(np.concatenate(several)) if several else _NO_BOUNDARIES
 
 
 def _search(boundaries: Int64, addresses: Int64, side: Literal["left", "right"]) -> Int64:
@@ -383,7 +393,8 @@ class RunCounter:
         unknown = [index for index in lists if index.known_ids() is None]
         if unknown:  # reading ids back would wait for the device: they count as scattered
             return min(units, max(-(-units * self._unit // index.step) for index in unknown))
-        numbers = [_numbers(index, units, self._unit) for _, index in sides]
+        count = units * self._unit
+        numbers = [index.unit_numbers(count, self._unit).units for _, index in sides]
         return _groups(numbers, limits, falling=not self._dense)
 
 
@@ -397,19 +408,6 @@ def _list_of(index: Index) -> tuple[object, bool, int]:
 def _limit(steps: Steps) -> int:
     """Return after how many units the pitch changes; 0: never."""
     return steps[-1].extent if len(steps) > 1 else 0
-
-
-def _numbers(index: Index, units: int, unit: int) -> Int64:
-    """Return the number of each unit, as `Index.units` does."""
-    first = index.offset // unit
-    ids = index.known_ids()
-    if index.ids is None or ids is None:
-        return np.arange(first, first + units, dtype=np.int64)
-    per_id = index.step // unit
-    if per_id == 1:
-        return ids[first : first + units]
-    at = np.arange(first, first + units, dtype=np.int64)
-    return np.asarray(ids[at // per_id] * per_id + at % per_id)
 
 
 def _groups(numbers: Sequence[Int64], limits: Sequence[int], falling: bool) -> int:
@@ -458,7 +456,10 @@ def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]
         return runs, runs
 
     # Wide rows cross faster as entries of a batch, so that only many of them fold.
-    least = LEAST_HEIGHT if max(width, nest.run * units // lines) < below else TALL
+    widest = max(width, nest.run * units // lines)
+    if below <= APART <= widest:
+        return runs, runs
+    least = LEAST_HEIGHT if widest < below else TALL
 
     # Rows that may become one 2-D copy: their number, their pitches, and the resulting pieces.
     rows = [(x.extent, x.src_stride, x.dst_stride, runs // x.extent) for x in loops if not x.tabled]

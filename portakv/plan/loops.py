@@ -120,6 +120,11 @@ class Nest:
     vector: int
 
     @property
+    def sides(self) -> tuple[Side, Side]:
+        """Return the source and the destination."""
+        return self.src, self.dst
+
+    @property
     def unit_bytes(self) -> int:
         """Return the bytes that one unit moves in this nest."""
         return prod(loop.extent for loop in self.loops) * self.run

@@ -20,7 +20,7 @@ from portakv.plan.loops import Loop, close, refine
 from portakv.plan.loops import Nest as Nest
 from portakv.plan.loops import Side as Side
 from portakv.plan.move import Move as Move
-from portakv.plan.runs import Runs, factors, summed
+from portakv.plan.runs import Expansion, Factors, Runs, factors, summed
 from portakv.view.form import Form, Part, Step, Steps, merge_steps
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -156,8 +156,16 @@ class CopyPlan:
             SlotError: an argument that is not a view or an index, an id past the end of its view, a
                 range past the list, or a range or an index that does not consist of whole units.
         """
-        self.check_sides(src, dst, src_index, dst_index)
-        return summed(factors(self.nests, self.unit, Move(src, dst, src_index, dst_index, count)))
+        return summed(self.factors(Move(src, dst, src_index, dst_index, count)))
+
+    def factors(self, move: Move) -> list[Factors]:
+        """Return for each nest the runs of a copy, before multiplication; raise as `runs` does."""
+        self.check_sides(move.src, move.dst, move.src_index, move.dst_index)
+        return factors(self._expansions, self.unit, move)
+
+    @cached_property
+    def _expansions(self) -> list[Expansion]:
+        return [Expansion(nest, self.unit) for nest in self.nests]
 
     def check_sides(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> None:
         """Raise as `runs` does for views and indices that the plan was not made for."""

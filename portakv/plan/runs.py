@@ -12,6 +12,7 @@ import numpy.typing as npt
 from portakv.errors import SlotError
 from portakv.plan.loops import Loop, Nest
 from portakv.plan.move import Move
+from portakv.view.index import UnitNumbers
 from portakv.view.view import KVView
 
 Int64 = npt.NDArray[np.int64]
@@ -35,7 +36,55 @@ class Factors(NamedTuple):
     lines: Runs
 
 
-def factors(nests: Sequence[Nest], unit: int, move: Move) -> list[Factors]:
+class Expansion:
+    """The expansion of a nest, as far as no ids and no addresses are needed.
+
+    The loops inside the lines, and the loops over planes. The address of a side that is ``by_line``
+    is looked up for each line, else for each plane; it cannot be looked up for both, because the
+    two are added.
+    """
+
+    def __init__(self, nest: Nest, unit: int) -> None:
+        self._nest = nest
+        self._unit = unit
+        self._inner, outer, self._by_line = _split(nest)
+        zero = np.zeros(1, dtype=np.int64)
+        #: For each side the table entry and the distance of each plane.
+        self._planes = [
+            _walk(zero + side.table, zero, outer, at) for at, side in enumerate(nest.sides)
+        ]
+
+    def factors(self, views: tuple[KVView, KVView], numbers: Sequence[UnitNumbers]) -> Factors:
+        """Return the runs of the units with these numbers, on either side, before
+        multiplication."""
+        planes = []
+        lines = []
+        for at, (side, view, each) in enumerate(zip(self._nest.sides, views, numbers, strict=True)):
+            entries, offsets = side.locate(each.units)
+            # Only if tokens lie at one stride may a unit begin between multiples.
+            first = side.offset + each.rest * (side.units[-1].stride // self._unit)
+            if first:
+                offsets = offsets + first
+            if self._inner or self._by_line[at]:
+                entries = (each.units * 0 if entries is None else entries) + side.table
+                entries, offsets = _walk(entries, offsets, self._inner, at)
+            tables, starts = self._planes[at]
+            if self._by_line[at]:
+                offsets = view.addresses[entries] + offsets
+            else:
+                starts = view.addresses[tables] + starts
+            planes.append(starts)
+            lines.append(offsets)
+        nbytes = np.full(lines[0].shape, self._nest.run, dtype=np.int64)
+        merged = _merge(lines[0], lines[1], nbytes)
+        widest = np.full(planes[0].shape, merged.nbytes.max(initial=0), dtype=np.int64)
+        if widest.size > 1:
+            order = np.argsort(planes[0], kind="stable")
+            planes = [column[order] for column in planes]
+        return Factors(Runs(planes[0], planes[1], widest), merged)
+
+
+def factors(expansions: Sequence[Expansion], unit: int, move: Move) -> list[Factors]:
     """Return for each nest the runs of a copy, before multiplication; raises as `CopyPlan.runs`
     does."""
     src = move.src
@@ -48,26 +97,31 @@ def factors(nests: Sequence[Nest], unit: int, move: Move) -> list[Factors]:
             f"Expected runs of a multiple of the plan's unit {unit}, got {count!r} tokens. Pass "
             f"head and tail to a plan with unit=1."
         )
+    skips = False
     for index, view, side in ((src_index, src, "source"), (dst_index, dst, "destination")):
         index.check_length(count, view.slots, side)
-        index.check(count, view.slots, side)
-    slots = src_index.slots(count, unit), dst_index.slots(count, unit)
-    moved = (slots[0] >= 0) & (slots[1] >= 0)
-    if not moved.all():
-        slots = slots[0][moved], slots[1][moved]
-    return [_factors(nest, unit, (src, dst), slots) for nest in nests]
+        # Ids that are read back from a device were not checked, and may be of any size.
+        skips |= index.check(count, view.slots, side) or not index.on_host
+    numbers = [index.unit_numbers(count, unit, skips) for index in (src_index, dst_index)]
+    if skips:
+        moved = (numbers[0].units >= 0) & (numbers[1].units >= 0)
+        numbers = [each._replace(units=each.units[moved]) for each in numbers]
+    return [each.factors((src, dst), numbers) for each in expansions]
 
 
 def summed(several: Sequence[Factors]) -> Runs:
     """Return the runs of several nests, multiplied out and merged, in the order of the source."""
     columns = [_sum(*one) for one in several]
     if len(columns) == 1:
-        return _merge(*columns[0])
+        in_order = several[0].planes.src.size == 1  # as the lines are, whose neighbours are merged
+        return columns[0] if in_order else _merge(*columns[0])
     return _merge(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
 def _sum(planes: Runs, lines: Runs) -> Runs:
     """Return every line in every plane; in order if one of the two lies inside the other's gaps."""
+    if planes.src.size == 1:
+        return Runs(lines.src + planes.src, lines.dst + planes.dst, lines.nbytes)
     outer = planes
     inner = lines
     if lines.src.size > 1 and np.ptp(planes.src) < np.diff(lines.src).min():
@@ -81,40 +135,9 @@ def _sum(planes: Runs, lines: Runs) -> Runs:
     return Runs(src, dst, nbytes.reshape(-1))
 
 
-def _factors(
-    nest: Nest, unit: int, views: tuple[KVView, KVView], slots: tuple[Int64, Int64]
-) -> Factors:
-    inner, outer, by_line = _split(nest)
-    planes = []
-    lines = []
-    zero = np.zeros(1, dtype=np.int64)
-    for at, (side, view, unit_slots) in enumerate(
-        zip((nest.src, nest.dst), views, slots, strict=True)
-    ):
-        entries, offsets = side.locate(unit_slots // unit)
-        # Only if tokens lie at one stride may a unit begin between multiples.
-        offsets = offsets + unit_slots % unit * (side.units[-1].stride // unit) + side.offset
-        entries = (unit_slots * 0 if entries is None else entries) + side.table
-        entries, offsets = _walk(entries, offsets, inner, at)
-        tables, starts = _walk(zero + side.table, zero, outer, at)
-        if by_line[at]:
-            offsets = view.addresses[entries] + offsets
-        else:
-            starts = view.addresses[tables] + starts
-        planes.append(starts)
-        lines.append(offsets)
-    merged = _merge(lines[0], lines[1], np.full(lines[0].shape, nest.run, dtype=np.int64))
-    order = np.argsort(planes[0], kind="stable")
-    widest = np.full(order.shape, merged.nbytes.max(initial=0), dtype=np.int64)
-    return Factors(Runs(planes[0][order], planes[1][order], widest), merged)
-
-
 def _split(nest: Nest) -> tuple[list[Loop], list[Loop], tuple[bool, bool]]:
-    """Return the loops inside the lines, the loops over planes, and the side to look up per line.
-
-    The third value is true for each side whose address is looked up for each line. A side's address
-    cannot be looked up for both lines and planes, because the two are added.
-    """
+    """Return the loops inside the lines, the loops over planes, and for each side whether its
+    address is looked up for each line."""
     inner: list[Loop] = []
     outer = list(nest.loops)
     src = nest.src.tabled

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from operator import index as whole_number
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,18 @@ class _Store:
         if len(self.checked) >= _MOST:
             self.checked.clear()
         self.checked[key] = skips
+
+
+class UnitNumbers(NamedTuple):
+    """Units of an index on the host.
+
+    Attributes:
+        units: the number (slot // unit) of each unit, int64; negative if its id is.
+        rest: the slots from the first of a unit to where each begins; 0 with ids.
+    """
+
+    units: npt.NDArray[np.int64]
+    rest: int
 
 
 class Index:
@@ -355,6 +367,24 @@ class Index:
         wide = self.ids_on(device).long().clamp(-1, PAST_ANY_VIEW // self.step)
         return wide[at // per_id] * per_id + at % per_id
 
+    def unit_numbers(self, count: int, unit: int, unchecked: bool = False) -> UnitNumbers:
+        """Return the numbers of ``count // unit`` units on the host, as `units` does.
+
+        ``unchecked``: the ids may be negative or past any view.
+        """
+        first = self.offset // unit
+        past = first + count // unit
+        if self.ids is None:
+            return UnitNumbers(np.arange(first, past, dtype=np.int64), self.offset % unit)
+        ids = self.host_ids()
+        if unchecked:  # an invalid id stays invalid when it is multiplied
+            ids = np.clip(ids, -1, PAST_ANY_VIEW // self.step)
+        per_id = self.step // unit
+        if per_id == 1:
+            return UnitNumbers(ids[first:past], 0)
+        at = np.arange(first, past, dtype=np.int64)
+        return UnitNumbers(ids[at // per_id] * per_id + at % per_id, 0)
+
     def slots(self, count: int, every: int = 1) -> npt.NDArray[np.int64]:
         """Return the slots of ``count`` positions, or of each ``every``-th, on the host; negative
         if skipped."""
@@ -394,6 +424,8 @@ class Index:
             return False
         key = (self.offset, count, slots, distinct)
         known = self._store.checked.get(key)
+        if known is None and not distinct:  # what is distinct was checked for the rest, too
+            known = self._store.checked.get((self.offset, count, slots, True))
         if known is not None:
             return known
         used = self.host_ids()[self.offset // self.step : -(-(self.offset + count) // self.step)]

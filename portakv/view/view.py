@@ -265,9 +265,15 @@ class KVView:
         if self._raw is not None:
             begins = self.addresses
             return np.concatenate([begins, begins + self._raw.nbytes])
+        memory = self._memory
+        known: tuple[object, npt.NDArray[np.int64]] | None = self.derived.get("edges")
+        if memory and known is not None and known[0] is memory:  # the same as at the last check
+            return known[1]
         storages = [owner.untyped_storage() for owner in self.owners]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        return np.array([*sizes, *map(sum, sizes.items())], dtype=np.int64)
+        edges = np.array([*sizes, *map(sum, sizes.items())], dtype=np.int64)
+        self.derived["edges"] = memory, edges
+        return edges
 
     @property
     def spans(self) -> Spans:

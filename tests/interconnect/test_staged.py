@@ -50,7 +50,7 @@ from portakv.interconnect.slices import Slice
 from portakv.interconnect.staged import Staged
 from portakv.interconnect.staging import dense_rows
 from portakv.interconnect.strategy import Strategy
-from portakv.plan.runs import Runs
+from portakv.plan.runs import Factors
 from portakv.registry.registry import Choice
 from portakv.runtime.transfer import copies_holding_memory
 
@@ -496,13 +496,13 @@ def test_an_id_past_the_end_moves_nothing(accelerator: torch.device, on_host: bo
 def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     transfer = Transfers(BatchedMemcpy(DEVICE), True)
     expansions = list[int]()
-    real = CopyPlan.runs
+    real = CopyPlan.factors
 
-    def runs(self: CopyPlan, *args: object) -> Runs:
+    def factors(self: CopyPlan, *args: object) -> list[Factors]:
         expansions.append(1)
         return real(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(CopyPlan, "runs", runs)
+    monkeypatch.setattr(CopyPlan, "factors", factors)
     ids = torch.randperm(150)[:TOKENS]
     index = Index(ids)
     for again, expected in ((index, 1), (index, 1), (index.shifted(3), 2), (index.shifted(3), 2)):
