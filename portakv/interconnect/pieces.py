@@ -182,7 +182,7 @@ def to_2d_copies(
 
     The runs come in the order of the source, with neighbours merged. No piece reaches from one
     allocation of the views into another, nor across a boundary between two registrations, which
-    drivers reject. Runs of ``below`` bytes or more become rows only if many lie together, and those of
+    drivers reject. Runs of ``below`` bytes or more become rows only if many lie together, those of
     `APART` bytes never.
     """
     return _least(*_apart(runs, [view for view in (src, dst) if view is not None]), below)
