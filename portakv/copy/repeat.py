@@ -2,8 +2,9 @@
 """Repeat a copy that was made before, with other ids, addresses and counts.
 
 `settle` makes every decision about a copy. The next copy between memory of the same kind has the
-same decisions, so a repeat checks only what ids, an address or a count can change. What does not
-fit goes through `settle` again, which also words the error.
+same decisions, so a repeat checks only what ids, an address or a count can change; a launch that
+picks a strategy for each copy picks again. What does not fit goes through `settle` again, which
+also words the error.
 
 Two callers repeat copies: `submit`, between two views that are used again, and a connector, between
 its registered caches and chunks of one shape, for which it makes no view (`ChunkRepeats`).
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ _current_device = torch.accelerator.current_device_index
 _REPEATS = "repeats"  # the key of a view's repeats: kept with the source, and released with it
 _TOKEN = "repeats: token"  # of what stands for a view without keeping its memory
 _KEPT = 64
+_PICKED = "picked for each copy"
 _NO_IDS = np.empty(0, np.int64)
 #: What executes a copy of so many tokens between two forms: strategies may differ by their number.
 _executors: Bounded[tuple[Any, ...], str] = Bounded("executors of repeats", 4096)
@@ -67,9 +69,10 @@ class Repeat(NamedTuple):
         ids_device: where the launch reads ids.
         unit: the tokens that the launch moves as one.
         reads_pinned_ids: the launch reads ids in pinned memory as fast as on the device.
-        tabled, unowned: for each side, whether its table of addresses is read, and whether no
-            allocator knows that the launch uses its memory.
-        carried: what executes it, and why.
+        tabled: for each side, whether its table of addresses is read.
+        skips: the launch leaves out positions of negative ids.
+        unowned: for each side, whether nothing knows that the launch uses its memory.
+        carried: what executes it, and why. None: the launch picks that for each copy.
         process: the process that prepared it.
     """
 
@@ -80,9 +83,10 @@ class Repeat(NamedTuple):
     unit: int
     reads_pinned_ids: bool
     tabled: tuple[bool, bool]
+    skips: bool
     unowned: tuple[bool, bool]
     events: EventPool
-    carried: tuple[str, str]
+    carried: tuple[str, str] | None
     process: Process
 
     def fits(self, move: Move) -> bool:
@@ -115,7 +119,8 @@ class Repeat(NamedTuple):
                 host = *host, *view.retained
         event = self.events.recorded(stream)
         retained = src, dst, move.src_index, move.dst_index
-        return end_of(event, self.events, word, retained, self.carried, host=host)
+        carried = self.carried or cast(Any, self.launch).carried
+        return end_of(event, self.events, word, retained, carried, host=host)
 
     def _place(self, move: Move) -> tuple[Move, tuple[torch.Tensor, ...]]:
         """Return the copy with its ids where the launch reads them, and host memory with ids, which
@@ -189,9 +194,9 @@ def repeated(move: Move, choice: Choice, context: Context) -> Transfer | None:
         return None
     src.check_memory()
     dst.check_memory()
-    src_index.check(count, src.slots, "source")
-    dst_index.check(count, dst.slots, "destination", distinct=True)
-    return repeat.issue(move, context)
+    skips = src_index.check(count, src.slots, "source")
+    skips |= dst_index.check(count, dst.slots, "destination", distinct=True)
+    return None if skips and not repeat.skips else repeat.issue(move, context)
 
 
 def remember(
@@ -212,15 +217,17 @@ def remember(
     src = move.src
     dst = move.dst
     token = dst.derived.setdefault(_TOKEN, object())
-    name = made.carried[0]
+    ready = settled.pieces[0][0]
+    picks = _picks(launch)
+    name = _PICKED if picks else made.carried[0]
     repeats = src.derived.setdefault(_REPEATS, Bounded(_REPEATS, _KEPT))
     key = token, kind, choice, name
     if key not in repeats:
         repeats[key] = None
         return
     if repeats[key] is None:
-        ready = settled.pieces[0][0]
-        can = ready.claims(move)
+        can = ready.can if picks else ready.claims(move)
+        unowned = launch is not ready.launch
         repeats[key] = Repeat(
             launch,
             _packed(move, ready, can, kind),
@@ -229,9 +236,10 @@ def remember(
             ready.plan.unit,
             getattr(launch, "reads_pinned_ids", False),
             (src.table_on(device) is not None, dst.table_on(device) is not None),
-            (src.form.place != "device", dst.form.place != "device"),
+            can.guards and can.skips_negative,
+            (unowned and src.form.place != "device", unowned and dst.form.place != "device"),
             event_pool(device),
-            made.carried,
+            None if picks else made.carried,
             this_process(),
         )
     _executors[src.form, dst.form, kind, choice, move.count] = name
@@ -248,9 +256,16 @@ def _launch_of(move: Move, settled: Settled, kind: tuple[_Part, _Part]) -> Launc
     ready = settled.pieces[0][0]
     if ready is not settled.whole:
         return None
+    launch = ready.repeatable(move)
+    if all(part is None or part[2] or part[0] == "host" for part in kind):
+        return launch  # what is wrong with ids on the host is seen before they are used
     can = ready.claims(move)
-    clean = all(part is None or part[2] for part in kind)
-    return ready.repeatable() if clean or (can.guards and can.skips_negative) else None
+    return launch if can.guards and can.skips_negative and not _picks(launch) else None
+
+
+def _picks(launch: Launch | None) -> bool:
+    """Return whether a launch picks a strategy for each copy."""
+    return getattr(launch, "carried", None) is not None
 
 
 def _packed(

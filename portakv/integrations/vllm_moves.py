@@ -186,9 +186,14 @@ def _ids_of_groups(
             f"{blocks_per_chunk}, got {blocks} blocks, {chunks} chunks and groups of {sizes} "
             f"blocks with first blocks {firsts}. Pass as many."
         )
-    blocks_by_group = np.split(device.block_ids, np.cumsum(sizes)[:-1])
-    chunks_by_group = np.split(host.block_ids, np.cumsum(used)[:-1])
-    return [_Group(*ids) for ids in zip(blocks_by_group, chunks_by_group, skips, strict=True)]
+    ids_of = []
+    block = chunk = 0
+    for skip, count, chunks_used in zip(skips, sizes, used, strict=True):
+        blocks_of = device.block_ids[block : block + count]
+        ids_of.append(_Group(blocks_of, host.block_ids[chunk : chunk + chunks_used], skip))
+        block += count
+        chunk += chunks_used
+    return ids_of
 
 
 def _check_shared(together: Iterable[Sequence[int]], ids_of: Sequence[_Group], store: bool) -> None:

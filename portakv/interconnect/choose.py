@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -164,12 +164,26 @@ class HostLaunch(StrategyLaunch):
         if quick:
             # More runs cost every other strategy more, and the kernel as much as before.
             picked = self._pick_by(1, 1, count, out, waits)
-            if picked.strategy == "zero_copy":
+            if picked.strategy == "zero_copy" or self._any_groups(picked, count, out, waits):
                 return picked._replace(any_ids=True)
         groups = self._whole.groups(move.src_index, move.dst_index, count)
         host_groups = self._of_host.groups(host_index, host_index, count)
         picked = self._pick_by(groups, host_groups, count, out, waits)
         return picked._replace(any_ids=True) if waits else picked
+
+    def _any_groups(
+        self, picked: Pick, count: int, out: Mapping[str, str], waits: frozenset[str]
+    ) -> bool:
+        """Return whether any groups have the strategy of the fewest.
+
+        The most groups on one side or on both are the dearest for one strategy or for both.
+        """
+        most = max(1, count // self.plan.unit)
+        corners = ((most, 1), (1, most), (most, most))
+        return all(
+            self._pick_by(*groups, count, out, waits).strategy == picked.strategy
+            for groups in corners
+        )
 
     def _pick_by(
         self,
@@ -212,12 +226,15 @@ class HostLaunch(StrategyLaunch):
             if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
         )
 
-    def repeatable(self) -> Launch | None:
-        """Return the launch of this thread's last transfer, if any ids give it; see `Prepared`."""
-        if not self._last.any_ids:
-            return None
-        repeatable = getattr(self._launches.get(self._last.carried[0]), "repeatable", None)
-        return None if repeatable is None else repeatable()
+    def repeatable(self, move: Move) -> Launch | None:
+        """Return what executes copies like this thread's last one; see `Prepared.repeatable`."""
+        if self._last.any_ids:
+            launch = self._launches.get(self._last.carried[0])
+            repeatable: Callable[[Move], Launch] | None = getattr(launch, "repeatable", None)
+            if repeatable is not None:
+                return repeatable(move)
+        # The strategy is picked again for other ids, which must be known for that.
+        return self if move.src_index.on_host and move.dst_index.on_host else None
 
     def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
         """Return what this thread's last strategy returns; see `base.Repeatable`."""

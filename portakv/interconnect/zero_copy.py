@@ -255,7 +255,7 @@ class _ZeroCopyLaunch(StrategyLaunch):
         """Return the packed launch as `base.Repeatable`; its caller retains host memory."""
         return self._rows.again(src, dst, src_index, dst_index)
 
-    def repeatable(self) -> Launch:
+    def repeatable(self, move: Move) -> Launch:
         """Return the launch of the kernel alone; see `Prepared`."""
         return self._rows
 

@@ -73,14 +73,15 @@ class Prepared:
             bring((index,), self.ids_device, self.can.index_dtypes)
         return index.placed(self.ids_device, self.can.index_dtypes)
 
-    def repeatable(self) -> Launch | None:
-        """Return the launch that executes copies like this thread's last one, with any ids. None:
-        the ids decide which launch that is.
+    def repeatable(self, move: Move) -> Launch | None:
+        """Return the launch that executes copies like ``move``, this thread's last one, with other
+        ids. None: there is none.
 
-        The caller retains memory that no allocator knows to be used.
+        If it is not `launch` itself, the caller retains memory that no allocator knows to be used.
         """
-        repeatable: Callable[[], Launch | None] | None = getattr(self.launch, "repeatable", None)
-        return self.launch if repeatable is None else repeatable()
+        repeatable: Callable[[Move], Launch | None] | None
+        repeatable = getattr(self.launch, "repeatable", None)
+        return self.launch if repeatable is None else repeatable(move)
 
     def place_both(self, move: Move) -> Move:
         """Return a copy with the ids of both sides placed as `place` places them."""

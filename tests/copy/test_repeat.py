@@ -20,6 +20,7 @@ from torch.cuda import _sleep
 from portakv import Index, KVView, LayoutError, SlotError, copy_blocks, copy_rows
 from portakv.backends.base import Capabilities, Launch, MoveLaunch, Pending
 from portakv.backends.reference import Reference
+from portakv.copy import submit as submitting
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import caches
@@ -349,7 +350,7 @@ class _First(_Lasting):
     def enqueue(self, move: Move, stream: torch.Stream | None, status: Any) -> Pending | None:
         return self._launch(*move, stream, status)
 
-    def repeatable(self) -> Launch:
+    def repeatable(self, move: Move) -> Launch:
         return _Lasting(self._launch)
 
 
@@ -406,6 +407,59 @@ def test_ids_of_the_host_are_checked_in_each_copy(guarding: None) -> None:
     assert _Lasting.calls == 2
     copy_blocks(src, dst, [1, 2], [3, 4], count=5, backend="guarding").synchronize()
     assert _Lasting.calls == 2  # the last block is moved in part
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("backend", [None, "batched_memcpy"])
+@pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
+def test_a_strategy_is_picked_again_for_other_ids_of_the_host(
+    store: bool, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the third copy of so many blocks on, nothing is settled but the strategy."""
+    device = torch.zeros(SHAPE, dtype=torch.int32, device=simulated.DEVICE)
+    host = pinned.empty(SHAPE, torch.int32)
+    source, target = (device, host) if store else (host, device)
+    src = KVView(source, PAGED)
+    dst = KVView(target, PAGED)
+    settled: list[int] = []
+    real = submitting.settle
+
+    def settle(move: Move, *args: Any, **terms: Any) -> Any:
+        settled.append(move.count)
+        return real(move, *args, **terms)
+
+    monkeypatch.setattr(submitting, "settle", settle)
+    for read, written, again in [
+        ([9, 2], [0, 5], True),
+        ([5, 2], [7, 0], True),
+        ([1, 2], [7, 8], False),
+        ([9, 4], [8, 9], False),
+        ([4], [8], True),
+        ([6], [1], False),
+        ([6, -1], [1, 4], True),
+        ([-3, 1], [1, 4], True),
+        ([7, 3], [1, 23], False),
+    ]:
+        rows = torch.randint(1, 1 << 30, SHAPE, dtype=torch.int32)
+        source.copy_(rows)
+        target.fill_(-1)
+        settled.clear()
+        transfer = copy_blocks(src, dst, read, written, backend=backend)
+        transfer.synchronize()
+        assert bool(settled) == again
+        assert transfer.carried[0] == (backend or "staged")
+        expected = torch.full(SHAPE, -1, dtype=torch.int32)
+        for a, b in zip(read, written, strict=True):
+            if a >= 0:
+                expected[:, b] = rows[:, a]
+        assert torch.equal(target.cpu(), expected)
+    for bad in ([1, 24], [24, 1]):
+        with pytest.raises(SlotError, match="the view has"):
+            copy_blocks(src, dst, bad, [1, 2], backend=backend)
+        with pytest.raises(SlotError, match="the view has"):
+            copy_blocks(src, dst, [1, 2], bad, backend=backend)
+    with pytest.raises(SlotError, match="occurs 2 times"):
+        copy_blocks(src, dst, [1, 2], [3, 3], backend=backend)
 
 
 @pytest.mark.simdev

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.foreign_cases import blind
 from support.host_choice_cases import (
+    BLOCKS,
     CPU,
     H200,
     ROWS,
@@ -454,17 +455,27 @@ def test_threads_prepare_a_strategy_once() -> None:
 def test_a_quick_pick_is_the_pick(data: st.DataObject) -> None:
     """Without a count of the runs, by any terms and costs, for scattered and neighbouring ids."""
     blocks = data.draw(st.integers(1, 30))
-    overlap = data.draw(st.sampled_from(["compute", "idle"]))
-    launch, move = ready(30, view("device"), view("pinned"), overlap=overlap)
-    scattered = apart(blocks)
-    near = Index(range(blocks), SIZE)
-    sides = [data.draw(st.sampled_from([scattered, near])) for _ in range(2)]
+    terms = {
+        "overlap": data.draw(st.sampled_from(["compute", "idle"])),
+        "detached": data.draw(st.booleans()),
+    }
+    src, dst = (data.draw(st.sampled_from([view, planes]))(x) for x in ("device", "pinned"))
+    launch, _ = ready(30, src, dst, **terms)
+
+    def ids() -> Index:
+        drawn = data.draw(st.permutations(range(BLOCKS)))[:blocks]
+        return Index(data.draw(st.sampled_from([drawn, sorted(drawn), [*range(blocks)]])), SIZE)
+
     costs = data.draw(st.sampled_from([H200, UNMEASURED]))
+    sure = ""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chosen, "costs_of", lambda device: costs)
-        copy = moved(move.src, move.dst, *sides)
-        quick = launch.pick(copy, quick=True)
-        assert quick.strategy == launch.pick(copy).strategy
+        for copy in (moved(src, dst, ids(), ids()) for _ in range(3)):
+            quick = launch.pick(copy, quick=True)
+            actual = launch.pick(copy).strategy
+            assert quick.strategy == actual
+            sure = sure or (actual if quick.any_ids else "")
+            assert sure in ("", actual)  # any other ids have this pick, too
 
 
 def test_a_copy_for_the_kernel_counts_no_runs() -> None:
