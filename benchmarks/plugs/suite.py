@@ -49,12 +49,26 @@ class IntegrationPreset:
     blocks: int  # of one of vLLM's jobs
     pages: tuple[int, ...]  # of a block in one layer, in vLLM
     pool: int  # payload of SGLang's transfers of all layers
+    jobs: tuple[tuple[int, int, int], ...]  # of vLLM in a step: layers, page, blocks
     formats: tuple[int, ...] = ()  # of LMCache; none: all
 
 
+_JOBS = tuple(
+    (layers, page, blocks)
+    for layers, page in ((32, 64 * KB), (1, 2 << 20), (32, 8 * KB))
+    for blocks in (6, 256)
+)
 INTEGRATION_PRESETS: Mapping[str, IntegrationPreset] = {
-    "full": IntegrationPreset(32, (32 * MB, 1 * MB), 1000, (64 * KB, 8 * KB), 256 * MB),
-    "tiny": IntegrationPreset(2, (128 * KB,), 8, (512,), 512 * KB, (0, 1, 4, 6, 8, 12, 16, 17)),
+    "full": IntegrationPreset(32, (32 * MB, 1 * MB), 1000, (64 * KB, 8 * KB), 256 * MB, _JOBS),
+    "tiny": IntegrationPreset(
+        2,
+        (128 * KB,),
+        8,
+        (512,),
+        512 * KB,
+        ((2, 512, 4), (1, 2048, 2)),
+        (0, 1, 4, 6, 8, 12, 16, 17),
+    ),
 }
 
 
@@ -213,6 +227,7 @@ class Case(NamedTuple):
     methods: list[Variant]
     on_host: bool = True  # one side is host memory
     streams: bool = False  # methods use separate streams: the host's clock times them
+    busy: bool = False  # each call follows one of its kind, as in a serving engine
 
 
 def labels(name: str, op: str, engine: str) -> Row:
@@ -273,6 +288,8 @@ def _measure(bench: IntegrationBench, part: str, planned: PlannedCase) -> Rows:
         return []
     ceiling = memcpy(bench, case.payload, case.op, case.on_host)
     timer = bench.host_timer if case.streams else bench.timer
+    if case.busy:
+        timer = bench.busy_timer
     measurements = bench.measure(ceiling, methods, case.payload, timer)
     fields = {
         "kind": "plug_copy",

@@ -2,9 +2,10 @@
 """vLLM's offloading worker with its own code and with PortaKV's, and `swap_blocks_batch` below it;
 then its ops of a step.
 
-A job is submitted as the connector does it, after the ended jobs were collected; `both`
-is one of each direction together, of half the blocks each. What a worker keeps in host memory is
-judged through it: blocks that were stored are loaded into others.
+A job is submitted as the connector does it, after the ended jobs were collected; `both` is one of
+each direction together, of half the blocks each. Jobs of a step (`job`) follow each other, and the
+step waits for their host time. What a worker keeps in host memory is judged through it: blocks that
+were stored are loaded into others.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ _OP = "swap_blocks_batch"
 _REST = 8
 _PART = 4
 _BOTH = "both"
+#: The names of a worker's jobs: many blocks of a request, and those of one step.
+_WORKER = "worker"
+_JOB = "job"
 
 
 def vllm_steps(bench: IntegrationBench) -> Iterator[Step]:
@@ -63,7 +67,7 @@ def vllm_steps(bench: IntegrationBench) -> Iterator[Step]:
 
 def _planned_cases(bench: IntegrationBench, own: bool) -> Iterator[PlannedCase]:
     sizes = bench.sizes
-    methods = [*product(("worker", _OP), DIRECTIONS), ("worker", _BOTH)]
+    methods = [*product((_WORKER, _OP), DIRECTIONS), (_WORKER, _BOTH)]
     pair = lru_cache(maxsize=2)(partial(_workers, bench, own))  # each pins once for all its cases
     of_job = (partial(_job, pair), sizes.blocks)
     of_op = (partial(_batch, own), _of_op(bench))
@@ -73,6 +77,11 @@ def _planned_cases(bench: IntegrationBench, own: bool) -> Iterator[PlannedCase]:
         alongside = kernel != _OP and page == sizes.pages[0] and op != _BOTH
         fields = {"shape": name, "kernel": kernel, "row_bytes": page}
         yield PlannedCase(f"{name}, {op}", partial(made, bench, fields, page, op), alongside)
+    for (layers, page, blocks), op in product(sizes.jobs, DIRECTIONS):
+        name = f"job, {blocks} blocks, {layers} x pages of {in_words(page)}"
+        fields = {"shape": name, "kernel": _JOB, "row_bytes": page, "blocks": blocks}
+        make = partial(_job_of_step, pair, fields, layers, op)
+        yield PlannedCase(f"{name}, {op}", make)
     yield from step_ops(bench, import_module("vllm._custom_ops") if own else None)
 
 
@@ -83,7 +92,9 @@ class Worker:
     """One of vLLM's workers and its jobs: blocks that are stored, and others that they are loaded
     into. Caches are int8 ``[blocks, page]`` for each layer."""
 
-    def __init__(self, bench: IntegrationBench, worker: Any, layers: list[torch.Tensor]) -> None:
+    def __init__(
+        self, bench: IntegrationBench, worker: Any, layers: list[torch.Tensor], count: int
+    ) -> None:
         base = import_module("vllm.v1.kv_offload.base")
         common = import_module("vllm.v1.kv_offload.cpu.common")
         self._bench = bench
@@ -91,7 +102,6 @@ class Worker:
         self._layers = layers
         self._jobs = 0
         self._flying = set[int]()
-        count = bench.sizes.blocks
         drawn = torch.Generator().manual_seed(1)
         order = torch.randperm(len(layers[0]), generator=drawn).split([count, count, _REST])
         self._ids = [each.to(bench.device) for each in order]  # stored, loaded, the rest
@@ -206,31 +216,42 @@ class Job:
         return self._worker.done(self._number)
 
 
-Pair = Callable[[int], dict[str, Worker]]
+#: Both workers by layers, page and blocks of a job.
+Pair = Callable[[int, int, int], dict[str, Worker]]
 
 
-def _workers(bench: IntegrationBench, own: bool, page: int) -> dict[str, Worker]:
+def _workers(
+    bench: IntegrationBench, own: bool, layers_of: int, page: int, count: int
+) -> dict[str, Worker]:
     """Return both workers over the same caches, each with separate host memory."""
     base = import_module("vllm.v1.kv_offload.base")
-    sizes = bench.sizes
-    blocks = 2 * sizes.blocks + _REST
-    memory = [bench.memory(blocks * page, False, 1 + n) for n in range(sizes.layers)]
+    blocks = 2 * count + _REST
+    memory = [bench.memory(blocks * page, False, 1 + n) for n in range(layers_of)]
     layers = [each.view(torch.int8).view(blocks, page) for each in memory]
     tensors = [base.CanonicalKVCacheTensor(each, page) for each in layers]
     refs = [base.CanonicalKVCacheRef(at, page) for at in range(len(tensors))]
-    arguments = base.CanonicalKVCaches(tensors, [refs]), 1, sizes.blocks
+    arguments = base.CanonicalKVCaches(tensors, [refs]), 1, count
     made: dict[str, Worker] = {}
     if own:
         worker_class = import_module("vllm.v1.kv_offload.cpu.gpu_worker").CPUOffloadingWorker
-        made[OWN] = Worker(bench, worker_class(*arguments), layers)
+        made[OWN] = Worker(bench, worker_class(*arguments), layers, count)
     ours = import_module("portakv.integrations.vllm").PortaKVOffloadingWorker
-    made[OURS] = Worker(bench, ours(*arguments), layers)
+    made[OURS] = Worker(bench, ours(*arguments), layers, count)
     return made
 
 
 def _job(pair: Pair, bench: IntegrationBench, fields: Row, page: int, op: str) -> Case:
-    methods = [worker.variant(name, op) for name, worker in pair(page).items()]
-    return Case(fields, op, bench.sizes.blocks * page * bench.sizes.layers, methods, streams=True)
+    sizes = bench.sizes
+    workers = pair(sizes.layers, page, sizes.blocks)
+    methods = [worker.variant(name, op) for name, worker in workers.items()]
+    return Case(fields, op, sizes.blocks * page * sizes.layers, methods, streams=True)
+
+
+def _job_of_step(pair: Pair, fields: Row, layers: int, op: str) -> Case:
+    page = fields["row_bytes"]
+    blocks = fields["blocks"]
+    methods = [x.variant(name, op) for name, x in pair(layers, page, blocks).items()]
+    return Case(fields, op, blocks * page * layers, methods, streams=True, busy=True)
 
 
 def _of_op(bench: IntegrationBench) -> int:
