@@ -126,4 +126,5 @@ def follow_current(stream: torch.Stream | None, moves: Sequence[Move]) -> None:
     tables = [table for view in (src, dst) if (table := view.table_on(stream.device)) is not None]
     indices = [index for move in moves for index in (move.src_index, move.dst_index)]
     ids = [index.ids for index in indices if index.ids is not None]
-    streams.follow_current(stream, *src.retained, *dst.retained, *ids, *tables)
+    views = (*src.used_on(stream), *dst.used_on(stream))
+    streams.follow_current(stream, *views, *ids, *tables)

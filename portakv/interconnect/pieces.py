@@ -452,14 +452,7 @@ def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]
 
     around = prod(loop.extent for loop in loops)
     runs = pieces = lines * around
-    if not below:
-        return runs, runs
-
-    # Wide rows cross faster as entries of a batch, so that only many of them fold.
-    widest = max(width, nest.run * units // lines)
-    if below <= APART <= widest:
-        return runs, runs
-    least = LEAST_HEIGHT if widest < below else TALL
+    least = _least_height(max(width, nest.run * units // lines), below)
 
     # Rows that may become one 2-D copy: their number, their pitches, and the resulting pieces.
     rows = [(x.extent, x.src_stride, x.dst_stride, runs // x.extent) for x in loops if not x.tabled]
@@ -469,6 +462,14 @@ def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]
         if height >= least and width <= min(pitches) and max(pitches) <= MAX_PITCH:
             pieces = min(pieces, folded)
     return runs, pieces
+
+
+def _least_height(width: int, below: int) -> int:
+    """Return how many rows of this width become one 2-D copy."""
+    if not below or below <= APART <= width:
+        return ALL
+    # Wide rows cross faster as entries of a batch, so that only many of them fold.
+    return LEAST_HEIGHT if width < below else TALL
 
 
 def _absorb(loops: list[Loop], width: int) -> tuple[int, list[Loop]]:

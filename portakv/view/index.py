@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import SlotError, Unsupported
-from portakv.view.ids import ID_DTYPES, PAST_ANY_VIEW, as_ids, has_repeats
+from portakv.view.ids import ID_DTYPES, PAST_ANY_VIEW, as_ids, has_repeats, out_of_range
 from portakv.view.ids import IdList as IdList
 from portakv.view.requests import request_slots
 
@@ -431,8 +431,7 @@ class Index:
         used = self.host_ids()[self.offset // self.step : -(-(self.offset + count) // self.step)]
         skips = False
         if used.size:
-            # A negative id read as unsigned is huge, so one pass shows if all are in range.
-            odd = (int(np.maximum.reduce(used.view(np.uint64))) + 1) * self.step > slots
+            odd = out_of_range(used, slots // self.step - 1)
             skips = odd and bool(used.min() < 0)
             twice = distinct and used.size > 1 and has_repeats(used[used >= 0] if skips else used)
             if odd or twice:

@@ -308,6 +308,23 @@ class KVView:
             return self.owners
         return (self._table,) if self._table is not None else ()
 
+    def used_on(self, stream: torch.Stream) -> tuple[torch.Tensor, ...]:
+        """Return the tensors whose allocator does not know yet that a stream uses them.
+
+        An allocator remembers a stream until the memory is freed, so each is named once.
+        """
+        memory = self._memory
+        if not memory:  # of raw memory, or of views that are made for one call
+            return self.retained
+        known: tuple[object, set[tuple[int, int]]] | None = self.derived.get("streams")
+        if known is None or known[0] is not memory:  # other memory than at the last check
+            known = self.derived["streams"] = memory, set()
+        named = stream.device.index, stream.stream_id
+        if named in known[1]:
+            return ()
+        known[1].add(named)
+        return self.retained
+
     @property
     def layers(self) -> int:
         """Return the number of layers."""

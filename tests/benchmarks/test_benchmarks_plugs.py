@@ -334,7 +334,7 @@ def test_blocks_are_poisoned_before_vllms_load_begins(monkeypatch: pytest.Monkey
         submit_load=lambda *job: done.append("load"),
     )
     layers: Any = [Layer(range(2 * TINY.blocks + 8))]
-    method = vllm.Worker(bench_, handlers, layers).variant(OWN, "h2d")
+    method = vllm.Worker(bench_, handlers, layers, bench_.sizes.blocks).variant(OWN, "h2d")
     method.poison(0)
     method.call(0)
     assert done == ["store", "synchronize", "poison", "synchronize", "load"]

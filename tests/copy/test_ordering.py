@@ -182,6 +182,37 @@ def test_without_recording_a_freed_source_is_wrong(monkeypatch: pytest.MonkeyPat
     simdev.take_faults()
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_view_that_is_freed_after_its_last_copy_on_a_stream(rig: Rig, times: int) -> None:
+    """The allocator learns of a stream once, and remembers it until the memory is freed."""
+    device = rig.device
+    nbytes = 1 << 20
+    source = torch.full((nbytes, 1), 7, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    src = KVView(source, "token dim")
+    dst = KVView(target, "token dim")
+    stream = torch.Stream(device)
+    for nth in range(times):
+        target.zero_()
+        if nth == times - 1:
+            delay(stream)
+        copy_rows(src, dst, stream=stream)
+    del source, src
+    junk = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(16)]
+    settle(device)
+    assert bool((target == 7).all())
+    del junk
+
+
+@pytest.mark.simdev
+def test_without_recording_a_view_that_is_freed_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVView, "used_on", lambda view, stream: ())
+    with pytest.raises(RuntimeError, match="freed"):
+        test_a_view_that_is_freed_after_its_last_copy_on_a_stream(Rig(simdev_cases.DEVICE), 3)
+    settle(simdev_cases.DEVICE)
+    simdev.take_faults()
+
+
 # Threads and devices
 
 
