@@ -61,36 +61,26 @@ class _BatchedMemcpyLaunch(StrategyLaunch):
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         src = move.src
         dst = move.dst
-        src_index = move.src_index
-        dst_index = move.dst_index
-        count = move.count
-        key = (
-            src.origins,
-            dst.origins,
-            src.slots,
-            dst.slots,
-            count,
-            pinned.boundaries(),
-            src_index.ids_token,
-            src_index.offset,
-            dst_index.ids_token,
-            dst_index.offset,
-        )
-        pieces = self.cached.get(key)
-        if pieces is None:
-            # Every id is checked on the host before anything is moved.
-            move_on_host = move._replace(
-                src_index=src_index.to_host(), dst_index=dst_index.to_host()
-            )
-            pieces = pieces_of(self._plan, move_on_host, self._link.fold_below)
-            if not (src_index.temporary or dst_index.temporary):
-                self._cache(key, pieces)
+        pieces = self._pieces(move)
         try:
             self._link.copy(pieces, src, dst, stream)
         finally:
             # No allocator knows of these copies, so the host's memory is retained until they end.
             host = dst if self.downward else src
             streams.completion(self.device, stream, *host.retained)
+
+    def _pieces(self, move: Move) -> Pieces:
+        """Return the pieces of a copy, cached with ids that may be met again."""
+        key = None if move.src_index.temporary or move.dst_index.temporary else _key(move)
+        pieces = None if key is None else self.cached.get(key)
+        if pieces is None:
+            # Every id is checked on the host before anything is moved.
+            src_index = move.src_index.to_host()
+            on_host = move._replace(src_index=src_index, dst_index=move.dst_index.to_host())
+            pieces = pieces_of(self._plan, on_host, self._link.fold_below)
+            if key is not None:
+                self._cache(key, pieces)
+        return pieces
 
     def _cache(self, key: Hashable, pieces: Pieces) -> None:
         with self._lock:
@@ -100,3 +90,20 @@ class _BatchedMemcpyLaunch(StrategyLaunch):
             self.number += pieces.number + 1
             while self.number > MOST_CACHED:
                 self.number -= self.cached.popitem(last=False)[1].number + 1
+
+
+def _key(move: Move) -> Hashable:
+    """Return what the pieces of a copy depend on."""
+    src, dst, src_index, dst_index, count = move
+    return (
+        src.origins,
+        dst.origins,
+        src.slots,
+        dst.slots,
+        count,
+        pinned.boundaries(),
+        src_index.ids_token,
+        src_index.offset,
+        dst_index.ids_token,
+        dst_index.offset,
+    )
