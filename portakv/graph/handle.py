@@ -25,42 +25,76 @@ class Handle(Transfer):
     `TransferCancelled` if it was cancelled.
 
     Args:
-        barrier: its task; the name "save" marks a transfer that writes blocks.
+        barrier: its task; the name "save" marks a transfer that writes blocks. None: no worker
+            moves a block (see `of_issued`).
         layers: the barrier of each layer, which becomes a handle in the attribute.
         retained: an object to retain until the end.
         excused: blocks that need not land, bool ``[blocks]``.
         why: takes the blocks that landed, and returns why the others did not, or an empty text.
     """
 
-    __slots__ = ("_barriers", "_excused", "_graph", "_skip", "_why", "cancelled", "layers")
+    __slots__ = (
+        "_barriers",
+        "_blocks",
+        "_excused",
+        "_graph",
+        "_issued",
+        "_skip",
+        "_why",
+        "cancelled",
+        "layers",
+    )
 
     def __init__(
         self,
         graph: Graph,
-        barrier: Task,
+        barrier: Task | None,
         layers: Sequence[Task] = (),
         missing: Missing = "raise",
         retained: object = None,
         excused: Mask | bool = False,
         why: Callable[[Mask], str] | None = None,
     ) -> None:
-        super().__init__((Completion(pendings=(cast(Pending, barrier),), retained=retained),))
+        barriers = () if barrier is None else (barrier,)
+        super().__init__(
+            [Completion(pendings=(cast(Pending, x),), retained=retained) for x in barriers]
+        )
         self.layers = [Handle(graph, layer, missing=missing, why=why) for layer in layers]
         self._graph = graph
-        self._barriers = (*layers, barrier)
+        self._barriers = (*layers, *barriers)
         self._skip = missing == "skip"
         self._excused = excused
         self._why = why
+        self._issued: tuple[Completion, ...] = ()
+        self._blocks = 0  # of a transfer without barriers
         self.cancelled = False
+
+    @classmethod
+    def of_issued(cls, graph: Graph, blocks: int, transfer: Transfer) -> Handle:
+        """Return the handle of a transfer that was issued, and that moves all blocks."""
+        handle = cls(graph, None)
+        handle._blocks = blocks
+        handle.add_issued(transfer)
+        return handle
+
+    def add_issued(self, transfer: Transfer) -> None:
+        """Add a transfer that was issued, and that moves some of the blocks: the handle ends after
+        it, too."""
+        self._issued = (*transfer.completions,)
+        self.completions = (*self._issued, *self.completions)
+        self._retained = transfer
 
     @property
     def landed(self) -> Mask:
         """Return the blocks that landed, bool ``[blocks]``; none before the end."""
-        return np.array(self._barriers[-1].landed, np.bool_)
+        ended = all(each.ended() for each in self._issued)
+        if not self._barriers:
+            return np.full(self._blocks, ended)
+        return np.array(self._barriers[-1].landed, np.bool_) & ended
 
     def cancel(self) -> bool:
         """Start no further block; return True if some blocks will not be moved."""
-        left = self._graph.run(self._cancel)
+        left = bool(self._barriers) and self._graph.run(self._cancel)
         self.cancelled = self.cancelled or left
         return left
 
@@ -70,17 +104,20 @@ class Handle(Transfer):
         return any(left)
 
     def wait(self, stream: torch.Stream | None = None) -> None:
-        """Block the host, because no stream has work at the end.
+        """Make the current stream (or ``stream``) wait; block the host until workers have ended.
 
-        Raises the same errors as `done`.
+        No stream has the work of workers. Raises the same errors as `done` after that.
         """
         super().wait(stream)
-        self._finish()
+        if self._barriers:
+            self._finish()
 
     def _finish(self) -> None:
         super()._finish()
+        if not self._barriers:
+            return
         barrier = self._barriers[-1]
-        landed = self.landed
+        landed = barrier.landed
         if not barrier.ended:
             raise TransferError(
                 "Expected the process that started the transfer, got one that was forked from it. "

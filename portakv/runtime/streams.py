@@ -129,14 +129,12 @@ def follow_current(stream: torch.Stream | None, *tensors: torch.Tensor) -> None:
             tensor.record_stream(stream)
 
 
-def completion(
-    device: torch.device, stream: torch.Stream | None, *host: torch.Tensor
-) -> Completion:
-    """Return the end of all current work on ``stream``; retains host memory until then, also if the
-    handle is dropped."""
+def completion(device: torch.device, stream: torch.Stream | None, *retained: object) -> Completion:
+    """Return the end of all current work on ``stream``; retains objects, such as host memory, until
+    then, also if the handle is dropped."""
     pool = event_pool(device)
-    ended = Completion(pool.recorded(stream), retained=host or None, pool=pool)
-    if host:
+    ended = Completion(pool.recorded(stream), retained=retained or None, pool=pool)
+    if retained:
         hold_memory(ended)
     return ended
 

@@ -27,7 +27,7 @@ from portakv.storage import image
 from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.form import BlockForm, Slices
 from portakv.storage.reasons import Explanation, Reasons
-from portakv.storage.rows import Crossing, Rows
+from portakv.storage.rows import Crossing, Loan, Rows
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import KVView
 
@@ -317,10 +317,15 @@ class Call:
         first = FIRST if self.after is None else mark_of(self.after)
         return [first, *(mark_of(key) for key in self.keys[:-1])]
 
-    def groups(self) -> dict[tuple[Part, Location], list[int]]:
-        """Return the call's blocks by part and location, and mark the located blocks."""
+    def groups(self, loan: Loan | None = None) -> dict[tuple[Part, Location], list[int]]:
+        """Return the call's blocks by part and location, and mark the located blocks.
+
+        Leaves out the blocks that have a row of a loan.
+        """
         groups = dict[tuple[Part, Location], list[int]]()
         for i, key in enumerate(self.keys):
+            if loan is not None and loan.rows[i] is not None:
+                continue
             locations = self.shared.locations(key)
             self.located[i] = bool(locations)
             for location in locations:

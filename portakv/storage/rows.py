@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Hashable, Mapping, Sequence
 from math import gcd
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,8 @@ from portakv.copy.rows import copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
 from portakv.runtime.devices import capturing, refuse_capture
-from portakv.runtime.streams import StreamFence
+from portakv.runtime.streams import StreamFence, completion
+from portakv.runtime.transfer import Completion, Transfer
 from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of
 from portakv.view import Index, KVView
 from portakv.view.index import IdList
@@ -75,6 +77,25 @@ class _Cache:
             self.chains.unpin(self._names.pop(row))
 
 
+class Loan:
+    """Cached rows that a copy reads: they keep their keys until the copy has ended.
+
+    Attributes:
+        rows: the row of each key; None for a key without one.
+        end: the end of the copy; None before the copy was issued.
+    """
+
+    __slots__ = ("__weakref__", "end", "rows")
+
+    def __init__(self, rows: list[int | None]) -> None:
+        self.rows = rows
+        self.end: Completion | None = None
+
+    def ended(self) -> bool:
+        """Return True if the copy has ended; never block."""
+        return self.end is not None and self.end.ended()
+
+
 class Rows:
     """Rows of host memory: staging buffers, and the host tier.
 
@@ -111,6 +132,9 @@ class Rows:
         self._lock = self._cache.chains.lock  # no call is made while it is locked
         self._free = deque(range(self.staging + self.host))
         self._lent: dict[int, bool] = {}  # True if it is lent to a save
+        # Pinned rows of loans. A loan that nothing knows any more has ended, too: its copy retains
+        # it.
+        self._loans: list[tuple[ref[Loan], list[int]]] = []
 
     @property
     def memory(self) -> tuple[tuple[int, int], ...]:
@@ -151,6 +175,7 @@ class Rows:
             cache = self._cache
             if not self.host or key in cache.rows:
                 return False
+            self._end_loans()
             crowded = prefetched and len(cache.unused) >= max(1, self.host // 2)
             if crowded or len(cache.rows) >= self.host:
                 victim = cache.chains.next(_UNUSED if crowded else None)
@@ -171,6 +196,36 @@ class Rows:
             if item is not None:
                 self._cache.pin(key, item)
             return item
+
+    def borrow(self, keys: Sequence[bytes]) -> Loan:
+        """Return the rows of keys, which stay until the end of the loan's copy."""
+        with self._lock:
+            self._end_loans()
+            found = [self._cache.rows.get(key) for key in keys]
+            for key, item in zip(keys, found, strict=True):
+                if item is not None:
+                    self._cache.pin(key, item)
+            loan = Loan(found)
+            self._loans.append((ref(loan), [item for item in found if item is not None]))
+            return loan
+
+    def _end_loans(self) -> None:
+        """Release the pins of loans that have ended, under the lock."""
+        others = []
+        for each in self._loans:
+            loan = each[0]()
+            if loan is None or loan.ended():
+                for item in each[1]:
+                    self._cache.unpin(item)
+            else:
+                others.append(each)
+        self._loans = others
+
+    def in_use(self) -> int:
+        """Return the number of cached rows that transfers read."""
+        with self._lock:
+            self._end_loans()
+            return len(self._cache.pins)
 
     def unpin(self, items: Sequence[int]) -> None:
         """Release the pin of `find`."""
@@ -230,13 +285,11 @@ def _ids(blocks: IdList) -> Any:
 class Crossing:
     """Copies between rows, seen as ``inner``, and ``blocks`` of a view.
 
-    ``many`` stored blocks of ``size`` tokens name the view's tokens. Rejects impossible copies
-    immediately.
+    ``many`` stored blocks of ``size`` tokens name the view's tokens.
     """
 
     def __init__(
         self,
-        inner: KVView,
         view: KVView,
         blocks: IdList,
         many: int,
@@ -261,7 +314,7 @@ class Crossing:
                 f"for {many} keys of {size}, got {len(ids)}. Pass the blocks that the keys name."
             )
         with naming("blocks", "ids of the view's blocks"):
-            index = Index(ids, step=whole)
+            index = Index.of(ids, whole)
             if index.check(len(ids) * whole, view.slots, "view", distinct=not store):
                 least = int(ids.min())
                 raise SlotError(
@@ -271,10 +324,38 @@ class Crossing:
         self._store = store
         self._options = options
         self._step = gcd(whole, size)
-        split = (ids[:, None] * (whole // self._step) + np.arange(whole // self._step)).reshape(-1)
-        self._fine = split[: many * size // self._step].reshape(many, size // self._step)
-        self._after = StreamFence(view.device)
-        self.copy(inner, view, [], [])
+        self._whole = index  # of all blocks
+        if whole > self._step:
+            parts = whole // self._step
+            ids = (ids[:, None] * parts + np.arange(parts)).reshape(-1)[: many * size // self._step]
+            self._whole = Index.of(ids, self._step)
+        self._fine = ids.reshape(many, size // self._step)
+        self._view = view
+        self._after: StreamFence | None = None
+
+    def prepare(self, inner: KVView) -> None:
+        """Prepare copies by workers, after the present work of the current stream; reject
+        impossible ones."""
+        self._after = StreamFence(self._view.device)
+        self.copy(inner, self._view, [], [])
+
+    def issue(self, inner: KVView, loan: Loan) -> Transfer:
+        """Copy the rows of a loan into the view, ordered on the current stream of the view's
+        device; the host does not wait for a device."""
+        items = [row for row in loan.rows if row is not None]
+        if len(items) == len(loan.rows):
+            rows = Index.of(items, self._size)
+            blocks = self._whole
+        else:
+            at = [i for i, row in enumerate(loan.rows) if row is not None]
+            rows, blocks = self._indices(items, at)
+        try:
+            transfer = copy_rows(inner, self._view, rows, blocks, options=self._options)
+        finally:  # also after an interrupt, since the device may read the rows
+            on_host = self._view.device.type == "cpu"
+            # The end retains the loan, also if the handle is dropped.
+            loan.end = Completion() if on_host else completion(self._view.device, None, loan)
+        return Transfer((*transfer.completions, loan.end), transfer, transfer.carried)
 
     def copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> None:
         """Copy blocks between rows ``items`` and places ``at`` of the view, and wait for the end.
@@ -282,8 +363,14 @@ class Crossing:
         Each side has its own view. On a device the copy uses a private stream of this thread, after
         the work that the maker's stream had.
         """
-        dst = Index(np.array(items, np.int64), step=self._size)
-        src = Index(self._fine[np.array(at, np.int64)].reshape(-1), step=self._step)
-        sides = (outer, inner, src, dst) if self._store else (inner, outer, dst, src)
+        rows, blocks = self._indices(items, at)
+        sides = (outer, inner, blocks, rows) if self._store else (inner, outer, rows, blocks)
+        assert self._after is not None  # `prepare` was called
         with torch.inference_mode(False), self._after.inside():
             copy_rows(*sides, options=self._options).synchronize()
+
+    def _indices(self, items: Any, at: Any) -> tuple[Index, Index]:
+        """Return the index of rows, and that of the view's blocks at places."""
+        rows = Index.of(np.array(items, np.int64), self._size)
+        blocks = self._fine[np.array(at, np.int64)].reshape(-1)
+        return rows, Index.of(blocks, self._step)

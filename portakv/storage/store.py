@@ -29,12 +29,14 @@ from portakv.storage.plan import (
     SharedState,
     parts_of,
 )
-from portakv.storage.rows import Crossing, Rows
+from portakv.storage.rows import Crossing, Loan, Rows
 from portakv.storage.tier import Keys, Tier, TierStore, tier_of
 from portakv.view import IdList, KVView
 
 #: The options that a save takes, and a load, which also takes ``by_layer``.
 OPTIONS = ("backend", "overlap", "max_thread_blocks")
+#: The most bytes of a copy on the host that a load makes itself: 0.1 - 0.3 ms.
+SHORT_COPY = 1 << 20
 #: What a save does that finds no staging.
 Full: TypeAlias = Literal["drop", "wait"]
 
@@ -199,9 +201,8 @@ class BlockStore:
         own = self._own
         size = own.form.block_size
         options = _copy_options("a save", options)
-        crossing = Crossing(
-            own.rows, view, blocks, len(call.keys), size, store=True, options=options
-        )
+        crossing = Crossing(view, blocks, len(call.keys), size, store=True, options=options)
+        crossing.prepare(own.rows)
         until = self.graph.clock() + SLACK[priority] if self._drop else None
         return self._planned(call, partial(self._save, call, crossing, view, until))
 
@@ -302,13 +303,19 @@ class BlockStore:
         if by_layer:
             options = replace(options, by_layer=False)
         options = _copy_options("a load", options)
-        call = self._call("load", keys, priority, deadline)
+        keys = self._keys("load", keys, priority, deadline)
         own = self._own
-        sizes = len(call.keys), own.form.block_size
-        crossing = Crossing(own.rows, view, blocks, *sizes, options=options)
+        crossing = Crossing(view, blocks, len(keys), own.form.block_size, options=options)
+        loan = None
+        if not by_layer and self._issues(view, len(keys)):
+            loan = self._borrowed(keys)
+        if loan is not None and None not in loan.rows:
+            return Handle.of_issued(self.graph, len(keys), crossing.issue(own.rows, loan))
+        call = Call(self._shared, "load", keys, priority, deadline)
+        crossing.prepare(own.rows)
 
         def plan() -> Handle:
-            groups = call.groups()
+            groups = call.groups(loan)
             stages = {part: part.stages(view, by_layer) for part, _ in groups}
             for (part, location), some in groups.items():
                 segments = [stage.segment for stage in stages[part]]
@@ -317,7 +324,41 @@ class BlockStore:
             self._shared.touch(call.keys)
             return call.handle(view, view.layers * by_layer, missing)
 
-        return self._planned(call, plan)
+        handle = self._planned(call, plan)
+        if loan is not None and any(row is not None for row in loan.rows):
+            try:
+                handle.add_issued(crossing.issue(own.rows, loan))
+            except BaseException:  # also an interrupt: no caller has a handle
+                handle.cancel()
+                raise
+        return handle
+
+    def _issues(self, view: KVView, blocks: int) -> bool:
+        """Return True if blocks of the host tier are copied by the caller's thread.
+
+        It issues the copy and does not wait for a device; a copy on the host is short.
+        """
+        if not self.rows.host or self._up.max_gbps is not None:
+            return False
+        if view.device.type == "cpu":
+            return blocks * self.form.payload_bytes <= SHORT_COPY
+        return self.rows.pinned
+
+    def _borrowed(self, keys: list[bytes]) -> Loan:
+        """Return the rows of a load's blocks that the host tier has."""
+        own = self._own
+        names = [own.name(key) for key in keys]
+
+        def borrow() -> Loan:
+            self._refuse_closed("load")
+            loan = self.rows.borrow(names)
+            hits = len(names) - loan.rows.count(None)
+            self.graph.count("host", "load", "hit", hits, hits * own.form.image_bytes)
+            if hits == len(names):
+                self._shared.touch(keys)
+            return loan
+
+        return self.graph.run(borrow)
 
     def prefetch(self, keys: Keys, priority: Priority = "background") -> Handle:
         """Read blocks into the host tier.
@@ -438,7 +479,14 @@ class BlockStore:
         deadline: float | None = None,
         after: bytes | None = None,
     ) -> Call:
-        """Return a call with keys of 32 bytes; reject wrong keys, and a closed store."""
+        """Return a call; raise as `_keys` does."""
+        keys = self._keys(kind, keys, priority, deadline)
+        return Call(self._shared, kind, keys, priority, deadline, after)
+
+    def _keys(
+        self, kind: str, keys: Keys, priority: Priority, deadline: float | None
+    ) -> list[bytes]:
+        """Return keys of 32 bytes; reject wrong keys and terms, and a closed store."""
         self._refuse_closed(kind)
         keys = check_keys(keys, self._weak)
         if len({*keys}) < len(keys):
@@ -450,8 +498,8 @@ class BlockStore:
             )
         one_of("priority", priority, SLACK)
         if deadline is not None:
-            deadline = seconds("deadline", deadline, optional=True)
-        return Call(self._shared, kind, keys, priority, deadline, after)
+            seconds("deadline", deadline, optional=True)
+        return keys
 
     def _refuse_closed(self, kind: str) -> None:
         if self._closed or self.graph.process.forked or self.graph.closed.is_set():

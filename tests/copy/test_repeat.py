@@ -21,6 +21,7 @@ from portakv import Index, KVView, LayoutError, SlotError, copy_blocks, copy_row
 from portakv.backends.base import Capabilities, Launch, MoveLaunch, Pending
 from portakv.backends.reference import Reference
 from portakv.copy import submit as submitting
+from portakv.copy.settle import settle as really_settle
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import caches
@@ -422,11 +423,10 @@ def test_a_strategy_is_picked_again_for_other_ids_of_the_host(
     src = KVView(source, PAGED)
     dst = KVView(target, PAGED)
     settled: list[int] = []
-    real = submitting.settle
 
     def settle(move: Move, *args: Any, **terms: Any) -> Any:
         settled.append(move.count)
-        return real(move, *args, **terms)
+        return really_settle(move, *args, **terms)
 
     monkeypatch.setattr(submitting, "settle", settle)
     for read, written, again in [

@@ -99,7 +99,7 @@ def opened() -> Iterator[Any]:
         counts = store.rows.counts()
         assert counts["lent"] == 0
         assert counts["free"] + counts["kept"] == store.rows.tensor.shape[0]
-        assert not store.rows._cache.pins
+        assert not store.rows.in_use()
 
 
 def saved(store: BlockStore, view: KVView, blocks: Any = range(8), keys: Any = KEYS) -> None:

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads of blocks that the host tier has: the caller's thread issues the copy."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from support.core_cases import noise
+from support.device_cases import current, delay
+from support.storage_cases import FakeTier, key_of, small_form
+
+from portakv import BackendUnavailable, CopyOptions, KVView, StoreError, TransferError
+from portakv.graph.graph import Graph
+from portakv.storage import BlockStore
+from portakv.storage import store as storing
+from portakv.storage.rows import Loan
+
+LIMIT = 20.0  # seconds; nothing here takes as long
+FORM = small_form()
+SIZE = FORM.image_bytes
+KEYS = [key_of(i) for i in range(8)]
+LAYOUT = "layer | block kv token head dim"
+
+
+def cache(seed: int, device: torch.device | str = "cpu") -> KVView:
+    shape = (12, 2, 4, 2, 32)
+    tensors = [noise(*shape, dtype=torch.float16, seed=seed + i) for i in range(4)]
+    return KVView([each.to(device) for each in tensors], LAYOUT)
+
+
+def bytes_of(view: KVView, blocks: Any) -> list[torch.Tensor]:
+    return [each[list(blocks)].cpu().view(torch.uint8) for each in view.tensors]
+
+
+def same(one: KVView, blocks: Any, other: KVView, other_blocks: Any) -> bool:
+    pairs = zip(bytes_of(one, blocks), bytes_of(other, other_blocks), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+SOURCE = cache(0)
+
+
+def stored(host: int = 8, blocks: int = 8, **terms: Any) -> BlockStore:
+    """Return a store whose host tier has the first blocks of `SOURCE`."""
+    store = BlockStore(FORM, staging=16 * SIZE, host=host * SIZE, full="wait", **terms)
+    store.save(SOURCE, range(blocks), KEYS[:blocks], priority="urgent").synchronize(LIMIT)
+    return store
+
+
+def hits(store: BlockStore) -> int:
+    counted = store.statistics()["tier_blocks_total"]
+    return sum(x["value"] for x in counted if (x["tier"], x["result"]) == ("host", "hit"))
+
+
+def test_no_worker_moves_a_block() -> None:
+    target = cache(50)
+    with stored() as store:
+        tasks = store.graph.number
+        handle = store.load(target, range(1, 9), KEYS)
+        assert store.graph.number == tasks
+        assert handle.done()
+        handle.wait()
+        assert handle.landed.all()
+        assert len(handle.landed) == 8
+        assert not handle.cancel()
+        assert same(SOURCE, range(8), target, range(1, 9))
+        assert same(target, [0, 9, 10, 11], cache(50), [0, 9, 10, 11])
+        assert hits(store) == 8
+        assert not store.rows.in_use()
+
+
+def test_the_others_come_from_tiers_under_the_same_handle() -> None:
+    target = cache(50)
+    tier = FakeTier()
+    with stored(host=3, tiers=[tier]) as store:
+        in_rows = [store.rows.has(FORM.digest + key) for key in KEYS]
+        assert sum(in_rows) == 3
+        tier.reads.clear()
+        handle = store.load(target, range(8), KEYS)
+        handle.synchronize(LIMIT)
+        assert handle.landed.all()
+        assert same(SOURCE, range(8), target, range(8))
+        assert len(tier.reads) == 5
+        assert hits(store) == 3
+
+
+def test_a_block_that_is_nowhere_does_not_land() -> None:
+    target = cache(50)
+    keys = [KEYS[0], key_of(99), KEYS[2]]
+    with stored() as store:
+        handle = store.load(target, [4, 5, 6], keys, missing="skip")
+        handle.synchronize(LIMIT)
+        assert handle.landed.tolist() == [True, False, True]
+        assert same(SOURCE, [0, 2], target, [4, 6])
+        assert same(target, [5], cache(50), [5])
+        with pytest.raises(TransferError, match="2 of 3 blocks landed"):
+            store.load(target, [4, 5, 6], keys).synchronize(LIMIT)
+
+
+def test_the_blocks_count_as_used() -> None:
+    """The least recently used block loses its row."""
+    with stored(host=4, blocks=4) as store:
+        store.load(cache(50), [0, 1], [KEYS[0], KEYS[1]]).synchronize(LIMIT)
+        store.save(SOURCE, [6], [KEYS[6]], priority="urgent").synchronize(LIMIT)
+        assert [store.rows.has(FORM.digest + key) for key in KEYS[:4]] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("how", ["long", "limited", "by layer"])
+def test_workers_move_the_blocks(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long copy on the host, one at a limited rate, and one by layer."""
+    terms: dict[str, Any] = {}
+    if how == "long":
+        monkeypatch.setattr(storing, "SHORT_COPY", 8 * FORM.payload_bytes - 1)
+    if how == "limited":
+        graph = Graph()
+        graph.queue("host-device", width=2, max_gbps=10.0)
+        terms = {"graph": graph}
+    target = cache(50)
+    with stored(**terms) as store:
+        tasks = store.graph.number
+        handle = store.load(target, range(8), KEYS, by_layer=how == "by layer")
+        assert store.graph.number > tasks
+        handle.synchronize(LIMIT)
+        assert same(SOURCE, range(8), target, range(8))
+        assert hits(store) == 8
+
+
+def test_a_load_that_is_refused_keeps_no_row() -> None:
+    target = cache(50)
+    with stored() as store:
+        with pytest.raises(BackendUnavailable):
+            store.load(target, range(8), KEYS, options=CopyOptions(backend="triton"))
+        assert not store.rows.in_use()
+        assert same(target, range(12), cache(50), range(12))
+    with pytest.raises(StoreError, match="closed"):
+        store.load(target, range(8), KEYS)
+
+
+@pytest.mark.simdev
+class TestsOnADevice:
+    def test_the_stream_waits_and_the_host_does_not(self, accelerator: torch.device) -> None:
+        target = cache(50, accelerator)
+        torch.accelerator.synchronize(accelerator)
+        with stored() as store:
+            delay(current(accelerator))
+            handle = store.load(target, range(8), KEYS)
+            assert not handle.done()
+            assert not handle.landed.any()
+            handle.wait()
+            copies = [each.clone() for each in target.tensors]  # ordered after the load
+            assert not handle.done()
+            assert store.rows.in_use() == 8
+            handle.synchronize(LIMIT)
+            assert handle.landed.all()
+            assert same(SOURCE, range(8), KVView(copies, LAYOUT), range(8))
+            assert not store.rows.in_use()
+
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_rows_stay_until_the_end_of_the_copy(
+        self, accelerator: torch.device, keep: bool
+    ) -> None:
+        self._others_are_saved_meanwhile(accelerator, keep)
+
+    def test_without_loans_wrong_bytes_land(
+        self, accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Loan, "ended", lambda loan: True)
+        with pytest.raises(AssertionError, match="wrong bytes"):
+            self._others_are_saved_meanwhile(accelerator, True)
+
+    def _others_are_saved_meanwhile(self, device: torch.device, keep: bool) -> None:
+        """Save other blocks while a load is under way, and judge the load's bytes."""
+        target = cache(50, device)
+        torch.accelerator.synchronize(device)
+        with stored() as store:
+            delay(current(device))
+            handle: Any = store.load(target, range(8), KEYS)
+            handle = handle if keep else None
+            for first in range(20, 60, 8):  # more than there are rows
+                others = [key_of(first + i) for i in range(8)]
+                saved = store.save(cache(90), range(8), others, priority="urgent")
+                with suppress(TransferError):  # there is no other tier
+                    saved.synchronize(LIMIT)
+            torch.accelerator.synchronize(device)
+            assert same(SOURCE, range(8), target, range(8)), "wrong bytes"
+            del handle
+            assert not store.rows.in_use()
