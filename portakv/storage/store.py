@@ -289,6 +289,10 @@ class BlockStore:
         Blocks that no tier has, or not with correct bytes, do not land (`Handle.landed`), and no
         byte of them is written.
 
+        This call issues the copy of blocks that the host tier has, ordered on the current stream of
+        the view's device. Workers copy the others, and all of them by layer, at a limited rate, or
+        in a longer copy between host views.
+
         ``by_layer``: read, verify and deliver layers one after the other, each with a separate end
         (`Handle.layers`). Some layers of a block that does not land may then be written, with
         correct bytes. Blocks of a form with one segment are read whole, and only the device's stage
