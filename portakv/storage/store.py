@@ -172,6 +172,24 @@ class BlockStore:
         uninterrupted(partial(self._shared.touch, keys[:leading]))
         return leading
 
+    def has(self, key: bytes) -> bool:
+        """Return whether the block of a key can be loaded, as far as is known here.
+
+        Looks in the host tier and in the tiers' indices, of which a remote tier's knows the blocks
+        of recent lookups, loads and saves. Sends no request, waits for nothing, and does not count
+        as a use of the block.
+        """
+        self._refuse_closed("question")
+        if type(key) is not bytes or len(key) != 32:
+            (key,) = check_keys([key], self._weak)
+        cover = 0
+        for part in self._shared.parts:
+            if self.rows.has(part.name(key)) or any(x.known([key])[0] for x in part.tier_stores):
+                cover |= part.cells
+                if cover == self._own.cells:
+                    return True
+        return False
+
     def save(
         self,
         view: KVView,

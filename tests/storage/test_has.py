@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`BlockStore.has`: whether a block can be loaded, without a request."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.core_cases import noise
+from support.storage_cases import FakeTier, key_of, small_form
+
+from portakv import InvalidTerms, KVView, StoreError
+from portakv.storage import BlockForm, BlockStore
+
+LIMIT = 20.0  # seconds; nothing here takes as long
+KEYS = [key_of(i) for i in range(8)]
+
+
+def cache(heads: int = 2) -> KVView:
+    tensors = [noise(12, 2, 4, heads, 32, dtype=torch.float16, seed=i) for i in range(4)]
+    return KVView(tensors, "layer | block kv token head dim")
+
+
+def opened(form: BlockForm | None = None, host: int = 8, **terms: object) -> BlockStore:
+    form = form or small_form()
+    size = form.image_bytes
+    return BlockStore(form, staging=16 * size, host=host * size, full="wait", **terms)  # type: ignore[arg-type]
+
+
+def there(store: BlockStore, keys: list[bytes] = KEYS) -> list[bool]:
+    return [store.has(key) for key in keys]
+
+
+def test_in_the_host_tier() -> None:
+    with opened(host=4) as store:
+        assert not any(there(store))
+        store.save(cache(), range(4), KEYS[:4], priority="urgent").synchronize(LIMIT)
+        assert there(store) == 4 * [True] + 4 * [False]
+        tasks = store.graph.number
+        assert there(store) == 4 * [True] + 4 * [False]
+        assert store.graph.number == tasks
+        # It is no use of the block: the last one of the prompt goes first all the same.
+        for _ in range(3):
+            assert store.has(KEYS[3])
+        store.save(cache(), [6], [KEYS[6]], priority="urgent").synchronize(LIMIT)
+        assert there(store) == [True, True, True, False, False, False, True, False]
+
+
+def test_in_tiers_as_far_as_is_known() -> None:
+    near = FakeTier()
+    far = FakeTier(tier="remote")
+    for tier in (near, far):
+        with opened(host=0, tiers=[tier]) as store:
+            store.save(cache(), range(8), KEYS, priority="urgent").synchronize(LIMIT)
+    with opened(host=0, tiers=[near]) as store:
+        assert all(there(store))
+    far.requested.clear()
+    with opened(host=0, tiers=[far]) as store:
+        assert not any(there(store))
+        assert far.requested == []
+        assert store.lookup(KEYS[:2]) == 2
+        assert there(store)[:2] == [True, True]
+
+
+def test_a_block_of_several_parts() -> None:
+    tier = FakeTier()
+    for n in range(2):
+        half = replace(small_form(), heads=(n, n + 1, 2))
+        with opened(half, host=0, tiers=[tier]) as store:
+            some = 4 + 2 * n
+            store.save(cache(heads=1), range(some), KEYS[:some]).synchronize(LIMIT)
+    with opened(host=0, tiers=[tier]) as store:
+        assert there(store) == 4 * [True] + 4 * [False]
+
+
+def test_what_is_refused() -> None:
+    with opened() as store:
+        store.save(cache(), [0], [b"k" * 16], priority="urgent").synchronize(LIMIT)
+        assert store.has(b"k" * 16)
+        for wrong in (b"short", b"k" * 33, "k" * 16, None):
+            with pytest.raises(InvalidTerms):
+                store.has(wrong)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="closed"):
+        store.has(KEYS[0])
