@@ -70,9 +70,12 @@ class Handle(Transfer):
         self.cancelled = False
 
     @classmethod
-    def of_issued(cls, graph: Graph, blocks: int, transfer: Transfer) -> Handle:
+    def of_issued(
+        cls, graph: Graph, blocks: int, transfer: Transfer, layers: Sequence[Transfer] = ()
+    ) -> Handle:
         """Return the handle of a transfer that was issued, and that moves all blocks."""
         handle = cls(graph, None)
+        handle.layers = [cls.of_issued(graph, blocks, layer) for layer in layers]
         handle._blocks = blocks
         handle.add_issued(transfer)
         return handle

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from math import gcd
 from typing import Any
 from weakref import ref
@@ -197,11 +198,16 @@ class Rows:
                 self._cache.pin(key, item)
             return item
 
-    def borrow(self, keys: Sequence[bytes]) -> Loan:
-        """Return the rows of keys, which stay until the end of the loan's copy."""
+    def borrow(self, keys: Sequence[bytes], whole: bool = False) -> Loan:
+        """Return the rows of keys, which stay until the end of the loan's copy.
+
+        ``whole``: rows of all keys, or none.
+        """
         with self._lock:
             self._end_loans()
             found = [self._cache.rows.get(key) for key in keys]
+            if whole and None in found:
+                found = [None] * len(keys)
             for key, item in zip(keys, found, strict=True):
                 if item is not None:
                     self._cache.pin(key, item)
@@ -339,9 +345,15 @@ class Crossing:
         self._after = StreamFence(self._view.device)
         self.copy(inner, self._view, [], [])
 
-    def issue(self, inner: KVView, loan: Loan) -> Transfer:
+    def issue(
+        self, inner: KVView, loan: Loan, by_layer: bool = False
+    ) -> tuple[Transfer, Sequence[Transfer]]:
         """Copy the rows of a loan into the view, ordered on the current stream of the view's
-        device; the host does not wait for a device."""
+        device; the host does not wait for a device.
+
+        Returns the transfer, and ``by_layer`` the transfers of its layers.
+        """
+        options = replace(self._options, by_layer=True) if by_layer else self._options
         items = [row for row in loan.rows if row is not None]
         if len(items) == len(loan.rows):
             rows = Index.of(items, self._size)
@@ -350,12 +362,13 @@ class Crossing:
             at = [i for i, row in enumerate(loan.rows) if row is not None]
             rows, blocks = self._indices(items, at)
         try:
-            transfer = copy_rows(inner, self._view, rows, blocks, options=self._options)
+            transfer = copy_rows(inner, self._view, rows, blocks, options=options)
         finally:  # also after an interrupt, since the device may read the rows
             on_host = self._view.device.type == "cpu"
             # The end retains the loan, also if the handle is dropped.
             loan.end = Completion() if on_host else completion(self._view.device, None, loan)
-        return Transfer((*transfer.completions, loan.end), transfer, transfer.carried)
+        whole = Transfer((*transfer.completions, loan.end), transfer, transfer.carried)
+        return whole, transfer.layers if by_layer else ()
 
     def copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> None:
         """Copy blocks between rows ``items`` and places ``at`` of the view, and wait for the end.

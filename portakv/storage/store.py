@@ -308,8 +308,8 @@ class BlockStore:
         byte of them is written.
 
         This call issues the copy of blocks that the host tier has, ordered on the current stream of
-        the view's device. Workers copy the others, and all of them by layer, at a limited rate, or
-        in a longer copy between host views.
+        the view's device. Workers copy the others, and all of them at a limited rate or in a longer
+        copy between host views; also by layer if the host tier does not have all.
 
         ``by_layer``: read, verify and deliver layers one after the other, each with a separate end
         (`Handle.layers`). Some layers of a block that does not land may then be written, with
@@ -329,10 +329,11 @@ class BlockStore:
         own = self._own
         crossing = Crossing(view, blocks, len(keys), own.form.block_size, options=options)
         loan = None
-        if not by_layer and self._issues(view, len(keys)):
-            loan = self._borrowed(keys)
-        if loan is not None and None not in loan.rows:
-            return Handle.of_issued(self.graph, len(keys), crossing.issue(own.rows, loan))
+        if self._issues(view, len(keys)):
+            loan = self._borrowed(keys, whole=by_layer)
+            if None not in loan.rows:
+                issued = crossing.issue(own.rows, loan, by_layer)
+                return Handle.of_issued(self.graph, len(keys), *issued)
         call = Call(self._shared, "load", keys, priority, deadline)
         crossing.prepare(own.rows)
 
@@ -349,7 +350,7 @@ class BlockStore:
         handle = self._planned(call, plan)
         if loan is not None and any(row is not None for row in loan.rows):
             try:
-                handle.add_issued(crossing.issue(own.rows, loan))
+                handle.add_issued(crossing.issue(own.rows, loan)[0])
             except BaseException:  # also an interrupt: no caller has a handle
                 handle.cancel()
                 raise
@@ -366,14 +367,14 @@ class BlockStore:
             return blocks * self.form.payload_bytes <= SHORT_COPY
         return self.rows.pinned
 
-    def _borrowed(self, keys: list[bytes]) -> Loan:
-        """Return the rows of a load's blocks that the host tier has."""
+    def _borrowed(self, keys: list[bytes], whole: bool) -> Loan:
+        """Return the rows of a load's blocks that the host tier has; ``whole``: all or none."""
         own = self._own
         names = [own.name(key) for key in keys]
 
         def borrow() -> Loan:
             self._refuse_closed("load")
-            loan = self.rows.borrow(names)
+            loan = self.rows.borrow(names, whole)
             hits = len(names) - loan.rows.count(None)
             self.graph.count("host", "load", "hit", hits, hits * own.form.image_bytes)
             if hits == len(names):

@@ -108,9 +108,25 @@ def test_the_blocks_count_as_used() -> None:
         assert [store.rows.has(FORM.digest + key) for key in KEYS[:4]] == [True, True, True, False]
 
 
-@pytest.mark.parametrize("how", ["long", "limited", "by layer"])
+def test_layers_end_one_by_one() -> None:
+    target = cache(50)
+    with stored() as store:
+        tasks = store.graph.number
+        handle = store.load(target, range(8), KEYS, by_layer=True)
+        assert store.graph.number == tasks
+        assert len(handle.layers) == 4
+        for layer in handle.layers:
+            layer.wait()
+            assert layer.done()
+            assert layer.landed.tolist() == 8 * [True]
+        handle.synchronize(LIMIT)
+        assert same(SOURCE, range(8), target, range(8))
+
+
+@pytest.mark.parametrize("how", ["long", "limited", "layers of some"])
 def test_workers_move_the_blocks(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long copy on the host, one at a limited rate, and one by layer."""
+    """A long copy on the host, one at a limited rate, and one by layer of blocks that lie in
+    several places."""
     terms: dict[str, Any] = {}
     if how == "long":
         monkeypatch.setattr(storing, "SHORT_COPY", 8 * FORM.payload_bytes - 1)
@@ -118,14 +134,16 @@ def test_workers_move_the_blocks(how: str, monkeypatch: pytest.MonkeyPatch) -> N
         graph = Graph()
         graph.queue("host-device", width=2, max_gbps=10.0)
         terms = {"graph": graph}
+    if how == "layers of some":
+        terms = {"host": 5, "tiers": [FakeTier()]}
     target = cache(50)
     with stored(**terms) as store:
         tasks = store.graph.number
-        handle = store.load(target, range(8), KEYS, by_layer=how == "by layer")
+        handle = store.load(target, range(8), KEYS, by_layer=how == "layers of some")
         assert store.graph.number > tasks
         handle.synchronize(LIMIT)
         assert same(SOURCE, range(8), target, range(8))
-        assert hits(store) == 8
+        assert hits(store) == terms.get("host", 8)
 
 
 def test_a_load_that_is_refused_keeps_no_row() -> None:
@@ -155,6 +173,21 @@ class TestsOnADevice:
             assert store.rows.in_use() == 8
             handle.synchronize(LIMIT)
             assert handle.landed.all()
+            assert same(SOURCE, range(8), KVView(copies, LAYOUT), range(8))
+            assert not store.rows.in_use()
+
+    def test_layers_on_a_stream(self, accelerator: torch.device) -> None:
+        target = cache(50, accelerator)
+        torch.accelerator.synchronize(accelerator)
+        with stored() as store:
+            delay(current(accelerator))
+            handle = store.load(target, range(8), KEYS, by_layer=True)
+            assert not handle.layers[0].done()
+            copies = []
+            for layer, tensor in zip(handle.layers, target.tensors, strict=True):
+                layer.wait()
+                copies.append(tensor.clone())
+            handle.synchronize(LIMIT)
             assert same(SOURCE, range(8), KVView(copies, LAYOUT), range(8))
             assert not store.rows.in_use()
 
