@@ -35,6 +35,26 @@ _PAGE = 4096
 # The groups of cached rows.
 _USED = "used"
 _UNUSED = "prefetched and not used"
+_POSSIBLE = "copies of a block store"  # the key of a view's copies that were possible before
+
+
+class Loan:
+    """Cached rows that a copy reads: they keep their keys until the copy has ended.
+
+    Attributes:
+        rows: the row of each key; None for a key without one.
+        end: the end of the copy; None before the copy was issued.
+    """
+
+    __slots__ = ("__weakref__", "end", "rows")
+
+    def __init__(self, rows: list[int | None]) -> None:
+        self.rows = rows
+        self.end: Completion | None = None
+
+    def ended(self) -> bool:
+        """Return True if the copy has ended; never block."""
+        return self.end is not None and self.end.ended()
 
 
 class _Cache:
@@ -45,6 +65,9 @@ class _Cache:
         self.rows = dict[bytes, int]()
         self.unused = set[bytes]()  # keys of rows that were prefetched and not used since
         self.pins: Counter[int] = Counter()  # by row
+        # Pinned rows of loans. A loan that nothing knows any more has ended, too: its copy retains
+        # it.
+        self.loans = list[tuple[ref[Loan], list[int]]]()
         self._names = dict[int, bytes]()  # keys of pinned rows
 
     def add(self, key: bytes, row: int, follows: int, prefetched: bool) -> None:
@@ -77,24 +100,17 @@ class _Cache:
             del self.pins[row]
             self.chains.unpin(self._names.pop(row))
 
-
-class Loan:
-    """Cached rows that a copy reads: they keep their keys until the copy has ended.
-
-    Attributes:
-        rows: the row of each key; None for a key without one.
-        end: the end of the copy; None before the copy was issued.
-    """
-
-    __slots__ = ("__weakref__", "end", "rows")
-
-    def __init__(self, rows: list[int | None]) -> None:
-        self.rows = rows
-        self.end: Completion | None = None
-
-    def ended(self) -> bool:
-        """Return True if the copy has ended; never block."""
-        return self.end is not None and self.end.ended()
+    def end_loans(self) -> None:
+        """Release the pins of loans that have ended."""
+        others = []
+        for each in self.loans:
+            loan = each[0]()
+            if loan is None or loan.ended():
+                for row in each[1]:
+                    self.unpin(row)
+            else:
+                others.append(each)
+        self.loans = others
 
 
 class Rows:
@@ -133,9 +149,6 @@ class Rows:
         self._lock = self._cache.chains.lock  # no call is made while it is locked
         self._free = deque(range(self.staging + self.host))
         self._lent: dict[int, bool] = {}  # True if it is lent to a save
-        # Pinned rows of loans. A loan that nothing knows any more has ended, too: its copy retains
-        # it.
-        self._loans: list[tuple[ref[Loan], list[int]]] = []
 
     @property
     def memory(self) -> tuple[tuple[int, int], ...]:
@@ -176,7 +189,7 @@ class Rows:
             cache = self._cache
             if not self.host or key in cache.rows:
                 return False
-            self._end_loans()
+            self._cache.end_loans()
             crowded = prefetched and len(cache.unused) >= max(1, self.host // 2)
             if crowded or len(cache.rows) >= self.host:
                 victim = cache.chains.next(_UNUSED if crowded else None)
@@ -204,7 +217,7 @@ class Rows:
         ``whole``: rows of all keys, or none.
         """
         with self._lock:
-            self._end_loans()
+            self._cache.end_loans()
             found = [self._cache.rows.get(key) for key in keys]
             if whole and None in found:
                 found = [None] * len(keys)
@@ -212,25 +225,13 @@ class Rows:
                 if item is not None:
                     self._cache.pin(key, item)
             loan = Loan(found)
-            self._loans.append((ref(loan), [item for item in found if item is not None]))
+            self._cache.loans.append((ref(loan), [item for item in found if item is not None]))
             return loan
-
-    def _end_loans(self) -> None:
-        """Release the pins of loans that have ended, under the lock."""
-        others = []
-        for each in self._loans:
-            loan = each[0]()
-            if loan is None or loan.ended():
-                for item in each[1]:
-                    self._cache.unpin(item)
-            else:
-                others.append(each)
-        self._loans = others
 
     def in_use(self) -> int:
         """Return the number of cached rows that transfers read."""
         with self._lock:
-            self._end_loans()
+            self._cache.end_loans()
             return len(self._cache.pins)
 
     def unpin(self, items: Sequence[int]) -> None:
@@ -342,8 +343,15 @@ class Crossing:
     def prepare(self, inner: KVView) -> None:
         """Prepare copies by workers, after the present work of the current stream; reject
         impossible ones."""
-        self._after = StreamFence(self._view.device)
-        self.copy(inner, self._view, [], [])
+        view = self._view
+        self._after = StreamFence(view.device)
+        possible: set[object] = view.derived.setdefault(_POSSIBLE, set())
+        kind = inner.form, self._size, self._step, self._store, self._options
+        if kind in possible:
+            view.check_memory()
+        else:
+            self.copy(inner, view, [], [])
+            possible.add(kind)
 
     def issue(
         self, inner: KVView, loan: Loan, by_layer: bool = False

@@ -337,16 +337,7 @@ class BlockStore:
         call = Call(self._shared, "load", keys, priority, deadline)
         crossing.prepare(own.rows)
 
-        def plan() -> Handle:
-            groups = call.groups(loan)
-            stages = {part: part.stages(view, by_layer) for part, _ in groups}
-            for (part, location), some in groups.items():
-                segments = [stage.segment for stage in stages[part]]
-                for arrival in call.bring(part, location, some, segments):
-                    call.cross(arrival, stages[part], crossing, self._up)
-            self._shared.touch(call.keys)
-            return call.handle(view, view.layers * by_layer, missing)
-
+        plan = partial(self._load, call, crossing, view, by_layer, missing, loan)
         handle = self._planned(call, plan)
         if loan is not None and any(row is not None for row in loan.rows):
             try:
@@ -355,6 +346,25 @@ class BlockStore:
                 handle.cancel()
                 raise
         return handle
+
+    def _load(
+        self,
+        call: Call,
+        crossing: Crossing,
+        view: KVView,
+        by_layer: bool,
+        missing: Missing,
+        loan: Loan | None,
+    ) -> Handle:
+        """Plan the part of a load that workers move, under the graph's lock."""
+        groups = call.groups(loan)
+        stages = {part: part.stages(view, by_layer) for part, _ in groups}
+        for (part, location), some in groups.items():
+            segments = [stage.segment for stage in stages[part]]
+            for arrival in call.bring(part, location, some, segments):
+                call.cross(arrival, stages[part], crossing, self._up)
+        self._shared.touch(call.keys)
+        return call.handle(view, view.layers * by_layer, missing)
 
     def _issues(self, view: KVView, blocks: int) -> bool:
         """Return True if blocks of the host tier are copied by the caller's thread.

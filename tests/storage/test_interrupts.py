@@ -104,6 +104,7 @@ def serving(folder: Path) -> Steps:
         hits = store.load(TARGET, range(2), KEYS[:2], missing="skip")  # most often in the host tier
         hits.synchronize(LIMIT)
         assert hits.landed.all()
+        store.has(KEYS[0])
         layers = store.load(TARGET, range(6), KEYS, by_layer=True, missing="skip")
         for layer in layers.layers:
             layer.wait()
