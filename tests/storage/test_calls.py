@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`BlockStore.has`: whether a block can be loaded, without a request."""
+"""What calls of a block store answer and refuse, without a worker."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 from support.core_cases import noise
 from support.storage_cases import FakeTier, key_of, small_form
 
-from portakv import InvalidTerms, KVView, StoreError
+from portakv import InvalidTerms, KVView, LayoutError, StoreError
 from portakv.storage import BlockForm, BlockStore
 
 LIMIT = 20.0  # seconds; nothing here takes as long
 KEYS = [key_of(i) for i in range(8)]
+LAYOUT = "layer | block kv token head dim"
 
 
 def cache(heads: int = 2) -> KVView:
     tensors = [noise(12, 2, 4, heads, 32, dtype=torch.float16, seed=i) for i in range(4)]
-    return KVView(tensors, "layer | block kv token head dim")
+    return KVView(tensors, LAYOUT)
 
 
 def opened(form: BlockForm | None = None, host: int = 8, **terms: object) -> BlockStore:
@@ -83,3 +84,20 @@ def test_what_is_refused() -> None:
                 store.has(wrong)  # type: ignore[arg-type]
     with pytest.raises(StoreError, match="closed"):
         store.has(KEYS[0])
+
+
+def test_memory_that_was_replaced_is_refused_by_a_later_call() -> None:
+    """The call refuses it, and no worker, although the copy was possible before."""
+    view = KVView([each.clone() for each in cache().tensors], LAYOUT)
+    with opened() as store:
+        for _ in range(2):
+            store.save(view, range(8), KEYS, priority="urgent").synchronize(LIMIT)
+            store.load(view, range(8), [*KEYS[:7], key_of(9)], missing="skip").synchronize(LIMIT)
+        view.tensors[1].untyped_storage().resize_(0)
+        tasks = store.graph.number
+        with pytest.raises(LayoutError, match="replaced"):
+            store.save(view, range(8), KEYS)
+        with pytest.raises(LayoutError, match="replaced"):
+            store.load(view, range(8), [*KEYS[:7], key_of(9)], missing="skip")
+        assert store.graph.number == tasks
+        assert not store.rows.in_use()
