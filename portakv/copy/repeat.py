@@ -45,12 +45,9 @@ from portakv.view.view import KVView
 _current_device = torch.accelerator.current_device_index
 _REPEATS = "repeats"  # the key of a view's repeats: kept with the source, and released with it
 _TOKEN = "repeats: token"  # of what stands for a view without keeping its memory
-_KEPT = 64
+_KEPT = 512
 _PICKED = "picked for each copy"
 _NO_IDS = np.empty(0, np.int64)
-#: What executes a copy of so many tokens between two forms: strategies may differ by their number.
-_executors: Bounded[tuple[Any, ...], str] = Bounded("executors of repeats", 4096)
-
 #: For one side: None without ids; else their place or dtype, their step, and whether they are clean
 #: by promise.
 _Part: TypeAlias = "tuple[object, int, bool] | None"
@@ -188,8 +185,7 @@ def repeated(move: Move, choice: Choice, context: Context) -> Transfer | None:
     token = dst.derived.get(_TOKEN)
     if kind is None or token is None:
         return None
-    name = _executors.get((src.form, dst.form, kind, choice, count))
-    repeat: Repeat | None = repeats.get((token, kind, choice, name))
+    repeat: Repeat | None = repeats.get((token, kind, choice, count))
     if repeat is None or not repeat.fits(move):
         return None
     src.check_memory()
@@ -242,7 +238,8 @@ def remember(
             None if picks else made.carried,
             this_process(),
         )
-    _executors[src.form, dst.form, kind, choice, move.count] = name
+    # By their number of tokens, since strategies may differ by it.
+    repeats[token, kind, choice, move.count] = repeats[key]
 
 
 def _launch_of(move: Move, settled: Settled, kind: tuple[_Part, _Part]) -> Launch | None:
