@@ -123,6 +123,7 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "BlockForm.part_of": lambda s: (s.form().part_of, {"other": s.form()}),
     "BlockStore": lambda s: (BlockStore, {"form": s.form(), "staging": 1 << 20, "host": 1 << 20}),
     "BlockStore.lookup": lambda s: (s.saved().lookup, {"keys": [key_of(0)]}),
+    "BlockStore.has": lambda s: (s.saved().has, {"key": key_of(0)}),
     "BlockStore.save": lambda s: (
         s.saved().save,
         {"view": s.view, "blocks": [2], "keys": [key_of(2)]},

@@ -181,7 +181,7 @@ class BlockStore:
         """
         self._refuse_closed("question")
         if type(key) is not bytes or len(key) != 32:
-            (key,) = check_keys([key], self._weak)
+            key = self._key("key to be one of a block", key, "Pass bytes, such as a prefix key.")
         cover = 0
         for part in self._shared.parts:
             if self.rows.has(part.name(key)) or any(x.known([key])[0] for x in part.tier_stores):
@@ -493,16 +493,20 @@ class BlockStore:
 
     def _predecessor(self, after: bytes | None) -> bytes | None:
         """Return the key before the first one of a save, of 32 bytes."""
-        if after is None:
-            return None
+        do = "Pass that key, or None for the beginning of a prompt."
+        return (
+            None
+            if after is None
+            else self._key("the key before the first one in `after`", after, do)
+        )
+
+    def _key(self, what: str, key: bytes, do: str) -> bytes:
+        """Return one key of 32 bytes; raise `InvalidTerms` for another object."""
         try:
-            return check_keys([after], self._weak)[0]
+            return check_keys([key], self._weak)[0]
         except InvalidTerms:
-            kind = f"{len(after)} bytes" if isinstance(after, bytes) else type(after).__name__
-            raise InvalidTerms(
-                f"Expected the key before the first one in `after`, 16 to 32 bytes, got {kind}. "
-                f"Pass that key, or None for the beginning of a prompt."
-            ) from None
+            kind = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
+            raise InvalidTerms(f"Expected {what}, 16 to 32 bytes, got {kind}. {do}") from None
 
     def _call(
         self,
