@@ -226,7 +226,7 @@ def remember(
         unowned = launch is not ready.launch
         repeats[key] = Repeat(
             launch,
-            _packed(move, ready, can, kind),
+            None if picks else _packed(move, ready, can, kind),
             can,
             can.home_of_ids(device),
             ready.plan.unit,

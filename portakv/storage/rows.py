@@ -102,15 +102,12 @@ class _Cache:
 
     def end_loans(self) -> None:
         """Release the pins of loans that have ended."""
-        others = []
-        for each in self.loans:
+        for each in [*self.loans]:
             loan = each[0]()
             if loan is None or loan.ended():
+                self.loans.remove(each)
                 for row in each[1]:
                     self.unpin(row)
-            else:
-                others.append(each)
-        self.loans = others
 
 
 class Rows:
@@ -313,7 +310,8 @@ class Crossing:
             why = "workers on the host move blocks; save and load outside of it"
             raise refuse_capture("A transfer of a block store", why)
         whole = view.block_size
-        ids = _ids(blocks)
+        # A copy: workers read it later, when the caller may have changed the list.
+        ids = _ids(blocks).copy()
         needed = -(-many * size // whole)
         if len(ids) != needed:
             raise InvalidTerms(

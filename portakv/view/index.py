@@ -426,6 +426,8 @@ class Index:
         known = self._store.checked.get(key)
         if known is None and not distinct:  # what is distinct was checked for the rest, too
             known = self._store.checked.get((self.offset, count, slots, True))
+            if known is not None:
+                self._store.remember(key, known)
         if known is not None:
             return known
         used = self.host_ids()[self.offset // self.step : -(-(self.offset + count) // self.step)]

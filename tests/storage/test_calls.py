@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.core_cases import noise
@@ -101,3 +102,25 @@ def test_memory_that_was_replaced_is_refused_by_a_later_call() -> None:
             store.load(view, range(8), [*KEYS[:7], key_of(9)], missing="skip")
         assert store.graph.number == tasks
         assert not store.rows.in_use()
+
+
+def test_a_list_that_changes_after_the_call_changes_nothing() -> None:
+    """Workers read the ids of the call."""
+    view = cache()
+    target = KVView([torch.zeros_like(each) for each in view.tensors], LAYOUT)
+    tier = FakeTier()
+    with opened(host=0, tiers=[tier]) as store:
+        for _ in range(5):
+            tier.blocks.clear()
+            ids = np.arange(8)
+            saved = store.save(view, ids, KEYS, priority="urgent")
+            ids[:] = 11
+            saved.synchronize(LIMIT)
+            ids = np.arange(8)
+            loaded = store.load(target, ids, KEYS)
+            ids[:] = 11
+            loaded.synchronize(LIMIT)
+            for one, other in zip(view.tensors, target.tensors, strict=True):
+                assert torch.equal(one[:8].view(torch.int16), other[:8].view(torch.int16))
+                assert not other[8:].any()
+                other.zero_()
