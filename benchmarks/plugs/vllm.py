@@ -69,7 +69,7 @@ def _planned_cases(bench: IntegrationBench, own: bool) -> Iterator[PlannedCase]:
     sizes = bench.sizes
     methods = [*product((_WORKER, _OP), DIRECTIONS), (_WORKER, _BOTH)]
     pair = lru_cache(maxsize=2)(partial(_workers, bench, own))  # each pins once for all its cases
-    of_job = (partial(_job, pair), sizes.blocks)
+    of_job = (partial(_job, pair, sizes.layers, sizes.blocks), sizes.blocks)
     of_op = (partial(_batch, own), _of_op(bench))
     for page, (kernel, op) in product(sizes.pages, methods):
         made, blocks = of_op if kernel == _OP else of_job
@@ -80,7 +80,7 @@ def _planned_cases(bench: IntegrationBench, own: bool) -> Iterator[PlannedCase]:
     for (layers, page, blocks), op in product(sizes.jobs, DIRECTIONS):
         name = f"job, {blocks} blocks, {layers} x pages of {in_words(page)}"
         fields = {"shape": name, "kernel": _JOB, "row_bytes": page, "blocks": blocks}
-        make = partial(_job_of_step, pair, fields, layers, op)
+        make = partial(_job, pair, layers, blocks, bench, fields, page, op, busy=True)
         yield PlannedCase(f"{name}, {op}", make)
     yield from step_ops(bench, import_module("vllm._custom_ops") if own else None)
 
@@ -240,18 +240,18 @@ def _workers(
     return made
 
 
-def _job(pair: Pair, bench: IntegrationBench, fields: Row, page: int, op: str) -> Case:
-    sizes = bench.sizes
-    workers = pair(sizes.layers, page, sizes.blocks)
-    methods = [worker.variant(name, op) for name, worker in workers.items()]
-    return Case(fields, op, sizes.blocks * page * sizes.layers, methods, streams=True)
-
-
-def _job_of_step(pair: Pair, fields: Row, layers: int, op: str) -> Case:
-    page = fields["row_bytes"]
-    blocks = fields["blocks"]
-    methods = [x.variant(name, op) for name, x in pair(layers, page, blocks).items()]
-    return Case(fields, op, blocks * page * layers, methods, streams=True, busy=True)
+def _job(
+    pair: Pair,
+    layers: int,
+    blocks: int,
+    bench: IntegrationBench,
+    fields: Row,
+    page: int,
+    op: str,
+    busy: bool = False,
+) -> Case:
+    methods = [worker.variant(name, op) for name, worker in pair(layers, page, blocks).items()]
+    return Case(fields, op, blocks * page * layers, methods, streams=True, busy=busy)
 
 
 def _of_op(bench: IntegrationBench) -> int:

@@ -213,15 +213,6 @@ class Copies:
         plain = pieces.where(batched)
         return [_Share(pieces.where(~batched)), _Share(plain, _Lists(plain))]
 
-    def copy(self, pieces: Pieces, to_device: bool, stream: int) -> None:
-        """Copy pieces, ordered on the stream of that handle.
-
-        Raises:
-            TransferError: the driver rejects a piece; the pieces before it may have been moved.
-        """
-        for share in self.divided(pieces):
-            self.copy_range(share, 0, share.pieces.number, to_device, stream)
-
     def copy_range(
         self,
         share: _Share,
@@ -231,10 +222,13 @@ class Copies:
         stream: int,
         begun: bool = False,
     ) -> None:
-        """Copy a range of a share; raise as `copy` does.
+        """Copy a range of a share, ordered on the stream of that handle.
 
         ``begun``: it follows other copies, so the link does not wait for the end of the first
         batch's call.
+
+        Raises:
+            TransferError: the driver rejects a piece; the pieces before it may have been moved.
         """
         if share.in_batches(first, past):
             self._copy_batch(share, first, past, stream, begun)

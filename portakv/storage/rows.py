@@ -186,9 +186,9 @@ class Rows:
             cache = self._cache
             if not self.host or key in cache.rows:
                 return False
-            self._cache.end_loans()
             crowded = prefetched and len(cache.unused) >= max(1, self.host // 2)
             if crowded or len(cache.rows) >= self.host:
+                cache.end_loans()
                 victim = cache.chains.next(_UNUSED if crowded else None)
                 if victim is None or not evict:
                     return False

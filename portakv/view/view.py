@@ -8,10 +8,10 @@ Addresses come from ``data_ptr()`` and strides, never from contiguity, the numbe
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from operator import index, methodcaller
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,8 @@ from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_l
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.form import ALIASED, locate, same_form
 from portakv.view.slices import slice_form, slice_range, spans_within
+
+T = TypeVar("T")
 
 #: Addresses as `KVView.at` takes them: in lists as a layout names containers, or in a tensor.
 Addresses: TypeAlias = "int | Sequence[Addresses] | npt.NDArray[Any] | torch.Tensor"
@@ -265,15 +267,22 @@ class KVView:
         if self._raw is not None:
             begins = self.addresses
             return np.concatenate([begins, begins + self._raw.nbytes])
-        memory = self._memory
-        known: tuple[object, npt.NDArray[np.int64]] | None = self.derived.get("edges")
-        if memory and known is not None and known[0] is memory:  # the same as at the last check
-            return known[1]
+        return self._with_memory("edges", self._edges)
+
+    def _edges(self) -> npt.NDArray[np.int64]:
         storages = [owner.untyped_storage() for owner in self.owners]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        edges = np.array([*sizes, *map(sum, sizes.items())], dtype=np.int64)
-        self.derived["edges"] = memory, edges
-        return edges
+        return np.array([*sizes, *map(sum, sizes.items())], dtype=np.int64)
+
+    def _with_memory(self, key: str, make: Callable[[], T]) -> T:
+        """Return what was made for the storages of the last check; else make it."""
+        memory = self._memory
+        known: tuple[object, T] | None = self.derived.get(key)
+        if memory and known is not None and known[0] is memory:
+            return known[1]
+        made = make()
+        self.derived[key] = memory, made
+        return made
 
     @property
     def spans(self) -> Spans:
@@ -313,16 +322,13 @@ class KVView:
 
         An allocator remembers a stream until the memory is freed, so each is named once.
         """
-        memory = self._memory
-        if not memory:  # of raw memory, or of views that are made for one call
+        if not self._memory:  # of raw memory, or of views that are made for one call
             return self.retained
-        known: tuple[object, set[tuple[int, int]]] | None = self.derived.get("streams")
-        if known is None or known[0] is not memory:  # other memory than at the last check
-            known = self.derived["streams"] = memory, set()
+        known = self._with_memory("streams", set[tuple[int, int]])
         named = stream.device.index, stream.stream_id
-        if named in known[1]:
+        if named in known:
             return ()
-        known[1].add(named)
+        known.add(named)
         return self.retained
 
     @property

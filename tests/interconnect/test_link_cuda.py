@@ -53,7 +53,9 @@ class Memory(Ends):
         super().__init__(torch.from_numpy(random), torch.zeros(nbytes, dtype=torch.uint8))
 
     def carry(self, pieces: Pieces, library: FakeLibrary, to_device: bool = True) -> None:
-        Copies(library.library).copy(self.at(pieces), to_device, STREAM)
+        copies = Copies(library.library)
+        for share in copies.divided(self.at(pieces)):
+            copies.copy_range(share, 0, share.pieces.number, to_device, STREAM)
         self.judge(pieces)
 
 
