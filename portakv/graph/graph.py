@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,7 @@ from portakv import arguments
 from portakv.deprecation import warn_former
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
 from portakv.graph.task import Lease, Mask, Pool, Task, Workers, check_pool
-from portakv.graph.trace import Figures, Ran, Trace
+from portakv.graph.trace import Counts, Figures, Ran, Trace
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.worker import EXIT_SECONDS, RateLimit
@@ -37,6 +36,8 @@ Priority: TypeAlias = Literal["urgent", "normal", "background"]
 Unrun: TypeAlias = Literal["cancelled", "late", "dropped"]
 #: Seconds after its submission at which a task of each priority is due.
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
+#: Calls of `Graph.count` that are added up together.
+_COUNTED = 64
 
 
 @dataclass
@@ -196,8 +197,7 @@ class Graph:
         self.number = 0
         self.sleepers = set[threading.Lock]()  # one locked lock for each thread in `pause`
         self.queues = dict[str, Queue]()
-        self.counts = Counter[tuple[str, str, str]]()  # blocks by tier, op and result
-        self.nbytes = Counter[tuple[str, str]]()
+        self.counts = Counts()
         self.threads = list[threading.Thread]()
         self.live = set[Task]()
         self.todo = list[Task]()
@@ -581,12 +581,9 @@ class Graph:
 
     def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
         """Add to the figures of `statistics`."""
-        self.run(partial(self._count, tier, op, result, blocks, nbytes))
-
-    def _count(self, tier: str, op: str, result: str, blocks: int, nbytes: int) -> None:
-        """Add to the figures, under the lock."""
-        self.counts[tier, op, result] += blocks
-        self.nbytes[tier, op] += nbytes
+        self.counts.new.append((tier, op, result, blocks, nbytes))  # one step, without a lock
+        if len(self.counts.new) >= _COUNTED:
+            self.run(self.counts.sum_up)
 
     def statistics(self) -> Figures:
         """Return figures by their names in Prometheus without "portakv_".
@@ -600,14 +597,7 @@ class Graph:
 
     def _statistics(self) -> Figures:
         """Return the figures, under the lock."""
-        figures = self.trace.statistics()
-        figures["tier_blocks_total"] = [
-            {"tier": tier, "op": op, "result": result, "value": blocks}
-            for (tier, op, result), blocks in self.counts.items()
-        ]
-        figures["tier_bytes_total"] = [
-            {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
-        ]
+        figures = self.trace.statistics() | self.counts.statistics()
         queues = [*self.queues.values()]
         figures["queue_bytes"] = [{"queue": x.name, "value": x.queued_bytes} for x in queues]
         figures["queue_oldest_seconds"] = [

@@ -35,10 +35,11 @@ class Handle(Transfer):
 
     __slots__ = (
         "_barriers",
-        "_blocks",
         "_excused",
         "_graph",
         "_issued",
+        "_issued_blocks",
+        "_ordered",
         "_skip",
         "_why",
         "cancelled",
@@ -65,8 +66,9 @@ class Handle(Transfer):
         self._skip = missing == "skip"
         self._excused = excused
         self._why = why
-        self._issued: tuple[Completion, ...] = ()
-        self._blocks = 0  # of a transfer without barriers
+        self._issued: Sequence[Completion] = ()
+        self._issued_blocks: Mask | None = None
+        self._ordered = False  # a stream waits for what was issued
         self.cancelled = False
 
     @classmethod
@@ -76,24 +78,34 @@ class Handle(Transfer):
         """Return the handle of a transfer that was issued, and that moves all blocks."""
         handle = cls(graph, None)
         handle.layers = [cls.of_issued(graph, blocks, layer) for layer in layers]
-        handle._blocks = blocks
-        handle.add_issued(transfer)
+        handle.add_issued(transfer, np.ones(blocks, np.bool_))
         return handle
 
-    def add_issued(self, transfer: Transfer) -> None:
-        """Add a transfer that was issued, and that moves some of the blocks: the handle ends after
-        it, too."""
-        self._issued = (*transfer.completions,)
+    def add_issued(self, transfer: Transfer, blocks: Mask) -> None:
+        """Add a transfer that was issued and moves the blocks of a mask, which workers do not move.
+
+        The handle ends after it, too.
+        """
+        self._issued = transfer.completions
+        self._issued_blocks = blocks
         self.completions = (*self._issued, *self.completions)
         self._retained = transfer
 
     @property
     def landed(self) -> Mask:
-        """Return the blocks that landed, bool ``[blocks]``; none before the end."""
-        ended = all(each.ended() for each in self._issued)
+        """Return the blocks that landed, bool ``[blocks]``; none before the end.
+
+        After `wait`, the blocks of a copy that was issued count: the stream finds their bytes.
+        """
+        return self._landed(self._ordered or all(each.ended() for each in self._issued))
+
+    def _landed(self, there: bool) -> Mask:
+        """Return the blocks that workers landed, and those that were issued if they are there."""
+        issued = self._issued_blocks
         if not self._barriers:
-            return np.full(self._blocks, ended)
-        return np.array(self._barriers[-1].landed, np.bool_) & ended
+            return np.zeros(0, np.bool_) if issued is None else issued & there
+        landed = np.array(self._barriers[-1].landed, np.bool_)
+        return landed if issued is None else np.where(issued, there, landed)
 
     def cancel(self) -> bool:
         """Start no further block; return True if some blocks will not be moved."""
@@ -112,6 +124,7 @@ class Handle(Transfer):
         No stream has the work of workers. Raises the same errors as `done` after that.
         """
         super().wait(stream)
+        self._ordered = True
         if self._barriers:
             self._finish()
 
@@ -120,7 +133,7 @@ class Handle(Transfer):
         if not self._barriers:
             return
         barrier = self._barriers[-1]
-        landed = barrier.landed
+        landed = self._landed(True)
         if not barrier.ended:
             raise TransferError(
                 "Expected the process that started the transfer, got one that was forked from it. "

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from itertools import accumulate
 from os import PathLike
 from typing import Any, NamedTuple, TypeAlias
@@ -15,10 +15,9 @@ import numpy as np
 
 #: Samples by the name of a figure: labels, and a "value".
 Figures: TypeAlias = dict[str, list[dict[str, str | float]]]
-#: Bounds of the histogram of the seconds that tasks ran.
 #: One entry of Chrome's trace format.
 Event = dict[str, Any]
-
+#: Bounds of the histogram of the seconds that tasks ran.
 SECONDS = {"0.001": 0.001, "0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "+Inf": np.inf}
 BOUNDS = (*SECONDS.values(),)
 
@@ -36,6 +35,34 @@ class Ran(NamedTuple):
     blocks: int
     nbytes: int
     followed: tuple[int, ...]
+
+
+class Counts:
+    """The blocks and bytes that moved, by tier and operation."""
+
+    def __init__(self) -> None:
+        self.blocks = Counter[tuple[str, str, str]]()  # by tier, operation and result
+        self.nbytes = Counter[tuple[str, str]]()
+        self.new = deque[tuple[str, str, str, int, int]]()  # not yet in these
+
+    def sum_up(self) -> None:
+        """Add what is new; one thread at a time."""
+        while self.new:
+            tier, op, result, blocks, nbytes = self.new.popleft()
+            self.blocks[tier, op, result] += blocks
+            self.nbytes[tier, op] += nbytes
+
+    def statistics(self) -> Figures:
+        """Return the figures, in the form of `Graph.statistics`."""
+        self.sum_up()
+        blocks: list[dict[str, str | float]] = [
+            {"tier": tier, "op": op, "result": result, "value": n}
+            for (tier, op, result), n in self.blocks.items()
+        ]
+        nbytes: list[dict[str, str | float]] = [
+            {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
+        ]
+        return {"tier_blocks_total": blocks, "tier_bytes_total": nbytes}
 
 
 class Trace:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -88,13 +88,33 @@ def ignore_captures_elsewhere(device: torch.device) -> None:
     CUDA forbids many calls in other threads, such as `torch.cuda.Event.query`: such a call ends the
     capture. No such switch is known for other devices.
     """
-    if cuda.not_served(device) is not None:
-        return
+    _exchange_capture_mode(device, _THIS_THREAD)
+
+
+@contextmanager
+def beside_captures(device: torch.device) -> Iterator[None]:
+    """Ignore captures of other threads, as `ignore_captures_elsewhere`, for a moment."""
+    before = _exchange_capture_mode(device, _THIS_THREAD)
+    try:
+        yield
+    finally:
+        _exchange_capture_mode(device, before)
+
+
+_THIS_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+
+
+def _exchange_capture_mode(device: torch.device, mode: int | None) -> int | None:
+    """Set this thread's mode towards captures, and return the mode before; None: there is none."""
+    if mode is None or cuda.not_served(device) is not None:
+        return None
     try:
         exchange = cuda.library().cuThreadExchangeStreamCaptureMode
     except (OSError, AttributeError):
-        return
-    exchange(ctypes.byref(ctypes.c_int(1)))  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        return None
+    value = ctypes.c_int(mode)
+    exchange(ctypes.byref(value))
+    return value.value
 
 
 def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:

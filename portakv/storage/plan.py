@@ -8,6 +8,7 @@ graph that bring it into rows and into a view. It joins transfers that other cal
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
@@ -128,7 +129,8 @@ class SharedState:
     """The state that the calls of a store share, under the graph's lock.
 
     ``begun``: reads and saves that have not ended. ``in_transit``: the last of them by part and
-    key, with the row of the block. ``barriers``: the last task of each call.
+    key, with the row of the block. ``barriers``: the last task of each call. ``hits``: the keys of
+    loads that callers' threads made, whose use is not recorded yet.
     """
 
     def __init__(self, graph: Graph, rows: Rows, tier_stores: list[TierStore]) -> None:
@@ -139,6 +141,7 @@ class SharedState:
         self.in_transit = dict[bytes, tuple[InFlight, int]]()
         self.barriers = WeakSet[Task]()
         self.begun = set[InFlight]()
+        self.hits = deque[list[bytes]]()
         self.log = RateLimitedLog(logging.getLogger(__name__))
 
     def touch(self, keys: Keys, follows: Sequence[int] = ()) -> None:
@@ -152,6 +155,13 @@ class SharedState:
             tier_store.touch(keys, *known)
         for part in self.parts:
             self.rows.touch([part.name(key) for key in keys], follows if part is own else ())
+
+    def record_hits(self) -> None:
+        """Record the use of blocks that callers' threads loaded."""
+        while self.hits:
+            keys = self.hits.popleft()
+            self.rows.use([self.parts[0].name(key) for key in keys])
+            self.touch(keys)
 
     def leading(self, keys: Keys, until: float) -> int:
         """Return the number of leading blocks that are stored, in one part or in several.
@@ -524,6 +534,7 @@ class InFlight(Lease):
         if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
         prefetched = all(call.kind == "prefetch" for call, _ in self.calls)
+        shared.record_hits()
         evict = shared.continues(call.after, None)
         if rows.crowded(call.order):
             shared.touch(call.keys)

@@ -13,7 +13,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from math import gcd
 from typing import Any
-from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +24,12 @@ from portakv.copy.rows import copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
 from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import StreamFence, completion
-from portakv.runtime.transfer import Completion, Transfer
+from portakv.runtime.transfer import Transfer
 from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of
+from portakv.storage.loans import Loan as Loan
+from portakv.storage.loans import Loans
 from portakv.view import Index, KVView
 from portakv.view.index import IdList
 
@@ -35,26 +37,7 @@ _PAGE = 4096
 # The groups of cached rows.
 _USED = "used"
 _UNUSED = "prefetched and not used"
-_POSSIBLE = "copies of a block store"  # the key of a view's copies that were possible before
-
-
-class Loan:
-    """Cached rows that a copy reads: they keep their keys until the copy has ended.
-
-    Attributes:
-        rows: the row of each key; None for a key without one.
-        end: the end of the copy; None before the copy was issued.
-    """
-
-    __slots__ = ("__weakref__", "end", "rows")
-
-    def __init__(self, rows: list[int | None]) -> None:
-        self.rows = rows
-        self.end: Completion | None = None
-
-    def ended(self) -> bool:
-        """Return True if the copy has ended; never block."""
-        return self.end is not None and self.end.ended()
+_TRIED = "copies of a block store"  # the key of a view's copies that were tried before
 
 
 class _Cache:
@@ -65,10 +48,9 @@ class _Cache:
         self.rows = dict[bytes, int]()
         self.unused = set[bytes]()  # keys of rows that were prefetched and not used since
         self.pins: Counter[int] = Counter()  # by row
-        # Pinned rows of loans. A loan that nothing knows any more has ended, too: its copy retains
-        # it.
-        self.loans = list[tuple[ref[Loan], list[int]]]()
+        self.loans = Loans()
         self._names = dict[int, bytes]()  # keys of pinned rows
+        self._passed = set[bytes]()  # keys of loans that `next` passed over
 
     def add(self, key: bytes, row: int, follows: int, prefetched: bool) -> None:
         """Add a row under a key that follows a mark."""
@@ -78,17 +60,9 @@ class _Cache:
         group = _UNUSED if prefetched else _USED
         self.chains.add(key, _mark(key, mark_of(key[-32:])), _mark(key, follows), group)
 
-    def remove(self, key: bytes) -> int:
-        """Take a key from its row, and return the row."""
-        self.chains.remove(key)
-        self.unused.discard(key)
-        return self.rows.pop(key)
-
     def pin(self, key: bytes, row: int) -> None:
         """Retain the row of a key until `unpin`; the key is used now."""
-        if key in self.unused:
-            self.unused.remove(key)
-            self.chains.move(key, _USED)
+        self.use(key)
         self.pins[row] += 1
         self._names[row] = key
         self.chains.pin(key)
@@ -100,14 +74,38 @@ class _Cache:
             del self.pins[row]
             self.chains.unpin(self._names.pop(row))
 
-    def end_loans(self) -> None:
-        """Release the pins of loans that have ended."""
-        for each in [*self.loans]:
-            loan = each[0]()
-            if loan is None or loan.ended():
-                self.loans.remove(each)
-                for row in each[1]:
-                    self.unpin(row)
+    def use(self, key: bytes) -> None:
+        """Count a prefetched key as used."""
+        if key in self.unused:
+            self.unused.remove(key)
+            self.chains.move(key, _USED)
+
+    def next(self, group: Hashable | None = None) -> bytes | None:
+        """Return the key that goes next, of a group or of all; None if none can go."""
+        if self._passed:
+            self.loans.forget_ended()
+            for key in {x for x in self._passed if x not in self.loans}:
+                self._passed.remove(key)
+                if key in self.rows and self.rows[key] not in self.pins:
+                    self.chains.unpin(key)
+        following = self.chains.next(group)
+        while following is not None and following in self.loans:
+            self.loans.forget_ended()
+            if following in self.loans:
+                self._passed.add(following)
+                self.chains.pin(following)
+            following = self.chains.next(group)
+        return following
+
+    def evict(self, key: bytes) -> int | None:
+        """Take a key from its row, and return the row; None if a load reads it since `next`."""
+        row = self.rows.pop(key)  # no load finds it from here on
+        if key in self.loans:
+            self.rows[key] = row
+            return None
+        self.chains.remove(key)
+        self.unused.discard(key)
+        return row
 
 
 class Rows:
@@ -188,13 +186,15 @@ class Rows:
                 return False
             crowded = prefetched and len(cache.unused) >= max(1, self.host // 2)
             if crowded or len(cache.rows) >= self.host:
-                cache.end_loans()
-                victim = cache.chains.next(_UNUSED if crowded else None)
+                victim = cache.next(_UNUSED if crowded else None)
                 if victim is None or not evict:
                     return False
                 if own and own.get(victim[-32:], len(own)) <= own[key[-32:]]:
                     return False
-                self._free.append(cache.remove(victim))
+                row = cache.evict(victim)
+                if row is None:
+                    return False
+                self._free.append(row)
                 self.evicted += 1
             del self._lent[item]
             cache.add(key, item, follows, prefetched)
@@ -208,28 +208,33 @@ class Rows:
                 self._cache.pin(key, item)
             return item
 
-    def borrow(self, keys: Sequence[bytes], whole: bool = False) -> Loan:
+    def borrow(self, keys: Sequence[bytes], caller: object) -> Loan:
         """Return the rows of keys, which stay until the end of the loan's copy.
 
-        ``whole``: rows of all keys, or none.
+        A loan without a copy ends with the life of ``caller``. Takes no lock, so that the main
+        thread may call it (see `uninterrupted`).
         """
-        with self._lock:
-            self._cache.end_loans()
-            found = [self._cache.rows.get(key) for key in keys]
-            if whole and None in found:
-                found = [None] * len(keys)
-            for key, item in zip(keys, found, strict=True):
-                if item is not None:
-                    self._cache.pin(key, item)
-            loan = Loan(found)
-            self._cache.loans.append((ref(loan), [item for item in found if item is not None]))
-            return loan
+        loan = self._cache.loans.begin(keys, caller)
+        loan.rows = [*map(self._cache.rows.get, keys)]
+        return loan
 
     def in_use(self) -> int:
         """Return the number of cached rows that transfers read."""
+        return uninterrupted(self._in_use)
+
+    def _in_use(self) -> int:
         with self._lock:
-            self._cache.end_loans()
-            return len(self._cache.pins)
+            self._cache.loans.forget_ended()
+            return len({*self._cache.pins} | self._cache.loans.rows())
+
+    def loans(self) -> int:
+        """Return the number of loans that have not ended."""
+        return uninterrupted(self._loans)
+
+    def _loans(self) -> int:
+        with self._lock:
+            self._cache.loans.forget_ended()
+            return len(self._cache.loans)
 
     def unpin(self, items: Sequence[int]) -> None:
         """Release the pin of `find`."""
@@ -251,6 +256,13 @@ class Rows:
                 if key in cache.rows:
                     cache.chains.learn(key, _mark(key, mark))
 
+    def use(self, keys: Sequence[bytes]) -> None:
+        """Count prefetched keys as used, and forget loans that have ended."""
+        with self._lock:
+            for key in keys:
+                self._cache.use(key)
+            self._cache.loans.forget_ended()
+
     def by_use(self) -> list[bytes]:
         """Return the keys that have a row, the least recently used first."""
         with self._lock:
@@ -259,7 +271,7 @@ class Rows:
     def crowded(self, own: Mapping[bytes, int]) -> bool:
         """Return True if the next row to evict belongs to a call (see `keep`)."""
         with self._lock:
-            return (self._cache.chains.next() or b"")[-32:] in own
+            return (self._cache.next() or b"")[-32:] in own
 
     def has(self, key: bytes) -> bool:
         """Return True if a key has a row."""
@@ -339,17 +351,19 @@ class Crossing:
         self._after: StreamFence | None = None
 
     def prepare(self, inner: KVView) -> None:
-        """Prepare copies by workers, after the present work of the current stream; reject
-        impossible ones."""
+        """Prepare copies by workers, after the present work of the current stream.
+
+        Raises the errors of a copy that is impossible, by an empty one.
+        """
         view = self._view
         self._after = StreamFence(view.device)
-        possible: set[object] = view.derived.setdefault(_POSSIBLE, set())
+        tried: set[object] = view.derived.setdefault(_TRIED, set())
         kind = inner.form, self._size, self._step, self._store, self._options
-        if kind in possible:
+        if kind in tried:
             view.check_memory()
         else:
             self.copy(inner, view, [], [])
-            possible.add(kind)
+            tried.add(kind)
 
     def issue(
         self, inner: KVView, loan: Loan, by_layer: bool = False
@@ -367,12 +381,17 @@ class Crossing:
         else:
             at = [i for i, row in enumerate(loan.rows) if row is not None]
             rows, blocks = self._indices(items, at)
+        device = self._view.device
+        if device.type == "cpu":
+            transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+            loan.cancel()
+            return transfer, transfer.layers if by_layer else ()
+        loan.stream = torch.accelerator.current_stream(device.index)
         try:
             transfer = copy_rows(inner, self._view, rows, blocks, options=options)
-        finally:  # also after an interrupt, since the device may read the rows
-            on_host = self._view.device.type == "cpu"
-            # The end retains the loan, also if the handle is dropped.
-            loan.end = Completion() if on_host else completion(self._view.device, None, loan)
+        finally:  # a part of the copy may have been issued
+            # The rows stay, also if the store and the handle are dropped.
+            loan.end = completion(device, loan.stream, inner)
         whole = Transfer((*transfer.completions, loan.end), transfer, transfer.carried)
         return whole, transfer.layers if by_layer else ()
 

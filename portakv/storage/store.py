@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,10 @@ from portakv.view import IdList, KVView
 OPTIONS = ("backend", "overlap", "max_thread_blocks")
 #: The most bytes of a copy on the host that a load makes itself: 0.1 - 0.3 ms.
 SHORT_COPY = 1 << 20
+#: Loads in callers' threads whose use is recorded together.
+HITS = 64
+#: Seconds between two looks at the loads that `BlockStore.close` waits for.
+PAUSE = 0.001
 #: What a save does that finds no staging.
 Full: TypeAlias = Literal["drop", "wait"]
 
@@ -179,7 +184,7 @@ class BlockStore:
         of recent lookups, loads and saves. Sends no request, waits for nothing, and does not count
         as a use of the block.
         """
-        self._refuse_closed("question")
+        self._refuse_closed("call of has()")
         if type(key) is not bytes or len(key) != 32:
             key = self._key("key to be one of a block", key, "Pass bytes, such as a prefix key.")
         cover = 0
@@ -308,8 +313,9 @@ class BlockStore:
         byte of them is written.
 
         This call issues the copy of blocks that the host tier has, ordered on the current stream of
-        the view's device. Workers copy the others, and all of them at a limited rate or in a longer
-        copy between host views; also by layer if the host tier does not have all.
+        the view's device: immediately, whatever its priority and deadline. Workers copy the others,
+        and all of them at a limited rate or in a longer copy between host views; also by layer if
+        the host tier does not have all. `trace` and queues know what workers copy.
 
         ``by_layer``: read, verify and deliver layers one after the other, each with a separate end
         (`Handle.layers`). Some layers of a block that does not land may then be written, with
@@ -328,20 +334,20 @@ class BlockStore:
         keys = self._keys("load", keys, priority, deadline)
         own = self._own
         crossing = Crossing(view, blocks, len(keys), own.form.block_size, options=options)
-        loan = None
-        if self._issues(view, len(keys)):
-            loan = self._borrowed(keys, whole=by_layer)
-            if None not in loan.rows:
-                issued = crossing.issue(own.rows, loan, by_layer)
-                return Handle.of_issued(self.graph, len(keys), *issued)
+        loan = self._loan(crossing, view, keys, by_layer)
+        if loan is not None and None not in loan.rows:
+            transfer, layers = crossing.issue(own.rows, loan, by_layer)
+            self._count_hits(keys)
+            return Handle.of_issued(self.graph, len(keys), transfer, layers)
         call = Call(self._shared, "load", keys, priority, deadline)
         crossing.prepare(own.rows)
-
         plan = partial(self._load, call, crossing, view, by_layer, missing, loan)
         handle = self._planned(call, plan)
-        if loan is not None and any(row is not None for row in loan.rows):
+        if loan is not None:
             try:
-                handle.add_issued(crossing.issue(own.rows, loan)[0])
+                found = np.array([row is not None for row in loan.rows])
+                handle.add_issued(crossing.issue(own.rows, loan)[0], found)
+                self._count_hits([key for key, hit in zip(keys, found, strict=True) if hit])
             except BaseException:  # also an interrupt: no caller has a handle
                 handle.cancel()
                 raise
@@ -366,32 +372,36 @@ class BlockStore:
         self._shared.touch(call.keys)
         return call.handle(view, view.layers * by_layer, missing)
 
-    def _issues(self, view: KVView, blocks: int) -> bool:
-        """Return True if blocks of the host tier are copied by the caller's thread.
+    def _loan(
+        self, crossing: Crossing, view: KVView, keys: list[bytes], whole: bool
+    ) -> Loan | None:
+        """Return the rows of blocks that the caller's thread copies; None if workers copy all.
 
-        It issues the copy and does not wait for a device; a copy on the host is short.
+        The caller's thread issues a copy to a device, which it does not wait for, and makes a short
+        one on the host. ``whole``: rows of all keys, or None.
         """
         if not self.rows.host or self._up.max_gbps is not None:
-            return False
+            return None
         if view.device.type == "cpu":
-            return blocks * self.form.payload_bytes <= SHORT_COPY
-        return self.rows.pinned
+            here = len(keys) * self.form.payload_bytes <= SHORT_COPY
+        else:
+            here = self.rows.pinned
+        if not here:
+            return None
+        loan = self.rows.borrow([*map(self._own.name, keys)], crossing)
+        self._refuse_closed("load")  # `close` sees the loan, or this call sees that it is closed
+        missed = loan.rows.count(None)
+        if missed and (whole or missed == len(keys)):
+            loan.cancel()
+            return None
+        return loan
 
-    def _borrowed(self, keys: list[bytes], whole: bool) -> Loan:
-        """Return the rows of a load's blocks that the host tier has; ``whole``: all or none."""
-        own = self._own
-        names = [own.name(key) for key in keys]
-
-        def borrow() -> Loan:
-            self._refuse_closed("load")
-            loan = self.rows.borrow(names, whole)
-            hits = len(names) - loan.rows.count(None)
-            self.graph.count("host", "load", "hit", hits, hits * own.form.image_bytes)
-            if hits == len(names):
-                self._shared.touch(keys)
-            return loan
-
-        return self.graph.run(borrow)
+    def _count_hits(self, keys: list[bytes]) -> None:
+        """Count blocks that the caller's thread loaded; their use is recorded later, together."""
+        self.graph.count("host", "load", "hit", len(keys), len(keys) * self._own.form.image_bytes)
+        self._shared.hits.append(keys)
+        if len(self._shared.hits) >= HITS:
+            self.graph.run(self._shared.record_hits)
 
     def prefetch(self, keys: Keys, priority: Priority = "background") -> Handle:
         """Read blocks into the host tier.
@@ -479,7 +489,9 @@ class BlockStore:
         for in_flight in begun:
             for end in (*in_flight.ends.values(), *in_flight.last):
                 end.wait(max(0.0, until - self.graph.clock()))
-        if busy := len(self._shared.begun) or not ended:
+        while self.rows.loans() and self.graph.clock() < until:
+            time.sleep(PAUSE)
+        if busy := len(self._shared.begun) + self.rows.loans() or not ended:
             raise TransferTimeout(
                 f"A block store was closed, and after {timeout:g} s {busy:d} transfers had not "
                 f"ended, so that tiers stay open; close it again, or end the process."
@@ -551,6 +563,7 @@ class BlockStore:
 
         def planned() -> Handle:
             self._refuse_closed(call.kind)
+            self._shared.record_hits()
             try:
                 return plan()
             except BaseException:  # also an interrupt: no caller has a handle

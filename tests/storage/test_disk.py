@@ -74,8 +74,8 @@ def load(store: DiskStore, keys: Sequence[bytes]) -> list[bool]:
 
 
 def counts(store: DiskStore) -> dict[tuple[str, str], int]:
-    graph: Any = store.graph
-    return dict(+graph.counts)
+    store.graph.counts.sum_up()
+    return dict(+store.graph.counts.blocks)
 
 
 def slot_of(store: DiskStore, key: bytes) -> tuple[Path, int]:
@@ -130,8 +130,9 @@ def test_links_and_counts_of_a_graph(store: Open) -> None:
     save(one, KEYS[:2])
     assert [queue.width for queue in graph.queues.values()] == [3, 3]
     assert one.queue_for_write(1) in graph.queues.values()
-    assert graph.counts["disk", "save", "hit"] == 2
-    assert graph.nbytes["disk", "save"] == 2 * FORM.image_bytes
+    graph.counts.sum_up()
+    assert graph.counts.blocks["disk", "save", "hit"] == 2
+    assert graph.counts.nbytes["disk", "save"] == 2 * FORM.image_bytes
     graph.close()
 
 

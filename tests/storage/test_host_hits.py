@@ -16,7 +16,7 @@ from portakv import BackendUnavailable, CopyOptions, KVView, StoreError, Transfe
 from portakv.graph.graph import Graph
 from portakv.storage import BlockStore
 from portakv.storage import store as storing
-from portakv.storage.rows import Loan
+from portakv.storage.loans import Loan
 
 LIMIT = 20.0  # seconds; nothing here takes as long
 FORM = small_form()
@@ -157,7 +157,6 @@ def test_a_load_that_is_refused_keeps_no_row() -> None:
         store.load(target, range(8), KEYS)
 
 
-@pytest.mark.simdev
 class TestsOnADevice:
     def test_the_stream_waits_and_the_host_does_not(self, accelerator: torch.device) -> None:
         target = cache(50, accelerator)
