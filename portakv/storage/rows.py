@@ -30,8 +30,7 @@ from portakv.runtime.transfer import Transfer
 from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of
 from portakv.storage.loans import Loan as Loan
 from portakv.storage.loans import Loans
-from portakv.view import Index, KVView
-from portakv.view.index import IdList
+from portakv.view import IdList, Index, KVView
 
 _PAGE = 4096
 # The groups of cached rows.

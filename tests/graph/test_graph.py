@@ -53,6 +53,12 @@ class Blocked:
         assert self.end.wait(WAIT)
 
 
+def blocks_of(graph: Graph, result: str) -> int:
+    """Return the blocks of reads from the disk that ended so."""
+    graph.counts.sum_up()
+    return graph.counts.blocks["disk", "read", result]
+
+
 def nothing(task: Task, mask: Any) -> None:
     """Do no work."""
 

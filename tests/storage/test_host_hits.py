@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +16,12 @@ from support.device_cases import current, delay
 from support.storage_cases import FakeTier, key_of, small_form
 
 from portakv import BackendUnavailable, CopyOptions, KVView, StoreError, TransferError
+from portakv.errors import TransferCancelled, TransferTimeout
 from portakv.graph.graph import Graph
-from portakv.storage import BlockStore
+from portakv.storage import BlockStore, loans
 from portakv.storage import store as storing
 from portakv.storage.loans import Loan
+from portakv.storage.rows import _Cache
 
 LIMIT = 20.0  # seconds; nothing here takes as long
 FORM = small_form()
@@ -108,6 +113,47 @@ def test_the_blocks_count_as_used() -> None:
         assert [store.rows.has(FORM.digest + key) for key in KEYS[:4]] == [True, True, True, False]
 
 
+@pytest.fixture
+def host_and_tier() -> Iterator[Callable[[], Any]]:
+    """Return a maker of a store that has three blocks in the host tier and all in another one."""
+    stores: list[BlockStore] = []
+
+    def make() -> tuple[BlockStore, FakeTier]:
+        tier = FakeTier()
+        stores.append(stored(host=3, tiers=[tier]))
+        return stores[-1], tier
+
+    yield make
+    for store in stores:
+        store.close(LIMIT)
+
+
+def test_a_load_between_the_choice_and_the_eviction_keeps_its_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever evicts a key looks for loans after it took the key from its row."""
+    with stored(host=4, blocks=4) as store:
+        names = [FORM.digest + key for key in KEYS[:4]]
+        choose = _Cache.next
+        lent: list[Loan] = []
+        asked = []
+
+        def chosen(cache: _Cache, group: Any = None) -> bytes | None:
+            key = choose(cache, group)
+            asked.append(key)
+            if len(asked) == 2:  # the first question is not for an eviction
+                lent.append(store.rows.borrow(names, store))
+            return key
+
+        monkeypatch.setattr(_Cache, "next", chosen)
+        with suppress(TransferError):  # there is no other tier
+            store.save(SOURCE, [6], [KEYS[6]], priority="urgent").synchronize(LIMIT)
+        assert asked[1] in names
+        assert [store.rows.find(name) for name in names] == lent[0].rows
+        store.rows.unpin([row for row in lent[0].rows if row is not None])
+        lent[0].cancel()
+
+
 def test_layers_end_one_by_one() -> None:
     target = cache(50)
     with stored() as store:
@@ -121,6 +167,22 @@ def test_layers_end_one_by_one() -> None:
             assert layer.landed.tolist() == 8 * [True]
         handle.synchronize(LIMIT)
         assert same(SOURCE, range(8), target, range(8))
+
+
+def test_a_cancel_leaves_the_blocks_of_the_host_tier(host_and_tier: Callable[[], Any]) -> None:
+    """Workers move no further block; the copy that was issued is there."""
+    target = cache(50)
+    store, tier = host_and_tier()
+    go = threading.Event()
+    tier.faults = {key: [partial(go.wait, LIMIT)] for key in KEYS[3:]}
+    handle = store.load(target, range(8), KEYS, missing="skip")
+    in_rows = [store.rows.has(FORM.digest + key) for key in KEYS]
+    assert handle.cancel()
+    go.set()
+    with pytest.raises(TransferCancelled):
+        handle.synchronize(LIMIT)
+    assert (handle.landed & in_rows).tolist() == in_rows
+    assert not handle.landed.all()
 
 
 @pytest.mark.parametrize("how", ["long", "limited", "layers of some"])
@@ -152,6 +214,7 @@ def test_a_load_that_is_refused_keeps_no_row() -> None:
         with pytest.raises(BackendUnavailable):
             store.load(target, range(8), KEYS, options=CopyOptions(backend="triton"))
         assert not store.rows.in_use()
+        assert not hits(store)
         assert same(target, range(12), cache(50), range(12))
     with pytest.raises(StoreError, match="closed"):
         store.load(target, range(8), KEYS)
@@ -168,6 +231,7 @@ class TestsOnADevice:
             assert not handle.landed.any()
             handle.wait()
             copies = [each.clone() for each in target.tensors]  # ordered after the load
+            assert handle.landed.tolist() == 8 * [True]  # for work on this stream
             assert not handle.done()
             assert store.rows.in_use() == 8
             handle.synchronize(LIMIT)
@@ -189,6 +253,38 @@ class TestsOnADevice:
             handle.synchronize(LIMIT)
             assert same(SOURCE, range(8), KVView(copies, LAYOUT), range(8))
             assert not store.rows.in_use()
+
+    def test_close_waits_for_the_copy(self, accelerator: torch.device) -> None:
+        target = cache(50, accelerator)
+        torch.accelerator.synchronize(accelerator)
+        store = stored()
+        delay(current(accelerator))
+        handle = store.load(target, range(8), KEYS)
+        with pytest.raises(TransferTimeout, match="1 transfers had not ended"):
+            store.close(0.0)
+        assert not handle.done()
+        store.close(LIMIT)
+        assert handle.done()
+
+    @pytest.mark.parametrize("begun", [True, False])
+    def test_an_interrupt_inside_the_copy_keeps_the_rows(
+        self, accelerator: torch.device, begun: bool
+    ) -> None:
+        """An interrupt may come before the end of a copy is recorded."""
+
+        class Caller:
+            """Stands for a call."""
+
+        with stored() as store:
+            caller = Caller()
+            loan = store.rows.borrow([FORM.digest + key for key in KEYS], caller)
+            assert store.rows.in_use() == 8
+            loan.stream = current(accelerator) if begun else None
+            delay(current(accelerator))
+            del caller
+            assert store.rows.in_use() == 8 * begun
+            torch.accelerator.synchronize(accelerator)
+            assert store.rows.in_use() == 0
 
     @pytest.mark.parametrize("keep", [True, False])
     def test_rows_stay_until_the_end_of_the_copy(
@@ -220,3 +316,47 @@ class TestsOnADevice:
             assert same(SOURCE, range(8), target, range(8)), "wrong bytes"
             del handle
             assert not store.rows.in_use()
+
+
+@pytest.mark.gpu
+def test_a_question_about_a_loan_ends_no_capture() -> None:
+    assert _captured_beside_a_question() == 1
+
+
+@pytest.mark.gpu
+def test_an_unguarded_question_ends_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loans, "beside_captures", nullcontext)
+    with pytest.raises(RuntimeError, match="captur"):
+        _captured_beside_a_question()
+
+
+def _captured_beside_a_question() -> int:
+    """Capture an addition while another thread asks whether a load has ended; replay it."""
+    device = torch.device("cuda", 0)
+    target = cache(50, device)
+    marker = torch.zeros(1, device=device)
+    with stored() as store:
+        delay(current(device))
+        handle = store.load(target, range(8), KEYS)
+        graph = torch.cuda.CUDAGraph()
+        errors: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                store.rows.in_use()
+            except BaseException as error:
+                errors.append(error)
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            marker.add_(1)
+            thread = threading.Thread(target=ask)
+            thread.start()
+            thread.join()
+            graph.capture_end()
+        assert not errors
+        handle.synchronize(LIMIT)
+        graph.replay()
+        torch.cuda.synchronize()
+        return int(marker.item())

@@ -104,7 +104,8 @@ class StoreModel(RuleBasedStateMachine):
         assert (counts["lent"], counts["free"] + counts["kept"]) == (0, len(rows.array)), "a leak"
         assert not any(queue.queued_bytes for queue in graph.queues.values())
         assert not any(slots._occupancy.pins for slots in self.disk.slots()), "a leaked pin"
-        assert self.rotten or graph.counts["disk", "load", "fault"] <= self.engine.fired
+        graph.counts.sum_up()
+        assert self.rotten or graph.counts.blocks["disk", "load", "fault"] <= self.engine.fired
         assert all(cache.holds() for cache in self.world.targets), "a block of no load changed"
 
     @precondition(lambda self: self.age > 3)
