@@ -241,7 +241,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
     else:
         add("--backend", help="may be repeated (default: all accepted)", **several)
         add("--shape", help="may be repeated (default: the preset's)", **several)
-    use = ", for the part `peers`" if kind else " to compare with"
+    use = ", for the part `peers`" if kind == HOST_SUITE else " to compare with"
     if kind == STORAGE_SUITE:
         add("--dir", type=Path, required=True, help="a folder on the disk; left as it was")
         add("--sizes", metavar="LIST", help="of a slot, such as 256K,1M (default: the preset's)")
@@ -250,7 +250,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
         add("--pause", type=float, metavar="S", help="before each trial (default: the preset's)")
         add("--fio", metavar="FILE", help="fio's program (default: that of the path)")
         add("--lmcache-python", metavar="FILE", help="a Python that has LMCache")
-    elif kind in (None, HOST_SUITE):
+    elif kind in (None, HOST_SUITE, WALL_SUITE):
         add("--peer", help=f"a released peer{use}; may be repeated: {', '.join(PEERS)}", **several)
     return parser
 
@@ -315,7 +315,13 @@ def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field
     overheads = {
         name: (
             f"overhead of {name}",
-            partial(measure_overhead, name, device, preset.overhead_rounds),
+            partial(
+                measure_overhead,
+                name,
+                device,
+                preset.overhead_rounds,
+                field.peers if name == "cuda" else (),
+            ),
         )
         for name in field.backends
     }

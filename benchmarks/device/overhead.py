@@ -22,6 +22,8 @@ from portakv import AdaptiveConnector, Index, KVView
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
 from portakv_benchmarks.shared.harness import Row, Rows, uncollected
+from portakv_benchmarks.shared.peers import LMCache
+from portakv_benchmarks.shared.shapes import Shape
 
 #: Takes a memory object's number, and a new tensor over it.
 Call = Callable[[int, torch.Tensor], object]
@@ -39,10 +41,13 @@ _WARM_UP = 13
 _TURN = 16
 
 
-def measure_overhead(backend: str, device: torch.device, rounds: int) -> Rows:
+def measure_overhead(
+    backend: str, device: torch.device, rounds: int, peers: Sequence[LMCache] = ()
+) -> Rows:
     """Return a row for each kind of index list.
 
-    The kinds are an `Index` that the caller keeps, and raw tensors.
+    The kinds are an `Index` that the caller keeps, and raw tensors. ``peers`` make the same copy in
+    the same turns, with slots on the device; a row has the time of a call as a multiple of theirs.
     """
     size = (2, _BLOCKS, _BLOCK_SIZE, 1, _DIM)
     cache = torch.arange(prod(size), dtype=torch.int16, device=device).view(size)
@@ -72,6 +77,7 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> Rows:
     calls: dict[str, Call] = {
         "launch": launched,
         **{name: registered(slots) for name, slots in ids.items()},
+        **{peer.name: _by_peer(peer, host, caches) for peer in peers},
     }
     verified = {}
     for name, call in calls.items():
@@ -90,11 +96,38 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> Rows:
             "added_us": round(median(a - b for a, b in zip(times[name], launches, strict=True)), 2),
             "call_us": round(median(times[name]), 2),
             "launch_us": round(median(launches), 2),
+            **{
+                f"of_{x.name}": round(median(times[name]) / median(times[x.name]), 2) for x in peers
+            },
             "rounds": rounds,
-            "verified": verified[name] and verified["launch"],
+            "verified": all(verified[x] for x in (name, "launch", *(y.name for y in peers))),
         }
         for name in ids
     ]
+
+
+def _of(times: list[float], others: list[float]) -> float:
+    """Return a median as a multiple of another one."""
+    return round(median(times) / median(others), 2)
+
+
+def _by_peer(peer: LMCache, slots: torch.Tensor, caches: list[torch.Tensor]) -> Call:
+    """Return a peer's call of the same copy, with everything that can be made beforehand."""
+    shape = Shape(
+        name="overhead",
+        model="",
+        source="",
+        cache=CACHE,
+        chunk=CHUNK,
+        layers=1,
+        dim=_DIM,
+        dtype="float16",
+        block_size=_BLOCK_SIZE,
+        tokens=_BLOCK_SIZE,
+        pool=_BLOCKS,
+    )
+    move = peer.move_by("slot kernel", shape, slots, caches)
+    return lambda i, chunk: move(chunk, True)
 
 
 def _time(

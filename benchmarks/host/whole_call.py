@@ -3,7 +3,7 @@
 
 Nothing hides the host's time here, as for a caller who needs one transfer now. Every method copies
 with ids that it has seen before, and with ids that are new in each call. The memcpy of the same
-bytes is timed in the same way.
+bytes is timed in the same way. Peers copy between the caches and a chunk, as their connectors do.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ from functools import partial
 
 from portakv_benchmarks.host import suite
 from portakv_benchmarks.host.calls import IDS
-from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, Case, Sides, cases, scene
+from portakv_benchmarks.host.cases import BLOCK_FIRST, CHUNK, DIRECTIONS, Case, Sides, cases, scene
+from portakv_benchmarks.host.interference import by_peer
 from portakv_benchmarks.host.suite import KB, Bench, Method
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant
+from portakv_benchmarks.shared.peers import LMCache
 
 METHODS = (suite.HOST, suite.HOST_IDLE, suite.STAGED, suite.ZERO_COPY)
 
 
 def whole_call_steps(bench: Bench) -> Iterator[Step]:
-    """Yield a step for each payload, between caches by layer and a block-first pool."""
-    pool = scene(32 * KB, BLOCK_FIRST, "random")
-    for case in cases([pool], bench.preset.whole_call):
+    """Yield a step for each payload, between caches by layer and a block-first pool; with peers
+    also between caches and a chunk."""
+    scenes = [scene(32 * KB, BLOCK_FIRST, "random")]
+    if bench.peers:
+        scenes.append(scene(2 * KB))
+    for case in cases(scenes, bench.preset.whole_call):
         yield f"wall clock: {case.name}", partial(_measure, bench, case)
 
 
@@ -38,6 +43,8 @@ def _measure(bench: Bench, case: Case) -> Rows:
             for method in bench.serving(METHODS)
             for ids in IDS
         ]
+        if case.on_host.cache == CHUNK:
+            variants += [_by_peer(peer, sides, direction) for peer in bench.peers]
         good = harness.usable(variants, case.name, bench.left_out)
         memcpy = suite.by_memcpy(sides, direction)
         for one in bench.measure(memcpy, good, case.payload, bench.busy_timer):
@@ -63,6 +70,12 @@ def _variant(method: Method, sides: Sides, direction: str, ids: str) -> Variant:
         return method.move(sides, direction, ids=fresh)
 
     return suite.by_call(sides, direction, method.name, method.engine, call, ids=ids)
+
+
+def _by_peer(peer: LMCache, sides: Sides, direction: str) -> Variant:
+    """Return a peer's copy as a variant whose ids are kept, on the device."""
+    call = by_peer(peer, sides, direction)
+    return suite.by_call(sides, direction, peer.name, peer.name, call, ids=IDS[0], peer=peer.name)
 
 
 def _chosen(sides: Sides, direction: str, name: str) -> dict[str, str]:

@@ -104,7 +104,9 @@ def options_of(options: CopyOptions | None, *keywords: object) -> CopyOptions:
     """Return the options of a call that takes ``options`` or all keywords, these in the order of
     `CopyOptions`; raise as `options_from`."""
     usual = all(map(is_, keywords, _USUAL_VALUES))
-    if options is None:  # without a look at the names, since calls are in a hot path
+    if usual and type(options) is CopyOptions:  # calls are in a hot path
+        return options
+    if options is None:  # without a look at the names
         return USUAL if usual else CopyOptions(**dict(zip(_NAMES, keywords, strict=True)))  # type: ignore[arg-type]
     return options_from(options, {} if usual else dict(zip(_NAMES, keywords, strict=True)))
 

@@ -226,10 +226,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         """Return the jobs that have ended since the last call; never blocks."""
         with self._taking:
             ended = [each for lane in self._lanes for each in lane.finished()]
-        return [
-            TransferResult(number, True, job.transfer.statistics.nbytes, job.seconds())
-            for number, job in ended
-        ]
+        return [TransferResult(number, True, job.nbytes, job.seconds()) for number, job in ended]
 
     def wait(self, job_ids: set[int]) -> None:
         """Block the host until these jobs have ended. Unknown jobs count as ended."""
@@ -269,7 +266,8 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             )
         # All groups are checked before any of them moves.
         moves = moves_of(self._groups, self._together, self.blocks_per_chunk, device, host, store)
-        lane.submit(job, partial(self._copy, moves, self._options[lane], store))
+        nbytes = sum(move.nbytes for move in moves)
+        lane.submit(job, partial(self._copy, moves, self._options[lane], store), nbytes)
         return True
 
     def _warm_up(self, part: Part) -> None:

@@ -23,6 +23,7 @@ class Job(NamedTuple):
     transfer: BlockTransfer
     begin: torch.Event | None
     end: torch.Event | None
+    nbytes: int = 0
 
     def done(self) -> bool:
         """Return whether the copies have ended and their time is known; never blocks.
@@ -62,8 +63,8 @@ class Lane:
         self.stream = None if device.type == "cpu" else torch.Stream(device)
         self.jobs: dict[int, Job] = {}
 
-    def submit(self, number: int, copy: Callable[[], BlockTransfer]) -> None:
-        """Begin a job, whose copies ``copy`` issues on the stream.
+    def submit(self, number: int, copy: Callable[[], BlockTransfer], nbytes: int = 0) -> None:
+        """Begin a job of so many bytes, whose copies ``copy`` issues on the stream.
 
         They are ordered after the current stream's work.
         """
@@ -71,7 +72,7 @@ class Lane:
             self.stream.wait_stream(torch.accelerator.current_stream(self.device.index))
         begin = self._event()
         transfer = copy()
-        self.jobs[number] = Job(transfer, begin, self._event())
+        self.jobs[number] = Job(transfer, begin, self._event(), nbytes)
 
     def finished(self) -> Iterator[tuple[int, Job]]:
         """Remove and yield the oldest jobs that have ended."""

@@ -72,6 +72,11 @@ class Move(NamedTuple):
     places: Index
     pages: int
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that it copies."""
+        return self.pages * sum(part.device.form.token_bytes for part in self.parts)
+
 
 class _Group(NamedTuple):
     """The ids of one group in a job.

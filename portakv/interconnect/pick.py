@@ -37,6 +37,12 @@ PART = 0.25
 #: host's time. On an H200 it is at most 4 % slower by the wall than the quickest up to there.
 UNHIDDEN = {"d2h": 128 << 20, "h2d": 128 << 20}
 
+#: The most bytes that a kernel of few thread blocks moves across the link while the device
+#: computes. To describe such a copy to a copy engine takes the host longer than the copy takes: an
+#: H200's host is busy for 290 - 690 us with 12 MiB that cross in 240 (benchmarks/NOTES.md, section
+#: 18).
+SHORT = 16 << 20
+
 #: Seconds of the device for each row of a 2-D copy, in addition to its bytes, by direction.
 #: Measured on an H200: up, 64 rows of 4 KiB reached 0.60 of a memcpy and rows of 512 B 0.16, which
 #: is 49 ns a row; down, rows of 4 KiB reached 0.45 and of 32 KiB 0.78, which is 92 and 168 ns.
@@ -85,7 +91,7 @@ def default_rule(
     """
     staged = shapes["staged"]
     whole = shapes["batched_memcpy"]
-    most = (UNHIDDEN if idle else SMALL)[direction]
+    most = UNHIDDEN[direction] if idle else max(SMALL[direction], SHORT)
     if whole.nbytes <= most:
         return "zero_copy", f"for copies of up to {most >> 20} MiB"
     if kernel and staged.run_bytes < NARROW:
@@ -214,11 +220,12 @@ def _excluded(direction: str, host: Shape, terms: Terms) -> str:
     `zero_copy` does if runs are short (benchmarks/NOTES.md, section 12).
     """
     limited = terms.max_gbps is not None or terms.max_thread_blocks is not None
-    short = host.nbytes <= SMALL[direction] or (host.run_bytes < EVEN and not terms.detached)
+    most = SMALL[direction] if terms.detached else max(SMALL[direction], SHORT)
+    short = host.nbytes <= most or (host.run_bytes < EVEN and not terms.detached)
     if terms.overlap == "idle" or short or limited:
         return ""
     return (
-        f"with overlap='compute' it moves at most {SMALL[direction] >> 20} MiB, or host runs under "
+        f"with overlap='compute' it moves at most {most >> 20} MiB, or host runs under "
         f"{EVEN >> 10} KiB not detached, unless max_gbps or max_thread_blocks limit it"
     )
 

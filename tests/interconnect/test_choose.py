@@ -33,6 +33,7 @@ from support.threads import run_threads
 from portakv import CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Capabilities
 from portakv.interconnect import choose as chosen
+from portakv.interconnect import pick as picking
 from portakv.interconnect import pieces as pieces_of
 from portakv.interconnect.choose import Host, HostLaunch
 from portakv.interconnect.pick import (
@@ -45,6 +46,12 @@ from portakv.interconnect.pick import (
 from portakv.interconnect.pieces import TALL
 from portakv.interconnect.strategy import PAGEABLE, PINNED, Terms
 from portakv.plan.plan import Move
+
+
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let copies of a few MiB count as long."""
+    monkeypatch.setattr(picking, "SHORT", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -220,11 +220,20 @@ def test_a_load_that_is_refused_keeps_no_row() -> None:
         store.load(target, range(8), KEYS)
 
 
+def warmed(device: torch.device) -> BlockStore:
+    """Return `stored()` after loads that build what the loads of a test need, on an idle device."""
+    store = stored()
+    for by_layer in (False, True):
+        store.load(cache(60, device), range(8), KEYS, by_layer=by_layer).synchronize(LIMIT)
+    torch.accelerator.synchronize(device)
+    return store
+
+
 class TestsOnADevice:
     def test_the_stream_waits_and_the_host_does_not(self, accelerator: torch.device) -> None:
         target = cache(50, accelerator)
         torch.accelerator.synchronize(accelerator)
-        with stored() as store:
+        with warmed(accelerator) as store:
             delay(current(accelerator))
             handle = store.load(target, range(8), KEYS)
             assert not handle.done()
@@ -242,7 +251,7 @@ class TestsOnADevice:
     def test_layers_on_a_stream(self, accelerator: torch.device) -> None:
         target = cache(50, accelerator)
         torch.accelerator.synchronize(accelerator)
-        with stored() as store:
+        with warmed(accelerator) as store:
             delay(current(accelerator))
             handle = store.load(target, range(8), KEYS, by_layer=True)
             assert not handle.layers[0].done()
@@ -257,7 +266,7 @@ class TestsOnADevice:
     def test_close_waits_for_the_copy(self, accelerator: torch.device) -> None:
         target = cache(50, accelerator)
         torch.accelerator.synchronize(accelerator)
-        store = stored()
+        store = warmed(accelerator)
         delay(current(accelerator))
         handle = store.load(target, range(8), KEYS)
         with pytest.raises(TransferTimeout, match="1 transfers had not ended"):
@@ -275,7 +284,7 @@ class TestsOnADevice:
         class Caller:
             """Stands for a call."""
 
-        with stored() as store:
+        with warmed(accelerator) as store:
             caller = Caller()
             loan = store.rows.borrow([FORM.digest + key for key in KEYS], caller)
             assert store.rows.in_use() == 8
@@ -303,7 +312,7 @@ class TestsOnADevice:
         """Save other blocks while a load is under way, and judge the load's bytes."""
         target = cache(50, device)
         torch.accelerator.synchronize(device)
-        with stored() as store:
+        with warmed(device) as store:
             delay(current(device))
             handle: Any = store.load(target, range(8), KEYS)
             handle = handle if keep else None
@@ -335,7 +344,7 @@ def _captured_beside_a_question() -> int:
     device = torch.device("cuda", 0)
     target = cache(50, device)
     marker = torch.zeros(1, device=device)
-    with stored() as store:
+    with warmed(device) as store:
         delay(current(device))
         handle = store.load(target, range(8), KEYS)
         graph = torch.cuda.CUDAGraph()
