@@ -22,10 +22,11 @@ import torch
 from portakv.backends.base import Again, Capabilities, Launch
 from portakv.copy.context import Context
 from portakv.copy.launch import follow_current
+from portakv.copy.options import CopyOptions
 from portakv.copy.settle import Settled
 from portakv.plan.plan import Move
 from portakv.registry.prepared import Prepared, place_for, prepared
-from portakv.registry.registry import Choice
+from portakv.registry.registry import Choice, choose
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import Process, capture_question, capturing, this_process
 from portakv.runtime.transfer import (
@@ -71,6 +72,7 @@ class Repeat(NamedTuple):
         unowned: for each side, whether nothing knows that the launch uses its memory.
         carried: what executes it, and why. None: the launch picks that for each copy.
         process: the process that prepared it.
+        capturing: returns whether the current stream records a graph, if the device is current.
     """
 
     launch: Launch
@@ -85,6 +87,7 @@ class Repeat(NamedTuple):
     events: EventPool
     carried: tuple[str, str] | None
     process: Process
+    capturing: Callable[[], bool]
 
     def fits(self, move: Move) -> bool:
         """Return True if a copy consists of whole units, as the one before, in this process."""
@@ -92,10 +95,9 @@ class Repeat(NamedTuple):
         cut = unit > 1 and (move.src_index.offset or move.dst_index.offset or move.count % unit)
         return not cut and not self.process.forked
 
-    def issue(self, move: Move, context: Context) -> Transfer:
+    def issue(self, move: Move, device: torch.device, stream: torch.Stream | None) -> Transfer:
         """Launch a copy that `fits`, after its ids and its memory were checked."""
         src, dst, src_index, dst_index, count = move
-        device, stream, _ = context
         for view, read in zip((src, dst), self.tabled, strict=True):
             if read:
                 view.follow_table(device, stream)
@@ -105,7 +107,8 @@ class Repeat(NamedTuple):
         host: tuple[torch.Tensor, ...] = ()
         if again is None or stream is not None or offset or count > again.most:
             move, host = self._place(move)
-            follow_current(stream, [move])
+            if stream is not None:
+                follow_current(stream, [move])
             self.launch(*move, stream, word.tensor if word else None)
         else:
             read_at = _address(src, src_index)
@@ -170,35 +173,50 @@ def end_of(
 # --- two views ------------------------------------------------------------------------------------
 
 
-def repeated(move: Move, choice: Choice, context: Context) -> Transfer | None:
+def repeated(move: Move, options: CopyOptions) -> Transfer | None:
     """Issue a copy if one like it was remembered; else return None.
 
     Raises:
+        BackendUnavailable: as `choose`.
         LayoutError: memory that was replaced.
         SlotError: a bad index on the host.
     """
     src, dst, src_index, dst_index, count = move
     repeats = src.derived.get(_REPEATS)
-    if repeats is None or context.captured or not count:
-        return None
-    kind = _kind(move, context.device)
     token = dst.derived.get(_TOKEN)
-    if kind is None or token is None:
+    if repeats is None or token is None or not count:
         return None
-    repeat: Repeat | None = repeats.get((token, kind, choice, count))
+    device = src.device if src.device.type != "cpu" else dst.device
+    kind = _kind(move, device)
+    if kind is None:
+        return None
+    choice = choose(device, options.backend)
+    repeat: Repeat | None = repeats.get((token, kind, choice, options.terms, count))
     if repeat is None or not repeat.fits(move):
+        return None
+    stream = options.stream
+    if stream is not None and getattr(stream, "device", None) != device:
+        return None
+    if repeat.capturing() if _current_device() == device.index else capturing(device):
         return None
     src.check_memory()
     dst.check_memory()
     skips = src_index.check(count, src.slots, "source")
     skips |= dst_index.check(count, dst.slots, "destination", distinct=True)
-    return None if skips and not repeat.skips else repeat.issue(move, context)
+    return None if skips and not repeat.skips else repeat.issue(move, device, stream)
 
 
 def remember(
-    move: Move, choice: Choice, context: Context, settled: Settled, made: Transfer
+    move: Move,
+    choice: Choice,
+    options: CopyOptions,
+    context: Context,
+    settled: Settled,
+    made: Transfer,
 ) -> None:
     """Remember a copy that this thread just made, if it can be repeated.
+
+    ``choice``: the choice for the options' backend, before their terms count.
 
     A copy is remembered when its like was made twice, which never happens to views made for one
     call.
@@ -217,7 +235,7 @@ def remember(
     picks = _picks(launch)
     name = _PICKED if picks else made.carried[0]
     repeats = src.derived.setdefault(_REPEATS, Bounded(_REPEATS, _KEPT))
-    key = token, kind, choice, name
+    key = token, kind, choice, options.terms, name
     if key not in repeats:
         repeats[key] = None
         return
@@ -237,9 +255,10 @@ def remember(
             event_pool(device),
             None if picks else made.carried,
             this_process(),
+            capture_question(device),
         )
     # By their number of tokens, since strategies may differ by it.
-    repeats[token, kind, choice, move.count] = repeats[key]
+    repeats[token, kind, choice, options.terms, move.count] = repeats[key]
 
 
 def _launch_of(move: Move, settled: Settled, kind: tuple[_Part, _Part]) -> Launch | None:

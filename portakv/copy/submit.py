@@ -24,6 +24,10 @@ from portakv.registry.registry import Choice, choose
 def submit(move: Move, options: CopyOptions) -> BlockTransfer:
     """Issue a copy by the schedule that its options request; raises as `copy_rows`."""
     began = perf_counter()
+    if options.plain:
+        made = repeated(move, options)
+        if made is not None:
+            return BlockTransfer(made, move, began)
     src = move.src
     dst = move.dst
     late = options.late
@@ -62,6 +66,7 @@ def issue(
     src = move.src
     dst = move.dst
     context = Context.of(choice.backend.device, stream)
+    chosen = choice
     if options.terms is not None or src.form.place == "peer":
         choice = carrier(src, dst, choice, options.terms)
     if options.sliced:
@@ -70,14 +75,10 @@ def issue(
         return detached(move, choice, context, options, began)
     if options.by_layer:
         return in_layers(move, choice, context, options.strict, began)
-    # A connector repeats its own copies, whose views are made for one call.
-    repeats = context.device.type != "cpu" and not (options.strict or known_good)
-    made = repeated(move, choice, context) if repeats else None
-    if made is None:
-        settled = settle(move, choice, context, known_good=known_good, strict=options.strict)
-        made = launch(settled, context)
-        if repeats:
-            remember(move, choice, context, settled, made)
+    settled = settle(move, choice, context, known_good=known_good, strict=options.strict)
+    made = launch(settled, context)
+    if options.plain and not known_good:  # a connector repeats its own copies
+        remember(move, chosen, options, context, settled, made)
     return BlockTransfer(made, move, began)
 
 
@@ -86,8 +87,12 @@ def _from_peer(move: Move, options: CopyOptions, began: float) -> BlockTransfer:
     device = move.dst.device
     seen = move._replace(src=seen_by_reader(move.src, device, options.stream))
     with current(device):
-        choice = choose(device, options.backend)
-        transfer = issue(seen, choice, options.stream, options, began)
+        made = repeated(seen, options) if options.plain else None
+        if made is None:
+            choice = choose(device, options.backend)
+            transfer = issue(seen, choice, options.stream, options, began)
+        else:
+            transfer = BlockTransfer(made, seen, began)
     if not (options.detached or options.sliced):
         order_after(move.src, transfer)
     return transfer
