@@ -79,13 +79,7 @@ def measure_overhead(
         **{name: registered(slots) for name, slots in ids.items()},
         **{peer.name: _by_peer(peer, host, caches) for peer in peers},
     }
-    verified = {}
-    for name, call in calls.items():
-        for chunk in chunks:
-            chunk.view(torch.int16).fill_(-1)
-        for i, chunk in enumerate(chunks):
-            call(i, chunk.detach())
-        verified[name] = all(torch.equal(chunk.view(torch.int16), expected) for chunk in chunks)
+    verified = {name: _right(call, chunks, expected) for name, call in calls.items()}
     times = _time(calls, chunks, rounds, device)
     launches = times["launch"]
     return [
@@ -104,6 +98,15 @@ def measure_overhead(
         }
         for name in ids
     ]
+
+
+def _right(call: Call, chunks: Sequence[torch.Tensor], expected: torch.Tensor) -> bool:
+    """Return whether a call moves the row into each chunk."""
+    for chunk in chunks:
+        chunk.view(torch.int16).fill_(-1)
+    for i, chunk in enumerate(chunks):
+        call(i, chunk.detach())
+    return all(torch.equal(chunk.view(torch.int16), expected) for chunk in chunks)
 
 
 def _of(times: list[float], others: list[float]) -> float:

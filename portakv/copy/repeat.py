@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from portakv.backends.base import Again, Capabilities, Launch
-from portakv.copy.context import Context
 from portakv.copy.launch import follow_current
 from portakv.copy.options import CopyOptions
 from portakv.copy.settle import Settled
@@ -44,7 +43,8 @@ from portakv.view.index import Ids, Index
 from portakv.view.view import KVView
 
 _current_device = torch.accelerator.current_device_index
-_REPEATS = "repeats"  # the key of a view's repeats: kept with the source, and released with it
+#: The key of a view's repeats, which are kept with the source, and released with it.
+REPEATS = "repeats"
 _TOKEN = "repeats: token"  # of what stands for a view without keeping its memory
 _KEPT = 512
 _PICKED = "picked for each copy"
@@ -106,10 +106,7 @@ class Repeat(NamedTuple):
         offset = src_index.offset or dst_index.offset
         host: tuple[torch.Tensor, ...] = ()
         if again is None or stream is not None or offset or count > again.most:
-            move, host = self._place(move)
-            if stream is not None:
-                follow_current(stream, [move])
-            self.launch(*move, stream, word.tensor if word else None)
+            move, host = self._launch(move, stream, word)
         else:
             read_at = _address(src, src_index)
             written_at = _address(dst, dst_index)
@@ -121,6 +118,16 @@ class Repeat(NamedTuple):
         retained = src, dst, move.src_index, move.dst_index
         carried = self.carried or cast(Any, self.launch).carried
         return end_of(event, self.events, word, retained, carried, host=host)
+
+    def _launch(
+        self, move: Move, stream: torch.Stream | None, word: StatusWord | None
+    ) -> tuple[Move, tuple[torch.Tensor, ...]]:
+        """Launch a copy of which not everything is packed; return it as `_place` does."""
+        move, host = self._place(move)
+        if stream is not None:
+            follow_current(stream, [move])
+        self.launch(*move, stream, word.tensor if word else None)
+        return move, host
 
     def _place(self, move: Move) -> tuple[Move, tuple[torch.Tensor, ...]]:
         """Return the copy with its ids where the launch reads them, and host memory with ids, which
@@ -182,7 +189,7 @@ def repeated(move: Move, options: CopyOptions) -> Transfer | None:
         SlotError: a bad index on the host.
     """
     src, dst, src_index, dst_index, count = move
-    repeats = src.derived.get(_REPEATS)
+    repeats = src.derived.get(REPEATS)
     token = dst.derived.get(_TOKEN)
     if repeats is None or token is None or not count:
         return None
@@ -210,20 +217,20 @@ def remember(
     move: Move,
     choice: Choice,
     options: CopyOptions,
-    context: Context,
+    device: torch.device,
     settled: Settled,
     made: Transfer,
 ) -> None:
     """Remember a copy that this thread just made, if it can be repeated.
 
-    ``choice``: the choice for the options' backend, before their terms count.
+    ``choice``: the choice for the options' backend, before their terms count. ``device`` executes
+    the copy, outside of graph capture.
 
     A copy is remembered when its like was made twice, which never happens to views made for one
     call.
     """
-    device = context.device
     kind = _kind(move, device)
-    if kind is None or context.captured or device.type == "cpu" or not made.ordered:
+    if kind is None or not made.ordered:
         return
     launch = _launch_of(move, settled, kind)
     if launch is None or not made.completions:
@@ -234,7 +241,7 @@ def remember(
     ready = settled.pieces[0][0]
     picks = _picks(launch)
     name = _PICKED if picks else made.carried[0]
-    repeats = src.derived.setdefault(_REPEATS, Bounded(_REPEATS, _KEPT))
+    repeats = src.derived.setdefault(REPEATS, Bounded(REPEATS, _KEPT))
     key = token, kind, choice, options.terms, name
     if key not in repeats:
         repeats[key] = None

@@ -14,7 +14,7 @@ from portakv.copy.handle import BlockTransfer
 from portakv.copy.launch import launch
 from portakv.copy.layers import in_layers
 from portakv.copy.options import CopyOptions
-from portakv.copy.repeat import remember, repeated
+from portakv.copy.repeat import REPEATS, remember, repeated
 from portakv.copy.settle import settle
 from portakv.copy.slices import in_slices
 from portakv.plan.move import Move
@@ -24,12 +24,12 @@ from portakv.registry.registry import Choice, choose
 def submit(move: Move, options: CopyOptions) -> BlockTransfer:
     """Issue a copy by the schedule that its options request; raises as `copy_rows`."""
     began = perf_counter()
-    if options.plain:
+    src = move.src
+    dst = move.dst
+    if options.plain and REPEATS in src.derived:
         made = repeated(move, options)
         if made is not None:
             return BlockTransfer(made, move, began)
-    src = move.src
-    dst = move.dst
     late = options.late
     if late is not None:
         late.check(src.device if src.device.type != "cpu" else dst.device)
@@ -77,8 +77,9 @@ def issue(
         return in_layers(move, choice, context, options.strict, began)
     settled = settle(move, choice, context, known_good=known_good, strict=options.strict)
     made = launch(settled, context)
-    if options.plain and not known_good:  # a connector repeats its own copies
-        remember(move, chosen, options, context, settled, made)
+    # A connector repeats its own copies.
+    if options.plain and not (known_good or context.captured or context.device.type == "cpu"):
+        remember(move, chosen, options, context.device, settled, made)
     return BlockTransfer(made, move, began)
 
 
