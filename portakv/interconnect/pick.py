@@ -92,7 +92,7 @@ def default_rule(
     staged = shapes["staged"]
     whole = shapes["batched_memcpy"]
     most = UNHIDDEN[direction] if idle else max(SMALL[direction], SHORT)
-    if whole.nbytes <= most:
+    if kernel and whole.nbytes <= most:
         return "zero_copy", f"for copies of up to {most >> 20} MiB"
     if kernel and staged.run_bytes < NARROW:
         return "zero_copy", f"for host memory in runs of less than {NARROW >> 10} KiB"

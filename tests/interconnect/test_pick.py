@@ -83,7 +83,10 @@ def test_the_default_rule_picks_what_the_measurements_behind_it_say(direction: s
     assert picked(UNHIDDEN[direction], 1, 1, direction, overlap="idle").strategy == "zero_copy"
     for terms in ({"overlap": "idle"}, {"max_thread_blocks": 3}):  # no copy engine, run by run
         assert picked(large, even, even, direction, **terms).strategy == "zero_copy"
-    # A detached transfer's stream must not wait for a kernel.
+    # A detached transfer's stream must not wait for a kernel, unless it is very short.
+    assert picked(SMALL[direction], 4096, 1, direction, detached=True).strategy == "zero_copy"
+    assert picked(SHORT, 4096, 1, direction, detached=True).strategy == "staged"
+    assert picked(SHORT, 8, 8, direction, detached=True).strategy == "batched_memcpy"
     assert picked(large, even + 1, even + 1, direction, detached=True).strategy == "staged"
     pageable = dict.fromkeys(ORDER[:3], "it does not copy pageable memory")
     assert picked(large, 64, 64, direction, out=pageable).strategy == "pageable"
@@ -244,7 +247,8 @@ def test_the_guide_tells_the_rule() -> None:
         f"runs of {WIDE >> 10} KiB or more",
         f"runs of {EVEN >> 10} KiB or more that a gather would not merge",
         f"three pinned buffers of at most {SIZES.largest >> 20} MiB each",
-        "{} MiB from the device or {} MiB to it".format(*(n >> 20 for n in SMALL.values())),
+        f"for copies of up to {SHORT >> 20} MiB, and for host memory",
+        "{} MiB from the device and {} MiB to it at".format(*(n >> 20 for n in SMALL.values())),
     ):
         assert text in flat
     assert BUFFERS == 3
