@@ -47,7 +47,7 @@ def measure_overhead(
     """Return a row for each kind of index list.
 
     The kinds are an `Index` that the caller keeps, and raw tensors. ``peers`` make the same copy in
-    the same turns, with slots on the device; a row has the time of a call as a multiple of theirs.
+    the same turns, with slots on the device; a row has the time of a call, divided by the peer's.
     """
     size = (2, _BLOCKS, _BLOCK_SIZE, 1, _DIM)
     cache = torch.arange(prod(size), dtype=torch.int16, device=device).view(size)

@@ -64,7 +64,7 @@ class CopyOptions:
     sliced: bool = field(init=False, repr=False, compare=False)
     #: Ids on a device are checked before anything is moved.
     strict: bool = field(init=False, repr=False, compare=False)
-    #: The whole copy is issued at once on the stream, as it is, so that it may be repeated.
+    #: The call issues the whole copy on the stream, as it is, so that it may be repeated.
     plain: bool = field(init=False, repr=False, compare=False)
     #: The terms for a strategy; None: the usual ones, which every backend keeps.
     terms: Terms | None = field(init=False, repr=False, compare=False)

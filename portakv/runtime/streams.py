@@ -92,7 +92,7 @@ def ignore_captures_elsewhere(device: torch.device) -> None:
 
 
 @contextmanager
-def beside_captures(device: torch.device) -> Iterator[None]:
+def ignoring_captures(device: torch.device) -> Iterator[None]:
     """Ignore captures of other threads, as `ignore_captures_elsewhere`, for a moment."""
     before = _exchange_capture_mode(device, _THIS_THREAD)
     try:

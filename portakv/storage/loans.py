@@ -13,7 +13,7 @@ from weakref import ref
 
 import torch
 
-from portakv.runtime.streams import beside_captures, completion
+from portakv.runtime.streams import completion, ignoring_captures
 from portakv.runtime.transfer import Completion
 
 
@@ -56,7 +56,7 @@ class Loan:
         event = self.end.event
         if event is None:
             return self.end.ended()
-        with beside_captures(event.device):
+        with ignoring_captures(event.device):
             return self.end.ended()
 
 

@@ -345,9 +345,9 @@ class BlockStore:
         handle = self._planned(call, plan)
         if loan is not None:
             try:
-                found = np.array([row is not None for row in loan.rows])
-                handle.add_issued(crossing.issue(own.rows, loan)[0], found)
-                self._count_hits([key for key, hit in zip(keys, found, strict=True) if hit])
+                hits = np.array([row is not None for row in loan.rows])
+                handle.add_issued(crossing.issue(own.rows, loan)[0], hits)
+                self._count_hits([key for key, hit in zip(keys, hits, strict=True) if hit])
             except BaseException:  # also an interrupt: no caller has a handle
                 handle.cancel()
                 raise

@@ -334,7 +334,7 @@ def test_a_question_about_a_loan_ends_no_capture() -> None:
 
 @pytest.mark.gpu
 def test_an_unguarded_question_ends_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loans, "beside_captures", nullcontext)
+    monkeypatch.setattr(loans, "ignoring_captures", nullcontext)
     with pytest.raises(RuntimeError, match="captur"):
         _captured_beside_a_question()
 
