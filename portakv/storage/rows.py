@@ -382,8 +382,10 @@ class Crossing:
             rows, blocks = self._indices(items, at)
         device = self._view.device
         if device.type == "cpu":
-            transfer = copy_rows(inner, self._view, rows, blocks, options=options)
-            loan.cancel()
+            try:
+                transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+            finally:
+                loan.cancel()
             return transfer, transfer.layers if by_layer else ()
         loan.stream = torch.accelerator.current_stream(device.index)
         try:
