@@ -90,9 +90,7 @@ def measure_overhead(
             "added_us": round(median(a - b for a, b in zip(times[name], launches, strict=True)), 2),
             "call_us": round(median(times[name]), 2),
             "launch_us": round(median(launches), 2),
-            **{
-                f"of_{x.name}": round(median(times[name]) / median(times[x.name]), 2) for x in peers
-            },
+            **{f"of_{x.name}": _of(times[name], times[x.name]) for x in peers},
             "rounds": rounds,
             "verified": all(verified[x] for x in (name, "launch", *(y.name for y in peers))),
         }

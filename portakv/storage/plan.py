@@ -157,11 +157,12 @@ class SharedState:
             self.rows.touch([part.name(key) for key in keys], follows if part is own else ())
 
     def record_hits(self) -> None:
-        """Record the use of blocks that callers' threads loaded."""
+        """Record the use of blocks that callers' threads loaded, and forget loads that ended."""
         while self.hits:
             keys = self.hits.popleft()
             self.rows.use([self.parts[0].name(key) for key in keys])
             self.touch(keys)
+        self.rows.forget_loans()
 
     def leading(self, keys: Keys, until: float) -> int:
         """Return the number of leading blocks that are stored, in one part or in several.

@@ -256,10 +256,14 @@ class Rows:
                     cache.chains.learn(key, _mark(key, mark))
 
     def use(self, keys: Sequence[bytes]) -> None:
-        """Count prefetched keys as used, and forget loans that have ended."""
+        """Count prefetched keys as used."""
         with self._lock:
             for key in keys:
                 self._cache.use(key)
+
+    def forget_loans(self) -> None:
+        """Forget the loans that have ended, also those of loads that found no row."""
+        with self._lock:
             self._cache.loans.forget_ended()
 
     def by_use(self) -> list[bytes]:

@@ -154,6 +154,14 @@ def test_a_load_between_the_choice_and_the_eviction_keeps_its_row(
         lent[0].cancel()
 
 
+def test_loads_that_find_no_row_leave_nothing() -> None:
+    with stored() as store:
+        for number in range(5):
+            keys = [key_of(200 + number), key_of(300 + number)]
+            store.load(cache(50), [1, 2], keys, missing="skip").synchronize(LIMIT)
+            assert len(store.rows._cache.loans) <= 1
+
+
 def test_layers_end_one_by_one() -> None:
     target = cache(50)
     with stored() as store:
