@@ -335,7 +335,8 @@ class ChannelMachine(RuleBasedStateMachine):
         unsure = ("full", "lost") if service.unsure else ("full",) if full else ()
         assert end.kind in ("answer", *unsure), end.kind
         assert end.number in (-1, work.number), "a request got the answer to another"
-        if end.kind == "answer" and not network.eat:
+        # An unsure service may have answered that it is full, and not have taken the request.
+        if end.kind == "answer" and not network.eat and not service.unsure:
             assert service.channel.counts["repeated"] > repeated, "a repeat is not counted"
         network.eat = 0
         network.quiet.clear()

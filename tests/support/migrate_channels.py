@@ -85,9 +85,14 @@ def until(true: Any, seconds: float = 5.0) -> bool:
     return True
 
 
+# The first byte of what a connection receives (ZMTP 3.1, section 2): a message of one frame.
+# A greeting starts with 0xff, a command - a heartbeat, or one of the handshake - with 4 or 6.
+_MESSAGE = (0, 2)
+
+
 class Network:
     """Lies between askers and a TCP address. ``cut``: forwards nothing, with all connections open;
-    ``eat``: so many times the first answer of a connection ends the connection instead."""
+    ``eat``: so many times an answer that is to be forwarded ends the connection instead."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.removeprefix("tcp://").rpartition(":")
@@ -112,7 +117,7 @@ class Network:
     def _forward(self, source: socket.socket, sink: socket.socket, back: bool) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                if back and self.eat and self.quiet.is_set():
+                if back and self.eat and self.quiet.is_set() and data[0] in _MESSAGE:
                     self.eat -= 1
                     break
                 if not self.cut.is_set():
