@@ -31,6 +31,12 @@ class Handle(Transfer):
         retained: an object to retain until the end.
         excused: blocks that need not land, bool ``[blocks]``.
         why: takes the blocks that landed, and returns why the others did not, or an empty text.
+
+    Attributes:
+        layers: a handle for each layer.
+        cancelled: True if some blocks were not moved, because of `cancel`.
+        released: of a save, the transfer after which nothing reads the caller's blocks: their rows
+            are in staging, or are not saved. Its end raises nothing. None for others.
     """
 
     __slots__ = (
@@ -44,6 +50,7 @@ class Handle(Transfer):
         "_why",
         "cancelled",
         "layers",
+        "released",
     )
 
     def __init__(
@@ -70,6 +77,12 @@ class Handle(Transfer):
         self._issued_blocks: Mask | None = None
         self._ordered = False  # a stream waits for what was issued
         self.cancelled = False
+        self.released: Transfer | None = None
+
+    def add_release(self, barrier: Task) -> None:
+        """Set `released`: a barrier after the tasks that read the caller's blocks."""
+        self.released = Transfer([Completion(pendings=(cast(Pending, barrier),))])
+        self._barriers = (barrier, *self._barriers)
 
     @classmethod
     def of_issued(

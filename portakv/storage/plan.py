@@ -292,6 +292,7 @@ class Call:
         after: the key before the first one, of a save.
         ends: the tasks at which blocks of the call end, each with the numbers of these blocks in
             the call and in the task, and with the layers that it completes.
+        gathers: the tasks of a save that read the caller's blocks.
     """
 
     def __init__(
@@ -317,6 +318,7 @@ class Call:
         self.located: Mask = np.ones(len(keys), np.bool_)
         self.excused: Mask = np.zeros(len(keys), np.bool_)  # need not land: no tier admits them yet
         self.ends = list[tuple[Ending, range]]()
+        self.gathers = list[Ending]()
         self.in_transit = 0  # in-flight blocks of the call that have not ended
         self.explanation = Explanation(keys)
         self._tasks = list[tuple[int, Task]]()  # tasks with the numbers of their stages
@@ -354,7 +356,6 @@ class Call:
             location.calls.append((self, some))
             self.explanation.sources.append(location.reasons)
             every = [*location.ends.values()]
-            location.until = None  # a transfer that a call waits for is not dropped
             ends = [[location.ends[x]] if x in location.ends else every for x in segments]
             items = [self.shared.in_transit[names[i]][1] for i in some]
             self.explanation.tasks += [(end, some, items) for end in every]
@@ -478,12 +479,19 @@ class Call:
             barrier.after = [end for end, has in self.ends if layer in has]
         self.barrier.eligible = blocks
         self.barrier.after = [end for end, _ in self.ends]
-        self.submit(*barriers, self.barrier)
-        self.shared.barriers.add(self.barrier)
-        if self.kind != "save":
+        released = None
+        if self.kind == "save":
+            released = Task(None, len(self.keys), after=self.gathers, name="release")
+        else:
             self.explanation.located = self.located
+        self.submit(*barriers, *([released] if released else []), self.barrier)
+        self.shared.barriers.add(self.barrier)
         why = self.explanation.sentence
-        return Handle(self.shared.graph, self.barrier, barriers, missing, view, self.excused, why)
+        graph = self.shared.graph
+        handle = Handle(graph, self.barrier, barriers, missing, view, self.excused, why)
+        if released:
+            handle.add_release(released)
+        return handle
 
 
 class InFlight(Lease):
@@ -558,10 +566,7 @@ class InFlight(Lease):
         dropped = [task for task in tasks if task.state == "dropped"]
         if dropped:
             queues = ", ".join(dict.fromkeys(task.queue.name for task in dropped if task.queue))
-            text = (
-                "A %s dropped %d blocks on %s, the first one is %s: no staging in time, or a slow "
-                "queue"
-            )
+            text = "A %s dropped %d blocks on %s, the first one is %s: no free staging, or a slow queue"
             values = self.calls[0][0].kind, self.count, queues, self.keys[0].hex()
             self.calls[0][0].shared.log.warning("dropped", text, *values)
 

@@ -77,7 +77,8 @@ class BlockStore:
             ``NAME:PLACE``, such as ``remote:s3://bucket/kv``: a tier of that name, also of another
             package, made with the place alone.
         graph: shares workers with other code; by default the store's own graph.
-        full: the action of a save without staging within its slack: ``drop`` or ``wait``.
+        full: what a save does with blocks that find no free staging: ``drop`` them immediately, or
+            ``wait`` for staging. A save may say otherwise.
         weak_keys: accept keys of less than 16 bytes, of which two may be equal.
 
     Blocks of a view belong to a load until its end: a model that writes them before `Handle.wait`
@@ -125,7 +126,7 @@ class BlockStore:
             )
         self.form = form
         self._weak = weak_keys
-        self._drop = full == "drop"
+        self._full = full
         self._closed = False
         self.rows = Rows(size, staging // size, host // size)
         self._tier_stores = list[TierStore]()
@@ -204,6 +205,7 @@ class BlockStore:
         after: bytes | None = None,
         priority: Priority = "background",
         deadline: float | None = None,
+        full: Full | None = None,
         options: CopyOptions | None = None,
     ) -> Handle:
         """Save blocks of a view under keys.
@@ -217,8 +219,14 @@ class BlockStore:
         first ones. The others do not land, and neither do blocks that are evicted before the save
         ends.
 
+        The view's blocks are read until the end of `Handle.released`, which comes first: then their
+        rows are in staging, or are not saved, and the caller may write the blocks again. ``full``:
+        what happens to blocks that find no free staging; None: as the store does.
+
         ``options``: how blocks are copied from the view: backend, overlap, max_thread_blocks.
         """
+        if full is not None:
+            one_of("full", full, get_args(Full))
         previous = self._predecessor(after)
         call = self._call("save", keys, priority, deadline, previous)
         own = self._own
@@ -226,7 +234,7 @@ class BlockStore:
         options = _copy_options("a save", options)
         crossing = Crossing(view, blocks, len(call.keys), size, store=True, options=options)
         crossing.prepare(own.rows)
-        until = self.graph.clock() + SLACK[priority] if self._drop else None
+        until = self.graph.clock() if (full or self._full) == "drop" else None
         return self._planned(call, partial(self._save, call, crossing, view, until))
 
     def _save(self, call: Call, crossing: Crossing, view: KVView, until: float | None) -> Handle:
@@ -253,6 +261,7 @@ class BlockStore:
                 work = partial(in_flight.gather, crossing, view)
                 in_flight.ends[None] = gather = call.task(at, work, self._down, in_flight, ())
                 in_flight.last = [gather]
+                call.gathers.append((gather, at, range(len(at))))
 
                 for tier_store in tier_stores:
                     queue = tier_store.queue_for_write(len(at) * own.form.image_bytes)

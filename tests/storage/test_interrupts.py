@@ -247,6 +247,7 @@ NOT_CALLED = {
     "Graph.place": "runs in a helper or a worker",
     "Graph.settle": "runs in a helper or a worker",
     "Graph.wake": "runs in a helper or a worker",
+    "Handle.add_release": "runs in a helper",
     "Task.ran_before": "runs in a worker",
     "Trace.add": "runs in a worker",
     "Trace.statistics": "runs in a helper",

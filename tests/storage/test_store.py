@@ -426,8 +426,7 @@ def test_a_save_goes_on_for_the_other_that_joined_it(opened: Any, how: str) -> N
     assert len(tier.blocks) == len(far.blocks) == 8
 
 
-def test_a_save_that_a_load_waits_for_is_not_dropped(opened: Any) -> None:
-    """Staging is full until after its slack."""
+def test_a_load_joins_a_save_that_waits_for_staging(opened: Any) -> None:
     source = cache()
     target = cache(seed=50)
     tier = FakeTier()
@@ -435,7 +434,7 @@ def test_a_save_that_a_load_waits_for_is_not_dropped(opened: Any) -> None:
     store = opened(tiers=[tier], staging=2, full="drop")
     tier.hold = go
     first = store.save(source, [0], KEYS[:1], priority="urgent")
-    second = store.save(source, [1], KEYS[1:2], priority="normal")
+    second = store.save(source, [1], KEYS[1:2], priority="normal", full="wait")
     loaded = store.load(target, [1], KEYS[1:2])
     third = store.save(source, [2], KEYS[2:3], priority="normal")
     with pytest.raises(TransferTimeout):

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two ends of a save: the caller's blocks may be written again, and the blocks are stored."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from support.core_cases import noise
+from support.storage_cases import FakeTier, key_of, small_form
+
+from portakv import KVView
+from portakv.errors import InvalidTerms, TransferCancelled, TransferError, TransferTimeout
+from portakv.graph import Task
+from portakv.storage import BlockStore
+
+LIMIT = 20.0  # seconds; nothing here takes as long
+FORM = small_form()
+KEYS = [key_of(i) for i in range(8)]
+LAYOUT = "layer | block kv token head dim"
+
+
+def cache(seed: int = 0, device: torch.device | str = "cpu") -> KVView:
+    shape = (12, 2, 4, 2, 32)
+    tensors = [noise(*shape, dtype=torch.float16, seed=seed + i) for i in range(4)]
+    return KVView([each.to(device) for each in tensors], LAYOUT)
+
+
+def same(one: KVView, other: KVView, blocks: Any) -> bool:
+    pairs = zip(one.tensors, other.tensors, strict=True)
+    some = list(blocks)
+    return all(torch.equal(*(x[some].cpu().view(torch.int16) for x in pair)) for pair in pairs)
+
+
+@pytest.fixture
+def tier() -> Iterator[FakeTier]:
+    """Return a tier whose writes wait until the test's end."""
+    tier = FakeTier()
+    tier.hold = threading.Event()
+    yield tier
+    tier.hold.set()
+
+
+def opened(tier: FakeTier, staging: int = 16, **terms: Any) -> BlockStore:
+    return BlockStore(FORM, staging=staging * FORM.image_bytes, tiers=[tier], **terms)
+
+
+def test_blocks_may_be_written_after_the_release_while_the_tier_writes(tier: FakeTier) -> None:
+    source = cache()
+    with opened(tier) as store:
+        saved = store.save(source, range(8), KEYS, priority="urgent")
+        assert saved.released is not None
+        saved.released.synchronize(LIMIT)
+        assert saved.released.done()
+        assert not saved.done()
+        for tensor in source.tensors:
+            tensor.zero_()
+        assert tier.hold is not None
+        tier.hold.set()
+        saved.synchronize(LIMIT)
+        target = cache(50)
+        store.load(target, range(8), KEYS).synchronize(LIMIT)
+    assert same(target, cache(), range(8))
+
+
+@contextmanager
+def no_copies(store: BlockStore) -> Iterator[None]:
+    """Let no worker copy from a view meanwhile."""
+    go = threading.Event()
+    queue = store.graph.queue("device-host")
+    tasks = [Task(lambda *_: go.wait(LIMIT), 1, queue=queue) for _ in range(queue.width)]
+    store.graph.submit(tasks, priority="urgent")
+    try:
+        yield
+    finally:
+        go.set()
+
+
+def test_the_release_comes_after_the_copies(tier: FakeTier) -> None:
+    with opened(tier) as store:
+        with no_copies(store):
+            saved = store.save(cache(), range(8), KEYS)
+            assert saved.released is not None
+            with pytest.raises(TransferTimeout):
+                saved.released.synchronize(0.1)
+            assert not saved.released.done()
+        saved.released.synchronize(LIMIT)
+        assert tier.hold is not None
+        tier.hold.set()
+        saved.synchronize(LIMIT)
+
+
+def test_a_save_without_free_staging_is_refused_at_the_call(tier: FakeTier) -> None:
+    """Also one in the background, which has no slack for it."""
+    with opened(tier, staging=2) as store:
+        first = store.save(cache(), [0], KEYS[:1])
+        second = store.save(cache(), [1], KEYS[1:2])
+        assert second.released is not None
+        assert second.released.done()
+        with pytest.raises(TransferError, match="staging was full"):
+            second.synchronize(0.0)
+        assert not first.done()
+        assert tier.hold is not None
+        tier.hold.set()
+        first.synchronize(LIMIT)
+
+
+@pytest.mark.parametrize("own", ["drop", "wait"])
+def test_a_save_says_what_full_staging_means(tier: FakeTier, own: Any) -> None:
+    with opened(tier, staging=2, full="wait" if own == "drop" else "drop") as store:
+        first = store.save(cache(), [0], KEYS[:1], full=own)
+        second = store.save(cache(), [1], KEYS[1:2], full=own)
+        assert second.released is not None
+        assert second.released.done() is (own == "drop")
+        assert tier.hold is not None
+        tier.hold.set()
+        first.synchronize(LIMIT)
+        second.released.synchronize(LIMIT)
+        if own == "wait":
+            second.synchronize(LIMIT)
+        assert second.landed.all() == (own == "wait")
+
+
+def test_blocks_of_a_save_that_fit_are_stored_and_the_others_released(tier: FakeTier) -> None:
+    with opened(tier, staging=4) as store:
+        saved = store.save(cache(), range(8), KEYS)
+        assert saved.released is not None
+        saved.released.synchronize(LIMIT)
+        assert tier.hold is not None
+        tier.hold.set()
+        with pytest.raises(TransferError, match="staging was full"):
+            saved.synchronize(LIMIT)
+        assert saved.landed.tolist() == [True] * 2 + [False] * 6
+
+
+def test_a_save_that_joins_another_reads_nothing(tier: FakeTier) -> None:
+    with opened(tier) as store:
+        first = store.save(cache(), range(8), KEYS)
+        second = store.save(cache(90), range(8), KEYS)
+        assert second.released is not None
+        assert second.released.done()
+        assert tier.hold is not None
+        tier.hold.set()
+        first.synchronize(LIMIT)
+        second.synchronize(LIMIT)
+
+
+def test_a_cancelled_save_releases_its_blocks(tier: FakeTier) -> None:
+    with opened(tier, staging=2, full="wait") as store:
+        first = store.save(cache(), [0], KEYS[:1])
+        second = store.save(cache(), [1], KEYS[1:2])
+        assert second.released is not None
+        assert not second.released.done()
+        assert second.cancel()
+        second.released.synchronize(LIMIT)
+        with pytest.raises(TransferCancelled):
+            second.synchronize(LIMIT)
+        assert tier.hold is not None
+        tier.hold.set()
+        first.synchronize(LIMIT)
+
+
+def test_a_save_whose_copy_fails_releases_its_blocks(tier: FakeTier) -> None:
+    source = KVView([tensor.clone() for tensor in cache().tensors], LAYOUT)
+    with opened(tier) as store:
+        with no_copies(store):
+            failed = store.save(source, [1], KEYS[1:2])
+            source.tensors[0].untyped_storage().resize_(0)
+        assert failed.released is not None
+        failed.released.synchronize(LIMIT)
+        with pytest.raises(TransferError, match="memory"):
+            failed.synchronize(LIMIT)
+
+
+def test_a_load_releases_nothing(tier: FakeTier) -> None:
+    with opened(tier) as store:
+        assert store.load(cache(), [1], KEYS[:1], missing="skip").released is None
+
+
+def test_wrong_terms_are_refused(tier: FakeTier) -> None:
+    full: Any = "never"
+    with opened(tier) as store, pytest.raises(InvalidTerms, match="full"):
+        store.save(cache(), [1], KEYS[:1], full=full)
