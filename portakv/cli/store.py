@@ -215,7 +215,7 @@ def _checked(store: Path) -> Report:
     ):
         keys = [*opened.index]
         for key in with_bar(keys, f"checking {store.name[:8]}"):
-            place = opened.pin(key)
+            (place,) = opened.pin([key])
             if place is None:
                 continue
             slot, expected = place

@@ -9,12 +9,12 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import heapify, heappop, heappush
 from traceback import clear_frames
-from typing import Literal, TypeAlias, TypeVar, get_args
+from typing import Literal, TypeAlias, TypeVar, cast, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -36,6 +36,8 @@ Priority: TypeAlias = Literal["urgent", "normal", "background"]
 Unrun: TypeAlias = Literal["cancelled", "late", "dropped"]
 #: Seconds after its submission at which a task of each priority is due.
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
+#: Seconds between two steps of `Graph.run_steps`, in which a thread wakes that sleeps on the lock.
+YIELD = 2e-4
 #: Calls of `Graph.count` that are added up together.
 _COUNTED = 64
 
@@ -302,6 +304,33 @@ class Graph:
                 return work()
 
         return uninterrupted(locked, undo)
+
+    def run_steps(
+        self, steps: Generator[None, None, T], undo: Callable[[T], object] | None = None
+    ) -> T:
+        """Return what ``steps`` returns, as `run` does, with each step under the lock.
+
+        Where it yields, other threads may take the lock, so that long work delays no urgent task.
+        """
+
+        def step() -> tuple[bool, T | None]:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return True, end.value
+            return False, None
+
+        def all_steps() -> T:
+            while True:
+                with self.lock:
+                    ended, result = step()
+                if ended:
+                    return cast(T, result)
+                time.sleep(YIELD)  # a thread that waits for the lock gets it only meanwhile
+
+        if self.lock._is_owned():  # type: ignore[attr-defined]  # as in `run`
+            return all_steps()
+        return uninterrupted(all_steps, undo)
 
     def _begin(self, tasks: Sequence[Task], priority: str, by: float) -> None:
         """Register new tasks, and start those that follow none. After an error no task is left."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,11 +48,12 @@ class _Pinned:
             where = f"{where}: {os.strerror(-result)}"
         self.failure = Reason(kind, where)
 
-    def log(self, key: bytes) -> None:
-        """Warn of a failure."""
+    def log(self, key: bytes, report: Report) -> None:
+        """Report why the block did not land, and warn of a failure."""
+        folder = self.slots.folder
+        report(key, self.failure or Reason(reasons.LATE, str(folder.parent)))
         if self.failure is None:
             return
-        folder = self.slots.folder
         what = f"is {self.failure.kind} ({self.failure.where})"
         if self.lost:
             what += ", and its slot is freed"
@@ -146,10 +148,11 @@ class DiskStore:
         this time.
         """
         spans = self._spans(segments)
-        pinned = self._pin_all(keys, len(spans), report)
+        pinned = self._pin(keys, len(spans), report)
 
         def ended(number: int, result: int) -> None:
             """Verify a block whose last span arrived, while the disk reads others."""
+            time.sleep(0)  # lets others have the interpreter: an urgent load waits 5 ms for it else
             index, span = divmod(number, len(spans))
             block = pinned[index]
             start, end = spans[span]
@@ -163,6 +166,7 @@ class DiskStore:
                 if not block.right:
                     block.fail(result)
 
+        time.sleep(0)
         try:
             if stop is None or not stop():
                 self.engine.run(self._requests(pinned, rows, spans), ended)
@@ -170,21 +174,22 @@ class DiskStore:
             for block in pinned:
                 block.slots.unpin(block.place, good=not block.lost)
 
+        self._count_read(len(keys), pinned, sum(end - start for start, end in spans))
         landed = [False] * len(keys)
         for block in pinned:
             landed[block.number] = block.right
             if not block.right:
-                late = Reason(reasons.LATE, str(block.slots.folder.parent))
-                report(keys[block.number], block.failure or late)
-                block.log(keys[block.number])
-        hits = sum(landed)
+                block.log(keys[block.number], report)
+        return landed
+
+    def _count_read(self, blocks: int, pinned: Sequence[_Pinned], nbytes: int) -> None:
+        """Count the blocks of a read by their results; ``nbytes``: of each."""
+        hits = sum(block.right for block in pinned)
         wrong = sum(block.lost for block in pinned)
-        nbytes = hits * sum(end - start for start, end in spans)
-        self.graph.count(self.tier, "load", "hit", hits, nbytes)
+        self.graph.count(self.tier, "load", "hit", hits, hits * nbytes)
         self.graph.count(self.tier, "load", "fault", wrong)
         self.graph.count(self.tier, "load", "late", len(pinned) - hits - wrong)
-        self.graph.count(self.tier, "load", "miss", len(keys) - len(pinned))
-        return landed
+        self.graph.count(self.tier, "load", "miss", blocks - len(pinned))
 
     def _requests(
         self, pinned: list[_Pinned], rows: Sequence[Row], spans: list[tuple[int, int]]
@@ -216,17 +221,17 @@ class DiskStore:
             spans.append((start, HEADER + pages * PAGE))
         return spans
 
-    def _pin_all(self, keys: Sequence[bytes], spans: int, report: Report) -> list[_Pinned]:
+    def _pin(self, keys: Sequence[bytes], spans: int, report: Report) -> list[_Pinned]:
         """Pin the blocks that are stored. The missing blocks were evicted after the load was
         planned."""
-        pinned = []
-        for position, key in enumerate(keys):
-            stored = self.pin(key)
-            if stored is None:
-                report(key, Reason(reasons.EVICTED, self.where))
-            else:
-                slots, place = stored
-                pinned.append(_Pinned(position, slots, place, spans))
+        pinned = list[_Pinned]()
+        left = [*range(len(keys))]
+        for slots, _ in self.parts:
+            places = dict(zip(left, slots.pin([keys[i] for i in left]), strict=True))
+            pinned += [_Pinned(i, slots, place, spans) for i, place in places.items() if place]
+            left = [i for i, place in places.items() if not place]
+        for i in left:
+            report(keys[i], Reason(reasons.EVICTED, self.where))
         return pinned
 
     def write(
@@ -364,11 +369,3 @@ class DiskStore:
         if (segments is None or 0 in segments) and header(row, self.form) != expected:
             return False
         return verify(row, self.form, expected.checksums, expected.generation, segments)
-
-    def pin(self, key: bytes) -> tuple[Slots, Place] | None:
-        """Pin a block, and return its folder's slots and its place; None if no folder has it."""
-        for slots, _ in self.parts:
-            place = slots.pin(key)
-            if place is not None:
-                return slots, place
-        return None

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
-from itertools import pairwise
 from operator import itemgetter, or_
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakSet
 
 import numpy as np
-import torch
 
 from portakv.graph.graph import Graph, Priority, Queue
 from portakv.graph.handle import Handle, Missing
@@ -26,9 +24,10 @@ from portakv.graph.task import Lease, Mask, Task
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image
 from portakv.storage.chains import FIRST, mark_of
-from portakv.storage.form import BlockForm, Slices
+from portakv.storage.form import BlockForm
+from portakv.storage.parts import Part, Stage, parts_of
 from portakv.storage.reasons import Explanation, Reasons
-from portakv.storage.rows import Crossing, Loan, Rows
+from portakv.storage.rows import Crossing, Rows
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import KVView
 
@@ -37,9 +36,13 @@ from portakv.view import KVView
 #: one piece of a save.
 SAVED = 16 << 20
 LOADED = 32 << 20
+#: Blocks of a task at most: the end of a task takes the graph's lock for 4 us a block, and urgent
+#: work waits for it.
+BLOCKS = 256
+#: Blocks of a call that are planned before others may take the graph's lock.
+SLICE = 256
 CACHED = "kept"  # a location: the host tier
 LOOKUP_BATCH = 8  # blocks of the first request of a lookup; each next request has twice as many
-PARTS = 8  # of the device's stage by layer, if blocks are read as a whole
 
 
 #: Tier stores with the queues that read a block, nearest first.
@@ -50,79 +53,31 @@ Location: TypeAlias = "str | InFlight | Queues"
 Ending: TypeAlias = tuple[Task, Sequence[int], Sequence[int]]
 
 
-class Stage(NamedTuple):
-    """The rows that cross together between rows and a view.
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a call of a user asks for.
 
-    ``layers`` of the view, their segment (None: the image), and both sides of the copy.
+    ``after``: the key before the first one, of a save.
     """
 
-    layers: range
-    segment: int | None
-    inner: KVView
-    outer: KVView
+    kind: str
+    keys: list[bytes]
+    priority: Priority
+    deadline: float | None = None
+    after: bytes | None = None
 
+    @cached_property
+    def order(self) -> dict[bytes, int]:
+        """Return the position of each key: no block of the call evicts an earlier one."""
+        order = {} if self.after is None else {self.after: -1}
+        order.update((key, place) for place, key in enumerate(self.keys))
+        return order
 
-@dataclass(eq=False)
-class Part:
-    """Blocks of one form, and the rectangle that they share with the store's form.
-
-    ``cells`` has a bit for each head of each layer of the rectangle. ``part_slices`` and
-    ``own_slices`` are the rectangle in a view of this form and in a view of the store's form.
-    """
-
-    form: BlockForm
-    tier_stores: list[TierStore]
-    part_slices: Slices
-    own_slices: Slices
-    rows: KVView  # that rectangle of all rows of the store
-    cells: int
-
-    def name(self, key: bytes) -> bytes:
-        """Return the name of this part of a block among the rows."""
-        return self.form.digest + key
-
-    def stages(self, view: KVView, by_layer: bool) -> list[Stage]:
-        """Return the stages between rows and a view, in order of their layers."""
-        first = self.part_slices["layers"].start
-        past = self.part_slices["layers"].stop
-        segmented = by_layer and len(self.form.segments) > 1
-        outer = view.slice(**self.own_slices)
-        if segmented:
-            ends = [0, *(segment.past_layer for segment in self.form.segments)]
-        else:
-            many = min(PARTS, past - first) if by_layer else 1
-            ends = np.linspace(first, past, 1 + many, dtype=int).tolist()
-        result = list[Stage]()
-        to = self.own_slices["layers"].start
-        for number, (a, b) in enumerate(pairwise(min(max(x, first), past) - first for x in ends)):
-            if a < b:
-                sides = self.rows.slice(layers=slice(a, b)), outer.slice(layers=slice(a, b))
-                result.append(Stage(range(to + a, to + b), number if segmented else None, *sides))
-        return result
-
-
-def parts_of(
-    form: BlockForm,
-    forms: Iterable[BlockForm],
-    tier_stores: Sequence[TierStore],
-    rows: torch.Tensor,
-) -> list[Part]:
-    """Return the parts of blocks of a form that lie in tiers and in rows of a tensor.
-
-    The form itself comes first, then the others by their first cell, the largest first among
-    equals.
-    """
-    parts = list[Part]()
-    across = form.heads[1] - form.heads[0]
-    for other in forms:
-        if slices := form.part_of(other):
-            stores = [tier_store for tier_store in tier_stores if tier_store.form == other]
-            layers = slices[1]["layers"]
-            heads = slices[1]["heads"]
-            cells = sum(1 << n for n in range(heads.start, heads.stop))
-            cells = sum(cells << across * n for n in range(layers.start, layers.stop))
-            parts.append(Part(other, stores, *slices, other.view(rows).slice(**slices[0]), cells))
-    return parts[:1] + sorted(parts[1:], key=lambda x: (x.cells & -x.cells, -x.cells.bit_count()))
+    @cached_property
+    def follows(self) -> list[int]:
+        """Return the marks of the predecessors of a save's blocks."""
+        first = FIRST if self.after is None else mark_of(self.after)
+        return [first, *(mark_of(key) for key in self.keys[:-1])]
 
 
 class SharedState:
@@ -143,6 +98,10 @@ class SharedState:
         self.begun = set[InFlight]()
         self.hits = deque[list[bytes]]()
         self.log = RateLimitedLog(logging.getLogger(__name__))
+
+    def open_forms(self, form: BlockForm, forms: Sequence[BlockForm]) -> None:
+        """Find the parts of a form's blocks, once tiers are open for the forms."""
+        self.parts = parts_of(form, forms, self.tier_stores, self.rows.tensor)
 
     def touch(self, keys: Keys, follows: Sequence[int] = ()) -> None:
         """Record the use of keys, the first key last, so that a prefix outlives its suffix.
@@ -185,50 +144,64 @@ class SharedState:
             del covers[end:]  # no request follows for blocks after a missing one
         return len(covers)
 
-    def locations(self, key: bytes) -> list[tuple[Part, Location]]:
-        """Return parts that cover a block, once if possible, with their locations.
+    def locations(self, keys: Sequence[bytes]) -> list[list[tuple[Part, Location]]]:
+        """Return for each block the parts that cover it, with their locations.
+
+        The list of a block that is nowhere is empty. Most blocks are in the store's own form, which
+        takes one look a tier for all of them.
+        """
+        own = self.parts[0]
+        result = list[list[tuple[Part, Location]]]()
+        for key, location in zip(keys, self.locate(own, keys), strict=True):
+            result.append([(own, location)] if location else self._covering(key))
+        return result
+
+    def _covering(self, key: bytes) -> list[tuple[Part, Location]]:
+        """Return other parts that cover a block, once if possible, with their locations.
 
         If a cell is nowhere, the whole block may be in a remote tier; else the list is empty.
         """
+        own = self.parts[0]
         result = list[tuple[Part, Location]]()
         cover = 0
-        while cover != self.parts[0].cells:
+        while cover != own.cells:
             cell = ~cover & (cover + 1)  # the first cell that is not covered
-            parts = sorted(self.parts, key=lambda part: bool(part.cells & cover))
+            parts = sorted(self.parts[1:], key=lambda part: bool(part.cells & cover))
             locations = (
                 (x, location)
                 for x in parts
-                if x.cells & cell and (location := self.location(x, key))
+                if x.cells & cell and (location := self.locate(x, [key])[0])
             )
             if not (one := next(locations, None)):
-                location = self.location(self.parts[0], key, far=True)
-                return [(self.parts[0], location)] if location else []
+                (location,) = self.locate(own, [key], far=True)
+                return [(own, location)] if location else []
             result.append(one)
             cover |= one[0].cells
         return result
 
-    def location(self, part: Part, key: bytes, far: bool = False) -> Location:
-        """Return the location of a part of a block.
+    def locate(self, part: Part, keys: Sequence[bytes], far: bool = False) -> list[Location]:
+        """Return the location of a part of each block.
 
-        That is `CACHED`, an `InFlight`, or tier stores with their queues, the nearest first. A
-        remote tier is assumed to have the blocks of a nearer tier, besides those that it is known
-        to have; with ``far``, any block.
+        That is `CACHED`, an `InFlight`, or tier stores with their queues, the nearest first; none
+        for a block that is nowhere. A remote tier is assumed to have the blocks of a nearer tier,
+        besides those that it is known to have; with ``far``, any block.
         """
-        if self.rows.has(part.name(key)):
-            return CACHED
-        queues = list[tuple[TierStore, Queue]]()
-        stored = False
-        for tier_store in part.tier_stores:
-            known = tier_store.known([key])[0]
-            if known or (tier_store.tier == "remote" and (far or queues)):
-                queues.append((tier_store, tier_store.queue(key)))
-            stored |= known
-        in_flight, _ = self.in_transit.get(part.name(key), (None, 0))
-        return (
-            in_flight
-            if in_flight and in_flight.wanted and not (in_flight.store and stored)
-            else (*queues,)
-        )
+        result: list[Location] = [CACHED] * len(keys)
+        names = [part.name(key) for key in keys]
+        left = [i for i, name in enumerate(names) if not self.rows.has(name)]
+        some = [keys[i] for i in left]
+        known = [tier_store.known(some) for tier_store in part.tier_stores]
+        for number, i in enumerate(left):
+            queues = list[tuple[TierStore, Queue]]()
+            stored = False
+            for tier_store, has in zip(part.tier_stores, known, strict=True):
+                if has[number] or (tier_store.tier == "remote" and (far or queues)):
+                    queues.append((tier_store, tier_store.queue(keys[i])))
+                stored |= has[number]
+            in_flight, _ = self.in_transit.get(names[i], (None, 0))
+            joins = in_flight and in_flight.wanted and not (in_flight.store and stored)
+            result[i] = in_flight if in_flight and joins else (*queues,)
+        return result
 
     def stored(self, keys: Keys) -> Mask:
         """Return which blocks of the store's form are where saves put them.
@@ -261,7 +234,7 @@ class SharedState:
         ):
             return True
         if tier_store is None:
-            return bool(self.location(own, after))
+            return bool(self.locate(own, [after])[0])
         return tier_store.known([after])[0]
 
 
@@ -288,58 +261,39 @@ class Call:
 
     Attributes:
         located: the blocks that have a location, bool ``[blocks]``.
-        order: the position of each key: no block of the call evicts an earlier one.
-        after: the key before the first one, of a save.
         ends: the tasks at which blocks of the call end, each with the numbers of these blocks in
             the call and in the task, and with the layers that it completes.
         gathers: the tasks of a save that read the caller's blocks.
+        in_transit: its transfers that have not ended, and 1 for its plan.
     """
 
-    def __init__(
-        self,
-        shared: SharedState,
-        kind: str,
-        keys: list[bytes],
-        priority: Priority,
-        deadline: float | None,
-        after: bytes | None = None,
-    ) -> None:
+    def __init__(self, shared: SharedState, request: Request) -> None:
         self.shared = shared
-        self.kind = kind
-        self.keys = keys
-        self.priority = priority
-        self.deadline = deadline
-        self.after = after
-        self.order = dict[bytes, int]()
-        if after is not None:
-            self.order[after] = -1
-        self.order.update((key, place) for place, key in enumerate(keys))
-        self.barrier = Task(None, len(keys), name=kind)
-        self.located: Mask = np.ones(len(keys), np.bool_)
-        self.excused: Mask = np.zeros(len(keys), np.bool_)  # need not land: no tier admits them yet
+        self.request = request
+        many = len(request.keys)
+        self.barrier = Task(None, many, name=request.kind)
+        self.located: Mask = np.ones(many, np.bool_)
+        self.excused: Mask = np.zeros(many, np.bool_)  # need not land: no tier admits them yet
         self.ends = list[tuple[Ending, range]]()
         self.gathers = list[Ending]()
-        self.in_transit = 0  # in-flight blocks of the call that have not ended
-        self.explanation = Explanation(keys)
+        self.in_transit = 1
+        self.explanation = Explanation(request.keys)
         self._tasks = list[tuple[int, Task]]()  # tasks with the numbers of their stages
         self._leases = list[Lease]()  # leases of pinned rows
 
-    @cached_property
-    def follows(self) -> list[int]:
-        """Return the marks of the predecessors of a save's blocks."""
-        first = FIRST if self.after is None else mark_of(self.after)
-        return [first, *(mark_of(key) for key in self.keys[:-1])]
+    def slices(self, blocks: Sequence[int], whole: bool = False) -> list[Sequence[int]]:
+        """Return the blocks that are planned together, before others may take the graph's lock.
 
-    def groups(self, loan: Loan | None = None) -> dict[tuple[Part, Location], list[int]]:
-        """Return the call's blocks by part and location, and mark the located blocks.
-
-        Leaves out the blocks that have a row of a loan.
+        ``whole``: all of them, as tasks of one submission run in the order of their stages.
         """
+        most = max(1, len(blocks)) if whole else SLICE
+        return [blocks[first : first + most] for first in range(0, len(blocks), most)]
+
+    def groups(self, blocks: Sequence[int]) -> dict[tuple[Part, Location], list[int]]:
+        """Return blocks by part and location, and mark the located ones."""
         groups = dict[tuple[Part, Location], list[int]]()
-        for i, key in enumerate(self.keys):
-            if loan is not None and loan.rows[i] is not None:
-                continue
-            locations = self.shared.locations(key)
+        found = self.shared.locations([self.request.keys[i] for i in blocks])
+        for i, locations in zip(blocks, found, strict=True):
             self.located[i] = bool(locations)
             for location in locations:
                 groups.setdefault(location, []).append(i)
@@ -351,7 +305,7 @@ class Call:
         """Bring blocks from a location into rows, for stages of these segments."""
         graph = self.shared.graph
         rows = self.shared.rows
-        names = {i: part.name(self.keys[i]) for i in some}
+        names = {i: part.name(self.request.keys[i]) for i in some}
         if isinstance(location, InFlight):  # another call brings them
             location.calls.append((self, some))
             self.explanation.sources.append(location.reasons)
@@ -419,7 +373,7 @@ class Call:
         rows = self.shared.rows
         share = -(-len(blocks) // max([2, *(queue.width for queue in queues)]))
         most = rows.most // (4 if pieces > 1 else 1)
-        most = max(1, min(most, pieces * nbytes // rows.row_bytes, share))
+        most = max(1, min(most, pieces * nbytes // rows.row_bytes, share, BLOCKS))
         return [blocks[first : first + most] for first in range(0, len(blocks), most)]
 
     def task(
@@ -442,7 +396,7 @@ class Call:
             after=after,
             rescue=rescue,
             lease=lease,
-            name=self.kind,
+            name=self.request.kind,
         )
         self._tasks.append((order[0], task))
         self.explanation.tasks.append((task, at, range(len(at))))
@@ -453,8 +407,9 @@ class Call:
         tasks = [task for _, task in sorted(self._tasks, key=itemgetter(0))]
         self._tasks.clear()
         # A call that joins a task may have a later deadline.
-        late = self.deadline if barriers else None
-        self.shared.graph.submit([*tasks, *barriers], priority=self.priority, deadline=late)
+        late = self.request.deadline if barriers else None
+        priority = self.request.priority
+        self.shared.graph.submit([*tasks, *barriers], priority=priority, deadline=late)
 
     def drop(self) -> None:
         """Drop a plan that failed: no other call may wait for tasks that never start."""
@@ -464,6 +419,23 @@ class Call:
         for lease in self._leases:
             if not lease.users and lease.items:
                 shared.rows.unpin(lease.items)
+        started = [end for end, _ in self.ends if end[0].graph]
+        if started and not shared.graph.closed.is_set():  # its earlier slices
+            self.barrier.after = started
+            self._tasks.clear()
+            self.submit(self.barrier)
+            shared.graph.cancel(self.barrier)
+
+    def transfer_ended(self) -> None:
+        """Note the end of a transfer, or of the plan.
+
+        After the last one the call's blocks count as used, the last first, so that a prefix
+        outlives its suffix: transfers store them in any order.
+        """
+        self.in_transit -= 1
+        stores = self.request.kind == "save" or self.shared.rows.host
+        if not self.in_transit and stores:
+            self.shared.touch(self.request.keys)
 
     def handle(
         self,
@@ -474,14 +446,16 @@ class Call:
     ) -> Handle:
         """Start a call with one barrier at its end and, by layer, one barrier for each layer."""
         blocks = self.located if eligible is None else eligible
-        barriers = [Task(None, len(self.keys), eligible=blocks) for _ in range(layers)]
+        self.transfer_ended()
+        many = len(self.request.keys)
+        barriers = [Task(None, many, eligible=blocks) for _ in range(layers)]
         for layer, barrier in enumerate(barriers):
             barrier.after = [end for end, has in self.ends if layer in has]
         self.barrier.eligible = blocks
         self.barrier.after = [end for end, _ in self.ends]
         released = None
-        if self.kind == "save":
-            released = Task(None, len(self.keys), after=self.gathers, name="release")
+        if self.request.kind == "save":
+            released = Task(None, many, after=self.gathers, name="release")
         else:
             self.explanation.located = self.located
         self.submit(*barriers, *([released] if released else []), self.barrier)
@@ -508,10 +482,10 @@ class InFlight(Lease):
         self, call: Call, part: Part, at: list[int], until: float | None = None, apart: bytes = b""
     ) -> None:
         shared = call.shared
-        super().__init__(shared.rows, len(at), call.kind == "save", until, InFlight.over)
+        super().__init__(shared.rows, len(at), call.request.kind == "save", until, InFlight.over)
         self.part = part
         self.calls = [(call, at)]
-        self.keys = [call.keys[i] for i in at]
+        self.keys = [call.request.keys[i] for i in at]
         self.ends = dict[int | None, Task]()
         self.last = list[Task]()
         self.generation = 0
@@ -532,9 +506,7 @@ class InFlight(Lease):
     def over(self) -> None:
         """Return the rows, under the graph's lock, and cache rows whose blocks landed whole.
 
-        After the last rows of a call its blocks count as used, the last first, so that a prefix
-        outlives its suffix. This happens before the rows are cached if the call has more blocks
-        than the host tier.
+        The call's blocks count as used before that if it has more blocks than the host tier.
         """
         landed = np.zeros(self.count, np.bool_)
         call = self.calls[0][0]
@@ -542,11 +514,12 @@ class InFlight(Lease):
         rows = call.shared.rows
         if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
-        prefetched = all(call.kind == "prefetch" for call, _ in self.calls)
+        prefetched = all(call.request.kind == "prefetch" for call, _ in self.calls)
         shared.record_hits()
-        evict = shared.continues(call.after, None)
-        if rows.crowded(call.order):
-            shared.touch(call.keys)
+        evict = shared.continues(call.request.after, None)
+        order = call.request.order
+        if rows.crowded(order):
+            shared.touch(call.request.keys)
         shared.begun.discard(self)
         self._warn_dropped()
         for row, name in enumerate(self.names):
@@ -555,10 +528,8 @@ class InFlight(Lease):
             if landed[row]:
                 item = self.items[row]
                 mark = image.predecessor(rows.array[item])
-                rows.keep(item, name, prefetched, call.order, mark, evict)
-        call.in_transit -= 1
-        if not call.in_transit:
-            shared.touch(call.keys)
+                rows.keep(item, name, prefetched, order, mark, evict)
+        call.transfer_ended()
 
     def _warn_dropped(self) -> None:
         """Log that tasks were dropped, because staging was full or a queue was slow."""
@@ -566,8 +537,8 @@ class InFlight(Lease):
         dropped = [task for task in tasks if task.state == "dropped"]
         if dropped:
             queues = ", ".join(dict.fromkeys(task.queue.name for task in dropped if task.queue))
-            text = "A %s dropped %d blocks on %s, the first one is %s: no free staging, or a slow queue"
-            values = self.calls[0][0].kind, self.count, queues, self.keys[0].hex()
+            text = "A %s dropped %d blocks on %s, the first is %s: no free staging, or a slow queue"
+            values = self.calls[0][0].request.kind, self.count, queues, self.keys[0].hex()
             self.calls[0][0].shared.log.warning("dropped", text, *values)
 
     # --- the work of tasks, in workers, for the blocks of a mask ---
@@ -586,7 +557,7 @@ class InFlight(Lease):
         items = np.array(self.items)[rows]
         at = np.array(blocks)[rows]
         crossing.copy(self.part.rows, view, items, at)
-        follows = call.follows
+        follows = call.request.follows
         for row, key, image_ in zip(rows, keys, data, strict=True):
             mark = follows[blocks[row]]
             self.sums[row] = image.seal(image_, self.part.form, key, self.generation, mark)
@@ -598,8 +569,8 @@ class InFlight(Lease):
         generations = [self.generation] * len(rows)
         sums = [self.sums[row] for row in rows]
         with call.shared.graph.lock:
-            evict = call.shared.continues(call.after, tier_store)
-        known = generations, sums, call.order, evict
+            evict = call.shared.continues(call.request.after, tier_store)
+        known = generations, sums, call.request.order, evict
         mask[rows] = tier_store.write(queue, keys, data, *known, report=self.reasons.report)
         return mask
 

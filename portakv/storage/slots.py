@@ -360,16 +360,20 @@ class Slots:
                     self._records[slot, FOLLOWS] = mark
                     write_record(self._files.table, self._records, slot)
 
-    def pin(self, key: bytes) -> Place | None:
-        """Return where a block lies, which stays there until `unpin`; None if it is not there."""
+    def pin(self, keys: Sequence[bytes]) -> list[Place | None]:
+        """Return where blocks lie, which stay there until `unpin`; None for one that is gone."""
+        places: list[Place | None] = [None] * len(keys)
         with self.chains.lock:
-            slot = self.index.get(key)
-            if slot is None:
-                return None
-            self._occupancy.pins[slot] += 1
-            self.chains.pin(key)
-            generation, _, many, *sums = self._records[slot, GENERATION:].tolist()
-            return Place(slot, Header(key, generation, tuple(sums[:many])))
+            found = [
+                (i, slot) for i, key in enumerate(keys) if (slot := self.index.get(key, -1)) >= 0
+            ]
+            past = GENERATION + 3 + len(self.form.segments)
+            records = self._records[[slot for _, slot in found], GENERATION:past].tolist()
+            for (i, slot), (generation, _, many, *sums) in zip(found, records, strict=True):
+                self._occupancy.pins[slot] += 1
+                self.chains.pin(keys[i])
+                places[i] = Place(slot, Header(keys[i], generation, tuple(sums[:many])))
+        return places
 
     def unpin(self, place: Place, good: bool = True) -> None:
         """Release a pin.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
@@ -27,8 +27,8 @@ from portakv.storage.plan import (
     Call,
     Ending,
     InFlight,
+    Request,
     SharedState,
-    parts_of,
 )
 from portakv.storage.rows import Crossing, Loan, Rows
 from portakv.storage.tier import Keys, Tier, TierStore, tier_of
@@ -44,6 +44,8 @@ HITS = 64
 PAUSE = 0.001
 #: What a save does that finds no staging.
 Full: TypeAlias = Literal["drop", "wait"]
+#: The steps of a plan, which returns a handle.
+Steps: TypeAlias = Generator[None, None, Handle]
 
 
 def _check_tiers(tiers: object) -> list[Tier]:
@@ -148,7 +150,7 @@ class BlockStore:
             self.close()
             raise
         self._generation = max([x.generation for x in self._tier_stores], default=0)
-        self._shared.parts = parts_of(self.form, forms, self._tier_stores, self.rows.tensor)
+        self._shared.open_forms(self.form, forms)
         self._own = self._shared.parts[0]
 
     def __enter__(self) -> BlockStore:
@@ -164,7 +166,7 @@ class BlockStore:
         this call asks a remote tier for blocks in other parts than this form's: a `load` or
         `prefetch` uses the answer.
         """
-        keys = self._call("lookup", keys, "normal").keys
+        keys = self._keys("lookup", keys, "normal", None)
         until = self.graph.clock() + seconds("timeout", timeout, optional=True)
         leading = 0
         many = LOOKUP_BATCH
@@ -232,15 +234,17 @@ class BlockStore:
         own = self._own
         size = own.form.block_size
         options = _copy_options("a save", options)
-        crossing = Crossing(view, blocks, len(call.keys), size, store=True, options=options)
+        crossing = Crossing(view, blocks, len(call.request.keys), size, store=True, options=options)
         crossing.prepare(own.rows)
         until = self.graph.clock() if (full or self._full) == "drop" else None
         return self._planned(call, partial(self._save, call, crossing, view, until))
 
-    def _save(self, call: Call, crossing: Crossing, view: KVView, until: float | None) -> Handle:
-        """Plan a save, under the graph's lock."""
+    def _save(self, call: Call, crossing: Crossing, view: KVView, until: float | None) -> Steps:
+        """Plan a save in steps, under the graph's lock."""
         own = self._own
-        self._shared.touch(call.keys, call.follows)
+        keys = call.request.keys
+        self._shared.touch(keys, call.request.follows)
+        yield
         for tier_stores, some in self._lacking(call).items():
             queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
             chunks = call.chunks(some, SAVED, 1, *queues)
@@ -251,7 +255,7 @@ class BlockStore:
             gaps = {
                 tier_store
                 for tier_store in tier_stores
-                if not self._shared.continues(call.after, tier_store)
+                if not self._shared.continues(call.request.after, tier_store)
             }
 
             written = dict[TierStore, Ending]()
@@ -275,7 +279,8 @@ class BlockStore:
 
                 call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
                 call.submit()  # submits now, so that the queues count it
-        return call.handle(view, eligible=partial(self._shared.stored, call.keys))
+                yield
+        return call.handle(view, eligible=partial(self._shared.stored, keys))
 
     def _lacking(self, call: Call) -> dict[tuple[TierStore, ...], list[int]]:
         """Return the blocks of a save by the tiers that lack them; join saves in progress."""
@@ -286,12 +291,13 @@ class BlockStore:
         call.explanation.saved_in = ", ".join(keeps if tier_stores else ["the host tier"])
 
         # A block that a tier does not admit yet need not land.
-        known = [tier_store.known(call.keys) for tier_store in tier_stores]
-        wants = [tier_store.wants(call.keys) for tier_store in tier_stores]
+        keys = call.request.keys
+        known = [tier_store.known(keys) for tier_store in tier_stores]
+        wants = [tier_store.wants(keys) for tier_store in tier_stores]
         for stored, wanted in zip(known, wants, strict=True):
             call.excused |= ~(np.array(stored, np.bool_) | np.array(wanted, np.bool_))
 
-        for i, key in enumerate(call.keys):
+        for i, key in enumerate(keys):
             in_flight, row = self._shared.in_transit.get(own.name(key), (None, 0))
             lacks = tuple(
                 tier_store for tier_store, x in zip(tier_stores, wants, strict=True) if x[i]
@@ -348,7 +354,7 @@ class BlockStore:
             transfer, layers = crossing.issue(own.rows, loan, by_layer)
             self._count_hits(keys)
             return Handle.of_issued(self.graph, len(keys), transfer, layers)
-        call = Call(self._shared, "load", keys, priority, deadline)
+        call = Call(self._shared, Request("load", keys, priority, deadline))
         crossing.prepare(own.rows)
         plan = partial(self._load, call, crossing, view, by_layer, missing, loan)
         handle = self._planned(call, plan)
@@ -370,15 +376,21 @@ class BlockStore:
         by_layer: bool,
         missing: Missing,
         loan: Loan | None,
-    ) -> Handle:
-        """Plan the part of a load that workers move, under the graph's lock."""
-        groups = call.groups(loan)
-        stages = {part: part.stages(view, by_layer) for part, _ in groups}
-        for (part, location), some in groups.items():
-            segments = [stage.segment for stage in stages[part]]
-            for arrival in call.bring(part, location, some, segments):
-                call.cross(arrival, stages[part], crossing, self._up)
-        self._shared.touch(call.keys)
+    ) -> Steps:
+        """Plan the part of a load that workers move in steps, under the graph's lock."""
+        hits = () if loan is None else loan.rows
+        blocks = [i for i, _ in enumerate(call.request.keys) if not hits or hits[i] is None]
+        for some in call.slices(blocks, whole=by_layer):
+            for (part, location), at in call.groups(some).items():
+                stages = part.stages(view, by_layer)
+                segments = [stage.segment for stage in stages]
+                for arrival in call.bring(part, location, at, segments):
+                    call.cross(arrival, stages, crossing, self._up)
+            call.submit()
+            yield
+        for some in reversed(call.slices(range(len(call.request.keys)))):
+            self._shared.touch([call.request.keys[i] for i in some])
+            yield
         return call.handle(view, view.layers * by_layer, missing)
 
     def _loan(
@@ -425,15 +437,17 @@ class BlockStore:
         call = self._call("prefetch", keys, priority)
         most = max(1, self.rows.host // 2)
 
-        def plan() -> Handle:
-            groups = call.groups()
+        def plan() -> Steps:
             call.located[most:] = False
-            for (part, location), some in groups.items():
-                some = [i for i in some if i < most]
-                if some and location != CACHED:
+            for blocks in call.slices(range(len(call.request.keys))[:most]):
+                for (part, location), some in call.groups(blocks).items():
+                    if location == CACHED:
+                        continue
                     for arrival in call.bring(part, location, some, [None]):
                         ends = [(end, arrival.at, arrival.rows) for end in arrival.ends[0]]
                         call.ends += [(end, range(0)) for end in ends]
+                call.submit()
+                yield
             return call.handle(None, missing="skip")
 
         return self._planned(call, plan)
@@ -539,7 +553,7 @@ class BlockStore:
     ) -> Call:
         """Return a call; raise as `_keys` does."""
         keys = self._keys(kind, keys, priority, deadline)
-        return Call(self._shared, kind, keys, priority, deadline, after)
+        return Call(self._shared, Request(kind, keys, priority, deadline, after))
 
     def _keys(
         self, kind: str, keys: Keys, priority: Priority, deadline: float | None
@@ -566,17 +580,25 @@ class BlockStore:
                 f"Expected an open store for a {kind}, got one that was {why}. Make another."
             )
 
-    def _planned(self, call: Call, plan: Callable[[], Handle]) -> Handle:
-        """Return ``plan()``, run while the graph is locked and the store open. Cancel the call if
-        the caller is interrupted meanwhile."""
+    def _planned(self, call: Call, plan: Callable[[], Steps]) -> Handle:
+        """Return the handle that ``plan()`` returns, whose steps run while the graph is locked and
+        the store open. Cancel the call if the caller is interrupted meanwhile."""
 
-        def planned() -> Handle:
-            self._refuse_closed(call.kind)
-            self._shared.record_hits()
+        def planned() -> Steps:
             try:
-                return plan()
+                self._refuse_closed(call.request.kind)
+                self._shared.record_hits()
+                steps = plan()
+                while True:
+                    try:
+                        next(steps)
+                    except StopIteration as end:
+                        handle: Handle = end.value
+                        return handle
+                    yield
+                    self._refuse_closed(call.request.kind)
             except BaseException:  # also an interrupt: no caller has a handle
                 call.drop()
                 raise
 
-        return self.graph.run(planned, undo=Handle.cancel)
+        return self.graph.run_steps(planned(), undo=Handle.cancel)

@@ -310,7 +310,7 @@ def test_blocks_of_an_older_release_are_read_and_go_first(tmp_path: Path, lost: 
         (folder / "table").unlink()
     with closing(opened(folder, 4)) as slots:
         assert {*slots.index} == {*KEYS[:4]}
-        place = slots.pin(KEYS[0])
+        (place,) = slots.pin(KEYS[:1])
         assert place is not None
         assert place[1].key == KEYS[0]
         slots.unpin(place)

@@ -157,7 +157,7 @@ def test_a_block_that_goes_between_the_plan_and_the_read_is_evicted(tmp_path: Pa
         (slots, _), *_ = tier_store.parts
 
         def evict_first(*arguments: Any) -> list[bool]:
-            place = slots.pin(KEYS[2])
+            (place,) = slots.pin([KEYS[2]])
             if place:
                 slots.unpin(place, good=False)
             landed: list[bool] = read(*arguments)

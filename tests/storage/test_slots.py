@@ -61,7 +61,7 @@ def entries(slots: Slots) -> dict[bytes, Place]:
 
 
 def pinned(slots: Slots, key: bytes) -> Place:
-    entry = slots.pin(key)
+    (entry,) = slots.pin([key])
     assert entry is not None
     return entry
 

@@ -81,7 +81,7 @@ def stored_keys(folder: Path, form: BlockForm) -> list[bytes]:
         keys = [*slots.index]
         row = cases.images(1, form)[0]
         for key in keys:
-            place = slots.pin(key)
+            (place,) = slots.pin([key])
             assert place is not None
             os.preadv(slots.fd, [row.data], place[0] * form.image_bytes)
             assert cases.holds(row, form, key)
@@ -194,7 +194,7 @@ def test_what_is_read_stays(tmp_path: Path) -> None:
         closing(opened(tmp_path, form_of(0), None)) as reader,
     ):
         space.readers.add(reader)
-        place = reader.pin(ALL[40])
+        (place,) = reader.pin([ALL[40]])
         assert place is not None
         assert sum(put_chain(own, ALL[:128])) == 128
         assert own.evicted > 0

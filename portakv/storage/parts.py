@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a block that lie in tiers, and the stages in which they cross into a view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from portakv.storage.form import BlockForm, Slices
+from portakv.storage.tier import TierStore
+from portakv.view import KVView
+
+PARTS = 8  # of the device's stage by layer, if blocks are read as a whole
+
+
+class Stage(NamedTuple):
+    """The rows that cross together between rows and a view.
+
+    ``layers`` of the view, their segment (None: the image), and both sides of the copy.
+    """
+
+    layers: range
+    segment: int | None
+    inner: KVView
+    outer: KVView
+
+
+@dataclass(eq=False)
+class Part:
+    """Blocks of one form, and the rectangle that they share with the store's form.
+
+    ``cells`` has a bit for each head of each layer of the rectangle. ``part_slices`` and
+    ``own_slices`` are the rectangle in a view of this form and in a view of the store's form.
+    """
+
+    form: BlockForm
+    tier_stores: list[TierStore]
+    part_slices: Slices
+    own_slices: Slices
+    rows: KVView  # that rectangle of all rows of the store
+    cells: int
+
+    def name(self, key: bytes) -> bytes:
+        """Return the name of this part of a block among the rows."""
+        return self.form.digest + key
+
+    def stages(self, view: KVView, by_layer: bool) -> list[Stage]:
+        """Return the stages between rows and a view, in order of their layers."""
+        first = self.part_slices["layers"].start
+        past = self.part_slices["layers"].stop
+        segmented = by_layer and len(self.form.segments) > 1
+        outer = view.slice(**self.own_slices)
+        if segmented:
+            ends = [0, *(segment.past_layer for segment in self.form.segments)]
+        else:
+            many = min(PARTS, past - first) if by_layer else 1
+            ends = np.linspace(first, past, 1 + many, dtype=int).tolist()
+        result = list[Stage]()
+        to = self.own_slices["layers"].start
+        for number, (a, b) in enumerate(pairwise(min(max(x, first), past) - first for x in ends)):
+            if a < b:
+                sides = self.rows.slice(layers=slice(a, b)), outer.slice(layers=slice(a, b))
+                result.append(Stage(range(to + a, to + b), number if segmented else None, *sides))
+        return result
+
+
+def parts_of(
+    form: BlockForm,
+    forms: Iterable[BlockForm],
+    tier_stores: Sequence[TierStore],
+    rows: torch.Tensor,
+) -> list[Part]:
+    """Return the parts of blocks of a form that lie in tiers and in rows of a tensor.
+
+    The form itself comes first, then the others by their first cell, the largest first among
+    equals.
+    """
+    parts = list[Part]()
+    across = form.heads[1] - form.heads[0]
+    for other in forms:
+        if slices := form.part_of(other):
+            stores = [tier_store for tier_store in tier_stores if tier_store.form == other]
+            layers = slices[1]["layers"]
+            heads = slices[1]["heads"]
+            cells = sum(1 << n for n in range(heads.start, heads.stop))
+            cells = sum(cells << across * n for n in range(layers.start, layers.stop))
+            parts.append(Part(other, stores, *slices, other.view(rows).slice(**slices[0]), cells))
+    return parts[:1] + sorted(parts[1:], key=lambda x: (x.cells & -x.cells, -x.cells.bit_count()))
