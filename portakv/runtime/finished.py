@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A queue of what has ended, with a descriptor that an event loop can wait for."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from portakv.errors import HostMemoryError
+from portakv.runtime.devices import Process, this_process
+
+T = TypeVar("T")
+
+#: The most items that wait for a consumer.
+LIMIT = 65536
+
+
+class _Waiting(Generic[T]):
+    """The items of one process, and the eventfd that it owns.
+
+    The descriptor lives as long as this object. A thread that adds an item refers to the object, so
+    that it never writes to a number that another file has by now.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.items: deque[T] = deque(maxlen=limit)
+        self.fd = -1
+        try:
+            self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError as error:
+            raise HostMemoryError(
+                f"Expected a descriptor to be free for an eventfd, got: {error}. Close files, or "
+                f"raise the limit of open files."
+            ) from None
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Finished(Generic[T]):
+    """A bounded queue of what has ended, with one consumer. Any thread may add to it.
+
+    Nothing is kept before `start`, which `take` and `fileno` call. The oldest item is dropped when
+    ``limit`` items wait. No method blocks, takes a lock, or needs a thread. A forked process starts
+    with its own empty queue, and never reads the descriptor of its parent.
+
+    Attributes:
+        dropped: the number of items that were dropped because nothing took them.
+    """
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.dropped = 0
+        self._limit = limit
+        self._closed = False
+        #: At most one entry, except in a process that was forked after `start`.
+        self._waiting = dict[Process, _Waiting[T]]()
+
+    @property
+    def started(self) -> bool:
+        """Return True if items are kept."""
+        return this_process() in self._waiting
+
+    def start(self) -> None:
+        """Keep the items that are added from now on. Does nothing after `close`.
+
+        Raises `HostMemoryError` without a free descriptor.
+        """
+        self._started()
+
+    def add(self, item: T) -> None:
+        """Keep an item for the consumer, and make the descriptor readable."""
+        waiting = self._waiting.get(this_process())
+        if waiting is None:
+            return
+        try:
+            if len(waiting.items) == self._limit:
+                self.dropped += 1
+            waiting.items.append(item)
+        finally:  # also if the caller is interrupted, or the consumer would miss the item
+            with suppress(BlockingIOError):  # the counter is full, so the descriptor is readable
+                os.eventfd_write(waiting.fd, 1)
+
+    def take(self) -> list[T]:
+        """Return the items since the last call, the oldest first.
+
+        The descriptor is not readable after that, until another item comes.
+        """
+        waiting = self._started()
+        if waiting is None:
+            return []
+        # The descriptor first: an item that comes after that makes it readable again.
+        with suppress(BlockingIOError):  # nothing has come
+            os.eventfd_read(waiting.fd)
+        taken = list[T]()
+        for _ in range(len(waiting.items)):
+            with suppress(IndexError):  # another thread took it
+                taken.append(waiting.items.popleft())
+        return taken
+
+    def fileno(self) -> int:
+        """Return the descriptor, for ``select``, ``epoll`` or an event loop; -1 after `close`.
+
+        It is readable while items wait. It belongs to this object: do not read or close it.
+        """
+        waiting = self._started()
+        return -1 if waiting is None else waiting.fd
+
+    def close(self) -> None:
+        """Drop the items, keep none from now on, and release the descriptor."""
+        self._closed = True
+        self._waiting.clear()
+
+    def _started(self) -> _Waiting[T] | None:
+        """Return the items of this process, kept from now on; None after `close`."""
+        process = this_process()
+        waiting = self._waiting.get(process)
+        if waiting is not None or self._closed:
+            return waiting
+        for other in [*self._waiting]:  # the parent's
+            if other.forked:
+                self._waiting.pop(other, None)
+        return self._waiting.setdefault(process, _Waiting(self._limit))
