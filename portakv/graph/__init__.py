@@ -7,11 +7,15 @@ The package uses no files, no networks and no block store.
 from typing import Any
 
 from portakv.deprecation import warn_former
+from portakv.graph.graph import SLACK as SLACK
 from portakv.graph.graph import Graph
+from portakv.graph.graph import Priority as Priority
 from portakv.graph.graph import Queue as _Queue
 from portakv.graph.handle import Handle
+from portakv.graph.handle import Missing as Missing
 from portakv.graph.prometheus import Collector
 from portakv.graph.task import Lease, Task
+from portakv.graph.task import Mask as Mask
 
 __all__ = ["Collector", "Graph", "Handle", "Lease", "Task"]
 

@@ -589,6 +589,10 @@ class Graph:
         task.followers = []
         if task.watched:
             self.wake()
+        on_end = task.on_end
+        task.on_end = None
+        if on_end:
+            on_end()
         if lease:
             self._release(lease, task)
 

@@ -104,6 +104,11 @@ class Handle(Transfer):
         self.completions = (*self._issued, *self.completions)
         self._retained = transfer
 
+    def await_issued(self) -> None:
+        """Block the host until the transfers that were issued have ended; raise nothing."""
+        for completion in self._issued:
+            completion.synchronize()
+
     @property
     def landed(self) -> Mask:
         """Return the blocks that landed, bool ``[blocks]``; none before the end.

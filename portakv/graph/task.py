@@ -119,6 +119,7 @@ class Task:
         state: new, waiting, leasing, queued, running; then landed (it ran, or no block was left
             for it), failed, cancelled, late or dropped.
         error: the first exception of the task or of a task that it follows.
+        on_end: called once at the end, under the graph's lock; set it under that lock.
     """
 
     work: Callable[[Task, Mask], Any] | None
@@ -157,6 +158,7 @@ class Task:
         self.followers = list[Task]()
         self.graph: Executor | None = None
         self.error: BaseException | None = None
+        self.on_end: Callable[[], object] | None = None
         self.landed: Mask = np.zeros(self.blocks, np.bool_)  # set at the end
         self.left: Mask = self.landed  # the blocks to move, set before the task is queued
         # Numbers of the tasks that ran before a task that never ran, for the trace.

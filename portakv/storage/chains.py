@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import compress
 from operator import add
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from portakv.storage.image import checksum
+from portakv.storage.reasons import EVICTED
 
 #: Marks in place of a predecessor: no release noted it; the block begins a prompt.
 UNKNOWN = 0
@@ -20,9 +21,15 @@ FIRST = (1 << 64) - 1
 
 Mark = Hashable  # the name of a block in records and headers, or a value that a tier makes from it
 Key = TypeVar("Key", bound=Hashable)
+#: Takes a key, whether its block was stored, and why it was lost.
+Changed: TypeAlias = Callable[[bytes, bool, str], object]
 
 _KNOWN = 1 << 62  # added to the priority of a block whose predecessor is known
 _SPARE = 64  # entries that a queue may have above twice the number of blocks
+
+
+def unheard(key: object, stored: bool, why: str) -> None:
+    """Report a change to nobody."""
 
 
 def mark_of(key: bytes) -> int:
@@ -94,6 +101,7 @@ class Chains(Generic[Key]):
         # By group: (priority, number) of all blocks that may go, and of some blocks that may not.
         self._queues = dict[Hashable, list[tuple[int, int]]]()
         self._uses = 0
+        self.changed: Callable[[Key, bool, str], object] = unheard
 
     def __contains__(self, key: object) -> bool:
         return key in self._by_key
@@ -115,6 +123,7 @@ class Chains(Generic[Key]):
         blocks.priorities[number] = self._uses
         self._follow(number, follows)
         self._queue(number)
+        self.changed(key, True, "")
 
     def fill(
         self, keys: Sequence[Key], marks: Sequence[Mark], follows: Sequence[Mark], group: Hashable
@@ -202,8 +211,8 @@ class Chains(Generic[Key]):
         if follows not in (UNKNOWN, FIRST):
             self._unlink(follows)
 
-    def remove(self, key: Key) -> None:
-        """Forget a stored block."""
+    def remove(self, key: Key, why: str = EVICTED) -> None:
+        """Forget a stored block, for a reason."""
         blocks = self._blocks
         number = self._by_key.pop(key)
         del self._by_mark[blocks.marks[number]]
@@ -211,6 +220,7 @@ class Chains(Generic[Key]):
         if before is not None:
             self._unlink(before)
         blocks.clear(number)
+        self.changed(key, False, why)
 
     def next(self, group: Hashable | None = None) -> Key | None:
         """Return the block that goes next, of a group or of all; None if none can go."""

@@ -18,6 +18,7 @@ from portakv.graph.graph import Graph, Queue
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
+from portakv.storage.chains import Changed
 from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Header, Row, header, predecessor, verify
 from portakv.storage.io.base import LOST, Engine, Request
@@ -127,6 +128,15 @@ class DiskStore:
         Among equal folders, the one with the fewest blocks written.
         """
         return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0].index) + x[0].evicted))[1]
+
+    def keys(self) -> list[bytes]:
+        """Return the keys of all blocks."""
+        return [key for slots, _ in self.parts for key in slots.index.copy()]
+
+    def announce(self, changed: Changed) -> None:
+        """Report from now on each block that is stored or lost."""
+        for slots, _ in self.parts:
+            slots.chains.changed = changed
 
     def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
         """Record the use of a prefix; ``follows``: the predecessor of each of its blocks."""

@@ -18,12 +18,12 @@ from weakref import WeakSet
 
 import numpy as np
 
-from portakv.graph.graph import Graph, Priority, Queue
-from portakv.graph.handle import Handle, Missing
-from portakv.graph.task import Lease, Mask, Task
+from portakv.graph import Graph, Handle, Lease, Mask, Missing, Priority, Task
+from portakv.graph.graph import Queue
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image
 from portakv.storage.chains import FIRST, mark_of
+from portakv.storage.changes import Announced
 from portakv.storage.form import BlockForm
 from portakv.storage.parts import Part, Stage, parts_of
 from portakv.storage.reasons import Explanation, Reasons
@@ -85,7 +85,8 @@ class SharedState:
 
     ``begun``: reads and saves that have not ended. ``in_transit``: the last of them by part and
     key, with the row of the block. ``barriers``: the last task of each call. ``hits``: the keys of
-    loads that callers' threads made, whose use is not recorded yet.
+    loads that callers' threads made, whose use is not recorded yet. ``announced``: what the store
+    announces.
     """
 
     def __init__(self, graph: Graph, rows: Rows, tier_stores: list[TierStore]) -> None:
@@ -97,6 +98,7 @@ class SharedState:
         self.barriers = WeakSet[Task]()
         self.begun = set[InFlight]()
         self.hits = deque[list[bytes]]()
+        self.announced = Announced(graph)
         self.log = RateLimitedLog(logging.getLogger(__name__))
 
     def open_forms(self, form: BlockForm, forms: Sequence[BlockForm]) -> None:
@@ -443,8 +445,12 @@ class Call:
         layers: int = 0,
         missing: Missing = "raise",
         eligible: Callable[[], Mask] | None = None,
+        follow: bool = True,
     ) -> Handle:
-        """Start a call with one barrier at its end and, by layer, one barrier for each layer."""
+        """Start a call with one barrier at its end and, by layer, one barrier for each layer.
+
+        ``follow``: announce the handle at its end.
+        """
         blocks = self.located if eligible is None else eligible
         self.transfer_ended()
         many = len(self.request.keys)
@@ -465,6 +471,8 @@ class Call:
         handle = Handle(graph, self.barrier, barriers, missing, view, self.excused, why)
         if released:
             handle.add_release(released)
+        if follow and self.shared.announced.handles.started:
+            self.shared.announced.follow(handle, self.barrier)
         return handle
 
 

@@ -27,7 +27,7 @@ from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import StreamFence, completion
 from portakv.runtime.transfer import Transfer
-from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of
+from portakv.storage.chains import FIRST, UNKNOWN, Chains, Changed, mark_of
 from portakv.storage.loans import Loan as Loan
 from portakv.storage.loans import Loans
 from portakv.view import IdList, Index, KVView
@@ -105,6 +105,32 @@ class _Cache:
         self.chains.remove(key)
         self.unused.discard(key)
         return row
+
+
+class HostIndex:
+    """The keys of the host tier of one form; see `changes.Listed`."""
+
+    tier = "host"
+
+    def __init__(self, cache: _Cache, form: bytes) -> None:
+        self._cache = cache
+        self._form = form
+
+    def keys(self) -> list[bytes]:
+        """Return the keys that have a row."""
+        past = len(self._form)
+        with self._cache.chains.lock:  # a row that a load reads may leave for a moment
+            return [name[past:] for name in self._cache.rows if name[:past] == self._form]
+
+    def announce(self, changed: Changed) -> None:
+        """Report from now on each key that gets a row, or loses it."""
+        past = len(self._form)
+
+        def report(name: bytes, stored: bool, why: str) -> None:
+            if name[:past] == self._form:
+                changed(name[past:], stored, why)
+
+        self._cache.chains.changed = report
 
 
 class Rows:
@@ -270,6 +296,10 @@ class Rows:
         """Return the keys that have a row, the least recently used first."""
         with self._lock:
             return self._cache.chains.by_use()
+
+    def listed(self, form: bytes) -> HostIndex:
+        """Return the index of the blocks of a form, by its checksum."""
+        return HostIndex(self._cache, form)
 
     def crowded(self, own: Mapping[bytes, int]) -> bool:
         """Return True if the next row to evict belongs to a call (see `keep`)."""

@@ -47,6 +47,7 @@ from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, checksum, header, predecessor
 from portakv.storage.io.base import LOST, Engine, Request
 from portakv.storage.occupancy import NO_WRITE, Occupancy, Write
+from portakv.storage.reasons import DAMAGED
 from portakv.storage.space import EXTENT, Space
 from portakv.storage.table import (
     FOLLOWS,
@@ -386,7 +387,7 @@ class Slots:
             if not good:
                 if self.index.get(key) == slot:
                     del self.index[key]
-                    self.chains.remove(key)
+                    self.chains.remove(key, DAMAGED)
                 self._put(slot)
             self._occupancy.pins[slot] -= 1
             if self._occupancy.pins[slot]:

@@ -15,9 +15,9 @@ import numpy as np
 from portakv.arguments import flag, instance, invalid, items, nbytes, one_of, seconds
 from portakv.copy.options import CopyOptions, options_from
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
-from portakv.graph.graph import SLACK, Graph, Priority
-from portakv.graph.handle import Handle, Missing
+from portakv.graph import SLACK, Graph, Handle, Missing, Priority, Task
 from portakv.runtime.interrupts import uninterrupted
+from portakv.storage.changes import Announced, Change, Listed, Snapshot
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_keys
 from portakv.storage.plan import (
@@ -353,7 +353,9 @@ class BlockStore:
         if loan is not None and None not in loan.rows:
             transfer, layers = crossing.issue(own.rows, loan, by_layer)
             self._count_hits(keys)
-            return Handle.of_issued(self.graph, len(keys), transfer, layers)
+            handle = Handle.of_issued(self.graph, len(keys), transfer, layers)
+            self._follow_issued(handle)
+            return handle
         call = Call(self._shared, Request("load", keys, priority, deadline))
         crossing.prepare(own.rows)
         plan = partial(self._load, call, crossing, view, by_layer, missing, loan)
@@ -363,6 +365,7 @@ class BlockStore:
                 hits = np.array([row is not None for row in loan.rows])
                 handle.add_issued(crossing.issue(own.rows, loan)[0], hits)
                 self._count_hits([key for key, hit in zip(keys, hits, strict=True) if hit])
+                self._follow_issued(handle, call.barrier)
             except BaseException:  # also an interrupt: no caller has a handle
                 handle.cancel()
                 raise
@@ -391,7 +394,7 @@ class BlockStore:
         for some in reversed(call.slices(range(len(call.request.keys)))):
             self._shared.touch([call.request.keys[i] for i in some])
             yield
-        return call.handle(view, view.layers * by_layer, missing)
+        return call.handle(view, view.layers * by_layer, missing, follow=loan is None)
 
     def _loan(
         self, crossing: Crossing, view: KVView, keys: list[bytes], whole: bool
@@ -416,6 +419,11 @@ class BlockStore:
             loan.cancel()
             return None
         return loan
+
+    def _follow_issued(self, handle: Handle, barrier: Task | None = None) -> None:
+        """Announce a handle of which a part was issued, if somebody asks for ended handles."""
+        if self._announced.handles.started:
+            self._announced.follow_issued(handle, barrier)
 
     def _count_hits(self, keys: list[bytes]) -> None:
         """Count blocks that the caller's thread loaded; their use is recorded later, together."""
@@ -451,6 +459,57 @@ class BlockStore:
             return call.handle(None, missing="skip")
 
         return self._planned(call, plan)
+
+    def finished(self) -> list[Handle]:
+        """Return the handles of saves, loads and prefetches that have ended since the last call.
+
+        The first call returns none, and from then on handles are kept for the next one: at most
+        65,536, of which the oldest go first. There is one consumer.
+        """
+        self._refuse_closed("call of finished()")
+        return self._announced.handles.take()
+
+    def finished_fd(self) -> int:
+        """Return a descriptor that is readable while `finished` has handles, for ``select`` or an
+        event loop. It is closed with the store."""
+        self._refuse_closed("call of finished_fd()")
+        return self._announced.handles.fileno()
+
+    def keys(self) -> Snapshot:
+        """Return the keys of the host tier and of each tier with an index, and the number of the
+        last change.
+
+        A process that keeps an index begins with this, and applies what `listen` returns. Blocks of
+        other forms of the cache are left out.
+        """
+        self._refuse_closed("call of keys()")
+        return uninterrupted(lambda: self._announced.snapshot(self._listed()))
+
+    def listen(self) -> list[Change]:
+        """Return the blocks that were stored or lost since the last call, in order.
+
+        The first call of this or of `keys` returns none, and from then on changes are kept: at most
+        65,536, of which the oldest go first. There is one consumer. If a number is missing in the
+        numbers of changes, call `keys` again.
+        """
+        self._refuse_closed("call of listen()")
+        return uninterrupted(lambda: self._announced.listen(self._listed()).take())
+
+    def listen_fd(self) -> int:
+        """Return a descriptor that is readable while `listen` has changes. It is closed with the
+        store."""
+        self._refuse_closed("call of listen_fd()")
+        return uninterrupted(lambda: self._announced.listen(self._listed()).fileno())
+
+    @property
+    def _announced(self) -> Announced:
+        return self._shared.announced
+
+    def _listed(self) -> list[Listed]:
+        """Return the indices of the store's own form: of the host tier, and of tiers with one."""
+        host = [self.rows.listed(self.form.digest)] if self.rows.host else []
+        tiers = [x for x in self._own.tier_stores if isinstance(x, Listed)]
+        return [*host, *tiers]
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Return figures by their names in Prometheus, as `Graph.statistics`, and the figures of
@@ -523,6 +582,7 @@ class BlockStore:
 
     def _close_tiers(self) -> None:
         """Close the tier stores, the first one last."""
+        self._announced.close()
         while self._tier_stores:
             self._tier_stores.pop().close()
 

@@ -28,9 +28,9 @@ Promises of an implementation:
 - A tier may lose any block at any time. It may not return one form's block for another form.
 - `stop()` turns true when nothing waits for a read any more. The read then returns soon.
 
-`portakv conform --contract tier NAME` runs these promises over a tier. How a tier's memory is lent
-(sources that are released before a save has ended), and how it announces keys to another process,
-is provisional: both follow with the rewritten store.
+A tier store with an index that another process may follow also has `changes.Listed`'s methods.
+
+`portakv conform --contract tier NAME` runs these promises over a tier.
 """
 
 from __future__ import annotations

@@ -98,6 +98,8 @@ def serving(folder: Path) -> Steps:
     store = BlockStore(FORM, staging=8 * SIZE, host=4 * SIZE, tiers=tiers, full="wait")
 
     def act() -> None:
+        store.finished_fd()
+        store.listen_fd()
         store.save(SOURCE, range(6), KEYS, priority="urgent", deadline=LIMIT).synchronize(LIMIT)
         store.lookup([*KEYS, key_of(99)])
         store.load(TARGET, range(6), KEYS, missing="skip").synchronize(LIMIT)
@@ -111,6 +113,9 @@ def serving(folder: Path) -> Steps:
         while not layers.done():
             time.sleep(0.01)
         store.prefetch(KEYS[:2]).synchronize(LIMIT)
+        store.finished()
+        store.keys()
+        store.listen()
         store.statistics()
         store.trace(str(folder / "trace.json"))
 
@@ -248,6 +253,7 @@ NOT_CALLED = {
     "Graph.settle": "runs in a helper or a worker",
     "Graph.wake": "runs in a helper or a worker",
     "Handle.add_release": "runs in a helper",
+    "Handle.await_issued": "runs in a worker",
     "Task.ran_before": "runs in a worker",
     "Trace.add": "runs in a worker",
     "Trace.statistics": "runs in a helper",

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from support.core_cases import noise
-from support.storage_cases import FakeTier, key_of, small_form
+from support.storage_cases import FakeStore, FakeTier, key_of, small_form
 
 from portakv import KVView
 from portakv.errors import StoreError
+from portakv.graph import Graph
 from portakv.storage import BlockStore
 from portakv.storage.plan import SLICE
 
@@ -34,20 +35,39 @@ def same(one: KVView, other: KVView) -> bool:
     return all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in pairs)
 
 
+class Watched(FakeTier):
+    """A tier whose looks at its index can be watched."""
+
+    def open(self, graph: Any, rows: Any, forms: Any) -> list[FakeStore]:
+        self.opened = super().open(graph, rows, forms)
+        return self.opened
+
+
 @pytest.fixture
-def store() -> Iterator[BlockStore]:
+def tier() -> Watched:
+    return Watched()
+
+
+@pytest.fixture
+def store(tier: Watched) -> Iterator[BlockStore]:
     staging = 4 * MANY * FORM.image_bytes
-    with BlockStore(FORM, staging=staging, tiers=[FakeTier()], full="wait") as store:
+    with BlockStore(FORM, staging=staging, tiers=[tier], full="wait") as store:
         store.save(cache(0), range(MANY), KEYS).synchronize(LIMIT)
         yield store
-    assert not store._shared.begun
-    assert not store._shared.in_transit
     assert store.rows.counts()["lent"] == 0
 
 
-def on_looks(store: BlockStore, act: Callable[[int], object]) -> list[int]:
+def is_open(store: BlockStore) -> bool:
+    try:
+        store.has(KEYS[0])
+    except StoreError:
+        return False
+    return True
+
+
+def on_looks(tier: Watched, act: Callable[[int], object]) -> list[int]:
     """Call ``act`` with the number of each look at the tier from now on; return the numbers."""
-    tier_store: Any = store._tier_stores[0]
+    tier_store: Any = tier.opened[0]
     known = tier_store.known
     looks: list[int] = []
 
@@ -62,15 +82,15 @@ def on_looks(store: BlockStore, act: Callable[[int], object]) -> list[int]:
     return looks
 
 
-def test_all_blocks_land(store: BlockStore) -> None:
+def test_all_blocks_land(store: BlockStore, tier: Watched) -> None:
     target = cache(50)
-    looks = on_looks(store, bool)
+    looks = on_looks(tier, bool)
     store.load(target, range(MANY), KEYS).synchronize(LIMIT)
     assert len(looks) == 3
     assert same(target, cache(0))
 
 
-def overtakes(store: BlockStore, by_layer: bool) -> bool:
+def overtakes(store: BlockStore, tier: Watched, by_layer: bool) -> bool:
     """Return whether a thread that waits for the lock gets it before a load is planned."""
     tasks: list[int] = []
 
@@ -85,35 +105,34 @@ def overtakes(store: BlockStore, by_layer: bool) -> bool:
             thread.start()
             time.sleep(0.02)  # it sleeps on the lock by then
 
-    on_looks(store, act)
+    on_looks(tier, act)
     target = cache(50)
     handle = store.load(target, range(MANY), KEYS, by_layer=by_layer)
     planned = store.graph.number
     thread.join(LIMIT)
     handle.synchronize(LIMIT)
     assert same(target, cache(0))
-    tier_store: Any = store._tier_stores[0]
-    del tier_store.known
+    del tier.opened[0].known
     barriers = 3  # at most; they come after the last slice
     return tasks[0] < planned - barriers
 
 
-def test_others_get_the_lock_between_slices(store: BlockStore) -> None:
+def test_others_get_the_lock_between_slices(store: BlockStore, tier: Watched) -> None:
     """A busy system may wake them too late, but not each time.
 
     By layer all blocks are planned together, so that the first layer of all comes first: the
     negative control.
     """
-    assert any(overtakes(store, by_layer=False) for _ in range(20))
-    assert not any(overtakes(store, by_layer=True) for _ in range(3))
+    assert any(overtakes(store, tier, by_layer=False) for _ in range(20))
+    assert not any(overtakes(store, tier, by_layer=True) for _ in range(3))
 
 
-def test_a_plan_that_fails_late_leaves_nothing(store: BlockStore) -> None:
+def test_a_plan_that_fails_late_leaves_nothing(store: BlockStore, tier: Watched) -> None:
     def act(look: int) -> None:
         if look == 1:
             raise RuntimeError("a fault of the tier")
 
-    on_looks(store, act)
+    on_looks(tier, act)
     with pytest.raises(RuntimeError, match="a fault of the tier"):
         store.load(cache(50), range(MANY), KEYS)
     target = cache(60)
@@ -121,16 +140,16 @@ def test_a_plan_that_fails_late_leaves_nothing(store: BlockStore) -> None:
     assert same(target, cache(0))
 
 
-def test_a_store_that_closes_meanwhile_refuses_the_rest(store: BlockStore) -> None:
+def test_a_store_that_closes_meanwhile_refuses_the_rest(store: BlockStore, tier: Watched) -> None:
     closers = [threading.Thread(target=store.close)]
 
     def act(look: int) -> None:
         if look == 0:
             closers[0].start()
-            while not store._closed:
+            while is_open(store):
                 time.sleep(0.001)
 
-    looks = on_looks(store, act)
+    looks = on_looks(tier, act)
     with pytest.raises(StoreError, match="open store"):
         store.load(cache(50), range(MANY), KEYS)
     assert looks == [0]
@@ -138,40 +157,47 @@ def test_a_store_that_closes_meanwhile_refuses_the_rest(store: BlockStore) -> No
     assert not closers[0].is_alive()
 
 
-def test_a_load_that_joins_a_slice_of_another_gets_its_blocks(store: BlockStore) -> None:
-    first, second = cache(50), cache(60)
+def test_a_load_that_joins_a_slice_of_another_gets_its_blocks(
+    store: BlockStore, tier: Watched
+) -> None:
+    first = cache(50)
+    second = cache(60)
     handles: list[Any] = []
 
     def act(look: int) -> None:
         if look == 1:
-            tier_store: Any = store._tier_stores[0]
-            del tier_store.known
+            del tier.opened[0].known
             handles.append(store.load(second, range(MANY), KEYS))
 
-    on_looks(store, act)
+    on_looks(tier, act)
     store.load(first, range(MANY), KEYS).synchronize(LIMIT)
     handles[0].synchronize(LIMIT)
     assert same(first, cache(0))
     assert same(second, cache(0))
 
 
-def test_steps_end_with_the_result_and_undo_nothing(store: BlockStore) -> None:
+def test_steps_end_with_a_result_or_an_error() -> None:
+    graph = Graph()
     undone: list[int] = []
-    owned: list[bool] = []
+    free: list[bool] = []
 
-    def failing() -> Any:
-        yield
-        raise ZeroDivisionError
+    def is_free() -> None:
+        free.append(graph.lock.acquire(timeout=0.05))
+        if free[-1]:
+            graph.lock.release()
 
-    def steps() -> Any:
+    def steps(result: int) -> Any:
         for _ in range(3):
-            owned.append(store.graph.lock._is_owned())  # type: ignore[attr-defined]
+            thread = threading.Thread(target=is_free)
+            thread.start()
+            thread.join()
             yield
-        return 7
+        return 1 // result
 
-    assert store.graph.run_steps(steps(), undo=undone.append) == 7
-    assert owned == [True] * 3
-    assert not undone
+    assert graph.run_steps(steps(1), undo=undone.append) == 1
+    assert free == [False] * 3
     with pytest.raises(ZeroDivisionError):
-        store.graph.run_steps(failing())
-    assert not store.graph.lock._is_owned()  # type: ignore[attr-defined]
+        graph.run_steps(steps(0), undo=undone.append)
+    assert not undone
+    is_free()
+    assert free[-1]

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a store announces: handles that have ended, and blocks that were stored or lost.
+
+Another process that holds an index of a store's blocks takes a `Snapshot` and then each `Change`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from portakv.graph import Graph, Handle, Task
+from portakv.runtime.finished import Finished
+from portakv.storage.chains import Changed
+
+
+class Change(NamedTuple):
+    """A block that was stored in a tier, or lost.
+
+    Attributes:
+        number: counts all changes; a listener that misses a number has missed changes.
+        key: 32 bytes.
+        tier: "host", "disk", or that of another package.
+        stored: False if it was lost.
+        why: of a block that was lost: "evicted" or "damaged".
+    """
+
+    number: int
+    key: bytes
+    tier: str
+    stored: bool
+    why: str = ""
+
+
+class Snapshot(NamedTuple):
+    """The keys of each tier after the change of a number.
+
+    The snapshot may have later changes already: apply those after ``number`` once more.
+    """
+
+    number: int
+    keys: dict[str, list[bytes]]
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """A tier store with an index that others may follow.
+
+    A `TierStore` need not be one: that of an object store has no index.
+    """
+
+    tier: str
+
+    def keys(self) -> list[bytes]:
+        """Return the keys of all blocks."""
+
+    def announce(self, changed: Changed, /) -> None:
+        """Report from now on each block that is stored or lost.
+
+        The index changes before the report. Reports come from any thread, under any lock of the
+        tier.
+        """
+
+
+class Announced:
+    """Handles and changes that wait for their consumers, once there are consumers.
+
+    Attributes:
+        handles: those that have ended.
+        changes: blocks that were stored or lost, with numbers in order.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.handles = Finished[Handle]()
+        self.changes = Finished[Change]()
+        self._graph = graph
+        self._lock = threading.Lock()  # reports come from several tiers
+        self._number = 0
+
+    def close(self) -> None:
+        """Announce nothing from now on."""
+        self.handles.close()
+        self.changes.close()
+
+    def follow(self, handle: Handle, barrier: Task | None) -> None:
+        """Announce a handle at its end, under the graph's lock.
+
+        ``barrier``: the task with which the part of the workers ends.
+        """
+        if barrier is None or barrier.ended:
+            self.handles.add(handle)
+        else:
+            barrier.on_end = partial(self.handles.add, handle)
+
+    def follow_issued(self, handle: Handle, barrier: Task | None) -> None:
+        """Announce a handle at its end, of which a part was issued.
+
+        Nothing reports the end of such a copy, so a worker waits for it.
+        """
+
+        def work(*_: object) -> None:
+            handle.await_issued()
+            self._graph.run(partial(self.follow, handle, barrier))
+
+        task = Task(work, 1, queue=self._graph.queue("ends"), name="end")
+        self._graph.submit([task], priority="urgent")
+
+    def listen(self, tier_stores: Iterable[Listed]) -> Finished[Change]:
+        """Return the changes of tier stores, which are kept from the first call on."""
+        if not self.changes.started:
+            self.changes.start()
+            for each in tier_stores:
+                each.announce(partial(self._report, each.tier))
+        return self.changes
+
+    def snapshot(self, tier_stores: Iterable[Listed]) -> Snapshot:
+        """Return the keys of tier stores, and listen from the first call on."""
+        self.listen(tier_stores)
+        with self._lock:
+            number = self._number  # before the keys, in which later changes may be
+        keys = dict[str, list[bytes]]()
+        for each in tier_stores:
+            keys.setdefault(each.tier, []).extend(each.keys())
+        return Snapshot(number, keys)
+
+    def _report(self, tier: str, key: bytes, stored: bool, why: str) -> None:
+        """Number a change, and keep it."""
+        with self._lock:
+            self._number += 1
+            self.changes.add(Change(self._number, key, tier, stored, why))
