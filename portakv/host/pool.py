@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pools of pinned blocks of one size: the common part of all pools, and the pool for a process's
-threads."""
+"""Pools of pinned blocks: the common part of all pools, and the pool for a process's threads."""
 
 from __future__ import annotations
 
@@ -9,10 +8,10 @@ import threading
 import time
 import traceback
 import warnings
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
@@ -22,6 +21,7 @@ from portakv.arguments import flag, seconds
 from portakv.deprecation import warn_former
 from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _pages, _registration, pinned
+from portakv.host._runs import Runs
 from portakv.runtime.devices import this_process
 
 __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]
@@ -36,7 +36,7 @@ class Block:
     """A block that a caller acquired. A context manager that releases it."""
 
     pool: Pool  # its pool
-    index: int  # its number in the pool
+    index: int  # its number in the pool; of a larger block the first number
     nbytes: int
     generation: int  # counts acquisitions of blocks, by all processes in a shared pool
     _tensor: torch.Tensor | None = field(repr=False)
@@ -93,12 +93,25 @@ class Leak:
     seconds: float  # how long it has been in use
     dropped: bool  # the `Block` was garbage collected and cannot be released
     stack: str  # where it was acquired, in a pool made with ``stacks=True``
+    nbytes: int = 0
 
     def __str__(self) -> str:
         how = ", dropped without release" if self.dropped else ""
         who = f"{self.owner or 'an unnamed owner'} in thread {self.thread}"
         where = f"\n{self.stack}" if self.stack else ""
-        return f"block {self.index}: {who}, for {self.seconds:.1f} s{how}{where}"
+        size = f"{self.nbytes} bytes"
+        return f"block {self.index}: {who}, for {self.seconds:.1f} s, {size}{how}{where}"
+
+
+class _Caller:
+    """A caller of `Pool.acquire`, and its place among those that wait."""
+
+    __slots__ = ("__weakref__", "grow_at", "refused", "waits")
+
+    def __init__(self) -> None:
+        self.waits = False
+        self.grow_at = 0.0  # when it requests memory again
+        self.refused: HostMemoryError | None = None  # why it got none
 
 
 class Pool:
@@ -110,7 +123,9 @@ class Pool:
     _stride: int  # bytes from one to the next
     release: Callable[..., None]
     _find: Callable[[], Sized]  # the blocks that are free
-    _take: Callable[[int, str, bool], list[Block] | HostMemoryError | None]  # or why it cannot grow
+    _most: Callable[[int], int]  # the most blocks of so many bytes that it can ever have
+    # So many blocks of so many bytes for an owner, perhaps by growing; or why it cannot grow.
+    _take: Callable[[int, int, str, bool], list[Block] | HostMemoryError | None]
     _out_to: Callable[[], Sequence[object]]  # a line for each owner of blocks
     _end: Callable[[], Sequence[object]]  # release the memory; a line for each block in use
 
@@ -124,69 +139,131 @@ class Pool:
         self._changed = threading.Condition()
         self._handles: WeakValueDictionary[int, Block] = WeakValueDictionary()
         self._pause = 0.002  # seconds between two looks at changes that do not notify
+        # The callers that wait, in their order, by `id`; interrupted callers vanish by themselves.
+        self._waiting: WeakValueDictionary[int, _Caller] = WeakValueDictionary()
 
     @property
     def free(self) -> int:
-        """Return how many blocks can be acquired immediately, without growing."""
+        """Return how many blocks of `block_bytes` can be acquired immediately, without growing."""
         self._refuse()
         with self._changed:
             return len(self._find())
+
+    @property
+    def bytes_free(self) -> int:
+        """Return the free bytes, which need not lie together. Bytes that align blocks count."""
+        return self.free * self._stride
+
+    @property
+    def bytes_used(self) -> int:
+        """Return the bytes of blocks in use, and of blocks whose release waits for work.
+
+        `bytes_used` and `bytes_free` are all bytes of the present blocks.
+        """
+        self._refuse()
+        with self._changed:
+            return (self.blocks - len(self._find())) * self._stride
+
+    @property
+    def largest_free(self) -> int:
+        """Return the bytes of the largest block that can be acquired immediately, without growing;
+        0 if none can."""
+        return self.block_bytes if self.free else 0
+
+    @property
+    def waiting(self) -> int:
+        """Return how many callers of this process wait for blocks."""
+        self._refuse()
+        with self._changed:
+            return len(self._waiting)
 
     def acquire(
         self,
         owner: str = "",
         *,
+        nbytes: int | None = None,
         wait: bool = False,
         timeout: float | None = None,
     ) -> Block:
         """Return a block with arbitrary contents.
 
+        The callers of a process that wait get blocks in their order, so that small blocks never
+        delay a large one forever. A caller that has a block and waits for another one may wait for
+        a caller that waits for the first: acquire both together by `acquire_many`.
+
         Args:
             owner: its purpose, shown by `leaks`; other processes see 40 bytes of it.
+            nbytes: its exact size; None: ``block_bytes``. A larger block takes as many neighbouring
+                blocks as it needs, a smaller block takes one. In a `SharedPool` only
+                ``block_bytes``.
             wait: wait for a block if none is free, at most ``timeout`` seconds; None: without end.
 
         Raises:
             PoolExhausted: no block was free, and the pool is at its limit or, as the cause says,
-                had no memory to grow; names the owners of the blocks.
-            HostMemoryError: the pool is closed, or this process was forked from its maker.
+                had no memory to grow; names the owners of the blocks. Or the pool can never have
+                such a block.
+            HostMemoryError: the pool is closed, or this process was forked from its maker; or a
+                wrong size.
         """
-        return self.acquire_many(1, owner, wait=wait, timeout=timeout)[0]
+        return self._acquire(1, owner, nbytes, wait, timeout)[0]
 
     def acquire_many(
-        self, count: int, owner: str = "", *, wait: bool = False, timeout: float | None = None
+        self,
+        count: int,
+        owner: str = "",
+        *,
+        nbytes: int | None = None,
+        wait: bool = False,
+        timeout: float | None = None,
     ) -> list[Block]:
-        """Return several blocks, all or none, so that two callers cannot each wait for the other's
-        half.
+        """Return several blocks of one size, all or none, so that two callers cannot each wait for
+        the other's half.
 
         Otherwise as `acquire`; also raises `HostMemoryError` for a count that is negative or not a
         whole number.
         """
-        if _pages.whole("count", count) > self.limit:
-            raise PoolExhausted(
-                f"Expected at most {self.limit} blocks of {self._name}, got a request for {count}. "
-                f"Request fewer, or make it with a higher limit."
-            )
+        return self._acquire(_pages.whole("count", count), owner, nbytes, wait, timeout)
+
+    def _acquire(
+        self, count: int, owner: str, nbytes: int | None, wait: bool, timeout: float | None
+    ) -> list[Block]:
+        size = self.block_bytes if nbytes is None else _pages.whole("nbytes", nbytes, 1)
         flag("wait", wait)
         limit = seconds("timeout", timeout, optional=True)
         within = "" if timeout is None or not wait else f" within {limit:g} s"
-        until = time.monotonic() + limit if wait else 0.0
-        grow_at = 0.0
-        refused = None
         self._refuse()  # before the lock, which a forked child may never get
+        until = time.monotonic() + limit if wait else 0.0
+        caller = _Caller()
         with self._changed:
-            while True:
-                self._refuse()
-                grow = time.monotonic() >= grow_at
-                blocks = self._take(count, owner, grow)
-                if isinstance(blocks, list):
-                    return blocks
-                now = time.monotonic()
-                if grow:
-                    refused = blocks
-                    grow_at = now + GROW_AGAIN
-                if now >= until:
-                    raise self._exhausted(count, within, refused) from refused
-                self._changed.wait(min(until - now, self._pause))
+            try:
+                while True:
+                    self._refuse()
+                    self._check_possible(count, size)  # each time, as growth is in pieces
+                    if not wait or self._is_first(caller):
+                        blocks = self._try(caller, count, size, owner)
+                        if blocks is not None:
+                            return blocks
+                    now = time.monotonic()
+                    if now >= until:
+                        raise self._exhausted(caller, count, size, within) from caller.refused
+                    self._waiting[id(caller)] = caller
+                    caller.waits = True
+                    self._changed.wait(min(until - now, self._pause))
+            finally:
+                if caller.waits:
+                    self._waiting.pop(id(caller), None)
+                    self._changed.notify_all()
+
+    def _try(self, caller: _Caller, count: int, size: int, owner: str) -> list[Block] | None:
+        """Return blocks, perhaps of new memory; None if there are not enough now."""
+        grow = time.monotonic() >= caller.grow_at
+        blocks = self._take(count, size, owner, grow)
+        if isinstance(blocks, list):
+            return blocks
+        if grow:
+            caller.refused = blocks
+            caller.grow_at = time.monotonic() + GROW_AGAIN
+        return None
 
     def close(self) -> None:
         """Release the memory; tensors of blocks in use still retain their memory.
@@ -209,14 +286,35 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _exhausted(self, count: int, within: str, refused: Exception | None) -> PoolExhausted:
+    def _check_possible(self, count: int, size: int) -> None:
+        """Raise `PoolExhausted` for blocks that the pool cannot have even if all are free."""
+        if count <= 1 and size == self.block_bytes:
+            return
+        most = self._most(size)
+        if count > most:
+            raise PoolExhausted(
+                f"Expected at most {most} blocks of {size} bytes in {self._name}, got a request "
+                f"for {count}. Request fewer or smaller blocks, or make it with a higher limit."
+            )
+
+    def _is_first(self, caller: _Caller) -> bool:
+        """Return True if no other caller has waited for longer."""
+        return not self._waiting or next(self._waiting.values(), caller) is caller
+
+    def _exhausted(self, caller: _Caller, count: int, size: int, within: str) -> PoolExhausted:
         do = "make the pool larger"
-        if refused is not None:
+        if not self._is_first(caller):
+            within += ", while others have waited for longer"
+        if caller.refused is not None:
             within += f", as it has {self.blocks} and there was no memory for more"
             do = "free some of the machine's memory"
+        has = f"{self.free} of {self.limit}"
+        if size != self.block_bytes:
+            most = self.limit * self._stride
+            has = f"{self.bytes_free} of {most} bytes, {self.largest_free} of them together"
         sentence = (
-            f"Expected {count} free blocks of {self.block_bytes} bytes in {self._name}, got "
-            f"{self.free} of {self.limit}{within}. Release some, wait longer, or {do}"
+            f"Expected {count} free blocks of {size} bytes in {self._name}, got {has}{within}. "
+            f"Release some, wait longer, or {do}"
         )
         return PoolExhausted(_listed(sentence, self._out_to()))
 
@@ -248,6 +346,17 @@ class Pool:
         )
 
 
+class _Use(NamedTuple):
+    """The use of a block: who acquired it, when, its size and how many units it takes."""
+
+    owner: str
+    thread: str
+    since: float
+    stack: str
+    nbytes: int
+    units: int
+
+
 class _Settings(NamedTuple):
     """The arguments of a pool that later growth and acquisitions read."""
 
@@ -257,10 +366,12 @@ class _Settings(NamedTuple):
 
 
 class PinnedPool(Pool):
-    """Blocks of one size in pinned memory. A context manager; `close` may be called again.
+    """Blocks in pinned memory, of one size or of any. A context manager; `close` may be called
+    again.
 
     Args:
-        block_bytes: the exact bytes of each block.
+        block_bytes: the exact bytes of a block. For blocks of any size (``acquire(nbytes=)``) it is
+            the unit in which they take memory: a page, for example.
         blocks: the number of blocks at the start.
         limit: the most blocks; the pool grows when none is free. None: ``blocks``.
         grow: the blocks of each growth, or only the missing ones if there is no memory for more;
@@ -274,7 +385,7 @@ class PinnedPool(Pool):
 
     Attributes:
         blocks: the present number of blocks, free or in use.
-        high_water: the most blocks in use at a time.
+        high_water: the most blocks in use at a time; a larger block counts as all that it takes.
         pinned: False if some of it is pageable after all.
     """
 
@@ -308,12 +419,11 @@ class PinnedPool(Pool):
         self.high_water = 0
         self._generation = 0
         self._segments: list[tuple[int, torch.Tensor]] = []  # number of the first block, all bytes
-        self._ready: deque[int] = deque()
-        # Blocks in use: the owner, its thread, the time, and the stack.
-        self._out: dict[int, tuple[str, str, float, str]] = {}
-        # Blocks that were released after work that has not ended, and the function that reports its
-        # end.
-        self._in_use: dict[int, Callable[[], bool]] = {}
+        self._runs = Runs()
+        self._out: dict[int, _Use] = {}  # blocks in use
+        # Blocks that were released after work that has not ended: their units, and the function
+        # that reports its end.
+        self._in_use: dict[int, tuple[int, Callable[[], bool]]] = {}
         self._add(blocks)
 
     def release(self, block: Block, after: object = None) -> None:
@@ -328,66 +438,124 @@ class PinnedPool(Pool):
         self._refuse(closed=False)
         with self._changed:
             self._check(block)
-            if after is None:
-                self._ready.append(block.index)
-            else:
-                self._in_use[block.index] = ending(after, "query", "done")
-            del self._out[block.index]
+            work = None if after is None else ending(after, "query", "done")
+            runs = self._intact_runs()
+            index = block.index
+            units = self._out[index].units
+            # In this order, so that an interrupt loses no block: see `_intact_runs`.
+            runs.changing = True
+            if work is not None:
+                self._in_use[index] = units, work
             block.drop()
+            del self._out[index]
+            if work is None:
+                runs.give(index, units)
+            runs.changing = False
             self._changed.notify_all()
+
+    @property
+    def largest_free(self) -> int:
+        """Return the bytes of the largest block that can be acquired immediately, without growing;
+        0 if none can."""
+        self._refuse()
+        with self._changed:
+            longest = self._find().longest()
+        return (longest - 1) * self._stride + self.block_bytes if longest else 0
 
     def leaks(self) -> list[Leak]:
         """Return every block in use and its owner, the oldest first."""
         now = time.monotonic()
         with self._changed:
-            return [
-                Leak(index, owner, thread, now - since, index not in self._handles, stack)
-                for index, (owner, thread, since, stack) in self._out.items()
-            ]
+            self._intact_runs()
+            leaks = []
+            for index, use in self._out.items():
+                dropped = index not in self._handles
+                age = now - use.since
+                leak = Leak(index, use.owner, use.thread, age, dropped, use.stack, use.nbytes)
+                leaks.append(leak)
+            return leaks
 
-    def _take(self, count: int, owner: str, grow: bool) -> list[Block] | HostMemoryError | None:
-        missing = count - len(self._find())
+    def _units(self, nbytes: int) -> int:
+        """Return how many neighbouring blocks a block of so many bytes takes."""
+        more = nbytes - self.block_bytes
+        return 1 if more <= 0 else 1 - -more // self._stride
+
+    def _most(self, nbytes: int) -> int:
+        units = self._units(nbytes)
+        if units == 1:
+            return self.limit
+        firsts = [first for first, _ in self._segments]
+        present = sum((b - a) // units for a, b in pairwise([*firsts, self.blocks]))
+        later = 0
+        if units <= self._most_together():
+            later = (self.limit - self.blocks) // units
+        return present + later
+
+    def _take(
+        self, count: int, nbytes: int, owner: str, grow: bool
+    ) -> list[Block] | HostMemoryError | None:
+        units = self._units(nbytes)
+        runs = self._find()
+        missing = (count - runs.count(units)) * units
         if missing > 0:
             if not grow or missing > self.limit - self.blocks:
                 return None
             refused = self._grown(missing)
             if refused is not None:
                 return refused
-        thread = threading.current_thread().name
-        since = time.monotonic()
+            if runs.count(units) < count:
+                return None  # the new memory is in several pieces
+
         stack = "".join(traceback.format_stack()[:-2]) if self._settings.stacks else ""
+        use = _Use(owner, threading.current_thread().name, time.monotonic(), stack, nbytes, units)
         blocks = []
+        runs.changing = True
         for _ in range(count):
-            index = self._ready.popleft()
-            first, data = next(one for one in reversed(self._segments) if one[0] <= index)
-            start = (index - first) * self._stride
-            tensor = data[start : start + self.block_bytes]
+            index = runs.take(units)
             self._generation += 1
-            block = Block(self, index, self.block_bytes, self._generation, tensor)
+            block = Block(self, index, nbytes, self._generation, self._bytes_of(index, nbytes))
             self._handles[index] = block
-            self._out[index] = owner, thread, since, stack
             blocks.append(block)
-        self.high_water = max(self.high_water, self.blocks - len(self._ready))
+        self._out.update({block.index: use for block in blocks})
+        runs.changing = False
+        self.high_water = max(self.high_water, self.blocks - len(runs))
         return blocks
 
     _out_to = leaks
 
+    def _bytes_of(self, index: int, nbytes: int) -> torch.Tensor:
+        """Return the bytes from a unit on."""
+        place = -1
+        while self._segments[place][0] > index:
+            place -= 1
+        first, data = self._segments[place]
+        start = (index - first) * self._stride
+        return data[start : start + nbytes]
+
     def _end(self) -> list[Leak]:
         self._segments.clear()
-        self._ready.clear()
+        self._runs = Runs()
         return self.leaks()
 
     def _add(self, blocks: int) -> None:
-        # The most blocks of one registration, which cuts no block.
-        most = max(1, _registration.LARGEST // self._stride)
+        most = self._most_together()
         for done in range(0, blocks, most):
             count = min(blocks - done, most)
             nbytes = (count - 1) * self._stride + self.block_bytes
             memory = pinned.allocate(nbytes, unit=self._stride, **self._settings.options)
             self.pinned &= memory.pinned
+            runs = self._runs
+            runs.changing = True
             self._segments.append((self.blocks, memory.tensor))
-            self._ready.extend(range(self.blocks, self.blocks + count))
             self.blocks += count
+            runs.add(self.blocks - count, count)
+            runs.changing = False
+
+    def _most_together(self) -> int:
+        """Return the most blocks of one registration, which cuts no block."""
+        largest = self._settings.options.get("largest", _registration.LARGEST)
+        nbytes = _pages.whole("largest", largest, _pages.PAGE, "ask for pieces of whole pages")
+        return max(1, min(nbytes, _registration.LARGEST) // self._stride)
 
     def _grown(self, missing: int) -> HostMemoryError | None:
         """Grow by `grow` blocks, or else by the missing ones; return why even these fail."""
@@ -403,17 +571,34 @@ class PinnedPool(Pool):
                 refused = error
         return refused
 
-    def _find(self) -> deque[int]:
+    def _find(self) -> Runs:
         """Return the free blocks; add those whose release waited for work that has ended."""
-        for index, ask in list(self._in_use.items()):
+        runs = self._intact_runs()
+        for index, (units, ask) in list(self._in_use.items()):
             ended = True  # failed work also moves no more bytes; its own handle reports the error
             with suppress(Exception):  # the caller's own work may raise anything
                 ended = bool(ask())
             if ended:
+                runs.changing = True
                 del self._in_use[index]
-                self._ready.append(index)
+                runs.give(index, units)
+                runs.changing = False
         self._pause = _ASK_AGAIN if self._in_use else GROW_AGAIN
-        return self._ready
+        return runs
+
+    def _intact_runs(self) -> Runs:
+        """Return the free blocks; if an interrupt stopped a change, as the blocks in use show."""
+        if self._runs.changing:
+            for index, block in self._handles.items():
+                if block.in_use:  # its release had not come so far
+                    self._in_use.pop(index, None)
+                else:
+                    self._out.pop(index, None)
+            used = [(index, use.units) for index, use in self._out.items()]
+            used += [(index, units) for index, (units, _) in self._in_use.items()]
+            firsts = [first for first, _ in self._segments]
+            self._runs = Runs.between(used, [*firsts, self.blocks])
+        return self._runs
 
 
 def ending(after: object, *names: str) -> Callable[[], Any]:

@@ -216,7 +216,16 @@ class SharedPool(Pool):
 
     # --- the table of blocks
 
-    def _take(self, count: int, owner: str, grow: bool) -> list[Block] | None:
+    def _most(self, nbytes: int) -> int:
+        if nbytes != self.block_bytes:
+            raise HostMemoryError(
+                f"Expected blocks of {self.block_bytes} bytes from {self._name}, whose blocks have "
+                f"one size, got a request for {nbytes}. Take a PinnedPool, or make this one with "
+                f"larger blocks."
+            )
+        return self.limit
+
+    def _take(self, count: int, nbytes: int, owner: str, grow: bool) -> list[Block] | None:
         with self._exclusive():
             while len(free := self._find()) < count:
                 if not self._reclaim():

@@ -127,6 +127,116 @@ def test_a_closed_pool(make: Make, either: Any) -> None:
         make(1).close()
 
 
+def test_blocks_of_any_size_lie_apart_and_are_counted() -> None:
+    with PinnedPool(SIZE, 8, alignment=256) as pool:  # 1,024 bytes from one to the next
+        assert (pool.bytes_free, pool.bytes_used, pool.largest_free) == (8192, 0, 7 * 1024 + SIZE)
+        sizes = (1, SIZE, SIZE + 1, 1024 + SIZE, 1024 + SIZE + 1)
+        blocks = [pool.acquire(f"block of {size}", nbytes=size) for size in sizes[:4]]
+        assert (pool.bytes_used, pool.free, pool.largest_free) == (6 * 1024, 2, 1024 + SIZE)
+        with pytest.raises(PoolExhausted, match=r"1 free .*2025 bytes.*2048 of 8192 bytes, 2024 "):
+            pool.acquire(nbytes=sizes[4])
+        for number, (block, size) in enumerate(zip(blocks, sizes, strict=False)):
+            assert block.nbytes == block.tensor.numel() == size
+            assert block.address % 256 == 0
+            block.tensor.fill_(number)
+        for number, block in enumerate(blocks):
+            assert bool((block.tensor == number).all())
+        assert [leak.owner for leak in pool.leaks()] == [f"block of {size}" for size in sizes[:4]]
+
+        blocks.pop(1).release()
+        blocks.pop(1).release()  # three units together, of 1 and 2, and two others at the end
+        assert (pool.free, pool.largest_free) == (5, 2 * 1024 + SIZE)
+        ended: list[bool] = []
+        blocks.pop().release(after=SimpleNamespace(done=lambda: bool(ended)))
+        assert pool.largest_free == 2 * 1024 + SIZE, "work still uses the units between"
+        ended.append(True)
+        assert pool.largest_free == 6 * 1024 + SIZE
+        with pool.acquire(nbytes=pool.largest_free):
+            assert (pool.free, pool.largest_free) == (0, 0)
+        blocks.pop().release()
+        assert (pool.bytes_free, pool.largest_free, pool.high_water) == (8192, 7 * 1024 + SIZE, 8)
+
+
+def test_a_pool_grows_for_blocks_of_any_size_in_pieces() -> None:
+    with PinnedPool(SIZE, 2, limit=10, grow=2) as pool:
+        large = pool.acquire("a", nbytes=5000)
+        assert pool.blocks == 7, "no free block lies in two pieces"
+        for count, size, most in ((1, 6000, 0), (5, 2000, 4), (1, 1 << 60, 0)):
+            with refused(PoolExhausted, f"at most {most} blocks of {size} bytes", str(count)):
+                pool.acquire_many(count, nbytes=size, wait=True)  # not: a wait without an end
+        others = pool.acquire_many(2, nbytes=2000)
+        assert (pool.blocks, pool.free) == (9, 0)
+        for block in (large, *others):
+            block.release()
+        assert (pool.free, pool.largest_free) == (9, 4 * 1024 + SIZE)
+
+
+def test_no_larger_block_lies_in_two_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 4 * _pages.PAGE
+    with PinnedPool(_pages.PAGE, 12, largest=most) as pool:
+        assert pool.largest_free == most
+        for block in pool.acquire_many(6, nbytes=2 * _pages.PAGE):
+            inside = [boundary - block.address for boundary in pinned.boundaries()]
+            assert not any(0 < distance < block.nbytes for distance in inside)
+
+
+def waits_for(pool: Any, count: int) -> None:
+    """Return once so many callers wait."""
+    until = time.monotonic() + 30
+    while pool.waiting < count:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+class ServesAnyone(PinnedPool):
+    """A pool that serves a later caller before one that waits for more: the negative control."""
+
+    def _is_first(self, _: object) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", [PinnedPool, ServesAnyone])
+def test_small_blocks_do_not_delay_a_large_one(kind: type[PinnedPool]) -> None:
+    order = list[str]()
+    with kind(SIZE, 4) as pool:
+        used = pool.acquire_many(3)
+
+        def work(name: str, nbytes: int) -> None:
+            with pool.acquire(name, nbytes=nbytes, wait=True, timeout=60):
+                order.append(name)
+
+        threads = [threading.Thread(target=work, args=("large", 4 * SIZE))]
+        threads.append(threading.Thread(target=work, args=("small", SIZE)))
+        threads[0].start()
+        waits_for(pool, 1)
+        threads[1].start()
+        if kind is ServesAnyone:
+            threads[1].join()
+        else:
+            waits_for(pool, 2)
+            with pytest.raises(PoolExhausted, match="others have waited for longer"):
+                pool.acquire(wait=True, timeout=0)
+            pool.acquire("does not wait").release()
+        for block in used:
+            block.release()
+        for thread in threads:
+            thread.join()
+    assert order == (["small", "large"] if kind is ServesAnyone else ["large", "small"])
+
+
+def test_a_caller_that_is_interrupted_leaves_its_place() -> None:
+    with PinnedPool(SIZE, 1) as pool:
+        block = pool.acquire()
+
+        def interrupted() -> bool:
+            raise KeyboardInterrupt
+
+        block.release(after=SimpleNamespace(done=lambda: bool(pool.waiting) and interrupted()))
+        with pytest.raises(KeyboardInterrupt):
+            pool.acquire(wait=True, timeout=60)
+        assert pool.waiting == 0
+
+
 def test_threads_never_share_a_block(make: Make) -> None:
     with make(2, 64) as pool:
 
@@ -210,12 +320,17 @@ def test_arguments_that_mean_nothing(make: Make) -> None:
         for wrong in (-1, True, "x", 1.5, None, []):
             with refused(HostMemoryError, "count", "0 or more", f"got {wrong!r}"):
                 pool.acquire_many(wrong)
+        for wrong in (0, -1, True, "x", 1.5, []):
+            with refused(HostMemoryError, "nbytes", "1 or more", f"got {wrong!r}"):
+                pool.acquire(nbytes=wrong)
         for wrong in (3, "x", [], torch.zeros(2), torch.Event, SimpleNamespace(done=3)):
             with pool.acquire() as block, refused(HostMemoryError, "reports its end", "Pass a"):
                 block.release(after=wrong)
         with refused(HostMemoryError, "str", "release a Block"):
             pool.release("x")
         if isinstance(pool, SharedPool):
+            with refused(HostMemoryError, "one size", "got a request for 10", "PinnedPool"):
+                pool.acquire(nbytes=10)
             for wrong in ("x", 1.5, -1, 1, True, []):
                 for call in (pool.bytes_of, pool.adopt):
                     with refused(SlotError, repr(wrong), "0 .. 0"):

@@ -18,6 +18,7 @@ from support.pinned_runtime import absent
 from support.pool_model import Memory, PoolModel, Waiter, Work
 from support.pool_processes import unused_name
 
+from portakv.host._runs import Runs
 from portakv.host.pinned import HostMemoryError
 from portakv.host.pool import Block, PinnedPool
 from portakv.host.shared import SharedPool
@@ -30,6 +31,8 @@ SIZE = 100
 ALIGNMENT = 128
 AT = st.integers(0, 99)  # chooses among the blocks that are there
 COUNTS = st.sampled_from((0, 1, 1, 2, 3, 5, 9))
+#: Sizes of blocks; None: of the pool's own.
+SIZES = st.sampled_from((None, None, 1, SIZE + 1, SIZE + ALIGNMENT, 300, 500))
 name = pytest.fixture(unused_name)
 Make = Callable[[], Any]
 
@@ -47,27 +50,29 @@ def memory() -> Iterator[Memory]:
 class PoolMachine(RuleBasedStateMachine):
     """Calls of one pool by one thread, while other threads wait for blocks."""
 
-    def __init__(self, make: Make, memory: Memory, grow: int) -> None:
+    def __init__(self, make: Make, memory: Memory, grow: int, any_size: bool = False) -> None:
         super().__init__()
+        self.any_size = any_size
         self.memory = memory
         memory.most = None
+        memory.pieces.clear()
         self.pool = make()
         self.model = PoolModel(self.pool, memory, grow, ALIGNMENT)
         self.owners = itertools.count()
 
-    @rule(count=COUNTS)
-    def acquire(self, count: int) -> None:
+    @rule(count=COUNTS, size=SIZES)
+    def acquire(self, count: int, size: int | None) -> None:
         """Acquire blocks, or none."""
-        self.model.acquire(count, f"owner {next(self.owners)}.")
+        size = size if self.any_size else None
+        self.model.acquire(count, size, f"owner {next(self.owners)}.")
         self.model.settle()
 
     @precondition(lambda self: len(self.model.waiters) < 3)
-    @rule(count=st.integers(1, 3))
-    def wait(self, count: int) -> None:
-        """Let another thread wait for blocks; all that wait need as many."""
-        if self.model.waiters:
-            count = self.model.waiters[0].count
-        waiter = Waiter(self.pool, count, f"owner {next(self.owners)}.")
+    @rule(count=st.integers(1, 3), size=SIZES)
+    def wait(self, count: int, size: int | None) -> None:
+        """Let another thread wait for blocks."""
+        size = size if self.any_size else None
+        waiter = Waiter(self.pool, count, size, f"owner {next(self.owners)}.")
         self.model.waiters.append(waiter)
         self.model.settle()
 
@@ -78,7 +83,7 @@ class PoolMachine(RuleBasedStateMachine):
         used = self.model.used.pop(at % len(self.model.used))
         work = Work() if use and isinstance(self.pool, PinnedPool) else None
         if work is not None:
-            self.model.busy[used.block.index] = work
+            self.model.busy.append((used.block, work))
         used.check()
         used.block.release(work)
         assert not used.block.in_use
@@ -90,8 +95,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(at=AT, fails=st.booleans())
     def end_work(self, at: int, fails: bool) -> None:
         """End work that used a block."""
-        works = [*self.model.busy.values()]
-        work = works[at % len(works)]
+        _, work = self.model.busy[at % len(self.model.busy)]
         work.fails = fails
         work.ended = True
         self.model.settle()
@@ -104,7 +108,9 @@ class PoolMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Close the pool."""
-        for work in self.model.busy.values():
+        if sys.exc_info()[0] is None and self.any_size and not self.model.waiters:
+            self.model.release_all()
+        for _, work in self.model.busy:
             work.ended = True
         if sys.exc_info()[0] is None:
             self.model.settle()
@@ -128,6 +134,15 @@ WIDE = pytest.param(10.0, marks=pytest.mark.full)
 def test_any_order_of_calls(memory: Memory, limit: int, times: float) -> None:
     make: Make = lambda: PinnedPool(SIZE, 2, limit=limit, grow=3, alignment=ALIGNMENT)  # noqa: E731
     run(lambda: PoolMachine(make, memory, 3), times)
+
+
+@pytest.mark.parametrize("times", [0.5, WIDE])
+@pytest.mark.parametrize(("limit", "grow"), [(20, 3), (9, 9)])
+def test_any_order_of_blocks_of_any_size(
+    memory: Memory, limit: int, grow: int, times: float
+) -> None:
+    make: Make = lambda: PinnedPool(SIZE, 9, limit=limit, grow=grow, alignment=ALIGNMENT)  # noqa: E731
+    run(lambda: PoolMachine(make, memory, grow, any_size=True), times)
 
 
 @pytest.mark.parametrize("times", [0.2, WIDE])
@@ -169,6 +184,36 @@ class NeverWaits(PinnedPool):
 
     def acquire_many(self, count: int, owner: str = "", **terms: Any) -> list[Block]:
         return super().acquire_many(count, owner)
+
+
+class Apart(Runs):
+    """Runs that join no neighbours."""
+
+    def _insert_joined(self, first: int, length: int) -> None:
+        self._insert(first, length)
+
+
+class JoinsNothing(PinnedPool):
+    """A pool whose free neighbours stay apart."""
+
+    def _add(self, blocks: int) -> None:
+        if not self.blocks:
+            self._runs = Apart()
+        super()._add(blocks)
+
+
+class TakesTooLittle(PinnedPool):
+    """A pool whose larger blocks overlap."""
+
+    def _units(self, nbytes: int) -> int:
+        return max(1, super()._units(nbytes) - 1)
+
+
+@pytest.mark.parametrize("bug", [JoinsNothing, TakesTooLittle])
+def test_the_machine_finds_with_blocks_of_any_size(memory: Memory, bug: type[PinnedPool]) -> None:
+    make: Make = lambda: bug(SIZE, 9, limit=20, grow=3, alignment=ALIGNMENT)  # noqa: E731
+    with pytest.raises(AssertionError):
+        run(lambda: PoolMachine(make, memory, 3, True), 2.0, phases=[Phase.generate])
 
 
 @pytest.mark.parametrize("bug", [IgnoresWork, LosesBlocks, GrowsOn, NeverWaits])

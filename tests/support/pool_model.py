@@ -13,7 +13,7 @@ import pytest
 
 from portakv.host import pinned
 from portakv.host.pinned import HostMemoryError, PinnedMemory
-from portakv.host.pool import Block, Pool, PoolExhausted
+from portakv.host.pool import Block, PinnedPool, Pool, PoolExhausted
 
 LIMIT = 10.0  # seconds after which a caller that is not served counts as a deadlock
 
@@ -35,10 +35,11 @@ class Work:
 class Waiter(threading.Thread):
     """A thread that waits for blocks; it has either blocks or an error at its end."""
 
-    def __init__(self, pool: Pool, count: int, owner: str) -> None:
+    def __init__(self, pool: Pool, count: int, size: int | None, owner: str) -> None:
         super().__init__(daemon=True)
         self.pool = pool
         self.count = count
+        self.size = size
         self.owner = owner
         self.blocks = list[Block]()
         self.error: BaseException | None = None
@@ -47,7 +48,8 @@ class Waiter(threading.Thread):
     def run(self) -> None:
         """Wait for the blocks."""
         try:
-            self.blocks = self.pool.acquire_many(self.count, self.owner, wait=True, timeout=LIMIT)
+            terms: dict[str, Any] = {"nbytes": self.size, "wait": True, "timeout": LIMIT}
+            self.blocks = self.pool.acquire_many(self.count, self.owner, **terms)
         except Exception as error:
             self.error = error
 
@@ -57,13 +59,16 @@ class Memory:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.most: int | None = None
+        self.pieces = list[int]()  # the bytes of each allocation
         self._allocate = pinned.allocate
         patch.setattr(pinned, "allocate", self)
 
     def __call__(self, nbytes: int, **options: Any) -> PinnedMemory:
         if self.most is not None and nbytes > self.most:
             raise HostMemoryError("as planned")
-        return self._allocate(nbytes, **options)
+        memory = self._allocate(nbytes, **options)
+        self.pieces.append(nbytes)
+        return memory
 
 
 class Used:
@@ -81,96 +86,180 @@ class Used:
 
 
 class PoolModel:
-    """The blocks of one pool: who has each, and how many the pool may have."""
+    """The blocks of one pool: who has each, and how many the pool may have.
+
+    A block of any size takes neighbouring units; a unit is a block of the pool's own size.
+    """
 
     def __init__(self, pool: Any, memory: Memory, grow: int, alignment: int) -> None:
         self.pool = pool
         self.memory = memory
         self.grow = grow
         self.alignment = alignment
-        self.blocks: int = pool.blocks
+        self.stride = -(-pool.block_bytes // alignment) * alignment
+        self.pieces: list[int] = [pool.blocks]  # the units of each growth
         self.limit: int = pool.limit
         self.used = list[Used]()
-        self.busy = dict[int, Work]()  # by the number of the block
-        self.waiters = list[Waiter]()  # all need the same number of blocks
+        self.busy = list[tuple[Block, Work]]()
+        self.waiters = list[Waiter]()
         self.high_water = 0
         self.fills = 0
 
-    def free(self) -> int:
-        """Return the number of free blocks."""
-        return self.blocks - len(self.used) - sum(not x.ended for x in self.busy.values())
+    @property
+    def blocks(self) -> int:
+        """Return the number of units that the pool has."""
+        return sum(self.pieces)
 
-    def growth(self, count: int) -> int | None:
-        """Return by how many blocks the pool grows for a request; None if it cannot serve it."""
-        missing = count - self.free()
+    def units(self, size: int | None) -> int:
+        """Return how many units a block takes."""
+        units = 1
+        while size is not None and size > (units - 1) * self.stride + self.pool.block_bytes:
+            units += 1
+        return units
+
+    def taken(self) -> list[int]:
+        """Return the numbers of the units that no one else may get."""
+        blocks = [used.block for used in self.used]
+        blocks += [block for block, work in self.busy if not work.ended]
+        return [
+            unit
+            for block in blocks
+            for unit in range(block.index, block.index + self.units(block.nbytes))
+        ]
+
+    def free(self) -> int:
+        """Return the number of free units."""
+        return self.blocks - len(self.taken())
+
+    def runs(self) -> list[int]:
+        """Return the lengths of the runs of free units, as a walk over all units finds them."""
+        taken = {*self.taken()}
+        runs = list[int]()
+        unit = 0
+        for piece in self.pieces:
+            runs.append(0)
+            for _ in range(piece):
+                if unit in taken:
+                    runs.append(0)
+                else:
+                    runs[-1] += 1
+                unit += 1
+        return runs
+
+    def possible(self, count: int, units: int) -> bool:
+        """Return True if the pool can serve a request once all else is released."""
+        room = (self.limit - self.blocks) // units
+        return count <= sum(piece // units for piece in self.pieces) + room
+
+    def growth(self, count: int, units: int) -> int | None:
+        """Return by how many units the pool grows for a request; None if it cannot serve it."""
+        missing = (count - sum(run // units for run in self.runs())) * units
         if missing <= 0:
             return 0
         space = self.limit - self.blocks
         if missing > space:
             return None
         for more in (min(max(self.grow, missing), space), missing):
-            if self.memory.most is None or more * self.pool.block_bytes <= self.memory.most:
+            nbytes = (more - 1) * self.stride + self.pool.block_bytes
+            if self.memory.most is None or nbytes <= self.memory.most:
                 return more
         return None
 
-    def acquired(self, blocks: list[Block], owner: str, count: int, changing: bool = False) -> None:
+    def acquired(
+        self, blocks: list[Block], owner: str, count: int, size: int | None, changing: bool = False
+    ) -> None:
         """Check and record blocks that a caller got, perhaps while the memory changed."""
-        growth = self.growth(count)
+        growth = self.growth(count, self.units(size))
         assert growth is not None, "more blocks than there are"
-        # A caller may look for memory for many blocks before the change, and for few after it.
-        self.blocks = self.pool.blocks if changing else self.blocks + growth
+        if changing and growth:
+            # A caller may look for memory for many blocks before the change, and for few after it.
+            nbytes = self.memory.pieces[len(self.pieces)]
+            growth = (nbytes - self.pool.block_bytes) // self.stride + 1
+        if growth:
+            self.pieces.append(growth)
         assert len(blocks) == count
-        self.busy = {index: work for index, work in self.busy.items() if not work.ended}
-        taken = {x.block.index for x in self.used} | {*self.busy}
+        self.busy = [(block, work) for block, work in self.busy if not work.ended]
         for block in blocks:
-            assert block.index not in taken, "a block is in two hands, or work still uses it"
-            assert 0 <= block.index < self.blocks
-            taken.add(block.index)
+            units = range(block.index, block.index + self.units(size))
+            assert not {*units} & {*self.taken()}, "a block is in two hands, or work still uses it"
+            assert 0 <= block.index < units.stop <= self.blocks
+            assert block.nbytes == (size or self.pool.block_bytes) == block.tensor.numel()
             self.fills = self.fills % 250 + 1
             self.used.append(Used(block, owner, self.fills))
         if count:
-            used = self.blocks - self.free()
-            self.high_water = max(self.high_water, used)
+            self.high_water = max(self.high_water, self.blocks - self.free())
 
-    def acquire(self, count: int, owner: str) -> None:
+    def acquire(self, count: int, size: int | None, owner: str) -> None:
         """Acquire blocks without waiting, and compare what the pool does."""
-        if self.growth(count) is None:
-            with pytest.raises(PoolExhausted):
-                self.pool.acquire_many(count, owner)
+        units = self.units(size)
+        if not self.possible(count, units):
+            with pytest.raises(PoolExhausted, match="at most"):  # without a wait
+                self.pool.acquire_many(count, owner, nbytes=size, wait=True, timeout=LIMIT)
+        elif self.growth(count, units) is None:
+            with pytest.raises(PoolExhausted, match="free blocks"):
+                self.pool.acquire_many(count, owner, nbytes=size)
         else:
-            self.acquired(self.pool.acquire_many(count, owner), owner, count)
+            blocks = self.pool.acquire_many(count, owner, nbytes=size)
+            self.acquired(blocks, owner, count, size)
 
     def settle(self, changing: bool = False) -> None:
-        """Wait until every caller that can be served is served, and compare the pool."""
-        until = time.monotonic() + LIMIT / 2
-        while any(self.growth(x.count) is not None for x in self.waiters):
-            served = [x for x in self.waiters if not x.is_alive()]
-            for waiter in served:
-                assert waiter.error is None, waiter.error
-                self.acquired(waiter.blocks, waiter.owner, waiter.count, changing)
+        """Wait until the callers that can be served are served in their order, and compare the
+        pool."""
+        while self.waiters:
+            first = self.waiters[0]
+            units = self.units(first.size)
+            hopeless = [x for x in self.waiters if not self.possible(x.count, self.units(x.size))]
+            for waiter in hopeless:
+                waiter.join(LIMIT / 2)
+                assert isinstance(waiter.error, PoolExhausted), "a caller waits for ever"
                 self.waiters.remove(waiter)
-            if not served:
-                assert time.monotonic() < until, "a caller waits for free blocks"
-                time.sleep(0.0002)
+            if hopeless:
+                continue
+            if self.growth(first.count, units) is None:
+                break
+            first.join(LIMIT / 2)
+            assert not first.is_alive(), "a caller waits for free blocks"
+            assert first.error is None, first.error
+            self.acquired(first.blocks, first.owner, first.count, first.size, changing)
+            self.waiters.remove(first)
+        until = time.monotonic() + LIMIT / 2
+        # A new caller is on its way.
+        while self.pool.waiting < len(self.waiters) and all(x.is_alive() for x in self.waiters):
+            assert time.monotonic() < until, "a caller does not wait"
+            time.sleep(0.0002)
         self.compare()
 
     def compare(self) -> None:
         """Compare the figures of the pool, its owners, and the bytes of each block."""
         pool = self.pool
         assert (pool.blocks, pool.free) == (self.blocks, self.free())
+        assert pool.bytes_free == self.free() * self.stride
+        assert pool.bytes_used + pool.bytes_free == self.blocks * self.stride
+        longest = max(self.runs())
+        single = not isinstance(pool, PinnedPool)
+        larger = 0 if single else (longest - 1) * self.stride
+        assert pool.largest_free == (larger + pool.block_bytes if longest else 0)
         assert pool.high_water == self.high_water
         assert pool.blocks <= self.limit
         assert all(waiter.is_alive() for waiter in self.waiters)
         for used in self.used:
             used.check()
         assert all(x.block.address % self.alignment == 0 for x in self.used)
-        spans = sorted(x.block.address for x in self.used)
-        distances = [after - before for before, after in itertools.pairwise(spans)]
-        assert all(distance >= pool.block_bytes for distance in distances), "blocks overlap"
+        spans = sorted((x.block.address, x.block.address + x.block.nbytes) for x in self.used)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans)), "blocks overlap"
         leaks = pool.leaks()
         assert len(leaks) == len(self.used)
         for used in self.used:
             assert sum(used.owner in str(leak) for leak in leaks) >= 1, "an owner is missing"
+
+    def release_all(self) -> None:
+        """Release everything: all neighbours are together again."""
+        for used in self.used:
+            used.block.release()
+        self.used.clear()
+        for _, work in self.busy:
+            work.ended = True
+        self.settle()
 
     def end(self, call: Callable[[], object]) -> None:
         """Close the pool; callers that wait get an error, and blocks keep their bytes."""
