@@ -19,7 +19,7 @@ from portakv.storage.chains import Chains
 from portakv.storage.disk_store import DiskStore
 from portakv.storage.files import form_in
 from portakv.storage.form import BlockForm, block_size_notes
-from portakv.storage.io.base import Engine
+from portakv.storage.io.base import DEPTH, Engine
 from portakv.storage.io.choose import ENGINES, choose
 from portakv.storage.slots import Slots, Track
 from portakv.storage.space import Space
@@ -36,6 +36,9 @@ class Disk:
         admit: "second" stores a block when it is offered the second time.
         workers: the number of tasks that read or write in a folder at a time.
         io: "ring", "threads" or an I/O engine; None: the first that runs.
+        depth: the most requests under way at a time for each worker of a folder, 1 to 32,768.
+            Thousands of small blocks may gain by 1,024 or 2,048. "threads" has as many threads for
+            all workers, at most 8; an engine that is passed as an object has its own depth.
         track: shows the progress of a recovery, as `rich.progress.track` does: it passes items on.
     """
 
@@ -46,6 +49,7 @@ class Disk:
         admit: Literal["always", "second"] = "always",
         workers: int = 4,
         io: str | Engine | None = None,
+        depth: int = DEPTH,
         track: Track = lambda items, _: items,
     ) -> None:
         if not folders:
@@ -68,6 +72,7 @@ class Disk:
         self.admit = one_of("admit", admit, ("always", "second"))
         self.workers = whole("workers", workers, 1, 1 << 16)
         self.io = io
+        self.depth = whole("depth", depth, 1, 1 << 15)  # the most entries of a ring
         self.track = track
         self._size_notes: list[str] = []
 
@@ -100,7 +105,7 @@ class Disk:
         engine = self.io
         notes = list[str]()
         if engine is None or isinstance(engine, str):
-            engine, answers = choose(rows.memory, engine)
+            engine, answers = choose(rows.memory, engine, self.depth)
             notes = [str(each) for each in answers]
         with ExitStack() as undo:
             undo.callback(engine.close)

@@ -125,6 +125,34 @@ def test_an_enter_that_is_interrupted_or_does_half_is_repeated(
     assert not one.poisoned
 
 
+@pytest.mark.parametrize("report", [False, True])
+@pytest.mark.parametrize("depth", [1, 3, COUNT - 1, COUNT + 1])
+def test_no_more_requests_are_under_way_than_the_depth(
+    file: int, depth: int, report: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel rounds a ring up to a power of two. No call returns before an end is there, which
+    would occupy a core."""
+    try:
+        one = OneRing([(SPACE.ctypes.data, SPACE.nbytes)], depth)
+    except OSError as error:
+        pytest.skip(str(error))
+    seen = list[int]()
+
+    def counted(number: int, *rest: int) -> int:
+        if number == ring.ENTER:
+            seen.append(one.queues.in_flight())
+            assert rest[2] >= min(1, seen[-1]), "it does not wait"
+        return REAL(number, *rest)
+
+    monkeypatch.setattr(ring, "system_call", counted)
+    for write in (False, True):
+        SPACE[:] = SPACE if write else 0
+        assert one.run(ask(file, write), (lambda *_: None) if report else None) == [PAGE] * COUNT
+        assert right(file)
+    assert max(seen) == min(depth, COUNT)
+    assert not one.poisoned
+
+
 @pytest.mark.parametrize("code", [EINTR, EAGAIN])
 def test_a_request_that_is_interrupted_is_made_again(
     one: OneRing, file: int, code: int, monkeypatch: pytest.MonkeyPatch
@@ -234,7 +262,7 @@ def test_a_ring_that_fails_is_drained_and_replaced(
         return REAL(number, fd, 3, 0, *rest)
 
     try:
-        engine = Ring(entries=COUNT)
+        engine = Ring(depth=COUNT)
     except OSError as error:
         pytest.skip(str(error))
     play(monkeypatch, half, lambda *_: -errno.EBADFD)
@@ -265,7 +293,7 @@ def test_an_older_kernel_has_a_ring_too(file: int, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ring, "system_call", older)
     try:
-        engine = Ring(entries=COUNT // 2)
+        engine = Ring(depth=COUNT // 2)
     except OSError as error:
         pytest.skip(str(error))
     SPACE[:] = 0
@@ -344,7 +372,7 @@ def test_buffers_are_registered_in_pieces(file: int, monkeypatch: pytest.MonkeyP
 def test_a_thread_without_a_ring_is_served(file: int) -> None:
     """Fault 25. The process has no descriptor left (EMFILE)."""
     try:
-        engine = Ring(entries=COUNT)
+        engine = Ring(depth=COUNT)
     except OSError as error:
         pytest.skip(str(error))
     results: list[Any] = []

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import _base
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -162,6 +163,19 @@ def test_the_caller_goes_on_without_threads(
             assert engine.run(requests, report) == [PAGE] * 20
         assert sorted(ends) == [(n, PAGE) for n in range(20)]
         assert len(started) == many
+
+
+@pytest.mark.parametrize("depth", [1, 3, 8, 512])
+def test_there_are_as_many_threads_as_the_depth_and_at_most_eight(
+    depth: int, tmp_path: Path
+) -> None:
+    (tmp_path / "a").write_bytes(bytes(PAGE))
+    space = aligned(PAGE)
+    before = {*threading.enumerate()}
+    with (tmp_path / "a").open("rb") as opened, closing(Threads(depth=depth)) as engine:
+        request = Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)
+        assert engine.run([request] * 20) == [PAGE] * 20
+        assert len({*threading.enumerate()} - before) == min(depth, 8)
 
 
 def test_threads_end_with_their_engine(tmp_path: Path) -> None:

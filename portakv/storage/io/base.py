@@ -4,8 +4,9 @@
 The disk tier calls an engine in this order:
 
 - The constructor, once for each disk tier, with memory to register ((address, bytes) pairs) and the
-  number of requests under way at a time. It raises `OSError` if the system does not allow what
-  the engine needs; then the next engine is tried (`portakv.storage.io.choose`).
+  most requests under way at a time for each worker (`Disk(depth=)`). It raises `OSError` if the
+  system does not allow what the engine needs; then the next engine is tried
+  (`portakv.storage.io.choose`).
 - `Engine.run`, by any number of workers together. It blocks until all of its requests have ended.
   The caller keeps the files open and the memory alive until then, and uses both again afterwards.
 - `Engine.close`, once or more often. Calls of `run` under way may end early, with `-ECANCELED` for
@@ -17,7 +18,7 @@ request that fails: the result says what went wrong. If the calling thread is in
 for one, `run` first ends what is under way, so that no request uses the memory any more.
 
 `portakv conform --contract io NAME` runs these promises over an engine. Registered memory and the
-number of requests under way (``depth=``) are provisional: they may change in 0.2.0.
+depth are provisional: they may change in 0.2.0.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import errno
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
+#: The most requests under way for a worker, unless `Disk(depth=)` says another number.
+DEPTH = 512
 #: Errors of a device or a filesystem that will not bring the bytes again.
 LOST = {errno.EIO, errno.ENODATA, errno.EREMOTEIO, errno.EILSEQ, errno.EBADMSG, errno.EUCLEAN}
 
@@ -63,7 +66,7 @@ class Engine(Protocol):
     name: str
     notes: tuple[str, ...]
 
-    def __init__(self, memory: Sequence[tuple[int, int]] = (), entries: int = 512) -> None: ...
+    def __init__(self, memory: Sequence[tuple[int, int]] = (), depth: int = DEPTH) -> None: ...
 
     def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
         """Carry out requests, in any order, and return the result of each.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from portakv.errors import InvalidTerms, StoreError
 from portakv.selection import Catalog, Decision, Kind, select
-from portakv.storage.io.base import Engine
+from portakv.storage.io.base import DEPTH, Engine
 from portakv.storage.io.io_uring import Ring
 from portakv.storage.io.threads import Threads
 
@@ -19,7 +19,7 @@ ENGINES = Catalog[Engine](KIND, None, BUILT_IN, "portakv.io_engines")
 
 
 def choose(
-    memory: Sequence[tuple[int, int]] = (), name: str | None = None, entries: int = 512
+    memory: Sequence[tuple[int, int]] = (), name: str | None = None, depth: int = DEPTH
 ) -> tuple[Engine, list[Decision]]:
     """Return the I/O engine that ``PORTAKV_IO`` or else ``name`` forces, else the first that runs
     here, and the decision on each that was tried.
@@ -27,7 +27,7 @@ def choose(
     Args:
         memory: (address, bytes) of host memory, for the engine to register with the kernel.
         name: a built-in engine, one of an installed package, or ``package.module:Class``.
-        entries: requests under way at a time for each worker.
+        depth: the most requests under way at a time for each worker.
 
     Raises:
         InvalidTerms: no engine has that name.
@@ -39,7 +39,7 @@ def choose(
 
     def consider(each: str) -> tuple[Engine | None, Decision]:
         try:
-            engine: Engine = ENGINES.load(each)(memory, entries)
+            engine: Engine = ENGINES.load(each)(memory, depth)
         except OSError as error:
             return None, Decision(each, False, str(error.strerror))
         return engine, Decision(each, True, "; ".join(engine.notes) or "it has all that it uses")

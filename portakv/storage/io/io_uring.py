@@ -20,7 +20,7 @@ from functools import partial
 
 import numpy as np
 
-from portakv.storage.io.base import Ended, Request
+from portakv.storage.io.base import DEPTH, Ended, Request
 from portakv.storage.io.threads import Threads, carry, to_the_end
 
 # the same on every architecture but alpha
@@ -185,8 +185,8 @@ class OneRing:
     that it did not have, and must not be used again.
     """
 
-    def __init__(self, memory: Sequence[tuple[int, int]], entries: int) -> None:
-        fd, flags, params = _set_up(entries)
+    def __init__(self, memory: Sequence[tuple[int, int]], depth: int) -> None:
+        fd, flags, params = _set_up(depth)
         # Not at exit: a daemon thread may use it until the very end.
         weakref.finalize(self, os.close, fd).atexit = False
         unordered = flags == FLAGS[1] and os.uname().machine != "x86_64"
@@ -194,6 +194,8 @@ class OneRing:
             raise OSError(errno.ENOSYS, "its io_uring is too old; Linux 6.1 is needed")
         self.fd = fd
         self.queues = _Queues(fd, params)
+        # The kernel rounds the entries up to a power of two, or down to its limit.
+        self._depth = min(depth, self.queues.entries)
         self.poisoned = False
         self._generation = 0
         self._buffers = _Buffers(fd, memory)
@@ -220,7 +222,8 @@ class OneRing:
             elif batch.follows():
                 batch.begun += self._put(batch)
             # Wait for all requests, for half if more follow, or for one to report.
-            least = queues.in_flight() // (2 if batch.follows() else 1)
+            in_flight = queues.in_flight()
+            least = (in_flight + 1) // 2 if batch.follows() else in_flight
             self._enter(batch, min(least, 1) if tell else least)
             new = self._note_ends(batch)
             if tell and not stopped:
@@ -228,10 +231,10 @@ class OneRing:
                     tell(number, result)
 
     def _put(self, batch: _Batch) -> int:
-        """Put the next requests into the free entries; return their number."""
+        """Put the next requests that the depth admits; return their number."""
         queues = self.queues
         first = batch.begun
-        new = batch.rows[first : first + queues.entries - queues.in_flight()]
+        new = batch.rows[first : first + self._depth - queues.in_flight()]
         fd, offset, address, nbytes, write = new.T
         fixed, buffer = self._buffers.find(address, nbytes)
         sqes = np.zeros(len(new), SQE)
@@ -284,11 +287,11 @@ class Ring(Threads):
 
     name = "ring"
 
-    def __init__(self, memory: Sequence[tuple[int, int]] = (), entries: int = 512) -> None:
-        super().__init__()
-        self._requested = (memory, entries)
+    def __init__(self, memory: Sequence[tuple[int, int]] = (), depth: int = DEPTH) -> None:
+        super().__init__(memory, depth)
+        self._requested = (memory, depth)
         self._local = threading.local()
-        self._local.ring = one = OneRing(memory, entries)
+        self._local.ring = one = OneRing(memory, depth)
         self.notes = one.notes
 
     def carry(self, requests: Sequence[Request], tell: Ended | None) -> list[int]:

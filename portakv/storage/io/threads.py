@@ -17,7 +17,10 @@ from queue import SimpleQueue
 
 from portakv.errors import StoreError
 from portakv.runtime.devices import this_process
-from portakv.storage.io.base import Ended, Request
+from portakv.storage.io.base import DEPTH, Ended, Request
+
+#: More threads only wait for the interpreter's lock.
+MOST_THREADS = 8
 
 
 def to_the_end(go: Callable[[bool], None]) -> None:
@@ -97,20 +100,22 @@ class _Batch:
 
 
 class Threads:
-    """Eight threads that each execute one request at a time.
+    """Eight threads, or ``depth`` if it is less, that each execute one request at a time.
 
-    The first request starts them. The end of the interpreter does not wait for them.
+    All workers share the threads. The first request starts them. The end of the interpreter does
+    not wait for them.
     """
 
     name = "threads"
     notes: tuple[str, ...] = ()
 
-    def __init__(self, memory: Sequence[tuple[int, int]] = (), entries: int = 0) -> None:
-        """Make the engine; it needs neither ``memory`` nor ``entries``."""
+    def __init__(self, memory: Sequence[tuple[int, int]] = (), depth: int = DEPTH) -> None:
+        """Make the engine; it needs no ``memory``."""
         self._process = this_process()
         self._closed = False
         self._tasks = SimpleQueue[Callable[[], None] | None]()
         self._begun = 0
+        self._most = min(depth, MOST_THREADS)
         self._lock = threading.Lock()
         self._end = weakref.finalize(self, self._tasks.put, None)
         self._end.atexit = False
@@ -181,7 +186,7 @@ class Threads:
         """Start the missing threads; return the number of threads."""
         # The system provides no more threads, or none at its end.
         with self._lock, suppress(RuntimeError):
-            while self._begun < 8:
+            while self._begun < self._most:
                 terms = serve, f"portakv io {self._begun}", (self._tasks,)
                 threading.Thread(None, *terms, daemon=True).start()
                 self._begun += 1
