@@ -555,6 +555,19 @@ class Graph:
             for task in tasks:  # together: no task may wait for one that waits for this lease
                 self._start(task, failure)
 
+    def take(self, lease: Lease) -> bool:
+        """Grant a lease that no task has yet, if its pool has the items and nobody waits for it.
+
+        Call it under the lock. The items go back with the last task of the lease.
+        """
+        waiting = self.waiting.setdefault(lease.pool, _Waiting())
+        if waiting.loads or waiting.saves or not lease.count or self._fill(lease):
+            return False
+        if lease.items is None:
+            return False
+        waiting.granted_saves += lease.store
+        return True
+
     @staticmethod
     def _fill(lease: Lease) -> Exception | None:
         """Take the items of a lease if the pool has them; return the pool's error."""
@@ -606,6 +619,10 @@ class Graph:
                 lease.ended(lease)
         except Exception as error:  # raised by the maker: the items go back anyway
             task.error = task.error or error
+        self.give(lease)
+
+    def give(self, lease: Lease) -> None:
+        """Return the items of a lease without tasks to its pool, under the lock."""
         if lease.count and lease.items is not None:
             lease.pool.give(lease.items)
             lease.items = None

@@ -84,6 +84,11 @@ class Handle(Transfer):
         self.released = Transfer([Completion(pendings=(cast(Pending, barrier),))])
         self._barriers = (barrier, *self._barriers)
 
+    def add_copies(self, ends: Sequence[Completion]) -> None:
+        """Add copies to `released` that read the caller's blocks and were issued."""
+        assert self.released is not None
+        self.released.completions = (*ends, *self.released.completions)
+
     @classmethod
     def of_issued(
         cls, graph: Graph, blocks: int, transfer: Transfer, layers: Sequence[Transfer] = ()

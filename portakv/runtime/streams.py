@@ -195,5 +195,10 @@ class StreamFence:
         if (stream := own.get(str(self._device))) is None:
             ignore_captures_elsewhere(self._device)
             stream = own[str(self._device)] = own_stream(self._device)
+        return self.on(stream)
+
+    def on(self, stream: torch.Stream) -> AbstractContextManager[object]:
+        """Make a stream of the device current, ordered after the fence."""
+        assert self._event is not None
         self._event.wait(stream)
         return inside(stream)

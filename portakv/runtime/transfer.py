@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol, TypeAlias
 
@@ -137,6 +137,8 @@ class Completion:
     owner: Owner | None = None  # reports the error if the handle does not
     settled: bool = False  # the end was seen
     reported: bool = False  # a caller received the error
+    # An entry for each thread that blocks until the event: no other work may get the event then.
+    blocked: list[None] = field(default_factory=list)
 
     def ended(self) -> bool:
         """Return True once all bytes have landed, or an error ended the work; never blocks or
@@ -164,9 +166,13 @@ class Completion:
         """Block the host until all bytes have landed."""
         for pending in self.pendings:
             pending.wait()
-        event = self.event  # as in `wait`
-        if event is not None:
-            event.synchronize()
+        self.blocked.append(None)  # first, so that `_settle` sees it if this thread sees the event
+        try:
+            event = self.event  # as in `wait`
+            if event is not None:
+                event.synchronize()
+        finally:
+            self.blocked.pop()
         self._settle()
 
     def take_error(self) -> PortaKVError | None:
@@ -191,13 +197,14 @@ class Completion:
             return
         # Read and release under one lock: another thread's transfer may get the word next.
         with _settling:
-            if self.event is not None and self.pool is not None:
-                self.pool.release(self.event)
+            event = self.event
+            self.event = None
+            if event is not None and self.pool is not None and not self.blocked:
+                self.pool.release(event)
             for word, start in self.words:
                 self._read(word, start)
                 word.value[0] = 0
                 free_words.append(word)
-            self.event = None
             self.words = ()
             self.settled = True
 

@@ -416,6 +416,10 @@ class Call:
     def drop(self) -> None:
         """Drop a plan that failed: no other call may wait for tasks that never start."""
         shared = self.shared
+        for in_flight in shared.begun:
+            if not in_flight.users:
+                in_flight.end_copy()
+                shared.graph.give(in_flight)
         shared.begun = {in_flight for in_flight in shared.begun if in_flight.users}
         shared.in_transit = {name: x for name, x in shared.in_transit.items() if x[0].users}
         for lease in self._leases:
@@ -483,7 +487,7 @@ class InFlight(Lease):
     segment, or the task of None. Later calls use the rows as well, unless their name has a suffix
     ``apart``. ``calls`` are all calls with their blocks, the maker first. A save ends with the
     tasks ``last``, and has a generation, and checksums by row; it is dropped if it has no rows at
-    ``until``.
+    ``until``. ``copied`` waits for its copy, if that was issued.
     """
 
     def __init__(
@@ -498,6 +502,7 @@ class InFlight(Lease):
         self.last = list[Task]()
         self.generation = 0
         self.sums = dict[int, Sequence[int]]()
+        self.copied: Callable[[], object] | None = None
         self.reasons = Reasons()  # reasons of blocks that were not read, or not written
         call.explanation.sources.append(self.reasons)
         self.names = [part.name(key) + apart for key in self.keys]
@@ -516,6 +521,7 @@ class InFlight(Lease):
 
         The call's blocks count as used before that if it has more blocks than the host tier.
         """
+        self.end_copy()  # of a save that was cancelled before
         landed = np.zeros(self.count, np.bool_)
         call = self.calls[0][0]
         shared = call.shared
@@ -558,13 +564,28 @@ class InFlight(Lease):
         mask[rows] = tier_store.read(keys, data, segments, self._is_cancelled, self.reasons.report)
         return mask
 
+    def begin(self, crossing: Crossing) -> None:
+        """Issue the copy of blocks from a device into the rows, which it has."""
+        transfer = crossing.begin(self.part.rows, self.items, self.calls[0][1])
+        self.copied = partial(crossing.wait, transfer)
+
+    def end_copy(self) -> None:
+        """Wait for the copy of a save, if it was issued: it writes the rows until then."""
+        copied = self.copied
+        self.copied = None  # it retains the view
+        if copied:
+            copied()
+
     def gather(self, crossing: Crossing, view: KVView, _: Task, mask: Mask) -> None:
         """Copy blocks of a view into the rows, and make images of them."""
         rows, keys, data = self._of(mask)
         call, blocks = self.calls[0]
-        items = np.array(self.items)[rows]
-        at = np.array(blocks)[rows]
-        crossing.copy(self.part.rows, view, items, at)
+        if self.copied is None:
+            items = np.array(self.items)[rows]
+            at = np.array(blocks)[rows]
+            crossing.copy(self.part.rows, view, items, at)
+        else:
+            self.end_copy()
         follows = call.request.follows
         for row, key, image_ in zip(rows, keys, data, strict=True):
             mark = follows[blocks[row]]

@@ -25,8 +25,8 @@ from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.streams import StreamFence, completion
-from portakv.runtime.transfer import Transfer
+from portakv.runtime.streams import StreamFence, completion, ignoring_captures, side_stream
+from portakv.runtime.transfer import Completion, Transfer
 from portakv.storage.chains import FIRST, UNKNOWN, Chains, Changed, mark_of
 from portakv.storage.loans import Loan as Loan
 from portakv.storage.loans import Loans
@@ -334,7 +334,8 @@ def _ids(blocks: IdList) -> Any:
 class Crossing:
     """Copies between rows, seen as ``inner``, and ``blocks`` of a view.
 
-    ``many`` stored blocks of ``size`` tokens name the view's tokens.
+    ``many`` stored blocks of ``size`` tokens name the view's tokens. ``ends``: of the copies of a
+    save that were issued.
     """
 
     def __init__(
@@ -382,6 +383,13 @@ class Crossing:
         self._fine = ids.reshape(many, size // self._step)
         self._view = view
         self._after: StreamFence | None = None
+        self._stream: torch.Stream | None = None  # of the maker
+        self.ends = list[Completion]()
+
+    @property
+    def on_device(self) -> bool:
+        """Return True if the view lies on a device."""
+        return self._view.device.type != "cpu"
 
     def prepare(self, inner: KVView) -> None:
         """Prepare copies by workers, after the present work of the current stream.
@@ -390,6 +398,8 @@ class Crossing:
         """
         view = self._view
         self._after = StreamFence(view.device)
+        if self.on_device:
+            self._stream = torch.accelerator.current_stream(view.device.index)
         tried: set[object] = view.derived.setdefault(_TRIED, set())
         kind = inner.form, self._size, self._step, self._store, self._options
         if kind in tried:
@@ -429,6 +439,27 @@ class Crossing:
             loan.end = completion(device, loan.stream, inner)
         whole = Transfer((*transfer.completions, loan.end), transfer, transfer.carried)
         return whole, transfer.layers if by_layer else ()
+
+    def wait(self, transfer: Transfer) -> None:
+        """Wait for the end of a copy in any thread, also while another one captures a graph."""
+        with ignoring_captures(self._view.device):
+            transfer.synchronize()
+
+    def begin(self, inner: KVView, items: Any, at: Any) -> Transfer:
+        """Copy blocks from the view on a device into rows, and note the end of the copy.
+
+        The copy is ordered after the work that the maker's stream had, which does not wait for it.
+        """
+        rows, blocks = self._indices(items, at)
+        device = self._view.device
+        assert self._after is not None  # `prepare` was called
+        assert self._stream is not None
+        side = side_stream(self._stream, "device", "host")
+        with ignoring_captures(device), torch.inference_mode(False), self._after.on(side):
+            transfer = copy_rows(self._view, inner, blocks, rows, options=self._options)
+            end = completion(device, side, self._view)
+        self.ends.append(end)
+        return Transfer((*transfer.completions, end), transfer, transfer.carried)
 
     def copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> None:
         """Copy blocks between rows ``items`` and places ``at`` of the view, and wait for the end.

@@ -262,10 +262,8 @@ class BlockStore:
             for number, at in enumerate(chunks):
                 in_flight = InFlight(call, own, at, until)
                 in_flight.generation = self._generation - number  # a prefix is the newer part
-                work = partial(in_flight.gather, crossing, view)
-                in_flight.ends[None] = gather = call.task(at, work, self._down, in_flight, ())
+                gather = self._gather(call, crossing, view, in_flight)
                 in_flight.last = [gather]
-                call.gathers.append((gather, at, range(len(at))))
 
                 for tier_store in tier_stores:
                     queue = tier_store.queue_for_write(len(at) * own.form.image_bytes)
@@ -280,7 +278,24 @@ class BlockStore:
                 call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
                 call.submit()  # submits now, so that the queues count it
                 yield
-        return call.handle(view, eligible=partial(self._shared.stored, keys))
+        handle = call.handle(view, eligible=partial(self._shared.stored, keys))
+        handle.add_copies(crossing.ends)
+        return handle
+
+    def _gather(self, call: Call, crossing: Crossing, view: KVView, in_flight: InFlight) -> Task:
+        """Plan the copy of a save's blocks into rows; issue it if they come from a device and
+        staging has room."""
+        at = in_flight.calls[0][1]
+        work = partial(in_flight.gather, crossing, view)
+        task = call.task(at, work, self._down, in_flight, ())
+        in_flight.ends[None] = task
+        # A worker keeps a queue's pace.
+        here = crossing.on_device and self._down.max_gbps is None
+        if here and self.graph.take(in_flight):
+            in_flight.begin(crossing)
+        else:
+            call.gathers.append((task, at, range(len(at))))
+        return task
 
     def _lacking(self, call: Call) -> dict[tuple[TierStore, ...], list[int]]:
         """Return the blocks of a save by the tiers that lack them; join saves in progress."""

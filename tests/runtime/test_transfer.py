@@ -308,6 +308,40 @@ def test_an_event_that_was_given_back_meanwhile_is_not_waited_for(how: str) -> N
     assert not event.synchronize.called
 
 
+class Slow:
+    """An event that ends while a thread blocks until it, and not before."""
+
+    def __init__(self) -> None:
+        self.blocked = threading.Event()
+        self.go = threading.Event()
+
+    def query(self) -> bool:
+        return self.blocked.is_set()
+
+    def synchronize(self) -> None:
+        self.blocked.set()
+        assert self.go.wait(10)
+
+
+def test_no_other_work_gets_an_event_that_a_thread_waits_for() -> None:
+    """It would wait for that work, which may never end."""
+    pool = EventPool(torch.device("cpu"))
+    event: Any = Slow()
+    completion = Completion(event, pool=pool)
+    thread = threading.Thread(target=completion.synchronize)
+    thread.start()
+    assert event.blocked.wait(10)
+    assert completion.ended()  # seen by another thread, such as one that looks at held memory
+    assert pool.acquire() is not event
+    event.go.set()
+    thread.join(10)
+    assert pool.acquire() is not event
+    alone: Any = Slow()
+    alone.blocked.set()
+    assert Completion(alone, pool=pool).ended()
+    assert pool.acquire() is alone  # the control: nobody waited
+
+
 def test_events_are_used_again(accelerator: torch.device) -> None:
     pool = EventPool(accelerator)
     first = pool.recorded(None)

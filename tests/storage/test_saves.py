@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.core_cases import noise
+from support.device_cases import current, delay, on
 from support.storage_cases import FakeTier, key_of, small_form
 
 from portakv import KVView
@@ -21,6 +22,7 @@ from portakv.storage import BlockStore
 LIMIT = 20.0  # seconds; nothing here takes as long
 FORM = small_form()
 KEYS = [key_of(i) for i in range(8)]
+OTHERS = [key_of(i) for i in range(40, 48)]
 LAYOUT = "layer | block kv token head dim"
 
 
@@ -185,3 +187,114 @@ def test_wrong_terms_are_refused(tier: FakeTier) -> None:
     full: Any = "never"
     with opened(tier) as store, pytest.raises(InvalidTerms, match="full"):
         store.save(cache(), [1], KEYS[:1], full=full)
+
+
+# --- on a device: the copy is issued in the caller's thread
+
+
+def warmed(device: torch.device, tier: FakeTier, staging: int = 16) -> BlockStore:
+    """Return a store after a save that builds what the saves of a test need, on an idle device."""
+    store = opened(tier, staging)
+    hold = tier.hold
+    tier.hold = None
+    store.save(cache(70, device), range(8), OTHERS, full="wait").synchronize(LIMIT)
+    tier.hold = hold
+    torch.accelerator.synchronize(device)
+    return store
+
+
+def stored(store: BlockStore) -> KVView:
+    """Return what a store has under the keys."""
+    target = cache(50)
+    store.load(target, range(8), KEYS).synchronize(LIMIT)
+    return target
+
+
+def test_a_stream_waits_for_the_release_and_the_host_does_not(
+    accelerator: torch.device, tier: FakeTier
+) -> None:
+    source = cache(0, accelerator)
+    with warmed(accelerator, tier) as store:
+        with no_copies(store):  # workers take no part
+            delay(current(accelerator))
+            saved = store.save(source, range(8), KEYS)
+            assert saved.released is not None
+            assert not saved.released.done()
+            saved.released.wait()
+            for tensor in source.tensors:  # ordered after the copy
+                tensor.zero_()
+        assert tier.hold is not None
+        tier.hold.set()
+        saved.synchronize(LIMIT)
+        saved.released.synchronize(LIMIT)
+        assert same(stored(store), cache(), range(8))
+
+
+@pytest.mark.gpu
+def test_work_that_waits_for_no_release_meets_the_copy(
+    device: torch.device, tier: FakeTier
+) -> None:
+    """The negative control. The simulated device runs a stream's work when it is waited for."""
+    source = cache(0, device)
+    other = torch.Stream(device)
+    with warmed(device, tier) as store:
+        delay(current(device))
+        saved = store.save(source, range(8), KEYS)
+        with on(other):
+            for tensor in source.tensors:
+                tensor.zero_()
+        other.synchronize()
+        assert tier.hold is not None
+        tier.hold.set()
+        saved.synchronize(LIMIT)
+        assert not same(stored(store), cache(), range(8))
+
+
+def test_the_callers_stream_does_not_wait(accelerator: torch.device, tier: FakeTier) -> None:
+    """A copy that takes long delays no later work of the caller's stream."""
+    source = cache(0, accelerator)
+    with warmed(accelerator, tier) as store:
+        delay(current(accelerator))
+        mark = torch.Event(accelerator)
+        saved = store.save(source, range(8), KEYS)
+        mark.record(current(accelerator))
+        assert saved.released is not None
+        saved.released.synchronize(LIMIT)
+        assert mark.query()
+        assert tier.hold is not None
+        tier.hold.set()
+        saved.synchronize(LIMIT)
+
+
+def test_rows_of_a_cancelled_save_stay_until_its_copy_ends(
+    accelerator: torch.device, tier: FakeTier
+) -> None:
+    """Others get them next, and the copy would write into their blocks."""
+    source = cache(0, accelerator)
+    with warmed(accelerator, tier) as store:
+        with no_copies(store):
+            delay(current(accelerator))
+            cancelled = store.save(source, range(8), KEYS)
+            assert cancelled.released is not None
+            assert not cancelled.released.done()
+            assert cancelled.cancel()
+            assert cancelled.released.done()
+            assert store.rows.counts()["lent"] == 0
+        assert tier.hold is not None
+        tier.hold.set()
+        store.save(cache(20), range(8), KEYS).synchronize(LIMIT)
+        assert same(stored(store), cache(20), range(8))
+
+
+def test_blocks_beyond_staging_wait_for_workers(accelerator: torch.device, tier: FakeTier) -> None:
+    source = cache(0, accelerator)
+    with warmed(accelerator, tier, staging=4) as store:
+        saved = store.save(source, range(8), KEYS, full="wait")
+        assert saved.released is not None
+        with pytest.raises(TransferTimeout):
+            saved.released.synchronize(0.05)
+        assert tier.hold is not None
+        tier.hold.set()
+        saved.released.synchronize(LIMIT)
+        saved.synchronize(LIMIT)
+        assert same(stored(store), cache(), range(8))
