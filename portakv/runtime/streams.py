@@ -22,6 +22,7 @@ from portakv.errors import DeviceMismatch
 from portakv.runtime import cuda
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
+from portakv.runtime.openmp import one_thread
 from portakv.runtime.transfer import Completion, StatusWord, Transfer, event_pool, hold_memory
 
 # Handles without an owner. The handle released last is reused first, since staging buffers are
@@ -172,6 +173,22 @@ def captured(
         event.record(stream)
     completion = Completion(event, words=words, standing=True)
     return Transfer((completion,), retained, *carried)
+
+
+@contextmanager
+def on_one_core(device: torch.device) -> Iterator[None]:
+    """Have a worker's copy occupy one core of the host, and none while a device works.
+
+    Inside, torch's calls use this thread alone. At the end the thread sleeps until the present work
+    of the current stream has ended: on CUDA and ROCm the events of the pool would occupy the core.
+    They end sooner, so callers wait by them. On other devices nothing is waited for.
+    """
+    with one_thread():
+        yield
+        if device.type == "cuda":
+            event = torch.cuda.Event(blocking=True)
+            event.record(torch.cuda.current_stream(device))
+            event.synchronize()
 
 
 _own = threading.local()  # the streams of each thread, by device

@@ -25,7 +25,13 @@ from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.streams import StreamFence, completion, ignoring_captures, side_stream
+from portakv.runtime.streams import (
+    StreamFence,
+    completion,
+    ignoring_captures,
+    on_one_core,
+    side_stream,
+)
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.storage.chains import FIRST, UNKNOWN, Chains, Changed, mark_of
 from portakv.storage.loans import Loan as Loan
@@ -33,6 +39,7 @@ from portakv.storage.loans import Loans
 from portakv.view import IdList, Index, KVView
 
 _PAGE = 4096
+FOREVER = 1e9  # seconds
 # The groups of cached rows.
 _USED = "used"
 _UNUSED = "prefetched and not used"
@@ -405,7 +412,8 @@ class Crossing:
         if kind in tried:
             view.check_memory()
         else:
-            self.copy(inner, view, [], [])
+            with torch.inference_mode(False), self._after.inside():
+                self._copy(inner, view, [], []).synchronize()
             tried.add(kind)
 
     def issue(
@@ -441,9 +449,12 @@ class Crossing:
         return whole, transfer.layers if by_layer else ()
 
     def wait(self, transfer: Transfer) -> None:
-        """Wait for the end of a copy in any thread, also while another one captures a graph."""
+        """Wait for the end of a copy in any thread, also while another one captures a graph.
+
+        Polls with a limit: without one, torch keeps a core busy.
+        """
         with ignoring_captures(self._view.device):
-            transfer.synchronize()
+            transfer.synchronize(FOREVER)
 
     def begin(self, inner: KVView, items: Any, at: Any) -> Transfer:
         """Copy blocks from the view on a device into rows, and note the end of the copy.
@@ -465,13 +476,18 @@ class Crossing:
         """Copy blocks between rows ``items`` and places ``at`` of the view, and wait for the end.
 
         Each side has its own view. On a device the copy uses a private stream of this thread, after
-        the work that the maker's stream had.
+        the work that the maker's stream had. Only workers call it.
         """
-        rows, blocks = self._indices(items, at)
-        sides = (outer, inner, blocks, rows) if self._store else (inner, outer, rows, blocks)
         assert self._after is not None  # `prepare` was called
         with torch.inference_mode(False), self._after.inside():
-            copy_rows(*sides, options=self._options).synchronize()
+            with on_one_core(self._view.device):
+                transfer = self._copy(inner, outer, items, at)
+            transfer.synchronize()
+
+    def _copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> Transfer:
+        rows, blocks = self._indices(items, at)
+        sides = (outer, inner, blocks, rows) if self._store else (inner, outer, rows, blocks)
+        return copy_rows(*sides, options=self._options)
 
     def _indices(self, items: Any, at: Any) -> tuple[Index, Index]:
         """Return the index of rows, and that of the view's blocks at places."""

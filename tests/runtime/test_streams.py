@@ -14,7 +14,7 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 from support.block_cases import PATIENCE, large, numbered
-from support.device_cases import DEVICE, LONG
+from support.device_cases import DEVICE, LONG, current, delay
 from support.fake_libcuda import FakeLibrary
 from support.guarded_memory import refused
 from support.threads import run_threads
@@ -25,7 +25,8 @@ from portakv.host.small import SmallCopy
 from portakv.registry.prepared import bring
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams as _streams
-from portakv.runtime.streams import own_stream
+from portakv.runtime.devices import inside
+from portakv.runtime.streams import on_one_core, own_stream
 
 CARD = torch.device("cuda", 0)
 
@@ -213,3 +214,27 @@ def test_while_another_thread_captures(mode: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert (marker.item(), sender.out.tolist()) == (1, [n + 1 for n in values])
+
+
+def test_a_worker_waits_for_a_device_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    event = Mock()
+    made = Mock(return_value=event)
+    monkeypatch.setattr(torch.cuda, "Event", made)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("current", device))
+    with on_one_core(torch.device("cpu")):
+        pass
+    made.assert_not_called()
+    with on_one_core(CARD):
+        made.assert_not_called()
+    made.assert_called_once_with(blocking=True)
+    assert event.mock_calls == [call.record(("current", CARD)), call.synchronize()]
+
+
+@pytest.mark.gpu
+def test_a_wait_asleep_ends_after_the_work_of_the_current_stream() -> None:
+    stream = own_stream(CARD)
+    with inside(stream):
+        with on_one_core(CARD):
+            delay(current(CARD))
+            assert not stream.query(), "the work has ended before the wait"
+        assert stream.query()
