@@ -36,7 +36,7 @@ from portakv.migrate.pull import Pull
 from portakv.migrate.reader import Reader
 from portakv.migrate.rendezvous import pair, rendezvous, unique_id
 from portakv.migrate.shards import Shard
-from portakv.migrate.weights import publish, pull_weights
+from portakv.migrate.weights import prepare_weights, publish, pull_weights
 
 __all__ = [
     "BackendUnavailable",
@@ -61,6 +61,7 @@ __all__ = [
     "Unsupported",
     "open_shared",
     "pair",
+    "prepare_weights",
     "publish",
     "pull_weights",
     "rendezvous",

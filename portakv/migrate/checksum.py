@@ -11,6 +11,7 @@ axis. A word has at most half of the bits of the modulus, so its highest bits ch
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from math import gcd
@@ -45,9 +46,11 @@ class _Batch(NamedTuple):
     nbytes: int  # bytes of rows that are gathered together
 
 
-# On a host, a batch fits the cache of a core. On a device, a batch takes longer than its launches.
-_HOST = _Batch(1 << 17, 2 << 20)
-_DEVICE = _Batch(1 << 22, 32 << 20)
+# On a host, a batch fits the cache of a core, and torch uses one thread, as for all operations of
+# less than 2^15 elements: several threads of several processes waited longer than they summed. On a
+# device, a batch takes longer than its launches.
+_HOST = _Batch((1 << 15) - 1, 2 << 20)
+_DEVICE = _Batch(1 << 23, 32 << 20)
 
 
 class _Mixer:
@@ -68,11 +71,17 @@ class _Mixer:
         return x.bitwise_or_(1)
 
     def sum(self, words: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
-        """Return the sum of words times their keys. ``starts``: the first position of each axis."""
+        """Return the sum of words times their keys, without a wait for a device.
+
+        ``starts``: the first position of each axis. Words with one more axis, the first, are
+        several parts; the result has a sum of each.
+        """
         if words.numel() > self.batch.words:
             return self._sum_in_parts(words, starts)
 
-        for first, n in reversed([*zip(starts, words.shape, strict=True)]):
+        # Axes before those of the starts are several parts of one shape.
+        axes = words.shape[words.ndim - len(starts) :]
+        for first, n in reversed([*zip(starts, axes, strict=True)]):
             key = self.keys.get_or_make((first, n), partial(self.key, first, n))
             product = self.buffer[: words.numel()].view(words.shape)
             words = torch.mul(words, key, out=product).sum(-1)
@@ -141,25 +150,93 @@ def box_checksums(boxes: Iterable[tuple[torch.Tensor, Sequence[int]]]) -> list[i
     Each part comes with its first element's position in the whole tensor. Words are as wide as the
     ends of a part allow. Checksums of parts add up if their words have one width.
     """
-    mixers = dict[torch.device, _Mixer]()
-    sums = list[torch.Tensor]()
-    with torch.inference_mode():
-        for part, start in boxes:
-            words, first = _words(part, (*start,))
-            if words.device not in mixers:
-                mixers[words.device] = _Mixer(words.device)
-            starts = [axis * _AXIS + x for axis, x in enumerate(first)]
-            sums.append(mixers[words.device].sum(words, starts))
-        return [int(x) % MODULUS for x in sums]
+    sums = BoxSums()
+    parts = [Part(number, part, (*start,)) for number, (part, start) in enumerate(boxes)]
+    sums.add(parts)
+    return sums.results(len(parts))
 
 
-def _words(part: torch.Tensor, start: tuple[int, ...]) -> tuple[torch.Tensor, Sequence[int]]:
-    """Return a part as words, and the position of its first word in the whole."""
+class Part(NamedTuple):
+    """A part of a tensor, whose checksum is added to the sum of a number."""
+
+    number: int
+    tensor: torch.Tensor
+    start: tuple[int, ...]  # of its first element in the whole tensor
+    unit: int = 4  # the most bytes of a word: sums of a larger part's pieces have one width
+
+
+class _Alike(NamedTuple):
+    """Parts whose checksums are computed together."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
+    starts: tuple[int, ...]
+
+
+class BoxSums:
+    """Adds up checksums of parts of tensors by numbers, on the devices of the parts.
+
+    Only `results` waits for a device, once for each. Small parts of one shape are summed together.
+    """
+
+    def __init__(self) -> None:
+        self._mixers = dict[torch.device, _Mixer]()
+        self._numbers = defaultdict[torch.device, list[int]](list)
+        self._sums = defaultdict[torch.device, list[torch.Tensor]](list)
+
+    def add(self, parts: Iterable[Part]) -> None:
+        """Compute the checksums of parts on the current stream of their device."""
+        alike = defaultdict[_Alike, list[tuple[int, torch.Tensor]]](list)
+        with torch.inference_mode():
+            for part in parts:
+                words, start = _words(part.tensor, part.start, part.unit)
+                starts = tuple(axis * _AXIS + x for axis, x in enumerate(start))
+                alike[_Alike(words.device, words.dtype, words.shape, starts)].append(
+                    (part.number, words)
+                )
+            for kind, group in alike.items():
+                if kind.device not in self._mixers:
+                    self._mixers[kind.device] = _Mixer(kind.device)
+                mixer = self._mixers[kind.device]
+                most = max(1, mixer.batch.words // max(1, kind.shape.numel()))
+                for first in range(0, len(group), most):
+                    some = group[first : first + most]
+                    self._numbers[kind.device] += [number for number, _ in some]
+                    if len(some) == 1:
+                        sums = mixer.sum(some[0][1], kind.starts).view(1)
+                    else:
+                        sums = mixer.sum(torch.stack([words for _, words in some]), kind.starts)
+                    self._sums[kind.device].append(sums)
+
+    def results(self, count: int) -> list[int]:
+        """Return the checksums of the numbers below ``count``."""
+        totals = [0] * count
+        for device, sums in self._sums.items():
+            with torch.inference_mode():
+                values = torch.cat(sums).tolist()
+            for number, value in zip(self._numbers[device], values, strict=True):
+                totals[number] += value
+        return [total % MODULUS for total in totals]
+
+
+def unit_of(itemsize: int, start: Sequence[int], extents: Sequence[int]) -> int:
+    """Return the bytes of the widest words that a part of a tensor allows."""
+    if not start:
+        return gcd(4, itemsize)
+    return gcd(4, itemsize * start[-1], itemsize * extents[-1])
+
+
+def _words(
+    part: torch.Tensor, start: tuple[int, ...], most: int
+) -> tuple[torch.Tensor, Sequence[int]]:
+    """Return a part as words of at most so many bytes, and the position of its first word in the
+    whole."""
     if not start:
         part = part[None]
         start = (0,)
     size = part.element_size()
-    unit = gcd(4, size * start[-1], size * part.shape[-1])
+    unit = gcd(most, unit_of(size, start, part.shape))
 
     # A view as wider words needs a contiguous last axis and aligned steps.
     steps = *part.stride()[:-1], part.storage_offset()

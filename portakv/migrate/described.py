@@ -103,7 +103,7 @@ def rebuild(described: Described, regions: Sequence[torch.Tensor]) -> Shard:
         kinds = [(_dtype(name), shape, strides) for name, shape, strides in described.kinds]
         tensors: list[Any] = []
         for number, offset, kind in described.places:
-            tensors.append(_strided(regions[number], offset, *kinds[kind]))
+            tensors.append(strided(regions[number], offset, *kinds[kind]))
         if len(tensors) != prod(described.containers):
             raise LayoutError(f"{len(tensors)} places in containers of {described.containers}")
         for size in reversed(described.containers):
@@ -136,20 +136,22 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _strided(
+def strided(
     region: torch.Tensor,
     offset: int,
     dtype: torch.dtype,
     shape: Sequence[int],
     strides: Sequence[int],
 ) -> torch.Tensor:
-    """Return a tensor in a region, and check its bounds.
+    """Return a tensor in a region; raise `LayoutError` if the region does not contain it.
 
     `as_strided` never grows the region.
     """
     size = dtype.itemsize
+    if len(shape) != len(strides):
+        raise LayoutError(f"{len(shape)} extents with {len(strides)} strides")
     ends = offset + reach(shape, strides) * dtype.itemsize
-    if offset % size or ends > region.numel() or len(shape) != len(strides):
+    if offset % size or ends > region.numel():
         raise LayoutError(f"bytes {offset} to {ends} of a region of {region.numel()}, as {dtype}")
     whole = region[: region.numel() // size * size].view(dtype)
     return whole.as_strided(shape, strides, whole.storage_offset() + offset // size)

@@ -18,7 +18,7 @@ import mmap
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from msgspec import Meta
+from msgspec import Meta, structs
 
 from portakv.arguments import instance, invalid, whole
 from portakv.errors import PeerError, Unsupported
@@ -120,29 +120,51 @@ def open_shared(data: bytes, device: torch.device | str | int | None = None) -> 
     Raises `PeerError` for bytes of another kind, or if the memory or its process is gone, and
     `Unsupported` if the memory cannot be opened here.
     """
-    message, where = _read(data, device)
-    (name, shape, strides) = message.kind
-    nbytes = message.words[1]
-    dtype = getattr(torch, name, None)
-    empty = 0 in shape
-    if not isinstance(dtype, torch.dtype) or name[0] == "q" or len(shape) != len(strides):
-        raise _changed()
-    count = nbytes // dtype.itemsize
-    last = message.offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if empty != (nbytes == 0) or (last >= count and not empty) or math.prod(shape) >> 62:
-        raise _changed()
-    with torch.inference_mode(False):
-        if empty:
-            return torch.empty_strided(shape, strides, dtype=dtype, device=where)
-        if message.device == "cpu":
-            flat = _mapped(message)
-        else:
-            with _by_torch(_OPEN, where):
-                new = getattr(torch.UntypedStorage, f"_new_shared_{where.type}")
-                # With this process's number, so that torch treats it as local.
-                storage = new(where.index, *message.words)
-                flat = torch.empty(0, dtype=torch.uint8, device=where).set_(storage)
-        return flat[: count * dtype.itemsize].view(dtype).as_strided(shape, strides, message.offset)
+    return Opener(device).open(data)
+
+
+class Opener:
+    """Opens memory of other processes, and looks at each process once.
+
+    Args:
+        device: the device of this process that reads a device's memory; None: the current device.
+        descriptors: host memory that is opened costs a descriptor, so this process can share it.
+    """
+
+    def __init__(
+        self, device: torch.device | str | int | None = None, descriptors: bool = True
+    ) -> None:
+        self._device = device
+        self._map = _mapped if descriptors else _mapped_only
+        self._here = _here()
+        self._alive = set[tuple[int, int, int]]()
+
+    def open(self, data: bytes) -> torch.Tensor:
+        """Return the tensor of these bytes; see `open_shared`."""
+        message, where = _read(data, self._device, self._here, self._alive)
+        (name, shape, strides) = message.kind
+        nbytes = message.words[1]
+        dtype = getattr(torch, name, None)
+        empty = 0 in shape
+        if not isinstance(dtype, torch.dtype) or name[0] == "q" or len(shape) != len(strides):
+            raise _changed()
+        count = nbytes // dtype.itemsize
+        last = message.offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        if empty != (nbytes == 0) or (last >= count and not empty) or math.prod(shape) >> 62:
+            raise _changed()
+        with torch.inference_mode(False):
+            if empty:
+                return torch.empty_strided(shape, strides, dtype=dtype, device=where)
+            if message.device == "cpu":
+                flat = self._map(message)
+            else:
+                with _by_torch(_OPEN, where):
+                    new = getattr(torch.UntypedStorage, f"_new_shared_{where.type}")
+                    # With this process's number, so that torch treats it as local.
+                    storage = new(where.index, *message.words)
+                    flat = torch.empty(0, dtype=torch.uint8, device=where).set_(storage)
+            elements = flat[: count * dtype.itemsize].view(dtype)
+            return elements.as_strided(shape, strides, message.offset)
 
 
 def why_not(tensor: torch.Tensor) -> str | None:
@@ -159,9 +181,96 @@ def export(storage: torch.UntypedStorage, files: SharedFiles | None = None) -> H
 
     Raises `Unsupported` as `share` does.
     """
-    with torch.inference_mode(False):
-        flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    flat = _flat(storage)
     return Held(share(flat, files), flat)
+
+
+class _Span:
+    """The part of a file or of a device's allocation that contains some tensors."""
+
+    def __init__(self, message: _Shared, storage: torch.UntypedStorage) -> None:
+        self.message = message
+        self.storage = storage
+        self.first = message.words[2]
+        self.past = self.first + message.words[1]
+
+    def region(self) -> Held:
+        """Return the span as memory that other processes open."""
+        (handle, _, _, *rest) = self.message.words
+        nbytes = self.past - self.first
+        words: Any = handle, nbytes, self.first, *rest
+        kind = "uint8", (nbytes,), (1,)
+        message = structs.replace(self.message, words=words, kind=kind, offset=0)
+        return Held(sealed(message), _flat(self.storage))
+
+
+def export_all(
+    tensors: Mapping[str, torch.Tensor], what: str
+) -> tuple[list[Held], dict[str, tuple[int, int] | None]]:
+    """Return the memory of tensors as few regions, and the place of each tensor in them.
+
+    A file, or an allocation of a device, is one region however many tensors it contains. A place is
+    the number of a region and the byte offset of the first element; None: a tensor without
+    elements. Keep the tensors until all regions are closed.
+
+    Raises `Unsupported`, which names ``what[name]``, for memory that cannot be shared.
+    """
+    files = SharedFiles()
+    spans = dict[tuple[str, bytes], _Span]()
+    numbers = dict[tuple[str, bytes], int]()
+    absolute = dict[str, tuple[tuple[str, bytes], int] | None]()
+    shared = dict[tuple[torch.device, int, int], _Shared]()
+    try:
+        for name, tensor in tensors.items():
+            absolute[name] = None
+            if not tensor.numel():
+                continue
+            storage = tensor.untyped_storage()
+            memory = tensor.device, storage.data_ptr(), storage.nbytes()
+            if memory not in shared:
+                message = unsealed(share(_flat(storage), files), _Shared)
+                assert message is not None
+                shared[memory] = message
+                _include(spans, message, storage)
+            message = shared[memory]
+            key = f"{tensor.device}", message.words[0]
+            offset = tensor.data_ptr() - storage.data_ptr()
+            absolute[name] = key, message.words[2] + offset
+    except Unsupported as error:
+        for span in spans.values():
+            span.region().close()
+        raise Unsupported(f"{what}[{name!r}]", error.why) from error
+
+    regions = list[Held]()
+    for key, span in spans.items():
+        numbers[key] = len(regions)
+        regions.append(span.region())
+    places = {
+        name: place and (numbers[place[0]], place[1] - spans[place[0]].first)
+        for name, place in absolute.items()
+    }
+    return regions, places
+
+
+def _include(
+    spans: dict[tuple[str, bytes], _Span], message: _Shared, storage: torch.UntypedStorage
+) -> None:
+    """Add the memory of a message to the span of its file or allocation."""
+    key = f"{storage.device}", message.words[0]
+    span = spans.get(key)
+    if span is None:
+        spans[key] = _Span(message, storage)
+        return
+    # One opening of the span serves for this memory too.
+    Held(sealed(message), _flat(storage)).close()
+    span.first = min(span.first, message.words[2])
+    span.past = max(span.past, message.words[2] + message.words[1])
+
+
+def _flat(storage: torch.UntypedStorage) -> torch.Tensor:
+    """Return a whole allocation as a flat uint8 tensor."""
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def export_event(event: torch.Event) -> bytes:
@@ -180,7 +289,7 @@ def open_event(data: bytes, device: torch.device | str | int) -> torch.Event:
 
     Raises the same errors as `open_shared`.
     """
-    message, where = _read(data, device)
+    message, where = _read(data, device, _here(), set())
     with _by_torch("Opening another process's event", where, "wait for it there"):
         module = torch.get_device_module(where)
         event: torch.Event = module.Event.from_ipc_handle(where, message.words[0])
@@ -288,7 +397,34 @@ class SharedFiles:
 
 
 def _mapped(message: _Shared) -> torch.Tensor:
-    """Map another process's host memory. Opens only files that are in memory."""
+    """Map another process's host memory; the mapping has a descriptor."""
+    (_, nbytes, offset, *_) = message.words
+    skipped = offset % mmap.ALLOCATIONGRANULARITY
+    with _file(message) as descriptor:
+        mapping = mmap.mmap(descriptor, skipped + nbytes, offset=offset - skipped)
+    return torch.frombuffer(mapping, dtype=torch.uint8, offset=skipped, count=nbytes)
+
+
+def _mapped_only(message: _Shared) -> torch.Tensor:
+    """Map another process's host memory; no descriptor stays open."""
+    (_, nbytes, offset, *_) = message.words
+    with _file(message) as descriptor:
+        path = f"/proc/self/fd/{descriptor}"
+        try:
+            # The file has these bytes, so torch does not make it longer.
+            storage: Any = torch.UntypedStorage.from_file(path, True, offset + nbytes)
+        except RuntimeError as error:
+            raise OSError(errno.ENOMEM, str(error).partition("\n")[0].rstrip(".")) from None
+    flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+    return flat[offset : offset + nbytes]
+
+
+@contextmanager
+def _file(message: _Shared) -> Iterator[int]:
+    """Open the file of another process's host memory, and yield the descriptor.
+
+    Opens only files that are in memory. Reports errors of the system, of the block too.
+    """
     (space, pid, _) = message.process
     (handle, nbytes, offset, *_) = message.words
     if len(handle) != _FILE.size:
@@ -297,7 +433,6 @@ def _mapped(message: _Shared) -> torch.Tensor:
         raise Unsupported(_OPEN, "its container has a separate process namespace (docker: --pid)")
     descriptor, *file = _FILE.unpack(handle)
     path = f"/proc/{pid}/fd/{descriptor}"
-    skipped = offset % mmap.ALLOCATIONGRANULARITY
     try:
         if not os.readlink(path).startswith(_IN_MEMORY):
             raise OSError(errno.ESTALE, "its descriptor has another file")
@@ -305,7 +440,7 @@ def _mapped(message: _Shared) -> torch.Tensor:
             status = os.stat(memory.fileno())
             if [status.st_dev, status.st_ino] != file or status.st_size < offset + nbytes:
                 raise OSError(errno.ESTALE, "its descriptor has another file")
-            mapping = mmap.mmap(memory.fileno(), skipped + nbytes, offset=offset - skipped)
+            yield memory.fileno()
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ESRCH, errno.ESTALE):
             why = (
@@ -317,7 +452,6 @@ def _mapped(message: _Shared) -> torch.Tensor:
             f"Expected shared memory of process {pid}, got none any more ({error.strerror}). Keep "
             f"the tensor until it was opened, and share it again."
         ) from None
-    return torch.frombuffer(mapping, dtype=torch.uint8, offset=skipped, count=nbytes)
 
 
 def _here() -> tuple[str, tuple[int, int, int]]:
@@ -325,26 +459,36 @@ def _here() -> tuple[str, tuple[int, int, int]]:
     return host_id(), (process_space(), pid, started(pid) or 0)
 
 
-def _read(data: bytes, device: torch.device | str | int | None) -> tuple[_Shared, torch.device]:
-    """Return the message in these bytes, and the device of this process that reads the memory."""
+def _read(
+    data: bytes,
+    device: torch.device | str | int | None,
+    here: tuple[str, tuple[int, int, int]],
+    alive: set[tuple[int, int, int]],
+) -> tuple[_Shared, torch.device]:
+    """Return the message in these bytes, and the device of this process that reads the memory.
+
+    ``here``: what `_here` returned. ``alive``: processes that were seen to run; grows.
+    """
     message: _Shared | None = unsealed(data, _Shared)
     if message is None:
         raise _changed()
-    (host, here) = _here()
+    (host, own) = here
     (space, pid, began) = message.process
     if message.host != host:
         why = "it is another host's, or a container's with separate shared memory (docker: --ipc)"
         raise Unsupported(_OPEN, f"{why}; use a transport")
-    if message.process == here and message.device != "cpu":
+    if message.process == own and message.device != "cpu":
         raise Unsupported(
             _OPEN,
             ("it is this process's own, and torch opens only other processes'; use the tensor"),
         )
-    if space == here[0] and started(pid) != began:
-        raise PeerError(
-            f"Expected shared memory of process {pid}, got a process that has ended. Share the "
-            f"memory of its successor."
-        )
+    if message.process not in alive:
+        if space == own[0] and started(pid) != began:
+            raise PeerError(
+                f"Expected shared memory of process {pid}, got a process that has ended. Share the "
+                f"memory of its successor."
+            )
+        alive.add(message.process)
     try:
         usual = torch.device("cpu") if message.device == "cpu" else devices.usual_device()
         where = usual if device is None else devices.indexed(device)

@@ -20,7 +20,7 @@ from msgspec import Meta, structs
 from portakv.arguments import instance, invalid, items, text, whole
 from portakv.errors import InvalidTerms, LayoutError
 from portakv.migrate.messages import Box as Ends
-from portakv.migrate.messages import Dims, Handle, Message, Text
+from portakv.migrate.messages import Bytes, Dims, Message, Small, Text
 from portakv.migrate.shards import deal
 
 
@@ -114,7 +114,11 @@ Parameters = Mapping[str, Parameter | torch.Tensor]  # by name; a plain tensor i
 
 
 class Item(Message, frozen=True):
-    """The description of a parameter. ``tie``: the first name of its memory, which has ``data``."""
+    """The description of a parameter.
+
+    ``tie``: the first name of its memory. ``local`` and ``strides``: of the tensor itself.
+    ``place``: the region of its first element, and the byte offset there; None: no memory.
+    """
 
     dtype: Annotated[str, Meta(max_length=32)]
     shape: Dims
@@ -122,7 +126,9 @@ class Item(Message, frozen=True):
     packing: Text
     block: Dims
     tie: Text
-    data: Handle = b""
+    local: Dims
+    strides: Dims
+    place: tuple[Small, Bytes] | None = None
 
     def __post_init__(self) -> None:
         of = self.shape
@@ -149,8 +155,10 @@ class Cell(NamedTuple):
 
 def part_of(tensor: torch.Tensor, start: Dims, extents: Dims) -> torch.Tensor:
     """Return a part of a tensor; raise `LayoutError` if the tensor does not contain it."""
-    axes = zip(start, extents, tensor.shape, strict=False)
-    part = tensor.detach()[tuple(slice(a, a + n) for a, n, _ in axes)]
+    part = tensor.detach()
+    if any(start) or tensor.shape != tuple(extents):  # else it is the whole tensor
+        axes = zip(start, extents, tensor.shape, strict=False)
+        part = part[tuple(slice(a, a + n) for a, n, _ in axes)]
     if part.shape != tuple(extents) or part.is_meta:
         raise LayoutError(
             f"Expected a box in a tensor of shape {tuple(tensor.shape)} with memory, got "
@@ -231,10 +239,12 @@ def items_of(parameters: Mapping[str, Parameter]) -> dict[str, Item]:
         shape = local if x.shape is None else tuple(x.shape)
         zeros = (0,) * len(local)
         boxes = tuple(Box(*map(tuple, b)) for b in x.boxes or [Box(zeros, zeros, local)])
-        item = Item(str(tensor.dtype)[6:], shape, boxes, x.packing, tuple(x.block), "")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        packed = x.packing, tuple(x.block)
+        item = Item(dtype, shape, boxes, *packed, "", local, tensor.stride())
         for box in boxes:
             part_of(tensor, box.start, box.extents)
-        memory = tensor.data_ptr() or name, tensor.device, tensor.stride(), item
+        memory = tensor.data_ptr() or name, tensor.device, item
         items[name] = structs.replace(item, tie=first.setdefault(memory, name))
     return items
 

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of a model's weights, and the parts of them that ranks have."""
+"""Tensors of a model's weights, the parts of them that ranks have, and channels between ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from portakv.migrate.channel import Channel
+from portakv.migrate.published import AskWeights
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -31,3 +35,45 @@ def local_of(
     """Return a rank's part of a fused tensor: its share of each part, one after the other."""
     cut = np.split(whole, np.cumsum(parts)[:-1], axis)
     return np.concatenate([rank_of(part, axis, rank, size, unit) for part in cut], axis)
+
+
+def shared(array: Array) -> torch.Tensor:
+    """The same elements, in memory that others may map."""
+    tensor = torch.from_numpy(array.copy())
+    tensor.share_memory_()
+    return tensor
+
+
+class Between(Channel):
+    """A channel that does something before it asks for checksums."""
+
+    def __init__(self, channel: Channel, before: Callable[[], object]) -> None:
+        self.channel = channel
+        self.id = channel.id
+        self.watch = channel.watch  # type: ignore[method-assign]
+        self.before = before
+        self.requested = set[AskWeights]()
+        self.timeout = channel.timeout
+
+    def ask(self, address: str, requested: Any, kind: Any, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
+        sums = requested.boxes or requested.what == "sums"
+        if sums and not self.requested:
+            self.before()
+        self.requested |= {requested} if sums else set()
+        return self.channel.ask(address, requested, kind, *arguments, **named)
+
+
+Channels = Callable[[], Channel]
+
+
+def make_channels() -> Iterator[Callable[[], Channel]]:
+    """Makes channels of this host, which end with the test."""
+    made = list[Channel]()
+
+    def make() -> Channel:
+        made.append(Channel())
+        return made[-1]
+
+    yield make
+    for channel in made:
+        channel.close()

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that are pulled again: what stays open and planned, and wrong bytes that are found."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+from support.weight_cases import Between, Channels, make_channels, shared, whole_of
+
+from portakv.errors import OfferGone, PeerError, TransferError
+from portakv.migrate import Parameter, prepare_weights, publish, pull_weights, weight_copy
+from portakv.migrate.published import Weights
+from portakv.migrate.weight_copy import copy_pairs, runs_of
+
+channels = pytest.fixture(make_channels)
+
+
+def test_bytes_that_a_copy_changes_are_found(
+    channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole tensors, parts and tied names, each bit; without the change the pull succeeds."""
+    rows = shared(whole_of((6, 8)))
+    owner = publish(channels(), {"whole": rows, "part": shared(whole_of((6, 8)))})
+    channel = channels()
+    into = torch.zeros(6, 8, dtype=torch.int32)
+    part = torch.zeros(6, 4, dtype=torch.int32)
+    local: dict[str, Parameter | torch.Tensor] = {
+        "whole": into,
+        "part": Parameter.split(part, 1, (8,), (1, 2)),
+    }
+    for wrong, name in ((into, "whole"), (part, "part"), (None, "")):
+
+        def copy(pairs: Any, wrong: torch.Tensor | None = wrong) -> None:
+            copy_pairs(pairs)
+            if wrong is not None:
+                wrong[3, 1] ^= 1 << 30
+
+        monkeypatch.setattr(weight_copy, "copy_pairs", copy)
+        if name:
+            with pytest.raises(TransferError, match=f"others of {name}\\. Do not use any"):
+                pull_weights(channel, owner.ticket, local)
+        else:
+            pull_weights(channel, owner.ticket, local)
+    owner.close()
+
+
+def test_a_second_pull_opens_nothing_and_requests_no_items(channels: Channels) -> None:
+    """Also after a change of the values; another pull of other tensors has another plan."""
+    whole = shared(whole_of((9, 4)))
+    owner = publish(channels(), {str(i): whole[i] for i in range(9)})
+    between: Any = Between(channels(), lambda: None)
+    ask = between.ask
+    answers = list[Weights]()
+
+    def follow(*arguments: Any) -> Any:
+        answers.append(ask(*arguments))
+        return answers[-1]
+
+    between.ask = follow
+    into = torch.zeros(9, 4, dtype=torch.int32)
+    local = {str(i): into[i] for i in range(9)}
+    pull_weights(between, owner.ticket, local)
+    assert sum(len(x.items) for x in answers) == 9
+    assert sum(len(x.regions) for x in answers) == 1, "the allocation, and not each tensor"
+    for values in (5, 6):
+        answers.clear()
+        with owner.update():
+            whole.fill_(values)
+        pull_weights(between, owner.ticket, local)
+        assert into.eq(values).all()
+        assert not any(x.items or x.regions for x in answers)
+    other = torch.zeros(9, 4, dtype=torch.int32)
+    pull_weights(between, owner.ticket, {str(8 - i): other[i] for i in range(9)})
+    assert other.eq(6).all()
+    owner.close()
+
+
+def test_memory_stays_open_until_the_connection_ends(channels: Channels) -> None:
+    """Or until the owner closes the publication; no descriptor is left meanwhile."""
+    tensors = {str(i): shared(whole_of((5000,))) for i in range(30)}
+    addresses = {x.data_ptr() for x in tensors.values()}
+
+    def mapped() -> int:
+        """Mappings of the tensors' files, the owner's own not counted."""
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        files = {x.split()[4] for x in lines if int(x.split("-")[0], 16) in addresses}
+        return sum(x.split()[4] in files for x in lines) - len(addresses)
+
+    owner = publish(channels(), tensors)
+    local = {name: torch.zeros(5000, dtype=torch.int32) for name in tensors}
+    first = channels()
+    for channel in (first, channels()):
+        descriptors = len(os.listdir("/proc/self/fd"))
+        prepare_weights(channel, owner.ticket, local)
+        assert not any(x.any() for x in local.values())
+        assert mapped() == 30
+        assert len(os.listdir("/proc/self/fd")) < descriptors + 15
+        if channel is first:
+            channel.close()
+        else:
+            pull_weights(channel, owner.ticket, local)
+            owner.close()
+            with pytest.raises(OfferGone):
+                pull_weights(channel, owner.ticket, local)
+        gc.collect()
+        assert mapped() == 0
+
+
+def test_places_outside_of_a_region_are_the_owners_error(channels: Channels) -> None:
+    """An owner that lies about places, strides or handles; nothing is written."""
+    owner = publish(channels(), {"w": shared(whole_of((4,)))})
+    lies: list[dict[str, Any]] = [
+        {"place": (0, 1)},
+        {"place": (0, 1 << 47)},
+        {"place": (1, 0)},
+        {"place": None},
+        {"strides": (1 << 47,)},
+        {"strides": ()},
+        {"local": (3,)},
+    ]
+    for lie in lies:
+        between: Any = Between(channels(), lambda: None)
+        ask = between.ask
+
+        def answer(*arguments: Any, ask: Any = ask, lie: dict[str, Any] = lie) -> Any:
+            answer = ask(*arguments)
+            return replace(answer, items=tuple((x, replace(y, **lie)) for x, y in answer.items))
+
+        between.ask = answer
+        into = torch.zeros(4, dtype=torch.int32)
+        with pytest.raises(PeerError, match=r"as .* described it, got other memory"):
+            pull_weights(between, owner.ticket, {"w": into})
+        assert not into.any()
+    owner.close()
+
+
+def test_neighbours_on_the_host_are_one_copy() -> None:
+    """Only if both sides lie next to each other; bytes between tensors are not touched."""
+    src = torch.arange(1, 101, dtype=torch.uint8)
+    into = torch.zeros(100, dtype=torch.uint8)
+    places = [(0, 0, 10), (20, 20, 10), (10, 10, 10), (40, 31, 9), (49, 40, 5), (60, 95, 0)]
+    pairs = [(into[d : d + n], src[s : s + n]) for s, d, n in reversed(places)]
+    assert sorted(nbytes for *_, nbytes in runs_of(pairs)) == [14, 30]
+    copy_pairs(pairs)
+    expected = torch.zeros(100, dtype=torch.uint8)
+    for s, d, n in places:
+        expected[d : d + n] = src[s : s + n]
+    assert torch.equal(into, expected)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pulls of weights whose caller does not wait: their end, errors, cancellation, and forks."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from support.weight_cases import Between, Channels, make_channels, shared, whole_of
+
+from portakv.errors import (
+    InvalidTerms,
+    LayoutError,
+    OfferGone,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+)
+from portakv.migrate import publish, pull_weights
+from portakv.migrate.weights import WeightsPull
+
+channels = pytest.fixture(make_channels)
+
+
+@contextmanager
+def waiting(channels: Channels) -> Iterator[tuple[WeightsPull, threading.Event, Any, torch.Tensor]]:
+    """A pull that waits before it requests checksums, until the event is set."""
+    go_on = threading.Event()
+    copied = threading.Event()
+
+    def pause() -> None:
+        copied.set()
+        go_on.wait(20)
+
+    published = publish(channels(), {"w": shared(whole_of((4, 3)))})
+    between = Between(channels(), pause)
+    into = torch.zeros(4, 3, dtype=torch.int32)
+    try:
+        pull = pull_weights(between, published.ticket, {"w": into}, wait=False)
+        assert copied.wait(20)
+        yield pull, go_on, published, into
+    finally:
+        go_on.set()
+        published.close()
+
+
+def test_a_pull_returns_before_its_end(channels: Channels) -> None:
+    with waiting(channels) as (pull, go_on, _, into):
+        assert not pull.done()
+        assert not pull.ended
+        assert pull.error is None
+        assert pull.nbytes == 0
+        with pytest.raises(TransferTimeout, match="goes on"):
+            pull.synchronize(0.05)
+        go_on.set()
+        pull.synchronize(20)
+        assert pull.done()
+        assert pull.ended
+        assert pull.nbytes == into.nbytes
+        assert torch.equal(into, torch.from_numpy(whole_of((4, 3))))
+        pull.wait()
+        assert not pull.cancel()
+        assert pull.error is None
+
+
+def test_a_cancelled_pull_ends_with_an_error(channels: Channels) -> None:
+    with waiting(channels) as (pull, go_on, *_):
+        assert pull.cancel()
+        go_on.set()
+        with pytest.raises(TransferCancelled, match="Do not use"):
+            pull.synchronize(20)
+        assert isinstance(pull.error, TransferCancelled)
+        assert pull.nbytes == 0
+        for end in (pull.done, pull.wait, pull.synchronize):
+            with pytest.raises(TransferCancelled):
+                end()
+
+
+def test_an_update_fails_a_pull_in_flight(channels: Channels) -> None:
+    with waiting(channels) as (pull, go_on, published, _):
+        with published.update():
+            pass
+        go_on.set()
+        with pytest.raises(TransferError, match="changed while they were pulled"):
+            pull.synchronize(20)
+
+
+def test_a_publication_that_ends_fails_a_pull_in_flight(channels: Channels) -> None:
+    with waiting(channels) as (pull, go_on, published, _):
+        published.close()
+        go_on.set()
+        with pytest.raises(OfferGone):
+            pull.synchronize(20)
+
+
+def test_wrong_arguments_are_refused_by_the_call(channels: Channels) -> None:
+    """What only the owner knows, such as a shape, is an error of the pull."""
+    published = publish(channels(), {"w": shared(whole_of((4, 3)))})
+    into = torch.zeros(4, 3, dtype=torch.int32)
+    wrong: list[Any] = [0, 1, None, "no"]
+    for wait in wrong:
+        with pytest.raises(InvalidTerms, match="Expected wait"):
+            pull_weights(channels(), published.ticket, {"w": into}, wait=wait)
+    with pytest.raises(LayoutError, match="expanded"):
+        pull_weights(channels(), published.ticket, {"w": into[:1].expand(4, 3)}, wait=False)
+    pull = pull_weights(channels(), published.ticket, {"w": into[:3]}, wait=False)
+    with pytest.raises(LayoutError, match="its shape is"):
+        pull.synchronize(20)
+    assert not into.any()
+    published.close()
+
+
+def test_an_error_of_another_kind_is_a_transfer_error(channels: Channels) -> None:
+    published = publish(channels(), {"w": shared(whole_of((4,)))})
+
+    def fail() -> None:
+        raise ZeroDivisionError("no")
+
+    into = torch.zeros(4, dtype=torch.int32)
+    pull = pull_weights(Between(channels(), fail), published.ticket, {"w": into}, wait=False)
+    with pytest.raises(TransferError, match="failed: ZeroDivisionError"):
+        pull.synchronize(20)
+    published.close()
+
+
+def test_several_pulls_are_in_flight(channels: Channels) -> None:
+    source = shared(whole_of((1000, 50)))
+    published = publish(channels(), {str(i): source[i] for i in range(1000)})
+    channel = channels()
+    tensors = [torch.zeros(1000, 50, dtype=torch.int32) for _ in range(6)]
+    pulls = [
+        pull_weights(channel, published.ticket, {str(i): x[i] for i in range(1000)}, wait=False)
+        for x in tensors
+    ]
+    for pull, tensor in zip(pulls, tensors, strict=True):
+        pull.synchronize(30)
+        assert torch.equal(tensor, source)
+    published.close()
+
+
+def test_a_dropped_pull_goes_on(channels: Channels) -> None:
+    published = publish(channels(), {"w": shared(whole_of((4,)))})
+    into = torch.zeros(4, dtype=torch.int32)
+    pull_weights(channels(), published.ticket, {"w": into}, wait=False)
+    until = time.monotonic() + 20
+    while not into.all() and time.monotonic() < until:
+        time.sleep(1e-3)
+    assert into.tolist() == [1, 2, 3, 4]
+    published.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_a_pull(channels: Channels) -> None:
+    with waiting(channels) as (pull, *_):
+        pid = os.fork()
+        if not pid:
+            try:
+                pull.synchronize(20)
+            except TransferError as error:
+                os._exit(7 if "forked" in str(error) else 8)
+            finally:
+                os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+@pytest.mark.gpu
+def test_a_pull_on_a_device_follows_the_caller_s_stream(channels: Channels) -> None:
+    """The destination is written by the stream of the caller, before the copy."""
+    from support.peer_process import Peer
+
+    with Peer() as owner:
+        ticket = owner.do(
+            "import torch\n"
+            "from portakv.migrate import Channel, publish\n"
+            "channel = Channel(timeout=20.0)\n"
+            "tensors = {str(i): torch.full((1 << 18,), i, device='cuda:0') for i in range(40)}\n"
+            "published = publish(channel, tensors)\n"
+            "answer = published.ticket\n"
+        )
+        into = {str(i): torch.zeros(1 << 18, dtype=torch.int64, device="cuda:0") for i in range(40)}
+        channel = channels()
+        for _ in range(2):
+            torch.cuda._sleep(200_000_000)
+            for tensor in into.values():
+                tensor.fill_(-1)
+            pull = pull_weights(channel, ticket, into, wait=False)
+            pull.synchronize(60)
+            assert pull.nbytes == 40 << 21
+            for i in range(40):
+                assert into[str(i)].eq(i).all()
