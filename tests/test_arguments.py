@@ -33,6 +33,7 @@ from portakv.migrate import (
     Shard,
     open_shared,
     pair,
+    prepare_weights,
     publish,
     pull_weights,
     rendezvous,
@@ -172,6 +173,14 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "Reader.explain": lambda s: (s.reader().explain, {"tickets": s.offer().ticket}),
     "publish": lambda s: (publish, {"channel": s.channel(), "parameters": {"a": s.weights()}}),
     "Published": lambda s: (Published, {"channel": s.channel(), "parameters": {"a": s.weights()}}),
+    "prepare_weights": lambda s: (
+        prepare_weights,
+        {
+            "channel": s.channel(),
+            "parameters": {"a": s.weights()},
+            "tickets": s.close(publish(s.channel(), {"a": s.weights()})).ticket,
+        },
+    ),
     "pull_weights": lambda s: (
         pull_weights,
         {

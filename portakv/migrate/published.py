@@ -22,7 +22,15 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import Later, box_checksums
 from portakv.migrate.ipc import export_all
 from portakv.migrate.messages import Count, Handle, Id, Message, Text, sealed
-from portakv.migrate.parameters import Box, Item, Parameters, items_of, named, part_of
+from portakv.migrate.parameters import (
+    Box,
+    Item,
+    Parameter,
+    Parameters,
+    items_of,
+    named,
+    part_of,
+)
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import uninterrupted
 
@@ -76,14 +84,49 @@ class _Update:
     """An update of published weights in progress."""
 
 
+class _Weights:
+    """Published tensors with their descriptions, and the number of their version."""
+
+    def __init__(self, parameters: dict[str, Parameter], items: dict[str, Item]) -> None:
+        self.parameters = parameters
+        self.items = items
+        self.changes = 0
+        # Updates in progress; weak, because the end of an update may be interrupted.
+        self.updates = WeakSet[_Update]()
+
+    def version(self) -> int:
+        """Return a number that grows with each change that this process can notice."""
+        version = self.changes
+        for parameter in [*self.parameters.values()]:
+            if not parameter.tensor.is_inference():  # inference tensors have no counter
+                version += parameter.tensor._version
+        return version
+
+    def boxes(self) -> Iterator[tuple[str, torch.Tensor, Box]]:
+        """Yield each box of each item, with its tensor and the first name of its memory."""
+        parameters = {**self.parameters}
+        for name, item in self.items.items():
+            if name in parameters:  # else the publication was closed
+                for box in item.boxes:
+                    yield item.tie, parameters[name].tensor, box
+
+    def numbered(self, boxes: Sequence[tuple[int, Box]]) -> list[tuple[torch.Tensor, Box]]:
+        """Return boxes of numbered items with their tensors; raise `LayoutError` for a wrong
+        number."""
+        parameters = [*self.parameters.values()]
+        if any(number >= len(parameters) for number, _ in boxes):
+            raise LayoutError(f"Expected numbers below {len(parameters)}, got others. Pull again.")
+        return [(parameters[number].tensor, box) for number, box in boxes]
+
+
 class _Checksums:
     """The checksums of published weights, computed once for each version by a worker.
 
     Only the channel's thread calls `all` and `of`.
     """
 
-    def __init__(self, published: Published, graph: Graph) -> None:
-        self._published = published
+    def __init__(self, weights: _Weights, graph: Graph) -> None:
+        self._weights = weights
         self._queue = graph.queue("weights")
         self._task: Task | None = None
         self._done: tuple[int, list[int]] | None = None
@@ -98,18 +141,18 @@ class _Checksums:
 
     def _compute(self, *_: object) -> None:
         """Compute all checksums, each memory's once, and cache them with their version."""
-        published = self._published
-        before = published.version()
+        weights = self._weights
+        before = weights.version()
         places = list[int]()
         numbers = dict[object, int]()
         boxes = list[tuple[torch.Tensor, Box]]()
-        for tie, tensor, box in published.boxes():
+        for tie, tensor, box in weights.boxes():
             number = numbers.setdefault((tie, box), len(boxes))
             places.append(number)
             if number == len(boxes):
                 boxes.append((tensor, box))
         sums = checksums(boxes)
-        if not published.updating and published.version() == before:
+        if not weights.updates and weights.version() == before:
             self._done = before, [sums[number] for number in places]
 
     def all(self, version: int) -> list[int] | None:
@@ -137,7 +180,7 @@ class _Checksums:
         key = version, msgpack.encode(request.boxes)
         if key in self._parts:
             return self._parts[key]
-        boxes = self._published.numbered(request.boxes)
+        boxes = self._weights.numbered(request.boxes)
         sums = self._later.answer(key, partial(checksums, boxes))
         if sums is not None:
             self._parts[key] = sums
@@ -161,26 +204,22 @@ class Published:
     def __init__(self, channel: Channel, parameters: Parameters) -> None:
         instance("channel", channel, Channel)
         channel.check_open()
-        self._parameters = named("parameters", parameters)
-        if not self._parameters:
+        tensors = named("parameters", parameters)
+        if not tensors:
             raise invalid("parameters", "a mapping of one tensor or more", parameters)
+        if len(tensors) > MOST_ITEMS:
+            raise invalid("parameters", f"at most {MOST_ITEMS} tensors", len(tensors))
+        items = items_of(tensors)
+        self._weights = _Weights(tensors, items)
         self._id = secrets.token_bytes(16)
         self.graph = Graph()
-        self._changes = 0
-        # Updates in progress; weak, because the end of an update may be interrupted.
-        self._updates = WeakSet[_Update]()
         self._changing = threading.Lock()
-        self._items = items_of(self._parameters)
-        if len(self._items) > MOST_ITEMS:
-            raise invalid("parameters", f"at most {MOST_ITEMS} tensors", len(self._items))
         self._synchronize()
-        tensors = {
-            name: x.tensor for name, x in self._parameters.items() if self._items[name].tie == name
-        }
-        self._regions, places = export_all(tensors, "Publishing parameters")
-        for name, item in self._items.items():
-            self._items[name] = structs.replace(item, place=places[item.tie])
-        self._sums = _Checksums(self, self.graph)
+        memory = {name: x.tensor for name, x in tensors.items() if items[name].tie == name}
+        self._regions, places = export_all(memory, "Publishing parameters")
+        for name, item in items.items():
+            items[name] = structs.replace(item, place=places[item.tie])
+        self._sums = _Checksums(self._weights, self.graph)
         self.ticket = sealed(WeightsTicket(channel.address, self._id))
         channel.serve(AskWeights, self._answer)
         self._sums.start()
@@ -207,14 +246,14 @@ class Published:
     def _begin_update(self, token: _Update) -> None:
         """Have pulls wait for the end of an update."""
         with self._changing:
-            self._updates.add(token)
-            self._changes += 1
+            self._weights.updates.add(token)
+            self._weights.changes += 1
 
     def _end_update(self, token: _Update) -> None:
         """Let pulls begin again; those that overlapped the update fail."""
         with self._changing:
-            self._updates.discard(token)
-            self._changes += 1
+            self._weights.updates.discard(token)
+            self._weights.changes += 1
 
     def changed(self) -> None:
         """Report that weights have changed; pulls in progress fail with `TransferError`.
@@ -224,43 +263,14 @@ class Published:
         with self.update():
             pass
 
-    @property
-    def updating(self) -> bool:
-        """Return True while an update is in progress."""
-        return bool(self._updates)
-
     def _synchronize(self) -> None:
         """Wait for the current stream of each device, which has written the weights."""
-        tensors = [x.tensor for x in self._parameters.values()]
+        tensors = [x.tensor for x in self._weights.parameters.values()]
         for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
             torch.accelerator.current_stream(device.index).synchronize()
 
-    def version(self) -> int:
-        """Return a number that grows with each change that this process can notice."""
-        version = self._changes
-        for parameter in [*self._parameters.values()]:
-            if not parameter.tensor.is_inference():  # inference tensors have no counter
-                version += parameter.tensor._version
-        return version
-
-    def boxes(self) -> Iterator[tuple[str, torch.Tensor, Box]]:
-        """Yield each box of each item, with its tensor and the first name of its memory."""
-        parameters = {**self._parameters}
-        for name, item in self._items.items():
-            if name in parameters:  # else the publication was closed
-                for box in item.boxes:
-                    yield item.tie, parameters[name].tensor, box
-
-    def numbered(self, boxes: Sequence[tuple[int, Box]]) -> list[tuple[torch.Tensor, Box]]:
-        """Return the boxes of a request with their tensors; raise `LayoutError` for a wrong number
-        of an item."""
-        parameters = [*self._parameters.values()]
-        if any(number >= len(parameters) for number, _ in boxes):
-            raise LayoutError(f"Expected numbers below {len(parameters)}, got others. Pull again.")
-        return [(parameters[number].tensor, box) for number, box in boxes]
-
     def _answer(self, _: Peer, request: AskWeights) -> Weights:
-        version = self.version()
+        version = self._weights.version()
         first = request.first
         if request.id != self._id or self.graph.closed.is_set():
             return Weights("gone")
@@ -277,23 +287,24 @@ class Published:
                 return Weights("busy", version=version)
             some = tuple(sums[first : first + MOST_SUMS])
             return Weights("held", len(sums), sums=some, version=version)
-        if request.begin and self._updates:
+        if request.begin and self._weights.updates:
             return Weights("busy", version=version)
         if request.begin:
             self._sums.refresh(version)
         if request.what == "regions":
             regions = [region.handle for region in self._regions[first:]]
-            page = tuple(_page(regions))
-            return Weights("held", len(self._regions), regions=page, version=version)
-        items = tuple(_page([*self._items.items()][first:]))
-        return Weights("held", len(self._items), items, version=version)
+            handles = tuple(_page(regions))
+            return Weights("held", len(self._regions), regions=handles, version=version)
+        items = self._weights.items
+        page = tuple(_page([*items.items()][first:]))
+        return Weights("held", len(items), page, version=version)
 
     def close(self) -> None:
         """Release the tensors; pulls in progress get `OfferGone`."""
         self.graph.close()
         for region in self._regions:
             region.close()
-        self._parameters.clear()
+        self._weights.parameters.clear()
 
 
 def _page(some: Sequence[T]) -> Iterator[T]:
