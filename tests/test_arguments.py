@@ -31,6 +31,7 @@ from portakv.migrate import (
     Parameter,
     Reader,
     Shard,
+    open_model,
     open_shared,
     pair,
     prepare_weights,
@@ -38,6 +39,7 @@ from portakv.migrate import (
     pull_weights,
     rendezvous,
     share,
+    share_model,
     shared_empty,
 )
 from portakv.migrate.weights import Published
@@ -102,6 +104,9 @@ class Scene:
 
     def offer(self) -> Any:
         return self.owner().offer([1, 2], tokens=32, lease=5.0)
+
+    def module(self) -> torch.nn.Module:
+        return torch.nn.Linear(2, 2).share_memory()
 
     def weights(self) -> Any:
         tensor = shared_empty((4, 4), torch.float32)
@@ -173,6 +178,11 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "Reader.explain": lambda s: (s.reader().explain, {"tickets": s.offer().ticket}),
     "publish": lambda s: (publish, {"channel": s.channel(), "parameters": {"a": s.weights()}}),
     "Published": lambda s: (Published, {"channel": s.channel(), "parameters": {"a": s.weights()}}),
+    "share_model": lambda s: (share_model, {"module": s.module()}),
+    "open_model": lambda s: (
+        open_model,
+        {"module": torch.nn.Linear(2, 2), "data": s.close(share_model(s.module())).data},
+    ),
     "prepare_weights": lambda s: (
         prepare_weights,
         {

@@ -30,6 +30,7 @@ from portakv.errors import (
 )
 from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import open_shared, share, shared_empty
+from portakv.migrate.models import open_model, share_model
 from portakv.migrate.offers import Offer, Owner
 from portakv.migrate.parameters import Box, Parameter
 from portakv.migrate.pull import Pull
@@ -59,6 +60,7 @@ __all__ = [
     "TransferError",
     "TransferTimeout",
     "Unsupported",
+    "open_model",
     "open_shared",
     "pair",
     "prepare_weights",
@@ -66,6 +68,7 @@ __all__ = [
     "pull_weights",
     "rendezvous",
     "share",
+    "share_model",
     "shared_empty",
     "unique_id",
 ]

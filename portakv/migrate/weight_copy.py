@@ -136,8 +136,10 @@ class Copies:
 
     def synchronize(self) -> None:
         """Wait until nothing of this pull runs on a device."""
-        for device, stream in self._streams.items():
+        devices = {x.tensor.device for x in self._parameters.values() if not x.tensor.is_cpu}
+        for device in devices:
             torch.accelerator.current_stream(device.index).synchronize()
+        for stream in self._streams.values():
             stream.synchronize()
 
     def sums(self, count: int) -> list[int]:
