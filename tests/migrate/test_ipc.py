@@ -25,6 +25,7 @@ from support.pool_processes import Child, unused_name
 from portakv.errors import HostMemoryError, InvalidTerms, PeerError, PortaKVError, Unsupported
 from portakv.host.shared import SharedPool
 from portakv.migrate import Channel, Owner, Shard, ipc, publish
+from portakv.migrate.described import strided
 from portakv.view import KVView
 
 SHARE = "import os, torch\nfrom portakv.migrate import ipc\n"
@@ -155,6 +156,58 @@ def test_who_opened_memory_passes_it_on(peer: Peer) -> None:
     third = Child(lambda pipe: ipc.open_shared(passed)[:1].fill_(50))
     assert third.end() == 0
     assert local[4] == 50
+
+
+@pytest.mark.filterwarnings("ignore:Expected pinned host memory")
+def test_tensors_of_one_file_are_one_region(peer: Peer, name: str) -> None:
+    """Several storages of a file, slices, and a tensor without elements; others have regions of
+    their own."""
+    with SharedPool(name, 3000, 4) as pool, pool.acquire() as first, pool.acquire() as second:
+        other = sample(5, 6)
+        tensors = {
+            "second": second.tensor,
+            "part": first.tensor[100:].view(50, 58)[2:, ::7],
+            "first": first.tensor,
+            "nothing": first.tensor[:0],
+            "other": other[2:].t(),
+        }
+        first.tensor.copy_(torch.arange(3000) % 251)
+        second.tensor.fill_(7)
+        regions, places = ipc.export_all(tensors, "Sharing tensors")
+        assert len(regions) == 2
+        assert places["nothing"] is None
+        opened = [ipc.open_shared(region.handle) for region in regions]
+        assert all(x.dtype == torch.uint8 and x.ndim == 1 for x in opened)
+        for what, place in places.items():
+            if place is not None:
+                tensor = tensors[what]
+                kind = tensor.dtype, tensor.shape, tensor.stride()
+                seen = strided(opened[place[0]], place[1], *kind)
+                assert torch.equal(seen, tensor), what
+        code = "answer = ipc.open_shared(data).numel()"
+        assert peer.do(code, data=regions[0].handle) == opened[0].numel()
+        for region in regions:
+            region.close()
+        with pytest.raises(Unsupported, match=r"^Sharing tensors\['own'\]: it does not lie"):
+            ipc.export_all({"first": first.tensor, "own": torch.zeros(3)}, "Sharing tensors")
+
+
+def test_many_regions_are_opened_without_descriptors(peer: Peer) -> None:
+    """And what was opened so is still the other process's memory."""
+    handles = peer.do(
+        "tensors = [ipc.shared_empty(300, torch.uint8).fill_(i) for i in range(40)]\n"
+        "answer = [ipc.share(x[100:]) for x in tensors]"
+    )
+    before = descriptors()
+    opener = ipc.Opener(descriptors=False)
+    opened = [opener.open(one) for one in handles]
+    assert descriptors() == before
+    assert [x.tolist() for x in opened] == [[i] * 200 for i in range(40)]
+    opened[3][7] = 99
+    assert peer.do("answer = tensors[3][107].item()") == 99
+    with pytest.raises(Unsupported, match="its file is not open here"):
+        ipc.share(opened[0])
+    assert descriptors() == before
 
 
 # --- how long it lives

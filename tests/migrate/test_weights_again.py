@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
+from support.peer_process import Peer
 from support.weight_cases import Between, Channels, make_channels, shared, whole_of
 
 from portakv.errors import OfferGone, PeerError, TransferError
@@ -152,3 +153,48 @@ def test_neighbours_on_the_host_are_one_copy() -> None:
     for s, d, n in places:
         expected[d : d + n] = src[s : s + n]
     assert torch.equal(into, expected)
+
+
+_ON_A_DEVICE = """
+import torch
+from portakv.migrate import Channel, publish
+
+channel = Channel(timeout=20.0)
+tensors = {str(i): torch.full((256,), i, dtype=torch.int16, device="cuda:0") for i in range(2000)}
+tensors |= {f"large{i}": torch.full((3, 9 << 20), i, device="cuda:0") for i in range(4)}
+published = publish(channel, tensors)
+answer = published.ticket
+"""
+
+
+@pytest.mark.gpu
+def test_weights_of_a_device_are_pulled_again(channels: Channels) -> None:
+    """Few regions for many small tensors; new values after an update; wrong bytes are found."""
+    kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    kinds |= {str(i): ((256,), torch.int16) for i in range(2000)}
+    kinds |= {f"large{i}": ((3, 9 << 20), torch.int64) for i in range(4)}
+    with Peer() as owner:
+        ticket = owner.do(_ON_A_DEVICE)
+        into = {x: torch.zeros(s, dtype=d, device="cuda:0") for x, (s, d) in kinds.items()}
+        between: Any = Between(channels(), lambda: None)
+        ask = between.ask
+        regions = list[bytes]()
+
+        def follow(*arguments: Any) -> Any:
+            answer = ask(*arguments)
+            regions.extend(answer.regions)
+            return answer
+
+        between.ask = follow
+        for added in range(3):
+            if added:
+                owner.do("with published.update():\n    for x in tensors.values(): x.add_(1)")
+            assert pull_weights(between, ticket, into) == sum(x.nbytes for x in into.values())
+            for i in range(2000):
+                assert into[str(i)].eq(i + added).all()
+            for i in range(4):
+                assert into[f"large{i}"].eq(i + added).all()
+        assert 1 <= len(regions) < 100
+        owner.do("tensors['large2'].data[2, 5] = 77; published.changed()")
+        pull_weights(between, ticket, into)
+        assert into["large2"][2, 5] == 77
