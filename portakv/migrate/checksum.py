@@ -239,9 +239,10 @@ def _words(
     unit = gcd(most, unit_of(size, start, part.shape))
 
     # A view as wider words needs a contiguous last axis and aligned steps.
-    steps = *part.stride()[:-1], part.storage_offset()
-    if size != unit and (part.stride(-1) != 1 or any(x * size % unit for x in steps)):
-        part = part.clone(memory_format=torch.contiguous_format)
+    if size != unit:
+        *steps, last = part.stride()
+        if last != 1 or any(x * size % unit for x in (*steps, part.storage_offset())):
+            part = part.clone(memory_format=torch.contiguous_format)
     return part.view(_WORDS[unit]), (*start[:-1], start[-1] * size // unit)
 
 

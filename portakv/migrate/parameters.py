@@ -221,8 +221,9 @@ def check_destinations(parameters: Mapping[str, Parameter]) -> None:
     """Raise `LayoutError` for a destination that has several elements at one address."""
     for name, parameter in parameters.items():
         tensor = parameter.tensor
-        axes = zip(tensor.shape, tensor.stride(), strict=True)
-        if any(extent > 1 and stride == 0 for extent, stride in axes):
+        strides = tensor.stride()
+        axes = zip(tensor.shape, strides, strict=True)
+        if 0 in strides and any(extent > 1 and stride == 0 for extent, stride in axes):
             raise LayoutError(
                 f"Expected {name} to have memory for each element, got an expanded tensor. "
                 f"Pass a contiguous one."

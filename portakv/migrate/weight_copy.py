@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.autograd.graph import increment_version
 
 from portakv.migrate.checksum import BoxSums, Part, unit_of
 from portakv.migrate.ipc import Opener
@@ -153,15 +154,15 @@ def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     One call copies many small tensors, as integers: on CUDA that call converts bfloat16 and float16
     to float32, which changes NaNs (torch 2.11). On the host neighbours are one copy.
     """
-    for run in runs_of([pair for pair in pairs if pair[0].is_cpu and _is_run(*pair)]):
-        ctypes.memmove(*run)  # in this thread alone
+    runs = list[tuple[torch.Tensor, torch.Tensor]]()
     many = defaultdict[Any, tuple[list[Any], list[Any]]](lambda: ([], []))
     with torch.inference_mode():
         for into, src in pairs:
-            if into.is_cpu and _is_run(into, src):
+            one_run = into.is_contiguous() and src.is_contiguous()
+            if one_run and into.is_cpu:
+                runs.append((into, src))
                 continue
-            small = into.nbytes < _SMALL and into.itemsize in _INTEGERS
-            if not (small and into.is_contiguous() and src.is_contiguous()):
+            if not one_run or into.nbytes >= _SMALL or into.itemsize not in _INTEGERS:
                 into.copy_(src)
                 continue
             lists = many[key := (into.device, _INTEGERS[into.itemsize])]
@@ -171,11 +172,10 @@ def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
                 torch._foreach_copy_(*many.pop(key))
         for lists in many.values():
             torch._foreach_copy_(*lists)
-
-
-def _is_run(into: torch.Tensor, src: torch.Tensor) -> bool:
-    """Return True if a copy is one run of bytes."""
-    return into.is_contiguous() and src.is_contiguous()
+    for run in runs_of(runs):
+        ctypes.memmove(*run)  # in this thread alone
+    for into, _ in runs:
+        increment_version(into)  # as torch's own copies do: who publishes these tensors notices it
 
 
 def runs_of(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[int, int, int]]:
