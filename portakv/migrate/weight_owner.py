@@ -38,6 +38,7 @@ class Publication:
     def __init__(self, address: str, items: dict[str, Item], handles: list[bytes]) -> None:
         self.address = address
         self.items = items
+        self.unwatch: Callable[[], object] = lambda: None
         #: Equal for publications that differ at most in their handles.
         self.digest = blake2b(msgpack.encode([*items.items()]), digest_size=16).digest()
         self.numbers = {name: number for number, name in enumerate(items)}
@@ -101,6 +102,13 @@ class Publication:
 publications: Bounded[tuple[bytes, str, bytes], Publication] = Bounded("open publications", 64)
 
 
+def _forget(key: tuple[bytes, str, bytes]) -> None:
+    """Release the memory of a publication, as soon as no pull uses it."""
+    publication = publications.pop(key, None)
+    if publication is not None:
+        publication.unwatch()
+
+
 class Owner:
     """An owner of weights, for one pull that ends at the time ``until``."""
 
@@ -141,8 +149,17 @@ class Owner:
             "regions", AskWeights(self.id, what="regions"), lambda page: page.regions
         )
         publication = Publication(self.address, dict(pairs), handles)
+        # A channel publishes once, so what it published before is gone.
+        for key in [key for key in [*publications] if key[:2] == self._key[:2]]:
+            _forget(key)
         publications[self._key] = publication
-        self.channel.watch(self.address, partial(publications.pop, self._key, None))
+        try:
+            publication.unwatch = self.channel.watch(
+                self.address, partial(publications.pop, self._key, None)
+            )
+        except BaseException:
+            publications.pop(self._key, None)
+            raise
         return publication
 
     def _all(
@@ -151,15 +168,15 @@ class Owner:
         request: AskWeights,
         of: Callable[[Weights], Sequence[T]],
         name: Callable[[T], object] | None = None,
+        total: int | None = None,
     ) -> list[T]:
         """Request a list in pages; raise `PeerError` if its length is not the announced one.
 
-        ``name``: of an object, which the list has once.
+        ``name``: of an object, which the list has once. ``total``: the length, if it is known.
         """
         listed = list[T]()
         names = set[object]()
         nbytes = 0
-        total: int | None = None
         while total is None or len(listed) < total:
             first = len(listed)
             begin = request.begin and not first
@@ -202,7 +219,7 @@ class Owner:
                 raise
             raise self.late() from None
         if answer.state == "gone":
-            publications.pop(self._key, None)
+            _forget(self._key)
             raise OfferGone(
                 f"The weights at {self.address} are no longer published; request a new ticket."
             )
@@ -244,8 +261,7 @@ class Owner:
         listed = list[int]()
         if any((x.name, box) in whole for x, box in zip(cells, boxes, strict=True)):
             request = AskWeights(self.id, what="sums")
-            listed = self._all("checksums", request, lambda page: page.sums)
-            self._check_number(len(whole), len(listed))
+            listed = self._all("checksums", request, lambda page: page.sums, total=len(whole))
 
         sums = dict[tuple[str, Box], int]()
         numbered = list[tuple[str, Box]]()

@@ -18,6 +18,7 @@ from portakv.errors import OfferGone, PeerError, TransferError
 from portakv.migrate import Parameter, prepare_weights, publish, pull_weights, weight_copy
 from portakv.migrate.published import Weights
 from portakv.migrate.weight_copy import copy_pairs, runs_of
+from portakv.migrate.weight_owner import publications
 
 channels = pytest.fixture(make_channels)
 
@@ -134,6 +135,21 @@ def test_a_reader_that_publishes_what_it_pulls_reports_the_change(channels: Chan
         assert all(x.eq(values).all() for x in into.values())
     first.close()
     second.close()
+
+
+def test_memory_of_a_former_publication_is_released(channels: Channels) -> None:
+    """A trainer that publishes again and again keeps no reader's memory open."""
+    there = channels()
+    here = channels()
+    source = shared(whole_of((6, 4)))
+    into = torch.zeros(6, 4, dtype=torch.int32)
+    before = len(publications)
+    for _ in range(5):
+        published = publish(there, {"w": source})
+        pull_weights(here, published.ticket, {"w": into})
+        assert len(publications) <= before + 1
+    here.close()
+    assert not [key for key in publications if key[0] == here.id]
 
 
 def test_places_outside_of_a_region_are_the_owners_error(channels: Channels) -> None:
