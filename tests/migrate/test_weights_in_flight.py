@@ -185,8 +185,10 @@ def test_a_pull_on_a_device_follows_the_caller_s_stream(channels: Channels) -> N
         )
         into = {str(i): torch.zeros(1 << 18, dtype=torch.int64, device="cuda:0") for i in range(40)}
         channel = channels()
+        busy = torch.ones(8192, 8192, device="cuda:0")
         for _ in range(2):
-            torch.cuda._sleep(200_000_000)
+            for _ in range(60):  # the fills come after work of a tenth of a second
+                busy = busy @ busy / 8192
             for tensor in into.values():
                 tensor.fill_(-1)
             pull = pull_weights(channel, ticket, into, wait=False)
