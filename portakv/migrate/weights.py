@@ -58,7 +58,11 @@ class WeightsPull(Transfer):
         graph = _graphs.get_or_make(os.getpid(), Graph)
         self._task = Task(work, 1, queue=graph.queue("weights", _WORKERS), name="pull")
         super().__init__([Completion(pendings=cast("tuple[Pending, ...]", (self._task,)))])
-        graph.submit([self._task])
+        try:
+            graph.submit([self._task])
+        except BaseException:  # the caller does not get the handle of the pull
+            stopped.set()
+            raise
 
     @property
     def nbytes(self) -> int:

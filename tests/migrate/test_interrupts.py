@@ -34,11 +34,14 @@ from portakv.migrate import (
     Pull,
     Reader,
     Shard,
+    open_model,
     open_shared,
+    prepare_weights,
     publish,
     pull_weights,
     rendezvous,
     share,
+    share_model,
     shared_empty,
 )
 from portakv.migrate.rendezvous import ChannelStore
@@ -188,6 +191,7 @@ def weights(folder: Path) -> Steps:
     there = Channel(timeout=LIMIT)
     here = Channel(timeout=LIMIT)
     retained = shared_empty((4, 8), torch.float32).fill_(3)
+    module = torch.nn.Linear(4, 8).share_memory()
     made = list[Published]()
 
     def act() -> None:
@@ -196,7 +200,12 @@ def weights(folder: Path) -> Steps:
         made.append(published)
         into = {"a": torch.zeros(4, 8), "b": torch.zeros(4, 8)}
         into["b"] = into["a"]
+        prepare_weights(here, published.ticket, into)
         pull_weights(here, published.ticket, into)
+        pull_weights(here, published.ticket, into, wait=False).synchronize(LIMIT)
+        model = share_model(module)
+        open_model(torch.nn.Linear(4, 8), model.data)
+        model.close()
         small = shared_empty(8, torch.int16)
         open_shared(share(small))
         published.changed()
