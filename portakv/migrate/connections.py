@@ -37,6 +37,7 @@ from portakv.migrate.staging import staging
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Moving, Transport
+from portakv.migrate.words import Place, WordsOfOwner, open_words
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import uninterrupted
 
@@ -68,6 +69,8 @@ class Connection:
         self.handshake = handshake
         self.shards = list[Shard]()
         self.events = list[torch.Event]()
+        self.words: WordsOfOwner | None = None  # set if the memory is mapped
+        self.gone = False  # its process is gone, or was connected to anew
         self.why_not_mapped = ""
         self.staged: Staging | None = None  # set if the memory is not mapped
         self.number = 0  # among the open connections; the queue of its tasks has this number
@@ -94,6 +97,14 @@ class Source(NamedTuple):
     ticket: Ticket
     owner: Connection
 
+    @property
+    def word(self) -> Place | None:
+        """Return the place of the offer's validity word; None if only the owner can say whether
+        the offer holds."""
+        words = self.owner.words
+        place = Place.of(self.ticket.place, self.ticket.offer)
+        return place if words is not None and words.has(place) else None
+
 
 Sources = Sequence[Source]
 
@@ -117,6 +128,9 @@ class Connections:
         self._transports = dict[str, Transport]()
         self._owners = dict[tuple[str, bytes], Connection]()
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._owners)
 
     def resolve(self, tickets: bytes | Sequence[bytes], until: float = inf) -> list[Source]:
         """Return each ticket with its owner, by the time ``until``.
@@ -255,6 +269,7 @@ class Connections:
         # The shards last: pulls read an owner that has shards, and need its events to wait for the
         # stream that writes the rows.
         owner.events = events
+        owner.words = open_words(handshake.words)
         owner.shards = shards
         return ""
 
@@ -291,6 +306,7 @@ class Connections:
 
     def _forget(self, owner: Connection) -> None:
         """Release an owner. Pulls that still read it retain its memory until they end."""
+        owner.gone = True
         self._owners.pop((owner.address, owner.handshake.epoch), None)
         for one in [*self._owners.values()]:
             one.cuts.clear()  # cuts with this owner retain its memory

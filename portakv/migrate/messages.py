@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from portakv.errors import OfferGone, PeerError, PortaKVError
 
-VERSION = 2  # of all messages; a channel rejects another version by the first byte
+VERSION = 3  # of all messages; a channel rejects another version by the first byte
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
 Name = Annotated[str, Meta(max_length=64)]
 Text = Annotated[str, Meta(max_length=1024)]
@@ -41,6 +41,15 @@ _MAC = 16  # bytes
 #: deeply, and the checks of a message.
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, PortaKVError)
 
+
+#: Why an offer has ended, by its state, as a clause for a reader.
+REASONS = {
+    "expired": "its lease expired",
+    "revoked": "its owner revoked it",
+    "taken": "its readers have taken it; offer it with a larger readers=",
+    "lost": "a reader that started to read it is gone",
+    "gone": "this owner has no such offer, or it ended long ago",
+}
 
 #: Names of fields that the messages of this version keep on the wire.
 _ON_THE_WIRE = {"transport": "mover"}
@@ -125,6 +134,8 @@ class Handshake(Message, frozen=True, rename=_ON_THE_WIRE, tag="Welcome"):
     slot_bytes: Bytes = 0
     #: The key that signs the tickets of this epoch; only this message carries it.
     key: Key = b""
+    #: The page of validity words; empty if the owner shares no memory.
+    words: Handle = b""
 
 
 class About(Message, frozen=True):
@@ -200,7 +211,7 @@ class Ticket(About, frozen=True):
     """An offer: the address of its owner and, for each group, block ids and the tokens of a block.
 
     An id of -1 has its rows elsewhere. ``event``: the number of the event after the rows, -1 if
-    there is none.
+    there is none. ``place``: of its validity word, -1 if it has none.
     """
 
     address: Text
@@ -209,6 +220,7 @@ class Ticket(About, frozen=True):
     steps: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=64)]
     lease: Seconds
     event: Annotated[int, Meta(ge=-1, le=255)] = -1
+    place: Annotated[int, Meta(ge=-1, le=1 << 16)] = -1
 
     def gone(self, why: str) -> OfferGone:
         """Return the error of an offer that does not hold; ``why`` is a clause."""

@@ -29,6 +29,7 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
 from portakv.migrate.gathers import BUFFERS, Gathers, Rows, renamed
 from portakv.migrate.shards import Shard, device_of, overlap, slices
+from portakv.migrate.words import Place, Words
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.runtime.streams import StreamFence
@@ -36,7 +37,7 @@ from portakv.view.index import Ids, Index
 
 LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
 EVENTS = 64  # recorded after offers' rows, in turn: so many offers have separate events
-UNKNOWN = messages.Answer("gone", "this owner has no such offer, or it ended long ago")
+UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
 _REMEMBERED = 4096  # ended offers for which an owner still reports the reason
 SPOILT = messages.Answer(
     "gone", ("some of its rows could not be sent; the owner's log has the reason")
@@ -71,7 +72,10 @@ class Offer:
     Attributes:
         ticket: bytes for the reader, which travel with the request. Any process that has the
             ticket and the channel's secret may pull.
+        place: the place of the offer's validity word.
     """
+
+    place = Place()
 
     def __init__(
         self, owner: Owner, ids: Sequence[BlockList], tokens: int, lease: Lease, readers: int
@@ -111,8 +115,12 @@ class Offer:
         owner = self._owner
         with owner.change:
             if self._state == "held":
+                # First the word: no reader commits rows that it reads from now on. A forked child
+                # has the same page, and must not end its parent's offers.
+                if not owner.channel.forked:
+                    owner.words.end(self.place, state)
                 self._state = state
-                del owner.offers[self.number]
+                owner.offers.pop(self.number, None)
                 owner.ended[self.number] = self._why_ended()
                 owner.counts[state] += 1
                 for stop in self.begun.values():
@@ -123,12 +131,7 @@ class Offer:
         """Return why the offer ended, as a clause for a reader."""
         if self._state == "taken":
             return f"its readers ({self.readers}) have taken it; offer it with a larger readers="
-        reasons = {
-            "expired": "its lease expired",
-            "revoked": "its owner revoked it",
-            "lost": "a reader that started to read it is gone",
-        }
-        return reasons[self._state]
+        return messages.REASONS[self._state]
 
     def taken(self, timeout: float | None = None) -> bool:
         """Wait until the offer has ended, at most ``timeout`` seconds; return True if it has.
@@ -177,6 +180,8 @@ class Owner:
         InvalidTerms: another ``expose``, no bytes of staging, or a channel that has an owner.
     """
 
+    _closed = False
+
     def __init__(
         self,
         channel: Channel,
@@ -203,7 +208,7 @@ class Owner:
         self.offers = dict[bytes, Offer]()
         self._exports = list[ipc.Held]()
         self.ended: Bounded[bytes, str] = Bounded("ended offers", _REMEMBERED)
-        self._closed = False
+        self.words = Words()
         self._gathers = Gathers(channel, self._buffer_bytes, transport, device)
         uninterrupted(partial(self._start, shards), undo=lambda _: self.close())
 
@@ -269,6 +274,10 @@ class Owner:
                     # A reader that cannot map a region reads staged rows of it.
                     exported.append(messages.Region(*described_as, why=error.why))
 
+            words = b""
+            if exports:
+                exports.append(self.words.export(files))
+                words = exports[-1].handle
             events = _events(self.device) if exports else []
             self._exports = exports
             self._events = events
@@ -283,6 +292,7 @@ class Owner:
                 transport=self._gathers.transport or "",
                 events=tuple(ipc.export_event(x) for x in self._events),
                 key=self._key,
+                words=words,
             )
 
     def offer(
@@ -326,7 +336,11 @@ class Owner:
             stream.synchronize()
         now = self.now()
         made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers)
-        return uninterrupted(partial(self._enter, made, stream, lease), undo=Offer.revoke)
+        try:
+            return self._enter(made, stream, lease)
+        except BaseException:  # also an interrupt: no reader may get an offer without a handle
+            made.revoke()
+            raise
 
     def _block_lists(self, blocks: Sequence[Ids], tokens: int) -> list[BlockList]:
         """Return checked ids and the tokens of a block, for each shard."""
@@ -342,11 +356,13 @@ class Owner:
                     raise arguments.invalid("blocks", "ids", None, "Name the blocks to offer.")
                 index = Index.of(block_ids, shard.view.block_size or 1)
                 index.check_length(tokens, shard.view.slots, "offered")
-                if index.offset or index.ids is None:
+                if index.offset or index.ids is None or not index.on_host:
                     index = Index(index.slots(tokens))
-                index = Index(index.host_ids()[: -(-tokens // index.step)], index.step)
-                index.check(tokens, shard.view.slots, "offered", distinct=True)
-                ids = index.host_ids().clip(min=-1).astype("<i4")
+                skips = index.check(tokens, shard.view.slots, "offered", distinct=True)
+                used = index.host_ids()[: -(-tokens // index.step)]
+                if skips:
+                    used = used.clip(min=-1)
+                ids = used.astype("<i4")
                 if ids.nbytes > messages.MOST_ID_BYTES:
                     raise SlotError(
                         f"Expected at most {messages.MOST_ID_BYTES // 4} ids in a list of blocks, "
@@ -365,12 +381,16 @@ class Owner:
                 self._events[event].wait(stream)
                 self._events[event].record(stream)
             ids, steps = zip(*((each.tobytes(), step) for each, step in made.ids), strict=True)
-            terms = self.channel.address, made.tokens, ids, steps, lease, event
+            made.place = self.words.take(
+                made.number, (offer.place for offer in self.offers.values())
+            )
+            terms = self.channel.address, made.tokens, ids, steps, lease, event, made.place.number
             made.ticket = messages.Ticket(self.epoch, made.number, *terms).pack(self._key)
             self.offers[made.number] = made
             self.counts["offered"] += 1
-            if self.counts["offered"] % EVENTS == 0:
-                self.statistics()  # offers without a request expire here
+            looks = self.counts["offered"] % EVENTS == 0
+        if looks:  # outside of the lock, which a helper thread takes
+            self.statistics()  # offers without a request expire here
         return made
 
     def _refuse_closed(self) -> None:

@@ -113,11 +113,25 @@ class Step(NamedTuple):
                 yield Slice(layers, at, min(most, self.tokens - at))
 
 
+def indices_of(shards: Sequence[Shard], blocks: Sequence[Ids]) -> list[Index]:
+    """Return the reader's index of each shard; raise as `Reader.pull` does."""
+    if len(blocks) != len(shards):
+        raise InvalidTerms(
+            f"Expected blocks to be {len(shards)} lists, one for each shard, got {len(blocks)}. "
+            f"Pass a list for each."
+        )
+    with naming("blocks", "lists of ids of the views' blocks"):
+        return [
+            Index.of(ids, shard.view.block_size or 1)
+            for shard, ids in zip(shards, blocks, strict=True)
+        ]
+
+
 def steps(
-    sources: Sources, shards: Sequence[Shard], blocks: Sequence[Ids], first: int
+    sources: Sources, shards: Sequence[Shard], blocks: Sequence[Index], first: int
 ) -> list[Step]:
     """Return the steps of a pull from token ``first`` on; raise as `Reader.pull` does."""
-    count = _check_tickets(sources, shards, blocks, first)
+    count = _check_tickets(sources, shards, first)
     lists, skips = _indices(sources, shards, blocks, first, count)
 
     # Without skipped positions the cuts depend on the owners alone, and are cached.
@@ -140,9 +154,7 @@ def steps(
     return planned
 
 
-def _check_tickets(
-    sources: Sources, shards: Sequence[Shard], blocks: Sequence[Ids], first: int
-) -> int:
+def _check_tickets(sources: Sources, shards: Sequence[Shard], first: int) -> int:
     """Return the number of tokens to pull; raise `InvalidTerms` if the arguments do not match."""
     tokens = {source.ticket.tokens for source in sources}
     groups = {len(source.ticket.ids) for source in sources}
@@ -156,11 +168,6 @@ def _check_tickets(
             f"Expected tickets of as many groups as this reader's {len(shards)} shards, got "
             f"{sorted(groups)}. Pull by a reader with the same groups."
         )
-    if len(blocks) != len(shards):
-        raise InvalidTerms(
-            f"Expected blocks to be {len(shards)} lists, one for each shard, got {len(blocks)}. "
-            f"Pass a list for each."
-        )
     if not 0 <= first < min(tokens):
         raise InvalidTerms(
             f"Expected first to be a token of the {min(tokens)} that the tickets offer, got "
@@ -170,14 +177,14 @@ def _check_tickets(
 
 
 def _indices(
-    sources: Sources, shards: Sequence[Shard], blocks: Sequence[Ids], first: int, count: int
+    sources: Sources, shards: Sequence[Shard], blocks: Sequence[Index], first: int, count: int
 ) -> tuple[list[Lists], bool]:
     """Return the checked indices of all groups, and True if any index skips a position."""
     lists = list[Lists]()
     skips = False
-    for group, (shard, ids) in enumerate(zip(shards, blocks, strict=True)):
+    for group, (shard, whole) in enumerate(zip(shards, blocks, strict=True)):
         with naming("blocks", "lists of ids of the views' blocks"):
-            dst_index = Index.of(ids, shard.view.block_size or 1).shifted(first)
+            dst_index = whole.shifted(first)
             _check_number_of_blocks(dst_index, first, count)
             dst_index.check_length(count, shard.view.slots, "reader's")
             skips |= dst_index.check(count, shard.view.slots, "reader's", distinct=True)
@@ -205,11 +212,10 @@ def _check_number_of_blocks(index: Index, first: int, count: int) -> None:
     )
 
 
-def count_blocks(shards: Sequence[Shard], blocks: Sequence[Ids], first: int, past: int) -> int:
+def count_blocks(blocks: Sequence[Index], first: int, past: int) -> int:
     """Return the number of the reader's blocks, in all shards, for tokens ``first`` to ``past``."""
     total = 0
-    for shard, ids in zip(shards, blocks, strict=True):
-        index = Index.of(ids, shard.view.block_size or 1)
+    for index in blocks:
         start = (index.offset + first) // index.step
         end = -(-(index.offset + past) // index.step)
         if index.ids is None:

@@ -2,13 +2,14 @@
 """A `Pull` is the handle of rows in flight, and commits them.
 
 A pull commits its rows only if every offer still held after all bytes had been read. `Reader.pull`
-makes pulls.
+makes pulls. The thread that looks at a pull after its copies have ended commits it: a caller in
+`Pull.done` or `Pull.synchronize`, or the reader's `Housekeeper`. A worker does if the pull has to
+wait for tasks or for an owner's answer.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
@@ -18,26 +19,28 @@ import torch
 
 from portakv.copy.handle import BlockTransfer, Statistics
 from portakv.errors import (
+    OfferGone,
     PeerError,
     PortaKVError,
     TransferCancelled,
     TransferError,
     TransferTimeout,
 )
-from portakv.graph.graph import Graph, Queue
+from portakv.graph.graph import Graph
 from portakv.graph.task import Task
 from portakv.migrate.connections import Source, Sources
-from portakv.migrate.messages import About, Answer, Begin, Check, Close, Renew
+from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
+from portakv.migrate.words import fence
+from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.transfer import Completion, Pending, Transfer
 
 CANCELLED = "The pull was cancelled; no rows were committed."
 MAPPED = "mapped", "the owners' memory can be mapped"
-MOMENT = 1e-3  # seconds: a shorter copy ends before the 0.1 ms message to its owner pays
-LOOK = 0.5  # seconds between two checks of the owners, which also renew the offers
+MOMENT = 1e-3  # seconds: the shortest time between two renewals
+LOOK = 0.5  # seconds between two questions to owners that send rows, which also renew the offers
 LAST_QUESTION = 0.5  # seconds after a pull's deadline in which owners may still answer
-CLOSING = 0.5  # seconds for the message that a pull has ended
 
 
 Ending: TypeAlias = BlockTransfer | Task
@@ -58,6 +61,9 @@ class Requested:
     nbytes: float = 0.0
     blocks: int = 0
     strategy: tuple[str, str] = MAPPED  # its name, and why
+    pieces: int = 0  # copies and tasks that were started
+    #: Sources that receive no request for rows, so that the pull is reported to them.
+    quiet: Sources = ()
 
 
 class Part(Transfer):
@@ -78,20 +84,32 @@ class Part(Transfer):
         super()._finish()
         for task in self.tasks:
             if not task.ended:
-                raise TransferError(
-                    "The pull runs in the process that this one was forked from. Wait for it there."
-                )
-            if isinstance(task.error, PortaKVError):
-                raise task.error
-            if task.error:
-                raise TransferError(f"The pull failed: {task.error!r}.") from task.error
+                raise _forked()
+            error = _known(task.error)
+            if error:
+                raise error
             if not task.landed.all():
                 raise TransferError(
                     "Expected all rows of the pull to arrive, got an end before that. Pull again."
                 )
 
 
-class Pull(Part):
+class _End:
+    """The end of a pull, as a `Pending`."""
+
+    def __init__(self, pull: Pull) -> None:
+        self._pull = pull
+
+    def done(self) -> bool:
+        """Return True once the pull has ended; never block."""
+        return self._pull.look()
+
+    def wait(self) -> None:
+        """Block the host until the pull has ended."""
+        self._pull.block()
+
+
+class Pull(Transfer):
     """Rows in flight.
 
     The rows are valid after `synchronize`, `wait` or `done` returned without an error: `OfferGone`
@@ -105,55 +123,61 @@ class Pull(Part):
             then, but must not pass on a result before the whole pull has ended.
     """
 
-    def __init__(self, queue: Queue, until: float) -> None:
-        super().__init__((), [Task(None, 1, queue=queue, name="pull")])
-        self.copies = list[BlockTransfer]()
-        self.slices = list[Task]()
+    def __init__(self, sources: Sources, until: float, wake: Callable[[], None]) -> None:
+        super().__init__([Completion(pendings=(_End(self),))])
+        self.sources = sources
+        self.wake = wake  # has the reader's thread report the end
+        self.until = until
+        self.copies: Sequence[BlockTransfer] = []
+        self.slices: Sequence[Task] = []
+        #: The task that commits a pull of tasks, or one that asks an owner.
+        self.task: Task | None = None
         self.layers = list[Part]()
         self.requested = Requested()
-        self.stopped = False
         #: Orders copies from staging buffers after the caller's stream; None if there are none.
         self.after: StreamFence | None = None
-        #: Sources that receive no `Gather`, so that `begin` reports the pull to them.
-        self.quiet: Sources = ()
-        self._late = False
-        self._ended: float | None = None
-        self._deciding = threading.Lock()  # guards the end and the cancellation
-        self._until = until
-        self._began = perf_counter()
+        #: "error": None if the rows are committed. The first verdict counts, without a lock.
+        self._verdict = dict[str, PortaKVError | None]()
+        #: When the pull began, and when its end was noticed.
+        self._times = [perf_counter()]
+        self._process = this_process()
+
+    # --- for callers
+
+    @property
+    def ended(self) -> bool:
+        """Return True if the pull has ended, with or without an error; never block or raise."""
+        return self.look()
+
+    @property
+    def error(self) -> PortaKVError | None:
+        """Return the error by which the pull has ended; None if it was committed, or has not ended.
+
+        Never blocks or raises.
+        """
+        if not self.look():
+            return None
+        return self._verdict["error"] if len(self._times) > 1 else _forked()
 
     @property
     def published(self) -> bool:
         """Return True if every offer held, so the rows are valid; never block or raise."""
-        return bool(self.tasks[0].landed.all())
+        return len(self._times) > 1 and self._verdict["error"] is None
+
+    def wait(self, stream: torch.Stream | None = None) -> None:
+        """Block the host, because only the end of the pull makes its rows valid. Raises the same
+        errors as `done`."""
+        super().wait(stream)
+        self._finish()
 
     def cancel(self) -> bool:
         """Start no further copy, and commit nothing; return False if the pull has ended."""
         return uninterrupted(self._cancel)
 
     def _cancel(self) -> bool:
-        """Set the state of a cancelled pull, unless the pull has ended, and cancel its copies."""
-        with self._deciding:
-            if self._ended is not None:
-                return False
-            self.stopped = True
-        for copy in self.copies:
-            copy.cancel()
-        return not self.tasks[0].ended
-
-    @property
-    def over(self) -> bool:
-        """Return True if the pull was cancelled or its deadline has passed."""
-        if not self._late and monotonic() >= self._until:
-            self._late = self.cancel()
-        return self.stopped
-
-    def drop(self) -> None:
-        """Stop a pull of which a part could not be started, and wait for the copies in flight."""
-        self.cancel()
-        for copy in self.copies:
-            with suppress(PortaKVError):  # the owner may be gone
-                copy.synchronize()
+        """Cancel the pull, unless it has ended or failed before."""
+        self.stop(TransferCancelled(CANCELLED))
+        return self.stopped and len(self._times) == 1
 
     @property
     def statistics(self) -> Statistics:
@@ -163,103 +187,209 @@ class Pull(Part):
         of its shards.
         """
         landed = self.published
-        over = self.tasks[0].ended
-        seconds = None if self._ended is None else self._ended - self._began
-        pieces = len(self.copies) + len(self.slices)
-        stopped = self.stopped and over and not landed and not self._late
-        strategy, why = self.requested.strategy
+        over = len(self._times) > 1
+        requested = self.requested
+        strategy, why = requested.strategy
         return Statistics(
-            nbytes=int(self.requested.nbytes) if landed else 0,
-            blocks=self.requested.blocks if landed else 0,
-            blocks_requested=self.requested.blocks,
+            nbytes=int(requested.nbytes) if landed else 0,
+            blocks=requested.blocks if landed else 0,
+            blocks_requested=requested.blocks,
             strategy=strategy,
             why=why,
-            seconds=seconds,
-            slices=pieces,
-            cancelled=stopped,
+            seconds=self._times[-1] - self._times[0] if over else None,
+            slices=requested.pieces,
+            cancelled=over and isinstance(self._verdict["error"], TransferCancelled),
         )
 
-    def begin(self) -> None:
-        """Report the pull to the owners once: from now on offers end with this channel."""
-        quiet = self.quiet
-        self.quiet = ()
-        for ticket, owner in quiet:
-            with suppress(PortaKVError):  # the owner may be gone
-                owner.channel.tell(owner.address, Begin(ticket.epoch, ticket.offer))
+    def _finish(self) -> None:
+        super()._finish()
+        error = self.error
+        if error is not None:
+            raise error
 
-    def end(self, graph: Graph, sources: Sources, checks: Sequence[Task]) -> None:
-        """Wait for all bytes, verify them, and commit if every owner confirms its offer.
+    # --- the end
 
-        Renews the offers while it waits.
+    def look(self) -> bool:
+        """Return True if the pull has ended; commit it if its copies have. Never blocks or raises.
+
+        Any thread may look, and several together.
         """
-        errors = list[BaseException]()
-        soon = monotonic() + MOMENT
+        if len(self._times) > 1 or self._process.forked:
+            return True
+        task = self.task
+        if task is not None:
+            # A task that ran has ended the pull. One that never ran left that to others.
+            if task.ended and len(self._times) == 1:
+                self.conclude(_known(task.error) or TransferCancelled(CANCELLED))
+            return len(self._times) > 1
+        copies = self.copies
+        try:
+            if not all([end.ended() for copy in copies for end in copy.completions]):
+                return False
+        except Exception as error:  # torch raises errors of many kinds; the copies run no more
+            self.conclude(_known(error))
+            return True
+        errors = [end.error for copy in copies for end in copy.completions if end.error]
+        self.conclude(errors[0] if errors else self._gone())
+        return True
+
+    def block(self) -> None:
+        """Block the host until the pull has ended."""
+        while not self.look():
+            if self.task is not None:
+                self.task.wait()
+            for copy in self.copies:
+                for end in copy.completions:
+                    with suppress(RuntimeError):  # torch's error, which `look` gets again
+                        end.synchronize()
+
+    def conclude(self, error: PortaKVError | None) -> None:
+        """End the pull after all bytes have been read; None: commit it.
+
+        An earlier verdict counts, such as a cancellation.
+        """
+        # After the deadline any error is that of the deadline.
+        if error is not None and monotonic() >= self.until:
+            error = self._timed_out()
+        self.completions[0].error = self._verdict.setdefault("error", error)
+        self._times.append(perf_counter())
+        # Release the memory of the owners, and this object from its own completion.
+        self.copies = ()
+        self.slices = ()
+        self.task = None
+        self.completions[0].pendings = ()
+        self.wake()
+
+    def stop(self, error: PortaKVError) -> bool:
+        """Start no further copy, and commit nothing; return False if the pull has had its verdict.
+
+        The pull ends after the copies in flight, so nothing is written after its end.
+        """
+        if monotonic() >= self.until:
+            error = self._timed_out()
+        first = self._verdict.setdefault("error", error) is error
+        if first:
+            self.stop_copies()
+        return first
+
+    def stop_copies(self) -> None:
+        """Issue no further slice of a copy."""
+        for copy in self.copies:
+            copy.cancel()
+
+    @property
+    def stopped(self) -> bool:
+        """Return True if nothing of the pull will be committed."""
+        return self._verdict.get("error") is not None
+
+    @property
+    def over(self) -> bool:
+        """Return True if the pull was stopped or its deadline has passed."""
+        if monotonic() >= self.until:
+            self.stop(self._timed_out())
+        return self.stopped
+
+    def _timed_out(self) -> TransferTimeout:
+        return TransferTimeout("The pull timed out; no rows were committed. Increase timeout.")
+
+    def _gone(self) -> OfferGone | None:
+        """Return the error of an offer whose word says that it does not hold; None if all hold.
+
+        The rows were read before.
+        """
+        fence()
+        return self.ended_offer()
+
+    def ended_offer(self) -> OfferGone | None:
+        """Return the error of the first offer whose word says that it has ended."""
+        for source in self.sources:
+            word = source.word
+            words = source.owner.words
+            if word is not None and words is not None:
+                state = words.state(word)
+                if state != "held":
+                    return source.ticket.gone(REASONS[state])
+        return None
+
+    def lost(self) -> PortaKVError | None:
+        """Return why no row of this pull can be committed any more; None if all may be."""
+        error = self.ended_offer()
+        if error is not None:
+            return error
+        for ticket, owner in self.sources:
+            if owner.gone:
+                return PeerError(
+                    f"Expected the owner at {ticket.address} until its rows were here, got the end "
+                    f"of its connection; no rows were committed. Check that the process there runs."
+                )
+        return None
+
+    def drop(self) -> None:
+        """Stop a pull of which a part could not be started, and wait for the copies in flight."""
+        cancelled = TransferCancelled(CANCELLED)
+        self.stop(cancelled)
+        for copy in self.copies:
+            with suppress(PortaKVError):  # the owner may be gone
+                copy.synchronize()
+        if self.task is None or self.task.graph is None:  # else the task ends the pull
+            self.task = None
+            self.conclude(cancelled)
+
+    # --- in a worker
+
+    def run(self, graph: Graph, checks: Sequence[Task]) -> None:
+        """Wait for all bytes, verify them, and commit if every offer holds.
+
+        Renews meanwhile the offers of owners that share no memory.
+        """
         endings: list[Ending] = [*self.copies, *self.slices]
         for one in endings:
-            try:
-                if not _over(one, max(0.0, soon - monotonic())):
-                    self.begin()
-                    self._await(sources, one)
-            except BaseException as error:  # also an interrupt: `errors` is raised below
-                errors.append(error)
-                self.cancel()  # every copy is waited for, so nothing is written after the end
-        try:
-            for check in () if self.over else checks:
-                graph.submit([check], priority="urgent")
-                self._await(sources, check)
-        except BaseException as error:  # raised below, after all copies have ended
-            errors.append(error)
-        reached = list[Source]()
-        for source, answer in zip(sources, self._answers(sources, Check), strict=True):
-            if isinstance(answer, PortaKVError):
-                errors.append(answer)
-                continue
-            reached.append(source)
-            if answer.state != "held":
-                errors.insert(0, source.ticket.gone(answer.why))
-        with self._deciding:
-            self._ended = perf_counter()
-            self.quiet = ()
-        errors = [x for x in errors if not isinstance(x, TransferCancelled)]
-        self._late = self._late or (bool(errors) and monotonic() >= self._until)
-        self._close(reached, taken=not (self._late or errors or self.stopped))
-        if self._late:
-            raise TransferTimeout("The pull timed out; no rows were committed. Increase timeout.")
-        if errors:
-            raise errors[0]
-        if self.stopped:
-            raise TransferCancelled(CANCELLED)
+            self._await(one)  # every copy is waited for, so nothing is written after the end
+        for check in () if self.over else checks:
+            graph.submit([check], priority="urgent")
+            self._await(check)
+        asked = [source for source in self.sources if source.word is None]
+        error: PortaKVError | None = None
+        if not self.stopped:
+            for source, answer in zip(asked, self._answers(asked, Check), strict=True):
+                if isinstance(answer, PortaKVError):
+                    error = error or answer
+                elif answer.state != "held" and not isinstance(error, OfferGone):
+                    error = source.ticket.gone(answer.why)
+        self.conclude(error or self._gone())
 
-    def _close(self, sources: Sources, taken: bool) -> None:
-        """Report to each owner that this reader has the rows, or that the pull failed.
-
-        An owner that does not receive the message keeps its offer until the lease expires.
-        """
-        for ticket, owner in sources:
-            with suppress(PortaKVError):  # the owner may be gone
-                owner.channel.tell(owner.address, Close(ticket.epoch, ticket.offer, taken), CLOSING)
-
-    def _await(self, sources: Sources, one: Ending) -> None:
-        """Wait for a copy or a task, and renew the offers; raise its error."""
-        third = max(MOMENT, min(ticket.lease for ticket, _ in sources) / 3)
+    def _await(self, one: Ending) -> None:
+        """Wait for a copy or a task, and renew the offers; stop the pull by its error."""
+        asked = [source for source in self.sources if source.word is None]
+        third = max(MOMENT, min((ticket.lease for ticket, _ in asked), default=LOOK) / 3)
         while True:
-            seconds = third if self.over else max(0.0, min(third, LOOK, self._until - monotonic()))
-            if _over(one, seconds):
+            seconds = third if self.over else max(0.0, min(third, LOOK, self.until - monotonic()))
+            try:
+                if _over(one, seconds):
+                    return
+            except BaseException as error:  # also an interrupt; the other copies are waited for
+                self.stop(_known(error) or TransferCancelled(CANCELLED))
                 return
-            for answer in self._answers(sources, Renew, 3 * third):
-                if isinstance(answer, PeerError) or getattr(answer, "state", "") == "gone":
-                    self.cancel()  # no further row of this pull can be committed
+            if self.stopped:
+                continue
+            for source, answer in zip(asked, self._answers(asked, Renew, 3 * third), strict=True):
+                if isinstance(answer, PeerError):
+                    self.stop(answer)
+                elif isinstance(answer, Answer) and answer.state == "gone":
+                    self.stop(source.ticket.gone(answer.why))
 
     def _answers(
-        self, sources: Sources, kind: type[About], *terms: float
+        self, sources: Sequence[Source], kind: type[About], *terms: float
     ) -> list[Answer | PortaKVError]:
         """Return each owner's answer about its offer, or the error of the request.
 
         Waits until half a second after the pull's deadline.
         """
+        if not sources:
+            return []
         requests = [(owner.address, kind(one.epoch, one.offer, *terms)) for one, owner in sources]
-        channel = sources[0][1].channel
-        left = self._until + LAST_QUESTION - monotonic()
+        channel = sources[0].owner.channel
+        left = self.until + LAST_QUESTION - monotonic()
         seconds = min(channel.timeout, max(0.0, left))
         return channel.ask_all(requests, Answer, seconds)
 
@@ -274,3 +404,19 @@ def _over(one: Ending, seconds: float) -> bool:
         one.synchronize(seconds)
         return True
     return False
+
+
+def _known(error: BaseException | None) -> PortaKVError | None:
+    """Return an error of a copy or a task as one of this library's."""
+    if error is None or isinstance(error, PortaKVError):
+        return error
+    failure = TransferError(f"The pull failed: {error!r}.")
+    failure.__cause__ = error
+    return failure
+
+
+def _forked() -> TransferError:
+    """Return the error of a pull in a process that was forked from the reader's."""
+    return TransferError(
+        "The pull runs in the process that this one was forked from. Wait for it there."
+    )

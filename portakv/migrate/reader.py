@@ -10,24 +10,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from time import monotonic
-from weakref import WeakSet
 
 import torch
 
 from portakv import arguments
+from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions, Overlap, options_from
 from portakv.copy.rows import copy_rows
+from portakv.errors import PortaKVError, TransferTimeout
 from portakv.graph.graph import Graph
+from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Connections, Sources, renamed
-from portakv.migrate.plan import count_blocks, steps
+from portakv.migrate.housekeeping import Housekeeper
+from portakv.migrate.plan import Step, count_blocks, indices_of, steps
 from portakv.migrate.pull import Ends, Part, Pull
 from portakv.migrate.shards import Shard
-from portakv.migrate.staged import taken, verifications
+from portakv.migrate.staged import copied, taken, verifications
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import IdList
 
-LONG = 8 << 20  # bytes on the host whose copy takes longer than the message to the owner
+LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
 #: The options that a pull takes.
 OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
 
@@ -72,7 +75,9 @@ class Reader:
         self.device = self._owners.device
         self._queue = self._graph.queue("pull", width=16)
         self._checks = self._graph.queue("verify", width=16)
-        self._pulls = WeakSet[Pull]()
+        self._copies = self._graph.queue("copy", width=4)
+        self._keeper = Housekeeper(self.device)
+        self._closed = False
         channel.claim("a reader", self)
 
     def pull(
@@ -115,36 +120,41 @@ class Reader:
         arguments.whole("first", first)
         arguments.flag("verify", verify)
         if capturing(self.device):
-            raise refuse_capture("A pull", "it asks owners to confirm their offers; pull outside")
-        self._graph.submit(())  # raises after `close` and in a forked process
+            raise refuse_capture("A pull", "it waits for the end of its copies; pull outside")
+        self._check_open()
         limit = arguments.seconds("timeout", timeout, optional=True)
         until = monotonic() + limit
         sources = self._owners.resolve(tickets, until)
-        plan = steps(sources, self.shards, blocks, first)
+        indices = indices_of(self.shards, blocks)
+        plan = steps(sources, self.shards, indices, first)
         self._wait_for_events(sources)
 
-        pull = Pull(self._queue, until)
-        self._pulls.add(pull)
-        pull.requested.blocks = count_blocks(self.shards, blocks, first, sources[0].ticket.tokens)
-        staged = {step.ticket.offer for step in plan if step.cut.src is None}
-        pull.quiet = [source for source in sources if source.ticket.offer not in staged]
-        total = sum(step.nbytes for step in plan)
-        layers = [[Ends() for _ in range(shard.view.layers)] for shard in self.shards]
+        pull = Pull(sources, until, self._keeper.wake)
+        pull.requested.blocks = count_blocks(indices, first, sources[0].ticket.tokens)
+        pull.requested.nbytes = sum(step.nbytes for step in plan)
         try:
-            if self.device.type == "cpu" and total >= LONG:  # a host copy runs inside this call
-                pull.begin()
-            for step in plan:
-                ends = layers[step.cut.group]
-                pull.requested.nbytes += step.nbytes
-                # The steps share the rate.
-                rate = options.max_gbps and options.max_gbps * step.nbytes / total
-                if step.cut.src is None:
-                    pull.requested.strategy = step.owner.strategy
-                    for some, task in taken(self._graph, step, pull, rate):
-                        pull.slices.append(task)
-                        for layer in some:
-                            ends[step.cut.layers[layer]].tasks.append(task)
-                    continue
+            self._issue(pull, plan, options, verify)
+            return pull
+        except BaseException:  # the caller does not get the handle of the copies in flight
+            pull.drop()
+            raise
+
+    def _issue(self, pull: Pull, plan: Sequence[Step], options: CopyOptions, verify: bool) -> None:
+        """Begin the copies of a pull, and the tasks of which it needs any."""
+        total = pull.requested.nbytes
+        on_host = self.device.type == "cpu"
+        long = on_host and total > LONG and not options.max_gbps  # a worker keeps to a rate anyway
+        by_layer = options.by_layer
+        layers = list[list[Ends]]()  # of each shard
+        if by_layer:
+            layers = [[Ends() for _ in range(shard.view.layers)] for shard in self.shards]
+        pull.copies = copies = list[BlockTransfer]()
+        pull.slices = slices = list[Task]()
+        for step in plan:
+            ends = layers[step.cut.group] if by_layer else []
+            # The steps share the rate.
+            rate = options.max_gbps and options.max_gbps * step.nbytes / total
+            if step.cut.src is not None and not long:
                 copy = copy_rows(
                     step.cut.src,
                     step.cut.dst,
@@ -153,18 +163,40 @@ class Reader:
                     count=step.tokens,
                     options=_at_rate(options, rate),
                 )
-                pull.copies.append(copy)
-                for nth, end in enumerate(copy.layers if options.by_layer else ()):
+                copies.append(copy)
+                for nth, end in enumerate(copy.layers if by_layer else ()):
                     ends[step.cut.layers[nth]].copies.append(end)
-            if options.by_layer:
-                pull.layers = [Part(x.copies, x.tasks) for ends in layers for x in ends]
-            checks = verifications(plan, pull, self._checks) if verify else []
-            pull.tasks[0].work = lambda *_: pull.end(self._graph, sources, checks)
-            self._graph.submit([*pull.slices, *pull.tasks], priority="urgent")
-            return pull
-        except BaseException:  # the caller does not get the handle of the copies in flight
-            pull.drop()
-            raise
+                continue
+
+            if step.cut.src is not None:
+                tasks = copied(self._copies, step, pull, options)
+            else:
+                pull.requested.strategy = step.owner.strategy
+                tasks = taken(self._graph, step, pull, rate)
+            for some, task in tasks:
+                slices.append(task)
+                for layer in some if by_layer else ():
+                    ends[step.cut.layers[layer]].tasks.append(task)
+        pull.requested.pieces = len(copies) + len(slices)
+        staged = {step.ticket.offer for step in plan if step.cut.src is None}
+        pull.requested.quiet = [x for x in pull.sources if x.ticket.offer not in staged]
+        if by_layer:
+            pull.layers = [Part(x.copies, x.tasks) for ends in layers for x in ends]
+
+        checks = verifications(plan, pull, self._checks) if verify else []
+        if slices or checks or any(source.word is None for source in pull.sources):
+            pull.task = Task(lambda *_: pull.run(self._graph, checks), 1, queue=self._queue)
+            self._keeper.add(pull)
+            self._graph.submit([*slices, pull.task], priority="urgent")
+            return
+        self._keeper.add(pull)
+        if on_host:  # without a rate the copies have ended
+            pull.look()
+
+    def _check_open(self) -> None:
+        """Raise `TransferError` after `close`, and in a forked process."""
+        if self._closed or self.channel.forked:
+            self._graph.submit(())  # raises the error of a graph that is closed or forked
 
     def _wait_for_events(self, sources: Sources) -> None:
         """Order this reader's stream after the events of offers that have not been reached."""
@@ -186,15 +218,46 @@ class Reader:
             lines.append(f"{owner.address}, {ticket.tokens} tokens: {how}.")
         return "\n".join(lines)
 
+    def finished(self) -> list[Pull]:
+        """Return the pulls that have ended since the last call, in the order of their ends.
+
+        The first call returns none: nothing is kept before it. At most 65,536 pulls are kept.
+        """
+        return self._keeper.finished.take()
+
+    def finished_fd(self) -> int:
+        """Return the descriptor that is readable while `finished` has pulls; -1 after `close`.
+
+        For ``select``, ``epoll`` and event loops. Do not read or close it.
+        """
+        return self._keeper.finished.fileno()
+
+    def statistics(self) -> dict[str, int]:
+        """Return the numbers of pulls that are in flight or not reported to their owners yet
+        (``pulls``), of pulls that were committed and that failed, and of owners now."""
+        ends = self._keeper.ends
+        return {
+            "pulls": len(self._keeper.pulls),
+            "committed": ends["committed"],
+            "failed": ends["failed"],
+            "owners": len(self._owners),
+        }
+
     def close(self) -> None:
         """Release all owners.
 
         Waits for pulls in flight, and cancels them early enough to return within ten seconds.
         """
         until = monotonic() + PATIENCE
-        for pull in tuple(self._pulls):
-            if not pull.tasks[0].wait(max(0.0, until - monotonic())):
+        for pull in self._keeper.pulls:
+            try:
+                pull.synchronize(max(0.0, until - monotonic()))
+            except TransferTimeout:
                 pull.cancel()
+            except PortaKVError:  # it ended by an error, which its caller gets
+                continue
+        self._closed = True
         self._graph.close(2.0)
+        self._keeper.close()
         self._owners.close()
         self.channel.free("a reader", self)

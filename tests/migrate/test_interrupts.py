@@ -151,6 +151,7 @@ def mapped(folder: Path) -> Steps:
     there, here, owner, reader, local = sides()
 
     def act() -> None:
+        assert reader.finished_fd() >= 0
         offer = owner.offer([7, 3, 11], tokens=40)
         pull = reader.pull(offer.ticket, [6, 1], by_layer=True, verify=True)
         pull.layers[0].synchronize(LIMIT)
@@ -166,6 +167,12 @@ def mapped(folder: Path) -> Steps:
         stopped.cancel()
         assert not pull.statistics.cancelled
         third.taken(0.0)
+        short = reader.pull(owner.offer([1], tokens=16).ticket, [3])
+        short.synchronize(LIMIT)
+        assert short.ended
+        assert short.error is None
+        reader.finished()
+        reader.statistics()
         owner.revoke_all()
 
     yield act
@@ -259,10 +266,13 @@ def meeting(folder: Path) -> Steps:
 
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
-    "Pull.begin": "reports to owners a copy of 8 MiB or more on the host; else runs in a worker",
     "Pull.drop": "runs after a pull that failed",
-    "Pull.end": "runs in a worker",
+    "Pull.lost": "runs in the reader's thread",
     "Pull.over": "runs in a worker",
+    "Pull.run": "runs in a worker",
+    "Pull.stop": "`Pull.cancel` has a helper run it",
+    "Pull.stop_copies": "`Pull.cancel` has a helper run it",
+    "Pull.stopped": "`Pull.cancel` has a helper run it",
 }
 SCENARIOS = [channels, making, mapped, staged, weights, meeting]
 

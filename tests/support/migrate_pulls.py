@@ -10,11 +10,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from portakv import KVView
+from portakv import CopyPlan, KVView
+from portakv.backends.base import Launch
 from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import Handshake, Hello
@@ -22,6 +23,7 @@ from portakv.migrate.offers import Offer, Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
 from support.migrate_channels import until
+from support.peer_cases import ReadsPeers
 
 LAYOUT = "layer | kv block token head dim"
 MODEL = "a model"
@@ -109,6 +111,19 @@ class Rows:
     def rows(self, blocks: Any, tokens: int) -> torch.Tensor:
         """Return the first tokens of blocks, ``[layer, kv, token, head, dim]``."""
         return self.whole[:, :, torch.as_tensor(blocks)].flatten(2, 3)[:, :, :tokens]
+
+
+class Copies(ReadsPeers):
+    """The host's backend; it calls ``observe`` at each copy, which returns what to wait for."""
+
+    name = "copies"
+
+    def observe(self, plan: CopyPlan) -> Any:
+        raise NotImplementedError
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        launch: Any = super().prepare(plan)
+        return cast(Launch, lambda *options: (self.observe(plan), launch(*options))[0])
 
 
 class Couple:

@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from portakv import KVView
+from portakv import CopyPlan, KVView
 from portakv.errors import PeerError
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Answer, Check, Renew
 from portakv.migrate.offers import Offer, Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
-from support.migrate_pulls import LAYOUT, MODEL, SMALL, Rows
+from support.migrate_channels import until
+from support.migrate_pulls import LAYOUT, MODEL, SMALL, Copies, Rows
 
 PATIENCE = 20.0  # seconds after which a pull counts as hanging
 SIZE = 16  # tokens of an owner's block
@@ -52,8 +55,24 @@ class Clock:
         return self.now
 
 
+class PacedCopies(Copies):
+    """The host's backend; no copy of the main thread ends while ``go`` is not set, though its
+    bytes have been read."""
+
+    name = "paced"
+    go: ClassVar = threading.Event()
+
+    def observe(self, plan: CopyPlan) -> Any:
+        if self.go.is_set() or threading.current_thread() is not threading.main_thread():
+            return None
+        return SimpleNamespace(done=self.go.is_set, wait=partial(self.go.wait, PATIENCE))
+
+
 class PacedOwner(Owner):
     """An owner that confirms no offer while ``go`` is not set."""
+
+    #: How the two owners of a test are exposed; none: either way.
+    exposed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *shards: Any, clock: Clock, **options: Any) -> None:
         self.go = threading.Event()
@@ -222,6 +241,10 @@ class Puller:
         """Open a channel and a reader."""
         self.channel = Channel(timeout=PATIENCE)
         self.reader = Reader(self.channel, self.rows.shard, model=MODEL)
+
+    def reported(self) -> bool:
+        """Return True once the owners have been sent the ends of all pulls."""
+        return until(lambda: self.reader.statistics()["pulls"] == 0, PATIENCE)
 
     def learn(self, block: int, pair: list[Known], published: bool) -> None:
         """Note what a block has after a pull; nothing is known after one that failed."""

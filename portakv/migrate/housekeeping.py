@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One thread of a reader looks after all of its pulls.
+
+It renews leases, notices deadlines and dead owners, commits pulls that no caller looks at, and
+reports the ends to owners. A caller that waits for a pull commits the pull itself, and does not
+wait for this thread.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from time import monotonic
+
+import torch
+
+from portakv.errors import PortaKVError, TransferError, TransferTimeout
+from portakv.migrate.connections import Source
+from portakv.migrate.messages import Begin, Close, Message, Renew
+from portakv.migrate.pull import Pull
+from portakv.runtime.finished import Finished
+from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.streams import ignore_captures_elsewhere
+
+_log = logging.getLogger(__name__)
+FIRST_LOOK = 1e-3  # seconds: a pull that ends before is not reported to its owners as begun
+LOOK = 0.05  # the most seconds between two looks at a pull
+PROMPT = 1e-3  # the same if somebody waits for `Reader.finished`
+IDLE = 40  # looks without a pull, after which the thread waits until it is woken
+SENDING = 0.5  # the most seconds for a message to an owner
+CLOSING = 2.0  # the most seconds in which the last messages are sent
+
+
+@dataclass
+class _Watched:
+    """A pull in flight."""
+
+    began: float
+    begun: bool = False  # reported to the owners that do not learn it by a request for rows
+    renew: float = 0.0  # when its leases are renewed next
+
+
+class Housekeeper:
+    """The thread and the pulls that it looks after.
+
+    A pull is added by one step, so that no interrupt leaves a half of it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        #: Counted by how pulls ended; and the pulls that have ended, for `Reader.finished`.
+        self.finished: Finished[Pull] = Finished()
+        self.ends = Counter[str]()
+        self._device = device
+        self._pulls = dict[Pull, _Watched]()
+        self._wakes: SimpleQueue[None] = SimpleQueue()
+        self._parked = True
+        self._closing = False
+        self._lock = threading.Lock()  # for the beginning of the thread
+        self._thread: threading.Thread | None = None
+
+    @property
+    def pulls(self) -> list[Pull]:
+        """Return the pulls that have not ended, or whose end is not reported yet."""
+        return [*self._pulls]
+
+    def add(self, pull: Pull) -> None:
+        """Look after a pull from now on."""
+        self._pulls[pull] = _Watched(monotonic())
+        if self._parked or self.finished.started:
+            self.wake()
+
+    def wake(self) -> None:
+        """Have the thread look immediately; begin it at the first call."""
+        self._wakes.put(None)
+        if self._thread is None:
+            uninterrupted(self._begin)
+
+    def close(self) -> None:
+        """Report the ends of pulls that have ended, and stop the thread."""
+        uninterrupted(self._close)
+
+    def _begin(self) -> None:
+        """Start the thread, unless another caller has."""
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="portakv pulls", daemon=True)
+                thread.start()
+                self._thread = thread
+                atexit.register(self.close)
+
+    def _close(self) -> None:
+        """Stop the thread after its last messages."""
+        atexit.unregister(self.close)
+        self._closing = True
+        thread = self._thread
+        if thread is not None:
+            self._wakes.put(None)
+            thread.join(CLOSING)
+        self.finished.close()
+
+    # --- in the thread
+
+    def _run(self) -> None:
+        """Look at all pulls until the reader is closed."""
+        ignore_captures_elsewhere(self._device)
+        idle = 0
+        pause = FIRST_LOOK
+        while True:
+            idle = 0 if self._pulls else idle + 1
+            self._parked = idle > IDLE
+            if self._pulls:  # also one that was added before it could see that this thread waits
+                self._parked = False
+            seconds = pause if self._pulls else LOOK
+            with suppress(Empty):
+                self._wakes.get(timeout=None if self._parked else seconds)
+                pause = FIRST_LOOK
+                while True:
+                    self._wakes.get_nowait()
+            most = PROMPT if self.finished.started else LOOK
+            pause = min(2 * pause, most) if self._pulls else FIRST_LOOK
+            self._look_at_all()
+            if self._closing:
+                return
+
+    def _look_at_all(self) -> None:
+        """Look at each pull; report the ends."""
+        slow = set[str]()  # addresses at which a message could not be sent
+        for pull, watched in [*self._pulls.items()]:
+            try:
+                if pull.look():
+                    self._report_end(pull, slow)
+                else:
+                    self._look_after(pull, watched, slow)
+            except Exception as error:  # one pull must not stop the others
+                _log.exception("A pull failed.")
+                pull.stop(TransferError(f"The pull failed: {error!r}."))
+
+    def _report_end(self, pull: Pull, slow: set[str]) -> None:
+        """Report the end of a pull to its owners and to `Reader.finished`."""
+        self.finished.add(pull)
+        self.ends["failed" if pull.error else "committed"] += 1
+        for source in pull.sources:
+            about = source.ticket.epoch, source.ticket.offer
+            self._tell(source, Close(*about, pull.published), slow)
+        pull.requested.quiet = ()
+        pull.sources = ()  # a handle retains no memory of owners
+        self._pulls.pop(pull, None)
+
+    def _look_after(self, pull: Pull, watched: _Watched, slow: set[str]) -> None:
+        """Stop a pull that cannot be committed any more; else renew its leases."""
+        now = monotonic()
+        if pull.over:
+            pull.stop_copies()  # an interrupt may have come before that
+            return
+        error = pull.lost()
+        if error is not None:
+            pull.stop(error)
+            return
+        shared = [source for source in pull.sources if source.word is not None]
+        if not watched.begun and now >= watched.began + FIRST_LOOK:
+            watched.begun = True
+            watched.renew = now + _third(shared)
+            for source in pull.requested.quiet:
+                self._tell(source, Begin(source.ticket.epoch, source.ticket.offer), slow)
+        elif watched.begun and now >= watched.renew:
+            watched.renew = now + _third(shared)
+            for source in shared:
+                ticket = source.ticket
+                self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease), slow)
+
+    def _tell(self, source: Source, message: Message, slow: set[str]) -> None:
+        """Send a message to an owner, unless the owner is gone.
+
+        An owner that does not receive an end keeps its offer until the lease expires.
+        """
+        owner = source.owner
+        if owner.gone or owner.address in slow:
+            return
+        try:
+            owner.channel.tell(owner.address, message, SENDING)
+        except TransferTimeout:  # another thread waits for an answer by this connection
+            slow.add(owner.address)
+        except PortaKVError:  # the owner may be gone
+            pass
+
+
+def _third(sources: list[Source]) -> float:
+    """Return the seconds until leases are to be renewed."""
+    return max(FIRST_LOOK, min((source.ticket.lease for source in sources), default=1.0) / 3)

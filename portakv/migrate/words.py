@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validity words: a page of shared memory in which an owner says which of its offers hold.
+
+An offer has a place in the page and a tag, 60 of the random bits of its number. The word at the
+place is the tag while the offer holds. The owner overwrites it before the offer's end returns,
+so before any block is used again. A reader copies rows and then reads the word: if it is still the
+tag, no row had changed when the copy ended. That needs no answer of the owner, and is right also if
+the owner has died, since a dead process writes nothing.
+
+A word is one aligned store and one aligned load of eight bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from portakv.errors import PortaKVError
+from portakv.migrate import ipc
+
+PLACES = 8192  # offers that hold together and have a word; readers ask the owner about others
+_BITS = 3  # of an ended word, for the state
+_ENDED = ("expired", "revoked", "taken", "lost")
+
+
+class Place(NamedTuple):
+    """The place of an offer's word and its tag. ``number`` is -1 if the offer has no word."""
+
+    number: int = -1
+    tag: int = 0
+
+    @classmethod
+    def of(cls, number: int, offer: bytes) -> Place:
+        """Return the place of the offer with these random bytes. A tag is above 0."""
+        return cls(number, int.from_bytes(offer[:8], "little") >> _BITS + 1 or 1)
+
+
+class Words:
+    """The page of an owner. The owner's lock guards all calls."""
+
+    def __init__(self) -> None:
+        self._page = ipc.shared_empty(PLACES, torch.int64)
+        self._words = self._page.numpy().data
+        # The place that was released last is used last, so that readers find why an offer ended.
+        self._free = deque(range(PLACES))
+
+    def export(self, files: ipc.SharedFiles) -> ipc.Held:
+        """Return the page, for readers to open; raise `Unsupported` as `ipc.export` does."""
+        return ipc.export(self._page.untyped_storage(), files)
+
+    def take(self, offer: bytes, in_use: Iterable[Place]) -> Place:
+        """Return the place of a new offer, and write that it holds. ``in_use``: of all offers."""
+        if not self._free:  # also places of which an interrupt has cut the offer off
+            self._free.extend({*range(PLACES)} - {place.number for place in in_use})
+        if not self._free:
+            return Place()
+        place = Place.of(self._free.popleft(), offer)
+        self._words[place.number] = place.tag
+        return place
+
+    def end(self, place: Place, state: str) -> None:
+        """Write the state of an offer that has ended, before the caller uses its blocks again."""
+        if place.number >= 0:
+            self._words[place.number] = -(place.tag << _BITS | _ENDED.index(state))
+            fence()
+            self._free.append(place.number)
+
+
+class WordsOfOwner:
+    """The page of another process, or of this one."""
+
+    def __init__(self, handle: bytes) -> None:
+        """Map the page; raise `Unsupported` or `PeerError` as `ipc.open_shared` does."""
+        page = ipc.open_shared(handle, "cpu").view(torch.int64)
+        self._words = page.numpy().data.toreadonly()
+
+    def has(self, place: Place) -> bool:
+        """Return True if an offer has a word here."""
+        return 0 <= place.number < len(self._words)
+
+    def state(self, place: Place) -> str:
+        """Return "held", or how the offer of a place ended; "gone" if the word has none of it.
+
+        Call `fence` first if rows were read.
+        """
+        word: int = self._words[place.number]
+        if word == place.tag:
+            return "held"
+        if word < 0 and -word >> _BITS == place.tag and -word % (1 << _BITS) < len(_ENDED):
+            return _ENDED[-word % (1 << _BITS)]
+        return "gone"
+
+
+def open_words(handle: bytes) -> WordsOfOwner | None:
+    """Map the page of an owner; None if it shares none that this process can map."""
+    if not handle:
+        return None
+    try:
+        return WordsOfOwner(handle)
+    except PortaKVError:
+        return None
+
+
+def fence() -> None:
+    """Order all memory accesses of this thread before the call before all after it.
+
+    A lock's release orders what is before it, and the next acquisition what is after it. The lock
+    is new, so no other thread holds it, not even in a forked process.
+    """
+    lock = threading.Lock()
+    lock.acquire()
+    lock.release()
+    lock.acquire()
