@@ -30,19 +30,28 @@ from portakv.errors import (
 )
 from portakv.migrate import ipc
 from portakv.migrate.channel import Channel, Refused
-from portakv.migrate.described import rebuild, reserve
-from portakv.migrate.messages import Answer, Bye, Handshake, Hello, Ticket, is_signed, no_ticket
+from portakv.migrate.mapping import NotMapped, Place, WordsOfOwner, map_owner
+from portakv.migrate.messages import (
+    Answer,
+    Bye,
+    Handshake,
+    Hello,
+    Renew,
+    Ticket,
+    is_signed,
+    no_ticket,
+)
 from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.migrate.staging import staging
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Moving, Transport
-from portakv.migrate.words import Place, WordsOfOwner, open_words
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import uninterrupted
 
 _HOST = torch.device("cpu")
 FAREWELL = 0.5  # seconds for the last message to all owners
+ANY = bytes(16)  # the epoch of whoever has an address: no owner has it, and no ticket
 MOST_BUFFERS = 64  # staging buffers of an owner; each has a worker here
 
 
@@ -171,12 +180,16 @@ class Connections:
             LayoutError: its rows cannot become this reader's.
             Unsupported: its memory can neither be mapped nor sent.
         """
-        key = ticket.address, ticket.epoch
-        if (owner := self._owners.get(key)) is not None:
+        if (owner := self._owners.get((ticket.address, ticket.epoch))) is not None:
             return owner
-        return uninterrupted(partial(self._connect, ticket, key, until))
+        return uninterrupted(partial(self._connect, ticket, until))
 
-    def _connect(self, ticket: Ticket, key: tuple[str, bytes], until: float) -> Connection:
+    def prepare(self, address: str) -> None:
+        """Connect to the owner at an address, unless that was done; raise as `of`."""
+        if not any(owner.address == address for owner in [*self._owners.values()]):
+            self._connect(Ticket(ANY, ANY, address, 0, (b"",), (1,), 0.0), inf)
+
+    def _connect(self, ticket: Ticket, until: float) -> Connection:
         """Connect to the owner of a ticket, unless another thread has."""
         wait = min(max(0.0, until - monotonic()), FOREVER)
         if not self._lock.acquire(timeout=wait):
@@ -185,12 +198,20 @@ class Connections:
                 f"with a longer timeout."
             )
         try:
-            if (owner := self._owners.get(key)) is not None:
+            if (owner := self._owners.get((ticket.address, ticket.epoch))) is not None:
                 return owner
             owner = Connection(self.channel, ticket.address, self._shake_hands(ticket, until))
             for old in [x for x in [*self._owners.values()] if x.address == owner.address]:
                 self._forget(old)
-            owner.why_not_mapped = self._map(owner)
+            try:
+                mapped = map_owner(owner.address, owner.handshake, self.device)
+                # The shards last: pulls read an owner that has shards, and need its events to wait
+                # for the stream that writes the rows.
+                owner.events = mapped.events
+                owner.words = mapped.words
+                owner.shards = mapped.shards
+            except NotMapped as error:
+                owner.why_not_mapped = str(error)
             if owner.why_not_mapped:
                 try:
                     self._agree(owner, ticket, until)
@@ -202,11 +223,22 @@ class Connections:
                     raise Unsupported(f"Pulling rows of {ticket.address}", why) from error
             used = {one.number for one in [*self._owners.values()]}
             owner.number = min({*range(len(used) + 1)} - used)
-            self._owners[key] = owner
+            self._owners[owner.address, owner.handshake.epoch] = owner
             owner.unwatch = self.channel.watch(ticket.address, partial(self._forget, owner))
         finally:
             self._lock.release()
         return owner
+
+    def extend(self, ticket: bytes, seconds: float) -> float:
+        """Renew the lease of a ticket's offer; see `Reader.extend`."""
+        if not isinstance(ticket, bytes):
+            raise arguments.invalid("ticket", "bytes", ticket, "Pass Offer.ticket.")
+        ((parsed, owner),) = self.resolve(ticket)
+        renewal = Renew(parsed.epoch, parsed.offer, seconds)
+        answer = self.channel.ask(owner.address, renewal, Answer)
+        if answer.state != "held":
+            raise parsed.gone(answer.why)
+        return answer.seconds
 
     def close(self) -> None:
         """Release all owners."""
@@ -237,41 +269,9 @@ class Connections:
         local = [shard.group for shard in self.shards]
         if why := unlike(local, [one.group for one in answer.described]):
             raise _other_rows(ticket, why)
-        if answer.epoch != ticket.epoch:
+        if ticket.epoch not in (answer.epoch, ANY):
             raise ticket.gone("its owner was restarted, or has other memory, since then")
         return answer
-
-    def _map(self, owner: Connection) -> str:
-        """Map an owner's memory; return why that fails, or an empty text."""
-        handshake = owner.handshake
-        _check(owner.address, handshake)  # checks the description before any memory is mapped
-        if missing := [region.why for region in handshake.regions if not region.handle]:
-            return f"the owner does not share it: {missing[0]}"
-        try:
-            *flat, proof = [
-                ipc.open_shared(x.handle, "cpu" if x.device.startswith("cpu ") else self.device)
-                for x in handshake.regions
-            ]
-            read = (proof ^ 0).cpu()  # a kernel reads it, as kernels read rows
-            if not torch.equal(read, ipc.proof_of(handshake.epoch)):
-                return "the mapped memory does not show the bytes of its owner"
-            shards = [rebuild(one, flat) for one in handshake.described]
-            remote = handshake.regions[0].device
-            if remote != ipc.where(self.device) and not remote.startswith("cpu "):
-                # torch reports another device's memory as this device's: mark the views.
-                shards = [
-                    Shard(x.view.as_peer(self.device), x.group.layers, x.group.heads)
-                    for x in shards
-                ]
-            events = [ipc.open_event(one, self.device) for one in handshake.events]
-        except PortaKVError as error:
-            return str(error)
-        # The shards last: pulls read an owner that has shards, and need its events to wait for the
-        # stream that writes the rows.
-        owner.events = events
-        owner.words = open_words(handshake.words)
-        owner.shards = shards
-        return ""
 
     def _agree(self, owner: Connection, ticket: Ticket, until: float) -> None:
         """Agree with an owner on a transport.
@@ -321,16 +321,3 @@ def _other_rows(ticket: Ticket, why: str) -> LayoutError:
         f"The rows of {ticket.address} cannot become this reader's: {why}. Connect shards of one "
         f"model, by one release."
     )
-
-
-def _check(address: str, handshake: Handshake) -> None:
-    """Raise `PeerError` if no views fit the regions that an owner describes."""
-    try:
-        regions = [reserve(region.nbytes) for region in handshake.regions]
-    except (OSError, OverflowError, ValueError) as error:
-        raise PeerError(
-            f"Expected regions of memory that this process has addresses for from {address}, got "
-            f"others ({error}). Pull from another owner."
-        ) from None
-    for described in handshake.described:
-        rebuild(described, regions)

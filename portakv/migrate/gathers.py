@@ -21,7 +21,7 @@ from portakv.graph.task import Task
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import Later, checksum
 from portakv.migrate.messages import Answer, Gather, Hello, Message
-from portakv.migrate.staging import chunk, chunk_bytes, staging
+from portakv.migrate.staging import chunk, chunk_bytes, staged_bytes, staging
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Moving, Transport
@@ -75,11 +75,17 @@ class Gathers:
     """The staging buffers and transports of an owner, for all of its readers. No call blocks."""
 
     def __init__(
-        self, channel: Channel, buffer_bytes: int, transport: str | None, device: torch.device
+        self,
+        channel: Channel,
+        staging_bytes: int,
+        transport: str | None,
+        device: torch.device,
+        most_bytes: int | None = None,
     ) -> None:
         check_transport(transport, device)
+        self._most_bytes = most_bytes  # of all buffers of all readers
         self._channel = channel
-        self._buffer_bytes = buffer_bytes
+        self.buffer_bytes = staging_bytes // BUFFERS // 4096 * 4096
         self.transport = forced(transport)
         self._transports = dict[str, Transport]()  # by name
         self._by = dict[Peer, list[Transport]]()  # of readers; each agreement is a separate list
@@ -147,7 +153,10 @@ class Gathers:
                 return Answer("busy", seconds=2e-4)
 
             needs = chunk_bytes(rows.view, gather.count)
-            if buffer is None or buffer.memory.nbytes < min(needs, self._buffer_bytes):
+            if buffer is None or buffer.memory.nbytes < min(needs, self.buffer_bytes):
+                if not self._has_room(needs, buffer, agreed[0]):
+                    why = f"staging buffers of all readers have {self._most_bytes} bytes in total"
+                    return Answer("busy", why, seconds=1e-2)
                 # Allocate in this thread, so that the reader gets the error if there is no memory.
                 # Use a private stream: work may still use memory that was freed on a caller's
                 # stream.
@@ -162,16 +171,28 @@ class Gathers:
         total = self._sums.answer(gather, partial(self._sum, gather, rows))
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
 
+    def _has_room(self, needs: int, old: StagingBuffer | None, transport: Transport) -> bool:
+        """Return True if one more buffer, in place of an old one, stays below the total."""
+        if self._most_bytes is None:
+            return True
+        with self._lock:
+            used = sum(buffer.memory.nbytes for buffer in self._buffers.values())
+        if transport.knows_once:
+            new = BUFFERS * self.buffer_bytes
+        else:
+            new = staged_bytes(needs, self.buffer_bytes) - (old.memory.nbytes if old else 0)
+        return used + new <= self._most_bytes
+
     def _new_buffer(
         self, peer: Peer, number: int, needs: int, transport: Transport
     ) -> StagingBuffer:
         """Allocate a buffer, or all buffers of a reader if the transport learns them only once."""
         if transport.knows_once:
-            whole = staging(BUFFERS * self._buffer_bytes, transport.device)
+            whole = staging(BUFFERS * self.buffer_bytes, transport.device)
             dirty = [whole]  # the library can reach all of it after the first buffer
             parts = dict(enumerate(whole.view(BUFFERS, -1)))
         else:
-            memory = staging(needs, transport.device, self._buffer_bytes)
+            memory = staging(needs, transport.device, self.buffer_bytes)
             dirty = [memory]
             parts = {number: memory}
 

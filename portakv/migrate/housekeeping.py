@@ -80,6 +80,17 @@ class Housekeeper:
         if self._thread is None:
             uninterrupted(self._begin)
 
+    def wait(self, seconds: float) -> None:
+        """Wait for the pulls in flight, and cancel those that last longer."""
+        until = monotonic() + seconds
+        for pull in self.pulls:
+            try:
+                pull.synchronize(max(0.0, until - monotonic()))
+            except TransferTimeout:
+                pull.cancel()
+            except PortaKVError:  # its caller gets the error by which it ended
+                continue
+
     def close(self) -> None:
         """Report the ends of pulls that have ended, and stop the thread."""
         uninterrupted(self._close)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,21 +23,22 @@ import torch
 from msgspec.structs import replace
 
 from portakv import arguments
-from portakv.errors import LayoutError, PeerError, SlotError, Unsupported
-from portakv.migrate import ipc, messages
+from portakv.errors import LayoutError, PeerError, SlotError
+from portakv.migrate import messages
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.described import Regions, describe
+from portakv.migrate.exports import EVENTS, Exports, Place, Words, describe_all
 from portakv.migrate.gathers import BUFFERS, Gathers, Rows, renamed
 from portakv.migrate.shards import Shard, device_of, overlap, slices
-from portakv.migrate.words import Place, Words
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.runtime.streams import StreamFence
 from portakv.view.index import Ids, Index
 
 LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
-EVENTS = 64  # recorded after offers' rows, in turn: so many offers have separate events
 UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
+MOST_LEASE = 1e6  # seconds
+_SECONDS = "a number of seconds above 0, at most 10^6"
 _REMEMBERED = 4096  # ended offers for which an owner still reports the reason
 SPOILT = messages.Answer(
     "gone", ("some of its rows could not be sent; the owner's log has the reason")
@@ -125,6 +126,7 @@ class Offer:
                 owner.counts[state] += 1
                 for stop in self.begun.values():
                     stop()
+                owner.ends.add(Ended(self, state, frozenset(self.through)))
                 owner.change.notify_all()
 
     def _why_ended(self) -> str:
@@ -157,6 +159,37 @@ class Offer:
         """End the offer immediately: no reader commits rows that it reads from now on."""
         self.end("revoked")
 
+    def extend(self, seconds: float) -> bool:
+        """Hold the offer for ``seconds`` from now on, if its lease ends before; return False if it
+        has ended.
+
+        An owner may extend its offer beyond ``max_lease``, which limits readers.
+        """
+        seconds = arguments.number("seconds", seconds, 0.0, MOST_LEASE, _SECONDS)
+        return uninterrupted(partial(self._extend, seconds))
+
+    def _extend(self, seconds: float) -> bool:
+        """Set the end of the lease, unless the offer has ended."""
+        with self._owner.change:
+            if self._look() != "held":
+                return False
+            self.lease.until = max(self.lease.until, self._owner.now() + seconds)
+            self.lease.latest = max(self.lease.latest, self.lease.until)
+            self._owner.change.notify_all()
+            return True
+
+
+class Ended(NamedTuple):
+    """The end of an offer.
+
+    ``state``: as `Offer.state`. ``readers``: the ids of the channels (`Channel.id`) of readers that
+    have the rows, or were lost.
+    """
+
+    offer: Offer
+    state: str
+    readers: frozenset[bytes]
+
 
 class Owner:
     """A process that offers rows to readers.
@@ -170,6 +203,8 @@ class Owner:
         model: a fingerprint; readers of another model are rejected.
         staging: the most bytes of the staging buffers of one reader that cannot map the memory, on
             either side; they are as large as its pulls need.
+        staging_total: the most bytes of the staging buffers of all readers, on this side. A reader
+            that would need more waits for others to leave. None: no limit.
         expose: "mapped": readers on this host may map whole allocations, to be read and written, so
             all of them must trust each other; "staging": readers get copies of offered rows alone.
         transport: the name of the transport for readers that cannot map; None: the reader's.
@@ -181,6 +216,7 @@ class Owner:
     """
 
     _closed = False
+    _exports: Exports | None = None
 
     def __init__(
         self,
@@ -188,6 +224,7 @@ class Owner:
         *shards: Shard,
         model: str,
         staging: int = 512 << 20,
+        staging_total: int | None = None,
         expose: Expose = "mapped",
         transport: str | None = None,
         mover: str | None = None,
@@ -197,6 +234,8 @@ class Owner:
         device = device_of(shards)
         arguments.text("model", model)
         staging = arguments.nbytes("staging", staging, BUFFERS << 12)
+        if staging_total is not None:
+            staging_total = arguments.nbytes("staging_total", staging_total, staging)
         arguments.one_of("expose", expose, get_args(Expose))
         self.channel = channel
         self.model = model
@@ -204,12 +243,11 @@ class Owner:
         self.change = threading.Condition(threading.RLock())
         self.counts = Counter[str]()
         self._expose = expose
-        self._buffer_bytes = staging // BUFFERS // 4096 * 4096
         self.offers = dict[bytes, Offer]()
-        self._exports = list[ipc.Held]()
         self.ended: Bounded[bytes, str] = Bounded("ended offers", _REMEMBERED)
         self.words = Words()
-        self._gathers = Gathers(channel, self._buffer_bytes, transport, device)
+        self.ends: Finished[Ended] = Finished()
+        self._gathers = Gathers(channel, staging, transport, device, staging_total)
         uninterrupted(partial(self._start, shards), undo=lambda _: self.close())
 
     def _start(self, shards: Sequence[Shard]) -> None:
@@ -240,15 +278,7 @@ class Owner:
     def _reallocate(self, shards: Sequence[Shard]) -> None:
         """Describe the new views, end all offers, and begin a new epoch."""
         device = device_of(shards)
-        regions = Regions()
-        exported = list[messages.Region]()
-        described = tuple(describe(shard, regions) for shard in shards)
-        if len(regions.storages) >= messages.MOST_REGIONS:
-            raise LayoutError(
-                f"Expected shards in at most {messages.MOST_REGIONS - 1} allocations, got "
-                f"{len(regions.storages)}. Make the tensors slices of fewer allocations."
-            )
-
+        described = describe_all(shards)
         with self.change:
             self.revoke_all()
             self.epoch = secrets.token_bytes(16)
@@ -256,43 +286,21 @@ class Owner:
             self.device = device
             self._key = secrets.token_bytes(32)
 
-            for export in self._exports:
-                export.close()
-
-            # The proof is exported like a region, after all others.
-            self._proof = ipc.proof(self.epoch, self.device)
-            exports = list[ipc.Held]()
-            files = ipc.SharedFiles()
-            for storage in [*regions.storages, self._proof.untyped_storage()]:
-                described_as = storage.nbytes(), ipc.where(storage.device)
-                try:
-                    if self._expose != "mapped":
-                        raise Unsupported("Mapping", "the owner exposes staged rows alone")
-                    exports.append(ipc.export(storage, files))
-                    exported.append(messages.Region(*described_as, exports[-1].handle))
-                except Unsupported as error:
-                    # A reader that cannot map a region reads staged rows of it.
-                    exported.append(messages.Region(*described_as, why=error.why))
-
-            words = b""
-            if exports:
-                exports.append(self.words.export(files))
-                words = exports[-1].handle
-            events = _events(self.device) if exports else []
-            self._exports = exports
-            self._events = events
+            if self._exports is not None:
+                self._exports.close()
+            self._exports = Exports(described, self.epoch, device, self._expose, self.words)
+            self._events = self._exports.events
             self._turn = 0
-
             self._handshake = messages.Handshake(
                 epoch=self.epoch,
-                described=described,
-                regions=tuple(exported),
+                described=described.shards,
+                regions=self._exports.regions,
                 slots=BUFFERS,
-                slot_bytes=self._buffer_bytes,
+                slot_bytes=self._gathers.buffer_bytes,
                 transport=self._gathers.transport or "",
-                events=tuple(ipc.export_event(x) for x in self._events),
+                events=self._exports.event_handles,
                 key=self._key,
-                words=words,
+                words=self._exports.words,
             )
 
     def offer(
@@ -321,9 +329,7 @@ class Owner:
         """
         self._refuse_closed()
         arguments.whole("tokens", tokens, 1, 1 << 31)
-        lease = arguments.number(
-            "lease", lease, 1e-9, 1e6, "a number of seconds above 0, at most 10^6"
-        )
+        lease = arguments.number("lease", lease, 1e-9, MOST_LEASE, _SECONDS)
         arguments.whole("readers", readers, 1, 1 << 31)
         last = arguments.number(
             "max_lease", max_lease, lease, inf, f"at least the lease of {lease:g} s"
@@ -332,7 +338,7 @@ class Owner:
         on = self.device
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
         # No event exists that a reader's stream could wait for.
-        if stream and self._exports and not self._events:
+        if stream and self._exports and self._exports.held and not self._events:
             stream.synchronize()
         now = self.now()
         made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers)
@@ -405,6 +411,40 @@ class Owner:
                 f"Expected an owner that readers reach, got one that {why}. Make another Owner."
             )
 
+    def revoke(self, ticket: bytes) -> bool:
+        """End the offer of a ticket immediately; return False if it has ended before.
+
+        Raises `PeerError` for bytes that are not a ticket of this owner.
+        """
+        parsed = messages.Ticket.read(ticket)
+        if parsed.epoch != self.epoch:
+            return False  # all offers before `reallocate` have ended
+        if not messages.is_signed(ticket, self._key):
+            raise messages.no_ticket()
+        offer = self.offers.get(parsed.offer)
+        if offer is None or offer.state != "held":
+            return False
+        offer.revoke()
+        return offer.state == "revoked"
+
+    def finished(self) -> list[Ended]:
+        """Return the ends of offers since the last call, in their order.
+
+        The first call returns none: nothing is kept before it. At most 65,536 ends are kept. An
+        offer whose lease is over ends when its owner looks, as this call does.
+        """
+        self.ends.start()
+        self.statistics()
+        return self.ends.take()
+
+    def finished_fd(self) -> int:
+        """Return the descriptor that is readable while `finished` has ends; -1 after `close`.
+
+        For ``select``, ``epoll`` and event loops. It tells of no lease that is over. Do not read or
+        close it.
+        """
+        return self.ends.fileno()
+
     def revoke_all(self) -> None:
         """End every offer immediately."""
         uninterrupted(self._revoke_all)
@@ -435,11 +475,12 @@ class Owner:
             return
         self._closed = True
         self.revoke_all()
-        for one in self._exports:
-            one.close()
+        if self._exports is not None:
+            self._exports.close()
         for kind in self._kinds:
             self.channel.serve(kind, lambda *_: UNKNOWN)
         self._gathers.close()
+        self.ends.close()
 
     # --- what readers ask, in the channel's thread
 
@@ -534,18 +575,3 @@ class Owner:
             )
         part = shard.view.as_bytes().slice(**slices(box, shard.group.box))
         return Rows(part, Index(*offer.ids[gather.group], gather.first), offer.after, offer.spoilt)
-
-
-def _events(device: torch.device) -> list[torch.Event]:
-    """Return events for readers' streams to wait for; none if the device cannot export them."""
-    if device.type == "cpu":
-        return []
-    try:
-        module = torch.get_device_module(device)
-        with module.device(device):
-            made = [module.Event(interprocess=True) for _ in range(EVENTS)]
-            for event in made:  # the first export binds an event to this device
-                ipc.export_event(event)
-    except (Unsupported, RuntimeError, TypeError):
-        return []
-    return made

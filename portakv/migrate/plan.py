@@ -13,7 +13,7 @@ import numpy as np
 
 from portakv.arguments import naming
 from portakv.copy.handle import token_bytes
-from portakv.errors import InvalidTerms, SlotError, Unsupported
+from portakv.errors import InvalidTerms, PeerError, SlotError, Unsupported
 from portakv.migrate.connections import Connection, Sources
 from portakv.migrate.messages import Gather, Ticket
 from portakv.migrate.shards import Piece, Shard, pieces, slices
@@ -57,6 +57,13 @@ class Step(NamedTuple):
     dst_index: Index
     first: int  # token of the request at which both indices start
     tokens: int
+
+    @property
+    def src(self) -> KVView:
+        """Return the owner's view; raise `PeerError` if it is not mapped."""
+        if self.cut.src is None:
+            raise PeerError(f"Expected mapped rows of {self.owner.address}, got none. Pull again.")
+        return self.cut.src
 
     @property
     def nbytes(self) -> float:

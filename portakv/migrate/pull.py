@@ -224,8 +224,10 @@ class Pull(Transfer):
             return len(self._times) > 1
         copies = self.copies
         try:
-            if not all([end.ended() for copy in copies for end in copy.completions]):
-                return False
+            for copy in copies:
+                for end in copy.completions:
+                    if not end.ended():
+                        return False
         except Exception as error:  # torch raises errors of many kinds; the copies run no more
             self.conclude(_known(error))
             return True
@@ -370,13 +372,16 @@ class Pull(Transfer):
             except BaseException as error:  # also an interrupt; the other copies are waited for
                 self.stop(_known(error) or TransferCancelled(CANCELLED))
                 return
-            if self.stopped:
-                continue
-            for source, answer in zip(asked, self._answers(asked, Renew, 3 * third), strict=True):
-                if isinstance(answer, PeerError):
-                    self.stop(answer)
-                elif isinstance(answer, Answer) and answer.state == "gone":
-                    self.stop(source.ticket.gone(answer.why))
+            if not self.stopped:
+                self._renew(asked, 3 * third)
+
+    def _renew(self, asked: Sequence[Source], seconds: float) -> None:
+        """Renew the leases of offers; stop the pull if an owner or an offer is gone."""
+        for source, answer in zip(asked, self._answers(asked, Renew, seconds), strict=True):
+            if isinstance(answer, PeerError):
+                self.stop(answer)
+            elif isinstance(answer, Answer) and answer.state == "gone":
+                self.stop(source.ticket.gone(answer.why))
 
     def _answers(
         self, sources: Sequence[Source], kind: type[About], *terms: float

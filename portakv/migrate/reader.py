@@ -8,38 +8,28 @@ sends the rows through staging buffers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from time import monotonic
 
 import torch
 
 from portakv import arguments
-from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions, Overlap, options_from
-from portakv.copy.rows import copy_rows
-from portakv.errors import PortaKVError, TransferTimeout
 from portakv.graph.graph import Graph
-from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Connections, Sources, renamed
 from portakv.migrate.housekeeping import Housekeeper
-from portakv.migrate.plan import Step, count_blocks, indices_of, steps
-from portakv.migrate.pull import Ends, Part, Pull
+from portakv.migrate.issue import Issuer
+from portakv.migrate.plan import count_blocks, indices_of, steps
+from portakv.migrate.pull import Part, Pull
 from portakv.migrate.shards import Shard
-from portakv.migrate.staged import copied, taken, verifications
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import IdList
 
-LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
 #: The options that a pull takes.
 OPTIONS = ("by_layer", "overlap", "max_thread_blocks", "max_gbps")
 
 PATIENCE = 7.0  # seconds for which `Reader.close` waits for pulls, which end within three
-
-
-def _at_rate(options: CopyOptions, rate: float | None) -> CopyOptions:
-    """Return the options of a step at its share of the rate; the same ones without a rate."""
-    return options if rate is None else replace(options, max_gbps=rate)
 
 
 class Reader:
@@ -73,9 +63,7 @@ class Reader:
         self.channel = channel
         self.shards = shards
         self.device = self._owners.device
-        self._queue = self._graph.queue("pull", width=16)
-        self._checks = self._graph.queue("verify", width=16)
-        self._copies = self._graph.queue("copy", width=4)
+        self._issuer = Issuer(self._graph, shards, self.device)
         self._keeper = Housekeeper(self.device)
         self._closed = False
         channel.claim("a reader", self)
@@ -131,67 +119,17 @@ class Reader:
 
         pull = Pull(sources, until, self._keeper.wake)
         pull.requested.blocks = count_blocks(indices, first, sources[0].ticket.tokens)
-        pull.requested.nbytes = sum(step.nbytes for step in plan)
         try:
-            self._issue(pull, plan, options, verify)
+            tasks = self._issuer.issue(pull, plan, options, verify)
+            self._keeper.add(pull)
+            if tasks:
+                self._graph.submit(tasks, priority="urgent")
+            elif self.device.type == "cpu":  # without a rate its copies have ended
+                pull.look()
             return pull
         except BaseException:  # the caller does not get the handle of the copies in flight
             pull.drop()
             raise
-
-    def _issue(self, pull: Pull, plan: Sequence[Step], options: CopyOptions, verify: bool) -> None:
-        """Begin the copies of a pull, and the tasks of which it needs any."""
-        total = pull.requested.nbytes
-        on_host = self.device.type == "cpu"
-        long = on_host and total > LONG and not options.max_gbps  # a worker keeps to a rate anyway
-        by_layer = options.by_layer
-        layers = list[list[Ends]]()  # of each shard
-        if by_layer:
-            layers = [[Ends() for _ in range(shard.view.layers)] for shard in self.shards]
-        pull.copies = copies = list[BlockTransfer]()
-        pull.slices = slices = list[Task]()
-        for step in plan:
-            ends = layers[step.cut.group] if by_layer else []
-            # The steps share the rate.
-            rate = options.max_gbps and options.max_gbps * step.nbytes / total
-            if step.cut.src is not None and not long:
-                copy = copy_rows(
-                    step.cut.src,
-                    step.cut.dst,
-                    step.src_index,
-                    step.dst_index,
-                    count=step.tokens,
-                    options=_at_rate(options, rate),
-                )
-                copies.append(copy)
-                for nth, end in enumerate(copy.layers if by_layer else ()):
-                    ends[step.cut.layers[nth]].copies.append(end)
-                continue
-
-            if step.cut.src is not None:
-                tasks = copied(self._copies, step, pull, options)
-            else:
-                pull.requested.strategy = step.owner.strategy
-                tasks = taken(self._graph, step, pull, rate)
-            for some, task in tasks:
-                slices.append(task)
-                for layer in some if by_layer else ():
-                    ends[step.cut.layers[layer]].tasks.append(task)
-        pull.requested.pieces = len(copies) + len(slices)
-        staged = {step.ticket.offer for step in plan if step.cut.src is None}
-        pull.requested.quiet = [x for x in pull.sources if x.ticket.offer not in staged]
-        if by_layer:
-            pull.layers = [Part(x.copies, x.tasks) for ends in layers for x in ends]
-
-        checks = verifications(plan, pull, self._checks) if verify else []
-        if slices or checks or any(source.word is None for source in pull.sources):
-            pull.task = Task(lambda *_: pull.run(self._graph, checks), 1, queue=self._queue)
-            self._keeper.add(pull)
-            self._graph.submit([*slices, pull.task], priority="urgent")
-            return
-        self._keeper.add(pull)
-        if on_host:  # without a rate the copies have ended
-            pull.look()
 
     def _check_open(self) -> None:
         """Raise `TransferError` after `close`, and in a forked process."""
@@ -205,6 +143,26 @@ class Reader:
             if event is not None and not event.query():
                 module = torch.get_device_module(self.device)  # events take streams of their module
                 event.wait(module.current_stream(self.device))
+
+    def prepare(self, address: str) -> Part:
+        """Connect to the owner at an address, and map its memory, in a worker.
+
+        The first pull of that owner then needs no handshake. The result ends with the connection,
+        and raises the errors of `pull` that are about owners.
+        """
+        arguments.text("address", address)
+        self._check_open()
+        return self._issuer.in_worker(partial(self._owners.prepare, address))
+
+    def extend(self, ticket: bytes, seconds: float) -> float:
+        """Have the owner of a ticket hold its offer for ``seconds`` from now on; return the seconds
+        for which the owner does, at most to the offer's ``max_lease``.
+
+        Raises `OfferGone` if the offer has ended, and the errors of `pull` about owners.
+        """
+        seconds = arguments.number("seconds", seconds, 0.0, 1e6, "seconds, at most 10^6")
+        self._check_open()
+        return self._owners.extend(ticket, seconds)
 
     def explain(self, tickets: bytes | Sequence[bytes]) -> str:
         """Return a line for each ticket: how its rows would be copied, and why."""
@@ -248,14 +206,7 @@ class Reader:
 
         Waits for pulls in flight, and cancels them early enough to return within ten seconds.
         """
-        until = monotonic() + PATIENCE
-        for pull in self._keeper.pulls:
-            try:
-                pull.synchronize(max(0.0, until - monotonic()))
-            except TransferTimeout:
-                pull.cancel()
-            except PortaKVError:  # it ended by an error, which its caller gets
-                continue
+        self._keeper.wait(PATIENCE)
         self._closed = True
         self._graph.close(2.0)
         self._keeper.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace as replace_options
 from functools import partial
 from math import inf
 from queue import Empty
@@ -17,7 +16,6 @@ from time import monotonic, sleep
 import torch
 from msgspec.structs import replace
 
-from portakv.copy.options import CopyOptions
 from portakv.copy.rows import copy_rows
 from portakv.errors import PeerError, TransferCancelled, TransferError, TransferTimeout
 from portakv.graph.graph import Graph, Queue
@@ -117,33 +115,6 @@ def taken(
     for part in step.slices(int(most_bytes)):
         take = partial(_take, step, part, pull, pull.after, pace)
         yield part.layers, Task(take, 1, queue=queue)
-
-
-def _copy(step: Step, layers: range, pull: Pull, options: CopyOptions, *_: object) -> None:
-    """Copy layers of a step between views on the host."""
-    if pull.over:
-        raise TransferCancelled(CANCELLED)
-    assert step.cut.src is not None
-    window = slice(layers.start, layers.stop)
-    with torch.inference_mode(False):
-        src = step.cut.src.slice(layers=window)
-        dst = step.cut.dst.slice(layers=window)
-        copy = copy_rows(
-            src, dst, step.src_index, step.dst_index, count=step.tokens, options=options
-        )
-        copy.synchronize()
-
-
-def copied(
-    queue: Queue, step: Step, pull: Pull, options: CopyOptions
-) -> Iterator[tuple[range, Task]]:
-    """Yield the tasks that copy the rows of a step on the host, and the layers of each task."""
-    layers = step.cut.dst.layers
-    each = 1 if options.by_layer else layers
-    options = replace_options(options, by_layer=False)
-    for start in range(0, layers, each):
-        some = range(start, start + each)
-        yield some, Task(partial(_copy, step, some, pull, options), 1, queue=queue)
 
 
 def verified(step: Step, pull: Pull, *_: object) -> None:

@@ -27,13 +27,18 @@ def chunk_bytes(view: KVView, count: int) -> int:
     return sum(-(-tokens * width // _ALIGNED) * _ALIGNED for width in view.widths)
 
 
+def staged_bytes(nbytes: int, most: int) -> int:
+    """Return the bytes of memory for later chunks as well: a power of two, at most ``most``."""
+    return min(most, 1 << (nbytes - 1).bit_length())
+
+
 def staging(nbytes: int, device: torch.device, most: int = 0) -> torch.Tensor:
     """Return memory for a chunk, uint8 ``[nbytes]``, whatever the caller's settings.
 
     With ``most``, the memory also serves later chunks: its size is the next power of two, at most
     ``most``.
     """
-    nbytes = min(most, 1 << (nbytes - 1).bit_length()) if most else nbytes
+    nbytes = staged_bytes(nbytes, most) if most else nbytes
     with torch.inference_mode(False):
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 

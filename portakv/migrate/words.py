@@ -42,11 +42,12 @@ class Place(NamedTuple):
 class Words:
     """The page of an owner. The owner's lock guards all calls."""
 
-    def __init__(self) -> None:
-        self._page = ipc.shared_empty(PLACES, torch.int64)
+    def __init__(self, places: int = PLACES) -> None:
+        self._places = places
+        self._page = ipc.shared_empty(places, torch.int64)
         self._words = self._page.numpy().data
         # The place that was released last is used last, so that readers find why an offer ended.
-        self._free = deque(range(PLACES))
+        self._free = deque(range(places))
 
     def export(self, files: ipc.SharedFiles) -> ipc.Held:
         """Return the page, for readers to open; raise `Unsupported` as `ipc.export` does."""
@@ -55,7 +56,7 @@ class Words:
     def take(self, offer: bytes, in_use: Iterable[Place]) -> Place:
         """Return the place of a new offer, and write that it holds. ``in_use``: of all offers."""
         if not self._free:  # also places of which an interrupt has cut the offer off
-            self._free.extend({*range(PLACES)} - {place.number for place in in_use})
+            self._free.extend({*range(self._places)} - {place.number for place in in_use})
         if not self._free:
             return Place()
         place = Place.of(self._free.popleft(), offer)

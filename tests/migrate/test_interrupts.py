@@ -152,6 +152,8 @@ def mapped(folder: Path) -> Steps:
 
     def act() -> None:
         assert reader.finished_fd() >= 0
+        assert owner.finished_fd() >= 0
+        reader.prepare(owner.channel.address).synchronize(LIMIT)
         offer = owner.offer([7, 3, 11], tokens=40)
         pull = reader.pull(offer.ticket, [6, 1], by_layer=True, verify=True)
         pull.layers[0].synchronize(LIMIT)
@@ -169,6 +171,11 @@ def mapped(folder: Path) -> Steps:
         third.taken(0.0)
         short = reader.pull(owner.offer([1], tokens=16).ticket, [3])
         short.synchronize(LIMIT)
+        fourth = owner.offer([1], tokens=16)
+        fourth.extend(20.0)
+        reader.extend(fourth.ticket, 20.0)
+        owner.revoke(fourth.ticket)
+        owner.finished()
         assert short.ended
         assert short.error is None
         reader.finished()

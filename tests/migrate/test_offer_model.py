@@ -225,21 +225,28 @@ class OfferMachine(RuleBasedStateMachine):
         if not (hang and holds):
             self.finish(flying)
             return
-        reader = puller.channel.id
+        self.await_questions(flying, before, requested, lasts)
+        self.in_flight = flying
+
+    def await_questions(
+        self, flying: InFlight, before: list[int], requested: list[int], lasts: bool
+    ) -> None:
+        """Wait until owners that send rows were asked to confirm their offers, or know of a pull
+        whose copy ``lasts``."""
+        reader = flying.puller.channel.id
         for n, side in enumerate(self.sides):
             owner = side.owner
             if not side.terms:
                 continue  # its word is read last
-            begun = pair[n].offer.begun
+            begun = flying.pair[n].offer.begun
             assert until(lambda x=begun: reader in x, PATIENCE)  # by a request for rows
-            pair[n].begun.add(reader)
+            flying.pair[n].begun.add(reader)
             if lasts:
                 continue  # no question comes before the copies have ended
             assert until(lambda o=owner, m=n: o.requested > requested[m], PATIENCE)
             if owner.go.is_set():
                 assert until(lambda o=owner, m=n: o.confirmed > before[m], PATIENCE)
                 flying.confirmed[n] = "held"
-        self.in_flight = flying
 
     @precondition(lambda self: self.in_flight is not None)
     @rule()

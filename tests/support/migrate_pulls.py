@@ -108,6 +108,11 @@ class Rows:
         self.view = KVView([*self.whole], LAYOUT)
         self.shard = Shard(self.view)
 
+    @staticmethod
+    def shard_of(whole: torch.Tensor) -> Shard:
+        """Return the shard of a cache ``[layer, kv, block, token, head, dim]``."""
+        return Shard(KVView([*whole], LAYOUT))
+
     def rows(self, blocks: Any, tokens: int) -> torch.Tensor:
         """Return the first tokens of blocks, ``[layer, kv, token, head, dim]``."""
         return self.whole[:, :, torch.as_tensor(blocks)].flatten(2, 3)[:, :, :tokens]

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Issue a pull: its copies in the caller's thread, and tasks for all that has to wait.
+
+A task copies more than `LONG` bytes between host views, takes rows from an owner that sends them,
+or compares checksums. A pull with a task, or of an owner without validity words, ends in a task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from portakv.copy.handle import BlockTransfer
+from portakv.copy.options import CopyOptions
+from portakv.copy.rows import copy_rows
+from portakv.errors import TransferCancelled
+from portakv.graph.graph import Graph
+from portakv.graph.task import Task
+from portakv.migrate.plan import Step
+from portakv.migrate.pull import CANCELLED, Ends, Part, Pull
+from portakv.migrate.shards import Shard
+from portakv.migrate.staged import taken, verifications
+
+LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
+
+
+class Issuer:
+    """Issues the pulls of one reader."""
+
+    def __init__(self, graph: Graph, shards: Sequence[Shard], device: torch.device) -> None:
+        self._graph = graph
+        self._shards = shards
+        self._on_host = device.type == "cpu"
+        self._queue = graph.queue("pull", width=16)
+        self._checks = graph.queue("verify", width=16)
+        self._copies = graph.queue("copy", width=4)
+
+    def in_worker(self, work: Callable[[], object]) -> Part:
+        """Run work in a worker, and return its end."""
+
+        def run(*_: object) -> None:
+            work()
+
+        task = Task(run, 1, queue=self._copies, name="prepare")
+        self._graph.submit([task], priority="urgent")
+        return Part((), [task])
+
+    def issue(
+        self, pull: Pull, plan: Sequence[Step], options: CopyOptions, verify: bool
+    ) -> list[Task]:
+        """Issue the copies of a pull, and return its tasks, which the caller submits."""
+        requested = pull.requested
+        requested.nbytes = sum(step.nbytes for step in plan)
+        # A copy at a rate has a worker of its own.
+        long = self._on_host and requested.nbytes > LONG and not options.max_gbps
+        pull.copies = copies = list[BlockTransfer]()
+        pull.slices = slices = list[Task]()
+        layers = _Layers(self._shards if options.by_layer else ())
+        staged = set[bytes]()  # offers whose owners get requests for rows
+        for step in plan:
+            rate = options.max_gbps
+            if rate is not None:  # the steps share it
+                rate *= step.nbytes / requested.nbytes
+            if step.cut.src is None:
+                staged.add(step.ticket.offer)
+                requested.strategy = step.owner.strategy
+                slices += layers.add_tasks(step, taken(self._graph, step, pull, rate))
+            elif long:
+                slices += layers.add_tasks(step, self._copied(step, pull, options))
+            else:
+                copies.append(_copy_of(step, options, rate))
+                layers.add_copy(step, copies[-1])
+        requested.pieces = len(copies) + len(slices)
+        requested.quiet = [x for x in pull.sources if x.ticket.offer not in staged]
+        pull.layers = layers.parts()
+
+        checks = verifications(plan, pull, self._checks) if verify else []
+        if not slices and not checks and all(source.word for source in pull.sources):
+            return []
+        pull.task = Task(lambda *_: pull.run(self._graph, checks), 1, queue=self._queue)
+        return [*slices, pull.task]
+
+    def _copied(self, step: Step, pull: Pull, options: CopyOptions) -> Iterator[tuple[range, Task]]:
+        """Yield the tasks that copy the rows of a step on the host, and the layers of each."""
+        layers = step.cut.dst.layers
+        each = 1 if options.by_layer else layers
+        options = replace(options, by_layer=False)
+        for start in range(0, layers, each):
+            some = range(start, start + each)
+            copy = partial(_copy_layers, step, some, pull, options)
+            yield some, Task(copy, 1, queue=self._copies)
+
+
+class _Layers:
+    """The ends of each layer of each shard; none without shards."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._ends = [[Ends() for _ in range(shard.view.layers)] for shard in shards]
+
+    def add_copy(self, step: Step, copy: BlockTransfer) -> None:
+        """Add the layers of a copy."""
+        if self._ends:
+            ends = self._ends[step.cut.group]
+            for nth, end in enumerate(copy.layers):
+                ends[step.cut.layers[nth]].copies.append(end)
+
+    def add_tasks(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> list[Task]:
+        """Add tasks that each bring some layers of a step; return the tasks."""
+        listed = [*tasks]
+        if self._ends:
+            ends = self._ends[step.cut.group]
+            for some, task in listed:
+                for layer in some:
+                    ends[step.cut.layers[layer]].tasks.append(task)
+        return [task for _, task in listed]
+
+    def parts(self) -> list[Part]:
+        """Return the end of each layer."""
+        return [Part(x.copies, x.tasks) for ends in self._ends for x in ends]
+
+
+def _copy_of(step: Step, options: CopyOptions, rate: float | None) -> BlockTransfer:
+    """Copy the rows of a step, at its share of the rate."""
+    if rate is not None:
+        options = replace(options, max_gbps=rate)
+    return copy_rows(
+        step.src, step.cut.dst, step.src_index, step.dst_index, count=step.tokens, options=options
+    )
+
+
+def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions, *_: object) -> None:
+    """Copy layers of a step between views on the host."""
+    if pull.over:
+        raise TransferCancelled(CANCELLED)
+    window = slice(layers.start, layers.stop)
+    with torch.inference_mode(False):
+        src = step.src.slice(layers=window)
+        dst = step.cut.dst.slice(layers=window)
+        indices = step.src_index, step.dst_index
+        copy_rows(src, dst, *indices, count=step.tokens, options=options).synchronize()

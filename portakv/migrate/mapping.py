@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Map the memory of an owner on this host: its rows, its events and its validity words."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from portakv.errors import PeerError, PortaKVError
+from portakv.migrate import ipc
+from portakv.migrate.described import rebuild, reserve
+from portakv.migrate.messages import Handshake
+from portakv.migrate.shards import Shard
+from portakv.migrate.words import Place as Place
+from portakv.migrate.words import WordsOfOwner as WordsOfOwner
+from portakv.migrate.words import open_words
+
+
+class NotMapped(Exception):
+    """The memory of an owner cannot be mapped; the text says why, as a clause."""
+
+
+class Mapped(NamedTuple):
+    """The memory of an owner."""
+
+    shards: list[Shard]
+    events: list[torch.Event]
+    words: WordsOfOwner | None  # None if only the owner can say whether an offer holds
+
+
+def map_owner(address: str, handshake: Handshake, device: torch.device) -> Mapped:
+    """Map an owner's memory for a device of this process.
+
+    Raises `NotMapped` if that fails, and `PeerError` if no views fit the regions that the owner
+    describes.
+    """
+    _check(address, handshake)  # checks the description before any memory is mapped
+    if missing := [region.why for region in handshake.regions if not region.handle]:
+        raise NotMapped(f"the owner does not share it: {missing[0]}")
+    try:
+        *flat, proof = [
+            ipc.open_shared(x.handle, "cpu" if x.device.startswith("cpu ") else device)
+            for x in handshake.regions
+        ]
+        read = (proof ^ 0).cpu()  # a kernel reads it, as kernels read rows
+        if not torch.equal(read, ipc.proof_of(handshake.epoch)):
+            raise NotMapped("the mapped memory does not show the bytes of its owner")
+        shards = [rebuild(one, flat) for one in handshake.described]
+        remote = handshake.regions[0].device
+        if remote != ipc.where(device) and not remote.startswith("cpu "):
+            # torch reports another device's memory as this device's: mark the views.
+            shards = [Shard(x.view.as_peer(device), x.group.layers, x.group.heads) for x in shards]
+        events = [ipc.open_event(one, device) for one in handshake.events]
+    except PortaKVError as error:
+        raise NotMapped(str(error)) from error
+    return Mapped(shards, events, open_words(handshake.words))
+
+
+def _check(address: str, handshake: Handshake) -> None:
+    """Raise `PeerError` if no views fit the regions that an owner describes."""
+    try:
+        regions = [reserve(region.nbytes) for region in handshake.regions]
+    except (OSError, OverflowError, ValueError) as error:
+        raise PeerError(
+            f"Expected regions of memory that this process has addresses for from {address}, got "
+            f"others ({error}). Pull from another owner."
+        ) from None
+    for described in handshake.described:
+        rebuild(described, regions)

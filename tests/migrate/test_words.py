@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validity words: mapped pulls are committed by a word in shared memory, without a question."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+from support.migrate_channels import until
+from support.migrate_nursery import Nursery
+from support.migrate_pulls import MODEL, Copies, Couple, Rows, Sides, key_of, sides
+from support.peer_cases import reading
+
+from portakv import CopyPlan, InvalidTerms
+from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferError
+from portakv.migrate import ipc
+from portakv.migrate.channel import Peer
+from portakv.migrate.messages import Answer, Check, Close, Handshake, Hello, Renew, Ticket
+from portakv.migrate.offers import Owner
+from portakv.migrate.words import PLACES, Place, Words, WordsOfOwner, fence, open_words
+
+SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes half a second
+
+
+@pytest.fixture
+def made() -> Iterator[Sides]:
+    with sides() as those:
+        yield those
+
+
+@pytest.fixture
+def page() -> tuple[Words, WordsOfOwner]:
+    """A page of words, as its owner and as a reader see it."""
+    words = Words()
+    return words, WordsOfOwner(words.export(ipc.SharedFiles()).handle)
+
+
+# --- the page
+
+
+def test_a_word_holds_until_its_end_and_then_says_why(page: tuple[Words, WordsOfOwner]) -> None:
+    words, remote = page
+    places = [words.take(os.urandom(16), ()) for _ in range(4)]
+    assert [remote.state(place) for place in places] == ["held"] * 4
+    for place, state in zip(places, ("expired", "revoked", "taken", "lost"), strict=True):
+        words.end(place, state)
+        assert remote.state(place) == state
+
+
+def test_another_tag_at_a_place_never_holds(page: tuple[Words, WordsOfOwner]) -> None:
+    words, remote = page
+    place = words.take(os.urandom(16), ())
+    for tag in (place.tag ^ 1, 0, -place.tag, place.tag << 1, 1 << 60):
+        assert remote.state(Place(place.number, tag)) == "gone"
+    words.end(place, "taken")
+    for tag in (place.tag ^ 1, 0, -place.tag):
+        assert remote.state(Place(place.number, tag)) == "gone"
+
+
+def test_a_place_that_is_used_again_does_not_hold_for_its_last_offer() -> None:
+    words = Words()
+    remote = WordsOfOwner(words.export(ipc.SharedFiles()).handle)
+    first = words.take(os.urandom(16), ())
+    words.end(first, "taken")
+    for _ in range(PLACES - 1):  # released places are used last
+        assert words.take(os.urandom(16), ()).number != first.number
+    assert remote.state(first) == "taken"
+    again = words.take(os.urandom(16), ())
+    assert (again.number, remote.state(again)) == (first.number, "held")
+    assert remote.state(first) == "gone"
+
+
+def test_places_that_an_interrupt_cut_off_are_used_again() -> None:
+    words = Words()
+    held = [words.take(os.urandom(16), ()) for _ in range(PLACES)]
+    assert words.take(os.urandom(16), held) == Place()
+    assert words.take(os.urandom(16), held[1:]).number == held[0].number
+
+
+def test_a_reader_cannot_write_words(page: tuple[Words, WordsOfOwner]) -> None:
+    with pytest.raises(TypeError, match="read-only"):
+        page[1]._words[0] = 1  # type: ignore[index]
+
+
+def test_a_tag_is_positive_and_leaves_bits_for_the_state() -> None:
+    for data in (bytes(16), b"\xff" * 16):
+        assert 0 < Place.of(3, data).tag < 1 << 60
+    assert not WordsOfOwner.has(WordsOfOwner(Words().export(ipc.SharedFiles()).handle), Place())
+    assert open_words(b"") is None
+    assert open_words(b"no handle") is None
+    fence()
+
+
+# --- pulls
+
+
+def questions(owner: Owner) -> list[object]:
+    """Return a list that gets the questions and ends which an owner receives from now on."""
+    asked = list[object]()
+
+    def noting(answer: Callable[[Peer, Any], Any]) -> Callable[[Peer, Any], Any]:
+        return lambda peer, message: (asked.append(message), answer(peer, message))[1]
+
+    for kind, answer in ((Check, owner._check), (Renew, owner._renew), (Close, owner._close)):
+        owner.channel.serve(kind, noting(answer))  # type: ignore[arg-type]
+    return asked
+
+
+def test_a_mapped_pull_asks_its_owner_nothing(made: Sides) -> None:
+    both = Couple(made)
+    asked = questions(both.owner)
+    offers = [both.offer() for _ in range(5)]
+    for offer in offers:
+        both.pull(offer).synchronize(30)
+        assert offer.taken(5)
+    assert [type(each) for each in asked] == [Close] * 5
+    assert both.right()
+
+
+def test_a_pull_ends_in_its_caller_s_thread(made: Sides) -> None:
+    """Nothing else has to run: the thread of the reader is held up, and so is the owner."""
+    both = Couple(made)
+    both.pull(both.offer()).synchronize(30)
+    go = threading.Event()
+    both.owner.channel.serve(Close, lambda *_: go.wait(20) and None)  # type: ignore[arg-type]
+    both.reader.channel.tell = lambda *_: go.wait(20)  # type: ignore[assignment]
+    for n in range(3):
+        both.dst.whole.fill_(-1)
+        pulled = both.pull(both.offer())
+        if n:
+            pulled.synchronize()
+        assert pulled.done()
+        assert both.right()
+    go.set()
+
+
+def test_a_pull_that_nobody_looks_at_is_committed_and_reported(made: Sides) -> None:
+    both = Couple(made)
+    offer = both.offer()
+    both.pull(offer, max_gbps=SLOW * 10)
+    assert offer.taken(20)
+    assert offer.state == "taken"
+    assert until(lambda: both.reader.statistics()["pulls"] == 0)
+    assert both.reader.statistics()["committed"] == 1
+    assert both.right()
+
+
+@pytest.mark.parametrize("state", ["revoked", "expired"])
+def test_an_offer_that_ends_between_the_copy_and_the_look_is_not_committed(
+    made: Sides, state: str
+) -> None:
+    """The bytes have been read, and the handle was not looked at yet."""
+    both = Couple(made)
+    over = threading.Event()
+
+    class Waits(Copies):
+        def observe(self, plan: CopyPlan) -> Any:
+            return over if plan.dst == both.dst.view.form else None
+
+    over.done = over.is_set  # type: ignore[attr-defined]
+    offer = both.offer()
+    with reading(Waits):
+        pulled = both.pull(offer)
+        if state == "revoked":
+            offer.revoke()
+        else:
+            both.owner.now = lambda: time.monotonic() + 60
+            assert offer.state == "expired"
+        both.src.whole.fill_(9)
+        over.set()
+        with pytest.raises(OfferGone, match="revoked it" if state == "revoked" else "expired"):
+            pulled.synchronize(30)
+    assert not pulled.published
+    assert isinstance(pulled.error, OfferGone)
+
+
+def test_offers_without_a_word_are_confirmed_by_their_owner(made: Sides) -> None:
+    """More offers than have a place."""
+    both = Couple(made)
+    both.owner.words = Words(1)
+    both.owner.reallocate(both.src.shard)
+    asked = questions(both.owner)
+    offers = [both.offer(), both.offer()]
+    assert [offer.place.number for offer in offers] == [0, -1]
+    for offer in offers:
+        both.pull(offer).synchronize(30)
+        assert offer.taken(5)
+    assert sum(isinstance(each, Check) for each in asked) == 1
+    assert both.right()
+
+
+def test_a_reader_that_cannot_map_the_words_asks(made: Sides) -> None:
+    both = Couple(made)
+    handshake = both.reader.channel.ask(both.owner.channel.address, Hello(MODEL), Handshake)
+    both.owner.channel.serve(Hello, lambda *_: replace(handshake, words=b"another kind"))
+    asked = questions(both.owner)
+    pulled = both.pull(both.offer())
+    pulled.synchronize(30)
+    assert pulled.statistics.strategy == "mapped"
+    assert [type(each) for each in asked if not isinstance(each, Close)] == [Check]
+    offer = both.offer()
+    slow = both.pull(offer, max_gbps=SLOW)
+    offer.revoke()
+    with pytest.raises(OfferGone, match="revoked it"):
+        slow.synchronize(30)
+
+
+@pytest.mark.parametrize("place", [0, 5, PLACES - 1, PLACES, 1 << 16])
+def test_a_ticket_with_another_place_commits_nothing(made: Sides, place: int) -> None:
+    """Signed by the owner's key, which any reader has: the tag is of the offer's number."""
+    both = Couple(made)
+    both.offer()
+    offer = both.offer()
+    parsed = replace(Ticket.read(offer.ticket), place=place)
+    offer.revoke()
+    pulled = both.reader.pull(parsed.pack(key_of(both.owner)), both.into)
+    with pytest.raises(OfferGone):
+        pulled.synchronize(30)
+    assert not pulled.published
+    with pytest.raises(PeerError, match="not a ticket"):
+        both.reader.pull(offer.ticket[:16] + parsed.pack(b"")[16:], both.into)
+
+
+def test_a_forked_child_ends_no_offer_of_its_parent(made: Sides) -> None:
+    """It has the same page."""
+    both = Couple(made)
+    offer = both.offer()
+    child = os.fork()
+    if not child:
+        with suppress(Exception):
+            offer.revoke()
+            both.owner.revoke_all()
+            both.owner.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    both.pull(offer).synchronize(30)
+    assert both.right()
+    assert offer.taken(5)
+
+
+OWNER = """
+from support.migrate_pulls import *
+made, rows = Sides(), Rows()
+owner = made.owner(rows.shard)
+tell([owner.offer([7, 3, 11, 0, 5], tokens=75).ticket for _ in range(4)])
+"""
+
+
+def test_rows_of_an_owner_that_died_after_it_had_offered_them_are_right(made: Sides) -> None:
+    """It wrote nothing since: what is committed is what was offered, or nothing is."""
+    remote = Rows()
+    local = Rows(8, 32, fill=-1)
+    reader = made.reader(local.shard)
+    committed = 0
+    with Nursery() as nursery:
+        pid, tickets = nursery.born(OWNER)
+        reader.pull(tickets[0], [6, 1, 4]).synchronize(30)
+        nursery.end(pid)
+        for ticket in tickets[1:]:
+            local.whole.fill_(-1)
+            try:
+                reader.pull(ticket, [6, 1, 4]).synchronize(30)
+            except (PeerError, OfferGone):
+                continue  # the reader has noticed the death
+            committed += 1
+            assert torch.equal(local.rows([6, 1, 4], 75), remote.rows([7, 3, 11, 0, 5], 75))
+    print(f"{committed} of 3 were committed")
+
+
+def test_long_copies_on_the_host_do_not_hold_up_the_call(made: Sides) -> None:
+    """Also layer by layer; and a cancelled one copies no further layer."""
+    shape = (2, 2, 64, 16, 4, 512)
+    remote, local = (ipc.shared_empty(shape, torch.int16).fill_(n) for n in (7, 3))
+    both = [Rows.shard_of(each) for each in (remote, local)]
+    owner = made.owner(both[0])
+    reader = made.reader(both[1])
+    go = threading.Event()
+    threads = list[threading.Thread]()
+
+    class Held(Copies):
+        def observe(self, plan: CopyPlan) -> None:
+            threads.append(threading.current_thread())
+            assert go.wait(20)
+
+    with reading(Held):
+        for terms in ({}, {"by_layer": True}):
+            local.fill_(3)
+            go.clear()
+            threads.clear()
+            offer = owner.offer(range(64), tokens=1024)
+            pulled = reader.pull(offer.ticket, range(64), **terms)  # type: ignore[arg-type]
+            assert not pulled.done()
+            assert not pulled.ended
+            assert pulled.error is None
+            go.set()
+            for layer in pulled.layers:
+                layer.synchronize(30)
+            pulled.synchronize(30)
+            assert torch.equal(local, remote)
+            assert threads
+            assert threading.current_thread() not in threads
+        go.clear()
+        offer = owner.offer(range(64), tokens=1024)
+        pulled = reader.pull(offer.ticket, range(64))
+        assert pulled.cancel()
+        go.set()
+        with pytest.raises(TransferCancelled):
+            pulled.synchronize(30)
+        assert isinstance(pulled.error, TransferCancelled)
+        assert offer.state == "held"
+        offer.revoke()
+
+
+def test_a_copy_that_fails_ends_its_pull_as_a_transfer_error(made: Sides) -> None:
+    """Whatever the library below raises when it is asked for the end."""
+    both = Couple(made)
+
+    def fail() -> bool:
+        raise RuntimeError("the device is gone")
+
+    class Fails(Copies):
+        def observe(self, plan: CopyPlan) -> Any:
+            kind = type("Broken", (), {"done": staticmethod(fail), "wait": staticmethod(fail)})
+            return kind() if plan.dst == both.dst.view.form else None
+
+    offer = both.offer()
+    with reading(Fails):
+        pulled = both.pull(offer)
+        with pytest.raises(TransferError, match="the device is gone"):
+            pulled.synchronize()
+    assert not pulled.published
+    assert until(lambda: both.reader.statistics()["failed"] == 1)
+    assert offer.state == "held"
+
+
+# --- ends
+
+
+def test_ended_pulls_and_offers_wake_an_event_loop(made: Sides) -> None:
+    import select
+
+    both = Couple(made)
+    assert both.reader.finished() == []
+    assert both.owner.finished() == []
+    pulls = [both.pull(both.offer(), max_gbps=SLOW * 10) for _ in range(2)]
+    gone = both.offer()
+    gone.revoke()
+    pulls.append(both.pull(gone))
+    ended = list[Any]()
+    while len(ended) < 3:
+        assert select.select([both.reader.finished_fd()], [], [], 20)[0]
+        ended += both.reader.finished()
+    assert {*ended} == {*pulls}
+    assert [pull.error is None for pull in pulls] == [True, True, False]
+    ends = list[Any]()
+    while len(ends) < 3:
+        assert select.select([both.owner.finished_fd()], [], [], 20)[0]
+        ends += both.owner.finished()
+    assert ends[0][:2] == (gone, "revoked")
+    assert {end.state for end in ends[1:]} == {"taken"}
+    assert ends[1].readers == {both.reader.channel.id}
+    expired = both.offer(lease=0.01)
+    time.sleep(0.02)
+    assert [end.offer for end in both.owner.finished()] == [expired]
+
+
+def test_leases_are_extended_and_offers_revoked_by_their_tickets(made: Sides) -> None:
+    both = Couple(made)
+    offer = both.offer(lease=5.0, max_lease=20.0)
+    assert 9 < both.reader.extend(offer.ticket, 10.0) <= 10
+    assert both.reader.extend(offer.ticket, 1000.0) <= 20
+    assert offer.extend(1000.0)
+    assert both.reader.extend(offer.ticket, 1.0) > 900
+    assert both.owner.revoke(offer.ticket)
+    assert not both.owner.revoke(offer.ticket)
+    assert not offer.extend(10.0)
+    with pytest.raises(OfferGone, match="revoked it"):
+        both.reader.extend(offer.ticket, 10.0)
+    other = made.owner(both.src.shard).offer([1], tokens=16)
+    assert not both.owner.revoke(other.ticket)
+    with pytest.raises(PeerError, match="not a ticket"):
+        both.owner.revoke(b"no ticket")
+    with pytest.raises(InvalidTerms, match="seconds"):
+        offer.extend(-1.0)
+    assert other.state == "held"
+
+
+def test_an_owner_is_prepared_before_the_first_pull(made: Sides) -> None:
+    both = Couple(made)
+    paired = both.owner.counts["paired"]
+    for _ in range(2):
+        both.reader.prepare(both.owner.channel.address).synchronize(30)
+    both.pull(both.offer()).synchronize(30)
+    assert both.owner.counts["paired"] == paired + 1
+    assert both.right()
+    failed = both.reader.prepare("ipc:///proc/1/fd/999999")
+    with pytest.raises(PeerError):
+        failed.synchronize(30)
+
+
+def test_staging_of_all_readers_has_a_total(made: Sides) -> None:
+    """A second reader waits until the first has left."""
+    both = Couple(made, "staging", staging_total=1 << 15)
+    both.pull(both.offer()).synchronize(30)
+    other = Rows(8, 32, fill=-1)
+    reader = made.reader(other.shard)
+    offer = both.offer()
+    pulled = reader.pull(offer.ticket, both.into)
+    assert not pulled.task.wait(0.2)
+    both.reader.close()
+    pulled.synchronize(30)
+    assert torch.equal(other.rows(both.into, 75), both.src.rows(both.blocks, 75))
+    assert isinstance(both.reader.channel.statistics(), dict)
+    with pytest.raises(InvalidTerms, match="staging_total"):
+        made.owner(both.src.shard, staging_total=1)
+
+
+def test_a_renewal_of_the_readers_thread_needs_no_answer(made: Sides) -> None:
+    """An owner that is busy for long is not waited for."""
+    both = Couple(made)
+    offer = both.offer(lease=0.9)
+    both.owner.channel.serve(Renew, lambda *x: (both.owner._renew(*x), None)[1])
+    both.pull(offer, max_gbps=SLOW / 8).synchronize(30)
+    assert offer.taken(5)
+    assert offer.state == "taken"
+    assert Answer("held").why == ""
