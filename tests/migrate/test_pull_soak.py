@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many pulls between processes whose owner revokes offers, lets them expire, and uses their blocks
+again immediately, while owners and readers are killed: what is committed is what was offered."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+from support.migrate_channels import until
+from support.migrate_nursery import Nursery
+from support.migrate_pulls import Couple, Rows, sides
+
+from portakv.errors import PeerError, TransferError
+
+RATES = (None, 5e-3, 1e-3)  # 10^9 bytes a second: at the last one a pull takes 0.1 s
+INTO = [6, 1, 4]
+TOKENS = 75
+
+OWNER = """
+import random, time
+from support.migrate_pulls import *
+made, rows = Sides(), Rows()
+terms = {"expose": expose, "staging": SMALL} if expose == "staging" else {}
+owner = made.owner(rows.shard, **terms)
+if silent:
+    owner.words.end = lambda *_: None
+seed = random.Random(number)
+while True:
+    number += 1
+    rows.whole.fill_(number)
+    offer = owner.offer([7, 3, 11, 0, 5], tokens=75, lease=seed.choice([0.005, 0.02, 5.0]),
+                        max_lease=5.0)
+    tell((number, offer.ticket))
+    how = seed.choice(["revoke", "revoke", "wait"])
+    if how == "revoke":
+        time.sleep(seed.random() * 0.03)
+        offer.revoke()
+    else:
+        offer.taken(0.5)
+        offer.revoke()
+    rows.whole.fill_(-2)
+"""
+READER = """
+from support.migrate_pulls import *
+made, rows = Sides(), Rows(8, 32, fill=-1)
+reader = made.reader(rows.shard)
+for number, ticket, rate in offers:
+    try:
+        reader.pull(ticket, [6, 1, 4], max_gbps=rate).synchronize(30)
+    except Exception as error:
+        tell((number, type(error).__name__))
+    else:
+        read = rows.rows([6, 1, 4], 75)
+        tell((number, "right" if (read == number).all() else "stale"))
+tell(None)
+"""
+
+
+def pull_of_a_dying_owner(expose: str, rounds: int, silent: bool = False) -> Counter[str]:
+    """Pull from an owner in another process, which is killed now and then; count the ends."""
+    seed = random.Random(5)
+    ends = Counter[str]()
+    local = Rows(8, 32, fill=-1)
+    with sides() as made, Nursery() as nursery:
+        reader = made.reader(local.shard)
+        code = {"expose": expose, "silent": silent}
+        pid, message = nursery.born(OWNER, number=0, **code)
+        for number in range(rounds):
+            current, ticket = message
+            pulled: Any = None
+            local.whole.fill_(-1)
+            killed = number % 25 == 24
+            try:
+                pulled = reader.pull(ticket, INTO, max_gbps=seed.choice(RATES))
+                if killed:
+                    nursery.end(pid)
+                pulled.synchronize(30)
+            except TransferError as error:
+                assert pulled is None or not pulled.published
+                ends[type(error).__name__] += 1
+            else:
+                right = bool((local.rows(INTO, TOKENS) == current).all())
+                ends["right" if right else "stale"] += 1
+            assert (local.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
+            if killed:
+                if pulled is None:
+                    nursery.end(pid)
+                pid, message = nursery.born(OWNER, number=current, **code)
+            else:
+                message = nursery.hear(pid)
+        nursery.end(pid)
+    return ends
+
+
+def offer_to_dying_readers(expose: str, rounds: int) -> Counter[str]:
+    """Offer rows to readers in other processes, which are killed now and then; count the ends."""
+    seed = random.Random(6)
+    ends = Counter[str]()
+    with sides() as made, Nursery() as nursery:
+        both = Couple(made, expose)
+        for start in range(0, rounds, 4):
+            both.src.whole.fill_(start)
+            offers = [both.offer() for _ in range(4)]
+            told = [(start, offer.ticket, seed.choice(RATES)) for offer in offers]
+            pid = nursery.do("answer = bear(run, values)", run=READER, values={"offers": told})
+            killed = start % 16 == 12
+            if killed:
+                assert until(lambda x=offers: any(o.begun or o.state != "held" for o in x), 20)
+            else:
+                for offer in offers:
+                    if seed.random() < 0.5:
+                        offer.taken(seed.random() * 0.05)
+                        offer.revoke()
+                    else:
+                        offer.taken(20)
+                both.src.whole.fill_(-2)  # all have ended
+                while (message := nursery.hear(pid)) is not None:
+                    ends[message[1]] += 1
+            nursery.end(pid)
+            both.owner.revoke_all()
+            ends["killed"] += killed
+    return ends
+
+
+ROUNDS = pytest.mark.parametrize(
+    "rounds", [40, pytest.param(2000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])]
+)
+
+
+@ROUNDS
+@pytest.mark.parametrize("expose", ["mapped", "staging"])
+def test_no_stale_row_of_an_owner_that_is_killed(expose: str, rounds: int) -> None:
+    ends = pull_of_a_dying_owner(expose, rounds)
+    print(expose, dict(ends))
+    assert ends["stale"] == 0
+    assert ends["right"]
+    assert ends["OfferGone"]
+    assert ends.total() == rounds
+
+
+@ROUNDS
+@pytest.mark.parametrize("expose", ["mapped", "staging"])
+def test_no_stale_row_at_readers_that_are_killed(expose: str, rounds: int) -> None:
+    ends = offer_to_dying_readers(expose, rounds)
+    print(expose, dict(ends))
+    assert ends["stale"] == 0
+    assert ends["right"]
+    assert ends["killed"]
+    assert PeerError.__name__ not in ends
+
+
+def test_stale_rows_are_found_if_the_owner_writes_no_words() -> None:
+    """The negative control."""
+    assert pull_of_a_dying_owner("mapped", 40, silent=True)["stale"]
