@@ -42,7 +42,7 @@ class Exports:
 
     Attributes:
         regions: the allocations and the proof, as readers get them.
-        held: the allocations that readers may map.
+        allocations: those that readers may map.
         words: the handle of the page of validity words; empty if nothing may be mapped.
         events: recorded after offers' rows; none if the device cannot export them.
     """
@@ -55,7 +55,7 @@ class Exports:
         expose: str,
         words: Words,
     ) -> None:
-        self.held = list[ipc.Held]()
+        self.allocations = list[ipc.Held]()
         # The proof is exported like a region, after all others.
         self._proof = ipc.proof(epoch, device)
         regions = list[messages.Region]()
@@ -65,23 +65,23 @@ class Exports:
             try:
                 if expose != "mapped":
                     raise Unsupported("Mapping", "the owner exposes staged rows alone")
-                self.held.append(ipc.export(storage, files))
-                regions.append(messages.Region(*described_as, self.held[-1].handle))
+                self.allocations.append(ipc.export(storage, files))
+                regions.append(messages.Region(*described_as, self.allocations[-1].handle))
             except Unsupported as error:
                 # A reader that cannot map a region reads staged rows of it.
                 regions.append(messages.Region(*described_as, why=error.why))
         self.regions = tuple(regions)
         self.words = b""
         self.events = list[torch.Event]()
-        if self.held:
+        if self.allocations:
             self.events = _events(device)
-            self.held.append(words.export(files))
-            self.words = self.held[-1].handle
+            self.allocations.append(words.export(files))
+            self.words = self.allocations[-1].handle
         self.event_handles = tuple(ipc.export_event(event) for event in self.events)
 
     def close(self) -> None:
         """Release the allocations: no process opens them from now on."""
-        for export in self.held:
+        for export in self.allocations:
             export.close()
 
 

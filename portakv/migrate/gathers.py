@@ -154,7 +154,7 @@ class Gathers:
 
             needs = chunk_bytes(rows.view, gather.count)
             if buffer is None or buffer.memory.nbytes < min(needs, self.buffer_bytes):
-                if not self._has_room(needs, buffer, agreed[0]):
+                if not self._has_space(needs, buffer, agreed[0]):
                     why = f"staging buffers of all readers have {self._most_bytes} bytes in total"
                     return Answer("busy", why, seconds=1e-2)
                 # Allocate in this thread, so that the reader gets the error if there is no memory.
@@ -171,7 +171,7 @@ class Gathers:
         total = self._sums.answer(gather, partial(self._sum, gather, rows))
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
 
-    def _has_room(self, needs: int, old: StagingBuffer | None, transport: Transport) -> bool:
+    def _has_space(self, needs: int, old: StagingBuffer | None, transport: Transport) -> bool:
         """Return True if one more buffer, in place of an old one, stays below the total."""
         if self._most_bytes is None:
             return True

@@ -54,7 +54,7 @@ class Issuer:
         """Issue the copies of a pull, and return its tasks, which the caller submits."""
         requested = pull.requested
         requested.nbytes = sum(step.nbytes for step in plan)
-        # A copy at a rate has a worker of its own.
+        # A copy at a rate has a separate worker.
         long = self._on_host and requested.nbytes > LONG and not options.max_gbps
         pull.copies = copies = list[BlockTransfer]()
         pull.slices = slices = list[Task]()

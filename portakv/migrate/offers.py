@@ -338,7 +338,7 @@ class Owner:
         on = self.device
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
         # No event exists that a reader's stream could wait for.
-        if stream and self._exports and self._exports.held and not self._events:
+        if stream and self._exports and self._exports.allocations and not self._events:
             stream.synchronize()
         now = self.now()
         made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers)
@@ -362,7 +362,8 @@ class Owner:
                     raise arguments.invalid("blocks", "ids", None, "Name the blocks to offer.")
                 index = Index.of(block_ids, shard.view.block_size or 1)
                 index.check_length(tokens, shard.view.slots, "offered")
-                if index.offset or index.ids is None or not index.on_host:
+                index = index.to_host()
+                if index.offset or index.ids is None:
                     index = Index(index.slots(tokens))
                 skips = index.check(tokens, shard.view.slots, "offered", distinct=True)
                 used = index.host_ids()[: -(-tokens // index.step)]
@@ -440,8 +441,8 @@ class Owner:
     def finished_fd(self) -> int:
         """Return the descriptor that is readable while `finished` has ends; -1 after `close`.
 
-        For ``select``, ``epoll`` and event loops. It tells of no lease that is over. Do not read or
-        close it.
+        For ``select``, ``epoll`` and event loops. A lease that is over does not make it readable.
+        Do not read or close it.
         """
         return self.ends.fileno()
 

@@ -350,10 +350,10 @@ class Pull(Transfer):
         for check in () if self.over else checks:
             graph.submit([check], priority="urgent")
             self._await(check)
-        asked = [source for source in self.sources if source.word is None]
+        remote = [source for source in self.sources if source.word is None]
         error: PortaKVError | None = None
         if not self.stopped:
-            for source, answer in zip(asked, self._answers(asked, Check), strict=True):
+            for source, answer in zip(remote, self._answers(remote, Check), strict=True):
                 if isinstance(answer, PortaKVError):
                     error = error or answer
                 elif answer.state != "held" and not isinstance(error, OfferGone):
@@ -362,8 +362,8 @@ class Pull(Transfer):
 
     def _await(self, one: Ending) -> None:
         """Wait for a copy or a task, and renew the offers; stop the pull by its error."""
-        asked = [source for source in self.sources if source.word is None]
-        third = max(MOMENT, min((ticket.lease for ticket, _ in asked), default=LOOK) / 3)
+        remote = [source for source in self.sources if source.word is None]
+        third = max(MOMENT, min((ticket.lease for ticket, _ in remote), default=LOOK) / 3)
         while True:
             seconds = third if self.over else max(0.0, min(third, LOOK, self.until - monotonic()))
             try:
@@ -373,11 +373,11 @@ class Pull(Transfer):
                 self.stop(_known(error) or TransferCancelled(CANCELLED))
                 return
             if not self.stopped:
-                self._renew(asked, 3 * third)
+                self._renew(remote, 3 * third)
 
-    def _renew(self, asked: Sequence[Source], seconds: float) -> None:
+    def _renew(self, remote: Sequence[Source], seconds: float) -> None:
         """Renew the leases of offers; stop the pull if an owner or an offer is gone."""
-        for source, answer in zip(asked, self._answers(asked, Renew, seconds), strict=True):
+        for source, answer in zip(remote, self._answers(remote, Renew, seconds), strict=True):
             if isinstance(answer, PeerError):
                 self.stop(answer)
             elif isinstance(answer, Answer) and answer.state == "gone":

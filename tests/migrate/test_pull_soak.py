@@ -95,6 +95,14 @@ def pull_of_a_dying_owner(expose: str, rounds: int, silent: bool = False) -> Cou
     return ends
 
 
+def end_all(offers: list[Any], seed: random.Random) -> None:
+    """Revoke some offers at any moment, and wait for the ends of the others."""
+    for offer in offers:
+        revoked = seed.random() < 0.5
+        offer.taken(seed.random() * 0.05 if revoked else 20)
+        offer.revoke()
+
+
 def offer_to_dying_readers(expose: str, rounds: int) -> Counter[str]:
     """Offer rows to readers in other processes, which are killed now and then; count the ends."""
     seed = random.Random(6)
@@ -110,12 +118,7 @@ def offer_to_dying_readers(expose: str, rounds: int) -> Counter[str]:
             if killed:
                 assert until(lambda x=offers: any(o.begun or o.state != "held" for o in x), 20)
             else:
-                for offer in offers:
-                    if seed.random() < 0.5:
-                        offer.taken(seed.random() * 0.05)
-                        offer.revoke()
-                    else:
-                        offer.taken(20)
+                end_all(offers, seed)
                 both.src.whole.fill_(-2)  # all have ended
                 while (message := nursery.hear(pid)) is not None:
                     ends[message[1]] += 1
