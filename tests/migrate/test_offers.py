@@ -45,6 +45,7 @@ from portakv.errors import (
     Unsupported,
 )
 from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.exports import EVENTS
 from portakv.migrate.gathers import BUFFERS
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import (
@@ -56,7 +57,7 @@ from portakv.migrate.messages import (
     Hello,
     Ticket,
 )
-from portakv.migrate.offers import EVENTS, Owner
+from portakv.migrate.offers import Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged import ask
