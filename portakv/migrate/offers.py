@@ -429,7 +429,8 @@ class Owner:
         return offer.state == "revoked"
 
     def finished(self) -> list[Ended]:
-        """Return the ends of offers since the last call, in their order.
+        """Return the ends of offers since the last call, in their order, each with its ``offer``,
+        its ``state`` (as `Offer.state`), and the ids of the channels of its ``readers``.
 
         The first call returns none: nothing is kept before it. At most 65,536 ends are kept. An
         offer whose lease is over ends when its owner looks, as this call does.
