@@ -556,7 +556,7 @@ class Graph:
                 self._start(task, failure)
 
     def take(self, lease: Lease) -> bool:
-        """Grant a lease that no task has yet, if its pool has the items and nobody waits for it.
+        """Grant a lease that no task has yet, if its pool has the items and no lease waits for it.
 
         Call it under the lock. The items go back with the last task of the lease.
         """

@@ -29,7 +29,7 @@ _SPARE = 64  # entries that a queue may have above twice the number of blocks
 
 
 def unheard(key: object, stored: bool, why: str) -> None:
-    """Report a change to nobody."""
+    """Ignore a change."""
 
 
 def mark_of(key: bytes) -> int:

@@ -294,8 +294,8 @@ class Call:
     def groups(self, blocks: Sequence[int]) -> dict[tuple[Part, Location], list[int]]:
         """Return blocks by part and location, and mark the located ones."""
         groups = dict[tuple[Part, Location], list[int]]()
-        found = self.shared.locations([self.request.keys[i] for i in blocks])
-        for i, locations in zip(blocks, found, strict=True):
+        located = self.shared.locations([self.request.keys[i] for i in blocks])
+        for i, locations in zip(blocks, located, strict=True):
             self.located[i] = bool(locations)
             for location in locations:
                 groups.setdefault(location, []).append(i)

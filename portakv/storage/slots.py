@@ -365,12 +365,12 @@ class Slots:
         """Return where blocks lie, which stay there until `unpin`; None for one that is gone."""
         places: list[Place | None] = [None] * len(keys)
         with self.chains.lock:
-            found = [
+            stored = [
                 (i, slot) for i, key in enumerate(keys) if (slot := self.index.get(key, -1)) >= 0
             ]
             past = GENERATION + 3 + len(self.form.segments)
-            records = self._records[[slot for _, slot in found], GENERATION:past].tolist()
-            for (i, slot), (generation, _, many, *sums) in zip(found, records, strict=True):
+            records = self._records[[slot for _, slot in stored], GENERATION:past].tolist()
+            for (i, slot), (generation, _, many, *sums) in zip(stored, records, strict=True):
                 self._occupancy.pins[slot] += 1
                 self.chains.pin(keys[i])
                 places[i] = Place(slot, Header(keys[i], generation, tuple(sums[:many])))
