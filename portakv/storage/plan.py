@@ -404,6 +404,16 @@ class Call:
         self.explanation.tasks.append((task, at, range(len(at))))
         return task
 
+    def gather(self, in_flight: InFlight, crossing: Crossing, view: KVView, queue: Queue) -> Task:
+        """Plan the task of a save that brings blocks of the view into rows, and seals them."""
+        at = in_flight.calls[0][1]
+        task = self.task(at, partial(in_flight.gather, crossing, view), queue, in_flight, ())
+        in_flight.ends[None] = task
+        in_flight.last = [task]
+        if in_flight.copied is None:
+            self.gathers.append((task, at, range(len(at))))
+        return task
+
     def submit(self, *barriers: Task) -> None:
         """Start the planned tasks, those of the first stages first."""
         tasks = [task for _, task in sorted(self._tasks, key=itemgetter(0))]
@@ -563,11 +573,6 @@ class InFlight(Lease):
         segments = None if segment is None else [segment]
         mask[rows] = tier_store.read(keys, data, segments, self._is_cancelled, self.reasons.report)
         return mask
-
-    def begin(self, crossing: Crossing) -> None:
-        """Issue the copy of blocks from a device into the rows, which it has."""
-        transfer = crossing.begin(self.part.rows, self.items, self.calls[0][1])
-        self.copied = partial(crossing.wait, transfer)
 
     def end_copy(self) -> None:
         """Wait for the copy of a save, if it was issued: it writes the rows until then."""

@@ -24,6 +24,7 @@ from portakv.storage.plan import (
     CACHED,
     LOOKUP_BATCH,
     SAVED,
+    SLICE,
     Call,
     Ending,
     InFlight,
@@ -259,43 +260,56 @@ class BlockStore:
             }
 
             written = dict[TierStore, Ending]()
-            for number, at in enumerate(chunks):
-                in_flight = InFlight(call, own, at, until)
-                in_flight.generation = self._generation - number  # a prefix is the newer part
-                gather = self._gather(call, crossing, view, in_flight)
-                in_flight.last = [gather]
-
-                for tier_store in tier_stores:
-                    queue = tier_store.queue_for_write(len(at) * own.form.image_bytes)
-                    write = partial(in_flight.write, tier_store, queue)
-                    order: list[Ending] = []
-                    if tier_store in gaps and tier_store in written:
-                        order.append(written[tier_store])
-                    task = call.task(at, write, queue, in_flight, [gather, *order])
-                    written[tier_store] = (task, [], [])
-                    in_flight.last.append(task)
-
-                call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
-                call.submit()  # submits now, so that the queues count it
+            generation = self._generation  # a prefix is the newer part
+            together = max(1, SLICE // len(chunks[0]))
+            for first in range(0, len(chunks), together):
+                part = chunks[first : first + together]
+                in_flights = [InFlight(call, own, at, until) for at in part]
+                self._issue(crossing, in_flights)
+                for in_flight in in_flights:
+                    in_flight.generation = generation
+                    generation -= 1
+                    gather = call.gather(in_flight, crossing, view, self._down)
+                    self._write(call, in_flight, gather, tier_stores, gaps, written)
                 yield
         handle = call.handle(view, eligible=partial(self._shared.stored, keys))
         handle.add_copies(crossing.ends)
         return handle
 
-    def _gather(self, call: Call, crossing: Crossing, view: KVView, in_flight: InFlight) -> Task:
-        """Plan the copy of a save's blocks into rows; issue it if they come from a device and
-        staging has room."""
+    def _issue(self, crossing: Crossing, in_flights: Sequence[InFlight]) -> None:
+        """Issue one copy for the chunks of a save from a device for which staging has room."""
+        if not crossing.on_device or self._down.max_gbps is not None:  # a worker keeps the pace
+            return
+        granted = [in_flight for in_flight in in_flights if self.graph.take(in_flight)]
+        if granted:
+            items = [item for in_flight in granted for item in in_flight.items]
+            blocks = [block for in_flight in granted for block in in_flight.calls[0][1]]
+            transfer = crossing.begin(self._own.rows, items, blocks)
+            for in_flight in granted:
+                in_flight.copied = partial(crossing.wait, transfer)
+
+    def _write(
+        self,
+        call: Call,
+        in_flight: InFlight,
+        gather: Task,
+        tier_stores: Sequence[TierStore],
+        gaps: set[TierStore],
+        written: dict[TierStore, Ending],
+    ) -> None:
+        """Plan the writes of a chunk of a save, and start its tasks."""
         at = in_flight.calls[0][1]
-        work = partial(in_flight.gather, crossing, view)
-        task = call.task(at, work, self._down, in_flight, ())
-        in_flight.ends[None] = task
-        # A worker keeps a queue's pace.
-        here = crossing.on_device and self._down.max_gbps is None
-        if here and self.graph.take(in_flight):
-            in_flight.begin(crossing)
-        else:
-            call.gathers.append((task, at, range(len(at))))
-        return task
+        for tier_store in tier_stores:
+            queue = tier_store.queue_for_write(len(at) * self._own.form.image_bytes)
+            write = partial(in_flight.write, tier_store, queue)
+            order: list[Ending] = []
+            if tier_store in gaps and tier_store in written:
+                order.append(written[tier_store])
+            task = call.task(at, write, queue, in_flight, [gather, *order])
+            written[tier_store] = (task, [], [])
+            in_flight.last.append(task)
+        call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
+        call.submit()  # submits now, so that the queues count it
 
     def _lacking(self, call: Call) -> dict[tuple[TierStore, ...], list[int]]:
         """Return the blocks of a save by the tiers that lack them; join saves in progress."""

@@ -137,7 +137,8 @@ def test_a_closed_store_announces_nothing() -> None:
 
 
 @pytest.mark.gpu
-def test_host_hits_of_a_device_end(device: torch.device) -> None:
+def test_host_hits_of_a_device_end() -> None:
+    device = torch.device("cuda", 0)
     with opened(8) as store:
         store.save(cache(), range(8), KEYS[:8]).synchronize(LIMIT)
         store.finished()
