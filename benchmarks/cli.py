@@ -73,7 +73,7 @@ from portakv_benchmarks.shared.harness import (
 from portakv_benchmarks.shared.peers import PEERS, load_peer
 from portakv_benchmarks.shared.shapes import Shape, in_bytes, load
 from portakv_benchmarks.shared.tables import print_results
-from portakv_benchmarks.storage import costs, stores, tiers
+from portakv_benchmarks.storage import costs, stores, tiers, waits
 from portakv_benchmarks.storage.suite import STORAGE_PRESETS, StorageBench
 
 AnyBench = TypeVar("AnyBench", bound=Bench)
@@ -110,6 +110,7 @@ STORAGE: Mapping[str, Callable[[StorageBench], Iterator[Step]]] = {
     "costs": costs.cost_steps,
     "remote": tiers.remote_steps,
     "store": stores.store_steps,
+    "waits": waits.wait_steps,
 }
 #: The parts of ``--migration``, in modules that need its extra. Parts that depend on no other
 #: engine or library come first.

@@ -232,6 +232,19 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
         "What a store costs the host", "",
         {"case": "{shape}", "us": "{us:,.4g}", "of the processor, us": "{cpu_us:,.4g}"},
     ),
+    "storage_hits": (
+        "Waits for a store", "By the wall clock, from the call to usable blocks on an idle device: "
+        "loads of blocks that the host tier has, and saves until their blocks may be written. "
+        "Compared with a memcpy of as many bytes.",
+        {"blocks": "{shape}", "on": "{on}", "operation": "{op}", "by": "{backend}",
+         "ms": _in_ms("p50_us"), "of memcpy": _if_there("of_memcpy", ".2f")},
+    ),
+    "storage_urgent": (
+        "Urgent loads alongside background loads", "",
+        {"loads": lambda row: f"{row['loads']} of {row['shape']}",
+         "ms, median": _in_ms("p50_us"), "alone": _in_ms("p50_alone_us"),
+         "95 of 100": _in_ms("p95_us"), "alone ": _in_ms("p95_alone_us")},
+    ),
     "migrate_mapped": (
         "Pulls from mapped memory", "From one process's cache into another's, by random blocks, "
         "compared with a raw copy of as many dense bytes, and with `copy_rows` of the same rows "

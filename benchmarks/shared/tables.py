@@ -221,6 +221,17 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
             *(("GB/s", "gb_per_s:.4g"), ("of alone", "rate_ratio:.3f"), _BYTES),
         ),
     ),
+    "storage_hits": (
+        "loads from the host tier and saves by the wall clock, on an idle device",
+        (*_WHAT, ("on", "on"), ("us", "p50_us:,.4g"), ("p90", "p90_us:,.4g"),
+         ("of memcpy", "of_memcpy:.3f"), _BYTES),
+    ),
+    "storage_urgent": (
+        "urgent loads alongside background loads of many small blocks",
+        (*_WHAT, ("p50 alone us", "p50_alone_us:,.4g"), ("p50 us", "p50_us:,.4g"),
+         ("p95 alone us", "p95_alone_us:,.4g"), ("p95 us", "p95_us:,.4g"), ("loads", "loads:"),
+         _BYTES),
+    ),
     "migrate_mapped": ("pulls of mapped memory, alongside raw copies of as many bytes", _CROSSED),
     "migrate_both": ("both processes pull from each other at the same time", _CROSSED),
     "migrate_cost": (
