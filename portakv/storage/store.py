@@ -245,7 +245,8 @@ class BlockStore:
         own = self._own
         keys = call.request.keys
         self._shared.touch(keys, call.request.follows)
-        yield
+        if len(keys) > SLICE:
+            yield
         for tier_stores, some in self._lacking(call).items():
             queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
             chunks = call.chunks(some, SAVED, 1, *queues)
@@ -263,6 +264,8 @@ class BlockStore:
             generation = self._generation  # a prefix is the newer part
             together = max(1, SLICE // len(chunks[0]))
             for first in range(0, len(chunks), together):
+                if first:
+                    yield
                 part = chunks[first : first + together]
                 in_flights = [InFlight(call, own, at, until) for at in part]
                 self._issue(crossing, in_flights)
@@ -271,7 +274,6 @@ class BlockStore:
                     generation -= 1
                     gather = call.gather(in_flight, crossing, view, self._down)
                     self._write(call, in_flight, gather, tier_stores, gaps, written)
-                yield
         handle = call.handle(view, eligible=partial(self._shared.stored, keys))
         handle.add_copies(crossing.ends)
         return handle
@@ -412,17 +414,19 @@ class BlockStore:
         """Plan the part of a load that workers move in steps, under the graph's lock."""
         hits = () if loan is None else loan.rows
         blocks = [i for i, _ in enumerate(call.request.keys) if not hits or hits[i] is None]
-        for some in call.slices(blocks, whole=by_layer):
+        for number, some in enumerate(call.slices(blocks, whole=by_layer)):
+            if number:
+                yield
             for (part, location), at in call.groups(some).items():
                 stages = part.stages(view, by_layer)
                 segments = [stage.segment for stage in stages]
                 for arrival in call.bring(part, location, at, segments):
                     call.cross(arrival, stages, crossing, self._up)
             call.submit()
-            yield
-        for some in reversed(call.slices(range(len(call.request.keys)))):
+        for number, some in enumerate(reversed(call.slices(range(len(call.request.keys))))):
+            if number:
+                yield
             self._shared.touch([call.request.keys[i] for i in some])
-            yield
         return call.handle(view, view.layers * by_layer, missing, follow=loan is None)
 
     def _loan(
@@ -476,7 +480,9 @@ class BlockStore:
 
         def plan() -> Steps:
             call.located[most:] = False
-            for blocks in call.slices(range(len(call.request.keys))[:most]):
+            for number, blocks in enumerate(call.slices(range(len(call.request.keys))[:most])):
+                if number:
+                    yield
                 for (part, location), some in call.groups(blocks).items():
                     if location == CACHED:
                         continue
@@ -484,7 +490,6 @@ class BlockStore:
                         ends = [(end, arrival.at, arrival.rows) for end in arrival.ends[0]]
                         call.ends += [(end, range(0)) for end in ends]
                 call.submit()
-                yield
             return call.handle(None, missing="skip")
 
         return self._planned(call, plan)
