@@ -476,23 +476,23 @@ class BlockStore:
                 "Expected a store with a host tier for a prefetch, got one without. Pass host=."
             )
         call = self._call("prefetch", keys, priority)
+        return self._planned(call, partial(self._prefetch, call))
+
+    def _prefetch(self, call: Call) -> Steps:
+        """Plan a prefetch in steps, under the graph's lock."""
         most = max(1, self.rows.host // 2)
-
-        def plan() -> Steps:
-            call.located[most:] = False
-            for number, blocks in enumerate(call.slices(range(len(call.request.keys))[:most])):
-                if number:
-                    yield
-                for (part, location), some in call.groups(blocks).items():
-                    if location == CACHED:
-                        continue
-                    for arrival in call.bring(part, location, some, [None]):
-                        ends = [(end, arrival.at, arrival.rows) for end in arrival.ends[0]]
-                        call.ends += [(end, range(0)) for end in ends]
-                call.submit()
-            return call.handle(None, missing="skip")
-
-        return self._planned(call, plan)
+        call.located[most:] = False
+        for number, blocks in enumerate(call.slices(range(len(call.request.keys))[:most])):
+            if number:
+                yield
+            for (part, location), some in call.groups(blocks).items():
+                if location == CACHED:
+                    continue
+                for arrival in call.bring(part, location, some, [None]):
+                    ends = [(end, arrival.at, arrival.rows) for end in arrival.ends[0]]
+                    call.ends += [(end, range(0)) for end in ends]
+            call.submit()
+        return call.handle(None, missing="skip")
 
     def finished(self) -> list[Handle]:
         """Return the handles of saves, loads and prefetches that have ended since the last call.
