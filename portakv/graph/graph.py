@@ -619,7 +619,8 @@ class Graph:
                 lease.ended(lease)
         except Exception as error:  # raised by the maker: the items go back anyway
             task.error = task.error or error
-        self.give(lease)
+        if not lease.users:  # `ended` began no further task of the lease
+            self.give(lease)
 
     def give(self, lease: Lease) -> None:
         """Return the items of a lease without tasks to its pool, under the lock."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Literal, TypeAlias, cast
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from portakv.errors import PortaKVError, TransferCancelled, TransferError
 from portakv.graph.graph import Graph
 from portakv.graph.task import Mask, Task
+from portakv.runtime.streams import ignoring_captures
 from portakv.runtime.transfer import Completion, Pending, Transfer
 
 #: How blocks that do not land are reported: the end raises, or it does not.
@@ -109,10 +111,17 @@ class Handle(Transfer):
         self.completions = (*self._issued, *self.completions)
         self._retained = transfer
 
-    def await_issued(self) -> None:
-        """Block the host until the transfers that were issued have ended; raise nothing."""
+    def issued_ended(self) -> bool:
+        """Return True once the transfers that were issued have ended; never block or raise.
+
+        Also while another thread captures a graph.
+        """
         for completion in self._issued:
-            completion.synchronize()
+            event = completion.event
+            with nullcontext() if event is None else ignoring_captures(event.device):
+                if not completion.ended():
+                    return False
+        return True
 
     @property
     def landed(self) -> Mask:

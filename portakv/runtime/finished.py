@@ -111,6 +111,9 @@ class Finished(Generic[T]):
     def close(self) -> None:
         """Drop the items, keep none from now on, and release the descriptor."""
         self._closed = True
+        if waiting := self._waiting.get(this_process()):  # wakes who sleeps on the descriptor
+            with suppress(BlockingIOError):
+                os.eventfd_write(waiting.fd, 1)
         self._waiting.clear()
 
     def _started(self) -> _Waiting[T] | None:

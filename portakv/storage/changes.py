@@ -7,6 +7,8 @@ Another process that holds an index of a store's blocks takes a `Snapshot` and t
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -15,6 +17,9 @@ from portakv.graph import Graph, Handle, Task
 from portakv.runtime.finished import Finished
 from portakv.storage.chains import Changed
 
+#: Seconds between two looks at copies that were issued.
+LOOK = 5e-4
+
 
 class Change(NamedTuple):
     """A block that was stored in a tier, or lost.
@@ -22,7 +27,7 @@ class Change(NamedTuple):
     Attributes:
         number: counts all changes; a listener that misses a number has missed changes.
         key: 32 bytes.
-        tier: "host", "disk", or that of another package.
+        tier: "host", "disk", or that of another package; a second disk is "disk 2".
         stored: False if it was lost.
         why: of a block that was lost: "evicted" or "damaged".
     """
@@ -64,6 +69,15 @@ class Listed(Protocol):
         """
 
 
+def _named(tier_stores: Iterable[Listed]) -> dict[str, Listed]:
+    """Return tier stores by the names of their tiers: "disk", and "disk 2" for a second one."""
+    named = dict[str, Listed]()
+    for each in tier_stores:
+        same = sum(other.tier == each.tier for other in named.values())
+        named[f"{each.tier} {same + 1}" if same else each.tier] = each
+    return named
+
+
 class Announced:
     """Handles and changes that wait for their consumers, once there are consumers.
 
@@ -76,7 +90,9 @@ class Announced:
         self.handles = Finished[Handle]()
         self.changes = Finished[Change]()
         self._graph = graph
+        self._issued = deque[tuple[Handle, Task | None]]()
         self._lock = threading.Lock()  # reports come from several tiers
+        self._beginning = threading.Lock()
         self._number = 0
 
     def close(self) -> None:
@@ -97,22 +113,30 @@ class Announced:
     def follow_issued(self, handle: Handle, barrier: Task | None) -> None:
         """Announce a handle at its end, of which a part was issued.
 
-        Nothing reports the end of such a copy, so a worker waits for it.
+        Nothing reports the end of such a copy, so a worker looks for it.
         """
-
-        def work(*_: object) -> None:
-            handle.await_issued()
-            self._graph.run(partial(self.follow, handle, barrier))
-
-        task = Task(work, 1, queue=self._graph.queue("ends"), name="end")
+        self._issued.append((handle, barrier))
+        task = Task(self._look, 1, queue=self._graph.queue("ends"), name="end")
         self._graph.submit([task], priority="urgent")
+
+    def _look(self, *unused: object) -> None:
+        """Look for the ends of issued copies until all have ended, in any order."""
+        while self._issued and not self._graph.closed.is_set():
+            for _ in range(len(self._issued)):
+                handle, barrier = self._issued.popleft()
+                if handle.issued_ended():
+                    self._graph.run(partial(self.follow, handle, barrier))
+                else:
+                    self._issued.append((handle, barrier))
+            time.sleep(LOOK)
 
     def listen(self, tier_stores: Iterable[Listed]) -> Finished[Change]:
         """Return the changes of tier stores, which are kept from the first call on."""
-        if not self.changes.started:
-            self.changes.start()
-            for each in tier_stores:
-                each.announce(partial(self._report, each.tier))
+        with self._beginning:  # two first calls
+            if not self.changes.started:
+                self.changes.start()
+                for name, each in _named(tier_stores).items():
+                    each.announce(partial(self._report, name))
         return self.changes
 
     def snapshot(self, tier_stores: Iterable[Listed]) -> Snapshot:
@@ -120,10 +144,7 @@ class Announced:
         self.listen(tier_stores)
         with self._lock:
             number = self._number  # before the keys, in which later changes may be
-        keys = dict[str, list[bytes]]()
-        for each in tier_stores:
-            keys.setdefault(each.tier, []).extend(each.keys())
-        return Snapshot(number, keys)
+        return Snapshot(number, {name: each.keys() for name, each in _named(tier_stores).items()})
 
     def _report(self, tier: str, key: bytes, stored: bool, why: str) -> None:
         """Number a change, and keep it."""

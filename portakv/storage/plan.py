@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from operator import itemgetter, or_
@@ -280,6 +281,9 @@ class Call:
         self.gathers = list[Ending]()
         self.in_transit = 1
         self.explanation = Explanation(request.keys)
+        # Follows what the call waits for until its barrier does: no other call may cancel that.
+        self._guard = Task(None, 0)
+        self._guard.ended = True
         self._tasks = list[tuple[int, Task]]()  # tasks with the numbers of their stages
         self._leases = list[Lease]()  # leases of pinned rows
 
@@ -318,7 +322,7 @@ class Call:
             yield Arrival(location, dict(enumerate(ends)), some, items)
         elif isinstance(location, str):  # its rows stay until the tasks that use them have ended
             for at in self.chunks(some, LOADED, len({*segments})):
-                lease = Lease(rows, 0, ended=lambda lease: rows.unpin(lease.items))
+                lease = Lease(rows, 0, ended=self._unpin)
                 self._leases.append(lease)
                 lease.items = list[int]()
                 for i in at:
@@ -327,6 +331,12 @@ class Call:
                 yield Arrival(lease, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))
         else:
             yield from self._read(part, location, some, segments)
+
+    def _unpin(self, lease: Lease) -> None:
+        """Release the rows of the host tier that a lease has, once."""
+        items = lease.items
+        lease.items = None
+        self.shared.rows.unpin(items)
 
     def _read(
         self, part: Part, tier_stores: Queues, some: list[int], segments: list[int | None]
@@ -422,6 +432,11 @@ class Call:
         late = self.request.deadline if barriers else None
         priority = self.request.priority
         self.shared.graph.submit([*tasks, *barriers], priority=priority, deadline=late)
+        for (end, *_), _ in self.ends:
+            if not end.ended and self._guard not in end.followers:
+                end.followers.append(self._guard)
+        if barriers:
+            self._guard.cut = True
 
     def drop(self) -> None:
         """Drop a plan that failed: no other call may wait for tasks that never start."""
@@ -531,7 +546,8 @@ class InFlight(Lease):
 
         The call's blocks count as used before that if it has more blocks than the host tier.
         """
-        self.end_copy()  # of a save that was cancelled before
+        if self._is_copied_still():
+            return
         landed = np.zeros(self.count, np.bool_)
         call = self.calls[0][0]
         shared = call.shared
@@ -555,6 +571,27 @@ class InFlight(Lease):
                 rows.keep(item, name, prefetched, order, mark, evict)
         call.transfer_ended()
 
+    def _is_copied_still(self) -> bool:
+        """Return True if the copy of a save that was cancelled still writes the rows.
+
+        A worker then waits for its end, and calls `over` once more.
+        """
+        copied = self.copied
+        if copied is None:
+            return False
+        graph = self.calls[0][0].shared.graph
+
+        def wait(*_: object) -> None:
+            with suppress(Exception):  # of the device; the rows go back anyway
+                self.end_copy()
+
+        if graph.closed.is_set():  # no worker is left
+            wait()
+            return False
+        task = Task(wait, 1, queue=graph.queue("ends"), lease=self, name="end")
+        graph.submit([task], priority="urgent")
+        return True
+
     def _warn_dropped(self) -> None:
         """Log that tasks were dropped, because staging was full or a queue was slow."""
         tasks = dict.fromkeys([*self.ends.values(), *self.last])
@@ -577,9 +614,11 @@ class InFlight(Lease):
     def end_copy(self) -> None:
         """Wait for the copy of a save, if it was issued: it writes the rows until then."""
         copied = self.copied
-        self.copied = None  # it retains the view
         if copied:
-            copied()
+            try:
+                copied()
+            finally:
+                self.copied = None  # it retains the view
 
     def gather(self, crossing: Crossing, view: KVView, _: Task, mask: Mask) -> None:
         """Copy blocks of a view into the rows, and make images of them."""

@@ -127,7 +127,8 @@ class HostIndex:
         """Return the keys that have a row."""
         past = len(self._form)
         with self._cache.chains.lock:  # a row that a load reads may leave for a moment
-            return [name[past:] for name in self._cache.rows if name[:past] == self._form]
+            names = self._cache.rows.copy()
+        return [name[past:] for name in names if name[:past] == self._form]
 
     def announce(self, changed: Changed) -> None:
         """Report from now on each key that gets a row, or loses it."""
@@ -398,6 +399,14 @@ class Crossing:
         """Return True if the view lies on a device."""
         return self._view.device.type != "cpu"
 
+    @property
+    def waits_for_nothing(self) -> bool:
+        """Return True if the host issues copies from the view without a wait for its device.
+
+        On others ids go to the device by a copy that waits; see `registry.prepared.ASYNCHRONOUS`.
+        """
+        return self._view.device.type == "cuda"
+
     def prepare(self, inner: KVView) -> None:
         """Prepare copies by workers, after the present work of the current stream.
 
@@ -448,15 +457,15 @@ class Crossing:
         whole = Transfer((*transfer.completions, loan.end), transfer, transfer.carried)
         return whole, transfer.layers if by_layer else ()
 
-    def wait(self, transfer: Transfer) -> None:
+    def wait(self, end: Completion) -> None:
         """Wait for the end of a copy in any thread, also while another one captures a graph.
 
         Polls with a limit: without one, torch keeps a core busy.
         """
         with ignoring_captures(self._view.device):
-            transfer.synchronize(FOREVER)
+            Transfer((end,)).synchronize(FOREVER)
 
-    def begin(self, inner: KVView, items: Any, at: Any) -> Transfer:
+    def begin(self, inner: KVView, items: Any, at: Any) -> None:
         """Copy blocks from the view on a device into rows, and note the end of the copy.
 
         The copy is ordered after the work that the maker's stream had, which does not wait for it.
@@ -467,10 +476,10 @@ class Crossing:
         assert self._stream is not None
         side = side_stream(self._stream, "device", "host")
         with ignoring_captures(device), torch.inference_mode(False), self._after.on(side):
-            transfer = copy_rows(self._view, inner, blocks, rows, options=self._options)
-            end = completion(device, side, self._view)
-        self.ends.append(end)
-        return Transfer((*transfer.completions, end), transfer, transfer.carried)
+            try:
+                copy_rows(self._view, inner, blocks, rows, options=self._options)
+            finally:  # a part of the copy may have been issued
+                self.ends.append(completion(device, side, self._view))
 
     def copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> None:
         """Copy blocks between rows ``items`` and places ``at`` of the view, and wait for the end.

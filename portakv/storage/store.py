@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from portakv.arguments import flag, instance, invalid, items, nbytes, one_of, seconds
+from portakv.arguments import flag, instance, invalid, nbytes, one_of, seconds
 from portakv.copy.options import CopyOptions, options_from
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
 from portakv.graph import SLACK, Graph, Handle, Missing, Priority, Task
-from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.storage.changes import Announced, Change, Listed, Snapshot
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_keys
@@ -32,7 +32,7 @@ from portakv.storage.plan import (
     SharedState,
 )
 from portakv.storage.rows import Crossing, Loan, Rows
-from portakv.storage.tier import Keys, Tier, TierStore, tier_of
+from portakv.storage.tier import Keys, Tier, TierStore, tiers_of
 from portakv.view import IdList, KVView
 
 #: The options that a save takes, and a load, which also takes ``by_layer``.
@@ -47,19 +47,6 @@ PAUSE = 0.001
 Full: TypeAlias = Literal["drop", "wait"]
 #: The steps of a plan, which returns a handle.
 Steps: TypeAlias = Generator[None, None, Handle]
-
-
-def _check_tiers(tiers: object) -> list[Tier]:
-    """Return tiers as a list, those made that are named; raise `InvalidTerms` for anything else."""
-    result = [
-        tier_of(each) if isinstance(each, str) else each
-        for each in items("tiers", tiers, "tiers, such as Disk(...)")
-    ]
-    for number, tier in enumerate(result):
-        if not callable(getattr(tier, "open", None)) or not callable(getattr(tier, "forms", None)):
-            do = "Pass a Disk, a Remote, an object with forms() and open(), or a text NAME:PLACE."
-            raise invalid(f"tiers[{number}]", "a tier", tier, do)
-    return result
 
 
 def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
@@ -109,7 +96,7 @@ class BlockStore:
         instance("form", form, BlockForm, "Make one by BlockForm.of(view, model).")
         staging = nbytes("staging", staging)
         host = nbytes("host", host)
-        tiers = _check_tiers(tiers)
+        tiers = tiers_of(tiers)
         if graph is not None:
             instance("graph", graph, Graph, "Pass None for the store's own.")
         one_of("full", full, get_args(Full))
@@ -280,15 +267,18 @@ class BlockStore:
 
     def _issue(self, crossing: Crossing, in_flights: Sequence[InFlight]) -> None:
         """Issue one copy for the chunks of a save from a device for which staging has room."""
-        if not crossing.on_device or self._down.max_gbps is not None:  # a worker keeps the pace
+        # A worker keeps the pace, and waits where the host has to.
+        if not (crossing.waits_for_nothing and self.rows.pinned) or self._down.max_gbps:
             return
         granted = [in_flight for in_flight in in_flights if self.graph.take(in_flight)]
         if granted:
             items = [item for in_flight in granted for item in in_flight.items]
             blocks = [block for in_flight in granted for block in in_flight.calls[0][1]]
-            transfer = crossing.begin(self._own.rows, items, blocks)
-            for in_flight in granted:
-                in_flight.copied = partial(crossing.wait, transfer)
+            try:
+                crossing.begin(self._own.rows, items, blocks)
+            finally:  # a part may write the rows
+                for in_flight in granted:
+                    in_flight.copied = partial(crossing.wait, crossing.ends[-1])
 
     def _write(
         self,
@@ -501,7 +491,8 @@ class BlockStore:
         65,536, of which the oldest go first. There is one consumer.
         """
         self._refuse_closed("call of finished()")
-        return self._announced.handles.take()
+        handles = self._announced.handles
+        return uninterrupted(handles.take, undo=lambda taken: [*map(handles.add, taken)])
 
     def finished_fd(self) -> int:
         """Return a descriptor that is readable while `finished` has handles, for ``select`` or an
@@ -690,6 +681,8 @@ class BlockStore:
                         handle: Handle = end.value
                         return handle
                     yield
+                    if abandoned():
+                        raise KeyboardInterrupt  # the caller has raised it, and has no handle
                     self._refuse_closed(call.request.kind)
             except BaseException:  # also an interrupt: no caller has a handle
                 call.drop()

@@ -39,7 +39,7 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any, Protocol
 
-from portakv.arguments import shown
+from portakv.arguments import invalid, items, shown
 from portakv.errors import InvalidTerms, StoreError
 from portakv.graph.graph import Graph, Queue
 from portakv.selection import Catalog, Kind
@@ -105,6 +105,19 @@ def tier_of(text: str) -> Tier:
             f"object itself, such as Disk(folder, capacity=...)."
         ) from None
     return make(place)
+
+
+def tiers_of(tiers: object) -> list[Tier]:
+    """Return tiers as a list, those made that are named; raise `InvalidTerms` for anything else."""
+    result = [
+        tier_of(each) if isinstance(each, str) else each
+        for each in items("tiers", tiers, "tiers, such as Disk(...)")
+    ]
+    for number, tier in enumerate(result):
+        if not callable(getattr(tier, "open", None)) or not callable(getattr(tier, "forms", None)):
+            do = "Pass a Disk, a Remote, an object with forms() and open(), or a text NAME:PLACE."
+            raise invalid(f"tiers[{number}]", "a tier", tier, do)
+    return result
 
 
 class TierStore(Protocol):

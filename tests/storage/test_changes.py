@@ -283,3 +283,25 @@ def test_a_tier_without_an_index_is_left_out() -> None:
     with opened(tiers=[FakeTier()]) as store:
         store.save(cache(), range(2), KEYS[:2]).synchronize(LIMIT)
         assert store.keys() == Snapshot(0, {})
+
+
+def test_two_disks_have_two_names(tmp_path: Path) -> None:
+    disks = [Disk(tmp_path / name, capacity=1 << 20, io="threads") for name in "ab"]
+    with opened(tiers=disks) as store:
+        assert store.listen() == []
+        store.save(cache(), range(2), KEYS[:2]).synchronize(LIMIT)
+        index: dict[str, set[bytes]] = {}
+        apply(index, store.listen())
+        assert index == index_of(store.keys()) == {"disk": {*KEYS[:2]}, "disk 2": {*KEYS[:2]}}
+
+
+def test_close_wakes_who_waits_for_the_descriptor() -> None:
+    store = opened(host=8)
+    fd = store.finished_fd()
+    woken: list[bool] = []
+    thread = threading.Thread(target=lambda: woken.append(readable(fd, LIMIT)))
+    thread.start()
+    time.sleep(0.05)
+    store.close()
+    thread.join(LIMIT)
+    assert woken == [True]

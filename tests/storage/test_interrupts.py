@@ -256,7 +256,7 @@ NOT_CALLED = {
     "Handle.add_release": "runs in a helper",
     "Graph.take": "runs in a helper",
     "Graph.give": "runs in a helper or a worker",
-    "Handle.await_issued": "runs in a worker",
+    "Handle.issued_ended": "runs in a worker",
     "Task.ran_before": "runs in a worker",
     "Trace.add": "runs in a worker",
     "Trace.statistics": "runs in a helper",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +21,13 @@ from portakv.storage import BlockStore
 from portakv.storage.plan import SLICE
 
 LIMIT = 20.0  # seconds; nothing here takes as long
-FORM = small_form(layers=2, heads=1)
+FORM = small_form(layers=2, heads=2)
 MANY = 3 * SLICE - 8
 KEYS = [key_of(i) for i in range(MANY)]
 
 
-def cache(seed: int) -> KVView:
-    tensors = [noise(MANY, 2, 4, 1, 32, dtype=torch.float16, seed=seed + i) for i in range(2)]
+def cache(seed: int, blocks: int = MANY) -> KVView:
+    tensors = [noise(blocks, 2, 4, 2, 32, dtype=torch.float16, seed=seed + i) for i in range(2)]
     return KVView(tensors, "layer | block kv token head dim")
 
 
@@ -201,3 +202,77 @@ def test_steps_end_with_a_result_or_an_error() -> None:
     assert not undone
     is_free()
     assert free[-1]
+
+
+def test_a_cancelled_call_takes_nothing_from_one_that_is_being_planned() -> None:
+    """It joined the first slice of another save, which nothing else follows yet."""
+    tier = Watched(width=1)
+    tier.hold = threading.Event()
+    handles: list[Any] = []
+    with BlockStore(FORM, staging=4 * MANY * FORM.image_bytes, tiers=[tier]) as store:
+        tier_store: Any = tier.opened[0]
+        queue_for_write = tier_store.queue_for_write
+        looks: list[int] = []
+
+        def asked(nbytes: int) -> Any:
+            looks.append(nbytes)
+            if len(looks) == 4 and not handles:  # a chunk of a later slice is planned
+                joined = range(SLICE, SLICE + 8)  # their write is queued
+                handles.append(store.save(cache(0), joined, [KEYS[i] for i in joined]))
+                handles[0].cancel()
+            return queue_for_write(nbytes)
+
+        tier_store.queue_for_write = asked
+        saved = store.save(cache(0), range(MANY), KEYS)
+        tier.hold.set()
+        saved.synchronize(LIMIT)
+        assert handles
+        assert saved.landed.all()
+
+
+def test_a_plan_that_fails_late_releases_rows_of_the_host_tier_once() -> None:
+    tier = Watched()
+    size = FORM.image_bytes
+    with BlockStore(
+        FORM, staging=4 * MANY * size, host=MANY * size, tiers=[tier], full="wait"
+    ) as store:
+        store.save(cache(0), range(MANY), KEYS).synchronize(LIMIT)
+        tier_store: Any = tier.opened[0]
+
+        def fail(keys: Any) -> Any:
+            raise RuntimeError("a fault of the tier")
+
+        known = tier_store.known
+        other = [*KEYS, key_of(10_000)]
+
+        def at_last(keys: Any) -> Any:
+            return fail(keys) if key_of(10_000) in keys else known(keys)
+
+        tier_store.known = at_last
+        with pytest.raises(RuntimeError, match="a fault of the tier"):
+            store.load(cache(50, len(other)), range(len(other)), other)
+        until = time.monotonic() + LIMIT
+        while store.rows.in_use() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert store.rows.in_use() == 0
+        reading = store.rows.find(FORM.digest + KEYS[0])
+        assert store.rows.in_use() == 1
+        store.rows.unpin([reading or 0])
+        assert store.rows.in_use() == 0
+
+
+def test_an_interrupted_call_is_planned_no_further(store: BlockStore, tier: Watched) -> None:
+    """Its caller has no handle, and may use its memory again."""
+
+    def act(look: int) -> None:
+        if look == 0:
+            _thread.interrupt_main()
+            time.sleep(0.5)  # the caller abandons the plan
+
+    looks = on_looks(tier, act)
+    with pytest.raises(KeyboardInterrupt):
+        store.load(cache(50), range(MANY), KEYS)
+    tasks = store.graph.number
+    time.sleep(0.1)
+    assert looks == [0]
+    assert store.graph.number == tasks
