@@ -231,9 +231,11 @@ class BlockStore:
         """Plan a save in steps, under the graph's lock."""
         own = self._own
         keys = call.request.keys
-        self._shared.touch(keys, call.request.follows)
-        if len(keys) > SLICE:
-            yield
+        follows = call.request.follows
+        for number, part in enumerate(reversed(call.slices(range(len(keys))))):
+            if number:
+                yield
+            self._shared.touch([keys[i] for i in part], [follows[i] for i in part])
         for tier_stores, some in self._lacking(call).items():
             queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
             chunks = call.chunks(some, SAVED, 1, *queues)
@@ -253,10 +255,10 @@ class BlockStore:
             for first in range(0, len(chunks), together):
                 if first:
                     yield
-                part = chunks[first : first + together]
-                in_flights = [InFlight(call, own, at, until) for at in part]
-                self._issue(crossing, in_flights)
-                for in_flight in in_flights:
+                group = chunks[first : first + together]
+                started = [InFlight(call, own, at, until) for at in group]
+                self._issue(crossing, started)
+                for in_flight in started:
                     in_flight.generation = generation
                     generation -= 1
                     gather = call.gather(in_flight, crossing, view, self._down)
@@ -265,12 +267,12 @@ class BlockStore:
         handle.add_copies(crossing.ends)
         return handle
 
-    def _issue(self, crossing: Crossing, in_flights: Sequence[InFlight]) -> None:
+    def _issue(self, crossing: Crossing, started: Sequence[InFlight]) -> None:
         """Issue one copy for the chunks of a save from a device for which staging has room."""
         # A worker keeps the pace, and waits where the host has to.
         if not (crossing.waits_for_nothing and self.rows.pinned) or self._down.max_gbps:
             return
-        granted = [in_flight for in_flight in in_flights if self.graph.take(in_flight)]
+        granted = [in_flight for in_flight in started if self.graph.take(in_flight)]
         if granted:
             items = [item for in_flight in granted for item in in_flight.items]
             blocks = [block for in_flight in granted for block in in_flight.calls[0][1]]
