@@ -279,7 +279,7 @@ class BlockStore:
             try:
                 crossing.begin(self._own.rows, items, blocks)
             finally:  # a part may write the rows
-                for in_flight in granted:
+                for in_flight in granted if crossing.ends else ():
                     in_flight.copied = partial(crossing.wait, crossing.ends[-1])
 
     def _write(
