@@ -43,7 +43,8 @@ class Exports:
     Attributes:
         regions: the allocations and the proof, as readers get them.
         allocations: those that readers may map.
-        words: the handle of the page of validity words; empty if nothing may be mapped.
+        words: the handle of the page of validity words; empty if nothing may be mapped, or if other
+            processes may write the rows after this one has died, when its words hold for ever.
         events: recorded after offers' rows; none if the device cannot export them.
     """
 
@@ -75,8 +76,10 @@ class Exports:
         self.events = list[torch.Event]()
         if self.allocations:
             self.events = _events(device)
-            self.allocations.append(words.export(files))
-            self.words = self.allocations[-1].handle
+            hosts = [x.data_ptr() for x in described.storages if x.device.type == "cpu"]
+            if not any(files.has_name(address) for address in hosts):
+                self.allocations.append(words.export(files))
+                self.words = self.allocations[-1].handle
         self.event_handles = tuple(ipc.export_event(event) for event in self.events)
 
     def close(self) -> None:

@@ -36,6 +36,7 @@ from portakv.runtime import devices
 
 _OPEN = "Opening another process's memory"
 _IN_MEMORY = ("/dev/shm/", "/memfd:")  # what the kernel calls files that are memory
+_POOLS = "/dev/shm/portakv-"  # files of SharedPools, which their members keep after a removal
 _FILE = struct.Struct("<3Q")  # the handle of host memory: descriptor, file system, file
 _Number = Annotated[int, Meta(ge=0)]
 _NOT_SHARED = (
@@ -342,6 +343,7 @@ class _Mapping(NamedTuple):
     past: int
     file: tuple[int, int]  # file system and number
     offset: int  # of the first byte in the file
+    named: bool  # other processes find it by a name, or did so before the name was removed
 
 
 class SharedFiles:
@@ -359,7 +361,10 @@ class SharedFiles:
                 continue
             first, past = (int(x, 16) for x in span.split("-"))
             device = os.makedev(*(int(x, 16) for x in where.split(":")))
-            self._mappings.append(_Mapping(first, past, (device, int(number)), int(start, 16)))
+            name = "".join(path)
+            named = name.startswith(_POOLS) or not name.endswith("(deleted)")
+            file = device, int(number)
+            self._mappings.append(_Mapping(first, past, file, int(start, 16), named))
         self._firsts = [mapping.first for mapping in self._mappings]
         self._descriptors: dict[tuple[int, int], int] | None = None
         self.here = _here()
@@ -376,7 +381,11 @@ class SharedFiles:
             before = mappings[index]
             index += 1
             follows = _Mapping(
-                before.past, 0, start.file, before.offset + before.past - before.first
+                before.past,
+                0,
+                start.file,
+                before.offset + before.past - before.first,
+                start.named,
             )
             if index == len(mappings) or mappings[index]._replace(past=0) != follows:
                 raise Unsupported(what, _NOT_SHARED)
@@ -385,6 +394,12 @@ class SharedFiles:
             why = "its file is not open here; have torch's sharing strategy 'file_descriptor'"
             raise Unsupported(what, why)
         return _FILE.pack(descriptor, *start.file), nbytes, address - start.first + start.offset
+
+    def has_name(self, address: int) -> bool:
+        """Return True if other processes open the file of host memory by a name, so that they may
+        write it after this process has died. A `SharedPool` is such a file."""
+        index = bisect_right(self._firsts, address) - 1
+        return index >= 0 and address < self._mappings[index].past and self._mappings[index].named
 
     def _opened(self) -> dict[tuple[int, int], int]:
         if self._descriptors is None:

@@ -5,7 +5,8 @@ An offer has a place in the page and a tag, 60 of the random bits of its number.
 place is the tag while the offer holds. The owner overwrites it before the offer's end returns,
 so before any block is used again. A reader copies rows and then reads the word: if it is still the
 tag, no row had changed when the copy ended. That needs no answer of the owner, and is right also if
-the owner has died, since a dead process writes nothing.
+the owner has died, since a dead process writes nothing. So only memory that no other process writes
+has words: the members of a `SharedPool` use the blocks of a dead one again.
 
 A word is one aligned store and one aligned load of eight bytes.
 """

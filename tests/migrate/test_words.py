@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -20,8 +21,9 @@ from support.peer_cases import reading
 
 from portakv import CopyPlan, InvalidTerms
 from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferError
+from portakv.host.shared import SharedPool
 from portakv.migrate import ipc
-from portakv.migrate.channel import Peer
+from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.messages import Answer, Check, Close, Handshake, Hello, Renew, Ticket
 from portakv.migrate.offers import Owner
 from portakv.migrate.words import PLACES, Place, Words, WordsOfOwner, fence, open_words
@@ -220,6 +222,32 @@ def test_a_reader_that_cannot_map_the_words_asks(made: Sides) -> None:
     offer.revoke()
     with pytest.raises(OfferGone, match="revoked it"):
         slow.synchronize(30)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_rows_in_a_pool_that_other_processes_write_are_confirmed_by_their_owner(
+    made: Sides, removed: bool
+) -> None:
+    """The pool gives the blocks of a dead owner to others, so its words would hold for ever."""
+    shape = 2, 2, 16, 16, 4, 8
+    name = f"words-{os.getpid()}"
+    with SharedPool(name, 2 * math.prod(shape), 1) as pool, pool.acquire() as block:
+        if removed:  # members go on to share it
+            os.unlink(f"/dev/shm/portakv-{name}")
+        rows = block.tensor.view(torch.int16).view(shape).fill_(5)
+        owner = Noting(Channel(), Rows.shard_of(rows), expose="mapped")
+        made.made += [owner.channel, owner]
+        local = Rows(8, 32, fill=-1)
+        reader = made.reader(local.shard)
+        offer = owner.offer([7, 3, 11, 0, 5], tokens=75)
+        pulled = reader.pull(offer.ticket, [6, 1, 4])
+        pulled.synchronize(30)
+        assert pulled.statistics.strategy == "mapped"
+        assert offer.taken(5)
+        assert [type(each) for each in owner.noted] == [Check, Close]
+        assert (local.rows([6, 1, 4], 75) == 5).all()
+        for one in reversed(made.made):  # before the pool
+            one.close()
 
 
 @pytest.mark.parametrize("place", [0, 5, PLACES - 1, PLACES, 1 << 16])
