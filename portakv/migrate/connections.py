@@ -186,8 +186,17 @@ class Connections:
 
     def prepare(self, address: str) -> None:
         """Connect to the owner at an address, unless that was done; raise as `of`."""
-        if not any(owner.address == address for owner in [*self._owners.values()]):
-            self._connect(Ticket(ANY, ANY, address, 0, (b"",), (1,), 0.0), inf)
+        ticket = Ticket(ANY, ANY, address, 0, (b"",), (1,), 0.0)
+        if self._known(ticket) is None:
+            self._connect(ticket, inf)
+
+    def _known(self, ticket: Ticket) -> Connection | None:
+        """Return the connection to the owner of a ticket, or to whoever has its address if its
+        epoch is `ANY`; None if there is none."""
+        if ticket.epoch != ANY:
+            return self._owners.get((ticket.address, ticket.epoch))
+        owners = [*self._owners.values()]
+        return next((owner for owner in owners if owner.address == ticket.address), None)
 
     def _connect(self, ticket: Ticket, until: float) -> Connection:
         """Connect to the owner of a ticket, unless another thread has."""
@@ -198,7 +207,7 @@ class Connections:
                 f"with a longer timeout."
             )
         try:
-            if (owner := self._owners.get((ticket.address, ticket.epoch))) is not None:
+            if (owner := self._known(ticket)) is not None:
                 return owner
             owner = Connection(self.channel, ticket.address, self._shake_hands(ticket, until))
             for old in [x for x in [*self._owners.values()] if x.address == owner.address]:

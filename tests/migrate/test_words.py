@@ -448,6 +448,38 @@ def test_an_owner_is_prepared_before_the_first_pull(made: Sides) -> None:
         failed.synchronize(30)
 
 
+class Counted:
+    """A lock that counts its callers."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.callers = 0
+        self.release = self.lock.release
+
+    def acquire(self, timeout: float) -> bool:
+        self.callers += 1
+        return self.lock.acquire(timeout=timeout)
+
+
+def test_owners_prepared_together_have_one_connection(made: Sides) -> None:
+    """The second call waited for the lock, and then finds the connection of the first one."""
+    both = Couple(made)
+    connections = both.reader._owners
+    connections._lock = lock = Counted()  # type: ignore[assignment]
+    lock.lock.acquire()
+    address = both.owner.channel.address
+    prepared = [both.reader.prepare(address) for _ in range(2)]
+    assert until(lambda: lock.callers == 2)
+    lock.release()
+    for one in prepared:
+        one.synchronize(30)
+    (connection,) = connections._owners.values()
+    assert not connection.gone
+    assert both.owner.counts["paired"] == 1
+    both.pull(both.offer()).synchronize(30)
+    assert both.right()
+
+
 def test_staging_of_all_readers_has_a_total(made: Sides) -> None:
     """A second reader waits until the first has left."""
     both = Couple(made, "staging", staging_total=1 << 15)
