@@ -32,6 +32,7 @@ FIRST_LOOK = 1e-3  # seconds: a pull that ends before is not reported to its own
 LOOK = 0.05  # the most seconds between two looks at a pull
 PROMPT = 1e-3  # the same if somebody waits for `Reader.finished`
 IDLE = 40  # looks without a pull, after which the thread waits until it is woken
+RENEWAL = 0.5  # the most seconds between two renewals: much of a lease may be over at the pull
 SENDING = 0.5  # the most seconds for a message to an owner
 CLOSING = 2.0  # the most seconds in which the last messages are sent
 
@@ -201,5 +202,6 @@ class Housekeeper:
 
 
 def _third(sources: list[Source]) -> float:
-    """Return the seconds until leases are to be renewed."""
-    return max(FIRST_LOOK, min((source.ticket.lease for source in sources), default=1.0) / 3)
+    """Return the seconds until leases are to be renewed, at most `RENEWAL`."""
+    third = min((source.ticket.lease for source in sources), default=1.0) / 3
+    return max(FIRST_LOOK, min(third, RENEWAL))

@@ -498,6 +498,20 @@ def test_staging_of_all_readers_has_a_total(made: Sides) -> None:
         made.owner(both.src.shard, staging_total=1)
 
 
+def test_an_old_offer_is_renewed_long_before_a_third_of_its_lease(made: Sides) -> None:
+    """A ticket does not say how much of its lease is left."""
+    both, noted = noting(made)
+    offer = both.offer(lease=600.0)
+    both.owner.now = lambda: time.monotonic() + 590
+    pulled = both.pull(offer, max_gbps=SLOW / 20)
+    assert until(lambda: bool(noted))
+    assert isinstance(noted[0], Renew)
+    both.owner.now = lambda: time.monotonic() + 700
+    assert offer.state == "held"
+    pulled.cancel()
+    offer.revoke()
+
+
 def test_a_renewal_of_the_readers_thread_needs_no_answer(made: Sides) -> None:
     """An owner that is busy for long is not waited for."""
     both, noted = noting(made)
