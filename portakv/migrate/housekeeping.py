@@ -34,6 +34,7 @@ PROMPT = 1e-3  # the same if somebody waits for `Reader.finished`
 IDLE = 40  # looks without a pull, after which the thread waits until it is woken
 RENEWAL = 0.5  # the most seconds between two renewals: much of a lease may be over at the pull
 SENDING = 0.5  # the most seconds for a message to an owner
+BUSY = 0.5  # seconds without a message to an owner, after one could not be sent
 CLOSING = 2.0  # the most seconds in which the last messages are sent
 
 
@@ -44,6 +45,7 @@ class _Watched:
     began: float
     begun: bool = False  # reported to the owners that do not learn it by a request for rows
     renew: float = 0.0  # when its leases are renewed next
+    ended: bool = False  # reported to this process, perhaps not to all owners yet
 
 
 class Housekeeper:
@@ -58,6 +60,7 @@ class Housekeeper:
         self.ends = Counter[str]()
         self._device = device
         self._pulls = dict[Pull, _Watched]()
+        self._busy = dict[str, float]()  # addresses, with the time of the next message
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._parked = True
         self._closing = False
@@ -141,29 +144,38 @@ class Housekeeper:
 
     def _look_at_all(self) -> None:
         """Look at each pull; report the ends."""
-        slow = set[str]()  # addresses at which a message could not be sent
+        if self._closing or not self._pulls:  # these are the last messages, or there are none
+            self._busy.clear()
         for pull, watched in [*self._pulls.items()]:
             try:
                 if pull.look():
-                    self._report_end(pull, slow)
+                    self._report_end(pull, watched)
                 else:
-                    self._look_after(pull, watched, slow)
+                    self._look_after(pull, watched)
             except Exception as error:  # one pull must not stop the others
                 _log.exception("A pull failed.")
                 pull.stop(TransferError(f"The pull failed: {error!r}."))
 
-    def _report_end(self, pull: Pull, slow: set[str]) -> None:
-        """Report the end of a pull to its owners and to `Reader.finished`."""
-        self.finished.add(pull)
-        self.ends["failed" if pull.error else "committed"] += 1
+    def _report_end(self, pull: Pull, watched: _Watched) -> None:
+        """Report the end of a pull to its owners and to `Reader.finished`.
+
+        An owner whose connection is busy is told at a later look.
+        """
+        if not watched.ended:
+            watched.ended = True
+            self.finished.add(pull)
+            self.ends["failed" if pull.error else "committed"] += 1
+            pull.requested.quiet = ()
+        left = list[Source]()
         for source in pull.sources:
             about = source.ticket.epoch, source.ticket.offer
-            self._tell(source, Close(*about, pull.published), slow)
-        pull.requested.quiet = ()
-        pull.sources = ()  # a handle retains no memory of owners
-        self._pulls.pop(pull, None)
+            if not self._tell(source, Close(*about, pull.published)):
+                left.append(source)
+        pull.sources = left  # a handle retains no memory of owners
+        if not left:
+            self._pulls.pop(pull, None)
 
-    def _look_after(self, pull: Pull, watched: _Watched, slow: set[str]) -> None:
+    def _look_after(self, pull: Pull, watched: _Watched) -> None:
         """Stop a pull that cannot be committed any more; else renew its leases."""
         now = monotonic()
         if pull.over:
@@ -178,27 +190,30 @@ class Housekeeper:
             watched.begun = True
             watched.renew = now + _third(shared)
             for source in pull.requested.quiet:
-                self._tell(source, Begin(source.ticket.epoch, source.ticket.offer), slow)
+                self._tell(source, Begin(source.ticket.epoch, source.ticket.offer))
         elif watched.begun and now >= watched.renew:
             watched.renew = now + _third(shared)
             for source in shared:
                 ticket = source.ticket
-                self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease), slow)
+                self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease))
 
-    def _tell(self, source: Source, message: Message, slow: set[str]) -> None:
-        """Send a message to an owner, unless the owner is gone.
-
-        An owner that does not receive an end keeps its offer until the lease expires.
-        """
+    def _tell(self, source: Source, message: Message) -> bool:
+        """Send a message to an owner, unless the owner is gone; return False if its connection is
+        busy."""
         owner = source.owner
-        if owner.gone or owner.address in slow:
-            return
+        if owner.gone:
+            return True
+        if monotonic() < self._busy.get(owner.address, 0.0):
+            return False
+        self._busy.pop(owner.address, None)
         try:
             owner.channel.tell(owner.address, message, SENDING)
         except TransferTimeout:  # another thread waits for an answer by this connection
-            slow.add(owner.address)
+            self._busy[owner.address] = monotonic() + BUSY
+            return False
         except PortaKVError:  # the owner may be gone
             pass
+        return True
 
 
 def _third(sources: list[Source]) -> float:

@@ -20,7 +20,13 @@ from support.migrate_pulls import MODEL, Copies, Couple, Rows, Sides, key_of, si
 from support.peer_cases import reading
 
 from portakv import CopyPlan, InvalidTerms
-from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferError
+from portakv.errors import (
+    OfferGone,
+    PeerError,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+)
 from portakv.host.shared import SharedPool
 from portakv.migrate import ipc
 from portakv.migrate.channel import Channel, Peer
@@ -496,6 +502,50 @@ def test_staging_of_all_readers_has_a_total(made: Sides) -> None:
     assert isinstance(both.reader.channel.statistics(), dict)
     with pytest.raises(InvalidTerms, match="staging_total"):
         made.owner(both.src.shard, staging_total=1)
+
+
+def test_an_end_that_cannot_be_sent_is_sent_later(made: Sides) -> None:
+    """The owner holds the connection up, and the other pulls of that owner end meanwhile."""
+    both = Couple(made)
+    go = threading.Event()
+    refused = list[object]()
+    tell = both.reader.channel.tell
+
+    def busy(address: str, message: Any, timeout: float) -> None:
+        if not go.is_set():
+            refused.append(message)
+            raise TransferTimeout("another thread waits for an answer")
+        tell(address, message, timeout)
+
+    both.reader.channel.tell = busy  # type: ignore[assignment, method-assign]
+    both.reader.finished()
+    offers = [both.offer() for _ in range(3)]
+    for offer in offers:
+        both.pull(offer).synchronize(30)
+    assert until(lambda: len(refused) >= 2)
+    assert both.reader.statistics()["pulls"] == 3
+    go.set()
+    for offer in offers:
+        assert offer.taken(5)
+        assert offer.state == "taken"
+    assert until(lambda: both.reader.statistics()["pulls"] == 0)
+    assert both.reader.statistics()["committed"] == len(both.reader.finished()) == 3
+
+
+def test_an_end_that_nobody_can_receive_is_dropped(made: Sides) -> None:
+    both = Couple(made)
+    offer = both.offer()
+
+    def busy(*_: object) -> None:
+        raise TransferTimeout("another thread waits for an answer")
+
+    both.reader.channel.tell = busy  # type: ignore[assignment, method-assign]
+    both.pull(offer).synchronize(30)
+    (connection,) = both.reader._owners._owners.values()
+    connection.gone = True
+    assert until(lambda: both.reader.statistics()["pulls"] == 0)
+    assert offer.state == "held"
+    offer.revoke()
 
 
 def test_an_old_offer_is_renewed_long_before_a_third_of_its_lease(made: Sides) -> None:
