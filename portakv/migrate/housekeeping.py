@@ -146,7 +146,11 @@ class Housekeeper:
         """Look at each pull; report the ends."""
         if self._closing or not self._pulls:  # these are the last messages, or there are none
             self._busy.clear()
-        for pull, watched in [*self._pulls.items()]:
+        try:
+            pulls = [*self._pulls.items()]
+        except RuntimeError:  # a pull was added meanwhile; the next look is soon
+            return
+        for pull, watched in pulls:
             try:
                 if pull.look():
                     self._report_end(pull, watched)

@@ -532,6 +532,28 @@ def test_an_end_that_cannot_be_sent_is_sent_later(made: Sides) -> None:
     assert both.reader.statistics()["committed"] == len(both.reader.finished()) == 3
 
 
+def test_the_thread_outlives_a_failed_look(made: Sides) -> None:
+    """Another thread may change the pulls while they are listed."""
+    both = Couple(made)
+    both.pull(both.offer()).synchronize(30)
+    failed = list[int]()
+
+    class Changed(dict[Any, Any]):
+        def items(self) -> Any:
+            if not failed:
+                failed.append(1)
+                raise RuntimeError("dictionary changed size during iteration")
+            return super().items()
+
+    keeper = both.reader._keeper
+    assert until(lambda: not keeper._pulls)
+    keeper._pulls = Changed()
+    offer = both.offer()
+    both.pull(offer).synchronize(30)
+    assert offer.taken(5)
+    assert failed
+
+
 def test_an_end_that_nobody_can_receive_is_dropped(made: Sides) -> None:
     both = Couple(made)
     offer = both.offer()
