@@ -242,6 +242,7 @@ class Owner:
         self.now = time.monotonic
         self.change = threading.Condition(threading.RLock())
         self.counts = Counter[str]()
+        self._key = secrets.token_bytes(32)  # signs tickets, also those of later epochs
         self._expose = expose
         self.offers = dict[bytes, Offer]()
         self.ended: Bounded[bytes, str] = Bounded("ended offers", _REMEMBERED)
@@ -284,7 +285,6 @@ class Owner:
             self.epoch = secrets.token_bytes(16)
             self.shards = shards
             self.device = device
-            self._key = secrets.token_bytes(32)
 
             if self._exports is not None:
                 self._exports.close()
@@ -418,10 +418,10 @@ class Owner:
         Raises `PeerError` for bytes that are not a ticket of this owner.
         """
         parsed = messages.Ticket.read(ticket)
-        if parsed.epoch != self.epoch:
-            return False  # all offers before `reallocate` have ended
         if not messages.is_signed(ticket, self._key):
             raise messages.no_ticket()
+        if parsed.epoch != self.epoch:
+            return False  # all offers before `reallocate` have ended
         offer = self.offers.get(parsed.offer)
         if offer is None or offer.state != "held":
             return False
