@@ -49,6 +49,7 @@ class Words:
         self._words = self._page.numpy().data
         # The place that was released last is used last, so that readers find why an offer ended.
         self._free = deque(range(places))
+        self._full = False  # the last list of free places was empty, and no offer with one ended
 
     def export(self, files: ipc.SharedFiles) -> ipc.Held:
         """Return the page, for readers to open; raise `Unsupported` as `ipc.export` does."""
@@ -56,8 +57,10 @@ class Words:
 
     def take(self, offer: bytes, in_use: Iterable[Place]) -> Place:
         """Return the place of a new offer, and write that it holds. ``in_use``: of all offers."""
-        if not self._free:  # also places of which an interrupt has cut the offer off
+        if not self._free and not self._full:
+            # Also places of which an interrupt has cut the offer off.
             self._free.extend({*range(self._places)} - {place.number for place in in_use})
+            self._full = not self._free
         if not self._free:
             return Place()
         place = Place.of(self._free.popleft(), offer)
@@ -70,6 +73,7 @@ class Words:
             self._words[place.number] = -(place.tag << _BITS | _ENDED.index(state))
             fence()
             self._free.append(place.number)
+            self._full = False
 
 
 class WordsOfOwner:

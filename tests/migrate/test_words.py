@@ -88,8 +88,30 @@ def test_a_place_that_is_used_again_does_not_hold_for_its_last_offer() -> None:
 def test_places_that_an_interrupt_cut_off_are_used_again() -> None:
     words = Words()
     held = [words.take(os.urandom(16), ()) for _ in range(PLACES)]
-    assert words.take(os.urandom(16), held) == Place()
     assert words.take(os.urandom(16), held[1:]).number == held[0].number
+
+
+def test_places_in_use_are_not_listed_at_each_offer() -> None:
+    """After a list without a free place, only an end makes another list worth its time."""
+    words = Words(4)
+    held = [words.take(os.urandom(16), ()) for _ in range(4)]
+    lists = list[int]()
+
+    def in_use() -> Iterator[Place]:
+        lists.append(1)
+        yield from held
+
+    for _ in range(3):
+        assert words.take(os.urandom(16), in_use()) == Place()
+    assert len(lists) == 1
+    words.end(Place(), "taken")  # it had no place
+    assert words.take(os.urandom(16), in_use()) == Place()
+    assert len(lists) == 1
+    words.end(held[2], "taken")
+    assert words.take(os.urandom(16), in_use()).number == held[2].number
+    assert len(lists) == 1
+    assert words.take(os.urandom(16), in_use()) == Place()
+    assert len(lists) == 2
 
 
 def test_a_tag_is_positive_and_leaves_bits_for_the_state() -> None:
