@@ -317,7 +317,9 @@ class Owner:
         stream's work. A negative id has its rows elsewhere.
 
         Args:
-            lease: seconds until the offer expires, unless its reader renews it.
+            lease: seconds after which the offer expires once its owner looks, unless its reader
+                renews it. Use the blocks again only after `Offer.state`, `Offer.taken`, `finished`
+                or `statistics` has said that it ended.
             readers: the number of readers that may pull it.
             max_lease: seconds after which no reader can renew it.
 
