@@ -328,7 +328,7 @@ def test_rows_of_an_owner_that_died_after_it_had_offered_them_are_right(made: Si
     local = Rows(8, 32, fill=-1)
     reader = made.reader(local.shard)
     # The reader does not notice the death, so that the words alone decide.
-    reader.channel.watch = lambda *_: lambda: None  # type: ignore[assignment, method-assign]
+    reader.channel.watch = lambda *_: lambda: None  # type: ignore[method-assign]
     with Nursery() as nursery:
         pid, tickets = nursery.born(OWNER)
         reader.pull(tickets[0], [6, 1, 4]).synchronize(30)
