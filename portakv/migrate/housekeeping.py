@@ -163,7 +163,7 @@ class Housekeeper:
     def _report_end(self, pull: Pull, watched: _Watched) -> None:
         """Report the end of a pull to its owners and to `Reader.finished`.
 
-        An owner whose connection is busy is told at a later look.
+        An owner whose connection is busy gets it at a later look.
         """
         if not watched.ended:
             watched.ended = True

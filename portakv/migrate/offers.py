@@ -319,7 +319,7 @@ class Owner:
         Args:
             lease: seconds after which the offer expires once its owner looks, unless its reader
                 renews it. Use the blocks again only after `Offer.state`, `Offer.taken`, `finished`
-                or `statistics` has said that it ended.
+                or `statistics` shows that it ended.
             readers: the number of readers that may pull it.
             max_lease: seconds after which no reader can renew it.
 
