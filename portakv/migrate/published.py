@@ -70,14 +70,16 @@ class Weights(Message, frozen=True):
     """Some of the ``total`` items, regions or checksums. ``version`` changes with the weights.
 
     A region is memory that contains items; checksums are of all boxes of all items, in their order.
+    ``replaced``: a parameter that no longer has the memory of its region.
     """
 
-    state: Literal["held", "gone", "busy"]
+    state: Literal["held", "gone", "busy", "replaced"]
     total: Annotated[int, Meta(ge=0, le=1 << 28)] = 0
     items: tuple[tuple[Text, Item], ...] = ()
     sums: Annotated[tuple[int, ...], Meta(max_length=MOST_SUMS)] = ()
     version: Annotated[int, Meta(ge=0)] = 0
     regions: tuple[Handle, ...] = ()
+    replaced: Text = ""
 
 
 class _Update:
@@ -91,6 +93,8 @@ class _Weights:
         self.parameters = parameters
         self.items = items
         self.changes = 0
+        # `parameters` retains the tensors, which may get other memory.
+        self._memory = {name: _memory_of(x.tensor) for name, x in parameters.items()}
         # Updates in progress; weak, because the end of an update may be interrupted.
         self.updates = WeakSet[_Update]()
 
@@ -101,6 +105,12 @@ class _Weights:
             if not parameter.tensor.is_inference():  # inference tensors have no counter
                 version += parameter.tensor._version
         return version
+
+    def replaced(self) -> str | None:
+        """Return the name of a tensor that has other memory than when it was published."""
+        parameters = {**self.parameters}
+        changed = (n for n, x in parameters.items() if _memory_of(x.tensor) != self._memory[n])
+        return next(changed, None)
 
     def boxes(self) -> Iterator[tuple[str, torch.Tensor, Box]]:
         """Yield each box of each item, with its tensor and the first name of its memory."""
@@ -117,6 +127,11 @@ class _Weights:
         if any(number >= len(parameters) for number, _ in boxes):
             raise LayoutError(f"Expected numbers below {len(parameters)}, got others. Pull again.")
         return [(parameters[number].tensor, box) for number, box in boxes]
+
+
+def _memory_of(tensor: torch.Tensor) -> object:
+    """Return which memory a tensor has, and how its elements lie there."""
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
 class _Checksums:
@@ -276,28 +291,34 @@ class Published:
             return Weights("gone")
         if request.again:
             self._sums.forget()
-        if request.boxes:
-            sums = self._sums.of(request, version)
-            if sums is None:
-                return Weights("busy", version=version)
-            return Weights("held", sums=tuple(sums), version=version)
-        if request.what == "sums":
-            sums = self._sums.all(version)
-            if sums is None:
-                return Weights("busy", version=version)
-            some = tuple(sums[first : first + MOST_SUMS])
-            return Weights("held", len(sums), sums=some, version=version)
+        if request.boxes or request.what == "sums":
+            return self._answer_sums(request, version)
         if request.begin and self._weights.updates:
             return Weights("busy", version=version)
+        items = self._weights.items
+        # When a pull begins and when it ends, because torch counts no replacement.
+        ends = first >= len(items)
+        replaced = self._weights.replaced() if request.begin or ends else None
+        if replaced is not None:
+            return Weights("replaced", version=version, replaced=replaced)
         if request.begin:
             self._sums.refresh(version)
         if request.what == "regions":
             regions = [region.handle for region in self._regions[first:]]
             handles = tuple(_page(regions))
             return Weights("held", len(self._regions), regions=handles, version=version)
-        items = self._weights.items
         page = tuple(_page([*items.items()][first:]))
         return Weights("held", len(items), page, version=version)
+
+    def _answer_sums(self, request: AskWeights, version: int) -> Weights:
+        whole = not request.boxes
+        sums = self._sums.all(version) if whole else self._sums.of(request, version)
+        if sums is None:
+            return Weights("busy", version=version)
+        if not whole:
+            return Weights("held", sums=tuple(sums), version=version)
+        some = tuple(sums[request.first : request.first + MOST_SUMS])
+        return Weights("held", len(sums), sums=some, version=version)
 
     def close(self) -> None:
         """Release the tensors; pulls in progress get `OfferGone`."""
@@ -322,7 +343,9 @@ def publish(channel: Channel, parameters: Parameters) -> Published:
 
     A channel publishes the parameters of the last call. Change them inside ``with
     published.update():`` only. Readers map the memory, with the whole allocation around it. Host
-    memory must be shared before (``tensor.share_memory_()``), else this raises `Unsupported`.
+    memory must be shared before (``tensor.share_memory_()``), else this raises `Unsupported`. After
+    a tensor gets other memory (``tensor.data = ...``), pulls fail with `PeerError` until the next
+    call.
     A worker computes the checksums of all tensors now, and again when a pull begins after a change.
 
     Raises `InvalidTerms` and `LayoutError` for arguments other than a mapping of names to plain

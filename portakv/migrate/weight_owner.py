@@ -230,6 +230,11 @@ class Owner:
                 f"The weights at {self.address} changed while they were pulled. Do not use any of "
                 f"them; pull again."
             )
+        if answer.state == "replaced":
+            raise PeerError(
+                f"Expected {answer.replaced} at {self.address} in the memory that was published, "
+                f"got other memory. Have its process publish the weights again."
+            )
         return answer
 
     def check(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,61 @@ def test_neighbours_on_the_host_are_one_copy() -> None:
     assert torch.equal(into, expected)
 
 
+REPLACED = r"Expected w at \S+ in the memory that was published, got other memory\. Have its"
+
+
+def replaced(tensor: torch.Tensor, how: str) -> None:
+    """Give a tensor other memory."""
+    other = torch.full((6, 4), 9, dtype=torch.int32)
+    if how == "private":
+        tensor.data = other
+    elif how == "shared":
+        tensor.data = shared(whole_of((6, 4)))
+    elif how == "dtype":
+        tensor.data = other.short()
+    elif how == "turned":
+        tensor.data = tensor.data.t()
+    else:
+        tensor.set_(other)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("how", ["private", "shared", "dtype", "turned", "set"])
+@pytest.mark.parametrize("reported", [True, False])
+def test_memory_that_was_replaced_is_named(channels: Channels, how: str, reported: bool) -> None:
+    """Torch counts no assignment of ``data``, so the checksums in the cache are the old memory's.
+
+    A reader that pulled before learns it at each pull, and a new one does.
+    """
+    tensor = shared(whole_of((6, 4)))
+    owner = publish(channels(), {"first": shared(whole_of((3,))), "w": tensor})
+    channel = channels()
+    into = {"first": torch.zeros(3, dtype=torch.int32), "w": torch.zeros(6, 4, dtype=torch.int32)}
+    pull_weights(channel, owner.ticket, into)
+    with owner.update() if reported else nullcontext():
+        replaced(tensor, how)
+    for each in (channel, channel, channels()):
+        with pytest.raises(PeerError, match=REPLACED):
+            pull_weights(each, owner.ticket, into)
+    owner.close()
+
+
+def test_memory_that_is_replaced_during_a_pull_is_named(channels: Channels) -> None:
+    """Without a word the version is the same; a pull after the former memory is back succeeds."""
+    memory = shared(whole_of((6, 4)))
+    tensor = memory.detach()
+    owner = publish(channels(), {"w": tensor})
+    into = torch.zeros(6, 4, dtype=torch.int32)
+    pull_weights(channels(), owner.ticket, {"w": into})
+    between = Between(channels(), lambda: replaced(tensor, "private"))
+    with pytest.raises(PeerError, match=REPLACED):
+        pull_weights(between, owner.ticket, {"w": into})
+    tensor.data = memory
+    into.zero_()
+    pull_weights(between, owner.ticket, {"w": into})
+    assert torch.equal(into, memory)
+    owner.close()
+
+
 _ON_A_DEVICE = """
 import torch
 from portakv.migrate import Channel, publish
@@ -232,3 +288,6 @@ def test_weights_of_a_device_are_pulled_again(channels: Channels) -> None:
         owner.do("tensors['large2'].data[2, 5] = 77; published.changed()")
         pull_weights(between, ticket, into)
         assert into["large2"][2, 5] == 77
+        owner.do("tensors['3'].data = tensors['3'].data.clone()")
+        with pytest.raises(PeerError, match="Expected 3 at"):
+            pull_weights(between, ticket, into)
