@@ -241,7 +241,7 @@ class Published:
 
     @contextmanager
     def update(self) -> Iterator[None]:
-        """Let this block change the weights.
+        """Let this block change the weights; put each optimizer's step inside one.
 
         A pull that overlaps the block fails with `TransferError` and must be repeated. A pull that
         starts inside the block waits for its end. On a device the end of the block waits for the
@@ -273,7 +273,8 @@ class Published:
     def changed(self) -> None:
         """Report that weights have changed; pulls in progress fail with `TransferError`.
 
-        Prefer `update`, which also delays new pulls until the change is complete.
+        Use `update` for a change of several tensors: a pull that ended before this call, during the
+        change, has brought some old and some new values.
         """
         with self.update():
             pass
@@ -342,10 +343,11 @@ def publish(channel: Channel, parameters: Parameters) -> Published:
     """Let other processes pull these tensors, until `Published.close`.
 
     A channel publishes the parameters of the last call. Change them inside ``with
-    published.update():`` only. Readers map the memory, with the whole allocation around it. Host
-    memory must be shared before (``tensor.share_memory_()``), else this raises `Unsupported`. After
-    a tensor gets other memory (``tensor.data = ...``), pulls fail with `PeerError` until the next
-    call.
+    published.update():`` only, else a pull may mix old and new values without an error. After a
+    tensor gets other memory (``tensor.data = ...``), pulls fail with `PeerError` until the next
+    call. Readers map the memory, with the whole allocation around it. Host memory must be shared
+    before (``tensor.share_memory_()``), else this raises `Unsupported`.
+
     A worker computes the checksums of all tensors now, and again when a pull begins after a change.
 
     Raises `InvalidTerms` and `LayoutError` for arguments other than a mapping of names to plain
