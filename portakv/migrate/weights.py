@@ -48,14 +48,18 @@ class WeightsPull(Transfer):
         self._result = list[int]()
         result = self._result
         stopped = self._stopped
+        graph = _graphs.get_or_make(os.getpid(), Graph)
+
+        def ends() -> bool:
+            """Return True for a cancelled pull, and at the end of the process."""
+            return stopped.is_set() or graph.closed.is_set()
 
         def work(*_: object) -> None:
             with ExitStack() as stack:
                 for fence in fences:
                     stack.enter_context(fence.inside())
-                result.append(pull(request, stopped.is_set))
+                result.append(pull(request, ends))
 
-        graph = _graphs.get_or_make(os.getpid(), Graph)
         self._task = Task(work, 1, queue=graph.queue("weights", _WORKERS), name="pull")
         super().__init__([Completion(pendings=cast("tuple[Pending, ...]", (self._task,)))])
         try:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -167,6 +169,32 @@ def test_a_forked_process_does_not_wait_for_a_pull(channels: Channels) -> None:
             finally:
                 os._exit(9)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+_ENDS = """
+import atexit, sys
+
+# The last of the functions at the end of the process, because it is the first one here.
+atexit.register(lambda: print(pull.ended and type(pull.error).__name__))
+
+import torch
+from portakv.migrate import Channel, pull_weights
+
+channel = Channel()
+into = torch.zeros(32 << 20)  # four batches; by the rate the second one's turn is after 160 s
+pull = pull_weights(channel, bytes.fromhex(sys.argv[1]), {"w": into}, wait=False, max_gbps=2e-4)
+while not into[0].item():
+    pass
+"""
+
+
+def test_the_end_of_the_process_cancels_a_pull_in_flight(channels: Channels) -> None:
+    """It would wait 10 s for the worker otherwise, and leave it in the middle of the pull."""
+    published = publish(channels(), {"w": torch.ones(32 << 20).share_memory_()})
+    command = [sys.executable, "-c", _ENDS, published.ticket.hex()]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "TransferCancelled\n", ended.stderr
+    published.close()
 
 
 @pytest.mark.gpu
