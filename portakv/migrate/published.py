@@ -144,9 +144,13 @@ class _Checksums:
         self._weights = weights
         self._queue = graph.queue("weights")
         self._task: Task | None = None
-        self._done: tuple[int, list[int]] | None = None
+        # A part of each result's key: what a worker began before `forget` is not used after it.
+        self._forgotten = 0
+        self._done: tuple[tuple[int, int], list[int]] | None = None
         self._later = Later[list[int]]("checksums of weights", self._queue)
-        self._parts = Bounded[tuple[int, bytes], list[int]]("checksums of parts of weights", 256)
+        self._parts = Bounded[tuple[int, int, bytes], list[int]](
+            "checksums of parts of weights", 256
+        )
 
     def start(self) -> None:
         """Compute the checksums of all boxes, unless a worker does."""
@@ -157,7 +161,7 @@ class _Checksums:
     def _compute(self, *_: object) -> None:
         """Compute all checksums, each memory's once, and cache them with their version."""
         weights = self._weights
-        before = weights.version()
+        before = self._forgotten, weights.version()
         places = list[int]()
         numbers = dict[object, int]()
         boxes = list[tuple[torch.Tensor, Box]]()
@@ -167,7 +171,7 @@ class _Checksums:
             if number == len(boxes):
                 boxes.append((tensor, box))
         sums = checksums(boxes)
-        if not weights.updates and weights.version() == before:
+        if not weights.updates and weights.version() == before[1]:
             self._done = before, [sums[number] for number in places]
 
     def all(self, version: int) -> list[int] | None:
@@ -176,7 +180,7 @@ class _Checksums:
         Raises the worker's error.
         """
         done = self._done
-        if done is not None and done[0] == version:
+        if done is not None and done[0] == (self._forgotten, version):
             return done[1]
         task = self._task
         if task is not None and task.ended and task.error is not None:
@@ -187,12 +191,12 @@ class _Checksums:
 
     def refresh(self, version: int) -> None:
         """Start to compute all checksums if they are those of another version."""
-        if self._done is None or self._done[0] != version:
+        if self._done is None or self._done[0] != (self._forgotten, version):
             self.start()
 
     def of(self, request: AskWeights, version: int) -> list[int] | None:
         """Return the checksums of the boxes of a request; None: a worker computes them."""
-        key = version, msgpack.encode(request.boxes)
+        key = self._forgotten, version, msgpack.encode(request.boxes)
         if key in self._parts:
             return self._parts[key]
         boxes = self._weights.numbered(request.boxes)
@@ -203,6 +207,7 @@ class _Checksums:
 
     def forget(self) -> None:
         """Compute all checksums anew when they are next requested."""
+        self._forgotten += 1
         self._done = None
         self._parts.clear()
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import gc
 import os
-from contextlib import nullcontext
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -16,11 +19,14 @@ from support.peer_process import Peer
 from support.weight_cases import Between, Channels, make_channels, shared, whole_of
 
 from portakv.errors import OfferGone, PeerError, TransferError
+from portakv.graph.graph import Graph
 from portakv.migrate import Parameter, prepare_weights, publish, pull_weights, weight_copy
-from portakv.migrate.published import Weights
+from portakv.migrate.parameters import Box, items_of
+from portakv.migrate.published import AskWeights, Weights, _Checksums, _Weights, checksums
 from portakv.migrate.weight_copy import copy_pairs, runs_of
 from portakv.migrate.weight_owner import publications
 
+T = TypeVar("T")
 channels = pytest.fixture(make_channels)
 
 
@@ -188,6 +194,59 @@ def test_neighbours_on_the_host_are_one_copy() -> None:
     for s, d, n in places:
         expected[d : d + n] = src[s : s + n]
     assert torch.equal(into, expected)
+
+
+class Slow(_Weights):
+    """Weights whose first checksums wait at the end of their computation."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        parameters = {"w": Parameter(tensor)}
+        super().__init__(parameters, items_of(parameters))
+        self.computed = threading.Event()
+        self.go_on = threading.Event()
+        self.looks = 0
+
+    def version(self) -> int:
+        self.looks += 1
+        if self.looks == 2:
+            self.computed.set()
+            self.go_on.wait(20)
+        return 0
+
+
+def test_checksums_in_progress_are_not_used_after_they_were_refused() -> None:
+    """A worker has read the old bytes when a reader reports that the checksums differ."""
+    tensor = torch.arange(4)
+    weights = Slow(tensor)
+    with closing(Graph()) as graph:
+        sums = _Checksums(weights, graph)
+        assert sums.all(0) is None
+        assert weights.computed.wait(20)
+        tensor.numpy()[:] = 7
+        sums.forget()
+        weights.go_on.set()
+        assert repeated(lambda: sums.all(0)) == checksums([(tensor, Box((0,), (0,), (4,)))])
+
+
+def test_checksums_of_parts_are_not_used_after_they_were_refused() -> None:
+    """They are complete, but the reader that requested them has not come back."""
+    tensor = torch.arange(4)
+    box = Box((0,), (0,), (3,))
+    request = AskWeights(bytes(16), boxes=((0, box),))
+    with closing(Graph()) as graph:
+        sums = _Checksums(Slow(tensor), graph)
+        assert sums.of(request, 0) is None
+        repeated(lambda: not graph.live or None)
+        tensor.numpy()[:] = 7
+        sums.forget()
+        assert repeated(lambda: sums.of(request, 0)) == checksums([(tensor, box)])
+
+
+def repeated(request: Callable[[], T | None]) -> T:
+    """Repeat a request until it has an answer."""
+    while (answer := request()) is None:
+        time.sleep(1e-3)
+    return answer
 
 
 REPLACED = r"Expected w at \S+ in the memory that was published, got other memory\. Have its"
