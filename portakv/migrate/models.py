@@ -70,7 +70,11 @@ class SharedModel:
         self.data = sealed(_Model(described, tuple(_buffers(module)), regions))
 
     def close(self) -> None:
-        """Release the memory: no process opens it from now on. A second call does nothing."""
+        """Release the memory. A second call does nothing.
+
+        Let no process call `open_model` afterwards: host memory still opens while the module has
+        it, and a device's memory may have other contents.
+        """
         for region in self._regions:
             region.close()
         self._memory.clear()

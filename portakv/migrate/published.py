@@ -327,7 +327,10 @@ class Published:
         return Weights("held", len(sums), sums=some, version=version)
 
     def close(self) -> None:
-        """Release the tensors; pulls in progress get `OfferGone`."""
+        """Release the tensors; pulls in progress get `OfferGone`.
+
+        Readers that mapped the memory release it at their next pull, or when the connection ends.
+        """
         self.graph.close()
         for region in self._regions:
             region.close()
