@@ -69,7 +69,10 @@ class Held:
     tensor: torch.Tensor | None
 
     def close(self) -> None:
-        """Release the allocation: no process opens it from now on. A second call does nothing."""
+        """Release the allocation. Processes that know it may still open host memory.
+
+        A second call does nothing.
+        """
         message: _Shared | None = unsealed(self.handle, _Shared)
         if (
             self.tensor is not None
