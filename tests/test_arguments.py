@@ -105,6 +105,11 @@ class Scene:
     def offer(self) -> Any:
         return self.owner().offer([1, 2], tokens=32, lease=5.0)
 
+    def revoking(self) -> tuple[Any, dict[str, Any]]:
+        """Return a call with a ticket of the same owner."""
+        owner = self.owner()
+        return owner.revoke, {"ticket": owner.offer([1, 2], tokens=32, lease=5.0).ticket}
+
     def module(self) -> torch.nn.Module:
         return torch.nn.Linear(2, 2).share_memory()
 
@@ -169,7 +174,7 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "Owner": lambda s: (Owner, {"channel": s.channel(), "shards": s.rows().shard, "model": MODEL}),
     "Owner.offer": lambda s: (s.owner().offer, {"blocks": [1], "tokens": 4}),
     "Owner.reallocate": lambda s: (s.owner().reallocate, {"shards": s.rows().shard}),
-    "Owner.revoke": lambda s: (s.owner().revoke, {"ticket": s.offer().ticket}),
+    "Owner.revoke": lambda s: s.revoking(),
     "Offer.extend": lambda s: (s.offer().extend, {"seconds": 40.0}),
     "Offer.taken": lambda s: (s.offer().taken, {"timeout": 0.01}),
     "Reader": lambda s: (
