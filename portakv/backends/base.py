@@ -153,9 +153,9 @@ class Again(Protocol):
     """A launch with all values packed except addresses and a count; see `Repeatable`.
 
     ``most`` is the most tokens that one call moves. ``src`` and ``dst`` are the address of the
-    side's ids, or of its tensor if it has no ids. ``first`` is the position of the first id,
-    ``count`` the number of tokens, ``status`` the address of the status word (0: none). The work is
-    ordered on the current stream.
+    side's ids, or of its tensor if it has no ids. ``first`` is the position of the first token and
+    ``count`` the number of tokens, both multiples of the plan's unit. ``status`` is the address of
+    the status word (0: none). The work is ordered on the current stream.
     """
 
     most: int
@@ -172,8 +172,8 @@ class Repeatable(Launch, Protocol):
     def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
         """Return the launch with these arguments packed; None if more than addresses can change.
 
-        Each side must be memory that stays: with device ids of step 1 and offset 0, or one dense
-        tensor without ids.
+        Each side must be memory that stays: with device ids of offset 0, or one dense tensor
+        without ids. Later ids have the dtypes and steps of these.
         """
 
 

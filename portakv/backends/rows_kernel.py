@@ -229,16 +229,17 @@ class RowsKernel:
         """Return a function that packs as `pack` and `pack_span` do, for one repeated launch.
 
         It takes the buffer, the addresses of the source and of the destination as `base.Again` has
-        them, the first id, the units, the vectors to prefetch ahead, and the status word. Returns
+        them, the first unit, the units, the vectors to prefetch ahead, and the status word. Returns
         None if a side without ids is not one tensor.
         """
         sides = (self.src, move.src_index), (self.dst, move.dst_index)
-        if self.unit != 1 or any(x.kind != "NONE" and y.ids is None for x, y in sides):
+        if any(y.ids is None and (x.kind != "NONE" or x.side.table) for x, y in sides):
             return None
         (pack_src, pack_dst) = map(_settled, self.requests(move), sides)
         pack = _REQUEST.pack_into
+        unit = self.unit
         return lambda buffer, src, dst, first, units, ahead, status: pack(
-            buffer, 0, *pack_src(src, first), *pack_dst(dst, first), units, 0, 1, ahead, status
+            buffer, 0, *pack_src(src, first), *pack_dst(dst, first), units, 0, unit, ahead, status
         )
 
     def spans(self, units: int) -> list[tuple[int, int]]:
@@ -254,8 +255,7 @@ class RowsKernel:
 
 
 def _settled(request: Request, side: tuple[SideArguments, Index]) -> Callable[[int, int], Request]:
-    """Return a function that makes a side's request from an address and the position of the first
-    id."""
+    """Return a function that makes a side's request from an address and the first unit."""
     base, table, _, wide, _, limit = request
     if side[1].ids is not None:
         return lambda ids, first: (base, table, ids, wide, first, limit)

@@ -173,7 +173,8 @@ class RowsAgain:
         fixed: list[bytes],
         driver: RowsDriver,
     ) -> None:
-        self.most = min(kernel.most_units for *_, kernel in parts)
+        self._unit = unit = parts[0][2].unit
+        self.most = min(kernel.most_units for *_, kernel in parts) * unit
         self._parts = [
             (pack, functions, k.grid, k.threads, k.small, k.tuned) for pack, functions, k in parts
         ]
@@ -192,14 +193,16 @@ class RowsAgain:
             return
         arguments = self._arguments
         word = self._word(status) if status else 0
+        units = count // self._unit
+        first //= self._unit
         for part, buffer, address in zip(
             self._parts, arguments.buffers, arguments.addresses, strict=True
         ):
             pack, functions, grid, threads, small, tuned = part
-            each, ahead = (1, 0) if count < small else tuned(count)
-            pack(buffer, src, dst, first, count, ahead, word)
+            each, ahead = (1, 0) if units < small else tuned(units)
+            pack(buffer, src, dst, first, units, ahead, word)
             result = self._launch(
-                functions[each], *grid(count, each), 1, threads, 1, 1, 0, handle, address, 0
+                functions[each], *grid(units, each), 1, threads, 1, 1, 0, handle, address, 0
             )
             if result != self._success:
                 self._driver.check(result, "The launch")

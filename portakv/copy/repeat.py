@@ -61,8 +61,7 @@ class Repeat(NamedTuple):
 
     Attributes:
         launch: executes it with any ids.
-        again: executes it with ids on the device, with everything packed but addresses and counts;
-            None: it cannot.
+        packed: executes it with everything packed but addresses and counts; None: it cannot.
         can: the capabilities of what executes it.
         ids_device: where the launch reads ids.
         unit: the tokens that the launch moves as one.
@@ -76,7 +75,7 @@ class Repeat(NamedTuple):
     """
 
     launch: Launch
-    again: Again | None
+    packed: _Packed | None
     can: Capabilities
     ids_device: torch.device
     unit: int
@@ -97,20 +96,21 @@ class Repeat(NamedTuple):
 
     def issue(self, move: Move, device: torch.device, stream: torch.Stream | None) -> Transfer:
         """Launch a copy that `fits`, after its ids and its memory were checked."""
-        src, dst, src_index, dst_index, count = move
+        src, dst, *_ = move
         for view, read in zip((src, dst), self.tabled, strict=True):
             if read:
                 view.follow_table(device, stream)
         word = acquire_word() if self.can.guards else None
-        again = self.again
-        offset = src_index.offset or dst_index.offset
-        host: tuple[torch.Tensor, ...] = ()
-        if again is None or stream is not None or offset or count > again.most:
-            move, host = self._launch(move, stream, word)
+        move, host = self._place(move)
+        packed = self.packed
+        if packed is not None and stream is None and packed.fits(move):
+            read_at = _address(src, move.src_index)
+            written_at = _address(dst, move.dst_index)
+            packed.again(read_at, written_at, 0, move.count, word.address if word else 0)
         else:
-            read_at = _address(src, src_index)
-            written_at = _address(dst, dst_index)
-            again(read_at, written_at, 0, count, word.address if word else 0)
+            if stream is not None:
+                follow_current(stream, [move])
+            self.launch(*move, stream, word.tensor if word else None)
         for view, unowned in zip((src, dst), self.unowned, strict=True):
             if unowned:
                 host = *host, *view.retained
@@ -119,27 +119,19 @@ class Repeat(NamedTuple):
         carried = self.carried or cast(Any, self.launch).carried
         return end_of(event, self.events, word, retained, carried, host=host)
 
-    def _launch(
-        self, move: Move, stream: torch.Stream | None, word: StatusWord | None
-    ) -> tuple[Move, tuple[torch.Tensor, ...]]:
-        """Launch a copy of which not everything is packed; return it as `_place` does."""
-        move, host = self._place(move)
-        if stream is not None:
-            follow_current(stream, [move])
-        self.launch(*move, stream, word.tensor if word else None)
-        return move, host
-
     def _place(self, move: Move) -> tuple[Move, tuple[torch.Tensor, ...]]:
         """Return the copy with its ids where the launch reads them, and host memory with ids, which
         no allocator knows to be used.
 
         Ids of the host for one call stay there if the launch reads them as fast in pinned memory.
         """
+        if not self.reads_pinned_ids:
+            return place_for(self.can, self.ids_device, move), ()
         indices = (move.src_index, move.dst_index)
         listed = [x.host_ids() if x.temporary and x.on_host else _NO_IDS for x in indices]
         count = listed[0].size
         past = count + listed[1].size
-        if not (self.reads_pinned_ids and past):
+        if not past:
             return place_for(self.can, self.ids_device, move), ()
         ids = torch.empty(past, dtype=torch.int64, device="cpu", pin_memory=True)
         values = ids.numpy()
@@ -153,6 +145,31 @@ class Repeat(NamedTuple):
 
     def _on_device(self, index: Index) -> Index:
         return index.placed(self.ids_device, self.can.index_dtypes)
+
+
+class _Packed(NamedTuple):
+    """A launch with everything packed but addresses and a count, for ids of these dtypes."""
+
+    again: Again
+    dtypes: tuple[torch.dtype | None, torch.dtype | None]
+
+    def fits(self, move: Move) -> bool:
+        """Return True if it executes a copy whose ids are where the launch reads them."""
+        src_index = move.src_index
+        dst_index = move.dst_index
+        if src_index.offset or dst_index.offset or move.count > self.again.most:
+            return False
+        return _dtypes(move) == self.dtypes
+
+
+def _dtypes(move: Move) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """Return the dtype of each side's ids."""
+    src_ids = move.src_index.ids
+    dst_ids = move.dst_index.ids
+    return (
+        src_ids if src_ids is None else src_ids.dtype,
+        dst_ids if dst_ids is None else dst_ids.dtype,
+    )
 
 
 def end_of(
@@ -251,7 +268,7 @@ def remember(
         unowned = launch is not ready.launch
         repeats[key] = Repeat(
             launch,
-            None if picks else _packed(move, ready, can, kind),
+            None if picks else _packed(move, ready, can),
             can,
             can.home_of_ids(device),
             ready.plan.unit,
@@ -291,19 +308,14 @@ def _picks(launch: Launch | None) -> bool:
     return getattr(launch, "carried", None) is not None
 
 
-def _packed(
-    move: Move, ready: Prepared, can: Capabilities, kind: tuple[_Part, _Part]
-) -> Again | None:
+def _packed(move: Move, ready: Prepared, can: Capabilities) -> _Packed | None:
     """Return the launch with everything packed but addresses and counts, if there is one."""
     again = getattr(ready.launch, "again", None)
-    if again is None or any(part is not None and part[0] == "host" for part in kind):
+    if again is None or move.src_index.offset or move.dst_index.offset:
         return None
-    device = can.home_of_ids(ready.choice.backend.device)
-    offset = move.src_index.offset or move.dst_index.offset
-    if offset or place_for(can, device, move) is not move:
-        return None
-    packed: Again | None = again(move.src, move.dst, move.src_index, move.dst_index)
-    return packed
+    placed = place_for(can, can.home_of_ids(ready.choice.backend.device), move)
+    packed: Again | None = again(placed.src, placed.dst, placed.src_index, placed.dst_index)
+    return None if packed is None else _Packed(packed, _dtypes(placed))
 
 
 def _kind(move: Move, device: torch.device) -> tuple[_Part, _Part] | None:

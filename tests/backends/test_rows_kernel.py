@@ -65,7 +65,10 @@ def test_a_text_has_what_it_includes_in_its_place_once() -> None:
     assert direct.index("void copy_rows(") < direct.index("void copy_direct(")
 
 
-@pytest.mark.parametrize("name", ["gather", "scatter", "gather int32"])
+REPEATED = ["gather", "scatter", "gather int32", "blocks", "memory objects, blocks"]
+
+
+@pytest.mark.parametrize("name", REPEATED)
 def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
     """It gets other addresses, ids and counts, and reports a bad id by its position."""
     copied = COPIES[name]()
@@ -79,19 +82,33 @@ def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
     launch._driver.readable = src.spans
     repeat = launch.again(src, dst, src_index, dst_index)
     assert repeat is not None
-    paged, ids = (src, src_index) if src_index.ids is not None else (dst, dst_index)
-    dense = dst if paged is src else src
+    assert repeat.most >= copied.count
     status = torch.zeros(1, dtype=torch.int64)
-    slots = ids.ids
-    assert slots is not None
-    slots[4] = paged.slots
-    for end in (copied.src, copied.dst):
-        if end.ids is not None:
-            end.ids = slots.tolist()
-    sides = (slots.data_ptr(), dense.origins[0])
-    arguments = (*(sides if paged is src else sides[::-1]), 0, copied.count, status.data_ptr())
-    copied.check(lambda: repeat(*arguments))
-    assert int(status) == 5
+    view, index, end = next(
+        side
+        for side in ((src, src_index, copied.src), (dst, dst_index, copied.dst))
+        if side[1].ids is not None
+    )
+    assert index.ids is not None
+    assert end.ids is not None
+    bad = len(end.ids) - 1
+    index.ids[bad] = view.slots // index.step
+    end.ids = index.ids.tolist()
+    sides = [
+        view.origins[0] if index.ids is None else index.ids.data_ptr()
+        for view, index in ((src, src_index), (dst, dst_index))
+    ]
+    copied.check(lambda: repeat(*sides, 0, copied.count, status.data_ptr()))
+    assert int(status) == 1 + bad * index.step
+
+
+def test_tensors_without_ids_have_no_address_in_common() -> None:
+    """Keys and values in tensors of their own: a repeat would be given one address for both."""
+    copied = COPIES["two nests"]()
+    sides = (copied.src.view(), copied.dst.view(), copied.src.index(), copied.dst.index())
+    launch = CudaOnCpu(CPU).prepare(copied.plan())
+    assert isinstance(launch, RowsLaunch)
+    assert launch.again(*sides) is None
 
 
 # What it refuses

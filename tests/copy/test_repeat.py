@@ -209,6 +209,65 @@ def test_blocks_of_tensors_by_new_ids_of_the_host(store: bool, streams: bool) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("listed", ["list", "Index", "int32", "device"])
+def test_blocks_inside_a_device_by_new_ids(listed: str) -> None:
+    """A launch is packed once; later ids may be of another dtype, of another number, or wrong."""
+    caches = [torch.zeros(24, 4, HEADS, DIM, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    pool = torch.zeros(24, 2, 4, HEADS, DIM, dtype=torch.int32, device=DEVICE)
+    src = KVView(caches, "layer | block token head dim")
+    dst = KVView(pool, "block layer token head dim")
+    before = repeats()
+
+    def made(ids: list[int], dtype: torch.dtype) -> Any:
+        if listed == "list":
+            return ids
+        tensor = torch.tensor(ids, dtype=dtype, device=DEVICE if listed == "device" else "cpu")
+        return Index(tensor, 4) if listed == "Index" else tensor
+
+    usual = torch.int32 if listed == "int32" else torch.int64
+    other = torch.int64 if listed == "int32" else torch.int32
+    for read, written, dtype in [
+        ([9, 2, 17], [0, 5, 3], usual),
+        ([1, 2, 3], [22, 0, 7], usual),
+        ([1, -1, 3], [4, 5, -2], usual),
+        ([3, 2, 1], [1, 2, 3], other),
+        ([3, 2], [8, 9], usual),
+    ]:
+        for each in caches:
+            each.copy_(torch.randint(1, 1 << 30, each.shape, dtype=torch.int32))
+        pool.fill_(-1)
+        wanted = pool.clone()
+        for a, b in zip(read, written, strict=True):
+            if min(a, b) >= 0:
+                wanted[b] = torch.stack([each[a] for each in caches])
+        copy_blocks(src, dst, made(read, dtype), made(written, dtype)).synchronize()
+        assert torch.equal(pool, wanted)
+    assert repeats() > before
+    read = made([1, 24, 3], usual)
+    written = made([1, 2, 3], usual)
+    with pytest.raises(SlotError):
+        copy_blocks(src, dst, read, written).synchronize()
+
+
+@pytest.mark.gpu
+def test_keys_and_values_that_lie_apart_keep_their_places() -> None:
+    """Their tensors have different widths, so that each has kernels and an address of its own."""
+    paged = KVView(
+        torch.zeros(TOKENS, 3, dtype=torch.int32, device=DEVICE), "token (kv dim)", dim=(2, 1)
+    )
+    parts = [torch.zeros(TOKENS, each, dtype=torch.int32, device=DEVICE) for each in (2, 1)]
+    apart = KVView(parts, "kv | token dim", dim=(2, 1))
+    for step in range(4):
+        paged.tensors[:] = torch.arange(paged.tensors.numel(), device=DEVICE).view(-1, 3) + step
+        for each in parts:
+            each.fill_(-1)
+        ids = torch.randperm(TOKENS)[:40].to(DEVICE)
+        copy_rows(paged, apart, ids, None).synchronize()
+        assert torch.equal(parts[0][:40], paged.tensors[ids, :2])
+        assert torch.equal(parts[1][:40], paged.tensors[ids, 2:])
+
+
+@pytest.mark.gpu
 def test_pinned_memory_stays_until_a_repeated_copy_that_nobody_holds_has_ended() -> None:
     blocks = Paged()
     for _ in range(3):
