@@ -238,6 +238,8 @@ def test_work_that_waits_for_no_release_meets_the_copy(tier: FakeTier) -> None:
     device = torch.device("cuda", 0)
     source = cache(0, device)
     other = torch.Stream(device)
+    with on(other):  # the first use of a kernel may wait for the device
+        torch.ones_like(source.tensors[0]).zero_()
     with warmed(device, tier) as store:
         delay(current(device))
         saved = store.save(source, range(8), KEYS)
