@@ -58,7 +58,8 @@ def launch(settled: Settled, context: Context) -> Transfer:
     elif on_device:
         _bring_tables(move, pieces, device)
         follow_current(stream, [part.move for part in parts])
-    pendings, status, carried = _enqueue(parts, on_device, guarded, stream)
+    checked = move.src_index.on_host and move.dst_index.on_host
+    pendings, status, carried = _enqueue(parts, on_device, checked, guarded, stream)
     if captured:
         # The graph may write these words at every replay, so they are never given back.
         return streams.captured(device, stream, move, status, carried)
@@ -84,20 +85,24 @@ def launch(settled: Settled, context: Context) -> Transfer:
 
 
 def _enqueue(
-    parts: Sequence[Part], on_device: bool, guarded: bool, stream: torch.Stream | None
+    parts: Sequence[Part],
+    on_device: bool,
+    checked: bool,
+    guarded: bool,
+    stream: torch.Stream | None,
 ) -> tuple[list[Pending], list[tuple[StatusWord, int]], tuple[str, str]]:
     """Launch parts; return what no stream orders, the status words with their first positions, and
     what executes the first part.
 
-    A backend that executes ids which are to be ``guarded`` gets a status word; a strategy is picked
-    that takes one.
+    A backend that guards ids gets a status word, unless all of them were ``checked`` on the host.
+    If ids are to be ``guarded``, a strategy is picked that takes one.
     """
     pendings: list[Pending] = []
     status: list[tuple[StatusWord, int]] = []
     carried = NOTHING
     for ready, first, part in parts:
         word = None
-        if on_device and (ready.can.guards or guarded):
+        if on_device and (guarded or (ready.can.guards and not checked)):
             status_word = acquire_word()
             status.append((status_word, first))  # it counts from its own start
             word = status_word.tensor

@@ -33,7 +33,7 @@ class CopyOptions:
             priority; copy engines have no priorities. None: the current stream.
         by_layer: copy one layer after another, each with a separate end: `BlockTransfer.layers`.
         overlap: what else the device does meanwhile: ``compute``, it runs a model; ``idle``,
-            nothing.
+            nothing, and no copies in the other direction either.
         max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory, or
             reads another device's memory.
         max_gbps: the most 10^9 bytes a second.

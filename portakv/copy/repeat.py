@@ -100,7 +100,8 @@ class Repeat(NamedTuple):
         for view, read in zip((src, dst), self.tabled, strict=True):
             if read:
                 view.follow_table(device, stream)
-        word = acquire_word() if self.can.guards else None
+        checked = move.src_index.on_host and move.dst_index.on_host
+        word = acquire_word() if self.can.guards and not checked else None
         move, host = self._place(move)
         packed = self.packed
         if packed is not None and stream is None and packed.fits(move):
@@ -377,6 +378,8 @@ class ChunkRepeats:
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
     ) -> Transfer | None:
         """Issue a copy on the current stream if one like it was remembered; else return None."""
+        if not self._repeatable:
+            return None
         ids = slot_mapping
         if type(ids) is not torch.Tensor:
             ids = self._ids_of(ids, store, start, end)

@@ -94,11 +94,11 @@ def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
     bad = len(end.ids) - 1
     index.ids[bad] = view.slots // index.step
     end.ids = index.ids.tolist()
-    sides = [
+    read_at, written_at = (
         view.origins[0] if index.ids is None else index.ids.data_ptr()
         for view, index in ((src, src_index), (dst, dst_index))
-    ]
-    copied.check(lambda: repeat(*sides, 0, copied.count, status.data_ptr()))
+    )
+    copied.check(lambda: repeat(read_at, written_at, 0, copied.count, status.data_ptr()))
     assert int(status) == 1 + bad * index.step
 
 
