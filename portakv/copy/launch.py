@@ -45,7 +45,7 @@ def launch(settled: Settled, context: Context) -> Transfer:
 
     Inside graph capture with a stream the capture forks there, and `Transfer.wait` joins it.
     """
-    move, pieces, error, guarded, _ = settled
+    move, pieces, error, *_ = settled
     if not pieces:
         return Transfer(() if error is None else (Completion(error=error),))
     device, stream, captured = context
@@ -58,8 +58,7 @@ def launch(settled: Settled, context: Context) -> Transfer:
     elif on_device:
         _bring_tables(move, pieces, device)
         follow_current(stream, [part.move for part in parts])
-    checked = move.src_index.on_host and move.dst_index.on_host
-    pendings, status, carried = _enqueue(parts, on_device, checked, guarded, stream)
+    pendings, status, carried = _enqueue(parts, settled, context)
     if captured:
         # The graph may write these words at every replay, so they are never given back.
         return streams.captured(device, stream, move, status, carried)
@@ -85,28 +84,26 @@ def launch(settled: Settled, context: Context) -> Transfer:
 
 
 def _enqueue(
-    parts: Sequence[Part],
-    on_device: bool,
-    checked: bool,
-    guarded: bool,
-    stream: torch.Stream | None,
+    parts: Sequence[Part], settled: Settled, context: Context
 ) -> tuple[list[Pending], list[tuple[StatusWord, int]], tuple[str, str]]:
     """Launch parts; return what no stream orders, the status words with their first positions, and
     what executes the first part.
 
-    A backend that guards ids gets a status word, unless all of them were ``checked`` on the host.
-    If ids are to be ``guarded``, a strategy is picked that takes one.
+    A backend that guards ids gets a status word if it has ids that the host has not checked. If ids
+    are to be guarded, a strategy is picked that takes one.
     """
     pendings: list[Pending] = []
     status: list[tuple[StatusWord, int]] = []
     carried = NOTHING
+    on_device = context.device.type != "cpu"
+    checked = settled.move.ids_on_host
     for ready, first, part in parts:
         word = None
-        if on_device and (guarded or (ready.can.guards and not checked)):
+        if on_device and (settled.guarded or (ready.can.guards and not checked)):
             status_word = acquire_word()
             status.append((status_word, first))  # it counts from its own start
             word = status_word.tensor
-        pending = ready.launch(*part, stream, word)
+        pending = ready.launch(*part, context.stream, word)
         if carried is NOTHING:
             carried = ready.carried
         if pending is not None:

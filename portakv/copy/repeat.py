@@ -100,18 +100,9 @@ class Repeat(NamedTuple):
         for view, read in zip((src, dst), self.tabled, strict=True):
             if read:
                 view.follow_table(device, stream)
-        checked = move.src_index.on_host and move.dst_index.on_host
-        word = acquire_word() if self.can.guards and not checked else None
+        word = acquire_word() if self.can.guards and not move.ids_on_host else None
         move, host = self._place(move)
-        packed = self.packed
-        if packed is not None and stream is None and packed.fits(move):
-            read_at = _address(src, move.src_index)
-            written_at = _address(dst, move.dst_index)
-            packed.again(read_at, written_at, 0, move.count, word.address if word else 0)
-        else:
-            if stream is not None:
-                follow_current(stream, [move])
-            self.launch(*move, stream, word.tensor if word else None)
+        self._launch(move, stream, word)
         for view, unowned in zip((src, dst), self.unowned, strict=True):
             if unowned:
                 host = *host, *view.retained
@@ -119,6 +110,18 @@ class Repeat(NamedTuple):
         retained = src, dst, move.src_index, move.dst_index
         carried = self.carried or cast(Any, self.launch).carried
         return end_of(event, self.events, word, retained, carried, host=host)
+
+    def _launch(self, move: Move, stream: torch.Stream | None, word: StatusWord | None) -> None:
+        """Launch a copy whose ids are where the launch reads them."""
+        packed = self.packed
+        if packed is not None and stream is None and packed.fits(move):
+            read_at = _address(move.src, move.src_index)
+            written_at = _address(move.dst, move.dst_index)
+            packed.again(read_at, written_at, 0, move.count, word.address if word else 0)
+            return
+        if stream is not None:
+            follow_current(stream, [move])
+        self.launch(*move, stream, word.tensor if word else None)
 
     def _place(self, move: Move) -> tuple[Move, tuple[torch.Tensor, ...]]:
         """Return the copy with its ids where the launch reads them, and host memory with ids, which

@@ -234,7 +234,7 @@ class HostLaunch(StrategyLaunch):
             if repeatable is not None:
                 return repeatable(move)
         # The strategy is picked again for other ids, which must be known for that.
-        return self if move.src_index.on_host and move.dst_index.on_host else None
+        return self if move.ids_on_host else None
 
     def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
         """Return what this thread's last strategy returns; see `base.Repeatable`."""

@@ -32,6 +32,11 @@ class Move(NamedTuple):
         """Return the steps that a plan of this copy is made for."""
         return self.src_index.plan_step, self.dst_index.plan_step
 
+    @property
+    def ids_on_host(self) -> bool:
+        """Return True if all ids lie on the host, or there are none."""
+        return self.src_index.on_host and self.dst_index.on_host
+
     def part(self, first: int, tokens: int) -> Move:
         """Return ``tokens`` positions from position ``first`` on; shares ids and their copies."""
         if not first:
