@@ -8,7 +8,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -393,12 +393,14 @@ def test_on_the_simulated_device() -> None:
 
 
 class _Lasting(_Launch):
-    """A launch that counts its calls."""
+    """A launch that counts its calls, and notes which get a status word."""
 
     calls = 0
+    judging: ClassVar[list[bool]] = []
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: Any) -> Pending | None:
         _Lasting.calls += 1
+        _Lasting.judging.append(status is not None)
         return super().enqueue(move, stream, status)
 
 
@@ -408,6 +410,7 @@ class _First(_Lasting):
     again = None  # type: ignore[assignment]
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: Any) -> Pending | None:
+        _Lasting.judging.append(status is not None)
         return self._launch(*move, stream, status)
 
     def repeatable(self, move: Move) -> Launch:
@@ -429,6 +432,7 @@ class Guarding(Reference):
 @pytest.fixture
 def guarding() -> Iterator[None]:
     _Lasting.calls = 0
+    _Lasting.judging = []
     with registered(guarding=Guarding):
         yield
 
@@ -467,6 +471,23 @@ def test_ids_of_the_host_are_checked_in_each_copy(guarding: None) -> None:
     assert _Lasting.calls == 2
     copy_blocks(src, dst, [1, 2], [3, 4], count=5, backend="guarding").synchronize()
     assert _Lasting.calls == 2  # the last block is moved in part
+
+
+@pytest.mark.simdev
+def test_a_device_judges_only_ids_that_the_host_has_not_checked(guarding: None) -> None:
+    one, other = blocks_of_simdev()
+    src = KVView(one, PAGED)
+    dst = KVView(other, PAGED)
+    on_device = torch.tensor([1, 2], device=simulated.DEVICE)
+    copy_blocks(src, dst, [1], [1], backend="guarding").synchronize()  # the self-check
+    for ids, judging in (([1, 2], False), (Index([1, 2], 4), False), (on_device, True)):
+        _Lasting.judging = []
+        for _ in range(4):
+            copy_blocks(src, dst, ids, ids, backend="guarding").synchronize()
+        assert _Lasting.judging == [judging] * 4
+    _Lasting.judging = []
+    copy_blocks(src, dst, [1, -2, 3, 4, 5], [1, 2, 3, 4, 5], backend="guarding").synchronize()
+    assert _Lasting.judging == [True]  # by which a strategy is picked that skips them
 
 
 @pytest.mark.simdev
