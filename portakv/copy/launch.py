@@ -78,7 +78,7 @@ def launch(settled: Settled, context: Context) -> Transfer:
     )
     if peer:
         hold_memory(completion)
-    if pendings or status:
+    if pendings or pool is not None:
         hold(completion)
     return Transfer((completion,), retained, carried)
 

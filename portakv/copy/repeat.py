@@ -94,13 +94,18 @@ class Repeat(NamedTuple):
         cut = unit > 1 and (move.src_index.offset or move.dst_index.offset or move.count % unit)
         return not cut and not self.process.forked
 
-    def issue(self, move: Move, device: torch.device, stream: torch.Stream | None) -> Transfer:
-        """Launch a copy that `fits`, after its ids and its memory were checked."""
+    def issue(
+        self, move: Move, device: torch.device, stream: torch.Stream | None, skips: bool
+    ) -> Transfer:
+        """Launch a copy that `fits`, after its ids and its memory were checked.
+
+        ``skips``: ids on the host skip positions.
+        """
         src, dst, *_ = move
         for view, read in zip((src, dst), self.tabled, strict=True):
             if read:
                 view.follow_table(device, stream)
-        word = acquire_word() if self.can.guards and not move.ids_on_host else None
+        word = acquire_word() if self.can.guards and (skips or not move.ids_on_host) else None
         move, host = self._place(move)
         self._launch(move, stream, word)
         for view, unowned in zip((src, dst), self.unowned, strict=True):
@@ -193,8 +198,7 @@ def end_of(
     completion = Completion(event, (), words, None, host or None, events)
     if host:
         hold_memory(completion)
-    if words:
-        hold(completion, owner)
+    hold(completion, owner)  # which also returns the event, if the handle is dropped
     return Transfer((completion,), retained, carried)
 
 
@@ -231,7 +235,7 @@ def repeated(move: Move, options: CopyOptions) -> Transfer | None:
     dst.check_memory()
     skips = src_index.check(count, src.slots, "source")
     skips |= dst_index.check(count, dst.slots, "destination", distinct=True)
-    return None if skips and not repeat.skips else repeat.issue(move, device, stream)
+    return None if skips and not repeat.skips else repeat.issue(move, device, stream, skips)
 
 
 def remember(
@@ -315,8 +319,11 @@ def _picks(launch: Launch | None) -> bool:
 def _packed(move: Move, ready: Prepared, can: Capabilities) -> _Packed | None:
     """Return the launch with everything packed but addresses and counts, if there is one."""
     again = getattr(ready.launch, "again", None)
-    if again is None or move.src_index.offset or move.dst_index.offset:
+    src, dst, src_index, dst_index, _ = move
+    if again is None or src_index.offset or dst_index.offset:
         return None
+    if any(x.ids is None and len(y.origins) > 1 for x, y in ((src_index, src), (dst_index, dst))):
+        return None  # a packed launch takes one address for a side without ids
     placed = place_for(can, can.home_of_ids(ready.choice.backend.device), move)
     packed: Again | None = again(placed.src, placed.dst, placed.src_index, placed.dst_index)
     return None if packed is None else _Packed(packed, _dtypes(placed))
@@ -381,7 +388,7 @@ class ChunkRepeats:
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
     ) -> Transfer | None:
         """Issue a copy on the current stream if one like it was remembered; else return None."""
-        if not self._repeatable:
+        if not (self._repeatable or self._known):
             return None
         ids = slot_mapping
         if type(ids) is not torch.Tensor:
@@ -407,10 +414,11 @@ class ChunkRepeats:
         # The capture check and the event are about the current device.
         if _current_device() != self._index or self._capturing():
             return None
-        word = acquire_word()
+        # Ids of the host were checked when their copy was found.
+        word = None if type(slot_mapping) is Index and slot_mapping.on_host else acquire_word()
         event = self._events.acquire()
         sides = (first_id, address) if store else (address, first_id)
-        repeat.again(*sides, start, count, word.address)
+        repeat.again(*sides, start, count, word.address if word else 0)
         event.record()
         retained = chunk, ids, self._cache
         return end_of(event, self._events, word, retained, repeat.carried, self._owner)

@@ -25,6 +25,7 @@ from portakv.copy.settle import settle as really_settle
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import caches
+from portakv.runtime.transfer import UNCHECKED
 from portakv.view.addresses import RawMemory
 
 TOKENS = 96
@@ -250,7 +251,8 @@ def test_blocks_inside_a_device_by_new_ids(listed: str) -> None:
 
 
 @pytest.mark.gpu
-def test_keys_and_values_that_lie_apart_keep_their_places() -> None:
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_keys_and_values_that_lie_apart_keep_their_places(backend: str) -> None:
     """Their tensors have different widths, so that each has kernels and an address of its own."""
     paged = KVView(
         torch.zeros(TOKENS, 3, dtype=torch.int32, device=DEVICE), "token (kv dim)", dim=(2, 1)
@@ -262,7 +264,7 @@ def test_keys_and_values_that_lie_apart_keep_their_places() -> None:
         for each in parts:
             each.fill_(-1)
         ids = torch.randperm(TOKENS)[:40].to(DEVICE)
-        copy_rows(paged, apart, ids, None).synchronize()
+        copy_rows(paged, apart, ids, None, backend=backend).synchronize()
         assert torch.equal(parts[0][:40], paged.tensors[ids, :2])
         assert torch.equal(parts[1][:40], paged.tensors[ids, 2:])
 
@@ -390,6 +392,50 @@ def test_on_the_simulated_device() -> None:
             part = Index(offset=20)
             copy_rows(views[0], views[0], None, part, count=8, backend="repeating").synchronize()
     assert len(made) == 1
+
+
+@pytest.mark.simdev
+def test_no_launch_is_packed_for_several_tensors_without_ids() -> None:
+    """It would be given the address of the first one for all of them."""
+    made.clear()
+    device = simulated.DEVICE
+    rows = torch.zeros(TOKENS, 3, dtype=torch.int32, device=device)
+    paged = KVView(rows, "token (kv dim)", dim=(2, 1))
+    parts = [torch.zeros(TOKENS, each, dtype=torch.int32, device=device) for each in (2, 1)]
+    apart = KVView(parts, "kv | token dim", dim=(2, 1))
+    ids = Index(torch.arange(8, device=device), trusted=True)
+    with registered(repeating=Repeating):
+        for _ in range(3):
+            copy_rows(paged, apart, ids, None, backend="repeating").synchronize()
+        assert made == []
+        for _ in range(3):
+            copy_rows(paged, apart, ids, ids, backend="repeating").synchronize()
+        assert len(made) == 1
+
+
+@pytest.mark.simdev
+def test_events_of_dropped_handles_are_used_again(
+    guarding: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = blocks_of_simdev()
+    src = KVView(one, PAGED)
+    dst = KVView(other, PAGED)
+    created = list[object]()
+    event = torch.Event
+
+    def counted(*arguments: Any) -> torch.Event:
+        created.append(arguments)
+        return event(*arguments)
+
+    for ids in ([1, 2], torch.tensor([1, 2], device=simulated.DEVICE)):
+        for turn in range(2 * UNCHECKED):
+            if turn == UNCHECKED + 5:
+                created.clear()
+            monkeypatch.setattr(torch, "Event", counted)
+            copy_blocks(src, dst, ids, ids, backend="guarding")
+            monkeypatch.setattr(torch, "Event", event)
+            torch.accelerator.synchronize(simulated.DEVICE)
+        assert len(created) <= 1
 
 
 class _Lasting(_Launch):
