@@ -388,8 +388,6 @@ class ChunkRepeats:
         self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
     ) -> Transfer | None:
         """Issue a copy on the current stream if one like it was remembered; else return None."""
-        if not (self._repeatable or self._known):
-            return None
         ids = slot_mapping
         if type(ids) is not torch.Tensor:
             ids = self._ids_of(ids, store, start, end)
@@ -414,11 +412,10 @@ class ChunkRepeats:
         # The capture check and the event are about the current device.
         if _current_device() != self._index or self._capturing():
             return None
-        # Ids of the host were checked when their copy was found.
-        word = None if type(slot_mapping) is Index and slot_mapping.on_host else acquire_word()
+        word = _word_for(slot_mapping)
         event = self._events.acquire()
         sides = (first_id, address) if store else (address, first_id)
-        repeat.again(*sides, start, count, word.address if word else 0)
+        repeat.again(*sides, start, count, 0 if word is None else word.address)
         event.record()
         retained = chunk, ids, self._cache
         return end_of(event, self._events, word, retained, repeat.carried, self._owner)
@@ -472,6 +469,11 @@ class ChunkRepeats:
         if type(slot_mapping) is Index and index.on_host:
             return index.placed(self._choice.backend.device, self._choice.can.index_dtypes)
         return index
+
+
+def _word_for(slot_mapping: object) -> StatusWord | None:
+    """Return a status word for ids that a device judges; None for ids that the host has checked."""
+    return None if type(slot_mapping) is Index and slot_mapping.on_host else acquire_word()
 
 
 def _kind_of_chunk(
