@@ -31,6 +31,7 @@ from portakv.migrate import (
     Parameter,
     Reader,
     Shard,
+    Ticket,
     open_model,
     open_shared,
     pair,
@@ -177,6 +178,11 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "Owner.revoke": lambda s: s.revoking(),
     "Offer.extend": lambda s: (s.offer().extend, {"seconds": 40.0}),
     "Offer.taken": lambda s: (s.offer().taken, {"timeout": 0.01}),
+    "Ticket": lambda s: (Ticket, {}),
+    "Ticket.of": lambda s: (
+        Ticket.of,
+        {"address": "ipc:///x", "epoch": bytes(16), "name": b"sixteen bytes..."},
+    ),
     "Reader": lambda s: (
         Reader,
         {"channel": s.channel(), "shards": s.rows().shard, "model": MODEL},

@@ -37,6 +37,7 @@ from portakv.migrate.pull import Pull
 from portakv.migrate.reader import Reader
 from portakv.migrate.rendezvous import pair, rendezvous, unique_id
 from portakv.migrate.shards import Shard
+from portakv.migrate.tickets import Ticket
 from portakv.migrate.weights import prepare_weights, publish, pull_weights
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "Reader",
     "Shard",
     "SlotError",
+    "Ticket",
     "TransferCancelled",
     "TransferError",
     "TransferTimeout",

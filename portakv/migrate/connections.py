@@ -36,6 +36,7 @@ from portakv.migrate.messages import (
     Bye,
     Handshake,
     Hello,
+    Named,
     Renew,
     Ticket,
     is_signed,
@@ -146,16 +147,11 @@ class Connections:
 
         Raises as `of`, and `PeerError` for bytes that are not a ticket.
         """
-        if isinstance(tickets, bytes):
-            packed = [tickets]
-        else:
-            packed = arguments.items("tickets", tickets, "the bytes of offers' tickets")
-        for number, one in enumerate(packed):
-            if not isinstance(one, bytes):
-                raise arguments.invalid(f"tickets[{number}]", "bytes", one, "Pass Offer.ticket.")
-        packed = list(dict.fromkeys(packed))
-        if not packed:
-            raise arguments.invalid("tickets", "one ticket or more", tickets, "Pass Offer.ticket.")
+        packed = listed(tickets)
+        if any(Named.read(one) for one in packed):
+            raise arguments.invalid(
+                "tickets", "tickets of offers", "one by name", "Pull it by `Reader.pull`."
+            )
         read = [Ticket.read(data) for data in packed]
         try:
             sources = [Source(ticket, self.of(ticket, until)) for ticket in read]
@@ -322,6 +318,21 @@ class Connections:
         owner.unwatch()
         if owner.staged:
             owner.staged.transport.forget(owner.address)
+
+
+def listed(tickets: bytes | Sequence[bytes]) -> list[bytes]:
+    """Return the different tickets of a call; raise `InvalidTerms` for other values."""
+    if isinstance(tickets, bytes):
+        packed = [tickets]
+    else:
+        packed = arguments.items("tickets", tickets, "the bytes of offers' tickets")
+    for number, one in enumerate(packed):
+        if not isinstance(one, bytes):
+            raise arguments.invalid(f"tickets[{number}]", "bytes", one, "Pass Offer.ticket.")
+    packed = list(dict.fromkeys(packed))
+    if not packed:
+        raise arguments.invalid("tickets", "one ticket or more", tickets, "Pass Offer.ticket.")
+    return packed
 
 
 def _other_rows(ticket: Ticket, why: str) -> LayoutError:

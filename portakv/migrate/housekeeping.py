@@ -12,6 +12,7 @@ import atexit
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -20,8 +21,10 @@ from time import monotonic
 import torch
 
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
+from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Source
 from portakv.migrate.messages import Begin, Close, Message, Renew
+from portakv.migrate.named import PAUSE, Finder, Wanted
 from portakv.migrate.pull import Pull
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import uninterrupted
@@ -54,11 +57,13 @@ class Housekeeper:
     A pull is added by one step, so that no interrupt leaves a half of it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, channel: Channel) -> None:
         #: Counted by how pulls ended; and the pulls that have ended, for `Reader.finished`.
         self.finished: Finished[Pull] = Finished()
         self.ends = Counter[str]()
         self._device = device
+        self._finder = Finder(channel)
+        self._finding = False  # a pull waits for an offer by its name
         self._pulls = dict[Pull, _Watched]()
         self._busy = dict[str, float]()  # addresses, with the time of the next message
         self._wakes: SimpleQueue[None] = SimpleQueue()
@@ -88,6 +93,9 @@ class Housekeeper:
         """Wait for the pulls in flight, and cancel those that last longer."""
         until = monotonic() + seconds
         for pull in self.pulls:
+            wanted = pull.requested.wanted
+            if wanted is not None and not wanted.started.is_set():
+                pull.cancel()
             try:
                 pull.synchronize(max(0.0, until - monotonic()))
             except TransferTimeout:
@@ -136,7 +144,8 @@ class Housekeeper:
                 pause = FIRST_LOOK
                 while True:
                     self._wakes.get_nowait()
-            most = PROMPT if self.finished.started else LOOK
+            most = PAUSE if self._finding else LOOK
+            most = PROMPT if self.finished.started else most
             pause = min(2 * pause, most) if self._pulls else FIRST_LOOK
             self._look_at_all()
             if self._closing:
@@ -150,6 +159,7 @@ class Housekeeper:
             pulls = [*self._pulls.items()]
         except RuntimeError:  # a pull was added meanwhile; the next look is soon
             return
+        self._find([pull for pull, _ in pulls])
         for pull, watched in pulls:
             try:
                 if pull.look():
@@ -159,6 +169,22 @@ class Housekeeper:
             except Exception as error:  # one pull must not stop the others
                 _log.exception("A pull failed.")
                 pull.stop(TransferError(f"The pull failed: {error!r}."))
+
+    def _find(self, pulls: list[Pull]) -> None:
+        """Ask for the offers of pulls by name, and start those that wait no more."""
+        waiting = list[tuple[Wanted, Callable[[PortaKVError], object]]]()
+        self._finding = False
+        for pull in pulls:
+            wanted = pull.requested.wanted
+            if wanted is None or wanted.started.is_set():
+                continue
+            if pull.over or self._closing:  # its task ends it
+                wanted.begin()
+            else:
+                waiting.append((wanted, pull.stop))
+        self._finding = bool(waiting)
+        if waiting:
+            self._finder.look(waiting)
 
     def _report_end(self, pull: Pull, watched: _Watched) -> None:
         """Report the end of a pull to its owners and to `Reader.finished`.
@@ -191,7 +217,7 @@ class Housekeeper:
             return
         shared = [source for source in pull.sources if source.word is not None]
         if not watched.begun and now >= watched.began + FIRST_LOOK:
-            watched.begun = True
+            watched.begun = bool(pull.sources)  # a pull by name has none at first
             watched.renew = now + _third(shared)
             for source in pull.requested.quiet:
                 self._tell(source, Begin(source.ticket.epoch, source.ticket.offer))

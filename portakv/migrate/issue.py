@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -19,12 +20,42 @@ from portakv.copy.rows import copy_rows
 from portakv.errors import TransferCancelled
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
-from portakv.migrate.plan import Step
+from portakv.migrate.connections import Sources
+from portakv.migrate.plan import Step, count_blocks, indices_of, steps
 from portakv.migrate.pull import CANCELLED, Ends, Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged import taken, verifications
+from portakv.view.index import Ids, Index
 
 LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
+
+
+class Request(NamedTuple):
+    """What a caller wants of a pull.
+
+    Attributes:
+        indices: for each shard, where the rows go.
+        first: the number of tokens that both sides skip.
+        options: of the copies.
+        verify: compare checksums before the commit.
+    """
+
+    indices: list[Index]
+    first: int
+    options: CopyOptions
+    verify: bool
+
+    @classmethod
+    def of(
+        cls,
+        shards: Sequence[Shard],
+        blocks: Sequence[Ids],
+        first: int,
+        options: CopyOptions,
+        verify: bool,
+    ) -> Request:
+        """Return a request for lists of blocks, one for each shard; raise as `Reader.pull`."""
+        return cls(indices_of(shards, blocks), first, options, verify)
 
 
 class Issuer:
@@ -32,7 +63,8 @@ class Issuer:
 
     def __init__(self, graph: Graph, shards: Sequence[Shard], device: torch.device) -> None:
         self._graph = graph
-        self._shards = shards
+        self.shards = shards
+        self.device = device
         self._on_host = device.type == "cpu"
         self._queue = graph.queue("pull", width=16)
         self._checks = graph.queue("verify", width=16)
@@ -48,17 +80,20 @@ class Issuer:
         self._graph.submit([task], priority="urgent")
         return Part((), [task])
 
-    def issue(
-        self, pull: Pull, plan: Sequence[Step], options: CopyOptions, verify: bool
-    ) -> list[Task]:
-        """Issue the copies of a pull, and return its tasks, which the caller submits."""
+    def issue(self, pull: Pull, request: Request) -> list[Task]:
+        """Issue the copies of a pull whose sources are known, and return its tasks, which the
+        caller submits; raise as `Reader.pull` does."""
+        indices, first, options, verify = request
+        plan = steps(pull.sources, self.shards, indices, first)
+        self._wait_for_events(pull.sources)
         requested = pull.requested
+        requested.blocks = count_blocks(indices, first, pull.sources[0].ticket.tokens)
         requested.nbytes = sum(step.nbytes for step in plan)
         # A copy at a rate has a separate worker.
         long = self._on_host and requested.nbytes > LONG and not options.max_gbps
         pull.copies = copies = list[BlockTransfer]()
         pull.slices = slices = list[Task]()
-        layers = _Layers(self._shards if options.by_layer else ())
+        layers = _Layers(self.shards if options.by_layer else ())
         staged = set[bytes]()  # offers whose owners get requests for rows
         for step in plan:
             rate = options.max_gbps
@@ -75,13 +110,21 @@ class Issuer:
                 layers.add_copy(step, copies[-1])
         requested.pieces = len(copies) + len(slices)
         requested.quiet = [x for x in pull.sources if x.ticket.offer not in staged]
-        pull.layers = layers.parts()
+        pull.layers = [*layers.parts()]
 
         checks = verifications(plan, pull, self._checks) if verify else []
         if not slices and not checks and all(source.word for source in pull.sources):
             return []
         pull.task = Task(lambda *_: pull.run(self._graph, checks), 1, queue=self._queue)
         return [*slices, pull.task]
+
+    def _wait_for_events(self, sources: Sources) -> None:
+        """Order this reader's stream after the events of offers that have not been reached."""
+        for ticket, owner in sources:
+            event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
+            if event is not None and not event.query():
+                module = torch.get_device_module(self.device)  # events take streams of their module
+                event.wait(module.current_stream(self.device))
 
     def _copied(self, step: Step, pull: Pull, options: CopyOptions) -> Iterator[tuple[range, Task]]:
         """Yield the tasks that copy the rows of a step on the host, and the layers of each."""

@@ -16,13 +16,17 @@ from msgspec import Meta
 
 from portakv.errors import OfferGone, PeerError, PortaKVError
 
-VERSION = 3  # of all messages; a channel rejects another version by the first byte
+VERSION = 4  # of all messages; a channel rejects another version by the first byte
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
 Name = Annotated[str, Meta(max_length=64)]
 Text = Annotated[str, Meta(max_length=1024)]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 48)]  # of memory; also extents and strides in elements
 Count = Annotated[int, Meta(ge=0, le=1 << 31)]  # of tokens, blocks, slots
 Small = Annotated[int, Meta(ge=0, le=1 << 16)]  # of layers, heads, groups, regions
+LEAST_NAME = 16
+MOST_NAME = 64
+OfferName = Annotated[bytes, Meta(min_length=LEAST_NAME, max_length=MOST_NAME)]
+MOST_NAMES = 256  # of one question
 Handle = Annotated[bytes, Meta(max_length=4096)]  # made by `ipc`, for `ipc` alone
 Key = Annotated[bytes, Meta(max_length=64)]  # of a MAC
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
@@ -192,6 +196,26 @@ class Gather(About, frozen=True, rename=_ON_THE_WIRE):
     tag: Count = 0
 
 
+class Find(Message, frozen=True):
+    """Request the tickets of offers by their names."""
+
+    purpose: ClassVar[str] = "Finding offers of the owner at"
+
+    epoch: Id
+    names: Annotated[tuple[OfferName, ...], Meta(min_length=1, max_length=MOST_NAMES)]
+
+
+class Found(Message, frozen=True):
+    """The answer to `Find`: for each name the bytes of its ticket.
+
+    They are empty if there is no such offer yet, or no space in the answer. ``why`` is then empty,
+    or why an offer of that name has ended.
+    """
+
+    tickets: Annotated[tuple[bytes, ...], Meta(max_length=MOST_NAMES)]
+    why: Annotated[tuple[Text, ...], Meta(max_length=MOST_NAMES)]
+
+
 class Bye(Message, frozen=True):
     """One-way: a reader releases an owner's staging buffers."""
 
@@ -224,10 +248,7 @@ class Ticket(About, frozen=True):
 
     def gone(self, why: str) -> OfferGone:
         """Return the error of an offer that does not hold; ``why`` is a clause."""
-        return OfferGone(
-            f"The offer {self.offer.hex()[:8]} of {self.address} does not hold: {why}. No rows "
-            f"were committed; request another offer."
-        )
+        return _gone(f"offer {self.offer.hex()[:8]}", self.address, why)
 
     def pack(self, key: bytes) -> bytes:
         """Return the bytes that carry the ticket, with a MAC over them under the owner's key."""
@@ -242,6 +263,35 @@ class Ticket(About, frozen=True):
         if ticket and whole and len(ticket.ids) == len(ticket.steps):
             return ticket
         raise no_ticket()
+
+
+class Named(Message, frozen=True):
+    """The offer of an owner that has a name, as `tickets.Ticket.of` makes it."""
+
+    epoch: Id
+    address: Text
+    name: OfferName
+
+    def gone(self, why: str) -> OfferGone:
+        """Return the error of an offer that does not hold; ``why`` is a clause."""
+        return _gone(f"offer with the name {self.name.hex()[:8]}", self.address, why)
+
+    def pack(self) -> bytes:
+        """Return the bytes of a ticket by name. No MAC protects them: the name is the secret."""
+        return bytes(_MAC) + sealed(self)
+
+    @staticmethod
+    def read(data: bytes) -> Named | None:
+        """Return what `pack` made; None for other bytes."""
+        return unsealed(data[_MAC:], Named) if data[:_MAC] == bytes(_MAC) else None
+
+
+def _gone(offer: str, address: str, why: str) -> OfferGone:
+    """Return the error of an offer that does not hold."""
+    return OfferGone(
+        f"The {offer} of {address} does not hold: {why}. No rows were committed; request another "
+        f"offer."
+    )
 
 
 def no_ticket() -> PeerError:

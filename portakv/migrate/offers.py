@@ -36,6 +36,7 @@ from portakv.runtime.streams import StreamFence
 from portakv.view.index import Ids, Index
 
 LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
+MOST_FOUND = 1 << 19  # bytes of the tickets in an answer
 UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
 MOST_LEASE = 1e6  # seconds
 _SECONDS = "a number of seconds above 0, at most 10^6"
@@ -73,9 +74,11 @@ class Offer:
     Attributes:
         ticket: bytes for the reader, which travel with the request. Any process that has the
             ticket and the channel's secret may pull.
+        name: by which readers find the offer without its ticket; empty if it has none.
         place: the place of the offer's validity word.
     """
 
+    name = b""
     place = Place()
 
     def __init__(
@@ -98,10 +101,10 @@ class Offer:
     @property
     def state(self) -> str:
         """Return "held"; after the end "taken", "expired", "revoked", or "lost" with a reader."""
-        return uninterrupted(self._look)
+        return uninterrupted(self.look)
 
-    def _look(self) -> str:
-        """Return the state now."""
+    def look(self) -> str:
+        """Return the state now, for a caller that may have the owner's lock."""
         with self._owner.change:
             if self._state == "held" and self._owner.now() > self.lease.until:
                 self.end("expired")
@@ -122,7 +125,8 @@ class Offer:
                     owner.words.end(self.place, state)
                 self._state = state
                 owner.offers.pop(self.number, None)
-                owner.ended[self.number] = self._why_ended()
+                owner.ended[self.number] = why = self._why_ended()
+                owner.names.end(self, why)
                 owner.counts[state] += 1
                 for stop in self.begun.values():
                     stop()
@@ -171,12 +175,59 @@ class Offer:
     def _extend(self, seconds: float) -> bool:
         """Set the end of the lease, unless the offer has ended."""
         with self._owner.change:
-            if self._look() != "held":
+            if self.look() != "held":
                 return False
             self.lease.until = max(self.lease.until, self._owner.now() + seconds)
             self.lease.latest = max(self.lease.latest, self.lease.until)
             self._owner.change.notify_all()
             return True
+
+
+class Names:
+    """The offers of an owner by name. The owner's lock guards all calls."""
+
+    def __init__(self) -> None:
+        self._offers = dict[bytes, Offer]()
+        self._ended: Bounded[bytes, str] = Bounded("ended names", _REMEMBERED)
+
+    def check_free(self, name: bytes) -> None:
+        """Raise `InvalidTerms` for a name of an offer that holds."""
+        offer = self._offers.get(name)
+        if offer is not None and offer.look() == "held":
+            do = "Take random bytes."
+            raise arguments.invalid("name", "the name of no other offer", name, do)
+
+    def add(self, offer: Offer) -> None:
+        """Let readers find an offer by its name, if it has one."""
+        if offer.name:
+            self._ended.pop(offer.name, None)
+            self._offers[offer.name] = offer
+
+    def end(self, offer: Offer, why: str) -> None:
+        """Record why an offer has ended."""
+        if offer.name and self._offers.get(offer.name) is offer:
+            del self._offers[offer.name]
+            self._ended[offer.name] = why
+
+    def find(self, names: Sequence[bytes]) -> messages.Found:
+        """Return the tickets of names, as many as an answer holds."""
+        tickets = list[bytes]()
+        why = list[str]()
+        left = MOST_FOUND
+        for name in names:
+            offer = self._offers.get(name)
+            held = offer is not None and offer.look() == "held"  # this may end it
+            ticket = offer.ticket if offer is not None and held else b""
+            if len(ticket) > left:
+                ticket = b""
+            left -= len(ticket)
+            tickets.append(ticket)
+            why.append("" if held else self._ended.get(name, ""))
+        return messages.Found(tuple(tickets), tuple(why))
+
+    def get(self, name: bytes) -> Offer | None:
+        """Return the offer of a name that holds; None if there is none."""
+        return self._offers.get(name)
 
 
 class Ended(NamedTuple):
@@ -215,6 +266,7 @@ class Owner:
         InvalidTerms: another ``expose``, no bytes of staging, or a channel that has an owner.
     """
 
+    now = staticmethod(time.monotonic)
     _closed = False
     _exports: Exports | None = None
 
@@ -239,13 +291,13 @@ class Owner:
         arguments.one_of("expose", expose, get_args(Expose))
         self.channel = channel
         self.model = model
-        self.now = time.monotonic
         self.change = threading.Condition(threading.RLock())
         self.counts = Counter[str]()
         self._key = secrets.token_bytes(32)  # signs tickets, also those of later epochs
         self._expose = expose
         self.offers = dict[bytes, Offer]()
         self.ended: Bounded[bytes, str] = Bounded("ended offers", _REMEMBERED)
+        self.names = Names()
         self.words = Words()
         self.ends: Finished[Ended] = Finished()
         self._gathers = Gathers(channel, staging, transport, device, staging_total)
@@ -267,6 +319,7 @@ class Owner:
             messages.Check: self._check,
             messages.Close: self._close,
             messages.Gather: self._gather,
+            messages.Find: self._find,
             messages.Bye: self._bye,
         }
         for kind, answer in self._kinds.items():
@@ -310,6 +363,7 @@ class Owner:
         lease: float = 30.0,
         readers: int = 1,
         max_lease: float = 3600.0,
+        name: bytes | None = None,
     ) -> Offer:
         """Offer the first ``tokens`` tokens of lists of blocks, one list for each shard.
 
@@ -322,11 +376,13 @@ class Owner:
                 or `statistics` shows that it ended.
             readers: the number of readers that may pull it.
             max_lease: seconds after which no reader can renew it.
+            name: 16 to 64 bytes by which readers find the offer; see `Ticket.of`. Take random
+                bytes, and another name for each offer.
 
         Raises:
             SlotError: ids past the view or twice in a list, too few for the tokens, more than a
                 ticket holds, or not a list for each shard.
-            InvalidTerms: no token, no time, or no reader.
+            InvalidTerms: no token, no time, no reader, or a name of another offer.
             PeerError: the owner is closed, or belongs to the process that this one was forked from.
         """
         self._refuse_closed()
@@ -336,6 +392,8 @@ class Owner:
         last = arguments.number(
             "max_lease", max_lease, lease, inf, f"at least the lease of {lease:g} s"
         )
+        if name is not None:
+            arguments.octets("name", name, messages.LEAST_NAME, messages.MOST_NAME)
         lists = self._block_lists(blocks, tokens)
         on = self.device
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
@@ -344,6 +402,7 @@ class Owner:
             stream.synchronize()
         now = self.now()
         made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers)
+        made.name = name or b""
         try:
             return self._enter(made, stream, lease)
         except BaseException:  # also an interrupt: no reader may get an offer without a handle
@@ -384,6 +443,7 @@ class Owner:
         """Register an offer of rows after a stream, and write its ticket."""
         event = -1
         with self.change:
+            self.names.check_free(made.name)
             if self._events:
                 event = self._turn = (self._turn + 1) % EVENTS
                 # An older offer's event, perhaps recorded on another stream.
@@ -395,7 +455,13 @@ class Owner:
             )
             terms = self.channel.address, made.tokens, ids, steps, lease, event, made.place.number
             made.ticket = messages.Ticket(self.epoch, made.number, *terms).pack(self._key)
+            if made.name and len(made.ticket) > MOST_FOUND:
+                raise SlotError(
+                    f"Expected a ticket of at most {MOST_FOUND} bytes for an offer with a name, "
+                    f"got {len(made.ticket)}. Offer blocks in place of slots, or without a name."
+                )
             self.offers[made.number] = made
+            self.names.add(made)
             self.counts["offered"] += 1
             looks = self.counts["offered"] % EVENTS == 0
         if looks:  # outside of the lock, which a helper thread takes
@@ -419,12 +485,16 @@ class Owner:
 
         Raises `PeerError` for bytes that are not a ticket of this owner.
         """
-        parsed = messages.Ticket.read(ticket)
-        if not messages.is_signed(ticket, self._key):
+        named = messages.Named.read(ticket) if isinstance(ticket, bytes) else None
+        parsed = named or messages.Ticket.read(ticket)
+        if named is None and not messages.is_signed(ticket, self._key):
             raise messages.no_ticket()
         if parsed.epoch != self.epoch:
             return False  # all offers before `reallocate` have ended
-        offer = self.offers.get(parsed.offer)
+        if isinstance(parsed, messages.Named):
+            offer = self.names.get(parsed.name)
+        else:
+            offer = self.offers.get(parsed.offer)
         if offer is None or offer.state != "held":
             return False
         offer.revoke()
@@ -553,6 +623,14 @@ class Owner:
             wanted = min(self.now() + renew.seconds, lease.latest)
             lease.until = max(lease.until, wanted)
             return messages.Answer("held", seconds=lease.until - self.now())
+
+    def _find(self, _: Peer, find: messages.Find) -> messages.Found | messages.Answer:
+        with self.change:
+            if find.epoch != self.epoch:
+                return messages.Answer(
+                    "gone", "its owner was restarted, or has other memory, since then"
+                )
+            return self.names.find(find.names)
 
     def _bye(self, peer: Peer, _: messages.Bye) -> None:
         self._gathers.forget(peer)

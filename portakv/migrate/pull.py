@@ -30,6 +30,7 @@ from portakv.graph.graph import Graph
 from portakv.graph.task import Task
 from portakv.migrate.connections import Source, Sources
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
+from portakv.migrate.named import Wanted
 from portakv.migrate.words import fence
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
@@ -64,6 +65,8 @@ class Requested:
     pieces: int = 0  # copies and tasks that were started
     #: Sources that receive no request for rows, so that the pull is reported to them.
     quiet: Sources = ()
+    #: Set if some tickets are names: the pull has no sources before their offers exist.
+    wanted: Wanted | None = None
 
 
 class Part(Transfer):
@@ -85,7 +88,7 @@ class Part(Transfer):
         for task in self.tasks:
             if not task.ended:
                 raise _forked()
-            error = _known(task.error)
+            error = known(task.error)
             if error:
                 raise error
             if not task.landed.all():
@@ -132,7 +135,7 @@ class Pull(Transfer):
         self.slices: Sequence[Task] = []
         #: The task that commits a pull of tasks, or one that asks an owner.
         self.task: Task | None = None
-        self.layers = list[Part]()
+        self.layers: list[Transfer] = []
         self.requested = Requested()
         #: Orders copies from staging buffers after the caller's stream; None if there are none.
         self.after: StreamFence | None = None
@@ -219,8 +222,9 @@ class Pull(Transfer):
         task = self.task
         if task is not None:
             # A task that ran has ended the pull. One that never ran left that to others.
-            if task.ended and len(self._times) == 1:
-                self.conclude(_known(task.error) or TransferCancelled(CANCELLED))
+            # The task of a pull by name may have made others meanwhile.
+            if task.ended and self.task is task and len(self._times) == 1:
+                self.conclude(known(task.error) or TransferCancelled(CANCELLED))
             return len(self._times) > 1
         copies = self.copies
         try:
@@ -229,7 +233,7 @@ class Pull(Transfer):
                     if not end.ended():
                         return False
         except Exception as error:  # torch raises errors of many kinds; the copies run no more
-            self.conclude(_known(error))
+            self.conclude(known(error))
             return True
         errors = [end.error for copy in copies for end in copy.completions if end.error]
         self.conclude(errors[0] if errors else self._gone())
@@ -237,9 +241,13 @@ class Pull(Transfer):
 
     def block(self) -> None:
         """Block the host until the pull has ended."""
+        wanted = self.requested.wanted
         while not self.look():
-            if self.task is not None:
-                self.task.wait()
+            if wanted is not None:
+                wanted.started.wait()
+            task = self.task
+            if task is not None:
+                task.wait()
             for copy in self.copies:
                 for end in copy.completions:
                     with suppress(RuntimeError):  # torch's error, which `look` gets again
@@ -370,7 +378,7 @@ class Pull(Transfer):
                 if _over(one, seconds):
                     return
             except BaseException as error:  # also an interrupt; the other copies are waited for
-                self.stop(_known(error) or TransferCancelled(CANCELLED))
+                self.stop(known(error) or TransferCancelled(CANCELLED))
                 return
             if not self.stopped:
                 self._renew(remote, 3 * third)
@@ -411,7 +419,7 @@ def _over(one: Ending, seconds: float) -> bool:
     return False
 
 
-def _known(error: BaseException | None) -> PortaKVError | None:
+def known(error: BaseException | None) -> PortaKVError | None:
     """Return an error of a copy or a task as one of this library's."""
     if error is None or isinstance(error, PortaKVError):
         return error

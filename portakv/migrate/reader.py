@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from functools import partial
 from time import monotonic
 
-import torch
-
 from portakv import arguments
 from portakv.copy.options import CopyOptions, Overlap, options_from
 from portakv.graph.graph import Graph
+from portakv.migrate.by_name import ByName
 from portakv.migrate.channel import Channel
-from portakv.migrate.connections import Connections, Sources, renamed
+from portakv.migrate.connections import Connections, listed, renamed
 from portakv.migrate.housekeeping import Housekeeper
-from portakv.migrate.issue import Issuer
-from portakv.migrate.plan import count_blocks, indices_of, steps
+from portakv.migrate.issue import Issuer, Request
 from portakv.migrate.pull import Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.runtime.devices import capturing, refuse_capture
@@ -64,7 +62,8 @@ class Reader:
         self.shards = shards
         self.device = self._owners.device
         self._issuer = Issuer(self._graph, shards, self.device)
-        self._keeper = Housekeeper(self.device)
+        self._keeper = Housekeeper(self.device, channel)
+        self._by_name = ByName(self._graph, self._owners, self._issuer, self._keeper)
         self._closed = False
         channel.claim("a reader", self)
 
@@ -86,7 +85,8 @@ class Reader:
         None in place of a list: blocks from the first one on.
 
         Args:
-            tickets: one ticket of each owner that has a part of this reader's windows.
+            tickets: one ticket of each owner that has a part of this reader's windows. A pull by
+                `Ticket.of` waits for its offer; do not change the lists of blocks meanwhile.
             first: the number of tokens that are here already; both sides skip them.
             by_layer: copy one layer after the other, each with a separate end in `Pull.layers`.
             overlap, max_thread_blocks: as for `copy_rows`, for memory that is mapped.
@@ -110,17 +110,15 @@ class Reader:
         if capturing(self.device):
             raise refuse_capture("A pull", "it waits for the end of its copies; pull outside")
         self._check_open()
-        limit = arguments.seconds("timeout", timeout, optional=True)
-        until = monotonic() + limit
-        sources = self._owners.resolve(tickets, until)
-        indices = indices_of(self.shards, blocks)
-        plan = steps(sources, self.shards, indices, first)
-        self._wait_for_events(sources)
-
-        pull = Pull(sources, until, self._keeper.wake)
-        pull.requested.blocks = count_blocks(indices, first, sources[0].ticket.tokens)
+        until = monotonic() + arguments.seconds("timeout", timeout, optional=True)
+        request = Request.of(self.shards, blocks, first, options, verify)
+        packed = listed(tickets)
+        by_name = self._by_name.pull(packed, request, until)
+        if by_name is not None:
+            return by_name
+        pull = Pull(self._owners.resolve(packed, until), until, self._keeper.wake)
         try:
-            tasks = self._issuer.issue(pull, plan, options, verify)
+            tasks = self._issuer.issue(pull, request)
             self._keeper.add(pull)
             if tasks:
                 self._graph.submit(tasks, priority="urgent")
@@ -135,14 +133,6 @@ class Reader:
         """Raise `TransferError` after `close`, and in a forked process."""
         if self._closed or self.channel.forked:
             self._graph.submit(())  # raises the error of a graph that is closed or forked
-
-    def _wait_for_events(self, sources: Sources) -> None:
-        """Order this reader's stream after the events of offers that have not been reached."""
-        for ticket, owner in sources:
-            event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
-            if event is not None and not event.query():
-                module = torch.get_device_module(self.device)  # events take streams of their module
-                event.wait(module.current_stream(self.device))
 
     def prepare(self, address: str) -> Part:
         """Connect to the owner at an address, and map its memory, in a worker.

@@ -108,6 +108,11 @@ class Rows:
         self.view = KVView([*self.whole], LAYOUT)
         self.shard = Shard(self.view)
 
+    def half(self, layer: int) -> Shard:
+        """Return the shard of one of the layers."""
+        view = KVView([self.whole[layer]], LAYOUT)
+        return Shard(view, layers=(layer, layer + 1, 2))
+
     @staticmethod
     def shard_of(whole: torch.Tensor) -> Shard:
         """Return the shard of a cache ``[layer, kv, block, token, head, dim]``."""

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pulls by names: they wait for offers that do not exist yet, and end with every kind of owner."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from secrets import token_bytes
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+import torch
+from support.device_cases import delay
+from support.migrate_channels import until
+from support.migrate_nursery import Nursery
+from support.migrate_pulls import SMALL, Rows, Sides, sides
+
+from portakv import Index
+from portakv.errors import (
+    InvalidTerms,
+    OfferGone,
+    PeerError,
+    SlotError,
+    TransferCancelled,
+    TransferTimeout,
+)
+from portakv.migrate import Ticket, messages
+from portakv.migrate.ipc import shared_empty
+from portakv.migrate.offers import Owner
+from portakv.migrate.reader import Reader
+
+BLOCKS = [7, 3, 11]
+INTO = [6, 1]
+TOKENS = 45
+LIMIT = 30
+METHODS = pytest.mark.parametrize("expose", ["mapped", "staging"])
+OWNER = """
+from support.migrate_pulls import *
+made, rows = Sides(), Rows()
+owner = made.owner(rows.shard)
+tell((owner.channel.address, owner.epoch))
+"""
+
+
+@pytest.fixture
+def made() -> Iterator[Sides]:
+    with sides() as those:
+        yield those
+
+
+class Pair:
+    """An owner and a reader of other block sizes."""
+
+    def __init__(self, made: Sides, expose: str = "mapped") -> None:
+        self.src = Rows()
+        self.dst = Rows(8, 32, fill=-1)
+        terms: dict[str, Any] = {"expose": expose, "staging": SMALL} if expose == "staging" else {}
+        self.owner: Owner = made.owner(self.src.shard, **terms)
+        self.reader: Reader = made.reader(self.dst.shard)
+
+    def ticket(self, name: bytes) -> bytes:
+        return Ticket.of(self.owner.channel.address, self.owner.epoch, name)
+
+    def right(self) -> bool:
+        return torch.equal(self.src.rows(BLOCKS, TOKENS), self.dst.rows(INTO, TOKENS))
+
+
+@METHODS
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("first", ["offer", "pull"])
+def test_an_offer_is_found_by_its_name(
+    made: Sides, expose: str, by_layer: bool, first: str
+) -> None:
+    pair = Pair(made, expose)
+    name = token_bytes(16)
+    offers = []
+    if first == "offer":
+        offers.append(pair.owner.offer(BLOCKS, tokens=TOKENS, name=name))
+    pulled = pair.reader.pull(pair.ticket(name), INTO, by_layer=by_layer, verify=True)
+    if first == "pull":
+        sleep(0.05)
+        assert not pulled.ended
+        assert not any(layer.done() for layer in pulled.layers)
+        offers.append(pair.owner.offer(BLOCKS, tokens=TOKENS, name=name))
+    assert len(pulled.layers) == 2 * by_layer
+    for layer in pulled.layers:
+        layer.synchronize(LIMIT)
+    pulled.synchronize(LIMIT)
+    assert pair.right()
+    assert pulled.statistics.blocks == 2
+    assert offers[0].taken(5)
+    assert offers[0].state == "taken"
+
+
+def test_an_offer_that_is_not_found_is_not_pulled(made: Sides) -> None:
+    """The control of the tests above."""
+    pair = Pair(made)
+    pair.owner.channel.serve(messages.Find, lambda *_: messages.Found((b"",), ("",)))
+    name = token_bytes(16)
+    pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    with pytest.raises(TransferTimeout):
+        pair.reader.pull(pair.ticket(name), INTO, timeout=0.3).synchronize(LIMIT)
+
+
+def test_a_pull_waits_until_its_timeout(made: Sides) -> None:
+    pair = Pair(made)
+    began = monotonic()
+    pulled = pair.reader.pull(pair.ticket(token_bytes(16)), INTO, by_layer=True, timeout=0.2)
+    with pytest.raises(TransferTimeout):
+        pulled.synchronize(LIMIT)
+    with pytest.raises(TransferTimeout):
+        pulled.layers[0].synchronize(LIMIT)
+    assert 0.2 <= monotonic() - began < 5
+    assert until(lambda: pair.reader.statistics()["pulls"] == 0, 5)
+
+
+def test_a_pull_that_waits_is_cancelled(made: Sides) -> None:
+    pair = Pair(made)
+    pulled = pair.reader.pull(pair.ticket(token_bytes(16)), INTO)
+    assert pulled.cancel()
+    with pytest.raises(TransferCancelled):
+        pulled.synchronize(LIMIT)
+    assert pair.dst.whole.eq(-1).all()
+
+
+def test_a_reader_that_closes_cancels_pulls_that_wait(made: Sides) -> None:
+    pair = Pair(made)
+    pulls = [pair.reader.pull(pair.ticket(token_bytes(16)), INTO) for _ in range(3)]
+    began = monotonic()
+    pair.reader.close()
+    assert monotonic() - began < 5
+    assert [type(pulled.error) for pulled in pulls] == [TransferCancelled] * 3
+
+
+def test_a_name_of_an_ended_offer_says_why(made: Sides) -> None:
+    pair = Pair(made)
+    for end, why in (("taken", "have taken it"), ("revoked", "revoked"), ("expired", "expired")):
+        name = token_bytes(16)
+        offer = pair.owner.offer(BLOCKS, tokens=TOKENS, name=name, lease=0.05)
+        if end == "taken":
+            pair.reader.pull(offer.ticket, INTO).synchronize(LIMIT)
+            assert offer.taken(5)
+        elif end == "revoked":
+            assert pair.owner.revoke(pair.ticket(name))
+        else:
+            sleep(0.1)
+        assert not pair.owner.revoke(pair.ticket(name))
+        with pytest.raises(OfferGone, match=why):
+            pair.reader.pull(pair.ticket(name), INTO).synchronize(LIMIT)
+        # Afterwards another offer may have it.
+        pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+        pair.reader.pull(pair.ticket(name), INTO).synchronize(LIMIT)
+        assert pair.right()
+
+
+def test_a_name_is_of_one_offer(made: Sides) -> None:
+    pair = Pair(made)
+    name = token_bytes(16)
+    offer = pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    with pytest.raises(InvalidTerms, match="no other offer"):
+        pair.owner.offer([1], tokens=4, name=name)
+    pair.reader.pull(pair.ticket(name), INTO).synchronize(LIMIT)
+    assert pair.right()
+    assert offer.taken(5)
+    assert pair.owner.statistics()["held"] == 0
+
+
+@pytest.mark.parametrize("name", [b"", b"x" * 15, b"x" * 65, "x" * 16, 7])
+def test_names_are_16_to_64_bytes(made: Sides, name: Any) -> None:
+    pair = Pair(made)
+    with pytest.raises(InvalidTerms, match="name"):
+        pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    with pytest.raises(InvalidTerms, match="name"):
+        pair.ticket(name)
+    with pytest.raises(InvalidTerms, match="epoch"):
+        Ticket.of(pair.owner.channel.address, b"short", b"x" * 16)
+
+
+def test_tickets_by_name_and_plain_ones_are_pulled_together(made: Sides) -> None:
+    """Each owner has one of the two layers."""
+    src = Rows()
+    dst = Rows(8, 32, fill=-1)
+    halves = [src.half(layer) for layer in (0, 1)]
+    owners = [made.owner(half) for half in halves]
+    reader = made.reader(dst.shard)
+    name = token_bytes(32)
+    plain = owners[0].offer(BLOCKS, tokens=TOKENS)
+    by_name = Ticket.of(owners[1].channel.address, owners[1].epoch, name)
+    pulled = reader.pull([plain.ticket, by_name], INTO)
+    sleep(0.05)
+    assert not pulled.ended
+    owners[1].offer(BLOCKS, tokens=TOKENS, name=name)
+    pulled.synchronize(LIMIT)
+    assert torch.equal(src.rows(BLOCKS, TOKENS), dst.rows(INTO, TOKENS))
+
+
+def test_many_pulls_wait_together_for_offers_in_any_order(made: Sides) -> None:
+    """More than one question holds."""
+    pair = Pair(made)
+    names = [token_bytes(16) for _ in range(messages.MOST_NAMES + 40)]
+    pulls = [pair.reader.pull(pair.ticket(name), [0], timeout=LIMIT) for name in names]
+    random.Random(1).shuffle(names)
+    for name in names:
+        pair.owner.offer([3], tokens=16, name=name)
+    for pulled in pulls:
+        pulled.synchronize(LIMIT)
+    assert torch.equal(pair.src.rows([3], 16), pair.dst.rows([0], 16))
+    assert until(lambda: pair.owner.statistics()["held"] == 0, 5)
+
+
+def test_a_reallocation_ends_the_wait(made: Sides) -> None:
+    pair = Pair(made)
+    pulled = pair.reader.pull(pair.ticket(token_bytes(16)), INTO, by_layer=True)
+    pair.owner.reallocate(pair.src.shard)
+    with pytest.raises(OfferGone, match="restarted, or has other memory"):
+        pulled.synchronize(LIMIT)
+    with pytest.raises(OfferGone):
+        pulled.layers[1].synchronize(LIMIT)
+
+
+def test_an_owner_that_closes_ends_the_wait(made: Sides) -> None:
+    pair = Pair(made)
+    pulled = pair.reader.pull(pair.ticket(token_bytes(16)), INTO)
+    pair.owner.close()
+    with pytest.raises(OfferGone):
+        pulled.synchronize(LIMIT)
+
+
+def test_an_owner_that_is_killed_ends_the_wait_of_its_pulls_alone(made: Sides) -> None:
+    pair = Pair(made)
+    name = token_bytes(16)
+    with Nursery() as nursery:
+        pid, (address, epoch) = nursery.born(OWNER)
+        lost = pair.reader.pull(Ticket.of(address, epoch, name), INTO)
+        other = pair.reader.pull(pair.ticket(name), INTO)
+        sleep(0.1)
+        nursery.end(pid)
+        with pytest.raises(PeerError):
+            lost.synchronize(LIMIT)
+        pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+        other.synchronize(LIMIT)
+    assert pair.right()
+
+
+def test_an_owner_that_is_stopped_delays_no_other(made: Sides) -> None:
+    pair = Pair(made)
+    name = token_bytes(16)
+    with Nursery() as nursery:
+        pid, (address, epoch) = nursery.born(OWNER)
+        stopped = pair.reader.pull(Ticket.of(address, epoch, name), INTO, timeout=2.0)
+        sleep(0.1)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            other = pair.reader.pull(pair.ticket(name), INTO)
+            pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+            other.synchronize(LIMIT)
+            assert pair.right()
+            with pytest.raises((TransferTimeout, PeerError)):
+                stopped.synchronize(LIMIT)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_ticket_by_name_is_for_pulls(made: Sides) -> None:
+    pair = Pair(made)
+    ticket = pair.ticket(token_bytes(16))
+    with pytest.raises(InvalidTerms, match="by name"):
+        pair.reader.explain(ticket)
+    with pytest.raises(InvalidTerms, match="by name"):
+        pair.reader.extend(ticket, 3.0)
+    edited = ticket[:40] + bytes([ticket[40] ^ 1]) + ticket[41:]
+    with pytest.raises(PeerError, match="not a ticket"):
+        pair.reader.pull(edited, INTO)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_on_a_device_the_rows_come_after_the_work_of_the_callers_stream(
+    made: Sides, by_layer: bool
+) -> None:
+    device = torch.device("cuda", 0)
+    shape = (2, 2, 16, 16, 4, 8)
+    src = torch.randint(0, 1 << 14, shape, dtype=torch.int16, device=device)
+    dst = torch.zeros(shape, dtype=torch.int16, device=device)
+    owner = made.owner(Rows.shard_of(src))
+    reader = made.reader(Rows.shard_of(dst))
+    for turn in range(3):
+        name = token_bytes(16)
+        delay(torch.accelerator.current_stream(device))
+        dst.fill_(turn)  # the last use of these rows before the pull
+        pulled = reader.pull(
+            Ticket.of(owner.channel.address, owner.epoch, name), INTO, by_layer=by_layer
+        )
+        src.add_(1)
+        owner.offer([4, 9], tokens=32, name=name)
+        for layer in pulled.layers:
+            layer.synchronize(LIMIT)
+        pulled.synchronize(LIMIT)
+        assert torch.equal(dst[:, :, INTO], src[:, :, [4, 9]])
+        assert bool(dst[:, :, 0].eq(turn).all())
+
+
+@pytest.mark.parametrize("lie", ["count", "bytes", "other"])
+def test_answers_that_do_not_fit_are_refused(made: Sides, lie: str) -> None:
+    pair = Pair(made)
+    offer = pair.owner.offer(BLOCKS, tokens=TOKENS)
+    found = {
+        "count": messages.Found((), ()),
+        "bytes": messages.Found((b"not a ticket of this release",), ("",)),
+        "other": messages.Found((offer.ticket[:16] + offer.ticket[:-1] + b"x",), ("",)),
+    }[lie]
+    pair.owner.channel.serve(messages.Find, lambda *_: found)
+    with pytest.raises(PeerError):
+        pair.reader.pull(pair.ticket(token_bytes(16)), INTO).synchronize(LIMIT)
+    assert pair.dst.whole.eq(-1).all()
+
+
+def test_long_lists_of_slots(made: Sides) -> None:
+    """One is too long for an answer, two are too long for one answer."""
+    slots = 144_000
+    whole = shared_empty((1, 2, slots // 16, 16, 1, 1), torch.int16)
+    whole.copy_(torch.arange(2 * slots).view(whole.shape) & 0x7FFF)
+    into = shared_empty((1, 2, slots // 16, 16, 1, 1), torch.int16)
+    owner = made.owner(Rows.shard_of(whole))
+    reader = made.reader(Rows.shard_of(into))
+    listed = torch.randperm(slots, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(SlotError, match="bytes for an offer with a name"):
+        owner.offer(Index(listed), tokens=slots, name=token_bytes(16))
+    assert owner.statistics()["held"] == 0
+    names = [token_bytes(16) for _ in range(3)]
+    tokens = slots // 2
+    for name in names:
+        owner.offer(Index(listed[:tokens]), tokens=tokens, name=name)
+    tickets = [Ticket.of(owner.channel.address, owner.epoch, name) for name in names]
+    for pulled in [reader.pull(ticket, None) for ticket in tickets]:
+        pulled.synchronize(LIMIT)
+    rows = whole.flatten(2, 3)[:, :, listed[:tokens]]
+    assert torch.equal(into.flatten(2, 3)[:, :, :tokens], rows)
