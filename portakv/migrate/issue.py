@@ -49,7 +49,7 @@ class Request(NamedTuple):
     def of(
         cls,
         shards: Sequence[Shard],
-        blocks: Sequence[Ids],
+        blocks: Sequence[Ids | None],
         first: int,
         options: CopyOptions,
         verify: bool,

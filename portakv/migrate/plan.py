@@ -120,7 +120,7 @@ class Step(NamedTuple):
                 yield Slice(layers, at, min(most, self.tokens - at))
 
 
-def indices_of(shards: Sequence[Shard], blocks: Sequence[Ids]) -> list[Index]:
+def indices_of(shards: Sequence[Shard], blocks: Sequence[Ids | None]) -> list[Index]:
     """Return the reader's index of each shard; raise as `Reader.pull` does."""
     if len(blocks) != len(shards):
         raise InvalidTerms(

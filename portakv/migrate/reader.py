@@ -70,7 +70,7 @@ class Reader:
     def pull(
         self,
         tickets: bytes | Sequence[bytes],
-        *blocks: IdList,
+        *blocks: IdList | None,
         first: int = 0,
         by_layer: bool = False,
         overlap: Overlap = "compute",

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.device_cases import delay
+from support.device_cases import on
 from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import SMALL, Rows, Sides, sides
@@ -31,6 +31,7 @@ from portakv.migrate import Ticket, messages
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.offers import Owner
 from portakv.migrate.reader import Reader
+from portakv_conformance import simdev
 
 BLOCKS = [7, 3, 11]
 INTO = [6, 1]
@@ -276,31 +277,35 @@ def test_a_ticket_by_name_is_for_pulls(made: Sides) -> None:
         pair.reader.pull(edited, INTO)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_on_a_device_the_rows_come_after_the_work_of_the_callers_stream(
-    made: Sides, by_layer: bool
+    made: Sides, accelerator: torch.device, by_layer: bool
 ) -> None:
-    device = torch.device("cuda", 0)
+    device = accelerator
     shape = (2, 2, 16, 16, 4, 8)
-    src = torch.randint(0, 1 << 14, shape, dtype=torch.int16, device=device)
+    src = torch.randint(0, 1 << 14, shape, dtype=torch.int16).to(device)
     dst = torch.zeros(shape, dtype=torch.int16, device=device)
     owner = made.owner(Rows.shard_of(src))
     reader = made.reader(Rows.shard_of(dst))
+    callers = torch.Stream(device)
     for turn in range(3):
         name = token_bytes(16)
-        delay(torch.accelerator.current_stream(device))
-        dst.fill_(turn)  # the last use of these rows before the pull
-        pulled = reader.pull(
-            Ticket.of(owner.channel.address, owner.epoch, name), INTO, by_layer=by_layer
-        )
+        ticket = Ticket.of(owner.channel.address, owner.epoch, name)
+        with on(callers):
+            if device.type == "cuda":
+                torch.cuda._sleep(500_000_000)
+            else:
+                simdev.delay(callers, 300)
+            dst.fill_(turn)  # the last use of these rows before the pull
+            pulled = reader.pull(ticket, INTO, by_layer=by_layer)
         src.add_(1)
         owner.offer([4, 9], tokens=32, name=name)
         for layer in pulled.layers:
             layer.synchronize(LIMIT)
         pulled.synchronize(LIMIT)
-        assert torch.equal(dst[:, :, INTO], src[:, :, [4, 9]])
-        assert bool(dst[:, :, 0].eq(turn).all())
+        torch.accelerator.synchronize(device)
+        assert torch.equal(dst[:, :, INTO].cpu(), src[:, :, [4, 9]].cpu())
+        assert bool(dst[:, :, 0].cpu().eq(turn).all())
 
 
 @pytest.mark.parametrize("lie", ["count", "bytes", "other"])
