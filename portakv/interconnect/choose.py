@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
@@ -103,6 +103,14 @@ class Host(Strategy):
             return f"it failed to load: {type(error).__name__}: {error}"
 
 
+class _Limits(NamedTuple):
+    """What a pick depends on besides the shape of a copy, as `pick.pick` takes it."""
+
+    out: Mapping[str, str]
+    waits: frozenset[str]
+    new_ids: bool
+
+
 class HostLaunch(StrategyLaunch):
     """A plan's launches, one for each strategy that takes the plan, each prepared at its first use.
 
@@ -161,19 +169,18 @@ class HostLaunch(StrategyLaunch):
         waits = self._waiting(
             known_to_host(rows, device_index), known_to_host(host, host_index), clean
         )
+        limits = _Limits(out, waits, move.src_index.temporary or move.dst_index.temporary)
         if quick:
             # More runs cost every other strategy more, and the kernel as much as before.
-            picked = self._pick_by(1, 1, count, out, waits)
-            if picked.strategy == "zero_copy" or self._any_groups(picked, count, out, waits):
+            picked = self._pick_by(1, 1, count, limits)
+            if picked.strategy == "zero_copy" or self._any_groups(picked, count, limits):
                 return picked._replace(any_ids=True)
         groups = self._whole.groups(move.src_index, move.dst_index, count)
         host_groups = self._of_host.groups(host_index, host_index, count)
-        picked = self._pick_by(groups, host_groups, count, out, waits)
+        picked = self._pick_by(groups, host_groups, count, limits)
         return picked._replace(any_ids=True) if waits else picked
 
-    def _any_groups(
-        self, picked: Pick, count: int, out: Mapping[str, str], waits: frozenset[str]
-    ) -> bool:
+    def _any_groups(self, picked: Pick, count: int, limits: _Limits) -> bool:
         """Return whether any groups have the strategy of the fewest.
 
         The most groups on one side or on both are the dearest for one strategy or for both.
@@ -181,21 +188,14 @@ class HostLaunch(StrategyLaunch):
         most = max(1, count // self.plan.unit)
         corners = ((most, 1), (1, most), (most, most))
         return all(
-            self._pick_by(*groups, count, out, waits).strategy == picked.strategy
-            for groups in corners
+            self._pick_by(*groups, count, limits).strategy == picked.strategy for groups in corners
         )
 
-    def _pick_by(
-        self,
-        groups: int,
-        host_groups: int,
-        count: int,
-        out: Mapping[str, str],
-        waits: frozenset[str],
-    ) -> Pick:
+    def _pick_by(self, groups: int, host_groups: int, count: int, limits: _Limits) -> Pick:
         """Pick for so many groups of neighbours on both sides together, and on the host."""
         # After another strategy refuses the plan, earlier picks do not count.
-        key = groups, host_groups, count, tuple(out), waits
+        out, waits, new_ids = limits
+        key = groups, host_groups, count, tuple(out), waits, new_ids
         picked = self._picks.get(key)
         if picked is None:
             dense = self._of_host.shape(host_groups, count)
@@ -205,7 +205,8 @@ class HostLaunch(StrategyLaunch):
                 "zero_copy": self._whole.unmerged(count),
                 "pageable": dense,
             }
-            picked = pick(shapes, self.direction, out, self._terms, costs_of(self.device), waits)
+            costs = costs_of(self.device)
+            picked = pick(shapes, self.direction, out, self._terms, costs, waits, new_ids)
             self._picks[key] = picked
         return picked
 

@@ -33,6 +33,10 @@ EQUAL = 0.02
 #: copies, and its mean loss is 0.1 %; the one with the least seconds loses 3 %, up to 57 %
 #: (benchmarks/NOTES.md, section 18).
 PART = 0.25
+#: The same part for lists of ids that no copy has used before. The table of costs has the time of
+#: the host for known lists; to describe pieces for new ones takes twice as long: on an H200 128 MiB
+#: by `staged` occupy the host for 0.8 and 1.6 ms (benchmarks/NOTES.md, section 26).
+NEW_PART = 2 * PART
 #: The most bytes that a kernel moves across the link in the default rule if nothing hides the
 #: host's time. On an H200 it is at most 4 % slower by the wall than the quickest up to there.
 UNHIDDEN = {"d2h": 128 << 20, "h2d": 128 << 20}
@@ -113,21 +117,23 @@ def pick(
     terms: Terms,
     costs: Table,
     waits: frozenset[str] = frozenset(),
+    new_ids: bool = False,
 ) -> Pick:
     """Pick the strategy for a copy.
 
     Candidates are the strategies that the terms allow and that were measured to take at most
-    `EQUAL` longer than the quickest. If nothing hides the host's time, `PART` of it counts as well:
-    with overlap='idle', or if the call is longer than the transfer. Of these the strategy that
-    occupies the host least wins, then the first in `ORDER`. If no strategy was measured,
-    `default_rule` decides, else the first in `ORDER`. A strategy that waits for the device is
-    picked only if the terms leave no other. While a model runs, a kernel of few thread blocks costs
-    less than a host that waits.
+    `EQUAL` longer than the quickest. If nothing hides the host's time, `PART` of it counts as well,
+    or `NEW_PART`: with overlap='idle', or if the call is longer than the transfer. Of these the
+    strategy that occupies the host least wins, then the first in `ORDER`. If no strategy was
+    measured, `default_rule` decides, else the first in `ORDER`. A strategy that waits for the
+    device is picked only if the terms leave no other. While a model runs, a kernel of few thread
+    blocks costs less than a host that waits.
 
     Args:
         shapes: the copy as each possible strategy moves it.
         out: strategies that do not take the copy, and why, as a phrase.
         waits: strategies that would wait for ids or addresses that only the device has.
+        new_ids: no copy has used the lists of ids before.
 
     Raises:
         Unsupported: no strategy is left; the message has the reason of each.
@@ -157,7 +163,8 @@ def pick(
         strategy = allowed[0].strategy
         why = "the only strategy that is left"
     elif any(one.seconds is not None for one in allowed):
-        strategy, why = _quickest(candidates, able, terms.overlap == "idle")
+        part = NEW_PART if new_ids else PART
+        strategy, why = _quickest(candidates, able, terms.overlap == "idle", part)
     else:
         idle = terms.overlap == "idle"
         rule = default_rule(shapes, direction, kernel=not excluded, idle=idle)
@@ -175,7 +182,9 @@ def _unmeasured(candidates: list[Alternative], wanted: str, rule: str) -> tuple[
     ].strategy, "the gentlest strategy that is left, as nothing was measured here"
 
 
-def _quickest(allowed: list[Alternative], able: list[Alternative], idle: bool) -> tuple[str, str]:
+def _quickest(
+    allowed: list[Alternative], able: list[Alternative], idle: bool, part: float
+) -> tuple[str, str]:
     """Return the strategy that occupies the host least of the quickest and its equals, and why."""
 
     def waited(one: Alternative) -> float:
@@ -183,7 +192,8 @@ def _quickest(allowed: list[Alternative], able: list[Alternative], idle: bool) -
         if one.seconds is None:
             return inf
         host = one.host_seconds or 0.0
-        return one.seconds + PART * host if idle or host > one.seconds else one.seconds
+        counts = idle or host * part / PART > one.seconds
+        return one.seconds + part * host if counts else one.seconds
 
     limit = min(map(waited, allowed)) * (1 + EQUAL)
     equal = [one for one in allowed if waited(one) <= limit]

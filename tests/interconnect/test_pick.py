@@ -21,6 +21,7 @@ from portakv.interconnect.pick import (
     EQUAL,
     EVEN,
     NARROW,
+    NEW_PART,
     ORDER,
     PART,
     ROW,
@@ -199,6 +200,17 @@ def test_of_those_about_as_quick_the_one_that_keeps_the_host_least() -> None:
     assert picked(*arguments, costs=table(host, staged=1.0), **idle).strategy == "staged"
 
 
+@pytest.mark.parametrize(("new_ids", "strategy"), [(False, "staged"), (True, "zero_copy")])
+def test_new_ids_cost_the_host_twice(new_ids: bool, strategy: str) -> None:
+    """As measured for 128 MiB: 0.3 ms faster on the device, 0.7 ms longer on the host."""
+    known = table({"staged": 8e-4, "zero_copy": 1e-4}, staged=2.48e-3, zero_copy=2.75e-3)
+    shapes = {"staged": Shape(4 * MIB, 1024, 1024), "zero_copy": Shape(4 * MIB, 1024, 1024)}
+    result = pick(shapes, "d2h", OUT, Terms("idle"), known, new_ids=new_ids)
+    assert result.strategy == strategy
+    # Alongside a model nothing of it counts, unless the call is longer than the copy.
+    assert pick(shapes, "d2h", OUT, Terms(), known, new_ids=new_ids).strategy == "staged"
+
+
 ROWS_OF_2_KIB = Shape(2048 * 6400, 6400, 100)
 
 
@@ -243,6 +255,7 @@ def test_the_guide_tells_the_rule() -> None:
         f"device {to_host} more to the host, and {to_device} to the device",
         f"runs of less than {NARROW >> 10} KiB",
         f"{PART:.0%} of the host's time counts as well",
+        f"that no copy has used before it is {NEW_PART:.0%}",
         f"{UNHIDDEN['d2h'] >> 20} MiB from the device or {UNHIDDEN['h2d'] >> 20} MiB to it",
         f"runs of {WIDE >> 10} KiB or more",
         f"runs of {EVEN >> 10} KiB or more that a gather would not merge",

@@ -17,6 +17,7 @@ from support.device_cases import on
 from support.migrate_channels import until
 from support.migrate_nursery import Nursery
 from support.migrate_pulls import SMALL, Rows, Sides, sides
+from torch.cuda import _sleep
 
 from portakv import Index
 from portakv.errors import (
@@ -293,7 +294,7 @@ def test_on_a_device_the_rows_come_after_the_work_of_the_callers_stream(
         ticket = Ticket.of(owner.channel.address, owner.epoch, name)
         with on(callers):
             if device.type == "cuda":
-                torch.cuda._sleep(500_000_000)
+                _sleep(500_000_000)
             else:
                 simdev.delay(callers, 300)
             dst.fill_(turn)  # the last use of these rows before the pull
