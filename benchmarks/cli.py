@@ -348,8 +348,9 @@ def run_host(kind: str, parts: Parts[Bench], args: argparse.Namespace, device: t
     """Measure parts of copies between a device and the host; return the result as JSON."""
     if device.type == "cpu":
         raise PortaKVError(
-            "Expected a device with host memory next to it, but torch finds no accelerator. "
-            "Run the benchmark on a machine with an accelerator."
+            "Expected an accelerator, whose copies to and from the host are measured, got the CPU. "
+            "Name another --device, or run it on a machine with one. `portakv bench --device cpu` "
+            "measures copies on the CPU."
         )
     peers = [load_peer(name) for name in getattr(args, "peer", None) or ()]
     return _run_parts(args, kind, parts, Bench(device, HOST_PRESETS[args.preset], peers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 import torch
 from support.conform_runs import python
 from support.inductor import needs_inductor
+from support.migrate_pulls import Rows, sides
 
+from portakv.migrate import Ticket
 from portakv.registry import registry
 from portakv_conformance.contract.command import implementation, outcomes_of
 from portakv_conformance.simdev import build
@@ -82,9 +85,33 @@ def test_the_first_copy_of_the_quickstart_moves_what_it_says() -> None:
             assert torch.equal(chunk[kv, layer], rows)
 
 
-def test_the_two_processes_of_the_migration_page_hand_rows_over() -> None:
+def migration_page() -> list[str]:
+    """Return the code of the page on migration that needs other processes or objects."""
     page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
-    owner, reader = re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+
+def test_the_migration_page_pulls_an_offer_by_its_name() -> None:
+    src = Rows()
+    dst = Rows(8, 32, fill=-1)
+    with sides() as made:
+        owner = made.owner(src.shard)
+        names = {
+            "secrets": secrets,
+            "Ticket": Ticket,
+            "owner": owner,
+            "owner_address": owner.channel.address,
+            "epoch": owner.epoch,
+            "reader": made.reader(dst.shard),
+        }
+        exec(migration_page()[2], names)
+        pulled: Any = names["pulled"]
+        pulled.synchronize(30)
+        assert torch.equal(src.rows([7, 3], 32), dst.rows([0, 1], 32))
+
+
+def test_the_two_processes_of_the_migration_page_hand_rows_over() -> None:
+    owner, reader, _ = migration_page()
     command = [sys.executable, "-c"]
     with subprocess.Popen([*command, owner], stdout=subprocess.PIPE) as offering:
         done = subprocess.run(

@@ -27,9 +27,9 @@ class CopyOptions:
     """The options of a copy. Make them once and pass them to many copies.
 
     Attributes:
-        backend: the name of the backend or strategy that must execute it. None: the registry
-            chooses.
-        stream: where to order the work; it first waits for the current stream. Kernels run at its
+        backend: the name of the backend or strategy that must execute it, which the copy looks up.
+            None: the registry chooses.
+        stream: where to order the work, which the copy checks; it first waits for the current stream. Kernels run at its
             priority; copy engines have no priorities. None: the current stream.
         by_layer: copy one layer after another, each with a separate end: `BlockTransfer.layers`.
         overlap: what else the device does meanwhile: ``compute``, it runs a model; ``idle``,
@@ -74,6 +74,8 @@ class CopyOptions:
         flag("cancellable", self.cancellable)
         flag("reinterpret", self.reinterpret)
         one_of("check", self.check, CHECKS)
+        if self.backend is not None and not isinstance(self.backend, str):
+            raise invalid("backend", "a name or None", self.backend, "Pass a name, or None.")
         if self.late is not None and not isinstance(self.late, LateErrors):
             raise invalid("late", "a LateErrors or None", self.late, "Pass LateErrors().")
         sliced = self.cancellable or self.max_gbps is not None

@@ -113,16 +113,16 @@ class Finder:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         # Addresses, with the time of the next question.
-        self._next: Bounded[str, float] = Bounded("owners that are asked for names", 1024)
+        self._next: Bounded[str, float] = Bounded("owners with offers by name", 1024)
 
     def look(self, waiting: Sequence[tuple[Wanted, Callable[[PortaKVError], object]]]) -> None:
         """Ask for the names of pulls that wait, each with a function that stops the pull, and start
         the pulls that wait no more."""
-        asked = defaultdict[tuple[str, bytes], list[_Place]](list)
+        wanted_names = defaultdict[tuple[str, bytes], list[_Place]](list)
         for wanted, stop in waiting:
             for at, named in wanted.names.items():
-                asked[named.address, named.epoch].append(_Place(wanted, at, stop))
-        for (address, epoch), places in asked.items():
+                wanted_names[named.address, named.epoch].append(_Place(wanted, at, stop))
+        for (address, epoch), places in wanted_names.items():
             if monotonic() >= self._next.get(address, 0.0):
                 self._ask_owner(address, epoch, places)
         for wanted, _ in waiting:
@@ -133,7 +133,8 @@ class Finder:
         """Ask an owner for names; stop the pulls that need it if it is gone."""
         pause = PAUSE
         try:
-            self._ask(address, epoch, places[:MOST_NAMES])
+            for first in range(0, len(places), MOST_NAMES):
+                self._ask(address, epoch, places[first : first + MOST_NAMES])
         except TransferTimeout:
             pause = BUSY
         except PortaKVError as error:
@@ -144,17 +145,17 @@ class Finder:
     def _ask(self, address: str, epoch: bytes, places: Sequence[_Place]) -> None:
         """Ask an owner for names, and keep the tickets of those that it has offered."""
         names = tuple(place.named.name for place in places)
-        found = self._channel.ask(address, Find(epoch, names), Found | Answer, ASKING)  # type: ignore[arg-type]
-        if isinstance(found, Answer):
+        answer = self._channel.ask(address, Find(epoch, names), Found | Answer, ASKING)  # type: ignore[arg-type]
+        if isinstance(answer, Answer):
             for place in places:
-                place.stop(place.named.gone(found.why))
+                place.stop(place.named.gone(answer.why))
             return
-        if not len(names) == len(found.tickets) == len(found.why):
+        if not len(names) == len(answer.tickets) == len(answer.why):
             raise PeerError(
                 f"Expected answers for {len(names)} names from {address}, got "
-                f"{len(found.tickets)}. Use one release on both sides."
+                f"{len(answer.tickets)}. Use one release on both sides."
             )
-        for place, ticket, why in zip(places, found.tickets, found.why, strict=True):
+        for place, ticket, why in zip(places, answer.tickets, answer.why, strict=True):
             if ticket:
                 place.wanted.tickets[place.at] = ticket
                 del place.wanted.names[place.at]

@@ -216,13 +216,13 @@ class Names:
         left = MOST_FOUND
         for name in names:
             offer = self._offers.get(name)
-            held = offer is not None and offer.look() == "held"  # this may end it
-            ticket = offer.ticket if offer is not None and held else b""
+            holds = offer is not None and offer.look() == "held"  # this may end it
+            ticket = offer.ticket if offer is not None and holds else b""
             if len(ticket) > left:
                 ticket = b""
             left -= len(ticket)
             tickets.append(ticket)
-            why.append("" if held else self._ended.get(name, ""))
+            why.append("" if holds else self._ended.get(name, ""))
         return messages.Found(tuple(tickets), tuple(why))
 
     def get(self, name: bytes) -> Offer | None:
