@@ -29,8 +29,8 @@ class CopyOptions:
     Attributes:
         backend: the name of the backend or strategy that must execute it, which the copy looks up.
             None: the registry chooses.
-        stream: where to order the work, which the copy checks; it first waits for the current stream. Kernels run at its
-            priority; copy engines have no priorities. None: the current stream.
+        stream: where to order the work; it first waits for the current stream. The copy checks it.
+            Kernels run at its priority; copy engines have no priorities. None: the current stream.
         by_layer: copy one layer after another, each with a separate end: `BlockTransfer.layers`.
         overlap: what else the device does meanwhile: ``compute``, it runs a model; ``idle``,
             nothing, and no copies in the other direction either.
