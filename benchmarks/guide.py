@@ -254,6 +254,16 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
     "migrate_cost": (
         "What a pull costs", "", {"case": "{shape}", "bytes": "{op}", "us": "{us:,.0f}"},
     ),
+    "migrate_wall": (
+        "Pulls by the wall clock", "From the call until the host sees the end, in turns with a raw "
+        "copy of as many dense bytes.",
+        {"rows": "{shape}", "method": "{backend}", "bytes": "{op}", "us": "{us:,.0f}",
+         "beyond a raw copy, us": _if_there("over_raw_us", ",.0f"),
+         "of a raw copy": _if_there("of_raw", ".2f")},
+    ),
+    "migrate_ticket": (
+        "An offer and its ticket", "", {"bytes": "{op}", "us": "{us:,.0f}"},
+    ),
     "migrate_setup": (
         "Wait of the owner before readers can pull", "By the wall clock.",
         {"call": "{shape}", "of": "{op}", "ms": "{ms:,.0f}"},

@@ -19,7 +19,17 @@ from typing import Any, TypeVar
 import torch
 
 from portakv import Index, copy_rows
-from portakv.migrate import Channel, Owner, Parameter, Pull, Reader, open_shared, publish, share
+from portakv.migrate import (
+    Channel,
+    Owner,
+    Parameter,
+    Pull,
+    Reader,
+    Ticket,
+    open_shared,
+    publish,
+    share,
+)
 from portakv.migrate.weights import Published
 from portakv.runtime.devices import usable_device
 from portakv_benchmarks.host.traffic_sources import Loop
@@ -115,11 +125,19 @@ class Side:
         ready(self.made.mirror).fill(salt)
         self.salt = salt
 
-    def offer(self, nbytes: int) -> str:
-        """Return a ticket that many pulls may use."""
+    def offer(self, nbytes: int, name: str = "") -> str:
+        """Return a ticket that many pulls may use: of the offer, or by a name in hexadecimal."""
         terms: Any = {"tokens": self.case.tokens(nbytes), "lease": LEASE, "readers": READERS}
         blocks = ready(self.made.source).blocks(nbytes)
-        return ready(self.made.owner).offer(blocks, **terms).ticket.hex()
+        owner = ready(self.made.owner)
+        if not name:
+            return owner.offer(blocks, **terms).ticket.hex()
+        owner.offer(blocks, name=bytes.fromhex(name), **terms)
+        return Ticket.of(self.channel.address, owner.epoch, bytes.fromhex(name)).hex()
+
+    def withdraw(self) -> None:
+        """End all offers."""
+        ready(self.made.owner).revoke_all()
 
     def pull(self, ticket: str, nbytes: int, **terms: Any) -> Pull:
         """Begin to pull rows."""

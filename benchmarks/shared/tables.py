@@ -239,6 +239,17 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         (("case", "shape"), ("of", "op"), ("between", "across"), ("us", "us:,.4g"),
          ("p90", "p90_us:,.4g"), ("calls", "rounds:"), _BYTES),
     ),
+    "migrate_wall": (
+        "pulls by the wall clock, in turns with raw copies of as many bytes",
+        (("case", "shape"), ("method", "backend"), ("of", "op"), ("between", "across"),
+         ("us", "us:,.4g"), ("p90", "p90_us:,.4g"), ("over raw us", "over_raw_us:,.4g"),
+         ("of raw", "of_raw:.3f"), ("calls", "rounds:"), _BYTES),
+    ),
+    "migrate_ticket": (
+        "offers, each with its ticket",
+        (("case", "shape"), ("of", "op"), ("us", "us:,.4g"), ("p90", "p90_us:,.4g"),
+         ("calls", "rounds:"), _BYTES),
+    ),
     "migrate_setup": (
         "what is waited for before others can take",
         (("call", "shape"), ("of", "op"), ("ms", "ms:,.4g"), ("p90", "p90_ms:,.4g"),

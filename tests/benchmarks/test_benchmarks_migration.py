@@ -65,7 +65,7 @@ def test_pulls_are_measured_judged_and_drawn(
 def test_every_part_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
     rows = checked(tmp_path)
-    kinds = {"mapped", "both", "cost", "setup", "weights", "staged"}
+    kinds = {"mapped", "both", "cost", "wall", "ticket", "setup", "weights", "staged"}
     assert {row["kind"] for row in rows} == {f"migrate_{kind}" for kind in kinds}
     judged = check.judge(
         json.loads(next(tmp_path.glob("*.json")).read_text()), check.load_targets()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a caller waits by the wall clock, in turns with raw copies: for a mapped pull of each
+size and arrangement, by a ticket and by a name, and for a ticket."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
+from time import perf_counter
+
+from portakv_benchmarks.host.suite import KB, MB
+from portakv_benchmarks.migration.cases import BLOCKS, CASES, USUAL
+from portakv_benchmarks.migration.pulls import MAPPED, RAW
+from portakv_benchmarks.migration.suite import MigrationBench
+from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
+from portakv_benchmarks.shared.shapes import in_words
+
+#: Bytes of the pulls whose time is mostly fixed.
+SMALL = (256 * KB, 2 * MB)
+BY_NAME = "mapped, by name"
+
+
+def wall_steps(bench: MigrationBench) -> Iterator[Step]:
+    """Yield a step for small pulls, for large ones of each arrangement, and for tickets."""
+    most = bench.sizes.large[bench.on]
+    for nbytes in SMALL:
+        if nbytes <= most:
+            yield f"wall clock: {in_words(nbytes)}", partial(_pulls, bench, USUAL, nbytes)
+    for case in CASES:
+        if case != BLOCKS:
+            yield f"wall clock: {case}, {in_words(most)}", partial(_pulls, bench, case, most)
+    yield "wall clock: tickets", partial(_tickets, bench)
+
+
+def _pulls(bench: MigrationBench, case: str, nbytes: int) -> Rows:
+    """Return a row for pulls, for pulls by name, and for raw copies of as many bytes."""
+    near = bench.near
+    bench.meet(case, nbytes)
+    ticket = bench.far.do("offer", nbytes)
+    name = secrets.token_bytes(16)
+    by_name = bench.far.do("offer", nbytes, name.hex())
+
+    def raw() -> None:
+        near.copy(nbytes)
+        near.settle()
+
+    calls: dict[str, tuple[Callable[[], object], Callable[[], bool]]] = {
+        MAPPED: (
+            lambda: near.pull(ticket, nbytes, overlap="idle").synchronize(),
+            partial(near.right, nbytes),
+        ),
+        BY_NAME: (
+            lambda: near.pull(by_name, nbytes, overlap="idle").synchronize(),
+            partial(near.right, nbytes),
+        ),
+        RAW: (raw, partial(near.right, nbytes, True)),
+    }
+    payload = CASES[case].payload(nbytes)
+    times: dict[str, list[float]] = {method: [] for method in calls}
+    right = dict.fromkeys(calls, True)
+    for n in range(_rounds(bench, payload)):
+        if n % 10 == 0:
+            bench.change()
+        for method, (call, check) in calls.items():
+            near.settle()
+            call()  # after one of its kind, as in a server
+            near.settle()
+            began = perf_counter()
+            call()
+            times[method].append(perf_counter() - began)
+            right[method] &= check()
+    fields: Row = {"kind": "migrate_wall", "shape": case, "op": in_words(nbytes)}
+    fields |= {"across": bench.across, "payload_bytes": payload}
+    rows = Rows()
+    for method, seconds in times.items():
+        row = {**fields, "backend": method, **_figures(seconds), "verified": right[method]}
+        if method != RAW:
+            row["of_raw"] = short(median(times[RAW]) / median(seconds))
+            row["over_raw_us"] = short((median(seconds) - median(times[RAW])) * 1e6)
+        rows.append(row)
+    return rows
+
+
+def _tickets(bench: MigrationBench) -> Rows:
+    """Return a row for the call that makes an offer and its ticket."""
+    near = bench.near
+    nbytes = min(SMALL[-1], bench.sizes.large[bench.on])
+    bench.apart()
+    near.give(USUAL, nbytes)
+    seconds = list[float]()
+    for _ in range(bench.sizes.calls):
+        near.settle()
+        near.withdraw()
+        began = perf_counter()
+        near.offer(nbytes)
+        seconds.append(perf_counter() - began)
+    near.withdraw()
+    fields: Row = {"kind": "migrate_ticket", "shape": USUAL, "op": in_words(nbytes)}
+    labels = {"backend": "portakv", "across": bench.across, "payload_bytes": nbytes}
+    return [{**fields, **labels, **_figures(seconds), "verified": True}]
+
+
+def _rounds(bench: MigrationBench, payload: int) -> int:
+    """Return how often each method is called: the smaller, the more often."""
+    return bench.sizes.calls if payload <= SMALL[-1] else bench.trials.rounds
+
+
+def _figures(seconds: list[float]) -> Row:
+    """Return the median and the 90th percentile of times."""
+    return {
+        "us": short(median(seconds) * 1e6),
+        "p90_us": short(quantile(seconds, 0.9) * 1e6),
+        "rounds": len(seconds),
+    }
