@@ -53,9 +53,13 @@ class ByName:
             name="begin",
         )
         wanted.start = partial(self._start, pull, pull.task)
-        self._keeper.add(pull)
-        self._keeper.wake()
-        return pull
+        try:
+            self._keeper.add(pull)
+            self._keeper.wake()
+            return pull
+        except BaseException:  # an interrupt: the caller gets no handle of rows that come later
+            pull.cancel()
+            raise
 
     def _start(self, pull: Pull, task: Task) -> None:
         """Have a worker begin a pull."""

@@ -101,9 +101,9 @@ class Offer:
     @property
     def state(self) -> str:
         """Return "held"; after the end "taken", "expired", "revoked", or "lost" with a reader."""
-        return uninterrupted(self.look)
+        return uninterrupted(self._look)
 
-    def look(self) -> str:
+    def _look(self) -> str:
         """Return the state now, for a caller that may have the owner's lock."""
         with self._owner.change:
             if self._state == "held" and self._owner.now() > self.lease.until:
@@ -175,7 +175,7 @@ class Offer:
     def _extend(self, seconds: float) -> bool:
         """Set the end of the lease, unless the offer has ended."""
         with self._owner.change:
-            if self.look() != "held":
+            if self._look() != "held":
                 return False
             self.lease.until = max(self.lease.until, self._owner.now() + seconds)
             self.lease.latest = max(self.lease.latest, self.lease.until)
@@ -193,7 +193,7 @@ class Names:
     def check_free(self, name: bytes) -> None:
         """Raise `InvalidTerms` for a name of an offer that holds."""
         offer = self._offers.get(name)
-        if offer is not None and offer.look() == "held":
+        if offer is not None and offer._look() == "held":
             do = "Take random bytes."
             raise arguments.invalid("name", "the name of no other offer", name, do)
 
@@ -216,7 +216,7 @@ class Names:
         left = MOST_FOUND
         for name in names:
             offer = self._offers.get(name)
-            holds = offer is not None and offer.look() == "held"  # this may end it
+            holds = offer is not None and offer._look() == "held"  # this may end it
             ticket = offer.ticket if offer is not None and holds else b""
             if len(ticket) > left:
                 ticket = b""

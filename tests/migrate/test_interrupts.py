@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -34,6 +35,7 @@ from portakv.migrate import (
     Pull,
     Reader,
     Shard,
+    Ticket,
     open_model,
     open_shared,
     prepare_weights,
@@ -169,12 +171,18 @@ def mapped(folder: Path) -> Steps:
         stopped.cancel()
         assert not pull.statistics.cancelled
         third.taken(0.0)
+        third.revoke()  # else a later interrupt leaves two offers
         short = reader.pull(owner.offer([1], tokens=16).ticket, [3])
         short.synchronize(LIMIT)
         fourth = owner.offer([1], tokens=16)
         fourth.extend(20.0)
         reader.extend(fourth.ticket, 20.0)
         owner.revoke(fourth.ticket)
+        name = secrets.token_bytes(16)
+        owner.offer([1], tokens=16, name=name)
+        by_name = Ticket.of(owner.channel.address, owner.epoch, name)
+        reader.pull(by_name, [4], timeout=LIMIT).synchronize(LIMIT)
+        owner.revoke(by_name)
         owner.finished()
         assert short.ended
         assert short.error is None
