@@ -65,7 +65,9 @@ def launch(settled: Settled, context: Context) -> Transfer:
     if not (on_device or pendings or error):
         return Transfer((), None, carried)
     retained = (move.src, move.dst, parts)
-    # No allocator keeps a peer's memory while this device reads it, or while its own device sends.
+    # The allocator knows the ids' memory by the stream on which they were brought, which may be
+    # another one. None keeps a peer's memory while this device reads it, or its own device sends.
+    ids = [(part.move.src_index, part.move.dst_index) for part in parts]
     peer = move.src.form.place == "peer"
     pool = event_pool(device) if on_device else None
     completion = Completion(
@@ -73,7 +75,7 @@ def launch(settled: Settled, context: Context) -> Transfer:
         pendings,
         status,
         error,
-        retained if pendings or peer else None,
+        retained if pendings or peer else ids,
         pool,
     )
     if peer:

@@ -112,9 +112,9 @@ class Repeat(NamedTuple):
             if unowned:
                 host = *host, *view.retained
         event = self.events.recorded(stream)
-        retained = src, dst, move.src_index, move.dst_index
+        ids = move.src_index, move.dst_index
         carried = self.carried or cast(Any, self.launch).carried
-        return end_of(event, self.events, word, retained, carried, host=host)
+        return end_of(event, self.events, word, (src, dst, ids), carried, ids, host=host)
 
     def _launch(self, move: Move, stream: torch.Stream | None, word: StatusWord | None) -> None:
         """Launch a copy whose ids are where the launch reads them."""
@@ -187,15 +187,17 @@ def end_of(
     word: StatusWord | None,
     retained: object,
     carried: tuple[str, str],
+    ids: object,
     owner: Owner | None = None,
     host: tuple[torch.Tensor, ...] = (),
 ) -> Transfer:
     """Return the end of a repeated launch, which ``event`` marks.
 
-    ``host``: memory to retain until then, also if the handle is dropped.
+    ``host`` and ``ids``: memory to retain until then, also if the handle is dropped. The allocator
+    knows the ids' memory by the stream on which they were brought, which may be another one.
     """
     words = () if word is None else ((word, 0),)
-    completion = Completion(event, (), words, None, host or None, events)
+    completion = Completion(event, (), words, None, (host, ids), events)
     if host:
         hold_memory(completion)
     hold(completion, owner)  # which also returns the event, if the handle is dropped
@@ -418,7 +420,7 @@ class ChunkRepeats:
         repeat.again(*sides, start, count, 0 if word is None else word.address)
         event.record()
         retained = chunk, ids, self._cache
-        return end_of(event, self._events, word, retained, repeat.carried, self._owner)
+        return end_of(event, self._events, word, retained, repeat.carried, ids, self._owner)
 
     def _ids_of(
         self, index: object, store: bool, start: object, end: object

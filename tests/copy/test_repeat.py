@@ -27,6 +27,7 @@ from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import caches
 from portakv.runtime.transfer import UNCHECKED
 from portakv.view.addresses import RawMemory
+from portakv_conformance.simdev import delay
 
 TOKENS = 96
 HEADS = 2
@@ -411,6 +412,32 @@ def test_no_launch_is_packed_for_several_tensors_without_ids() -> None:
         for _ in range(3):
             copy_rows(paged, apart, ids, ids, backend="repeating").synchronize()
         assert len(made) == 1
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("copies", [1, 3], ids=["settled", "repeated"])
+def test_ids_that_nobody_holds_stay_until_the_copy_has_ended(guarding: None, copies: int) -> None:
+    """They were brought on one stream, and are read on another."""
+    device = simulated.DEVICE
+    one, other = blocks_of_simdev()
+    src = KVView(one, PAGED)
+    dst = KVView(other, PAGED)
+    ids = Index([1, 2], 4)
+    brought = weakref.ref(ids.ids_on(device))
+    for _ in range(copies - 1):
+        copy_blocks(src, dst, ids, ids, backend="guarding").synchronize()
+    stream = torch.Stream(device)
+    with torch.get_device_module(device).stream(stream):
+        delay(stream, 100)
+        copy_blocks(src, dst, ids, ids, backend="guarding")
+    del ids
+    gc.collect()
+    assert brought() is not None
+    torch.accelerator.synchronize(device)
+    for _ in range(UNCHECKED + 2):  # later copies look for ended ones
+        copy_blocks(src, dst, [3], [4], backend="guarding").synchronize()
+    gc.collect()
+    assert brought() is None
 
 
 @pytest.mark.simdev
