@@ -118,7 +118,7 @@ MIGRATION: Mapping[str, str] = {
     "mapped": "pulls:mapped_steps",
     "both": "pulls:both_steps",
     "costs": "pulls:cost_steps",
-    "wall": "wall:wall_steps",
+    "wall": "wall:waiting_steps",
     "setup": "setup:setup_steps",
     "weights": "pulls:weight_steps",
     "beside": "beside:loop_steps",

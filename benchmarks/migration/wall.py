@@ -22,7 +22,7 @@ SMALL = (256 * KB, 2 * MB)
 BY_NAME = "mapped, by name"
 
 
-def wall_steps(bench: MigrationBench) -> Iterator[Step]:
+def waiting_steps(bench: MigrationBench) -> Iterator[Step]:
     """Yield a step for small pulls, for large ones of each arrangement, and for tickets."""
     most = bench.sizes.large[bench.on]
     for nbytes in SMALL:

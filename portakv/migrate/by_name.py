@@ -14,10 +14,9 @@ from portakv.graph.task import Task
 from portakv.migrate.connections import Connections
 from portakv.migrate.housekeeping import Housekeeper
 from portakv.migrate.issue import Issuer, Request
-from portakv.migrate.named import LateLayer, Wanted
+from portakv.migrate.named import Finder, LateLayer, Wanted
 from portakv.migrate.pull import CANCELLED, Pull, known
 from portakv.runtime.streams import StreamFence
-from portakv.runtime.transfer import Transfer
 
 WIDTH = 4  # pulls that begin together
 
@@ -32,7 +31,8 @@ class ByName:
         self._owners = owners
         self._issuer = issuer
         self._keeper = keeper
-        self._queue = graph.queue("named", width=WIDTH)
+        self._begins = graph.queue("named", width=WIDTH)
+        self._connects = graph.queue("connect")
 
     def pull(self, tickets: list[bytes], request: Request, until: float) -> Pull | None:
         """Return a pull that waits for its offers, and then begins after the caller's stream; None
@@ -46,60 +46,70 @@ class ByName:
             layers = sum(shard.view.layers for shard in self._issuer.shards)
             pull.layers = [LateLayer() for _ in range(layers)]
         after = StreamFence(self._issuer.device)
-        pull.task = Task(
-            lambda *_: self._begin(pull, wanted, request, after),
-            1,
-            queue=self._queue,
-            name="begin",
-        )
-        wanted.start = partial(self._start, pull, pull.task)
+
+        def run(*_: object) -> None:
+            self._begin(pull, wanted, request, after)
+
+        pull.task = task = Task(run, 1, queue=self._begins, name="begin")
+        wanted.start = partial(self._start, pull, task)
+        if self._keeper.finder is None:
+            self._keeper.finder = Finder(self._owners.channel, self._connect)
         try:
             self._keeper.add(pull)
             self._keeper.wake()
+            if self._keeper.closing:  # its thread may have ended before
+                wanted.begin(ended=True)
             return pull
         except BaseException:  # an interrupt: the caller gets no handle of rows that come later
             pull.cancel()
             raise
 
-    def _start(self, pull: Pull, task: Task) -> None:
-        """Have a worker begin a pull."""
+    def _connect(self, address: str) -> Task | None:
+        """Connect to an owner in a worker; return None if that was done."""
+        if self._owners.has(address):
+            return None
+        prepare = partial(self._owners.prepare, address)
+        task = Task(lambda *_: prepare(), 1, queue=self._connects, name="connect")
+        self._graph.submit([task], priority="urgent")
+        return task
+
+    def _start(self, pull: Pull, task: Task, ended: bool) -> None:
+        """Have a worker begin a pull, or end a pull that was stopped before it began."""
         try:
+            if ended:
+                raise TransferCancelled(CANCELLED)
             self._graph.submit([task], priority="urgent")
-        except PortaKVError as error:  # the reader is closed
-            _fail(pull, pull.layers, error)
+        except PortaKVError as error:  # also of a graph that is closed
+            _fail(pull, error)
 
     def _begin(self, pull: Pull, wanted: Wanted, request: Request, after: StreamFence) -> None:
         """Issue the copies of a pull, in a worker; end a pull that was stopped before."""
         promised = pull.layers
         try:
-            if pull.over:
-                raise TransferCancelled(CANCELLED)
             with torch.inference_mode(False), after.inside():
-                pull.sources = self._owners.resolve(wanted.tickets, pull.until)
-                tasks = self._issuer.issue(pull, request)
-            for promise, layer in zip(promised, pull.layers, strict=True):
-                if isinstance(promise, LateLayer):
-                    promise.settle(layer)
-            pull.layers = promised
+                sources = self._owners.resolve(wanted.tickets, pull.until)
+                if pull.over:  # also while the owners were resolved
+                    raise TransferCancelled(CANCELLED)
+                pull.sources = sources
+                tasks, layers = self._issuer.issue(pull, request)
             if tasks:
                 self._graph.submit(tasks, priority="urgent")
-            else:
+            for promise, layer in zip(promised, layers, strict=True):
+                if isinstance(promise, LateLayer):
+                    promise.settle(layer)
+            if not tasks:
                 pull.task = None
                 self._keeper.wake()
         except BaseException as error:
-            _fail(pull, promised, error)
+            _fail(pull, error)
 
 
-def _fail(pull: Pull, promised: list[Transfer], error: BaseException) -> None:
+def _fail(pull: Pull, error: BaseException) -> None:
     """End a pull that could not begin, after the copies in flight."""
     reason = known(error) or TransferCancelled(CANCELLED)
     pull.stop(reason)
     for copy in pull.copies:
-        with suppress(PortaKVError):  # the owner may be gone
+        with suppress(Exception):  # of a peer, or of torch: the copy runs no more
             copy.synchronize()
-    pull.layers = promised
     pull.task = None
     pull.conclude(reason)
-    for promise in promised:
-        if isinstance(promise, LateLayer):
-            promise.settle(Transfer(), pull.error)

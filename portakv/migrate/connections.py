@@ -137,6 +137,7 @@ class Connections:
         self._transport = forced(transport)
         self._transports = dict[str, Transport]()
         self._owners = dict[tuple[str, bytes], Connection]()
+        self._closed = False
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -186,6 +187,10 @@ class Connections:
         if self._known(ticket) is None:
             self._connect(ticket, inf)
 
+    def has(self, address: str) -> bool:
+        """Return True if the owner at an address is connected."""
+        return any(owner.address == address for owner in [*self._owners.values()])
+
     def _known(self, ticket: Ticket) -> Connection | None:
         """Return the connection to the owner of a ticket, or to whoever has its address if its
         epoch is `ANY`; None if there is none."""
@@ -205,6 +210,8 @@ class Connections:
         try:
             if (owner := self._known(ticket)) is not None:
                 return owner
+            if self._closed:
+                raise PeerError("Expected a reader that is open, got one that is closed.")
             owner = Connection(self.channel, ticket.address, self._shake_hands(ticket, until))
             for old in [x for x in [*self._owners.values()] if x.address == owner.address]:
                 self._forget(old)
@@ -251,6 +258,7 @@ class Connections:
 
     def _close(self) -> None:
         """Say goodbye to each owner, forget it, and close the transports."""
+        self._closed = True
         until = monotonic() + min(FAREWELL, self.channel.timeout)
         for owner in [*self._owners.values()]:
             with suppress(PortaKVError):  # the peer may be gone

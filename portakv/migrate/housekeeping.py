@@ -21,7 +21,6 @@ from time import monotonic
 import torch
 
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
-from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Source
 from portakv.migrate.messages import Begin, Close, Message, Renew
 from portakv.migrate.named import PAUSE, Finder, Wanted
@@ -57,12 +56,13 @@ class Housekeeper:
     A pull is added by one step, so that no interrupt leaves a half of it.
     """
 
-    def __init__(self, device: torch.device, channel: Channel) -> None:
+    def __init__(self, device: torch.device) -> None:
         #: Counted by how pulls ended; and the pulls that have ended, for `Reader.finished`.
         self.finished: Finished[Pull] = Finished()
         self.ends = Counter[str]()
         self._device = device
-        self._finder = Finder(channel)
+        #: Finds offers by their names; None before the first pull by name.
+        self.finder: Finder | None = None
         self._finding = False  # a pull waits for an offer by its name
         self._pulls = dict[Pull, _Watched]()
         self._busy = dict[str, float]()  # addresses, with the time of the next message
@@ -76,6 +76,11 @@ class Housekeeper:
     def pulls(self) -> list[Pull]:
         """Return the pulls that have not ended, or whose end is not reported yet."""
         return [*self._pulls]
+
+    @property
+    def closing(self) -> bool:
+        """Return True once no thread looks after pulls any more."""
+        return self._closing
 
     def add(self, pull: Pull) -> None:
         """Look after a pull from now on."""
@@ -159,7 +164,10 @@ class Housekeeper:
             pulls = [*self._pulls.items()]
         except RuntimeError:  # a pull was added meanwhile; the next look is soon
             return
-        self._find([pull for pull, _ in pulls])
+        try:
+            self._find([pull for pull, _ in pulls])
+        except Exception:  # one answer must not stop the others' pulls
+            _log.exception("The offers of pulls by name could not be found.")
         for pull, watched in pulls:
             try:
                 if pull.look():
@@ -178,13 +186,13 @@ class Housekeeper:
             wanted = pull.requested.wanted
             if wanted is None or wanted.started.is_set():
                 continue
-            if pull.over or self._closing:  # its task ends it
-                wanted.begin()
+            if pull.over or self._closing:
+                wanted.begin(ended=True)
             else:
                 waiting.append((wanted, pull.stop))
         self._finding = bool(waiting)
-        if waiting:
-            self._finder.look(waiting)
+        if waiting and self.finder is not None:
+            self.finder.look(waiting)
 
     def _report_end(self, pull: Pull, watched: _Watched) -> None:
         """Report the end of a pull to its owners and to `Reader.finished`.
@@ -217,7 +225,8 @@ class Housekeeper:
             return
         shared = [source for source in pull.sources if source.word is not None]
         if not watched.begun and now >= watched.began + FIRST_LOOK:
-            watched.begun = bool(pull.sources)  # a pull by name has none at first
+            wanted = pull.requested.wanted
+            watched.begun = wanted is None or pull.requested.pieces > 0  # else it has not begun
             watched.renew = now + _third(shared)
             for source in pull.requested.quiet:
                 self._tell(source, Begin(source.ticket.epoch, source.ticket.offer))

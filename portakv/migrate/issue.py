@@ -25,6 +25,7 @@ from portakv.migrate.plan import Step, count_blocks, indices_of, steps
 from portakv.migrate.pull import CANCELLED, Ends, Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged import taken, verifications
+from portakv.runtime.transfer import Transfer
 from portakv.view.index import Ids, Index
 
 LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
@@ -80,9 +81,12 @@ class Issuer:
         self._graph.submit([task], priority="urgent")
         return Part((), [task])
 
-    def issue(self, pull: Pull, request: Request) -> list[Task]:
-        """Issue the copies of a pull whose sources are known, and return its tasks, which the
-        caller submits; raise as `Reader.pull` does."""
+    def issue(self, pull: Pull, request: Request) -> tuple[list[Task], list[Transfer]]:
+        """Issue the copies of a pull whose sources are known.
+
+        Returns its tasks, which the caller submits, and the ends of its layers. Raises as
+        `Reader.pull` does.
+        """
         indices, first, options, verify = request
         plan = steps(pull.sources, self.shards, indices, first)
         self._wait_for_events(pull.sources)
@@ -108,15 +112,14 @@ class Issuer:
             else:
                 copies.append(_copy_of(step, options, rate))
                 layers.add_copy(step, copies[-1])
-        requested.pieces = len(copies) + len(slices)
         requested.quiet = [x for x in pull.sources if x.ticket.offer not in staged]
-        pull.layers = [*layers.parts()]
+        requested.pieces = len(copies) + len(slices)  # the last, for the reader's thread
 
         checks = verifications(plan, pull, self._checks) if verify else []
         if not slices and not checks and all(source.word for source in pull.sources):
-            return []
+            return [], [*layers.parts()]
         pull.task = Task(lambda *_: pull.run(self._graph, checks), 1, queue=self._queue)
-        return [*slices, pull.task]
+        return [*slices, pull.task], [*layers.parts()]
 
     def _wait_for_events(self, sources: Sources) -> None:
         """Order this reader's stream after the events of offers that have not been reached."""

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from portakv.errors import OfferGone, PeerError, PortaKVError
+from portakv.errors import InvalidTerms, OfferGone, PeerError, PortaKVError
 
 VERSION = 4  # of all messages; a channel rejects another version by the first byte
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
@@ -274,7 +274,7 @@ class Named(Message, frozen=True):
 
     def gone(self, why: str) -> OfferGone:
         """Return the error of an offer that does not hold; ``why`` is a clause."""
-        return _gone(f"offer with the name {self.name.hex()[:8]}", self.address, why)
+        return _gone("offer of that name", self.address, why)
 
     def pack(self) -> bytes:
         """Return the bytes of a ticket by name. No MAC protects them: the name is the secret."""
@@ -284,6 +284,17 @@ class Named(Message, frozen=True):
     def read(data: bytes) -> Named | None:
         """Return what `pack` made; None for other bytes."""
         return unsealed(data[_MAC:], Named) if data[:_MAC] == bytes(_MAC) else None
+
+
+def offer_name(name: object) -> bytes:
+    """Return the name of an offer; raise `InvalidTerms`, which does not show it, for another
+    value."""
+    if isinstance(name, bytes) and LEAST_NAME <= len(name) <= MOST_NAME:
+        return name
+    got = f"{len(name)} bytes" if isinstance(name, bytes) else f"a {type(name).__name__}"
+    raise InvalidTerms(
+        f"Expected name to be {LEAST_NAME} to {MOST_NAME} bytes, got {got}. Pass random bytes."
+    )
 
 
 def _gone(offer: str, address: str, why: str) -> OfferGone:

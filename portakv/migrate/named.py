@@ -15,9 +15,16 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import NamedTuple
 
-from portakv.errors import PeerError, PortaKVError, TransferTimeout
+from portakv import arguments
+from portakv.errors import (
+    PeerError,
+    PortaKVError,
+    TransferError,
+    TransferTimeout,
+)
+from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
-from portakv.migrate.messages import MOST_NAMES, Answer, Find, Found, Named
+from portakv.migrate.messages import MOST_NAMES, Answer, Find, Found, Named, Ticket
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.transfer import Completion, Transfer
 
@@ -30,24 +37,30 @@ BUSY = 0.5  # seconds without a question to an owner that did not answer in time
 class Wanted:
     """The tickets of a pull of which some are still names.
 
-    ``start`` has a worker go on; it is called once, also if the pull has failed.
+    ``start`` is called once: it has a worker go on, or ends a pull that has failed.
     """
 
     tickets: list[bytes]
     names: dict[int, Named]  # by their places among the tickets
-    start: Callable[[], None] = lambda: None
+    start: Callable[[bool], object] = bool
     started: threading.Event = field(default_factory=threading.Event)
+    once: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def of(cls, tickets: list[bytes]) -> Wanted | None:
         """Return tickets of which some are names; None if none is."""
         names = {at: name for at, one in enumerate(tickets) if (name := Named.read(one))}
-        return cls(tickets, names) if names else None
+        if not names:
+            return None
+        for at, one in enumerate(tickets):
+            if at not in names:
+                Ticket.read(one)  # raises for what is not a ticket
+        return cls(tickets, names)
 
-    def begin(self) -> None:
-        """Start the pull, which waits no more, once."""
-        if not self.started.is_set():
-            self.start()
+    def begin(self, ended: bool = False) -> None:
+        """Start the pull, which waits no more, or end it; only the first call does."""
+        if self.once.acquire(blocking=False):
+            self.start(ended)
             self.started.set()
 
 
@@ -61,18 +74,19 @@ class LateLayer(Transfer):
         self._error: PortaKVError | None = None
 
     def settle(self, layer: Transfer, error: PortaKVError | None = None) -> None:
-        """Set the transfer that ends with the layer, or the error by which the pull did not
-        begin."""
-        self._layer = layer
-        self._error = error
-        self._known.set()
+        """Set the transfer that ends with the layer, or the error by which the pull did not begin.
+        The first call counts."""
+        if not self._known.is_set():
+            self._layer = layer
+            self._error = error
+            self._known.set()
 
     def done(self) -> bool:
         """Return True once the layer has landed; raise the errors of the pull."""
-        if not self._known.is_set() or not all(x.ended() for x in self._layer.completions):
+        if not self._known.is_set():
             return False
         self._finish()
-        return True
+        return self._layer.done()
 
     def wait(self, stream: object = None) -> None:
         """Block the host until the layer has landed; raise the errors of the pull."""
@@ -80,14 +94,15 @@ class LateLayer(Transfer):
 
     def synchronize(self, timeout: float | None = None) -> None:
         """Block the host until the layer has landed; see `Transfer.synchronize`."""
-        began = monotonic()
-        if not self._known.wait(timeout):
+        seconds = arguments.seconds("timeout", timeout, optional=True)
+        until = monotonic() + seconds
+        if not self._known.wait(min(seconds, threading.TIMEOUT_MAX)):
             raise TransferTimeout(
-                f"The layer has not landed after {timeout:g} s; the pull goes on. Wait longer."
+                f"Expected the layer within {seconds:g} s, got no end; the pull goes on. Wait "
+                f"longer."
             )
-        left = None if timeout is None else max(0.0, timeout - (monotonic() - began))
-        self._layer.synchronize(left)
         self._finish()
+        self._layer.synchronize(None if timeout is None else max(0.0, until - monotonic()))
 
     def _finish(self) -> None:
         if self._error is not None:
@@ -108,12 +123,20 @@ class _Place(NamedTuple):
 
 
 class Finder:
-    """Asks owners for the offers of names. One thread calls it."""
+    """Asks owners for the offers of names. One thread calls it.
 
-    def __init__(self, channel: Channel) -> None:
+    Args:
+        channel: of the reader.
+        connect: connects to the owner at an address in a worker, and returns the end; None if that
+            was done.
+    """
+
+    def __init__(self, channel: Channel, connect: Callable[[str], Task | None]) -> None:
         self._channel = channel
-        # Addresses, with the time of the next question.
-        self._next: Bounded[str, float] = Bounded("owners with offers by name", 1024)
+        self._connect = connect
+        self._connecting = dict[str, Task]()
+        # Owners by address and epoch, with the time of the next question.
+        self._next: Bounded[tuple[str, bytes], float] = Bounded("owners with offers by name", 1024)
 
     def look(self, waiting: Sequence[tuple[Wanted, Callable[[PortaKVError], object]]]) -> None:
         """Ask for the names of pulls that wait, each with a function that stops the pull, and start
@@ -123,11 +146,32 @@ class Finder:
             for at, named in wanted.names.items():
                 wanted_names[named.address, named.epoch].append(_Place(wanted, at, stop))
         for (address, epoch), places in wanted_names.items():
-            if monotonic() >= self._next.get(address, 0.0):
+            due = monotonic() >= self._next.get((address, epoch), 0.0)
+            if due and self._is_connected(address, places):
                 self._ask_owner(address, epoch, places)
         for wanted, _ in waiting:
             if not wanted.names:
                 wanted.begin()
+
+    def _is_connected(self, address: str, places: Sequence[_Place]) -> bool:
+        """Return whether an owner can answer; else connect to it, or stop the pulls that need it
+        if that failed."""
+        task = self._connecting.get(address)
+        if task is None:
+            task = self._connect(address)
+            if task is None:
+                return True
+            self._connecting[address] = task
+            return False
+        if task.ended:
+            del self._connecting[address]
+            error = task.error
+            if error is not None:
+                if not isinstance(error, PortaKVError):
+                    error = TransferError(f"The handshake failed: {error!r}.")
+                for place in places:
+                    place.stop(error)
+        return False
 
     def _ask_owner(self, address: str, epoch: bytes, places: Sequence[_Place]) -> None:
         """Ask an owner for names; stop the pulls that need it if it is gone."""
@@ -140,7 +184,7 @@ class Finder:
         except PortaKVError as error:
             for place in places:
                 place.stop(error)
-        self._next[address] = monotonic() + pause
+        self._next[address, epoch] = monotonic() + pause
 
     def _ask(self, address: str, epoch: bytes, places: Sequence[_Place]) -> None:
         """Ask an owner for names, and keep the tickets of those that it has offered."""

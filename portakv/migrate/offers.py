@@ -23,7 +23,7 @@ import torch
 from msgspec.structs import replace
 
 from portakv import arguments
-from portakv.errors import LayoutError, PeerError, SlotError
+from portakv.errors import InvalidTerms, LayoutError, PeerError, SlotError
 from portakv.migrate import messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.exports import EVENTS, Exports, Place, Words, describe_all
@@ -37,6 +37,7 @@ from portakv.view.index import Ids, Index
 
 LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
 MOST_FOUND = 1 << 19  # bytes of the tickets in an answer
+MOST_NAMED = MOST_FOUND - (64 << 10)  # bytes of the ids in one of them
 UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
 MOST_LEASE = 1e6  # seconds
 _SECONDS = "a number of seconds above 0, at most 10^6"
@@ -107,7 +108,7 @@ class Offer:
         """Return the state now, for a caller that may have the owner's lock."""
         with self._owner.change:
             if self._state == "held" and self._owner.now() > self.lease.until:
-                self.end("expired")
+                self._end("expired")  # a caller that has the lock must not wait for a helper
             return self._state
 
     def end(self, state: str) -> None:
@@ -191,11 +192,12 @@ class Names:
         self._ended: Bounded[bytes, str] = Bounded("ended names", _REMEMBERED)
 
     def check_free(self, name: bytes) -> None:
-        """Raise `InvalidTerms` for a name of an offer that holds."""
+        """Raise `InvalidTerms` for a name of an offer that holds; do not show the name."""
         offer = self._offers.get(name)
-        if offer is not None and offer._look() == "held":
-            do = "Take random bytes."
-            raise arguments.invalid("name", "the name of no other offer", name, do)
+        if offer is not None and offer.state == "held":
+            raise InvalidTerms(
+                "Expected name to be new, got the name of an offer that holds. Take random bytes."
+            )
 
     def add(self, offer: Offer) -> None:
         """Let readers find an offer by its name, if it has one."""
@@ -392,9 +394,9 @@ class Owner:
         last = arguments.number(
             "max_lease", max_lease, lease, inf, f"at least the lease of {lease:g} s"
         )
-        if name is not None:
-            arguments.octets("name", name, messages.LEAST_NAME, messages.MOST_NAME)
         lists = self._block_lists(blocks, tokens)
+        if name is not None:
+            self._check_name(name, lists)
         on = self.device
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
         # No event exists that a reader's stream could wait for.
@@ -408,6 +410,16 @@ class Owner:
         except BaseException:  # also an interrupt: no reader may get an offer without a handle
             made.revoke()
             raise
+
+    def _check_name(self, name: bytes, lists: Sequence[BlockList]) -> None:
+        """Raise as `offer` for a name that readers could not find, or not for these lists."""
+        self.names.check_free(messages.offer_name(name))
+        nbytes = sum(ids.nbytes for ids, _ in lists)
+        if nbytes > MOST_NAMED:
+            raise SlotError(
+                f"Expected at most {MOST_NAMED} bytes of ids for an offer with a name, got "
+                f"{nbytes}. Offer blocks in place of slots, or without a name."
+            )
 
     def _block_lists(self, blocks: Sequence[Ids], tokens: int) -> list[BlockList]:
         """Return checked ids and the tokens of a block, for each shard."""
@@ -443,7 +455,6 @@ class Owner:
         """Register an offer of rows after a stream, and write its ticket."""
         event = -1
         with self.change:
-            self.names.check_free(made.name)
             if self._events:
                 event = self._turn = (self._turn + 1) % EVENTS
                 # An older offer's event, perhaps recorded on another stream.
@@ -455,11 +466,6 @@ class Owner:
             )
             terms = self.channel.address, made.tokens, ids, steps, lease, event, made.place.number
             made.ticket = messages.Ticket(self.epoch, made.number, *terms).pack(self._key)
-            if made.name and len(made.ticket) > MOST_FOUND:
-                raise SlotError(
-                    f"Expected a ticket of at most {MOST_FOUND} bytes for an offer with a name, "
-                    f"got {len(made.ticket)}. Offer blocks in place of slots, or without a name."
-                )
             self.offers[made.number] = made
             self.names.add(made)
             self.counts["offered"] += 1

@@ -30,7 +30,7 @@ from portakv.graph.graph import Graph
 from portakv.graph.task import Task
 from portakv.migrate.connections import Source, Sources
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
-from portakv.migrate.named import Wanted
+from portakv.migrate.named import LateLayer, Wanted
 from portakv.migrate.words import fence
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
@@ -268,6 +268,9 @@ class Pull(Transfer):
         self.slices = ()
         self.task = None
         self.completions[0].pendings = ()
+        for layer in self.layers:
+            if isinstance(layer, LateLayer):  # it never began
+                layer.settle(Transfer(), self._verdict["error"])
         self.wake()
 
     def stop(self, error: PortaKVError) -> bool:

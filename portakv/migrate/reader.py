@@ -62,7 +62,7 @@ class Reader:
         self.shards = shards
         self.device = self._owners.device
         self._issuer = Issuer(self._graph, shards, self.device)
-        self._keeper = Housekeeper(self.device, channel)
+        self._keeper = Housekeeper(self.device)
         self._by_name = ByName(self._graph, self._owners, self._issuer, self._keeper)
         self._closed = False
         channel.claim("a reader", self)
@@ -80,9 +80,8 @@ class Reader:
         verify: bool = False,
         timeout: float | None = None,
     ) -> Pull:
-        """Pull the rows of tickets into lists of blocks, one list for each shard.
-
-        None in place of a list: blocks from the first one on.
+        """Pull the rows of tickets into lists of blocks, one list for each shard; None: blocks from
+        the first one on.
 
         Args:
             tickets: one ticket of each owner that has a part of this reader's windows. A pull by
@@ -96,7 +95,7 @@ class Reader:
             verify: compare checksums of all bytes with the owners' before the commit.
             timeout: seconds from the call, handshake included; then the pull ends without a commit.
 
-        Raises:
+        Raises, or with a ticket by name ends with:
             PeerError, OfferGone: no ticket; an owner that is gone, refuses, or was restarted.
             LayoutError: rows that cannot become this reader's; layers or heads without an owner.
             SlotError: bad blocks on either side, or too few.
@@ -118,7 +117,7 @@ class Reader:
             return by_name
         pull = Pull(self._owners.resolve(packed, until), until, self._keeper.wake)
         try:
-            tasks = self._issuer.issue(pull, request)
+            tasks, pull.layers = self._issuer.issue(pull, request)
             self._keeper.add(pull)
             if tasks:
                 self._graph.submit(tasks, priority="urgent")

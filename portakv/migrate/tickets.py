@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from portakv import arguments
-from portakv.migrate.messages import LEAST_NAME, MOST_NAME, Named
+from portakv.migrate.messages import Named, offer_name
 
 
 class Ticket:
@@ -27,5 +27,4 @@ class Ticket:
         """
         arguments.text("address", address)
         arguments.octets("epoch", epoch, 16, 16)
-        arguments.octets("name", name, LEAST_NAME, MOST_NAME)
-        return Named(epoch, address, name).pack()
+        return Named(epoch, address, offer_name(name)).pack()

@@ -162,7 +162,7 @@ def test_a_name_is_of_one_offer(made: Sides) -> None:
     pair = Pair(made)
     name = token_bytes(16)
     offer = pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
-    with pytest.raises(InvalidTerms, match="no other offer"):
+    with pytest.raises(InvalidTerms, match="an offer that holds"):
         pair.owner.offer([1], tokens=4, name=name)
     pair.reader.pull(pair.ticket(name), INTO).synchronize(LIMIT)
     assert pair.right()
@@ -333,7 +333,7 @@ def test_long_lists_of_slots(made: Sides) -> None:
     owner = made.owner(Rows.shard_of(whole))
     reader = made.reader(Rows.shard_of(into))
     listed = torch.randperm(slots, generator=torch.Generator().manual_seed(1))
-    with pytest.raises(SlotError, match="bytes for an offer with a name"):
+    with pytest.raises(SlotError, match="bytes of ids for an offer with a name"):
         owner.offer(Index(listed), tokens=slots, name=token_bytes(16))
     assert owner.statistics()["held"] == 0
     names = [token_bytes(16) for _ in range(3)]
@@ -345,3 +345,98 @@ def test_long_lists_of_slots(made: Sides) -> None:
         pulled.synchronize(LIMIT)
     rows = whole.flatten(2, 3)[:, :, listed[:tokens]]
     assert torch.equal(into.flatten(2, 3)[:, :, :tokens], rows)
+
+
+def test_a_name_of_an_offer_whose_lease_is_over_is_free(made: Sides) -> None:
+    """The owner's own thread looks at it, and must not wait for itself."""
+    pair = Pair(made)
+    name = token_bytes(16)
+    pair.owner.offer(BLOCKS, tokens=TOKENS, name=name, lease=0.02)
+    sleep(0.05)
+    second = pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    assert second.state == "held"
+    assert pair.owner.statistics()["expired"] == 1
+
+
+def test_a_refused_name_ends_no_offer(made: Sides) -> None:
+    pair = Pair(made)
+    name = token_bytes(16)
+    pair.owner.finished()
+    pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    with pytest.raises(InvalidTerms) as refused:
+        pair.owner.offer([1], tokens=4, name=name)
+    assert repr(name) not in str(refused.value)
+    assert pair.owner.finished() == []
+    assert pair.owner.statistics()["held"] == 1
+
+
+def test_a_layer_that_did_not_come_is_not_done(made: Sides) -> None:
+    pair = Pair(made, "staging")
+    name = token_bytes(16)
+    pair.owner.channel.serve(messages.Gather, lambda *_: messages.Answer("gone", "it is a test"))
+    pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    pulled = pair.reader.pull(pair.ticket(name), INTO, by_layer=True)
+    with pytest.raises(OfferGone):
+        pulled.synchronize(LIMIT)
+    for layer in pulled.layers:
+        with pytest.raises((OfferGone, TransferCancelled)):
+            layer.done()
+        wrong: Any
+        for wrong in ("a", -1):
+            with pytest.raises(InvalidTerms):
+                layer.synchronize(wrong)
+
+
+def test_another_epoch_of_an_address_is_asked_for_as_well(made: Sides) -> None:
+    pair = Pair(made)
+    waits = pair.reader.pull(pair.ticket(token_bytes(16)), INTO)
+    old = Ticket.of(pair.owner.channel.address, bytes(16), token_bytes(16))
+    with pytest.raises(OfferGone):
+        pair.reader.pull(old, INTO).synchronize(LIMIT)
+    assert not waits.ended
+
+
+def test_an_owner_that_wakes_late_is_waited_for(made: Sides) -> None:
+    """The first connection may take longer than a question, for plain tickets too."""
+    pair = Pair(made)
+    name = token_bytes(16)
+    with Nursery() as nursery:
+        pid, (address, epoch) = nursery.born(OWNER)
+        os.kill(pid, signal.SIGSTOP)
+        pulled = pair.reader.pull(Ticket.of(address, epoch, name), INTO, timeout=2.0)
+        sleep(0.4)
+        os.kill(pid, signal.SIGCONT)
+        with pytest.raises(TransferTimeout):  # it makes no offer; nothing else failed
+            pulled.synchronize(LIMIT)
+
+
+def test_a_wrong_ticket_beside_a_name_is_refused_at_the_call(made: Sides) -> None:
+    pair = Pair(made)
+    with pytest.raises(PeerError, match="not a ticket"):
+        pair.reader.pull([pair.ticket(token_bytes(16)), b"x" * 40], INTO)
+
+
+@pytest.mark.parametrize("end", ["cancel", "close"])
+def test_nothing_is_written_after_a_pull_was_stopped_during_its_handshake(
+    made: Sides, end: str
+) -> None:
+    pair = Pair(made)
+    name = token_bytes(16)
+    pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+    with Nursery() as nursery:
+        pid, (address, epoch) = nursery.born(OWNER)
+        os.kill(pid, signal.SIGSTOP)
+        both = [pair.ticket(name), Ticket.of(address, epoch, name)]
+        pulled = pair.reader.pull(both, INTO, by_layer=True)
+        sleep(0.2)
+        if end == "cancel":
+            assert pulled.cancel()
+        else:
+            pair.reader.close()
+        os.kill(pid, signal.SIGCONT)
+        with pytest.raises(TransferCancelled):
+            pulled.synchronize(LIMIT)
+        with pytest.raises(TransferCancelled):
+            pulled.layers[0].synchronize(LIMIT)
+        sleep(0.3)
+        assert pair.dst.whole.eq(-1).all()

@@ -568,10 +568,10 @@ def test_the_thread_outlives_a_failed_look() -> None:
 
     class Keeper(Housekeeper):
         def __init__(self) -> None:
-            super().__init__(torch.device("cpu"), channel)
+            super().__init__(torch.device("cpu"))
             self._pulls = Changed()
 
-    with closing(Channel()) as channel, closing(Keeper()) as keeper:
+    with closing(Keeper()) as keeper:
         keeper.add(Pull((), math.inf, keeper.wake))
         assert until(lambda: keeper.ends["committed"] == 1)
     assert failed
