@@ -25,7 +25,6 @@ from portakv.migrate.plan import Step, count_blocks, indices_of, steps
 from portakv.migrate.pull import CANCELLED, Ends, Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged import taken, verifications
-from portakv.runtime.transfer import Transfer
 from portakv.view.index import Ids, Index
 
 LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
@@ -81,7 +80,7 @@ class Issuer:
         self._graph.submit([task], priority="urgent")
         return Part((), [task])
 
-    def issue(self, pull: Pull, request: Request) -> tuple[list[Task], list[Transfer]]:
+    def issue(self, pull: Pull, request: Request) -> tuple[list[Task], list[Part]]:
         """Issue the copies of a pull whose sources are known.
 
         Returns its tasks, which the caller submits, and the ends of its layers. Raises as
@@ -117,9 +116,9 @@ class Issuer:
 
         checks = verifications(plan, pull, self._checks) if verify else []
         if not slices and not checks and all(source.word for source in pull.sources):
-            return [], [*layers.parts()]
+            return [], layers.parts()
         pull.task = Task(lambda *_: pull.run(self._graph, checks), 1, queue=self._queue)
-        return [*slices, pull.task], [*layers.parts()]
+        return [*slices, pull.task], layers.parts()
 
     def _wait_for_events(self, sources: Sources) -> None:
         """Order this reader's stream after the events of offers that have not been reached."""

@@ -135,7 +135,7 @@ class Pull(Transfer):
         self.slices: Sequence[Task] = []
         #: The task that commits a pull of tasks, or one that asks an owner.
         self.task: Task | None = None
-        self.layers: list[Transfer] = []
+        self.layers: Sequence[Transfer] = ()
         self.requested = Requested()
         #: Orders copies from staging buffers after the caller's stream; None if there are none.
         self.after: StreamFence | None = None
