@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from portakv import arguments
 from portakv.errors import (
@@ -145,10 +145,13 @@ class Finder:
         for wanted, stop in waiting:
             for at, named in wanted.names.items():
                 wanted_names[named.address, named.epoch].append(_Place(wanted, at, stop))
-        for (address, epoch), places in wanted_names.items():
-            due = monotonic() >= self._next.get((address, epoch), 0.0)
-            if due and self._is_connected(address, places):
-                self._ask_owner(address, epoch, places)
+        questions = list[tuple[tuple[str, bytes], Sequence[_Place]]]()
+        for owner, places in wanted_names.items():
+            due = monotonic() >= self._next.get(owner, 0.0)
+            if due and self._is_connected(owner[0], places):
+                starts = range(0, len(places), MOST_NAMES)
+                questions += [(owner, places[first : first + MOST_NAMES]) for first in starts]
+        self._ask(questions)
         for wanted, _ in waiting:
             if not wanted.names:
                 wanted.begin()
@@ -156,52 +159,64 @@ class Finder:
     def _is_connected(self, address: str, places: Sequence[_Place]) -> bool:
         """Return whether an owner can answer; else connect to it, or stop the pulls that need it
         if that failed."""
+        error: BaseException | None = None
         task = self._connecting.get(address)
-        if task is None:
-            task = self._connect(address)
-            if task is None:
-                return True
-            self._connecting[address] = task
-            return False
-        if task.ended:
-            del self._connecting[address]
-            error = task.error
-            if error is not None:
-                if not isinstance(error, PortaKVError):
-                    error = TransferError(f"The handshake failed: {error!r}.")
-                for place in places:
-                    place.stop(error)
-        return False
-
-    def _ask_owner(self, address: str, epoch: bytes, places: Sequence[_Place]) -> None:
-        """Ask an owner for names; stop the pulls that need it if it is gone."""
-        pause = PAUSE
         try:
-            for first in range(0, len(places), MOST_NAMES):
-                self._ask(address, epoch, places[first : first + MOST_NAMES])
-        except TransferTimeout:
-            pause = BUSY
-        except PortaKVError as error:
+            if task is None:
+                task = self._connect(address)
+                if task is None:
+                    return True
+                self._connecting[address] = task
+            elif task.ended:
+                del self._connecting[address]
+                error = task.error
+        except PortaKVError as closed:  # the reader is
+            error = closed
+        if error is not None:
+            if not isinstance(error, PortaKVError):
+                error = TransferError(f"The handshake failed: {error!r}.")
             for place in places:
                 place.stop(error)
-        self._next[address, epoch] = monotonic() + pause
+        return False
 
-    def _ask(self, address: str, epoch: bytes, places: Sequence[_Place]) -> None:
-        """Ask an owner for names, and keep the tickets of those that it has offered."""
-        names = tuple(place.named.name for place in places)
-        answer = self._channel.ask(address, Find(epoch, names), Found | Answer, ASKING)  # type: ignore[arg-type]
-        if isinstance(answer, Answer):
-            for place in places:
-                place.stop(place.named.gone(answer.why))
+    def _ask(self, questions: Sequence[tuple[tuple[str, bytes], Sequence[_Place]]]) -> None:
+        """Ask owners, all at a time, for the offers of names; take the answers."""
+        requests = [
+            (address, Find(epoch, tuple(place.named.name for place in places)))
+            for (address, epoch), places in questions
+        ]
+        kind: Any = Found | Answer
+        answers = self._channel.ask_all(requests, kind, ASKING) if requests else []
+        for (owner, places), answer in zip(questions, answers, strict=True):
+            late = isinstance(answer, TransferTimeout)
+            self._next[owner] = monotonic() + (BUSY if late else PAUSE)
+            if not late:
+                _take(answer, places)
+
+
+def _take(answer: Any, places: Sequence[_Place]) -> None:
+    """Keep the tickets of the offers that exist; stop the pulls of those that do not hold."""
+    if isinstance(answer, Answer):
+        for place in places:
+            place.stop(place.named.gone(answer.why))
+        return
+    error = answer
+    if isinstance(answer, Found):
+        if len(places) == len(answer.tickets) == len(answer.why):
+            for place, ticket, why in zip(places, answer.tickets, answer.why, strict=True):
+                _take_one(place, ticket, why)
             return
-        if not len(names) == len(answer.tickets) == len(answer.why):
-            raise PeerError(
-                f"Expected answers for {len(names)} names from {address}, got "
-                f"{len(answer.tickets)}. Use one release on both sides."
-            )
-        for place, ticket, why in zip(places, answer.tickets, answer.why, strict=True):
-            if ticket:
-                place.wanted.tickets[place.at] = ticket
-                del place.wanted.names[place.at]
-            elif why:
-                place.stop(place.named.gone(why))
+        error = PeerError(
+            f"Expected answers for {len(places)} names, got {len(answer.tickets)} tickets and "
+            f"{len(answer.why)} reasons. Use one release on both sides."
+        )
+    for place in places:
+        place.stop(error)
+
+
+def _take_one(place: _Place, ticket: bytes, why: str) -> None:
+    if ticket:
+        place.wanted.tickets[place.at] = ticket
+        del place.wanted.names[place.at]
+    elif why:
+        place.stop(place.named.gone(why))

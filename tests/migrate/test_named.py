@@ -440,3 +440,32 @@ def test_nothing_is_written_after_a_pull_was_stopped_during_its_handshake(
             pulled.layers[0].synchronize(LIMIT)
         sleep(0.3)
         assert pair.dst.whole.eq(-1).all()
+
+
+def test_stopped_owners_are_asked_together(made: Sides) -> None:
+    """Each alone would take the thread a tenth of a second, in which no other pull begins."""
+    pair = Pair(made)
+    name = token_bytes(16)
+    pair.reader.pull(pair.owner.offer([1], tokens=16).ticket, [3]).synchronize(LIMIT)
+    with Nursery() as nursery:
+        born = [nursery.born(OWNER) for _ in range(4)]
+        stopped = [
+            pair.reader.pull(Ticket.of(address, epoch, name), INTO, timeout=3.0)
+            for _, (address, epoch) in born
+        ]
+        assert until(lambda: pair.reader.statistics()["owners"] == 5, 10)
+        for pid, _ in born:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            sleep(0.2)
+            pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+            began = monotonic()
+            pair.reader.pull(pair.ticket(name), INTO).synchronize(LIMIT)
+            assert monotonic() - began < 1.5
+            assert pair.right()
+        finally:
+            for pid, _ in born:
+                os.kill(pid, signal.SIGCONT)
+        for pulled in stopped:
+            with pytest.raises((TransferTimeout, PeerError)):
+                pulled.synchronize(LIMIT)
