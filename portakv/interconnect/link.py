@@ -233,9 +233,7 @@ class Copies:
         if share.in_batches(first, past):
             self._copy_batch(share, first, past, stream, begun)
         else:
-            whole = past - first == share.pieces.number
-            pieces = share.pieces if whole else share.pieces.part(first, past)
-            self._copy_each(pieces, to_device, stream)
+            self._copy_each(share.pieces.part(first, past), to_device, stream)
 
     def _copy_batch(self, share: _Share, first: int, past: int, stream: int, begun: bool) -> None:
         assert self._batch is not None  # `batched` looked

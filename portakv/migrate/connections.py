@@ -32,11 +32,11 @@ from portakv.migrate import ipc
 from portakv.migrate.channel import Channel, Refused
 from portakv.migrate.mapping import NotMapped, Place, WordsOfOwner, map_owner
 from portakv.migrate.messages import (
+    REASONS,
     Answer,
     Bye,
     Handshake,
     Hello,
-    Named,
     Renew,
     Ticket,
     is_signed,
@@ -149,10 +149,6 @@ class Connections:
         Raises as `of`, and `PeerError` for bytes that are not a ticket.
         """
         packed = listed(tickets)
-        if any(Named.read(one) for one in packed):
-            raise arguments.invalid(
-                "tickets", "tickets of offers", "one by name", "Pull it by `Reader.pull`."
-            )
         read = [Ticket.read(data) for data in packed]
         try:
             sources = [Source(ticket, self.of(ticket, until)) for ticket in read]
@@ -283,7 +279,7 @@ class Connections:
         if why := unlike(local, [one.group for one in answer.described]):
             raise _other_rows(ticket, why)
         if ticket.epoch not in (answer.epoch, ANY):
-            raise ticket.gone("its owner was restarted, or has other memory, since then")
+            raise ticket.gone(REASONS["restarted"])
         return answer
 
     def _agree(self, owner: Connection, ticket: Ticket, until: float) -> None:

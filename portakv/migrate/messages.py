@@ -52,6 +52,7 @@ REASONS = {
     "revoked": "its owner revoked it",
     "taken": "its readers have taken it; offer it with a larger readers=",
     "lost": "a reader that started to read it is gone",
+    "restarted": "its owner was restarted, or has other memory, since then",
     "gone": "this owner has no such offer, or it ended long ago",
 }
 
@@ -257,11 +258,19 @@ class Ticket(About, frozen=True):
 
     @staticmethod
     def read(data: bytes) -> Ticket:
-        """Return the ticket of these bytes; raise the same `PeerError` whatever is wrong."""
+        """Return the ticket of these bytes.
+
+        Raises the same `PeerError` whatever is wrong, and `InvalidTerms` for a ticket by name.
+        """
         ticket = unsealed(data[_MAC:], Ticket) if isinstance(data, bytes) else None
         whole = ticket and not any(len(ids) % 4 for ids in ticket.ids)
         if ticket and whole and len(ticket.ids) == len(ticket.steps):
             return ticket
+        if isinstance(data, bytes) and Named.read(data):
+            raise InvalidTerms(
+                "Expected tickets to be tickets of offers, got one by name. Pull it by "
+                "`Reader.pull`."
+            )
         raise no_ticket()
 
 

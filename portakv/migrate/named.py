@@ -29,7 +29,7 @@ from portakv.runtime.bounded import Bounded
 from portakv.runtime.transfer import Completion, Transfer
 
 ASKING = 0.1  # the most seconds that a question may take, since other pulls wait meanwhile
-PAUSE = 4e-3  # the most seconds between two questions for a name
+PAUSE = 4e-3  # seconds between two questions for a name
 BUSY = 0.5  # seconds without a question to an owner that did not answer in time
 
 

@@ -633,9 +633,7 @@ class Owner:
     def _find(self, _: Peer, find: messages.Find) -> messages.Found | messages.Answer:
         with self.change:
             if find.epoch != self.epoch:
-                return messages.Answer(
-                    "gone", "its owner was restarted, or has other memory, since then"
-                )
+                return messages.Answer("gone", messages.REASONS["restarted"])
             return self.names.find(find.names)
 
     def _bye(self, peer: Peer, _: messages.Bye) -> None:

@@ -254,7 +254,7 @@ def test_blocks_inside_a_device_by_new_ids(listed: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_keys_and_values_that_lie_apart_keep_their_places(backend: str) -> None:
-    """Their tensors have different widths, so that each has kernels and an address of its own."""
+    """Their tensors have different widths, so that each has separate kernels and an address."""
     paged = KVView(
         torch.zeros(TOKENS, 3, dtype=torch.int32, device=DEVICE), "token (kv dim)", dim=(2, 1)
     )

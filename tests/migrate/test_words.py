@@ -323,7 +323,7 @@ tell([owner.offer([7, 3, 11, 0, 5], tokens=75).ticket for _ in range(4)])
 
 
 def test_rows_of_an_owner_that_died_after_it_had_offered_them_are_right(made: Sides) -> None:
-    """It wrote nothing since, and nobody else writes its memory: what was offered is committed."""
+    """It wrote nothing since, and no other process writes its memory: the offer is committed."""
     remote = Rows()
     local = Rows(8, 32, fill=-1)
     reader = made.reader(local.shard)
