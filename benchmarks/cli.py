@@ -56,6 +56,7 @@ from portakv_benchmarks.device.methods import run_all_methods
 from portakv_benchmarks.device.overhead import measure_overhead
 from portakv_benchmarks.host import calls, grid, interference, memory, small, whole_call
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
+from portakv_benchmarks.plugs.engine import engine_steps
 from portakv_benchmarks.plugs.lmcache import lmcache_steps
 from portakv_benchmarks.plugs.sglang import sglang_steps
 from portakv_benchmarks.plugs.suite import INTEGRATION_PRESETS, IntegrationBench, medians
@@ -101,6 +102,7 @@ WALL: Mapping[str, Callable[[Bench], Iterator[Step]]] = {"link": whole_call.whol
 INTEGRATIONS: Mapping[str, Callable[[IntegrationBench], Iterator[Step]]] = {
     "sglang": sglang_steps,
     "vllm": vllm_steps,
+    "engine": engine_steps,
     "lmcache": lmcache_steps,
 }
 #: The parts of ``--storage``.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure variants in turns with `copy_` of the same bytes, and check every byte in the run.
 
-In each round every variant is called once, in an order that rotates, with the next memory object.
+In each round every variant is called once, in an order drawn by lot, with the next memory object.
 A variant's ratio is the median over the rounds of the time of `copy_` / the variant's time. A slow
 machine thus slows both. Bytes are checked before and after the rounds, with a poisoned output. On a
 device the L2 cache is flushed before each call, and a delay kernel precedes the first event. The
@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from random import Random
 from statistics import median
 from time import perf_counter, sleep
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ FAILURES = (
 #: A row whose p90 is above this many times its median is flagged as noisy.
 NOISY = 1.2
 _LEAST_ROUNDS = 5
+_SEED = 20261125  # of the orders
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +153,11 @@ def measure(
 ) -> list[Measured]:
     """Measure variants in turns with ``ceiling``, `copy_` of the same bytes, which comes first.
 
-    The calls rotate over ``objects`` memory objects. After ``seconds`` no round starts, except that
-    at least 5 rounds run.
+    The order of a round is drawn by lot: a copy's time depends on the one before it. The calls
+    rotate over ``objects`` memory objects. After ``seconds`` no round starts, except that at
+    least 5 rounds run.
     """
+    drawn = Random(_SEED)
     everyone = [ceiling, *variants]
     verified = [all(variant.check(i) for i in range(objects)) for variant in everyone]
     settled = [timer.settle(variant.call, objects) for variant in everyone]
@@ -163,8 +167,7 @@ def measure(
         for n in range(rounds):
             if n >= _LEAST_ROUNDS and perf_counter() - began > seconds:
                 break
-            for turn in range(len(everyone)):
-                v = (n + turn) % len(everyone)
+            for turn, v in enumerate(drawn.sample(range(len(everyone)), len(everyone))):
                 i = (n * len(everyone) + turn) % objects  # differs from that of the previous call
                 samples[v].append(timer.sample(everyone[v].call, i, settled[v]))
     verified = [known and v.check(0) for known, v in zip(verified, everyone, strict=True)]

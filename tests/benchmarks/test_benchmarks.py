@@ -192,7 +192,8 @@ def test_variants_take_turns_with_other_memory_objects() -> None:
     measure(variant(0), [variant(1), variant(2)], script, objects=3, rounds=6, seconds=60)
     rounds = [script.calls[i : i + 3] for i in range(0, 18, 3)]
     assert all({number for number, _ in one} == {0, 1, 2} for one in rounds)
-    assert [one[0][0] for one in rounds] == [0, 1, 2, 0, 1, 2]
+    orders = {tuple(number for number, _ in one) for one in rounds}
+    assert len(orders) > 1  # no variant always follows the same one
     assert all(before[1] != after[1] for before, after in pairwise(script.calls))
     assert {i for number, i in script.calls if number == 1} == {0, 1, 2}
 

@@ -353,7 +353,7 @@ def test_what_no_time_is_left_for_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "nonsense"], "to be one of sglang, vllm, lmcache"),
+        (["--only", "nonsense"], "to be one of sglang, vllm, engine, lmcache"),
         (["--host"], "unrecognized arguments: --plugs"),
         (["--peer", "lmcache"], "unrecognized arguments"),
     ],
