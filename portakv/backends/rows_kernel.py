@@ -52,7 +52,7 @@ Packer: TypeAlias = Callable[[bytearray, int, int, int, int, int, int], None]
 
 
 class Tuning(NamedTuple):
-    """The cut of a launch of some size; measured on an H200 (benchmarks/NOTES.md, section 6)."""
+    """The cut of a launch of some size; measured on an H200 (benchmarks/NOTES.md, sections 6, 27)."""
 
     payload: int  # the least bytes that the tuning is for
     each: int  # vectors that one thread moves
@@ -63,7 +63,8 @@ TUNING = (
     Tuning(3 << 29, 2, 1 << 20),
     Tuning(256 << 20, 1, 2 << 20),
     Tuning(64 << 20, 1, 1 << 20),
-    Tuning(8 << 20, 1, 512 << 10),
+    Tuning(32 << 20, 1, 512 << 10),
+    Tuning(4 << 20, 2, 128 << 10),
     Tuning(0, 1, 0),
 )
 

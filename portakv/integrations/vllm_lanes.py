@@ -7,11 +7,13 @@ The module imports no engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 
 from portakv import BlockTransfer
+from portakv.runtime.devices import inside
 
 
 class Job(NamedTuple):
@@ -64,15 +66,20 @@ class Lane:
         self.jobs: dict[int, Job] = {}
 
     def submit(self, number: int, copy: Callable[[], BlockTransfer], nbytes: int = 0) -> None:
-        """Begin a job of so many bytes, whose copies ``copy`` issues on the stream.
+        """Begin a job of so many bytes, whose copies ``copy`` issues on the current stream.
 
-        They are ordered after the current stream's work.
+        That is the lane's then; see `current`.
         """
+        with self.current():
+            begin = self._event()
+            transfer = copy()
+            self.jobs[number] = Job(transfer, begin, self._event(), nbytes)
+
+    def current(self) -> AbstractContextManager[object]:
+        """Make the lane's stream current, after the work of the one that was current."""
         if self.stream is not None:
             self.stream.wait_stream(torch.accelerator.current_stream(self.device.index))
-        begin = self._event()
-        transfer = copy()
-        self.jobs[number] = Job(transfer, begin, self._event(), nbytes)
+        return inside(self.stream)
 
     def finished(self) -> Iterator[tuple[int, Job]]:
         """Remove and yield the oldest jobs that have ended."""
