@@ -242,7 +242,7 @@ def _of_jobs(
     rows: Rows = []
     for (name, op, blocks), seconds in sorted(Turns.made.seconds.items()):
         row = {
-            "kind": "engine_job",
+            "kind": "plug_job",
             "shape": f"engine's job, {blocks} blocks, {shape.pages}",
             "row_bytes": shape.page,
             "blocks": blocks,
@@ -269,7 +269,7 @@ def _of_prompts(shape: PageShape, served: dict[tuple[str, int], list[Served]]) -
         for part in ("cold", "device_hit", "host_hit"):
             took = [getattr(each, part) for each in prompts]
             row = {
-                "kind": "engine_prompt",
+                "kind": "plug_prompt",
                 "shape": f"prompt of {length} tokens, {shape.pages}",
                 "row_bytes": shape.page,
                 **labels(name, part.replace("_", " "), "vllm"),

@@ -204,14 +204,14 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         "time of the integration / that of the engine's own code, the median of all wide rows",
         (("engine", "part"), ("over", "shape"), ("x own", "of_own:.3f"), _BYTES),
     ),
-    "engine_job": (
+    "plug_job": (
         "host time of jobs in a step of a real engine, by its own worker and by PortaKV's",
         (("job", "shape"), ("of", "op"), ("method", "backend"), ("host us", "host_us:,.4g"),
          ("x own", "host_of_own:.3f"), ("least us", "least_us:,.4g"),
          ("x own", "least_of_own:.3f"), ("first us", "first_us:,.4g"), ("jobs", "rounds:"),
          _BYTES),
     ),
-    "engine_prompt": (
+    "plug_prompt": (
         "prompts in a real engine, until eight tokens are there",
         (("prompt", "shape"), ("part", "op"), ("method", "backend"), ("ms", "p50_ms:.4g"),
          ("least", "least_ms:.4g"), ("most", "most_ms:.4g"), ("prompts", "rounds:"), _BYTES),
