@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from math import prod
+from random import Random
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from portakv import AdaptiveConnector, Index, KVView
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
-from portakv_benchmarks.shared.harness import Row, Rows, uncollected
+from portakv_benchmarks.shared.harness import SEED, Row, Rows, uncollected
 from portakv_benchmarks.shared.peers import LMCache
 from portakv_benchmarks.shared.shapes import Shape
 
@@ -136,11 +137,12 @@ def _time(
 ) -> dict[str, list[float]]:
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
+    drawn = Random(SEED)
     with uncollected():
         for n in range(-_WARM_UP, -(-rounds // _TURN)):
             torch.get_device_module(device).synchronize()  # launches must not queue up
-            for turn, i in product(range(len(names)), range(_TURN)):
-                name = names[(n + turn) % len(names)]
+            order = drawn.sample(names, len(names))
+            for (turn, name), i in product(enumerate(order), range(_TURN)):
                 at = (n + turn + i) % _OBJECTS
                 fresh = chunks[at].detach()  # a new tensor over the same memory
                 start = perf_counter()

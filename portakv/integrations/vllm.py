@@ -194,7 +194,11 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             Lane(device, paced="max_gbps" in self._terms) for _ in range(3)
         )
         self._lanes = self._store, self._load, self._expedited
-        self._options = CopyOptions(**self._terms)
+        # A thread issues the slices of a paced copy, on a stream that the options name.
+        self._options = {
+            each: CopyOptions(stream=each.stream if each.paced else None, **self._terms)
+            for each in self._lanes
+        }
         self._taking = threading.Lock()
         for part in itertools.chain(*self._groups):
             self._warm_up(part)
@@ -265,7 +269,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         # All groups are checked before any of them moves.
         moves = moves_of(self._groups, self._together, self.blocks_per_chunk, device, host, store)
         nbytes = sum(move.nbytes for move in moves)
-        lane.submit(job, partial(self._copy, moves, store), nbytes)
+        lane.submit(job, partial(self._copy, moves, self._options[lane], store), nbytes)
         return True
 
     def _warm_up(self, part: Part) -> None:
@@ -278,15 +282,17 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         most = min(part.device.slots, part.host.slots)
         paced = "max_gbps" in self._terms  # many bytes would take a rated copy long
         many = 1 if paced else 1 + WARM_UP // page
+        for lane in self._lanes:
+            lane.use(part.device)
         for count in sorted({min(most, 1), min(most, many)}):
-            for lane in self._lanes:
+            pages = range(count)
+            for lane, options in self._options.items():
                 sides = (part.device, part.host) if lane is self._store else part[::-1]
-                pages = range(count)
                 with lane.current():
-                    copied = copy_rows(*sides, pages, pages, count=count, options=self._options)
+                    copied = copy_rows(*sides, pages, pages, count=count, options=options)
                     copied.synchronize()
 
-    def _copy(self, moves: Sequence[Move], store: bool) -> BlockTransfer:
+    def _copy(self, moves: Sequence[Move], options: CopyOptions, store: bool) -> BlockTransfer:
         """Issue the copies of a job on the current stream."""
         moved: list[BlockTransfer] = []
         try:
@@ -299,7 +305,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
                         sides = part.device, part.host, blocks, places
                     else:
                         sides = part.host, part.device, places, blocks
-                    moved.append(copy_rows(*sides, count=count, options=self._options))
+                    moved.append(copy_rows(*sides, count=count, options=options))
         except BaseException:  # also an interrupt: a refused job leaves no copy in flight
             BlockTransfer.together(moved).synchronize()
             raise

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from portakv import BlockTransfer
+from portakv import BlockTransfer, KVView
 from portakv.runtime.devices import inside
 
 
@@ -80,6 +80,16 @@ class Lane:
         if self.stream is not None:
             self.stream.wait_stream(torch.accelerator.current_stream(self.device.index))
         return inside(self.stream)
+
+    def use(self, view: KVView) -> None:
+        """Report to the allocator that copies of the lane use the memory of a view.
+
+        It does not hand out that memory while such a copy is in flight, also if nobody keeps it.
+        """
+        if self.stream is not None:
+            for tensor in view.used_on(self.stream):
+                if tensor.device == self.device:
+                    tensor.record_stream(self.stream)
 
     def finished(self) -> Iterator[tuple[int, Job]]:
         """Remove and yield the oldest jobs that have ended."""

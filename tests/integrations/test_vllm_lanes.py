@@ -74,9 +74,10 @@ def test_the_wait_for_the_model_is_no_time_of_a_copy(paced: bool) -> None:
     lane = Lane(device, paced)
 
     def copy() -> BlockTransfer:
-        return copy_rows(src, dst, range(BLOCKS), range(BLOCKS), stream=lane.stream)
+        return copy_rows(src, dst, range(BLOCKS), range(BLOCKS))
 
-    copy().synchronize()
+    with lane.current():
+        copy().synchronize()
     _sleep(200_000_000)  # 0.1 s or more
     lane.submit(1, copy)
     lane.jobs[1].synchronize()
@@ -88,3 +89,32 @@ def test_the_wait_for_the_model_is_no_time_of_a_copy(paced: bool) -> None:
     assert by_host is not None
     assert seconds > 0
     assert (seconds < by_host / 3) is not paced
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("used", [True, False])
+def test_memory_that_a_lane_uses_is_not_handed_out_before_its_copies_end(used: bool) -> None:
+    """The caches are released while a copy waits, and other work writes memory of their size.
+    Control: the lane has not named them, so that the copy reads what was written there."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    src, dst = views(device)
+    expected = src.tensors[0].cpu()
+    lane = Lane(device)
+    if used:
+        lane.use(src)
+
+    def submit(view: KVView) -> None:
+        lane.submit(1, lambda: copy_rows(view, dst, range(BLOCKS), range(BLOCKS)))
+
+    submit(src)
+    lane.jobs[1].synchronize()
+    dst.tensors[0].zero_()
+    with lane.current():
+        _sleep(400_000_000)  # 0.2 s or more
+    submit(src)
+    lane.jobs.clear()
+    del src
+    other = torch.full((BLOCKS, PAGE), 99, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize()
+    assert int(other[0, 0]) == 99
+    assert torch.equal(dst.tensors[0].view(-1), expected.view(-1)) is used
