@@ -116,6 +116,8 @@ class Reader:
         if by_name is not None:
             return by_name
         pull = Pull(self._owners.resolve(packed, until), until, self._keeper.wake)
+        if self._by_name.follow(pull, request):
+            return pull
         try:
             tasks, pull.layers = self._issuer.issue(pull, request)
             self._keeper.add(pull)
