@@ -64,16 +64,14 @@ class ByName:
             pull.cancel()
             raise
 
-    def follow(self, pull: Pull, request: Request) -> bool:
-        """Have a pull follow the marks of its offers; return False if all are complete.
+    def waits(self, pull: Pull) -> bool:
+        """Return True if a pull has to wait for rows of its offers."""
+        return incomplete(pull.sources)
 
-        Raises as `Reader.pull` does.
-        """
-        if not incomplete(pull.sources):
-            return False
+    def follow(self, pull: Pull, request: Request) -> Pull:
+        """Return a pull that follows the marks of its offers; raise as `Reader.pull` does."""
         self._have_finder()
-        self._follower.begin(pull, request)
-        return True
+        return self._follower.begin(pull, request)
 
     def _have_finder(self) -> None:
         """Let the reader's thread ask owners for names and marks."""

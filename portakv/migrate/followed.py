@@ -94,31 +94,40 @@ class _Place(NamedTuple):
 
 
 class Marker:
-    """Asks owners for marks that no shared memory shows. One thread calls it."""
+    """Reads marks in shared memory, and asks owners for the others. One thread calls it."""
 
     def __init__(self, channel: Channel) -> None:
         self._questions = Questions(channel, "offers with marks", Marked)
 
-    def look(self, followed: Sequence[tuple[Followed, Stop]]) -> None:
-        """Ask for the marks of pulls, each with a function that stops the pull."""
-        offers = defaultdict[OwnerKey, list[_Place]](list)
-        for one, stop in followed:
-            for number, source in enumerate(one.sources):
-                if one.marks[number] < source.end and source.word is None:
-                    owner = source.ticket.address, source.ticket.epoch
-                    offers[owner].append(_Place(one, number, source, stop))
+    def look(self, following: Sequence[tuple[Followed, Stop]]) -> None:
+        """Learn the marks of pulls, each with a function that stops the pull, and have workers go
+        on with them."""
         asked = list[Sequence[_Place]]()
         requests = list[tuple[OwnerKey, Marks]]()
-        for owner, places in offers.items():
-            if self._questions.is_due(owner):
-                for first in range(0, len(places), MOST_NAMES):
-                    these = places[first : first + MOST_NAMES]
-                    asked.append(these)
-                    numbers = tuple(place.source.ticket.offer for place in these)
-                    requests.append((owner, Marks(owner[1], numbers)))
+        for owner, places in _unknown(following).items():
+            if not self._questions.is_due(owner):
+                continue
+            for first in range(0, len(places), MOST_NAMES):
+                these = places[first : first + MOST_NAMES]
+                asked.append(these)
+                numbers = tuple(place.source.ticket.offer for place in these)
+                requests.append((owner, Marks(owner[1], numbers)))
         for some, answer in zip(asked, self._questions.ask(requests), strict=True):
             if answer is not None:
                 _take(answer, some)
+        for followed, _ in following:
+            followed.look()
+
+
+def _unknown(following: Sequence[tuple[Followed, Stop]]) -> dict[OwnerKey, list[_Place]]:
+    """Return the offers whose marks only their owners can say, by owner."""
+    offers = defaultdict[OwnerKey, list[_Place]](list)
+    for followed, stop in following:
+        for number, source in enumerate(followed.sources):
+            if followed.marks[number] < source.end and source.word is None:
+                owner = source.ticket.address, source.ticket.epoch
+                offers[owner].append(_Place(followed, number, source, stop))
+    return offers
 
 
 def _take(answer: Any, places: Sequence[_Place]) -> None:

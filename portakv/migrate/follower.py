@@ -100,8 +100,8 @@ class Follower:
         self._keeper = keeper
         self._queue = graph.queue("follow", width=WIDTH)
 
-    def begin(self, pull: Pull, request: Request) -> None:
-        """Follow the marks of a pull from now on; raise as `Reader.pull` does."""
+    def begin(self, pull: Pull, request: Request) -> Pull:
+        """Return a pull that follows the marks of its offers; raise as `Reader.pull` does."""
         pull.requested.wanted = wanted = Wanted([], {})
         wanted.started.set()
         pull.layers = self.promised(request)
@@ -111,6 +111,7 @@ class Follower:
             self._keeper.wake()
             if self._keeper.closing and wanted.followed:  # its thread may have ended before
                 wanted.followed.go_on()
+            return pull
         except BaseException:  # an interrupt: the caller gets no handle of rows that come later
             pull.cancel()
             raise

@@ -187,23 +187,16 @@ class Housekeeper:
             wanted = pull.requested.wanted
             if wanted is None or not wanted.waits:
                 continue
-            over = pull.over or self._closing
-            if not wanted.started.is_set():
-                if over:
-                    wanted.begin(ended=True)
-                else:
-                    waiting.append((wanted, pull.stop))
+            if pull.over or self._closing:
+                wanted.end()
+            elif not wanted.started.is_set():
+                waiting.append((wanted, pull.stop))
             elif wanted.followed is not None:
-                if over:
-                    wanted.followed.go_on()  # the worker ends the pull
-                else:
-                    following.append((wanted.followed, pull.stop))
+                following.append((wanted.followed, pull.stop))
         self._most = PROMPT if following else PAUSE if waiting else LOOK
         if self.finder is not None:
             self.finder.look(waiting)
             self.finder.marker.look(following)
-        for followed, _ in following:
-            followed.look()
 
     def _report_end(self, pull: Pull, watched: _Watched) -> None:
         """Report the end of a pull to its owners and to `Reader.finished`.

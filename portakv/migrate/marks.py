@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from time import sleep
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
@@ -62,6 +62,17 @@ def mark_event(device: torch.device) -> torch.Event | None:
             "Raising a mark", "its event has to be seen; raise it after the capture"
         )
     return event_pool(device).recorded(None)
+
+
+def progress_of(unit: Unit | None, layers: int, tokens: int) -> Progress | None:
+    """Return the mark of a new offer of so many layers and tokens; None if it has no unit.
+
+    Raises `InvalidTerms` for another unit.
+    """
+    if unit is None:
+        return None
+    arguments.one_of("progress", unit, get_args(Unit))
+    return Progress(unit, layers if unit == "layers" else tokens)
 
 
 class _Raise(NamedTuple):

@@ -74,6 +74,13 @@ class Wanted:
             self.start(ended)
             self.started.set()
 
+    def end(self) -> None:
+        """End a pull that was stopped while it waits; a worker does if it follows marks."""
+        if not self.started.is_set():
+            self.begin(ended=True)
+        elif self.followed is not None:
+            self.followed.go_on()
+
 
 class LateLayer(Transfer):
     """The end of a layer of a pull that has not begun, so that its copies do not exist yet."""

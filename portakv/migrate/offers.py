@@ -28,7 +28,7 @@ from portakv.migrate import messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.exports import EVENTS, Exports, Place, Words, describe_all
 from portakv.migrate.gathers import BUFFERS, Gathers, Rows, StreamFence, renamed
-from portakv.migrate.marks import PAST, Progress, Raises, Unit, mark_event
+from portakv.migrate.marks import PAST, Progress, Raises, Unit, mark_event, progress_of
 from portakv.migrate.names import EndedOffers, Names
 from portakv.migrate.shards import Shard, device_of, overlap, slices
 from portakv.runtime.finished import Finished
@@ -395,40 +395,29 @@ class Owner:
         Raises:
             SlotError: ids past the view or twice in a list, too few for the tokens, more than a
                 ticket holds, or not a list for each shard.
-            InvalidTerms: no token, no time, no reader, another unit of ``progress``, or a name of
-                another offer.
+            InvalidTerms: no token, no time, no reader, no such unit, or a name of another offer.
             PeerError: the owner is closed, or belongs to the process that this one was forked from.
         """
         self.refuse_closed()
         arguments.whole("tokens", tokens, 1, 1 << 31)
         lease = arguments.number("lease", lease, 1e-9, MOST_LEASE, _SECONDS)
         arguments.whole("readers", readers, 1, 1 << 31)
-        last = arguments.number(
-            "max_lease", max_lease, lease, inf, f"at least the lease of {lease:g} s"
-        )
-        if progress is not None:
-            arguments.one_of("progress", progress, get_args(Unit))
+        least = f"at least the lease of {lease:g} s"
+        last = arguments.number("max_lease", max_lease, lease, inf, least)
+        mark = progress_of(progress, max(shard.view.layers for shard in self.shards), tokens)
         lists = self._block_lists(blocks, tokens)
         if name is not None:
             self.names.check_new(name, sum(ids.nbytes for ids, _ in lists))
         on = self.device
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
         # No event exists that a reader's stream could wait for. Marks are shown after the work.
-        if (
-            progress is None
-            and stream
-            and self._exports
-            and self._exports.allocations
-            and not self._events
-        ):
+        blind = self._exports and self._exports.allocations and not self._events
+        if stream and blind and mark is None:
             stream.synchronize()
         now = self.now()
         made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers)
         made.name = name or b""
-        if progress == "layers":
-            made.progress = Progress(progress, max(shard.view.layers for shard in self.shards))
-        elif progress == "tokens":
-            made.progress = Progress(progress, tokens)
+        made.progress = mark
         try:
             return self._enter(made, stream, lease)
         except BaseException:  # also an interrupt: no reader may get an offer without a handle

@@ -115,9 +115,14 @@ class Reader:
         by_name = self._by_name.pull(packed, request, until)
         if by_name is not None:
             return by_name
-        pull = Pull(self._owners.resolve(packed, until), until, self._keeper.wake)
-        if self._by_name.follow(pull, request):
-            return pull
+        sources = self._owners.resolve(packed, until)
+        return self._start(Pull(sources, until, self._keeper.wake), request)
+
+    def _start(self, pull: Pull, request: Request) -> Pull:
+        """Return a pull whose owners are connected, after its copies were issued if its offers are
+        complete."""
+        if self._by_name.waits(pull):
+            return self._by_name.follow(pull, request)
         try:
             tasks, pull.layers = self._issuer.issue(pull, request)
             self._keeper.add(pull)

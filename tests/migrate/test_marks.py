@@ -491,7 +491,8 @@ def test_raises_of_one_offer_are_shown_in_their_order() -> None:
     events: Any = [Event() for _ in range(4)]
     shown = list[int]()
     device = torch.device("cpu")
-    one, other = Progress("layers", 4), Progress("layers", 4)
+    one = Progress("layers", 4)
+    other = Progress("layers", 4)
     with closing(Raises(change)) as raises:
         for n, progress in enumerate((one, one, other, one)):
             with change:
@@ -660,8 +661,7 @@ def test_a_pull_that_follows_holds_its_offer(made: Sides, method: str) -> None:
     assert offer.state == "held"
     both.write("layers", 0, LAYERS)
     offer.raise_to(LAYERS)
-    assert until(lambda: bool(pulled.ended), LIMIT)
-    assert both.reader.finished() == [pulled]
+    assert until(lambda: both.reader.finished() == [pulled], LIMIT)
     assert pulled.error is None
     assert both.right()
 
