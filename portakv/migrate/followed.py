@@ -102,17 +102,17 @@ class Marker:
     def look(self, following: Sequence[tuple[Followed, Stop]]) -> None:
         """Learn the marks of pulls, each with a function that stops the pull, and have workers go
         on with them."""
-        asked = list[Sequence[_Place]]()
+        batches = list[Sequence[_Place]]()
         requests = list[tuple[OwnerKey, Marks]]()
         for owner, places in _unknown(following).items():
             if not self._questions.is_due(owner):
                 continue
             for first in range(0, len(places), MOST_NAMES):
                 these = places[first : first + MOST_NAMES]
-                asked.append(these)
+                batches.append(these)
                 numbers = tuple(place.source.ticket.offer for place in these)
                 requests.append((owner, Marks(owner[1], numbers)))
-        for some, answer in zip(asked, self._questions.ask(requests), strict=True):
+        for some, answer in zip(batches, self._questions.ask(requests), strict=True):
             if answer is not None:
                 _take(answer, some)
         for followed, _ in following:

@@ -34,8 +34,8 @@ class _Reach:
         self.step = step
         self.unit = step.ticket.progress
         if self.unit == "layers":
-            held = step.owner.handshake.described[step.cut.group].group.layers
-            self._start = step.cut.piece.box[0][0] - held[0]
+            owned = step.owner.handshake.described[step.cut.group].group.layers
+            self._start = step.cut.piece.box[0][0] - owned[0]
             self.end = step.cut.dst.layers
         else:
             self._start = step.first

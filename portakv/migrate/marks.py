@@ -114,6 +114,11 @@ class Raises:
             self._graph.submit([task], priority="urgent")
             self._looking = True
 
+    @property
+    def pending(self) -> int:
+        """Return the number of raises whose streams still work."""
+        return len(self._pending)
+
     def close(self) -> None:
         """Show no further mark."""
         with self._change:

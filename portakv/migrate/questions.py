@@ -29,7 +29,7 @@ class Questions:
 
     Args:
         channel: of the reader.
-        what: the name of what is asked for, in the plural.
+        what: the name of the subjects, in the plural.
         kind: the message that answers; an owner may also answer by `Answer`.
     """
 
@@ -40,7 +40,7 @@ class Questions:
         self._next: Bounded[OwnerKey, float] = Bounded(f"owners of {what}", 1024)
 
     def is_due(self, owner: OwnerKey) -> bool:
-        """Return True if an owner may be asked now."""
+        """Return True if an owner may get a question now."""
         return monotonic() >= self._next.get(owner, 0.0)
 
     def ask(self, questions: Sequence[tuple[OwnerKey, Message]]) -> list[Any]:

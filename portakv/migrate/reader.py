@@ -85,9 +85,11 @@ class Reader:
 
         Args:
             tickets: one ticket of each owner that has a part of this reader's windows. A pull by
-                `Ticket.of` waits for its offer; do not change the lists of blocks meanwhile.
+                `Ticket.of` waits for its offer, and a pull of an offer that is not complete for its
+                rows; do not change the lists of blocks meanwhile.
             first: the number of tokens that are here already; both sides skip them.
-            by_layer: copy one layer after the other, each with a separate end in `Pull.layers`.
+            by_layer: copy one layer after the other, each with a separate end in `Pull.layers`;
+                of offers that are not complete, what their owners have written by then.
             overlap, max_thread_blocks: as for `copy_rows`, for memory that is mapped.
             max_gbps: the most 10^9 bytes in a second, of all owners together. Other pulls of rows
                 that the same owner sends wait meanwhile.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Marks of rows on a device: a reader sees a mark after the work that the owner's stream had at the
-raise, and copies after the work of its own stream."""
+raise, and copies after the work of the stream of its caller."""
 
 from __future__ import annotations
 
@@ -110,6 +110,27 @@ def test_a_later_mark_waits_for_the_stream_of_an_earlier_one(accelerator: torch.
         pulled.synchronize(LIMIT)
         assert local[0, :, [1, 5]].eq(7).all()
         assert local[1, :, [1, 5]].eq(8).all()
+
+
+def test_a_mark_whose_offer_ends_before_the_streams_work_is_not_shown(
+    accelerator: torch.device,
+) -> None:
+    """Another offer may have the place of its words by then."""
+    remote = torch.full(SHAPE, POISON, dtype=torch.int16, device=accelerator)
+    writer = torch.Stream(accelerator)
+    with sides() as made:
+        owner = made.owner(Rows.shard_of(remote), staging=SMALL)
+        offer = owner.offer([3], tokens=16, progress="layers")
+        after = owner.offer([4], tokens=16, progress="layers")
+        with on(writer):
+            delay(writer)
+            remote[0].fill_(7)
+            offer.raise_to(1)
+            after.raise_to(1)
+        offer.revoke()
+        assert until(lambda: after.mark == 1, LIMIT)
+        assert until(lambda: not owner.raises.pending, LIMIT)
+        assert offer.mark == 0
 
 
 @pytest.mark.parametrize("by_layer", [False, True], ids=["whole", "by layer"])
