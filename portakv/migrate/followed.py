@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from portakv.errors import PeerError, PortaKVError
+from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Source, Sources
 from portakv.migrate.messages import MOST_NAMES, Answer, Marked, Marks
@@ -33,14 +34,14 @@ class Followed:
     Args:
         sources: of the pull.
         whole: a worker goes on only when all rows are complete.
-        advance: has a worker issue what the marks allow, or end the pull.
+        advance: has a worker issue what the marks allow, or end the pull; returns its task.
 
     Attributes:
         marks: the last known mark of each source.
         issued: set when nothing more will be issued.
     """
 
-    def __init__(self, sources: Sources, whole: bool, advance: Callable[[], object]) -> None:
+    def __init__(self, sources: Sources, whole: bool, advance: Callable[[], Task | None]) -> None:
         self.sources = sources
         self.marks = [0] * len(sources)
         self.issued = threading.Event()
@@ -48,6 +49,7 @@ class Followed:
         self._advance = advance
         self._used: list[int] | None = None  # the marks that a worker has used
         self._turn = threading.Lock()  # a worker has it: no two issue copies of one pull
+        self._task: Task | None = None  # of the last worker
 
     @property
     def complete(self) -> bool:
@@ -65,8 +67,12 @@ class Followed:
 
     def go_on(self) -> None:
         """Have a worker issue copies or end the pull, unless one does."""
-        if self._turn.acquire(blocking=False):
-            self._advance()
+        if self._turn.acquire(blocking=False) or self._is_unrun():
+            self._task = self._advance()
+
+    def _is_unrun(self) -> bool:
+        """Return True if the last worker never ran, since the reader was closed."""
+        return self._task is not None and self._task.state == "cancelled"
 
     def take_marks(self) -> list[int]:
         """Return the marks for the worker whose turn it is."""
@@ -79,7 +85,7 @@ class Followed:
 
     def end(self) -> None:
         """Issue nothing more, and release the owners' memory."""
-        self._advance = bool
+        self._advance = lambda: None
         self.sources = ()
         self.issued.set()
 

@@ -114,6 +114,7 @@ class Follower:
             return pull
         except BaseException:  # an interrupt: the caller gets no handle of rows that come later
             pull.cancel()
+            self._keeper.wake()
             raise
 
     def promised(self, request: Request) -> list[LateLayer]:
@@ -128,7 +129,7 @@ class Follower:
         whole = not options.by_layer or options.max_gbps is not None
         parts = _Parts(issuing)
 
-        def advance() -> None:
+        def advance() -> Task | None:
             run = partial(self._advance, pull, followed, issuing, parts, after)
             task = Task(lambda *_: run(), 1, queue=self._queue, name="follow")
             try:
@@ -136,6 +137,8 @@ class Follower:
             except PortaKVError as error:  # of a graph that is closed
                 fail(pull, error)
                 followed.end()
+                return None
+            return task
 
         followed = Followed(pull.sources, whole, advance)
         # The task is never submitted: the pull has not ended as long as it has this one.

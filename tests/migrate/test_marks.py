@@ -6,10 +6,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from secrets import token_bytes
 from time import sleep
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -24,9 +23,10 @@ from support.mark_cases import (
     steps_of,
 )
 from support.migrate_channels import until
-from support.migrate_pulls import SMALL, Rows, Sides, sides
+from support.migrate_pulls import SMALL, Copies, Rows, Sides, sides
+from support.peer_cases import reading
 
-from portakv import KVView
+from portakv import CopyPlan, KVView
 from portakv.errors import (
     InvalidTerms,
     LayoutError,
@@ -34,13 +34,13 @@ from portakv.errors import (
     PeerError,
     TransferCancelled,
     TransferTimeout,
-    Unsupported,
 )
-from portakv.migrate import Shard, Ticket, ipc, messages
+from portakv.graph.task import Task
+from portakv.host.shared import SharedPool
+from portakv.migrate import Shard, Ticket, messages
 from portakv.migrate.channel import Channel
+from portakv.migrate.followed import Followed
 from portakv.migrate.ipc import shared_empty
-from portakv.migrate.marks import Progress, Raises
-from portakv.migrate.words import Place, Words, WordsOfOwner
 
 LIMIT = 30
 METHODS = pytest.mark.parametrize("method", ["mapped", "staging"])
@@ -52,36 +52,6 @@ BY_LAYER = pytest.mark.parametrize("by_layer", [False, True], ids=["whole", "by 
 def made() -> Iterator[Sides]:
     with sides() as those:
         yield those
-
-
-# --- the second word
-
-
-def test_a_mark_is_of_one_offer() -> None:
-    words = Words(4)
-    remote = WordsOfOwner(words.export(ipc.SharedFiles()).handle)
-    places = [words.take(os.urandom(16), ()) for _ in range(4)]
-    assert [remote.mark(place) for place in places] == [0] * 4
-    for number, place in enumerate(places):
-        words.mark(place, number + (1 << 31) - 3)
-    assert [remote.mark(x) for x in places] == [(1 << 31) - 3 + n for n in range(4)]
-    assert [remote.state(x) for x in places] == ["held"] * 4
-    for tag in (places[0].tag ^ 1, 0, 1 << 59):
-        assert remote.mark(Place(0, tag)) == 0
-    assert not remote.has(Place(4, places[0].tag))
-
-
-def test_an_offer_begins_without_the_mark_of_the_last_one_at_its_place() -> None:
-    words = Words(1)
-    remote = WordsOfOwner(words.export(ipc.SharedFiles()).handle)
-    first = words.take(os.urandom(16), ())
-    words.mark(first, 7)
-    words.end(first, "taken")
-    second = words.take(os.urandom(16), ())
-    assert second.number == first.number
-    assert remote.mark(first) == remote.mark(second) == 0
-    words.mark(Place(), 3)  # an offer without a place
-    assert remote.mark(second) == 0
 
 
 # --- rows follow the mark
@@ -398,146 +368,55 @@ def test_many_pulls_follow_together(made: Sides) -> None:
     assert torch.equal(both.rows[:, :, 3], both.dst.whole[:, :, 0, :16])
 
 
-# --- raises that are refused
-
-
-@UNITS
-def test_a_mark_only_rises_up_to_the_end(made: Sides, unit: Any) -> None:
-    both = Writing(made)
-    offer = both.offer(progress=unit)
-    wrong: Any
-    offer.raise_to(1)
-    offer.raise_to(1)
-    for wrong in (0, -1, end_of(unit) + 1, "1", None, 1.5, True):
-        with pytest.raises(InvalidTerms, match="mark"):
-            offer.raise_to(wrong)
-    assert offer.mark == 1
-    offer.raise_to(end_of(unit))
-    with pytest.raises(InvalidTerms, match=f"at least {end_of(unit)}"):
-        offer.raise_to(1)
-    for wrong in ("rows", "", 3, "layer"):
-        with pytest.raises(InvalidTerms, match="progress"):
-            both.offer(progress=wrong)
-
-
-def test_an_offer_of_complete_rows_has_no_mark(made: Sides) -> None:
-    both = Writing(made)
-    offer = both.offer()
-    assert offer.mark is None
-    with pytest.raises(InvalidTerms, match="progress="):
-        offer.raise_to(1)
-
-
-@pytest.mark.parametrize("end", ["revoked", "expired", "closed", "reallocated"])
-def test_a_mark_of_an_ended_offer_is_not_raised(made: Sides, end: str) -> None:
-    both = Writing(made)
-    offer = both.offer(progress="layers", lease=0.05, max_lease=0.05)
-    offer.raise_to(1)
-    if end == "revoked":
-        offer.revoke()
-    elif end == "expired":
-        sleep(0.1)
-    elif end == "closed":
-        both.owner.close()
-    else:
-        both.owner.reallocate(both.src.shard)
-    with pytest.raises(PeerError) as raised:
-        offer.raise_to(2)
-    assert isinstance(raised.value, OfferGone) == (end != "closed")
-    assert offer.mark == 1
-    later = None if end == "closed" else both.offer(progress="layers")
-    assert later is None or later.mark == 0
-
-
-def test_a_late_raise_does_not_mark_a_later_offer() -> None:
-    """Its event ends after the offer, whose place another offer has."""
-    change = threading.Condition(threading.RLock())
-    event: Any = Event()
-    shown = list[str]()
-    with closing(Raises(change)) as raises:
-        with change:
-            raises.after(
-                Progress("layers", 3),
-                event,
-                torch.device("cpu"),
-                lambda: shown.append("shown"),
-                lambda: shown.append("failed"),
-            )
-        assert until(lambda: event.queries > 3)
-        assert shown == []
-    event.ended = True
-    sleep(0.02)
-    assert shown == []
-
-
-class Event:
-    """An event that ends, or fails, when a test says so."""
-
-    def __init__(self) -> None:
-        self.ended = False
-        self.error: Exception | None = None
-        self.queries = 0
-
-    def query(self) -> bool:
-        self.queries += 1
-        if self.error is not None:
-            raise self.error
-        return self.ended
-
-
-def test_raises_of_one_offer_are_shown_in_their_order() -> None:
-    """The event of the later one ends first; another offer's does not wait for either."""
-    change = threading.Condition(threading.RLock())
-    events: Any = [Event() for _ in range(4)]
-    shown = list[int]()
-    device = torch.device("cpu")
-    one = Progress("layers", 4)
-    other = Progress("layers", 4)
-    with closing(Raises(change)) as raises:
-        for n, progress in enumerate((one, one, other, one)):
-            with change:
-                show: Any = lambda n=n: shown.append(n)  # noqa: E731
-                raises.after(progress, events[n], device, show, list)
-        events[1].ended = events[2].ended = True
-        assert until(lambda: shown == [2])
-        sleep(0.02)
-        assert shown == [2]
-        events[0].ended = True
-        assert until(lambda: shown == [2, 0, 1])
-        events[3].error = RuntimeError("the device failed")
-        with change:
-            raises.after(other, Event(), device, list, list)
-        assert until(lambda: events[3].queries > 0)
-
-
-def test_a_device_that_fails_ends_the_offer(made: Sides) -> None:
-    both = Writing(made)
-    offer = both.offer(progress="layers")
-    event: Any = Event()
-    event.error = RuntimeError("the device failed")
-    pulled = both.pull(offer, by_layer=True, timeout=LIMIT)
-    with both.owner.change:
-        both.owner.raises.after(
-            Progress("layers", 2),
-            event,
-            torch.device("cpu"),
-            list,
-            offer.revoke,
-        )
-    with pytest.raises(OfferGone, match="revoked"):
+def test_rows_without_words_are_read_after_the_owners_answer(made: Sides) -> None:
+    """Memory with a name is mapped, but only its owner can say what is complete."""
+    shape = (2, 2, 16, 16, 4, 8)
+    name = f"marks{os.getpid()}"
+    rows = Rows().whole.clone()
+    with SharedPool(name, 2 * rows.numel(), 1) as pool, pool.acquire() as block:
+        whole = block.tensor.view(torch.int16).view(shape).fill_(POISON)
+        owner = made.owner(Rows.shard_of(whole))
+        dst = Rows(8, 32, fill=UNTOUCHED)
+        reader = made.reader(dst.shard)
+        offer = owner.offer([7, 3], tokens=32, progress="layers")
+        pulled = reader.pull(offer.ticket, [6], by_layer=True, timeout=LIMIT)
+        for layer in range(LAYERS):
+            sleep(0.02)
+            assert not dst.whole.eq(POISON).any()
+            assert not pulled.layers[layer].done()
+            whole[layer] = rows[layer]
+            offer.raise_to(layer + 1)
+            pulled.layers[layer].synchronize(LIMIT)
         pulled.synchronize(LIMIT)
-    assert offer.state == "revoked"
+        assert pulled.statistics.strategy == "mapped"
+        assert torch.equal(dst.whole[:, :, 6, :32], rows[:, :, [7, 3]].flatten(2, 3))
+        for one in reversed(made.made):  # before the pool
+            one.close()
 
 
-def test_no_mark_is_raised_inside_graph_capture(
-    made: Sides, monkeypatch: pytest.MonkeyPatch, accelerator: torch.device
-) -> None:
-    whole = torch.zeros((2, 2, 16, 16, 4, 8), dtype=torch.int16, device=accelerator)
-    offer = made.owner(Rows.shard_of(whole)).offer([1], tokens=16, progress="layers")
-    monkeypatch.setattr("portakv.migrate.marks.capturing", lambda _: True)
-    with pytest.raises(Unsupported, match="inside graph capture"):
-        offer.raise_to(1)
-    assert offer.mark == 0
+def test_a_worker_that_never_ran_is_replaced() -> None:
+    """A graph that is closed cancels it; whoever waits must not wait for ever."""
+    tasks = list[Any]()
+
+    def advance() -> Any:
+        tasks.append(Task(None, 1))
+        return tasks[-1]
+
+    followed = Followed((), False, advance)
+    followed.go_on()
+    followed.go_on()  # one worker at a time
+    assert len(tasks) == 1
+    tasks[0].state = "cancelled"
+    followed.go_on()
+    assert len(tasks) == 2
+    followed.end_turn()
+    followed.go_on()
+    assert len(tasks) == 3
+    followed.end()
+    tasks[2].state = "cancelled"
+    followed.go_on()
+    assert len(tasks) == 3
+    assert followed.issued.is_set()
 
 
 # --- answers of owners
@@ -648,6 +527,40 @@ def test_a_pull_that_ends_before_its_offer_is_complete(
     reader = made.reader(both.dst.shard) if end == "closed" else both.reader
     reader.pull(offer.ticket, both.into, timeout=LIMIT).synchronize(LIMIT)
     assert both.right()
+
+
+class Held(Copies):
+    """The host's backend; copies from staging buffers wait until ``go`` is set."""
+
+    name = "held"
+    go: ClassVar = threading.Event()
+    begun: ClassVar = threading.Event()
+
+    def observe(self, plan: CopyPlan) -> Any:
+        if "take" in threading.current_thread().name:
+            self.begun.set()
+            assert self.go.wait(LIMIT)
+
+
+def test_a_pull_ends_after_its_rows_in_flight(made: Sides) -> None:
+    """Its caller may use the blocks again after the end."""
+    Held.go.clear()
+    Held.begun.clear()
+    with reading(Held):
+        both = Writing(made, "staging")
+        offer = both.offer(progress="layers")
+        pulled = both.pull(offer, by_layer=True, timeout=LIMIT)
+        both.write("layers", 0, 1)
+        offer.raise_to(1)
+        assert Held.begun.wait(LIMIT)
+        offer.revoke()
+        assert until(lambda: pulled.stopped)
+        sleep(0.2)
+        ended = pulled.ended
+        Held.go.set()
+        assert not ended
+        with pytest.raises(OfferGone):
+            pulled.synchronize(LIMIT)
 
 
 @METHODS

@@ -57,8 +57,8 @@ def test_a_mark_is_seen_after_the_streams_work(
         shown = offer.mark
         assert shown is not None
         assert shown < 2  # the call does not wait
-        for number, layer in enumerate(pulled.layers):
-            layer.synchronize(LIMIT)
+        for number, end in enumerate(pulled.layers):
+            end.synchronize(LIMIT)
             assert local[number, :, [1, 5]].eq(number + 7).all()
         pulled.synchronize(LIMIT)
         assert offer.mark == 2
