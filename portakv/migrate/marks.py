@@ -130,12 +130,16 @@ class Raises:
     def _look(self) -> None:
         """Look at the events until none is left."""
         pause = SOON
+        looked_at = set[torch.device]()
         while True:
             with self._change:
                 pending = [*self._pending]
                 if not pending:
                     self._looking = False
                     return
+            for device in {one.device for one in pending} - looked_at:
+                ignore_captures_elsewhere(device)
+                looked_at.add(device)
             ended = self._show_ended(pending)
             pause = SOON if ended else min(2 * pause, LATER)
             sleep(pause)
@@ -149,7 +153,6 @@ class Raises:
                 continue
             end = one.show
             try:
-                ignore_captures_elsewhere(one.device)
                 if not one.event.query():
                     unended.add(one.progress)
                     continue
