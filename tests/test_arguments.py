@@ -176,6 +176,10 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "Owner.offer": lambda s: (s.owner().offer, {"blocks": [1], "tokens": 4}),
     "Owner.reallocate": lambda s: (s.owner().reallocate, {"shards": s.rows().shard}),
     "Owner.revoke": lambda s: s.revoking(),
+    "Offer.raise_to": lambda s: (
+        s.owner().offer([1], tokens=4, progress="layers").raise_to,
+        {"mark": 1},
+    ),
     "Offer.extend": lambda s: (s.offer().extend, {"seconds": 40.0}),
     "Offer.taken": lambda s: (s.offer().taken, {"timeout": 0.01}),
     "Ticket": lambda s: (Ticket, {}),

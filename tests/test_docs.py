@@ -110,8 +110,30 @@ def test_the_migration_page_pulls_an_offer_by_its_name() -> None:
         assert torch.equal(src.rows([7, 3], 32), dst.rows([0, 1], 32))
 
 
+def test_the_migration_page_pulls_rows_that_are_still_written() -> None:
+    src = Rows()
+    rows = src.whole.clone()
+    src.whole.fill_(-2)
+    dst = Rows(8, 32, fill=-1)
+
+    def run_layer(layer: int) -> None:
+        src.whole[layer] = rows[layer]
+
+    with sides() as made:
+        names = {
+            "owner": made.owner(src.shard),
+            "reader": made.reader(dst.shard),
+            "layers": 2,
+            "run_layer": run_layer,
+        }
+        exec(migration_page()[3], names)
+        pulled: Any = names["pulled"]
+        pulled.synchronize(30)
+        assert torch.equal(src.rows([7, 3], 32), dst.rows([0, 1], 32))
+
+
 def test_the_two_processes_of_the_migration_page_hand_rows_over() -> None:
-    owner, reader, _ = migration_page()
+    owner, reader, *_ = migration_page()
     command = [sys.executable, "-c"]
     with subprocess.Popen([*command, owner], stdout=subprocess.PIPE) as offering:
         done = subprocess.run(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Begin pulls of offers by name, in a worker when their offers exist; see `named`."""
+"""Begin pulls that wait: for offers by name, in a worker when their offers exist, see `named`; and
+for the rows of offers that are not complete, see `followed`."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import partial
 
 import torch
@@ -12,10 +12,12 @@ from portakv.errors import PortaKVError, TransferCancelled
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
 from portakv.migrate.connections import Connections
+from portakv.migrate.followed import incomplete
+from portakv.migrate.follower import Follower
 from portakv.migrate.housekeeping import Housekeeper
 from portakv.migrate.issue import Issuer, Request
 from portakv.migrate.named import Finder, LateLayer, Wanted
-from portakv.migrate.pull import CANCELLED, Pull, known
+from portakv.migrate.pull import CANCELLED, Pull, fail
 from portakv.runtime.streams import StreamFence
 
 WIDTH = 4  # pulls that begin together
@@ -31,6 +33,7 @@ class ByName:
         self._owners = owners
         self._issuer = issuer
         self._keeper = keeper
+        self._follower = Follower(graph, issuer, keeper)
         self._begins = graph.queue("named", width=WIDTH)
         self._connects = graph.queue("connect")
 
@@ -42,9 +45,7 @@ class ByName:
             return None
         pull = Pull((), until, self._keeper.wake)
         pull.requested.wanted = wanted
-        if request.options.by_layer:
-            layers = sum(shard.view.layers for shard in self._issuer.shards)
-            pull.layers = [LateLayer() for _ in range(layers)]
+        pull.layers = self._follower.promised(request)
         after = StreamFence(self._issuer.device)
 
         def run(*_: object) -> None:
@@ -52,8 +53,7 @@ class ByName:
 
         pull.task = task = Task(run, 1, queue=self._begins, name="begin")
         wanted.start = partial(self._start, pull, task)
-        if self._keeper.finder is None:
-            self._keeper.finder = Finder(self._owners.channel, self._connect)
+        self._have_finder()
         try:
             self._keeper.add(pull)
             self._keeper.wake()
@@ -63,6 +63,20 @@ class ByName:
         except BaseException:  # an interrupt: the caller gets no handle of rows that come later
             pull.cancel()
             raise
+
+    def waits(self, pull: Pull) -> bool:
+        """Return True if a pull has to wait for rows of its offers."""
+        return incomplete(pull.sources)
+
+    def follow(self, pull: Pull, request: Request) -> Pull:
+        """Return a pull that follows the marks of its offers; raise as `Reader.pull` does."""
+        self._have_finder()
+        return self._follower.begin(pull, request)
+
+    def _have_finder(self) -> None:
+        """Let the reader's thread ask owners for names and marks."""
+        if self._keeper.finder is None:
+            self._keeper.finder = Finder(self._owners.channel, self._connect)
 
     def _connect(self, address: str) -> Task | None:
         """Connect to an owner in a worker; return None if that was done."""
@@ -80,7 +94,7 @@ class ByName:
                 raise TransferCancelled(CANCELLED)
             self._graph.submit([task], priority="urgent")
         except PortaKVError as error:  # also of a graph that is closed
-            _fail(pull, error)
+            fail(pull, error)
 
     def _begin(self, pull: Pull, wanted: Wanted, request: Request, after: StreamFence) -> None:
         """Issue the copies of a pull, in a worker; end a pull that was stopped before."""
@@ -91,6 +105,10 @@ class ByName:
                 if pull.over:  # also while the owners were resolved
                     raise TransferCancelled(CANCELLED)
                 pull.sources = sources
+                if incomplete(sources):
+                    self._follower.follow(pull, wanted, request, after)
+                    self._keeper.wake()
+                    return
                 tasks, layers = self._issuer.issue(pull, request)
             if tasks:
                 self._graph.submit(tasks, priority="urgent")
@@ -101,15 +119,4 @@ class ByName:
                 pull.task = None
                 self._keeper.wake()
         except BaseException as error:
-            _fail(pull, error)
-
-
-def _fail(pull: Pull, error: BaseException) -> None:
-    """End a pull that could not begin, after the copies in flight."""
-    reason = known(error) or TransferCancelled(CANCELLED)
-    pull.stop(reason)
-    for copy in pull.copies:
-        with suppress(Exception):  # of a peer, or of torch: the copy runs no more
-            copy.synchronize()
-    pull.task = None
-    pull.conclude(reason)
+            fail(pull, error)

@@ -115,6 +115,23 @@ class Source(NamedTuple):
         place = Place.of(self.ticket.place, self.ticket.offer)
         return place if words is not None and words.has(place) else None
 
+    @property
+    def end(self) -> int:
+        """Return the mark of the offer when all of its rows are complete; 0 if it has no mark."""
+        if self.ticket.progress == "tokens":
+            return self.ticket.tokens
+        if not self.ticket.progress:
+            return 0
+        groups = [described.group for described in self.owner.handshake.described]
+        return max(group.layers[1] - group.layers[0] for group in groups)
+
+    @property
+    def mark(self) -> int:
+        """Return the mark that the owner's memory shows; 0 if only the owner can say it."""
+        words = self.owner.words
+        word = self.word
+        return 0 if words is None or word is None else words.mark(word)
+
 
 Sources = Sequence[Source]
 

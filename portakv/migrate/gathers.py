@@ -25,7 +25,7 @@ from portakv.migrate.staging import chunk, chunk_bytes, staged_bytes, staging
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Moving, Transport
-from portakv.runtime.streams import StreamFence
+from portakv.runtime.streams import StreamFence as StreamFence
 from portakv.view import Index, KVView
 
 _log = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ import atexit
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -22,9 +21,11 @@ import torch
 
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.migrate.connections import Source
+from portakv.migrate.followed import Followed, Stop
 from portakv.migrate.messages import Begin, Close, Message, Renew
-from portakv.migrate.named import PAUSE, Finder, Wanted
+from portakv.migrate.named import Finder, Wanted
 from portakv.migrate.pull import Pull
+from portakv.migrate.questions import PAUSE
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import ignore_captures_elsewhere
@@ -32,7 +33,7 @@ from portakv.runtime.streams import ignore_captures_elsewhere
 _log = logging.getLogger(__name__)
 FIRST_LOOK = 1e-3  # seconds: a pull that ends before is not reported to its owners as begun
 LOOK = 0.05  # the most seconds between two looks at a pull
-PROMPT = 1e-3  # the same if somebody waits for `Reader.finished`
+PROMPT = 1e-3  # the same if somebody waits for `Reader.finished`, or a pull for a mark
 IDLE = 40  # looks without a pull, after which the thread waits until it is woken
 RENEWAL = 0.5  # the most seconds between two renewals: much of a lease may be over at the pull
 SENDING = 0.5  # the most seconds for a message to an owner
@@ -61,9 +62,9 @@ class Housekeeper:
         self.finished: Finished[Pull] = Finished()
         self.ends = Counter[str]()
         self._device = device
-        #: Finds offers by their names; None before the first pull by name.
+        #: Finds offers by their names, and marks; None before the first pull that waits.
         self.finder: Finder | None = None
-        self._finding = False  # a pull waits for an offer by its name
+        self._most = LOOK  # seconds between two looks; less if a pull waits for a name or a mark
         self._pulls = dict[Pull, _Watched]()
         self._busy = dict[str, float]()  # addresses, with the time of the next message
         self._wakes: SimpleQueue[None] = SimpleQueue()
@@ -99,7 +100,7 @@ class Housekeeper:
         until = monotonic() + seconds
         for pull in self.pulls:
             wanted = pull.requested.wanted
-            if wanted is not None and not wanted.started.is_set():
+            if wanted is not None and wanted.waits:
                 pull.cancel()
             try:
                 pull.synchronize(max(0.0, until - monotonic()))
@@ -149,8 +150,7 @@ class Housekeeper:
                 pause = FIRST_LOOK
                 while True:
                     self._wakes.get_nowait()
-            most = PAUSE if self._finding else LOOK
-            most = PROMPT if self.finished.started else most
+            most = PROMPT if self.finished.started else self._most
             pause = min(2 * pause, most) if self._pulls else FIRST_LOOK
             self._look_at_all()
             if self._closing:
@@ -167,7 +167,7 @@ class Housekeeper:
         try:
             self._find([pull for pull, _ in pulls])
         except Exception:  # one answer must not stop the others' pulls
-            _log.exception("The offers of pulls by name could not be found.")
+            _log.exception("The offers and marks of pulls that wait could not be found.")
         for pull, watched in pulls:
             try:
                 if pull.look():
@@ -179,20 +179,24 @@ class Housekeeper:
                 pull.stop(TransferError(f"The pull failed: {error!r}."))
 
     def _find(self, pulls: list[Pull]) -> None:
-        """Ask for the offers of pulls by name, and start those that wait no more."""
-        waiting = list[tuple[Wanted, Callable[[PortaKVError], object]]]()
-        self._finding = False
+        """Ask for the offers of pulls by name, and start those that wait no more; look at the marks
+        of pulls that wait for them."""
+        waiting = list[tuple[Wanted, Stop]]()
+        following = list[tuple[Followed, Stop]]()
         for pull in pulls:
             wanted = pull.requested.wanted
-            if wanted is None or wanted.started.is_set():
+            if wanted is None or not wanted.waits:
                 continue
             if pull.over or self._closing:
-                wanted.begin(ended=True)
-            else:
+                wanted.end()
+            elif not wanted.started.is_set():
                 waiting.append((wanted, pull.stop))
-        self._finding = bool(waiting)
-        if waiting and self.finder is not None:
+            elif wanted.followed is not None:
+                following.append((wanted.followed, pull.stop))
+        self._most = PROMPT if following else PAUSE if waiting else LOOK
+        if self.finder is not None:
             self.finder.look(waiting)
+            self.finder.marker.look(following)
 
     def _report_end(self, pull: Pull, watched: _Watched) -> None:
         """Report the end of a pull to its owners and to `Reader.finished`.
@@ -223,9 +227,11 @@ class Housekeeper:
         if error is not None:
             pull.stop(error)
             return
-        shared = [source for source in pull.sources if source.word is not None]
+        wanted = pull.requested.wanted
+        waits = wanted is not None and wanted.waits
+        # A worker renews the others if it does not wait.
+        shared = [source for source in pull.sources if waits or source.word is not None]
         if not watched.begun and now >= watched.began + FIRST_LOOK:
-            wanted = pull.requested.wanted
             watched.begun = wanted is None or pull.requested.pieces > 0  # else it has not begun
             watched.renew = now + _third(shared)
             for source in pull.requested.quiet:

@@ -62,13 +62,12 @@ class Issuer:
     """Issues the pulls of one reader."""
 
     def __init__(self, graph: Graph, shards: Sequence[Shard], device: torch.device) -> None:
-        self._graph = graph
+        self.graph = graph
         self.shards = shards
         self.device = device
-        self._on_host = device.type == "cpu"
-        self._queue = graph.queue("pull", width=16)
-        self._checks = graph.queue("verify", width=16)
-        self._copies = graph.queue("copy", width=4)
+        self.pulls = graph.queue("pull", width=16)
+        self.checks = graph.queue("verify", width=16)
+        self.copies = graph.queue("copy", width=4)
 
     def in_worker(self, work: Callable[[], object]) -> Part:
         """Run work in a worker, and return its end."""
@@ -76,8 +75,8 @@ class Issuer:
         def run(*_: object) -> None:
             work()
 
-        task = Task(run, 1, queue=self._copies, name="prepare")
-        self._graph.submit([task], priority="urgent")
+        task = Task(run, 1, queue=self.copies, name="prepare")
+        self.graph.submit([task], priority="urgent")
         return Part((), [task])
 
     def issue(self, pull: Pull, request: Request) -> tuple[list[Task], list[Part]]:
@@ -86,41 +85,11 @@ class Issuer:
         Returns its tasks, which the caller submits, and the ends of its layers. Raises as
         `Reader.pull` does.
         """
-        indices, first, options, verify = request
-        plan = steps(pull.sources, self.shards, indices, first)
-        self._wait_for_events(pull.sources)
-        requested = pull.requested
-        requested.blocks = count_blocks(indices, first, pull.sources[0].ticket.tokens)
-        requested.nbytes = sum(step.nbytes for step in plan)
-        # A copy at a rate has a separate worker.
-        long = self._on_host and requested.nbytes > LONG and not options.max_gbps
-        pull.copies = copies = list[BlockTransfer]()
-        pull.slices = slices = list[Task]()
-        layers = _Layers(self.shards if options.by_layer else ())
-        staged = set[bytes]()  # offers whose owners get requests for rows
-        for step in plan:
-            rate = options.max_gbps
-            if rate is not None:  # the steps share it
-                rate *= step.nbytes / requested.nbytes
-            if step.cut.src is None:
-                staged.add(step.ticket.offer)
-                requested.strategy = step.owner.strategy
-                slices += layers.add_tasks(step, taken(self._graph, step, pull, rate))
-            elif long:
-                slices += layers.add_tasks(step, self._copied(step, pull, options))
-            else:
-                copies.append(_copy_of(step, options, rate))
-                layers.add_copy(step, copies[-1])
-        requested.quiet = [x for x in pull.sources if x.ticket.offer not in staged]
-        requested.pieces = len(copies) + len(slices)  # the last, for the reader's thread
+        issuing = Issuing(self, pull, request)
+        tasks = issuing.issue(issuing.plan)
+        return [*tasks, *issuing.end()], issuing.layers()
 
-        checks = verifications(plan, pull, self._checks) if verify else []
-        if not slices and not checks and all(source.word for source in pull.sources):
-            return [], layers.parts()
-        pull.task = Task(lambda *_: pull.run(self._graph, checks), 1, queue=self._queue)
-        return [*slices, pull.task], layers.parts()
-
-    def _wait_for_events(self, sources: Sources) -> None:
+    def wait_for_events(self, sources: Sources) -> None:
         """Order this reader's stream after the events of offers that have not been reached."""
         for ticket, owner in sources:
             event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
@@ -128,15 +97,92 @@ class Issuer:
                 module = torch.get_device_module(self.device)  # events take streams of their module
                 event.wait(module.current_stream(self.device))
 
-    def _copied(self, step: Step, pull: Pull, options: CopyOptions) -> Iterator[tuple[range, Task]]:
+
+class Issuing:
+    """A pull whose plan is made, and whose copies are issued, all together or part by part.
+
+    Raises the errors of `Reader.pull` about rows and blocks.
+
+    Attributes:
+        plan: the steps of the whole pull.
+    """
+
+    def __init__(self, issuer: Issuer, pull: Pull, request: Request) -> None:
+        indices, first, options, verify = request
+        self.plan = steps(pull.sources, issuer.shards, indices, first)
+        self._issuer = issuer
+        self._pull = pull
+        self._options = options
+        self._verify = verify
+        self._layers = _Layers(issuer.shards if options.by_layer else ())
+        self._staged = set[bytes]()  # offers whose owners get requests for rows
+
+        requested = pull.requested
+        requested.blocks = count_blocks(indices, first, pull.sources[0].ticket.tokens)
+        requested.nbytes = sum(step.nbytes for step in self.plan)
+        # A copy at a rate has a separate worker.
+        on_host = issuer.device.type == "cpu"
+        self._long = on_host and requested.nbytes > LONG and not options.max_gbps
+        pull.copies = self._copies = list[BlockTransfer]()
+        pull.slices = self._slices = list[Task]()
+
+    def issue(self, some: Sequence[Step]) -> list[Task]:
+        """Issue the copies of steps, or of parts of steps, and return their tasks."""
+        pull = self._pull
+        options = self._options
+        requested = pull.requested
+        self._issuer.wait_for_events(pull.sources)
+        tasks = list[Task]()
+        for step in some:
+            rate = options.max_gbps
+            if rate is not None:  # the steps share it
+                rate *= step.nbytes / requested.nbytes
+            if step.cut.src is None:
+                self._staged.add(step.ticket.offer)
+                requested.strategy = step.owner.strategy
+                taking = taken(self._issuer.graph, step, pull, rate)
+                tasks += self._layers.add_tasks(step, taking)
+            elif self._long:
+                tasks += self._layers.add_tasks(step, self._copied(step))
+            else:
+                self._copies.append(_copy_of(step, options, rate))
+                self._layers.add_copy(step, self._copies[-1])
+        self._slices += tasks
+        return tasks
+
+    def end(self) -> list[Task]:
+        """Return the task that commits the pull; none if whoever looks at the pull commits it."""
+        pull = self._pull
+        issuer = self._issuer
+        requested = pull.requested
+        requested.quiet = [x for x in pull.sources if x.ticket.offer not in self._staged]
+        # This is set last, for the reader's thread.
+        requested.pieces = len(self._copies) + len(self._slices)
+
+        checks = verifications(self.plan, pull, issuer.checks) if self._verify else []
+        if not self._slices and not checks and all(source.word for source in pull.sources):
+            return []
+        pull.task = Task(lambda *_: pull.run(issuer.graph, checks), 1, queue=issuer.pulls)
+        return [pull.task]
+
+    def layers(self) -> list[Part]:
+        """Return the ends of all layers, as far as they are issued."""
+        return self._layers.parts()
+
+    def layer(self, group: int, layer: int) -> Part:
+        """Return the end of a layer of a shard, as far as it is issued."""
+        return self._layers.part(group, layer)
+
+    def _copied(self, step: Step) -> Iterator[tuple[range, Task]]:
         """Yield the tasks that copy the rows of a step on the host, and the layers of each."""
+        options = self._options
         layers = step.cut.dst.layers
         each = 1 if options.by_layer else layers
         options = replace(options, by_layer=False)
         for start in range(0, layers, each):
             some = range(start, start + each)
-            copy = partial(_copy_layers, step, some, pull, options)
-            yield some, Task(copy, 1, queue=self._copies)
+            copy = partial(_copy_layers, step, some, self._pull, options)
+            yield some, Task(copy, 1, queue=self._issuer.copies)
 
 
 class _Layers:
@@ -161,6 +207,11 @@ class _Layers:
                 for layer in some:
                     ends[step.cut.layers[layer]].tasks.append(task)
         return [task for _, task in listed]
+
+    def part(self, group: int, layer: int) -> Part:
+        """Return the end of a layer of a shard."""
+        end = self._ends[group][layer]
+        return Part(end.copies, end.tasks)
 
     def parts(self) -> list[Part]:
         """Return the end of each layer."""

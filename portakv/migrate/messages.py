@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from portakv.errors import InvalidTerms, OfferGone, PeerError, PortaKVError
 
-VERSION = 4  # of all messages; a channel rejects another version by the first byte
+VERSION = 5  # of all messages; a channel rejects another version by the first byte
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
 Name = Annotated[str, Meta(max_length=64)]
 Text = Annotated[str, Meta(max_length=1024)]
@@ -217,6 +217,25 @@ class Found(Message, frozen=True):
     why: Annotated[tuple[Text, ...], Meta(max_length=MOST_NAMES)]
 
 
+class Marks(Message, frozen=True):
+    """Request the marks of offers whose rows are not complete."""
+
+    purpose: ClassVar[str] = "Following offers of the owner at"
+
+    epoch: Id
+    offers: Annotated[tuple[Id, ...], Meta(min_length=1, max_length=MOST_NAMES)]
+
+
+class Marked(Message, frozen=True):
+    """The answer to `Marks`: for each offer the number of layers or tokens that are complete.
+
+    ``why`` is empty, or why the offer does not hold.
+    """
+
+    marks: Annotated[tuple[Count, ...], Meta(max_length=MOST_NAMES)]
+    why: Annotated[tuple[Text, ...], Meta(max_length=MOST_NAMES)]
+
+
 class Bye(Message, frozen=True):
     """One-way: a reader releases an owner's staging buffers."""
 
@@ -236,7 +255,8 @@ class Ticket(About, frozen=True):
     """An offer: the address of its owner and, for each group, block ids and the tokens of a block.
 
     An id of -1 has its rows elsewhere. ``event``: the number of the event after the rows, -1 if
-    there is none. ``place``: of its validity word, -1 if it has none.
+    there is none. ``place``: of its validity word, -1 if it has none. ``progress``: the unit of its
+    mark, empty if its rows were complete when it was made.
     """
 
     address: Text
@@ -246,6 +266,7 @@ class Ticket(About, frozen=True):
     lease: Seconds
     event: Annotated[int, Meta(ge=-1, le=255)] = -1
     place: Annotated[int, Meta(ge=-1, le=1 << 16)] = -1
+    progress: Literal["", "layers", "tokens"] = ""
 
     def gone(self, why: str) -> OfferGone:
         """Return the error of an offer that does not hold; ``why`` is a clause."""

@@ -24,20 +24,18 @@ from portakv.errors import (
 )
 from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
+from portakv.migrate.followed import Followed, Marker
 from portakv.migrate.messages import MOST_NAMES, Answer, Find, Found, Named, Ticket
-from portakv.runtime.bounded import Bounded
+from portakv.migrate.questions import OwnerKey, Questions
 from portakv.runtime.transfer import Completion, Transfer
-
-ASKING = 0.1  # the most seconds that a question may take, since other pulls wait meanwhile
-PAUSE = 4e-3  # seconds between two questions for a name
-BUSY = 0.5  # seconds without a question to an owner that did not answer in time
 
 
 @dataclass
 class Wanted:
-    """The tickets of a pull of which some are still names.
+    """The tickets of a pull of which some are still names, and offers that are not complete.
 
-    ``start`` is called once: it has a worker go on, or ends a pull that has failed.
+    ``start`` is called once, when no name is left: it has a worker go on, or ends a pull that has
+    failed. ``followed`` is None before that, and if all offers are complete.
     """
 
     tickets: list[bytes]
@@ -45,6 +43,19 @@ class Wanted:
     start: Callable[[bool], object] = bool
     started: threading.Event = field(default_factory=threading.Event)
     once: threading.Lock = field(default_factory=threading.Lock)
+    followed: Followed | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Return True if the pull waits for an offer or a mark."""
+        followed = self.followed
+        return not self.started.is_set() or (followed is not None and not followed.issued.is_set())
+
+    def wait(self) -> None:
+        """Block the host until the pull waits for no offer and no mark."""
+        self.started.wait()
+        if self.followed is not None:
+            self.followed.issued.wait()
 
     @classmethod
     def of(cls, tickets: list[bytes]) -> Wanted | None:
@@ -62,6 +73,13 @@ class Wanted:
         if self.once.acquire(blocking=False):
             self.start(ended)
             self.started.set()
+
+    def end(self) -> None:
+        """End a pull that was stopped while it waits; a worker does if it follows marks."""
+        if not self.started.is_set():
+            self.begin(ended=True)
+        elif self.followed is not None:
+            self.followed.go_on()
 
 
 class LateLayer(Transfer):
@@ -123,7 +141,7 @@ class _Place(NamedTuple):
 
 
 class Finder:
-    """Asks owners for the offers of names. One thread calls it.
+    """Asks owners for the offers of names, and for marks. One thread calls it.
 
     Args:
         channel: of the reader.
@@ -132,23 +150,21 @@ class Finder:
     """
 
     def __init__(self, channel: Channel, connect: Callable[[str], Task | None]) -> None:
-        self._channel = channel
+        self.marker = Marker(channel)
+        self._questions = Questions(channel, "offers by name", Found)
         self._connect = connect
         self._connecting = dict[str, Task]()
-        # Owners by address and epoch, with the time of the next question.
-        self._next: Bounded[tuple[str, bytes], float] = Bounded("owners with offers by name", 1024)
 
     def look(self, waiting: Sequence[tuple[Wanted, Callable[[PortaKVError], object]]]) -> None:
         """Ask for the names of pulls that wait, each with a function that stops the pull, and start
         the pulls that wait no more."""
-        wanted_names = defaultdict[tuple[str, bytes], list[_Place]](list)
+        wanted_names = defaultdict[OwnerKey, list[_Place]](list)
         for wanted, stop in waiting:
             for at, named in wanted.names.items():
                 wanted_names[named.address, named.epoch].append(_Place(wanted, at, stop))
-        questions = list[tuple[tuple[str, bytes], Sequence[_Place]]]()
+        questions = list[tuple[OwnerKey, Sequence[_Place]]]()
         for owner, places in wanted_names.items():
-            due = monotonic() >= self._next.get(owner, 0.0)
-            if due and self._is_connected(owner[0], places):
+            if self._questions.is_due(owner) and self._is_connected(owner[0], places):
                 starts = range(0, len(places), MOST_NAMES)
                 questions += [(owner, places[first : first + MOST_NAMES]) for first in starts]
         self._ask(questions)
@@ -179,18 +195,15 @@ class Finder:
                 place.stop(error)
         return False
 
-    def _ask(self, questions: Sequence[tuple[tuple[str, bytes], Sequence[_Place]]]) -> None:
+    def _ask(self, questions: Sequence[tuple[OwnerKey, Sequence[_Place]]]) -> None:
         """Ask owners, all at a time, for the offers of names; take the answers."""
         requests = [
-            (address, Find(epoch, tuple(place.named.name for place in places)))
-            for (address, epoch), places in questions
+            (owner, Find(owner[1], tuple(place.named.name for place in places)))
+            for owner, places in questions
         ]
-        kind: Any = Found | Answer
-        answers = self._channel.ask_all(requests, kind, ASKING) if requests else []
-        for (owner, places), answer in zip(questions, answers, strict=True):
-            late = isinstance(answer, TransferTimeout)
-            self._next[owner] = monotonic() + (BUSY if late else PAUSE)
-            if not late:
+        answers = self._questions.ask(requests)
+        for (_, places), answer in zip(questions, answers, strict=True):
+            if answer is not None:
                 _take(answer, places)
 
 

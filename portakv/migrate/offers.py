@@ -23,25 +23,22 @@ import torch
 from msgspec.structs import replace
 
 from portakv import arguments
-from portakv.errors import InvalidTerms, LayoutError, PeerError, SlotError
+from portakv.errors import InvalidTerms, LayoutError, OfferGone, PeerError, SlotError
 from portakv.migrate import messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.exports import EVENTS, Exports, Place, Words, describe_all
-from portakv.migrate.gathers import BUFFERS, Gathers, Rows, renamed
+from portakv.migrate.gathers import BUFFERS, Gathers, Rows, StreamFence, renamed
+from portakv.migrate.marks import PAST, Progress, Raises, Unit, mark_event, progress_of
+from portakv.migrate.names import EndedOffers, Names
 from portakv.migrate.shards import Shard, device_of, overlap, slices
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import abandoned, uninterrupted
-from portakv.runtime.streams import StreamFence
 from portakv.view.index import Ids, Index
 
 LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
-MOST_FOUND = 1 << 19  # bytes of the tickets in an answer
-MOST_NAMED = MOST_FOUND - (64 << 10)  # bytes of the ids in one of them
 UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
 MOST_LEASE = 1e6  # seconds
 _SECONDS = "a number of seconds above 0, at most 10^6"
-_REMEMBERED = 4096  # ended offers for which an owner still reports the reason
 SPOILT = messages.Answer(
     "gone", ("some of its rows could not be sent; the owner's log has the reason")
 )
@@ -81,6 +78,8 @@ class Offer:
 
     name = b""
     place = Place()
+    #: None: all rows were complete when the offer was made.
+    progress: Progress | None = None
 
     def __init__(
         self, owner: Owner, ids: Sequence[BlockList], tokens: int, lease: Lease, readers: int
@@ -110,6 +109,10 @@ class Offer:
             if self._state == "held" and self._owner.now() > self.lease.until:
                 self._end("expired")  # a caller that has the lock must not wait for a helper
             return self._state
+
+    def holds(self) -> bool:
+        """Return True if the offer holds, for a caller that may have the owner's lock."""
+        return self._look() == "held"
 
     def end(self, state: str) -> None:
         """End the offer in a state, unless it has ended."""
@@ -183,53 +186,55 @@ class Offer:
             self._owner.change.notify_all()
             return True
 
+    @property
+    def mark(self) -> int | None:
+        """Return the layers or tokens that readers may read; None if all were complete from the
+        start."""
+        return None if self.progress is None else self.progress.mark
 
-class Names:
-    """The offers of an owner by name. The owner's lock guards all calls."""
+    def raise_to(self, mark: int) -> None:
+        """Let readers have the first ``mark`` layers or tokens, after the current stream's work.
 
-    def __init__(self) -> None:
-        self._offers = dict[bytes, Offer]()
-        self._ended: Bounded[bytes, str] = Bounded("ended names", _REMEMBERED)
+        Does not block: readers see the mark when the work that the stream has now has ended.
 
-    def check_free(self, name: bytes) -> None:
-        """Raise `InvalidTerms` for a name of an offer that holds; do not show the name."""
-        offer = self._offers.get(name)
-        if offer is not None and offer.state == "held":
-            raise InvalidTerms(
-                "Expected name to be new, got the name of an offer that holds. Take random bytes."
-            )
+        Raises:
+            InvalidTerms: a mark that is lower than the last one or past the end, or an offer that
+                was made without ``progress``.
+            OfferGone: the offer has ended. Its blocks may be used for other rows.
+            PeerError: the owner belongs to the process that this one was forked from.
+            Unsupported: the current stream is captured into a graph.
+        """
+        self._owner.refuse_closed()
+        event = mark_event(self._owner.device)
+        uninterrupted(partial(self._raise_to, mark, event))
 
-    def add(self, offer: Offer) -> None:
-        """Let readers find an offer by its name, if it has one."""
-        if offer.name:
-            self._ended.pop(offer.name, None)
-            self._offers[offer.name] = offer
+    def _raise_to(self, mark: int, event: torch.Event | None) -> None:
+        """Record a raise, and show it when its event has ended."""
+        owner = self._owner
+        with owner.change:
+            progress = self.progress
+            if progress is None:
+                raise InvalidTerms(
+                    "Expected an offer with a mark, got one whose rows were complete when it was "
+                    "made. Pass progress= to Owner.offer."
+                )
+            if self._look() != "held":
+                raise OfferGone(
+                    f"Expected an offer that holds, got one that has ended: {self._why_ended()}. "
+                    f"Write no more rows for it, and make another offer."
+                )
+            show = partial(self._show, progress, progress.raise_to(mark))
+            if event is None:
+                show()
+            else:
+                fail = partial(self._end, "revoked")
+                owner.raises.after(progress, event, owner.device, show, fail)
 
-    def end(self, offer: Offer, why: str) -> None:
-        """Record why an offer has ended."""
-        if offer.name and self._offers.get(offer.name) is offer:
-            del self._offers[offer.name]
-            self._ended[offer.name] = why
-
-    def find(self, names: Sequence[bytes]) -> messages.Found:
-        """Return the tickets of names, as many as an answer holds."""
-        tickets = list[bytes]()
-        why = list[str]()
-        left = MOST_FOUND
-        for name in names:
-            offer = self._offers.get(name)
-            holds = offer is not None and offer._look() == "held"  # this may end it
-            ticket = offer.ticket if offer is not None and holds else b""
-            if len(ticket) > left:
-                ticket = b""
-            left -= len(ticket)
-            tickets.append(ticket)
-            why.append("" if holds else self._ended.get(name, ""))
-        return messages.Found(tuple(tickets), tuple(why))
-
-    def get(self, name: bytes) -> Offer | None:
-        """Return the offer of a name that holds; None if there is none."""
-        return self._offers.get(name)
+    def _show(self, progress: Progress, mark: int) -> None:
+        """Let readers see a mark, unless the offer has ended. The caller has the owner's lock."""
+        if self._state == "held":
+            progress.mark = mark
+            self._owner.words.mark(self.place, mark)
 
 
 class Ended(NamedTuple):
@@ -298,8 +303,8 @@ class Owner:
         self._key = secrets.token_bytes(32)  # signs tickets, also those of later epochs
         self._expose = expose
         self.offers = dict[bytes, Offer]()
-        self.ended: Bounded[bytes, str] = Bounded("ended offers", _REMEMBERED)
-        self.names = Names()
+        self.ended = EndedOffers("ended offers")
+        self.names: Names[Offer] = Names()
         self.words = Words()
         self.ends: Finished[Ended] = Finished()
         self._gathers = Gathers(channel, staging, transport, device, staging_total)
@@ -308,6 +313,7 @@ class Owner:
     def _start(self, shards: Sequence[Shard]) -> None:
         """Serve the offers of the shards on the channel."""
         channel = self.channel
+        self.raises = Raises(self.change)
         channel.claim("an owner", self)
         try:
             self.reallocate(*shards)
@@ -322,6 +328,7 @@ class Owner:
             messages.Close: self._close,
             messages.Gather: self._gather,
             messages.Find: self._find,
+            messages.Marks: self._marks,
             messages.Bye: self._bye,
         }
         for kind, answer in self._kinds.items():
@@ -366,6 +373,7 @@ class Owner:
         readers: int = 1,
         max_lease: float = 3600.0,
         name: bytes | None = None,
+        progress: Unit | None = None,
     ) -> Offer:
         """Offer the first ``tokens`` tokens of lists of blocks, one list for each shard.
 
@@ -380,46 +388,41 @@ class Owner:
             max_lease: seconds after which no reader can renew it.
             name: 16 to 64 bytes by which readers find the offer; see `Ticket.of`. Take random
                 bytes, and another name for each offer.
+            progress: "layers" or "tokens": the rows are not complete yet, and readers get none
+                before `Offer.raise_to` says so: the first layers of each shard, or the first tokens
+                in all layers. None: they are complete after the current stream's work.
 
         Raises:
             SlotError: ids past the view or twice in a list, too few for the tokens, more than a
                 ticket holds, or not a list for each shard.
-            InvalidTerms: no token, no time, no reader, or a name of another offer.
+            InvalidTerms: no token, no time, no reader, no such unit, or a name of another offer.
             PeerError: the owner is closed, or belongs to the process that this one was forked from.
         """
-        self._refuse_closed()
+        self.refuse_closed()
         arguments.whole("tokens", tokens, 1, 1 << 31)
         lease = arguments.number("lease", lease, 1e-9, MOST_LEASE, _SECONDS)
         arguments.whole("readers", readers, 1, 1 << 31)
-        last = arguments.number(
-            "max_lease", max_lease, lease, inf, f"at least the lease of {lease:g} s"
-        )
+        least = f"at least the lease of {lease:g} s"
+        last = arguments.number("max_lease", max_lease, lease, inf, least)
+        mark = progress_of(progress, max(shard.view.layers for shard in self.shards), tokens)
         lists = self._block_lists(blocks, tokens)
         if name is not None:
-            self._check_name(name, lists)
+            self.names.check_new(name, sum(ids.nbytes for ids, _ in lists))
         on = self.device
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
-        # No event exists that a reader's stream could wait for.
-        if stream and self._exports and self._exports.allocations and not self._events:
+        # No event exists that a reader's stream could wait for. Marks are shown after the work.
+        blind = self._exports and self._exports.allocations and not self._events
+        if stream and blind and mark is None:
             stream.synchronize()
         now = self.now()
         made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers)
         made.name = name or b""
+        made.progress = mark
         try:
             return self._enter(made, stream, lease)
         except BaseException:  # also an interrupt: no reader may get an offer without a handle
             made.revoke()
             raise
-
-    def _check_name(self, name: bytes, lists: Sequence[BlockList]) -> None:
-        """Raise as `offer` for a name that readers could not find, or not for these lists."""
-        self.names.check_free(messages.offer_name(name))
-        nbytes = sum(ids.nbytes for ids, _ in lists)
-        if nbytes > MOST_NAMED:
-            raise SlotError(
-                f"Expected at most {MOST_NAMED} bytes of ids for an offer with a name, got "
-                f"{nbytes}. Offer blocks in place of slots, or without a name."
-            )
 
     def _block_lists(self, blocks: Sequence[Ids], tokens: int) -> list[BlockList]:
         """Return checked ids and the tokens of a block, for each shard."""
@@ -465,7 +468,8 @@ class Owner:
                 made.number, (offer.place for offer in self.offers.values())
             )
             terms = self.channel.address, made.tokens, ids, steps, lease, event, made.place.number
-            made.ticket = messages.Ticket(self.epoch, made.number, *terms).pack(self._key)
+            unit = made.progress.unit if made.progress else ""
+            made.ticket = messages.Ticket(self.epoch, made.number, *terms, unit).pack(self._key)
             self.offers[made.number] = made
             self.names.add(made)
             self.counts["offered"] += 1
@@ -474,7 +478,7 @@ class Owner:
             self.statistics()  # offers without a request expire here
         return made
 
-    def _refuse_closed(self) -> None:
+    def refuse_closed(self) -> None:
         """Raise `PeerError` if no reader could reach an offer of this owner."""
         why = ""
         if self.channel.forked:
@@ -559,6 +563,7 @@ class Owner:
             self._exports.close()
         for kind in self._kinds:
             self.channel.serve(kind, lambda *_: UNKNOWN)
+        self.raises.close()
         self._gathers.close()
         self.ends.close()
 
@@ -636,6 +641,18 @@ class Owner:
                 return messages.Answer("gone", messages.REASONS["restarted"])
             return self.names.find(find.names)
 
+    def _marks(self, _: Peer, marks: messages.Marks) -> messages.Marked | messages.Answer:
+        with self.change:
+            if marks.epoch != self.epoch:
+                return messages.Answer("gone", messages.REASONS["restarted"])
+            offers = [self.offers.get(number) for number in marks.offers]
+            shown = [offer.mark or 0 if offer and offer.holds() else -1 for offer in offers]
+            why = [
+                self.ended.get(number, messages.REASONS["gone"]) if mark < 0 else ""
+                for number, mark in zip(marks.offers, shown, strict=True)
+            ]
+            return messages.Marked(tuple(max(0, mark) for mark in shown), tuple(why))
+
     def _bye(self, peer: Peer, _: messages.Bye) -> None:
         self._gathers.forget(peer)
 
@@ -646,7 +663,15 @@ class Owner:
                 return self._gone(gather)
             self._begin(peer, gather)
             rows = self._rows(offer, gather)
+            if not self._is_complete(offer, gather):
+                return messages.Answer("refused", PAST)
             return SPOILT if peer.id in offer.spoilt else self._gathers.begin(peer, gather, rows)
+
+    def _is_complete(self, offer: Offer, gather: messages.Gather) -> bool:
+        """Return True if the requested rows do not reach past the mark of their offer."""
+        layers = gather.layers[1] - self.shards[gather.group].group.layers[0]
+        tokens = gather.first + gather.count
+        return offer.progress is None or offer.progress.covers(layers, tokens)
 
     def _rows(self, offer: Offer, gather: messages.Gather) -> Rows:
         """Return the rows of a request; raise `LayoutError` if they were not offered."""

@@ -70,6 +70,22 @@ class Step(NamedTuple):
         """Return the bytes of the step if no position is skipped."""
         return self.tokens * token_bytes(self.cut.dst.form)
 
+    def part(self, layers: range, first: int, tokens: int) -> Step:
+        """Return the step for some layers and tokens, counted from the step's first ones."""
+        cut = self.cut
+        window = slice(layers.start, layers.stop)
+        (start, _), heads = cut.piece.box
+        piece = cut.piece._replace(box=((start + layers.start, start + layers.stop), heads))
+        part = Cut(
+            cut.group,
+            piece,
+            None if cut.src is None else cut.src.slice(layers=window),
+            cut.dst.slice(layers=window),
+            cut.layers[window],
+        )
+        indices = self.src_index.shifted(first), self.dst_index.shifted(first)
+        return Step(self.ticket, self.owner, part, *indices, self.first + first, tokens)
+
     def gather(
         self,
         layers: range,

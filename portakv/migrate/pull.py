@@ -65,7 +65,8 @@ class Requested:
     pieces: int = 0  # copies and tasks that were started
     #: Sources that receive no request for rows, so that the pull is reported to them.
     quiet: Sources = ()
-    #: Set if some tickets are names: the pull has no sources before their offers exist.
+    #: Set if some tickets are names, when the pull has no sources before their offers exist, or if
+    #: some offers are not complete.
     wanted: Wanted | None = None
 
 
@@ -244,7 +245,7 @@ class Pull(Transfer):
         wanted = self.requested.wanted
         while not self.look():
             if wanted is not None:
-                wanted.started.wait()
+                wanted.wait()
             task = self.task
             if task is not None:
                 task.wait()
@@ -429,6 +430,19 @@ def known(error: BaseException | None) -> PortaKVError | None:
     failure = TransferError(f"The pull failed: {error!r}.")
     failure.__cause__ = error
     return failure
+
+
+def fail(pull: Pull, error: BaseException) -> None:
+    """End a pull of which no more can be issued, after the copies and tasks in flight."""
+    reason = known(error) or TransferCancelled(CANCELLED)
+    pull.stop(reason)
+    for copy in pull.copies:
+        with suppress(Exception):  # of a peer, or of torch: the copy runs no more
+            copy.synchronize()
+    for task in pull.slices:
+        task.wait()
+    pull.task = None
+    pull.conclude(reason)
 
 
 def _forked() -> TransferError:

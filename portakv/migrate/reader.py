@@ -85,9 +85,11 @@ class Reader:
 
         Args:
             tickets: one ticket of each owner that has a part of this reader's windows. A pull by
-                `Ticket.of` waits for its offer; do not change the lists of blocks meanwhile.
+                `Ticket.of` waits for its offer, and a pull of an offer that is not complete for its
+                rows; do not change the lists of blocks meanwhile.
             first: the number of tokens that are here already; both sides skip them.
-            by_layer: copy one layer after the other, each with a separate end in `Pull.layers`.
+            by_layer: copy one layer after the other, each with a separate end in `Pull.layers`;
+                of offers that are not complete, what their owners have written by then.
             overlap, max_thread_blocks: as for `copy_rows`, for memory that is mapped.
             max_gbps: the most 10^9 bytes in a second, of all owners together. Other pulls of rows
                 that the same owner sends wait meanwhile.
@@ -115,7 +117,14 @@ class Reader:
         by_name = self._by_name.pull(packed, request, until)
         if by_name is not None:
             return by_name
-        pull = Pull(self._owners.resolve(packed, until), until, self._keeper.wake)
+        sources = self._owners.resolve(packed, until)
+        return self._start(Pull(sources, until, self._keeper.wake), request)
+
+    def _start(self, pull: Pull, request: Request) -> Pull:
+        """Return a pull whose owners are connected, after its copies were issued if its offers are
+        complete."""
+        if self._by_name.waits(pull):
+            return self._by_name.follow(pull, request)
         try:
             tasks, pull.layers = self._issuer.issue(pull, request)
             self._keeper.add(pull)

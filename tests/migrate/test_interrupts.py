@@ -183,6 +183,13 @@ def mapped(folder: Path) -> Steps:
         by_name = Ticket.of(owner.channel.address, owner.epoch, name)
         reader.pull(by_name, [4], timeout=LIMIT).synchronize(LIMIT)
         owner.revoke(by_name)
+        written = owner.offer([1], tokens=16, progress="layers")
+        follows = reader.pull(written.ticket, [4], by_layer=True, timeout=LIMIT)
+        written.raise_to(1)
+        assert written.mark == 1
+        written.raise_to(2)
+        follows.layers[1].synchronize(LIMIT)
+        follows.synchronize(LIMIT)
         owner.finished()
         assert short.ended
         assert short.error is None
@@ -281,6 +288,7 @@ def meeting(folder: Path) -> Steps:
 
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
+    "Offer.holds": "runs in the owner's thread",
     "Pull.drop": "runs after a pull that failed",
     "Pull.lost": "runs in the reader's thread",
     "Pull.over": "runs in a worker",

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The owner's side of marks: the words that readers map, and raises that wait or are refused."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from time import sleep
+from typing import Any
+
+import pytest
+import torch
+from support.mark_cases import Writing, end_of
+from support.migrate_channels import until
+from support.migrate_pulls import Rows, Sides, sides
+
+from portakv.errors import InvalidTerms, OfferGone, PeerError, Unsupported
+from portakv.migrate import ipc
+from portakv.migrate.marks import Progress, Raises
+from portakv.migrate.words import Place, Words, WordsOfOwner
+
+LIMIT = 30
+UNITS = pytest.mark.parametrize("unit", ["layers", "tokens"])
+
+
+@pytest.fixture
+def made() -> Iterator[Sides]:
+    with sides() as those:
+        yield those
+
+
+# --- the second word
+
+
+def test_a_mark_is_of_one_offer() -> None:
+    words = Words(4)
+    remote = WordsOfOwner(words.export(ipc.SharedFiles()).handle)
+    places = [words.take(os.urandom(16), ()) for _ in range(4)]
+    assert [remote.mark(place) for place in places] == [0] * 4
+    for number, place in enumerate(places):
+        words.mark(place, number + (1 << 31) - 3)
+    assert [remote.mark(x) for x in places] == [(1 << 31) - 3 + n for n in range(4)]
+    assert [remote.state(x) for x in places] == ["held"] * 4
+    for tag in (places[0].tag ^ 1, 0, 1 << 59):
+        assert remote.mark(Place(0, tag)) == 0
+    assert not remote.has(Place(4, places[0].tag))
+
+
+def test_an_offer_begins_without_the_mark_of_the_last_one_at_its_place() -> None:
+    words = Words(1)
+    remote = WordsOfOwner(words.export(ipc.SharedFiles()).handle)
+    first = words.take(os.urandom(16), ())
+    words.mark(first, 7)
+    words.end(first, "taken")
+    second = words.take(os.urandom(16), ())
+    assert second.number == first.number
+    assert remote.mark(first) == remote.mark(second) == 0
+    words.mark(Place(), 3)  # an offer without a place
+    assert remote.mark(second) == 0
+
+
+# --- raises that are refused
+
+
+@UNITS
+def test_a_mark_only_rises_up_to_the_end(made: Sides, unit: Any) -> None:
+    both = Writing(made)
+    offer = both.offer(progress=unit)
+    wrong: Any
+    offer.raise_to(1)
+    offer.raise_to(1)
+    for wrong in (0, -1, end_of(unit) + 1, "1", None, 1.5, True):
+        with pytest.raises(InvalidTerms, match="mark"):
+            offer.raise_to(wrong)
+    assert offer.mark == 1
+    offer.raise_to(end_of(unit))
+    with pytest.raises(InvalidTerms, match=f"at least {end_of(unit)}"):
+        offer.raise_to(1)
+    for wrong in ("rows", "", 3, "layer"):
+        with pytest.raises(InvalidTerms, match="progress"):
+            both.offer(progress=wrong)
+
+
+def test_an_offer_of_complete_rows_has_no_mark(made: Sides) -> None:
+    both = Writing(made)
+    offer = both.offer()
+    assert offer.mark is None
+    with pytest.raises(InvalidTerms, match="progress="):
+        offer.raise_to(1)
+
+
+@pytest.mark.parametrize("end", ["revoked", "expired", "closed", "reallocated"])
+def test_a_mark_of_an_ended_offer_is_not_raised(made: Sides, end: str) -> None:
+    both = Writing(made)
+    offer = both.offer(progress="layers", lease=0.05, max_lease=0.05)
+    offer.raise_to(1)
+    if end == "revoked":
+        offer.revoke()
+    elif end == "expired":
+        sleep(0.1)
+    elif end == "closed":
+        both.owner.close()
+    else:
+        both.owner.reallocate(both.src.shard)
+    with pytest.raises(PeerError) as raised:
+        offer.raise_to(2)
+    assert isinstance(raised.value, OfferGone) == (end != "closed")
+    assert offer.mark == 1
+    later = None if end == "closed" else both.offer(progress="layers")
+    assert later is None or later.mark == 0
+
+
+def test_a_late_raise_does_not_mark_a_later_offer() -> None:
+    """Its event ends after the offer, whose place another offer has."""
+    change = threading.Condition(threading.RLock())
+    event: Any = Event()
+    shown = list[str]()
+    with closing(Raises(change)) as raises:
+        with change:
+            raises.after(
+                Progress("layers", 3),
+                event,
+                torch.device("cpu"),
+                lambda: shown.append("shown"),
+                lambda: shown.append("failed"),
+            )
+        assert until(lambda: event.queries > 3)
+        assert shown == []
+    event.ended = True
+    sleep(0.02)
+    assert shown == []
+
+
+class Event:
+    """An event that ends, or fails, when a test says so."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.error: Exception | None = None
+        self.queries = 0
+
+    def query(self) -> bool:
+        self.queries += 1
+        if self.error is not None:
+            raise self.error
+        return self.ended
+
+
+def test_raises_of_one_offer_are_shown_in_their_order() -> None:
+    """The event of the later one ends first; another offer's does not wait for either."""
+    change = threading.Condition(threading.RLock())
+    events: Any = [Event() for _ in range(4)]
+    shown = list[int]()
+    device = torch.device("cpu")
+    one = Progress("layers", 4)
+    other = Progress("layers", 4)
+    with closing(Raises(change)) as raises:
+        for n, progress in enumerate((one, one, other, one)):
+            with change:
+                show: Any = lambda n=n: shown.append(n)  # noqa: E731
+                raises.after(progress, events[n], device, show, list)
+        events[1].ended = events[2].ended = True
+        assert until(lambda: shown == [2])
+        sleep(0.02)
+        assert shown == [2]
+        events[0].ended = True
+        assert until(lambda: shown == [2, 0, 1])
+        events[3].error = RuntimeError("the device failed")
+        with change:
+            another: Any = Event()
+            raises.after(other, another, device, list, list)
+        assert until(lambda: events[3].queries > 0)
+
+
+def test_a_device_that_fails_ends_the_offer(made: Sides) -> None:
+    both = Writing(made)
+    offer = both.offer(progress="layers")
+    event: Any = Event()
+    event.error = RuntimeError("the device failed")
+    pulled = both.pull(offer, by_layer=True, timeout=LIMIT)
+    with both.owner.change:
+        both.owner.raises.after(
+            Progress("layers", 2),
+            event,
+            torch.device("cpu"),
+            list,
+            offer.revoke,
+        )
+    with pytest.raises(OfferGone, match="revoked"):
+        pulled.synchronize(LIMIT)
+    assert offer.state == "revoked"
+
+
+def test_no_mark_is_raised_inside_graph_capture(
+    made: Sides, monkeypatch: pytest.MonkeyPatch, accelerator: torch.device
+) -> None:
+    whole = torch.zeros((2, 2, 16, 16, 4, 8), dtype=torch.int16, device=accelerator)
+    offer = made.owner(Rows.shard_of(whole)).offer([1], tokens=16, progress="layers")
+    monkeypatch.setattr("portakv.migrate.marks.capturing", lambda _: True)
+    with pytest.raises(Unsupported, match="inside graph capture"):
+        offer.raise_to(1)
+    assert offer.mark == 0
