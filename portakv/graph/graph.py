@@ -23,7 +23,7 @@ from portakv import arguments
 from portakv.deprecation import warn_former
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
 from portakv.graph.task import Lease, Mask, Pool, Task, Workers, check_pool
-from portakv.graph.trace import Counts, Figures, Ran, Trace
+from portakv.graph.trace import COUNTED, Counts, Figures, Ran, Trace
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.worker import EXIT_SECONDS, RateLimit
@@ -38,8 +38,6 @@ Unrun: TypeAlias = Literal["cancelled", "late", "dropped"]
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 #: Seconds between two steps of `Graph.run_steps`, in which a thread wakes that sleeps on the lock.
 YIELD = 2e-4
-#: Calls of `Graph.count` that are added up together.
-_COUNTED = 64
 
 
 @dataclass
@@ -633,7 +631,7 @@ class Graph:
     def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
         """Add to the figures of `statistics`."""
         self.counts.new.append((tier, op, result, blocks, nbytes))  # one step, without a lock
-        if len(self.counts.new) >= _COUNTED:
+        if len(self.counts.new) >= COUNTED:
             self.run(self.counts.sum_up)
 
     def statistics(self) -> Figures:

@@ -153,6 +153,16 @@ class Slots:
         return self._files.slots
 
     @property
+    def claim(self) -> int:
+        """Return the descriptor that claims the parent; negative if none does."""
+        return self._files.claim
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all slots."""
+        return self.count * self.form.image_bytes
+
+    @property
     def broken(self) -> int:
         """Return the number of faulty slots."""
         return self._occupancy.broken
@@ -167,7 +177,7 @@ class Slots:
         size = self.form.image_bytes
         table = self.folder / "table"
         if space is not None:
-            self._files.claim = claim(self.folder.parent)
+            self._files.claim = self._claimed()
             make_folder(self.folder)
         check_folder(self.folder)
         present = self._form_present()
@@ -205,6 +215,11 @@ class Slots:
         self._records[: len(old)] = old
         self._try_direct()
         return len(old)
+
+    def _claimed(self) -> int:
+        """Return a descriptor that claims the parent, also for the other forms of this store."""
+        claims = [other.claim for other in [*self._space.writers] if other.claim >= 0]
+        return os.dup(claims[0]) if claims else claim(self.folder.parent)
 
     def _write_form(self, new: bool) -> None:
         """Write form.json, unless it says the same, but for who wrote it."""
@@ -424,7 +439,7 @@ class Slots:
                 self._fits = True
             if not self._occupancy.free:
                 self._grow()
-            while not self._occupancy.free and evict and not self._evict(key, own or {}):
+            while not self._occupancy.free and evict and not self._make_room(key, own or {}):
                 if not self._later_are_written(key, own or {}):
                     break
                 if not self._occupancy.written.wait(_PATIENCE):
@@ -458,13 +473,22 @@ class Slots:
         written stay. Returns True if slots went.
         """
         with self.chains.lock:
-            if self.fd < 0:
-                return False
-            before = self.count
-            self._cut(self._occupancy.past_free(self.count))
-            if self.count == before:
-                self._cut(before - -(-nbytes // self.form.image_bytes))
-            return self.count < before
+            return self.fd >= 0 and self._yield(nbytes)
+
+    def yield_share(self, nbytes: int) -> bool:
+        """Give slots back as `cut` does, so many bytes or an eighth, under the lock."""
+        return self._yield(max(nbytes, min(EXTENT, self.nbytes // 8)))
+
+    def _yield(self, nbytes: int) -> bool:
+        before = self.count
+        self._cut(self._occupancy.past_free(self.count))
+        if self.count == before:
+            self._cut(before - -(-nbytes // self.form.image_bytes))
+        return self.count < before
+
+    def age(self) -> int:
+        """Return for how many uses the block that goes next was not used, under the lock."""
+        return self.chains.age(self.folder)
 
     def _cut(self, keep: int) -> None:
         """Give back the slots from ``keep`` on that lie above all slots in use.
@@ -532,6 +556,15 @@ class Slots:
         """Seal the record of a free slot: from now on a table of zeros means a lost table."""
         if self._occupancy.free:
             self._put(self._occupancy.free[0])
+
+    def _make_room(self, key: bytes, own: Mapping[bytes, int]) -> bool:
+        """Take slots of another form with an older block, or evict a block; return True if a slot
+        is free."""
+        if self.count < self.limit and self._space.take_over(self, self.form.image_bytes):
+            self._grow()
+            if self._occupancy.free:
+                return True
+        return self._evict(key, own)
 
     def _evict(self, key: bytes, own: Mapping[bytes, int]) -> bool:
         """Evict a block for another one, unless it is earlier in the call; return True if one
