@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -27,8 +27,9 @@ import numpy as np
 
 from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
-from portakv.runtime.interrupts import abandoned, uninterrupted
+from portakv.runtime.interrupts import abandoned
 from portakv.storage.chains import UNKNOWN, Chains, mark_of
+from portakv.storage.claims import claim, claimants
 from portakv.storage.files import (
     MOST_FORM,
     OPEN,
@@ -41,7 +42,6 @@ from portakv.storage.files import (
     replace_file,
     replace_if_possible,
     unusable,
-    wrong_owner,
 )
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, checksum, header, predecessor
@@ -134,6 +134,7 @@ class Slots:
         self.siblings: Sequence[Slots] = ()  # of all folders of the form, once they are open
         _watch_forks()
         _opened.add(self)
+        claimants.add(self)
         try:
             self._recover(engine, track, self._open(capacity))
             free = {*range(self.count)}.difference(self.index.values())
@@ -671,45 +672,6 @@ class Slots:
         self.chains.remove(key)
         if slot not in self._occupancy.pins:
             self._occupancy.free.append(slot)
-
-
-def claim(folder: Path) -> int:
-    """Claim a folder of a disk tier for one store, until this descriptor is closed.
-
-    A queue is followed. Raises `StoreBusy` if another store has the folder. No interrupt may leave
-    the lock without its descriptor, so a helper thread runs `_claim` for the main thread.
-    """
-    return uninterrupted(partial(_claim, folder), undo=os.close)
-
-
-def _claim(folder: Path) -> int:
-    """Make the folder, lock it, and write the number of this process into the lock."""
-    make_folder(folder)
-    owner = folder.stat().st_uid
-    if owner not in (0, os.geteuid()):  # root could do anything anyway
-        raise wrong_owner(folder, owner)
-    fd = lock(folder / "lock")
-    if fd < 0:
-        own = folder.resolve() in {
-            x.folder.parent.resolve() for x in _opened if x._files.claim >= 0
-        }
-        raise StoreBusy(
-            f"Expected the store's folder {folder} to be free, got a folder that "
-            f"{'this process' if own else holder(folder)} has open already. Close that store, or "
-            f"pass another folder."
-        )
-    with suppress(OSError):  # the device is full
-        os.ftruncate(fd, os.pwrite(fd, str(os.getpid()).encode(), 0))
-    return fd
-
-
-def holder(folder: Path) -> str:
-    """Return a name for the process that claimed a folder last."""
-    try:
-        text = read_file(folder / "lock", 20).decode()
-    except (OSError, StoreError, UnicodeDecodeError):
-        text = ""
-    return f"process {text if text.isdigit() else '?'}"
 
 
 _opened: WeakSet[Slots] = WeakSet()

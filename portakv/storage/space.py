@@ -96,11 +96,13 @@ class Space:
                 return
 
     def _largest_yields(self, nbytes: int) -> bool:
-        """Make the largest of several ``writers`` give slots back; return True if it did."""
-        open_ones = [writer for writer in [*self.writers] if writer.fd >= 0]
-        if len(open_ones) < 2:
+        """Make the largest of several ``writers`` give back an eighth, or ``nbytes`` if these are
+        less; return True if it did."""
+        present = [writer for writer in [*self.writers] if writer.fd >= 0]
+        if len(present) < 2:
             return False
-        return max(open_ones, key=lambda writer: writer.nbytes).yield_share(nbytes)
+        largest = max(present, key=lambda writer: writer.nbytes)
+        return largest.yield_share(min(nbytes, largest.nbytes // 8))
 
     def take_over(self, own: Writer, nbytes: int) -> bool:
         """Make another form that this store saves give back slots of ``nbytes`` or more, if its
