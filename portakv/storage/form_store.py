@@ -18,7 +18,6 @@ from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.storage.changes import Listed, Snapshot
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_keys
-from portakv.storage.parts import Part
 from portakv.storage.plan import (
     CACHED,
     LOOKUP_BATCH,
@@ -30,7 +29,6 @@ from portakv.storage.plan import (
     InFlight,
     SharedState,
 )
-from portakv.storage.request import Request
 from portakv.storage.rows import Crossing, Loan, Rows
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import IdList, KVView
@@ -178,7 +176,7 @@ class FormStore:
         form = self._own("save")
         previous = self._predecessor(after)
         keys = self._keys(keys, priority, deadline)
-        call = Call(form, Request("save", keys, priority, deadline, previous))
+        call = Call(form, "save", keys, priority, deadline, previous)
         options = _copy_options("a save", options)
         size = form.own.form.block_size
         crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
@@ -356,24 +354,22 @@ class FormStore:
         keys = self._keys(keys, priority, deadline)
         own = form.own
         crossing = Crossing(view, blocks, len(keys), own.form.block_size, options=options)
-        loan = self._loan(own, crossing, view, keys, by_layer)
+        loan = self._loan(form, crossing, view, keys, by_layer)
         if loan is not None and None not in loan.rows:
             transfer, layers = crossing.issue(own.rows, loan, by_layer)
             self._count_hits(form, keys)
             handle = Handle.of_issued(self.graph, len(keys), transfer, layers)
-            handle.form = form.name
-            self._follow_issued(handle)
-            return handle
-        call = Call(form, Request("load", keys, priority, deadline))
+            return self._follow_issued(handle, form)
+        call = Call(form, "load", keys, priority, deadline)
         crossing.prepare(own.rows)
-        plan = partial(self._load, call, crossing, view, by_layer, missing, loan)
-        handle = self._planned(call, plan)
+        steps = partial(self._load, call, crossing, view, by_layer, missing, loan)
+        handle = self._planned(call, steps)
         if loan is not None:
             try:
                 hits = np.array([row is not None for row in loan.rows])
                 handle.add_issued(crossing.issue(own.rows, loan)[0], hits)
                 self._count_hits(form, [key for key, hit in zip(keys, hits, strict=True) if hit])
-                self._follow_issued(handle, call.barrier)
+                self._follow_issued(handle, form, call.barrier)
             except BaseException:  # also an interrupt: no caller has a handle
                 handle.cancel()
                 raise
@@ -407,7 +403,7 @@ class FormStore:
         return call.handle(view, view.layers * by_layer, missing, follow=loan is None)
 
     def _loan(
-        self, own: Part, crossing: Crossing, view: KVView, keys: list[bytes], whole: bool
+        self, form: FormBlocks, crossing: Crossing, view: KVView, keys: list[bytes], whole: bool
     ) -> Loan | None:
         """Return the rows of blocks that the caller's thread copies; None if workers copy all.
 
@@ -417,12 +413,12 @@ class FormStore:
         if not self.rows.host or self._up.max_gbps is not None:
             return None
         if view.device.type == "cpu":
-            here = len(keys) * own.form.payload_bytes <= SHORT_COPY
+            here = len(keys) * form.own.form.payload_bytes <= SHORT_COPY
         else:
             here = self.rows.pinned
         if not here:
             return None
-        loan = self.rows.borrow([*map(own.name, keys)], crossing)
+        loan = self.rows.borrow([*map(form.own.name, keys)], crossing)
         self._refuse_closed("load")  # `close` sees the loan, or this call sees that it is closed
         missed = loan.rows.count(None)
         if missed and (whole or missed == len(keys)):
@@ -430,10 +426,14 @@ class FormStore:
             return None
         return loan
 
-    def _follow_issued(self, handle: Handle, barrier: Task | None = None) -> None:
+    def _follow_issued(
+        self, handle: Handle, form: FormBlocks, barrier: Task | None = None
+    ) -> Handle:
         """Announce a handle of which a part was issued, if somebody asks for ended handles."""
+        handle.form = form.name
         if self._shared.announced.handles.started:
             self._shared.announced.follow_issued(handle, barrier)
+        return handle
 
     def _count_hits(self, form: FormBlocks, keys: list[bytes]) -> None:
         """Count blocks that the caller's thread loaded; their use is recorded later, together."""
@@ -455,7 +455,7 @@ class FormStore:
             )
         form = self._own("prefetch")
         keys = self._keys(keys, priority, None)
-        call = Call(form, Request("prefetch", keys, priority))
+        call = Call(form, "prefetch", keys, priority)
         return self._planned(call, partial(self._prefetch, call))
 
     def _prefetch(self, call: Call) -> Steps:

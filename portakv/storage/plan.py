@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial, reduce
 from operator import itemgetter, or_
@@ -18,14 +18,13 @@ from weakref import WeakSet
 
 import numpy as np
 
-from portakv.graph import Graph, Handle, Lease, Mask, Missing, Task
+from portakv.graph import Graph, Handle, Lease, Mask, Missing, Priority, Task
 from portakv.graph.graph import Queue
 from portakv.graph.trace import COUNTED, Counts
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image
 from portakv.storage.changes import Announced
-from portakv.storage.form import BlockForm
-from portakv.storage.parts import Part, Stage, parts_of
+from portakv.storage.parts import Part, Stage
 from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
 from portakv.storage.rows import Crossing, Rows
@@ -99,26 +98,16 @@ class FormBlocks:
     """
 
     def __init__(
-        self,
-        shared: SharedState,
-        name: str,
-        others: Sequence[BlockForm],
-        forms: Sequence[BlockForm],
+        self, shared: SharedState, name: str, parts: list[Part], apart: Iterable[bytes]
     ) -> None:
-        """Find the parts of the blocks of ``forms[0]``, once tiers are open for the forms.
-
-        ``others``: the other forms that the store saves.
-        """
-        tier_stores = shared.tier_stores
         self.shared = shared
         self.name = name
+        self.parts = parts
+        self.own = parts[0]
+        self.most_bytes = max(part.form.image_bytes for part in parts)
+        self.apart = frozenset(apart)
+        self.tier_stores = [x for x in shared.tier_stores if x.form.digest not in self.apart]
         self.counts = Counts()
-        self.parts = parts_of(forms[0], forms, tier_stores, shared.rows.tensor)
-        self.own = self.parts[0]
-        self.most_bytes = max(part.form.image_bytes for part in self.parts)
-        read = [part.form for part in self.parts]
-        self.apart = frozenset(other.digest for other in others if other not in read)
-        self.tier_stores = [x for x in tier_stores if x.form.digest not in self.apart]
 
     def count(self, tier: str, op: str, result: str, blocks: int) -> None:
         """Count blocks of a form with a name, in any thread."""
@@ -286,7 +275,17 @@ class Call:
         in_transit: its transfers that have not ended, and 1 for its plan.
     """
 
-    def __init__(self, form: FormBlocks, request: Request) -> None:
+    def __init__(
+        self,
+        form: FormBlocks,
+        kind: str,
+        keys: list[bytes],
+        priority: Priority,
+        deadline: float | None = None,
+        after: bytes | None = None,
+    ) -> None:
+        """Begin the plan of a `Request` for blocks of a form."""
+        request = Request(kind, keys, priority, deadline, after)
         self.form = form
         self.request = request
         many = len(request.keys)

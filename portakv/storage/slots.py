@@ -29,11 +29,12 @@ from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import abandoned
 from portakv.storage.chains import UNKNOWN, Chains, mark_of
-from portakv.storage.claims import claim, claimants
 from portakv.storage.files import (
     MOST_FORM,
     OPEN,
     check_folder,
+    claim,
+    claimants,
     form_in,
     lock,
     make_folder,

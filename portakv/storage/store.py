@@ -18,6 +18,7 @@ from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.changes import Change
 from portakv.storage.form import BlockForm
 from portakv.storage.form_store import FormStore, Full, indices
+from portakv.storage.parts import parts_of
 from portakv.storage.plan import FormBlocks, SharedState
 from portakv.storage.rows import Rows
 from portakv.storage.tier import Tier, tiers_of
@@ -141,7 +142,10 @@ class BlockStore(FormStore):
         own = [*named.values()]
         for name, form in named.items():
             first = [form, *(other for other in forms if other != form)]
-            blocks = FormBlocks(shared, name, own, first)
+            parts = parts_of(form, first, self._tier_stores, self.rows.tensor)
+            read = [part.form for part in parts]
+            apart = [other.digest for other in own if other not in read]
+            blocks = FormBlocks(shared, name, parts, apart)
             shared.forms[name] = blocks
             self._stores[name] = FormStore(shared, self._full, self._weak, blocks)
         if not several:

@@ -210,7 +210,8 @@ def test_forms_are_known_by_what_they_are_after_a_restart(kind: str, tmp_path: P
 
 
 def test_a_disk_serves_no_block_of_another_form_whose_files_were_exchanged(tmp_path: Path) -> None:
-    one, two = small_form(), small_form(notes="another group")
+    one = small_form()
+    two = small_form(notes="another group")
     forms = {"one": one, "two": two}
     with opened(forms, tiers=[Disk(tmp_path, capacity=1 << 20, io="threads")]) as store:
         save(store.of("one"))
@@ -240,7 +241,8 @@ def test_a_process_has_a_folder_until_all_of_its_forms_are_closed(tmp_path: Path
 
 def test_the_host_tier_evicts_the_least_recently_used_block_of_any_form() -> None:
     with opened(host=12, tiers=[FakeTier()]) as store:
-        full, window = store.of("full"), store.of("window")
+        full = store.of("full")
+        window = store.of("window")
         save(full, 8)
         save(window, 4)
         cached = {"full": 8, "window": 4}
@@ -294,7 +296,8 @@ PAIR = {"full": small_form(), "other": small_form(notes="another group")}
 
 def test_a_form_takes_the_space_of_one_that_is_not_used(tmp_path: Path) -> None:
     with opened(PAIR, tiers=disk_of(tmp_path, 64)) as store:
-        full, other = store.of("full"), store.of("other")
+        full = store.of("full")
+        other = store.of("other")
         grow(full, range(64))
         assert on_disk(full, range(64)) == 64
         grow(other, range(100, 300))
@@ -316,6 +319,18 @@ def test_forms_that_are_used_alike_share_the_space(tmp_path: Path) -> None:
         assert min(counts) >= 20
         # What was used last is there: forms do not take slots from each other in turns.
         assert all(on_disk(store.of(name), range(388, 400)) == 12 for name in PAIR)
+
+
+def test_a_save_of_one_form_is_no_use_of_the_same_keys_of_another(tmp_path: Path) -> None:
+    with opened(PAIR, tiers=disk_of(tmp_path, 20)) as store:
+        full = store.of("full")
+        other = store.of("other")
+        grow(full, range(16))
+        grow(other, range(4))
+        grow(full, range(16, 20))
+        assert on_disk(full, range(4)) == 0
+        assert on_disk(full, range(4, 20)) == 16
+        assert on_disk(other, range(4)) == 4
 
 
 def test_forms_fit_into_a_smaller_capacity(tmp_path: Path) -> None:
