@@ -229,8 +229,7 @@ class FormStore:
         for first in range(0, len(chunks), together):
             if first:
                 yield
-            # Between two steps another save may have begun to bring some of these blocks.
-            group = [self._not_joined(call, at) for at in chunks[first : first + together]]
+            group = [self._left(call, at, tier_stores) for at in chunks[first : first + together]]
             started = [InFlight(call, form.own, at, until) for at in group if at]
             self._issue(call, crossing, started)
             for in_flight in started:
@@ -300,17 +299,27 @@ class FormStore:
             if lacks or not (tier_stores or self.rows.has(own.name(keys[number]))):
                 groups.setdefault(lacks, []).append(i)
 
-    def _not_joined(self, call: Call, blocks: Sequence[int]) -> list[int]:
-        """Return the blocks that no save in progress brings; join the saves of the others."""
+    def _left(
+        self, call: Call, blocks: Sequence[int], tier_stores: Sequence[TierStore]
+    ) -> list[int]:
+        """Return the blocks that no other save brings to tiers; join the saves of the others.
+
+        Since the look at the tiers another save may have begun, or ended, between two steps.
+        """
+        keys = [call.request.keys[i] for i in blocks]
+        names = [call.form.own.name(key) for key in keys]
+        stored = [False] * len(keys)
+        if len(call.request.keys) > SLICE:
+            known = [tier_store.known(keys) for tier_store in tier_stores]
+            stored = [all(each) for each in zip(*known, strict=True)] if known else stored
         left = list[int]()
-        for i in blocks:
-            name = call.form.own.name(call.request.keys[i])
+        for i, name, there in zip(blocks, names, stored, strict=True):
             in_flight, row = self._shared.in_transit.get(name, (None, 0))
             if in_flight and in_flight.store and in_flight.wanted:
                 call.ends += [((end, [i], [row]), range(0)) for end in in_flight.last]
                 call.explanation.sources.append(in_flight.reasons)
                 call.explanation.tasks += [(end, [i], [row]) for end in in_flight.last]
-            else:
+            elif not (there or (not tier_stores and self.rows.has(name))):
                 left.append(i)
         return left
 
