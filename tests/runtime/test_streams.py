@@ -26,7 +26,8 @@ from portakv.registry.prepared import bring
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams as _streams
 from portakv.runtime.devices import inside
-from portakv.runtime.streams import on_one_core, own_stream
+from portakv.runtime.streams import awaited_asleep, on_one_core, own_stream
+from portakv.runtime.transfer import Completion, Transfer
 
 CARD = torch.device("cuda", 0)
 
@@ -228,6 +229,20 @@ def test_a_worker_waits_for_a_device_asleep(monkeypatch: pytest.MonkeyPatch) -> 
         made.assert_not_called()
     made.assert_called_once_with(blocking=True)
     assert event.mock_calls == [call.record(("current", CARD)), call.synchronize()]
+
+
+def test_a_worker_waits_for_a_slice_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First for an event that lets the thread sleep, then for what the transfer had itself."""
+    order = Mock()
+    monkeypatch.setattr(torch.cuda, "Event", Mock(return_value=order.event))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    transfer = Transfer([Completion(pendings=(order.own,))], carried=("by", "way"))
+    assert awaited_asleep(transfer, torch.device("cpu")) is transfer
+    asleep = awaited_asleep(transfer, CARD)
+    assert asleep.carried == transfer.carried
+    asleep.synchronize()
+    waits = [call.event.record("current"), call.event.synchronize(), call.own.wait()]
+    assert order.mock_calls == waits
 
 
 @pytest.mark.gpu
