@@ -441,7 +441,7 @@ class Slots:
                 self._fits = True
             if not self._occupancy.free:
                 self._grow()
-            while not self._occupancy.free and evict and not self._make_room(key, own or {}):
+            while not self._occupancy.free and evict and not self._free_a_slot(key, own or {}):
                 if not self._later_are_written(key, own or {}):
                     break
                 if not self._occupancy.written.wait(_PATIENCE):
@@ -559,7 +559,7 @@ class Slots:
         if self._occupancy.free:
             self._put(self._occupancy.free[0])
 
-    def _make_room(self, key: bytes, own: Mapping[bytes, int]) -> bool:
+    def _free_a_slot(self, key: bytes, own: Mapping[bytes, int]) -> bool:
         """Take slots of another form with an older block, or evict a block; return True if a slot
         is free."""
         if self.count < self.limit and self._space.take_over(self, self.form.image_bytes):

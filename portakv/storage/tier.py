@@ -8,7 +8,7 @@ that the block store owns.
 
 The library calls a tier in this order:
 
-- `Tier.forms` when a block store is made, for each of its own forms: the other forms of the same
+- `Tier.forms` when a block store is made, for each form that it saves: the other forms of the same
   cache that lie in the tier.
 - `Tier.open` once, with the block store's own forms first. It opens everything or raises.
 - For each call of a user, under the lock of the task graph: `known`, `wants`, `queue`,
