@@ -256,9 +256,9 @@ class BlockStore(FormStore):
             how = f"in {many} segments" if many > 1 else "as a whole, in one segment"
             which = f" of {name}" if name else ""
             lines.append(f"Blocks{which} of {each.payload_bytes} bytes, by layer read {how}.")
-            if each.image_bytes <= rows.row_bytes // 2:
+            if name and each.image_bytes <= rows.row_bytes // 2:
                 share = f"{each.image_bytes} of the {rows.row_bytes} bytes of a row"
-                lines.append(f"A block{which} takes {share}. A larger block size wastes less.")
+                lines.append(f"A block of {name} takes {share}. A larger block size wastes less.")
         kind = "pinned" if rows.pinned else "pageable"
         lines += [f"{rows.staging} {kind} rows of staging, {rows.host} of the host tier."]
         lines += [f"{x.tier} {x.form.name}: {note}" for x in self._tier_stores for note in x.notes]

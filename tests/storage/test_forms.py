@@ -38,19 +38,21 @@ FORMS = {
 SIZE = max(form.image_bytes for form in FORMS.values())
 
 
-def cache_of(form: BlockForm, seed: int = 0, blocks: int = 12) -> KVView:
+def cache_of(
+    form: BlockForm, seed: int = 0, blocks: int = 12, device: torch.device | str = "cpu"
+) -> KVView:
     """Return a paged cache that holds the layers and heads of a form, with a separate content."""
     heads = form.heads[1] - form.heads[0]
     shape = (blocks, 2, form.block_size, heads, form.widths[0])
     seed += int.from_bytes(form.digest[:2], "little")
     layers = range(form.layers[1] - form.layers[0])
     tensors = [noise(*shape, dtype=torch.float16, seed=seed + i) for i in layers]
-    return KVView(tensors, "layer | block kv token head dim")
+    return KVView([each.to(device) for each in tensors], "layer | block kv token head dim")
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """Return float16 as int16, which compares equal also where it is not a number."""
-    return tensor.contiguous().view(torch.int16)
+    return tensor.cpu().contiguous().view(torch.int16)
 
 
 def pairs_of(one: KVView, other: KVView) -> Any:
@@ -191,6 +193,25 @@ def test_a_form_reads_the_blocks_of_another_part_of_the_same_cache() -> None:
         assert all(torch.equal(bits(a), bits(b[:, :, :, 2:])) for a, b in pairs)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_forms_of_a_device_have_their_own_blocks(kind: str, by_layer: bool, tmp_path: Path) -> None:
+    """Saves and host hits are issued in this thread, on one stream for all forms."""
+    device = torch.device("cuda", 0)
+    host = 80 if kind == "host" else 30
+    with opened(host=host, tiers=tiers_in(kind, tmp_path)) as store:
+        targets = {}
+        for name, form in FORMS.items():
+            store.of(name).save(cache_of(form, device=device), BLOCKS, KEYS).synchronize(LIMIT)
+        for name, form in FORMS.items():
+            targets[name] = cache_of(form, 1000, device=device)
+            store.of(name).load(targets[name], BLOCKS, KEYS, by_layer=by_layer).wait()
+        torch.accelerator.synchronize()
+        for name, form in FORMS.items():
+            assert all(equal(targets[name], cache_of(form)))
+
+
 # --- a restart ---
 
 
@@ -202,6 +223,7 @@ def test_forms_are_known_by_what_they_are_after_a_restart(kind: str, tmp_path: P
             save(store.of(name))
     turned = dict(zip(FORMS, [*FORMS.values()][::-1], strict=True))
     with opened(turned, tiers=tiers_in(kind, tmp_path)) as store:
+        assert "is here in blocks" not in store.explain(), "the store has both block sizes"
         for name in turned:
             assert loaded(store.of(name)) == ([True] * 12, [True] * 12)
     for form in FORMS.values():
@@ -289,6 +311,15 @@ def grow(store: FormStore, numbers: range) -> None:
     view = cache_of(store.form)
     for number in numbers:
         store.save(view, [0], [key_of(number)]).wait()
+
+
+def test_each_form_is_offered_twice(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, capacity=16 << 20, admit="second", io="threads")
+    with opened(tiers=[disk]) as store:
+        for there in (0, 12):
+            for name in FORMS:
+                save(store.of(name))
+                assert store.of(name).lookup(KEYS) == there
 
 
 PAIR = {"full": small_form(), "other": small_form(notes="another group")}
