@@ -39,8 +39,8 @@ def same(one: KVView, other: KVView) -> bool:
 class Watched(FakeTier):
     """A tier whose looks at its index can be watched."""
 
-    def open(self, graph: Any, rows: Any, forms: Any) -> list[FakeStore]:
-        self.opened = super().open(graph, rows, forms)
+    def open(self, graph: Any, rows: Any, forms: Any, own: int = 1) -> list[FakeStore]:
+        self.opened = super().open(graph, rows, forms, own)
         return self.opened
 
 
