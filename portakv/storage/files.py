@@ -8,6 +8,7 @@ import fcntl
 import os
 import stat
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -42,6 +43,19 @@ _CAUSES = {
     errno.ENOTDIR: "it is not a directory, or lies below a file",
     errno.ELOOP: "it is a symbolic link",
 }
+
+
+@dataclass
+class Descriptors:
+    """The descriptors of the files of a form; negative: not open."""
+
+    slots: int = -1  # the very file of the I/O
+    table: int = -1
+    claim: int = -1  # of the parent
+
+    def opened(self) -> list[int]:
+        """Return the open descriptors."""
+        return [fd for fd in (self.slots, self.table, self.claim) if fd >= 0]
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY) -> int:

@@ -17,7 +17,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from portakv.storage.chains import UNKNOWN, Chains, mark_of
 from portakv.storage.files import (
     MOST_FORM,
     OPEN,
+    Descriptors,
     check_folder,
     claim,
     claimants,
@@ -69,6 +69,7 @@ BATCH = 256
 _LEAST_GROWTH = 1 << 20  # bytes of the first slots
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PATIENCE = 2.0  # seconds
+_LOOKS = 16  # blocks
 Track = Callable[[Sequence[int], str], Iterable[int]]
 
 
@@ -77,19 +78,6 @@ class Place(NamedTuple):
 
     slot: int
     header: Header
-
-
-@dataclass
-class _Files:
-    """The descriptors of a folder; negative: not open."""
-
-    slots: int = -1  # the very file of the I/O
-    table: int = -1
-    claim: int = -1  # of the parent
-
-    def opened(self) -> list[int]:
-        """Return the open descriptors."""
-        return [fd for fd in (self.slots, self.table, self.claim) if fd >= 0]
 
 
 class Slots:
@@ -121,7 +109,7 @@ class Slots:
         chains: Chains[bytes] | None = None,
         space: Space | None = None,
     ) -> None:
-        self._files = _Files()  # first, as `__del__` reads it
+        self._files = Descriptors()  # first, as `__del__` reads it
         self.folder = folder
         self.form = form
         self.direct = True
@@ -439,9 +427,12 @@ class Slots:
             if not self._fits:
                 self._space.make_fit(self.folder)
                 self._fits = True
-            if not self._occupancy.free:
+            looks = not evict or self._looks_for_space()
+            if not self._occupancy.free and looks:
                 self._grow()
-            while not self._occupancy.free and evict and not self._free_a_slot(key, own or {}):
+            while (
+                not self._occupancy.free and evict and not self._free_a_slot(key, own or {}, looks)
+            ):
                 if not self._later_are_written(key, own or {}):
                     break
                 if not self._occupancy.written.wait(_PATIENCE):
@@ -559,14 +550,29 @@ class Slots:
         if self._occupancy.free:
             self._put(self._occupancy.free[0])
 
-    def _free_a_slot(self, key: bytes, own: Mapping[bytes, int]) -> bool:
-        """Take slots of another form with an older block, or evict a block; return True if a slot
-        is free."""
+    def _looks_for_space(self) -> bool:
+        """Return True if a block may look for space before it evicts another one.
+
+        Forms that share a full folder look at each `_LOOKS`th block: a look takes 0.1 ms.
+        """
+        return len(self._space.writers) < 2 or self._occupancy.evicted % _LOOKS == 0
+
+    def _free_a_slot(self, key: bytes, own: Mapping[bytes, int], looked: bool) -> bool:
+        """Evict a block, or take slots of another form with an older block; return True if a slot
+        is free. ``looked``: growth has found no space."""
+        if looked and self._take_over():
+            return True
+        if self._evict(key, own):
+            return True
+        if not looked:
+            self._grow()
+        return bool(self._occupancy.free) or (not looked and self._take_over())
+
+    def _take_over(self) -> bool:
+        """Take slots of another form with an older block; return True if a slot is free."""
         if self.count < self.limit and self._space.take_over(self, self.form.image_bytes):
             self._grow()
-            if self._occupancy.free:
-                return True
-        return self._evict(key, own)
+        return bool(self._occupancy.free)
 
     def _evict(self, key: bytes, own: Mapping[bytes, int]) -> bool:
         """Evict a block for another one, unless it is earlier in the call; return True if one
@@ -629,7 +635,7 @@ class Slots:
     def close(self, sync: bool = True) -> None:
         """Make all blocks and the order of last use durable, and release the folder."""
         files = self._files.opened()
-        self._files = _Files()
+        self._files = Descriptors()
         if sync and files:
             order = json.dumps([self.index[key] for key in self.by_use()])
             replace_if_possible(self.folder / "order", order)

@@ -217,11 +217,16 @@ class BlockStore(FormStore):
         reported["staging_bytes"] = [{"state": x, "value": n} for x, n in staging.items()]
         reported["host_evicted_total"] = [{"value": rows.evicted}]
         reported["tiers"] = [
-            {"tier": x.tier, "form": x.form.name, **x.statistics()} for x in tier_stores
+            {"tier": x.tier, "form": self._called(x.form), **x.statistics()} for x in tier_stores
         ]
         if "" not in self._stores:
             reported |= self.graph.run(self._form_statistics)
         return reported
+
+    def _called(self, form: BlockForm) -> str:
+        """Return the name of a form here, or its checksum if it has none."""
+        names = [name for name, own in self.forms.items() if own == form and name]
+        return names[0] if names else form.name
 
     def _form_statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Return the figures of each of several forms, under the graph's lock."""
@@ -261,7 +266,11 @@ class BlockStore(FormStore):
                 lines.append(f"A block of {name} takes {share}. A larger block size wastes less.")
         kind = "pinned" if rows.pinned else "pageable"
         lines += [f"{rows.staging} {kind} rows of staging, {rows.host} of the host tier."]
-        lines += [f"{x.tier} {x.form.name}: {note}" for x in self._tier_stores for note in x.notes]
+        lines += [
+            f"{x.tier} {self._called(x.form)}: {note}"
+            for x in self._tier_stores
+            for note in x.notes
+        ]
         return "\n".join(lines)
 
     def close(self, timeout: float = 10.0) -> None:

@@ -421,6 +421,7 @@ def test_figures_name_the_form(tmp_path: Path) -> None:
             for x in figures["form_blocks_total"]
         }
         assert moved == {("full", "disk", "save", "hit"): 3, ("full", "host", "load", "hit"): 3}
+        assert [x["form"] for x in figures["tiers"]] == [*FORMS]
         host = {x["form"]: x["value"] for x in figures["host_form_bytes"]}
         assert host == {name: 3 * SIZE if name == "full" else 0 for name in FORMS}
         nbytes = [x for x in figures["form_bytes_total"] if x["tier"] == "disk"]

@@ -162,6 +162,20 @@ def forming(folder: Path) -> Steps:
     assert settles(again), "the folder is busy"
 
 
+def leaving(folder: Path) -> Steps:
+    """Load blocks of the host tier in a ``with`` block, which closes the store after an interrupt,
+    while the frames of the load live on in the traceback."""
+    with BlockStore(FORM, staging=4 * SIZE, host=4 * SIZE) as first:
+        first.save(SOURCE, range(3), KEYS[:3]).synchronize(LIMIT)
+
+    def act() -> None:
+        with BlockStore(FORM, staging=4 * SIZE, host=4 * SIZE) as store:
+            store.save(SOURCE, range(3), KEYS[:3]).synchronize(LIMIT)
+            store.load(TARGET, range(3), KEYS[:3], missing="skip").synchronize(LIMIT)
+
+    yield act
+
+
 def joining(folder: Path) -> Steps:
     """Join work that other calls began, wait for staging, be late, and be cancelled."""
     tier = FakeTier(width=1)
@@ -309,7 +323,7 @@ NOT_CALLED = {
     "BlockForm.same_cache": "changes nothing that is shared",
     "BlockForm.view": "changes nothing that is shared",
 }
-SCENARIOS = [opening, serving, forming, joining, closing, graphs, ending]
+SCENARIOS = [opening, serving, forming, leaving, joining, closing, graphs, ending]
 
 
 @pytest.mark.parametrize("scenario", by_width(SCENARIOS, [serving, opening, forming]))
