@@ -299,6 +299,10 @@ class Rows:
             for key in keys:
                 self._cache.use(key)
 
+    def end_left_loans(self) -> None:
+        """End the loans of this thread whose calls were interrupted before their copies."""
+        self._cache.loans.end_left()
+
     def forget_loans(self) -> None:
         """Forget the loans that have ended, also those of loads that found no row."""
         with self._lock:

@@ -296,6 +296,7 @@ class BlockStore(FormStore):
         for in_flight in begun:
             for end in (*in_flight.ends.values(), *in_flight.last):
                 end.wait(max(0.0, until - self.graph.clock()))
+        self.rows.end_left_loans()  # a traceback may retain the call that was interrupted
         while self.rows.loans() and self.graph.clock() < until:
             time.sleep(PAUSE)
         if busy := len(self._shared.begun) + self.rows.loans() or not ended:

@@ -165,12 +165,10 @@ def forming(folder: Path) -> Steps:
 def leaving(folder: Path) -> Steps:
     """Load blocks of the host tier in a ``with`` block, which closes the store after an interrupt,
     while the frames of the load live on in the traceback."""
-    with BlockStore(FORM, staging=4 * SIZE, host=4 * SIZE) as first:
-        first.save(SOURCE, range(3), KEYS[:3]).synchronize(LIMIT)
 
     def act() -> None:
-        with BlockStore(FORM, staging=4 * SIZE, host=4 * SIZE) as store:
-            store.save(SOURCE, range(3), KEYS[:3]).synchronize(LIMIT)
+        with BlockStore(FORM, staging=8 * SIZE, host=4 * SIZE, full="wait") as store:
+            store.save(SOURCE, range(3), KEYS[:3], priority="urgent").synchronize(LIMIT)
             store.load(TARGET, range(3), KEYS[:3], missing="skip").synchronize(LIMIT)
 
     yield act
