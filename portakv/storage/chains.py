@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
-from itertools import compress, count, islice
+from itertools import compress, count
 from operator import add
 from typing import Generic, TypeAlias, TypeVar
 
@@ -129,15 +129,14 @@ class Chains(Generic[Key]):
     def fill(
         self, keys: Sequence[Key], marks: Sequence[Mark], follows: Sequence[Mark], group: Hashable
     ) -> None:
-        """Add many blocks, the most recently used one last.
+        """Add many blocks that were there before this process, the most recently used one last.
 
-        If the chains had no block, the process has not used them yet. Costs O(n) for n blocks, in
-        any order.
+        They go before blocks that this process has used. Costs O(n) for n blocks, in any order.
         """
         blocks = self._blocks
         first = len(blocks.keys)
         many = len(keys)
-        uses = range(_START - many, _START) if not self._by_key else islice(_uses, many)
+        uses = range(_START - many, _START)
         numbers = range(first, first + many)
         blocks.extend(many)
         del blocks.unused[len(blocks.unused) - many :]
@@ -224,18 +223,21 @@ class Chains(Generic[Key]):
 
     def next(self, group: Hashable | None = None) -> Key | None:
         """Return the block that goes next, of a group or of all; None if none can go."""
-        blocks = self._blocks
+        number = self._next(group)
+        return None if number is None else self._blocks.keys[number]
+
+    def _next(self, group: Hashable | None) -> int | None:
+        """Return the number of the block that goes next; None if none can go."""
         groups = [*self._queues] if group is None else [group]
         tops = [top for each in groups if (top := self._top(each)) is not None]
-        if not tops:
-            return None
-        return blocks.keys[min(tops, key=blocks.priorities.__getitem__)]
+        return min(tops, key=self._blocks.priorities.__getitem__, default=None)
 
-    def age(self, group: Hashable) -> int:
-        """Return the uses of all blocks, of any chains, since the last use of the block of a group
-        that goes next; 0 if none can go. Blocks that the process has not used count from its start.
+    def age(self, group: Hashable | None = None) -> int:
+        """Return the uses of all blocks, of any chains, since the last use of the block that goes
+        next, of a group or of all; 0 if none can go. Blocks that the process has not used count
+        from its start.
         """
-        number = self._top(group)
+        number = self._next(group)
         if number is None:
             return 0
         used = self._blocks.priorities[number] % _KNOWN

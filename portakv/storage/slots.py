@@ -480,8 +480,12 @@ class Slots:
         return self.count < before
 
     def age(self) -> int:
-        """Return for how many uses the block that goes next was not used, under the lock."""
+        """Return for how many uses the block that goes next here was not used, under the lock."""
         return self.chains.age(self.folder)
+
+    def age_anywhere(self) -> int:
+        """Return the same for the block of the form that goes next in any folder."""
+        return self.chains.age()
 
     def _cut(self, keep: int) -> None:
         """Give back the slots from ``keep`` on that lie above all slots in use.

@@ -38,8 +38,11 @@ class Writer(Reader, Protocol):
     """Slots that this store has open to save. All of a folder have one lock."""
 
     def age(self) -> int:
-        """Return for how many uses the block that goes next was not used; 0 if none can go. Under
-        the lock."""
+        """Return for how many uses the block that goes next here was not used; 0 if none can go.
+        Under the lock."""
+
+    def age_anywhere(self) -> int:
+        """Return the same for the block of the form that goes next in any folder."""
 
     def yield_share(self, nbytes: int) -> bool:
         """Give back so many bytes of slots or more, under the lock; return True if slots went."""
@@ -106,7 +109,8 @@ class Space:
 
     def take_over(self, own: Writer, nbytes: int) -> bool:
         """Make another form that this store saves give back slots of ``nbytes`` or more, if its
-        next block to go has not been used for longer than that of ``own``; return True if one did.
+        next block to go here has not been used for longer than that of ``own`` in any folder.
+        Return True if one did.
 
         Ages that differ by less than an eighth count as equal, so that forms that are used alike
         do not take slots from each other in turns.
@@ -116,7 +120,7 @@ class Space:
             return False
         ages = {other: other.age() for other in others}
         oldest = max(others, key=ages.__getitem__)
-        return 8 * ages[oldest] > 9 * own.age() and oldest.yield_share(nbytes)
+        return 8 * ages[oldest] > 9 * own.age_anywhere() and oldest.yield_share(nbytes)
 
     def allowance(self, own: Path, least: int, most: int) -> int:
         """Return the bytes that the form ``own`` may allocate, at most ``most``.

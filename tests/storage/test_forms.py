@@ -364,6 +364,22 @@ def test_a_save_of_one_form_is_no_use_of_the_same_keys_of_another(tmp_path: Path
         assert on_disk(other, range(4)) == 4
 
 
+def test_a_restart_gives_no_form_the_space_of_another(tmp_path: Path) -> None:
+    """No form counts as older than another one then, in any folder."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    capacity = 64 * FORMS["full"].image_bytes
+    with opened(PAIR, tiers=[Disk(*folders, capacity=capacity, io="threads")]) as store:
+        for number in range(32):
+            for name in PAIR:
+                grow(store.of(name), range(number, number + 1))
+        assert [on_disk(store.of(name), range(32)) for name in PAIR] == [32, 32]
+    with opened(PAIR, tiers=[Disk(*folders, capacity=capacity, io="threads")]) as store:
+        grow(store.of("other"), range(100, 116))
+        grow(store.of("full"), range(100, 104))
+        assert on_disk(store.of("full"), range(32)) == 28
+        assert on_disk(store.of("other"), range(100, 116)) == 16
+
+
 def test_forms_fit_into_a_smaller_capacity(tmp_path: Path) -> None:
     with opened(PAIR, tiers=disk_of(tmp_path, 64)) as store:
         grow(store.of("full"), range(32))
