@@ -19,7 +19,7 @@ from support.fake_libcuda import FakeLibrary
 from support.guarded_memory import refused
 from support.threads import run_threads
 
-from portakv import TransferError, copy_blocks
+from portakv import KVView, TransferError, copy_blocks
 from portakv.copy import slices as block_slices
 from portakv.host.small import SmallCopy
 from portakv.registry.prepared import bring
@@ -243,6 +243,25 @@ def test_a_worker_waits_for_a_slice_asleep(monkeypatch: pytest.MonkeyPatch) -> N
     asleep.synchronize()
     waits = [call.event.record("current"), call.event.synchronize(), call.own.wait()]
     assert order.mock_calls == waits
+
+
+@pytest.mark.gpu
+def test_a_copy_in_slices_waits_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    kind: Any = torch.cuda.Event
+
+    def event(**terms: Any) -> Any:
+        made.append(terms)
+        return kind(**terms)
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    layout = "block token dim"
+    source = torch.arange(8 * 16 * 64, dtype=torch.float32, device=CARD).view(8, 16, 64)
+    target = torch.zeros(8, 16, 64, pin_memory=True)
+    views = KVView(source, layout), KVView(target, layout)
+    copy_blocks(*views, range(8), range(8), cancellable=True).synchronize()
+    assert torch.equal(target, source.cpu())
+    assert {"blocking": True} in made
 
 
 @pytest.mark.gpu
