@@ -36,9 +36,11 @@ class MemoryTier:
         """Return no forms: nothing was stored before this process started."""
         return []
 
-    def open(self, graph: Graph, rows: Rows, forms: Sequence[BlockForm]) -> list[MemoryStore]:
-        """Return an empty tier store for the block store's own form."""
-        return [MemoryStore(graph, forms[0], self.capacity)]
+    def open(
+        self, graph: Graph, rows: Rows, forms: Sequence[BlockForm], own: int = 1
+    ) -> list[MemoryStore]:
+        """Return an empty tier store for each of the block store's own forms, which come first."""
+        return [MemoryStore(graph, form, self.capacity) for form in forms[:own]]
 
 
 class MemoryStore:

@@ -134,6 +134,7 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "BlockForm.same_cache": lambda s: (s.form().same_cache, {"other": s.form()}),
     "BlockForm.part_of": lambda s: (s.form().part_of, {"other": s.form()}),
     "BlockStore": lambda s: (BlockStore, {"form": s.form(), "staging": 1 << 20, "host": 1 << 20}),
+    "BlockStore.of": lambda s: (s.saved().of, {"name": ""}),
     "BlockStore.lookup": lambda s: (s.saved().lookup, {"keys": [key_of(0)]}),
     "BlockStore.has": lambda s: (s.saved().has, {"key": key_of(0)}),
     "BlockStore.save": lambda s: (

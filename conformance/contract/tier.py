@@ -79,13 +79,15 @@ def _checksums(rows: Bytes, form: BlockForm) -> list[tuple[int, ...]]:
 class Opened:
     """A tier that is open for some forms, and what its stores reported."""
 
-    def __init__(self, tier: Any, folder: Path, forms: Sequence[BlockForm]) -> None:
+    def __init__(self, tier: Any, folder: Path, forms: Sequence[BlockForm], own: int = 1) -> None:
         self.graph = Graph()
         self.rows = Rows(max(form.image_bytes for form in forms), 64, 0, pin=False)
         self.reports: list[tuple[bytes, Reason]] = []
         self._lock = threading.Lock()
         try:
-            self.stores = list(tier.open(self.graph, self.rows, list(forms)))
+            # As a store does: a tier of an earlier release opens one form.
+            several = [own] if own > 1 else []
+            self.stores = list(tier.open(self.graph, self.rows, list(forms), *several))
         except BaseException:  # any failure to open, or Ctrl-C: the graph's threads must end
             self.graph.close()
             raise
@@ -174,11 +176,13 @@ class Tiers:
         return self._make(self._folder)
 
     @contextmanager
-    def opened(self, own: BlockForm = FORM) -> Iterator[Opened]:
-        """Open the tier for a form, and for the other forms that it finds."""
+    def opened(self, *own: BlockForm) -> Iterator[Opened]:
+        """Open the tier for forms, by default `FORM`, and for the other forms that it finds."""
         tier = self.make()
-        other_forms = [form for form in tier.forms(own) if form != own]
-        opened = Opened(tier, self._folder, [own, *other_forms])
+        own = own or (FORM,)
+        others = [other for form in own for other in tier.forms(form)]
+        forms = dict.fromkeys([*own, *others])
+        opened = Opened(tier, self._folder, [*forms], len(own))
         try:
             yield opened
         finally:
@@ -267,6 +271,26 @@ def check_blocks_are_of_one_form(tiers: Tiers, folder: Path) -> None:
         landed, _ = tier.read(keys)
         expect(not any(landed), "blocks of another model came")
         expect(all(store.form != STRANGER for store in tier.stores), "another model was opened")
+
+
+def check_own_forms_are_apart(tiers: Tiers, folder: Path) -> None:
+    """A tier that is open for two own forms writes and reads both, and serves no block of one for
+    the other."""
+    keys = [_key(number) for number in range(4)]
+    with tiers.opened(FORM, STRANGER) as tier:
+        forms = [store.form for store in tier.stores[:2]]
+        expect(
+            forms == [FORM, STRANGER], "the first stores are not of the own forms in their order"
+        )
+        for store in tier.stores[:2]:
+            expect(store.writable is True, "a store of an own form is not writable")
+            expect(not any(store.has(keys, 10.0)), "blocks of another own form are there")
+            tier.own = store
+            expect(all(tier.write(keys, store.form)), "blocks of a small write are not there")
+        for store in tier.stores[:2]:
+            landed, rows = tier.read(keys, store=store)
+            expect(all(landed), "blocks of an own form did not come back")
+            tier.expect_right(keys, landed, rows[:, : store.form.image_bytes], form=store.form)
 
 
 def check_other_forms_of_the_cache_are_read(tiers: Tiers, folder: Path) -> None:

@@ -163,6 +163,30 @@ class Evicts(_Tier):
     store = _Evicts
 
 
+class _Mixed(_Changed):
+    """A store that also has the blocks of another form."""
+
+    def __init__(self, store: Any, other: Any) -> None:
+        super().__init__(store)
+        self._other = other
+
+    def has(self, keys: Sequence[bytes], timeout: float | None = None) -> list[bool]:
+        """Return which blocks either form has."""
+        both = zip(self._store.has(keys), self._other.has(keys), strict=True)
+        return [one or other for one, other in both]
+
+
+class Mixes(_Tier):
+    """Has the blocks of the first own form also for the others."""
+
+    def open(
+        self, graph: Graph, rows: object, forms: Sequence[BlockForm], own: int = 1
+    ) -> list[Any]:
+        """Open the disk tier, with changed stores."""
+        stores = self._disk.open(graph, rows, forms, own)
+        return [_Mixed(store, stores[0]) for store in stores]
+
+
 # --- transports -----------------------------------------------------------------------------------
 
 
@@ -209,6 +233,7 @@ WRONG = {
         "Silent": "a_reason_for_each_block_that_did_not_come",
         "First": "segments",
         "Evicts": "a_write_without_eviction_keeps_what_is_there",
+        "Mixes": "own_forms_are_apart",
     },
     "transport": {
         "Deaf": "a_death_ends_slots_in_flight",

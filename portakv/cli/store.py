@@ -27,7 +27,16 @@ from portakv.cli.console import Column, Report, print_json, print_prose, print_t
 from portakv.cli.sides import in_bytes
 from portakv.errors import StoreBusy, StoreError
 from portakv.storage import image, slots, table
-from portakv.storage.files import cause_of, check_folder, form_in, lock, open_file, unusable
+from portakv.storage.files import (
+    cause_of,
+    check_folder,
+    claim,
+    form_in,
+    holder,
+    lock,
+    open_file,
+    unusable,
+)
 from portakv.storage.form import BlockForm, Range
 from portakv.storage.io.base import Request
 from portakv.storage.io.choose import choose
@@ -128,13 +137,13 @@ def _is_store(place: Path) -> bool:
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
     """Claim the folder, so that no store opens it meanwhile. Raise `StoreBusy` if one has."""
-    claim = slots.claim(folder)
+    claimed = claim(folder)
     try:
         yield
         if not [*filter(_is_store, folder.iterdir())]:  # every store was wiped
             (folder / "lock").unlink()
     finally:
-        os.close(claim)
+        os.close(claimed)
 
 
 def _report_of(act: Callable[[Path], Report], store: Path) -> Report:
@@ -282,7 +291,7 @@ def _open_in(folder: Path) -> str:
     except FileNotFoundError:
         return "-"
     except BlockingIOError:
-        return slots.holder(folder)
+        return holder(folder)
     return "-"
 
 

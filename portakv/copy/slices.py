@@ -20,7 +20,7 @@ from portakv.plan.move import Move
 from portakv.registry.prepared import bring
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import inside, refuse_capture
-from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
+from portakv.runtime.streams import awaited_asleep, ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import Transfer
 from portakv.runtime.worker import WINDOW, RateLimit, Slice, SliceCompletion, Worker
 
@@ -69,7 +69,8 @@ def in_slices(
 
     def issue(piece: Slice) -> Transfer:
         # Memory may be released while it runs.
-        return launch(settle(_part(guarded, piece), choice, here), here)
+        transfer = launch(settle(_part(guarded, piece), choice, here), here)
+        return awaited_asleep(transfer, device)  # the worker waits for it
 
     slices = _cut(guarded, rate, by_layer)
     limit = None if rate is None else RateLimit(rate)

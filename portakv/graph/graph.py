@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from traceback import clear_frames
 from typing import Literal, TypeAlias, TypeVar, cast, get_args
 from weakref import WeakKeyDictionary
@@ -22,24 +22,22 @@ import numpy as np
 from portakv import arguments
 from portakv.deprecation import warn_former
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
+from portakv.graph.running import Pace, Running
 from portakv.graph.task import Lease, Mask, Pool, Task, Workers, check_pool
-from portakv.graph.trace import Counts, Figures, Ran, Trace
+from portakv.graph.timers import Timers, Unrun
+from portakv.graph.trace import COUNTED, Counts, Figures, Ran, Trace
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.worker import EXIT_SECONDS, RateLimit
+from portakv.runtime.worker import EXIT_SECONDS
 
 T = TypeVar("T")
 
 #: How soon a task is due.
 Priority: TypeAlias = Literal["urgent", "normal", "background"]
-#: How a task ends that did not run.
-Unrun: TypeAlias = Literal["cancelled", "late", "dropped"]
 #: Seconds after its submission at which a task of each priority is due.
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 #: Seconds between two steps of `Graph.run_steps`, in which a thread wakes that sleeps on the lock.
 YIELD = 2e-4
-#: Calls of `Graph.count` that are added up together.
-_COUNTED = 64
 
 
 @dataclass
@@ -69,20 +67,22 @@ class Queue(Workers):
         self.name = name
         self.width = max(1, width)
         self.stall = stall_seconds
-        self.max_gbps = max_gbps
-        self.limit = RateLimit(max_gbps, graph.clock) if max_gbps else None
-        self.pace = 0.0
+        self.pace = Pace(max_gbps, graph.clock)
         self.tier = name.partition(":")[0]
         self.change = threading.Condition(graph.lock)
         self.queued_bytes = 0
-        self.background = 0
-        self.workers = 0
+        self.threads = list[threading.Thread]()  # of the workers
         # True while a worker that ended a task takes the next: to wake another costs more than a
         # task.
         self.taker = False
         # (due, number, task), urgent and normal ones first, then the background's.
         self.heaps = (list[tuple[float, int, Task]](), list[tuple[float, int, Task]]())
-        self.running = dict[Task, float]()
+        self.running = Running()
+
+    @property
+    def max_gbps(self) -> float | None:
+        """Return the most 10^9 bytes of tasks that start in a second; None: no limit."""
+        return self.pace.max_gbps
 
     @property
     def oldest_wait(self) -> float:
@@ -94,8 +94,7 @@ class Queue(Workers):
     def slow(self) -> bool:
         """Return True if a task has run longer than ``stall_seconds``; new background tasks are
         dropped."""
-        now = self.graph.clock()
-        return now - min(self.running.values(), default=now) > self.stall
+        return self.running.longest(self.graph.clock()) > self.stall
 
     def push(self, task: Task, /) -> None:
         """Queue a task for the workers."""
@@ -105,19 +104,18 @@ class Queue(Workers):
         if not self.taker:
             self.change.notify()
         self.taker = False
-        if self.workers < self.width:
+        if len(self.threads) < self.width:
             try:
                 self._begin_worker()
             except RuntimeError as error:  # the system gives no more threads
-                if not self.workers:
+                if not self.threads:
                     self.graph.end(task, None, "failed", error)
 
     def _begin_worker(self) -> None:
-        terms = self.serve, f"portakv {self.name}", (self.workers + 1,)
+        terms = self.serve, f"portakv {self.name}", (len(self.threads) + 1,)
         thread = threading.Thread(None, *terms, daemon=True)
         thread.start()
-        self.graph.threads.append(thread)
-        self.workers += 1
+        self.threads.append(thread)
         # Registered again, because memory must not go before a worker.
         atexit.register(self.graph.close)
 
@@ -127,17 +125,17 @@ class Queue(Workers):
             self.taker = False
             while not self.graph.closed.is_set():
                 now = self.graph.sweep()
-                free = self.background < max(1, self.width - 1)  # a worker for the background
+                # One worker is left for tasks that are not of the background.
+                free = self.running.background < max(1, self.width - 1)
                 heaps = [heap for heap in (self.heaps if free else self.heaps[:1]) if heap]
-                if self.pace > now or not heaps:
-                    self.change.wait(self.pace - now if self.pace > now else None)
+                start = self.pace.next_start
+                if start > now or not heaps:
+                    self.change.wait(start - now if start > now else None)
                 elif (task := heappop(min(heaps))[2]).state == "queued":  # it was not cancelled
                     task.state = "running"
-                    self.running[task] = now
-                    self.background += task.background
-                    if self.limit:
-                        self.limit.start_of(task.nbytes)
-                        self.pace = self.limit.start_of(0)
+                    self.running.add(task, now)
+                    if self.pace.max_gbps:
+                        self.pace.start(task.nbytes)
                         self.change.notify()  # another worker waits until then
                     return task
         return None
@@ -156,9 +154,8 @@ class Queue(Workers):
                 error = caught
                 landed = None
             with graph.lock:
-                start = self.running.pop(task)
+                start = self.running.remove(task)
                 end = graph.clock()
-                self.background -= task.background
                 what = task.number, task.name, task.blocks, task.nbytes, (*task.ran_before(),)
                 graph.trace.add(self.tier, Ran(self.name, worker, start, end, *what))
                 self.taker = not (task.background and self.heaps[1])
@@ -197,13 +194,11 @@ class Graph:
         self.lock = threading.RLock()
         self.closed = threading.Event()
         self.number = 0
-        self.sleepers = set[threading.Lock]()  # one locked lock for each thread in `pause`
         self.queues = dict[str, Queue]()
         self.counts = Counts()
-        self.threads = list[threading.Thread]()
         self.live = set[Task]()
         self.todo = list[Task]()
-        self.timers = list[tuple[float, int, Unrun, Task]]()  # when, number, state at the end
+        self.timers = Timers()
         self.waiting = WeakKeyDictionary[Pool, _Waiting]()
 
     def queue(
@@ -352,11 +347,15 @@ class Graph:
             self.settle()
             self.sweep()
         except BaseException as error:  # raised by a pool, or an interrupt
-            for task in tasks:
-                if task in self.live and task.state != "running":
-                    self.end(task, None, "failed", error)
-            self.settle()
+            self._fail(tasks, error)
             raise
+
+    def _fail(self, tasks: Sequence[Task], error: BaseException) -> None:
+        """End the tasks that do not run by an error."""
+        for task in tasks:
+            if task in self.live and task.state != "running":
+                self.end(task, None, "failed", error)
+        self.settle()
 
     def _enter(self, task: Task) -> None:
         """Register a new task. Tasks of other transfers that it waits for become as urgent."""
@@ -417,45 +416,27 @@ class Graph:
 
     def end_at(self, when: float, task: Task, state: Unrun) -> None:
         """Cancel a task at a time, by `sweep`."""
-        # Most timers are of tasks that ended in time.
-        if len(self.timers) > 2 * len(self.live) + 100:
-            self.timers = [x for x in self.timers if not x[3].ended]
-            heapify(self.timers)
-        heappush(self.timers, (when, task.number, state, task))
-        if self.timers[0][3] is task:
-            self.wake()
+        self.timers.add(when, task, state, self.live)
 
     def pause(self, task: Task, until: float, now: float) -> None:
-        """Wait for the end of a task, for a timer, or until a time; perhaps for less.
-
-        Takes no lock of the graph, so an interrupt leaves no lock locked.
-        """
-        sleeper = threading.Lock()
-        sleeper.acquire()
-        self.sleepers.add(sleeper)
-        task.watched = True
-        if not task.ended:  # the thread that ends it from now on wakes this thread
-            until = min(until, now + 3600, *(timer[0] for timer in self.timers[:1]))
-            sleeper.acquire(timeout=max(0.0, until - now))
-        self.sleepers.discard(sleeper)
+        """Wait for the end of a task, for a timer, or until a time; perhaps for less."""
+        self.timers.pause(task, until, now)
 
     def wake(self) -> None:
         """Wake the threads in `pause`; under the lock."""
-        for sleeper in tuple(self.sleepers):
-            self.sleepers.discard(sleeper)
-            sleeper.release()
+        self.timers.wake()
 
     def sweep(self) -> float:
         """Cancel tasks that are late, and return the time. Workers and waiting callers call it."""
         now = self.clock()
-        if any(timer[0] <= now or timer[3].ended for timer in self.timers[:1]):
+        if self.timers.expired(now):
             self.run(partial(self._sweep, now))
         return now
 
     def _sweep(self, now: float) -> None:
         """Cancel tasks that are late, under the lock."""
-        while self.timers and (self.timers[0][0] <= now or self.timers[0][3].ended):
-            _, _, state, task = heappop(self.timers)
+        while (timer := self.timers.pop(now)) is not None:
+            task, state = timer
             waits = task.state == "leasing" and task.lease and task.lease.until is not None
             if state == "late" or waits:
                 self.cancel(task, state)
@@ -633,7 +614,7 @@ class Graph:
     def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
         """Add to the figures of `statistics`."""
         self.counts.new.append((tier, op, result, blocks, nbytes))  # one step, without a lock
-        if len(self.counts.new) >= _COUNTED:
+        if len(self.counts.new) >= COUNTED:
             self.run(self.counts.sum_up)
 
     def statistics(self) -> Figures:
@@ -665,7 +646,8 @@ class Graph:
             return True
         until = time.monotonic() + timeout
         self.run(self._close)
-        for thread in self.threads:
+        threads = [thread for queue in [*self.queues.values()] for thread in queue.threads]
+        for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
         return not self.live
 

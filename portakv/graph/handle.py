@@ -37,6 +37,7 @@ class Handle(Transfer):
     Attributes:
         layers: a handle for each layer.
         cancelled: True if some blocks were not moved, because of `cancel`.
+        form: the name of the blocks' form, of a store with several forms; else empty.
         released: of a save, the transfer after which nothing reads the caller's blocks: their rows
             are in staging, or are not saved. Its end raises nothing. None for others.
     """
@@ -51,6 +52,7 @@ class Handle(Transfer):
         "_skip",
         "_why",
         "cancelled",
+        "form",
         "layers",
         "released",
     )
@@ -79,6 +81,7 @@ class Handle(Transfer):
         self._issued_blocks: Mask | None = None
         self._ordered = False  # a stream waits for what was issued
         self.cancelled = False
+        self.form = ""
         self.released: Transfer | None = None
 
     def add_release(self, barrier: Task) -> None:

@@ -20,6 +20,8 @@ Event = dict[str, Any]
 #: Bounds of the histogram of the seconds that tasks ran.
 SECONDS = {"0.001": 0.001, "0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "+Inf": np.inf}
 BOUNDS = (*SECONDS.values(),)
+#: New entries of `Counts` that are added up together.
+COUNTED = 64
 
 
 class Ran(NamedTuple):

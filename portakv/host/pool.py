@@ -500,7 +500,7 @@ class PinnedPool(Pool):
         if missing > 0:
             if not grow or missing > self.limit - self.blocks:
                 return None
-            refused = self._grown(missing)
+            refused = self._grown(missing, units)
             if refused is not None:
                 return refused
             if runs.count(units) < count:
@@ -537,8 +537,9 @@ class PinnedPool(Pool):
         self._runs = Runs()
         return self.leaks()
 
-    def _add(self, blocks: int) -> None:
-        most = self._most_together()
+    def _add(self, blocks: int, units: int = 1) -> None:
+        """Add blocks, in pieces that waste nothing for larger blocks of so many units."""
+        most = self._most_together() // units * units
         for done in range(0, blocks, most):
             count = min(blocks - done, most)
             nbytes = (count - 1) * self._stride + self.block_bytes
@@ -557,13 +558,14 @@ class PinnedPool(Pool):
         nbytes = _pages.whole("largest", largest, _pages.PAGE, "ask for pieces of whole pages")
         return max(1, min(nbytes, _registration.LARGEST) // self._stride)
 
-    def _grown(self, missing: int) -> HostMemoryError | None:
-        """Grow by `grow` blocks, or else by the missing ones; return why even these fail."""
+    def _grown(self, missing: int, units: int) -> HostMemoryError | None:
+        """Grow by `grow` blocks, or else by the missing ones, for larger blocks of so many units;
+        return why even these fail."""
         refused = None
         most = min(max(self._settings.grow, missing), self.limit - self.blocks)
         for count in dict.fromkeys((most, missing)):
             try:
-                self._add(min(count, self.limit - self.blocks))
+                self._add(min(count, self.limit - self.blocks), units)
                 return None
             except HostMemoryError as error:
                 # Its frames retain the memory that is needed.

@@ -186,9 +186,36 @@ def on_one_core(device: torch.device) -> Iterator[None]:
     with one_thread():
         yield
         if device.type == "cuda":
-            event = torch.cuda.Event(blocking=True)
-            event.record(torch.cuda.current_stream(device))
-            event.synchronize()
+            SleepingEnd(device).wait()
+
+
+class SleepingEnd:
+    """The end of the present work of the current stream of a CUDA or ROCm device, as a `Pending`.
+
+    A thread that waits for it sleeps, and wakes later than one that waits for an event of the pool,
+    which occupies a core.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(blocking=True)
+        self._event.record(torch.cuda.current_stream(device))
+
+    def done(self) -> bool:
+        """Return True once the work has ended; never block."""
+        return bool(self._event.query())
+
+    def wait(self) -> None:
+        """Sleep until the work has ended."""
+        self._event.synchronize()
+
+
+def awaited_asleep(transfer: Transfer, device: torch.device) -> Transfer:
+    """Return a transfer that was issued on the current stream, whose `synchronize` occupies no core
+    while a CUDA or ROCm device works. On other devices return it as it is."""
+    if device.type != "cuda":
+        return transfer
+    asleep = Completion(pendings=(SleepingEnd(device),))
+    return Transfer((asleep, *transfer.completions), transfer, transfer.carried)
 
 
 _own = threading.local()  # the streams of each thread, by device

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
-from itertools import compress
+from itertools import compress, count
 from operator import add
 from typing import Generic, TypeAlias, TypeVar
 
@@ -25,6 +25,9 @@ Key = TypeVar("Key", bound=Hashable)
 Changed: TypeAlias = Callable[[bytes, bool, str], object]
 
 _KNOWN = 1 << 62  # added to the priority of a block whose predecessor is known
+_START = 1 << 40  # the number of the first use in this process; blocks that were there have lower
+#: The numbers of uses, which order the blocks of all tiers and forms.
+_uses = count(_START)
 _SPARE = 64  # entries that a queue may have above twice the number of blocks
 
 
@@ -88,11 +91,11 @@ class Chains(Generic[Key]):
     ignored.
 
     Each change costs O(log n), except for a block that arrives after its successor: it costs the
-    length of its chain. Callers hold ``lock`` around every call.
+    length of its chain. Callers hold ``lock`` around every call; several chains may share it.
     """
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
+    def __init__(self, lock: threading.Lock | None = None) -> None:
+        self.lock = lock or threading.Lock()
         self._blocks = _Columns[Key]()
         self._by_key = dict[Key, int]()
         self._by_mark = dict[Mark, int]()
@@ -100,7 +103,6 @@ class Chains(Generic[Key]):
         self._successors = dict[Mark, int]()
         # By group: (priority, number) of all blocks that may go, and of some blocks that may not.
         self._queues = dict[Hashable, list[tuple[int, int]]]()
-        self._uses = 0
         self.changed: Callable[[Key, bool, str], object] = unheard
 
     def __contains__(self, key: object) -> bool:
@@ -119,8 +121,7 @@ class Chains(Generic[Key]):
         self._name(number, key, mark)
         blocks.keys[number] = key
         blocks.groups[number] = group
-        self._uses += 1
-        blocks.priorities[number] = self._uses
+        blocks.priorities[number] = next(_uses)
         self._follow(number, follows)
         self._queue(number)
         self.changed(key, True, "")
@@ -128,18 +129,19 @@ class Chains(Generic[Key]):
     def fill(
         self, keys: Sequence[Key], marks: Sequence[Mark], follows: Sequence[Mark], group: Hashable
     ) -> None:
-        """Add many blocks, the most recently used one last.
+        """Add many blocks that were there before this process, the most recently used one last.
 
-        Costs O(n) for n blocks, in any order.
+        They go before blocks that this process has used. Costs O(n) for n blocks, in any order.
         """
         blocks = self._blocks
         first = len(blocks.keys)
-        count = len(keys)
-        numbers = range(first, first + count)
-        blocks.extend(count)
-        del blocks.unused[len(blocks.unused) - count :]
+        many = len(keys)
+        uses = range(_START - many, _START)
+        numbers = range(first, first + many)
+        blocks.extend(many)
+        del blocks.unused[len(blocks.unused) - many :]
         blocks.keys[first:] = keys
-        blocks.groups[first:] = [group] * count
+        blocks.groups[first:] = [group] * many
         self._by_key.update(zip(keys, numbers, strict=True))
 
         # Whole lists: a step for each block, as in `add`, took half a second for 250,000.
@@ -147,13 +149,11 @@ class Chains(Generic[Key]):
         blocks.follows[first:] = [
             x if real else None for x, real in zip(follows, known, strict=True)
         ]
-        for mark, many in Counter(compress(follows, known)).items():
-            self._successors[mark] = self._successors.get(mark, 0) + many
+        for mark, followers in Counter(compress(follows, known)).items():
+            self._successors[mark] = self._successors.get(mark, 0) + followers
         ranks = [0 if before == UNKNOWN else _KNOWN for before in follows]
-        uses = range(self._uses + 1, self._uses + 1 + count)
         blocks.priorities[first:] = map(add, uses, ranks)
-        self._uses += count
-        if len({*marks}) == count and self._by_mark.keys().isdisjoint(marks):
+        if len({*marks}) == many and self._by_mark.keys().isdisjoint(marks):
             blocks.marks[first:] = marks
             self._by_mark.update(zip(marks, numbers, strict=True))
         else:
@@ -179,8 +179,7 @@ class Chains(Generic[Key]):
         """Make a stored block the most recently used one."""
         blocks = self._blocks
         number = self._by_key[key]
-        self._uses += 1
-        blocks.priorities[number] = self._uses + (blocks.priorities[number] & _KNOWN)
+        blocks.priorities[number] = next(_uses) + (blocks.priorities[number] & _KNOWN)
 
     def move(self, key: Key, group: Hashable) -> None:
         """Put a stored block into another group."""
@@ -224,12 +223,25 @@ class Chains(Generic[Key]):
 
     def next(self, group: Hashable | None = None) -> Key | None:
         """Return the block that goes next, of a group or of all; None if none can go."""
-        blocks = self._blocks
+        number = self._next(group)
+        return None if number is None else self._blocks.keys[number]
+
+    def _next(self, group: Hashable | None) -> int | None:
+        """Return the number of the block that goes next; None if none can go."""
         groups = [*self._queues] if group is None else [group]
         tops = [top for each in groups if (top := self._top(each)) is not None]
-        if not tops:
-            return None
-        return blocks.keys[min(tops, key=blocks.priorities.__getitem__)]
+        return min(tops, key=self._blocks.priorities.__getitem__, default=None)
+
+    def age(self, group: Hashable | None = None) -> int:
+        """Return the uses of all blocks, of any chains, since the last use of the block that goes
+        next, of a group or of all; 0 if none can go. Blocks that the process has not used count
+        from its start.
+        """
+        number = self._next(group)
+        if number is None:
+            return 0
+        used = self._blocks.priorities[number] % _KNOWN
+        return next(_uses) - max(used, _START - 1)
 
     def by_use(self, group: Hashable | None = None) -> list[Key]:
         """Return the keys of a group, or of all groups, the least recently used first.

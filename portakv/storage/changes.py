@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -30,6 +30,7 @@ class Change(NamedTuple):
         tier: "host", "disk", or that of another package; a second disk is "disk 2".
         stored: False if it was lost.
         why: of a block that was lost: "evicted" or "damaged".
+        form: the name of its form, of a store with several forms; else empty.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Change(NamedTuple):
     tier: str
     stored: bool
     why: str = ""
+    form: str = ""
 
 
 class Snapshot(NamedTuple):
@@ -130,24 +132,26 @@ class Announced:
                     self._issued.append((handle, barrier))
             time.sleep(LOOK)
 
-    def listen(self, tier_stores: Iterable[Listed]) -> Finished[Change]:
-        """Return the changes of tier stores, which are kept from the first call on."""
+    def listen(self, forms: Mapping[str, Sequence[Listed]]) -> Finished[Change]:
+        """Return the changes of the tier stores of forms, which are kept from the first call on."""
         with self._beginning:  # two first calls
             if not self.changes.started:
                 self.changes.start()
-                for name, each in _named(tier_stores).items():
-                    each.announce(partial(self._report, name))
+                for form, tier_stores in forms.items():
+                    for name, each in _named(tier_stores).items():
+                        each.announce(partial(self._report, form, name))
         return self.changes
 
-    def snapshot(self, tier_stores: Iterable[Listed]) -> Snapshot:
-        """Return the keys of tier stores, and listen from the first call on."""
-        self.listen(tier_stores)
+    def snapshot(self, forms: Mapping[str, Sequence[Listed]], form: str) -> Snapshot:
+        """Return the keys of a form's tier stores, and listen to all from the first call on."""
+        self.listen(forms)
         with self._lock:
             number = self._number  # before the keys, in which later changes may be
-        return Snapshot(number, {name: each.keys() for name, each in _named(tier_stores).items()})
+        named = _named(forms[form])
+        return Snapshot(number, {name: each.keys() for name, each in named.items()})
 
-    def _report(self, tier: str, key: bytes, stored: bool, why: str) -> None:
+    def _report(self, form: str, tier: str, key: bytes, stored: bool, why: str) -> None:
         """Number a change, and keep it."""
         with self._lock:
             self._number += 1
-            self.changes.add(Change(self._number, key, tier, stored, why))
+            self.changes.add(Change(self._number, key, tier, stored, why, form))

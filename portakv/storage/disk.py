@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from glob import glob
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 from portakv.arguments import invalid, number, one_of, whole
@@ -18,7 +19,7 @@ from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage.chains import Chains
 from portakv.storage.disk_store import DiskStore
 from portakv.storage.files import form_in
-from portakv.storage.form import BlockForm, block_size_notes
+from portakv.storage.form import BlockForm, size_notes
 from portakv.storage.io.base import DEPTH, Engine
 from portakv.storage.io.choose import ENGINES, choose
 from portakv.storage.slots import Slots, Track
@@ -74,13 +75,12 @@ class Disk:
         self.io = io
         self.depth = whole("depth", depth, 1, 1 << 15)  # the most entries of a ring
         self.track = track
-        self._size_notes: list[str] = []
+        self._present: list[BlockForm] = []  # at the last look
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Return the other forms of the same cache that lie in the folders."""
-        stored = self._stored()
-        self._size_notes = block_size_notes(form, stored)
-        return [other for other in stored if other != form and form.same_cache(other)]
+        self._present = self._stored()
+        return [other for other in self._present if other != form and form.same_cache(other)]
 
     def _stored(self) -> list[BlockForm]:
         """Return all forms that lie in the folders and can be read."""
@@ -93,14 +93,16 @@ class Disk:
                         forms[form] = None
         return [*forms]
 
-    def open(self, graph: Graph, rows: Any, forms: Sequence[BlockForm]) -> list[DiskStore]:
-        """Return a tier store of the first form, which is created, and a tier store to read each
-        other form.
+    def open(
+        self, graph: Graph, rows: Any, forms: Sequence[BlockForm], own: int = 1
+    ) -> list[DiskStore]:
+        """Return a tier store of each of the first ``own`` forms, which are created, and a tier
+        store to read each other form.
 
         Leaves out, with a note: another form that cannot be opened, and a folder after the first
         one that another block store has. Requests go to ``rows.memory``.
 
-        Raises `StoreBusy` for the first folder, and `StoreError` for any folder of the first form.
+        Raises `StoreBusy` for the first folder, and `StoreError` for any folder of an own form.
         """
         engine = self.io
         notes = list[str]()
@@ -110,13 +112,15 @@ class Disk:
         with ExitStack() as undo:
             undo.callback(engine.close)
             opening = _Opening(self, graph, engine, undo, notes)
-            for form in forms:
-                opening.open_form(form, own=form == forms[0])
+            for number, form in enumerate(forms):
+                opening.open_form(form, own=number < own)
             first = opening.tier_stores[0]
-            if self.admit == "second":
-                first.offer_twice()
+            first.owns_engine = True
+            for tier_store in opening.tier_stores if self.admit == "second" else ():
+                if tier_store.writable:
+                    tier_store.offer_twice()
             folders = ", ".join(map(str, self.folders))
-            for note in self._size_notes:
+            for note in size_notes(forms[:own], self._present):
                 first.notes.append(note)
                 _warnings.warning(f"{note} {folders}", "%s: %s", folders, note)
             undo.pop_all()
@@ -124,7 +128,10 @@ class Disk:
 
 
 class _Opening:
-    """Open the forms of a disk tier one after the other, the store's own form first."""
+    """Open the forms of a disk tier one after the other, the store's own forms first.
+
+    The own forms have one lock, since each may take slots of another one.
+    """
 
     def __init__(
         self, disk: Disk, graph: Graph, engine: Engine, undo: ExitStack, notes: list[str]
@@ -138,10 +145,12 @@ class _Opening:
         self.capacity = disk.capacity // len(disk.folders)
         self.spaces = {folder: Space(folder, self.capacity) for folder in disk.folders}
         self.busy = set[Path]()
+        self.lock = Lock()
 
     def open_form(self, form: BlockForm, own: bool) -> None:
         """Open a form in every folder that has it, or makes it if it is the store's ``own``."""
-        chains = Chains[bytes]()  # of all folders, as a prefix may lie in several
+        # Of all folders, as a prefix may lie in several.
+        chains = Chains[bytes](self.lock if own else None)
         opened = dict[Path, Slots]()
         for folder in self.disk.folders:
             slots = self._open_folder(folder, form, own, chains, bool(opened))
@@ -172,7 +181,7 @@ class _Opening:
         form, or the form is only read.
         """
         place = folder / form.name
-        if not own and (folder in self.busy or not (place / "form.json").exists()):
+        if folder in self.busy or not (own or (place / "form.json").exists()):
             return None
         capacity = self.capacity if own else None
         space = self.spaces[folder]
@@ -189,7 +198,9 @@ class _Opening:
             self.tier_stores[0].notes.append(str(error))
             return None
         self.undo.callback(slots.close)
-        if not own:
+        if own:
+            space.writers.add(slots)
+        else:
             space.readers.add(slots)
         self.notes += slots.notes
         return slots

@@ -74,7 +74,7 @@ class _Taken(NamedTuple):
 class DiskStore:
     """The blocks of one form in all folders of a disk tier.
 
-    The ``writable`` store closes the I/O engine of all stores: it is closed last.
+    The store that ``owns_engine`` closes the I/O engine of all stores: it is closed last.
     """
 
     graph: Graph
@@ -84,6 +84,7 @@ class DiskStore:
     writable: bool
     notes: list[str]
     offered: Bounded[bytes, None] | None = None  # once, if the second time is to be waited for
+    owns_engine: bool = False
     tier = "disk"
 
     def offer_twice(self) -> None:
@@ -371,7 +372,7 @@ class DiskStore:
         """Put all on the devices, and close the folders."""
         for slots, _ in self.parts:
             slots.close()
-        if self.writable:
+        if self.owns_engine:
             self.engine.close()
 
     def _right(self, row: Row, expected: Header, segments: Sequence[int] | None) -> bool:

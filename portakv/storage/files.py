@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open the files of a disk tier, and report why a file cannot be used."""
+"""Open the files of a disk tier, claim its folder, and report why a file cannot be used."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import fcntl
 import os
 import stat
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
+from weakref import WeakSet
 
-from portakv.errors import StoreError
+from portakv.errors import StoreBusy, StoreError
+from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.form import BlockForm
 
 #: Flags of files that a store writes.
@@ -38,6 +43,19 @@ _CAUSES = {
     errno.ENOTDIR: "it is not a directory, or lies below a file",
     errno.ELOOP: "it is a symbolic link",
 }
+
+
+@dataclass
+class Descriptors:
+    """The descriptors of the files of a form; negative: not open."""
+
+    slots: int = -1  # the very file of the I/O
+    table: int = -1
+    claim: int = -1  # of the parent
+
+    def opened(self) -> list[int]:
+        """Return the open descriptors."""
+        return [fd for fd in (self.slots, self.table, self.claim) if fd >= 0]
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
@@ -191,3 +209,55 @@ def form_in(folder: Path) -> BlockForm:
             f"Expected the form of a cache in {file}, got damaged text or that of another release. "
             f"{error}"
         ) from error
+
+
+class Claimant(Protocol):
+    """Slots of a form, whose folder lies in the folder of the tier."""
+
+    folder: Path
+
+    @property
+    def claim(self) -> int:
+        """Return the descriptor that claims the folder of the tier; negative if none does."""
+
+
+#: The slots of this process, for the error of a folder that another store of it has.
+claimants: WeakSet[Claimant] = WeakSet()
+
+
+def claim(folder: Path) -> int:
+    """Claim a folder of a disk tier for one store, until this descriptor is closed.
+
+    A queue is followed. Raises `StoreBusy` if another store has the folder. No interrupt may leave
+    the lock without its descriptor, so a helper thread runs `_claim` for the main thread.
+    """
+    return uninterrupted(partial(_claim, folder), undo=os.close)
+
+
+def _claim(folder: Path) -> int:
+    """Make the folder, lock it, and write the number of this process into the lock."""
+    make_folder(folder)
+    owner = folder.stat().st_uid
+    if owner not in (0, os.geteuid()):  # root could do anything anyway
+        raise wrong_owner(folder, owner)
+    fd = lock(folder / "lock")
+    if fd < 0:
+        claimed = [x.folder.parent for x in [*claimants] if x.claim >= 0]
+        own = folder.resolve() in {each.resolve() for each in claimed}
+        raise StoreBusy(
+            f"Expected the store's folder {folder} to be free, got a folder that "
+            f"{'this process' if own else holder(folder)} has open already. Close that store, or "
+            f"pass another folder."
+        )
+    with suppress(OSError):  # the device is full
+        os.ftruncate(fd, os.pwrite(fd, str(os.getpid()).encode(), 0))
+    return fd
+
+
+def holder(folder: Path) -> str:
+    """Return a name for the process that claimed a folder last."""
+    try:
+        text = read_file(folder / "lock", 20).decode()
+    except (OSError, StoreError, UnicodeDecodeError):
+        text = ""
+    return f"process {text if text.isdigit() else '?'}"

@@ -268,7 +268,14 @@ class BlockForm:
         return src, dst
 
 
-def block_size_notes(form: BlockForm, others: Sequence[BlockForm]) -> list[str]:
+def size_notes(own: Sequence[BlockForm], present: Sequence[BlockForm]) -> list[str]:
+    """Return for each block size in which a tier has the cache of a store's own forms, and the
+    store does not, how to reach it."""
+    others = [form for form in present if form not in own]
+    return list(dict.fromkeys(note for form in own for note in _size_notes(form, others)))
+
+
+def _size_notes(form: BlockForm, others: Sequence[BlockForm]) -> list[str]:
     """Return for each block size in which other forms have the same cache how to reach it."""
     sizes = set[int]()
     for other in others:

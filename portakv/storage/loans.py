@@ -9,6 +9,7 @@ whether a loan has it. So one of the two sees the other, in any order of their s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import get_ident
 from weakref import ref
 
 import torch
@@ -27,7 +28,7 @@ class Loan:
         end: the end of the copy, once it was issued.
     """
 
-    __slots__ = ("_caller", "end", "keys", "rows", "stream")
+    __slots__ = ("_caller", "_thread", "end", "keys", "rows", "stream")
 
     def __init__(self, keys: Sequence[bytes], caller: object) -> None:
         self.keys = keys
@@ -35,10 +36,19 @@ class Loan:
         self.stream: torch.Stream | None = None
         self.end: Completion | None = None
         self._caller = ref(caller)
+        self._thread = get_ident()
 
     def cancel(self) -> None:
         """End a loan that nothing reads."""
         self.end = Completion()
+
+    def was_left(self) -> bool:
+        """Return True if this thread was interrupted before a copy could begin.
+
+        Only a thread that is not inside the loan's call any more, but whose traceback retains it,
+        may ask.
+        """
+        return self._thread == get_ident() and self.end is None and self.stream is None
 
     def ended(self) -> bool:
         """Return True if no copy reads the rows; never block.
@@ -61,7 +71,8 @@ class Loan:
 
 
 class Loans:
-    """The loans of a host tier. All calls but `begin` are made under the tier's lock."""
+    """The loans of a host tier. All calls but `begin` and `end_left` are made under the tier's
+    lock."""
 
     def __init__(self) -> None:
         self._all = list[Loan]()
@@ -80,6 +91,12 @@ class Loans:
         loan = Loan(keys, caller)
         self._all.append(loan)
         return loan
+
+    def end_left(self) -> None:
+        """End the loans of this thread whose calls were interrupted; needs no lock."""
+        for loan in [*self._all]:
+            if loan.was_left():
+                loan.cancel()
 
     def __contains__(self, key: object) -> bool:
         """Return True if a loan has a key, also one that has ended and was not forgotten."""

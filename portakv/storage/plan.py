@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, partial, reduce
+from functools import partial, reduce
 from operator import itemgetter, or_
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakSet
@@ -21,13 +20,13 @@ import numpy as np
 
 from portakv.graph import Graph, Handle, Lease, Mask, Missing, Priority, Task
 from portakv.graph.graph import Queue
+from portakv.graph.trace import COUNTED, Counts
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image
-from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.changes import Announced
-from portakv.storage.form import BlockForm
-from portakv.storage.parts import Part, Stage, parts_of
+from portakv.storage.parts import Part, Stage
 from portakv.storage.reasons import Explanation, Reasons
+from portakv.storage.request import Request
 from portakv.storage.rows import Crossing, Rows
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import KVView
@@ -54,90 +53,95 @@ Location: TypeAlias = "str | InFlight | Queues"
 Ending: TypeAlias = tuple[Task, Sequence[int], Sequence[int]]
 
 
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What a call of a user asks for.
-
-    ``after``: the key before the first one, of a save.
-    """
-
-    kind: str
-    keys: list[bytes]
-    priority: Priority
-    deadline: float | None = None
-    after: bytes | None = None
-
-    @cached_property
-    def order(self) -> dict[bytes, int]:
-        """Return the position of each key: no block of the call evicts an earlier one."""
-        order = {} if self.after is None else {self.after: -1}
-        order.update((key, place) for place, key in enumerate(self.keys))
-        return order
-
-    @cached_property
-    def follows(self) -> list[int]:
-        """Return the marks of the predecessors of a save's blocks."""
-        first = FIRST if self.after is None else mark_of(self.after)
-        return [first, *(mark_of(key) for key in self.keys[:-1])]
-
-
 class SharedState:
     """The state that the calls of a store share, under the graph's lock.
 
     ``begun``: reads and saves that have not ended. ``in_transit``: the last of them by part and
     key, with the row of the block. ``barriers``: the last task of each call. ``hits``: the keys of
-    loads that callers' threads made, whose use is not recorded yet. ``announced``: what the store
-    announces.
+    loads that callers' threads made, whose use is not recorded yet, with their forms.
+    ``announced``: what the store announces. ``generation``: of the newest block of a save.
     """
 
-    def __init__(self, graph: Graph, rows: Rows, tier_stores: list[TierStore]) -> None:
+    def __init__(self, graph: Graph, rows: Rows) -> None:
         self.graph = graph
         self.rows = rows
-        self.tier_stores = tier_stores
-        self.parts = list[Part]()  # once tiers are open
+        self.tier_stores = list[TierStore]()
         self.in_transit = dict[bytes, tuple[InFlight, int]]()
         self.barriers = WeakSet[Task]()
         self.begun = set[InFlight]()
-        self.hits = deque[list[bytes]]()
+        self.hits = deque[tuple[FormBlocks, list[bytes]]]()
         self.announced = Announced(graph)
         self.log = RateLimitedLog(logging.getLogger(__name__))
-
-    def open_forms(self, form: BlockForm, forms: Sequence[BlockForm]) -> None:
-        """Find the parts of a form's blocks, once tiers are open for the forms."""
-        self.parts = parts_of(form, forms, self.tier_stores, self.rows.tensor)
-
-    def touch(self, keys: Keys, follows: Sequence[int] = ()) -> None:
-        """Record the use of keys, the first key last, so that a prefix outlives its suffix.
-
-        ``follows``: the predecessors of the blocks of the store's form, from a save.
-        """
-        own = self.parts[0]
-        for tier_store in self.tier_stores:
-            known = [follows] if follows and tier_store.form == own.form else []
-            tier_store.touch(keys, *known)
-        for part in self.parts:
-            self.rows.touch([part.name(key) for key in keys], follows if part is own else ())
+        self.generation = 0
+        self.forms = dict[str, FormBlocks]()  # by their names, once tiers are open
+        self.closed = False
 
     def record_hits(self) -> None:
         """Record the use of blocks that callers' threads loaded, and forget loads that ended."""
         while self.hits:
-            keys = self.hits.popleft()
-            self.rows.use([self.parts[0].name(key) for key in keys])
-            self.touch(keys)
+            form, keys = self.hits.popleft()
+            self.rows.use([form.own.name(key) for key in keys])
+            form.touch(keys)
         self.rows.forget_loans()
+
+
+class FormBlocks:
+    """The blocks of one form of a store: where they are, and how often they were read and written.
+
+    Attributes:
+        name: the form's name; empty if the store was made for one form without a name.
+        parts: the parts that make up a block, ``own`` first: the part of the form itself.
+        apart: the checksums of the store's other forms that have no part of a block.
+        tier_stores: the tier stores that learn of a use of the blocks.
+        most_bytes: of the largest part of a block.
+        counts: of a form with a name, what its calls moved, for figures.
+    """
+
+    def __init__(
+        self, shared: SharedState, name: str, parts: list[Part], apart: Iterable[bytes]
+    ) -> None:
+        self.shared = shared
+        self.name = name
+        self.parts = parts
+        self.own = parts[0]
+        self.most_bytes = max(part.form.image_bytes for part in parts)
+        self.apart = frozenset(apart)
+        self.tier_stores = [x for x in shared.tier_stores if x.form.digest not in self.apart]
+        self.counts = Counts()
+
+    def count(self, tier: str, op: str, result: str, blocks: int) -> None:
+        """Count blocks of a form with a name, in any thread."""
+        if self.name and blocks:
+            nbytes = blocks * self.own.form.image_bytes if result == "hit" else 0
+            self.counts.new.append((tier, op, result, blocks, nbytes))
+            if len(self.counts.new) >= COUNTED:
+                self.shared.graph.run(self.counts.sum_up)
+
+    def touch(self, keys: Keys, follows: Sequence[int] = ()) -> None:
+        """Record the use of keys, the first key last, so that a prefix outlives its suffix.
+
+        ``follows``: the predecessors of the blocks of the form itself, from a save.
+        """
+        own = self.own
+        for tier_store in self.tier_stores:
+            known = [follows] if follows and tier_store.form == own.form else []
+            tier_store.touch(keys, *known)
+        rows = self.shared.rows
+        for part in self.parts:
+            rows.touch([part.name(key) for key in keys], follows if part is own else ())
 
     def leading(self, keys: Keys, until: float) -> int:
         """Return the number of leading blocks that are stored, in one part or in several.
 
         Asks remote tiers.
         """
-        whole = self.parts[0].cells
+        whole = self.own.cells
         covers = [0] * len(keys)
         for number, part in enumerate(self.parts):
             some = [i for i, cover in enumerate(covers) if part.cells & ~cover]
-            left = [i for i in some if not self.rows.has(part.name(keys[i]))]
+            left = [i for i in some if not self.shared.rows.has(part.name(keys[i]))]
             for tier_store in part.tier_stores:
-                time = max(0.0, until - self.graph.clock())
+                time = max(0.0, until - self.shared.graph.clock())
                 present = tier_store.has([keys[i] for i in left], time)
                 left = [i for i, has in zip(left, present, strict=True) if not has]
             for i in {*some}.difference(left):
@@ -150,10 +154,10 @@ class SharedState:
     def locations(self, keys: Sequence[bytes]) -> list[list[tuple[Part, Location]]]:
         """Return for each block the parts that cover it, with their locations.
 
-        The list of a block that is nowhere is empty. Most blocks are in the store's own form, which
+        The list of a block that is nowhere is empty. Most blocks are in the form itself, which
         takes one look a tier for all of them.
         """
-        own = self.parts[0]
+        own = self.own
         result = list[list[tuple[Part, Location]]]()
         for key, location in zip(keys, self.locate(own, keys), strict=True):
             result.append([(own, location)] if location else self._covering(key))
@@ -164,7 +168,7 @@ class SharedState:
 
         If a cell is nowhere, the whole block may be in a remote tier; else the list is empty.
         """
-        own = self.parts[0]
+        own = self.own
         result = list[tuple[Part, Location]]()
         cover = 0
         while cover != own.cells:
@@ -191,7 +195,7 @@ class SharedState:
         """
         result: list[Location] = [CACHED] * len(keys)
         names = [part.name(key) for key in keys]
-        left = [i for i, name in enumerate(names) if not self.rows.has(name)]
+        left = [i for i, name in enumerate(names) if not self.shared.rows.has(name)]
         some = [keys[i] for i in left]
         known = [tier_store.known(some) for tier_store in part.tier_stores]
         for number, i in enumerate(left):
@@ -201,17 +205,17 @@ class SharedState:
                 if has[number] or (tier_store.tier == "remote" and (far or queues)):
                     queues.append((tier_store, tier_store.queue(keys[i])))
                 stored |= has[number]
-            in_flight, _ = self.in_transit.get(names[i], (None, 0))
+            in_flight, _ = self.shared.in_transit.get(names[i], (None, 0))
             joins = in_flight and in_flight.wanted and not (in_flight.store and stored)
             result[i] = in_flight if in_flight and joins else (*queues,)
         return result
 
     def stored(self, keys: Keys) -> Mask:
-        """Return which blocks of the store's form are where saves put them.
+        """Return which blocks of the form itself are where saves put them.
 
         That is in every writable tier that evicts blocks, or in the host tier if there is no other.
         """
-        own = self.parts[0]
+        own = self.own
         writable = [tier_store for tier_store in own.tier_stores if tier_store.writable]
         there = np.ones(len(keys), np.bool_)
         for tier_store in writable:
@@ -219,7 +223,8 @@ class SharedState:
                 there &= tier_store.known(keys)
         if not writable:
             names = [own.name(key) for key in keys]
-            there[:] = [self.rows.has(name) or name in self.in_transit for name in names]
+            shared = self.shared
+            there[:] = [shared.rows.has(name) or name in shared.in_transit for name in names]
         return there
 
     def continues(self, after: bytes | None, tier_store: TierStore | None) -> bool:
@@ -230,8 +235,8 @@ class SharedState:
         """
         if after is None:
             return True
-        own = self.parts[0]
-        in_flight, _ = self.in_transit.get(own.name(after), (None, 0))
+        own = self.own
+        in_flight, _ = self.shared.in_transit.get(own.name(after), (None, 0))
         if (in_flight and in_flight.store) or any(
             other.tier == "remote" for other in own.tier_stores
         ):
@@ -270,8 +275,18 @@ class Call:
         in_transit: its transfers that have not ended, and 1 for its plan.
     """
 
-    def __init__(self, shared: SharedState, request: Request) -> None:
-        self.shared = shared
+    def __init__(
+        self,
+        form: FormBlocks,
+        kind: str,
+        keys: list[bytes],
+        priority: Priority,
+        deadline: float | None = None,
+        after: bytes | None = None,
+    ) -> None:
+        """Begin the plan of a `Request` for blocks of a form."""
+        request = Request(kind, keys, priority, deadline, after)
+        self.form = form
         self.request = request
         many = len(request.keys)
         self.barrier = Task(None, many, name=request.kind)
@@ -287,6 +302,11 @@ class Call:
         self._tasks = list[tuple[int, Task]]()  # tasks with the numbers of their stages
         self._leases = list[Lease]()  # leases of pinned rows
 
+    @property
+    def shared(self) -> SharedState:
+        """Return the state that it shares with the other calls of the store."""
+        return self.form.shared
+
     def slices(self, blocks: Sequence[int], whole: bool = False) -> list[Sequence[int]]:
         """Return the blocks that are planned together, before others may take the graph's lock.
 
@@ -298,7 +318,7 @@ class Call:
     def groups(self, blocks: Sequence[int]) -> dict[tuple[Part, Location], list[int]]:
         """Return blocks by part and location, and mark the located ones."""
         groups = dict[tuple[Part, Location], list[int]]()
-        located = self.shared.locations([self.request.keys[i] for i in blocks])
+        located = self.form.locations([self.request.keys[i] for i in blocks])
         for i, locations in zip(blocks, located, strict=True):
             self.located[i] = bool(locations)
             for location in locations:
@@ -321,13 +341,14 @@ class Call:
             self.explanation.tasks += [(end, some, items) for end in every]
             yield Arrival(location, dict(enumerate(ends)), some, items)
         elif isinstance(location, str):  # its rows stay until the tasks that use them have ended
-            for at in self.chunks(some, LOADED, len({*segments})):
+            for at in self.chunks(part, some, LOADED, len({*segments})):
                 lease = Lease(rows, 0, ended=self._unpin)
                 self._leases.append(lease)
                 lease.items = list[int]()
                 for i in at:
                     lease.items.append(rows.find(names[i]))
                 graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
+                self.form.count("host", "load", "hit", len(at))
                 yield Arrival(lease, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))
         else:
             yield from self._read(part, location, some, segments)
@@ -350,7 +371,7 @@ class Call:
         apart = len(pieces) > 1 and len(some) > self.shared.rows.staging
         # A disk reads 8 MiB sooner in two pieces than in four, which leave saves no worker.
         queues = [queue for tier_store, queue in tier_stores[:1] if tier_store.tier != "disk"]
-        for at in self.chunks(some, LOADED, len(pieces), *queues):
+        for at in self.chunks(part, some, LOADED, len(pieces), *queues):
             for group in [[x] for x in pieces] if apart else [pieces]:
                 in_flight = InFlight(self, part, at, apart=str(group).encode() if apart else b"")
                 for segment in group:
@@ -379,13 +400,12 @@ class Call:
             self.ends.append(((task, arrival.at, many), stages[number].layers))
 
     def chunks(
-        self, blocks: list[int], nbytes: int, pieces: int, *queues: Queue
+        self, part: Part, blocks: list[int], nbytes: int, pieces: int, *queues: Queue
     ) -> list[list[int]]:
         """Return the blocks of each task: two tasks share them, or all workers."""
-        rows = self.shared.rows
         share = -(-len(blocks) // max([2, *(queue.width for queue in queues)]))
-        most = rows.most // (4 if pieces > 1 else 1)
-        most = max(1, min(most, pieces * nbytes // rows.row_bytes, share, BLOCKS))
+        most = self.shared.rows.most // (4 if pieces > 1 else 1)
+        most = max(1, min(most, pieces * nbytes // part.form.image_bytes, share, BLOCKS))
         return [blocks[first : first + most] for first in range(0, len(blocks), most)]
 
     def task(
@@ -399,7 +419,7 @@ class Call:
         rescue: bool = False,
     ) -> Task:
         """Plan ``work(task, mask)`` on rows of a lease, for stage ``order[0]`` of ``order[1]``."""
-        nbytes = len(at) * self.shared.rows.row_bytes // order[1]
+        nbytes = len(at) * self.form.most_bytes // order[1]
         task = Task(
             work,
             len(at),
@@ -466,7 +486,7 @@ class Call:
         self.in_transit -= 1
         stores = self.request.kind == "save" or self.shared.rows.host
         if not self.in_transit and stores:
-            self.shared.touch(self.request.keys)
+            self.form.touch(self.request.keys)
 
     def handle(
         self,
@@ -498,6 +518,7 @@ class Call:
         why = self.explanation.sentence
         graph = self.shared.graph
         handle = Handle(graph, self.barrier, barriers, missing, view, self.excused, why)
+        handle.form = self.form.name
         if released:
             handle.add_release(released)
         if follow and self.shared.announced.handles.started:
@@ -556,10 +577,11 @@ class InFlight(Lease):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
         prefetched = all(call.request.kind == "prefetch" for call, _ in self.calls)
         shared.record_hits()
-        evict = shared.continues(call.request.after, None)
+        evict = call.form.continues(call.request.after, None)
         order = call.request.order
-        if rows.crowded(order):
-            shared.touch(call.request.keys)
+        apart = call.form.apart
+        if rows.crowded(order, apart):
+            call.form.touch(call.request.keys)
         shared.begun.discard(self)
         self._warn_dropped()
         for row, name in enumerate(self.names):
@@ -568,7 +590,7 @@ class InFlight(Lease):
             if landed[row]:
                 item = self.items[row]
                 mark = image.predecessor(rows.array[item])
-                rows.keep(item, name, prefetched, order, mark, evict)
+                rows.keep(item, name, prefetched, order, mark, evict, apart)
         call.transfer_ended()
 
     def _is_copied_still(self) -> bool:
@@ -609,6 +631,7 @@ class InFlight(Lease):
         rows, keys, data = self._of(mask)
         segments = None if segment is None else [segment]
         mask[rows] = tier_store.read(keys, data, segments, self._is_cancelled, self.reasons.report)
+        self._count(tier_store, mask, len(rows))
         return mask
 
     def end_copy(self) -> None:
@@ -642,10 +665,19 @@ class InFlight(Lease):
         generations = [self.generation] * len(rows)
         sums = [self.sums[row] for row in rows]
         with call.shared.graph.lock:
-            evict = call.shared.continues(call.request.after, tier_store)
+            evict = call.form.continues(call.request.after, tier_store)
         known = generations, sums, call.request.order, evict
         mask[rows] = tier_store.write(queue, keys, data, *known, report=self.reasons.report)
+        self._count(tier_store, mask, len(rows))
         return mask
+
+    def _count(self, tier_store: TierStore, mask: Mask, blocks: int) -> None:
+        """Count so many blocks, of which those of the mask landed, for the figures of the form."""
+        call = self.calls[0][0]
+        landed = int(np.count_nonzero(mask))
+        op = "save" if call.request.kind == "save" else "load"
+        call.form.count(tier_store.tier, op, "hit", landed)
+        call.form.count(tier_store.tier, op, "miss", blocks - landed)
 
     def _of(self, mask: Mask) -> tuple[list[int], list[bytes], list[Any]]:
         """Return the numbers, keys and bytes of rows."""

@@ -27,7 +27,7 @@ from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
-from portakv.storage.form import BlockForm, block_size_notes
+from portakv.storage.form import BlockForm, size_notes
 from portakv.storage.reasons import Reason
 from portakv.storage.remote_store import Failure, Fault, RemoteStore
 
@@ -129,8 +129,7 @@ class Remote:
 
         self._breaker = _CircuitBreaker(lambda: self.now())
         self.log = RateLimitedLog(_log, lambda: self.now())
-        self._stored_forms: list[BlockForm] = []
-        self._size_notes: list[str] = []
+        self._present: list[BlockForm] = []  # at the last look
         self.tier_stores: WeakSet[RemoteStore] = WeakSet()
 
     @property
@@ -275,35 +274,37 @@ class Remote:
 
         An interrupted request would block the others, so a helper runs this for `forms`.
         """
-        self._stored_forms = []
-        self._size_notes = []
-        stored = list[BlockForm]()
+        known = {f"1/{other.name}": other for other in self._present}
+        self._present = []
         store = self.store
         if type(store).__name__ == "HTTPStore":
-            return self._stored_forms
+            return []
         listed = self.ask(self.obs.list_with_delimiter, store, "1/")
         for path in listed["common_prefixes"] if listed else ():
+            if path in known:  # a name is a checksum of the form
+                self._present.append(known[path])
+                continue
             text = self.ask(self._read_small, f"{path}/form.json", miss=b"")
             with suppress(StoreError, ValueError):  # the text is not a form
                 other = BlockForm.from_json((text or b"").decode())
-                if path == f"1/{other.name}" and other != form:
-                    stored.append(other)
-        self._stored_forms = [other for other in stored if form.same_cache(other)]
-        self._size_notes = block_size_notes(form, stored)
-        for note in self._size_notes:
-            self.log.warning(note, "%s: %s", self.url, note)
-        return self._stored_forms
+                if path == f"1/{other.name}":
+                    self._present.append(other)
+        return [other for other in self._present if other != form and form.same_cache(other)]
 
     def _read_small(self, path: str) -> bytes:
         return bytes(self.obs.get(self.store, path).bytes())
 
-    def open(self, graph: Graph, _: object, forms: Sequence[BlockForm]) -> list[RemoteStore]:
-        """Return a tier store of the first form, which is written, and of the forms that `forms`
-        returned."""
-        own = forms[0]
-        some = [x for x in forms if x == own or x in self._stored_forms]
-        tier_stores = [RemoteStore(self, graph, form, form == own) for form in some]
-        tier_stores[0].notes += self._size_notes
+    def open(
+        self, graph: Graph, _: object, forms: Sequence[BlockForm], own: int = 1
+    ) -> list[RemoteStore]:
+        """Return a tier store of each of the first ``own`` forms, which are written, and of the
+        other forms that `forms` found."""
+        written = forms[:own]
+        some = [x for x in forms if x in written or x in self._present]
+        tier_stores = [RemoteStore(self, graph, form, form in written) for form in some]
+        for note in size_notes(written, self._present):
+            self.log.warning(note, "%s: %s", self.url, note)
+            tier_stores[0].notes.append(note)
         self.tier_stores.update(tier_stores)
         return [*tier_stores]
 

@@ -9,7 +9,7 @@ view.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from math import gcd
 from typing import Any
@@ -55,8 +55,15 @@ class _Cache:
         self.unused = set[bytes]()  # keys of rows that were prefetched and not used since
         self.pins: Counter[int] = Counter()  # by row
         self.loans = Loans()
+        self.listeners = dict[bytes, Changed]()  # by the checksum of a form
         self._names = dict[int, bytes]()  # keys of pinned rows
         self._passed = set[bytes]()  # keys of loans that `next` passed over
+
+    def report(self, key: bytes, stored: bool, why: str) -> None:
+        """Report a key that gets a row, or loses it, to the listener of its form."""
+        changed = self.listeners.get(key[:-32])
+        if changed is not None:
+            changed(key[-32:], stored, why)
 
     def add(self, key: bytes, row: int, follows: int, prefetched: bool) -> None:
         """Add a row under a key that follows a mark."""
@@ -115,7 +122,7 @@ class _Cache:
 
 
 class HostIndex:
-    """The keys of the host tier of one form; see `changes.Listed`."""
+    """The keys of the host tier of one form, by its checksum; see `changes.Listed`."""
 
     tier = "host"
 
@@ -132,13 +139,8 @@ class HostIndex:
 
     def announce(self, changed: Changed) -> None:
         """Report from now on each key that gets a row, or loses it."""
-        past = len(self._form)
-
-        def report(name: bytes, stored: bool, why: str) -> None:
-            if name[:past] == self._form:
-                changed(name[past:], stored, why)
-
-        self._cache.chains.changed = report
+        self._cache.listeners[self._form] = changed
+        self._cache.chains.changed = self._cache.report
 
 
 class Rows:
@@ -206,12 +208,14 @@ class Rows:
         own: Mapping[bytes, int] | None = None,
         follows: int = FIRST,
         evict: bool = True,
+        apart: Collection[bytes] = (),
     ) -> bool:
         """Cache a lent row under a key that follows a mark, in place of the next row to evict.
 
         Returns False if the key has a row, or no row may be evicted. Without ``evict`` none may. A
         row whose key is earlier in the same call may not: ``own`` maps the last 32 bytes of the
-        call's keys to positions. At most half of the rows are ``prefetched`` and not used yet.
+        call's keys to positions. ``apart``: the forms (all bytes before these) whose rows are not
+        the call's. At most half of the rows are ``prefetched`` and not used yet.
         """
         with self._lock:
             cache = self._cache
@@ -222,7 +226,7 @@ class Rows:
                 victim = cache.next(_UNUSED if crowded else None)
                 if victim is None or not evict:
                     return False
-                if own and own.get(victim[-32:], len(own)) <= own[key[-32:]]:
+                if own and _place_of(victim, own, apart) <= own[key[-32:]]:
                     return False
                 row = cache.evict(victim)
                 if row is None:
@@ -295,6 +299,10 @@ class Rows:
             for key in keys:
                 self._cache.use(key)
 
+    def end_left_loans(self) -> None:
+        """End the loans of this thread whose calls were interrupted before their copies."""
+        self._cache.loans.end_left()
+
     def forget_loans(self) -> None:
         """Forget the loans that have ended, also those of loads that found no row."""
         with self._lock:
@@ -305,14 +313,19 @@ class Rows:
         with self._lock:
             return self._cache.chains.by_use()
 
+    def by_form(self) -> Counter[bytes]:
+        """Return the number of cached rows of each form, by its checksum."""
+        with self._lock:
+            return Counter(key[:-32] for key in self._cache.rows)
+
     def listed(self, form: bytes) -> HostIndex:
         """Return the index of the blocks of a form, by its checksum."""
         return HostIndex(self._cache, form)
 
-    def crowded(self, own: Mapping[bytes, int]) -> bool:
+    def crowded(self, own: Mapping[bytes, int], apart: Collection[bytes] = ()) -> bool:
         """Return True if the next row to evict belongs to a call (see `keep`)."""
         with self._lock:
-            return (self._cache.next() or b"")[-32:] in own
+            return _place_of(self._cache.next() or b"", own, apart) < len(own)
 
     def has(self, key: bytes) -> bool:
         """Return True if a key has a row."""
@@ -322,6 +335,13 @@ class Rows:
         """Return the number of rows by their state."""
         cached = len(self._cache.rows)
         return {"free": len(self._free), "lent": len(self._lent), "kept": cached}
+
+
+def _place_of(key: bytes, own: Mapping[bytes, int], apart: Collection[bytes]) -> int:
+    """Return the position of a cached key in a call (see `Rows.keep`), past all if it has none."""
+    if key[:-32] in apart:
+        return len(own)
+    return own.get(key[-32:], len(own))
 
 
 def _mark(key: bytes, mark: int) -> Hashable:

@@ -17,8 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -27,12 +26,15 @@ import numpy as np
 
 from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
-from portakv.runtime.interrupts import abandoned, uninterrupted
+from portakv.runtime.interrupts import abandoned
 from portakv.storage.chains import UNKNOWN, Chains, mark_of
 from portakv.storage.files import (
     MOST_FORM,
     OPEN,
+    Descriptors,
     check_folder,
+    claim,
+    claimants,
     form_in,
     lock,
     make_folder,
@@ -41,7 +43,6 @@ from portakv.storage.files import (
     replace_file,
     replace_if_possible,
     unusable,
-    wrong_owner,
 )
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, checksum, header, predecessor
@@ -68,6 +69,7 @@ BATCH = 256
 _LEAST_GROWTH = 1 << 20  # bytes of the first slots
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PATIENCE = 2.0  # seconds
+_LOOKS = 16  # blocks
 Track = Callable[[Sequence[int], str], Iterable[int]]
 
 
@@ -76,19 +78,6 @@ class Place(NamedTuple):
 
     slot: int
     header: Header
-
-
-@dataclass
-class _Files:
-    """The descriptors of a folder; negative: not open."""
-
-    slots: int = -1  # the very file of the I/O
-    table: int = -1
-    claim: int = -1  # of the parent
-
-    def opened(self) -> list[int]:
-        """Return the open descriptors."""
-        return [fd for fd in (self.slots, self.table, self.claim) if fd >= 0]
 
 
 class Slots:
@@ -120,7 +109,7 @@ class Slots:
         chains: Chains[bytes] | None = None,
         space: Space | None = None,
     ) -> None:
-        self._files = _Files()  # first, as `__del__` reads it
+        self._files = Descriptors()  # first, as `__del__` reads it
         self.folder = folder
         self.form = form
         self.direct = True
@@ -134,6 +123,7 @@ class Slots:
         self.siblings: Sequence[Slots] = ()  # of all folders of the form, once they are open
         _watch_forks()
         _opened.add(self)
+        claimants.add(self)
         try:
             self._recover(engine, track, self._open(capacity))
             free = {*range(self.count)}.difference(self.index.values())
@@ -153,6 +143,16 @@ class Slots:
         return self._files.slots
 
     @property
+    def claim(self) -> int:
+        """Return the descriptor that claims the parent; negative if none does."""
+        return self._files.claim
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all slots."""
+        return self.count * self.form.image_bytes
+
+    @property
     def broken(self) -> int:
         """Return the number of faulty slots."""
         return self._occupancy.broken
@@ -167,7 +167,7 @@ class Slots:
         size = self.form.image_bytes
         table = self.folder / "table"
         if space is not None:
-            self._files.claim = claim(self.folder.parent)
+            self._files.claim = self._claimed()
             make_folder(self.folder)
         check_folder(self.folder)
         present = self._form_present()
@@ -205,6 +205,11 @@ class Slots:
         self._records[: len(old)] = old
         self._try_direct()
         return len(old)
+
+    def _claimed(self) -> int:
+        """Return a descriptor that claims the parent, also for the other forms of this store."""
+        claims = [other.claim for other in [*self._space.writers] if other.claim >= 0]
+        return os.dup(claims[0]) if claims else claim(self.folder.parent)
 
     def _write_form(self, new: bool) -> None:
         """Write form.json, unless it says the same, but for who wrote it."""
@@ -422,9 +427,12 @@ class Slots:
             if not self._fits:
                 self._space.make_fit(self.folder)
                 self._fits = True
-            if not self._occupancy.free:
+            looks = not evict or self._looks_for_space()
+            if not self._occupancy.free and looks:
                 self._grow()
-            while not self._occupancy.free and evict and not self._evict(key, own or {}):
+            while (
+                not self._occupancy.free and evict and not self._free_a_slot(key, own or {}, looks)
+            ):
                 if not self._later_are_written(key, own or {}):
                     break
                 if not self._occupancy.written.wait(_PATIENCE):
@@ -458,13 +466,26 @@ class Slots:
         written stay. Returns True if slots went.
         """
         with self.chains.lock:
-            if self.fd < 0:
-                return False
-            before = self.count
-            self._cut(self._occupancy.past_free(self.count))
-            if self.count == before:
-                self._cut(before - -(-nbytes // self.form.image_bytes))
-            return self.count < before
+            return self.fd >= 0 and self._yield(nbytes)
+
+    def yield_share(self, nbytes: int) -> bool:
+        """Give slots back as `cut` does, so many bytes or an eighth, under the lock."""
+        return self._yield(max(nbytes, min(EXTENT, self.nbytes // 8)))
+
+    def _yield(self, nbytes: int) -> bool:
+        before = self.count
+        self._cut(self._occupancy.past_free(self.count))
+        if self.count == before:
+            self._cut(before - -(-nbytes // self.form.image_bytes))
+        return self.count < before
+
+    def age(self) -> int:
+        """Return for how many uses the block that goes next here was not used, under the lock."""
+        return self.chains.age(self.folder)
+
+    def age_anywhere(self) -> int:
+        """Return the same for the block of the form that goes next in any folder."""
+        return self.chains.age()
 
     def _cut(self, keep: int) -> None:
         """Give back the slots from ``keep`` on that lie above all slots in use.
@@ -533,6 +554,30 @@ class Slots:
         if self._occupancy.free:
             self._put(self._occupancy.free[0])
 
+    def _looks_for_space(self) -> bool:
+        """Return True if a block may look for space before it evicts another one.
+
+        Forms that share a full folder look at each `_LOOKS`th block: a look takes 0.1 ms.
+        """
+        return len(self._space.writers) < 2 or self._occupancy.evicted % _LOOKS == 0
+
+    def _free_a_slot(self, key: bytes, own: Mapping[bytes, int], looked: bool) -> bool:
+        """Evict a block, or take slots of another form with an older block; return True if a slot
+        is free. ``looked``: growth has found no space."""
+        if looked and self._take_over():
+            return True
+        if self._evict(key, own):
+            return True
+        if not looked:
+            self._grow()
+        return bool(self._occupancy.free) or (not looked and self._take_over())
+
+    def _take_over(self) -> bool:
+        """Take slots of another form with an older block; return True if a slot is free."""
+        if self.count < self.limit and self._space.take_over(self, self.form.image_bytes):
+            self._grow()
+        return bool(self._occupancy.free)
+
     def _evict(self, key: bytes, own: Mapping[bytes, int]) -> bool:
         """Evict a block for another one, unless it is earlier in the call; return True if one
         went."""
@@ -594,7 +639,7 @@ class Slots:
     def close(self, sync: bool = True) -> None:
         """Make all blocks and the order of last use durable, and release the folder."""
         files = self._files.opened()
-        self._files = _Files()
+        self._files = Descriptors()
         if sync and files:
             order = json.dumps([self.index[key] for key in self.by_use()])
             replace_if_possible(self.folder / "order", order)
@@ -638,45 +683,6 @@ class Slots:
         self.chains.remove(key)
         if slot not in self._occupancy.pins:
             self._occupancy.free.append(slot)
-
-
-def claim(folder: Path) -> int:
-    """Claim a folder of a disk tier for one store, until this descriptor is closed.
-
-    A queue is followed. Raises `StoreBusy` if another store has the folder. No interrupt may leave
-    the lock without its descriptor, so a helper thread runs `_claim` for the main thread.
-    """
-    return uninterrupted(partial(_claim, folder), undo=os.close)
-
-
-def _claim(folder: Path) -> int:
-    """Make the folder, lock it, and write the number of this process into the lock."""
-    make_folder(folder)
-    owner = folder.stat().st_uid
-    if owner not in (0, os.geteuid()):  # root could do anything anyway
-        raise wrong_owner(folder, owner)
-    fd = lock(folder / "lock")
-    if fd < 0:
-        own = folder.resolve() in {
-            x.folder.parent.resolve() for x in _opened if x._files.claim >= 0
-        }
-        raise StoreBusy(
-            f"Expected the store's folder {folder} to be free, got a folder that "
-            f"{'this process' if own else holder(folder)} has open already. Close that store, or "
-            f"pass another folder."
-        )
-    with suppress(OSError):  # the device is full
-        os.ftruncate(fd, os.pwrite(fd, str(os.getpid()).encode(), 0))
-    return fd
-
-
-def holder(folder: Path) -> str:
-    """Return a name for the process that claimed a folder last."""
-    try:
-        text = read_file(folder / "lock", 20).decode()
-    except (OSError, StoreError, UnicodeDecodeError):
-        text = ""
-    return f"process {text if text.isdigit() else '?'}"
 
 
 _opened: WeakSet[Slots] = WeakSet()

@@ -34,6 +34,28 @@ class Reader(Protocol):
         """Give slots back, of so many bytes if there are some; return True if slots went."""
 
 
+class Writer(Reader, Protocol):
+    """Slots that this store has open to save. All of a folder have one lock."""
+
+    def age(self) -> int:
+        """Return for how many uses the block that goes next here was not used; 0 if none can go.
+        Under the lock."""
+
+    def age_anywhere(self) -> int:
+        """Return the same for the block of the form that goes next in any folder."""
+
+    def yield_share(self, nbytes: int) -> bool:
+        """Give back so many bytes of slots or more, under the lock; return True if slots went."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all slots."""
+
+    @property
+    def claim(self) -> int:
+        """Return the descriptor that claims the folder; negative if it is closed."""
+
+
 class _File(NamedTuple):
     """The file of slots of a form."""
 
@@ -50,12 +72,16 @@ class Space:
     save for the longest time at the front; then ``readers``, the forms that this store has open to
     read. Empty slots at the end of a file go before slots with blocks. All successors of an evicted
     block go with it, also those in ``others``, the claimed folders of the same tier.
+
+    ``writers`` are the forms that this store saves. One of them takes slots of another one only if
+    the next block to go has not been used for longer there (`take_over`).
     """
 
     def __init__(self, folder: Path, capacity: int = _NO_BOUND) -> None:
         self.folder = folder
         self.capacity = capacity
         self.readers: WeakSet[Reader] = WeakSet()
+        self.writers: WeakSet[Writer] = WeakSet()
         self.others: Sequence[Path] = ()
         self._trimmed = set[Path]()  # closed forms without empty slots at the end
 
@@ -69,8 +95,32 @@ class Space:
         """Make forms other than ``own`` give way while all exceed the bound, as after a change of
         it."""
         while (excess := self._allocated() - self.capacity) > 0:
-            if not self.yield_space(own, excess):
+            if not (self.yield_space(own, excess) or self._largest_yields(excess)):
                 return
+
+    def _largest_yields(self, nbytes: int) -> bool:
+        """Make the largest of several ``writers`` give back an eighth, or ``nbytes`` if these are
+        less; return True if it did."""
+        present = [writer for writer in [*self.writers] if writer.fd >= 0]
+        if len(present) < 2:
+            return False
+        largest = max(present, key=lambda writer: writer.nbytes)
+        return largest.yield_share(min(nbytes, largest.nbytes // 8))
+
+    def take_over(self, own: Writer, nbytes: int) -> bool:
+        """Make another form that this store saves give back slots of ``nbytes`` or more, if its
+        next block to go here has not been used for longer than that of ``own`` in any folder.
+        Return True if one did.
+
+        Ages that differ by less than an eighth count as equal, so that forms that are used alike
+        do not take slots from each other in turns.
+        """
+        others = [other for other in [*self.writers] if other is not own and other.fd >= 0]
+        if not others:
+            return False
+        ages = {other: other.age() for other in others}
+        oldest = max(others, key=ages.__getitem__)
+        return 8 * ages[oldest] > 9 * own.age_anywhere() and oldest.yield_share(nbytes)
 
     def allowance(self, own: Path, least: int, most: int) -> int:
         """Return the bytes that the form ``own`` may allocate, at most ``most``.

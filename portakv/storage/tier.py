@@ -8,8 +8,9 @@ that the block store owns.
 
 The library calls a tier in this order:
 
-- `Tier.forms` when a block store is made: the other forms of the same cache that lie in the tier.
-- `Tier.open` once, with the block store's own form first. It opens everything or raises.
+- `Tier.forms` when a block store is made, for each form that it saves: the other forms of the same
+  cache that lie in the tier.
+- `Tier.open` once, with the block store's own forms first. It opens everything or raises.
 - For each call of a user, under the lock of the task graph: `known`, `wants`, `queue`,
   `queue_for_write` and `touch`. They answer from memory and return within microseconds.
 - `has` in the thread of a `lookup`, without that lock. It may ask over a network until its timeout.
@@ -17,7 +18,7 @@ The library calls a tier in this order:
   together for one tier store. They block until the blocks came or are stored. The rows belong to
   them until they return, and no medium uses them afterwards: an operation that still uses a row
   has to end first.
-- `close` once for each tier store, after the last call, the tier store of the own form last.
+- `close` once for each tier store, after the last call, the tier store of the first form last.
 
 Promises of an implementation:
 
@@ -61,18 +62,22 @@ class Tier(Protocol):
         """Return the other forms of the form's cache that lie in the tier."""
         ...
 
-    def open(self, graph: Graph, rows: Rows, forms: Sequence[BlockForm], /) -> Sequence[TierStore]:
-        """Open the tier for forms, the block store's own one first.
+    def open(
+        self, graph: Graph, rows: Rows, forms: Sequence[BlockForm], own: int = 1, /
+    ) -> Sequence[TierStore]:
+        """Open the tier for forms, the block store's own ones first.
 
         Args:
             graph: makes the queues that reads and writes run on, and counts what happened.
             rows: the host memory of the block store; an engine may register ``rows.memory``.
-            forms: the own form, which is created if need be, and other ones, which are read only.
+            forms: the own forms, which are created if need be, and other ones, which are read only.
+            own: the number of own forms. A tier without this argument serves stores of one form.
 
-        Returns the tier store of the own form, and those of other forms that can be read.
+        Returns the tier stores of the own forms in their order, and those of other forms that can
+        be read.
 
         Raises:
-            StoreError: the tier cannot be opened for the own form.
+            StoreError: the tier cannot be opened for an own form.
         """
         ...
 
@@ -126,7 +131,7 @@ class TierStore(Protocol):
     Attributes:
         tier: the kind of tier, such as "disk", for statistics.
         form: the form of its blocks.
-        writable: True for the store of the block store's own form.
+        writable: True for the store of an own form of the block store.
         notes: sentences for `BlockStore.explain`.
         where: its paths or its URL, for errors; without secrets.
         generation: the highest generation of a block that it found when it was opened.

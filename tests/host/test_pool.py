@@ -171,6 +171,23 @@ def test_a_pool_grows_for_blocks_of_any_size_in_pieces() -> None:
         assert (pool.free, pool.largest_free) == (9, 4 * 1024 + SIZE)
 
 
+def test_a_pool_grows_for_several_blocks_near_the_largest_size() -> None:
+    """Pieces of five pages would hold one block of four pages each, and waste a page."""
+    page = _pages.PAGE
+    with PinnedPool(page, 1, limit=9, grow=1, largest=5 * page) as pool:
+        blocks = pool.acquire_many(2, nbytes=4 * page)
+        assert pool.blocks == 9
+        for number, block in enumerate(blocks):
+            block.tensor.fill_(number)
+        assert [block.tensor.unique().tolist() for block in blocks] == [[0], [1]]
+        assert pool.free == 1
+    with PinnedPool(page, 1, limit=8, grow=1, largest=5 * page) as pool:
+        with pytest.raises(PoolExhausted, match="at most 1 blocks"):
+            pool.acquire_many(2, nbytes=4 * page, wait=True, timeout=5.0)
+        with pytest.raises(PoolExhausted, match="at most 0 blocks"):
+            pool.acquire(nbytes=6 * page, wait=True, timeout=5.0)
+
+
 def test_no_larger_block_lies_in_two_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
     most = 4 * _pages.PAGE
     with PinnedPool(_pages.PAGE, 12, largest=most) as pool:

@@ -196,10 +196,10 @@ class Apart(Runs):
 class JoinsNothing(PinnedPool):
     """A pool whose free neighbours stay apart."""
 
-    def _add(self, blocks: int) -> None:
+    def _add(self, blocks: int, units: int = 1) -> None:
         if not self.blocks:
             self._runs = Apart()
-        super()._add(blocks)
+        super()._add(blocks, units)
 
 
 class TakesTooLittle(PinnedPool):

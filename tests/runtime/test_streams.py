@@ -19,14 +19,15 @@ from support.fake_libcuda import FakeLibrary
 from support.guarded_memory import refused
 from support.threads import run_threads
 
-from portakv import TransferError, copy_blocks
+from portakv import KVView, TransferError, copy_blocks
 from portakv.copy import slices as block_slices
 from portakv.host.small import SmallCopy
 from portakv.registry.prepared import bring
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams as _streams
 from portakv.runtime.devices import inside
-from portakv.runtime.streams import on_one_core, own_stream
+from portakv.runtime.streams import awaited_asleep, on_one_core, own_stream
+from portakv.runtime.transfer import Completion, Transfer
 
 CARD = torch.device("cuda", 0)
 
@@ -228,6 +229,39 @@ def test_a_worker_waits_for_a_device_asleep(monkeypatch: pytest.MonkeyPatch) -> 
         made.assert_not_called()
     made.assert_called_once_with(blocking=True)
     assert event.mock_calls == [call.record(("current", CARD)), call.synchronize()]
+
+
+def test_a_worker_waits_for_a_slice_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First for an event that lets the thread sleep, then for what the transfer had itself."""
+    order = Mock()
+    monkeypatch.setattr(torch.cuda, "Event", Mock(return_value=order.event))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    transfer = Transfer([Completion(pendings=(order.own,))], carried=("by", "way"))
+    assert awaited_asleep(transfer, torch.device("cpu")) is transfer
+    asleep = awaited_asleep(transfer, CARD)
+    assert asleep.carried == transfer.carried
+    asleep.synchronize()
+    waits = [call.event.record("current"), call.event.synchronize(), call.own.wait()]
+    assert order.mock_calls == waits
+
+
+@pytest.mark.gpu
+def test_a_copy_in_slices_waits_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    kind: Any = torch.cuda.Event
+
+    def event(**terms: Any) -> Any:
+        made.append(terms)
+        return kind(**terms)
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    layout = "block token dim"
+    source = torch.arange(8 * 16 * 64, dtype=torch.float32, device=CARD).view(8, 16, 64)
+    target = torch.zeros(8, 16, 64, pin_memory=True)
+    views = KVView(source, layout), KVView(target, layout)
+    copy_blocks(*views, range(8), range(8), cancellable=True).synchronize()
+    assert torch.equal(target, source.cpu())
+    assert {"blocking": True} in made
 
 
 @pytest.mark.gpu

@@ -239,7 +239,7 @@ def test_a_damaged_block_is_lost(tmp_path: Path) -> None:
         path.write_bytes(content)
         store.load(cache(50), range(4), KEYS[:4], missing="skip").synchronize(LIMIT)
         (change,) = store.listen()
-        assert change[2:] == ("disk", False, "damaged")
+        assert (change.tier, change.stored, change.why) == ("disk", False, "damaged")
         assert store.listen() == []
 
 
@@ -270,13 +270,13 @@ def test_a_slow_listener_sees_the_gap() -> None:
     limit = 65536
     reports = Reports()
     announced = Announced(Graph())
-    changes = announced.listen([reports])
+    changes = announced.listen({"": [reports]})
     for _ in range(limit + 3):
         reports.changed(KEYS[0], True, "")
     taken = changes.take()
     assert len(taken) == limit
     assert taken[0].number == 4
-    assert announced.snapshot([reports]) == Snapshot(limit + 3, {"disk": KEYS[:1]})
+    assert announced.snapshot({"": [reports]}, "") == Snapshot(limit + 3, {"disk": KEYS[:1]})
 
 
 def test_a_tier_without_an_index_is_left_out() -> None:

@@ -19,7 +19,7 @@ from portakv import BackendUnavailable, CopyOptions, KVView, StoreError, Transfe
 from portakv.errors import TransferCancelled, TransferTimeout
 from portakv.graph.graph import Graph
 from portakv.storage import BlockStore, loans
-from portakv.storage import store as storing
+from portakv.storage import form_store as storing
 from portakv.storage.loans import Loan
 from portakv.storage.rows import _Cache
 

@@ -24,6 +24,7 @@ from portakv.graph.prometheus import Collector
 from portakv.graph.task import Lease, Task
 from portakv.graph.trace import Trace
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
+from portakv.storage.form_store import FormStore
 from portakv.storage.tier import Tier
 
 FILES = files_of("storage", "graph", "runtime/interrupts.py")
@@ -122,6 +123,55 @@ def serving(folder: Path) -> Steps:
     folder.mkdir(parents=True, exist_ok=True)
     yield act
     judge(store)
+
+
+def forming(folder: Path) -> Steps:
+    """Open and close a store of two forms; save and load blocks of both in another one."""
+    forms = {"one": FORM, "two": small_form(notes="another group")}
+    tiers: list[Tier] = [disk(folder / "d")]
+    store = BlockStore(forms, staging=8 * SIZE, host=4 * SIZE, tiers=tiers, full="wait")
+
+    def act() -> None:
+        BlockStore(forms, staging=6 * SIZE, tiers=[disk(folder / "e")]).close()
+        store.listen_fd()
+        for name in store.forms:
+            one = store.of(name)
+            assert one.form == forms[name]
+            one.save(SOURCE, range(3), KEYS[:3], priority="urgent").synchronize(LIMIT)
+            one.load(TARGET, range(3), KEYS[:3], missing="skip").synchronize(LIMIT)
+        store.statistics()
+        store.explain()
+
+    yield act
+    for name in forms:
+        one = store.of(name)
+        one.save(SOURCE, range(6), KEYS, priority="urgent").synchronize(LIMIT)
+        one.load(TARGET, range(6), KEYS, missing="skip").synchronize(LIMIT)
+    assert settles(lambda: store.rows.counts()["lent"] == 0), "a row is lent"
+    assert not store.rows.in_use(), "a row is pinned"
+    store.close(LIMIT)
+
+    def again() -> bool:
+        """Check that the folder is free, at the latest after the helper has undone all."""
+        try:
+            BlockStore(FORM, staging=6 * SIZE, tiers=[disk(folder / "e")]).close()
+        except PortaKVError:
+            return False
+        return True
+
+    assert settles(again), "the folder is busy"
+
+
+def leaving(folder: Path) -> Steps:
+    """Load blocks of the host tier in a ``with`` block, which closes the store after an interrupt,
+    while the frames of the load live on in the traceback."""
+
+    def act() -> None:
+        with BlockStore(FORM, staging=8 * SIZE, host=4 * SIZE, full="wait") as store:
+            store.save(SOURCE, range(3), KEYS[:3], priority="urgent").synchronize(LIMIT)
+            store.load(TARGET, range(3), KEYS[:3], missing="skip").synchronize(LIMIT)
+
+    yield act
 
 
 def joining(folder: Path) -> Steps:
@@ -271,10 +321,10 @@ NOT_CALLED = {
     "BlockForm.same_cache": "changes nothing that is shared",
     "BlockForm.view": "changes nothing that is shared",
 }
-SCENARIOS = [opening, serving, joining, closing, graphs, ending]
+SCENARIOS = [opening, serving, forming, leaving, joining, closing, graphs, ending]
 
 
-@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [serving, opening]))
+@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [serving, opening, forming]))
 def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) -> None:
     leaks, count = orphans(scenario, tmp_path, FILES)
     print(f"{scenario.__name__}: {count} lines")
@@ -305,7 +355,7 @@ def test_interrupts_without_helpers_leave_something(
 def test_interrupts_meet_what_callers_run(tmp_path: Path) -> None:
     """Scenarios call every public function, and of the functions that they call in the caller's
     thread they run all lines but a few, which refuse arguments."""
-    kinds = BlockForm, BlockStore, Collector, Disk, Graph, Handle, Task, Remote, Trace
+    kinds = BlockForm, BlockStore, Collector, Disk, FormStore, Graph, Handle, Task, Remote, Trace
     public, called, left, of_called = reach(SCENARIOS, tmp_path, FILES, kinds)
     assert public - called == {*NOT_CALLED}
     print(f"{of_called - len(left)} of {of_called} lines; not run: {left}")

@@ -28,19 +28,22 @@ ROOM = 24 * LARGE.image_bytes
 CHAINS = [[key_of(100 * chain + number) for number in range(1, 13)] for chain in range(8)]
 
 
-def opened(folder: Path, form: BlockForm, io: Any) -> DiskStore:
-    """Return the store of a tier of a form, in a folder in which earlier processes were killed."""
-    return cases.reopened(Disk(folder, capacity=ROOM, io=io), form)
+def opened(folder: Path, forms: list[BlockForm], io: Any) -> list[DiskStore]:
+    """Return the stores of a tier, in a folder in which earlier processes were killed."""
+    return cases.all_reopened(Disk(folder, capacity=ROOM, io=io), forms)
 
 
-def writer(folder: Path, form: BlockForm, io: Any) -> Callable[[int], None]:
-    """Save the next blocks of chains in a child until it is killed."""
+def writer(folder: Path, forms: list[BlockForm], io: Any) -> Callable[[int], None]:
+    """Save the next blocks of chains of own forms in a child until it is killed."""
 
     def work(ready: int) -> None:
         draw = random.Random(os.getpid())
-        store = opened(folder, form, io)
-        for generation in range(store.generation + 1, 10**6):
+        stores = opened(folder, forms, io)
+        first = max(store.generation for store in stores)
+        for generation in range(first + 1, 10**6):
             chain = draw.choice(CHAINS)
+            store = draw.choice(stores)
+            form = store.form
             there = store.has(chain).index(False) if not all(store.has(chain)) else 0
             keys = chain[there : there + draw.randint(1, 6)]
             marks = [mark_of(chain[there - 1]) if there else FIRST, *map(mark_of, keys)]
@@ -58,7 +61,7 @@ def writer(folder: Path, form: BlockForm, io: Any) -> Callable[[int], None]:
 
 def check(folder: Path, form: BlockForm, io: str) -> int:
     """Return how many blocks a form has, each of which is right."""
-    store = opened(folder, form, io)
+    (store,) = opened(folder, [form], io)
     try:
         stored = []
         for chain in CHAINS:
@@ -81,10 +84,25 @@ def test_kills_at_random(tmp_path: Path, io: str, kills: int) -> None:
     total = 0
     for number in range(kills):
         form = FORMS[number * 7 // 4 % 3]
-        cases.kill_writer(writer(tmp_path, form, io), 0.05)
+        cases.kill_writer(writer(tmp_path, [form], io), 0.05)
         total += check(tmp_path, form, io)
         if number % 8 == 7:
             for each in FORMS:
                 check(tmp_path, each, io)
+        assert sum(path.stat().st_size for path in tmp_path.glob("*/slots")) <= ROOM
+    assert total >= 2 * kills
+
+
+@pytest.mark.parametrize("io", ["ring", "threads"])
+@pytest.mark.parametrize(
+    "kills", [4, pytest.param(200, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_kills_of_a_process_that_saves_several_forms(tmp_path: Path, io: str, kills: int) -> None:
+    """Its forms take slots from each other."""
+    total = 0
+    for number in range(kills):
+        forms = FORMS[number % 3 :] + FORMS[: number % 3]
+        cases.kill_writer(writer(tmp_path, forms, io), 0.1)
+        total += sum(check(tmp_path, form, io) for form in FORMS)
         assert sum(path.stat().st_size for path in tmp_path.glob("*/slots")) <= ROOM
     assert total >= 2 * kills

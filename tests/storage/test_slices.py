@@ -39,8 +39,8 @@ def same(one: KVView, other: KVView) -> bool:
 class Watched(FakeTier):
     """A tier whose looks at its index can be watched."""
 
-    def open(self, graph: Any, rows: Any, forms: Any) -> list[FakeStore]:
-        self.opened = super().open(graph, rows, forms)
+    def open(self, graph: Any, rows: Any, forms: Any, own: int = 1) -> list[FakeStore]:
+        self.opened = super().open(graph, rows, forms, own)
         return self.opened
 
 
@@ -276,3 +276,57 @@ def test_an_interrupted_call_is_planned_no_further(store: BlockStore, tier: Watc
     time.sleep(0.1)
     assert looks == [0]
     assert store.graph.number == tasks
+
+
+def test_a_save_looks_its_keys_up_in_slices(store: BlockStore, tier: Watched) -> None:
+    many: list[int] = []
+    tier_store: Any = tier.opened[0]
+    wants = tier_store.wants
+
+    def look(keys: Any) -> Any:
+        many.append(len(keys))
+        return wants(keys)
+
+    tier_store.wants = look
+    others = [key_of(MANY + i) for i in range(MANY)]
+    store.save(cache(0), range(MANY), others).synchronize(LIMIT)
+    assert many == [SLICE, SLICE, SLICE - 8]
+
+
+def save_twice(store: BlockStore, tier: Watched, keys: list[bytes]) -> bool:
+    """Save blocks while another thread saves the same ones; return whether their plans mixed."""
+    by_other: list[bool] = []
+    seconds: list[Any] = []
+
+    def other() -> None:
+        seconds.append(store.save(cache(0), range(MANY), keys, priority="urgent"))
+
+    thread = threading.Thread(target=other)
+
+    def act(look: int) -> None:
+        by_other.append(threading.get_ident() == thread.ident)  # a helper plans for this thread
+        if look == 0:
+            thread.start()
+            time.sleep(0.02)  # it sleeps on the lock by then
+
+    on_looks(tier, act)
+    before = tier.writes
+    handle = store.save(cache(0), range(MANY), keys, priority="urgent")
+    thread.join(LIMIT)
+    del tier.opened[0].known
+    for each in (handle, *seconds):
+        each.synchronize(LIMIT)
+        assert each.landed.all()
+        assert each.released.done()
+    assert tier.writes - before == MANY, "blocks were written twice"
+    last = len(by_other) - by_other[::-1].index(False)
+    return True in by_other[:last]
+
+
+def test_two_equal_saves_write_each_block_once(store: BlockStore, tier: Watched) -> None:
+    """Also while both are planned, in turns."""
+    mixed = [
+        save_twice(store, tier, [key_of((2 + n) * MANY + i) for i in range(MANY)])
+        for n in range(10)
+    ]
+    assert any(mixed)

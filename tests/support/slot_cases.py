@@ -138,11 +138,16 @@ def kill_writer(work: Callable[[int], object], most: float) -> None:
 def reopened(tier: Disk, form: BlockForm) -> DiskStore:
     """Return the store of a tier, as soon as the requests of a process that was killed have
     landed."""
+    return all_reopened(tier, [form])[0]
+
+
+def all_reopened(tier: Disk, forms: list[BlockForm]) -> list[DiskStore]:
+    """Return the stores of several own forms, as `reopened` does."""
     graph: Any = Tally()
     until = time.monotonic() + 10
     while True:
         try:
-            return tier.open(graph, SimpleNamespace(memory=()), [form])[0]
+            return tier.open(graph, SimpleNamespace(memory=()), forms, len(forms))
         except StoreBusy:
             assert time.monotonic() < until
             time.sleep(0.005)

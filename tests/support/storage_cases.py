@@ -76,9 +76,9 @@ class FakeTier:
     def forms(self, form: BlockForm) -> list[BlockForm]:
         return [x for x in dict.fromkeys(x for x, _ in self.blocks) if form.same_cache(x)]
 
-    def open(self, graph: Any, rows: Any, forms: Any) -> list[FakeStore]:
+    def open(self, graph: Any, rows: Any, forms: Any, own: int = 1) -> list[FakeStore]:
         queue = graph.queue(f"{self.tier}:x", width=self.width)
-        return [FakeStore(self, form, queue, form == forms[0]) for form in forms]
+        return [FakeStore(self, form, queue, form in forms[:own]) for form in forms]
 
     def put(self, form: BlockForm, keys: list[bytes], rows: torch.Tensor) -> None:
         """Store blocks as sealed images."""

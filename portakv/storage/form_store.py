@@ -1,0 +1,576 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`FormStore` saves and loads the blocks of one form of a block store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+
+from portakv.arguments import one_of, seconds
+from portakv.copy.options import CopyOptions, options_from
+from portakv.errors import InvalidTerms, StoreError
+from portakv.graph import SLACK, Graph, Handle, Missing, Priority, Task
+from portakv.runtime.interrupts import abandoned, uninterrupted
+from portakv.storage.changes import Listed, Snapshot
+from portakv.storage.form import BlockForm
+from portakv.storage.keys import check_keys
+from portakv.storage.plan import (
+    CACHED,
+    LOOKUP_BATCH,
+    SAVED,
+    SLICE,
+    Call,
+    Ending,
+    FormBlocks,
+    InFlight,
+    SharedState,
+)
+from portakv.storage.rows import Crossing, Loan, Rows
+from portakv.storage.tier import Keys, TierStore
+from portakv.view import IdList, KVView
+
+#: The options that a save takes, and a load, which also takes ``by_layer``.
+OPTIONS = ("backend", "overlap", "max_thread_blocks")
+#: The most bytes of a copy on the host that a load makes itself: 0.1 - 0.3 ms.
+SHORT_COPY = 1 << 20
+#: Loads in callers' threads whose use is recorded together.
+HITS = 64
+#: What a save does that finds no staging.
+Full: TypeAlias = Literal["drop", "wait"]
+#: The steps of a plan, which returns a handle.
+Steps: TypeAlias = Generator[None, None, Handle]
+
+
+def indices(shared: SharedState) -> dict[str, list[Listed]]:
+    """Return the indices of each form: of the host tier, and of the tiers with one."""
+    result = dict[str, list[Listed]]()
+    for name, form in shared.forms.items():
+        host = [shared.rows.listed(form.own.form.digest)] if shared.rows.host else []
+        tiers = [x for x in form.own.tier_stores if isinstance(x, Listed)]
+        result[name] = [*host, *tiers]
+    return result
+
+
+def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
+    """Return the options of a store's copies; workers make the copies and wait for each."""
+    options = options_from(options, {})
+    options.check_only(what, OPTIONS)
+    return options
+
+
+class FormStore:
+    """The blocks of one form of a `BlockStore`, which makes it by `BlockStore.of`.
+
+    All forms of a store share its staging, host tier, tiers and workers. A key of one form names no
+    block of another form, except where both are parts of one cache that overlap.
+
+    Raises:
+        StoreError: after the store was closed.
+        InvalidTerms: wrong keys or terms, a key twice in a call, more keys than blocks.
+        LayoutError, SlotError: a view of another cache; blocks that it lacks, or one twice.
+        Unsupported: `save` or `load` inside graph capture.
+    """
+
+    def __init__(
+        self, shared: SharedState, full: Full, weak_keys: bool, form: FormBlocks | None = None
+    ) -> None:
+        self._shared = shared
+        self._full = full
+        self._weak = weak_keys
+        self._form = form  # None: of a store with several forms
+        self._up, self._down = (
+            shared.graph.queue(x, width=2) for x in ("host-device", "device-host")
+        )
+
+    @property
+    def form(self) -> BlockForm:
+        """Return the form of the blocks. Raises `InvalidTerms` for a store with several forms."""
+        return self._only("look at `form`").own.form
+
+    @property
+    def graph(self) -> Graph:
+        """Return the graph whose workers move the blocks."""
+        return self._shared.graph
+
+    @property
+    def rows(self) -> Rows:
+        """Return the host memory of the store, which all of its forms share."""
+        return self._shared.rows
+
+    def lookup(self, keys: Keys, timeout: float | None = 1.0) -> int:
+        """Return the number of leading blocks that can be loaded, from the host or a tier.
+
+        Blocks that a remote tier does not confirm within ``timeout`` seconds count as missing. Only
+        this call asks a remote tier for blocks in other parts than this form's: a `load` or
+        `prefetch` uses the answer.
+        """
+        form = self._own("lookup")
+        keys = self._keys(keys, "normal", None)
+        until = self.graph.clock() + seconds("timeout", timeout, optional=True)
+        leading = 0
+        many = LOOKUP_BATCH
+        while leading < len(keys):
+            batch = keys[leading : leading + many]
+            there = form.leading(batch, until)
+            leading = leading + there
+            if there < len(batch):
+                break
+            many = 2 * many
+        uninterrupted(partial(form.touch, keys[:leading]))
+        return leading
+
+    def has(self, key: bytes) -> bool:
+        """Return whether the block of a key can be loaded, as far as is known here.
+
+        Looks in the host tier and in the tiers' indices, of which a remote tier's knows the blocks
+        of recent lookups, loads and saves. Sends no request, waits for nothing, and does not count
+        as a use of the block.
+        """
+        form = self._own("call of has()")
+        if type(key) is not bytes or len(key) != 32:
+            key = self._key("key to be one of a block", key, "Pass bytes, such as a prefix key.")
+        rows = self._shared.rows
+        cover = 0
+        for part in form.parts:
+            if rows.has(part.name(key)) or any(x.known([key])[0] for x in part.tier_stores):
+                cover |= part.cells
+                if cover == form.own.cells:
+                    return True
+        return False
+
+    def save(
+        self,
+        view: KVView,
+        blocks: IdList,
+        keys: Keys,
+        *,
+        after: bytes | None = None,
+        priority: Priority = "background",
+        deadline: float | None = None,
+        full: Full | None = None,
+        options: CopyOptions | None = None,
+    ) -> Handle:
+        """Save blocks of a view under keys.
+
+        Skips a key that every writable tier has, or does not admit yet, or whose save is in
+        progress. ``blocks``: ids of the view's blocks, whose tokens the keys name in order. If
+        their size is not the form's, the last key need not fill them. Each key follows the key
+        before it, and the first key follows ``after``, or begins a prompt.
+
+        Tiers evict no block before its successors. A tier without space for all blocks stores the
+        first ones. The others do not land, and neither do blocks that are evicted before the save
+        ends.
+
+        The view's blocks are read until the end of `Handle.released`, which comes first: then their
+        rows are in staging, or are not saved, and the caller may write the blocks again. ``full``:
+        what happens to blocks that find no free staging; None: as the store does.
+
+        ``options``: how blocks are copied from the view: backend, overlap, max_thread_blocks.
+        """
+        if full is not None:
+            one_of("full", full, get_args(Full))
+        form = self._own("save")
+        previous = self._predecessor(after)
+        keys = self._keys(keys, priority, deadline)
+        call = Call(form, "save", keys, priority, deadline, previous)
+        options = _copy_options("a save", options)
+        size = form.own.form.block_size
+        crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
+        crossing.prepare(form.own.rows)
+        until = self.graph.clock() if (full or self._full) == "drop" else None
+        return self._planned(call, partial(self._save, call, crossing, view, until))
+
+    def _save(self, call: Call, crossing: Crossing, view: KVView, until: float | None) -> Steps:
+        """Plan a save in steps, under the graph's lock."""
+        keys = call.request.keys
+        follows = call.request.follows
+        slices = call.slices(range(len(keys)))
+        for number, part in enumerate(reversed(slices)):
+            if number:
+                yield
+            call.form.touch([keys[i] for i in part], [follows[i] for i in part])
+        groups = dict[tuple[TierStore, ...], list[int]]()
+        for number, part in enumerate(slices):
+            if number:
+                yield
+            self._lacking(call, part, groups)
+        for tier_stores, some in groups.items():
+            yield from self._save_in(call, crossing, view, until, tier_stores, some)
+        handle = call.handle(view, eligible=partial(call.form.stored, keys))
+        handle.add_copies(crossing.ends)
+        return handle
+
+    def _save_in(
+        self,
+        call: Call,
+        crossing: Crossing,
+        view: KVView,
+        until: float | None,
+        tier_stores: tuple[TierStore, ...],
+        some: list[int],
+    ) -> Generator[None, None, None]:
+        """Plan in steps the save of blocks that some tiers lack."""
+        form = call.form
+        queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
+        chunks = call.chunks(form.own, some, SAVED, 1, *queues)
+
+        # After a gap no block evicts another one. The first blocks take the free slots only if
+        # each chunk waits for the writes of the chunk before it.
+        gaps = {x for x in tier_stores if not form.continues(call.request.after, x)}
+
+        written = dict[TierStore, Ending]()
+        generation = self._shared.generation + len(chunks)  # a prefix is the newer part
+        self._shared.generation = generation
+        together = max(1, SLICE // len(chunks[0]))
+        for first in range(0, len(chunks), together):
+            if first:
+                yield
+            group = [self._left(call, at, tier_stores) for at in chunks[first : first + together]]
+            started = [InFlight(call, form.own, at, until) for at in group if at]
+            self._issue(call, crossing, started)
+            for in_flight in started:
+                in_flight.generation = generation
+                generation -= 1
+                gather = call.gather(in_flight, crossing, view, self._down)
+                self._write(call, in_flight, gather, tier_stores, gaps, written)
+
+    def _issue(self, call: Call, crossing: Crossing, started: Sequence[InFlight]) -> None:
+        """Issue one copy for the chunks of a save from a device for which staging has room."""
+        # A worker keeps the pace, and waits where the host has to.
+        if not (crossing.waits_for_nothing and self.rows.pinned) or self._down.max_gbps:
+            return
+        granted = [in_flight for in_flight in started if self.graph.take(in_flight)]
+        if granted:
+            items = [item for in_flight in granted for item in in_flight.items]
+            blocks = [block for in_flight in granted for block in in_flight.calls[0][1]]
+            try:
+                crossing.begin(call.form.own.rows, items, blocks)
+            finally:  # a part may write the rows
+                for in_flight in granted if crossing.ends else ():
+                    in_flight.copied = partial(crossing.wait, crossing.ends[-1])
+
+    def _write(
+        self,
+        call: Call,
+        in_flight: InFlight,
+        gather: Task,
+        tier_stores: Sequence[TierStore],
+        gaps: set[TierStore],
+        written: dict[TierStore, Ending],
+    ) -> None:
+        """Plan the writes of a chunk of a save, and start its tasks."""
+        at = in_flight.calls[0][1]
+        for tier_store in tier_stores:
+            queue = tier_store.queue_for_write(len(at) * call.form.own.form.image_bytes)
+            write = partial(in_flight.write, tier_store, queue)
+            order: list[Ending] = []
+            if tier_store in gaps and tier_store in written:
+                order.append(written[tier_store])
+            task = call.task(at, write, queue, in_flight, [gather, *order])
+            written[tier_store] = (task, [], [])
+            in_flight.last.append(task)
+        call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
+        call.submit()  # submits now, so that the queues count it
+
+    def _lacking(
+        self, call: Call, blocks: Sequence[int], groups: dict[tuple[TierStore, ...], list[int]]
+    ) -> None:
+        """Add blocks of a save to groups, by the tiers that lack them."""
+        own = call.form.own
+        tier_stores = [tier_store for tier_store in own.tier_stores if tier_store.writable]
+        keeps = [tier_store.where for tier_store in tier_stores if tier_store.tier != "remote"]
+        call.explanation.saved_in = ", ".join(keeps if tier_stores else ["the host tier"])
+
+        # A block that a tier does not admit yet need not land.
+        keys = [call.request.keys[i] for i in blocks]
+        known = [tier_store.known(keys) for tier_store in tier_stores]
+        wants = [tier_store.wants(keys) for tier_store in tier_stores]
+        for stored, wanted in zip(known, wants, strict=True):
+            call.excused[blocks] |= ~(np.array(stored, np.bool_) | np.array(wanted, np.bool_))
+
+        for number, i in enumerate(blocks):
+            lacks = tuple(
+                tier_store for tier_store, x in zip(tier_stores, wants, strict=True) if x[number]
+            )
+            if lacks or not (tier_stores or self.rows.has(own.name(keys[number]))):
+                groups.setdefault(lacks, []).append(i)
+
+    def _left(
+        self, call: Call, blocks: Sequence[int], tier_stores: Sequence[TierStore]
+    ) -> list[int]:
+        """Return the blocks that no other save brings to tiers; join the saves of the others.
+
+        Since the look at the tiers another save may have begun, or ended, between two steps.
+        """
+        keys = [call.request.keys[i] for i in blocks]
+        names = [call.form.own.name(key) for key in keys]
+        stored = [False] * len(keys)
+        if len(call.request.keys) > SLICE:
+            known = [tier_store.known(keys) for tier_store in tier_stores]
+            stored = [all(each) for each in zip(*known, strict=True)] if known else stored
+        left = list[int]()
+        for i, name, there in zip(blocks, names, stored, strict=True):
+            in_flight, row = self._shared.in_transit.get(name, (None, 0))
+            if in_flight and in_flight.store and in_flight.wanted:
+                call.ends += [((end, [i], [row]), range(0)) for end in in_flight.last]
+                call.explanation.sources.append(in_flight.reasons)
+                call.explanation.tasks += [(end, [i], [row]) for end in in_flight.last]
+            elif not (there or (not tier_stores and self.rows.has(name))):
+                left.append(i)
+        return left
+
+    def load(
+        self,
+        view: KVView,
+        blocks: IdList,
+        keys: Keys,
+        *,
+        priority: Priority = "urgent",
+        deadline: float | None = None,
+        by_layer: bool = False,
+        missing: Missing = "raise",
+        options: CopyOptions | None = None,
+    ) -> Handle:
+        """Load blocks into a view of any layout, device and block size.
+
+        Blocks that no tier has, or not with correct bytes, do not land (`Handle.landed`), and no
+        byte of them is written.
+
+        This call issues the copy of blocks that the host tier has, ordered on the current stream of
+        the view's device: immediately, whatever its priority and deadline. Workers copy the others,
+        and all of them at a limited rate or in a longer copy between host views; also by layer if
+        the host tier does not have all. `trace` and queues know what workers copy.
+
+        ``by_layer``: read, verify and deliver layers one after the other, each with a separate end
+        (`Handle.layers`). Some layers of a block that does not land may then be written, with
+        correct bytes. Blocks of a form with one segment are read whole, and only the device's stage
+        goes by layer.
+
+        ``options``: how blocks are copied into the view, in place of ``by_layer``: also backend,
+        overlap, max_thread_blocks.
+        """
+        one_of("missing", missing, get_args(Missing))
+        options = options_from(options, {"by_layer": by_layer})
+        by_layer = options.by_layer
+        if by_layer:
+            options = replace(options, by_layer=False)
+        options = _copy_options("a load", options)
+        form = self._own("load")
+        keys = self._keys(keys, priority, deadline)
+        own = form.own
+        crossing = Crossing(view, blocks, len(keys), own.form.block_size, options=options)
+        loan = self._loan(form, crossing, view, keys, by_layer)
+        if loan is not None and None not in loan.rows:
+            transfer, layers = crossing.issue(own.rows, loan, by_layer)
+            self._count_hits(form, keys)
+            handle = Handle.of_issued(self.graph, len(keys), transfer, layers)
+            return self._follow_issued(handle, form)
+        call = Call(form, "load", keys, priority, deadline)
+        crossing.prepare(own.rows)
+        steps = partial(self._load, call, crossing, view, by_layer, missing, loan)
+        handle = self._planned(call, steps)
+        if loan is not None:
+            try:
+                hits = np.array([row is not None for row in loan.rows])
+                handle.add_issued(crossing.issue(own.rows, loan)[0], hits)
+                self._count_hits(form, [key for key, hit in zip(keys, hits, strict=True) if hit])
+                self._follow_issued(handle, form, call.barrier)
+            except BaseException:  # also an interrupt: no caller has a handle
+                handle.cancel()
+                raise
+        return handle
+
+    def _load(
+        self,
+        call: Call,
+        crossing: Crossing,
+        view: KVView,
+        by_layer: bool,
+        missing: Missing,
+        loan: Loan | None,
+    ) -> Steps:
+        """Plan the part of a load that workers move in steps, under the graph's lock."""
+        hits = () if loan is None else loan.rows
+        blocks = [i for i, _ in enumerate(call.request.keys) if not hits or hits[i] is None]
+        for number, some in enumerate(call.slices(blocks, whole=by_layer)):
+            if number:
+                yield
+            for (part, location), at in call.groups(some).items():
+                stages = part.stages(view, by_layer)
+                segments = [stage.segment for stage in stages]
+                for arrival in call.bring(part, location, at, segments):
+                    call.cross(arrival, stages, crossing, self._up)
+            call.submit()
+        for number, some in enumerate(reversed(call.slices(range(len(call.request.keys))))):
+            if number:
+                yield
+            call.form.touch([call.request.keys[i] for i in some])
+        return call.handle(view, view.layers * by_layer, missing, follow=loan is None)
+
+    def _loan(
+        self, form: FormBlocks, crossing: Crossing, view: KVView, keys: list[bytes], whole: bool
+    ) -> Loan | None:
+        """Return the rows of blocks that the caller's thread copies; None if workers copy all.
+
+        The caller's thread issues a copy to a device, which it does not wait for, and makes a short
+        one on the host. ``whole``: rows of all keys, or None.
+        """
+        if not self.rows.host or self._up.max_gbps is not None:
+            return None
+        if view.device.type == "cpu":
+            here = len(keys) * form.own.form.payload_bytes <= SHORT_COPY
+        else:
+            here = self.rows.pinned
+        if not here:
+            return None
+        loan = self.rows.borrow([*map(form.own.name, keys)], crossing)
+        self._refuse_closed("load")  # `close` sees the loan, or this call sees that it is closed
+        missed = loan.rows.count(None)
+        if missed and (whole or missed == len(keys)):
+            loan.cancel()
+            return None
+        return loan
+
+    def _follow_issued(
+        self, handle: Handle, form: FormBlocks, barrier: Task | None = None
+    ) -> Handle:
+        """Announce a handle of which a part was issued, if somebody asks for ended handles."""
+        handle.form = form.name
+        if self._shared.announced.handles.started:
+            self._shared.announced.follow_issued(handle, barrier)
+        return handle
+
+    def _count_hits(self, form: FormBlocks, keys: list[bytes]) -> None:
+        """Count blocks that the caller's thread loaded; their use is recorded later, together."""
+        self.graph.count("host", "load", "hit", len(keys), len(keys) * form.own.form.image_bytes)
+        form.count("host", "load", "hit", len(keys))
+        self._shared.hits.append((form, keys))
+        if len(self._shared.hits) >= HITS:
+            self.graph.run(self._shared.record_hits)
+
+    def prefetch(self, keys: Keys, priority: Priority = "background") -> Handle:
+        """Read blocks into the host tier.
+
+        Blocks that are prefetched and not loaded yet take at most half of the tier: blocks above
+        that do not land. Raises `StoreError` without a host tier.
+        """
+        if not self.rows.host:
+            raise StoreError(
+                "Expected a store with a host tier for a prefetch, got one without. Pass host=."
+            )
+        form = self._own("prefetch")
+        keys = self._keys(keys, priority, None)
+        call = Call(form, "prefetch", keys, priority)
+        return self._planned(call, partial(self._prefetch, call))
+
+    def _prefetch(self, call: Call) -> Steps:
+        """Plan a prefetch in steps, under the graph's lock."""
+        most = max(1, self.rows.host // 2)
+        call.located[most:] = False
+        for number, blocks in enumerate(call.slices(range(len(call.request.keys))[:most])):
+            if number:
+                yield
+            for (part, location), some in call.groups(blocks).items():
+                if location == CACHED:
+                    continue
+                for arrival in call.bring(part, location, some, [None]):
+                    ends = [(end, arrival.at, arrival.rows) for end in arrival.ends[0]]
+                    call.ends += [(end, range(0)) for end in ends]
+            call.submit()
+        return call.handle(None, missing="skip")
+
+    def keys(self) -> Snapshot:
+        """Return the keys of the host tier and of each tier with an index, and the number of the
+        last change.
+
+        A process that keeps an index begins with this, and applies what `BlockStore.listen`
+        returns. Blocks of other forms are left out.
+        """
+        form = self._own("call of keys()")
+        announced = self._shared.announced
+        return uninterrupted(lambda: announced.snapshot(indices(self._shared), form.name))
+
+    def _predecessor(self, after: bytes | None) -> bytes | None:
+        """Return the key before the first one of a save, of 32 bytes."""
+        do = "Pass that key, or None for the beginning of a prompt."
+        return (
+            None
+            if after is None
+            else self._key("the key before the first one in `after`", after, do)
+        )
+
+    def _key(self, what: str, key: bytes, do: str) -> bytes:
+        """Return one key of 32 bytes; raise `InvalidTerms` for another object."""
+        try:
+            return check_keys([key], self._weak)[0]
+        except InvalidTerms:
+            kind = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
+            raise InvalidTerms(f"Expected {what}, 16 to 32 bytes, got {kind}. {do}") from None
+
+    def _keys(self, keys: Keys, priority: Priority, deadline: float | None) -> list[bytes]:
+        """Return keys of 32 bytes; reject wrong keys and terms."""
+        keys = check_keys(keys, self._weak)
+        if len({*keys}) < len(keys):
+            last = {key: number for number, key in enumerate(keys)}
+            first = next(number for number, key in enumerate(keys) if last[key] > number)
+            raise InvalidTerms(
+                f"Expected keys that differ, got keys[{last[keys[first]]}] equal to "
+                f"keys[{first}]. Pass each key once."
+            )
+        one_of("priority", priority, SLACK)
+        if deadline is not None:
+            seconds("deadline", deadline, optional=True)
+        return keys
+
+    def _own(self, kind: str) -> FormBlocks:
+        """Return the blocks of the form, of an open store. Raises as `_refuse_closed` and `_only`
+        do."""
+        self._refuse_closed(kind)
+        return self._only(kind)
+
+    def _only(self, kind: str) -> FormBlocks:
+        """Return the blocks of the form. Raises `InvalidTerms` for a store with several forms."""
+        if self._form is None:
+            names = [*self._shared.forms]
+            raise InvalidTerms(
+                f"Expected one form for a {kind}, got a store with the forms {', '.join(names)}. "
+                f"Take one by store.of({names[0]!r})."
+            )
+        return self._form
+
+    def _refuse_closed(self, kind: str) -> None:
+        shared = self._shared
+        if shared.closed or shared.graph.process.forked or shared.graph.closed.is_set():
+            why = "closed, or opened by a process that this one was forked from; open another one"
+            raise StoreError(
+                f"Expected an open store for a {kind}, got one that was {why}. Make another."
+            )
+
+    def _planned(self, call: Call, plan: Callable[[], Steps]) -> Handle:
+        """Return the handle that ``plan()`` returns, whose steps run while the graph is locked and
+        the store open. Cancel the call if the caller is interrupted meanwhile."""
+
+        def planned() -> Steps:
+            try:
+                self._refuse_closed(call.request.kind)
+                self._shared.record_hits()
+                steps = plan()
+                while True:
+                    try:
+                        next(steps)
+                    except StopIteration as end:
+                        handle: Handle = end.value
+                        return handle
+                    yield
+                    if abandoned():
+                        raise KeyboardInterrupt  # the caller has raised it, and has no handle
+                    self._refuse_closed(call.request.kind)
+            except BaseException:  # also an interrupt: no caller has a handle
+                call.drop()
+                raise
+
+        return self.graph.run_steps(planned(), undo=Handle.cancel)
