@@ -20,6 +20,7 @@ import torch
 
 from portakv import arguments
 from portakv.arguments import FOREVER
+from portakv.copy.handle import BlockTransfer
 from portakv.errors import (
     BackendUnavailable,
     LayoutError,
@@ -46,7 +47,7 @@ from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.migrate.staging import staging
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
-from portakv.migrate.transports.base import Moving, Transport
+from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import uninterrupted
 
@@ -56,18 +57,30 @@ ANY = bytes(16)  # the epoch of whoever has an address: no owner has it, and no 
 MOST_BUFFERS = 64  # staging buffers of an owner; each has a worker here
 
 
+class StagingBuffer:
+    """A staging buffer of a reader, and the last transfers into it and from it."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self.moving: Moving | None = None
+        self.lane: Lane | None = None  # of the last transfer into it
+        #: The copy that follows the bytes; None if their pull ended before.
+        self.copy: BlockTransfer | None = None
+
+
 class Staging:
     """The transport and the staging buffers for an owner whose memory is not mapped."""
 
     def __init__(self, transport: Transport, device: torch.device, count: int) -> None:
         self.transport = transport
+        self.device = device
         # Buffers are filled in the order of the requests for them.
         self.turn = threading.Lock()
-        self.tag = 0
-        #: Free buffers with their numbers, and the last transfer into each.
-        self.buffers: LifoQueue[tuple[int, torch.Tensor, Moving | None]] = LifoQueue()
-        for number in range(count):
-            self.buffers.put((number, staging(0, device), None))
+        self.tag = 0  # of the last slice that was requested
+        #: Free buffers; the last used is taken first.
+        self.buffers: LifoQueue[StagingBuffer] = LifoQueue()
+        for _ in range(count):
+            self.buffers.put(StagingBuffer(staging(0, device)))
 
 
 class Connection:

@@ -24,7 +24,7 @@ from portakv.migrate.connections import Sources
 from portakv.migrate.plan import Step, count_blocks, indices_of, steps
 from portakv.migrate.pull import CANCELLED, Ends, Part, Pull
 from portakv.migrate.shards import Shard
-from portakv.migrate.staged import taken, verifications
+from portakv.migrate.staged import Taker, verifications
 from portakv.view.index import Ids, Index
 
 LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
@@ -97,28 +97,41 @@ class Issuer:
         pull.copies = copies = list[BlockTransfer]()
         pull.slices = slices = list[Task]()
         layers = _Layers(self.shards if options.by_layer else ())
-        staged = set[bytes]()  # offers whose owners get requests for rows
+        staged = dict[bytes, list[Step]]()  # by offers whose owners send the rows
         for step in plan:
             rate = options.max_gbps
             if rate is not None:  # the steps share it
                 rate *= step.nbytes / requested.nbytes
             if step.cut.src is None:
-                staged.add(step.ticket.offer)
+                staged.setdefault(step.ticket.offer, []).append(step)
                 requested.strategy = step.owner.strategy
-                slices += layers.add_tasks(step, taken(self._graph, step, pull, rate))
             elif long:
                 slices += layers.add_tasks(step, self._copied(step, pull, options))
             else:
                 copies.append(_copy_of(step, options, rate))
                 layers.add_copy(step, copies[-1])
+        takers = [self._taker(each, pull, options.max_gbps) for each in staged.values()]
+        for taker in takers:
+            slices.append(taker.task)
+            for landing in taker.landings:
+                layers.add_tasks(landing.step, [(landing.part.layers, landing)])
         requested.quiet = [x for x in pull.sources if x.ticket.offer not in staged]
-        requested.pieces = len(copies) + len(slices)  # the last, for the reader's thread
+        landings = sum(len(taker.landings) for taker in takers)
+        # The last, for the reader's thread.
+        requested.pieces = len(copies) + len(slices) - len(takers) + landings
 
         checks = verifications(plan, pull, self._checks) if verify else []
         if not slices and not checks and all(source.word for source in pull.sources):
             return [], layers.parts()
         pull.task = Task(lambda *_: pull.run(self._graph, checks), 1, queue=self._queue)
         return [*slices, pull.task], layers.parts()
+
+    def _taker(self, steps: Sequence[Step], pull: Pull, max_gbps: float | None) -> Taker:
+        """Return what takes the rows of an offer from the owner that sends them, at their share of
+        the rate."""
+        if max_gbps is not None:
+            max_gbps *= sum(step.nbytes for step in steps) / pull.requested.nbytes
+        return Taker(self._graph, steps, pull, max_gbps)
 
     def _wait_for_events(self, sources: Sources) -> None:
         """Order this reader's stream after the events of offers that have not been reached."""

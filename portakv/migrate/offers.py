@@ -23,12 +23,12 @@ import torch
 from msgspec.structs import replace
 
 from portakv import arguments
-from portakv.errors import InvalidTerms, LayoutError, PeerError, SlotError
+from portakv.errors import InvalidTerms, PeerError, SlotError
 from portakv.migrate import messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.exports import EVENTS, Exports, Place, Words, describe_all
-from portakv.migrate.gathers import BUFFERS, Gathers, Rows, renamed
-from portakv.migrate.shards import Shard, device_of, overlap, slices
+from portakv.migrate.gathers import BUFFERS, Gathers, Offered, renamed
+from portakv.migrate.shards import Shard, device_of
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import abandoned, uninterrupted
@@ -321,6 +321,8 @@ class Owner:
             messages.Check: self._check,
             messages.Close: self._close,
             messages.Gather: self._gather,
+            messages.Sum: self._gather,
+            messages.Stop: self._stop,
             messages.Find: self._find,
             messages.Bye: self._bye,
         }
@@ -639,25 +641,19 @@ class Owner:
     def _bye(self, peer: Peer, _: messages.Bye) -> None:
         self._gathers.forget(peer)
 
-    def _gather(self, peer: Peer, gather: messages.Gather) -> messages.Answer:
+    def _gather(self, peer: Peer, request: messages.Gather | messages.Sum) -> messages.Answer:
         with self.change:
-            offer = self._current(gather)
+            offer = self._current(request)
             if offer is None:
-                return self._gone(gather)
-            self._begin(peer, gather)
-            rows = self._rows(offer, gather)
-            return SPOILT if peer.id in offer.spoilt else self._gathers.begin(peer, gather, rows)
+                return self._gone(request)
+            self._begin(peer, request)
+            if peer.id in offer.spoilt:
+                return SPOILT
+            terms = offer.tokens, offer.after, offer.spoilt, lambda: offer.state == "held"
+            rows = Offered(self.shards, offer.ids, *terms)
+            if isinstance(request, messages.Sum):
+                return self._gathers.sum(request, rows)
+            return self._gathers.send(peer, request, rows)
 
-    def _rows(self, offer: Offer, gather: messages.Gather) -> Rows:
-        """Return the rows of a request; raise `LayoutError` if they were not offered."""
-        shard = self.shards[gather.group] if gather.group < len(self.shards) else None
-        box = gather.layers, gather.heads
-        some = 0 < gather.count <= offer.tokens - gather.first
-        if shard is None or overlap(box, shard.group.box) != box or not some:
-            raise LayoutError(
-                f"Expected offered rows, got layers {gather.layers} x heads {gather.heads} of "
-                f"group {gather.group}, tokens {gather.first} + {gather.count}. Request offered "
-                f"rows."
-            )
-        part = shard.view.as_bytes().slice(**slices(box, shard.group.box))
-        return Rows(part, Index(*offer.ids[gather.group], gather.first), offer.after, offer.spoilt)
+    def _stop(self, peer: Peer, stop: messages.Stop) -> messages.Stopped:
+        return self._gathers.stop(peer, stop)
