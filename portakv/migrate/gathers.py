@@ -35,6 +35,8 @@ from portakv.view.index import Ids
 
 _log = logging.getLogger(__name__)
 BUFFERS = 4  # for each reader: one is filled, two are on the wire, one is emptied
+#: Requests of a reader that are not sent yet. A reader has at most one for each of its buffers.
+MOST_WAITING = 16
 
 
 class Rows(NamedTuple):
@@ -221,6 +223,12 @@ class Gathers:
         line = self._lines.get(peer)
         if line is None or line.transport.name != gather.transport:
             return Answer("refused", f"{gather.transport} was not agreed on; connect again.")
+
+        with self._lock:
+            line.current()
+            full = len(line.sendings) >= MOST_WAITING
+        if full:
+            return Answer("busy", "earlier requests are not sent yet", seconds=1e-3)
 
         # Allocate in this thread, so that the reader gets the error if there is no memory.
         needs = max(offered.nbytes(part) for part in gather.parts)

@@ -46,7 +46,7 @@ from portakv.errors import (
 )
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.exports import EVENTS
-from portakv.migrate.gathers import BUFFERS
+from portakv.migrate.gathers import BUFFERS, MOST_WAITING
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import (
     Answer,
@@ -55,6 +55,8 @@ from portakv.migrate.messages import (
     Gather,
     Handshake,
     Hello,
+    Part,
+    Sum,
     Ticket,
 )
 from portakv.migrate.offers import Owner
@@ -120,7 +122,7 @@ def test_a_pull_that_compares_digests_for_long_renews_its_offer(made: Sides) -> 
     until = time.monotonic() + 2.0
     offer = both.offer(lease=1.0)
     own = both.owner._gather
-    both.owner.channel.serve(Gather, lambda *x: busy if time.monotonic() < until else own(*x))
+    both.owner.channel.serve(Sum, lambda *x: busy if time.monotonic() < until else own(*x))
     both.pull(offer, verify=True).synchronize(30)
     assert (offer.taken(5), offer.state) == (True, "taken")  # the owner learns of it after us
 
@@ -130,10 +132,10 @@ def test_an_owner_that_is_busy_for_too_long_is_given_up_in_a_sentence() -> None:
     owner = SimpleNamespace(
         address="it", channel=SimpleNamespace(ask=lambda *_, **__: Answer("busy"))
     )
-    step = cast(Any, SimpleNamespace(owner=owner))
+    source = cast(Any, SimpleNamespace(owner=owner))
     pull = cast(Any, SimpleNamespace(over=False))
     with pytest.raises(PeerError, match="it sent no rows: it is busy"):
-        ask(step, Gather(b"", b"", 0, (0, 1), (0, 1), 0, 1), pull, 0.0)
+        ask(source, Gather(b"", b"", (Part(0, (0, 1), (0, 1), 0, 1),), "", 1), pull, 0.0)
 
 
 def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
@@ -366,20 +368,21 @@ def test_too_little_staging_is_an_error_before_anything_moves(made: Sides) -> No
         made.owner(shard[0], staging=100)
 
 
-def test_a_slot_that_was_not_taken_is_busy(made: Sides) -> None:
-    """Fault 27. One who asks again and again does not hold up the others."""
+def test_a_reader_that_takes_nothing_is_busy_after_some_requests(made: Sides) -> None:
+    """Fault 27. One who asks again and again does not hold up the others, and fills no memory."""
     both = Couple(made, "staging")
-    offer = both.offer()
+    offer = both.offer(readers=2)
     both.reader.explain(offer.ticket)
     parsed = Ticket.read(offer.ticket)
     channel = both.reader.channel
-    window = (0, 2), (0, 4)
-    gather = Gather(parsed.epoch, parsed.offer, 0, *window, 0, 16, "distributed", 1, 1)
-    assert channel.ask(parsed.address, gather, Answer).state == "done"
-    assert until(lambda: both.owner.statistics()["slots"] == 1)
-    busy = channel.ask(parsed.address, replace(gather, tag=2), Answer)
+    parts = (Part(0, (0, 2), (0, 4), 0, 16),)
+    gather = Gather(parsed.epoch, parsed.offer, parts, "distributed", 1)
+    for tag in range(1, MOST_WAITING + 1):
+        assert channel.ask(parsed.address, replace(gather, tag=tag), Answer).state == "done"
+    busy = channel.ask(parsed.address, replace(gather, tag=MOST_WAITING + 1), Answer)
     assert busy.state == "busy"
     assert busy.seconds > 0
+    assert both.owner.statistics()["slots"] == 1
     other = Rows(8, 32, fill=-1)
     made.reader(other.shard).pull(offer.ticket, both.into).synchronize(30)
     assert torch.equal(other.rows(both.into, 75), both.src.rows(both.blocks, 75))

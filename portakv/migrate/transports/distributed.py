@@ -120,6 +120,9 @@ class Pair(Lane):
                 self.group.recv([late], self.other, 0x7FFFFFFF).wait(timedelta(milliseconds=1))
         return True
 
+    def leave(self) -> None:
+        self.group = None  # an error's traceback may retain the lane
+
 
 class DevicePair(Pair):
     """The group of two processes for buffers of a device.

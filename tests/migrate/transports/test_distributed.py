@@ -26,7 +26,7 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Answer, Bye
 from portakv.migrate.shards import Shard
 from portakv.migrate.transports import TRANSPORTS
-from portakv.migrate.transports.distributed import Distributed, Join, Pair
+from portakv.migrate.transports.distributed import DevicePair, Distributed
 from portakv.runtime.devices import inside
 from portakv_conformance import simdev
 
@@ -201,19 +201,15 @@ class Group:
 WIRES = dict[str, Any]()  # by the name of the pair
 
 
-class SimulatedPair(Pair):
+class SimulatedPair(DevicePair):
     def _join(self) -> Any:
-        if self.address:
-            self.name = str(len(WIRES))
-            WIRES[self.name] = queue.Queue()
-            self.channel.ask(self.address, Join(self.name), Answer)
-        assert self.address or self.named.wait(20)
-        return Group(self.transport.device, WIRES[self.name])
+        self.meet() if self.address else self.named.wait(20)
+        return Group(self.transport.device, WIRES.setdefault(self.name, queue.Queue()))
 
 
 class Simulated(Distributed):
     name = "simulated"
-    kind = SimulatedPair
+    on_device = SimulatedPair
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -269,6 +265,7 @@ def test_a_death_ends_the_slots_that_cross_on_a_device_and_aborts_their_group() 
     for tag, nbytes in enumerate((1, 1000, 1 << 20)):
         both.cross(nbytes, tag)
     lanes = both.reader.lane(End.address, both.here), both.owner.lane(both.life, both.there)
+    group = lanes[0].group
     simdev.delay(current(DEVICE), 500)
     sent = [both.give(slot_of(100).to(DEVICE, non_blocking=True), tag) for tag in range(3)]
     taking = [both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER)) for _ in sent]
@@ -278,7 +275,7 @@ def test_a_death_ends_the_slots_that_cross_on_a_device_and_aborts_their_group() 
         with pytest.raises(PeerError, match="peer is gone"):
             each.wait(20)
         assert each.free.wait(20)
-    assert lanes[0].group.aborted
+    assert group.aborted
     both.reader.close(20)
     both.owner.close(20)
     assert not any(x.is_alive() for lane in lanes for x in lane.threads)
@@ -295,8 +292,8 @@ def test_a_slot_on_a_device_that_takes_too_long_ends_the_one_behind_it() -> None
     taking = list[Any]()
     for both.reader.timeout in (0.2, NEVER):
         taking.append(both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER)))
-    for each, why in zip(taking, ("did not cross in 0.2 s", "another buffer of its"), strict=True):
-        with pytest.raises(TransferError, match=why):
+    for each in taking:
+        with pytest.raises(TransferError, match=r"did not cross in 0\.2 s"):
             each.wait(20)
     for transport in (both.reader, both.owner):
         transport.close(20)
