@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.copy.rows import copy_rows
@@ -31,9 +33,10 @@ from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.streams import StreamFence
 from portakv.view import Index, KVView
-from portakv.view.index import Ids
 
 _log = logging.getLogger(__name__)
+#: Block ids of a shard, int32, and the tokens of a block.
+BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
 BUFFERS = 4  # for each reader: one is filled, two are on the wire, one is emptied
 #: Requests of a reader that are not sent yet. A reader has at most one for each of its buffers.
 MOST_WAITING = 16
@@ -58,7 +61,7 @@ class Offered(NamedTuple):
     """
 
     shards: Sequence[Shard]
-    ids: Sequence[tuple[Ids, int]]
+    ids: Sequence[BlockList]
     tokens: int
     after: StreamFence
     spoilt: set[bytes]

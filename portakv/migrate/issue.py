@@ -110,21 +110,20 @@ class Issuer:
             else:
                 copies.append(_copy_of(step, options, rate))
                 layers.add_copy(step, copies[-1])
-        takers = [self._taker(each, pull, options.max_gbps) for each in staged.values()]
-        for taker in takers:
-            slices.append(taker.task)
+        tasks = [*slices]
+        for each in staged.values():
+            taker = self._taker(each, pull, options.max_gbps)
+            tasks.append(taker.task)
             for landing in taker.landings:
-                layers.add_tasks(landing.step, [(landing.part.layers, landing)])
+                slices += layers.add_tasks(landing.step, [(landing.part.layers, landing)])
         requested.quiet = [x for x in pull.sources if x.ticket.offer not in staged]
-        landings = sum(len(taker.landings) for taker in takers)
-        # The last, for the reader's thread.
-        requested.pieces = len(copies) + len(slices) - len(takers) + landings
+        requested.pieces = len(copies) + len(slices)  # the last, for the reader's thread
 
         checks = verifications(plan, pull, self._checks) if verify else []
         if not slices and not checks and all(source.word for source in pull.sources):
             return [], layers.parts()
         pull.task = Task(lambda *_: pull.run(self._graph, checks), 1, queue=self._queue)
-        return [*slices, pull.task], layers.parts()
+        return [*tasks, pull.task], layers.parts()
 
     def _taker(self, steps: Sequence[Step], pull: Pull, max_gbps: float | None) -> Taker:
         """Return what takes the rows of an offer from the owner that sends them, at their share of

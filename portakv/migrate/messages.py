@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from portakv.errors import InvalidTerms, OfferGone, PeerError, PortaKVError
 
-VERSION = 4  # of all messages; a channel rejects another version by the first byte
+VERSION = 5  # of all messages; a channel rejects another version by the first byte
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
 Name = Annotated[str, Meta(max_length=64)]
 Text = Annotated[str, Meta(max_length=1024)]

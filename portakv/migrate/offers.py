@@ -17,8 +17,6 @@ from functools import partial
 from math import inf
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from msgspec.structs import replace
 
@@ -27,7 +25,7 @@ from portakv.errors import InvalidTerms, PeerError, SlotError
 from portakv.migrate import messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.exports import EVENTS, Exports, Place, Words, describe_all
-from portakv.migrate.gathers import BUFFERS, Gathers, Offered, renamed
+from portakv.migrate.gathers import BUFFERS, BlockList, Gathers, Offered, renamed
 from portakv.migrate.shards import Shard, device_of
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.finished import Finished
@@ -49,10 +47,6 @@ SPOILT = messages.Answer(
 
 #: What readers on this host may map: whole allocations, or nothing
 Expose: TypeAlias = Literal["mapped", "staging"]
-
-
-#: Block ids of a shard, int32, and the tokens of a block.
-BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
 
 
 @dataclass

@@ -286,7 +286,10 @@ class Taker:
         start = self._rate.start_of(nbytes)
         left = self._rate.left(start)
         while left and not self._pull.over:
-            sleep(min(left, 0.05))
+            if self._flying and self._flying[0].moving.over.is_set():
+                self._scatter()
+            else:
+                sleep(min(left, 0.01))
             left = self._rate.left(start)
 
     @contextmanager
