@@ -175,7 +175,7 @@ class Taker:
                     self._flying.append(_Flying(landing, buffer, moving))
                     posted += 1
             except BaseException:
-                self._stop(lane, batch, tag, posted)
+                self.stop(lane, batch, tag, posted)
                 raise
 
     def _request(self, batch: Sequence[Landing], tag: int) -> None:
@@ -261,7 +261,7 @@ class Taker:
         for landing in self.landings:
             landing.land(error)
 
-    def _stop(self, lane: Lane, batch: Sequence[Landing], tag: int, posted: int) -> None:
+    def stop(self, lane: Lane, batch: Sequence[Landing], tag: int, posted: int) -> None:
         """Stop a request of which ``posted`` slices have a receive.
 
         Both sides stay in step: the owner sends no more slices than it says, and this side receives

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import queue
+import random
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from support.transport_cases import End, Wire, slot_of, wire
 
 from portakv import KVView
 from portakv.backends.base import Decision
-from portakv.errors import OfferGone, PeerError, TransferError, Unsupported
+from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferError, Unsupported
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Answer, Bye
 from portakv.migrate.shards import Shard
@@ -233,13 +234,12 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
         for turn in range(1, 6):
             before = local.cpu()
             if turn == 2:  # another stream, which has nothing to do with it
-                simdev.delay(busy, 2000)
+                simdev.delay(busy, 60_000)
             simdev.delay(current(OTHER), 50)
             read = local.clone()
             simdev.delay(current(DEVICE), 50)
             remote.copy_(torch.arange(remote.numel()).view(remote.shape).to(DEVICE) * turn)
             offer = owner.offer(range(8), tokens=128)
-            began = time.monotonic()
             fails = turn % 2
             if fails:  # ids were looked at when they were offered
                 offer.ids = [(offer.ids[0][0] + 1000, 16)]
@@ -249,13 +249,44 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
             assert turn != 2 or not busy.query()
             assert torch.equal(read.cpu(), before)
             assert pulled.statistics.slices == 9
-            assert time.monotonic() - began < 10
             assert fails or torch.equal(remote.cpu(), local.cpu().flip(2))
         until = time.monotonic() + 5
         while owner.statistics()["taken"] != 2 and time.monotonic() < until:
             time.sleep(0.01)
         # Pulls that fail leave their offers.
         assert owner.statistics()["taken"] == 2
+
+
+@pytest.mark.simdev
+def test_pulls_between_devices_that_are_cancelled_leave_one_group_in_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fault 30. No host waits for a slice, and the owner stops after any of them."""
+    monkeypatch.setitem(TRANSPORTS.targets, Simulated.name, Simulated)
+    remote = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
+    local = torch.zeros_like(remote, device=OTHER)
+    views = [KVView([*x], LAYOUT) for x in (remote, local)]
+    seed = random.Random(4)
+    before = len(WIRES)
+    cancelled = 0
+    with sides() as made, inside(torch.Stream(DEVICE)), inside(torch.Stream(OTHER)):
+        owner = made.owner(Shard(views[0]), expose="staging", staging=4 * remote[0].nbytes)
+        reader = made.reader(Shard(views[1]), transport=Simulated.name)
+        for turn in range(1, 9):
+            remote.copy_(torch.arange(remote.numel()).view(remote.shape).to(DEVICE) * turn)
+            pulls = [
+                reader.pull(owner.offer(range(8), tokens=128).ticket, [*range(7, -1, -1)])
+                for _ in range(2)
+            ]
+            time.sleep(seed.random() * 0.1)
+            cancelled += pulls[0].cancel()
+            pulls[1].synchronize(60)
+            assert torch.equal(remote.cpu(), local.cpu().flip(2))
+            with suppress(TransferCancelled):
+                pulls[0].synchronize(60)
+            owner.revoke_all()
+    assert cancelled
+    assert len(WIRES) == before + 1
 
 
 @pytest.mark.simdev
