@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf
-from queue import LifoQueue
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ import torch
 
 from portakv import arguments
 from portakv.arguments import FOREVER
-from portakv.copy.handle import BlockTransfer
 from portakv.errors import (
     BackendUnavailable,
     LayoutError,
@@ -30,6 +28,7 @@ from portakv.errors import (
     Unsupported,
 )
 from portakv.migrate import ipc
+from portakv.migrate.buffers import Staging
 from portakv.migrate.channel import Channel, Refused
 from portakv.migrate.mapping import NotMapped, Place, WordsOfOwner, map_owner
 from portakv.migrate.messages import (
@@ -44,10 +43,9 @@ from portakv.migrate.messages import (
     no_ticket,
 )
 from portakv.migrate.shards import Shard, device_of, unlike
-from portakv.migrate.staging import staging
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
-from portakv.migrate.transports.base import Lane, Moving, Transport
+from portakv.migrate.transports.base import Transport
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import uninterrupted
 
@@ -55,32 +53,6 @@ _HOST = torch.device("cpu")
 FAREWELL = 0.5  # seconds for the last message to all owners
 ANY = bytes(16)  # the epoch of whoever has an address: no owner has it, and no ticket
 MOST_BUFFERS = 64  # staging buffers of an owner; each has a worker here
-
-
-class StagingBuffer:
-    """A staging buffer of a reader, and the last transfers into it and from it."""
-
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory = memory
-        self.moving: Moving | None = None
-        self.lane: Lane | None = None  # of the last transfer into it
-        #: The copy that follows the bytes; None if their pull ended before.
-        self.copy: BlockTransfer | None = None
-
-
-class Staging:
-    """The transport and the staging buffers for an owner whose memory is not mapped."""
-
-    def __init__(self, transport: Transport, device: torch.device, count: int) -> None:
-        self.transport = transport
-        self.device = device
-        # Buffers are filled in the order of the requests for them.
-        self.turn = threading.Lock()
-        self.tag = 0  # of the last slice that was requested
-        #: Free buffers; the last used is taken first.
-        self.buffers: LifoQueue[StagingBuffer] = LifoQueue()
-        for _ in range(count):
-            self.buffers.put(StagingBuffer(staging(0, device)))
 
 
 class Connection:

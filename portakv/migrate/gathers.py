@@ -21,8 +21,7 @@ import torch
 
 from portakv.copy.rows import copy_rows
 from portakv.errors import LayoutError, PeerError, TransferError, Unsupported
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
+from portakv.graph import Graph, Task
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import Later, checksum
 from portakv.migrate.messages import Answer, Gather, Hello, Message, Part, Stop, Stopped, Sum

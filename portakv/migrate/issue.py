@@ -24,7 +24,7 @@ from portakv.migrate.connections import Sources
 from portakv.migrate.plan import Step, count_blocks, indices_of, steps
 from portakv.migrate.pull import CANCELLED, Ends, Part, Pull
 from portakv.migrate.shards import Shard
-from portakv.migrate.staged import Taker, verifications
+from portakv.migrate.staged import Taker, verified
 from portakv.view.index import Ids, Index
 
 LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
@@ -111,15 +111,17 @@ class Issuer:
                 copies.append(_copy_of(step, options, rate))
                 layers.add_copy(step, copies[-1])
         tasks = [*slices]
-        for each in staged.values():
-            taker = self._taker(each, pull, options.max_gbps)
+        for group in staged.values():
+            taker = self._taker(group, pull, options.max_gbps)
             tasks.append(taker.task)
-            for landing in taker.landings:
-                slices += layers.add_tasks(landing.step, [(landing.part.layers, landing)])
+            for each in taker.arrivals:
+                slices += layers.add_tasks(each.step, [(each.part.layers, each)])
         requested.quiet = [x for x in pull.sources if x.ticket.offer not in staged]
         requested.pieces = len(copies) + len(slices)  # the last, for the reader's thread
 
-        checks = verifications(plan, pull, self._checks) if verify else []
+        checks = list[Task]()
+        if verify:
+            checks += [Task(partial(verified, step, pull), 1, queue=self._checks) for step in plan]
         if not slices and not checks and all(source.word for source in pull.sources):
             return [], layers.parts()
         pull.task = Task(lambda *_: pull.run(self._graph, checks), 1, queue=self._queue)

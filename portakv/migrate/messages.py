@@ -27,7 +27,7 @@ LEAST_NAME = 16
 MOST_NAME = 64
 OfferName = Annotated[bytes, Meta(min_length=LEAST_NAME, max_length=MOST_NAME)]
 MOST_NAMES = 256  # of one question
-MOST_PARTS = 512  # of one request for rows
+MOST_PARTS = 64  # of one request for rows
 Handle = Annotated[bytes, Meta(max_length=4096)]  # made by `ipc`, for `ipc` alone
 Key = Annotated[bytes, Meta(max_length=64)]  # of a MAC
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]

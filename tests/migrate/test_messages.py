@@ -108,7 +108,7 @@ def test_every_message_has_its_own_tag() -> None:
         (Gather(OWNER, OFFER, (PART,), "distributed", 7), {"parts": []}),
         (Gather(OWNER, OFFER, (PART,), "distributed", 7), {"parts": [[0, [0, 4], [1, 2], 16]]}),
         (Gather(OWNER, OFFER, (PART,), "distributed", 7), {"parts": [[0, [0, 4], [1, 2], -1, 24]]}),
-        (Gather(OWNER, OFFER, (PART,), "distributed", 7), {"parts": plain_parts(513)}),
+        (Gather(OWNER, OFFER, (PART,), "distributed", 7), {"parts": plain_parts(65)}),
         (Stop(7, 2), {"parts": -1}),
         (Answer("held"), {"state": "perhaps"}),
         (Answer("held"), {"why": "x" * 2000}),

@@ -46,7 +46,7 @@ from portakv.errors import (
 )
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.exports import EVENTS
-from portakv.migrate.gathers import BUFFERS, MOST_WAITING
+from portakv.migrate.gathers import BUFFERS
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import (
     Answer,
@@ -366,29 +366,6 @@ def test_too_little_staging_is_an_error_before_anything_moves(made: Sides) -> No
     offer.revoke()
     with pytest.raises(InvalidTerms, match=r"Expected staging .* at least 16384"):
         made.owner(shard[0], staging=100)
-
-
-def test_a_reader_that_takes_nothing_is_busy_after_some_requests(made: Sides) -> None:
-    """Fault 27. One who asks again and again does not hold up the others, and fills no memory."""
-    both = Couple(made, "staging")
-    offer = both.offer(readers=2)
-    both.reader.explain(offer.ticket)
-    parsed = Ticket.read(offer.ticket)
-    channel = both.reader.channel
-    parts = (Part(0, (0, 2), (0, 4), 0, 16),)
-    gather = Gather(parsed.epoch, parsed.offer, parts, "distributed", 1)
-    answers = [
-        channel.ask(parsed.address, replace(gather, tag=tag), Answer)
-        for tag in range(1, MOST_WAITING + 3)
-    ]
-    assert {answer.state for answer in answers[:MOST_WAITING]} == {"done"}
-    busy = answers[-1]
-    assert busy.state == "busy"
-    assert busy.seconds > 0
-    assert both.owner.statistics()["slots"] == 1
-    other = Rows(8, 32, fill=-1)
-    made.reader(other.shard).pull(offer.ticket, both.into).synchronize(30)
-    assert torch.equal(other.rows(both.into, 75), both.src.rows(both.blocks, 75))
 
 
 def test_rows_that_change_after_they_were_read_are_not_verified(made: Sides) -> None:

@@ -9,26 +9,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import pytest
 import torch
+from msgspec.structs import replace
 from support.migrate_channels import until
 from support.migrate_pulls import SMALL, Couple, Rows, Sides, sides
 
 from portakv.errors import OfferGone, TransferCancelled, TransferError
-from portakv.migrate.gathers import BUFFERS, Gathers
-from portakv.migrate.messages import MOST_PARTS, Gather, Stop
-from portakv.migrate.staged import Taker
+from portakv.migrate.channel import Channel
+from portakv.migrate.gathers import BUFFERS, MOST_WAITING, Gathers
+from portakv.migrate.messages import MOST_PARTS, Answer, Gather, Part, Stop, Ticket
+from portakv.migrate.offers import Owner
+from portakv.migrate.staged import BATCH, Taker
 from portakv.migrate.transports.distributed import Join
 
 LIMIT = 60.0
 SLOW = 4e-5  # 10^9 bytes a second: a pull of 75 tokens takes two seconds
 SECRET = 0x5A5A
+T = TypeVar("T")
 
 
 @pytest.fixture
-def made() -> Iterator[Sides]:
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sides]:
+    monkeypatch.setattr("support.migrate_pulls.Channel", Watching)
     with sides() as those:
         yield those
 
@@ -46,30 +51,38 @@ class Held(NamedTuple):
         yield
 
 
-def counted(made: Sides, both: Couple, kind: type[Any]) -> list[Any]:
-    """Return a list of the messages of a kind that the owner gets from now on."""
-    seen = list[Any]()
-    channel = both.owner.channel
-    own = channel._answers[kind]
+class Watching(Channel):
+    """A channel that keeps all messages that it gets, and answers none of some kinds."""
 
-    def answer(peer: Any, message: Any) -> Any:
-        seen.append(message)
-        return own(peer, message)
+    def __init__(self, *address: str, **terms: Any) -> None:
+        self.seen = list[Any]()
+        self.silent = set[type[Any]]()
+        super().__init__(*address, **terms)
 
-    channel.serve(kind, answer)
-    return seen
+    def serve(self, kind: type[Any], answer: Callable[[Any, Any], Any]) -> None:
+        def watched(peer: Any, message: Any) -> Any:
+            self.seen.append(message)
+            return None if kind in self.silent else answer(peer, message)
+
+        super().serve(kind, watched)
+
+
+def messages(owner: Owner, kind: type[T]) -> list[T]:
+    """Return the messages of a kind that an owner got."""
+    channel = cast(Watching, owner.channel)
+    return [message for message in channel.seen if isinstance(message, kind)]
 
 
 def test_a_pull_of_many_slices_is_one_request(made: Sides) -> None:
     both = Couple(made, "staging")
-    requests = counted(made, both, Gather)
-    stops = counted(made, both, Stop)
     pulled = both.pull(both.offer())
     pulled.synchronize(LIMIT)
+    requests = messages(both.owner, Gather)
     assert both.right()
     assert both.spared()
     assert pulled.statistics.slices == len(requests[0].parts) > BUFFERS
-    assert (len(requests), stops) == (1, [])
+    assert len(requests) == 1
+    assert messages(both.owner, Stop) == []
 
 
 def test_groups_of_one_offer_are_one_request(made: Sides) -> None:
@@ -77,30 +90,33 @@ def test_groups_of_one_offer_are_one_request(made: Sides) -> None:
     local = [Rows(8, 32, fill=-1), Rows(8, 32, fill=-1)]
     owner = made.owner(*(each.shard for each in remote), expose="staging", staging=SMALL)
     reader = made.reader(*(each.shard for each in local))
-    requests = list[Gather]()
-    real = owner.channel._answers[Gather]
-    owner.channel.serve(Gather, lambda *x: (requests.append(x[1]), real(*x))[1])
     offer = owner.offer([1, 2], [3, 4], tokens=32)
     reader.pull(offer.ticket, [3], [4]).synchronize(LIMIT)
+    requests = messages(owner, Gather)
     for one, other, src, dst in zip(remote, local, ([1, 2], [3, 4]), ([3], [4]), strict=True):
         assert torch.equal(one.rows(src, 32), other.rows(dst, 32))
     assert {part.group for part in requests[0].parts} == {0, 1}
     assert len(requests) == 1
 
 
-def test_a_pull_of_more_slices_than_a_request_holds_has_several(made: Sides) -> None:
-    """A staging buffer holds one token of a layer."""
+def test_a_pull_of_very_many_slices_lets_others_take_turns(made: Sides) -> None:
+    """A staging buffer holds one token of a layer; a small pull does not wait for all of them."""
     remote, local = (torch.zeros(2, 2, 20, 16, 16, 64, dtype=torch.int16) for _ in range(2))
     remote.copy_(torch.arange(remote.numel()).view(remote.shape) % 30011)
     owner = made.owner(Rows.shard_of(remote), expose="staging", staging=BUFFERS << 12)
     reader = made.reader(Rows.shard_of(local))
+    small = owner.offer([3], tokens=1, readers=9)
     pulled = reader.pull(owner.offer(range(20), tokens=320).ticket, range(20))
+    assert until(lambda: len(messages(owner, Gather)) > 1, LIMIT)
+    reader.pull(small.ticket, [3]).synchronize(LIMIT)
+    assert not pulled.ended
     pulled.synchronize(LIMIT)
     assert torch.equal(remote, local)
     assert pulled.statistics.slices > MOST_PARTS
+    assert max(len(request.parts) for request in messages(owner, Gather)) == BATCH
 
 
-def pull_after_a_cancelled_one(made: Sides, both: Couple) -> bool:
+def pull_after_a_cancelled_one(both: Couple, timeout: float) -> bool:
     """Cancel a pull of which the owner has sent nothing yet, then pull other rows; return True if
     these are right."""
     gate = threading.Event()
@@ -115,7 +131,7 @@ def pull_after_a_cancelled_one(made: Sides, both: Couple) -> bool:
         pulled.synchronize(LIMIT)
     offer.revoke()
     both.src.whole.add_(1)
-    again = both.pull(both.offer())
+    again = both.pull(both.offer(), timeout=timeout)
     gate.set()
     try:
         again.synchronize(LIMIT)
@@ -131,17 +147,15 @@ def test_slices_of_a_cancelled_pull_are_not_taken_for_those_of_the_next(
     """Both sides stay in step by one transport. Without `Stop` the next pull gets old rows."""
     both = Couple(made, "staging", transport="distributed")
     both.pull(both.offer()).synchronize(LIMIT)
-    joins = counted(made, both, Join)
     if not guarded:
         monkeypatch.setattr(Taker, "stop", lambda *_: None)
-    assert pull_after_a_cancelled_one(made, both) == guarded
-    assert joins == [] or not guarded
+    assert pull_after_a_cancelled_one(both, LIMIT if guarded else 3.0) == guarded
+    assert len(messages(both.owner, Join)) == 1 or not guarded
 
 
 def test_pulls_that_are_cancelled_at_any_moment_leave_one_transport_in_step(made: Sides) -> None:
     both = Couple(made, "staging", transport="distributed")
     both.pull(both.offer()).synchronize(LIMIT)
-    joins = counted(made, both, Join)
     seed = random.Random(7)
     cancelled = 0
     for turn in range(40):
@@ -156,7 +170,7 @@ def test_pulls_that_are_cancelled_at_any_moment_leave_one_transport_in_step(made
         assert both.right()
         both.owner.revoke_all()
     assert cancelled
-    assert joins == []
+    assert len(messages(both.owner, Join)) == 1
 
 
 def revoked_in_the_middle(made: Sides) -> bool:
@@ -195,18 +209,40 @@ def test_an_owner_that_does_not_stop_loses_its_lane_and_not_the_next_pull(made: 
     """Its channel answers no `Stop`: the group is made anew."""
     both = Couple(made, "staging", transport="distributed")
     both.pull(both.offer()).synchronize(LIMIT)
-    joins = counted(made, both, Join)
-    real = both.owner.channel._answers[Stop]
-    both.owner.channel.serve(Stop, lambda *_: None)
+    channel = cast(Watching, both.owner.channel)
+    channel.silent.add(Stop)
     pulled = both.pull(both.offer(), max_gbps=SLOW)
     assert until(lambda: bool((both.dst.whole != -1).any()), LIMIT)
     assert pulled.cancel()
     with pytest.raises(TransferError):
         pulled.synchronize(LIMIT)
-    both.owner.channel.serve(Stop, real)
+    channel.silent.clear()
     both.pull(both.offer()).synchronize(LIMIT)
     assert both.right()
-    assert len(joins) == 1
+    assert len(messages(both.owner, Join)) == 2
+
+
+def test_a_reader_that_takes_nothing_is_busy_after_some_requests(made: Sides) -> None:
+    """Fault 27. One who asks again and again does not hold up the others, and fills no memory."""
+    both = Couple(made, "staging")
+    offer = both.offer(readers=2)
+    both.reader.explain(offer.ticket)
+    parsed = Ticket.read(offer.ticket)
+    channel = both.reader.channel
+    parts = (Part(0, (0, 2), (0, 4), 0, 16),)
+    gather = Gather(parsed.epoch, parsed.offer, parts, "distributed", 1)
+    answers = [
+        channel.ask(parsed.address, replace(gather, tag=tag), Answer)
+        for tag in range(1, MOST_WAITING + 3)
+    ]
+    assert {answer.state for answer in answers[:MOST_WAITING]} == {"done"}
+    busy = answers[-1]
+    assert busy.state == "busy"
+    assert busy.seconds > 0
+    assert both.owner.statistics()["slots"] == 1
+    other = Rows(8, 32, fill=-1)
+    made.reader(other.shard).pull(offer.ticket, both.into).synchronize(30)
+    assert torch.equal(other.rows(both.into, 75), both.src.rows(both.blocks, 75))
 
 
 @pytest.mark.parametrize("terms", [{}, {"max_gbps": 2e-4}])

@@ -194,10 +194,11 @@ class Lane(ABC):
         error of the library.
         """
 
-    def meet(self) -> None:  # noqa: B027
+    def meet(self, stop: Callable[[], bool] = bool) -> None:  # noqa: B027
         """Announce a reader's lane to the owner, before the reader requests rows; it may block.
 
-        The owner then sends rows of later requests by this lane. Raises the errors of the channel.
+        The owner then sends rows of later requests by this lane. Ends early if ``stop()`` returns
+        True. Raises the errors of `Channel.ask`.
         """
 
     def cut(self) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from queue import Empty
@@ -66,11 +66,11 @@ class Pair(Lane):
         """Return the rank of the peer."""
         return 0 if self.address else 1
 
-    def meet(self) -> None:
+    def meet(self, stop: Callable[[], bool] = bool) -> None:
         with self._meeting:
             if not self.name:
                 name = token_hex(16)
-                self.channel.ask(self.address, Join(name), Answer)
+                self.channel.ask(self.address, Join(name), Answer, stop=stop)
                 self.name = name
 
     def join(self, moving: Moving) -> dist.ProcessGroup:
@@ -99,7 +99,7 @@ class Pair(Lane):
 
     def _join(self) -> dist.ProcessGroup:
         if self.address:
-            self.meet()
+            self.meet(stop=lambda: self.gone is not None)
         elif not self.named.wait(self.transport.timeout):
             raise TransferTimeout("the reader has not joined")
         device = self.transport.device
