@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from time import monotonic
 from typing import NamedTuple
 
@@ -47,12 +48,13 @@ class Arrival(Task):
         view = self.step.cut.dst.as_bytes()
         return rows_bytes(view, len(self.part.layers), self.part.tokens, view.heads)
 
-    def scatter(self, memory: torch.Tensor) -> BlockTransfer:
-        """Copy the rows of the slice from a staging buffer, after the current stream's work."""
+    def scattering(self, memory: torch.Tensor) -> Callable[[], BlockTransfer]:
+        """Return a function that copies the rows of the slice from a staging buffer, after the work
+        of the stream that is current then."""
         layers, first, tokens = self.part
         dst = self.step.cut.dst.as_bytes().slice(layers=slice(layers.start, layers.stop))
         src = chunk(dst, tokens, memory)[1]
-        return copy_rows(src, dst, None, self.step.dst_index.shifted(first), count=tokens)
+        return partial(copy_rows, src, dst, None, self.step.dst_index.shifted(first), count=tokens)
 
     def end(self, error: BaseException | None = None) -> None:
         """End the slice, unless it has ended."""

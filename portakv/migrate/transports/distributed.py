@@ -37,6 +37,8 @@ NEVER = 86400.0
 #: gloo waits this many times a group's timeout for a peer that connects (`waitUntil`, tcp/pair.h),
 #: also for a dead peer; torch has no call that ends the wait.
 RELAXED = 5
+#: Seconds between two looks at a buffer on a device: other threads need the interpreter as well.
+SHORTEST = 5e-5
 
 
 class Join(Message, frozen=True):
@@ -161,7 +163,7 @@ class DevicePair(Pair):
     def _pause(self) -> float:
         """Return the seconds until the next look at the first buffer."""
         waited = time.monotonic() - self._since
-        return min(max(20e-6, waited / 8), 1e-3)
+        return min(max(SHORTEST, waited / 8), 1e-3)
 
     def _issue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
         """Put a buffer on the stream, after the event ``ready`` and earlier buffers."""
