@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import pytest
@@ -17,12 +18,14 @@ from msgspec.structs import replace
 from support.migrate_channels import until
 from support.migrate_pulls import SMALL, Couple, Rows, Sides, sides
 
-from portakv.errors import OfferGone, TransferCancelled, TransferError
+from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferError
+from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.channel import Channel
 from portakv.migrate.gathers import BUFFERS, MOST_WAITING, Gathers
 from portakv.migrate.messages import MOST_PARTS, Answer, Gather, Part, Stop, Ticket
 from portakv.migrate.offers import Owner
 from portakv.migrate.staged import BATCH, Taker
+from portakv.migrate.transports.base import Moving
 from portakv.migrate.transports.distributed import Join
 
 LIMIT = 60.0
@@ -243,6 +246,53 @@ def test_a_reader_that_takes_nothing_is_busy_after_some_requests(made: Sides) ->
     other = Rows(8, 32, fill=-1)
     made.reader(other.shard).pull(offer.ticket, both.into).synchronize(30)
     assert torch.equal(other.rows(both.into, 75), both.src.rows(both.blocks, 75))
+
+
+@pytest.mark.parametrize(
+    ("before", "nbytes", "expected"),
+    [
+        ("nothing", 64, []),
+        ("a pull of the same lane", 64, ["copy is followed"]),
+        ("a pull of the same lane", 128, ["bytes are awaited", "copy is awaited"]),
+        ("a pull of another lane", 64, ["bytes are awaited", "copy is followed"]),
+        ("a pull that ended early", 64, ["bytes are awaited"]),
+    ],
+)
+def test_a_buffer_is_used_again_after_its_last_use(
+    before: str, nbytes: int, expected: list[str]
+) -> None:
+    """On a device by a stream, whichever worker has used it; else the host waits."""
+    log = list[str]()
+    lane, other = (cast(Any, SimpleNamespace()) for _ in range(2))
+    buffer = StagingBuffer(torch.zeros(64, dtype=torch.uint8))
+    if before != "nothing":
+        buffer.moving = Moving(buffer.memory, LIMIT)
+        buffer.lane = other if "another" in before else lane
+    if "lane" in before:
+        ends: Any = {
+            "wait": lambda: log.append("copy is followed"),
+            "synchronize": lambda: log.append("copy is awaited"),
+        }
+        buffer.copy = cast(Any, SimpleNamespace(**ends))
+    buffer.prepare(lane, nbytes, 1 << 20, lambda _: log.append("bytes are awaited"))
+    assert log == expected
+    assert buffer.memory.nbytes >= nbytes
+    assert buffer.copy is None
+
+
+def test_who_waits_for_a_buffer_is_called_once_when_it_is_free() -> None:
+    moving = Moving(torch.zeros(8, dtype=torch.uint8), LIMIT)
+    calls = list[str]()
+    assert moving.begin()
+    moving.on_free(lambda: calls.append("before"))
+    moving.end(PeerError("The peer is gone."))
+    assert calls == []  # a library touches it still
+    moving.end(untouched=True)
+    moving.end(untouched=True)
+    moving.on_free(lambda: calls.append("after"))
+    assert calls == ["before", "after"]
+    with pytest.raises(PeerError, match="is gone"):
+        moving.follow(0.0)
 
 
 @pytest.mark.parametrize("terms", [{}, {"max_gbps": 2e-4}])

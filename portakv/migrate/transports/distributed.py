@@ -77,6 +77,8 @@ class Pair(Lane):
 
     def join(self, moving: Moving) -> dist.ProcessGroup:
         """Return the group of this lane, before a buffer crosses; make it at the first call."""
+        if self.gone:  # the library waits long for a peer that is gone, for each buffer
+            raise self.gone
         group = self.group = self.group or self._join()
         if self.gone or not moving.begin():  # after the line above, because `cut` reads the group
             raise self.gone or TransferTimeout("its turn came too late")
