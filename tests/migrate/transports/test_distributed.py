@@ -227,7 +227,7 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
     remote = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
     local = torch.zeros_like(remote, device=OTHER)
     views = [KVView([*x], LAYOUT) for x in (remote, local)]
-    busy = current(OTHER)
+    busy = torch.Stream(OTHER)
     with sides() as made, inside(torch.Stream(DEVICE)), inside(torch.Stream(OTHER)):
         owner = made.owner(Shard(views[0]), expose="staging", staging=4 * remote[0].nbytes)
         reader = made.reader(Shard(views[1]), transport=Simulated.name)
