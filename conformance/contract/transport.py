@@ -61,7 +61,7 @@ class End:
         """Answer messages of a kind."""
         self.answers[kind] = answer
 
-    def ask(self, address: str, message: Any, kind: type) -> Any:
+    def ask(self, address: str, message: Any, kind: type, stop: Callable[[], bool] = bool) -> Any:
         """Return the answer of the other end, encoded and decoded as on a wire."""
         if self.connection.gone:
             raise PeerError(f"{address} is gone.")

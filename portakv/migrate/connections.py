@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf
-from queue import LifoQueue
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from portakv.errors import (
     Unsupported,
 )
 from portakv.migrate import ipc
+from portakv.migrate.buffers import Staging
 from portakv.migrate.channel import Channel, Refused
 from portakv.migrate.mapping import NotMapped, Place, WordsOfOwner, map_owner
 from portakv.migrate.messages import (
@@ -43,10 +43,9 @@ from portakv.migrate.messages import (
     no_ticket,
 )
 from portakv.migrate.shards import Shard, device_of, unlike
-from portakv.migrate.staging import staging
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
-from portakv.migrate.transports.base import Moving, Transport
+from portakv.migrate.transports.base import Transport
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import uninterrupted
 
@@ -54,20 +53,6 @@ _HOST = torch.device("cpu")
 FAREWELL = 0.5  # seconds for the last message to all owners
 ANY = bytes(16)  # the epoch of whoever has an address: no owner has it, and no ticket
 MOST_BUFFERS = 64  # staging buffers of an owner; each has a worker here
-
-
-class Staging:
-    """The transport and the staging buffers for an owner whose memory is not mapped."""
-
-    def __init__(self, transport: Transport, device: torch.device, count: int) -> None:
-        self.transport = transport
-        # Buffers are filled in the order of the requests for them.
-        self.turn = threading.Lock()
-        self.tag = 0
-        #: Free buffers with their numbers, and the last transfer into each.
-        self.buffers: LifoQueue[tuple[int, torch.Tensor, Moving | None]] = LifoQueue()
-        for number in range(count):
-            self.buffers.put((number, staging(0, device), None))
 
 
 class Connection:

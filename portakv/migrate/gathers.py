@@ -9,55 +9,99 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.copy.rows import copy_rows
-from portakv.errors import PeerError, Unsupported
-from portakv.graph.graph import Graph
-from portakv.graph.task import Task
+from portakv.errors import LayoutError, PeerError, TransferError, Unsupported
+from portakv.graph import Graph, Task
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import Later, checksum
-from portakv.migrate.messages import Answer, Gather, Hello, Message
-from portakv.migrate.staging import chunk, chunk_bytes, staged_bytes, staging
+from portakv.migrate.messages import Answer, Gather, Hello, Message, Part, Stop, Stopped, Sum
+from portakv.migrate.shards import Shard, overlap, slices
+from portakv.migrate.staging import chunk, rows_bytes, staged_bytes, staging
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
-from portakv.migrate.transports.base import Moving, Transport
+from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.streams import StreamFence as StreamFence
 from portakv.view import Index, KVView
 
 _log = logging.getLogger(__name__)
+#: Block ids of a shard, int32, and the tokens of a block.
+BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
 BUFFERS = 4  # for each reader: one is filled, two are on the wire, one is emptied
+#: Requests of a reader that are not sent yet. A reader has at most one for each of its buffers.
+MOST_WAITING = 16
 
 
 class Rows(NamedTuple):
-    """Offered rows of a view of bytes, the stream that wrote them, and the readers that miss
-    some."""
+    """Rows of a view of bytes."""
 
     view: KVView
     ids: Index
+
+
+class Offered(NamedTuple):
+    """The rows of an offer.
+
+    Attributes:
+        shards: of the owner, when a reader requested the rows.
+        ids: the ids of the blocks and the tokens of a block, for each shard.
+        after: the work that wrote the rows.
+        spoilt: the readers to which some of the rows could not be sent.
+        holds: returns False once the offer has ended.
+    """
+
+    shards: Sequence[Shard]
+    ids: Sequence[BlockList]
+    tokens: int
     after: StreamFence
     spoilt: set[bytes]
+    holds: Callable[[], bool]
+
+    def check(self, part: Part) -> None:
+        """Raise `LayoutError` if the rows of a part were not offered."""
+        shard = self.shards[part.group] if part.group < len(self.shards) else None
+        some = 0 < part.count <= self.tokens - part.first
+        if shard is None or overlap(part.box, shard.group.box) != part.box or not some:
+            raise LayoutError(
+                f"Expected offered rows, got layers {part.layers} x heads {part.heads} of group "
+                f"{part.group}, tokens {part.first} + {part.count}. Request offered rows."
+            )
+
+    def nbytes(self, part: Part) -> int:
+        """Return the bytes of a part in a staging buffer."""
+        view = self.shards[part.group].view.as_bytes()
+        (start, stop), (first, past) = part.box
+        return rows_bytes(view, stop - start, part.count, past - first)
+
+    def rows(self, part: Part) -> Rows:
+        """Return the rows of a part."""
+        shard = self.shards[part.group]
+        view = shard.view.as_bytes().slice(**slices(part.box, shard.group.box))
+        return Rows(view, Index(*self.ids[part.group], part.first))
 
 
 class StagingBuffer:
-    """A staging buffer of one reader, and the gather that fills it."""
+    """A staging buffer of one reader."""
 
     def __init__(self, memory: torch.Tensor, dirty: list[torch.Tensor]) -> None:
         self.memory = memory
         # Memory that contains bytes of earlier users; buffers of one allocation share the list.
         self.dirty = dirty
-        self.filling = False  # a gather was accepted, and no byte is sent yet
         self.sent: Moving | None = None
 
     @property
-    def busy(self) -> bool:
-        """Return True until the reader has the bytes of the last gather."""
-        if self.filling:
-            return True
-        return self.sent is not None and not self.sent.free.is_set()
+    def free(self) -> bool:
+        """Return True if the reader has the bytes that were sent last."""
+        return self.sent is None or self.sent.free.is_set()
 
     def clean(self) -> None:
         """Zero the memory before its first use, so that no earlier user's bytes are sent."""
@@ -69,6 +113,40 @@ class StagingBuffer:
 def zero(memory: torch.Tensor) -> None:
     """Zero memory of a buffer, ordered after the current stream's work."""
     memory.zero_()
+
+
+class Sending:
+    """The parts of one request, which cross by one lane through ``buffers`` staging buffers."""
+
+    def __init__(self, gather: Gather, offered: Offered, lane: Lane, buffers: int) -> None:
+        self.gather = gather
+        self.offered = offered
+        self.lane = lane
+        self.buffers = buffers
+        self.begun = 0  # parts that are sent, or filled to be sent
+        self.parts = len(gather.parts)  # parts that are sent in all
+        self.stopped = False  # the reader wants no more rows
+
+    @property
+    def over(self) -> bool:
+        """Return True if no more parts are sent."""
+        return self.begun >= self.parts or self.lane.gone is not None
+
+
+class Line:
+    """The transport on which a reader and the owner agreed, and the reader's requests in order."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.sendings = deque[Sending]()
+        self.last = 0  # tag of the last request
+        self.active = False  # a task continues, or will when a buffer is free
+
+    def current(self) -> Sending | None:
+        """Return the request whose parts are sent now; drop those that are over."""
+        while self.sendings and self.sendings[0].over:
+            self.sendings.popleft()
+        return self.sendings[0] if self.sendings else None
 
 
 class Gathers:
@@ -88,11 +166,11 @@ class Gathers:
         self.buffer_bytes = staging_bytes // BUFFERS // 4096 * 4096
         self.transport = forced(transport)
         self._transports = dict[str, Transport]()  # by name
-        self._by = dict[Peer, list[Transport]]()  # of readers; each agreement is a separate list
+        self._lines = dict[Peer, Line]()  # of readers; each agreement makes another
         self._buffers = dict[tuple[Peer, int], StagingBuffer]()
         self._lock = threading.Lock()  # a reader that is gone gets no buffer
         self._graph = Graph()
-        # One worker: readers take in the order of gathers.
+        # One worker: readers take turns, part by part.
         self._queue = self._graph.queue("gather")
         self._sums = Later[int]("checksums of rows", self._queue)
 
@@ -116,7 +194,7 @@ class Gathers:
         self.forget(peer)  # the reader takes no more of the rows that were sent to it before
         transport = self._transports.get(f"{name} {device}") or choose(device, name)
         self._transports[f"{name} {device}"] = transport
-        self._by[peer] = [transport]
+        self._lines[peer] = Line(transport)
         for kind in transport.asks:
             self._channel.serve(kind, self._answer_transport)
         peer.on_gone(partial(self.forget, peer))
@@ -124,52 +202,91 @@ class Gathers:
 
     def _answer_transport(self, peer: Peer, request: object) -> Message | None:
         """Answer a message of a reader's transport by the transport here."""
-        transport = self._by.get(peer, [None])[0]
-        if transport is None or not isinstance(request, transport.asks):
+        line = self._lines.get(peer)
+        if line is None or not isinstance(request, line.transport.asks):
             raise PeerError("Expected the agreed transport, got another. Connect again.")
-        return transport.answer(peer, self._channel, request)
+        return line.transport.answer(peer, self._channel, request)
 
     def forget(self, peer: Peer) -> None:
         """Release the buffers of a reader that is gone or needs them no more."""
         with self._lock:
-            agreed = self._by.pop(peer, [])
+            line = self._lines.pop(peer, None)
             self._buffers = {key: one for key, one in self._buffers.items() if key[0] is not peer}
-        for transport in agreed:
-            transport.forget(peer)
+        if line is not None:
+            line.transport.forget(peer)
 
-    def begin(self, peer: Peer, gather: Gather, rows: Rows) -> Answer:
-        """Have the worker gather rows into a buffer and send it, or compute their checksum.
+    def send(self, peer: Peer, gather: Gather, offered: Offered) -> Answer:
+        """Have the worker send rows in parts, after earlier requests of the reader.
 
-        A reader repeats its request for a checksum until the checksum exists. Only one thread calls
-        this method.
+        Only one thread calls this method. Raises `LayoutError` for rows that were not offered.
         """
-        if gather.transport:
-            agreed = self._by.get(peer)
-            if agreed is None or agreed[0].name != gather.transport:
-                return Answer("refused", f"{gather.transport} was not agreed on; connect again.")
-            number = gather.slot % BUFFERS
-            buffer = self._buffers.get((peer, number))
-            if buffer is not None and buffer.busy:
-                return Answer("busy", seconds=2e-4)
+        for part in gather.parts:
+            offered.check(part)
+        line = self._lines.get(peer)
+        if line is None or line.transport.name != gather.transport:
+            return Answer("refused", f"{gather.transport} was not agreed on; connect again.")
 
-            needs = chunk_bytes(rows.view, gather.count)
-            if buffer is None or buffer.memory.nbytes < min(needs, self.buffer_bytes):
-                if not self._has_space(needs, buffer, agreed[0]):
-                    why = f"staging buffers of all readers have {self._most_bytes} bytes in total"
-                    return Answer("busy", why, seconds=1e-2)
-                # Allocate in this thread, so that the reader gets the error if there is no memory.
-                # Use a private stream: work may still use memory that was freed on a caller's
-                # stream.
-                with StreamFence(agreed[0].device).inside():
-                    buffer = self._new_buffer(peer, number, needs, agreed[0])
+        with self._lock:
+            line.current()
+            full = len(line.sendings) >= MOST_WAITING
+        if full:
+            return Answer("busy", "earlier requests are not sent yet", seconds=1e-3)
 
-            buffer.filling = True
-            bring = partial(self._bring, peer, gather, rows, agreed, buffer)
-            task = Task(lambda *_: bring(), 1, queue=self._queue, name="gather")
-            self._graph.submit([task], priority="urgent")
-            return Answer("done")
-        total = self._sums.answer(gather, partial(self._sum, gather, rows))
+        # Allocate in this thread, so that the reader gets the error if there is no memory.
+        needs = max(offered.nbytes(part) for part in gather.parts)
+        count = self._reserve(peer, line.transport, len(gather.parts), needs)
+        if not count:
+            why = "earlier pulls use its staging buffers"
+            if self._most_bytes is not None:
+                why = f"staging buffers of all readers have {self._most_bytes} bytes in total"
+            return Answer("busy", why, seconds=1e-2)
+
+        # The parts stay with this lane: those that the reader no longer waits for end with it.
+        lane = line.transport.lane(peer, self._channel)
+        with self._lock:
+            line.last = gather.tag
+            line.sendings.append(Sending(gather, offered, lane, count))
+            begins = not line.active
+            line.active = True
+        if begins:
+            self._continue(peer, line)
+        return Answer("done")
+
+    def stop(self, peer: Peer, stop: Stop) -> Stopped:
+        """Read no more rows for a request; send only the parts that its reader waits for."""
+        line = self._lines.get(peer)
+        if line is None or line.last < stop.tag:  # no such request arrived
+            return Stopped(0)
+        with self._lock:
+            for sending in line.sendings:
+                if sending.gather.tag == stop.tag:
+                    sending.stopped = True
+                    sending.parts = min(max(sending.begun, stop.parts), sending.parts)
+                    return Stopped(sending.parts)
+        return Stopped(1 << 31)  # all parts were sent
+
+    def sum(self, request: Sum, offered: Offered) -> Answer:
+        """Have the worker compute a checksum; the reader repeats its request until it exists."""
+        offered.check(request.part)
+        total = self._sums.answer(request, partial(self._sum, request.part, offered))
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
+
+    def _reserve(self, peer: Peer, transport: Transport, parts: int, needs: int) -> int:
+        """Return the number of buffers that parts may cross in: as many as the total has room for.
+
+        A buffer that has to grow must be free.
+        """
+        for number in range(min(parts, BUFFERS)):
+            buffer = self._buffers.get((peer, number))
+            if buffer is not None and buffer.memory.nbytes >= min(needs, self.buffer_bytes):
+                continue
+            grows = buffer is None or (buffer.free and not self._lines[peer].active)
+            if not grows or not self._has_space(needs, buffer, transport):
+                return number
+            # Use a private stream: work may still use memory that was freed on a caller's stream.
+            with StreamFence(transport.device).inside():
+                self._new_buffer(peer, number, needs, transport)
+        return min(parts, BUFFERS)
 
     def _has_space(self, needs: int, old: StagingBuffer | None, transport: Transport) -> bool:
         """Return True if one more buffer, in place of an old one, stays below the total."""
@@ -183,9 +300,7 @@ class Gathers:
             new = staged_bytes(needs, self.buffer_bytes) - (old.memory.nbytes if old else 0)
         return used + new <= self._most_bytes
 
-    def _new_buffer(
-        self, peer: Peer, number: int, needs: int, transport: Transport
-    ) -> StagingBuffer:
+    def _new_buffer(self, peer: Peer, number: int, needs: int, transport: Transport) -> None:
         """Allocate a buffer, or all buffers of a reader if the transport learns them only once."""
         if transport.knows_once:
             whole = staging(BUFFERS * self.buffer_bytes, transport.device)
@@ -199,44 +314,76 @@ class Gathers:
         with self._lock:
             for each, part in parts.items():
                 self._buffers[peer, each] = StagingBuffer(part, dirty)
-            return self._buffers[peer, number]
 
     def close(self) -> None:
         """Cancel the gathers in flight and close the transports."""
-        self._by = {}
+        self._lines = {}
         self._graph.close()
         for transport in self._transports.values():
             transport.close()
 
-    # --- in the worker
+    # --- in the worker, and in the threads that end buffers
 
-    def _sum(self, gather: Gather, rows: Rows) -> int:
-        with torch.inference_mode(False), rows.after.inside():
-            box = gather.layers, gather.heads
-            return checksum(rows.view, rows.ids, gather.count, box, gather.first)
+    def _continue(self, peer: Peer, line: Line) -> None:
+        """Have the worker send the next part to a reader."""
+        task = Task(lambda *_: self._advance(peer, line), 1, queue=self._queue, name="gather")
+        with suppress(TransferError):  # the owner is closed
+            self._graph.submit([task], priority="urgent")
+
+    def _advance(self, peer: Peer, line: Line) -> None:
+        """Send one part to a reader, or wait until a buffer is free."""
+        with self._lock:
+            sending = line.current()
+            if sending is None or self._lines.get(peer) is not line:
+                line.active = False
+                return
+            buffer = self._buffers[peer, sending.begun % sending.buffers]
+            number = sending.begun
+            if buffer.free:
+                sending.begun += 1
+        if not buffer.free and buffer.sent is not None:
+            buffer.sent.on_free(partial(self._continue, peer, line))
+            return
+        try:
+            self._bring(peer, line, sending, number, buffer)
+        except Exception:  # a reader that waits for this part would take the next in its place
+            _log.exception("A staging buffer could not be sent; its reader gets an error.")
+            sending.lane.close(PeerError("The owner could not send a buffer; it did not cross."))
+        self._continue(peer, line)
+
+    def _sum(self, part: Part, offered: Offered) -> int:
+        with torch.inference_mode(False), offered.after.inside():
+            view, ids = offered.rows(part)
+            return checksum(view, ids, part.count, part.box, part.first)
 
     def _bring(
-        self, peer: Peer, gather: Gather, rows: Rows, agreed: list[Transport], buffer: StagingBuffer
+        self, peer: Peer, line: Line, sending: Sending, number: int, buffer: StagingBuffer
     ) -> None:
-        """Fill a buffer and send it; after an error, send zeros and note the reader."""
-        nbytes = chunk_bytes(rows.view, gather.count)
-        full = buffer.memory[:nbytes]
+        """Fill a buffer with a part and send it.
+
+        Sends zeros in place of rows that the reader cannot commit: after an error, of which the
+        offer keeps a note, after the end of the offer, and if the reader wants no more.
+        """
+        offered = sending.offered
+        part = sending.gather.parts[number]
+        full = buffer.memory[: offered.nbytes(part)]
+        tag = sending.gather.tag + number
         try:
-            with torch.inference_mode(False), rows.after.inside():
-                self._fill(buffer, full, gather.count, rows)
-                self._send(peer, gather, agreed, buffer, full)
+            if not sending.stopped and peer.id not in offered.spoilt and offered.holds():
+                with torch.inference_mode(False), offered.after.inside():
+                    self._fill(buffer, full, part.count, offered.rows(part))
+                    self._move(peer, line, sending, buffer, full, tag)
+                return
         except Exception:  # whatever failed, the reader must not wait for its bytes
             _log.exception(
                 "Rows could not be gathered into a staging buffer; the reader gets an error."
             )
-            rows.spoilt.add(peer.id)
-            # Use the stream of the failed gather, whose copies may still run.
-            with torch.inference_mode(False), StreamFence(buffer.memory.device).inside():
-                buffer.clean()
-                full.zero_()  # as many bytes as the reader waits for
-                self._send(peer, gather, agreed, buffer, full)
-        finally:
-            buffer.filling = False
+            offered.spoilt.add(peer.id)
+        # Use the stream of a failed gather, whose copies may still run.
+        with torch.inference_mode(False), StreamFence(buffer.memory.device).inside():
+            buffer.clean()
+            full.zero_()  # as many bytes as the reader waits for
+            self._move(peer, line, sending, buffer, full, tag)
 
     def _fill(self, buffer: StagingBuffer, full: torch.Tensor, count: int, rows: Rows) -> None:
         """Gather rows into a buffer; positions without rows, and padding, become zeros."""
@@ -259,16 +406,16 @@ class Gathers:
             # The transport sends after the copy; ids were checked when they were offered.
             copy.wait()
 
-    def _send(
+    def _move(
         self,
         peer: Peer,
-        gather: Gather,
-        agreed: list[Transport],
+        line: Line,
+        sending: Sending,
         buffer: StagingBuffer,
         full: torch.Tensor,
+        tag: int,
     ) -> None:
         """Have the transport send a full buffer, unless its reader is gone or connected again."""
-        lane = agreed[0].lane(peer, self._channel)
         with self._lock:
-            if self._by.get(peer) is agreed:
-                buffer.sent = lane.move(full, gather.tag)
+            if self._lines.get(peer) is line:
+                buffer.sent = sending.lane.move(full, tag)

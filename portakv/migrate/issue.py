@@ -24,7 +24,7 @@ from portakv.migrate.connections import Sources
 from portakv.migrate.plan import Step, count_blocks, indices_of, steps
 from portakv.migrate.pull import CANCELLED, Ends, Part, Pull
 from portakv.migrate.shards import Shard
-from portakv.migrate.staged import taken, verifications
+from portakv.migrate.staged import Taker, verified
 from portakv.view.index import Ids, Index
 
 LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
@@ -133,22 +133,35 @@ class Issuing:
         requested = pull.requested
         self._issuer.wait_for_events(pull.sources)
         tasks = list[Task]()
+        staged = dict[bytes, list[Step]]()  # by offers whose owners send the rows
         for step in some:
             rate = options.max_gbps
             if rate is not None:  # the steps share it
                 rate *= step.nbytes / requested.nbytes
             if step.cut.src is None:
-                self._staged.add(step.ticket.offer)
+                staged.setdefault(step.ticket.offer, []).append(step)
                 requested.strategy = step.owner.strategy
-                taking = taken(self._issuer.graph, step, pull, rate)
-                tasks += self._layers.add_tasks(step, taking)
             elif self._long:
                 tasks += self._layers.add_tasks(step, self._copied(step))
             else:
                 self._copies.append(_copy_of(step, options, rate))
                 self._layers.add_copy(step, self._copies[-1])
         self._slices += tasks
+        for steps_of_offer in staged.values():
+            tasks.append(self._take(steps_of_offer))
+        self._staged |= staged.keys()
         return tasks
+
+    def _take(self, some: Sequence[Step]) -> Task:
+        """Return the task that takes the rows of an offer from the owner that sends them, at their
+        share of the rate."""
+        rate = self._options.max_gbps
+        if rate is not None:
+            rate *= sum(step.nbytes for step in some) / self._pull.requested.nbytes
+        taker = Taker(self._issuer.graph, some, self._pull, rate)
+        for each in taker.arrivals:
+            self._slices += self._layers.add_tasks(each.step, [(each.part.layers, each)])
+        return taker.task
 
     def end(self) -> list[Task]:
         """Return the task that commits the pull; none if whoever looks at the pull commits it."""
@@ -159,7 +172,8 @@ class Issuing:
         # This is set last, for the reader's thread.
         requested.pieces = len(self._copies) + len(self._slices)
 
-        checks = verifications(self.plan, pull, issuer.checks) if self._verify else []
+        verifying = self.plan if self._verify else ()
+        checks = [Task(partial(verified, step, pull), 1, queue=issuer.checks) for step in verifying]
         if not self._slices and not checks and all(source.word for source in pull.sources):
             return []
         pull.task = Task(lambda *_: pull.run(issuer.graph, checks), 1, queue=issuer.pulls)

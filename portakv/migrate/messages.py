@@ -27,6 +27,7 @@ LEAST_NAME = 16
 MOST_NAME = 64
 OfferName = Annotated[bytes, Meta(min_length=LEAST_NAME, max_length=MOST_NAME)]
 MOST_NAMES = 256  # of one question
+MOST_PARTS = 64  # of one request for rows
 Handle = Annotated[bytes, Meta(max_length=4096)]  # made by `ipc`, for `ipc` alone
 Key = Annotated[bytes, Meta(max_length=64)]  # of a MAC
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
@@ -178,23 +179,58 @@ class Renew(About, frozen=True):
     seconds: Seconds
 
 
-class Gather(About, frozen=True, rename=_ON_THE_WIRE):
-    """Request ``count`` tokens from ``first`` on, of a box of a group on the model's axes.
-
-    With a transport the rows go to a staging buffer under a tag. Without a transport the answer has
-    their checksum. Also counts as `Begin`.
-    """
-
-    purpose: ClassVar[str] = "Requesting rows of the owner at"
+class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """``count`` tokens from ``first`` on, of a box of a group on the model's axes."""
 
     group: Small
     layers: tuple[Small, Small]
     heads: tuple[Small, Small]
     first: Count
     count: Count
-    transport: Name = ""
-    slot: Small = 0
-    tag: Count = 0
+
+    @property
+    def box(self) -> Box:
+        """Return the layers and heads."""
+        return self.layers, self.heads
+
+
+class Gather(About, frozen=True, rename=_ON_THE_WIRE):
+    """Request rows in parts, one for each staging buffer. Also counts as `Begin`.
+
+    The owner sends the parts in their order by the transport, under the tags from ``tag`` on.
+    """
+
+    purpose: ClassVar[str] = "Requesting rows of the owner at"
+
+    parts: Annotated[tuple[Part, ...], Meta(min_length=1, max_length=MOST_PARTS)]
+    transport: Name
+    tag: Count
+
+
+class Stop(Message, frozen=True):
+    """End the request for rows with this tag early.
+
+    The owner sends as many ``parts`` as the reader waits for, and reads no more rows for them.
+    """
+
+    purpose: ClassVar[str] = "Stopping rows of the owner at"
+
+    tag: Count
+    parts: Count
+
+
+class Stopped(Message, frozen=True):
+    """The answer to `Stop`: the number of parts that the owner has sent or will send."""
+
+    parts: Count
+
+
+class Sum(About, frozen=True):
+    """Request the checksum of rows. Also counts as `Begin`."""
+
+    purpose: ClassVar[str] = "Requesting a checksum of the owner at"
+
+    part: Part
 
 
 class Find(Message, frozen=True):

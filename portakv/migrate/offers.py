@@ -17,20 +17,18 @@ from functools import partial
 from math import inf
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from msgspec.structs import replace
 
 from portakv import arguments
-from portakv.errors import InvalidTerms, LayoutError, OfferGone, PeerError, SlotError
+from portakv.errors import InvalidTerms, OfferGone, PeerError, SlotError
 from portakv.migrate import messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.exports import EVENTS, Exports, Place, Words, describe_all
-from portakv.migrate.gathers import BUFFERS, Gathers, Rows, StreamFence, renamed
+from portakv.migrate.gathers import BUFFERS, BlockList, Gathers, Offered, StreamFence, renamed
 from portakv.migrate.marks import PAST, Progress, Raises, Unit, mark_event, progress_of
 from portakv.migrate.names import EndedOffers, Names
-from portakv.migrate.shards import Shard, device_of, overlap, slices
+from portakv.migrate.shards import Shard, device_of
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.view.index import Ids, Index
@@ -46,10 +44,6 @@ SPOILT = messages.Answer(
 
 #: What readers on this host may map: whole allocations, or nothing
 Expose: TypeAlias = Literal["mapped", "staging"]
-
-
-#: Block ids of a shard, int32, and the tokens of a block.
-BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
 
 
 @dataclass
@@ -327,6 +321,8 @@ class Owner:
             messages.Check: self._check,
             messages.Close: self._close,
             messages.Gather: self._gather,
+            messages.Sum: self._gather,
+            messages.Stop: self._stop,
             messages.Find: self._find,
             messages.Marks: self._marks,
             messages.Bye: self._bye,
@@ -656,33 +652,30 @@ class Owner:
     def _bye(self, peer: Peer, _: messages.Bye) -> None:
         self._gathers.forget(peer)
 
-    def _gather(self, peer: Peer, gather: messages.Gather) -> messages.Answer:
+    def _gather(self, peer: Peer, request: messages.Gather | messages.Sum) -> messages.Answer:
         with self.change:
-            offer = self._current(gather)
+            offer = self._current(request)
             if offer is None:
-                return self._gone(gather)
-            self._begin(peer, gather)
-            rows = self._rows(offer, gather)
-            if not self._is_complete(offer, gather):
+                return self._gone(request)
+            self._begin(peer, request)
+            if peer.id in offer.spoilt:
+                return SPOILT
+            terms = offer.tokens, offer.after, offer.spoilt, lambda: offer.state == "held"
+            rows = Offered(self.shards, offer.ids, *terms)
+            parts = (request.part,) if isinstance(request, messages.Sum) else request.parts
+            for part in parts:
+                rows.check(part)
+            if not all(self._is_complete(offer, part) for part in parts):
                 return messages.Answer("refused", PAST)
-            return SPOILT if peer.id in offer.spoilt else self._gathers.begin(peer, gather, rows)
+            if isinstance(request, messages.Sum):
+                return self._gathers.sum(request, rows)
+            return self._gathers.send(peer, request, rows)
 
-    def _is_complete(self, offer: Offer, gather: messages.Gather) -> bool:
-        """Return True if the requested rows do not reach past the mark of their offer."""
-        layers = gather.layers[1] - self.shards[gather.group].group.layers[0]
-        tokens = gather.first + gather.count
+    def _is_complete(self, offer: Offer, part: messages.Part) -> bool:
+        """Return True if rows do not reach past the mark of their offer."""
+        layers = part.layers[1] - self.shards[part.group].group.layers[0]
+        tokens = part.first + part.count
         return offer.progress is None or offer.progress.covers(layers, tokens)
 
-    def _rows(self, offer: Offer, gather: messages.Gather) -> Rows:
-        """Return the rows of a request; raise `LayoutError` if they were not offered."""
-        shard = self.shards[gather.group] if gather.group < len(self.shards) else None
-        box = gather.layers, gather.heads
-        some = 0 < gather.count <= offer.tokens - gather.first
-        if shard is None or overlap(box, shard.group.box) != box or not some:
-            raise LayoutError(
-                f"Expected offered rows, got layers {gather.layers} x heads {gather.heads} of "
-                f"group {gather.group}, tokens {gather.first} + {gather.count}. Request offered "
-                f"rows."
-            )
-        part = shard.view.as_bytes().slice(**slices(box, shard.group.box))
-        return Rows(part, Index(*offer.ids[gather.group], gather.first), offer.after, offer.spoilt)
+    def _stop(self, peer: Peer, stop: messages.Stop) -> messages.Stopped:
+        return self._gathers.stop(peer, stop)

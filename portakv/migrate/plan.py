@@ -15,7 +15,7 @@ from portakv.arguments import naming
 from portakv.copy.handle import token_bytes
 from portakv.errors import InvalidTerms, PeerError, SlotError, Unsupported
 from portakv.migrate.connections import Connection, Sources
-from portakv.migrate.messages import Gather, Ticket
+from portakv.migrate.messages import Part, Ticket
 from portakv.migrate.shards import Piece, Shard, pieces, slices
 from portakv.migrate.staging import chunk_bytes, page_of
 from portakv.view import Index, KVView
@@ -86,23 +86,11 @@ class Step(NamedTuple):
         indices = self.src_index.shifted(first), self.dst_index.shifted(first)
         return Step(self.ticket, self.owner, part, *indices, self.first + first, tokens)
 
-    def gather(
-        self,
-        layers: range,
-        first: int,
-        count: int,
-        transport: str = "",
-        buffer: int = 0,
-        tag: int = 0,
-    ) -> Gather:
-        """Return the request for some layers and tokens, counted from the step's first ones.
-
-        ``transport``, ``buffer``, ``tag``: how the owner sends the rows; none: only their checksum.
-        """
+    def owner_part(self, layers: range, first: int, count: int) -> Part:
+        """Return layers and tokens, counted from the step's first, as the owner counts them."""
         (start, _), heads = self.cut.piece.box
         box = start + layers.start, start + layers.stop
-        about = self.ticket.epoch, self.ticket.offer, self.cut.group
-        return Gather(*about, box, heads, self.first + first, count, transport, buffer, tag)
+        return Part(self.cut.group, box, heads, self.first + first, count)
 
     def runs(self) -> list[tuple[int, int]]:
         """Return the runs ``(from, to)`` of positions for which the owner has all wanted rows."""

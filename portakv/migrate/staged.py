@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Take slices from owners through staging buffers, and verify rows by checksums.
+"""Take rows from owners through staging buffers, and verify rows by checksums.
 
-The functions run in the workers of a pull.
+A `Taker` requests all rows of one offer together. The owner sends them in slices. While one slice
+crosses, the owner fills the buffer of the next, and the reader empties the buffer of the one
+before. The functions run in the workers of a pull.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from math import inf
 from queue import Empty
 from time import monotonic, sleep
@@ -16,117 +19,257 @@ from time import monotonic, sleep
 import torch
 from msgspec.structs import replace
 
-from portakv.copy.rows import copy_rows
-from portakv.errors import PeerError, TransferCancelled, TransferError, TransferTimeout
-from portakv.graph.graph import Graph, Queue
-from portakv.graph.task import Task
+from portakv.errors import (
+    PeerError,
+    PortaKVError,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+)
+from portakv.graph import Graph, Task
+from portakv.migrate.arrival import Arrival, InFlight, Scattered, arrivals
+from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum
-from portakv.migrate.messages import Answer, Gather
-from portakv.migrate.plan import Slice, Step
+from portakv.migrate.connections import Source
+from portakv.migrate.messages import Answer, Gather, Stop, Stopped, Sum
+from portakv.migrate.plan import Step
 from portakv.migrate.pull import CANCELLED, Pull
-from portakv.migrate.staging import chunk, chunk_bytes, staging
-from portakv.migrate.transports.base import Moving
+from portakv.migrate.transports.base import Lane
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
 
-PACED = 0.1  # seconds of a slice at a limited rate: a larger slice would be a burst
+#: Slices of a request, after which another pull of the owner's rows gets a turn; fewer at a limited
+#: rate.
+BATCH = 16
+MOST_PACED = 8
 PATIENCE = 30.0  # seconds for which a busy owner gets the request again, and a buffer is waited for
+STOPPING = 0.5  # seconds for the answer of an owner that is to stop, and for its last slices
 
 
-def _take(
-    step: Step, part: Slice, pull: Pull, after: StreamFence, pace: RateLimit, *_: object
-) -> None:
-    """Have an owner send a slice of a step, and scatter it from the staging buffer."""
-    owner = step.owner
-    stage = owner.staging
-    number, buffer, moving = _free_buffer(step, pull)
-    try:
-        if moving is not None:  # the pull before was cancelled, and its bytes may still arrive
-            _await(moving.free.wait, pull)
-        with torch.inference_mode(False), after.inside():
-            dst = step.cut.dst.as_bytes().slice(layers=slice(part.layers.start, part.layers.stop))
-            nbytes = chunk_bytes(dst, part.tokens)
-            if nbytes > buffer.nbytes:
-                buffer = staging(nbytes, buffer.device, owner.handshake.slot_bytes)
-            into = buffer[:nbytes]
-            with _turn(step, pull):
-                start = pace.start_of(nbytes)
-                left = pace.left(start)
-                while left and not pull.over:
-                    sleep(min(left, 0.05))
-                    left = pace.left(start)
-                stage.tag += 1
-                request = step.gather(*part, stage.transport.name, number, stage.tag)
-                ask(step, request, pull)
-                moving = stage.transport.lane(owner.address, owner.channel).move(into, stage.tag)
-            src = chunk(dst, part.tokens, buffer)[1]
-            dst_index = step.dst_index.shifted(part.first)
-            _await(moving.wait, pull)
-            copy_rows(src, dst, None, dst_index, count=part.tokens).synchronize()
-    finally:
-        stage.buffers.put((number, buffer, moving))
+class Taker:
+    """Takes the rows of one offer for a pull: one request, and its slices in their order.
 
+    No host waits between the slices of a device: streams order all copies.
+    """
 
-def _free_buffer(step: Step, pull: Pull) -> tuple[int, torch.Tensor, Moving | None]:
-    """Return a free staging buffer of the owner; wait for it as long as the pull waits."""
-    until = monotonic() + PATIENCE
-    while True:
-        with suppress(Empty):  # all buffers are in use
-            return step.owner.staging.buffers.get(timeout=0.05)
-        _check(pull, until)
+    def __init__(
+        self, graph: Graph, steps: Sequence[Step], pull: Pull, max_gbps: float | None
+    ) -> None:
+        first = steps[0]
+        self._source = Source(first.ticket, first.owner)
+        self._stage = first.owner.staging
+        self._pull = pull
+        if pull.after is None:
+            pull.after = StreamFence(first.cut.dst.device)
+        self._after = pull.after
+        self._rate = RateLimit(max_gbps or inf)
+        self._batch = MOST_PACED if max_gbps else BATCH
+        queue = graph.queue(f"take:{first.owner.number}", width=first.owner.handshake.slots)
+        self.task = Task(self._run, 1, queue=queue, name="take")
+        self.arrivals = arrivals(steps, max_gbps, self.task)
+        self._in_flight = deque[InFlight]()
+        self._scattered = deque[Scattered]()
 
+    def _run(self, *_: object) -> None:
+        """Take all slices; return after the last copy, with or without an error."""
+        error: BaseException | None = None
+        try:
+            with torch.inference_mode(False), self._after.inside():
+                for start in range(0, len(self.arrivals), self._batch):
+                    self._take(self.arrivals[start : start + self._batch])
+                while self._in_flight:
+                    self._scatter()
+                self._settle(wait=True)
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            self._release(error)
 
-@contextmanager
-def _turn(step: Step, pull: Pull) -> Iterator[None]:
-    """Hold the owner's turn, after other pulls have released it."""
-    until = monotonic() + PATIENCE
-    turn = step.owner.staging.turn
-    while not turn.acquire(timeout=0.05):
-        _check(pull, until)
-    try:
-        yield
-    finally:
-        turn.release()
+    def _take(self, batch: Sequence[Arrival]) -> None:
+        """Request slices, and post the transport's receives for all of them in their order."""
+        stage = self._stage
+        address = self._source.owner.address
+        with self._turn():
+            lane: Lane = stage.transport.lane(address, self._source.owner.channel)
+            lane.meet(stop=lambda: self._pull.over)
+            tag = stage.tag + 1
+            stage.tag += len(batch)
+            posted = 0
+            try:
+                self._request(batch, tag)
+                for number, arrival in enumerate(batch):
+                    nbytes = arrival.staged_bytes
+                    self._pace(nbytes)
+                    self._check(inf)
+                    buffer = self._free_buffer(lane, nbytes)
+                    moving = lane.move(buffer.memory[:nbytes], tag + number)
+                    buffer.moving = moving
+                    buffer.lane = lane
+                    self._in_flight.append(InFlight(arrival, buffer, moving, lane))
+                    posted += 1
+            except BaseException:
+                self.stop(lane, batch, tag, posted)
+                raise
 
+    def _request(self, batch: Sequence[Arrival], tag: int) -> None:
+        """Have the owner send slices under the tags from ``tag`` on."""
+        ticket = self._source.ticket
+        parts = tuple(each.step.owner_part(*each.part) for each in batch)
+        name = self._stage.transport.name
+        ask(self._source, Gather(ticket.epoch, ticket.offer, parts, name, tag), self._pull)
 
-def _check(pull: Pull, until: float) -> None:
-    """Raise if a pull no longer waits for a staging buffer."""
-    if pull.over:
-        raise TransferCancelled(CANCELLED)
-    if monotonic() > until:
-        raise TransferTimeout(f"No staging buffer was free for {PATIENCE:g} s. Pull again later.")
+    def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
+        """Return a free staging buffer; empty the oldest of this pull if there is none."""
+        until = monotonic() + PATIENCE
+        pool = self._stage.buffers
+        while True:
+            with suppress(Empty):
+                buffer = pool.get_nowait() if self._in_flight else pool.get(timeout=0.05)
+                break
+            if self._in_flight:
+                self._scatter()
+            self._check(until)
+        most = self._source.owner.handshake.slot_bytes
+        try:
+            buffer.prepare(lane, nbytes, most, self._await)
+        except BaseException:
+            pool.put(buffer)
+            raise
+        return buffer
 
+    def _scatter(self) -> None:
+        """Copy the rows of the oldest slice from its staging buffer, after its bytes."""
+        arrival, buffer, moving, lane = self._in_flight[0]
+        scatter = arrival.scattering(buffer.memory)  # the host's part, while the bytes arrive
+        self._await(moving.follow)
+        copy = scatter()
+        self._scattered.append(Scattered(arrival, moving, lane, copy))
+        if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy
+            copy.synchronize()
+        buffer.copy = copy
+        self._in_flight.popleft()
+        self._stage.buffers.put(buffer)
+        self._settle(wait=False)
 
-def _await(ended: Callable[[float], bool], pull: Pull) -> None:
-    until = monotonic() + PATIENCE
-    while not ended(0.05):
-        _check(pull, until)
+    def _settle(self, wait: bool) -> None:
+        """End the slices whose bytes and copies have ended, or wait for all."""
+        while self._scattered:
+            arrival, moving, _, copy = self._scattered[0]
+            if not wait and not (moving.over.is_set() and copy.done()):
+                return
+            self._await(moving.wait)
+            copy.synchronize()
+            arrival.end()
+            self._scattered.popleft()
 
+    def _release(self, error: BaseException | None) -> None:
+        """Wait for the copies in flight, return the buffers, and end the slices."""
+        for each in self._in_flight:
+            self._stage.buffers.put(each.buffer)
+        until = monotonic() + STOPPING
+        for scattered in self._scattered:
+            self._end(scattered, until)
+        self._in_flight.clear()
+        self._scattered.clear()
+        for arrival in self.arrivals:
+            arrival.end(error)
 
-def taken(
-    graph: Graph, step: Step, pull: Pull, max_gbps: float | None
-) -> Iterator[tuple[range, Task]]:
-    """Yield the tasks that take the rows of a step from its owner, and the layers of each task."""
-    queue = graph.queue(f"take:{step.owner.number}", width=step.owner.handshake.slots)
-    if pull.after is None:
-        pull.after = StreamFence(step.cut.dst.device)
-    pace = RateLimit(max_gbps or inf)
-    most_bytes = min(PACED * 1e9 * (max_gbps or inf), 1 << 62)
-    for part in step.slices(int(most_bytes)):
-        take = partial(_take, step, part, pull, pull.after, pace)
-        yield part.layers, Task(take, 1, queue=queue)
+    def _end(self, scattered: Scattered, until: float) -> None:
+        """Wait for a copy that follows bytes on their way, so that nothing is written afterwards.
+
+        Bytes that do not come in time end with their lane.
+        """
+        with suppress(PortaKVError):  # the pull has an error before
+            try:
+                scattered.copy.synchronize(max(0.0, until - monotonic()))
+            except TransferTimeout:
+                scattered.lane.close(PeerError("Its pull ended before the buffers had crossed."))
+                scattered.copy.synchronize()
+
+    def stop(self, lane: Lane, batch: Sequence[Arrival], tag: int, posted: int) -> None:
+        """Stop a request of which ``posted`` slices have a receive.
+
+        Both sides stay in step: the owner sends no more slices than it says, and this side receives
+        them. Otherwise the lane is closed.
+        """
+        owner = self._source.owner
+        if owner.gone or lane.gone is not None:
+            return
+        try:
+            stop = Stop(tag, posted)
+            answer = owner.channel.ask(owner.address, stop, Stopped, STOPPING)
+        except PortaKVError:
+            lane.close(PeerError("The owner did not stop; its buffers did not cross."))
+            return
+        rest = batch[posted : answer.parts]
+        if len(rest) > owner.handshake.slots:  # it has no buffers for so many
+            lane.close(PeerError("The owner sent too many slices; its buffers did not cross."))
+            return
+        for number, arrival in enumerate(rest, posted):
+            lane.move(self._stage.spare(arrival.staged_bytes), tag + number)
+
+    def _pace(self, nbytes: int) -> None:
+        """Wait for the turn of a slice at the pull's rate."""
+        start = self._rate.start_of(nbytes)
+        left = self._rate.left(start)
+        while left and not self._pull.over:
+            if self._in_flight and self._in_flight[0].moving.over.is_set():
+                self._scatter()
+            else:
+                sleep(min(left, 0.01))
+            left = self._rate.left(start)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the owner's turn, after a pull that has waited for it longer."""
+        stage = self._stage
+        self._acquire(stage.next)
+        try:
+            self._acquire(stage.turn)
+        finally:
+            stage.next.release()
+        try:
+            yield
+        finally:
+            stage.turn.release()
+
+    def _acquire(self, lock: threading.Lock) -> None:
+        """Take a lock that other pulls hold; meanwhile empty the buffers, which they may need."""
+        until = monotonic() + PATIENCE
+        while not lock.acquire(timeout=0.0 if self._in_flight else 0.05):
+            if self._in_flight:
+                self._scatter()
+            self._check(until)
+
+    def _check(self, until: float) -> None:
+        """Raise if the pull no longer waits for a staging buffer."""
+        if self._pull.over:
+            raise TransferCancelled(CANCELLED)
+        if monotonic() > until:
+            raise TransferTimeout(
+                f"No staging buffer was free for {PATIENCE:g} s. Pull again later."
+            )
+
+    def _await(self, ended: Callable[[float], bool]) -> None:
+        """Wait for the bytes of a buffer, as long as the pull waits."""
+        until = monotonic() + PATIENCE
+        while not ended(0.05):
+            self._check(until)
 
 
 def verified(step: Step, pull: Pull, *_: object) -> None:
     """Compare the rows that a step copied with the owner's rows, by checksums."""
-    request = step.gather(range(step.cut.dst.layers), 0, step.tokens)
+    whole = step.owner_part(range(step.cut.dst.layers), 0, step.tokens)
+    source = Source(step.ticket, step.owner)
     local = 0
     remote = 0
     for start, end in step.runs():
-        part = replace(request, first=request.first + start, count=end - start)
+        part = replace(whole, first=whole.first + start, count=end - start)
         dst_index = step.dst_index.shifted(start)
         local += checksum(step.cut.dst, dst_index, part.count, step.cut.piece.box, part.first)
-        remote += ask(step, part, pull, inf).digest
+        request = Sum(step.ticket.epoch, step.ticket.offer, part)
+        remote += ask(source, request, pull, inf).digest
     if (local - remote) % MODULUS:
         raise TransferError(
             f"Expected the bytes of the rows of {step.owner.address}, got others (checksums "
@@ -135,18 +278,13 @@ def verified(step: Step, pull: Pull, *_: object) -> None:
         )
 
 
-def verifications(plan: Sequence[Step], pull: Pull, queue: Queue) -> list[Task]:
-    """Return the tasks that verify the rows of all steps."""
-    return [Task(partial(verified, step, pull), 1, queue=queue) for step in plan]
-
-
-def ask(step: Step, gather: Gather, pull: Pull, patience: float = PATIENCE) -> Answer:
-    """Return an owner's answer to a gather; ask again while the owner is busy."""
+def ask(source: Source, request: Gather | Sum, pull: Pull, patience: float = PATIENCE) -> Answer:
+    """Return an owner's answer to a request for rows; ask again while the owner is busy."""
     until = monotonic() + patience
-    channel = step.owner.channel
+    owner = source.owner
     while not pull.over:
         try:
-            answer = channel.ask(step.owner.address, gather, Answer, stop=lambda: pull.over)
+            answer = owner.channel.ask(owner.address, request, Answer, stop=lambda: pull.over)
         except TransferTimeout:
             if pull.over:
                 raise TransferCancelled(CANCELLED) from None
@@ -154,9 +292,9 @@ def ask(step: Step, gather: Gather, pull: Pull, patience: float = PATIENCE) -> A
         if answer.state == "done":
             return answer
         if answer.state == "gone":
-            raise step.ticket.gone(answer.why)
+            raise source.ticket.gone(answer.why)
         if answer.state != "busy" or monotonic() > until:
-            raise PeerError(f"{step.owner.address} sent no rows: {answer.why or 'it is busy.'}")
+            raise PeerError(f"{owner.address} sent no rows: {answer.why or 'it is busy.'}")
         pause = answer.seconds if answer.seconds > 0 else 1e-3
         sleep(min(pause, 0.05))  # at most this long, because the pull may end meanwhile
     raise TransferCancelled(CANCELLED)

@@ -23,8 +23,13 @@ def page_of(view: KVView) -> int:
 
 def chunk_bytes(view: KVView, count: int) -> int:
     """Return the bytes of a chunk for ``count`` tokens of a view."""
-    tokens = view.layers * count // page_of(view) * view.heads
-    return sum(-(-tokens * width // _ALIGNED) * _ALIGNED for width in view.widths)
+    return rows_bytes(view, view.layers, count, view.heads)
+
+
+def rows_bytes(view: KVView, layers: int, count: int, heads: int) -> int:
+    """Return the bytes of a chunk for some layers, tokens and heads of a view."""
+    rows = layers * count // page_of(view) * heads
+    return sum(-(-rows * width // _ALIGNED) * _ALIGNED for width in view.widths)
 
 
 def staged_bytes(nbytes: int, most: int) -> int:

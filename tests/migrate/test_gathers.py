@@ -200,7 +200,8 @@ def test_only_the_memory_that_slots_have_now_is_registered(
     def only_these() -> bool:  # the next buffer releases what a buffer had before it grew
         both.pull(both.offer()).synchronize(20)
         free = connection.staging.buffers.queue
-        local = {(x.data_ptr(), x.nbytes) for _, x, _ in free if x.nbytes}
+        memory = [buffer.memory for buffer in free]
+        local = {(x.data_ptr(), x.nbytes) for x in memory if x.nbytes}
         remote = {
             (x.memory.data_ptr(), x.memory.nbytes) for x in both.owner._gathers._buffers.values()
         }

@@ -21,7 +21,11 @@ from portakv.migrate.messages import (
     Group,
     Hello,
     Message,
+    Part,
     Region,
+    Stop,
+    Stopped,
+    Sum,
     Ticket,
     is_signed,
 )
@@ -39,6 +43,7 @@ DESCRIBED = Described(
     ((0, 0, 0), (0, 64, 0)),
     16,
 )
+PART = Part(0, (0, 4), (1, 2), 16, 24)
 encode = msgspec.msgpack.encode
 decode = msgspec.msgpack.decode
 
@@ -47,6 +52,10 @@ def plain(message: Message) -> dict[str, Any]:
     """A message as a stranger would write it."""
     fields: dict[str, Any] = decode(encode(message))
     return fields
+
+
+def plain_parts(count: int) -> list[list[Any]]:
+    return [[0, [0, 4], [1, 2], 16, 24]] * count
 
 
 def changed(message: Message, **fields: Any) -> bytes:
@@ -59,7 +68,10 @@ def changed(message: Message, **fields: Any) -> bytes:
         TICKET,
         DESCRIBED,
         Hello("llama", "cpu", "distributed"),
-        Gather(OWNER, OFFER, 0, (0, 4), (1, 2), 16, 24, "distributed", 1, 7),
+        Gather(OWNER, OFFER, (PART, PART), "distributed", 7),
+        Sum(OWNER, OFFER, PART),
+        Stop(7, 2),
+        Stopped(2),
         Close(OWNER, OFFER, True),
         Answer("busy", "no slot", 0.5, (1 << 64) - 1),
     ],
@@ -93,6 +105,11 @@ def test_every_message_has_its_own_tag() -> None:
         (Region(64, "cpu"), {"handle": bytes(5000)}),
         (Begin(OWNER, OFFER), {"offer": OFFER[:15]}),
         (Begin(OWNER, OFFER), {"epoch": "o" * 16}),
+        (Gather(OWNER, OFFER, (PART,), "distributed", 7), {"parts": []}),
+        (Gather(OWNER, OFFER, (PART,), "distributed", 7), {"parts": [[0, [0, 4], [1, 2], 16]]}),
+        (Gather(OWNER, OFFER, (PART,), "distributed", 7), {"parts": [[0, [0, 4], [1, 2], -1, 24]]}),
+        (Gather(OWNER, OFFER, (PART,), "distributed", 7), {"parts": plain_parts(65)}),
+        (Stop(7, 2), {"parts": -1}),
         (Answer("held"), {"state": "perhaps"}),
         (Answer("held"), {"why": "x" * 2000}),
         (Answer("held"), {"seconds": float("nan")}),

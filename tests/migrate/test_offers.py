@@ -55,6 +55,8 @@ from portakv.migrate.messages import (
     Gather,
     Handshake,
     Hello,
+    Part,
+    Sum,
     Ticket,
 )
 from portakv.migrate.offers import Owner
@@ -120,7 +122,7 @@ def test_a_pull_that_compares_digests_for_long_renews_its_offer(made: Sides) -> 
     until = time.monotonic() + 2.0
     offer = both.offer(lease=1.0)
     own = both.owner._gather
-    both.owner.channel.serve(Gather, lambda *x: busy if time.monotonic() < until else own(*x))
+    both.owner.channel.serve(Sum, lambda *x: busy if time.monotonic() < until else own(*x))
     both.pull(offer, verify=True).synchronize(30)
     assert (offer.taken(5), offer.state) == (True, "taken")  # the owner learns of it after us
 
@@ -130,10 +132,10 @@ def test_an_owner_that_is_busy_for_too_long_is_given_up_in_a_sentence() -> None:
     owner = SimpleNamespace(
         address="it", channel=SimpleNamespace(ask=lambda *_, **__: Answer("busy"))
     )
-    step = cast(Any, SimpleNamespace(owner=owner))
+    source = cast(Any, SimpleNamespace(owner=owner))
     pull = cast(Any, SimpleNamespace(over=False))
     with pytest.raises(PeerError, match="it sent no rows: it is busy"):
-        ask(step, Gather(b"", b"", 0, (0, 1), (0, 1), 0, 1), pull, 0.0)
+        ask(source, Gather(b"", b"", (Part(0, (0, 1), (0, 1), 0, 1),), "", 1), pull, 0.0)
 
 
 def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
@@ -366,25 +368,6 @@ def test_too_little_staging_is_an_error_before_anything_moves(made: Sides) -> No
         made.owner(shard[0], staging=100)
 
 
-def test_a_slot_that_was_not_taken_is_busy(made: Sides) -> None:
-    """Fault 27. One who asks again and again does not hold up the others."""
-    both = Couple(made, "staging")
-    offer = both.offer()
-    both.reader.explain(offer.ticket)
-    parsed = Ticket.read(offer.ticket)
-    channel = both.reader.channel
-    window = (0, 2), (0, 4)
-    gather = Gather(parsed.epoch, parsed.offer, 0, *window, 0, 16, "distributed", 1, 1)
-    assert channel.ask(parsed.address, gather, Answer).state == "done"
-    assert until(lambda: both.owner.statistics()["slots"] == 1)
-    busy = channel.ask(parsed.address, replace(gather, tag=2), Answer)
-    assert busy.state == "busy"
-    assert busy.seconds > 0
-    other = Rows(8, 32, fill=-1)
-    made.reader(other.shard).pull(offer.ticket, both.into).synchronize(30)
-    assert torch.equal(other.rows(both.into, 75), both.src.rows(both.blocks, 75))
-
-
 def test_rows_that_change_after_they_were_read_are_not_verified(made: Sides) -> None:
     """Fault 29. An owner that does not keep its promise is found by the digest."""
     both = Couple(made)
@@ -449,7 +432,7 @@ def test_a_pull_that_has_no_time_ends(made: Sides) -> None:
 def test_a_pull_that_has_no_time_for_digests_ends(made: Sides) -> None:
     """An owner that is busy with others for longer holds up no pull past its time."""
     both = Couple(made)
-    both.owner._gathers.begin = lambda *_: Answer("busy", seconds=1e-3)  # type: ignore[method-assign]
+    both.owner._gathers.sum = lambda *_: Answer("busy", seconds=1e-3)  # type: ignore[method-assign]
     ended(both.pull(both.offer(), verify=True, timeout=0.1), TransferTimeout, "Increase timeout")
 
 

@@ -13,10 +13,12 @@ converts nothing. The library calls a transport in this order:
 4. `Lane.move` queues one buffer and returns a `Moving` without blocking. The owner calls it in its
    worker for gathers, the reader in a worker of its pull. Both pass the buffers of one peer in one
    order.
+   The reader calls `Lane.meet` first, before it requests rows from the owner.
 5. `Lane.carry` runs in a thread of the lane and moves the bytes. It may send messages in ``asks``
    to the owner. The owner's channel calls `Transport.answer` for these messages.
 6. `Moving` ends: ``over`` is set when the bytes have landed or the buffer has failed. ``free`` is
-   set when, in addition, no library touches the buffer. Only then may its memory be used again.
+   set when, in addition, no library touches the buffer. Only then may its memory be used again. A
+   lane on a device may call `Moving.issue` before the end, so that streams can follow the bytes.
 7. `Transport.forget` closes the lane to one peer, and `Transport.close` closes all lanes. Buffers
    in flight end with `PeerError`. The lane calls `Lane.cut` immediately and `Lane.leave` after its
    threads have ended.
@@ -61,6 +63,7 @@ class Moving:
         over: set when the buffer has ended.
         error: the reason for the failure; None if the bytes have landed.
         free: set when the buffer may be used again: it has ended, and no library touches its bytes.
+        issued: set when a stream can follow the bytes, or the buffer has ended.
     """
 
     def __init__(self, buffer: torch.Tensor, seconds: float) -> None:
@@ -70,6 +73,9 @@ class Moving:
         self.error: Exception | None = None
         self.over = threading.Event()
         self.free = threading.Event()
+        self.issued = threading.Event()
+        self._event: torch.Event | None = None  # recorded after the bytes, if a stream orders them
+        self._calls = list[Callable[[], object]]()
         self._touched = False
         self._lock = threading.Lock()
 
@@ -86,6 +92,35 @@ class Moving:
         if self.error is not None:
             raise self.error
         return self.over.is_set()
+
+    def issue(self, event: torch.Event) -> None:
+        """Let streams follow the bytes: ``event`` is recorded after them."""
+        self._event = event
+        self.issued.set()
+
+    def follow(self, timeout: float) -> bool:
+        """Order the current stream of the buffer's device after the bytes; return True if it is.
+
+        Blocks the host at most ``timeout`` seconds, until the lane has issued the buffer; on the
+        host until the buffer ends. The bytes count only if `wait` raises nothing afterwards. Raises
+        as `wait`.
+        """
+        self.issued.wait(min(timeout, max(0.0, self.until - monotonic())))
+        if self._event is None or self.over.is_set():
+            return self.wait(0.0)
+        self._event.wait(torch.accelerator.current_stream(self.buffer.device.index))
+        return True
+
+    def on_free(self, call: Callable[[], object]) -> None:
+        """Call ``call`` once when the buffer may be used again, immediately if it may.
+
+        The call must be quick: it runs in the thread that ends the buffer.
+        """
+        with self._lock:
+            if not self.free.is_set():
+                self._calls.append(call)
+                return
+        call()
 
     def poll(self, ended: Callable[[], bool]) -> None:
         """Call ``ended`` until it returns True, at growing intervals so that other threads can run.
@@ -107,13 +142,19 @@ class Moving:
 
     def end(self, error: Exception | None = None, untouched: bool = False) -> None:
         """End the buffer; the first end counts. ``untouched``: no library touches it now."""
+        calls = list[Callable[[], object]]()
         with self._lock:
             self._touched = self._touched and not untouched
             if not self._touched:
                 self.free.set()
+                calls = self._calls
+                self._calls = []
             if not self.over.is_set():
                 self.error = error
                 self.over.set()
+                self.issued.set()
+        for call in calls:
+            call()
 
 
 class Lane(ABC):
@@ -151,6 +192,13 @@ class Lane(ABC):
         Call `Moving.begin` first, and move nothing if it returns False. The generator may yield
         once: the part before the yield runs in the order of the buffers, one at a time. Raises the
         error of the library.
+        """
+
+    def meet(self, stop: Callable[[], bool] = bool) -> None:  # noqa: B027
+        """Announce a reader's lane to the owner, before the reader requests rows; it may block.
+
+        The owner then sends rows of later requests by this lane. Ends early if ``stop()`` returns
+        True. Raises the errors of `Channel.ask`.
         """
 
     def cut(self) -> bool:
@@ -198,7 +246,21 @@ class Lane(ABC):
             for _ in self.threads:
                 self._jobs.put(None)
 
+    def failure(self, moving: Moving, caught: Exception) -> PeerError:
+        """Return the error of a buffer that did not cross."""
+        short = re.sub(r"^\[\S*\] ", "", str(caught)).partition("\n")[0]
+        nbytes = moving.buffer.nbytes
+        what = f"A buffer of {nbytes} B did not cross by {self.transport.name}"
+        why = short.partition(". ")[0].rstrip(".") or type(caught).__name__
+        return PeerError(f"{what}: {why}. Pull again, or choose another transport.")
+
+    def forget(self, moving: Moving) -> None:
+        """Drop a buffer that has ended."""
+        with self.transport.lock:
+            self._moving.discard(moving)
+
     def _work(self) -> None:
+        """Carry buffers until the lane is closed."""
         while self._turn.acquire() and (job := self._jobs.get()):
             moving = job[0]
             carrying = self.carry(*job)
@@ -210,19 +272,14 @@ class Lane(ABC):
                 next(carrying, None)
                 moving.end(untouched=True)
             except Exception as caught:  # each library raises its own error classes
-                short = re.sub(r"^\[\S*\] ", "", str(caught)).partition("\n")[0]
-                nbytes = moving.buffer.nbytes
-                what = f"A buffer of {nbytes} B did not cross by {self.transport.name}"
-                why = short.partition(". ")[0].rstrip(".") or type(caught).__name__
-                error = PeerError(f"{what}: {why}. Pull again, or choose another transport.")
+                error = self.failure(moving, caught)
                 if self.ordered:
                     self.close(error)
                 moving.end(self.gone or error, untouched=True)
             # Released only now: a lane that this buffer closed carries no later buffer.
             if holds_turn:
                 self._turn.release()
-            with self.transport.lock:
-                self._moving.discard(moving)
+            self.forget(moving)
             del job, moving, carrying
         self._turn.release()
         if threading.current_thread() is self.threads[0]:

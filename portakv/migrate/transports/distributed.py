@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from queue import Empty
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,8 @@ NEVER = 86400.0
 #: gloo waits this many times a group's timeout for a peer that connects (`waitUntil`, tcp/pair.h),
 #: also for a dead peer; torch has no call that ends the wait.
 RELAXED = 5
+#: Seconds between two looks at a buffer on a device: other threads need the interpreter as well.
+SHORTEST = 5e-5
 
 
 class Join(Message, frozen=True):
@@ -44,11 +48,9 @@ class Join(Message, frozen=True):
 
 
 class Pair(Lane):
-    """The group of two processes, which the first buffer makes.
+    """The group of two processes, which the first buffer makes; it moves buffers of the host.
 
-    A buffer after a failed one would take its bytes, so a failure closes the group. On a device no
-    length precedes a buffer: NCCL takes the size that it gets, and both sides know it from one
-    `Gather`.
+    A buffer after a failed one would take its bytes, so a failure closes the group.
     """
 
     ordered = True
@@ -57,65 +59,56 @@ class Pair(Lane):
         self.name = ""
         self.named = threading.Event()
         self.group: dist.ProcessGroup | None = None  # until the first buffer
-        self.stream = None if transport.device.type == "cpu" else torch.Stream(transport.device)
-        # one buffer waits while another crosses
-        self.broken = False
-        self.width = 1 if self.stream is None else 2
+        self._meeting = threading.Lock()
         super().__init__(transport, channel, key)
         self.store = ChannelStore(channel, self.address or None, Meet)  # by which both meet
 
-    def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
+    @property
+    def other(self) -> int:
+        """Return the rank of the peer."""
+        return 0 if self.address else 1
+
+    def meet(self, stop: Callable[[], bool] = bool) -> None:
+        with self._meeting:
+            if not self.name:
+                name = token_hex(16)
+                self.channel.ask(self.address, Join(name), Answer, stop=stop)
+                self.name = name
+
+    def join(self, moving: Moving) -> dist.ProcessGroup:
+        """Return the group of this lane, before a buffer crosses; make it at the first call."""
+        if self.gone:  # the library waits long for a peer that is gone, for each buffer
+            raise self.gone
         group = self.group = self.group or self._join()
         if self.gone or not moving.begin():  # after the line above, because `cut` reads the group
             raise self.gone or TransferTimeout("its turn came too late")
-        buffer = moving.buffer.view(-1).view(torch.uint8)
-        other = 0 if self.address else 1
-        call = group.recv if self.address else group.send
-        if self.stream is None:
-            self._by_gloo(moving, buffer, lambda x: call([x], other, tag))
-            return
-        with inside(self.stream):
-            if ready is not None:
-                ready.wait(self.stream)
-            call([buffer], other, tag).wait()  # only this thread's stream waits
-            ended = self.stream.record_event()
-            yield
-            try:
-                moving.poll(ended.query)
-                if self.broken:
-                    raise TransferError("another buffer of its pair failed")
-            except Exception:  # whatever failed, the group must not wait for the peer
-                if not self.broken:
-                    self.broken = True
-                    group.abort()  # otherwise it waits for the peer as long as the device runs
-                until = time.monotonic() + EXIT_SECONDS
-                while not ended.query() and time.monotonic() < until:
-                    time.sleep(1e-3)
-                raise
+        return group
 
-    def _join(self) -> dist.ProcessGroup:
-        if self.address:
-            self.name = token_hex(16)
-            self.channel.ask(self.address, Join(self.name), Answer)
-        elif not self.named.wait(self.transport.timeout):
-            raise TransferTimeout("the reader has not joined")
-        seconds = self.transport.timeout / RELAXED if self.stream is None else NEVER
-        return pair(
-            self.store, int(bool(self.address)), 2, self.transport.device, seconds, self.name
-        )
-
-    def _by_gloo(self, moving: Moving, buffer: torch.Tensor, call: Callable[[Any], Any]) -> None:
+    def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
         """Move the length, then the bytes.
 
         gloo ends the process if more bytes arrive than it expects, so the length is checked before
         the receive. gloo accepts fewer bytes without an error.
         """
+        group = self.join(moving)
+        call = group.recv if self.address else group.send
+        buffer = moving.buffer.view(-1).view(torch.uint8)
         head = torch.tensor([buffer.nbytes], dtype=torch.int64, device="cpu")
         for each in (head.view(torch.uint8), buffer):
             left = moving.until - time.monotonic()
-            call(each).wait(timedelta(seconds=max(left, 0.001)))
+            call([each], self.other, tag).wait(timedelta(seconds=max(left, 0.001)))
             if (came := int(head)) != buffer.nbytes:
                 raise TransferError(f"expected {buffer.nbytes} B, got {came}")
+        yield
+
+    def _join(self) -> dist.ProcessGroup:
+        if self.address:
+            self.meet(stop=lambda: self.gone is not None)
+        elif not self.named.wait(self.transport.timeout):
+            raise TransferTimeout("the reader has not joined")
+        device = self.transport.device
+        seconds = self.transport.timeout / RELAXED if device.type == "cpu" else NEVER
+        return pair(self.store, 1 - self.other, 2, device, seconds, self.name)
 
     def cut(self) -> bool:
         """End a receive of gloo, which has no call for that.
@@ -125,12 +118,112 @@ class Pair(Lane):
         """
         self.store.over = True
         self.named.set()
-        if self.stream is None and self.group is not None:
+        if self.group is not None:
             with suppress(RuntimeError):  # of gloo: the receive timed out
                 late = torch.empty(1, dtype=torch.uint8, device="cpu")
-                other = 0 if self.address else 1
-                self.group.recv([late], other, 0x7FFFFFFF).wait(timedelta(milliseconds=1))
-        return self.stream is None
+                self.group.recv([late], self.other, 0x7FFFFFFF).wait(timedelta(milliseconds=1))
+        return True
+
+    def leave(self) -> None:
+        self.group = None  # an error's traceback may retain the lane
+
+
+class DevicePair(Pair):
+    """The group of two processes for buffers of a device.
+
+    One thread issues the buffers on a stream of the lane as they come, and ends them in their
+    order. The host waits for no buffer before it issues the next. No length precedes a buffer: NCCL
+    takes the size that it gets, and both sides know it from one `Gather`.
+    """
+
+    def __init__(self, transport: Transport, channel: Channel, key: str | Peer) -> None:
+        self.stream = torch.Stream(transport.device)
+        self._flying = deque[tuple[Moving, torch.Event]]()  # issued, and not ended
+        self._since = 0.0  # when the first of them became the first
+        super().__init__(transport, channel, key)
+
+    def cut(self) -> bool:
+        """End the wait for the peer; the thread aborts what the stream holds."""
+        self.store.over = True
+        self.named.set()
+        return False
+
+    def _work(self) -> None:
+        """Issue buffers and end them, until the lane is closed."""
+        closed = False
+        while self._flying or not closed:
+            with suppress(Empty):
+                job = self._jobs.get(timeout=self._pause() if self._flying else None)
+                if job is None:
+                    closed = True
+                else:
+                    self._issue(*job)
+                del job
+            self._end_landed()
+        self.leave()
+
+    def _pause(self) -> float:
+        """Return the seconds until the next look at the first buffer."""
+        waited = time.monotonic() - self._since
+        return min(max(SHORTEST, waited / 8), 1e-3)
+
+    def _issue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+        """Put a buffer on the stream, after the event ``ready`` and earlier buffers."""
+        try:
+            group = self.join(moving)
+            call = group.recv if self.address else group.send
+            with inside(self.stream):
+                if ready is not None:
+                    ready.wait(self.stream)
+                buffer = moving.buffer.view(-1).view(torch.uint8)
+                call([buffer], self.other, tag).wait()  # only this thread's stream waits
+                event = self.stream.record_event()
+        except Exception as caught:  # whatever failed, later buffers would take its bytes
+            self._abort(moving, caught)
+            return
+        if not self._flying:
+            self._since = time.monotonic()
+        self._flying.append((moving, event))
+        moving.issue(event)
+
+    def _end_landed(self) -> None:
+        """End the buffers that have landed; abort the group if the first is late or cut off."""
+        while self._flying:
+            moving, event = self._flying[0]
+            try:
+                if not event.query():
+                    if moving.over.is_set() or time.monotonic() > moving.until:
+                        moving.wait(0.0)  # raises
+                    return
+            except Exception as caught:  # of the device, or the buffer's own
+                self._abort(moving, caught)
+                return
+            self._flying.popleft()
+            self._since = time.monotonic()
+            moving.end(untouched=True)
+            self.forget(moving)
+
+    def _abort(self, moving: Moving, caught: Exception) -> None:
+        """End all buffers with an error: bytes that end on the stream now have not landed."""
+        self.close(self.failure(moving, caught))
+        if self.group is not None:
+            self.group.abort()  # otherwise it waits for the peer as long as the device runs
+        until = time.monotonic() + EXIT_SECONDS
+        for _, event in self._flying:
+            while not _has_ended(event) and time.monotonic() < until:
+                time.sleep(1e-3)
+        for each in [moving, *(flying for flying, _ in self._flying)]:
+            each.end(self.gone, untouched=True)
+            self.forget(each)
+        self._flying.clear()
+
+
+def _has_ended(event: torch.Event) -> bool:
+    """Return True if no work before an event runs any more, also if the device has failed."""
+    try:
+        return event.query()
+    except RuntimeError:
+        return True
 
 
 class Distributed(Transport):
@@ -138,7 +231,13 @@ class Distributed(Transport):
 
     name = "distributed"
     kind = Pair
+    on_device: type[Pair] = DevicePair
     asks = (Join, Meet)
+
+    def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
+        super().__init__(device, timeout)
+        if device.type != "cpu":
+            self.kind = self.on_device
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:

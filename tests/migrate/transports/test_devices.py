@@ -3,13 +3,21 @@
 
 from __future__ import annotations
 
+import random
 import time
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
+from support.migrate_pulls import LAYOUT, Sides
 from support.transport_cases import Wire, slot_of, wire
 
-from portakv.errors import PeerError, TransferError
+from portakv import KVView
+from portakv.errors import PeerError, TransferCancelled, TransferError
+from portakv.migrate.offers import Owner
+from portakv.migrate.reader import Reader
+from portakv.migrate.shards import Shard
 from portakv.migrate.transports.distributed import Distributed
 from portakv.migrate.transports.onesided import Nixl
 
@@ -95,6 +103,70 @@ def test_a_timeout_aborts_and_does_not_end_the_process() -> None:
     with pytest.raises(TransferError, match="did not cross"):
         both.take(empty(1000), 1).wait(60)
     close(both)
+
+
+def pulled_between_devices(made: Sides, layers: int) -> tuple[Owner, Reader, torch.Tensor, Any]:
+    """Return an owner and a reader on two devices, the owner's rows, and the reader's."""
+    remote = torch.zeros(layers, 2, 8, 16, 4, 64, dtype=torch.int16, device=DEVICES[0])
+    local = torch.zeros_like(remote, device=DEVICES[1])
+    terms: Any = {"expose": "staging", "staging": 4 * remote[0].nbytes}
+    owner = made.owner(Shard(KVView([*remote], LAYOUT)), **terms)
+    reader = made.reader(Shard(KVView([*local], LAYOUT)), transport="distributed")
+    return owner, reader, remote, local
+
+
+def test_rows_cross_by_nccl_in_more_slices_than_there_are_buffers() -> None:
+    """Fault 24 and 25. Streams order the owner's writes, all slices, and the reader's reads."""
+    made = Sides()
+    owner, reader, remote, local = pulled_between_devices(made, 19)
+    for turn in range(1, 9):
+        with torch.cuda.device(1):
+            torch.cuda._sleep(20_000_000)
+            before = local.clone()
+            expected = local.cpu()
+        with torch.cuda.device(0):
+            torch.cuda._sleep(20_000_000)
+            remote.random_(0, 1 << 14)
+            offer = owner.offer(range(8), tokens=128)
+        with torch.cuda.device(1):
+            pulled = reader.pull(offer.ticket, [*range(7, -1, -1)], verify=bool(turn % 2))
+            pulled.synchronize(60)
+        assert pulled.statistics.slices == 19
+        assert torch.equal(before.cpu(), expected)
+        assert torch.equal(remote.cpu(), local.cpu().flip(2))
+    for one in reversed(made.made):
+        one.close()
+
+
+def test_pulls_by_nccl_that_are_cancelled_leave_one_group_in_step() -> None:
+    """Fault 30. Also if the owner's stream is busy for longer than it has to stop."""
+    made = Sides()
+    owner, reader, remote, local = pulled_between_devices(made, 40)
+    seed = random.Random(5)
+    cancelled = 0
+    for turn in range(24):
+        with torch.cuda.device(0):
+            if turn % 8 == 7:
+                torch.cuda._sleep(1_500_000_000)
+            remote.fill_(turn)
+            offers = [owner.offer(range(8), tokens=128) for _ in range(2)]
+        with torch.cuda.device(1):
+            pulls = [reader.pull(offer.ticket, range(8)) for offer in offers]
+            time.sleep(seed.random() * 0.004)
+            cancelled += pulls[0].cancel()
+            for pulled in pulls:
+                with suppress(TransferCancelled, PeerError):  # a lane may have been closed
+                    pulled.synchronize(60)
+        with torch.cuda.device(0):
+            remote.fill_(1000 + turn)
+            offer = owner.offer(range(8), tokens=128)
+        with torch.cuda.device(1):
+            reader.pull(offer.ticket, range(8)).synchronize(60)
+        assert bool((local == 1000 + turn).all())
+        owner.revoke_all()
+    assert cancelled
+    for one in reversed(made.made):
+        one.close()
 
 
 def test_slots_cross_by_nixl() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import queue
+import random
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +22,12 @@ from support.transport_cases import End, Wire, slot_of, wire
 
 from portakv import KVView
 from portakv.backends.base import Decision
-from portakv.errors import OfferGone, PeerError, TransferError, Unsupported
+from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferError, Unsupported
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Answer, Bye
 from portakv.migrate.shards import Shard
 from portakv.migrate.transports import TRANSPORTS
-from portakv.migrate.transports.distributed import Distributed, Join, Pair
+from portakv.migrate.transports.distributed import DevicePair, Distributed
 from portakv.runtime.devices import inside
 from portakv_conformance import simdev
 
@@ -201,19 +202,15 @@ class Group:
 WIRES = dict[str, Any]()  # by the name of the pair
 
 
-class SimulatedPair(Pair):
+class SimulatedPair(DevicePair):
     def _join(self) -> Any:
-        if self.address:
-            self.name = str(len(WIRES))
-            WIRES[self.name] = queue.Queue()
-            self.channel.ask(self.address, Join(self.name), Answer)
-        assert self.address or self.named.wait(20)
-        return Group(self.transport.device, WIRES[self.name])
+        self.meet() if self.address else self.named.wait(20)
+        return Group(self.transport.device, WIRES.setdefault(self.name, queue.Queue()))
 
 
 class Simulated(Distributed):
     name = "simulated"
-    kind = SimulatedPair
+    on_device = SimulatedPair
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -230,20 +227,19 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
     remote = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
     local = torch.zeros_like(remote, device=OTHER)
     views = [KVView([*x], LAYOUT) for x in (remote, local)]
-    busy = current(OTHER)
+    busy = torch.Stream(OTHER)
     with sides() as made, inside(torch.Stream(DEVICE)), inside(torch.Stream(OTHER)):
         owner = made.owner(Shard(views[0]), expose="staging", staging=4 * remote[0].nbytes)
         reader = made.reader(Shard(views[1]), transport=Simulated.name)
         for turn in range(1, 6):
             before = local.cpu()
             if turn == 2:  # another stream, which has nothing to do with it
-                simdev.delay(busy, 2000)
+                simdev.delay(busy, 60_000)
             simdev.delay(current(OTHER), 50)
             read = local.clone()
             simdev.delay(current(DEVICE), 50)
             remote.copy_(torch.arange(remote.numel()).view(remote.shape).to(DEVICE) * turn)
             offer = owner.offer(range(8), tokens=128)
-            began = time.monotonic()
             fails = turn % 2
             if fails:  # ids were looked at when they were offered
                 offer.ids = [(offer.ids[0][0] + 1000, 16)]
@@ -253,7 +249,6 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
             assert turn != 2 or not busy.query()
             assert torch.equal(read.cpu(), before)
             assert pulled.statistics.slices == 9
-            assert time.monotonic() - began < 10
             assert fails or torch.equal(remote.cpu(), local.cpu().flip(2))
         until = time.monotonic() + 5
         while owner.statistics()["taken"] != 2 and time.monotonic() < until:
@@ -263,12 +258,45 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
 
 
 @pytest.mark.simdev
+def test_pulls_between_devices_that_are_cancelled_leave_one_group_in_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fault 30. No host waits for a slice, and the owner stops after any of them."""
+    monkeypatch.setitem(TRANSPORTS.targets, Simulated.name, Simulated)
+    remote = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
+    local = torch.zeros_like(remote, device=OTHER)
+    views = [KVView([*x], LAYOUT) for x in (remote, local)]
+    seed = random.Random(4)
+    before = len(WIRES)
+    cancelled = 0
+    with sides() as made, inside(torch.Stream(DEVICE)), inside(torch.Stream(OTHER)):
+        owner = made.owner(Shard(views[0]), expose="staging", staging=4 * remote[0].nbytes)
+        reader = made.reader(Shard(views[1]), transport=Simulated.name)
+        for turn in range(1, 9):
+            remote.copy_(torch.arange(remote.numel()).view(remote.shape).to(DEVICE) * turn)
+            pulls = [
+                reader.pull(owner.offer(range(8), tokens=128).ticket, [*range(7, -1, -1)])
+                for _ in range(2)
+            ]
+            time.sleep(seed.random() * 0.1)
+            cancelled += pulls[0].cancel()
+            pulls[1].synchronize(60)
+            assert torch.equal(remote.cpu(), local.cpu().flip(2))
+            with suppress(TransferCancelled):
+                pulls[0].synchronize(60)
+            owner.revoke_all()
+    assert cancelled
+    assert len(WIRES) == before + 1
+
+
+@pytest.mark.simdev
 def test_a_death_ends_the_slots_that_cross_on_a_device_and_aborts_their_group() -> None:
     """Fault 5. Two are on their way; neither counts, and no thread is left."""
     both = Wire(Simulated, NEVER, (str(DEVICE), str(OTHER)))
     for tag, nbytes in enumerate((1, 1000, 1 << 20)):
         both.cross(nbytes, tag)
     lanes = both.reader.lane(End.address, both.here), both.owner.lane(both.life, both.there)
+    group = lanes[0].group
     simdev.delay(current(DEVICE), 500)
     sent = [both.give(slot_of(100).to(DEVICE, non_blocking=True), tag) for tag in range(3)]
     taking = [both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER)) for _ in sent]
@@ -278,7 +306,7 @@ def test_a_death_ends_the_slots_that_cross_on_a_device_and_aborts_their_group() 
         with pytest.raises(PeerError, match="peer is gone"):
             each.wait(20)
         assert each.free.wait(20)
-    assert lanes[0].group.aborted
+    assert group.aborted
     both.reader.close(20)
     both.owner.close(20)
     assert not any(x.is_alive() for lane in lanes for x in lane.threads)
@@ -295,8 +323,8 @@ def test_a_slot_on_a_device_that_takes_too_long_ends_the_one_behind_it() -> None
     taking = list[Any]()
     for both.reader.timeout in (0.2, NEVER):
         taking.append(both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER)))
-    for each, why in zip(taking, ("did not cross in 0.2 s", "another buffer of its"), strict=True):
-        with pytest.raises(TransferError, match=why):
+    for each in taking:
+        with pytest.raises(TransferError, match=r"did not cross in 0\.2 s"):
             each.wait(20)
     for transport in (both.reader, both.owner):
         transport.close(20)

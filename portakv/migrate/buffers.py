@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The staging buffers of a reader for one owner whose memory is not mapped."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import LifoQueue
+
+import torch
+
+from portakv.copy.handle import BlockTransfer
+from portakv.migrate.staging import staging
+from portakv.migrate.transports.base import Lane, Moving, Transport
+
+
+class StagingBuffer:
+    """A staging buffer of a reader, and the last transfers into it and from it."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self.moving: Moving | None = None
+        self.lane: Lane | None = None  # of the last transfer into it
+        #: The copy that follows the bytes; None if their pull ended before.
+        self.copy: BlockTransfer | None = None
+
+    def prepare(
+        self, lane: Lane, nbytes: int, most: int, wait: Callable[[Callable[[float], bool]], None]
+    ) -> None:
+        """Order the current stream after the last use of the buffer; let it grow to ``nbytes``.
+
+        Its memory has at most ``most`` bytes. ``wait`` waits until a function of seconds returns
+        True: no stream orders a buffer of another lane, or of a pull that ended early.
+        """
+        copy = self.copy
+        grows = nbytes > self.memory.nbytes
+        if self.moving is not None and (copy is None or grows or self.lane is not lane):
+            wait(self.moving.free.wait)
+        if copy is not None:
+            if grows:
+                copy.synchronize()
+            else:
+                copy.wait()
+            self.copy = None
+        if grows:
+            self.memory = staging(nbytes, self.memory.device, most)
+
+
+class Staging:
+    """The transport for an owner, and the staging buffers that it fills."""
+
+    def __init__(self, transport: Transport, device: torch.device, count: int) -> None:
+        self.transport = transport
+        self.device = device
+        # Buffers are filled in the order of the requests for them. The pull that gets the turn next
+        # holds ``next`` until then.
+        self.turn = threading.Lock()
+        self.next = threading.Lock()
+        self.tag = 0  # of the last slice that was requested
+        #: Free buffers; the last used is taken first.
+        self.buffers: LifoQueue[StagingBuffer] = LifoQueue()
+        for _ in range(count):
+            self.buffers.put(StagingBuffer(staging(0, device)))
+
+    def spare(self, nbytes: int) -> torch.Tensor:
+        """Return memory for bytes that no pull wants."""
+        return staging(nbytes, self.device)
