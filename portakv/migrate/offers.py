@@ -61,7 +61,8 @@ class Lease:
 
 
 class Offer:
-    """Rows that their owner promises not to change until the offer ends.
+    """Rows that their owner promises not to change until the offer ends; of rows that are still
+    being written, those up to its mark.
 
     An offer ends when its readers have closed it, at its deadline, by `revoke`, or when readers
     that started to read it are gone.
