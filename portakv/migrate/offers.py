@@ -469,7 +469,10 @@ class Owner:
                 made.number, (offer.place for offer in self.offers.values())
             )
             terms = self.channel.address, made.tokens, ids, steps, lease, event, made.place.number
-            unit = made.progress.unit if made.progress else ""
+            unit = ""
+            if made.progress is not None:
+                unit = made.progress.unit
+                self.words.mark(made.place, 0)
             made.ticket = messages.Ticket(self.epoch, made.number, *terms, unit).pack(self._key)
             self.offers[made.number] = made
             self.names.add(made)
