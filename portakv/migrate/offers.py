@@ -55,7 +55,8 @@ class Lease:
 
 
 class Offer:
-    """Rows that their owner promises not to change until the offer ends.
+    """Rows that their owner promises not to change until the offer ends; of rows that are still
+    being written, those up to its mark.
 
     An offer ends when its readers have closed it, at its deadline, by `revoke`, or when readers
     that started to read it are gone.
@@ -464,7 +465,10 @@ class Owner:
                 made.number, (offer.place for offer in self.offers.values())
             )
             terms = self.channel.address, made.tokens, ids, steps, lease, event, made.place.number
-            unit = made.progress.unit if made.progress else ""
+            unit = ""
+            if made.progress is not None:
+                unit = made.progress.unit
+                self.words.mark(made.place, 0)
             made.ticket = messages.Ticket(self.epoch, made.number, *terms, unit).pack(self._key)
             self.offers[made.number] = made
             self.names.add(made)

@@ -66,10 +66,7 @@ class Words:
         return ipc.export(self._page.untyped_storage(), files)
 
     def take(self, offer: bytes, in_use: Iterable[Place]) -> Place:
-        """Return the place of a new offer, and write that it holds and has the mark 0.
-
-        ``in_use``: the places of all offers.
-        """
+        """Return the place of a new offer, and write that it holds. ``in_use``: of all offers."""
         if not self._free and not self._full:
             # Also places of which an interrupt has cut the offer off.
             self._free.extend({*range(self._places)} - {place.number for place in in_use})
@@ -77,7 +74,6 @@ class Words:
         if not self._free:
             return Place()
         place = Place.of(self._free.popleft(), offer)
-        self.mark(place, 0)
         self._words[place.number] = place.tag
         return place
 
