@@ -10,7 +10,6 @@ from time import monotonic
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from portakv import arguments
 from portakv.copy.handle import BlockTransfer
@@ -20,7 +19,7 @@ from portakv.graph import Task
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.plan import Slice, Step
 from portakv.migrate.pull import CANCELLED
-from portakv.migrate.staging import chunk, rows_bytes
+from portakv.migrate.staging import Chunks, part_of, rows_bytes
 from portakv.migrate.transports.base import Lane, Moving
 
 PACED = 0.1  # seconds of a slice at a limited rate: a larger slice would be a burst
@@ -48,12 +47,12 @@ class Arrival(Task):
         view = self.step.cut.dst.as_bytes()
         return rows_bytes(view, len(self.part.layers), self.part.tokens, view.heads)
 
-    def scattering(self, memory: torch.Tensor) -> Callable[[], BlockTransfer]:
+    def scattering(self, chunks: Chunks) -> Callable[[], BlockTransfer]:
         """Return a function that copies the rows of the slice from a staging buffer, after the work
         of the stream that is current then."""
         layers, first, tokens = self.part
-        dst = self.step.cut.dst.as_bytes().slice(layers=slice(layers.start, layers.stop))
-        src = chunk(dst, tokens, memory)[1]
+        dst = part_of(self.step.cut.dst.as_bytes(), slice(layers.start, layers.stop))
+        src = chunks.of(dst, tokens)[1]
         return partial(copy_rows, src, dst, None, self.step.dst_index.shifted(first), count=tokens)
 
     def end(self, error: BaseException | None = None) -> None:

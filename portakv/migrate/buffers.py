@@ -10,7 +10,7 @@ from queue import LifoQueue
 import torch
 
 from portakv.copy.handle import BlockTransfer
-from portakv.migrate.staging import staging
+from portakv.migrate.staging import Chunks, staging
 from portakv.migrate.transports.base import Lane, Moving, Transport
 
 
@@ -19,6 +19,7 @@ class StagingBuffer:
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
+        self.chunks = Chunks(memory)
         self.moving: Moving | None = None
         self.lane: Lane | None = None  # of the last transfer into it
         #: The copy that follows the bytes; None if their pull ended before.
@@ -44,6 +45,7 @@ class StagingBuffer:
             self.copy = None
         if grows:
             self.memory = staging(nbytes, self.memory.device, most)
+            self.chunks = Chunks(self.memory)
 
 
 class Staging:

@@ -26,7 +26,7 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import Later, checksum
 from portakv.migrate.messages import Answer, Gather, Hello, Message, Part, Stop, Stopped, Sum
 from portakv.migrate.shards import Shard, overlap, slices
-from portakv.migrate.staging import chunk, rows_bytes, staged_bytes, staging
+from portakv.migrate.staging import Chunks, part_of, rows_bytes, staged_bytes, staging
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Lane, Moving, Transport
@@ -85,7 +85,7 @@ class Offered(NamedTuple):
     def rows(self, part: Part) -> Rows:
         """Return the rows of a part."""
         shard = self.shards[part.group]
-        view = shard.view.as_bytes().slice(**slices(part.box, shard.group.box))
+        view = part_of(shard.view.as_bytes(), **slices(part.box, shard.group.box))
         return Rows(view, Index(*self.ids[part.group], part.first))
 
 
@@ -94,6 +94,7 @@ class StagingBuffer:
 
     def __init__(self, memory: torch.Tensor, dirty: list[torch.Tensor]) -> None:
         self.memory = memory
+        self.chunks = Chunks(memory)
         # Memory that contains bytes of earlier users; buffers of one allocation share the list.
         self.dirty = dirty
         self.sent: Moving | None = None
@@ -393,7 +394,7 @@ class Gathers:
             buffer.memory.record_stream(torch.accelerator.current_stream(device.index))
 
         buffer.clean()
-        planes, into = chunk(rows.view, count, buffer.memory)
+        planes, into = buffer.chunks.of(rows.view, count)
         written = sum(plane.nbytes for plane in planes)
         skips = rows.ids.check(count, rows.view.slots, "offered")
         if skips or written < full.nbytes:

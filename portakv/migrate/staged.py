@@ -141,7 +141,7 @@ class Taker:
     def _scatter(self) -> None:
         """Copy the rows of the oldest slice from its staging buffer, after its bytes."""
         arrival, buffer, moving, lane = self._in_flight[0]
-        scatter = arrival.scattering(buffer.memory)  # the host's part, while the bytes arrive
+        scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
         self._await(moving.follow)
         copy = scatter()
         self._scattered.append(Scattered(arrival, moving, lane, copy))

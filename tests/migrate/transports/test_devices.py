@@ -33,6 +33,11 @@ def nccl(timeout: float = 60.0) -> Wire:
     return Wire(Distributed, timeout, DEVICES)
 
 
+def delay(cycles: int) -> None:
+    """Hold the current stream up for so many cycles of the device."""
+    torch.cuda._sleep(cycles)
+
+
 def close(both: Wire) -> None:
     both.reader.close()
     both.owner.close()
@@ -59,12 +64,12 @@ def test_a_slot_crosses_behind_what_the_streams_hold(kind: str) -> None:
     nbytes = 1 << 20
     with torch.cuda.device(0):
         buffer = torch.zeros(nbytes, dtype=torch.uint8, device=DEVICES[0])
-        torch.cuda._sleep(500_000_000)
+        delay(500_000_000)
         buffer.fill_(7)
         giving = both.give(buffer, 1)
     with torch.cuda.device(1):
         into = empty(nbytes)
-        torch.cuda._sleep(500_000_000)
+        delay(500_000_000)
         before = into.clone()
         taking = both.take(into, 1)
     taking.wait(60)
@@ -121,11 +126,11 @@ def test_rows_cross_by_nccl_in_more_slices_than_there_are_buffers() -> None:
     owner, reader, remote, local = pulled_between_devices(made, 19)
     for turn in range(1, 9):
         with torch.cuda.device(1):
-            torch.cuda._sleep(20_000_000)
+            delay(20_000_000)
             before = local.clone()
             expected = local.cpu()
         with torch.cuda.device(0):
-            torch.cuda._sleep(20_000_000)
+            delay(20_000_000)
             remote.random_(0, 1 << 14)
             offer = owner.offer(range(8), tokens=128)
         with torch.cuda.device(1):
@@ -147,7 +152,7 @@ def test_pulls_by_nccl_that_are_cancelled_leave_one_group_in_step() -> None:
     for turn in range(24):
         with torch.cuda.device(0):
             if turn % 8 == 7:
-                torch.cuda._sleep(1_500_000_000)
+                delay(1_500_000_000)
             remote.fill_(turn)
             offers = [owner.offer(range(8), tokens=128) for _ in range(2)]
         with torch.cuda.device(1):
