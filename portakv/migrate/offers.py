@@ -465,7 +465,7 @@ class Owner:
                 made.number, (offer.place for offer in self.offers.values())
             )
             terms = self.channel.address, made.tokens, ids, steps, lease, event, made.place.number
-            unit = ""
+            unit: Literal["", "layers", "tokens"] = ""
             if made.progress is not None:
                 unit = made.progress.unit
                 self.words.mark(made.place, 0)
