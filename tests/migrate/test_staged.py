@@ -148,6 +148,7 @@ def test_slices_of_a_cancelled_pull_are_not_taken_for_those_of_the_next(
     made: Sides, monkeypatch: pytest.MonkeyPatch, guarded: bool
 ) -> None:
     """Both sides stay in step by one transport. Without `Stop` the next pull gets old rows."""
+    monkeypatch.setattr("portakv.migrate.staged.STOPPING", LIMIT)  # also on a busy machine
     both = Couple(made, "staging", transport="distributed")
     both.pull(both.offer()).synchronize(LIMIT)
     if not guarded:
@@ -156,7 +157,10 @@ def test_slices_of_a_cancelled_pull_are_not_taken_for_those_of_the_next(
     assert len(messages(both.owner, Join)) == 1 or not guarded
 
 
-def test_pulls_that_are_cancelled_at_any_moment_leave_one_transport_in_step(made: Sides) -> None:
+def test_pulls_that_are_cancelled_at_any_moment_leave_one_transport_in_step(
+    made: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("portakv.migrate.staged.STOPPING", LIMIT)  # also on a busy machine
     both = Couple(made, "staging", transport="distributed")
     both.pull(both.offer()).synchronize(LIMIT)
     seed = random.Random(7)
