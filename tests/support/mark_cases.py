@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from portakv.migrate.messages import Gather, Ticket
+from portakv.migrate.messages import Part, Ticket
 from portakv.migrate.offers import Offer, Owner
 from support.migrate_pulls import MODEL, Couple, Sides, key_of
 
@@ -60,7 +60,7 @@ class Trusting(Owner):
     def __init__(self, *shards: Any, **options: Any) -> None:
         super().__init__(*shards, **{"model": MODEL, **options})
 
-    def _is_complete(self, offer: Offer, gather: Gather) -> bool:
+    def _is_complete(self, offer: Offer, part: Part) -> bool:
         return True
 
 
