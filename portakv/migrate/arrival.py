@@ -64,6 +64,8 @@ class Arrival(Task):
             self._over.set()
 
     def wait(self, timeout: float | None = None) -> bool:
+        if self.whole.graph is None:
+            return False  # nothing takes the slice: its task was not submitted
         until = monotonic() + arguments.seconds("timeout", timeout, optional=True)
         while not self._over.wait(min(0.05, max(0.0, until - monotonic()))):
             if self.whole.wait(0.0):  # it never ran, or this process was forked

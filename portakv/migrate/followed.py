@@ -126,11 +126,11 @@ class Marker:
 
 
 def _unknown(following: Sequence[tuple[Followed, Stop]]) -> dict[OwnerKey, list[_Place]]:
-    """Return the offers whose marks only their owners can say, by owner."""
+    """Return the offers whose marks and ends only their owners can say, by owner."""
     offers = defaultdict[OwnerKey, list[_Place]](list)
     for followed, stop in following:
         for number, source in enumerate(followed.sources):
-            if followed.marks[number] < source.end and source.word is None:
+            if source.word is None:  # also of complete offers, which may end meanwhile
                 owner = source.ticket.address, source.ticket.epoch
                 offers[owner].append(_Place(followed, number, source, stop))
     return offers

@@ -165,7 +165,8 @@ class Follower:
             if tasks:
                 self._graph.submit(tasks, priority="urgent")
             self._settle(pull, issuing, parts)
-            if not parts.issued:
+            # Rows that this reader does not need may still be written: the offer holds until then.
+            if not (parts.issued and followed.complete):
                 followed.end_turn()
                 return
             final = issuing.end()

@@ -340,9 +340,10 @@ class Gathers:
                 return
             buffer = self._buffers[peer, sending.begun % sending.buffers]
             number = sending.begun
-            if buffer.free:
+            free = buffer.free  # it may become free at any time: one look decides
+            if free:
                 sending.begun += 1
-        if not buffer.free and buffer.sent is not None:
+        if not free and buffer.sent is not None:
             buffer.sent.on_free(partial(self._continue, peer, line))
             return
         try:

@@ -27,6 +27,7 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.followed import Followed, Marker
 from portakv.migrate.messages import MOST_NAMES, Answer, Find, Found, Named, Ticket
 from portakv.migrate.questions import OwnerKey, Questions
+from portakv.runtime.devices import this_process
 from portakv.runtime.transfer import Completion, Transfer
 
 
@@ -87,6 +88,7 @@ class LateLayer(Transfer):
 
     def __init__(self) -> None:
         super().__init__([Completion(pendings=(self,))])
+        self._process = this_process()
         self._known = threading.Event()
         self._layer = Transfer()
         self._error: PortaKVError | None = None
@@ -101,6 +103,7 @@ class LateLayer(Transfer):
 
     def done(self) -> bool:
         """Return True once the layer has landed; raise the errors of the pull."""
+        self._refuse_fork()
         if not self._known.is_set():
             return False
         self._finish()
@@ -112,6 +115,7 @@ class LateLayer(Transfer):
 
     def synchronize(self, timeout: float | None = None) -> None:
         """Block the host until the layer has landed; see `Transfer.synchronize`."""
+        self._refuse_fork()
         seconds = arguments.seconds("timeout", timeout, optional=True)
         until = monotonic() + seconds
         if not self._known.wait(min(seconds, threading.TIMEOUT_MAX)):
@@ -122,9 +126,21 @@ class LateLayer(Transfer):
         self._finish()
         self._layer.synchronize(None if timeout is None else max(0.0, until - monotonic()))
 
+    def _refuse_fork(self) -> None:
+        """Raise in a process that was forked from the reader's, where nothing sets the layer."""
+        if self._process.forked:
+            raise forked_error()
+
     def _finish(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def forked_error() -> TransferError:
+    """Return the error of a pull in a process that was forked from the reader's."""
+    return TransferError(
+        "The pull runs in the process that this one was forked from. Wait for it there."
+    )
 
 
 class _Place(NamedTuple):

@@ -199,7 +199,8 @@ class Offer:
             PeerError: the owner belongs to the process that this one was forked from.
             Unsupported: the current stream is captured into a graph.
         """
-        self._owner.refuse_closed()
+        if self._owner.channel.forked:
+            self._owner.refuse_closed()
         event = mark_event(self._owner.device)
         uninterrupted(partial(self._raise_to, mark, event))
 
@@ -620,9 +621,9 @@ class Owner:
                 self.counts["closed"] += 1
                 self._less(offer, peer.id, "taken")
                 return
-            # The reader has no rows: it may pull again until the lease expires.
+            # The reader has no rows: it may pull again until the lease expires, but for an offer of
+            # which rows could not be sent to it. Another of its pulls may still get zeros for them.
             self.counts["failed"] += 1
-            offer.spoilt.discard(peer.id)
             offer.begun.pop(peer.id, lambda: None)()
 
     def _renew(self, _: Peer, renew: messages.Renew) -> messages.Answer:

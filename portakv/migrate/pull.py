@@ -30,7 +30,7 @@ from portakv.graph.graph import Graph
 from portakv.graph.task import Task
 from portakv.migrate.connections import Source, Sources
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
-from portakv.migrate.named import LateLayer, Wanted
+from portakv.migrate.named import LateLayer, Wanted, forked_error
 from portakv.migrate.words import fence
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
@@ -88,7 +88,7 @@ class Part(Transfer):
         super()._finish()
         for task in self.tasks:
             if not task.ended:
-                raise _forked()
+                raise forked_error()
             error = known(task.error)
             if error:
                 raise error
@@ -161,7 +161,7 @@ class Pull(Transfer):
         """
         if not self.look():
             return None
-        return self._verdict["error"] if len(self._times) > 1 else _forked()
+        return self._verdict["error"] if len(self._times) > 1 else forked_error()
 
     @property
     def published(self) -> bool:
@@ -443,10 +443,3 @@ def fail(pull: Pull, error: BaseException) -> None:
         task.wait()
     pull.task = None
     pull.conclude(reason)
-
-
-def _forked() -> TransferError:
-    """Return the error of a pull in a process that was forked from the reader's."""
-    return TransferError(
-        "The pull runs in the process that this one was forked from. Wait for it there."
-    )

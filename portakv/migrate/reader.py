@@ -97,7 +97,7 @@ class Reader:
             verify: compare checksums of all bytes with the owners' before the commit.
             timeout: seconds from the call, handshake included; then the pull ends without a commit.
 
-        Raises, or with a ticket by name ends with:
+        Raises, or with a ticket by name or rows that are not complete ends with:
             PeerError, OfferGone: no ticket; an owner that is gone, refuses, or was restarted.
             LayoutError: rows that cannot become this reader's; layers or heads without an owner.
             SlotError: bad blocks on either side, or too few.

@@ -103,7 +103,11 @@ class Taker:
                     self._pace(nbytes)
                     self._check(inf)
                     buffer = self._free_buffer(lane, nbytes)
-                    moving = lane.move(buffer.memory[:nbytes], tag + number)
+                    try:
+                        moving = lane.move(buffer.memory[:nbytes], tag + number)
+                    except BaseException:
+                        stage.buffers.put(buffer)
+                        raise
                     buffer.moving = moving
                     buffer.lane = lane
                     self._in_flight.append(InFlight(arrival, buffer, moving, lane))
@@ -206,8 +210,11 @@ class Taker:
         if len(rest) > owner.handshake.slots:  # it has no buffers for so many
             lane.close(PeerError("The owner sent too many slices; its buffers did not cross."))
             return
-        for number, arrival in enumerate(rest, posted):
-            lane.move(self._stage.spare(arrival.staged_bytes), tag + number)
+        try:
+            for number, arrival in enumerate(rest, posted):
+                lane.move(self._stage.spare(arrival.staged_bytes), tag + number)
+        except Exception:  # such as no memory: the next pull would take these slices for its own
+            lane.close(PeerError("A pull did not receive all slices that its owner sent."))
 
     def _pace(self, nbytes: int) -> None:
         """Wait for the turn of a slice at the pull's rate."""

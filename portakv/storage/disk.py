@@ -62,6 +62,8 @@ class Disk:
                 raise invalid("folders", "paths that the system can hold", folder, "Pass a path.")
             if "://" in str(folder):
                 raise InvalidTerms("Expected folders, got a URL. Pass the URL to `Remote`.")
+        if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+            raise invalid("folders", "different folders", folders, "Pass each once.")
         if io is not None and (isinstance(io, str) or not hasattr(io, "run")):
             ENGINES.check("io", io)
         if not callable(track):
