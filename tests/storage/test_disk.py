@@ -698,10 +698,3 @@ def test_restarted_while_writes_are_in_flight(tmp_path: Path, io: str) -> None:
         assert path.read_bytes() == before
         one.close()
         os.waitpid(pid, 0)
-
-
-def test_a_disk_has_no_folder_twice(tmp_path: Path) -> None:
-    (tmp_path / "other").symlink_to(tmp_path)
-    for again in (tmp_path, tmp_path / ".", tmp_path / "other"):
-        with pytest.raises(InvalidTerms, match="different folders"):
-            Disk(tmp_path, again, capacity=1 << 20)

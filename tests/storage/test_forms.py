@@ -575,3 +575,10 @@ def test_a_closed_store_ends_its_forms() -> None:
     with pytest.raises(StoreError, match="open store"):
         one.lookup(KEYS)
     assert one.form == FORMS["full"]
+
+
+def test_a_disk_has_no_folder_twice(tmp_path: Path) -> None:
+    (tmp_path / "other").symlink_to(tmp_path)
+    for again in (tmp_path, tmp_path / ".", tmp_path / "other"):
+        with pytest.raises(InvalidTerms, match="different folders"):
+            Disk(tmp_path, again, capacity=1 << 20)
