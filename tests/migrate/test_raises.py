@@ -16,7 +16,7 @@ from support.mark_cases import Writing, end_of
 from support.migrate_channels import until
 from support.migrate_pulls import Rows, Sides, sides
 
-from portakv.errors import InvalidTerms, OfferGone, PeerError, Unsupported
+from portakv.errors import InvalidTerms, OfferGone, Unsupported
 from portakv.migrate import ipc
 from portakv.migrate.marks import Progress, Raises
 from portakv.migrate.words import Place, Words, WordsOfOwner
