@@ -208,9 +208,9 @@ def serve(engine: Engine, ids: Sequence[int]) -> Served:
     cold, _, _ = engine.generate(ids)
     device_hit, _, expected = engine.generate(ids)
     engine.forget()
-    host_hit, found, tokens = engine.generate(ids)
+    host_hit, cached, tokens = engine.generate(ids)
     engine.forget()
-    right = found == len(ids) // BLOCK * BLOCK and tokens == expected
+    right = cached == len(ids) // BLOCK * BLOCK and tokens == expected
     return Served(cold, device_hit, host_hit, right)
 
 
