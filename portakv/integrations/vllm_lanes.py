@@ -84,7 +84,7 @@ class Lane:
     def use(self, view: KVView) -> None:
         """Report to the allocator that copies of the lane use the memory of a view.
 
-        It does not hand out that memory while such a copy is in flight, also after its last reference.
+        It does not hand out that memory while such a copy is in flight, also without references.
         """
         if self.stream is not None:
             for tensor in view.used_on(self.stream):
