@@ -135,16 +135,13 @@ class Issuing:
         tasks = list[Task]()
         staged = dict[bytes, list[Step]]()  # by offers whose owners send the rows
         for step in some:
-            rate = options.max_gbps
-            if rate is not None:  # the steps share it
-                rate *= step.nbytes / requested.nbytes
             if step.cut.src is None:
                 staged.setdefault(step.ticket.offer, []).append(step)
                 requested.strategy = step.owner.strategy
             elif self._long:
                 tasks += self._layers.add_tasks(step, self._copied(step))
             else:
-                self._copies.append(_copy_of(step, options, rate))
+                self._copies.append(_copy_of(step, options, self._rate([step])))
                 self._layers.add_copy(step, self._copies[-1])
         self._slices += tasks
         for steps_of_offer in staged.values():
@@ -155,13 +152,17 @@ class Issuing:
     def _take(self, some: Sequence[Step]) -> Task:
         """Return the task that takes the rows of an offer from the owner that sends them, at their
         share of the rate."""
-        rate = self._options.max_gbps
-        if rate is not None:
-            rate *= sum(step.nbytes for step in some) / self._pull.requested.nbytes
-        taker = Taker(self._issuer.graph, some, self._pull, rate)
+        taker = Taker(self._issuer.graph, some, self._pull, self._rate(some))
         for each in taker.arrivals:
             self._slices += self._layers.add_tasks(each.step, [(each.part.layers, each)])
         return taker.task
+
+    def _rate(self, some: Sequence[Step]) -> float | None:
+        """Return the share of steps in the rate of the pull; None: it has none."""
+        rate = self._options.max_gbps
+        if rate is None:
+            return None
+        return rate * sum(step.nbytes for step in some) / self._pull.requested.nbytes
 
     def end(self) -> list[Task]:
         """Return the task that commits the pull; none if whoever looks at the pull commits it."""
