@@ -219,10 +219,8 @@ class Gathers:
     def send(self, peer: Peer, gather: Gather, offered: Offered) -> Answer:
         """Have the worker send rows in parts, after earlier requests of the reader.
 
-        Only one thread calls this method. Raises `LayoutError` for rows that were not offered.
+        Only one thread calls this method, after `Offered.check` of each part.
         """
-        for part in gather.parts:
-            offered.check(part)
         line = self._lines.get(peer)
         if line is None or line.transport.name != gather.transport:
             return Answer("refused", f"{gather.transport} was not agreed on; connect again.")
@@ -267,8 +265,10 @@ class Gathers:
         return Stopped(1 << 31)  # all parts were sent
 
     def sum(self, request: Sum, offered: Offered) -> Answer:
-        """Have the worker compute a checksum; the reader repeats its request until it exists."""
-        offered.check(request.part)
+        """Have the worker compute a checksum; the reader repeats its request until it exists.
+
+        The caller has called `Offered.check` of the part.
+        """
         total = self._sums.answer(request, partial(self._sum, request.part, offered))
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
 
