@@ -86,7 +86,9 @@ class Finished(Generic[T]):
     def take(self) -> list[T]:
         """Return the items since the last call, the oldest first.
 
-        The descriptor is not readable after that, until another item comes.
+        The descriptor is not readable after that, until another item comes. It can become readable
+        once more for an item that was taken while another thread added it, so a call after a wait
+        can return nothing.
         """
         waiting = self._started()
         if waiting is None:
