@@ -29,7 +29,7 @@ from portakv.errors import (
 )
 from portakv.migrate import ipc
 from portakv.migrate.buffers import Staging
-from portakv.migrate.channel import Channel, Refused
+from portakv.migrate.channel import Channel
 from portakv.migrate.mapping import NotMapped, Place, WordsOfOwner, map_owner
 from portakv.migrate.messages import (
     REASONS,
@@ -37,6 +37,7 @@ from portakv.migrate.messages import (
     Bye,
     Handshake,
     Hello,
+    Refused,
     Renew,
     Ticket,
     is_signed,

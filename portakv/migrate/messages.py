@@ -61,6 +61,10 @@ REASONS = {
 _ON_THE_WIRE = {"transport": "mover"}
 
 
+class Refused(PeerError):
+    """A request that its receiver has understood and rejects."""
+
+
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """The base of all messages: a tag, and no field that this release does not know.
 

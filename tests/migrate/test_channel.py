@@ -35,10 +35,13 @@ from support.migrate_channels import (
 
 import portakv.migrate
 from portakv.errors import InvalidTerms, PeerError, SlotError, TransferTimeout
-from portakv.migrate import channel as module
 from portakv.migrate import messages
-from portakv.migrate.channel import ANSWER, BACK, HEAD, LIMIT, Channel, Peer
+from portakv.migrate.channel import Channel
+from portakv.migrate.channel_client import answer_of
+from portakv.migrate.channel_server import KEPT
+from portakv.migrate.channel_sockets import ANSWER, BACK, HEAD, LIMIT
 from portakv.migrate.messages import VERSION, Message
+from portakv.migrate.peer import Peer
 
 TCP = "tcp://127.0.0.1:0"
 
@@ -320,7 +323,7 @@ def test_a_message_under_another_channels_name_is_refused() -> None:
     """The connection serves another channel already; the error does not say that it is full."""
     with server_and_asker() as (server, asker):
         asker.ask(server.address, Ping(), Pong)
-        asker.id = bytes(reversed(asker.id))
+        asker._client.id = bytes(reversed(asker.id))
         with pytest.raises(PeerError, match="the connection is another channel's"):
             asker.ask(server.address, Ping(), Pong)
 
@@ -572,13 +575,11 @@ def test_nothing_looks_at_the_wall_clock() -> None:
     for path in Path(portakv.migrate.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module in ("time", "datetime"):
-                names = {alias.name for alias in node.names} - {
-                    *("monotonic", "monotonic_ns", "perf_counter", "sleep", "timedelta")
-                }
+                allowed = {"monotonic", "monotonic_ns", "perf_counter", "sleep", "timedelta"}
+                names = {alias.name for alias in node.names} - allowed
                 wrong += [f"{path.name}: {name}" for name in names]
-            if isinstance(node, ast.Attribute) and ast.unparse(node) in (
-                *("time.time", "time.time_ns", "datetime.datetime"),
-            ):
+            clocks = ("time.time", "time.time_ns", "datetime.datetime")
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in clocks:
                 wrong.append(f"{path.name}: {ast.unparse(node)}")
     assert wrong == []
 
@@ -649,7 +650,7 @@ def test_kept_answers_are_bounded_in_bytes(by_tcp: tuple[Server, Channel]) -> No
         with Raw(server) as raw:
             raw.socket.send(HEAD.pack(VERSION, b"%16d" % n, 1, 1) + body)
             raw.socket.recv()
-    assert 0 < server.channel.statistics()["kept_bytes"] <= module.KEPT
+    assert 0 < server.channel.statistics()["kept_bytes"] <= KEPT
 
 
 def test_a_question_ends_when_nothing_waits_for_it(by_tcp: tuple[Server, Channel]) -> None:
@@ -686,7 +687,7 @@ def test_what_a_peer_says_is_shown_on_one_line(pair: tuple[Server, Channel]) -> 
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 5000
     with pytest.raises(PeerError, match=f"version {VERSION} got an answer of version 9"):
-        asker._read(bytes([9]) + b"?" * 20, server.address, Ping(), Pong)
+        answer_of(bytes([9]) + b"?" * 20, server.address, Ping(), Pong)
 
 
 def test_a_channel_that_is_closed_takes_no_user_and_leaves_no_descriptor() -> None:

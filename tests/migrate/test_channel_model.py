@@ -32,8 +32,9 @@ from support.channel_model import (
 )
 from support.migrate_channels import until
 
-from portakv.migrate import channel as module
-from portakv.migrate.channel import Channel, Peer
+from portakv.migrate import channel_client, channel_server, channel_sockets
+from portakv.migrate.channel import Channel
+from portakv.migrate.peer import Peer
 
 KEPT = 4000  # bytes of all cached answers of a channel
 PEERS = 2  # clients of a channel
@@ -48,12 +49,12 @@ SIZE = st.sampled_from((0, 10, 1500))
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give channels a few peers, little memory and fast heartbeats."""
-    monkeypatch.setattr(module, "KEPT", KEPT)
-    monkeypatch.setattr(module, "PEERS", PEERS)
-    monkeypatch.setattr(module, "HEARTBEAT", 200)
-    monkeypatch.setattr(module, "DEAD", 1000)
+    monkeypatch.setattr(channel_server, "KEPT", KEPT)
+    monkeypatch.setattr(channel_server, "PEERS", PEERS)
+    monkeypatch.setattr(channel_sockets, "HEARTBEAT", 200)
+    monkeypatch.setattr(channel_sockets, "DEAD", 1000)
     # Failures are planned; without the log they take no time.
-    monkeypatch.setattr(logging.getLogger(module.__name__), "disabled", True)
+    monkeypatch.setattr(logging.getLogger(channel_server.__name__), "disabled", True)
 
 
 class ChannelMachine(RuleBasedStateMachine):
@@ -390,8 +391,14 @@ def test_any_order_of_requests(examples: int, cuts: int) -> None:
 class Repeating(Channel):
     """A channel that numbers every request of a connection alike."""
 
-    def _link(self, address: str) -> Any:
-        link = super()._link(address)
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._client.__class__ = _AlikeNumbers
+
+
+class _AlikeNumbers(channel_client.Client):
+    def link(self, address: str) -> Any:
+        link = super().link(address)
         link.requests = 0
         return link
 
@@ -406,8 +413,14 @@ class Forgetful(Channel):
 class Hoarding(Channel):
     """A channel that caches every answer, and serves every client."""
 
-    def _peer(self, name: bytes, fd: int, id: bytes) -> Peer | None:
-        peer = super()._peer(name, fd, id)
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._server.__class__ = _EveryPeer
+
+
+class _EveryPeer(channel_server.Server):
+    def peer(self, name: bytes, fd: int, id: bytes) -> Peer | None:
+        peer = super().peer(name, fd, id)
         if peer is None and fd in self._fds:
             peer = self._peers[name] = Peer(id)
             self._fds[fd] = name

@@ -9,8 +9,10 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from portakv.errors import PeerError, PortaKVError, SlotError, TransferTimeout
-from portakv.migrate.channel import ANSWER, LIMIT, Channel, Peer
+from portakv.migrate.channel import Channel
+from portakv.migrate.channel_sockets import ANSWER, LIMIT
 from portakv.migrate.messages import Message
+from portakv.migrate.peer import Peer
 from support.migrate_channels import SECRET, Network
 
 PATIENCE = 20.0  # seconds after which a request counts as hanging

@@ -43,9 +43,12 @@ SUBJECTS = {
     "portakv/view/index.py": "tests/view",
     "portakv/migrate/shards.py": "tests/migrate/test_shards.py tests/migrate/test_pull.py",
     "portakv/migrate/plan.py": "tests/migrate/test_pull.py",
-    "portakv/migrate/channel.py": (
-        "tests/migrate/test_channel.py tests/migrate/test_channel_model.py"
-    ),
+    **{
+        f"portakv/migrate/{each}.py": (
+            "tests/migrate/test_channel.py tests/migrate/test_channel_model.py"
+        )
+        for each in ("channel", "channel_client", "channel_loop", "channel_server")
+    },
     "portakv/storage": "tests/storage --ignore=tests/storage/test_remote.py",
     "portakv/storage/remote.py": "tests/storage/test_remote.py tests/storage/test_reasons.py",
     "portakv/storage/remote_store.py": "tests/storage/test_remote.py tests/storage/test_reasons.py",

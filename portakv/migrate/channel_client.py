@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The requests that a channel sends: one connection for each address, and a number each."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from functools import partial
+from time import monotonic
+from typing import Any, TypeVar
+
+import zmq
+from msgspec.msgpack import decode, encode
+
+from portakv.errors import PeerError, PortaKVError, TransferTimeout
+from portakv.migrate.address import NUMERIC
+from portakv.migrate.channel_loop import Loop
+from portakv.migrate.channel_sockets import BACK, HEAD, LIMIT, Sockets, event_of
+from portakv.migrate.messages import UNDECODABLE, VERSION, Message, Refused
+from portakv.migrate.peer import Peer
+from portakv.runtime.interrupts import abandoned
+
+T = TypeVar("T")
+#: Milliseconds between a requester's checks of its connection.
+LOOK = 20
+
+
+class _Link:
+    """The socket for one address, for one thread at a time, and the state of its connection."""
+
+    def __init__(self, socket: zmq.Socket[bytes], address: str, number: int) -> None:
+        self.socket = socket
+        self.address = address
+        self.number = number
+        self.requests = 0
+        self.lock = threading.Lock()
+        self.life = Peer()
+        self.up = False
+        self.why = ""
+        socket.sndtimeo = socket.rcvtimeo = LOOK
+        # Use a separate name: pyzmq's name is its descriptor's, which is reused before it is free.
+        self.monitor = socket.get_monitor_socket(addr=f"inproc://{number}")
+        socket.connect(address)
+
+
+class Client:
+    """The connections of a channel to others. Any thread may send requests.
+
+    Args:
+        sockets: makes the sockets.
+        loop: the thread that watches the connections.
+        id: the id of the channel.
+        counts: the counters of the channel.
+        check_open: raises `PeerError` if the channel sends no more requests.
+    """
+
+    def __init__(
+        self,
+        sockets: Sockets,
+        loop: Loop,
+        id: bytes,
+        counts: Counter[str],
+        check_open: Callable[[], None],
+    ) -> None:
+        self._sockets = sockets
+        self._loop = loop
+        self.id = id
+        self._counts = counts
+        self._check_open = check_open
+        self._lock = threading.Lock()
+        self._links = dict[str, _Link]()
+        self._made = 0
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    def ask(
+        self,
+        address: str,
+        message: Message,
+        kind: type[T],
+        until: float,
+        stop: Callable[[], bool],
+    ) -> T:
+        """Return the answer to a message; see `Channel.ask`. ``until``: a time of `monotonic`."""
+        *_, back = self._sending(address, message, until, True, stop)
+        return answer_of(back, address, message, kind)
+
+    def ask_all(
+        self, requests: Sequence[tuple[str, Message]], kind: type[T], until: float
+    ) -> list[T | PortaKVError]:
+        """Send the first request to each address, then read the answers and send the others."""
+        results = dict[int, Any]()
+        sending = [self._sending(*x, until, True) for x in requests]
+        first = {requests[n][0]: n for n in reversed(range(len(requests)))}
+        order = [first[address] for address in sorted(first)]  # each uses one connection
+
+        def go_on(n: int, last: bool) -> None:
+            try:
+                if last:
+                    results[n] = answer_of([*sending[n]][-1], *requests[n], kind)
+                else:
+                    next(sending[n])
+            except PortaKVError as error:
+                results[n] = error
+
+        try:
+            for n in order:
+                go_on(n, False)
+            for n in (*order, *range(len(requests))):
+                if n not in results:
+                    go_on(n, True)
+        finally:
+            for one in sending:  # if it ended early, else an error's traceback keeps connections
+                one.close()
+        return [results[n] for n in range(len(requests))]
+
+    def tell(self, address: str, message: Message, until: float) -> None:
+        """Send a message without an answer."""
+        for _ in self._sending(address, message, until, False):
+            pass
+
+    def _sending(
+        self,
+        address: str,
+        message: Message,
+        until: float,
+        answer: bool,
+        stop: Callable[[], bool] = bool,
+    ) -> Generator[bytes]:
+        """Yield empty bytes each time the message is sent, and at last the answer if one is
+        expected.
+
+        The connection belongs to this thread until the generator ends.
+        """
+        what = f"{message.purpose} {address}"
+        body = encode(message)
+        by = None
+        if len(body) > LIMIT:
+            raise PeerError(f"{what} has {len(body)} bytes; a message has at most {LIMIT}.")
+        link = self.link(address)
+        if not link.lock.acquire(timeout=max(0.0, until - monotonic())):
+            raise TransferTimeout(
+                f"{what} was not sent: an earlier request still waits for its answer."
+            )
+        try:
+            link.requests += answer
+            number = link.requests * answer
+            data = HEAD.pack(VERSION, self.id, link.number, number) + body
+            while True:
+                self._check(link, until, what, stop)
+                with suppress(zmq.Again):  # nothing came or went within `LOOK` milliseconds
+                    # Repeat after the next connection stands: before, the old one may take the
+                    # message.
+                    if by is not (life := link.life) and (link.up or by is None):
+                        link.socket.send(data)
+                        by = life
+                        yield b""
+                    if not answer:
+                        return
+                    back = link.socket.recv().ljust(BACK.size, b"\0")
+                    if back[0] != VERSION or BACK.unpack_from(back)[2] == number:
+                        yield back
+                        return
+        finally:
+            link.lock.release()
+
+    def _check(self, link: _Link, until: float, what: str, stop: Callable[[], bool]) -> None:
+        """Raise the error of a link's connection; after its end the next request makes another."""
+        if stop():
+            raise TransferTimeout(f"{what} was cancelled, because nothing waits for its answer.")
+        if abandoned():  # the answer to this request is ignored
+            raise KeyboardInterrupt
+        late = monotonic() > until
+        why = link.why or ("the channel was closed" if self._loop.stopped else "")
+        if late and link.up and not why:
+            raise TransferTimeout(f"{what} got no answer in time; the connection stands.")
+        if late or why:
+            self._drop(link)
+            raise PeerError(
+                f"{what} failed: {why or 'no connection in time'}. Check that the process there "
+                f"runs."
+            )
+
+    def link(self, address: str) -> _Link:
+        """Return the link to an address, made at the first request.
+
+        Raises `PeerError` if no channel can be there.
+        """
+        try:
+            with self._lock:
+                self._check_open()
+                return self._links.get(address) or self._new_link(address)
+        except FileNotFoundError:
+            why = "no channel listens there any more, its process has ended"
+            raise PeerError(f"Expected an address of a channel, got {address!r}: {why}.") from None
+        except (OSError, zmq.ZMQError) as error:
+            raise PeerError(
+                f"Expected an address of a channel, got {address!r}: {error}."
+            ) from None
+
+    def _new_link(self, address: str) -> _Link:
+        local = re.match("ipc://(/.+)", address)
+        if "\0" in address or not (local or (self._sockets.keys and NUMERIC.match(address))):
+            raise OSError(
+                "expected ipc:// of this host or, with a secret, tcp:// with a numeric address "
+                "and a port"
+            )
+        if local and os.stat(local[1]).st_uid != os.getuid():
+            raise OSError("another user listens there")
+        self._made += 1
+        link = _Link(self._sockets.client(address), address, self._made)
+        self._links[address] = link
+        self._loop.run_soon(lambda: self._loop.watch(link.monitor, partial(self._see, link)))
+        return link
+
+    def _see(self, link: _Link) -> None:
+        """Process an event of a connection, in the channel's thread."""
+        event = event_of(link.monitor)[0]
+        if event == "HANDSHAKE_SUCCEEDED":
+            link.up = True
+        elif event == "DISCONNECTED" and link.up:
+            self._counts["lost"] += 1
+            link.up = False
+            life = link.life
+            link.life = Peer()
+            life.end()
+        elif event == "CLOSED":
+            link.why = link.why or "no channel listens there"
+        elif event.startswith("HANDSHAKE_FAILED"):
+            link.why = (
+                "no handshake: the secret differs, the process is stopped, or it is not a channel"
+            )
+        elif event == "MONITOR_STOPPED":
+            self._loop.forget(link.monitor)
+            link.monitor.close(0)
+        if link.why and link.lock.acquire(blocking=False):  # otherwise its requester checks it
+            self._drop(link)
+            link.lock.release()
+
+    def _drop(self, link: _Link) -> None:
+        """Close a link, whose lock the caller has."""
+        link.why = link.why or "it is gone"
+        if not link.socket.closed:
+            self._links.pop(link.address, None)
+            link.socket.close(0)
+        link.life.end()
+
+    def close(self) -> None:
+        """Close all links, after the loop was stopped."""
+        with self._lock:
+            links = tuple(self._links.values())
+        for link in links:
+            with link.lock:
+                self._drop(link)
+
+
+def answer_of(back: bytes, address: str, message: Message, kind: type[T]) -> T:
+    """Return the answer in the bytes that a peer sent back.
+
+    Raises `Refused` if it rejects the message, and `PeerError` if the answer is not valid.
+    """
+    what = f"{message.purpose} {address}"
+    if back[0] != VERSION:
+        raise Refused(
+            f"{what} was refused: a message of version {VERSION} got an answer of version "
+            f"{back[0]}. Use one release of PortaKV on both sides."
+        )
+    if back[1]:
+        raise Refused(f"{what} was rejected: {_printable(back[BACK.size :])}.")
+    try:
+        return decode(memoryview(back)[BACK.size :], type=kind)
+    except UNDECODABLE:
+        raise PeerError(
+            f"{what} got an answer that is not valid. Use one release on both sides."
+        ) from None
+
+
+def _printable(text: bytes) -> str:
+    """Return the text of a peer, at most 4,096 bytes of it, on one line."""
+    message = text[:4096].decode(errors="replace").rstrip(".")
+    return "".join(each if each.isprintable() else "?" for each in message)

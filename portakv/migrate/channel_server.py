@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The requests that a channel answers: who may connect, and each request once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from socket import SHUT_RDWR, socket
+from typing import Any, TypeVar, Union
+
+import zmq
+from msgspec.msgpack import Decoder, encode
+from zmq.utils import z85
+
+from portakv.errors import PortaKVError
+from portakv.migrate.channel_loop import Loop
+from portakv.migrate.channel_sockets import ANSWER, BACK, HEAD, LIMIT, Sockets, event_of
+from portakv.migrate.messages import UNDECODABLE, VERSION, Message
+from portakv.migrate.peer import Peer
+from portakv.runtime.bounded import Bounded
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+#: The most connections that a channel serves, and the most bytes of all cached answers.
+PEERS = 1024
+KEPT = 32 << 20
+
+
+class _Rejection(Exception):
+    """A request that fails: a word for the counters, and the text for its sender."""
+
+    def __init__(self, reason: str, why: str) -> None:
+        super().__init__(why)
+        self.reason = reason
+
+
+class _Services:
+    """The functions that answer requests, by the kind of message."""
+
+    def __init__(self) -> None:
+        self._answers = dict[type, Callable[..., Message | None]]()
+        self._decoder = Decoder[Any](None)
+        self._lock = threading.Lock()
+
+    def add(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
+        """Register the function, and make a decoder that knows the new kind of message."""
+        with self._lock:
+            self._answers[kind] = answer
+            self._decoder = Decoder(Union[tuple(self._answers)])  # noqa: UP007
+
+    def answer(self, peer: Peer, data: memoryview) -> bytes:
+        """Return the encoded answer to a message, no bytes if there is none.
+
+        Raises `_Rejection`, which says what the sender may know.
+        """
+        try:
+            message = self._decoder.decode(data)
+        except UNDECODABLE:
+            raise _Rejection("schema", "the message is not known there") from None
+        try:
+            answer = self._answers[type(message)](peer, message)
+            body = b"" if answer is None else encode(answer)
+        except PortaKVError as error:
+            raise _Rejection("refused", str(error)[:4096]) from None
+        except Exception as error:  # of whoever answers; the peer gets it
+            _log.exception("%s could not be answered.", type(message).__name__)
+            raise _Rejection("failed", f"it failed there by {type(error).__name__}") from None
+        if len(body) > ANSWER:
+            raise _Rejection("size", f"its answer has {len(body)} bytes")
+        return body
+
+
+class _Answers:
+    """The last answer for each link, because the next connection may repeat a request.
+
+    Caches at most `KEPT` bytes. Of older answers only the numbers stay, so their requests are
+    executed at most once.
+    """
+
+    def __init__(self) -> None:
+        self._last: Bounded[bytes, tuple[int, bytes]] = Bounded("answers of a channel", 2 * PEERS)
+        self.nbytes = 0
+
+    def get(self, link: bytes) -> tuple[int, bytes]:
+        """Return the last number of a link and its answer, if it is cached."""
+        return self._last.get(link, (0, b""))
+
+    def keep(self, link: bytes, number: int, back: bytes) -> None:
+        """Cache an answer as the youngest."""
+        self._last.pop(link, None)
+        self._last[link] = number, back
+        self.nbytes = sum(len(each) for _, each in self._last.values())
+        for older in [*self._last]:
+            if self.nbytes <= KEPT:
+                return
+            self.drop(older)
+
+    def drop(self, link: bytes) -> None:
+        """Keep only the number of a link's last answer."""
+        if link in self._last:
+            number, back = self._last[link]
+            self.nbytes -= len(back)
+            self._last[link] = number, b""
+
+
+class Server:
+    """The connections of others to a channel. All methods but `serve` run in the channel's thread.
+
+    Args:
+        sockets: makes the sockets.
+        address: where to listen, as in `Channel`.
+        counts: the counters of the channel.
+
+    Raises:
+        OSError or ZMQError: nothing can listen there.
+    """
+
+    def __init__(self, sockets: Sockets, address: str | None, counts: Counter[str]) -> None:
+        self.address = address or "a Unix socket"
+        self.services = _Services()
+        self._sockets = sockets
+        self._counts = counts
+        self._peers = dict[bytes, Peer]()
+        self._fds = dict[int, bytes]()  # the names of connections, by their descriptors
+        self._last = _Answers()
+        self._path = -1
+        # ZeroMQ asks the channel's thread for the permission of each connection.
+        self._zap: zmq.Socket[bytes] = sockets.context.socket(zmq.REP)
+        self._router = sockets.server(self.address)
+        self._seen = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+
+    def listen(self, address: str | None, loop: Loop) -> None:
+        """Listen, and have the loop answer what comes."""
+        self._zap.bind("inproc://zeromq.zap.01")
+        # Only this user may enter, and the path is short: a socket's path has at most 107 letters.
+        with tempfile.TemporaryDirectory(prefix="channel-", dir="/dev/shm") as folder:
+            self._router.bind(address or f"ipc://{folder}/socket")
+            self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+            if re.match(r"tcp://(0\.0\.0\.0|\[::(ffff:0\.0\.0\.0)?\])", self.address):
+                raise OSError("that is every interface")
+            # Others reach the socket through this process: not even SIGKILL leaves a file.
+            if not address:
+                self._path = os.open(f"{folder}/socket", os.O_PATH)
+                self.address = f"ipc:///proc/{os.getpid()}/fd/{self._path}"
+        loop.watch(self._router, self._take)
+        loop.watch(self._seen, self._see)
+        loop.watch(self._zap, self._admit)
+
+    def statistics(self) -> dict[str, int]:
+        """Return the connections now, and the bytes of cached answers."""
+        return {"peers": len(self._peers), "kept_bytes": self._last.nbytes}
+
+    def close(self) -> None:
+        """End all connections, after the loop was stopped."""
+        for peer in tuple(self._peers.values()):
+            peer.end()
+        self._router.disable_monitor()
+        if self._path >= 0:
+            os.close(self._path)
+
+    def _admit(self) -> None:
+        """Accept a connection that has the secret's keys, and reject any other."""
+        requests = self._zap.recv_multipart()
+        key = z85.decode(self._sockets.keys[0])
+        well = b"200" if requests[5:] == [b"CURVE", key] else b"400"
+        self._zap.send_multipart([b"1.0", requests[1], well, b"", b"", b""])
+
+    def _see(self) -> None:
+        """Process all events of connections to this channel."""
+        while self._seen.poll(0):
+            event, value = event_of(self._seen)
+            if event == "ACCEPTED":
+                self._fds[value] = b""
+            elif event == "DISCONNECTED":
+                name = self._fds.pop(value, b"")
+                if peer := self._peers.pop(name, None):
+                    peer.end()
+                # A connection without a name never sent a valid message.
+                self._counts["gone" if name else "strangers"] += 1
+                n = self._counts["strangers"]
+                if not name and n & (n - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
+                    _log.warning(
+                        "Channel(%r) rejected unknown connections, %d until now.", self.address, n
+                    )
+
+    def peer(self, name: bytes, fd: int, id: bytes) -> Peer | None:
+        """Return the peer of a first message; None if the connection is over, or one too many."""
+        self._see()
+        if fd not in self._fds or len(self._peers) >= PEERS:
+            return None
+        return self._new_peer(name, fd, id)
+
+    def _new_peer(self, name: bytes, fd: int, id: bytes) -> Peer:
+        if before := self._peers.pop(self._fds[fd], None):
+            before.end()
+        self._fds[fd] = name
+        self._peers[name] = Peer(id)
+        return self._peers[name]
+
+    def _take(self) -> None:
+        """Answer one request."""
+        name, *others, frame = self._router.recv_multipart(copy=False)
+        data = frame.bytes
+        if others or not HEAD.size <= len(data) <= HEAD.size + LIMIT:
+            self._counts["size"] += 1
+            if others:  # no channel sends messages of several frames
+                self._cut(frame.get(zmq.SRCFD))
+            return
+        _, id, _, number = HEAD.unpack_from(data)
+        peer = self._peers.get(name.bytes) or self.peer(name.bytes, frame.get(zmq.SRCFD), id)
+        back = self._answer(peer, data)
+        if number and back:
+            self._router.send_multipart([name.bytes, back])
+
+    def _answer(self, peer: Peer | None, data: bytes) -> bytes:
+        """Return what is sent back for a request, which is executed unless it is a repeat."""
+        version, id, _, number = HEAD.unpack_from(data)
+        if version != VERSION:
+            return self._refused(number, "version", f"release of version {VERSION}, not {version}")
+        if peer is None:
+            return self._refused(number, "full", f"it serves {PEERS} connections; try later")
+        if peer.id != id:
+            return self._refused(number, "schema", "the connection is another channel's")
+
+        link = data[1:21]
+        last, back = self._last.get(link)
+        if number and number <= last:
+            self._counts["repeated"] += 1
+            return back if number == last else b""
+        back = self._execute(peer, memoryview(data)[HEAD.size :], number)
+        if number:
+            if peer.link != link:  # one answer of a connection is cached
+                self._last.drop(peer.link)
+                peer.link = link
+            self._last.keep(link, number, back)
+        return back
+
+    def _execute(self, peer: Peer, data: memoryview, number: int) -> bytes:
+        """Execute a request, and return what is sent back."""
+        try:
+            body = self.services.answer(peer, data)
+        except _Rejection as rejection:
+            return self._refused(number, rejection.reason, str(rejection))
+        return BACK.pack(VERSION, False, number) + body if body else b""
+
+    def _refused(self, number: int, reason: str, why: str) -> bytes:
+        """Count a rejection, and return it for the sender."""
+        self._counts[reason] += 1
+        return BACK.pack(VERSION, True, number) + why.encode()
+
+    def _cut(self, fd: int) -> None:
+        """End a connection that no channel made."""
+        self._see()
+        if fd not in self._fds:
+            return
+        # OSError: the connection has ended already.
+        with suppress(OSError), socket(fileno=os.dup(fd)) as connection:
+            connection.shutdown(SHUT_RDWR)
