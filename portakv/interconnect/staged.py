@@ -2,8 +2,9 @@
 """`staged`: makes rows dense on the device, and moves them across the link in few large copies.
 
 The device's stage is a copy between the rows and dense rows, by the backend that serves the device.
-The link's stage is one copy of each slice, on a separate stream. They overlap: while a slice
-crosses, the next slice is gathered, or the last one scattered.
+The link's stage copies a slice in as few pieces as the host's rows allow. A transfer above `WHOLE`
+bytes has several slices, and its stages overlap on two streams: while a slice crosses, the next
+slice is gathered, or the last one scattered. A smaller transfer is one slice on the caller's stream.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class StagedLaunch(StrategyLaunch):
     ) -> list[Slice]:
         """Return the slices of a transfer, cached with its rows for other transfers of its kind.
 
-        ``idle``: nothing crosses the link now.
+        ``idle``: no earlier slice of this staging is crossing the link.
         """
         key, outside, exact, sizes = self.cutting(host, host_index, idle)
 
@@ -170,12 +171,19 @@ class Passage:
         others = [each for each in (self._half, self._link) if each is not work]
         for each in others:
             each.wait_stream(first)
+        complete = False
         try:
             yield
+            complete = True
         finally:
             # Enqueued work is part of the caller's stream, also after an interrupt.
             for each in others:
                 work.wait_stream(each)
+            if buffers.detached and not complete:
+                # The slice that failed may still use its buffer.
+                end = mark(work)
+                for _, at, *_ in self._staged:
+                    buffers.free[at] = end
             for piece, (dense, *_) in zip(self._slices, self._staged, strict=True):
                 piece.rows.record_table(work)
                 dense.record_table(work)

@@ -2,7 +2,8 @@
 """Memory that transfers pass through: dense rows on the device, and pinned bounce buffers.
 
 Dense rows lie in their order in host memory. So a copy that is scattered across the link becomes a
-copy inside the device, and few long runs across the link.
+copy inside the device, and few long runs across the link. `staged` uses dense rows in a `Staging`,
+`pageable` uses `BounceBuffers`.
 """
 
 from __future__ import annotations
@@ -201,7 +202,8 @@ class Staging(_Buffers):
         half, link: the streams of the device's stage, and of the slices that cross.
         detached: transfers do not wait for the ends of earlier transfers.
         buffers: the number of buffers.
-        free: for each buffer, an event after its last use, for which the next use waits.
+        free: for each buffer, the event for which its next use waits; None: the streams' own order
+            suffices.
     """
 
     def __init__(self, device: torch.device, detached: bool = False) -> None:
@@ -219,7 +221,8 @@ class Staging(_Buffers):
         are detached.
 
         Buffers that are too small are freed. The allocator reuses their memory only on that stream,
-        which by then waits for every use.
+        which by then waits for every use; if transfers are detached, also only after the link has
+        used it.
         """
         if self._memory and self._memory[0].numel() >= nbytes:
             return
@@ -231,7 +234,8 @@ class Staging(_Buffers):
         # Slices, not `split`: a vendor's torch may lack it.
         self._memory = [memory[at * each : (at + 1) * each] for at in range(self.buffers)]
         if self.detached:
-            # The link waits for no stream that the allocator knows this memory by.
+            # The allocator learns that the link uses the memory, and the link waits for what used
+            # it before on the stream of the device's stage.
             memory.record_stream(self.link)
             self.link.wait_stream(self.half)
 

@@ -49,7 +49,7 @@ from portakv.interconnect.pieces import ALL, Pieces, to_2d_copies
 from portakv.interconnect.slices import Slice
 from portakv.interconnect.staged import Staged
 from portakv.interconnect.staging import dense_rows
-from portakv.interconnect.strategy import Strategy
+from portakv.interconnect.strategy import Strategy, Terms
 from portakv.plan.runs import Factors
 from portakv.registry.registry import Choice
 from portakv.runtime.transfer import copies_holding_memory
@@ -410,6 +410,21 @@ def test_a_transfer_that_ends_early_holds_nothing_and_leaves_streams_in_order(
     del chunk, host, caught
     gc.collect()
     assert gone() is None
+
+
+@DOWNWARD
+@pytest.mark.simdev
+def test_the_next_detached_transfer_waits_for_the_slice_that_failed(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failed slice has no event of its own yet, and may still use its buffer."""
+    small_slices(monkeypatch)
+    transfer = Transfers(Staged(DEVICE, terms=Terms(detached=True)), downward)
+    monkeypatch.setattr(TorchLink, "copy", broken_at(1, TorchLink.copy, RuntimeError))
+    with pytest.raises(RuntimeError, match="the link is down"):
+        transfer()
+    (buffers,) = staging.cached_staging.values()
+    assert buffers.free[0] is not None
 
 
 @DOWNWARD
