@@ -4,7 +4,7 @@
 The device's stage is a copy between the rows and dense rows, by the backend that serves the device.
 The link's stage copies a slice in as few pieces as the host's rows allow. A transfer above `WHOLE`
 bytes has several slices, and its stages overlap on two streams: while a slice crosses, the next
-slice is gathered, or the last one scattered. A smaller transfer is one slice on the caller's stream.
+slice is gathered, or the last one scattered. A smaller one is one slice on the caller's stream.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Loop:
                     _log.exception("A channel failed at a message, and goes on.")
 
     def _run_soon(self) -> None:
-        """Make the calls that other threads asked for."""
+        """Make the calls that other threads requested."""
         os.eventfd_read(self._wake)
         while self._soon:
             self._soon.popleft()()

@@ -43,20 +43,47 @@ def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
 
 
 def prefix_keys(
-    tokens: object, block_size: int, salt: bytes = b"", extra: Sequence[bytes] | None = None
+    tokens: object, block_size: int, salt: bytes = b"", extra: Sequence[bytes | None] | None = None
 ) -> list[bytes]:
     """Return the keys of all whole blocks.
 
     A key is the SHA-256 of the previous key, the tokens as little-endian u32, and ``extra`` of the
     block (of a LoRA, an image). The ``salt`` keeps tenants apart.
     """
-    octets("salt", salt)
-    keys = [sha256(b"portakv" + salt).digest()]
-    for number, (block, more) in enumerate(_blocks(tokens, block_size, "<u4", extra)):
-        if more is not None and not isinstance(more, bytes):
-            raise invalid(f"extra[{number}]", "bytes or None", more, "Pass bytes for each block.")
-        keys.append(sha256(keys[-1] + block + (more or b"")).digest())
-    return keys[1:]
+    return KeyChain(block_size, salt).extend(tokens, extra)
+
+
+class KeyChain:
+    """The keys of `prefix_keys`, made as the tokens of a request come.
+
+    Args:
+        block_size: the tokens of a block.
+        salt: keeps tenants apart.
+    """
+
+    def __init__(self, block_size: int, salt: bytes = b"") -> None:
+        octets("salt", salt)
+        self.block_size = whole("block_size", block_size, 1)
+        #: The keys of all whole blocks until now.
+        self.keys = list[bytes]()
+        self._last = sha256(b"portakv" + salt).digest()
+
+    def extend(self, tokens: object, extra: Sequence[bytes | None] | None = None) -> list[bytes]:
+        """Return the keys of the whole blocks of tokens that follow those of the earlier calls.
+
+        ``tokens``: begin where the last block ended. Tokens of a block that is not whole are not
+        remembered. ``extra``: one for each block.
+        """
+        made = list[bytes]()
+        for number, (block, more) in enumerate(_blocks(tokens, self.block_size, "<u4", extra)):
+            if more is not None and not isinstance(more, bytes):
+                raise invalid(
+                    f"extra[{number}]", "bytes or None", more, "Pass bytes for each block."
+                )
+            self._last = sha256(self._last + block + (more or b"")).digest()
+            made.append(self._last)
+        self.keys += made
+        return made
 
 
 def lmcache_keys(tokens: object, block_size: int = 256) -> list[bytes]:

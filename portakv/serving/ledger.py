@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Ledger`: the scheduler's side of an engine. It knows what can be loaded, and who uses what.
+
+It is a state machine: it starts no thread, waits for nothing, and sends nothing. An engine's hooks
+call it, and carry its plans to the workers and their reports back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from portakv.errors import InvalidTerms
+from portakv.runtime.bounded import Bounded
+from portakv.serving.plan import Blocks, Job, Plan, Report
+from portakv.storage.keys import KeyChain
+
+#: The most keys that are remembered because a load did not bring them.
+MOST_FAILED = 1 << 16
+#: Seconds for which a request waits for an index that asks another host.
+PATIENCE = 2.0
+_NONE = frozenset[int]()
+
+
+class Index(Protocol):
+    """What a ledger queries about the stored blocks."""
+
+    def leading(self, keys: Sequence[bytes], /) -> int | None:
+        """Return how many leading blocks can be loaded; None if another host has yet to answer."""
+
+    def has(self, key: bytes, /) -> bool:
+        """Return whether a block can be loaded, as far as is known here."""
+
+
+class Group(NamedTuple):
+    """A group of layers whose blocks the engine hands out together.
+
+    Attributes:
+        block_size: the tokens of one of its blocks.
+        window: the latest tokens whose rows the engine keeps; None: those of all tokens.
+    """
+
+    block_size: int
+    window: int | None = None
+
+
+@dataclass
+class _Request:
+    """What is known of a request.
+
+    Attributes:
+        tokens: its tokens; the engine appends to them.
+        extra: by the number of a stored block, what its key depends on besides its tokens.
+        blocks: of each group, the engine's blocks from the first token on.
+        considered: stored blocks before this number are saved, or are not to be.
+        limit: no stored block from this number on is offered: a load did not bring it.
+        promised: the first stored block and the past token of the latest answer.
+        load: in flight, or planned.
+        reading: the numbers of saves that may still read blocks.
+        queried: when an index was first queried that has yet to answer.
+    """
+
+    name: str
+    tokens: Sequence[int]
+    chain: KeyChain
+    extra: Mapping[int, bytes]
+    blocks: list[list[int]]
+    considered: int = 0
+    limit: int | None = None
+    promised: int = 0
+    load: Job | None = None
+    reading: set[int] = field(default_factory=set)
+    queried: float | None = None
+    ended: bool = False
+
+    def keys(self, count: int) -> list[bytes]:
+        """Return the keys of the first so many stored blocks, whose tokens are there."""
+        made = len(self.chain.keys)
+        if made < count:
+            size = self.chain.block_size
+            extra = None
+            if self.extra:
+                extra = [self.extra.get(number) for number in range(made, count)]
+            self.chain.extend(self.tokens[made * size : count * size], extra)
+        return self.chain.keys[:count]
+
+
+@dataclass
+class _Live:
+    """A load or save that has not ended.
+
+    Attributes:
+        ends: in how many workers it has ended.
+        releases: in how many workers a save's blocks are no longer read.
+        missing: the positions of keys that did not land, or were not stored, in any worker.
+    """
+
+    job: Job
+    request: _Request
+    ends: int = 0
+    releases: int = 0
+    missing: frozenset[int] = _NONE
+
+
+@dataclass
+class _Next:
+    """The next plan."""
+
+    loads: list[Job] = field(default_factory=list)
+    saves: list[Job] = field(default_factory=list)
+    stop: list[int] = field(default_factory=list)
+    retained: list[str] = field(default_factory=list)
+
+
+class Ledger:
+    """Decides for the requests of one engine which blocks its workers load and save.
+
+    The engine's scheduler calls, in the order of a request's life: `add`; `leading` when it looks
+    for computed tokens; `allocated` after it took blocks; `scheduled` in each step that computes
+    tokens of it; `preempted` if it takes the blocks away; `finished`; and `freed` when a worker
+    has reported a request that was retained. Once a step it calls `plan`, and `take` for the reports.
+
+    Args:
+        block_size: the tokens of a stored block. A multiple of each group's block size, or a
+            divisor of it, and no more than a group's window.
+        groups: of the engine's layers.
+        workers: how many of them report each load and save.
+        index: of the stored blocks.
+        now: returns the time in seconds.
+
+    Raises `InvalidTerms` for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        groups: Sequence[Group],
+        workers: int,
+        index: Index,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for group in groups:
+            _check_group(block_size, group)
+        self.counts = Counter[str]()
+        self._size = block_size
+        self._groups = groups
+        self._workers = workers
+        self._index = index
+        self._now = now
+        self._requests = dict[str, _Request]()
+        self._jobs = dict[int, _Live]()  # by number
+        self._saving = dict[bytes, int]()  # keys, and the numbers of their saves
+        self._failed: Bounded[bytes, None] = Bounded("keys that a load did not bring", MOST_FAILED)
+        self._numbers = itertools.count(1)
+        self._next = _Next()
+
+    # --- what the scheduler says and asks
+
+    def add(
+        self,
+        request: str,
+        tokens: Sequence[int],
+        salt: bytes = b"",
+        extra: Mapping[int, bytes] | None = None,
+    ) -> None:
+        """Take note of a request.
+
+        Args:
+            tokens: of the prompt; the engine appends the generated ones to the same sequence.
+            salt: keeps tenants and adapters apart.
+            extra: by the number of a stored block, what else its rows depend on, such as an image.
+
+        Raises `InvalidTerms` for a name that a request has which has not ended.
+        """
+        if request in self._requests:
+            raise InvalidTerms(
+                f"Expected a new name for a request, got {request!r}, which is in use. Report its "
+                f"end by finished() first."
+            )
+        chain = KeyChain(self._size, salt)
+        blocks = [list[int]() for _ in self._groups]
+        self._requests[request] = _Request(request, tokens, chain, extra or {}, blocks)
+
+    def leading(self, request: str, computed: int) -> int | None:
+        """Return how many tokens can be loaded that follow the computed ones.
+
+        None: another host has yet to answer; ask again in the next step. The last token is always
+        left to the engine, which needs its logits.
+        """
+        state = self._requests[request]
+        first = computed // self._size
+        most = (len(state.tokens) - 1) // self._size
+        if state.limit is not None:
+            most = min(most, state.limit)
+        keys = state.keys(most)[first:] if most > first else []
+        usable = next((n for n, key in enumerate(keys) if key in self._failed), len(keys))
+        count = self._index.leading(keys[:usable]) if usable else 0
+        if count is None:
+            now = self._now()
+            state.queried = state.queried or now
+            if now - state.queried < PATIENCE:
+                return None
+            self.counts["unanswered"] += 1
+            count = 0
+        state.queried = None
+        state.promised = first
+        return max(0, (first + count) * self._size - computed)
+
+    def allocated(self, request: str, computed: int, tokens: int, blocks: Blocks) -> None:
+        """Plan the load that the scheduler has decided on after `leading`.
+
+        Args:
+            computed: tokens whose rows the engine has already; their blocks are not written.
+            tokens: how many to load, at most as many as `leading` returned; 0: none.
+            blocks: of each group, all blocks of the request.
+        """
+        state = self._requests[request]
+        state.blocks = [[*ids] for ids in blocks]
+        state.considered = 0
+        if not tokens:
+            return
+        first = state.promised
+        past = -(-(computed + tokens) // self._size)
+        keys = state.keys(past)
+        state.considered = past
+        state.load = self._job(state, first, past, keys, computed)
+        self._next.loads.append(state.load)
+        self.counts["loads"] += 1
+        self.counts["promised"] += tokens
+
+    def scheduled(
+        self, request: str, computed: int, until: int, blocks: Blocks = (), replaced: bool = False
+    ) -> None:
+        """Take note of a step that computes tokens of a request, and plan what is saved after it.
+
+        Args:
+            computed: tokens whose rows existed before the step.
+            until: tokens whose rows exist after it; those of drafted tokens do not count.
+            blocks: of each group, blocks that the request got since the last call.
+            replaced: these are all its blocks.
+        """
+        state = self._requests[request]
+        for ids, new in zip(state.blocks, blocks, strict=False):
+            if replaced:
+                ids.clear()
+            ids += new
+        past = min(until, len(state.tokens)) // self._size
+        first = state.considered
+        if any(group.window for group in self._groups):  # blocks before the window are gone
+            first = max(first, computed // self._size)
+        if past <= first:
+            return
+        keys = state.keys(past)
+        state.considered = past
+        for run in _runs(n for n in range(first, past) if self._is_wanted(keys[n])):
+            self._save(state, run.start, run.stop, keys)
+
+    def preempted(self, request: str) -> None:
+        """Take note that the scheduler took all blocks of a request; it may go on later."""
+        state = self._requests[request]
+        for job in [each for each in self._next.saves if each.request == request]:
+            self._withdraw(job)
+        # The workers release them before anything is written, whatever they report later.
+        self._next.stop += sorted(state.reading)
+        state.reading.clear()
+        state.blocks = [list[int]() for _ in self._groups]
+        state.considered = 0
+        state.queried = None
+
+    def finished(self, request: str) -> bool:
+        """Take note of the end of a request, and return whether its blocks are retained.
+
+        True: the engine keeps the blocks until the workers have reported the request, and calls
+        `freed` then. A request that ends during a load is not retained: the engine keeps its blocks
+        until the end of the load.
+        """
+        state = self._requests[request]
+        state.ended = True
+        retained = bool(state.reading)
+        if retained:
+            self._next.retained.append(request)
+        elif state.load is None:
+            del self._requests[request]
+        return retained
+
+    def freed(self, requests: Iterable[str]) -> None:
+        """Take note that all workers have reported requests that were retained."""
+        for request in requests:
+            self._requests.pop(request, None)
+
+    # --- what the workers do
+
+    def plan(self) -> Plan:
+        """Return what the workers do in this step."""
+        made = self._next
+        self._next = _Next()
+        return Plan(tuple(made.loads), tuple(made.saves), tuple(made.stop), tuple(made.retained))
+
+    def take(self, report: Report) -> None:
+        """Take note of what workers have seen. Each worker's part comes once, in any order."""
+        for number, workers in report.released.items():
+            self._release(number, workers)
+        for number, workers in report.ends.items():
+            missing = report.loaded.get(number, _NONE) | report.saved.get(number, _NONE)
+            self._end(number, workers, missing)
+
+    def statistics(self) -> dict[str, int]:
+        """Return the requests and jobs now, the keys that failed, and the counters."""
+        now = {"requests": len(self._requests), "jobs": len(self._jobs)}
+        return {**now, "failed_keys": len(self._failed), **self.counts}
+
+    def _is_wanted(self, key: bytes) -> bool:
+        """Return whether a computed block is to be saved: no one saves it, and no load finds it."""
+        return key not in self._saving and (key in self._failed or not self._index.has(key))
+
+    def _save(self, state: _Request, first: int, past: int, keys: Sequence[bytes]) -> None:
+        """Plan a save of consecutive stored blocks."""
+        # The first stored block of a save begins where a block of the engine begins.
+        most = max(group.block_size for group in self._groups)
+        first = first * self._size // most * most // self._size if most > self._size else first
+        job = self._job(state, first, past, keys, first * self._size)
+        if any(-1 in ids for ids in job.blocks):
+            del self._jobs[job.number]
+            return
+        self._saving.update(dict.fromkeys(job.keys, job.number))
+        state.reading.add(job.number)
+        self._next.saves.append(job)
+        self.counts["saves"] += 1
+
+    def _job(
+        self, state: _Request, first: int, past: int, keys: Sequence[bytes], begin: int
+    ) -> Job:
+        """Return a job of stored blocks, which touches no block of the engine before ``begin``."""
+        blocks = list[tuple[int, ...]]()
+        for group, ids in zip(self._groups, state.blocks, strict=True):
+            size = group.block_size
+            some = ids[first * self._size // size : -(-past * self._size // size)]
+            untouched = begin // size - first * self._size // size
+            blocks.append((*[-1] * untouched, *some[untouched:]))
+        after = keys[first - 1] if first else None
+        number = next(self._numbers)
+        job = Job(number, state.name, tuple(keys[first:past]), first, after, tuple(blocks))
+        self._jobs[number] = _Live(job, state)
+        return job
+
+    def _withdraw(self, job: Job) -> None:
+        """Forget a save that no worker knows."""
+        self._next.saves.remove(job)
+        live = self._jobs.pop(job.number)
+        live.missing = frozenset(range(len(job.keys)))
+        self._end_save(live)
+
+    def _release(self, number: int, workers: int) -> None:
+        """Note that some workers read the blocks of a save no longer."""
+        live = self._jobs.get(number)
+        if live is None:
+            return
+        live.releases += workers
+        if live.releases >= self._workers:
+            live.request.reading.discard(number)
+
+    def _end(self, number: int, workers: int, missing: frozenset[int]) -> None:
+        """Note that a load or save has ended in some workers."""
+        live = self._jobs.get(number)
+        if live is None:
+            return
+        live.ends += workers
+        live.missing |= missing
+        if live.ends < self._workers:
+            return
+        del self._jobs[number]
+        if live.request.load is live.job:
+            self._end_load(live)
+        else:
+            self._end_save(live)
+
+    def _end_load(self, live: _Live) -> None:
+        """Offer no block again that did not land, until it was saved anew."""
+        state = live.request
+        state.load = None
+        self.counts["landed_blocks"] += len(live.job.keys) - len(live.missing)
+        if live.missing:
+            self.counts["failed_loads"] += 1
+            for position in live.missing:
+                self._failed[live.job.keys[position]] = None
+            state.limit = live.job.first + min(live.missing)
+            state.considered = min(state.considered, state.limit)
+        if state.ended:
+            self._requests.pop(state.name, None)
+
+    def _end_save(self, live: _Live) -> None:
+        """Forget the keys of a save; blocks that were stored may be offered again."""
+        live.request.reading.discard(live.job.number)
+        for position, key in enumerate(live.job.keys):
+            if self._saving.get(key) == live.job.number:
+                del self._saving[key]
+            if position not in live.missing:
+                self._failed.pop(key, None)
+                self.counts["stored_blocks"] += 1
+
+
+def _check_group(block_size: int, group: Group) -> None:
+    """Raise `InvalidTerms` if stored blocks of a size do not fit a group's blocks."""
+    if block_size < 1 or (block_size % group.block_size and group.block_size % block_size):
+        raise InvalidTerms(
+            f"Expected stored blocks of a multiple or a divisor of {group.block_size} tokens, the "
+            f"engine's block size, got {block_size}. Pass another block_size."
+        )
+    if group.window is not None and block_size > group.window:
+        raise InvalidTerms(
+            f"Expected stored blocks of at most {group.window} tokens, the window of a group of "
+            f"layers, got {block_size}. Pass a smaller block_size."
+        )
+
+
+def _runs(numbers: Iterable[int]) -> list[range]:
+    """Return ascending numbers as runs of consecutive ones."""
+    runs = list[range]()
+    for number in numbers:
+        if runs and runs[-1].stop == number:
+            runs[-1] = range(runs[-1].start, number + 1)
+        else:
+            runs.append(range(number, number + 1))
+    return runs

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scheduler's side and the workers of an engine tell each other, once a step.
+
+All are plain values, which an engine may pickle. Numbers of loads and saves are never used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+#: For each group of layers, ids of the engine's blocks in the order of their tokens. -1: no block,
+#: or one that must not be touched.
+Blocks: TypeAlias = "tuple[tuple[int, ...], ...]"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Stored blocks, and the engine's blocks that hold their rows.
+
+    Attributes:
+        number: counts all loads and saves of a `Ledger`.
+        request: whose blocks they are.
+        keys: of consecutive stored blocks.
+        first: the number of the first one in the request.
+        after: the key before the first one; None: they begin a prompt.
+        blocks: of each group, from the token at which the first stored block begins. The last
+            stored block may reach past them.
+    """
+
+    number: int
+    request: str
+    keys: tuple[bytes, ...]
+    first: int
+    after: bytes | None
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the workers do in a step.
+
+    Attributes:
+        loads: begin them; the engine reads their blocks after the end of each.
+        saves: begin them after the step has computed their rows.
+        stop: saves that must have released their blocks before the step writes anything: their
+            blocks are no longer the request's.
+        retained: requests that have ended, whose blocks the engine keeps until a worker reports them.
+            A worker reports one after all its saves of it have released their blocks.
+    """
+
+    loads: tuple[Job, ...] = ()
+    saves: tuple[Job, ...] = ()
+    stop: tuple[int, ...] = ()
+    retained: tuple[str, ...] = ()
+
+
+@dataclass
+class Report:
+    """What one worker, or several, have seen since the last report.
+
+    Attributes:
+        loaded: by the number of a load that has ended, the positions of its keys that did not land.
+        released: by the number of a save, in how many workers its blocks may be written again.
+        saved: by the number of a save that has ended, the positions of its keys that were not
+            stored.
+        ends: by number, in how many workers a load or save has ended.
+    """
+
+    loaded: dict[int, frozenset[int]] = field(default_factory=dict)
+    released: dict[int, int] = field(default_factory=dict)
+    saved: dict[int, frozenset[int]] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
+
+    def end_load(self, number: int, missing: frozenset[int] = frozenset()) -> None:
+        """Note that a load has ended in this worker."""
+        self.loaded[number] = self.loaded.get(number, frozenset()) | missing
+        self.ends[number] = self.ends.get(number, 0) + 1
+
+    def release(self, number: int) -> None:
+        """Note that this worker reads the blocks of a save no longer."""
+        self.released[number] = self.released.get(number, 0) + 1
+
+    def end_save(self, number: int, missing: frozenset[int] = frozenset()) -> None:
+        """Note that a save has ended in this worker."""
+        self.saved[number] = self.saved.get(number, frozenset()) | missing
+        self.ends[number] = self.ends.get(number, 0) + 1
+
+    def merged(self, other: Report) -> Report:
+        """Return what both reports say."""
+        return Report(
+            _united(self.loaded, other.loaded),
+            _added(self.released, other.released),
+            _united(self.saved, other.saved),
+            _added(self.ends, other.ends),
+        )
+
+
+def _united(
+    one: Mapping[int, frozenset[int]], other: Mapping[int, frozenset[int]]
+) -> dict[int, frozenset[int]]:
+    none = frozenset[int]()
+    return {key: one.get(key, none) | other.get(key, none) for key in {**one, **other}}
+
+
+def _added(one: Mapping[int, int], other: Mapping[int, int]) -> dict[int, int]:
+    return {key: one.get(key, 0) + other.get(key, 0) for key in {**one, **other}}

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger of a scheduler, step by step, and by random walks against a model of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from support.serving_model import Engine
+
+from portakv.errors import InvalidTerms
+from portakv.serving import Group, Job, Ledger, Report
+from portakv.serving.ledger import PATIENCE
+from portakv.serving.plan import Blocks
+from portakv.storage import prefix_keys
+
+WALKS = 10_000  # in all
+PARTS = 20
+STEPS = 12  # of a walk, before it serves the requests that are left
+TOKENS = [*range(100, 140)]
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_any_walk_of_an_engine(part: int) -> None:
+    """No block in two hands, no end twice, and every request ends."""
+    for seed in range(part * WALKS // PARTS, (part + 1) * WALKS // PARTS):
+        Engine(Ledger, seed).run(STEPS)
+
+
+@pytest.mark.full
+def test_longer_walks_of_an_engine() -> None:
+    for seed in range(WALKS, 2 * WALKS):
+        Engine(Ledger, seed).run(5 * STEPS)
+
+
+def test_walks_load_save_and_fail() -> None:
+    """Otherwise they show nothing of these."""
+    counts = dict[str, int]()
+    for seed in range(300):
+        engine = Engine(Ledger, seed)
+        engine.run(STEPS)
+        for name, count in engine.ledger.counts.items():
+            counts[name] = counts.get(name, 0) + count
+    assert counts["saves"] > 1000
+    assert counts["landed_blocks"] > 100
+    assert counts["failed_loads"] > 10
+    assert counts["promised"] > counts["landed_blocks"]
+
+
+# --- walks find a ledger with a bug
+
+
+class GivenBackAtOnce(Ledger):
+    """A ledger that lets the engine free blocks which are still read."""
+
+    def finished(self, request: str) -> bool:
+        super().finished(request)
+        self._next.retained.clear()
+        self._requests.pop(request, None)
+        return False
+
+
+class NotStopped(Ledger):
+    """A ledger that does not stop the saves of a request whose blocks are taken."""
+
+    def preempted(self, request: str) -> None:
+        super().preempted(request)
+        self._next.stop.clear()
+
+
+class TooEarly(Ledger):
+    """A ledger that saves blocks before all their rows exist."""
+
+    def scheduled(
+        self, request: str, computed: int, until: int, blocks: Blocks = (), replaced: bool = False
+    ) -> None:
+        super().scheduled(request, computed, until + self._size, blocks, replaced)
+
+
+class OfferedAgain(Ledger):
+    """A ledger that offers blocks again which did not land."""
+
+    def take(self, report: Report) -> None:
+        super().take(report)
+        self._failed.clear()
+        for request in self._requests.values():
+            request.limit = None
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [
+        (GivenBackAtOnce, "a save read rows of something else"),
+        (NotStopped, "a save read rows of something else"),
+        (TooEarly, "a save read rows of something else"),
+        (OfferedAgain, "a request loads again and again"),
+    ],
+)
+def test_walks_find_a_ledger_with_a_bug(made: type[Ledger], what: str) -> None:
+    def walks() -> None:
+        for seed in range(400):
+            Engine(made, seed).run(STEPS)
+
+    with pytest.raises(AssertionError, match=what):
+        walks()
+
+
+# --- step by step
+
+
+class Known:
+    """An index of given keys. ``answers``: whether it knows."""
+
+    def __init__(self, keys: Sequence[bytes] = ()) -> None:
+        self.keys = {*keys}
+        self.answers = True
+
+    def leading(self, keys: Sequence[bytes]) -> int | None:
+        if not self.answers:
+            return None
+        return next((n for n, key in enumerate(keys) if key not in self.keys), len(keys))
+
+    def has(self, key: bytes) -> bool:
+        return key in self.keys
+
+
+def landed(ledger: Ledger, job: Job, missing: frozenset[int] = frozenset()) -> None:
+    """Report the end of a load by one worker."""
+    report = Report()
+    report.end_load(job.number, missing)
+    ledger.take(report)
+
+
+def stored(ledger: Ledger, job: Job) -> None:
+    """Report the end of a save by one worker."""
+    report = Report()
+    report.release(job.number)
+    report.end_save(job.number)
+    ledger.take(report)
+
+
+def test_what_is_stored_is_offered_without_the_last_token() -> None:
+    keys = prefix_keys(TOKENS[:32], 8)
+    ledger = Ledger(8, [Group(4)], 1, Known(keys))
+    ledger.add("a", TOKENS[:32])
+    ledger.add("b", TOKENS[:33])
+    assert ledger.leading("a", 0) == 24
+    assert ledger.leading("b", 0) == 32
+    assert ledger.leading("b", 8) == 24
+    assert ledger.leading("b", 32) == 0
+
+
+def test_a_load_touches_no_block_that_the_engine_has_computed() -> None:
+    """The engine's blocks of 4 end inside a stored block of 8: its first half is not written."""
+    keys = prefix_keys(TOKENS[:32], 8)
+    ledger = Ledger(8, [Group(4)], 1, Known(keys))
+    ledger.add("a", TOKENS)
+    assert ledger.leading("a", 12) == 20
+    ledger.allocated("a", 12, 20, ((10, 11, 12, 13, 14, 15, 16, 17),))
+    (load,) = ledger.plan().loads
+    assert load.keys == tuple(keys[1:4])
+    assert load.after == keys[0]
+    assert load.first == 1
+    assert load.blocks == ((-1, 13, 14, 15, 16, 17),)
+
+
+def test_a_save_begins_where_a_block_of_the_engine_begins() -> None:
+    """Stored blocks of 4, of which the first is known, in the engine's blocks of 8."""
+    keys = prefix_keys(TOKENS[:12], 4)
+    ledger = Ledger(4, [Group(8)], 1, Known(keys[:1]))
+    ledger.add("a", TOKENS)
+    ledger.allocated("a", 0, 0, ((5, 6),))
+    ledger.scheduled("a", 0, 12)
+    (save,) = ledger.plan().saves
+    assert save.keys == tuple(keys)
+    assert save.first == 0
+    assert save.after is None
+    assert save.blocks == ((5, 6),)
+
+
+def test_a_block_is_saved_once() -> None:
+    """By the first of two requests, and not again when it is stored."""
+    index = Known()
+    ledger = Ledger(8, [Group(8)], 1, index)
+    for name in ("a", "b"):
+        ledger.add(name, TOKENS[:16])
+        ledger.allocated(name, 0, 0, ((1, 2),))
+        ledger.scheduled(name, 0, 16)
+    (save,) = ledger.plan().saves
+    assert save.request == "a"
+    index.keys |= {*save.keys}
+    stored(ledger, save)
+    assert not ledger.finished("a")
+    assert not ledger.finished("b")
+    ledger.add("c", TOKENS[:16])
+    ledger.allocated("c", 0, 0, ((1, 2),))
+    ledger.scheduled("c", 0, 16)
+    assert ledger.plan().saves == ()
+
+
+def test_a_block_that_did_not_land_is_saved_anew_and_offered_then() -> None:
+    keys = prefix_keys(TOKENS[:24], 8)
+    ledger = Ledger(8, [Group(8)], 1, Known(keys))
+    ledger.add("a", TOKENS)
+    assert ledger.leading("a", 0) == 24
+    ledger.allocated("a", 0, 24, ((1, 2, 3),))
+    landed(ledger, ledger.plan().loads[0], frozenset([1]))
+    ledger.add("b", TOKENS)
+    assert ledger.leading("a", 0) == 8
+    assert ledger.leading("b", 0) == 8
+
+    ledger.scheduled("a", 8, 24)
+    (save,) = ledger.plan().saves
+    assert save.keys == tuple(keys[1:2])
+    stored(ledger, save)
+    assert ledger.leading("b", 0) == 24
+    assert ledger.leading("a", 0) == 8  # the same request is not lured twice
+
+
+def test_an_answer_is_waited_for_in_vain_only_so_long() -> None:
+    now = [0.0]
+    index = Known(prefix_keys(TOKENS[:16], 8))
+    index.answers = False
+    ledger = Ledger(8, [Group(8)], 1, index, lambda: now[0])
+    ledger.add("a", TOKENS)
+    assert ledger.leading("a", 0) is None
+    now[0] += PATIENCE / 2
+    assert ledger.leading("a", 0) is None
+    now[0] += PATIENCE
+    assert ledger.leading("a", 0) == 0
+    assert ledger.statistics()["unanswered"] == 1
+    index.answers = True
+    assert ledger.leading("a", 0) == 16
+
+
+def test_a_request_is_held_until_its_blocks_are_released() -> None:
+    """By all workers; a name that is in use cannot be given again."""
+    ledger = Ledger(8, [Group(8)], 2, Known())
+    ledger.add("a", TOKENS)
+    ledger.allocated("a", 0, 0, ((1, 2),))
+    ledger.scheduled("a", 0, 16)
+    (save,) = ledger.plan().saves
+    assert ledger.finished("a")
+    assert ledger.plan().retained == ("a",)
+    with pytest.raises(InvalidTerms, match="'a', which is in use"):
+        ledger.add("a", TOKENS)
+    report = Report()
+    report.release(save.number)
+    ledger.take(report)
+    ledger.take(report)
+    ledger.freed(["a"])
+    ledger.add("a", TOKENS)
+
+
+def test_a_request_of_which_one_worker_still_reads_is_held() -> None:
+    ledger = Ledger(8, [Group(8)], 2, Known())
+    ledger.add("a", TOKENS)
+    ledger.allocated("a", 0, 0, ((1, 2),))
+    ledger.scheduled("a", 0, 16)
+    (save,) = ledger.plan().saves
+    one = Report()
+    one.release(save.number)
+    ledger.take(one)
+    assert ledger.finished("a")
+
+
+def test_a_request_that_ends_during_its_load_is_not_held() -> None:
+    ledger = Ledger(8, [Group(8)], 1, Known(prefix_keys(TOKENS[:16], 8)))
+    ledger.add("a", TOKENS)
+    ledger.leading("a", 0)
+    ledger.allocated("a", 0, 16, ((1, 2),))
+    (load,) = ledger.plan().loads
+    assert not ledger.finished("a")
+    assert ledger.statistics()["requests"] == 1
+    landed(ledger, load)
+    assert ledger.statistics()["requests"] == 0
+
+
+def test_a_preempted_request_stops_its_saves_also_those_not_planned_yet() -> None:
+    ledger = Ledger(8, [Group(8)], 1, Known())
+    ledger.add("a", TOKENS)
+    ledger.allocated("a", 0, 0, ((1, 2),))
+    ledger.scheduled("a", 0, 8)
+    (save,) = ledger.plan().saves
+    ledger.scheduled("a", 8, 16)
+    ledger.preempted("a")
+    plan = ledger.plan()
+    assert plan.saves == ()
+    assert plan.stop == (save.number,)
+    assert not ledger.finished("a")
+
+
+def test_rows_that_left_a_window_are_not_saved() -> None:
+    """Full attention, and layers with a window of 8: their first blocks are gone at the resume."""
+    ledger = Ledger(8, [Group(8), Group(4, window=8)], 1, Known())
+    ledger.add("a", TOKENS)
+    ledger.allocated("a", 16, 0, ((1, 2, 3), (-1, -1, -1, -1, 5, 6)))
+    ledger.scheduled("a", 16, 24)
+    (save,) = ledger.plan().saves
+    assert save.keys == tuple(prefix_keys(TOKENS[:24], 8)[2:])
+    assert save.blocks == ((3,), (5, 6))
+
+
+@pytest.mark.parametrize(
+    ("size", "group"), [(6, Group(4)), (0, Group(4)), (16, Group(4, window=8))]
+)
+def test_sizes_that_do_not_fit_are_refused(size: int, group: Group) -> None:
+    with pytest.raises(InvalidTerms, match="Expected stored blocks of"):
+        Ledger(size, [group], 1, Known())
+
+
+def test_a_salt_and_an_extra_keep_requests_apart() -> None:
+    keys = prefix_keys(TOKENS[:16], 8)
+    ledger = Ledger(8, [Group(8)], 1, Known(keys))
+    ledger.add("plain", TOKENS)
+    ledger.add("salted", TOKENS, salt=b"tenant")
+    ledger.add("image", TOKENS, extra={1: b"an image"})
+    assert ledger.leading("plain", 0) == 16
+    assert ledger.leading("salted", 0) == 0
+    assert ledger.leading("image", 0) == 8
+
+
+def test_reports_of_workers_add_up() -> None:
+    one = Report()
+    one.end_load(1, frozenset([0]))
+    one.release(2)
+    two = Report()
+    two.end_load(1, frozenset([3]))
+    two.end_save(2, frozenset([1]))
+    both = one.merged(two)
+    assert both.loaded == {1: frozenset([0, 3])}
+    assert both.ends == {1: 2, 2: 1}
+    assert both.released == {2: 1}
+    assert both.saved == {2: frozenset([1])}
