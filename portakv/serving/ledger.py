@@ -121,8 +121,8 @@ class Ledger:
 
     The engine's scheduler calls, in the order of a request's life: `add`; `leading` when it looks
     for computed tokens; `allocated` after it took blocks; `scheduled` in each step that computes
-    tokens of it; `preempted` if it takes the blocks away; `finished`; and `freed` when a worker
-    has reported a request that was retained. Once a step it calls `plan`, and `take` for the reports.
+    tokens of it; `preempted` if it takes the blocks away; `finished`; and `freed` when the workers
+    have reported a request that was retained. Once a step it calls `plan`, and `take` for reports.
 
     Args:
         block_size: the tokens of a stored block. A multiple of each group's block size, or a

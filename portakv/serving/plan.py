@@ -46,8 +46,8 @@ class Plan:
         saves: begin them after the step has computed their rows.
         stop: saves that must have released their blocks before the step writes anything: their
             blocks are no longer the request's.
-        retained: requests that have ended, whose blocks the engine keeps until a worker reports them.
-            A worker reports one after all its saves of it have released their blocks.
+        retained: requests that have ended, whose blocks the engine keeps until all workers have
+            reported them. A worker reports one after its saves of it have released their blocks.
     """
 
     loads: tuple[Job, ...] = ()

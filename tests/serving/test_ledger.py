@@ -214,7 +214,7 @@ def test_a_block_that_did_not_land_is_saved_anew_and_offered_then() -> None:
     assert save.keys == tuple(keys[1:2])
     stored(ledger, save)
     assert ledger.leading("b", 0) == 24
-    assert ledger.leading("a", 0) == 8  # the same request is not lured twice
+    assert ledger.leading("a", 0) == 8  # not to the same request again
 
 
 def test_an_answer_is_waited_for_in_vain_only_so_long() -> None:
