@@ -966,7 +966,6 @@ def test_prefetched_blocks_are_loaded_without_the_tier(opened: Any) -> None:
         (range(2), [key_of(1), key_of(1)], InvalidTerms, r"keys\[1\] equal to keys\[0\]"),
         (range(2), KEYS, InvalidTerms, "Expected blocks to be 8 ids, .* 8 keys of 4, got 2"),
         ([0, 12], KEYS[:2], SlotError, "12 blocks|48 slots"),
-        ([0, -1], KEYS[:2], SlotError, "negative"),
         (range(3), KEYS[:2], InvalidTerms, "Expected blocks to be 2 ids, .* got 3"),
         (None, KEYS[:2], InvalidTerms, "Expected blocks to be 2 ids, .* got 0"),
         ([0.5, 1.0], KEYS[:2], SlotError, "integers"),
@@ -984,6 +983,11 @@ def test_keys_and_blocks_that_fit_no_call(
         getattr(store, call)(view, blocks, keys)
     assert (tokens_of(view, range(12)) == before).all()
     assert store.rows.counts()["free"] == 16
+
+
+def test_a_save_of_a_negative_block_is_refused(opened: Any) -> None:
+    with pytest.raises(SlotError, match="negative -1"):
+        opened(host=8).save(cache(), [0, -1], KEYS[:2])
 
 
 def test_what_a_store_refuses(opened: Any, tmp_path: Path) -> None:
