@@ -338,8 +338,7 @@ class FormStore:
         """Load blocks into a view of any layout, device and block size.
 
         Blocks that no tier has, or not with correct bytes, do not land (`Handle.landed`), and no
-        byte of them is written. ``blocks``: ids of the view's blocks; a negative id stands for a
-        block of the view that is not written, such as one that an engine has computed already.
+        byte of them is written; neither is a row of a negative id among the view's ``blocks``.
 
         This call issues the copy of blocks that the host tier has, ordered on the current stream of
         the view's device: immediately, whatever its priority and deadline. Workers copy the others,

@@ -12,6 +12,7 @@ from support.core_cases import noise
 from support.storage_cases import key_of
 
 from portakv import KVView
+from portakv.errors import SlotError
 from portakv.storage import BlockForm, BlockStore, Disk
 
 LIMIT = 20.0  # seconds; nothing here takes as long
@@ -65,3 +66,13 @@ def test_rows_of_a_negative_block_are_not_written(
     written = np.repeat(np.array(blocks) >= 0, size)
     assert (rows_of(target)[written] == rows_of(saved)[written]).all()
     assert (rows_of(target)[~written] == before[~written]).all()
+
+
+def test_a_save_of_a_negative_block_is_refused() -> None:
+    view = cache(16, 0)
+    form = BlockForm.of(view, "model", block_size=16)
+    with (
+        BlockStore(form, staging=1 << 20, host=1 << 20) as store,
+        pytest.raises(SlotError, match="negative -1"),
+    ):
+        store.save(view, [0, -1], KEYS)

@@ -985,11 +985,6 @@ def test_keys_and_blocks_that_fit_no_call(
     assert store.rows.counts()["free"] == 16
 
 
-def test_a_save_of_a_negative_block_is_refused(opened: Any) -> None:
-    with pytest.raises(SlotError, match="negative -1"):
-        opened(host=8).save(cache(), [0, -1], KEYS[:2])
-
-
 def test_what_a_store_refuses(opened: Any, tmp_path: Path) -> None:
     view = cache()
     store = opened(host=2)
