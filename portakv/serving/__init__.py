@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands between a serving engine and the stores: plans for its workers, reports from them."""
 
+from portakv.serving.hand import Ended, GroupCache, Hand
 from portakv.serving.ledger import Group, Index, Ledger
 from portakv.serving.plan import Job, Plan, Report
 
-__all__ = ["Group", "Index", "Job", "Ledger", "Plan", "Report"]
+__all__ = ["Ended", "Group", "GroupCache", "Hand", "Index", "Job", "Ledger", "Plan", "Report"]

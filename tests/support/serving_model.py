@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from portakv.serving import Group, Job, Ledger, Plan, Report
 from portakv.storage.keys import KeyChain
@@ -34,14 +35,14 @@ def rows_of(tokens: Sequence[int]) -> list[int]:
 class Store:
     """The stored blocks of all workers, and an index that is sometimes wrong."""
 
-    def __init__(self, chance: random.Random, workers: int, wrong: float) -> None:
+    def __init__(self, chance: random.Random, draw: Draw) -> None:
         self.blocks = dict[bytes, list[list[int] | None]]()  # for each worker its rows
         self.damaged = set[bytes]()
         self.believed = set[bytes]()  # keys that the index names
         self.expected = dict[bytes, list[int]]()  # the rows that belong to a key
         self.chance = chance
-        self.workers = workers
-        self.wrong = wrong
+        self.workers = draw.workers
+        self.wrong = draw.wrong
 
     def leading(self, keys: Sequence[bytes]) -> int | None:
         """Answer as an index; sometimes not yet."""
@@ -95,11 +96,24 @@ class Worker:
         self.engine = engine
         self.number = number
         draw = engine.draw
-        self.memory = [[NOTHING] * draw.block_size for _ in range(draw.blocks)]
+        self._memory = [[NOTHING] * draw.block_size for _ in range(draw.blocks)]
         self.tasks = dict[int, Task]()
         self.retained = list[str]()
         self.report = Report()
         self.freed = set[str]()
+
+    @property
+    def busy(self) -> bool:
+        """Return whether a job has not ended."""
+        return bool(self.tasks)
+
+    def row(self, block: int, at: int) -> int:
+        """Return a row of a block."""
+        return self._memory[block][at]
+
+    def write(self, block: int, at: int, row: int) -> None:
+        """Write a row of a block."""
+        self._memory[block][at] = row
 
     def before_step(self, plan: Plan) -> None:
         """Release the blocks of saves that were stopped, before anything is written."""
@@ -148,8 +162,7 @@ class Worker:
     def _read(self, task: Task) -> None:
         """Read the rows of a save, and release its blocks."""
         task.rows = [
-            NOTHING if place is None else self.memory[place[0]][place[1]]
-            for place in self._places(task.job)
+            NOTHING if place is None else self.row(*place) for place in self._places(task.job)
         ]
         self.report.release(task.job.number)
 
@@ -181,7 +194,7 @@ class Worker:
                 continue
             for place, row in zip(places[position * size :], rows, strict=False):
                 if place is not None:
-                    self.memory[place[0]][place[1]] = row
+                    self.write(*place, row)
         self.report.end_load(job.number, frozenset(missing))
 
 
@@ -312,14 +325,20 @@ class Pool:
 class Engine:
     """The scheduler of a serving engine, whose hooks call a ledger."""
 
-    def __init__(self, made: type[Ledger], seed: int) -> None:
+    def __init__(
+        self,
+        made: type[Ledger],
+        seed: int,
+        store: Callable[[random.Random, Draw], Any] = Store,
+        worker: Callable[[Engine, int], Any] = Worker,
+    ) -> None:
         self.chance = chance = random.Random(seed)
         self.draw = draw = Draw(chance)
-        self.store = Store(chance, draw.workers, draw.wrong)
+        self.store = store(chance, draw)
         groups = [Group(draw.block_size)]
         now = itertools.count(0, 0.2).__next__  # each look at the clock takes a while
         self.ledger = made(draw.stored_size, groups, draw.workers, self.store, now)
-        self.workers = [Worker(self, n) for n in range(draw.workers)]
+        self.workers = [worker(self, n) for n in range(draw.workers)]
         self.pool = Pool(draw)
         self.requests = dict[str, Request]()
         self.waiting = list[Request]()
@@ -469,8 +488,8 @@ class Engine:
                 block = request.blocks[token // self.draw.block_size]
                 at = token % self.draw.block_size
                 if token >= request.computed:
-                    worker.memory[block][at] = rows[token]
-                assert worker.memory[block][at] == rows[token], "a request reads other rows"
+                    worker.write(block, at, rows[token])
+                assert worker.row(block, at) == rows[token], "a request reads other rows"
         request.computed = past
         self.pool.cache(request)
 
@@ -546,7 +565,7 @@ class Engine:
                 self.pool.cached.clear()  # the engine's own hits would leave none for the store
             self.step()
         for _ in range(LIMIT):
-            if self.idle and not any(worker.tasks for worker in self.workers):
+            if self.idle and not any(worker.busy for worker in self.workers):
                 break
             self.step()
         self._take_reports(sure=True)

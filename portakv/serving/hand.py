@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Hand`: the worker's side of an engine, which carries out plans on its part of the caches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from portakv.errors import PortaKVError
+from portakv.graph import Handle
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.runtime.transfer import Transfer
+from portakv.serving.plan import Job, Plan, Report
+from portakv.storage.form_store import FormStore
+from portakv.view import KVView
+
+_log = RateLimitedLog(logging.getLogger(__name__))
+
+
+class GroupCache(NamedTuple):
+    """The caches of a group of layers in one worker, and where its blocks are stored."""
+
+    view: KVView
+    store: FormStore
+
+
+class Ended(NamedTuple):
+    """What an engine is told.
+
+    Attributes:
+        loaded: requests whose load has ended.
+        failed: for each group, the engine's blocks of these that have no rows of their own.
+        freed: requests that were retained, whose blocks are read no longer.
+    """
+
+    loaded: set[str]
+    failed: list[set[int]]
+    freed: set[str]
+
+
+@dataclass
+class _Work:
+    """A load or save of this worker.
+
+    Attributes:
+        handles: of each group.
+        failed: it could not begin in all groups.
+        released: nothing reads the blocks of a save any longer.
+    """
+
+    job: Job
+    handles: list[Handle] = field(default_factory=list)
+    failed: bool = False
+    released: bool = False
+
+    def ended(self) -> bool:
+        """Return whether all groups have ended, however they did."""
+        return all(_is_done(handle) for handle in self.handles)
+
+    def missing(self) -> frozenset[int]:
+        """Return the positions of keys that did not land in all groups."""
+        landed = np.full(len(self.job.keys), not self.failed)
+        for handle in self.handles:
+            landed &= handle.landed
+        return frozenset(np.flatnonzero(~landed).tolist())
+
+
+class Hand:
+    """Loads and saves the blocks of one worker, as the plans of a `Ledger` say.
+
+    An engine's worker calls, once a step and in this order: `stop` before anything of the step is
+    written; `load` when its loads may begin; `save` after the work of the step is on the current
+    stream; `report` and then `ended`. No call but `stop` waits.
+
+    A failure of the store is no error of the engine: what could not be loaded is reported as
+    missing, and what could not be saved is not stored. The log has a line about it.
+
+    Args:
+        groups: in the order of the ledger's groups.
+        deadline: seconds after which a load gives up what has not landed; None: never.
+    """
+
+    def __init__(self, groups: Sequence[GroupCache], deadline: float | None = 10.0) -> None:
+        self._groups = groups
+        self._deadline = deadline
+        self._loads = dict[int, _Work]()
+        self._saves = dict[int, _Work]()
+        self._retained = set[str]()
+        self._ended = self._nothing()
+
+    @property
+    def busy(self) -> bool:
+        """Return whether a load or save has not ended, or was not reported."""
+        return bool(self._loads or self._saves)
+
+    def stop(self, plan: Plan) -> None:
+        """Wait until the saves that a plan stops read no block any longer; drop what they can."""
+        works = [self._saves[number] for number in plan.stop if number in self._saves]
+        for work in works:
+            for handle in work.handles:
+                handle.cancel()
+        for work in works:
+            for handle in work.handles:
+                if handle.released is not None:
+                    handle.released.wait()
+
+    def load(self, plan: Plan) -> None:
+        """Begin the loads of a plan, ordered after the current stream's work."""
+        for job in plan.loads:
+            self._loads[job.number] = self._begun(job, self._load)
+
+    def save(self, plan: Plan) -> None:
+        """Begin the saves of a plan, ordered after the current stream's work."""
+        for job in plan.saves:
+            self._saves[job.number] = self._begun(job, self._save)
+        self._retained |= {*plan.retained}
+
+    def report(self) -> Report:
+        """Return what has ended since the last report."""
+        made = Report()
+        for number, work in [*self._loads.items()]:
+            if work.ended():
+                del self._loads[number]
+                missing = work.missing()
+                made.end_load(number, missing)
+                self._note_load(work.job, missing)
+        for number, work in [*self._saves.items()]:
+            if not work.released and all(_is_released(handle) for handle in work.handles):
+                work.released = True
+                made.release(number)
+            if work.released and work.ended():
+                del self._saves[number]
+                made.end_save(number, work.missing())
+        return made
+
+    def ended(self) -> Ended:
+        """Return what the engine is to be told since the last call."""
+        reading = {work.job.request for work in self._saves.values() if not work.released}
+        freed = self._retained - reading
+        self._retained -= freed
+        ended = self._ended._replace(freed=freed)
+        self._ended = self._nothing()
+        return ended
+
+    def _nothing(self) -> Ended:
+        return Ended(set(), [set() for _ in self._groups], set())
+
+    def _begun(self, job: Job, begin: Callable[[Job, int], Handle]) -> _Work:
+        """Begin a job in all groups; in none that is reported, if one fails."""
+        work = _Work(job)
+        try:
+            for number in range(len(self._groups)):
+                work.handles.append(begin(job, number))
+        except PortaKVError as error:
+            _log.warning("begin", "A load or save of an engine could not begin: %s", error)
+            work.failed = True
+            for handle in work.handles:
+                handle.cancel()
+        return work
+
+    def _load(self, job: Job, number: int) -> Handle:
+        """Begin a load of one group."""
+        view, store = self._groups[number]
+        blocks = job.blocks[number]
+        size = store.form.block_size
+        whole = view.block_size
+        assert whole is not None
+        lacking = -(-len(job.keys) * size // whole) - len(blocks)
+        blocks = (*blocks, *(-1,) * lacking)
+        keys = [*job.keys]
+        return store.load(view, blocks, keys, deadline=self._deadline, missing="skip")
+
+    def _save(self, job: Job, number: int) -> Handle:
+        """Begin a save of one group."""
+        view, store = self._groups[number]
+        return store.save(view, job.blocks[number], [*job.keys], after=job.after)
+
+    def _note_load(self, job: Job, missing: Iterable[int]) -> None:
+        """Note the end of a load for the engine, with the blocks that have no rows."""
+        self._ended.loaded.add(job.request)
+        for number, (view, store) in enumerate(self._groups):
+            ids = job.blocks[number]
+            whole = view.block_size
+            assert whole is not None
+            for position in missing:
+                for at in _covered(position, store.form.block_size, whole):
+                    if at < len(ids) and ids[at] >= 0:
+                        self._ended.failed[number].add(ids[at])
+
+
+def _covered(position: int, size: int, whole: int) -> Iterator[int]:
+    """Yield the positions of the engine's blocks that a stored block covers."""
+    yield from range(position * size // whole, -(-(position + 1) * size // whole))
+
+
+def _is_done(transfer: Transfer) -> bool:
+    """Return whether a transfer has ended; how it did is in the blocks that landed."""
+    try:
+        return transfer.done()
+    except PortaKVError:
+        return True
+
+
+def _is_released(handle: Handle) -> bool:
+    """Return whether nothing reads the blocks of a save any longer."""
+    return handle.released is None or _is_done(handle.released)

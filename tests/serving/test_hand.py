@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hand of a worker over a block store, in the model of an engine and step by step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.serving_model import NOTHING, Draw, Engine
+
+from portakv import KVView
+from portakv.errors import StoreError
+from portakv.serving import GroupCache, Hand, Job, Ledger, Plan, Report
+from portakv.storage import BlockForm, BlockStore, prefix_keys
+
+LAYOUT = "layer | block kv token head dim"
+LIMIT = 20.0  # seconds; nothing here takes as long
+
+
+def caches(blocks: int, size: int) -> tuple[torch.Tensor, KVView]:
+    memory = torch.full((blocks, 2, size, 1, 1), NOTHING, dtype=torch.int64)
+    return memory, KVView([memory], LAYOUT)
+
+
+class RealStore:
+    """A block store of the model's rows, as its index."""
+
+    def __init__(self, chance: random.Random, draw: Draw) -> None:
+        draw.workers = 1
+        form = BlockForm.of(caches(2, 8)[1], "model", block_size=draw.stored_size)
+        room = chance.choice([6, 40]) * form.image_bytes  # the host tier evicts
+        self.blocks = BlockStore(form, staging=room + 8 * form.image_bytes, host=room)
+        self.expected = dict[bytes, list[int]]()
+        self.wrong = 0.0
+
+    def leading(self, keys: Sequence[bytes]) -> int:
+        return next((n for n, key in enumerate(keys) if not self.blocks.has(key)), len(keys))
+
+    def has(self, key: bytes) -> bool:
+        return self.blocks.has(key)
+
+    def age(self) -> None:
+        """Nothing is damaged; the store evicts."""
+
+
+class HandWorker:
+    """A worker of the model, whose rows lie in caches that a hand saves and loads."""
+
+    def __init__(self, engine: Engine, number: int) -> None:
+        self._memory, view = caches(engine.draw.blocks, engine.draw.block_size)
+        self._hand = Hand([GroupCache(view, engine.store.blocks)])
+        self._said = Report()
+        self.freed = set[str]()
+
+    @property
+    def busy(self) -> bool:
+        return self._hand.busy
+
+    @property
+    def report(self) -> Report:
+        return self._said.merged(self._hand.report())
+
+    @report.setter
+    def report(self, empty: Report) -> None:
+        self._said = empty
+
+    def row(self, block: int, at: int) -> int:
+        both = {int(x) for x in self._memory[block, :, at, 0, 0]}
+        return both.pop() if len(both) == 1 else NOTHING
+
+    def write(self, block: int, at: int, row: int) -> None:
+        self._memory[block, :, at] = row
+
+    def before_step(self, plan: Plan) -> None:
+        self._hand.stop(plan)
+
+    def after_step(self, plan: Plan) -> None:
+        self._hand.load(plan)
+        self._hand.save(plan)
+        self._said = self._said.merged(self._hand.report())
+        self.freed |= self._hand.ended().freed
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_walks_of_an_engine_over_a_block_store(part: int) -> None:
+    """Rows of real caches, which a real store saves, evicts and loads."""
+    for seed in range(part * 10, part * 10 + 10):
+        engine = Engine(Ledger, seed, RealStore, HandWorker)
+        with engine.store.blocks:
+            engine.run(12)
+
+
+# --- step by step
+
+
+@pytest.fixture
+def store() -> Iterator[BlockStore]:
+    form = BlockForm.of(caches(2, 8)[1], "model", block_size=8)
+    with BlockStore(form, staging=1 << 16, host=1 << 15) as made:
+        yield made
+
+
+def reported(hand: Hand) -> Report:
+    """Return what a hand reports until it has nothing to do."""
+    made = Report()
+    while hand.busy:
+        made = made.merged(hand.report())
+    return made
+
+
+def test_what_is_lacking_is_reported_with_the_engines_blocks(store: BlockStore) -> None:
+    """Stored blocks of 8 in the engine's blocks of 4, of which the first is not to be written."""
+    keys = prefix_keys(range(16), 8)
+    _, view = caches(4, 8)
+    store.save(view, [2], keys[:1]).synchronize(LIMIT)
+    _, target = caches(8, 4)
+    hand = Hand([GroupCache(target, store)])
+    load = Job(7, "a", tuple(keys), 0, None, ((-1, 3, 4),))
+    hand.load(Plan(loads=(load,)))
+    report = reported(hand)
+    assert report.loaded == {7: frozenset([1])}
+    assert report.ends == {7: 1}
+    ended = hand.ended()
+    assert ended.loaded == {"a"}
+    assert ended.failed == [{4}]
+    assert hand.ended() == (set(), [set()], set())
+
+
+def test_groups_land_all_or_none(store: BlockStore) -> None:
+    keys = prefix_keys(range(16), 8)
+    _, view = caches(4, 8)
+    form = BlockForm.of(view, "other", block_size=8)
+    with BlockStore(form, staging=1 << 16, host=1 << 15) as other:
+        store.save(view, [0, 1], keys).synchronize(LIMIT)
+        other.save(view, [0], keys[:1]).synchronize(LIMIT)
+        hand = Hand([GroupCache(view, store), GroupCache(view, other)])
+        load = Job(7, "a", tuple(keys), 0, None, ((0, 1), (2, 3)))
+        hand.load(Plan(loads=(load,)))
+        assert reported(hand).loaded == {7: frozenset([1])}
+        assert hand.ended().failed == [{1}, {3}]
+
+
+def test_a_store_that_is_closed_is_a_miss_and_no_error() -> None:
+    _, view = caches(4, 8)
+    form = BlockForm.of(view, "model", block_size=8)
+    closed = BlockStore(form, staging=1 << 16, host=1 << 15)
+    closed.close()
+    keys = tuple(prefix_keys(range(16), 8))
+    hand = Hand([GroupCache(view, closed)])
+    job = Job(1, "a", keys, 0, None, ((0, 1),))
+    hand.load(Plan(loads=(job,)))
+    hand.save(Plan(saves=(Job(2, "b", keys, 0, None, ((0, 1),)),), retained=("b",)))
+    report = hand.report()
+    assert report.loaded == {1: frozenset([0, 1])}
+    assert report.saved == {2: frozenset([0, 1])}
+    assert report.released == {2: 1}
+    ended = hand.ended()
+    assert ended.failed == [{0, 1}]
+    assert ended.freed == {"b"}
+
+
+def test_one_group_that_cannot_begin_makes_the_job_fail(store: BlockStore) -> None:
+    class Closed:
+        form = store.form
+
+        def load(self, *_: Any, **__: Any) -> Any:
+            raise StoreError("it is closed")
+
+    keys = tuple(prefix_keys(range(16), 8))
+    _, view = caches(4, 8)
+    store.save(view, [0, 1], [*keys]).synchronize(LIMIT)
+    hand = Hand([GroupCache(view, store), GroupCache(view, Closed())])  # type: ignore[arg-type]
+    hand.load(Plan(loads=(Job(1, "a", keys, 0, None, ((0, 1), (2, 3))),)))
+    assert reported(hand).loaded == {1: frozenset([0, 1])}
+
+
+def test_a_retained_request_is_freed_after_its_saves_are_released() -> None:
+    """And a stopped save is waited for."""
+    waits = list[str]()
+    released = SimpleNamespace(done=lambda: bool(waits), wait=lambda: waits.append("wait"))
+
+    class Slow:
+        form = SimpleNamespace(block_size=8)
+
+        def save(self, *_: Any, **__: Any) -> Any:
+            return SimpleNamespace(
+                released=released,
+                cancel=lambda: waits.append("cancel"),
+                done=lambda: bool(waits),
+                landed=torch.zeros(1, dtype=torch.bool).numpy(),
+            )
+
+    _, view = caches(4, 8)
+    hand = Hand([GroupCache(view, Slow())])  # type: ignore[arg-type]
+    save = Job(1, "a", (bytes(32),), 0, None, ((0,),))
+    hand.save(Plan(saves=(save,), retained=("a",)))
+    assert hand.report() == Report()
+    assert hand.ended().freed == set()
+    hand.stop(Plan(stop=(1,)))
+    assert waits == ["cancel", "wait"]
+    assert hand.report().released == {1: 1}
+    assert hand.ended().freed == {"a"}
