@@ -292,6 +292,11 @@ class Ledger:
         for request in requests:
             self._requests.pop(request, None)
 
+    @property
+    def retains(self) -> bool:
+        """Return whether an engine keeps blocks of a request that has ended."""
+        return any(state.ended for state in self._requests.values())
+
     # --- what the workers do
 
     def plan(self) -> Plan:

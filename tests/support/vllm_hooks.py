@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Walks of the model engine through the hooks of vLLM's connector, without vLLM.
+
+`python -m support.vllm_hooks FOLDER FIRST LAST` makes walks of these numbers. A module ``vllm`` as
+`vllm_stub.write_vllm` makes it must be found.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from portakv.integrations import vllm_connector
+from portakv.integrations.vllm_connector import PlanMetadata, PortaKVConnector, ReportMetadata
+from portakv.serving import Plan, Report
+from support.serving_model import NOTHING, Engine
+from support.vllm_stub import configuration
+
+Role: Any = vllm_connector.KVConnectorRole  # type: ignore[attr-defined]
+
+
+class HookStore:
+    """The model's side of a store that the connector opens itself."""
+
+    folder = ""
+
+    def __init__(self, chance: random.Random, draw: Any) -> None:
+        self.draw = draw
+        draw.workers = 1
+        draw.stored_size = draw.block_size
+        self.expected = dict[bytes, list[int]]()
+        self.wrong = 0.0
+        name = f"{id(self)}"
+        self.configurations = configuration(self.folder, name, draw.blocks, draw.block_size)
+
+    def age(self) -> None:
+        """Nothing is damaged; the host tier evicts."""
+
+
+class HookLedger:
+    """A ledger behind the hooks of the scheduler."""
+
+    def __init__(self, size: int, groups: Any, workers: int, store: HookStore, now: Any) -> None:
+        role = Role.SCHEDULER
+        config, caches = store.configurations
+        self.connector = PortaKVConnector(config, role, caches)
+        self.requests = dict[str, Any]()
+        self.news = list[Any]()
+        self.olds = list[Any]()
+        self.gone = set[str]()
+        self.known = set[str]()
+
+    def add(self, name: str, tokens: Sequence[int]) -> None:
+        self.requests[name] = request = SimpleNamespace(
+            request_id=name,
+            all_token_ids=tokens,
+            cache_salt=None,
+            lora_request=None,
+            mm_features=[],
+        )
+        self.connector.on_new_request(request)
+
+    def leading(self, name: str, computed: int) -> int | None:
+        tokens, later = self.connector.get_num_new_matched_tokens(self.requests[name], computed)
+        assert later is bool(tokens)
+        return tokens
+
+    def allocated(self, name: str, computed: int, tokens: int, blocks: Any) -> None:
+        some = SimpleNamespace(get_block_ids=lambda: blocks)
+        self.connector.update_state_after_alloc(self.requests[name], some, tokens)
+
+    def scheduled(self, name: str, computed: int, past: int, blocks: Any, replaced: bool) -> None:
+        many = past - computed
+        if name not in self.known:
+            self.known.add(name)
+            self.news.append((name, computed, many, blocks))
+        else:
+            self.olds.append((name, computed, many, blocks, replaced))
+
+    def preempted(self, name: str) -> None:
+        self.gone.add(name)
+
+    def plan(self) -> Plan:
+        output = SimpleNamespace(
+            num_scheduled_tokens={each[0]: each[2] for each in (*self.news, *self.olds)},
+            preempted_req_ids=self.gone or None,
+            scheduled_new_reqs=[
+                SimpleNamespace(req_id=name, num_computed_tokens=computed, block_ids=blocks)
+                for name, computed, _, blocks in self.news
+            ],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=[each[0] for each in self.olds],
+                resumed_req_ids={each[0] for each in self.olds if each[4]},
+                new_block_ids=[each[3] if any(each[3]) else None for each in self.olds],
+                num_computed_tokens=[each[1] for each in self.olds],
+            ),
+        )
+        self.news = []
+        self.olds = []
+        self.gone = set()
+        return self.connector.build_connector_meta(output).plan
+
+    def take(self, report: Report) -> None:
+        self._output(ReportMetadata(report), None)
+
+    def freed(self, names: Iterable[str]) -> None:
+        self._output(None, {*names} or None)
+
+    def _output(self, metadata: Any, sent: set[str] | None) -> None:
+        output = SimpleNamespace(kv_connector_worker_meta=metadata, finished_sending=sent)
+        self.connector.update_connector_output(output)
+
+    def finished(self, name: str) -> bool:
+        return self.connector.request_finished(self.requests[name], [])[0]
+
+    def statistics(self) -> dict[str, int]:
+        assert not self.connector.has_pending_block_frees()
+        return self.connector.ledger.statistics()
+
+
+class HookWorker:
+    """A worker behind the hooks of the model runner."""
+
+    def __init__(self, engine: Engine, number: int) -> None:
+        draw = engine.draw
+        config, caches = engine.store.configurations
+        self.connector = PortaKVConnector(config, Role.WORKER, caches)
+        self._memory = torch.full((draw.blocks, 2, draw.block_size), NOTHING)
+        self.connector.register_kv_caches({"layer": self._memory})
+        self._said = Report()
+        self.freed = set[str]()
+        self.lacking = set[int]()
+
+    @property
+    def busy(self) -> bool:
+        return self.connector.hand.busy
+
+    @property
+    def report(self) -> Report:
+        freed, _ = self.connector.get_finished(())
+        self.freed |= freed or set()
+        self.lacking |= self.connector.get_block_ids_with_load_errors()
+        metadata = self.connector.build_connector_worker_meta()
+        if metadata is not None:
+            self._said = self._said.merged(metadata.report)
+        return self._said
+
+    @report.setter
+    def report(self, empty: Report) -> None:
+        self._said = empty
+
+    def row(self, block: int, at: int) -> int:
+        both = {int(x) for x in self._memory[block, :, at]}
+        return both.pop() if len(both) == 1 else NOTHING
+
+    def write(self, block: int, at: int, row: int) -> None:
+        self._memory[block, :, at] = row
+
+    def before_step(self, plan: Plan) -> None:
+        self.connector.bind_connector_metadata(PlanMetadata(plan))
+        if plan.stop:
+            self.connector.handle_preemptions(PlanMetadata(plan))
+
+    def after_step(self, plan: Plan) -> None:
+        self.connector.start_load_kv(None)
+        self.connector.wait_for_layer_load("layer")
+        self.connector.wait_for_save()
+
+
+def walk(seed: int, folder: str) -> Mapping[str, int]:
+    """Make one walk; return what the ledger has counted."""
+    HookStore.folder = folder
+    engine = Engine(HookLedger, seed, HookStore, HookWorker)  # type: ignore[arg-type]
+    try:
+        engine.run(12)
+    finally:
+        for worker in engine.workers:
+            worker.connector.shutdown()
+    return engine.ledger.statistics()
+
+
+def main() -> None:
+    """Make walks, and print what all of them counted."""
+    folder = sys.argv[1]
+    first, past = (int(each) for each in sys.argv[2:4])
+    counts = dict[str, int]()
+    for seed in range(first, past):
+        for name, count in walk(seed, f"{folder}/store-{seed}").items():
+            counts[name] = counts.get(name, 0) + count
+    print(counts)
+
+
+if __name__ == "__main__":
+    main()
