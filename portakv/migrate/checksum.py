@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from math import gcd
 from typing import Generic, NamedTuple, TypeVar
@@ -29,12 +29,12 @@ from portakv.migrate.checksum_kernel import SumKernel, driver_of
 from portakv.migrate.checksum_words import (
     AXIS,
     MIXES,
-    MODULUS,
     STEP,
     WORDS,
     words_of,
     words_of_all,
 )
+from portakv.migrate.checksum_words import MODULUS as MODULUS
 from portakv.migrate.checksum_words import Part as Part
 from portakv.migrate.checksum_words import unit_of as unit_of
 from portakv.migrate.messages import Box
@@ -110,7 +110,7 @@ class _Mixer:
             tensor = part.tensor
             alike[tensor.shape, tensor.stride(), tensor.dtype, part.start, part.unit].append(part)
         numbers = list[int]()
-        sums = [self.buffer[:0]]
+        sums = list[torch.Tensor]()
         for group in alike.values():
             _, tensor, start, unit = group[0]
             if not tensor.numel():
@@ -118,14 +118,26 @@ class _Mixer:
             (words, positions) = words_of(tensor, start, unit)
             starts = [axis * AXIS + x for axis, x in enumerate(positions)]
             numbers += [part.number for part in group]
-            most = max(1, self.batch.words // words.numel())
-            for at in range(0, len(group), most):
-                some = words_of_all([x.tensor for x in group[at : at + most]], start, unit)
-                if len(some) == 1:
-                    sums.append(self.sum(some[0], starts).view(1))
-                else:
-                    sums.append(self.sum(torch.stack(some), starts))
-        return numbers, torch.cat(sums)
+            if len(group) == 1:
+                sums.append(self.sum(words, starts).view(1))
+            else:
+                sums += self._sums_of(group, words.numel(), starts)
+        if len(sums) == 1:
+            return numbers, sums[0]
+        return numbers, torch.cat([*sums, self.buffer[:0]])
+
+    def _sums_of(
+        self, group: Sequence[Part], size: int, starts: Sequence[int]
+    ) -> Iterator[torch.Tensor]:
+        """Yield sums of parts of one shape and position, each of ``size`` words."""
+        _, _, start, unit = group[0]
+        most = max(1, self.batch.words // size)
+        for at in range(0, len(group), most):
+            some = words_of_all([part.tensor for part in group[at : at + most]], start, unit)
+            if len(some) == 1:
+                yield self.sum(some[0], starts).view(1)
+            else:
+                yield self.sum(torch.stack(some), starts)
 
     def _sum_in_parts(self, words: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
         """Split the words along their first axis that is longer than 1, and add up the parts."""

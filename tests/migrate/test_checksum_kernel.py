@@ -6,6 +6,7 @@ Here g++ compiles its text; tests marked ``gpu`` run it on a device.
 
 from __future__ import annotations
 
+import ctypes.util
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.command_line import python
 from support.core_cases import noise
 from support.cuda_on_cpu import why_not
 from support.sums_on_cpu import CPU, SMALL, HostDriver, LastTiles, ended_memory, host_kernel
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.xdist_group("checksum-kernel")
 needs_gxx = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
 FULL = pytest.mark.full
+GPU = torch.device("cuda", 0)
 DTYPES = [torch.int8, torch.bfloat16, torch.float32, torch.int64, torch.complex128]
 
 
@@ -230,6 +233,14 @@ def test_a_driver_that_is_missing_is_named() -> None:
         driver_of(torch.device("xpu", 0))
 
 
+def test_rocm_without_its_libraries_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    if ctypes.util.find_library("amdhip64"):
+        pytest.skip("AMD's libraries are installed")
+    with pytest.raises(Unsupported, match=r"kernel on cuda:0.*HIP runtime"):
+        driver_of(GPU)
+
+
 # Compilers and devices
 
 
@@ -245,7 +256,22 @@ def test_nvrtc_compiles_the_kernel(
     assert compile_kernel(kernel_text(CUT), architecture).startswith(b"\x7fELF")
 
 
-GPU = torch.device("cuda", 0)
+# In a separate process: the library brings an LLVM along.
+HIPRTC = """
+import torch
+torch.version.hip = "5.2.21153"
+from portakv.migrate.checksum_kernel import CUT, kernel_text
+from portakv.runtime import hip
+print(hip.compile_text(hip.driver(), kernel_text(CUT), "gfx90a")[:4])
+"""
+
+
+@pytest.mark.skipif(
+    ctypes.util.find_library("amdhip64") is None,
+    reason="AMD's libamdhip64 is not installed: apt-get install libamdhip64-dev",
+)
+def test_amds_hiprtc_compiles_the_kernel() -> None:
+    assert python("-c", HIPRTC).strip() == repr(b"\x7fELF")
 
 
 @pytest.mark.gpu
