@@ -25,6 +25,16 @@
 #define PORTAKV_GLOBAL
 #endif
 
+// Threads of a block. NVIDIA's compiler also learns that 1,024 threads fit a multiprocessor: with more
+// registers allowed than it needs, it starts all loads of a batch before the first use of one.
+#if defined(__CUDACC__)
+#define PORTAKV_AT_MOST(threads) __launch_bounds__(threads, 1024 / (threads))
+#elif defined(__HIPCC__) || defined(__HIPCC_RTC__)
+#define PORTAKV_AT_MOST(threads) __launch_bounds__(threads)
+#else
+#define PORTAKV_AT_MOST(threads)
+#endif
+
 #if defined(__CUDACC__) || defined(__HIPCC__) || defined(__HIPCC_RTC__)
 #define PORTAKV_UNROLL _Pragma("unroll")
 #else
@@ -224,7 +234,8 @@ __device__ __forceinline__ i64 least(i64 a, i64 b) { return a < b ? a : b; }
 }  // namespace sums
 }  // namespace portakv
 
-extern "C" __global__ void portakv_sums(PORTAKV_CONSTANT const portakv::sums::Sums sums) {
+extern "C" __global__ void PORTAKV_AT_MOST(PORTAKV_SUM_THREADS)
+portakv_sums(PORTAKV_CONSTANT const portakv::sums::Sums sums) {
     using namespace portakv::sums;
     __shared__ Rows rows;
     __shared__ u64 totals[THREADS];

@@ -7,8 +7,13 @@ Here g++ compiles its text; tests marked ``gpu`` run it on a device.
 from __future__ import annotations
 
 import ctypes.util
+import importlib.util
 import logging
+import re
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,10 +255,32 @@ def test_rocm_without_its_libraries_has_no_kernel(monkeypatch: pytest.MonkeyPatc
     [pytest.param(80, marks=pytest.mark.full), 90, pytest.param(100, marks=pytest.mark.full)],
 )
 def test_nvrtc_compiles_the_kernel(
-    architecture: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PORTAKV_CACHE_DIR", str(tmp_path))
     assert compile_kernel(kernel_text(CUT), architecture).startswith(b"\x7fELF")
+
+
+def disassembler() -> str | None:
+    """``nvdisasm`` of Triton's wheel or of a CUDA toolkit."""
+    spec = importlib.util.find_spec("triton")
+    inside = Path(str(spec.origin)).parent / "backends/nvidia/bin/nvdisasm" if spec else None
+    return str(inside) if inside and inside.exists() else shutil.which("nvdisasm")
+
+
+@needs_nvrtc
+@pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not installed: pip install triton")
+@pytest.mark.full
+def test_machine_code_starts_the_loads_of_a_batch_together(tmp_path: Path) -> None:
+    """Four loads of 16 bytes stand within few instructions, and no register is spilled."""
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(_nvrtc.compile_text(kernel_text(CUT), "sm_90"))
+    command = [str(disassembler()), str(path)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    operations = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", code)
+    wide = [at for at, name in enumerate(operations) if name == "LDG.E.128"]
+    assert min(last - first for first, last in zip(wide, wide[3:], strict=False)) < 20
+    assert not [name for name in operations if name.startswith(("LDL", "STL"))]
 
 
 # In a separate process: the library brings an LLVM along.
@@ -301,9 +328,10 @@ def test_large_parts_on_a_gpu_have_the_sums_of_torch(case: str) -> None:
 @pytest.mark.gpu
 def test_a_gpu_sums_after_the_work_of_the_current_stream() -> None:
     """The stream is busy while the parts are added, and nothing waits for it before the results."""
-    kernel_of(GPU)
     stream = torch.cuda.Stream()
     tensors = [torch.zeros(1 << 18, dtype=torch.int32, device=GPU) for _ in range(64)]
+    with torch.cuda.stream(stream):  # loads the kernel, and takes memory for a table
+        assert box_checksums([(x, (0,)) for x in tensors]) == [0] * 64
     torch.cuda.synchronize()
     sums = BoxSums()
     with torch.cuda.stream(stream):
