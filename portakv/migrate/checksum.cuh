@@ -25,8 +25,8 @@
 #define PORTAKV_GLOBAL
 #endif
 
-// Threads of a block. NVIDIA's compiler also learns that 1,024 threads fit a multiprocessor: with more
-// registers allowed than it needs, it starts all loads of a batch before the first use of one.
+// Threads of a block. NVIDIA's compiler also learns that 1,024 threads of a multiprocessor are
+// enough: with these registers it starts all loads of a batch before the first use of one.
 #if defined(__CUDACC__)
 #define PORTAKV_AT_MOST(threads) __launch_bounds__(threads, 1024 / (threads))
 #elif defined(__HIPCC__) || defined(__HIPCC_RTC__)
@@ -49,7 +49,6 @@ typedef unsigned long long u64;
 
 constexpr unsigned THREADS = PORTAKV_SUM_THREADS;  // of a block: a power of 2
 constexpr unsigned ROWS = PORTAKV_SUM_ROWS;        // the most rows of a tile
-constexpr unsigned BATCH = 4;                      // loads of a thread that are in flight together
 constexpr int AXES = PORTAKV_SUM_AXES;             // the most axes of rows
 
 // An axis of rows: its positions, the bytes from one to the next, and the number of the first.
@@ -116,16 +115,19 @@ struct alignas(16) Wide { unsigned int part[4]; };
 __device__ __forceinline__ unsigned part_of(const Wide& wide, int nth) { return wide.part[nth]; }
 #endif
 
-// Vectors of words, of which each is extended with its sign. Words narrower than four bytes belong to
-// rows of an odd length, which 16 bytes rarely divide.
+// Vectors of words, of which each is extended with its sign. Words narrower than four bytes belong
+// to rows of an odd length, which 16 bytes rarely divide. A batch is the loads of a thread that are
+// in flight together.
 template <class Word> struct Single {
     typedef Word type;
     static constexpr int words = 1;
+    static constexpr unsigned batch = 8;
     static __device__ __forceinline__ u64 word(type vector, int) { return (u64)(i64)vector; }
 };
 struct Four {
     typedef Wide type;
     static constexpr int words = 4;
+    static constexpr unsigned batch = 4;
     static __device__ __forceinline__ u64 word(const type& vector, int nth) {
         return (u64)(i64)(int)part_of(vector, nth);
     }
@@ -153,13 +155,13 @@ template <class V> __device__ __forceinline__ u64 along_rows(const Tile& tile, c
         const char* at = tile.at + rows.offset[row];
         u64 sum = 0;
         unsigned column = threadIdx.x;
-        for (; column + (BATCH - 1) * THREADS < tile.columns; column += BATCH * THREADS) {
-            typename V::type vectors[BATCH];
+        for (; column + (V::batch - 1) * THREADS < tile.columns; column += V::batch * THREADS) {
+            typename V::type vectors[V::batch];
             PORTAKV_UNROLL
-            for (unsigned nth = 0; nth < BATCH; ++nth)
+            for (unsigned nth = 0; nth < V::batch; ++nth)
                 vectors[nth] = load<V>(at + (column + nth * THREADS) * tile.step);
             PORTAKV_UNROLL
-            for (unsigned nth = 0; nth < BATCH; ++nth)
+            for (unsigned nth = 0; nth < V::batch; ++nth)
                 add_column<V>(sum, vectors[nth], tile.first + (column + nth * THREADS) * V::words);
         }
         for (; column < tile.columns; column += THREADS)
@@ -186,13 +188,13 @@ template <class V> __device__ __forceinline__ u64 down_columns(const Tile& tile,
         PORTAKV_UNROLL
         for (int nth = 0; nth < V::words; ++nth) sums[nth] = 0;
         unsigned row = threadIdx.x / tile.lanes;
-        for (; row + (BATCH - 1) * lines < tile.rows; row += BATCH * lines) {
-            typename V::type vectors[BATCH];
+        for (; row + (V::batch - 1) * lines < tile.rows; row += V::batch * lines) {
+            typename V::type vectors[V::batch];
             PORTAKV_UNROLL
-            for (unsigned nth = 0; nth < BATCH; ++nth)
+            for (unsigned nth = 0; nth < V::batch; ++nth)
                 vectors[nth] = load<V>(at + rows.offset[row + nth * lines]);
             PORTAKV_UNROLL
-            for (unsigned nth = 0; nth < BATCH; ++nth)
+            for (unsigned nth = 0; nth < V::batch; ++nth)
                 add_row<V>(sums, vectors[nth], rows.key[row + nth * lines]);
         }
         for (; row < tile.rows; row += lines)
