@@ -12,7 +12,7 @@ made and sent as a whole:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from importlib.resources import files
 from itertools import product
@@ -34,6 +34,7 @@ NAME = "portakv_sums"
 AXES = 4  # of rows; a part with more axes is several parts for the kernel
 VECTOR = 16  # bytes of the widest vector
 FEW = 4  # rows; a part of fewer rows is summed along its rows
+MOST_COPIED = 256 << 20  # bytes of parts that are copied for one launch
 _PART = 3  # numbers of `Part` in the kernel's text
 _SHAPE = struct.Struct(f"<{12 + 3 * AXES}q")
 _ARGUMENTS = struct.Struct("<3q")
@@ -99,30 +100,39 @@ class SumKernel:
     def sum_parts(self, parts: Iterable[Part]) -> tuple[list[int], torch.Tensor]:
         """Return numbers of parts, and sums that add up to the checksums of these numbers.
 
-        One launch on the device's current stream computes the sums. Empty parts have none.
+        One launch on the device's current stream computes the sums, or a few if many parts have
+        to be copied first. Empty parts have none.
         """
+        numbers = list[int]()
+        sums = list[torch.Tensor]()
+        for table in self._tables(parts):
+            numbers += table.numbers
+            sums.append(self._launch(table))
+        return numbers, sums[0] if len(sums) == 1 else torch.cat(sums)
+
+    def _tables(self, parts: Iterable[Part]) -> Iterator[_Table]:
+        """Yield tables that have all parts. A table is launched before the next is begun."""
         table = _Table()
-        # A launch precedes all later work of its stream, which may reuse the memory of copies.
-        copies = list[torch.Tensor]()
-        known = dict[object, list[tuple[int, int]]]()
         for part in parts:
             number, tensor, start, unit = part
             address = tensor.data_ptr()
             key = tensor.shape, tensor.stride(), tensor.dtype, start, unit, address % VECTOR
-            places = known.get(key)
+            places = table.places.get(key)
             if places is None:
                 if not _has_words(tensor, start, unit):
-                    tensor = tensor.clone(memory_format=torch.contiguous_format)
-                    copies.append(tensor)
+                    tensor = table.copy(tensor)
                     address = tensor.data_ptr()
                     key = tensor.shape, tensor.stride(), tensor.dtype, start, unit, address % VECTOR
                 made = self._pieces.get_or_make(key, partial(_pieces_of, tensor, part, self._cut))
-                places = known[key] = table.add(made)
+                places = table.places[key] = table.add(made)
             for offset, shape in places:
                 table.numbers.append(number)
                 table.addresses.append(address + offset)
                 table.shape_of.append(shape)
-        return table.numbers, self._launch(table)
+            if table.copied >= MOST_COPIED:
+                yield table
+                table = _Table()
+        yield table
 
     def _launch(self, table: _Table) -> torch.Tensor:
         """Send a table, launch the kernel, and return the sums of the table's parts."""
@@ -155,6 +165,12 @@ class _Table:
         self.numbers = list[int]()
         self.addresses = list[int]()
         self.shape_of = list[int]()
+        # Parts that had to be copied. A launch precedes all later work of its stream, which may
+        # reuse their memory.
+        self.copied = 0  # bytes
+        self._copies = list[torch.Tensor]()
+        # Of each kind of parts: the offsets and the numbers of their shapes.
+        self.places = dict[object, list[tuple[int, int]]]()
         # Of each shape.
         self._shapes = list[bytes]()
         self._tiles = list[int]()
@@ -162,6 +178,13 @@ class _Table:
         self.parts_at = 0
         self.tiles_at = 0
         self.blocks = 0
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a contiguous copy of a tensor, which the table retains."""
+        copy = tensor.clone(memory_format=torch.contiguous_format)
+        self._copies.append(copy)
+        self.copied += copy.nbytes
+        return copy
 
     def add(self, pieces: Sequence[Piece]) -> list[tuple[int, int]]:
         """Add the shapes of pieces, and return the offset and the shape's number of each."""

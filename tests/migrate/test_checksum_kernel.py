@@ -27,6 +27,7 @@ from support.sums_on_cpu import CPU, SMALL, HostDriver, LastTiles, ended_memory,
 
 from portakv.errors import TransferError, Unsupported
 from portakv.migrate import checksum as _checksum
+from portakv.migrate import checksum_kernel as _kernel
 from portakv.migrate.checksum import BoxSums, Part, box_checksums, kernel_of, load_kernel
 from portakv.migrate.checksum_kernel import AXES, CUT, SumKernel, driver_of, kernel_text
 from portakv.migrate.checksum_words import AXIS, MODULUS, key_of
@@ -135,6 +136,22 @@ def test_many_parts_are_one_launch_and_one_sum_for_each_number() -> None:
     assert len(driver.launches) == 1
     assert kernel.sum_parts([parts[-1]])[0] == []
     assert len(driver.launches) == 1
+
+
+@needs_gxx
+@pytest.mark.parametrize(("most", "launches"), [(1, 3), (300, 2), (1 << 20, 1)])
+def test_copies_of_parts_are_limited(
+    most: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words of a transposed tensor do not lie side by side: 168 bytes each are copied."""
+    monkeypatch.setattr(_kernel, "MOST_COPIED", most)
+    driver = HostDriver()
+    kernel = SumKernel(CPU, driver, SMALL)
+    tensors = [noise(14, 16, dtype=torch.int8, seed=n) for n in range(6)]
+    tensors = [x[:, :12].T.contiguous().T if n % 2 else x[:, :12] for n, x in enumerate(tensors)]
+    parts = [Part(n, x, (0, 0)) for n, x in enumerate(tensors)]
+    assert sums_by(kernel, parts) == sums_by_torch(parts)
+    assert len(driver.launches) == launches
 
 
 @needs_gxx
