@@ -29,6 +29,7 @@ NATIVE_SUFFIXES = (".cuh", ".cu", ".h", ".hpp", ".cpp", ".md", ".sh")
 TEMPLATES = (".css", ".js", ".html", ".md", ".svg", ".xml")
 #: Suffixes of the files that travel with Python files, by package.
 TRAVELS = {
+    "portakv": (".cuh",),
     "portakv_native": NATIVE_SUFFIXES,
     "portakv_benchmarks": (".toml",),
     "portakv_conformance": (".toml", ".c", ".cpp", ".h", *TEMPLATES),

@@ -11,30 +11,39 @@ axis. A word has at most half of the bits of the modulus, so its highest bits ch
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from math import gcd
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
+from portakv.backends.rows_launch import RowsDriver
 from portakv.copy import copy_rows
+from portakv.errors import TransferError, Unsupported
 from portakv.graph.graph import Queue
 from portakv.graph.task import Task
+from portakv.migrate.checksum_kernel import SumKernel, driver_of
+from portakv.migrate.checksum_words import (
+    AXIS,
+    MIXES,
+    STEP,
+    WORDS,
+    words_of,
+    words_of_all,
+)
+from portakv.migrate.checksum_words import MODULUS as MODULUS
+from portakv.migrate.checksum_words import Part as Part
+from portakv.migrate.checksum_words import unit_of as unit_of
 from portakv.migrate.messages import Box
 from portakv.migrate.staging import chunk, chunk_bytes, page_of, staging
 from portakv.runtime.bounded import Bounded
 from portakv.view import Index, KVView
 
 A = TypeVar("A")
-MODULUS = 1 << 64
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-# Distance between the numbers of the positions of two axes.
-_AXIS = 1 << 48
-# The step, the shifts and the factors of splitmix64.
-_STEP = 0x9E3779B97F4A7C15 - MODULUS
-_MIXES = ((30, 0xBF58476D1CE4E5B9 - MODULUS), (27, 0x94D049BB133111EB - MODULUS))
+_log = logging.getLogger(__name__)
 # Requests that are retained together. The oldest result that no one fetched is dropped.
 _MAX_REQUESTS = 64
 
@@ -53,19 +62,23 @@ _HOST = _Batch((1 << 15) - 1, 2 << 20)
 _DEVICE = _Batch(1 << 23, 32 << 20)
 
 
+def _batch_of(device: torch.device) -> _Batch:
+    return _HOST if device.type == "cpu" else _DEVICE
+
+
 class _Mixer:
     """Sums words of one device, in a private buffer for the words that are multiplied together."""
 
     def __init__(self, device: torch.device) -> None:
-        self.batch = _HOST if device.type == "cpu" else _DEVICE
+        self.batch = _batch_of(device)
         self.buffer = torch.empty(self.batch.words, dtype=torch.int64, device=device)
         self.keys = Bounded[tuple[int, int], torch.Tensor]("keys of checksums", 16)
 
     def key(self, first: int, n: int) -> torch.Tensor:
         """Return the odd numbers of ``n`` positions of an axis."""
         x = torch.arange(first, first + n, dtype=self.buffer.dtype, device=self.buffer.device)
-        x *= _STEP
-        for shift, factor in _MIXES:
+        x *= STEP
+        for shift, factor in MIXES:
             x ^= x >> shift
             x *= factor
         return x.bitwise_or_(1)
@@ -86,6 +99,45 @@ class _Mixer:
             product = self.buffer[: words.numel()].view(words.shape)
             words = torch.mul(words, key, out=product).sum(-1)
         return words
+
+    def sum_parts(self, parts: Iterable[Part]) -> tuple[list[int], torch.Tensor]:
+        """Return numbers of parts, and sums that add up to the checksums of these numbers.
+
+        Small parts of one shape are summed together. Empty parts have no sums.
+        """
+        alike = defaultdict[Hashable, list[Part]](list)
+        for part in parts:
+            tensor = part.tensor
+            alike[tensor.shape, tensor.stride(), tensor.dtype, part.start, part.unit].append(part)
+        numbers = list[int]()
+        sums = list[torch.Tensor]()
+        for group in alike.values():
+            _, tensor, start, unit = group[0]
+            if not tensor.numel():
+                continue
+            (words, positions) = words_of(tensor, start, unit)
+            starts = [axis * AXIS + x for axis, x in enumerate(positions)]
+            numbers += [part.number for part in group]
+            if len(group) == 1:
+                sums.append(self.sum(words, starts).view(1))
+            else:
+                sums += self._sums_of(group, words.numel(), starts)
+        if len(sums) == 1:
+            return numbers, sums[0]
+        return numbers, torch.cat([*sums, self.buffer[:0]])
+
+    def _sums_of(
+        self, group: Sequence[Part], size: int, starts: Sequence[int]
+    ) -> Iterator[torch.Tensor]:
+        """Yield sums of parts of one shape and position, each of ``size`` words."""
+        _, _, start, unit = group[0]
+        most = max(1, self.batch.words // size)
+        for at in range(0, len(group), most):
+            some = words_of_all([part.tensor for part in group[at : at + most]], start, unit)
+            if len(some) == 1:
+                yield self.sum(some[0], starts).view(1)
+            else:
+                yield self.sum(torch.stack(some), starts)
 
     def _sum_in_parts(self, words: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
         """Split the words along their first axis that is longer than 1, and add up the parts."""
@@ -111,10 +163,9 @@ def checksum(view: KVView, index: Index, count: int, window: Box, first: int = 0
     (layers, heads) = window
     size = page_of(view)
     unit = gcd(4, *view.widths)
-    mixer = _Mixer(view.device)
-    total = 0
+    sums = BoxSums()
 
-    batch = max(1, mixer.batch.nbytes // view.form.token_bytes) * size
+    batch = max(1, _batch_of(view.device).nbytes // view.form.token_bytes) * size
     buffer = staging(chunk_bytes(view, min(count, batch)), view.device)
     for start in range(0, count, batch):
         n = min(batch, count - start)
@@ -124,11 +175,12 @@ def checksum(view: KVView, index: Index, count: int, window: Box, first: int = 0
         _zero_skipped(tensors, part, n, size, view.device)
 
         for kv, tensor in enumerate(tensors):
-            words = tensor.view(_WORDS[unit])
-            inner = heads[0] * words.shape[2] // view.heads
-            starts = layers[0], _AXIS + (first + start) // size, (2 + kv) * _AXIS + inner
-            total += int(mixer.sum(words, starts))
-    return total % MODULUS
+            words = tensor.view(WORDS[unit])
+            # The words of each kv have an axis of their own.
+            inner = kv * AXIS + heads[0] * words.shape[2] // view.heads
+            starts = layers[0], (first + start) // size, inner
+            sums.add([Part(0, words, starts, unit)])
+    return sums.results(1)[0]
 
 
 def _zero_skipped(
@@ -156,58 +208,30 @@ def box_checksums(boxes: Iterable[tuple[torch.Tensor, Sequence[int]]]) -> list[i
     return sums.results(len(parts))
 
 
-class Part(NamedTuple):
-    """A part of a tensor, whose checksum is added to the sum of a number."""
-
-    number: int
-    tensor: torch.Tensor
-    start: tuple[int, ...]  # of its first element in the whole tensor
-    unit: int = 4  # the most bytes of a word: sums of a larger part's pieces have one width
-
-
-class _Alike(NamedTuple):
-    """Parts whose checksums are computed together."""
-
-    device: torch.device
-    dtype: torch.dtype
-    shape: torch.Size
-    starts: tuple[int, ...]
-
-
 class BoxSums:
     """Adds up checksums of parts of tensors by numbers, on the devices of the parts.
 
-    Only `results` waits for a device, once for each. Small parts of one shape are summed together.
+    Only `results` waits for a device, once for each. The first part on a device also waits, while
+    `kernel_of` loads and checks a kernel.
     """
 
     def __init__(self) -> None:
-        self._mixers = dict[torch.device, _Mixer]()
+        self._summers = dict[torch.device, SumKernel | _Mixer]()
         self._numbers = defaultdict[torch.device, list[int]](list)
         self._sums = defaultdict[torch.device, list[torch.Tensor]](list)
 
     def add(self, parts: Iterable[Part]) -> None:
         """Compute the checksums of parts on the current stream of their device."""
-        alike = defaultdict[_Alike, list[tuple[int, torch.Tensor]]](list)
+        by_device = defaultdict[torch.device, list[Part]](list)
+        for part in parts:
+            by_device[part.tensor.device].append(part)
         with torch.inference_mode():
-            for part in parts:
-                words, start = _words(part.tensor, part.start, part.unit)
-                starts = tuple(axis * _AXIS + x for axis, x in enumerate(start))
-                alike[_Alike(words.device, words.dtype, words.shape, starts)].append(
-                    (part.number, words)
-                )
-            for kind, group in alike.items():
-                if kind.device not in self._mixers:
-                    self._mixers[kind.device] = _Mixer(kind.device)
-                mixer = self._mixers[kind.device]
-                most = max(1, mixer.batch.words // max(1, kind.shape.numel()))
-                for first in range(0, len(group), most):
-                    some = group[first : first + most]
-                    self._numbers[kind.device] += [number for number, _ in some]
-                    if len(some) == 1:
-                        sums = mixer.sum(some[0][1], kind.starts).view(1)
-                    else:
-                        sums = mixer.sum(torch.stack([words for _, words in some]), kind.starts)
-                    self._sums[kind.device].append(sums)
+            for device, some in by_device.items():
+                if device not in self._summers:
+                    self._summers[device] = kernel_of(device) or _Mixer(device)
+                numbers, sums = self._summers[device].sum_parts(some)
+                self._numbers[device] += numbers
+                self._sums[device].append(sums)
 
     def results(self, count: int) -> list[int]:
         """Return the checksums of the numbers below ``count``."""
@@ -220,30 +244,65 @@ class BoxSums:
         return [total % MODULUS for total in totals]
 
 
-def unit_of(itemsize: int, start: Sequence[int], extents: Sequence[int]) -> int:
-    """Return the bytes of the widest words that a part of a tensor allows."""
-    if not start:
-        return gcd(4, itemsize)
-    return gcd(4, itemsize * start[-1], itemsize * extents[-1])
+_kernels: Bounded[torch.device, SumKernel | None] = Bounded("kernels of checksums", 64)
 
 
-def _words(
-    part: torch.Tensor, start: tuple[int, ...], most: int
-) -> tuple[torch.Tensor, Sequence[int]]:
-    """Return a part as words of at most so many bytes, and the position of its first word in the
-    whole."""
-    if not start:
-        part = part[None]
-        start = (0,)
-    size = part.element_size()
-    unit = gcd(most, unit_of(size, start, part.shape))
+def kernel_of(device: torch.device) -> SumKernel | None:
+    """Return the kernel for checksums on a device; None if torch's operators compute them there.
 
-    # A view as wider words needs a contiguous last axis and aligned steps.
-    if size != unit:
-        *steps, last = part.stride()
-        if last != 1 or any(x * size % unit for x in (*steps, part.storage_offset())):
-            part = part.clone(memory_format=torch.contiguous_format)
-    return part.view(_WORDS[unit]), (*start[:-1], start[-1] * size // unit)
+    The first call for a device compiles the kernel, or reads it from disk, and compares its sums
+    with those of the host.
+    """
+    if device.type == "cpu":
+        return None
+    return _kernels.get_or_make(device, lambda: load_kernel(device, driver_of))
+
+
+def load_kernel(
+    device: torch.device, find_driver: Callable[[torch.device], RowsDriver]
+) -> SumKernel | None:
+    """Return the kernel for checksums on a device; None, with a log, if it cannot be used."""
+    try:
+        kernel = SumKernel(device, find_driver(device))
+        right = _agrees(kernel, device)
+    except Unsupported as error:
+        _log.debug("Checksums on %s use torch's operators. %s", device, error)
+        return None
+    except (RuntimeError, OSError, TransferError) as error:
+        _log.warning("Checksums on %s use torch's operators: no kernel. %s", device, error)
+        return None
+    if not right:
+        _log.warning(
+            "Checksums on %s use torch's operators: the kernel's sums are wrong. Report it as a "
+            "fault, with the names of the device and its driver.",
+            device,
+        )
+    return kernel if right else None
+
+
+def _agrees(kernel: SumKernel, device: torch.device) -> bool:
+    """Return True if a kernel and the host have the same sums of examples of every word."""
+    with torch.inference_mode():
+        examples = torch.arange(1 << 12, dtype=torch.int64, device="cpu") * STEP
+        expected = _by_number(*_Mixer(examples.device).sum_parts(_parts_of(examples)))
+        return _by_number(*kernel.sum_parts(_parts_of(examples.to(device)))) == expected
+
+
+def _parts_of(examples: torch.Tensor) -> list[Part]:
+    """Return parts with whole and odd rows, few and many, of words of each width."""
+    tensors = list[torch.Tensor]()
+    for dtype in WORDS.values():
+        row = examples.view(dtype)
+        rows = row.view(64, -1)[:61]
+        tensors += [row, row[1:], rows, rows[:, None, 1:], rows[:3].T]
+    return [Part(number, x, (1,) * x.ndim) for number, x in enumerate(tensors)]
+
+
+def _by_number(numbers: Sequence[int], sums: torch.Tensor) -> dict[int, int]:
+    totals = defaultdict[int, int](int)
+    for number, value in zip(numbers, sums.tolist(), strict=True):
+        totals[number] += value
+    return {number: total % MODULUS for number, total in totals.items()}
 
 
 class Later(Generic[A]):

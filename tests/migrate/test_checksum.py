@@ -183,6 +183,14 @@ def test_large_boxes_are_mixed_in_pieces(shape: tuple[int, ...]) -> None:
     assert box_checksum(words, *[0] * len(shape)) == reference
 
 
+@pytest.mark.parametrize("words", [3, 1000, 40_000])
+def test_parts_of_one_shape_have_a_sum_each(words: int) -> None:
+    """Several fit one batch, or none does."""
+    tensors = [noise(words, 4, dtype=torch.uint8, seed=n).view(torch.int32) for n in range(50)]
+    boxes = [(tensor, (9, 0)) for tensor in tensors]
+    assert box_checksums(boxes) == [box_checksum(tensor, *start) for tensor, start in boxes]
+
+
 def test_bits_that_flip_in_an_even_number_of_words_do_not_cancel() -> None:
     """Each bit, the highest as well, in all words together."""
     cached = noise(64, 32, dtype=torch.uint8).view(torch.int64)
@@ -202,6 +210,7 @@ def test_scalars_complex_numbers_and_nothing_have_checksums() -> None:
     number = torch.tensor([1 + 2j, 3j], dtype=torch.complex64)
     assert box_checksum(number, 0) != box_checksum(number.conj().resolve_conj(), 0)
     assert box_checksum(torch.zeros(0, 4, dtype=torch.float32), 0, 0) == 0
+    assert box_checksum(torch.zeros(1, 0, dtype=torch.int8), 0, 0) == 0
     grad = torch.ones(3, dtype=torch.float32, requires_grad=True)
     assert box_checksum(grad, 0) == box_checksum(torch.ones(3), 0)
 
