@@ -29,7 +29,7 @@ class GroupCache(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """What an engine is told.
+    """What an engine learns from a worker.
 
     Attributes:
         loaded: requests whose load has ended.
@@ -138,7 +138,7 @@ class Hand:
         return made
 
     def ended(self) -> Ended:
-        """Return what the engine is to be told since the last call."""
+        """Return what the engine is to learn since the last call."""
         reading = {work.job.request for work in self._saves.values() if not work.released}
         freed = self._retained - reading
         self._retained -= freed

@@ -70,14 +70,14 @@ def check_private(folder: str) -> None:
     Who can write a folder decides what an engine computes with.
     """
     try:
-        found = os.stat(folder)
+        entry = os.stat(folder)
     except FileNotFoundError:
         return
     except OSError as error:
         raise InvalidTerms(f"Expected a folder, got {folder!r}: {error}. Pass another.") from None
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(entry.st_mode):
         raise InvalidTerms(f"Expected a folder, got {folder!r}, which is a file. Pass another.")
-    if found.st_mode & 0o022 or found.st_uid not in (os.getuid(), 0):
+    if entry.st_mode & 0o022 or entry.st_uid not in (os.getuid(), 0):
         raise InvalidTerms(
             f"Expected a folder that only this user may write, got {folder!r}, which others may "
             f"write. Run chmod go-w on it, or pass another."
