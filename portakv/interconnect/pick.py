@@ -169,8 +169,7 @@ def pick(
     strategy that occupies the host least wins, then the first in `ORDER`. If no strategy was
     measured, `default_rule` decides, else the first in `ORDER`. A strategy that waits for the
     device is picked only if the terms leave no other. While a model runs, a kernel of few thread
-    blocks costs less than a host that waits; and it moves pages at a part of the rate that it has
-    on an idle device, where costs are measured.
+    blocks costs less than a host that waits, but moves pages at a part of the measured rate.
 
     Args:
         shapes: the copy as each possible strategy moves it.
@@ -181,6 +180,7 @@ def pick(
     Raises:
         Unsupported: no strategy is left; the message has the reason of each.
     """
+    idle = terms.overlap == "idle"
     excluded = _excluded(direction, shapes["staged"], terms)
     others = shapes.keys() - out.keys() - {"zero_copy"}
     if others and others <= waits and not terms.detached:
@@ -206,14 +206,10 @@ def pick(
         strategy = allowed[0].strategy
         why = "the only strategy that is left"
     elif any(one.seconds is not None for one in allowed):
-        part = NEW_PART if new_ids else PART
-        idle = terms.overlap == "idle"
-        slowed = ALONE_RATE / KERNEL_RATE[direction] if _of_pages(shapes) and not idle else 1.0
-        strategy, why = _quickest(candidates, able, idle, part, slowed)
+        strategy, why = _quickest(candidates, able, _waiting(shapes, direction, idle, new_ids))
     else:
-        idle = terms.overlap == "idle"
-        engine = any(one.strategy == "batched_memcpy" for one in candidates)
-        rule = default_rule(shapes, direction, kernel=not excluded, idle=idle, engine=engine)
+        engine = "batched_memcpy" in [one.strategy for one in candidates]
+        rule = default_rule(shapes, direction, not excluded, idle, engine)
         strategy, why = _unmeasured(candidates, *rule)
     return Pick(strategy, why, tuple(alternatives))
 
@@ -228,40 +224,55 @@ def _unmeasured(candidates: list[Alternative], wanted: str, rule: str) -> tuple[
     ].strategy, "the gentlest strategy that is left, as nothing was measured here"
 
 
-def _quickest(
-    allowed: list[Alternative], able: list[Alternative], idle: bool, part: float, slowed: float
-) -> tuple[str, str]:
-    """Return the strategy that occupies the host least of the quickest and its equals, and why.
+class _Waiting(NamedTuple):
+    """The seconds that a caller waits for a copy.
 
-    ``slowed``: the kernel takes that many times the measured seconds.
+    Attributes:
+        idle: nothing hides the host's time.
+        part: the part of the host's time that counts.
+        slowed: the kernel takes that many times the measured seconds.
     """
 
-    def waited(one: Alternative) -> float:
-        """Return the seconds that a caller waits for a copy."""
+    idle: bool
+    part: float
+    slowed: float
+
+    def seconds(self, one: Alternative) -> float:
+        """Return the seconds for a copy by one strategy."""
         if one.seconds is None:
             return inf
         seconds = one.seconds
         if one.strategy == "zero_copy":
-            seconds *= slowed
+            seconds *= self.slowed
         host = one.host_seconds or 0.0
-        counts = idle or host * part / PART > seconds
-        return seconds + part * host if counts else seconds
+        counts = self.idle or host * self.part / PART > seconds
+        return seconds + self.part * host if counts else seconds
 
-    limit = min(map(waited, allowed)) * (1 + EQUAL)
-    equal = [one for one in allowed if waited(one) <= limit]
+
+def _waiting(shapes: Mapping[str, Shape], direction: str, idle: bool, new_ids: bool) -> _Waiting:
+    """Return how the seconds that a caller waits follow from the measured ones."""
+    slowed = ALONE_RATE / KERNEL_RATE[direction] if _of_pages(shapes) and not idle else 1.0
+    return _Waiting(idle, NEW_PART if new_ids else PART, slowed)
+
+
+def _quickest(
+    allowed: list[Alternative], able: list[Alternative], waiting: _Waiting
+) -> tuple[str, str]:
+    """Return the strategy that occupies the host least of the quickest and its equals, and why."""
+    limit = min(map(waiting.seconds, allowed)) * (1 + EQUAL)
+    equal = [one for one in allowed if waiting.seconds(one) <= limit]
     best = min(equal, key=lambda one: one.host_seconds or 0.0)  # the first of equals
     text = "the least time of the strategies that the terms allow"
     if len(equal) > 1:
         text = f"within {EQUAL * 100:g} % of {text}, and keeps the host least"
     text += ", as measured"
-    if idle:
+    if waiting.idle:
         text += ", with the host's part"
-    if slowed > 1 and best.strategy != "zero_copy":
-        text += (
-            f"; a kernel of few thread blocks takes {slowed:.1f} times as long alongside a model"
-        )
+    if waiting.slowed > 1 and best.strategy != "zero_copy":
+        times = f"{waiting.slowed:.1f} times as long alongside a model"
+        text += f"; a kernel of few thread blocks takes {times}"
     for one in able:
-        if one.refused and waited(one) < waited(best):
+        if one.refused and waiting.seconds(one) < waiting.seconds(best):
             text += f"; {one.strategy} would take less, but the terms exclude it"
     return best.strategy, text
 
