@@ -334,23 +334,20 @@ class CudaLink:
         """
         joins = handle not in _NULL_STREAMS  # two plain copies would become a batch there
         waiting = 0  # the first piece of the portions that form one range
+        crossed = self._in_a_row.get(handle) or 0
         for first, past, nbytes in portions(share.pieces, IN_A_ROW // 3):
             rejected = not joins and share.in_batches(first, past)
-            elsewhere = self._too_many(handle, nbytes) or rejected
+            too_many = crossed > 0 and crossed + nbytes > IN_A_ROW
+            crossed = 0 if too_many else crossed + nbytes
+            elsewhere = too_many or rejected
             if elsewhere and waiting < first:
                 yield waiting, first, False
             if elsewhere or not joins:
                 yield first, past, elsewhere
                 waiting = past
+        self._in_a_row[handle] = crossed
         if waiting < share.pieces.number:
             yield waiting, share.pieces.number, False
-
-    def _too_many(self, handle: int, nbytes: int) -> bool:
-        """Return whether ``nbytes`` more are too many in a row on a stream; count them."""
-        crossed = self._in_a_row.get(handle) or 0
-        too_many = crossed > 0 and crossed + nbytes > IN_A_ROW
-        self._in_a_row[handle] = 0 if too_many else crossed + nbytes
-        return too_many
 
     def _copy_on_other_stream(
         self, copy: Callable[[int], None], stream: torch.Stream | None, handle: int

@@ -202,12 +202,12 @@ def _merge(src: Int64, dst: Int64, nbytes: Int64) -> Runs:
     if np.count_nonzero(steps > 0) < steps.size:
         order = src.argsort()
         ordered = src[order]
-        if np.count_nonzero(ordered[1:] != ordered[:-1]) < steps.size:
+        steps = ordered[1:] - ordered[:-1]
+        if np.count_nonzero(steps) < steps.size:
             order = np.lexsort((dst, src))  # equal sources go by their destinations
         src = ordered
         dst = dst[order]
         nbytes = nbytes[order]
-        steps = src[1:] - src[:-1]
     joins = steps == nbytes[:-1]
     if np.count_nonzero(joins):
         joins &= dst[1:] - dst[:-1] == nbytes[:-1]
