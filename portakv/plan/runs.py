@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portakv.errors import SlotError
-from portakv.plan.loops import Loop, Nest
+from portakv.plan.loops import Loop, Nest, Side
 from portakv.plan.move import Move
 from portakv.view.index import UnitNumbers
 from portakv.view.view import KVView
@@ -66,36 +66,57 @@ class Expansion:
             _walk(zero + side.table, zero, outer, at) for at, side in enumerate(nest.sides)
         ]
         self._single = not outer
+        #: For each side the bytes between units; None if their addresses take more steps.
+        self._strides = [
+            None if self._inner or by_line else _stride(side)
+            for side, by_line in zip(nest.sides, self._by_line, strict=True)
+        ]
 
     def factors(self, views: tuple[KVView, KVView], numbers: Sequence[UnitNumbers]) -> Factors:
         """Return the runs of the units with these numbers, on either side, before
         multiplication."""
-        planes = []
-        lines = []
-        for at, (side, view, each) in enumerate(zip(self._nest.sides, views, numbers, strict=True)):
-            entries, offsets = side.locate(each.units)
-            # Only if tokens lie at one stride may a unit begin between multiples.
-            first = side.offset + each.rest * (side.units[-1].stride // self._unit)
-            if self._single and not self._by_line[at]:
-                first += view.origins[side.table]
-            if first:
-                offsets = offsets + first
-            if self._inner or self._by_line[at]:
-                entries = (each.units * 0 if entries is None else entries) + side.table
-                entries, offsets = _walk(entries, offsets, self._inner, at)
-            tables, starts = self._planes[at]
-            if self._by_line[at]:
-                offsets = view.addresses[entries] + offsets
-            elif not self._single:
-                starts = view.addresses[tables] + starts
-            planes.append(starts)
-            lines.append(offsets)
-        nbytes = np.full(lines[0].size, self._nest.run, dtype=np.int64)
-        merged = _merge(lines[0], lines[1], nbytes)
+        src = self._lines(0, self._nest.src, views[0], numbers[0])
+        dst = self._lines(1, self._nest.dst, views[1], numbers[1])
+        lines = _merge(src, dst, np.full(src.size, self._nest.run, dtype=np.int64))
         if self._single:
-            return Factors(ONLY_PLANE, merged)
-        order = planes[0].argsort(kind="stable")
-        return Factors(Planes(planes[0][order], planes[1][order]), merged)
+            return Factors(ONLY_PLANE, lines)
+        first = self._starts(0, views[0])
+        order = first.argsort(kind="stable")
+        return Factors(Planes(first[order], self._starts(1, views[1])[order]), lines)
+
+    def _starts(self, at: int, view: KVView) -> Int64:
+        """Return the address of each plane on a side, or its distance if lines have addresses."""
+        tables, starts = self._planes[at]
+        return starts if self._by_line[at] else view.addresses[tables] + starts
+
+    def _lines(self, at: int, side: Side, view: KVView, numbers: UnitNumbers) -> Int64:
+        """Return the distances of lines from their plane on a side; their addresses if the plane is
+        the only one, or if each line has another entry of the table."""
+        units, rest = numbers
+        by_line = self._by_line[at]
+        # Only if tokens lie at one stride may a unit begin between multiples.
+        first = side.offset + rest * (side.units[-1].stride // self._unit)
+        if self._single and not by_line:
+            first += view.origins[side.table]
+        stride = self._strides[at]
+        if stride is not None:
+            return units * stride + first
+        entries, offsets = side.locate(units)
+        if first:
+            offsets = offsets + first
+        if self._inner or by_line:
+            entries = (units * 0 if entries is None else entries) + side.table
+            entries, offsets = _walk(entries, offsets, self._inner, at)
+        if by_line:
+            offsets = view.addresses[entries] + offsets
+        return offsets
+
+
+def _stride(side: Side) -> int | None:
+    """Return the bytes between all units of a side that follow each other; None if they differ."""
+    step = side.units[0]
+    even = len(side.units) == 1 and not step.extent and not step.table
+    return step.stride if even else None
 
 
 def factors(expansions: Sequence[Expansion], unit: int, move: Move) -> list[Factors]:
