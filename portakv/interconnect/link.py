@@ -166,7 +166,7 @@ class _Lists:
         self._columns[0] = pieces.dst
         self._columns[1] = pieces.src
         self._columns[2] = pieces.width
-        self.dst = ctypes.addressof(ctypes.c_char.from_buffer(self._columns))
+        self.dst = ctypes.addressof(ctypes.c_char.from_buffer(self._columns.data))
         self.src = self.dst + 8 * pieces.number
         self.width = self.src + 8 * pieces.number
 

@@ -177,7 +177,9 @@ def test_pages_have_one_strategy_for_any_ids(
     """So their copies are repeated without a pick, and no runs are counted."""
     monkeypatch.setattr(chosen, "costs_of", lambda device: UNMEASURED)
     monkeypatch.setattr(picking, "SHORT", 16 << 20)
-    sides = [view("device"), view("pinned")][:: 1 if downward else -1]
+    device = view("device")
+    pinned = view("pinned")
+    sides = (device, pinned) if downward else (pinned, device)
     ids = torch.randperm(BLOCKS)[:60].tolist()  # 7.5 MiB
     scattered = moved(*sides, Index(ids, SIZE), Index(ids[::-1], SIZE))
     near = moved(*sides, Index(range(60), SIZE))
