@@ -83,10 +83,9 @@ def test_pages_cross_by_a_copy_engine_for_any_ids(
     rows = torch.randint(-128, 128, shape, dtype=torch.int8, generator=drawn)
     device = [torch.zeros(blocks, page, dtype=torch.int8, device=accelerator) for _ in rows]
     host = pinned.empty((blocks, layers, page), torch.int8)
-    ends = (
-        KVView(device, "layer | block (token dim)", block_size=1),
-        KVView(host, "block layer (token dim)", block_size=1),
-    )
+    on_device = KVView(device, "layer | block (token dim)", block_size=1)
+    on_host = KVView(host, "block layer (token dim)", block_size=1)
+    src, dst = (on_device, on_host) if downward else (on_host, on_device)
     for seed in range(5):
         read, written = (torch.randperm(blocks, generator=drawn)[:10].numpy() for _ in "ab")
         if seed == 3:
@@ -102,7 +101,7 @@ def test_pages_cross_by_a_copy_engine_for_any_ids(
                 layer.zero_()
         torch.accelerator.synchronize(accelerator)
         with stream:
-            transfer = copy_blocks(*ends[:: 1 if downward else -1], read, written)
+            transfer = copy_blocks(src, dst, read, written)
         transfer.synchronize()
         assert transfer.carried[0] == "batched_memcpy"
         expected = torch.zeros_like(rows)
