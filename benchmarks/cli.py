@@ -97,7 +97,10 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "peers": interference.peer_steps,
 }
 #: The parts of ``--wall``.
-WALL: Mapping[str, Callable[[Bench], Iterator[Step]]] = {"link": whole_call.whole_call_steps}
+WALL: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
+    "link": whole_call.whole_call_steps,
+    "pages": whole_call.page_steps,
+}
 #: The parts of ``--plugs``, by engine. LMCache comes last: its kernels accept any layout.
 INTEGRATIONS: Mapping[str, Callable[[IntegrationBench], Iterator[Step]]] = {
     "sglang": sglang_steps,

@@ -161,6 +161,16 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
          "ids": lambda row: _IDS.get(row.get("ids", ""), "-"),
          "time, us": "{p50_us:,.4g}", "of memcpy": "{ratio:.2f}", "call, us": "{host_us:,.4g}"},
     ),
+    "wall_pages": (
+        "Pages of 2 MiB between two block-first pools",
+        "As above, for 6 and 256 pages that are contiguous on both sides, as vLLM has them. "
+        "`zero_copy beside` is the kernel with as few thread blocks as alongside a model.",
+        {"bytes": lambda row: in_words(row["payload_bytes"]),
+         "direction": lambda row: _WORDS[row["op"]],
+         "method": "`{backend}`",
+         "ids": lambda row: _IDS.get(row.get("ids", ""), "-"),
+         "time, us": "{p50_us:,.4g}", "of memcpy": "{ratio:.2f}", "call, us": "{host_us:,.4g}"},
+    ),
     "host_interference": (
         "How a transfer slows a model down",
         "The loop runs alone, then during transfers at full speed, on the default stream or on a "

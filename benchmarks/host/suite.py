@@ -44,6 +44,7 @@ class HostPreset:
     thread_blocks: tuple[int, ...]  # limits of `zero_copy`
     direct: int  # the payload that it is swept with
     whole_call: tuple[int, ...]  # payloads by the wall clock
+    pages: tuple[int, ...]  # the same in pages of 2 MiB
     duplex: tuple[int, ...]  # payloads of each direction, for both at the same time
     pageable: tuple[int, ...]  # payloads between a device and pageable memory
     ring_slots: tuple[tuple[int, int], ...]  # of a plain pinned ring: slots, and bytes of one
@@ -84,6 +85,7 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
         thread_blocks=(1, 2, 4, 8, 16),
         direct=128 * MB,
         whole_call=(2 * MB, 16 * MB, 128 * MB),
+        pages=(12 * MB, 512 * MB),
         duplex=(32 * MB, 128 * MB, 512 * MB),
         pageable=(32 * MB, 256 * MB),
         ring_slots=((2, 4 * MB), (4, 4 * MB), (3, 16 * MB), (4, 16 * MB)),
@@ -109,6 +111,7 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
         thread_blocks=(8,),
         direct=64 * KB,
         whole_call=(64 * KB,),
+        pages=(4 * MB,),
         duplex=(64 * KB,),
         pageable=(64 * KB,),
         ring_slots=((2, 16 * KB),),

@@ -8,7 +8,7 @@ bytes is timed in the same way. Peers copy between the caches and a chunk, as th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from portakv_benchmarks.host import suite
@@ -21,6 +21,8 @@ from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant
 from portakv_benchmarks.shared.peers import LMCache
 
 METHODS = (suite.HOST, suite.HOST_IDLE, suite.STAGED, suite.ZERO_COPY)
+#: Of pages. The default's kernel has few thread blocks, as alongside a model.
+PAGE_METHODS = (*METHODS, suite.ZERO_COPY_FEW_BLOCKS, suite.BATCHED_MEMCPY)
 
 
 def whole_call_steps(bench: Bench) -> Iterator[Step]:
@@ -30,17 +32,25 @@ def whole_call_steps(bench: Bench) -> Iterator[Step]:
     if bench.peers:
         scenes.append(scene(2 * KB))
     for case in cases(scenes, bench.preset.whole_call):
-        yield f"wall clock: {case.name}", partial(_measure, bench, case)
+        yield f"wall clock: {case.name}", partial(_measure, bench, case, METHODS, "wall_copy")
 
 
-def _measure(bench: Bench, case: Case) -> Rows:
+def page_steps(bench: Bench) -> Iterator[Step]:
+    """Yield a step for each payload in pages of 2 MiB, contiguous on both sides, as vLLM has
+    them."""
+    for case in cases([scene(2 * suite.MB, BLOCK_FIRST, "random")], bench.preset.pages):
+        name = f"wall clock: pages, {case.name}"
+        yield name, partial(_measure, bench, case, PAGE_METHODS, "wall_pages")
+
+
+def _measure(bench: Bench, case: Case, methods: Sequence[Method], kind: str) -> Rows:
     sides = bench.sides(case)
     rows: Rows = []
     for direction in DIRECTIONS:
         sides.fill(direction)
         variants = [
             _variant(method, sides, direction, ids)
-            for method in bench.serving(METHODS)
+            for method in bench.serving(methods)
             for ids in IDS
         ]
         if case.on_host.cache == CHUNK:
@@ -49,7 +59,7 @@ def _measure(bench: Bench, case: Case) -> Rows:
         memcpy = suite.by_memcpy(sides, direction)
         for one in bench.measure(memcpy, good, case.payload, bench.busy_timer):
             row: Row = {
-                "kind": "wall_copy",
+                "kind": kind,
                 "shape": case.name,
                 **one.labels,
                 "host_side": case.scene.side,
@@ -80,7 +90,7 @@ def _by_peer(peer: LMCache, sides: Sides, direction: str) -> Variant:
 
 def _chosen(sides: Sides, direction: str, name: str) -> dict[str, str]:
     """Return the fields of a row on the strategy that was chosen, if its method chooses one."""
-    method = next((each for each in METHODS if each.name == name), None)
+    method = next((each for each in PAGE_METHODS if each.name == name), None)
     if method is None or method.engine != suite.CHOSEN:
         return {}
     transfer = method.move(sides, direction)

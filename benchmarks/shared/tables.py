@@ -129,6 +129,13 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("of memcpy", "ratio:.3f"), ("p90/p50", _spread), ("host us", "host_us:.1f"),
          ("chosen", "chosen"), _BYTES),
     ),
+    "wall_pages": (
+        "pages of 2 MiB by the wall, contiguous on both sides, in turns with a memcpy of the same "
+        "bytes",
+        (*_WHAT, ("ids", "ids"), ("us", _time), ("GB/s", "gb_per_s:.4g"),
+         ("of memcpy", "ratio:.3f"), ("p90/p50", _spread), ("host us", "host_us:.1f"),
+         ("chosen", "chosen"), _BYTES),
+    ),
     "host_direct": ("zero_copy, by its limit on thread blocks", (*_LINK, _BYTES)),
     "host_duplex": ("both directions at the same time", (*_LINK, ("chosen", "chosen"), _BYTES)),
     "host_pageable": (

@@ -198,9 +198,11 @@ def end_of(
     """
     words = () if word is None else ((word, 0),)
     completion = Completion(event, (), words, None, (host, ids), events)
+    # Either returns the event, if the handle is dropped. Only a word can bring an error.
     if host:
         hold_memory(completion)
-    hold(completion, owner)  # which also returns the event, if the handle is dropped
+    if words or not host:
+        hold(completion, owner)
     return Transfer((completion,), retained, carried)
 
 

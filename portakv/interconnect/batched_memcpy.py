@@ -51,6 +51,23 @@ class BatchedMemcpy(Strategy):
 class _BatchedMemcpyLaunch(StrategyLaunch):
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         super().__init__(plan, device)
+        self.copies = _Copies(plan, device)
+
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
+        self.copies.enqueue(move, stream, status)
+        self.copies.retain(move, stream)
+
+    def repeatable(self, move: Move) -> Launch:
+        """Return the launch of the copies alone, whose caller retains the host's memory; see
+        `Prepared`."""
+        return self.copies
+
+
+class _Copies(StrategyLaunch):
+    """The copies alone. The caller retains the host's memory until they end."""
+
+    def __init__(self, plan: CopyPlan, device: torch.device) -> None:
+        super().__init__(plan, device)
         self._plan = plan
         self._link = link_of(device)
         self._lock = threading.Lock()
@@ -59,15 +76,18 @@ class _BatchedMemcpyLaunch(StrategyLaunch):
         self.number = 0
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        src = move.src
-        dst = move.dst
         pieces = self._pieces(move)
         try:
-            self._link.copy(pieces, src, dst, stream)
-        finally:
-            # No allocator knows of these copies, so the host's memory is retained until they end.
-            host = dst if self.downward else src
-            streams.completion(self.device, stream, *host.retained)
+            self._link.copy(pieces, move.src, move.dst, stream)
+        except BaseException:  # some of the pieces may be on their way
+            self.retain(move, stream)
+            raise
+
+    def retain(self, move: Move, stream: torch.Stream | None) -> None:
+        """Retain the host's memory, whose copies no allocator knows of, until the copies that were
+        issued have ended."""
+        host = move.dst if self.downward else move.src
+        streams.completion(self.device, stream, *host.retained)
 
     def _pieces(self, move: Move) -> Pieces:
         """Return the pieces of a copy, cached with ids that may be met again."""
@@ -75,9 +95,10 @@ class _BatchedMemcpyLaunch(StrategyLaunch):
         pieces = None if key is None else self.cached.get(key)
         if pieces is None:
             # Every id is checked on the host before anything is moved.
-            src_index = move.src_index.to_host()
-            on_host = move._replace(src_index=src_index, dst_index=move.dst_index.to_host())
-            pieces = pieces_of(self._plan, on_host, self._link.fold_below)
+            if not move.ids_on_host:
+                src_index = move.src_index.to_host()
+                move = move._replace(src_index=src_index, dst_index=move.dst_index.to_host())
+            pieces = pieces_of(self._plan, move, self._link.fold_below)
             if key is not None:
                 self._cache(key, pieces)
         return pieces

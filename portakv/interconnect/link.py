@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -154,12 +154,21 @@ class _Storages:
 
 
 class _Lists:
-    """Plain copies as the driver's batched call takes them: the addresses of three lists."""
+    """Plain copies as the driver's batched call takes them, in three lists of 64 bits.
+
+    Attributes:
+        dst, src, width: the address of each list.
+    """
 
     def __init__(self, pieces: Pieces) -> None:
-        columns = (pieces.dst, pieces.src, pieces.width)
-        self._columns = [np.ascontiguousarray(column) for column in columns]
-        self.addresses = [_at(column) for column in self._columns]
+        # One array, and its address by ctypes: numpy takes 1 us to report each address.
+        self._columns = np.empty((3, pieces.number), dtype=np.int64)
+        self._columns[0] = pieces.dst
+        self._columns[1] = pieces.src
+        self._columns[2] = pieces.width
+        self.dst = ctypes.addressof(ctypes.c_char.from_buffer(self._columns.data))
+        self.src = self.dst + 8 * pieces.number
+        self.width = self.src + 8 * pieces.number
 
 
 class _Share(NamedTuple):
@@ -205,6 +214,8 @@ class Copies:
 
     def divided(self, pieces: Pieces) -> list[_Share]:
         """Return the pieces that are separate calls, and those that go in batches."""
+        if pieces.plain and self._batch is not None and pieces.number >= LEAST_BATCH:
+            return [_Share(pieces, _Lists(pieces))]
         batched = self.batched(pieces)
         if batched is None:
             return [_Share(pieces)]
@@ -238,12 +249,15 @@ class Copies:
     def _copy_batch(self, share: _Share, first: int, past: int, stream: int, begun: bool) -> None:
         assert self._batch is not None  # `batched` looked
         assert share.lists is not None
-        addresses = share.lists.addresses
+        lists = share.lists
         most = MOST_DESCRIPTORS if begun else FIRST_DESCRIPTORS
         while first < past:
             count = min(most, past - first)
+            passed = 8 * first  # bytes of each list
             error = self._batch(
-                *(base + 8 * first for base in addresses),
+                lists.dst + passed,
+                lists.src + passed,
+                lists.width + passed,
                 count,
                 self._attributes,
                 self._from_first,
@@ -301,23 +315,39 @@ class CudaLink:
             return
         handle = _cuda_driver.raw(stream, self.device.index)
         to_device = dst.form.place == "device"
+        copies = self._copies
         begun = False
-        for share in self._copies.divided(pieces):
-            for first, past, nbytes in portions(share.pieces, IN_A_ROW // 3):
-                copy = partial(self._copies.copy_range, share, first, past, to_device, begun=begun)
-                refused = handle in _NULL_STREAMS and share.in_batches(first, past)
-                if self._too_many(handle, nbytes) or refused:
+        for share in copies.divided(pieces):
+            for first, past, elsewhere in self._turns(share, handle):
+                if elsewhere:
+                    copy = partial(copies.copy_range, share, first, past, to_device, begun=begun)
                     self._copy_on_other_stream(copy, stream, handle)
                 else:
-                    copy(handle)
+                    copies.copy_range(share, first, past, to_device, handle, begun)
                 begun = True
 
-    def _too_many(self, handle: int, nbytes: int) -> bool:
-        """Return whether ``nbytes`` more are too many in a row on a stream; count them."""
+    def _turns(self, share: _Share, handle: int) -> Iterator[tuple[int, int, bool]]:
+        """Yield the ranges of a share in their order, each with whether another stream copies it.
+
+        Portions that follow each other on the stream of ``handle`` are one range, since each call
+        of the driver costs the host as much as many entries.
+        """
+        joins = handle not in _NULL_STREAMS  # two plain copies would become a batch there
+        waiting = 0  # the first piece of the portions that form one range
         crossed = self._in_a_row.get(handle) or 0
-        too_many = crossed > 0 and crossed + nbytes > IN_A_ROW
-        self._in_a_row[handle] = 0 if too_many else crossed + nbytes
-        return too_many
+        for first, past, nbytes in portions(share.pieces, IN_A_ROW // 3):
+            rejected = not joins and share.in_batches(first, past)
+            too_many = crossed > 0 and crossed + nbytes > IN_A_ROW
+            crossed = 0 if too_many else crossed + nbytes
+            elsewhere = too_many or rejected
+            if elsewhere and waiting < first:
+                yield waiting, first, False
+            if elsewhere or not joins:
+                yield first, past, elsewhere
+                waiting = past
+        self._in_a_row[handle] = crossed
+        if waiting < share.pieces.number:
+            yield waiting, share.pieces.number, False
 
     def _copy_on_other_stream(
         self, copy: Callable[[int], None], stream: torch.Stream | None, handle: int

@@ -47,6 +47,21 @@ UNHIDDEN = {"d2h": 128 << 20, "h2d": 128 << 20}
 #: 18).
 SHORT = 16 << 20
 
+#: Bytes of the runs of a plan, before neighbours are merged, from which a copy engine moves a short
+#: copy while a model runs, unless a caller would wait longer for it than for the kernel.
+PAGE = 1 << 20
+
+#: The time of a copy of pages that a caller sees while a model runs: seconds of the call on the
+#: host, by strategy, and bytes of a second. Measured on an H100 with 12 MiB in pages of 2 MiB and
+#: new ids in each call, alongside a matmul (benchmarks/NOTES.md, section 30). The seconds of
+#: `batched_memcpy` are those before its host time was halved on a CPU (section 32): to be measured
+#: again on a device, which admits smaller copies.
+CALL = {"batched_memcpy": 225e-6, "zero_copy": 96e-6}
+ENGINE_RATE = 51e9
+KERNEL_RATE = {"d2h": 23e9, "h2d": 27e9}
+#: The rate of the kernel of few thread blocks on a device that does nothing else (same place).
+ALONE_RATE = 50e9
+
 #: Seconds of the device for each row of a 2-D copy, in addition to its bytes, by direction.
 #: Measured on an H200: up, 64 rows of 4 KiB reached 0.60 of a memcpy and rows of 512 B 0.16, which
 #: is 49 ns a row; down, rows of 4 KiB reached 0.45 and of 32 KiB 0.78, which is 92 and 168 ns.
@@ -87,12 +102,25 @@ class Pick(NamedTuple):
 
 
 def default_rule(
-    shapes: Mapping[str, Shape], direction: str, kernel: bool, idle: bool = False
+    shapes: Mapping[str, Shape],
+    direction: str,
+    kernel: bool,
+    idle: bool = False,
+    engine: bool = True,
 ) -> tuple[str, str]:
     """Return the strategy for a copy on a device that was not measured, and the reason as a phrase.
 
-    ``kernel``: the terms allow a kernel to move the copy. ``idle``: nothing hides the host's time.
+    Args:
+        kernel: the terms allow a kernel to move the copy.
+        idle: nothing hides the host's time.
+        engine: `batched_memcpy` can move the copy without a wait.
     """
+    if engine and not idle and _of_pages(shapes) and _engine_first(shapes, direction):
+        return (
+            "batched_memcpy",
+            f"for runs of {PAGE >> 20} MiB or more that arrive no later by a copy engine than by "
+            f"a kernel of few thread blocks while a model runs",
+        )
     staged = shapes["staged"]
     whole = shapes["batched_memcpy"]
     most = UNHIDDEN[direction] if idle else max(SMALL[direction], SHORT)
@@ -108,6 +136,20 @@ def default_rule(
             f"for runs of {EVEN >> 10} KiB or more that gathering would not merge",
         )
     return "staged", "for runs that are gathered into longer ones"
+
+
+def _of_pages(shapes: Mapping[str, Shape]) -> bool:
+    """Return whether every run of a copy that a kernel could move is a large page."""
+    return "zero_copy" in shapes and shapes["zero_copy"].run_bytes >= PAGE
+
+
+def _engine_first(shapes: Mapping[str, Shape], direction: str) -> bool:
+    """Return whether a caller waits no longer for a copy engine than for the kernel of few thread
+    blocks, while a model runs."""
+    nbytes = shapes["zero_copy"].nbytes
+    by_engine = CALL["batched_memcpy"] + nbytes / ENGINE_RATE
+    by_kernel = CALL["zero_copy"] + nbytes / KERNEL_RATE[direction]
+    return by_engine <= by_kernel
 
 
 def pick(
@@ -127,7 +169,7 @@ def pick(
     strategy that occupies the host least wins, then the first in `ORDER`. If no strategy was
     measured, `default_rule` decides, else the first in `ORDER`. A strategy that waits for the
     device is picked only if the terms leave no other. While a model runs, a kernel of few thread
-    blocks costs less than a host that waits.
+    blocks costs less than a host that waits, but moves pages at a part of the measured rate.
 
     Args:
         shapes: the copy as each possible strategy moves it.
@@ -138,6 +180,7 @@ def pick(
     Raises:
         Unsupported: no strategy is left; the message has the reason of each.
     """
+    idle = terms.overlap == "idle"
     excluded = _excluded(direction, shapes["staged"], terms)
     others = shapes.keys() - out.keys() - {"zero_copy"}
     if others and others <= waits and not terms.detached:
@@ -163,11 +206,10 @@ def pick(
         strategy = allowed[0].strategy
         why = "the only strategy that is left"
     elif any(one.seconds is not None for one in allowed):
-        part = NEW_PART if new_ids else PART
-        strategy, why = _quickest(candidates, able, terms.overlap == "idle", part)
+        strategy, why = _quickest(candidates, able, _waiting(shapes, direction, idle, new_ids))
     else:
-        idle = terms.overlap == "idle"
-        rule = default_rule(shapes, direction, kernel=not excluded, idle=idle)
+        engine = "batched_memcpy" in [one.strategy for one in candidates]
+        rule = default_rule(shapes, direction, not excluded, idle, engine)
         strategy, why = _unmeasured(candidates, *rule)
     return Pick(strategy, why, tuple(alternatives))
 
@@ -182,30 +224,55 @@ def _unmeasured(candidates: list[Alternative], wanted: str, rule: str) -> tuple[
     ].strategy, "the gentlest strategy that is left, as nothing was measured here"
 
 
-def _quickest(
-    allowed: list[Alternative], able: list[Alternative], idle: bool, part: float
-) -> tuple[str, str]:
-    """Return the strategy that occupies the host least of the quickest and its equals, and why."""
+class _Waiting(NamedTuple):
+    """The seconds that a caller waits for a copy.
 
-    def waited(one: Alternative) -> float:
-        """Return the seconds that a caller waits for a copy."""
+    Attributes:
+        idle: nothing hides the host's time.
+        part: the part of the host's time that counts.
+        slowed: the kernel takes that many times the measured seconds.
+    """
+
+    idle: bool
+    part: float
+    slowed: float
+
+    def seconds(self, one: Alternative) -> float:
+        """Return the seconds for a copy by one strategy."""
         if one.seconds is None:
             return inf
+        seconds = one.seconds
+        if one.strategy == "zero_copy":
+            seconds *= self.slowed
         host = one.host_seconds or 0.0
-        counts = idle or host * part / PART > one.seconds
-        return one.seconds + part * host if counts else one.seconds
+        counts = self.idle or host * self.part / PART > seconds
+        return seconds + self.part * host if counts else seconds
 
-    limit = min(map(waited, allowed)) * (1 + EQUAL)
-    equal = [one for one in allowed if waited(one) <= limit]
+
+def _waiting(shapes: Mapping[str, Shape], direction: str, idle: bool, new_ids: bool) -> _Waiting:
+    """Return how the seconds that a caller waits follow from the measured ones."""
+    slowed = ALONE_RATE / KERNEL_RATE[direction] if _of_pages(shapes) and not idle else 1.0
+    return _Waiting(idle, NEW_PART if new_ids else PART, slowed)
+
+
+def _quickest(
+    allowed: list[Alternative], able: list[Alternative], waiting: _Waiting
+) -> tuple[str, str]:
+    """Return the strategy that occupies the host least of the quickest and its equals, and why."""
+    limit = min(map(waiting.seconds, allowed)) * (1 + EQUAL)
+    equal = [one for one in allowed if waiting.seconds(one) <= limit]
     best = min(equal, key=lambda one: one.host_seconds or 0.0)  # the first of equals
     text = "the least time of the strategies that the terms allow"
     if len(equal) > 1:
         text = f"within {EQUAL * 100:g} % of {text}, and keeps the host least"
     text += ", as measured"
-    if idle:
+    if waiting.idle:
         text += ", with the host's part"
+    if waiting.slowed > 1 and best.strategy != "zero_copy":
+        times = f"{waiting.slowed:.1f} times as long alongside a model"
+        text += f"; a kernel of few thread blocks takes {times}"
     for one in able:
-        if one.refused and waited(one) < waited(best):
+        if one.refused and waiting.seconds(one) < waiting.seconds(best):
             text += f"; {one.strategy} would take less, but the terms exclude it"
     return best.strategy, text
 

@@ -18,7 +18,7 @@ from portakv.host import pinned
 from portakv.host.memcpy import MAX_PITCH
 from portakv.plan.loops import Loop, Nest
 from portakv.plan.plan import CopyPlan, Move
-from portakv.plan.runs import Int64, Runs, summed
+from portakv.plan.runs import ONLY_PLANE, Factors, Int64, Planes, Runs, summed, unmerged
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Steps
 from portakv.view.index import Index
@@ -76,6 +76,12 @@ class Pieces(NamedTuple):
         """Return all bytes that the pieces move."""
         return int(self.width @ self.height)
 
+    @property
+    def plain(self) -> bool:
+        """Return True if all pieces were made as plain copies; without a look at them, so False
+        says nothing."""
+        return self.dst_pitch is self.width
+
     def part(self, first: int, past: int) -> Pieces:
         """Return a range of the pieces."""
         return Pieces(*(column[first:past] for column in self))
@@ -88,11 +94,11 @@ class Pieces(NamedTuple):
 def portions(pieces: Pieces, most: int) -> Iterator[tuple[int, int, int]]:
     """Yield the ranges of pieces, in their order, that have about ``most`` bytes each; no piece is
     cut. A range is (first, past, bytes)."""
-    reached = np.cumsum(pieces.width * pieces.height)
-    total = int(reached[-1]) if reached.size else 0
-    if reached.size < 2 or total <= most:
-        yield 0, reached.size, total
+    total = pieces.nbytes
+    if pieces.number < 2 or total <= most:
+        yield 0, pieces.number, total
         return
+    reached = np.cumsum(pieces.width * pieces.height)
     nth = (reached - 1) // most
     ends = np.append(np.flatnonzero(np.diff(nth)) + 1, reached.size)
     first = before = 0
@@ -108,10 +114,15 @@ def pieces_of(plan: CopyPlan, move: Move, below: int = ALL) -> Pieces:
     src = move.src
     dst = move.dst
     several = plan.factors(move)
-    if any(_whole_entries(plan, view) for view in (src, dst)) and several[0].planes.src.size == 1:
+    if several[0].planes is ONLY_PLANE and (_whole_entries(plan, src) or _whole_entries(plan, dst)):
         # Each unit is all bytes at one address, so no unit joins another, and the ends of
         # allocations need no look-up.
         return _plain(_apart(_in_parts(summed(several), plan.nests[0].run), [])[0])
+    if below <= APART <= plan.run and not plan.by_unit and not _planes_meet(several):
+        # Wide runs stay separate pieces in any order. Each lies in the allocation of its plane, so
+        # the ends of allocations need no look-up.
+        runs = unmerged(several)
+        return _plain(_apart(runs, [])[0] if pinned.boundaries() else runs)
     if sum(planes.src.size * lines.src.size for planes, lines in several) >= LARGE:
         boundaries = _boundaries([src, dst])
         if all(_between(boundaries, *each) for each in several):
@@ -120,6 +131,14 @@ def pieces_of(plan: CopyPlan, move: Move, below: int = ALL) -> Pieces:
                 return folded[0]
             return Pieces(*(np.concatenate(column) for column in zip(*folded, strict=True)))
     return to_2d_copies(summed(several), src, dst, below)
+
+
+def _planes_meet(several: Sequence[Factors]) -> bool:
+    """Return whether a nest has one line in several planes, which may follow each other."""
+    for planes, lines in several:  # noqa: SIM110 - a hot path: a generator costs twice as much
+        if planes.src.size > 1 == lines.src.size:
+            return True
+    return False
 
 
 def _whole_entries(plan: CopyPlan, view: KVView) -> bool:
@@ -135,7 +154,7 @@ def _in_parts(runs: Runs, nbytes: int) -> Runs:
     return Runs(runs.src[of_run] + moved, runs.dst[of_run] + moved, np.full_like(moved, nbytes))
 
 
-def _between(boundaries: Int64, planes: Runs, lines: Runs) -> bool:
+def _between(boundaries: Int64, planes: Planes, lines: Runs) -> bool:
     """Return whether no plane's lines lie on both sides of a boundary."""
     if not boundaries.size or not lines.nbytes.size:
         return True
@@ -147,17 +166,19 @@ def _between(boundaries: Int64, planes: Runs, lines: Runs) -> bool:
     return True
 
 
-def _fold_factors(boundaries: Int64, below: int, planes: Runs, lines: Runs) -> Pieces:
+def _fold_factors(boundaries: Int64, below: int, planes: Planes, lines: Runs) -> Pieces:
     """Fold the planes or the lines, whichever gives fewer pieces, and return every line in every
     plane."""
     if not lines.nbytes.size:
         return _plain(lines)
     by_line = _least(lines, np.zeros((0, lines.nbytes.size), dtype=np.int64), below)
     areas = [_search(boundaries, planes[at] + lines[at].min(), "right") for at in (0, 1)]
-    by_plane = _least(planes, np.stack(areas), ALL if lines.nbytes.max() < below else 0)
-    if by_plane.number * lines.nbytes.size < by_line.number * planes.nbytes.size:
+    widest = lines.nbytes.max()
+    wide_planes = Runs(*planes, np.full(planes.src.size, widest, dtype=np.int64))
+    by_plane = _least(wide_planes, np.stack(areas), ALL if widest < below else 0)
+    if by_plane.number * lines.nbytes.size < by_line.number * planes.src.size:
         return _times(by_plane, _plain(lines))
-    return _times(_plain(planes), by_line)
+    return _times(_plain(wide_planes), by_line)
 
 
 def _times(planes: Pieces, lines: Pieces) -> Pieces:
@@ -172,7 +193,7 @@ def _times(planes: Pieces, lines: Pieces) -> Pieces:
 
 def _plain(runs: Runs) -> Pieces:
     src, dst, width = runs
-    return Pieces(dst, src, width, np.ones_like(width), width, width)
+    return Pieces(dst, src, width, np.ones(width.size, dtype=np.int64), width, width)
 
 
 def to_2d_copies(
@@ -190,7 +211,7 @@ def to_2d_copies(
 
 def _least(runs: Runs, areas: Int64, below: int = ALL) -> Pieces:
     """Fold runs, each in an area, in the order that gives the fewest pieces."""
-    if below <= APART <= runs.nbytes.min(initial=ALL):
+    if below <= APART <= np.minimum.reduce(runs.nbytes, initial=ALL):
         return _plain(runs)
     best = _in_order(runs, areas, below)
     for lag in _lags(runs):

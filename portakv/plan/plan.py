@@ -164,6 +164,16 @@ class CopyPlan:
         return factors(self._expansions, self.unit, move)
 
     @cached_property
+    def by_unit(self) -> bool:
+        """Return True if the number of a unit selects the entry of a table of addresses."""
+        return any(side.tabled for nest in self.nests for side in nest.sides)
+
+    @cached_property
+    def run(self) -> int:
+        """Return the bytes of the shortest contiguous run."""
+        return min(nest.run for nest in self.nests)
+
+    @cached_property
     def _expansions(self) -> list[Expansion]:
         return [Expansion(nest, self.unit) for nest in self.nests]
 
@@ -180,7 +190,7 @@ class CopyPlan:
                 f"consecutive slots."
             )
         form = getattr(self, side)
-        if view.form != form and view.form.untyped() != form:
+        if view.form is not form and view.form != form and view.form.untyped() != form:
             raise LayoutError(
                 f"The {name}, {view.layout.text!r}, has another form than the plan was made for; "
                 f"make a plan for the forms of these two views."

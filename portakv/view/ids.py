@@ -33,6 +33,8 @@ def as_ids(ids: object) -> torch.Tensor:
     if isinstance(ids, (list, tuple, range)):
         return torch.from_numpy(_array_of(ids))
     if isinstance(ids, np.ndarray):
+        if ids.dtype is _INT64 and ids.strides == (8,) and ids.flags.writeable:  # the usual case
+            return torch.from_numpy(ids)
         ids = _tensor_of(ids)
     if not isinstance(ids, torch.Tensor):
         raise SlotError(
@@ -57,8 +59,6 @@ def _array_of(ids: list[Any] | tuple[Any, ...] | range) -> npt.NDArray[np.int64]
 
 
 def _tensor_of(ids: npt.NDArray[Any]) -> torch.Tensor:
-    if ids.dtype is _INT64 and ids.strides == (8,) and ids.flags.writeable:  # the usual case
-        return torch.from_numpy(ids)
     if ids.dtype.kind != "i" or ids.dtype.itemsize not in (4, 8):
         raise SlotError(
             f"Expected an index of int32 or int64, got dtype {ids.dtype}. Convert it with "

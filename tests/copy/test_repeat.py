@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -17,15 +18,16 @@ from support.command_line import registered
 from support.device_cases import DEVICE
 from torch.cuda import _sleep
 
-from portakv import Index, KVView, LayoutError, SlotError, copy_blocks, copy_rows
+from portakv import Index, KVView, LayoutError, SlotError, TransferError, copy_blocks, copy_rows
 from portakv.backends.base import Capabilities, Launch, MoveLaunch, Pending
 from portakv.backends.reference import Reference
 from portakv.copy import submit as submitting
 from portakv.copy.settle import settle as really_settle
 from portakv.host import pinned
+from portakv.interconnect.link import TorchLink
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import caches
-from portakv.runtime.transfer import UNCHECKED, in_flight
+from portakv.runtime.transfer import UNCHECKED, copies_holding_memory, in_flight
 from portakv.view.addresses import RawMemory
 from portakv_conformance.simdev import delay
 
@@ -611,6 +613,38 @@ def test_a_strategy_is_picked_again_for_other_ids_of_the_host(
             copy_blocks(src, dst, [1, 2], bad, backend=backend)
     with pytest.raises(SlotError, match="occurs 2 times"):
         copy_blocks(src, dst, [1, 2], [3, 3], backend=backend)
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("copies", [1, 4], ids=["settled", "repeated"])
+@pytest.mark.parametrize("fails", [False, True], ids=["whole", "broken"])
+def test_host_memory_outlives_a_copy_engines_copies(
+    copies: int, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No allocator knows of such copies, and some of them are on their way after an error."""
+    torch.accelerator.synchronize(simulated.DEVICE)
+    assert copies_holding_memory() == 0
+    device = torch.zeros(SHAPE, dtype=torch.int32, device=simulated.DEVICE)
+    host = pinned.empty(SHAPE, torch.int32)
+    src = KVView(device, PAGED)
+    dst = KVView(host, PAGED)
+    for first in range(copies - 1):
+        copy_blocks(src, dst, [first, 9], [4, 5], backend="batched_memcpy").synchronize()
+    assert copies_holding_memory() == 0
+    real = TorchLink.copy
+
+    def copy(self: TorchLink, *args: Any) -> None:
+        real(self, *args)
+        raise TransferError("the link broke")
+
+    if fails:
+        monkeypatch.setattr(TorchLink, "copy", copy)
+    delay(simulated.current(), 100)
+    with pytest.raises(TransferError) if fails else nullcontext():
+        copy_blocks(src, dst, [7, 9], [4, 5], backend="batched_memcpy")
+    assert copies_holding_memory() == 1
+    torch.accelerator.synchronize(simulated.DEVICE)
+    assert copies_holding_memory() == 0
 
 
 @pytest.mark.simdev

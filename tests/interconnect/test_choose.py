@@ -170,6 +170,29 @@ def test_each_shape_of_a_copy_has_a_pick_of_its_own() -> None:
     assert few.strategy == "zero_copy"
 
 
+@pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+def test_pages_have_one_strategy_for_any_ids(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So their copies are repeated without a pick, and no runs are counted."""
+    monkeypatch.setattr(chosen, "costs_of", lambda device: UNMEASURED)
+    monkeypatch.setattr(picking, "SHORT", 16 << 20)
+    device = view("device")
+    pinned = view("pinned")
+    sides = (device, pinned) if downward else (pinned, device)
+    ids = torch.randperm(BLOCKS)[:60].tolist()  # 7.5 MiB
+    scattered = moved(*sides, Index(ids, SIZE), Index(ids[::-1], SIZE))
+    near = moved(*sides, Index(range(60), SIZE))
+    for page, strategy in ((128 << 10, "batched_memcpy"), (1 << 20, "zero_copy")):
+        monkeypatch.setattr(picking, "PAGE", page)
+        launch, _ = ready(60, *sides)
+        for each in (scattered, near):
+            result = launch.pick(each, quick=True)
+            assert (result.strategy, result.any_ids) == (strategy, True)
+            assert launch.pick(each).strategy == strategy
+    assert "for copies of up to 16 MiB" in result.why
+
+
 @pytest.mark.parametrize(
     ("below", "tall", "folds"),
     [(None, TALL, False), (None, 16, False), (1, TALL, False), (1, 16, True), (256, TALL, False),

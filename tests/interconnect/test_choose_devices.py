@@ -19,6 +19,7 @@ from support.small_backends import small_backend
 
 from portakv import CopyPlan, Index, KVView, copy_blocks
 from portakv.backends.base import Capabilities
+from portakv.host import pinned
 from portakv.interconnect import choose as chosen
 from portakv.interconnect import staging
 from portakv.interconnect.choose import Host, HostLaunch, across
@@ -65,6 +66,49 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
     move = transfer.move()
     known = move.src_index.on_host and move.dst_index.on_host
     assert how not in ORDER or launch.repeatable(move) is (launch if known else None)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("layers", [1, 2], ids=["one", "layers"])
+@pytest.mark.parametrize("side", [False, True])
+def test_pages_cross_by_a_copy_engine_for_any_ids(
+    accelerator: torch.device, layers: int, side: bool, downward: bool
+) -> None:
+    """New ids in each call, of which a third one repeats the decisions; -1 skips a page."""
+    stream = torch.Stream(accelerator) if side else torch.accelerator.current_stream()
+    page = 1 << 20
+    blocks = 20
+    shape = (layers, blocks, page)
+    drawn = torch.Generator().manual_seed(3)
+    rows = torch.randint(-128, 128, shape, dtype=torch.int8, generator=drawn)
+    device = [torch.zeros(blocks, page, dtype=torch.int8, device=accelerator) for _ in rows]
+    host = pinned.empty((blocks, layers, page), torch.int8)
+    on_device = KVView(device, "layer | block (token dim)", block_size=1)
+    on_host = KVView(host, "block layer (token dim)", block_size=1)
+    src, dst = (on_device, on_host) if downward else (on_host, on_device)
+    for seed in range(5):
+        read, written = (torch.randperm(blocks, generator=drawn)[:10].numpy() for _ in "ab")
+        if seed == 3:
+            read[4] = -1
+        source = rows.roll(seed, 1)
+        if downward:
+            for layer, each in zip(device, source, strict=True):
+                layer.copy_(each)
+            host.zero_()
+        else:
+            host.copy_(source.transpose(0, 1))
+            for layer in device:
+                layer.zero_()
+        torch.accelerator.synchronize(accelerator)
+        with stream:
+            transfer = copy_blocks(src, dst, read, written)
+        transfer.synchronize()
+        assert transfer.carried[0] == "batched_memcpy"
+        expected = torch.zeros_like(rows)
+        named = read >= 0
+        expected[:, written[named]] = source[:, read[named]]
+        moved = torch.stack([host[:, n] if downward else device[n].cpu() for n in range(layers)])
+        assert torch.equal(moved, expected)
 
 
 @DOWNWARD

@@ -258,7 +258,7 @@ def test_the_first_batch_alone_is_short(cuda: Crossing, monkeypatch: pytest.Monk
         monkeypatch.setattr(link, name, size)
     cuda.copy(plain(60), 5)
     if cuda.library.batches:
-        assert [call.copies for call in cuda.library.calls] == [3, 6, 11, 20, 20]
+        assert [call.copies for call in cuda.library.calls] == [3, 6, 12, 24, 15]
 
 
 def test_a_long_list_crosses_in_turns(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +271,34 @@ def test_a_long_list_crosses_in_turns(cuda: Crossing, monkeypatch: pytest.Monkey
         assert row[stream] <= 160
     assert streams.count(5) + streams.count(77) == 60
     assert cuda.log[-1] == "5 waits for 77"
+
+
+def test_portions_that_follow_each_other_are_one_call(
+    cuda: Crossing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The streams take turns as they would with a call for each portion."""
+    monkeypatch.setattr(link, "IN_A_ROW", 96)  # a portion is four copies
+    streams = cuda.copy(plain(40), 5)
+    if cuda.library.batches:
+        sizes = [call.copies for call in cuda.library.calls]
+        assert list(zip(streams, sizes, strict=True)) == [
+            (5, 12),
+            (77, 4),
+            (5, 12),
+            (77, 4),
+            (5, 8),
+        ]
+    else:
+        assert streams == [5] * 12 + [77] * 4 + [5] * 12 + [77] * 4 + [5] * 8
+
+
+@pytest.mark.parametrize("handle", [0, 1])
+def test_portions_of_one_copy_do_not_become_a_batch_on_the_default_stream(
+    cuda: Crossing, handle: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "IN_A_ROW", 24)  # a portion is one copy
+    cuda.copy(plain(6), handle)
+    assert {call.kind for call in cuda.library.calls} == {"p"}
 
 
 def test_who_is_asked_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

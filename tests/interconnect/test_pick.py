@@ -18,11 +18,16 @@ from portakv.interconnect.costs import DIRECTIONS, Point, Table
 from portakv.interconnect.link import FOLD_BELOW
 from portakv.interconnect.pageable import SIZES
 from portakv.interconnect.pick import (
+    ALONE_RATE,
+    CALL,
+    ENGINE_RATE,
     EQUAL,
     EVEN,
+    KERNEL_RATE,
     NARROW,
     NEW_PART,
     ORDER,
+    PAGE,
     PART,
     ROW,
     SHORT,
@@ -91,6 +96,58 @@ def test_the_default_rule_picks_what_the_measurements_behind_it_say(direction: s
     assert picked(large, even + 1, even + 1, direction, detached=True).strategy == "staged"
     pageable = dict.fromkeys(ORDER[:3], "it does not copy pageable memory")
     assert picked(large, 64, 64, direction, out=pageable).strategy == "pageable"
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_pages_go_to_a_copy_engine_if_a_caller_waits_no_longer(direction: str) -> None:
+    """A kernel of few thread blocks is slow alongside a model, and the call of a copy engine takes
+    longer."""
+    # Where both take as long: the calls differ by as much as the kernel is slower.
+    slower = 1 / KERNEL_RATE[direction] - 1 / ENGINE_RATE
+    even = (CALL["batched_memcpy"] - CALL["zero_copy"]) / slower
+    for payload, runs, terms, strategy in (
+        (12 * MIB, 6, {}, "batched_memcpy"),
+        (12 * MIB, 12, {}, "batched_memcpy"),
+        (12 * MIB, 13, {}, "zero_copy"),  # runs of less than 1 MiB
+        (2 * MIB, 1, {}, "zero_copy"),
+        (int(even) - 1, 1, {}, "zero_copy"),
+        (int(even) + 1, 1, {}, "batched_memcpy"),
+        (12 * MIB, 6, {"overlap": "idle"}, "zero_copy"),
+        (12 * MIB, 6, {"max_thread_blocks": 2}, "batched_memcpy"),
+    ):
+        result = picked(payload, runs, runs, direction, **terms)
+        assert result.strategy == strategy
+        assert ("for runs of 1 MiB or more" in result.why) == (strategy == "batched_memcpy")
+    pages = Shape(12 * MIB, 6, 6)
+    shapes = dict.fromkeys(ORDER, pages)
+    waits = frozenset({"batched_memcpy"})
+    assert pick(shapes, direction, OUT, Terms(), UNMEASURED, waits).strategy == "zero_copy"
+    # Neighbours that happen to meet are not pages: other ids would have another strategy.
+    shapes["zero_copy"] = Shape(12 * MIB, 192, 192)
+    shapes["batched_memcpy"] = Shape(12 * MIB, 1, 1)
+    assert pick(shapes, direction, OUT, Terms(), UNMEASURED).strategy == "zero_copy"
+
+
+@pytest.mark.parametrize("new_ids", [False, True])
+def test_measured_seconds_of_a_kernel_are_those_of_an_idle_device(new_ids: bool) -> None:
+    costs = table(
+        {"batched_memcpy": 1.0e-4, "zero_copy": 0.6e-4}, batched_memcpy=2.4e-2, zero_copy=2.3e-2
+    )
+
+    def strategy_and_reason(runs: int, overlap: Any) -> Pick:
+        shapes = dict.fromkeys(
+            ("staged", "batched_memcpy", "zero_copy"), Shape(8 * MIB, runs, runs)
+        )
+        return pick(shapes, "d2h", OUT, Terms(overlap), costs, new_ids=new_ids)
+
+    pages = strategy_and_reason(4, "compute")
+    assert pages.strategy == "batched_memcpy"
+    factor = ALONE_RATE / KERNEL_RATE["d2h"]
+    assert f"takes {factor:.1f} times as long alongside a model" in pages.why
+    assert strategy_and_reason(4, "idle").strategy == "zero_copy"
+    narrower = strategy_and_reason(16, "compute")
+    assert narrower.strategy == "zero_copy"
+    assert "alongside a model" not in narrower.why
 
 
 def test_what_the_rule_wants_may_not_serve() -> None:
@@ -247,6 +304,8 @@ def test_the_guide_tells_the_rule() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "host.md").read_text()
     flat = " ".join(page.split())
     to_host, to_device = (f"{ROW[direction] * 1e9:.0f} ns" for direction in DIRECTIONS)
+    more = CALL["batched_memcpy"] - CALL["zero_copy"]
+    down, up = (more / (1 / KERNEL_RATE[each] - 1 / ENGINE_RATE) / 1e6 for each in DIRECTIONS)
     for text in (
         f"those within {EQUAL * 100:.0f} % of the fewest seconds",
         f"of {LEAST_HEIGHT} or more that are narrower than {FOLD_BELOW >> 10} KiB, of {TALL} or "
@@ -260,6 +319,8 @@ def test_the_guide_tells_the_rule() -> None:
         f"runs of {WIDE >> 10} KiB or more",
         f"runs of {EVEN >> 10} KiB or more that a gather would not merge",
         f"three pinned buffers of at most {SIZES.largest >> 20} MiB each",
+        f"`batched_memcpy` for runs of {PAGE >> 20} MiB or more that a caller sees end no later",
+        f"copies of more than {down:.0f} MB from the device and {up:.0f} MB to it",
         f"for copies of up to {SHORT >> 20} MiB, and for host memory",
         "{} MiB from the device and {} MiB to it at".format(*(n >> 20 for n in SMALL.values())),
     ):

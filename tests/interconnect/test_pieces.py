@@ -26,7 +26,9 @@ from portakv.host import pinned
 from portakv.host._pages import PAGE
 from portakv.host.memcpy import MAX_PITCH
 from portakv.interconnect import pieces as folding
+from portakv.interconnect.link import FOLD_BELOW
 from portakv.interconnect.pieces import (
+    APART,
     LEAST_HEIGHT,
     TALL,
     Pieces,
@@ -221,6 +223,68 @@ def test_units_at_addresses_are_pieces_of_their_own(
         ends = begins + (pieces.height - 1) * pitch + pieces.width
         inside = (begins[:, None] < boundaries) & (boundaries < ends[:, None])
         assert not inside.any()
+
+
+WIDE_LAYOUTS = ("layer | block (token dim)", "layer block (token dim)", "block layer (token dim)")
+
+
+def wide_view(layout: str, start: int) -> KVView:
+    """Return 3 layers of 8 blocks in one piece of memory, which nothing reads."""
+    extents = {"layer": 3, "block": 8, "(token": APART}
+    inside = layout.partition("|")[2] or layout
+    shape = [extents[name] for name in inside.split() if name in extents]
+    layers = range(3 if "|" in layout else 1)
+    return KVView.at(
+        [start + 8 * APART * layer for layer in layers],
+        layout,
+        shape=shape,
+        dtype=torch.int8,
+        device="cpu",
+        pinned=True,
+        block_size=1,
+    )
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ([4, 1, 6], [2, 0, 5]),
+        ([4, 5, 0], [1, 2, 7]),
+        ([7, 0, 3], [7, 0, 3]),  # the last block of a layer and the first of the next one
+        (range(8), range(8)),
+        ([3], [6]),
+        ([], []),
+    ],
+    ids=["apart", "neighbours", "meeting", "all", "one", "none"],
+)
+@pytest.mark.parametrize("src_layout", WIDE_LAYOUTS)
+@pytest.mark.parametrize("dst_layout", WIDE_LAYOUTS)
+def test_wide_runs_stay_pieces(
+    src_layout: str,
+    dst_layout: str,
+    ids: tuple[Sequence[int], Sequence[int]],
+    cut: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neighbours in a plane are merged, and no piece crosses two registrations or allocations,
+    although all layers lie in one piece of memory."""
+    starts = (1 << 30, 1 << 32)
+    views = [wide_view(*each) for each in zip((src_layout, dst_layout), starts, strict=True)]
+    cuts = tuple(start + 5 * APART + 100 for start in starts) if cut else ()
+    monkeypatch.setattr(pinned, "boundaries", lambda: cuts)
+    src_ids, dst_ids = ids
+    indices = Index(list(src_ids)), Index(list(dst_ids))
+    move = Move(views[0], views[1], *indices, len(src_ids))
+    plan = plan_of(move)
+    pieces = judge(plan.runs(*move), pieces_of(plan, move, FOLD_BELOW), cuts)
+    assert (pieces.height == 1).all()
+    for view, start in zip(views, (pieces.src, pieces.dst), strict=True):
+        edges = view.addresses if view.entries > 1 else ()
+        for edge in edges:
+            assert not ((start < edge) & (edge < start + pieces.width)).any()
+    if not cut and ids[0] == [4, 5, 0] and src_layout == dst_layout == WIDE_LAYOUTS[0]:
+        assert sorted(pieces.width.tolist()) == [APART] * 3 + [2 * APART] * 3
 
 
 @pytest.mark.filterwarnings("ignore:Expected pinned host memory")

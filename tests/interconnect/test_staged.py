@@ -524,10 +524,10 @@ def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPa
         transfer.device_index = again
         transfer.go(tokens=32)
         assert len(expansions) == expected
-    known = len(transfer.prepared().cached)
+    known = len(transfer.prepared().copies.cached)
     transfer.device_index = Index.of(ids)  # for one call: it is never met again
     transfer.go(tokens=32)
-    assert (len(expansions), len(transfer.prepared().cached)) == (3, known)
+    assert (len(expansions), len(transfer.prepared().copies.cached)) == (3, known)
     # Another index of the same tensor may be made after its ids have changed.
     ids.copy_(ids.flip(0))
     transfer.device_index = Index(ids)
@@ -545,10 +545,10 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         indices.append(Index(torch.randperm(190)[: 8 + seed].tolist()))
         transfer.device_index = indices[-1]
         transfer.go(tokens=8 + seed if seed < 24 else 32)
-        launch = transfer.prepared()
-        number = sum(pieces.number + 1 for pieces in launch.cached.values())
-        assert 0 < launch.number == number <= 500
-        assert indices[-1].ids_token in next(reversed(launch.cached))
+        copies = transfer.prepared().copies
+        number = sum(pieces.number + 1 for pieces in copies.cached.values())
+        assert 0 < copies.number == number <= 500
+        assert indices[-1].ids_token in next(reversed(copies.cached))
 
 
 @pytest.mark.parametrize("strategy", [BatchedMemcpy, Staged])
