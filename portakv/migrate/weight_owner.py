@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,19 +14,23 @@ import torch
 from msgspec import msgpack
 
 from portakv.errors import (
+    BackendUnavailable,
     LayoutError,
     OfferGone,
     PeerError,
     TransferCancelled,
     TransferError,
     TransferTimeout,
+    Unsupported,
 )
-from portakv.migrate.channel import Channel
+from portakv.migrate.channel import Channel, Refused
 from portakv.migrate.described import strided
 from portakv.migrate.ipc import Opener
-from portakv.migrate.messages import unsealed
+from portakv.migrate.messages import Message, unsealed
 from portakv.migrate.parameters import Box, Cell, Item, part_of
 from portakv.migrate.published import MOST_BOXES, AskWeights, Weights, WeightsTicket
+from portakv.migrate.weight_lanes import Connect, Connected, SendSlice
+from portakv.migrate.weight_take import Receiver
 from portakv.runtime.bounded import Bounded
 
 T = TypeVar("T")
@@ -50,18 +55,25 @@ class Publication:
         self._handles = handles
         self._regions = dict[tuple[int, torch.device], torch.Tensor]()
         self._tensors = dict[tuple[str, torch.device], torch.Tensor]()
+        self._connecting = threading.Lock()
+        #: By the device of the reader's tensors, and the transport that the reader forces.
+        self._receivers = dict[tuple[torch.device, str | None], Receiver]()
 
     def tensor(
         self, name: str, like: torch.Tensor, openers: dict[torch.device, Opener]
     ) -> torch.Tensor:
         """Return an owner's tensor for a device of this process, and open its region if necessary.
 
-        Raises `PeerError` for a place outside of the owner's regions.
+        Raises `PeerError` for a place outside of the owner's regions, and `Unsupported` if the
+        memory cannot be mapped.
         """
         item = self.items[name]
         key = item.tie, like.device
         if key in self._tensors:
             return self._tensors[key]
+        if item.place is None and not self._handles:
+            why = "their owner does not export its memory"
+            raise Unsupported("Opening the weights", f"{why}; use a transport")
         if item.place is None or item.place[0] >= len(self._handles):
             raise self.wrong(name)
         (number, offset) = item.place
@@ -90,6 +102,32 @@ class Publication:
         except LayoutError:
             raise self.wrong(cell.name) from None
 
+    def receiver(
+        self, owner: Owner, device: torch.device, transport: str | None, why: str
+    ) -> Receiver:
+        """Return the lane by which the owner sends weights to a device; connect at the first call.
+
+        Raises `Unsupported` if the owner and this process have no transport.
+        """
+        key = device, transport
+        while not self._connecting.acquire(timeout=0.05):
+            owner.check()
+        try:
+            receiver = self._receivers.get(key)
+            if receiver is None or receiver.gone or receiver.lane.gone is not None:
+                if receiver is not None:
+                    receiver.release()
+                receiver = self._receivers[key] = _connected(owner, device, transport, why)
+            return receiver
+        finally:
+            self._connecting.release()
+
+    def close(self) -> None:
+        """Release the lanes; quick, for the thread that notices the end of a connection."""
+        for receiver in [*self._receivers.values()]:
+            receiver.drop()
+        self._receivers.clear()
+
     def wrong(self, name: str) -> PeerError:
         """Return the error of an owner whose description does not fit its memory."""
         return PeerError(
@@ -107,6 +145,16 @@ def _forget(key: tuple[bytes, str, bytes]) -> None:
     publication = publications.pop(key, None)
     if publication is not None:
         publication.unwatch()
+        publication.close()
+
+
+def _connected(owner: Owner, device: torch.device, transport: str | None, why: str) -> Receiver:
+    """Connect to an owner that sends weights."""
+    try:
+        return Receiver(owner, device, transport, why)
+    except (Refused, BackendUnavailable, Unsupported) as error:
+        reason = f"{why}; and they cannot be sent: {error}"
+        raise Unsupported(f"Pulling weights of {owner.address}", reason) from error
 
 
 class Owner:
@@ -148,15 +196,16 @@ class Owner:
         handles = self._all(
             "regions", AskWeights(self.id, what="regions"), lambda page: page.regions
         )
-        publication = Publication(self.address, dict(pairs), handles)
         # A channel publishes once, so what it published before is gone.
         for key in [key for key in [*publications] if key[:2] == self._key[:2]]:
-            _forget(key)
-        publications[self._key] = publication
+            if key != self._key:
+                _forget(key)
+        made = Publication(self.address, dict(pairs), handles)
+        publication = publications.setdefault(self._key, made)
+        if publication is not made:  # another pull was quicker, and may have a lane
+            return publication
         try:
-            publication.unwatch = self.channel.watch(
-                self.address, partial(publications.pop, self._key, None)
-            )
+            publication.unwatch = self.channel.watch(self.address, partial(_forget, self._key))
         except BaseException:
             publications.pop(self._key, None)
             raise
@@ -198,31 +247,35 @@ class Owner:
 
     def ask(self, request: AskWeights) -> Weights:
         """Return the owner's answer, after the owner has one."""
+        answer = self._accepted(request)
+        self.judge(answer)
+        return answer
+
+    def request_slice(self, request: SendSlice) -> Weights:
+        """Return the owner's answer after it has accepted the request; pass it to `judge`."""
+        return self._accepted(request)
+
+    def _accepted(self, request: AskWeights | SendSlice) -> Weights:
+        """Repeat a request while the owner is busy; raise if its weights changed meanwhile."""
         pause = 5e-4
         while True:
-            answer = self.once(request)
+            answer = self._ask(request, Weights)
             if answer.state == "held":
                 return answer
+            self.judge(answer)
             time.sleep(min(pause, max(0.0, self.until - time.monotonic())))
             pause = min(2 * pause, 0.05)
 
     def once(self, request: AskWeights) -> Weights:
         """Return the owner's answer, which may be busy; raise if its weights changed."""
-        left = self.until - time.monotonic()
-        self.check()
-        try:
-            answer = self.channel.ask(
-                self.address, request, Weights, min(left, self.channel.timeout)
-            )
-        except TransferTimeout:
-            if time.monotonic() < self.until:
-                raise
-            raise self.late() from None
+        answer = self._ask(request, Weights)
+        self.judge(answer)
+        return answer
+
+    def judge(self, answer: Weights) -> None:
+        """Raise if an answer says that the weights have changed, or are gone."""
         if answer.state == "gone":
-            _forget(self._key)
-            raise OfferGone(
-                f"The weights at {self.address} are no longer published; request a new ticket."
-            )
+            raise self._gone()
         if answer.state == "held" and self.version is None:
             self.version = answer.version
         if self.version not in (None, answer.version):
@@ -235,7 +288,39 @@ class Owner:
                 f"Expected {answer.replaced} at {self.address} in the memory that was published, "
                 f"got other memory. Have its process publish the weights again."
             )
+
+    def _ask(self, request: Message, kind: type[T]) -> T:
+        """Return the owner's answer to a message, in the time of the pull."""
+        left = self.until - time.monotonic()
+        self.check()
+        try:
+            return self.channel.ask(self.address, request, kind, min(left, self.channel.timeout))
+        except TransferTimeout:
+            if time.monotonic() < self.until:
+                raise
+            raise self.late() from None
+
+    def _gone(self) -> OfferGone:
+        """Forget the publication, and return the error of one that was closed."""
+        _forget(self._key)
+        return OfferGone(
+            f"The weights at {self.address} are no longer published; request a new ticket."
+        )
+
+    def connect(self, request: Connect) -> Connected:
+        """Return the owner's answer to a request for a lane."""
+        answer = self._ask(request, Connected)
+        if answer.gone:
+            raise self._gone()
         return answer
+
+    def receiver(self, device: torch.device, transport: str | None, why: str) -> Receiver:
+        """Return the lane by which the owner sends weights; see `Publication.receiver`."""
+        return self.publication.receiver(self, device, transport, why)
+
+    def number(self, name: str) -> int:
+        """Return the number of an item of the owner."""
+        return self.publication.numbers[name]
 
     def check(self) -> None:
         """Raise the error of a pull that was cancelled or whose time is over."""
