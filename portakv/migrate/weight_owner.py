@@ -247,30 +247,28 @@ class Owner:
 
     def ask(self, request: AskWeights) -> Weights:
         """Return the owner's answer, after the owner has one."""
-        answer = self._accepted(request)
+        pause = 5e-4
+        while True:
+            answer = self.once(request)
+            if answer.state == "held":
+                return answer
+            self.pause(pause)
+            pause = min(2 * pause, 0.05)
+
+    def pause(self, seconds: float) -> None:
+        """Wait before the next request to a busy owner, but not past the time of the pull."""
+        time.sleep(min(seconds, max(0.0, self.until - time.monotonic())))
+
+    def once(self, request: AskWeights) -> Weights:
+        """Return the owner's answer, which may be busy; raise if its weights changed."""
+        self.check()
+        answer = self._ask(request, Weights)
         self.judge(answer)
         return answer
 
     def request_slice(self, request: SendSlice) -> Weights:
-        """Return the owner's answer after it has accepted the request; pass it to `judge`."""
-        return self._accepted(request)
-
-    def _accepted(self, request: AskWeights | SendSlice) -> Weights:
-        """Repeat a request while the owner is busy; raise if its weights changed meanwhile."""
-        pause = 5e-4
-        while True:
-            answer = self._ask(request, Weights)
-            if answer.state == "held":
-                return answer
-            self.judge(answer)
-            time.sleep(min(pause, max(0.0, self.until - time.monotonic())))
-            pause = min(2 * pause, 0.05)
-
-    def once(self, request: AskWeights) -> Weights:
-        """Return the owner's answer, which may be busy; raise if its weights changed."""
-        answer = self._ask(request, Weights)
-        self.judge(answer)
-        return answer
+        """Return the owner's answer, which may be busy. After an error the owner may send it."""
+        return self._ask(request, Weights)
 
     def judge(self, answer: Weights) -> None:
         """Raise if an answer says that the weights have changed, or are gone."""
@@ -291,8 +289,7 @@ class Owner:
 
     def _ask(self, request: Message, kind: type[T]) -> T:
         """Return the owner's answer to a message, in the time of the pull."""
-        left = self.until - time.monotonic()
-        self.check()
+        left = max(0.0, self.until - time.monotonic())
         try:
             return self.channel.ask(self.address, request, kind, min(left, self.channel.timeout))
         except TransferTimeout:
@@ -309,6 +306,7 @@ class Owner:
 
     def connect(self, request: Connect) -> Connected:
         """Return the owner's answer to a request for a lane."""
+        self.check()
         answer = self._ask(request, Connected)
         if answer.gone:
             raise self._gone()

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _HOST = torch.device("cpu")
 _LOOK = 0.05  # seconds between two looks at a cancellation
 _ASK = 1.0  # seconds without bytes after which a pull requests the version
-_STOPPING = 0.5  # seconds for the slices in flight of a pull that has failed
+STOPPING = 0.5  # seconds for the slices in flight of a pull that has failed
 _FAREWELL = 0.5  # seconds for the last message of a lane
 _MOST_BYTES = 1 << 36  # of a staging buffer, which the owner chooses
 
@@ -66,7 +66,10 @@ class Sender(Protocol):
         """Return the owner's answer."""
 
     def request_slice(self, request: SendSlice) -> Weights:
-        """Return the owner's answer after it has accepted the request."""
+        """Return the owner's answer, which may be busy. After an error the owner may send it."""
+
+    def pause(self, seconds: float) -> None:
+        """Wait before the next request to a busy owner."""
 
     def judge(self, answer: Weights) -> None:
         """Raise the error of an answer that says that the weights have changed."""
@@ -217,17 +220,30 @@ class Incoming:
             buffer = self._buffer(receiver)
             with torch.inference_mode(False):
                 buffer = buffer[:nbytes]
-            receiver.tag += 1
+            request = SendSlice(owner.id, receiver.id, receiver.tag + 1, nbytes, boxes)
+            answer, moving = self._accepted(owner, receiver, request, buffer)
+            self._in_flight.append(_Slice(receiver, owner, buffer, moving, into, []))
+            owner.judge(answer)  # only now, because the owner sends the slice in any case
+
+    def _accepted(
+        self, owner: Sender, receiver: Receiver, request: SendSlice, buffer: torch.Tensor
+    ) -> tuple[Weights, Moving]:
+        """Return the owner's answer after it has accepted a request, and the transfer of its bytes
+        into a buffer."""
+        pause = 5e-4
+        while True:
+            owner.check()
             try:
-                answer = owner.request_slice(
-                    SendSlice(owner.id, receiver.id, receiver.tag, nbytes, boxes)
-                )
-                moving = receiver.lane.move(buffer, receiver.tag)
+                answer = owner.request_slice(request)
+                if answer.state == "held":
+                    receiver.tag = request.tag
+                    return answer, receiver.lane.move(buffer, request.tag)
             except BaseException:  # the owner may send the slice, which the next would take
                 receiver.release()
                 raise
-            self._in_flight.append(_Slice(receiver, owner, buffer, moving, into, []))
-            owner.judge(answer)  # only now, because the owner sends the slice in any case
+            owner.judge(answer)
+            owner.pause(pause)
+            pause = min(2 * pause, 0.05)
 
     def then(self, call: Callable[[], object]) -> None:
         """Call ``call`` after the copies of all slices that were requested until now."""
@@ -245,7 +261,7 @@ class Incoming:
 
     def __exit__(self, *_: object) -> None:
         """Give back all lanes; release those whose slices do not arrive any more."""
-        until = monotonic() + _STOPPING
+        until = monotonic() + STOPPING
         for each in [*self._copied, *self._in_flight]:
             if not each.moving.free.wait(max(0.0, until - monotonic())) or each.moving.error:
                 each.receiver.release()
