@@ -41,6 +41,10 @@ from portakv.runtime.streams import StreamFence
 
 _log = logging.getLogger(__name__)
 _HOST = torch.device("cpu")
+#: The slices of weights that are large enough, and the bytes below which no slice is made smaller.
+_SLICES = 8
+_LEAST_ON_HOST = 8 << 20
+_LEAST_ON_DEVICE = 64 << 20
 _MOST_LANES = 4  # of one reader: it has one for each kind of device
 LEAST = BUFFERS << 12  # bytes of the staging of a lane
 
@@ -86,6 +90,17 @@ class _Lane:
         self.key.end()
 
 
+def _buffer_bytes(total: int, most: int, device: torch.device) -> int:
+    """Return the bytes of a staging buffer for weights of ``total`` bytes.
+
+    Buffers are small enough that several slices are under way, and large enough that the number of
+    slices costs little.
+    """
+    least = _LEAST_ON_HOST if device.type == "cpu" else _LEAST_ON_DEVICE
+    wanted = min(total, max(least, total // _SLICES))
+    return max(4096, min(-(-wanted // 4096), most // 4096) * 4096)
+
+
 class Senders:
     """The lanes of an owner of weights to its readers. No call of a channel blocks.
 
@@ -107,9 +122,8 @@ class Senders:
         self.device = next(iter(self._tensors)) if len(self._tensors) == 1 else _HOST
         check_transport(transport, self.device)
         self._transport = forced(transport)
-        # No buffer is larger than all tensors together.
         total = packed_bytes(x.tensor.nbytes for x in parameters.values())
-        self.buffer_bytes = max(4096, min(nbytes // BUFFERS // 4096, -(-total // 4096)) * 4096)
+        self.buffer_bytes = _buffer_bytes(total, nbytes // BUFFERS, self.device)
         self._transports = dict[str, Transport]()  # by name and device
         self._lanes = dict[bytes, _Lane]()
         self._lock = threading.Lock()
