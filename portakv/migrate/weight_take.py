@@ -304,12 +304,12 @@ class Incoming:
 
 def _await(slice: _Slice, ended: Callable[[float], bool]) -> None:
     """Wait for the bytes of a slice, as long as the pull may and the weights stay."""
-    asked = monotonic()
+    last = monotonic()
     while not ended(_LOOK):
         slice.owner.check()
-        if monotonic() - asked > _ASK:
+        if monotonic() - last > _ASK:
             slice.owner.confirm()
-            asked = monotonic()
+            last = monotonic()
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
