@@ -147,7 +147,7 @@ def changes_are_noticed(
             change(remote, 7)
 
     between = AtSlice(channels(), 8, update)
-    pull = {"tickets": owner.ticket, "parameters": local, "transport": transport}
+    pull: Any = {"tickets": owner.ticket, "parameters": local, "transport": transport}
     with pytest.raises(TransferError, match="changed while they were pulled"):
         pull_weights(between, **pull)
     lose += [0, 0, 0, 1, 0, 0]
