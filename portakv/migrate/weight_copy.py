@@ -57,13 +57,11 @@ class Copies:
         """
         self._cells = plan.cells
         for number, owner in enumerate(self._owners):
-            cells = [n for n, cell in enumerate(plan.cells) if cell.owner == number]
+            cells = plan.numbers[number]
             try:
-                for n in cells:
-                    self._sources[n] = self._source(plan.cells[n])
+                opened = owner.publication.sources(plan, number, self._parameters, self._openers)
+                self._sources.update(zip(cells, opened, strict=True))
             except Unsupported as error:
-                for n in cells:
-                    self._sources.pop(n, None)
                 device = self._device(cells)
                 self._receivers[number] = owner.receiver(device, self._transport, str(error))
 
@@ -97,15 +95,20 @@ class Copies:
         pairs = list[tuple[torch.Tensor, torch.Tensor]]()
         wanted = defaultdict[int, list[Wanted]](list)
         parts = defaultdict[torch.device, list[Part]](list)
+        parameters = self._parameters
+        sources = self._sources
         for number, cell, unit, copied in batch.pieces:
-            tensor = self._parameters[cell.name].tensor
-            into = part_of(tensor, cell.box.start, cell.box.extents)
-            parts[tensor.device].append(Part(number, into, cell.box.offset, unit))
-            if copied and cell.owner in self._receivers:
-                wanted[cell.owner].append(Wanted(cell, tensor))
-            elif copied:
+            (name, owner, (offset, start, extents), _) = cell
+            tensor = parameters[name].tensor
+            into = part_of(tensor, start, extents)
+            parts[tensor.device].append(Part(number, into, offset, unit))
+            if not copied:
+                continue
+            if owner in self._receivers:
+                wanted[owner].append(Wanted(cell, tensor))
+            else:
                 whole = cell is self._cells[number]
-                pairs.append((into, self._sources[number] if whole else self._source(cell)))
+                pairs.append((into, sources[number] if whole else self._source(cell)))
         for number, some in wanted.items():
             incoming.request(number, some)
         copy_pairs(pairs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from msgspec import msgpack
@@ -27,14 +27,29 @@ from portakv.migrate.channel import Channel, Refused
 from portakv.migrate.described import strided
 from portakv.migrate.ipc import Opener
 from portakv.migrate.messages import Message, unsealed
-from portakv.migrate.parameters import Box, Cell, Item, part_of
+from portakv.migrate.parameters import Box, Cell, Item, Parameter, part_of
 from portakv.migrate.published import MOST_BOXES, AskWeights, Weights, WeightsTicket
 from portakv.migrate.weight_lanes import Connect, Connected, SendSlice
+from portakv.migrate.weight_plan import Plan
 from portakv.migrate.weight_take import Receiver
 from portakv.runtime.bounded import Bounded
 
 T = TypeVar("T")
 MOST_LISTING = 256 << 20  # the most bytes of an owner's list
+
+
+class WantedSums(NamedTuple):
+    """The checksums that a plan needs of an owner.
+
+    Attributes:
+        whole: some are those of whole boxes, which the owner lists together.
+        boxes: numbers of items, and the other boxes.
+        places: of the checksum of each cell, in the list of whole boxes followed by the others.
+    """
+
+    whole: bool
+    boxes: tuple[tuple[int, Box], ...]
+    places: list[int]
 
 
 class Publication:
@@ -55,6 +70,9 @@ class Publication:
         self._handles = handles
         self._regions = dict[tuple[int, torch.device], torch.Tensor]()
         self._tensors = dict[tuple[str, torch.device], torch.Tensor]()
+        # By plan, and the owner's number in it. A plan is of tensors of one description.
+        self._sources = Bounded[tuple[Plan, int], list[torch.Tensor]]("sources of weights", 8)
+        self._sums = Bounded[tuple[Plan, int], WantedSums]("checksums that plans need", 8)
         self._connecting = threading.Lock()
         #: By the device of the reader's tensors, and the transport that the reader forces.
         self._receivers = dict[tuple[torch.device, str | None], Receiver]()
@@ -101,6 +119,42 @@ class Publication:
             return part_of(tensor, cell.src, cell.box.extents)
         except LayoutError:
             raise self.wrong(cell.name) from None
+
+    def sources(
+        self,
+        plan: Plan,
+        number: int,
+        parameters: Mapping[str, Parameter],
+        openers: dict[torch.device, Opener],
+    ) -> list[torch.Tensor]:
+        """Return the sources of an owner's cells of a plan; raise the errors of `tensor`."""
+        key = plan, number
+        if key not in self._sources:
+            cells = [plan.cells[n] for n in plan.numbers[number]]
+            opened = [self.source(x, parameters[x.name].tensor, openers) for x in cells]
+            self._sources[key] = opened
+        return self._sources[key]
+
+    def sums_of(self, plan: Plan, number: int) -> WantedSums:
+        """Return which checksums a plan needs of the owner that has this number in it."""
+        return self._sums.get_or_make((plan, number), lambda: self._wanted_sums(plan, number))
+
+    def _wanted_sums(self, plan: Plan, number: int) -> WantedSums:
+        boxes = dict[tuple[str, Box], int]()
+        places = list[int]()
+        listed = False
+        pairs = list[tuple[str, Box]]()
+        for cell in (plan.cells[n] for n in plan.numbers[number]):
+            pairs.append((cell.name, cell.box._replace(start=cell.src)))
+            listed = listed or pairs[-1] in self.boxes
+        first = len(self.boxes) if listed else 0
+        for pair in pairs:
+            place = self.boxes.get(pair)
+            if place is None:
+                place = first + boxes.setdefault(pair, len(boxes))
+            places.append(place)
+        numbered = tuple((self.numbers[name], box) for name, box in boxes)
+        return WantedSums(listed, numbered, places)
 
     def receiver(
         self, owner: Owner, device: torch.device, transport: str | None, why: str
@@ -342,33 +396,20 @@ class Owner:
         """Report checksums that differ, so that the owner does not use them again."""
         self.once(AskWeights(self.id, len(self.publication.items), again=True))
 
-    def sums(self, cells: Sequence[Cell]) -> list[int]:
-        """Return the owner's checksums of cells of this owner."""
-        whole = self.publication.boxes
-        boxes = [x.box._replace(start=x.src) for x in cells]
+    def sums(self, plan: Plan, number: int) -> list[int]:
+        """Return the owner's checksums of its cells of a plan, in which it has this number."""
+        wanted = self.publication.sums_of(plan, number)
         listed = list[int]()
-        if any((x.name, box) in whole for x, box in zip(cells, boxes, strict=True)):
+        if wanted.whole:
             request = AskWeights(self.id, what="sums")
-            listed = self._all("checksums", request, lambda page: page.sums, total=len(whole))
-
-        sums = dict[tuple[str, Box], int]()
-        numbered = list[tuple[str, Box]]()
-        for cell, box in zip(cells, boxes, strict=True):
-            number = whole.get((cell.name, box))
-            if number is None:
-                numbered.append((cell.name, box))
-            else:
-                sums[cell.name, box] = listed[number]
-        for first in range(0, len(numbered), MOST_BOXES):
-            some = numbered[first : first + MOST_BOXES]
-            request = AskWeights(
-                self.id,
-                boxes=tuple((self.publication.numbers[name], box) for name, box in some),
-            )
-            answer = self.ask(request).sums
+            total = len(self.publication.boxes)
+            listed = self._all("checksums", request, lambda page: page.sums, total=total)
+        for first in range(0, len(wanted.boxes), MOST_BOXES):
+            some = wanted.boxes[first : first + MOST_BOXES]
+            answer = self.ask(AskWeights(self.id, boxes=some)).sums
             self._check_number(len(some), len(answer))
-            sums.update(zip(some, answer, strict=True))
-        return [sums[cell.name, box] for cell, box in zip(cells, boxes, strict=True)]
+            listed += answer
+        return [listed[place] for place in wanted.places]
 
     def _check_number(self, expected: int, got: int) -> None:
         if got != expected:

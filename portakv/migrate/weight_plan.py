@@ -33,12 +33,16 @@ class Batch:
     nbytes: int
 
 
-@dataclass
+@dataclass(eq=False)  # a plan is a key of what an owner's publication caches
 class Plan:
-    """The copies of a pull, for tensors and owners of one description."""
+    """The copies of a pull, for tensors and owners of one description.
+
+    ``numbers``: of the cells of each owner.
+    """
 
     cells: list[Cell]
     batches: list[Batch]
+    numbers: list[list[int]]
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +50,11 @@ class Plan:
 
 
 def plan_of(
-    cells: list[Cell], described: Mapping[str, Item], itemsizes: Mapping[str, int], most: int
+    cells: list[Cell],
+    described: Mapping[str, Item],
+    itemsizes: Mapping[str, int],
+    most: int,
+    owners: int,
 ) -> Plan:
     """Return the batches of cells, each of about ``most`` bytes. A tied tensor is copied once."""
     pieces = list[Piece]()
@@ -62,7 +70,10 @@ def plan_of(
         some = [*group]
         nbytes = sum(nbytes for _, nbytes, piece in some if piece.copied)
         batches.append(Batch([piece for *_, piece in some], nbytes))
-    return Plan(cells, batches)
+    numbers = [list[int]() for _ in range(owners)]
+    for number, cell in enumerate(cells):
+        numbers[cell.owner].append(number)
+    return Plan(cells, batches, numbers)
 
 
 def split(cell: Cell, most: int) -> Iterator[Cell]:

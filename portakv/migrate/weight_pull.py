@@ -114,12 +114,11 @@ def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
     here = copies.sums(len(planned.cells))
     wrong = list[str]()
     for number, owner in enumerate(owners):
-        numbers = [n for n, cell in enumerate(planned.cells) if cell.owner == number]
-        cells = [planned.cells[n] for n in numbers]
-        there = owner.sums(cells) if cells else []
-        differ = [here[n] != sum for n, sum in zip(numbers, there, strict=True)]
-        wrong += [cell.name for cell, differs in zip(cells, differ, strict=True) if differs]
-        if any(differ):
+        numbers = planned.numbers[number]
+        there = owner.sums(planned, number)
+        if there != [here[n] for n in numbers]:
+            differs = [n for n, sum in zip(numbers, there, strict=True) if here[n] != sum]
+            wrong += [planned.cells[n].name for n in differs]
             owner.refuse()
     for owner in owners:
         owner.confirm()
@@ -145,7 +144,7 @@ def _make_plan(request: PullRequest, owners: Sequence[Owner]) -> Plan:
     described = items_of(request.parameters)
     cells = plan(described, [x.publication.items for x in owners], request.some)
     itemsizes = {name: x.tensor.itemsize for name, x in request.parameters.items()}
-    return plan_of(cells, described, itemsizes, request.batch)
+    return plan_of(cells, described, itemsizes, request.batch, len(owners))
 
 
 def _signature(name: str, parameter: Parameter) -> object:
@@ -168,7 +167,7 @@ def _signature(name: str, parameter: Parameter) -> object:
 
 def _refuse_capture(parameters: Mapping[str, Parameter]) -> None:
     """Raise `Unsupported` while a graph capture records a device of the parameters."""
-    if any(capturing(each.tensor.device) for each in parameters.values()):
+    if any(map(capturing, {each.tensor.device for each in parameters.values()})):
         raise refuse_capture("Pulling weights", "processes exchange messages; do it before")
 
 

@@ -63,7 +63,7 @@ class _Buffer:
         self.free = True
 
 
-class _Lane:
+class Lane:
     """A lane to one reader: its transport, and its staging buffers."""
 
     def __init__(
@@ -78,12 +78,22 @@ class _Lane:
         self.why_broken = ""  # why a slice that was requested could not be sent
         device = transport.device
         with torch.inference_mode(False), StreamFence(device).inside():
-            whole = staging(BUFFERS * nbytes, device)
-            whole.zero_()  # no bytes of an earlier user of the memory are sent
-            #: The work that a worker's streams follow: the zeros here, nothing on other devices.
+            self.memory = staging(BUFFERS * nbytes, device)
+            self.buffers = [_Buffer(part) for part in self.memory.view(BUFFERS, -1)]
+            #: What the worker's streams follow: the work of the memory's earlier users.
             self.fences = [StreamFence(each) for each in {device, *tensors}]
-        self.buffers = [_Buffer(part) for part in whole.view(BUFFERS, -1)]
+        self.dirty = True  # the memory contains bytes of its earlier users
         self.lane = transport.lane(self.key, channel)
+
+    def clean(self) -> None:
+        """Zero all memory before its first use, so that no earlier user's bytes are sent.
+
+        The worker does so: a channel's thread must be quick. It zeros all buffers together, because
+        a transport registers the whole allocation.
+        """
+        if self.dirty:
+            self.memory.zero_()
+            self.dirty = False
 
     def end(self) -> None:
         """End the slices in flight, and release the transport's lane."""
@@ -125,7 +135,7 @@ class Senders:
         total = packed_bytes(x.tensor.nbytes for x in parameters.values())
         self.buffer_bytes = _buffer_bytes(total, nbytes // BUFFERS, self.device)
         self._transports = dict[str, Transport]()  # by name and device
-        self._lanes = dict[bytes, _Lane]()
+        self._lanes = dict[bytes, Lane]()
         self._lock = threading.Lock()
         # One worker: readers take turns, slice by slice.
         self._queue = graph.queue("send")
@@ -168,7 +178,7 @@ class Senders:
         name = f"{request.transport} {device}"
         transport = self._transports.get(name) or choose(device, request.transport)
         self._transports[name] = transport
-        lane = _Lane(self._channel, peer, transport, self.buffer_bytes, self._tensors)
+        lane = Lane(self._channel, peer, transport, self.buffer_bytes, self._tensors)
         with self._lock:
             self._lanes[request.lane] = lane
         peer.on_gone(partial(self._end, request.lane))
@@ -196,7 +206,7 @@ class Senders:
         self._queue.graph.submit([task], priority="urgent")
         return True
 
-    def _lane(self, peer: Peer, id: bytes) -> _Lane:
+    def _lane(self, peer: Peer, id: bytes) -> Lane:
         """Return a lane of a reader."""
         lane = self._lanes.get(id)
         if lane is None or lane.peer is not peer:
@@ -237,7 +247,7 @@ class Senders:
 
     # --- in the worker
 
-    def _send(self, lane: _Lane, buffer: _Buffer, request: SendSlice, *_: object) -> None:
+    def _send(self, lane: Lane, buffer: _Buffer, request: SendSlice, *_: object) -> None:
         """Pack a slice into its buffer, and send it.
 
         The reader waits for the bytes, so they are sent as zeros if the slice cannot be packed. The
@@ -252,6 +262,7 @@ class Senders:
                 current = torch.accelerator.current_stream(full.device.index)
                 full.record_stream(current)
             try:
+                lane.clean()
                 pack(full, self._parts(request))
             except Exception as error:  # whatever failed, the reader must not wait for its bytes
                 _log.exception("Weights could not be packed; their reader gets an error.")
@@ -259,7 +270,7 @@ class Senders:
                 full.zero_()
             self._move(lane, buffer, full, request.tag)
 
-    def _move(self, lane: _Lane, buffer: _Buffer, full: torch.Tensor, tag: int) -> None:
+    def _move(self, lane: Lane, buffer: _Buffer, full: torch.Tensor, tag: int) -> None:
         """Have the transport send a full buffer, which is free when it has crossed."""
         try:
             moving: Moving = lane.lane.move(full, tag)

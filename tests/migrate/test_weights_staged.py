@@ -331,6 +331,33 @@ def test_a_slice_that_cannot_be_packed_is_an_error_and_the_next_pull_connects_an
     owner.close()
 
 
+@pytest.mark.parametrize("cleans", [True, False])
+def test_no_bytes_of_other_users_of_the_memory_are_sent(
+    channels: Channels, monkeypatch: pytest.MonkeyPatch, cleans: bool
+) -> None:
+    """Boxes have gaps, and a library reaches all buffers. Without the zeros, the negative control,
+    the reader's buffers have them."""
+    taken = list[torch.Tensor]()
+
+    def used(nbytes: int, device: torch.device) -> torch.Tensor:
+        taken.append(torch.full((nbytes,), 0x5A, dtype=torch.uint8, device=device))
+        return taken[-1]
+
+    monkeypatch.setattr("portakv.migrate.weight_send.staging", used)
+    monkeypatch.setattr("portakv.migrate.weight_take.staging", used)
+    if not cleans:
+        monkeypatch.setattr("portakv.migrate.weight_send.Lane.clean", lambda lane: None)
+    owner = publish(channels(), {"a": torch.ones(3, dtype=torch.uint8), "b": torch.zeros(8)})
+    local = {"a": torch.zeros(3, dtype=torch.uint8), "b": torch.ones(8)}
+    pull_weights(channels(), owner.ticket, local)
+    assert local["a"].all()
+    sent, received = taken
+    gap = received.view(4, -1)[1, 3:16]
+    assert bool((gap == 0x5A).all()) is not cleans
+    assert bool((sent == 0x5A).any()) is not cleans
+    owner.close()
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_the_end_of_a_publication_in_the_middle_is_the_reason(
     channels: Channels, again: bool
