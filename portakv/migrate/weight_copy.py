@@ -17,7 +17,8 @@ from portakv.migrate.parameters import Cell, Parameter, part_of
 from portakv.migrate.weight_owner import Owner
 from portakv.migrate.weight_pairs import copy_pairs
 from portakv.migrate.weight_plan import Batch, Plan
-from portakv.migrate.weight_take import Incoming, Receiver, Wanted
+from portakv.migrate.weight_receiver import Terms
+from portakv.migrate.weight_take import Incoming, Wanted
 from portakv.runtime.devices import inside
 from portakv.runtime.streams import completion, side_stream
 from portakv.runtime.transfer import Completion
@@ -43,7 +44,7 @@ class Copies:
         self._openers = dict[torch.device, Opener]()
         self._cells = list[Cell]()
         self._sources = dict[int, torch.Tensor]()  # of whole cells whose owner's memory is mapped
-        self._receivers = dict[int, Receiver]()  # by the number of an owner that is not mapped
+        self._terms = dict[int, Terms]()  # by the number of an owner that is not mapped
         self._sums = BoxSums()
         # The ends of the batches in flight; streams that compute checksums after a batch's copy.
         self._in_flight = deque[list[Completion]]()
@@ -62,8 +63,8 @@ class Copies:
                 opened = owner.publication.sources(plan, number, self._parameters, self._openers)
                 self._sources.update(zip(cells, opened, strict=True))
             except Unsupported as error:
-                device = self._device(cells)
-                self._receivers[number] = owner.receiver(device, self._transport, str(error))
+                self._terms[number] = Terms(self._device(cells), self._transport, str(error))
+                owner.receiver(self._terms[number])
 
     def _device(self, cells: Sequence[int]) -> torch.device:
         """Return the device of all tensors of these cells, or the host."""
@@ -75,8 +76,8 @@ class Copies:
         lines = list[str]()
         for number, owner in enumerate(self._owners):
             how = "its memory is mapped"
-            if number in self._receivers:
-                receiver = self._receivers[number]
+            if number in self._terms:
+                receiver = owner.receiver(self._terms[number])
                 how = f"{receiver.transport.name} sends it through staging buffers: {receiver.why}"
             lines.append(f"{owner.address}: {how}.")
         return lines
@@ -88,7 +89,7 @@ class Copies:
 
     def incoming(self) -> Incoming:
         """Return the slices that owners send, a context in which `copy` may be called."""
-        return Incoming(self._receivers, self._owners)
+        return Incoming(self._terms, self._owners)
 
     def copy(self, batch: Batch, incoming: Incoming) -> None:
         """Copy a batch. The copies and their checksums may be in flight afterwards."""
@@ -104,7 +105,7 @@ class Copies:
             parts[tensor.device].append(Part(number, into, offset, unit))
             if not copied:
                 continue
-            if owner in self._receivers:
+            if owner in self._terms:
                 wanted[owner].append(Wanted(cell, tensor))
             else:
                 whole = cell is self._cells[number]

@@ -31,8 +31,9 @@ from portakv.migrate.parameters import Box, Cell, Item, Parameter, part_of
 from portakv.migrate.published import MOST_BOXES, AskWeights, Weights, WeightsTicket
 from portakv.migrate.weight_lanes import Connect, Connected, SendSlice
 from portakv.migrate.weight_plan import Plan
-from portakv.migrate.weight_take import Receiver
+from portakv.migrate.weight_receiver import Receiver, Terms
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.interrupts import abandoned, uninterrupted
 
 T = TypeVar("T")
 MOST_LISTING = 256 << 20  # the most bytes of an owner's list
@@ -50,6 +51,13 @@ class WantedSums(NamedTuple):
     whole: bool
     boxes: tuple[tuple[int, Box], ...]
     places: list[int]
+
+
+class _Planned:
+    """What a publication caches for a plan: its sources in mapped memory, and its checksums."""
+
+    sources: list[torch.Tensor] | None = None
+    sums: WantedSums | None = None
 
 
 class Publication:
@@ -71,8 +79,7 @@ class Publication:
         self._regions = dict[tuple[int, torch.device], torch.Tensor]()
         self._tensors = dict[tuple[str, torch.device], torch.Tensor]()
         # By plan, and the owner's number in it. A plan is of tensors of one description.
-        self._sources = Bounded[tuple[Plan, int], list[torch.Tensor]]("sources of weights", 8)
-        self._sums = Bounded[tuple[Plan, int], WantedSums]("checksums that plans need", 8)
+        self._planned = Bounded[tuple[Plan, int], _Planned]("sources of weights", 8)
         self._connecting = threading.Lock()
         #: By the device of the reader's tensors, and the transport that the reader forces.
         self._receivers = dict[tuple[torch.device, str | None], Receiver]()
@@ -128,16 +135,18 @@ class Publication:
         openers: dict[torch.device, Opener],
     ) -> list[torch.Tensor]:
         """Return the sources of an owner's cells of a plan; raise the errors of `tensor`."""
-        key = plan, number
-        if key not in self._sources:
+        planned = self._planned.get_or_make((plan, number), _Planned)
+        if planned.sources is None:
             cells = [plan.cells[n] for n in plan.numbers[number]]
-            opened = [self.source(x, parameters[x.name].tensor, openers) for x in cells]
-            self._sources[key] = opened
-        return self._sources[key]
+            planned.sources = [self.source(x, parameters[x.name].tensor, openers) for x in cells]
+        return planned.sources
 
     def sums_of(self, plan: Plan, number: int) -> WantedSums:
         """Return which checksums a plan needs of the owner that has this number in it."""
-        return self._sums.get_or_make((plan, number), lambda: self._wanted_sums(plan, number))
+        planned = self._planned.get_or_make((plan, number), _Planned)
+        if planned.sums is None:
+            planned.sums = self._wanted_sums(plan, number)
+        return planned.sums
 
     def _wanted_sums(self, plan: Plan, number: int) -> WantedSums:
         boxes = dict[tuple[str, Box], int]()
@@ -156,22 +165,27 @@ class Publication:
         numbered = tuple((self.numbers[name], box) for name, box in boxes)
         return WantedSums(listed, numbered, places)
 
-    def receiver(
-        self, owner: Owner, device: torch.device, transport: str | None, why: str
-    ) -> Receiver:
+    def receiver(self, owner: Owner, terms: Terms) -> Receiver:
         """Return the lane by which the owner sends weights to a device; connect at the first call.
 
         Raises `Unsupported` if the owner and this process have no transport.
         """
-        key = device, transport
+        receiver = self._receivers.get(terms[:2])
+        if receiver is not None and receiver.usable:
+            return receiver
+        return uninterrupted(partial(self._receiver, owner, terms))
+
+    def _receiver(self, owner: Owner, terms: Terms) -> Receiver:
+        """Connect, unless another pull does."""
         while not self._connecting.acquire(timeout=0.05):
             owner.check()
         try:
-            receiver = self._receivers.get(key)
-            if receiver is None or receiver.gone or receiver.lane.gone is not None:
-                if receiver is not None:
-                    receiver.release()
-                receiver = self._receivers[key] = _connected(owner, device, transport, why)
+            receiver = self._receivers.get(terms[:2])
+            if receiver is not None and receiver.usable:
+                return receiver
+            if receiver is not None:
+                receiver.release()
+            receiver = self._receivers[terms[:2]] = _connected(owner, terms)
             return receiver
         finally:
             self._connecting.release()
@@ -202,12 +216,12 @@ def _forget(key: tuple[bytes, str, bytes]) -> None:
         publication.close()
 
 
-def _connected(owner: Owner, device: torch.device, transport: str | None, why: str) -> Receiver:
+def _connected(owner: Owner, terms: Terms) -> Receiver:
     """Connect to an owner that sends weights."""
     try:
-        return Receiver(owner, device, transport, why)
+        return Receiver(owner, terms)
     except (Refused, BackendUnavailable, Unsupported) as error:
-        reason = f"{why}; and they cannot be sent: {error}"
+        reason = f"{terms.why}; and they cannot be sent: {error}"
         raise Unsupported(f"Pulling weights of {owner.address}", reason) from error
 
 
@@ -366,9 +380,9 @@ class Owner:
             raise self._gone()
         return answer
 
-    def receiver(self, device: torch.device, transport: str | None, why: str) -> Receiver:
+    def receiver(self, terms: Terms) -> Receiver:
         """Return the lane by which the owner sends weights; see `Publication.receiver`."""
-        return self.publication.receiver(self, device, transport, why)
+        return self.publication.receiver(self, terms)
 
     def number(self, name: str) -> int:
         """Return the number of an item of the owner."""
@@ -376,7 +390,7 @@ class Owner:
 
     def check(self) -> None:
         """Raise the error of a pull that was cancelled or whose time is over."""
-        if self._stopped():
+        if self._stopped() or abandoned():
             raise TransferCancelled("The pull of weights was cancelled. Do not use the weights.")
         if time.monotonic() >= self.until:
             raise self.late()

@@ -1,84 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reader's side of pulls of weights through staging buffers.
 
-A `Receiver` is a lane to one owner. `Incoming` has the slices of one pull, from all of its owners.
+`Incoming` has the slices of one pull, from all of its owners.
 While one slice crosses, the owner packs the next, and the reader copies from the one before.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from math import prod
-from secrets import token_bytes
 from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from portakv.errors import BackendUnavailable, PeerError, PortaKVError
-from portakv.migrate.channel import Channel
-from portakv.migrate.ipc import where
 from portakv.migrate.parameters import Cell, part_of
-from portakv.migrate.staging import staging
-from portakv.migrate.transports import choose, forced
 from portakv.migrate.transports.base import Moving
 from portakv.migrate.weight_lanes import (
     BUFFERS,
     MOST_BOX_BYTES,
     MOST_BOXES,
-    Connect,
-    Connected,
-    Leave,
     SendSlice,
     box_bytes,
-    lane_channel,
     packed_bytes,
     unpacked,
 )
 from portakv.migrate.weight_pairs import copy_pairs
 from portakv.migrate.weight_plan import split
+from portakv.migrate.weight_receiver import Receiver, Sender, Terms
 
 if TYPE_CHECKING:
     from portakv.migrate.published import Weights
 
-_HOST = torch.device("cpu")
 _LOOK = 0.05  # seconds between two looks at a cancellation
+_TURN = 2e-3  # seconds between two looks at a lane that another pull uses
 _ASK = 1.0  # seconds without bytes after which a pull requests the version
 STOPPING = 0.5  # seconds for the slices in flight of a pull that has failed
-_FAREWELL = 0.5  # seconds for the last message of a lane
-_MOST_BYTES = 1 << 36  # of a staging buffer, which the owner chooses
-
-
-class Sender(Protocol):
-    """The owner of weights, for one pull."""
-
-    channel: Channel
-    address: str
-    id: bytes
-
-    def check(self) -> None:
-        """Raise the error of a pull that was cancelled or whose time is over."""
-
-    def connect(self, request: Connect) -> Connected:
-        """Return the owner's answer."""
-
-    def request_slice(self, request: SendSlice) -> Weights:
-        """Return the owner's answer, which may be busy. After an error the owner may send it."""
-
-    def pause(self, seconds: float) -> None:
-        """Wait before the next request to a busy owner."""
-
-    def judge(self, answer: Weights) -> None:
-        """Raise the error of an answer that says that the weights have changed."""
-
-    def confirm(self) -> None:
-        """Ask the owner if the weights have changed, and raise the error."""
-
-    def number(self, name: str) -> int:
-        """Return the number of an item."""
 
 
 class Wanted(NamedTuple):
@@ -86,84 +44,6 @@ class Wanted(NamedTuple):
 
     cell: Cell
     tensor: torch.Tensor
-
-
-class Receiver:
-    """A lane by which one owner sends weights, and the staging buffers that it fills.
-
-    Attributes:
-        turn: held by the pull that uses the lane.
-        gone: the lane was released, so another pull needs another.
-        why: why the memory is not mapped, and why this transport was chosen.
-    """
-
-    def __init__(self, owner: Sender, device: torch.device, transport: str | None, why: str):
-        described = owner.connect(Connect(owner.id, bytes(16)))
-        # Another device of the same type: NCCL does not serve two processes on one.
-        same = described.device.partition(" ")[0] == device.type
-        if not same or described.device == where(device):
-            device = _HOST
-        name = forced(transport) or described.transport or None
-        try:
-            self.transport = choose(device, name)
-        except BackendUnavailable:
-            device = _HOST
-            self.transport = choose(device, name)
-        self.id = token_bytes(16)
-        self.address = owner.address
-        self.channel = owner.channel
-        self.turn = threading.Lock()
-        self.gone = False
-        self.tag = 0  # of the last slice that was requested
-        self.why = f"{described.why or why} ({self.transport.why})"
-        try:
-            request = Connect(owner.id, self.id, self.transport.name, where(device))
-            self.buffer_bytes = self._agreed(owner.connect(request), request)
-            self.lane = self.transport.lane(self.address, lane_channel(self.channel, self.id))
-            self.lane.meet(stop=self._stopping(owner))
-            with torch.inference_mode(False):  # else the buffers are views of no common memory
-                memory = staging(BUFFERS * self.buffer_bytes, device)
-                self.buffers: list[torch.Tensor] = [*memory.view(BUFFERS, -1)]
-        except BaseException:  # also an interrupt: no caller has the lane
-            self.release()
-            raise
-
-    def _agreed(self, answer: Connected, request: Connect) -> int:
-        """Return the bytes of a staging buffer; raise `PeerError` for an answer that differs."""
-        least = 4096
-        if answer.transport != request.transport or not (
-            least <= answer.buffer_bytes <= _MOST_BYTES
-        ):
-            raise PeerError(
-                f"Expected staging buffers of {least} to {_MOST_BYTES} bytes by "
-                f"{request.transport} from {self.address}, got {answer.buffer_bytes} by "
-                f"{answer.transport or 'none'}. Pull from another owner."
-            )
-        return answer.buffer_bytes
-
-    def _stopping(self, owner: Sender) -> Callable[[], bool]:
-        """Return a function that returns True if the pull must end."""
-
-        def stop() -> bool:
-            try:
-                owner.check()
-            except PortaKVError:
-                return True
-            return False
-
-        return stop
-
-    def release(self) -> None:
-        """Release the lane on both sides; its slices in flight end with an error."""
-        if not self.gone:
-            self.drop()
-            with suppress(PortaKVError):  # the owner may be gone
-                self.channel.tell(self.address, Leave(self.id), _FAREWELL)
-
-    def drop(self) -> None:
-        """Release the lane here; quick, for the thread that notices the end of a connection."""
-        self.gone = True
-        self.transport.close(0.0)
 
 
 class _Slice(NamedTuple):
@@ -180,33 +60,43 @@ class _Slice(NamedTuple):
 class Incoming:
     """The slices of one pull, which arrive in the order of the requests.
 
-    Use it as a context manager: it has the turn of each lane until then.
+    Use it as a context manager: no other pull uses its lanes until the end. ``terms``: by the
+    numbers of the owners that send weights.
     """
 
-    def __init__(self, receivers: Mapping[int, Receiver], owners: Sequence[Sender]) -> None:
-        self._receivers = receivers
+    def __init__(self, terms: Mapping[int, Terms], owners: Sequence[Sender]) -> None:
+        self._terms = terms
         self._owners = owners
-        self._turns = list[Receiver]()
+        self._receivers = dict[int, Receiver]()
         self._in_flight = deque[_Slice]()
         self._copied = deque[_Slice]()  # copied on a stream that follows the bytes
 
     def __enter__(self) -> Incoming:
-        """Take the turn of each lane. All pulls do so in one order, so none waits for another."""
-        order = sorted(self._receivers.items(), key=lambda each: each[1].id)
+        """Wait for each lane. All pulls do so in one order, so no two wait for each other."""
         try:
-            for number, receiver in order:
-                while not receiver.turn.acquire(timeout=_LOOK):
-                    self._owners[number].check()
-                self._turns.append(receiver)
-                if receiver.gone:  # the pull before had an error
-                    raise PeerError(
-                        f"Expected a lane to {receiver.address}, got one that another pull has "
-                        f"closed after an error. Pull again."
-                    )
+            for number in sorted(self._terms, key=self._order):
+                self._receivers[number] = self._claimed(number)
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def _order(self, number: int) -> tuple[str, bytes, str]:
+        owner = self._owners[number]
+        return owner.address, owner.id, str(self._terms[number].device)
+
+    def _claimed(self, number: int) -> Receiver:
+        """Return the lane to an owner, after another pull has left it."""
+        owner = self._owners[number]
+        while True:
+            receiver = owner.receiver(self._terms[number])
+            if receiver.claim(self):
+                if receiver.usable:
+                    return receiver
+                receiver.free(self)  # another pull has closed it; the owner's next one is new
+                receiver.release()
+            owner.check()
+            owner.pause(_TURN)
 
     def request(self, number: int, wanted: Sequence[Wanted]) -> None:
         """Request boxes of an owner, in as many slices as they need."""
@@ -260,16 +150,16 @@ class Incoming:
             self._settle()
 
     def __exit__(self, *_: object) -> None:
-        """Give back all lanes; release those whose slices do not arrive any more."""
+        """Leave all lanes; release those whose slices do not arrive any more."""
         until = monotonic() + STOPPING
         for each in [*self._copied, *self._in_flight]:
             if not each.moving.free.wait(max(0.0, until - monotonic())) or each.moving.error:
                 each.receiver.release()
+            each.receiver.ended += 1
         self._copied.clear()
         self._in_flight.clear()
-        for receiver in self._turns:
-            receiver.turn.release()
-        self._turns.clear()
+        for receiver in self._receivers.values():
+            receiver.free(self)
 
     def _buffer(self, receiver: Receiver) -> torch.Tensor:
         """Return the next staging buffer of a lane, after its last bytes were copied."""
@@ -300,6 +190,7 @@ class Incoming:
         _await(oldest, oldest.moving.wait)
         _await(oldest, oldest.moving.free.wait)
         self._copied.popleft()
+        oldest.receiver.ended += 1
 
 
 def _await(slice: _Slice, ended: Callable[[float], bool]) -> None:

@@ -256,6 +256,39 @@ def weights(folder: Path) -> Steps:
     in_other_thread(there.close)
 
 
+def sent_weights(folder: Path) -> Steps:
+    """Weights are published for a transport, and pulled through staging buffers."""
+    there = Channel(timeout=LIMIT)
+    here = Channel(timeout=LIMIT)
+    # One of them has two slices.
+    weights = {"a": torch.arange(5000.0), "b": torch.full((3, 5), 2)}
+    into = {name: torch.zeros_like(x) for name, x in weights.items()}
+    made = list[Published]()
+
+    def act() -> None:
+        published = publish(there, weights, expose="staging", staging=SMALL)
+        made.append(published)
+        prepare_weights(here, published.ticket, into)
+        pull_weights(here, published.ticket, into)
+        published.statistics()
+        published.close()
+
+    yield act
+    for published in made:
+        in_other_thread(published.close)
+
+    def again() -> bool:
+        published = publish(there, weights, expose="staging", staging=SMALL)
+        for _ in range(2):
+            pull_weights(here, published.ticket, into, timeout=LIMIT)
+        published.close()
+        return all(torch.equal(into[name], x) for name, x in weights.items())
+
+    assert in_other_thread(again)
+    in_other_thread(here.close)
+    in_other_thread(there.close)
+
+
 def meeting(folder: Path) -> Steps:
     """Keys are set and read by a rendezvous."""
     there = Channel(timeout=LIMIT)
@@ -297,7 +330,7 @@ NOT_CALLED = {
     "Pull.stop_copies": "`Pull.cancel` has a helper run it",
     "Pull.stopped": "`Pull.cancel` has a helper run it",
 }
-SCENARIOS = [channels, making, mapped, staged, weights, meeting]
+SCENARIOS = [channels, making, mapped, staged, weights, sent_weights, meeting]
 
 
 @pytest.mark.parametrize("scenario", by_width(SCENARIOS, [weights, staged, mapped]))

@@ -344,7 +344,7 @@ def test_no_bytes_of_other_users_of_the_memory_are_sent(
         return taken[-1]
 
     monkeypatch.setattr("portakv.migrate.weight_send.staging", used)
-    monkeypatch.setattr("portakv.migrate.weight_take.staging", used)
+    monkeypatch.setattr("portakv.migrate.weight_receiver.staging", used)
     if not cleans:
         monkeypatch.setattr("portakv.migrate.weight_send.Lane.clean", lambda lane: None)
     owner = publish(channels(), {"a": torch.ones(3, dtype=torch.uint8), "b": torch.zeros(8)})
