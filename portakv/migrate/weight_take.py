@@ -91,9 +91,9 @@ class Incoming:
         while True:
             receiver = owner.receiver(self._terms[number])
             if receiver.claim(self):
-                if receiver.usable:
+                if receiver.usable and receiver.tag == receiver.ended:
                     return receiver
-                receiver.free(self)  # another pull has closed it; the owner's next one is new
+                receiver.free(self)  # another pull has left it closed, or out of step
                 receiver.release()
             owner.check()
             owner.pause(_TURN)

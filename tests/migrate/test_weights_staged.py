@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from secrets import token_bytes
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,8 @@ from portakv.migrate.weight_lanes import (
     pack,
     packed_bytes,
 )
+from portakv.migrate.weight_receiver import Receiver, Terms
+from portakv.migrate.weight_take import Incoming
 from portakv_examples.channel_transport import ChannelTransport
 
 channels = pytest.fixture(make_channels)
@@ -531,6 +534,39 @@ def test_pulls_of_one_publication_take_turns(channels: Channels) -> None:
     for owner in owners:
         assert owner.statistics()["lanes"] == 1
         owner.close()
+
+
+class Left(Receiver):
+    """A lane that a pull has left: slices that the owner has accepted, and those that ended."""
+
+    def __init__(self, tag: int, ended: int) -> None:
+        self.tag = tag
+        self.ended = ended
+        self.gone = False
+        self.lane = SimpleNamespace(gone=None)
+        self.transport: Any = SimpleNamespace(close=lambda patience: None)
+        self._leave: Any = lambda: None
+        self._lock = threading.Lock()
+        self._user: Any = lambda: None
+
+
+def test_a_lane_that_an_interrupted_pull_left_is_not_used() -> None:
+    """It was in use when the next pull looked for it, so the pull finds that out by the claim."""
+    made = [Left(3, 2), Left(3, 3)]
+    lanes = iter(made)
+    owner: Any = SimpleNamespace(
+        address="a",
+        id=b"1",
+        receiver=lambda terms: next(lanes),
+        check=lambda: None,
+        pause=lambda seconds: None,
+    )
+    terms = {0: Terms(torch.device("cpu"), None, "")}
+    with Incoming(terms, [owner]) as incoming:
+        assert not made[1].claim(object)
+        assert made[1].claim(incoming)
+    assert [lane.gone for lane in made] == [True, False]
+    assert made[1].claim(object)
 
 
 def test_lanes_of_weights_do_not_touch_those_of_rows(channels: Channels) -> None:
