@@ -8,8 +8,6 @@ slice is some boxes of the owner's tensors, packed one after another into a stag
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
-from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast
 
 import torch
@@ -110,13 +108,23 @@ def unpacked(
     buffer: torch.Tensor, boxes: Sequence[tuple[torch.dtype, Sequence[int]]]
 ) -> list[torch.Tensor]:
     """Return the boxes that lie packed in a staging buffer, uint8 ``[nbytes]``, as contiguous
-    tensors. A box is its dtype and its extents."""
-    sizes = [prod(extents) * dtype.itemsize for dtype, extents in boxes]
-    starts = accumulate((packed_bytes([nbytes]) for nbytes in sizes), initial=0)
-    return [
-        buffer[start : start + nbytes].view(dtype).view(tuple(extents))
-        for start, nbytes, (dtype, extents) in zip(starts, sizes, boxes, strict=False)
-    ]
+    tensors. A box is its dtype and its extents; all together have at most ``nbytes`` bytes."""
+    typed = dict[torch.dtype, torch.Tensor]()
+    made = list[torch.Tensor]()
+    start = 0
+    for dtype, extents in boxes:
+        if dtype not in typed:
+            typed[dtype] = buffer.view(dtype)
+        strides = list[int]()
+        count = 1
+        for extent in reversed(extents):
+            strides.insert(0, count)
+            count *= extent
+        # One operator: to cut, to view as a dtype and as a shape takes three times as long.
+        first = typed[dtype].storage_offset() + start // dtype.itemsize
+        made.append(typed[dtype].as_strided(extents, strides, first))
+        start += -(-count * dtype.itemsize // _ALIGNED) * _ALIGNED
+    return made
 
 
 def pack(full: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:

@@ -102,9 +102,7 @@ class Incoming:
         """Request boxes of an owner, in as many slices as they need."""
         owner = self._owners[number]
         receiver = self._receivers[number]
-        for some in slices(wanted, receiver.buffer_bytes):
-            sizes = [prod(x.cell.box.extents) * x.tensor.itemsize for x in some]
-            nbytes = packed_bytes(sizes)
+        for some, nbytes in slices(wanted, receiver.buffer_bytes):
             boxes = tuple((owner.number(x.cell.name), x.cell.src, x.cell.box.extents) for x in some)
             into = [part_of(x.tensor, x.cell.box.start, x.cell.box.extents) for x in some]
             buffer = self._buffer(receiver)
@@ -208,18 +206,21 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.data_ptr() == other.data_ptr()
 
 
-def slices(wanted: Sequence[Wanted], most: int) -> Iterator[list[Wanted]]:
-    """Yield boxes in slices of at most ``most`` packed bytes; larger boxes are split."""
+def slices(wanted: Sequence[Wanted], most: int) -> Iterator[tuple[list[Wanted], int]]:
+    """Yield boxes in slices, each with its packed bytes, which are at most ``most``; split larger
+    boxes."""
     some = list[Wanted]()
     nbytes = 0
     encoded = 0
     for cell, tensor in wanted:
-        for part in split(cell, most // tensor.itemsize):
-            size = packed_bytes([prod(part.box.extents) * tensor.itemsize])
-            message = box_bytes(len(part.src))
+        itemsize = tensor.itemsize
+        for part in split(cell, most // itemsize):
+            extents = part.box.extents
+            size = packed_bytes((prod(extents) * itemsize,))
+            message = box_bytes(len(extents))
             full = nbytes + size > most or encoded + message > MOST_BOX_BYTES
             if some and (full or len(some) == MOST_BOXES):
-                yield some
+                yield some, nbytes
                 some = []
                 nbytes = 0
                 encoded = 0
@@ -227,4 +228,4 @@ def slices(wanted: Sequence[Wanted], most: int) -> Iterator[list[Wanted]]:
             nbytes += size
             encoded += message
     if some:
-        yield some
+        yield some, nbytes

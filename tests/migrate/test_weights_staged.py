@@ -47,6 +47,7 @@ from portakv.migrate.weight_lanes import (
     SendSlice,
     pack,
     packed_bytes,
+    unpacked,
 )
 from portakv.migrate.weight_receiver import Receiver, Terms
 from portakv.migrate.weight_take import Incoming
@@ -658,3 +659,25 @@ def ask_until_refused(channel: Channel, address: str, request: SendSlice) -> Non
 def test_packed_boxes_are_aligned() -> None:
     assert packed_bytes([]) == 0
     assert packed_bytes([1, 16, 17]) == 64
+
+
+def test_boxes_of_any_dtype_and_shape_are_unpacked_as_they_were_packed() -> None:
+    """In a buffer that is a part of an allocation; gaps between boxes stay."""
+    parts = [
+        torch.arange(5, dtype=torch.uint8),
+        torch.tensor(2.5, dtype=torch.float64),
+        torch.arange(30, dtype=torch.int16).view(5, 6)[:, ::2],
+        torch.arange(24, dtype=torch.float32).view(2, 3, 4).permute(2, 0, 1),
+        torch.complex(torch.arange(3.0), torch.ones(3)).to(torch.complex128),
+        torch.tensor([True, False, True]),
+    ]
+    whole = torch.full((4096,), 0x5A, dtype=torch.uint8)
+    buffer = whole[1024 : 1024 + packed_bytes(part.nbytes for part in parts)]
+    pack(buffer, parts)
+    boxes = unpacked(buffer, [(part.dtype, part.shape) for part in parts])
+    for box, part in zip(boxes, parts, strict=True):
+        assert torch.equal(box, part)
+        assert box.is_contiguous()
+    assert bool((buffer[5:16] == 0x5A).all())
+    assert bool((whole[:1024] == 0x5A).all())
+    assert bool((whole[1024 + buffer.nbytes :] == 0x5A).all())
