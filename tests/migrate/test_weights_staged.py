@@ -126,6 +126,37 @@ def test_weights_of_another_process_arrive_without_shared_memory(channels: Chann
         until(lambda: owner.do("answer = published.statistics()['staging']") == 0)
 
 
+_OTHER_HOST = """
+import torch
+from portakv.migrate import Channel, ipc, publish
+
+ipc.host_id = lambda: "another host"
+channel = Channel("tcp://127.0.0.1:0", secret=secret, timeout=20.0)
+weights = {f"{n}": torch.full((n + 1, 700), n).share_memory_() for n in range(9)}
+published = publish(channel, weights)
+answer = published.ticket, published.why_not_mapped
+"""
+
+
+def test_weights_that_another_host_shares_cross_by_tcp() -> None:
+    """The owner exports its memory for readers of its host; this reader has another host's id."""
+    secret = token_bytes(32)
+    with (
+        Peer() as owner,
+        closing(Channel("tcp://127.0.0.1:0", secret=secret, timeout=20.0)) as channel,
+    ):
+        ticket, why = owner.do(_OTHER_HOST, secret=secret)
+        assert not why
+        local = {f"{n}": torch.zeros(n + 1, 700, dtype=torch.int64) for n in range(9)}
+        assert "it is another host's" in prepare_weights(channel, ticket, local)
+        for _ in range(2):
+            pull_weights(channel, ticket, local)
+            assert all(bool((local[f"{n}"] == n).all()) for n in range(9))
+            for x in local.values():
+                x.fill_(-1)
+        assert owner.do("answer = published.statistics()['lanes']") == 1
+
+
 def test_tp_2_becomes_tp_3_through_staging_buffers(channels: Channels) -> None:
     qkv = whole_of((240, 80))
     down = whole_of((60, 120))
