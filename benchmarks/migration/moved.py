@@ -22,6 +22,7 @@ from portakv_benchmarks.shared.shapes import in_words
 from portakv_benchmarks.shared.trials import Method, Sample
 
 GROUP = "distributed"
+WEIGHTS = 16  # tensors that are published together
 
 
 def staged_steps(bench: MigrationBench) -> Iterator[Step]:
@@ -127,7 +128,26 @@ def _staged(bench: MigrationBench, transport: str) -> Rows:
             pull = partial(sides.timed, "pull", nbytes, ticket)
             methods = [sides.method("staged", pull, nbytes), sides.method("own", own, nbytes, True)]
             rows += _rows(bench, "staged", transport, nbytes, methods, {"of_own": "own"})
+        raw_copy = sides.method("own", own, nbytes, True)
+        rows += _weights(bench, sides, transport, nbytes, raw_copy)
     return rows
+
+
+def _weights(bench: MigrationBench, sides: Two, name: str, nbytes: int, raw: Method) -> Rows:
+    """Measure published weights that a transport sends, of as many bytes as the raw copy."""
+    payload = CASES[USUAL].payload(nbytes)
+    ticket = sides.owner.do("publish_staged", WEIGHTS, payload, name)
+    sides.reader.do("want", WEIGHTS, payload)
+    seen = list[bool]()
+
+    def call() -> Sample:
+        sample = sides.timed("weights", nbytes, ticket)
+        seen.append(sides.reader.do("has_weights"))
+        return sample
+
+    pull = Method("pull_weights", call, sides.change, lambda: all(seen), "")
+    label = f"weights by {name}"
+    return _rows(bench, "staged", label, nbytes, [pull, raw], {"of_own": "own"})
 
 
 def _scattered(bench: MigrationBench, name: str) -> Rows:

@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 
 from portakv.migrate import Parameter, open_shared, pull_weights
-from portakv.migrate.weight_copy import copy_pairs
+from portakv.migrate.weight_pairs import copy_pairs
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.migration.cases import BLOCKS, CASES, USUAL
 from portakv_benchmarks.migration.suite import MigrationBench

@@ -28,6 +28,7 @@ from portakv.migrate import (
     Ticket,
     open_shared,
     publish,
+    pull_weights,
     share,
 )
 from portakv.migrate.weights import Published
@@ -51,6 +52,7 @@ class Resources:
     reader: Reader | None = None
     owner: Owner | None = None
     weights: Published | None = None
+    wanted: dict[str, torch.Tensor] | None = None  # the destination of a pull of weights
     group: engines.Group | None = None  # of torch.distributed
     library: engines.Engine | None = None  # NIXL or Mooncake
     source: Cache | None = None  # the rows to offer
@@ -173,12 +175,15 @@ class Side:
         torch.get_device_module(self.device).synchronize()
 
     def timed(self, what: str, nbytes: int, ticket: str = "", times: int = 1, at: float = 0) -> Any:
-        """Do one of `pull`, `copy`, `send`, `receive` and `read` so often, not before a time; when
-        it began and ended, in seconds of the clock that all processes share."""
+        """Do one of `pull`, `weights`, `copy`, `send`, `receive` and `read` so often, not before a
+        time; when it began and ended, in seconds of the clock that all processes share."""
         n = self.case.payload(nbytes)
         self.settle()  # pulls follow the stream that `expect` fills: else its time would count
         calls: dict[str, Callable[[], Any]] = {
             "pull": lambda: self.pull(ticket, nbytes, overlap="idle"),
+            "weights": lambda: pull_weights(
+                self.channel, bytes.fromhex(ticket), ready(self.made.wanted)
+            ),
             "copy": lambda: self.copy(nbytes),
             "send": lambda: ready(self.made.group).send(ready(self.made.dense)[:n]),
             "receive": lambda: ready(self.made.group).receive(ready(self.made.landed)[:n]),
@@ -244,6 +249,33 @@ class Side:
         self.made.weights = weights
         shared = [share(one).hex() for one in (*made, dense)]
         return weights.ticket.hex(), shared[:-1], shared[-1]
+
+    def publish_staged(self, count: int, nbytes: int, transport: str) -> str:
+        """Publish weights of so many bytes in all for a transport alone; return the ticket."""
+        made = self._weights(count, nbytes)
+        for at, one in enumerate(made.values()):
+            fill(one.view(torch.int64), at)
+        self.settle()
+        weights = publish(self.channel, made, expose="staging", transport=transport)
+        self.made.weights = weights
+        return weights.ticket.hex()
+
+    def want(self, count: int, nbytes: int) -> None:
+        """Allocate memory for such weights."""
+        self.made.wanted = self._weights(count, nbytes)
+
+    def _weights(self, count: int, nbytes: int) -> dict[str, torch.Tensor]:
+        numbers = nbytes // count // 8 * 4
+        return {f"w{n}": memory((numbers,), torch.bfloat16, self.device) for n in range(count)}
+
+    def has_weights(self) -> bool:
+        """Return whether every byte of the last pull of weights is right; then erase it."""
+        same = True
+        for at, one in enumerate(ready(self.made.wanted).values()):
+            words = one.view(torch.int64)
+            same = same and torch.equal(words, fill(torch.empty_like(words), at))
+            words.zero_()
+        return same
 
     def loop(self, matmul: int, seconds: float) -> float:
         """Return the milliseconds of a loop of matrix products."""

@@ -156,10 +156,10 @@ class Cell(NamedTuple):
 def part_of(tensor: torch.Tensor, start: Dims, extents: Dims) -> torch.Tensor:
     """Return a part of a tensor; raise `LayoutError` if the tensor does not contain it."""
     part = tensor.detach()
-    if any(start) or tensor.shape != tuple(extents):  # else it is the whole tensor
+    if part.shape != extents or any(start):  # else it is the whole tensor
         axes = zip(start, extents, tensor.shape, strict=False)
         part = part[tuple(slice(a, a + n) for a, n, _ in axes)]
-    if part.shape != tuple(extents) or part.is_meta:
+    if part.shape != extents or part.is_meta:
         raise LayoutError(
             f"Expected a box in a tensor of shape {tuple(tensor.shape)} with memory, got "
             f"{tuple(extents)} elements from {tuple(start)} on, on {tensor.device}. Correct the "
@@ -174,10 +174,13 @@ def named(argument: str, parameters: Parameters) -> dict[str, Parameter]:
         raise invalid(argument, "a mapping of names to tensors", parameters)
     named = dict[str, Parameter]()
     for name, value in parameters.items():
-        text(f"a name in {argument}", name)
+        if type(name) is not str or not name.isascii() or not 0 < len(name) < 1024:
+            text(f"a name in {argument}", name)
         whole = isinstance(value, Parameter)
-        parameter = value if isinstance(value, Parameter) else Parameter(value)
-        tensor = instance(f"{argument}[{name!r}]", parameter.tensor, torch.Tensor)
+        parameter = value if isinstance(value, Parameter) else _whole(value)
+        tensor = parameter.tensor
+        if not isinstance(tensor, torch.Tensor):
+            instance(f"{argument}[{name!r}]", tensor, torch.Tensor)
         if why := _odd(tensor):
             raise LayoutError(f"Expected {name} to be a plain tensor, got {why}. Pass its parts.")
         if whole:
@@ -185,6 +188,17 @@ def named(argument: str, parameters: Parameters) -> dict[str, Parameter]:
             _check_boxes(name, parameter)
         named[name] = parameter
     return named
+
+
+def _whole(tensor: torch.Tensor) -> Parameter:
+    """Return the parameter of a whole tensor.
+
+    The class has the other fields' defaults. `Parameter(tensor)` sets each of them by
+    `object.__setattr__`, at half of the cost of a pull's checks.
+    """
+    made = object.__new__(Parameter)
+    vars(made)["tensor"] = tensor
+    return made
 
 
 def _odd(tensor: torch.Tensor) -> str:
@@ -222,8 +236,10 @@ def check_destinations(parameters: Mapping[str, Parameter]) -> None:
     for name, parameter in parameters.items():
         tensor = parameter.tensor
         strides = tensor.stride()
+        if 0 not in strides:
+            continue
         axes = zip(tensor.shape, strides, strict=True)
-        if 0 in strides and any(extent > 1 and stride == 0 for extent, stride in axes):
+        if any(extent > 1 and stride == 0 for extent, stride in axes):
             raise LayoutError(
                 f"Expected {name} to have memory for each element, got an expanded tensor. "
                 f"Pass a contiguous one."

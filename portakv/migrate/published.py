@@ -8,30 +8,27 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, ClassVar, Literal, TypeVar
-from weakref import WeakSet
+from typing import Annotated, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from msgspec import Meta, msgpack, structs
 
-from portakv.arguments import instance, invalid
-from portakv.errors import LayoutError
+from portakv.arguments import instance, invalid, nbytes, one_of
+from portakv.errors import Unsupported
 from portakv.graph.graph import Graph
-from portakv.graph.task import Task
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.checksum import Later, box_checksums
-from portakv.migrate.ipc import export_all
+from portakv.migrate.ipc import Held, export_all
 from portakv.migrate.messages import Count, Handle, Id, Message, Text, sealed
 from portakv.migrate.parameters import (
     Box,
     Item,
-    Parameter,
     Parameters,
     items_of,
     named,
-    part_of,
 )
-from portakv.runtime.bounded import Bounded
+from portakv.migrate.weight_lanes import Connect, Connected, SendSlice
+from portakv.migrate.weight_send import LEAST, Senders
+from portakv.migrate.weight_versions import Checksums, Update, Versioned
 from portakv.runtime.interrupts import uninterrupted
 
 T = TypeVar("T")
@@ -39,6 +36,8 @@ _PAGE = 40 << 10  # bytes of items, or of regions, in an answer
 MOST_ITEMS = 1 << 18  # of a publisher
 MOST_BOXES = 256  # of one request
 MOST_SUMS = 1 << 14  # of one answer
+STAGING = 256 << 20  # bytes of the staging buffers of one reader
+Expose = Literal["mapped", "staging"]
 
 
 class WeightsTicket(Message, frozen=True):
@@ -82,147 +81,27 @@ class Weights(Message, frozen=True):
     replaced: Text = ""
 
 
-class _Update:
-    """An update of published weights in progress."""
-
-
-class _Weights:
-    """Published tensors with their descriptions, and the number of their version."""
-
-    def __init__(self, parameters: dict[str, Parameter], items: dict[str, Item]) -> None:
-        self.parameters = parameters
-        self.items = items
-        self.changes = 0
-        # `parameters` retains the tensors, which may get other memory.
-        self._memory = {name: _memory_of(x.tensor) for name, x in parameters.items()}
-        # Updates in progress; weak, because the end of an update may be interrupted.
-        self.updates = WeakSet[_Update]()
-
-    def version(self) -> int:
-        """Return a number that grows with each change that this process can notice."""
-        version = self.changes
-        for parameter in [*self.parameters.values()]:
-            if not parameter.tensor.is_inference():  # inference tensors have no counter
-                version += parameter.tensor._version
-        return version
-
-    def replaced(self) -> str | None:
-        """Return the name of a tensor that has other memory than when it was published."""
-        parameters = {**self.parameters}
-        changed = (n for n, x in parameters.items() if _memory_of(x.tensor) != self._memory[n])
-        return next(changed, None)
-
-    def boxes(self) -> Iterator[tuple[str, torch.Tensor, Box]]:
-        """Yield each box of each item, with its tensor and the first name of its memory."""
-        parameters = {**self.parameters}
-        for name, item in self.items.items():
-            if name in parameters:  # else the publication was closed
-                for box in item.boxes:
-                    yield item.tie, parameters[name].tensor, box
-
-    def numbered(self, boxes: Sequence[tuple[int, Box]]) -> list[tuple[torch.Tensor, Box]]:
-        """Return boxes of numbered items with their tensors; raise `LayoutError` for a wrong
-        number."""
-        parameters = [*self.parameters.values()]
-        if any(number >= len(parameters) for number, _ in boxes):
-            raise LayoutError(f"Expected numbers below {len(parameters)}, got others. Pull again.")
-        return [(parameters[number].tensor, box) for number, box in boxes]
-
-
-def _memory_of(tensor: torch.Tensor) -> object:
-    """Return which memory a tensor has, and how its elements lie there."""
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
-
-
-class _Checksums:
-    """The checksums of published weights, computed once for each version by a worker.
-
-    Only the channel's thread calls `all` and `of`.
-    """
-
-    def __init__(self, weights: _Weights, graph: Graph) -> None:
-        self._weights = weights
-        self._queue = graph.queue("weights")
-        self._task: Task | None = None
-        # A part of each result's key: what a worker began before `forget` is not used after it.
-        self._forgotten = 0
-        self._done: tuple[tuple[int, int], list[int]] | None = None
-        self._later = Later[list[int]]("checksums of weights", self._queue)
-        self._parts = Bounded[tuple[int, int, bytes], list[int]](
-            "checksums of parts of weights", 256
-        )
-
-    def start(self) -> None:
-        """Compute the checksums of all boxes, unless a worker does."""
-        if self._task is None or self._task.ended:
-            self._task = Task(self._compute, 1, queue=self._queue, name="checksums")
-            self._queue.graph.submit([self._task])
-
-    def _compute(self, *_: object) -> None:
-        """Compute all checksums, each memory's once, and cache them with their version."""
-        weights = self._weights
-        before = self._forgotten, weights.version()
-        places = list[int]()
-        numbers = dict[object, int]()
-        boxes = list[tuple[torch.Tensor, Box]]()
-        for tie, tensor, box in weights.boxes():
-            number = numbers.setdefault((tie, box), len(boxes))
-            places.append(number)
-            if number == len(boxes):
-                boxes.append((tensor, box))
-        sums = checksums(boxes)
-        if not weights.updates and weights.version() == before[1]:
-            self._done = before, [sums[number] for number in places]
-
-    def all(self, version: int) -> list[int] | None:
-        """Return the checksums of all boxes of all items; None: a worker computes them.
-
-        Raises the worker's error.
-        """
-        done = self._done
-        if done is not None and done[0] == (self._forgotten, version):
-            return done[1]
-        task = self._task
-        if task is not None and task.ended and task.error is not None:
-            self._task = None
-            raise task.error
-        self.start()
-        return None
-
-    def refresh(self, version: int) -> None:
-        """Start to compute all checksums if they are those of another version."""
-        if self._done is None or self._done[0] != (self._forgotten, version):
-            self.start()
-
-    def of(self, request: AskWeights, version: int) -> list[int] | None:
-        """Return the checksums of the boxes of a request; None: a worker computes them."""
-        key = self._forgotten, version, msgpack.encode(request.boxes)
-        if key in self._parts:
-            return self._parts[key]
-        boxes = self._weights.numbered(request.boxes)
-        sums = self._later.answer(key, partial(checksums, boxes))
-        if sums is not None:
-            self._parts[key] = sums
-        return sums
-
-    def forget(self) -> None:
-        """Compute all checksums anew when they are next requested."""
-        self._forgotten += 1
-        self._done = None
-        self._parts.clear()
-
-
-def checksums(boxes: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
-    """Return the checksums of boxes of tensors, by their place in the whole tensor."""
-    return box_checksums((part_of(x, box.start, box.extents), box.offset) for x, box in boxes)
-
-
 class Published:
     """The result of `publish`: ``ticket``, for any process that may pull, `update`, `changed`,
-    `close`."""
+    `close`.
 
-    def __init__(self, channel: Channel, parameters: Parameters) -> None:
+    Attributes:
+        why_not_mapped: why readers cannot map the memory, so that it crosses by a transport; empty
+            if readers of this host map it.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        parameters: Parameters,
+        *,
+        staging: int = STAGING,
+        expose: Expose = "mapped",
+        transport: str | None = None,
+    ) -> None:
         instance("channel", channel, Channel)
+        staging = nbytes("staging", staging, LEAST)
+        one_of("expose", expose, get_args(Expose))
         channel.check_open()
         tensors = named("parameters", parameters)
         if not tensors:
@@ -230,19 +109,36 @@ class Published:
         if len(tensors) > MOST_ITEMS:
             raise invalid("parameters", f"at most {MOST_ITEMS} tensors", len(tensors))
         items = items_of(tensors)
-        self._weights = _Weights(tensors, items)
+        self._weights = Versioned(tensors, items)
         self._id = secrets.token_bytes(16)
         self.graph = Graph()
         self._changing = threading.Lock()
+        self._senders = Senders(channel, self.graph, tensors, staging, transport)
         self._synchronize()
+        self._regions = list[Held]()
+        self.why_not_mapped = ""
+        try:
+            self._export(expose)
+        except Unsupported as error:
+            self.why_not_mapped = str(error)
+        self._sums = Checksums(self._weights, self.graph)
+        self.ticket = sealed(WeightsTicket(channel.address, self._id))
+        channel.serve(AskWeights, self._answer)
+        channel.serve(Connect, self._connect)
+        channel.serve(SendSlice, self._send)
+        self._senders.serve()
+        self._sums.start()
+
+    def _export(self, expose: Expose) -> None:
+        """Let readers map the memory; raise `Unsupported` if they cannot."""
+        if expose != "mapped":
+            raise Unsupported("Mapping weights", "their owner exposes staging buffers alone")
+        items = self._weights.items
+        tensors = self._weights.parameters
         memory = {name: x.tensor for name, x in tensors.items() if items[name].tie == name}
         self._regions, places = export_all(memory, "Publishing parameters")
         for name, item in items.items():
             items[name] = structs.replace(item, place=places[item.tie])
-        self._sums = _Checksums(self._weights, self.graph)
-        self.ticket = sealed(WeightsTicket(channel.address, self._id))
-        channel.serve(AskWeights, self._answer)
-        self._sums.start()
 
     @contextmanager
     def update(self) -> Iterator[None]:
@@ -252,7 +148,7 @@ class Published:
         starts inside the block waits for its end. On a device the end of the block waits for the
         current stream: write on that stream.
         """
-        token = _Update()
+        token = Update()
         try:
             uninterrupted(partial(self._begin_update, token))
             yield
@@ -263,13 +159,13 @@ class Published:
         finally:
             uninterrupted(partial(self._end_update, token))
 
-    def _begin_update(self, token: _Update) -> None:
+    def _begin_update(self, token: Update) -> None:
         """Have pulls wait for the end of an update."""
         with self._changing:
             self._weights.updates.add(token)
             self._weights.changes += 1
 
-    def _end_update(self, token: _Update) -> None:
+    def _end_update(self, token: Update) -> None:
         """Let pulls begin again; those that overlapped the update fail."""
         with self._changing:
             self._weights.updates.discard(token)
@@ -316,9 +212,26 @@ class Published:
         page = tuple(_page([*items.items()][first:]))
         return Weights("held", len(items), page, version=version)
 
+    def _connect(self, peer: Peer, request: Connect) -> Connected:
+        if request.id != self._id or self.graph.closed.is_set():
+            return Connected(gone=True)
+        answer = self._senders.connect(peer, request)
+        return structs.replace(answer, why=self.why_not_mapped[:1024])
+
+    def _send(self, peer: Peer, request: SendSlice) -> Weights:
+        if request.id != self._id or self.graph.closed.is_set():
+            return Weights("gone")
+        sends = self._senders.send(peer, request)
+        return Weights("held" if sends else "busy", version=self._weights.version())
+
+    def statistics(self) -> dict[str, int]:
+        """Return the lanes to readers that do not map the memory (``lanes``), and the bytes of all
+        their staging buffers here (``staging``)."""
+        return {"lanes": self._senders.count, "staging": self._senders.staged_bytes}
+
     def _answer_sums(self, request: AskWeights, version: int) -> Weights:
         whole = not request.boxes
-        sums = self._sums.all(version) if whole else self._sums.of(request, version)
+        sums = self._sums.all(version) if whole else self._sums.of(request.boxes, version)
         if sums is None:
             return Weights("busy", version=version)
         if not whole:
@@ -332,6 +245,7 @@ class Published:
         Readers that mapped the memory release it at their next pull, or when the connection ends.
         """
         self.graph.close()
+        self._senders.close()
         for region in self._regions:
             region.close()
         self._weights.parameters.clear()
@@ -347,18 +261,33 @@ def _page(some: Sequence[T]) -> Iterator[T]:
         yield each
 
 
-def publish(channel: Channel, parameters: Parameters) -> Published:
+def publish(
+    channel: Channel,
+    parameters: Parameters,
+    *,
+    staging: int = STAGING,
+    expose: Expose = "mapped",
+    transport: str | None = None,
+) -> Published:
     """Let other processes pull these tensors, until `Published.close`.
 
     A channel publishes the parameters of the last call. Change them inside ``with
     published.update():`` only, else a pull may mix old and new values without an error. After a
     tensor gets other memory (``tensor.data = ...``), pulls fail with `PeerError` until the next
-    call. Readers map the memory, with the whole allocation around it. Host memory must be shared
-    before (``tensor.share_memory_()``), else this raises `Unsupported`.
+    call. Readers of this host map the memory, with the whole allocation around it; other readers
+    get the weights by a transport. Readers map host memory only if it was shared before
+    (``tensor.share_memory_()``); `Published.why_not_mapped` says why they do not.
 
     A worker computes the checksums of all tensors now, and again when a pull begins after a change.
 
+    Args:
+        staging: the most bytes of the staging buffers of one reader that does not map, on either
+            side. Both sides have them from its first pull until its connection ends.
+        expose: "mapped": readers on this host may map the memory, to be read and written;
+            "staging": all readers get copies by a transport.
+        transport: the name of the transport for readers that do not map; None: the reader's.
+
     Raises `InvalidTerms` and `LayoutError` for arguments other than a mapping of names to plain
-    tensors.
+    tensors, and `BackendUnavailable` for a ``transport`` that does not run here.
     """
-    return Published(channel, parameters)
+    return Published(channel, parameters, staging=staging, expose=expose, transport=transport)

@@ -3,33 +3,61 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from msgspec import msgpack
 
 from portakv.errors import (
+    BackendUnavailable,
     LayoutError,
     OfferGone,
     PeerError,
     TransferCancelled,
     TransferError,
     TransferTimeout,
+    Unsupported,
 )
-from portakv.migrate.channel import Channel
+from portakv.migrate.channel import Channel, Refused
 from portakv.migrate.described import strided
 from portakv.migrate.ipc import Opener
-from portakv.migrate.messages import unsealed
-from portakv.migrate.parameters import Box, Cell, Item, part_of
+from portakv.migrate.messages import Message, unsealed
+from portakv.migrate.parameters import Box, Cell, Item, Parameter, part_of
 from portakv.migrate.published import MOST_BOXES, AskWeights, Weights, WeightsTicket
+from portakv.migrate.weight_lanes import Connect, Connected, SendSlice
+from portakv.migrate.weight_plan import Plan
+from portakv.migrate.weight_receiver import Receiver, Terms
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.interrupts import abandoned, uninterrupted
 
 T = TypeVar("T")
 MOST_LISTING = 256 << 20  # the most bytes of an owner's list
+
+
+class WantedSums(NamedTuple):
+    """The checksums that a plan needs of an owner.
+
+    Attributes:
+        whole: some are those of whole boxes, which the owner lists together.
+        boxes: numbers of items, and the other boxes.
+        places: of the checksum of each cell, in the list of whole boxes followed by the others.
+    """
+
+    whole: bool
+    boxes: tuple[tuple[int, Box], ...]
+    places: list[int]
+
+
+class _Planned:
+    """What a publication caches for a plan: its sources in mapped memory, and its checksums."""
+
+    sources: list[torch.Tensor] | None = None
+    sums: WantedSums | None = None
 
 
 class Publication:
@@ -50,18 +78,27 @@ class Publication:
         self._handles = handles
         self._regions = dict[tuple[int, torch.device], torch.Tensor]()
         self._tensors = dict[tuple[str, torch.device], torch.Tensor]()
+        # By plan, and the owner's number in it. A plan is of tensors of one description.
+        self._planned = Bounded[tuple[Plan, int], _Planned]("sources of weights", 8)
+        self._connecting = threading.Lock()
+        #: By the device of the reader's tensors, and the transport that the reader forces.
+        self._receivers = dict[tuple[torch.device, str | None], Receiver]()
 
     def tensor(
         self, name: str, like: torch.Tensor, openers: dict[torch.device, Opener]
     ) -> torch.Tensor:
         """Return an owner's tensor for a device of this process, and open its region if necessary.
 
-        Raises `PeerError` for a place outside of the owner's regions.
+        Raises `PeerError` for a place outside of the owner's regions, and `Unsupported` if the
+        memory cannot be mapped.
         """
         item = self.items[name]
         key = item.tie, like.device
         if key in self._tensors:
             return self._tensors[key]
+        if item.place is None and not self._handles:
+            why = "their owner does not export its memory"
+            raise Unsupported("Opening the weights", f"{why}; use a transport")
         if item.place is None or item.place[0] >= len(self._handles):
             raise self.wrong(name)
         (number, offset) = item.place
@@ -90,6 +127,75 @@ class Publication:
         except LayoutError:
             raise self.wrong(cell.name) from None
 
+    def sources(
+        self,
+        plan: Plan,
+        number: int,
+        parameters: Mapping[str, Parameter],
+        openers: dict[torch.device, Opener],
+    ) -> list[torch.Tensor]:
+        """Return the sources of an owner's cells of a plan; raise the errors of `tensor`."""
+        planned = self._planned.get_or_make((plan, number), _Planned)
+        if planned.sources is None:
+            cells = [plan.cells[n] for n in plan.numbers[number]]
+            planned.sources = [self.source(x, parameters[x.name].tensor, openers) for x in cells]
+        return planned.sources
+
+    def sums_of(self, plan: Plan, number: int) -> WantedSums:
+        """Return which checksums a plan needs of the owner that has this number in it."""
+        planned = self._planned.get_or_make((plan, number), _Planned)
+        if planned.sums is None:
+            planned.sums = self._wanted_sums(plan, number)
+        return planned.sums
+
+    def _wanted_sums(self, plan: Plan, number: int) -> WantedSums:
+        boxes = dict[tuple[str, Box], int]()
+        places = list[int]()
+        listed = False
+        pairs = list[tuple[str, Box]]()
+        for cell in (plan.cells[n] for n in plan.numbers[number]):
+            pairs.append((cell.name, cell.box._replace(start=cell.src)))
+            listed = listed or pairs[-1] in self.boxes
+        first = len(self.boxes) if listed else 0
+        for pair in pairs:
+            place = self.boxes.get(pair)
+            if place is None:
+                place = first + boxes.setdefault(pair, len(boxes))
+            places.append(place)
+        numbered = tuple((self.numbers[name], box) for name, box in boxes)
+        return WantedSums(listed, numbered, places)
+
+    def receiver(self, owner: Owner, terms: Terms) -> Receiver:
+        """Return the lane by which the owner sends weights to a device; connect at the first call.
+
+        Raises `Unsupported` if the owner and this process have no transport.
+        """
+        receiver = self._receivers.get(terms[:2])
+        if receiver is not None and receiver.usable:
+            return receiver
+        return uninterrupted(partial(self._receiver, owner, terms))
+
+    def _receiver(self, owner: Owner, terms: Terms) -> Receiver:
+        """Connect, unless another pull does."""
+        while not self._connecting.acquire(timeout=0.05):
+            owner.check()
+        try:
+            receiver = self._receivers.get(terms[:2])
+            if receiver is not None and receiver.usable:
+                return receiver
+            if receiver is not None:
+                receiver.release()
+            receiver = self._receivers[terms[:2]] = _connected(owner, terms)
+            return receiver
+        finally:
+            self._connecting.release()
+
+    def close(self) -> None:
+        """Release the lanes; quick, for the thread that notices the end of a connection."""
+        for receiver in [*self._receivers.values()]:
+            receiver.drop()
+        self._receivers.clear()
+
     def wrong(self, name: str) -> PeerError:
         """Return the error of an owner whose description does not fit its memory."""
         return PeerError(
@@ -107,6 +213,16 @@ def _forget(key: tuple[bytes, str, bytes]) -> None:
     publication = publications.pop(key, None)
     if publication is not None:
         publication.unwatch()
+        publication.close()
+
+
+def _connected(owner: Owner, terms: Terms) -> Receiver:
+    """Connect to an owner that sends weights."""
+    try:
+        return Receiver(owner, terms)
+    except (Refused, BackendUnavailable, Unsupported) as error:
+        reason = f"{terms.why}; and they cannot be sent: {error}"
+        raise Unsupported(f"Pulling weights of {owner.address}", reason) from error
 
 
 class Owner:
@@ -148,15 +264,16 @@ class Owner:
         handles = self._all(
             "regions", AskWeights(self.id, what="regions"), lambda page: page.regions
         )
-        publication = Publication(self.address, dict(pairs), handles)
         # A channel publishes once, so what it published before is gone.
         for key in [key for key in [*publications] if key[:2] == self._key[:2]]:
-            _forget(key)
-        publications[self._key] = publication
+            if key != self._key:
+                _forget(key)
+        made = Publication(self.address, dict(pairs), handles)
+        publication = publications.setdefault(self._key, made)
+        if publication is not made:  # another pull was quicker, and may have a lane
+            return publication
         try:
-            publication.unwatch = self.channel.watch(
-                self.address, partial(publications.pop, self._key, None)
-            )
+            publication.unwatch = self.channel.watch(self.address, partial(_forget, self._key))
         except BaseException:
             publications.pop(self._key, None)
             raise
@@ -203,26 +320,28 @@ class Owner:
             answer = self.once(request)
             if answer.state == "held":
                 return answer
-            time.sleep(min(pause, max(0.0, self.until - time.monotonic())))
+            self.pause(pause)
             pause = min(2 * pause, 0.05)
+
+    def pause(self, seconds: float) -> None:
+        """Wait before the next request to a busy owner, but not past the time of the pull."""
+        time.sleep(min(seconds, max(0.0, self.until - time.monotonic())))
 
     def once(self, request: AskWeights) -> Weights:
         """Return the owner's answer, which may be busy; raise if its weights changed."""
-        left = self.until - time.monotonic()
         self.check()
-        try:
-            answer = self.channel.ask(
-                self.address, request, Weights, min(left, self.channel.timeout)
-            )
-        except TransferTimeout:
-            if time.monotonic() < self.until:
-                raise
-            raise self.late() from None
+        answer = self._ask(request, Weights)
+        self.judge(answer)
+        return answer
+
+    def request_slice(self, request: SendSlice) -> Weights:
+        """Return the owner's answer, which may be busy. After an error the owner may send it."""
+        return self._ask(request, Weights)
+
+    def judge(self, answer: Weights) -> None:
+        """Raise if an answer says that the weights have changed, or are gone."""
         if answer.state == "gone":
-            _forget(self._key)
-            raise OfferGone(
-                f"The weights at {self.address} are no longer published; request a new ticket."
-            )
+            raise self._gone()
         if answer.state == "held" and self.version is None:
             self.version = answer.version
         if self.version not in (None, answer.version):
@@ -235,11 +354,43 @@ class Owner:
                 f"Expected {answer.replaced} at {self.address} in the memory that was published, "
                 f"got other memory. Have its process publish the weights again."
             )
+
+    def _ask(self, request: Message, kind: type[T]) -> T:
+        """Return the owner's answer to a message, in the time of the pull."""
+        left = max(0.0, self.until - time.monotonic())
+        try:
+            return self.channel.ask(self.address, request, kind, min(left, self.channel.timeout))
+        except TransferTimeout:
+            if time.monotonic() < self.until:
+                raise
+            raise self.late() from None
+
+    def _gone(self) -> OfferGone:
+        """Forget the publication, and return the error of one that was closed."""
+        _forget(self._key)
+        return OfferGone(
+            f"The weights at {self.address} are no longer published; request a new ticket."
+        )
+
+    def connect(self, request: Connect) -> Connected:
+        """Return the owner's answer to a request for a lane."""
+        self.check()
+        answer = self._ask(request, Connected)
+        if answer.gone:
+            raise self._gone()
         return answer
+
+    def receiver(self, terms: Terms) -> Receiver:
+        """Return the lane by which the owner sends weights; see `Publication.receiver`."""
+        return self.publication.receiver(self, terms)
+
+    def number(self, name: str) -> int:
+        """Return the number of an item of the owner."""
+        return self.publication.numbers[name]
 
     def check(self) -> None:
         """Raise the error of a pull that was cancelled or whose time is over."""
-        if self._stopped():
+        if self._stopped() or abandoned():
             raise TransferCancelled("The pull of weights was cancelled. Do not use the weights.")
         if time.monotonic() >= self.until:
             raise self.late()
@@ -259,33 +410,20 @@ class Owner:
         """Report checksums that differ, so that the owner does not use them again."""
         self.once(AskWeights(self.id, len(self.publication.items), again=True))
 
-    def sums(self, cells: Sequence[Cell]) -> list[int]:
-        """Return the owner's checksums of cells of this owner."""
-        whole = self.publication.boxes
-        boxes = [x.box._replace(start=x.src) for x in cells]
+    def sums(self, plan: Plan, number: int) -> list[int]:
+        """Return the owner's checksums of its cells of a plan, in which it has this number."""
+        wanted = self.publication.sums_of(plan, number)
         listed = list[int]()
-        if any((x.name, box) in whole for x, box in zip(cells, boxes, strict=True)):
+        if wanted.whole:
             request = AskWeights(self.id, what="sums")
-            listed = self._all("checksums", request, lambda page: page.sums, total=len(whole))
-
-        sums = dict[tuple[str, Box], int]()
-        numbered = list[tuple[str, Box]]()
-        for cell, box in zip(cells, boxes, strict=True):
-            number = whole.get((cell.name, box))
-            if number is None:
-                numbered.append((cell.name, box))
-            else:
-                sums[cell.name, box] = listed[number]
-        for first in range(0, len(numbered), MOST_BOXES):
-            some = numbered[first : first + MOST_BOXES]
-            request = AskWeights(
-                self.id,
-                boxes=tuple((self.publication.numbers[name], box) for name, box in some),
-            )
-            answer = self.ask(request).sums
+            total = len(self.publication.boxes)
+            listed = self._all("checksums", request, lambda page: page.sums, total=total)
+        for first in range(0, len(wanted.boxes), MOST_BOXES):
+            some = wanted.boxes[first : first + MOST_BOXES]
+            answer = self.ask(AskWeights(self.id, boxes=some)).sums
             self._check_number(len(some), len(answer))
-            sums.update(zip(some, answer, strict=True))
-        return [sums[cell.name, box] for cell, box in zip(cells, boxes, strict=True)]
+            listed += answer
+        return [listed[place] for place in wanted.places]
 
     def _check_number(self, expected: int, got: int) -> None:
         if got != expected:

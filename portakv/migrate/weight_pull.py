@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from portakv.arguments import flag, instance, invalid, items, seconds
-from portakv.errors import TransferError
+from portakv.errors import PeerError, TransferError
 from portakv.interconnect.strategy import Terms
 from portakv.migrate.channel import Channel
 from portakv.migrate.parameters import (
@@ -19,8 +21,10 @@ from portakv.migrate.parameters import (
     named,
     plan,
 )
-from portakv.migrate.weight_copy import Copies, Plan, plan_of
+from portakv.migrate.transports import check_transport
+from portakv.migrate.weight_copy import Copies
 from portakv.migrate.weight_owner import Owner
+from portakv.migrate.weight_plan import Plan, plan_of
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.worker import RateLimit
@@ -42,7 +46,7 @@ class PullRequest:
     rate: float | None
     limit: float
     until: float
-    prepare: bool
+    transport: str | None = None
 
     @property
     def batch(self) -> int:
@@ -58,7 +62,7 @@ def checked(
     some: bool,
     max_gbps: float | None,
     timeout: float | None,
-    prepare: bool,
+    transport: str | None,
 ) -> PullRequest:
     """Return the arguments of a pull; raise `InvalidTerms` or `LayoutError` for wrong ones."""
     limit = seconds("timeout", timeout, above=True, optional=True)
@@ -69,40 +73,52 @@ def checked(
     check_destinations(destinations)
     rate = Terms(max_gbps=max_gbps).max_gbps
     _refuse_capture(destinations)
+    device = next((x.tensor.device for x in destinations.values()), torch.device("cpu"))
+    check_transport(transport, device)
     packed = _check_tickets(tickets)
-    return PullRequest(channel, packed, destinations, some, rate, limit, until, prepare)
+    return PullRequest(channel, packed, destinations, some, rate, limit, until, transport)
 
 
-def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
-    """Pull weights in this thread, and return the bytes."""
+def opened(
+    request: PullRequest, stopped: Callable[[], bool] = bool
+) -> tuple[Sequence[Owner], Plan, Copies]:
+    """Return the owners of a pull, its plan, and its copies, for which all owners are open."""
     owners = [
         Owner(request.channel, ticket, request.limit, request.until, stopped)
         for ticket in request.tickets
     ]
     planned = _plan(request, owners)
-    copies = Copies(owners, request.parameters)
+    copies = Copies(owners, request.parameters, request.transport)
     copies.open(planned)
-    if request.prepare:
-        return 0
+    return owners, planned, copies
 
+
+def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
+    """Pull weights in this thread, and return the bytes."""
+    owners, planned, copies = opened(request, stopped)
     pace = RateLimit(request.rate) if request.rate else None
     try:
-        for batch in planned.batches:
-            owner = owners[batch.pieces[0].cell.owner]
-            _wait_for_turn(pace, batch.nbytes, owner)
-            copies.copy(batch)
+        with copies.incoming() as incoming:
+            for batch in planned.batches:
+                owner = owners[batch.pieces[0].cell.owner]
+                _wait_for_turn(pace, batch.nbytes, owner)
+                copies.copy(batch, incoming)
+            incoming.finish()
+    except PeerError:
+        for owner in owners:
+            owner.confirm()  # the end of a publication is the better reason
+        raise
     finally:
         copies.synchronize()
 
     here = copies.sums(len(planned.cells))
     wrong = list[str]()
     for number, owner in enumerate(owners):
-        numbers = [n for n, cell in enumerate(planned.cells) if cell.owner == number]
-        cells = [planned.cells[n] for n in numbers]
-        there = owner.sums(cells) if cells else []
-        differ = [here[n] != sum for n, sum in zip(numbers, there, strict=True)]
-        wrong += [cell.name for cell, differs in zip(cells, differ, strict=True) if differs]
-        if any(differ):
+        numbers = planned.numbers[number]
+        there = owner.sums(planned, number)
+        if there != [here[n] for n in numbers]:
+            differs = [n for n, sum in zip(numbers, there, strict=True) if here[n] != sum]
+            wrong += [planned.cells[n].name for n in differs]
             owner.refuse()
     for owner in owners:
         owner.confirm()
@@ -128,7 +144,7 @@ def _make_plan(request: PullRequest, owners: Sequence[Owner]) -> Plan:
     described = items_of(request.parameters)
     cells = plan(described, [x.publication.items for x in owners], request.some)
     itemsizes = {name: x.tensor.itemsize for name, x in request.parameters.items()}
-    return plan_of(cells, described, itemsizes, request.batch)
+    return plan_of(cells, described, itemsizes, request.batch, len(owners))
 
 
 def _signature(name: str, parameter: Parameter) -> object:
@@ -151,7 +167,7 @@ def _signature(name: str, parameter: Parameter) -> object:
 
 def _refuse_capture(parameters: Mapping[str, Parameter]) -> None:
     """Raise `Unsupported` while a graph capture records a device of the parameters."""
-    if any(capturing(each.tensor.device) for each in parameters.values()):
+    if any(map(capturing, {each.tensor.device for each in parameters.values()})):
         raise refuse_capture("Pulling weights", "processes exchange messages; do it before")
 
 

@@ -23,7 +23,7 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.parameters import Parameters
 from portakv.migrate.published import Published as Published
 from portakv.migrate.published import publish as publish
-from portakv.migrate.weight_pull import PullRequest, checked, pull
+from portakv.migrate.weight_pull import PullRequest, checked, opened, pull
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.transfer import Completion, Pending, Transfer
@@ -117,6 +117,7 @@ def pull_weights(
     some: bool = False,
     max_gbps: float | None = None,
     timeout: float | None = 600.0,
+    transport: str | None = None,
     wait: Literal[True] = True,
 ) -> int: ...
 @overload
@@ -128,6 +129,7 @@ def pull_weights(
     some: bool = False,
     max_gbps: float | None = None,
     timeout: float | None = 600.0,
+    transport: str | None = None,
     wait: Literal[False],
 ) -> WeightsPull: ...
 def pull_weights(
@@ -138,27 +140,31 @@ def pull_weights(
     some: bool = False,
     max_gbps: float | None = None,
     timeout: float | None = 600.0,
+    transport: str | None = None,
     wait: bool = True,
 ) -> int | WeightsPull:
     """Fill tensors from owners that publish the same names, and return the bytes.
 
     Blocks until checksums agree, or with ``wait=False`` returns a `WeightsPull` immediately. Copies
-    on the current stream, or then on a separate stream that is ordered after it. The owners' memory
-    stays open for the next pull.
+    on the current stream, or then on a separate stream that is ordered after it. The memory of
+    owners on this host is mapped, and stays open for the next pull. Other owners send the weights
+    by a transport.
 
     Args:
         tickets: preferred owners first.
         some: owners have further parameters (the reader is one stage of a pipeline).
         max_gbps: the most 10^9 bytes in a second.
         timeout: seconds for the whole pull; None for no limit.
+        transport: the name of the transport for memory that cannot be mapped. None: the transport
+            that the owner names, else the first that runs here.
         wait: block until the end.
 
     Raises `LayoutError`, which lists all differences, and `InvalidTerms`, before it writes a byte.
     After any other error the tensors are undefined until a pull succeeds: `OfferGone`, `PeerError`,
-    `TransferTimeout`, `Unsupported` if an owner's memory cannot be mapped here, `TransferError` if
-    weights changed meanwhile, or with the names whose checksums differ.
+    `TransferTimeout`, `Unsupported` if an owner's memory can neither be mapped nor sent,
+    `TransferError` if weights changed meanwhile, or with the names whose checksums differ.
     """
-    request = checked(channel, tickets, parameters, some, max_gbps, timeout, False)
+    request = checked(channel, tickets, parameters, some, max_gbps, timeout, transport)
     if flag("wait", wait):
         return pull(request, bool)
     return WeightsPull(request)
@@ -171,9 +177,13 @@ def prepare_weights(
     *,
     some: bool = False,
     timeout: float | None = 600.0,
-) -> None:
-    """Open the owners' memory and plan the copies, so that `pull_weights` does not have to.
+    transport: str | None = None,
+) -> str:
+    """Open the owners' memory, or connect to those whose memory cannot be mapped, and plan the
+    copies, so that `pull_weights` does not have to.
 
-    Writes nothing. Takes the arguments, and raises the errors, of `pull_weights`.
+    Returns a line for each owner: how its weights cross, and why. Writes nothing. Takes the
+    arguments, and raises the errors, of `pull_weights`.
     """
-    pull(checked(channel, tickets, parameters, some, None, timeout, True), bool)
+    request = checked(channel, tickets, parameters, some, None, timeout, transport)
+    return "\n".join(opened(request)[-1].explain())

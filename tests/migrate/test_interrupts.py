@@ -47,7 +47,9 @@ from portakv.migrate import (
     shared_empty,
 )
 from portakv.migrate.rendezvous import ChannelStore
+from portakv.migrate.transports import TRANSPORTS
 from portakv.migrate.weights import Published
+from portakv_examples.channel_transport import ChannelTransport
 
 FILES = files_of("migrate", "graph", "runtime/interrupts.py")
 Steps = Generator[Callable[[], object], None, None]
@@ -256,6 +258,45 @@ def weights(folder: Path) -> Steps:
     in_other_thread(there.close)
 
 
+def sent_weights(folder: Path) -> Steps:
+    """Weights are published for a transport, and pulled through staging buffers.
+
+    The transport has no sockets: those of a gloo group that is cut off stay for its timeout.
+    """
+    TRANSPORTS.targets[ChannelTransport.name] = ChannelTransport
+    there = Channel(timeout=LIMIT)
+    here = Channel(timeout=LIMIT)
+    # One of them has two slices.
+    weights = {"a": torch.arange(5000.0), "b": torch.full((3, 5), 2)}
+    into = {name: torch.zeros_like(x) for name, x in weights.items()}
+    terms: Any = {"expose": "staging", "staging": SMALL, "transport": ChannelTransport.name}
+    made = list[Published]()
+
+    def act() -> None:
+        published = publish(there, weights, **terms)
+        made.append(published)
+        prepare_weights(here, published.ticket, into)
+        pull_weights(here, published.ticket, into)
+        published.statistics()
+        published.close()
+
+    yield act
+    for published in made:
+        in_other_thread(published.close)
+
+    def again() -> bool:
+        published = publish(there, weights, **terms)
+        for _ in range(2):
+            pull_weights(here, published.ticket, into, timeout=LIMIT)
+        published.close()
+        return all(torch.equal(into[name], x) for name, x in weights.items())
+
+    assert in_other_thread(again)
+    in_other_thread(here.close)
+    in_other_thread(there.close)
+    del TRANSPORTS.targets[ChannelTransport.name]
+
+
 def meeting(folder: Path) -> Steps:
     """Keys are set and read by a rendezvous."""
     there = Channel(timeout=LIMIT)
@@ -297,10 +338,10 @@ NOT_CALLED = {
     "Pull.stop_copies": "`Pull.cancel` has a helper run it",
     "Pull.stopped": "`Pull.cancel` has a helper run it",
 }
-SCENARIOS = [channels, making, mapped, staged, weights, meeting]
+SCENARIOS = [channels, making, mapped, staged, weights, sent_weights, meeting]
 
 
-@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [weights, staged, mapped]))
+@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [weights, sent_weights, staged, mapped]))
 def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) -> None:
     problems, count = orphans(scenario, tmp_path, FILES)
     print(f"{scenario.__name__}: {count} lines")

@@ -35,7 +35,6 @@ from portakv.errors import (
     PeerError,
     TransferError,
     TransferTimeout,
-    Unsupported,
 )
 from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
@@ -43,7 +42,7 @@ from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import unsealed
 from portakv.migrate.parameters import Box, Parameter
 from portakv.migrate.published import AskWeights, Weights, WeightsTicket
-from portakv.migrate.weight_copy import copy_pairs
+from portakv.migrate.weight_pairs import copy_pairs
 from portakv.migrate.weights import (
     publish,
     pull_weights,
@@ -427,10 +426,16 @@ def test_a_module_is_filled_from_another_one_as_it_is(channels: Channels) -> Non
     owner.close()
 
 
-def test_memory_that_cannot_be_mapped_is_refused(channels: Channels) -> None:
-    shared = torch.zeros(3).share_memory_()
-    with pytest.raises(Unsupported, match=r"^Publishing parameters\['b'\]: .*shared memory"):
-        publish(channels(), {"a": shared, "b": Parameter(torch.zeros(3))})
+def test_memory_that_cannot_be_mapped_crosses_by_a_transport(channels: Channels) -> None:
+    """The reason names the tensor."""
+    tensors = {"a": torch.arange(3.0).share_memory_(), "b": torch.arange(5.0)}
+    owner = publish(channels(), {"a": tensors["a"], "b": Parameter(tensors["b"])})
+    assert owner.why_not_mapped.startswith("Publishing parameters['b']: it does not lie in shared")
+    local = {name: torch.zeros_like(x) for name, x in tensors.items()}
+    assert pull_weights(channels(), owner.ticket, local) == 32
+    for name, x in tensors.items():
+        assert torch.equal(local[name], x)
+    owner.close()
 
 
 PUBLISH = """

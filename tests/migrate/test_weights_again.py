@@ -22,9 +22,10 @@ from portakv.errors import OfferGone, PeerError, TransferError
 from portakv.graph.graph import Graph
 from portakv.migrate import Parameter, prepare_weights, publish, pull_weights, weight_copy
 from portakv.migrate.parameters import Box, items_of
-from portakv.migrate.published import AskWeights, Weights, _Checksums, _Weights, checksums
-from portakv.migrate.weight_copy import copy_pairs, runs_of
+from portakv.migrate.published import Weights
 from portakv.migrate.weight_owner import publications
+from portakv.migrate.weight_pairs import copy_pairs, runs_of
+from portakv.migrate.weight_versions import Checksums, Versioned, checksums
 
 T = TypeVar("T")
 channels = pytest.fixture(make_channels)
@@ -196,7 +197,7 @@ def test_neighbours_on_the_host_are_one_copy() -> None:
     assert torch.equal(into, expected)
 
 
-class Slow(_Weights):
+class Slow(Versioned):
     """Weights whose first checksums wait at the end of their computation."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -219,7 +220,7 @@ def test_checksums_in_progress_are_not_used_after_they_were_refused() -> None:
     tensor = torch.arange(4)
     weights = Slow(tensor)
     with closing(Graph()) as graph:
-        sums = _Checksums(weights, graph)
+        sums = Checksums(weights, graph)
         assert sums.all(0) is None
         assert weights.computed.wait(20)
         tensor.numpy()[:] = 7
@@ -232,14 +233,14 @@ def test_checksums_of_parts_are_not_used_after_they_were_refused() -> None:
     """They are complete, but the reader that requested them has not come back."""
     tensor = torch.arange(4)
     box = Box((0,), (0,), (3,))
-    request = AskWeights(bytes(16), boxes=((0, box),))
+    boxes = [(0, box)]
     with closing(Graph()) as graph:
-        sums = _Checksums(Slow(tensor), graph)
-        assert sums.of(request, 0) is None
+        sums = Checksums(Slow(tensor), graph)
+        assert sums.of(boxes, 0) is None
         repeated(lambda: not graph.live or None)
         tensor.numpy()[:] = 7
         sums.forget()
-        assert repeated(lambda: sums.of(request, 0)) == checksums([(tensor, box)])
+        assert repeated(lambda: sums.of(boxes, 0)) == checksums([(tensor, box)])
 
 
 def repeated(request: Callable[[], T | None]) -> T:

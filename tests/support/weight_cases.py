@@ -12,6 +12,7 @@ import torch
 
 from portakv.migrate.channel import Channel
 from portakv.migrate.published import AskWeights
+from portakv.migrate.weight_lanes import SendSlice
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -56,10 +57,34 @@ class Between(Channel):
         self.timeout = channel.timeout
 
     def ask(self, address: str, requested: Any, kind: Any, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
-        sums = requested.boxes or requested.what == "sums"
+        sums = isinstance(requested, AskWeights) and (
+            bool(requested.boxes) or requested.what == "sums"
+        )
         if sums and not self.requested:
             self.before()
         self.requested |= {requested} if sums else set()
+        return self.channel.ask(address, requested, kind, *arguments, **named)
+
+
+class AtSlice(Channel):
+    """A channel that does something once, before it requests the slice of a number."""
+
+    def __init__(self, channel: Channel, number: int, before: Callable[[], object]) -> None:
+        self.channel = channel
+        self.id = channel.id
+        self.address = channel.address
+        self.timeout = channel.timeout
+        self.watch = channel.watch  # type: ignore[method-assign]
+        self.tell = channel.tell  # type: ignore[method-assign]
+        self.number = number
+        self.before = before
+        self.slices = list[SendSlice]()
+
+    def ask(self, address: str, requested: Any, kind: Any, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
+        if isinstance(requested, SendSlice) and requested not in self.slices:
+            self.slices.append(requested)
+            if len(self.slices) == self.number:
+                self.before()
         return self.channel.ask(address, requested, kind, *arguments, **named)
 
 
