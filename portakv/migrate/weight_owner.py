@@ -23,10 +23,10 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.migrate.channel import Channel, Refused
+from portakv.migrate.channel import Channel
 from portakv.migrate.described import strided
 from portakv.migrate.ipc import Opener
-from portakv.migrate.messages import Message, unsealed
+from portakv.migrate.messages import Message, Refused, unsealed
 from portakv.migrate.parameters import Box, Cell, Item, Parameter, part_of
 from portakv.migrate.published import MOST_BOXES, AskWeights, Weights, WeightsTicket
 from portakv.migrate.weight_lanes import Connect, Connected, SendSlice
