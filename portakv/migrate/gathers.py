@@ -53,14 +53,14 @@ class Offered(NamedTuple):
 
     Attributes:
         shards: of the owner, when a reader requested the rows.
-        ids: the ids of the blocks and the tokens of a block, for each shard.
+        indices: for each shard. All parts share the copy of their ids on a device.
         after: the work that wrote the rows.
         spoilt: the readers to which some of the rows could not be sent.
         holds: returns False once the offer has ended.
     """
 
     shards: Sequence[Shard]
-    ids: Sequence[BlockList]
+    indices: Sequence[Index]
     tokens: int
     after: StreamFence
     spoilt: set[bytes]
@@ -86,7 +86,7 @@ class Offered(NamedTuple):
         """Return the rows of a part."""
         shard = self.shards[part.group]
         view = part_of(shard.view.as_bytes(), **slices(part.box, shard.group.box))
-        return Rows(view, Index(*self.ids[part.group], part.first))
+        return Rows(view, self.indices[part.group].shifted(part.first))
 
 
 class StagingBuffer:
@@ -134,6 +134,14 @@ class Sending:
         return self.begun >= self.parts or self.lane.gone is not None
 
 
+class Filling(NamedTuple):
+    """A part of a request, by its number, and the buffer that it crosses in."""
+
+    sending: Sending
+    number: int
+    buffer: StagingBuffer
+
+
 class Line:
     """The transport on which a reader and the owner agreed, and the reader's requests in order."""
 
@@ -171,7 +179,7 @@ class Gathers:
         self._buffers = dict[tuple[Peer, int], StagingBuffer]()
         self._lock = threading.Lock()  # a reader that is gone gets no buffer
         self._graph = Graph()
-        # One worker: readers take turns, part by part.
+        # One worker: readers take turns, after as many parts as they have buffers.
         self._queue = self._graph.queue("gather")
         self._sums = Later[int]("checksums of rows", self._queue)
 
@@ -332,40 +340,51 @@ class Gathers:
             self._graph.submit([task], priority="urgent")
 
     def _advance(self, peer: Peer, line: Line) -> None:
-        """Send one part to a reader, or wait until a buffer is free."""
+        """Send parts to a reader while its buffers are free; then another reader gets a turn."""
+        for _ in range(BUFFERS):
+            part = self._next_part(peer, line)
+            if part is None:
+                return
+            try:
+                self._bring(peer, line, part)
+            except Exception:  # a reader that waits for this part would take the next in its place
+                _log.exception("A staging buffer could not be sent; its reader gets an error.")
+                gone = PeerError("The owner could not send a buffer; it did not cross.")
+                part.sending.lane.close(gone)
+        self._continue(peer, line)
+
+    def _next_part(self, peer: Peer, line: Line) -> Filling | None:
+        """Return the next part for a reader and its buffer.
+
+        None: there is no part, or its buffer is not free. The end of the buffer's last transfer
+        then has the worker continue.
+        """
         with self._lock:
             sending = line.current()
             if sending is None or self._lines.get(peer) is not line:
                 line.active = False
-                return
+                return None
             buffer = self._buffers[peer, sending.begun % sending.buffers]
-            number = sending.begun
-            free = buffer.free  # it may become free at any time: one look decides
-            if free:
+            sent = buffer.sent
+            if buffer.free:  # it may become free at any time: one look decides
                 sending.begun += 1
-        if not free and buffer.sent is not None:
-            buffer.sent.on_free(partial(self._continue, peer, line))
-            return
-        try:
-            self._bring(peer, line, sending, number, buffer)
-        except Exception:  # a reader that waits for this part would take the next in its place
-            _log.exception("A staging buffer could not be sent; its reader gets an error.")
-            sending.lane.close(PeerError("The owner could not send a buffer; it did not cross."))
-        self._continue(peer, line)
+                return Filling(sending, sending.begun - 1, buffer)
+        assert sent is not None  # a buffer that was never sent is free
+        sent.on_free(partial(self._continue, peer, line))
+        return None
 
     def _sum(self, part: Part, offered: Offered) -> int:
         with torch.inference_mode(False), offered.after.inside():
             view, ids = offered.rows(part)
             return checksum(view, ids, part.count, part.box, part.first)
 
-    def _bring(
-        self, peer: Peer, line: Line, sending: Sending, number: int, buffer: StagingBuffer
-    ) -> None:
+    def _bring(self, peer: Peer, line: Line, filling: Filling) -> None:
         """Fill a buffer with a part and send it.
 
         Sends zeros in place of rows that the reader cannot commit: after an error, of which the
         offer keeps a note, after the end of the offer, and if the reader wants no more.
         """
+        sending, number, buffer = filling
         offered = sending.offered
         part = sending.gather.parts[number]
         full = buffer.memory[: offered.nbytes(part)]

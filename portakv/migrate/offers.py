@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import inf
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -92,6 +92,11 @@ class Offer:
         self.spoilt = set[bytes]()  # readers to which some of the rows could not be sent
         self._owner = owner
         self._state = "held"
+
+    @cached_property
+    def indices(self) -> Sequence[Index]:
+        """Return the index of each shard, for the rows that the owner sends."""
+        return [Index(*each) for each in self.ids]
 
     @property
     def state(self) -> str:
@@ -666,7 +671,7 @@ class Owner:
             if peer.id in offer.spoilt:
                 return SPOILT
             terms = offer.tokens, offer.after, offer.spoilt, lambda: offer.state == "held"
-            rows = Offered(self.shards, offer.ids, *terms)
+            rows = Offered(self.shards, offer.indices, *terms)
             parts = (request.part,) if isinstance(request, messages.Sum) else request.parts
             for part in parts:
                 rows.check(part)

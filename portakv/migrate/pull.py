@@ -357,8 +357,10 @@ class Pull(Transfer):
         Renews meanwhile the offers of owners that share no memory.
         """
         endings: list[Ending] = [*self.copies, *self.slices]
-        for one in endings:
-            self._await(one)  # every copy is waited for, so nothing is written after the end
+        # Every copy is waited for, so nothing is written after the end. The last one first: this
+        # thread then wakes once, and not at the end of each slice.
+        for one in reversed(endings):
+            self._await(one)
         for check in () if self.over else checks:
             graph.submit([check], priority="urgent")
             self._await(check)

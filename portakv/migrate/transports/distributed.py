@@ -38,7 +38,7 @@ NEVER = 86400.0
 #: also for a dead peer; torch has no call that ends the wait.
 RELAXED = 5
 #: Seconds between two looks at a buffer on a device: other threads need the interpreter as well.
-SHORTEST = 5e-5
+SHORTEST = 1e-4
 
 
 class Join(Message, frozen=True):
