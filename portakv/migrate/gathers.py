@@ -26,7 +26,14 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import Later, checksum
 from portakv.migrate.messages import Answer, Gather, Hello, Message, Part, Stop, Stopped, Sum
 from portakv.migrate.shards import Shard, overlap, slices
-from portakv.migrate.staging import Chunks, part_of, rows_bytes, staged_bytes, staging
+from portakv.migrate.staging import (
+    Chunks,
+    bring_ids,
+    part_of,
+    rows_bytes,
+    staged_bytes,
+    staging,
+)
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Lane, Moving, Transport
@@ -412,6 +419,7 @@ class Gathers:
         if not on_host:
             device = buffer.memory.device
             buffer.memory.record_stream(torch.accelerator.current_stream(device.index))
+            bring_ids(rows.ids, rows.view.device)  # once: all parts of the offer share them
 
         buffer.clean()
         planes, into = buffer.chunks.of(rows.view, count)

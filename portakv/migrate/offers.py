@@ -647,17 +647,21 @@ class Owner:
                 return messages.Answer("gone", messages.REASONS["restarted"])
             return self.names.find(find.names)
 
-    def _marks(self, _: Peer, marks: messages.Marks) -> messages.Marked | messages.Answer:
+    def _marks(self, peer: Peer, marks: messages.Marks) -> messages.Marked | messages.Answer:
         with self.change:
             if marks.epoch != self.epoch:
                 return messages.Answer("gone", messages.REASONS["restarted"])
-            offers = [self.offers.get(number) for number in marks.offers]
-            shown = [offer.mark or 0 if offer and offer.holds() else -1 for offer in offers]
-            why = [
-                self.ended.get(number, messages.REASONS["gone"]) if mark < 0 else ""
-                for number, mark in zip(marks.offers, shown, strict=True)
-            ]
-            return messages.Marked(tuple(max(0, mark) for mark in shown), tuple(why))
+            shown = list[int]()
+            why = list[str]()
+            for number in marks.offers:
+                offer = self.offers.get(number)
+                if offer is None or not offer.holds():
+                    shown.append(0)
+                    why.append(self.ended.get(number, messages.REASONS["gone"]))
+                else:
+                    shown.append(offer.mark or 0)
+                    why.append(SPOILT.why if peer.id in offer.spoilt else "")
+            return messages.Marked(tuple(shown), tuple(why))
 
     def _bye(self, peer: Peer, _: messages.Bye) -> None:
         self._gathers.forget(peer)

@@ -291,6 +291,16 @@ class Pull(Transfer):
         for copy in self.copies:
             copy.cancel()
 
+    def stop_after_failure(self) -> None:
+        """Stop the pull if one of its copies has failed; a task stops it itself."""
+        for copy in self.copies:
+            try:
+                errors = [end.error for end in copy.completions if end.ended() and end.error]
+            except Exception as error:  # torch raises errors of many kinds
+                errors = [known(error)]
+            for error in errors[:1]:
+                self.stop(error)
+
     @property
     def stopped(self) -> bool:
         """Return True if nothing of the pull will be committed."""

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from queue import Empty
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from portakv.backends.base import Decision
-from portakv.errors import PeerError, TransferError, TransferTimeout
+from portakv.errors import PeerError, PortaKVError, TransferError, TransferTimeout
 from portakv.migrate.messages import Answer, Message, Name
 from portakv.migrate.rendezvous import ChannelStore, Meet, pair
 from portakv.migrate.transports.base import Lane, Moving, Transport
@@ -37,12 +38,21 @@ NEVER = 86400.0
 #: gloo waits this many times a group's timeout for a peer that connects (`waitUntil`, tcp/pair.h),
 #: also for a dead peer; torch has no call that ends the wait.
 RELAXED = 5
+#: Seconds without a buffer that lands, after which a reader asks whether its owner has the group:
+#: nccl does not report the end of a peer's group.
+SILENT = 0.5
 #: Seconds between two looks at a buffer on a device: other threads need the interpreter as well.
 SHORTEST = 1e-4
 
 
 class Join(Message, frozen=True):
     """A reader makes a group with an owner; ``name`` is random and belongs to the group alone."""
+
+    name: Name
+
+
+class Alive(Message, frozen=True):
+    """A reader requests whether its owner still has the group ``name``."""
 
     name: Name
 
@@ -140,6 +150,7 @@ class DevicePair(Pair):
         self.stream = torch.Stream(transport.device)
         self._flying = deque[tuple[Moving, torch.Event]]()  # issued, and not ended
         self._since = 0.0  # when the first of them became the first
+        self._asks = 0.0  # when the owner is asked next, if the first has not landed by then
         super().__init__(transport, channel, key)
 
     def cut(self) -> bool:
@@ -182,7 +193,7 @@ class DevicePair(Pair):
             self._abort(moving, caught)
             return
         if not self._flying:
-            self._since = time.monotonic()
+            self._begin_wait()
         self._flying.append((moving, event))
         moving.issue(event)
 
@@ -194,14 +205,38 @@ class DevicePair(Pair):
                 if not event.query():
                     if moving.over.is_set() or time.monotonic() > moving.until:
                         moving.wait(0.0)  # raises
+                    self._ask_owner()
                     return
             except Exception as caught:  # of the device, or the buffer's own
                 self._abort(moving, caught)
                 return
             self._flying.popleft()
-            self._since = time.monotonic()
+            self._begin_wait()
             moving.end(untouched=True)
             self.forget(moving)
+
+    def _begin_wait(self) -> None:
+        """Wait for the first buffer from now on."""
+        self._since = time.monotonic()
+        self._asks = self._since + SILENT
+
+    def _ask_owner(self) -> None:
+        """Raise `PeerError` if nothing lands and the owner does not have this group any more."""
+        now = time.monotonic()
+        if not self.address or now < self._asks:
+            return
+        self._asks = now + SILENT
+        try:
+            late = partial(self._is_late, now + SILENT)
+            answer = self.channel.ask(self.address, Alive(self.name), Answer, stop=late)
+        except PortaKVError:  # the channel reports the end of an owner, and its own errors
+            return
+        if answer.state == "gone":
+            raise PeerError("the owner has closed the group")
+
+    def _is_late(self, until: float) -> bool:
+        """Return True if an answer is not waited for any longer."""
+        return self.gone is not None or time.monotonic() > until
 
     def _abort(self, moving: Moving, caught: Exception) -> None:
         """End all buffers with an error: bytes that end on the stream now have not landed."""
@@ -232,7 +267,7 @@ class Distributed(Transport):
     name = "distributed"
     kind = Pair
     on_device: type[Pair] = DevicePair
-    asks = (Join, Meet)
+    asks = (Join, Meet, Alive)
 
     def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
         super().__init__(device, timeout)
@@ -248,6 +283,9 @@ class Distributed(Transport):
         return Decision(cls.name, True, f"a group of two by {by}")
 
     def answer(self, peer: Peer, channel: Channel, request: Any) -> Message:
+        if isinstance(request, Alive):
+            has = self.lanes.get(peer)
+            return Answer("done" if has is not None and has.name == request.name else "gone")
         lane: Pair = self.lane(peer, channel)
         if isinstance(request, Meet):
             return lane.store.do(request)

@@ -12,7 +12,7 @@ import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from support.migrate_pulls import LAYOUT, sides
 from support.simdev_cases import DEVICE, OTHER, current
 from support.transport_cases import End, Wire, slot_of, wire
 
-from portakv import KVView
+from portakv import Index, KVView
 from portakv.backends.base import Decision
 from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferError, Unsupported
 from portakv.migrate.channel import Channel
@@ -173,6 +173,8 @@ def test_a_channel_that_watches_nobody_leaves_no_lane(monkeypatch: pytest.Monkey
 class Group:
     """Do what nccl does for two simulated devices: all in stream order, whatever the tags."""
 
+    delays: ClassVar = list[int]()  # milliseconds before the next bytes
+
     def __init__(self, device: torch.device, wire: queue.Queue[Any]) -> None:
         self.device = device
         self.wire = wire
@@ -180,6 +182,8 @@ class Group:
 
     def send(self, buffers: list[torch.Tensor], _: int, tag: int) -> Any:
         landed: queue.Queue[torch.Event] = queue.Queue()
+        if self.delays:
+            simdev.delay(current(self.device), self.delays.pop())
         self.wire.put((buffers[0], current(self.device).record_event(), landed))
         return self.ordered(landed.get(timeout=20))
 
@@ -327,5 +331,55 @@ def test_a_slot_on_a_device_that_takes_too_long_ends_the_one_behind_it() -> None
     for each in taking:
         with pytest.raises(TransferError, match=r"did not cross in 0\.2 s"):
             each.wait(20)
+    for transport in (both.reader, both.owner):
+        transport.close(20)
+
+
+@pytest.mark.simdev
+def test_a_pull_that_is_cancelled_long_before_its_bytes_leaves_others_their_lane(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its copies on the device wait for bytes, and another pull needs the lane. It was closed after
+    `STOPPING`, so that the other pull failed."""
+    monkeypatch.setitem(TRANSPORTS.targets, Simulated.name, Simulated)
+    remote = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
+    local = torch.zeros_like(remote, device=OTHER)
+    views = [KVView([*x], LAYOUT) for x in (remote, local)]
+    before = len(WIRES)
+    with sides() as made, inside(torch.Stream(DEVICE)), inside(torch.Stream(OTHER)):
+        owner = made.owner(Shard(views[0]), expose="staging", staging=4 * remote[0].nbytes)
+        reader = made.reader(Shard(views[1]), transport=Simulated.name)
+        # Ids on the device: the host would wait for the bytes to bring or to check them.
+        into = Index(torch.arange(7, -1, -1, device=OTHER), 16, trusted=True)
+        offer = owner.offer(range(8), tokens=128)
+        reader.pull(offer.ticket, into).synchronize(60)  # so that the group is made
+        remote.copy_(torch.arange(remote.numel()).view(remote.shape).to(DEVICE))
+        Group.delays.append(3000)
+        offers = [owner.offer(range(8), tokens=128) for _ in range(2)]
+        pulls = [reader.pull(offer.ticket, into) for offer in offers]
+        time.sleep(0.3)  # its copies are on the device's stream by then
+        assert pulls[0].cancel()
+        pulls[1].synchronize(60)
+        assert torch.equal(remote.cpu(), local.cpu().flip(2))
+        with pytest.raises(TransferCancelled):
+            pulls[0].synchronize(60)
+    assert len(WIRES) == before + 1
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_lane_that_its_owner_closes_alone_ends_the_readers_slots(closed: bool) -> None:
+    """The group of a device does not report it; the reader waited for the transport's timeout."""
+    both = Wire(Simulated, NEVER, (str(DEVICE), str(OTHER)))
+    both.cross(100)
+    simdev.delay(current(DEVICE), 3000)
+    both.give(slot_of(100).to(DEVICE, non_blocking=True), 1)
+    taking = both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER), 1)
+    assert taking.issued.wait(20)
+    if closed:
+        lane = both.owner.lane(both.life, both.there)
+        lane.close(PeerError("The owner could not send a buffer; it did not cross."))
+    with pytest.raises(PeerError, match="has closed the group") if closed else nullcontext():
+        taking.wait(60)
     for transport in (both.reader, both.owner):
         transport.close(20)
