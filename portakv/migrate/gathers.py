@@ -446,5 +446,6 @@ class Gathers:
     ) -> None:
         """Have the transport send a full buffer, unless its reader is gone or connected again."""
         with self._lock:
-            if self._lines.get(peer) is line:
-                buffer.sent = sending.lane.move(full, tag)
+            here = self._lines.get(peer) is line
+        if here:  # outside of the lock: a device may delay the call; `forget` closes the lane
+            buffer.sent = sending.lane.move(full, tag)

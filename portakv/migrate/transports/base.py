@@ -204,6 +204,7 @@ class Lane(ABC):
         self._last = deque[Moving](maxlen=self.width)
         self._jobs = SimpleQueue[Any]()
         self._turn = threading.Lock()
+        self.order = threading.Lock()  # buffers are queued one at a time
         named: Any = {"target": self._work, "name": "portakv-transport", "daemon": True}
         self.threads = [threading.Thread(**named) for _ in range(self.width)]
         for thread in self.threads:
@@ -244,13 +245,24 @@ class Lane(ABC):
         buffer that has failed.
         """
         ready = None if buffer.device.type == "cpu" else event_pool(buffer.device).recorded(None)
+        with self.order:
+            moving = self._admit(buffer)
+            if self.gone is None:
+                self.queue(moving, ready, tag)
+        return moving
+
+    def queue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+        """Have a thread of the lane carry a buffer, after earlier buffers."""
+        self._jobs.put((moving, ready, tag))
+
+    def _admit(self, buffer: torch.Tensor) -> Moving:
+        """Return a buffer in flight, which ends with this lane at the latest."""
         with self.transport.lock:
             full = len(self._last) == self.width
             moving = Moving(buffer, self.transport.timeout, self._last[0] if full else None)
             if self.gone is None:
                 self._last.append(moving)
                 self._moving.add(moving)
-                self._jobs.put((moving, ready, tag))
                 return moving
         moving.end(self.gone)
         return moving

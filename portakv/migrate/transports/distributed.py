@@ -28,6 +28,7 @@ from portakv.migrate.messages import Answer, Message, Name
 from portakv.migrate.rendezvous import ChannelStore, Meet, pair
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.devices import inside
+from portakv.runtime.streams import ignore_captures_elsewhere
 from portakv.runtime.worker import EXIT_SECONDS
 
 if TYPE_CHECKING:
@@ -141,9 +142,11 @@ class Pair(Lane):
 class DevicePair(Pair):
     """The group of two processes for buffers of a device.
 
-    One thread issues the buffers on a stream of the lane as they come, and ends them in their
-    order. The host waits for no buffer before it issues the next. No length precedes a buffer: NCCL
-    takes the size that it gets, and both sides know it from one `Gather`.
+    Buffers are issued on a stream of the lane as they come: by the thread of the lane until one has
+    landed, because the library waits for the peer meanwhile, and then by the caller, so that no
+    thread has to wake. The thread ends them in their order. The host waits for no buffer before it
+    issues the next. No length precedes a buffer: NCCL takes the size that it gets, and both sides
+    know it from one `Gather`.
     """
 
     def __init__(self, transport: Transport, channel: Channel, key: str | Peer) -> None:
@@ -151,6 +154,8 @@ class DevicePair(Pair):
         self._flying = deque[tuple[Moving, torch.Event]]()  # issued, and not ended
         self._since = 0.0  # when the first of them became the first
         self._asks = 0.0  # when the owner is asked next, if the first has not landed by then
+        self._waiting = 0  # buffers that the thread is to issue
+        self._connected = False  # a buffer has landed
         super().__init__(transport, channel, key)
 
     def cut(self) -> bool:
@@ -160,7 +165,8 @@ class DevicePair(Pair):
         return False
 
     def _work(self) -> None:
-        """Issue buffers and end them, until the lane is closed."""
+        """Do the jobs of the lane and end buffers, until the lane is closed."""
+        ignore_captures_elsewhere(self.transport.device)
         closed = False
         while self._flying or not closed:
             with suppress(Empty):
@@ -168,10 +174,33 @@ class DevicePair(Pair):
                 if job is None:
                     closed = True
                 else:
-                    self._issue(*job)
+                    job()
                 del job
             self._end_landed()
         self.leave()
+
+    def queue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+        """Issue a buffer, or have the thread issue it; one caller at a time."""
+        if self._waiting or not self._connected:
+            self._waiting += 1
+            self._jobs.put(partial(self._issue_later, moving, ready, tag))
+            return
+        try:
+            self._issue(moving, ready, tag)
+        except Exception as caught:  # whatever failed, later buffers would take its bytes
+            self._jobs.put(partial(self._abort, moving, caught))
+            return
+        if len(self._flying) == 1:  # the thread may sleep until there is a job
+            self._jobs.put(bool)
+
+    def _issue_later(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+        """Issue a buffer in the thread."""
+        try:
+            self._issue(moving, ready, tag)
+        except Exception as caught:  # as in `queue`
+            self._abort(moving, caught)
+        with self.order:
+            self._waiting -= 1
 
     def _pause(self) -> float:
         """Return the seconds until the next look at the first buffer."""
@@ -180,18 +209,14 @@ class DevicePair(Pair):
 
     def _issue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
         """Put a buffer on the stream, after the event ``ready`` and earlier buffers."""
-        try:
-            group = self.join(moving)
-            call = group.recv if self.address else group.send
-            with inside(self.stream):
-                if ready is not None:
-                    ready.wait(self.stream)
-                buffer = moving.buffer.view(-1).view(torch.uint8)
-                call([buffer], self.other, tag).wait()  # only this thread's stream waits
-                event = self.stream.record_event()
-        except Exception as caught:  # whatever failed, later buffers would take its bytes
-            self._abort(moving, caught)
-            return
+        group = self.join(moving)
+        call = group.recv if self.address else group.send
+        with inside(self.stream):
+            if ready is not None:
+                ready.wait(self.stream)
+            buffer = moving.buffer.view(-1).view(torch.uint8)
+            call([buffer], self.other, tag).wait()  # only the lane's stream waits
+            event = self.stream.record_event()
         if not self._flying:
             self._begin_wait()
         self._flying.append((moving, event))
@@ -211,6 +236,7 @@ class DevicePair(Pair):
                 self._abort(moving, caught)
                 return
             self._flying.popleft()
+            self._connected = True
             self._begin_wait()
             moving.end(untouched=True)
             self.forget(moving)
@@ -244,13 +270,15 @@ class DevicePair(Pair):
         if self.group is not None:
             self.group.abort()  # otherwise it waits for the peer as long as the device runs
         until = time.monotonic() + EXIT_SECONDS
-        for _, event in self._flying:
+        flying = [*self._flying]  # a caller may issue one more meanwhile, which this thread ends next
+        for _, event in flying:
             while not _has_ended(event) and time.monotonic() < until:
                 time.sleep(1e-3)
-        for each in [moving, *(flying for flying, _ in self._flying)]:
+        for each in [moving, *(issued for issued, _ in flying)]:
             each.end(self.gone, untouched=True)
             self.forget(each)
-        self._flying.clear()
+        for _ in flying:
+            self._flying.popleft()
 
 
 def _has_ended(event: torch.Event) -> bool:

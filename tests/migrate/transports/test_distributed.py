@@ -174,6 +174,7 @@ class Group:
     """Do what nccl does for two simulated devices: all in stream order, whatever the tags."""
 
     delays: ClassVar = list[int]()  # milliseconds before the next bytes
+    errors: ClassVar = list[Exception]()  # of the next calls
 
     def __init__(self, device: torch.device, wire: queue.Queue[Any]) -> None:
         self.device = device
@@ -181,19 +182,22 @@ class Group:
         self.aborted = False
 
     def send(self, buffers: list[torch.Tensor], _: int, tag: int) -> Any:
-        landed: queue.Queue[torch.Event] = queue.Queue()
-        if self.delays:
-            simdev.delay(current(self.device), self.delays.pop())
-        self.wire.put((buffers[0], current(self.device).record_event(), landed))
-        return self.ordered(landed.get(timeout=20))
+        if self.errors:
+            raise self.errors.pop()
+        # The host does not wait for the peer: the bytes leave the buffer when the stream comes here.
+        simdev.delay(current(self.device), self.delays.pop() if self.delays else 20)
+        left = buffers[0].clone()
+        LEFT.append(left)  # a stream of the other device reads it
+        gone = current(self.device).record_event()
+        self.wire.put((left, gone))
+        return self.ordered(gone)
 
     def recv(self, buffers: list[torch.Tensor], _: int, tag: int) -> Any:
-        sent, ready, landed = self.wire.get(timeout=20)
+        sent, ready = self.wire.get(timeout=20)
         ready.wait(current(self.device))
         simdev.delay(current(self.device), 20)
         buffers[0].copy_(sent, non_blocking=True)
-        landed.put(ended := current(self.device).record_event())
-        return self.ordered(ended)
+        return self.ordered(current(self.device).record_event())
 
     def ordered(self, event: torch.Event) -> Any:
         return SimpleNamespace(wait=lambda: event.wait(current(self.device)))
@@ -203,6 +207,7 @@ class Group:
         time.sleep(1)  # until what was on the stream has ended, landed or not
 
 
+LEFT = list[torch.Tensor]()
 WIRES = dict[str, Any]()  # by the name of the pair
 
 
@@ -381,5 +386,25 @@ def test_a_lane_that_its_owner_closes_alone_ends_the_readers_slots(closed: bool)
         lane.close(PeerError("The owner could not send a buffer; it did not cross."))
     with pytest.raises(PeerError, match="has closed the group") if closed else nullcontext():
         taking.wait(60)
+    for transport in (both.reader, both.owner):
+        transport.close(20)
+
+
+@pytest.mark.simdev
+def test_slots_after_the_first_are_issued_by_the_caller_and_a_failure_ends_the_lane() -> None:
+    """No thread has to wake first. Slots that were issued before the failure do not count."""
+    both = Wire(Simulated, NEVER, (str(DEVICE), str(OTHER)))
+    both.cross(100)
+    simdev.delay(current(DEVICE), 300)
+    giving = [both.give(slot_of(100).to(DEVICE, non_blocking=True), 1)]
+    assert giving[0].issued.is_set()
+    lane = both.owner.lane(both.life, both.there)
+    Group.errors.append(RuntimeError("no memory"))
+    giving.append(both.give(slot_of(100).to(DEVICE, non_blocking=True), 2))
+    for each in giving:
+        with pytest.raises(PeerError, match="no memory"):
+            each.wait(20)
+    assert lane.gone is not None
+    assert both.owner.lane(both.life, both.there) is not lane
     for transport in (both.reader, both.owner):
         transport.close(20)
