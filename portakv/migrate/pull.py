@@ -294,12 +294,15 @@ class Pull(Transfer):
     def stop_after_failure(self) -> None:
         """Stop the pull if one of its copies has failed; a task stops it itself."""
         for copy in self.copies:
+            failure: PortaKVError | None = None
             try:
-                errors = [end.error for end in copy.completions if end.ended() and end.error]
-            except Exception as error:  # torch raises errors of many kinds
-                errors = [known(error)]
-            for error in errors[:1]:
-                self.stop(error)
+                for end in copy.completions:
+                    if end.ended():
+                        failure = failure or end.error
+            except Exception as caught:  # torch raises errors of many kinds
+                failure = known(caught)
+            if failure is not None:
+                self.stop(failure)
 
     @property
     def stopped(self) -> bool:

@@ -25,7 +25,7 @@ converts nothing. The library calls a transport in this order:
 
 A thread of the lane turns every error of `Lane.carry` into a `PeerError` of the buffer. If the lane
 is ``ordered``, the error also closes the lane. `Moving.wait` raises `TransferTimeout` if the buffer
-takes longer than the transport's ``timeout``.
+takes longer than the transport's ``timeout``, which begins when the buffers before it have ended.
 
 Provisional: the moment when a buffer is released, and how its end is reported, may change.
 The contract suite is `portakv conform --contract transport NAME`.
@@ -186,10 +186,12 @@ class Lane(ABC):
     Attributes:
         width: the number of threads.
         ordered: a buffer that fails closes the lane, so no later buffer is carried.
+        released: the peer is gone, or needs the lane no more.
     """
 
     width = 1
     ordered = False
+    released = False
 
     def __init__(self, transport: Transport, channel: Channel, key: str | Peer) -> None:
         self.transport = transport
@@ -197,7 +199,6 @@ class Lane(ABC):
         self.key = key
         self.address = key if isinstance(key, str) else ""  # the owner's; none if this is the owner
         self.gone: Exception | None = None
-        self.released = False  # the peer is gone, or needs the lane no more
         self.unwatch: Callable[[], object] = lambda: None
         self._moving = set[Moving]()
         # As many as have their turns together: the next one's turn begins after the first of them.

@@ -153,7 +153,7 @@ class DevicePair(Pair):
         self.stream = torch.Stream(transport.device)
         self._flying = deque[tuple[Moving, torch.Event]]()  # issued, and not ended
         self._since = 0.0  # when the first of them became the first
-        self._asks = 0.0  # when the owner is asked next, if the first has not landed by then
+        self._asks = 0.0  # when the owner gets the next question, if nothing landed
         self._waiting = 0  # buffers that the thread is to issue
         self._connected = False  # a buffer has landed
         super().__init__(transport, channel, key)
@@ -270,7 +270,7 @@ class DevicePair(Pair):
         if self.group is not None:
             self.group.abort()  # otherwise it waits for the peer as long as the device runs
         until = time.monotonic() + EXIT_SECONDS
-        flying = [*self._flying]  # a caller may issue one more meanwhile, which this thread ends next
+        flying = [*self._flying]  # a caller may issue one more, which this thread ends next
         for _, event in flying:
             while not _has_ended(event) and time.monotonic() < until:
                 time.sleep(1e-3)

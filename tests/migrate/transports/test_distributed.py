@@ -184,7 +184,7 @@ class Group:
     def send(self, buffers: list[torch.Tensor], _: int, tag: int) -> Any:
         if self.errors:
             raise self.errors.pop()
-        # The host does not wait for the peer: the bytes leave the buffer when the stream comes here.
+        # The host does not wait for the peer: bytes leave the buffer when the stream comes here.
         simdev.delay(current(self.device), self.delays.pop() if self.delays else 20)
         left = buffers[0].clone()
         LEFT.append(left)  # a stream of the other device reads it
