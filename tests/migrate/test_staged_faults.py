@@ -300,13 +300,14 @@ def test_a_slice_that_the_owner_cannot_fill_is_noted_and_never_committed(noted: 
     second = Reader(Channel(), shard, model="m")
     with closing(reader), closing(second), closing(owner):
         offer = owner.offer([1, 2], tokens=32, readers=2)
-        offer.after = cast(Any, Fails([], 1))
+        fails = Fails([], 1)
+        offer.after = cast(Any, fails)
         if not noted:
             offer.spoilt = Forgetful()
         pulled = reader.pull(offer.ticket, [3, 4])
         if not noted:
             pulled.synchronize(20)
-            assert offer.after.parts == [0, 1]
+            assert fails.parts == [0, 1]
             return
         with pytest.raises(OfferGone, match="log has the reason"):
             pulled.synchronize(20)

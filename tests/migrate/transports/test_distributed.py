@@ -355,7 +355,7 @@ def test_a_pull_that_is_cancelled_long_before_its_bytes_leaves_others_their_lane
         owner = made.owner(Shard(views[0]), expose="staging", staging=4 * remote[0].nbytes)
         reader = made.reader(Shard(views[1]), transport=Simulated.name)
         # Ids on the device: the host would wait for the bytes to bring or to check them.
-        into = Index(torch.arange(7, -1, -1, device=OTHER), 16, trusted=True)
+        into: Any = Index(torch.arange(7, -1, -1, device=OTHER), 16, trusted=True)
         offer = owner.offer(range(8), tokens=128)
         reader.pull(offer.ticket, into).synchronize(60)  # so that the group is made
         remote.copy_(torch.arange(remote.numel()).view(remote.shape).to(DEVICE))
