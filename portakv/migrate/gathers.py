@@ -44,6 +44,7 @@ _log = logging.getLogger(__name__)
 #: Block ids of a shard, int32, and the tokens of a block.
 BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
 BUFFERS = 4  # for each reader: one is filled, two are on the wire, one is emptied
+MOMENT = 1e-3  # seconds for which the worker waits for a buffer if it has nothing else to do
 #: Requests of a reader that are not sent yet. A reader has at most one for each of its buffers.
 MOST_WAITING = 16
 
@@ -347,11 +348,16 @@ class Gathers:
             self._graph.submit([task], priority="urgent")
 
     def _advance(self, peer: Peer, line: Line) -> None:
-        """Send parts to a reader while its buffers are free; then another reader gets a turn."""
-        for _ in range(BUFFERS):
+        """Send parts to a reader while its buffers are free.
+
+        If others wait, they get a turn after as many parts as a reader has buffers.
+        """
+        sent = 0
+        while sent < BUFFERS or not self._others_wait:
             part = self._next_part(peer, line)
             if part is None:
                 return
+            sent += 1
             try:
                 self._bring(peer, line, part)
             except Exception:  # a reader that waits for this part would take the next in its place
@@ -363,22 +369,30 @@ class Gathers:
     def _next_part(self, peer: Peer, line: Line) -> Filling | None:
         """Return the next part for a reader and its buffer.
 
-        None: there is no part, or its buffer is not free. The end of the buffer's last transfer
-        then has the worker continue.
+        None: there is no part, or its buffer is not free in a moment. The end of the buffer's last
+        transfer then has the worker continue.
         """
-        with self._lock:
-            sending = line.current()
-            if sending is None or self._lines.get(peer) is not line:
-                line.active = False
+        while True:
+            with self._lock:
+                sending = line.current()
+                if sending is None or self._lines.get(peer) is not line:
+                    line.active = False
+                    return None
+                buffer = self._buffers[peer, sending.begun % sending.buffers]
+                sent = buffer.sent
+                if buffer.free:  # it may become free at any time: one look decides
+                    sending.begun += 1
+                    return Filling(sending, sending.begun - 1, buffer)
+            assert sent is not None  # a buffer that was never sent is free
+            # A task costs more than such a wait.
+            if self._others_wait or not sent.free.wait(MOMENT):
+                sent.on_free(partial(self._continue, peer, line))
                 return None
-            buffer = self._buffers[peer, sending.begun % sending.buffers]
-            sent = buffer.sent
-            if buffer.free:  # it may become free at any time: one look decides
-                sending.begun += 1
-                return Filling(sending, sending.begun - 1, buffer)
-        assert sent is not None  # a buffer that was never sent is free
-        sent.on_free(partial(self._continue, peer, line))
-        return None
+
+    @property
+    def _others_wait(self) -> bool:
+        """Return True if the worker has more to do than its present task."""
+        return len(self._graph.live) > 1
 
     def _sum(self, part: Part, offered: Offered) -> int:
         with torch.inference_mode(False), offered.after.inside():
