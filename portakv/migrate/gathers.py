@@ -61,14 +61,15 @@ class Offered(NamedTuple):
 
     Attributes:
         shards: of the owner, when a reader requested the rows.
-        indices: for each shard. All parts share the copy of their ids on a device.
+        indices: returns the index of each shard, for the worker. All parts of the offer share the
+            indices, with their ids on a device.
         after: the work that wrote the rows.
         spoilt: the readers to which some of the rows could not be sent.
         holds: returns False once the offer has ended.
     """
 
     shards: Sequence[Shard]
-    indices: Sequence[Index]
+    indices: Callable[[], Sequence[Index]]
     tokens: int
     after: StreamFence
     spoilt: set[bytes]
@@ -94,7 +95,7 @@ class Offered(NamedTuple):
         """Return the rows of a part."""
         shard = self.shards[part.group]
         view = part_of(shard.view.as_bytes(), **slices(part.box, shard.group.box))
-        return Rows(view, self.indices[part.group].shifted(part.first))
+        return Rows(view, self.indices()[part.group].shifted(part.first))
 
 
 class StagingBuffer:

@@ -675,7 +675,7 @@ class Owner:
             if peer.id in offer.spoilt:
                 return SPOILT
             terms = offer.tokens, offer.after, offer.spoilt, lambda: offer.state == "held"
-            rows = Offered(self.shards, offer.indices, *terms)
+            rows = Offered(self.shards, lambda: offer.indices, *terms)
             parts = (request.part,) if isinstance(request, messages.Sum) else request.parts
             for part in parts:
                 rows.check(part)
