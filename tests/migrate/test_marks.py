@@ -6,10 +6,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from math import inf
 from secrets import token_bytes
 from time import sleep
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from portakv.errors import (
     OfferGone,
     PeerError,
     TransferCancelled,
+    TransferError,
     TransferTimeout,
 )
 from portakv.graph import Graph
@@ -45,6 +47,7 @@ from portakv.migrate.connections import Source
 from portakv.migrate.followed import Followed
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.issue import Issuer
+from portakv.migrate.pull import Pull
 
 LIMIT = 30
 METHODS = pytest.mark.parametrize("method", ["mapped", "staging"])
@@ -602,3 +605,20 @@ def test_parts_that_follow_a_mark_wait_for_no_event_of_the_offer(unit: str) -> N
     issuer = Issuer(Graph(), (), torch.device("cpu"))
     issuer.wait_for_events([Source(ticket, owner)])
     assert len(waits) == (0 if unit else 1)
+
+
+@pytest.mark.parametrize("end", ["landed", "failed", "raised"])
+def test_a_copy_that_fails_stops_a_pull_that_waits_for_marks(end: str) -> None:
+    """No worker waits for the copy before the last mark."""
+
+    def ended() -> bool:
+        if end == "raised":
+            raise RuntimeError("the device failed")
+        return True
+
+    error = TransferError("It failed.") if end == "failed" else None
+    completion = SimpleNamespace(ended=ended, error=error)
+    pull = Pull((), inf, lambda: None)
+    pull.copies = [cast(Any, SimpleNamespace(completions=[completion], cancel=bool))]
+    pull.stop_after_failure()
+    assert pull.stopped == (end != "landed")
