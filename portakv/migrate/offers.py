@@ -204,7 +204,7 @@ class Offer:
             PeerError: the owner belongs to the process that this one was forked from.
             Unsupported: the current stream is captured into a graph.
         """
-        if self._owner.channel.forked:  # closing an owner ends its offers, which is said below
+        if self._owner.channel.forked:  # closing an owner ends its offers: see below
             self._owner.refuse_closed()
         event = mark_event(self._owner.device)
         uninterrupted(partial(self._raise_to, mark, event))
