@@ -43,7 +43,7 @@ RELAXED = 5
 #: nccl does not report the end of a peer's group.
 SILENT = 0.5
 #: Seconds between two looks at a buffer on a device: other threads need the interpreter as well.
-SHORTEST = 1e-4
+SHORTEST = 5e-5
 
 
 class Join(Message, frozen=True):
