@@ -27,7 +27,7 @@ PACED = 0.1  # seconds of a slice at a limited rate: a larger slice would be a b
 SLICES = 8
 #: The bytes below which slices are not made smaller: each has its cost on both sides.
 LEAST_ON_HOST = 32 << 20
-LEAST_ON_DEVICE = 64 << 20
+LEAST_ON_DEVICE = 128 << 20
 
 
 class Arrival(Task):

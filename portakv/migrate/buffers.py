@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from queue import LifoQueue
+from typing import Protocol
 
 import torch
 
@@ -48,6 +49,14 @@ class StagingBuffer:
             self.chunks = Chunks(self.memory)
 
 
+class Takes(Protocol):
+    """Takes slices for a pull."""
+
+    @property
+    def over(self) -> bool:
+        """Return True if the pull waits for no slice any more."""
+
+
 class Staging:
     """The transport for an owner, and the staging buffers that it fills."""
 
@@ -59,6 +68,8 @@ class Staging:
         self.turn = threading.Lock()
         self.next = threading.Lock()
         self.tag = 0  # of the last slice that was requested
+        #: What takes slices of this owner now; see `staged.Taker`.
+        self.takers = set[Takes]()
         #: Free buffers; the last used is taken first.
         self.buffers: LifoQueue[StagingBuffer] = LifoQueue()
         for _ in range(count):

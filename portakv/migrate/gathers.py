@@ -26,7 +26,14 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import Later, checksum
 from portakv.migrate.messages import Answer, Gather, Hello, Message, Part, Stop, Stopped, Sum
 from portakv.migrate.shards import Shard, overlap, slices
-from portakv.migrate.staging import Chunks, part_of, rows_bytes, staged_bytes, staging
+from portakv.migrate.staging import (
+    Chunks,
+    bring_ids,
+    part_of,
+    rows_bytes,
+    staged_bytes,
+    staging,
+)
 from portakv.migrate.transports import check_transport, choose, forced
 from portakv.migrate.transports import renamed as renamed
 from portakv.migrate.transports.base import Lane, Moving, Transport
@@ -37,6 +44,7 @@ _log = logging.getLogger(__name__)
 #: Block ids of a shard, int32, and the tokens of a block.
 BlockList: TypeAlias = tuple[npt.NDArray[np.int32], int]
 BUFFERS = 4  # for each reader: one is filled, two are on the wire, one is emptied
+MOMENT = 1e-3  # seconds for which the worker waits for a buffer if it has nothing else to do
 #: Requests of a reader that are not sent yet. A reader has at most one for each of its buffers.
 MOST_WAITING = 16
 
@@ -53,14 +61,15 @@ class Offered(NamedTuple):
 
     Attributes:
         shards: of the owner, when a reader requested the rows.
-        ids: the ids of the blocks and the tokens of a block, for each shard.
+        indices: returns the index of each shard, for the worker. All parts of the offer share the
+            indices, with their ids on a device.
         after: the work that wrote the rows.
         spoilt: the readers to which some of the rows could not be sent.
         holds: returns False once the offer has ended.
     """
 
     shards: Sequence[Shard]
-    ids: Sequence[BlockList]
+    indices: Callable[[], Sequence[Index]]
     tokens: int
     after: StreamFence
     spoilt: set[bytes]
@@ -86,7 +95,7 @@ class Offered(NamedTuple):
         """Return the rows of a part."""
         shard = self.shards[part.group]
         view = part_of(shard.view.as_bytes(), **slices(part.box, shard.group.box))
-        return Rows(view, Index(*self.ids[part.group], part.first))
+        return Rows(view, self.indices()[part.group].shifted(part.first))
 
 
 class StagingBuffer:
@@ -134,6 +143,14 @@ class Sending:
         return self.begun >= self.parts or self.lane.gone is not None
 
 
+class Filling(NamedTuple):
+    """A part of a request, by its number, and the buffer that it crosses in."""
+
+    sending: Sending
+    number: int
+    buffer: StagingBuffer
+
+
 class Line:
     """The transport on which a reader and the owner agreed, and the reader's requests in order."""
 
@@ -171,7 +188,7 @@ class Gathers:
         self._buffers = dict[tuple[Peer, int], StagingBuffer]()
         self._lock = threading.Lock()  # a reader that is gone gets no buffer
         self._graph = Graph()
-        # One worker: readers take turns, part by part.
+        # One worker: readers take turns, after as many parts as they have buffers.
         self._queue = self._graph.queue("gather")
         self._sums = Later[int]("checksums of rows", self._queue)
 
@@ -332,40 +349,64 @@ class Gathers:
             self._graph.submit([task], priority="urgent")
 
     def _advance(self, peer: Peer, line: Line) -> None:
-        """Send one part to a reader, or wait until a buffer is free."""
-        with self._lock:
-            sending = line.current()
-            if sending is None or self._lines.get(peer) is not line:
-                line.active = False
+        """Send parts to a reader while its buffers are free.
+
+        If others wait, they get a turn after as many parts as a reader has buffers.
+        """
+        sent = 0
+        while sent < BUFFERS or not self._others_wait:
+            part = self._next_part(peer, line)
+            if part is None:
                 return
-            buffer = self._buffers[peer, sending.begun % sending.buffers]
-            number = sending.begun
-            free = buffer.free  # it may become free at any time: one look decides
-            if free:
-                sending.begun += 1
-        if not free and buffer.sent is not None:
-            buffer.sent.on_free(partial(self._continue, peer, line))
-            return
-        try:
-            self._bring(peer, line, sending, number, buffer)
-        except Exception:  # a reader that waits for this part would take the next in its place
-            _log.exception("A staging buffer could not be sent; its reader gets an error.")
-            sending.lane.close(PeerError("The owner could not send a buffer; it did not cross."))
+            sent += 1
+            try:
+                self._bring(peer, line, part)
+            except Exception:  # a reader that waits for this part would take the next in its place
+                _log.exception("A staging buffer could not be sent; its reader gets an error.")
+                gone = PeerError("The owner could not send a buffer; it did not cross.")
+                part.sending.lane.close(gone)
         self._continue(peer, line)
+
+    def _next_part(self, peer: Peer, line: Line) -> Filling | None:
+        """Return the next part for a reader and its buffer.
+
+        None: there is no part, or its buffer is not free in a moment. The end of the buffer's last
+        transfer then has the worker continue.
+        """
+        while True:
+            with self._lock:
+                sending = line.current()
+                if sending is None or self._lines.get(peer) is not line:
+                    line.active = False
+                    return None
+                buffer = self._buffers[peer, sending.begun % sending.buffers]
+                sent = buffer.sent
+                if buffer.free:  # it may become free at any time: one look decides
+                    sending.begun += 1
+                    return Filling(sending, sending.begun - 1, buffer)
+            assert sent is not None  # a buffer that was never sent is free
+            # A task costs more than such a wait.
+            if self._others_wait or not sent.free.wait(MOMENT):
+                sent.on_free(partial(self._continue, peer, line))
+                return None
+
+    @property
+    def _others_wait(self) -> bool:
+        """Return True if the worker has more to do than its present task."""
+        return len(self._graph.live) > 1
 
     def _sum(self, part: Part, offered: Offered) -> int:
         with torch.inference_mode(False), offered.after.inside():
             view, ids = offered.rows(part)
             return checksum(view, ids, part.count, part.box, part.first)
 
-    def _bring(
-        self, peer: Peer, line: Line, sending: Sending, number: int, buffer: StagingBuffer
-    ) -> None:
+    def _bring(self, peer: Peer, line: Line, filling: Filling) -> None:
         """Fill a buffer with a part and send it.
 
         Sends zeros in place of rows that the reader cannot commit: after an error, of which the
         offer keeps a note, after the end of the offer, and if the reader wants no more.
         """
+        sending, number, buffer = filling
         offered = sending.offered
         part = sending.gather.parts[number]
         full = buffer.memory[: offered.nbytes(part)]
@@ -393,6 +434,7 @@ class Gathers:
         if not on_host:
             device = buffer.memory.device
             buffer.memory.record_stream(torch.accelerator.current_stream(device.index))
+            bring_ids(rows.ids, rows.view.device)  # once: all parts of the offer share them
 
         buffer.clean()
         planes, into = buffer.chunks.of(rows.view, count)
@@ -419,5 +461,6 @@ class Gathers:
     ) -> None:
         """Have the transport send a full buffer, unless its reader is gone or connected again."""
         with self._lock:
-            if self._lines.get(peer) is line:
-                buffer.sent = sending.lane.move(full, tag)
+            here = self._lines.get(peer) is line
+        if here:  # outside of the lock: a device may delay the call; `forget` closes the lane
+            buffer.sent = sending.lane.move(full, tag)

@@ -187,6 +187,7 @@ class Housekeeper:
             wanted = pull.requested.wanted
             if wanted is None or not wanted.waits:
                 continue
+            pull.stop_after_failure()
             if pull.over or self._closing:
                 wanted.end()
             elif not wanted.started.is_set():

@@ -22,7 +22,7 @@ from portakv.graph.graph import Graph
 from portakv.graph.task import Task
 from portakv.migrate.connections import Sources
 from portakv.migrate.plan import Step, count_blocks, indices_of, steps
-from portakv.migrate.pull import CANCELLED, Ends, Part, Pull
+from portakv.migrate.pull import CANCELLED, Ends, Part, Pull, known
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged import Taker, verified
 from portakv.view.index import Ids, Index
@@ -90,8 +90,14 @@ class Issuer:
         return [*tasks, *issuing.end()], issuing.layers()
 
     def wait_for_events(self, sources: Sources) -> None:
-        """Order this reader's stream after the events of offers that have not been reached."""
+        """Order this reader's stream after the events of offers that have not been reached.
+
+        Rows up to a mark are complete when the mark is seen. Their offer's event may stand for a
+        later offer by then.
+        """
         for ticket, owner in sources:
+            if ticket.progress:
+                continue
             event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
             if event is not None and not event.query():
                 module = torch.get_device_module(self.device)  # events take streams of their module
@@ -247,8 +253,12 @@ def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions, *_
     if pull.over:
         raise TransferCancelled(CANCELLED)
     window = slice(layers.start, layers.stop)
-    with torch.inference_mode(False):
-        src = step.src.slice(layers=window)
-        dst = step.cut.dst.slice(layers=window)
-        indices = step.src_index, step.dst_index
-        copy_rows(src, dst, *indices, count=step.tokens, options=options).synchronize()
+    try:
+        with torch.inference_mode(False):
+            src = step.src.slice(layers=window)
+            dst = step.cut.dst.slice(layers=window)
+            indices = step.src_index, step.dst_index
+            copy_rows(src, dst, *indices, count=step.tokens, options=options).synchronize()
+    except BaseException as error:
+        pull.stop(known(error) or TransferCancelled(CANCELLED))  # no mark is waited for
+        raise

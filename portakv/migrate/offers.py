@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import inf
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -92,6 +92,11 @@ class Offer:
         self.spoilt = set[bytes]()  # readers to which some of the rows could not be sent
         self._owner = owner
         self._state = "held"
+
+    @cached_property
+    def indices(self) -> Sequence[Index]:
+        """Return the index of each shard, for the rows that the owner sends."""
+        return [Index(*each) for each in self.ids]
 
     @property
     def state(self) -> str:
@@ -199,7 +204,7 @@ class Offer:
             PeerError: the owner belongs to the process that this one was forked from.
             Unsupported: the current stream is captured into a graph.
         """
-        if self._owner.channel.forked:  # closing an owner ends its offers, which is said below
+        if self._owner.channel.forked:  # closing an owner ends its offers: see below
             self._owner.refuse_closed()
         event = mark_event(self._owner.device)
         uninterrupted(partial(self._raise_to, mark, event))
@@ -642,17 +647,21 @@ class Owner:
                 return messages.Answer("gone", messages.REASONS["restarted"])
             return self.names.find(find.names)
 
-    def _marks(self, _: Peer, marks: messages.Marks) -> messages.Marked | messages.Answer:
+    def _marks(self, peer: Peer, marks: messages.Marks) -> messages.Marked | messages.Answer:
         with self.change:
             if marks.epoch != self.epoch:
                 return messages.Answer("gone", messages.REASONS["restarted"])
-            offers = [self.offers.get(number) for number in marks.offers]
-            shown = [offer.mark or 0 if offer and offer.holds() else -1 for offer in offers]
-            why = [
-                self.ended.get(number, messages.REASONS["gone"]) if mark < 0 else ""
-                for number, mark in zip(marks.offers, shown, strict=True)
-            ]
-            return messages.Marked(tuple(max(0, mark) for mark in shown), tuple(why))
+            shown = list[int]()
+            why = list[str]()
+            for number in marks.offers:
+                offer = self.offers.get(number)
+                if offer is None or not offer.holds():
+                    shown.append(0)
+                    why.append(self.ended.get(number, messages.REASONS["gone"]))
+                else:
+                    shown.append(offer.mark or 0)
+                    why.append(SPOILT.why if peer.id in offer.spoilt else "")
+            return messages.Marked(tuple(shown), tuple(why))
 
     def _bye(self, peer: Peer, _: messages.Bye) -> None:
         self._gathers.forget(peer)
@@ -666,7 +675,7 @@ class Owner:
             if peer.id in offer.spoilt:
                 return SPOILT
             terms = offer.tokens, offer.after, offer.spoilt, lambda: offer.state == "held"
-            rows = Offered(self.shards, offer.ids, *terms)
+            rows = Offered(self.shards, lambda: offer.indices, *terms)
             parts = (request.part,) if isinstance(request, messages.Sum) else request.parts
             for part in parts:
                 rows.check(part)

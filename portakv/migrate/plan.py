@@ -17,7 +17,7 @@ from portakv.errors import InvalidTerms, PeerError, SlotError, Unsupported
 from portakv.migrate.connections import Connection, Sources
 from portakv.migrate.messages import Part, Ticket
 from portakv.migrate.shards import Piece, Shard, pieces, slices
-from portakv.migrate.staging import chunk_bytes, page_of
+from portakv.migrate.staging import page_of, rows_bytes
 from portakv.view import Index, KVView
 from portakv.view.index import Ids
 
@@ -109,15 +109,18 @@ class Step(NamedTuple):
         dst = self.cut.dst
         space = self.owner.handshake.slot_bytes
         most = self.tokens
-        layer = dst.slice(layers=slice(0, 1))
         page = page_of(dst)
-        space = min(space, max(most_bytes, chunk_bytes(layer, page)))
-        while most > page and chunk_bytes(layer, most) > space:
+
+        def layer_bytes(tokens: int) -> int:
+            return rows_bytes(dst, 1, tokens, dst.heads)
+
+        space = min(space, max(most_bytes, layer_bytes(page)))
+        while most > page and layer_bytes(most) > space:
             most = max(page, most // 2 // page * page)
-        if chunk_bytes(layer, most) > space:
+        if layer_bytes(most) > space:
             why = f"a staging buffer of {space} bytes holds no token of a layer; increase staging="
             raise Unsupported(f"Pulling rows of {self.owner.address} through staging", why)
-        each = max(1, min(dst.layers, space // chunk_bytes(layer, most)))
+        each = max(1, min(dst.layers, space // layer_bytes(most)))
         for start in range(0, dst.layers, each):
             for at in range(0, self.tokens, most):
                 layers = range(start, min(start + each, dst.layers))

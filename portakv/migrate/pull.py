@@ -291,6 +291,19 @@ class Pull(Transfer):
         for copy in self.copies:
             copy.cancel()
 
+    def stop_after_failure(self) -> None:
+        """Stop the pull if one of its copies has failed; a task stops it itself."""
+        for copy in self.copies:
+            failure: PortaKVError | None = None
+            try:
+                for end in copy.completions:
+                    if end.ended():
+                        failure = failure or end.error
+            except Exception as caught:  # torch raises errors of many kinds
+                failure = known(caught)
+            if failure is not None:
+                self.stop(failure)
+
     @property
     def stopped(self) -> bool:
         """Return True if nothing of the pull will be committed."""
@@ -357,8 +370,10 @@ class Pull(Transfer):
         Renews meanwhile the offers of owners that share no memory.
         """
         endings: list[Ending] = [*self.copies, *self.slices]
-        for one in endings:
-            self._await(one)  # every copy is waited for, so nothing is written after the end
+        # Every copy is waited for, so nothing is written after the end. The last one first: this
+        # thread then wakes once, and not at the end of each slice.
+        for one in reversed(endings):
+            self._await(one)
         for check in () if self.over else checks:
             graph.submit([check], priority="urgent")
             self._await(check)

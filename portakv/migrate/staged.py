@@ -33,7 +33,7 @@ from portakv.migrate.checksum import MODULUS, checksum
 from portakv.migrate.connections import Source
 from portakv.migrate.messages import Answer, Gather, Stop, Stopped, Sum
 from portakv.migrate.plan import Step
-from portakv.migrate.pull import CANCELLED, Pull
+from portakv.migrate.pull import CANCELLED, Pull, known
 from portakv.migrate.transports.base import Lane
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
@@ -43,6 +43,7 @@ from portakv.runtime.worker import RateLimit
 BATCH = 16
 MOST_PACED = 8
 PATIENCE = 30.0  # seconds for which a busy owner gets the request again, and a buffer is waited for
+LOOK = 0.05  # seconds between two looks at the pulls that need a lane
 STOPPING = 0.5  # seconds for the answer of an owner that is to stop, and for its last slices
 
 
@@ -73,6 +74,7 @@ class Taker:
     def _run(self, *_: object) -> None:
         """Take all slices; return after the last copy, with or without an error."""
         error: BaseException | None = None
+        self._stage.takers.add(self)
         try:
             with torch.inference_mode(False), self._after.inside():
                 for start in range(0, len(self.arrivals), self._batch):
@@ -82,9 +84,17 @@ class Taker:
                 self._settle(wait=True)
         except BaseException as caught:
             error = caught
+            # The others of the pull need not go on, and no mark is waited for.
+            self._pull.stop(known(caught) or TransferCancelled(CANCELLED))
             raise
         finally:
+            self._stage.takers.discard(self)
             self._release(error)
+
+    @property
+    def over(self) -> bool:
+        """Return True if the pull waits for no slice any more."""
+        return self._pull.over
 
     def _take(self, batch: Sequence[Arrival]) -> None:
         """Request slices, and post the transport's receives for all of them in their order."""
@@ -182,14 +192,21 @@ class Taker:
     def _end(self, scattered: Scattered, until: float) -> None:
         """Wait for a copy that follows bytes on their way, so that nothing is written afterwards.
 
-        Bytes that do not come in time end with their lane.
+        Bytes that do not come in time end with their lane, unless another pull needs the lane.
         """
         with suppress(PortaKVError):  # the pull has an error before
-            try:
-                scattered.copy.synchronize(max(0.0, until - monotonic()))
-            except TransferTimeout:
-                scattered.lane.close(PeerError("Its pull ended before the buffers had crossed."))
+            while True:
+                try:
+                    scattered.copy.synchronize(max(0.0, until - monotonic()))
+                    return
+                except TransferTimeout:
+                    if not all(taker.over for taker in [*self._stage.takers]):
+                        until = monotonic() + LOOK
+                        continue
+                ended = PeerError("Its pull ended before the buffers had crossed.")
+                scattered.lane.close(ended)
                 scattered.copy.synchronize()
+                return
 
     def stop(self, lane: Lane, batch: Sequence[Arrival], tag: int, posted: int) -> None:
         """Stop a request of which ``posted`` slices have a receive.
@@ -205,10 +222,12 @@ class Taker:
             answer = owner.channel.ask(owner.address, stop, Stopped, STOPPING)
         except PortaKVError:
             lane.close(PeerError("The owner did not stop; its buffers did not cross."))
+            lane.skip(range(tag + posted, tag + len(batch)))
             return
         rest = batch[posted : answer.parts]
         if len(rest) > owner.handshake.slots:  # it has no buffers for so many
             lane.close(PeerError("The owner sent too many slices; its buffers did not cross."))
+            lane.skip(range(tag + posted, tag + len(batch)))
             return
         try:
             for number, arrival in enumerate(rest, posted):

@@ -247,3 +247,22 @@ def test_the_late_end_of_a_connection_leaves_the_next_one_of_its_reader_alone(ma
     before.end()
     assert gathers._answer_transport(now, Where(1)) == There()
     gathers.close()
+
+
+def test_all_parts_of_an_offer_share_the_ids(made: Sides) -> None:
+    """Their ids are checked once, and sent to a device once, whatever the number of the parts."""
+    both = Couple(made, "staging")
+    offer = both.offer()
+    gathered = list[Any]()
+    send = Gathers.send
+
+    def sent(self: Gathers, peer: Peer, gather: Any, offered: Any) -> Answer:
+        gathered.extend(offered.rows(part).ids for part in gather.parts)
+        return send(self, peer, gather, offered)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gathers, "send", sent)
+        both.pull(offer).synchronize(20)
+    assert both.right()
+    assert len(gathered) > 1
+    assert len({index.ids_token for index in gathered}) == 1

@@ -335,6 +335,7 @@ NOT_CALLED = {
     "Pull.over": "runs in a worker",
     "Pull.run": "runs in a worker",
     "Pull.stop": "`Pull.cancel` has a helper run it",
+    "Pull.stop_after_failure": "runs in the reader's thread",
     "Pull.stop_copies": "`Pull.cancel` has a helper run it",
     "Pull.stopped": "`Pull.cancel` has a helper run it",
 }

@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from math import inf
 from secrets import token_bytes
 from time import sleep
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -33,14 +35,19 @@ from portakv.errors import (
     OfferGone,
     PeerError,
     TransferCancelled,
+    TransferError,
     TransferTimeout,
 )
+from portakv.graph import Graph
 from portakv.graph.task import Task
 from portakv.host.shared import SharedPool
 from portakv.migrate import Shard, Ticket, messages
 from portakv.migrate.channel import Channel
+from portakv.migrate.connections import Source
 from portakv.migrate.followed import Followed
 from portakv.migrate.ipc import shared_empty
+from portakv.migrate.issue import Issuer
+from portakv.migrate.pull import Pull
 
 LIMIT = 30
 METHODS = pytest.mark.parametrize("method", ["mapped", "staging"])
@@ -585,3 +592,33 @@ def test_a_pull_that_nobody_follows_expires(made: Sides) -> None:
     offer = both.offer(progress="layers", lease=0.3)
     sleep(1.0)
     assert offer.state == "expired"
+
+
+@pytest.mark.parametrize("unit", ["", "layers"])
+def test_parts_that_follow_a_mark_wait_for_no_event_of_the_offer(unit: str) -> None:
+    """The rows are complete when the mark is seen, and the event may be a later offer's by then: it
+    stands for work that has nothing to do with the rows."""
+    waits = list[object]()
+    event: Any = SimpleNamespace(query=lambda: False, wait=waits.append)
+    ticket: Any = SimpleNamespace(event=0, progress=unit)
+    owner: Any = SimpleNamespace(events=[event])
+    issuer = Issuer(Graph(), (), torch.device("cpu"))
+    issuer.wait_for_events([Source(ticket, owner)])
+    assert len(waits) == (0 if unit else 1)
+
+
+@pytest.mark.parametrize("end", ["landed", "failed", "raised"])
+def test_a_copy_that_fails_stops_a_pull_that_waits_for_marks(end: str) -> None:
+    """No worker waits for the copy before the last mark."""
+
+    def ended() -> bool:
+        if end == "raised":
+            raise RuntimeError("the device failed")
+        return True
+
+    error = TransferError("It failed.") if end == "failed" else None
+    completion = SimpleNamespace(ended=ended, error=error)
+    pull = Pull((), inf, lambda: None)
+    pull.copies = [cast(Any, SimpleNamespace(completions=[completion], cancel=bool))]
+    pull.stop_after_failure()
+    assert pull.stopped == (end != "landed")

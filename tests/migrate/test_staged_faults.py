@@ -7,18 +7,20 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, suppress
-from typing import Any
+from contextlib import closing, contextmanager, suppress
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
+from migrate.transports.test_onesided import Memory
+from support.migrate_channels import until
 
 from portakv import KVView
-from portakv.errors import OfferGone, PortaKVError, Unsupported
+from portakv.errors import OfferGone, PeerError, PortaKVError, Unsupported
 from portakv.migrate import Channel, Owner, Reader, Shard, Ticket, gathers, shared_empty
 from portakv.migrate.buffers import Staging
 from portakv.migrate.messages import Gather
-from portakv.migrate.transports import distributed
+from portakv.migrate.transports import TRANSPORTS, distributed
 
 BLOCKS = 64
 LAYOUT = "layer kv block token head dim"
@@ -203,13 +205,14 @@ def test_an_offer_holds_until_its_last_mark_for_a_reader_of_some_layers(expose: 
         assert offer.taken(20)
 
 
-def first_stage(expose: Any) -> tuple[Owner, Reader, torch.Tensor]:
+def first_stage(expose: Any, transport: str | None = None) -> tuple[Owner, Reader, torch.Tensor]:
     """Return an owner of four layers, a reader of the first two of them, and the owner's cache."""
     cache = shared_empty((4, 2, 32, 16, 4, 16), torch.float32).fill_(-1)
-    owner = Owner(Channel(), Shard(KVView([*cache], "vllm-nhd")), model="m", expose=expose)
+    terms: Any = {"expose": expose, "transport": transport, "staging": 1 << 16}
+    owner = Owner(Channel(), Shard(KVView([*cache], "vllm-nhd")), model="m", **terms)
     pages = torch.zeros(2, 2, 32, 16, 4, 16)
     shard = Shard(KVView([*pages], "vllm-nhd"), layers=(0, 2, 4))
-    return owner, Reader(Channel(), shard, model="m"), cache
+    return owner, Reader(Channel(), shard, model="m", transport=transport), cache
 
 
 @pytest.mark.parametrize("progress", [None, "layers"])
@@ -236,3 +239,80 @@ def test_a_raise_after_the_owner_was_closed_says_that_the_offer_is_gone() -> Non
         owner.close()
         with pytest.raises(OfferGone):
             offer.raise_to(1)
+
+
+class Broken(Memory):
+    """A library that reads nothing and says so."""
+
+    name = "broken"
+    fails = 0
+
+
+class Fails(NamedTuple):
+    """Work before an offer's rows that fails before one of the parts, counted from 0."""
+
+    parts: list[int]
+    at: int
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        self.parts.append(len(self.parts))
+        if self.parts[-1] == self.at:
+            raise torch.OutOfMemoryError("no room")
+        yield
+
+
+@pytest.mark.parametrize("side", ["reader", "owner"])
+def test_a_part_that_fails_ends_a_pull_that_follows_marks(
+    monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    """The offer is not complete, and nobody raises its mark again. Without the rule the pull held
+    its lease until the last mark."""
+    monkeypatch.setitem(TRANSPORTS.targets, Broken.name, Broken)
+    owner, reader, _ = first_stage("staging", Broken.name if side == "reader" else None)
+    with closing(reader), closing(owner):
+        offer = owner.offer([1, 2], tokens=32, progress="layers")
+        if side == "owner":
+            offer.after = cast(Any, Fails([], 0))
+        pulled = reader.pull(offer.ticket, [3, 4], by_layer=True)
+        offer.raise_to(1)
+        with pytest.raises(PeerError if side == "reader" else OfferGone):
+            pulled.synchronize(20)
+        assert offer.state == "held"
+        assert until(lambda: not offer.begun)  # its lease is not renewed any more
+
+
+class Forgetful(set[bytes]):
+    """A note of readers that keeps none."""
+
+    def add(self, _: bytes) -> None:
+        pass
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_slice_that_the_owner_cannot_fill_is_noted_and_never_committed(noted: bool) -> None:
+    """Zeros cross in place of its rows. Without the note the reader commits them. Other readers of
+    the offer get all rows."""
+    owner, reader, cache = first_stage("staging")
+    cache.fill_(5)
+    pages = torch.zeros(2, 2, 32, 16, 4, 16)
+    shard = Shard(KVView([*pages], "vllm-nhd"), layers=(0, 2, 4))
+    second = Reader(Channel(), shard, model="m")
+    with closing(reader), closing(second), closing(owner):
+        offer = owner.offer([1, 2], tokens=32, readers=2)
+        fails = Fails([], 1)
+        offer.after = cast(Any, fails)
+        if not noted:
+            offer.spoilt = Forgetful()
+        pulled = reader.pull(offer.ticket, [3, 4])
+        if not noted:
+            pulled.synchronize(20)
+            assert fails.parts == [0, 1]
+            return
+        with pytest.raises(OfferGone, match="log has the reason"):
+            pulled.synchronize(20)
+        assert not pulled.published
+        with pytest.raises(OfferGone, match="log has the reason"):  # the same rows once more
+            reader.pull(offer.ticket, [3, 4]).synchronize(20)
+        second.pull(offer.ticket, [3, 4]).synchronize(20)
+        assert bool((pages[:, :, [3, 4]] == 5).all())

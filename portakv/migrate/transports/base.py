@@ -25,7 +25,7 @@ converts nothing. The library calls a transport in this order:
 
 A thread of the lane turns every error of `Lane.carry` into a `PeerError` of the buffer. If the lane
 is ``ordered``, the error also closes the lane. `Moving.wait` raises `TransferTimeout` if the buffer
-takes longer than the transport's ``timeout``.
+takes longer than the transport's ``timeout``, which begins when the buffers before it have ended.
 
 Provisional: the moment when a buffer is released, and how its end is reported, may change.
 The contract suite is `portakv conform --contract transport NAME`.
@@ -37,8 +37,11 @@ import atexit
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
+from math import inf
 from queue import SimpleQueue
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
@@ -59,6 +62,8 @@ if TYPE_CHECKING:
 class Moving:
     """A buffer in flight. It lands or fails as a whole.
 
+    Its ``seconds`` begin when the buffer ``before`` it has ended, whose turn comes first.
+
     Attributes:
         over: set when the buffer has ended.
         error: the reason for the failure; None if the bytes have landed.
@@ -66,10 +71,11 @@ class Moving:
         issued: set when a stream can follow the bytes, or the buffer has ended.
     """
 
-    def __init__(self, buffer: torch.Tensor, seconds: float) -> None:
+    def __init__(self, buffer: torch.Tensor, seconds: float, before: Moving | None = None) -> None:
         self.buffer = buffer
         self.seconds = seconds
-        self.until = monotonic() + seconds
+        self._before = before
+        self._until = monotonic() + seconds
         self.error: Exception | None = None
         self.over = threading.Event()
         self.free = threading.Event()
@@ -79,16 +85,30 @@ class Moving:
         self._touched = False
         self._lock = threading.Lock()
 
+    @property
+    def until(self) -> float:
+        """Return the time, by `monotonic`, at which the buffer has failed if it has not landed."""
+        before = self._before
+        if before is not None:
+            if not before.over.is_set():
+                return before.until + self.seconds
+            self._until = monotonic() + self.seconds  # its turn begins
+            self._before = None
+        return self._until
+
     def wait(self, timeout: float | None = None) -> bool:
         """Block the host until the buffer ends, at most ``timeout`` seconds; return True if it did.
 
         Raises the buffer's error: `TransferTimeout` if the time of the transport is over.
         """
-        left = self.until - monotonic()
-        last = timeout is None or timeout >= left
-        if not self.over.wait(left if last else timeout) and last:
-            what = f"A buffer of {self.buffer.nbytes} B did not cross in {self.seconds:g} s."
-            self.end(TransferTimeout(f"{what} Pull again, or choose another transport."))
+        limit = inf if timeout is None else monotonic() + timeout
+        while not self.over.wait(max(0.0, min(limit, self.until) - monotonic())):
+            now = monotonic()
+            if now >= self.until:
+                what = f"A buffer of {self.buffer.nbytes} B did not cross in {self.seconds:g} s."
+                self.end(TransferTimeout(f"{what} Pull again, or choose another transport."))
+            elif now >= limit:
+                break
         if self.error is not None:
             raise self.error
         return self.over.is_set()
@@ -153,6 +173,7 @@ class Moving:
                 self.error = error
                 self.over.set()
                 self.issued.set()
+            self._before = None  # else each buffer would retain all earlier ones
         for call in calls:
             call()
 
@@ -165,10 +186,12 @@ class Lane(ABC):
     Attributes:
         width: the number of threads.
         ordered: a buffer that fails closes the lane, so no later buffer is carried.
+        released: the peer is gone, or needs the lane no more.
     """
 
     width = 1
     ordered = False
+    released = False
 
     def __init__(self, transport: Transport, channel: Channel, key: str | Peer) -> None:
         self.transport = transport
@@ -178,8 +201,11 @@ class Lane(ABC):
         self.gone: Exception | None = None
         self.unwatch: Callable[[], object] = lambda: None
         self._moving = set[Moving]()
+        # As many as have their turns together: the next one's turn begins after the first of them.
+        self._last = deque[Moving](maxlen=self.width)
         self._jobs = SimpleQueue[Any]()
         self._turn = threading.Lock()
+        self.order = threading.Lock()  # buffers are queued one at a time
         named: Any = {"target": self._work, "name": "portakv-transport", "daemon": True}
         self.threads = [threading.Thread(**named) for _ in range(self.width)]
         for thread in self.threads:
@@ -201,6 +227,9 @@ class Lane(ABC):
         True. Raises the errors of `Channel.ask`.
         """
 
+    def skip(self, tags: Iterable[int]) -> None:  # noqa: B027
+        """Report to the owner that the reader passes no buffers of these tags."""
+
     def cut(self) -> bool:
         """Abort the library's work, quickly; return True if it touches no buffer now."""
         return False
@@ -216,12 +245,25 @@ class Lane(ABC):
         exactly as many bytes. Both sides pass their buffers in one order. A closed lane returns a
         buffer that has failed.
         """
-        moving = Moving(buffer, self.transport.timeout)
         ready = None if buffer.device.type == "cpu" else event_pool(buffer.device).recorded(None)
-        with self.transport.lock:
+        with self.order:
+            moving = self._admit(buffer)
             if self.gone is None:
+                self.queue(moving, ready, tag)
+        return moving
+
+    def queue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+        """Have a thread of the lane carry a buffer, after earlier buffers."""
+        self._jobs.put((moving, ready, tag))
+
+    def _admit(self, buffer: torch.Tensor) -> Moving:
+        """Return a buffer in flight, which ends with this lane at the latest."""
+        with self.transport.lock:
+            full = len(self._last) == self.width
+            moving = Moving(buffer, self.transport.timeout, self._last[0] if full else None)
+            if self.gone is None:
+                self._last.append(moving)
                 self._moving.add(moving)
-                self._jobs.put((moving, ready, tag))
                 return moving
         moving.end(self.gone)
         return moving
@@ -236,6 +278,7 @@ class Lane(ABC):
             self.gone = self.gone or error
             left = self._moving
             self._moving = set()
+            self._last.clear()
             if self.transport.lanes.get(self.key) is self:
                 del self.transport.lanes[self.key]
         if first:
@@ -245,6 +288,11 @@ class Lane(ABC):
                 moving.end(error, untouched)
             for _ in self.threads:
                 self._jobs.put(None)
+
+    def release(self, error: Exception) -> None:
+        """Close the lane to a peer that is gone, or that has released it: it gets no message."""
+        self.released = True
+        self.close(error)
 
     def failure(self, moving: Moving, caught: Exception) -> PeerError:
         """Return the error of a buffer that did not cross."""
@@ -258,6 +306,8 @@ class Lane(ABC):
         """Drop a buffer that has ended."""
         with self.transport.lock:
             self._moving.discard(moving)
+            with suppress(ValueError):  # later buffers have taken its place
+                self._last.remove(moving)
 
     def _work(self) -> None:
         """Carry buffers until the lane is closed."""
@@ -339,7 +389,7 @@ class Transport(ABC):
                 return lane
             lane = self.lanes[other] = self.kind(self, channel, other)
             self._threads = [x for x in self._threads if x.is_alive()] + lane.threads
-        gone = partial(lane.close, PeerError("The peer is gone; its buffers did not cross."))
+        gone = partial(lane.release, PeerError("The peer is gone; its buffers did not cross."))
         try:
             if isinstance(other, str):
                 lane.unwatch = channel.watch(other, gone)
@@ -353,7 +403,7 @@ class Transport(ABC):
     def forget(self, other: str | Peer) -> None:
         """End the buffers in flight with a peer and release its lane; never block."""
         if lane := self.lanes.get(other):
-            lane.close(PeerError("The peer was released; its buffers did not cross."))
+            lane.release(PeerError("The peer was released; its buffers did not cross."))
 
     def close(self, patience: float = 1.0) -> None:
         """Close all lanes, and wait ``patience`` seconds for each thread.
@@ -363,7 +413,7 @@ class Transport(ABC):
         """
         if not self._process.forked:
             for lane in [*self.lanes.values()]:
-                lane.close(PeerError("The transport was closed; its buffers did not cross."))
+                lane.release(PeerError("The transport was closed; its buffers did not cross."))
             for thread in self._threads:
                 thread.join(patience)
         if not any(thread.is_alive() for thread in self._threads):

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from queue import Empty
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,12 @@ import torch
 import torch.distributed as dist
 
 from portakv.backends.base import Decision
-from portakv.errors import PeerError, TransferError, TransferTimeout
+from portakv.errors import PeerError, PortaKVError, TransferError, TransferTimeout
 from portakv.migrate.messages import Answer, Message, Name
 from portakv.migrate.rendezvous import ChannelStore, Meet, pair
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.devices import inside
+from portakv.runtime.streams import ignore_captures_elsewhere
 from portakv.runtime.worker import EXIT_SECONDS
 
 if TYPE_CHECKING:
@@ -37,12 +39,21 @@ NEVER = 86400.0
 #: gloo waits this many times a group's timeout for a peer that connects (`waitUntil`, tcp/pair.h),
 #: also for a dead peer; torch has no call that ends the wait.
 RELAXED = 5
+#: Seconds without a buffer that lands, after which a reader asks whether its owner has the group:
+#: nccl does not report the end of a peer's group.
+SILENT = 0.5
 #: Seconds between two looks at a buffer on a device: other threads need the interpreter as well.
 SHORTEST = 5e-5
 
 
 class Join(Message, frozen=True):
     """A reader makes a group with an owner; ``name`` is random and belongs to the group alone."""
+
+    name: Name
+
+
+class Alive(Message, frozen=True):
+    """A reader requests whether its owner still has the group ``name``."""
 
     name: Name
 
@@ -131,15 +142,20 @@ class Pair(Lane):
 class DevicePair(Pair):
     """The group of two processes for buffers of a device.
 
-    One thread issues the buffers on a stream of the lane as they come, and ends them in their
-    order. The host waits for no buffer before it issues the next. No length precedes a buffer: NCCL
-    takes the size that it gets, and both sides know it from one `Gather`.
+    Buffers are issued on a stream of the lane as they come: by the thread of the lane until one has
+    landed, because the library waits for the peer meanwhile, and then by the caller, so that no
+    thread has to wake. The thread ends them in their order. The host waits for no buffer before it
+    issues the next. No length precedes a buffer: NCCL takes the size that it gets, and both sides
+    know it from one `Gather`.
     """
 
     def __init__(self, transport: Transport, channel: Channel, key: str | Peer) -> None:
         self.stream = torch.Stream(transport.device)
         self._flying = deque[tuple[Moving, torch.Event]]()  # issued, and not ended
         self._since = 0.0  # when the first of them became the first
+        self._asks = 0.0  # when the owner gets the next question, if nothing landed
+        self._waiting = 0  # buffers that the thread is to issue
+        self._connected = False  # a buffer has landed
         super().__init__(transport, channel, key)
 
     def cut(self) -> bool:
@@ -149,7 +165,8 @@ class DevicePair(Pair):
         return False
 
     def _work(self) -> None:
-        """Issue buffers and end them, until the lane is closed."""
+        """Do the jobs of the lane and end buffers, until the lane is closed."""
+        ignore_captures_elsewhere(self.transport.device)
         closed = False
         while self._flying or not closed:
             with suppress(Empty):
@@ -157,10 +174,33 @@ class DevicePair(Pair):
                 if job is None:
                     closed = True
                 else:
-                    self._issue(*job)
+                    job()
                 del job
             self._end_landed()
         self.leave()
+
+    def queue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+        """Issue a buffer, or have the thread issue it; one caller at a time."""
+        if self._waiting or not self._connected:
+            self._waiting += 1
+            self._jobs.put(partial(self._issue_later, moving, ready, tag))
+            return
+        try:
+            self._issue(moving, ready, tag)
+        except Exception as caught:  # whatever failed, later buffers would take its bytes
+            self._jobs.put(partial(self._abort, moving, caught))
+            return
+        if len(self._flying) == 1:  # the thread may sleep until there is a job
+            self._jobs.put(bool)
+
+    def _issue_later(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+        """Issue a buffer in the thread."""
+        try:
+            self._issue(moving, ready, tag)
+        except Exception as caught:  # as in `queue`
+            self._abort(moving, caught)
+        with self.order:
+            self._waiting -= 1
 
     def _pause(self) -> float:
         """Return the seconds until the next look at the first buffer."""
@@ -169,20 +209,16 @@ class DevicePair(Pair):
 
     def _issue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
         """Put a buffer on the stream, after the event ``ready`` and earlier buffers."""
-        try:
-            group = self.join(moving)
-            call = group.recv if self.address else group.send
-            with inside(self.stream):
-                if ready is not None:
-                    ready.wait(self.stream)
-                buffer = moving.buffer.view(-1).view(torch.uint8)
-                call([buffer], self.other, tag).wait()  # only this thread's stream waits
-                event = self.stream.record_event()
-        except Exception as caught:  # whatever failed, later buffers would take its bytes
-            self._abort(moving, caught)
-            return
+        group = self.join(moving)
+        call = group.recv if self.address else group.send
+        with inside(self.stream):
+            if ready is not None:
+                ready.wait(self.stream)
+            buffer = moving.buffer.view(-1).view(torch.uint8)
+            call([buffer], self.other, tag).wait()  # only the lane's stream waits
+            event = self.stream.record_event()
         if not self._flying:
-            self._since = time.monotonic()
+            self._begin_wait()
         self._flying.append((moving, event))
         moving.issue(event)
 
@@ -194,14 +230,39 @@ class DevicePair(Pair):
                 if not event.query():
                     if moving.over.is_set() or time.monotonic() > moving.until:
                         moving.wait(0.0)  # raises
+                    self._ask_owner()
                     return
             except Exception as caught:  # of the device, or the buffer's own
                 self._abort(moving, caught)
                 return
             self._flying.popleft()
-            self._since = time.monotonic()
+            self._connected = True
+            self._begin_wait()
             moving.end(untouched=True)
             self.forget(moving)
+
+    def _begin_wait(self) -> None:
+        """Wait for the first buffer from now on."""
+        self._since = time.monotonic()
+        self._asks = self._since + SILENT
+
+    def _ask_owner(self) -> None:
+        """Raise `PeerError` if nothing lands and the owner does not have this group any more."""
+        now = time.monotonic()
+        if not self.address or now < self._asks:
+            return
+        self._asks = now + SILENT
+        try:
+            late = partial(self._is_late, now + SILENT)
+            answer = self.channel.ask(self.address, Alive(self.name), Answer, stop=late)
+        except PortaKVError:  # the channel reports the end of an owner, and its own errors
+            return
+        if answer.state == "gone":
+            raise PeerError("the owner has closed the group")
+
+    def _is_late(self, until: float) -> bool:
+        """Return True if an answer is not waited for any longer."""
+        return self.gone is not None or time.monotonic() > until
 
     def _abort(self, moving: Moving, caught: Exception) -> None:
         """End all buffers with an error: bytes that end on the stream now have not landed."""
@@ -209,13 +270,15 @@ class DevicePair(Pair):
         if self.group is not None:
             self.group.abort()  # otherwise it waits for the peer as long as the device runs
         until = time.monotonic() + EXIT_SECONDS
-        for _, event in self._flying:
+        flying = [*self._flying]  # a caller may issue one more, which this thread ends next
+        for _, event in flying:
             while not _has_ended(event) and time.monotonic() < until:
                 time.sleep(1e-3)
-        for each in [moving, *(flying for flying, _ in self._flying)]:
+        for each in [moving, *(issued for issued, _ in flying)]:
             each.end(self.gone, untouched=True)
             self.forget(each)
-        self._flying.clear()
+        for _ in flying:
+            self._flying.popleft()
 
 
 def _has_ended(event: torch.Event) -> bool:
@@ -232,7 +295,7 @@ class Distributed(Transport):
     name = "distributed"
     kind = Pair
     on_device: type[Pair] = DevicePair
-    asks = (Join, Meet)
+    asks = (Join, Meet, Alive)
 
     def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
         super().__init__(device, timeout)
@@ -248,6 +311,9 @@ class Distributed(Transport):
         return Decision(cls.name, True, f"a group of two by {by}")
 
     def answer(self, peer: Peer, channel: Channel, request: Any) -> Message:
+        if isinstance(request, Alive):
+            has = self.lanes.get(peer)
+            return Answer("done" if has is not None and has.name == request.name else "gone")
         lane: Pair = self.lane(peer, channel)
         if isinstance(request, Meet):
             return lane.store.do(request)

@@ -15,7 +15,8 @@ import socket
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +27,7 @@ import torch
 from msgspec import Meta
 
 from portakv.backends.base import Decision
-from portakv.errors import TransferError
+from portakv.errors import PortaKVError, TransferError
 from portakv.extras import installing
 from portakv.migrate.messages import Bytes, Count, Message
 from portakv.migrate.transports.base import Lane, Moving, Transport
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 #: longest.
 ASK = 1e-4
 LONGEST_PAUSE = 5e-3
+MOST_UNWANTED = 1024  # tags of one reader that an owner remembers before it offers them
 
 
 class Where(Message, frozen=True):
@@ -71,6 +73,7 @@ class Reading(Lane):
         self.ours = transport
         # by tag
         self.offered = dict[int, tuple[There, Moving]]()
+        self.unwanted = set[int]()  # tags that the reader does not read, before they are offered
         self.names = dict[bytes, str]()  # names of the peer in the library, by its address
         # By address: the base tensor, its memory, the library's handle of it.
         self._entered = dict[int, Any]()
@@ -98,6 +101,10 @@ class Reading(Lane):
 
     def _offer(self, moving: Moving, tag: int) -> None:
         self.offered[tag] = (There(), moving)
+        if tag in self.unwanted:  # after the line above, because `answer` reads in the other order
+            self.unwanted.discard(tag)
+            self.offered.pop(tag, None)
+            return
         buffer = moving.buffer
         reach = self.ours.reach(self._enter(buffer))
         self.offered[tag] = There(reach, buffer.data_ptr(), buffer.nbytes, _index(buffer)), moving
@@ -107,6 +114,7 @@ class Reading(Lane):
         nbytes = moving.buffer.nbytes
         pause = ASK
         try:
+            moving.wait(0.0)  # raises if it was ended before its turn
             self._enter(moving.buffer)
             while not (there := self.channel.ask(self.address, Where(tag), There)).reach:
                 moving.wait(pause)
@@ -116,8 +124,14 @@ class Reading(Lane):
             if moving.begin():
                 self.ours.read(self, moving, there)
         finally:
-            if self.gone is None:
-                self.channel.tell(self.address, Taken(tag))
+            # Also after this side has closed the lane: else the owner waits for it.
+            self.skip([tag])
+
+    def skip(self, tags: Iterable[int]) -> None:
+        for tag in tags:
+            if not self.released:
+                with suppress(PortaKVError):  # the owner may be gone
+                    self.channel.tell(self.address, Taken(tag))
 
     def leave(self) -> None:
         with self.ours.turn:
@@ -161,7 +175,11 @@ class OneSided(Transport):
             if moving is not None:
                 moving.wait(0)  # raises what it ended with
             return there
-        if offered := lane.offered.pop(request.tag, None):
+        if len(lane.unwanted) < MOST_UNWANTED:
+            lane.unwanted.add(request.tag)
+        offered = lane.offered.pop(request.tag, None)
+        if offered is not None:
+            lane.unwanted.discard(request.tag)
             offered[1].end()
         return None
 

@@ -174,6 +174,42 @@ def test_pulls_by_nccl_that_are_cancelled_leave_one_group_in_step() -> None:
         one.close()
 
 
+def test_a_pull_by_nccl_that_is_cancelled_long_before_its_bytes_leaves_others_their_lane() -> None:
+    """Its copies wait on a stream for bytes that come after two seconds."""
+    made = Sides()
+    owner, reader, remote, local = pulled_between_devices(made, 9)
+    with torch.cuda.device(1):
+        reader.pull(owner.offer(range(8), tokens=128).ticket, range(8)).synchronize(60)
+    with torch.cuda.device(0):
+        remote.fill_(7)
+        delay(4_000_000_000)
+        offers = [owner.offer(range(8), tokens=128) for _ in range(2)]
+    with torch.cuda.device(1):
+        pulls = [reader.pull(offer.ticket, range(8)) for offer in offers]
+        time.sleep(0.3)
+        assert pulls[0].cancel()
+        pulls[1].synchronize(60)
+        with pytest.raises(TransferCancelled):
+            pulls[0].synchronize(60)
+    assert bool((local == 7).all())
+    for one in reversed(made.made):
+        one.close()
+
+
+def test_a_lane_that_its_owner_closes_alone_ends_a_take_by_nccl() -> None:
+    """NCCL does not report it to the reader, which asks; a new pair is made."""
+    both = nccl(NEVER)
+    both.cross(1000)
+    taking = both.take(empty(64 << 20), 1)
+    time.sleep(0.2)  # its kernel waits for the peer
+    lane = both.owner.lane(both.life, both.there)
+    lane.close(PeerError("The owner could not send a buffer; it did not cross."))
+    with pytest.raises(PeerError, match="has closed the group"):
+        taking.wait(60)
+    both.cross(1000)
+    close(both)
+
+
 def test_slots_cross_by_nixl() -> None:
     if not (why := Nixl.probe(torch.device(DEVICES[0]))).accepted:
         pytest.skip(str(why))

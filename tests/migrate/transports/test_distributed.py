@@ -12,7 +12,7 @@ import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from support.migrate_pulls import LAYOUT, sides
 from support.simdev_cases import DEVICE, OTHER, current
 from support.transport_cases import End, Wire, slot_of, wire
 
-from portakv import KVView
+from portakv import Index, KVView
 from portakv.backends.base import Decision
 from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferError, Unsupported
 from portakv.migrate.channel import Channel
@@ -173,23 +173,31 @@ def test_a_channel_that_watches_nobody_leaves_no_lane(monkeypatch: pytest.Monkey
 class Group:
     """Do what nccl does for two simulated devices: all in stream order, whatever the tags."""
 
+    delays: ClassVar = list[int]()  # milliseconds before the next bytes
+    errors: ClassVar = list[Exception]()  # of the next calls
+
     def __init__(self, device: torch.device, wire: queue.Queue[Any]) -> None:
         self.device = device
         self.wire = wire
         self.aborted = False
 
     def send(self, buffers: list[torch.Tensor], _: int, tag: int) -> Any:
-        landed: queue.Queue[torch.Event] = queue.Queue()
-        self.wire.put((buffers[0], current(self.device).record_event(), landed))
-        return self.ordered(landed.get(timeout=20))
+        if self.errors:
+            raise self.errors.pop()
+        # The host does not wait for the peer: bytes leave the buffer when the stream comes here.
+        simdev.delay(current(self.device), self.delays.pop() if self.delays else 20)
+        left = buffers[0].clone()
+        LEFT.append(left)  # a stream of the other device reads it
+        gone = current(self.device).record_event()
+        self.wire.put((left, gone))
+        return self.ordered(gone)
 
     def recv(self, buffers: list[torch.Tensor], _: int, tag: int) -> Any:
-        sent, ready, landed = self.wire.get(timeout=20)
+        sent, ready = self.wire.get(timeout=20)
         ready.wait(current(self.device))
         simdev.delay(current(self.device), 20)
         buffers[0].copy_(sent, non_blocking=True)
-        landed.put(ended := current(self.device).record_event())
-        return self.ordered(ended)
+        return self.ordered(current(self.device).record_event())
 
     def ordered(self, event: torch.Event) -> Any:
         return SimpleNamespace(wait=lambda: event.wait(current(self.device)))
@@ -199,6 +207,7 @@ class Group:
         time.sleep(1)  # until what was on the stream has ended, landed or not
 
 
+LEFT = list[torch.Tensor]()
 WIRES = dict[str, Any]()  # by the name of the pair
 
 
@@ -327,5 +336,75 @@ def test_a_slot_on_a_device_that_takes_too_long_ends_the_one_behind_it() -> None
     for each in taking:
         with pytest.raises(TransferError, match=r"did not cross in 0\.2 s"):
             each.wait(20)
+    for transport in (both.reader, both.owner):
+        transport.close(20)
+
+
+@pytest.mark.simdev
+def test_a_pull_that_is_cancelled_long_before_its_bytes_leaves_others_their_lane(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its copies on the device wait for bytes, and another pull needs the lane. It was closed after
+    `STOPPING`, so that the other pull failed."""
+    monkeypatch.setitem(TRANSPORTS.targets, Simulated.name, Simulated)
+    remote = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
+    local = torch.zeros_like(remote, device=OTHER)
+    views = [KVView([*x], LAYOUT) for x in (remote, local)]
+    before = len(WIRES)
+    with sides() as made, inside(torch.Stream(DEVICE)), inside(torch.Stream(OTHER)):
+        owner = made.owner(Shard(views[0]), expose="staging", staging=4 * remote[0].nbytes)
+        reader = made.reader(Shard(views[1]), transport=Simulated.name)
+        # Ids on the device: the host would wait for the bytes to bring or to check them.
+        into: Any = Index(torch.arange(7, -1, -1, device=OTHER), 16, trusted=True)
+        offer = owner.offer(range(8), tokens=128)
+        reader.pull(offer.ticket, into).synchronize(60)  # so that the group is made
+        remote.copy_(torch.arange(remote.numel()).view(remote.shape).to(DEVICE))
+        Group.delays.append(3000)
+        offers = [owner.offer(range(8), tokens=128) for _ in range(2)]
+        pulls = [reader.pull(offer.ticket, into) for offer in offers]
+        time.sleep(0.3)  # its copies are on the device's stream by then
+        assert pulls[0].cancel()
+        pulls[1].synchronize(60)
+        assert torch.equal(remote.cpu(), local.cpu().flip(2))
+        with pytest.raises(TransferCancelled):
+            pulls[0].synchronize(60)
+    assert len(WIRES) == before + 1
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_lane_that_its_owner_closes_alone_ends_the_readers_slots(closed: bool) -> None:
+    """The group of a device does not report it; the reader waited for the transport's timeout."""
+    both = Wire(Simulated, NEVER, (str(DEVICE), str(OTHER)))
+    both.cross(100)
+    simdev.delay(current(DEVICE), 3000)
+    both.give(slot_of(100).to(DEVICE, non_blocking=True), 1)
+    taking = both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER), 1)
+    assert taking.issued.wait(20)
+    if closed:
+        lane = both.owner.lane(both.life, both.there)
+        lane.close(PeerError("The owner could not send a buffer; it did not cross."))
+    with pytest.raises(PeerError, match="has closed the group") if closed else nullcontext():
+        taking.wait(60)
+    for transport in (both.reader, both.owner):
+        transport.close(20)
+
+
+@pytest.mark.simdev
+def test_slots_after_the_first_are_issued_by_the_caller_and_a_failure_ends_the_lane() -> None:
+    """No thread has to wake first. Slots that were issued before the failure do not count."""
+    both = Wire(Simulated, NEVER, (str(DEVICE), str(OTHER)))
+    both.cross(100)
+    simdev.delay(current(DEVICE), 300)
+    giving = [both.give(slot_of(100).to(DEVICE, non_blocking=True), 1)]
+    assert giving[0].issued.is_set()
+    lane = both.owner.lane(both.life, both.there)
+    Group.errors.append(RuntimeError("no memory"))
+    giving.append(both.give(slot_of(100).to(DEVICE, non_blocking=True), 2))
+    for each in giving:
+        with pytest.raises(PeerError, match="no memory"):
+            each.wait(20)
+    assert lane.gone is not None
+    assert both.owner.lane(both.life, both.there) is not lane
     for transport in (both.reader, both.owner):
         transport.close(20)

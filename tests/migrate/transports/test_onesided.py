@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from typing import Any
 
 import pytest
 import torch
-from support.transport_cases import slot_of, wire
+from support.transport_cases import End, slot_of, wire
 
 from portakv.backends.base import Decision
 from portakv.errors import PeerError, TransferError, TransferTimeout
@@ -188,3 +189,24 @@ def test_what_is_not_given_or_not_taken_ends_by_the_timeout() -> None:
 )
 def test_a_host_is_told_as_its_channels_peers_reach_it(address: str, host: str) -> None:
     assert onesided.own_host(address) == host
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_lane_that_its_reader_closes_frees_the_owners_slots(before: bool) -> None:
+    """Slots that are offered before or afterwards, of tags that the reader has passed to its lane
+    or not. Without a message about them the owner waited for its whole timeout."""
+    with wire(Memory, NEVER) as both:
+        both.cross(100)
+        taking = [both.take(empty(100), tag) for tag in (1, 2, 3)]  # the third is queued
+        lane = both.reader.lane(End.address, both.here)
+        given = [both.give(slot_of(100), 4)] if before else []
+        time.sleep(0.1)  # so that two wait for their slots
+        lane.close(PeerError("The owner did not stop."))
+        lane.skip([4])
+        for each in taking:
+            with pytest.raises(PeerError, match="did not stop"):
+                each.wait(20)
+        if not before:
+            given = [both.give(slot_of(100), tag) for tag in (1, 2, 3, 4)]
+        assert all(each.wait(5) for each in given)
+        both.cross(100, 5)
