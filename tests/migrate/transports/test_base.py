@@ -115,10 +115,10 @@ def test_the_time_of_a_queued_slot_begins_after_the_slot_before_it(behind: bool)
 
 def test_slots_fail_one_after_the_other_if_none_crosses() -> None:
     buffer = torch.zeros(8, dtype=torch.uint8)
+    began = time.monotonic()
     slots = [Moving(buffer, 0.2)]
     for _ in range(2):
         slots.append(Moving(buffer, 0.2, slots[-1]))
-    began = time.monotonic()
     with pytest.raises(TransferTimeout):
         slots[-1].wait()  # though no one waits for the others
     assert time.monotonic() - began >= 0.6
