@@ -196,6 +196,7 @@ def test_what_torch_guards_for_does_not_compile_again(device: torch.device) -> N
     assert len(backend.programs) == made == 2
 
 
+@pytest.mark.full
 @needs_inductor
 def test_torchs_limit_of_recompilations_is_not_met() -> None:
     """Each program has its own count, so that no number of plans ends in an eager run."""

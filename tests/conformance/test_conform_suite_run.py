@@ -80,6 +80,7 @@ def test_events_tell_of_each_case(tmp_path: Path) -> None:
     assert re.search(r"seed [1-9]\d*, 77 examples", done.stdout)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("own_registry")
 def test_a_failure_is_told_shrunken_saved_and_replayed(tmp_path: Path) -> None:
     retained = tmp_path / "examples"

@@ -26,11 +26,13 @@ SIZE = 4
 HEADS = 2
 DIM = 8
 SLOTS = BLOCKS * SIZE
-INDUCTOR = pytest.param("inductor", marks=needs_inductor)
+#: Compilations of one process share what takes longest, the start of the compiler.
+INDUCTOR_MARKS = (needs_inductor, pytest.mark.xdist_group("inductor"))
+INDUCTOR = pytest.param("inductor", marks=INDUCTOR_MARKS)
 COMPILER = pytest.mark.parametrize("compiler", ["eager", "aot_eager", INDUCTOR])
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICE = pytest.mark.parametrize("device", ["cpu", CUDA])
-BY_INDUCTOR = pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_inductor), CUDA])
+BY_INDUCTOR = pytest.mark.parametrize("device", [pytest.param("cpu", marks=INDUCTOR_MARKS), CUDA])
 
 
 @pytest.fixture(autouse=True)

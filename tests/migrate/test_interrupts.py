@@ -342,7 +342,9 @@ NOT_CALLED = {
 SCENARIOS = [channels, making, mapped, staged, weights, sent_weights, meeting]
 
 
-@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [weights, sent_weights, staged, mapped]))
+@pytest.mark.parametrize(
+    "scenario", by_width(SCENARIOS, [making, weights, sent_weights, staged, mapped])
+)
 def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) -> None:
     problems, count = orphans(scenario, tmp_path, FILES)
     print(f"{scenario.__name__}: {count} lines")

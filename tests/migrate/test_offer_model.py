@@ -394,7 +394,10 @@ class Counting(PacedOwner):
         super()._less(offer, reader + bytes([len(offer.through)]), state)
 
 
-@pytest.mark.parametrize("kind", [Trusting, Silent, Hasty, Counting])
+@pytest.mark.parametrize(
+    "kind",
+    [Trusting, *(pytest.param(x, marks=pytest.mark.full) for x in (Silent, Hasty, Counting))],
+)
 def test_the_machine_finds_an_owner_with_a_bug(kind: type[PacedOwner]) -> None:
     with pytest.raises(AssertionError):
         run(kind, 100)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from support.serving_faults import GivenBackAtOnce, NotStopped
 from support.serving_model import Engine
 
 from portakv.errors import InvalidTerms
@@ -48,24 +49,6 @@ def test_walks_load_save_and_fail() -> None:
 
 
 # --- walks find a ledger with a bug
-
-
-class GivenBackAtOnce(Ledger):
-    """A ledger that lets the engine free blocks which are still read."""
-
-    def finished(self, request: str) -> bool:
-        super().finished(request)
-        self._next.retained.clear()
-        self._requests.pop(request, None)
-        return False
-
-
-class NotStopped(Ledger):
-    """A ledger that does not stop the saves of a request whose blocks are taken."""
-
-    def preempted(self, request: str) -> None:
-        super().preempted(request)
-        self._next.stop.clear()
 
 
 class TooEarly(Ledger):

