@@ -24,6 +24,7 @@ from support.command_line import python
 from support.core_cases import noise
 from support.cuda_on_cpu import why_not
 from support.sums_on_cpu import CPU, SMALL, HostDriver, LastTiles, ended_memory, host_kernel
+from torch.cuda import _sleep
 
 from portakv.errors import TransferError, Unsupported
 from portakv.migrate import checksum as _checksum
@@ -352,7 +353,7 @@ def test_a_gpu_sums_after_the_work_of_the_current_stream() -> None:
     torch.cuda.synchronize()
     sums = BoxSums()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(1_000_000_000)  # about half a second
+        _sleep(1_000_000_000)  # about half a second
         for number, tensor in enumerate(tensors):
             tensor.fill_(number + 1)
         sums.add([Part(number, x, (0,)) for number, x in enumerate(tensors)])

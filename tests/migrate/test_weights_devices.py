@@ -16,6 +16,7 @@ from migrate.transports.test_distributed import WIRES, Simulated
 from support.peer_process import Peer
 from support.simdev_cases import DEVICE, OTHER, current
 from support.weight_cases import AtSlice, Channels, make_channels
+from torch.cuda import _sleep
 
 from portakv.errors import PeerError, TransferCancelled, TransferError
 from portakv.migrate import prepare_weights, publish, pull_weights, weight_send
@@ -115,7 +116,7 @@ def test_streams_order_all_slices_between_devices(channels: Channels, simulated:
 def delay_of(device: torch.device) -> Callable[[], None]:
     """Return a function that holds the current stream of a device up for some milliseconds."""
     if device.type == "cuda":
-        return lambda: torch.cuda._sleep(20_000_000)
+        return lambda: _sleep(20_000_000)
     return lambda: simdev.delay(current(device), 20)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from portakv.serving import GroupCache, Hand, Job, Ledger, Plan, Report
 from portakv.storage import BlockForm, BlockStore, prefix_keys
 
 LAYOUT = "layer | block kv token head dim"
+STEP = 5e-4  # seconds of a step in which workers of the store go on
 LIMIT = 20.0  # seconds; nothing here takes as long
 
 
@@ -83,6 +85,8 @@ class HandWorker:
         self._hand.save(plan)
         self._said = self._said.merged(self._hand.report())
         self.freed |= self._hand.ended().freed
+        if self._hand.busy:
+            time.sleep(STEP)
 
 
 @pytest.mark.parametrize("part", range(8))
