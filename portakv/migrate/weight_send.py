@@ -45,7 +45,7 @@ _HOST = torch.device("cpu")
 _SLICES = 8
 _LEAST_ON_HOST = 8 << 20
 _LEAST_ON_DEVICE = 64 << 20
-_MOST_LANES = 4  # of one reader: it has one for each kind of device
+_MOST_LANES = 16  # of one reader: it has one for each device
 LEAST = BUFFERS << 12  # bytes of the staging of a lane
 
 Devices = frozenset[torch.device]

@@ -156,8 +156,15 @@ class Incoming:
             each.receiver.ended += 1
         self._copied.clear()
         self._in_flight.clear()
+        self._wait_for_copies()
         for receiver in self._receivers.values():
             receiver.free(self)
+
+    def _wait_for_copies(self) -> None:
+        """Wait until no copy reads a staging buffer: the next pull of a lane has another stream."""
+        buffers = [each for receiver in self._receivers.values() for each in receiver.buffers]
+        for device in {each.device for each in buffers if not each.is_cpu}:
+            torch.accelerator.current_stream(device.index).synchronize()
 
     def _buffer(self, receiver: Receiver) -> torch.Tensor:
         """Return the next staging buffer of a lane, after its last bytes were copied."""

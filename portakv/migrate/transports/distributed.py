@@ -28,7 +28,7 @@ from portakv.migrate.messages import Answer, Message, Name
 from portakv.migrate.rendezvous import ChannelStore, Meet, pair
 from portakv.migrate.transports.base import Lane, Moving, Transport
 from portakv.runtime.devices import inside
-from portakv.runtime.streams import ignore_captures_elsewhere
+from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.worker import EXIT_SECONDS
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class DevicePair(Pair):
     """
 
     def __init__(self, transport: Transport, channel: Channel, key: str | Peer) -> None:
-        self.stream = torch.Stream(transport.device)
+        self.stream = own_stream(transport.device)  # a receive may hold it up for long
         self._flying = deque[tuple[Moving, torch.Event]]()  # issued, and not ended
         self._since = 0.0  # when the first of them became the first
         self._asks = 0.0  # when the owner gets the next question, if nothing landed
@@ -168,7 +168,7 @@ class DevicePair(Pair):
         """Do the jobs of the lane and end buffers, until the lane is closed."""
         ignore_captures_elsewhere(self.transport.device)
         closed = False
-        while self._flying or not closed:
+        while not (closed and self._is_idle()):
             with suppress(Empty):
                 job = self._jobs.get(timeout=self._pause() if self._flying else None)
                 if job is None:
@@ -178,6 +178,11 @@ class DevicePair(Pair):
                 del job
             self._end_landed()
         self.leave()
+
+    def _is_idle(self) -> bool:
+        """Return True if no buffer is in flight, and no caller issues one."""
+        with self.order:
+            return not self._flying
 
     def queue(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
         """Issue a buffer, or have the thread issue it; one caller at a time."""
@@ -189,6 +194,7 @@ class DevicePair(Pair):
             self._issue(moving, ready, tag)
         except Exception as caught:  # whatever failed, later buffers would take its bytes
             self._jobs.put(partial(self._abort, moving, caught))
+            self.close(self.failure(moving, caught))  # now: the next caller may be quicker
             return
         if len(self._flying) == 1:  # the thread may sleep until there is a job
             self._jobs.put(bool)
@@ -268,7 +274,8 @@ class DevicePair(Pair):
         """End all buffers with an error: bytes that end on the stream now have not landed."""
         self.close(self.failure(moving, caught))
         if self.group is not None:
-            self.group.abort()  # otherwise it waits for the peer as long as the device runs
+            with suppress(RuntimeError):  # of a group that has failed already
+                self.group.abort()  # otherwise it waits for the peer as long as the device runs
         until = time.monotonic() + EXIT_SECONDS
         flying = [*self._flying]  # a caller may issue one more, which this thread ends next
         for _, event in flying:

@@ -108,7 +108,10 @@ class Reading(Lane):
         buffer = moving.buffer
         reach = self.ours.reach(self._enter(buffer))
         self.offered[tag] = There(reach, buffer.data_ptr(), buffer.nbytes, _index(buffer)), moving
-        moving.wait()  # `Taken` ends the buffer
+        try:
+            moving.wait()  # `Taken` ends the buffer
+        finally:
+            self.offered.pop(tag, None)
 
     def _read(self, moving: Moving, tag: int) -> None:
         nbytes = moving.buffer.nbytes
