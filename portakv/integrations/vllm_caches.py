@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -45,10 +45,17 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         InvalidTerms: wrong terms in ``kv_connector_extra_config``.
     """
     parallel = config.parallel_config
-    if parallel.world_size != 1:
+    workers = parallel.world_size * getattr(parallel, "data_parallel_size", 1)
+    if workers != 1:
         raise IntegrationError(
-            f"Expected one worker for PortaKVConnector, got {parallel.world_size} by tensor or "
-            f"pipeline parallelism. Run one, or choose the OffloadingConnector."
+            f"Expected one worker for PortaKVConnector, got {workers} by tensor, pipeline or data "
+            f"parallelism. Run one, or choose the OffloadingConnector."
+        )
+    executor = getattr(parallel, "distributed_executor_backend", None)
+    if executor not in (None, "uni"):
+        raise IntegrationError(
+            f"Expected the worker in the scheduler's process for PortaKVConnector, got the "
+            f"executor {executor!r}. Leave --distributed-executor-backend out."
         )
     groups = kv_cache_config.kv_cache_groups
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
@@ -57,19 +64,37 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
             f"Expected one group of layers with full attention for PortaKVConnector, got "
             f"{', '.join(kinds)}. Choose the OffloadingConnector for this model."
         )
+    if getattr(groups[0].kv_cache_spec, "non_causal", False):
+        raise IntegrationError(
+            "Expected causal attention for PortaKVConnector, got layers whose rows depend on later "
+            "tokens. Choose the OffloadingConnector for this model."
+        )
     transfer = config.kv_transfer_config
     try:
         store = StoreTerms.of(transfer.kv_connector_extra_config)
     except InvalidTerms as error:
         raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
     model = config.model_config
-    names = (model.model, model.revision, model.quantization, config.cache_config.cache_dtype)
+    names = (
+        model.model,
+        model.revision,
+        model.quantization,
+        config.cache_config.cache_dtype,
+        _checksum_of(model),
+    )
     return Settings(
         transfer.engine_id,
         ":".join(str(name) for name in names),
         groups[0].kv_cache_spec.block_size,
         store,
     )
+
+
+def _checksum_of(model: Any) -> str:
+    """Return a checksum of a model's configuration, with what the user has overridden."""
+    config = getattr(model, "hf_config", None)
+    text = config.to_json_string(use_diff=False) if config is not None else ""
+    return sha256(text.encode()).hexdigest()[:16]
 
 
 def warn_of_policy(config: Any) -> None:
@@ -88,50 +113,51 @@ def groups_of(kv_cache_config: Any) -> list[Group]:
     return [Group(group.kv_cache_spec.block_size) for group in kv_cache_config.kv_cache_groups]
 
 
-def view_of(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> KVView:
-    """Return the view of all layers, whose blocks are pages that nothing looks into.
+def view_of(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> tuple[KVView, str]:
+    """Return the view of all layers, whose blocks are pages that nothing looks into, and what
+    decides where a row lies in a page: the shape of a block in the order of its memory.
 
-    What lies in a page depends on the attention's kernel; a page that is moved whole is right for
-    each of them. Layers that share a tensor are one.
+    What lies in a page also depends on the attention's kernel; a page that is moved whole is right
+    for each of them. Layers that share a tensor are one.
 
     Raises `IntegrationError` for caches without an axis of blocks.
     """
     blocks = kv_cache_config.num_blocks
     size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
     tensors = [*{tensor.data_ptr(): tensor for tensor in kv_caches.values()}.values()]
-    shapes = {tuple(tensor.shape) for tensor in tensors}
-    shape = shapes.pop()
-    if not shapes and shape[0] == blocks:
-        return KVView(tensors, "layer | block page", block_size=size)
-    if not shapes and len(shape) > 1 and shape[0] == 2 and shape[1] == blocks:
-        return KVView(tensors, "layer | kv block page", block_size=size)
-    raise IntegrationError(
-        f"Expected caches of one shape whose first or second axis is {blocks} blocks, got "
-        f"{[*shape]} for the first layer. Choose the OffloadingConnector for this model."
-    )
+    shapes = {(tuple(tensor.shape), tensor.stride()) for tensor in tensors}
+    shape, strides = shapes.pop()
+    outer = 1 if shape[0] == blocks else 2
+    if shapes or shape[outer - 1] != blocks or (outer == 2 and shape[0] != 2):
+        raise IntegrationError(
+            f"Expected caches of one shape whose first or second axis is {blocks} blocks, got "
+            f"{[*shape]} for the first layer. Choose the OffloadingConnector for this model."
+        )
+    # vLLM's tensors name the heads before the tokens, whatever their order in memory.
+    inner = sorted(range(outer, len(shape)), key=lambda axis: -strides[axis])
+    pages = [tensor.permute(*range(outer), *inner) for tensor in tensors]
+    layout = "layer | block page" if outer == 1 else "layer | kv block page"
+    order = f"axes {inner} of {[*shape[outer:]]} {tensors[0].dtype}"
+    return KVView(pages, layout, block_size=size), order
+
+
+def is_served(request: Any) -> bool:
+    """Return whether the rows of a request depend on its tokens, salt and adapter alone.
+
+    Others are computed by the engine: requests with embeddings in place of tokens, with images or
+    sounds, and sessions whose later parts are added to them.
+    """
+    embeds = getattr(request, "prompt_embeds", None)
+    resumable = getattr(request, "resumable", False)
+    return embeds is None and not request.mm_features and not resumable
 
 
 def salt_of(request: Any) -> bytes:
     """Return what keeps the blocks of a request apart from those of other tenants and adapters."""
-    parts: Sequence[str] = (
-        request.cache_salt or "",
-        request.lora_request.lora_name if request.lora_request else "",
-    )
+    adapter = request.lora_request
+    parts = [request.cache_salt or ""]
+    if adapter is not None:
+        parts += adapter.lora_name, getattr(adapter, "lora_path", "")
     if not any(parts):
         return b""
     return sha256(b"\0".join(part.encode() for part in parts)).digest()
-
-
-def extras_of(request: Any, block_size: int) -> dict[int, bytes]:
-    """Return what blocks depend on besides their tokens: the images and sounds that they contain.
-
-    A feature counts for each block that it reaches into, with its place in it.
-    """
-    extra = dict[int, bytes]()
-    for feature in request.mm_features or ():
-        begin = feature.mm_position.offset
-        past = begin + feature.mm_position.length
-        for number in range(begin // block_size, -(-past // block_size)):
-            place = begin - number * block_size
-            extra[number] = extra.get(number, b"") + f"{feature.identifier}@{place};".encode()
-    return extra

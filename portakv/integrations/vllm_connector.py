@@ -16,8 +16,8 @@ import torch
 
 from portakv.integrations import check_release
 from portakv.integrations.vllm_caches import (
-    extras_of,
     groups_of,
+    is_served,
     salt_of,
     settings_of,
     view_of,
@@ -79,8 +79,8 @@ class PortaKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # --- in the scheduler
 
     def on_new_request(self, request: Any) -> None:
-        extra = extras_of(request, self._settings.block_size)
-        self.ledger.add(request.request_id, request.all_token_ids, salt_of(request), extra)
+        if is_served(request):
+            self.ledger.add(request.request_id, request.all_token_ids, salt_of(request))
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -120,15 +120,19 @@ class PortaKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._computed.pop(request.request_id, None)
         return self.ledger.finished(request.request_id), None
 
+    def reset_cache(self) -> bool:
+        self.ledger.forget()
+        return True
+
     def has_pending_block_frees(self) -> bool:
         return self.ledger.retains
 
     # --- in the worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        view = view_of(kv_caches, self._kv_cache_config)
+        view, order = view_of(kv_caches, self._kv_cache_config)
         settings = self._settings
-        self._store = opened_store(view, settings.store, settings.model, settings.block_size)
+        self._store = opened_store(view, settings.store, settings.model, settings.block_size, order)
         self._index.store = self._store
         self.hand = Hand([GroupCache(view, self._store)], settings.store.deadline)
 

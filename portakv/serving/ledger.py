@@ -7,11 +7,11 @@ call it, and carry its plans to the workers and their reports back.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from secrets import token_bytes
 from typing import NamedTuple, Protocol
 
 from portakv.errors import InvalidTerms
@@ -61,6 +61,7 @@ class _Request:
         promised: the first stored block and the past token of the latest answer.
         load: in flight, or planned.
         reading: the numbers of saves that may still read blocks.
+        forgotten: its keys name blocks that must not be stored any more.
         queried: when an index was first queried that has yet to answer.
     """
 
@@ -76,6 +77,7 @@ class _Request:
     reading: set[int] = field(default_factory=set)
     queried: float | None = None
     ended: bool = False
+    forgotten: bool = False
 
     def keys(self, count: int) -> list[bytes]:
         """Return the keys of the first so many stored blocks, whose tokens are there."""
@@ -123,6 +125,7 @@ class Ledger:
     for computed tokens; `allocated` after it took blocks; `scheduled` in each step that computes
     tokens of it; `preempted` if it takes the blocks away; `finished`; and `freed` when the workers
     have reported a request that was retained. Once a step it calls `plan`, and `take` for reports.
+    A request that was not added, or that has ended, is left alone: nothing is loaded or saved.
 
     Args:
         block_size: the tokens of a stored block. A multiple of each group's block size, or a
@@ -155,7 +158,7 @@ class Ledger:
         self._jobs = dict[int, _Live]()  # by number
         self._saving = dict[bytes, int]()  # keys, and the numbers of their saves
         self._failed: Bounded[bytes, None] = Bounded("keys that a load did not bring", MOST_FAILED)
-        self._numbers = itertools.count(1)
+        self._generation = b""  # part of all keys, other ones after `forget`
         self._next = _Next()
 
     # --- what the scheduler says and asks
@@ -181,7 +184,7 @@ class Ledger:
                 f"Expected a new name for a request, got {request!r}, which is in use. Report its "
                 f"end by finished() first."
             )
-        chain = KeyChain(self._size, salt)
+        chain = KeyChain(self._size, self._generation + salt)
         blocks = [list[int]() for _ in self._groups]
         self._requests[request] = _Request(request, tokens, chain, extra or {}, blocks)
 
@@ -191,7 +194,9 @@ class Ledger:
         None: another host has yet to answer; ask again in the next step. The last token is always
         left to the engine, which needs its logits.
         """
-        state = self._requests[request]
+        state = self._requests.get(request)
+        if state is None:
+            return 0
         first = computed // self._size
         most = (len(state.tokens) - 1) // self._size
         if state.limit is not None:
@@ -218,7 +223,9 @@ class Ledger:
             tokens: how many to load, at most as many as `leading` returned; 0: none.
             blocks: of each group, all blocks of the request.
         """
-        state = self._requests[request]
+        state = self._requests.get(request)
+        if state is None:
+            return
         state.blocks = [[*ids] for ids in blocks]
         state.considered = 0
         if not tokens:
@@ -243,7 +250,9 @@ class Ledger:
             blocks: of each group, blocks that the request got since the last call.
             replaced: these are all its blocks.
         """
-        state = self._requests[request]
+        state = self._requests.get(request)
+        if state is None or state.forgotten:
+            return
         for ids, new in zip(state.blocks, blocks, strict=False):
             if replaced:
                 ids.clear()
@@ -261,7 +270,9 @@ class Ledger:
 
     def preempted(self, request: str) -> None:
         """Take note that the scheduler took all blocks of a request; it may go on later."""
-        state = self._requests[request]
+        state = self._requests.get(request)
+        if state is None:
+            return
         for job in [each for each in self._next.saves if each.request == request]:
             self._withdraw(job)
         # The workers release them before anything is written, whatever they report later.
@@ -278,7 +289,9 @@ class Ledger:
         `freed` then. A request that ends during a load is not retained: the engine keeps its blocks
         until the end of the load.
         """
-        state = self._requests[request]
+        state = self._requests.get(request)
+        if state is None:
+            return False
         state.ended = True
         retained = bool(state.reading)
         if retained:
@@ -287,6 +300,19 @@ class Ledger:
             del self._requests[request]
         return retained
 
+    def forget(self) -> None:
+        """Offer no block again that was saved until now, such as after other weights were loaded.
+
+        Requests of now are neither loaded nor saved any more. Later ones have other keys, also
+        those of the same tokens; what is stored stays until tiers evict it.
+        """
+        self._generation = token_bytes(16)
+        for job in [*self._next.saves]:
+            self._withdraw(job)
+        for state in self._requests.values():
+            state.limit = 0
+            state.forgotten = True
+
     def freed(self, requests: Iterable[str]) -> None:
         """Take note that all workers have reported requests that were retained."""
         for request in requests:
@@ -294,8 +320,8 @@ class Ledger:
 
     @property
     def retains(self) -> bool:
-        """Return whether an engine keeps blocks of a request that has ended."""
-        return any(state.ended for state in self._requests.values())
+        """Return whether an engine keeps blocks of a request until its saves are released."""
+        return any(state.ended and state.load is None for state in self._requests.values())
 
     # --- what the workers do
 
@@ -347,7 +373,8 @@ class Ledger:
             untouched = begin // size - first * self._size // size
             blocks.append((*[-1] * untouched, *some[untouched:]))
         after = keys[first - 1] if first else None
-        number = next(self._numbers)
+        self.counts["begun"] += 1
+        number = self.counts["begun"]
         job = Job(number, state.name, tuple(keys[first:past]), first, after, tuple(blocks))
         self._jobs[number] = _Live(job, state)
         return job

@@ -7,6 +7,7 @@ import ast
 import os
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,8 @@ from support.vllm_stub import configuration, write_vllm
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm_caches import (
-    extras_of,
     groups_of,
+    is_served,
     salt_of,
     settings_of,
     view_of,
@@ -56,7 +57,7 @@ def configurations(tmp_path: Path) -> tuple[Any, Any]:
 def test_what_a_configuration_says(configurations: tuple[Any, Any], tmp_path: Path) -> None:
     settings = settings_of(*configurations)
     assert settings.engine == "engine"
-    assert settings.model == "model:None:None:auto"
+    assert settings.model == f"model:None:None:auto:{sha256(b'').hexdigest()[:16]}"
     assert settings.block_size == 16
     assert settings.store.folder == str(tmp_path / "store")
     assert groups_of(configurations[1]) == [Group(16)]
@@ -98,7 +99,8 @@ def test_a_view_of_pages(first: bool) -> None:
     _, caches = configuration("", "engine", 8, 16)
     shape = (8, 4, 16, 64) if first else (2, 8, 16, 4, 32)
     tensors = [torch.zeros(shape) for _ in range(3)]
-    view = view_of({"a": tensors[0], "b": tensors[1], "c": tensors[2], "d": tensors[0]}, caches)
+    named = {"a": tensors[0], "b": tensors[1], "c": tensors[2], "d": tensors[0]}
+    view, _ = view_of(named, caches)
     assert view.layers == 3
     assert view.opaque
     assert view.block_size == 16
@@ -134,11 +136,51 @@ def test_salts_and_adapters_keep_blocks_apart() -> None:
     assert len({plain, salted, adapted}) == 3
 
 
-def test_an_image_counts_for_the_blocks_that_it_reaches_into() -> None:
-    feature = SimpleNamespace(identifier="image", mm_position=SimpleNamespace(offset=20, length=30))
-    assert extras_of(request(), 16) == {}
-    assert extras_of(request(mm_features=[feature]), 16) == {
-        1: b"image@4;",
-        2: b"image@-12;",
-        3: b"image@-28;",
+@pytest.mark.parametrize(
+    "terms",
+    [{"prompt_embeds": torch.zeros(1)}, {"mm_features": [object()]}, {"resumable": True}],
+    ids=["embeddings", "images", "sessions"],
+)
+def test_requests_of_more_than_tokens_are_left_to_the_engine(terms: dict[str, Any]) -> None:
+    assert is_served(request())
+    assert not is_served(request(**terms))
+
+
+def test_an_adapter_of_another_path_has_other_blocks() -> None:
+    salts = {
+        salt_of(request(lora_request=SimpleNamespace(lora_name="a", lora_path=path)))
+        for path in ("/one", "/two")
     }
+    assert len(salts) == 2
+
+
+def test_a_page_is_read_in_the_order_of_its_memory() -> None:
+    """vLLM names heads before tokens, also where tokens come first in memory."""
+    _, caches = configuration("", "engine", 8, 16)
+    by_token = torch.arange(8 * 16 * 4 * 6).view(8, 16, 4, 6).transpose(1, 2)
+    view, order = view_of({"a": by_token}, caches)
+    (tensor,) = [view.tensors] if isinstance(view.tensors, torch.Tensor) else view.tensors
+    assert tensor.is_contiguous()
+    by_head = torch.arange(8 * 16 * 4 * 6).view(8, 4, 16, 6)
+    assert view_of({"a": by_head}, caches)[1] != order
+
+
+@pytest.mark.parametrize(
+    ("terms", "says"),
+    [
+        ({"data_parallel_size": 2}, "got 2"),
+        ({"distributed_executor_backend": "mp"}, "executor 'mp'"),
+    ],
+)
+def test_engines_of_several_processes_are_refused(
+    terms: dict[str, Any], says: str, configurations: tuple[Any, Any]
+) -> None:
+    vars(configurations[0].parallel_config).update(terms)
+    with pytest.raises(IntegrationError, match=says):
+        settings_of(*configurations)
+
+
+def test_layers_that_look_ahead_are_refused(configurations: tuple[Any, Any]) -> None:
+    configurations[1].kv_cache_groups[0].kv_cache_spec.non_causal = True
+    with pytest.raises(IntegrationError, match="Expected causal attention"):
+        settings_of(*configurations)

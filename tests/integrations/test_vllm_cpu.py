@@ -91,6 +91,23 @@ def test_tokens_after_hits_are_the_engines_own(
     assert counts.get("failed_loads", 0) == 0
 
 
+def test_a_reset_of_the_connector_forgets_what_was_stored(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path
+) -> None:
+    """As before other weights are loaded."""
+
+    def work() -> tuple[Answer, dict[str, int]]:
+        engine = Engine(model, terms(tmp_path / "store"))
+        engine.ask(PROMPTS)
+        engine.forget()
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        return engine.ask(PROMPTS), engine.counts
+
+    answer, counts = in_a_child(work)
+    assert answer == (own[0].tokens, [0, 0, 0])
+    assert counts.get("landed_blocks", 0) == 0
+
+
 def test_a_second_engine_after_a_kill_finds_the_blocks(
     model: Path, own: tuple[Answer, Answer], tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from support.serving_faults import GivenBackAtOnce, NotStopped
 from support.serving_model import Engine
 
 from portakv.errors import InvalidTerms
-from portakv.serving import Group, Job, Ledger, Report
+from portakv.serving import Group, Job, Ledger, Plan, Report
 from portakv.serving.ledger import PATIENCE
 from portakv.serving.plan import Blocks
 from portakv.storage import prefix_keys
@@ -301,6 +301,51 @@ def test_a_salt_and_an_extra_keep_requests_apart() -> None:
     assert ledger.leading("plain", 0) == 16
     assert ledger.leading("salted", 0) == 0
     assert ledger.leading("image", 0) == 8
+
+
+def test_what_was_forgotten_is_neither_offered_nor_saved() -> None:
+    """Requests of before go on without; the same tokens have other keys after that."""
+    index = Known()
+    ledger = Ledger(8, [Group(8)], 1, index)
+    ledger.add("a", TOKENS)
+    ledger.allocated("a", 0, 0, ((1, 2, 3),))
+    ledger.scheduled("a", 0, 8)
+    (first,) = ledger.plan().saves
+    ledger.scheduled("a", 8, 16)  # planned, and not begun
+    ledger.forget()
+    ledger.scheduled("a", 16, 24)
+    assert ledger.plan().saves == ()
+    stored(ledger, first)
+    index.keys |= {*first.keys}
+    ledger.preempted("a")
+    assert ledger.leading("a", 0) == 0
+    ledger.add("b", TOKENS)
+    assert ledger.leading("b", 0) == 0
+    ledger.allocated("b", 0, 0, ((1, 2, 3),))
+    ledger.scheduled("b", 0, 16)
+    (save,) = ledger.plan().saves
+    assert not {*save.keys} & {*first.keys}
+
+
+def test_requests_that_are_not_known_are_left_alone() -> None:
+    """Never added, or ended before a hook of the engine names them."""
+    ledger = Ledger(8, [Group(8)], 1, Known(prefix_keys(TOKENS, 8)))
+    assert ledger.leading("a", 0) == 0
+    ledger.allocated("a", 0, 0, ((1, 2),))
+    ledger.scheduled("a", 0, 16)
+    ledger.preempted("a")
+    assert not ledger.finished("a")
+    assert ledger.plan() == Plan()
+
+
+def test_a_request_that_ends_during_its_load_announces_no_blocks() -> None:
+    """Else an engine would wait for them before it preempts, as long as the load takes."""
+    ledger = Ledger(8, [Group(8)], 1, Known(prefix_keys(TOKENS, 8)))
+    ledger.add("a", TOKENS)
+    ledger.leading("a", 0)
+    ledger.allocated("a", 0, 16, ((1, 2),))
+    assert not ledger.finished("a")
+    assert not ledger.retains
 
 
 def test_reports_of_workers_add_up() -> None:
