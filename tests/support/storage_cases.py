@@ -156,7 +156,7 @@ class FakeStore:
         generations, sums, *_ = known
         self._owner.began.set()
         if self._owner.hold is not None:
-            assert self._owner.hold.wait(60)
+            assert self._owner.hold.wait(20)
         if self._owner.refuse:
             return [False] * len(keys)
         self._owner.writes += len(keys)
