@@ -50,6 +50,7 @@ class Left(Receiver):
         self._leave: Any = lambda: None
         self._lock = threading.Lock()
         self._user: Any = lambda: None
+        self.buffers = list[torch.Tensor]()
 
 
 def test_a_lane_that_an_interrupted_pull_left_is_not_used() -> None:
