@@ -229,7 +229,7 @@ def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) ->
     offer.after = cast(Any, Held(threading.Event(), 0.2))
     pull = both.pull(offer)
     gate.set()
-    pull.synchronize(20)
+    pull.synchronize(60)  # longer than a lane's patience with a peer
     assert both.right()
     with pytest.raises(PeerError):
         before.synchronize(20)
