@@ -36,8 +36,8 @@ T = TypeVar("T")
 class Channel:
     """A channel listens for requests and sends requests to other channels. Any thread may call it.
 
-    `close` ends it, or the end of the interpreter. No interrupt may cut a step of a
-    channel in two, so a helper thread runs it for the main thread.
+    `close` ends it, or the end of the interpreter. No interrupt may cut a step of a channel in two,
+    so a helper thread runs it for the main thread.
 
     Args:
         address: ``tcp://10.0.0.1:0`` listens there, at a free port; None: at a Unix socket that

@@ -110,7 +110,11 @@ class _Answers:
 
 
 class Server:
-    """The connections of others to a channel. All methods but `serve` run in the channel's thread.
+    """The connections of others to a channel, whose thread answers them after `listen`.
+
+    Attributes:
+        address: where others reach the channel.
+        services: the functions that answer requests; any thread may add one.
 
     Args:
         sockets: makes the sockets.

@@ -417,7 +417,7 @@ def test_a_transfer_that_ends_early_holds_nothing_and_leaves_streams_in_order(
 def test_the_next_detached_transfer_waits_for_the_slice_that_failed(
     downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The failed slice has no event of its own yet, and may still use its buffer."""
+    """The failed slice has no event yet, and may still use its buffer."""
     small_slices(monkeypatch)
     transfer = Transfers(Staged(DEVICE, terms=Terms(detached=True)), downward)
     monkeypatch.setattr(TorchLink, "copy", broken_at(1, TorchLink.copy, RuntimeError))

@@ -266,7 +266,7 @@ class Fails(NamedTuple):
 def test_a_part_that_fails_ends_a_pull_that_follows_marks(
     monkeypatch: pytest.MonkeyPatch, side: str
 ) -> None:
-    """The offer is not complete, and nobody raises its mark again. Without the rule the pull held
+    """The offer is not complete, and its mark is not raised again. Without the rule the pull held
     its lease until the last mark."""
     monkeypatch.setitem(TRANSPORTS.targets, Broken.name, Broken)
     owner, reader, _ = first_stage("staging", Broken.name if side == "reader" else None)
