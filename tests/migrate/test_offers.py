@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
 from types import SimpleNamespace
@@ -89,21 +89,40 @@ def readdressed(owner: Owner, offer: Any, address: str, asker: Channel) -> bytes
     return replace(parsed, address=address).pack(key)
 
 
+def waiting_copies(
+    both: Couple, copied: threading.Event, begin: Callable[[], None] = lambda: None
+) -> type[Copies]:
+    """Return a backend that calls ``begin`` at each copy to the reader, which ends when ``copied``
+    is set."""
+
+    class Waits(Copies):
+        def observe(self, plan: CopyPlan) -> Any:
+            if plan.dst != both.dst.view.form:
+                return None
+            begin()
+            return SimpleNamespace(done=copied.is_set, wait=copied.wait)
+
+    return Waits
+
+
 @pytest.mark.parametrize("end", ["expired", "revoked"])
 def test_an_offer_that_ends_in_mid_copy_is_not_published(made: Sides, end: str) -> None:
     """Faults 2 and 3. Its owner uses the blocks immediately; the offer is gone after the copy."""
     both = Couple(made)
     offer = both.offer()
-    pulled = both.pull(offer, max_gbps=SLOW)
-    if end == "expired":
-        both.owner.now = lambda: time.monotonic() + 60
-    else:
-        offer.revoke()
-    assert offer.taken(0)
-    assert offer.state == end
-    both.src.whole.fill_(9)
-    assert not pulled.done()
-    ended(pulled, OfferGone)
+    copied = threading.Event()
+    with reading(waiting_copies(both, copied)):
+        pulled = both.pull(offer)
+        if end == "expired":
+            both.owner.now = lambda: time.monotonic() + 60
+        else:
+            offer.revoke()
+        assert offer.taken(0)
+        assert offer.state == end
+        both.src.whole.fill_(9)
+        assert not pulled.done()
+        copied.set()
+        ended(pulled, OfferGone)
     assert both.spared()
 
 
@@ -143,15 +162,9 @@ def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
 
     both = Couple(made)
     offer = both.offer(lease=1.0)
-    timer = threading.Timer(2.0, int)
-    later = SimpleNamespace(done=lambda: not timer.is_alive(), wait=timer.join)
-
-    class Waits(Copies):
-        def observe(self, plan: CopyPlan) -> Any:
-            return later if plan.dst == both.dst.view.form else None
-
-    timer.start()
-    with reading(Waits):
+    copied = threading.Event()
+    threading.Timer(2.0, copied.set).start()
+    with reading(waiting_copies(both, copied)):
         both.pull(offer).synchronize(30)
     assert (offer.taken(5), offer.state) == (True, "taken")  # the owner learns of it after us
 
@@ -791,14 +804,8 @@ def test_an_owner_is_told_of_copies_that_last(made: Sides, lasts: bool) -> None:
     over = threading.Event()
     both.owner.channel.serve(Begin, lambda _, begin: parsed.append(begin))
 
-    class Waits(Copies):
-        def observe(self, plan: CopyPlan) -> Any:
-            if plan.dst != both.dst.view.form:
-                return None
-            (threading.Timer(0.3, over.set).start if lasts else over.set)()
-            return SimpleNamespace(done=over.is_set, wait=over.wait)
-
-    with reading(Waits):
+    begin = threading.Timer(0.3, over.set).start if lasts else over.set
+    with reading(waiting_copies(both, over, begin)):
         both.pull(both.offer()).synchronize(30)
     assert len(parsed) == lasts
     assert both.right()
