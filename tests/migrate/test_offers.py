@@ -804,7 +804,9 @@ def test_an_owner_is_told_of_copies_that_last(made: Sides, lasts: bool) -> None:
     over = threading.Event()
     both.owner.channel.serve(Begin, lambda _, begin: parsed.append(begin))
 
-    begin = threading.Timer(0.3, over.set).start if lasts else over.set
+    def begin() -> None:
+        (threading.Timer(0.3, over.set).start if lasts else over.set)()
+
     with reading(waiting_copies(both, over, begin)):
         both.pull(both.offer()).synchronize(30)
     assert len(parsed) == lasts
