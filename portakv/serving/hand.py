@@ -13,6 +13,7 @@ import numpy as np
 from portakv.errors import PortaKVError
 from portakv.graph import Handle
 from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.runtime.streams import StreamFence
 from portakv.runtime.transfer import Transfer
 from portakv.serving.plan import Job, Plan, Report
 from portakv.storage.form_store import FormStore
@@ -109,9 +110,15 @@ class Hand:
                     handle.released.wait()
 
     def load(self, plan: Plan) -> None:
-        """Begin the loads of a plan, ordered after the current stream's work."""
-        for job in plan.loads:
-            self._loads[job.number] = self._begun(job, self._load)
+        """Begin the loads of a plan, ordered after the current stream's work.
+
+        They run on another stream, so that the model does not wait for them.
+        """
+        if not plan.loads:
+            return
+        with StreamFence(self._groups[0].view.device).inside():
+            for job in plan.loads:
+                self._loads[job.number] = self._begun(job, self._load)
 
     def save(self, plan: Plan) -> None:
         """Begin the saves of a plan, ordered after the current stream's work."""

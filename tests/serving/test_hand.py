@@ -7,16 +7,19 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from support.device_cases import current, delay
 from support.serving_model import NOTHING, Draw, Engine
 
 from portakv import KVView
 from portakv.errors import StoreError
+from portakv.runtime.streams import StreamFence
 from portakv.serving import GroupCache, Hand, Job, Ledger, Plan, Report
 from portakv.storage import BlockForm, BlockStore, prefix_keys
+from portakv.storage.form_store import FormStore
 
 LAYOUT = "layer | block kv token head dim"
 STEP = 5e-4  # seconds of a step in which workers of the store go on
@@ -208,3 +211,51 @@ def test_a_retained_request_is_freed_after_its_saves_are_released() -> None:
     assert waits == ["cancel", "wait"]
     assert hand.report().released == {1: 1}
     assert hand.ended().freed == {"a"}
+
+
+# --- on a device
+
+
+def loads_in_turn(device: torch.device) -> tuple[bool, bool]:
+    """Write blocks on the model's stream, which is busy, and load them.
+
+    Returns whether the load left the model's stream alone, and whether it came after the writes.
+    """
+    keys = prefix_keys(range(16), 8)
+    rows, view = caches(2, 8)
+    rows.copy_(torch.arange(16, device="cpu").view(2, 1, 8, 1, 1).expand_as(rows))
+    memory = torch.full_like(rows, NOTHING, device=device)
+    target = KVView([memory], LAYOUT)
+    form = BlockForm.of(view, "model")
+    model = torch.Stream(device)
+    streams = list[torch.Stream]()
+    with BlockStore(form, staging=1 << 16, host=1 << 15) as store, model:
+        store.save(view, [0, 1], keys).synchronize(LIMIT)
+        store.load(target, [0, 1], keys).synchronize(LIMIT)  # builds what the copy needs
+
+        class Watched:
+            form = store.form
+
+            @staticmethod
+            def load(*args: Any, **terms: Any) -> Any:
+                streams.append(current(device))
+                return store.load(*args, **terms)
+
+        hand = Hand([GroupCache(target, cast(FormStore, Watched))])
+        delay(model)
+        memory.fill_(NOTHING)
+        hand.load(Plan(loads=(Job(1, "a", tuple(keys), 0, None, ((0, 1),)),)))
+        reported(hand)
+        torch.accelerator.synchronize(device)
+    return streams != [model], torch.equal(memory.cpu(), rows)
+
+
+def test_a_load_follows_the_model_and_the_model_does_not_wait(accelerator: torch.device) -> None:
+    assert loads_in_turn(accelerator) == (True, True)
+
+
+def test_without_a_fence_a_load_comes_too_early(
+    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StreamFence, "on", lambda _, stream: stream)  # a stream is a context
+    assert loads_in_turn(accelerator) == (True, False)
