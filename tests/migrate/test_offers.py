@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
 from types import SimpleNamespace
@@ -29,6 +29,7 @@ from support.migrate_pulls import (
     Sides,
     key_of,
     sides,
+    waiting_copies,
 )
 from support.peer_cases import reading
 
@@ -87,22 +88,6 @@ def readdressed(owner: Owner, offer: Any, address: str, asker: Channel) -> bytes
     parsed = Ticket.read(offer.ticket)
     key = asker.ask(parsed.address, Hello(owner.model), Handshake).key
     return replace(parsed, address=address).pack(key)
-
-
-def waiting_copies(
-    both: Couple, copied: threading.Event, begin: Callable[[], None] = lambda: None
-) -> type[Copies]:
-    """Return a backend that calls ``begin`` at each copy to the reader, which ends when ``copied``
-    is set."""
-
-    class Waits(Copies):
-        def observe(self, plan: CopyPlan) -> Any:
-            if plan.dst != both.dst.view.form:
-                return None
-            begin()
-            return SimpleNamespace(done=copied.is_set, wait=copied.wait)
-
-    return Waits
 
 
 @pytest.mark.parametrize("end", ["expired", "revoked"])

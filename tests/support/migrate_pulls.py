@@ -8,8 +8,9 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -167,3 +168,19 @@ class Couple:
         others = [x for x in range(8) if x not in self.into]
         rest = self.dst.rows(self.into[-1:], 32)[:, :, self.tokens - 64 :]
         return bool((self.dst.whole[:, :, others] == -1).all()) and bool((rest == -1).all())
+
+
+def waiting_copies(
+    both: Couple, copied: threading.Event, begin: Callable[[], None] = lambda: None
+) -> type[Copies]:
+    """Return a backend that calls ``begin`` at each copy to the reader, which ends when ``copied``
+    is set."""
+
+    class Waits(Copies):
+        def observe(self, plan: CopyPlan) -> Any:
+            if plan.dst != both.dst.view.form:
+                return None
+            begin()
+            return SimpleNamespace(done=copied.is_set, wait=copied.wait)
+
+    return Waits
