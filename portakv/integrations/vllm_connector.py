@@ -121,8 +121,7 @@ class PortaKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self.ledger.finished(request.request_id), None
 
     def reset_cache(self) -> bool:
-        self.ledger.forget()
-        return True
+        return self.ledger.forget()
 
     def has_pending_block_frees(self) -> bool:
         return self.ledger.retains

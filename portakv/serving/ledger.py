@@ -300,11 +300,13 @@ class Ledger:
             del self._requests[request]
         return retained
 
-    def forget(self) -> None:
+    def forget(self) -> bool:
         """Offer no block again that was saved until now, such as after other weights were loaded.
 
         Requests of now are neither loaded nor saved any more. Later ones have other keys, also
         those of the same tokens; what is stored stays until tiers evict it.
+
+        Returns False if a load has not ended, whose request will read rows that were saved before.
         """
         self._generation = token_bytes(16)
         for job in [*self._next.saves]:
@@ -312,6 +314,7 @@ class Ledger:
         for state in self._requests.values():
             state.limit = 0
             state.forgotten = True
+        return all(state.load is None for state in self._requests.values())
 
     def freed(self, requests: Iterable[str]) -> None:
         """Take note that all workers have reported requests that were retained."""

@@ -312,7 +312,7 @@ def test_what_was_forgotten_is_neither_offered_nor_saved() -> None:
     ledger.scheduled("a", 0, 8)
     (first,) = ledger.plan().saves
     ledger.scheduled("a", 8, 16)  # planned, and not begun
-    ledger.forget()
+    assert ledger.forget()
     ledger.scheduled("a", 16, 24)
     assert ledger.plan().saves == ()
     stored(ledger, first)
@@ -325,6 +325,19 @@ def test_what_was_forgotten_is_neither_offered_nor_saved() -> None:
     ledger.scheduled("b", 0, 16)
     (save,) = ledger.plan().saves
     assert not {*save.keys} & {*first.keys}
+
+
+def test_a_load_in_flight_brings_what_was_forgotten() -> None:
+    """The engine is told that its reset was not whole."""
+    ledger = Ledger(8, [Group(8)], 1, Known(prefix_keys(TOKENS, 8)))
+    ledger.add("a", TOKENS)
+    ledger.allocated("a", 0, ledger.leading("a", 0) or 0, ((1, 2, 3),))
+    (load,) = ledger.plan().loads
+    assert not ledger.forget()
+    report = Report()
+    report.end_load(load.number)
+    ledger.take(report)
+    assert ledger.forget()
 
 
 def test_requests_that_are_not_known_are_left_alone() -> None:
