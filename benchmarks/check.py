@@ -31,6 +31,7 @@ WALL_SUITE = "wall"
 INTEGRATION_SUITE = "plugs"
 STORAGE_SUITE = "storage"
 MIGRATION_SUITE = "migration"
+ENGINE_SUITE = "engines"
 SUITES = {
     HOST_SUITE: "host_",
     WALL_SUITE: "wall_",
@@ -38,6 +39,7 @@ SUITES = {
     STORAGE_SUITE: "storage_",
 }
 SUITES[MIGRATION_SUITE] = "migrate_"
+SUITES[ENGINE_SUITE] = "engine_"
 
 #: The share by which a target may be worse than its accepted figure: the noise between two runs.
 TOLERANCE = 0.03

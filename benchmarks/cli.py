@@ -4,7 +4,8 @@
 ``--host`` measures copies between a device and host memory, ``--wall`` the same as a caller waits
 for them. ``--plugs`` compares engines' own
 transfers with those of PortaKV's integrations. ``--storage`` measures block stores in a folder, and
-``--migration`` measures rows and weights that cross between two processes.
+``--migration`` measures rows and weights that cross between two processes. ``--engines`` measures
+requests of a serving engine with each place from which their rows may come.
 
 Exit codes: 0 all bytes are right; 1 bytes are wrong or a requested part failed; 2 the command line
 is wrong. Absent parts, failures of peers and parts without time left are reported only.
@@ -40,6 +41,7 @@ from portakv.interconnect.costs import costs_of
 from portakv.registry.registry import ENVIRONMENT
 from portakv.runtime.devices import device_name, usable_device, usual_device
 from portakv_benchmarks.check import (
+    ENGINE_SUITE,
     HOST_SUITE,
     INTEGRATION_SUITE,
     MIGRATION_SUITE,
@@ -54,6 +56,8 @@ from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.methods import run_all_methods
 from portakv_benchmarks.device.overhead import measure_overhead
+from portakv_benchmarks.engines import models
+from portakv_benchmarks.engines.suite import engine_steps as served_steps
 from portakv_benchmarks.host import calls, grid, interference, memory, small, whole_call
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.plugs.engine import engine_steps
@@ -136,6 +140,7 @@ _PARTS_OF: Mapping[str, Fields] = {
     INTEGRATION_SUITE: INTEGRATIONS,
     STORAGE_SUITE: STORAGE,
     MIGRATION_SUITE: MIGRATION,
+    ENGINE_SUITE: models.MODELS,
 }
 
 
@@ -162,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             STORAGE_SUITE: run_storage,
         }
         runs[MIGRATION_SUITE] = run_migration
+        runs[ENGINE_SUITE] = run_engines
         run = runs.get(kind or "", run_device)
         results = run(args, device)
     except PortaKVError as error:
@@ -198,6 +204,7 @@ _MEASURED = {
     ),
     STORAGE_SUITE: "block stores and their parts, in turns with fio and LMCache,",
     MIGRATION_SUITE: "transfers between two processes and their devices, in turns with raw copies",
+    ENGINE_SUITE: "requests of a serving engine with each connector, in turns in one engine,",
 }
 _INSTEAD = {
     HOST_SUITE: "copies between the device and the host",
@@ -205,6 +212,7 @@ _INSTEAD = {
     INTEGRATION_SUITE: "engines' own transfers compared with those of PortaKV's integrations",
     STORAGE_SUITE: "block stores in a folder compared with fio and LMCache",
     MIGRATION_SUITE: "rows and weights that cross between two processes",
+    ENGINE_SUITE: "requests of a real engine whose rows come from the device, the host or a disk",
 }
 
 
@@ -227,6 +235,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
         INTEGRATION_SUITE: INTEGRATION_PRESETS,
         STORAGE_SUITE: STORAGE_PRESETS,
         MIGRATION_SUITE: dict.fromkeys(("full", "quick", "tiny")),
+        ENGINE_SUITE: dict.fromkeys(("full", "tiny")),
     }
     presets = known[kind]
     preset = "full" if kind else "core"
@@ -249,8 +258,9 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
         add("--backend", help="may be repeated (default: all accepted)", **several)
         add("--shape", help="may be repeated (default: the preset's)", **several)
     use = ", for the part `peers`" if kind == HOST_SUITE else " to compare with"
-    if kind == STORAGE_SUITE:
+    if kind in (STORAGE_SUITE, ENGINE_SUITE):
         add("--dir", type=Path, required=True, help="a folder on the disk; left as it was")
+    if kind == STORAGE_SUITE:
         add("--sizes", metavar="LIST", help="of a slot, such as 256K,1M (default: the preset's)")
         add("--gib", type=read_above_zero, help="moved in one trial (default: the preset's)")
         add("--rounds", type=int, help="trials of each method (default: the preset's)")
@@ -429,6 +439,18 @@ def run_migration(args: argparse.Namespace, device: torch.device) -> Row:
         return _run_parts(args, MIGRATION_SUITE, parts, bench)
     finally:
         bench.forget()
+
+
+def run_engines(args: argparse.Namespace, device: torch.device) -> Row:
+    """Measure requests of engines, one for each model; returns what is written as JSON."""
+    if not os.path.isdir(args.dir):
+        raise PortaKVError(f"Expected --dir to be a folder, got {args.dir}. Make it first.")
+    names = models.TINY if device.type == "cpu" or args.preset == "tiny" else models.FULL
+    parts = {name: partial(served_steps, name, args.dir) for name in names}
+    results = _run_parts(args, ENGINE_SUITE, parts, IntegrationBench(device, args.preset))
+    place = short_name(device)
+    results["name"] = results["name"].replace(f"{place}-{ENGINE_SUITE}", f"{ENGINE_SUITE}-{place}")
+    return results
 
 
 def _run_parts(args: argparse.Namespace, kind: str, known: Parts[AnyBench], bench: AnyBench) -> Row:

