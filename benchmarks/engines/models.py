@@ -41,6 +41,7 @@ class Model:
         environment: variables of the engine's process.
         own: vLLM's own offloading serves it, and is measured beside ours.
         rounds: of each kind of prompt.
+        runs: of requests that decode.
         host: bytes of host memory of each connector.
     """
 
@@ -51,6 +52,7 @@ class Model:
     environment: Mapping[str, str] = field(default_factory=dict)
     own: bool = True
     rounds: int = 20
+    runs: int = 3
     host: int = 8 << 30
 
 
@@ -152,7 +154,8 @@ MODELS = {
             "kv_cache_memory_bytes": 256 << 20,
         },
         environment={"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"},
-        rounds=4,
+        rounds=2,
+        runs=1,
         host=1 << 28,
     ),
 }

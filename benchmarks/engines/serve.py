@@ -18,27 +18,30 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from statistics import mean, median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from portakv_benchmarks.engines.engine import Engine
 from portakv_benchmarks.engines.models import MODELS, Model
-from portakv_benchmarks.engines.turns import OFF, TurnsConnector
-from portakv_benchmarks.shared.harness import Row, Rows, short
+from portakv_benchmarks.engines.rows import (
+    DECODING,
+    DISK,
+    HOST,
+    INCOMING,
+    OFF,
+    OWN,
+    Served,
+    row_of_steps,
+    rows_of_prompts,
+)
+from portakv_benchmarks.engines.turns import TurnsConnector
+from portakv_benchmarks.shared.harness import Rows
 
-#: vLLM's own offloading, and PortaKV's connector with each tier.
-OWN = "vllm"
-HOST = "portakv host"
-DISK = "portakv disk"
-#: Of the part that decodes: requests, their tokens, and prompts that come in meanwhile.
-DECODING = 16
+#: Tokens of a request that decodes, and steps between two prompts that come in.
 DECODED = 180
-INCOMING = 6
-_APART = 24  # steps between two of them
-_ROUNDS = 3  # of each kind
+_APART = 24
 
 
 def connectors_of(model: Model, folder: Path) -> dict[str, Any]:
@@ -69,15 +72,6 @@ def connectors_of(model: Model, folder: Path) -> dict[str, Any]:
             "kv_connector_extra_config": {"cpu_bytes_to_use": model.host},
         }
     return made
-
-
-class Served(NamedTuple):
-    """A prompt that was computed, found by the engine and found by a connector; milliseconds."""
-
-    cold: float
-    device_hit: float
-    hit: float
-    right: bool
 
 
 def serve(engine: Engine, ids: Sequence[int]) -> Served:
@@ -116,41 +110,7 @@ def measure_prompts(engine: Engine, model: Model, names: Sequence[str]) -> Rows:
             TurnsConnector.turn = name
             served[name, length].append(serve(engine, drawn_ids(model, length, drawn)))
     TurnsConnector.turn = OFF
-    rows: Rows = []
-    for (name, length), prompts in served.items():
-        for part in ("cold", "device_hit", "hit"):
-            took = [getattr(each, part) for each in prompts]
-            row: Row = {
-                "kind": "engine_prompt",
-                "shape": f"{length} tokens, {model.shape}",
-                "tokens": length,
-                "backend": name,
-                "op": "recompute" if (name, part) == (OFF, "hit") else part.replace("_", " "),
-                "p50_ms": short(median(took)),
-                "least_ms": short(min(took)),
-                "most_ms": short(max(took)),
-                "rounds": len(took),
-                "verified": all(each.right for each in prompts),
-            }
-            if part == "cold" and length == model.prompts[-1]:
-                row["first_ms"] = short(first[name])
-            rows.append(row | _beside(part, name, served, length))
-    return rows
-
-
-def _beside(
-    part: str, name: str, served: dict[tuple[str, int], list[Served]], length: int
-) -> dict[str, float]:
-    """Return the median ratios of pairs: to vLLM's own tier, and to no connector."""
-    ratios = {}
-    for other, field in ((OWN, "of_own"), (OFF, "of_off")):
-        if other != name and (other, length) in served:
-            pairs = zip(served[name, length], served[other, length], strict=True)
-            ratios[field] = short(median(getattr(a, part) / getattr(b, part) for a, b in pairs))
-    prompts = served[name, length]
-    if part == "hit" and name != OFF:
-        ratios["above_device_hit_ms"] = short(median(x.hit - x.device_hit for x in prompts))
-    return ratios
+    return rows_of_prompts(model, served, first)
 
 
 def drawn_ids(model: Model, length: int, drawn: torch.Generator) -> list[int]:
@@ -175,7 +135,7 @@ def measure_decoding(engine: Engine, model: Model, names: Sequence[str]) -> Rows
     drawn = torch.Generator(device="cpu").manual_seed(2)
     steps: defaultdict[tuple[str, str], list[list[float]]] = defaultdict(list)
     length = model.prompts[0]
-    for round_ in range(_ROUNDS + 1):
+    for round_ in range(model.runs + 1):
         for name in names if round_ % 2 else reversed(names):
             TurnsConnector.turn = name
             known = [drawn_ids(model, length, drawn) for _ in range(INCOMING)]
@@ -189,21 +149,7 @@ def measure_decoding(engine: Engine, model: Model, names: Sequence[str]) -> Rows
                     steps[name, what].append(took)
                 engine.forget()
     TurnsConnector.turn = OFF
-    return [_row_of_steps(model, name, what, each) for (name, what), each in steps.items()]
-
-
-def _row_of_steps(model: Model, name: str, what: str, runs: list[list[float]]) -> Row:
-    return {
-        "kind": "engine_decode",
-        "shape": f"{DECODING} requests decode, {INCOMING} prompts come in, {model.shape}",
-        "backend": name,
-        "op": f"{what} comes in" if what == "nothing" else f"{what} come in",
-        "mean_ms": short(median(mean(took) for took in runs)),
-        "p50_ms": short(median(median(took) for took in runs)),
-        "most_ms": short(max(max(took) for took in runs)),
-        "rounds": len(runs),
-        "verified": True,
-    }
+    return [row_of_steps(model, name, what, each) for (name, what), each in steps.items()]
 
 
 def _decode(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from portakv.integrations import check_release
+from portakv_benchmarks.engines.rows import OFF
 
 check_release("vllm")
 
@@ -28,8 +29,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
 )
 
 C = TypeVar("C", bound=type)
-#: The turn of an engine that loads and saves nothing.
-OFF = "off"
 #: Hooks of the connector that has its turn.
 OF_ONE = (
     "bind_connector_metadata",
@@ -70,7 +69,8 @@ def _delegating(made: C) -> C:
     for name in OF_ALL:
         if hasattr(KVConnectorBase_V1, name):
             setattr(made, name, _of_all(name))
-    return update_abstractmethods(made)
+    update_abstractmethods(made)
+    return made
 
 
 def _of_one(name: str) -> Callable[..., Any]:
@@ -142,8 +142,10 @@ class TurnsConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, Any]:
         child = self.children[TurnsConnector.turn]
         if supports_hma(child):
-            return child.request_finished_all_groups(request, block_ids)
-        return child.request_finished(request, block_ids[0])
+            delayed, answer = child.request_finished_all_groups(request, block_ids)
+        else:
+            delayed, answer = child.request_finished(request, block_ids[0])
+        return delayed, answer
 
     @property
     def requires_kv_delivery(self) -> bool:

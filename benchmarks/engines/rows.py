@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a result: what requests of an engine waited for, with each connector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, median
+from typing import NamedTuple, TypeAlias
+
+from portakv_benchmarks.engines.models import Model
+from portakv_benchmarks.shared.harness import Row, Rows, short
+
+#: No connector, vLLM's own offloading, and PortaKV's connector with each tier.
+OFF = "off"
+OWN = "vllm"
+HOST = "portakv host"
+DISK = "portakv disk"
+#: Of the part that decodes: requests, and prompts that come in meanwhile.
+DECODING = 16
+INCOMING = 6
+
+
+class Served(NamedTuple):
+    """A prompt that was computed, found by the engine and found by a connector; milliseconds."""
+
+    cold: float
+    device_hit: float
+    hit: float
+    right: bool
+
+
+#: Prompts by connector and length.
+AllServed: TypeAlias = Mapping[tuple[str, int], Sequence[Served]]
+
+
+def rows_of_prompts(model: Model, served: AllServed, first: Mapping[str, float]) -> Rows:
+    """Return a row for each part of a kind of prompt and each connector.
+
+    ``first``: milliseconds of the first long prompt of an engine's life, by connector.
+    """
+    rows: Rows = []
+    for (name, length), prompts in served.items():
+        for part in ("cold", "device_hit", "hit"):
+            took = [getattr(each, part) for each in prompts]
+            row: Row = {
+                "kind": "engine_prompt",
+                "shape": f"{length} tokens, {model.shape}",
+                "tokens": length,
+                "backend": name,
+                "op": "recompute" if (name, part) == (OFF, "hit") else part.replace("_", " "),
+                "p50_ms": short(median(took)),
+                "least_ms": short(min(took)),
+                "most_ms": short(max(took)),
+                "rounds": len(took),
+                "verified": all(each.right for each in prompts),
+            }
+            if part == "cold" and length == model.prompts[-1]:
+                row["first_ms"] = short(first[name])
+            rows.append(row | _beside(part, name, served, length))
+    return rows
+
+
+def _beside(part: str, name: str, served: AllServed, length: int) -> dict[str, float]:
+    """Return the median ratios of pairs: to vLLM's own tier, and to no connector."""
+    ratios = dict[str, float]()
+    prompts = served[name, length]
+    for other, field in ((OWN, "of_own"), (OFF, "of_off")):
+        if other != name and (other, length) in served:
+            pairs = zip(prompts, served[other, length], strict=True)
+            ratios[field] = short(median(getattr(a, part) / getattr(b, part) for a, b in pairs))
+    if part == "hit" and name != OFF:
+        ratios["above_device_hit_ms"] = short(median(x.hit - x.device_hit for x in prompts))
+    return ratios
+
+
+def row_of_steps(model: Model, name: str, what: str, runs: Sequence[Sequence[float]]) -> Row:
+    """Return the row of the milliseconds of steps, of several runs, while ``what`` comes in."""
+    return {
+        "kind": "engine_decode",
+        "shape": f"{DECODING} requests decode, {INCOMING} prompts come in, {model.shape}",
+        "backend": name,
+        "op": f"{what} comes in" if what == "nothing" else f"{what} come in",
+        "mean_ms": short(median(mean(took) for took in runs)),
+        "p50_ms": short(median(median(took) for took in runs)),
+        "most_ms": short(max(max(took) for took in runs)),
+        "rounds": len(runs),
+        "verified": True,
+    }
