@@ -39,7 +39,7 @@ class Model:
         prompts: the lengths of prompts in tokens. None of them is whole blocks.
         terms: of vLLM's ``LLM``, besides those that all have.
         environment: variables of the engine's process.
-        own: vLLM's own offloading serves it, and is measured beside ours.
+        own: vLLM's own offloading serves it, and is measured next to ours.
         rounds: of each kind of prompt.
         runs: of requests that decode.
         host: bytes of host memory of each connector.

@@ -56,11 +56,11 @@ def rows_of_prompts(model: Model, served: AllServed, first: Mapping[str, float])
             }
             if part == "cold" and length == model.prompts[-1]:
                 row["first_ms"] = short(first[name])
-            rows.append(row | _beside(part, name, served, length))
+            rows.append(row | _ratios_of(part, name, served, length))
     return rows
 
 
-def _beside(part: str, name: str, served: AllServed, length: int) -> dict[str, float]:
+def _ratios_of(part: str, name: str, served: AllServed, length: int) -> dict[str, float]:
     """Return the median ratios of pairs: to vLLM's own tier, and to no connector."""
     ratios = dict[str, float]()
     prompts = served[name, length]

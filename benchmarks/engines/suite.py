@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of engines: each model's engine runs in a process of its own; see `serve`."""
+"""The benchmark of engines: each model's engine runs in a separate process; see `serve`."""
 
 from __future__ import annotations
 

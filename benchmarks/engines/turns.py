@@ -132,7 +132,7 @@ class TurnsConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         transfer = vllm_config.kv_transfer_config
         for name, terms in transfer.kv_connector_extra_config["connectors"].items():
             config = copy.copy(vllm_config)
-            # An engine id of its own, since each has a store of its own.
+            # A separate engine id, since each has a separate store.
             config.kv_transfer_config = KVTransferConfig(
                 **terms, engine_id=f"{transfer.engine_id}-{name}"
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights a folder has, so that rows of other weights are not taken for theirs."""
+"""Which weights a folder has: the rows of one model are not those of another."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def checksum_of_weights(folder: str | os.PathLike[str]) -> str:
 
     Raises `OSError` if a file cannot be read.
     """
-    found = sorted(path for path in Path(folder).glob("*") if path.suffix in ENDINGS)
-    if not found:
+    files = sorted(path for path in Path(folder).glob("*") if path.suffix in ENDINGS)
+    if not files:
         return ""
     checksum = blake2b(digest_size=8)
-    for path in found:
+    for path in files:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             checksum.update(f"{path.name}:{size};".encode())
