@@ -4,8 +4,8 @@
 A prompt is computed, found in the engine's own prefix cache, and found by the connector after that
 cache was emptied; without a connector it is computed again. The tokens of both hits, and their
 logarithms of probabilities, must be equal: the same kernels computed them. ``python -m
-portakv_benchmarks.engines.serve MODEL FOLDER`` prints the rows of one model as JSON. ``FOLDER`` is on
-the disk that is measured.
+portakv_benchmarks.engines.serve MODEL FOLDER`` prints the rows of one model as JSON. ``FOLDER`` is
+on the disk that is measured.
 """
 
 from __future__ import annotations
