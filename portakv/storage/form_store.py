@@ -10,17 +10,15 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
-from portakv.arguments import one_of, seconds
+from portakv.arguments import invalid, one_of
 from portakv.copy.options import CopyOptions, options_from
-from portakv.errors import InvalidTerms, StoreError
-from portakv.graph import SLACK, Graph, Handle, Missing, Priority, Task
-from portakv.runtime.interrupts import abandoned, uninterrupted
-from portakv.storage.changes import Listed, Snapshot
-from portakv.storage.form import BlockForm
-from portakv.storage.keys import check_keys
+from portakv.errors import StoreError
+from portakv.graph import Handle, Missing, Priority, Task
+from portakv.runtime.interrupts import abandoned
+from portakv.storage.form_index import FormIndex
+from portakv.storage.lent import Copier, Lending, LentQueue
 from portakv.storage.plan import (
     CACHED,
-    LOOKUP_BATCH,
     SAVED,
     SLICE,
     Call,
@@ -29,7 +27,8 @@ from portakv.storage.plan import (
     InFlight,
     SharedState,
 )
-from portakv.storage.rows import Crossing, Loan, Rows
+from portakv.storage.rows import Crossing, Loan
+from portakv.storage.sources import Source, ViewSource
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import IdList, KVView
 
@@ -45,14 +44,10 @@ Full: TypeAlias = Literal["drop", "wait"]
 Steps: TypeAlias = Generator[None, None, Handle]
 
 
-def indices(shared: SharedState) -> dict[str, list[Listed]]:
-    """Return the indices of each form: of the host tier, and of the tiers with one."""
-    result = dict[str, list[Listed]]()
-    for name, form in shared.forms.items():
-        host = [shared.rows.listed(form.own.form.digest)] if shared.rows.host else []
-        tiers = [x for x in form.own.tier_stores if isinstance(x, Listed)]
-        result[name] = [*host, *tiers]
-    return result
+def _check_copier(copier: object) -> None:
+    """Raise `InvalidTerms` for an object that is not a `Copier`."""
+    if not callable(getattr(copier, "begin", None)):
+        raise invalid("copier", "an object with begin(copy)", copier)
 
 
 def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
@@ -62,7 +57,7 @@ def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
     return options
 
 
-class FormStore:
+class FormStore(FormIndex):
     """The blocks of one form of a `BlockStore`, which makes it by `BlockStore.of`.
 
     All forms of a store share its staging, host tier, tiers and workers. A key of one form names no
@@ -78,69 +73,12 @@ class FormStore:
     def __init__(
         self, shared: SharedState, full: Full, weak_keys: bool, form: FormBlocks | None = None
     ) -> None:
-        self._shared = shared
+        super().__init__(shared, weak_keys, form)
         self._full = full
-        self._weak = weak_keys
-        self._form = form  # None: of a store with several forms
         self._up, self._down = (
             shared.graph.queue(x, width=2) for x in ("host-device", "device-host")
         )
-
-    @property
-    def form(self) -> BlockForm:
-        """Return the form of the blocks. Raises `InvalidTerms` for a store with several forms."""
-        return self._only("look at `form`").own.form
-
-    @property
-    def graph(self) -> Graph:
-        """Return the graph whose workers move the blocks."""
-        return self._shared.graph
-
-    @property
-    def rows(self) -> Rows:
-        """Return the host memory of the store, which all of its forms share."""
-        return self._shared.rows
-
-    def lookup(self, keys: Keys, timeout: float | None = 1.0) -> int:
-        """Return the number of leading blocks that can be loaded, from the host or a tier.
-
-        Blocks that a remote tier does not confirm within ``timeout`` seconds count as missing. Only
-        this call asks a remote tier for blocks in other parts than this form's: a `load` or
-        `prefetch` uses the answer.
-        """
-        form = self._own("lookup")
-        keys = self._keys(keys, "normal", None)
-        until = self.graph.clock() + seconds("timeout", timeout, optional=True)
-        leading = 0
-        many = LOOKUP_BATCH
-        while leading < len(keys):
-            batch = keys[leading : leading + many]
-            there = form.leading(batch, until)
-            leading = leading + there
-            if there < len(batch):
-                break
-            many = 2 * many
-        uninterrupted(partial(form.touch, keys[:leading]))
-        return leading
-
-    def has(self, key: bytes) -> bool:
-        """Return whether the block of a key can be loaded, as far as is known here.
-
-        Looks in the host tier and in the tiers' indices, of which a remote tier's knows the blocks
-        of recent lookups, loads and saves. Sends no request, waits for nothing, and does not count
-        as a use of the block.
-        """
-        form = self._own("call of has()")
-        if type(key) is not bytes or len(key) != 32:
-            key = self._key("key to be one of a block", key, "Pass bytes, such as a prefix key.")
-        rows = self._shared.rows
-        cover = 0
-        for part in form.parts:
-            if rows.has(part.name(key)) or any(x.known([key])[0] for x in part.tier_stores):
-                cover |= part.cells
-                if cover == form.own.cells:
-                    return True
-        return False
+        self._lent = LentQueue(shared.graph)
 
     def save(
         self,
@@ -181,10 +119,43 @@ class FormStore:
         size = form.own.form.block_size
         crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
         crossing.prepare(form.own.rows)
-        until = self.graph.clock() if (full or self._full) == "drop" else None
-        return self._planned(call, partial(self._save, call, crossing, view, until))
+        source = ViewSource(view, crossing, self._down)
+        return self._planned(call, partial(self._save, call, source, self._until(full)))
 
-    def _save(self, call: Call, crossing: Crossing, view: KVView, until: float | None) -> Steps:
+    def save_lent(
+        self,
+        copier: Copier,
+        keys: Keys,
+        *,
+        after: bytes | None = None,
+        priority: Priority = "background",
+        deadline: float | None = None,
+        full: Full | None = None,
+    ) -> Handle:
+        """Save blocks under keys, as `save` does, whose copies into the rows a copier makes.
+
+        ``copier`` begins a `LentCopy` for each part of the blocks that has rows. Blocks that it
+        ended and that landed are sealed and stored; the others do not land. `Handle.released` ends
+        when the copier has ended all copies.
+
+        A cancel or a deadline ends no copy that began: see `LentCopy.cancelled`. Its rows stay lent
+        until the copier ends it, also after `BlockStore.close`.
+        """
+        if full is not None:
+            one_of("full", full, get_args(Full))
+        form = self._own("save")
+        _check_copier(copier)
+        previous = self._predecessor(after)
+        keys = self._keys(keys, priority, deadline)
+        call = Call(form, "save", keys, priority, deadline, previous, lent=True)
+        source = Lending(copier, self._lent, self._down)
+        return self._planned(call, partial(self._save, call, source, self._until(full)))
+
+    def _until(self, full: Full | None) -> float | None:
+        """Return the time at which blocks of a save are dropped that have no staging by then."""
+        return self.graph.clock() if (full or self._full) == "drop" else None
+
+    def _save(self, call: Call, source: Source, until: float | None) -> Steps:
         """Plan a save in steps, under the graph's lock."""
         keys = call.request.keys
         follows = call.request.follows
@@ -199,16 +170,15 @@ class FormStore:
                 yield
             self._lacking(call, part, groups)
         for tier_stores, some in groups.items():
-            yield from self._save_in(call, crossing, view, until, tier_stores, some)
-        handle = call.handle(view, eligible=partial(call.form.stored, keys))
-        handle.add_copies(crossing.ends)
+            yield from self._save_in(call, source, until, tier_stores, some)
+        handle = call.handle(source.view, eligible=partial(call.form.stored, keys))
+        handle.add_copies(source.ends)
         return handle
 
     def _save_in(
         self,
         call: Call,
-        crossing: Crossing,
-        view: KVView,
+        source: Source,
         until: float | None,
         tier_stores: tuple[TierStore, ...],
         some: list[int],
@@ -231,27 +201,12 @@ class FormStore:
                 yield
             group = [self._left(call, at, tier_stores) for at in chunks[first : first + together]]
             started = [InFlight(call, form.own, at, until) for at in group if at]
-            self._issue(call, crossing, started)
+            source.issue(call, started)
             for in_flight in started:
                 in_flight.generation = generation
                 generation -= 1
-                gather = call.gather(in_flight, crossing, view, self._down)
+                gather = source.gather(call, in_flight)
                 self._write(call, in_flight, gather, tier_stores, gaps, written)
-
-    def _issue(self, call: Call, crossing: Crossing, started: Sequence[InFlight]) -> None:
-        """Issue one copy for the chunks of a save from a device for which staging has room."""
-        # A worker keeps the pace, and waits where the host has to.
-        if not (crossing.waits_for_nothing and self.rows.pinned) or self._down.max_gbps:
-            return
-        granted = [in_flight for in_flight in started if self.graph.take(in_flight)]
-        if granted:
-            items = [item for in_flight in granted for item in in_flight.items]
-            blocks = [block for in_flight in granted for block in in_flight.calls[0][1]]
-            try:
-                crossing.begin(call.form.own.rows, items, blocks)
-            finally:  # a part may write the rows
-                for in_flight in granted if crossing.ends else ():
-                    in_flight.copied = partial(crossing.wait, crossing.ends[-1])
 
     def _write(
         self,
@@ -405,11 +360,53 @@ class FormStore:
                 for arrival in call.bring(part, location, at, segments):
                     call.cross(arrival, stages, crossing, self._up)
             call.submit()
+        yield from self._touch(call)
+        return call.handle(view, view.layers * by_layer, missing, follow=loan is None)
+
+    def _touch(self, call: Call) -> Generator[None, None, None]:
+        """Record in steps the use of the blocks of a load."""
         for number, some in enumerate(reversed(call.slices(range(len(call.request.keys))))):
             if number:
                 yield
             call.form.touch([call.request.keys[i] for i in some])
-        return call.handle(view, view.layers * by_layer, missing, follow=loan is None)
+
+    def load_lent(
+        self,
+        copier: Copier,
+        keys: Keys,
+        *,
+        priority: Priority = "urgent",
+        deadline: float | None = None,
+        missing: Missing = "skip",
+    ) -> Handle:
+        """Load blocks, as `load` does, whose copies out of the rows a copier makes.
+
+        ``copier`` begins a `LentCopy` for each part of the blocks as soon as they are in rows and
+        verified. Blocks that no tier has are in no copy. A block lands if the copier ends all of
+        its copies so.
+
+        A cancel or a deadline ends no copy that began: see `LentCopy.cancelled`. Its rows stay
+        until the copier ends it, and so does the handle.
+        """
+        one_of("missing", missing, get_args(Missing))
+        form = self._own("load")
+        _check_copier(copier)
+        keys = self._keys(keys, priority, deadline)
+        call = Call(form, "load", keys, priority, deadline, lent=True)
+        lending = Lending(copier, self._lent, self._down)
+        return self._planned(call, partial(self._load_lent, call, lending, missing))
+
+    def _load_lent(self, call: Call, lending: Lending, missing: Missing) -> Steps:
+        """Plan a load whose copies are lent in steps, under the graph's lock."""
+        for number, some in enumerate(call.slices(range(len(call.request.keys)))):
+            if number:
+                yield
+            for (part, location), at in call.groups(some).items():
+                for arrival in call.bring(part, location, at, [None]):
+                    lending.cross(call, part, arrival)
+            call.submit()
+        yield from self._touch(call)
+        return call.handle(None, missing=missing)
 
     def _loan(
         self, form: FormBlocks, crossing: Crossing, view: KVView, keys: list[bytes], whole: bool
@@ -483,73 +480,6 @@ class FormStore:
             call.submit()
         return call.handle(None, missing="skip")
 
-    def keys(self) -> Snapshot:
-        """Return the keys of the host tier and of each tier with an index, and the number of the
-        last change.
-
-        A process that keeps an index begins with this, and applies what `BlockStore.listen`
-        returns. Blocks of other forms are left out.
-        """
-        form = self._own("call of keys()")
-        announced = self._shared.announced
-        return uninterrupted(lambda: announced.snapshot(indices(self._shared), form.name))
-
-    def _predecessor(self, after: bytes | None) -> bytes | None:
-        """Return the key before the first one of a save, of 32 bytes."""
-        do = "Pass that key, or None for the beginning of a prompt."
-        return (
-            None
-            if after is None
-            else self._key("the key before the first one in `after`", after, do)
-        )
-
-    def _key(self, what: str, key: bytes, do: str) -> bytes:
-        """Return one key of 32 bytes; raise `InvalidTerms` for another object."""
-        try:
-            return check_keys([key], self._weak)[0]
-        except InvalidTerms:
-            kind = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
-            raise InvalidTerms(f"Expected {what}, 16 to 32 bytes, got {kind}. {do}") from None
-
-    def _keys(self, keys: Keys, priority: Priority, deadline: float | None) -> list[bytes]:
-        """Return keys of 32 bytes; reject wrong keys and terms."""
-        keys = check_keys(keys, self._weak)
-        if len({*keys}) < len(keys):
-            last = {key: number for number, key in enumerate(keys)}
-            first = next(number for number, key in enumerate(keys) if last[key] > number)
-            raise InvalidTerms(
-                f"Expected keys that differ, got keys[{last[keys[first]]}] equal to "
-                f"keys[{first}]. Pass each key once."
-            )
-        one_of("priority", priority, SLACK)
-        if deadline is not None:
-            seconds("deadline", deadline, optional=True)
-        return keys
-
-    def _own(self, kind: str) -> FormBlocks:
-        """Return the blocks of the form, of an open store. Raises as `_refuse_closed` and `_only`
-        do."""
-        self._refuse_closed(kind)
-        return self._only(kind)
-
-    def _only(self, kind: str) -> FormBlocks:
-        """Return the blocks of the form. Raises `InvalidTerms` for a store with several forms."""
-        if self._form is None:
-            names = [*self._shared.forms]
-            raise InvalidTerms(
-                f"Expected one form for a {kind}, got a store with the forms {', '.join(names)}. "
-                f"Take one by store.of({names[0]!r})."
-            )
-        return self._form
-
-    def _refuse_closed(self, kind: str) -> None:
-        shared = self._shared
-        if shared.closed or shared.graph.process.forked or shared.graph.closed.is_set():
-            why = "closed, or opened by a process that this one was forked from; open another one"
-            raise StoreError(
-                f"Expected an open store for a {kind}, got one that was {why}. Make another."
-            )
-
     def _planned(self, call: Call, plan: Callable[[], Steps]) -> Handle:
         """Return the handle that ``plan()`` returns, whose steps run while the graph is locked and
         the store open. Cancel the call if the caller is interrupted meanwhile."""
@@ -574,3 +504,12 @@ class FormStore:
                 raise
 
         return self.graph.run_steps(planned(), undo=Handle.cancel)
+
+    def _hanging(self, all_tasks: bool) -> int:
+        """Return the number of transfers of the store that have not ended, under the graph's lock.
+
+        Lent copies do not count: they use no tier. ``all_tasks``: count all tasks of the graph.
+        """
+        live = [x for x in self.graph.live if x.queue and not isinstance(x.queue, LentQueue)]
+        begun = self._shared.begun
+        return len({task.lease for task in live if all_tasks or task.lease in begun})

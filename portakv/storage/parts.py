@@ -11,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from portakv.graph import Lease, Mask, Task
 from portakv.storage.form import BlockForm, Slices
+from portakv.storage.rows import Crossing
 from portakv.storage.tier import TierStore
 from portakv.view import KVView
 
@@ -67,6 +69,24 @@ class Part:
                 sides = self.rows.slice(layers=slice(a, b)), outer.slice(layers=slice(a, b))
                 result.append(Stage(range(to + a, to + b), number if segmented else None, *sides))
         return result
+
+
+class Arrival(NamedTuple):
+    """Blocks ``at`` of a call that arrive in ``rows`` of a lease.
+
+    They are complete for stage n after the tasks ``ends[n]`` have ended.
+    """
+
+    lease: Lease
+    ends: dict[int, list[Task]]
+    at: Sequence[int]
+    rows: Sequence[int]
+
+    def cross(self, crossing: Crossing, stage: Stage, _: Task, mask: Mask) -> None:
+        """Copy the blocks of a mask from their rows into the view, as the task of a stage."""
+        left = np.flatnonzero(mask)
+        items = np.array(self.lease.items)[np.array(self.rows)[left]]
+        crossing.copy(stage.inner, stage.outer, items, np.array(self.at)[left])
 
 
 def parts_of(

@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial, reduce
 from operator import itemgetter, or_
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakSet
 
 import numpy as np
 
-from portakv.graph import Graph, Handle, Lease, Mask, Missing, Priority, Task
+from portakv.graph import Graph, Handle, Lease, Mask, Missing, Priority, Task, Workers
 from portakv.graph.graph import Queue
 from portakv.graph.trace import COUNTED, Counts
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image
 from portakv.storage.changes import Announced
-from portakv.storage.parts import Part, Stage
+from portakv.storage.parts import Arrival, Part, Stage
 from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
 from portakv.storage.rows import Crossing, Rows
@@ -246,24 +246,6 @@ class FormBlocks:
         return tier_store.known([after])[0]
 
 
-class Arrival(NamedTuple):
-    """Blocks ``at`` of a call that arrive in ``rows`` of a lease.
-
-    They are complete for stage n after the tasks ``ends[n]`` have ended.
-    """
-
-    lease: Lease
-    ends: dict[int, list[Task]]
-    at: Sequence[int]
-    rows: Sequence[int]
-
-    def cross(self, crossing: Crossing, stage: Stage, _: Task, mask: Mask) -> None:
-        """Copy the blocks of a mask from their rows into the view, as the task of a stage."""
-        left = np.flatnonzero(mask)
-        items = np.array(self.lease.items)[np.array(self.rows)[left]]
-        crossing.copy(stage.inner, stage.outer, items, np.array(self.at)[left])
-
-
 class Call:
     """One call of a user, and its plan.
 
@@ -283,9 +265,10 @@ class Call:
         priority: Priority,
         deadline: float | None = None,
         after: bytes | None = None,
+        lent: bool = False,
     ) -> None:
         """Begin the plan of a `Request` for blocks of a form."""
-        request = Request(kind, keys, priority, deadline, after)
+        request = Request(kind, keys, priority, deadline, after, lent)
         self.form = form
         self.request = request
         many = len(request.keys)
@@ -341,7 +324,8 @@ class Call:
             self.explanation.tasks += [(end, some, items) for end in every]
             yield Arrival(location, dict(enumerate(ends)), some, items)
         elif isinstance(location, str):  # its rows stay until the tasks that use them have ended
-            for at in self.chunks(part, some, LOADED, len({*segments})):
+            least = 1 if self.request.lent else 2  # the copier has no workers to share them
+            for at in self.chunks(part, some, LOADED, len({*segments}), least=least):
                 lease = Lease(rows, 0, ended=self._unpin)
                 self._leases.append(lease)
                 lease.items = list[int]()
@@ -400,10 +384,16 @@ class Call:
             self.ends.append(((task, arrival.at, many), stages[number].layers))
 
     def chunks(
-        self, part: Part, blocks: list[int], nbytes: int, pieces: int, *queues: Queue
+        self,
+        part: Part,
+        blocks: list[int],
+        nbytes: int,
+        pieces: int,
+        *queues: Queue,
+        least: int = 2,
     ) -> list[list[int]]:
-        """Return the blocks of each task: two tasks share them, or all workers."""
-        share = -(-len(blocks) // max([2, *(queue.width for queue in queues)]))
+        """Return the blocks of each task: at least ``least`` tasks share them, or all workers."""
+        share = -(-len(blocks) // max([least, *(queue.width for queue in queues)]))
         most = self.shared.rows.most // (4 if pieces > 1 else 1)
         most = max(1, min(most, pieces * nbytes // part.form.image_bytes, share, BLOCKS))
         return [blocks[first : first + most] for first in range(0, len(blocks), most)]
@@ -412,7 +402,7 @@ class Call:
         self,
         at: Sequence[int],
         work: Callable[[Task, Mask], Any],
-        queue: Queue,
+        queue: Workers,
         lease: Lease,
         after: Sequence[Task | Ending],
         order: tuple[int, int] = (0, 1),
@@ -645,14 +635,19 @@ class InFlight(Lease):
 
     def gather(self, crossing: Crossing, view: KVView, _: Task, mask: Mask) -> None:
         """Copy blocks of a view into the rows, and make images of them."""
-        rows, keys, data = self._of(mask)
-        call, blocks = self.calls[0]
         if self.copied is None:
+            rows = np.flatnonzero(mask)
             items = np.array(self.items)[rows]
-            at = np.array(blocks)[rows]
+            at = np.array(self.calls[0][1])[rows]
             crossing.copy(self.part.rows, view, items, at)
         else:
             self.end_copy()
+        self.seal(_, mask)
+
+    def seal(self, _: Task, mask: Mask) -> None:
+        """Make images of the payloads in the rows."""
+        rows, keys, data = self._of(mask)
+        call, blocks = self.calls[0]
         follows = call.request.follows
         for row, key, image_ in zip(rows, keys, data, strict=True):
             mark = follows[blocks[row]]

@@ -14,7 +14,7 @@ from portakv.storage.chains import FIRST, mark_of
 class Request:
     """What a call of a user asks for.
 
-    ``after``: the key before the first one, of a save.
+    ``after``: the key before the first one, of a save. ``lent``: others make its copies.
     """
 
     kind: str
@@ -22,6 +22,7 @@ class Request:
     priority: Priority
     deadline: float | None = None
     after: bytes | None = None
+    lent: bool = False
 
     @cached_property
     def order(self) -> dict[bytes, int]:

@@ -22,7 +22,6 @@ from portakv.arguments import naming, shown
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.copy.rows import copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
-from portakv.host import pinned
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import (
@@ -36,9 +35,9 @@ from portakv.runtime.transfer import Completion, Transfer
 from portakv.storage.chains import FIRST, UNKNOWN, Chains, Changed, mark_of
 from portakv.storage.loans import Loan as Loan
 from portakv.storage.loans import Loans
+from portakv.storage.row_memory import row_memory
 from portakv.view import IdList, Index, KVView
 
-_PAGE = 4096
 FOREVER = 1e9  # seconds
 # The groups of cached rows.
 _USED = "used"
@@ -147,7 +146,8 @@ class Rows:
     """Rows of host memory: staging buffers, and the host tier.
 
     At most ``staging`` rows are lent at a time and at most ``host`` rows are cached, so no transfer
-    waits for cached rows. No call blocks, and any thread may call.
+    waits for cached rows. No call blocks, and any thread may call. ``shared``: the rows lie in
+    memory without a name that other processes can map: row i of ``tensor`` is row i there.
 
     Attributes:
         tensor: uint8 ``[staging + host, row_bytes]``, at a multiple of 4,096 bytes.
@@ -157,27 +157,20 @@ class Rows:
         evicted: rows that lost their key to another key.
     """
 
-    def __init__(self, row_bytes: int, staging: int, host: int, pin: bool = True) -> None:
+    def __init__(
+        self, row_bytes: int, staging: int, host: int, pin: bool = True, shared: bool = False
+    ) -> None:
         self.row_bytes = row_bytes
         self.staging = int(staging)
         self.host = int(host)
         self.most = max(1, self.staging // 2)
         self.evicted = 0
-        nbytes = (self.staging + self.host) * row_bytes
-        self.pinned = pin and pinned.why_not() is None
-        with torch.inference_mode(False):  # transfers write it in any mode
-            if self.pinned:
-                buffer = pinned.allocate(nbytes + _PAGE, unit=row_bytes)
-                self.pinned = buffer.pinned
-                space = buffer.tensor
-            else:  # numpy asks for large pages, which make the requests of a disk fewer
-                space = torch.from_numpy(np.empty(nbytes + _PAGE, np.uint8))
-            first = -space.data_ptr() % _PAGE
-            self.tensor = space[first : first + nbytes].view(-1, row_bytes)
+        count = self.staging + self.host
+        self.tensor, self.pinned = row_memory(count, row_bytes, pin, shared)
         self.array: npt.NDArray[np.uint8] = self.tensor.numpy()
         self._cache = _Cache()
         self._lock = self._cache.chains.lock  # no call is made while it is locked
-        self._free = deque(range(self.staging + self.host))
+        self._free = deque(range(count))
         self._lent: dict[int, bool] = {}  # True if it is lent to a save
 
     @property

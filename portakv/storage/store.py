@@ -17,7 +17,7 @@ from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.changes import Change
 from portakv.storage.form import BlockForm
-from portakv.storage.form_store import FormStore, Full, indices
+from portakv.storage.form_store import FormStore, Full
 from portakv.storage.parts import parts_of
 from portakv.storage.plan import FormBlocks, SharedState
 from portakv.storage.rows import Rows
@@ -73,6 +73,9 @@ class BlockStore(FormStore):
         full: what a save does with blocks that find no free staging: ``drop`` them immediately, or
             ``wait`` for staging. A save may say otherwise.
         weak_keys: accept keys of less than 16 bytes, of which two may be equal.
+        shared: put the rows into shared memory without a name, in which other processes make the
+            copies of `save_lent` and `load_lent`. They map ``store.rows.tensor``, which
+            `portakv.migrate.share` accepts.
 
     Blocks of a view belong to a load until its end: a model that writes them before `Handle.wait`
     mixes both. A save reads after the current stream's work at the call, and until its end. A store
@@ -95,6 +98,7 @@ class BlockStore(FormStore):
         graph: Graph | None = None,
         full: Full = "drop",
         weak_keys: bool = False,
+        shared: bool = False,
     ) -> None:
         named = _forms_by_name(form)
         staging = nbytes("staging", staging)
@@ -104,6 +108,7 @@ class BlockStore(FormStore):
             instance("graph", graph, Graph, "Pass None for the store's own.")
         one_of("full", full, get_args(Full))
         flag("weak_keys", weak_keys)
+        flag("shared", shared)
         own = [*named.values()]
         _check_tiers(tiers, len(own))
         others = uninterrupted(lambda: [x for tier in tiers for f in own for x in tier.forms(f)])
@@ -119,7 +124,7 @@ class BlockStore(FormStore):
                 f"Expected host to have room for a block of {size} bytes, as there are no tiers, "
                 f"got {host}. Give it more, or pass tiers."
             )
-        rows = Rows(size, staging // size, host // size)
+        rows = Rows(size, staging // size, host // size, shared=shared)
         self._own_graph = graph is None
         super().__init__(SharedState(graph or Graph(), rows), full, weak_keys)
         self._tier_stores = self._shared.tier_stores
@@ -205,7 +210,7 @@ class BlockStore(FormStore):
         return uninterrupted(lambda: self._listen().fileno())
 
     def _listen(self) -> Finished[Change]:
-        return self._shared.announced.listen(indices(self._shared))
+        return self._shared.announced.listen(self._indices())
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Return figures by their names in Prometheus, as `Graph.statistics`, and the figures of
@@ -279,6 +284,9 @@ class BlockStore(FormStore):
         Cancels prefetches immediately, and the other transfers after the timeout. Raises
         `TransferTimeout` if one hangs: tiers then stay open, because it uses the rows and the
         files.
+
+        A lent copy that has not ended by then keeps no tier open. It retains the rows, and its
+        handle ends with it; what it copies from there on is stored nowhere.
         """
         timeout = seconds("timeout", timeout)
         if self.graph.process.forked:  # locks may be held for ever, and nothing here is its own
@@ -291,7 +299,8 @@ class BlockStore(FormStore):
             left = 0.0 if barrier.name == "prefetch" else max(0.0, until - self.graph.clock())
             barrier.wait(left)
             self.graph.cancel(barrier)
-        ended = not self._own_graph or self.graph.close(max(0.0, until - self.graph.clock()))
+        if self._own_graph:
+            self.graph.close(max(0.0, until - self.graph.clock()))
         begun = self.graph.run(lambda: [*self._shared.begun])
         for in_flight in begun:
             for end in (*in_flight.ends.values(), *in_flight.last):
@@ -299,7 +308,7 @@ class BlockStore(FormStore):
         self.rows.end_left_loans()  # a traceback may retain the call that was interrupted
         while self.rows.loans() and self.graph.clock() < until:
             time.sleep(PAUSE)
-        if busy := len(self._shared.begun) + self.rows.loans() or not ended:
+        if busy := self.graph.run(partial(self._hanging, self._own_graph)) + self.rows.loans():
             raise TransferTimeout(
                 f"A block store was closed, and after {timeout:g} s {busy:d} transfers had not "
                 f"ended, so that tiers stay open; close it again, or end the process."

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`FormIndex` looks up the blocks of one form of a block store, and checks keys of calls."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from portakv.arguments import one_of, seconds
+from portakv.errors import InvalidTerms, StoreError
+from portakv.graph import SLACK, Graph, Priority
+from portakv.runtime.interrupts import uninterrupted
+from portakv.storage.changes import Listed, Snapshot
+from portakv.storage.form import BlockForm
+from portakv.storage.keys import check_keys
+from portakv.storage.plan import LOOKUP_BATCH, FormBlocks, SharedState
+from portakv.storage.rows import Rows
+from portakv.storage.tier import Keys
+
+
+class FormIndex:
+    """The index of the blocks of one form, of a `BlockStore`; the base of `FormStore`."""
+
+    def __init__(
+        self, shared: SharedState, weak_keys: bool, form: FormBlocks | None = None
+    ) -> None:
+        self._shared = shared
+        self._weak = weak_keys
+        self._form = form  # None: of a store with several forms
+
+    @property
+    def form(self) -> BlockForm:
+        """Return the form of the blocks. Raises `InvalidTerms` for a store with several forms."""
+        return self._only("look at `form`").own.form
+
+    @property
+    def graph(self) -> Graph:
+        """Return the graph whose workers move the blocks."""
+        return self._shared.graph
+
+    @property
+    def rows(self) -> Rows:
+        """Return the host memory of the store, which all of its forms share."""
+        return self._shared.rows
+
+    def lookup(self, keys: Keys, timeout: float | None = 1.0) -> int:
+        """Return the number of leading blocks that can be loaded, from the host or a tier.
+
+        Blocks that a remote tier does not confirm within ``timeout`` seconds count as missing. Only
+        this call asks a remote tier for blocks in other parts than this form's: a `load` or
+        `prefetch` uses the answer.
+        """
+        form = self._own("lookup")
+        keys = self._keys(keys, "normal", None)
+        until = self.graph.clock() + seconds("timeout", timeout, optional=True)
+        leading = 0
+        many = LOOKUP_BATCH
+        while leading < len(keys):
+            batch = keys[leading : leading + many]
+            there = form.leading(batch, until)
+            leading = leading + there
+            if there < len(batch):
+                break
+            many = 2 * many
+        uninterrupted(partial(form.touch, keys[:leading]))
+        return leading
+
+    def has(self, key: bytes) -> bool:
+        """Return whether the block of a key can be loaded, as far as is known here.
+
+        Looks in the host tier and in the tiers' indices, of which a remote tier's knows the blocks
+        of recent lookups, loads and saves. Sends no request, waits for nothing, and does not count
+        as a use of the block.
+        """
+        form = self._own("call of has()")
+        if type(key) is not bytes or len(key) != 32:
+            key = self._key("key to be one of a block", key, "Pass bytes, such as a prefix key.")
+        rows = self._shared.rows
+        cover = 0
+        for part in form.parts:
+            if rows.has(part.name(key)) or any(x.known([key])[0] for x in part.tier_stores):
+                cover |= part.cells
+                if cover == form.own.cells:
+                    return True
+        return False
+
+    def keys(self) -> Snapshot:
+        """Return the keys of the host tier and of each tier with an index, and the number of the
+        last change.
+
+        A process that keeps an index begins with this, and applies what `BlockStore.listen`
+        returns. Blocks of other forms are left out.
+        """
+        form = self._own("call of keys()")
+        announced = self._shared.announced
+        return uninterrupted(lambda: announced.snapshot(self._indices(), form.name))
+
+    def _indices(self) -> dict[str, list[Listed]]:
+        """Return the indices of each form: of the host tier, and of the tiers with one."""
+        shared = self._shared
+        result = dict[str, list[Listed]]()
+        for name, form in shared.forms.items():
+            host = [shared.rows.listed(form.own.form.digest)] if shared.rows.host else []
+            tiers = [x for x in form.own.tier_stores if isinstance(x, Listed)]
+            result[name] = [*host, *tiers]
+        return result
+
+    def _predecessor(self, after: bytes | None) -> bytes | None:
+        """Return the key before the first one of a save, of 32 bytes."""
+        do = "Pass that key, or None for the beginning of a prompt."
+        return (
+            None
+            if after is None
+            else self._key("the key before the first one in `after`", after, do)
+        )
+
+    def _key(self, what: str, key: bytes, do: str) -> bytes:
+        """Return one key of 32 bytes; raise `InvalidTerms` for another object."""
+        try:
+            return check_keys([key], self._weak)[0]
+        except InvalidTerms:
+            kind = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
+            raise InvalidTerms(f"Expected {what}, 16 to 32 bytes, got {kind}. {do}") from None
+
+    def _keys(self, keys: Keys, priority: Priority, deadline: float | None) -> list[bytes]:
+        """Return keys of 32 bytes; reject wrong keys and terms."""
+        keys = check_keys(keys, self._weak)
+        if len({*keys}) < len(keys):
+            last = {key: number for number, key in enumerate(keys)}
+            first = next(number for number, key in enumerate(keys) if last[key] > number)
+            raise InvalidTerms(
+                f"Expected keys that differ, got keys[{last[keys[first]]}] equal to "
+                f"keys[{first}]. Pass each key once."
+            )
+        one_of("priority", priority, SLACK)
+        if deadline is not None:
+            seconds("deadline", deadline, optional=True)
+        return keys
+
+    def _own(self, kind: str) -> FormBlocks:
+        """Return the blocks of the form, of an open store. Raises as `_refuse_closed` and `_only`
+        do."""
+        self._refuse_closed(kind)
+        return self._only(kind)
+
+    def _only(self, kind: str) -> FormBlocks:
+        """Return the blocks of the form. Raises `InvalidTerms` for a store with several forms."""
+        if self._form is None:
+            names = [*self._shared.forms]
+            raise InvalidTerms(
+                f"Expected one form for a {kind}, got a store with the forms {', '.join(names)}. "
+                f"Take one by store.of({names[0]!r})."
+            )
+        return self._form
+
+    def _refuse_closed(self, kind: str) -> None:
+        shared = self._shared
+        if shared.closed or shared.graph.process.forked or shared.graph.closed.is_set():
+            why = "closed, or opened by a process that this one was forked from; open another one"
+            raise StoreError(
+                f"Expected an open store for a {kind}, got one that was {why}. Make another."
+            )

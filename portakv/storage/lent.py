@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lent copies: copies between the rows of a store and views that other processes have.
+
+The store plans the rest of a save or a load as always. It lends the rows to a `Copier`, which has
+the copy made by whoever has the view, and ends it. No row that was lent serves another block before
+that end, whatever happens to the call or to the store.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from itertools import count
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+
+from portakv.arguments import invalid
+from portakv.graph import Graph, Mask, Task, Workers
+from portakv.graph.graph import Queue
+from portakv.graph.trace import Ran
+from portakv.runtime.transfer import Completion
+from portakv.storage.parts import Arrival, Part
+from portakv.storage.plan import Call, InFlight
+from portakv.storage.reasons import FAILED, Reason, Reasons
+from portakv.view import KVView
+
+#: The name of the queue of lent copies, in figures, traces and errors.
+LENT = "lent"
+#: The direction of a lent copy: into rows, or out of them.
+Kind: TypeAlias = Literal["save", "load"]
+
+
+class Copier(Protocol):
+    """Makes the copies of a `FormStore.save_lent` or `FormStore.load_lent`."""
+
+    def begin(self, copy: LentCopy, /) -> None:
+        """Take over a copy, to make it now or later, in any thread or process.
+
+        Called once for each part of a call, perhaps before the call returns, under the lock of the
+        store's graph: be quick, and wait for nothing. If it raises, the copy has ended and nothing
+        landed.
+        """
+
+
+class LentCopy:
+    """A copy that a copier makes between rows of a store and blocks of a call.
+
+    A save copies blocks into the rows, a load copies the rows into blocks. The copier may use the
+    rows until it calls `end`.
+
+    Attributes:
+        kind: "save" or "load".
+        rows: the numbers of the rows, of ``store.rows.tensor`` and of each mapping of it.
+        blocks: the number of each row's block among the keys of the call.
+        form: the form of the images in the rows. ``form.view(tensor)`` shows their payloads, for
+            any mapping of the tensor.
+        inner, outer: arguments of `KVView.slice` that select the copied layers and heads, from the
+            view of the rows and from a view of the store's form. They differ, and a block has
+            several rows, only in a load of blocks that were saved in other parts.
+    """
+
+    def __init__(
+        self,
+        queue: LentQueue,
+        call: Call,
+        part: Part,
+        arrival: Arrival,
+        reasons: Reasons,
+        task: Task,
+        mask: Mask,
+    ) -> None:
+        """Describe the blocks of a mask, of a task that copies the blocks of an arrival."""
+        numbers = np.flatnonzero(mask).tolist()
+        items = arrival.lease.items
+        self.kind: Kind = "save" if call.request.kind == "save" else "load"
+        self.rows: Sequence[int] = [items[arrival.rows[i]] for i in numbers]
+        self.blocks: Sequence[int] = [arrival.at[i] for i in numbers]
+        self.form = part.form
+        self.inner = part.part_slices
+        self.outer = part.own_slices
+        self._reasons = reasons
+        self._keys = [call.request.keys[i] for i in self.blocks]
+        self._numbers = numbers  # of the blocks in the task
+        self._queue = queue
+        self._task = task  # its lease retains the rows
+
+    @property
+    def cancelled(self) -> bool:
+        """Return True if nobody waits for the copy any longer: its call was cancelled or is late.
+
+        The copier may stop early, and ends the copy as always.
+        """
+        task = self._task
+        self._queue.graph.sweep()
+        return not task.ended and all(follower.cut for follower in [*task.followers])
+
+    def end(self, landed: Mask | Sequence[bool] | None = None) -> None:
+        """End the copy, in any thread, once: nothing reads or writes the rows from here on.
+
+        ``landed``: the blocks whose copy was made, bool ``[len(rows)]``; None: all. A block that
+        did not land is not stored, or is a miss. A second call does nothing.
+
+        Raises `InvalidTerms` for a mask of another kind; the copy has not ended then.
+        """
+        made = self._mask(landed)
+        graph = self._queue.graph
+        if not graph.process.forked:  # the lock may be held for ever
+            graph.run(partial(self._end, made))
+
+    def _mask(self, landed: Mask | Sequence[bool] | None) -> Mask:
+        """Return the blocks whose copy was made, bool ``[len(rows)]``."""
+        many = len(self._numbers)
+        if landed is None:
+            return np.ones(many, np.bool_)
+        try:
+            mask = np.asarray(landed)
+        except (TypeError, ValueError):
+            mask = np.zeros(0)
+        if mask.shape != (many,) or mask.dtype != np.bool_:
+            expected = f"{many} bools, one for each row of the copy, or None for all"
+            raise invalid("landed", expected, landed)
+        return mask
+
+    def _end(self, made: Mask) -> None:
+        """Record the end, under the graph's lock."""
+        task = self._task
+        landed = np.zeros(task.blocks, np.bool_)
+        landed[self._numbers] = made
+        for key, there in zip(self._keys, made.tolist(), strict=True):
+            if not (there or task.ended):
+                self._reasons.report(key, Reason(FAILED, LENT))
+        self._queue.finish(task, landed)
+
+
+class LentQueue(Workers):
+    """The queue of lent copies, whose work begins a copy. A copier ends it.
+
+    A copy is never cancelled, as its copier may use the rows. It holds up no other copy.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.name = LENT
+        self.tier = LENT
+        self.width = 1
+        self.queued_bytes = 0
+        self._ready = deque[Task]()
+        self._beginning = False
+        # The copies that have not ended, with their places in the trace and their starts.
+        self._begun = dict[Task, tuple[int, float]]()
+
+    @property
+    def slow(self) -> bool:
+        """Return False: the copies of a copier that hangs are no reason to drop others."""
+        return False
+
+    def push(self, task: Task, /) -> None:
+        """Begin the copy of a task, under the graph's lock.
+
+        A copier may end a copy while it begins it, which may make other tasks ready. They begin
+        one after the other, however many there are.
+        """
+        task.state = "running"
+        self._ready.append(task)
+        if self._beginning:
+            return
+        self._beginning = True
+        while self._ready:
+            self._begin(self._ready.popleft())
+        self._beginning = False
+
+    def _begin(self, task: Task) -> None:
+        """Begin the copy of a task."""
+        places = {place for place, _ in self._begun.values()}
+        place = next(number for number in count(1) if number not in places)
+        self._begun[task] = place, self.graph.clock()
+        try:
+            if task.work is not None:
+                task.work(task, task.left.copy())
+        except BaseException as error:  # of the copier; the tasks after it must not wait for ever
+            self.finish(task, None, error)
+
+    def finish(self, task: Task, landed: Mask | None, error: BaseException | None = None) -> None:
+        """Record the end of a copy, under the graph's lock. A second call does nothing."""
+        if task not in self._begun:
+            return
+        graph = self.graph
+        place, start = self._begun.pop(task)
+        what = task.number, task.name, task.blocks, task.nbytes, (*task.ran_before(),)
+        graph.trace.add(self.tier, Ran(self.name, place, start, graph.clock(), *what))
+        graph.end(task, landed, "failed" if error else "landed", error)
+        graph.settle()
+
+
+class Lending:
+    """Plans the lent copies of one call.
+
+    Args:
+        copier: makes the copies.
+        queue: the queue of lent copies.
+        seals: the queue whose workers seal the images of a save.
+    """
+
+    ends: Sequence[Completion] = ()  # of copies that the store issues
+    view: KVView | None = None
+
+    def __init__(self, copier: Copier, queue: LentQueue, seals: Queue) -> None:
+        self._copier = copier
+        self._queue = queue
+        self._seals = seals
+
+    def issue(self, call: Call, started: Sequence[InFlight]) -> None:
+        """Do nothing: the copies begin once they have rows."""
+
+    def gather(self, call: Call, in_flight: InFlight) -> Task:
+        """Plan the copy of blocks of a save into rows, and the task that seals them."""
+        at = in_flight.calls[0][1]
+        arrival = Arrival(in_flight, {}, at, range(len(at)))
+        lent = self._lend(call, in_flight.part, arrival, in_flight.reasons)
+        task = call.task(at, in_flight.seal, self._seals, in_flight, [lent])
+        call.gathers.append((lent, at, range(len(at))))
+        in_flight.ends[None] = task
+        in_flight.last = [task]
+        return task
+
+    def cross(self, call: Call, part: Part, arrival: Arrival) -> None:
+        """Plan the copy of blocks of a load out of their rows."""
+        reasons = Reasons()
+        call.explanation.sources.append(reasons)
+        task = self._lend(call, part, arrival, reasons)
+        call.ends.append(((task, arrival.at, range(len(arrival.at))), range(0)))
+
+    def _lend(self, call: Call, part: Part, arrival: Arrival, reasons: Reasons) -> Task:
+        """Plan the copy of blocks of an arrival, once they have arrived."""
+        many = range(len(arrival.at))
+        after = [(end, many, arrival.rows) for end in arrival.ends.get(0, ())]
+
+        def begin(task: Task, mask: Mask) -> None:
+            self._copier.begin(LentCopy(self._queue, call, part, arrival, reasons, task, mask))
+
+        return call.task(arrival.at, begin, self._queue, arrival.lease, after)

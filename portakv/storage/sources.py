@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sources of a save: how the blocks of its caller come into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+from portakv.graph import Task
+from portakv.graph.graph import Queue
+from portakv.runtime.transfer import Completion
+from portakv.storage.plan import Call, InFlight
+from portakv.storage.rows import Crossing
+from portakv.view import KVView
+
+
+class Source(Protocol):
+    """Brings the blocks of a save into rows.
+
+    ``view``: the caller's, if the store reads it. ``ends``: of the copies that `issue` issued.
+    """
+
+    @property
+    def view(self) -> KVView | None: ...
+
+    @property
+    def ends(self) -> Sequence[Completion]: ...
+
+    def issue(self, call: Call, started: Sequence[InFlight]) -> None:
+        """Issue the copies of chunks that a caller's thread can issue."""
+
+    def gather(self, call: Call, in_flight: InFlight) -> Task:
+        """Plan the tasks that bring the blocks of a chunk into rows, and seal them; return the
+        last."""
+
+
+class ViewSource:
+    """The view of a caller, which workers of a queue read, or copies that `issue` issues."""
+
+    def __init__(self, view: KVView, crossing: Crossing, queue: Queue) -> None:
+        self.view = view
+        self._crossing = crossing
+        self._queue = queue
+
+    @property
+    def ends(self) -> Sequence[Completion]:
+        """Return the ends of the copies that were issued."""
+        return self._crossing.ends
+
+    def issue(self, call: Call, started: Sequence[InFlight]) -> None:
+        """Issue one copy for the chunks of a save from a device for which staging has room."""
+        crossing = self._crossing
+        shared = call.shared
+        # A worker keeps the pace, and waits where the host has to.
+        if not (crossing.waits_for_nothing and shared.rows.pinned) or self._queue.max_gbps:
+            return
+        granted = [in_flight for in_flight in started if shared.graph.take(in_flight)]
+        if granted:
+            items = [item for in_flight in granted for item in in_flight.items]
+            blocks = [block for in_flight in granted for block in in_flight.calls[0][1]]
+            try:
+                crossing.begin(call.form.own.rows, items, blocks)
+            finally:  # a part may write the rows
+                for in_flight in granted if crossing.ends else ():
+                    in_flight.copied = partial(crossing.wait, crossing.ends[-1])
+
+    def gather(self, call: Call, in_flight: InFlight) -> Task:
+        """Plan the task that copies blocks of the view into rows, and seals them."""
+        return call.gather(in_flight, self._crossing, self.view, self._queue)
