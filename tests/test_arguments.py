@@ -45,12 +45,26 @@ from portakv.migrate import (
 )
 from portakv.migrate.weights import Published
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, keys, prefix_keys
+from portakv.storage.lent import LentCopy
 
 API = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 PACKAGES = "portakv.storage", "portakv.graph", "portakv.migrate"
 FORM = [*inspect.signature(BlockForm).parameters]
 T = TypeVar("T")
 LIMIT = 30.0  # seconds of one call, which is a hang then
+
+
+class Copies:
+    """A copier that makes no copy: the test ends those that began."""
+
+    def __init__(self, end: bool = False) -> None:
+        self.begun = list[LentCopy]()
+        self._end = end
+
+    def begin(self, copy: LentCopy) -> None:
+        self.begun.append(copy)
+        if self._end:
+            copy.end()
 
 
 class Scene:
@@ -80,6 +94,12 @@ class Scene:
         store = self.store()
         store.save(self.view, [0, 1], [key_of(0), key_of(1)]).synchronize(LIMIT)
         return store
+
+    def lent(self) -> LentCopy:
+        """Return a copy that a store lent, and that has not ended."""
+        copies = Copies()
+        self.saved().load_lent(copies, [key_of(0)])
+        return copies.begun[0]
 
     def graph(self) -> Graph:
         return self.close(Graph())
@@ -145,6 +165,15 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
         s.saved().load,
         {"view": s.view, "blocks": [0], "keys": [key_of(0)]},
     ),
+    "BlockStore.save_lent": lambda s: (
+        s.saved().save_lent,
+        {"copier": Copies(end=True), "keys": [key_of(2)]},
+    ),
+    "BlockStore.load_lent": lambda s: (
+        s.saved().load_lent,
+        {"copier": Copies(end=True), "keys": [key_of(0)]},
+    ),
+    "LentCopy.end": lambda s: (s.lent().end, {}),
     "BlockStore.finished": lambda s: (s.saved().finished, {}),
     "BlockStore.finished_fd": lambda s: (s.saved().finished_fd, {}),
     "BlockStore.keys": lambda s: (s.saved().keys, {}),

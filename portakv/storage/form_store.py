@@ -78,7 +78,7 @@ class FormStore(FormIndex):
         self._up, self._down = (
             shared.graph.queue(x, width=2) for x in ("host-device", "device-host")
         )
-        self._lent = LentQueue(shared.graph)
+        self._lent = LentQueue(shared.graph, form.name if form else "")
 
     def save(
         self,
@@ -400,11 +400,11 @@ class FormStore(FormIndex):
         """Plan a load whose copies are lent in steps, under the graph's lock."""
         for number, some in enumerate(call.slices(range(len(call.request.keys)))):
             if number:
+                call.submit()
                 yield
             for (part, location), at in call.groups(some).items():
                 for arrival in call.bring(part, location, at, [None]):
                     lending.cross(call, part, arrival)
-            call.submit()
         yield from self._touch(call)
         return call.handle(None, missing=missing)
 

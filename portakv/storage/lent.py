@@ -22,11 +22,11 @@ from portakv.graph.graph import Queue
 from portakv.graph.trace import Ran
 from portakv.runtime.transfer import Completion
 from portakv.storage.parts import Arrival, Part
-from portakv.storage.plan import Call, InFlight
+from portakv.storage.plan import RELEASE, Call, InFlight
 from portakv.storage.reasons import FAILED, Reason, Reasons
 from portakv.view import KVView
 
-#: The name of the queue of lent copies, in figures, traces and errors.
+#: The name of the queue of lent copies in figures, traces and errors; after it that of the form.
 LENT = "lent"
 #: The direction of a lent copy: into rows, or out of them.
 Kind: TypeAlias = Literal["save", "load"]
@@ -88,13 +88,17 @@ class LentCopy:
 
     @property
     def cancelled(self) -> bool:
-        """Return True if nobody waits for the copy any longer: its call was cancelled or is late.
+        """Return True if no call waits for the copy any longer: they were cancelled or are late.
 
         The copier may stop early, and ends the copy as always.
         """
         task = self._task
-        self._queue.graph.sweep()
-        return not task.ended and all(follower.cut for follower in [*task.followers])
+        graph = self._queue.graph
+        if not graph.process.forked:
+            graph.sweep()
+        followers = [x for x in [*task.followers] if x.name != RELEASE]
+        # Some may come later, while the call is planned.
+        return bool(followers) and all(follower.cut for follower in followers)
 
     def end(self, landed: Mask | Sequence[bool] | None = None) -> None:
         """End the copy, in any thread, once: nothing reads or writes the rows from here on.
@@ -130,19 +134,20 @@ class LentCopy:
         landed[self._numbers] = made
         for key, there in zip(self._keys, made.tolist(), strict=True):
             if not (there or task.ended):
-                self._reasons.report(key, Reason(FAILED, LENT))
+                self._reasons.report(key, Reason(FAILED, self._queue.name))
         self._queue.finish(task, landed)
 
 
 class LentQueue(Workers):
     """The queue of lent copies, whose work begins a copy. A copier ends it.
 
-    A copy is never cancelled, as its copier may use the rows. It holds up no other copy.
+    A copy is never cancelled, as its copier may use the rows. It holds up no other copy. ``form``:
+    the name of the blocks' form, of a store with several forms; else empty.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, form: str) -> None:
         self.graph = graph
-        self.name = LENT
+        self.name = f"{LENT}:{form}" if form else LENT
         self.tier = LENT
         self.width = 1
         self.queued_bytes = 0
@@ -222,7 +227,7 @@ class Lending:
         task = call.task(at, in_flight.seal, self._seals, in_flight, [lent])
         call.gathers.append((lent, at, range(len(at))))
         in_flight.ends[None] = task
-        in_flight.last = [task]
+        in_flight.last = [lent, task]
         return task
 
     def cross(self, call: Call, part: Part, arrival: Arrival) -> None:

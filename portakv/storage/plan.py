@@ -42,6 +42,7 @@ BLOCKS = 256
 #: Blocks of a call that are planned before others may take the graph's lock.
 SLICE = 256
 CACHED = "kept"  # a location: the host tier
+RELEASE = "release"  # the name of the barrier of `Handle.released`
 LOOKUP_BATCH = 8  # blocks of the first request of a lookup; each next request has twice as many
 
 
@@ -328,9 +329,7 @@ class Call:
             for at in self.chunks(part, some, LOADED, len({*segments}), least=least):
                 lease = Lease(rows, 0, ended=self._unpin)
                 self._leases.append(lease)
-                lease.items = list[int]()
-                for i in at:
-                    lease.items.append(rows.find(names[i]))
+                lease.items = [rows.find(names[i]) for i in at]
                 graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
                 self.form.count("host", "load", "hit", len(at))
                 yield Arrival(lease, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))
@@ -500,7 +499,7 @@ class Call:
         self.barrier.after = [end for end, _ in self.ends]
         released = None
         if self.request.kind == "save":
-            released = Task(None, many, after=self.gathers, name="release")
+            released = Task(None, many, after=self.gathers, name=RELEASE)
         else:
             self.explanation.located = self.located
         self.submit(*barriers, *([released] if released else []), self.barrier)

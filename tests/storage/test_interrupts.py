@@ -24,7 +24,9 @@ from portakv.graph.prometheus import Collector
 from portakv.graph.task import Lease, Task
 from portakv.graph.trace import Trace
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
+from portakv.storage.form_index import FormIndex
 from portakv.storage.form_store import FormStore
+from portakv.storage.lent import LentCopy
 from portakv.storage.tier import Tier
 
 FILES = files_of("storage", "graph", "runtime/interrupts.py")
@@ -174,6 +176,52 @@ def leaving(folder: Path) -> Steps:
     yield act
 
 
+class Copies:
+    """A copier that holds its copies until `end`."""
+
+    def __init__(self) -> None:
+        self.held = list[LentCopy]()
+
+    def begin(self, copy: LentCopy) -> None:
+        self.held.append(copy)
+
+    def end(self) -> None:
+        for copy in [*self.held]:
+            assert not copy.cancelled
+            copy.end()
+            self.held.remove(copy)  # last: an interrupt before it leaves the copy here
+
+
+def lending(folder: Path) -> Steps:
+    """Save and load blocks whose copies others make."""
+    tier = FakeTier(width=1)
+    store = BlockStore(
+        FORM, staging=8 * SIZE, host=2 * SIZE, tiers=[tier], full="wait", shared=True
+    )
+    copies = Copies()
+
+    def act() -> None:
+        saved = store.save_lent(copies, KEYS, priority="urgent")
+        while not saved.done():
+            copies.end()
+        loaded = store.load_lent(copies, KEYS)
+        while not loaded.done():
+            copies.end()
+        assert loaded.landed.all()
+
+    yield act
+    # Copies of an interrupted call may begin late, and end as any other.
+    assert settles(lambda: end_left(copies, store)), "a lent copy does not end"
+    judge(store)
+
+
+def end_left(copies: Copies, store: BlockStore) -> bool:
+    """End the copies that are held; return True if no task lives."""
+    for copy in [*copies.held]:
+        copy.end()
+    return not store.graph.live
+
+
 def joining(folder: Path) -> Steps:
     """Join work that other calls began, wait for staging, be late, and be cancelled."""
     tier = FakeTier(width=1)
@@ -321,7 +369,7 @@ NOT_CALLED = {
     "BlockForm.same_cache": "changes nothing that is shared",
     "BlockForm.view": "changes nothing that is shared",
 }
-SCENARIOS = [opening, serving, forming, leaving, joining, closing, graphs, ending]
+SCENARIOS = [opening, serving, forming, lending, leaving, joining, closing, graphs, ending]
 
 
 @pytest.mark.parametrize("scenario", by_width(SCENARIOS, [serving, opening, forming]))
@@ -355,7 +403,8 @@ def test_interrupts_without_helpers_leave_something(
 def test_interrupts_meet_what_callers_run(tmp_path: Path) -> None:
     """Scenarios call every public function, and of the functions that they call in the caller's
     thread they run all lines but a few, which refuse arguments."""
-    kinds = BlockForm, BlockStore, Collector, Disk, FormStore, Graph, Handle, Task, Remote, Trace
+    stores = BlockForm, BlockStore, Disk, FormIndex, FormStore, LentCopy, Remote
+    kinds = *stores, Collector, Graph, Handle, Task, Trace
     public, called, left, of_called = reach(SCENARIOS, tmp_path, FILES, kinds)
     assert public - called == {*NOT_CALLED}
     print(f"{of_called - len(left)} of {of_called} lines; not run: {left}")
