@@ -459,13 +459,17 @@ class Walk:
         for _ in range(steps):
             self.random.choice(acts)()
             self.check_rows()
-        while self.begun:
-            self.end()
-        assert until(lambda: not lent_rows(self.store), LIMIT)
-        assert until(lambda: not self.store.rows.in_use(), LIMIT)
+        assert until(self.has_ended, LIMIT)
         for _ in range(4):
             self.check()
         self.store.close(LIMIT)
+
+    def has_ended(self) -> bool:
+        """End all copies, also those that begin meanwhile; return True if no row is in use."""
+        while self.begun:
+            self.end()
+        rows = self.store.rows
+        return not (lent_rows(self.store) or rows.in_use() or self.store.graph.live)
 
     def some(self) -> list[int]:
         first = self.random.randrange(24)
