@@ -39,8 +39,8 @@ class Copier(Protocol):
         """Take over a copy, to make it now or later, in any thread or process.
 
         Called once for each part of a call, perhaps before the call returns, under the lock of the
-        store's graph: be quick, and wait for nothing. If it raises, the copy has ended and nothing
-        landed.
+        store's graph: be quick, wait for nothing, and take no lock under which a thread calls the
+        store. If it raises, the copy has ended and nothing landed.
         """
 
 

@@ -90,6 +90,18 @@ def test_shared_rows_are_registered_while_they_live(monkeypatch: pytest.MonkeyPa
     assert claimed() == before
 
 
+def test_shared_rows_serve_a_device(accelerator: torch.device, tier: FakeTier) -> None:
+    source, target = (
+        KVView([each.to(accelerator) for each in cache(seed).tensors], LAYOUT) for seed in (0, 50)
+    )
+    with opened(host=4, tiers=[tier]) as store:
+        store.save(source, range(8), KEYS, full="wait").synchronize(LIMIT)
+        store.load(target, range(8), KEYS).synchronize(LIMIT)
+        share(store.rows.tensor)
+    host = KVView([each.cpu() for each in target.tensors], LAYOUT)
+    assert same(host, range(8), SOURCE, range(8))
+
+
 def test_a_flag_is_a_flag() -> None:
     shared: Any = "yes"
     with pytest.raises(InvalidTerms, match="shared"):
