@@ -90,6 +90,7 @@ def test_shared_rows_are_registered_while_they_live(monkeypatch: pytest.MonkeyPa
     assert claimed() == before
 
 
+@pytest.mark.filterwarnings("ignore:Expected pinned host memory")  # the simulated device
 def test_shared_rows_serve_a_device(accelerator: torch.device, tier: FakeTier) -> None:
     source, target = (
         KVView([each.to(accelerator) for each in cache(seed).tensors], LAYOUT) for seed in (0, 50)
