@@ -6,13 +6,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from queue import LifoQueue
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
 from portakv.copy.handle import BlockTransfer
+from portakv.errors import PeerError
 from portakv.migrate.staging import Chunks, staging
+from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports.base import Lane, Moving, Transport
+
+if TYPE_CHECKING:
+    from portakv.migrate.channel import Channel
 
 
 class StagingBuffer:
@@ -58,11 +63,26 @@ class Takes(Protocol):
 
 
 class Staging:
-    """The transport for an owner, and the staging buffers that it fills."""
+    """The transport for an owner, and the staging buffers that it fills.
 
-    def __init__(self, transport: Transport, device: torch.device, count: int) -> None:
+    It belongs to one agreement with the owner. `release` ends it before the next handshake.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        device: torch.device,
+        count: int,
+        channel: Channel,
+        address: str,
+    ) -> None:
         self.transport = transport
         self.device = device
+        #: For requests for rows, and for the lane: it sends nothing after `release`.
+        self.channel = TransportChannel(channel, lambda: self._released)
+        self._address = address
+        self._released = False
+        self._lock = threading.RLock()  # a connection that ends inside of `lane` calls `release`
         # Buffers are filled in the order of the requests for them. The pull that gets the turn next
         # holds ``next`` until then.
         self.turn = threading.Lock()
@@ -74,6 +94,20 @@ class Staging:
         self.buffers: LifoQueue[StagingBuffer] = LifoQueue()
         for _ in range(count):
             self.buffers.put(StagingBuffer(staging(0, device)))
+
+    def lane(self) -> Lane:
+        """Return the lane to the owner; raise `PeerError` after `release`."""
+        with self._lock:
+            if self._released:
+                raise PeerError("Expected a reader that is connected, got a new handshake.")
+            lane: Lane = self.transport.lane(self._address, cast("Channel", self.channel))
+            return lane
+
+    def release(self) -> None:
+        """End the agreement: its lane, and all messages that are not sent yet. Does not block."""
+        with self._lock:
+            self._released = True
+            self.transport.forget(self._address)
 
     def spare(self, nbytes: int) -> torch.Tensor:
         """Return memory for bytes that no pull wants."""

@@ -159,9 +159,16 @@ class Channel:
         """
         return uninterrupted(partial(self._client.ask_all, requests, kind, self._until(timeout)))
 
-    def tell(self, address: str, message: Message, timeout: float | None = None) -> None:
-        """Send a message without an answer; raise as `ask` if the peer cannot be reached."""
-        uninterrupted(partial(self._client.tell, address, message, self._until(timeout)))
+    def tell(
+        self,
+        address: str,
+        message: Message,
+        timeout: float | None = None,
+        stop: Callable[[], bool] = bool,
+    ) -> None:
+        """Send a message without an answer, unless ``stop()`` returns True before it is sent; raise
+        as `ask`."""
+        uninterrupted(partial(self._client.tell, address, message, self._until(timeout), stop))
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Call ``gone`` when the connection to ``address`` ends; see `Peer.on_gone`."""

@@ -314,7 +314,7 @@ class Connections:
                 f"owner."
             )
         owner.handshake = agreed
-        owner.staged = Staging(shared, device, agreed.slots)
+        owner.staged = Staging(shared, device, agreed.slots, owner.channel, owner.address)
 
     def _forget(self, owner: Connection) -> None:
         """Release an owner. Pulls that still read it retain its memory until they end."""
@@ -324,7 +324,7 @@ class Connections:
             one.cuts.clear()  # cuts with this owner retain its memory
         owner.unwatch()
         if owner.staged:
-            owner.staged.transport.forget(owner.address)
+            owner.staged.release()
 
 
 def listed(tickets: bytes | Sequence[bytes]) -> list[bytes]:

@@ -34,6 +34,7 @@ from portakv.migrate.connections import Source
 from portakv.migrate.messages import Answer, Gather, Stop, Stopped, Sum
 from portakv.migrate.plan import Step
 from portakv.migrate.pull import CANCELLED, Pull, known
+from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports.base import Lane
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
@@ -99,9 +100,8 @@ class Taker:
     def _take(self, batch: Sequence[Arrival]) -> None:
         """Request slices, and post the transport's receives for all of them in their order."""
         stage = self._stage
-        address = self._source.owner.address
         with self._turn():
-            lane: Lane = stage.transport.lane(address, self._source.owner.channel)
+            lane = stage.lane()
             lane.meet(stop=lambda: self._pull.over)
             tag = stage.tag + 1
             stage.tag += len(batch)
@@ -131,7 +131,8 @@ class Taker:
         ticket = self._source.ticket
         parts = tuple(each.step.owner_part(*each.part) for each in batch)
         name = self._stage.transport.name
-        ask(self._source, Gather(ticket.epoch, ticket.offer, parts, name, tag), self._pull)
+        gather = Gather(ticket.epoch, ticket.offer, parts, name, tag)
+        ask(self._source, gather, self._pull, channel=self._stage.channel)
 
     def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
         """Return a free staging buffer; empty the oldest of this pull if there is none."""
@@ -219,7 +220,7 @@ class Taker:
             return
         try:
             stop = Stop(tag, posted)
-            answer = owner.channel.ask(owner.address, stop, Stopped, STOPPING)
+            answer = self._stage.channel.ask(owner.address, stop, Stopped, STOPPING)
         except PortaKVError:
             lane.close(PeerError("The owner did not stop; its buffers did not cross."))
             lane.skip(range(tag + posted, tag + len(batch)))
@@ -304,13 +305,20 @@ def verified(step: Step, pull: Pull, *_: object) -> None:
         )
 
 
-def ask(source: Source, request: Gather | Sum, pull: Pull, patience: float = PATIENCE) -> Answer:
+def ask(
+    source: Source,
+    request: Gather | Sum,
+    pull: Pull,
+    patience: float = PATIENCE,
+    channel: TransportChannel | None = None,
+) -> Answer:
     """Return an owner's answer to a request for rows; ask again while the owner is busy."""
     until = monotonic() + patience
     owner = source.owner
+    used = channel or owner.channel
     while not pull.over:
         try:
-            answer = owner.channel.ask(owner.address, request, Answer, stop=lambda: pull.over)
+            answer = used.ask(owner.address, request, Answer, stop=lambda: pull.over)
         except TransferTimeout:
             if pull.over:
                 raise TransferCancelled(CANCELLED) from None

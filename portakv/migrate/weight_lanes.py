@@ -8,21 +8,19 @@ slice is some boxes of the owner's tensors, packed one after another into a stag
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import torch
 from msgspec import Meta, msgpack
 
 from portakv.errors import LayoutError
 from portakv.migrate.messages import Bytes, Count, Dims, Id, Message, Name, Text
+from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.weight_pairs import copy_pairs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from portakv.migrate.channel import Channel
 
-T = TypeVar("T")
 BUFFERS = 4  # of a lane, on each side: one is packed, two are on the wire, one is emptied
 MOST_BOXES = 1024  # of a slice
 MOST_BOX_BYTES = 48 << 10  # of the encoded boxes of a slice: a message has at most 64 KiB
@@ -139,7 +137,7 @@ def pack(full: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     copy_pairs([*zip(boxes, parts, strict=True)])
 
 
-class LaneChannel:
+class LaneChannel(TransportChannel):
     """A channel for the transport of one lane, which a `Reader` and other lanes use as well.
 
     It carries the transport's messages in an envelope that names the lane, because a channel has
@@ -147,29 +145,10 @@ class LaneChannel:
     """
 
     def __init__(self, channel: Channel, lane: bytes) -> None:
-        self.channel = channel
+        super().__init__(channel)
         self.lane = lane
-        self.id = channel.id
-        self.address = channel.address
-        self.timeout = channel.timeout
-        self.watch = channel.watch
 
-    def ask(
-        self,
-        address: str,
-        message: Message,
-        kind: type[T],
-        timeout: float | None = None,
-        stop: Callable[[], bool] = bool,
-    ) -> T:
-        """Return the answer of the owner's transport; see `Channel.ask`."""
-        return self.channel.ask(address, self._enclosed(message), kind, timeout, stop)
-
-    def tell(self, address: str, message: Message, timeout: float | None = None) -> None:
-        """Send a message without an answer; see `Channel.tell`."""
-        self.channel.tell(address, self._enclosed(message), timeout)
-
-    def _enclosed(self, message: Message) -> OfLane:
+    def enclosed(self, message: Message) -> OfLane:
         return OfLane(self.lane, msgpack.encode(message))
 
 

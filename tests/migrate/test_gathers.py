@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from time import monotonic
@@ -16,10 +16,11 @@ from migrate.transports.test_onesided import Memory
 from support.migrate_channels import until
 from support.migrate_pulls import SMALL, Couple, Rows, Sides, sides
 
-from portakv.errors import InvalidTerms, PeerError, Unsupported
-from portakv.migrate.channel import Peer
+from portakv.errors import InvalidTerms, PeerError, TransferError, Unsupported
+from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.channel_client import Client
 from portakv.migrate.gathers import Gathers
-from portakv.migrate.messages import Answer, Hello
+from portakv.migrate.messages import Answer, Hello, Message, Stop
 from portakv.migrate.rendezvous import rendezvous
 from portakv.migrate.transports import TRANSPORTS
 from portakv.migrate.transports.distributed import Join
@@ -233,6 +234,61 @@ def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) ->
     assert both.right()
     with pytest.raises(PeerError):
         before.synchronize(20)
+
+
+class Late(Client):
+    """The requests of a channel. Messages of a kind wait, before they take the connection, until an
+    event is set, as threads do that the host does not run."""
+
+    kind: type[Message]
+    event: threading.Event
+    waiting: int
+
+    @classmethod
+    def of(cls, channel: Channel, kind: type[Message]) -> Late:
+        """Hold all messages of a kind that a channel sends from now on."""
+        late: Any = channel._client
+        late.__class__ = cls
+        late.kind = kind
+        late.event = threading.Event()
+        late.waiting = 0
+        return cast(Late, late)
+
+    def _sending(self, address: str, message: Message, *terms: Any) -> Generator[bytes]:
+        if isinstance(message, self.kind):
+            self.waiting += 1
+            assert self.event.wait(60)
+        yield from super()._sending(address, message, *terms)
+
+
+@pytest.mark.parametrize("kind", [Taken, Stop])
+def test_messages_of_a_pairing_before_are_not_sent_in_the_next(made: Sides, kind: Any) -> None:
+    """Fault 20. They name slices by the tags that the next pairing uses as well: its owner would
+    drop the slices, or send zeros."""
+    both = Couple(made, "staging", transport="other")
+    late = Late.of(both.reader.channel, kind)
+    gate = threading.Event()
+    offer = both.offer()
+    offer.after = cast(Any, Held(gate, 60))
+    before = both.pull(offer)
+    (connection,) = both.reader._owners._owners.values()
+    lane = connection.staging.lane()
+    assert until(lambda: len(lane._moving) == 4, 20)  # as many as there are buffers
+    if kind is Taken:
+        lane.close(PeerError("The owner did not stop."))
+    else:
+        assert before.cancel()
+    assert until(lambda: late.waiting == (2 if kind is Taken else 1), 20)
+
+    both.reader._owners._forget(connection)  # as the end of its connection does
+    pull = both.pull(offer)
+    assert until(lambda: [line.last for line in both.owner._gathers._lines.values()] == [1], 20)
+    late.event.set()
+    with pytest.raises(TransferError):
+        before.synchronize(60)
+    gate.set()
+    pull.synchronize(60)
+    assert both.right()
 
 
 def test_the_late_end_of_a_connection_leaves_the_next_one_of_its_reader_alone(made: Sides) -> None:
