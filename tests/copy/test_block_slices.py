@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -20,7 +19,7 @@ import torch
 from support.block_cases import DST, LAYERS, PATIENCE, SRC, Pair, layered, until
 from support.guarded_memory import check_sentence
 from support.small_backends import small_backend
-from support.threads import run_threads
+from support.threads import interrupting, run_threads
 
 from portakv import KVView, LateErrors, copy_blocks, register_backend
 from portakv.copy import slices as block_slices
@@ -317,14 +316,10 @@ def test_a_thread_that_cannot_start(gate: Gate, monkeypatch: pytest.MonkeyPatch)
 # Signals and processes
 
 
-@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_leaves_it_running(gate: Gate) -> None:
     one = Started()
-    thread = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupting(type(one.transfer).synchronize), pytest.raises(KeyboardInterrupt):
         one.transfer.synchronize()
-    thread.join()
     assert not one.transfer.done()
     gate.open()
     one.transfer.synchronize()

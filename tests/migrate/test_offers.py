@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from support.migrate_pulls import (
     LAYOUT,
     MODEL,
     SMALL,
+    Clock,
     Copies,
     Couple,
     Rows,
@@ -32,6 +32,7 @@ from support.migrate_pulls import (
     waiting_copies,
 )
 from support.peer_cases import reading
+from support.threads import interrupting
 
 from portakv import CopyPlan, KVView
 from portakv.errors import (
@@ -61,11 +62,13 @@ from portakv.migrate.messages import (
     Ticket,
 )
 from portakv.migrate.offers import Owner
+from portakv.migrate.pull import Pull
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged import ask
 
-SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes half a second
+SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
+NEVER = 1e-9  # 10^9 bytes a second: a pull of 75 tokens takes hours
 WAYS = pytest.mark.parametrize("expose", ["mapped", "staging"])
 
 
@@ -81,6 +84,31 @@ def ended(pulled: Any, kind: type[Exception], match: str | None = None) -> None:
         pulled.synchronize(30)
     assert not pulled.published
     assert pulled.statistics.nbytes == 0
+
+
+class Compares:
+    """Answers to requests of checksums, which an owner gives only when it ``may``; ``asked``: a
+    reader has the rows, and wants to compare them."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.asked = threading.Event()
+        self.may = threading.Event()
+        self._sum = owner._gather
+        owner.channel.serve(Sum, self._answer)
+
+    def _answer(self, peer: Any, request: Sum) -> Answer:
+        self.asked.set()
+        return self._sum(peer, request) if self.may.is_set() else Answer("busy", seconds=1e-3)
+
+
+def changed(both: Couple, offer: Any = None) -> None:
+    """Pull rows that change after they were read: they are not published."""
+    compares = Compares(both.owner)
+    pulled = both.pull(offer or both.offer(), verify=True)
+    assert compares.asked.wait(20)
+    both.src.whole[0, 0, 7, 0] ^= 1
+    compares.may.set()
+    ended(pulled, TransferError, "Expected the bytes of the rows")
 
 
 def readdressed(owner: Owner, offer: Any, address: str, asker: Channel) -> bytes:
@@ -113,22 +141,28 @@ def test_an_offer_that_ends_in_mid_copy_is_not_published(made: Sides, end: str) 
 
 def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
     both = Couple(made)
-    offer = both.offer(lease=1.0)
-    both.pull(offer, max_gbps=SLOW / 16).synchronize(30)
-    assert offer.taken(10)
-    assert (offer.taken(5), offer.state) == (True, "taken")  # the owner learns of it after us
+    clock = Clock(both.owner)
+    offer = both.offer(lease=0.5)
+    copied = threading.Event()
+    with reading(waiting_copies(both, copied)):
+        pulled = both.pull(offer, max_gbps=SLOW * 10)
+        clock.outlast(0.5)
+        copied.set()
+        pulled.synchronize(30)
+    assert until(lambda: offer.state == "taken")  # the owner learns of it after us
     assert both.right()
 
 
 def test_a_pull_that_compares_digests_for_long_renews_its_offer(made: Sides) -> None:
     both = Couple(made)
-    busy = Answer("busy", seconds=0.1)
-    until = time.monotonic() + 2.0
-    offer = both.offer(lease=1.0)
-    own = both.owner._gather
-    both.owner.channel.serve(Sum, lambda *x: busy if time.monotonic() < until else own(*x))
-    both.pull(offer, verify=True).synchronize(30)
-    assert (offer.taken(5), offer.state) == (True, "taken")  # the owner learns of it after us
+    clock = Clock(both.owner)
+    offer = both.offer(lease=0.5)
+    compares = Compares(both.owner)
+    pulled = both.pull(offer, verify=True)
+    clock.outlast(0.5)
+    compares.may.set()
+    pulled.synchronize(30)
+    assert until(lambda: offer.state == "taken")  # the owner learns of it after us
 
 
 def test_an_owner_that_is_busy_for_too_long_is_given_up_in_a_sentence() -> None:
@@ -144,14 +178,16 @@ def test_an_owner_that_is_busy_for_too_long_is_given_up_in_a_sentence() -> None:
 
 def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
     """The reader's stream has much to do before the copy."""
-
     both = Couple(made)
-    offer = both.offer(lease=1.0)
+    clock = Clock(both.owner)
+    offer = both.offer(lease=0.5)
     copied = threading.Event()
-    threading.Timer(2.0, copied.set).start()
     with reading(waiting_copies(both, copied)):
-        both.pull(offer).synchronize(30)
-    assert (offer.taken(5), offer.state) == (True, "taken")  # the owner learns of it after us
+        pulled = both.pull(offer)
+        clock.outlast(0.5)
+        copied.set()
+        pulled.synchronize(30)
+    assert until(lambda: offer.state == "taken")  # the owner learns of it after us
 
 
 def test_an_owner_that_was_closed_offers_nothing(made: Sides) -> None:
@@ -210,7 +246,7 @@ def test_a_network_that_is_cut_publishes_nothing_and_hangs_nobody(made: Sides) -
 
     offer, parsed = ticket(lease=0.5)
     # Its copy lasts longer than a silent connection. One that ends before is committed by its word.
-    pulled = reader.pull(parsed, [3], by_layer=True, max_gbps=SLOW / 2000)
+    pulled = reader.pull(parsed, [3], by_layer=True, max_gbps=NEVER)
     net.cut.set()
     ended(pulled, TransferError)
     assert offer.taken(5)
@@ -368,11 +404,7 @@ def test_too_little_staging_is_an_error_before_anything_moves(made: Sides) -> No
 
 def test_rows_that_change_after_they_were_read_are_not_verified(made: Sides) -> None:
     """Fault 29. An owner that does not keep its promise is found by the digest."""
-    both = Couple(made)
-    pulled = both.pull(both.offer(), max_gbps=SLOW, verify=True)
-    assert until(lambda: bool((both.dst.rows([6], 1) != -1).any()))
-    both.src.whole[0, 0, 7, 0] ^= 1
-    ended(pulled, TransferError, "Expected the bytes of the rows")
+    changed(Couple(made))
 
 
 @WAYS
@@ -422,7 +454,8 @@ def test_who_cancels_a_pull_at_its_very_end_is_told_what_became_of_it(made: Side
 
 def test_a_pull_that_has_no_time_ends(made: Sides) -> None:
     both = Couple(made)
-    ended(both.pull(both.offer(), max_gbps=SLOW, timeout=0.05), TransferTimeout, "Increase timeout")
+    pulled = both.pull(both.offer(), max_gbps=NEVER, timeout=0.05)
+    ended(pulled, TransferTimeout, "Increase timeout")
     both.pull(both.offer(), timeout=30.0).synchronize()
     assert both.right()
 
@@ -501,34 +534,39 @@ def test_a_forked_child_refuses_and_the_parent_goes_on(made: Sides) -> None:
     """Fault 31."""
     both = Couple(made)
     offers = [both.offer() for _ in range(2)]
-    pulled = both.pull(offers[0], max_gbps=SLOW)
-    child = os.fork()
-    refused = 0
-    if not child:
-        both.into = [0, 2, 3]  # of memory that the parent has as well
-        try:
-            both.pull(offers[1])
-        except (PeerError, TransferError):
-            refused += bool((both.dst.whole.numpy()[:, :, both.into] == -1).all())
-        try:
-            pulled.synchronize(5)
-        except TransferError:
-            refused += 1
-        os._exit(refused)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
-    pulled.synchronize(30)
+    copied = threading.Event()
+    with reading(waiting_copies(both, copied)):
+        pulled = both.pull(offers[0])
+        child = os.fork()
+        refused = 0
+        if not child:
+            both.into = [0, 2, 3]  # of memory that the parent has as well
+            try:
+                both.pull(offers[1])
+            except (PeerError, TransferError):
+                refused += bool((both.dst.whole.numpy()[:, :, both.into] == -1).all())
+            try:
+                pulled.synchronize(5)
+            except TransferError:
+                refused += 1
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+        copied.set()
+        pulled.synchronize(30)
     assert both.right()
     both.pull(offers[1]).synchronize(30)
 
 
-def test_ctrl_c_ends_a_wait_and_no_pull(made: Sides, ctrl_c: None) -> None:
+def test_ctrl_c_ends_a_wait_and_no_pull(made: Sides) -> None:
     """Fault 31."""
     both = Couple(made)
-    pulled = both.pull(both.offer(), max_gbps=SLOW)
-    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
+    copied = threading.Event()
+    with reading(waiting_copies(both, copied)):
+        pulled = both.pull(both.offer())
+        with interrupting(Pull.synchronize), pytest.raises(KeyboardInterrupt):
+            pulled.synchronize(30)
+        copied.set()
         pulled.synchronize(30)
-    pulled.synchronize(30)
     assert pulled.published
     assert both.right()
 
@@ -566,16 +604,13 @@ def test_another_model_is_refused(made: Sides) -> None:
 def failing(both: Couple, offer: Any, how: str) -> None:
     """Have a pull of an offer fail; its reader has nothing of it."""
     if how == "cancelled":
-        pulled = both.pull(offer, max_gbps=SLOW)
+        pulled = both.pull(offer, max_gbps=NEVER)
         assert pulled.cancel()
         ended(pulled, TransferCancelled)
     elif how == "late":
-        ended(both.pull(offer, max_gbps=SLOW / 16, timeout=0.1), TransferTimeout)
+        ended(both.pull(offer, max_gbps=NEVER, timeout=0.1), TransferTimeout)
     else:
-        pulled = both.pull(offer, max_gbps=SLOW, verify=True)
-        assert until(lambda: bool((both.dst.rows([6], 1) != -1).any()))
-        both.src.whole[0, 0, 7, 0] ^= 1
-        ended(pulled, TransferError, "Expected the bytes of the rows")
+        changed(both, offer)
 
 
 @pytest.mark.parametrize("how", ["cancelled", "late", "changed"])
@@ -595,7 +630,7 @@ def test_a_pull_that_failed_leaves_its_offer_for_another(made: Sides, how: str) 
 def test_renewals_end_at_the_longest_lease(made: Sides) -> None:
     both = Couple(made)
     offer = both.offer(lease=0.3, max_lease=0.6)
-    ended(both.pull(offer, max_gbps=SLOW / 16), OfferGone)
+    ended(both.pull(offer, max_gbps=NEVER), OfferGone)
     assert offer.state == "expired"
     with pytest.raises(InvalidTerms, match="max_lease"):
         both.offer(lease=2.0, max_lease=1.0)

@@ -24,7 +24,8 @@ from portakv import KVView
 from portakv.errors import OfferGone, PeerError, TransferError
 from portakv.migrate.shards import Shard
 
-SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes half a second
+SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
+NEVER = 1e-9  # 10^9 bytes a second: a pull of 75 tokens takes hours
 BLOCKS = [7, 3, 11, 0, 5]
 TOKENS = 75
 OWNER = """
@@ -106,11 +107,10 @@ def test_an_owner_that_is_killed_in_mid_copy_publishes_nothing(
     local = Rows(8, 32, fill=-1)
     reader = made.reader(local.shard)
     # A copy that ends before the reader notices the death is right, as the owner wrote nothing.
-    terms: dict[str, Any] = {"max_gbps": SLOW / 8} if expose == "mapped" else {}
+    terms: dict[str, Any] = {"max_gbps": NEVER} if expose == "mapped" else {}
     pid, tickets = owned(nursery, expose, 20)
     reader.pull(tickets[0], [6, 1, 4]).synchronize(30)
     pulls = [reader.pull(ticket, [6, 1, 4], **terms) for ticket in tickets[1:]]
-    began = time.monotonic()
     nursery.end(pid)
     failed = 0
     for pulled in pulls:
@@ -118,9 +118,9 @@ def test_an_owner_that_is_killed_in_mid_copy_publishes_nothing(
             pulled.synchronize(30)
         except TransferError:
             failed += 1
+            assert pulled.ended
             assert not pulled.published
     assert failed
-    assert time.monotonic() - began < 15
     assert (local.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
     with pytest.raises((PeerError, OfferGone)):
         reader.pull(tickets[-1], [0, 2, 3]).synchronize(30)
@@ -137,7 +137,7 @@ def test_a_reader_that_is_killed_in_mid_copy_frees_its_offers(
     """Fault 7. As soon as the channel is dead, long before the lease ends."""
     both = Couple(made, expose)
     offers = [both.offer(lease=600.0) for _ in range(8)]
-    terms = {"max_gbps": SLOW / 4}
+    terms = {"max_gbps": NEVER}
     pid, _ = nursery.born(READER, tickets=[x.ticket for x in offers], terms=terms)
     assert until(lambda: any(offer.begun for offer in offers))
     nursery.end(pid)
@@ -154,8 +154,8 @@ def test_a_reader_that_was_stopped_finds_its_offer_gone(nursery: Nursery, made: 
     """Fault 8."""
     both = Couple(made)
     offer = both.offer(lease=2.5)
-    pid, _ = nursery.born(READER, tickets=[offer.ticket], terms={"max_gbps": SLOW / 4})
-    assert until(lambda: bool(offer.begun))
+    pid, _ = nursery.born(READER, tickets=[offer.ticket], terms={"max_gbps": NEVER})
+    assert until(lambda: bool(offer.begun), 30)
     os.kill(pid, signal.SIGSTOP)
     assert offer.taken(20)
     both.src.whole.fill_(9)

@@ -22,14 +22,14 @@ from portakv.errors import OfferGone, PeerError, TransferCancelled, TransferErro
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.channel import Channel
 from portakv.migrate.gathers import BUFFERS, MOST_WAITING, Gathers
-from portakv.migrate.messages import MOST_PARTS, Answer, Gather, Part, Stop, Ticket
+from portakv.migrate.messages import MOST_PARTS, Answer, Gather, Part, Renew, Stop, Ticket
 from portakv.migrate.offers import Owner
 from portakv.migrate.staged import BATCH, Taker
 from portakv.migrate.transports.base import Moving
 from portakv.migrate.transports.distributed import Join
 
 LIMIT = 60.0
-SLOW = 4e-5  # 10^9 bytes a second: a pull of 75 tokens takes two seconds
+NEVER = 1e-9  # 10^9 bytes a second: a pull of 75 tokens takes hours
 SECRET = 0x5A5A
 T = TypeVar("T")
 
@@ -180,16 +180,35 @@ def test_pulls_that_are_cancelled_at_any_moment_leave_one_transport_in_step(
     assert len(messages(both.owner, Join)) == 1
 
 
-def revoked_in_the_middle(made: Sides) -> bool:
+class Middle:
+    """The moment before the second slice of a request, which an owner's worker waits in."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.over = threading.Event()
+        self._slices = 0
+
+    def wait(self) -> None:
+        """Wait, unless this is not the second slice."""
+        self._slices += 1
+        if self._slices == 2:
+            self.reached.set()
+            assert self.over.wait(LIMIT)
+
+
+def revoked_in_the_middle(made: Sides, middle: Middle) -> bool:
     """Revoke an offer while its rows are sent, and use its blocks again; return True if nothing of
     the new rows has come to the reader."""
     both = Couple(made, "staging")
+    # Only the last question says that the offer is gone: the reader takes all that it gets.
+    both.owner.channel.serve(Renew, lambda *_: Answer("held", seconds=30.0))
     both.src.whole.fill_(7)
     offer = both.offer()
-    pulled = both.pull(offer, max_gbps=SLOW)
-    assert until(lambda: bool((both.dst.whole != -1).any()), LIMIT)
+    pulled = both.pull(offer)
+    assert middle.reached.wait(LIMIT)
     offer.revoke()
     both.src.whole.fill_(SECRET)
+    middle.over.set()
     with pytest.raises(OfferGone, match="revoked"):
         pulled.synchronize(LIMIT)
     assert not pulled.published
@@ -202,14 +221,18 @@ def test_rows_are_not_read_after_the_end_of_their_offer(
     made: Sides, monkeypatch: pytest.MonkeyPatch, guarded: bool
 ) -> None:
     """The owner looks before each slice. If it does not, the reader gets another's rows."""
-    if not guarded:
-        send: Callable[..., Any] = Gathers.send
+    middle = Middle()
+    send: Callable[..., Any] = Gathers.send
 
-        def unguarded(self: Gathers, peer: Any, gather: Any, offered: Any) -> Any:
-            return send(self, peer, gather, offered._replace(holds=lambda: True))
+    def waiting(self: Gathers, peer: Any, gather: Any, offered: Any) -> Any:
+        def holds() -> bool:
+            middle.wait()
+            return not guarded or offered.holds()
 
-        monkeypatch.setattr(Gathers, "send", unguarded)
-    assert revoked_in_the_middle(made) == guarded
+        return send(self, peer, gather, offered._replace(holds=holds))
+
+    monkeypatch.setattr(Gathers, "send", waiting)
+    assert revoked_in_the_middle(made, middle) == guarded
 
 
 def test_an_owner_that_does_not_stop_loses_its_lane_and_not_the_next_pull(made: Sides) -> None:
@@ -218,7 +241,7 @@ def test_an_owner_that_does_not_stop_loses_its_lane_and_not_the_next_pull(made: 
     both.pull(both.offer()).synchronize(LIMIT)
     channel = cast(Watching, both.owner.channel)
     channel.silent.add(Stop)
-    pulled = both.pull(both.offer(), max_gbps=SLOW)
+    pulled = both.pull(both.offer(), max_gbps=NEVER)
     assert until(lambda: bool((both.dst.whole != -1).any()), LIMIT)
     assert pulled.cancel()
     with pytest.raises(TransferError):

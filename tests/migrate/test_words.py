@@ -16,7 +16,18 @@ import torch
 from msgspec.structs import replace
 from support.migrate_channels import until
 from support.migrate_nursery import Nursery
-from support.migrate_pulls import MODEL, SMALL, Copies, Couple, Rows, Sides, key_of, sides
+from support.migrate_pulls import (
+    MODEL,
+    SMALL,
+    Clock,
+    Copies,
+    Couple,
+    Rows,
+    Sides,
+    key_of,
+    sides,
+    waiting_copies,
+)
 from support.peer_cases import reading
 
 from portakv import CopyPlan, InvalidTerms
@@ -37,7 +48,8 @@ from portakv.migrate.offers import Owner
 from portakv.migrate.pull import Pull
 from portakv.migrate.words import PLACES, Place, Words, WordsOfOwner, fence, open_words
 
-SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes half a second
+SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes a tenth of a second
+NEVER = 1e-9  # 10^9 bytes a second: a pull of 75 tokens takes hours
 
 
 @pytest.fixture
@@ -249,7 +261,7 @@ def test_a_reader_that_cannot_map_the_words_asks(made: Sides) -> None:
     assert pulled.statistics.strategy == "mapped"
     assert [type(each) for each in noted if not isinstance(each, Close)] == [Check]
     offer = both.offer()
-    slow = both.pull(offer, max_gbps=SLOW)
+    slow = both.pull(offer, max_gbps=NEVER)
     offer.revoke()
     with pytest.raises(OfferGone, match="revoked it"):
         slow.synchronize(30)
@@ -419,14 +431,17 @@ def test_ended_pulls_and_offers_wake_an_event_loop(made: Sides) -> None:
     both = Couple(made)
     assert both.reader.finished() == []
     assert both.owner.finished() == []
-    pulls = [both.pull(both.offer(), max_gbps=SLOW * 10) for _ in range(2)]
-    gone = both.offer()
-    gone.revoke()
-    pulls.append(both.pull(gone))
-    ended = list[Any]()
-    while len(ended) < 3:
-        assert select.select([both.reader.finished_fd()], [], [], 20)[0]
-        ended += both.reader.finished()
+    copied = threading.Event()
+    with reading(waiting_copies(both, copied)):
+        pulls = [both.pull(both.offer()) for _ in range(2)]
+        gone = both.offer()
+        gone.revoke()
+        pulls.append(both.pull(gone))
+        copied.set()
+        ended = list[Any]()
+        while len(ended) < 3:
+            assert select.select([both.reader.finished_fd()], [], [], 20)[0]
+            ended += both.reader.finished()
     assert {*ended} == {*pulls}
     assert [pull.error is None for pull in pulls] == [True, True, False]
     ends = list[Any]()
@@ -599,7 +614,7 @@ def test_an_old_offer_is_renewed_long_before_a_third_of_its_lease(made: Sides) -
     both, noted = noting(made)
     offer = both.offer(lease=600.0)
     both.owner.now = lambda: time.monotonic() + 590
-    pulled = both.pull(offer, max_gbps=SLOW / 20)
+    pulled = both.pull(offer, max_gbps=NEVER)
     assert until(lambda: bool(noted))
     assert isinstance(noted[0], Renew)
     both.owner.now = lambda: time.monotonic() + 700
@@ -610,9 +625,13 @@ def test_an_old_offer_is_renewed_long_before_a_third_of_its_lease(made: Sides) -
 
 def test_a_renewal_of_the_readers_thread_needs_no_answer(made: Sides) -> None:
     """An owner that is busy for long is not waited for."""
-    both, noted = noting(made)
-    offer = both.offer(lease=0.9)
-    both.pull(offer, max_gbps=SLOW / 8).synchronize(30)
-    assert offer.taken(5)
-    assert offer.state == "taken"
-    assert any(isinstance(each, Renew) for each in noted)
+    both = Couple(made)
+    clock = Clock(both.owner)
+    offer = both.offer(lease=0.5)
+    copied = threading.Event()
+    with reading(waiting_copies(both, copied)):
+        pulled = both.pull(offer)
+        clock.outlast(0.5)
+        copied.set()
+        pulled.synchronize(30)
+    assert until(lambda: offer.state == "taken")

@@ -26,6 +26,7 @@ from support.ambient import STATES
 from support.core_cases import noise
 from support.device_cases import current, delay
 from support.storage_cases import FakeStore, FakeTier, key_of, small_form
+from support.threads import interrupting
 
 from portakv import KVView
 from portakv.errors import (
@@ -697,7 +698,6 @@ def test_close_does_not_wait_for_a_prefetch(opened: Any) -> None:
     assert calls == [True]
 
 
-@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_synchronize_leaves_the_transfer(opened: Any) -> None:
     """Fault 16."""
     source = cache()
@@ -708,8 +708,7 @@ def test_ctrl_c_in_synchronize_leaves_the_transfer(opened: Any) -> None:
     saved(store, source)
     tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
     handle = store.load(target, range(8), KEYS)
-    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupting(type(handle).synchronize), pytest.raises(KeyboardInterrupt):
         handle.synchronize(LIMIT)
     go.set()
     handle.synchronize(LIMIT)

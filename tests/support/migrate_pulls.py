@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from time import monotonic
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,9 +18,9 @@ import torch
 
 from portakv import CopyPlan, KVView
 from portakv.backends.base import Launch
-from portakv.migrate.channel import Channel
+from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.ipc import shared_empty
-from portakv.migrate.messages import Handshake, Hello
+from portakv.migrate.messages import Answer, Handshake, Hello, Renew
 from portakv.migrate.offers import Offer, Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
@@ -184,3 +185,29 @@ def waiting_copies(
             return SimpleNamespace(done=copied.is_set, wait=copied.wait)
 
     return Waits
+
+
+class Clock:
+    """The clock of an owner, which stands still until leases are to pass. Make offers afterwards.
+
+    A machine that stops for seconds ends no lease.
+    """
+
+    def __init__(self, owner: Owner) -> None:
+        self._now = monotonic()
+        self._renewals = 0
+        self._renew = owner._renew
+        owner.now = lambda: self._now  # type: ignore[method-assign, misc]
+        owner.channel.serve(Renew, self._answer)
+
+    def _answer(self, peer: Peer, renew: Renew) -> Answer:
+        answer = self._renew(peer, renew)
+        self._renewals += 1
+        return answer
+
+    def outlast(self, lease: float) -> None:
+        """Let two leases pass, most of one after each renewal; fail if there is none."""
+        for _ in range(3):
+            before = self._renewals
+            assert until(lambda before=before: self._renewals > before, 20)  # type: ignore[misc]
+            self._now += 0.9 * lease

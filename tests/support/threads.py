@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import CodeType, FrameType
 from typing import Any
 
 
@@ -18,3 +22,36 @@ def run_threads(work: Callable[[Any], object], names: Sequence[Any]) -> None:
             list(pool.map(work, names))
     finally:
         sys.setswitchinterval(interval)
+
+
+@contextmanager
+def interrupting(call: Any) -> Iterator[None]:
+    """Raise one `KeyboardInterrupt` in the main thread, by Ctrl-C, while it runs a function or
+    method of the library that waits."""
+    code: CodeType = call.__code__
+    main = threading.main_thread().ident or 0
+    came = threading.Event()
+    over = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if not came.is_set():
+            came.set()
+            raise KeyboardInterrupt
+
+    def send() -> None:
+        while not came.is_set() and not over.wait(0.02):
+            frame = sys._current_frames().get(main)
+            while frame is not None and frame.f_code is not code:
+                frame = frame.f_back
+            if frame is not None:  # again and again: one just before a wait begins ends no wait
+                signal.pthread_kill(main, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
