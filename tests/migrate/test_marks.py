@@ -25,7 +25,7 @@ from support.mark_cases import (
     steps_of,
 )
 from support.migrate_channels import until
-from support.migrate_pulls import SMALL, Copies, Rows, Sides, sides
+from support.migrate_pulls import SMALL, Clock, Copies, Rows, Sides, sides
 from support.peer_cases import reading
 
 from portakv import CopyPlan, KVView
@@ -574,10 +574,11 @@ def test_a_pull_ends_after_its_rows_in_flight(made: Sides) -> None:
 def test_a_pull_that_follows_holds_its_offer(made: Sides, method: str) -> None:
     """Its reader renews the lease until the rows are complete, and the end is seen."""
     both = Writing(made, method)
+    clock = Clock(both.owner)
     both.reader.finished()
     offer = both.offer(progress="layers", lease=0.3)
     pulled = both.pull(offer, timeout=LIMIT)
-    sleep(1.0)
+    clock.outlast(0.3)
     assert offer.state == "held"
     both.write("layers", 0, LAYERS)
     offer.raise_to(LAYERS)
@@ -589,8 +590,9 @@ def test_a_pull_that_follows_holds_its_offer(made: Sides, method: str) -> None:
 def test_a_pull_that_nobody_follows_expires(made: Sides) -> None:
     """The control of the test above."""
     both = Writing(made)
+    clock = Clock(both.owner)
     offer = both.offer(progress="layers", lease=0.3)
-    sleep(1.0)
+    clock.now += 2 * 0.9 * 0.3
     assert offer.state == "expired"
 
 

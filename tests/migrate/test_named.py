@@ -141,7 +141,8 @@ def test_a_name_of_an_ended_offer_says_why(made: Sides) -> None:
     pair = Pair(made)
     for end, why in (("taken", "have taken it"), ("revoked", "revoked"), ("expired", "expired")):
         name = token_bytes(16)
-        offer = pair.owner.offer(BLOCKS, tokens=TOKENS, name=name, lease=0.05)
+        lease = 0.05 if end == "expired" else LIMIT
+        offer = pair.owner.offer(BLOCKS, tokens=TOKENS, name=name, lease=lease)
         if end == "taken":
             pair.reader.pull(offer.ticket, INTO).synchronize(LIMIT)
             assert offer.taken(5)

@@ -194,10 +194,10 @@ class Clock:
     """
 
     def __init__(self, owner: Owner) -> None:
-        self._now = monotonic()
+        self.now = monotonic()
         self._renewals = 0
         self._renew = owner._renew
-        owner.now = lambda: self._now  # type: ignore[method-assign, misc]
+        owner.now = lambda: self.now  # type: ignore[method-assign, misc]
         owner.channel.serve(Renew, self._answer)
 
     def _answer(self, peer: Peer, renew: Renew) -> Answer:
@@ -210,4 +210,4 @@ class Clock:
         for _ in range(3):
             before = self._renewals
             assert until(lambda before=before: self._renewals > before, 20)  # type: ignore[misc]
-            self._now += 0.9 * lease
+            self.now += 0.9 * lease
