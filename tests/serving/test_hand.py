@@ -227,6 +227,7 @@ def loads_in_turn(device: torch.device) -> tuple[bool, bool]:
     memory = torch.full_like(rows, NOTHING, device=device)
     target = KVView([memory], LAYOUT)
     form = BlockForm.of(view, "model")
+    torch.accelerator.synchronize(device)  # the memory was filled on another stream
     model = torch.Stream(device)
     streams = list[torch.Stream]()
     with BlockStore(form, staging=1 << 16, host=1 << 15) as store, model:
