@@ -164,7 +164,7 @@ def mapped(folder: Path) -> Steps:
         while not pull.done():
             time.sleep(0.01)
         offer.taken(LIMIT)
-        second = owner.offer([1], tokens=16, lease=1.0)
+        second = owner.offer([1], tokens=16, lease=LIMIT)
         assert second.state == "held"
         second.revoke()
         owner.statistics()

@@ -759,9 +759,12 @@ def test_rows_of_an_owner_that_reuses_its_blocks_at_once_are_never_stale(
     published = 0
     gone = 0
     both.pull(both.offer()).synchronize(30)  # they are paired
-    began = time.monotonic()
-    both.pull(both.offer()).synchronize(30)
-    span = 2 * (time.monotonic() - began)
+    spans = list[float]()
+    for _ in range(5):
+        began = time.monotonic()
+        both.pull(both.offer()).synchronize(30)
+        spans.append(time.monotonic() - began)
+    span = 2 * min(spans)  # of a machine that does not stand still meanwhile
     for number in range(rounds):
         both.src.whole.fill_(number)
         offer = both.offer()

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from support.core_cases import noise
+from support.interrupts import settles
 from support.storage_cases import FakeStore, FakeTier, key_of, small_form
 
 from portakv import KVView
 from portakv.errors import StoreError
 from portakv.graph import Graph
+from portakv.runtime.interrupts import abandoned
 from portakv.storage import BlockStore
 from portakv.storage.plan import SLICE
 
@@ -267,7 +269,7 @@ def test_an_interrupted_call_is_planned_no_further(store: BlockStore, tier: Watc
     def act(look: int) -> None:
         if look == 0:
             _thread.interrupt_main()
-            time.sleep(0.5)  # the caller abandons the plan
+            assert settles(abandoned)  # the caller leaves the plan
 
     looks = on_looks(tier, act)
     with pytest.raises(KeyboardInterrupt):

@@ -328,7 +328,7 @@ def test_a_slot_on_a_device_that_takes_too_long_ends_the_one_behind_it() -> None
     """Fault 8. Its group is aborted: what ends on the stream then has not landed."""
     both = Wire(Simulated, NEVER, (str(DEVICE), str(OTHER)))
     both.cross(100)
-    simdev.delay(current(DEVICE), 500)
+    simdev.delay(current(DEVICE), 2500)
     for tag in range(2):
         both.give(slot_of(100).to(DEVICE, non_blocking=True), tag)
     taking = list[Any]()
