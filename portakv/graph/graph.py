@@ -572,10 +572,13 @@ class Graph:
             task.queue.queued_bytes -= task.nbytes
             if state != "landed":
                 self.count(task.queue.tier, task.name, state, task.blocks)
+        ready = list[Task]()
         for follower in task.followers:
             follower.waits -= 1
             if not follower.waits and not follower.ended:
-                self.todo.append(follower)
+                ready.append(follower)
+        # The first is settled first: the end of a load comes after the ends of its layers.
+        self.todo += ready[::-1]
         lease = task.lease
         task.lease = None
         task.work = None

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -338,6 +339,21 @@ def test_what_ended_is_forgotten(graph: Graph) -> None:
     while any(ref() for ref in refs) and time.monotonic() < until:
         gc.collect()
     assert [ref() for ref in refs] == [None] * 4
+
+
+def test_barriers_of_one_task_end_in_the_order_in_which_they_were_submitted(graph: Graph) -> None:
+    """Whoever sees the end of a load, which is submitted last, sees the ends of its layers."""
+    work = Blocked()
+    read = Task(work, 1, queue=graph.queue("disk"))
+    barriers = [Task(None, 1, after=[read]) for _ in range(4)]
+    ends = list[int]()
+    for number, barrier in enumerate(barriers):
+        barrier.on_end = partial(ends.append, number)
+    graph.submit([read, *barriers])
+    work.end.set()
+    assert all(barrier.wait(WAIT) for barrier in barriers)
+    with graph.lock:  # all of them end under it
+        assert ends == [0, 1, 2, 3]
 
 
 def test_who_waits_learns_of_a_time_that_was_set_since(graph: Graph) -> None:
