@@ -228,7 +228,7 @@ def joining(folder: Path) -> Steps:
     go = threading.Event()
     store = BlockStore(FORM, staging=4 * SIZE, host=2 * SIZE, tiers=[tier], full="wait")
     store.save(SOURCE, range(6), KEYS, priority="urgent").synchronize(LIMIT)
-    tier.faults = {key: [partial(go.wait, 0.05)] for key in KEYS[2:4]}
+    tier.faults = {key: [partial(go.wait, 0.02)] for key in KEYS[2:4]}
 
     def act() -> None:
         first = store.load(TARGET, range(6), KEYS, missing="skip")
@@ -251,7 +251,7 @@ def closing(folder: Path) -> Steps:
     tiers: list[Tier] = [disk(folder / "c"), tier]
     store = BlockStore(FORM, staging=4 * SIZE, host=2 * SIZE, tiers=tiers, full="wait")
     store.save(SOURCE, range(6), KEYS, priority="urgent").synchronize(LIMIT)
-    tier.faults = {KEYS[5]: [partial(go.wait, 0.05)]}
+    tier.faults = {KEYS[5]: [partial(go.wait, 0.01)]}  # longer than the lines of a call take
 
     def act() -> None:
         store.load(TARGET, range(6), KEYS, missing="skip")
