@@ -63,23 +63,26 @@ class Channel:
         self.id = token_bytes(16)
         self.counts = Counter[str]()
         self._process = this_process()
-        self._users = dict[str, object]()  # the owner and the reader of this channel
+        self._users = dict[str, object]()  # the owner, the reader and others of this channel
         uninterrupted(partial(self._start, address), undo=lambda _: self.close())
 
     def _start(self, address: str | None) -> None:
         """Listen, and start the channel's thread."""
         self._loop = Loop()
         self._client = Client(self._sockets, self._loop, self.id, self.counts, self.check_open)
-        self._server = Server(self._sockets, address, self.counts)
+        server: Server | None = None
         try:
-            self._server.listen(address, self._loop)
+            server = Server(self._sockets, address, self.counts)
+            server.listen(address, self._loop)
         except (OSError, zmq.ZMQError) as error:
-            self._close()
+            self._end(server)
+            place = self.address if server is None else server.address
             raise PeerError(
-                f"Expected an address at which a channel can listen, got {self._server.address}: "
-                f"{error}. Pass an address of this host and a free port."
+                f"Expected an address at which a channel can listen, got {place}: {error}. Pass an "
+                f"address of this host and a free port."
             ) from None
-        self.address = self._server.address
+        self._server = server
+        self.address = server.address
         self._loop.start()
         atexit.register(self.close)
 
@@ -122,6 +125,20 @@ class Channel:
             if self._process.forked:
                 gone = "belongs to the process that this one was forked from"
             raise PeerError(f"Expected a channel that is open, got one that {gone}. Make another.")
+
+    def replace(self, kind: str, user: object) -> object | None:
+        """Register the only ``kind`` of this channel in place of another; return that, or None.
+
+        Raises `PeerError` if the channel is not open.
+        """
+        return uninterrupted(partial(self._replace, kind, user))
+
+    def _replace(self, kind: str, user: object) -> object | None:
+        """Check that the channel is open, and register the user."""
+        self.check_open()
+        before = self._users.get(kind)
+        self._users[kind] = user
+        return before
 
     def free(self, kind: str, user: object) -> bool:
         """Release a `claim`; return False if ``user`` does not have it."""
@@ -187,11 +204,16 @@ class Channel:
             uninterrupted(self._close)
 
     def _close(self) -> None:
-        """Stop the channel's thread, drop all connections, and close the sockets."""
+        """Close the channel, and no longer at the end of the interpreter."""
         atexit.unregister(self.close)
+        self._end(self._server)
+
+    def _end(self, server: Server | None) -> None:
+        """Stop the channel's thread, drop all connections, and close the sockets."""
         if self._loop.stop():
             self._client.close()
-            self._server.close()
+            if server is not None:
+                server.close()
             self._sockets.close()
 
     def _until(self, timeout: float | None) -> float:

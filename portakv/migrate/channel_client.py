@@ -119,9 +119,7 @@ class Client:
                 one.close()
         return [results[n] for n in range(len(requests))]
 
-    def tell(
-        self, address: str, message: Message, until: float, stop: Callable[[], bool]
-    ) -> None:
+    def tell(self, address: str, message: Message, until: float, stop: Callable[[], bool]) -> None:
         """Send a message without an answer; see `Channel.tell`."""
         for _ in self._sending(address, message, until, False, stop):
             pass

@@ -37,6 +37,7 @@ from portakv.migrate.weight_lanes import (
     pack,
     packed_bytes,
 )
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import StreamFence
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ _LEAST_ON_HOST = 8 << 20
 _LEAST_ON_DEVICE = 64 << 20
 _MOST_LANES = 16  # of one reader: it has one for each device
 LEAST = BUFFERS << 12  # bytes of the staging of a lane
+_PUBLICATION = "a publication"  # a channel has the lanes of one
 
 Devices = frozenset[torch.device]
 
@@ -141,9 +143,19 @@ class Senders:
         self._queue = graph.queue("send")
 
     def serve(self) -> None:
-        """Answer on the channel the messages of lanes that no other object answers."""
+        """Answer on the channel the messages of lanes that no other object answers.
+
+        Ends the lanes of the publication before, which the channel no longer serves.
+        """
+        uninterrupted(self._serve)
+
+    def _serve(self) -> None:
+        """Serve the messages, and close the senders of the publication before."""
         self._channel.serve(OfLane, self._carry)
         self._channel.serve(Leave, self._leave)
+        before = self._channel.replace(_PUBLICATION, self)
+        if isinstance(before, Senders):
+            before.close()
 
     @property
     def staged_bytes(self) -> int:
@@ -240,6 +252,7 @@ class Senders:
 
     def close(self) -> None:
         """Release all lanes, and close the transports."""
+        self._channel.free(_PUBLICATION, self)
         for id in [*self._lanes]:
             self._end(id)
         for transport in self._transports.values():

@@ -4,8 +4,10 @@ what either side does when the other one changes, fails or dies in the middle.""
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from secrets import token_bytes
@@ -39,6 +41,7 @@ from portakv.migrate.transports.base import Transport
 from portakv.migrate.weight_lanes import (
     pack,
 )
+from portakv.migrate.weight_owner import publications
 from portakv_examples.channel_transport import ChannelTransport
 
 channels = pytest.fixture(make_channels)
@@ -404,8 +407,12 @@ def test_the_end_of_a_publication_in_the_middle_is_the_reason(
         pull_weights(between, owner.ticket, local)
     assert time.monotonic() - began < 10
     for other in others:
+        assert owner.statistics() == {"lanes": 0, "staging": 0}
         pull_weights(between, other.ticket, local)
         assert equal(local, tensors)
+        assert other.statistics()["lanes"] == 1
+        owner.close()  # of a publication that was replaced: the lanes of the next one stay
+        assert other.statistics()["lanes"] == 1
         other.close()
     owner.close()
     assert owner.statistics() == {"lanes": 0, "staging": 0}
@@ -600,3 +607,21 @@ def test_wrong_terms_are_refused(channels: Channels) -> None:
     for terms in wrong:
         with pytest.raises(InvalidTerms):
             publish(channels(), {"w": torch.zeros(3)}, **terms)
+
+
+def test_a_lane_that_was_released_keeps_no_transport(channels: Channels) -> None:
+    """Its threads end after `Transport.close`, which waits for none of them."""
+    tensors = many()
+    owner = publish(channels(), tensors, staging=LITTLE)
+    channel = channels()
+    pull_weights(channel, owner.ticket, zeros_of(tensors))
+    (publication,) = [x for key, x in publications.items() if key[0] == channel.id]
+    (receiver,) = publication._receivers.values()
+    transport = weakref.ref(receiver.transport)
+    receiver.release()
+    publication._receivers.clear()
+    del receiver
+    until(lambda: gc.collect() >= 0 and transport() is None)
+    pull_weights(channel, owner.ticket, local := zeros_of(tensors))
+    assert equal(local, tensors)
+    owner.close()

@@ -206,7 +206,7 @@ class Lane(ABC):
         self._jobs = SimpleQueue[Any]()
         self._turn = threading.Lock()
         self.order = threading.Lock()  # buffers are queued one at a time
-        named: Any = {"target": self._work, "name": "portakv-transport", "daemon": True}
+        named: Any = {"target": self._run, "name": "portakv-transport", "daemon": True}
         self.threads = [threading.Thread(**named) for _ in range(self.width)]
         for thread in self.threads:
             thread.start()
@@ -309,6 +309,13 @@ class Lane(ABC):
             with suppress(ValueError):  # later buffers have taken its place
                 self._last.remove(moving)
 
+    def _run(self) -> None:
+        """Work in a thread of the lane, and report its end to the transport."""
+        try:
+            self._work()
+        finally:
+            self.transport.end_thread()
+
     def _work(self) -> None:
         """Carry buffers until the lane is closed."""
         while self._turn.acquire() and (job := self._jobs.get()):
@@ -365,6 +372,8 @@ class Transport(ABC):
         self.lanes = dict["str | Peer", Any]()
         self.lock = threading.Lock()
         self._threads = list[threading.Thread]()  # also of lanes that were closed
+        self._running = 0  # threads that have not reported their end
+        self._closed = False
         atexit.register(self.close, EXIT_SECONDS)
 
     @classmethod
@@ -387,7 +396,11 @@ class Transport(ABC):
         with self.lock:
             if (lane := self.lanes.get(other)) is not None:
                 return lane
+            if self._closed:
+                self._closed = False
+                atexit.register(self.close, EXIT_SECONDS)
             lane = self.lanes[other] = self.kind(self, channel, other)
+            self._running += len(lane.threads)
             self._threads = [x for x in self._threads if x.is_alive()] + lane.threads
         gone = partial(lane.release, PeerError("The peer is gone; its buffers did not cross."))
         try:
@@ -411,10 +424,24 @@ class Transport(ABC):
         It also runs at exit, with more patience: a thread that a library releases later would abort
         the process.
         """
-        if not self._process.forked:
-            for lane in [*self.lanes.values()]:
-                lane.release(PeerError("The transport was closed; its buffers did not cross."))
-            for thread in self._threads:
-                thread.join(patience)
-        if not any(thread.is_alive() for thread in self._threads):
+        if self._process.forked:  # it has no thread, and perhaps a lock that no thread releases
+            atexit.unregister(self.close)
+            return
+        for lane in [*self.lanes.values()]:
+            lane.release(PeerError("The transport was closed; its buffers did not cross."))
+        for thread in self._threads:
+            thread.join(patience)
+        with self.lock:
+            self._closed = True
+            self._let_go()
+
+    def end_thread(self) -> None:
+        """Note the end of a thread of a lane, which calls this last."""
+        with self.lock:
+            self._running -= 1
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Retain the transport for the end of the interpreter no longer, after its last thread."""
+        if self._closed and not self._running:
             atexit.unregister(self.close)
