@@ -69,7 +69,6 @@ _FIRST = 1
 _SOME = (1, 5, 6, 7)
 #: Formats whose calls are counted: tokens outermost, heads outermost, keys next to values.
 _COUNTED = (1, 6, 7)
-_COUNTED_LAYERS = 32
 
 
 class Ops(NamedTuple):
@@ -415,7 +414,7 @@ class Calls(TorchDispatchMode):
 def _count(bench: IntegrationBench, own: Ops | None, ours: Ops, number: int) -> Rows:
     """Count a store and a load by blocks with either set of ops, by tensors, after a first call."""
     rows: Rows = []
-    shape = replace(shape_of(number, _COUNTED_LAYERS, 0, narrow=True), tokens=32 * _BLOCK)
+    shape = replace(shape_of(number, bench.sizes.counted, 0, narrow=True), tokens=32 * _BLOCK)
     for op in DIRECTIONS:
         caches, objects = sides_of(bench, shape, number, op, False, objects=16)
         objects = objects._replace(tensors=[each.cpu() for each in objects.tensors])  # pageable

@@ -50,6 +50,7 @@ class IntegrationPreset:
     pages: tuple[int, ...]  # of a block in one layer, in vLLM
     pool: int  # payload of SGLang's transfers of all layers
     jobs: tuple[tuple[int, int, int], ...]  # of vLLM in a step: layers, page, blocks
+    counted: int  # layers of the caches whose calls are counted
     formats: tuple[int, ...] = ()  # of LMCache; none: all
 
 
@@ -59,7 +60,15 @@ _JOBS = tuple(
     for blocks in (6, 256)
 )
 INTEGRATION_PRESETS: Mapping[str, IntegrationPreset] = {
-    "full": IntegrationPreset(32, (32 * MB, 1 * MB), 1000, (64 * KB, 8 * KB), 256 * MB, _JOBS),
+    "full": IntegrationPreset(
+        32,
+        (32 * MB, 1 * MB),
+        1000,
+        (64 * KB, 8 * KB),
+        256 * MB,
+        _JOBS,
+        32,
+    ),
     "tiny": IntegrationPreset(
         2,
         (128 * KB,),
@@ -67,6 +76,7 @@ INTEGRATION_PRESETS: Mapping[str, IntegrationPreset] = {
         (512,),
         512 * KB,
         ((2, 512, 4), (1, 2048, 2)),
+        2,
         (0, 1, 4, 6, 8, 12, 16, 17),
     ),
 }
