@@ -201,7 +201,7 @@ DRAWN = [x for x in WITH_SPACE if x not in ("hip-emulated", "cuda", "cuda, two v
 
 
 @by_each(DRAWN, wide=["compiled"])
-@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("share", [8, pytest.param(1, marks=pytest.mark.full)])
 def test_drawn_copies(share: int, carrier: Carrier) -> None:
     profile = settings.default
     assert profile is not None

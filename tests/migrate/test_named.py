@@ -451,7 +451,7 @@ def test_stopped_owners_are_asked_together(made: Sides) -> None:
     with Nursery() as nursery:
         born = [nursery.born(OWNER) for _ in range(4)]
         stopped = [
-            pair.reader.pull(Ticket.of(address, epoch, name), INTO, timeout=3.0)
+            pair.reader.pull(Ticket.of(address, epoch, name), INTO, timeout=2.0)
             for _, (address, epoch) in born
         ]
         assert until(lambda: pair.reader.statistics()["owners"] == 5, 10)

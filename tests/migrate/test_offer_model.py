@@ -352,7 +352,7 @@ def run(kind: type[PacedOwner], examples: int) -> None:
         run_machine(machine, settings=terms)
 
 
-@pytest.mark.parametrize("examples", [30, pytest.param(600, marks=pytest.mark.full)])
+@pytest.mark.parametrize("examples", [20, pytest.param(600, marks=pytest.mark.full)])
 def test_any_order_of_offers_and_pulls(examples: int) -> None:
     run(PacedOwner, examples)
 

@@ -129,7 +129,7 @@ def offer_to_dying_readers(expose: str, rounds: int) -> Counter[str]:
 
 
 ROUNDS = pytest.mark.parametrize(
-    "rounds", [40, pytest.param(2000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])]
+    "rounds", [26, pytest.param(2000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])]
 )
 
 
