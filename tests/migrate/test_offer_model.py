@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 from msgspec.structs import replace
 from support.migrate_channels import until
-from support.migrate_pulls import sides
+from support.migrate_pulls import Couple, sides
 from support.offer_model import (
     PATIENCE,
     REASONS,
@@ -348,11 +348,13 @@ def run(kind: type[PacedOwner], examples: int) -> None:
     terms = settings(max_examples=examples, stateful_step_count=25, phases=[Phase.generate])
     machine: Any = lambda: OfferMachine(kind)  # noqa: E731
     PacedCopies.go.set()
-    with sides(), reading(PacedCopies):
+    with sides() as made, reading(PacedCopies):
+        both = Couple(made)  # the backend is checked at its first copy, which no walk may hold up
+        both.pull(both.offer()).synchronize(30)
         run_machine(machine, settings=terms)
 
 
-@pytest.mark.parametrize("examples", [20, pytest.param(600, marks=pytest.mark.full)])
+@pytest.mark.parametrize("examples", [30, pytest.param(600, marks=pytest.mark.full)])
 def test_any_order_of_offers_and_pulls(examples: int) -> None:
     run(PacedOwner, examples)
 
