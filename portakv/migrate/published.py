@@ -126,7 +126,7 @@ class Published:
         channel.serve(AskWeights, self._answer)
         channel.serve(Connect, self._connect)
         channel.serve(SendSlice, self._send)
-        self._senders.serve()
+        uninterrupted(self._senders.serve)
         self._sums.start()
 
     def _export(self, expose: Expose) -> None:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from math import inf
 from queue import Empty
 from time import monotonic, sleep
@@ -34,7 +35,6 @@ from portakv.migrate.connections import Source
 from portakv.migrate.messages import Answer, Gather, Stop, Stopped, Sum
 from portakv.migrate.plan import Step
 from portakv.migrate.pull import CANCELLED, Pull, known
-from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports.base import Lane
 from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
@@ -132,7 +132,7 @@ class Taker:
         parts = tuple(each.step.owner_part(*each.part) for each in batch)
         name = self._stage.transport.name
         gather = Gather(ticket.epoch, ticket.offer, parts, name, tag)
-        ask(self._source, gather, self._pull, channel=self._stage.channel)
+        ask(self._source, gather, self._pull, by=self._stage.channel.ask)
 
     def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
         """Return a free staging buffer; empty the oldest of this pull if there is none."""
@@ -310,19 +310,17 @@ def ask(
     request: Gather | Sum,
     pull: Pull,
     patience: float = PATIENCE,
-    channel: TransportChannel | None = None,
+    by: Callable[..., Answer] | None = None,
 ) -> Answer:
-    """Return an owner's answer to a request for rows; ask again while the owner is busy."""
+    """Return an owner's answer to a request for rows; ask again while the owner is busy.
+
+    ``by``: `Channel.ask` of the owner's channel, or of the channel of an agreement with it.
+    """
     until = monotonic() + patience
     owner = source.owner
-    used = channel or owner.channel
+    asks = by or owner.channel.ask
     while not pull.over:
-        try:
-            answer = used.ask(owner.address, request, Answer, stop=lambda: pull.over)
-        except TransferTimeout:
-            if pull.over:
-                raise TransferCancelled(CANCELLED) from None
-            raise
+        answer = _once(partial(asks, owner.address, request, Answer), pull)
         if answer.state == "done":
             return answer
         if answer.state == "gone":
@@ -332,3 +330,13 @@ def ask(
         pause = answer.seconds if answer.seconds > 0 else 1e-3
         sleep(min(pause, 0.05))  # at most this long, because the pull may end meanwhile
     raise TransferCancelled(CANCELLED)
+
+
+def _once(asks: Callable[..., Answer], pull: Pull) -> Answer:
+    """Return an owner's answer; raise `TransferCancelled` if the pull has ended meanwhile."""
+    try:
+        return asks(stop=lambda: pull.over)
+    except TransferTimeout:
+        if pull.over:
+            raise TransferCancelled(CANCELLED) from None
+        raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Union
@@ -37,7 +37,6 @@ from portakv.migrate.weight_lanes import (
     pack,
     packed_bytes,
 )
-from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import StreamFence
 
 _log = logging.getLogger(__name__)
@@ -86,6 +85,7 @@ class Lane:
             self.fences = [StreamFence(each) for each in {device, *tensors}]
         self.dirty = True  # the memory contains bytes of its earlier users
         self.lane = transport.lane(self.key, channel)
+        self.unwatch: Callable[[], object] = lambda: None
 
     def clean(self) -> None:
         """Zero all memory before its first use, so that no earlier user's bytes are sent.
@@ -99,6 +99,7 @@ class Lane:
 
     def end(self) -> None:
         """End the slices in flight, and release the transport's lane."""
+        self.unwatch()
         self.key.end()
 
 
@@ -147,10 +148,6 @@ class Senders:
 
         Ends the lanes of the publication before, which the channel no longer serves.
         """
-        uninterrupted(self._serve)
-
-    def _serve(self) -> None:
-        """Serve the messages, and close the senders of the publication before."""
         self._channel.serve(OfLane, self._carry)
         self._channel.serve(Leave, self._leave)
         before = self._channel.replace(_PUBLICATION, self)
@@ -193,7 +190,7 @@ class Senders:
         lane = Lane(self._channel, peer, transport, self.buffer_bytes, self._tensors)
         with self._lock:
             self._lanes[request.lane] = lane
-        peer.on_gone(partial(self._end, request.lane))
+        lane.unwatch = peer.on_gone(partial(self._end, request.lane))
         return Connected(transport.name, where(device), self.buffer_bytes)
 
     def send(self, peer: Peer, request: SendSlice) -> bool:
@@ -257,6 +254,7 @@ class Senders:
             self._end(id)
         for transport in self._transports.values():
             transport.close()
+        self._transports.clear()
 
     # --- in the worker
 

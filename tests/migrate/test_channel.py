@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ast
-import errno
 import logging
 import os
 import random
@@ -40,7 +39,7 @@ from portakv.migrate import messages
 from portakv.migrate.channel import Channel
 from portakv.migrate.channel_client import answer_of
 from portakv.migrate.channel_server import KEPT
-from portakv.migrate.channel_sockets import ANSWER, BACK, HEAD, LIMIT, Sockets
+from portakv.migrate.channel_sockets import ANSWER, BACK, HEAD, LIMIT
 from portakv.migrate.messages import VERSION, Message
 from portakv.migrate.peer import Peer
 
@@ -689,30 +688,3 @@ def test_what_a_peer_says_is_shown_on_one_line(pair: tuple[Server, Channel]) -> 
     assert len(str(error.value)) < 5000
     with pytest.raises(PeerError, match=f"version {VERSION} got an answer of version 9"):
         answer_of(bytes([9]) + b"?" * 20, server.address, Ping(), Pong)
-
-
-def test_a_channel_without_a_socket_to_listen_leaves_no_descriptor(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The process has no descriptor left for it."""
-    Channel().close()  # what the process opens once
-
-    def refuse(*_: object) -> None:
-        raise zmq.ZMQError(errno.EMFILE)
-
-    before = len(os.listdir("/proc/self/fd"))
-    with monkeypatch.context() as patch:
-        patch.setattr(Sockets, "server", refuse)
-        with pytest.raises(PeerError, match="can listen, got a Unix socket: Too many open files"):
-            Channel()
-    assert until(lambda: len(os.listdir("/proc/self/fd")) <= before, 20)
-
-
-def test_a_channel_that_is_closed_takes_no_user_and_leaves_no_descriptor() -> None:
-    Channel().close()  # what the process opens once
-    before = len(os.listdir("/proc/self/fd"))
-    channel = Channel()
-    channel.close()
-    assert until(lambda: len(os.listdir("/proc/self/fd")) <= before, 2)
-    with pytest.raises(PeerError, match="channel that is open, got one that is closed"):
-        channel.claim("an owner", object())

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from time import monotonic
@@ -18,9 +18,8 @@ from support.migrate_pulls import SMALL, Couple, Rows, Sides, sides
 
 from portakv.errors import InvalidTerms, PeerError, TransferError, Unsupported
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.channel_client import Client
 from portakv.migrate.gathers import Gathers
-from portakv.migrate.messages import Answer, Hello, Message, Stop
+from portakv.migrate.messages import Answer, Gather, Hello, Message, Stop
 from portakv.migrate.rendezvous import rendezvous
 from portakv.migrate.transports import TRANSPORTS
 from portakv.migrate.transports.distributed import Join
@@ -236,53 +235,65 @@ def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) ->
         before.synchronize(20)
 
 
-class Late(Client):
-    """The requests of a channel. Messages of a kind wait, before they take the connection, until an
+class Late(Channel):
+    """A channel of which messages of a ``kind`` wait, before they take the connection, until an
     event is set, as threads do that the host does not run."""
 
-    kind: type[Message]
-    event: threading.Event
-    waiting: int
+    kind: type[Message] | None = None
 
-    @classmethod
-    def of(cls, channel: Channel, kind: type[Message]) -> Late:
-        """Hold all messages of a kind that a channel sends from now on."""
-        late: Any = channel._client
-        late.__class__ = cls
-        late.kind = kind
-        late.event = threading.Event()
-        late.waiting = 0
-        return cast(Late, late)
+    def __init__(self, *terms: Any, **named: Any) -> None:
+        self.event = threading.Event()
+        self.waiting = 0
+        self.places = set[int]()  # tags whose buffers were requested
+        self.gathers = 0  # requests for rows that were answered
+        super().__init__(*terms, **named)
 
-    def _sending(self, address: str, message: Message, *terms: Any) -> Generator[bytes]:
-        if isinstance(message, self.kind):
+    def ask(self, address: str, message: Message, *terms: Any, **named: Any) -> Any:
+        self.wait(message)
+        if isinstance(message, Where):
+            self.places.add(message.tag)
+        answer: Any = super().ask(address, message, *terms, **named)
+        self.gathers += isinstance(message, Gather)
+        return answer
+
+    def tell(self, address: str, message: Message, *terms: Any) -> None:
+        self.wait(message)
+        super().tell(address, message, *terms)
+
+    def wait(self, message: Message) -> None:
+        """Wait for the event with a message of the kind."""
+        if self.kind is not None and isinstance(message, self.kind):
             self.waiting += 1
             assert self.event.wait(60)
-        yield from super()._sending(address, message, *terms)
 
 
 @pytest.mark.parametrize("kind", [Taken, Stop])
-def test_messages_of_a_pairing_before_are_not_sent_in_the_next(made: Sides, kind: Any) -> None:
+def test_messages_of_a_pairing_before_are_not_sent_in_the_next(
+    made: Sides, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
     """Fault 20. They name slices by the tags that the next pairing uses as well: its owner would
     drop the slices, or send zeros."""
+    monkeypatch.setattr("support.migrate_pulls.Channel", Late)
     both = Couple(made, "staging", transport="other")
-    late = Late.of(both.reader.channel, kind)
+    late = cast(Late, both.reader.channel)
+    late.kind = kind
     gate = threading.Event()
     offer = both.offer()
     offer.after = cast(Any, Held(gate, 60))
     before = both.pull(offer)
-    (connection,) = both.reader._owners._owners.values()
-    lane = connection.staging.lane()
-    assert until(lambda: len(lane._moving) == 4, 20)  # as many as there are buffers
-    if kind is Taken:
-        lane.close(PeerError("The owner did not stop."))
-    else:
-        assert before.cancel()
-    assert until(lambda: late.waiting == (2 if kind is Taken else 1), 20)
+    assert until(lambda: late.places == {1, 2}, 20)
+    if kind is Taken:  # the owner does not answer, so the reader closes its lane
+        monkeypatch.setattr("portakv.migrate.staged.STOPPING", 0.2)
+        both.owner.channel.serve(Stop, lambda *_: None)
+    assert before.cancel()
+    # Of two buffers that were requested, and of those after the last that has a receive.
+    assert until(lambda: late.waiting == (3 if kind is Taken else 1), 20)
 
-    both.reader._owners._forget(connection)  # as the end of its connection does
+    both.owner.reallocate(both.src.shard)
+    offer = both.offer()
+    offer.after = cast(Any, Held(gate, 60))
     pull = both.pull(offer)
-    assert until(lambda: [line.last for line in both.owner._gathers._lines.values()] == [1], 20)
+    assert until(lambda: late.gathers == 2, 20)
     late.event.set()
     with pytest.raises(TransferError):
         before.synchronize(60)

@@ -329,6 +329,7 @@ def meeting(folder: Path) -> Steps:
 
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
+    "Channel.replace": "runs in a helper",
     "Offer.holds": "runs in the owner's thread",
     "Pull.drop": "runs after a pull that failed",
     "Pull.lost": "runs in the reader's thread",

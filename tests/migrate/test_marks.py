@@ -578,7 +578,7 @@ def test_a_pull_that_follows_holds_its_offer(made: Sides, method: str) -> None:
     both.reader.finished()
     offer = both.offer(progress="layers", lease=0.3)
     pulled = both.pull(offer, timeout=LIMIT)
-    clock.outlast(0.3)
+    clock.outlast(offer, 0.3)
     assert offer.state == "held"
     both.write("layers", 0, LAYERS)
     offer.raise_to(LAYERS)

@@ -22,7 +22,7 @@ from support.migrate_pulls import (
     LAYOUT,
     MODEL,
     SMALL,
-    Clock,
+    Compares,
     Copies,
     Couple,
     Rows,
@@ -58,7 +58,6 @@ from portakv.migrate.messages import (
     Handshake,
     Hello,
     Part,
-    Sum,
     Ticket,
 )
 from portakv.migrate.offers import Owner
@@ -84,21 +83,6 @@ def ended(pulled: Any, kind: type[Exception], match: str | None = None) -> None:
         pulled.synchronize(30)
     assert not pulled.published
     assert pulled.statistics.nbytes == 0
-
-
-class Compares:
-    """Answers to requests of checksums, which an owner gives only when it ``may``; ``asked``: a
-    reader has the rows, and wants to compare them."""
-
-    def __init__(self, owner: Owner) -> None:
-        self.asked = threading.Event()
-        self.may = threading.Event()
-        self._sum = owner._gather
-        owner.channel.serve(Sum, self._answer)
-
-    def _answer(self, peer: Any, request: Sum) -> Answer:
-        self.asked.set()
-        return self._sum(peer, request) if self.may.is_set() else Answer("busy", seconds=1e-3)
 
 
 def changed(both: Couple, offer: Any = None) -> None:
@@ -139,32 +123,6 @@ def test_an_offer_that_ends_in_mid_copy_is_not_published(made: Sides, end: str) 
     assert both.spared()
 
 
-def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
-    both = Couple(made)
-    clock = Clock(both.owner)
-    offer = both.offer(lease=0.5)
-    copied = threading.Event()
-    with reading(waiting_copies(both, copied)):
-        pulled = both.pull(offer, max_gbps=SLOW * 10)
-        clock.outlast(0.5)
-        copied.set()
-        pulled.synchronize(30)
-    assert until(lambda: offer.state == "taken")  # the owner learns of it after us
-    assert both.right()
-
-
-def test_a_pull_that_compares_digests_for_long_renews_its_offer(made: Sides) -> None:
-    both = Couple(made)
-    clock = Clock(both.owner)
-    offer = both.offer(lease=0.5)
-    compares = Compares(both.owner)
-    pulled = both.pull(offer, verify=True)
-    clock.outlast(0.5)
-    compares.may.set()
-    pulled.synchronize(30)
-    assert until(lambda: offer.state == "taken")  # the owner learns of it after us
-
-
 def test_an_owner_that_is_busy_for_too_long_is_given_up_in_a_sentence() -> None:
     """Not if it sums digests up, which take as long as they take."""
     owner = SimpleNamespace(
@@ -174,20 +132,6 @@ def test_an_owner_that_is_busy_for_too_long_is_given_up_in_a_sentence() -> None:
     pull = cast(Any, SimpleNamespace(over=False))
     with pytest.raises(PeerError, match="it sent no rows: it is busy"):
         ask(source, Gather(b"", b"", (Part(0, (0, 1), (0, 1), 0, 1),), "", 1), pull, 0.0)
-
-
-def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
-    """The reader's stream has much to do before the copy."""
-    both = Couple(made)
-    clock = Clock(both.owner)
-    offer = both.offer(lease=0.5)
-    copied = threading.Event()
-    with reading(waiting_copies(both, copied)):
-        pulled = both.pull(offer)
-        clock.outlast(0.5)
-        copied.set()
-        pulled.synchronize(30)
-    assert until(lambda: offer.state == "taken")  # the owner learns of it after us
 
 
 def test_an_owner_that_was_closed_offers_nothing(made: Sides) -> None:
@@ -625,15 +569,6 @@ def test_a_pull_that_failed_leaves_its_offer_for_another(made: Sides, how: str) 
     assert offer.taken(5)
     assert (offer.taken(5), offer.state) == (True, "taken")  # the owner learns of it after us
     assert both.right()
-
-
-def test_renewals_end_at_the_longest_lease(made: Sides) -> None:
-    both = Couple(made)
-    offer = both.offer(lease=0.3, max_lease=0.6)
-    ended(both.pull(offer, max_gbps=NEVER), OfferGone)
-    assert offer.state == "expired"
-    with pytest.raises(InvalidTerms, match="max_lease"):
-        both.offer(lease=2.0, max_lease=1.0)
 
 
 # --- tickets that say what their owner did not

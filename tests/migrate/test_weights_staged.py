@@ -41,7 +41,6 @@ from portakv.migrate.transports.base import Transport
 from portakv.migrate.weight_lanes import (
     pack,
 )
-from portakv.migrate.weight_owner import publications
 from portakv_examples.channel_transport import ChannelTransport
 
 channels = pytest.fixture(make_channels)
@@ -609,19 +608,26 @@ def test_wrong_terms_are_refused(channels: Channels) -> None:
             publish(channels(), {"w": torch.zeros(3)}, **terms)
 
 
-def test_a_lane_that_was_released_keeps_no_transport(channels: Channels) -> None:
+def test_a_lane_that_was_released_keeps_no_transport(
+    channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its threads end after `Transport.close`, which waits for none of them."""
+    transports = weakref.WeakSet[Memory]()
+
+    class Counted(Memory):
+        name = "counted"
+
+        def __init__(self, *terms: Any) -> None:
+            super().__init__(*terms)
+            transports.add(self)
+
+    monkeypatch.setitem(TRANSPORTS.targets, Counted.name, Counted)
     tensors = many()
-    owner = publish(channels(), tensors, staging=LITTLE)
+    serving = channels()
     channel = channels()
-    pull_weights(channel, owner.ticket, zeros_of(tensors))
-    (publication,) = [x for key, x in publications.items() if key[0] == channel.id]
-    (receiver,) = publication._receivers.values()
-    transport = weakref.ref(receiver.transport)
-    receiver.release()
-    publication._receivers.clear()
-    del receiver
-    until(lambda: gc.collect() >= 0 and transport() is None)
-    pull_weights(channel, owner.ticket, local := zeros_of(tensors))
-    assert equal(local, tensors)
+    for _ in range(3):
+        owner = publish(serving, tensors, staging=LITTLE)
+        pull_weights(channel, owner.ticket, local := zeros_of(tensors), transport="counted")
+        assert equal(local, tensors)
+    until(lambda: gc.collect() >= 0 and len(transports) == 2)  # of the last lane, on each side
     owner.close()

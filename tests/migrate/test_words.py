@@ -631,7 +631,7 @@ def test_a_renewal_of_the_readers_thread_needs_no_answer(made: Sides) -> None:
     copied = threading.Event()
     with reading(waiting_copies(both, copied)):
         pulled = both.pull(offer)
-        clock.outlast(0.5)
+        clock.outlast(offer, 0.5)
         copied.set()
         pulled.synchronize(30)
     assert until(lambda: offer.state == "taken")

@@ -18,9 +18,9 @@ import torch
 
 from portakv import CopyPlan, KVView
 from portakv.backends.base import Launch
-from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import shared_empty
-from portakv.migrate.messages import Answer, Handshake, Hello, Renew
+from portakv.migrate.messages import Answer, Handshake, Hello, Sum
 from portakv.migrate.offers import Offer, Owner
 from portakv.migrate.reader import Reader
 from portakv.migrate.shards import Shard
@@ -195,19 +195,26 @@ class Clock:
 
     def __init__(self, owner: Owner) -> None:
         self.now = monotonic()
-        self._renewals = 0
-        self._renew = owner._renew
-        owner.now = lambda: self.now  # type: ignore[method-assign, misc]
-        owner.channel.serve(Renew, self._answer)
+        owner.now = lambda: self.now
 
-    def _answer(self, peer: Peer, renew: Renew) -> Answer:
-        answer = self._renew(peer, renew)
-        self._renewals += 1
-        return answer
-
-    def outlast(self, lease: float) -> None:
-        """Let two leases pass, most of one after each renewal; fail if there is none."""
+    def outlast(self, offer: Offer, lease: float) -> None:
+        """Let more than two leases pass, and wait for a renewal after most of each."""
         for _ in range(3):
-            before = self._renewals
-            assert until(lambda before=before: self._renewals > before, 20)  # type: ignore[misc]
             self.now += 0.9 * lease
+            renewed = self.now + 0.99 * lease
+            assert until(lambda renewed=renewed: offer.lease.until >= renewed, 20)
+
+
+class Compares:
+    """Answers to requests of checksums, which an owner gives only when it ``may``; ``asked``: a
+    reader has the rows, and wants to compare them."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.asked = threading.Event()
+        self.may = threading.Event()
+        self._sum = owner._gather
+        owner.channel.serve(Sum, self._answer)
+
+    def _answer(self, peer: Any, request: Sum) -> Answer:
+        self.asked.set()
+        return self._sum(peer, request) if self.may.is_set() else Answer("busy", seconds=1e-3)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from sys import _current_frames
 from types import CodeType, FrameType
 from typing import Any
 
@@ -40,7 +41,7 @@ def interrupting(call: Any) -> Iterator[None]:
 
     def send() -> None:
         while not came.is_set() and not over.wait(0.02):
-            frame = sys._current_frames().get(main)
+            frame = _current_frames().get(main)
             while frame is not None and frame.f_code is not code:
                 frame = frame.f_back
             if frame is not None:  # again and again: one just before a wait begins ends no wait

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A channel that is closed, or that could not be opened, leaves nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import zmq
+from support.migrate_channels import until
+
+from portakv.errors import PeerError
+from portakv.migrate.channel import Channel
+from portakv.migrate.channel_sockets import Sockets
+
+
+def test_a_channel_without_a_socket_to_listen_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process has no descriptor left for it."""
+    Channel().close()  # what the process opens once
+
+    def refuse(*_: object) -> None:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Sockets, "server", refuse)
+        with pytest.raises(PeerError, match="can listen, got a Unix socket: Too many open files"):
+            Channel()
+    assert until(lambda: len(os.listdir("/proc/self/fd")) <= before, 20)
+
+
+def test_a_channel_that_is_closed_takes_no_user_and_leaves_no_descriptor() -> None:
+    Channel().close()  # what the process opens once
+    before = len(os.listdir("/proc/self/fd"))
+    channel = Channel()
+    channel.close()
+    assert until(lambda: len(os.listdir("/proc/self/fd")) <= before, 2)
+    with pytest.raises(PeerError, match="channel that is open, got one that is closed"):
+        channel.claim("an owner", object())

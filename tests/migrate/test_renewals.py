@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readers renew the leases of the offers that they pull."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from support.migrate_channels import until
+from support.migrate_pulls import Clock, Compares, Couple, Sides, sides, waiting_copies
+from support.peer_cases import reading
+
+from portakv.errors import InvalidTerms, OfferGone
+
+SLOW = 2e-3  # 10^9 bytes a second: a pull of 75 tokens takes ten milliseconds
+NEVER = 1e-9  # 10^9 bytes a second: a pull of 75 tokens takes hours
+
+
+@pytest.fixture
+def made() -> Iterator[Sides]:
+    with sides() as those:
+        yield those
+
+
+def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
+    both = Couple(made)
+    clock = Clock(both.owner)
+    offer = both.offer(lease=0.5)
+    copied = threading.Event()
+    with reading(waiting_copies(both, copied)):
+        pulled = both.pull(offer, max_gbps=SLOW)
+        clock.outlast(offer, 0.5)
+        copied.set()
+        pulled.synchronize(30)
+    assert until(lambda: offer.state == "taken")  # the owner learns of it after us
+    assert both.right()
+
+
+def test_a_pull_that_compares_digests_for_long_renews_its_offer(made: Sides) -> None:
+    both = Couple(made)
+    clock = Clock(both.owner)
+    offer = both.offer(lease=0.5)
+    compares = Compares(both.owner)
+    pulled = both.pull(offer, verify=True)
+    clock.outlast(offer, 0.5)
+    compares.may.set()
+    pulled.synchronize(30)
+    assert until(lambda: offer.state == "taken")  # the owner learns of it after us
+
+
+def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
+    """The reader's stream has much to do before the copy."""
+    both = Couple(made)
+    clock = Clock(both.owner)
+    offer = both.offer(lease=0.5)
+    copied = threading.Event()
+    with reading(waiting_copies(both, copied)):
+        pulled = both.pull(offer)
+        clock.outlast(offer, 0.5)
+        copied.set()
+        pulled.synchronize(30)
+    assert until(lambda: offer.state == "taken")  # the owner learns of it after us
+
+
+def test_renewals_end_at_the_longest_lease(made: Sides) -> None:
+    both = Couple(made)
+    offer = both.offer(lease=0.3, max_lease=0.6)
+    with pytest.raises(OfferGone):
+        both.pull(offer, max_gbps=NEVER).synchronize(30)
+    assert offer.state == "expired"
+    with pytest.raises(InvalidTerms, match="max_lease"):
+        both.offer(lease=2.0, max_lease=1.0)
