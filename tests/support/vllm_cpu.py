@@ -112,14 +112,26 @@ class Answer(NamedTuple):
 
 
 class Engine:
-    """A vLLM engine in this process. ``store``: the terms of PortaKV's connector; None: without."""
+    """A vLLM engine in this process.
+
+    Args:
+        store: the terms of PortaKV's connector; None: without.
+        blocks: how many the engine has; None: as many as fit.
+        block_size: the tokens of a block.
+        terms: other terms of the engine.
+    """
 
     def __init__(
-        self, model: Path, store: dict[str, Any] | None, blocks: int | None = None
+        self,
+        model: Path,
+        store: dict[str, Any] | None,
+        blocks: int | None = None,
+        block_size: int = BLOCK,
+        **terms: Any,
     ) -> None:
         from vllm import LLM
 
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {**terms}
         if store is not None:
             more["kv_transfer_config"] = {
                 "kv_connector": "PortaKVConnector",
@@ -135,7 +147,7 @@ class Engine:
             skip_tokenizer_init=True,
             dtype="float32",
             enforce_eager=True,
-            block_size=BLOCK,
+            block_size=block_size,
             max_model_len=2048,
             max_num_seqs=8,
             kv_cache_memory_bytes=128 << 20,
