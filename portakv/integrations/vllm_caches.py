@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
+from portakv.runtime.bounded import Bounded
 from portakv.serving import Group, check_group
 from portakv.serving.local import StoreTerms
 from portakv.serving.plan import Blocks
+from portakv.serving.weights import checksum_of_weights
 
 _log = logging.getLogger(__name__)
 #: The kinds of KV groups that the connector serves.
@@ -86,6 +89,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         model.quantization,
         config.cache_config.cache_dtype,
         _checksum_of(model),
+        _checksum_of_weights(str(model.model)),
     )
     return Settings(
         transfer.engine_id, ":".join(str(name) for name in names), size, tuple(groups), store
@@ -197,14 +201,34 @@ class PoolHolder:
 
 
 def is_served(request: Any) -> bool:
-    """Return whether the rows of a request depend on its tokens, salt and adapter alone.
+    """Return whether what the rows of a request depend on is known by its keys.
 
     Others are computed by the engine: requests with embeddings in place of tokens, with images or
-    sounds, and sessions whose later parts are added to them.
+    sounds that have no identifier, and sessions whose later parts are added to them.
     """
     embeds = getattr(request, "prompt_embeds", None)
     resumable = getattr(request, "resumable", False)
-    return embeds is None and not request.mm_features and not resumable
+    named = all(getattr(each, "identifier", None) for each in request.mm_features or ())
+    return embeds is None and named and not resumable
+
+
+def extra_of(request: Any, block_size: int) -> dict[int, bytes]:
+    """Return what the stored blocks of a request depend on besides its tokens and salt.
+
+    The tokens of an image or a sound are placeholders; its identifier names its content.
+
+    Returns:
+        By the number of a stored block, a checksum of the images and sounds that it touches, and of
+        their positions.
+    """
+    touching = dict[int, list[tuple[str, int]]]()
+    for feature in request.mm_features or ():
+        place = feature.mm_position
+        past = place.offset + place.length
+        for number in range(place.offset // block_size, -(-past // block_size)):
+            named = (feature.identifier, place.offset - number * block_size)
+            touching.setdefault(number, []).append(named)
+    return {number: sha256(repr(each).encode()).digest() for number, each in touching.items()}
 
 
 def salt_of(request: Any) -> bytes:
@@ -212,7 +236,33 @@ def salt_of(request: Any) -> bytes:
     adapter = request.lora_request
     parts = [request.cache_salt or ""]
     if adapter is not None:
-        parts += adapter.lora_name, getattr(adapter, "lora_path", "")
+        path = getattr(adapter, "lora_path", "")
+        parts += adapter.lora_name, path, _checksum_of_adapter(path)
     if not any(parts):
         return b""
     return sha256(b"\0".join(part.encode() for part in parts)).digest()
+
+
+def _checksum_of_adapter(folder: str) -> str:
+    """Return a checksum of the weights in an adapter's folder; empty if it is not a folder here.
+
+    An adapter may be trained further, and loaded again under its name. The weights are read once
+    for each change of a file.
+    """
+    try:
+        files = [entry.stat() for entry in os.scandir(folder)] if folder else []
+    except OSError:
+        return ""
+    state = (folder, *sorted((each.st_ino, each.st_size, each.st_mtime_ns) for each in files))
+    return _adapters.get_or_make(state, lambda: _checksum_of_weights(folder))
+
+
+def _checksum_of_weights(folder: str) -> str:
+    """Return a checksum of the weights in a folder; empty if there are none to read here."""
+    try:
+        return checksum_of_weights(folder)
+    except OSError:
+        return ""
+
+
+_adapters: Bounded[tuple[object, ...], str] = Bounded("checksums of adapters", 256)

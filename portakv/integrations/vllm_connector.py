@@ -18,6 +18,7 @@ from portakv.integrations import check_release
 from portakv.integrations.vllm_caches import (
     PoolHolder,
     check_hooks,
+    extra_of,
     ids_of,
     is_served,
     salt_of,
@@ -99,7 +100,9 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def on_new_request(self, request: Any) -> None:
         if is_served(request):
-            self.ledger.add(request.request_id, request.all_token_ids, salt_of(request))
+            extra = extra_of(request, self._settings.block_size)
+            tokens = request.all_token_ids
+            self.ledger.add(request.request_id, tokens, salt_of(request), extra)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int

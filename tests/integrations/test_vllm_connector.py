@@ -21,6 +21,7 @@ from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm_caches import (
     check_hooks,
+    extra_of,
     groups_of,
     ids_of,
     is_served,
@@ -29,7 +30,8 @@ from portakv.integrations.vllm_caches import (
     warn_of_policy,
 )
 from portakv.integrations.vllm_views import BY_DIM, FUSED, LATENT, kernels_of, views_of
-from portakv.serving import Group
+from portakv.serving import Group, Ledger
+from portakv.serving.local import LocalIndex
 from portakv.view import KVView
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -61,7 +63,7 @@ def configurations(tmp_path: Path) -> tuple[Any, Any]:
 def test_what_a_configuration_says(configurations: tuple[Any, Any], tmp_path: Path) -> None:
     settings = settings_of(*configurations)
     assert settings.engine == "engine"
-    assert settings.model == f"model:None:None:auto:{sha256(b'').hexdigest()[:16]}"
+    assert settings.model == f"model:None:None:auto:{sha256(b'').hexdigest()[:16]}:"
     assert settings.block_size == 16
     assert settings.store.folder == str(tmp_path / "store")
     assert settings.groups == (Group(16),)
@@ -319,11 +321,72 @@ def test_salts_and_adapters_keep_blocks_apart() -> None:
 @pytest.mark.parametrize(
     "terms",
     [{"prompt_embeds": torch.zeros(1)}, {"mm_features": [object()]}, {"resumable": True}],
-    ids=["embeddings", "images", "sessions"],
+    ids=["embeddings", "images without a name", "sessions"],
 )
 def test_requests_of_more_than_tokens_are_left_to_the_engine(terms: dict[str, Any]) -> None:
     assert is_served(request())
     assert not is_served(request(**terms))
+
+
+def image(name: str, offset: int, length: int) -> Any:
+    place = SimpleNamespace(offset=offset, length=length)
+    return SimpleNamespace(identifier=name, mm_position=place)
+
+
+def test_images_are_part_of_the_keys_of_the_blocks_that_they_touch() -> None:
+    """Tokens 10 - 39 of blocks of 16 are an image's placeholders, 40 - 41 those of another."""
+    features = [image("a", 10, 30), image("b", 40, 2)]
+    asked = request(mm_features=features)
+    assert is_served(asked)
+    extra = extra_of(asked, 16)
+    assert sorted(extra) == [0, 1, 2]
+    others = {
+        "another image": [image("c", 10, 30), image("b", 40, 2)],
+        "another place": [image("a", 9, 30), image("b", 40, 2)],
+    }
+    for features in others.values():
+        changed = extra_of(request(mm_features=features), 16)
+        assert all(changed[number] != extra[number] for number in (0, 1, 2))
+    second = extra_of(request(mm_features=[image("a", 10, 30), image("c", 40, 2)]), 16)
+    assert [second[number] == extra[number] for number in (0, 1, 2)] == [True, True, False]
+    assert extra_of(request(), 16) == {}
+
+
+def test_requests_with_other_images_have_other_keys() -> None:
+    index = LocalIndex()
+    ledger = Ledger(16, [Group(16)], 1, index)
+    tokens = [7] * 48
+    for name in ("a", "b"):
+        asked = request(mm_features=[image(name, 20, 8)])
+        ledger.add(name, tokens, salt_of(asked), extra_of(asked, 16))
+        ledger.scheduled(name, 0, 48, ((1, 2, 3),), replaced=True)
+    first, second = (job.keys for job in ledger.plan().saves)
+    # The first block, before the image, is saved once.
+    assert len(first) == 3
+    assert len(second) == 2
+    assert not {*first} & {*second}
+
+
+def test_an_adapter_that_is_trained_further_has_other_blocks(tmp_path: Path) -> None:
+    weights = tmp_path / "adapter.safetensors"
+    adapted = request(lora_request=SimpleNamespace(lora_name="a", lora_path=str(tmp_path)))
+    weights.write_bytes(b"one")
+    first = salt_of(adapted)
+    assert salt_of(adapted) == first
+    weights.write_bytes(b"other")
+    second = salt_of(adapted)
+    weights.write_bytes(b"one")
+    assert second != first == salt_of(adapted)
+
+
+def test_other_weights_under_a_models_name_have_other_blocks(
+    configurations: tuple[Any, Any], tmp_path: Path
+) -> None:
+    configurations[0].model_config.model = str(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    first = settings_of(*configurations).model
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert settings_of(*configurations).model != first
 
 
 def test_an_adapter_of_another_path_has_other_blocks() -> None:
