@@ -26,7 +26,7 @@ from portakv.integrations.vllm_caches import (
     warn_of_policy,
 )
 from portakv.integrations.vllm_views import kernels_of, layer_numbers, views_of
-from portakv.serving import GroupCache, Hand, Ledger, Plan, Report
+from portakv.serving import Costs, GroupCache, Hand, Ledger, Plan, Report, measured
 from portakv.serving.local import LocalIndex
 
 check_release("vllm")
@@ -37,6 +37,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     KVConnectorRole,
     KVConnectorWorkerMetadata,
     SupportsHMA,
+)
+
+from portakv.integrations.vllm_events import are_wanted, events_of  # noqa: E402
+from portakv.integrations.vllm_metrics import (  # noqa: E402
+    SUPPORTED,
+    Figures,
+    PortaKVPromMetrics,
+    PortaKVStats,
+    stats_of,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +81,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._settings = settings = settings_of(vllm_config, kv_cache_config)
         check_hooks(KVConnectorBase_V1, settings)
         self._index = LocalIndex.of(settings.engine)
+        self.costs = Costs()
+        self._figures = Figures()
         if role == KVConnectorRole.SCHEDULER:
             warn_of_policy(vllm_config)
             self._pool = PoolHolder()
@@ -79,11 +90,17 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 settings.block_size, settings.groups, 1, self._index, holder=self._pool
             )
             self._computed = dict[str, int]()  # tokens before those that were offered
+            self._tells = are_wanted(vllm_config)
+            if self._tells:
+                self.ledger.describe_blocks()
+                self._index.record()
         else:
             self._config = vllm_config
             self._report = Report()
             self._failed = set[int]()
             self._incomplete = set[str]()
+
+    # --- for the engine and its log
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -93,17 +110,42 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def requires_kv_delivery(self) -> bool:
         return False
 
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
+        return PortaKVStats(data=data or {}) if SUPPORTED else None
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
+    ) -> Any:
+        if not SUPPORTED:
+            return None
+        return PortaKVPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def get_kv_connector_stats(self) -> Any:
+        return stats_of(self._figures.take(self.statistics))
+
+    def statistics(self) -> dict[str, float]:
+        """Return the counters of this side, and what its hooks cost."""
+        own = self.costs.statistics()
+        if self.role == KVConnectorRole.WORKER:
+            return own
+        counts = self.ledger.statistics()
+        return {**counts, **self._index.bytes_of(counts), **own}
+
     # --- in the scheduler
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         self._pool.pool = gpu_block_pool
 
+    @measured
     def on_new_request(self, request: Any) -> None:
         if is_served(request):
             extra = extra_of(request, self._settings.block_size)
             tokens = request.all_token_ids
-            self.ledger.add(request.request_id, tokens, salt_of(request), extra)
+            self.ledger.add(request.request_id, tokens, salt_of(request), extra, request)
 
+    @measured
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
@@ -111,11 +153,13 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._computed[request.request_id] = num_computed_tokens
         return tokens, bool(tokens) and not self._settings.store.by_layer
 
+    @measured
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         computed = self._computed.pop(request.request_id, 0)
         ids = ids_of(blocks.get_block_ids())
         self.ledger.allocated(request.request_id, computed, num_external_tokens, ids)
 
+    @measured
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> PlanMetadata:
         many = scheduler_output.num_scheduled_tokens
         for name in scheduler_output.preempted_req_ids or ():
@@ -132,14 +176,18 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             resumed = name in old.resumed_req_ids
             ids = ids_of(blocks)
             self.ledger.scheduled(name, computed, computed + many[name], ids, resumed)
-        return PlanMetadata(self.ledger.plan())
+        plan = self.ledger.plan()
+        self.costs.step(idle=plan == Plan() and not scheduler_output.scheduled_new_reqs)
+        return PlanMetadata(plan)
 
+    @measured
     def update_connector_output(self, connector_output: Any) -> None:
         metadata = connector_output.kv_connector_worker_meta
         if metadata is not None:
             self.ledger.take(metadata.report)
         self.ledger.freed(connector_output.finished_sending or ())
 
+    @measured
     def request_finished(self, request: Any, block_ids: Sequence[Any]) -> tuple[bool, None]:
         self._computed.pop(request.request_id, None)
         return self.ledger.finished(request.request_id), None
@@ -148,6 +196,12 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def reset_cache(self) -> bool:
         return self.ledger.forget()
+
+    def take_events(self) -> Iterable[Any]:
+        if not self._tells:
+            return ()
+        size = self._settings.block_size
+        return events_of(self._index.take_events(), self.ledger.described, size)
 
     def has_pending_block_frees(self) -> bool:
         return self.ledger.retains
@@ -164,10 +218,12 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
         self.hand = Hand(caches, terms.deadline, terms.by_layer)
 
+    @measured
     def handle_preemptions(self, kv_connector_metadata: PlanMetadata) -> None:
         self.hand.stop(kv_connector_metadata.plan)
 
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+    @measured
+    def start_load_kv(self, /, forward_context: Any, **kwargs: Any) -> None:
         self.hand.load(self._get_connector_metadata().plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -176,12 +232,16 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def save_kv_layer(self, layer_name: str, kv_layer: Any, *args: Any, **kwargs: Any) -> None:
         """Blocks are saved after the step."""
 
+    @measured
     def wait_for_save(self) -> None:
         self.hand.save(self._get_connector_metadata().plan)
 
+    @measured
     def get_finished(
         self, finished_req_ids: Iterable[str]
     ) -> tuple[set[str] | None, set[str] | None]:
+        if self.hand.quiet:
+            return None, None
         self._report = self._report.merged(self.hand.report())
         ended = self.hand.ended()
         if self._settings.fails_by_request:
@@ -204,7 +264,9 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def build_connector_worker_meta(self) -> ReportMetadata | None:
         report = self._report
         self._report = Report()
-        return None if report == Report() else ReportMetadata(report)
+        empty = report == Report()
+        self.costs.step(idle=empty and not self.hand.busy)
+        return None if empty else ReportMetadata(report)
 
     def shutdown(self) -> None:
         if hasattr(self, "hand"):  # in the worker

@@ -122,6 +122,11 @@ class Hand:
         """Return whether a load or save has not ended, or was not reported."""
         return bool(self._loads or self._saves)
 
+    @property
+    def quiet(self) -> bool:
+        """Return whether `report` and `ended` have nothing to say."""
+        return not (self._loads or self._saves or self._retained)
+
     def stop(self, plan: Plan) -> None:
         """Wait until the saves that a plan stops read no block any longer; drop what they can."""
         works = [self._saves[number] for number in plan.stop if number in self._saves]

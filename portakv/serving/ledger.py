@@ -21,6 +21,8 @@ from portakv.storage.keys import KeyChain
 
 #: The most keys that are remembered because a load did not bring them.
 MOST_FAILED = 1 << 16
+#: The most blocks whose tokens are remembered.
+MOST_DESCRIBED = 1 << 16
 #: Seconds for which a request waits for an index that asks another host.
 PATIENCE = 2.0
 _NONE = frozenset[int]()
@@ -63,6 +65,20 @@ class Group(NamedTuple):
     window: int | None = None
 
 
+class Described(NamedTuple):
+    """What a stored block has been made of.
+
+    Attributes:
+        after: the key of the block before it; None: it begins a prompt.
+        tokens: of the block.
+        about: what the engine said of the request.
+    """
+
+    after: bytes | None
+    tokens: tuple[int, ...]
+    about: object
+
+
 class _Answer(NamedTuple):
     """How many blocks an index has found from a stored block on, until it had lost blocks."""
 
@@ -84,6 +100,7 @@ class _Request:
         promised: the first stored block and the past token of the latest answer.
         load: in flight, or planned.
         reading: the numbers of saves that may still read blocks.
+        about: what the engine said of it.
         forgotten: its keys name blocks that must not be stored any more.
         queried: when an index was first queried that has yet to answer.
         answered: the latest answer of the index.
@@ -103,6 +120,7 @@ class _Request:
     answered: _Answer | None = None
     ended: bool = False
     forgotten: bool = False
+    about: object = None
 
     def keys(self, count: int) -> list[bytes]:
         """Return the keys of the first so many stored blocks, whose tokens are there."""
@@ -190,6 +208,7 @@ class Ledger:
         self._jobs = dict[int, _Live]()  # by number
         self._saving = dict[bytes, int]()  # keys, and the numbers of their saves
         self._failed: Bounded[bytes, None] = Bounded("keys that a load did not bring", MOST_FAILED)
+        self._described: Bounded[bytes, Described] | None = None
         self._generation = b""  # part of all keys, other ones after `forget`
         self._next = _Next()
 
@@ -201,6 +220,7 @@ class Ledger:
         tokens: Sequence[int],
         salt: bytes = b"",
         extra: Mapping[int, bytes] | None = None,
+        about: object = None,
     ) -> None:
         """Take note of a request.
 
@@ -208,6 +228,7 @@ class Ledger:
             tokens: of the prompt; the engine appends the generated ones to the same sequence.
             salt: keeps tenants and adapters apart.
             extra: by the number of a stored block, what else its rows depend on, such as an image.
+            about: an object for `Described`.
 
         Raises `InvalidTerms` for a name that a request has which has not ended.
         """
@@ -218,7 +239,7 @@ class Ledger:
             )
         chain = KeyChain(self._size, self._generation + salt)
         blocks = [list[int]() for _ in self._groups]
-        self._requests[request] = _Request(request, tokens, chain, extra or {}, blocks)
+        self._requests[request] = _Request(request, tokens, chain, extra or {}, blocks, about=about)
 
     def leading(self, request: str, computed: int) -> int | None:
         """Return how many tokens can be loaded that follow the computed ones.
@@ -366,6 +387,15 @@ class Ledger:
         self._next = _Next()
         return Plan(tuple(made.loads), tuple(made.saves), tuple(made.stop), tuple(made.retained))
 
+    def describe_blocks(self) -> None:
+        """Remember from now on what the blocks of loads and saves have been made of."""
+        if self._described is None:
+            self._described = Bounded("blocks that a ledger describes", MOST_DESCRIBED)
+
+    def described(self, key: bytes) -> Described | None:
+        """Return what a block has been made of, if that is remembered."""
+        return None if self._described is None else self._described.get(key)
+
     def take(self, report: Report) -> None:
         """Take note of what workers have seen. Each worker's part comes once, in any order."""
         for number, workers in report.released.items():
@@ -437,6 +467,11 @@ class Ledger:
         after = keys[first - 1] if first else None
         self.counts["begun"] += 1
         number = self.counts["begun"]
+        if self._described is not None:
+            for at in range(first, past):
+                before = keys[at - 1] if at else None
+                tokens = tuple(state.tokens[at * self._size : (at + 1) * self._size])
+                self._described[keys[at]] = Described(before, tokens, state.about)
         job = Job(number, state.name, tuple(keys[first:past]), first, after, tuple(blocks))
         self._jobs[number] = _Live(job, state)
         return job

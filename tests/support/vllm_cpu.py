@@ -179,9 +179,21 @@ class Engine:
             self.ask([prompt(20, 900 + number)], 2)
 
     @property
+    def scheduler(self) -> Any:
+        """Return the engine's scheduler."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
     def connector(self) -> Any:
         """Return the scheduler's side of the connector."""
-        return self.llm.llm_engine.engine_core.engine_core.scheduler.connector
+        return self.scheduler.connector
+
+    @property
+    def worker_connector(self) -> Any:
+        """Return the worker's side of the connector, which is in this process."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()
 
     @property
     def counts(self) -> dict[str, int]:
