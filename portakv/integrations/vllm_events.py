@@ -4,31 +4,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from portakv.serving import Described
 from portakv.storage.changes import Change
 
+
+class Kinds(NamedTuple):
+    """vLLM's classes of events."""
+
+    stored: Any
+    removed: Any
+
+
 try:
     from vllm.distributed.kv_events import BlockRemoved, BlockStored
 except ImportError:  # a release without events
-    BlockRemoved = BlockStored = None
-    SUPPORTED = False
+    KINDS = None
 else:
-    SUPPORTED = True
+    KINDS = Kinds(BlockStored, BlockRemoved)
 
 #: The media of vLLM's events, by tier; other tiers are storage.
 MEDIA = {"host": "CPU"}
 
 
-def are_wanted(config: Any) -> bool:
+def are_wanted(config: Any, kinds: Kinds | None = KINDS) -> bool:
     """Return whether an engine is to publish events, and its release of vLLM has them."""
     events = getattr(config, "kv_events_config", None)
-    return SUPPORTED and bool(getattr(events, "enable_kv_cache_events", False))
+    return kinds is not None and bool(getattr(events, "enable_kv_cache_events", False))
 
 
 def events_of(
-    changes: Iterable[Change], describe: Callable[[bytes], Described | None], block_size: int
+    changes: Iterable[Change],
+    describe: Callable[[bytes], Described | None],
+    block_size: int,
+    kinds: Kinds | None = KINDS,
 ) -> list[Any]:
     """Return vLLM's events of the changes of a store, in order.
 
@@ -40,18 +50,20 @@ def events_of(
         block_size: the tokens of a stored block.
     """
     events = list[Any]()
+    if kinds is None:
+        return events
     for run in _runs(changes, describe):
         medium = MEDIA.get(run[0].tier, "STORAGE")
         hashes = [change.key for change in run]
         if not run[0].stored:
-            events.append(BlockRemoved(block_hashes=hashes, medium=medium))
+            events.append(kinds.removed(block_hashes=hashes, medium=medium))
             continue
         described = [each for key in hashes if (each := describe(key)) is not None]
         if not described:
             continue
         adapter = getattr(described[0].about, "lora_request", None)
         events.append(
-            BlockStored(
+            kinds.stored(
                 block_hashes=hashes,
                 parent_block_hash=described[0].after,
                 token_ids=[token for each in described for token in each.tokens],

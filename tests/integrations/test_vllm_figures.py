@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from portakv.integrations import vllm_events
-from portakv.integrations.vllm_events import are_wanted, events_of
+from portakv.integrations.vllm_events import Kinds, are_wanted, events_of
 from portakv.integrations.vllm_metrics import SUPPORTED, Figures, stats_of
 from portakv.serving import Described, Group, Ledger
 from portakv.serving.local import LocalIndex
@@ -60,18 +59,13 @@ class Removed:
     medium: str
 
 
-@pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_events, "BlockStored", Stored)
-    monkeypatch.setattr(vllm_events, "BlockRemoved", Removed)
-    monkeypatch.setattr(vllm_events, "SUPPORTED", True)
+KINDS = Kinds(Stored, Removed)
 
 
 def changes(tier: str, stored: bool, keys: list[bytes]) -> list[Change]:
     return [Change(number, key, tier, stored) for number, key in enumerate(keys)]
 
 
-@pytest.mark.usefixtures("stand_ins")
 def test_blocks_that_follow_each_other_are_one_event() -> None:
     """A block that nothing describes is no event; it may have been stored by an earlier engine."""
     tokens = [*range(100, 124)]
@@ -94,6 +88,7 @@ def test_blocks_that_follow_each_other_are_one_event() -> None:
         ],
         ledger.described,
         8,
+        KINDS,
     )
     assert made == [
         Stored(keys[:2], None, tokens[:16], 8, 4, "CPU", "adapter"),
@@ -103,7 +98,6 @@ def test_blocks_that_follow_each_other_are_one_event() -> None:
     ]
 
 
-@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
     ("config", "wanted"),
     [
@@ -113,4 +107,6 @@ def test_blocks_that_follow_each_other_are_one_event() -> None:
     ],
 )
 def test_events_are_made_if_the_engine_publishes_them(config: Any, wanted: bool) -> None:
-    assert are_wanted(config) is wanted
+    assert are_wanted(config, KINDS) is wanted
+    assert not are_wanted(config, None)
+    assert events_of(changes("host", False, [b"key"]), lambda _: None, 8, None) == []
