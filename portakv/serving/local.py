@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from portakv.arguments import flag, nbytes, seconds, text, whole
-from portakv.errors import InvalidTerms, PortaKVError
+from portakv.errors import InvalidTerms, PortaKVError, StoreBusy
 from portakv.runtime.bounded import Bounded
 from portakv.storage import BlockForm, BlockStore, Disk
 from portakv.storage.changes import Change
 from portakv.storage.form_store import FormStore
 from portakv.view import KVView
 
+#: Seconds to wait for a folder that another process has, and between two attempts.
+PATIENCE = 10.0
+PAUSE = 0.1
 #: The most changes of a store that wait for `LocalIndex.take_events`.
 EVENTS = 1 << 16
 
@@ -125,6 +129,7 @@ class LocalIndex:
         terms: StoreTerms,
         model: str,
         block_size: int | None,
+        patience: float = PATIENCE,
     ) -> list[FormStore]:
         """Open the store of the blocks of views, and return its part for each view.
 
@@ -133,6 +138,8 @@ class LocalIndex:
                 as the kernel that writes them.
             model: the name of the model, which blocks of another model do not have.
             block_size: the tokens of a stored block; None: of each view's blocks.
+            patience: seconds to wait for a folder that another process has, such as an engine that
+                was killed a moment ago.
 
         Raises:
             InvalidTerms: a size that blocks of a view cannot have, a name that another engine of
@@ -154,9 +161,17 @@ class LocalIndex:
             form = BlockForm.of(view, model, block_size=block_size, notes=notes)
             forms[f"group {number}"] = form
         only = next(iter(forms.values())) if len(forms) == 1 else None
-        self._store = store = BlockStore(
-            only or forms, staging=terms.staging, host=terms.host, tiers=tiers
-        )
+        until = time.monotonic() + patience
+        while self._store is None:
+            try:
+                self._store = BlockStore(
+                    only or forms, staging=terms.staging, host=terms.host, tiers=tiers
+                )
+            except StoreBusy:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(PAUSE)
+        store = self._store
         store.listen()  # later changes are kept
         self._groups = [store] if only else [store.of(name) for name in forms]
         self._losses += 1

@@ -14,7 +14,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 #: Tokens of a step of a serving engine, whose rows are saved together.
 STEP = 8192
 #: Steps whose rows are in staging at the same time: of saves, and of loads.
-STEPS = 4
+STEPS = 2
 
 
 class Sizes(NamedTuple):

@@ -93,7 +93,7 @@ def test_staging_is_compared_with_the_model() -> None:
     small = findings_of(right(staging=1 << 20, block_size=64), sizes)
     assert any("a block of 64 tokens takes 8 MiB" in each for each in small.errors)
     less = findings_of(right(staging=1 << 30), sizes)
-    assert any("less than 4 GiB" in each for each in less.warnings)
+    assert any("less than 2 GiB" in each for each in less.warnings)
     enough = findings_of(right(staging=4 << 30, host=1 << 30), sizes)
     assert not any("staging is" in each for each in enough.warnings)
     assert "A token takes 131,072 bytes; tokens that fit: host memory 8,192." in enough.notes

@@ -214,6 +214,54 @@ def test_a_retained_request_is_freed_after_its_saves_are_released() -> None:
     assert hand.ended().freed == {"a"}
 
 
+def test_blocks_before_a_window_are_not_read(store: BlockStore) -> None:
+    """The first group has both blocks, the second one the last block alone."""
+    keys = prefix_keys(range(16), 8)
+    rows, view = caches(4, 8)
+    rows.copy_(torch.arange(4, device="cpu").view(4, 1, 1, 1, 1).expand_as(rows))
+    form = BlockForm.of(view, "other", block_size=8)
+    with BlockStore(form, staging=1 << 16, host=1 << 15) as window:
+        store.save(view, [0, 1], keys).synchronize(LIMIT)
+        window.save(view, [3], keys[1:], after=keys[0]).synchronize(LIMIT)
+        memory, target = caches(4, 8)
+        hand = Hand([GroupCache(target, store), GroupCache(target, window)])
+        hand.load(Plan(loads=(Job(7, "a", tuple(keys), 0, None, ((0, 1), (-1, 2))),)))
+        assert reported(hand).loaded == {7: frozenset()}
+        assert memory[:, 0, 0, 0, 0].tolist() == [0, 1, 3, NOTHING]
+        none = Job(8, "b", tuple(keys), 0, None, ((2, 3), (-1, -1)))
+        hand.load(Plan(loads=(none,)))
+        assert reported(hand).loaded == {8: frozenset()}
+
+
+def test_a_step_waits_for_the_layers_of_its_loads(store: BlockStore) -> None:
+    """What it computed after rows that did not land is not saved."""
+    keys = tuple(prefix_keys(range(32), 8))
+    rows, view = caches(8, 8)
+    rows.fill_(7)
+    store.save(view, [0, 1], [*keys[:2]]).synchronize(LIMIT)
+    memory, target = caches(8, 8)
+    hand = Hand([GroupCache(target, store)], by_layer=True)
+    whole = Job(1, "a", keys[:2], 0, None, ((0, 1),))
+    lacking = Job(2, "b", keys[:3], 0, None, ((2, 3, 4),))
+    saves = (
+        Job(3, "a", keys[2:3], 2, keys[1], ((5,),)),
+        Job(4, "b", keys[3:], 3, keys[2], ((6,),)),
+    )
+    plan = Plan(loads=(whole, lacking), saves=saves)
+    hand.load(plan)
+    hand.layer(0)
+    assert (memory[:4] == 7).all()
+    hand.save(plan)
+    report = reported(hand)
+    assert report.loaded == {1: frozenset(), 2: frozenset([2])}
+    assert report.saved == {3: frozenset(), 4: frozenset([0])}
+    assert report.released == {3: 1, 4: 1}
+    ended = hand.ended()
+    assert ended.loaded == set()  # no request has waited outside of a step
+    assert ended.failed == [{4}]
+    assert hand.quiet
+
+
 # --- on a device
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from portakv import KVView
-from portakv.errors import InvalidTerms
+from portakv.errors import InvalidTerms, StoreBusy
 from portakv.serving.local import LocalIndex, StoreTerms
 from portakv.storage import BlockForm, prefix_keys
 
@@ -64,6 +65,21 @@ def test_an_index_knows_what_its_store_has() -> None:
     index.close()
     assert not index.has(keys[1])
     assert index.leading(keys) == 0
+
+
+def test_a_folder_is_waited_for_that_an_engine_leaves(tmp_path: Path) -> None:
+    """As after a kill, whose process has not ended yet."""
+    view = KVView([torch.zeros(4, 2, 8)], "layer | block page", block_size=8)
+    terms = StoreTerms(str(tmp_path / "store"), 1 << 20, 1 << 20, 1 << 20)
+    first, second = LocalIndex(), LocalIndex()
+    first.open([(view, "")], terms, "model", 8)
+    with pytest.raises(StoreBusy):
+        second.open([(view, "")], terms, "model", 8, patience=0.0)
+    leaving = threading.Timer(0.2, first.close)
+    leaving.start()
+    second.open([(view, "")], terms, "model", 8, patience=LIMIT)
+    leaving.join()
+    second.close()
 
 
 def test_a_block_of_several_groups_is_there_if_all_have_it() -> None:
