@@ -154,6 +154,23 @@ class _Live:
 
 
 @dataclass
+class _Keys:
+    """What is known of keys.
+
+    Attributes:
+        saving: the numbers of saves that have not ended.
+        failed: those that a load did not bring.
+        described: what blocks have been made of, if that is wanted.
+    """
+
+    saving: dict[bytes, int] = field(default_factory=dict)
+    failed: Bounded[bytes, None] = field(
+        default_factory=lambda: Bounded("keys that a load did not bring", MOST_FAILED)
+    )
+    described: Bounded[bytes, Described] | None = None
+
+
+@dataclass
 class _Next:
     """The next plan."""
 
@@ -203,14 +220,15 @@ class Ledger:
         self._index = index
         self._now = now
         self._holder = holder
-        self._windows = any(group.window for group in groups)
         self._requests = dict[str, _Request]()
         self._jobs = dict[int, _Live]()  # by number
-        self._saving = dict[bytes, int]()  # keys, and the numbers of their saves
-        self._failed: Bounded[bytes, None] = Bounded("keys that a load did not bring", MOST_FAILED)
-        self._described: Bounded[bytes, Described] | None = None
+        self._keys = _Keys()
         self._generation = b""  # part of all keys, other ones after `forget`
         self._next = _Next()
+
+    @property
+    def _windows(self) -> bool:
+        return any(group.window for group in self._groups)
 
     # --- what the scheduler says and asks
 
@@ -389,12 +407,12 @@ class Ledger:
 
     def describe_blocks(self) -> None:
         """Remember from now on what the blocks of loads and saves have been made of."""
-        if self._described is None:
-            self._described = Bounded("blocks that a ledger describes", MOST_DESCRIBED)
+        if self._keys.described is None:
+            self._keys.described = Bounded("blocks that a ledger describes", MOST_DESCRIBED)
 
     def described(self, key: bytes) -> Described | None:
         """Return what a block has been made of, if that is remembered."""
-        return None if self._described is None else self._described.get(key)
+        return None if self._keys.described is None else self._keys.described.get(key)
 
     def take(self, report: Report) -> None:
         """Take note of what workers have seen. Each worker's part comes once, in any order."""
@@ -407,7 +425,7 @@ class Ledger:
     def statistics(self) -> dict[str, int]:
         """Return the requests and jobs now, the keys that failed, and the counters."""
         now = {"requests": len(self._requests), "jobs": len(self._jobs)}
-        return {**now, "failed_keys": len(self._failed), **self.counts}
+        return {**now, "failed_keys": len(self._keys.failed), **self.counts}
 
     def _found(self, state: _Request, first: int, most: int) -> int | None:
         """Return how many stored blocks can be loaded from one on; None: not known yet.
@@ -425,15 +443,17 @@ class Ledger:
         if more is None:
             return None
         state.answered = _Answer(first, found + more, losses)
-        if not self._failed:
+        if not self._keys.failed:
             return found + more
         past = first + found + more
         offered = enumerate(state.keys(past)[first:past])
-        return next((n for n, key in offered if key in self._failed), past - first)
+        return next((n for n, key in offered if key in self._keys.failed), past - first)
 
     def _is_wanted(self, key: bytes) -> bool:
         """Return whether a computed block is to be saved: no one saves it, and no load finds it."""
-        return key not in self._saving and (key in self._failed or not self._index.has(key))
+        return key not in self._keys.saving and (
+            key in self._keys.failed or not self._index.has(key)
+        )
 
     def _save(self, state: _Request, first: int, past: int, keys: Sequence[bytes]) -> None:
         """Plan a save of consecutive stored blocks."""
@@ -444,7 +464,7 @@ class Ledger:
         if any(-1 in ids for ids in job.blocks):
             del self._jobs[job.number]
             return
-        self._saving.update(dict.fromkeys(job.keys, job.number))
+        self._keys.saving.update(dict.fromkeys(job.keys, job.number))
         state.reading.add(job.number)
         if self._holder is not None and self._windows:
             groups = zip(self._groups, job.blocks, strict=True)
@@ -467,11 +487,11 @@ class Ledger:
         after = keys[first - 1] if first else None
         self.counts["begun"] += 1
         number = self.counts["begun"]
-        if self._described is not None:
+        if self._keys.described is not None:
             for at in range(first, past):
                 before = keys[at - 1] if at else None
                 tokens = tuple(state.tokens[at * self._size : (at + 1) * self._size])
-                self._described[keys[at]] = Described(before, tokens, state.about)
+                self._keys.described[keys[at]] = Described(before, tokens, state.about)
         job = Job(number, state.name, tuple(keys[first:past]), first, after, tuple(blocks))
         self._jobs[number] = _Live(job, state)
         return job
@@ -522,7 +542,7 @@ class Ledger:
         if live.missing:
             self.counts["failed_loads"] += 1
             for position in live.missing:
-                self._failed[live.job.keys[position]] = None
+                self._keys.failed[live.job.keys[position]] = None
             state.limit = live.job.first + min(live.missing)
             state.considered = min(state.considered, state.limit)
         if state.ended:
@@ -533,10 +553,10 @@ class Ledger:
         live.request.reading.discard(live.job.number)
         self._give_back(live)
         for position, key in enumerate(live.job.keys):
-            if self._saving.get(key) == live.job.number:
-                del self._saving[key]
+            if self._keys.saving.get(key) == live.job.number:
+                del self._keys.saving[key]
             if position not in live.missing:
-                self._failed.pop(key, None)
+                self._keys.failed.pop(key, None)
                 self.counts["stored_blocks"] += 1
 
 

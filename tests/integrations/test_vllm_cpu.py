@@ -11,6 +11,7 @@ import itertools
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -44,6 +45,8 @@ IMPORTED = (
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [992, 480, 896]  # tokens of whole blocks before the last token
 WINDOW = 128
+LATE = 4  # steps by which a copy is late
+STALL = 2.0  # seconds after which it begins although the engine makes no step
 MANY = [prompt(600, 10 + n) for n in range(8)]
 
 
@@ -234,7 +237,10 @@ def differences() -> list[str]:
     views = importlib.import_module("portakv.integrations.vllm_views")
     wrong = []
     for kernel, size, dtype in itertools.product(views.BY_DIM, (32, 64), views.PLAIN):
-        blocks, heads, dim, tokens = 8, 4, 64, 200
+        blocks = 8
+        heads = 4
+        dim = 64
+        tokens = 200
         cache = torch.zeros(blocks, heads, size, 2 * dim, dtype=dtype)
         draw = torch.Generator().manual_seed(size)
         key, value = (torch.randn(tokens, heads, dim, generator=draw).to(dtype) for _ in "kv")
@@ -389,18 +395,18 @@ def test_windows_slide_while_rows_are_read(
 
     def work() -> tuple[list[list[list[int]]], int]:
         engine = Engine(hybrid, terms(tmp_path / "store"), blocks=140)
-        read_late()
+        read_late(engine)
         if not guard:
             engine.connector.ledger.__class__ = NotHeld
         turns = []
-        for _ in range(3):
+        for _ in range(2):
             turns.append(engine.ask(MANY, 40).tokens)
             engine.forget()
         return turns, engine.counts["landed_blocks"]
 
     turns, landed = in_a_child(work)
     assert landed > 0
-    assert (turns == [hybrid_own[1].tokens] * 3) is guard
+    assert (turns == [hybrid_own[1].tokens] * 2) is guard
 
 
 def test_loads_by_layer(
@@ -443,7 +449,7 @@ def test_preempted_requests(
 
     def work() -> tuple[list[list[list[int]]], int]:
         engine = Engine(model, terms(tmp_path / "store"), blocks=90)
-        read_late()
+        read_late(engine)
         if not guard:
             engine.connector.ledger.__class__ = Careless
         turns = []
@@ -460,13 +466,38 @@ def test_preempted_requests(
     assert (turns == [own[1].tokens] * 3) is guard
 
 
-def read_late() -> None:
-    """Let each copy of a save or load begin 50 ms late, as on a busy machine."""
+def read_late(engine: Engine) -> None:
+    """Let each copy of a save or load begin some steps late, as on a busy machine.
+
+    A step that waits for a copy is not waited for.
+    """
+    steps = itertools.count(1)
+    now = [0]
+    stopping = threading.Event()
+    connector = engine.connector
+    hand = engine.worker_connector.hand
+    plan_step = connector.build_connector_meta
+    stop = hand.stop
+
+    def count_steps(output: Any) -> Any:
+        now[0] = next(steps)
+        return plan_step(output)
+
+    def stop_saves(plan: Any) -> None:
+        stopping.set()
+        stop(plan)
+        stopping.clear()
+
+    connector.build_connector_meta = count_steps
+    hand.stop = stop_saves
     rows: Any = importlib.import_module("portakv.storage.rows")
     copy_rows = rows.copy_rows
 
     def late(*args: Any, **terms: Any) -> Any:
-        time.sleep(0.05)
+        first = now[0]
+        until = time.monotonic() + STALL
+        while now[0] < first + LATE and not stopping.is_set() and time.monotonic() < until:
+            time.sleep(1e-3)
         return copy_rows(*args, **terms)
 
     rows.copy_rows = late

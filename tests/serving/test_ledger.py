@@ -66,7 +66,7 @@ class OfferedAgain(Ledger):
 
     def take(self, report: Report) -> None:
         super().take(report)
-        self._failed.clear()
+        self._keys.failed.clear()
         for request in self._requests.values():
             request.limit = None
 

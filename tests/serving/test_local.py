@@ -71,7 +71,8 @@ def test_a_folder_is_waited_for_that_an_engine_leaves(tmp_path: Path) -> None:
     """As after a kill, whose process has not ended yet."""
     view = KVView([torch.zeros(4, 2, 8)], "layer | block page", block_size=8)
     terms = StoreTerms(str(tmp_path / "store"), 1 << 20, 1 << 20, 1 << 20)
-    first, second = LocalIndex(), LocalIndex()
+    first = LocalIndex()
+    second = LocalIndex()
     first.open([(view, "")], terms, "model", 8)
     with pytest.raises(StoreBusy):
         second.open([(view, "")], terms, "model", 8, patience=0.0)

@@ -176,7 +176,7 @@ class Engine:
         """Clear the engine's own prefix cache, after steps in which saves end."""
         until = time.monotonic() + LIMIT / 2
         for number in itertools.count():
-            if self.llm.reset_prefix_cache():
+            if self.llm.reset_prefix_cache() and not self.counts["jobs"]:
                 return
             assert time.monotonic() < until, f"blocks are not freed: {self.counts}"
             self.ask([prompt(20, 900 + number)], 2)
