@@ -17,6 +17,7 @@ import torch
 
 from portakv import __version__
 from portakv.cli.backends import candidates_for, forced_backend
+from portakv.cli.check_config import check_config
 from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
 from portakv.errors import InvalidTerms
 from portakv.integrations import INTEGRATIONS, MATRIX, Integration, untested, why_not
@@ -69,11 +70,28 @@ CHOICES: dict[str, Catalog[object]] = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: the verb has no options."""
+    """Add the options that check a configuration of vLLM instead."""
+    parser.add_argument(
+        "--kv-transfer-config",
+        metavar="JSON",
+        help="check vLLM's configuration of this name, a text or a file, and nothing else",
+    )
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="the model that it is for: a folder with config.json"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report. Always return 0: the report can be made on every machine."""
+    """Print the report, and return 0: it can be made on every machine.
+
+    Return 1 for a configuration with which vLLM would not start, or not use PortaKV.
+    """
+    if args.kv_transfer_config is not None:
+        return check_config(args.kv_transfer_config, args.model, args.json)
+    if args.model is not None:
+        raise InvalidTerms(
+            "Expected --kv-transfer-config next to --model, got none. Pass the configuration."
+        )
     devices = [_device(device) for device in devices_present()]
     served = [one["type"] for one in devices if one["backend"]]
     report: Report = {

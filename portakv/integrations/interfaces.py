@@ -7,7 +7,7 @@ The comparison reads the engine's source files and imports none of them.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -182,6 +182,20 @@ def differences(integration: str) -> list[str]:
     The list is empty if all interfaces are as the integration expects.
     """
     return [text for each in INTERFACES[integration] if (text := _difference(each))]
+
+
+def lacks(names: Iterable[str]) -> list[str]:
+    """Return those names that the installed packages do not define.
+
+    ``names``: each the dotted name of a module, a colon, and a dotted name in it.
+    """
+    absent = list[str]()
+    for each in names:
+        module, _, name = each.partition(":")
+        file = _source(module)
+        if file is None or _definition(file, name) is None:
+            absent.append(each)
+    return absent
 
 
 def _difference(interface: Interface) -> str:

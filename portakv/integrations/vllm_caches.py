@@ -4,21 +4,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-import torch
-
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
-from portakv.serving import Group
+from portakv.runtime.bounded import Bounded
+from portakv.serving import Group, check_group
 from portakv.serving.local import StoreTerms
-from portakv.view import KVView
+from portakv.serving.plan import Blocks
+from portakv.serving.weights import checksum_of_weights
 
 _log = logging.getLogger(__name__)
 #: The kinds of KV groups that the connector serves.
-SERVED = ("FullAttentionSpec", "MLAAttentionSpec")
+SERVED = ("FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec")
+#: Hooks of vLLM's connectors that a model with several groups, or with a window, needs.
+HYBRID_HOOKS = ("bind_gpu_block_pool", "get_transfer_results")
+#: The id of a block that a group has given up, or never had.
+GONE = 0
 
 
 class Settings(NamedTuple):
@@ -27,14 +32,25 @@ class Settings(NamedTuple):
     Attributes:
         engine: the name of the engine, which its scheduler and its worker have in common.
         model: of the weights, and what else decides what a row is.
-        block_size: the tokens of a stored block, which are those of the engine's blocks.
+        block_size: the tokens of a stored block.
+        groups: of layers.
         store: where blocks are stored.
     """
 
     engine: str
     model: str
     block_size: int
+    groups: tuple[Group, ...]
     store: StoreTerms
+
+    @property
+    def fails_by_request(self) -> bool:
+        """Return whether a load that fails is reported by its request, not by its blocks.
+
+        Ids of several groups are not told apart in a report, and where blocks before a window are
+        gone, a request cannot go on in the middle of a load.
+        """
+        return len(self.groups) > 1 or any(group.window for group in self.groups)
 
 
 def settings_of(config: Any, kv_cache_config: Any) -> Settings:
@@ -44,7 +60,44 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         IntegrationError: parallelism, or kinds of layers, that the connector does not serve.
         InvalidTerms: wrong terms in ``kv_connector_extra_config``.
     """
-    parallel = config.parallel_config
+    _check_workers(config.parallel_config)
+    transfer = config.kv_transfer_config
+    role = getattr(transfer, "kv_role", "kv_both")
+    if role != "kv_both":
+        raise IntegrationError(
+            f"Expected kv_role 'kv_both' for PortaKVConnector, which saves and loads, got "
+            f"{role!r}. Correct it."
+        )
+    groups = groups_of(kv_cache_config)
+    try:
+        store = StoreTerms.of(transfer.kv_connector_extra_config)
+        size = store.block_size or max(group.block_size for group in groups)
+        for group in groups:
+            check_group(size, group)
+    except InvalidTerms as error:
+        raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
+    sizes = sorted({group.block_size for group in groups})
+    if store.block_size is None and len(sizes) > 1:
+        raise InvalidTerms(
+            f"kv_connector_extra_config: Expected block_size for a model whose groups of layers "
+            f"have blocks of {sizes} tokens, got none. Pass {size}."
+        )
+    model = config.model_config
+    names = (
+        model.model,
+        model.revision,
+        model.quantization,
+        config.cache_config.cache_dtype,
+        _checksum_of(model),
+        _checksum_of_weights(str(model.model)),
+    )
+    return Settings(
+        transfer.engine_id, ":".join(str(name) for name in names), size, tuple(groups), store
+    )
+
+
+def _check_workers(parallel: Any) -> None:
+    """Raise `IntegrationError` for several workers, and for one in another process."""
     workers = parallel.world_size * getattr(parallel, "data_parallel_size", 1)
     if workers != 1:
         raise IntegrationError(
@@ -57,37 +110,30 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
             f"Expected the worker in the scheduler's process for PortaKVConnector, got the "
             f"executor {executor!r}. Leave --distributed-executor-backend out."
         )
-    groups = kv_cache_config.kv_cache_groups
-    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-    if len(groups) != 1 or kinds[0] not in SERVED:
+
+
+def check_hooks(base: type, settings: Settings) -> None:
+    """Refuse what the installed release of vLLM has no hooks for.
+
+    Args:
+        base: vLLM's class of connectors.
+
+    Raises `IntegrationError`.
+    """
+    if not settings.fails_by_request:
+        return
+    lacks = [name for name in HYBRID_HOOKS if not hasattr(base, name)]
+    if lacks:
         raise IntegrationError(
-            f"Expected one group of layers with full attention for PortaKVConnector, got "
-            f"{', '.join(kinds)}. Choose the OffloadingConnector for this model."
+            f"Expected a release of vLLM with the hook {lacks[0]} of connectors, for a model with "
+            f"several groups of layers or a sliding window, got one without it. Install a later "
+            f"release, or choose the OffloadingConnector."
         )
-    if getattr(groups[0].kv_cache_spec, "non_causal", False):
+    if settings.store.by_layer:
         raise IntegrationError(
-            "Expected causal attention for PortaKVConnector, got layers whose rows depend on later "
-            "tokens. Choose the OffloadingConnector for this model."
+            "Expected a model with one group of layers that keep all tokens for by_layer, got "
+            "several groups or a sliding window. Leave by_layer out of kv_connector_extra_config."
         )
-    transfer = config.kv_transfer_config
-    try:
-        store = StoreTerms.of(transfer.kv_connector_extra_config)
-    except InvalidTerms as error:
-        raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
-    model = config.model_config
-    names = (
-        model.model,
-        model.revision,
-        model.quantization,
-        config.cache_config.cache_dtype,
-        _checksum_of(model),
-    )
-    return Settings(
-        transfer.engine_id,
-        ":".join(str(name) for name in names),
-        groups[0].kv_cache_spec.block_size,
-        store,
-    )
 
 
 def _checksum_of(model: Any) -> str:
@@ -109,47 +155,80 @@ def warn_of_policy(config: Any) -> None:
 
 
 def groups_of(kv_cache_config: Any) -> list[Group]:
-    """Return the groups of layers as a ledger takes them."""
-    return [Group(group.kv_cache_spec.block_size) for group in kv_cache_config.kv_cache_groups]
+    """Return the groups of layers as a ledger takes them.
 
-
-def view_of(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> tuple[KVView, str]:
-    """Return the view of all layers, whose blocks are pages that nothing looks into, and what
-    decides where a row lies in a page: the shape of a block in the order of its memory.
-
-    What lies in a page also depends on the attention's kernel; a page that is moved whole is right
-    for each of them. Layers that share a tensor are one.
-
-    Raises `IntegrationError` for caches without an axis of blocks.
+    Raises `IntegrationError` for kinds of layers that the connector does not serve.
     """
-    blocks = kv_cache_config.num_blocks
-    size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-    tensors = [*{tensor.data_ptr(): tensor for tensor in kv_caches.values()}.values()]
-    shapes = {(tuple(tensor.shape), tensor.stride()) for tensor in tensors}
-    shape, strides = shapes.pop()
-    outer = 1 if shape[0] == blocks else 2
-    if shapes or shape[outer - 1] != blocks or (outer == 2 and shape[0] != 2):
+    groups = kv_cache_config.kv_cache_groups
+    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+    others = [kind for kind in kinds if kind not in SERVED]
+    if others or not kinds:
         raise IntegrationError(
-            f"Expected caches of one shape whose first or second axis is {blocks} blocks, got "
-            f"{[*shape]} for the first layer. Choose the OffloadingConnector for this model."
+            f"Expected layers of {', '.join(SERVED)} for PortaKVConnector, got "
+            f"{', '.join(others) or 'none'}. Choose the OffloadingConnector for this model."
         )
-    # vLLM's tensors name the heads before the tokens, whatever their order in memory.
-    inner = sorted(range(outer, len(shape)), key=lambda axis: -strides[axis])
-    pages = [tensor.permute(*range(outer), *inner) for tensor in tensors]
-    layout = "layer | block page" if outer == 1 else "layer | kv block page"
-    order = f"axes {inner} of {[*shape[outer:]]} {tensors[0].dtype}"
-    return KVView(pages, layout, block_size=size), order
+    made = list[Group]()
+    for kind, group in zip(kinds, groups, strict=True):
+        spec = group.kv_cache_spec
+        if getattr(spec, "non_causal", False):
+            raise IntegrationError(
+                "Expected causal attention for PortaKVConnector, got layers whose rows depend on "
+                "later tokens. Choose the OffloadingConnector for this model."
+            )
+        window = spec.sliding_window if kind == "SlidingWindowSpec" else None
+        made.append(Group(spec.block_size, window))
+    return made
+
+
+def ids_of(blocks: Iterable[Iterable[int]] | None) -> Blocks:
+    """Return the engine's blocks of each group; -1 in place of those that are gone."""
+    return tuple(tuple(-1 if x == GONE else x for x in ids) for ids in blocks or ())
+
+
+class PoolHolder:
+    """Keeps blocks of vLLM's pool from reuse, as a request that shares them does."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None  # vLLM binds it after it has made the connector
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Keep blocks from reuse."""
+        self.pool.touch([self.pool.blocks[block] for block in blocks])
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Keep blocks no longer."""
+        self.pool.free_blocks([self.pool.blocks[block] for block in blocks])
 
 
 def is_served(request: Any) -> bool:
-    """Return whether the rows of a request depend on its tokens, salt and adapter alone.
+    """Return whether what the rows of a request depend on is known by its keys.
 
     Others are computed by the engine: requests with embeddings in place of tokens, with images or
-    sounds, and sessions whose later parts are added to them.
+    sounds that have no identifier, and sessions whose later parts are added to them.
     """
     embeds = getattr(request, "prompt_embeds", None)
     resumable = getattr(request, "resumable", False)
-    return embeds is None and not request.mm_features and not resumable
+    named = all(getattr(each, "identifier", None) for each in request.mm_features or ())
+    return embeds is None and named and not resumable
+
+
+def extra_of(request: Any, block_size: int) -> dict[int, bytes]:
+    """Return what the stored blocks of a request depend on besides its tokens and salt.
+
+    The tokens of an image or a sound are placeholders; its identifier names its content.
+
+    Returns:
+        By the number of a stored block, a checksum of the images and sounds that it touches, and of
+        their positions.
+    """
+    touching = dict[int, list[tuple[str, int]]]()
+    for feature in request.mm_features or ():
+        place = feature.mm_position
+        past = place.offset + place.length
+        for number in range(place.offset // block_size, -(-past // block_size)):
+            named = (feature.identifier, place.offset - number * block_size)
+            touching.setdefault(number, []).append(named)
+    return {number: sha256(repr(each).encode()).digest() for number, each in touching.items()}
 
 
 def salt_of(request: Any) -> bytes:
@@ -157,7 +236,33 @@ def salt_of(request: Any) -> bytes:
     adapter = request.lora_request
     parts = [request.cache_salt or ""]
     if adapter is not None:
-        parts += adapter.lora_name, getattr(adapter, "lora_path", "")
+        path = getattr(adapter, "lora_path", "")
+        parts += adapter.lora_name, path, _checksum_of_adapter(path)
     if not any(parts):
         return b""
     return sha256(b"\0".join(part.encode() for part in parts)).digest()
+
+
+def _checksum_of_adapter(folder: str) -> str:
+    """Return a checksum of the weights in an adapter's folder; empty if it is not a folder here.
+
+    An adapter may be trained further, and loaded again under its name. The weights are read once
+    for each change of a file.
+    """
+    try:
+        files = [entry.stat() for entry in os.scandir(folder)] if folder else []
+    except OSError:
+        return ""
+    state = (folder, *sorted((each.st_ino, each.st_size, each.st_mtime_ns) for each in files))
+    return _adapters.get_or_make(state, lambda: _checksum_of_weights(folder))
+
+
+def _checksum_of_weights(folder: str) -> str:
+    """Return a checksum of the weights in a folder; empty if there are none to read here."""
+    try:
+        return checksum_of_weights(folder)
+    except OSError:
+        return ""
+
+
+_adapters: Bounded[tuple[object, ...], str] = Bounded("checksums of adapters", 256)

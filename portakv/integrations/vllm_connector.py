@@ -16,15 +16,18 @@ import torch
 
 from portakv.integrations import check_release
 from portakv.integrations.vllm_caches import (
-    groups_of,
+    PoolHolder,
+    check_hooks,
+    extra_of,
+    ids_of,
     is_served,
     salt_of,
     settings_of,
-    view_of,
     warn_of_policy,
 )
-from portakv.serving import GroupCache, Hand, Ledger, Plan, Report
-from portakv.serving.local import LocalIndex, opened_store
+from portakv.integrations.vllm_views import kernels_of, layer_numbers, views_of
+from portakv.serving import Costs, GroupCache, Hand, Ledger, Plan, Report, measured
+from portakv.serving.local import LocalIndex
 
 check_release("vllm")
 
@@ -33,6 +36,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from portakv.integrations.vllm_events import are_wanted, events_of  # noqa: E402
+from portakv.integrations.vllm_metrics import (  # noqa: E402
+    SUPPORTED,
+    Figures,
+    PortaKVPromMetrics,
+    PortaKVStats,
+    stats_of,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +69,7 @@ class ReportMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
         return ReportMetadata(self.report.merged(other.report))
 
 
-class PortaKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Saves the blocks that an engine computes, and loads them for later requests.
 
     vLLM makes one for its scheduler and one for its worker. Both are in one process, so there is
@@ -65,35 +78,88 @@ class PortaKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self._settings = settings_of(vllm_config, kv_cache_config)
-        self._index = LocalIndex.of(self._settings.engine)
+        self._settings = settings = settings_of(vllm_config, kv_cache_config)
+        check_hooks(KVConnectorBase_V1, settings)
+        self._index = LocalIndex.of(settings.engine)
+        self.costs = Costs()
+        self._figures = Figures()
         if role == KVConnectorRole.SCHEDULER:
             warn_of_policy(vllm_config)
-            groups = groups_of(kv_cache_config)
-            self.ledger = Ledger(self._settings.block_size, groups, 1, self._index)
+            self._pool = PoolHolder()
+            self.ledger = Ledger(
+                settings.block_size, settings.groups, 1, self._index, holder=self._pool
+            )
             self._computed = dict[str, int]()  # tokens before those that were offered
+            self._tells = are_wanted(vllm_config)
+            if self._tells:
+                self.ledger.describe_blocks()
+                self._index.record()
         else:
+            self._config = vllm_config
             self._report = Report()
             self._failed = set[int]()
+            self._incomplete = set[str]()
+
+    # --- for the engine and its log
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        return bool(extra_config.get("by_layer"))
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
+        return PortaKVStats(data=data or {}) if SUPPORTED else None
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
+    ) -> Any:
+        if not SUPPORTED:
+            return None
+        return PortaKVPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def get_kv_connector_stats(self) -> Any:
+        return stats_of(self._figures.take(self.statistics))
+
+    def statistics(self) -> dict[str, float]:
+        """Return the counters of this side, and what its hooks cost."""
+        own = self.costs.statistics()
+        if self.role == KVConnectorRole.WORKER:
+            return own
+        counts = self.ledger.statistics()
+        return {**counts, **self._index.bytes_of(counts), **own}
 
     # --- in the scheduler
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._pool.pool = gpu_block_pool
+
+    @measured
     def on_new_request(self, request: Any) -> None:
         if is_served(request):
-            self.ledger.add(request.request_id, request.all_token_ids, salt_of(request))
+            extra = extra_of(request, self._settings.block_size)
+            tokens = request.all_token_ids
+            self.ledger.add(request.request_id, tokens, salt_of(request), extra, request)
 
+    @measured
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         tokens = self.ledger.leading(request.request_id, num_computed_tokens)
         self._computed[request.request_id] = num_computed_tokens
-        return tokens, bool(tokens)
+        return tokens, bool(tokens) and not self._settings.store.by_layer
 
+    @measured
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         computed = self._computed.pop(request.request_id, 0)
-        ids = blocks.get_block_ids()
+        ids = ids_of(blocks.get_block_ids())
         self.ledger.allocated(request.request_id, computed, num_external_tokens, ids)
 
+    @measured
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> PlanMetadata:
         many = scheduler_output.num_scheduled_tokens
         for name in scheduler_output.preempted_req_ids or ():
@@ -101,27 +167,41 @@ class PortaKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         for new in scheduler_output.scheduled_new_reqs:
             computed = new.num_computed_tokens
             past = computed + many[new.req_id]
-            self.ledger.scheduled(new.req_id, computed, past, new.block_ids, replaced=True)
+            ids = ids_of(new.block_ids)
+            self.ledger.scheduled(new.req_id, computed, past, ids, replaced=True)
         old = scheduler_output.scheduled_cached_reqs
-        for name, ids, computed in zip(
+        for name, blocks, computed in zip(
             old.req_ids, old.new_block_ids, old.num_computed_tokens, strict=True
         ):
             resumed = name in old.resumed_req_ids
-            self.ledger.scheduled(name, computed, computed + many[name], ids or (), resumed)
-        return PlanMetadata(self.ledger.plan())
+            ids = ids_of(blocks)
+            self.ledger.scheduled(name, computed, computed + many[name], ids, resumed)
+        plan = self.ledger.plan()
+        self.costs.step(idle=plan == Plan() and not scheduler_output.scheduled_new_reqs)
+        return PlanMetadata(plan)
 
+    @measured
     def update_connector_output(self, connector_output: Any) -> None:
         metadata = connector_output.kv_connector_worker_meta
         if metadata is not None:
             self.ledger.take(metadata.report)
         self.ledger.freed(connector_output.finished_sending or ())
 
-    def request_finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, None]:
+    @measured
+    def request_finished(self, request: Any, block_ids: Sequence[Any]) -> tuple[bool, None]:
         self._computed.pop(request.request_id, None)
         return self.ledger.finished(request.request_id), None
 
+    request_finished_all_groups = request_finished
+
     def reset_cache(self) -> bool:
         return self.ledger.forget()
+
+    def take_events(self) -> Iterable[Any]:
+        if not self._tells:
+            return ()
+        size = self._settings.block_size
+        return events_of(self._index.take_events(), self.ledger.described, size)
 
     def has_pending_block_frees(self) -> bool:
         return self.ledger.retains
@@ -129,34 +209,52 @@ class PortaKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # --- in the worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        view, order = view_of(kv_caches, self._kv_cache_config)
         settings = self._settings
-        self._store = opened_store(view, settings.store, settings.model, settings.block_size, order)
-        self._index.store = self._store
-        self.hand = Hand([GroupCache(view, self._store)], settings.store.deadline)
+        terms = settings.store
+        kernels = kernels_of(self._config) if terms.block_size else None
+        views = views_of(kv_caches, self._kv_cache_config, kernels)
+        self._layers = layer_numbers(kv_caches, self._kv_cache_config)
+        parts = self._index.open(views, terms, settings.model, settings.block_size)
+        caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
+        self.hand = Hand(caches, terms.deadline, terms.by_layer)
 
+    @measured
     def handle_preemptions(self, kv_connector_metadata: PlanMetadata) -> None:
         self.hand.stop(kv_connector_metadata.plan)
 
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+    @measured
+    def start_load_kv(self, /, forward_context: Any, **kwargs: Any) -> None:
         self.hand.load(self._get_connector_metadata().plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are asynchronous: a request runs after the end of its load."""
+        self.hand.layer(self._layers[layer_name])
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, *args: Any, **kwargs: Any) -> None:
         """Blocks are saved after the step."""
 
+    @measured
     def wait_for_save(self) -> None:
         self.hand.save(self._get_connector_metadata().plan)
 
+    @measured
     def get_finished(
         self, finished_req_ids: Iterable[str]
     ) -> tuple[set[str] | None, set[str] | None]:
+        if self.hand.quiet:
+            return None, None
         self._report = self._report.merged(self.hand.report())
         ended = self.hand.ended()
-        self._failed |= ended.failed[0]
+        if self._settings.fails_by_request:
+            self._incomplete |= ended.incomplete
+        else:
+            self._failed |= ended.failed[0]
         return ended.freed or None, ended.loaded or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        results = super().get_transfer_results(finished_req_ids)
+        results.failed_recving |= self._incomplete
+        self._incomplete = set()
+        return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed = self._failed
@@ -166,9 +264,10 @@ class PortaKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def build_connector_worker_meta(self) -> ReportMetadata | None:
         report = self._report
         self._report = Report()
-        return None if report == Report() else ReportMetadata(report)
+        empty = report == Report()
+        self.costs.step(idle=empty and not self.hand.busy)
+        return None if empty else ReportMetadata(report)
 
     def shutdown(self) -> None:
-        self._index.store = None
-        if store := getattr(self, "_store", None):
-            store.close()
+        if hasattr(self, "hand"):  # in the worker
+            self._index.close()

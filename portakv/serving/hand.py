@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,14 +34,23 @@ class Ended(NamedTuple):
     """What an engine learns from a worker.
 
     Attributes:
-        loaded: requests whose load has ended.
-        failed: for each group, the engine's blocks of these that have no rows of their own.
+        loaded: requests whose load has ended, of which the engine did not wait for.
+        failed: for each group, the engine's blocks of loads that have no rows of their own.
+        incomplete: requests with such blocks.
         freed: requests that were retained, whose blocks are read no longer.
     """
 
     loaded: set[str]
     failed: list[set[int]]
+    incomplete: set[str]
     freed: set[str]
+
+
+class _Part(NamedTuple):
+    """The part of a load or save in one group; it begins at the position ``first`` of the keys."""
+
+    handle: Handle
+    first: int = 0
 
 
 @dataclass
@@ -48,25 +58,32 @@ class _Work:
     """A load or save of this worker.
 
     Attributes:
-        handles: of each group.
+        parts: of each group that has rows to move.
         failed: it could not begin in all groups.
         released: nothing reads the blocks of a save any longer.
+        waited: the engine's stream waits for it.
     """
 
     job: Job
-    handles: list[Handle] = field(default_factory=list)
+    parts: list[_Part] = field(default_factory=list)
     failed: bool = False
     released: bool = False
+    waited: bool = False
 
     def ended(self) -> bool:
         """Return whether all groups have ended, however they did."""
-        return all(_is_done(handle) for handle in self.handles)
+        return self.waited or all(_is_done(part.handle) for part in self.parts)
+
+    def cancel(self) -> None:
+        """Start no further block."""
+        for part in self.parts:
+            part.handle.cancel()
 
     def missing(self) -> frozenset[int]:
         """Return the positions of keys that did not land in all groups."""
         landed = np.full(len(self.job.keys), not self.failed)
-        for handle in self.handles:
-            landed &= handle.landed
+        for handle, first in self.parts:
+            landed[first:] &= handle.landed
         return frozenset(np.flatnonzero(~landed).tolist())
 
 
@@ -75,7 +92,8 @@ class Hand:
 
     An engine's worker calls, once a step and in this order: `stop` before anything of the step is
     written; `load` when its loads may begin; `save` after the work of the step is on the current
-    stream; `report` and then `ended`. No call but `stop` waits.
+    stream; `report` and then `ended`. No call but `stop` waits; with ``by_layer`` also `layer` and
+    `save` do.
 
     A failure of the store is no error of the engine: what could not be loaded is reported as
     missing, and what could not be saved is not stored. The log has a line about it.
@@ -83,11 +101,17 @@ class Hand:
     Args:
         groups: in the order of the ledger's groups.
         deadline: seconds after which a load gives up what has not landed; None: never.
+        by_layer: the engine computes with the rows of a load in the step that begins it, and calls
+            `layer` before each layer.
     """
 
-    def __init__(self, groups: Sequence[GroupCache], deadline: float | None = 10.0) -> None:
+    def __init__(
+        self, groups: Sequence[GroupCache], deadline: float | None = 10.0, by_layer: bool = False
+    ) -> None:
         self._groups = groups
         self._deadline = deadline
+        self._by_layer = by_layer
+        self._waiting = list[_Work]()  # loads that the step waits for
         self._loads = dict[int, _Work]()
         self._saves = dict[int, _Work]()
         self._retained = set[str]()
@@ -98,14 +122,18 @@ class Hand:
         """Return whether a load or save has not ended, or was not reported."""
         return bool(self._loads or self._saves)
 
+    @property
+    def quiet(self) -> bool:
+        """Return whether `report` and `ended` have nothing to say."""
+        return not (self._loads or self._saves or self._retained)
+
     def stop(self, plan: Plan) -> None:
         """Wait until the saves that a plan stops read no block any longer; drop what they can."""
         works = [self._saves[number] for number in plan.stop if number in self._saves]
         for work in works:
-            for handle in work.handles:
-                handle.cancel()
+            work.cancel()
         for work in works:
-            for handle in work.handles:
+            for handle, _ in work.parts:
                 if handle.released is not None:
                     handle.released.wait()
 
@@ -118,12 +146,39 @@ class Hand:
             return
         with StreamFence(self._groups[0].view.device).inside():
             for job in plan.loads:
-                self._loads[job.number] = self._begun(job, self._load)
+                work = self._begun(job, self._load)
+                self._loads[job.number] = work
+                if self._by_layer:
+                    self._waiting.append(work)
+
+    def layer(self, number: int) -> None:
+        """Let the current stream wait for a layer of the loads of this step.
+
+        ``number``: of the layer in its group.
+        """
+        for work in self._waiting:
+            for handle, _ in work.parts:
+                if number < len(handle.layers):
+                    _wait(handle.layers[number])
 
     def save(self, plan: Plan) -> None:
-        """Begin the saves of a plan, ordered after the current stream's work."""
+        """Begin the saves of a plan, ordered after the current stream's work.
+
+        What a step computed after rows that did not land is wrong, and not saved.
+        """
+        wrong = set[str]()
+        for work in self._waiting:
+            for handle, _ in work.parts:
+                _wait(handle)
+            work.waited = True
+            if work.missing():
+                wrong.add(work.job.request)
+        self._waiting = []
         for job in plan.saves:
-            self._saves[job.number] = self._begun(job, self._save)
+            if job.request in wrong:
+                self._saves[job.number] = _Work(job, failed=True)
+            else:
+                self._saves[job.number] = self._begun(job, self._save)
         self._retained |= {*plan.retained}
 
     def report(self) -> Report:
@@ -136,7 +191,7 @@ class Hand:
                 made.end_load(number, missing)
                 self._note_load(work.job, missing)
         for number, work in [*self._saves.items()]:
-            if not work.released and all(_is_released(handle) for handle in work.handles):
+            if not work.released and all(_is_released(part.handle) for part in work.parts):
                 work.released = True
                 made.release(number)
             if work.released and work.ended():
@@ -154,41 +209,59 @@ class Hand:
         return ended
 
     def _nothing(self) -> Ended:
-        return Ended(set(), [set() for _ in self._groups], set())
+        return Ended(set(), [set() for _ in self._groups], set(), set())
 
-    def _begun(self, job: Job, begin: Callable[[Job, int], Handle]) -> _Work:
+    def _begun(self, job: Job, begin: Callable[[Job, int], _Part | None]) -> _Work:
         """Begin a job in all groups; in none that is reported, if one fails."""
         work = _Work(job)
         try:
             for number in range(len(self._groups)):
-                work.handles.append(begin(job, number))
+                part = begin(job, number)
+                if part is not None:
+                    work.parts.append(part)
         except PortaKVError as error:
             _log.warning("begin", "A load or save of an engine could not begin: %s", error)
             work.failed = True
-            for handle in work.handles:
-                handle.cancel()
+            work.cancel()
         return work
 
-    def _load(self, job: Job, number: int) -> Handle:
-        """Begin a load of one group."""
+    def _load(self, job: Job, number: int) -> _Part | None:
+        """Begin a load of one group, from the first block on that the engine has; None: it has no
+        block."""
         view, store = self._groups[number]
         blocks = job.blocks[number]
         size = store.form.block_size
         whole = view.block_size
         assert whole is not None
-        lacking = -(-len(job.keys) * size // whole) - len(blocks)
+        gone = next((at for at, block in enumerate(blocks) if block >= 0), len(blocks))
+        first = gone * whole // size
+        keys = [*job.keys[first:]]
+        if not keys:
+            return None
+        blocks = blocks[first * size // whole :]
+        lacking = -(-len(keys) * size // whole) - len(blocks)
         blocks = (*blocks, *(-1,) * lacking)
-        keys = [*job.keys]
-        return store.load(view, blocks, keys, deadline=self._deadline, missing="skip")
+        handle = store.load(
+            view,
+            blocks,
+            keys,
+            deadline=self._deadline,
+            missing="skip",
+            by_layer=self._by_layer,
+        )
+        return _Part(handle, first)
 
-    def _save(self, job: Job, number: int) -> Handle:
+    def _save(self, job: Job, number: int) -> _Part:
         """Begin a save of one group."""
         view, store = self._groups[number]
-        return store.save(view, job.blocks[number], [*job.keys], after=job.after)
+        return _Part(store.save(view, job.blocks[number], [*job.keys], after=job.after))
 
-    def _note_load(self, job: Job, missing: Iterable[int]) -> None:
+    def _note_load(self, job: Job, missing: Collection[int]) -> None:
         """Note the end of a load for the engine, with the blocks that have no rows."""
-        self._ended.loaded.add(job.request)
+        if not self._by_layer:
+            self._ended.loaded.add(job.request)
+        if missing:
+            self._ended.incomplete.add(job.request)
         for number, (view, store) in enumerate(self._groups):
             ids = job.blocks[number]
             whole = view.block_size
@@ -210,6 +283,12 @@ def _is_done(transfer: Transfer) -> bool:
         return transfer.done()
     except PortaKVError:
         return True
+
+
+def _wait(transfer: Transfer) -> None:
+    """Let the current stream wait for a transfer; how it ended is in the blocks that landed."""
+    with suppress(PortaKVError):
+        transfer.wait()
 
 
 def _is_released(handle: Handle) -> bool:

@@ -21,6 +21,8 @@ from portakv.storage.keys import KeyChain
 
 #: The most keys that are remembered because a load did not bring them.
 MOST_FAILED = 1 << 16
+#: The most blocks whose tokens are remembered.
+MOST_DESCRIBED = 1 << 16
 #: Seconds for which a request waits for an index that asks another host.
 PATIENCE = 2.0
 _NONE = frozenset[int]()
@@ -35,17 +37,54 @@ class Index(Protocol):
     def has(self, key: bytes, /) -> bool:
         """Return whether a block can be loaded, as far as is known here."""
 
+    @property
+    def losses(self) -> int:
+        """Return a number that changes if a block may have been lost."""
+
+
+class BlockHolder(Protocol):
+    """What keeps an engine from reusing blocks."""
+
+    def hold(self, blocks: Sequence[int], /) -> None:
+        """Keep blocks, which a request has now, from reuse after the request gives them up."""
+
+    def give_back(self, blocks: Sequence[int], /) -> None:
+        """Keep blocks no longer, once for each time that they were kept."""
+
 
 class Group(NamedTuple):
     """A group of layers whose blocks the engine hands out together.
 
     Attributes:
         block_size: the tokens of one of its blocks.
-        window: the latest tokens whose rows the engine keeps; None: those of all tokens.
+        window: the latest tokens whose rows the engine keeps; None: those of all tokens. The engine
+            gives up blocks before the window while a request runs, without a word.
     """
 
     block_size: int
     window: int | None = None
+
+
+class Described(NamedTuple):
+    """What a stored block has been made of.
+
+    Attributes:
+        after: the key of the block before it; None: it begins a prompt.
+        tokens: of the block.
+        about: what the engine said of the request.
+    """
+
+    after: bytes | None
+    tokens: tuple[int, ...]
+    about: object
+
+
+class _Answer(NamedTuple):
+    """How many blocks an index has found from a stored block on, until it had lost blocks."""
+
+    first: int
+    found: int
+    losses: int
 
 
 @dataclass
@@ -61,8 +100,10 @@ class _Request:
         promised: the first stored block and the past token of the latest answer.
         load: in flight, or planned.
         reading: the numbers of saves that may still read blocks.
+        about: what the engine said of it.
         forgotten: its keys name blocks that must not be stored any more.
         queried: when an index was first queried that has yet to answer.
+        answered: the latest answer of the index.
     """
 
     name: str
@@ -76,8 +117,10 @@ class _Request:
     load: Job | None = None
     reading: set[int] = field(default_factory=set)
     queried: float | None = None
+    answered: _Answer | None = None
     ended: bool = False
     forgotten: bool = False
+    about: object = None
 
     def keys(self, count: int) -> list[bytes]:
         """Return the keys of the first so many stored blocks, whose tokens are there."""
@@ -99,6 +142,7 @@ class _Live:
         ends: in how many workers it has ended.
         releases: in how many workers a save's blocks are no longer read.
         missing: the positions of keys that did not land, or were not stored, in any worker.
+        held: blocks that a save reads, and that the engine may give up before.
     """
 
     job: Job
@@ -106,6 +150,24 @@ class _Live:
     ends: int = 0
     releases: int = 0
     missing: frozenset[int] = _NONE
+    held: tuple[int, ...] = ()
+
+
+@dataclass
+class _Keys:
+    """What is known of keys.
+
+    Attributes:
+        saving: the numbers of saves that have not ended.
+        failed: those that a load did not bring.
+        described: what blocks have been made of, if that is wanted.
+    """
+
+    saving: dict[bytes, int] = field(default_factory=dict)
+    failed: Bounded[bytes, None] = field(
+        default_factory=lambda: Bounded("keys that a load did not bring", MOST_FAILED)
+    )
+    described: Bounded[bytes, Described] | None = None
 
 
 @dataclass
@@ -134,6 +196,8 @@ class Ledger:
         workers: how many of them report each load and save.
         index: of the stored blocks.
         now: returns the time in seconds.
+        holder: keeps blocks from reuse that a save reads, of groups with a window. Without one, the
+            engine must not give them up while a request runs.
 
     Raises `InvalidTerms` for sizes that do not fit.
     """
@@ -145,21 +209,26 @@ class Ledger:
         workers: int,
         index: Index,
         now: Callable[[], float] = time.monotonic,
+        holder: BlockHolder | None = None,
     ) -> None:
         for group in groups:
-            _check_group(block_size, group)
+            check_group(block_size, group)
         self.counts = Counter[str]()
         self._size = block_size
         self._groups = groups
         self._workers = workers
         self._index = index
         self._now = now
+        self._holder = holder
         self._requests = dict[str, _Request]()
         self._jobs = dict[int, _Live]()  # by number
-        self._saving = dict[bytes, int]()  # keys, and the numbers of their saves
-        self._failed: Bounded[bytes, None] = Bounded("keys that a load did not bring", MOST_FAILED)
+        self._keys = _Keys()
         self._generation = b""  # part of all keys, other ones after `forget`
         self._next = _Next()
+
+    @property
+    def _windows(self) -> bool:
+        return any(group.window for group in self._groups)
 
     # --- what the scheduler says and asks
 
@@ -169,6 +238,7 @@ class Ledger:
         tokens: Sequence[int],
         salt: bytes = b"",
         extra: Mapping[int, bytes] | None = None,
+        about: object = None,
     ) -> None:
         """Take note of a request.
 
@@ -176,6 +246,7 @@ class Ledger:
             tokens: of the prompt; the engine appends the generated ones to the same sequence.
             salt: keeps tenants and adapters apart.
             extra: by the number of a stored block, what else its rows depend on, such as an image.
+            about: an object for `Described`.
 
         Raises `InvalidTerms` for a name that a request has which has not ended.
         """
@@ -186,7 +257,7 @@ class Ledger:
             )
         chain = KeyChain(self._size, self._generation + salt)
         blocks = [list[int]() for _ in self._groups]
-        self._requests[request] = _Request(request, tokens, chain, extra or {}, blocks)
+        self._requests[request] = _Request(request, tokens, chain, extra or {}, blocks, about=about)
 
     def leading(self, request: str, computed: int) -> int | None:
         """Return how many tokens can be loaded that follow the computed ones.
@@ -201,9 +272,7 @@ class Ledger:
         most = (len(state.tokens) - 1) // self._size
         if state.limit is not None:
             most = min(most, state.limit)
-        keys = state.keys(most)[first:] if most > first else []
-        usable = next((n for n, key in enumerate(keys) if key in self._failed), len(keys))
-        count = self._index.leading(keys[:usable]) if usable else 0
+        count = self._found(state, first, most) if most > first else 0
         if count is None:
             now = self._now()
             state.queried = state.queried or now
@@ -259,7 +328,7 @@ class Ledger:
             ids += new
         past = min(until, len(state.tokens)) // self._size
         first = state.considered
-        if any(group.window for group in self._groups):  # blocks before the window are gone
+        if self._windows:  # blocks before the window are gone
             first = max(first, computed // self._size)
         if past <= first:
             return
@@ -323,7 +392,9 @@ class Ledger:
 
     @property
     def retains(self) -> bool:
-        """Return whether an engine keeps blocks of a request until its saves are released."""
+        """Return whether an engine keeps blocks until saves are released."""
+        if any(live.held for live in self._jobs.values()):
+            return True
         return any(state.ended and state.load is None for state in self._requests.values())
 
     # --- what the workers do
@@ -333,6 +404,15 @@ class Ledger:
         made = self._next
         self._next = _Next()
         return Plan(tuple(made.loads), tuple(made.saves), tuple(made.stop), tuple(made.retained))
+
+    def describe_blocks(self) -> None:
+        """Remember from now on what the blocks of loads and saves have been made of."""
+        if self._keys.described is None:
+            self._keys.described = Bounded("blocks that a ledger describes", MOST_DESCRIBED)
+
+    def described(self, key: bytes) -> Described | None:
+        """Return what a block has been made of, if that is remembered."""
+        return None if self._keys.described is None else self._keys.described.get(key)
 
     def take(self, report: Report) -> None:
         """Take note of what workers have seen. Each worker's part comes once, in any order."""
@@ -345,11 +425,35 @@ class Ledger:
     def statistics(self) -> dict[str, int]:
         """Return the requests and jobs now, the keys that failed, and the counters."""
         now = {"requests": len(self._requests), "jobs": len(self._jobs)}
-        return {**now, "failed_keys": len(self._failed), **self.counts}
+        return {**now, "failed_keys": len(self._keys.failed), **self.counts}
+
+    def _found(self, state: _Request, first: int, most: int) -> int | None:
+        """Return how many stored blocks can be loaded from one on; None: not known yet.
+
+        A waiting request is looked up in each step: blocks that were found are not looked up again
+        until a block was lost.
+        """
+        losses = self._index.losses
+        found = 0
+        answer = state.answered
+        if answer is not None and (answer.first, answer.losses) == (first, losses):
+            found = min(answer.found, most - first)
+        keys = state.keys(most)[first + found : most]
+        more = self._index.leading(keys) if keys else 0
+        if more is None:
+            return None
+        state.answered = _Answer(first, found + more, losses)
+        if not self._keys.failed:
+            return found + more
+        past = first + found + more
+        offered = enumerate(state.keys(past)[first:past])
+        return next((n for n, key in offered if key in self._keys.failed), past - first)
 
     def _is_wanted(self, key: bytes) -> bool:
         """Return whether a computed block is to be saved: no one saves it, and no load finds it."""
-        return key not in self._saving and (key in self._failed or not self._index.has(key))
+        return key not in self._keys.saving and (
+            key in self._keys.failed or not self._index.has(key)
+        )
 
     def _save(self, state: _Request, first: int, past: int, keys: Sequence[bytes]) -> None:
         """Plan a save of consecutive stored blocks."""
@@ -360,8 +464,13 @@ class Ledger:
         if any(-1 in ids for ids in job.blocks):
             del self._jobs[job.number]
             return
-        self._saving.update(dict.fromkeys(job.keys, job.number))
+        self._keys.saving.update(dict.fromkeys(job.keys, job.number))
         state.reading.add(job.number)
+        if self._holder is not None and self._windows:
+            groups = zip(self._groups, job.blocks, strict=True)
+            held = tuple(block for group, ids in groups if group.window for block in ids)
+            self._jobs[job.number].held = held
+            self._holder.hold(held)
         self._next.saves.append(job)
         self.counts["saves"] += 1
 
@@ -378,6 +487,11 @@ class Ledger:
         after = keys[first - 1] if first else None
         self.counts["begun"] += 1
         number = self.counts["begun"]
+        if self._keys.described is not None:
+            for at in range(first, past):
+                before = keys[at - 1] if at else None
+                tokens = tuple(state.tokens[at * self._size : (at + 1) * self._size])
+                self._keys.described[keys[at]] = Described(before, tokens, state.about)
         job = Job(number, state.name, tuple(keys[first:past]), first, after, tuple(blocks))
         self._jobs[number] = _Live(job, state)
         return job
@@ -397,6 +511,13 @@ class Ledger:
         live.releases += workers
         if live.releases >= self._workers:
             live.request.reading.discard(number)
+            self._give_back(live)
+
+    def _give_back(self, live: _Live) -> None:
+        """Let the engine reuse the blocks that a save no longer reads."""
+        if self._holder is not None and live.held:
+            self._holder.give_back(live.held)
+            live.held = ()
 
     def _end(self, number: int, workers: int, missing: frozenset[int]) -> None:
         """Note that a load or save has ended in some workers."""
@@ -421,7 +542,7 @@ class Ledger:
         if live.missing:
             self.counts["failed_loads"] += 1
             for position in live.missing:
-                self._failed[live.job.keys[position]] = None
+                self._keys.failed[live.job.keys[position]] = None
             state.limit = live.job.first + min(live.missing)
             state.considered = min(state.considered, state.limit)
         if state.ended:
@@ -430,15 +551,16 @@ class Ledger:
     def _end_save(self, live: _Live) -> None:
         """Forget the keys of a save; blocks that were stored may be offered again."""
         live.request.reading.discard(live.job.number)
+        self._give_back(live)
         for position, key in enumerate(live.job.keys):
-            if self._saving.get(key) == live.job.number:
-                del self._saving[key]
+            if self._keys.saving.get(key) == live.job.number:
+                del self._keys.saving[key]
             if position not in live.missing:
-                self._failed.pop(key, None)
+                self._keys.failed.pop(key, None)
                 self.counts["stored_blocks"] += 1
 
 
-def _check_group(block_size: int, group: Group) -> None:
+def check_group(block_size: int, group: Group) -> None:
     """Raise `InvalidTerms` if stored blocks of a size do not fit a group's blocks."""
     if block_size < 1 or (block_size % group.block_size and group.block_size % block_size):
         raise InvalidTerms(

@@ -5,14 +5,24 @@ from __future__ import annotations
 
 import os
 import stat
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from portakv.arguments import nbytes, seconds, text, whole
-from portakv.errors import InvalidTerms, PortaKVError
+from portakv.arguments import flag, nbytes, seconds, text, whole
+from portakv.errors import InvalidTerms, PortaKVError, StoreBusy
 from portakv.runtime.bounded import Bounded
 from portakv.storage import BlockForm, BlockStore, Disk
+from portakv.storage.changes import Change
+from portakv.storage.form_store import FormStore
 from portakv.view import KVView
+
+#: Seconds to wait for a folder that another process has, and between two attempts.
+PATIENCE = 10.0
+PAUSE = 0.1
+#: The most changes of a store that wait for `LocalIndex.take_events`.
+EVENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,10 @@ class StoreTerms:
         host: bytes of host memory that cache blocks.
         staging: bytes of pinned memory for transfers.
         deadline: seconds after which a load gives up what has not landed.
+        block_size: the tokens of a stored block; None: those of the engine's blocks, whose pages
+            are then stored as they are.
+        by_layer: a request computes in the step that begins its load, and each layer waits for its
+            rows; else the request waits until all have landed.
 
     Raises `InvalidTerms` for values that a term cannot have, and for no tier at all.
     """
@@ -34,6 +48,8 @@ class StoreTerms:
     host: int = 4 << 30
     staging: int = 1 << 30
     deadline: float = 10.0
+    block_size: int | None = None
+    by_layer: bool = False
 
     def __post_init__(self) -> None:
         if self.folder is not None:
@@ -42,6 +58,9 @@ class StoreTerms:
         for name in ("capacity", "host", "staging"):
             nbytes(name, getattr(self, name))
         seconds("deadline", self.deadline, above=True)
+        if self.block_size is not None:
+            whole("block_size", self.block_size, 1)
+        flag("by_layer", self.by_layer)
         if self.folder is None and not self.host:
             raise InvalidTerms(
                 "Expected a host tier or a folder for a disk tier, got host=0 and no folder. Pass "
@@ -88,16 +107,106 @@ class LocalIndex:
     """The index of the blocks that a process can load; it knows none without a store.
 
     An engine makes its scheduler's side and its worker's side separately, in one process. They
-    share the index of the engine's name.
+    share the index of the engine's name. A block of several groups of layers can be loaded if the
+    stores of all groups have it.
     """
 
     def __init__(self) -> None:
-        self.store: BlockStore | None = None
+        self._store: BlockStore | None = None
+        self._groups: Sequence[FormStore] = ()
+        self._losses = 0
+        self._number = 0  # of the latest change
+        self._events: deque[Change] | None = None
 
     @staticmethod
     def of(engine: str) -> LocalIndex:
         """Return the index of an engine."""
         return _indices.get_or_make(engine, LocalIndex)
+
+    def open(
+        self,
+        groups: Sequence[tuple[KVView, str]],
+        terms: StoreTerms,
+        model: str,
+        block_size: int | None,
+        patience: float = PATIENCE,
+    ) -> list[FormStore]:
+        """Open the store of the blocks of views, and return its part for each view.
+
+        Args:
+            groups: of each group of layers its view, and what else fixes the bytes of a block, such
+                as the kernel that writes them.
+            model: the name of the model, which blocks of another model do not have.
+            block_size: the tokens of a stored block; None: of each view's blocks.
+            patience: seconds to wait for a folder that another process has, such as an engine that
+                was killed a moment ago.
+
+        Raises:
+            InvalidTerms: a size that blocks of a view cannot have, a name that another engine of
+                this process has.
+            StoreError, StoreBusy: memory for no block; a folder that another process has.
+        """
+        if self._store is not None:
+            raise InvalidTerms(
+                "Expected an engine_id that no other engine of this process has, got one that is "
+                "in use. Leave it out, or pass another."
+            )
+        if block_size is not None:
+            whole("block_size", block_size, 1)
+        tiers = [Disk(terms.folder, capacity=terms.capacity)] if terms.folder is not None else []
+        forms = dict[str, BlockForm]()
+        for number, (view, notes) in enumerate(groups):
+            if len(groups) > 1:  # forms of equal shape differ
+                notes = f"group {number} of {len(groups)} {notes}".rstrip()
+            form = BlockForm.of(view, model, block_size=block_size, notes=notes)
+            forms[f"group {number}"] = form
+        only = next(iter(forms.values())) if len(forms) == 1 else None
+        until = time.monotonic() + patience
+        while self._store is None:
+            try:
+                self._store = BlockStore(
+                    only or forms, staging=terms.staging, host=terms.host, tiers=tiers
+                )
+            except StoreBusy:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(PAUSE)
+        store = self._store
+        store.listen()  # later changes are kept
+        self._groups = [store] if only else [store.of(name) for name in forms]
+        self._losses += 1
+        return [*self._groups]
+
+    def close(self) -> None:
+        """Close the store, and know no block any longer."""
+        store = self._store
+        self._store = None
+        self._groups = ()
+        if store is not None:
+            store.close()
+
+    def record(self) -> None:
+        """Keep changes from now on for `take_events`."""
+        if self._events is None:
+            self._events = deque(maxlen=EVENTS)
+
+    def take_events(self) -> list[Change]:
+        """Return the changes of the store since the last call, at most the latest `EVENTS`.
+
+        Of a block of several groups, those of the first group.
+        """
+        self._follow()
+        made = list(self._events or ())
+        if self._events is not None:
+            self._events.clear()
+        first = next(iter(self._forms()), "")
+        return [each for each in made if each.form == first]
+
+    @property
+    def losses(self) -> int:
+        """Return a number that changes if a block may have been lost."""
+        self._follow()
+        return self._losses
 
     def leading(self, keys: Sequence[bytes]) -> int:
         """Return how many leading blocks can be loaded."""
@@ -105,32 +214,42 @@ class LocalIndex:
 
     def has(self, key: bytes) -> bool:
         """Return whether a block can be loaded."""
-        store = self.store
+        groups = self._groups
         try:
-            return store is not None and store.has(key)
+            return bool(groups) and all(group.has(key) for group in groups)
         except PortaKVError:  # it was closed
             return False
 
+    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return the bytes of blocks that a ledger has counted."""
+        size = sum(group.form.payload_bytes for group in self._groups)
+        return {
+            "landed_bytes": counts.get("landed_blocks", 0) * size,
+            "stored_bytes": counts.get("stored_blocks", 0) * size,
+        }
+
+    def statistics(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
+        """Return the store's statistics; none without a store."""
+        store = self._store
+        return {} if store is None else store.statistics()
+
+    def _forms(self) -> Mapping[str, BlockForm]:
+        store = self._store
+        return {} if store is None else store.forms
+
+    def _follow(self) -> None:
+        """Take note of the changes of the store since the last call."""
+        store = self._store
+        try:
+            changes = [] if store is None else store.listen()
+        except PortaKVError:  # it was closed
+            changes = []
+        for change in changes:
+            if not change.stored or change.number != self._number + 1:  # some may be missed
+                self._losses += 1
+            self._number = change.number
+        if self._events is not None:
+            self._events += changes
+
 
 _indices: Bounded[str, LocalIndex] = Bounded("indices of engines", 256)
-
-
-def opened_store(
-    view: KVView, terms: StoreTerms, model: str, block_size: int | None, notes: str = ""
-) -> BlockStore:
-    """Return the store of the blocks of a view.
-
-    Args:
-        model: the name of the model, which blocks of another model do not have.
-        block_size: the tokens of a stored block; None: of the view's blocks.
-        notes: what else fixes the bytes of a block, such as the kernel that writes them.
-
-    Raises:
-        InvalidTerms: a size that blocks of this view cannot have.
-        StoreError, StoreBusy: memory for no block; a folder that another process has.
-    """
-    if block_size is not None:
-        whole("block_size", block_size, 1)
-    form = BlockForm.of(view, model, block_size=block_size, notes=notes)
-    tiers = [Disk(terms.folder, capacity=terms.capacity)] if terms.folder is not None else []
-    return BlockStore(form, staging=terms.staging, host=terms.host, tiers=tiers)

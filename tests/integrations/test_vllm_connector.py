@@ -14,19 +14,25 @@ from typing import Any
 
 import pytest
 import torch
-from support.vllm_stub import configuration, write_vllm
+from support.vllm_stub import SlidingWindowSpec, configuration, write_vllm
 
+from portakv import copy_rows
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm_caches import (
+    check_hooks,
+    extra_of,
     groups_of,
+    ids_of,
     is_served,
     salt_of,
     settings_of,
-    view_of,
     warn_of_policy,
 )
-from portakv.serving import Group
+from portakv.integrations.vllm_views import BY_DIM, FUSED, LATENT, kernels_of, views_of
+from portakv.serving import Group, Ledger
+from portakv.serving.local import LocalIndex
+from portakv.view import KVView
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -57,10 +63,11 @@ def configurations(tmp_path: Path) -> tuple[Any, Any]:
 def test_what_a_configuration_says(configurations: tuple[Any, Any], tmp_path: Path) -> None:
     settings = settings_of(*configurations)
     assert settings.engine == "engine"
-    assert settings.model == f"model:None:None:auto:{sha256(b'').hexdigest()[:16]}"
+    assert settings.model == f"model:None:None:auto:{sha256(b'').hexdigest()[:16]}:"
     assert settings.block_size == 16
     assert settings.store.folder == str(tmp_path / "store")
-    assert groups_of(configurations[1]) == [Group(16)]
+    assert settings.groups == (Group(16),)
+    assert not settings.fails_by_request
 
 
 def test_several_workers_are_refused(configurations: tuple[Any, Any]) -> None:
@@ -75,7 +82,76 @@ def test_kinds_of_layers_that_are_not_served_are_named(configurations: tuple[Any
 
     groups = configurations[1].kv_cache_groups
     groups.append(SimpleNamespace(kv_cache_spec=MambaSpec(block_size=16)))
-    with pytest.raises(IntegrationError, match="got FullAttentionSpec, MambaSpec"):
+    with pytest.raises(IntegrationError, match="got MambaSpec"):
+        settings_of(*configurations)
+
+
+def window(size: int, tokens: int, *layers: str) -> Any:
+    spec = SlidingWindowSpec(block_size=size, sliding_window=tokens)
+    return SimpleNamespace(kv_cache_spec=spec, layer_names=[*layers])
+
+
+def test_groups_with_a_window(configurations: tuple[Any, Any]) -> None:
+    configurations[1].kv_cache_groups.append(window(16, 64))
+    settings = settings_of(*configurations)
+    assert settings.groups == (Group(16), Group(16, 64))
+    assert settings.fails_by_request
+    terms = configurations[0].kv_transfer_config.kv_connector_extra_config
+    terms["block_size"] = 128
+    with pytest.raises(InvalidTerms, match="at most 64 tokens, the window"):
+        settings_of(*configurations)
+
+
+def test_groups_of_other_block_sizes_need_one_for_stored_blocks(
+    configurations: tuple[Any, Any],
+) -> None:
+    configurations[1].kv_cache_groups.append(window(32, 64))
+    with pytest.raises(InvalidTerms, match=r"blocks of \[16, 32\] tokens, got none. Pass 32"):
+        settings_of(*configurations)
+    configurations[0].kv_transfer_config.kv_connector_extra_config["block_size"] = 32
+    assert settings_of(*configurations).block_size == 32
+
+
+def test_what_a_release_lacks_for_a_window_is_named(configurations: tuple[Any, Any]) -> None:
+    class Base:
+        """A connector of an older release."""
+
+    class Newer(Base):
+        def bind_gpu_block_pool(self) -> None: ...
+
+        def get_transfer_results(self) -> None: ...
+
+    check_hooks(Base, settings_of(*configurations))
+    configurations[1].kv_cache_groups.append(window(16, 64))
+    settings = settings_of(*configurations)
+    check_hooks(Newer, settings)
+    with pytest.raises(IntegrationError, match="the hook bind_gpu_block_pool"):
+        check_hooks(Base, settings)
+    configurations[0].kv_transfer_config.kv_connector_extra_config["by_layer"] = True
+    with pytest.raises(IntegrationError, match="Leave by_layer out"):
+        check_hooks(Newer, settings_of(*configurations))
+
+
+def test_blocks_that_are_gone_are_not_touched() -> None:
+    assert ids_of(([0, 3], [2])) == ((-1, 3), (2,))
+    assert ids_of(None) == ()
+    assert groups_of(configuration("", "engine", 8, 16)[1]) == [Group(16)]
+
+
+@pytest.mark.parametrize(("size", "says"), [(24, "multiple or a divisor of 16"), (0, "block_size")])
+def test_a_size_of_stored_blocks_that_does_not_fit(
+    size: int, says: str, configurations: tuple[Any, Any]
+) -> None:
+    terms = configurations[0].kv_transfer_config.kv_connector_extra_config
+    terms["block_size"] = size
+    with pytest.raises(InvalidTerms, match=f"kv_connector_extra_config: .*{says}"):
+        settings_of(*configurations)
+
+
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer"])
+def test_a_role_that_does_not_fit_is_refused(role: str, configurations: tuple[Any, Any]) -> None:
+    configurations[0].kv_transfer_config.kv_role = role
+    with pytest.raises(IntegrationError, match=f"got '{role}'"):
         settings_of(*configurations)
 
 
@@ -93,26 +169,132 @@ def test_wrong_terms_are_refused_by_name(configurations: tuple[Any, Any], tmp_pa
         settings_of(*configurations)
 
 
+def one_group(*layers: str) -> Any:
+    """Return caches of 8 blocks of 16 tokens, of 4 heads of 32, for a group of layers."""
+    _, caches = configuration("", "engine", 8, 16)
+    (group,) = caches.kv_cache_groups
+    group.layer_names = [*layers]
+    group.kv_cache_spec.num_kv_heads = 4
+    group.kv_cache_spec.head_size = 32
+    return caches
+
+
+def pages_of(named: dict[str, torch.Tensor]) -> tuple[KVView, str]:
+    """Return the view of the pages of a group."""
+    ((view, notes),) = views_of(named, one_group(*named))
+    return view, notes
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["blocks first", "keys and values first"])
 def test_a_view_of_pages(first: bool) -> None:
     """Each block of a layer moves whole; layers that share a tensor count once."""
-    _, caches = configuration("", "engine", 8, 16)
     shape = (8, 4, 16, 64) if first else (2, 8, 16, 4, 32)
     tensors = [torch.zeros(shape) for _ in range(3)]
-    named = {"a": tensors[0], "b": tensors[1], "c": tensors[2], "d": tensors[0]}
-    view, _ = view_of(named, caches)
+    view, _ = pages_of({"a": tensors[0], "b": tensors[1], "c": tensors[2], "d": tensors[0]})
     assert view.layers == 3
     assert view.opaque
     assert view.block_size == 16
     assert view.slots == 8 * 16
 
 
+def test_blocks_that_a_kernel_cuts_are_whole_pages() -> None:
+    """The kernel's blocks have 4 tokens."""
+    view, _ = pages_of({"a": torch.zeros(32, 4, 4, 64)})
+    assert view.opaque
+    assert view.slots == 8 * 16
+    assert view.widths == (4 * 16 * 64 * 4,)
+
+
 def test_caches_without_an_axis_of_blocks_are_refused() -> None:
-    _, caches = configuration("", "engine", 8, 16)
     with pytest.raises(IntegrationError, match=r"got \[4, 8, 16\]"):
-        view_of({"a": torch.zeros(4, 8, 16)}, caches)
+        pages_of({"a": torch.zeros(4, 8, 16)})
     with pytest.raises(IntegrationError, match="of one shape"):
-        view_of({"a": torch.zeros(8, 16), "b": torch.zeros(8, 8)}, caches)
+        pages_of({"a": torch.zeros(8, 16), "b": torch.zeros(8, 8)})
+
+
+def test_groups_that_share_tensors_have_a_view_each() -> None:
+    caches = one_group("a", "b")
+    caches.kv_cache_groups.append(window(16, 64, "c", "d"))
+    tensors = [torch.zeros(8, 4, 16, 64) for _ in range(2)]
+    named = {"a": tensors[0], "b": tensors[1], "c": tensors[0], "d": tensors[1]}
+    first, second = views_of(named, caches)
+    assert first.view.layers == second.view.layers == 2
+
+
+def rows_at(view: KVView, head: int, token: int) -> list[torch.Tensor]:
+    """Return the key and the value of a head at a token."""
+    target = torch.zeros(view.layers, 2, 1, 4, 32)
+    copy_rows(view, KVView(target, "layer kv token head dim"), [token], [0]).synchronize()
+    return [*target[0, :, 0, head]]
+
+
+@pytest.mark.parametrize("order", ["heads first", "tokens first"])
+@pytest.mark.parametrize("kernel", FUSED)
+def test_a_key_and_a_value_next_to_each_other(kernel: str, order: str) -> None:
+    shape = (8, 16, 4, 64) if order == "tokens first" else (8, 4, 16, 64)
+    tensor = torch.arange(8 * 4 * 16 * 64, dtype=torch.float32).view(shape)
+    if order == "tokens first":
+        tensor = tensor.transpose(1, 2)
+    ((view, notes),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
+    assert notes == ""
+    key, value = rows_at(view, 2, 3 * 16 + 5)
+    assert torch.equal(key, tensor[3, 2, 5, :32])
+    assert torch.equal(value, tensor[3, 2, 5, 32:])
+
+
+@pytest.mark.parametrize("kernel", BY_DIM)
+def test_keys_by_dim_and_token(kernel: str) -> None:
+    tensor = torch.arange(8 * 4 * 16 * 64, dtype=torch.float32).view(8, 4, 16, 64)
+    ((view, _),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
+    key, value = rows_at(view, 2, 3 * 16 + 5)
+    page = tensor[3, 2].flatten()
+    assert torch.equal(key, page[: 32 * 16].view(32, 16)[:, 5])
+    assert torch.equal(value, page[32 * 16 :].view(16, 32)[5])
+
+
+@pytest.mark.parametrize("kernel", LATENT)
+def test_a_latent_row(kernel: str) -> None:
+    caches = one_group("a")
+    caches.kv_cache_groups[0].kv_cache_spec.num_kv_heads = 1
+    tensor = torch.arange(8 * 16 * 32, dtype=torch.float32).view(8, 1, 16, 32)
+    ((view, _),) = views_of({"a": tensor}, caches, {"a": kernel})
+    target = torch.zeros(1, 1, 32)
+    copy_rows(view, KVView(target, "layer token dim"), [53], [0]).synchronize()
+    assert torch.equal(target[0, 0], tensor[3, 0, 5])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kernels"),
+    [
+        (torch.zeros(8, 4, 16, 64), {"a": "vllm.SomeBackend"}),
+        (torch.zeros(8, 4, 16, 64), {}),
+        (torch.zeros(8, 4, 16, 64), {"a": BY_DIM[0].replace("vec", "amx")}),
+        (torch.zeros(8, 4, 16, 64, dtype=torch.uint8), {"a": FUSED[0]}),
+        (torch.zeros(8, 2, 16, 128), {"a": FUSED[0]}),
+        (torch.zeros(16, 4, 8, 64), {"a": FUSED[0]}),
+    ],
+    ids=["backend", "none", "instruction set", "dtype", "shape", "the kernel's blocks"],
+)
+def test_pages_whose_inside_is_not_known_are_refused(
+    tensor: torch.Tensor, kernels: dict[str, str]
+) -> None:
+    with pytest.raises(IntegrationError, match="Leave block_size out"):
+        views_of({"a": tensor}, one_group("a"), kernels)
+
+
+def test_the_kernels_of_an_engine() -> None:
+    """A layer that is not attention has none."""
+
+    class Backend:
+        """What a layer's attention is written in."""
+
+    layer = SimpleNamespace(get_attn_backend=lambda: Backend)
+    by_cpu = SimpleNamespace(get_attn_backend=lambda: Backend, isa="vec")
+    layers = {"a": layer, "b": by_cpu, "c": SimpleNamespace()}
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    name = f"{Backend.__module__}.{Backend.__qualname__}"
+    assert kernels_of(config) == {"a": name, "b": f"{name} vec"}
+    assert kernels_of(SimpleNamespace()) == {}
 
 
 @pytest.mark.parametrize(("policy", "lines"), [("fail", 1), ("recompute", 0)])
@@ -139,11 +321,72 @@ def test_salts_and_adapters_keep_blocks_apart() -> None:
 @pytest.mark.parametrize(
     "terms",
     [{"prompt_embeds": torch.zeros(1)}, {"mm_features": [object()]}, {"resumable": True}],
-    ids=["embeddings", "images", "sessions"],
+    ids=["embeddings", "images without a name", "sessions"],
 )
 def test_requests_of_more_than_tokens_are_left_to_the_engine(terms: dict[str, Any]) -> None:
     assert is_served(request())
     assert not is_served(request(**terms))
+
+
+def image(name: str, offset: int, length: int) -> Any:
+    place = SimpleNamespace(offset=offset, length=length)
+    return SimpleNamespace(identifier=name, mm_position=place)
+
+
+def test_images_are_part_of_the_keys_of_the_blocks_that_they_touch() -> None:
+    """Tokens 10 - 39 of blocks of 16 are an image's placeholders, 40 - 41 those of another."""
+    features = [image("a", 10, 30), image("b", 40, 2)]
+    asked = request(mm_features=features)
+    assert is_served(asked)
+    extra = extra_of(asked, 16)
+    assert sorted(extra) == [0, 1, 2]
+    others = {
+        "another image": [image("c", 10, 30), image("b", 40, 2)],
+        "another place": [image("a", 9, 30), image("b", 40, 2)],
+    }
+    for features in others.values():
+        changed = extra_of(request(mm_features=features), 16)
+        assert all(changed[number] != extra[number] for number in (0, 1, 2))
+    second = extra_of(request(mm_features=[image("a", 10, 30), image("c", 40, 2)]), 16)
+    assert [second[number] == extra[number] for number in (0, 1, 2)] == [True, True, False]
+    assert extra_of(request(), 16) == {}
+
+
+def test_requests_with_other_images_have_other_keys() -> None:
+    index = LocalIndex()
+    ledger = Ledger(16, [Group(16)], 1, index)
+    tokens = [7] * 48
+    for name in ("a", "b"):
+        asked = request(mm_features=[image(name, 20, 8)])
+        ledger.add(name, tokens, salt_of(asked), extra_of(asked, 16))
+        ledger.scheduled(name, 0, 48, ((1, 2, 3),), replaced=True)
+    first, second = (job.keys for job in ledger.plan().saves)
+    # The first block, before the image, is saved once.
+    assert len(first) == 3
+    assert len(second) == 2
+    assert not {*first} & {*second}
+
+
+def test_an_adapter_that_is_trained_further_has_other_blocks(tmp_path: Path) -> None:
+    weights = tmp_path / "adapter.safetensors"
+    adapted = request(lora_request=SimpleNamespace(lora_name="a", lora_path=str(tmp_path)))
+    weights.write_bytes(b"one")
+    first = salt_of(adapted)
+    assert salt_of(adapted) == first
+    weights.write_bytes(b"other")
+    second = salt_of(adapted)
+    weights.write_bytes(b"one")
+    assert second != first == salt_of(adapted)
+
+
+def test_other_weights_under_a_models_name_have_other_blocks(
+    configurations: tuple[Any, Any], tmp_path: Path
+) -> None:
+    configurations[0].model_config.model = str(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    first = settings_of(*configurations).model
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert settings_of(*configurations).model != first
 
 
 def test_an_adapter_of_another_path_has_other_blocks() -> None:
@@ -156,13 +399,12 @@ def test_an_adapter_of_another_path_has_other_blocks() -> None:
 
 def test_a_page_is_read_in_the_order_of_its_memory() -> None:
     """vLLM names heads before tokens, also where tokens come first in memory."""
-    _, caches = configuration("", "engine", 8, 16)
     by_token = torch.arange(8 * 16 * 4 * 6).view(8, 16, 4, 6).transpose(1, 2)
-    view, order = view_of({"a": by_token}, caches)
+    view, order = pages_of({"a": by_token})
     (tensor,) = [view.tensors] if isinstance(view.tensors, torch.Tensor) else view.tensors
     assert tensor.is_contiguous()
     by_head = torch.arange(8 * 16 * 4 * 6).view(8, 4, 16, 6)
-    assert view_of({"a": by_head}, caches)[1] != order
+    assert pages_of({"a": by_head})[1] != order
 
 
 @pytest.mark.parametrize(

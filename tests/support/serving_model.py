@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from portakv.serving import Group, Job, Ledger, Plan, Report
 from portakv.storage.keys import KeyChain
 
 NOTHING = -1  # the row of a block that was never written
+GONE = -1  # in place of a block that was given up
 LIMIT = 3000  # steps; no request takes as long
 
 
@@ -43,6 +44,7 @@ class Store:
         self.chance = chance
         self.workers = draw.workers
         self.wrong = draw.wrong
+        self.losses = 0
 
     def leading(self, keys: Sequence[bytes]) -> int | None:
         """Answer as an index; sometimes not yet."""
@@ -78,6 +80,7 @@ class Store:
                 del self.blocks[key]
                 if self.chance.random() < 0.5:
                     self.believed.discard(key)
+                    self.losses += 1
 
 
 @dataclass
@@ -240,6 +243,8 @@ class Draw:
         forgets: the chance that the engine forgets its prefix cache, whose hits would leave none
             for the store.
         wrong: the chance of each fault of the store.
+        window: the latest tokens whose rows attention reads; None: it reads all. Blocks before the
+            window are given up.
     """
 
     def __init__(self, chance: random.Random) -> None:
@@ -251,6 +256,7 @@ class Draw:
         self.budget = chance.choice([4, 16])
         self.forgets = chance.choice([0.0, 0.3])
         self.wrong = chance.choice([0.0, 0.1, 0.3])
+        self.window = chance.choice([None, None, self.stored_size, 2 * self.stored_size])
 
 
 class Pool:
@@ -288,18 +294,41 @@ class Pool:
 
     def give_back(self, request: Request) -> None:
         """Free the blocks of a request, whose rows stay in the prefix cache."""
+        self.release(reversed(request.blocks))
+        request.blocks = []
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Free blocks that nothing else has."""
         known = {block: row for row, block in self.cached.items()}
-        for block in reversed(request.blocks):
+        for block in blocks:
+            if block == GONE:
+                continue
             self._references[block] -= 1
             assert self._references[block] >= 0, "a block was freed twice"
             if not self._references[block]:
                 self.free[block] = known.get(block)
-        request.blocks = []
+
+    def slide(self, request: Request, computed: int, window: int | None) -> None:
+        """Free the blocks of a request that no later token reads."""
+        if window is None:
+            return
+        past = max(0, computed - window + 1) // self.size
+        self.release(request.blocks[:past])
+        request.blocks[:past] = [GONE] * past
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Keep blocks from reuse, for a ledger."""
+        for block in blocks:
+            assert block != GONE, "a block is held that is gone"
+            assert self._references[block], "a block is held that nothing has"
+            self._references[block] += 1
 
     def cache(self, request: Request) -> None:
         """Enter whole blocks in the prefix cache."""
         rows = rows_of(request.tokens)
         for at in range(min(request.computed, len(rows)) // self.size):
+            if request.blocks[at] == GONE:
+                continue
             self.cached.setdefault(rows[(at + 1) * self.size - 1], request.blocks[at])
 
     def hit(self, request: Request) -> list[int]:
@@ -322,6 +351,14 @@ class Pool:
         return new
 
 
+class Holder:
+    """What a ledger keeps blocks by."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.hold = pool.hold
+        self.give_back = pool.release
+
+
 class Engine:
     """The scheduler of a serving engine, whose hooks call a ledger."""
 
@@ -335,11 +372,12 @@ class Engine:
         self.chance = chance = random.Random(seed)
         self.draw = draw = Draw(chance)
         self.store = store(chance, draw)
-        groups = [Group(draw.block_size)]
+        groups = [Group(draw.block_size, draw.window)]
         now = itertools.count(0, 0.2).__next__  # each look at the clock takes a while
-        self.ledger = made(draw.stored_size, groups, draw.workers, self.store, now)
-        self.workers = [worker(self, n) for n in range(draw.workers)]
         self.pool = Pool(draw)
+        holder = Holder(self.pool) if draw.window else None
+        self.ledger = made(draw.stored_size, groups, draw.workers, self.store, now, holder)
+        self.workers = [worker(self, n) for n in range(draw.workers)]
         self.requests = dict[str, Request]()
         self.waiting = list[Request]()
         self.running = list[Request]()
@@ -440,6 +478,7 @@ class Engine:
             if request not in self.running:
                 continue
             past = min(len(request.tokens), request.computed + self.draw.budget)
+            self.pool.slide(request, request.computed, self.draw.window)
             while (new := self.pool.grow(request, past)) is None:
                 last = self.running[-1]
                 until.pop(last, None)
@@ -466,6 +505,7 @@ class Engine:
                 self.pool.give_back(request)
                 break
             self.waiting.remove(request)
+            self.pool.slide(request, computed + tokens, self.draw.window)
             request.computed = computed
             request.load_tokens = tokens
             self.ledger.allocated(request.name, computed, tokens, (tuple(request.blocks),))
@@ -483,13 +523,16 @@ class Engine:
     def _compute(self, request: Request, past: int) -> None:
         """Write the rows of a step, each worker its own; what they depend on must be right."""
         rows = rows_of(request.tokens)
+        window = self.draw.window
+        first = 0 if window is None else max(0, request.computed - window + 1)
         for worker in self.workers:
             for token in range(past):
                 block = request.blocks[token // self.draw.block_size]
                 at = token % self.draw.block_size
                 if token >= request.computed:
                     worker.write(block, at, rows[token])
-                assert worker.row(block, at) == rows[token], "a request reads other rows"
+                if token >= first:
+                    assert worker.row(block, at) == rows[token], "a request reads other rows"
         request.computed = past
         self.pool.cache(request)
 
@@ -529,6 +572,8 @@ class Engine:
                     # The engine computes the whole block anew in which a token is missing.
                     first = (load.job.first + min(load.missing)) * self.draw.stored_size
                     past = min(past, first // self.draw.block_size * self.draw.block_size)
+                    if self.draw.window is not None:
+                        past = 0  # rows before the window are gone
                 ended[number] = request, past
                 del self.loads[number]
         return ended
@@ -538,7 +583,7 @@ class Engine:
         if request.state == "ended":
             self.pool.give_back(request)
             return
-        request.computed = max(request.computed, past)
+        request.computed = max(request.computed, past) if past or not self.draw.window else 0
         if not request.computed:  # as if it had never been scheduled
             self.pool.give_back(request)
             request.state = "waiting"

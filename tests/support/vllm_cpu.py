@@ -45,8 +45,8 @@ ENVIRONMENT = {
 }
 
 
-def make_model(folder: Path) -> None:
-    """Write the model into a folder."""
+def make_model(folder: Path, window: int | None = None) -> None:
+    """Write the model into a folder. ``window``: of every other layer; None: all attend to all."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -94,6 +94,9 @@ def make_model(folder: Path) -> None:
         "eos_token_id": 2,
         "hidden_act": "silu",
     }
+    if window is not None:
+        config["sliding_window"] = window
+        config["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text("{}")
 
@@ -112,14 +115,26 @@ class Answer(NamedTuple):
 
 
 class Engine:
-    """A vLLM engine in this process. ``store``: the terms of PortaKV's connector; None: without."""
+    """A vLLM engine in this process.
+
+    Args:
+        store: the terms of PortaKV's connector; None: without.
+        blocks: how many the engine has; None: as many as fit.
+        block_size: the tokens of a block.
+        terms: other terms of the engine.
+    """
 
     def __init__(
-        self, model: Path, store: dict[str, Any] | None, blocks: int | None = None
+        self,
+        model: Path,
+        store: dict[str, Any] | None,
+        blocks: int | None = None,
+        block_size: int = BLOCK,
+        **terms: Any,
     ) -> None:
         from vllm import LLM
 
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {**terms}
         if store is not None:
             more["kv_transfer_config"] = {
                 "kv_connector": "PortaKVConnector",
@@ -135,7 +150,7 @@ class Engine:
             skip_tokenizer_init=True,
             dtype="float32",
             enforce_eager=True,
-            block_size=BLOCK,
+            block_size=block_size,
             max_model_len=2048,
             max_num_seqs=8,
             kv_cache_memory_bytes=128 << 20,
@@ -161,15 +176,27 @@ class Engine:
         """Clear the engine's own prefix cache, after steps in which saves end."""
         until = time.monotonic() + LIMIT / 2
         for number in itertools.count():
-            if self.llm.reset_prefix_cache():
+            if self.llm.reset_prefix_cache() and not self.counts["jobs"]:
                 return
             assert time.monotonic() < until, f"blocks are not freed: {self.counts}"
             self.ask([prompt(20, 900 + number)], 2)
 
     @property
+    def scheduler(self) -> Any:
+        """Return the engine's scheduler."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
     def connector(self) -> Any:
         """Return the scheduler's side of the connector."""
-        return self.llm.llm_engine.engine_core.engine_core.scheduler.connector
+        return self.scheduler.connector
+
+    @property
+    def worker_connector(self) -> Any:
+        """Return the worker's side of the connector, which is in this process."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()
 
     @property
     def counts(self) -> dict[str, int]:

@@ -19,14 +19,17 @@ import torch
 from portakv.integrations import vllm_connector
 from portakv.integrations.vllm_connector import PlanMetadata, PortaKVConnector, ReportMetadata
 from portakv.serving import Plan, Report
-from support.serving_model import NOTHING, Engine
+from support.serving_model import NOTHING, Engine, Holder
 from support.vllm_stub import configuration
 
 Role: Any = vllm_connector.KVConnectorRole  # type: ignore[attr-defined]
 
 
 class HookStore:
-    """The model's side of a store that the connector opens itself."""
+    """The model's side of a store that the connector opens itself.
+
+    vLLM's ids of blocks are the model's plus one: block 0 stands for one that is gone.
+    """
 
     folder = ""
 
@@ -34,10 +37,13 @@ class HookStore:
         self.draw = draw
         draw.workers = 1
         draw.stored_size = draw.block_size
+        if draw.window is not None:
+            draw.window = max(draw.window, draw.stored_size)
         self.expected = dict[bytes, list[int]]()
         self.wrong = 0.0
         name = f"{id(self)}"
-        self.configurations = configuration(self.folder, name, draw.blocks, draw.block_size)
+        many = draw.blocks + 1
+        self.configurations = configuration(self.folder, name, many, draw.block_size, draw.window)
 
     def age(self) -> None:
         """Nothing is damaged; the host tier evicts."""
@@ -46,10 +52,23 @@ class HookStore:
 class HookLedger:
     """A ledger behind the hooks of the scheduler."""
 
-    def __init__(self, size: int, groups: Any, workers: int, store: HookStore, now: Any) -> None:
+    def __init__(
+        self,
+        size: int,
+        groups: Any,
+        workers: int,
+        store: HookStore,
+        now: Any,
+        holder: Holder | None,
+    ) -> None:
         role = Role.SCHEDULER
         config, caches = store.configurations
         self.connector = PortaKVConnector(config, role, caches)
+        if holder is not None:
+            blocks = range(-1, caches.num_blocks - 1)
+            self.connector.bind_gpu_block_pool(
+                SimpleNamespace(blocks=blocks, touch=holder.hold, free_blocks=holder.give_back)
+            )
         self.requests = dict[str, Any]()
         self.news = list[Any]()
         self.olds = list[Any]()
@@ -72,11 +91,12 @@ class HookLedger:
         return tokens
 
     def allocated(self, name: str, computed: int, tokens: int, blocks: Any) -> None:
-        some = SimpleNamespace(get_block_ids=lambda: blocks)
+        some = SimpleNamespace(get_block_ids=lambda: ids_in_vllm(blocks))
         self.connector.update_state_after_alloc(self.requests[name], some, tokens)
 
     def scheduled(self, name: str, computed: int, past: int, blocks: Any, replaced: bool) -> None:
         many = past - computed
+        blocks = ids_in_vllm(blocks)
         if name not in self.known:
             self.known.add(name)
             self.news.append((name, computed, many, blocks))
@@ -124,6 +144,11 @@ class HookLedger:
         return self.connector.ledger.statistics()
 
 
+def ids_in_vllm(blocks: Iterable[Iterable[int]]) -> tuple[list[int], ...]:
+    """Return the model's blocks of each group by their ids in vLLM."""
+    return tuple([block + 1 for block in ids] for ids in blocks)
+
+
 class HookWorker:
     """A worker behind the hooks of the model runner."""
 
@@ -131,7 +156,7 @@ class HookWorker:
         draw = engine.draw
         config, caches = engine.store.configurations
         self.connector = PortaKVConnector(config, Role.WORKER, caches)
-        self._memory = torch.full((draw.blocks, 2, draw.block_size), NOTHING)
+        self._memory = torch.full((draw.blocks + 1, 2, draw.block_size), NOTHING)
         self.connector.register_kv_caches({"layer": self._memory})
         self._said = Report()
         self.freed = set[str]()
@@ -143,8 +168,9 @@ class HookWorker:
 
     @property
     def report(self) -> Report:
-        freed, _ = self.connector.get_finished(())
-        self.freed |= freed or set()
+        results = self.connector.get_transfer_results(set())
+        self.freed |= results.finished_sending
+        assert results.failed_recving <= results.finished_recving
         self.lacking |= self.connector.get_block_ids_with_load_errors()
         metadata = self.connector.build_connector_worker_meta()
         if metadata is not None:
@@ -156,11 +182,11 @@ class HookWorker:
         self._said = empty
 
     def row(self, block: int, at: int) -> int:
-        both = {int(x) for x in self._memory[block, :, at]}
+        both = {int(x) for x in self._memory[block + 1, :, at]}
         return both.pop() if len(both) == 1 else NOTHING
 
     def write(self, block: int, at: int, row: int) -> None:
-        self._memory[block, :, at] = row
+        self._memory[block + 1, :, at] = row
 
     def before_step(self, plan: Plan) -> None:
         self.connector.bind_connector_metadata(PlanMetadata(plan))

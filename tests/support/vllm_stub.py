@@ -22,9 +22,19 @@ class KVConnectorMetadata:
 class KVConnectorWorkerMetadata:
     pass
 
+class SupportsHMA:
+    pass
+
+class KVConnectorTransferResults:
+    def __init__(self, sent, received):
+        self.finished_sending = sent
+        self.finished_recving = received
+        self.failed_recving = set()
+
 class KVConnectorBase_V1:
     def __init__(self, vllm_config, role, kv_cache_config):
         self._kv_cache_config = kv_cache_config
+        self.role = role
         self._connector_metadata = None
 
     def bind_connector_metadata(self, metadata):
@@ -32,6 +42,13 @@ class KVConnectorBase_V1:
 
     def _get_connector_metadata(self):
         return self._connector_metadata
+
+    def bind_gpu_block_pool(self, gpu_block_pool):
+        return
+
+    def get_transfer_results(self, finished_req_ids):
+        sent, received = self.get_finished(finished_req_ids)
+        return KVConnectorTransferResults(set(sent or ()), set(received or ()))
 """
 
 
@@ -52,8 +69,17 @@ class FullAttentionSpec(SimpleNamespace):
     """What a group of layers is called in vLLM."""
 
 
-def configuration(folder: str, name: str, blocks: int, size: int) -> tuple[Any, Any]:
-    """Return the two configurations that a connector is made with."""
+class SlidingWindowSpec(SimpleNamespace):
+    """What a group of layers with a window is called in vLLM."""
+
+
+def configuration(
+    folder: str, name: str, blocks: int, size: int, window: int | None = None
+) -> tuple[Any, Any]:
+    """Return the two configurations that a connector is made with.
+
+    ``window``: that of the group of layers; None: full attention.
+    """
     terms = {"folder": folder, "host": 1 << 16, "staging": 1 << 16, "capacity": 1 << 20}
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(world_size=1),
@@ -61,5 +87,8 @@ def configuration(folder: str, name: str, blocks: int, size: int) -> tuple[Any, 
         cache_config=SimpleNamespace(cache_dtype="auto"),
         kv_transfer_config=SimpleNamespace(engine_id=name, kv_connector_extra_config=terms),
     )
-    group = SimpleNamespace(kv_cache_spec=FullAttentionSpec(block_size=size))
+    spec: Any = FullAttentionSpec(block_size=size)
+    if window is not None:
+        spec = SlidingWindowSpec(block_size=size, sliding_window=window)
+    group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
     return config, SimpleNamespace(num_blocks=blocks, kv_cache_groups=[group])

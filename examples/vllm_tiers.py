@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM engine whose blocks outlive it: `examples/vllm_tiers.sh` runs it twice.
+
+    python examples/vllm_tiers.py FOLDER [--model NAME] [--block-size 32] [--wait]
+
+Answers a prompt of 1,000 tokens, and prints the answer's tokens and how many tokens of the prompt
+came from the store. Without ``--model``, a small Llama with random weights is made in FOLDER, so
+that nothing is downloaded. ``--wait``: then wait to be killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+PROMPT_TOKENS = 1000
+STORED = 32  # tokens of a stored block, whatever the engine's blocks are
+LIMIT = 120  # seconds until all blocks are stored
+
+
+def make_model(folder: Path) -> None:
+    """Write a small Llama with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=8192,
+        initializer_range=0.125,  # so that the answer depends on the whole prompt
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def make_engine(model: str, store: Path, block_size: int) -> LLM:
+    """Return an engine that keeps its blocks in a folder."""
+    from vllm import LLM
+
+    return LLM(
+        model,
+        block_size=block_size,
+        max_model_len=2048,
+        kv_cache_memory_bytes=256 << 20,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        disable_log_stats=False,  # for the figures that stored() reads
+        kv_transfer_config={
+            "kv_connector": "PortaKVConnector",
+            "kv_connector_module_path": "portakv.integrations.vllm_connector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "folder": str(store),
+                "block_size": STORED,
+                "capacity": 1 << 30,
+                "host": 256 << 20,
+                "staging": 256 << 20,
+            },
+        },
+    )
+
+
+def answer(llm: LLM, prompt: list[int], tokens: int) -> tuple[list[int], int]:
+    """Return the tokens of an answer, and how many tokens of the prompt were not computed."""
+    from vllm import SamplingParams
+
+    terms = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate({"prompt_token_ids": prompt}, terms, use_tqdm=False)
+    return list(output.outputs[0].token_ids), output.num_cached_tokens or 0
+
+
+def stored(llm: LLM) -> float:
+    """Return how many blocks were stored."""
+    metrics = {each.name: getattr(each, "value", 0) for each in llm.get_metrics()}
+    return metrics.get("vllm:portakv_stored_blocks", 0)
+
+
+def main() -> None:
+    """Answer the prompt."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--wait", action="store_true")
+    args = parser.parse_args()
+
+    if args.model is None:
+        args.model = str(args.folder / "model")
+        if not Path(args.model).exists():
+            make_model(Path(args.model))
+    llm = make_engine(args.model, args.folder / "kv", args.block_size)
+
+    draw = random.Random(0)
+    prompt = [draw.randrange(3, 4000) for _ in range(PROMPT_TOKENS)]
+    began = time.monotonic()
+    tokens, cached = answer(llm, prompt, 12)
+    seconds = round(time.monotonic() - began, 2)
+    print(json.dumps({"tokens": tokens, "from the store": cached, "seconds": seconds}))
+
+    if args.wait:
+        while stored(llm) < PROMPT_TOKENS // STORED:  # an engine saves while it steps
+            if time.monotonic() > began + LIMIT:
+                raise SystemExit("The blocks of the prompt were not stored in time.")
+            answer(llm, [5, 6, 7], 2)
+        print("stored", flush=True)
+        time.sleep(LIMIT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv doctor --kv-transfer-config`: say what is wrong with a configuration of vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from portakv.cli.console import print_json, print_prose
+from portakv.errors import InvalidTerms
+from portakv.integrations.vllm_check import findings_of
+from portakv.serving.sizing import Sizes, sizes_of
+
+
+def check_config(config: str, model: str | None, as_json: bool) -> int:
+    """Print what is wrong with a configuration; return 1 if vLLM would not start with it.
+
+    Args:
+        config: JSON, or the path of a file with it.
+        model: a folder with the ``config.json`` of a model; None: not known.
+        as_json: print one JSON value.
+
+    Raises `InvalidTerms` for texts that are not JSON objects.
+    """
+    sizes = None if model is None else _sizes(model)
+    found = findings_of(_object("--kv-transfer-config", config), sizes)
+    if as_json:
+        print_json(vars(found))
+        return 1 if found.errors else 0
+    for kind, sentences in (
+        ("error", found.errors),
+        ("warning", found.warnings),
+        ("note", found.notes),
+    ):
+        for sentence in sentences:
+            print_prose(f"{kind}: {sentence}")
+    if found.errors:
+        print("vLLM would not start with this configuration, or not use PortaKV.")
+        return 1
+    print("vLLM starts with this configuration, and uses PortaKV.")
+    return 0
+
+
+def _sizes(model: str) -> Sizes:
+    """Return the sizes of a model in a folder."""
+    path = Path(model, "config.json")
+    if not path.is_file():
+        raise InvalidTerms(
+            f"Expected --model to be a folder with a config.json, got {model!r}. Pass the folder "
+            f"of a downloaded model."
+        )
+    return sizes_of(_object("--model", str(path)))
+
+
+def _object(option: str, text: str) -> dict[str, Any]:
+    """Return a JSON object, from a text or from the file that the text names."""
+    if not text.lstrip().startswith("{"):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidTerms(
+                f"Expected {option} to be JSON or the path of a file, got {text!r}: {error}. "
+                f"Correct it."
+            ) from None
+    try:
+        made = json.loads(text)
+    except ValueError as error:
+        raise InvalidTerms(
+            f"Expected {option} to be JSON, got an error: {error}. Correct it."
+        ) from None
+    if not isinstance(made, dict):
+        raise InvalidTerms(
+            f"Expected {option} to be a JSON object, got a {type(made).__name__}. Correct it."
+        )
+    return made

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check a ``--kv-transfer-config`` before an engine starts with it. No engine is imported."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from portakv.errors import InvalidTerms
+from portakv.integrations import why_not
+from portakv.integrations.interfaces import lacks
+from portakv.serving.local import StoreTerms
+from portakv.serving.sizing import Sizes
+
+CONNECTOR = "PortaKVConnector"
+MODULE = "portakv.integrations.vllm_connector"
+#: The keys of vLLM's configuration.
+KEYS = (
+    "kv_connector",
+    "engine_id",
+    "kv_buffer_device",
+    "kv_buffer_size",
+    "kv_role",
+    "kv_rank",
+    "kv_parallel_size",
+    "kv_ip",
+    "kv_port",
+    "kv_connector_extra_config",
+    "kv_connector_module_path",
+    "enable_permute_local_kv",
+    "kv_load_failure_policy",
+)
+BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
+#: Hooks that a release of vLLM may lack, and what the connector then does without.
+OPTIONAL_HOOKS = {
+    f"{BASE}:KVConnectorBase_V1.get_transfer_results": "models with a sliding window",
+    f"{BASE}:KVConnectorBase_V1.bind_gpu_block_pool": "models with a sliding window",
+    f"{BASE}:KVConnectorBase_V1.build_prom_metrics": "figures for Prometheus",
+    f"{BASE}:KVConnectorBase_V1.take_events": "KV events",
+    f"{BASE}:KVConnectorBase_V1.has_pending_block_frees": "waiting for blocks before a preemption",
+    f"{BASE}:KVConnectorBase_V1.requires_piecewise_for_cudagraph": "by_layer with CUDA graphs",
+}
+#: Hooks without which the connector does not work.
+HOOKS = (
+    f"{BASE}:SupportsHMA",
+    f"{BASE}:KVConnectorWorkerMetadata",
+    f"{BASE}:KVConnectorBase_V1.on_new_request",
+    f"{BASE}:KVConnectorBase_V1.build_connector_worker_meta",
+    f"{BASE}:KVConnectorBase_V1.handle_preemptions",
+    f"{BASE}:KVConnectorBase_V1.get_block_ids_with_load_errors",
+)
+
+
+@dataclass
+class Findings:
+    """What is wrong with a configuration.
+
+    Attributes:
+        errors: the engine would not start, or PortaKV would not be used.
+        warnings: the engine starts, and does not do what a user wants.
+        notes: what the configuration gives.
+    """
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def findings_of(config: Mapping[str, Any], sizes: Sizes | None = None) -> Findings:
+    """Return what is wrong with the configuration of an engine's KV transfers.
+
+    Args:
+        config: as vLLM's ``--kv-transfer-config`` has it.
+        sizes: of the model that the engine serves, if it is known.
+    """
+    found = Findings()
+    found.errors += _wrong_keys(config)
+    if not found.errors and config.get("kv_load_failure_policy", "fail") != "recompute":
+        found.warnings.append(
+            "kv_load_failure_policy is not 'recompute': a stored block that is damaged, or was "
+            "evicted meanwhile, ends its request with an error. Set it to 'recompute'."
+        )
+    _check_terms(config.get("kv_connector_extra_config") or {}, sizes, found)
+    _check_release(found)
+    return found
+
+
+def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each key of vLLM's that is wrong."""
+    for name in config:
+        if name not in KEYS:
+            near = difflib.get_close_matches(name, KEYS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            yield f"Expected a key of vLLM's KVTransferConfig, got {name!r}.{hint} Correct it."
+    for name, expected in (
+        ("kv_connector", CONNECTOR),
+        ("kv_connector_module_path", MODULE),
+        ("kv_role", "kv_both"),
+    ):
+        if config.get(name) != expected:
+            yield f"Expected {name} {expected!r}, got {config.get(name)!r}. Correct it."
+
+
+def _check_terms(extra: Any, sizes: Sizes | None, found: Findings) -> None:
+    """Check PortaKV's own terms."""
+    if not isinstance(extra, Mapping):
+        found.errors.append(
+            f"Expected an object for kv_connector_extra_config, got {extra!r}. Correct it."
+        )
+        return
+    try:
+        terms = StoreTerms.of(extra)
+    except InvalidTerms as error:
+        found.errors.append(f"kv_connector_extra_config: {error}")
+        return
+    found.warnings += _short_of(terms)
+    if sizes is not None:
+        _check_sizes(terms, sizes, found)
+
+
+def _short_of(terms: StoreTerms) -> Iterator[str]:
+    """Yield a sentence for memory or space that this machine does not have."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if terms.host + terms.staging > memory:
+        yield (
+            f"host and staging take {_gib(terms.host + terms.staging)}, and this machine has "
+            f"{_gib(memory)}. Give less."
+        )
+    if terms.folder is None:
+        yield (
+            "There is no folder: blocks are in host memory alone, and end with the engine. Name a "
+            "folder to keep them."
+        )
+        return
+    existing = Path(terms.folder)
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK | os.X_OK):
+        yield f"The user who runs this may not write {existing}. Pass another folder."
+    space = shutil.disk_usage(existing).total
+    if terms.capacity > space:
+        yield (
+            f"capacity is {_gib(terms.capacity)}, and the file system of {existing} has "
+            f"{_gib(space)}. Give less."
+        )
+
+
+def _check_sizes(terms: StoreTerms, sizes: Sizes, found: Findings) -> None:
+    """Compare terms with a model."""
+    size = terms.block_size or 16
+    if terms.staging < size * sizes.token:
+        found.errors.append(
+            f"staging is {_gib(terms.staging)}, and a block of {size} tokens takes "
+            f"{_gib(size * sizes.token)}. Give it {_gib(sizes.staging)}."
+        )
+    elif terms.staging < sizes.staging:
+        found.warnings.append(
+            f"staging is {_gib(terms.staging)}, less than {_gib(sizes.staging)}: blocks of long "
+            f"prompts are not saved while it is full. Give it more."
+        )
+    places = {"host memory": terms.host}
+    if terms.folder is not None:
+        places["the disk"] = terms.capacity
+    kept = ", ".join(f"{place} {sizes.tokens(size):,}" for place, size in places.items())
+    found.notes.append(f"A token takes {sizes.token:,} bytes; tokens that fit: {kept}.")
+
+
+def _check_release(found: Findings) -> None:
+    """Compare the installed release of vLLM with the hooks that the connector uses."""
+    refusal = why_not("vllm")
+    if refusal:
+        found.warnings.append(refusal)
+        return
+    found.errors += [
+        f"The installed vLLM has no {name.partition(':')[2]}, which the connector needs. Install "
+        f"another release."
+        for name in lacks(HOOKS)
+    ]
+    found.notes += [
+        f"The installed vLLM has no {name.partition(':')[2]}: the connector serves without "
+        f"{OPTIONAL_HOOKS[name]}."
+        for name in lacks(OPTIONAL_HOOKS)
+    ]
+
+
+def _gib(nbytes: int) -> str:
+    """Return a number of bytes as a text."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes} bytes"

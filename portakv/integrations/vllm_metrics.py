@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of the connector for vLLM's log and for Prometheus.
+
+A release of vLLM without these hooks has the connector without them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+try:
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorPromMetrics,
+        KVConnectorStats,
+    )
+except ImportError:  # a release without figures of connectors
+    KVConnectorPromMetrics = KVConnectorStats = object
+    SUPPORTED = False
+else:
+    SUPPORTED = True
+
+#: Seconds between two reports of figures.
+INTERVAL = 1.0
+#: The counters, and what each counts.
+COUNTERS = {
+    "promised": "Tokens that the scheduler was offered from the store",
+    "loads": "Loads of requests",
+    "failed_loads": "Loads that did not bring all blocks",
+    "landed_blocks": "Stored blocks that loads have brought",
+    "landed_bytes": "Bytes that loads have brought",
+    "saves": "Saves of requests",
+    "stored_blocks": "Blocks that saves have stored",
+    "stored_bytes": "Bytes that saves have stored",
+    "unanswered": "Lookups that another host did not answer in time",
+    "steps": "Steps of the engine, once for its scheduler and once for each worker",
+    "hook_seconds": "Seconds that the connector's hooks took",
+    "idle_steps": "Steps without work for the connector",
+    "idle_hook_seconds": "Seconds that the connector's hooks took in steps without work",
+}
+
+
+class Figures:
+    """Counters of one process of an engine, reported as what they have grown by.
+
+    Args:
+        interval: seconds between two reports.
+        now: returns the time in seconds.
+    """
+
+    def __init__(
+        self, interval: float = INTERVAL, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._interval = interval
+        self._now = now
+        self._due = now() + interval
+        self._reported = dict[str, float]()
+
+    def take(self, read: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+        """Return how much each counter has grown since the last report; empty before its time."""
+        now = self._now()
+        if now < self._due:
+            return {}
+        self._due = now + self._interval
+        grown = dict[str, float]()
+        for name, value in read().items():
+            if name in COUNTERS and value != self._reported.get(name, 0):
+                grown[name] = value - self._reported.get(name, 0)
+                self._reported[name] = value
+        return grown
+
+
+class PortaKVStats(KVConnectorStats):  # type: ignore[misc]
+    """Counters by their names in `COUNTERS`, which workers and the scheduler add up."""
+
+    data: dict[str, float]
+
+    def reset(self) -> None:
+        """Forget all."""
+        self.data = {}
+
+    def aggregate(self, other: Any) -> PortaKVStats:
+        """Add the counters of another process, or of a later time."""
+        for name, value in other.data.items():
+            self.data[name] = self.data.get(name, 0) + value
+        return self
+
+    def reduce(self) -> dict[str, float]:
+        """Return the figures of vLLM's log."""
+        return {name: round(value, 6) for name, value in self.data.items()}
+
+    def is_empty(self) -> bool:
+        """Return whether nothing has grown."""
+        return not self.data
+
+
+class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
+    """Counts for Prometheus what engines report."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: Mapping[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: Mapping[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = dict[str, dict[int, Any]]()
+        for name, what in COUNTERS.items():
+            counter = self._counter_cls(
+                name=f"vllm:portakv_{name}", documentation=f"{what}.", labelnames=labelnames
+            )
+            self._counters[name] = {
+                number: counter.labels(*values) for number, values in per_engine_labelvalues.items()
+            }
+
+    def observe(self, transfer_stats_data: Mapping[str, float], engine_idx: int = 0) -> None:
+        """Count what an engine reports."""
+        for name, grown in transfer_stats_data.items():
+            if name in self._counters:
+                self._counters[name][engine_idx].inc(grown)
+
+
+def stats_of(grown: Mapping[str, float]) -> PortaKVStats | None:
+    """Return vLLM's object for counters; None if its release has none, or nothing has grown."""
+    return PortaKVStats(data=dict(grown)) if SUPPORTED and grown else None

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check of a `--kv-transfer-config`, with a stand-in of vLLM or without vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command_line import run, run_json
+from support.vllm_stub import write_vllm
+
+from portakv.errors import InvalidTerms
+from portakv.integrations.interfaces import lacks
+from portakv.integrations.vllm_check import BASE, HOOKS, findings_of
+from portakv.serving.sizing import STEP, STEPS, Sizes, sizes_of
+
+#: The configurations of real models, as far as they decide what a row takes.
+LLAMA_8B = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "torch_dtype": "bfloat16",
+}
+DEEPSEEK_V3 = {
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "torch_dtype": "bfloat16",
+}
+
+
+def right(**terms: Any) -> dict[str, Any]:
+    """Return a configuration with which an engine starts."""
+    return {
+        "kv_connector": "PortaKVConnector",
+        "kv_connector_module_path": "portakv.integrations.vllm_connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": terms,
+    }
+
+
+def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
+    terms = {"folder": str(tmp_path / "kv"), "capacity": 1 << 20, "host": 1 << 20}
+    found = findings_of(right(staging=1 << 20, **terms))
+    assert found.errors == []
+    assert [each for each in found.warnings if "vllm is not installed" not in each] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"kv_rol": "kv_both"}, "got 'kv_rol'. Did you mean kv_role?"),
+        ({"kv_role": "kv_producer"}, "Expected kv_role 'kv_both', got 'kv_producer'"),
+        ({"kv_connector": "PortaKV"}, "Expected kv_connector 'PortaKVConnector'"),
+        ({"kv_connector_module_path": None}, "Expected kv_connector_module_path"),
+        ({"kv_connector_extra_config": {"foler": "x"}}, "got 'foler'"),
+        ({"kv_connector_extra_config": 5}, "Expected an object for kv_connector_extra_config"),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, Any], says: str) -> None:
+    found = findings_of({**right(), **change})
+    assert any(says in each for each in found.errors)
+
+
+def test_a_folder_that_others_may_write_is_an_error(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    found = findings_of(right(folder=str(tmp_path)))
+    assert any("only this user may write" in each for each in found.errors)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"kv_load_failure_policy": "fail"}, "Set it to 'recompute'"),
+        ({"kv_connector_extra_config": {"host": 1 << 60}}, "this machine has"),
+        ({"kv_connector_extra_config": {}}, "There is no folder"),
+        ({"kv_connector_extra_config": {"folder": "kv", "capacity": 1 << 60}}, "the file system"),
+    ],
+)
+def test_what_a_user_may_not_want_is_a_warning(change: dict[str, Any], says: str) -> None:
+    found = findings_of({**right(), **change})
+    assert found.errors == []
+    assert any(says in each for each in found.warnings)
+
+
+def test_staging_is_compared_with_the_model() -> None:
+    sizes = sizes_of(LLAMA_8B)
+    small = findings_of(right(staging=1 << 20, block_size=64), sizes)
+    assert any("a block of 64 tokens takes 8 MiB" in each for each in small.errors)
+    less = findings_of(right(staging=1 << 30), sizes)
+    assert any("less than 2 GiB" in each for each in less.warnings)
+    enough = findings_of(right(staging=4 << 30, host=1 << 30), sizes)
+    assert not any("staging is" in each for each in enough.warnings)
+    assert "A token takes 131,072 bytes; tokens that fit: host memory 8,192." in enough.notes
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "ranks", "token"),
+    [
+        (LLAMA_8B, "", 1, 32 * 2 * 8 * 128 * 2),
+        (LLAMA_8B, "fp8", 1, 32 * 2 * 8 * 128),
+        (LLAMA_8B, "", 4, 32 * 2 * 2 * 128 * 2),
+        (LLAMA_8B, "", 16, 32 * 2 * 1 * 128 * 2),
+        (DEEPSEEK_V3, "", 8, 61 * 576 * 2),
+        ({"text_config": LLAMA_8B}, "", 1, 32 * 2 * 8 * 128 * 2),
+    ],
+)
+def test_the_sizes_of_models(config: Any, dtype: str, ranks: int, token: int) -> None:
+    assert sizes_of(config, dtype, ranks) == Sizes(token, STEPS * STEP * token)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({}, "Expected a number for num_hidden_layers"),
+        ({**LLAMA_8B, "torch_dtype": "int3"}, "got 'int3'"),
+        ({**LLAMA_8B, "num_attention_heads": "32"}, "got '32'"),
+    ],
+)
+def test_a_configuration_without_sizes_is_refused(config: Any, says: str) -> None:
+    with pytest.raises(InvalidTerms, match=says):
+        sizes_of(config)
+
+
+def test_hooks_that_a_release_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in of vLLM has few of them; it is not imported."""
+    write_vllm(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    absent = lacks(HOOKS)
+    assert f"{BASE}:SupportsHMA" not in absent
+    assert f"{BASE}:KVConnectorBase_V1.on_new_request" in absent
+    assert lacks(["vllm.nothing:here"]) == ["vllm.nothing:here"]
+    found = findings_of(right())
+    assert any("no KVConnectorBase_V1.on_new_request" in each for each in found.errors)
+    assert any("without figures for Prometheus" in each for each in found.notes)
+
+
+def test_doctor_checks_a_text_and_a_file(tmp_path: Path) -> None:
+    text = json.dumps(right(folder=str(tmp_path / "kv"), capacity=1 << 30, host=1 << 20))
+    said = run("doctor", "--kv-transfer-config", text)
+    assert said.code == 0
+    assert "uses PortaKV" in said.out
+    wrong = run("doctor", "--kv-transfer-config", '{"kv_role": "both"}')
+    assert wrong.code == 1
+    assert "error: Expected kv_role 'kv_both', got 'both'" in wrong.out
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    assert run_json("doctor", "--kv-transfer-config", str(file))["errors"] == []
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(LLAMA_8B))
+    notes = run_json(
+        "doctor", "--kv-transfer-config", str(file), "--model", str(tmp_path / "model")
+    )["notes"]
+    assert any("131,072 bytes" in each for each in notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--kv-transfer-config", "/nowhere"), "JSON or the path of a file"),
+        (("--kv-transfer-config", "{"), "to be JSON, got an error"),
+        (("--kv-transfer-config", "{}", "--model", "/nowhere"), "a folder with a config.json"),
+        (("--model", "/nowhere"), "next to --model"),
+    ],
+)
+def test_doctor_refuses_what_it_cannot_read(words: tuple[str, ...], says: str) -> None:
+    ran = run("doctor", *words)
+    assert ran.code == 1
+    assert says in ran.err
+
+
+def test_doctor_refuses_a_file_that_is_not_an_object(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text("[]")
+    assert "got a list" in run("doctor", "--kv-transfer-config", str(file)).err

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tutorial about vLLM: its examples, its configuration, and its table of sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portakv.integrations.vllm_check import findings_of
+from portakv.integrations.vllm_metrics import COUNTERS
+from portakv.serving.local import StoreTerms
+from portakv.serving.sizing import sizes_of
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/plugs/vllm_tiers.md").read_text("utf-8")
+REFERENCE = (ROOT / "docs/plugs/vllm.md").read_text("utf-8")
+#: What decides the size of a row in the models of the table.
+MODELS: dict[str, dict[str, int]] = {
+    "Llama 3.1 8B": {"num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128},
+    "Qwen3 32B": {"num_hidden_layers": 64, "num_attention_heads": 64, "head_dim": 128},
+    "Llama 3.1 70B": {"num_hidden_layers": 80, "num_attention_heads": 64, "head_dim": 128},
+    "DeepSeek V3": {
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+    },
+}
+
+
+def blocks(language: str) -> list[str]:
+    """Return the page's blocks of code in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("language", "name"), [("bash", "vllm_tiers.sh"), ("python", "vllm_tiers.py")]
+)
+def test_the_page_prints_its_examples_whole(language: str, name: str) -> None:
+    assert blocks(language) == [(ROOT / "examples" / name).read_text("utf-8")]
+
+
+def test_the_pages_configuration_is_right(tmp_path: Path) -> None:
+    (text,) = blocks("json")
+    config: dict[str, Any] = json.loads(text)
+    config["kv_connector_extra_config"]["folder"] = str(tmp_path / "kv")
+    assert findings_of(config).errors == []
+
+
+def test_the_table_of_sizes_is_the_formulas() -> None:
+    rows = {}
+    for name, config in MODELS.items():
+        sizes = sizes_of({"num_key_value_heads": 8, **config}, "bfloat16")
+        rows[name] = [
+            f"{sizes.token:,}",
+            f"{sizes.tokens(1 << 30):,}",
+            f"{1000 * 4096 * sizes.token / 1e9:.0f} GB",
+            f"{sizes.staging / (1 << 30):.3g} GiB",
+        ]
+    _, _, after = PAGE.partition("| model | bytes of a token |")
+    table = after.partition("\n\n")[0].splitlines()[2:]
+    written = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert {name: cells for name, *cells in written} == rows
+
+
+def test_the_pages_name_counters_that_exist() -> None:
+    named = {*re.findall(r"vllm:portakv_(\w+)", PAGE)}
+    assert {name.removesuffix("_total") for name in named} <= {*COUNTERS}
+
+
+def test_the_reference_has_each_term() -> None:
+    _, _, after = REFERENCE.partition("| term | meaning | default |")
+    table = after.partition("\n\n")[0]
+    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert named == [*StoreTerms.__dataclass_fields__]

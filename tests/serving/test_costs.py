@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The costs of an engine's hooks, by a clock that a test sets."""
+
+from __future__ import annotations
+
+import pytest
+
+from portakv.serving import Costs, measured
+
+
+class Hooks:
+    """An object with hooks, of which each takes a second."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        self.costs = Costs(lambda: self.time)
+
+    @measured
+    def works(self, more: float = 0) -> float:
+        self.time += 1 + more
+        return self.time
+
+    @measured
+    def fails(self) -> None:
+        self.time += 1
+        raise ValueError("for a test")
+
+
+def test_hooks_are_counted_by_step() -> None:
+    hooks = Hooks()
+    assert hooks.costs.median() == 0
+    assert hooks.works() == 1
+    hooks.costs.step(idle=True)
+    assert hooks.works(more=2) == 4
+    with pytest.raises(ValueError, match="for a test"):
+        hooks.fails()
+    hooks.costs.step(idle=False)
+    assert hooks.costs.median() == 1
+    assert hooks.costs.statistics() == {
+        "steps": 2,
+        "hook_seconds": 5,
+        "idle_steps": 1,
+        "idle_hook_seconds": 1,
+    }
