@@ -44,6 +44,15 @@ class Settings(NamedTuple):
     store: StoreTerms
 
     @property
+    def has_whole_blocks(self) -> bool:
+        """Return whether a block may hold all layers next to each other: one run for a copy.
+
+        Not where layers are loaded one by one, or where rows are read by head and token.
+        """
+        terms = self.store
+        return len(self.groups) == 1 and not terms.by_layer and terms.block_size is None
+
+    @property
     def fails_by_request(self) -> bool:
         """Return whether a load that fails is reported by its request, not by its blocks.
 

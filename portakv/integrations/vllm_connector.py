@@ -25,7 +25,13 @@ from portakv.integrations.vllm_caches import (
     settings_of,
     warn_of_policy,
 )
-from portakv.integrations.vllm_views import kernels_of, layer_numbers, views_of
+from portakv.integrations.vllm_views import (
+    GroupView,
+    kernels_of,
+    layer_numbers,
+    view_across_layers,
+    views_of,
+)
 from portakv.serving import Costs, GroupCache, Hand, Ledger, Plan, Report, measured
 from portakv.serving.local import LocalIndex
 
@@ -109,6 +115,10 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @property
     def requires_kv_delivery(self) -> bool:
         return False
+
+    @property
+    def prefer_cross_layer_blocks(self) -> bool:
+        return self._settings.has_whole_blocks
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
@@ -209,11 +219,18 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # --- in the worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        terms = self._settings.store
+        kernels = kernels_of(self._config) if terms.block_size else None
+        self._layers = layer_numbers(kv_caches, self._kv_cache_config)
+        self._open(views_of(kv_caches, self._kv_cache_config, kernels))
+
+    def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: Any) -> None:
+        self._open([view_across_layers(kv_cache, self._kv_cache_config)])
+
+    def _open(self, views: list[GroupView]) -> None:
+        """Open the store of the engine's blocks."""
         settings = self._settings
         terms = settings.store
-        kernels = kernels_of(self._config) if terms.block_size else None
-        views = views_of(kv_caches, self._kv_cache_config, kernels)
-        self._layers = layer_numbers(kv_caches, self._kv_cache_config)
         parts = self._index.open(views, terms, settings.model, settings.block_size)
         caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
         self.hand = Hand(caches, terms.deadline, terms.by_layer)

@@ -103,6 +103,31 @@ def views_of(
     return views
 
 
+def view_across_layers(kv_cache: torch.Tensor, kv_cache_config: Any) -> GroupView:
+    """Return the view of a cache whose blocks hold the rows of all layers next to each other.
+
+    Args:
+        kv_cache: of all layers; the engine's blocks are the outermost axis in memory.
+
+    Raises `IntegrationError` if blocks are not whole pages.
+    """
+    blocks = kv_cache_config.num_blocks
+    (group,) = kv_cache_config.kv_cache_groups
+    order = sorted(range(kv_cache.dim()), key=lambda axis: -kv_cache.stride(axis))
+    pages = kv_cache.permute(order)
+    if pages.shape[0] != blocks or not pages[0].is_contiguous():
+        raise IntegrationError(
+            f"Expected one cache of {blocks} blocks with all layers of a block next to each other, "
+            f"got the shape {[*kv_cache.shape]} and the strides {[*kv_cache.stride()]}. Choose the "
+            f"OffloadingConnector for this model."
+        )
+    # The number of blocks may change from start to start.
+    page = [n for axis, n in enumerate(kv_cache.shape) if axis != order[0]]
+    notes = f"all layers: axes {order} of {page} {kv_cache.dtype}"
+    view = KVView([pages], "layer | block page", block_size=group.kv_cache_spec.block_size)
+    return GroupView(view, notes)
+
+
 def layer_numbers(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> dict[str, int]:
     """Return the position of each layer's tensor in the view of its group."""
     numbers = dict[str, int]()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.vllm_stub import SlidingWindowSpec, configuration, write_vllm
 
-from portakv import copy_rows
+from portakv import copy_blocks, copy_rows
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm_caches import (
@@ -29,7 +29,14 @@ from portakv.integrations.vllm_caches import (
     settings_of,
     warn_of_policy,
 )
-from portakv.integrations.vllm_views import BY_DIM, FUSED, LATENT, kernels_of, views_of
+from portakv.integrations.vllm_views import (
+    BY_DIM,
+    FUSED,
+    LATENT,
+    kernels_of,
+    view_across_layers,
+    views_of,
+)
 from portakv.serving import Group, Ledger
 from portakv.serving.local import LocalIndex
 from portakv.view import KVView
@@ -426,3 +433,47 @@ def test_layers_that_look_ahead_are_refused(configurations: tuple[Any, Any]) -> 
     configurations[1].kv_cache_groups[0].kv_cache_spec.non_causal = True
     with pytest.raises(IntegrationError, match="Expected causal attention"):
         settings_of(*configurations)
+
+
+# --- a cache of all layers
+
+
+def test_a_block_of_all_layers_is_one_page() -> None:
+    """The engine's axes may be in any order; its blocks are the outermost one in memory."""
+    memory = torch.arange(4 * 2 * 3 * 5 * 7, device="cpu").view(4, 2, 3, 5, 7)
+    config = SimpleNamespace(
+        num_blocks=4,
+        kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))],
+    )
+    made = view_across_layers(memory.permute(2, 0, 1, 4, 3), config)
+    assert made.view.opaque
+    assert made.view.layers == 1
+    copied = torch.zeros_like(memory)
+    target = view_across_layers(copied.permute(2, 0, 1, 4, 3), config)
+    assert target.notes == made.notes
+    copy_blocks(made.view, target.view, [2, 0], [1, 3]).synchronize()
+    assert torch.equal(copied[[1, 3]], memory[[2, 0]])
+    assert not copied[[0, 2]].any()
+    config.num_blocks = 3
+    with pytest.raises(IntegrationError, match="one cache of 3 blocks"):
+        view_across_layers(memory, config)
+
+
+def test_notes_of_a_cache_of_all_layers_do_not_depend_on_its_blocks() -> None:
+    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))
+    notes = set[str]()
+    for blocks in (4, 9):
+        memory = torch.zeros(2, blocks, 3, device="cpu").transpose(0, 1).contiguous()
+        config = SimpleNamespace(num_blocks=blocks, kv_cache_groups=[group])
+        notes.add(view_across_layers(memory.transpose(0, 1), config).notes)
+        notes.add(view_across_layers(memory.transpose(0, 1), config).notes)
+    assert len(notes) == 1
+
+
+def test_blocks_hold_all_layers_unless_these_move_one_by_one(
+    configurations: tuple[Any, Any],
+) -> None:
+    config, caches = configurations
+    assert settings_of(config, caches).has_whole_blocks
+    config.kv_transfer_config.kv_connector_extra_config["by_layer"] = True
+    assert not settings_of(config, caches).has_whole_blocks
