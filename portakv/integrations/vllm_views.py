@@ -113,7 +113,7 @@ def view_across_layers(kv_cache: torch.Tensor, kv_cache_config: Any) -> GroupVie
     """
     blocks = kv_cache_config.num_blocks
     (group,) = kv_cache_config.kv_cache_groups
-    order = sorted(range(kv_cache.dim()), key=lambda axis: -kv_cache.stride(axis))
+    order = sorted(range(kv_cache.dim()), key=lambda axis: -kv_cache.stride()[axis])
     pages = kv_cache.permute(order)
     if pages.shape[0] != blocks or not pages[0].is_contiguous():
         raise IntegrationError(
