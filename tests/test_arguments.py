@@ -157,6 +157,8 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "BlockStore.of": lambda s: (s.saved().of, {"name": ""}),
     "BlockStore.lookup": lambda s: (s.saved().lookup, {"keys": [key_of(0)]}),
     "BlockStore.has": lambda s: (s.saved().has, {"key": key_of(0)}),
+    "BlockStore.leading": lambda s: (s.saved().leading, {"keys": [key_of(0)]}),
+    "BlockStore.borrow": lambda s: (s.saved().borrow, {"keys": [key_of(0)]}),
     "BlockStore.save": lambda s: (
         s.saved().save,
         {"view": s.view, "blocks": [2], "keys": [key_of(2)]},

@@ -40,6 +40,7 @@ __all__ = [
     "registered",
     "unregister",
     "why_not",
+    "why_not_register",
 ]
 
 _open: list[PinnedMemory] = []  # the results of `register` that are open
@@ -373,6 +374,11 @@ def registered() -> list[PinnedMemory]:
 def why_not() -> str | None:
     """Return why host memory stays pageable in this process; None if it can be pinned."""
     return None if _registration.through_torch() else _registration.why_not()
+
+
+def why_not_register() -> str | None:
+    """Return why existing memory stays pageable in this process; None if `register` pins it."""
+    return _registration.why_not()
 
 
 def _pinned(owner: object, registration: Registration, notes: Sequence[str] = ()) -> PinnedMemory:

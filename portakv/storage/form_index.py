@@ -83,6 +83,36 @@ class FormIndex:
                     return True
         return False
 
+    def leading(self, keys: Keys) -> int:
+        """Return the number of leading blocks that can be loaded, as far as is known here.
+
+        Answers as `has` does, for all keys in one pass.
+        """
+        form = self._own("call of leading()")
+        keys = check_keys(keys, self._weak)
+        leading = 0
+        many = LOOKUP_BATCH
+        while leading < len(keys):
+            batch = keys[leading : leading + many]
+            there = self._leading(form, batch)
+            leading += there
+            if there < len(batch):
+                break
+            many = 2 * many
+        return leading
+
+    def _leading(self, form: FormBlocks, keys: Keys) -> int:
+        """Return the number of leading blocks of a batch that can be loaded."""
+        own = form.own
+        rows = self._shared.rows
+        left = [at for at, key in enumerate(keys) if not rows.has(own.name(key))]
+        for tier_store in own.tier_stores:
+            known = tier_store.known([keys[at] for at in left])
+            left = [at for at, there in zip(left, known, strict=True) if not there]
+        if len(form.parts) > 1:  # other parts may cover a block together
+            return next((at for at in left if not self.has(keys[at])), len(keys))
+        return left[0] if left else len(keys)
+
     def keys(self) -> Snapshot:
         """Return the keys of the host tier and of each tier with an index, and the number of the
         last change.

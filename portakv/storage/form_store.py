@@ -16,7 +16,7 @@ from portakv.errors import StoreError
 from portakv.graph import Handle, Missing, Priority, Task
 from portakv.runtime.interrupts import abandoned
 from portakv.storage.form_index import FormIndex
-from portakv.storage.lent import Copier, Lending, LentQueue
+from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
 from portakv.storage.plan import (
     CACHED,
     SAVED,
@@ -407,6 +407,28 @@ class FormStore(FormIndex):
                     lending.cross(call, part, arrival)
         yield from self._touch(call)
         return call.handle(None, missing=missing)
+
+    def borrow(self, keys: Keys) -> Borrowed | None:
+        """Return the rows of blocks of the host tier, which a copier copies out of, as those of
+        `load_lent`; None unless the host tier has all blocks.
+
+        The call plans nothing and takes no lock. The rows stay until `Borrowed.end`; the store does
+        not close before that.
+        """
+        form = self._own("call of borrow()")
+        keys = self._keys(keys, "urgent", None)
+        if not self.rows.host:
+            return None
+        borrowed = Borrowed(form.own, len(keys))
+        loan = self.rows.borrow([*map(form.own.name, keys)], borrowed)
+        borrowed.loan = loan
+        self._refuse_closed("call of borrow()")  # `close` sees the loan, or this call that
+        if None in loan.rows:
+            loan.cancel()
+            return None
+        borrowed.rows = [row for row in loan.rows if row is not None]
+        self._count_hits(form, keys)
+        return borrowed
 
     def _loan(
         self, form: FormBlocks, crossing: Crossing, view: KVView, keys: list[bytes], whole: bool

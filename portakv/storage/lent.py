@@ -21,6 +21,7 @@ from portakv.graph import Graph, Mask, Task, Workers
 from portakv.graph.graph import Queue
 from portakv.graph.trace import Ran
 from portakv.runtime.transfer import Completion
+from portakv.storage.loans import Loan
 from portakv.storage.parts import Arrival, Part
 from portakv.storage.plan import RELEASE, Call, InFlight
 from portakv.storage.reasons import FAILED, Reason, Reasons
@@ -136,6 +137,33 @@ class LentCopy:
             if not (there or task.ended):
                 self._reasons.report(key, Reason(FAILED, self._queue.name))
         self._queue.finish(task, landed)
+
+
+class Borrowed:
+    """Rows of the host tier that a copier copies out of, until it calls `end`.
+
+    It has the attributes of a `LentCopy`, but no call of the store waits for it.
+
+    Attributes:
+        loan: retains the rows; whoever makes the object sets it.
+    """
+
+    kind: Kind = "load"
+    cancelled = False
+
+    def __init__(self, part: Part, blocks: int) -> None:
+        self.rows: Sequence[int] = ()
+        self.blocks: Sequence[int] = range(blocks)
+        self.form = part.form
+        self.inner = part.part_slices
+        self.outer = part.own_slices
+        self.loan: Loan | None = None
+
+    def end(self, landed: Mask | Sequence[bool] | None = None) -> None:
+        """Give the rows back, in any thread. A second call does nothing; ``landed`` does not
+        count."""
+        if self.loan is not None:
+            self.loan.cancel()
 
 
 class LentQueue(Workers):

@@ -76,6 +76,8 @@ class BlockStore(FormStore):
         shared: put the rows into shared memory without a name, in which other processes make the
             copies of `save_lent` and `load_lent`. They map ``store.rows.tensor``, which
             `portakv.migrate.share` accepts.
+        pin: pin the rows for a device of this process. False: for a process that copies to none,
+            which needs no context of a device then.
 
     Blocks of a view belong to a load until its end: a model that writes them before `Handle.wait`
     mixes both. A save reads after the current stream's work at the call, and until its end. A store
@@ -99,6 +101,7 @@ class BlockStore(FormStore):
         full: Full = "drop",
         weak_keys: bool = False,
         shared: bool = False,
+        pin: bool = True,
     ) -> None:
         named = _forms_by_name(form)
         staging = nbytes("staging", staging)
@@ -109,6 +112,7 @@ class BlockStore(FormStore):
         one_of("full", full, get_args(Full))
         flag("weak_keys", weak_keys)
         flag("shared", shared)
+        flag("pin", pin)
         own = [*named.values()]
         _check_tiers(tiers, len(own))
         others = uninterrupted(lambda: [x for tier in tiers for f in own for x in tier.forms(f)])
@@ -124,7 +128,7 @@ class BlockStore(FormStore):
                 f"Expected host to have room for a block of {size} bytes, as there are no tiers, "
                 f"got {host}. Give it more, or pass tiers."
             )
-        rows = Rows(size, staging // size, host // size, shared=shared)
+        rows = Rows(size, staging // size, host // size, pin=pin, shared=shared)
         self._own_graph = graph is None
         super().__init__(SharedState(graph or Graph(), rows), full, weak_keys)
         self._tier_stores = self._shared.tier_stores

@@ -76,6 +76,27 @@ def test_a_block_of_several_parts() -> None:
         assert there(store) == 4 * [True] + 4 * [False]
 
 
+@pytest.mark.parametrize("host", [0, 4])
+def test_leading_blocks_are_those_of_has(host: int) -> None:
+    """In the host tier and in another one, with a gap, in one form or in parts."""
+    tier = FakeTier()
+    many = [key_of(number) for number in range(100, 140)]
+    for n in range(2):
+        half = replace(small_form(), heads=(n, n + 1, 2))
+        with opened(half, host=0, tiers=[tier]) as store:
+            store.save(cache(heads=1), [0], many[20:21]).synchronize(LIMIT)
+    with opened(host=host, tiers=[tier]) as store:
+        for first in range(0, 20, 5):
+            store.save(cache(), range(5), many[first : first + 5]).synchronize(LIMIT)
+        for listed in (many, many[20:], many[15:], many[21:], []):
+            there = next((n for n, key in enumerate(listed) if not store.has(key)), len(listed))
+            assert store.leading(listed) == there
+        assert store.leading(many) == 21
+        tasks = store.graph.number
+        assert store.leading(many) == 21
+        assert store.graph.number == tasks
+
+
 def test_what_is_refused() -> None:
     with opened() as store:
         store.save(cache(), [0], [b"k" * 16], priority="urgent").synchronize(LIMIT)
@@ -83,8 +104,12 @@ def test_what_is_refused() -> None:
         for wrong in (b"short", b"k" * 33, "k" * 16, None):
             with pytest.raises(InvalidTerms):
                 store.has(wrong)  # type: ignore[arg-type]
+        with pytest.raises(InvalidTerms):
+            store.leading([KEYS[0], "k" * 32])  # type: ignore[list-item]
     with pytest.raises(StoreError, match="closed"):
         store.has(KEYS[0])
+    with pytest.raises(StoreError, match="closed"):
+        store.leading(KEYS)
 
 
 def test_memory_that_was_replaced_is_refused_by_a_later_call() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from support.lent_copies import (
     KEYS,
     LAYOUT,
     LIMIT,
+    OTHERS,
     SIZE,
     SOURCE,
     Hands,
@@ -25,6 +27,7 @@ from support.lent_copies import (
     held,
     lent_rows,
     loaded,
+    make,
     opened,
     same,
 )
@@ -36,6 +39,7 @@ from support.storage_cases import FakeTier, key_of, small_form
 from portakv import KVView
 from portakv.errors import (
     InvalidTerms,
+    StoreError,
     TransferError,
     Unsupported,
 )
@@ -452,6 +456,61 @@ def test_copies_that_end_as_they_begin_are_not_nested(tier: FakeTier) -> None:
         for ends in (saves, loads):
             assert ends.count >= many // 4
             assert ends.deepest == 1
+
+
+# --- rows of the host tier, which are borrowed at once
+
+
+def test_borrowed_rows_have_the_blocks_until_they_are_given_back() -> None:
+    """No save gets them meanwhile, and no eviction takes them."""
+    with opened(staging=4, host=4) as store:
+        store.save(SOURCE, range(4), KEYS[:4], full="wait").synchronize(LIMIT)
+        borrowed = store.borrow(KEYS[:3])
+        assert borrowed is not None
+        target = cache(50)
+        make(store.rows.tensor, target, range(3), borrowed)
+        assert same(target, range(3), SOURCE, range(3))
+        before = store.rows.tensor[[*borrowed.rows]].clone()
+        for key in OTHERS:  # as many as evict all others
+            store.save(cache(60), [0], [key], full="wait").synchronize(LIMIT)
+        assert torch.equal(store.rows.tensor[[*borrowed.rows]], before)
+        assert store.rows.loans() == 1
+        assert not borrowed.cancelled
+        borrowed.end()
+        borrowed.end([False] * 3)
+        assert store.rows.loans() == 0
+        for number in range(60, 76):
+            store.save(cache(60), [0], [key_of(number)], full="wait").synchronize(LIMIT)
+        assert not torch.equal(store.rows.tensor[[*borrowed.rows]], before)
+
+
+def test_rows_are_borrowed_if_the_host_tier_has_all_blocks() -> None:
+    with opened(staging=4, host=4) as store:
+        store.save(SOURCE, range(2), KEYS[:2], full="wait").synchronize(LIMIT)
+        assert store.borrow(KEYS[:3]) is None
+        assert store.rows.loans() == 0
+        assert store.borrow(KEYS[:2]) is not None
+        hits = {x["op"]: x["value"] for x in store.statistics()["tier_blocks_total"]}
+        assert hits["load"] == 2
+    with opened(staging=4, tiers=[FakeTier()]) as store:
+        store.save(SOURCE, range(2), KEYS[:2], full="wait").synchronize(LIMIT)
+        assert store.borrow(KEYS[:2]) is None
+
+
+def test_a_store_waits_for_borrowed_rows() -> None:
+    store = opened(staging=4, host=4)
+    store.save(SOURCE, range(2), KEYS[:2], full="wait").synchronize(LIMIT)
+    borrowed = store.borrow(KEYS[:2])
+    assert borrowed is not None
+    closing = Thread(target=store.close)
+    closing.start()
+    assert until(lambda: store.graph.closed.is_set(), LIMIT)
+    assert closing.is_alive()
+    borrowed.end()
+    closing.join(LIMIT)
+    assert not closing.is_alive()
+    with pytest.raises(StoreError, match="closed"):
+        store.borrow(KEYS[:2])
 
 
 # --- figures, and other settings

@@ -11,7 +11,7 @@ import torch
 
 from portakv import KVView, copy_blocks
 from portakv.storage import BlockStore
-from portakv.storage.lent import LentCopy
+from portakv.storage.lent import Borrowed, LentCopy
 from support.core_cases import noise
 from support.storage_cases import key_of, small_form
 
@@ -46,7 +46,7 @@ def opened(staging: int = 16, host: int = 0, **terms: Any) -> BlockStore:
     return BlockStore(FORM, **terms)
 
 
-def make(rows: torch.Tensor, view: KVView, blocks: Any, copy: LentCopy) -> None:
+def make(rows: torch.Tensor, view: KVView, blocks: Any, copy: LentCopy | Borrowed) -> None:
     """Make a copy between rows and a view, whose ``blocks[i]`` is block i of the call."""
     inner = copy.form.view(rows).slice(**copy.inner)
     outer = view.slice(**copy.outer)
