@@ -1,0 +1,545 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`KeeperState`: which rows of a store are lent to which process, and for what.
+
+Ranks of engines copy blocks between their caches and rows of the keeper's store, which they map.
+This is the state machine of the keeper: it opens no socket, starts no thread and waits for nothing.
+
+The rules, in order of their weight:
+
+- Rows that were lent to a client serve nothing else before the client has reported the end of its
+  copy, or its process has ended. The end of a session ends neither: its process may be stopped,
+  and write when it goes on.
+- A block of a save is sealed only after the parts that ranks have reported cover it.
+- Numbers of sessions and of leases are never used again, so a late report names nothing.
+- Each request ends, whatever clients do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from secrets import randbits
+from typing import Any
+
+import numpy as np
+
+from portakv.errors import InvalidTerms, PeerError
+from portakv.graph import Handle
+from portakv.serving.keeper_leases import (
+    Client,
+    ClientProcess,
+    Copy,
+    Lease,
+    Lent,
+    LentStore,
+    LoadWork,
+    Part,
+    SaveKey,
+    SaveWork,
+)
+from portakv.serving.keeper_messages import (
+    Grant,
+    Join,
+    Load,
+    Progress,
+    Save,
+    ids_to_bytes,
+    keys_in,
+)
+from portakv.serving.keeper_parts import cells_of, unlike, whole_form
+from portakv.storage.form import BlockForm
+
+#: Seconds for which a save waits for all ranks of its engine, and the keeper remembers how it
+#: ended for ranks that ask later.
+PATIENCE = 10.0
+REMEMBERED = 60.0
+#: Bytes of a lease, which one worker of a client copies, unless a block is larger.
+PIECE = 32 << 20
+
+
+@dataclass
+class _News:
+    """What a client learns next about a request."""
+
+    grants: list[Grant] = field(default_factory=list)
+    more: bool = True
+    stored: bytes | None = None
+
+
+class _Copier:
+    """Takes the copies of a load or save from the store, under the lock of its graph."""
+
+    def __init__(self, work: LoadWork | SaveWork, begun: Callable[[object, Copy], object]) -> None:
+        self._work = work
+        self._begun = begun
+
+    def begin(self, copy: Copy, /) -> None:
+        self._begun(self._work, copy)
+
+
+class KeeperState:
+    """The clients of a keeper, and the rows that are lent to them.
+
+    Any thread may call. Messages for clients collect until `take`.
+
+    Args:
+        wake: is called, in any thread, when `advance` has something to do.
+        patience: seconds for which a save waits for all ranks of its engine.
+        now: returns the time in seconds.
+
+    Attributes:
+        stores: the stores of the forms of whole blocks, by the checksums of the forms.
+        counts: what has happened.
+    """
+
+    def __init__(
+        self,
+        wake: Callable[[], object] = bool,
+        patience: float = PATIENCE,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stores = dict[bytes, LentStore]()
+        self.counts = Counter[str]()
+        self._wake = wake
+        self._patience = patience
+        self._now = now
+        self._lock = threading.RLock()
+        self._clients = dict[int, Client]()  # by session
+        self._processes = dict[tuple[int, int, int], ClientProcess]()
+        self._works = dict[Handle, LoadWork | SaveWork]()  # that have not ended
+        self._saves = dict[SaveKey, list[SaveWork]]()
+        self._begun = deque[tuple[Any, Copy]]()  # from the store, which has its lock
+        # What clients learn next, by client and number of the request.
+        self._news = dict[tuple[Client, int], _News]()
+
+    # --- sessions
+
+    def join(self, join: Join) -> Client:
+        """Return a new session.
+
+        Raises `InvalidTerms` for parts of other blocks than stored ones, and for groups of layers
+        with equal blocks.
+        """
+        parts = [self._part(BlockForm.from_json(text)) for text in join.forms]
+        if len({id(part.store) for part in parts}) < len(parts):
+            raise InvalidTerms(
+                "Expected groups of layers whose blocks differ, got groups with equal forms. Tell "
+                "them apart by notes= of BlockForm.of."
+            )
+        with self._lock:
+            process = self._processes.setdefault(join.process, ClientProcess(join.process))
+            before = self._clients.get(join.before)
+            if before is not None and before.process is process:
+                self.lost(before)
+            for lease in [*process.leases]:
+                if lease.client.gone and lease.client.session == join.before:
+                    self._return(lease)
+            client = Client(randbits(62), join.engine, process, parts, join.address)
+            self._clients[client.session] = client
+            self.counts["joined"] += 1
+            return client
+
+    def lost(self, client: Client) -> None:
+        """End a session: the client asks for nothing and copies nothing new.
+
+        Its process may still use its rows; see `process_ended`.
+        """
+        with self._lock:
+            if client.gone:
+                return
+            client.gone = True
+            del self._clients[client.session]
+            client.leases.clear()  # a late report names nothing
+            requests = [*client.requests.values()]
+            client.requests.clear()
+            for key in [key for key in self._news if key[0] is client]:
+                del self._news[key]
+            for work in requests:
+                if isinstance(work, LoadWork):
+                    self._abandon_load(work)
+            for save in [each for saves in self._saves.values() for each in saves]:
+                self._settle_all(save)
+            self._wake()
+
+    def leave(self, session: int) -> Client | None:
+        """End a session whose client copies nothing any more, and return it."""
+        with self._lock:
+            client = self._clients.get(session)
+            if client is None:
+                return None
+            self.lost(client)
+            for lease in [*client.process.leases]:
+                if lease.client is client:
+                    self._return(lease)
+            return client
+
+    def process_ended(self, process: ClientProcess) -> None:
+        """End the sessions of a process that has ended; others may have its rows."""
+        with self._lock:
+            for client in [*self._clients.values()]:
+                if client.process is process:
+                    self.lost(client)
+            for lease in [*process.leases]:
+                self._return(lease)
+            self._processes.pop(process.key, None)
+            self._wake()
+
+    def close(self) -> None:
+        """End all sessions and all copies. The store must lend and seal nothing from here on."""
+        with self._lock:
+            for client in [*self._clients.values()]:
+                self.lost(client)
+            self._drain()
+            lents = {lent for work in self._works.values() for lent in work.lents}
+            for process in self._processes.values():
+                lents |= {lease.lent for lease in process.leases}
+                process.leases.clear()
+            for lent in lents:
+                lent.leases.clear()
+                lent.covered = [0] * len(lent.covered)
+                lent.end(-1)
+            self._works.clear()
+            self._saves.clear()
+
+    def clients(self) -> list[Client]:
+        """Return the sessions."""
+        with self._lock:
+            return [*self._clients.values()]
+
+    def forms_of(self, engine: str) -> list[bytes]:
+        """Return the checksums of the forms of an engine's groups; none before a rank has
+        joined."""
+        with self._lock:
+            ranks = [client for client in self._clients.values() if client.engine == engine]
+            return [part.store.form.digest for part in ranks[0].parts] if ranks else []
+
+    def processes(self) -> list[ClientProcess]:
+        """Return the processes that have a session, or rows."""
+        with self._lock:
+            present = {client.process for client in self._clients.values()}
+            for process in [*self._processes.values()]:
+                if not (process in present or process.leases):
+                    del self._processes[process.key]
+            return [*self._processes.values()]
+
+    def client(self, session: int) -> Client:
+        """Return a session. Raises `PeerError` if it has ended."""
+        client = self._clients.get(session)
+        if client is None:
+            raise PeerError("Expected a session of this keeper, got one that has ended. Join anew.")
+        return client
+
+    # --- loads and saves
+
+    def load(self, ask: Load) -> Progress:
+        """Begin a load, and return the rows that are there. If those are all, it has ended here.
+
+        Raises `PeerError` for a session that has ended, and the errors of `FormStore.load_lent`.
+        """
+        with self._lock:
+            client = self.client(ask.session)
+            keys = keys_in(ask.keys)
+            part = self._part_of(client, ask.group)
+            work = LoadWork(client, ask.number, part, len(keys))
+            borrowed = part.store.borrow(keys)
+            if borrowed is not None:
+                self._lend(work, borrowed)
+                self._learn(client, ask.number).more = False
+                return self._progress(client, ask.number)
+            begin = partial(part.store.load_lent, priority=ask.priority, missing="skip")
+            self._begin(work, keys, partial(begin, deadline=ask.seconds or None))
+            client.requests[ask.number] = work
+            self._drain()
+            if work.granted == work.blocks:
+                self._learn(client, ask.number).more = False
+            return self._progress(client, ask.number)
+
+    def save(self, ask: Save) -> Progress:
+        """Begin a save, or join the one that another rank of the engine has begun.
+
+        Returns the rows that are there. Raises as `load` does.
+        """
+        with self._lock:
+            client = self.client(ask.session)
+            part = self._part_of(client, ask.group)
+            digest = blake2b(ask.keys, digest_size=16, key=ask.after).digest()
+            key = client.engine, part.store.form.digest, digest
+            begun = self._saves.get(key, [])
+            save = next((each for each in begun if each.awaits(client)), None)
+            if save is None:
+                save = self._begin_save(client, part, key, ask)
+            save.requesters[client] = ask.number
+            client.requests[ask.number] = save
+            self._drain()
+            for lent in [*save.lents]:
+                self._grant(lent, client, ask.number)
+            self._settle_all(save)
+            if save.stored is not None:
+                self._end_request(client, ask.number, save.stored)
+            elif save.complete or save.abandoned:
+                self._learn(client, ask.number).more = False
+            return self._progress(client, ask.number)
+
+    def _begin_save(self, client: Client, part: Part, key: SaveKey, ask: Save) -> SaveWork:
+        """Begin a save of all ranks of an engine."""
+        ranks = self._ranks(client, part)
+        keys = keys_in(ask.keys)
+        save = SaveWork(key, part, len(keys), self._now(), {*ranks})
+        together = 0
+        for cells in ranks.values():
+            together |= cells
+        if together != cells_of(part.store.form):
+            # Ranks have yet to join, without whom no block can be stored.
+            save.stored = bytes(len(keys))
+            self.counts["saves_without_all_ranks"] += 1
+        else:
+            begin = partial(part.store.save_lent, priority=ask.priority, full="drop")
+            self._begin(save, keys, partial(begin, after=ask.after or None))
+        self._saves.setdefault(key, []).append(save)
+        return save
+
+    def _begin(
+        self, work: LoadWork | SaveWork, keys: list[bytes], begin: Callable[..., Handle]
+    ) -> None:
+        """Have the store begin a load or a save. After an error nothing of it is left."""
+        try:
+            work.handle = begin(_Copier(work, self._note_begun), keys)
+        except BaseException:
+            work.abandoned = True
+            self._drain()
+            raise
+        self._works[work.handle] = work
+
+    def _ranks(self, client: Client, part: Part) -> dict[Client, int]:
+        """Return the clients of an engine that have a part of the same blocks, with their cells."""
+        ranks = dict[Client, int]()
+        for each in self._clients.values():
+            for other in each.parts if each.engine == client.engine else ():
+                if other.store is part.store:
+                    ranks[each] = other.cells
+        return ranks
+
+    def report(self, session: int, number: int, landed: bytes) -> None:
+        """Note that a client has ended the copy of a lease. A report of an ended session, or of a
+        lease that has ended, is dropped."""
+        with self._lock:
+            client = self._clients.get(session)
+            lease = None if client is None else client.leases.pop(number, None)
+            if lease is None:
+                self.counts["late_reports"] += 1
+                return
+            self._return(lease, landed)
+
+    def stop(self, session: int, number: int) -> None:
+        """Note that nothing waits for a request of a client any longer."""
+        with self._lock:
+            client = self._clients.get(session)
+            work = None if client is None else client.requests.get(number)
+            if work is None:
+                return
+            if isinstance(work, SaveWork):
+                self._abandon(work)
+            else:
+                self._abandon_load(work)
+            self._wake()
+
+    # --- what the store does
+
+    def ended(self, handle: Handle) -> None:
+        """Note the end of a load or a save of the store."""
+        with self._lock:
+            self._drain()
+            work = self._works.pop(handle, None)
+            if isinstance(work, LoadWork):
+                self._end_request(work.client, work.number, None)
+            elif work is not None:
+                work.complete = True
+                work.stored = handle.landed.astype(np.uint8).tobytes()
+                for client, number in work.requesters.items():
+                    self._end_request(client, number, work.stored)
+                self._forget_save(work)
+
+    def advance(self) -> None:
+        """Go on with what the store has lent, and give up what takes too long."""
+        with self._lock:
+            self._drain()
+            now = self._now()
+            for save in [each for saves in self._saves.values() for each in saves]:
+                late = now > save.began + self._patience
+                if late and save.stored is None and not save.complete:
+                    self._abandon(save)
+                if save.stored is not None and now > save.began + REMEMBERED:
+                    save.expected.clear()
+                self._forget_save(save)
+                self._note_complete(save)
+            for work in [*self._works.values()]:
+                self._settle_all(work)
+
+    def take(self) -> list[tuple[Client, Progress]]:
+        """Return the news of clients, once."""
+        with self._lock:
+            return [(client, self._progress(client, number)) for client, number in [*self._news]]
+
+    def statistics(self) -> dict[str, int]:
+        """Return the sessions, leases and requests now, and the counters."""
+        with self._lock:
+            leases = sum(len(process.leases) for process in self._processes.values())
+            now = {"sessions": len(self._clients), "leases": leases, "requests": len(self._works)}
+            return {**now, **self.counts}
+
+    # --- steps, under the lock
+
+    def _part(self, form: BlockForm) -> Part:
+        """Return the part of stored blocks that a form describes. Raises `InvalidTerms`."""
+        whole = whole_form(form)
+        store = self.stores.get(whole.digest)
+        if store is None:
+            raise unlike(whole, [each.form for each in self.stores.values()])
+        return Part(store, cells_of(form))
+
+    def _part_of(self, client: Client, group: int) -> Part:
+        """Return the part of a client of a group. Raises `InvalidTerms` for another number."""
+        if group >= len(client.parts):
+            raise InvalidTerms(
+                f"Expected one of {len(client.parts)} groups of layers, got number {group}. Join "
+                f"with the forms of all groups."
+            )
+        return client.parts[group]
+
+    def _note_begun(self, work: object, copy: Copy) -> None:
+        """Take a copy from the store, which has the lock of its graph: no other lock may follow."""
+        self._begun.append((work, copy))
+        self._wake()
+
+    def _drain(self) -> None:
+        """Lend the rows that the store has lent since the last call."""
+        while self._begun:
+            self._lend(*self._begun.popleft())
+
+    def _lend(self, work: LoadWork | SaveWork, copy: Copy) -> None:
+        """Lend the rows of a copy to the clients that make it."""
+        lent = Lent(work, copy, covered=[0] * len(copy.rows))
+        work.lents[lent] = None
+        if isinstance(work, LoadWork):
+            if copy.form == work.part.store.form:
+                work.granted += len(copy.blocks)
+            self._grant(lent, work.client, work.number)
+        else:
+            for client, number in work.requesters.items():
+                self._grant(lent, client, number)
+        self._settle(lent)
+
+    def _grant(self, lent: Lent, client: Client, number: int) -> None:
+        """Lend the rows of a copy to a client, unless others write all of its part."""
+        work = lent.work
+        if client.gone or lent.ended or work.abandoned:
+            return
+        cells = -1
+        form = ""
+        if isinstance(work, SaveWork):
+            cells = next(x.cells for x in client.parts if x.store is work.part.store)
+            if not cells & ~lent.assigned:
+                return
+            lent.assigned |= cells
+        elif lent.copy.form != work.part.store.form:
+            form = lent.copy.form.json()
+        grants = self._learn(client, number).grants
+        step = max(1, PIECE // lent.copy.form.image_bytes)
+        for first in range(0, len(lent.copy.rows), step):
+            self.counts["lent"] += 1  # counts all, so that no number is used again
+            some = range(first, min(first + step, len(lent.copy.rows)))
+            lease = Lease(self.counts["lent"], client, lent, cells, some)
+            lent.leases.add(lease)
+            client.leases[lease.number] = lease
+            client.process.leases.add(lease)
+            places = ids_to_bytes(lent.copy.blocks[some.start : some.stop])
+            rows = ids_to_bytes(lent.copy.rows[some.start : some.stop])
+            grants.append(Grant(lease.number, places, rows, form))
+
+    def _return(self, lease: Lease, landed: Iterable[int] = ()) -> None:
+        """Take rows back from a client that uses them no longer."""
+        lease.client.leases.pop(lease.number, None)
+        lease.client.process.leases.discard(lease)
+        lent = lease.lent
+        lent.leases.discard(lease)
+        for place, good in zip(lease.places, landed, strict=False):
+            if good:
+                lent.covered[place] |= lease.cells
+        self._settle(lent)
+
+    def _settle(self, lent: Lent) -> None:
+        """Give rows back to the store if no client uses them, and none will."""
+        if lent.ended or lent.leases:
+            return
+        work = lent.work
+        if isinstance(work, LoadWork):
+            lent.end(-1)
+            return
+        whole = cells_of(work.part.store.form)
+        complete = all(each == whole for each in lent.covered)
+        if complete or work.abandoned or not work.awaited or lent.copy.cancelled:
+            lent.end(whole)
+
+    def _settle_all(self, work: LoadWork | SaveWork) -> None:
+        for lent in [*work.lents]:
+            self._settle(lent)
+
+    def _abandon_load(self, load: LoadWork) -> None:
+        """Lend no further rows for a load."""
+        load.abandoned = True
+        if load.handle is not None:
+            load.handle.cancel()
+
+    def _abandon(self, save: SaveWork) -> None:
+        """Have no rank copy a further block of a save."""
+        if save.abandoned or save.handle is None:
+            return
+        save.abandoned = True
+        self.counts["saves_abandoned"] += 1
+        save.handle.cancel()
+        for client, number in save.requesters.items():
+            if not client.gone and number in client.requests:
+                self._learn(client, number).more = False
+        self._settle_all(save)
+
+    def _note_complete(self, save: SaveWork) -> None:
+        """Tell ranks that no rows follow, once nothing reads their blocks any more."""
+        released = None if save.handle is None else save.handle.released
+        if save.complete or save.stored is not None or released is None or not released.done():
+            return
+        save.complete = True
+        for client, number in save.requesters.items():
+            if not client.gone and number in client.requests:
+                self._learn(client, number).more = False
+
+    def _forget_save(self, save: SaveWork) -> None:
+        """Forget a save that has ended, and that no other rank will ask for."""
+        if save.stored is None or save.awaited:
+            return
+        left = [each for each in self._saves.get(save.key, ()) if each is not save]
+        self._saves.pop(save.key, None)
+        if left:
+            self._saves[save.key] = left
+
+    def _learn(self, client: Client, number: int) -> _News:
+        """Return the news of a client about a request, to be changed."""
+        return self._news.setdefault((client, number), _News())
+
+    def _end_request(self, client: Client, number: int, stored: bytes | None) -> None:
+        """Tell a client that a request has ended."""
+        if client.gone or client.requests.pop(number, None) is None:
+            return
+        news = self._learn(client, number)
+        news.more = False
+        news.stored = stored
+
+    def _progress(self, client: Client, number: int) -> Progress:
+        """Return the news of a client about a request, once."""
+        news = self._news.pop((client, number), _News())
+        grants = (*news.grants,)
+        return Progress(client.session, number, grants, news.more, news.stored)
