@@ -44,6 +44,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "storage": (("xxhash",), "block stores on the host and on disks"),
     "remote": (("xxhash", "obstore"), "block stores in S3, GCS, Azure and the like"),
     "migrate": (("msgspec", "zmq"), "rows and weights of other processes"),
+    "serving": (("xxhash", "obstore", "msgspec", "zmq"), "one store for the engines of a host"),
     "nixl": (("nixl",), "rows of other hosts over UCX: RDMA, sockets"),
     "mooncake": (("mooncake",), "the same over Mooncake, on CUDA 13"),
     "metrics": (("prometheus_client",), "the counters of block stores for Prometheus"),

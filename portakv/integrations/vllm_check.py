@@ -131,23 +131,25 @@ def _short_of(terms: StoreTerms) -> Iterator[str]:
             f"host and staging take {_gib(terms.host + terms.staging)}, and this machine has "
             f"{_gib(memory)}. Give less."
         )
-    if terms.folder is None:
+    if not terms.folders:
         yield (
             "There is no folder: blocks are in host memory alone, and end with the engine. Name a "
             "folder to keep them."
         )
         return
-    existing = Path(terms.folder)
-    while not existing.exists():
-        existing = existing.parent
-    if not os.access(existing, os.W_OK | os.X_OK):
-        yield f"The user who runs this may not write {existing}. Pass another folder."
-    space = shutil.disk_usage(existing).total
-    if terms.capacity > space:
-        yield (
-            f"capacity is {_gib(terms.capacity)}, and the file system of {existing} has "
-            f"{_gib(space)}. Give less."
-        )
+    share = terms.capacity // len(terms.folders)
+    for folder in terms.folders:
+        existing = Path(folder)
+        while not existing.exists():
+            existing = existing.parent
+        if not os.access(existing, os.W_OK | os.X_OK):
+            yield f"The user who runs this may not write {existing}. Pass another folder."
+        space = shutil.disk_usage(existing).total
+        if share > space:
+            yield (
+                f"capacity is {_gib(share)}, and the file system of {existing} has "
+                f"{_gib(space)}. Give less."
+            )
 
 
 def _check_sizes(terms: StoreTerms, sizes: Sizes, found: Findings) -> None:
@@ -164,7 +166,7 @@ def _check_sizes(terms: StoreTerms, sizes: Sizes, found: Findings) -> None:
             f"prompts are not saved while it is full. Give it more."
         )
     places = {"host memory": terms.host}
-    if terms.folder is not None:
+    if terms.folders:
         places["the disk"] = terms.capacity
     kept = ", ".join(f"{place} {sizes.tokens(size):,}" for place, size in places.items())
     found.notes.append(f"A token takes {sizes.token:,} bytes; tokens that fit: {kept}.")

@@ -7,27 +7,81 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from portakv.errors import PortaKVError
-from portakv.graph import Handle
+from portakv.graph import Mask
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.streams import StreamFence
-from portakv.runtime.transfer import Transfer
 from portakv.serving.plan import Job, Plan, Report
-from portakv.storage.form_store import FormStore
-from portakv.view import KVView
+from portakv.storage.form import BlockForm
+from portakv.storage.tier import Keys
+from portakv.view import IdList, KVView
 
 _log = RateLimitedLog(logging.getLogger(__name__))
+
+
+class Ending(Protocol):
+    """The end of copies."""
+
+    def done(self) -> bool:
+        """Return whether the copies have ended; never block."""
+
+    def wait(self) -> object:
+        """Have the current stream wait for the copies, or block until they have ended."""
+
+
+class Moved(Ending, Protocol):
+    """A load or a save: the handle of a `FormStore`, or a `KeptTransfer`."""
+
+    @property
+    def landed(self) -> Mask:
+        """Return the blocks that landed, bool ``[blocks]``."""
+
+    @property
+    def layers(self) -> Sequence[Ending]:
+        """Return the end of each layer of a load by layer; empty for others."""
+
+    @property
+    def released(self) -> Ending | None:
+        """Return the end of the copies of a save; None for a load."""
+
+    def cancel(self) -> bool:
+        """Start no further block."""
+
+
+class Blocks(Protocol):
+    """Where blocks are stored: a `FormStore`, or the `KeptBlocks` of a `KeeperClient`."""
+
+    @property
+    def form(self) -> BlockForm:
+        """Return the form of the blocks."""
+
+    def save(
+        self, view: KVView, blocks: IdList, keys: Keys, *, after: bytes | None = None
+    ) -> Moved:
+        """Save blocks of a view; see `FormStore.save`."""
+
+    def load(
+        self,
+        view: KVView,
+        blocks: IdList,
+        keys: Keys,
+        *,
+        deadline: float | None = None,
+        by_layer: bool = False,
+        missing: Literal["skip"] = "skip",
+    ) -> Moved:
+        """Load blocks into a view; see `FormStore.load`."""
 
 
 class GroupCache(NamedTuple):
     """The caches of a group of layers in one worker, and where its blocks are stored."""
 
     view: KVView
-    store: FormStore
+    store: Blocks
 
 
 class Ended(NamedTuple):
@@ -49,7 +103,7 @@ class Ended(NamedTuple):
 class _Part(NamedTuple):
     """The part of a load or save in one group; it begins at the position ``first`` of the keys."""
 
-    handle: Handle
+    handle: Moved
     first: int = 0
 
 
@@ -277,7 +331,7 @@ def _covered(position: int, size: int, whole: int) -> Iterator[int]:
     yield from range(position * size // whole, -(-(position + 1) * size // whole))
 
 
-def _is_done(transfer: Transfer) -> bool:
+def _is_done(transfer: Ending) -> bool:
     """Return whether a transfer has ended; how it did is in the blocks that landed."""
     try:
         return transfer.done()
@@ -285,12 +339,12 @@ def _is_done(transfer: Transfer) -> bool:
         return True
 
 
-def _wait(transfer: Transfer) -> None:
+def _wait(transfer: Ending) -> None:
     """Let the current stream wait for a transfer; how it ended is in the blocks that landed."""
     with suppress(PortaKVError):
         transfer.wait()
 
 
-def _is_released(handle: Handle) -> bool:
+def _is_released(handle: Moved) -> bool:
     """Return whether nothing reads the blocks of a save any longer."""
     return handle.released is None or _is_done(handle.released)

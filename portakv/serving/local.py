@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from portakv.arguments import flag, nbytes, seconds, text, whole
+from portakv.arguments import flag, items, nbytes, seconds, text, whole
 from portakv.errors import InvalidTerms, PortaKVError, StoreBusy
 from portakv.runtime.bounded import Bounded
 from portakv.storage import BlockForm, BlockStore, Disk
@@ -30,7 +30,7 @@ class StoreTerms:
     """Where the blocks of an engine are stored.
 
     Attributes:
-        folder: of the disk tier; None: no disk.
+        folder: of the disk tier, or several of them; None: no disk.
         capacity: bytes of the disk tier.
         host: bytes of host memory that cache blocks.
         staging: bytes of pinned memory for transfers.
@@ -43,7 +43,7 @@ class StoreTerms:
     Raises `InvalidTerms` for values that a term cannot have, and for no tier at all.
     """
 
-    folder: str | None = None
+    folder: str | Sequence[str] | None = None
     capacity: int = 64 << 30
     host: int = 4 << 30
     staging: int = 1 << 30
@@ -52,20 +52,29 @@ class StoreTerms:
     by_layer: bool = False
 
     def __post_init__(self) -> None:
-        if self.folder is not None:
-            text("folder", self.folder)
-            check_private(self.folder)
+        for folder in self.folders:
+            text("folder", folder)
+            check_private(folder)
         for name in ("capacity", "host", "staging"):
             nbytes(name, getattr(self, name))
         seconds("deadline", self.deadline, above=True)
         if self.block_size is not None:
             whole("block_size", self.block_size, 1)
         flag("by_layer", self.by_layer)
-        if self.folder is None and not self.host:
+        if not self.folders and not self.host:
             raise InvalidTerms(
                 "Expected a host tier or a folder for a disk tier, got host=0 and no folder. Pass "
                 "one of them."
             )
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Return the folders of the disk tier."""
+        if self.folder is None:
+            return ()
+        if isinstance(self.folder, str):
+            return (self.folder,)
+        return (*items("folder", self.folder, "folders"),)
 
     @classmethod
     def of(cls, terms: Mapping[str, object]) -> StoreTerms:
@@ -153,7 +162,7 @@ class LocalIndex:
             )
         if block_size is not None:
             whole("block_size", block_size, 1)
-        tiers = [Disk(terms.folder, capacity=terms.capacity)] if terms.folder is not None else []
+        tiers = [Disk(*terms.folders, capacity=terms.capacity)] if terms.folders else []
         forms = dict[str, BlockForm]()
         for number, (view, notes) in enumerate(groups):
             if len(groups) > 1:  # forms of equal shape differ
@@ -210,7 +219,11 @@ class LocalIndex:
 
     def leading(self, keys: Sequence[bytes]) -> int:
         """Return how many leading blocks can be loaded."""
-        return next((n for n, key in enumerate(keys) if not self.has(key)), len(keys))
+        groups = self._groups
+        try:
+            return min([group.leading(keys) for group in groups], default=0)
+        except PortaKVError:  # it was closed
+            return 0
 
     def has(self, key: bytes) -> bool:
         """Return whether a block can be loaded."""

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Link`: the connection of a process to the keeper of its host, made again whenever it ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferError
+from portakv.host.shared import process_space, started
+from portakv.migrate.channel import Channel
+from portakv.migrate.messages import Message, Refused
+from portakv.serving.keeper_messages import (
+    PROTOCOL,
+    Alive,
+    AskProtocol,
+    Later,
+    Leave,
+    Process,
+    Protocol,
+)
+from portakv.serving.place import Place
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+#: Seconds for an answer to a load, for which an engine waits: no longer for a keeper that hangs,
+#: and once, since the session then ends. Seconds for all other answers.
+ASKING = 2.0
+PATIENT = 5.0
+#: Seconds between two signs of life, and between tries to reach a keeper that is not there, is
+#: not ready, or has refused.
+BEAT = 1.0
+ABSENT = 0.2
+BUSY = 0.05
+REFUSED = 2.0
+#: Seconds without a keeper after which a warning is logged.
+LONELY = 30.0
+
+
+class Session(NamedTuple):
+    """A session of a keeper. ``data``: what its user has made at its begin."""
+
+    address: str
+    number: int
+    data: Any
+
+
+class Sides(NamedTuple):
+    """What the user of a link does.
+
+    Attributes:
+        hello: returns the request for a session, from the number of the session before.
+        kind: the type of its answer.
+        ready: returns whether a session may begin: nothing of the session before is under way.
+        began: makes the data of a session from the keeper's address and the answer with which it
+            begins.
+        ended: is called with a session that has ended, in any thread.
+        look: is called with a session now and then, and after `Link.wake`.
+    """
+
+    hello: Callable[[int], Message]
+    kind: type[Any]
+    ready: Callable[[], bool]
+    began: Callable[[str, Any], object]
+    ended: Callable[[Session], object]
+    look: Callable[[Session], object] = lambda _: None
+
+
+class Link:
+    """The connection of a process to the keeper of a place.
+
+    A thread makes it, looks whether it stands, and makes it again.
+
+    Args:
+        place: where the address of the keeper stands.
+        channel: of the process, to which the keeper also sends; the link closes it.
+
+    Attributes:
+        session: of the keeper; None while there is none.
+    """
+
+    def __init__(self, place: Place, channel: Channel, sides: Sides) -> None:
+        self.session: Session | None = None
+        self._place = place
+        self._channel = channel
+        self._sides = sides
+        self._before = 0  # the number of the last session
+        self._known = ""  # the address of a keeper of this version
+        self._changed = threading.Condition()
+        self._refusal = ""  # what the keeper says about the blocks of this process
+        self._logged = ""  # the last line in the log
+        self._wake = threading.Event()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="portakv keeper link", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Have the thread look at the session now."""
+        self._wake.set()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for a session, at most so many seconds; return whether there is one.
+
+        Raises `InvalidTerms` with the sentence of a keeper that refuses the blocks of this
+        process.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self.session is not None or self._refusal, timeout)
+            if self.session is None and self._refusal:
+                raise InvalidTerms(self._refusal)
+            return self.session is not None
+
+    def ask(self, session: Session, message: Message, kind: type[T], timeout: float = PATIENT) -> T:
+        """Return the answer of the keeper. Raises `PeerError` and the like without one.
+
+        The session ends if the keeper does not answer within so many seconds.
+        """
+        try:
+            return self._channel.ask(session.address, message, kind, timeout)
+        except Refused:
+            self._wake.set()  # look whether the session stands
+            raise
+        except TransferError as error:
+            self.lose(session, str(error))
+            raise
+
+    def tell(self, session: Session, message: Message) -> None:
+        """Send a message, if the session stands. The session ends if the keeper does not take
+        it."""
+        if self.session is not session:
+            return
+        try:
+            self._channel.tell(session.address, message, PATIENT)
+        except PortaKVError as error:
+            self.lose(session, str(error))
+
+    def lose(self, session: Session, why: str) -> None:
+        """End a session."""
+        with self._changed:
+            if self.session is not session:
+                return
+            self.session = None
+            self._changed.notify_all()
+        self._sides.ended(session)
+        if not self._stopped:
+            text = "The keeper of %s is gone: blocks count as missing until another one serves. %s"
+            _log.warning(text, self._place.name, why)
+        self._wake.set()
+
+    def close(self) -> None:
+        """End the session and the thread, and close the channel."""
+        self._stopped = True
+        self._wake.set()
+        self._thread.join()
+        session = self.session
+        if session is not None:
+            if self._sides.ready():
+                self.tell(session, Leave(session.number))
+            self.lose(session, "")
+        self._channel.close()
+
+    # --- the thread
+
+    def _run(self) -> None:
+        """Have a session, until the link is closed."""
+        since = time.monotonic()
+        while not self._stopped:
+            session = self.session
+            try:
+                pause = self._join() if session is None else self._look(session)
+            except Exception as error:  # the next try may succeed
+                self._say(f"A process failed to reach its keeper, and tries again: {error!r}")
+                pause = REFUSED
+            now = time.monotonic()
+            if self.session is not None:
+                since = now
+            elif now > since + LONELY:
+                self._say(f"No keeper serves {self._place.name}: nothing is stored or loaded.")
+            self._wake.wait(pause)
+            self._wake.clear()
+
+    def _look(self, session: Session) -> float:
+        """Look whether a session stands; return the seconds until the next look."""
+        try:
+            self._channel.ask(session.address, Alive(session.number), Alive, PATIENT)
+            self._sides.look(session)
+        except PortaKVError as error:
+            self.lose(session, str(error))
+            return 0.0
+        return BEAT
+
+    def _join(self) -> float:
+        """Try to begin a session; return the seconds until the next step."""
+        try:
+            address = self._place.address()
+        except PortaKVError as error:
+            self._refuse(str(error))
+            return REFUSED
+        if not address or not self._sides.ready():
+            return ABSENT
+        try:
+            if not self._speaks_to(address):
+                return REFUSED
+            kind: Any = self._sides.kind | Later
+            answer = self._channel.ask(address, self._sides.hello(self._before), kind, PATIENT)
+        except Refused as error:
+            self._refuse(sentence_of(error))
+            return REFUSED
+        except TransferError:
+            return ABSENT
+        if isinstance(answer, Later):
+            return BUSY
+        return self._begin(address, answer)
+
+    def _speaks_to(self, address: str) -> bool:
+        """Return whether a keeper has the version of this process."""
+        if address == self._known:
+            return True
+        version = self._channel.ask(address, AskProtocol(PROTOCOL), Protocol, PATIENT).version
+        if version == PROTOCOL:
+            self._known = address
+            return True
+        self._refuse(
+            f"Expected a keeper of version {PROTOCOL} in {self._place.name}, got version "
+            f"{version}. Run one release of PortaKV on a host."
+        )
+        return False
+
+    def _begin(self, address: str, answer: Any) -> float:
+        """Begin a session; return the seconds until the next step."""
+        self._before = answer.session
+        try:
+            session = Session(address, answer.session, self._sides.began(address, answer))
+        except PortaKVError as error:
+            self._refuse(str(error))
+            return REFUSED
+        with self._changed:
+            self.session = session
+            self._refusal = ""
+            self._changed.notify_all()
+        self._logged = ""
+        _log.info("The keeper of %s serves this process.", self._place.name)
+        why = "Its connection ended."
+        self._channel.watch(address, partial(self.lose, session, why))
+        return 0.0
+
+    def _refuse(self, why: str) -> None:
+        """Note why there is no session, and log it once."""
+        with self._changed:
+            self._refusal = why
+            self._changed.notify_all()
+        self._say(f"Nothing is stored or loaded through the keeper of {self._place.name}: {why}")
+
+    def _say(self, text: str) -> None:
+        """Log a line, once."""
+        if self._logged != text:
+            self._logged = text
+            _log.warning("%s", text)
+
+
+def this_client() -> Process:
+    """Return the namespace, the number and the start of this process."""
+    pid = os.getpid()
+    return process_space(), pid, started(pid) or 0
+
+
+def sentence_of(error: PeerError) -> str:
+    """Return what a keeper says, without the sentence of the channel before it."""
+    text = str(error)
+    _, mark, sentence = text.partition(" was rejected: ")
+    return sentence if mark else text

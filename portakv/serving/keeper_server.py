@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Keeper`: serves one block store to the processes of a host."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+
+from portakv.arguments import instance, seconds, text
+from portakv.errors import PortaKVError, StoreBusy, StoreError
+from portakv.migrate.channel import Channel
+from portakv.migrate.messages import Message
+from portakv.runtime.devices import this_process
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.serving.keeper import PATIENCE
+from portakv.serving.keeper_processes import Processes
+from portakv.serving.keeper_service import Service
+from portakv.serving.keeper_store import OpenStore
+from portakv.serving.local import StoreTerms
+from portakv.serving.place import Place
+
+_logger = logging.getLogger(__name__)
+_log = RateLimitedLog(_logger)
+#: Seconds between two tries to serve, and between two looks at what takes too long.
+LOOK = 0.25
+#: Seconds that a message to a client may take. A client that does not take it has lost its session.
+TELLING = 0.2
+#: Seconds for which a folder may be busy: a process that was killed may have writes under way.
+BUSY = 10.0
+
+
+class Keeper:
+    """Serves one block store to the processes of a host, or stands by.
+
+    One process for each folder serves: the first one that may. The others stand by, and one of
+    them serves when that process has ended. A store is opened when the first rank joins, whose
+    blocks name its forms; ranks of other blocks are refused as long as ranks have joined.
+
+    Args:
+        terms: where blocks are stored, and how much memory the store takes.
+        engine: the name of the engine, by which its processes find a keeper without a folder.
+        patience: seconds for which a save waits for all ranks of its engine.
+
+    Raises `InvalidTerms` for wrong terms, and `StoreError` for a folder that cannot be used.
+    """
+
+    def __init__(self, terms: StoreTerms, engine: str = "", patience: float = PATIENCE) -> None:
+        self.terms = instance("terms", terms, StoreTerms)
+        self.place = place_of(terms, engine)
+        self._patience = seconds("patience", patience, above=True)
+        self._busy_since: float | None = None
+        self._stopped = threading.Event()
+        self._process = this_process()
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._processes = Processes()
+        self._channel = Channel()
+        self._service = Service(self._channel, self._wake)
+        try:
+            self._serve_if_possible()
+        except BaseException:
+            self._channel.close()
+            os.close(self._event)
+            raise
+        self._thread = threading.Thread(target=self._run, name="portakv keeper", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def serves(self) -> bool:
+        """Return whether this process serves; others may."""
+        return self.place.claimed
+
+    def statistics(self) -> dict[str, int]:
+        """Return the sessions, leases and requests now, and the counters."""
+        opened = self._service.opened
+        return {} if opened is None else opened.state.statistics()
+
+    def figures(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
+        """Return the figures of the store, as `BlockStore.statistics`; none while it is closed."""
+        opened = self._service.opened
+        try:
+            return {} if opened is None else opened.store.statistics()
+        except StoreError:  # it was closed meanwhile
+            return {}
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Serve no longer: close the store within so many seconds. Clients go on with misses."""
+        timeout = seconds("timeout", timeout)
+        if self._process.forked or self._stopped.is_set():
+            return
+        self._stopped.set()
+        self._wake()
+        self._thread.join()
+        self._channel.close()
+        self._close_store(timeout)
+        self.place.release()
+        os.close(self._event)
+
+    # --- the thread
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # the counter is full, or the keeper was closed
+            os.eventfd_write(self._event, 1)
+
+    def _run(self) -> None:
+        """Go on until the keeper is closed."""
+        while not self._stopped.is_set():
+            try:
+                self._wait()
+                self._serve_if_possible()
+                self._open_if_wanted()
+                self._advance()
+            except Exception as error:  # the other clients must be served
+                _log.warning("step", "A keeper failed at a step, and goes on: %r", error)
+                self._stopped.wait(LOOK)
+
+    def _wait(self) -> None:
+        """Wait until something happens, or for `LOOK` seconds; note processes that have ended."""
+        poll = select.poll()
+        poll.register(self._event, select.POLLIN)
+        opened = self._service.opened
+        if opened is not None and not opened.store.graph.closed.is_set():
+            poll.register(opened.store.finished_fd(), select.POLLIN)
+            poll.register(opened.store.listen_fd(), select.POLLIN)
+            self._processes.watch(opened.state.processes())
+        for descriptor in self._processes.descriptors():
+            poll.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(LOOK * 1000)}
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._event)
+        for process in self._processes.take_ended(ready):
+            if opened is not None:
+                opened.state.process_ended(process)
+
+    def _serve_if_possible(self) -> None:
+        """Serve, unless another process does."""
+        if not self.place.claimed and self.place.claim():
+            self.place.publish(self._channel.address)
+            _logger.info("This process keeps the blocks in %s.", self.place.name)
+
+    def _open_if_wanted(self) -> None:
+        """Open the store for the forms that a client waits for."""
+        service = self._service
+        wanted = service.wanted
+        if not wanted or not self.serves:
+            return
+        self._close_store(BUSY)
+        refusal: PortaKVError | None = None
+        try:
+            service.opened = OpenStore(self.terms, wanted, self._wake, self._patience)
+        except StoreBusy as error:
+            now = time.monotonic()
+            self._busy_since = self._busy_since or now
+            if now < self._busy_since + BUSY:
+                return
+            refusal = error
+        except PortaKVError as error:
+            refusal = error
+        self._busy_since = None
+        service.wanted = ()
+        if refusal is not None:
+            service.refusal = wanted, refusal
+            _log.warning("open", "The store of a keeper cannot be opened: %s", refusal)
+
+    def _close_store(self, timeout: float) -> None:
+        """Close the store, if it is open."""
+        opened = self._service.opened
+        self._service.opened = None
+        self._processes.close()
+        error = None if opened is None else opened.close(timeout)
+        if error is not None:
+            _log.warning("close", "The store of a keeper could not be closed: %s", error)
+
+    def _advance(self) -> None:
+        """Go on with what the store has done, and tell clients."""
+        opened = self._service.opened
+        if opened is None or opened.store.graph.closed.is_set():  # the interpreter ends
+            return
+        for handle in opened.store.finished():
+            opened.state.ended(handle)
+        opened.state.advance()
+        for client, progress in opened.state.take():
+            self._tell(client.address, progress, partial(opened.state.lost, client))
+        for follower, changes in opened.feed.announce(opened.store.listen()):
+            self._tell(follower.address, changes, partial(opened.feed.lost, follower))
+
+    def _tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:
+        """Send a message to a client, whose session ends if it does not take the message."""
+        try:
+            self._channel.tell(address, message, TELLING)
+        except PortaKVError as error:
+            _log.warning("client", "A client of a keeper is gone: %s", error)
+            lost()
+
+
+def place_of(terms: StoreTerms, engine: str) -> Place:
+    """Return where the processes of an engine find their keeper.
+
+    Raises `InvalidTerms` for an engine without a name, if there is no folder.
+    """
+    if terms.folders:
+        return Place.of_folder(terms.folders[0])
+    return Place.of_engine(text("engine", engine))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Service`: what a keeper answers to messages of its clients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from portakv.errors import PeerError, PortaKVError, StoreError
+from portakv.host.shared import process_space, started
+from portakv.migrate.channel import Channel, Peer
+from portakv.serving.keeper_messages import (
+    PROTOCOL,
+    Alive,
+    AskKeys,
+    AskProtocol,
+    Follow,
+    Followed,
+    Join,
+    Joined,
+    KeysPage,
+    Later,
+    Leave,
+    Load,
+    Progress,
+    Protocol,
+    Report,
+    Save,
+    Stop,
+)
+from portakv.serving.keeper_parts import whole_form
+from portakv.serving.keeper_store import OpenStore
+from portakv.storage.form import BlockForm
+
+
+class Service:
+    """Answers the messages of clients, in the thread of a channel.
+
+    A store is opened at the first `Join`, which names its forms. That takes seconds, so another
+    thread does it, and the client asks again.
+
+    Args:
+        channel: of the keeper.
+        wake: is called when ``wanted`` has changed.
+
+    Attributes:
+        opened: the store, if it is open.
+        wanted: the forms of whole blocks that a client waits for; none if no client does.
+        refusal: the forms for which the store could not be opened, and why.
+    """
+
+    def __init__(self, channel: Channel, wake: Callable[[], object]) -> None:
+        self.opened: OpenStore | None = None
+        self.wanted: Sequence[BlockForm] = ()
+        self.refusal: tuple[Sequence[BlockForm], PortaKVError] | None = None
+        self._wake = wake
+        channel.serve(AskProtocol, lambda *_: Protocol(PROTOCOL))
+        channel.serve(Join, self._join)
+        channel.serve(Follow, self._follow)
+        channel.serve(Alive, self._alive)
+        channel.serve(Load, self._load)
+        channel.serve(Save, self._save)
+        channel.serve(Report, self._report)
+        channel.serve(Stop, self._stop)
+        channel.serve(Leave, self._leave)
+        channel.serve(AskKeys, self._page)
+
+    def _join(self, peer: Peer, ask: Join) -> Joined | Later:
+        """Begin a session of a rank, or have the store opened for it."""
+        forms = [whole_form(BlockForm.from_json(text)) for text in ask.forms]
+        opened = self.opened
+        if opened is None or not (opened.has(forms) or opened.state.clients()):
+            refusal = self.refusal
+            self.refusal = None
+            if refusal is not None and refusal[0] == forms:
+                raise refusal[1]
+            self.wanted = forms
+            self._wake()
+            return Later()
+        check_process(ask.process)
+        client = opened.state.join(ask)
+        peer.on_gone(partial(opened.state.lost, client))
+        self._wake()  # to watch its process
+        return Joined(client.session, opened.handle)
+
+    def _follow(self, peer: Peer, ask: Follow) -> Followed | Later:
+        """Begin a session of a process that follows the index."""
+        opened = self.opened
+        forms = opened.forms_of(ask.engine) if opened is not None else []
+        if opened is None or not forms:
+            return Later()
+        follower = opened.feed.follow(ask, forms)
+        peer.on_gone(partial(opened.feed.lost, follower))
+        return opened.feed.followed(follower)
+
+    def _alive(self, peer: Peer, ask: Alive) -> Alive:
+        opened = self._open()
+        if ask.session not in opened.feed:
+            opened.state.client(ask.session)
+        return Alive(ask.session)
+
+    def _load(self, peer: Peer, ask: Load) -> Progress:
+        return self._open().state.load(ask)
+
+    def _save(self, peer: Peer, ask: Save) -> Progress:
+        return self._open().state.save(ask)
+
+    def _report(self, peer: Peer, report: Report) -> None:
+        if self.opened is not None:
+            self.opened.state.report(report.session, report.lease, report.landed)
+
+    def _stop(self, peer: Peer, stop: Stop) -> None:
+        if self.opened is not None:
+            self.opened.state.stop(stop.session, stop.number)
+
+    def _leave(self, peer: Peer, leave: Leave) -> None:
+        if self.opened is not None:
+            self.opened.state.leave(leave.session)
+            self.opened.feed.leave(leave.session)
+
+    def _page(self, peer: Peer, ask: AskKeys) -> KeysPage:
+        return self._open().feed.page(ask)
+
+    def _open(self) -> OpenStore:
+        if self.opened is None:
+            raise PeerError("Expected a session of this keeper, got one that has ended. Join anew.")
+        return self.opened
+
+
+def check_process(process: tuple[int, int, int]) -> None:
+    """Raise `StoreError` for a process whose end cannot be seen from here."""
+    (space, pid, began) = process
+    if space != process_space():
+        raise StoreError(
+            f"Expected a process of the keeper's namespace of processes, got one of another "
+            f"container. Run both in one namespace (docker: --pid), as user {os.geteuid()}."
+        )
+    if started(pid) != began:
+        raise StoreError(f"Expected a process that runs, got {pid}, which has ended. Join anew.")

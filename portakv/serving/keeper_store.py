@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`OpenStore`: the store of a keeper, with its clients and its followers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from portakv.errors import PortaKVError
+from portakv.migrate.ipc import share
+from portakv.runtime.bounded import Bounded
+from portakv.serving.keeper import KeeperState
+from portakv.serving.keeper_feed import Feed
+from portakv.serving.local import StoreTerms
+from portakv.storage import BlockForm, BlockStore, Disk
+
+
+class OpenStore:
+    """A store whose rows other processes map, and what is known of these processes.
+
+    Args:
+        terms: where blocks are stored.
+        forms: of whole blocks.
+        wake: is called when the state has something to do.
+        patience: seconds for which a save waits for all ranks of its engine.
+
+    Raises `StoreError`, `StoreBusy`, `HostMemoryError` and `InvalidTerms` as `BlockStore` does.
+
+    Attributes:
+        handle: the rows, for `open_shared`.
+    """
+
+    def __init__(
+        self,
+        terms: StoreTerms,
+        forms: Sequence[BlockForm],
+        wake: Callable[[], object],
+        patience: float,
+    ) -> None:
+        tiers = [Disk(*terms.folders, capacity=terms.capacity)] if terms.folders else []
+        named = {form.name: form for form in forms}
+        # Ranks register their mappings. The keeper copies to no device, and needs no context.
+        self.store = BlockStore(
+            named,
+            staging=terms.staging,
+            host=terms.host,
+            tiers=tiers,
+            shared=True,
+            pin=False,
+        )
+        self.state = KeeperState(wake, patience)
+        self.feed = Feed(self.store)
+        try:
+            self.handle = share(self.store.rows.tensor)
+            for name, form in named.items():
+                self.state.stores[form.digest] = self.store.of(name)
+            self.store.finished()  # from now on handles and changes are kept
+            self.store.listen()
+        except BaseException:
+            self.store.close()
+            raise
+        rows_here[self.handle] = self.store.rows.tensor
+
+    def has(self, forms: Sequence[BlockForm]) -> bool:
+        """Return whether the store has the forms of whole blocks."""
+        return all(form.digest in self.state.stores for form in forms)
+
+    def forms_of(self, engine: str) -> list[str]:
+        """Return the names of the forms of an engine's groups; none before a rank has joined."""
+        return [digest.hex() for digest in self.state.forms_of(engine)]
+
+    def close(self, timeout: float) -> PortaKVError | None:
+        """End all sessions and close the store; return the error of a store that hangs."""
+        rows_here.pop(self.handle, None)
+        self.state.close()
+        try:
+            self.store.close(timeout)
+        except PortaKVError as error:
+            return error
+        return None
+
+
+#: The rows of the keepers of this process, by their handles: its own clients need not map them.
+rows_here: Bounded[bytes, torch.Tensor] = Bounded("rows of keepers", 16)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`KeeperIndex`: a copy of the index of a keeper, which the keeper's feed keeps current."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+from portakv.arguments import instance, seconds, text, whole
+from portakv.migrate.channel import Channel, Peer
+from portakv.runtime.devices import this_process
+from portakv.serving.keeper_link import PATIENT, Link, Session, Sides, this_client
+from portakv.serving.keeper_messages import (
+    AskKeys,
+    Changed,
+    Changes,
+    Follow,
+    Followed,
+    KeysPage,
+    keys_in,
+)
+from portakv.serving.place import Place
+from portakv.storage.changes import Change
+
+#: The most changes that wait for `KeeperIndex.take_events`.
+EVENTS = 1 << 16
+
+
+class Known:
+    """The blocks of one form that a keeper has, and in which tiers."""
+
+    def __init__(self) -> None:
+        #: By key a number with a bit for each tier.
+        self.tiers = dict[bytes, int]()
+        self._names = dict[str, int]()  # the bits of tiers, by their names
+
+    def add(self, tier: str, keys: Iterable[bytes]) -> None:
+        """Note that a tier has blocks."""
+        bit = self._bit(tier)
+        tiers = self.tiers
+        for key in keys:
+            tiers[key] = tiers.get(key, 0) | bit
+
+    def change(self, changed: Changed) -> None:
+        """Note a block that a tier has stored, or lost."""
+        bit = self._bit(changed.tier)
+        left = self.tiers.get(changed.key, 0) & ~bit
+        if changed.stored:
+            left |= bit
+        if left:
+            self.tiers[changed.key] = left
+        else:
+            self.tiers.pop(changed.key, None)
+
+    def _bit(self, tier: str) -> int:
+        return 1 << self._names.setdefault(tier, len(self._names))
+
+
+class KeeperIndex:
+    """What a scheduler knows of the blocks of a keeper; an `Index` of a `Ledger`.
+
+    It holds a copy of the keeper's index, which the keeper keeps current. So an answer needs no
+    message. It knows no blocks while there is no keeper, or no rank of the engine has joined.
+
+    Args:
+        place: where the processes of the host find the keeper.
+        engine: the name with which the ranks of the engine join.
+        groups: of layers, as the ranks have them. A block can be loaded if all groups have it.
+
+    Raises `InvalidTerms` for wrong arguments.
+    """
+
+    def __init__(self, place: Place, engine: str = "", groups: int = 1) -> None:
+        instance("place", place, Place)
+        text("engine", engine, least=0)
+        self._groups = whole("groups", groups, 1, 64)
+        self._known: list[Known] = []  # of each group
+        self._followed = Followed(0, (), ())
+        self._number = 0  # of the last change
+        self._losses = 0
+        self._events: deque[Change] | None = None
+        self._waiting: list[Changed] | None = None  # changes, while a snapshot is read
+        self._lock = threading.Lock()
+        self._process = this_process()
+        self._channel = Channel()
+        self._channel.serve(Changes, self._take)
+        hello = Follow(engine, this_client(), self._channel.address, groups)
+        sides = Sides(lambda _: hello, Followed, lambda: True, self._began, self._ended, self._look)
+        self._link = Link(place, self._channel, sides)
+        self._link.start()
+
+    def __enter__(self) -> KeeperIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def leading(self, keys: Sequence[bytes]) -> int:
+        """Return how many leading blocks can be loaded."""
+        groups = self._groups_here()
+        count = len(keys) if groups else 0
+        for known in groups:
+            tiers = known.tiers
+            count = next((n for n in range(count) if keys[n] not in tiers), count)
+        return count
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a block can be loaded."""
+        groups = self._groups_here()
+        return bool(groups) and all(key in known.tiers for known in groups)
+
+    @property
+    def losses(self) -> int:
+        """Return a number that changes if a block may have been lost."""
+        return self._losses
+
+    def record(self) -> None:
+        """Keep changes from now on for `take_events`."""
+        with self._lock:
+            if self._events is None:
+                self._events = deque(maxlen=EVENTS)
+
+    def take_events(self) -> list[Change]:
+        """Return the changes of the keeper's store since the last call, at most the latest
+        `EVENTS`.
+
+        Of a block of several groups, those of the first group. Some are missing if changes were
+        missed.
+        """
+        with self._lock:
+            made = list(self._events or ())
+            if self._events is not None:
+                self._events.clear()
+        return made
+
+    def bytes_of(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Return the bytes of blocks that a ledger has counted."""
+        size = sum(self._followed.nbytes)
+        return {
+            "landed_bytes": counts.get("landed_blocks", 0) * size,
+            "stored_bytes": counts.get("stored_blocks", 0) * size,
+        }
+
+    def wait(self, timeout: float = 10.0) -> bool:
+        """Wait for a keeper, at most so many seconds; return whether its index is here.
+
+        Raises `InvalidTerms` with the sentence of a keeper that has another number of groups.
+        """
+        return self._link.wait(seconds("timeout", timeout))
+
+    def close(self) -> None:
+        """Leave the keeper."""
+        if not self._process.forked:
+            self._link.close()
+
+    def _groups_here(self) -> list[Known]:
+        """Return what is known of each group; nothing in a forked process, where it stands
+        still."""
+        return [] if self._process.forked else self._known
+
+    # --- for the link
+
+    def _began(self, address: str, followed: Followed) -> None:
+        """Read the index."""
+        with self._lock:
+            self._followed = followed
+        self._read(address, followed.session)
+
+    def _ended(self, session: Session) -> None:
+        with self._lock:
+            self._followed = Followed(0, (), self._followed.nbytes)
+            self._known = []
+            self._losses += 1
+
+    def _look(self, session: Session) -> None:
+        """Read the index again if changes were missed."""
+        if self._number < 0:
+            self._read(session.address, session.number)
+
+    def _read(self, address: str, session: int) -> None:
+        """Read a snapshot of the index, and apply the changes that have come since."""
+        with self._lock:
+            self._waiting = []
+        read = [*map(partial(self._read_group, address, session), range(self._groups))]
+        with self._lock:
+            waiting = self._waiting or ()
+            self._waiting = None
+            if self._followed.session != session:  # it has ended
+                return
+            self._losses += 1
+            self._known = [known for known, _ in read]
+            # Changes before a snapshot do no harm: those after them follow in order.
+            self._number = min(number for _, number in read)
+            self.apply(waiting)
+
+    def _read_group(self, address: str, session: int, group: int) -> tuple[Known, int]:
+        """Return the blocks of a group, and the number of the last change before them."""
+        known = Known()
+        more = True
+        page = 0
+        while more:
+            question = AskKeys(session, group, page)
+            answer = self._channel.ask(address, question, KeysPage, PATIENT)
+            for tier, keys in answer.tiers:
+                known.add(tier, keys_in(keys))
+            more = answer.more
+            page += 1
+        return known, answer.number
+
+    def _take(self, peer: Peer, message: Changes) -> None:
+        """Take changes, in the thread of the channel."""
+        with self._lock:
+            if message.session != self._followed.session:
+                return
+            if self._waiting is not None:
+                self._waiting += message.changes
+            elif self._number >= 0:
+                self.apply(message.changes)
+
+    def apply(self, changes: Iterable[Changed]) -> None:
+        """Apply changes in order, under the lock; after a gap have all read again."""
+        for changed in changes:
+            if changed.number <= self._number:
+                continue
+            if changed.number > self._number + 1:  # some are missing: read all again
+                self._number = -1
+                self._link.wake()
+                return
+            self._number = changed.number
+            forms = self._followed.forms
+            for known, form in zip(self._known, forms, strict=True):
+                if form == changed.form:
+                    known.change(changed)
+            self._losses += not changed.stored
+            if self._events is not None and changed.form == forms[0]:
+                self._events.append(change_of(changed))
+
+
+def change_of(changed: Changed) -> Change:
+    """Return a change as a store announces it."""
+    return Change(changed.number, changed.key, changed.tier, changed.stored, changed.why)

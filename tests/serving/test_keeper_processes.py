@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A keeper and its clients in processes of their own, which are stopped and killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.keeper_processes import Failed, Worker, image_bytes, nursery, prompt
+from support.migrate_channels import until
+
+pytestmark = pytest.mark.xdist_group("keeper")
+LIMIT = 60.0  # seconds; nothing here takes as long
+_KEEPER = """
+import logging
+from portakv.serving.keeper_server import Keeper
+from portakv.serving.local import StoreTerms
+keeper = Keeper(StoreTerms(folder=folder, **terms), patience=patience)
+"""
+_RANK = """
+from support.keeper_processes import *
+rank = Rank(folder, **terms)
+answer = rank.client.wait(LIMIT) if waits else None
+"""
+
+
+class Host:
+    """Processes around one folder."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = str(folder / "store")
+        self.stack = stack
+
+    def process(self) -> Worker:
+        return self.stack.enter_context(Worker(nursery()))
+
+    def keeper(
+        self, staging: int = 16, host: int = 16, patience: float = 10.0, before: str = ""
+    ) -> Worker:
+        """Return a process with a keeper, whose sizes are in blocks. ``before``: code."""
+        made = self.process()
+        size = image_bytes()
+        terms = {"staging": staging * size, "host": host * size, "capacity": 64 << 20}
+        made.do(before + _KEEPER, folder=self.folder, terms=terms, patience=patience)
+        return made
+
+    def rank(self, waits: bool = True, **terms: Any) -> Worker:
+        """Return a process with a rank."""
+        made = self.process()
+        answer = made.do(_RANK, folder=self.folder, terms=terms, waits=waits)
+        assert answer is True or not waits
+        return made
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    with ExitStack() as stack:
+        yield Host(tmp_path, stack)
+
+
+def save_together(ranks: list[Worker], tokens: list[int]) -> list[list[bool]]:
+    """Save tokens in all ranks of an engine, and return which blocks each says are stored."""
+    for rank in ranks:
+        rank.begin("answer = rank.saved(tokens)", tokens=tokens)
+    return [rank.end() for rank in ranks]
+
+
+def test_what_two_ranks_write_one_reads(host: Host) -> None:
+    """A block of whole heads is written by two ranks, and read by one of another engine."""
+    host.keeper()
+    ranks = [host.rank(heads=(0, 2)), host.rank(heads=(2, 4))]
+    tokens = prompt(1, 5)
+    assert save_together(ranks, tokens) == [[True] * 5] * 2
+    other = host.rank(engine="another")
+    assert other.do("answer = rank.load(tokens)", tokens=prompt(1, 6)) == [*[True] * 5, False]
+    # And the reverse.
+    assert save_together([other], prompt(2, 3)) == [[True] * 3]
+    for rank in ranks:
+        assert rank.do("answer = rank.load(tokens)", tokens=prompt(2, 3)) == [True] * 3
+
+
+def test_a_rank_that_comes_before_its_keeper_finds_it(host: Host) -> None:
+    rank = host.rank(waits=False)
+    tokens = prompt(1, 2)
+    assert rank.do("answer = rank.load(tokens)", tokens=tokens) == [False] * 2
+    assert rank.do("answer = rank.saved(tokens)") == [False] * 2
+    host.keeper()
+    assert rank.do("answer = rank.client.wait(LIMIT)")
+    assert rank.do("answer = rank.saved(tokens)") == [True] * 2
+
+
+#: Waits for a keeper that refuses now.
+_WAIT = """
+import time
+from portakv.errors import InvalidTerms
+answer = False
+until = time.monotonic() + LIMIT
+while not answer and time.monotonic() < until:
+    try:
+        answer = rank.client.wait(0.1)
+    except InvalidTerms:
+        time.sleep(0.05)
+"""
+
+
+def test_blocks_of_another_model_are_refused_in_one_sentence(host: Host) -> None:
+    """As long as ranks have joined; the store is then opened for others."""
+    host.keeper()
+    first = host.rank()
+    other = host.rank(engine="another", model="another", waits=False)
+    with pytest.raises(Failed, match="Expected blocks with model='model', as the keeper stores"):
+        other.do("rank.client.wait(LIMIT)")
+    assert other.do("answer = rank.load(tokens)", tokens=prompt(1, 2)) == [False] * 2
+    first.kill()
+    assert other.do(_WAIT)
+    assert other.do("answer = rank.saved(tokens)") == [True] * 2
+
+
+def test_a_rank_that_is_killed_in_a_save_ends_the_save(host: Host) -> None:
+    keeper = host.keeper()
+    left = host.rank(heads=(0, 2))
+    right = host.rank(heads=(2, 4))
+    right.do(
+        """
+import threading
+from portakv.storage.rows import Crossing
+begun = threading.Event()
+def copy(*args):
+    begun.set()
+    threading.Event().wait()
+Crossing.copy = copy
+"""
+    )
+    tokens = prompt(1, 4)
+    left.begin("answer = rank.saved(tokens)", tokens=tokens)
+    right.do("handle = rank.save(tokens); answer = begun.wait(LIMIT)", tokens=tokens)
+    right.kill()
+    assert left.end() == [False] * 4
+    again = host.rank(heads=(2, 4))
+    assert save_together([left, again], tokens) == [[True] * 4] * 2
+    assert again.do("answer = rank.load(tokens)", tokens=tokens) == [True] * 4
+    assert until(lambda: keeper.do("answer = keeper.statistics()")["leases"] == 0, LIMIT)
+
+
+#: A connection that answers nothing is over soon.
+_SOON = """
+from portakv.migrate import channel_sockets
+channel_sockets.HEARTBEAT = 100
+channel_sockets.DEAD = 400
+"""
+_FORGETFUL = """
+from portakv.serving import keeper_store
+from support.keeper_model import Forgetful
+keeper_store.KeeperState = Forgetful
+"""
+#: A rank that is stopped in the middle of a copy, of which it writes the rest when it goes on.
+_STOPS = """
+import signal, threading
+from portakv.storage.rows import Crossing
+real = Crossing.copy
+def copy(*args):
+    Crossing.copy = real
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+    real(*args)
+Crossing.copy = copy
+"""
+
+
+def stopped_in_a_write(host: Host, guard: bool) -> bool:
+    """Stop a rank in the middle of a save, give all rows to others, and let the rank go on.
+
+    Returns whether the blocks of the others have right rows.
+    """
+    keeper = host.keeper(4, 12, 1.0, _SOON + ("" if guard else _FORGETFUL))
+    other = host.rank(engine="another")
+    rank = host.rank()
+    rank.do(_STOPS)
+    rank.begin("handle = rank.save(tokens)", tokens=prompt(99, 1))
+    assert until(lambda: rank.stopped, LIMIT)
+    assert until(lambda: keeper.do("answer = keeper.statistics()")["sessions"] == 1, LIMIT)
+    tokens = [prompt(number, 1) for number in range(40)]
+    other.do("for tokens in many: assert rank.saved(tokens) == [True]", many=tokens)
+    rank.go_on()
+    rank.end()
+    rank.do("handle.synchronize(LIMIT); answer = rank.client.wait(LIMIT)")
+    if not guard:
+        with pytest.raises(Failed, match="wrong rows"):
+            other.do("answer = [rank.load(tokens) for tokens in many[::-1]]")
+        return False
+    landed = other.do("answer = [rank.load(tokens) for tokens in many[::-1]]")
+    assert landed.count([True]) == len(tokens)
+    # The rank has joined again, and has its rows no longer.
+    assert until(lambda: keeper.do("answer = keeper.statistics()")["leases"] == 0, LIMIT)
+    assert rank.do("answer = rank.saved(tokens)", tokens=prompt(99, 1)) == [True]
+    return True
+
+
+def test_rows_of_a_stopped_rank_are_not_given_away(host: Host) -> None:
+    assert stopped_in_a_write(host, True)
+
+
+def test_rows_that_are_given_away_are_overwritten(host: Host) -> None:
+    """The same without the guard."""
+    assert not stopped_in_a_write(host, False)
+
+
+def test_a_keeper_that_is_killed_is_replaced(host: Host) -> None:
+    """Ranks go on with misses, then with the blocks of the folder."""
+    first = host.keeper()
+    second = host.keeper()
+    assert first.do("answer = keeper.serves")
+    assert not second.do("answer = keeper.serves")
+    ranks = [host.rank(heads=(0, 2)), host.rank(heads=(2, 4))]
+    tokens = prompt(1, 4)
+    assert save_together(ranks, tokens) == [[True] * 4] * 2
+    for rank in ranks:
+        rank.do(_LINES)
+    second.stop()  # for a while nobody serves
+    first.kill()
+    for rank in ranks:
+        assert rank.do("answer = rank.load(tokens)", tokens=tokens) == [False] * 4
+        assert rank.do("answer = rank.saved(tokens)", tokens=prompt(2, 3)) == [False] * 3
+    second.go_on()
+    for rank in ranks:
+        assert rank.do("answer = rank.client.wait(LIMIT)")
+        assert rank.do("answer = rank.load(tokens)", tokens=tokens) == [True] * 4
+        lines = rank.do("answer = lines")
+        assert len([line for line in lines if "is gone: blocks count as missing" in line]) == 1
+    assert second.do("answer = keeper.serves")
+    assert save_together(ranks, prompt(2, 3)) == [[True] * 3] * 2
+
+
+def test_a_keeper_that_is_closed_leaves_the_folder_to_the_next(host: Host) -> None:
+    first = host.keeper()
+    rank = host.rank()
+    assert rank.do("answer = rank.saved(tokens)", tokens=prompt(2, 3)) == [True] * 3
+    first.do("keeper.close()")
+    assert until(lambda: not rank.do("answer = rank.client.wait(0)"), LIMIT)
+    host.keeper()
+    assert rank.do("answer = rank.client.wait(LIMIT)")
+    assert rank.do("answer = rank.load(tokens)", tokens=prompt(2, 3)) == [True] * 3
+
+
+def test_a_load_whose_keeper_dies_ends(host: Host) -> None:
+    keeper = host.keeper()
+    rank = host.rank()
+    assert rank.do("answer = rank.saved(tokens)", tokens=prompt(1, 3)) == [True] * 3
+    keeper.stop()
+    asks = """
+from portakv.serving.keeper_link import Link
+real = Link.ask
+def ask(self, *args):
+    open(path, "w").close()
+    return real(self, *args)
+Link.ask = ask
+"""
+    asked = Path(host.folder) / "asked"
+    rank.do(asks, path=str(asked))
+    rank.begin("answer = rank.load(tokens)", tokens=prompt(1, 3))
+    assert until(asked.exists, LIMIT)
+    keeper.kill()
+    assert rank.end() == [False] * 3
+
+
+def test_a_keeper_that_hangs_is_a_miss(host: Host) -> None:
+    """A call waits for it once, and no later one does. It serves again when it goes on."""
+    keeper = host.keeper()
+    rank = host.rank()
+    assert rank.do("answer = rank.saved(tokens)", tokens=prompt(1, 3)) == [True] * 3
+    rank.do("from portakv.serving import keeper_moving; keeper_moving.ASKING = 0.2")
+    keeper.stop()
+    for _ in range(3):
+        assert rank.do("answer = rank.load(tokens)", tokens=prompt(1, 3)) == [False] * 3
+    assert not rank.do("answer = rank.client.wait(0)")
+    keeper.go_on()
+    assert rank.do("answer = rank.client.wait(LIMIT)")
+    assert rank.do("answer = rank.load(tokens)", tokens=prompt(1, 3)) == [True] * 3
+    # What was lent to the call that waited is free again.
+    assert until(lambda: keeper.do("answer = keeper.statistics()")["leases"] == 0, LIMIT)
+
+
+_STORE = """
+from portakv.storage import BlockStore, Disk
+from support.keeper_processes import *
+form = Rank(folder + "/elsewhere").form
+store = BlockStore(form, staging=1 << 20, tiers=[Disk(folder, capacity=64 << 20)])
+"""
+
+
+def test_a_folder_that_another_program_has_is_refused_in_one_sentence(host: Host) -> None:
+    """The keeper waits for it for a while, and serves when it is free."""
+    program = host.process()
+    program.do(_STORE, folder=host.folder)
+    soon = "from portakv.serving import keeper_server; keeper_server.BUSY = 0.2\n"
+    host.keeper(before=soon)
+    rank = host.rank(waits=False)
+    with pytest.raises(Failed, match=r"that process [0-9]+ has open already"):
+        rank.do("rank.client.wait(LIMIT)")
+    assert rank.do("answer = rank.saved(tokens)", tokens=prompt(1, 3)) == [False] * 3
+    program.do("store.close()")
+    assert rank.do(_WAIT)
+    assert rank.do("answer = rank.saved(tokens)", tokens=prompt(1, 3)) == [True] * 3
+
+
+#: Keeps the lines of the log.
+_LINES = """
+import logging
+lines = []
+class Keep(logging.Handler):
+    def emit(self, record):
+        lines.append(record.getMessage())
+logging.getLogger("portakv").addHandler(Keep())
+"""
+
+
+def test_a_keeper_of_another_version_serves_nobody(host: Host) -> None:
+    host.keeper(before="from portakv.serving import keeper_service as s; s.PROTOCOL = 99\n")
+    rank = host.process()
+    rank.do(_LINES + _RANK, folder=host.folder, terms={}, waits=False)
+    with pytest.raises(Failed, match=r"of version 1 in .*, got version 99. Run one release"):
+        rank.do("rank.client.wait(LIMIT)")
+    for _ in range(3):
+        assert rank.do("answer = rank.load(tokens)", tokens=prompt(1, 2)) == [False] * 2
+    said = [line for line in rank.do("answer = lines") if "version" in line]
+    assert len(said) == 1
+
+
+# --- the index
+
+_INDEX = """
+from portakv.serving.known import KeeperIndex
+from support.keeper_processes import *
+index = KeeperIndex(Place.of_folder(folder), "engine")
+answer = index.wait(LIMIT)
+"""
+_LEADING = "answer = index.leading(keys_of(tokens))"
+
+
+def test_an_index_follows_a_keeper(host: Host) -> None:
+    """What is stored, and what the host tier evicts; and after the keeper was replaced."""
+    keeper = host.keeper(8, 8)
+    rank = host.rank()
+    assert rank.do("answer = rank.saved(tokens)", tokens=prompt(1, 3)) == [True] * 3
+    scheduler = host.process()
+    assert scheduler.do(_INDEX, folder=host.folder)
+    assert scheduler.do(_LEADING, tokens=prompt(1, 5)) == 3
+    assert rank.do("answer = rank.saved(tokens)", tokens=prompt(2, 4)) == [True] * 4
+    assert until(lambda: scheduler.do(_LEADING, tokens=prompt(2, 4)) == 4, LIMIT)
+    assert scheduler.do("answer = [index.has(key) for key in keys_of(tokens)]") == [True] * 4
+    host.keeper(8, 8)
+    keeper.kill()
+    assert until(lambda: scheduler.do(_LEADING, tokens=prompt(2, 4)) == 0, LIMIT)
+    assert scheduler.do("answer = index.wait(LIMIT)")
+    assert scheduler.do(_LEADING, tokens=prompt(2, 4)) == 4  # of the disk
+
+
+#: A keeper that loses the messages about changes.
+_LOSES = """
+from portakv.serving.keeper_feed import Feed
+real = Feed.announce
+missed = []
+def announce(self, changes):
+    missed.extend(change.tier for change in changes)
+    return []
+Feed.announce = announce
+"""
+#: An index that does not look at the numbers of changes.
+_CARELESS = """
+def careless(self, changes):
+    for changed in changes:
+        self._number = changed.number - 1
+        real(self, [changed])
+real = KeeperIndex.apply
+KeeperIndex.apply = careless
+"""
+
+
+def knows_what_it_missed(host: Host, before: str) -> bool:
+    """Return whether an index knows blocks about which a message was lost."""
+    keeper = host.keeper()
+    rank = host.rank()
+    scheduler = host.process()
+    assert scheduler.do(_INDEX.replace("index =", f"{before}\nindex ="), folder=host.folder)
+    keeper.do(_LOSES)
+    assert rank.do("answer = rank.saved(tokens)", tokens=prompt(1, 1)) == [True]
+    assert until(lambda: {*keeper.do("answer = missed")} == {"host", "disk"}, LIMIT)
+    keeper.do("Feed.announce = real")
+    assert rank.do("answer = rank.saved(tokens)", tokens=prompt(2, 1)) == [True]
+    assert until(lambda: scheduler.do(_LEADING, tokens=prompt(2, 1)) == 1, LIMIT)
+    return bool(scheduler.do(_LEADING, tokens=prompt(1, 1)))
+
+
+def test_an_index_reads_all_again_after_a_gap(host: Host) -> None:
+    assert knows_what_it_missed(host, "")
+
+
+def test_an_index_that_ignores_gaps_lacks_blocks(host: Host) -> None:
+    """The same without the guard."""
+    assert not knows_what_it_missed(host, _CARELESS)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where processes find a keeper, and who may serve."""
+
+from __future__ import annotations
+
+import os
+from hashlib import sha256
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+from support.pool_processes import Child
+
+from portakv.errors import InvalidTerms, StoreError
+from portakv.serving import Place, StoreTerms, place_of
+
+ADDRESS = "ipc:///proc/12/fd/34"
+
+
+def test_one_serves_and_the_others_find_it(tmp_path: Path) -> None:
+    first = Place.of_folder(tmp_path / "store")
+    second = Place.of_folder(tmp_path / "store")
+    assert first.address() == ""
+    assert first.claim()
+    assert first.claim()
+    assert not second.claim()
+    first.publish(ADDRESS)
+    assert second.address() == ADDRESS
+    first.release()
+    assert not first.claimed
+    assert second.address() == ""
+    assert second.claim()
+    second.release()
+
+
+def test_the_next_one_serves_when_a_process_is_killed(tmp_path: Path) -> None:
+    place = Place.of_folder(tmp_path)
+
+    def serve(pipe: Connection) -> None:
+        own = Place.of_folder(tmp_path)
+        pipe.send(own.claim())
+        own.publish(ADDRESS)
+        pipe.send("published")
+        pipe.recv()
+
+    child = Child(serve)
+    assert child.receive() is True
+    assert child.receive() == "published"
+    assert not place.claim()
+    assert place.address() == ADDRESS
+    child.kill()
+    assert place.claim()
+    assert place.address() == ""  # the address of the other one is gone
+    place.release()
+
+
+def test_a_forked_process_does_not_serve(tmp_path: Path) -> None:
+    """It does not keep the folder when its parent has ended, either."""
+    place = Place.of_folder(tmp_path)
+    assert place.claim()
+
+    def say(pipe: Connection) -> None:
+        pipe.send(place.claimed)
+        pipe.recv()
+
+    child = Child(say)
+    assert child.receive() is False
+    place.drop()  # as the end of the parent does
+    assert place.claim()
+    child.end()
+    place.release()
+
+
+def test_places_that_others_may_write_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(StoreError, match="which others may write"):
+        Place.of_folder(folder).claim()
+    folder.chmod(0o755)
+    (folder / "keeper").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="got a symbolic link"):
+        Place.of_folder(folder).claim()
+    with pytest.raises(StoreError, match="symbolic link"):
+        Place.of_folder(folder).address()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ipc:///tmp/other\n", "tcp://1.2.3.4:5\n", ADDRESS, "\0" * 99]
+)
+def test_other_texts_are_no_addresses(tmp_path: Path, text: str) -> None:
+    """Also an address without its end, which was being written."""
+    (tmp_path / "keeper").write_text(text)
+    assert Place.of_folder(tmp_path).address() == ""
+
+
+def test_an_engine_without_a_folder_has_a_private_place() -> None:
+    engine = f"engine {os.getpid()}"
+    place = Place.of_engine(engine)
+    assert place.claim()
+    folder = Path(place.name)
+    try:
+        assert folder.stat().st_mode & 0o077 == 0
+        place.publish(ADDRESS)
+        assert Place.of_engine(engine).address() == ADDRESS
+        assert Place.of_engine("another").address() == ""
+    finally:
+        place.release()
+    assert Place.of_engine(engine).address() == ""
+    assert not (folder / sha256(engine.encode()).hexdigest()[:32]).exists()
+
+
+def test_terms_say_where_a_keeper_is_found(tmp_path: Path) -> None:
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert place_of(StoreTerms(folder=folders), "").name == folders[0]
+    assert place_of(StoreTerms(), "an engine").name == Place.of_engine("an engine").name
+    with pytest.raises(InvalidTerms, match="engine"):
+        place_of(StoreTerms(), "")
