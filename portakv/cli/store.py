@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
-from portakv.cli.sides import in_bytes
+from portakv.cli.sides import in_bytes, read_bytes
+from portakv.cli.store_serve import serve
 from portakv.errors import StoreBusy, StoreError
 from portakv.storage import image, slots, table
 from portakv.storage.files import (
@@ -41,7 +42,7 @@ from portakv.storage.form import BlockForm, Range
 from portakv.storage.io.base import Request
 from portakv.storage.io.choose import choose
 
-HELP = "show, check or wipe the block stores in a folder"
+HELP = "show, check or wipe the block stores in a folder, or serve it to engines"
 DESCRIPTION = """\
 show: the forms of blocks in a folder of a disk tier: model, dtype, layers, heads,
 block size, slots in use and allocated, bytes, and the process that has the folder
@@ -49,7 +50,9 @@ open. The table has the first 8 digits of a form's name, --json all. check: read
 and verifies every image. wipe: removes the stores in it, of any version, or the
 store of one form, DIR/FORM; it asks for confirmation, unless --yes. Exit code 1 if
 an image fails or a form cannot be read. A folder that is open is neither checked
-nor wiped."""
+nor wiped. serve: keeps the blocks of engines in the folders, one for each device,
+until it gets SIGTERM or Ctrl-C; a second one for a folder stands by. The engines
+of this host find it by the first folder."""
 
 #: Files of a store, also of former versions, in the order of removal: the locked file is last.
 _FILES = ("form.json", "form.json.lock", "order", "table", "slots")
@@ -62,13 +65,27 @@ LATE = 1.0  # seconds until a progress bar appears
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("action", choices=("show", "check", "wipe"))
-    parser.add_argument("folder", metavar="DIR", help="a folder of a `Disk` tier")
+    parser.add_argument("action", choices=("show", "check", "wipe", "serve"))
+    parser.add_argument("folder", metavar="DIR", nargs="+", help="a folder of a `Disk` tier")
     parser.add_argument("--yes", action="store_true", help="wipe without confirmation")
+    sizes = {
+        "host": "of host memory that cache blocks (4G)",
+        "staging": "of host memory for transfers (1G)",
+        "capacity": "of all folders together (64G)",
+    }
+    for name, what in sizes.items():
+        parser.add_argument(f"--{name}", type=read_bytes, metavar="N", help=f"serve: bytes {what}")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show, check or wipe. Raise `StoreError` without a store, `StoreBusy` for an open store."""
+    """Show, check or wipe, or serve. Raise `StoreError` without a store, `StoreBusy` for an open
+    store."""
+    if args.action == "serve":
+        sizes = {name: getattr(args, name) for name in ("host", "staging", "capacity")}
+        return serve(args.folder, {x: n for x, n in sizes.items() if n is not None}, args.json)
+    if len(args.folder) > 1:
+        args.misunderstood(f"Expected one folder for {args.action}, got {len(args.folder)}.")
+    (args.folder,) = args.folder
     with _usable(args.folder):
         stores = _stores(args.folder)
         if not stores:

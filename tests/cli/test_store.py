@@ -331,7 +331,7 @@ def test_check_shows_a_bar_if_it_takes_longer_than_a_second(
 def _arguments(action: str, folder: Path) -> Any:
     from argparse import Namespace
 
-    return Namespace(action=action, folder=str(folder), yes=True, json=False)
+    return Namespace(action=action, folder=[str(folder)], yes=True, json=False)
 
 
 @pytest.mark.parametrize("engine", ["", "threads"])

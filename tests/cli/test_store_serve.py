@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv store serve`: a process that keeps the blocks of engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command_line import run
+from support.keeper_processes import Worker, nursery, prompt
+from support.migrate_channels import until
+
+from portakv.serving import Place
+
+pytestmark = pytest.mark.xdist_group("keeper")
+LIMIT = 60.0  # seconds; nothing here takes as long
+_SERVE = """
+import os, sys
+from portakv.cli import main
+out = open(path, "w")
+os.dup2(out.fileno(), 1)
+sys.stdout = os.fdopen(1, "w")
+tell("begun")
+tell(main(["store", "serve", *words]))
+"""
+_RANK = """
+from support.keeper_processes import *
+rank = Rank(folder)
+answer = rank.client.wait(LIMIT)
+"""
+
+
+class Server:
+    """A process that runs the command."""
+
+    def __init__(self, out: Path, *words: str) -> None:
+        self._out = out
+        self.pid, _ = nursery().born(_SERVE, path=str(out), words=words)
+
+    def says(self, text: str) -> bool:
+        return until(lambda: text in " ".join(self._out.read_text().split()), LIMIT)
+
+    def answers(self) -> list[Any]:
+        """Return the JSON values that it has printed."""
+        decoder = json.JSONDecoder()
+        text = self._out.read_text().strip()
+        values = list[Any]()
+        while text:
+            value, end = decoder.raw_decode(text)
+            values.append(value)
+            text = text[end:].strip()
+        return values
+
+    def end(self, number: signal.Signals) -> Any:
+        """Send a signal, and return the exit code of the command."""
+        os.kill(self.pid, number)
+        return nursery().hear(self.pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_serves_until_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    """Another one stands by, and serves then. What ranks have saved is there."""
+    folder = str(tmp_path / "store")
+    words = folder, "--host", "1M", "--staging", "1M", "--capacity", "64M"
+    first = Server(tmp_path / "first", *words)
+    assert first.says(f"This process serves {folder} to the engines of this host")
+    second = Server(tmp_path / "second", *words)
+    assert second.says(f"Another process serves {folder}. This one stands by.")
+    with Worker(nursery()) as rank:
+        assert rank.do(_RANK, folder=folder)
+        assert rank.do("answer = rank.saved(tokens)", tokens=prompt(1, 2)) == [True] * 2
+        assert first.end(number) == 0
+        assert second.says(f"This process serves {folder}")
+        load = "answer = rank.client.wait(LIMIT) and rank.load(tokens)"
+        assert until(lambda: rank.do(load) == [True] * 2, LIMIT)
+    assert second.end(number) == 0
+    assert Place.of_folder(folder).address() == ""
+
+
+def test_json_says_whether_it_serves(tmp_path: Path) -> None:
+    folder = str(tmp_path / "store")
+    server = Server(tmp_path / "out", folder, str(tmp_path / "other"), "--json")
+    assert server.says("serves")
+    assert server.end(signal.SIGTERM) == 0
+    assert server.answers() == [{"folder": folder, "serves": True}]
+
+
+def test_wrong_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("store", "show", str(tmp_path), str(tmp_path))
+    with pytest.raises(SystemExit):
+        run("store", "serve", str(tmp_path), "--host", "much")
+    tmp_path.chmod(0o777)
+    ran = run("store", "serve", str(tmp_path))
+    assert ran.code == 1
+    assert "which others may write" in ran.err
