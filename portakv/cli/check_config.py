@@ -24,18 +24,18 @@ def check_config(config: str, model: str | None, as_json: bool) -> int:
     Raises `InvalidTerms` for texts that are not JSON objects.
     """
     sizes = None if model is None else _sizes(model)
-    found = findings_of(_object("--kv-transfer-config", config), sizes)
+    findings = findings_of(_object("--kv-transfer-config", config), sizes)
     if as_json:
-        print_json(vars(found))
-        return 1 if found.errors else 0
+        print_json(vars(findings))
+        return 1 if findings.errors else 0
     for kind, sentences in (
-        ("error", found.errors),
-        ("warning", found.warnings),
-        ("note", found.notes),
+        ("error", findings.errors),
+        ("warning", findings.warnings),
+        ("note", findings.notes),
     ):
         for sentence in sentences:
             print_prose(f"{kind}: {sentence}")
-    if found.errors:
+    if findings.errors:
         print("vLLM would not start with this configuration, or not use PortaKV.")
         return 1
     print("vLLM starts with this configuration, and uses PortaKV.")
