@@ -26,6 +26,18 @@ HYBRID_HOOKS = ("bind_gpu_block_pool", "get_transfer_results")
 GONE = 0
 
 
+class Workers(NamedTuple):
+    """The workers of an engine.
+
+    Attributes:
+        count: of all ranks.
+        local: there is one, in the scheduler's process, and no second copy of the engine.
+    """
+
+    count: int
+    local: bool
+
+
 class Settings(NamedTuple):
     """What the configuration of an engine says.
 
@@ -35,6 +47,7 @@ class Settings(NamedTuple):
         block_size: the tokens of a stored block.
         groups: of layers.
         store: where blocks are stored.
+        workers: that save and load them.
     """
 
     engine: str
@@ -42,6 +55,17 @@ class Settings(NamedTuple):
     block_size: int
     groups: tuple[Group, ...]
     store: StoreTerms
+    workers: Workers
+
+    @property
+    def uses_keeper(self) -> bool:
+        """Return whether blocks are stored by the keeper of the host."""
+        return self.store.shared or not self.workers.local
+
+    @property
+    def reads_rows(self) -> bool:
+        """Return whether blocks are stored by head and token, for engines of another shape."""
+        return self.uses_keeper or self.store.block_size is not None
 
     @property
     def has_whole_blocks(self) -> bool:
@@ -49,8 +73,7 @@ class Settings(NamedTuple):
 
         Not where layers are loaded one by one, or where rows are read by head and token.
         """
-        terms = self.store
-        return len(self.groups) == 1 and not terms.by_layer and terms.block_size is None
+        return len(self.groups) == 1 and not self.store.by_layer and not self.reads_rows
 
     @property
     def fails_by_request(self) -> bool:
@@ -69,7 +92,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         IntegrationError: parallelism, or kinds of layers, that the connector does not serve.
         InvalidTerms: wrong terms in ``kv_connector_extra_config``.
     """
-    _check_workers(config.parallel_config)
+    workers = workers_of(config.parallel_config)
     transfer = config.kv_transfer_config
     role = getattr(transfer, "kv_role", "kv_both")
     if role != "kv_both":
@@ -85,6 +108,11 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
             check_group(size, group)
     except InvalidTerms as error:
         raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
+    if store.by_layer and workers.count > 1:
+        raise IntegrationError(
+            f"Expected one worker for by_layer, got {workers.count}: a worker does not know in time "
+            f"what another one lacks. Leave by_layer out of kv_connector_extra_config."
+        )
     sizes = sorted({group.block_size for group in groups})
     if store.block_size is None and len(sizes) > 1:
         raise InvalidTerms(
@@ -100,25 +128,41 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         _checksum_of(model),
         _checksum_of_weights(str(model.model)),
     )
-    return Settings(
-        transfer.engine_id, ":".join(str(name) for name in names), size, tuple(groups), store
-    )
+    name = ":".join(str(name) for name in names)
+    return Settings(transfer.engine_id, name, size, tuple(groups), store, workers)
 
 
-def _check_workers(parallel: Any) -> None:
-    """Raise `IntegrationError` for several workers, and for one in another process."""
-    workers = parallel.world_size * getattr(parallel, "data_parallel_size", 1)
-    if workers != 1:
-        raise IntegrationError(
-            f"Expected one worker for PortaKVConnector, got {workers} by tensor, pipeline or data "
-            f"parallelism. Run one, or choose the OffloadingConnector."
-        )
+def workers_of(parallel: Any) -> Workers:
+    """Return the workers of an engine.
+
+    Raises `IntegrationError` for kinds of parallelism, and executors, that the connector does not
+    serve.
+    """
+    for name, kind in (
+        ("pipeline_parallel_size", "pipeline"),
+        ("prefill_context_parallel_size", "prefill context"),
+        ("decode_context_parallel_size", "decode context"),
+    ):
+        many = getattr(parallel, name, 1)
+        if many != 1:
+            raise IntegrationError(
+                f"Expected tensor or data parallelism for PortaKVConnector, got {many} ranks of "
+                f"{kind} parallelism. Leave --{name.replace('_', '-')} out, or choose the "
+                f"OffloadingConnector."
+            )
+    hosts = getattr(parallel, "nnodes", 1)
     executor = getattr(parallel, "distributed_executor_backend", None)
-    if executor not in (None, "uni"):
+    if hosts != 1 or executor not in (None, "uni", "mp"):
         raise IntegrationError(
-            f"Expected the worker in the scheduler's process for PortaKVConnector, got the "
-            f"executor {executor!r}. Leave --distributed-executor-backend out."
+            f"Expected workers that are processes of one host for PortaKVConnector, got {hosts} "
+            f"hosts and the executor {executor!r}. Run one host with "
+            f"--distributed-executor-backend mp, or choose the OffloadingConnector."
         )
+    copies = getattr(parallel, "data_parallel_size", 1)
+    # A copy of an engine whose ranks know nothing of each other has the size 1, and its number.
+    number = getattr(parallel, "data_parallel_index", 0)
+    alone = copies == 1 and not number and executor != "mp"
+    return Workers(parallel.world_size, alone and parallel.world_size == 1)
 
 
 def check_hooks(base: type, settings: Settings) -> None:

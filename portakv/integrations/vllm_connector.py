@@ -25,18 +25,18 @@ from portakv.integrations.vllm_caches import (
     settings_of,
     warn_of_policy,
 )
+from portakv.integrations.vllm_ranks import KeptIndex, WorkerStore, index_of, read_views
 from portakv.integrations.vllm_views import (
     GroupView,
     kernels_of,
     layer_numbers,
     view_across_layers,
-    views_of,
 )
 from portakv.serving import Costs, GroupCache, Hand, Ledger, Plan, Report, measured
-from portakv.serving.local import LocalIndex
 
 check_release("vllm")
 
+from vllm.distributed import get_tensor_model_parallel_rank  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -78,22 +78,26 @@ class ReportMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
 class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Saves the blocks that an engine computes, and loads them for later requests.
 
-    vLLM makes one for its scheduler and one for its worker. Both are in one process, so there is
-    one worker (no tensor or pipeline parallelism).
+    vLLM makes one for its scheduler and one for each worker. One worker in the scheduler's process
+    has the store itself, unless it is to be shared; else a keeper has it.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = settings = settings_of(vllm_config, kv_cache_config)
         check_hooks(KVConnectorBase_V1, settings)
-        self._index = LocalIndex.of(settings.engine)
         self.costs = Costs()
         self._figures = Figures()
         if role == KVConnectorRole.SCHEDULER:
             warn_of_policy(vllm_config)
+            self._index = index_of(settings)
             self._pool = PoolHolder()
             self.ledger = Ledger(
-                settings.block_size, settings.groups, 1, self._index, holder=self._pool
+                settings.block_size,
+                settings.groups,
+                settings.workers.count,
+                self._index,
+                holder=self._pool,
             )
             self._computed = dict[str, int]()  # tokens before those that were offered
             self._tells = are_wanted(vllm_config)
@@ -102,6 +106,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._index.record()
         else:
             self._config = vllm_config
+            self._store = WorkerStore(settings, vllm_config)
             self._report = Report()
             self._failed = set[int]()
             self._incomplete = set[str]()
@@ -219,19 +224,18 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # --- in the worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        terms = self._settings.store
-        kernels = kernels_of(self._config) if terms.block_size else None
+        kernels = kernels_of(self._config)
         self._layers = layer_numbers(kv_caches, self._kv_cache_config)
-        self._open(views_of(kv_caches, self._kv_cache_config, kernels))
+        self._open(read_views(self._settings, kv_caches, self._kv_cache_config, kernels))
 
     def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: Any) -> None:
         self._open([view_across_layers(kv_cache, self._kv_cache_config)])
 
     def _open(self, views: list[GroupView]) -> None:
         """Open the store of the engine's blocks."""
-        settings = self._settings
-        terms = settings.store
-        parts = self._index.open(views, terms, settings.model, settings.block_size)
+        terms = self._settings.store
+        number = get_tensor_model_parallel_rank() if self._settings.workers.count > 1 else 0
+        parts = self._store.open(views, number)
         caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
         self.hand = Hand(caches, terms.deadline, terms.by_layer)
 
@@ -286,5 +290,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return None if empty else ReportMetadata(report)
 
     def shutdown(self) -> None:
-        if hasattr(self, "hand"):  # in the worker
+        if self.role == KVConnectorRole.WORKER:
+            self._store.close()
+        elif isinstance(self._index, KeptIndex):
             self._index.close()

@@ -30,6 +30,11 @@ BY_DIM = (
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec16",
 )
+#: What a user does if rows cannot be read, for stored blocks of a fixed size and for several workers.
+BY_TOKEN = (
+    "Stored blocks of a fixed size need it: leave block_size out of kv_connector_extra_config."
+)
+BY_HEAD = "Several workers need it: run one worker, or choose the OffloadingConnector."
 #: The dtypes whose rows are numbers without scales.
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -71,12 +76,14 @@ def views_of(
     kv_caches: Mapping[str, torch.Tensor],
     kv_cache_config: Any,
     kernels: Mapping[str, str] | None = None,
+    reason: str = BY_TOKEN,
 ) -> list[GroupView]:
     """Return a view of each group's layers.
 
     Args:
         kernels: by the name of a layer, its attention backend as `kernels_of` has it; then rows are
             read by head and token. None: blocks are pages that move whole.
+        reason: why rows are read, and what a user does if they cannot be; for the error.
 
     Layers of a group that share a tensor are one. Layers of several groups may share it too.
 
@@ -99,7 +106,7 @@ def views_of(
             views.append(_pages(tensors, blocks, spec.block_size))
         else:
             used = [kernels.get(name, "") for name in names]
-            views.append(_rows(tensors, blocks, spec, used))
+            views.append(_rows(tensors, blocks, spec, used, reason))
     return views
 
 
@@ -172,7 +179,7 @@ def _by_block(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
 
 
 def _rows(
-    tensors: Sequence[torch.Tensor], blocks: int, spec: Any, kernels: Sequence[str]
+    tensors: Sequence[torch.Tensor], blocks: int, spec: Any, kernels: Sequence[str], reason: str
 ) -> GroupView:
     """Return a view that reads rows by head and token. Raises `IntegrationError`."""
     (kernel, *others) = {*kernels}
@@ -195,9 +202,8 @@ def _rows(
         planes = [tensor.reshape(blocks, size, wide) for tensor in tensors]
         return GroupView(KVView(planes, "layer | block token dim"), "")
     raise IntegrationError(
-        f"Expected an attention backend whose pages PortaKV can read by token, for stored blocks "
-        f"of a fixed size, got {' and '.join({*kernels}) or 'none'} with {first.dtype} "
-        f"{[*first.shape]}. Leave block_size out of kv_connector_extra_config."
+        f"Expected an attention backend whose pages PortaKV can read by token, got "
+        f"{' and '.join(sorted({*kernels})) or 'none'} with {first.dtype} {[*first.shape]}. {reason}"
     )
 
 

