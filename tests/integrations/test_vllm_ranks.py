@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's connector with several workers and engines, without vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.vllm_stub import configuration
+
+from portakv.errors import InvalidTerms, StoreBusy
+from portakv.integrations import IntegrationError
+from portakv.integrations.vllm_caches import Settings, settings_of
+from portakv.integrations.vllm_ranks import (
+    KeptIndex,
+    Rank,
+    WorkerStore,
+    index_of,
+    rank_of,
+    read_views,
+)
+from portakv.integrations.vllm_views import FUSED, LATENT, GroupView
+from portakv.serving.local import LocalIndex
+from portakv.storage import prefix_keys
+from portakv.view import KVView
+
+LIMIT = 60.0  # seconds; nothing here takes as long
+BLOCKS = 8
+SIZE = 16
+DIM = 8
+
+
+@pytest.fixture
+def configurations(tmp_path: Path) -> tuple[Any, Any]:
+    return configuration(str(tmp_path / "store"), "engine", BLOCKS, SIZE)
+
+
+def change(configurations: tuple[Any, Any], **terms: Any) -> None:
+    """Change vLLM's configuration of parallelism."""
+    vars(configurations[0].parallel_config).update(terms)
+
+
+def extra_terms(configurations: tuple[Any, Any]) -> dict[str, Any]:
+    """Return PortaKV's terms, to be changed."""
+    terms: dict[str, Any] = configurations[0].kv_transfer_config.kv_connector_extra_config
+    return terms
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("terms", "shared", "count", "keeper"),
+    [
+        ({}, False, 1, False),
+        ({}, True, 1, True),
+        ({"distributed_executor_backend": "uni"}, False, 1, False),
+        ({"distributed_executor_backend": "mp"}, False, 1, True),
+        ({"world_size": 4, "tensor_parallel_size": 4}, False, 4, True),
+        ({"data_parallel_size": 2}, False, 1, True),
+        ({"data_parallel_size": 1, "data_parallel_index": 1}, False, 1, True),
+    ],
+    ids=["one", "shared", "executor uni", "executor mp", "TP 4", "DP 2", "second copy"],
+)
+def test_who_uses_a_keeper(
+    terms: dict[str, Any],
+    shared: bool,
+    count: int,
+    keeper: bool,
+    configurations: tuple[Any, Any],
+) -> None:
+    change(configurations, **terms)
+    extra_terms(configurations)["shared"] = shared
+    settings = settings_of(*configurations)
+    assert settings.workers.count == count
+    assert settings.uses_keeper is keeper
+    assert settings.reads_rows is keeper
+    assert settings.has_whole_blocks is not keeper
+
+
+@pytest.mark.parametrize(
+    ("terms", "says"),
+    [
+        ({"pipeline_parallel_size": 2}, "2 ranks of pipeline parallelism"),
+        ({"decode_context_parallel_size": 2}, "2 ranks of decode context parallelism"),
+        ({"prefill_context_parallel_size": 2}, "2 ranks of prefill context parallelism"),
+        ({"distributed_executor_backend": "ray"}, "executor 'ray'"),
+        ({"distributed_executor_backend": "external_launcher"}, "executor 'external_launcher'"),
+        ({"nnodes": 2}, "got 2 hosts"),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
+)
+def test_parallelism_that_is_not_served_is_refused(
+    terms: dict[str, Any], says: str, configurations: tuple[Any, Any]
+) -> None:
+    change(configurations, **terms)
+    with pytest.raises(IntegrationError, match=says):
+        settings_of(*configurations)
+
+
+def test_several_workers_do_not_load_by_layer(configurations: tuple[Any, Any]) -> None:
+    """A worker whose rows have landed would save what it computes with wrong rows of another."""
+    change(configurations, world_size=2, tensor_parallel_size=2)
+    extra_terms(configurations)["by_layer"] = True
+    with pytest.raises(IntegrationError, match="Expected one worker for by_layer, got 2"):
+        settings_of(*configurations)
+
+
+def test_shared_is_true_or_false(configurations: tuple[Any, Any]) -> None:
+    extra_terms(configurations)["shared"] = "yes"
+    with pytest.raises(InvalidTerms, match=r"kv_connector_extra_config: .*shared"):
+        settings_of(*configurations)
+
+
+# --- heads
+
+
+@pytest.mark.parametrize(
+    ("heads", "parts"),
+    [
+        (8, [(0, 2, 8), (2, 4, 8), (4, 6, 8), (6, 8, 8)]),
+        (4, [(0, 1, 4), (1, 2, 4), (2, 3, 4), (3, 4, 4)]),
+        (2, [(0, 1, 2), (0, 1, 2), (1, 2, 2), (1, 2, 2)]),
+        (1, [(0, 1, 1)] * 4),
+    ],
+    ids=["two each", "one each", "pairs have one", "all have one"],
+)
+def test_heads_of_each_of_four_ranks(heads: int, parts: list[tuple[int, int, int]]) -> None:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=4),
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads),
+    )
+    many = parts[0][1] - parts[0][0]
+    made = [rank_of(config, number).part(many, latent=False) for number in range(4)]
+    assert made == parts
+
+
+def test_a_rank_that_has_all_heads() -> None:
+    assert Rank(3, 4, 128).part(1, latent=True) is None
+    assert Rank(0, 1, 8).part(8, latent=False) is None
+
+
+def test_a_rank_whose_caches_have_other_heads_is_refused() -> None:
+    with pytest.raises(IntegrationError, match=r"Expected 2 of the model's 8 .* got 4"):
+        Rank(1, 4, 8).part(4, latent=False)
+
+
+# --- views
+
+
+def rows(heads: int) -> torch.Tensor:
+    """Return the cache of a layer with keys and values by head and token."""
+    draw = torch.Generator("cpu").manual_seed(heads)
+    shape = (BLOCKS, heads, SIZE, 2 * DIM)
+    made: torch.Tensor = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
+    return made
+
+
+def describe(configurations: tuple[Any, Any], heads: int) -> Settings:
+    """Describe caches of so many heads, and return the settings."""
+    spec = configurations[1].kv_cache_groups[0].kv_cache_spec
+    spec.num_kv_heads = heads
+    spec.head_size = DIM
+    return settings_of(*configurations)
+
+
+def test_several_workers_need_rows_that_can_be_read(configurations: tuple[Any, Any]) -> None:
+    change(configurations, world_size=2, tensor_parallel_size=2)
+    settings = describe(configurations, 2)
+    caches = {"layer": rows(2)}
+    with pytest.raises(IntegrationError, match=r"got other.Backend .*Several workers need it"):
+        read_views(settings, caches, configurations[1], {"layer": "other.Backend"})
+    ((view, notes),) = read_views(settings, caches, configurations[1], {"layer": FUSED[0]})
+    assert (view.heads, view.opaque, notes) == (2, False, "")
+
+
+def test_one_worker_shares_pages_whose_inside_is_not_known(
+    configurations: tuple[Any, Any],
+) -> None:
+    extra_terms(configurations)["shared"] = True
+    caches = {"layer": rows(2)}
+    settings = describe(configurations, 2)
+    ((view, notes),) = read_views(settings, caches, configurations[1], {"layer": "other.Backend"})
+    assert view.opaque
+    assert notes
+    extra_terms(configurations)["block_size"] = 32
+    settings = describe(configurations, 2)
+    with pytest.raises(IntegrationError, match="leave block_size out"):
+        read_views(settings, caches, configurations[1], {"layer": "other.Backend"})
+
+
+# --- stores
+
+
+def worker_of(configurations: tuple[Any, Any], heads: int, total: int, count: int) -> WorkerStore:
+    """Return the store of a worker with so many heads of the model's."""
+    change(configurations, world_size=count, tensor_parallel_size=count)
+    configurations[0].model_config.get_total_num_kv_heads = lambda: total
+    return WorkerStore(describe(configurations, heads), configurations[0])
+
+
+def view_of(configurations: tuple[Any, Any], store: WorkerStore, cache: torch.Tensor) -> GroupView:
+    caches = {"layer": cache}
+    (group,) = read_views(store._settings, caches, configurations[1], {"layer": FUSED[0]})
+    return group
+
+
+def test_blocks_of_two_ranks_are_loaded_by_one(
+    configurations: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """And by an engine of another name, which only joins."""
+    keys = prefix_keys(range(4 * SIZE), block_size=SIZE)
+    caches = [rows(2), rows(2) + 7]
+    ranks = [worker_of(configurations, 2, 4, 2) for _ in caches]
+    views = [
+        view_of(configurations, rank, cache) for rank, cache in zip(ranks, caches, strict=True)
+    ]
+    parts = [ranks[number].open([views[number]], number)[0] for number in range(2)]
+    index = index_of(ranks[0]._settings)
+    assert isinstance(index, KeptIndex)
+    assert index.keeper.serves
+    assert all(rank.wait(LIMIT) for rank in ranks)
+    saves = [
+        part.save(view, [1, 3, 5, 6], keys) for part, (view, _) in zip(parts, views, strict=True)
+    ]
+    for save in saves:
+        save.synchronize(LIMIT)
+        assert save.landed.all()
+
+    other = configuration(str(tmp_path / "store"), "other", BLOCKS, SIZE)
+    extra_terms(other)["shared"] = True
+    alone = worker_of(other, 4, 4, 1)
+    cache = torch.zeros(BLOCKS, 4, SIZE, 2 * DIM, dtype=torch.float32, device="cpu")
+    group = view_of(other, alone, cache)
+    (blocks,) = alone.open([group], 0)
+    second = index_of(alone._settings)
+    assert isinstance(second, KeptIndex)
+    assert not second.keeper.serves
+    assert alone.wait(LIMIT)
+    assert second.leading(keys) == 4
+    load = blocks.load(group.view, [0, 2, 4, 7], keys, deadline=LIMIT)
+    load.synchronize(LIMIT)
+    whole = torch.cat(caches, dim=1)
+    assert torch.equal(cache[[0, 2, 4, 7]], whole[[1, 3, 5, 6]])
+    for each in (alone, second, *ranks, index):
+        each.close()
+
+
+def test_latent_rows_are_equal_in_all_ranks(configurations: tuple[Any, Any]) -> None:
+    change(configurations, world_size=2, tensor_parallel_size=2)
+    spec = configurations[1].kv_cache_groups[0].kv_cache_spec
+    spec.num_kv_heads = 1
+    spec.head_size = 32
+    configurations[0].model_config.get_total_num_kv_heads = lambda: 16
+    settings = settings_of(*configurations)
+    cache = torch.zeros(BLOCKS, SIZE, 32, dtype=torch.float32, device="cpu")
+    views = read_views(settings, {"layer": cache}, configurations[1], {"layer": LATENT[0]})
+    stores = [WorkerStore(settings, configurations[0]) for _ in range(2)]
+    forms = [store.open(views, number)[0].form for number, store in enumerate(stores)]
+    assert forms[0] == forms[1]
+    assert forms[0].heads == (0, 1, 1)
+    for store in stores:
+        store.close()
+
+
+def test_one_worker_has_its_own_store(configurations: tuple[Any, Any]) -> None:
+    store = worker_of(configurations, 2, 2, 1)
+    assert not store.wait(0)
+    assert isinstance(index_of(store._settings), LocalIndex)
+    store.open([view_of(configurations, store, rows(2))], 0)
+    assert store.wait(0)
+    store.close()
+    assert not store.wait(0)
+
+
+def test_a_busy_folder_names_the_term_that_shares_it(tmp_path: Path) -> None:
+    settings = []
+    indices = []
+    view = KVView(
+        [torch.zeros(BLOCKS, 2, SIZE, 1, DIM, device="cpu")], "layer | block kv token head dim"
+    )
+    for name in ("busy one", "busy other"):
+        settings.append(settings_of(*configuration(str(tmp_path / "store"), name, BLOCKS, SIZE)))
+        indices.append(LocalIndex.of(name))
+    indices[0].open([(view, "")], settings[0].store, "model", None)
+    with pytest.raises(StoreBusy, match="shared=true, each of them"):
+        indices[1].open([(view, "")], settings[1].store, "model", None, patience=0)
+    indices[0].close()
