@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ _log = logging.getLogger(__name__)
 SERVED = ("FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec")
 #: Hooks of vLLM's connectors that a model with several groups, or with a window, needs.
 HYBRID_HOOKS = ("bind_gpu_block_pool", "get_transfer_results")
+#: What vLLM appends to the name of each data-parallel copy of an engine.
+COPY = re.compile(r"_dp[0-9]+\Z")
 #: The id of a block that a group has given up, or never had.
 GONE = 0
 
@@ -92,8 +95,8 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         IntegrationError: parallelism, or kinds of layers, that the connector does not serve.
         InvalidTerms: wrong terms in ``kv_connector_extra_config``.
     """
-    workers = workers_of(config.parallel_config)
     transfer = config.kv_transfer_config
+    workers = workers_of(config.parallel_config, transfer.engine_id)
     role = getattr(transfer, "kv_role", "kv_both")
     if role != "kv_both":
         raise IntegrationError(
@@ -132,7 +135,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
     return Settings(transfer.engine_id, name, size, tuple(groups), store, workers)
 
 
-def workers_of(parallel: Any) -> Workers:
+def workers_of(parallel: Any, engine: str) -> Workers:
     """Return the workers of an engine.
 
     Raises `IntegrationError` for kinds of parallelism, and executors, that the connector does not
@@ -159,10 +162,10 @@ def workers_of(parallel: Any) -> Workers:
             f"--distributed-executor-backend mp, or choose the OffloadingConnector."
         )
     copies = getattr(parallel, "data_parallel_size", 1)
-    # A copy of an engine whose ranks know nothing of each other has the size 1, and its number.
-    number = getattr(parallel, "data_parallel_index", 0)
-    alone = copies == 1 and not number and executor != "mp"
-    return Workers(parallel.world_size, alone and parallel.world_size == 1)
+    # vLLM lets copies that know nothing of each other have the size 1, and numbers their names.
+    several = copies != 1 or COPY.search(engine) is not None
+    workers = parallel.world_size
+    return Workers(workers, workers == 1 and executor != "mp" and not several)
 
 
 def check_hooks(base: type, settings: Settings) -> None:

@@ -119,8 +119,26 @@ def _check_terms(extra: Any, sizes: Sizes | None, found: Findings) -> None:
         found.errors.append(f"kv_connector_extra_config: {error}")
         return
     found.warnings += _short_of(terms)
+    if terms.shared and not terms.folders:
+        found.warnings.append(
+            "shared is true, and there is no folder by which other engines would find the store. "
+            "Name a folder."
+        )
+    found.notes.append(_who_stores(terms))
     if sizes is not None:
         _check_sizes(terms, sizes, found)
+
+
+def _who_stores(terms: StoreTerms) -> str:
+    """Return which engines the terms serve."""
+    if terms.by_layer:
+        return "by_layer serves engines with one worker, without tensor parallelism."
+    if terms.shared:
+        return "Engines of this host with the same folder and shared share one store."
+    return (
+        "An engine with one worker has its store alone, unless shared is true. Ranks of tensor "
+        "parallelism, and of data parallelism over a folder, share one."
+    )
 
 
 def _short_of(terms: StoreTerms) -> Iterator[str]:

@@ -76,7 +76,7 @@ class KeptIndex(KeeperIndex):
             self.keeper.close()
             raise
 
-    def await_ranks(self, timeout: float = PATIENCE) -> None:
+    def await_ranks(self, timeout: float) -> None:
         """Wait until a rank has joined. Without one, log that nothing is stored or loaded."""
         if not self.wait(timeout):
             _log.warning(
@@ -101,7 +101,7 @@ def index_of(settings: Settings) -> LocalIndex | KeptIndex:
     if not settings.uses_keeper:
         return LocalIndex.of(settings.engine)
     index = KeptIndex(settings)
-    index.await_ranks()
+    index.await_ranks(PATIENCE)
     return index
 
 

@@ -67,6 +67,26 @@ def test_what_is_wrong_is_named(change: dict[str, Any], says: str) -> None:
     assert any(says in each for each in found.errors)
 
 
+@pytest.mark.parametrize(
+    ("terms", "says"),
+    [
+        ({}, "has its store alone, unless shared is true"),
+        ({"shared": True}, "with the same folder and shared share one store"),
+        ({"by_layer": True}, "by_layer serves engines with one worker"),
+    ],
+    ids=["alone", "shared", "by layer"],
+)
+def test_who_shares_a_store_is_noted(terms: dict[str, Any], says: str, tmp_path: Path) -> None:
+    found = findings_of(right(folder=str(tmp_path / "kv"), **terms))
+    assert any(says in each for each in found.notes)
+    assert not any("shared is true" in each for each in found.warnings)
+
+
+def test_a_shared_store_without_a_folder_is_warned_of() -> None:
+    found = findings_of(right(shared=True))
+    assert any("shared is true, and there is no folder" in each for each in found.warnings)
+
+
 def test_a_folder_that_others_may_write_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     found = findings_of(right(folder=str(tmp_path)))

@@ -44,12 +44,13 @@ from portakv.view import KVView
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def test_walks_through_the_hooks_of_an_engine(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("store", "walks"), [("alone", 40), ("shared", 10)])
+def test_walks_through_the_hooks_of_an_engine(store: str, walks: int, tmp_path: Path) -> None:
     """Rows of real caches; requests come, load, run, are preempted, end and are aborted."""
     write_vllm(tmp_path)
     paths = [str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-m", "support.vllm_hooks", str(tmp_path), "0", "40"],
+        [sys.executable, "-m", "support.vllm_hooks", str(tmp_path), "0", f"{walks}", store],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
@@ -58,8 +59,8 @@ def test_walks_through_the_hooks_of_an_engine(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     counts = ast.literal_eval(done.stdout)
-    assert counts["saves"] > 100
-    assert counts["landed_blocks"] > 10
+    assert counts["saves"] > 2 * walks
+    assert counts["landed_blocks"] > walks // 4
 
 
 @pytest.fixture

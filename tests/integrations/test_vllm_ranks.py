@@ -61,9 +61,8 @@ def extra_terms(configurations: tuple[Any, Any]) -> dict[str, Any]:
         ({"distributed_executor_backend": "mp"}, False, 1, True),
         ({"world_size": 4, "tensor_parallel_size": 4}, False, 4, True),
         ({"data_parallel_size": 2}, False, 1, True),
-        ({"data_parallel_size": 1, "data_parallel_index": 1}, False, 1, True),
     ],
-    ids=["one", "shared", "executor uni", "executor mp", "TP 4", "DP 2", "second copy"],
+    ids=["one", "shared", "executor uni", "executor mp", "TP 4", "DP 2"],
 )
 def test_who_uses_a_keeper(
     terms: dict[str, Any],
@@ -79,6 +78,17 @@ def test_who_uses_a_keeper(
     assert settings.uses_keeper is keeper
     assert settings.reads_rows is keeper
     assert settings.has_whole_blocks is not keeper
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_copies_of_an_engine_that_know_nothing_of_each_other(
+    number: int, configurations: tuple[Any, Any]
+) -> None:
+    """vLLM gives them the size 1, and appends their number to the engine's name."""
+    change(configurations, data_parallel_size=1)
+    assert not settings_of(*configurations).uses_keeper
+    configurations[0].kv_transfer_config.engine_id = f"engine_dp{number}"
+    assert settings_of(*configurations).uses_keeper
 
 
 @pytest.mark.parametrize(

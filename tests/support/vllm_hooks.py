@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Walks of the model engine through the hooks of vLLM's connector, without vLLM.
 
-`python -m support.vllm_hooks FOLDER FIRST LAST` makes walks of these numbers. A module ``vllm`` as
+`python -m support.vllm_hooks FOLDER FIRST LAST alone` makes walks of these numbers, ``shared`` in place
+of ``alone`` those of an engine whose blocks a keeper stores. A module ``vllm`` as
 `vllm_stub.write_vllm` makes it must be found.
 """
 
@@ -16,12 +17,14 @@ from typing import Any
 
 import torch
 
-from portakv.integrations import vllm_connector
+from portakv.integrations import vllm_connector, vllm_ranks
 from portakv.integrations.vllm_connector import PlanMetadata, PortaKVConnector, ReportMetadata
 from portakv.serving import Plan, Report
 from support.serving_model import NOTHING, Engine, Holder
 from support.vllm_stub import configuration
 
+STEP = 5e-4  # seconds of a step in which workers go on
+LIMIT = 60.0  # seconds; nothing here takes as long
 Role: Any = vllm_connector.KVConnectorRole  # type: ignore[attr-defined]
 
 
@@ -32,6 +35,7 @@ class HookStore:
     """
 
     folder = ""
+    shared = False
 
     def __init__(self, chance: random.Random, draw: Any) -> None:
         self.draw = draw
@@ -44,6 +48,7 @@ class HookStore:
         name = f"{id(self)}"
         many = draw.blocks + 1
         self.configurations = configuration(self.folder, name, many, draw.block_size, draw.window)
+        self.configurations[0].kv_transfer_config.kv_connector_extra_config["shared"] = self.shared
 
     def age(self) -> None:
         """Nothing is damaged; the host tier evicts."""
@@ -198,18 +203,24 @@ class HookWorker:
         self.connector.wait_for_layer_load("layer")
         self.connector.wait_for_save()
         if self.connector.hand.busy:
-            time.sleep(5e-4)  # the store's workers go on
+            time.sleep(STEP)  # the store's workers go on
 
 
 def walk(seed: int, folder: str) -> Mapping[str, int]:
     """Make one walk; return what the ledger has counted."""
     HookStore.folder = folder
+    vllm_ranks.PATIENCE = 0.0  # the worker comes after the scheduler
     engine = Engine(HookLedger, seed, HookStore, HookWorker)  # type: ignore[arg-type]
+    connector = engine.ledger.connector  # type: ignore[attr-defined]
     try:
+        if HookStore.shared:
+            assert all(worker.connector._store.wait(LIMIT) for worker in engine.workers)
+            assert connector._index.wait(LIMIT)
         engine.run(12)
     finally:
         for worker in engine.workers:
             worker.connector.shutdown()
+        connector.shutdown()
     return engine.ledger.statistics()
 
 
@@ -217,6 +228,7 @@ def main() -> None:
     """Make walks, and print what all of them counted."""
     folder = sys.argv[1]
     first, past = (int(each) for each in sys.argv[2:4])
+    HookStore.shared = sys.argv[4] == "shared"
     counts = dict[str, int]()
     for seed in range(first, past):
         for name, count in walk(seed, f"{folder}/store-{seed}").items():

@@ -91,8 +91,9 @@ def configuration(
         cache_config=SimpleNamespace(cache_dtype="auto"),
         kv_transfer_config=SimpleNamespace(engine_id=name, kv_connector_extra_config=terms),
     )
-    spec: Any = FullAttentionSpec(block_size=size)
+    shape = {"block_size": size, "num_kv_heads": 1, "head_size": 1}
+    spec: Any = FullAttentionSpec(**shape)
     if window is not None:
-        spec = SlidingWindowSpec(block_size=size, sliding_window=window)
+        spec = SlidingWindowSpec(**shape, sliding_window=window)
     group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
     return config, SimpleNamespace(num_blocks=blocks, kv_cache_groups=[group])
