@@ -33,11 +33,11 @@ class Workers(NamedTuple):
     """The workers of an engine.
 
     Attributes:
-        count: of all ranks.
+        size: how many there are, of all ranks.
         local: there is one, in the scheduler's process, and no second copy of the engine.
     """
 
-    count: int
+    size: int
     local: bool
 
 
@@ -111,9 +111,9 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
             check_group(size, group)
     except InvalidTerms as error:
         raise InvalidTerms(f"kv_connector_extra_config: {error}") from None
-    if store.by_layer and workers.count > 1:
+    if store.by_layer and workers.size > 1:
         raise IntegrationError(
-            f"Expected one worker for by_layer, got {workers.count}: a worker does not know in time "
+            f"Expected one worker for by_layer, got {workers.size}: a worker does not know in time "
             f"what another one lacks. Leave by_layer out of kv_connector_extra_config."
         )
     sizes = sorted({group.block_size for group in groups})

@@ -25,10 +25,9 @@ from portakv.integrations.vllm_caches import (
     settings_of,
     warn_of_policy,
 )
-from portakv.integrations.vllm_ranks import KeptIndex, WorkerStore, index_of, read_views
+from portakv.integrations.vllm_ranks import KeptIndex, WorkerStore, index_of
 from portakv.integrations.vllm_views import (
     GroupView,
-    kernels_of,
     layer_numbers,
     view_across_layers,
 )
@@ -90,23 +89,22 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._figures = Figures()
         if role == KVConnectorRole.SCHEDULER:
             warn_of_policy(vllm_config)
-            self._index = index_of(settings)
+            self.index = index_of(settings)
             self._pool = PoolHolder()
             self.ledger = Ledger(
                 settings.block_size,
                 settings.groups,
-                settings.workers.count,
-                self._index,
+                settings.workers.size,
+                self.index,
                 holder=self._pool,
             )
             self._computed = dict[str, int]()  # tokens before those that were offered
             self._tells = are_wanted(vllm_config)
             if self._tells:
                 self.ledger.describe_blocks()
-                self._index.record()
+                self.index.record()
         else:
-            self._config = vllm_config
-            self._store = WorkerStore(settings, vllm_config)
+            self.store = WorkerStore(settings, vllm_config)
             self._report = Report()
             self._failed = set[int]()
             self._incomplete = set[str]()
@@ -146,7 +144,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self.role == KVConnectorRole.WORKER:
             return own
         counts = self.ledger.statistics()
-        return {**counts, **self._index.bytes_of(counts), **own}
+        return {**counts, **self.index.bytes_of(counts), **own}
 
     # --- in the scheduler
 
@@ -216,7 +214,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if not self._tells:
             return ()
         size = self._settings.block_size
-        return events_of(self._index.take_events(), self.ledger.described, size)
+        return events_of(self.index.take_events(), self.ledger.described, size)
 
     def has_pending_block_frees(self) -> bool:
         return self.ledger.retains
@@ -224,9 +222,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # --- in the worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        kernels = kernels_of(self._config)
         self._layers = layer_numbers(kv_caches, self._kv_cache_config)
-        self._open(read_views(self._settings, kv_caches, self._kv_cache_config, kernels))
+        self._open(self.store.views(kv_caches, self._kv_cache_config))
 
     def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: Any) -> None:
         self._open([view_across_layers(kv_cache, self._kv_cache_config)])
@@ -234,8 +231,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def _open(self, views: list[GroupView]) -> None:
         """Open the store of the engine's blocks."""
         terms = self._settings.store
-        number = get_tensor_model_parallel_rank() if self._settings.workers.count > 1 else 0
-        parts = self._store.open(views, number)
+        number = get_tensor_model_parallel_rank() if self._settings.workers.size > 1 else 0
+        parts = self.store.open(views, number)
         caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
         self.hand = Hand(caches, terms.deadline, terms.by_layer)
 
@@ -291,6 +288,6 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         if self.role == KVConnectorRole.WORKER:
-            self._store.close()
-        elif isinstance(self._index, KeptIndex):
-            self._index.close()
+            self.store.close()
+        elif isinstance(self.index, KeptIndex):
+            self.index.close()

@@ -11,7 +11,7 @@ import torch
 
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm_caches import Settings
-from portakv.integrations.vllm_views import BY_HEAD, GroupView, views_of
+from portakv.integrations.vllm_views import BY_HEAD, GroupView, kernels_of, views_of
 from portakv.serving import Blocks, Keeper, KeeperClient, KeeperIndex, place_of
 from portakv.serving.local import LocalIndex, forms_of
 
@@ -25,12 +25,12 @@ class Rank(NamedTuple):
 
     Attributes:
         number: of the rank.
-        count: of all ranks.
+        size: how many ranks there are.
         heads: the key-value heads of the model, in all ranks.
     """
 
     number: int
-    count: int
+    size: int
     heads: int
 
     def part(self, view_heads: int, latent: bool) -> tuple[int, int, int] | None:
@@ -44,14 +44,14 @@ class Rank(NamedTuple):
 
         Raises `IntegrationError` for caches of another number of heads.
         """
-        if latent or self.count == 1:
+        if latent or self.size == 1:
             return None
-        first = self.number * self.heads // self.count
-        past = first + max(1, self.heads // self.count)
+        first = self.number * self.heads // self.size
+        past = first + max(1, self.heads // self.size)
         if past - first != view_heads:
             raise IntegrationError(
                 f"Expected {past - first} of the model's {self.heads} key-value heads in the "
-                f"caches of each of {self.count} ranks, got {view_heads}. Run one worker, or "
+                f"caches of each of {self.size} ranks, got {view_heads}. Run one worker, or "
                 f"choose the OffloadingConnector for this model."
             )
         return first, past, self.heads
@@ -59,9 +59,9 @@ class Rank(NamedTuple):
 
 def rank_of(config: Any, number: int) -> Rank:
     """Return a rank of tensor parallelism by its number."""
-    count = getattr(config.parallel_config, "tensor_parallel_size", 1)
-    heads = config.model_config.get_total_num_kv_heads() if count > 1 else 1
-    return Rank(number, count, heads)
+    size = getattr(config.parallel_config, "tensor_parallel_size", 1)
+    heads = config.model_config.get_total_num_kv_heads() if size > 1 else 1
+    return Rank(number, size, heads)
 
 
 class KeptIndex(KeeperIndex):
@@ -106,12 +106,22 @@ def index_of(settings: Settings) -> LocalIndex | KeptIndex:
 
 
 class WorkerStore:
-    """Where one worker saves and loads blocks: its own store, or that of the host's keeper."""
+    """Where one worker saves and loads blocks: its own store, or that of the host's keeper.
+
+    Args:
+        config: vLLM's configuration.
+    """
 
     def __init__(self, settings: Settings, config: Any) -> None:
         self._settings = settings
         self._config = config
         self._opened: LocalIndex | KeeperClient | None = None
+
+    def views(
+        self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any
+    ) -> list[GroupView]:
+        """Return a view of each group's layers; see `read_views`."""
+        return read_views(self._settings, kv_caches, kv_cache_config, kernels_of(self._config))
 
     def open(self, views: Sequence[GroupView], number: int) -> Sequence[Blocks]:
         """Return the blocks of each group of layers.
@@ -172,7 +182,7 @@ def read_views(
     """
     if not settings.reads_rows:
         return views_of(kv_caches, kv_cache_config)
-    if settings.workers.count > 1:
+    if settings.workers.size > 1:
         return views_of(kv_caches, kv_cache_config, kernels, BY_HEAD)
     try:
         return views_of(kv_caches, kv_cache_config, kernels)

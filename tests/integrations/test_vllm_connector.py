@@ -44,8 +44,10 @@ from portakv.view import KVView
 TESTS = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize(("store", "walks"), [("alone", 40), ("shared", 10)])
-def test_walks_through_the_hooks_of_an_engine(store: str, walks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("store", "walks", "least"), [("alone", 40, 10), ("shared", 30, 0)])
+def test_walks_through_the_hooks_of_an_engine(
+    store: str, walks: int, least: int, tmp_path: Path
+) -> None:
     """Rows of real caches; requests come, load, run, are preempted, end and are aborted."""
     write_vllm(tmp_path)
     paths = [str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")]
@@ -60,7 +62,7 @@ def test_walks_through_the_hooks_of_an_engine(store: str, walks: int, tmp_path: 
     assert done.returncode == 0, done.stderr
     counts = ast.literal_eval(done.stdout)
     assert counts["saves"] > 2 * walks
-    assert counts["landed_blocks"] > walks // 4
+    assert counts["landed_blocks"] > least
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from support.vllm_cpu import (
     LIMIT,
     Answer,
     Engine,
+    connector_here,
     in_a_child,
     make_model,
     prompt,
@@ -129,6 +130,44 @@ def test_two_ranks_load_what_one_has_stored(
     assert landed == [sum(FIRST_HITS) // 32] * 2
 
 
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_blocks_that_one_of_two_ranks_lacks_are_computed(
+    guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """Without the guard, the second rank does not report what did not land."""
+    case("blocks that one rank of two lacks" if guard else "failures of each rank", not guard)
+    leave_blocks(model, terms(tmp_path / "store", shared=True), FIRST)
+
+    def second() -> tuple[Answer, dict[str, int], list[int]]:
+        engine = Engine(model, terms(tmp_path / "store"), ranks=2)
+        engine.join()
+        engine.in_workers(lose_a_block, guard)
+        return engine.ask(FIRST), engine.counts, engine.landed
+
+    answer, counts, landed = in_a_child(second)
+    assert (answer.tokens == own[0].tokens) is guard
+    assert counts["failed_loads"] == len(FIRST)
+    assert landed == [sum(FIRST_HITS) // 32, sum(FIRST_HITS) // 32 - len(FIRST)]
+
+
+def lose_a_block(worker: Any, reports: bool) -> None:
+    """Let the fourth block of each load not land in the second rank."""
+    parallel: Any = importlib.import_module("vllm.distributed")
+    if parallel.get_tensor_model_parallel_rank() != 1:
+        return
+    kept: Any = importlib.import_module("portakv.serving.keeper_blocks")
+    load = kept.KeptBlocks.load
+
+    def load_others(self: Any, view: Any, blocks: Any, keys: Any, **terms: Any) -> Any:
+        some = [*keys]
+        some[3] = bytes(32)
+        return load(self, view, blocks, some, **terms)
+
+    kept.KeptBlocks.load = load_others
+    if not reports:
+        connector_here().get_block_ids_with_load_errors = set
+
+
 def test_one_rank_loads_what_two_have_stored(
     model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
@@ -158,7 +197,7 @@ def test_two_engines_share_a_folder(
     def first() -> None:
         engine = Engine(model, store)
         engine.join()
-        assert engine.connector._index.keeper.serves
+        assert engine.connector.index.keeper.serves
         note(tmp_path / "first serves")
         engine.ask(FIRST)
         engine.forget()
@@ -173,7 +212,7 @@ def test_two_engines_share_a_folder(
         await_note(tmp_path / "first serves")
         engine = Engine(model, store)
         engine.join()
-        index = engine.connector._index
+        index = engine.connector.index
         assert not index.keeper.serves
         await_note(tmp_path / "first has stored")
         answers = [engine.ask(FIRST), engine.ask(SECOND)]

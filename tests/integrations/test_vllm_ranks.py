@@ -74,7 +74,7 @@ def test_who_uses_a_keeper(
     change(configurations, **terms)
     extra_terms(configurations)["shared"] = shared
     settings = settings_of(*configurations)
-    assert settings.workers.count == count
+    assert settings.workers.size == count
     assert settings.uses_keeper is keeper
     assert settings.reads_rows is keeper
     assert settings.has_whole_blocks is not keeper
@@ -205,16 +205,19 @@ def test_one_worker_shares_pages_whose_inside_is_not_known(
 # --- stores
 
 
-def worker_of(configurations: tuple[Any, Any], heads: int, total: int, count: int) -> WorkerStore:
-    """Return the store of a worker with so many heads of the model's."""
+def worker_of(
+    configurations: tuple[Any, Any], heads: int, total: int, count: int
+) -> tuple[Settings, WorkerStore]:
+    """Return the settings and the store of a worker with so many heads of the model's."""
     change(configurations, world_size=count, tensor_parallel_size=count)
     configurations[0].model_config.get_total_num_kv_heads = lambda: total
-    return WorkerStore(describe(configurations, heads), configurations[0])
+    settings = describe(configurations, heads)
+    return settings, WorkerStore(settings, configurations[0])
 
 
-def view_of(configurations: tuple[Any, Any], store: WorkerStore, cache: torch.Tensor) -> GroupView:
+def view_of(configurations: tuple[Any, Any], settings: Settings, cache: torch.Tensor) -> GroupView:
     caches = {"layer": cache}
-    (group,) = read_views(store._settings, caches, configurations[1], {"layer": FUSED[0]})
+    (group,) = read_views(settings, caches, configurations[1], {"layer": FUSED[0]})
     return group
 
 
@@ -224,15 +227,14 @@ def test_blocks_of_two_ranks_are_loaded_by_one(
     """And by an engine of another name, which only joins."""
     keys = prefix_keys(range(4 * SIZE), block_size=SIZE)
     caches = [rows(2), rows(2) + 7]
-    ranks = [worker_of(configurations, 2, 4, 2) for _ in caches]
-    views = [
-        view_of(configurations, rank, cache) for rank, cache in zip(ranks, caches, strict=True)
-    ]
-    parts = [ranks[number].open([views[number]], number)[0] for number in range(2)]
-    index = index_of(ranks[0]._settings)
+    (settings, first), (_, second) = (worker_of(configurations, 2, 4, 2) for _ in caches)
+    views = [view_of(configurations, settings, cache) for cache in caches]
+    parts = [first.open([views[0]], 0)[0], second.open([views[1]], 1)[0]]
+    index = index_of(settings)
     assert isinstance(index, KeptIndex)
     assert index.keeper.serves
-    assert all(rank.wait(LIMIT) for rank in ranks)
+    assert first.wait(LIMIT)
+    assert second.wait(LIMIT)
     saves = [
         part.save(view, [1, 3, 5, 6], keys) for part, (view, _) in zip(parts, views, strict=True)
     ]
@@ -242,20 +244,20 @@ def test_blocks_of_two_ranks_are_loaded_by_one(
 
     other = configuration(str(tmp_path / "store"), "other", BLOCKS, SIZE)
     extra_terms(other)["shared"] = True
-    alone = worker_of(other, 4, 4, 1)
+    settings, alone = worker_of(other, 4, 4, 1)
     cache = torch.zeros(BLOCKS, 4, SIZE, 2 * DIM, dtype=torch.float32, device="cpu")
-    group = view_of(other, alone, cache)
+    group = view_of(other, settings, cache)
     (blocks,) = alone.open([group], 0)
-    second = index_of(alone._settings)
-    assert isinstance(second, KeptIndex)
-    assert not second.keeper.serves
+    joined = index_of(settings)
+    assert isinstance(joined, KeptIndex)
+    assert not joined.keeper.serves
     assert alone.wait(LIMIT)
-    assert second.leading(keys) == 4
+    assert joined.leading(keys) == 4
     load = blocks.load(group.view, [0, 2, 4, 7], keys, deadline=LIMIT)
     load.synchronize(LIMIT)
     whole = torch.cat(caches, dim=1)
     assert torch.equal(cache[[0, 2, 4, 7]], whole[[1, 3, 5, 6]])
-    for each in (alone, second, *ranks, index):
+    for each in (alone, joined, first, second, index):
         each.close()
 
 
@@ -277,10 +279,10 @@ def test_latent_rows_are_equal_in_all_ranks(configurations: tuple[Any, Any]) -> 
 
 
 def test_one_worker_has_its_own_store(configurations: tuple[Any, Any]) -> None:
-    store = worker_of(configurations, 2, 2, 1)
+    settings, store = worker_of(configurations, 2, 2, 1)
     assert not store.wait(0)
-    assert isinstance(index_of(store._settings), LocalIndex)
-    store.open([view_of(configurations, store, rows(2))], 0)
+    assert isinstance(index_of(settings), LocalIndex)
+    store.open([view_of(configurations, settings, rows(2))], 0)
     assert store.wait(0)
     store.close()
     assert not store.wait(0)

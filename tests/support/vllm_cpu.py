@@ -212,7 +212,7 @@ class Engine:
     def join(self) -> None:
         """Wait until all ranks have joined the keeper, and the scheduler has its index."""
         assert all(self.in_workers(has_joined))
-        assert self.connector._index.wait(LIMIT)
+        assert self.connector.index.wait(LIMIT)
         self.in_workers(count_landed)
 
     @property
@@ -239,7 +239,7 @@ def fork_workers() -> None:
 
 def has_joined(worker: Any) -> bool:
     """Return whether a worker joins its keeper in time."""
-    return bool(connector_here()._store.wait(LIMIT))
+    return bool(connector_here().store.wait(LIMIT))
 
 
 def count_landed(worker: Any) -> None:

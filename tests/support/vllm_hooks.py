@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Walks of the model engine through the hooks of vLLM's connector, without vLLM.
 
-`python -m support.vllm_hooks FOLDER FIRST LAST alone` makes walks of these numbers, ``shared`` in place
-of ``alone`` those of an engine whose blocks a keeper stores. A module ``vllm`` as
+`python -m support.vllm_hooks FOLDER FIRST LAST alone` makes walks of these numbers; with ``shared``
+in place of ``alone`` a keeper stores the engine's blocks. A module ``vllm`` as
 `vllm_stub.write_vllm` makes it must be found.
 """
 
@@ -166,6 +166,7 @@ class HookWorker:
         self._said = Report()
         self.freed = set[str]()
         self.lacking = set[int]()
+        self._steps = 0
 
     @property
     def busy(self) -> bool:
@@ -204,6 +205,11 @@ class HookWorker:
         self.connector.wait_for_save()
         if self.connector.hand.busy:
             time.sleep(STEP)  # the store's workers go on
+        self._steps += 1
+        if HookStore.shared and self._steps % 2:  # else a keeper takes longer than a walk
+            until = time.monotonic() + LIMIT
+            while self.busy and self.report and time.monotonic() < until:
+                time.sleep(STEP)
 
 
 def walk(seed: int, folder: str) -> Mapping[str, int]:
@@ -214,8 +220,8 @@ def walk(seed: int, folder: str) -> Mapping[str, int]:
     connector = engine.ledger.connector  # type: ignore[attr-defined]
     try:
         if HookStore.shared:
-            assert all(worker.connector._store.wait(LIMIT) for worker in engine.workers)
-            assert connector._index.wait(LIMIT)
+            assert all(worker.connector.store.wait(LIMIT) for worker in engine.workers)
+            assert connector.index.wait(LIMIT)
         engine.run(12)
     finally:
         for worker in engine.workers:
