@@ -77,7 +77,7 @@ class KeptIndex(KeeperIndex):
             raise
 
     def await_ranks(self, timeout: float) -> None:
-        """Wait until a rank has joined. Without one, log that nothing is stored or loaded."""
+        """Wait until a rank has joined, at most so many seconds. Without one, log a line."""
         if not self.wait(timeout):
             _log.warning(
                 "No worker has joined the store of PortaKV in %s after %.0f s. Until one does, "
@@ -95,13 +95,19 @@ class KeptIndex(KeeperIndex):
 def index_of(settings: Settings) -> LocalIndex | KeptIndex:
     """Return the index of an engine's scheduler.
 
-    With a keeper it waits until a worker has joined. Raises `StoreError` for a folder that cannot
-    be used.
+    With a keeper it waits until a worker has joined. vLLM makes its workers before the scheduler.
+
+    Raises `StoreError` for a folder that cannot be used, and `InvalidTerms` if the keeper refuses
+    the engine.
     """
     if not settings.uses_keeper:
         return LocalIndex.of(settings.engine)
     index = KeptIndex(settings)
-    index.await_ranks(PATIENCE)
+    try:
+        index.await_ranks(PATIENCE)
+    except BaseException:
+        index.close()
+        raise
     return index
 
 

@@ -22,7 +22,7 @@ from portakv.serving.keeper import PATIENCE
 from portakv.serving.keeper_processes import Processes
 from portakv.serving.keeper_service import Service
 from portakv.serving.keeper_store import OpenStore
-from portakv.serving.local import StoreTerms
+from portakv.serving.local import SHARE, StoreTerms
 from portakv.serving.place import Place
 
 _logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Keeper:
             self._busy_since = self._busy_since or now
             if now < self._busy_since + BUSY:
                 return
-            refusal = error
+            refusal = StoreBusy(f"{error} {SHARE}")
         except PortaKVError as error:
             refusal = error
         self._busy_since = None

@@ -22,6 +22,8 @@ from portakv.view import KVView
 #: Seconds to wait for a folder that another process has, and between two attempts.
 PATIENCE = 10.0
 PAUSE = 0.1
+#: What lets several engines use a folder, for errors about one that is busy.
+SHARE = "To share it, set shared to true in each engine that uses it."
 #: The most changes of a store that wait for `LocalIndex.take_events`.
 EVENTS = 1 << 16
 
@@ -206,9 +208,7 @@ class LocalIndex:
                 )
             except StoreBusy as error:
                 if time.monotonic() >= until:
-                    raise StoreBusy(
-                        f"{error} Engines that are to share it need shared=true, each of them."
-                    ) from None
+                    raise StoreBusy(f"{error} {SHARE}") from None
                 time.sleep(PAUSE)
         store = self._store
         store.listen()  # later changes are kept

@@ -23,6 +23,7 @@ from portakv.integrations.vllm_ranks import (
     read_views,
 )
 from portakv.integrations.vllm_views import FUSED, LATENT, GroupView
+from portakv.serving import Keeper, keeper_server
 from portakv.serving.local import LocalIndex
 from portakv.storage import prefix_keys
 from portakv.view import KVView
@@ -229,7 +230,7 @@ def test_blocks_of_two_ranks_are_loaded_by_one(
     caches = [rows(2), rows(2) + 7]
     (settings, first), (_, second) = (worker_of(configurations, 2, 4, 2) for _ in caches)
     views = [view_of(configurations, settings, cache) for cache in caches]
-    parts = [first.open([views[0]], 0)[0], second.open([views[1]], 1)[0]]
+    parts: list[Any] = [first.open([views[0]], 0)[0], second.open([views[1]], 1)[0]]
     index = index_of(settings)
     assert isinstance(index, KeptIndex)
     assert index.keeper.serves
@@ -247,7 +248,7 @@ def test_blocks_of_two_ranks_are_loaded_by_one(
     settings, alone = worker_of(other, 4, 4, 1)
     cache = torch.zeros(BLOCKS, 4, SIZE, 2 * DIM, dtype=torch.float32, device="cpu")
     group = view_of(other, settings, cache)
-    (blocks,) = alone.open([group], 0)
+    blocks: Any = alone.open([group], 0)[0]
     joined = index_of(settings)
     assert isinstance(joined, KeptIndex)
     assert not joined.keeper.serves
@@ -288,6 +289,22 @@ def test_one_worker_has_its_own_store(configurations: tuple[Any, Any]) -> None:
     assert not store.wait(0)
 
 
+def test_a_shared_engine_with_the_folder_of_one_that_is_not(
+    configurations: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_server, "BUSY", 0.1)
+    settings, alone = worker_of(configurations, 2, 2, 1)
+    alone.open([view_of(configurations, settings, rows(2))], 0)
+    extra_terms(configurations)["shared"] = True
+    settings, shared = worker_of(configurations, 2, 2, 1)
+    shared.open([view_of(configurations, settings, rows(2))], 0)
+    with Keeper(settings.store, settings.engine):
+        with pytest.raises(InvalidTerms, match="set shared to true in each engine"):
+            shared.wait(LIMIT)
+        shared.close()
+    alone.close()
+
+
 def test_a_busy_folder_names_the_term_that_shares_it(tmp_path: Path) -> None:
     settings = []
     indices = []
@@ -298,6 +315,6 @@ def test_a_busy_folder_names_the_term_that_shares_it(tmp_path: Path) -> None:
         settings.append(settings_of(*configuration(str(tmp_path / "store"), name, BLOCKS, SIZE)))
         indices.append(LocalIndex.of(name))
     indices[0].open([(view, "")], settings[0].store, "model", None)
-    with pytest.raises(StoreBusy, match="shared=true, each of them"):
+    with pytest.raises(StoreBusy, match="set shared to true in each engine"):
         indices[1].open([(view, "")], settings[1].store, "model", None, patience=0)
     indices[0].close()
