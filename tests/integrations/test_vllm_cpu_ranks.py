@@ -36,6 +36,8 @@ from support.vllm_cpu import (
 )
 from support.vllm_cpu_table import recorder
 
+from portakv.storage import prefix_keys
+
 Named = Callable[..., None]
 #: What a child would import else. None of them starts a thread of OpenMP.
 IMPORTED = (
@@ -101,6 +103,7 @@ def leave_blocks(
         engine.join()
         engine.ask(prompts)
         engine.forget()  # the saves have ended
+        await_blocks(engine, prompts)
         os.kill(os.getpid(), signal.SIGKILL)
 
     in_a_child(killed, dies=True)
@@ -117,6 +120,7 @@ def test_two_ranks_load_what_one_has_stored(
     def second() -> tuple[Answer, list[int]]:
         engine = Engine(model, terms(tmp_path / "store"), ranks=2)
         engine.join()
+        await_blocks(engine, FIRST)
         return engine.ask(FIRST), engine.landed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -141,6 +145,7 @@ def test_blocks_that_one_of_two_ranks_lacks_are_computed(
     def second() -> tuple[Answer, dict[str, int], list[int]]:
         engine = Engine(model, terms(tmp_path / "store"), ranks=2)
         engine.join()
+        await_blocks(engine, FIRST)
         engine.in_workers(lose_a_block, guard)
         return engine.ask(FIRST), engine.counts, engine.landed
 
@@ -202,27 +207,28 @@ def test_two_engines_share_a_folder(
         engine.ask(FIRST)
         engine.forget()
         note(tmp_path / "first has stored")
-        await_note(tmp_path / "second has stored")
+        await_that((tmp_path / "second has stored").exists)
+        await_blocks(engine, SECOND)
         answer = engine.ask(SECOND)
         assert answer == Answer(own[1].tokens, SECOND_HITS)
         assert engine.landed == [sum(SECOND_HITS) // 32]
         os.kill(os.getpid(), signal.SIGKILL)
 
     def second() -> list[Answer]:
-        await_note(tmp_path / "first serves")
+        await_that((tmp_path / "first serves").exists)
         engine = Engine(model, store)
         engine.join()
         index = engine.connector.index
         assert not index.keeper.serves
-        await_note(tmp_path / "first has stored")
+        await_that((tmp_path / "first has stored").exists)
+        await_blocks(engine, FIRST)
         answers = [engine.ask(FIRST), engine.ask(SECOND)]
         assert engine.landed == [sum(FIRST_HITS) // 32]
         engine.forget()
+        losses = index.losses
         note(tmp_path / "second has stored")
-        until = time.monotonic() + LIMIT / 2
-        while not (index.keeper.serves and index.wait(LIMIT)):
-            assert time.monotonic() < until, "the second engine does not serve"
-            time.sleep(0.01)
+        await_that(lambda: index.keeper.serves and index.losses > losses)
+        await_blocks(engine, FIRST)  # they are listed once the worker has joined again
         answers.append(engine.ask(FIRST))
         return answers
 
@@ -233,14 +239,42 @@ def test_two_engines_share_a_folder(
     assert [each.cached for each in answers] == [FIRST_HITS, [0, 0], FIRST_HITS]
 
 
+def test_loads_by_layer_through_a_keeper(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """One worker, whose step computes with rows that land during it."""
+    case("loads by layer through a keeper")
+
+    def work() -> tuple[list[Answer], list[int]]:
+        engine = Engine(model, terms(tmp_path / "store", shared=True, by_layer=True))
+        engine.join()
+        answers = [engine.ask(FIRST)]
+        engine.forget()
+        await_blocks(engine, FIRST)
+        answers.append(engine.ask(FIRST))
+        return answers, engine.landed
+
+    answers, landed = in_a_child(work)
+    assert [each.tokens for each in answers] == [own[0].tokens] * 2
+    assert [each.cached for each in answers] == [[0, 0], FIRST_HITS]
+    assert landed == [sum(FIRST_HITS) // 32]
+
+
 def note(path: Path) -> None:
     """Let other children go on."""
     path.write_text("")
 
 
-def await_note(path: Path) -> None:
-    """Wait for another child."""
+def await_blocks(engine: Engine, prompts: list[list[int]]) -> None:
+    """Wait until an engine's index lists the blocks of prompts."""
+    for each in prompts:
+        keys = prefix_keys(each[: len(each) // 32 * 32], block_size=32)
+        await_that(lambda keys=keys: engine.connector.index.leading(keys) == len(keys))
+
+
+def await_that(happened: Callable[[], bool]) -> None:
+    """Wait for another process."""
     until = time.monotonic() + LIMIT
-    while not path.exists():
-        assert time.monotonic() < until, f"another engine has not come so far: {path.name}"
+    while not happened():
+        assert time.monotonic() < until, "another process has not come so far"
         time.sleep(0.01)
