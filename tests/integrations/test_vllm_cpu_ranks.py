@@ -267,9 +267,13 @@ def note(path: Path) -> None:
 
 def await_blocks(engine: Engine, prompts: list[list[int]]) -> None:
     """Wait until an engine's index lists the blocks of prompts."""
-    for each in prompts:
-        keys = prefix_keys(each[: len(each) // 32 * 32], block_size=32)
-        await_that(lambda keys=keys: engine.connector.index.leading(keys) == len(keys))
+    index = engine.connector.index
+
+    def lists_all() -> bool:
+        return all(index.leading(keys) == len(keys) for keys in wanted)
+
+    wanted = [prefix_keys(each[: len(each) // 32 * 32], block_size=32) for each in prompts]
+    await_that(lists_all)
 
 
 def await_that(happened: Callable[[], bool]) -> None:
