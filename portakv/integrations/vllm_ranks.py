@@ -16,7 +16,7 @@ from portakv.serving import Blocks, Keeper, KeeperClient, KeeperIndex, place_of
 from portakv.serving.local import LocalIndex, forms_of
 
 _log = logging.getLogger(__name__)
-#: Seconds for which an engine's start waits until all of its ranks can load and save.
+#: Seconds for which the start of an engine waits until a rank of it has joined a keeper.
 PATIENCE = 30.0
 
 
