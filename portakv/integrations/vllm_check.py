@@ -78,16 +78,16 @@ def findings_of(config: Mapping[str, Any], sizes: Sizes | None = None) -> Findin
         config: as vLLM's ``--kv-transfer-config`` has it.
         sizes: of the model that the engine serves, if it is known.
     """
-    found = Findings()
-    found.errors += _wrong_keys(config)
-    if not found.errors and config.get("kv_load_failure_policy", "fail") != "recompute":
-        found.warnings.append(
+    findings = Findings()
+    findings.errors += _wrong_keys(config)
+    if not findings.errors and config.get("kv_load_failure_policy", "fail") != "recompute":
+        findings.warnings.append(
             "kv_load_failure_policy is not 'recompute': a stored block that is damaged, or was "
             "evicted meanwhile, ends its request with an error. Set it to 'recompute'."
         )
-    _check_terms(config.get("kv_connector_extra_config") or {}, sizes, found)
-    _check_release(found)
-    return found
+    _check_terms(config.get("kv_connector_extra_config") or {}, sizes, findings)
+    _check_release(findings)
+    return findings
 
 
 def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
@@ -106,27 +106,27 @@ def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"Expected {name} {expected!r}, got {config.get(name)!r}. Correct it."
 
 
-def _check_terms(extra: Any, sizes: Sizes | None, found: Findings) -> None:
+def _check_terms(extra: Any, sizes: Sizes | None, findings: Findings) -> None:
     """Check PortaKV's own terms."""
     if not isinstance(extra, Mapping):
-        found.errors.append(
+        findings.errors.append(
             f"Expected an object for kv_connector_extra_config, got {extra!r}. Correct it."
         )
         return
     try:
         terms = StoreTerms.of(extra)
     except InvalidTerms as error:
-        found.errors.append(f"kv_connector_extra_config: {error}")
+        findings.errors.append(f"kv_connector_extra_config: {error}")
         return
-    found.warnings += _short_of(terms)
+    findings.warnings += _short_of(terms)
     if terms.shared and not terms.folders:
-        found.warnings.append(
+        findings.warnings.append(
             "shared is true, and there is no folder by which other engines would find the store. "
             "Name a folder."
         )
-    found.notes.append(_who_stores(terms))
+    findings.notes.append(_who_stores(terms))
     if sizes is not None:
-        _check_sizes(terms, sizes, found)
+        _check_sizes(terms, sizes, findings)
 
 
 def _who_stores(terms: StoreTerms) -> str:
@@ -170,16 +170,16 @@ def _short_of(terms: StoreTerms) -> Iterator[str]:
             )
 
 
-def _check_sizes(terms: StoreTerms, sizes: Sizes, found: Findings) -> None:
+def _check_sizes(terms: StoreTerms, sizes: Sizes, findings: Findings) -> None:
     """Compare terms with a model."""
     size = terms.block_size or 16
     if terms.staging < size * sizes.token:
-        found.errors.append(
+        findings.errors.append(
             f"staging is {_gib(terms.staging)}, and a block of {size} tokens takes "
             f"{_gib(size * sizes.token)}. Give it {_gib(sizes.staging)}."
         )
     elif terms.staging < sizes.staging:
-        found.warnings.append(
+        findings.warnings.append(
             f"staging is {_gib(terms.staging)}, less than {_gib(sizes.staging)}: blocks of long "
             f"prompts are not saved while it is full. Give it more."
         )
@@ -187,21 +187,21 @@ def _check_sizes(terms: StoreTerms, sizes: Sizes, found: Findings) -> None:
     if terms.folders:
         places["the disk"] = terms.capacity
     kept = ", ".join(f"{place} {sizes.tokens(size):,}" for place, size in places.items())
-    found.notes.append(f"A token takes {sizes.token:,} bytes; tokens that fit: {kept}.")
+    findings.notes.append(f"A token takes {sizes.token:,} bytes; tokens that fit: {kept}.")
 
 
-def _check_release(found: Findings) -> None:
+def _check_release(findings: Findings) -> None:
     """Compare the installed release of vLLM with the hooks that the connector uses."""
     refusal = why_not("vllm")
     if refusal:
-        found.warnings.append(refusal)
+        findings.warnings.append(refusal)
         return
-    found.errors += [
+    findings.errors += [
         f"The installed vLLM has no {name.partition(':')[2]}, which the connector needs. Install "
         f"another release."
         for name in lacks(HOOKS)
     ]
-    found.notes += [
+    findings.notes += [
         f"The installed vLLM has no {name.partition(':')[2]}: the connector serves without "
         f"{OPTIONAL_HOOKS[name]}."
         for name in lacks(OPTIONAL_HOOKS)

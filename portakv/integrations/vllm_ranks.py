@@ -123,9 +123,7 @@ class WorkerStore:
         self._config = config
         self._opened: LocalIndex | KeeperClient | None = None
 
-    def views(
-        self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any
-    ) -> list[GroupView]:
+    def views(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> list[GroupView]:
         """Return a view of each group's layers; see `read_views`."""
         return read_views(self._settings, kv_caches, kv_cache_config, kernels_of(self._config))
 

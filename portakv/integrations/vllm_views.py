@@ -30,7 +30,7 @@ BY_DIM = (
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec16",
 )
-#: What a user does if rows cannot be read, for stored blocks of a fixed size and for several workers.
+#: What a user does if rows cannot be read, for blocks of a fixed size and for several workers.
 BY_TOKEN = (
     "Stored blocks of a fixed size need it: leave block_size out of kv_connector_extra_config."
 )
@@ -203,7 +203,8 @@ def _rows(
         return GroupView(KVView(planes, "layer | block token dim"), "")
     raise IntegrationError(
         f"Expected an attention backend whose pages PortaKV can read by token, got "
-        f"{' and '.join(sorted({*kernels})) or 'none'} with {first.dtype} {[*first.shape]}. {reason}"
+        f"{' and '.join(sorted({*kernels})) or 'none'} with {first.dtype} {[*first.shape]}. "
+        f"{reason}"
     )
 
 

@@ -71,7 +71,7 @@ class Described(NamedTuple):
     Attributes:
         after: the key of the block before it; None: it begins a prompt.
         tokens: of the block.
-        about: what the engine said of the request.
+        about: what the engine adds about the request.
     """
 
     after: bytes | None
@@ -80,10 +80,10 @@ class Described(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """How many blocks an index has found from a stored block on, until it had lost blocks."""
+    """How many stored blocks an index has from one on, until it loses blocks."""
 
     first: int
-    found: int
+    stored: int
     losses: int
 
 
@@ -100,7 +100,7 @@ class _Request:
         promised: the first stored block and the past token of the latest answer.
         load: in flight, or planned.
         reading: the numbers of saves that may still read blocks.
-        about: what the engine said of it.
+        about: what the engine adds about it.
         forgotten: its keys name blocks that must not be stored any more.
         queried: when an index was first queried that has yet to answer.
         answered: the latest answer of the index.
@@ -272,7 +272,7 @@ class Ledger:
         most = (len(state.tokens) - 1) // self._size
         if state.limit is not None:
             most = min(most, state.limit)
-        count = self._found(state, first, most) if most > first else 0
+        count = self._count_stored(state, first, most) if most > first else 0
         if count is None:
             now = self._now()
             state.queried = state.queried or now
@@ -427,25 +427,25 @@ class Ledger:
         now = {"requests": len(self._requests), "jobs": len(self._jobs)}
         return {**now, "failed_keys": len(self._keys.failed), **self.counts}
 
-    def _found(self, state: _Request, first: int, most: int) -> int | None:
+    def _count_stored(self, state: _Request, first: int, most: int) -> int | None:
         """Return how many stored blocks can be loaded from one on; None: not known yet.
 
-        A waiting request is looked up in each step: blocks that were found are not looked up again
+        A waiting request is looked up in each step: blocks that were there are not looked up again
         until a block was lost.
         """
         losses = self._index.losses
-        found = 0
+        known = 0
         answer = state.answered
         if answer is not None and (answer.first, answer.losses) == (first, losses):
-            found = min(answer.found, most - first)
-        keys = state.keys(most)[first + found : most]
+            known = min(answer.stored, most - first)
+        keys = state.keys(most)[first + known : most]
         more = self._index.leading(keys) if keys else 0
         if more is None:
             return None
-        state.answered = _Answer(first, found + more, losses)
+        state.answered = _Answer(first, known + more, losses)
         if not self._keys.failed:
-            return found + more
-        past = first + found + more
+            return known + more
+        past = first + known + more
         offered = enumerate(state.keys(past)[first:past])
         return next((n for n, key in offered if key in self._keys.failed), past - first)
 
