@@ -137,7 +137,9 @@ class Moving:
         pieces = self._requests.begin(self, keys, self._saves)
         changed = self._requests.changed
         transfer = KeptTransfer(changed, pieces, self._part.cells, until, self._give_up)
-        if session is None:
+        # A session that ended before they began has ended none of them.
+        if session is None or self._link.session is not session:
+            self._session = None
             for piece in pieces:
                 self._requests.drop(piece)
         return transfer

@@ -24,6 +24,7 @@ from portakv.errors import InvalidTerms, LayoutError, SlotError, StoreError, Tra
 from portakv.serving import Keeper, KeeperClient, KeeperIndex, Place, StoreTerms
 from portakv.serving.keeper_messages import MOST_KEYS
 from portakv.serving.keeper_requests import Requests
+from portakv.serving.keeper_transfer import KeptTransfer
 from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
 from portakv.storage.form_store import SHORT_COPY
 from portakv.storage.rows import Crossing
@@ -533,3 +534,77 @@ def test_a_save_on_a_device_follows_the_callers_stream(
     target = caches(device=accelerator)
     blocks.load(target, range(10), KEYS[:10]).synchronize(LIMIT)
     assert same(target, expected, 10)
+
+
+def test_what_begins_as_its_session_ends_copies_nothing(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client may join again at once, and the keeper then takes the rows of the session back.
+
+    The session ends after a save or a load has found it, and the keeper does not know that yet.
+    """
+    view = caches()
+    client = host(view).join(view)
+    blocks = client.blocks[0]
+    blocks.save(view, range(4), KEYS[:4]).synchronize(LIMIT)
+    link = client._link
+    begin = Requests.begin
+    start_copy = Requests.start_copy
+    copies = list[Any]()
+
+    def late(requests: Requests, *args: Any) -> Any:
+        assert link.session is not None
+        link.lose(link.session, "of this test")
+        return begin(requests, *args)
+
+    def start(requests: Requests, piece: Any, issued: bool = False) -> bool:
+        begun = start_copy(requests, piece, issued)
+        copies.extend([piece] * begun)
+        return begun
+
+    def moved(save: bool) -> KeptTransfer:
+        with monkeypatch.context() as patch:
+            patch.setattr(Place, "address", lambda _: "")  # the keeper retains the session
+            patch.setattr(Requests, "begin", late)
+            patch.setattr(Requests, "start_copy", start)
+            if not save:
+                transfer = blocks.load(caches(), range(4), KEYS[:4])
+                transfer.wait()
+                return transfer
+            transfer = blocks.save(view, range(8), KEYS[8:])
+            assert transfer.released is not None
+            transfer.released.wait()
+            return transfer
+
+    for save in (True, False):
+        moved(save)
+        assert not copies
+        assert client.wait(LIMIT)
+
+
+def test_a_client_joins_only_after_its_session_has_ended_here(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy of the session before begins once the keeper may take its rows back."""
+    view = caches()
+    client = host(view).join(view)
+    link = client._link
+    address = Place.address
+    joins = threading.Event()
+    early = list[bool]()
+
+    def asked(place: Place) -> str:
+        joins.set()
+        return address(place)
+
+    def slow(requests: Requests) -> None:
+        link.wake()
+        early.append(joins.wait(0.5))  # without the rule it comes at once
+
+    assert link.session is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "address", asked)
+        patch.setattr(Requests, "close_all", slow)
+        link.lose(link.session, "of this test")
+    assert early == [False]
+    assert client.wait(LIMIT)
