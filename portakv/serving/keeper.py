@@ -144,6 +144,13 @@ class KeeperState:
             self.counts["joined"] += 1
             return client
 
+    def lose(self, session: int) -> None:
+        """End the session of a number, if there is one."""
+        with self._lock:
+            client = self._clients.get(session)
+            if client is not None:
+                self.lost(client)
+
     def lost(self, client: Client) -> None:
         """End a session: the client asks for nothing and copies nothing new.
 

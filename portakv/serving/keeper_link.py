@@ -250,9 +250,17 @@ class Link:
             self._changed.notify_all()
         self._logged = ""
         _log.info("The keeper of %s serves this process.", self._place.name)
-        why = "Its connection ended."
-        self._channel.watch(address, partial(self.lose, session, why))
+        self._channel.watch(address, partial(self._gone, session.number))
         return 0.0
+
+    def _gone(self, number: int) -> None:
+        """End a session whose connection has ended.
+
+        A connection may outlive sessions, so it retains the number alone.
+        """
+        session = self.session
+        if session is not None and session.number == number:
+            self.lose(session, "Its connection ended.")
 
     def _refuse(self, why: str) -> None:
         """Note why there is no session, and log it once."""

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import count
@@ -608,3 +610,31 @@ def test_a_client_joins_only_after_its_session_has_ended_here(
         link.lose(link.session, "of this test")
     assert early == [False]
     assert client.wait(LIMIT)
+
+
+def test_a_connection_retains_no_store_that_was_replaced(host: Callable[..., Host]) -> None:
+    """An index stays while ranks of other blocks follow those of before."""
+    view = caches()
+    at = host(view)
+    index = at.stack.enter_context(KeeperIndex(at.keeper.place, at.engine))
+    client = at.join(view)
+    assert index.wait(LIMIT)
+    opened = at.keeper._service.opened
+    assert opened is not None
+    store = weakref.ref(opened.store)
+    del opened
+    client.close()
+    at.join(caches(dim=16))
+    assert index.wait(LIMIT)
+    assert until(lambda: gc.collect() >= 0 and store() is None, LIMIT)
+
+
+def test_a_connection_retains_no_rows_of_a_session_before(host: Callable[..., Host]) -> None:
+    view = caches()
+    client = host(view).join(view)
+    link = client._link
+    assert link.session is not None
+    rows = weakref.ref(link.session.data)
+    link.lose(link.session, "of this test")
+    assert client.wait(LIMIT)
+    assert until(lambda: gc.collect() >= 0 and rows() is None, LIMIT)
