@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -638,3 +639,37 @@ def test_a_connection_retains_no_rows_of_a_session_before(host: Callable[..., Ho
     link.lose(link.session, "of this test")
     assert client.wait(LIMIT)
     assert until(lambda: gc.collect() >= 0 and rows() is None, LIMIT)
+
+
+def test_an_interrupted_load_keeps_no_rows(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its client can join again: it counts no copy that never ends."""
+    view = caches()
+    at = host(view)
+    client = at.join(view)
+    blocks = client.blocks[0]
+    blocks.save(view, range(8), KEYS[:8]).synchronize(LIMIT)
+    start_copy = Requests.start_copy
+
+    def start(requests: Requests, piece: Any, issued: bool = False) -> bool:
+        begun = start_copy(requests, piece, issued)
+        signal.raise_signal(signal.SIGINT)
+        return begun
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(Requests, "start_copy", start)
+        with pytest.raises(KeyboardInterrupt):
+            blocks.load(caches(), range(8), KEYS[:8])
+    finally:
+        signal.signal(signal.SIGINT, before)
+        monkeypatch.undo()
+    assert until(lambda: client._requests.idle, LIMIT)
+    assert until(lambda: at.keeper.statistics()["leases"] == 0, LIMIT)
+    assert client.wait(LIMIT)
+    target = caches()
+    loaded = blocks.load(target, range(8), KEYS[:8])
+    loaded.synchronize(LIMIT)
+    assert loaded.landed.all()
+    assert same(target, view, 8)
