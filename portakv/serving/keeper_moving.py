@@ -31,8 +31,7 @@ from portakv.serving.keeper_requests import Requests
 from portakv.serving.keeper_rows import MappedRows, RankForm
 from portakv.serving.keeper_transfer import KeptTransfer, Piece
 from portakv.storage.form_store import SHORT_COPY
-from portakv.storage.loans import Loan
-from portakv.storage.rows import Crossing
+from portakv.storage.rows import Crossing, Loan
 from portakv.view import KVView
 
 _log = RateLimitedLog(logging.getLogger(__name__))

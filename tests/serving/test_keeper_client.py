@@ -550,7 +550,7 @@ def test_what_begins_as_its_session_ends_copies_nothing(
     client = host(view).join(view)
     blocks = client.blocks[0]
     blocks.save(view, range(4), KEYS[:4]).synchronize(LIMIT)
-    link = client._link
+    link = client.link
     begin = Requests.begin
     start_copy = Requests.start_copy
     copies = list[Any]()
@@ -591,7 +591,7 @@ def test_a_client_joins_only_after_its_session_has_ended_here(
     """No copy of the session before begins once the keeper may take its rows back."""
     view = caches()
     client = host(view).join(view)
-    link = client._link
+    link = client.link
     address = Place.address
     joins = threading.Event()
     early = list[bool]()
@@ -613,27 +613,34 @@ def test_a_client_joins_only_after_its_session_has_ended_here(
     assert client.wait(LIMIT)
 
 
-def test_a_connection_retains_no_store_that_was_replaced(host: Callable[..., Host]) -> None:
+def test_a_connection_retains_no_store_that_was_replaced(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An index stays while ranks of other blocks follow those of before."""
+    stores = list[weakref.ref[BlockStore]]()
+
+    def made(*args: Any, **terms: Any) -> BlockStore:
+        store = BlockStore(*args, **terms)
+        stores.append(weakref.ref(store))
+        return store
+
+    monkeypatch.setattr("portakv.serving.keeper_store.BlockStore", made)
     view = caches()
     at = host(view)
     index = at.stack.enter_context(KeeperIndex(at.keeper.place, at.engine))
     client = at.join(view)
     assert index.wait(LIMIT)
-    opened = at.keeper._service.opened
-    assert opened is not None
-    store = weakref.ref(opened.store)
-    del opened
     client.close()
     at.join(caches(dim=16))
     assert index.wait(LIMIT)
-    assert until(lambda: gc.collect() >= 0 and store() is None, LIMIT)
+    assert until(lambda: gc.collect() >= 0 and stores[0]() is None, LIMIT)
+    assert stores[1]() is not None
 
 
 def test_a_connection_retains_no_rows_of_a_session_before(host: Callable[..., Host]) -> None:
     view = caches()
     client = host(view).join(view)
-    link = client._link
+    link = client.link
     assert link.session is not None
     rows = weakref.ref(link.session.data)
     link.lose(link.session, "of this test")
@@ -665,7 +672,6 @@ def test_an_interrupted_load_keeps_no_rows(
     finally:
         signal.signal(signal.SIGINT, before)
         monkeypatch.undo()
-    assert until(lambda: client._requests.idle, LIMIT)
     assert until(lambda: at.keeper.statistics()["leases"] == 0, LIMIT)
     assert client.wait(LIMIT)
     target = caches()
