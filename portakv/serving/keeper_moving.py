@@ -123,7 +123,7 @@ class Moving:
                 self._issue(session, transfer, len(keys), hits)
         except BaseException as error:  # also an interrupt: no caller has a handle
             self._withdraw(transfer)
-            if not isinstance(error, Exception):  # nobody knows the rows of an answer that is lost
+            if not isinstance(error, Exception):  # no one knows the rows of an answer that is lost
                 self._link.lose(session, "A load was interrupted.")
             raise
         return transfer
@@ -239,29 +239,34 @@ class Moving:
         assert inner is not None  # a rank has a part of whole blocks
         loan = Loan((), self._crossing)
         loan.rows = [None] * blocks
-        begun: Sequence[Hit] = ()
+        begun = list[Hit]()
         landed = False
+        note = partial(self._note_issued, session, transfer, loan, hits, begun)
         try:
-            undo = partial(self._end_issued, landed=False)
-            begun = uninterrupted(partial(self._start_issued, loan, hits), undo)
+            undo = partial(self._undo_issued, begun)
+            uninterrupted(partial(self._start_issued, loan, hits, begun), undo)
             if begun:
                 by_layer = bool(transfer.layers) and None not in loan.rows
                 _, layers = self._crossing.issue(inner, loan, by_layer)
                 transfer.layers = layers or transfer.layers
             landed = True
         finally:
-            note = partial(self._note_issued, session, transfer, loan)
-            uninterrupted(partial(note, hits, begun, landed))
+            uninterrupted(partial(note, landed))
 
-    def _start_issued(self, loan: Loan, hits: Sequence[Hit]) -> Sequence[Hit]:
-        """Note that copies begin, whose rows become those of a loan; return those that may."""
-        begun = [hit for hit in hits if self._requests.start_copy(hit.piece, issued=True)]
+    def _start_issued(self, loan: Loan, hits: Sequence[Hit], begun: list[Hit]) -> None:
+        """Note that copies begin, whose rows become those of a loan; add those that may."""
+        begun += [hit for hit in hits if self._requests.start_copy(hit.piece, issued=True)]
         rows = [*loan.rows]
         for piece, grant in begun:
             for place, row in zip(ids_in(grant.places), ids_in(grant.rows), strict=True):
                 rows[piece.first + place] = row
         loan.rows = rows
-        return begun
+
+    def _undo_issued(self, begun: list[Hit], _: object) -> None:
+        """Note that copies have ended that were not issued."""
+        some = [*begun]
+        begun.clear()
+        self._end_issued(some, False)
 
     def _note_issued(
         self,
