@@ -20,9 +20,10 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
+from itertools import accumulate
 from secrets import randbits
 from typing import Any
 
@@ -60,6 +61,10 @@ PATIENCE = 10.0
 REMEMBERED = 60.0
 #: Bytes of a lease, which one worker of a client copies, unless a block is larger.
 PIECE = 32 << 20
+#: The most bytes of the rows that a message lends, below the channel's limit, and of a lease
+#: without its rows.
+MESSAGE = 48 << 10
+HEAD = 32
 
 
 @dataclass
@@ -143,6 +148,13 @@ class KeeperState:
             self._clients[client.session] = client
             self.counts["joined"] += 1
             return client
+
+    def lose(self, session: int) -> None:
+        """End the session of a number, if there is one."""
+        with self._lock:
+            client = self._clients.get(session)
+            if client is not None:
+                self.lost(client)
 
     def lost(self, client: Client) -> None:
         """End a session: the client asks for nothing and copies nothing new.
@@ -539,7 +551,13 @@ class KeeperState:
         news.stored = stored
 
     def _progress(self, client: Client, number: int) -> Progress:
-        """Return the news of a client about a request, once."""
+        """Return the news of a client about a request, once; what a message cannot hold follows."""
         news = self._news.pop((client, number), _News())
-        grants = (*news.grants,)
-        return Progress(client.session, number, grants, news.more, news.stored)
+        sizes = accumulate(len(x.places) + len(x.rows) + len(x.form) + HEAD for x in news.grants)
+        fit = max(1, sum(size <= MESSAGE for size in sizes))
+        grants = (*news.grants[:fit],)
+        if len(grants) == len(news.grants):
+            return Progress(client.session, number, grants, news.more, news.stored)
+        self._news[client, number] = replace(news, grants=news.grants[fit:])
+        self._wake()
+        return Progress(client.session, number, grants)

@@ -36,6 +36,7 @@ class KeeperClient:
 
     Attributes:
         blocks: of each group of layers.
+        link: the connection to the keeper.
     """
 
     def __init__(
@@ -56,12 +57,11 @@ class KeeperClient:
         self._hello = partial(Join, name, this_client(), channel.address, texts)
         channel.serve(Progress, self._progress)
         sides = Sides(self._hello, Joined, lambda: self._requests.idle, self._began, self._ended)
-        self._link = Link(place, channel, sides)
+        self.link = Link(place, channel, sides)
         self.blocks = [
-            KeptBlocks(self._requests, self._link, number, part)
-            for number, part in enumerate(parts)
+            KeptBlocks(self._requests, self.link, number, part) for number, part in enumerate(parts)
         ]
-        self._link.start()
+        self.link.start()
 
     def __enter__(self) -> KeeperClient:
         return self
@@ -74,7 +74,7 @@ class KeeperClient:
 
         Raises `InvalidTerms` with the sentence of a keeper that refuses the blocks of this rank.
         """
-        return self._link.wait(seconds("timeout", timeout))
+        return self.link.wait(seconds("timeout", timeout))
 
     def close(self, timeout: float = 10.0) -> None:
         """End the loads and saves, and leave the keeper."""
@@ -82,7 +82,7 @@ class KeeperClient:
         if self._requests.process.forked:
             return
         self._requests.close(timeout)
-        self._link.close()
+        self.link.close()
         self._requests.graph.close(timeout)
         if self._mapped is not None and self._requests.idle:
             self._mapped.close()
@@ -99,7 +99,7 @@ class KeeperClient:
 
     def _progress(self, peer: Peer, progress: Progress) -> None:
         """Take rows of the keeper, in the thread of the channel."""
-        session = self._link.session
+        session = self.link.session
         if session is None or session.number != progress.session:
             return
         waiting = self._requests.find(progress.number)
@@ -109,4 +109,4 @@ class KeeperClient:
             copying.copy_later(session, piece, progress.grants)
         for grant in progress.grants if waiting is None else ():  # nothing waits for these rows
             report = Report(session.number, grant.lease, bytes(len(grant.places) // 4))
-            self._requests.run("load", partial(self._link.tell, session, report))
+            self._requests.run("load", partial(self.link.tell, session, report))

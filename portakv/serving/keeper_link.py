@@ -59,7 +59,8 @@ class Sides(NamedTuple):
         ready: returns whether a session may begin: nothing of the session before is under way.
         began: makes the data of a session from the keeper's address and the answer with which it
             begins.
-        ended: is called with a session that has ended, in any thread.
+        ended: is called with a session that has ended, in any thread, before the next one begins;
+            be quick.
         look: is called with a session now and then, and after `Link.wake`.
     """
 
@@ -148,8 +149,8 @@ class Link:
             if self.session is not session:
                 return
             self.session = None
+            self._sides.ended(session)  # under the lock: before the thread can join again
             self._changed.notify_all()
-        self._sides.ended(session)
         if not self._stopped:
             text = "The keeper of %s is gone: blocks count as missing until another one serves. %s"
             _log.warning(text, self._place.name, why)
@@ -173,7 +174,8 @@ class Link:
         """Have a session, until the link is closed."""
         since = time.monotonic()
         while not self._stopped:
-            session = self.session
+            with self._changed:
+                session = self.session
             try:
                 pause = self._join() if session is None else self._look(session)
             except Exception as error:  # the next try may succeed
@@ -248,9 +250,17 @@ class Link:
             self._changed.notify_all()
         self._logged = ""
         _log.info("The keeper of %s serves this process.", self._place.name)
-        why = "Its connection ended."
-        self._channel.watch(address, partial(self.lose, session, why))
+        self._channel.watch(address, partial(self._gone, session.number))
         return 0.0
+
+    def _gone(self, number: int) -> None:
+        """End a session whose connection has ended.
+
+        A connection may outlive sessions, so it retains the number alone.
+        """
+        session = self.session
+        if session is not None and session.number == number:
+            self.lose(session, "Its connection ended.")
 
     def _refuse(self, why: str) -> None:
         """Note why there is no session, and log it once."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from portakv.errors import PortaKVError, TransferError
 from portakv.graph import Priority
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.keeper_link import ASKING, PATIENT, Link, Session
 from portakv.serving.keeper_messages import (
@@ -30,8 +31,7 @@ from portakv.serving.keeper_requests import Requests
 from portakv.serving.keeper_rows import MappedRows, RankForm
 from portakv.serving.keeper_transfer import KeptTransfer, Piece
 from portakv.storage.form_store import SHORT_COPY
-from portakv.storage.loans import Loan
-from portakv.storage.rows import Crossing
+from portakv.storage.rows import Crossing, Loan
 from portakv.view import KVView
 
 _log = RateLimitedLog(logging.getLogger(__name__))
@@ -83,11 +83,15 @@ class Moving:
         session = self._session
         if session is None:
             return transfer
-        for piece in transfer.pieces:
-            some = joined_keys(keys[piece.first : piece.first + piece.blocks])
-            before = keys[piece.first - 1] if piece.first else after
-            request = Save(session.number, piece.number, self._group, some, before, priority)
-            self._run(partial(self._ask_later, session, piece, request))
+        try:
+            for piece in transfer.pieces:
+                some = joined_keys(keys[piece.first : piece.first + piece.blocks])
+                before = keys[piece.first - 1] if piece.first else after
+                request = Save(session.number, piece.number, self._group, some, before, priority)
+                self._run(partial(self._ask_later, session, piece, request))
+        except BaseException:  # also an interrupt: no caller has a handle
+            self._withdraw(transfer)
+            raise
         return transfer
 
     def load(
@@ -117,10 +121,18 @@ class Moving:
                 self.copy_later(session, piece, later)
             if hits:
                 self._issue(session, transfer, len(keys), hits)
-        except BaseException:  # also an interrupt: no caller has a handle
-            transfer.cancel()
+        except BaseException as error:  # also an interrupt: no caller has a handle
+            self._withdraw(transfer)
+            if not isinstance(error, Exception):  # no one knows the rows of an answer that is lost
+                self._link.lose(session, "A load was interrupted.")
             raise
         return transfer
+
+    def _withdraw(self, transfer: KeptTransfer) -> None:
+        """Copy no further block of a transfer that no caller has, and forget it."""
+        transfer.cancel()
+        for piece in transfer.pieces:
+            self._requests.drop(piece)
 
     def _begin(self, keys: int, deadline: float | None) -> KeptTransfer:
         """Return the transfer, which has ended if there is no keeper.
@@ -137,7 +149,9 @@ class Moving:
         pieces = self._requests.begin(self, keys, self._saves)
         changed = self._requests.changed
         transfer = KeptTransfer(changed, pieces, self._part.cells, until, self._give_up)
-        if session is None:
+        # A session that ended before they began has ended none of them.
+        if session is None or self._link.session is not session:
+            self._session = None
             for piece in pieces:
                 self._requests.drop(piece)
         return transfer
@@ -220,32 +234,58 @@ class Moving:
         self, session: Session, transfer: KeptTransfer, blocks: int, hits: Sequence[Hit]
     ) -> None:
         """Copy rows on the caller's current stream."""
-        begun = [hit for hit in hits if self._requests.start_copy(hit.piece, issued=True)]
-        rows: list[int | None] = [None] * blocks
-        for piece, grant in begun:
-            for place, row in zip(ids_in(grant.places), ids_in(grant.rows), strict=True):
-                rows[piece.first + place] = row
-        loan = Loan((), self._crossing)
-        loan.rows = rows
         mapped: MappedRows = session.data
         inner = mapped.sides(self._part, "").inner
         assert inner is not None  # a rank has a part of whole blocks
+        loan = Loan((), self._crossing)
+        loan.rows = [None] * blocks
+        begun = list[Hit]()
         landed = False
+        note = partial(self._note_issued, session, transfer, loan, hits, begun)
         try:
+            undo = partial(self._undo_issued, begun)
+            uninterrupted(partial(self._start_issued, loan, hits, begun), undo)
             if begun:
-                by_layer = bool(transfer.layers) and None not in rows
+                by_layer = bool(transfer.layers) and None not in loan.rows
                 _, layers = self._crossing.issue(inner, loan, by_layer)
                 transfer.layers = layers or transfer.layers
             landed = True
         finally:
-            if loan.end is None:
-                loan.cancel()
-            transfer.issued = loan.end
-            transfer.issued_blocks = np.array([row is not None for row in rows])
-            if loan.ended():
-                self._end_issued(begun, landed)
-                begun = []
-            self._requests.run("end", partial(self._follow, session, loan, hits, begun, landed))
+            uninterrupted(partial(note, landed))
+
+    def _start_issued(self, loan: Loan, hits: Sequence[Hit], begun: list[Hit]) -> None:
+        """Note that copies begin, whose rows become those of a loan; add those that may."""
+        begun += [hit for hit in hits if self._requests.start_copy(hit.piece, issued=True)]
+        rows = [*loan.rows]
+        for piece, grant in begun:
+            for place, row in zip(ids_in(grant.places), ids_in(grant.rows), strict=True):
+                rows[piece.first + place] = row
+        loan.rows = rows
+
+    def _undo_issued(self, begun: list[Hit], _: object) -> None:
+        """Note that copies have ended that were not issued."""
+        some = [*begun]
+        begun.clear()
+        self._end_issued(some, False)
+
+    def _note_issued(
+        self,
+        session: Session,
+        transfer: KeptTransfer,
+        loan: Loan,
+        hits: Sequence[Hit],
+        begun: Sequence[Hit],
+        landed: bool,
+    ) -> None:
+        """Note the copy that was issued, if one was, and have its end followed."""
+        if loan.end is None:
+            loan.cancel()
+        transfer.issued = loan.end
+        transfer.issued_blocks = np.array([row is not None for row in loan.rows])
+        if loan.ended():
+            self._end_issued(begun, landed)
+            begun = ()
+        self._requests.run("end", partial(self._follow, session, loan, hits, begun, landed))
 
     def _follow(
         self,

@@ -80,7 +80,7 @@ class Service:
             return Later()
         check_process(ask.process)
         client = opened.state.join(ask)
-        peer.on_gone(partial(opened.state.lost, client))
+        peer.on_gone(partial(self._gone, client.session))
         self._wake()  # to watch its process
         return Joined(client.session, opened.handle)
 
@@ -91,7 +91,7 @@ class Service:
         if opened is None or not forms:
             return Later()
         follower = opened.feed.follow(ask, forms)
-        peer.on_gone(partial(opened.feed.lost, follower))
+        peer.on_gone(partial(self._gone, follower.session))
         return opened.feed.followed(follower)
 
     def _alive(self, peer: Peer, ask: Alive) -> Alive:
@@ -118,6 +118,15 @@ class Service:
         if self.opened is not None:
             self.opened.state.leave(leave.session)
             self.opened.feed.leave(leave.session)
+
+    def _gone(self, session: int) -> None:
+        """End a session whose connection has ended.
+
+        A connection may outlive a store, so it retains the number alone.
+        """
+        if self.opened is not None:
+            self.opened.state.lose(session)
+            self.opened.feed.leave(session)
 
     def _page(self, peer: Peer, ask: AskKeys) -> KeysPage:
         return self._open().feed.page(ask)

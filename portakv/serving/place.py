@@ -98,11 +98,14 @@ class Place:
         return self.claimed
 
     def publish(self, address: str) -> None:
-        """Write the address of this process's channel. Raises `StoreError` if the device is
-        full."""
+        """Write the address of this process's channel.
+
+        Raises `StoreError` if the device is full. This process does not serve then.
+        """
         try:
             os.pwrite(self._lock, f"{address}\n".encode(), 0)
         except OSError as error:
+            self.drop()  # another one may serve, or this one later
             raise unusable(self._file, error) from None
 
     def release(self) -> None:

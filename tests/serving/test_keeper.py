@@ -22,7 +22,7 @@ from support.keeper_model import (
 )
 
 from portakv.errors import InvalidTerms, PeerError, StoreError
-from portakv.serving.keeper import KeeperState
+from portakv.serving.keeper import HEAD, KeeperState
 from portakv.serving.keeper_leases import Client
 from portakv.serving.keeper_messages import Join, Load, Progress, Save, ids_in, joined_keys
 from portakv.serving.keeper_parts import cells_of, whole_form
@@ -38,6 +38,13 @@ def test_walks_of_ranks_that_join_copy_stop_and_die(part: int) -> None:
 def test_walks_with_a_lease_for_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("portakv.serving.keeper.PIECE", 1)
     for seed in range(2000, 2150):
+        Walk(KeeperState, seed).run(300)
+
+
+def test_walks_with_a_message_for_each_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("portakv.serving.keeper.PIECE", 1)
+    monkeypatch.setattr("portakv.serving.keeper.MESSAGE", 1)
+    for seed in range(3000, 3150):
         Walk(KeeperState, seed).run(300)
 
 
@@ -225,6 +232,17 @@ def test_a_load_ends_with_the_rows_that_are_there() -> None:
     assert sorted(places) == [0, 1, 2]
     assert not last.more
     assert "late_reports" not in ranks.state.statistics()
+
+
+def test_a_message_lends_no_more_than_it_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("portakv.serving.keeper.PIECE", 1)
+    monkeypatch.setattr("portakv.serving.keeper.MESSAGE", 2 * (HEAD + 8))
+    ranks = Ranks(WHOLE)
+    told = [ranks.save(0), *ranks.told(0)]
+    assert [len(progress.grants) for progress in told if progress.grants] == [2, 1]
+    for progress in told:
+        ranks.write(0, progress)
+    assert ranks.told(0)[-1].stored == b"\1\1\1"
 
 
 def test_parts_of_other_blocks_are_refused() -> None:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import count
@@ -24,6 +27,7 @@ from portakv.errors import InvalidTerms, LayoutError, SlotError, StoreError, Tra
 from portakv.serving import Keeper, KeeperClient, KeeperIndex, Place, StoreTerms
 from portakv.serving.keeper_messages import MOST_KEYS
 from portakv.serving.keeper_requests import Requests
+from portakv.serving.keeper_transfer import KeptTransfer
 from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
 from portakv.storage.form_store import SHORT_COPY
 from portakv.storage.rows import Crossing
@@ -533,3 +537,145 @@ def test_a_save_on_a_device_follows_the_callers_stream(
     target = caches(device=accelerator)
     blocks.load(target, range(10), KEYS[:10]).synchronize(LIMIT)
     assert same(target, expected, 10)
+
+
+def test_what_begins_as_its_session_ends_copies_nothing(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client may join again at once, and the keeper then takes the rows of the session back.
+
+    The session ends after a save or a load has found it, and the keeper does not know that yet.
+    """
+    view = caches()
+    client = host(view).join(view)
+    blocks = client.blocks[0]
+    blocks.save(view, range(4), KEYS[:4]).synchronize(LIMIT)
+    link = client.link
+    begin = Requests.begin
+    start_copy = Requests.start_copy
+    copies = list[Any]()
+
+    def late(requests: Requests, *args: Any) -> Any:
+        assert link.session is not None
+        link.lose(link.session, "of this test")
+        return begin(requests, *args)
+
+    def start(requests: Requests, piece: Any, issued: bool = False) -> bool:
+        begun = start_copy(requests, piece, issued)
+        copies.extend([piece] * begun)
+        return begun
+
+    def moved(save: bool) -> KeptTransfer:
+        with monkeypatch.context() as patch:
+            patch.setattr(Place, "address", lambda _: "")  # the keeper retains the session
+            patch.setattr(Requests, "begin", late)
+            patch.setattr(Requests, "start_copy", start)
+            if not save:
+                transfer = blocks.load(caches(), range(4), KEYS[:4])
+                transfer.wait()
+                return transfer
+            transfer = blocks.save(view, range(8), KEYS[8:])
+            assert transfer.released is not None
+            transfer.released.wait()
+            return transfer
+
+    for save in (True, False):
+        moved(save)
+        assert not copies
+        assert client.wait(LIMIT)
+
+
+def test_a_client_joins_only_after_its_session_has_ended_here(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy of the session before begins once the keeper may take its rows back."""
+    view = caches()
+    client = host(view).join(view)
+    link = client.link
+    address = Place.address
+    joins = threading.Event()
+    early = list[bool]()
+
+    def asked(place: Place) -> str:
+        joins.set()
+        return address(place)
+
+    def slow(requests: Requests) -> None:
+        link.wake()
+        early.append(joins.wait(0.5))  # without the rule it comes at once
+
+    assert link.session is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "address", asked)
+        patch.setattr(Requests, "close_all", slow)
+        link.lose(link.session, "of this test")
+    assert early == [False]
+    assert client.wait(LIMIT)
+
+
+def test_a_connection_retains_no_store_that_was_replaced(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index stays while ranks of other blocks follow those of before."""
+    stores = list[weakref.ref[BlockStore]]()
+
+    def made(*args: Any, **terms: Any) -> BlockStore:
+        store = BlockStore(*args, **terms)
+        stores.append(weakref.ref(store))
+        return store
+
+    monkeypatch.setattr("portakv.serving.keeper_store.BlockStore", made)
+    view = caches()
+    at = host(view)
+    index = at.stack.enter_context(KeeperIndex(at.keeper.place, at.engine))
+    client = at.join(view)
+    assert index.wait(LIMIT)
+    client.close()
+    at.join(caches(dim=16))
+    assert index.wait(LIMIT)
+    assert until(lambda: gc.collect() >= 0 and stores[0]() is None, LIMIT)
+    assert stores[1]() is not None
+
+
+def test_a_connection_retains_no_rows_of_a_session_before(host: Callable[..., Host]) -> None:
+    view = caches()
+    client = host(view).join(view)
+    link = client.link
+    assert link.session is not None
+    rows = weakref.ref(link.session.data)
+    link.lose(link.session, "of this test")
+    assert client.wait(LIMIT)
+    assert until(lambda: gc.collect() >= 0 and rows() is None, LIMIT)
+
+
+def test_an_interrupted_load_keeps_no_rows(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its client can join again: it counts no copy that never ends."""
+    view = caches()
+    at = host(view)
+    client = at.join(view)
+    blocks = client.blocks[0]
+    blocks.save(view, range(8), KEYS[:8]).synchronize(LIMIT)
+    start_copy = Requests.start_copy
+
+    def start(requests: Requests, piece: Any, issued: bool = False) -> bool:
+        begun = start_copy(requests, piece, issued)
+        signal.raise_signal(signal.SIGINT)
+        return begun
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(Requests, "start_copy", start)
+        with pytest.raises(KeyboardInterrupt):
+            blocks.load(caches(), range(8), KEYS[:8])
+    finally:
+        signal.signal(signal.SIGINT, before)
+        monkeypatch.undo()
+    assert until(lambda: at.keeper.statistics()["leases"] == 0, LIMIT)
+    assert client.wait(LIMIT)
+    target = caches()
+    loaded = blocks.load(target, range(8), KEYS[:8])
+    loaded.synchronize(LIMIT)
+    assert loaded.landed.all()
+    assert same(target, view, 8)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from hashlib import sha256
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -52,6 +53,40 @@ def test_the_next_one_serves_when_a_process_is_killed(tmp_path: Path) -> None:
     assert place.claim()
     assert place.address() == ""  # the address of the other one is gone
     place.release()
+
+
+def test_a_process_that_cannot_write_its_address_does_not_serve(tmp_path: Path) -> None:
+    """Nobody would find it. It serves later, or another one does."""
+
+    def serve(pipe: Connection) -> None:
+        own = Place.of_folder(tmp_path)
+        pipe.send(own.claim())
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as a device without space
+        try:
+            own.publish(ADDRESS)
+        except StoreError as error:
+            pipe.send(str(error))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        pipe.send(own.claimed)
+        pipe.recv()
+        pipe.send(own.claim())
+        own.publish(ADDRESS)
+        pipe.send("published")
+        pipe.recv()
+
+    child = Child(serve)
+    assert child.receive() is True
+    assert "keeper" in child.receive()
+    assert child.receive() is False
+    place = Place.of_folder(tmp_path)
+    assert place.claim()
+    place.release()
+    child.here.send("go on")
+    assert child.receive() is True
+    assert child.receive() == "published"
+    assert place.address() == ADDRESS
+    child.kill()
 
 
 def test_a_forked_process_does_not_serve(tmp_path: Path) -> None:
