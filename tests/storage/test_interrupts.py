@@ -208,6 +208,12 @@ def lending(folder: Path) -> Steps:
         while not loaded.done():
             copies.end()
         assert loaded.landed.all()
+        assert store.leading(KEYS) == len(KEYS)
+        borrowed = [store.borrow([key]) for key in KEYS]
+        assert any(borrowed), "the host tier has no block"
+        for each in borrowed:
+            if each is not None:
+                each.end()
 
     yield act
     # Copies of an interrupted call may begin late, and end as any other.
