@@ -625,7 +625,7 @@ def test_an_old_offer_is_renewed_long_before_a_third_of_its_lease(made: Sides) -
 
 def test_a_renewal_of_the_readers_thread_needs_no_answer(made: Sides) -> None:
     """An owner that is busy for long is not waited for."""
-    both = Couple(made)
+    both, noted = noting(made)
     clock = Clock(both.owner)
     offer = both.offer(lease=0.5)
     copied = threading.Event()
@@ -635,3 +635,4 @@ def test_a_renewal_of_the_readers_thread_needs_no_answer(made: Sides) -> None:
         copied.set()
         pulled.synchronize(30)
     assert until(lambda: offer.state == "taken")
+    assert any(isinstance(each, Renew) for each in noted)
