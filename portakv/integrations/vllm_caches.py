@@ -82,7 +82,7 @@ class Settings(NamedTuple):
     def fails_by_request(self) -> bool:
         """Return whether a load that fails is reported by its request, not by its blocks.
 
-        Ids of several groups are not told apart in a report, and where blocks before a window are
+        A report does not say of which group an id is, and where blocks before a window are
         gone, a request cannot go on in the middle of a load.
         """
         return len(self.groups) > 1 or any(group.window for group in self.groups)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from support.device_cases import current, delay
+from support.hand_worker import LAYOUT, HandWorker, caches
 from support.serving_model import NOTHING, Draw, Engine
 
 from portakv import KVView
@@ -22,14 +22,8 @@ from portakv.serving.local import LocalIndex, StoreTerms
 from portakv.storage import BlockForm, BlockStore, prefix_keys
 from portakv.storage.form_store import FormStore
 
-LAYOUT = "layer | block kv token head dim"
 STEP = 5e-4  # seconds of a step in which workers of the store go on
 LIMIT = 20.0  # seconds; nothing here takes as long
-
-
-def caches(blocks: int, size: int) -> tuple[torch.Tensor, KVView]:
-    memory = torch.full((blocks, 2, size, 1, 1), NOTHING, dtype=torch.int64)
-    return memory, KVView([memory], LAYOUT)
 
 
 class RealStore(LocalIndex):
@@ -50,51 +44,21 @@ class RealStore(LocalIndex):
         """Nothing is damaged; the store evicts."""
 
 
-class HandWorker:
-    """A worker of the model, whose rows lie in caches that a hand saves and loads."""
+class StoreWorker(HandWorker):
+    """A worker over a block store."""
 
-    def __init__(self, engine: Engine, number: int) -> None:
-        self._memory, view = caches(engine.draw.blocks, engine.draw.block_size)
-        self._hand = Hand([GroupCache(view, engine.store.blocks)])
-        self._said = Report()
-        self.freed = set[str]()
+    step = STEP
 
-    @property
-    def busy(self) -> bool:
-        return self._hand.busy
-
-    @property
-    def report(self) -> Report:
-        return self._said.merged(self._hand.report())
-
-    @report.setter
-    def report(self, empty: Report) -> None:
-        self._said = empty
-
-    def row(self, block: int, at: int) -> int:
-        both = {int(x) for x in self._memory[block, :, at, 0, 0]}
-        return both.pop() if len(both) == 1 else NOTHING
-
-    def write(self, block: int, at: int, row: int) -> None:
-        self._memory[block, :, at] = row
-
-    def before_step(self, plan: Plan) -> None:
-        self._hand.stop(plan)
-
-    def after_step(self, plan: Plan) -> None:
-        self._hand.load(plan)
-        self._hand.save(plan)
-        self._said = self._said.merged(self._hand.report())
-        self.freed |= self._hand.ended().freed
-        if self._hand.busy:
-            time.sleep(STEP)
+    @staticmethod
+    def cache(engine: Engine, view: KVView, number: int) -> GroupCache:
+        return GroupCache(view, engine.store.blocks)
 
 
 @pytest.mark.parametrize("part", range(8))
 def test_walks_of_an_engine_over_a_block_store(part: int) -> None:
     """Rows of real caches, which a real store saves, evicts and loads."""
     for seed in range(part * 10, part * 10 + 10):
-        engine = Engine(Ledger, seed, RealStore, HandWorker)
+        engine = Engine(Ledger, seed, RealStore, StoreWorker)
         try:
             engine.run(12)
         finally:

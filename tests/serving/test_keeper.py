@@ -117,8 +117,8 @@ class Ranks:
             landed = bytes([good]) * (len(grant.places) // 4)
             self.state.report(client.session, grant.lease, landed)
 
-    def told(self, rank: int) -> list[Progress]:
-        """Return what a rank is told until nothing follows."""
+    def learned(self, rank: int) -> list[Progress]:
+        """Return what a rank learns until nothing follows."""
         for _ in range(20):
             for handle in self.store.go_on():
                 self.state.ended(handle)  # type: ignore[arg-type]
@@ -144,15 +144,15 @@ def test_a_block_is_sealed_after_all_ranks_have_reported_their_parts() -> None:
     assert ranks.store.cached == {}
     ranks.write(1, second)
     assert set(ranks.store.cached) == {*KEYS}
-    assert ranks.told(0)[-1].stored == bytes([1, 1, 1])
-    assert ranks.told(1)[-1].stored == bytes([1, 1, 1])
+    assert ranks.learned(0)[-1].stored == bytes([1, 1, 1])
+    assert ranks.learned(1)[-1].stored == bytes([1, 1, 1])
 
 
 def test_a_block_that_a_rank_could_not_copy_is_not_stored() -> None:
     ranks = Ranks(LEFT, RIGHT)
     ranks.write(0, ranks.save(0))
     ranks.write(1, ranks.save(1), good=False)
-    assert ranks.told(0)[-1].stored == bytes(3)
+    assert ranks.learned(0)[-1].stored == bytes(3)
     assert ranks.store.cached == {}
 
 
@@ -162,8 +162,8 @@ def test_of_ranks_with_equal_parts_one_copies() -> None:
     second = ranks.save(1)
     assert second.grants == ()
     ranks.write(0, first)
-    assert ranks.told(0)[-1].stored == bytes([1, 1, 1])
-    assert ranks.told(1)[-1].stored == bytes([1, 1, 1])
+    assert ranks.learned(0)[-1].stored == bytes([1, 1, 1])
+    assert ranks.learned(1)[-1].stored == bytes([1, 1, 1])
 
 
 def test_nothing_is_stored_before_all_ranks_have_joined() -> None:
@@ -179,12 +179,12 @@ def test_nothing_is_stored_before_all_ranks_have_joined() -> None:
 
 
 def test_a_rank_that_never_asks_ends_no_save_of_others() -> None:
-    """After a while the rows go back; and the rank that asks later is told the same end."""
+    """After a while the rows go back; and the rank that asks later learns the same end."""
     ranks = Ranks(LEFT, RIGHT)
     ranks.write(0, ranks.save(0))
-    assert ranks.told(0) == []
+    assert ranks.learned(0) == []
     ranks.time = PATIENCE + 1
-    assert ranks.told(0)[-1].stored == bytes(3)
+    assert ranks.learned(0)[-1].stored == bytes(3)
     assert len(ranks.store.free) == 8
     late = ranks.save(1)
     assert late.grants == ()
@@ -196,7 +196,7 @@ def test_rows_stay_until_a_process_has_ended_and_its_late_report_is_dropped() ->
     progress = ranks.save(0)
     process = ranks.clients[0].process
     ranks.state.lost(ranks.clients[0])
-    assert ranks.told(0) == []
+    assert ranks.learned(0) == []
     assert len(ranks.store.free) == 8 - len(KEYS)
     ranks.write(0, progress)  # as if it went on
     assert ranks.state.statistics()["late_reports"] == len(progress.grants)
@@ -220,15 +220,15 @@ def test_a_client_that_joins_again_frees_the_rows_of_its_session_before() -> Non
 def test_a_load_ends_with_the_rows_that_are_there() -> None:
     ranks = Ranks(WHOLE)
     ranks.write(0, ranks.save(0))
-    ranks.told(0)
+    ranks.learned(0)
     places = list[int]()
-    told = [ranks.load(0)]
-    while told:
-        for progress in told:
+    learned = [ranks.load(0)]
+    while learned:
+        for progress in learned:
             places += [place for grant in progress.grants for place in ids_in(grant.places)]
             ranks.write(0, progress)
             last = progress
-        told = ranks.told(0)
+        learned = ranks.learned(0)
     assert sorted(places) == [0, 1, 2]
     assert not last.more
     assert "late_reports" not in ranks.state.statistics()
@@ -238,11 +238,11 @@ def test_a_message_lends_no_more_than_it_can_hold(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("portakv.serving.keeper.PIECE", 1)
     monkeypatch.setattr("portakv.serving.keeper.MESSAGE", 2 * (HEAD + 8))
     ranks = Ranks(WHOLE)
-    told = [ranks.save(0), *ranks.told(0)]
-    assert [len(progress.grants) for progress in told if progress.grants] == [2, 1]
-    for progress in told:
+    learned = [ranks.save(0), *ranks.learned(0)]
+    assert [len(progress.grants) for progress in learned if progress.grants] == [2, 1]
+    for progress in learned:
         ranks.write(0, progress)
-    assert ranks.told(0)[-1].stored == b"\1\1\1"
+    assert ranks.learned(0)[-1].stored == b"\1\1\1"
 
 
 def test_parts_of_other_blocks_are_refused() -> None:

@@ -5,35 +5,25 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Sequence
 
 import pytest
-import torch
-from support.serving_model import NOTHING, Draw, Engine
+from support.hand_worker import HandWorker, caches
+from support.serving_model import Draw, Engine
 
 from portakv import KVView
 from portakv.serving import (
     GroupCache,
-    Hand,
     Keeper,
     KeeperClient,
     KeeperIndex,
     Ledger,
-    Plan,
-    Report,
     StoreTerms,
 )
 from portakv.storage import BlockForm
 
-LAYOUT = "layer | block kv token head dim"
 STEP = 5e-3  # seconds of a step in which workers go on
 LIMIT = 30.0  # seconds; nothing here takes as long
-
-
-def caches(blocks: int, size: int) -> tuple[torch.Tensor, KVView]:
-    memory = torch.full((blocks, 2, size, 1, 1), NOTHING, dtype=torch.int64)
-    return memory, KVView([memory], LAYOUT)
 
 
 class KeptStore:
@@ -84,45 +74,14 @@ class KeptStore:
         self.keeper.close()
 
 
-class HandWorker:
-    """A rank of the model, whose rows lie in caches that a hand saves and loads."""
+class KeeperWorker(HandWorker):
+    """A rank over a keeper."""
 
-    def __init__(self, engine: Engine, number: int) -> None:
-        self._memory, view = caches(engine.draw.blocks, engine.draw.block_size)
-        client = engine.store.join(view, number)
-        self._hand = Hand([GroupCache(view, client.blocks[0])])
-        self._said = Report()
-        self.freed = set[str]()
+    step = STEP
 
-    @property
-    def busy(self) -> bool:
-        return self._hand.busy
-
-    @property
-    def report(self) -> Report:
-        return self._said.merged(self._hand.report())
-
-    @report.setter
-    def report(self, empty: Report) -> None:
-        self._said = empty
-
-    def row(self, block: int, at: int) -> int:
-        both = {int(x) for x in self._memory[block, :, at, 0, 0]}
-        return both.pop() if len(both) == 1 else NOTHING
-
-    def write(self, block: int, at: int, row: int) -> None:
-        self._memory[block, :, at] = row
-
-    def before_step(self, plan: Plan) -> None:
-        self._hand.stop(plan)
-
-    def after_step(self, plan: Plan) -> None:
-        self._hand.load(plan)
-        self._hand.save(plan)
-        self._said = self._said.merged(self._hand.report())
-        self.freed |= self._hand.ended().freed
-        if self._hand.busy:
-            time.sleep(STEP)
+    @staticmethod
+    def cache(engine: Engine, view: KVView, number: int) -> GroupCache:
+        return GroupCache(view, engine.store.join(view, number).blocks[0])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -138,7 +97,7 @@ def test_many_walks_of_an_engine_over_a_keeper() -> None:
 
 def walk(seed: int) -> None:
     """Run a walk, whose rows the model judges."""
-    engine = Engine(Ledger, seed, KeptStore, HandWorker)
+    engine = Engine(Ledger, seed, KeptStore, KeeperWorker)
     try:
         engine.run(12)
     finally:

@@ -271,8 +271,12 @@ def cache(seed):
 
 class Described:
     def __init__(self, kind, rows, blocks, form, inner, outer):
-        self.kind, self.rows, self.blocks = kind, rows, blocks
-        self.form, self.inner, self.outer = BlockForm.from_json(form), inner, outer
+        self.kind = kind
+        self.rows = rows
+        self.blocks = blocks
+        self.form = BlockForm.from_json(form)
+        self.inner = inner
+        self.outer = outer
 
 rows = open_shared(data)
 source = cache(0)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker of the model of an engine, whose rows lie in caches that a `Hand` saves and loads."""
+
+from __future__ import annotations
+
+import time
+from typing import ClassVar
+
+import torch
+
+from portakv import KVView
+from portakv.serving import GroupCache, Hand, Plan, Report
+from support.serving_model import NOTHING, Engine
+
+LAYOUT = "layer | block kv token head dim"
+
+
+def caches(blocks: int, size: int) -> tuple[torch.Tensor, KVView]:
+    """Return memory of blocks of so many tokens, and its view."""
+    memory = torch.full((blocks, 2, size, 1, 1), NOTHING, dtype=torch.int64)
+    return memory, KVView([memory], LAYOUT)
+
+
+class HandWorker:
+    """A worker of the model.
+
+    Attributes:
+        step: seconds of a step in which workers of the store go on.
+    """
+
+    step: ClassVar[float]
+
+    def __init__(self, engine: Engine, number: int) -> None:
+        self._memory, view = caches(engine.draw.blocks, engine.draw.block_size)
+        self._hand = Hand([self.cache(engine, view, number)])
+        self._said = Report()
+        self.freed = set[str]()
+
+    @staticmethod
+    def cache(engine: Engine, view: KVView, number: int) -> GroupCache:
+        """Return a view of the worker of that number, and where its blocks are stored."""
+        raise NotImplementedError
+
+    @property
+    def busy(self) -> bool:
+        return self._hand.busy
+
+    @property
+    def report(self) -> Report:
+        return self._said.merged(self._hand.report())
+
+    @report.setter
+    def report(self, empty: Report) -> None:
+        self._said = empty
+
+    def row(self, block: int, at: int) -> int:
+        both = {int(x) for x in self._memory[block, :, at, 0, 0]}
+        return both.pop() if len(both) == 1 else NOTHING
+
+    def write(self, block: int, at: int, row: int) -> None:
+        self._memory[block, :, at] = row
+
+    def before_step(self, plan: Plan) -> None:
+        self._hand.stop(plan)
+
+    def after_step(self, plan: Plan) -> None:
+        self._hand.load(plan)
+        self._hand.save(plan)
+        self._said = self._said.merged(self._hand.report())
+        self.freed |= self._hand.ended().freed
+        if self._hand.busy:
+            time.sleep(self.step)
