@@ -18,6 +18,8 @@ from portakv_benchmarks.shared.harness import Rows, Step
 
 #: The limit on one engine, which starts in 25 to 70 s.
 _SECONDS = 900
+#: Lines of the log of an engine that failed: of two processes, each with a traceback.
+_LINES = 80
 
 
 def engine_steps(name: str, folder: Path, bench: IntegrationBench) -> Iterator[Step]:
@@ -39,7 +41,7 @@ def _rows_of_process(name: str, folder: Path) -> Rows:
     command = [sys.executable, "-m", "portakv_benchmarks.engines.serve", name, str(folder)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
     if ran.returncode:
-        last = ran.stderr.strip().splitlines()[-1:]
-        raise RuntimeError(f"vLLM's engine ended with {ran.returncode}: {''.join(last)}")
+        last = "\n".join(ran.stderr.strip().splitlines()[-_LINES:])
+        raise RuntimeError(f"vLLM's engine ended with {ran.returncode}. Its last lines are:\n{last}")
     rows: Rows = json.loads(ran.stdout.splitlines()[-1])
     return rows
