@@ -200,7 +200,9 @@ import torch
 from portakv.migrate import Channel, publish
 
 channel = Channel(timeout=20.0)
-weights = {f"{n}": torch.full((4 << 20,), n + 1, device=device) for n in range(24)}
+weights = {
+    f"{n}": torch.full((4 << 20,), n + 1.0, dtype=torch.float32, device=device) for n in range(24)
+}
 published = publish(channel, weights, expose="staging", staging=64 << 20)
 answer = published.ticket
 """
@@ -212,7 +214,9 @@ def test_an_owner_of_another_device_dies_in_the_middle() -> None:
     """NCCL has no word for it: the channel notices, and the reader aborts its group."""
     with Peer() as owner, closing(Channel(timeout=20.0)) as channel:
         ticket = owner.do(_OWNER, device="cuda:1")
-        local = {f"{n}": torch.zeros(4 << 20, device="cuda:0") for n in range(24)}
+        local = {
+            f"{n}": torch.zeros(4 << 20, dtype=torch.float32, device="cuda:0") for n in range(24)
+        }
         lines = prepare_weights(channel, ticket, local)
         assert "by nccl" in lines
         pull_weights(channel, ticket, local)
@@ -228,7 +232,9 @@ def test_an_owner_of_another_device_dies_in_the_middle() -> None:
 def test_two_processes_on_one_device_use_the_host() -> None:
     with Peer() as owner, closing(Channel(timeout=20.0)) as channel:
         ticket = owner.do(_OWNER, device="cuda:0")
-        local = {f"{n}": torch.zeros(4 << 20, device="cuda:0") for n in range(24)}
+        local = {
+            f"{n}": torch.zeros(4 << 20, dtype=torch.float32, device="cuda:0") for n in range(24)
+        }
         assert "by gloo" in prepare_weights(channel, ticket, local)
         pull_weights(channel, ticket, local)
         for n in range(24):
