@@ -187,6 +187,8 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "Disk": lambda s: (Disk, {"folders": s.folder / "disk", "capacity": 1 << 20}),
     "Remote": lambda s: (Remote, {"url": "memory://"}),
     "check_keys": lambda s: (keys.check_keys, {"keys": [key_of(0)]}),
+    "check_key": lambda s: (keys.check_key, {"what": "a key", "key": key_of(0), "do": "Pass it."}),
+    "predecessors": lambda s: (keys.predecessors, {"after": None, "keys": [key_of(0)]}),
     "prefix_keys": lambda s: (prefix_keys, {"tokens": range(8), "block_size": 4}),
     "lmcache_keys": lambda s: (keys.lmcache_keys, {"tokens": range(8), "block_size": 4}),
     "vllm_keys": lambda s: (keys.vllm_keys, {"tokens": range(8), "block_size": 4}),

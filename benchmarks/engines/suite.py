@@ -42,6 +42,6 @@ def _rows_of_process(name: str, folder: Path) -> Rows:
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
     if ran.returncode:
         last = "\n".join(ran.stderr.strip().splitlines()[-_LINES:])
-        raise RuntimeError(f"vLLM's engine ended with {ran.returncode}. Its last lines are:\n{last}")
+        raise RuntimeError(f"vLLM's engine ended with {ran.returncode}, after these lines:\n{last}")
     rows: Rows = json.loads(ran.stdout.splitlines()[-1])
     return rows

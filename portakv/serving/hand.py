@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -17,7 +17,7 @@ from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.streams import StreamFence
 from portakv.serving.plan import Job, Plan, Report
 from portakv.storage.form import BlockForm
-from portakv.storage.tier import Keys
+from portakv.storage.tier import After, Keys
 from portakv.view import IdList, KVView
 
 _log = RateLimitedLog(logging.getLogger(__name__))
@@ -59,9 +59,7 @@ class Blocks(Protocol):
     def form(self) -> BlockForm:
         """Return the form of the blocks."""
 
-    def save(
-        self, view: KVView, blocks: IdList, keys: Keys, *, after: bytes | None = None
-    ) -> Moved:
+    def save(self, view: KVView, blocks: IdList, keys: Keys, *, after: After = None) -> Moved:
         """Save blocks of a view; see `FormStore.save`."""
 
     def load(
@@ -101,10 +99,17 @@ class Ended(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The part of a load or save in one group; it begins at the position ``first`` of the keys."""
+    """The part of a load or save in one group.
+
+    Attributes:
+        handle: of its copies, and perhaps of those of other jobs.
+        first: it begins at this position of the job's keys.
+        start: the place of that key among those of the handle.
+    """
 
     handle: Moved
     first: int = 0
+    start: int = 0
 
 
 @dataclass
@@ -136,8 +141,8 @@ class _Work:
     def missing(self) -> frozenset[int]:
         """Return the positions of keys that did not land in all groups."""
         landed = np.full(len(self.job.keys), not self.failed)
-        for handle, first in self.parts:
-            landed[first:] &= handle.landed
+        for handle, first, start in self.parts:
+            landed[first:] &= handle.landed[start : start + len(landed) - first]
         return frozenset(np.flatnonzero(~landed).tolist())
 
 
@@ -183,13 +188,18 @@ class Hand:
 
     def stop(self, plan: Plan) -> None:
         """Wait until the saves that a plan stops read no block any longer; drop what they can."""
-        works = [self._saves[number] for number in plan.stop if number in self._saves]
-        for work in works:
-            work.cancel()
-        for work in works:
-            for handle, _ in work.parts:
-                if handle.released is not None:
-                    handle.released.wait()
+        if not plan.stop:
+            return
+        stopped = [work for number, work in self._saves.items() if number in plan.stop]
+        others = [work for number, work in self._saves.items() if number not in plan.stop]
+        shared = {id(part.handle) for work in others for part in work.parts}
+        handles = [part.handle for work in stopped for part in work.parts]
+        for handle in handles:
+            if id(handle) not in shared:
+                handle.cancel()
+        for handle in handles:
+            if handle.released is not None:
+                handle.released.wait()
 
     def load(self, plan: Plan) -> None:
         """Begin the loads of a plan, ordered after the current stream's work.
@@ -200,7 +210,7 @@ class Hand:
             return
         with StreamFence(self._groups[0].view.device).inside():
             for job in plan.loads:
-                work = self._begun(job, self._load)
+                work = self._begun(job)
                 self._loads[job.number] = work
                 if self._by_layer:
                     self._waiting.append(work)
@@ -211,9 +221,9 @@ class Hand:
         ``number``: of the layer in its group.
         """
         for work in self._waiting:
-            for handle, _ in work.parts:
-                if number < len(handle.layers):
-                    _wait(handle.layers[number])
+            for part in work.parts:
+                if number < len(part.handle.layers):
+                    _wait(part.handle.layers[number])
 
     def save(self, plan: Plan) -> None:
         """Begin the saves of a plan, ordered after the current stream's work.
@@ -222,17 +232,17 @@ class Hand:
         """
         wrong = set[str]()
         for work in self._waiting:
-            for handle, _ in work.parts:
-                _wait(handle)
+            for part in work.parts:
+                _wait(part.handle)
             work.waited = True
             if work.missing():
                 wrong.add(work.job.request)
         self._waiting = []
         for job in plan.saves:
-            if job.request in wrong:
-                self._saves[job.number] = _Work(job, failed=True)
-            else:
-                self._saves[job.number] = self._begun(job, self._save)
+            self._saves[job.number] = _Work(job, failed=job.request in wrong)
+        self._begin_saves(
+            [self._saves[job.number] for job in plan.saves if job.request not in wrong]
+        )
         self._retained |= {*plan.retained}
 
     def report(self) -> Report:
@@ -265,19 +275,48 @@ class Hand:
     def _nothing(self) -> Ended:
         return Ended(set(), [set() for _ in self._groups], set(), set())
 
-    def _begun(self, job: Job, begin: Callable[[Job, int], _Part | None]) -> _Work:
-        """Begin a job in all groups; in none that is reported, if one fails."""
+    def _begun(self, job: Job) -> _Work:
+        """Begin a load in all groups; in none that is reported, if one fails."""
         work = _Work(job)
         try:
             for number in range(len(self._groups)):
-                part = begin(job, number)
+                part = self._load(job, number)
                 if part is not None:
                     work.parts.append(part)
         except PortaKVError as error:
-            _log.warning("begin", "A load or save of an engine could not begin: %s", error)
-            work.failed = True
-            work.cancel()
+            _fail([work], error)
         return work
+
+    def _begin_saves(self, works: Sequence[_Work]) -> None:
+        """Begin the saves of a step, those of whole blocks in one call for each group.
+
+        Each call of a store occupies the host for about as long as a copy of one block takes, and
+        requests that decode in step with each other fill their blocks in the same step.
+        """
+        for together in self._joined(works):
+            try:
+                for number in range(len(self._groups)):
+                    self._save(together, number)
+            except PortaKVError as error:
+                _fail(together, error)
+
+    def _joined(self, works: Sequence[_Work]) -> list[list[_Work]]:
+        """Return the saves that one call can begin."""
+        joined = list[_Work]()
+        apart = list[list[_Work]]()
+        for work in works:
+            if self._has_whole_blocks(work.job):
+                joined.append(work)
+            else:
+                apart.append([work])
+        return [joined, *apart] if joined else apart
+
+    def _has_whole_blocks(self, job: Job) -> bool:
+        """Return whether the keys of a save fill the engine's blocks of all groups."""
+        for (view, store), blocks in zip(self._groups, job.blocks, strict=True):
+            if len(blocks) * (view.block_size or 0) != len(job.keys) * store.form.block_size:
+                return False
+        return True
 
     def _load(self, job: Job, number: int) -> _Part | None:
         """Begin a load of one group, from the first block on that the engine has; None: it has no
@@ -305,10 +344,18 @@ class Hand:
         )
         return _Part(handle, first)
 
-    def _save(self, job: Job, number: int) -> _Part:
+    def _save(self, works: Sequence[_Work], number: int) -> None:
         """Begin a save of one group."""
         view, store = self._groups[number]
-        return _Part(store.save(view, job.blocks[number], [*job.keys], after=job.after))
+        blocks = [block for work in works for block in work.job.blocks[number]]
+        keys = [key for work in works for key in work.job.keys]
+        before = [key for work in works for key in (work.job.after, *work.job.keys[:-1])]
+        after = works[0].job.after if len(works) == 1 else before
+        handle = store.save(view, blocks, keys, after=after)
+        start = 0
+        for work in works:
+            work.parts.append(_Part(handle, 0, start))
+            start += len(work.job.keys)
 
     def _note_load(self, job: Job, missing: Collection[int]) -> None:
         """Note the end of a load for the engine, with the blocks that have no rows."""
@@ -324,6 +371,14 @@ class Hand:
                 for at in _covered(position, store.form.block_size, whole):
                     if at < len(ids) and ids[at] >= 0:
                         self._ended.failed[number].add(ids[at])
+
+
+def _fail(works: Sequence[_Work], error: PortaKVError) -> None:
+    """Note that loads or saves could not begin, and cancel what has begun of them."""
+    _log.warning("begin", "A load or save of an engine could not begin: %s", error)
+    for work in works:
+        work.failed = True
+        work.cancel()
 
 
 def _covered(position: int, size: int, whole: int) -> Iterator[int]:

@@ -49,6 +49,7 @@ from portakv.serving.keeper_messages import (
     Load,
     Progress,
     Save,
+    after_in,
     ids_to_bytes,
     keys_in,
 )
@@ -279,7 +280,7 @@ class KeeperState:
         with self._lock:
             client = self.client(ask.session)
             part = self._part_of(client, ask.group)
-            digest = blake2b(ask.keys, digest_size=16, key=ask.after).digest()
+            digest = blake2b(ask.keys, digest_size=16, key=blake2b(ask.after).digest()).digest()
             key = client.engine, part.store.form.digest, digest
             begun = self._saves.get(key, [])
             save = next((each for each in begun if each.awaits(client)), None)
@@ -311,7 +312,7 @@ class KeeperState:
             self.counts["saves_without_all_ranks"] += 1
         else:
             begin = partial(part.store.save_lent, priority=ask.priority, full="drop")
-            self._begin(save, keys, partial(begin, after=ask.after or None))
+            self._begin(save, keys, partial(begin, after=after_in(ask.after)))
         self._saves.setdefault(key, []).append(save)
         return save
 

@@ -13,9 +13,9 @@ from portakv.serving.keeper_moving import Moving
 from portakv.serving.keeper_requests import Requests
 from portakv.serving.keeper_rows import RankForm
 from portakv.serving.keeper_transfer import KeptTransfer
-from portakv.storage.keys import check_keys
+from portakv.storage.keys import check_keys, predecessors
 from portakv.storage.rows import Crossing
-from portakv.storage.tier import Keys
+from portakv.storage.tier import After, Keys
 from portakv.view import IdList, KVView
 
 
@@ -42,7 +42,7 @@ class KeptBlocks:
         blocks: IdList,
         keys: Keys,
         *,
-        after: bytes | None = None,
+        after: After = None,
         priority: Priority = "background",
     ) -> KeptTransfer:
         """Save the rank's part of blocks of a view; see `FormStore.save`.
@@ -53,8 +53,8 @@ class KeptBlocks:
         Raises `InvalidTerms`, `LayoutError` and `SlotError` as `FormStore.save` does.
         """
         checked = _checked(keys, priority)
-        previous = b"" if after is None else check_keys([after])[0]
-        return self._moving(view, blocks, len(checked), True).save(checked, previous, priority)
+        before = predecessors(after, checked)
+        return self._moving(view, blocks, len(checked), True).save(checked, before, priority)
 
     def load(
         self,

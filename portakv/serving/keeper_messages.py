@@ -15,9 +15,10 @@ import numpy as np
 from msgspec import Meta
 
 from portakv.migrate.messages import Handle, Message, Seconds, Small, Text
+from portakv.storage.tier import After
 
 #: The version of these messages. A client of another version is a client of no keeper.
-PROTOCOL = 1
+PROTOCOL = 2
 #: The most keys of a request, which is cut into several ones above it.
 MOST_KEYS = 1024
 #: The most changes of a message, and keys of a page of an index.
@@ -28,7 +29,6 @@ KEY = 32  # bytes of a key
 Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # of a session, of a request, or of a lease
 Keys = Annotated[bytes, Meta(max_length=KEY * MOST_KEYS)]  # one after the other
 Page = Annotated[bytes, Meta(max_length=KEY * MOST_PAGE)]
-After = Annotated[bytes, Meta(max_length=KEY)]
 Ids = Annotated[bytes, Meta(max_length=4 * MOST_KEYS)]  # int32, little-endian
 Mask = Annotated[bytes, Meta(max_length=MOST_KEYS)]  # a byte each, 0 or 1
 FormText = Annotated[str, Meta(max_length=16384)]  # the JSON of a form
@@ -127,7 +127,7 @@ class Load(OfSession, frozen=True):
 class Save(OfSession, frozen=True):
     """Request rows for blocks of a group, to copy them there.
 
-    ``after``: the key before the first one, or nothing.
+    ``after``: as `joined_after` returns it.
     """
 
     purpose: ClassVar[str] = "Requesting space of the keeper at"
@@ -135,7 +135,7 @@ class Save(OfSession, frozen=True):
     number: Number
     group: Small
     keys: Keys
-    after: After
+    after: Keys
     priority: Literal["urgent", "normal", "background"]
 
 
@@ -216,7 +216,7 @@ class Changed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
     number: Number
     form: Small
-    key: After
+    key: Annotated[bytes, Meta(max_length=KEY)]
     tier: Text
     stored: bool
     why: Text = ""
@@ -238,6 +238,24 @@ def joined_keys(keys: Sequence[bytes]) -> bytes:
 def keys_in(data: bytes) -> list[bytes]:
     """Return the keys in the bytes of a message."""
     return [data[first : first + KEY] for first in range(0, len(data), KEY)]
+
+
+def joined_after(after: Sequence[bytes | None], keys: Sequence[bytes]) -> bytes:
+    """Return what keys follow as the bytes of a message.
+
+    The key before the first one, or nothing, if each other key follows the one before it; else a
+    key for each, zeros at the beginning of a prompt.
+    """
+    if [*after[1:]] == [*keys[:-1]]:
+        return after[0] or b""
+    return b"".join(key or bytes(KEY) for key in after)
+
+
+def after_in(data: bytes) -> After:
+    """Return what keys follow of the bytes of a message."""
+    if len(data) <= KEY:
+        return data or None
+    return [key if any(key) else None for key in keys_in(data)]
 
 
 def ids_to_bytes(ids: Sequence[int]) -> bytes:

@@ -25,6 +25,7 @@ from portakv.serving.keeper_messages import (
     Save,
     Stop,
     ids_in,
+    joined_after,
     joined_keys,
 )
 from portakv.serving.keeper_requests import Requests
@@ -75,8 +76,13 @@ class Moving:
         self._priority: Priority = "urgent"
         self._saves = False
 
-    def save(self, keys: list[bytes], after: bytes, priority: Priority) -> KeptTransfer:
-        """Begin a save. A worker requests rows and copies into them."""
+    def save(
+        self, keys: list[bytes], after: Sequence[bytes | None], priority: Priority
+    ) -> KeptTransfer:
+        """Begin a save. A worker requests rows and copies into them.
+
+        ``after``: for each key the one that it follows.
+        """
         self._priority = priority
         self._saves = True
         transfer = self._begin(len(keys), None)
@@ -85,9 +91,10 @@ class Moving:
             return transfer
         try:
             for piece in transfer.pieces:
-                some = joined_keys(keys[piece.first : piece.first + piece.blocks])
-                before = keys[piece.first - 1] if piece.first else after
-                request = Save(session.number, piece.number, self._group, some, before, priority)
+                some = slice(piece.first, piece.first + piece.blocks)
+                before = joined_after(after[some], keys[some])
+                words = session.number, piece.number, self._group, joined_keys(keys[some])
+                request = Save(*words, before, priority)
                 self._run(partial(self._ask_later, session, piece, request))
         except BaseException:  # also an interrupt: no caller has a handle
             self._withdraw(transfer)

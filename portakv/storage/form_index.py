@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from portakv.arguments import one_of, seconds
@@ -11,10 +12,10 @@ from portakv.graph import SLACK, Graph, Priority
 from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.changes import Listed, Snapshot
 from portakv.storage.form import BlockForm
-from portakv.storage.keys import check_keys
+from portakv.storage.keys import check_key, check_keys, predecessors
 from portakv.storage.plan import LOOKUP_BATCH, FormBlocks, SharedState
 from portakv.storage.rows import Rows
-from portakv.storage.tier import Keys
+from portakv.storage.tier import After, Keys
 
 
 class FormIndex:
@@ -73,7 +74,9 @@ class FormIndex:
         """
         form = self._own("call of has()")
         if type(key) is not bytes or len(key) != 32:
-            key = self._key("key to be one of a block", key, "Pass bytes, such as a prefix key.")
+            key = check_key(
+                "key to be one of a block", key, "Pass bytes, such as a prefix key.", self._weak
+            )
         rows = self._shared.rows
         cover = 0
         for part in form.parts:
@@ -134,22 +137,9 @@ class FormIndex:
             result[name] = [*host, *tiers]
         return result
 
-    def _predecessor(self, after: bytes | None) -> bytes | None:
-        """Return the key before the first one of a save, of 32 bytes."""
-        do = "Pass that key, or None for the beginning of a prompt."
-        return (
-            None
-            if after is None
-            else self._key("the key before the first one in `after`", after, do)
-        )
-
-    def _key(self, what: str, key: bytes, do: str) -> bytes:
-        """Return one key of 32 bytes; raise `InvalidTerms` for another object."""
-        try:
-            return check_keys([key], self._weak)[0]
-        except InvalidTerms:
-            kind = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
-            raise InvalidTerms(f"Expected {what}, 16 to 32 bytes, got {kind}. {do}") from None
+    def _predecessors(self, after: After, keys: Keys) -> Sequence[bytes | None]:
+        """Return for each key of a save the key that it follows."""
+        return predecessors(after, keys, self._weak)
 
     def _keys(self, keys: Keys, priority: Priority, deadline: float | None) -> list[bytes]:
         """Return keys of 32 bytes; reject wrong keys and terms."""

@@ -29,7 +29,7 @@ from portakv.storage.plan import (
 )
 from portakv.storage.rows import Crossing, Loan
 from portakv.storage.sources import Source, ViewSource
-from portakv.storage.tier import Keys, TierStore
+from portakv.storage.tier import After, Keys, TierStore
 from portakv.view import IdList, KVView
 
 #: The options that a save takes, and a load, which also takes ``by_layer``.
@@ -86,7 +86,7 @@ class FormStore(FormIndex):
         blocks: IdList,
         keys: Keys,
         *,
-        after: bytes | None = None,
+        after: After = None,
         priority: Priority = "background",
         deadline: float | None = None,
         full: Full | None = None,
@@ -97,7 +97,9 @@ class FormStore(FormIndex):
         Skips a key that every writable tier has, or does not admit yet, or whose save is in
         progress. ``blocks``: ids of the view's blocks, whose tokens the keys name in order. If
         their size is not the form's, the last key need not fill them. Each key follows the key
-        before it, and the first key follows ``after``, or begins a prompt.
+        before it, and the first key follows ``after``, or begins a prompt. Keys of several prompts
+        may come in one call, with a sequence as ``after``: for each key the one that it follows,
+        or None.
 
         Tiers evict no block before its successors. A tier without space for all blocks stores the
         first ones. The others do not land, and neither do blocks that are evicted before the save
@@ -112,9 +114,9 @@ class FormStore(FormIndex):
         if full is not None:
             one_of("full", full, get_args(Full))
         form = self._own("save")
-        previous = self._predecessor(after)
         keys = self._keys(keys, priority, deadline)
-        call = Call(form, "save", keys, priority, deadline, previous)
+        before = self._predecessors(after, keys)
+        call = Call(form, "save", keys, priority, deadline, before)
         options = _copy_options("a save", options)
         size = form.own.form.block_size
         crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
@@ -127,7 +129,7 @@ class FormStore(FormIndex):
         copier: Copier,
         keys: Keys,
         *,
-        after: bytes | None = None,
+        after: After = None,
         priority: Priority = "background",
         deadline: float | None = None,
         full: Full | None = None,
@@ -145,9 +147,9 @@ class FormStore(FormIndex):
             one_of("full", full, get_args(Full))
         form = self._own("save")
         _check_copier(copier)
-        previous = self._predecessor(after)
         keys = self._keys(keys, priority, deadline)
-        call = Call(form, "save", keys, priority, deadline, previous, lent=True)
+        before = self._predecessors(after, keys)
+        call = Call(form, "save", keys, priority, deadline, before, lent=True)
         source = Lending(copier, self._lent, self._down)
         return self._planned(call, partial(self._save, call, source, self._until(full)))
 
@@ -190,7 +192,7 @@ class FormStore(FormIndex):
 
         # After a gap no block evicts another one. The first blocks take the free slots only if
         # each chunk waits for the writes of the chunk before it.
-        gaps = {x for x in tier_stores if not form.continues(call.request.after, x)}
+        gaps = {x for x in tier_stores if not form.continues(call.request.before, x)}
 
         written = dict[TierStore, Ending]()
         generation = self._shared.generation + len(chunks)  # a prefix is the newer part

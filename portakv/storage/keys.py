@@ -42,6 +42,39 @@ def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
     return [key.ljust(32, b"\0") for key in listed]
 
 
+def predecessors(
+    after: bytes | Sequence[bytes | None] | None, keys: Sequence[bytes], weak_keys: bool = False
+) -> list[bytes | None]:
+    """Return for each of the keys of a save the key that it follows, of 32 bytes.
+
+    Raises `InvalidTerms` for something else in ``after``, and for a sequence of another length.
+    """
+    keys = items("keys", keys, "bytes")
+    what = "the key before the first one in `after`"
+    do = "Pass that key, or None for the beginning of a prompt."
+    if after is None:
+        return [None, *keys[:-1]]
+    if isinstance(after, bytes) or not isinstance(after, list | tuple):
+        return [check_key(what, after, do, weak_keys), *keys[:-1]]
+    if len(after) != len(keys):
+        raise InvalidTerms(
+            f"Expected a key in `after` for each of the {len(keys)} keys, got {len(after)}. Pass "
+            f"the key that each of them follows, or None for the beginning of a prompt."
+        )
+    what = "keys and None in `after`"
+    return [None if key is None else check_key(what, key, do, weak_keys) for key in after]
+
+
+def check_key(what: str, key: object, do: str, weak_keys: bool = False) -> bytes:
+    """Return one key of 32 bytes; raise `InvalidTerms` for another object."""
+    flag("weak_keys", weak_keys)
+    try:
+        return check_keys([key], weak_keys)[0]  # type: ignore[list-item]
+    except InvalidTerms:
+        kind = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
+        raise InvalidTerms(f"Expected {what}, 16 to 32 bytes, got {kind}. {do}") from None
+
+
 def prefix_keys(
     tokens: object, block_size: int, salt: bytes = b"", extra: Sequence[bytes | None] | None = None
 ) -> list[bytes]:

@@ -228,23 +228,24 @@ class FormBlocks:
             there[:] = [shared.rows.has(name) or name in shared.in_transit for name in names]
         return there
 
-    def continues(self, after: bytes | None, tier_store: TierStore | None) -> bool:
-        """Return True if a tier store (None: the host tier) can provide the block of a key.
+    def continues(self, before: Sequence[bytes], tier_store: TierStore | None) -> bool:
+        """Return True if a tier store (None: the host tier) can provide the blocks of keys.
 
-        Blocks after such a key may evict others. The block is stored, is being saved, or may be in
-        a remote tier.
+        Blocks after such keys may evict others. A block is stored, is being saved, or may be in a
+        remote tier.
         """
-        if after is None:
-            return True
+        return all(self._has(key, tier_store) for key in before)
+
+    def _has(self, key: bytes, tier_store: TierStore | None) -> bool:
         own = self.own
-        in_flight, _ = self.shared.in_transit.get(own.name(after), (None, 0))
+        in_flight, _ = self.shared.in_transit.get(own.name(key), (None, 0))
         if (in_flight and in_flight.store) or any(
             other.tier == "remote" for other in own.tier_stores
         ):
             return True
         if tier_store is None:
-            return bool(self.locate(own, [after])[0])
-        return tier_store.known([after])[0]
+            return bool(self.locate(own, [key])[0])
+        return tier_store.known([key])[0]
 
 
 class Call:
@@ -265,7 +266,7 @@ class Call:
         keys: list[bytes],
         priority: Priority,
         deadline: float | None = None,
-        after: bytes | None = None,
+        after: Sequence[bytes | None] = (),
         lent: bool = False,
     ) -> None:
         """Begin the plan of a `Request` for blocks of a form."""
@@ -566,7 +567,7 @@ class InFlight(Lease):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
         prefetched = all(call.request.kind == "prefetch" for call, _ in self.calls)
         shared.record_hits()
-        evict = call.form.continues(call.request.after, None)
+        evict = call.form.continues(call.request.before, None)
         order = call.request.order
         apart = call.form.apart
         if rows.crowded(order, apart):
@@ -659,7 +660,7 @@ class InFlight(Lease):
         generations = [self.generation] * len(rows)
         sums = [self.sums[row] for row in rows]
         with call.shared.graph.lock:
-            evict = call.form.continues(call.request.after, tier_store)
+            evict = call.form.continues(call.request.before, tier_store)
         known = generations, sums, call.request.order, evict
         mask[rows] = tier_store.write(queue, keys, data, *known, report=self.reasons.report)
         self._count(tier_store, mask, len(rows))

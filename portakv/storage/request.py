@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,25 +15,31 @@ from portakv.storage.chains import FIRST, mark_of
 class Request:
     """What a call of a user asks for.
 
-    ``after``: the key before the first one, of a save. ``lent``: others make its copies.
+    ``after``: for each key of a save the key that it follows; None: it begins a prompt. ``lent``:
+    others make its copies.
     """
 
     kind: str
     keys: list[bytes]
     priority: Priority
     deadline: float | None = None
-    after: bytes | None = None
+    after: Sequence[bytes | None] = ()
     lent: bool = False
+
+    @cached_property
+    def before(self) -> list[bytes]:
+        """Return the keys of other calls that blocks of a save follow."""
+        own = {*self.keys}
+        return [key for key in dict.fromkeys(self.after) if key is not None and key not in own]
 
     @cached_property
     def order(self) -> dict[bytes, int]:
         """Return the position of each key: no block of the call evicts an earlier one."""
-        order = {} if self.after is None else {self.after: -1}
+        order = dict.fromkeys(self.before, -1)
         order.update((key, place) for place, key in enumerate(self.keys))
         return order
 
     @cached_property
     def follows(self) -> list[int]:
         """Return the marks of the predecessors of a save's blocks."""
-        first = FIRST if self.after is None else mark_of(self.after)
-        return [first, *(mark_of(key) for key in self.keys[:-1])]
+        return [FIRST if key is None else mark_of(key) for key in self.after]

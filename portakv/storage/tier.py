@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from portakv.arguments import invalid, items, shown
 from portakv.errors import InvalidTerms, StoreError
@@ -50,6 +50,9 @@ from portakv.storage.reasons import Report
 from portakv.storage.rows import Rows
 
 Keys = Sequence[bytes]
+#: What the keys of a save follow: the key before the first one, or None if it begins a prompt; or
+#: that for each key, if they are of several prompts.
+After: TypeAlias = "bytes | Sequence[bytes | None] | None"
 #: What makes a tier, by name; other packages use the entry-point group ``portakv.tiers``. It is
 #: called with one text, the tier's place: a folder, an address.
 BUILT_IN = {"disk": "portakv.storage.disk:Disk", "remote": "portakv.storage.remote:Remote"}

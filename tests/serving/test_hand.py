@@ -71,7 +71,7 @@ def test_walks_of_an_engine_over_a_block_store(part: int) -> None:
 @pytest.fixture
 def store() -> Iterator[BlockStore]:
     form = BlockForm.of(caches(2, 8)[1], "model", block_size=8)
-    with BlockStore(form, staging=1 << 16, host=1 << 15) as made:
+    with BlockStore(form, staging=1 << 18, host=1 << 16) as made:
         yield made
 
 
@@ -176,6 +176,110 @@ def test_a_retained_request_is_freed_after_its_saves_are_released() -> None:
     assert waits == ["cancel", "wait"]
     assert hand.report().released == {1: 1}
     assert hand.ended().freed == {"a"}
+
+
+class Counting:
+    """A store whose saves are counted, and end when they are told to."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self.form = store.form
+        self.calls = list[tuple[list[bytes], Any]]()
+        self.cancelled = 0
+        self.ended = False
+        self._store = store
+
+    def save(self, view: KVView, blocks: Any, keys: Any, *, after: Any = None) -> Any:
+        self.calls.append((keys, after))
+        made = self._store.save(view, blocks, keys, after=after)
+        made.synchronize(LIMIT)
+        return SimpleNamespace(
+            released=SimpleNamespace(done=lambda: self.ended, wait=self.end),
+            cancel=self.cancel,
+            done=lambda: self.ended,
+            landed=made.landed,
+        )
+
+    def end(self) -> None:
+        self.ended = True
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+def test_the_saves_of_a_step_are_one_call(store: BlockStore) -> None:
+    """Each job has its own end, and a block that is not stored is missing in its own job."""
+    keys = prefix_keys(range(48), 8)
+    other = prefix_keys(range(100, 116), 8)
+    _, view = caches(12, 8)
+    counting = Counting(store)
+    hand = Hand([GroupCache(view, counting)])  # type: ignore[arg-type]
+    saves = (
+        Job(1, "a", tuple(keys[1:3]), 1, keys[0], ((1, 2),)),
+        Job(2, "b", tuple(other), 0, None, ((5, 6),)),
+        Job(3, "c", (bytes(32),), 0, None, ((9,),)),
+    )
+    hand.save(Plan(saves=saves))
+    together = [*keys[1:3], *other, bytes(32)]
+    assert counting.calls == [(together, [keys[0], keys[1], None, other[0], None])]
+    counting.end()
+    assert reported(hand).saved == {1: frozenset(), 2: frozenset(), 3: frozenset()}
+    assert [store.has(key) for key in together] == [True] * 5
+
+
+def test_a_block_that_is_not_stored_is_missing_in_its_own_save(store: BlockStore) -> None:
+    class Some(Counting):
+        def save(self, *args: Any, **terms: Any) -> Any:
+            made = super().save(*args, **terms)
+            made.landed = made.landed.copy()
+            made.landed[2] = False
+            return made
+
+    _, view = caches(12, 8)
+    some = Some(store)
+    hand = Hand([GroupCache(view, some)])  # type: ignore[arg-type]
+    keys = prefix_keys(range(32), 8)
+    saves = (
+        Job(1, "a", tuple(keys[:2]), 0, None, ((1, 2),)),
+        Job(2, "b", tuple(keys[2:]), 2, keys[1], ((5, 6),)),
+    )
+    hand.save(Plan(saves=saves))
+    some.end()
+    assert reported(hand).saved == {1: frozenset(), 2: frozenset([0])}
+
+
+def test_a_stopped_save_cancels_no_other_one_of_its_call(store: BlockStore) -> None:
+    """All of them are stopped in the next step."""
+    _, view = caches(12, 8)
+    counting = Counting(store)
+    hand = Hand([GroupCache(view, counting)])  # type: ignore[arg-type]
+    keys = prefix_keys(range(16), 8)
+    jobs = (
+        Job(1, "a", (keys[0],), 0, None, ((1,),)),
+        Job(2, "b", (keys[1],), 0, None, ((2,),)),
+    )
+    hand.save(Plan(saves=jobs))
+    hand.stop(Plan(stop=(1,)))
+    assert (counting.cancelled, counting.ended) == (0, True)  # it is waited for
+    hand.stop(Plan(stop=(1, 2)))
+    assert counting.cancelled
+
+
+def test_saves_that_begin_inside_a_block_of_the_engine_are_calls_of_their_own(
+    store: BlockStore,
+) -> None:
+    """Stored blocks of 8 in the engine's blocks of 16: one call cannot name where each begins."""
+    _, view = caches(12, 16)
+    counting = Counting(store)
+    hand = Hand([GroupCache(view, counting)])  # type: ignore[arg-type]
+    keys = prefix_keys(range(24), 8)
+    jobs = (
+        Job(1, "a", (keys[0],), 0, None, ((1,),)),
+        Job(2, "b", tuple(keys[1:]), 0, None, ((2,),)),
+    )
+    hand.save(Plan(saves=jobs))
+    assert [len(call[0]) for call in counting.calls] == [2, 1]
+    counting.end()
+    assert reported(hand).saved == {1: frozenset(), 2: frozenset()}
 
 
 def test_blocks_before_a_window_are_not_read(store: BlockStore) -> None:

@@ -24,9 +24,19 @@ from support.keeper_model import (
 from portakv.errors import InvalidTerms, PeerError, StoreError
 from portakv.serving.keeper import HEAD, KeeperState
 from portakv.serving.keeper_leases import Client
-from portakv.serving.keeper_messages import Join, Load, Progress, Save, ids_in, joined_keys
+from portakv.serving.keeper_messages import (
+    Join,
+    Load,
+    Progress,
+    Save,
+    after_in,
+    ids_in,
+    joined_after,
+    joined_keys,
+)
 from portakv.serving.keeper_parts import cells_of, whole_form
 from portakv.storage import BlockForm
+from portakv.storage.keys import predecessors
 
 
 @pytest.mark.parametrize("part", range(8))
@@ -281,3 +291,10 @@ def test_cells_and_whole_forms() -> None:
     assert cells_of(WHOLE) == (1 << LAYERS * HEADS) - 1
     assert cells_of(LEFT) | cells_of(RIGHT) == cells_of(WHOLE)
     assert cells_of(LEFT) & cells_of(RIGHT) == 0
+
+
+def test_what_keys_follow_comes_through_a_message() -> None:
+    for after in ([None], [KEYS[2]], [None, KEYS[0]], [KEYS[2], KEYS[0]], [None, None]):
+        some = KEYS[: len(after)]
+        parsed = after_in(joined_after(after, some))
+        assert [*predecessors(parsed, some)] == after

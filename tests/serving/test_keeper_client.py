@@ -116,6 +116,25 @@ def test_blocks_come_back(host: Callable[..., Host]) -> None:
     assert same(target, view, 10)
 
 
+def test_several_prompts_in_one_save(host: Callable[..., Host]) -> None:
+    """The end of the one used least recently goes, as in a store of this process."""
+    view = caches()
+    made = host(view, rows=8)
+    blocks = made.join(view).blocks[0]
+    other = prefix_keys(range(1000, 1000 + 6 * SIZE), SIZE)
+    keys = [*KEYS[:4], *other[:3]]
+    saved = blocks.save(view, range(7), keys, after=[None, *KEYS[:3], None, *other[:2]])
+    saved.synchronize(LIMIT)
+    assert saved.landed.all()
+    blocks.load(caches(), range(3), other[:3]).synchronize(LIMIT)
+    blocks.save(view, range(7, 10), other[3:], after=other[2]).synchronize(LIMIT)
+    loaded = blocks.load(caches(), range(10), [*KEYS[:4], *other])
+    loaded.synchronize(LIMIT)
+    assert loaded.landed.tolist() == [True, True, False, False] + [True] * 6
+    with pytest.raises(InvalidTerms, match="for each of the 2 keys, got 1"):
+        blocks.save(view, range(2), KEYS[:2], after=[None])
+
+
 def test_a_large_load_is_copied_by_workers(host: Callable[..., Host]) -> None:
     view = caches(dim=4096)
     at = host(view)

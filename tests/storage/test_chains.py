@@ -442,6 +442,22 @@ def test_another_prompt_takes_the_end_of_a_prefix(made: Any, where: str) -> None
     assert store.lookup([key_of(i) for i in range(20)]) == 10
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("where", ["disk", "host"])
+def test_several_prompts_in_one_save(made: Any, where: str, named: bool) -> None:
+    """The end of the one used least recently goes; as one chain the end of the last one does."""
+    store = made(**({"slots": 8} if where == "disk" else {"host": 8}))
+    numbers = [0, 1, 2, 3, 40, 41, 42]
+    keys = [key_of(i) for i in numbers]
+    after = [None, *keys[:3], None, *keys[4:6]]
+    saved = store.save(paged(), numbers, keys, after=after if named else None)
+    saved.synchronize(LIMIT)
+    store.load(paged(), range(3), keys[4:]).synchronize(LIMIT)
+    assert all(save(store, range(50, 53)))
+    gone = [i for i, is_there in zip(numbers, there(store, numbers), strict=True) if not is_there]
+    assert gone == ([2, 3] if named else [41, 42])
+
+
 def test_blocks_after_what_is_nowhere_take_free_slots_alone(made: Any) -> None:
     """No lookup comes to them, so nothing goes for them."""
     store = made(slots=10)
@@ -504,11 +520,20 @@ def test_a_caller_that_lies_does_no_harm(made: Any, where: str) -> None:
     assert there(store, range(6)) == [False] * 6
 
 
-@pytest.mark.parametrize("after", [b"short", 5, "x" * 32, b"x" * 33, [b"x" * 32], True])
+@pytest.mark.parametrize("after", [b"short", 5, "x" * 32, b"x" * 33, {b"x" * 32}, True])
 def test_a_predecessor_that_is_not_a_key(made: Any, after: Any) -> None:
     store = made(host=4)
     with pytest.raises(InvalidTerms, match="Expected the key before the first one in `after`"):
         store.save(paged(), [0], [key_of(0)], after=after)
+
+
+def test_predecessors_that_are_not_keys(made: Any) -> None:
+    store = made(host=4)
+    keys = [key_of(0), key_of(1)]
+    with pytest.raises(InvalidTerms, match="for each of the 2 keys, got 1"):
+        store.save(paged(), [0, 1], keys, after=[None])
+    with pytest.raises(InvalidTerms, match="keys and None in `after`, 16 to 32 bytes, got int"):
+        store.save(paged(), [0, 1], keys, after=[None, 7])
 
 
 def test_a_short_predecessor_is_filled_as_keys_are(made: Any) -> None:
