@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -24,8 +25,9 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONHASHSEED": "0",
 }
-#: Steps in which saves may end before the prefix cache is emptied.
-STEPS = 400
+#: Seconds in which saves may end before the prefix cache is emptied, and between two looks.
+SECONDS = 60.0
+PAUSE = 0.005
 
 
 class Answer(NamedTuple):
@@ -126,11 +128,24 @@ class Engine:
         return Answer(first, output.num_cached_tokens or 0, pairs)
 
     def forget(self) -> None:
-        """Let saves end, and empty the engine's own prefix cache."""
-        for number in range(STEPS):
+        """Let saves end, and empty the engine's own prefix cache.
+
+        A save ends when its blocks are stored, which is after the engine has them back. An engine
+        learns of it in a step.
+        """
+        began = perf_counter()
+        number = 0
+        while perf_counter() - began < SECONDS:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.ask([11, 12, 13 + number % 7], tokens=3)
-            if number >= 2 and self._llm.reset_prefix_cache():
+            number += 1
+            if number > 2 and not self._saving() and self._llm.reset_prefix_cache():
                 return
+            time.sleep(PAUSE)
         raise RuntimeError("Expected saves to end, got blocks that are retained.")
+
+    def _saving(self) -> bool:
+        """Return whether a load or save of PortaKV's connectors has not ended."""
+        ledgers = (getattr(each, "ledger", None) for each in self.connector.children.values())
+        return any(ledger is not None and ledger.statistics()["jobs"] for ledger in ledgers)
