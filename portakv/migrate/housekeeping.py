@@ -86,7 +86,8 @@ class Housekeeper:
     def add(self, pull: Pull) -> None:
         """Look after a pull from now on."""
         self._pulls[pull] = _Watched(monotonic())
-        if self._parked or self.finished.started:
+        waits = pull.requested.wanted is not None
+        if self._parked or self.finished.started or waits:
             self.wake()
 
     def wake(self) -> None:

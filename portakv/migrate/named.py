@@ -36,7 +36,8 @@ class Wanted:
     """The tickets of a pull of which some are still names, and offers that are not complete.
 
     ``start`` is called once, when no name is left: it has a worker go on, or ends a pull that has
-    failed. ``followed`` is None before that, and if all offers are complete.
+    failed. ``followed`` is None before that, and if all offers are complete. ``asked``: the owners
+    have been asked for the names once.
     """
 
     tickets: list[bytes]
@@ -45,6 +46,7 @@ class Wanted:
     started: threading.Event = field(default_factory=threading.Event)
     once: threading.Lock = field(default_factory=threading.Lock)
     followed: Followed | None = None
+    asked: bool = False
 
     @property
     def waits(self) -> bool:
@@ -180,7 +182,11 @@ class Finder:
                 wanted_names[named.address, named.epoch].append(_Place(wanted, at, stop))
         questions = list[tuple[OwnerKey, Sequence[_Place]]]()
         for owner, places in wanted_names.items():
-            if self._questions.is_due(owner) and self._is_connected(owner[0], places):
+            if not self._questions.is_due(owner):
+                places = [place for place in places if not place.wanted.asked]
+                if not self._questions.is_due(owner, first=True):
+                    continue
+            if places and self._is_connected(owner[0], places):
                 starts = range(0, len(places), MOST_NAMES)
                 questions += [(owner, places[first : first + MOST_NAMES]) for first in starts]
         self._ask(questions)
@@ -219,6 +225,8 @@ class Finder:
         ]
         answers = self._questions.ask(requests)
         for (_, places), answer in zip(questions, answers, strict=True):
+            for place in places:
+                place.wanted.asked = True
             if answer is not None:
                 _take(answer, places)
 

@@ -17,7 +17,7 @@ from portakv.migrate.messages import Answer, Message
 from portakv.runtime.bounded import Bounded
 
 ASKING = 0.1  # the most seconds that a question may take, since other pulls wait meanwhile
-PAUSE = 4e-3  # seconds between two questions to an owner
+PAUSE = 4e-3  # seconds between two questions to an owner about the same
 BUSY = 0.5  # seconds without a question to an owner that did not answer in time
 
 #: The address and the epoch of an owner.
@@ -36,12 +36,16 @@ class Questions:
     def __init__(self, channel: Channel, what: str, kind: type[Message]) -> None:
         self._channel = channel
         self._kind: Any = kind | Answer
-        # Owners with the time of the next question.
-        self._next: Bounded[OwnerKey, float] = Bounded(f"owners of {what}", 1024)
+        # Owners with the time of the next question, and whether they were late with an answer.
+        self._next: Bounded[OwnerKey, tuple[float, bool]] = Bounded(f"owners of {what}", 1024)
 
-    def is_due(self, owner: OwnerKey) -> bool:
-        """Return True if an owner may get a question now."""
-        return monotonic() >= self._next.get(owner, 0.0)
+    def is_due(self, owner: OwnerKey, first: bool = False) -> bool:
+        """Return True if an owner may get a question now.
+
+        ``first``: about something for the first time, which waits for a late owner alone.
+        """
+        due, late = self._next.get(owner, (0.0, False))
+        return monotonic() >= due or (first and not late)
 
     def ask(self, questions: Sequence[tuple[OwnerKey, Message]]) -> list[Any]:
         """Return the answer, or the error, of each question; None if an owner is late."""
@@ -52,6 +56,6 @@ class Questions:
         result = list[Any]()
         for (owner, _), answer in zip(questions, answers, strict=True):
             late = isinstance(answer, TransferTimeout)
-            self._next[owner] = monotonic() + (BUSY if late else PAUSE)
+            self._next[owner] = monotonic() + (BUSY if late else PAUSE), late
             result.append(None if late else answer)
         return result

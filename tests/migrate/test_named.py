@@ -31,6 +31,7 @@ from portakv.errors import (
 from portakv.migrate import Ticket, messages
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.offers import Owner
+from portakv.migrate.questions import Questions
 from portakv.migrate.reader import Reader
 from portakv_conformance import simdev
 
@@ -212,6 +213,29 @@ def test_many_pulls_wait_together_for_offers_in_any_order(made: Sides) -> None:
         pulled.synchronize(LIMIT)
     assert torch.equal(pair.src.rows([3], 16), pair.dst.rows([0], 16))
     assert until(lambda: pair.owner.statistics()["held"] == 0, 5)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_new_name_does_not_wait_for_the_pause_between_questions(
+    made: Sides, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """``asked``: the control, in which all names wait for the pause, which does not end."""
+    pair = Pair(made)
+    monkeypatch.setattr("portakv.migrate.questions.PAUSE", 3600.0)
+    if asked:
+        is_due = Questions.is_due
+        monkeypatch.setattr(
+            Questions, "is_due", lambda self, owner, first=False: is_due(self, owner)
+        )
+    for turn in range(3):
+        name = token_bytes(16)
+        pair.owner.offer(BLOCKS, tokens=TOKENS, name=name)
+        if asked and turn:
+            with pytest.raises(TransferTimeout):
+                pair.reader.pull(pair.ticket(name), INTO, timeout=0.3).synchronize(LIMIT)
+        else:
+            pair.reader.pull(pair.ticket(name), INTO, timeout=LIMIT).synchronize(LIMIT)
+            assert pair.right()
 
 
 def test_a_reallocation_ends_the_wait(made: Sides) -> None:
