@@ -69,7 +69,7 @@ MATRIX = {
     "lmcache": Releases("lmcache", "0.5.4", "0.6", ("0.5.4", "0.5.6")),
     "sglang": Releases("sglang", "0.5.23", "0.6", ("0.5.23",)),
     "transformers": Releases("transformers", "5.17", "5.24", ("5.17.0", "5.23.0")),
-    "vllm": Releases("vllm", "0.26", "0.34", ("0.26.0", "0.33.0")),
+    "vllm": Releases("vllm", "0.26", "0.34", ("0.26.0", "0.32.0", "0.33.0")),
 }
 
 
@@ -216,7 +216,7 @@ def _judge(integration: str) -> _Verdict:
 
     if version.partition("+")[0] in releases.tested:
         return _Verdict()
-    tested = " and ".join(releases.tested)
+    tested = " and ".join(filter(None, (", ".join(releases.tested[:-1]), releases.tested[-1])))
     if above:
         fit = f"is above {releases}, but its interfaces look as expected"
     else:

@@ -114,7 +114,7 @@ def test_a_release_that_was_not_run_is_told(install: Install) -> None:
     install("vllm", "0.29.1")
     report = report_on("vllm")
     assert report["answer"] == "on request"
-    check_sentence(*report["notes"], "vllm 0.29.1", "0.26.0 and 0.33.0")
+    check_sentence(*report["notes"], "vllm 0.29.1", "0.26.0, 0.32.0 and 0.33.0")
 
 
 def test_an_engine_whose_metadata_is_broken(install: Install) -> None:
