@@ -8,7 +8,8 @@ Write SVG files next to the result. They need matplotlib (`pip install '.[bench]
 * ``h200-host.json``: speed against a memcpy, and the slow-down of a model during transfers;
 * ``h200-plugs.json``: the time of each integration, of the engine's own code;
 * ``h200-storage.json``: rates, and loads while stores run;
-* ``h200-x2.json``: pulls against raw copies.
+* ``h200-x2.json``: pulls against raw copies;
+* ``engines-h200.json``: what a request waits for, with each connector.
 """
 
 from __future__ import annotations
@@ -47,6 +48,14 @@ _LINK_MARKS = {"host": "o", "staged": "s", "batched_memcpy": "^", "zero_copy": "
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
 #: The host side that stands for its runs: the hardest of those that were measured.
 _SIDES = ("block-first random", "dense")
+#: Where the rows of a known prompt come from, by connector and part; see `engines.rows`.
+_SOURCES = {
+    ("off", "recompute"): ("computed again", "black"),
+    ("portakv disk", "hit"): ("PortaKV, disk", "#56B4E9"),
+    ("vllm", "hit"): ("vLLM's offloading, host memory", "#777777"),
+    ("portakv host", "hit"): ("PortaKV, host memory", "#0072B2"),
+    ("off", "device hit"): ("the GPU's own cache", "#009E73"),
+}
 _STREAMS = {"default": "the default stream", "own": "a separate stream"}
 
 
@@ -60,6 +69,7 @@ def draw(results: Fields, folder: Path, stem: str) -> list[Path]:
         "own": ("plug_copy", compared_with_own), "beside": ("plug_interference", interference),
         "rates": ("storage_engine", stored), "tier": ("storage_tier", stored),
         "urgent": ("storage_beside", urgent), "pulls": ("migrate_mapped", pulled),
+        "first-token": ("engine_prompt", first_tokens),
     }  # fmt: skip
     with matplotlib.rc_context(_INK):
         for name, (kind, make) in kinds.items():
@@ -364,6 +374,34 @@ def pulled(rows: list[Row], device: str) -> Figure | None:
     )
     figure.suptitle(f"Pulls between {between or 'processes on one device'} · {device}", fontsize=10)
     figure.tight_layout()
+    return figure
+
+
+def first_tokens(rows: list[Row], device: str) -> Figure:
+    """Draw the time until the first token of a known prompt, by where its rows come from."""
+    cases = grouped(rows, "shape")
+    figure = Figure(figsize=(9.5, 0.7 + 0.17 * sum(len(_SOURCES) + 2 for _ in cases)))
+    axes = figure.subplots()
+    places = list[float]()
+    names = list[str]()
+    at = 0.0
+    for selected in cases:
+        axes.text(0, at, f" {selected[0]['shape']}", va="center", fontsize=8, weight="bold")
+        at += 1
+        for (connector, op), (name, colour) in _SOURCES.items():
+            for row in having(selected, backend=connector, op=op):
+                axes.barh(at, row["p50_ms"], 0.8, color=colour)
+                axes.plot([row["least_ms"], row["most_ms"]], [at, at], color="#D55E00", linewidth=1)
+                axes.text(row["most_ms"], at, f" {row['p50_ms']:.0f} ms", va="center", fontsize=7)
+                places.append(at)
+                names.append(name)
+                at += 1
+        at += 0.6
+    axes.set_yticks(places, names, fontsize=7)
+    axes.set_ylim(at - 0.4, -0.8)
+    axes.set_xlim(0, 1.1 * max(row["most_ms"] for row in rows))
+    axes.set_xlabel("ms until the first token, medians; the line goes from the least to the most")
+    axes.set_title(f"A prompt that is known, in vLLM · {device}", fontsize=10)
     return figure
 
 
