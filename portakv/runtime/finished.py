@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Generic, TypeVar
 
@@ -17,15 +18,10 @@ T = TypeVar("T")
 LIMIT = 65536
 
 
-class _Waiting(Generic[T]):
-    """The items of one process, and the eventfd that it owns.
+class _Eventfd:
+    """An eventfd that is closed at the end of this object's life."""
 
-    The descriptor lives as long as this object. A thread that adds an item refers to the object, so
-    that it never writes to a number that another file has by now.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.items: deque[T] = deque(maxlen=limit)
+    def __init__(self) -> None:
         self.fd = -1
         try:
             self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -38,6 +34,60 @@ class _Waiting(Generic[T]):
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
+
+
+class _Waiting(Generic[T]):
+    """The items of one process, and the eventfd that it owns once a consumer asks for it.
+
+    The descriptor lives as long as this object. A thread that adds an item refers to the object, so
+    that it never writes to a number that another file has by now.
+
+    At most one write comes between two reads of the descriptor. ``written`` is set before the write
+    and cleared after the read, and each add looks at it after its item is there. So an add that
+    writes nothing saw it set, before the consumer cleared it, and the consumer takes items only
+    after that: it finds the item. Cleared before the read, the flag would stay set after the read
+    of the write that set it, and later items would wake no one.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.items: deque[T] = deque(maxlen=limit)
+        self.written = False
+        self._eventfd = dict[None, _Eventfd]()  # at most one: `setdefault` is one step
+
+    def fileno(self) -> int:
+        """Return the descriptor, which is readable if items wait already."""
+        eventfd = self._eventfd.get(None)
+        if eventfd is None:
+            eventfd = self._eventfd.setdefault(None, _Eventfd())
+        if self.items:  # they came before the descriptor; the add of a later one writes
+            self.wake()
+        return eventfd.fd
+
+    def wake(self) -> None:
+        """Make the descriptor readable, if there is one."""
+        eventfd = self._eventfd.get(None)
+        if eventfd is None or self.written:
+            return
+        try:
+            self.written = True
+            os.eventfd_write(eventfd.fd, 1)
+        except BlockingIOError:  # the counter is full, so the descriptor is readable
+            pass
+        except BaseException:  # an interrupt, maybe before the write
+            self.written = False
+            raise
+
+    def clear(self) -> None:
+        """Make the descriptor not readable until the next `wake`."""
+        eventfd = self._eventfd.get(None)
+        if eventfd is None:
+            return
+        try:
+            os.eventfd_read(eventfd.fd)
+        except BlockingIOError:  # nothing has come
+            pass
+        finally:
+            self.written = False
 
 
 class Finished(Generic[T]):
@@ -64,24 +114,23 @@ class Finished(Generic[T]):
         return this_process() in self._waiting
 
     def start(self) -> None:
-        """Keep the items that are added from now on. Does nothing after `close`.
-
-        Raises `HostMemoryError` without a free descriptor.
-        """
+        """Keep the items that are added from now on. Does nothing after `close`."""
         self._started()
 
     def add(self, item: T) -> None:
         """Keep an item for the consumer, and make the descriptor readable."""
+        self.extend((item,))
+
+    def extend(self, items: Sequence[T]) -> None:
+        """Keep items for the consumer, in their order, and make the descriptor readable."""
         waiting = self._waiting.get(this_process())
-        if waiting is None:
+        if waiting is None or not items:
             return
         try:
-            if len(waiting.items) == self._limit:
-                self.dropped += 1
-            waiting.items.append(item)
-        finally:  # also if the caller is interrupted, or the consumer would miss the item
-            with suppress(BlockingIOError):  # the counter is full, so the descriptor is readable
-                os.eventfd_write(waiting.fd, 1)
+            self.dropped += max(0, len(waiting.items) + len(items) - self._limit)
+            waiting.items.extend(items)
+        finally:  # also if the caller is interrupted, or the consumer would miss an item
+            waiting.wake()
 
     def take(self) -> list[T]:
         """Return the items since the last call, the oldest first.
@@ -94,8 +143,7 @@ class Finished(Generic[T]):
         if waiting is None:
             return []
         # The descriptor first: an item that comes after that makes it readable again.
-        with suppress(BlockingIOError):  # nothing has come
-            os.eventfd_read(waiting.fd)
+        waiting.clear()
         taken = list[T]()
         for _ in range(len(waiting.items)):
             with suppress(IndexError):  # another thread took it
@@ -105,17 +153,23 @@ class Finished(Generic[T]):
     def fileno(self) -> int:
         """Return the descriptor, for ``select``, ``epoll`` or an event loop; -1 after `close`.
 
-        It is readable while items wait. It belongs to this object: do not read or close it.
+        It is readable while items wait. It belongs to this object: do not read or close it. The
+        first call makes it: without one, no item costs a system call.
+
+        Raises `HostMemoryError` without a free descriptor.
         """
         waiting = self._started()
-        return -1 if waiting is None else waiting.fd
+        if waiting is None:
+            return -1
+        fd = waiting.fileno()
+        return -1 if self._closed else fd
 
     def close(self) -> None:
         """Drop the items, keep none from now on, and release the descriptor."""
         self._closed = True
-        if waiting := self._waiting.get(this_process()):  # wakes who sleeps on the descriptor
-            with suppress(BlockingIOError):
-                os.eventfd_write(waiting.fd, 1)
+        if waiting := self._waiting.get(this_process()):
+            waiting.written = False
+            waiting.wake()  # who sleeps on the descriptor
         self._waiting.clear()
 
     def _started(self) -> _Waiting[T] | None:

@@ -193,7 +193,10 @@ class BlockStore(FormStore):
 
     def finished_fd(self) -> int:
         """Return a descriptor that is readable while `finished` has handles, for ``select`` or an
-        event loop. It is closed with the store."""
+        event loop. It is closed with the store.
+
+        Raises `HostMemoryError` without a free descriptor.
+        """
         self._refuse_closed("call of finished_fd()")
         return self._shared.announced.handles.fileno()
 
@@ -209,7 +212,10 @@ class BlockStore(FormStore):
 
     def listen_fd(self) -> int:
         """Return a descriptor that is readable while `listen` has changes. It is closed with the
-        store."""
+        store.
+
+        Raises `HostMemoryError` without a free descriptor.
+        """
         self._refuse_closed("call of listen_fd()")
         return uninterrupted(lambda: self._listen().fileno())
 

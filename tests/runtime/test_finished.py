@@ -3,12 +3,16 @@
 
 import os
 import select
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import pytest
 from support.threads import run_threads
 
 from portakv.errors import HostMemoryError
+from portakv.runtime import finished
 from portakv.runtime.finished import Finished
 
 
@@ -99,6 +103,175 @@ def test_no_item_of_several_threads_is_lost() -> None:
     queue.close()
 
 
+def test_without_a_request_for_the_descriptor_there_is_none(
+    queue: Finished[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An item costs no system call, which would release the interpreter in a worker."""
+    calls = list[str]()
+    for name in ("eventfd", "eventfd_write", "eventfd_read"):
+        counted = partial(_counted, calls, name, getattr(os, name))
+        monkeypatch.setattr(os, name, counted)
+    queue.start()
+    queue.add(1)
+    queue.extend([2, 3])
+    assert queue.take() == [1, 2, 3]
+    assert calls == []
+    queue.add(4)
+    assert readable(queue)  # negative control: with a descriptor there are calls
+    assert calls == ["eventfd", "eventfd_write"]
+
+
+def _counted(calls: list[str], name: str, call: Callable[..., Any], *args: Any) -> Any:
+    calls.append(name)
+    return call(*args)
+
+
+def test_items_that_wait_make_a_new_descriptor_readable(queue: Finished[int]) -> None:
+    queue.start()
+    queue.add(1)
+    queue.add(2)
+    assert readable(queue)
+    assert queue.take() == [1, 2]
+    assert not readable(queue)
+
+
+def test_many_items_write_the_descriptor_once(
+    queue: Finished[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[str]()
+    monkeypatch.setattr(os, "eventfd_write", partial(_counted, calls, "write", os.eventfd_write))
+    assert not readable(queue)
+    for first in (1, 3):
+        queue.add(first)
+        queue.extend([first + 1])
+        assert readable(queue)
+        assert queue.take() == [first, first + 1]
+        assert not readable(queue)
+    assert calls == ["write", "write"]
+
+
+def test_several_items_at_once_drop_the_oldest(queue: Finished[int]) -> None:
+    queue.start()
+    queue.extend([])
+    queue.extend([0, 1, 2])
+    queue.extend([3, 4, 5])
+    assert queue.dropped == 2
+    assert queue.take() == [2, 3, 4, 5]
+    queue.extend(range(10, 16))
+    assert queue.dropped == 4
+    assert queue.take() == [12, 13, 14, 15]
+
+
+#: The steps of a consumer and of an adder between which another thread may run.
+STEPS = [("eventfd_read", True), ("eventfd_read", False), ("eventfd_write", True)]
+
+
+def interleave(monkeypatch: pytest.MonkeyPatch, name: str, before: bool, last: str) -> bool:
+    """Run adds and takes inside a step of a take or of an add; return True if a wake-up was lost.
+
+    ``before``: they run before the system call, else after it. ``last``: what runs last.
+    """
+    queue: Finished[int] = Finished()
+    assert not readable(queue)
+    queue.add(0)
+    taken = queue.take()
+    call = getattr(os, name)
+    inside = [name]
+
+    def others(*args: int) -> Any:
+        if not inside:
+            return call(*args)
+        inside.clear()
+        if not before:
+            call(*args)
+        queue.add(2)
+        if last == "take":
+            taken.extend(queue.take())
+        elif last == "add after take":
+            taken.extend(queue.take())
+            queue.add(3)
+        if before:
+            return call(*args)
+        return None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, others)
+        queue.add(1)
+        if name == "eventfd_read":
+            taken += queue.take()
+    assert not inside, "the step did not come"
+    queue.add(4)
+    lost = bool(not readable(queue))
+    taken += queue.take()
+    assert sorted(taken) == [0, 1, 2, 4] or sorted(taken) == [0, 1, 2, 3, 4]
+    queue.close()
+    return lost
+
+
+@pytest.mark.parametrize("last", ["add", "take", "add after take"])
+@pytest.mark.parametrize(("name", "before"), STEPS)
+def test_no_wake_up_is_lost_in_any_order(
+    monkeypatch: pytest.MonkeyPatch, name: str, before: bool, last: str
+) -> None:
+    assert not interleave(monkeypatch, name, before, last)
+
+
+def test_a_flag_that_is_cleared_before_the_read_loses_a_wake_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Negative control of the test above."""
+
+    def clear(self: Any) -> None:
+        self.written = False
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._eventfd[None].fd)
+
+    monkeypatch.setattr(finished._Waiting, "clear", clear)
+    assert any(interleave(monkeypatch, *step, last="add") for step in STEPS)
+
+
+def test_an_interrupt_before_the_write_does_not_silence_the_descriptor(
+    queue: Finished[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    assert not readable(queue)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "eventfd_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            queue.add(1)
+    queue.add(2)
+    assert readable(queue)
+    assert queue.take() == [1, 2]
+
+
+def test_an_item_that_comes_while_the_descriptor_is_made_is_seen(
+    queue: Finished[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The item finds no descriptor yet, so its add writes nothing."""
+    made = os.eventfd
+
+    def add_first(*args: int) -> int:
+        queue.add(1)
+        return made(*args)
+
+    queue.start()
+    monkeypatch.setattr(os, "eventfd", add_first)
+    assert readable(queue)
+
+
+def test_closing_wakes_who_sleeps_on_a_descriptor_that_was_written(
+    queue: Finished[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[str]()
+    queue.fileno()
+    queue.add(1)
+    monkeypatch.setattr(os, "eventfd_write", partial(_counted, calls, "write", os.eventfd_write))
+    queue.close()
+    assert calls == ["write"]
+
+
 def test_no_free_descriptor_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
         raise OSError(24, "Too many open files")
@@ -106,7 +279,10 @@ def test_no_free_descriptor_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
     queue: Finished[int] = Finished()
     with monkeypatch.context() as patched:
         patched.setattr(os, "eventfd", fail)
+        queue.start()  # needs none
+        queue.add(1)
         with pytest.raises(HostMemoryError, match="descriptor to be free"):
-            queue.start()
-    queue.add(1)
-    assert queue.take() == []
+            queue.fileno()
+    assert readable(queue)
+    assert queue.take() == [1]
+    queue.close()
