@@ -553,7 +553,7 @@ class Graph:
     def _fill(lease: Lease) -> Exception | None:
         """Take the items of a lease if the pool has them; return the pool's error."""
         try:
-            lease.items = lease.pool.take(lease.count, lease.store)
+            lease.items = lease.take()
         except Exception as error:  # any error of the pool ends the tasks of the lease
             return error
         return None

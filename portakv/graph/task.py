@@ -87,6 +87,10 @@ class Lease:
         if self.ended is not None and not callable(self.ended):
             raise arguments.invalid("ended", "a function or None", self.ended)
 
+    def take(self) -> Any | None:
+        """Return items of the pool, or None if there are not enough, under the graph's lock."""
+        return self.pool.take(self.count, self.store)
+
 
 def check_pool(pool: object) -> None:
     """Raise `InvalidTerms` for an object without ``take`` and ``give``."""

@@ -205,8 +205,9 @@ class FormStore(FormIndex):
             started = [InFlight(call, form.own, at, until) for at in group if at]
             source.issue(call, started)
             for in_flight in started:
-                in_flight.generation = generation
-                generation -= 1
+                if tier_stores:
+                    in_flight.generation = generation
+                    generation -= 1
                 gather = source.gather(call, in_flight)
                 self._write(call, in_flight, gather, tier_stores, gaps, written)
 

@@ -27,7 +27,7 @@ from portakv.storage.changes import Announced
 from portakv.storage.parts import Arrival, Part, Stage
 from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
-from portakv.storage.rows import Crossing, Rows
+from portakv.storage.rows import Claim, Crossing, Rows
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import KVView
 
@@ -522,8 +522,8 @@ class InFlight(Lease):
     Row i has block ``keys[i]`` of the part after all of ``ends`` landed it: one task for each
     segment, or the task of None. Later calls use the rows as well, unless their name has a suffix
     ``apart``. ``calls`` are all calls with their blocks, the maker first. A save ends with the
-    tasks ``last``, and has a generation, and checksums by row; it is dropped if it has no rows at
-    ``until``. ``copied`` waits for its copy, if that was issued.
+    tasks ``last``; it is dropped if it has no rows at ``until``. If it writes a tier, it has a
+    generation, and checksums by row. ``copied`` waits for its copy, if that was issued.
     """
 
     def __init__(
@@ -546,6 +546,13 @@ class InFlight(Lease):
         shared.in_transit.update((name, (self, row)) for row, name in enumerate(self.names))
         call.in_transit += 1
 
+    def take(self) -> list[int] | None:
+        """Return rows, under the graph's lock; a save also takes rows of the host tier."""
+        rows = self.calls[0][0].shared.rows
+        if not (self.store and rows.host):
+            return rows.take(self.count, self.store)
+        return rows.take(self.count, True, self._claim(), self.calls[0][1][-1])
+
     @property
     def wanted(self) -> bool:
         """Return True if a call that is neither cancelled nor late waits for the rows; under the
@@ -562,26 +569,38 @@ class InFlight(Lease):
         landed = np.zeros(self.count, np.bool_)
         call = self.calls[0][0]
         shared = call.shared
-        rows = call.shared.rows
         if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
         prefetched = all(call.request.kind == "prefetch" for call, _ in self.calls)
         shared.record_hits()
-        evict = call.form.continues(call.request.before, None)
-        order = call.request.order
-        apart = call.form.apart
-        if rows.crowded(order, apart):
+        claim = self._claim()
+        if shared.rows.crowded(claim):
             call.form.touch(call.request.keys)
         shared.begun.discard(self)
         self._warn_dropped()
-        for row, name in enumerate(self.names):
+        for name in self.names:
             if shared.in_transit.get(name, (None,))[0] is self:
                 del shared.in_transit[name]
-            if landed[row]:
-                item = self.items[row]
-                mark = image.predecessor(rows.array[item])
-                rows.keep(item, name, prefetched, order, mark, evict, apart)
+        kept: list[int] = np.flatnonzero(landed).tolist()
+        if kept and shared.rows.host:
+            items = [self.items[row] for row in kept]
+            names = [self.names[row] for row in kept]
+            shared.rows.keep(items, names, self._follows(kept), prefetched, claim)
         call.transfer_ended()
+
+    def _claim(self) -> Claim:
+        """Return the cached rows that the blocks may evict, under the graph's lock."""
+        call = self.calls[0][0]
+        evict = call.form.continues(call.request.before, None)
+        return Claim(call.request.order, call.form.apart, evict)
+
+    def _follows(self, rows: Sequence[int]) -> list[int]:
+        """Return the marks of the predecessors of blocks in rows."""
+        call, blocks = self.calls[0]
+        if self.store:
+            return [call.request.follows[blocks[row]] for row in rows]
+        array = call.shared.rows.array
+        return [image.predecessor(array[self.items[row]]) for row in rows]
 
     def _is_copied_still(self) -> bool:
         """Return True if the copy of a save that was cancelled still writes the rows.
@@ -634,7 +653,7 @@ class InFlight(Lease):
                 self.copied = None  # it retains the view
 
     def gather(self, crossing: Crossing, view: KVView, _: Task, mask: Mask) -> None:
-        """Copy blocks of a view into the rows, and make images of them."""
+        """Copy blocks of a view into the rows, and `seal` them."""
         if self.copied is None:
             rows = np.flatnonzero(mask)
             items = np.array(self.items)[rows]
@@ -645,7 +664,10 @@ class InFlight(Lease):
         self.seal(_, mask)
 
     def seal(self, _: Task, mask: Mask) -> None:
-        """Make images of the payloads in the rows."""
+        """Make images of the payloads in the rows, if a tier stores them: only tiers read
+        headers."""
+        if not self.generation:
+            return
         rows, keys, data = self._of(mask)
         call, blocks = self.calls[0]
         follows = call.request.follows

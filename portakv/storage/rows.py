@@ -12,7 +12,8 @@ from collections import Counter, deque
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from math import gcd
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,8 @@ FOREVER = 1e9  # seconds
 # The groups of cached rows.
 _USED = "used"
 _UNUSED = "prefetched and not used"
+#: A position before all keys of a call, of which the key before its first block has -1.
+BEFORE = -2
 _TRIED = "copies of a block store"  # the key of a view's copies that were tried before
 
 
@@ -120,6 +123,30 @@ class _Cache:
         return row
 
 
+class Claim(NamedTuple):
+    """The cached rows that the blocks of a call may evict.
+
+    Attributes:
+        own: positions of the call's keys, by the last 32 bytes. No block evicts an earlier one.
+        apart: the forms (all bytes of a key before these) whose rows are not the call's.
+        evict: False if the blocks may evict none.
+    """
+
+    own: Mapping[bytes, int] = MappingProxyType({})
+    apart: Collection[bytes] = ()
+    evict: bool = True
+
+    def place_of(self, key: bytes) -> int:
+        """Return the position of a cached key in the call, past all if it has none."""
+        if key[:-32] in self.apart:
+            return len(self.own)
+        return self.own.get(key[-32:], len(self.own))
+
+
+#: Of rows without a call: they may evict any.
+ANY = Claim()
+
+
 class HostIndex:
     """The keys of the host tier of one form, by its checksum; see `changes.Listed`."""
 
@@ -145,15 +172,16 @@ class HostIndex:
 class Rows:
     """Rows of host memory: staging buffers, and the host tier.
 
-    At most ``staging`` rows are lent at a time and at most ``host`` rows are cached, so no transfer
-    waits for cached rows. No call blocks, and any thread may call. ``shared``: the rows lie in
-    memory without a name that other processes can map: row i of ``tensor`` is row i there.
+    Loads and saves have ``staging`` rows together, of which saves have at most half. At most
+    ``host`` rows are cached, or lent to saves beyond that half. So no load waits for rows of the
+    host tier. No call blocks, and any thread may call. ``shared``: the rows lie in memory without a
+    name that other processes can map: row i of ``tensor`` is row i there.
 
     Attributes:
         tensor: uint8 ``[staging + host, row_bytes]``, at a multiple of 4,096 bytes.
         array: the same, of numpy.
         pinned: False if the memory is pageable.
-        most: rows that one lease may have.
+        most: rows that one lease may have, and rows of staging that saves have together.
         evicted: rows that lost their key to another key.
     """
 
@@ -172,63 +200,104 @@ class Rows:
         self._lock = self._cache.chains.lock  # no call is made while it is locked
         self._free = deque(range(count))
         self._lent: dict[int, bool] = {}  # True if it is lent to a save
+        self._saved = 0  # rows that are lent to saves
 
     @property
     def memory(self) -> tuple[tuple[int, int], ...]:
         """Return the address and the bytes of the rows, for an I/O engine to register."""
         return ((self.tensor.data_ptr(), self.tensor.nbytes),)
 
-    def take(self, count: int, store: bool) -> list[int] | None:
-        """Return rows for a transfer, all or none; saves have at most `most` of them together."""
+    def take(
+        self, count: int, store: bool, claim: Claim | None = None, place: int = BEFORE
+    ) -> list[int] | None:
+        """Return rows for a transfer, all or none.
+
+        Saves have at most `most` rows of staging together. With a claim, a save also takes rows of
+        the host tier, in place of the next rows to evict: its blocks would evict them at its end.
+        ``place``: the position of its last block in the call.
+        """
         with self._lock:
-            stores = sum(self._lent.values()) + count if store else 0
-            if stores > self.most or len(self._lent) + count > self.staging:
+            saved = self._saved + count * store
+            loaded = len(self._lent) + count - saved
+            if loaded + min(saved, self.most) > self.staging:
+                return None
+            beyond = saved - self.most
+            if store and beyond > 0 and not (claim and self._make_room(beyond, claim, place)):
                 return None
             items = [self._free.popleft() for _ in range(count)]
             self._lent.update(dict.fromkeys(items, store))
+            self._saved = saved
             return items
+
+    def _make_room(self, beyond: int, claim: Claim, place: int) -> bool:
+        """Evict rows until saves may have so many rows of the host tier; return False if some may
+        not go."""
+        if beyond > self.host:
+            return False
+        while len(self._cache.rows) + beyond > self.host:
+            if not self._evict(claim, place):
+                return False
+        return True
+
+    def _evict(self, claim: Claim, place: int, group: Hashable | None = None) -> bool:
+        """Evict the next row, of a group or of all, for a block at a position of a call; return
+        False if it may not go."""
+        cache = self._cache
+        victim = cache.next(group) if claim.evict else None
+        if victim is None or claim.place_of(victim) <= place:
+            return False
+        row = cache.evict(victim)
+        if row is None:
+            return False
+        self._free.append(row)
+        self.evicted += 1
+        return True
 
     def give(self, items: Sequence[int]) -> None:
         """End a transfer: its rows that it did not `keep` become free."""
         with self._lock:
-            self._free.extend(item for item in items if self._lent.pop(item, None) is not None)
+            for item in items:
+                store = self._lent.pop(item, None)
+                if store is not None:
+                    self._saved -= store
+                    self._free.append(item)
 
     def keep(
         self,
-        item: int,
-        key: bytes,
+        items: Sequence[int],
+        keys: Sequence[bytes],
+        follows: Sequence[int],
         prefetched: bool = False,
-        own: Mapping[bytes, int] | None = None,
-        follows: int = FIRST,
-        evict: bool = True,
-        apart: Collection[bytes] = (),
-    ) -> bool:
-        """Cache a lent row under a key that follows a mark, in place of the next row to evict.
+        claim: Claim = ANY,
+    ) -> list[bool]:
+        """Cache lent rows under keys that follow marks, in place of the next rows to evict.
 
-        Returns False if the key has a row, or no row may be evicted. Without ``evict`` none may. A
-        row whose key is earlier in the same call may not: ``own`` maps the last 32 bytes of the
-        call's keys to positions. ``apart``: the forms (all bytes before these) whose rows are not
-        the call's. At most half of the rows are ``prefetched`` and not used yet.
+        Returns which rows are cached: not one whose key has a row, or for which no row may be
+        evicted. A row of a save beyond `most` evicts none. At most half of the rows of the host
+        tier are ``prefetched`` and not used yet.
         """
         with self._lock:
-            cache = self._cache
-            if not self.host or key in cache.rows:
+            return [
+                self._keep(item, key, mark, prefetched, claim)
+                for item, key, mark in zip(items, keys, follows, strict=True)
+            ]
+
+    def _keep(self, item: int, key: bytes, follows: int, prefetched: bool, claim: Claim) -> bool:
+        """Cache a lent row under a key that follows a mark; return True if it is cached."""
+        cache = self._cache
+        if not self.host or key in cache.rows:
+            return False
+        saved = self._saved - self._lent[item]
+        full = len(cache.rows) + max(0, saved - self.most) >= self.host
+        crowded = prefetched and len(cache.unused) >= max(1, self.host // 2)
+        if crowded or full:
+            place = claim.own.get(key[-32:], BEFORE)
+            if not self._evict(claim, place, _UNUSED if crowded else None):
                 return False
-            crowded = prefetched and len(cache.unused) >= max(1, self.host // 2)
-            if crowded or len(cache.rows) >= self.host:
-                victim = cache.next(_UNUSED if crowded else None)
-                if victim is None or not evict:
-                    return False
-                if own and _place_of(victim, own, apart) <= own[key[-32:]]:
-                    return False
-                row = cache.evict(victim)
-                if row is None:
-                    return False
-                self._free.append(row)
-                self.evicted += 1
-            del self._lent[item]
-            cache.add(key, item, follows, prefetched)
-            return True
+        del self._lent[item]
+        self._saved = saved
+        cache.add(key, item, follows, prefetched)
+        return True
 
     def find(self, key: bytes) -> int | None:
         """Return the row of a key, which stays until `unpin`; None if it has none."""
@@ -315,10 +384,10 @@ class Rows:
         """Return the index of the blocks of a form, by its checksum."""
         return HostIndex(self._cache, form)
 
-    def crowded(self, own: Mapping[bytes, int], apart: Collection[bytes] = ()) -> bool:
-        """Return True if the next row to evict belongs to a call (see `keep`)."""
+    def crowded(self, claim: Claim) -> bool:
+        """Return True if the next row to evict belongs to a call."""
         with self._lock:
-            return _place_of(self._cache.next() or b"", own, apart) < len(own)
+            return claim.place_of(self._cache.next() or b"") < len(claim.own)
 
     def has(self, key: bytes) -> bool:
         """Return True if a key has a row."""
@@ -328,13 +397,6 @@ class Rows:
         """Return the number of rows by their state."""
         cached = len(self._cache.rows)
         return {"free": len(self._free), "lent": len(self._lent), "kept": cached}
-
-
-def _place_of(key: bytes, own: Mapping[bytes, int], apart: Collection[bytes]) -> int:
-    """Return the position of a cached key in a call (see `Rows.keep`), past all if it has none."""
-    if key[:-32] in apart:
-        return len(own)
-    return own.get(key[-32:], len(own))
 
 
 def _mark(key: bytes, mark: int) -> Hashable:

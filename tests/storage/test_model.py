@@ -20,6 +20,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_model
 from support.storage_cases import FakeTier, key_of
 from support.store_model import LIMIT, Call, Troubled, WatchedDisk, World
 
+from portakv.storage.chains import FIRST
 from portakv.storage.form import BlockForm
 from portakv.storage.io.choose import choose
 from portakv.storage.store import BlockStore
@@ -124,7 +125,8 @@ class StoreModel(RuleBasedStateMachine):
         self.contents |= self.disk.contents()
         for number in range(self.store.rows.host):  # none is pinned: all that are kept can go
             (item,) = self.store.rows.take(1, False)
-            assert self.store.rows.keep(item, b"new" + key_of(number)), "a leaked pin"
+            kept = self.store.rows.keep([item], [b"new" + key_of(number)], [FIRST])
+            assert kept == [True], "a leaked pin"
         if kill:
             self.disk.die()
             assert self.store.graph.close(LIMIT)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support.storage_cases import key_of
 
+from portakv.storage.chains import FIRST
 from portakv.storage.rows import Rows
 
 
@@ -16,7 +17,7 @@ def fill_rows(rows: Rows, *numbers: int, prefetched: bool = False) -> list[bool]
     for number in numbers:
         items = rows.take(1, False)
         assert items is not None
-        result.append(rows.keep(items[0], key_of(number), prefetched))
+        result += rows.keep(items, [key_of(number)], [FIRST], prefetched)
         rows.give(items)
     return result
 
