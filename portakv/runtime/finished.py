@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Generic, TypeVar
 
@@ -119,17 +118,14 @@ class Finished(Generic[T]):
 
     def add(self, item: T) -> None:
         """Keep an item for the consumer, and make the descriptor readable."""
-        self.extend((item,))
-
-    def extend(self, items: Sequence[T]) -> None:
-        """Keep items for the consumer, in their order, and make the descriptor readable."""
         waiting = self._waiting.get(this_process())
-        if waiting is None or not items:
+        if waiting is None:
             return
         try:
-            self.dropped += max(0, len(waiting.items) + len(items) - self._limit)
-            waiting.items.extend(items)
-        finally:  # also if the caller is interrupted, or the consumer would miss an item
+            if len(waiting.items) == self._limit:
+                self.dropped += 1
+            waiting.items.append(item)
+        finally:  # also if the caller is interrupted, or the consumer would miss the item
             waiting.wake()
 
     def take(self) -> list[T]:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 
 from portakv.arguments import one_of, seconds
 from portakv.errors import InvalidTerms, StoreError
@@ -13,9 +14,11 @@ from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.changes import Listed, Snapshot
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_key, check_keys, predecessors
-from portakv.storage.plan import LOOKUP_BATCH, FormBlocks, SharedState
+from portakv.storage.plan import FormBlocks, SharedState
 from portakv.storage.rows import Rows
 from portakv.storage.tier import After, Keys
+
+LOOKUP_BATCH = 8  # blocks of the first request of a lookup; each next request has twice as many
 
 
 class FormIndex:
@@ -57,13 +60,34 @@ class FormIndex:
         many = LOOKUP_BATCH
         while leading < len(keys):
             batch = keys[leading : leading + many]
-            there = form.leading(batch, until)
+            there = self._stored_leading(form, batch, until)
             leading = leading + there
             if there < len(batch):
                 break
             many = 2 * many
         uninterrupted(partial(form.touch, keys[:leading]))
         return leading
+
+    def _stored_leading(self, form: FormBlocks, keys: Keys, until: float) -> int:
+        """Return the number of leading blocks that are stored, in one part or in several.
+
+        Asks remote tiers.
+        """
+        whole = form.own.cells
+        covers = [0] * len(keys)
+        for number, part in enumerate(form.parts):
+            some = [i for i, cover in enumerate(covers) if part.cells & ~cover]
+            left = [i for i in some if not self.rows.has(part.name(keys[i]))]
+            for tier_store in part.tier_stores:
+                time = max(0.0, until - self.graph.clock())
+                present = tier_store.has([keys[i] for i in left], time)
+                left = [i for i, has in zip(left, present, strict=True) if not has]
+            for i in {*some}.difference(left):
+                covers[i] |= part.cells
+            later = reduce(or_, (other.cells for other in form.parts[number + 1 :]), 0)
+            end = next((i for i, cover in enumerate(covers) if cover | later != whole), len(covers))
+            del covers[end:]  # no request follows for blocks after a missing one
+        return len(covers)
 
     def has(self, key: bytes) -> bool:
         """Return whether the block of a key can be loaded, as far as is known here.

@@ -11,8 +11,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial, reduce
-from operator import itemgetter, or_
+from functools import partial
+from operator import itemgetter
 from typing import Any, TypeAlias
 from weakref import WeakSet
 
@@ -43,7 +43,6 @@ BLOCKS = 256
 SLICE = 256
 CACHED = "kept"  # a location: the host tier
 RELEASE = "release"  # the name of the barrier of `Handle.released`
-LOOKUP_BATCH = 8  # blocks of the first request of a lookup; each next request has twice as many
 
 
 #: Tier stores with the queues that read a block, nearest first.
@@ -130,27 +129,6 @@ class FormBlocks:
         rows = self.shared.rows
         for part in self.parts:
             rows.touch([part.name(key) for key in keys], follows if part is own else ())
-
-    def leading(self, keys: Keys, until: float) -> int:
-        """Return the number of leading blocks that are stored, in one part or in several.
-
-        Asks remote tiers.
-        """
-        whole = self.own.cells
-        covers = [0] * len(keys)
-        for number, part in enumerate(self.parts):
-            some = [i for i, cover in enumerate(covers) if part.cells & ~cover]
-            left = [i for i in some if not self.shared.rows.has(part.name(keys[i]))]
-            for tier_store in part.tier_stores:
-                time = max(0.0, until - self.shared.graph.clock())
-                present = tier_store.has([keys[i] for i in left], time)
-                left = [i for i, has in zip(left, present, strict=True) if not has]
-            for i in {*some}.difference(left):
-                covers[i] |= part.cells
-            later = reduce(or_, (other.cells for other in self.parts[number + 1 :]), 0)
-            end = next((i for i, cover in enumerate(covers) if cover | later != whole), len(covers))
-            del covers[end:]  # no request follows for blocks after a missing one
-        return len(covers)
 
     def locations(self, keys: Sequence[bytes]) -> list[list[tuple[Part, Location]]]:
         """Return for each block the parts that cover it, with their locations.

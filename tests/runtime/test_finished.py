@@ -113,7 +113,8 @@ def test_without_a_request_for_the_descriptor_there_is_none(
         monkeypatch.setattr(os, name, counted)
     queue.start()
     queue.add(1)
-    queue.extend([2, 3])
+    queue.add(2)
+    queue.add(3)
     assert queue.take() == [1, 2, 3]
     assert calls == []
     queue.add(4)
@@ -143,23 +144,11 @@ def test_many_items_write_the_descriptor_once(
     assert not readable(queue)
     for first in (1, 3):
         queue.add(first)
-        queue.extend([first + 1])
+        queue.add(first + 1)
         assert readable(queue)
         assert queue.take() == [first, first + 1]
         assert not readable(queue)
     assert calls == ["write", "write"]
-
-
-def test_several_items_at_once_drop_the_oldest(queue: Finished[int]) -> None:
-    queue.start()
-    queue.extend([])
-    queue.extend([0, 1, 2])
-    queue.extend([3, 4, 5])
-    assert queue.dropped == 2
-    assert queue.take() == [2, 3, 4, 5]
-    queue.extend(range(10, 16))
-    assert queue.dropped == 4
-    assert queue.take() == [12, 13, 14, 15]
 
 
 #: The steps of a consumer and of an adder between which another thread may run.

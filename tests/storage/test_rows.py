@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from support.storage_cases import key_of
 
-from portakv.storage.chains import FIRST
-from portakv.storage.rows import Rows
+from portakv.storage.chains import FIRST, mark_of
+from portakv.storage.rows import Claim, Rows
 
 
 def fill_rows(rows: Rows, *numbers: int, prefetched: bool = False) -> list[bool]:
@@ -85,3 +87,229 @@ def test_without_a_host_tier_nothing_is_kept() -> None:
     rows = Rows(4096, 2, 0, pin=False)
     assert fill_rows(rows, 0) == [False]
     assert rows.counts()["free"] == 2
+
+
+# --- several rows together
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_that_are_kept_together_are_kept_as_one_after_the_other(seed: int) -> None:
+    random = Random(seed)
+    numbers = range(24)
+    own = {key_of(number): place for place, number in enumerate(numbers)}
+    together = Rows(4096, 8, 6, pin=False)
+    single = Rows(4096, 8, 6, pin=False)
+    for _ in range(40):
+        some = [key_of(number) for number in random.sample(numbers, 4)]
+        marks = [mark_of(key_of(random.choice(numbers))) for _ in some]
+        claim = Claim(own, (), random.random() < 0.8)
+        prefetched = random.random() < 0.3
+        both = [rows.take(4, True) for rows in (together, single)]
+        assert both[0] is not None
+        assert both[1] is not None
+        kept = together.keep(both[0], some, marks, prefetched, claim)
+        each = [
+            single.keep([item], [key], [mark], prefetched, claim)[0]
+            for item, key, mark in zip(both[1], some, marks, strict=True)
+        ]
+        assert kept == each
+        for rows, items in zip((together, single), both, strict=True):
+            assert items is not None
+            rows.give(items)
+        assert together.by_use() == single.by_use()
+        assert together.counts() == single.counts()
+        assert together.evicted == single.evicted
+
+
+# --- saves take rows of the host tier
+
+
+def filled(staging: int = 8, host: int = 8, cached: int = 8) -> Rows:
+    """Return rows of which the host tier has the keys 0, 1, ... in order of use."""
+    rows = Rows(4096, staging, host, pin=False)
+    assert fill_rows(rows, *range(cached)) == [True] * cached
+    return rows
+
+
+def cached_numbers(rows: Rows) -> list[int]:
+    """Return the numbers of the keys that have a row, the least recently used first."""
+    return [int.from_bytes(key[:4], "little") for key in rows.by_use()]
+
+
+def claim_of(*numbers: int, evict: bool = True, apart: tuple[bytes, ...] = ()) -> Claim:
+    """Return the claim of a call of these keys."""
+    return Claim({key_of(number): place for place, number in enumerate(numbers)}, apart, evict)
+
+
+def test_a_save_takes_rows_in_place_of_the_next_to_evict() -> None:
+    rows = filled()
+    claim = claim_of(*range(100, 112))
+    assert rows.take(7, True) is None, "the control: without a claim saves have half of staging"
+    items = rows.take(7, True, claim, 6)
+    assert items is not None
+    assert cached_numbers(rows) == [3, 4, 5, 6, 7]
+    assert rows.evicted == 3
+    assert rows.counts() == {"free": 4, "lent": 7, "kept": 5}
+
+    # They become rows of the host tier without a further eviction, until half of staging is left.
+    keys = [key_of(number) for number in range(100, 107)]
+    assert rows.keep(items[:3], keys[:3], [FIRST] * 3, claim=claim) == [True] * 3
+    assert rows.evicted == 3
+    assert rows.keep(items[3:], keys[3:], [FIRST] * 4, claim=claim) == [True] * 4
+    assert rows.evicted == 7
+    assert cached_numbers(rows) == [7, *range(100, 107)]
+    rows.give(items)
+    assert rows.counts() == {"free": 8, "lent": 0, "kept": 8}
+
+
+def test_free_rows_of_the_host_tier_come_before_cached_ones() -> None:
+    rows = filled(cached=5)
+    assert rows.take(7, True, claim_of(100, evict=False), 0) is not None
+    assert cached_numbers(rows) == [*range(5)]
+    assert rows.take(1, True, claim_of(100, evict=False), 0) is None
+
+
+def test_rows_beyond_staging_are_not_cached_until_they_come_back() -> None:
+    rows = filled()
+    items = rows.take(8, True, claim_of(100), 0)
+    assert items is not None
+    other = rows.take(1, False)
+    assert other is not None
+    assert rows.keep(other, [key_of(50)], [FIRST]) == [True]  # in place of the next one
+    assert cached_numbers(rows) == [5, 6, 7, 50]
+    rows.give(other)
+    rows.give(items)
+    assert fill_rows(rows, *range(20, 24)) == [True] * 4
+    assert len(cached_numbers(rows)) == 8
+
+
+def test_loads_find_their_half_of_staging_whatever_saves_have() -> None:
+    rows = filled()
+    assert rows.take(12, True, claim_of(100), 0) is not None
+    assert rows.take(1, True, claim_of(100), 0) is None, "the host tier has no more rows"
+    assert rows.take(5, False) is None
+    assert rows.take(4, False) is not None
+    assert rows.counts() == {"free": 0, "lent": 16, "kept": 0}
+
+
+def test_loads_beyond_their_half_leave_less_to_saves() -> None:
+    rows = filled()
+    loads = rows.take(6, False)
+    assert loads is not None
+    claim = claim_of(100)
+    assert rows.take(3, True, claim, 0) is None, "the rows of the host tier come after the half"
+    assert rows.take(2, True, claim, 0) is not None
+    assert rows.evicted == 0
+    rows.give(loads)
+    assert rows.take(9, True, claim, 0) is not None
+
+
+@pytest.mark.parametrize("why", ["pinned", "lent", "earlier", "kept prefix", "not allowed"])
+def test_a_save_takes_no_row_that_may_not_go(why: str) -> None:
+    rows = filled()
+    claim = claim_of(*range(100, 108))
+    caller = Caller()
+    loan = None
+    if why == "pinned":
+        assert None not in [rows.find(key_of(number)) for number in range(8)]
+    elif why == "lent":
+        loan = rows.borrow([key_of(number) for number in range(8)], caller)
+    elif why == "earlier":
+        claim = claim_of(*range(8), *range(100, 108))
+    elif why == "kept prefix":
+        claim = Claim({key_of(0): -1, key_of(100): 0})
+    else:
+        claim = claim_of(*range(100, 108), evict=False)
+    assert rows.take(5, True, claim, 12) is None
+    assert rows.evicted == 0
+    assert cached_numbers(rows) == [*range(8)]
+    assert rows.take(4, True, claim, 12) is not None  # of staging
+    if loan is not None:
+        loan.cancel()
+
+
+class Caller:
+    """An owner of a loan."""
+
+
+def test_a_save_takes_rows_of_later_blocks_of_its_call_and_of_other_forms() -> None:
+    """Their positions are in the call, but they come after its block, or are of another form."""
+    rows = filled()
+    later = claim_of(100, 101, *range(8))
+    assert rows.take(5, True, later, 1) is not None
+    assert cached_numbers(rows) == [*range(1, 8)]
+    apart = Claim(claim_of(*range(8), 100).own, (b"",))  # the form of keys without a prefix
+    assert rows.take(1, True, apart, 8) is not None
+    assert cached_numbers(rows) == [*range(2, 8)]
+
+
+def test_a_predecessor_stays_while_its_successor_does() -> None:
+    rows = Rows(4096, 8, 4, pin=False)
+    items = rows.take(4, False)
+    assert items is not None
+    keys = [key_of(number) for number in range(4)]
+    follows = [FIRST, *(mark_of(key) for key in keys[:-1])]
+    assert rows.keep(items, keys, follows) == [True] * 4
+    assert rows.take(6, True, claim_of(100), 0) is not None
+    assert sorted(cached_numbers(rows)) == [0, 1]
+
+
+def test_a_save_takes_the_rows_of_prefetched_blocks_in_their_turn() -> None:
+    rows = filled(cached=2)
+    assert fill_rows(rows, 20, 21, prefetched=True) == [True] * 2
+    assert fill_rows(rows, 2, 3, 4, 5) == [True] * 4
+    assert rows.take(7, True, claim_of(100), 0) is not None
+    assert cached_numbers(rows) == [21, 2, 3, 4, 5]
+    assert fill_rows(rows, 22, 23, 24, prefetched=True) == [True] * 3
+    assert cached_numbers(rows)[-3:] == [22, 23, 24]
+
+
+def test_without_a_host_tier_a_claim_changes_nothing() -> None:
+    rows = Rows(4096, 8, 0, pin=False)
+    assert rows.take(5, True, claim_of(100), 0) is None
+    assert rows.take(4, True, claim_of(100), 0) is not None
+    assert rows.take(1, True, claim_of(100), 0) is None
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rows_are_in_one_place_whatever_comes(seed: int) -> None:
+    """Random calls against a count: no row is lost or in two places, and loads find their half."""
+    random = Random(seed)
+    staging = random.choice([1, 2, 5, 8])
+    host = random.choice([0, 1, 4, 9])
+    rows = Rows(4096, staging, host, pin=False)
+    lent: list[tuple[list[int], bool]] = []
+    pins: list[int] = []
+    for _ in range(400):
+        step = random.random()
+        key = key_of(random.randrange(30))
+        if step < 0.5:
+            store = random.random() < 0.6
+            claim = claim_of(*random.sample(range(30), 12), evict=random.random() < 0.9)
+            before = set(cached_numbers(rows))
+            items = rows.take(random.randint(1, 4), store, claim, 5)
+            gone = before - set(cached_numbers(rows))
+            assert not gone or store
+            assert all(claim.place_of(key_of(number)) > 5 for number in gone)
+            if items is not None:
+                lent.append((items, store))
+        elif step < 0.9 and lent:
+            items, _ = lent.pop(random.randrange(len(lent)))
+            some = [key_of(number) for number in random.sample(range(30), len(items))]
+            rows.keep(items, some, [FIRST] * len(items), random.random() < 0.3)
+            rows.give(items)
+        elif step < 0.95:
+            pin = rows.find(key)
+            if pin is not None:
+                pins.append(pin)
+        elif pins:
+            rows.unpin([pins.pop()])
+        saved = sum(len(items) for items, store in lent if store)
+        loaded = sum(len(items) for items, store in lent if not store)
+        counts = rows.counts()
+        assert counts["lent"] == saved + loaded
+        assert sum(counts.values()) == staging + host
+        assert counts["kept"] + max(0, saved - rows.most) <= host
+        left = staging - loaded - min(saved, rows.most)
+        assert left >= 0
+        assert counts["free"] >= left, "a load would wait for a row of the host tier"

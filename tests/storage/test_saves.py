@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -111,6 +111,113 @@ def test_a_save_without_free_staging_is_refused_at_the_call(tier: FakeTier) -> N
         assert tier.hold is not None
         tier.hold.set()
         first.synchronize(LIMIT)
+
+
+def long_save(store: BlockStore, many: int, busy: bool = True, seed: int = 5) -> tuple[Any, KVView]:
+    """Save many blocks, whose copies begin after the plan if ``busy``; return the handle and the
+    cache."""
+    tensors = [noise(many, 2, 4, 2, 32, dtype=torch.float16, seed=seed + i) for i in range(4)]
+    source = KVView(tensors, LAYOUT)
+    keys = [key_of(200 + i) for i in range(many)]
+    with no_copies(store) if busy else nullcontext():
+        saved = store.save(source, range(many), keys)
+    with suppress(TransferError):
+        saved.synchronize(LIMIT)
+    return saved, source
+
+
+@pytest.mark.parametrize("cached", [0, 40])
+def test_a_save_of_more_than_half_of_staging_has_the_rows_of_the_host_tier(cached: int) -> None:
+    """The step of an engine, whose blocks would all become rows of the host tier."""
+    size = FORM.image_bytes
+    with BlockStore(FORM, staging=16 * size, host=40 * size) as store:
+        for first in range(0, cached, 8):
+            keys = [key_of(first + i) for i in range(8)]
+            store.save(cache(), range(8), keys).synchronize(LIMIT)
+        assert store.rows.counts()["kept"] == cached
+        saved, source = long_save(store, 30)
+        assert saved.landed.all()
+        target = cache_like(source)
+        keys = [key_of(200 + i) for i in range(30)]
+        store.load(target, range(30), keys).synchronize(LIMIT)
+        assert same(target, source, range(30))
+        kept = [store.has(key_of(i)) for i in range(cached)]
+        # Of the fourth prompt the last six blocks are gone, and its beginning is there.
+        assert kept == [i in (24, 25) or i >= 32 for i in range(cached)]
+        counts = store.rows.counts()
+        assert counts["kept"] == max(30, cached)
+        assert counts["lent"] == 0
+
+
+def cache_like(view: KVView) -> KVView:
+    """Return a cache of other bytes and the same shape."""
+    return KVView([torch.zeros_like(each) for each in view.tensors], LAYOUT)
+
+
+def test_a_save_is_dropped_where_no_row_of_the_host_tier_may_go() -> None:
+    """The control of the test above: loads read the cached rows."""
+    size = FORM.image_bytes
+    with BlockStore(FORM, staging=16 * size, host=16 * size) as store:
+        store.save(cache(), range(8), KEYS).synchronize(LIMIT)
+        pins = [store.rows.find(FORM.digest + key) for key in KEYS]
+        saved, _ = long_save(store, 30)
+        assert saved.landed.tolist() == [i < 8 for i in range(30)]
+        assert all(store.has(key) for key in KEYS)
+        store.rows.unpin([pin for pin in pins if pin is not None])
+        assert store.rows.counts() == {"free": 16, "lent": 0, "kept": 16}
+
+
+def test_a_save_beyond_the_host_tier_stores_its_first_blocks() -> None:
+    """No block of the call evicts an earlier one, whichever lands first."""
+    size = FORM.image_bytes
+    with BlockStore(FORM, staging=8 * size, host=20 * size) as store:
+        saved, _ = long_save(store, 64)
+        there = [store.has(key_of(200 + i)) for i in range(64)]
+        assert saved.landed.tolist() == there
+        assert there == [i < 20 for i in range(64)]
+
+
+def test_blocks_after_a_gap_evict_nothing_for_their_rows() -> None:
+    size = FORM.image_bytes
+    with BlockStore(FORM, staging=16 * size, host=8 * size) as store:
+        store.save(cache(), range(8), KEYS).synchronize(LIMIT)
+        many = 12
+        tensors = [noise(many, 2, 4, 2, 32, dtype=torch.float16, seed=i) for i in range(4)]
+        keys = [key_of(200 + i) for i in range(many)]
+        with no_copies(store):
+            saved = store.save(KVView(tensors, LAYOUT), range(many), keys, after=key_of(99))
+        with pytest.raises(TransferError):
+            saved.synchronize(LIMIT)
+        assert not saved.landed.any()
+        assert all(store.has(key) for key in KEYS)
+
+
+def test_a_save_that_is_cancelled_gives_the_rows_of_the_host_tier_back() -> None:
+    size = FORM.image_bytes
+    with BlockStore(FORM, staging=16 * size, host=24 * size) as store:
+        for first in range(0, 24, 8):
+            keys = [key_of(first + i) for i in range(8)]
+            store.save(cache(), range(8), keys).synchronize(LIMIT)
+        tensors = [noise(24, 2, 4, 2, 32, dtype=torch.float16, seed=i) for i in range(4)]
+        keys = [key_of(200 + i) for i in range(24)]
+        with no_copies(store):
+            saved = store.save(KVView(tensors, LAYOUT), range(24), keys)
+            assert store.rows.counts() == {"free": 8, "lent": 24, "kept": 8}
+            saved.cancel()
+            # The evicted blocks are gone; their rows are free for others.
+            assert store.rows.counts() == {"free": 32, "lent": 0, "kept": 8}
+        assert [store.has(key_of(i)) for i in range(24)] == [i >= 16 for i in range(24)]
+        again, _ = long_save(store, 24)
+        assert again.landed.all()
+
+
+def test_a_save_of_cached_blocks_takes_no_row() -> None:
+    size = FORM.image_bytes
+    with BlockStore(FORM, staging=2 * size, host=8 * size) as store:
+        store.save(cache(), range(8), KEYS, full="wait").synchronize(LIMIT)
+        with no_copies(store):
+            store.save(cache(), range(8), KEYS).synchronize(LIMIT)
+        assert store.rows.evicted == 0
 
 
 @pytest.mark.parametrize("own", ["drop", "wait"])
