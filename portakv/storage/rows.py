@@ -43,9 +43,9 @@ FOREVER = 1e9  # seconds
 # The groups of cached rows.
 _USED = "used"
 _UNUSED = "prefetched and not used"
-#: A position before all keys of a call, of which the key before its first block has -1.
-BEFORE = -2
 _TRIED = "copies of a block store"  # the key of a view's copies that were tried before
+#: A position before all keys of a call; those that its first blocks follow have -1.
+BEFORE = -2
 
 
 class _Cache:
@@ -181,7 +181,6 @@ class Rows:
         tensor: uint8 ``[staging + host, row_bytes]``, at a multiple of 4,096 bytes.
         array: the same, of numpy.
         pinned: False if the memory is pageable.
-        most: rows that one lease may have, and rows of staging that saves have together.
         evicted: rows that lost their key to another key.
     """
 
@@ -191,7 +190,6 @@ class Rows:
         self.row_bytes = row_bytes
         self.staging = int(staging)
         self.host = int(host)
-        self.most = max(1, self.staging // 2)
         self.evicted = 0
         count = self.staging + self.host
         self.tensor, self.pinned = row_memory(count, row_bytes, pin, shared)
@@ -201,6 +199,11 @@ class Rows:
         self._free = deque(range(count))
         self._lent: dict[int, bool] = {}  # True if it is lent to a save
         self._saved = 0  # rows that are lent to saves
+
+    @property
+    def most(self) -> int:
+        """Return the rows that one lease may have, and that saves have of staging together."""
+        return max(1, self.staging // 2)
 
     @property
     def memory(self) -> tuple[tuple[int, int], ...]:

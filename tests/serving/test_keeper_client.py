@@ -254,13 +254,13 @@ def test_a_folder_of_one_rank_is_that_of_a_keeper(
     assert [path.name for path in folder.iterdir() if path.is_dir()] == forms
 
 
-def test_a_save_without_staging_is_dropped(host: Callable[..., Host]) -> None:
+def test_a_save_without_rows_is_dropped(host: Callable[..., Host]) -> None:
     view = caches()
-    at = host(view, 16, staging=2 * BlockForm.of(view, "model").image_bytes)
+    at = host(view, 4, staging=2 * BlockForm.of(view, "model").image_bytes)
     blocks = at.join(view).blocks[0]
     saved = blocks.save(view, range(10), KEYS[:10])
     saved.synchronize(LIMIT)
-    assert 1 <= saved.landed.sum() < 10
+    assert 1 <= saved.landed.sum() <= 4
     target = caches()
     loaded = blocks.load(target, range(10), KEYS[:10])
     loaded.synchronize(LIMIT)

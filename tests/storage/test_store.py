@@ -42,7 +42,6 @@ from portakv.errors import (
 from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
 from portakv.storage import BlockStore, remote
-from portakv.storage.chains import FIRST
 from portakv.storage.disk import Disk
 from portakv.storage.disk_store import DiskStore
 from portakv.storage.form import BlockForm
@@ -565,7 +564,7 @@ def test_a_lookup_does_not_wait_for_a_store_that_is_dead(opened: Any, cached: in
         store = opened(host=4, tiers=[far])
         for row in range(cached):
             (item,) = store.rows.take(1, False)
-            assert store.rows.keep([item], [store.form.digest + KEYS[row]], [FIRST]) == [True]
+            assert store.rows.keep([item], [store.form.digest + KEYS[row]], [0]) == [True]
         for keys in (KEYS, KEYS[: cached + 1]):
             began = time.monotonic()
             assert store.lookup(keys, timeout=0.2) == cached
