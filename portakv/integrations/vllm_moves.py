@@ -75,7 +75,7 @@ class Move(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Return the bytes that it copies."""
-        return self.pages * sum(part.device.form.token_bytes for part in self.parts)
+        return self.pages * sum([part.device.form.token_bytes for part in self.parts])
 
 
 class _Group(NamedTuple):
@@ -176,35 +176,31 @@ def _ids_of_groups(
     groups: int, blocks_per_chunk: int, device: BlockSpec, host: ChunkSpec
 ) -> list[_Group]:
     """Return the ids of each group of a job."""
-    sizes = list(device.group_sizes)
-    firsts = list(device.block_indices)
-    skips = [first % blocks_per_chunk for first in firsts]
-    used = [
-        -(-(skip + count) // blocks_per_chunk) if count else 0
-        for skip, count in zip(skips, sizes, strict=True)
-    ]
-    blocks = len(device.block_ids)
-    chunks = len(host.block_ids)
-    if len(sizes) != groups or blocks != sum(sizes) or chunks != sum(used):
-        raise SlotError(
-            f"Expected {groups} groups, with {sum(sizes)} blocks in {sum(used)} chunks of "
-            f"{blocks_per_chunk}, got {blocks} blocks, {chunks} chunks and groups of {sizes} "
-            f"blocks with first blocks {firsts}. Pass as many."
-        )
     ids_of = []
     block = chunk = 0
-    for skip, count, chunks_used in zip(skips, sizes, used, strict=True):
+    for count, first in zip(device.group_sizes, device.block_indices, strict=True):
+        skip = first % blocks_per_chunk
+        used = -(-(skip + count) // blocks_per_chunk) if count else 0
         blocks_of = device.block_ids[block : block + count]
-        ids_of.append(_Group(blocks_of, host.block_ids[chunk : chunk + chunks_used], skip))
+        ids_of.append(_Group(blocks_of, host.block_ids[chunk : chunk + used], skip))
         block += count
-        chunk += chunks_used
+        chunk += used
+    blocks = len(device.block_ids)
+    chunks = len(host.block_ids)
+    if len(ids_of) != groups or blocks != block or chunks != chunk:
+        raise SlotError(
+            f"Expected {groups} groups, with {block} blocks in {chunk} chunks of "
+            f"{blocks_per_chunk}, got {blocks} blocks, {chunks} chunks and groups of "
+            f"{list(device.group_sizes)} blocks with first blocks {list(device.block_indices)}. "
+            f"Pass as many."
+        )
     return ids_of
 
 
 def _check_shared(together: Iterable[Sequence[int]], ids_of: Sequence[_Group], store: bool) -> None:
     """Raise `SlotError` if groups that use one tensor write one place twice."""
-    targets = [ids.chunks if store else ids.blocks for ids in ids_of]
     for numbers in together:
+        targets = [ids.chunks if store else ids.blocks for ids in ids_of]
         ids, times = np.unique(np.concatenate([targets[n] for n in numbers]), return_counts=True)
         twice = ids[times > 1]
         if len(twice):

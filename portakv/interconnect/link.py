@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -161,14 +161,17 @@ class _Lists:
     """
 
     def __init__(self, pieces: Pieces) -> None:
-        # One array, and its address by ctypes: numpy takes 1 us to report each address.
-        self._columns = np.empty((3, pieces.number), dtype=np.int64)
-        self._columns[0] = pieces.dst
-        self._columns[1] = pieces.src
-        self._columns[2] = pieces.width
-        self.dst = ctypes.addressof(ctypes.c_char.from_buffer(self._columns.data))
-        self.src = self.dst + 8 * pieces.number
-        self.width = self.src + 8 * pieces.number
+        self._columns = [_writable(column) for column in pieces[:3]]
+        # By ctypes, which takes writable memory alone: numpy takes 1 us to report each address.
+        self.dst, self.src, self.width = [
+            ctypes.addressof(ctypes.c_char.from_buffer(column.data)) for column in self._columns
+        ]
+
+
+def _writable(column: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return a column as contiguous memory that may be written; a copy if it is not."""
+    column = np.ascontiguousarray(column)
+    return column if column.flags.writeable else column.copy()
 
 
 class _Share(NamedTuple):
@@ -326,28 +329,35 @@ class CudaLink:
                     copies.copy_range(share, first, past, to_device, handle, begun)
                 begun = True
 
-    def _turns(self, share: _Share, handle: int) -> Iterator[tuple[int, int, bool]]:
-        """Yield the ranges of a share in their order, each with whether another stream copies it.
+    def _turns(self, share: _Share, handle: int) -> list[tuple[int, int, bool]]:
+        """Return the ranges of a share in their order, each with whether another stream copies it.
 
         Portions that follow each other on the stream of ``handle`` are one range, since each call
         of the driver costs the host as much as many entries.
         """
+        pieces = share.pieces
         joins = handle not in _NULL_STREAMS  # two plain copies would become a batch there
-        waiting = 0  # the first piece of the portions that form one range
         crossed = self._in_a_row.get(handle) or 0
-        for first, past, nbytes in portions(share.pieces, IN_A_ROW // 3):
+        all_bytes = pieces.nbytes
+        if joins and crossed + all_bytes <= IN_A_ROW:
+            self._in_a_row[handle] = crossed + all_bytes
+            return [(0, pieces.number, False)]
+        turns: list[tuple[int, int, bool]] = []
+        waiting = 0  # the first piece of the portions that form one range
+        for first, past, nbytes in portions(pieces, IN_A_ROW // 3):
             rejected = not joins and share.in_batches(first, past)
             too_many = crossed > 0 and crossed + nbytes > IN_A_ROW
             crossed = 0 if too_many else crossed + nbytes
             elsewhere = too_many or rejected
             if elsewhere and waiting < first:
-                yield waiting, first, False
+                turns.append((waiting, first, False))
             if elsewhere or not joins:
-                yield first, past, elsewhere
+                turns.append((first, past, elsewhere))
                 waiting = past
         self._in_a_row[handle] = crossed
-        if waiting < share.pieces.number:
-            yield waiting, share.pieces.number, False
+        if waiting < pieces.number:
+            turns.append((waiting, pieces.number, False))
+        return turns
 
     def _copy_on_other_stream(
         self, copy: Callable[[int], None], stream: torch.Stream | None, handle: int

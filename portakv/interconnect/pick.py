@@ -51,12 +51,12 @@ SHORT = 16 << 20
 #: copy while a model runs, unless a caller would wait longer for it than for the kernel.
 PAGE = 1 << 20
 
-#: The time of a copy of pages that a caller sees while a model runs: seconds of the call on the
-#: host, by strategy, and bytes of a second. Measured on an H100 with 12 MiB in pages of 2 MiB and
-#: new ids in each call, alongside a matmul (benchmarks/NOTES.md, section 30). The seconds of
-#: `batched_memcpy` are those before its host time was halved on a CPU (section 32): to be measured
-#: again on a device, which admits smaller copies.
-CALL = {"batched_memcpy": 225e-6, "zero_copy": 96e-6}
+#: The time of a copy of pages that a caller sees while a model runs: seconds of the call by
+#: strategy, and bytes of a second. The seconds are those of 12 MiB in pages of 2 MiB with new ids
+#: in each call: by the wall on an idle H200, less the bytes at `ENGINE_RATE` and at `ALONE_RATE`
+#: (benchmarks/NOTES.md, section 37). The call of `batched_memcpy` became shorter after that, so
+#: its seconds are an upper bound. The rates are those of an H100, alongside a matmul (section 30).
+CALL = {"batched_memcpy": 134e-6, "zero_copy": 83e-6}
 ENGINE_RATE = 51e9
 KERNEL_RATE = {"d2h": 23e9, "h2d": 27e9}
 #: The rate of the kernel of few thread blocks on a device that does nothing else (same place).

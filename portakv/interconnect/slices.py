@@ -9,7 +9,7 @@ the positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import lcm
 from typing import NamedTuple
 
@@ -81,7 +81,7 @@ def cuts(
             at += n
             target = min(target * GROWTH, largest)
     if not outside:
-        slices = [replace(cut, layers=None) for cut in slices]
+        slices = [Cut(None, cut.kv, cut.start, cut.count) for cut in slices]
     return slices if rising else slices[::-1]
 
 
@@ -102,7 +102,7 @@ def _positions(cut: Cut, quantum: int, nbytes: int, target: int, largest: int) -
     start = 0
     while start < cut.count:
         taken = min(multiple(target, quantum, nbytes / cut.count), cut.count - start)
-        parts.append(replace(cut, start=start, count=taken))
+        parts.append(Cut(cut.layers, cut.kv, start, taken))
         start += taken
         target = min(target * GROWTH, largest)
     return parts

@@ -158,10 +158,13 @@ class CopyPlan:
         """
         return summed(self.factors(Move(src, dst, src_index, dst_index, count)))
 
-    def factors(self, move: Move) -> list[Factors]:
-        """Return for each nest the runs of a copy, before multiplication; raise as `runs` does."""
+    def factors(self, move: Move, ordered: bool = True) -> list[Factors]:
+        """Return for each nest the runs of a copy, before multiplication; raise as `runs` does.
+
+        ``ordered``: the lines of a nest are in the order of the source; else in any order.
+        """
         self.check_sides(move.src, move.dst, move.src_index, move.dst_index)
-        return factors(self._expansions, self.unit, move)
+        return factors(self._expansions, self.unit, move, ordered)
 
     @cached_property
     def by_unit(self) -> bool:
@@ -179,6 +182,10 @@ class CopyPlan:
 
     def check_sides(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> None:
         """Raise as `runs` does for views and indices that the plan was not made for."""
+        known = isinstance(src_index, Index) and isinstance(dst_index, Index)
+        alike = getattr(src, "form", None) is self.src and getattr(dst, "form", None) is self.dst
+        if known and alike and self.unit == 1:
+            return  # the usual case, without a call for each side
         self._check_side("src", "source", src, src_index)
         self._check_side("dst", "destination", dst, dst_index)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import sub
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from portakv.errors import SlotError
 from portakv.plan.loops import Loop, Nest, Side
 from portakv.plan.move import Move
+from portakv.view.ids import SHORT
 from portakv.view.index import UnitNumbers
 from portakv.view.view import KVView
 
@@ -36,8 +38,8 @@ class Planes(NamedTuple):
 class Factors(NamedTuple):
     """The runs of a nest as a sum: every line in every plane; their addresses are added.
 
-    Both are in the order of the source. The lines of a single plane have whole addresses, and the
-    plane is `ONLY_PLANE`.
+    The planes are in the order of the source, and so are the lines unless any order was requested.
+    The lines of a single plane have whole addresses, and the plane is `ONLY_PLANE`.
     """
 
     planes: Planes
@@ -46,6 +48,19 @@ class Factors(NamedTuple):
 
 #: A plane whose lines have whole addresses.
 ONLY_PLANE = Planes(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+
+
+class _Even(NamedTuple):
+    """Units of a side at one stride.
+
+    Attributes:
+        table, offset: the entry of the table, and the bytes from there to the first unit.
+        stride: the bytes between units.
+    """
+
+    table: int
+    offset: int
+    stride: int
 
 
 class Expansion:
@@ -66,18 +81,28 @@ class Expansion:
             _walk(zero + side.table, zero, outer, at) for at, side in enumerate(nest.sides)
         ]
         self._single = not outer
-        #: For each side the bytes between units; None if their addresses take more steps.
-        self._strides = [
-            None if self._inner or by_line else _stride(side)
+        #: For each side its units at one stride; None if their addresses take more steps.
+        self._even = [
+            None if self._inner or by_line else _even(side)
             for side, by_line in zip(nest.sides, self._by_line, strict=True)
         ]
+        #: Two units may form one run.
+        self._join = all(even is None or even.stride == nest.run for even in self._even)
 
-    def factors(self, views: tuple[KVView, KVView], numbers: Sequence[UnitNumbers]) -> Factors:
+    def factors(
+        self, views: tuple[KVView, KVView], numbers: Sequence[UnitNumbers], ordered: bool
+    ) -> Factors:
         """Return the runs of the units with these numbers, on either side, before
         multiplication."""
-        src = self._lines(0, self._nest.src, views[0], numbers[0])
-        dst = self._lines(1, self._nest.dst, views[1], numbers[1])
-        lines = _merge(src, dst, np.full(src.size, self._nest.run, dtype=np.int64))
+        src_even, dst_even = self._even
+        if src_even is not None and dst_even is not None:
+            lines = self._even_lines(views, numbers, (src_even, dst_even))
+        else:
+            src = self._lines(0, self._nest.src, views[0], numbers[0])
+            dst = self._lines(1, self._nest.dst, views[1], numbers[1])
+            lines = Runs(src, dst, np.full(src.size, self._nest.run, dtype=np.int64))
+        if ordered or (self._join and _may_meet(lines, self._nest.run)):
+            lines = _merge(*lines)
         if self._single:
             return Factors(ONLY_PLANE, lines)
         first = self._starts(0, views[0])
@@ -89,6 +114,27 @@ class Expansion:
         tables, starts = self._planes[at]
         return starts if self._by_line[at] else view.addresses[tables] + starts
 
+    def _even_lines(
+        self, views: tuple[KVView, KVView], numbers: Sequence[UnitNumbers], even: Sequence[_Even]
+    ) -> Runs:
+        """Return the lines of units that lie at one stride on both sides, before neighbours are
+        merged."""
+        columns = []
+        for view, (units, rest), side in zip(views, numbers, even, strict=True):
+            stride = side.stride
+            first = side.offset + rest * (stride // self._unit)
+            if self._single:
+                first += view.origins[side.table]
+            if units.size > SHORT:
+                columns.append(units * stride + first)
+            else:
+                few = [unit * stride + first for unit in units.tolist()]
+                columns.append(np.array(few, dtype=np.int64))
+        nbytes = np.empty(columns[0].size, dtype=np.int64)
+        nbytes[:] = self._nest.run
+        src, dst = columns
+        return Runs(src, dst, nbytes)
+
     def _lines(self, at: int, side: Side, view: KVView, numbers: UnitNumbers) -> Int64:
         """Return the distances of lines from their plane on a side; their addresses if the plane is
         the only one, or if each line has another entry of the table."""
@@ -98,9 +144,9 @@ class Expansion:
         first = side.offset + rest * (side.units[-1].stride // self._unit)
         if self._single and not by_line:
             first += view.origins[side.table]
-        stride = self._strides[at]
-        if stride is not None:
-            return units * stride + first
+        even = self._even[at]
+        if even is not None:
+            return units * even.stride + first
         entries, offsets = side.locate(units)
         if first:
             offsets = offsets + first
@@ -112,16 +158,21 @@ class Expansion:
         return offsets
 
 
-def _stride(side: Side) -> int | None:
-    """Return the bytes between all units of a side that follow each other; None if they differ."""
+def _even(side: Side) -> _Even | None:
+    """Return the units of a side if all that follow each other lie at one stride; else None."""
     step = side.units[0]
     even = len(side.units) == 1 and not step.extent and not step.table
-    return step.stride if even else None
+    return _Even(side.table, side.offset, step.stride) if even else None
 
 
-def factors(expansions: Sequence[Expansion], unit: int, move: Move) -> list[Factors]:
+def factors(
+    expansions: Sequence[Expansion], unit: int, move: Move, ordered: bool = True
+) -> list[Factors]:
     """Return for each nest the runs of a copy, before multiplication; raises as `CopyPlan.runs`
-    does."""
+    does.
+
+    ``ordered``: the lines of a nest are in the order of the source; else in any order.
+    """
     src = move.src
     dst = move.dst
     src_index = move.src_index
@@ -141,7 +192,7 @@ def factors(expansions: Sequence[Expansion], unit: int, move: Move) -> list[Fact
     if skips:
         moved = (numbers[0].units >= 0) & (numbers[1].units >= 0)
         numbers = [each._replace(units=each.units[moved]) for each in numbers]
-    return [each.factors((src, dst), numbers) for each in expansions]
+    return [each.factors((src, dst), numbers, ordered) for each in expansions]
 
 
 def summed(several: Sequence[Factors]) -> Runs:
@@ -215,6 +266,20 @@ def _walk(entries: Int64, offsets: Int64, loops: Sequence[Loop], side: int) -> t
 
 def _outer(base: Int64, steps: Int64) -> Int64:
     return np.asarray((base[:, None] + steps[None, :]).reshape(-1))
+
+
+def _may_meet(lines: Runs, run: int) -> bool:
+    """Return whether a few lines of ``run`` bytes have neighbours on both sides; True for many."""
+    number = lines.src.size
+    if number > SHORT:
+        return True
+    sources = lines.src.tolist()
+    targets = lines.dst.tolist()
+    if len(set(map(sub, targets, sources))) == number:
+        return False  # neighbours are moved by one distance
+    places = set(zip(sources, targets, strict=True))
+    followers = {(source + run, target + run) for source, target in places}
+    return not places.isdisjoint(followers)
 
 
 def _merge(src: Int64, dst: Int64, nbytes: Int64) -> Runs:

@@ -20,7 +20,8 @@ ID_DTYPES = (torch.int64, torch.int32)
 #: A slot past the end of any view, and far from where 64 bits overflow.
 PAST_ANY_VIEW = 2**62
 _INT64 = np.dtype(np.int64)
-#: Numbers that Python looks through faster than numpy (8 ids: 1 us in place of 6).
+#: Numbers that Python looks through, or reckons with, faster than numpy (8 ids: 1 us in place of 6;
+#: the addresses of 6 pages: 3 us in place of 12).
 SHORT = 64
 
 
@@ -30,11 +31,10 @@ def as_ids(ids: object) -> torch.Tensor:
     Raises:
         SlotError: another type, dtype or rank, or a tensor that owns no memory.
     """
-    if isinstance(ids, (list, tuple, range)):
-        return torch.from_numpy(_array_of(ids))
+    array = host_array(ids)
+    if array is not None:
+        return torch.from_numpy(array)
     if isinstance(ids, np.ndarray):
-        if ids.dtype is _INT64 and ids.strides == (8,) and ids.flags.writeable:  # the usual case
-            return torch.from_numpy(ids)
         ids = _tensor_of(ids)
     if not isinstance(ids, torch.Tensor):
         raise SlotError(
@@ -43,6 +43,15 @@ def as_ids(ids: object) -> torch.Tensor:
         )
     _check_tensor(ids)
     return ids
+
+
+def host_array(ids: object) -> npt.NDArray[np.int64] | None:
+    """Return the contiguous int64 array of a list, or an array that is one already; None for all
+    else. Raise `SlotError` as `as_ids` does."""
+    if isinstance(ids, np.ndarray):
+        usual = ids.dtype is _INT64 and ids.strides == (8,) and ids.flags.writeable
+        return ids if usual else None
+    return _array_of(ids) if isinstance(ids, (list, tuple, range)) else None
 
 
 def _array_of(ids: list[Any] | tuple[Any, ...] | range) -> npt.NDArray[np.int64]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import SlotError, Unsupported
-from portakv.view.ids import ID_DTYPES, PAST_ANY_VIEW, as_ids, has_repeats, out_of_range
+from portakv.view.ids import ID_DTYPES, PAST_ANY_VIEW, as_ids, has_repeats, host_array, out_of_range
 from portakv.view.ids import IdList as IdList
 from portakv.view.requests import request_slots
 
@@ -34,10 +34,10 @@ class _Store:
 
     __slots__ = ("array", "checked", "copies", "token")
 
-    def __init__(self) -> None:
+    def __init__(self, array: npt.NDArray[np.int64] | None = None) -> None:
         self.token = object()  # stands for the list, and holds none of its memory
         # The ids as a contiguous int64 array on the host, and contiguous in other places or dtypes.
-        self.array: npt.NDArray[np.int64] | None = None
+        self.array = array
         self.copies: list[torch.Tensor] = []
         # For (offset, count, slots, distinct): True if an id of that range is negative.
         self.checked: dict[tuple[int, int, int, bool | None], bool] = {}
@@ -113,8 +113,12 @@ class Index:
                 f"Expected an integer step from 1 to {_INT32} and an integer offset of at least 0, "
                 f"got Index(step={step!r}, offset={offset!r}). Pass such numbers."
             )
-        made = None if ids is None else as_ids(ids)
-        self._set(made, step, offset, _Store(), False, bool(trusted))
+        array = host_array(ids)
+        if array is not None:
+            made: torch.Tensor | None = torch.from_numpy(array)
+        else:
+            made = None if ids is None else as_ids(ids)
+        self._set(made, step, offset, _Store(array), False, bool(trusted))
 
     def _set(
         self,
