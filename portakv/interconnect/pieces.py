@@ -102,15 +102,17 @@ def portions(pieces: Pieces, most: int) -> list[tuple[int, int, int]]:
     total = pieces.nbytes
     if pieces.number < 2 or total <= most:
         return [(0, pieces.number, total)]
-    reached = np.cumsum(pieces.width * pieces.height)
-    nth = (reached - 1) // most
-    ends = np.append(np.flatnonzero(np.diff(nth)) + 1, reached.size)
+    reached = np.cumsum(pieces.width if pieces.plain else pieces.width * pieces.height)
+    # A range ends before the piece that reaches past the next multiple of ``most``.
+    multiples = np.arange(most, total, most, dtype=np.int64)
     first = before = 0
     ranges = []
-    for past, after in zip(ends.tolist(), reached[ends - 1].tolist(), strict=True):
-        ranges.append((first, past, after - before))
-        first = past
-        before = after
+    for past in (*reached.searchsorted(multiples, "right").tolist(), pieces.number):
+        if past > first:
+            after = int(reached[past - 1])
+            ranges.append((first, past, after - before))
+            first = past
+            before = after
     return ranges
 
 
