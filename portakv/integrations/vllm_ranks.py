@@ -14,6 +14,7 @@ from portakv.integrations.vllm_caches import Settings
 from portakv.integrations.vllm_views import BY_HEAD, GroupView, kernels_of, views_of
 from portakv.serving import Blocks, Keeper, KeeperClient, KeeperIndex, place_of
 from portakv.serving.local import LocalIndex, forms_of
+from portakv.serving.start import warm_up
 
 _log = logging.getLogger(__name__)
 #: Seconds for which the start of an engine waits until a rank of it has joined a keeper.
@@ -128,7 +129,7 @@ class WorkerStore:
         return read_views(self._settings, kv_caches, kv_cache_config, kernels_of(self._config))
 
     def open(self, views: Sequence[GroupView], number: int) -> Sequence[Blocks]:
-        """Return the blocks of each group of layers.
+        """Return the blocks of each group of layers, after copies that build kernels.
 
         A keeper may serve later. Until then nothing is loaded, and saves are dropped.
 
@@ -140,6 +141,12 @@ class WorkerStore:
             IntegrationError, InvalidTerms: caches that are no part of whole blocks.
             StoreError, StoreBusy: as `LocalIndex.open`.
         """
+        parts = self._open(views, number)
+        for each, part in zip(views, parts, strict=True):
+            warm_up(each.view, part.form, self._settings.store.by_layer)
+        return parts
+
+    def _open(self, views: Sequence[GroupView], number: int) -> Sequence[Blocks]:
         settings = self._settings
         terms = settings.store
         engine = settings.engine
