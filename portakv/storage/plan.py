@@ -559,11 +559,11 @@ class InFlight(Lease):
         for name in self.names:
             if shared.in_transit.get(name, (None,))[0] is self:
                 del shared.in_transit[name]
-        kept: list[int] = np.flatnonzero(landed).tolist()
-        if kept and shared.rows.host:
-            items = [self.items[row] for row in kept]
-            names = [self.names[row] for row in kept]
-            shared.rows.keep(items, names, self._follows(kept), prefetched, claim)
+        whole: list[int] = np.flatnonzero(landed).tolist()
+        if whole and shared.rows.host:
+            items = [self.items[row] for row in whole]
+            names = [self.names[row] for row in whole]
+            shared.rows.keep(items, names, self._follows(whole), prefetched, claim)
         call.transfer_ended()
 
     def _claim(self) -> Claim:

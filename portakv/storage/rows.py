@@ -225,14 +225,14 @@ class Rows:
             if loaded + min(saved, self.most) > self.staging:
                 return None
             beyond = saved - self.most
-            if store and beyond > 0 and not (claim and self._make_room(beyond, claim, place)):
+            if store and beyond > 0 and not (claim and self._evict_for_saves(beyond, claim, place)):
                 return None
             items = [self._free.popleft() for _ in range(count)]
             self._lent.update(dict.fromkeys(items, store))
             self._saved = saved
             return items
 
-    def _make_room(self, beyond: int, claim: Claim, place: int) -> bool:
+    def _evict_for_saves(self, beyond: int, claim: Claim, place: int) -> bool:
         """Evict rows until saves may have so many rows of the host tier; return False if some may
         not go."""
         if beyond > self.host:
