@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from portakv_benchmarks.check import (
+    ENGINE_SUITE,
     HOST_SUITE,
     INTEGRATION_SUITE,
     MIGRATION_SUITE,
@@ -299,9 +300,11 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
 
 
 def page(files: Iterable[Path]) -> str:
-    """Return the page for result files, accelerators first, without results of integrations."""
+    """Return the page for result files, accelerators first, without those of integrations and
+    engines."""
     read = (recorded.read(path) for path in sorted(files))
-    results = [result for result in read if result.get("suite") != INTEGRATION_SUITE]
+    left_out = (INTEGRATION_SUITE, ENGINE_SUITE)
+    results = [result for result in read if result.get("suite") not in left_out]
     results.sort(key=lambda result: result["machine"]["device_type"] == "cpu")
     suites = {None: _device, HOST_SUITE: _link, WALL_SUITE: _whole_calls, STORAGE_SUITE: _storage}
     suites[MIGRATION_SUITE] = _migration

@@ -73,16 +73,27 @@ def _ratios_of(part: str, name: str, served: AllServed, length: int) -> dict[str
     return ratios
 
 
-def row_of_steps(model: Model, name: str, what: str, runs: Sequence[Sequence[float]]) -> Row:
-    """Return the row of the milliseconds of steps, of several runs, while ``what`` comes in."""
-    return {
-        "kind": "engine_decode",
-        "shape": f"{DECODING} requests decode, {INCOMING} prompts come in, {model.shape}",
-        "backend": name,
-        "op": f"{what} comes in" if what == "nothing" else f"{what} come in",
-        "mean_ms": short(median(mean(took) for took in runs)),
-        "p50_ms": short(median(median(took) for took in runs)),
-        "most_ms": short(max(max(took) for took in runs)),
-        "rounds": len(runs),
-        "verified": True,
-    }
+#: Milliseconds of the steps of each run, by connector and by what comes in.
+AllSteps: TypeAlias = Mapping[tuple[str, str], Sequence[Sequence[float]]]
+
+
+def rows_of_steps(model: Model, steps: AllSteps) -> Rows:
+    """Return a row for the steps with each connector while nothing, hits or new prompts come in."""
+    rows: Rows = []
+    means = {key: median(mean(took) for took in runs) for key, runs in steps.items()}
+    for (name, what), runs in steps.items():
+        row: Row = {
+            "kind": "engine_decode",
+            "shape": f"{DECODING} requests decode, {INCOMING} prompts come in, {model.shape}",
+            "backend": name,
+            "op": f"{what} comes in" if what == "nothing" else f"{what} come in",
+            "mean_ms": short(means[name, what]),
+            "p50_ms": short(median(median(took) for took in runs)),
+            "most_ms": short(max(max(took) for took in runs)),
+            "rounds": len(runs),
+            "verified": True,
+        }
+        if name != OWN and (OWN, what) in means:
+            row["of_own"] = short(means[name, what] / means[OWN, what])
+        rows.append(row)
+    return rows

@@ -33,8 +33,8 @@ from portakv_benchmarks.engines.rows import (
     OFF,
     OWN,
     Served,
-    row_of_steps,
     rows_of_prompts,
+    rows_of_steps,
 )
 from portakv_benchmarks.engines.turns import TurnsConnector
 from portakv_benchmarks.shared.harness import Rows
@@ -61,7 +61,8 @@ def connectors_of(model: Model, folder: Path) -> dict[str, Any]:
                 "folder": str(folder / "blocks"),
                 "capacity": 4 * model.host,
                 "host": 0,
-                "staging": staging,
+                # Saves have half of it; a step of the longest prompt has to fit.
+                "staging": 3 * staging,
             },
         },
     }
@@ -149,7 +150,7 @@ def measure_decoding(engine: Engine, model: Model, names: Sequence[str]) -> Rows
                     steps[name, what].append(took)
                 engine.forget()
     TurnsConnector.turn = OFF
-    return [row_of_steps(model, name, what, each) for (name, what), each in steps.items()]
+    return rows_of_steps(model, steps)
 
 
 def _decode(

@@ -233,8 +233,8 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     "engine_decode": (
         "steps of a real engine while requests decode",
         (("case", "shape"), ("meanwhile", "op"), ("connector", "backend"),
-         ("mean ms", "mean_ms:.4g"), ("median", "p50_ms:.4g"), ("most", "most_ms:.4g"),
-         ("runs", "rounds:")),
+         ("mean ms", "mean_ms:.4g"), ("x vLLM's", "of_own:.3f"), ("median", "p50_ms:.4g"),
+         ("most", "most_ms:.4g"), ("runs", "rounds:")),
     ),
     "storage_engine": ("reading and writing random slots of one file", _STORED),
     "storage_tier": ("a disk's tier alongside its engine with as many bytes", _STORED),

@@ -15,8 +15,8 @@ from portakv_benchmarks.engines.rows import (
     OFF,
     OWN,
     Served,
-    row_of_steps,
     rows_of_prompts,
+    rows_of_steps,
 )
 from portakv_benchmarks.shared.harness import having
 from portakv_benchmarks.shared.tables import print_results
@@ -54,14 +54,17 @@ def test_ratios_are_medians_of_pairs() -> None:
 
 
 def test_steps_are_summed_up_by_run() -> None:
-    row = row_of_steps(MODEL, HOST, "hits", [[1.0, 1.0, 4.0], [2.0, 2.0, 2.0], [3.0, 3.0, 30.0]])
+    ours = [[1.0, 1.0, 4.0], [2.0, 2.0, 2.0], [3.0, 3.0, 30.0]]
+    row, own = rows_of_steps(MODEL, {(HOST, "hits"): ours, (OWN, "hits"): [[4.0]]})
     assert (row["mean_ms"], row["p50_ms"], row["most_ms"]) == (2.0, 2.0, 30.0)
+    assert row["of_own"] == 0.5
+    assert "of_own" not in own
 
 
 def test_its_tables_show_wrong_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     machine = {"device": "a device", "torch": "2", "python": "3"}
-    steps = row_of_steps(MODEL, OFF, "nothing", [[1.0]])
-    print_results({"machine": machine, "rows": [*rows(), steps], "left_out": []})
+    steps = rows_of_steps(MODEL, {(OFF, "nothing"): [[1.0]]})
+    print_results({"machine": machine, "rows": [*rows(), *steps], "left_out": []})
     shown = capsys.readouterr().out
     assert "WRONG" in shown
     assert "nothing comes in" in shown
