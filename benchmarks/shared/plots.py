@@ -379,6 +379,7 @@ def pulled(rows: list[Row], device: str) -> Figure | None:
 
 def first_tokens(rows: list[Row], device: str) -> Figure:
     """Draw the time until the first token of a known prompt, by where its rows come from."""
+    rows = [row for row in rows if row["verified"]]
     cases = grouped(rows, "shape")
     figure = Figure(figsize=(9.5, 0.7 + 0.17 * sum(len(_SOURCES) + 2 for _ in cases)))
     axes = figure.subplots()
@@ -401,7 +402,7 @@ def first_tokens(rows: list[Row], device: str) -> Figure:
     axes.set_ylim(at - 0.4, -0.8)
     axes.set_xlim(0, 1.1 * max(row["most_ms"] for row in rows))
     axes.set_xlabel("ms until the first token, medians; the line goes from the least to the most")
-    axes.set_title(f"A prompt that is known, in vLLM · {device}", fontsize=10)
+    axes.set_title(f"The first token of a known prompt in vLLM · {device}", fontsize=10)
     return figure
 
 
