@@ -19,6 +19,7 @@ from portakv.storage.form_index import FormIndex
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
 from portakv.storage.plan import (
     CACHED,
+    ISSUED,
     SAVED,
     SLICE,
     Call,
@@ -121,7 +122,7 @@ class FormStore(FormIndex):
         size = form.own.form.block_size
         crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
         crossing.prepare(form.own.rows)
-        source = ViewSource(view, crossing, self._down)
+        source = ViewSource(view, crossing, self._down, self.rows.pinned)
         return self._planned(call, partial(self._save, call, source, self._until(full)))
 
     def save_lent(
@@ -188,7 +189,9 @@ class FormStore(FormIndex):
         """Plan in steps the save of blocks that some tiers lack."""
         form = call.form
         queues = [tier_store.queue_for_write(0) for tier_store in tier_stores]
-        chunks = call.chunks(form.own, some, SAVED, 1, *queues)
+        # Workers that neither copy nor write have no work that a small task would share.
+        nbytes = SAVED if tier_stores or not source.issues else ISSUED
+        chunks = call.chunks(form.own, some, nbytes, 1, *queues)
 
         # After a gap no block evicts another one. The first blocks take the free slots only if
         # each chunk waits for the writes of the chunk before it.

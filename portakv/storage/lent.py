@@ -236,7 +236,8 @@ class Lending:
         seals: the queue whose workers seal the images of a save.
     """
 
-    ends: Sequence[Completion] = ()  # of copies that the store issues
+    issues = False  # the store issues no copy
+    ends: Sequence[Completion] = ()
     view: KVView | None = None
 
     def __init__(self, copier: Copier, queue: LentQueue, seals: Queue) -> None:

@@ -36,6 +36,9 @@ from portakv.view import KVView
 #: one piece of a save.
 SAVED = 16 << 20
 LOADED = 32 << 20
+#: Bytes of a task of a save whose copy was issued and that no tier stores: each task takes the
+#: host some 0.1 ms.
+ISSUED = 128 << 20
 #: Blocks of a task at most: the end of a task takes the graph's lock for 4 us a block, and urgent
 #: work waits for it.
 BLOCKS = 256

@@ -18,11 +18,15 @@ from portakv.view import KVView
 class Source(Protocol):
     """Brings the blocks of a save into rows.
 
-    ``view``: the caller's, if the store reads it. ``ends``: of the copies that `issue` issued.
+    ``view``: the caller's, if the store reads it. ``issues``: `issue` makes the copies of chunks
+    that have rows. ``ends``: of the copies that it issued.
     """
 
     @property
     def view(self) -> KVView | None: ...
+
+    @property
+    def issues(self) -> bool: ...
 
     @property
     def ends(self) -> Sequence[Completion]: ...
@@ -38,10 +42,12 @@ class Source(Protocol):
 class ViewSource:
     """The view of a caller, which workers of a queue read, or copies that `issue` issues."""
 
-    def __init__(self, view: KVView, crossing: Crossing, queue: Queue) -> None:
+    def __init__(self, view: KVView, crossing: Crossing, queue: Queue, pinned: bool) -> None:
         self.view = view
         self._crossing = crossing
         self._queue = queue
+        # A worker keeps the pace, and waits where the host has to.
+        self.issues = crossing.waits_for_nothing and pinned and not queue.max_gbps
 
     @property
     def ends(self) -> Sequence[Completion]:
@@ -52,8 +58,7 @@ class ViewSource:
         """Issue one copy for the chunks of a save from a device for which staging has room."""
         crossing = self._crossing
         shared = call.shared
-        # A worker keeps the pace, and waits where the host has to.
-        if not (crossing.waits_for_nothing and shared.rows.pinned) or self._queue.max_gbps:
+        if not self.issues:
             return
         granted = [in_flight for in_flight in started if shared.graph.take(in_flight)]
         if granted:
