@@ -127,6 +127,11 @@ class Handle(Transfer):
         return True
 
     @property
+    def is_issued(self) -> bool:
+        """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
+        return bool(self._issued) and not self._barriers
+
+    @property
     def landed(self) -> Mask:
         """Return the blocks that landed, bool ``[blocks]``; none before the end.
 

@@ -119,6 +119,12 @@ class KeptTransfer:
             return all(piece.ended for piece in self.pieces)
 
     @property
+    def is_issued(self) -> bool:
+        """Return whether all copies were issued: `wait` orders a stream, and blocks no host."""
+        with self._changed:
+            return self.issued is not None and all(piece.issued_all for piece in self.pieces)
+
+    @property
     def landed(self) -> Mask:
         """Return the blocks that landed, or are stored, bool ``[blocks]``.
 

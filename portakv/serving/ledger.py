@@ -399,11 +399,13 @@ class Ledger:
 
     # --- what the workers do
 
-    def plan(self) -> Plan:
-        """Return what the workers do in this step."""
+    def plan(self, idle: bool = False) -> Plan:
+        """Return what the workers do in this step. ``idle``: the step computes nothing."""
         made = self._next
         self._next = _Next()
-        return Plan(tuple(made.loads), tuple(made.saves), tuple(made.stop), tuple(made.retained))
+        loads = tuple(made.loads)
+        lists = tuple(made.saves), tuple(made.stop), tuple(made.retained)
+        return Plan(loads, *lists, idle=idle and bool(loads))
 
     def describe_blocks(self) -> None:
         """Remember from now on what the blocks of loads and saves have been made of."""

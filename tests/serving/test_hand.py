@@ -377,3 +377,64 @@ def test_without_a_fence_a_load_comes_too_early(
 ) -> None:
     monkeypatch.setattr(StreamFence, "on", lambda _, stream: stream)  # a stream is a context
     assert loads_in_turn(accelerator) == (True, False)
+
+
+def rows_of_the_next_step(device: torch.device, idle: bool, loads: int = 1) -> tuple[bool, bool]:
+    """Load blocks whose copy is late, and read them on the model's stream as the next step does.
+
+    Returns whether the load counts as ended before that, and whether its rows were read.
+    """
+    keys = prefix_keys(range(16), 8)
+    rows, view = caches(2, 8)
+    rows.copy_(torch.arange(16, device="cpu").view(2, 1, 8, 1, 1).expand_as(rows))
+    memory = torch.full((4, *rows.shape[1:]), NOTHING, dtype=rows.dtype, device=device)
+    target = KVView([memory], LAYOUT)
+    form = BlockForm.of(view, "model")
+    torch.accelerator.synchronize(device)
+    model = torch.Stream(device)
+    with BlockStore(form, staging=1 << 16, host=1 << 15) as store, model:
+        store.save(view, [0, 1], keys).synchronize(LIMIT)
+        store.load(target, [0, 1], keys).synchronize(LIMIT)  # builds what the copy needs
+
+        class Late:
+            form = store.form
+
+            @staticmethod
+            def load(*args: Any, **terms: Any) -> Any:
+                delay(current(device))
+                return store.load(*args, **terms)
+
+        hand = Hand([GroupCache(target, cast(FormStore, Late))])
+        memory.fill_(NOTHING)
+        jobs = (
+            Job(1, "a", tuple(keys), 0, None, ((0, 1),)),
+            Job(2, "b", tuple(keys), 0, None, ((2, 3),)),
+        )
+        hand.load(Plan(loads=jobs[:loads], idle=idle))
+        ended = hand.report().loaded == {1: frozenset()}
+        read = memory[:2].clone()
+        torch.accelerator.synchronize(device)
+        reported(hand)
+    return ended, torch.equal(read.cpu(), rows)
+
+
+def test_in_an_idle_engine_the_models_stream_waits_for_a_load(accelerator: torch.device) -> None:
+    """So the load has ended for all that the engine issues from now on."""
+    assert rows_of_the_next_step(accelerator, idle=True) == (True, True)
+
+
+def test_the_model_of_a_busy_engine_waits_for_no_load(accelerator: torch.device) -> None:
+    """The control: the rows are not there yet, and the load has not ended."""
+    assert rows_of_the_next_step(accelerator, idle=False) == (False, False)
+
+
+def test_the_model_does_not_wait_for_several_loads(accelerator: torch.device) -> None:
+    """The first request would wait for the last one's."""
+    assert rows_of_the_next_step(accelerator, idle=True, loads=2) == (False, False)
+
+
+def test_the_model_does_not_wait_for_a_long_load(
+    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("portakv.serving.hand.ORDERED", 1)
+    assert rows_of_the_next_step(accelerator, idle=True) == (False, False)

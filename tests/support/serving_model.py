@@ -449,7 +449,7 @@ class Engine:
                 request.name, request.computed, past, (blocks,), replaced=request.fresh
             )
             request.fresh = False
-        plan = self.ledger.plan()
+        plan = self.ledger.plan(idle=not until)
         for job in plan.loads:
             self.loads[job.number] = Load(self.requests[job.request], job)
         for worker in self.workers:

@@ -111,7 +111,7 @@ class HookLedger:
     def preempted(self, name: str) -> None:
         self.gone.add(name)
 
-    def plan(self) -> Plan:
+    def plan(self, idle: bool = False) -> Plan:
         output = SimpleNamespace(
             num_scheduled_tokens={each[0]: each[2] for each in (*self.news, *self.olds)},
             preempted_req_ids=self.gone or None,
