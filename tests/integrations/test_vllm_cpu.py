@@ -45,8 +45,9 @@ IMPORTED = (
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [992, 480, 896]  # tokens of whole blocks before the last token
 WINDOW = 128
-LATE = 4  # steps by which a copy is late
-STALL = 2.0  # seconds after which it begins although the engine makes no step
+LATE = 12  # steps by which a copy is late
+SLID = 60  # the same, so that windows leave blocks of the end of a prompt
+STALL = 1.0  # seconds without a step, after which it begins
 MANY = [prompt(600, 10 + n) for n in range(8)]
 
 
@@ -395,7 +396,7 @@ def test_windows_slide_while_rows_are_read(
 
     def work() -> tuple[list[list[list[int]]], int]:
         engine = Engine(hybrid, terms(tmp_path / "store"), blocks=140)
-        read_late(engine)
+        read_late(engine, SLID)
         if not guard:
             engine.connector.ledger.__class__ = NotHeld
         turns = []
@@ -466,13 +467,14 @@ def test_preempted_requests(
     assert (turns == [own[1].tokens] * 3) is guard
 
 
-def read_late(engine: Engine) -> None:
+def read_late(engine: Engine, steps_late: int = LATE) -> None:
     """Let each copy of a save or load begin some steps late, as on a busy machine.
 
     A step that waits for a copy is not waited for.
     """
     steps = itertools.count(1)
     now = [0]
+    last = [time.monotonic()]  # step
     stopping = threading.Event()
     connector = engine.connector
     hand = engine.worker_connector.hand
@@ -481,6 +483,7 @@ def read_late(engine: Engine) -> None:
 
     def count_steps(output: Any) -> Any:
         now[0] = next(steps)
+        last[0] = time.monotonic()
         return plan_step(output)
 
     def stop_saves(plan: Any) -> None:
@@ -495,8 +498,9 @@ def read_late(engine: Engine) -> None:
 
     def late(*args: Any, **terms: Any) -> Any:
         first = now[0]
-        until = time.monotonic() + STALL
-        while now[0] < first + LATE and not stopping.is_set() and time.monotonic() < until:
+        while now[0] < first + steps_late and not stopping.is_set():
+            if time.monotonic() > last[0] + STALL:
+                break
             time.sleep(1e-3)
         return copy_rows(*args, **terms)
 
