@@ -275,7 +275,8 @@ class Ledger:
         count = self._count_stored(state, first, most) if most > first else 0
         if count is None:
             now = self._now()
-            state.queried = state.queried or now
+            if state.queried is None:
+                state.queried = now
             if now - state.queried < PATIENCE:
                 return None
             self.counts["unanswered"] += 1

@@ -3,22 +3,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from portakv.arguments import flag, items, nbytes, seconds, text, whole
-from portakv.errors import InvalidTerms, PortaKVError, StoreBusy
+from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, TransferTimeout
 from portakv.runtime.bounded import Bounded
-from portakv.storage import BlockForm, BlockStore, Disk
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.serving.bucket import BucketLookups, check_bucket
+from portakv.storage import BlockForm, BlockStore, Disk, Remote
 from portakv.storage.changes import Change
 from portakv.storage.form import Range
 from portakv.storage.form_store import FormStore
+from portakv.storage.tier import Tier
 from portakv.view import KVView
 
+_log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds to wait for a folder that another process has, and between two attempts.
 PATIENCE = 10.0
 PAUSE = 0.1
@@ -44,6 +50,9 @@ class StoreTerms:
             rows; else the request waits until all have landed.
         shared: the blocks are stored through a keeper, so that several engines of the host have
             one store. Each of them has this term.
+        bucket: the address of an object store, as `Remote` takes it: s3://bucket/prefix, gs://,
+            az://; None: no bucket. Credentials come from the environment.
+        bucket_options: of `Remote`, such as the endpoint and the region; none is secret.
 
     Raises `InvalidTerms` for values that a term cannot have, and for no tier at all.
     """
@@ -56,6 +65,8 @@ class StoreTerms:
     block_size: int | None = None
     by_layer: bool = False
     shared: bool = False
+    bucket: str | None = None
+    bucket_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for folder in self.folders:
@@ -68,10 +79,21 @@ class StoreTerms:
             whole("block_size", self.block_size, 1)
         flag("by_layer", self.by_layer)
         flag("shared", self.shared)
-        if not self.folders and not self.host:
+        if self.bucket is not None:
+            check_bucket(self.bucket, self.bucket_options)
+        elif self.bucket_options:
             raise InvalidTerms(
-                "Expected a host tier or a folder for a disk tier, got host=0 and no folder. Pass "
-                "one of them."
+                "Expected bucket_options for a bucket, got no bucket. Pass its address as bucket."
+            )
+        if self.bucket is not None and self.by_layer:
+            raise InvalidTerms(
+                "Expected by_layer without a bucket, got both: a step would wait for the bucket. "
+                "Leave one of them out."
+            )
+        if not self.folders and not self.host and self.bucket is None:
+            raise InvalidTerms(
+                "Expected a host tier, a folder for a disk tier or a bucket, got host=0 and none "
+                "of the others. Pass one of them."
             )
 
     @property
@@ -89,7 +111,7 @@ class StoreTerms:
 
         Raises `InvalidTerms` for a name that is not a term.
         """
-        names = [field.name for field in fields(cls)]
+        names = [each.name for each in fields(cls)]
         unknown = [name for name in terms if name not in names]
         if unknown:
             raise InvalidTerms(
@@ -97,6 +119,19 @@ class StoreTerms:
                 f"out."
             )
         return cls(**terms)  # type: ignore[arg-type]
+
+    def tiers(self) -> list[Tier]:
+        """Return the tiers of the store, not open yet: the disk, then the bucket.
+
+        Raises `StoreError` without the package for object stores, or for an option that the
+        package refuses.
+        """
+        tiers = list[Tier]()
+        if self.folders:
+            tiers.append(Disk(*self.folders, capacity=self.capacity))
+        if self.bucket is not None:
+            tiers.append(Remote(self.bucket, **self.bucket_options))
+        return tiers
 
 
 def check_private(folder: str) -> None:
@@ -162,6 +197,7 @@ class LocalIndex:
         self._losses = 0
         self._number = 0  # of the latest change
         self._events: deque[Change] | None = None
+        self._bucket: BucketLookups | None = None
 
     @staticmethod
     def of(engine: str) -> LocalIndex:
@@ -189,14 +225,17 @@ class LocalIndex:
         Raises:
             InvalidTerms: a size that blocks of a view cannot have, a name that another engine of
                 this process has.
-            StoreError, StoreBusy: memory for no block; a folder that another process has.
+            StoreError, StoreBusy: memory for no block; a folder that another process has; options
+                of a bucket that are refused.
+
+        A bucket that does not answer is no error: its blocks are misses until it does.
         """
         if self._store is not None:
             raise InvalidTerms(
                 "Expected an engine_id that no other engine of this process has, got one that is "
                 "in use. Leave it out, or pass another."
             )
-        tiers = [Disk(*terms.folders, capacity=terms.capacity)] if terms.folders else []
+        tiers = terms.tiers()
         made = forms_of(groups, model, block_size)
         forms = {f"group {number}": form for number, form in enumerate(made)}
         only = next(iter(forms.values())) if len(forms) == 1 else None
@@ -213,6 +252,8 @@ class LocalIndex:
         store = self._store
         store.listen()  # later changes are kept
         self._groups = [store] if only else [store.of(name) for name in forms]
+        if terms.bucket is not None:
+            self._bucket = BucketLookups(self._groups)
         self._losses += 1
         return [*self._groups]
 
@@ -221,8 +262,17 @@ class LocalIndex:
         store = self._store
         self._store = None
         self._groups = ()
-        if store is not None:
+        bucket = self._bucket
+        self._bucket = None
+        if store is None:
+            return
+        try:
             store.close()
+        except TransferTimeout as error:
+            if bucket is None:
+                raise
+            # The request of a bucket ends by its own timeout, and the engine need not wait for it.
+            _log.warning("close", "The store of an engine was left open: %s", error)
 
     def record(self) -> None:
         """Keep changes from now on for `take_events`."""
@@ -245,13 +295,19 @@ class LocalIndex:
     def losses(self) -> int:
         """Return a number that changes if a block may have been lost."""
         self._follow()
-        return self._losses
+        bucket = self._bucket
+        return self._losses if bucket is None else self._losses + bucket.expired
 
-    def leading(self, keys: Sequence[bytes]) -> int:
-        """Return how many leading blocks can be loaded."""
+    def leading(self, keys: Sequence[bytes]) -> int | None:
+        """Return how many leading blocks can be loaded; None if a bucket has yet to answer.
+
+        Waits for no bucket: workers ask it for the blocks that are not known here.
+        """
         groups = self._groups
+        bucket = self._bucket
         try:
-            return min([group.leading(keys) for group in groups], default=0)
+            known = min([group.leading(keys) for group in groups], default=0)
+            return known if bucket is None else bucket.leading(keys, known)
         except PortaKVError:  # it was closed
             return 0
 

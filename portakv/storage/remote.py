@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -116,7 +116,7 @@ class Remote:
             raise StoreError(
                 f"Expected obstore for a remote tier, got: {x}. {installing('remote')} brings it."
             ) from None
-        _check_arguments(url, workers, multipart, settings)
+        check_remote(url, workers, multipart, settings)
         Remote._process = Remote._process or this_process()
         self._obs = obstore
         self.url = _shown(url)
@@ -308,6 +308,16 @@ class Remote:
         self.tier_stores.update(tier_stores)
         return [*tier_stores]
 
+    def check(self) -> bool:
+        """Return whether the store answers a request, whose failure `last_error` describes then.
+
+        A store over HTTP cannot list, gets no request, and counts as one that answers.
+        """
+        if type(self.store).__name__ == "HTTPStore":
+            return True
+        listed = uninterrupted(partial(self.ask, self.obs.list_with_delimiter, self.store, "1/"))
+        return listed is not None
+
     def wipe(self) -> int:
         """Delete all blocks of all forms; return how many objects there were. Raises
         `StoreError`."""
@@ -327,8 +337,14 @@ class Remote:
         return gone
 
 
-def _check_arguments(url: object, workers: Any, multipart: Any, settings: dict[str, Any]) -> None:
-    """Raise `InvalidTerms` that names the first argument of `Remote` that cannot be right."""
+def check_remote(
+    url: object, workers: Any = 8, multipart: Any = PART, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Raise `InvalidTerms` that names the first argument of `Remote` that cannot be right.
+
+    Needs no package for object stores, and sends no request.
+    """
+    settings = settings or {}
     if not isinstance(url, str):
         raise InvalidTerms(
             f"Expected url= as text, got {type(url).__name__}. Pass s3://bucket/prefix or the like."

@@ -21,7 +21,7 @@ LIMIT = 20.0  # seconds; nothing here takes as long
 @pytest.mark.parametrize(
     ("terms", "says"),
     [
-        ({"host": 0}, "Expected a host tier or a folder"),
+        ({"host": 0}, "Expected a host tier, a folder for a disk tier or a bucket"),
         ({"hosts": 1}, r"Expected some of folder, capacity, .* got 'hosts'"),
         ({"folder": 5}, "folder"),
         ({"host": -1}, "host"),

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bucket of an engine's store: its terms, and lookups that no scheduler waits for."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from portakv.arguments import text
+from portakv.errors import InvalidTerms, PortaKVError
+from portakv.graph import Mask, Task
+from portakv.runtime.bounded import Bounded
+from portakv.storage.form_store import FormStore
+from portakv.storage.remote import check_remote
+
+#: Seconds that a lookup may take: less than a ledger's patience, so that a request gets the
+#: blocks that the bucket has confirmed by then.
+LOOKUP = 1.5
+#: Seconds after which the end of a lookup is expected no longer.
+LOST = 2 * LOOKUP
+#: Seconds for which a block that the bucket did not confirm is not asked for again.
+MISSING = 5.0
+#: Seconds after which a waiting request asks again; a `RemoteStore` believes an answer for longer.
+BELIEVED = 10.0
+#: The most lookups at a time, and those that wait for a worker.
+WORKERS = 4
+MOST = 64
+#: Names of options that are secret, or that may hold secrets.
+SECRET = re.compile("secret|token|password|credential|key|sas|authorization|headers", re.IGNORECASE)
+
+
+def check_bucket(bucket: object, options: object) -> None:
+    """Raise `InvalidTerms` for the address or the options of a bucket that are wrong or secret.
+
+    An engine prints its configuration. No error shows a value.
+    """
+    bucket = text("bucket", bucket)
+    if "://" not in bucket:
+        raise InvalidTerms(
+            "Expected bucket as an address such as s3://bucket/prefix, got one without '://'. "
+            "Correct it."
+        )
+    if "@" in bucket:
+        raise InvalidTerms(
+            "Expected bucket without a name or password before '@', got one with it. Pass "
+            "credentials by the environment."
+        )
+    if not isinstance(options, Mapping):
+        raise InvalidTerms(
+            f"Expected bucket_options as an object, got {type(options).__name__}. Correct it."
+        )
+    _check_not_secret(options)
+    if "url" in options:
+        raise InvalidTerms("Expected the address as bucket, got url in bucket_options. Move it.")
+    some = {name: value for name, value in options.items() if name in ("workers", "multipart")}
+    check_remote(bucket, **some, settings={**options})
+
+
+def _check_not_secret(options: Mapping[Any, object]) -> None:
+    """Raise `InvalidTerms` for an option that may be a secret."""
+    for name, value in options.items():
+        name = text("the name of an option of the bucket", name)
+        if SECRET.search(name) or (isinstance(value, str) and "@" in value):
+            raise InvalidTerms(
+                f"Expected bucket_options without secrets, as an engine prints them, got "
+                f"{name!r}. Pass credentials by the environment, such as AWS_SECRET_ACCESS_KEY."
+            )
+        if isinstance(value, Mapping):
+            _check_not_secret(value)
+
+
+class BucketAnswers:
+    """What a scheduler knows of the lookups in a bucket that have begun for it.
+
+    It begins a lookup of the blocks that are not known, and remembers which blocks were not found.
+    It waits for nothing. Any thread may call.
+
+    Args:
+        begin: begins a lookup of keys, whose end it reports by `ended`.
+        now: returns the time in seconds.
+    """
+
+    def __init__(
+        self, begin: Callable[[Sequence[bytes]], object], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._begin = begin
+        self._now = now
+        self._since = now()
+        self._lock = threading.Lock()
+        #: By the first key of a lookup that has not ended, until when its end is expected.
+        self._open = dict[bytes, float]()
+        #: By key, until when a block is not asked for again.
+        self._missing: Bounded[bytes, float] = Bounded("blocks that a bucket lacks", 1 << 16)
+        self._answers = True  # the bucket answered the last lookup in time
+
+    @property
+    def expired(self) -> int:
+        """Return a number that changes when answers become too old to be offered again."""
+        return int((self._now() - self._since) / BELIEVED)
+
+    def leading(self, keys: Sequence[bytes], known: int) -> int | None:
+        """Return how many leading blocks can be loaded, or None if a lookup is to end soon.
+
+        No request waits for a bucket that did not answer the last lookup in time. Lookups go on
+        meanwhile, one of which finds out when the bucket answers again.
+
+        Args:
+            known: how many leading blocks are known to be there.
+
+        Raises what ``begin`` raises.
+        """
+        if known >= len(keys):
+            return known
+        first = keys[known]
+        with self._lock:
+            now = self._now()
+            if self._missing.get(first, 0.0) > now:
+                return known
+            begins = self._open.get(first, 0.0) <= now
+            if begins and not self._may_begin(now):
+                return known
+            if begins:
+                self._open[first] = now + LOST
+        if begins:
+            try:
+                self._begin(keys[known:])
+            except BaseException:  # also an interrupt
+                with self._lock:
+                    self._open.pop(first, None)
+                raise
+        return None if self._answers else known
+
+    def ended(self, keys: Sequence[bytes], count: int, answers: bool) -> None:
+        """Note the end of a lookup.
+
+        Args:
+            keys: with which it began.
+            count: how many leading blocks of them can be loaded.
+            answers: the bucket answered in time.
+        """
+        with self._lock:
+            self._open.pop(keys[0], None)
+            if count < len(keys):
+                self._missing[keys[count]] = self._now() + MISSING
+            self._answers = answers
+
+    def forget(self) -> None:
+        """Expect the end of no lookup."""
+        with self._lock:
+            self._open.clear()
+            self._answers = True
+
+    def _may_begin(self, now: float) -> bool:
+        """Return whether another lookup may begin, under the lock."""
+        if len(self._open) >= MOST:
+            self._open = {key: until for key, until in self._open.items() if until > now}
+        return len(self._open) < MOST
+
+
+class LookupWorkers:
+    """Looks up blocks of several groups in workers of a store's graph.
+
+    Args:
+        groups: of one store. A block can be loaded if the stores of all groups have it.
+    """
+
+    def __init__(self, groups: Sequence[FormStore]) -> None:
+        self._groups = groups
+        self._graph = groups[0].graph
+        self._queue = self._graph.queue("lookup", WORKERS)
+
+    def begin(self, keys: Sequence[bytes], ended: Callable[[int, bool], object]) -> None:
+        """Have a worker look up keys, and report how many lead, and whether that came in time.
+
+        Raises `TransferError` after the store was closed.
+        """
+        until = self._graph.clock() + LOOKUP
+        work = partial(self._look_up, keys, until, ended)
+        task = Task(work, 1, queue=self._queue, name="lookup")
+        self._graph.submit([task], priority="urgent")
+
+    def _look_up(
+        self,
+        keys: Sequence[bytes],
+        until: float,
+        ended: Callable[[int, bool], object],
+        task: Task,
+        mask: Mask,
+    ) -> None:
+        """Look up keys in all groups, in a worker."""
+        count = len(keys)
+        try:
+            for group in self._groups:
+                left = max(0.0, until - self._graph.clock())
+                count = group.lookup(keys[:count], left) if count and left else 0
+        except PortaKVError:  # it was closed
+            count = 0
+        ended(count, count > 0 or self._graph.clock() < until)
+
+
+class BucketLookups(BucketAnswers):
+    """What a scheduler knows of a bucket, whose process has the store.
+
+    Args:
+        groups: as `LookupWorkers` takes them.
+        now: returns the time in seconds.
+    """
+
+    def __init__(
+        self, groups: Sequence[FormStore], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(self._ask, now)
+        self._workers = LookupWorkers(groups)
+
+    def _ask(self, keys: Sequence[bytes]) -> None:
+        self._workers.begin(keys, partial(self.ended, keys))

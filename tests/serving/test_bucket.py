@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bucket of an engine's store: its terms, and a scheduler that waits for no answer of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.held_bucket import HeldBucket, TermsWith
+from support.migrate_channels import until
+
+from portakv import KVView
+from portakv.errors import InvalidTerms, StoreError, TransferError
+from portakv.serving import Group, Ledger
+from portakv.serving.bucket import BELIEVED, MISSING, MOST, BucketLookups
+from portakv.serving.ledger import PATIENCE
+from portakv.serving.local import LocalIndex, StoreTerms
+from portakv.storage import prefix_keys
+from portakv.storage.form_store import FormStore
+
+LIMIT = 30.0  # seconds; nothing here takes as long
+SIZE = 8
+TOKENS = [*range(40)]
+KEYS = prefix_keys(TOKENS, SIZE)
+ROOM: dict[str, Any] = {"host": 0, "staging": 1 << 20}
+SECRET = "wJalrXUtnSECRETbPxRfi"
+
+
+def a_view() -> KVView:
+    caches = [torch.arange(8.0 * 2 * SIZE).reshape(8, 2, SIZE)]
+    return KVView(caches, "layer | block page", block_size=SIZE)
+
+
+def put(bucket: HeldBucket, count: int) -> None:
+    """Have another store save blocks in a bucket."""
+    view = a_view()
+    index = LocalIndex()
+    (store,) = index.open([(view, "")], TermsWith.a_bucket(bucket, **ROOM), "model", SIZE)
+    store.save(view, range(count), KEYS[:count]).synchronize(LIMIT)
+    index.close()
+
+
+@pytest.fixture
+def bucket() -> Iterator[HeldBucket]:
+    made = HeldBucket()
+    yield made
+    made.release()
+
+
+def opened(bucket: HeldBucket, **terms: Any) -> tuple[LocalIndex, FormStore, KVView]:
+    """Return the index and the store of an engine."""
+    view = a_view()
+    index = LocalIndex()
+    made = TermsWith.a_bucket(bucket, **{**ROOM, **terms})
+    (store,) = index.open([(view, "")], made, "model", SIZE)
+    return index, store, view
+
+
+# --- terms
+
+
+@pytest.mark.parametrize(
+    ("terms", "says"),
+    [
+        ({"bucket": 5}, "Expected bucket"),
+        ({"bucket": "blocks"}, "without '://'"),
+        ({"bucket": "s3://b/../c"}, "without . and .."),
+        ({"bucket": f"s3://b?sig={SECRET}"}, "without a query"),
+        ({"bucket": f"s3://AK:{SECRET}@b/c"}, "without a name or password"),
+        ({"bucket_options": {"region": "x"}}, "got no bucket"),
+        ({"bucket": "s3://b", "bucket_options": 5}, "bucket_options as an object"),
+        ({"bucket": "s3://b", "bucket_options": {"url": "s3://c"}}, "Move it"),
+        ({"bucket": "s3://b", "bucket_options": {"workers": 0}}, "workers="),
+        ({"bucket": "s3://b", "bucket_options": {"client_options": 1}}, "client_options="),
+        ({"bucket": "s3://b", "by_layer": True}, "by_layer without a bucket"),
+    ],
+)
+def test_wrong_terms_of_a_bucket_are_refused(terms: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidTerms, match=says) as caught:
+        StoreTerms.of(terms)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"secret_access_key": SECRET},
+        {"AWS_SESSION_TOKEN": SECRET},
+        {"account_key": SECRET},
+        {"sas_token": SECRET},
+        {"endpoint": f"http://a:{SECRET}@host"},
+        {"client_options": {"default_headers": {"x-auth": SECRET}}},
+        {"client_options": {"proxy_url": f"http://a:{SECRET}@host"}},
+    ],
+)
+def test_an_option_that_may_be_a_secret_is_refused_by_name(options: dict[str, Any]) -> None:
+    """An engine prints its configuration."""
+    with pytest.raises(InvalidTerms, match="Pass credentials by the environment") as caught:
+        StoreTerms.of({"bucket": "s3://b/c", "bucket_options": options})
+    assert SECRET not in str(caught.value)
+
+
+def test_options_reach_the_bucket_and_a_refused_one_is_one_sentence() -> None:
+    terms = StoreTerms(bucket="s3://b/c", bucket_options={"region": "r", "workers": 3})
+    (tier,) = terms.tiers()
+    assert getattr(tier, "workers", 0) == 3
+    wrong = StoreTerms(bucket="s3://b/c", bucket_options={"colour": "red"})
+    with pytest.raises(StoreError, match="Expected"):
+        LocalIndex().open([(a_view(), "")], wrong, "model", SIZE)
+
+
+# --- lookups
+
+
+def test_blocks_that_only_a_bucket_has_are_found_and_loaded(bucket: HeldBucket) -> None:
+    """The index first answers that it does not know, then what the bucket has."""
+    put(bucket, 3)
+    index, store, view = opened(bucket)
+    assert index.leading(KEYS) is None
+    assert until(lambda: index.leading(KEYS) == 3, LIMIT)
+    assert index.has(KEYS[2])
+    assert not index.has(KEYS[3])
+    rows = view.tensors[0][:3].clone()
+    view.tensors[0].zero_()
+    store.load(view, range(3), KEYS[:3]).synchronize(LIMIT)
+    assert torch.equal(view.tensors[0][:3], rows)
+    requests = bucket.requests
+    assert index.leading(KEYS) == 3  # the answer is remembered
+    assert bucket.requests == requests
+    index.close()
+    assert index.leading(KEYS) == 0
+
+
+def test_an_index_does_not_wait_for_a_bucket_that_does_not_answer(bucket: HeldBucket) -> None:
+    put(bucket, 3)
+    index, _, _ = opened(bucket)
+    bucket.hold()
+    assert index.leading(KEYS) is None
+    assert until(lambda: bucket.waiting > 0, LIMIT)
+    assert index.leading(KEYS) is None  # the hook has returned, and the request still waits
+    # After a lookup that got no answer, requests are computed and do not wait.
+    assert until(lambda: index.leading(KEYS) == 0, LIMIT)
+    assert bucket.waiting > 0
+    other = prefix_keys(range(100, 140), SIZE)
+    assert index.leading(other) == 0
+    bucket.release()
+    assert until(lambda: index.leading(KEYS) == 3, LIMIT)
+    assert until(lambda: index.leading(prefix_keys(range(200, 240), SIZE)) is None, LIMIT)
+    index.close()
+
+
+def test_an_index_that_asks_itself_does_wait(bucket: HeldBucket) -> None:
+    """Otherwise the test above proves nothing: `FormStore.lookup` waits until its timeout."""
+    index, store, _ = opened(bucket)
+    bucket.hold()
+    began = store.graph.clock()
+    assert store.lookup(KEYS, timeout=0.3) == 0
+    assert store.graph.clock() >= began + 0.3
+    bucket.release()
+    index.close()
+
+
+def test_a_request_waits_for_a_bucket_no_longer_than_the_patience_of_a_ledger(
+    bucket: HeldBucket,
+) -> None:
+    now = 0.0
+    index, _, _ = opened(bucket)
+    ledger = Ledger(SIZE, [Group(SIZE)], 1, index, lambda: now)
+    ledger.add("a", TOKENS)
+    bucket.hold()
+    assert ledger.leading("a", 0) is None
+    now += PATIENCE
+    assert ledger.leading("a", 0) == 0
+    bucket.release()
+    index.close()
+
+
+def test_blocks_of_a_bucket_go_through_a_ledger(bucket: HeldBucket) -> None:
+    put(bucket, 5)
+    index, _, _ = opened(bucket)
+    ledger = Ledger(SIZE, [Group(SIZE)], 1, index)
+    ledger.add("a", TOKENS)
+    assert until(lambda: ledger.leading("a", 0) is not None, LIMIT)
+    assert ledger.leading("a", 0) == 4 * SIZE  # the last token is the engine's
+    index.close()
+
+
+def test_a_block_of_several_groups_is_asked_for_in_all(bucket: HeldBucket) -> None:
+    """The second group has two of the three blocks of the first one."""
+    views = [a_view(), a_view()]
+    terms = TermsWith.a_bucket(bucket, **ROOM)
+    writer = LocalIndex()
+    stores = writer.open([(view, "") for view in views], terms, "model", SIZE)
+    for store, view, count in zip(stores, views, (3, 2), strict=True):
+        store.save(view, range(count), KEYS[:count]).synchronize(LIMIT)
+    writer.close()
+    index = LocalIndex()
+    index.open([(view, "") for view in views], terms, "model", SIZE)
+    assert index.leading(KEYS) is None
+    assert until(lambda: index.leading(KEYS) == 2, LIMIT)
+    index.close()
+
+
+def test_a_block_that_a_bucket_lacks_is_asked_for_again_later(bucket: HeldBucket) -> None:
+    now = 0.0
+    graph_index, store, _ = opened(bucket)
+    lookups = BucketLookups([store], lambda: now)
+    assert lookups.leading(KEYS, 0) is None
+    assert until(lambda: lookups.leading(KEYS, 0) == 0, LIMIT)
+    requests = bucket.requests
+    assert lookups.leading(KEYS, 0) == 0
+    assert bucket.requests == requests
+    put(bucket, 1)
+    now += MISSING
+    assert lookups.leading(KEYS, 0) is None
+    assert lookups.leading(KEYS, 5) == 5  # all are known
+    graph_index.close()
+
+
+def test_lookups_are_bounded_and_one_is_made_for_equal_prompts(bucket: HeldBucket) -> None:
+    index, _, _ = opened(bucket)
+    bucket.hold()
+    for _ in range(3):
+        assert index.leading(KEYS) is None
+    many = [prefix_keys(range(first, first + SIZE), SIZE) for first in range(1000, 1000 + MOST)]
+    answers = [index.leading(keys) for keys in many]
+    assert answers == [None] * (MOST - 1) + [0]
+    bucket.release()
+    index.close()
+
+
+def test_an_answer_that_becomes_old_is_asked_for_again(bucket: HeldBucket) -> None:
+    """A ledger remembers an answer while its index reports no loss."""
+    now = 0.0
+    index, store, _ = opened(bucket)
+    lookups = BucketLookups([store], lambda: now)
+    first = lookups.expired
+    now += BELIEVED / 2
+    assert lookups.expired == first
+    now += BELIEVED
+    assert lookups.expired != first
+    index.close()
+
+
+def test_an_index_without_a_bucket_never_says_that_it_does_not_know() -> None:
+    index = LocalIndex()
+    index.open([(a_view(), "")], StoreTerms(host=1 << 20, staging=1 << 20), "model", SIZE)
+    assert index.leading(KEYS) == 0
+    losses = index.losses
+    assert index.losses == losses
+    index.close()
+
+
+# --- a bucket that fails
+
+
+def test_an_engine_starts_with_a_bucket_that_is_down(caplog: pytest.LogCaptureFixture) -> None:
+    """Its blocks are misses, saves go to the other tiers, and the log has one line."""
+    with socket.socket() as unheard:  # refuses connections
+        unheard.bind(("127.0.0.1", 0))
+        options = {
+            "endpoint": f"http://127.0.0.1:{unheard.getsockname()[1]}",
+            "region": "us-east-1",
+            "skip_signature": True,
+            "retry_config": {"max_retries": 0},
+            "client_options": {"allow_http": True},
+        }
+        terms = StoreTerms(
+            host=1 << 20, staging=1 << 20, bucket="s3://blocks/kv", bucket_options=options
+        )
+        index = LocalIndex()
+        view = a_view()
+        with caplog.at_level(logging.WARNING):
+            (store,) = index.open([(view, "")], terms, "model", SIZE)
+            save = store.save(view, [0, 1], KEYS[:2])
+            with pytest.raises(TransferError, match="unreachable"):
+                save.synchronize(LIMIT)
+            assert until(lambda: index.leading(KEYS) == 2, LIMIT)  # host memory has them
+            assert until(lambda: index.leading(prefix_keys(range(50, 90), SIZE)) == 0, LIMIT)
+        index.close()
+    lines = [each.getMessage() for each in caplog.records]
+    assert len(lines) == 1, lines
+    assert "s3://blocks/kv" in lines[0]
+    assert "its blocks are misses" in lines[0]
+
+
+def test_a_slow_bucket_holds_the_rows_that_it_has_not_written(
+    bucket: HeldBucket, tmp_path: Path
+) -> None:
+    """Saves that find no row meanwhile are dropped, also for the disk. `docs/serving.md` says
+    so."""
+    view = a_view()
+    made = TermsWith.a_bucket(
+        bucket, folder=str(tmp_path / "kv"), capacity=1 << 20, host=0, staging=8 << 12
+    )
+    index = LocalIndex()
+    (store,) = index.open([(view, "")], made, "model", SIZE)
+    bucket.hold()
+    rows = store.rows.staging // 2  # of saves
+    assert 0 < rows <= 4, rows
+    first = store.save(view, range(rows), KEYS[:rows])
+    assert until(lambda: bucket.waiting > 0, LIMIT)
+    assert until(lambda: index.has(KEYS[rows - 1]), LIMIT)  # the disk has them
+    second = store.save(view, [rows], KEYS[rows : rows + 1])
+    with pytest.raises(TransferError, match="1 dropped"):
+        second.synchronize(LIMIT)
+    assert not first.done()
+    bucket.release()
+    first.synchronize(LIMIT)
+    third = store.save(view, [rows], KEYS[rows : rows + 1])
+    third.synchronize(LIMIT)
+    assert index.has(KEYS[rows])
+    index.close()
+
+
+# --- several processes
+
+_ENGINE = """
+import json, sys, torch
+from portakv import KVView
+from portakv.serving.local import LocalIndex, StoreTerms
+from portakv.storage import prefix_keys
+view = KVView([torch.full((8, 2, 8), 7.0)], "layer | block page", block_size=8)
+terms = StoreTerms.of(json.loads(sys.argv[1]))
+index = LocalIndex()
+(store,) = index.open([(view, "")], terms, "model", 8)
+keys = prefix_keys(range(40), 8)
+store.save(view, range(5), keys).synchronize(30)
+index.close()
+"""
+
+
+def test_what_one_engine_saved_another_one_loads_from_the_bucket_alone(tmp_path: Path) -> None:
+    terms: dict[str, Any] = {**ROOM, "bucket": f"file://{tmp_path / 'bucket'}"}
+    command = [sys.executable, "-c", _ENGINE, json.dumps(terms)]
+    subprocess.run(command, check=True, timeout=120)
+    view = KVView([torch.zeros(8, 2, SIZE)], "layer | block page", block_size=SIZE)
+    index = LocalIndex()
+    (store,) = index.open([(view, "")], StoreTerms.of(terms), "model", SIZE)
+    assert index.leading(KEYS) is None
+    assert until(lambda: index.leading(KEYS) == 5, LIMIT)
+    store.load(view, range(5), KEYS).synchronize(LIMIT)
+    assert (view.tensors[0][:5] == 7.0).all()
+    assert not view.tensors[0][5:].any()
+    index.close()
