@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import mmap
 import os
 import re
@@ -26,7 +27,7 @@ import numpy as np
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
 from portakv.cli.sides import in_bytes, read_bytes
 from portakv.cli.store_serve import serve
-from portakv.errors import StoreBusy, StoreError
+from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.storage import image, slots, table
 from portakv.storage.files import (
     cause_of,
@@ -75,14 +76,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     }
     for name, what in sizes.items():
         parser.add_argument(f"--{name}", type=read_bytes, metavar="N", help=f"serve: bytes {what}")
+    parser.add_argument(
+        "--bucket", metavar="URL", help="serve: an object store of blocks, s3://bucket/prefix"
+    )
+    parser.add_argument(
+        "--bucket-options", metavar="JSON", help="serve: its options, such as the endpoint"
+    )
+
+
+def _object(option: str, words: str) -> dict[str, Any]:
+    """Return a JSON object. Raises `InvalidTerms`, which shows no part of the text."""
+    try:
+        made = json.loads(words)
+    except ValueError:
+        made = None
+    if not isinstance(made, dict):
+        raise InvalidTerms(f"Expected {option} to be a JSON object, got another text. Correct it.")
+    return made
 
 
 def run(args: argparse.Namespace) -> int:
     """Show, check or wipe, or serve. Raise `StoreError` without a store, `StoreBusy` for an open
     store."""
     if args.action == "serve":
-        sizes = {name: getattr(args, name) for name in ("host", "staging", "capacity")}
-        return serve(args.folder, {x: n for x, n in sizes.items() if n is not None}, args.json)
+        terms = {name: getattr(args, name) for name in ("host", "staging", "capacity", "bucket")}
+        if args.bucket_options is not None:
+            terms["bucket_options"] = _object("--bucket-options", args.bucket_options)
+        return serve(args.folder, {x: n for x, n in terms.items() if n is not None}, args.json)
     if len(args.folder) > 1:
         args.misunderstood(f"Expected one folder for {args.action}, got {len(args.folder)}.")
     (args.folder,) = args.folder

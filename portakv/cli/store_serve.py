@@ -19,19 +19,19 @@ LOOK = 0.25
 _ENDS = (signal.SIGTERM, signal.SIGINT)
 
 
-def serve(folders: Sequence[str], sizes: Mapping[str, int], as_json: bool) -> int:
+def serve(folders: Sequence[str], others: Mapping[str, object], as_json: bool) -> int:
     """Serve folders until a signal ends it.
 
     Args:
-        sizes: bytes of the host tier, of staging and of the folders, by their names.
+        others: other terms of the store, by their names in `StoreTerms`.
 
-    Raises `StoreError` for a folder that cannot be used, or without the packages of the keeper.
+    Raises `InvalidTerms` for wrong terms, and `StoreError` for a folder that cannot be used, or without the packages of the keeper.
     """
     _check_installed()
     from portakv.serving.keeper_server import Keeper
     from portakv.serving.local import StoreTerms
 
-    terms = StoreTerms.of({"folder": (*folders,), **sizes})
+    terms = StoreTerms.of({"folder": (*folders,), **others})
     with _until_a_signal() as ended, Keeper(terms) as keeper:
         served = False
         if not keeper.serves:
@@ -51,7 +51,10 @@ def _report(keeper: Any, as_json: bool) -> None:
     elif keeper.serves:
         terms = keeper.terms
         sizes = f"{in_bytes(terms.host)} of host memory, {in_bytes(terms.staging)} of staging"
-        print_prose(f"This process serves {folder} to the engines of this host, with {sizes}.")
+        bucket = "" if terms.bucket is None else f", and the bucket {terms.bucket}"
+        print_prose(
+            f"This process serves {folder} to the engines of this host, with {sizes}{bucket}."
+        )
     else:
         print_prose(f"Another process serves {folder}. This one stands by.")
     # A service's output is read by others, line by line.

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from portakv.errors import InvalidTerms
+from portakv.errors import InvalidTerms, PortaKVError
 from portakv.integrations import why_not
 from portakv.integrations.interfaces import lacks
+from portakv.serving.bucket import bucket_of
 from portakv.serving.local import StoreTerms
 from portakv.serving.sizing import Sizes
 
@@ -35,6 +36,8 @@ KEYS = (
     "enable_permute_local_kv",
     "kv_load_failure_policy",
 )
+#: A check of a bucket tries once.
+ONE_TRY = {"retry_config": {"max_retries": 0}}
 BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
 #: Hooks that a release of vLLM may lack, and what the connector then does without.
 OPTIONAL_HOOKS = {
@@ -124,9 +127,26 @@ def _check_terms(extra: Any, sizes: Sizes | None, findings: Findings) -> None:
             "shared is true, and there is no folder by which other engines would find the store. "
             "Name a folder."
         )
+    if terms.bucket is not None:
+        _check_bucket(terms, findings)
     findings.notes.append(_who_stores(terms))
     if sizes is not None:
         _check_sizes(terms, sizes, findings)
+
+
+def _check_bucket(terms: StoreTerms, findings: Findings) -> None:
+    """Make a bucket as an engine does, and send it one request."""
+    try:
+        bucket = bucket_of(terms.bucket, {**terms.bucket_options, **ONE_TRY})
+    except PortaKVError as error:
+        findings.errors.append(f"kv_connector_extra_config: {error}")
+        return
+    if not bucket.check():
+        findings.warnings.append(
+            f"The bucket {bucket.url} does not answer here: {bucket.last_error}. An engine starts "
+            f"without its blocks, and uses it once it answers. Correct the address, the "
+            f"credentials in the environment or bucket_options."
+        )
 
 
 def _who_stores(terms: StoreTerms) -> str:
@@ -149,13 +169,12 @@ def _short_of(terms: StoreTerms) -> Iterator[str]:
             f"host and staging take {_gib(terms.host + terms.staging)}, and this machine has "
             f"{_gib(memory)}. Give less."
         )
-    if not terms.folders:
+    if not terms.folders and terms.bucket is None:
         yield (
             "There is no folder: blocks are in host memory alone, and end with the engine. Name a "
             "folder to keep them."
         )
-        return
-    share = terms.capacity // len(terms.folders)
+    share = terms.capacity // max(1, len(terms.folders))
     for folder in terms.folders:
         existing = Path(folder)
         while not existing.exists():
@@ -187,6 +206,8 @@ def _check_sizes(terms: StoreTerms, sizes: Sizes, findings: Findings) -> None:
     if terms.folders:
         places["the disk"] = terms.capacity
     kept = ", ".join(f"{place} {sizes.tokens(size):,}" for place, size in places.items())
+    if terms.bucket is not None:
+        kept += ", the bucket as many as its own rules keep"
     findings.notes.append(f"A token takes {sizes.token:,} bytes; tokens that fit: {kept}.")
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,12 +16,15 @@ from portakv.arguments import text
 from portakv.errors import InvalidTerms, PortaKVError
 from portakv.graph import Mask, Task
 from portakv.runtime.bounded import Bounded
+from portakv.serving.keeper_messages import MOST_KEYS
 from portakv.storage.form_store import FormStore
-from portakv.storage.remote import check_remote
+from portakv.storage.remote import Remote, check_remote
 
 #: Seconds that a lookup may take: less than a ledger's patience, so that a request gets the
 #: blocks that the bucket has confirmed by then.
 LOOKUP = 1.5
+#: Seconds for which blocks that a keeper has found are offered. Its store believes it for longer.
+FOUND = 30.0
 #: Seconds after which the end of a lookup is expected no longer.
 LOST = 2 * LOOKUP
 #: Seconds for which a block that the bucket did not confirm is not asked for again.
@@ -58,6 +63,23 @@ def check_bucket(bucket: object, options: object) -> None:
         raise InvalidTerms("Expected the address as bucket, got url in bucket_options. Move it.")
     some = {name: value for name, value in options.items() if name in ("workers", "multipart")}
     check_remote(bucket, **some, settings={**options})
+
+
+def bucket_of(bucket: str, options: Mapping[str, Any]) -> Remote:
+    """Return the tier of a bucket, not open yet. Sends no request.
+
+    Raises `StoreError` without the package for object stores, or for an address or an option that
+    the package refuses; no value is shown.
+    """
+    settings = {name: _copied(value) for name, value in options.items()}
+    return Remote(bucket, **settings)
+
+
+def _copied(value: Any) -> Any:
+    """Return a value whose mappings are dicts, as the package for object stores takes them."""
+    if isinstance(value, Mapping):
+        return {name: _copied(each) for name, each in value.items()}
+    return value
 
 
 def _check_not_secret(options: Mapping[Any, object]) -> None:
@@ -218,3 +240,74 @@ class BucketLookups(BucketAnswers):
 
     def _ask(self, keys: Sequence[bytes]) -> None:
         self._workers.begin(keys, partial(self.ended, keys))
+
+
+class KeptBucket(BucketAnswers):
+    """What a scheduler knows of the bucket of a keeper.
+
+    Its user sends what `take` returns, and reports the answers.
+
+    Args:
+        wake: is called when `take` has something.
+        now: returns the time in seconds.
+    """
+
+    def __init__(
+        self, wake: Callable[[], object], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(self._ask, now)
+        self._wake = wake
+        self._numbers = itertools.count(1)
+        self._later = deque[tuple[int, Sequence[bytes]]]()
+        self._asked: Bounded[int, Sequence[bytes]] = Bounded("lookups of a keeper", 2 * MOST)
+        #: By key, until when a block is believed to be in the bucket.
+        self._there: Bounded[bytes, float] = Bounded("blocks of a keeper's bucket", 1 << 17)
+
+    def leading_in(self, keys: Sequence[bytes], tiers: Sequence[Mapping[bytes, object]]) -> int | None:
+        """Return how many leading blocks can be loaded, or None if a lookup is to end soon.
+
+        Args:
+            tiers: of each group the blocks that nearer tiers have.
+        """
+        now = self._now()
+        there = self._there
+        count = len(keys)
+        for has in tiers:
+            lacks = (n for n in range(count) if keys[n] not in has and there.get(keys[n], 0.0) <= now)
+            count = next(lacks, count)
+        return self.leading(keys, count)
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a lookup has found a block a short time ago."""
+        return self._there.get(key, 0.0) > self._now()
+
+    def take(self) -> list[tuple[int, Sequence[bytes]]]:
+        """Return the numbers and keys of lookups that the keeper does not know."""
+        made = list[tuple[int, Sequence[bytes]]]()
+        while self._later:
+            made.append(self._later.popleft())
+        return made
+
+    def looked_up(self, number: int, leading: int, answers: bool) -> None:
+        """Note the answer of the keeper to the lookup of a number."""
+        keys = self._asked.pop(number, ())
+        if not keys:
+            return
+        until = self._now() + FOUND
+        for key in keys[:leading]:
+            self._there[key] = until
+        self.ended(keys, leading, answers)
+
+    def forget(self) -> None:
+        """Expect no answer, and believe nothing: the keeper has ended."""
+        super().forget()
+        self._later.clear()
+        self._asked.clear()
+        self._there.clear()
+
+    def _ask(self, keys: Sequence[bytes]) -> None:
+        some = keys[:MOST_KEYS]
+        number = next(self._numbers)
+        self._asked[number] = some
+        self._later.append((number, some))
+        self._wake()

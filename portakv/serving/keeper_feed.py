@@ -65,17 +65,22 @@ class Feed:
             self._followers[made.session] = made
         return made
 
-    def followed(self, follower: Follower) -> Followed:
-        """Return the answer to a new follower."""
+    def followed(self, follower: Follower, bucket: bool) -> Followed:
+        """Return the answer to a new follower. ``bucket``: the store has a bucket."""
         forms = self._store.forms
         return Followed(
             follower.session,
             tuple(self._numbers[form] for form in follower.forms),
             tuple(forms[form].payload_bytes for form in follower.forms),
+            bucket,
         )
 
     def __contains__(self, session: int) -> bool:
         return session in self._followers
+
+    def follower(self, session: int) -> Follower | None:
+        """Return the follower of a session that has not ended."""
+        return self._followers.get(session)
 
     def lost(self, follower: Follower) -> None:
         """End a session."""

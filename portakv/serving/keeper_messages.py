@@ -18,7 +18,7 @@ from portakv.migrate.messages import Handle, Message, Seconds, Small, Text
 from portakv.storage.tier import After
 
 #: The version of these messages. A client of another version is a client of no keeper.
-PROTOCOL = 2
+PROTOCOL = 3
 #: The most keys of a request, which is cut into several ones above it.
 MOST_KEYS = 1024
 #: The most changes of a message, and keys of a page of an index.
@@ -86,11 +86,15 @@ class Follow(Message, frozen=True):
 
 class Followed(Message, frozen=True):
     """The answer to `Follow`: a session, and of each group its number in `Changes` and the bytes
-    of a block."""
+    of a block.
+
+    ``bucket``: the store has a bucket, which answers `LookUp` alone.
+    """
 
     session: Number
     forms: tuple[Small, ...]
     nbytes: tuple[Number, ...]
+    bucket: bool = False
 
 
 class Later(Message, frozen=True):
@@ -209,6 +213,29 @@ class KeysPage(Message, frozen=True):
     number: Number
     tiers: tuple[tuple[Text, Page], ...]
     more: bool
+
+
+class LookUp(OfSession, frozen=True):
+    """One-way: look up blocks of all groups in the bucket; `LookedUp` follows."""
+
+    purpose: ClassVar[str] = "A lookup in the bucket of the keeper at"
+
+    number: Number
+    keys: Annotated[bytes, Meta(min_length=KEY, max_length=KEY * MOST_KEYS)]
+
+
+class LookedUp(OfSession, frozen=True):
+    """One-way, from the keeper: the lookup of a number has ended.
+
+    ``count``: how many leading blocks can be loaded.
+    ``answers``: the bucket answered in time.
+    """
+
+    purpose: ClassVar[str] = "Reporting a lookup to"
+
+    number: Number
+    count: Number
+    answers: bool
 
 
 class Changed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

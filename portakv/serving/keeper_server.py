@@ -192,6 +192,9 @@ class Keeper:
         opened.state.advance()
         for client, progress in opened.state.take():
             self._tell(client.address, progress, partial(opened.state.lost, client))
+        while opened.looked_up:
+            follower, answer = opened.looked_up.popleft()
+            self._tell(follower.address, answer, partial(opened.feed.lost, follower))
         for follower, changes in opened.feed.announce(opened.store.listen()):
             self._tell(follower.address, changes, partial(opened.feed.lost, follower))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 from portakv.errors import PeerError, PortaKVError, StoreError
@@ -23,11 +24,13 @@ from portakv.serving.keeper_messages import (
     Later,
     Leave,
     Load,
+    LookUp,
     Progress,
     Protocol,
     Report,
     Save,
     Stop,
+    keys_in,
 )
 from portakv.serving.keeper_parts import whole_form
 from portakv.serving.keeper_store import OpenStore
@@ -65,6 +68,7 @@ class Service:
         channel.serve(Stop, self._stop)
         channel.serve(Leave, self._leave)
         channel.serve(AskKeys, self._page)
+        channel.serve(LookUp, self._look_up)
 
     def _join(self, peer: Peer, ask: Join) -> Joined | Later:
         """Begin a session of a rank, or have the store opened for it."""
@@ -92,7 +96,7 @@ class Service:
             return Later()
         follower = opened.feed.follow(ask, forms)
         peer.on_gone(partial(self._gone, follower.session))
-        return opened.feed.followed(follower)
+        return opened.feed.followed(follower, opened.bucket)
 
     def _alive(self, peer: Peer, ask: Alive) -> Alive:
         opened = self._open()
@@ -130,6 +134,14 @@ class Service:
 
     def _page(self, peer: Peer, ask: AskKeys) -> KeysPage:
         return self._open().feed.page(ask)
+
+    def _look_up(self, peer: Peer, ask: LookUp) -> None:
+        """Begin a lookup in the bucket. One that cannot begin has no answer."""
+        opened = self.opened
+        follower = None if opened is None else opened.feed.follower(ask.session)
+        if opened is not None and follower is not None:
+            with suppress(PortaKVError):  # the store closes
+                opened.look_up(follower, ask.number, keys_in(ask.keys))
 
     def _open(self) -> OpenStore:
         if self.opened is None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,9 +12,11 @@ from portakv.errors import PortaKVError
 from portakv.migrate.ipc import share
 from portakv.runtime.bounded import Bounded
 from portakv.serving.keeper import KeeperState
-from portakv.serving.keeper_feed import Feed
+from portakv.serving.bucket import LookupWorkers
+from portakv.serving.keeper_feed import Feed, Follower
+from portakv.serving.keeper_messages import LookedUp
 from portakv.serving.local import StoreTerms
-from portakv.storage import BlockForm, BlockStore, Disk
+from portakv.storage import BlockForm, BlockStore
 
 
 class OpenStore:
@@ -29,6 +32,8 @@ class OpenStore:
 
     Attributes:
         handle: the rows, for `open_shared`.
+        bucket: the store has a bucket.
+        looked_up: the ends of lookups in the bucket, for the followers that requested them.
     """
 
     def __init__(
@@ -38,7 +43,7 @@ class OpenStore:
         wake: Callable[[], object],
         patience: float,
     ) -> None:
-        tiers = [Disk(*terms.folders, capacity=terms.capacity)] if terms.folders else []
+        tiers = terms.tiers()
         named = {form.name: form for form in forms}
         # Ranks register their mappings. The keeper copies to no device, and needs no context.
         self.store = BlockStore(
@@ -50,6 +55,9 @@ class OpenStore:
             pin=False,
         )
         self.state = KeeperState(wake, patience)
+        self.bucket = terms.bucket is not None
+        self.looked_up = deque[tuple[Follower, LookedUp]]()
+        self._wake = wake
         self.feed = Feed(self.store)
         try:
             self.handle = share(self.store.rows.tensor)
@@ -69,6 +77,20 @@ class OpenStore:
     def forms_of(self, engine: str) -> list[str]:
         """Return the names of the forms of an engine's groups; none before a rank has joined."""
         return [digest.hex() for digest in self.state.forms_of(engine)]
+
+    def look_up(self, follower: Follower, number: int, keys: Sequence[bytes]) -> None:
+        """Look up blocks in the bucket, in a worker, and have ``looked_up`` hold how that ended.
+
+        Raises `TransferError` after the store was closed.
+        """
+
+        def ended(count: int, answers: bool) -> None:
+            message = LookedUp(follower.session, number, count, answers)
+            self.looked_up.append((follower, message))
+            self._wake()
+
+        if self.bucket:
+            LookupWorkers([*map(self.store.of, follower.forms)]).begin(keys, ended)
 
     def close(self, timeout: float) -> PortaKVError | None:
         """End all sessions and close the store; return the error of a store that hangs."""

@@ -11,6 +11,7 @@ from functools import partial
 from portakv.arguments import instance, seconds, text, whole
 from portakv.migrate.channel import Channel, Peer
 from portakv.runtime.devices import this_process
+from portakv.serving.bucket import KeptBucket
 from portakv.serving.keeper_link import PATIENT, Link, Session, Sides, this_client
 from portakv.serving.keeper_messages import (
     AskKeys,
@@ -19,6 +20,9 @@ from portakv.serving.keeper_messages import (
     Follow,
     Followed,
     KeysPage,
+    LookedUp,
+    LookUp,
+    joined_keys,
     keys_in,
 )
 from portakv.serving.place import Place
@@ -62,7 +66,7 @@ class KeeperIndex:
     """What a scheduler knows of the blocks of a keeper; an `Index` of a `Ledger`.
 
     It holds a copy of the keeper's index, which the keeper keeps current. So an answer needs no
-    message. It knows no blocks while there is no keeper, or no rank of the engine has joined.
+    message, except about blocks that only a bucket has, for which the keeper is asked. It knows no blocks while there is no keeper, or no rank of the engine has joined.
 
     Args:
         place: where the processes of the host find the keeper.
@@ -86,8 +90,10 @@ class KeeperIndex:
         self._process = this_process()
         self._channel = Channel()
         self._channel.serve(Changes, self._take)
+        self._channel.serve(LookedUp, self._looked_up)
         hello = Follow(engine, this_client(), self._channel.address, groups)
         sides = Sides(lambda _: hello, Followed, lambda: True, self._began, self._ended, self._look)
+        self._bucket = KeptBucket(lambda: self._link.wake())
         self._link = Link(place, self._channel, sides)
         self._link.start()
 
@@ -97,9 +103,11 @@ class KeeperIndex:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def leading(self, keys: Sequence[bytes]) -> int:
-        """Return how many leading blocks can be loaded."""
+    def leading(self, keys: Sequence[bytes]) -> int | None:
+        """Return how many leading blocks can be loaded; None if a bucket has yet to answer."""
         groups = self._groups_here()
+        if groups and self._followed.bucket:
+            return self._bucket.leading_in(keys, [known.tiers for known in groups])
         count = len(keys) if groups else 0
         for known in groups:
             tiers = known.tiers
@@ -109,12 +117,14 @@ class KeeperIndex:
     def has(self, key: bytes) -> bool:
         """Return whether a block can be loaded."""
         groups = self._groups_here()
+        if groups and self._followed.bucket and self._bucket.has(key):
+            return True
         return bool(groups) and all(key in known.tiers for known in groups)
 
     @property
     def losses(self) -> int:
         """Return a number that changes if a block may have been lost."""
-        return self._losses
+        return self._losses + self._bucket.expired if self._followed.bucket else self._losses
 
     def record(self) -> None:
         """Keep changes from now on for `take_events`."""
@@ -173,9 +183,12 @@ class KeeperIndex:
             self._followed = Followed(0, (), self._followed.nbytes)
             self._known = []
             self._losses += 1
+        self._bucket.forget()
 
     def _look(self, session: Session) -> None:
-        """Read the index again if changes were missed."""
+        """Send what the bucket is asked for, and read the index again if changes were missed."""
+        for number, keys in self._bucket.take():
+            self._link.tell(session, LookUp(session.number, number, joined_keys(keys)))
         if self._number < 0:
             self._read(session.address, session.number)
 
@@ -218,6 +231,11 @@ class KeeperIndex:
                 self._waiting += message.changes
             elif self._number >= 0:
                 self.apply(message.changes)
+
+    def _looked_up(self, peer: Peer, message: LookedUp) -> None:
+        """Take the end of a lookup, in the thread of the channel."""
+        if message.session == self._followed.session:
+            self._bucket.looked_up(message.number, message.count, message.answers)
 
     def apply(self, changes: Iterable[Changed]) -> None:
         """Apply changes in order, under the lock; after a gap have all read again."""

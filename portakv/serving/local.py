@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from portakv.arguments import flag, items, nbytes, seconds, text, whole
 from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, TransferTimeout
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.bucket import BucketLookups, check_bucket
-from portakv.storage import BlockForm, BlockStore, Disk, Remote
+from portakv.serving.bucket import BucketLookups, bucket_of, check_bucket
+from portakv.storage import BlockForm, BlockStore, Disk
 from portakv.storage.changes import Change
 from portakv.storage.form import Range
 from portakv.storage.form_store import FormStore
@@ -81,6 +82,8 @@ class StoreTerms:
         flag("shared", self.shared)
         if self.bucket is not None:
             check_bucket(self.bucket, self.bucket_options)
+            if self.bucket.startswith("file:"):
+                check_private(unquote(urlsplit(self.bucket).path))
         elif self.bucket_options:
             raise InvalidTerms(
                 "Expected bucket_options for a bucket, got no bucket. Pass its address as bucket."
@@ -130,7 +133,7 @@ class StoreTerms:
         if self.folders:
             tiers.append(Disk(*self.folders, capacity=self.capacity))
         if self.bucket is not None:
-            tiers.append(Remote(self.bucket, **self.bucket_options))
+            tiers.append(bucket_of(self.bucket, self.bucket_options))
         return tiers
 
 

@@ -89,6 +89,23 @@ def test_json_says_whether_it_serves(tmp_path: Path) -> None:
     assert server.answers() == [{"folder": folder, "serves": True}]
 
 
+def test_a_bucket_is_served(tmp_path: Path) -> None:
+    bucket = f"file://{tmp_path / 'bucket'}"
+    words = str(tmp_path / "store"), "--bucket", bucket, "--bucket-options", '{"workers": 2}'
+    server = Server(tmp_path / "out", *words)
+    assert server.says(f"and the bucket {bucket}")
+    assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("options", ["{SECRET", "[1]", '{"secret_access_key": "SECRET"}'])
+def test_wrong_options_of_a_bucket_are_refused(tmp_path: Path, options: str) -> None:
+    words = "--bucket", "s3://bucket/kv", "--bucket-options", options
+    ran = run("store", "serve", str(tmp_path / "store"), *words)
+    assert ran.code == 1
+    assert "Expected" in ran.err
+    assert "SECRET" not in ran.err.replace("AWS_SECRET_ACCESS_KEY", "")
+
+
 def test_wrong_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("store", "show", str(tmp_path), str(tmp_path))

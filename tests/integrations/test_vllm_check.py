@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,42 @@ def test_what_a_user_may_not_want_is_a_warning(change: dict[str, Any], says: str
     found = findings_of({**right(), **change})
     assert found.errors == []
     assert any(says in each for each in found.warnings)
+
+
+def test_a_bucket_that_answers_has_no_warning(tmp_path: Path) -> None:
+    found = findings_of(right(host=0, bucket=f"file://{tmp_path / 'b'}"), sizes_of(LLAMA_8B))
+    assert found.errors == []
+    assert not any("bucket" in each or "no folder" in each for each in found.warnings)
+    assert any("the bucket as many as its own rules keep" in each for each in found.notes)
+
+
+def test_a_bucket_that_is_down_is_a_warning() -> None:
+    with socket.socket() as unheard:  # refuses connections
+        unheard.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unheard.getsockname()[1]}"
+        options = {"endpoint": url, "skip_signature": True, "client_options": {"allow_http": True}}
+        found = findings_of(right(bucket="s3://b/kv", bucket_options=options))
+    assert found.errors == []
+    assert any("The bucket s3://b/kv does not answer here" in each for each in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("terms", "says"),
+    [
+        ({"bucket": "s3://a:SECRET@b"}, "Pass credentials by the environment"),
+        ({"bucket": "s3://b", "bucket_options": {"access_key_id": "SECRET"}}, "'access_key_id'"),
+        ({"bucket": "nothing://SECRET"}, "Expected a url"),
+        ({"bucket": "s3://b", "bucket_options": {"colour": "SECRET"}}, "Expected"),
+    ],
+)
+def test_a_wrong_bucket_is_an_error_without_its_secrets(terms: dict[str, Any], says: str) -> None:
+    config = json.dumps(right(**terms))
+    ran = run("doctor", "--kv-transfer-config", config)
+    assert ran.code == 1
+    said = " ".join(ran.out.split())
+    assert says in said
+    if "nothing" not in terms["bucket"]:
+        assert "SECRET" not in said.replace("AWS_SECRET_ACCESS_KEY", "")
 
 
 def test_staging_is_compared_with_the_model() -> None:

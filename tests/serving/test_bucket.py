@@ -8,7 +8,7 @@ import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from support.migrate_channels import until
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreError, TransferError
 from portakv.serving import Group, Ledger
-from portakv.serving.bucket import BELIEVED, MISSING, MOST, BucketLookups
+from portakv.serving.bucket import BELIEVED, LOST, MISSING, MOST, BucketAnswers
 from portakv.serving.ledger import PATIENCE
 from portakv.serving.local import LocalIndex, StoreTerms
 from portakv.storage import prefix_keys
@@ -108,6 +108,12 @@ def test_an_option_that_may_be_a_secret_is_refused_by_name(options: dict[str, An
     assert SECRET not in str(caught.value)
 
 
+def test_a_folder_as_bucket_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(InvalidTerms, match="which others may write"):
+        StoreTerms.of({"bucket": f"file://{tmp_path}"})
+
+
 def test_options_reach_the_bucket_and_a_refused_one_is_one_sentence() -> None:
     terms = StoreTerms(bucket="s3://b/c", bucket_options={"region": "r", "workers": 3})
     (tier,) = terms.tiers()
@@ -133,7 +139,7 @@ def test_blocks_that_only_a_bucket_has_are_found_and_loaded(bucket: HeldBucket) 
     store.load(view, range(3), KEYS[:3]).synchronize(LIMIT)
     assert torch.equal(view.tensors[0][:3], rows)
     requests = bucket.requests
-    assert index.leading(KEYS) == 3  # the answer is remembered
+    assert index.leading(KEYS[:3]) == 3  # the answer is remembered
     assert bucket.requests == requests
     index.close()
     assert index.leading(KEYS) == 0
@@ -145,7 +151,6 @@ def test_an_index_does_not_wait_for_a_bucket_that_does_not_answer(bucket: HeldBu
     bucket.hold()
     assert index.leading(KEYS) is None
     assert until(lambda: bucket.waiting > 0, LIMIT)
-    assert index.leading(KEYS) is None  # the hook has returned, and the request still waits
     # After a lookup that got no answer, requests are computed and do not wait.
     assert until(lambda: index.leading(KEYS) == 0, LIMIT)
     assert bucket.waiting > 0
@@ -188,8 +193,8 @@ def test_blocks_of_a_bucket_go_through_a_ledger(bucket: HeldBucket) -> None:
     index, _, _ = opened(bucket)
     ledger = Ledger(SIZE, [Group(SIZE)], 1, index)
     ledger.add("a", TOKENS)
-    assert until(lambda: ledger.leading("a", 0) is not None, LIMIT)
-    assert ledger.leading("a", 0) == 4 * SIZE  # the last token is the engine's
+    # The last token is the engine's.
+    assert until(lambda: ledger.leading("a", 0) == 4 * SIZE, LIMIT)
     index.close()
 
 
@@ -209,47 +214,6 @@ def test_a_block_of_several_groups_is_asked_for_in_all(bucket: HeldBucket) -> No
     index.close()
 
 
-def test_a_block_that_a_bucket_lacks_is_asked_for_again_later(bucket: HeldBucket) -> None:
-    now = 0.0
-    graph_index, store, _ = opened(bucket)
-    lookups = BucketLookups([store], lambda: now)
-    assert lookups.leading(KEYS, 0) is None
-    assert until(lambda: lookups.leading(KEYS, 0) == 0, LIMIT)
-    requests = bucket.requests
-    assert lookups.leading(KEYS, 0) == 0
-    assert bucket.requests == requests
-    put(bucket, 1)
-    now += MISSING
-    assert lookups.leading(KEYS, 0) is None
-    assert lookups.leading(KEYS, 5) == 5  # all are known
-    graph_index.close()
-
-
-def test_lookups_are_bounded_and_one_is_made_for_equal_prompts(bucket: HeldBucket) -> None:
-    index, _, _ = opened(bucket)
-    bucket.hold()
-    for _ in range(3):
-        assert index.leading(KEYS) is None
-    many = [prefix_keys(range(first, first + SIZE), SIZE) for first in range(1000, 1000 + MOST)]
-    answers = [index.leading(keys) for keys in many]
-    assert answers == [None] * (MOST - 1) + [0]
-    bucket.release()
-    index.close()
-
-
-def test_an_answer_that_becomes_old_is_asked_for_again(bucket: HeldBucket) -> None:
-    """A ledger remembers an answer while its index reports no loss."""
-    now = 0.0
-    index, store, _ = opened(bucket)
-    lookups = BucketLookups([store], lambda: now)
-    first = lookups.expired
-    now += BELIEVED / 2
-    assert lookups.expired == first
-    now += BELIEVED
-    assert lookups.expired != first
-    index.close()
-
-
 def test_an_index_without_a_bucket_never_says_that_it_does_not_know() -> None:
     index = LocalIndex()
     index.open([(a_view(), "")], StoreTerms(host=1 << 20, staging=1 << 20), "model", SIZE)
@@ -257,6 +221,86 @@ def test_an_index_without_a_bucket_never_says_that_it_does_not_know() -> None:
     losses = index.losses
     assert index.losses == losses
     index.close()
+
+
+# --- what a scheduler knows, by a clock of the test
+
+
+class Clocked:
+    """What a scheduler knows, and the lookups that it has begun."""
+
+    def __init__(self) -> None:
+        self.now = 1.0
+        self.begun = list[Sequence[bytes]]()
+        self.answers = BucketAnswers(self.begun.append, lambda: self.now)
+
+
+def test_a_block_that_a_bucket_lacks_is_asked_for_again_later() -> None:
+    case = Clocked()
+    assert case.answers.leading(KEYS, 1) is None
+    assert case.answers.leading(KEYS, 1) is None
+    assert case.begun == [KEYS[1:]]  # once
+    case.answers.ended(KEYS[1:], 2, True)
+    assert case.answers.leading(KEYS, 3) == 3
+    assert len(case.begun) == 1
+    assert case.answers.leading(KEYS, 5) == 5  # all are known
+    case.now += MISSING
+    assert case.answers.leading(KEYS, 3) is None
+    assert case.begun == [KEYS[1:], KEYS[3:]]
+
+
+def test_no_request_waits_after_a_lookup_without_an_answer() -> None:
+    """Lookups go on; the first one with an answer lets requests wait again."""
+    case = Clocked()
+    other = prefix_keys(range(100, 140), SIZE)
+    third = prefix_keys(range(200, 240), SIZE)
+    assert case.answers.leading(KEYS, 0) is None
+    case.answers.ended(KEYS, 0, False)
+    assert case.answers.leading(KEYS, 0) == 0
+    assert case.answers.leading(other, 0) == 0
+    assert case.begun == [KEYS, other]
+    case.answers.ended(other, 5, True)
+    assert case.answers.leading(third, 0) is None
+
+
+def test_a_lookup_whose_end_is_never_reported_is_begun_anew() -> None:
+    case = Clocked()
+    assert case.answers.leading(KEYS, 0) is None
+    case.now += LOST
+    assert case.answers.leading(KEYS, 0) is None
+    assert case.begun == [KEYS, KEYS]
+
+
+def test_lookups_are_bounded() -> None:
+    case = Clocked()
+    many = [prefix_keys(range(n, n + SIZE), SIZE) for n in range(1000, 1001 + MOST)]
+    answers = [case.answers.leading(keys, 0) for keys in many]
+    assert answers == [None] * MOST + [0]
+    case.answers.ended(many[0], 0, True)
+    assert case.answers.leading(many[-1], 0) is None
+    case.answers.forget()
+    assert case.answers.leading(many[1], 0) is None
+    assert case.begun[-1] == many[1]
+
+
+def test_a_lookup_that_cannot_begin_is_not_waited_for() -> None:
+    def fail(_: object) -> None:
+        raise StoreError("Expected an open store, got a closed one. Make another.")
+
+    answers = BucketAnswers(fail)
+    for _ in range(2):
+        with pytest.raises(StoreError):
+            answers.leading(KEYS, 0)
+
+
+def test_an_answer_that_becomes_old_is_asked_for_again() -> None:
+    """A ledger remembers an answer while its index reports no loss."""
+    case = Clocked()
+    first = case.answers.expired
+    case.now += BELIEVED / 2
+    assert case.answers.expired == first
+    case.now += BELIEVED
+    assert case.answers.expired != first
 
 
 # --- a bucket that fails
