@@ -128,16 +128,16 @@ def _check_terms(extra: Any, sizes: Sizes | None, findings: Findings) -> None:
             "Name a folder."
         )
     if terms.bucket is not None:
-        _check_bucket(terms, findings)
+        _check_bucket(terms.bucket, terms.bucket_options, findings)
     findings.notes.append(_who_stores(terms))
     if sizes is not None:
         _check_sizes(terms, sizes, findings)
 
 
-def _check_bucket(terms: StoreTerms, findings: Findings) -> None:
+def _check_bucket(url: str, options: Mapping[str, Any], findings: Findings) -> None:
     """Make a bucket as an engine does, and send it one request."""
     try:
-        bucket = bucket_of(terms.bucket, {**terms.bucket_options, **ONE_TRY})
+        bucket = bucket_of(url, {**options, **ONE_TRY})
     except PortaKVError as error:
         findings.errors.append(f"kv_connector_extra_config: {error}")
         return

@@ -223,6 +223,32 @@ def test_a_second_engine_after_a_kill_finds_the_blocks(
     assert landed == sum(HITS) // 32
 
 
+def test_a_second_engine_has_a_bucket_alone(
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """As an engine of another host has."""
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    case("kill -9, then a second engine with the bucket alone")
+    store = {"bucket": f"file://{tmp_path / 'bucket'}", "host": 0, "staging": 64 << 20}
+    leave_blocks(model, store, 32)
+
+    def second() -> tuple[list[Answer], dict[str, int]]:
+        engine = Engine(model, store)
+        answers = [engine.ask(PROMPTS)]
+        # A busy machine may answer lookups late: the engine then computes the prompt.
+        until = time.monotonic() + LIMIT / 2
+        while answers[-1].cached != HITS and time.monotonic() < until:
+            engine.forget()
+            answers.append(engine.ask(PROMPTS))
+        return answers, engine.counts
+
+    answers, counts = in_a_child(second)
+    assert [each.tokens for each in answers] == [own[0].tokens] * len(answers)
+    assert answers[-1].cached == HITS
+    assert counts["landed_blocks"] >= sum(HITS) // 32
+    assert counts.get("failed_loads", 0) == 0
+
+
 def test_rows_are_read_where_the_engines_op_writes_them(case: Named) -> None:
     """By each instruction set, size of blocks and dtype whose order of keys is known."""
     case("rows written by the engine's own op")
