@@ -27,7 +27,7 @@ LOOKUP = 1.5
 FOUND = 30.0
 #: Seconds after which the end of a lookup is expected no longer.
 LOST = 2 * LOOKUP
-#: Seconds for which a block that the bucket did not confirm is not asked for again.
+#: Seconds for which a block that the bucket did not confirm is not looked up again.
 MISSING = 5.0
 #: Seconds after which a waiting request asks again; a `RemoteStore` believes an answer for longer.
 BELIEVED = 10.0
@@ -115,7 +115,7 @@ class BucketAnswers:
         self._lock = threading.Lock()
         #: By the first key of a lookup that has not ended, until when its end is expected.
         self._open = dict[bytes, float]()
-        #: By key, until when a block is not asked for again.
+        #: By key, until when a block is not looked up again.
         self._missing: Bounded[bytes, float] = Bounded("blocks that a bucket lacks", 1 << 16)
         self._answers = True  # the bucket answered the last lookup in time
 
@@ -259,7 +259,7 @@ class KeptBucket(BucketAnswers):
         self._wake = wake
         self._numbers = itertools.count(1)
         self._later = deque[tuple[int, Sequence[bytes]]]()
-        self._asked: Bounded[int, Sequence[bytes]] = Bounded("lookups of a keeper", 2 * MOST)
+        self._sent: Bounded[int, Sequence[bytes]] = Bounded("lookups of a keeper", 2 * MOST)
         #: By key, until when a block is believed to be in the bucket.
         self._there: Bounded[bytes, float] = Bounded("blocks of a keeper's bucket", 1 << 17)
 
@@ -290,7 +290,7 @@ class KeptBucket(BucketAnswers):
 
     def looked_up(self, number: int, leading: int, answers: bool) -> None:
         """Note the answer of the keeper to the lookup of a number."""
-        keys = self._asked.pop(number, ())
+        keys = self._sent.pop(number, ())
         if not keys:
             return
         until = self._now() + FOUND
@@ -302,12 +302,12 @@ class KeptBucket(BucketAnswers):
         """Expect no answer, and believe nothing: the keeper has ended."""
         super().forget()
         self._later.clear()
-        self._asked.clear()
+        self._sent.clear()
         self._there.clear()
 
     def _ask(self, keys: Sequence[bytes]) -> None:
         some = keys[:MOST_KEYS]
         number = next(self._numbers)
-        self._asked[number] = some
+        self._sent[number] = some
         self._later.append((number, some))
         self._wake()

@@ -66,7 +66,8 @@ class KeeperIndex:
     """What a scheduler knows of the blocks of a keeper; an `Index` of a `Ledger`.
 
     It holds a copy of the keeper's index, which the keeper keeps current. So an answer needs no
-    message, except about blocks that only a bucket has, for which the keeper is asked. It knows no blocks while there is no keeper, or no rank of the engine has joined.
+    message, except about blocks that only a bucket has, which the keeper looks up. It knows no
+    blocks while there is no keeper, or no rank of the engine has joined.
 
     Args:
         place: where the processes of the host find the keeper.
@@ -186,7 +187,7 @@ class KeeperIndex:
         self._bucket.forget()
 
     def _look(self, session: Session) -> None:
-        """Send what the bucket is asked for, and read the index again if changes were missed."""
+        """Send lookups in the bucket, and read the index again if changes were missed."""
         for number, keys in self._bucket.take():
             self._link.tell(session, LookUp(session.number, number, joined_keys(keys)))
         if self._number < 0:

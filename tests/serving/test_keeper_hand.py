@@ -54,7 +54,7 @@ class KeptStore:
         assert client.wait(LIMIT)
         return client
 
-    def leading(self, keys: Sequence[bytes]) -> int:
+    def leading(self, keys: Sequence[bytes]) -> int | None:
         return self.index.leading(keys)
 
     def has(self, key: bytes) -> bool:
