@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's KV connector over a block store: host memory, and a disk that outlives the engine.
+"""vLLM's KV connector over a block store: host memory, a disk that outlives the engine, a bucket.
 
 Chosen by ``--kv-transfer-config`` with ``"kv_connector": "PortaKVConnector"`` and
 ``"kv_connector_module_path": "portakv.integrations.vllm_connector"``. This file maps vLLM's hooks

@@ -67,7 +67,7 @@ class StoreTerms:
     by_layer: bool = False
     shared: bool = False
     bucket: str | None = None
-    bucket_options: Mapping[str, Any] = field(default_factory=dict)
+    bucket_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for folder in self.folders:
