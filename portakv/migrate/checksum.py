@@ -25,7 +25,7 @@ from portakv.copy import copy_rows
 from portakv.errors import TransferError, Unsupported
 from portakv.graph.graph import Queue
 from portakv.graph.task import Task
-from portakv.migrate.checksum_kernel import SumKernel, driver_of
+from portakv.migrate.checksum_kernel import KeptTables, SumKernel, Table, driver_of
 from portakv.migrate.checksum_words import (
     AXIS,
     MIXES,
@@ -220,18 +220,49 @@ class BoxSums:
         self._numbers = defaultdict[torch.device, list[int]](list)
         self._sums = defaultdict[torch.device, list[torch.Tensor]](list)
 
-    def add(self, parts: Iterable[Part]) -> None:
-        """Compute the checksums of parts on the current stream of their device."""
+    def add(self, parts: Iterable[Part], kept: KeptTables | None = None) -> None:
+        """Compute the checksums of parts on the current stream of their device.
+
+        ``kept``: gets the tables of the parts, for `again`, if they can be launched again.
+        """
         by_device = defaultdict[torch.device, list[Part]](list)
         for part in parts:
             by_device[part.tensor.device].append(part)
         with torch.inference_mode():
             for device, some in by_device.items():
-                if device not in self._summers:
-                    self._summers[device] = kernel_of(device) or _Mixer(device)
-                numbers, sums = self._summers[device].sum_parts(some)
-                self._numbers[device] += numbers
-                self._sums[device].append(sums)
+                summer = self._summer(device)
+                if kept is None or not isinstance(summer, SumKernel):
+                    self._add(device, *summer.sum_parts(some))
+                    continue
+                tables = list[Table]()
+                copied = 0
+                for table in summer.tables(some):
+                    self._add(device, *summer.sum_tables([table]))
+                    copied += table.copied
+                    if not copied:  # else the table retains copies, and is not used again
+                        tables.append(table)
+                if not copied:
+                    kept[summer] = tables
+
+    def again(self, device: torch.device, kept: KeptTables) -> bool:
+        """Compute the checksums of the parts on a device that `add` has put into ``kept``, which
+        lie where they lay; return False if it has put none there."""
+        summer = self._summer(device)
+        if not isinstance(summer, SumKernel) or summer not in kept:
+            return False
+        with torch.inference_mode():
+            self._add(device, *summer.sum_tables(kept[summer]))
+        return True
+
+    def _summer(self, device: torch.device) -> SumKernel | _Mixer:
+        """Return what computes checksums on a device."""
+        if device not in self._summers:
+            self._summers[device] = kernel_of(device) or _Mixer(device)
+        return self._summers[device]
+
+    def _add(self, device: torch.device, numbers: list[int], sums: torch.Tensor) -> None:
+        self._numbers[device] += numbers
+        self._sums[device].append(sums)
 
     def results(self, count: int) -> list[int]:
         """Return the checksums of the numbers below ``count``."""

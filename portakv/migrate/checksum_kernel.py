@@ -17,7 +17,7 @@ from functools import partial
 from importlib.resources import files
 from itertools import product
 from math import gcd, prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -103,16 +103,20 @@ class SumKernel:
         One launch on the device's current stream computes the sums, or a few if many parts have
         to be copied first. Empty parts have none.
         """
+        return self.sum_tables(self.tables(parts))
+
+    def sum_tables(self, tables: Iterable[Table]) -> tuple[list[int], torch.Tensor]:
+        """Return what `sum_parts` returns, for tables of the parts."""
         numbers = list[int]()
         sums = list[torch.Tensor]()
-        for table in self._tables(parts):
+        for table in tables:
             numbers += table.numbers
             sums.append(self._launch(table))
         return numbers, sums[0] if len(sums) == 1 else torch.cat(sums)
 
-    def _tables(self, parts: Iterable[Part]) -> Iterator[_Table]:
+    def tables(self, parts: Iterable[Part]) -> Iterator[Table]:
         """Yield tables that have all parts. A table is launched before the next is begun."""
-        table = _Table()
+        table = Table()
         for part in parts:
             number, tensor, start, unit = part
             address = tensor.data_ptr()
@@ -131,10 +135,10 @@ class SumKernel:
                 table.shape_of.append(shape)
             if table.copied >= MOST_COPIED:
                 yield table
-                table = _Table()
+                table = Table()
         yield table
 
-    def _launch(self, table: _Table) -> torch.Tensor:
+    def _launch(self, table: Table) -> torch.Tensor:
         """Send a table, launch the kernel, and return the sums of the table's parts."""
         if not table.numbers:
             return torch.empty(0, dtype=torch.int64, device=self._device)
@@ -157,8 +161,9 @@ class SumKernel:
         return sent[table.parts_at : table.tiles_at].view(-1, _PART)[:, -1]
 
 
-class _Table:
-    """The parts of a launch."""
+class Table:
+    """The parts of a launch. It can be launched again while the parts stay where they are, unless
+    some had to be ``copied``."""
 
     def __init__(self) -> None:
         # Of each part.
@@ -178,6 +183,7 @@ class _Table:
         self.parts_at = 0
         self.tiles_at = 0
         self.blocks = 0
+        self._pinned: torch.Tensor | None = None  # set by the first `sent_to`; only read then
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a contiguous copy of a tensor, which the table retains."""
@@ -195,6 +201,12 @@ class _Table:
 
     def sent_to(self, device: torch.device) -> torch.Tensor:
         """Return the table on a device, sent on the device's current stream."""
+        if self._pinned is None:
+            self._pinned = self._made(device)
+        return self._pinned.to(device, non_blocking=True, copy=True)
+
+    def _made(self, device: torch.device) -> torch.Tensor:
+        """Return the table in host memory from which a device copies it, with sums of 0."""
         count = len(self.numbers)
         shape_of = np.array(self.shape_of, np.int64)
         tiles = np.array(self._tiles, np.int64)[shape_of]
@@ -203,7 +215,7 @@ class _Table:
         self.parts_at = len(shapes)
         self.tiles_at = self.parts_at + count * _PART
 
-        # Sent from pinned memory, no copy waits for the stream. torch keeps it until then.
+        # Sent from pinned memory, no copy waits for the stream.
         pinned = torch.empty(
             self.tiles_at + self.blocks,
             dtype=torch.int64,
@@ -219,7 +231,11 @@ class _Table:
         firsts = np.cumsum(tiles) - tiles
         each = np.arange(count, dtype=np.int64)
         numbers[self.tiles_at :] = np.arange(self.blocks) + np.repeat((each << 32) - firsts, tiles)
-        return pinned.to(device, non_blocking=True)
+        return pinned
+
+
+#: The tables that each kernel launches again, for parts that stay where they are.
+KeptTables: TypeAlias = dict[SumKernel, list[Table]]
 
 
 def kernel_text(cut: Cut) -> str:

@@ -201,6 +201,55 @@ def _whole(tensor: torch.Tensor) -> Parameter:
     return made
 
 
+def tensors_of(parameters: Parameters) -> dict[str, torch.Tensor]:
+    """Return the tensors of checked parameters by name."""
+    return {n: x.tensor if isinstance(x, Parameter) else x for n, x in parameters.items()}
+
+
+def facts_of(parameters: Parameters) -> tuple[object, ...] | None:
+    """Return all that the checks and the plan of a pull depend on, as a key; None if there is none.
+
+    Parameters with equal keys pass or fail the same checks. The key retains no tensor.
+    """
+    facts = list[object]()
+    try:
+        for name, value in parameters.items():
+            tensor: object = value
+            terms: object = None
+            if isinstance(value, Parameter):
+                tensor = value.tensor
+                if value.shape is not None or value.boxes is not None or value.block:
+                    terms = _terms_of(value)
+                elif value.packing:
+                    terms = value.packing
+            if not isinstance(tensor, torch.Tensor):
+                return None
+            # The address, because tied parameters have one, and checksums are computed there.
+            facts.append((name, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
+            kind = tensor.device, tensor.layout, tensor.is_conj(), tensor.is_neg(), terms
+            facts.append(kind)
+        key = tuple(facts)
+        hash(key)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):  # the checks say why
+        return None
+    return key
+
+
+def _terms_of(parameter: Parameter) -> object:
+    """Return the terms of a parameter as a part of a key."""
+    boxes = parameter.boxes
+    if boxes is not None:
+        boxes = tuple([box if _is_fixed(box) else tuple(map(tuple, box)) for box in boxes])
+    shape = None if parameter.shape is None else tuple(parameter.shape)
+    return parameter.packing, tuple(parameter.block), shape, boxes
+
+
+def _is_fixed(box: Box) -> bool:
+    """Return True if nothing can change a box."""
+    offset, start, extents = box
+    return type(box) is Box and type(offset) is type(start) is type(extents) is tuple
+
+
 def _odd(tensor: torch.Tensor) -> str:
     """Return why no plain bytes of a tensor can be copied; empty if they can."""
     if tensor.layout != torch.strided or tensor.is_nested:

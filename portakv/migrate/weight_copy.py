@@ -13,7 +13,7 @@ import torch
 from portakv.errors import Unsupported
 from portakv.migrate.checksum import BoxSums, Part
 from portakv.migrate.ipc import Opener
-from portakv.migrate.parameters import Cell, Parameter, part_of
+from portakv.migrate.parameters import Cell, part_of
 from portakv.migrate.weight_owner import Owner
 from portakv.migrate.weight_pairs import copy_pairs
 from portakv.migrate.weight_plan import Batch, Plan
@@ -35,11 +35,12 @@ class Copies:
     def __init__(
         self,
         owners: Sequence[Owner],
-        parameters: Mapping[str, Parameter],
+        tensors: Mapping[str, torch.Tensor],
         transport: str | None = None,
     ) -> None:
         self._owners = owners
-        self._parameters = parameters
+        self._tensors = tensors
+        self._devices = {tensor.device for tensor in tensors.values()}
         self._transport = transport
         self._openers = dict[torch.device, Opener]()
         self._cells = list[Cell]()
@@ -60,7 +61,7 @@ class Copies:
         for number, owner in enumerate(self._owners):
             cells = plan.numbers[number]
             try:
-                opened = owner.publication.sources(plan, number, self._parameters, self._openers)
+                opened = owner.publication.sources(plan, number, self._tensors, self._openers)
                 self._sources.update(zip(cells, opened, strict=True))
             except Unsupported as error:
                 self._terms[number] = Terms(self._device(cells), self._transport, str(error))
@@ -68,7 +69,7 @@ class Copies:
 
     def _device(self, cells: Sequence[int]) -> torch.device:
         """Return the device of all tensors of these cells, or the host."""
-        devices = {self._parameters[self._cells[n].name].tensor.device for n in cells}
+        devices = {self._tensors[self._cells[n].name].device for n in cells}
         return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
     def explain(self) -> list[str]:
@@ -84,7 +85,7 @@ class Copies:
 
     def _source(self, cell: Cell) -> torch.Tensor:
         """Return the source of a cell in its owner's memory."""
-        tensor = self._parameters[cell.name].tensor
+        tensor = self._tensors[cell.name]
         return self._owners[cell.owner].publication.source(cell, tensor, self._openers)
 
     def incoming(self) -> Incoming:
@@ -95,36 +96,49 @@ class Copies:
         """Copy a batch. The copies and their checksums may be in flight afterwards."""
         pairs = list[tuple[torch.Tensor, torch.Tensor]]()
         wanted = defaultdict[int, list[Wanted]](list)
-        parts = defaultdict[torch.device, list[Part]](list)
-        parameters = self._parameters
+        tensors = self._tensors
         sources = self._sources
-        for number, cell, unit, copied in batch.pieces:
-            (name, owner, (offset, start, extents), _) = cell
-            tensor = parameters[name].tensor
-            into = part_of(tensor, start, extents)
-            parts[tensor.device].append(Part(number, into, offset, unit))
+        terms = self._terms
+        for number, cell, _, copied, of_cell, of_tensor in batch.pieces:
             if not copied:
                 continue
-            if owner in self._terms:
+            (name, owner, box, _) = cell
+            tensor = tensors[name]
+            if owner in terms:
                 wanted[owner].append(Wanted(cell, tensor))
+                continue
+            if of_tensor:
+                into = tensor.detach() if tensor.requires_grad else tensor
             else:
-                whole = cell is self._cells[number]
-                pairs.append((into, sources[number] if whole else self._source(cell)))
+                into = part_of(tensor, box.start, box.extents)
+            pairs.append((into, sources[number] if of_cell else self._source(cell)))
         for number, some in wanted.items():
             incoming.request(number, some)
         copy_pairs(pairs)
-        incoming.then(partial(self._compare, parts))
+        incoming.then(partial(self._compare, batch))
 
-    def _compare(self, parts: Mapping[torch.device, list[Part]]) -> None:
+    def _compare(self, batch: Batch) -> None:
         """Compute checksums of a batch after its copies, and wait for an earlier batch."""
-        devices = [device for device in parts if device.type != "cpu"]
+        devices = [device for device in self._devices if device.type != "cpu"]
         self._in_flight.append([completion(device, None) for device in devices])
         while len(self._in_flight) > _WINDOW:
             for end in self._in_flight.popleft():
                 end.synchronize()
-        for device, some in parts.items():
+        for device in self._devices:
             with self._after_copies(device):
-                self._sums.add(some)
+                if not self._sums.again(device, batch.tables):
+                    self._sums.add(self._parts(batch, device), batch.tables)
+
+    def _parts(self, batch: Batch, device: torch.device) -> list[Part]:
+        """Return what landed on a device with a batch, tied names too."""
+        parts = list[Part]()
+        for piece in batch.pieces:
+            tensor = self._tensors[piece.cell.name]
+            if tensor.device == device:
+                (offset, start, extents) = piece.cell.box
+                into = part_of(tensor, start, extents)
+                parts.append(Part(piece.number, into, offset, piece.unit))
+        return parts
 
     def _after_copies(self, device: torch.device) -> AbstractContextManager[object]:
         """Make a stream current that follows the copies, while the next batch is copied."""
@@ -137,9 +151,9 @@ class Copies:
 
     def synchronize(self) -> None:
         """Wait until nothing of this pull runs on a device."""
-        devices = {x.tensor.device for x in self._parameters.values() if not x.tensor.is_cpu}
-        for device in devices:
-            torch.accelerator.current_stream(device.index).synchronize()
+        for device in self._devices:
+            if device.type != "cpu":
+                torch.accelerator.current_stream(device.index).synchronize()
         for stream in self._streams.values():
             stream.synchronize()
 

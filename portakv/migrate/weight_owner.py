@@ -27,7 +27,7 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.described import strided
 from portakv.migrate.ipc import Opener
 from portakv.migrate.messages import Message, Refused, unsealed
-from portakv.migrate.parameters import Box, Cell, Item, Parameter, part_of
+from portakv.migrate.parameters import Box, Cell, Item, part_of
 from portakv.migrate.published import MOST_BOXES, AskWeights, Weights, WeightsTicket
 from portakv.migrate.weight_lanes import Connect, Connected, SendSlice
 from portakv.migrate.weight_plan import Plan
@@ -131,14 +131,14 @@ class Publication:
         self,
         plan: Plan,
         number: int,
-        parameters: Mapping[str, Parameter],
+        tensors: Mapping[str, torch.Tensor],
         openers: dict[torch.device, Opener],
     ) -> list[torch.Tensor]:
         """Return the sources of an owner's cells of a plan; raise the errors of `tensor`."""
         planned = self._planned.get_or_make((plan, number), _Planned)
         if planned.sources is None:
             cells = [plan.cells[n] for n in plan.numbers[number]]
-            planned.sources = [self.source(x, parameters[x.name].tensor, openers) for x in cells]
+            planned.sources = [self.source(x, tensors[x.name], openers) for x in cells]
         return planned.sources
 
     def sums_of(self, plan: Plan, number: int) -> WantedSums:

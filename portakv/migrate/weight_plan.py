@@ -10,6 +10,7 @@ from math import prod
 from typing import NamedTuple
 
 from portakv.migrate.checksum import unit_of
+from portakv.migrate.checksum_kernel import KeptTables
 from portakv.migrate.messages import Dims
 from portakv.migrate.parameters import Box, Cell, Item
 
@@ -23,14 +24,20 @@ class Piece(NamedTuple):
     cell: Cell
     unit: int  # bytes of a word of the cell's checksum
     copied: bool  # False: a tied name, whose memory is copied by another name
+    of_cell: bool  # it is all of its cell
+    of_tensor: bool  # it is all of the reader's tensor
 
 
 @dataclass
 class Batch:
-    """Pieces of about equally many bytes."""
+    """Pieces of about equally many bytes.
+
+    ``tables``: of the kernels that compute its checksums, made by the first pull.
+    """
 
     pieces: list[Piece]
     nbytes: int
+    tables: KeptTables = field(default_factory=dict)
 
 
 @dataclass(eq=False)  # a plan is a key of what an owner's publication caches
@@ -61,8 +68,11 @@ def plan_of(
     for number, cell in enumerate(cells):
         size = itemsizes[cell.name]
         unit = unit_of(size, cell.box.offset, cell.box.extents)
-        copied = described[cell.name].tie == cell.name
-        pieces += [Piece(number, x, unit, copied) for x in split(cell, max(1, most // size))]
+        item = described[cell.name]
+        copied = item.tie == cell.name
+        for x in split(cell, max(1, most // size)):
+            all_of_it = x.box.extents == item.local
+            pieces.append(Piece(number, x, unit, copied, x is cell, all_of_it))
     sizes = [prod(x.cell.box.extents) * itemsizes[x.cell.name] for x in pieces]
     ends = accumulate(max(nbytes, most // _CELLS) for nbytes in sizes)
     batches = list[Batch]()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -14,12 +15,13 @@ from portakv.errors import PeerError, TransferError
 from portakv.interconnect.strategy import Terms
 from portakv.migrate.channel import Channel
 from portakv.migrate.parameters import (
-    Parameter,
     Parameters,
     check_destinations,
+    facts_of,
     items_of,
     named,
     plan,
+    tensors_of,
 )
 from portakv.migrate.transports import check_transport
 from portakv.migrate.weight_copy import Copies
@@ -32,16 +34,29 @@ from portakv.runtime.worker import RateLimit
 _BATCH = 256 << 20  # bytes that are copied and compared together
 _PACED = 32 << 20  # the same with a rate, or on the host
 
-_plans: Bounded[object, Plan] = Bounded("plans of weights", 16)
+_Plans: TypeAlias = Bounded[object, Plan]
+# By the facts of tensors, which have passed all checks: the plans of their pulls, by the owners'
+# descriptions.
+_known: Bounded[object, _Plans] = Bounded("checked destinations of weights", 16)
 
 
 @dataclass(frozen=True)
 class PullRequest:
-    """The checked arguments of a pull."""
+    """The checked arguments of a pull.
+
+    Attributes:
+        parameters: as they were passed.
+        tensors: of the parameters, by name.
+        devices: of the tensors.
+        plans: the plans of pulls into tensors with these facts.
+    """
 
     channel: Channel
     tickets: Sequence[bytes]
-    parameters: Mapping[str, Parameter]
+    parameters: Parameters
+    tensors: Mapping[str, torch.Tensor]
+    devices: frozenset[torch.device]
+    plans: _Plans
     some: bool
     rate: float | None
     limit: float
@@ -51,7 +66,7 @@ class PullRequest:
     @property
     def batch(self) -> int:
         """Return the bytes of a batch."""
-        on_host = any(x.tensor.is_cpu for x in self.parameters.values())
+        on_host = any(device.type == "cpu" for device in self.devices)
         return _PACED if self.rate or on_host else _BATCH
 
 
@@ -69,14 +84,51 @@ def checked(
     until = time.monotonic() + limit
     instance("channel", channel, Channel)
     flag("some", some)
-    destinations = named("parameters", parameters)
-    check_destinations(destinations)
+    parameters, tensors, plans = _checked_destinations(parameters)
     rate = Terms(max_gbps=max_gbps).max_gbps
-    _refuse_capture(destinations)
-    device = next((x.tensor.device for x in destinations.values()), torch.device("cpu"))
+    devices = frozenset({tensor.device for tensor in tensors.values()})
+    if any(map(capturing, devices)):
+        raise refuse_capture("Pulling weights", "processes exchange messages; do it before")
+    device = next((x.device for x in tensors.values()), torch.device("cpu"))
     check_transport(transport, device)
     packed = _check_tickets(tickets)
-    return PullRequest(channel, packed, destinations, some, rate, limit, until, transport)
+    return PullRequest(
+        channel=channel,
+        tickets=packed,
+        parameters=parameters,
+        tensors=tensors,
+        devices=devices,
+        plans=plans,
+        some=some,
+        rate=rate,
+        limit=limit,
+        until=until,
+        transport=transport,
+    )
+
+
+def _checked_destinations(
+    parameters: Parameters,
+) -> tuple[Parameters, dict[str, torch.Tensor], _Plans]:
+    """Return parameters that can be filled, their tensors, and the plans of pulls into tensors with
+    the same facts.
+
+    Parameters with the facts of others that passed all checks are not checked again.
+    """
+    if isinstance(parameters, Mapping):
+        listed = dict(parameters.items())  # once: another mapping may make tensors
+        facts = facts_of(listed)
+        known = None if facts is None else _known.get(facts)
+        if known is not None:
+            return listed, tensors_of(listed), known
+        parameters = listed
+    checked = named("parameters", parameters)
+    check_destinations(checked)
+    plans = _Plans("plans of weights", 4)
+    facts = facts_of(checked)
+    if facts is not None:
+        plans = _known.setdefault(facts, plans)
+    return checked, tensors_of(checked), plans
 
 
 def opened(
@@ -88,7 +140,7 @@ def opened(
         for ticket in request.tickets
     ]
     planned = _plan(request, owners)
-    copies = Copies(owners, request.parameters, request.transport)
+    copies = Copies(owners, request.tensors, request.transport)
     copies.open(planned)
     return owners, planned, copies
 
@@ -104,6 +156,8 @@ def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
                 _wait_for_turn(pace, batch.nbytes, owner)
                 copies.copy(batch, incoming)
             incoming.finish()
+        # While the devices copy. A change that comes after the answers is noticed at the end.
+        answers = [owner.sums(planned, number) for number, owner in enumerate(owners)]
     except PeerError:
         for owner in owners:
             owner.confirm()  # the end of a publication is the better reason
@@ -113,9 +167,7 @@ def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
 
     here = copies.sums(len(planned.cells))
     wrong = list[str]()
-    for number, owner in enumerate(owners):
-        numbers = planned.numbers[number]
-        there = owner.sums(planned, number)
+    for numbers, there, owner in zip(planned.numbers, answers, owners, strict=True):
         if there != [here[n] for n in numbers]:
             differs = [n for n, sum in zip(numbers, there, strict=True) if here[n] != sum]
             wrong += [planned.cells[n].name for n in differs]
@@ -125,50 +177,25 @@ def pull(request: PullRequest, stopped: Callable[[], bool]) -> int:
     if wrong:
         names = ", ".join(dict.fromkeys(wrong))
         raise TransferError(
-            f"Expected the owners' checksums of {len(request.parameters)} weights, got others of "
+            f"Expected the owners' checksums of {len(request.tensors)} weights, got others of "
             f"{names}. Do not use any of the weights; pull again."
         )
     return planned.nbytes
 
 
 def _plan(request: PullRequest, owners: Sequence[Owner]) -> Plan:
-    """Return the plan of a pull, cached by the descriptions of both sides."""
-    local = tuple(_signature(name, x) for name, x in request.parameters.items())
+    """Return the plan of a pull, cached by the facts of both sides."""
     digests = tuple(owner.publication.digest for owner in owners)
-    return _plans.get_or_make(
-        (local, digests, request.some, request.batch), lambda: _make_plan(request, owners)
+    return request.plans.get_or_make(
+        (digests, request.some, request.batch), lambda: _make_plan(request, owners)
     )
 
 
 def _make_plan(request: PullRequest, owners: Sequence[Owner]) -> Plan:
-    described = items_of(request.parameters)
+    described = items_of(named("parameters", request.parameters))
     cells = plan(described, [x.publication.items for x in owners], request.some)
-    itemsizes = {name: x.tensor.itemsize for name, x in request.parameters.items()}
+    itemsizes = {name: tensor.itemsize for name, tensor in request.tensors.items()}
     return plan_of(cells, described, itemsizes, request.batch, len(owners))
-
-
-def _signature(name: str, parameter: Parameter) -> object:
-    """Return what the plan of a parameter depends on."""
-    tensor = parameter.tensor
-    # The address, because tied parameters have one.
-    memory = tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
-    if parameter.shape is None and parameter.boxes is None:
-        return name, memory, parameter.packing, tuple(parameter.block)
-    boxes = parameter.boxes
-    return (
-        name,
-        memory,
-        parameter.packing,
-        tuple(parameter.block),
-        None if parameter.shape is None else tuple(parameter.shape),
-        None if boxes is None else tuple(tuple(map(tuple, box)) for box in boxes),
-    )
-
-
-def _refuse_capture(parameters: Mapping[str, Parameter]) -> None:
-    """Raise `Unsupported` while a graph capture records a device of the parameters."""
-    if any(map(capturing, {each.tensor.device for each in parameters.values()})):
-        raise refuse_capture("Pulling weights", "processes exchange messages; do it before")
 
 
 def _check_tickets(tickets: bytes | Sequence[bytes]) -> Sequence[bytes]:

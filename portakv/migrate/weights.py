@@ -42,8 +42,7 @@ class WeightsPull(Transfer):
     """
 
     def __init__(self, request: PullRequest) -> None:
-        devices = {x.tensor.device for x in request.parameters.values()}
-        fences = [StreamFence(device) for device in devices]
+        fences = [StreamFence(device) for device in request.devices]
         self._stopped = threading.Event()
         self._result = list[int]()
         result = self._result
