@@ -101,7 +101,7 @@ class ByName:
         promised = pull.layers
         try:
             with torch.inference_mode(False), after.inside():
-                sources = self._owners.resolve(wanted.tickets, pull.until)
+                sources = self._owners.resolve_listed(wanted.tickets, pull.until)
                 if pull.over:  # also while the owners were resolved
                     raise TransferCancelled(CANCELLED)
                 pull.sources = sources

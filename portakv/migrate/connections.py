@@ -151,7 +151,10 @@ class Connections:
 
         Raises as `of`, and `PeerError` for bytes that are not a ticket.
         """
-        packed = listed(tickets)
+        return self.resolve_listed(listed(tickets), until)
+
+    def resolve_listed(self, packed: Sequence[bytes], until: float = inf) -> list[Source]:
+        """Return what `resolve` returns, for the result of `listed`."""
         read = [Ticket.read(data) for data in packed]
         try:
             sources = [Source(ticket, self.of(ticket, until)) for ticket in read]

@@ -407,7 +407,9 @@ class Owner:
         arguments.whole("readers", readers, 1, 1 << 31)
         least = f"at least the lease of {lease:g} s"
         last = arguments.number("max_lease", max_lease, lease, inf, least)
-        mark = progress_of(progress, max(shard.view.layers for shard in self.shards), tokens)
+        mark = None
+        if progress is not None:
+            mark = progress_of(progress, max(shard.view.layers for shard in self.shards), tokens)
         lists = self._block_lists(blocks, tokens)
         if name is not None:
             self.names.check_new(name, sum(ids.nbytes for ids, _ in lists))

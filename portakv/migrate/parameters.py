@@ -8,7 +8,7 @@ byte: `portakv.migrate.weights` does.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import add, sub
@@ -211,43 +211,64 @@ def facts_of(parameters: Parameters) -> tuple[object, ...] | None:
 
     Parameters with equal keys pass or fail the same checks. The key retains no tensor.
     """
-    facts = list[object]()
     try:
-        for name, value in parameters.items():
-            tensor: object = value
-            terms: object = None
-            if isinstance(value, Parameter):
-                tensor = value.tensor
-                if value.shape is not None or value.boxes is not None or value.block:
-                    terms = _terms_of(value)
-                elif value.packing:
-                    terms = value.packing
-            if not isinstance(tensor, torch.Tensor):
-                return None
-            # The address, because tied parameters have one, and checksums are computed there.
-            facts.append((name, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
-            kind = tensor.device, tensor.layout, tensor.is_conj(), tensor.is_neg(), terms
-            facts.append(kind)
-        key = tuple(facts)
-        hash(key)
+        try:
+            key = _facts(parameters, _terms_of)
+            hash(key)
+        except TypeError:  # boxes or shapes that are lists
+            key = _facts(parameters, _fixed_terms_of)
+            hash(key)
     except (TypeError, ValueError, RuntimeError, NotImplementedError):  # the checks say why
         return None
     return key
 
 
+def _facts(
+    parameters: Parameters, terms_of: Callable[[Parameter], object]
+) -> tuple[object, ...] | None:
+    """Return the facts of each parameter; None if one has no tensor."""
+    facts = list[object]()
+    for name, value in parameters.items():
+        tensor: object = value
+        terms: object = None
+        if isinstance(value, Parameter):
+            tensor = value.tensor
+            terms = terms_of(value)
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        facts.append(
+            (
+                name,
+                # Tied parameters have one address. Checksums are computed there.
+                tensor.data_ptr(),
+                tensor.device,
+                tensor.dtype,
+                tensor.shape,
+                tensor.stride(),
+                tensor.layout,
+                tensor.is_conj(),
+                tensor.is_neg(),
+                terms,
+            )
+        )
+    return tuple(facts)
+
+
 def _terms_of(parameter: Parameter) -> object:
-    """Return the terms of a parameter as a part of a key."""
+    """Return the terms of a parameter; nothing can change them if they have a hash."""
+    boxes = parameter.boxes
+    if type(boxes) is list:
+        boxes = tuple(boxes)
+    return parameter.shape, boxes, parameter.packing, parameter.block
+
+
+def _fixed_terms_of(parameter: Parameter) -> object:
+    """Return the terms of a parameter as tuples of numbers, which nothing can change."""
+    shape = None if parameter.shape is None else tuple(parameter.shape)
     boxes = parameter.boxes
     if boxes is not None:
-        boxes = tuple([box if _is_fixed(box) else tuple(map(tuple, box)) for box in boxes])
-    shape = None if parameter.shape is None else tuple(parameter.shape)
-    return parameter.packing, tuple(parameter.block), shape, boxes
-
-
-def _is_fixed(box: Box) -> bool:
-    """Return True if nothing can change a box."""
-    offset, start, extents = box
-    return type(box) is Box and type(offset) is type(start) is type(extents) is tuple
+        boxes = tuple(Box(*map(tuple, box)) for box in boxes)
+    return shape, boxes, parameter.packing, tuple(parameter.block)
 
 
 def _odd(tensor: torch.Tensor) -> str:

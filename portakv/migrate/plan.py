@@ -235,7 +235,7 @@ def count_blocks(blocks: Sequence[Index], first: int, past: int) -> int:
         if index.ids is None:
             total += end - start
         else:
-            total += int((index.host_ids()[start:end] >= 0).sum())
+            total += int(np.count_nonzero(index.host_ids()[start:end] >= 0))
     return total
 
 

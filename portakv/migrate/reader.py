@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import is_
 from time import monotonic
 
 from portakv import arguments
-from portakv.copy.options import CopyOptions, Overlap, options_from
+from portakv.copy.options import USUAL, CopyOptions, Overlap, options_from
 from portakv.graph.graph import Graph
 from portakv.migrate.by_name import ByName
 from portakv.migrate.channel import Channel
@@ -65,6 +66,8 @@ class Reader:
         self._keeper = Housekeeper(self.device)
         self._by_name = ByName(self._graph, self._owners, self._issuer, self._keeper)
         self._closed = False
+        #: The options of the last pull, as they were passed, and as they were checked.
+        self._last_options: tuple[tuple[object, ...], CopyOptions] = (), USUAL
         channel.claim("a reader", self)
 
     def pull(
@@ -103,9 +106,7 @@ class Reader:
             SlotError: bad blocks on either side, or too few.
             Unsupported: memory that can neither be mapped nor sent; inside graph capture.
         """
-        keywords = dict(zip(OPTIONS, (by_layer, overlap, max_thread_blocks, max_gbps), strict=True))
-        options = options_from(options, keywords)
-        options.check_only("a pull", OPTIONS)
+        options = self._checked(options, by_layer, overlap, max_thread_blocks, max_gbps)
         arguments.whole("first", first)
         arguments.flag("verify", verify)
         if capturing(self.device):
@@ -117,8 +118,23 @@ class Reader:
         by_name = self._by_name.pull(packed, request, until)
         if by_name is not None:
             return by_name
-        sources = self._owners.resolve(packed, until)
+        sources = self._owners.resolve_listed(packed, until)
         return self._start(Pull(sources, until, self._keeper.wake), request)
+
+    def _checked(self, options: CopyOptions | None, *keywords: object) -> CopyOptions:
+        """Return the options of a pull that takes ``options`` or `OPTIONS` as keywords.
+
+        A pull that passes the same objects as the last one gets the same options: nothing can
+        change them.
+        """
+        passed = options, *keywords
+        before, checked = self._last_options
+        if len(before) == len(passed) and all(map(is_, passed, before)):
+            return checked
+        checked = options_from(options, dict(zip(OPTIONS, keywords, strict=True)))
+        checked.check_only("a pull", OPTIONS)
+        self._last_options = passed, checked
+        return checked
 
     def _start(self, pull: Pull, request: Request) -> Pull:
         """Return a pull whose owners are connected, after its copies were issued if its offers are

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -36,11 +36,12 @@ class Copies:
         self,
         owners: Sequence[Owner],
         tensors: Mapping[str, torch.Tensor],
+        devices: Collection[torch.device],
         transport: str | None = None,
     ) -> None:
         self._owners = owners
         self._tensors = tensors
-        self._devices = {tensor.device for tensor in tensors.values()}
+        self._devices = devices
         self._transport = transport
         self._openers = dict[torch.device, Opener]()
         self._cells = list[Cell]()

@@ -31,14 +31,17 @@ def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
             if one_run and into.is_cpu and src.is_cpu:
                 runs.append((into, src))
                 continue
-            if not one_run or into.nbytes >= _SMALL or into.itemsize not in _INTEGERS:
+            integers = _INTEGERS.get(into.itemsize)
+            if not one_run or integers is None or into.nbytes >= _SMALL:
                 into.copy_(src)
                 continue
-            lists = many[key := (into.device, _INTEGERS[into.itemsize])]
-            for some, one in zip(lists, (into, src), strict=True):
-                some.append(one.view(key[1]))
-            if len(lists[0]) == _LISTED:  # the device starts while the host goes on
-                torch._foreach_copy_(*many.pop(key))
+            key = into.device, integers
+            listed, sources = many[key]
+            listed.append(into.view(integers))
+            sources.append(src.view(integers))
+            if len(listed) == _LISTED:  # the device starts while the host goes on
+                torch._foreach_copy_(listed, sources)
+                del many[key]
         for lists in many.values():
             torch._foreach_copy_(*lists)
     for run in runs_of(runs):

@@ -140,7 +140,7 @@ def opened(
         for ticket in request.tickets
     ]
     planned = _plan(request, owners)
-    copies = Copies(owners, request.tensors, request.transport)
+    copies = Copies(owners, request.tensors, request.devices, request.transport)
     copies.open(planned)
     return owners, planned, copies
 

@@ -38,15 +38,18 @@ class Versioned:
         """Return a number that grows with each change that this process can notice."""
         version = self.changes
         for parameter in [*self.parameters.values()]:
-            if not parameter.tensor.is_inference():  # inference tensors have no counter
-                version += parameter.tensor._version
+            tensor = parameter.tensor
+            if not tensor.is_inference():  # inference tensors have no counter
+                version += tensor._version
         return version
 
     def replaced(self) -> str | None:
         """Return the name of a tensor that has other memory than when it was published."""
-        parameters = {**self.parameters}
-        changed = (n for n, x in parameters.items() if _memory_of(x.tensor) != self._memory[n])
-        return next(changed, None)
+        known = self._memory
+        for name, parameter in [*self.parameters.items()]:
+            if _memory_of(parameter.tensor) != known[name]:
+                return name
+        return None
 
     def boxes(self) -> Iterator[tuple[str, torch.Tensor, Box]]:
         """Yield each box of each item, with its tensor and the first name of its memory."""

@@ -309,9 +309,20 @@ class Index:
         """Return True if `ids_on` copies nothing."""
         return self.ids is None or self._copy_on(device, dtypes) is not None
 
-    def add_copy(self, ids: torch.Tensor) -> None:
-        """Cache a contiguous copy of the ids, made elsewhere, for `ids_on`."""
+    def add_copy(
+        self,
+        ids: torch.Tensor,
+        served: tuple[torch.device, frozenset[torch.dtype]] | None = None,
+    ) -> None:
+        """Cache a contiguous copy of the ids, made elsewhere, for `ids_on`.
+
+        ``served``: the device of the copy, and dtypes that have its dtype. `placed` returns the
+        copy for these objects without a search.
+        """
         self._store.copies.append(ids)
+        if served is not None:
+            self._served = served
+            self._placed = self.reading(ids)
 
     def _copy_on(self, device: torch.device, dtypes: frozenset[torch.dtype]) -> torch.Tensor | None:
         assert self.ids is not None
