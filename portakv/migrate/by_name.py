@@ -43,7 +43,7 @@ class ByName:
         wanted = Wanted.of(tickets)
         if wanted is None:
             return None
-        pull = Pull((), until, self._keeper.wake)
+        pull = Pull((), until, self._keeper.report)
         pull.requested.wanted = wanted
         pull.layers = self._follower.promised(request)
         after = StreamFence(self._issuer.device)

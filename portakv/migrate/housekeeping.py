@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 FIRST_LOOK = 1e-3  # seconds: a pull that ends before is not reported to its owners as begun
 LOOK = 0.05  # the most seconds between two looks at a pull
 PROMPT = 1e-3  # the same if somebody waits for `Reader.finished`, or a pull for a mark
+GATHER = 1e-3  # seconds after the end of a pull in which further ends are reported together
 IDLE = 40  # looks without a pull, after which the thread waits until it is woken
 RENEWAL = 0.5  # the most seconds between two renewals: much of a lease may be over at the pull
 SENDING = 0.5  # the most seconds for a message to an owner
@@ -67,7 +68,8 @@ class Housekeeper:
         self._most = LOOK  # seconds between two looks; less if a pull waits for a name or a mark
         self._pulls = dict[Pull, _Watched]()
         self._busy = dict[str, float]()  # addresses, with the time of the next message
-        self._wakes: SimpleQueue[None] = SimpleQueue()
+        self._wakes: SimpleQueue[bool] = SimpleQueue()  # True: look immediately
+        self._gathering = False  # the thread looks within `GATHER`
         self._parked = True
         self._closing = False
         self._lock = threading.Lock()  # for the beginning of the thread
@@ -92,7 +94,19 @@ class Housekeeper:
 
     def wake(self) -> None:
         """Have the thread look immediately; begin it at the first call."""
-        self._wakes.put(None)
+        self._wake(True)
+
+    def report(self) -> None:
+        """Have the thread look within `GATHER`, for a pull that has ended; begin it at the first
+        call.
+
+        A caller that pulls on has the interpreter until then, and one look reports several ends.
+        """
+        if not self._gathering:
+            self._wake(False)
+
+    def _wake(self, now: bool) -> None:
+        self._wakes.put(now)
         if self._thread is None:
             uninterrupted(self._begin)
 
@@ -129,7 +143,7 @@ class Housekeeper:
         self._closing = True
         thread = self._thread
         if thread is not None:
-            self._wakes.put(None)
+            self._wakes.put(True)
             thread.join(CLOSING)
         self.finished.close()
 
@@ -147,8 +161,10 @@ class Housekeeper:
                 self._parked = False
             seconds = pause if self._pulls else LOOK
             with suppress(Empty):
-                self._wakes.get(timeout=None if self._parked else seconds)
+                now = self._wakes.get(timeout=None if self._parked else seconds)
                 pause = FIRST_LOOK
+                if not (now or self._closing):
+                    self._gather()
                 while True:
                     self._wakes.get_nowait()
             most = PROMPT if self.finished.started else self._most
@@ -156,6 +172,18 @@ class Housekeeper:
             self._look_at_all()
             if self._closing:
                 return
+
+    def _gather(self) -> None:
+        """Wait until more pulls may have ended, or until the thread has to look immediately."""
+        until = monotonic() + GATHER
+        self._gathering = True
+        try:
+            while not self._wakes.get(timeout=max(0.0, until - monotonic())):
+                pass
+        except Empty:
+            pass
+        finally:
+            self._gathering = False  # before the look, which sees all that ended until then
 
     def _look_at_all(self) -> None:
         """Look at each pull; report the ends."""

@@ -119,7 +119,7 @@ class Reader:
         if by_name is not None:
             return by_name
         sources = self._owners.resolve_listed(packed, until)
-        return self._start(Pull(sources, until, self._keeper.wake), request)
+        return self._start(Pull(sources, until, self._keeper.report), request)
 
     def _checked(self, options: CopyOptions | None, *keywords: object) -> CopyOptions:
         """Return the options of a pull that takes ``options`` or `OPTIONS` as keywords.

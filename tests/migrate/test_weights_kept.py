@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,6 @@ from portakv.errors import InvalidTerms, LayoutError, TransferError
 from portakv.migrate import Parameter, checksum, publish, pull_weights, weight_copy
 from portakv.migrate.checksum import BoxSums, Part
 from portakv.migrate.checksum_kernel import KeptTables, SumKernel
-from portakv.migrate.checksum_words import AXIS
 from portakv.migrate.parameters import Box, facts_of
 from portakv.migrate.weight_pairs import copy_pairs
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class Followed(SumKernel):
-    """A kernel of the host that counts the parts that it lists."""
+    """A kernel of the host that counts the parts that a reader lists."""
 
     def __init__(self) -> None:
         super().__init__(CPU, HostDriver(), SMALL)
@@ -40,9 +40,16 @@ class Followed(SumKernel):
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Followed:
-    """The kernel that computes the checksums of both sides."""
+    """The kernel that computes the checksums of readers.
+
+    Owners compute theirs in workers, by torch: on the host a kernel runs in one thread at a time.
+    """
     made = Followed()
-    monkeypatch.setattr(checksum, "kernel_of", lambda device: made)
+
+    def find(device: torch.device) -> Followed | None:
+        return made if threading.current_thread() is threading.main_thread() else None
+
+    monkeypatch.setattr(checksum, "kernel_of", find)
     return made
 
 
@@ -59,7 +66,7 @@ def test_tables_are_listed_once_and_find_wrong_bytes(
     local = {"rows": into, "tied": into, "half": Parameter.split(part, 1, (8,), (1, 2))}
     channel = channels()
     pull_weights(channel, owner.ticket, local)
-    before = kernel.listed
+    assert kernel.listed == 3
     for wrong, name in ((into, "rows, tied"), (part, "half"), (None, "")):
 
         def copy(pairs: Any, wrong: torch.Tensor | None = wrong) -> None:
@@ -72,17 +79,13 @@ def test_tables_are_listed_once_and_find_wrong_bytes(
             with pytest.raises(TransferError, match=f"others of {name}\\. Do not use any"):
                 pull_weights(channel, owner.ticket, local)
         else:
-            # The owner was told to compute its checksums again.
-            listed = kernel.listed
             pull_weights(channel, owner.ticket, local)
-            assert kernel.listed - listed <= 3
-        assert kernel.listed - before <= 6, "the reader lists nothing again"
-        before = kernel.listed
     with owner.update():
         rows.fill_(5)
     pull_weights(channel, owner.ticket, local)
     assert into.eq(5).all()
     assert torch.equal(part, half[:, 4:])
+    assert kernel.listed == 3
     owner.close()
 
 
@@ -105,7 +108,6 @@ def test_tables_of_copied_parts_are_not_launched_again(kernel: Followed) -> None
         later = BoxSums()
         if later.again(CPU, kept):
             assert later.results(1) != [expected]
-    assert AXIS
 
 
 def moved(local: dict[str, Any]) -> None:
@@ -113,8 +115,6 @@ def moved(local: dict[str, Any]) -> None:
 
 
 def turned(local: dict[str, Any]) -> None:
-    local["w"].t_()
-    local["w"].t_()
     local["w"].set_(torch.zeros(4, 6, dtype=torch.int32).t())
 
 
@@ -122,10 +122,12 @@ def swapped(local: dict[str, Any]) -> None:
     local["w"] = torch.zeros(6, 4, dtype=torch.int32)
 
 
+@needs_gxx
 @pytest.mark.parametrize("change", [moved, turned, swapped])
 def test_tensors_that_get_other_memory_are_filled_there(
-    channels: Channels, change: Callable[[dict[str, Any]], None]
+    channels: Channels, kernel: Followed, change: Callable[[dict[str, Any]], None]
 ) -> None:
+    """Without addresses and strides among the facts, former tables would sum the former memory."""
     source = shared(whole_of((6, 4)))
     owner = publish(channels(), {"w": source})
     local = {"w": torch.zeros(6, 4, dtype=torch.int32)}
@@ -133,13 +135,12 @@ def test_tensors_that_get_other_memory_are_filled_there(
     for _ in range(3):
         pull_weights(channel, owner.ticket, local)
         assert torch.equal(local["w"], source)
-        former = local["w"].detach()
+        former = local["w"].view(-1) if local["w"].is_contiguous() else local["w"].t().view(-1)
         former.zero_()
         change(local)
         pull_weights(channel, owner.ticket, local)
         assert torch.equal(local["w"], source)
-        if change is not turned:
-            assert not former.any()
+        assert not former.any()
     owner.close()
 
 

@@ -39,7 +39,7 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.host.shared import SharedPool
-from portakv.migrate import ipc
+from portakv.migrate import housekeeping, ipc
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.connections import Connection, Connections
 from portakv.migrate.housekeeping import Housekeeper
@@ -590,6 +590,24 @@ def test_the_thread_outlives_a_failed_look() -> None:
         keeper.add(Pull((), math.inf, keeper.wake))
         assert until(lambda: keeper.ends["committed"] == 1)
     assert failed
+
+
+def test_ends_are_reported_together_unless_the_thread_has_to_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A caller that pulls on is not held up by the report of its last pull."""
+    monkeypatch.setattr(housekeeping, "GATHER", 600.0)
+    with closing(Housekeeper(torch.device("cpu"))) as keeper:
+        keeper.add(Pull((), math.inf, keeper.report))
+        assert until(lambda: keeper.ends["committed"] == 1)  # the first look is immediate
+        assert until(lambda: keeper._gathering)
+        for _ in range(3):
+            pull = Pull((), math.inf, keeper.report)
+            keeper.add(pull)
+            assert pull.look()
+        assert keeper.ends["committed"] == 1
+        keeper.wake()
+        assert until(lambda: keeper.ends["committed"] == 4)
 
 
 def test_an_end_that_nobody_can_receive_is_dropped(made: Sides) -> None:
