@@ -63,7 +63,11 @@ def test_tables_are_listed_once_and_find_wrong_bytes(
     owner = publish(channels(), {"rows": rows, "tied": rows, "half": half})
     into = torch.zeros(6, 8, dtype=torch.int32)
     part = torch.zeros(6, 4, dtype=torch.int32)
-    local = {"rows": into, "tied": into, "half": Parameter.split(part, 1, (8,), (1, 2))}
+    local: dict[str, Parameter | torch.Tensor] = {
+        "rows": into,
+        "tied": into,
+        "half": Parameter.split(part, 1, (8,), (1, 2)),
+    }
     channel = channels()
     pull_weights(channel, owner.ticket, local)
     assert kernel.listed == 3
@@ -216,7 +220,7 @@ def test_facts_differ_wherever_checks_or_plans_may() -> None:
     """Parameters without a key are checked each time."""
     tensor = torch.zeros(4, 4, dtype=torch.complex64)
     box = Box((0, 0), (0, 0), (4, 4))
-    cases = [
+    cases: list[dict[str, Parameter | torch.Tensor]] = [
         {"w": tensor},
         {"v": tensor},
         {"w": tensor.clone()},
