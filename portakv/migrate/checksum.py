@@ -25,7 +25,7 @@ from portakv.copy import copy_rows
 from portakv.errors import TransferError, Unsupported
 from portakv.graph.graph import Queue
 from portakv.graph.task import Task
-from portakv.migrate.checksum_kernel import KeptTables, SumKernel, Table, driver_of
+from portakv.migrate.checksum_kernel import CachedTables, SumKernel, Table, driver_of
 from portakv.migrate.checksum_words import (
     AXIS,
     MIXES,
@@ -220,10 +220,10 @@ class BoxSums:
         self._numbers = defaultdict[torch.device, list[int]](list)
         self._sums = defaultdict[torch.device, list[torch.Tensor]](list)
 
-    def add(self, parts: Iterable[Part], kept: KeptTables | None = None) -> None:
+    def add(self, parts: Iterable[Part], cached: CachedTables | None = None) -> None:
         """Compute the checksums of parts on the current stream of their device.
 
-        ``kept``: gets the tables of the parts, for `again`, if they can be launched again.
+        ``cached``: gets the tables of the parts, for `again`, if they can be launched again.
         """
         by_device = defaultdict[torch.device, list[Part]](list)
         for part in parts:
@@ -231,7 +231,7 @@ class BoxSums:
         with torch.inference_mode():
             for device, some in by_device.items():
                 summer = self._summer(device)
-                if kept is None or not isinstance(summer, SumKernel):
+                if cached is None or not isinstance(summer, SumKernel):
                     self._add(device, *summer.sum_parts(some))
                     continue
                 tables = list[Table]()
@@ -242,16 +242,16 @@ class BoxSums:
                     if not copied:  # else the table retains copies, and is not used again
                         tables.append(table)
                 if not copied:
-                    kept[summer] = tables
+                    cached[summer] = tables
 
-    def again(self, device: torch.device, kept: KeptTables) -> bool:
-        """Compute the checksums of the parts on a device that `add` has put into ``kept``, which
+    def again(self, device: torch.device, cached: CachedTables) -> bool:
+        """Compute the checksums of the parts on a device that `add` has put into ``cached``, which
         lie where they lay; return False if it has put none there."""
         summer = self._summer(device)
-        if not isinstance(summer, SumKernel) or summer not in kept:
+        if not isinstance(summer, SumKernel) or summer not in cached:
             return False
         with torch.inference_mode():
-            self._add(device, *summer.sum_tables(kept[summer]))
+            self._add(device, *summer.sum_tables(cached[summer]))
         return True
 
     def _summer(self, device: torch.device) -> SumKernel | _Mixer:

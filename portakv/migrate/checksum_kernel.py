@@ -235,7 +235,7 @@ class Table:
 
 
 #: The tables that each kernel launches again, for parts that stay where they are.
-KeptTables: TypeAlias = dict[SumKernel, list[Table]]
+CachedTables: TypeAlias = dict[SumKernel, list[Table]]
 
 
 def kernel_text(cut: Cut) -> str:

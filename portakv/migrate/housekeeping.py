@@ -52,6 +52,46 @@ class _Watched:
     ended: bool = False  # reported to this process, perhaps not to all owners yet
 
 
+class Wakes:
+    """Wake a thread immediately, or within `GATHER` if a pull has ended.
+
+    A caller that pulls on has the interpreter until then, and one look reports several ends.
+
+    Attributes:
+        gathering: the thread waits for further ends, or for a reason to look immediately.
+    """
+
+    def __init__(self) -> None:
+        self.gathering = False
+        self._queue: SimpleQueue[bool] = SimpleQueue()  # True: look immediately
+
+    def look(self) -> None:
+        """Have the thread look immediately."""
+        self._queue.put(True)
+
+    def end(self) -> None:
+        """Have the thread look soon; several ends wake it once."""
+        if not self.gathering:
+            self._queue.put(False)
+
+    def wait(self, seconds: float | None) -> bool:
+        """Wait until the thread has to look; return False after ``seconds`` without a wake."""
+        try:
+            now = self._queue.get(timeout=seconds)
+        except Empty:
+            return False
+        with suppress(Empty):
+            until = monotonic() + GATHER
+            self.gathering = True
+            while not now:
+                now = self._queue.get(timeout=max(0.0, until - monotonic()))
+        self.gathering = False  # before the look, which sees all that ended until then
+        with suppress(Empty):
+            while True:
+                self._queue.get_nowait()
+        return True
+
+
 class Housekeeper:
     """The thread and the pulls that it looks after.
 
@@ -68,8 +108,7 @@ class Housekeeper:
         self._most = LOOK  # seconds between two looks; less if a pull waits for a name or a mark
         self._pulls = dict[Pull, _Watched]()
         self._busy = dict[str, float]()  # addresses, with the time of the next message
-        self._wakes: SimpleQueue[bool] = SimpleQueue()  # True: look immediately
-        self._gathering = False  # the thread looks within `GATHER`
+        self._wakes = Wakes()
         self._parked = True
         self._closing = False
         self._lock = threading.Lock()  # for the beginning of the thread
@@ -94,19 +133,13 @@ class Housekeeper:
 
     def wake(self) -> None:
         """Have the thread look immediately; begin it at the first call."""
-        self._wake(True)
+        self._wakes.look()
+        if self._thread is None:
+            uninterrupted(self._begin)
 
     def report(self) -> None:
-        """Have the thread look within `GATHER`, for a pull that has ended; begin it at the first
-        call.
-
-        A caller that pulls on has the interpreter until then, and one look reports several ends.
-        """
-        if not self._gathering:
-            self._wake(False)
-
-    def _wake(self, now: bool) -> None:
-        self._wakes.put(now)
+        """Have the thread look soon, for a pull that has ended; begin it at the first call."""
+        self._wakes.end()
         if self._thread is None:
             uninterrupted(self._begin)
 
@@ -143,7 +176,7 @@ class Housekeeper:
         self._closing = True
         thread = self._thread
         if thread is not None:
-            self._wakes.put(True)
+            self._wakes.look()
             thread.join(CLOSING)
         self.finished.close()
 
@@ -160,30 +193,13 @@ class Housekeeper:
             if self._pulls:  # also one that was added before it could see that this thread waits
                 self._parked = False
             seconds = pause if self._pulls else LOOK
-            with suppress(Empty):
-                now = self._wakes.get(timeout=None if self._parked else seconds)
+            if self._wakes.wait(None if self._parked else seconds):
                 pause = FIRST_LOOK
-                if not (now or self._closing):
-                    self._gather()
-                while True:
-                    self._wakes.get_nowait()
             most = PROMPT if self.finished.started else self._most
             pause = min(2 * pause, most) if self._pulls else FIRST_LOOK
             self._look_at_all()
             if self._closing:
                 return
-
-    def _gather(self) -> None:
-        """Wait until more pulls may have ended, or until the thread has to look immediately."""
-        until = monotonic() + GATHER
-        self._gathering = True
-        try:
-            while not self._wakes.get(timeout=max(0.0, until - monotonic())):
-                pass
-        except Empty:
-            pass
-        finally:
-            self._gathering = False  # before the look, which sees all that ended until then
 
     def _look_at_all(self) -> None:
         """Look at each pull; report the ends."""

@@ -10,7 +10,7 @@ from math import prod
 from typing import NamedTuple
 
 from portakv.migrate.checksum import unit_of
-from portakv.migrate.checksum_kernel import KeptTables
+from portakv.migrate.checksum_kernel import CachedTables
 from portakv.migrate.messages import Dims
 from portakv.migrate.parameters import Box, Cell, Item
 
@@ -37,7 +37,7 @@ class Batch:
 
     pieces: list[Piece]
     nbytes: int
-    tables: KeptTables = field(default_factory=dict)
+    tables: CachedTables = field(default_factory=dict)
 
 
 @dataclass(eq=False)  # a plan is a key of what an owner's publication caches

@@ -16,7 +16,7 @@ from support.weight_cases import Channels, make_channels, shared, whole_of
 from portakv.errors import InvalidTerms, LayoutError, TransferError
 from portakv.migrate import Parameter, checksum, publish, pull_weights, weight_copy
 from portakv.migrate.checksum import BoxSums, Part
-from portakv.migrate.checksum_kernel import KeptTables, SumKernel
+from portakv.migrate.checksum_kernel import CachedTables, SumKernel
 from portakv.migrate.parameters import Box, facts_of
 from portakv.migrate.weight_pairs import copy_pairs
 
@@ -99,7 +99,7 @@ def test_tables_of_copied_parts_are_not_launched_again(kernel: Followed) -> None
     plain = torch.arange(12, dtype=torch.int16).view(3, 4)
     odd = torch.arange(24, dtype=torch.int16).view(3, 8)[:, ::2]
     for tensor, again in ((plain, True), (odd, False)):
-        kept: KeptTables = {}
+        kept: CachedTables = {}
         sums = BoxSums()
         sums.add([Part(0, tensor, (0, 0))], kept)
         assert sums.again(CPU, kept) == again

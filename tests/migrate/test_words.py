@@ -42,7 +42,7 @@ from portakv.host.shared import SharedPool
 from portakv.migrate import housekeeping, ipc
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.connections import Connection, Connections
-from portakv.migrate.housekeeping import Housekeeper
+from portakv.migrate.housekeeping import Housekeeper, Wakes
 from portakv.migrate.messages import Answer, Check, Close, Handshake, Hello, Renew, Ticket
 from portakv.migrate.offers import Owner
 from portakv.migrate.pull import Pull
@@ -597,17 +597,25 @@ def test_ends_are_reported_together_unless_the_thread_has_to_look(
 ) -> None:
     """A caller that pulls on is not held up by the report of its last pull."""
     monkeypatch.setattr(housekeeping, "GATHER", 600.0)
-    with closing(Housekeeper(torch.device("cpu"))) as keeper:
-        keeper.add(Pull((), math.inf, keeper.report))
-        assert until(lambda: keeper.ends["committed"] == 1)  # the first look is immediate
-        assert until(lambda: keeper._gathering)
-        for _ in range(3):
-            pull = Pull((), math.inf, keeper.report)
-            keeper.add(pull)
-            assert pull.look()
-        assert keeper.ends["committed"] == 1
-        keeper.wake()
-        assert until(lambda: keeper.ends["committed"] == 4)
+    wakes = Wakes()
+    looks = list[bool]()
+    thread = threading.Thread(target=lambda: looks.append(wakes.wait(60.0)), daemon=True)
+    thread.start()
+    for _ in range(3):
+        wakes.end()
+        assert until(lambda: wakes.gathering)
+    assert not looks
+    wakes.look()
+    thread.join(60.0)
+    assert looks == [True]
+    assert not wakes.gathering
+    assert not wakes.wait(0.0), "one look is for all ends"
+
+    wakes.look()
+    assert wakes.wait(60.0), "no end, so nothing is gathered"
+    monkeypatch.setattr(housekeeping, "GATHER", 0.0)
+    wakes.end()
+    assert wakes.wait(60.0)
 
 
 def test_an_end_that_nobody_can_receive_is_dropped(made: Sides) -> None:
