@@ -25,7 +25,8 @@ def serve(folders: Sequence[str], others: Mapping[str, object], as_json: bool) -
     Args:
         others: other terms of the store, by their names in `StoreTerms`.
 
-    Raises `InvalidTerms` for wrong terms, and `StoreError` for a folder that cannot be used, or without the packages of the keeper.
+    Raises `InvalidTerms` for wrong terms, and `StoreError` for a folder that cannot be used, or
+    without the packages of the keeper.
     """
     _check_installed()
     from portakv.serving.keeper_server import Keeper

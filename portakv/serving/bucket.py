@@ -263,7 +263,9 @@ class KeptBucket(BucketAnswers):
         #: By key, until when a block is believed to be in the bucket.
         self._there: Bounded[bytes, float] = Bounded("blocks of a keeper's bucket", 1 << 17)
 
-    def leading_in(self, keys: Sequence[bytes], tiers: Sequence[Mapping[bytes, object]]) -> int | None:
+    def leading_in(
+        self, keys: Sequence[bytes], tiers: Sequence[Mapping[bytes, object]]
+    ) -> int | None:
         """Return how many leading blocks can be loaded, or None if a lookup is to end soon.
 
         Args:
@@ -273,7 +275,9 @@ class KeptBucket(BucketAnswers):
         there = self._there
         count = len(keys)
         for has in tiers:
-            lacks = (n for n in range(count) if keys[n] not in has and there.get(keys[n], 0.0) <= now)
+            lacks = (
+                n for n in range(count) if keys[n] not in has and there.get(keys[n], 0.0) <= now
+            )
             count = next(lacks, count)
         return self.leading(keys, count)
 

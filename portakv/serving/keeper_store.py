@@ -11,8 +11,8 @@ import torch
 from portakv.errors import PortaKVError
 from portakv.migrate.ipc import share
 from portakv.runtime.bounded import Bounded
-from portakv.serving.keeper import KeeperState
 from portakv.serving.bucket import LookupWorkers
+from portakv.serving.keeper import KeeperState
 from portakv.serving.keeper_feed import Feed, Follower
 from portakv.serving.keeper_messages import LookedUp
 from portakv.serving.local import StoreTerms
