@@ -104,6 +104,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
             f"{role!r}. Correct it."
         )
     groups = groups_of(kv_cache_config)
+    check_stages(config, groups)
     try:
         store = StoreTerms.of(transfer.kv_connector_extra_config)
         size = store.block_size or max(group.block_size for group in groups)
@@ -142,15 +143,14 @@ def workers_of(parallel: Any, engine: str) -> Workers:
     serve.
     """
     for name, kind in (
-        ("pipeline_parallel_size", "pipeline"),
         ("prefill_context_parallel_size", "prefill context"),
         ("decode_context_parallel_size", "decode context"),
     ):
         many = getattr(parallel, name, 1)
         if many != 1:
             raise IntegrationError(
-                f"Expected tensor or data parallelism for PortaKVConnector, got {many} ranks of "
-                f"{kind} parallelism. Leave --{name.replace('_', '-')} out, or choose the "
+                f"Expected tensor, pipeline or data parallelism for PortaKVConnector, got {many} "
+                f"ranks of {kind} parallelism. Leave --{name.replace('_', '-')} out, or choose the "
                 f"OffloadingConnector."
             )
     hosts = getattr(parallel, "nnodes", 1)
@@ -166,6 +166,32 @@ def workers_of(parallel: Any, engine: str) -> Workers:
     several = copies != 1 or COPY.search(engine) is not None
     workers = parallel.world_size
     return Workers(workers, workers == 1 and executor != "mp" and not several)
+
+
+def check_stages(config: Any, groups: Sequence[Group]) -> None:
+    """Refuse what cannot be served with several stages of pipeline parallelism.
+
+    Raises `IntegrationError`.
+    """
+    if getattr(config.parallel_config, "pipeline_parallel_size", 1) == 1:
+        return
+    do = "Leave --pipeline-parallel-size out, or choose the OffloadingConnector."
+    if len(groups) > 1:
+        raise IntegrationError(
+            f"Expected one group of layers for pipeline parallelism, got {len(groups)}: a stage "
+            f"does not know its place among the layers of each group. {do}"
+        )
+    # In vLLM's first model runner, both hold for the stages before the last one.
+    if getattr(config, "speculative_config", None) is not None:
+        raise IntegrationError(
+            f"Expected no speculative decoding with pipeline parallelism, got one: only the last "
+            f"stage calls the hook wait_for_save then. {do}"
+        )
+    if getattr(config.model_config, "runner_type", "generate") == "pooling":
+        raise IntegrationError(
+            f"Expected a model that generates tokens for pipeline parallelism, got one that pools: "
+            f"only the last stage returns its reports then. {do}"
+        )
 
 
 def check_hooks(base: type, settings: Settings) -> None:

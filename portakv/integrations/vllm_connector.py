@@ -223,16 +223,16 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._layers = layer_numbers(kv_caches, self._kv_cache_config)
-        self._open(self.store.views(kv_caches, self._kv_cache_config))
+        self._open(self.store.views(kv_caches, self._kv_cache_config), self._layers)
 
     def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: Any) -> None:
         self._open([view_across_layers(kv_cache, self._kv_cache_config)])
 
-    def _open(self, views: list[GroupView]) -> None:
+    def _open(self, views: list[GroupView], layers: dict[str, int] | None = None) -> None:
         """Open the store of the engine's blocks."""
         terms = self._settings.store
         number = get_tensor_model_parallel_rank() if self._settings.workers.size > 1 else 0
-        parts = self.store.open(views, number)
+        parts = self.store.open(views, number, layers)
         caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
         self.hand = Hand(caches, terms.deadline, terms.by_layer)
 

@@ -15,6 +15,7 @@ from portakv.integrations.vllm_views import BY_HEAD, GroupView, kernels_of, view
 from portakv.serving import Blocks, Keeper, KeeperClient, KeeperIndex, place_of
 from portakv.serving.local import LocalIndex, forms_of
 from portakv.serving.start import warm_up
+from portakv.storage.form import Range
 
 _log = logging.getLogger(__name__)
 #: Seconds for which the start of an engine waits until a rank of it has joined a keeper.
@@ -63,6 +64,39 @@ def rank_of(config: Any, number: int) -> Rank:
     size = getattr(config.parallel_config, "tensor_parallel_size", 1)
     heads = config.model_config.get_total_num_kv_heads() if size > 1 else 1
     return Rank(number, size, heads)
+
+
+def stage_of(config: Any, numbers: Mapping[str, int]) -> Range | None:
+    """Return which layers of the model a stage of pipeline parallelism has.
+
+    Args:
+        config: vLLM's configuration, of the worker.
+        numbers: the position of each layer in the caches, by name; see `layer_numbers`.
+
+    Returns:
+        From, to, and of how many; None: there is one stage, which has all layers.
+
+    Raises `IntegrationError` for caches that are not those of the stage's layers, one for each.
+    """
+    parallel = config.parallel_config
+    if getattr(parallel, "pipeline_parallel_size", 1) == 1:
+        return None
+    model = config.model_config
+    first, past = model.get_layers_start_end_indices(parallel)
+    places = sorted((number, _layer_of(name)) for name, number in numbers.items())
+    if places != [*enumerate(range(first, past))]:
+        raise IntegrationError(
+            f"Expected one cache for each of the layers {first} to {past - 1} in a stage of "
+            f"pipeline parallelism, got those of {', '.join(numbers) or 'none'}. Leave "
+            f"--pipeline-parallel-size out, or choose the OffloadingConnector for this model."
+        )
+    return first, past, model.get_total_num_hidden_layers()
+
+
+def _layer_of(name: str) -> int:
+    """Return the number in the name of a layer; -1 unless it has one number."""
+    numbers = [part for part in name.split(".") if part.isdecimal()]
+    return int(numbers[0]) if len(numbers) == 1 else -1
 
 
 class KeptIndex(KeeperIndex):
@@ -128,7 +162,9 @@ class WorkerStore:
         """Return a view of each group's layers; see `read_views`."""
         return read_views(self._settings, kv_caches, kv_cache_config, kernels_of(self._config))
 
-    def open(self, views: Sequence[GroupView], number: int) -> Sequence[Blocks]:
+    def open(
+        self, views: Sequence[GroupView], number: int, layers: Mapping[str, int] | None = None
+    ) -> Sequence[Blocks]:
         """Return the blocks of each group of layers, after copies that build kernels.
 
         A keeper may serve later. Until then nothing is loaded, and saves are dropped.
@@ -136,17 +172,21 @@ class WorkerStore:
         Args:
             views: of the groups, in the caches of this worker.
             number: the rank of the worker in tensor parallelism.
+            layers: the position of each layer in the views, by name; see `layer_numbers`. None: the
+                views have all layers of the model.
 
         Raises:
             IntegrationError, InvalidTerms: caches that are no part of whole blocks.
             StoreError, StoreBusy: as `LocalIndex.open`.
         """
-        parts = self._open(views, number)
+        parts = self._open(views, number, layers or {})
         for each, part in zip(views, parts, strict=True):
             warm_up(each.view, part.form, self._settings.store.by_layer)
         return parts
 
-    def _open(self, views: Sequence[GroupView], number: int) -> Sequence[Blocks]:
+    def _open(
+        self, views: Sequence[GroupView], number: int, layers: Mapping[str, int]
+    ) -> Sequence[Blocks]:
         settings = self._settings
         terms = settings.store
         engine = settings.engine
@@ -157,7 +197,8 @@ class WorkerStore:
             return parts
         rank = rank_of(self._config, number)
         heads = [rank.part(view.heads, latent=view.kv == 1) for view, _ in views]
-        forms = forms_of(views, settings.model, settings.block_size, heads)
+        stage = stage_of(self._config, layers)
+        forms = forms_of(views, settings.model, settings.block_size, heads, stage)
         client = KeeperClient(place_of(terms, engine), forms, engine, views[0].view.device)
         self._opened = client
         return client.blocks

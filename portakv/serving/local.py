@@ -162,6 +162,7 @@ def forms_of(
     model: str,
     block_size: int | None,
     heads: Sequence[Range | None] | None = None,
+    layers: Range | None = None,
 ) -> list[BlockForm]:
     """Return the form of the blocks of each group of layers; forms of equal shape differ.
 
@@ -171,6 +172,7 @@ def forms_of(
         model: the name of the model, which blocks of another model do not have.
         block_size: the tokens of a stored block; None: of each view's blocks.
         heads: of each group those of the model's that the view has; None: all.
+        layers: of the model that the view of the only group has; None: all.
 
     Raises `InvalidTerms` for a size that blocks of a view cannot have.
     """
@@ -181,7 +183,9 @@ def forms_of(
         if len(groups) > 1:
             notes = f"group {number} of {len(groups)} {notes}".rstrip()
         part = None if heads is None else heads[number]
-        form = BlockForm.of(view, model, heads=part, block_size=block_size, notes=notes)
+        form = BlockForm.of(
+            view, model, layers=layers, heads=part, block_size=block_size, notes=notes
+        )
         forms.append(form)
     return forms
 
