@@ -24,6 +24,7 @@ except metadata.PackageNotFoundError:
 
 from support.vllm_cpu import (
     ENVIRONMENT,
+    LAYERS,
     LIMIT,
     Answer,
     Engine,
@@ -94,12 +95,16 @@ def terms(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def leave_blocks(
-    model: Path, store: dict[str, Any], prompts: list[list[int]], ranks: int = 1
+    model: Path,
+    store: dict[str, Any],
+    prompts: list[list[int]],
+    ranks: int = 1,
+    stages: int = 1,
 ) -> None:
     """Run an engine that saves the blocks of prompts, and is killed."""
 
     def killed() -> None:
-        engine = Engine(model, store, ranks=ranks)
+        engine = Engine(model, store, ranks=ranks, stages=stages)
         engine.join()
         engine.ask(prompts)
         engine.forget()  # the saves have ended
@@ -135,15 +140,71 @@ def test_two_ranks_load_what_one_has_stored(
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
-def test_blocks_that_one_of_two_ranks_lacks_are_computed(
+def test_two_stages_load_what_two_ranks_have_stored(
     guard: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
 ) -> None:
+    """Without the guard, the second stage takes the layers of the first one."""
+    case("kill -9 of TP 2, then PP 2" if guard else "layers of a stage", control=not guard)
+    leave_blocks(model, terms(tmp_path / "store"), FIRST, ranks=2)
+
+    def second() -> tuple[list[Answer], list[int], int]:
+        engine = Engine(model, terms(tmp_path / "store"), stages=2)
+        engine.join()
+        await_blocks(engine, FIRST)
+        answers = [engine.ask(FIRST)]
+        landed = engine.landed
+        if guard:
+            answers.append(engine.ask(SECOND))
+            engine.forget()
+            await_blocks(engine, SECOND)
+            answers.append(engine.ask(SECOND))
+        return answers, landed, engine.scheduler.vllm_config.max_concurrent_batches
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not guard:
+            ranks: Any = importlib.import_module("portakv.integrations.vllm_ranks")
+            patch.setattr(ranks, "stage_of", lambda *_: (0, LAYERS // 2, LAYERS))
+        answers, landed, in_flight = in_a_child(second)
+    assert in_flight == 2
+    assert (answers[0].tokens == own[0].tokens) is guard
+    assert answers[0].cached == FIRST_HITS
+    assert landed == [sum(FIRST_HITS) // 32] * 2
+    assert [each.tokens for each in answers[1:]] == [own[1].tokens] * len(answers[1:])
+    assert [each.cached for each in answers[1:]] == [[0, 0], SECOND_HITS][: len(answers) - 1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2], ids=["PP 2", "PP 2 and TP 2"])
+def test_one_rank_loads_what_two_stages_have_stored(
+    ranks: int, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
+    """Blocks of 32 tokens in the first engine, of 64 in the second one."""
+    case(f"kill -9 of PP 2 and TP {ranks}, then one worker with blocks of 64")
+    store = terms(tmp_path / "store", block_size=32)
+    leave_blocks(model, store, FIRST, ranks, stages=2)
+
+    def second() -> tuple[Answer, list[int]]:
+        engine = Engine(model, store, block_size=64)
+        answer = engine.ask(FIRST)
+        return answer, [engine.counts["landed_blocks"], engine.counts.get("failed_loads", 0)]
+
+    answer, counts = in_a_child(second)
+    assert answer.tokens == own[0].tokens
+    assert counts == [sum(FIRST_HITS) // 32, 0]
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["TP 2", "PP 2"])
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_blocks_that_one_of_two_ranks_lacks_are_computed(
+    guard: bool, staged: bool, model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+) -> None:
     """Without the guard, the second rank does not report what did not land."""
-    case("blocks that one rank of two lacks" if guard else "failures of each rank", not guard)
+    kind = "stage" if staged else "rank"
+    case(f"blocks that one {kind} of two lacks" if guard else f"failures of each {kind}", not guard)
     leave_blocks(model, terms(tmp_path / "store", shared=True), FIRST)
 
     def second() -> tuple[Answer, dict[str, int], list[int]]:
-        engine = Engine(model, terms(tmp_path / "store"), ranks=2)
+        workers = {"stages": 2} if staged else {"ranks": 2}
+        engine = Engine(model, terms(tmp_path / "store"), **workers)
         engine.join()
         await_blocks(engine, FIRST)
         engine.in_workers(lose_a_block, guard)
@@ -156,9 +217,8 @@ def test_blocks_that_one_of_two_ranks_lacks_are_computed(
 
 
 def lose_a_block(worker: Any, reports: bool) -> None:
-    """Let the fourth block of each load not land in the second rank."""
-    parallel: Any = importlib.import_module("vllm.distributed")
-    if parallel.get_tensor_model_parallel_rank() != 1:
+    """Let the fourth block of each load not land in the second rank or stage."""
+    if worker.rank != 1:
         return
     kept: Any = importlib.import_module("portakv.serving.keeper_blocks")
     load = kept.KeptBlocks.load

@@ -21,6 +21,7 @@ from portakv.integrations.vllm_ranks import (
     index_of,
     rank_of,
     read_views,
+    stage_of,
 )
 from portakv.integrations.vllm_views import FUSED, LATENT, GroupView
 from portakv.serving import Keeper, keeper_server
@@ -61,9 +62,10 @@ def extra_terms(configurations: tuple[Any, Any]) -> dict[str, Any]:
         ({"distributed_executor_backend": "uni"}, False, 1, False),
         ({"distributed_executor_backend": "mp"}, False, 1, True),
         ({"world_size": 4, "tensor_parallel_size": 4}, False, 4, True),
+        ({"world_size": 2, "pipeline_parallel_size": 2}, False, 2, True),
         ({"data_parallel_size": 2}, False, 1, True),
     ],
-    ids=["one", "shared", "executor uni", "executor mp", "TP 4", "DP 2"],
+    ids=["one", "shared", "executor uni", "executor mp", "TP 4", "PP 2", "DP 2"],
 )
 def test_who_uses_a_keeper(
     terms: dict[str, Any],
@@ -95,7 +97,6 @@ def test_copies_of_an_engine_that_know_nothing_of_each_other(
 @pytest.mark.parametrize(
     ("terms", "says"),
     [
-        ({"pipeline_parallel_size": 2}, "2 ranks of pipeline parallelism"),
         ({"decode_context_parallel_size": 2}, "2 ranks of decode context parallelism"),
         ({"prefill_context_parallel_size": 2}, "2 ranks of prefill context parallelism"),
         ({"distributed_executor_backend": "ray"}, "executor 'ray'"),
@@ -157,6 +158,80 @@ def test_a_rank_that_has_all_heads() -> None:
 def test_a_rank_whose_caches_have_other_heads_is_refused() -> None:
     with pytest.raises(IntegrationError, match=r"Expected 2 of the model's 8 .* got 4"):
         Rank(1, 4, 8).part(4, latent=False)
+
+
+# --- stages
+
+
+STAGED = {"world_size": 2, "pipeline_parallel_size": 2}
+
+
+def stages_of(configurations: tuple[Any, Any], first: int, past: int, of: int) -> Any:
+    """Return the configuration of the worker of a stage with layers of a model with so many."""
+    change(configurations, **STAGED)
+    model = configurations[0].model_config
+    model.get_layers_start_end_indices = lambda parallel: (first, past)
+    model.get_total_num_hidden_layers = lambda: of
+    return configurations[0]
+
+
+def names_of(*layers: int) -> dict[str, int]:
+    """Return the positions of layers by their names, as vLLM gives them."""
+    return {f"model.layers.{layer}.self_attn.attn": at for at, layer in enumerate(layers)}
+
+
+def test_layers_of_a_stage(configurations: tuple[Any, Any]) -> None:
+    assert stage_of(configurations[0], names_of(0, 1)) is None
+    config = stages_of(configurations, 3, 5, 7)
+    assert stage_of(config, names_of(3, 4)) == (3, 5, 7)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {},
+        names_of(3),
+        names_of(4, 3),
+        names_of(3, 4, 5),
+        names_of(0, 1),
+        {**names_of(3, 4), "model.layers.2.self_attn.attn": 0},
+        {"model.layers.3.attn": 0, "model.layers.4.part.1.attn": 1},
+        {"model.layers.3.attn": 0, "model.attn": 1},
+    ],
+    ids=["none", "too few", "order", "drafts", "other stage", "shared", "two numbers", "no number"],
+)
+def test_caches_that_are_not_those_of_a_stage_are_refused(
+    names: dict[str, int], configurations: tuple[Any, Any]
+) -> None:
+    """They would be stored in the place of other layers, or be waited for in vain."""
+    config = stages_of(configurations, 3, 5, 7)
+    with pytest.raises(IntegrationError, match="one cache for each of the layers 3 to 4 in a"):
+        stage_of(config, names)
+
+
+def test_stages_of_a_model_with_several_groups_are_refused(
+    configurations: tuple[Any, Any],
+) -> None:
+    change(configurations, **STAGED)
+    configurations[1].kv_cache_groups *= 2
+    with pytest.raises(IntegrationError, match="Expected one group of layers for pipeline"):
+        settings_of(*configurations)
+
+
+def test_stages_that_draft_tokens_are_refused(configurations: tuple[Any, Any]) -> None:
+    configurations[0].speculative_config = object()
+    settings_of(*configurations)
+    change(configurations, **STAGED)
+    with pytest.raises(IntegrationError, match="only the last stage calls the hook wait_for_save"):
+        settings_of(*configurations)
+
+
+def test_stages_of_a_model_that_pools_are_refused(configurations: tuple[Any, Any]) -> None:
+    configurations[0].model_config.runner_type = "pooling"
+    settings_of(*configurations)
+    change(configurations, **STAGED)
+    with pytest.raises(IntegrationError, match="only the last stage returns its reports"):
+        settings_of(*configurations)
 
 
 # --- views
@@ -259,6 +334,51 @@ def test_blocks_of_two_ranks_are_loaded_by_one(
     whole = torch.cat(caches, dim=1)
     assert torch.equal(cache[[0, 2, 4, 7]], whole[[1, 3, 5, 6]])
     for each in (alone, joined, first, second, index):
+        each.close()
+
+
+def test_blocks_of_two_stages_are_loaded_by_two_ranks(
+    configurations: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """Stages of a model with 2 layers and 4 heads, then ranks, which have both layers."""
+    keys = prefix_keys(range(4 * SIZE), block_size=SIZE)
+    caches = [rows(4), rows(4) + 7]
+    configurations[0].model_config.get_total_num_kv_heads = lambda: 4
+    clients = list[WorkerStore]()
+    saves = []
+    for number, cache in enumerate(caches):
+        config = stages_of(configurations, number, number + 1, 2)
+        settings = describe(configurations, 4)
+        client = WorkerStore(settings, config)
+        view = view_of(configurations, settings, cache)
+        part: Any = client.open([view], 0, names_of(number))[0]
+        clients.append(client)
+        saves.append((part, view))
+    index = index_of(settings)
+    assert isinstance(index, KeptIndex)
+    assert all(client.wait(LIMIT) for client in clients)
+    for save in [part.save(view.view, [1, 3, 5, 6], keys) for part, view in saves]:
+        save.synchronize(LIMIT)
+        assert save.landed.all()
+
+    ranks = configuration(str(tmp_path / "store"), "ranks", BLOCKS, SIZE)
+    names = [*names_of(0, 1)]
+    ranks[1].kv_cache_groups[0].layer_names = names
+    for number in range(2):
+        settings, rank = worker_of(ranks, 2, 4, 2)
+        shape = (BLOCKS, 2, SIZE, 2 * DIM)
+        both = [torch.zeros(shape, dtype=torch.float32, device="cpu") for _ in names]
+        kernels = dict.fromkeys(names, FUSED[0])
+        (group,) = read_views(settings, dict(zip(names, both, strict=True)), ranks[1], kernels)
+        blocks: Any = rank.open([group], number, names_of(0, 1))[0]
+        clients.append(rank)
+        assert rank.wait(LIMIT)
+        load = blocks.load(group.view, [0, 2, 4, 7], keys, deadline=LIMIT)
+        load.synchronize(LIMIT)
+        for stored, cache in zip(caches, both, strict=True):
+            part = stored[[1, 3, 5, 6], 2 * number : 2 * number + 2]
+            assert torch.equal(cache[[0, 2, 4, 7]], part)
+    for each in (*clients, index):
         each.close()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hands whose blocks a keeper stores, in the model of an engine with one rank or with two."""
+"""Hands whose blocks a keeper stores, in the model of an engine with ranks or with stages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 from support.hand_worker import HandWorker, caches
 from support.serving_model import Draw, Engine
+from support.serving_stages import StagedEngine
 
 from portakv import KVView
 from portakv.serving import (
@@ -74,6 +75,19 @@ class KeptStore:
         self.keeper.close()
 
 
+class StagedKeptStore(KeptStore):
+    """A keeper of an engine with two stages, which have a layer each."""
+
+    def __init__(self, chance: random.Random, draw: Draw) -> None:
+        super().__init__(chance, draw)
+        draw.workers = 2
+        self.workers = 2
+
+    def form(self, view: KVView, number: int) -> BlockForm:
+        layers = (number, number + 1, 2)
+        return BlockForm.of(view, "model", block_size=self.size, layers=layers)
+
+
 class KeeperWorker(HandWorker):
     """A rank over a keeper."""
 
@@ -87,6 +101,17 @@ class KeeperWorker(HandWorker):
 @pytest.mark.parametrize("seed", range(4))
 def test_walks_of_an_engine_over_a_keeper(seed: int) -> None:
     walk(seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_walks_of_an_engine_with_stages_over_a_keeper(seed: int) -> None:
+    """Stages save and load the same blocks at different times, with two steps in flight."""
+    engine = StagedEngine(Ledger, seed, StagedKeptStore, KeeperWorker)
+    try:
+        engine.run(12)
+        assert engine.most == 2
+    finally:
+        engine.store.close()
 
 
 @pytest.mark.full

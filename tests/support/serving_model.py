@@ -436,6 +436,20 @@ class Engine:
 
     def step(self) -> None:
         """Schedule, carry out the plan, compute, and take the reports."""
+        plan, until = self.schedule()
+        for worker in self.workers:
+            worker.before_step(plan)
+        for request, (_, past) in until.items():
+            self._compute(request, past)
+        for worker in self.workers:
+            worker.after_step(plan)
+        self.take_reports()
+        for request in until:
+            self.advance(request)
+        self.store.age()
+
+    def schedule(self) -> tuple[Plan, dict[Request, tuple[list[int], int]]]:
+        """Return the plan of a step, and for each request in it its new blocks and past token."""
         gone = list[str]()
         until = self._schedule_running(gone)
         for name in gone:
@@ -452,16 +466,7 @@ class Engine:
         plan = self.ledger.plan(idle=not until)
         for job in plan.loads:
             self.loads[job.number] = Load(self.requests[job.request], job)
-        for worker in self.workers:
-            worker.before_step(plan)
-        for request, (_, past) in until.items():
-            self._compute(request, past)
-        for worker in self.workers:
-            worker.after_step(plan)
-        self._take_reports()
-        for request in until:
-            self._advance(request)
-        self.store.age()
+        return plan, until
 
     def note_keys(self, request: Request, past: int) -> None:
         """Remember the rows that belong to the keys of a request's blocks."""
@@ -478,6 +483,8 @@ class Engine:
             if request not in self.running:
                 continue
             past = min(len(request.tokens), request.computed + self.draw.budget)
+            if past == request.computed:  # an earlier step has yet to bring its next token
+                continue
             self.pool.slide(request, request.computed, self.draw.window)
             while (new := self.pool.grow(request, past)) is None:
                 last = self.running[-1]
@@ -536,7 +543,7 @@ class Engine:
         request.computed = past
         self.pool.cache(request)
 
-    def _take_reports(self, sure: bool = False) -> None:
+    def take_reports(self, sure: bool = False) -> None:
         """Merge the reports, as an executor does, and let loads and retained requests end."""
         if not sure and self.chance.random() < 0.3:  # reports of several steps come together
             return
@@ -613,7 +620,7 @@ class Engine:
             if self.idle and not any(worker.busy for worker in self.workers):
                 break
             self.step()
-        self._take_reports(sure=True)
+        self.take_reports(sure=True)
         assert self.idle, "a request does not end"
         assert {each.ends for each in self.requests.values()} <= {1}, "a request ended twice"
         assert len(self.pool.free) == self.draw.blocks, "a block is lost"
@@ -621,7 +628,7 @@ class Engine:
         assert left["requests"] == 0
         assert left["jobs"] == 0
 
-    def _advance(self, request: Request) -> None:
+    def advance(self, request: Request) -> None:
         """Append a token to a request whose tokens are all computed, or end it."""
         if request.state != "running" or request.computed < len(request.tokens):
             return

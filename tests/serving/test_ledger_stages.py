@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger of an engine with stages of a pipeline: several steps are in flight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from support.serving_faults import GivenBackAtOnce, NotHeld, NotStopped
+from support.serving_stages import StagedEngine
+
+from portakv.serving import Group, Ledger
+
+WALKS = 2_000  # in all
+PARTS = 4
+STEPS = 24  # of a walk, before it serves the requests that are left
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_any_walk_of_an_engine_with_stages(part: int) -> None:
+    """No block in two hands in any stage, no end twice, and every request ends."""
+    for seed in range(part * WALKS // PARTS, (part + 1) * WALKS // PARTS):
+        StagedEngine(Ledger, seed, depth=2 + seed % 3).run(STEPS)
+
+
+def test_walks_have_steps_in_flight_and_load_save_and_fail() -> None:
+    """Otherwise they show nothing of these."""
+    counts = Counter[str]()
+    for seed in range(300):
+        engine = StagedEngine(Ledger, seed, depth=3)
+        engine.run(STEPS)
+        counts.update(engine.ledger.counts)
+        assert engine.most == 3
+        counts["preempted"] += sum(each.preemptions for each in engine.requests.values())
+    assert counts["saves"] > 1000
+    assert counts["landed_blocks"] > 100
+    assert counts["failed_loads"] > 10
+    assert counts["preempted"] > 100
+
+
+class FirstReport(Ledger):
+    """A ledger that takes the report of the first stage for that of all."""
+
+    def __init__(
+        self, block_size: int, groups: Sequence[Group], workers: int, *args: Any, **terms: Any
+    ) -> None:
+        super().__init__(block_size, groups, 1, *args, **terms)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [GivenBackAtOnce, NotStopped, NotHeld, FirstReport],
+)
+def test_walks_find_a_ledger_with_a_bug(made: type[Ledger]) -> None:
+    def walks() -> None:
+        for seed in range(400):
+            StagedEngine(made, seed, depth=2).run(STEPS)
+
+    with pytest.raises(AssertionError, match="a save read rows of something else"):
+        walks()
