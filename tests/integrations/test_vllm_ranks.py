@@ -378,8 +378,9 @@ def test_blocks_of_two_stages_are_loaded_by_two_ranks(
         for stored, cache in zip(caches, both, strict=True):
             part = stored[[1, 3, 5, 6], 2 * number : 2 * number + 2]
             assert torch.equal(cache[[0, 2, 4, 7]], part)
-    for each in (*clients, index):
-        each.close()
+    for client in clients:
+        client.close()
+    index.close()
 
 
 def test_latent_rows_are_equal_in_all_ranks(configurations: tuple[Any, Any]) -> None:
