@@ -35,10 +35,12 @@ class Workers(NamedTuple):
     Attributes:
         size: how many there are, of all ranks.
         local: there is one, in the scheduler's process, and no second copy of the engine.
+        stages: of a pipeline, which have equal shares of the workers.
     """
 
     size: int
     local: bool
+    stages: int = 1
 
 
 class Settings(NamedTuple):
@@ -79,6 +81,14 @@ class Settings(NamedTuple):
         return len(self.groups) == 1 and not self.store.by_layer and not self.reads_rows
 
     @property
+    def shows_idle(self) -> bool:
+        """Return whether an engine does nothing else if a step computes nothing.
+
+        Not with stages of a pipeline: requests that are in flight are left out of the next step.
+        """
+        return self.workers.stages == 1
+
+    @property
     def fails_by_request(self) -> bool:
         """Return whether a load that fails is reported by its request, not by its blocks.
 
@@ -104,7 +114,8 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
             f"{role!r}. Correct it."
         )
     groups = groups_of(kv_cache_config)
-    check_stages(config, groups)
+    if workers.stages > 1:
+        check_stages(config, groups)
     try:
         store = StoreTerms.of(transfer.kv_connector_extra_config)
         size = store.block_size or max(group.block_size for group in groups)
@@ -165,7 +176,8 @@ def workers_of(parallel: Any, engine: str) -> Workers:
     # vLLM lets copies that know nothing of each other have the size 1, and numbers their names.
     several = copies != 1 or COPY.search(engine) is not None
     workers = parallel.world_size
-    return Workers(workers, workers == 1 and executor != "mp" and not several)
+    local = workers == 1 and executor != "mp" and not several
+    return Workers(workers, local, getattr(parallel, "pipeline_parallel_size", 1))
 
 
 def check_stages(config: Any, groups: Sequence[Group]) -> None:
@@ -173,8 +185,6 @@ def check_stages(config: Any, groups: Sequence[Group]) -> None:
 
     Raises `IntegrationError`.
     """
-    if getattr(config.parallel_config, "pipeline_parallel_size", 1) == 1:
-        return
     do = "Leave --pipeline-parallel-size out, or choose the OffloadingConnector."
     if len(groups) > 1:
         raise IntegrationError(

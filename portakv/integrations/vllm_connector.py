@@ -189,7 +189,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             resumed = name in old.resumed_req_ids
             ids = ids_of(blocks)
             self.ledger.scheduled(name, computed, computed + many[name], ids, resumed)
-        plan = self.ledger.plan(idle=not many)
+        plan = self.ledger.plan(idle=not many and self._settings.shows_idle)
         self.costs.step(idle=plan == Plan() and not scheduler_output.scheduled_new_reqs)
         return PlanMetadata(plan)
 

@@ -155,6 +155,7 @@ def test_two_stages_load_what_two_ranks_have_stored(
     def second() -> tuple[list[Answer], list[int], int]:
         engine = Engine(model, terms(tmp_path / "store"), stages=2)
         engine.join()
+        engine.in_workers(refuse_idle_plans)
         await_blocks(engine, FIRST)
         answers = [engine.ask(FIRST)]
         landed = engine.landed
@@ -176,6 +177,18 @@ def test_two_stages_load_what_two_ranks_have_stored(
     assert landed == [sum(FIRST_HITS) // 32] * 2
     assert [each.tokens for each in answers[1:]] == [own[1].tokens] * len(answers[1:])
     assert [each.cached for each in answers[1:]] == [[0, 0], SECOND_HITS][: len(answers) - 1]
+
+
+def refuse_idle_plans(worker: Any) -> None:
+    """Let a stage fail if a plan calls the engine idle, whose other requests may be in flight."""
+    hand = connector_here().hand
+    load = hand.load
+
+    def check(plan: Any) -> None:
+        assert not plan.idle
+        load(plan)
+
+    hand.load = check
 
 
 @pytest.mark.parametrize("ranks", [1, 2], ids=["PP 2", "PP 2 and TP 2"])

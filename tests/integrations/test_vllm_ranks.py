@@ -209,6 +209,14 @@ def test_caches_that_are_not_those_of_a_stage_are_refused(
         stage_of(config, names)
 
 
+def test_a_step_that_computes_nothing_does_not_show_that_stages_are_idle(
+    configurations: tuple[Any, Any],
+) -> None:
+    assert settings_of(*configurations).shows_idle
+    change(configurations, **STAGED)
+    assert not settings_of(*configurations).shows_idle
+
+
 def test_stages_of_a_model_with_several_groups_are_refused(
     configurations: tuple[Any, Any],
 ) -> None:
