@@ -52,8 +52,8 @@ IMPORTED = (
     "vllm.model_executor.models.llama",
     "portakv.integrations.vllm_connector",
 )
-LATE = 4  # steps by which a copy is late
-STALL = 2.0  # seconds after which it begins although the engine makes no step
+LATE = 12  # steps by which a copy is late
+STALL = 1.0  # seconds without a step, after which it begins
 MANY = [prompt(300, 10 + number) for number in range(8)]
 FIRST = [prompt(1000, 1), prompt(500, 2)]
 SECOND = [prompt(900, 3), prompt(300, 4)]
@@ -327,6 +327,7 @@ def read_late(worker: Any) -> None:
     A step that waits for a copy is not waited for.
     """
     steps = [0]
+    last = [time.monotonic()]  # step
     stopping = threading.Event()
     hand = connector_here().hand
     stop = hand.stop
@@ -339,6 +340,7 @@ def read_late(worker: Any) -> None:
 
     def count_step(plan: Any) -> None:
         steps[0] += 1
+        last[0] = time.monotonic()
         save(plan)
 
     hand.stop = stop_saves
@@ -348,10 +350,9 @@ def read_late(worker: Any) -> None:
 
     def late(*args: Any, **terms: Any) -> Any:
         first = steps[0]
-        until = time.monotonic() + STALL
         in_step = threading.current_thread() is threading.main_thread()
         while not (in_step or stopping.is_set() or steps[0] >= first + LATE):
-            if time.monotonic() > until:
+            if time.monotonic() > last[0] + STALL:
                 break
             time.sleep(1e-3)
         return copy_rows(*args, **terms)
