@@ -36,7 +36,7 @@ class Wanted:
     """The tickets of a pull of which some are still names, and offers that are not complete.
 
     ``start`` is called once, when no name is left: it has a worker go on, or ends a pull that has
-    failed. ``followed`` is None before that, and if all offers are complete. ``asked``: the owners
+    failed. ``followed`` is None before that, and if all offers are complete. ``queried``: the owners
     have been asked for the names once.
     """
 
@@ -46,7 +46,7 @@ class Wanted:
     started: threading.Event = field(default_factory=threading.Event)
     once: threading.Lock = field(default_factory=threading.Lock)
     followed: Followed | None = None
-    asked: bool = False
+    queried: bool = False
 
     @property
     def waits(self) -> bool:
@@ -183,7 +183,7 @@ class Finder:
         questions = list[tuple[OwnerKey, Sequence[_Place]]]()
         for owner, places in wanted_names.items():
             if not self._questions.is_due(owner):
-                places = [place for place in places if not place.wanted.asked]
+                places = [place for place in places if not place.wanted.queried]
                 if not self._questions.is_due(owner, first=True):
                     continue
             if places and self._is_connected(owner[0], places):
@@ -226,7 +226,7 @@ class Finder:
         answers = self._questions.ask(requests)
         for (_, places), answer in zip(questions, answers, strict=True):
             for place in places:
-                place.wanted.asked = True
+                place.wanted.queried = True
             if answer is not None:
                 _take(answer, places)
 
