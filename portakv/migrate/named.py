@@ -36,8 +36,8 @@ class Wanted:
     """The tickets of a pull of which some are still names, and offers that are not complete.
 
     ``start`` is called once, when no name is left: it has a worker go on, or ends a pull that has
-    failed. ``followed`` is None before that, and if all offers are complete. ``queried``: the owners
-    have been asked for the names once.
+    failed. ``followed`` is None before that, and if all offers are complete. ``queried``: the
+    owners have had the names in a request once.
     """
 
     tickets: list[bytes]

@@ -46,9 +46,10 @@ PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [992, 480, 896]  # tokens of whole blocks before the last token
 WINDOW = 128
 LATE = 12  # steps by which a copy is late
-SLID = 60  # the same, so that windows leave blocks of the end of a prompt
 STALL = 1.0  # seconds without a step, after which it begins
 MANY = [prompt(600, 10 + n) for n in range(8)]
+#: Their windows are blocks that MANY had for one step.
+BEGINNINGS = [each[:300] for each in MANY]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,16 +82,16 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hybrid_own(hybrid: Path) -> tuple[Answer, Answer]:
+def hybrid_own(hybrid: Path) -> tuple[Answer, Answer, Answer]:
     """The tokens of the model with windows in an engine without connector."""
 
-    def work() -> tuple[Answer, Answer]:
+    def work() -> tuple[Answer, Answer, Answer]:
         engine = Engine(hybrid, None)
         assert len(engine.scheduler.kv_cache_config.kv_cache_groups) == 2
-        return engine.ask(PROMPTS), engine.ask(MANY, 40)
+        return engine.ask(PROMPTS), engine.ask(MANY, 40), engine.ask(BEGINNINGS)
 
-    both: tuple[Answer, Answer] = in_a_child(work)
-    return both
+    answers: tuple[Answer, Answer, Answer] = in_a_child(work)
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +380,7 @@ def damage(folder: Path, seed: int) -> None:
 def test_a_model_with_windows(
     block_size: int | None,
     hybrid: Path,
-    hybrid_own: tuple[Answer, Answer],
+    hybrid_own: tuple[Answer, Answer, Answer],
     own: tuple[Answer, Answer],
     tmp_path: Path,
     case: Named,
@@ -413,7 +414,7 @@ def test_a_model_with_windows(
 def test_windows_slide_while_rows_are_read(
     guard: bool,
     hybrid: Path,
-    hybrid_own: tuple[Answer, Answer],
+    hybrid_own: tuple[Answer, Answer, Answer],
     tmp_path: Path,
     case: Named,
 ) -> None:
@@ -422,18 +423,17 @@ def test_windows_slide_while_rows_are_read(
 
     def work() -> tuple[list[list[list[int]]], int]:
         engine = Engine(hybrid, terms(tmp_path / "store"), blocks=140)
-        read_late(engine, SLID)
+        read_late(engine)
         if not guard:
             engine.connector.ledger.__class__ = NotHeld
-        turns = []
-        for _ in range(2):
-            turns.append(engine.ask(MANY, 40).tokens)
-            engine.forget()
-        return turns, engine.counts["landed_blocks"]
+        tokens = [engine.ask(MANY, 40).tokens]
+        engine.forget()
+        tokens.append(engine.ask(BEGINNINGS).tokens)
+        return tokens, engine.counts["landed_blocks"]
 
-    turns, landed = in_a_child(work)
+    tokens, landed = in_a_child(work)
     assert landed > 0
-    assert (turns == [hybrid_own[1].tokens] * 2) is guard
+    assert (tokens == [each.tokens for each in hybrid_own[1:]]) is guard
 
 
 def test_loads_by_layer(
@@ -493,7 +493,7 @@ def test_preempted_requests(
     assert (turns == [own[1].tokens] * 3) is guard
 
 
-def read_late(engine: Engine, steps_late: int = LATE) -> None:
+def read_late(engine: Engine) -> None:
     """Let each copy of a save or load begin some steps late, as on a busy machine.
 
     A step that waits for a copy is not waited for.
@@ -524,7 +524,7 @@ def read_late(engine: Engine, steps_late: int = LATE) -> None:
 
     def late(*args: Any, **terms: Any) -> Any:
         first = now[0]
-        while now[0] < first + steps_late and not stopping.is_set():
+        while now[0] < first + LATE and not stopping.is_set():
             if time.monotonic() > last[0] + STALL:
                 break
             time.sleep(1e-3)
