@@ -36,11 +36,13 @@ class Workers(NamedTuple):
         size: how many there are, of all ranks.
         local: there is one, in the scheduler's process, and no second copy of the engine.
         stages: of a pipeline, which have equal shares of the workers.
+        copies: of the engine, by data parallelism, that may compute in step with each other.
     """
 
     size: int
     local: bool
     stages: int = 1
+    copies: int = 1
 
 
 class Settings(NamedTuple):
@@ -85,8 +87,9 @@ class Settings(NamedTuple):
         """Return whether an engine does nothing else if a step computes nothing.
 
         Not with stages of a pipeline: requests that are in flight are left out of the next step.
+        Not with data parallelism: the ranks of some models compute in step with each other.
         """
-        return self.workers.stages == 1
+        return self.workers.stages == 1 and self.workers.copies == 1
 
     @property
     def fails_by_request(self) -> bool:
@@ -177,7 +180,7 @@ def workers_of(parallel: Any, engine: str) -> Workers:
     several = copies != 1 or COPY.search(engine) is not None
     workers = parallel.world_size
     local = workers == 1 and executor != "mp" and not several
-    return Workers(workers, local, getattr(parallel, "pipeline_parallel_size", 1))
+    return Workers(workers, local, getattr(parallel, "pipeline_parallel_size", 1), copies)
 
 
 def check_stages(config: Any, groups: Sequence[Group]) -> None:

@@ -216,6 +216,8 @@ class Hand:
         nothing else, the model's stream waits for a single one. Then it counts as ended, and the
         engine prepares the next step meanwhile.
         """
+        # Noted here too: an engine may leave out `save` in a step that computes nothing.
+        self._retained |= {*plan.retained}
         if not plan.loads:
             return
         alone = plan.idle and len(plan.loads) == 1 and not self._loads and not self._by_layer
@@ -326,12 +328,14 @@ class Hand:
                 _fail(together, error)
 
     def _joined(self, works: Sequence[_Work]) -> list[list[_Work]]:
-        """Return the saves that one call can begin."""
+        """Return the saves that one call can begin, which has each key once."""
         joined = list[_Work]()
         apart = list[list[_Work]]()
+        keys = set[bytes]()
         for work in works:
-            if self._has_whole_blocks(work.job):
+            if self._has_whole_blocks(work.job) and keys.isdisjoint(work.job.keys):
                 joined.append(work)
+                keys.update(work.job.keys)
             else:
                 apart.append([work])
         return [joined, *apart] if joined else apart

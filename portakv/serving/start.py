@@ -45,5 +45,5 @@ def warm_up(view: KVView, form: BlockForm, by_layer: bool = False) -> None:
                 with BlockStore(form, staging=2 * nbytes, host=nbytes) as store:
                     store.save(view, blocks, names).synchronize()
                     store.load(view, blocks, names, by_layer=by_layer).synchronize()
-    except PortaKVError as error:
+    except (PortaKVError, RuntimeError) as error:  # also without memory of the device
         _log.warning("warm up", "The first save or load of an engine will be slow: %s", error)

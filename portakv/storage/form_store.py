@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeAlias, get_args
@@ -56,6 +56,24 @@ def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
     options = options_from(options, {})
     options.check_only(what, OPTIONS)
     return options
+
+
+def _by_gaps(
+    call: Call, tier_stores: Sequence[TierStore], blocks: Sequence[int]
+) -> Iterable[list[int]]:
+    """Return blocks of a save apart, by which tiers can provide what their chains follow.
+
+    So a prompt after a gap, for which no block goes, keeps no other prompt of the call from space.
+    """
+    gaps = dict[bytes | None, tuple[bool, ...]]()
+    alike = dict[tuple[bool, ...], list[int]]()
+    for i in blocks:
+        root = call.request.roots[i]
+        if root not in gaps:
+            before = [] if root is None else [root]
+            gaps[root] = tuple(call.form.continues(before, x) for x in (None, *tier_stores))
+        alike.setdefault(gaps[root], []).append(i)
+    return alike.values()
 
 
 class FormStore(FormIndex):
@@ -173,7 +191,8 @@ class FormStore(FormIndex):
                 yield
             self._lacking(call, part, groups)
         for tier_stores, some in groups.items():
-            yield from self._save_in(call, source, until, tier_stores, some)
+            for alike in _by_gaps(call, tier_stores, some):
+                yield from self._save_in(call, source, until, tier_stores, alike)
         handle = call.handle(source.view, eligible=partial(call.form.stored, keys))
         handle.add_copies(source.ends)
         return handle
@@ -195,7 +214,8 @@ class FormStore(FormIndex):
 
         # After a gap no block evicts another one. The first blocks take the free slots only if
         # each chunk waits for the writes of the chunk before it.
-        gaps = {x for x in tier_stores if not form.continues(call.request.before, x)}
+        before = call.request.before(some)
+        gaps = {x for x in tier_stores if not form.continues(before, x)}
 
         written = dict[TierStore, Ending]()
         generation = self._shared.generation + len(chunks)  # a prefix is the newer part

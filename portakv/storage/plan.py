@@ -572,7 +572,7 @@ class InFlight(Lease):
     def _claim(self) -> Claim:
         """Return the cached rows that the blocks may evict, under the graph's lock."""
         call = self.calls[0][0]
-        evict = call.form.continues(call.request.before, None)
+        evict = call.form.continues(call.request.before(self.calls[0][1]), None)
         return Claim(call.request.order, call.form.apart, evict)
 
     def _follows(self, rows: Sequence[int]) -> list[int]:
@@ -663,7 +663,8 @@ class InFlight(Lease):
         generations = [self.generation] * len(rows)
         sums = [self.sums[row] for row in rows]
         with call.shared.graph.lock:
-            evict = call.form.continues(call.request.before, tier_store)
+            before = call.request.before(self.calls[0][1])
+            evict = call.form.continues(before, tier_store)
         known = generations, sums, call.request.order, evict
         mask[rows] = tier_store.write(queue, keys, data, *known, report=self.reasons.report)
         self._count(tier_store, mask, len(rows))

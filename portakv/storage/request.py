@@ -27,15 +27,25 @@ class Request:
     lent: bool = False
 
     @cached_property
-    def before(self) -> list[bytes]:
-        """Return the keys of other calls that blocks of a save follow."""
+    def roots(self) -> list[bytes | None]:
+        """Return for each block of a save the key of another call that its chain follows."""
         own = {*self.keys}
-        return [key for key in dict.fromkeys(self.after) if key is not None and key not in own]
+        known = dict[bytes | None, bytes | None]()
+        for key, before in zip(self.keys, self.after, strict=True):
+            known[key] = known.get(before) if before in own else before
+        return [*known.values()]
+
+    def before(self, blocks: Sequence[int]) -> list[bytes]:
+        """Return the keys of other calls that the chains of some blocks follow."""
+        if not self.after:
+            return []
+        roots = self.roots
+        return [key for key in dict.fromkeys(roots[i] for i in blocks) if key is not None]
 
     @cached_property
     def order(self) -> dict[bytes, int]:
         """Return the position of each key: no block of the call evicts an earlier one."""
-        order = dict.fromkeys(self.before, -1)
+        order = dict.fromkeys(self.before(range(len(self.keys))), -1)
         order.update((key, place) for place, key in enumerate(self.keys))
         return order
 

@@ -217,6 +217,13 @@ def test_a_step_that_computes_nothing_does_not_show_that_stages_are_idle(
     assert not settings_of(*configurations).shows_idle
 
 
+def test_a_step_that_computes_nothing_does_not_show_that_copies_of_an_engine_are_idle(
+    configurations: tuple[Any, Any],
+) -> None:
+    change(configurations, data_parallel_size=2)
+    assert not settings_of(*configurations).shows_idle
+
+
 def test_stages_of_a_model_with_several_groups_are_refused(
     configurations: tuple[Any, Any],
 ) -> None:

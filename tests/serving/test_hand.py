@@ -226,6 +226,38 @@ def test_the_saves_of_a_step_are_one_call(store: BlockStore) -> None:
     assert [store.has(key) for key in together] == [True] * 5
 
 
+def test_a_key_of_two_saves_of_a_step_is_once_in_each_call(store: BlockStore) -> None:
+    """Two prompts that begin alike, in blocks of the engine that are larger than stored ones."""
+    _, view = caches(12, 16)
+    counting = Counting(store)
+    hand = Hand([GroupCache(view, counting)])  # type: ignore[arg-type]
+    keys = prefix_keys(range(32), 8)
+    jobs = (
+        Job(1, "a", tuple(keys), 0, None, ((1, 2),)),
+        Job(2, "b", tuple(keys[2:]), 2, keys[1], ((3,),)),
+        Job(3, "c", (bytes(32), bytes(31) + b"1"), 0, None, ((4,),)),
+    )
+    hand.save(Plan(saves=jobs))
+    assert [len(names) for names, _ in counting.calls] == [6, 2]
+    counting.end()
+    assert reported(hand).saved == {1: frozenset(), 2: frozenset(), 3: frozenset()}
+
+
+def test_a_request_is_freed_in_a_step_that_computes_nothing(store: BlockStore) -> None:
+    """vLLM then calls `load`, and leaves out `save`."""
+    _, view = caches(4, 8)
+    counting = Counting(store)
+    hand = Hand([GroupCache(view, counting)])  # type: ignore[arg-type]
+    hand.save(Plan(saves=(Job(1, "a", (bytes(32),), 0, None, ((0,),)),)))
+    hand.load(Plan(retained=("a",)))
+    hand.report()
+    assert hand.ended().freed == set()
+    counting.end()
+    hand.load(Plan())
+    hand.report()
+    assert hand.ended().freed == {"a"}
+
+
 def test_a_block_that_is_not_stored_is_missing_in_its_own_save(store: BlockStore) -> None:
     class Some(Counting):
         def save(self, *args: Any, **terms: Any) -> Any:

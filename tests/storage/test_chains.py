@@ -458,6 +458,18 @@ def test_several_prompts_in_one_save(made: Any, where: str, named: bool) -> None
     assert gone == ([2, 3] if named else [41, 42])
 
 
+@pytest.mark.parametrize("where", ["disk", "host"])
+def test_a_gap_of_one_prompt_stops_no_other_one_of_its_call(made: Any, where: str) -> None:
+    """The first prompt follows a block that is nowhere: nothing goes for it, and it is left out."""
+    store = made(**({"slots": 4} if where == "disk" else {"host": 4}))
+    save(store, range(4))
+    keys = [key_of(50), key_of(60), key_of(61)]
+    saved = store.save(paged(), [50, 60, 61], keys, after=[key_of(49), None, key_of(60)])
+    with pytest.raises(TransferError, match="2 of 3 blocks landed"):
+        saved.synchronize(LIMIT)
+    assert saved.landed.tolist() == there(store, [50, 60, 61]) == [False, True, True]
+
+
 def test_blocks_after_what_is_nowhere_take_free_slots_alone(made: Any) -> None:
     """No lookup comes to them, so nothing goes for them."""
     store = made(slots=10)
