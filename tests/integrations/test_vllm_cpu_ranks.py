@@ -25,23 +25,22 @@ except metadata.PackageNotFoundError:
 
 from support.serving_faults import Careless
 from support.vllm_cpu import (
-    ENVIRONMENT,
     LAYERS,
     LIMIT,
     Answer,
     Engine,
     connector_here,
+    import_engine,
     in_a_child,
-    make_model,
     prompt,
     result_of,
+    small_model,
     start_child,
 )
-from support.vllm_cpu_table import recorder
+from support.vllm_cpu_table import Named, case_of
 
 from portakv.storage import prefix_keys
 
-Named = Callable[..., None]
 #: What a child would import else. None of them starts a thread of OpenMP.
 IMPORTED = (
     "vllm",
@@ -64,22 +63,11 @@ SECOND_HITS = [896, 288]
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """Import vLLM once; each engine runs in a forked child, and its workers in children of it."""
-    os.environ.update(ENVIRONMENT)
-    for name in IMPORTED:
-        importlib.import_module(name)
+    import_engine(IMPORTED)
 
 
-@pytest.fixture
-def case(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Named:
-    """Return a function that names the case of a test in the table."""
-    return recorder(request.config, record_property)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vllm") / "model"
-    in_a_child(lambda: make_model(folder))  # this process starts no thread of OpenMP
-    return folder
+case = pytest.fixture(case_of)
+model = pytest.fixture(scope="module")(small_model)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +17,18 @@ import pytest
 import torch
 from msgspec.structs import replace
 from support.peer_process import Peer
-from support.weight_cases import Between, Channels, make_channels, shared, whole_of
+from support.weight_cases import (
+    Between,
+    Channels,
+    find_wrong_copies,
+    make_channels,
+    shared,
+    whole_of,
+)
 
-from portakv.errors import OfferGone, PeerError, TransferError
+from portakv.errors import OfferGone, PeerError
 from portakv.graph.graph import Graph
-from portakv.migrate import Parameter, prepare_weights, publish, pull_weights, weight_copy
+from portakv.migrate import Parameter, prepare_weights, publish, pull_weights
 from portakv.migrate.parameters import Box, items_of
 from portakv.migrate.published import Weights
 from portakv.migrate.weight_owner import publications
@@ -44,19 +52,8 @@ def test_bytes_that_a_copy_changes_are_found(
         "whole": into,
         "part": Parameter.split(part, 1, (8,), (1, 2)),
     }
-    for wrong, name in ((into, "whole"), (part, "part"), (None, "")):
-
-        def copy(pairs: Any, wrong: torch.Tensor | None = wrong) -> None:
-            copy_pairs(pairs)
-            if wrong is not None:
-                wrong[3, 1] ^= 1 << 30
-
-        monkeypatch.setattr(weight_copy, "copy_pairs", copy)
-        if name:
-            with pytest.raises(TransferError, match=f"others of {name}\\. Do not use any"):
-                pull_weights(channel, owner.ticket, local)
-        else:
-            pull_weights(channel, owner.ticket, local)
+    pull = partial(pull_weights, channel, owner.ticket, local)
+    find_wrong_copies(monkeypatch, pull, {"whole": into, "part": part})
     owner.close()
 
 

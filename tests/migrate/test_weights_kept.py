@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from support.cuda_on_cpu import why_not
 from support.sums_on_cpu import SMALL, HostDriver
-from support.weight_cases import Channels, make_channels, shared, whole_of
+from support.weight_cases import Channels, find_wrong_copies, make_channels, shared, whole_of
 
-from portakv.errors import InvalidTerms, LayoutError, TransferError
-from portakv.migrate import Parameter, checksum, publish, pull_weights, weight_copy
+from portakv.errors import InvalidTerms, LayoutError
+from portakv.migrate import Parameter, checksum, publish, pull_weights
 from portakv.migrate.checksum import BoxSums, Part
 from portakv.migrate.checksum_kernel import CachedTables, SumKernel
 from portakv.migrate.parameters import Box, facts_of
-from portakv.migrate.weight_pairs import copy_pairs
 
 channels = pytest.fixture(make_channels)
 needs_gxx = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -71,19 +71,8 @@ def test_tables_are_listed_once_and_find_wrong_bytes(
     channel = channels()
     pull_weights(channel, owner.ticket, local)
     assert kernel.listed == 3
-    for wrong, name in ((into, "rows, tied"), (part, "half"), (None, "")):
-
-        def copy(pairs: Any, wrong: torch.Tensor | None = wrong) -> None:
-            copy_pairs(pairs)
-            if wrong is not None:
-                wrong[3, 1] ^= 1 << 30
-
-        monkeypatch.setattr(weight_copy, "copy_pairs", copy)
-        if name:
-            with pytest.raises(TransferError, match=f"others of {name}\\. Do not use any"):
-                pull_weights(channel, owner.ticket, local)
-        else:
-            pull_weights(channel, owner.ticket, local)
+    pull = partial(pull_weights, channel, owner.ticket, local)
+    find_wrong_copies(monkeypatch, pull, {"rows, tied": into, "half": part})
     with owner.update():
         rows.fill_(5)
     pull_weights(channel, owner.ticket, local)

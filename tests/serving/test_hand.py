@@ -179,7 +179,7 @@ def test_a_retained_request_is_freed_after_its_saves_are_released() -> None:
 
 
 class Counting:
-    """A store whose saves are counted, and end when they are told to."""
+    """A store that counts saves, which end when `end` is called."""
 
     def __init__(self, store: BlockStore) -> None:
         self.form = store.form
@@ -365,18 +365,29 @@ def test_a_step_waits_for_the_layers_of_its_loads(store: BlockStore) -> None:
 # --- on a device
 
 
+def known_rows() -> tuple[torch.Tensor, KVView]:
+    """Return two blocks of rows that differ, and their view."""
+    rows, view = caches(2, 8)
+    rows.copy_(torch.arange(16, device="cpu").view(2, 1, 8, 1, 1).expand_as(rows))
+    return rows, view
+
+
+def empty_caches(device: torch.device, blocks: int) -> tuple[torch.Tensor, KVView]:
+    """Return caches on a device, for blocks like those of `known_rows`."""
+    memory = caches(blocks, 8)[0].to(device)
+    torch.accelerator.synchronize(device)  # the memory was filled on another stream
+    return memory, KVView([memory], LAYOUT)
+
+
 def loads_in_turn(device: torch.device) -> tuple[bool, bool]:
     """Write blocks on the model's stream, which is busy, and load them.
 
     Returns whether the load left the model's stream alone, and whether it came after the writes.
     """
     keys = prefix_keys(range(16), 8)
-    rows, view = caches(2, 8)
-    rows.copy_(torch.arange(16, device="cpu").view(2, 1, 8, 1, 1).expand_as(rows))
-    memory = torch.full_like(rows, NOTHING, device=device)
-    target = KVView([memory], LAYOUT)
+    rows, view = known_rows()
+    memory, target = empty_caches(device, 2)
     form = BlockForm.of(view, "model")
-    torch.accelerator.synchronize(device)  # the memory was filled on another stream
     model = torch.Stream(device)
     streams = list[torch.Stream]()
     with BlockStore(form, staging=1 << 16, host=1 << 15) as store, model:
@@ -417,12 +428,9 @@ def rows_of_the_next_step(device: torch.device, idle: bool, loads: int = 1) -> t
     Returns whether the load counts as ended before that, and whether its rows were read.
     """
     keys = prefix_keys(range(16), 8)
-    rows, view = caches(2, 8)
-    rows.copy_(torch.arange(16, device="cpu").view(2, 1, 8, 1, 1).expand_as(rows))
-    memory = torch.full((4, *rows.shape[1:]), NOTHING, dtype=rows.dtype, device=device)
-    target = KVView([memory], LAYOUT)
+    rows, view = known_rows()
+    memory, target = empty_caches(device, 4)
     form = BlockForm.of(view, "model")
-    torch.accelerator.synchronize(device)
     model = torch.Stream(device)
     with BlockStore(form, staging=1 << 16, host=1 << 15) as store, model:
         store.save(view, [0, 1], keys).synchronize(LIMIT)

@@ -7,6 +7,7 @@ tokens depend on the whole prompt: plain random weights repeat one token, and pr
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -17,11 +18,12 @@ import select
 import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from portakv.serving import Ledger
@@ -101,6 +103,20 @@ def make_model(folder: Path, window: int | None = None) -> None:
         config["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text("{}")
+
+
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model; a fixture of a module."""
+    folder = tmp_path_factory.mktemp("vllm") / "model"
+    in_a_child(lambda: make_model(folder))  # this process starts no thread of OpenMP
+    return folder
+
+
+def import_engine(names: Iterable[str]) -> None:
+    """Import an engine's modules into this process, whose forked children run engines."""
+    os.environ.update(ENVIRONMENT)
+    for name in names:
+        importlib.import_module(name)
 
 
 def prompt(length: int, seed: int) -> list[int]:

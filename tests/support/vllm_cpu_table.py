@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pytest
 
 #: Names of a test's recorded properties.
 CASE = "case"
 CONTROL = "negative control"
+
+
+#: Takes the name of a case, and whether it is a negative control.
+Named: TypeAlias = Callable[..., None]
 
 
 class Case(NamedTuple):
@@ -47,10 +51,14 @@ class Table:
             terminalreporter.write_line(f"{name:<74} {seconds:7.1f}  {result}")
 
 
-def recorder(
-    config: pytest.Config, record_property: Callable[[str, object], None]
-) -> Callable[[str, bool], None]:
-    """Return a function that names the case of a test; the table comes with the first test."""
+def case_of(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Named:
+    """Return a function that names the case of a test; the table comes with the first test.
+
+    A fixture of a test.
+    """
+    config = request.config
     if not config.pluginmanager.has_plugin("engine cases"):
         config.pluginmanager.register(Table(), "engine cases")
 

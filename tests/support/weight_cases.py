@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 
+from portakv.errors import TransferError
+from portakv.migrate import weight_copy
 from portakv.migrate.channel import Channel
 from portakv.migrate.published import AskWeights
 from portakv.migrate.weight_lanes import SendSlice
+from portakv.migrate.weight_pairs import copy_pairs
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -102,3 +106,28 @@ def make_channels() -> Iterator[Callable[[], Channel]]:
     yield make
     for channel in made:
         channel.close()
+
+
+def find_wrong_copies(
+    monkeypatch: pytest.MonkeyPatch,
+    pull: Callable[[], object],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Let each tensor have a wrong bit after a copy, which a pull finds; then pull without one.
+
+    ``tensors``: the reader's, by the names that the error has.
+    """
+    wrong = list[torch.Tensor]()
+
+    def copy(pairs: Any) -> None:
+        copy_pairs(pairs)
+        for tensor in wrong:
+            tensor[3, 1] ^= 1 << 30
+
+    monkeypatch.setattr(weight_copy, "copy_pairs", copy)
+    for name, tensor in tensors.items():
+        wrong[:] = [tensor]
+        with pytest.raises(TransferError, match=f"others of {name}\\. Do not use any"):
+            pull()
+    wrong.clear()
+    pull()
