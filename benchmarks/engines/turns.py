@@ -151,6 +151,11 @@ class TurnsConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def requires_kv_delivery(self) -> bool:
         return False
 
+    @property
+    def prefer_cross_layer_blocks(self) -> bool:
+        others = [child for name, child in self.children.items() if name != OFF]
+        return all(child.prefer_cross_layer_blocks for child in others)
+
     def get_kv_connector_stats(self) -> None:
         """Figures of several connectors would mix."""
 

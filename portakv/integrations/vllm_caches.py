@@ -8,13 +8,14 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
+from math import lcm
 from typing import Any, NamedTuple
 
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
 from portakv.runtime.bounded import Bounded
 from portakv.serving import Group, check_group
-from portakv.serving.local import StoreTerms
+from portakv.serving.local import TOKENS, StoreTerms
 from portakv.serving.plan import Blocks
 from portakv.serving.weights import checksum_of_weights
 
@@ -121,7 +122,7 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         check_stages(config, groups)
     try:
         store = StoreTerms.of(transfer.kv_connector_extra_config)
-        size = store.block_size or max(group.block_size for group in groups)
+        size = store.block_size or whole_blocks(groups)
         for group in groups:
             check_group(size, group)
     except InvalidTerms as error:
@@ -130,12 +131,6 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         raise IntegrationError(
             f"Expected one worker for by_layer, got {workers.size}: a worker does not know in time "
             f"what another one lacks. Leave by_layer out of kv_connector_extra_config."
-        )
-    sizes = sorted({group.block_size for group in groups})
-    if store.block_size is None and len(sizes) > 1:
-        raise InvalidTerms(
-            f"kv_connector_extra_config: Expected block_size for a model whose groups of layers "
-            f"have blocks of {sizes} tokens, got none. Pass {size}."
         )
     model = config.model_config
     names = (
@@ -148,6 +143,15 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
     )
     name = ":".join(str(name) for name in names)
     return Settings(transfer.engine_id, name, size, tuple(groups), store, workers)
+
+
+def whole_blocks(groups: Sequence[Group]) -> int:
+    """Return the tokens of a stored block that whole blocks of all groups fill: at least `TOKENS`,
+    unless that is more than the window of a group."""
+    least = lcm(*(group.block_size for group in groups))
+    size = least * -(-TOKENS // least)
+    windows = [group.window for group in groups if group.window is not None]
+    return size if size <= min(windows, default=size) else least
 
 
 def workers_of(parallel: Any, engine: str) -> Workers:

@@ -15,7 +15,7 @@ from portakv.errors import InvalidTerms, PortaKVError
 from portakv.integrations import why_not
 from portakv.integrations.interfaces import lacks
 from portakv.serving.bucket import bucket_of
-from portakv.serving.local import StoreTerms
+from portakv.serving.local import TOKENS, StoreTerms
 from portakv.serving.sizing import Sizes
 
 CONNECTOR = "PortaKVConnector"
@@ -191,7 +191,7 @@ def _short_of(terms: StoreTerms) -> Iterator[str]:
 
 def _check_sizes(terms: StoreTerms, sizes: Sizes, findings: Findings) -> None:
     """Compare terms with a model."""
-    size = terms.block_size or 16
+    size = terms.block_size or TOKENS
     if terms.staging < size * sizes.token:
         findings.errors.append(
             f"staging is {_gib(terms.staging)}, and a block of {size} tokens takes "

@@ -26,12 +26,9 @@ from portakv.integrations.vllm_caches import (
     warn_of_policy,
 )
 from portakv.integrations.vllm_ranks import KeptIndex, WorkerStore, index_of
-from portakv.integrations.vllm_views import (
-    GroupView,
-    layer_numbers,
-    view_across_layers,
-)
+from portakv.integrations.vllm_views import layer_numbers, view_across_layers
 from portakv.serving import Costs, GroupCache, Hand, Ledger, Plan, Report, measured
+from portakv.serving.local import GroupView
 
 check_release("vllm")
 

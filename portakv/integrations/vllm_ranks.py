@@ -11,9 +11,9 @@ import torch
 
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm_caches import Settings
-from portakv.integrations.vllm_views import BY_HEAD, GroupView, kernels_of, views_of
+from portakv.integrations.vllm_views import BY_HEAD, kernels_of, views_of
 from portakv.serving import Blocks, Keeper, KeeperClient, KeeperIndex, place_of
-from portakv.serving.local import LocalIndex, forms_of
+from portakv.serving.local import GroupView, LocalIndex, forms_of
 from portakv.serving.start import warm_up
 from portakv.storage.form import Range
 
@@ -196,7 +196,7 @@ class WorkerStore:
             self._opened = index
             return parts
         rank = rank_of(self._config, number)
-        heads = [rank.part(view.heads, latent=view.kv == 1) for view, _ in views]
+        heads = [rank.part(each.view.heads, latent=each.view.kv == 1) for each in views]
         stage = stage_of(self._config, layers)
         forms = forms_of(views, settings.model, settings.block_size, heads, stage)
         client = KeeperClient(place_of(terms, engine), forms, engine, views[0].view.device)

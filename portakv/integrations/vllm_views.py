@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from portakv.integrations import IntegrationError
+from portakv.serving.local import GroupView
 from portakv.view import KVView
 
 #: Attention backends that keep the key and the value of a token and a head next to each other.
@@ -37,19 +38,6 @@ BY_TOKEN = (
 BY_HEAD = "Several workers need it: run one worker, or choose the OffloadingConnector."
 #: The dtypes whose rows are numbers without scales.
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class GroupView(NamedTuple):
-    """The caches of a group of layers.
-
-    Attributes:
-        view: of all its layers, in their order.
-        notes: what fixes the bytes of a page besides its shape; empty if rows are read by head and
-            token.
-    """
-
-    view: KVView
-    notes: str
 
 
 def kernels_of(config: Any) -> dict[str, str]:
@@ -131,8 +119,7 @@ def view_across_layers(kv_cache: torch.Tensor, kv_cache_config: Any) -> GroupVie
     # The number of blocks may change from start to start.
     page = [n for axis, n in enumerate(kv_cache.shape) if axis != order[0]]
     notes = f"all layers: axes {order} of {page} {kv_cache.dtype}"
-    view = KVView([pages], "layer | block page", block_size=group.kv_cache_spec.block_size)
-    return GroupView(view, notes)
+    return GroupView(_whole([pages], 1), notes, group.kv_cache_spec.block_size)
 
 
 def layer_numbers(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> dict[str, int]:
@@ -165,9 +152,29 @@ def _pages(tensors: Sequence[torch.Tensor], blocks: int, size: int) -> GroupView
     # vLLM's tensors name the heads before the tokens, whatever their order in memory.
     inner = sorted(range(outer, len(shape)), key=lambda axis: -strides[axis])
     pages = [tensor.permute(*range(outer), *inner) for tensor in tensors]
-    layout = "layer | block page" if outer == 1 else "layer | kv block page"
     notes = f"axes {inner} of {[*shape[outer:]]} {tensors[0].dtype}"
-    return GroupView(KVView(pages, layout, block_size=size), notes)
+    return GroupView(_whole(pages, outer), notes, size)
+
+
+def _whole(pages: Sequence[torch.Tensor], outer: int) -> KVView:
+    """Return a view in which each page counts as one row, so that a stored block may have several.
+
+    Args:
+        pages: of each layer, in the order of their memory.
+        outer: the axes that come before those of a page: blocks, or keys and values and blocks.
+
+    Raises `IntegrationError` for pages with gaps.
+    """
+    layout = "layer | block token dim" if outer == 1 else "layer | kv block token dim"
+    try:
+        rows = [page.view(*page.shape[:outer], 1, -1).view(torch.uint8) for page in pages]
+    except RuntimeError as error:
+        raise IntegrationError(
+            f"Expected caches whose pages have no gaps, got the shape {[*pages[0].shape]} and the "
+            f"strides {[*pages[0].stride()]}: {error}. Choose the OffloadingConnector for this "
+            f"model."
+        ) from None
+    return KVView(rows, layout)
 
 
 def _by_block(tensor: torch.Tensor, blocks: int) -> torch.Tensor:

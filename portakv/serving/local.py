@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from portakv.arguments import flag, items, nbytes, seconds, text, whole
@@ -29,6 +29,11 @@ _log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds to wait for a folder that another process has, and between two attempts.
 PATIENCE = 10.0
 PAUSE = 0.1
+#: Tokens that a stored block has at least, unless ``block_size`` says otherwise. Each stored block
+#: occupies the host, in calls that an engine's main thread makes, however small it is. On an H200, blocks
+#: of 64 tokens in place of 16 took half of what stores add to a new prompt of 16,391 tokens, and
+#: hits of 4,103 tokens came 5 % sooner (benchmarks/NOTES.md, section 44).
+TOKENS = 64
 #: What lets several engines use a folder, for errors about one that is busy.
 SHARE = "To share it, set shared to true in each engine that uses it."
 #: The most changes of a store that wait for `LocalIndex.take_events`.
@@ -45,8 +50,8 @@ class StoreTerms:
         host: bytes of host memory that cache blocks.
         staging: bytes of pinned memory for transfers.
         deadline: seconds after which a load gives up what has not landed.
-        block_size: the tokens of a stored block; None: those of the engine's blocks, whose pages
-            are then stored as they are.
+        block_size: the tokens of a stored block, whose rows are then read by head and token; None:
+            whole pages of the engine's blocks, as they are, of at least 64 tokens together.
         by_layer: a request computes in the step that begins its load, and each layer waits for its
             rows; else the request waits until all have landed.
         shared: the blocks are stored through a keeper, so that several engines of the host have
@@ -137,6 +142,20 @@ class StoreTerms:
         return tiers
 
 
+class GroupView(NamedTuple):
+    """The caches of a group of layers in one worker.
+
+    Attributes:
+        view: of all its layers, in their order.
+        notes: what else fixes the bytes of a block, such as the kernel that writes them.
+        row_tokens: the tokens of a row of the view: 1, or those of a page that moves whole.
+    """
+
+    view: KVView
+    notes: str = ""
+    row_tokens: int = 1
+
+
 def check_private(folder: str) -> None:
     """Raise `InvalidTerms` for a folder that exists and that others may write.
 
@@ -158,7 +177,7 @@ def check_private(folder: str) -> None:
 
 
 def forms_of(
-    groups: Sequence[tuple[KVView, str]],
+    groups: Sequence[GroupView],
     model: str,
     block_size: int | None,
     heads: Sequence[Range | None] | None = None,
@@ -167,8 +186,7 @@ def forms_of(
     """Return the form of the blocks of each group of layers; forms of equal shape differ.
 
     Args:
-        groups: of each group of layers its view, and what else fixes the bytes of a block, such as
-            the kernel that writes them.
+        groups: the caches of each group of layers.
         model: the name of the model, which blocks of another model do not have.
         block_size: the tokens of a stored block; None: of each view's blocks.
         heads: of each group those of the model's that the view has; None: all.
@@ -179,15 +197,24 @@ def forms_of(
     if block_size is not None:
         whole("block_size", block_size, 1)
     forms = list[BlockForm]()
-    for number, (view, notes) in enumerate(groups):
+    for number, (view, notes, tokens) in enumerate(groups):
         if len(groups) > 1:
             notes = f"group {number} of {len(groups)} {notes}".rstrip()
         part = None if heads is None else heads[number]
-        form = BlockForm.of(
-            view, model, layers=layers, heads=part, block_size=block_size, notes=notes
-        )
+        rows = None if block_size is None else _rows_of(block_size, tokens)
+        form = BlockForm.of(view, model, layers=layers, heads=part, block_size=rows, notes=notes)
         forms.append(form)
     return forms
+
+
+def _rows_of(block_size: int, tokens: int) -> int:
+    """Return how many rows of some tokens a stored block has. Raises `InvalidTerms`."""
+    if block_size % tokens:
+        raise InvalidTerms(
+            f"Expected stored blocks of a multiple of {tokens} tokens, which a page has, got "
+            f"{block_size}. Pass a multiple."
+        )
+    return block_size // tokens
 
 
 class LocalIndex:
@@ -213,7 +240,7 @@ class LocalIndex:
 
     def open(
         self,
-        groups: Sequence[tuple[KVView, str]],
+        groups: Sequence[GroupView],
         terms: StoreTerms,
         model: str,
         block_size: int | None,
@@ -222,8 +249,7 @@ class LocalIndex:
         """Open the store of the blocks of views, and return its part for each view.
 
         Args:
-            groups: of each group of layers its view, and what else fixes the bytes of a block, such
-                as the kernel that writes them.
+            groups: the caches of each group of layers.
             model: the name of the model, which blocks of another model do not have.
             block_size: the tokens of a stored block; None: of each view's blocks.
             patience: seconds to wait for a folder that another process has, such as an engine that

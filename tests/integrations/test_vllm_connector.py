@@ -28,6 +28,7 @@ from portakv.integrations.vllm_caches import (
     salt_of,
     settings_of,
     warn_of_policy,
+    whole_blocks,
 )
 from portakv.integrations.vllm_views import (
     BY_DIM,
@@ -38,7 +39,8 @@ from portakv.integrations.vllm_views import (
     views_of,
 )
 from portakv.serving import Group, Ledger
-from portakv.serving.local import LocalIndex
+from portakv.serving.local import LocalIndex, StoreTerms
+from portakv.storage import prefix_keys
 from portakv.view import KVView
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -74,7 +76,7 @@ def test_what_a_configuration_says(configurations: tuple[Any, Any], tmp_path: Pa
     settings = settings_of(*configurations)
     assert settings.engine == "engine"
     assert settings.model == f"model:None:None:auto:{sha256(b'').hexdigest()[:16]}:"
-    assert settings.block_size == 16
+    assert settings.block_size == 64
     assert settings.store.folder == str(tmp_path / "store")
     assert settings.groups == (Group(16),)
     assert not settings.fails_by_request
@@ -106,14 +108,22 @@ def test_groups_with_a_window(configurations: tuple[Any, Any]) -> None:
         settings_of(*configurations)
 
 
-def test_groups_of_other_block_sizes_need_one_for_stored_blocks(
-    configurations: tuple[Any, Any],
+@pytest.mark.parametrize(
+    ("sizes", "windows", "stored"),
+    [
+        ([16], [None], 64),
+        ([24], [None], 72),
+        ([128], [None], 128),
+        ([16, 32], [None, 64], 64),
+        ([16, 24], [None, 512], 96),
+        ([16, 16], [None, 48], 16),
+    ],
+)
+def test_a_stored_block_has_whole_blocks_of_all_groups(
+    sizes: list[int], windows: list[int | None], stored: int
 ) -> None:
-    configurations[1].kv_cache_groups.append(window(32, 64))
-    with pytest.raises(InvalidTerms, match=r"blocks of \[16, 32\] tokens, got none. Pass 32"):
-        settings_of(*configurations)
-    configurations[0].kv_transfer_config.kv_connector_extra_config["block_size"] = 32
-    assert settings_of(*configurations).block_size == 32
+    """At least 64 tokens, unless a window has fewer."""
+    assert whole_blocks([Group(*each) for each in zip(sizes, windows, strict=True)]) == stored
 
 
 def test_what_a_release_lacks_for_a_window_is_named(configurations: tuple[Any, Any]) -> None:
@@ -183,30 +193,51 @@ def one_group(*layers: str) -> Any:
     return caches
 
 
-def pages_of(named: dict[str, torch.Tensor]) -> tuple[KVView, str]:
+def pages_of(named: dict[str, torch.Tensor]) -> KVView:
     """Return the view of the pages of a group."""
-    ((view, notes),) = views_of(named, one_group(*named))
-    return view, notes
+    ((view, _, tokens),) = views_of(named, one_group(*named))
+    assert tokens == 16
+    return view
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["blocks first", "keys and values first"])
 def test_a_view_of_pages(first: bool) -> None:
-    """Each block of a layer moves whole; layers that share a tensor count once."""
+    """Each block of a layer is one row; layers that share a tensor count once."""
     shape = (8, 4, 16, 64) if first else (2, 8, 16, 4, 32)
     tensors = [torch.zeros(shape) for _ in range(3)]
-    view, _ = pages_of({"a": tensors[0], "b": tensors[1], "c": tensors[2], "d": tensors[0]})
+    view = pages_of({"a": tensors[0], "b": tensors[1], "c": tensors[2], "d": tensors[0]})
     assert view.layers == 3
-    assert view.opaque
-    assert view.block_size == 16
-    assert view.slots == 8 * 16
+    assert view.widths == ((4 * 16 * 64 * 4,) if first else 2 * (16 * 4 * 32 * 4,))
+    assert view.block_size == 1
+    assert view.slots == 8
 
 
 def test_blocks_that_a_kernel_cuts_are_whole_pages() -> None:
     """The kernel's blocks have 4 tokens."""
-    view, _ = pages_of({"a": torch.zeros(32, 4, 4, 64)})
-    assert view.opaque
-    assert view.slots == 8 * 16
+    view = pages_of({"a": torch.zeros(32, 4, 4, 64)})
+    assert view.slots == 8
     assert view.widths == (4 * 16 * 64 * 4,)
+
+
+def test_a_stored_block_of_several_pages() -> None:
+    """A key names four of the engine's blocks, wherever they are."""
+    source = torch.arange(8 * 4 * 16 * 64, dtype=torch.float32, device="cpu").view(8, 4, 16, 64)
+    target = torch.zeros_like(source)
+    (group,), (other,) = (views_of({"a": x}, one_group("a")) for x in (source, target))
+    index = LocalIndex()
+    terms = StoreTerms(host=1 << 20, staging=1 << 20)
+    (store,) = index.open([group], terms, "model", 64)
+    keys = prefix_keys(range(128), block_size=64)
+    store.save(group.view, [6, 0, 3, 1, 2, 7, 5, 4], keys).synchronize(60)
+    store.load(other.view, [0, 1, 2, 3], keys[1:]).synchronize(60)
+    assert torch.equal(target[:4], source[[2, 7, 5, 4]])
+    assert not target[4:].any()
+    index.close()
+
+
+def test_pages_with_gaps_are_refused() -> None:
+    with pytest.raises(IntegrationError, match="pages have no gaps"):
+        pages_of({"a": torch.zeros(8, 4, 16, 128)[..., :64]})
 
 
 def test_caches_without_an_axis_of_blocks_are_refused() -> None:
@@ -239,7 +270,7 @@ def test_a_key_and_a_value_next_to_each_other(kernel: str, order: str) -> None:
     tensor = torch.arange(8 * 4 * 16 * 64, dtype=torch.float32).view(shape)
     if order == "tokens first":
         tensor = tensor.transpose(1, 2)
-    ((view, notes),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
+    ((view, notes, _),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
     assert notes == ""
     key, value = rows_at(view, 2, 3 * 16 + 5)
     assert torch.equal(key, tensor[3, 2, 5, :32])
@@ -249,7 +280,7 @@ def test_a_key_and_a_value_next_to_each_other(kernel: str, order: str) -> None:
 @pytest.mark.parametrize("kernel", BY_DIM)
 def test_keys_by_dim_and_token(kernel: str) -> None:
     tensor = torch.arange(8 * 4 * 16 * 64, dtype=torch.float32).view(8, 4, 16, 64)
-    ((view, _),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
+    ((view, _, _),) = views_of({"a": tensor}, one_group("a"), {"a": kernel})
     key, value = rows_at(view, 2, 3 * 16 + 5)
     page = tensor[3, 2].flatten()
     assert torch.equal(key, page[: 32 * 16].view(32, 16)[:, 5])
@@ -261,7 +292,7 @@ def test_a_latent_row(kernel: str) -> None:
     caches = one_group("a")
     caches.kv_cache_groups[0].kv_cache_spec.num_kv_heads = 1
     tensor = torch.arange(8 * 16 * 32, dtype=torch.float32).view(8, 1, 16, 32)
-    ((view, _),) = views_of({"a": tensor}, caches, {"a": kernel})
+    ((view, _, _),) = views_of({"a": tensor}, caches, {"a": kernel})
     target = torch.zeros(1, 1, 32)
     copy_rows(view, KVView(target, "layer token dim"), [53], [0]).synchronize()
     assert torch.equal(target[0, 0], tensor[3, 0, 5])
@@ -404,11 +435,12 @@ def test_an_adapter_of_another_path_has_other_blocks() -> None:
 def test_a_page_is_read_in_the_order_of_its_memory() -> None:
     """vLLM names heads before tokens, also where tokens come first in memory."""
     by_token = torch.arange(8 * 16 * 4 * 6).view(8, 16, 4, 6).transpose(1, 2)
-    view, order = pages_of({"a": by_token})
+    ((view, order, _),) = views_of({"a": by_token}, one_group("a"))
     (tensor,) = [view.tensors] if isinstance(view.tensors, torch.Tensor) else view.tensors
-    assert tensor.is_contiguous()
+    assert tensor.data_ptr() == by_token.data_ptr()
     by_head = torch.arange(8 * 16 * 4 * 6).view(8, 4, 16, 6)
-    assert pages_of({"a": by_head})[1] != order
+    ((_, other, _),) = views_of({"a": by_head}, one_group("a"))
+    assert other != order
 
 
 def test_layers_that_look_ahead_are_refused(configurations: tuple[Any, Any]) -> None:
@@ -428,8 +460,8 @@ def test_a_block_of_all_layers_is_one_page() -> None:
         kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))],
     )
     made = view_across_layers(memory.permute(2, 0, 1, 4, 3), config)
-    assert made.view.opaque
-    assert made.view.layers == 1
+    assert made.row_tokens == 16
+    assert (made.view.layers, made.view.block_size) == (1, 1)
     copied = torch.zeros_like(memory)
     target = view_across_layers(copied.permute(2, 0, 1, 4, 3), config)
     assert target.notes == made.notes

@@ -39,6 +39,8 @@ from support.vllm_cpu import (
 )
 from support.vllm_cpu_table import Named, case_of
 
+from portakv.serving.local import TOKENS
+
 #: What a child would import else, in 10 s or more. None of them starts a thread of OpenMP.
 IMPORTED = (
     "vllm",
@@ -50,7 +52,7 @@ IMPORTED = (
 )
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
-HITS = [992, 480, 896]  # tokens of whole blocks before the last token
+HITS = [960, 448, 896]  # tokens of whole stored blocks before the last token
 WINDOW = 128
 MANY = [prompt(600, 10 + n) for n in range(8)]
 #: Their windows are blocks that MANY had for one step.
@@ -135,7 +137,7 @@ def test_tokens_after_hits_are_the_engines_own(
     assert [each.tokens for each in answers] == [own[0].tokens] * 3
     assert answers[0].cached == [0, 0, 0]
     assert [each.cached for each in answers[1:]] == [HITS] * 2
-    assert counts["landed_blocks"] == 2 * sum(HITS) // 32
+    assert counts["landed_blocks"] == 2 * sum(HITS) // TOKENS
     assert counts.get("failed_loads", 0) == 0
 
 
@@ -165,16 +167,16 @@ def test_figures_events_and_the_cost_of_hooks(
 
     seen = in_a_child(work)
     assert seen["answers"] == [own[0].tokens] * 2
-    stored = sum(len(each) // 32 for each in PROMPTS)
+    stored = sum(len(each) // TOKENS for each in PROMPTS)
     assert seen["figures"]["vllm:portakv_stored_blocks"] >= stored
     assert seen["figures"]["vllm:portakv_landed_bytes"] == sum(HITS) * 4 * 2 * 4 * 64 * 4
     on_disk = [event for event in seen["events"] if getattr(event, "medium", "") == "STORAGE"]
     tokens = {token for event in on_disk for token in event.token_ids}
-    assert tokens >= {token for each in PROMPTS for token in each[: len(each) // 32 * 32]}
+    assert tokens >= {token for each in PROMPTS for token in each[: len(each) // TOKENS * TOKENS]}
     assert sum(len(event.block_hashes) for event in on_disk) >= stored
     beginnings = [event for event in on_disk if event.parent_block_hash is None]
-    assert {tuple(event.token_ids[:32]) for event in beginnings} >= {
-        tuple(each[:32]) for each in PROMPTS
+    assert {tuple(event.token_ids[:TOKENS]) for event in beginnings} >= {
+        tuple(each[:TOKENS]) for each in PROMPTS
     }
     case(f"figures, events; median of the hooks of an idle step: {seen['idle'] * 1e3:.3f} ms")
 
@@ -215,7 +217,7 @@ def test_a_second_engine_after_a_kill_finds_the_blocks(
 
     answer, landed = in_a_child(second)
     assert answer.tokens == own[0].tokens
-    assert landed == sum(HITS) // 32
+    assert landed == sum(HITS) // TOKENS
 
 
 def test_a_second_engine_has_a_bucket_alone(
@@ -240,7 +242,7 @@ def test_a_second_engine_has_a_bucket_alone(
     answers, counts = in_a_child(second)
     assert [each.tokens for each in answers] == [own[0].tokens] * len(answers)
     assert answers[-1].cached == HITS
-    assert counts["landed_blocks"] >= sum(HITS) // 32
+    assert counts["landed_blocks"] >= sum(HITS) // TOKENS
     assert counts.get("failed_loads", 0) == 0
 
 
@@ -273,7 +275,7 @@ def differences() -> list[str]:
         spec = SimpleNamespace(block_size=size, num_kv_heads=heads, head_size=dim)
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["a"])
         config = SimpleNamespace(num_blocks=blocks, kv_cache_groups=[group])
-        ((view, _),) = views.views_of({"a": cache}, config, {"a": kernel})
+        ((view, _, _),) = views.views_of({"a": cache}, config, {"a": kernel})
         rows = torch.zeros(1, 2, tokens, heads, dim, dtype=dtype)
         target = KVView(rows, "layer kv token head dim")
         copy_rows(view, target, slots, torch.arange(tokens)).synchronize()
@@ -398,7 +400,7 @@ def test_a_model_with_windows(
 
     answers, (hits, damaged) = in_a_child(work)
     assert [each.tokens for each in answers] == [hybrid_own[0].tokens] * 3
-    size = block_size or 32
+    size = block_size or TOKENS
     assert hits["landed_blocks"] == sum((len(each) - 1) // size for each in PROMPTS)
     assert hits.get("failed_loads", 0) == 0
     assert damaged["failed_loads"] > 0
@@ -451,7 +453,7 @@ def test_loads_by_layer(
 
     answers, counts = in_a_child(work)
     assert [each.tokens for each in answers] == [own[0].tokens] * 4
-    assert counts[0]["landed_blocks"] == sum(HITS) // 32
+    assert counts[0]["landed_blocks"] == sum(HITS) // TOKENS
     assert counts[0].get("failed_loads", 0) == 0
     assert counts[2]["failed_loads"] > 0
 

@@ -39,6 +39,7 @@ from support.vllm_cpu import (
 )
 from support.vllm_cpu_table import Named, case_of
 
+from portakv.serving.local import TOKENS
 from portakv.storage import prefix_keys
 
 #: What a child would import else. None of them starts a thread of OpenMP.
@@ -54,8 +55,8 @@ IMPORTED = (
 MANY = [prompt(300, 10 + number) for number in range(8)]
 FIRST = [prompt(1000, 1), prompt(500, 2)]
 SECOND = [prompt(900, 3), prompt(300, 4)]
-FIRST_HITS = [992, 480]  # tokens of whole blocks before the last token
-SECOND_HITS = [896, 288]
+FIRST_HITS = [960, 448]  # tokens of whole stored blocks before the last token
+SECOND_HITS = [896, 256]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,7 +128,7 @@ def test_two_ranks_load_what_one_has_stored(
         answer, landed = in_a_child(second)
     assert (answer.tokens == own[0].tokens) is guard
     assert answer.cached == FIRST_HITS
-    assert landed == [sum(FIRST_HITS) // 32] * 2
+    assert landed == [sum(FIRST_HITS) // TOKENS] * 2
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
@@ -160,7 +161,7 @@ def test_two_stages_load_what_two_ranks_have_stored(
     assert in_flight == 2
     assert (answers[0].tokens == own[0].tokens) is guard
     assert answers[0].cached == FIRST_HITS
-    assert landed == [sum(FIRST_HITS) // 32] * 2
+    assert landed == [sum(FIRST_HITS) // TOKENS] * 2
     assert [each.tokens for each in answers[1:]] == [own[1].tokens] * len(answers[1:])
     assert [each.cached for each in answers[1:]] == [[0, 0], SECOND_HITS][: len(answers) - 1]
 
@@ -193,7 +194,7 @@ def test_one_rank_loads_what_two_stages_have_stored(
 
     answer, counts = in_a_child(second)
     assert answer.tokens == own[0].tokens
-    assert counts == [sum(FIRST_HITS) // 32, 0]
+    assert counts == [sum((len(each) - 1) // 32 for each in FIRST), 0]
 
 
 @pytest.mark.parametrize("staged", [False, True], ids=["TP 2", "PP 2"])
@@ -217,7 +218,7 @@ def test_blocks_that_one_of_two_ranks_lacks_are_computed(
     answer, counts, landed = in_a_child(second)
     assert (answer.tokens == own[0].tokens) is guard
     assert counts["failed_loads"] == len(FIRST)
-    assert landed == [sum(FIRST_HITS) // 32, sum(FIRST_HITS) // 32 - len(FIRST)]
+    assert landed == [sum(FIRST_HITS) // TOKENS, sum(FIRST_HITS) // TOKENS - len(FIRST)]
 
 
 def lose_a_block(worker: Any, reports: bool) -> None:
@@ -253,7 +254,7 @@ def test_one_rank_loads_what_two_have_stored(
     answers, counts = in_a_child(second)
     assert answers[0].tokens == own[0].tokens
     assert answers[1].tokens == own[1].tokens
-    assert counts == [sum(FIRST_HITS) // 32, 0]
+    assert counts == [sum((len(each) - 1) // 32 for each in FIRST), 0]
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
@@ -326,7 +327,7 @@ def test_two_engines_share_a_folder(
         await_blocks(engine, SECOND)
         answer = engine.ask(SECOND)
         assert answer == Answer(own[1].tokens, SECOND_HITS)
-        assert engine.landed == [sum(SECOND_HITS) // 32]
+        assert engine.landed == [sum(SECOND_HITS) // TOKENS]
         os.kill(os.getpid(), signal.SIGKILL)
 
     def second() -> list[Answer]:
@@ -338,7 +339,7 @@ def test_two_engines_share_a_folder(
         await_that((tmp_path / "first has stored").exists)
         await_blocks(engine, FIRST)
         answers = [engine.ask(FIRST), engine.ask(SECOND)]
-        assert engine.landed == [sum(FIRST_HITS) // 32]
+        assert engine.landed == [sum(FIRST_HITS) // TOKENS]
         engine.forget()
         losses = index.losses
         note(tmp_path / "second has stored")
@@ -372,7 +373,7 @@ def test_loads_by_layer_through_a_keeper(
     answers, landed = in_a_child(work)
     assert [each.tokens for each in answers] == [own[0].tokens] * 2
     assert [each.cached for each in answers] == [[0, 0], FIRST_HITS]
-    assert landed == [sum(FIRST_HITS) // 32]
+    assert landed == [sum(FIRST_HITS) // TOKENS]
 
 
 def note(path: Path) -> None:
@@ -387,7 +388,8 @@ def await_blocks(engine: Engine, prompts: list[list[int]]) -> None:
     def lists_all() -> bool:
         return all(index.leading(keys) == len(keys) for keys in wanted)
 
-    wanted = [prefix_keys(each[: len(each) // 32 * 32], block_size=32) for each in prompts]
+    size = engine.connector._settings.block_size
+    wanted = [prefix_keys(each[: len(each) // size * size], block_size=size) for each in prompts]
     await_that(lists_all)
 
 

@@ -23,9 +23,9 @@ from portakv.integrations.vllm_ranks import (
     read_views,
     stage_of,
 )
-from portakv.integrations.vllm_views import FUSED, LATENT, GroupView
+from portakv.integrations.vllm_views import FUSED, LATENT
 from portakv.serving import Keeper, keeper_server
-from portakv.serving.local import LocalIndex
+from portakv.serving.local import GroupView, LocalIndex
 from portakv.storage import prefix_keys
 from portakv.view import KVView
 
@@ -274,8 +274,8 @@ def test_several_workers_need_rows_that_can_be_read(configurations: tuple[Any, A
     caches = {"layer": rows(2)}
     with pytest.raises(IntegrationError, match=r"got other.Backend .*Several workers need it"):
         read_views(settings, caches, configurations[1], {"layer": "other.Backend"})
-    ((view, notes),) = read_views(settings, caches, configurations[1], {"layer": FUSED[0]})
-    assert (view.heads, view.opaque, notes) == (2, False, "")
+    ((view, notes, tokens),) = read_views(settings, caches, configurations[1], {"layer": FUSED[0]})
+    assert (view.heads, tokens, notes) == (2, 1, "")
 
 
 def test_one_worker_shares_pages_whose_inside_is_not_known(
@@ -284,9 +284,9 @@ def test_one_worker_shares_pages_whose_inside_is_not_known(
     extra_terms(configurations)["shared"] = True
     caches = {"layer": rows(2)}
     settings = describe(configurations, 2)
-    ((view, notes),) = read_views(settings, caches, configurations[1], {"layer": "other.Backend"})
-    assert view.opaque
-    assert notes
+    (group,) = read_views(settings, caches, configurations[1], {"layer": "other.Backend"})
+    assert group.row_tokens == SIZE
+    assert group.notes
     extra_terms(configurations)["block_size"] = 32
     settings = describe(configurations, 2)
     with pytest.raises(IntegrationError, match="leave block_size out"):
@@ -301,6 +301,7 @@ def worker_of(
 ) -> tuple[Settings, WorkerStore]:
     """Return the settings and the store of a worker with so many heads of the model's."""
     change(configurations, world_size=count, tensor_parallel_size=count)
+    extra_terms(configurations)["block_size"] = SIZE
     configurations[0].model_config.get_total_num_kv_heads = lambda: total
     settings = describe(configurations, heads)
     return settings, WorkerStore(settings, configurations[0])
@@ -327,7 +328,7 @@ def test_blocks_of_two_ranks_are_loaded_by_one(
     assert first.wait(LIMIT)
     assert second.wait(LIMIT)
     saves = [
-        part.save(view, [1, 3, 5, 6], keys) for part, (view, _) in zip(parts, views, strict=True)
+        part.save(view, [1, 3, 5, 6], keys) for part, (view, _, _) in zip(parts, views, strict=True)
     ]
     for save in saves:
         save.synchronize(LIMIT)
@@ -358,6 +359,7 @@ def test_blocks_of_two_stages_are_loaded_by_two_ranks(
     """Stages of a model with 2 layers and 4 heads, then ranks, which have both layers."""
     keys = prefix_keys(range(4 * SIZE), block_size=SIZE)
     caches = [rows(4), rows(4) + 7]
+    extra_terms(configurations)["block_size"] = SIZE
     configurations[0].model_config.get_total_num_kv_heads = lambda: 4
     clients = list[WorkerStore]()
     saves = []
@@ -450,7 +452,7 @@ def test_a_busy_folder_names_the_term_that_shares_it(tmp_path: Path) -> None:
     for name in ("busy one", "busy other"):
         settings.append(settings_of(*configuration(str(tmp_path / "store"), name, BLOCKS, SIZE)))
         indices.append(LocalIndex.of(name))
-    indices[0].open([(view, "")], settings[0].store, "model", None)
+    indices[0].open([GroupView(view)], settings[0].store, "model", None)
     with pytest.raises(StoreBusy, match="set shared to true in each engine"):
-        indices[1].open([(view, "")], settings[1].store, "model", None, patience=0)
+        indices[1].open([GroupView(view)], settings[1].store, "model", None, patience=0)
     indices[0].close()

@@ -22,7 +22,7 @@ from portakv.errors import InvalidTerms, StoreError, TransferError
 from portakv.serving import Group, Ledger
 from portakv.serving.bucket import BELIEVED, LOST, MISSING, MOST, BucketAnswers
 from portakv.serving.ledger import PATIENCE
-from portakv.serving.local import LocalIndex, StoreTerms
+from portakv.serving.local import GroupView, LocalIndex, StoreTerms
 from portakv.storage import prefix_keys
 from portakv.storage.form_store import FormStore
 
@@ -43,7 +43,7 @@ def put(bucket: HeldBucket, count: int) -> None:
     """Have another store save blocks in a bucket."""
     view = a_view()
     index = LocalIndex()
-    (store,) = index.open([(view, "")], TermsWith.a_bucket(bucket, **ROOM), "model", SIZE)
+    (store,) = index.open([GroupView(view)], TermsWith.a_bucket(bucket, **ROOM), "model", SIZE)
     store.save(view, range(count), KEYS[:count]).synchronize(LIMIT)
     index.close()
 
@@ -60,7 +60,7 @@ def opened(bucket: HeldBucket, **terms: Any) -> tuple[LocalIndex, FormStore, KVV
     view = a_view()
     index = LocalIndex()
     made = TermsWith.a_bucket(bucket, **{**ROOM, **terms})
-    (store,) = index.open([(view, "")], made, "model", SIZE)
+    (store,) = index.open([GroupView(view)], made, "model", SIZE)
     return index, store, view
 
 
@@ -120,7 +120,7 @@ def test_options_reach_the_bucket_and_a_refused_one_is_one_sentence() -> None:
     assert getattr(tier, "workers", 0) == 3
     wrong = StoreTerms(bucket="s3://b/c", bucket_options={"colour": "red"})
     with pytest.raises(StoreError, match="Expected"):
-        LocalIndex().open([(a_view(), "")], wrong, "model", SIZE)
+        LocalIndex().open([GroupView(a_view())], wrong, "model", SIZE)
 
 
 # --- lookups
@@ -203,12 +203,12 @@ def test_a_block_of_several_groups_is_asked_for_in_all(bucket: HeldBucket) -> No
     views = [a_view(), a_view()]
     terms = TermsWith.a_bucket(bucket, **ROOM)
     writer = LocalIndex()
-    stores = writer.open([(view, "") for view in views], terms, "model", SIZE)
+    stores = writer.open([GroupView(view) for view in views], terms, "model", SIZE)
     for store, view, count in zip(stores, views, (3, 2), strict=True):
         store.save(view, range(count), KEYS[:count]).synchronize(LIMIT)
     writer.close()
     index = LocalIndex()
-    index.open([(view, "") for view in views], terms, "model", SIZE)
+    index.open([GroupView(view) for view in views], terms, "model", SIZE)
     assert index.leading(KEYS) is None
     assert until(lambda: index.leading(KEYS) == 2, LIMIT)
     index.close()
@@ -216,7 +216,7 @@ def test_a_block_of_several_groups_is_asked_for_in_all(bucket: HeldBucket) -> No
 
 def test_an_index_without_a_bucket_never_says_that_it_does_not_know() -> None:
     index = LocalIndex()
-    index.open([(a_view(), "")], StoreTerms(host=1 << 20, staging=1 << 20), "model", SIZE)
+    index.open([GroupView(a_view())], StoreTerms(host=1 << 20, staging=1 << 20), "model", SIZE)
     assert index.leading(KEYS) == 0
     losses = index.losses
     assert index.losses == losses
@@ -323,7 +323,7 @@ def test_an_engine_starts_with_a_bucket_that_is_down(caplog: pytest.LogCaptureFi
         index = LocalIndex()
         view = a_view()
         with caplog.at_level(logging.WARNING):
-            (store,) = index.open([(view, "")], terms, "model", SIZE)
+            (store,) = index.open([GroupView(view)], terms, "model", SIZE)
             save = store.save(view, [0, 1], KEYS[:2])
             with pytest.raises(TransferError, match="unreachable"):
                 save.synchronize(LIMIT)
@@ -346,7 +346,7 @@ def test_a_slow_bucket_holds_the_rows_that_it_has_not_written(
         bucket, folder=str(tmp_path / "kv"), capacity=1 << 20, host=0, staging=8 << 12
     )
     index = LocalIndex()
-    (store,) = index.open([(view, "")], made, "model", SIZE)
+    (store,) = index.open([GroupView(view)], made, "model", SIZE)
     bucket.hold()
     rows = store.rows.staging // 2  # of saves
     assert 0 < rows <= 4, rows
@@ -370,12 +370,12 @@ def test_a_slow_bucket_holds_the_rows_that_it_has_not_written(
 _ENGINE = """
 import json, sys, torch
 from portakv import KVView
-from portakv.serving.local import LocalIndex, StoreTerms
+from portakv.serving.local import GroupView, LocalIndex, StoreTerms
 from portakv.storage import prefix_keys
 view = KVView([torch.full((8, 2, 8), 7.0)], "layer | block page", block_size=8)
 terms = StoreTerms.of(json.loads(sys.argv[1]))
 index = LocalIndex()
-(store,) = index.open([(view, "")], terms, "model", 8)
+(store,) = index.open([GroupView(view)], terms, "model", 8)
 keys = prefix_keys(range(40), 8)
 store.save(view, range(5), keys).synchronize(30)
 index.close()
@@ -388,7 +388,7 @@ def test_what_one_engine_saved_another_one_loads_from_the_bucket_alone(tmp_path:
     subprocess.run(command, check=True, timeout=120)
     view = KVView([torch.zeros(8, 2, SIZE)], "layer | block page", block_size=SIZE)
     index = LocalIndex()
-    (store,) = index.open([(view, "")], StoreTerms.of(terms), "model", SIZE)
+    (store,) = index.open([GroupView(view)], StoreTerms.of(terms), "model", SIZE)
     assert index.leading(KEYS) is None
     assert until(lambda: index.leading(KEYS) == 5, LIMIT)
     store.load(view, range(5), KEYS).synchronize(LIMIT)

@@ -18,7 +18,7 @@ from portakv import KVView
 from portakv.errors import StoreError
 from portakv.runtime.streams import StreamFence
 from portakv.serving import GroupCache, Hand, Job, Ledger, Plan, Report
-from portakv.serving.local import LocalIndex, StoreTerms
+from portakv.serving.local import GroupView, LocalIndex, StoreTerms
 from portakv.storage import BlockForm, BlockStore, prefix_keys
 from portakv.storage.form_store import FormStore
 
@@ -36,7 +36,7 @@ class RealStore(LocalIndex):
         size = BlockForm.of(view, "model", block_size=draw.stored_size).image_bytes
         room = chance.choice([6, 40]) * size  # the host tier evicts
         terms = StoreTerms(staging=room + 8 * size, host=room)
-        (self.blocks,) = self.open([(view, "")], terms, "model", draw.stored_size)
+        (self.blocks,) = self.open([GroupView(view)], terms, "model", draw.stored_size)
         self.expected = dict[bytes, list[int]]()
         self.wrong = 0.0
 

@@ -12,7 +12,7 @@ import torch
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreBusy
-from portakv.serving.local import LocalIndex, StoreTerms
+from portakv.serving.local import GroupView, LocalIndex, StoreTerms
 from portakv.storage import BlockForm, prefix_keys
 
 LIMIT = 20.0  # seconds; nothing here takes as long
@@ -55,13 +55,13 @@ def test_an_index_knows_what_its_store_has() -> None:
     assert index.leading(keys) == 0
     view = KVView([torch.zeros(4, 2, 8)], "layer | block page", block_size=8)
     terms = StoreTerms(host=1 << 20, staging=1 << 20)
-    (store,) = index.open([(view, "")], terms, "model", 8)
+    (store,) = index.open([GroupView(view)], terms, "model", 8)
     store.save(view, [0, 1], keys[:2]).synchronize(LIMIT)
     assert index.leading(keys) == 2
     assert index.has(keys[1])
     assert not index.has(keys[2])
     with pytest.raises(InvalidTerms, match="engine_id that no other engine"):
-        index.open([(view, "")], terms, "model", 8)
+        index.open([GroupView(view)], terms, "model", 8)
     index.close()
     assert not index.has(keys[1])
     assert index.leading(keys) == 0
@@ -73,12 +73,12 @@ def test_a_folder_is_waited_for_that_an_engine_leaves(tmp_path: Path) -> None:
     terms = StoreTerms(str(tmp_path / "store"), 1 << 20, 1 << 20, 1 << 20)
     first = LocalIndex()
     second = LocalIndex()
-    first.open([(view, "")], terms, "model", 8)
+    first.open([GroupView(view)], terms, "model", 8)
     with pytest.raises(StoreBusy):
-        second.open([(view, "")], terms, "model", 8, patience=0.0)
+        second.open([GroupView(view)], terms, "model", 8, patience=0.0)
     leaving = threading.Timer(0.2, first.close)
     leaving.start()
-    second.open([(view, "")], terms, "model", 8, patience=LIMIT)
+    second.open([GroupView(view)], terms, "model", 8, patience=LIMIT)
     leaving.join()
     second.close()
 
@@ -88,7 +88,7 @@ def test_a_block_of_several_groups_is_there_if_all_have_it() -> None:
     keys = prefix_keys(range(24), 8)
     views = [KVView([torch.zeros(4, 2, 8)], "layer | block page", block_size=8) for _ in range(2)]
     terms = StoreTerms(host=1 << 20, staging=1 << 20)
-    first, second = index.open([(view, "") for view in views], terms, "model", 8)
+    first, second = index.open([GroupView(view) for view in views], terms, "model", 8)
     first.save(views[0], [0, 1], keys[:2]).synchronize(LIMIT)
     assert index.leading(keys) == 0
     second.save(views[1], [0], keys[:1]).synchronize(LIMIT)
@@ -104,7 +104,7 @@ def test_a_number_changes_with_a_loss_alone() -> None:
     view = KVView([torch.zeros(4, 2, 8)], "layer | block page", block_size=8)
     size = BlockForm.of(view, "model").image_bytes
     terms = StoreTerms(host=2 * size, staging=4 * size)
-    (store,) = index.open([(view, "")], terms, "model", None)
+    (store,) = index.open([GroupView(view)], terms, "model", None)
     index.record()
     losses = index.losses
     store.save(view, [0, 1], keys[:2]).synchronize(LIMIT)
