@@ -362,7 +362,7 @@ class CudaLink:
 
     def _copy_share(self, share: _Share, to_device: bool, handle: int, begun: bool) -> None:
         """Copy a share on the stream of ``handle``, with rests."""
-        crossed = self._in_a_row.get(handle) or 0
+        crossed = self._in_a_row.get(handle, 0)
         for first, past, nbytes in portions(share.pieces, IN_A_ROW):
             if crossed > 0 and crossed + nbytes > IN_A_ROW:
                 self._rest(handle)
