@@ -276,7 +276,7 @@ def token_ends_first(strategy: str, backwards: bool) -> bool:
         delay(model)
         started = model.record_event()
         moved = copy_blocks(src, dst, ids, ids, backend=strategy, stream=of_transfer)
-        torch.cuda._sleep(STEP)
+        delay(model, STEP)
         of_token.wait_stream(model)
         with torch.cuda.stream(of_token):
             arrived.copy_(token, non_blocking=True)
