@@ -374,7 +374,8 @@ class CudaLink:
 
     def _rest(self, handle: int) -> None:
         """Let copies of other streams in between; do nothing while the device is full."""
-        if self._word is None:
+        if self._word is None:  # two threads may allocate one each, and use either
+            # Of other threads: no copy by a link is issued inside a capture.
             with ignoring_captures(self.device):
                 self._word = self._copies.word()
         if self._word is not None:
