@@ -8,8 +8,9 @@ a copy that is a copy engine, and while that has copies of another stream the ev
 follows it, waits for all of them; so the loop's stream ends with a kernel before its first event.
 
 Likewise, what a copy of another stream waits for while transfers follow each other: an engine sends
-its step's inputs and fetches its tokens over the same link, with separate copies. A copy that has
-waited so long that the copy engine may stay with the transfers for ever is given up.
+its step's inputs and fetches its tokens over the same link, with separate copies. Tokens are copied
+after a kernel of a third stream. A copy that has waited so long that the copy engine may stay with
+the transfers for ever is given up.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import partial
 from itertools import product
 from statistics import median
 from time import perf_counter
+from typing import cast
 
 import torch
 
@@ -246,13 +248,16 @@ def compare(rows: Rows) -> None:
 
 # --- copies of other streams during transfers -----------------------------------------------------
 
-#: Bytes of the other's copy: what a kernel may carry out, and what surely takes a copy engine.
-OTHERS = (64, 1 << 20)
+#: Bytes of the other's copy: what a kernel may carry out, and what surely takes a copy engine; and
+#: whether the copy waits for work of a third stream.
+OTHERS = ((64, False), (1 << 20, False), (64, True))
 _TRANSFERS = (HOST_DETACHED, HOST, suite.BATCHED_MEMCPY, suite.zero_copy(8))
 #: Seconds until the first copy of the other and between two, and after which one is given up.
 _BEFORE = 12e-3
 _BETWEEN = 3e-3
 _GIVEN_UP = 50e-3
+#: Products of matrices that a copy waits for: 3 ms of an H200.
+_PRODUCTS = 2
 
 
 def waiting_steps(bench: Bench) -> Iterator[Step]:
@@ -268,12 +273,34 @@ def _wait(bench: Bench, direction: str) -> Rows:
     results += [
         traffic_sources.transfers(bench, method, direction) for method in bench.serving(_TRANSFERS)
     ]
-    for traffic, nbytes in product(results, OTHERS):
-        methods.tried(traffic, partial(_wait_row, bench, direction, nbytes, rows))
+    for traffic, (nbytes, waits_for_work) in product(results, OTHERS):
+        work = Work(bench) if waits_for_work else None
+        methods.tried(traffic, partial(_wait_row, bench, direction, nbytes, work, rows))
     return rows
 
 
-def _wait_row(bench: Bench, direction: str, nbytes: int, rows: Rows, traffic: Traffic) -> None:
+class Work:
+    """A few milliseconds of a model, on a separate stream."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._module = bench.module
+        self.stream = bench.stream()
+        side = bench.preset.matmul
+        self._square = torch.zeros(side, side, dtype=torch.bfloat16, device=bench.device)
+        self._out = torch.empty_like(self._square)
+        bench.module.synchronize()
+
+    def start(self) -> torch.Event:
+        """Enqueue the work; return the event of its end."""
+        with self._module.stream(self.stream):
+            for _ in range(_PRODUCTS):
+                torch.mm(self._square, self._square, out=self._out)
+        return cast(torch.Event, traffic_sources.recorded(self._module, self.stream))
+
+
+def _wait_row(
+    bench: Bench, direction: str, nbytes: int, work: Work | None, rows: Rows, traffic: Traffic
+) -> None:
     traffic.once()
     traffic.variant.poison(0)
     # A pinned copy in the same direction.
@@ -282,10 +309,10 @@ def _wait_row(bench: Bench, direction: str, nbytes: int, rows: Rows, traffic: Tr
     src, dst = (there, here) if direction == "d2h" else (here, there)
     src.fill_(7)
     copy = partial(dst.copy_, src, non_blocking=True)
-    waits = _waits(bench, traffic, copy)
+    waits = _waits(bench, traffic, copy, work)
     alone_stream = bench.stream()
     bench.module.synchronize()
-    alone = [_seen(bench, None, alone_stream, copy) for _ in range(bench.preset.calls)]
+    alone = [seen(bench, None, alone_stream, copy, work) for _ in range(bench.preset.calls)]
     traffic.look()
     rows.append(
         {
@@ -293,7 +320,7 @@ def _wait_row(bench: Bench, direction: str, nbytes: int, rows: Rows, traffic: Tr
             **traffic.labels,
             "payload_bytes": traffic.payload,
             "other_bytes": nbytes,
-            "other": f"{in_words(nbytes)} copy",
+            "other": f"{in_words(nbytes)} copy{' that waits for a kernel' if work else ''}",
             "alone_us": short(median(alone) * 1e6),
             "wait_us": short(median(waits) * 1e6),
             "worst_us": short(max(waits) * 1e6),
@@ -304,8 +331,10 @@ def _wait_row(bench: Bench, direction: str, nbytes: int, rows: Rows, traffic: Tr
     )
 
 
-def _waits(bench: Bench, traffic: Traffic, copy: Callable[[], object]) -> list[float]:
-    """Return the seconds of each copy of the other, from its call to its end."""
+def _waits(
+    bench: Bench, traffic: Traffic, copy: Callable[[], object], work: Work | None
+) -> list[float]:
+    """Return the seconds of each copy of the other, as `seen` does."""
     queue = Queue(bench.module, traffic, bench.stream())
     stream = bench.stream()
     waits: list[float] = []
@@ -315,7 +344,7 @@ def _waits(bench: Bench, traffic: Traffic, copy: Callable[[], object]) -> list[f
         while not waits or perf_counter() < began + bench.preset.waiting:
             queue.go_on()
             if perf_counter() >= due:
-                waits.append(_seen(bench, queue, stream, copy))
+                waits.append(seen(bench, queue, stream, copy, work))
                 if waits[-1] >= _GIVEN_UP:
                     bench.module.synchronize()
                 due = perf_counter() + _BETWEEN
@@ -323,15 +352,34 @@ def _waits(bench: Bench, traffic: Traffic, copy: Callable[[], object]) -> list[f
     return waits
 
 
-def _seen(
-    bench: Bench, queue: Queue | None, stream: torch.Stream, copy: Callable[[], object]
+def seen(
+    bench: Bench,
+    queue: Queue | None,
+    stream: torch.Stream,
+    copy: Callable[[], object],
+    work: Work | None,
 ) -> float:
-    """Return the seconds of a copy until its end was seen, or until it was given up."""
+    """Return the seconds of a copy until its end was seen, or until it was given up: from its call
+    on, or from the end of the work for which it waits."""
     began = perf_counter()
+    ready = None
+    if work is not None:
+        ready = work.start()
+        stream.wait_stream(work.stream)
     with bench.module.stream(stream):
         copy()
     end = traffic_sources.recorded(bench.module, stream)
-    while not end.query() and perf_counter() - began < _GIVEN_UP:
+
+    if ready is not None:
+        _look_until(ready, queue)
+        began = perf_counter()
+    _look_until(end, queue)
+    return perf_counter() - began
+
+
+def _look_until(event: torch.Event, queue: Queue | None) -> None:
+    """Look for the end of an event until it is given up; the queue goes on meanwhile."""
+    began = perf_counter()
+    while not event.query() and perf_counter() - began < _GIVEN_UP:
         if queue is not None:
             queue.go_on()
-    return perf_counter() - began

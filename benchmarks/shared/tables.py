@@ -153,8 +153,9 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("of memcpy", "link_ratio:.3f"), ("ran dry", "ran_dry:"), ("chosen", "chosen"), _BYTES),
     ),
     "host_waiting": (
-        "a copy of another stream, in the direction of transfers that follow each other, until the "
-        "host sees its end; given up after 50 ms",
+        "a copy of another stream, in the direction of transfers that follow each other, from its "
+        "call, or from the end of the kernel for which it waits, until the host sees its end; "
+        "given up after 50 ms",
         (("other", "other"), *_WHAT, ("alone us", "alone_us:.4g"), ("us", "wait_us:.4g"),
          ("worst us", "worst_us:.4g"), ("copies", "samples:"), ("given up", "given_up:"),
          ("chosen", "chosen"), _BYTES),

@@ -13,7 +13,7 @@ import ctypes
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +21,11 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import TransferError
-from portakv.interconnect.pieces import ALL, Mask, Pieces, portions
+from portakv.interconnect.pieces import ALL, Mask, Pieces, none_above, portions
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
-from portakv.runtime.streams import own_stream
+from portakv.runtime.streams import ignoring_captures, own_stream
 from portakv.view.view import KVView
 
 #: Entries of the longest batched call. The driver states no limit; other runtimes fail above 8192,
@@ -41,13 +41,14 @@ GROWTH = 4
 #: in one batch and 0.94 in two calls; seven reached 0.99 and 0.94.
 LEAST_BATCH = 2
 
-#: Bytes that may cross on one stream before a copy goes through another stream. A copy engine stays
-#: with a stream while that stream has more to copy. On an H200, 64 bytes on another stream waited
-#: over 0.25 s for copies of 32 MiB, plain memcpys included. With every third copy on another stream
-#: they wait 0.7 - 0.9 ms, at most 1.4, for half a percent of the link, and one percent with both
-#: directions at a time. With every second copy they wait half as long, at twice the price. The
-#: limit is less than three of the largest slices of `staged`.
-IN_A_ROW = 88 << 20
+#: The most bytes that cross on one stream without a rest: a memset of one word on that stream. A
+#: copy engine stays with a stream until the stream waits for another engine. On an H200, 8 bytes of
+#: a stream that waited for a model came up to 37 ms late while 2 GiB were saved, though every third
+#: slice of 32 MiB crossed on another stream: which of several ready streams the engine serves next
+#: is luck. With a memset before every third slice they came at most 1.7 ms late, 0.6 alongside
+#: matmuls, and the save took no longer. A kernel would wait for room between the model's kernels
+#: (NOTES, section 41). The limit is three of the largest slices of `staged`.
+IN_A_ROW = 96 << 20
 
 #: Rows of at least this many bytes are entries of a batch rather than of a 2-D copy, if the driver
 #: has batches. Parts of a memcpy on an H200: rows of 4 KiB 0.61 by a batch and 0.60 by tall 2-D
@@ -56,6 +57,8 @@ IN_A_ROW = 88 << 20
 FOLD_BELOW = 8 << 10
 
 _NULL_STREAMS = (0, 1)  # the legacy default stream, by both of its handles
+_WORD = 4  # bytes of the word that a rest sets
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 # CUmemcpyAttributes: access in the order of the stream; two locations, which only memory that can
 # migrate has; and "prefer to overlap with compute".
@@ -194,6 +197,10 @@ class Copies:
         self._library = library
         self._plain = _cuda_driver.function(library, "cuMemcpyAsync", word, word, size, word)
         self._rows = _cuda_driver.Copy2D(library)
+        address = ctypes.POINTER(word)
+        self._allocate = _cuda_driver.function(library, "cuMemAlloc_v2", address, size)
+        number = ctypes.c_uint
+        self._set = _cuda_driver.function(library, "cuMemsetD32Async", word, number, size, word)
         many = (word, word, word, size, word, word, size)
         # CUDA 13 dropped an argument of 12.8: the position of the failed copy.
         self._batch: Callable[..., int] | None = None
@@ -226,6 +233,32 @@ class Copies:
             return [_Share(pieces, _Lists(pieces))]
         plain = pieces.where(batched)
         return [_Share(pieces.where(~batched)), _Share(plain, _Lists(plain))]
+
+    def word(self) -> int | None:
+        """Return the address of a word of the current device, for `rest`; None: the device is full.
+
+        Torch's allocator would return memory that work in progress may still read.
+
+        Raises:
+            TransferError: the driver returned any other error.
+        """
+        address = ctypes.c_uint64()
+        error = self._allocate(ctypes.byref(address), _WORD)
+        if error == _OUT_OF_MEMORY:
+            return None
+        if error:
+            raise self._refused(error, "the allocation of a word")
+        return address.value
+
+    def rest(self, word: int, stream: int) -> None:
+        """Let copies of other streams in between two copies on the stream of that handle.
+
+        Raises:
+            TransferError: the driver rejects the memset of the word.
+        """
+        error = self._set(word, 0, 1, stream)
+        if error:
+            raise self._refused(error, "a memset of a word")
 
     def copy_range(
         self,
@@ -299,9 +332,8 @@ class CudaLink:
         self.device = device
         self._copies = Copies(_cuda_driver.library())
         self._adopted = threading.local()
-        # By the handle of a stream: another stream for its turns, and the bytes since the last
-        # turn.
-        self._others: Bounded[int, torch.Stream] = Bounded("other streams of a link", 64)
+        self._word: int | None = None  # of the device, for rests; allocated before the first rest
+        # By the handle of a stream: the bytes that crossed since its last rest.
         self._in_a_row: Bounded[int, int] = Bounded("bytes in a row on streams of a link", 256)
         self.fold_below = self._copies.fold_below
 
@@ -318,60 +350,53 @@ class CudaLink:
             return
         handle = _cuda_driver.raw(stream, self.device.index)
         to_device = dst.form.place == "device"
-        copies = self._copies
+        if pieces.nbytes > IN_A_ROW:
+            pieces = none_above(pieces, IN_A_ROW)
         begun = False
-        for share in copies.divided(pieces):
-            for first, past, elsewhere in self._turns(share, handle):
-                if elsewhere:
-                    copy = partial(copies.copy_range, share, first, past, to_device, begun=begun)
-                    self._copy_on_other_stream(copy, stream, handle)
-                else:
-                    copies.copy_range(share, first, past, to_device, handle, begun)
-                begun = True
+        for share in self._copies.divided(pieces):
+            if share.lists is not None and handle in _NULL_STREAMS:
+                self._copy_on_other_stream(share, to_device, stream, begun)
+            else:
+                self._copy_share(share, to_device, handle, begun)
+            begun = True
 
-    def _turns(self, share: _Share, handle: int) -> list[tuple[int, int, bool]]:
-        """Return the ranges of a share in their order, each with whether another stream copies it.
-
-        Portions that follow each other on the stream of ``handle`` are one range, since each call
-        of the driver costs the host as much as many entries.
-        """
-        pieces = share.pieces
-        joins = handle not in _NULL_STREAMS  # two plain copies would become a batch there
-        crossed = self._in_a_row.get(handle) or 0
-        all_bytes = pieces.nbytes
-        if joins and crossed + all_bytes <= IN_A_ROW:
-            self._in_a_row[handle] = crossed + all_bytes
-            return [(0, pieces.number, False)]
-        turns: list[tuple[int, int, bool]] = []
-        waiting = 0  # the first piece of the portions that form one range
-        for first, past, nbytes in portions(pieces, IN_A_ROW // 3):
-            rejected = not joins and share.in_batches(first, past)
-            too_many = crossed > 0 and crossed + nbytes > IN_A_ROW
-            crossed = 0 if too_many else crossed + nbytes
-            elsewhere = too_many or rejected
-            if elsewhere and waiting < first:
-                turns.append((waiting, first, False))
-            if elsewhere or not joins:
-                turns.append((first, past, elsewhere))
-                waiting = past
+    def _copy_share(self, share: _Share, to_device: bool, handle: int, begun: bool) -> None:
+        """Copy a share on the stream of ``handle``, with rests."""
+        crossed = self._in_a_row.get(handle, 0)
+        for first, past, nbytes in portions(share.pieces, IN_A_ROW):
+            if crossed > 0 and crossed + nbytes > IN_A_ROW:
+                self._rest(handle)
+                crossed = 0
+            self._copies.copy_range(share, first, past, to_device, handle, begun)
+            crossed += nbytes
+            begun = True
         self._in_a_row[handle] = crossed
-        if waiting < pieces.number:
-            turns.append((waiting, pieces.number, False))
-        return turns
+
+    def _rest(self, handle: int) -> None:
+        """Let copies of other streams in between; do nothing while the device is full."""
+        if self._word is None:  # two threads may allocate one each, and use either
+            # Of other threads: no copy by a link is issued inside a capture.
+            with ignoring_captures(self.device):
+                self._word = self._copies.word()
+        if self._word is not None:
+            self._copies.rest(self._word, handle)
+
+    @cached_property
+    def _other_stream(self) -> torch.Stream:
+        """Return the stream that replaces the legacy default stream, which rejects batches."""
+        other: torch.Stream = own_stream(self.device)
+        return other
 
     def _copy_on_other_stream(
-        self, copy: Callable[[int], None], stream: torch.Stream | None, handle: int
+        self, share: _Share, to_device: bool, stream: torch.Stream | None, begun: bool
     ) -> None:
-        """Copy on another stream, between two events.
-
-        It takes turns with the stream of ``handle``, or replaces the legacy default stream, which
-        rejects batches.
-        """
-        other = self._others.get_or_make(handle, lambda: own_stream(self.device))
+        """Copy a share on the other stream, between two events of ``stream``."""
+        other = self._other_stream
         stream = stream or torch.cuda.current_stream(self.device)
         other.wait_stream(stream)
         try:
-            copy(_cuda_driver.raw(other, self.device.index))
+            handle = _cuda_driver.raw(other, self.device.index)
+            self._copy_share(share, to_device, handle, begun)
         finally:
             stream.wait_stream(other)
 

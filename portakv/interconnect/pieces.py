@@ -7,7 +7,7 @@ expanding the plan: from its loops, and from the ids whose neighbours follow the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -97,23 +97,50 @@ class Pieces(NamedTuple):
 
 
 def portions(pieces: Pieces, most: int) -> list[tuple[int, int, int]]:
-    """Return the ranges of pieces, in their order, that have about ``most`` bytes each; no piece is
-    cut. A range is (first, past, bytes)."""
+    """Return the ranges of pieces, in their order, that have ``most`` bytes at most each; a larger
+    piece is a range. A range is (first, past, bytes)."""
     total = pieces.nbytes
     if pieces.number < 2 or total <= most:
         return [(0, pieces.number, total)]
     reached = np.cumsum(pieces.width if pieces.plain else pieces.width * pieces.height)
-    # A range ends before the piece that reaches past the next multiple of ``most``.
-    multiples = np.arange(most, total, most, dtype=np.int64)
     first = before = 0
     ranges = []
-    for past in (*reached.searchsorted(multiples, "right").tolist(), pieces.number):
-        if past > first:
-            after = int(reached[past - 1])
-            ranges.append((first, past, after - before))
-            first = past
-            before = after
+    while first < pieces.number:
+        past = max(first + 1, int(reached.searchsorted(before + most, "right")))
+        after = int(reached[past - 1])
+        ranges.append((first, past, after - before))
+        first = past
+        before = after
     return ranges
+
+
+def none_above(pieces: Pieces, most: int) -> Pieces:
+    """Return the pieces, in any order, of ``most`` bytes at most each: larger pieces are cut
+    between their rows, and single rows anywhere."""
+    large = pieces.width * pieces.height > most
+    if not large.any():
+        return pieces
+    columns = [column.tolist() for column in pieces.where(large)]
+    parts = [part for piece in zip(*columns, strict=True) for part in _parts(piece, most)]
+    several = [pieces.where(~large), Pieces(*np.array(parts, dtype=np.int64).T)]
+    dst, src, width, *shape = (np.concatenate(column) for column in zip(*several, strict=True))
+    return _plain(Runs(src, dst, width)) if pieces.plain else Pieces(dst, src, width, *shape)
+
+
+def _parts(piece: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
+    """Yield a piece in parts of ``most`` bytes at most."""
+    dst, src, width, height, dst_pitch, src_pitch = piece
+    high = max(1, most // width)  # rows of a part
+    for row in range(0, height, high):
+        rows = min(high, height - row)
+        target = dst + row * dst_pitch
+        source = src + row * src_pitch
+        if rows > 1:
+            yield target, source, width, rows, dst_pitch, src_pitch
+            continue
+        for at in range(0, width, most):
+            length = min(most, width - at)
+            yield target + at, source + at, length, 1, length, length
 
 
 def pieces_of(plan: CopyPlan, move: Move, below: int = ALL) -> Pieces:

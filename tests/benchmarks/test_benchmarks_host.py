@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from contextlib import nullcontext
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -226,6 +227,26 @@ def test_only_the_copy_in_flight_differs(
     assert (row["samples"], row["overtook"], row["busy_to_idle"]) == (expected, expected, 1.5)
     assert (row["idle_us"], row["paced_us"], row["busy_us"]) == (5.0, 6.0, 9.0)
     assert (row["idle_samples"], row["verified"]) == (small.TURNS * expected, True)
+
+
+@pytest.mark.parametrize("waits_for_work", [True, False])
+def test_a_copy_that_waits_for_work_is_timed_from_the_end_of_the_work(waits_for_work: bool) -> None:
+    """The work takes a hundredth of a second, and the copy waits for its stream."""
+    seconds = 0.01
+    began = perf_counter()
+    log: list[object] = []
+    ready = SimpleNamespace(query=lambda: perf_counter() >= began + seconds)
+    ended = SimpleNamespace(record=log.append, query=lambda: True)
+    work: Any = SimpleNamespace(start=lambda: ready, stream="work")
+    stream: Any = SimpleNamespace(wait_stream=log.append)
+    module = SimpleNamespace(stream=lambda stream: nullcontext(), Event=lambda: ended)
+    bench: Any = SimpleNamespace(module=module)
+    queue: Any = SimpleNamespace(go_on=lambda: None)
+    taken = interference.seen(
+        bench, queue, stream, lambda: log.append("copy"), work if waits_for_work else None
+    )
+    assert log == (["work", "copy", stream] if waits_for_work else ["copy", stream])
+    assert not waits_for_work or taken <= perf_counter() - began - seconds
 
 
 @pytest.mark.parametrize(("flies", "moved"), [(False, small.SHORT), (True, 100_000)])

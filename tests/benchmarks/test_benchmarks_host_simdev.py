@@ -8,7 +8,7 @@ import dataclasses
 import json
 import weakref
 from collections.abc import Callable
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,6 +251,19 @@ def test_a_loop_that_is_held_up_ends_the_way_that_holds_it(monkeypatch: pytest.M
     assert not rows
     assert len(left_out) == 3
     assert all("held up" in line for line in left_out)
+
+
+@pytest.mark.simdev
+def test_copies_that_are_ready_and_that_wait_for_a_kernel() -> None:
+    bench_ = Bench(DEVICE, TINY)
+    steps = [measure for _, measure in PARTS["waiting"](bench_)]
+    rows = [row for measure in steps for row in measure()]
+    assert not bench_.left_out
+    assert all(row["verified"] for row in rows)
+    copies = {"64 B copy", "1 MB copy", "64 B copy that waits for a kernel"}
+    for backend in {row["backend"] for row in rows}:
+        own = [row for row in rows if row["backend"] == backend]
+        assert {(row["op"], row["other"]) for row in own} == set(product(DIRECTIONS, copies))
 
 
 @pytest.mark.simdev

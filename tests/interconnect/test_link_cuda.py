@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -238,19 +237,38 @@ def test_the_default_stream_awaits_failures(
     assert cuda.log[-1] == "0 waits for 77"
 
 
-@pytest.mark.parametrize(("in_a_row", "every"), [(300, 3), (100, 2)])
+@pytest.mark.parametrize(("in_a_row", "every"), [(256, 2), (300, 2), (384, 3), (128, 1)])
 def test_others_get_in_between_copies_in_a_row(
     cuda: Crossing, in_a_row: int, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After so many bytes a copy of 128 goes by another stream: each stream has its own, and its
-    count. One beyond the limit takes turns, too."""
+    """A stream rests before the copy of 128 bytes that would exceed the limit. Each stream has its
+    own count."""
     monkeypatch.setattr(link, "IN_A_ROW", in_a_row)
-    for nth in range(1, 10):
-        for handle, other in ((5, 77), (6, 78)):
-            turn = nth % every == 0
-            assert cuda.copy(plain(1, width=128), handle) == [other if turn else handle]
-            order = [f"{other} waits for {handle}", f"{handle} waits for {other}"]
-            assert cuda.log == (order if turn else [])
+    for nth in range(10):
+        rest = nth > 0 and nth % every == 0
+        for handle in (5, 6):
+            cuda.copy(plain(1, width=128), handle)
+            assert cuda.library.calls == [Call("m", 1, handle)] * rest + [Call("p", 1, handle)]
+            assert cuda.log == []
+
+
+def test_a_rest_is_on_the_stream_that_copies_for_the_default_stream(
+    cuda: Crossing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "IN_A_ROW", 240)
+    cuda.copy(plain(60), 0)
+    stream = 77 if cuda.library.batches else 0
+    assert cuda.library.calls.count(Call("m", 1, stream)) == 1
+    assert {call.stream for call in cuda.library.calls} == {stream}
+
+
+def test_short_copies_have_no_rest(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "IN_A_ROW", 480)
+    for expected in ([], [], [Call("m", 1, 5)]):
+        for handle in range(2, 50):
+            cuda.copy(plain(30), handle)
+            rests = [call for call in cuda.library.calls if call.kind == "m"]
+            assert rests == [call._replace(stream=handle) for call in expected]
 
 
 def test_the_first_batch_alone_is_short(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,44 +279,81 @@ def test_the_first_batch_alone_is_short(cuda: Crossing, monkeypatch: pytest.Monk
         assert [call.copies for call in cuda.library.calls] == [3, 6, 12, 24, 15]
 
 
-def test_a_long_list_crosses_in_turns(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "IN_A_ROW", 160)
-    cuda.copy(plain(60), 5)
-    row: dict[int, int] = {5: 0, 77: 0}
-    streams = [stream for call in cuda.library.calls for stream in [call.stream] * call.copies]
-    for before, stream in pairwise([0, *streams]):
-        row[stream] = row[stream] + 8 if stream == before else 8
-        assert row[stream] <= 160
-    assert streams.count(5) + streams.count(77) == 60
-    assert cuda.log[-1] == "5 waits for 77"
+@pytest.mark.parametrize("in_a_row", [8, 15, 100, 160, 479])
+def test_a_long_list_crosses_with_rests(
+    cuda: Crossing, in_a_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more bytes than the limit follow each other, and no fewer than half of it."""
+    monkeypatch.setattr(link, "IN_A_ROW", in_a_row)
+    assert set(cuda.copy(plain(60), 5)) == {5}
+    rows = [0]
+    for call in cuda.library.calls:
+        if call.kind == "m":
+            rows.append(0)
+        else:
+            rows[-1] += 8 * call.copies
+    assert sum(rows) == 480
+    assert max(rows) <= in_a_row
+    assert all(2 * row > in_a_row for row in rows[:-1])
 
 
-def test_portions_that_follow_each_other_are_one_call(
+def test_a_range_between_rests_is_one_call(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first range may follow other copies on its stream; calls after a rest are long at
+    once."""
+    monkeypatch.setattr(link, "IN_A_ROW", 96)
+    monkeypatch.setattr(link, "FIRST_DESCRIPTORS", 5)
+    cuda.copy(plain(2), 5)
+    cuda.copy(plain(30), 5)
+    rest = Call("m", 1, 5)
+    if cuda.library.batches:
+        first, second, third, last = (Call("b", copies, 5) for copies in (5, 7, 12, 6))
+        assert cuda.library.calls == [rest, first, second, rest, third, rest, last]
+    else:
+        one = Call("p", 1, 5)
+        assert cuda.library.calls == [rest, *[one] * 12, rest, *[one] * 12, rest, *[one] * 6]
+
+
+def test_a_large_copy_is_cut(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "IN_A_ROW", 96)
+    rest = Call("m", 1, 5)
+    part = Call("p", 1, 5)
+    cuda.copy(plain(1, width=200), 5)
+    assert cuda.library.calls == [part, rest, part, rest, part]
+    cuda.copy(rows(1), 6)  # nine rows of 16 bytes
+    assert cuda.library.calls == [Call("r", 6, 6), Call("m", 1, 6), Call("r", 3, 6)]
+
+
+def test_what_a_full_device_has_no_word_for(
     cuda: Crossing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The streams take turns as they would with a call for each portion."""
-    monkeypatch.setattr(link, "IN_A_ROW", 96)  # a portion is four copies
-    streams = cuda.copy(plain(40), 5)
-    if cuda.library.batches:
-        sizes = [call.copies for call in cuda.library.calls]
-        assert list(zip(streams, sizes, strict=True)) == [
-            (5, 12),
-            (77, 4),
-            (5, 12),
-            (77, 4),
-            (5, 8),
-        ]
-    else:
-        assert streams == [5] * 12 + [77] * 4 + [5] * 12 + [77] * 4 + [5] * 8
+    """Copies go on, and have rests as soon as there is memory."""
+    monkeypatch.setattr(link, "IN_A_ROW", 96)
+    cuda.library.set_device(full=True)
+    cuda.copy(plain(30), 5)
+    assert {call.kind for call in cuda.library.calls} <= {"b", "p"}
+    cuda.library.set_device()
+    cuda.copy(plain(30), 5)
+    assert Call("m", 1, 5) in cuda.library.calls
 
 
-@pytest.mark.parametrize("handle", [0, 1])
-def test_portions_of_one_copy_do_not_become_a_batch_on_the_default_stream(
-    cuda: Crossing, handle: int, monkeypatch: pytest.MonkeyPatch
+def test_the_word_is_allocated_while_another_thread_captures(
+    cuda: Crossing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "IN_A_ROW", 24)  # a portion is one copy
-    cuda.copy(plain(6), handle)
-    assert {call.kind for call in cuda.library.calls} == {"p"}
+    monkeypatch.setattr(link, "IN_A_ROW", 96)
+    cuda.library.set_device(another_captures=True)
+    assert cuda.library.library.cuMemAlloc_v2(ctypes.byref(ctypes.c_uint64()), 4) == 900
+    cuda.copy(plain(30), 5)
+    assert Call("m", 1, 5) in cuda.library.calls
+
+
+def test_a_rest_that_the_driver_refuses(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "IN_A_ROW", 96)
+    cuda.copy(plain(12), 5)
+    cuda.library.forget(refuse_at=0)
+    monkeypatch.setattr(cuda.library, "forget", lambda: None)
+    with refused(TransferError, "a memset of a word", "CUDA_ERROR_INVALID_VALUE", "Check"):
+        cuda.copy(plain(12), 5)
+    assert cuda.library.calls == []
 
 
 def test_who_is_asked_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,11 +44,11 @@ def settle(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
-def delay(stream: torch.Stream) -> None:
-    """Keep a stream busy for longer than any small copy takes."""
+def delay(stream: torch.Stream, cycles: int = LONG) -> None:
+    """Keep a stream busy for longer than any small copy takes, or for so many clock cycles."""
     if stream.device.type == "cuda":
         with on(stream):
-            torch.cuda._sleep(LONG)
+            torch.cuda._sleep(cycles)
     else:
         simdev.delay(stream, 5)
 

@@ -33,10 +33,11 @@ typedef struct {
     unsigned int flags;
 } CUmemcpyAttributes;
 
-enum { INVALID_VALUE = 1, MOST_CALLS = 4096, MAX_PITCH = 0x7fffffff };
+enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, CAPTURE_UNSUPPORTED = 900 };
+enum { MOST_CALLS = 4096, MAX_PITCH = 0x7fffffff };
 
 typedef struct {
-    char kind; // p: plain, r: rows, b: batch
+    char kind; // p: plain, r: rows, b: batch, m: memset of words
     uint64_t count, stream;
 } Call;
 
@@ -86,6 +87,43 @@ int cuGetErrorName(int error, const char **name) {
 int cuMemcpyAsync(uint64_t dst, uint64_t src, size_t size, uint64_t stream) {
     if (noted('p', 1, stream)) return INVALID_VALUE;
     memcpy((void *)dst, (const void *)src, size);
+    return 0;
+}
+
+// How this thread minds captures of other threads: 0: it may not allocate meanwhile.
+static __thread int capture_mode;
+
+int cuThreadExchangeStreamCaptureMode(int *mode) {
+    int before = capture_mode;
+    capture_mode = *mode;
+    *mode = before;
+    return 0;
+}
+
+// Words of the device that are allocated one by one.
+static uint32_t words[MOST_CALLS];
+static int allocated, full, another_captures;
+
+// Whether the device has no room, and whether another thread captures a graph.
+void fake_device(int no_room, int captures) {
+    full = no_room;
+    another_captures = captures;
+}
+
+int cuMemAlloc_v2(uint64_t *address, size_t size) {
+    if (another_captures && capture_mode == 0) return CAPTURE_UNSUPPORTED;
+    if (full || allocated == MOST_CALLS) return OUT_OF_MEMORY;
+    if (size != sizeof(uint32_t)) return INVALID_VALUE;
+    *address = (uint64_t)&words[allocated++];
+    return 0;
+}
+
+// Sets one word that was allocated here, and no other memory.
+int cuMemsetD32Async(uint64_t dst, unsigned value, size_t count, uint64_t stream) {
+    uint64_t first = (uint64_t)words, past = (uint64_t)(words + allocated);
+    if (dst < first || dst >= past || (dst - first) % sizeof(uint32_t)) return INVALID_VALUE;
+    if (count != 1 || noted('m', count, stream)) return INVALID_VALUE;
+    *(uint32_t *)dst = value;
     return 0;
 }
 

@@ -15,8 +15,8 @@ SOURCE = Path(__file__).with_name("fake_libcuda.c")
 
 
 class Call(NamedTuple):
-    """A call: ``p`` (plain), ``h`` (host to device), ``r`` (rows) or ``b`` (batch), its copies or
-    rows, its stream."""
+    """A call: ``p`` (plain), ``h`` (host to device), ``r`` (rows), ``b`` (batch) or ``m`` (memset),
+    its copies, rows or words, and its stream."""
 
     kind: str
     copies: int
@@ -69,10 +69,15 @@ class FakeLibrary:
         self.batches = batch is not None
         self.library: Any = ctypes.CDLL(str(path))
         self.forget()
+        self.set_device()
 
     def forget(self, refuse_at: int = -1) -> None:
         """Forget the calls so far; the one of that number will be refused."""
         self.library.fake_forget(refuse_at)
+
+    def set_device(self, *, full: bool = False, another_captures: bool = False) -> None:
+        """Let the device have no room, or another thread capture a graph."""
+        self.library.fake_device(full, another_captures)
 
     @property
     def calls(self) -> list[Call]:
