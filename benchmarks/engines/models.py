@@ -43,6 +43,8 @@ class Model:
         rounds: of each kind of prompt.
         runs: of requests that decode.
         host: bytes of host memory of each connector.
+        disk: a connector with a disk and no host memory is measured, too. One shape shows what a
+            disk costs, and each prompt takes several times as long as with host memory.
     """
 
     shape: str
@@ -54,6 +56,7 @@ class Model:
     rounds: int = 20
     runs: int = 3
     host: int = 8 << 30
+    disk: bool = False
 
 
 _GRAPHS = {
@@ -69,7 +72,7 @@ _GPU = {
     "compilation_config": _GRAPHS,
 }
 MODELS = {
-    "8b": Model("Llama-3-8B, a tensor for each layer", _LLAMA, terms=_GPU),
+    "8b": Model("Llama-3-8B, a tensor for each layer", _LLAMA, terms=_GPU, disk=True),
     "8b-cross-layer": Model(
         "Llama-3-8B, one tensor for all layers",
         _LLAMA,
@@ -157,6 +160,7 @@ MODELS = {
         rounds=2,
         runs=1,
         host=1 << 28,
+        disk=True,
     ),
 }
 #: The models of a run on an accelerator, and on a CPU.

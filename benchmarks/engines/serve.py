@@ -53,19 +53,17 @@ def connectors_of(model: Model, folder: Path) -> dict[str, Any]:
         "kv_load_failure_policy": "recompute",
     }
     staging = model.host // 4
-    made: dict[str, Any] = {
-        HOST: {**ours, "kv_connector_extra_config": {"host": model.host, "staging": staging}},
-        DISK: {
-            **ours,
-            "kv_connector_extra_config": {
-                "folder": str(folder / "blocks"),
-                "capacity": 4 * model.host,
-                "host": 0,
-                # Saves have half of it; a step of the longest prompt has to fit.
-                "staging": 3 * staging,
-            },
-        },
-    }
+    terms = {"host": model.host, "staging": staging}
+    made: dict[str, Any] = {HOST: {**ours, "kv_connector_extra_config": terms}}
+    if model.disk:
+        terms = {
+            "folder": str(folder / "blocks"),
+            "capacity": 4 * model.host,
+            "host": 0,
+            # Saves have half of it; a step of the longest prompt has to fit.
+            "staging": 3 * staging,
+        }
+        made[DISK] = {**ours, "kv_connector_extra_config": terms}
     if model.own and torch.cuda.is_available():
         made[OWN] = {
             "kv_connector": "OffloadingConnector",

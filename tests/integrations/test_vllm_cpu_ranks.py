@@ -388,7 +388,7 @@ def await_blocks(engine: Engine, prompts: list[list[int]]) -> None:
     def lists_all() -> bool:
         return all(index.leading(keys) == len(keys) for keys in wanted)
 
-    size = engine.connector._settings.block_size
+    size = engine.stored_size
     wanted = [prefix_keys(each[: len(each) // size * size], block_size=size) for each in prompts]
     await_that(lists_all)
 

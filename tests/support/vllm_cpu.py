@@ -27,6 +27,7 @@ import pytest
 import torch
 
 from portakv.serving import Ledger
+from portakv.serving.local import TOKENS
 
 LAYERS = 4
 HIDDEN = 256
@@ -219,6 +220,12 @@ class Engine:
     def connector(self) -> Any:
         """Return the scheduler's side of the connector."""
         return self.scheduler.connector
+
+    @property
+    def stored_size(self) -> int:
+        """Return the tokens of a stored block."""
+        transfer = self.llm.llm_engine.vllm_config.kv_transfer_config
+        return int(transfer.kv_connector_extra_config.get("block_size") or TOKENS)
 
     @property
     def worker_connector(self) -> Any:
