@@ -30,9 +30,9 @@ _log = RateLimitedLog(logging.getLogger(__name__))
 PATIENCE = 10.0
 PAUSE = 0.1
 #: Tokens that a stored block has at least, unless ``block_size`` says otherwise. Each stored block
-#: occupies the host, in calls that an engine's main thread makes, however small it is. On an H200, blocks
-#: of 64 tokens in place of 16 took half of what stores add to a new prompt of 16,391 tokens, and
-#: hits of 4,103 tokens came 5 % sooner (benchmarks/NOTES.md, section 44).
+#: occupies the host, in calls that an engine's main thread makes, however small it is. On an H200,
+#: blocks of 64 tokens in place of 16 took half of what stores add to a new prompt of 16,391 tokens,
+#: and hits of 4,103 tokens came 5 % sooner (benchmarks/NOTES.md, section 44).
 TOKENS = 64
 #: What lets several engines use a folder, for errors about one that is busy.
 SHARE = "To share it, set shared to true in each engine that uses it."
