@@ -41,7 +41,9 @@ def _rows_of_process(name: str, folder: Path) -> Rows:
     command = [sys.executable, "-m", "portakv_benchmarks.engines.serve", name, str(folder)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
     if ran.returncode:
-        last = "\n".join(ran.stderr.strip().splitlines()[-_LINES:])
-        raise RuntimeError(f"vLLM's engine ended with {ran.returncode}, after these lines:\n{last}")
+        lines = ran.stderr.strip().splitlines()[-_LINES:]
+        print(*lines, sep="\n", file=sys.stderr)
+        errors = [line for line in lines if "Error" in line] or lines
+        raise RuntimeError(f"vLLM's engine ended with {ran.returncode}: {errors[-1]}")
     rows: Rows = json.loads(ran.stdout.splitlines()[-1])
     return rows

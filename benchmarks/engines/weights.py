@@ -42,13 +42,15 @@ class RandomLoader(BaseModelLoader):  # type: ignore[misc]
                 elif weight.dim() < 2:
                     weight.fill_(0)
                 else:
-                    weight.normal_(0, _deviation(name, weight), generator=drawn[device])
+                    deviation = _deviation(name, weight, model_config.hf_config.model_type)
+                    weight.normal_(0, deviation, generator=drawn[device])
 
 
-def _deviation(name: str, weight: torch.Tensor) -> float:
-    """Return the standard deviation of a matrix ``[outputs, inputs]``."""
+def _deviation(name: str, weight: torch.Tensor, kind: str) -> float:
+    """Return the standard deviation of a matrix ``[outputs, inputs]`` of a kind of model."""
     if "embed" in name:
-        return 1.0
+        # Gemma multiplies a token's row by the root of its width; it would outweigh all layers.
+        return float(weight.shape[-1] ** -0.5) if kind.startswith("gemma") else 1.0
     part = name.rpartition("self_attn.")[2] if "self_attn." in name else ""
     scale = next((factor for begin, factor in _SCALES.items() if part.startswith(begin)), 1.0)
     return float(scale * weight.shape[-1] ** -0.5)
