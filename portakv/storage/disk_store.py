@@ -104,7 +104,10 @@ class DiskStore:
 
     def has(self, keys: Sequence[bytes], _: float | None = None) -> list[bool]:
         """Return which blocks are stored."""
-        return [any(key in slots.index for slots, _ in self.parts) for key in keys]
+        there = [*map(self.parts[0][0].index.__contains__, keys)]
+        for slots, _ in self.parts[1:]:
+            there = [a or key in slots.index for a, key in zip(there, keys, strict=True)]
+        return there
 
     known = has  # no request is needed
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -59,12 +60,14 @@ def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
 
 
 def _by_gaps(
-    call: Call, tier_stores: Sequence[TierStore], blocks: Sequence[int]
+    call: Call, tier_stores: Sequence[TierStore], blocks: list[int]
 ) -> Iterable[list[int]]:
     """Return blocks of a save apart, by which tiers can provide what their chains follow.
 
     So a prompt after a gap, for which no block goes, keeps no other prompt of the call from space.
     """
+    if len({*map(call.request.roots.__getitem__, blocks)}) == 1:
+        return [blocks]
     gaps = dict[bytes | None, tuple[bool, ...]]()
     alike = dict[tuple[bool, ...], list[int]]()
     for i in blocks:
@@ -273,11 +276,11 @@ class FormStore(FormIndex):
         for stored, wanted in zip(known, wants, strict=True):
             call.excused[blocks] |= ~(np.array(stored, np.bool_) | np.array(wanted, np.bool_))
 
-        for number, i in enumerate(blocks):
-            lacks = tuple(
-                tier_store for tier_store, x in zip(tier_stores, wants, strict=True) if x[number]
-            )
-            if lacks or not (tier_stores or self.rows.has(own.name(keys[number]))):
+        if not tier_stores:
+            wants = [[not there for there in self.rows.has_each(own.names(keys))]]
+        for i, wanted in zip(blocks, zip(*wants, strict=True), strict=True):
+            if any(wanted):
+                lacks = tuple(compress(tier_stores, wanted))
                 groups.setdefault(lacks, []).append(i)
 
     def _left(
@@ -288,11 +291,15 @@ class FormStore(FormIndex):
         Since the look at the tiers another save may have begun, or ended, between two steps.
         """
         keys = [call.request.keys[i] for i in blocks]
-        names = [call.form.own.name(key) for key in keys]
+        names = call.form.own.names(keys)
         stored = [False] * len(keys)
-        if len(call.request.keys) > SLICE:
+        if not tier_stores:
+            stored = self.rows.has_each(names)
+        elif len(call.request.keys) > SLICE:
             known = [tier_store.known(keys) for tier_store in tier_stores]
-            stored = [all(each) for each in zip(*known, strict=True)] if known else stored
+            stored = [*map(all, zip(*known, strict=True))]
+        if not any(stored) and self._shared.in_transit.keys().isdisjoint(names):
+            return [*blocks]
         left = list[int]()
         for i, name, there in zip(blocks, names, stored, strict=True):
             in_flight, row = self._shared.in_transit.get(name, (None, 0))
@@ -300,7 +307,7 @@ class FormStore(FormIndex):
                 call.ends += [((end, [i], [row]), range(0)) for end in in_flight.last]
                 call.explanation.sources.append(in_flight.reasons)
                 call.explanation.tasks += [(end, [i], [row]) for end in in_flight.last]
-            elif not (there or (not tier_stores and self.rows.has(name))):
+            elif not there:
                 left.append(i)
         return left
 

@@ -51,6 +51,11 @@ class Part:
         """Return the name of this part of a block among the rows."""
         return self.form.digest + key
 
+    def names(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Return `name` of each key."""
+        digest = self.form.digest
+        return [digest + key for key in keys]
+
     def stages(self, view: KVView, by_layer: bool) -> list[Stage]:
         """Return the stages between rows and a view, in order of their layers."""
         first = self.part_slices["layers"].start

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import count, repeat
 from operator import itemgetter
 from typing import Any, TypeAlias
 from weakref import WeakSet
@@ -130,8 +131,8 @@ class FormBlocks:
             known = [follows] if follows and tier_store.form == own.form else []
             tier_store.touch(keys, *known)
         rows = self.shared.rows
-        for part in self.parts:
-            rows.touch([part.name(key) for key in keys], follows if part is own else ())
+        for part in self.parts if rows.host else ():
+            rows.touch(part.names(keys), follows if part is own else ())
 
     def locations(self, keys: Sequence[bytes]) -> list[list[tuple[Part, Location]]]:
         """Return for each block the parts that cover it, with their locations.
@@ -176,8 +177,9 @@ class FormBlocks:
         besides those that it is known to have; with ``far``, any block.
         """
         result: list[Location] = [CACHED] * len(keys)
-        names = [part.name(key) for key in keys]
-        left = [i for i, name in enumerate(names) if not self.shared.rows.has(name)]
+        names = part.names(keys)
+        cached = self.shared.rows.has_each(names)
+        left = [i for i, there in enumerate(cached) if not there]
         some = [keys[i] for i in left]
         known = [tier_store.known(some) for tier_store in part.tier_stores]
         for number, i in enumerate(left):
@@ -204,9 +206,10 @@ class FormBlocks:
             if tier_store.tier != "remote":
                 there &= tier_store.known(keys)
         if not writable:
-            names = [own.name(key) for key in keys]
-            shared = self.shared
-            there[:] = [shared.rows.has(name) or name in shared.in_transit for name in names]
+            names = own.names(keys)
+            cached = self.shared.rows.has_each(names)
+            coming = self.shared.in_transit
+            there[:] = [a or name in coming for a, name in zip(cached, names, strict=True)]
         return there
 
     def continues(self, before: Sequence[bytes], tier_store: TierStore | None) -> bool:
@@ -522,9 +525,11 @@ class InFlight(Lease):
         self.copied: Callable[[], object] | None = None
         self.reasons = Reasons()  # reasons of blocks that were not read, or not written
         call.explanation.sources.append(self.reasons)
-        self.names = [part.name(key) + apart for key in self.keys]
+        self.names = part.names(self.keys)
+        if apart:
+            self.names = [name + apart for name in self.names]
         shared.begun.add(self)
-        shared.in_transit.update((name, (self, row)) for row, name in enumerate(self.names))
+        shared.in_transit.update(zip(self.names, zip(repeat(self), count()), strict=False))
         call.in_transit += 1
 
     def take(self) -> list[int] | None:

@@ -27,7 +27,7 @@ import numpy as np
 from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import abandoned
-from portakv.storage.chains import UNKNOWN, Chains, mark_of
+from portakv.storage.chains import UNKNOWN, Chains, mark_of, marks_of
 from portakv.storage.files import (
     MOST_FORM,
     OPEN,
@@ -343,8 +343,7 @@ class Slots:
         follows = words[[*last], FOLLOWS]
         follows[follows == self.form.payload_bytes] = UNKNOWN
         with self.chains.lock:
-            marks = [mark_of(key) for key in self.index]
-            self.chains.fill([*self.index], marks, follows.tolist(), self.folder)
+            self.chains.fill([*self.index], marks_of(self.index), follows.tolist(), self.folder)
 
     def by_use(self) -> list[bytes]:
         """Return all keys, the least recently used first, after those of unknown predecessors."""
@@ -357,9 +356,7 @@ class Slots:
         ``follows``: the predecessor of each block, for blocks whose predecessor is not known yet.
         """
         with self.chains.lock:
-            for key in reversed(keys):
-                if key in self.index:
-                    self.chains.touch(key)
+            self.chains.touch(*[key for key in reversed(keys) if key in self.index])
             for key, mark in zip(keys, follows, strict=False):
                 slot = self.index.get(key)
                 if slot is not None and self.chains.learn(key, mark):
