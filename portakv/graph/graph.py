@@ -267,18 +267,19 @@ class Graph:
         """
         tasks = arguments.items("tasks", tasks, "tasks")
         for task in tasks:
-            arguments.instance("tasks", task, Task, "Pass a list of tasks.")
+            if type(task) is not Task:
+                arguments.instance("tasks", task, Task, "Pass a list of tasks.")
         arguments.one_of("priority", priority, SLACK)
         by = np.inf
         if deadline is not None:
             by = arguments.seconds("deadline", deadline)
         new = {*tasks}
-        after = {x for task in tasks for x, *_ in task.after} - new
-        if any(task.graph for task in new):
+        after = {each[0] for task in tasks for each in task.after} - new
+        if any([task.graph for task in tasks]):
             raise InvalidTerms(
                 "Expected tasks that are new, got one that was submitted before. Make another."
             )
-        if not all(task.graph is self for task in after):
+        if not all([task.graph is self for task in after]):
             raise InvalidTerms(
                 "Expected tasks that follow tasks of this graph, got another. Submit the followed "
                 "task first, or in the same call."

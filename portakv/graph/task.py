@@ -173,6 +173,8 @@ class Task:
     def _dependencies(self) -> list[Dependency]:
         """Return the checked ``after``; raise `InvalidTerms` for other objects than tasks."""
         dependencies = list[Dependency]()
+        if not self.after and type(self.after) in (list, tuple):
+            return dependencies
         for each in arguments.items("after", self.after, "tasks"):
             terms = each if isinstance(each, tuple) and len(each) == 3 else (each, None, None)
             if not isinstance(terms[0], Task):

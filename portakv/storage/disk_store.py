@@ -131,6 +131,8 @@ class DiskStore:
 
         Among equal folders, the one with the fewest blocks written.
         """
+        if len(self.parts) == 1:
+            return self.parts[0][1]
         return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0].index) + x[0].evicted))[1]
 
     def keys(self) -> list[bytes]:

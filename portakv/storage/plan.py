@@ -243,6 +243,8 @@ class Call:
         in_transit: its transfers that have not ended, and 1 for its plan.
     """
 
+    _guarded = 0  # the number of ends that the guard follows
+
     def __init__(
         self,
         form: FormBlocks,
@@ -420,15 +422,18 @@ class Call:
 
     def submit(self, *barriers: Task) -> None:
         """Start the planned tasks, those of the first stages first."""
-        tasks = [task for _, task in sorted(self._tasks, key=itemgetter(0))]
+        if len({stage for stage, _ in self._tasks}) > 1:
+            self._tasks.sort(key=itemgetter(0))
+        tasks = [task for _, task in self._tasks]
         self._tasks.clear()
         # A call that joins a task may have a later deadline.
         late = self.request.deadline if barriers else None
         priority = self.request.priority
         self.shared.graph.submit([*tasks, *barriers], priority=priority, deadline=late)
-        for (end, *_), _ in self.ends:
+        for (end, *_), _ in self.ends[self._guarded :]:
             if not end.ended and self._guard not in end.followers:
                 end.followers.append(self._guard)
+        self._guarded = len(self.ends)
         if barriers:
             self._guard.cut = True
 

@@ -37,7 +37,7 @@ class Request:
             known[key] = known.get(before) if before in own else before
         return [*known.values()]
 
-    @property
+    @cached_property
     def _is_one_chain(self) -> bool:
         """Return True if each block of a save follows the block before it."""
         return bool(self.after) and [*self.after[1:]] == self.keys[:-1]
@@ -46,7 +46,8 @@ class Request:
         """Return the keys of other calls that the chains of some blocks follow."""
         if not self.after:
             return []
-        roots = dict.fromkeys(map(self.roots.__getitem__, blocks))
+        some = blocks[:1] if self._is_one_chain else blocks
+        roots = dict.fromkeys(map(self.roots.__getitem__, some))
         return [key for key in roots if key is not None]
 
     @cached_property
