@@ -25,7 +25,28 @@ from portakv.storage.io.base import LOST, Engine, Request
 from portakv.storage.reasons import Reason, Report
 from portakv.storage.slots import PAGE, Place, Slots
 
+#: Seconds after which a read lets other threads have the interpreter, and for how long. No time at
+#: all would let none in: a thread that waits has to wake first.
+TURN = 1e-3
+PAUSE = 5e-5
+
 _warnings = RateLimitedLog(logging.getLogger(__name__))
+
+
+class _Turn:
+    """The time for which a read of many blocks keeps the interpreter.
+
+    A thread that waits for the interpreter gets it after 5 ms, or when another one sleeps.
+    """
+
+    def __init__(self) -> None:
+        self._until = time.perf_counter() + TURN
+
+    def pass_on(self) -> None:
+        """Sleep for a moment if the turn is over, in which another thread wakes and goes on."""
+        if time.perf_counter() > self._until:
+            time.sleep(PAUSE)
+            self._until = time.perf_counter() + TURN
 
 
 @dataclass(eq=False)
@@ -165,10 +186,11 @@ class DiskStore:
         """
         spans = self._spans(segments)
         pinned = self._pin(keys, len(spans), report)
+        turn = _Turn()
 
         def ended(number: int, result: int) -> None:
             """Verify a block whose last span arrived, while the disk reads others."""
-            time.sleep(0)  # lets others have the interpreter: an urgent load waits 5 ms for it else
+            turn.pass_on()
             index, span = divmod(number, len(spans))
             block = pinned[index]
             start, end = spans[span]
@@ -182,7 +204,6 @@ class DiskStore:
                 if not block.right:
                     block.fail(result)
 
-        time.sleep(0)
         try:
             if stop is None or not stop():
                 self.engine.run(self._requests(pinned, rows, spans), ended)

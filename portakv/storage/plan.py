@@ -40,6 +40,8 @@ LOADED = 32 << 20
 #: Bytes of a task of a save whose copy was issued and that no tier stores: each task takes the
 #: host some 0.1 ms.
 ISSUED = 128 << 20
+#: Bytes up to which tasks share no work of a call.
+SHARED = 1 << 20
 #: Blocks of a task at most: the end of a task takes the graph's lock for 4 us a block, and urgent
 #: work waits for it.
 BLOCKS = 256
@@ -378,7 +380,12 @@ class Call:
         *queues: Queue,
         least: int = 2,
     ) -> list[list[int]]:
-        """Return the blocks of each task: at least ``least`` tasks share them, or all workers."""
+        """Return the blocks of each task: at least ``least`` tasks share them, or all workers.
+
+        One task has few bytes, as each task costs its steps.
+        """
+        if len(blocks) * part.form.image_bytes <= SHARED:
+            least = 1
         share = -(-len(blocks) // max([least, *(queue.width for queue in queues)]))
         most = self.shared.rows.most // (4 if pieces > 1 else 1)
         most = max(1, min(most, pieces * nbytes // part.form.image_bytes, share, BLOCKS))
