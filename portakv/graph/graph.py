@@ -40,7 +40,7 @@ SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 YIELD = 2e-4
 #: Seconds of `Graph.run_steps` after which other threads get the lock: its steps run together
 #: until then, since a thread that sleeps may wait 5 ms for the interpreter.
-HOLD = 2e-3
+HOLD = 1e-3
 
 
 @dataclass
@@ -130,6 +130,8 @@ class Queue(Workers):
                 now = self.graph.sweep()
                 # One worker is left for tasks that are not of the background.
                 free = self.running.background < max(1, self.width - 1)
+                if self.running.alone and self.heaps[1]:
+                    free = free and not self.heaps[1][0][2].alone
                 heaps = [heap for heap in (self.heaps if free else self.heaps[:1]) if heap]
                 start = self.pace.next_start
                 if start > now or not heaps:

@@ -27,7 +27,7 @@ from portakv.storage.slots import PAGE, Place, Slots
 
 #: Seconds after which a read lets other threads have the interpreter, and for how long. No time at
 #: all would let none in: a thread that waits has to wake first.
-TURN = 1e-3
+TURN = 3e-4
 PAUSE = 5e-5
 
 _warnings = RateLimitedLog(logging.getLogger(__name__))
@@ -145,6 +145,8 @@ class DiskStore:
 
     def queue(self, key: bytes) -> Queue:
         """Return the queue that reads a block."""
+        if len(self.parts) == 1:
+            return self.parts[0][1]
         return next((queue for slots, queue in self.parts if key in slots.index), self.parts[0][1])
 
     def queue_for_write(self, nbytes: int) -> Queue:
@@ -208,8 +210,10 @@ class DiskStore:
             if stop is None or not stop():
                 self.engine.run(self._requests(pinned, rows, spans), ended)
         finally:
-            for block in pinned:
-                block.slots.unpin(block.place, good=not block.lost)
+            for slots, _ in self.parts:
+                own = [block for block in pinned if block.slots is slots]
+                slots.unpin(*[block.place for block in own if not block.lost])
+                slots.unpin(*[block.place for block in own if block.lost], good=False)
 
         self._count_read(len(keys), pinned, sum(end - start for start, end in spans))
         landed = [False] * len(keys)
@@ -236,7 +240,7 @@ class DiskStore:
         requests = []
         for block in pinned:
             slot = block.place.slot
-            address = rows[block.number].ctypes.data
+            address = rows[block.number].__array_interface__["data"][0]  # `ctypes` takes longer
             for start, end in spans:
                 offset = slot * size + start
                 requests.append(

@@ -18,11 +18,9 @@ from portakv.graph import Handle, Missing, Priority, Task
 from portakv.runtime.interrupts import abandoned
 from portakv.storage.form_index import FormIndex
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
+from portakv.storage.parts import Part, Stage
 from portakv.storage.plan import (
     CACHED,
-    ISSUED,
-    SAVED,
-    SLICE,
     Call,
     Ending,
     FormBlocks,
@@ -30,6 +28,7 @@ from portakv.storage.plan import (
     SharedState,
 )
 from portakv.storage.rows import Crossing, Loan
+from portakv.storage.sizes import ISSUED, SAVED, SLICE
 from portakv.storage.sources import Source, ViewSource
 from portakv.storage.tier import After, Keys, TierStore
 from portakv.view import IdList, KVView
@@ -384,11 +383,14 @@ class FormStore(FormIndex):
         """Plan the part of a load that workers move in steps, under the graph's lock."""
         hits = () if loan is None else loan.rows
         blocks = [i for i, _ in enumerate(call.request.keys) if not hits or hits[i] is None]
+        stages_of = dict[Part, list[Stage]]()
         for number, some in enumerate(call.slices(blocks, whole=by_layer)):
             if number:
                 yield
             for (part, location), at in call.groups(some).items():
-                stages = part.stages(view, by_layer)
+                stages = stages_of.get(part)
+                if stages is None:
+                    stages = stages_of[part] = part.stages(view, by_layer)
                 segments = [stage.segment for stage in stages]
                 for arrival in call.bring(part, location, at, segments):
                     call.cross(arrival, stages, crossing, self._up)

@@ -29,25 +29,12 @@ from portakv.storage.parts import Arrival, Part, Stage
 from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
 from portakv.storage.rows import Claim, Crossing, Rows
+from portakv.storage.sizes import LOADED, SLICE, SMALL, task_blocks
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import KVView
 
-#: Bytes of a task of a save, and of a load, unless a block is larger. A load in 16 MiB pieces left
-#: a disk's queue too short on an H200 machine: 1.6 GB/s, by 32 MiB 2.1. An urgent load waits for
-#: one piece of a save.
-SAVED = 16 << 20
-LOADED = 32 << 20
-#: Bytes of a task of a save whose copy was issued and that no tier stores: each task takes the
-#: host some 0.1 ms.
-ISSUED = 128 << 20
-#: Bytes up to which tasks share no work of a call.
-SHARED = 1 << 20
-#: Blocks of a task at most: the end of a task takes the graph's lock for 4 us a block, and urgent
-#: work waits for it.
-BLOCKS = 256
-#: Blocks of a call that are planned before others may take the graph's lock.
-SLICE = 256
 CACHED = "kept"  # a location: the host tier
+NOT_COMING = (None, 0)
 RELEASE = "release"  # the name of the barrier of `Handle.released`
 
 
@@ -143,10 +130,12 @@ class FormBlocks:
         takes one look a tier for all of them.
         """
         own = self.own
-        result = list[list[tuple[Part, Location]]]()
-        for key, location in zip(keys, self.locate(own, keys), strict=True):
-            result.append([(own, location)] if location else self._covering(key))
-        return result
+        located = self.locate(own, keys)
+        same = {location: [(own, location)] for location in {*located} if location}
+        return [
+            same[location] if location else self._covering(key)
+            for key, location in zip(keys, located, strict=True)
+        ]
 
     def _covering(self, key: bytes) -> list[tuple[Part, Location]]:
         """Return other parts that cover a block, once if possible, with their locations.
@@ -179,21 +168,23 @@ class FormBlocks:
         besides those that it is known to have; with ``far``, any block.
         """
         result: list[Location] = [CACHED] * len(keys)
+        made = dict[Queues, Queues]()  # so that blocks of one location have one object
         names = part.names(keys)
         cached = self.shared.rows.has_each(names)
         left = [i for i, there in enumerate(cached) if not there]
         some = [keys[i] for i in left]
         known = [tier_store.known(some) for tier_store in part.tier_stores]
+        coming = self.shared.in_transit
         for number, i in enumerate(left):
-            queues = list[tuple[TierStore, Queue]]()
+            queues: Queues = ()
             stored = False
             for tier_store, has in zip(part.tier_stores, known, strict=True):
                 if has[number] or (tier_store.tier == "remote" and (far or queues)):
-                    queues.append((tier_store, tier_store.queue(keys[i])))
+                    queues = (*queues, (tier_store, tier_store.queue(keys[i])))
                 stored |= has[number]
-            in_flight, _ = self.shared.in_transit.get(names[i], (None, 0))
+            in_flight, _ = coming.get(names[i], NOT_COMING)
             joins = in_flight and in_flight.wanted and not (in_flight.store and stored)
-            result[i] = in_flight if in_flight and joins else (*queues,)
+            result[i] = in_flight if in_flight and joins else made.setdefault(queues, queues)
         return result
 
     def stored(self, keys: Keys) -> Mask:
@@ -292,10 +283,14 @@ class Call:
         """Return blocks by part and location, and mark the located ones."""
         groups = dict[tuple[Part, Location], list[int]]()
         located = self.form.locations([self.request.keys[i] for i in blocks])
+        self.located[blocks] = [*map(bool, located)]
+        last: list[tuple[Part, Location]] | None = None
         for i, locations in zip(blocks, located, strict=True):
-            self.located[i] = bool(locations)
-            for location in locations:
-                groups.setdefault(location, []).append(i)
+            if locations is not last:  # most blocks lie where the block before lies
+                last = locations
+                some = [groups.setdefault(location, []) for location in locations]
+            for each in some:
+                each.append(i)
         return groups
 
     def bring(
@@ -352,7 +347,9 @@ class Call:
                     for tier_store, queue in tier_stores:
                         work = partial(in_flight.read, tier_store, segment)
                         rescue = bool(before)
-                        before = [self.task(at, work, queue, in_flight, before, order, rescue)]
+                        task = self.task(at, work, queue, in_flight, before, order, rescue)
+                        task.alone = tier_store.tier == "disk" and task.nbytes < SMALL * len(at)
+                        before = [task]
                     in_flight.ends[segment] = before[0]
                 ends = {
                     n: [in_flight.ends[x]] for n, x in enumerate(segments) if x in in_flight.ends
@@ -380,16 +377,10 @@ class Call:
         *queues: Queue,
         least: int = 2,
     ) -> list[list[int]]:
-        """Return the blocks of each task: at least ``least`` tasks share them, or all workers.
-
-        One task has few bytes, as each task costs its steps.
-        """
-        if len(blocks) * part.form.image_bytes <= SHARED:
-            least = 1
-        share = -(-len(blocks) // max([least, *(queue.width for queue in queues)]))
+        """Return the blocks of each task: at least ``least`` tasks share them, or all workers."""
         most = self.shared.rows.most // (4 if pieces > 1 else 1)
-        most = max(1, min(most, pieces * nbytes // part.form.image_bytes, share, BLOCKS))
-        return [blocks[first : first + most] for first in range(0, len(blocks), most)]
+        size = part.form.image_bytes
+        return task_blocks(blocks, size, pieces * nbytes, most, least, [x.width for x in queues])
 
     def task(
         self,
@@ -429,9 +420,7 @@ class Call:
 
     def submit(self, *barriers: Task) -> None:
         """Start the planned tasks, those of the first stages first."""
-        if len({stage for stage, _ in self._tasks}) > 1:
-            self._tasks.sort(key=itemgetter(0))
-        tasks = [task for _, task in self._tasks]
+        tasks = [task for _, task in sorted(self._tasks, key=itemgetter(0))]
         self._tasks.clear()
         # A call that joins a task may have a later deadline.
         late = self.request.deadline if barriers else None
@@ -553,8 +542,7 @@ class InFlight(Lease):
 
     @property
     def wanted(self) -> bool:
-        """Return True if a call that is neither cancelled nor late waits for the rows; under the
-        lock."""
+        """Return True if a call that is neither cancelled nor late waits for the rows."""
         return any(not call.barrier.cut for call, _ in self.calls)
 
     def over(self) -> None:
@@ -705,8 +693,6 @@ class InFlight(Lease):
         )
 
     def _is_cancelled(self) -> bool:
-        """Return True if a read may stop."""
-        graph = self.calls[0][0].shared.graph
-        with graph.lock:
-            graph.sweep()
-            return not self.wanted
+        """Return True if a read may stop; needs no lock, as no call is wanted again."""
+        self.calls[0][0].shared.graph.sweep()
+        return not self.wanted

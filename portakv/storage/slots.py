@@ -378,27 +378,29 @@ class Slots:
                 places[i] = Place(slot, Header(keys[i], generation, tuple(sums[:many])))
         return places
 
-    def unpin(self, place: Place, good: bool = True) -> None:
-        """Release a pin.
+    def unpin(self, *places: Place, good: bool = True) -> None:
+        """Release pins.
 
-        Forgets a block that is not ``good``; its slot becomes free with its last pin.
+        Forgets blocks that are not ``good``; a slot becomes free with its last pin.
         """
-        slot = place.slot
-        key = place.header.key
         with self.chains.lock:
-            if not good:
-                if self.index.get(key) == slot:
-                    del self.index[key]
-                    self.chains.remove(key, DAMAGED)
-                self._put(slot)
-            self._occupancy.pins[slot] -= 1
-            if self._occupancy.pins[slot]:
-                return
-            del self._occupancy.pins[slot]
+            for place in places:
+                self._unpin(place.slot, place.header.key, good)
+
+    def _unpin(self, slot: int, key: bytes, good: bool) -> None:
+        if not good:
             if self.index.get(key) == slot:
-                self.chains.unpin(key)
-            else:
-                self._occupancy.free.append(slot)
+                del self.index[key]
+                self.chains.remove(key, DAMAGED)
+            self._put(slot)
+        self._occupancy.pins[slot] -= 1
+        if self._occupancy.pins[slot]:
+            return
+        del self._occupancy.pins[slot]
+        if self.index.get(key) == slot:
+            self.chains.unpin(key)
+        else:
+            self._occupancy.free.append(slot)
 
     def take(
         self,
