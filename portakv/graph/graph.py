@@ -277,11 +277,11 @@ class Graph:
             by = arguments.seconds("deadline", deadline)
         new = {*tasks}
         after = {each[0] for task in tasks for each in task.after} - new
-        if any([task.graph for task in tasks]):
+        if any(task.graph for task in tasks):
             raise InvalidTerms(
                 "Expected tasks that are new, got one that was submitted before. Make another."
             )
-        if not all([task.graph is self for task in after]):
+        if not all(task.graph is self for task in after):
             raise InvalidTerms(
                 "Expected tasks that follow tasks of this graph, got another. Submit the followed "
                 "task first, or in the same call."

@@ -41,6 +41,9 @@ SHORT_COPY = 1 << 20
 HITS = 64
 #: What a save does that finds no staging.
 Full: TypeAlias = Literal["drop", "wait"]
+# Their values, which take longer to list than a call has.
+FULL = get_args(Full)
+MISSING = get_args(Missing)
 #: The steps of a plan, which returns a handle.
 Steps: TypeAlias = Generator[None, None, Handle]
 
@@ -133,7 +136,7 @@ class FormStore(FormIndex):
         ``options``: how blocks are copied from the view: backend, overlap, max_thread_blocks.
         """
         if full is not None:
-            one_of("full", full, get_args(Full))
+            one_of("full", full, FULL)
         form = self._own("save")
         keys = self._keys(keys, priority, deadline)
         before = self._predecessors(after, keys)
@@ -165,7 +168,7 @@ class FormStore(FormIndex):
         until the copier ends it, also after `BlockStore.close`.
         """
         if full is not None:
-            one_of("full", full, get_args(Full))
+            one_of("full", full, FULL)
         form = self._own("save")
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
@@ -340,7 +343,7 @@ class FormStore(FormIndex):
         ``options``: how blocks are copied into the view, in place of ``by_layer``: also backend,
         overlap, max_thread_blocks.
         """
-        one_of("missing", missing, get_args(Missing))
+        one_of("missing", missing, MISSING)
         options = options_from(options, {"by_layer": by_layer})
         by_layer = options.by_layer
         if by_layer:
@@ -423,7 +426,7 @@ class FormStore(FormIndex):
         A cancel or a deadline ends no copy that began: see `LentCopy.cancelled`. Its rows stay
         until the copier ends it, and so does the handle.
         """
-        one_of("missing", missing, get_args(Missing))
+        one_of("missing", missing, MISSING)
         form = self._own("load")
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
@@ -455,7 +458,7 @@ class FormStore(FormIndex):
         if not self.rows.host:
             return None
         borrowed = Borrowed(form.own, len(keys))
-        loan = self.rows.borrow([*map(form.own.name, keys)], borrowed)
+        loan = self.rows.borrow(form.own.names(keys), borrowed)
         borrowed.loan = loan
         self._refuse_closed("call of borrow()")  # `close` sees the loan, or this call that
         if None in loan.rows:
@@ -481,7 +484,7 @@ class FormStore(FormIndex):
             here = self.rows.pinned
         if not here:
             return None
-        loan = self.rows.borrow([*map(form.own.name, keys)], crossing)
+        loan = self.rows.borrow(form.own.names(keys), crossing)
         self._refuse_closed("load")  # `close` sees the loan, or this call sees that it is closed
         missed = loan.rows.count(None)
         if missed and (whole or missed == len(keys)):

@@ -37,6 +37,7 @@ from portakv.storage.chains import FIRST, UNKNOWN, Chains, Changed, marks_of
 from portakv.storage.loans import Loan as Loan
 from portakv.storage.loans import Loans
 from portakv.storage.row_memory import row_memory
+from portakv.storage.sizes import copy_parts
 from portakv.view import IdList, Index, KVView
 
 FOREVER = 1e9  # seconds
@@ -563,29 +564,45 @@ class Crossing:
 
         Returns the transfer, and ``by_layer`` the transfers of its layers.
         """
-        options = replace(self._options, by_layer=True) if by_layer else self._options
         items = [row for row in loan.rows if row is not None]
-        if len(items) == len(loan.rows):
-            rows = Index.of(items, self._size)
-            blocks = self._whole
-        else:
+        at: Sequence[int] = range(len(items))
+        if len(items) < len(loan.rows):
             at = [i for i, row in enumerate(loan.rows) if row is not None]
-            rows, blocks = self._indices(items, at)
         device = self._view.device
         if device.type == "cpu":
             try:
-                transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+                return self._issue(inner, items, at, by_layer)
             finally:
                 loan.cancel()
-            return transfer, transfer.layers if by_layer else ()
         loan.stream = torch.accelerator.current_stream(device.index)
         try:
-            transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+            transfer, layers = self._issue(inner, items, at, by_layer)
         finally:  # a part of the copy may have been issued
             # The rows stay, also if the store and the handle are dropped.
             loan.end = completion(device, loan.stream, inner)
         whole = Transfer((*transfer.completions, loan.end), transfer, transfer.carried)
-        return whole, transfer.layers if by_layer else ()
+        return whole, layers
+
+    def _issue(
+        self, inner: KVView, items: Sequence[int], at: Sequence[int], by_layer: bool
+    ) -> tuple[Transfer, Sequence[Transfer]]:
+        """Copy rows to places of the view; return the transfer, and those of its layers."""
+        nbytes = self._size * inner.form.token_bytes
+        parts = copy_parts(len(items), nbytes) if self.on_device and not by_layer else []
+        if len(parts) > 1:  # the device copies a part while the host describes the next one
+            transfers = list[Transfer]()
+            for some in parts:
+                rows, blocks = self._indices(items[some], at[some])
+                transfers.append(copy_rows(inner, self._view, rows, blocks, options=self._options))
+            return Transfer.join(transfers), ()
+        options = replace(self._options, by_layer=True) if by_layer else self._options
+        if len(items) == len(self._fine):
+            rows = Index.of(items, self._size)
+            blocks = self._whole
+        else:
+            rows, blocks = self._indices(items, at)
+        transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+        return transfer, transfer.layers if by_layer else ()
 
     def wait(self, end: Completion) -> None:
         """Wait for the end of a copy in any thread, also while another one captures a graph.
@@ -595,7 +612,7 @@ class Crossing:
         with ignoring_captures(self._view.device):
             Transfer((end,)).synchronize(FOREVER)
 
-    def begin(self, inner: KVView, items: Any, at: Any) -> None:
+    def begin(self, inner: KVView, items: Sequence[int], at: Sequence[int]) -> None:
         """Copy blocks from the view on a device into rows, and note the end of the copy.
 
         The copy is ordered after the work that the maker's stream had, which does not wait for it.

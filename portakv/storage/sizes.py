@@ -20,6 +20,9 @@ SHARED = 1 << 20
 BLOCKS = 256
 #: Blocks of a call that are planned before others may take the graph's lock.
 SLICE = 256
+#: Bytes of the first part of a copy that a caller's thread issues; a copy of less than twice as
+#: many is one part.
+FIRST_PART = 32 << 20
 #: Bytes of a block below which a read keeps the interpreter more than the disk.
 SMALL = 64 << 10
 
@@ -37,3 +40,18 @@ def task_blocks(
     share = -(-len(blocks) // max([least, *widths]))
     most = max(1, min(rows, nbytes // size, share, BLOCKS))
     return [blocks[first : first + most] for first in range(0, len(blocks), most)]
+
+
+def copy_parts(many: int, nbytes: int) -> list[slice]:
+    """Return the parts of a copy of so many blocks, each of ``nbytes``.
+
+    The first part is short, so that its copy begins soon. Each next part has twice as many blocks.
+    """
+    most = max(1, FIRST_PART // nbytes)
+    parts = list[slice]()
+    first = 0
+    while many - first > 2 * most:
+        parts.append(slice(first, first + most))
+        first += most
+        most *= 2
+    return [*parts, slice(first, many)]
