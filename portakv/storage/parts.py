@@ -49,10 +49,10 @@ class Part:
 
     def name(self, key: bytes) -> bytes:
         """Return the name of this part of a block among the rows."""
-        return self.form.digest + key
+        return self.names((key,))[0]
 
     def names(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Return `name` of each key."""
+        """Return the name of this part of each block among the rows."""
         digest = self.form.digest
         return [digest + key for key in keys]
 
