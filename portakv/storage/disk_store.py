@@ -125,9 +125,10 @@ class DiskStore:
 
     def has(self, keys: Sequence[bytes], _: float | None = None) -> list[bool]:
         """Return which blocks are stored."""
-        there = [*map(self.parts[0][0].index.__contains__, keys)]
-        for slots, _ in self.parts[1:]:
-            there = [a or key in slots.index for a, key in zip(there, keys, strict=True)]
+        first, *others = [slots.index for slots, _queue in self.parts]
+        there = [*map(first.__contains__, keys)]
+        for index in others:
+            there = [a or key in index for a, key in zip(there, keys, strict=True)]
         return there
 
     known = has  # no request is needed

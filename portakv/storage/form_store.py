@@ -238,6 +238,9 @@ class FormStore(FormIndex):
                     generation -= 1
                 gather = source.gather(call, in_flight)
                 self._write(call, in_flight, gather, tier_stores, gaps, written)
+                if tier_stores:
+                    call.submit()  # now, so that the queues count it for the next chunk
+            call.submit()
 
     def _write(
         self,
@@ -248,7 +251,7 @@ class FormStore(FormIndex):
         gaps: set[TierStore],
         written: dict[TierStore, Ending],
     ) -> None:
-        """Plan the writes of a chunk of a save, and start its tasks."""
+        """Plan the writes of a chunk of a save."""
         at = in_flight.calls[0][1]
         for tier_store in tier_stores:
             queue = tier_store.queue_for_write(len(at) * call.form.own.form.image_bytes)
@@ -260,7 +263,6 @@ class FormStore(FormIndex):
             written[tier_store] = (task, [], [])
             in_flight.last.append(task)
         call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
-        call.submit()  # submits now, so that the queues count it
 
     def _lacking(
         self, call: Call, blocks: Sequence[int], groups: dict[tuple[TierStore, ...], list[int]]
@@ -280,9 +282,9 @@ class FormStore(FormIndex):
 
         if not tier_stores:
             wants = [[not there for there in self.rows.has_each(own.names(keys))]]
-        for i, wanted in zip(blocks, zip(*wants, strict=True), strict=True):
-            if any(wanted):
-                lacks = tuple(compress(tier_stores, wanted))
+        for i, each in zip(blocks, zip(*wants, strict=True), strict=True):
+            if any(each):
+                lacks = tuple(compress(tier_stores, each))
                 groups.setdefault(lacks, []).append(i)
 
     def _left(

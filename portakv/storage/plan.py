@@ -420,12 +420,12 @@ class Call:
 
     def submit(self, *barriers: Task) -> None:
         """Start the planned tasks, those of the first stages first."""
-        tasks = [task for _, task in sorted(self._tasks, key=itemgetter(0))]
+        tasks = [*(task for _, task in sorted(self._tasks, key=itemgetter(0))), *barriers]
         self._tasks.clear()
         # A call that joins a task may have a later deadline.
         late = self.request.deadline if barriers else None
-        priority = self.request.priority
-        self.shared.graph.submit([*tasks, *barriers], priority=priority, deadline=late)
+        if tasks:
+            self.shared.graph.submit(tasks, priority=self.request.priority, deadline=late)
         for (end, *_), _ in self.ends[self._guarded :]:
             if not end.ended and self._guard not in end.followers:
                 end.followers.append(self._guard)
