@@ -77,6 +77,8 @@ def whole(
     name: str, value: object, least: int = 0, most: int = (1 << 62) - 1, what: str = ""
 ) -> int:
     """Return a whole number from ``least`` to ``most``; ``what`` names its unit."""
+    if type(value) is int and least <= value <= most:
+        return value
     if _is_whole(value) and least <= value <= most:
         return int(value)
     expected = f"a whole number {what}".rstrip()
@@ -167,6 +169,8 @@ class _Naming(AbstractContextManager[None]):
 def items(name: str, value: object, kind: str) -> list[Any]:
     """Return the items of a list or another sequence or iterable, but not of a text or bytes;
     ``kind`` names the items."""
+    if type(value) is list or type(value) is tuple:  # most are, and need no abstract class
+        return [*value]
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray):
         with suppress(TypeError):  # of a tensor without axes
             return [*value]

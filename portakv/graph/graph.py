@@ -38,6 +38,9 @@ Priority: TypeAlias = Literal["urgent", "normal", "background"]
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 #: Seconds between two steps of `Graph.run_steps`, in which a thread wakes that sleeps on the lock.
 YIELD = 2e-4
+#: Seconds of `Graph.run_steps` after which other threads get the lock: its steps run together
+#: until then, since a thread that sleeps may wait 5 ms for the interpreter.
+HOLD = 1e-3
 
 
 @dataclass
@@ -127,6 +130,8 @@ class Queue(Workers):
                 now = self.graph.sweep()
                 # One worker is left for tasks that are not of the background.
                 free = self.running.background < max(1, self.width - 1)
+                if self.running.alone and self.heaps[1]:
+                    free = free and not self.heaps[1][0][2].alone
                 heaps = [heap for heap in (self.heaps if free else self.heaps[:1]) if heap]
                 start = self.pace.next_start
                 if start > now or not heaps:
@@ -264,14 +269,15 @@ class Graph:
         """
         tasks = arguments.items("tasks", tasks, "tasks")
         for task in tasks:
-            arguments.instance("tasks", task, Task, "Pass a list of tasks.")
+            if type(task) is not Task:
+                arguments.instance("tasks", task, Task, "Pass a list of tasks.")
         arguments.one_of("priority", priority, SLACK)
         by = np.inf
         if deadline is not None:
             by = arguments.seconds("deadline", deadline)
         new = {*tasks}
-        after = {x for task in tasks for x, *_ in task.after} - new
-        if any(task.graph for task in new):
+        after = {each[0] for task in tasks for each in task.after} - new
+        if any(task.graph for task in tasks):
             raise InvalidTerms(
                 "Expected tasks that are new, got one that was submitted before. Make another."
             )
@@ -305,7 +311,8 @@ class Graph:
     ) -> T:
         """Return what ``steps`` returns, as `run` does, with each step under the lock.
 
-        Where it yields, other threads may take the lock, so that long work delays no urgent task.
+        Where it yields, other threads may take the lock if it was held for `HOLD` seconds, so that
+        long work delays no urgent task.
         """
 
         def step() -> tuple[bool, T | None]:
@@ -318,7 +325,10 @@ class Graph:
         def all_steps() -> T:
             while True:
                 with self.lock:
+                    until = time.perf_counter() + HOLD
                     ended, result = step()
+                    while not ended and time.perf_counter() < until:
+                        ended, result = step()
                 if ended:
                     return cast(T, result)
                 time.sleep(YIELD)  # a thread that waits for the lock gets it only meanwhile

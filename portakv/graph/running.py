@@ -27,10 +27,11 @@ class Pace:
 
 class Running:
     """The tasks of a queue that run, with their starts; ``background``: how many are of that
-    priority."""
+    priority; ``alone``: how many of these are `Task.alone`."""
 
     def __init__(self) -> None:
         self.background = 0
+        self.alone = 0
         self._starts = dict[Task, float]()
 
     def __len__(self) -> int:
@@ -39,11 +40,15 @@ class Running:
     def add(self, task: Task, now: float) -> None:
         """Note the start of a task."""
         self._starts[task] = now
-        self.background += task.background
+        if task.background:
+            self.background += 1
+            self.alone += task.alone
 
     def remove(self, task: Task) -> float:
         """Note the end of a task, and return its start."""
-        self.background -= task.background
+        if task.background:
+            self.background -= 1
+            self.alone -= task.alone
         return self._starts.pop(task)
 
     def longest(self, now: float) -> float:

@@ -123,6 +123,8 @@ class Task:
         state: new, waiting, leasing, queued, running; then landed (it ran, or no block was left
             for it), failed, cancelled, late or dropped.
         error: the first exception of the task or of a task that it follows.
+        alone: a background task that keeps the interpreter rather than a device. A queue runs one
+            of them at a time, as more would only make urgent work wait; set it before `submit`.
         on_end: called once at the end, under the graph's lock; set it under that lock.
     """
 
@@ -142,6 +144,7 @@ class Task:
     cut = False
     watched = False
     background = False
+    alone = False
     number = 0
     waits = 0
     due = 0.0
@@ -173,6 +176,8 @@ class Task:
     def _dependencies(self) -> list[Dependency]:
         """Return the checked ``after``; raise `InvalidTerms` for other objects than tasks."""
         dependencies = list[Dependency]()
+        if not self.after and type(self.after) in (list, tuple):
+            return dependencies
         for each in arguments.items("after", self.after, "tasks"):
             terms = each if isinstance(each, tuple) and len(each) == 3 else (each, None, None)
             if not isinstance(terms[0], Task):

@@ -36,10 +36,10 @@ def one_thread() -> Iterator[None]:
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> ctypes.PyDLL | None:
     """Return torch's library, by which the OpenMP functions are found that torch calls."""
     try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        library = ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         library.omp_set_num_threads(library.omp_get_max_threads())
     except (OSError, AttributeError):  # another system, or another library for threads
         return None

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import compress, count
 from operator import add
 from typing import Generic, TypeAlias, TypeVar
 
-from portakv.storage.image import checksum
+from portakv.storage.image import checksum, checksums
 from portakv.storage.reasons import EVICTED
 
 #: Marks in place of a predecessor: no release noted it; the block begins a prompt.
@@ -39,6 +39,14 @@ def mark_of(key: bytes) -> int:
     """Return the u64 by which records and headers name the block of a key."""
     mark = checksum(key)
     return mark if mark not in (UNKNOWN, FIRST) else 1
+
+
+def marks_of(keys: Iterable[bytes]) -> list[int]:
+    """Return `mark_of` each key, in one pass."""
+    marks = checksums(keys)
+    if UNKNOWN in marks or FIRST in marks:
+        marks = [mark if mark not in (UNKNOWN, FIRST) else 1 for mark in marks]
+    return marks
 
 
 class _Columns(Generic[Key]):
@@ -108,23 +116,38 @@ class Chains(Generic[Key]):
     def __contains__(self, key: object) -> bool:
         return key in self._by_key
 
+    def mark(self, key: Key) -> Mark:
+        """Return the mark of a stored block."""
+        return self._blocks.marks[self._by_key[key]]
+
     def add(self, key: Key, mark: Mark, follows: Mark, group: Hashable) -> None:
         """Add a block as the most recently used one.
 
         ``follows``: the mark of its predecessor, `UNKNOWN` or `FIRST`.
         """
+        self.add_all((key,), (mark,), (follows,), group)
+
+    def add_all(
+        self, keys: Sequence[Key], marks: Sequence[Mark], follows: Sequence[Mark], group: Hashable
+    ) -> None:
+        """Add blocks in their order, as `add` does, in one pass."""
         blocks = self._blocks
-        if not blocks.unused:
-            blocks.extend(1)
-        number = blocks.unused.pop()
-        self._by_key[key] = number
-        self._name(number, key, mark)
-        blocks.keys[number] = key
-        blocks.groups[number] = group
-        blocks.priorities[number] = next(_uses)
-        self._follow(number, follows)
-        self._queue(number)
-        self.changed(key, True, "")
+        lacking = len(keys) - len(blocks.unused)
+        if lacking > 0:
+            blocks.extend(lacking)
+        numbers = [blocks.unused.pop() for _ in keys]
+        for number, key, mark, before in zip(numbers, keys, marks, follows, strict=True):
+            self._by_key[key] = number
+            self._name(number, key, mark)
+            blocks.keys[number] = key
+            blocks.groups[number] = group
+            blocks.priorities[number] = next(_uses)
+            self._follow(number, before)
+        for number in numbers:  # not before: of a chain only the last block may go
+            self._queue(number)
+        if self.changed is not unheard:
+            for key in keys:
+                self.changed(key, True, "")
 
     def fill(
         self, keys: Sequence[Key], marks: Sequence[Mark], follows: Sequence[Mark], group: Hashable
@@ -175,11 +198,13 @@ class Chains(Generic[Key]):
         self._follow(number, follows)
         return blocks.follows[number] is not None or blocks.priorities[number] != before
 
-    def touch(self, key: Key) -> None:
-        """Make a stored block the most recently used one."""
-        blocks = self._blocks
-        number = self._by_key[key]
-        blocks.priorities[number] = next(_uses) + (blocks.priorities[number] & _KNOWN)
+    def touch(self, *keys: Key) -> None:
+        """Make stored blocks the most recently used ones, the last key last."""
+        by_key = self._by_key
+        priorities = self._blocks.priorities
+        for key in keys:
+            number = by_key[key]
+            priorities[number] = next(_uses) + (priorities[number] & _KNOWN)
 
     def move(self, key: Key, group: Hashable) -> None:
         """Put a stored block into another group."""
@@ -228,9 +253,13 @@ class Chains(Generic[Key]):
 
     def _next(self, group: Hashable | None) -> int | None:
         """Return the number of the block that goes next; None if none can go."""
-        groups = [*self._queues] if group is None else [group]
-        tops = [top for each in groups if (top := self._top(each)) is not None]
-        return min(tops, key=self._blocks.priorities.__getitem__, default=None)
+        if group is not None:
+            return self._top(group)
+        tops = [self._top(each) for each, queue in self._queues.items() if queue]
+        there = [top for top in tops if top is not None]
+        if len(there) < 2:
+            return there[0] if there else None
+        return min(there, key=self._blocks.priorities.__getitem__)
 
     def age(self, group: Hashable | None = None) -> int:
         """Return the uses of all blocks, of any chains, since the last use of the block that goes

@@ -25,7 +25,28 @@ from portakv.storage.io.base import LOST, Engine, Request
 from portakv.storage.reasons import Reason, Report
 from portakv.storage.slots import PAGE, Place, Slots
 
+#: Seconds after which a read lets other threads have the interpreter, and for how long. No time at
+#: all would let none in: a thread that waits has to wake first.
+TURN = 3e-4
+PAUSE = 5e-5
+
 _warnings = RateLimitedLog(logging.getLogger(__name__))
+
+
+class _Turn:
+    """The time for which a read of many blocks keeps the interpreter.
+
+    A thread that waits for the interpreter gets it after 5 ms, or when another one sleeps.
+    """
+
+    def __init__(self) -> None:
+        self._until = time.perf_counter() + TURN
+
+    def pass_on(self) -> None:
+        """Sleep for a moment if the turn is over, in which another thread wakes and goes on."""
+        if time.perf_counter() > self._until:
+            time.sleep(PAUSE)
+            self._until = time.perf_counter() + TURN
 
 
 @dataclass(eq=False)
@@ -104,7 +125,11 @@ class DiskStore:
 
     def has(self, keys: Sequence[bytes], _: float | None = None) -> list[bool]:
         """Return which blocks are stored."""
-        return [any(key in slots.index for slots, _ in self.parts) for key in keys]
+        first, *others = [slots.index for slots, _queue in self.parts]
+        there = [*map(first.__contains__, keys)]
+        for index in others:
+            there = [a or key in index for a, key in zip(there, keys, strict=True)]
+        return there
 
     known = has  # no request is needed
 
@@ -121,6 +146,8 @@ class DiskStore:
 
     def queue(self, key: bytes) -> Queue:
         """Return the queue that reads a block."""
+        if len(self.parts) == 1:
+            return self.parts[0][1]
         return next((queue for slots, queue in self.parts if key in slots.index), self.parts[0][1])
 
     def queue_for_write(self, nbytes: int) -> Queue:
@@ -128,6 +155,8 @@ class DiskStore:
 
         Among equal folders, the one with the fewest blocks written.
         """
+        if len(self.parts) == 1:
+            return self.parts[0][1]
         return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0].index) + x[0].evicted))[1]
 
     def keys(self) -> list[bytes]:
@@ -160,10 +189,11 @@ class DiskStore:
         """
         spans = self._spans(segments)
         pinned = self._pin(keys, len(spans), report)
+        turn = _Turn()
 
         def ended(number: int, result: int) -> None:
             """Verify a block whose last span arrived, while the disk reads others."""
-            time.sleep(0)  # lets others have the interpreter: an urgent load waits 5 ms for it else
+            turn.pass_on()
             index, span = divmod(number, len(spans))
             block = pinned[index]
             start, end = spans[span]
@@ -177,13 +207,14 @@ class DiskStore:
                 if not block.right:
                     block.fail(result)
 
-        time.sleep(0)
         try:
             if stop is None or not stop():
                 self.engine.run(self._requests(pinned, rows, spans), ended)
         finally:
-            for block in pinned:
-                block.slots.unpin(block.place, good=not block.lost)
+            for slots, _ in self.parts:
+                own = [block for block in pinned if block.slots is slots]
+                slots.unpin(*[block.place for block in own if not block.lost])
+                slots.unpin(*[block.place for block in own if block.lost], good=False)
 
         self._count_read(len(keys), pinned, sum(end - start for start, end in spans))
         landed = [False] * len(keys)
@@ -210,7 +241,7 @@ class DiskStore:
         requests = []
         for block in pinned:
             slot = block.place.slot
-            address = rows[block.number].ctypes.data
+            address = rows[block.number].__array_interface__["data"][0]  # `ctypes` takes longer
             for start, end in spans:
                 offset = slot * size + start
                 requests.append(

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -17,11 +18,9 @@ from portakv.graph import Handle, Missing, Priority, Task
 from portakv.runtime.interrupts import abandoned
 from portakv.storage.form_index import FormIndex
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
+from portakv.storage.parts import Part, Stage
 from portakv.storage.plan import (
     CACHED,
-    ISSUED,
-    SAVED,
-    SLICE,
     Call,
     Ending,
     FormBlocks,
@@ -29,6 +28,7 @@ from portakv.storage.plan import (
     SharedState,
 )
 from portakv.storage.rows import Crossing, Loan
+from portakv.storage.sizes import ISSUED, SAVED, SLICE
 from portakv.storage.sources import Source, ViewSource
 from portakv.storage.tier import After, Keys, TierStore
 from portakv.view import IdList, KVView
@@ -41,6 +41,9 @@ SHORT_COPY = 1 << 20
 HITS = 64
 #: What a save does that finds no staging.
 Full: TypeAlias = Literal["drop", "wait"]
+# Their values, which take longer to list than a call has.
+FULL = get_args(Full)
+MISSING = get_args(Missing)
 #: The steps of a plan, which returns a handle.
 Steps: TypeAlias = Generator[None, None, Handle]
 
@@ -59,12 +62,14 @@ def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
 
 
 def _by_gaps(
-    call: Call, tier_stores: Sequence[TierStore], blocks: Sequence[int]
+    call: Call, tier_stores: Sequence[TierStore], blocks: list[int]
 ) -> Iterable[list[int]]:
     """Return blocks of a save apart, by which tiers can provide what their chains follow.
 
     So a prompt after a gap, for which no block goes, keeps no other prompt of the call from space.
     """
+    if len({*map(call.request.roots.__getitem__, blocks)}) == 1:
+        return [blocks]
     gaps = dict[bytes | None, tuple[bool, ...]]()
     alike = dict[tuple[bool, ...], list[int]]()
     for i in blocks:
@@ -131,7 +136,7 @@ class FormStore(FormIndex):
         ``options``: how blocks are copied from the view: backend, overlap, max_thread_blocks.
         """
         if full is not None:
-            one_of("full", full, get_args(Full))
+            one_of("full", full, FULL)
         form = self._own("save")
         keys = self._keys(keys, priority, deadline)
         before = self._predecessors(after, keys)
@@ -163,7 +168,7 @@ class FormStore(FormIndex):
         until the copier ends it, also after `BlockStore.close`.
         """
         if full is not None:
-            one_of("full", full, get_args(Full))
+            one_of("full", full, FULL)
         form = self._own("save")
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
@@ -233,6 +238,9 @@ class FormStore(FormIndex):
                     generation -= 1
                 gather = source.gather(call, in_flight)
                 self._write(call, in_flight, gather, tier_stores, gaps, written)
+                if tier_stores:
+                    call.submit()  # now, so that the queues count it for the next chunk
+            call.submit()
 
     def _write(
         self,
@@ -243,7 +251,7 @@ class FormStore(FormIndex):
         gaps: set[TierStore],
         written: dict[TierStore, Ending],
     ) -> None:
-        """Plan the writes of a chunk of a save, and start its tasks."""
+        """Plan the writes of a chunk of a save."""
         at = in_flight.calls[0][1]
         for tier_store in tier_stores:
             queue = tier_store.queue_for_write(len(at) * call.form.own.form.image_bytes)
@@ -255,7 +263,6 @@ class FormStore(FormIndex):
             written[tier_store] = (task, [], [])
             in_flight.last.append(task)
         call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
-        call.submit()  # submits now, so that the queues count it
 
     def _lacking(
         self, call: Call, blocks: Sequence[int], groups: dict[tuple[TierStore, ...], list[int]]
@@ -273,11 +280,11 @@ class FormStore(FormIndex):
         for stored, wanted in zip(known, wants, strict=True):
             call.excused[blocks] |= ~(np.array(stored, np.bool_) | np.array(wanted, np.bool_))
 
-        for number, i in enumerate(blocks):
-            lacks = tuple(
-                tier_store for tier_store, x in zip(tier_stores, wants, strict=True) if x[number]
-            )
-            if lacks or not (tier_stores or self.rows.has(own.name(keys[number]))):
+        if not tier_stores:
+            wants = [[not there for there in self.rows.has_each(own.names(keys))]]
+        for i, each in zip(blocks, zip(*wants, strict=True), strict=True):
+            if any(each):
+                lacks = tuple(compress(tier_stores, each))
                 groups.setdefault(lacks, []).append(i)
 
     def _left(
@@ -288,11 +295,15 @@ class FormStore(FormIndex):
         Since the look at the tiers another save may have begun, or ended, between two steps.
         """
         keys = [call.request.keys[i] for i in blocks]
-        names = [call.form.own.name(key) for key in keys]
+        names = call.form.own.names(keys)
         stored = [False] * len(keys)
-        if len(call.request.keys) > SLICE:
+        if not tier_stores:
+            stored = self.rows.has_each(names)
+        elif len(call.request.keys) > SLICE:
             known = [tier_store.known(keys) for tier_store in tier_stores]
-            stored = [all(each) for each in zip(*known, strict=True)] if known else stored
+            stored = [*map(all, zip(*known, strict=True))]
+        if not any(stored) and self._shared.in_transit.keys().isdisjoint(names):
+            return [*blocks]
         left = list[int]()
         for i, name, there in zip(blocks, names, stored, strict=True):
             in_flight, row = self._shared.in_transit.get(name, (None, 0))
@@ -300,7 +311,7 @@ class FormStore(FormIndex):
                 call.ends += [((end, [i], [row]), range(0)) for end in in_flight.last]
                 call.explanation.sources.append(in_flight.reasons)
                 call.explanation.tasks += [(end, [i], [row]) for end in in_flight.last]
-            elif not (there or (not tier_stores and self.rows.has(name))):
+            elif not there:
                 left.append(i)
         return left
 
@@ -334,7 +345,7 @@ class FormStore(FormIndex):
         ``options``: how blocks are copied into the view, in place of ``by_layer``: also backend,
         overlap, max_thread_blocks.
         """
-        one_of("missing", missing, get_args(Missing))
+        one_of("missing", missing, MISSING)
         options = options_from(options, {"by_layer": by_layer})
         by_layer = options.by_layer
         if by_layer:
@@ -377,11 +388,14 @@ class FormStore(FormIndex):
         """Plan the part of a load that workers move in steps, under the graph's lock."""
         hits = () if loan is None else loan.rows
         blocks = [i for i, _ in enumerate(call.request.keys) if not hits or hits[i] is None]
+        stages_of = dict[Part, list[Stage]]()
         for number, some in enumerate(call.slices(blocks, whole=by_layer)):
             if number:
                 yield
             for (part, location), at in call.groups(some).items():
-                stages = part.stages(view, by_layer)
+                stages = stages_of.get(part)
+                if stages is None:
+                    stages = stages_of[part] = part.stages(view, by_layer)
                 segments = [stage.segment for stage in stages]
                 for arrival in call.bring(part, location, at, segments):
                     call.cross(arrival, stages, crossing, self._up)
@@ -414,7 +428,7 @@ class FormStore(FormIndex):
         A cancel or a deadline ends no copy that began: see `LentCopy.cancelled`. Its rows stay
         until the copier ends it, and so does the handle.
         """
-        one_of("missing", missing, get_args(Missing))
+        one_of("missing", missing, MISSING)
         form = self._own("load")
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
@@ -446,7 +460,7 @@ class FormStore(FormIndex):
         if not self.rows.host:
             return None
         borrowed = Borrowed(form.own, len(keys))
-        loan = self.rows.borrow([*map(form.own.name, keys)], borrowed)
+        loan = self.rows.borrow(form.own.names(keys), borrowed)
         borrowed.loan = loan
         self._refuse_closed("call of borrow()")  # `close` sees the loan, or this call that
         if None in loan.rows:
@@ -472,7 +486,7 @@ class FormStore(FormIndex):
             here = self.rows.pinned
         if not here:
             return None
-        loan = self.rows.borrow([*map(form.own.name, keys)], crossing)
+        loan = self.rows.borrow(form.own.names(keys), crossing)
         self._refuse_closed("load")  # `close` sees the loan, or this call sees that it is closed
         missed = loan.rows.count(None)
         if missed and (whole or missed == len(keys)):

@@ -12,7 +12,7 @@ bytes before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -46,11 +46,25 @@ def checksum(data: Any, seed: int = 0) -> int:
     try:
         import xxhash  # a name from it would take longer than the checksum of a key
     except ImportError:
-        raise StoreError(
-            "Expected xxhash for the checksums of a block store, but it is not installed. "
-            f"{installing('storage')} brings it."
-        ) from None
+        raise _no_xxhash() from None
     return xxhash.xxh3_64_intdigest(data, seed=seed & (1 << 64) - 1)
+
+
+def checksums(pieces: Iterable[Any]) -> list[int]:
+    """Return `checksum` of each of many pieces, in one pass."""
+    try:
+        import xxhash
+    except ImportError:
+        raise _no_xxhash() from None
+    return [*map(xxhash.xxh3_64_intdigest, pieces)]
+
+
+def _no_xxhash() -> StoreError:
+    """Return the error for an installation without xxhash."""
+    return StoreError(
+        "Expected xxhash for the checksums of a block store, but it is not installed. "
+        f"{installing('storage')} brings it."
+    )
 
 
 def seal(

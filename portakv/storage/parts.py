@@ -49,7 +49,12 @@ class Part:
 
     def name(self, key: bytes) -> bytes:
         """Return the name of this part of a block among the rows."""
-        return self.form.digest + key
+        return self.names((key,))[0]
+
+    def names(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Return the name of this part of each block among the rows."""
+        digest = self.form.digest
+        return [digest + key for key in keys]
 
     def stages(self, view: KVView, by_layer: bool) -> list[Stage]:
         """Return the stages between rows and a view, in order of their layers."""

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import count, repeat
 from operator import itemgetter
 from typing import Any, TypeAlias
 from weakref import WeakSet
@@ -28,23 +29,12 @@ from portakv.storage.parts import Arrival, Part, Stage
 from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
 from portakv.storage.rows import Claim, Crossing, Rows
+from portakv.storage.sizes import LOADED, SLICE, SMALL, task_blocks
 from portakv.storage.tier import Keys, TierStore
 from portakv.view import KVView
 
-#: Bytes of a task of a save, and of a load, unless a block is larger. A load in 16 MiB pieces left
-#: a disk's queue too short on an H200 machine: 1.6 GB/s, by 32 MiB 2.1. An urgent load waits for
-#: one piece of a save.
-SAVED = 16 << 20
-LOADED = 32 << 20
-#: Bytes of a task of a save whose copy was issued and that no tier stores: each task takes the
-#: host some 0.1 ms.
-ISSUED = 128 << 20
-#: Blocks of a task at most: the end of a task takes the graph's lock for 4 us a block, and urgent
-#: work waits for it.
-BLOCKS = 256
-#: Blocks of a call that are planned before others may take the graph's lock.
-SLICE = 256
 CACHED = "kept"  # a location: the host tier
+NOT_COMING = (None, 0)
 RELEASE = "release"  # the name of the barrier of `Handle.released`
 
 
@@ -130,8 +120,8 @@ class FormBlocks:
             known = [follows] if follows and tier_store.form == own.form else []
             tier_store.touch(keys, *known)
         rows = self.shared.rows
-        for part in self.parts:
-            rows.touch([part.name(key) for key in keys], follows if part is own else ())
+        for part in self.parts if rows.host else ():
+            rows.touch(part.names(keys), follows if part is own else ())
 
     def locations(self, keys: Sequence[bytes]) -> list[list[tuple[Part, Location]]]:
         """Return for each block the parts that cover it, with their locations.
@@ -140,10 +130,12 @@ class FormBlocks:
         takes one look a tier for all of them.
         """
         own = self.own
-        result = list[list[tuple[Part, Location]]]()
-        for key, location in zip(keys, self.locate(own, keys), strict=True):
-            result.append([(own, location)] if location else self._covering(key))
-        return result
+        located = self.locate(own, keys)
+        same = {location: [(own, location)] for location in {*located} if location}
+        return [
+            same[location] if location else self._covering(key)
+            for key, location in zip(keys, located, strict=True)
+        ]
 
     def _covering(self, key: bytes) -> list[tuple[Part, Location]]:
         """Return other parts that cover a block, once if possible, with their locations.
@@ -176,20 +168,23 @@ class FormBlocks:
         besides those that it is known to have; with ``far``, any block.
         """
         result: list[Location] = [CACHED] * len(keys)
-        names = [part.name(key) for key in keys]
-        left = [i for i, name in enumerate(names) if not self.shared.rows.has(name)]
+        made = dict[Queues, Queues]()  # so that blocks of one location have one object
+        names = part.names(keys)
+        cached = self.shared.rows.has_each(names)
+        left = [i for i, there in enumerate(cached) if not there]
         some = [keys[i] for i in left]
         known = [tier_store.known(some) for tier_store in part.tier_stores]
+        coming = self.shared.in_transit
         for number, i in enumerate(left):
-            queues = list[tuple[TierStore, Queue]]()
+            queues: Queues = ()
             stored = False
             for tier_store, has in zip(part.tier_stores, known, strict=True):
                 if has[number] or (tier_store.tier == "remote" and (far or queues)):
-                    queues.append((tier_store, tier_store.queue(keys[i])))
+                    queues = (*queues, (tier_store, tier_store.queue(keys[i])))
                 stored |= has[number]
-            in_flight, _ = self.shared.in_transit.get(names[i], (None, 0))
+            in_flight, _ = coming.get(names[i], NOT_COMING)
             joins = in_flight and in_flight.wanted and not (in_flight.store and stored)
-            result[i] = in_flight if in_flight and joins else (*queues,)
+            result[i] = in_flight if in_flight and joins else made.setdefault(queues, queues)
         return result
 
     def stored(self, keys: Keys) -> Mask:
@@ -204,9 +199,10 @@ class FormBlocks:
             if tier_store.tier != "remote":
                 there &= tier_store.known(keys)
         if not writable:
-            names = [own.name(key) for key in keys]
-            shared = self.shared
-            there[:] = [shared.rows.has(name) or name in shared.in_transit for name in names]
+            names = own.names(keys)
+            cached = self.shared.rows.has_each(names)
+            coming = self.shared.in_transit
+            there[:] = [a or name in coming for a, name in zip(cached, names, strict=True)]
         return there
 
     def continues(self, before: Sequence[bytes], tier_store: TierStore | None) -> bool:
@@ -239,6 +235,8 @@ class Call:
         gathers: the tasks of a save that read the caller's blocks.
         in_transit: its transfers that have not ended, and 1 for its plan.
     """
+
+    _guarded = 0  # the number of ends that the guard follows
 
     def __init__(
         self,
@@ -285,10 +283,14 @@ class Call:
         """Return blocks by part and location, and mark the located ones."""
         groups = dict[tuple[Part, Location], list[int]]()
         located = self.form.locations([self.request.keys[i] for i in blocks])
+        self.located[blocks] = [*map(bool, located)]
+        last: list[tuple[Part, Location]] | None = None
         for i, locations in zip(blocks, located, strict=True):
-            self.located[i] = bool(locations)
-            for location in locations:
-                groups.setdefault(location, []).append(i)
+            if locations is not last:  # most blocks lie where the block before lies
+                last = locations
+                some = [groups.setdefault(location, []) for location in locations]
+            for each in some:
+                each.append(i)
         return groups
 
     def bring(
@@ -345,7 +347,9 @@ class Call:
                     for tier_store, queue in tier_stores:
                         work = partial(in_flight.read, tier_store, segment)
                         rescue = bool(before)
-                        before = [self.task(at, work, queue, in_flight, before, order, rescue)]
+                        task = self.task(at, work, queue, in_flight, before, order, rescue)
+                        task.alone = tier_store.tier == "disk" and task.nbytes < SMALL * len(at)
+                        before = [task]
                     in_flight.ends[segment] = before[0]
                 ends = {
                     n: [in_flight.ends[x]] for n, x in enumerate(segments) if x in in_flight.ends
@@ -374,10 +378,9 @@ class Call:
         least: int = 2,
     ) -> list[list[int]]:
         """Return the blocks of each task: at least ``least`` tasks share them, or all workers."""
-        share = -(-len(blocks) // max([least, *(queue.width for queue in queues)]))
         most = self.shared.rows.most // (4 if pieces > 1 else 1)
-        most = max(1, min(most, pieces * nbytes // part.form.image_bytes, share, BLOCKS))
-        return [blocks[first : first + most] for first in range(0, len(blocks), most)]
+        size = part.form.image_bytes
+        return task_blocks(blocks, size, pieces * nbytes, most, least, [x.width for x in queues])
 
     def task(
         self,
@@ -417,15 +420,16 @@ class Call:
 
     def submit(self, *barriers: Task) -> None:
         """Start the planned tasks, those of the first stages first."""
-        tasks = [task for _, task in sorted(self._tasks, key=itemgetter(0))]
+        tasks = [*(task for _, task in sorted(self._tasks, key=itemgetter(0))), *barriers]
         self._tasks.clear()
         # A call that joins a task may have a later deadline.
         late = self.request.deadline if barriers else None
-        priority = self.request.priority
-        self.shared.graph.submit([*tasks, *barriers], priority=priority, deadline=late)
-        for (end, *_), _ in self.ends:
+        if tasks:
+            self.shared.graph.submit(tasks, priority=self.request.priority, deadline=late)
+        for (end, *_), _ in self.ends[self._guarded :]:
             if not end.ended and self._guard not in end.followers:
                 end.followers.append(self._guard)
+        self._guarded = len(self.ends)
         if barriers:
             self._guard.cut = True
 
@@ -522,9 +526,11 @@ class InFlight(Lease):
         self.copied: Callable[[], object] | None = None
         self.reasons = Reasons()  # reasons of blocks that were not read, or not written
         call.explanation.sources.append(self.reasons)
-        self.names = [part.name(key) + apart for key in self.keys]
+        self.names = part.names(self.keys)
+        if apart:
+            self.names = [name + apart for name in self.names]
         shared.begun.add(self)
-        shared.in_transit.update((name, (self, row)) for row, name in enumerate(self.names))
+        shared.in_transit.update(zip(self.names, zip(repeat(self), count()), strict=False))
         call.in_transit += 1
 
     def take(self) -> list[int] | None:
@@ -536,8 +542,7 @@ class InFlight(Lease):
 
     @property
     def wanted(self) -> bool:
-        """Return True if a call that is neither cancelled nor late waits for the rows; under the
-        lock."""
+        """Return True if a call that is neither cancelled nor late waits for the rows."""
         return any(not call.barrier.cut for call, _ in self.calls)
 
     def over(self) -> None:
@@ -688,8 +693,6 @@ class InFlight(Lease):
         )
 
     def _is_cancelled(self) -> bool:
-        """Return True if a read may stop."""
-        graph = self.calls[0][0].shared.graph
-        with graph.lock:
-            graph.sweep()
-            return not self.wanted
+        """Return True if a read may stop; needs no lock, as no call is wanted again."""
+        self.calls[0][0].shared.graph.sweep()
+        return not self.wanted

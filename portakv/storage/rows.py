@@ -33,10 +33,11 @@ from portakv.runtime.streams import (
     side_stream,
 )
 from portakv.runtime.transfer import Completion, Transfer
-from portakv.storage.chains import FIRST, UNKNOWN, Chains, Changed, mark_of
+from portakv.storage.chains import FIRST, UNKNOWN, Chains, Changed, marks_of
 from portakv.storage.loans import Loan as Loan
 from portakv.storage.loans import Loans
 from portakv.storage.row_memory import row_memory
+from portakv.storage.sizes import copy_parts
 from portakv.view import IdList, Index, KVView
 
 FOREVER = 1e9  # seconds
@@ -46,6 +47,23 @@ _UNUSED = "prefetched and not used"
 _TRIED = "copies of a block store"  # the key of a view's copies that were tried before
 #: A position before all keys of a call; those that its first blocks follow have -1.
 BEFORE = -2
+
+
+class _New:
+    """Keys that got a row and are in no chain yet, of a group, with the marks that they follow."""
+
+    def __init__(self, group: Hashable) -> None:
+        self.group = group
+        self.keys = list[bytes]()
+        self.follows = list[Hashable]()
+        self.leading = set[Hashable]()  # the same marks
+
+    def add(self, key: bytes, follows: int) -> None:
+        """Add a key that follows a mark."""
+        mark = _mark(key, follows)
+        self.keys.append(key)
+        self.follows.append(mark)
+        self.leading.add(mark)
 
 
 class _Cache:
@@ -67,13 +85,15 @@ class _Cache:
         if changed is not None:
             changed(key[-32:], stored, why)
 
-    def add(self, key: bytes, row: int, follows: int, prefetched: bool) -> None:
-        """Add a row under a key that follows a mark."""
-        self.rows[key] = row
-        if prefetched:
-            self.unused.add(key)
-        group = _UNUSED if prefetched else _USED
-        self.chains.add(key, _mark(key, mark_of(key[-32:])), _mark(key, follows), group)
+    def let_go(self, new: _New) -> None:
+        """Let rows go in their turn that got their keys, and forget that they are new."""
+        if not new.keys:
+            return
+        marks = map(_mark, new.keys, marks_of([key[-32:] for key in new.keys]))
+        self.chains.add_all(new.keys, [*marks], new.follows, new.group)
+        new.keys.clear()
+        new.follows.clear()
+        new.leading.clear()
 
     def pin(self, key: bytes, row: int) -> None:
         """Retain the row of a key until `unpin`; the key is used now."""
@@ -242,11 +262,23 @@ class Rows:
                 return False
         return True
 
-    def _evict(self, claim: Claim, place: int, group: Hashable | None = None) -> bool:
+    def _evict(
+        self, claim: Claim, place: int, group: Hashable | None = None, new: _New | None = None
+    ) -> bool:
         """Evict the next row, of a group or of all, for a block at a position of a call; return
-        False if it may not go."""
+        False if it may not go.
+
+        ``new``: keys that go in their turn if no other row may go, or if they follow it.
+        """
+        if not claim.evict:
+            return False
         cache = self._cache
-        victim = cache.next(group) if claim.evict else None
+        victim = cache.next(group)
+        if new is not None and new.keys:
+            goes = victim is not None and claim.place_of(victim) > place
+            if victim is None or not goes or cache.chains.mark(victim) in new.leading:
+                cache.let_go(new)
+                victim = cache.next(group)
         if victim is None or claim.place_of(victim) <= place:
             return False
         row = cache.evict(victim)
@@ -280,27 +312,43 @@ class Rows:
         tier are ``prefetched`` and not used yet.
         """
         with self._lock:
-            return [
-                self._keep(item, key, mark, prefetched, claim)
-                for item, key, mark in zip(items, keys, follows, strict=True)
-            ]
+            if not self.host:
+                return [False] * len(items)
+            return self._keep(items, keys, follows, prefetched, claim)
 
-    def _keep(self, item: int, key: bytes, follows: int, prefetched: bool, claim: Claim) -> bool:
-        """Cache a lent row under a key that follows a mark; return True if it is cached."""
+    def _keep(
+        self,
+        items: Sequence[int],
+        keys: Sequence[bytes],
+        follows: Sequence[int],
+        prefetched: bool,
+        claim: Claim,
+    ) -> list[bool]:
+        """Cache lent rows under keys that follow marks; return which are cached."""
         cache = self._cache
-        if not self.host or key in cache.rows:
-            return False
-        saved = self._saved - self._lent[item]
-        full = len(cache.rows) + max(0, saved - self.most) >= self.host
-        crowded = prefetched and len(cache.unused) >= max(1, self.host // 2)
-        if crowded or full:
-            place = claim.own.get(key[-32:], BEFORE)
-            if not self._evict(claim, place, _UNUSED if crowded else None):
-                return False
-        del self._lent[item]
-        self._saved = saved
-        cache.add(key, item, follows, prefetched)
-        return True
+        most = self.most
+        most_unused = max(1, self.host // 2)
+        new = _New(_UNUSED if prefetched else _USED)
+        cached = [False] * len(items)
+        for number, (item, key) in enumerate(zip(items, keys, strict=True)):
+            if key in cache.rows:
+                continue
+            saved = self._saved - self._lent[item]
+            full = len(cache.rows) + max(0, saved - most) >= self.host
+            crowded = prefetched and len(cache.unused) >= most_unused
+            if crowded or full:
+                place = claim.own.get(key[-32:], BEFORE)
+                if not self._evict(claim, place, _UNUSED if crowded else None, new):
+                    continue
+            del self._lent[item]
+            self._saved = saved
+            cache.rows[key] = item
+            if prefetched:
+                cache.unused.add(key)
+            new.add(key, follows[number])
+            cached[number] = True
+        cache.let_go(new)
+        return cached
 
     def find(self, key: bytes) -> int | None:
         """Return the row of a key, which stays until `unpin`; None if it has none."""
@@ -351,9 +399,9 @@ class Rows:
         """
         cache = self._cache
         with self._lock:
-            for key in reversed(keys):
-                if key in cache.rows:
-                    cache.chains.touch(key)
+            if cache.rows.keys().isdisjoint(keys):
+                return
+            cache.chains.touch(*[key for key in reversed(keys) if key in cache.rows])
             for key, mark in zip(keys, follows, strict=False):
                 if key in cache.rows:
                     cache.chains.learn(key, _mark(key, mark))
@@ -395,6 +443,10 @@ class Rows:
     def has(self, key: bytes) -> bool:
         """Return True if a key has a row."""
         return key in self._cache.rows
+
+    def has_each(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return which keys have a row."""
+        return [*map(self._cache.rows.__contains__, keys)]
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows by their state."""
@@ -512,29 +564,45 @@ class Crossing:
 
         Returns the transfer, and ``by_layer`` the transfers of its layers.
         """
-        options = replace(self._options, by_layer=True) if by_layer else self._options
         items = [row for row in loan.rows if row is not None]
-        if len(items) == len(loan.rows):
-            rows = Index.of(items, self._size)
-            blocks = self._whole
-        else:
+        at: Sequence[int] = range(len(items))
+        if len(items) < len(loan.rows):
             at = [i for i, row in enumerate(loan.rows) if row is not None]
-            rows, blocks = self._indices(items, at)
         device = self._view.device
         if device.type == "cpu":
             try:
-                transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+                return self._issue(inner, items, at, by_layer)
             finally:
                 loan.cancel()
-            return transfer, transfer.layers if by_layer else ()
         loan.stream = torch.accelerator.current_stream(device.index)
         try:
-            transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+            transfer, layers = self._issue(inner, items, at, by_layer)
         finally:  # a part of the copy may have been issued
             # The rows stay, also if the store and the handle are dropped.
             loan.end = completion(device, loan.stream, inner)
         whole = Transfer((*transfer.completions, loan.end), transfer, transfer.carried)
-        return whole, transfer.layers if by_layer else ()
+        return whole, layers
+
+    def _issue(
+        self, inner: KVView, items: Sequence[int], at: Sequence[int], by_layer: bool
+    ) -> tuple[Transfer, Sequence[Transfer]]:
+        """Copy rows to places of the view; return the transfer, and those of its layers."""
+        nbytes = self._size * inner.form.token_bytes
+        parts = copy_parts(len(items), nbytes) if self.on_device and not by_layer else []
+        if len(parts) > 1:  # the device copies a part while the host describes the next one
+            transfers = list[Transfer]()
+            for some in parts:
+                rows, blocks = self._indices(items[some], at[some])
+                transfers.append(copy_rows(inner, self._view, rows, blocks, options=self._options))
+            return Transfer.join(transfers), ()
+        options = replace(self._options, by_layer=True) if by_layer else self._options
+        if len(items) == len(self._fine):
+            rows = Index.of(items, self._size)
+            blocks = self._whole
+        else:
+            rows, blocks = self._indices(items, at)
+        transfer = copy_rows(inner, self._view, rows, blocks, options=options)
+        return transfer, transfer.layers if by_layer else ()
 
     def wait(self, end: Completion) -> None:
         """Wait for the end of a copy in any thread, also while another one captures a graph.
@@ -544,7 +612,7 @@ class Crossing:
         with ignoring_captures(self._view.device):
             Transfer((end,)).synchronize(FOREVER)
 
-    def begin(self, inner: KVView, items: Any, at: Any) -> None:
+    def begin(self, inner: KVView, items: Sequence[int], at: Sequence[int]) -> None:
         """Copy blocks from the view on a device into rows, and note the end of the copy.
 
         The copy is ordered after the work that the maker's stream had, which does not wait for it.

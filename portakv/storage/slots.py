@@ -27,7 +27,7 @@ import numpy as np
 from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import abandoned
-from portakv.storage.chains import UNKNOWN, Chains, mark_of
+from portakv.storage.chains import UNKNOWN, Chains, mark_of, marks_of
 from portakv.storage.files import (
     MOST_FORM,
     OPEN,
@@ -343,8 +343,7 @@ class Slots:
         follows = words[[*last], FOLLOWS]
         follows[follows == self.form.payload_bytes] = UNKNOWN
         with self.chains.lock:
-            marks = [mark_of(key) for key in self.index]
-            self.chains.fill([*self.index], marks, follows.tolist(), self.folder)
+            self.chains.fill([*self.index], marks_of(self.index), follows.tolist(), self.folder)
 
     def by_use(self) -> list[bytes]:
         """Return all keys, the least recently used first, after those of unknown predecessors."""
@@ -357,9 +356,7 @@ class Slots:
         ``follows``: the predecessor of each block, for blocks whose predecessor is not known yet.
         """
         with self.chains.lock:
-            for key in reversed(keys):
-                if key in self.index:
-                    self.chains.touch(key)
+            self.chains.touch(*[key for key in reversed(keys) if key in self.index])
             for key, mark in zip(keys, follows, strict=False):
                 slot = self.index.get(key)
                 if slot is not None and self.chains.learn(key, mark):
@@ -381,27 +378,29 @@ class Slots:
                 places[i] = Place(slot, Header(keys[i], generation, tuple(sums[:many])))
         return places
 
-    def unpin(self, place: Place, good: bool = True) -> None:
-        """Release a pin.
+    def unpin(self, *places: Place, good: bool = True) -> None:
+        """Release pins.
 
-        Forgets a block that is not ``good``; its slot becomes free with its last pin.
+        Forgets blocks that are not ``good``; a slot becomes free with its last pin.
         """
-        slot = place.slot
-        key = place.header.key
         with self.chains.lock:
-            if not good:
-                if self.index.get(key) == slot:
-                    del self.index[key]
-                    self.chains.remove(key, DAMAGED)
-                self._put(slot)
-            self._occupancy.pins[slot] -= 1
-            if self._occupancy.pins[slot]:
-                return
-            del self._occupancy.pins[slot]
+            for place in places:
+                self._unpin(place.slot, place.header.key, good)
+
+    def _unpin(self, slot: int, key: bytes, good: bool) -> None:
+        if not good:
             if self.index.get(key) == slot:
-                self.chains.unpin(key)
-            else:
-                self._occupancy.free.append(slot)
+                del self.index[key]
+                self.chains.remove(key, DAMAGED)
+            self._put(slot)
+        self._occupancy.pins[slot] -= 1
+        if self._occupancy.pins[slot]:
+            return
+        del self._occupancy.pins[slot]
+        if self.index.get(key) == slot:
+            self.chains.unpin(key)
+        else:
+            self._occupancy.free.append(slot)
 
     def take(
         self,

@@ -18,8 +18,9 @@ from support.storage_cases import FakeTier, key_of, small_form
 from portakv import BackendUnavailable, CopyOptions, KVView, StoreError, TransferError
 from portakv.errors import TransferCancelled, TransferTimeout
 from portakv.graph.graph import Graph
-from portakv.storage import BlockStore, loans
+from portakv.storage import BlockStore, loans, sizes
 from portakv.storage import form_store as storing
+from portakv.storage import rows as rows_module
 from portakv.storage.loans import Loan
 from portakv.storage.rows import _Cache
 
@@ -256,6 +257,42 @@ class TestsOnADevice:
             assert handle.landed.all()
             assert same(SOURCE, range(8), KVView(copies, LAYOUT), range(8))
             assert not store.rows.in_use()
+
+    def test_a_long_copy_goes_in_parts(
+        self, accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The rows of all parts stay until the last one has ended."""
+        target = cache(50, accelerator)
+        torch.accelerator.synchronize(accelerator)
+        copied = list[int]()
+        copy_rows = rows_module.copy_rows
+
+        def counted(src: KVView, dst: KVView, rows: Any, blocks: Any, **terms: Any) -> Any:
+            copied.append(len(rows.host_ids()))
+            return copy_rows(src, dst, rows, blocks, **terms)
+
+        with warmed(accelerator) as store:
+            monkeypatch.setattr(rows_module, "copy_rows", counted)
+            store.load(target, range(8), KEYS).synchronize(LIMIT)
+            assert copied == [8], "the control: a short copy is one part"
+            copied.clear()
+
+            monkeypatch.setattr(sizes, "FIRST_PART", FORM.payload_bytes)
+            delay(current(accelerator))
+            handle = store.load(target, [11, *range(7)], KEYS)
+            assert copied == [1, 2, 5]
+            assert not handle.done()
+            assert store.rows.in_use() == 8
+            handle.synchronize(LIMIT)
+            assert handle.landed.all()
+            assert same(SOURCE, range(8), target, [11, *range(7)])
+            assert not store.rows.in_use()
+
+            copied.clear()
+            layers = store.load(target, range(8), KEYS, by_layer=True)
+            layers.synchronize(LIMIT)
+            assert copied == [8]
+            assert same(SOURCE, range(8), target, range(8))
 
     def test_layers_on_a_stream(self, accelerator: torch.device) -> None:
         target = cache(50, accelerator)
