@@ -264,8 +264,8 @@ class Gathers:
             line.sendings.append(Sending(gather, offered, lane, count))
             begins = not line.active
             line.active = True
-        if begins:
-            self._continue(peer, line)
+        if begins:  # after the answer: the worker would hold the interpreter meanwhile
+            self._channel.after_answer(partial(self._continue, peer, line))
         return Answer("done")
 
     def stop(self, peer: Peer, stop: Stop) -> Stopped:

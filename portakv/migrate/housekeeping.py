@@ -273,6 +273,7 @@ class Housekeeper:
         if error is not None:
             pull.stop(error)
             return
+        self._tend(pull, now - watched.began)
         wanted = pull.requested.wanted
         waits = wanted is not None and wanted.waits
         # A worker renews the others if it does not wait.
@@ -287,6 +288,17 @@ class Housekeeper:
             for source in shared:
                 ticket = source.ticket
                 self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease))
+
+    @staticmethod
+    def _tend(pull: Pull, seconds: float) -> None:
+        """Have a worker renew the offers of a pull that has lasted for some seconds, before a third
+        of their leases is over; a shorter pull needs no such worker."""
+        tend = pull.requested.tend
+        if tend is None or seconds < _third([*pull.sources]) - LOOK:
+            return
+        pull.requested.tend = None
+        with suppress(PortaKVError):  # the graph is closed, so the pull ends
+            tend()
 
     def _tell(self, source: Source, message: Message) -> bool:
         """Send a message to an owner, unless the owner is gone; return False if its connection is

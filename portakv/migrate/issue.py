@@ -87,7 +87,8 @@ class Issuer:
         """
         issuing = Issuing(self, pull, request)
         tasks = issuing.issue(issuing.plan)
-        return [*tasks, *issuing.end()], issuing.layers()
+        tasks += issuing.end(alone=True)
+        return tasks, issuing.layers()
 
     def wait_for_events(self, sources: Sources) -> None:
         """Order this reader's stream after the events of offers that have not been reached.
@@ -122,6 +123,7 @@ class Issuing:
         self._verify = verify
         self._layers = _Layers(issuer.shards if options.by_layer else ())
         self._staged = set[bytes]()  # offers whose owners get requests for rows
+        self._takers = list[Taker]()
 
         requested = pull.requested
         requested.blocks = count_blocks(indices, first, pull.sources[0].ticket.tokens)
@@ -159,6 +161,7 @@ class Issuing:
         """Return the task that takes the rows of an offer from the owner that sends them, at their
         share of the rate."""
         taker = Taker(self._issuer.graph, some, self._pull, self._rate(some))
+        self._takers.append(taker)
         for each in taker.arrivals:
             self._slices += self._layers.add_tasks(each.step, [(each.part.layers, each)])
         return taker.task
@@ -170,8 +173,14 @@ class Issuing:
             return None
         return rate * sum(step.nbytes for step in some) / self._pull.requested.nbytes
 
-    def end(self) -> list[Task]:
-        """Return the task that commits the pull; none if whoever looks at the pull commits it."""
+    def end(self, alone: bool = False) -> list[Task]:
+        """Return the task that commits the pull.
+
+        None if whoever looks at the pull commits it, or the task that takes all of its rows.
+
+        Args:
+            alone: no task of the pull was submitted yet.
+        """
         pull = self._pull
         issuer = self._issuer
         requested = pull.requested
@@ -183,8 +192,28 @@ class Issuing:
         checks = [Task(partial(verified, step, pull), 1, queue=issuer.checks) for step in verifying]
         if not self._slices and not checks and all(source.word for source in pull.sources):
             return []
+        if alone and self._one_taker and not checks:
+            self._commit_by(self._takers[0])
+            return []
         pull.task = Task(lambda *_: pull.run(issuer.graph, checks), 1, queue=issuer.pulls)
         return [pull.task]
+
+    @property
+    def _one_taker(self) -> bool:
+        """Return True if one task takes all rows, from the pull's only owner."""
+        return len(self._takers) == len(self._pull.sources) == 1 and not self._copies
+
+    def _commit_by(self, taker: Taker) -> None:
+        """Let the task that takes all rows also commit the pull: no other thread has to wake.
+
+        If it lasts long, another worker renews the offer.
+        """
+        issuer = self._issuer
+        pull = self._pull
+        taker.commits = True
+        pull.task = taker.task
+        renew = Task(lambda *_: pull.renew_until(taker.task), 1, queue=issuer.pulls, name="renew")
+        pull.requested.tend = partial(issuer.graph.submit, [renew], priority="urgent")
 
     def layers(self) -> list[Part]:
         """Return the ends of all layers, as far as they are issued."""

@@ -30,6 +30,7 @@ from portakv.errors import (
 from portakv.graph import Graph, Task
 from portakv.migrate.arrival import Arrival, InFlight, Scattered, arrivals
 from portakv.migrate.buffers import StagingBuffer
+from portakv.migrate.channel_client import Asked
 from portakv.migrate.checksum import MODULUS, checksum
 from portakv.migrate.connections import Source
 from portakv.migrate.messages import Answer, Gather, Stop, Stopped, Sum
@@ -52,7 +53,13 @@ class Taker:
     """Takes the rows of one offer for a pull: one request, and its slices in their order.
 
     No host waits between the slices of a device: streams order all copies.
+
+    Attributes:
+        commits: the pull has no other part, so the worker that took the rows also ends the pull.
+            It asks whether the offer held while the last copies run.
     """
+
+    commits = False
 
     def __init__(
         self, graph: Graph, steps: Sequence[Step], pull: Pull, max_gbps: float | None
@@ -71,8 +78,17 @@ class Taker:
         self.arrivals = arrivals(steps, max_gbps, self.task)
         self._in_flight = deque[InFlight]()
         self._scattered = deque[Scattered]()
+        self._asked: Asked[Answer] | None = None
 
     def _run(self, *_: object) -> None:
+        """Take all slices, and end the pull if no other worker does."""
+        try:
+            self._take_all()
+        finally:
+            if self.commits:
+                self._pull.finish(self._asked)
+
+    def _take_all(self) -> None:
         """Take all slices; return after the last copy, with or without an error."""
         error: BaseException | None = None
         self._stage.takers.add(self)
@@ -82,6 +98,10 @@ class Taker:
                     self._take(self.arrivals[start : start + self._batch])
                 while self._in_flight:
                     self._scatter()
+                if self.commits and self._asked is None:
+                    for scattered in self._scattered:
+                        self._await(scattered.moving.wait)
+                    self._asked = self._pull.ask()
                 self._settle(wait=True)
         except BaseException as caught:
             error = caught
@@ -158,6 +178,8 @@ class Taker:
         arrival, buffer, moving, lane = self._in_flight[0]
         scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
         self._await(moving.follow)
+        if self.commits and arrival is self.arrivals[-1] and moving.over.is_set():
+            self._asked = self._pull.ask()  # slices land in order: the owner has read all rows
         copy = scatter()
         self._scattered.append(Scattered(arrival, moving, lane, copy))
         if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy
