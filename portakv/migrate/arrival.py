@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import monotonic
 from typing import NamedTuple
@@ -34,18 +34,13 @@ class Arrival(Task):
     """The end of a slice of a step, for a pull and its layers. The task ``whole`` takes the slice,
     among others."""
 
-    def __init__(self, step: Step, part: Slice, whole: Task) -> None:
+    def __init__(self, step: Step, part: Slice, whole: Task, staged_bytes: int) -> None:
         super().__init__(None, 1)
         self.step = step
         self.part = part
         self.whole = whole
+        self.staged_bytes = staged_bytes  # of the slice in a staging buffer
         self._over = threading.Event()
-
-    @property
-    def staged_bytes(self) -> int:
-        """Return the bytes of the slice in a staging buffer."""
-        view = self.step.cut.dst.as_bytes()
-        return rows_bytes(view, len(self.part.layers), self.part.tokens, view.heads)
 
     def scattering(self, chunks: Chunks) -> Callable[[], BlockTransfer]:
         """Return a function that copies the rows of the slice from a staging buffer, after the work
@@ -106,4 +101,15 @@ def arrivals(steps: Sequence[Step], max_gbps: float | None, whole: Task) -> list
     most = max(LEAST_ON_HOST if on_host else LEAST_ON_DEVICE, -(-int(nbytes) // SLICES))
     if max_gbps is not None:
         most = min(most, int(PACED * 1e9 * max_gbps))
-    return [Arrival(step, part, whole) for step in steps for part in step.slices(most)]
+    return [arrival for step in steps for arrival in _arrivals_of(step, most, whole)]
+
+
+def _arrivals_of(step: Step, most: int, whole: Task) -> Iterator[Arrival]:
+    """Yield the slices of one step, of at most ``most`` bytes if they can be so small."""
+    view = step.cut.dst.as_bytes()
+    known = dict[tuple[int, int], int]()  # most slices are alike
+    for part in step.slices(most):
+        key = len(part.layers), part.tokens
+        if key not in known:
+            known[key] = rows_bytes(view, *key, view.heads)
+        yield Arrival(step, part, whole, known[key])

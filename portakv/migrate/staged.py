@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from math import inf
-from queue import Empty
 from time import monotonic, sleep
 
 import torch
@@ -156,15 +155,14 @@ class Taker:
 
     def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
         """Return a free staging buffer; empty the oldest of this pull if there is none."""
-        until = monotonic() + PATIENCE
         pool = self._stage.buffers
-        while True:
-            with suppress(Empty):
-                buffer = pool.get_nowait() if self._in_flight else pool.get(timeout=0.05)
-                break
+        buffer = pool.take(0.0)
+        until = monotonic() + PATIENCE
+        while buffer is None:
             if self._in_flight:
                 self._scatter()
             self._check(until)
+            buffer = pool.take(0.0 if self._in_flight else 0.05)
         most = self._source.owner.handshake.slot_bytes
         try:
             buffer.prepare(lane, nbytes, most, self._await)
@@ -193,10 +191,14 @@ class Taker:
         """End the slices whose bytes and copies have ended, or wait for all."""
         while self._scattered:
             arrival, moving, _, copy = self._scattered[0]
-            if not wait and not (moving.over.is_set() and copy.done()):
+            if not wait and not moving.over.is_set():
                 return
             self._await(moving.wait)
-            copy.synchronize()
+            if copy.completions:  # else it had ended when it was issued
+                if wait:
+                    copy.synchronize()
+                elif not copy.done():
+                    return
             arrival.end()
             self._scattered.popleft()
 
