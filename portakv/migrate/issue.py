@@ -17,6 +17,7 @@ import torch
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
 from portakv.copy.rows import copy_rows
+from portakv.copy.submit import submit
 from portakv.errors import TransferCancelled
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
@@ -25,6 +26,7 @@ from portakv.migrate.plan import Step, count_blocks, indices_of, steps
 from portakv.migrate.pull import CANCELLED, Ends, Part, Pull, known
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged import Taker, verified
+from portakv.plan.move import Move
 from portakv.view.index import Ids, Index
 
 LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
@@ -87,6 +89,7 @@ class Issuer:
         """
         issuing = Issuing(self, pull, request)
         tasks = issuing.issue(issuing.plan)
+        issuing.count_blocks()  # what no copy needs comes after the copies
         tasks += issuing.end(alone=True)
         return tasks, issuing.layers()
 
@@ -96,7 +99,7 @@ class Issuer:
         Rows up to a mark are complete when the mark is seen. Their offer's event may stand for a
         later offer by then.
         """
-        for ticket, owner in sources:
+        for ticket, owner, _ in sources:
             if ticket.progress:
                 continue
             event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
@@ -121,18 +124,26 @@ class Issuing:
         self._pull = pull
         self._options = options
         self._verify = verify
-        self._layers = _Layers(issuer.shards if options.by_layer else ())
+        self._layers = _Layers(issuer.shards) if options.by_layer else None
         self._staged = set[bytes]()  # offers whose owners get requests for rows
         self._takers = list[Taker]()
 
+        self._indices = indices
+        self._first = first
+
         requested = pull.requested
-        requested.blocks = count_blocks(indices, first, pull.sources[0].ticket.tokens)
-        requested.nbytes = sum(step.nbytes for step in self.plan)
+        requested.nbytes = sum([step.nbytes for step in self.plan])
         # A copy at a rate has a separate worker.
         on_host = issuer.device.type == "cpu"
         self._long = on_host and requested.nbytes > LONG and not options.max_gbps
         pull.copies = self._copies = list[BlockTransfer]()
         pull.slices = self._slices = list[Task]()
+
+    def count_blocks(self) -> None:
+        """Count the blocks of the pull, for its statistics."""
+        pull = self._pull
+        past = pull.sources[0].ticket.tokens
+        pull.requested.blocks = count_blocks(self._indices, self._first, past)
 
     def issue(self, some: Sequence[Step]) -> list[Task]:
         """Issue the copies of steps, or of parts of steps, and return their tasks."""
@@ -147,10 +158,12 @@ class Issuing:
                 staged.setdefault(step.ticket.offer, []).append(step)
                 requested.strategy = step.owner.strategy
             elif self._long:
-                tasks += self._layers.add_tasks(step, self._copied(step))
+                tasks += self._ending(step, self._copied(step))
             else:
-                self._copies.append(_copy_of(step, options, self._rate([step])))
-                self._layers.add_copy(step, self._copies[-1])
+                copy = _copy_of(step, options, self._rate([step]) if options.max_gbps else None)
+                self._copies.append(copy)
+                if self._layers is not None:
+                    self._layers.add_copy(step, copy)
         self._slices += tasks
         for steps_of_offer in staged.values():
             tasks.append(self._take(steps_of_offer))
@@ -163,8 +176,15 @@ class Issuing:
         taker = Taker(self._issuer.graph, some, self._pull, self._rate(some))
         self._takers.append(taker)
         for each in taker.arrivals:
-            self._slices += self._layers.add_tasks(each.step, [(each.part.layers, each)])
+            self._slices += self._ending(each.step, [(each.part.layers, each)])
         return taker.task
+
+    def _ending(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> list[Task]:
+        """Return tasks that each bring some layers of a step, after their layers know them."""
+        listed = [*tasks]
+        if self._layers is not None:
+            self._layers.add_tasks(step, listed)
+        return [task for _, task in listed]
 
     def _rate(self, some: Sequence[Step]) -> float | None:
         """Return the share of steps in the rate of the pull; None: it has none."""
@@ -190,7 +210,7 @@ class Issuing:
 
         verifying = self.plan if self._verify else ()
         checks = [Task(partial(verified, step, pull), 1, queue=issuer.checks) for step in verifying]
-        if not self._slices and not checks and all(source.word for source in pull.sources):
+        if not (self._slices or checks or pull.remote):
             return []
         if alone and self._one_taker and not checks:
             self._commit_by(self._takers[0])
@@ -217,10 +237,11 @@ class Issuing:
 
     def layers(self) -> list[Part]:
         """Return the ends of all layers, as far as they are issued."""
-        return self._layers.parts()
+        return [] if self._layers is None else self._layers.parts()
 
     def layer(self, group: int, layer: int) -> Part:
         """Return the end of a layer of a shard, as far as it is issued."""
+        assert self._layers is not None  # only pulls by layer have these
         return self._layers.part(group, layer)
 
     def _copied(self, step: Step) -> Iterator[tuple[range, Task]]:
@@ -236,27 +257,23 @@ class Issuing:
 
 
 class _Layers:
-    """The ends of each layer of each shard; none without shards."""
+    """The ends of each layer of each shard, of a pull by layer."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._ends = [[Ends() for _ in range(shard.view.layers)] for shard in shards]
 
     def add_copy(self, step: Step, copy: BlockTransfer) -> None:
         """Add the layers of a copy."""
-        if self._ends:
-            ends = self._ends[step.cut.group]
-            for nth, end in enumerate(copy.layers):
-                ends[step.cut.layers[nth]].copies.append(end)
+        ends = self._ends[step.cut.group]
+        for nth, end in enumerate(copy.layers):
+            ends[step.cut.layers[nth]].copies.append(end)
 
-    def add_tasks(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> list[Task]:
-        """Add tasks that each bring some layers of a step; return the tasks."""
-        listed = [*tasks]
-        if self._ends:
-            ends = self._ends[step.cut.group]
-            for some, task in listed:
-                for layer in some:
-                    ends[step.cut.layers[layer]].tasks.append(task)
-        return [task for _, task in listed]
+    def add_tasks(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> None:
+        """Add tasks that each bring some layers of a step."""
+        ends = self._ends[step.cut.group]
+        for some, task in tasks:
+            for layer in some:
+                ends[step.cut.layers[layer]].tasks.append(task)
 
     def part(self, group: int, layer: int) -> Part:
         """Return the end of a layer of a shard."""
@@ -272,9 +289,9 @@ def _copy_of(step: Step, options: CopyOptions, rate: float | None) -> BlockTrans
     """Copy the rows of a step, at its share of the rate."""
     if rate is not None:
         options = replace(options, max_gbps=rate)
-    return copy_rows(
-        step.src, step.cut.dst, step.src_index, step.dst_index, count=step.tokens, options=options
-    )
+    # The plan has checked the lengths of both indices.
+    move = Move(step.src, step.cut.dst, step.src_index, step.dst_index, step.tokens)
+    return submit(move, options)
 
 
 def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions, *_: object) -> None:

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
 
 from portakv.arguments import naming
 from portakv.copy.handle import token_bytes
-from portakv.errors import InvalidTerms, PeerError, SlotError, Unsupported
+from portakv.errors import InvalidTerms, LayoutError, PeerError, SlotError, Unsupported
 from portakv.migrate.connections import Connection, Sources
 from portakv.migrate.messages import Part, Ticket
 from portakv.migrate.shards import Piece, Shard, pieces, slices
@@ -134,11 +135,19 @@ def indices_of(shards: Sequence[Shard], blocks: Sequence[Ids | None]) -> list[In
             f"Expected blocks to be {len(shards)} lists, one for each shard, got {len(blocks)}. "
             f"Pass a list for each."
         )
-    with naming("blocks", "lists of ids of the views' blocks"):
+    try:
         return [
             Index.of(ids, shard.view.block_size or 1)
             for shard, ids in zip(shards, blocks, strict=True)
         ]
+    except (SlotError, LayoutError):
+        with _named():  # only now: the usual call does not pay for it
+            raise
+
+
+def _named() -> AbstractContextManager[None]:
+    """Have an error name the argument that it is about."""
+    return naming("blocks", "lists of ids of the views' blocks")
 
 
 def steps(
@@ -150,7 +159,7 @@ def steps(
 
     # Without skipped positions the cuts depend on the owners alone, and are cached.
     cached = sources[0].owner.cuts
-    key = tuple(source.ticket.epoch for source in sources)
+    key = tuple([source.ticket.epoch for source in sources])
     cuts = None if skips else cached.get(key)
     if cuts is None:
         cuts = [*_cuts([source.owner for source in sources], shards, lists, count)]
@@ -170,6 +179,9 @@ def steps(
 
 def _check_tickets(sources: Sources, shards: Sequence[Shard], first: int) -> int:
     """Return the number of tokens to pull; raise `InvalidTerms` if the arguments do not match."""
+    ticket = sources[0].ticket
+    if len(sources) == 1 and len(ticket.ids) == len(shards) and 0 <= first < ticket.tokens:
+        return ticket.tokens - first  # the usual case
     tokens = {source.ticket.tokens for source in sources}
     groups = {len(source.ticket.ids) for source in sources}
     if len(tokens) != 1:
@@ -197,16 +209,22 @@ def _indices(
     lists = list[Lists]()
     skips = False
     for group, (shard, whole) in enumerate(zip(shards, blocks, strict=True)):
-        with naming("blocks", "lists of ids of the views' blocks"):
-            dst_index = whole.shifted(first)
-            _check_number_of_blocks(dst_index, first, count)
-            dst_index.check_length(count, shard.view.slots, "reader's")
+        dst_index = whole.shifted(first) if first else whole
+        try:
+            if dst_index.length is None or count > dst_index.length:
+                _check_number_of_blocks(dst_index, first, count)
+                dst_index.check_length(count, shard.view.slots, "reader's")
             skips |= dst_index.check(count, shard.view.slots, "reader's", distinct=True)
+        except (SlotError, LayoutError):
+            with _named():
+                raise
 
         src_indices = []
-        for ticket, owner in sources:
+        for ticket, owner, _ in sources:
             numbers = np.frombuffer(ticket.ids[group], "<i4").astype(np.int64)
-            index = Index.of(numbers, ticket.steps[group]).shifted(first)
+            index = Index.of(numbers, ticket.steps[group])
+            if first:
+                index = index.shifted(first)
             slots = owner.shards[group].view.slots if owner.shards else _ANY
             index.check_length(count, slots, "offered")
             skips |= index.check(count, slots, "offered")

@@ -347,7 +347,7 @@ class Pull(Transfer):
         error = self.ended_offer()
         if error is not None:
             return error
-        for ticket, owner in self.sources:
+        for ticket, owner, _ in self.sources:
             if owner.gone:
                 return PeerError(
                     f"Expected the owner at {ticket.address} until its rows were here, got the end "
@@ -394,7 +394,7 @@ class Pull(Transfer):
         the request. None: it could not be sent, or nothing will be committed."""
         if self.stopped:
             return None
-        ticket, owner = self.sources[0]
+        ticket, owner, _ = self.sources[0]
         check = Check(ticket.epoch, ticket.offer)
         with suppress(PortaKVError):  # `confirm` asks again
             return owner.channel.begin(owner.address, check, Answer, self._seconds_to_answer)
@@ -431,13 +431,13 @@ class Pull(Transfer):
         """Renew the offers of owners that share no memory, now and until a task has ended."""
         remote = self.remote
         if not self.stopped:
-            self._renew(remote, max((ticket.lease for ticket, _ in remote), default=LOOK))
+            self._renew(remote, max((source.ticket.lease for source in remote), default=LOOK))
         self._await(one)
 
     def _await(self, one: Ending) -> None:
         """Wait for a copy or a task, and renew the offers; stop the pull by its error."""
         remote = self.remote
-        third = max(MOMENT, min((ticket.lease for ticket, _ in remote), default=LOOK) / 3)
+        third = max(MOMENT, min((source.ticket.lease for source in remote), default=LOOK) / 3)
         while True:
             seconds = third if self.over else max(0.0, min(third, LOOK, self.until - monotonic()))
             try:
@@ -466,7 +466,7 @@ class Pull(Transfer):
         """
         if not sources:
             return []
-        requests = [(owner.address, kind(one.epoch, one.offer, *terms)) for one, owner in sources]
+        requests = [(owner.address, kind(one.epoch, one.offer, *terms)) for one, owner, _ in sources]
         channel = sources[0].owner.channel
         return channel.ask_all(requests, Answer, self._seconds_to_answer)
 

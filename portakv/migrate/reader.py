@@ -20,6 +20,7 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Connections, listed, renamed
 from portakv.migrate.housekeeping import Housekeeper
 from portakv.migrate.issue import Issuer, Request
+from portakv.migrate.messages import any_named
 from portakv.migrate.pull import Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.runtime.devices import capturing, refuse_capture
@@ -115,7 +116,7 @@ class Reader:
         until = monotonic() + arguments.seconds("timeout", timeout, optional=True)
         request = Request.of(self.shards, blocks, first, options, verify)
         packed = listed(tickets)
-        by_name = self._by_name.pull(packed, request, until)
+        by_name = self._by_name.pull(packed, request, until) if any_named(packed) else None
         if by_name is not None:
             return by_name
         sources = self._owners.resolve_listed(packed, until)
@@ -181,7 +182,7 @@ class Reader:
     def explain(self, tickets: bytes | Sequence[bytes]) -> str:
         """Return a line for each ticket: how its rows would be copied, and why."""
         lines = list[str]()
-        for ticket, owner in self._owners.resolve(tickets):
+        for ticket, owner, _ in self._owners.resolve(tickets):
             how = "one launch for each piece reads the rows in the owner's memory"
             if owner.why_not_mapped:
                 transport = owner.staging.transport
