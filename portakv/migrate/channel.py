@@ -181,11 +181,10 @@ class Channel:
     ) -> Asked[T]:
         """Send a request, and return it: its answer is read later. Raises as `ask`.
 
-        Other requests to the address wait until the answer was read or dropped.
+        Other requests to the address wait until the answer was read or dropped. For workers: no
+        helper runs it, so an interrupt of the main thread may cut it in two.
         """
-        until = self._until(timeout)
-        begin = partial(self._client.begin, address, message, kind, until)
-        return uninterrupted(begin, undo=lambda asked: asked.drop())
+        return self._client.begin(address, message, kind, self._until(timeout))
 
     def ask_all(
         self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None
