@@ -13,7 +13,8 @@ import numpy as np
 
 from portakv import arguments
 from portakv.copy.handle import BlockTransfer
-from portakv.copy.rows import copy_rows
+from portakv.copy.options import USUAL
+from portakv.copy.submit import submit
 from portakv.errors import TransferCancelled
 from portakv.graph import Task
 from portakv.migrate.buffers import StagingBuffer
@@ -21,6 +22,8 @@ from portakv.migrate.plan import Slice, Step
 from portakv.migrate.pull import CANCELLED
 from portakv.migrate.staging import Chunks, part_of, rows_bytes
 from portakv.migrate.transports.base import Lane, Moving
+from portakv.plan.move import Move
+from portakv.view.index import Index
 
 PACED = 0.1  # seconds of a slice at a limited rate: a larger slice would be a burst
 #: The slices of a pull that is large enough: one is filled while another crosses.
@@ -30,12 +33,19 @@ LEAST_ON_HOST = 32 << 20
 LEAST_ON_DEVICE = 128 << 20
 
 
+#: What landed of a slice, as tasks have it.
+_LANDED = np.ones(1, np.bool_)
+_NOT_LANDED = np.zeros(1, np.bool_)
+
+
 class Arrival(Task):
     """The end of a slice of a step, for a pull and its layers. The task ``whole`` takes the slice,
     among others."""
 
     def __init__(self, step: Step, part: Slice, whole: Task, staged_bytes: int) -> None:
-        super().__init__(None, 1)
+        # Not the constructor of a task: no caller passes terms of slices that need its checks.
+        self.error = None
+        self.landed = _NOT_LANDED
         self.step = step
         self.part = part
         self.whole = whole
@@ -48,13 +58,15 @@ class Arrival(Task):
         layers, first, tokens = self.part
         dst = part_of(self.step.cut.dst.as_bytes(), slice(layers.start, layers.stop))
         src = chunks.of(dst, tokens)[1]
-        return partial(copy_rows, src, dst, None, self.step.dst_index.shifted(first), count=tokens)
+        # The plan has checked the lengths.
+        move = Move(src, dst, Index.of(None), self.step.dst_index.shifted(first), tokens)
+        return partial(submit, move, USUAL)
 
     def end(self, error: BaseException | None = None) -> None:
         """End the slice, unless it has ended."""
         if not self.ended:
             self.error = error
-            self.landed = np.full(1, error is None)
+            self.landed = _LANDED if error is None else _NOT_LANDED
             self.ended = True
             self._over.set()
 

@@ -665,7 +665,7 @@ class Owner:
             self._begin(peer, request)
             if peer.id in offer.spoilt:
                 return SPOILT
-            terms = offer.tokens, offer.after, offer.spoilt, lambda: offer.state == "held"
+            terms = offer.tokens, offer.after, offer.spoilt, offer.holds
             rows = Offered(self.shards, lambda: offer.indices, *terms)
             parts = (request.part,) if isinstance(request, messages.Sum) else request.parts
             for part in parts:

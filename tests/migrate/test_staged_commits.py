@@ -67,13 +67,14 @@ def test_an_offer_that_ends_while_its_last_bytes_cross_is_not_committed(
     """The pull asks after its last bytes. A question before them would commit it."""
     both = couple(made)
     offer = both.offer()
+    if not guarded:
+        monkeypatch.setattr(Pull, "renew_until", lambda *_: None)
     pulled = both.pull(offer)
     assert Held.reads.wait(LIMIT)
     assert messages(both.owner, Check) == []
     if not guarded:
         early = asked_before(both, offer)
         monkeypatch.setattr(Pull, "ask", lambda _: early)
-        monkeypatch.setattr(Pull, "renew_until", lambda *_: None)
     offer.revoke()
     gate.set()
     if guarded:
