@@ -13,17 +13,14 @@ import numpy as np
 
 from portakv import arguments
 from portakv.copy.handle import BlockTransfer
-from portakv.copy.options import USUAL
-from portakv.copy.submit import submit
 from portakv.errors import TransferCancelled
 from portakv.graph import Task
 from portakv.migrate.buffers import StagingBuffer
+from portakv.migrate.checked_copy import copy_checked
 from portakv.migrate.plan import Slice, Step
 from portakv.migrate.pull import CANCELLED
 from portakv.migrate.staging import Chunks, part_of, rows_bytes
 from portakv.migrate.transports.base import Lane, Moving
-from portakv.plan.move import Move
-from portakv.view.index import Index
 
 PACED = 0.1  # seconds of a slice at a limited rate: a larger slice would be a burst
 #: The slices of a pull that is large enough: one is filled while another crosses.
@@ -58,9 +55,8 @@ class Arrival(Task):
         layers, first, tokens = self.part
         dst = part_of(self.step.cut.dst.as_bytes(), slice(layers.start, layers.stop))
         src = chunks.of(dst, tokens)[1]
-        # The plan has checked the lengths.
-        move = Move(src, dst, Index.of(None), self.step.dst_index.shifted(first), tokens)
-        return partial(submit, move, USUAL)
+        dst_index = self.step.dst_index.shifted(first)
+        return partial(copy_checked, src, dst, None, dst_index, tokens)
 
     def end(self, error: BaseException | None = None) -> None:
         """End the slice, unless it has ended."""

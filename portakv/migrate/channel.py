@@ -29,7 +29,7 @@ from portakv.migrate.peer import Peer
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 
-__all__ = ["Channel", "Peer"]
+__all__ = ["Asked", "Channel", "Peer"]
 T = TypeVar("T")
 
 

@@ -16,17 +16,15 @@ import torch
 
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
-from portakv.copy.rows import copy_rows
-from portakv.copy.submit import submit
 from portakv.errors import TransferCancelled
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
+from portakv.migrate.checked_copy import copy_checked
 from portakv.migrate.connections import Sources
-from portakv.migrate.plan import Step, count_blocks, indices_of, steps
+from portakv.migrate.plan import Step, count_blocks, indices_of, planned
 from portakv.migrate.pull import CANCELLED, Ends, Part, Pull, known
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged import Taker, verified
-from portakv.plan.move import Move
 from portakv.view.index import Ids, Index
 
 LONG = 1 << 20  # bytes on the host that a worker copies, so that the call does not block
@@ -118,37 +116,35 @@ class Issuing:
     """
 
     def __init__(self, issuer: Issuer, pull: Pull, request: Request) -> None:
-        indices, first, options, verify = request
-        self.plan = steps(pull.sources, issuer.shards, indices, first)
+        sources = pull.sources
+        self.plan, self._skips = planned(sources, issuer.shards, request.indices, request.first)
         self._issuer = issuer
         self._pull = pull
-        self._options = options
-        self._verify = verify
-        self._layers = _Layers(issuer.shards) if options.by_layer else None
+        self._request = request
+        self._layers = _Layers(issuer.shards) if request.options.by_layer else None
         self._staged = set[bytes]()  # offers whose owners get requests for rows
         self._takers = list[Taker]()
-
-        self._indices = indices
-        self._first = first
 
         requested = pull.requested
         requested.nbytes = sum([step.nbytes for step in self.plan])
         # A copy at a rate has a separate worker.
         on_host = issuer.device.type == "cpu"
-        self._long = on_host and requested.nbytes > LONG and not options.max_gbps
+        self._long = on_host and requested.nbytes > LONG and not request.options.max_gbps
         pull.copies = self._copies = list[BlockTransfer]()
         pull.slices = self._slices = list[Task]()
 
     def count_blocks(self) -> None:
         """Count the blocks of the pull, for its statistics."""
         pull = self._pull
+        request = self._request
         past = pull.sources[0].ticket.tokens
-        pull.requested.blocks = count_blocks(self._indices, self._first, past)
+        blocks = count_blocks(request.indices, request.first, past, self._skips)
+        pull.requested.blocks = blocks
 
     def issue(self, some: Sequence[Step]) -> list[Task]:
         """Issue the copies of steps, or of parts of steps, and return their tasks."""
         pull = self._pull
-        options = self._options
+        options = self._request.options
         requested = pull.requested
         self._issuer.wait_for_events(pull.sources)
         tasks = list[Task]()
@@ -188,7 +184,7 @@ class Issuing:
 
     def _rate(self, some: Sequence[Step]) -> float | None:
         """Return the share of steps in the rate of the pull; None: it has none."""
-        rate = self._options.max_gbps
+        rate = self._request.options.max_gbps
         if rate is None:
             return None
         return rate * sum(step.nbytes for step in some) / self._pull.requested.nbytes
@@ -204,11 +200,13 @@ class Issuing:
         pull = self._pull
         issuer = self._issuer
         requested = pull.requested
-        requested.quiet = [x for x in pull.sources if x.ticket.offer not in self._staged]
+        requested.quiet = pull.sources
+        if self._staged:
+            requested.quiet = [x for x in pull.sources if x.ticket.offer not in self._staged]
         # This is set last, for the reader's thread.
         requested.pieces = len(self._copies) + len(self._slices)
 
-        verifying = self.plan if self._verify else ()
+        verifying = self.plan if self._request.verify else ()
         checks = [Task(partial(verified, step, pull), 1, queue=issuer.checks) for step in verifying]
         if not (self._slices or checks or pull.remote):
             return []
@@ -246,7 +244,7 @@ class Issuing:
 
     def _copied(self, step: Step) -> Iterator[tuple[range, Task]]:
         """Yield the tasks that copy the rows of a step on the host, and the layers of each."""
-        options = self._options
+        options = self._request.options
         layers = step.cut.dst.layers
         each = 1 if options.by_layer else layers
         options = replace(options, by_layer=False)
@@ -289,9 +287,9 @@ def _copy_of(step: Step, options: CopyOptions, rate: float | None) -> BlockTrans
     """Copy the rows of a step, at its share of the rate."""
     if rate is not None:
         options = replace(options, max_gbps=rate)
-    # The plan has checked the lengths of both indices.
-    move = Move(step.src, step.cut.dst, step.src_index, step.dst_index, step.tokens)
-    return submit(move, options)
+    return copy_checked(
+        step.src, step.cut.dst, step.src_index, step.dst_index, step.tokens, options
+    )
 
 
 def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions, *_: object) -> None:
@@ -304,7 +302,7 @@ def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions, *_
             src = step.src.slice(layers=window)
             dst = step.cut.dst.slice(layers=window)
             indices = step.src_index, step.dst_index
-            copy_rows(src, dst, *indices, count=step.tokens, options=options).synchronize()
+            copy_checked(src, dst, *indices, step.tokens, options).synchronize()
     except BaseException as error:
         pull.stop(known(error) or TransferCancelled(CANCELLED))  # no mark is waited for
         raise

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 from portakv import arguments
 from portakv.errors import LayoutError, SlotError
 from portakv.migrate import messages
 from portakv.migrate.gathers import BlockList
 from portakv.migrate.shards import Shard
-from portakv.view.index import Ids, Index
+from portakv.view.index import Ids as Ids
+from portakv.view.index import Index as Index
 
 MOST_LEASE = 1e6  # seconds
+SECONDS = "a number of seconds above 0, at most 10^6"
 
 
 def block_lists(
@@ -32,18 +35,25 @@ def block_lists(
             raise
 
 
-def are_usual(tokens: object, lease: object, readers: object, max_lease: object) -> bool:
-    """Return True for plain numbers in their limits, so that no term needs a check of its own."""
-    return (
+def checked_lease(
+    tokens: int, lease: float, readers: int, max_lease: float
+) -> tuple[float, float]:
+    """Return the lease and the longest lease of an offer; raise as `Owner.offer`."""
+    if (
         type(tokens) is int
         and 1 <= tokens <= 1 << 31
         and type(readers) is int
         and 1 <= readers <= 1 << 31
         and type(lease) is float
         and type(max_lease) is float
-        and 1e-9 <= lease <= MOST_LEASE
-        and lease <= max_lease <= MOST_LEASE
-    )
+        and 1e-9 <= lease <= max_lease <= MOST_LEASE
+    ):
+        return lease, max_lease  # plain numbers, as in most calls
+    arguments.whole("tokens", tokens, 1, 1 << 31)
+    lease = arguments.number("lease", lease, 1e-9, MOST_LEASE, SECONDS)
+    arguments.whole("readers", readers, 1, 1 << 31)
+    least = f"at least the lease of {lease:g} s"
+    return lease, arguments.number("max_lease", max_lease, lease, inf, least)
 
 
 def block_list(shard: Shard, block_ids: Ids | None, tokens: int) -> BlockList:

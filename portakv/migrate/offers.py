@@ -29,15 +29,20 @@ from portakv.migrate.exports import EVENTS, Exports, Place, Words, describe_all
 from portakv.migrate.gathers import BUFFERS, BlockList, Gathers, Offered, StreamFence, renamed
 from portakv.migrate.marks import PAST, Progress, Raises, Unit, mark_event, progress_of
 from portakv.migrate.names import EndedOffers, Names
-from portakv.migrate.offer_terms import MOST_LEASE, are_usual, block_lists
+from portakv.migrate.offer_terms import (
+    MOST_LEASE,
+    SECONDS,
+    Ids,
+    Index,
+    block_lists,
+    checked_lease,
+)
 from portakv.migrate.shards import Shard, device_of
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import abandoned, uninterrupted
-from portakv.view.index import Ids, Index
 
 LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
 UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
-_SECONDS = "a number of seconds above 0, at most 10^6"
 SPOILT = messages.Answer(
     "gone", ("some of its rows could not be sent; the owner's log has the reason")
 )
@@ -180,7 +185,7 @@ class Offer:
 
         An owner may extend its offer beyond ``max_lease``, which limits readers.
         """
-        seconds = arguments.number("seconds", seconds, 0.0, MOST_LEASE, _SECONDS)
+        seconds = arguments.number("seconds", seconds, 0.0, MOST_LEASE, SECONDS)
         return uninterrupted(partial(self._extend, seconds))
 
     def _extend(self, seconds: float) -> bool:
@@ -409,13 +414,7 @@ class Owner:
             PeerError: the owner is closed, or belongs to the process that this one was forked from.
         """
         self.refuse_closed()
-        last = max_lease
-        if not are_usual(tokens, lease, readers, max_lease):
-            arguments.whole("tokens", tokens, 1, 1 << 31)
-            lease = arguments.number("lease", lease, 1e-9, MOST_LEASE, _SECONDS)
-            arguments.whole("readers", readers, 1, 1 << 31)
-            least = f"at least the lease of {lease:g} s"
-            last = arguments.number("max_lease", max_lease, lease, inf, least)
+        lease, last = checked_lease(tokens, lease, readers, max_lease)
         mark = None
         if progress is not None:
             mark = progress_of(progress, max(shard.view.layers for shard in self.shards), tokens)

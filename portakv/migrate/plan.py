@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan of a pull: the steps that copy rows of owners to rows of the reader.
 
-`steps` computes them from tickets and windows before a byte moves.
+`planned` computes them from tickets and windows before a byte moves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Cut(NamedTuple):
     """A piece, and the slices of both views.
 
     ``src`` is None if the owner's memory is not mapped. ``layers``: the layers of the reader's view
-    that the piece fills.
+    that the piece fills. ``token_bytes``: the bytes of a token in ``dst``.
     """
 
     group: int
@@ -46,6 +46,7 @@ class Cut(NamedTuple):
     src: KVView | None
     dst: KVView
     layers: range
+    token_bytes: float
 
 
 class Step(NamedTuple):
@@ -69,7 +70,7 @@ class Step(NamedTuple):
     @property
     def nbytes(self) -> float:
         """Return the bytes of the step if no position is skipped."""
-        return self.tokens * token_bytes(self.cut.dst.form)
+        return self.tokens * self.cut.token_bytes
 
     def part(self, layers: range, first: int, tokens: int) -> Step:
         """Return the step for some layers and tokens, counted from the step's first ones."""
@@ -77,12 +78,14 @@ class Step(NamedTuple):
         window = slice(layers.start, layers.stop)
         (start, _), heads = cut.piece.box
         piece = cut.piece._replace(box=((start + layers.start, start + layers.stop), heads))
+        dst = cut.dst.slice(layers=window)
         part = Cut(
             cut.group,
             piece,
             None if cut.src is None else cut.src.slice(layers=window),
-            cut.dst.slice(layers=window),
+            dst,
             cut.layers[window],
+            token_bytes(dst.form),
         )
         indices = self.src_index.shifted(first), self.dst_index.shifted(first)
         return Step(self.ticket, self.owner, part, *indices, self.first + first, tokens)
@@ -150,9 +153,16 @@ def _named() -> AbstractContextManager[None]:
     return naming("blocks", "lists of ids of the views' blocks")
 
 
-def steps(
+class Planned(NamedTuple):
+    """The steps of a pull. ``skips``: an id of the owners or of the reader skips its positions."""
+
+    steps: list[Step]
+    skips: bool
+
+
+def planned(
     sources: Sources, shards: Sequence[Shard], blocks: Sequence[Index], first: int
-) -> list[Step]:
+) -> Planned:
     """Return the steps of a pull from token ``first`` on; raise as `Reader.pull` does."""
     count = _check_tickets(sources, shards, first)
     lists, skips = _indices(sources, shards, blocks, first, count)
@@ -166,15 +176,15 @@ def steps(
         if not skips:
             cached[key] = cuts
 
-    planned = list[Step]()
+    steps = list[Step]()
     for cut in cuts:
         dst_index, src_indices = lists[cut.group]
         if cut.piece.ids is not None:
             dst_index = Index(np.where(cut.piece.ids, dst_index.slots(count), -1))
         source = sources[cut.piece.owner]
         src_index = src_indices[cut.piece.owner]
-        planned.append(Step(source.ticket, source.owner, cut, src_index, dst_index, first, count))
-    return planned
+        steps.append(Step(source.ticket, source.owner, cut, src_index, dst_index, first, count))
+    return Planned(steps, skips)
 
 
 def _check_tickets(sources: Sources, shards: Sequence[Shard], first: int) -> int:
@@ -244,13 +254,16 @@ def _check_number_of_blocks(index: Index, first: int, count: int) -> None:
     )
 
 
-def count_blocks(blocks: Sequence[Index], first: int, past: int) -> int:
-    """Return the number of the reader's blocks, in all shards, for tokens ``first`` to ``past``."""
+def count_blocks(blocks: Sequence[Index], first: int, past: int, skips: bool) -> int:
+    """Return the number of the reader's blocks, in all shards, for tokens ``first`` to ``past``.
+
+    ``skips``: some blocks may be skipped.
+    """
     total = 0
     for index in blocks:
         start = (index.offset + first) // index.step
         end = -(-(index.offset + past) // index.step)
-        if index.ids is None:
+        if index.ids is None or not skips:
             total += end - start
         else:
             total += int(np.count_nonzero(index.host_ids()[start:end] >= 0))
@@ -274,4 +287,5 @@ def _cuts(
             at = slices(piece.box, boxes[piece.owner])
             src = owner.shards[group].view.slice(**at) if owner.shards else None
             layers = range(part["layers"].start, part["layers"].stop)
-            yield Cut(group, piece, src, shard.view.slice(**part), layers)
+            dst = shard.view.slice(**part)
+            yield Cut(group, piece, src, dst, layers, token_bytes(dst.form))

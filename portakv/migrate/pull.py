@@ -28,8 +28,7 @@ from portakv.errors import (
 )
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
-from portakv.migrate.channel_client import Asked
-from portakv.migrate.connections import Source, Sources
+from portakv.migrate.connections import Asked, Source, Sources
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
 from portakv.migrate.named import LateLayer, Wanted, forked_error
 from portakv.migrate.words import fence

@@ -20,7 +20,6 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.connections import Connections, listed, renamed
 from portakv.migrate.housekeeping import Housekeeper
 from portakv.migrate.issue import Issuer, Request
-from portakv.migrate.messages import any_named
 from portakv.migrate.pull import Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.runtime.devices import capturing, refuse_capture
@@ -108,15 +107,19 @@ class Reader:
             Unsupported: memory that can neither be mapped nor sent; inside graph capture.
         """
         options = self._checked(options, by_layer, overlap, max_thread_blocks, max_gbps)
-        arguments.whole("first", first)
+        if type(first) is not int or first < 0:
+            first = arguments.whole("first", first)
         arguments.flag("verify", verify)
         if capturing(self.device):
             raise refuse_capture("A pull", "it waits for the end of its copies; pull outside")
         self._check_open()
-        until = monotonic() + arguments.seconds("timeout", timeout, optional=True)
+        seconds = arguments.FOREVER
+        if timeout is not None:
+            seconds = arguments.seconds("timeout", timeout, optional=True)
+        until = monotonic() + seconds
         request = Request.of(self.shards, blocks, first, options, verify)
         packed = listed(tickets)
-        by_name = self._by_name.pull(packed, request, until) if any_named(packed) else None
+        by_name = self._by_name.pull(packed, request, until)
         if by_name is not None:
             return by_name
         sources = self._owners.resolve_listed(packed, until)

@@ -29,9 +29,8 @@ from portakv.errors import (
 from portakv.graph import Graph, Task
 from portakv.migrate.arrival import Arrival, InFlight, Scattered, arrivals
 from portakv.migrate.buffers import StagingBuffer
-from portakv.migrate.channel_client import Asked
 from portakv.migrate.checksum import MODULUS, checksum
-from portakv.migrate.connections import Source
+from portakv.migrate.connections import Asked, Source
 from portakv.migrate.messages import Answer, Gather, Stop, Stopped, Sum
 from portakv.migrate.plan import Step
 from portakv.migrate.pull import CANCELLED, Pull, known
