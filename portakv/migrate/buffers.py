@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from queue import Empty, SimpleQueue
+from queue import Empty
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -16,6 +16,7 @@ from portakv.errors import PeerError
 from portakv.migrate.staging import Chunks, staging
 from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports.base import Lane, Moving, Transport
+from portakv.runtime.inbox import Inbox
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel
@@ -60,9 +61,8 @@ class FreeBuffers:
 
     def __init__(self, buffers: Iterable[StagingBuffer]) -> None:
         self._free = deque[StagingBuffer]()
-        # One entry for each free buffer: a thread waits for an entry, and then takes a buffer. Such
-        # a queue waits without a call of Python.
-        self._entries: SimpleQueue[None] = SimpleQueue()
+        # One entry for each free buffer: a thread waits for an entry, and then takes a buffer.
+        self._entries = Inbox[None]()
         for buffer in buffers:
             self.put(buffer)
 
@@ -80,7 +80,7 @@ class FreeBuffers:
     def take(self, timeout: float) -> StagingBuffer | None:
         """Return a buffer; None if none is free for ``timeout`` seconds."""
         try:
-            self._entries.get(timeout > 0, timeout)
+            self._entries.get(timeout)
         except Empty:
             return None
         return self._free.pop()

@@ -25,10 +25,7 @@ Stop: TypeAlias = Callable[[PortaKVError], object]
 
 def incomplete(sources: Sources) -> bool:
     """Return True if rows of some offers are not complete, as far as this process can see."""
-    for source in sources:
-        if source.ticket.progress and source.mark < source.end:
-            return True
-    return False
+    return any(source.ticket.progress and source.mark < source.end for source in sources)
 
 
 class Followed:

@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import Empty
 from time import monotonic
 
 import torch
@@ -27,6 +27,7 @@ from portakv.migrate.named import Finder, Wanted
 from portakv.migrate.pull import Pull
 from portakv.migrate.questions import PAUSE
 from portakv.runtime.finished import Finished
+from portakv.runtime.inbox import Inbox
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import ignore_captures_elsewhere
 
@@ -63,7 +64,7 @@ class Wakes:
 
     def __init__(self) -> None:
         self.gathering = False
-        self._queue: SimpleQueue[bool] = SimpleQueue()  # True: look immediately
+        self._queue = Inbox[bool]()  # True: look immediately
 
     def look(self) -> None:
         """Have the thread look immediately."""

@@ -362,10 +362,7 @@ class Named(Message, frozen=True):
 
 def any_named(tickets: Iterable[bytes]) -> bool:
     """Return True if some tickets may be by name."""
-    for ticket in tickets:
-        if ticket.startswith(_NO_MAC):
-            return True
-    return False
+    return any(ticket.startswith(_NO_MAC) for ticket in tickets)
 
 
 def offer_name(name: object) -> bytes:

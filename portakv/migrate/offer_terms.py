@@ -35,9 +35,7 @@ def block_lists(
             raise
 
 
-def checked_lease(
-    tokens: int, lease: float, readers: int, max_lease: float
-) -> tuple[float, float]:
+def checked_lease(tokens: int, lease: float, readers: int, max_lease: float) -> tuple[float, float]:
     """Return the lease and the longest lease of an offer; raise as `Owner.offer`."""
     if (
         type(tokens) is int

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import inf
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch

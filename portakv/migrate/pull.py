@@ -413,9 +413,7 @@ class Pull(Transfer):
             except PortaKVError as error:
                 self.confirm([source], [error])
 
-    def confirm(
-        self, sources: Sequence[Source], answers: Sequence[Answer | PortaKVError]
-    ) -> None:
+    def confirm(self, sources: Sequence[Source], answers: Sequence[Answer | PortaKVError]) -> None:
         """End the pull: commit it if all owners answer that their offers held. No answers: the
         pull was stopped."""
         error: PortaKVError | None = None
@@ -465,7 +463,9 @@ class Pull(Transfer):
         """
         if not sources:
             return []
-        requests = [(owner.address, kind(one.epoch, one.offer, *terms)) for one, owner, _ in sources]
+        requests = [
+            (owner.address, kind(one.epoch, one.offer, *terms)) for one, owner, _ in sources
+        ]
         channel = sources[0].owner.channel
         return channel.ask_all(requests, Answer, self._seconds_to_answer)
 

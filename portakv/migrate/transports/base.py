@@ -42,7 +42,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from math import inf
-from queue import SimpleQueue
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +51,7 @@ from portakv.backends.base import Decision
 from portakv.errors import PeerError, TransferTimeout
 from portakv.migrate.messages import Message
 from portakv.runtime.devices import refuse_fork, this_process
+from portakv.runtime.inbox import Inbox
 from portakv.runtime.transfer import event_pool
 from portakv.runtime.worker import EXIT_SECONDS
 
@@ -235,7 +235,7 @@ class Lane(ABC):
         self._moving = set[Moving]()
         # As many as have their turns together: the next one's turn begins after the first of them.
         self._last = deque[Moving](maxlen=self.width)
-        self._jobs = SimpleQueue[Any]()
+        self._jobs = Inbox[Any]()
         self._turn = threading.Lock()
         self.order = threading.Lock()  # buffers are queued one at a time
         named: Any = {"target": self._run, "name": "portakv-transport", "daemon": True}
