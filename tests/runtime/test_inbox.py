@@ -50,10 +50,12 @@ def test_no_object_is_lost_between_many_threads() -> None:
             seen.append(item)
 
     takers = [threading.Thread(target=take) for _ in range(4)]
-    givers = [
-        threading.Thread(target=lambda n=n: [inbox.put(n * 1000 + each) for each in range(1000)])
-        for n in range(4)
-    ]
+
+    def give(first: int) -> None:
+        for each in range(first, first + 1000):
+            inbox.put(each)
+
+    givers = [threading.Thread(target=give, args=(n * 1000,)) for n in range(4)]
     for thread in (*takers, *givers):
         thread.start()
     for thread in givers:
