@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import monotonic
 from typing import NamedTuple
@@ -13,10 +13,10 @@ import numpy as np
 
 from portakv import arguments
 from portakv.copy.handle import BlockTransfer
-from portakv.copy.rows import copy_rows
 from portakv.errors import TransferCancelled
 from portakv.graph import Task
 from portakv.migrate.buffers import StagingBuffer
+from portakv.migrate.checked_copy import copy_checked
 from portakv.migrate.plan import Slice, Step
 from portakv.migrate.pull import CANCELLED
 from portakv.migrate.staging import Chunks, part_of, rows_bytes
@@ -30,22 +30,24 @@ LEAST_ON_HOST = 32 << 20
 LEAST_ON_DEVICE = 128 << 20
 
 
+#: What landed of a slice, as tasks have it.
+_LANDED = np.ones(1, np.bool_)
+_NOT_LANDED = np.zeros(1, np.bool_)
+
+
 class Arrival(Task):
     """The end of a slice of a step, for a pull and its layers. The task ``whole`` takes the slice,
     among others."""
 
-    def __init__(self, step: Step, part: Slice, whole: Task) -> None:
-        super().__init__(None, 1)
+    def __init__(self, step: Step, part: Slice, whole: Task, staged_bytes: int) -> None:
+        # Not the constructor of a task: no caller passes terms of slices that need its checks.
+        self.error = None
+        self.landed = _NOT_LANDED
         self.step = step
         self.part = part
         self.whole = whole
+        self.staged_bytes = staged_bytes  # of the slice in a staging buffer
         self._over = threading.Event()
-
-    @property
-    def staged_bytes(self) -> int:
-        """Return the bytes of the slice in a staging buffer."""
-        view = self.step.cut.dst.as_bytes()
-        return rows_bytes(view, len(self.part.layers), self.part.tokens, view.heads)
 
     def scattering(self, chunks: Chunks) -> Callable[[], BlockTransfer]:
         """Return a function that copies the rows of the slice from a staging buffer, after the work
@@ -53,13 +55,14 @@ class Arrival(Task):
         layers, first, tokens = self.part
         dst = part_of(self.step.cut.dst.as_bytes(), slice(layers.start, layers.stop))
         src = chunks.of(dst, tokens)[1]
-        return partial(copy_rows, src, dst, None, self.step.dst_index.shifted(first), count=tokens)
+        dst_index = self.step.dst_index.shifted(first)
+        return partial(copy_checked, src, dst, None, dst_index, tokens)
 
     def end(self, error: BaseException | None = None) -> None:
         """End the slice, unless it has ended."""
         if not self.ended:
             self.error = error
-            self.landed = np.full(1, error is None)
+            self.landed = _LANDED if error is None else _NOT_LANDED
             self.ended = True
             self._over.set()
 
@@ -106,4 +109,15 @@ def arrivals(steps: Sequence[Step], max_gbps: float | None, whole: Task) -> list
     most = max(LEAST_ON_HOST if on_host else LEAST_ON_DEVICE, -(-int(nbytes) // SLICES))
     if max_gbps is not None:
         most = min(most, int(PACED * 1e9 * max_gbps))
-    return [Arrival(step, part, whole) for step in steps for part in step.slices(most)]
+    return [arrival for step in steps for arrival in _arrivals_of(step, most, whole)]
+
+
+def _arrivals_of(step: Step, most: int, whole: Task) -> Iterator[Arrival]:
+    """Yield the slices of one step, of at most ``most`` bytes if they can be so small."""
+    view = step.cut.dst.as_bytes()
+    known = dict[tuple[int, int], int]()  # most slices are alike
+    for part in step.slices(most):
+        key = len(part.layers), part.tokens
+        if key not in known:
+            known[key] = rows_bytes(view, *key, view.heads)
+        yield Arrival(step, part, whole, known[key])

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from queue import LifoQueue
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from queue import Empty
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -15,6 +16,7 @@ from portakv.errors import PeerError
 from portakv.migrate.staging import Chunks, staging
 from portakv.migrate.transport_channel import TransportChannel
 from portakv.migrate.transports.base import Lane, Moving, Transport
+from portakv.runtime.inbox import Inbox
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel
@@ -54,6 +56,36 @@ class StagingBuffer:
             self.chunks = Chunks(self.memory)
 
 
+class FreeBuffers:
+    """The free buffers of an agreement; the last used is taken first. Any thread may call it."""
+
+    def __init__(self, buffers: Iterable[StagingBuffer]) -> None:
+        self._free = deque[StagingBuffer]()
+        # One entry for each free buffer: a thread waits for an entry, and then takes a buffer.
+        self._entries = Inbox[None]()
+        for buffer in buffers:
+            self.put(buffer)
+
+    def __len__(self) -> int:
+        return len(self._free)
+
+    def __iter__(self) -> Iterator[StagingBuffer]:
+        return iter(tuple(self._free))
+
+    def put(self, buffer: StagingBuffer) -> None:
+        """Add a buffer."""
+        self._free.append(buffer)
+        self._entries.put(None)
+
+    def take(self, timeout: float) -> StagingBuffer | None:
+        """Return a buffer; None if none is free for ``timeout`` seconds."""
+        try:
+            self._entries.get(timeout)
+        except Empty:
+            return None
+        return self._free.pop()
+
+
 class Takes(Protocol):
     """Takes slices for a pull."""
 
@@ -90,10 +122,7 @@ class Staging:
         self.tag = 0  # of the last slice that was requested
         #: What takes slices of this owner now; see `staged.Taker`.
         self.takers = set[Takes]()
-        #: Free buffers; the last used is taken first.
-        self.buffers: LifoQueue[StagingBuffer] = LifoQueue()
-        for _ in range(count):
-            self.buffers.put(StagingBuffer(staging(0, device)))
+        self.buffers = FreeBuffers([StagingBuffer(staging(0, device)) for _ in range(count)])
 
     def lane(self) -> Lane:
         """Return the lane to the owner; raise `PeerError` after `release`."""

@@ -16,6 +16,7 @@ from portakv.migrate.followed import incomplete
 from portakv.migrate.follower import Follower
 from portakv.migrate.housekeeping import Housekeeper
 from portakv.migrate.issue import Issuer, Request
+from portakv.migrate.messages import any_named
 from portakv.migrate.named import Finder, LateLayer, Wanted
 from portakv.migrate.pull import CANCELLED, Pull, fail
 from portakv.runtime.streams import StreamFence
@@ -40,7 +41,7 @@ class ByName:
     def pull(self, tickets: list[bytes], request: Request, until: float) -> Pull | None:
         """Return a pull that waits for its offers, and then begins after the caller's stream; None
         if no ticket is a name."""
-        wanted = Wanted.of(tickets)
+        wanted = Wanted.of(tickets) if any_named(tickets) else None
         if wanted is None:
             return None
         pull = Pull((), until, self._keeper.report)

@@ -31,6 +31,11 @@ class Loop:
         self._thread = threading.Thread(target=self._run, name="portakv channel", daemon=True)
         self.watch(self._wake, self._run_soon)
 
+    @property
+    def runs_here(self) -> bool:
+        """Return True in the thread itself."""
+        return self._thread.ident == threading.get_ident()
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from socket import SHUT_RDWR, socket
@@ -115,6 +115,7 @@ class Server:
     Attributes:
         address: where others reach the channel.
         services: the functions that answer requests; any thread may add one.
+        later: calls to be made when the answer to the present request was sent.
 
     Args:
         sockets: makes the sockets.
@@ -134,6 +135,7 @@ class Server:
         self._fds = dict[int, bytes]()  # the names of connections, by their descriptors
         self._last = _Answers()
         self._path = -1
+        self.later = deque[Callable[[], object]]()
         # ZeroMQ asks the channel's thread for the permission of each connection.
         self._zap: zmq.Socket[bytes] = sockets.context.socket(zmq.REP)
         self._router = sockets.server(self.address)
@@ -221,6 +223,8 @@ class Server:
         back = self._answer(peer, data)
         if number and back:
             self._router.send_multipart([name.bytes, back])
+        while self.later:
+            self.later.popleft()()
 
     def _answer(self, peer: Peer | None, data: bytes) -> bytes:
         """Return what is sent back for a request, which is executed unless it is a repeat."""

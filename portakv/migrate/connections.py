@@ -29,6 +29,7 @@ from portakv.errors import (
 )
 from portakv.migrate import ipc
 from portakv.migrate.buffers import Staging
+from portakv.migrate.channel import Asked as Asked
 from portakv.migrate.channel import Channel
 from portakv.migrate.mapping import NotMapped, Place, WordsOfOwner, map_owner
 from portakv.migrate.messages import (
@@ -88,18 +89,24 @@ class Connection:
 
 
 class Source(NamedTuple):
-    """A ticket and the owner that made it."""
+    """A ticket and the owner that made it.
+
+    ``word``: the place of the offer's validity word; None if only the owner can say whether the
+    offer holds.
+    """
 
     ticket: Ticket
     owner: Connection
+    word: Place | None = None
 
-    @property
-    def word(self) -> Place | None:
-        """Return the place of the offer's validity word; None if only the owner can say whether
-        the offer holds."""
-        words = self.owner.words
-        place = Place.of(self.ticket.place, self.ticket.offer)
-        return place if words is not None and words.has(place) else None
+    @classmethod
+    def of(cls, ticket: Ticket, owner: Connection) -> Source:
+        """Return the source of a ticket."""
+        words = owner.words
+        if words is None:
+            return cls(ticket, owner)
+        place = Place.of(ticket.place, ticket.offer)
+        return cls(ticket, owner, place if words.has(place) else None)
 
     @property
     def end(self) -> int:
@@ -157,7 +164,7 @@ class Connections:
         """Return what `resolve` returns, for the result of `listed`."""
         read = [Ticket.read(data) for data in packed]
         try:
-            sources = [Source(ticket, self.of(ticket, until)) for ticket in read]
+            sources = [Source.of(ticket, self.of(ticket, until)) for ticket in read]
         except PeerError as error:
             if monotonic() < until:
                 raise
@@ -165,8 +172,8 @@ class Connections:
                 f"The handshake of the pull timed out; no rows were committed. Increase timeout, "
                 f"or pull from another owner: {error}"
             ) from error
-        for data, (_, owner) in zip(packed, sources, strict=True):
-            if not is_signed(data, owner.handshake.key):
+        for data, source in zip(packed, sources, strict=True):
+            if not is_signed(data, source.owner.handshake.key):
                 raise no_ticket()
         return sources
 
@@ -247,7 +254,7 @@ class Connections:
         """Renew the lease of a ticket's offer; see `Reader.extend`."""
         if not isinstance(ticket, bytes):
             raise arguments.invalid("ticket", "bytes", ticket, "Pass Offer.ticket.")
-        ((parsed, owner),) = self.resolve(ticket)
+        ((parsed, owner, _),) = self.resolve(ticket)
         renewal = Renew(parsed.epoch, parsed.offer, seconds)
         answer = self.channel.ask(owner.address, renewal, Answer)
         if answer.state != "held":

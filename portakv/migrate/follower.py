@@ -125,6 +125,7 @@ class Follower:
     def follow(self, pull: Pull, wanted: Wanted, request: Request, after: StreamFence) -> None:
         """Issue a pull as its offers become complete, after a fence; raise as `Reader.pull`."""
         issuing = Issuing(self._issuer, pull, request)
+        issuing.count_blocks()
         options = request.options
         whole = not options.by_layer or options.max_gbps is not None
         parts = _Parts(issuing)

@@ -25,7 +25,7 @@ from portakv.graph import Graph, Task
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.checksum import Later, checksum
 from portakv.migrate.messages import Answer, Gather, Hello, Message, Part, Stop, Stopped, Sum
-from portakv.migrate.shards import Shard, overlap, slices
+from portakv.migrate.shards import Shard, slices, within
 from portakv.migrate.staging import (
     Chunks,
     bring_ids,
@@ -79,17 +79,25 @@ class Offered(NamedTuple):
         """Raise `LayoutError` if the rows of a part were not offered."""
         shard = self.shards[part.group] if part.group < len(self.shards) else None
         some = 0 < part.count <= self.tokens - part.first
-        if shard is None or overlap(part.box, shard.group.box) != part.box or not some:
+        if shard is None or not within(part.box, shard.group.box) or not some:
             raise LayoutError(
                 f"Expected offered rows, got layers {part.layers} x heads {part.heads} of group "
                 f"{part.group}, tokens {part.first} + {part.count}. Request offered rows."
             )
 
-    def nbytes(self, part: Part) -> int:
-        """Return the bytes of a part in a staging buffer."""
-        view = self.shards[part.group].view.as_bytes()
-        (start, stop), (first, past) = part.box
-        return rows_bytes(view, stop - start, part.count, past - first)
+    def sizes(self, parts: Sequence[Part]) -> list[int]:
+        """Return the bytes of each part in a staging buffer."""
+        known = dict[tuple[int, int, int, int], int]()  # most parts are alike
+        sizes = list[int]()
+        for part in parts:
+            layers = part.layers[1] - part.layers[0]
+            heads = part.heads[1] - part.heads[0]
+            key = part.group, layers, part.count, heads
+            if key not in known:
+                view = self.shards[part.group].view.as_bytes()
+                known[key] = rows_bytes(view, layers, part.count, heads)
+            sizes.append(known[key])
+        return sizes
 
     def rows(self, part: Part) -> Rows:
         """Return the rows of a part."""
@@ -126,10 +134,14 @@ def zero(memory: torch.Tensor) -> None:
 
 
 class Sending:
-    """The parts of one request, which cross by one lane through ``buffers`` staging buffers."""
+    """The parts of one request, of these ``sizes`` in bytes, which cross by one lane through
+    ``buffers`` staging buffers."""
 
-    def __init__(self, gather: Gather, offered: Offered, lane: Lane, buffers: int) -> None:
+    def __init__(
+        self, gather: Gather, sizes: Sequence[int], offered: Offered, lane: Lane, buffers: int
+    ) -> None:
         self.gather = gather
+        self.sizes = sizes
         self.offered = offered
         self.lane = lane
         self.buffers = buffers
@@ -249,7 +261,8 @@ class Gathers:
             return Answer("busy", "earlier requests are not sent yet", seconds=1e-3)
 
         # Allocate in this thread, so that the reader gets the error if there is no memory.
-        needs = max(offered.nbytes(part) for part in gather.parts)
+        sizes = offered.sizes(gather.parts)
+        needs = max(sizes)
         count = self._reserve(peer, line.transport, len(gather.parts), needs)
         if not count:
             why = "earlier pulls use its staging buffers"
@@ -261,11 +274,11 @@ class Gathers:
         lane = line.transport.lane(peer, self._channel)
         with self._lock:
             line.last = gather.tag
-            line.sendings.append(Sending(gather, offered, lane, count))
+            line.sendings.append(Sending(gather, sizes, offered, lane, count))
             begins = not line.active
             line.active = True
-        if begins:
-            self._continue(peer, line)
+        if begins:  # after the answer: the worker would hold the interpreter meanwhile
+            self._channel.after_answer(partial(self._continue, peer, line))
         return Answer("done")
 
     def stop(self, peer: Peer, stop: Stop) -> Stopped:
@@ -409,7 +422,7 @@ class Gathers:
         sending, number, buffer = filling
         offered = sending.offered
         part = sending.gather.parts[number]
-        full = buffer.memory[: offered.nbytes(part)]
+        full = buffer.memory[: sending.sizes[number]]
         tag = sending.gather.tag + number
         try:
             if not sending.stopped and peer.id not in offered.spoilt and offered.holds():

@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import Empty
 from time import monotonic
 
 import torch
@@ -27,6 +27,7 @@ from portakv.migrate.named import Finder, Wanted
 from portakv.migrate.pull import Pull
 from portakv.migrate.questions import PAUSE
 from portakv.runtime.finished import Finished
+from portakv.runtime.inbox import Inbox
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.streams import ignore_captures_elsewhere
 
@@ -63,7 +64,7 @@ class Wakes:
 
     def __init__(self) -> None:
         self.gathering = False
-        self._queue: SimpleQueue[bool] = SimpleQueue()  # True: look immediately
+        self._queue = Inbox[bool]()  # True: look immediately
 
     def look(self) -> None:
         """Have the thread look immediately."""
@@ -273,6 +274,7 @@ class Housekeeper:
         if error is not None:
             pull.stop(error)
             return
+        self._tend(pull, now - watched.began)
         wanted = pull.requested.wanted
         waits = wanted is not None and wanted.waits
         # A worker renews the others if it does not wait.
@@ -287,6 +289,17 @@ class Housekeeper:
             for source in shared:
                 ticket = source.ticket
                 self._tell(source, Renew(ticket.epoch, ticket.offer, ticket.lease))
+
+    @staticmethod
+    def _tend(pull: Pull, seconds: float) -> None:
+        """Have a worker renew the offers of a pull that has lasted for some seconds, before a third
+        of their leases is over; a shorter pull needs no such worker."""
+        tend = pull.requested.tend
+        if tend is None or seconds < _third([*pull.sources]) - LOOK:
+            return
+        pull.requested.tend = None
+        with suppress(PortaKVError):  # the graph is closed, so the pull ends
+            tend()
 
     def _tell(self, source: Source, message: Message) -> bool:
         """Send a message to an owner, unless the owner is gone; return False if its connection is

@@ -16,12 +16,12 @@ import torch
 
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.options import CopyOptions
-from portakv.copy.rows import copy_rows
 from portakv.errors import TransferCancelled
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
+from portakv.migrate.checked_copy import copy_checked
 from portakv.migrate.connections import Sources
-from portakv.migrate.plan import Step, count_blocks, indices_of, steps
+from portakv.migrate.plan import Step, count_blocks, indices_of, planned
 from portakv.migrate.pull import CANCELLED, Ends, Part, Pull, known
 from portakv.migrate.shards import Shard
 from portakv.migrate.staged import Taker, verified
@@ -87,7 +87,9 @@ class Issuer:
         """
         issuing = Issuing(self, pull, request)
         tasks = issuing.issue(issuing.plan)
-        return [*tasks, *issuing.end()], issuing.layers()
+        issuing.count_blocks()  # what no copy needs comes after the copies
+        tasks += issuing.end(alone=True)
+        return tasks, issuing.layers()
 
     def wait_for_events(self, sources: Sources) -> None:
         """Order this reader's stream after the events of offers that have not been reached.
@@ -95,7 +97,7 @@ class Issuer:
         Rows up to a mark are complete when the mark is seen. Their offer's event may stand for a
         later offer by then.
         """
-        for ticket, owner in sources:
+        for ticket, owner, _ in sources:
             if ticket.progress:
                 continue
             event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
@@ -114,28 +116,35 @@ class Issuing:
     """
 
     def __init__(self, issuer: Issuer, pull: Pull, request: Request) -> None:
-        indices, first, options, verify = request
-        self.plan = steps(pull.sources, issuer.shards, indices, first)
+        sources = pull.sources
+        self.plan, self._skips = planned(sources, issuer.shards, request.indices, request.first)
         self._issuer = issuer
         self._pull = pull
-        self._options = options
-        self._verify = verify
-        self._layers = _Layers(issuer.shards if options.by_layer else ())
+        self._request = request
+        self._layers = _Layers(issuer.shards) if request.options.by_layer else None
         self._staged = set[bytes]()  # offers whose owners get requests for rows
+        self._takers = list[Taker]()
 
         requested = pull.requested
-        requested.blocks = count_blocks(indices, first, pull.sources[0].ticket.tokens)
-        requested.nbytes = sum(step.nbytes for step in self.plan)
+        requested.nbytes = sum([step.nbytes for step in self.plan])
         # A copy at a rate has a separate worker.
         on_host = issuer.device.type == "cpu"
-        self._long = on_host and requested.nbytes > LONG and not options.max_gbps
+        self._long = on_host and requested.nbytes > LONG and not request.options.max_gbps
         pull.copies = self._copies = list[BlockTransfer]()
         pull.slices = self._slices = list[Task]()
+
+    def count_blocks(self) -> None:
+        """Count the blocks of the pull, for its statistics."""
+        pull = self._pull
+        request = self._request
+        past = pull.sources[0].ticket.tokens
+        blocks = count_blocks(request.indices, request.first, past, self._skips)
+        pull.requested.blocks = blocks
 
     def issue(self, some: Sequence[Step]) -> list[Task]:
         """Issue the copies of steps, or of parts of steps, and return their tasks."""
         pull = self._pull
-        options = self._options
+        options = self._request.options
         requested = pull.requested
         self._issuer.wait_for_events(pull.sources)
         tasks = list[Task]()
@@ -145,10 +154,12 @@ class Issuing:
                 staged.setdefault(step.ticket.offer, []).append(step)
                 requested.strategy = step.owner.strategy
             elif self._long:
-                tasks += self._layers.add_tasks(step, self._copied(step))
+                tasks += self._ending(step, self._copied(step))
             else:
-                self._copies.append(_copy_of(step, options, self._rate([step])))
-                self._layers.add_copy(step, self._copies[-1])
+                copy = _copy_of(step, options, self._rate([step]) if options.max_gbps else None)
+                self._copies.append(copy)
+                if self._layers is not None:
+                    self._layers.add_copy(step, copy)
         self._slices += tasks
         for steps_of_offer in staged.values():
             tasks.append(self._take(steps_of_offer))
@@ -159,44 +170,81 @@ class Issuing:
         """Return the task that takes the rows of an offer from the owner that sends them, at their
         share of the rate."""
         taker = Taker(self._issuer.graph, some, self._pull, self._rate(some))
+        self._takers.append(taker)
         for each in taker.arrivals:
-            self._slices += self._layers.add_tasks(each.step, [(each.part.layers, each)])
+            self._slices += self._ending(each.step, [(each.part.layers, each)])
         return taker.task
+
+    def _ending(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> list[Task]:
+        """Return tasks that each bring some layers of a step, after their layers know them."""
+        listed = [*tasks]
+        if self._layers is not None:
+            self._layers.add_tasks(step, listed)
+        return [task for _, task in listed]
 
     def _rate(self, some: Sequence[Step]) -> float | None:
         """Return the share of steps in the rate of the pull; None: it has none."""
-        rate = self._options.max_gbps
+        rate = self._request.options.max_gbps
         if rate is None:
             return None
         return rate * sum(step.nbytes for step in some) / self._pull.requested.nbytes
 
-    def end(self) -> list[Task]:
-        """Return the task that commits the pull; none if whoever looks at the pull commits it."""
+    def end(self, alone: bool = False) -> list[Task]:
+        """Return the task that commits the pull.
+
+        None if whoever looks at the pull commits it, or the task that takes all of its rows.
+
+        Args:
+            alone: no task of the pull was submitted yet.
+        """
         pull = self._pull
         issuer = self._issuer
         requested = pull.requested
-        requested.quiet = [x for x in pull.sources if x.ticket.offer not in self._staged]
+        requested.quiet = pull.sources
+        if self._staged:
+            requested.quiet = [x for x in pull.sources if x.ticket.offer not in self._staged]
         # This is set last, for the reader's thread.
         requested.pieces = len(self._copies) + len(self._slices)
 
-        verifying = self.plan if self._verify else ()
+        verifying = self.plan if self._request.verify else ()
         checks = [Task(partial(verified, step, pull), 1, queue=issuer.checks) for step in verifying]
-        if not self._slices and not checks and all(source.word for source in pull.sources):
+        if not (self._slices or checks or pull.remote):
+            return []
+        if alone and self._one_taker and not checks:
+            self._commit_by(self._takers[0])
             return []
         pull.task = Task(lambda *_: pull.run(issuer.graph, checks), 1, queue=issuer.pulls)
         return [pull.task]
 
+    @property
+    def _one_taker(self) -> bool:
+        """Return True if one task takes all rows, from the pull's only owner."""
+        return len(self._takers) == len(self._pull.sources) == 1 and not self._copies
+
+    def _commit_by(self, taker: Taker) -> None:
+        """Let the task that takes all rows also commit the pull: no other thread has to wake.
+
+        If it lasts long, another worker renews the offer.
+        """
+        issuer = self._issuer
+        pull = self._pull
+        taker.commits = True
+        pull.task = taker.task
+        renew = Task(lambda *_: pull.renew_until(taker.task), 1, queue=issuer.pulls, name="renew")
+        pull.requested.tend = partial(issuer.graph.submit, [renew], priority="urgent")
+
     def layers(self) -> list[Part]:
         """Return the ends of all layers, as far as they are issued."""
-        return self._layers.parts()
+        return [] if self._layers is None else self._layers.parts()
 
     def layer(self, group: int, layer: int) -> Part:
         """Return the end of a layer of a shard, as far as it is issued."""
+        assert self._layers is not None  # only pulls by layer have these
         return self._layers.part(group, layer)
 
     def _copied(self, step: Step) -> Iterator[tuple[range, Task]]:
         """Yield the tasks that copy the rows of a step on the host, and the layers of each."""
-        options = self._options
+        options = self._request.options
         layers = step.cut.dst.layers
         each = 1 if options.by_layer else layers
         options = replace(options, by_layer=False)
@@ -207,27 +255,23 @@ class Issuing:
 
 
 class _Layers:
-    """The ends of each layer of each shard; none without shards."""
+    """The ends of each layer of each shard, of a pull by layer."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._ends = [[Ends() for _ in range(shard.view.layers)] for shard in shards]
 
     def add_copy(self, step: Step, copy: BlockTransfer) -> None:
         """Add the layers of a copy."""
-        if self._ends:
-            ends = self._ends[step.cut.group]
-            for nth, end in enumerate(copy.layers):
-                ends[step.cut.layers[nth]].copies.append(end)
+        ends = self._ends[step.cut.group]
+        for nth, end in enumerate(copy.layers):
+            ends[step.cut.layers[nth]].copies.append(end)
 
-    def add_tasks(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> list[Task]:
-        """Add tasks that each bring some layers of a step; return the tasks."""
-        listed = [*tasks]
-        if self._ends:
-            ends = self._ends[step.cut.group]
-            for some, task in listed:
-                for layer in some:
-                    ends[step.cut.layers[layer]].tasks.append(task)
-        return [task for _, task in listed]
+    def add_tasks(self, step: Step, tasks: Iterable[tuple[range, Task]]) -> None:
+        """Add tasks that each bring some layers of a step."""
+        ends = self._ends[step.cut.group]
+        for some, task in tasks:
+            for layer in some:
+                ends[step.cut.layers[layer]].tasks.append(task)
 
     def part(self, group: int, layer: int) -> Part:
         """Return the end of a layer of a shard."""
@@ -243,8 +287,8 @@ def _copy_of(step: Step, options: CopyOptions, rate: float | None) -> BlockTrans
     """Copy the rows of a step, at its share of the rate."""
     if rate is not None:
         options = replace(options, max_gbps=rate)
-    return copy_rows(
-        step.src, step.cut.dst, step.src_index, step.dst_index, count=step.tokens, options=options
+    return copy_checked(
+        step.src, step.cut.dst, step.src_index, step.dst_index, step.tokens, options
     )
 
 
@@ -258,7 +302,7 @@ def _copy_layers(step: Step, layers: range, pull: Pull, options: CopyOptions, *_
             src = step.src.slice(layers=window)
             dst = step.cut.dst.slice(layers=window)
             indices = step.src_index, step.dst_index
-            copy_rows(src, dst, *indices, count=step.tokens, options=options).synchronize()
+            copy_checked(src, dst, *indices, step.tokens, options).synchronize()
     except BaseException as error:
         pull.stop(known(error) or TransferCancelled(CANCELLED))  # no mark is waited for
         raise

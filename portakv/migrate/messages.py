@@ -6,7 +6,7 @@ No message is trusted further than its schema.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterable
 from hashlib import blake2b
 from hmac import compare_digest
 from typing import Annotated, ClassVar, Literal, TypeVar
@@ -42,6 +42,7 @@ Names = Annotated[tuple[Name, ...], Meta(max_length=16)]
 Kind = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{2,31}$")], Dims, Dims]
 Sent = TypeVar("Sent", bound="Message")
 _MAC = 16  # bytes
+_NO_MAC = bytes(_MAC)  # stands before a ticket by name
 #: The errors of decoding a peer's bytes: msgspec's own, text that is not UTF-8, arrays nested too
 #: deeply, and the checks of a message.
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, PortaKVError)
@@ -324,9 +325,12 @@ class Ticket(About, frozen=True):
         Raises the same `PeerError` whatever is wrong, and `InvalidTerms` for a ticket by name.
         """
         ticket = unsealed(data[_MAC:], Ticket) if isinstance(data, bytes) else None
-        whole = ticket and not any(len(ids) % 4 for ids in ticket.ids)
-        if ticket and whole and len(ticket.ids) == len(ticket.steps):
-            return ticket
+        if ticket is not None and len(ticket.ids) == len(ticket.steps):
+            for ids in ticket.ids:
+                if len(ids) % 4:
+                    break
+            else:
+                return ticket
         if isinstance(data, bytes) and Named.read(data):
             raise InvalidTerms(
                 "Expected tickets to be tickets of offers, got one by name. Pull it by "
@@ -348,12 +352,17 @@ class Named(Message, frozen=True):
 
     def pack(self) -> bytes:
         """Return the bytes of a ticket by name. No MAC protects them: the name is the secret."""
-        return bytes(_MAC) + sealed(self)
+        return _NO_MAC + sealed(self)
 
     @staticmethod
     def read(data: bytes) -> Named | None:
         """Return what `pack` made; None for other bytes."""
-        return unsealed(data[_MAC:], Named) if data[:_MAC] == bytes(_MAC) else None
+        return unsealed(data[_MAC:], Named) if data.startswith(_NO_MAC) else None
+
+
+def any_named(tickets: Iterable[bytes]) -> bool:
+    """Return True if some tickets may be by name."""
+    return any(ticket.startswith(_NO_MAC) for ticket in tickets)
 
 
 def offer_name(name: object) -> bytes:
@@ -402,6 +411,8 @@ def sealed(message: Message) -> bytes:
 def unsealed(data: bytes, kind: type[Sent]) -> Sent | None:
     """Return the message of these bytes; None if `sealed` did not make them."""
     if isinstance(data, bytes) and blake2b(data[16:], digest_size=16).digest() == data[:16]:
-        with suppress(*UNDECODABLE):  # another release made the bytes
+        try:
             return msgspec.msgpack.decode(data[16:], type=kind)
+        except UNDECODABLE:  # another release made the bytes
+            return None
     return None

@@ -7,6 +7,7 @@ sends rows through staging buffers to readers that cannot map its memory.
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
@@ -14,29 +15,33 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import inf
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from msgspec.structs import replace
 
 from portakv import arguments
-from portakv.errors import InvalidTerms, OfferGone, PeerError, SlotError
+from portakv.errors import InvalidTerms, OfferGone, PeerError
 from portakv.migrate import messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.exports import EVENTS, Exports, Place, Words, describe_all
 from portakv.migrate.gathers import BUFFERS, BlockList, Gathers, Offered, StreamFence, renamed
 from portakv.migrate.marks import PAST, Progress, Raises, Unit, mark_event, progress_of
 from portakv.migrate.names import EndedOffers, Names
+from portakv.migrate.offer_terms import (
+    MOST_LEASE,
+    SECONDS,
+    Ids,
+    Index,
+    block_lists,
+    checked_lease,
+)
 from portakv.migrate.shards import Shard, device_of
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import abandoned, uninterrupted
-from portakv.view.index import Ids, Index
 
 LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
 UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
-MOST_LEASE = 1e6  # seconds
-_SECONDS = "a number of seconds above 0, at most 10^6"
 SPOILT = messages.Answer(
     "gone", ("some of its rows could not be sent; the owner's log has the reason")
 )
@@ -77,19 +82,25 @@ class Offer:
     progress: Progress | None = None
 
     def __init__(
-        self, owner: Owner, ids: Sequence[BlockList], tokens: int, lease: Lease, readers: int
+        self,
+        owner: Owner,
+        ids: Sequence[BlockList],
+        tokens: int,
+        lease: Lease,
+        readers: int,
+        after: StreamFence,
     ):
-        self.number = secrets.token_bytes(16)
+        self.number = os.urandom(16)
         self.ticket = b""
         self.ids = ids
         self.tokens = tokens
         self.lease = lease
         self.readers = readers
-        self.after = StreamFence(owner.device)
+        self.after = after
         # Readers that read it, with the function that stops watching each.
-        self.begun = dict[bytes, Callable[[], object]]()
-        self.through = set[bytes]()  # readers that have the rows, or are gone
-        self.spoilt = set[bytes]()  # readers to which some of the rows could not be sent
+        self.begun: dict[bytes, Callable[[], object]] = {}
+        self.through: set[bytes] = set()  # readers that have the rows, or are gone
+        self.spoilt: set[bytes] = set()  # readers to which some of the rows could not be sent
         self._owner = owner
         self._state = "held"
 
@@ -173,7 +184,7 @@ class Offer:
 
         An owner may extend its offer beyond ``max_lease``, which limits readers.
         """
-        seconds = arguments.number("seconds", seconds, 0.0, MOST_LEASE, _SECONDS)
+        seconds = arguments.number("seconds", seconds, 0.0, MOST_LEASE, SECONDS)
         return uninterrupted(partial(self._extend, seconds))
 
     def _extend(self, seconds: float) -> bool:
@@ -402,15 +413,11 @@ class Owner:
             PeerError: the owner is closed, or belongs to the process that this one was forked from.
         """
         self.refuse_closed()
-        arguments.whole("tokens", tokens, 1, 1 << 31)
-        lease = arguments.number("lease", lease, 1e-9, MOST_LEASE, _SECONDS)
-        arguments.whole("readers", readers, 1, 1 << 31)
-        least = f"at least the lease of {lease:g} s"
-        last = arguments.number("max_lease", max_lease, lease, inf, least)
+        lease, last = checked_lease(tokens, lease, readers, max_lease)
         mark = None
         if progress is not None:
             mark = progress_of(progress, max(shard.view.layers for shard in self.shards), tokens)
-        lists = self._block_lists(blocks, tokens)
+        lists = block_lists(self.shards, blocks, tokens)
         if name is not None:
             self.names.check_new(name, sum(ids.nbytes for ids, _ in lists))
         on = self.device
@@ -420,55 +427,34 @@ class Owner:
         if stream and blind and mark is None:
             stream.synchronize()
         now = self.now()
-        made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers)
+        event = self._record_event(stream)
+        after = StreamFence(on, None if event < 0 else self._events[event])
+        made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers, after)
         made.name = name or b""
         made.progress = mark
         try:
-            return self._enter(made, stream, lease)
+            return self._enter(made, event, lease)
         except BaseException:  # also an interrupt: no reader may get an offer without a handle
             made.revoke()
             raise
 
-    def _block_lists(self, blocks: Sequence[Ids], tokens: int) -> list[BlockList]:
-        """Return checked ids and the tokens of a block, for each shard."""
-        if len(blocks) != len(self.shards):
-            raise SlotError(
-                f"Expected blocks to be {len(self.shards)} lists, one for each shard, got "
-                f"{len(blocks)}. Pass a list for each."
-            )
-        lists = list[BlockList]()
-        with arguments.naming("blocks", "lists of ids of the views' blocks"):
-            for shard, block_ids in zip(self.shards, blocks, strict=True):
-                if block_ids is None:
-                    raise arguments.invalid("blocks", "ids", None, "Name the blocks to offer.")
-                index = Index.of(block_ids, shard.view.block_size or 1)
-                index.check_length(tokens, shard.view.slots, "offered")
-                index = index.to_host()
-                if index.offset or index.ids is None:
-                    index = Index(index.slots(tokens))
-                skips = index.check(tokens, shard.view.slots, "offered", distinct=True)
-                used = index.host_ids()[: -(-tokens // index.step)]
-                if skips:
-                    used = used.clip(min=-1)
-                ids = used.astype("<i4")
-                if ids.nbytes > messages.MOST_ID_BYTES:
-                    raise SlotError(
-                        f"Expected at most {messages.MOST_ID_BYTES // 4} ids in a list of blocks, "
-                        f"got {len(ids)}. Offer blocks in place of slots, or make several offers."
-                    )
-                lists.append((ids, index.step))
-        return lists
-
-    def _enter(self, made: Offer, stream: torch.Stream | None, lease: float) -> Offer:
-        """Register an offer of rows after a stream, and write its ticket."""
-        event = -1
+    def _record_event(self, stream: torch.Stream | None) -> int:
+        """Record an event after the work of a stream, for readers' streams and for the rows that
+        the owner sends; return its number, -1 if the device exports no events."""
+        if not self._events:
+            return -1
         with self.change:
-            if self._events:
-                event = self._turn = (self._turn + 1) % EVENTS
-                # An older offer's event, perhaps recorded on another stream.
-                self._events[event].wait(stream)
-                self._events[event].record(stream)
-            ids, steps = zip(*((each.tobytes(), step) for each, step in made.ids), strict=True)
+            event = self._turn = (self._turn + 1) % EVENTS
+            # An older offer's event, perhaps recorded on another stream.
+            self._events[event].wait(stream)
+            self._events[event].record(stream)
+        return event
+
+    def _enter(self, made: Offer, event: int, lease: float) -> Offer:
+        """Register an offer of rows after an event, and write its ticket."""
+        with self.change:
+            ids = tuple([each.tobytes() for each, _ in made.ids])
+            steps = tuple([step for _, step in made.ids])
             made.place = self.words.take(
                 made.number, (offer.place for offer in self.offers.values())
             )
@@ -479,7 +465,8 @@ class Owner:
                 self.words.mark(made.place, 0)
             made.ticket = messages.Ticket(self.epoch, made.number, *terms, unit).pack(self._key)
             self.offers[made.number] = made
-            self.names.add(made)
+            if made.name:
+                self.names.add(made)
             self.counts["offered"] += 1
             looks = self.counts["offered"] % EVENTS == 0
         if looks:  # outside of the lock, which a helper thread takes
@@ -676,7 +663,7 @@ class Owner:
             self._begin(peer, request)
             if peer.id in offer.spoilt:
                 return SPOILT
-            terms = offer.tokens, offer.after, offer.spoilt, lambda: offer.state == "held"
+            terms = offer.tokens, offer.after, offer.spoilt, offer.holds
             rows = Offered(self.shards, lambda: offer.indices, *terms)
             parts = (request.part,) if isinstance(request, messages.Sum) else request.parts
             for part in parts:

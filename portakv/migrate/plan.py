@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan of a pull: the steps that copy rows of owners to rows of the reader.
 
-`steps` computes them from tickets and windows before a byte moves.
+`planned` computes them from tickets and windows before a byte moves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
 
 from portakv.arguments import naming
 from portakv.copy.handle import token_bytes
-from portakv.errors import InvalidTerms, PeerError, SlotError, Unsupported
+from portakv.errors import InvalidTerms, LayoutError, PeerError, SlotError, Unsupported
 from portakv.migrate.connections import Connection, Sources
 from portakv.migrate.messages import Part, Ticket
 from portakv.migrate.shards import Piece, Shard, pieces, slices
@@ -37,7 +38,7 @@ class Cut(NamedTuple):
     """A piece, and the slices of both views.
 
     ``src`` is None if the owner's memory is not mapped. ``layers``: the layers of the reader's view
-    that the piece fills.
+    that the piece fills. ``token_bytes``: the bytes of a token in ``dst``.
     """
 
     group: int
@@ -45,6 +46,7 @@ class Cut(NamedTuple):
     src: KVView | None
     dst: KVView
     layers: range
+    token_bytes: float
 
 
 class Step(NamedTuple):
@@ -68,7 +70,7 @@ class Step(NamedTuple):
     @property
     def nbytes(self) -> float:
         """Return the bytes of the step if no position is skipped."""
-        return self.tokens * token_bytes(self.cut.dst.form)
+        return self.tokens * self.cut.token_bytes
 
     def part(self, layers: range, first: int, tokens: int) -> Step:
         """Return the step for some layers and tokens, counted from the step's first ones."""
@@ -76,12 +78,14 @@ class Step(NamedTuple):
         window = slice(layers.start, layers.stop)
         (start, _), heads = cut.piece.box
         piece = cut.piece._replace(box=((start + layers.start, start + layers.stop), heads))
+        dst = cut.dst.slice(layers=window)
         part = Cut(
             cut.group,
             piece,
             None if cut.src is None else cut.src.slice(layers=window),
-            cut.dst.slice(layers=window),
+            dst,
             cut.layers[window],
+            token_bytes(dst.form),
         )
         indices = self.src_index.shifted(first), self.dst_index.shifted(first)
         return Step(self.ticket, self.owner, part, *indices, self.first + first, tokens)
@@ -134,42 +138,60 @@ def indices_of(shards: Sequence[Shard], blocks: Sequence[Ids | None]) -> list[In
             f"Expected blocks to be {len(shards)} lists, one for each shard, got {len(blocks)}. "
             f"Pass a list for each."
         )
-    with naming("blocks", "lists of ids of the views' blocks"):
+    try:
         return [
             Index.of(ids, shard.view.block_size or 1)
             for shard, ids in zip(shards, blocks, strict=True)
         ]
+    except (SlotError, LayoutError):
+        with _named():  # only now: the usual call does not pay for it
+            raise
 
 
-def steps(
+def _named() -> AbstractContextManager[None]:
+    """Have an error name the argument that it is about."""
+    return naming("blocks", "lists of ids of the views' blocks")
+
+
+class Planned(NamedTuple):
+    """The steps of a pull. ``skips``: an id of the owners or of the reader skips its positions."""
+
+    steps: list[Step]
+    skips: bool
+
+
+def planned(
     sources: Sources, shards: Sequence[Shard], blocks: Sequence[Index], first: int
-) -> list[Step]:
+) -> Planned:
     """Return the steps of a pull from token ``first`` on; raise as `Reader.pull` does."""
     count = _check_tickets(sources, shards, first)
     lists, skips = _indices(sources, shards, blocks, first, count)
 
     # Without skipped positions the cuts depend on the owners alone, and are cached.
     cached = sources[0].owner.cuts
-    key = tuple(source.ticket.epoch for source in sources)
+    key = tuple([source.ticket.epoch for source in sources])
     cuts = None if skips else cached.get(key)
     if cuts is None:
         cuts = [*_cuts([source.owner for source in sources], shards, lists, count)]
         if not skips:
             cached[key] = cuts
 
-    planned = list[Step]()
+    steps = list[Step]()
     for cut in cuts:
         dst_index, src_indices = lists[cut.group]
         if cut.piece.ids is not None:
             dst_index = Index(np.where(cut.piece.ids, dst_index.slots(count), -1))
         source = sources[cut.piece.owner]
         src_index = src_indices[cut.piece.owner]
-        planned.append(Step(source.ticket, source.owner, cut, src_index, dst_index, first, count))
-    return planned
+        steps.append(Step(source.ticket, source.owner, cut, src_index, dst_index, first, count))
+    return Planned(steps, skips)
 
 
 def _check_tickets(sources: Sources, shards: Sequence[Shard], first: int) -> int:
     """Return the number of tokens to pull; raise `InvalidTerms` if the arguments do not match."""
+    ticket = sources[0].ticket
+    if len(sources) == 1 and len(ticket.ids) == len(shards) and 0 <= first < ticket.tokens:
+        return ticket.tokens - first  # the usual case
     tokens = {source.ticket.tokens for source in sources}
     groups = {len(source.ticket.ids) for source in sources}
     if len(tokens) != 1:
@@ -197,16 +219,22 @@ def _indices(
     lists = list[Lists]()
     skips = False
     for group, (shard, whole) in enumerate(zip(shards, blocks, strict=True)):
-        with naming("blocks", "lists of ids of the views' blocks"):
-            dst_index = whole.shifted(first)
-            _check_number_of_blocks(dst_index, first, count)
-            dst_index.check_length(count, shard.view.slots, "reader's")
+        dst_index = whole.shifted(first) if first else whole
+        try:
+            if dst_index.length is None or count > dst_index.length:
+                _check_number_of_blocks(dst_index, first, count)
+                dst_index.check_length(count, shard.view.slots, "reader's")
             skips |= dst_index.check(count, shard.view.slots, "reader's", distinct=True)
+        except (SlotError, LayoutError):
+            with _named():
+                raise
 
         src_indices = []
-        for ticket, owner in sources:
+        for ticket, owner, _ in sources:
             numbers = np.frombuffer(ticket.ids[group], "<i4").astype(np.int64)
-            index = Index.of(numbers, ticket.steps[group]).shifted(first)
+            index = Index.of(numbers, ticket.steps[group])
+            if first:
+                index = index.shifted(first)
             slots = owner.shards[group].view.slots if owner.shards else _ANY
             index.check_length(count, slots, "offered")
             skips |= index.check(count, slots, "offered")
@@ -226,13 +254,16 @@ def _check_number_of_blocks(index: Index, first: int, count: int) -> None:
     )
 
 
-def count_blocks(blocks: Sequence[Index], first: int, past: int) -> int:
-    """Return the number of the reader's blocks, in all shards, for tokens ``first`` to ``past``."""
+def count_blocks(blocks: Sequence[Index], first: int, past: int, skips: bool) -> int:
+    """Return the number of the reader's blocks, in all shards, for tokens ``first`` to ``past``.
+
+    ``skips``: some blocks may be skipped.
+    """
     total = 0
     for index in blocks:
         start = (index.offset + first) // index.step
         end = -(-(index.offset + past) // index.step)
-        if index.ids is None:
+        if index.ids is None or not skips:
             total += end - start
         else:
             total += int(np.count_nonzero(index.host_ids()[start:end] >= 0))
@@ -256,4 +287,5 @@ def _cuts(
             at = slices(piece.box, boxes[piece.owner])
             src = owner.shards[group].view.slice(**at) if owner.shards else None
             layers = range(part["layers"].start, part["layers"].stop)
-            yield Cut(group, piece, src, shard.view.slice(**part), layers)
+            dst = shard.view.slice(**part)
+            yield Cut(group, piece, src, dst, layers, token_bytes(dst.form))

@@ -28,7 +28,7 @@ from portakv.errors import (
 )
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
-from portakv.migrate.connections import Source, Sources
+from portakv.migrate.connections import Asked, Source, Sources
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
 from portakv.migrate.named import LateLayer, Wanted, forked_error
 from portakv.migrate.words import fence
@@ -63,6 +63,9 @@ class Requested:
     blocks: int = 0
     strategy: tuple[str, str] = MAPPED  # its name, and why
     pieces: int = 0  # copies and tasks that were started
+    #: Has a worker renew the offers of a pull whose own worker takes rows meanwhile; called once,
+    #: if the pull lasts so long.
+    tend: Callable[[], object] | None = None
     #: Sources that receive no request for rows, so that the pull is reported to them.
     quiet: Sources = ()
     #: Set if some tickets are names, when the pull has no sources before their offers exist, or if
@@ -343,7 +346,7 @@ class Pull(Transfer):
         error = self.ended_offer()
         if error is not None:
             return error
-        for ticket, owner in self.sources:
+        for ticket, owner, _ in self.sources:
             if owner.gone:
                 return PeerError(
                     f"Expected the owner at {ticket.address} until its rows were here, got the end "
@@ -377,20 +380,61 @@ class Pull(Transfer):
         for check in () if self.over else checks:
             graph.submit([check], priority="urgent")
             self._await(check)
-        remote = [source for source in self.sources if source.word is None]
+        remote = self.remote
+        self.confirm(remote, [] if self.stopped else self._answers(remote, Check))
+
+    @property
+    def remote(self) -> list[Source]:
+        """Return the sources of which only the owner can say whether the offer holds."""
+        return [source for source in self.sources if source.word is None]
+
+    def ask(self) -> Asked[Answer] | None:
+        """Ask the only owner whether its offer held, after all bytes have left its memory; return
+        the request. None: it could not be sent, or nothing will be committed."""
+        if self.stopped:
+            return None
+        ticket, owner, _ = self.sources[0]
+        check = Check(ticket.epoch, ticket.offer)
+        with suppress(PortaKVError):  # `confirm` asks again
+            return owner.channel.begin(owner.address, check, Answer, self._seconds_to_answer)
+        return None
+
+    def finish(self, asked: Asked[Answer] | None) -> None:
+        """End the pull by the answer to a request of `ask`, after the last copy."""
+        source = self.sources[0]
+        if asked is None:
+            self.confirm([source], [] if self.stopped else self._answers([source], Check))
+        elif self.stopped:
+            asked.drop()
+            self.confirm([], [])
+        else:
+            try:
+                self.confirm([source], [asked.answer()])
+            except PortaKVError as error:
+                self.confirm([source], [error])
+
+    def confirm(self, sources: Sequence[Source], answers: Sequence[Answer | PortaKVError]) -> None:
+        """End the pull: commit it if all owners answer that their offers held. No answers: the
+        pull was stopped."""
         error: PortaKVError | None = None
-        if not self.stopped:
-            for source, answer in zip(remote, self._answers(remote, Check), strict=True):
-                if isinstance(answer, PortaKVError):
-                    error = error or answer
-                elif answer.state != "held" and not isinstance(error, OfferGone):
-                    error = source.ticket.gone(answer.why)
+        for source, answer in zip(sources, answers, strict=False):
+            if isinstance(answer, PortaKVError):
+                error = error or answer
+            elif answer.state != "held" and not isinstance(error, OfferGone):
+                error = source.ticket.gone(answer.why)
         self.conclude(error or self._gone())
+
+    def renew_until(self, one: Task) -> None:
+        """Renew the offers of owners that share no memory, now and until a task has ended."""
+        remote = self.remote
+        if not self.stopped:
+            self._renew(remote, max((source.ticket.lease for source in remote), default=LOOK))
+        self._await(one)
 
     def _await(self, one: Ending) -> None:
         """Wait for a copy or a task, and renew the offers; stop the pull by its error."""
-        remote = [source for source in self.sources if source.word is None]
-        third = max(MOMENT, min((ticket.lease for ticket, _ in remote), default=LOOK) / 3)
+        remote = self.remote
+        third = max(MOMENT, min((source.ticket.lease for source in remote), default=LOOK) / 3)
         while True:
             seconds = third if self.over else max(0.0, min(third, LOOK, self.until - monotonic()))
             try:
@@ -419,11 +463,17 @@ class Pull(Transfer):
         """
         if not sources:
             return []
-        requests = [(owner.address, kind(one.epoch, one.offer, *terms)) for one, owner in sources]
+        requests = [
+            (owner.address, kind(one.epoch, one.offer, *terms)) for one, owner, _ in sources
+        ]
         channel = sources[0].owner.channel
+        return channel.ask_all(requests, Answer, self._seconds_to_answer)
+
+    @property
+    def _seconds_to_answer(self) -> float:
+        """Return the seconds in which an owner has to answer."""
         left = self.until + LAST_QUESTION - monotonic()
-        seconds = min(channel.timeout, max(0.0, left))
-        return channel.ask_all(requests, Answer, seconds)
+        return min(self.sources[0].owner.channel.timeout, max(0.0, left))
 
 
 def _over(one: Ending, seconds: float) -> bool:

@@ -107,12 +107,16 @@ class Reader:
             Unsupported: memory that can neither be mapped nor sent; inside graph capture.
         """
         options = self._checked(options, by_layer, overlap, max_thread_blocks, max_gbps)
-        arguments.whole("first", first)
+        if type(first) is not int or first < 0:
+            first = arguments.whole("first", first)
         arguments.flag("verify", verify)
         if capturing(self.device):
             raise refuse_capture("A pull", "it waits for the end of its copies; pull outside")
         self._check_open()
-        until = monotonic() + arguments.seconds("timeout", timeout, optional=True)
+        seconds = arguments.FOREVER
+        if timeout is not None:
+            seconds = arguments.seconds("timeout", timeout, optional=True)
+        until = monotonic() + seconds
         request = Request.of(self.shards, blocks, first, options, verify)
         packed = listed(tickets)
         by_name = self._by_name.pull(packed, request, until)
@@ -181,7 +185,7 @@ class Reader:
     def explain(self, tickets: bytes | Sequence[bytes]) -> str:
         """Return a line for each ticket: how its rows would be copied, and why."""
         lines = list[str]()
-        for ticket, owner in self._owners.resolve(tickets):
+        for ticket, owner, _ in self._owners.resolve(tickets):
             how = "one launch for each piece reads the rows in the owner's memory"
             if owner.why_not_mapped:
                 transport = owner.staging.transport

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from math import inf
-from queue import Empty
 from time import monotonic, sleep
 
 import torch
@@ -31,7 +30,7 @@ from portakv.graph import Graph, Task
 from portakv.migrate.arrival import Arrival, InFlight, Scattered, arrivals
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum
-from portakv.migrate.connections import Source
+from portakv.migrate.connections import Asked, Source
 from portakv.migrate.messages import Answer, Gather, Stop, Stopped, Sum
 from portakv.migrate.plan import Step
 from portakv.migrate.pull import CANCELLED, Pull, known
@@ -52,7 +51,13 @@ class Taker:
     """Takes the rows of one offer for a pull: one request, and its slices in their order.
 
     No host waits between the slices of a device: streams order all copies.
+
+    Attributes:
+        commits: the pull has no other part, so the worker that took the rows also ends the pull.
+            It asks whether the offer held while the last copies run.
     """
+
+    commits = False
 
     def __init__(
         self, graph: Graph, steps: Sequence[Step], pull: Pull, max_gbps: float | None
@@ -71,8 +76,17 @@ class Taker:
         self.arrivals = arrivals(steps, max_gbps, self.task)
         self._in_flight = deque[InFlight]()
         self._scattered = deque[Scattered]()
+        self._asked: Asked[Answer] | None = None
 
     def _run(self, *_: object) -> None:
+        """Take all slices, and end the pull if no other worker does."""
+        try:
+            self._take_all()
+        finally:
+            if self.commits:
+                self._pull.finish(self._asked)
+
+    def _take_all(self) -> None:
         """Take all slices; return after the last copy, with or without an error."""
         error: BaseException | None = None
         self._stage.takers.add(self)
@@ -82,6 +96,10 @@ class Taker:
                     self._take(self.arrivals[start : start + self._batch])
                 while self._in_flight:
                     self._scatter()
+                if self.commits and self._asked is None:
+                    for scattered in self._scattered:
+                        self._await(scattered.moving.wait)
+                    self._asked = self._pull.ask()
                 self._settle(wait=True)
         except BaseException as caught:
             error = caught
@@ -136,15 +154,14 @@ class Taker:
 
     def _free_buffer(self, lane: Lane, nbytes: int) -> StagingBuffer:
         """Return a free staging buffer; empty the oldest of this pull if there is none."""
-        until = monotonic() + PATIENCE
         pool = self._stage.buffers
-        while True:
-            with suppress(Empty):
-                buffer = pool.get_nowait() if self._in_flight else pool.get(timeout=0.05)
-                break
+        buffer = pool.take(0.0)
+        until = monotonic() + PATIENCE
+        while buffer is None:
             if self._in_flight:
                 self._scatter()
             self._check(until)
+            buffer = pool.take(0.0 if self._in_flight else 0.05)
         most = self._source.owner.handshake.slot_bytes
         try:
             buffer.prepare(lane, nbytes, most, self._await)
@@ -158,6 +175,8 @@ class Taker:
         arrival, buffer, moving, lane = self._in_flight[0]
         scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
         self._await(moving.follow)
+        if self.commits and arrival is self.arrivals[-1] and moving.over.is_set():
+            self._asked = self._pull.ask()  # slices land in order: the owner has read all rows
         copy = scatter()
         self._scattered.append(Scattered(arrival, moving, lane, copy))
         if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy
@@ -171,10 +190,14 @@ class Taker:
         """End the slices whose bytes and copies have ended, or wait for all."""
         while self._scattered:
             arrival, moving, _, copy = self._scattered[0]
-            if not wait and not (moving.over.is_set() and copy.done()):
+            if not wait and not moving.over.is_set():
                 return
             self._await(moving.wait)
-            copy.synchronize()
+            if copy.completions:  # else it had ended when it was issued
+                if wait:
+                    copy.synchronize()
+                elif not copy.done():
+                    return
             arrival.end()
             self._scattered.popleft()
 

@@ -225,11 +225,17 @@ class StreamFence:
     """A fence after the current work of a device's current stream, for workers that continue there.
 
     On the host it orders nothing.
+
+    Args:
+        device: the device.
+        event: an event that was recorded after the work; None: the fence records one.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, event: torch.Event | None = None) -> None:
         self._device = device
-        self._event = None if device.type == "cpu" else event_pool(device).recorded(None)
+        if event is None and device.type != "cpu":
+            event = event_pool(device).recorded(None)
+        self._event = event
 
     def inside(self) -> AbstractContextManager[object]:
         """Make a private stream of this thread current, ordered after the fence."""

@@ -156,7 +156,8 @@ def test_an_owner_that_stops_answering_ends_with_the_pull_s_time(
     reader.channel.ask_all = wait  # type: ignore[assignment]
     with pytest.raises(TransferError):
         reader.pull(ticket, [2, 3], timeout=0.3, **terms).synchronize()
-    assert 0 < over < 0.7
+    assert over < 0.7
+    assert over > 0 or not terms  # a pull of one owner that is over before its bytes asks nothing
 
 
 def test_two_pulls_of_a_stopped_owner_wait_for_their_own_times() -> None:

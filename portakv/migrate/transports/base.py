@@ -42,7 +42,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from math import inf
-from queue import SimpleQueue
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +51,43 @@ from portakv.backends.base import Decision
 from portakv.errors import PeerError, TransferTimeout
 from portakv.migrate.messages import Message
 from portakv.runtime.devices import refuse_fork, this_process
+from portakv.runtime.inbox import Inbox
 from portakv.runtime.transfer import event_pool
 from portakv.runtime.worker import EXIT_SECONDS
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
+
+
+class Flag:
+    """A flag that is set once, as `threading.Event` otherwise.
+
+    A slice sets three of them in the thread of a lane, while others wait for the interpreter: an
+    event makes six calls of Python for it, a flag one.
+    """
+
+    __slots__ = ("_lock", "_set")
+
+    def __init__(self) -> None:
+        self._set = False
+        self._lock = threading.Lock()  # locked until the flag is set
+        self._lock.acquire()
+
+    def is_set(self) -> bool:
+        """Return True once the flag is set."""
+        return self._set
+
+    def set(self) -> None:
+        """Set the flag. Only one thread may call it at a time."""
+        if not self._set:
+            self._set = True
+            self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the flag is set, at most ``timeout`` seconds; return True if it is."""
+        if not self._set and self._lock.acquire(timeout=-1 if timeout is None else max(0, timeout)):
+            self._lock.release()  # for the next thread that waits
+        return self._set
 
 
 class Moving:
@@ -77,9 +108,9 @@ class Moving:
         self._before = before
         self._until = monotonic() + seconds
         self.error: Exception | None = None
-        self.over = threading.Event()
-        self.free = threading.Event()
-        self.issued = threading.Event()
+        self.over = Flag()
+        self.free = Flag()
+        self.issued = Flag()
         self._event: torch.Event | None = None  # recorded after the bytes, if a stream orders them
         self._calls = list[Callable[[], object]]()
         self._touched = False
@@ -115,8 +146,9 @@ class Moving:
 
     def issue(self, event: torch.Event) -> None:
         """Let streams follow the bytes: ``event`` is recorded after them."""
-        self._event = event
-        self.issued.set()
+        with self._lock:
+            self._event = event
+            self.issued.set()
 
     def follow(self, timeout: float) -> bool:
         """Order the current stream of the buffer's device after the bytes; return True if it is.
@@ -203,7 +235,7 @@ class Lane(ABC):
         self._moving = set[Moving]()
         # As many as have their turns together: the next one's turn begins after the first of them.
         self._last = deque[Moving](maxlen=self.width)
-        self._jobs = SimpleQueue[Any]()
+        self._jobs = Inbox[Any]()
         self._turn = threading.Lock()
         self.order = threading.Lock()  # buffers are queued one at a time
         named: Any = {"target": self._run, "name": "portakv-transport", "daemon": True}

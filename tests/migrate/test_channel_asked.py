@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests whose answers are read later, and what a channel does after an answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.migrate_channels import Ping, Pong, Server, server_and_asker
+
+from portakv.errors import PeerError, TransferTimeout
+from portakv.migrate.channel import Channel
+
+LIMIT = 60.0
+
+
+@pytest.fixture
+def both() -> Iterator[tuple[Server, Channel]]:
+    with server_and_asker(None) as those:
+        yield those
+
+
+def test_an_answer_is_read_later(both: tuple[Server, Channel]) -> None:
+    server, asker = both
+    asked = asker.begin(server.address, Ping(b"a"), Pong)
+    assert asked.answer() == Pong(b"a", 1)
+
+
+def test_other_requests_wait_until_the_answer_is_read(both: tuple[Server, Channel]) -> None:
+    server, asker = both
+    asked = asker.begin(server.address, Ping(b"a"), Pong)
+    with pytest.raises(TransferTimeout, match="an earlier request"):
+        asker.ask(server.address, Ping(b"b"), Pong, 0.01)
+    assert asked.answer().data == b"a"
+    assert asker.ask(server.address, Ping(b"c"), Pong) == Pong(b"c", 2)
+
+
+def test_an_answer_that_is_dropped_is_not_taken_for_the_next(both: tuple[Server, Channel]) -> None:
+    server, asker = both
+    asker.begin(server.address, Ping(b"a"), Pong).drop()
+    assert asker.ask(server.address, Ping(b"b"), Pong) == Pong(b"b", 2)
+
+
+def test_a_peer_that_is_gone_ends_the_request(both: tuple[Server, Channel]) -> None:
+    server, asker = both
+    may = threading.Event()
+
+    def silent(_: Any, ping: Ping) -> None:
+        may.wait(LIMIT)
+
+    server.channel.serve(Ping, silent)
+    asked = asker.begin(server.address, Ping(b"a"), Pong)
+    closing = threading.Thread(target=server.channel.close)
+    closing.start()
+    may.set()
+    with pytest.raises(PeerError):
+        asked.answer()
+    closing.join(LIMIT)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_what_follows_an_answer_does_not_delay_it(
+    both: tuple[Server, Channel], guarded: bool
+) -> None:
+    server, asker = both
+    answered = threading.Event()
+    ran = threading.Event()
+    waited = list[bool]()
+
+    def follow() -> None:
+        waited.append(answered.wait(LIMIT if guarded else 3.0))
+        ran.set()
+
+    def answer(_: Any, ping: Ping) -> Pong:
+        if guarded:
+            server.channel.after_answer(follow)
+        else:
+            follow()
+        return Pong(ping.data)
+
+    server.channel.serve(Ping, answer)
+    try:
+        asker.ask(server.address, Ping(b"a"), Pong, LIMIT if guarded else 1.0)
+    except (TransferTimeout, PeerError):
+        assert not guarded
+    else:
+        assert guarded
+    answered.set()
+    assert ran.wait(LIMIT)
+    assert waited == [True] or not guarded
+
+
+def test_another_thread_than_the_channels_makes_the_call_immediately(
+    both: tuple[Server, Channel],
+) -> None:
+    calls = list[int]()
+    both[0].channel.after_answer(lambda: calls.append(threading.get_ident()))
+    assert calls == [threading.get_ident()]

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker that takes the rows of a pull also commits it: it asks about the offer after the last
+bytes have left the owner, and another worker renews the offer of a pull that lasts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from migrate.test_staged import LIMIT, Watching, messages
+from migrate.transports.test_onesided import Memory
+from support.migrate_channels import until
+from support.migrate_pulls import Clock, Couple, Sides, sides
+
+from portakv.errors import OfferGone, TransferCancelled
+from portakv.migrate.messages import Answer, Check, Ticket
+from portakv.migrate.offers import Offer
+from portakv.migrate.pull import Pull
+from portakv.migrate.transports import TRANSPORTS
+
+LEASE = 0.5
+
+
+class Held(Memory):
+    """A library whose reads wait until a gate opens."""
+
+    name = "held"
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sides]:
+    monkeypatch.setitem(TRANSPORTS.targets, Held.name, Held)
+    monkeypatch.setattr("support.migrate_pulls.Channel", Watching)
+    with sides() as those:
+        yield those
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    gate = threading.Event()
+    monkeypatch.setattr(Held, "stuck", gate)
+    monkeypatch.setattr(Held, "reads", threading.Event())
+    yield gate
+    gate.set()
+
+
+def couple(made: Sides) -> Couple:
+    """Return an owner and a reader whose pulls are one slice."""
+    return Couple(made, "staging", transport=Held.name, staging=1 << 20)
+
+
+def asked_before(both: Couple, offer: Offer) -> Any:
+    """Return a question about an offer that its owner answers now."""
+    ticket = Ticket.read(offer.ticket)
+    check = Check(ticket.epoch, ticket.offer)
+    answer = both.reader.channel.ask(both.owner.channel.address, check, Answer)
+    return SimpleNamespace(answer=lambda: answer)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_an_offer_that_ends_while_its_last_bytes_cross_is_not_committed(
+    made: Sides, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    """The pull asks after its last bytes. A question before them would commit it."""
+    both = couple(made)
+    offer = both.offer()
+    if not guarded:
+        monkeypatch.setattr(Pull, "renew_until", lambda *_: None)
+    pulled = both.pull(offer)
+    assert Held.reads.wait(LIMIT)
+    assert messages(both.owner, Check) == []
+    if not guarded:
+        early = asked_before(both, offer)
+        monkeypatch.setattr(Pull, "ask", lambda _: early)
+    offer.revoke()
+    gate.set()
+    if guarded:
+        with pytest.raises(OfferGone, match="revoked"):
+            pulled.synchronize(LIMIT)
+    else:
+        pulled.synchronize(LIMIT)
+
+
+def test_one_question_ends_a_pull(made: Sides, gate: threading.Event) -> None:
+    both = couple(made)
+    gate.set()
+    for turn in range(1, 4):
+        offer = both.offer()
+        pulled = both.pull(offer)
+        pulled.synchronize(LIMIT)
+        assert both.right()
+        assert both.spared()
+        assert pulled.statistics.slices == 1
+        assert len(messages(both.owner, Check)) == turn
+        assert until(lambda offer=offer: offer.state == "taken", LIMIT)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_pull_that_waits_for_its_bytes_renews_its_offer(
+    made: Sides, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    both = couple(made)
+    clock = Clock(both.owner)
+    if not guarded:
+        monkeypatch.setattr(Pull, "renew_until", lambda *_: None)
+    offer = both.offer(lease=LEASE)
+    pulled = both.pull(offer)
+    assert Held.reads.wait(LIMIT)
+    if guarded:
+        clock.outlast(offer, LEASE)
+        gate.set()
+        pulled.synchronize(LIMIT)
+        assert until(lambda: offer.state == "taken", LIMIT)
+        assert both.right()
+    else:
+        clock.now += 2 * LEASE
+        gate.set()
+        with pytest.raises(OfferGone, match="lease"):
+            pulled.synchronize(LIMIT)
+
+
+def test_a_pull_that_waits_for_its_bytes_learns_of_the_end_of_its_offer(
+    made: Sides, gate: threading.Event
+) -> None:
+    """Before the bytes come: a renewal brings it."""
+    both = couple(made)
+    offer = both.offer()
+    pulled = both.pull(offer)
+    assert Held.reads.wait(LIMIT)
+    offer.revoke()
+    assert until(lambda: pulled.ended, LIMIT)
+    assert isinstance(pulled.error, OfferGone)
+    assert messages(both.owner, Check) == []
+
+
+def test_a_pull_that_is_cancelled_while_its_bytes_cross_asks_nothing(
+    made: Sides, gate: threading.Event
+) -> None:
+    both = couple(made)
+    offer = both.offer()
+    pulled = both.pull(offer)
+    assert Held.reads.wait(LIMIT)
+    assert pulled.cancel()
+    with pytest.raises(TransferCancelled):
+        pulled.synchronize(LIMIT)
+    assert messages(both.owner, Check) == []
+    gate.set()
+    both.pull(offer).synchronize(LIMIT)
+    assert both.right()
