@@ -42,16 +42,6 @@ from support.vllm_cpu_table import Named, case_of
 from portakv.cli.explain_hooks import costs_in
 from portakv.serving.local import TOKENS
 
-#: What a child would import else, in 10 s or more. None of them starts a thread of OpenMP.
-IMPORTED = (
-    "vllm",
-    "vllm.v1.engine.llm_engine",
-    "vllm.v1.engine.core",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.model_executor.models.llama",
-    "portakv.integrations.vllm_connector",
-)
-
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [960, 448, 896]  # tokens of whole stored blocks before the last token
 WINDOW = 128
@@ -63,7 +53,7 @@ BEGINNINGS = [each[:300] for each in MANY]
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """Import vLLM once; each engine runs in a forked child."""
-    import_engine(IMPORTED)
+    import_engine()
 
 
 case = pytest.fixture(case_of)
