@@ -29,6 +29,7 @@ from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
 from portakv.storage.rows import Claim, Crossing, Rows
 from portakv.storage.tier import Keys, TierStore
+from portakv.storage.uploads import Uploads
 from portakv.view import KVView
 
 #: Bytes of a task of a save, and of a load, unless a block is larger. A load in 16 MiB pieces left
@@ -98,6 +99,7 @@ class FormBlocks:
         tier_stores: the tier stores that learn of a use of the blocks.
         most_bytes: of the largest part of a block.
         counts: of a form with a name, what its calls moved, for figures.
+        uploads: its rows that wait for remote tiers.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class FormBlocks:
         self.apart = frozenset(apart)
         self.tier_stores = [x for x in shared.tier_stores if x.form.digest not in self.apart]
         self.counts = Counts()
+        self.uploads = Uploads()
 
     def count(self, tier: str, op: str, result: str, blocks: int) -> None:
         """Count blocks of a form with a name, in any thread."""

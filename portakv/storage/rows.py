@@ -249,6 +249,10 @@ class Rows:
             self._saved = saved
             return items
 
+    def lacks(self, count: int) -> bool:
+        """Return True if saves may not have so many rows more, whatever is evicted."""
+        return self._saved + count > self.most + self.host
+
     def _evict_for_saves(self, beyond: int, claim: Claim, place: int) -> bool:
         """Evict rows until saves may have so many rows of the host tier; return False, and evict
         none, if some may not go."""
