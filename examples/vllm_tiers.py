@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vLLM engine whose blocks outlive it: `examples/vllm_tiers.sh` runs it twice.
 
-    python examples/vllm_tiers.py FOLDER [--model NAME] [--block-size 32] [--wait]
+    python examples/vllm_tiers.py FOLDER [--model NAME] [--block-size 32] [--ranks 1] [--wait]
 
 Answers a prompt of 1,000 tokens, and prints the answer's tokens and how many tokens of the prompt
 came from the store. Without ``--model``, a small Llama with random weights is made in FOLDER, so
-that nothing is downloaded. ``--wait``: then wait to be killed.
+that nothing is downloaded. ``--ranks``: of tensor parallelism. ``--wait``: then wait to be killed.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ def make_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def make_engine(model: str, store: Path, block_size: int) -> LLM:
+def make_engine(model: str, store: Path, block_size: int, ranks: int) -> LLM:
     """Return an engine that keeps its blocks in a folder."""
     from vllm import LLM
 
     return LLM(
         model,
         block_size=block_size,
+        tensor_parallel_size=ranks,
         max_model_len=2048,
         kv_cache_memory_bytes=256 << 20,
         skip_tokenizer_init=True,
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--wait", action="store_true")
     args = parser.parse_args()
 
@@ -98,7 +100,7 @@ def main() -> None:
         args.model = str(args.folder / "model")
         if not Path(args.model).exists():
             make_model(Path(args.model))
-    llm = make_engine(args.model, args.folder / "kv", args.block_size)
+    llm = make_engine(args.model, args.folder / "kv", args.block_size, args.ranks)
 
     draw = random.Random(0)
     prompt = [draw.randrange(3, 4000) for _ in range(PROMPT_TOKENS)]

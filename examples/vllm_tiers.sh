@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Answer a prompt with vLLM, kill the engine by SIGKILL, and answer it with a second engine whose blocks have
-# another size: the second one loads the prompt's blocks from the disk, and answers the same tokens.
+# Answer a prompt with vLLM, kill the engine by SIGKILL, and answer it with a second engine, whose blocks have
+# another size and which has two ranks of tensor parallelism: it loads the prompt's blocks from the disk, and
+# answers the same tokens.
 #     bash examples/vllm_tiers.sh [FOLDER] [--model NAME]
+# RANKS=1: the second engine has one rank too, such as on a machine with one GPU.
 set -euo pipefail
 folder=${1:-$(mktemp -d)}
 mkdir -p "$folder"
@@ -18,7 +20,7 @@ until grep -q stored "$folder/first"; do
 done
 kill -9 "$engine"
 wait "$engine" 2>/dev/null || echo "The first engine was killed."
-python "$example" "$folder" --block-size 64 "$@" >"$folder/second"
+python "$example" "$folder" --block-size 64 --ranks "${RANKS:-2}" "$@" >"$folder/second"
 
 python - "$folder" <<'END'
 import json, sys

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from portakv.cli import explain_link, store
+from portakv.cli import explain_hooks, explain_link, store
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
 from portakv.cli.sides import Side, add_extents, extents_of, make_sides, positive
@@ -32,6 +32,7 @@ order that a preset names; no data is moved. Other questions:
   --caches       the library's caches
   --storage DIR  how a block store reads and writes that folder
   --peer         how this process pulls rows of other processes
+  --hooks URL    what the hooks of PortaKVConnector cost a running vLLM server
 
 Defaults: 32 layers, keys and values, 32 heads, 128 elements (576 if a side has
 no kv), float16. An axis that one side does not write has extent 1 on both sides.
@@ -66,6 +67,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="list instead the library's caches: name, size and limit",
     )
     parser.add_argument("--storage", metavar="DIR", help="explain instead a block store's folder")
+    hooks = "explain instead what the hooks cost the engine of a server, from its /metrics"
+    parser.add_argument("--hooks", metavar="URL", help=hooks)
     explain_link.add_options(parser)
 
 
@@ -79,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         return _print_caches(args.json)
     if args.storage is not None:
         return store.explain_folder(args.storage, args.json)
+    if args.hooks is not None:
+        return explain_hooks.print_hooks(args.hooks, args.json)
     why = explain_link.misplaced(args)
     if why:
         args.misunderstood(why)

@@ -82,7 +82,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = settings = settings_of(vllm_config, kv_cache_config)
         check_hooks(KVConnectorBase_V1, settings)
-        self.costs = Costs()
+        self.costs = Costs(role.name.lower())
         self._figures = Figures()
         if role == KVConnectorRole.SCHEDULER:
             warn_of_policy(vllm_config)
@@ -132,6 +132,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return None
         return PortaKVPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
+    @measured
     def get_kv_connector_stats(self) -> Any:
         return stats_of(self._figures.take(self.statistics))
 
@@ -207,12 +208,14 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def reset_cache(self) -> bool:
         return self.ledger.forget()
 
+    @measured
     def take_events(self) -> Iterable[Any]:
         if not self._tells:
             return ()
         size = self._settings.block_size
         return events_of(self.index.take_events(), self.ledger.described, size)
 
+    @measured
     def has_pending_block_frees(self) -> bool:
         return self.ledger.retains
 
@@ -271,11 +274,13 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._incomplete = set()
         return results
 
+    @measured
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed = self._failed
         self._failed = set()
         return failed
 
+    @measured
     def build_connector_worker_meta(self) -> ReportMetadata | None:
         report = self._report
         self._report = Report()

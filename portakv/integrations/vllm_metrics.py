@@ -35,9 +35,16 @@ COUNTERS = {
     "stored_bytes": "Bytes that saves have stored",
     "unanswered": "Lookups that another host did not answer in time",
     "steps": "Steps of the engine, once for its scheduler and once for each worker",
-    "hook_seconds": "Seconds that the connector's hooks took",
+    "hook_seconds": "Seconds that each hook of the connector took",
     "idle_steps": "Steps without work for the connector",
-    "idle_hook_seconds": "Seconds that the connector's hooks took in steps without work",
+    "idle_hook_seconds": "Seconds that each hook of the connector took in steps without work",
+}
+#: The labels of counters, whose values come after their names, after slashes.
+LABELS = {
+    "steps": ("side",),
+    "hook_seconds": ("side", "hook"),
+    "idle_steps": ("side",),
+    "idle_hook_seconds": ("side", "hook"),
 }
 
 
@@ -65,14 +72,16 @@ class Figures:
         self._due = now + self._interval
         grown = dict[str, float]()
         for name, value in read().items():
-            if name in COUNTERS and value != self._reported.get(name, 0):
+            counted = name.partition("/")[0] in COUNTERS
+            if counted and value != self._reported.get(name, 0):
                 grown[name] = value - self._reported.get(name, 0)
                 self._reported[name] = value
         return grown
 
 
 class PortaKVStats(KVConnectorStats):  # type: ignore[misc]
-    """Counters by their names in `COUNTERS`, which workers and the scheduler add up."""
+    """Counters by their names in `COUNTERS` and the values of their labels, which workers and the
+    scheduler add up."""
 
     data: dict[str, float]
 
@@ -87,8 +96,12 @@ class PortaKVStats(KVConnectorStats):  # type: ignore[misc]
         return self
 
     def reduce(self) -> dict[str, float]:
-        """Return the figures of vLLM's log."""
-        return {name: round(value, 6) for name, value in self.data.items()}
+        """Return the figures of vLLM's log: of a counter with labels, the sum."""
+        sums = dict[str, float]()
+        for name, value in self.data.items():
+            counter = name.partition("/")[0]
+            sums[counter] = sums.get(counter, 0) + value
+        return {name: round(value, 6) for name, value in sums.items()}
 
     def is_empty(self) -> bool:
         """Return whether nothing has grown."""
@@ -106,20 +119,26 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         per_engine_labelvalues: Mapping[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._counters = dict[str, dict[int, Any]]()
+        self._values = per_engine_labelvalues
+        self._counters = dict[str, Any]()
         for name, what in COUNTERS.items():
+            more = LABELS.get(name, ())
             counter = self._counter_cls(
-                name=f"vllm:portakv_{name}", documentation=f"{what}.", labelnames=labelnames
+                name=f"vllm:portakv_{name}",
+                documentation=f"{what}.",
+                labelnames=[*labelnames, *more],
             )
-            self._counters[name] = {
-                number: counter.labels(*values) for number, values in per_engine_labelvalues.items()
-            }
+            self._counters[name] = counter
+            for values in per_engine_labelvalues.values() if not more else ():
+                counter.labels(*values)  # shown as 0
 
     def observe(self, transfer_stats_data: Mapping[str, float], engine_idx: int = 0) -> None:
         """Count what an engine reports."""
         for name, grown in transfer_stats_data.items():
-            if name in self._counters:
-                self._counters[name][engine_idx].inc(grown)
+            counter, *more = name.split("/")
+            if counter in self._counters:
+                values = self._values[engine_idx]
+                self._counters[counter].labels(*values, *more).inc(grown)
 
 
 def stats_of(grown: Mapping[str, float]) -> PortaKVStats | None:

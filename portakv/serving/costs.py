@@ -6,56 +6,68 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 #: The idle steps that a median is of.
 LATEST = 512
+#: Seconds that the hooks of both sides may take together in a step without work.
+LIMIT = 2e-4
 
 
 class Costs:
-    """The time that hooks take, by step.
+    """The time that hooks take, by step and by hook.
 
     Args:
+        side: whose hooks they are, the scheduler's or a worker's.
         now: returns the time in seconds.
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, side: str = "", now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
-        self._step = 0.0  # seconds of hooks since the last step
+        self._side = side
+        self._step = dict[str, float]()  # seconds of each hook since the last step
         self._steps = 0
-        self._seconds = 0.0
+        self._seconds = dict[str, float]()
         self._idle_steps = 0
-        self._idle_seconds = 0.0
+        self._idle_seconds = dict[str, float]()
         self._latest = deque[float](maxlen=LATEST)  # idle steps
 
-    def add(self, seconds: float) -> None:
-        """Add the time of a call to the step that runs."""
-        self._step += seconds
+    def add(self, hook: str, seconds: float) -> None:
+        """Add the time of a call of a hook to the step that runs."""
+        self._step[hook] = self._step.get(hook, 0.0) + seconds
 
     def step(self, idle: bool) -> None:
         """End a step. ``idle``: there was nothing to load, save, stop or report in it."""
         self._steps += 1
-        self._seconds += self._step
+        _add(self._seconds, self._step)
         if idle:
             self._idle_steps += 1
-            self._idle_seconds += self._step
-            self._latest.append(self._step)
-        self._step = 0.0
+            _add(self._idle_seconds, self._step)
+            self._latest.append(sum(self._step.values()))
+        self._step.clear()
 
     def median(self) -> float:
         """Return the median of the seconds of the latest idle steps; 0.0 if there were none."""
         return statistics.median(self._latest) if self._latest else 0.0
 
     def statistics(self) -> dict[str, float]:
-        """Return counts of steps and the seconds of their hooks: of all, and of idle steps."""
-        return {
-            "steps": self._steps,
-            "hook_seconds": self._seconds,
-            "idle_steps": self._idle_steps,
-            "idle_hook_seconds": self._idle_seconds,
-        }
+        """Return counts of steps and the seconds of each hook: in all steps, and in idle ones.
+
+        A name has the side after a slash, and then the hook.
+        """
+        side = self._side
+        counts = {f"steps/{side}": self._steps, f"idle_steps/{side}": self._idle_steps}
+        seconds = {f"hook_seconds/{side}/{hook}": x for hook, x in self._seconds.items()}
+        idle = {f"idle_hook_seconds/{side}/{hook}": x for hook, x in self._idle_seconds.items()}
+        return {**counts, **seconds, **idle}
+
+
+def _add(totals: dict[str, float], step: Mapping[str, float]) -> None:
+    """Add the seconds of a step to those of all steps."""
+    for hook, seconds in step.items():
+        totals[hook] = totals.get(hook, 0.0) + seconds
 
 
 class HasCosts(Protocol):
@@ -72,7 +84,8 @@ S = TypeVar("S", bound=HasCosts)
 def measured(
     hook: Callable[Concatenate[S, P], R],
 ) -> Callable[Concatenate[S, P], R]:
-    """Return a method that adds its time to the costs of its object."""
+    """Return a method that adds its time to the costs of its object, under its name."""
+    name = hook.__name__
 
     @wraps(hook)
     def call(self: S, /, *args: P.args, **terms: P.kwargs) -> R:
@@ -81,6 +94,6 @@ def measured(
         try:
             return hook(self, *args, **terms)
         finally:
-            costs.add(costs.now() - began)
+            costs.add(name, costs.now() - began)
 
     return call

@@ -225,6 +225,24 @@ class Chains(Generic[Key]):
         self._blocks.pinned[number] = False
         self._queue(number)
 
+    def set_aside(self, key: Key) -> None:
+        """Count a block that may go as gone, until `put_back`: `next` returns others."""
+        number = self._by_key[key]
+        self._blocks.pinned[number] = True
+        before = self._blocks.follows[number]
+        if before is not None:
+            self._unlink(before)
+
+    def put_back(self, key: Key) -> None:
+        """End a `set_aside`; the block has its place in the order as before."""
+        blocks = self._blocks
+        number = self._by_key[key]
+        blocks.pinned[number] = False
+        before = blocks.follows[number]
+        if before is not None:
+            self._successors[before] = self._successors.get(before, 0) + 1
+        self._queue(number)
+
     def expect(self, follows: Mark) -> None:
         """Keep the predecessor of a block that is being written, until `unexpect`."""
         if follows not in (UNKNOWN, FIRST):

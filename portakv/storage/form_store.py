@@ -31,6 +31,7 @@ from portakv.storage.rows import Crossing, Loan
 from portakv.storage.sizes import ISSUED, SAVED, SLICE
 from portakv.storage.sources import Source, ViewSource
 from portakv.storage.tier import After, Keys, TierStore
+from portakv.storage.uploads import make_way
 from portakv.view import IdList, KVView
 
 #: The options that a save takes, and a load, which also takes ``by_layer``.
@@ -231,6 +232,7 @@ class FormStore(FormIndex):
                 yield
             group = [self._left(call, at, tier_stores) for at in chunks[first : first + together]]
             started = [InFlight(call, form.own, at, until) for at in group if at]
+            self._make_way(call, started)
             source.issue(call, started)
             for in_flight in started:
                 if tier_stores:
@@ -260,9 +262,23 @@ class FormStore(FormIndex):
             if tier_store in gaps and tier_store in written:
                 order.append(written[tier_store])
             task = call.task(at, write, queue, in_flight, [gather, *order])
+            if tier_store.tier == "remote":
+                call.form.uploads.begin(task, len(at))
             written[tier_store] = (task, [], [])
             in_flight.last.append(task)
         call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
+
+    def _make_way(self, call: Call, started: Sequence[InFlight]) -> None:
+        """Drop uploads whose rows a save to a nearer tier needs, under the graph's lock."""
+        tier_stores = call.form.own.tier_stores
+        if not any(x.writable and x.tier != "remote" for x in tier_stores):
+            return
+        uploads = [each.uploads for each in self._shared.forms.values()]
+        count = sum(in_flight.count for in_flight in started)
+        dropped = make_way(uploads, self.rows, self.graph, count)
+        if dropped:
+            text = "A remote tier is slower than saves: %d blocks are not put there"
+            self._shared.log.warning("uploads", text, dropped, lines=1)
 
     def _lacking(
         self, call: Call, blocks: Sequence[int], groups: dict[tuple[TierStore, ...], list[int]]

@@ -31,6 +31,7 @@ from portakv.storage.request import Request
 from portakv.storage.rows import Claim, Crossing, Rows
 from portakv.storage.sizes import LOADED, SLICE, SMALL, task_blocks
 from portakv.storage.tier import Keys, TierStore
+from portakv.storage.uploads import Uploads
 from portakv.view import KVView
 
 CACHED = "kept"  # a location: the host tier
@@ -88,6 +89,7 @@ class FormBlocks:
         tier_stores: the tier stores that learn of a use of the blocks.
         most_bytes: of the largest part of a block.
         counts: of a form with a name, what its calls moved, for figures.
+        uploads: its rows that wait for remote tiers.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class FormBlocks:
         self.apart = frozenset(apart)
         self.tier_stores = [x for x in shared.tier_stores if x.form.digest not in self.apart]
         self.counts = Counts()
+        self.uploads = Uploads()
 
     def count(self, tier: str, op: str, result: str, blocks: int) -> None:
         """Count blocks of a form with a name, in any thread."""

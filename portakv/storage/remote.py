@@ -7,13 +7,14 @@ after failures, and shows no secret. `portakv.storage.remote_store` has the bloc
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -107,6 +108,9 @@ class Remote:
     """
 
     now: Callable[[], float] = time.monotonic
+    #: Seconds after which the search for other forms ends. No search begins in as many seconds after
+    #: one that failed, so that a store with several forms waits once for a bucket that is silent.
+    search_seconds = 3.0
     _process: Any = None  # the process that made the first one
 
     def __init__(self, url: str, *, workers: int = 8, multipart: int = 64 << 20, **settings: Any):
@@ -130,6 +134,7 @@ class Remote:
         self._breaker = _CircuitBreaker(lambda: self.now())
         self.log = RateLimitedLog(_log, lambda: self.now())
         self._present: list[BlockForm] = []  # at the last look
+        self._next_search = 0.0  # not before this time
         self.tier_stores: WeakSet[RemoteStore] = WeakSet()
 
     @property
@@ -277,22 +282,26 @@ class Remote:
         known = {f"1/{other.name}": other for other in self._present}
         self._present = []
         store = self.store
-        if type(store).__name__ == "HTTPStore":
+        if type(store).__name__ == "HTTPStore" or self.now() < self._next_search:
             return []
-        listed = self.ask(self.obs.list_with_delimiter, store, "1/")
+        until = time.monotonic() + self.search_seconds
+        listed = self.ask(_within, until, self.obs.list_with_delimiter_async, store, "1/")
+        if listed is None:
+            self._next_search = self.now() + self.search_seconds
         for path in listed["common_prefixes"] if listed else ():
             if path in known:  # a name is a checksum of the form
                 self._present.append(known[path])
                 continue
-            text = self.ask(self._read_small, f"{path}/form.json", miss=b"")
+            text = self.ask(_within, until, self._read_small, f"{path}/form.json", miss=b"")
             with suppress(StoreError, ValueError):  # the text is not a form
                 other = BlockForm.from_json((text or b"").decode())
                 if path == f"1/{other.name}":
                     self._present.append(other)
         return [other for other in self._present if other != form and form.same_cache(other)]
 
-    def _read_small(self, path: str) -> bytes:
-        return bytes(self.obs.get(self.store, path).bytes())
+    async def _read_small(self, path: str) -> bytes:
+        response = await self.obs.get_async(self.store, path)
+        return bytes(await response.bytes_async())
 
     def open(
         self, graph: Graph, _: object, forms: Sequence[BlockForm], own: int = 1
@@ -335,6 +344,20 @@ class Remote:
             for tier_store in [*self.tier_stores]:
                 tier_store.forget()
         return gone
+
+
+def _within(until: float, work: Callable[..., Awaitable[Any]], *terms: Any) -> Any:
+    """Return the result of a request; raise `TimeoutError` if it does not end before a time."""
+
+    async def run() -> Any:
+        seconds = max(0.0, until - time.monotonic())
+        try:
+            return await asyncio.wait_for(work(*terms), seconds)
+        except asyncio.TimeoutError:
+            raise TimeoutError(f"no answer in {seconds:.1f} s") from None
+
+    with closing(asyncio.new_event_loop()) as loop:
+        return loop.run_until_complete(run())
 
 
 def check_remote(

@@ -9,7 +9,7 @@ view.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from math import gcd
 from types import MappingProxyType
@@ -132,15 +132,32 @@ class _Cache:
             following = self.chains.next(group)
         return following
 
-    def evict(self, key: bytes) -> int | None:
-        """Take a key from its row, and return the row; None if a load reads it since `next`."""
-        row = self.rows.pop(key)  # no load finds it from here on
-        if key in self.loans:
-            self.rows[key] = row
-            return None
-        self.chains.remove(key)
-        self.unused.discard(key)
-        return row
+    def choose(self, count: int, may_go: Callable[[bytes], bool]) -> list[bytes]:
+        """Return the keys that go next, so many, one after the other; fewer if one may not go."""
+        chosen = list[bytes]()
+        try:
+            while len(chosen) < count:
+                key = self.next()
+                if key is None or not may_go(key):
+                    break
+                self.chains.set_aside(key)
+                chosen.append(key)
+        finally:
+            for key in reversed(chosen):
+                self.chains.put_back(key)
+        return chosen
+
+    def evict(self, keys: Sequence[bytes]) -> list[int]:
+        """Take keys from their rows, in the order in which they go, and return the rows; none if a
+        load reads one of them since `next`."""
+        rows = [self.rows.pop(key) for key in keys]  # no load finds them from here on
+        if any(key in self.loans for key in keys):
+            self.rows.update(zip(keys, rows, strict=True))
+            return []
+        for key in keys:
+            self.chains.remove(key)
+            self.unused.discard(key)
+        return rows
 
 
 class Claim(NamedTuple):
@@ -252,15 +269,22 @@ class Rows:
             self._saved = saved
             return items
 
+    def lacks(self, count: int) -> bool:
+        """Return True if saves may not have so many rows more, whatever is evicted."""
+        return self._saved + count > self.most + self.host
+
     def _evict_for_saves(self, beyond: int, claim: Claim, place: int) -> bool:
-        """Evict rows until saves may have so many rows of the host tier; return False if some may
-        not go."""
+        """Evict rows until saves may have so many rows of the host tier; return False, and evict
+        none, if some may not go."""
         if beyond > self.host:
             return False
-        while len(self._cache.rows) + beyond > self.host:
-            if not self._evict(claim, place):
-                return False
-        return True
+        count = len(self._cache.rows) + beyond - self.host
+        if count <= 0:
+            return True
+        if not claim.evict:
+            return False
+        victims = self._cache.choose(count, lambda key: claim.place_of(key) > place)
+        return len(victims) == count and self._take_from(victims)
 
     def _evict(
         self, claim: Claim, place: int, group: Hashable | None = None, new: _New | None = None
@@ -281,12 +305,14 @@ class Rows:
                 victim = cache.next(group)
         if victim is None or claim.place_of(victim) <= place:
             return False
-        row = cache.evict(victim)
-        if row is None:
-            return False
-        self._free.append(row)
-        self.evicted += 1
-        return True
+        return self._take_from([victim])
+
+    def _take_from(self, keys: Sequence[bytes]) -> bool:
+        """Free the rows of keys; return False, and free none, if a load reads one of them."""
+        items = self._cache.evict(keys)
+        self._free += items
+        self.evicted += len(items)
+        return bool(items)
 
     def give(self, items: Sequence[int]) -> None:
         """End a transfer: its rows that it did not `keep` become free."""

@@ -39,17 +39,8 @@ from support.vllm_cpu import (
 )
 from support.vllm_cpu_table import Named, case_of
 
+from portakv.cli.explain_hooks import costs_in
 from portakv.serving.local import TOKENS
-
-#: What a child would import else, in 10 s or more. None of them starts a thread of OpenMP.
-IMPORTED = (
-    "vllm",
-    "vllm.v1.engine.llm_engine",
-    "vllm.v1.engine.core",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.model_executor.models.llama",
-    "portakv.integrations.vllm_connector",
-)
 
 PROMPTS = [prompt(1000, 1), prompt(500, 2), prompt(900, 3)]
 HITS = [960, 448, 896]  # tokens of whole stored blocks before the last token
@@ -62,7 +53,7 @@ BEGINNINGS = [each[:300] for each in MANY]
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """Import vLLM once; each engine runs in a forked child."""
-    import_engine(IMPORTED)
+    import_engine()
 
 
 case = pytest.fixture(case_of)
@@ -146,6 +137,7 @@ def test_figures_events_and_the_cost_of_hooks(
 ) -> None:
     def work() -> dict[str, Any]:
         events: Any = importlib.import_module("vllm.config.kv_events")
+        prometheus: Any = importlib.import_module("prometheus_client")
         publish = events.KVEventsConfig(enable_kv_cache_events=True, publisher="null")
         more = {"kv_events_config": publish, "disable_log_stats": False}
         engine = Engine(model, terms(tmp_path / "store"), **more)
@@ -161,6 +153,7 @@ def test_figures_events_and_the_cost_of_hooks(
         return {
             "answers": [each.tokens for each in answers],
             "figures": figures,
+            "text": prometheus.generate_latest().decode(),
             "events": [event for batch in published for event in batch.events],
             "idle": engine.connector.costs.median() + engine.worker_connector.costs.median(),
         }
@@ -178,6 +171,14 @@ def test_figures_events_and_the_cost_of_hooks(
     assert {tuple(event.token_ids[:TOKENS]) for event in beginnings} >= {
         tuple(each[:TOKENS]) for each in PROMPTS
     }
+    _, costs = costs_in(seen["text"])
+    assert {(cost.side, cost.hook) for cost in costs} >= {
+        ("scheduler", "build_connector_meta"),
+        ("scheduler", "get_num_new_matched_tokens"),
+        ("worker", "start_load_kv"),
+        ("worker", "get_finished"),
+    }
+    assert any(cost.idle for cost in costs)
     case(f"figures, events; median of the hooks of an idle step: {seen['idle'] * 1e3:.3f} ms")
 
 

@@ -42,16 +42,6 @@ from support.vllm_cpu_table import Named, case_of
 from portakv.serving.local import TOKENS
 from portakv.storage import prefix_keys
 
-#: What a child would import else. None of them starts a thread of OpenMP.
-IMPORTED = (
-    "vllm",
-    "vllm.v1.engine.llm_engine",
-    "vllm.v1.engine.core",
-    "vllm.v1.executor.multiproc_executor",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.model_executor.models.llama",
-    "portakv.integrations.vllm_connector",
-)
 MANY = [prompt(300, 10 + number) for number in range(8)]
 FIRST = [prompt(1000, 1), prompt(500, 2)]
 SECOND = [prompt(900, 3), prompt(300, 4)]
@@ -62,7 +52,7 @@ SECOND_HITS = [896, 256]
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """Import vLLM once; each engine runs in a forked child, and its workers in children of it."""
-    import_engine(IMPORTED)
+    import_engine()
 
 
 case = pytest.fixture(case_of)

@@ -20,15 +20,16 @@ from portakv.storage.changes import Change
 def test_counters_are_reported_as_what_they_have_grown_by() -> None:
     """And once in an interval."""
     time = [0.0]
-    counts = {"loads": 3, "requests": 7, "steps": 0.0}
+    counts = {"loads": 3, "requests": 7, "steps/worker": 0.0}
     figures = Figures(1.0, lambda: time[0])
     assert figures.take(lambda: counts) == {}
     time[0] = 1.0
     assert figures.take(lambda: counts) == {"loads": 3}
     counts["loads"] = 5
+    counts["steps/worker"] = 4
     assert figures.take(lambda: counts) == {}
     time[0] = 2.0
-    assert figures.take(lambda: counts) == {"loads": 2}
+    assert figures.take(lambda: counts) == {"loads": 2, "steps/worker": 4}
     time[0] = 3.0
     assert figures.take(lambda: counts) == {}
 

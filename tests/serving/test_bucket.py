@@ -8,7 +8,9 @@ import logging
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,19 @@ from support.migrate_channels import until
 
 from portakv import KVView
 from portakv.errors import InvalidTerms, StoreError, TransferError
+from portakv.graph import Handle
 from portakv.serving import Group, Ledger
 from portakv.serving.bucket import BELIEVED, LOST, MISSING, MOST, BucketAnswers
 from portakv.serving.ledger import PATIENCE
 from portakv.serving.local import GroupView, LocalIndex, StoreTerms
-from portakv.storage import prefix_keys
+from portakv.storage import Remote, prefix_keys
 from portakv.storage.form_store import FormStore
 
 LIMIT = 30.0  # seconds; nothing here takes as long
 SIZE = 8
 TOKENS = [*range(40)]
 KEYS = prefix_keys(TOKENS, SIZE)
+MORE = prefix_keys(range(64), SIZE)
 ROOM: dict[str, Any] = {"host": 0, "staging": 1 << 20}
 SECRET = "wJalrXUtnSECRETbPxRfi"
 
@@ -336,32 +340,155 @@ def test_an_engine_starts_with_a_bucket_that_is_down(caplog: pytest.LogCaptureFi
     assert "its blocks are misses" in lines[0]
 
 
-def test_a_slow_bucket_holds_the_rows_that_it_has_not_written(
-    bucket: HeldBucket, tmp_path: Path
-) -> None:
-    """Saves that find no row meanwhile are dropped, also for the disk. `docs/serving.md` says
-    so."""
-    view = a_view()
-    made = TermsWith.a_bucket(
-        bucket, folder=str(tmp_path / "kv"), capacity=1 << 20, host=0, staging=8 << 12
-    )
+class SilentServer:
+    """A server that accepts connections and answers nothing."""
+
+    def __init__(self) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.connections = list[socket.socket]()
+        self.thread = threading.Thread(target=self._accept, daemon=True)
+        self.thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # it was closed
+            while True:
+                self.connections.append(self.socket.accept()[0])
+
+    def bucket(self, seconds: float) -> Remote:
+        """Return a bucket of this server, whose requests wait for minutes."""
+        made = Remote(
+            "s3://blocks/kv",
+            endpoint=f"http://127.0.0.1:{self.socket.getsockname()[1]}",
+            region="us-east-1",
+            skip_signature=True,
+            retry_config={"max_retries": 0},
+            client_options={"allow_http": True, "read_timeout": "10m", "timeout": "10m"},
+        )
+        made.search_seconds = seconds
+        return made
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+        self.thread.join(LIMIT)
+        for each in self.connections:
+            each.close()
+
+
+@pytest.fixture
+def server() -> Iterator[SilentServer]:
+    made = SilentServer()
+    yield made
+    with suppress(OSError):
+        made.close()
+
+
+def open_two_groups(made: Remote) -> LocalIndex:
+    """Return the index of an engine with two groups of layers."""
     index = LocalIndex()
-    (store,) = index.open([GroupView(view)], made, "model", SIZE)
-    bucket.hold()
-    rows = store.rows.staging // 2  # of saves
-    assert 0 < rows <= 4, rows
-    first = store.save(view, range(rows), KEYS[:rows])
-    assert until(lambda: bucket.waiting > 0, LIMIT)
-    assert until(lambda: index.has(KEYS[rows - 1]), LIMIT)  # the disk has them
-    second = store.save(view, [rows], KEYS[rows : rows + 1])
-    with pytest.raises(TransferError, match="1 dropped"):
-        second.synchronize(LIMIT)
-    assert not first.done()
-    bucket.release()
-    first.synchronize(LIMIT)
-    third = store.save(view, [rows], KEYS[rows : rows + 1])
-    third.synchronize(LIMIT)
-    assert index.has(KEYS[rows])
+    index.open(
+        [GroupView(a_view()), GroupView(a_view())],
+        TermsWith.a_bucket(made, host=1 << 20),
+        "model",
+        SIZE,
+    )
+    return index
+
+
+def test_an_engine_starts_with_a_bucket_that_is_silent(
+    server: SilentServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waits for one request in all, whatever the groups of layers, and no longer than a search
+    for other forms may take."""
+    with caplog.at_level(logging.WARNING):
+        index = open_two_groups(server.bucket(0.1))
+    assert index.leading(KEYS) in (None, 0)
+    assert until(lambda: len(server.connections) > 0, LIMIT)
+    (line,) = [each.getMessage() for each in caplog.records]
+    assert "its blocks are misses" in line
+    assert "no answer in 0.1 s" in line
+    server.close()
+    index.close()
+
+
+def test_control_without_the_limit_a_silent_bucket_holds_the_start_up(
+    server: SilentServer,
+) -> None:
+    made = list[LocalIndex]()
+    starting = threading.Thread(target=lambda: made.append(open_two_groups(server.bucket(600.0))))
+    starting.start()
+    assert until(lambda: len(server.connections) > 0, LIMIT)
+    assert not made
+    server.close()
+    starting.join(LIMIT)
+    assert len(server.connections) == 1
+    made[0].close()
+
+
+def has_ended(save: Handle) -> bool:
+    """Return whether a save has ended, however it did."""
+    try:
+        return save.done()
+    except TransferError:
+        return True
+
+
+@pytest.fixture
+def narrow() -> Iterator[HeldBucket]:
+    """Return a bucket that takes one request at a time."""
+    made = HeldBucket(workers=1)
+    yield made
+    made.release()
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_a_slow_bucket_costs_no_save_of_the_disk(
+    guard: bool, narrow: HeldBucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Uploads that wait give up rows that a save needs. Without the guard they hold all rows."""
+    terms: dict[str, Any] = {"folder": str(tmp_path / "kv"), "capacity": 1 << 20}
+    index, store, view = opened(narrow, **terms, staging=8 << 12)
+    if not guard:
+        store._make_way = lambda *_: None  # type: ignore[method-assign]
+    most = store.rows.most
+    assert 2 <= most <= 4
+    narrow.hold()
+    saves = list[Handle]()
+    with caplog.at_level(logging.WARNING):
+        for number, key in enumerate(MORE):
+            before = MORE[number - 1] if number else None
+            saves.append(store.save(view, [number], [key], after=before))
+            if guard or number < most:
+                assert until(lambda key=key: index.has(key), LIMIT)  # the disk has it
+            assert until(lambda: narrow.waiting > 0, LIMIT)
+    held = most - 1 if guard else most
+    assert until(lambda: all(map(has_ended, saves[held:-1])), LIMIT)
+    assert not any(map(has_ended, saves[:held]))
+    assert sum(map(index.has, MORE)) == (len(MORE) if guard else most)
+    lines = [each for each in caplog.records if "slower than saves" in each.getMessage()]
+    assert len(lines) == guard
+
+    narrow.release()
+    some = [*saves[:held], saves[-1]] if guard else saves[:held]
+    for save in some:
+        save.synchronize(LIMIT)
+    counted = store.graph.statistics()["tier_blocks_total"]
+    figures = {(x["tier"], x["op"], x["result"]): x["value"] for x in counted}
+    assert figures.get(("remote", "save", "dropped"), 0) == (len(MORE) - most if guard else 0)
+    assert figures["remote", "save", "hit"] == len(some)
+    index.close()
+
+
+def test_a_bucket_that_keeps_up_loses_no_block(narrow: HeldBucket, tmp_path: Path) -> None:
+    """One save has all rows; its uploads wait for each other."""
+    terms: dict[str, Any] = {"folder": str(tmp_path / "kv"), "capacity": 1 << 20}
+    index, store, view = opened(narrow, **terms, staging=8 << 12)
+    most = store.rows.most
+    store.save(view, range(most), MORE[:most]).synchronize(LIMIT)
+    another = opened(narrow)[0]  # without the disk
+    assert until(lambda: another.leading(MORE[:most]) == most, LIMIT)
+    another.close()
     index.close()
 
 

@@ -13,7 +13,7 @@ class Hooks:
 
     def __init__(self) -> None:
         self.time = 0.0
-        self.costs = Costs(lambda: self.time)
+        self.costs = Costs("worker", lambda: self.time)
 
     @measured
     def works(self, more: float = 0) -> float:
@@ -37,8 +37,9 @@ def test_hooks_are_counted_by_step() -> None:
     hooks.costs.step(idle=False)
     assert hooks.costs.median() == 1
     assert hooks.costs.statistics() == {
-        "steps": 2,
-        "hook_seconds": 5,
-        "idle_steps": 1,
-        "idle_hook_seconds": 1,
+        "steps/worker": 2,
+        "hook_seconds/worker/works": 4,
+        "hook_seconds/worker/fails": 1,
+        "idle_steps/worker": 1,
+        "idle_hook_seconds/worker/works": 1,
     }

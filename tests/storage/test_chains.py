@@ -124,6 +124,30 @@ def test_a_pin_and_a_successor_under_way_keep_a_block() -> None:
     assert evict_all(chains) == [1, 0]
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_blocks_that_are_set_aside_are_those_that_go(seed: int) -> None:
+    """Put back, they go in the same order."""
+    draw = random.Random(seed)
+    chains = Chains[bytes]()
+    for number in range(30):
+        before = mark_of(key_of(draw.randrange(30))) if draw.random() < 0.7 else FIRST
+        chains.add(key_of(number), mark_of(key_of(number)), before, draw.choice("ab"))
+    for number in draw.sample(range(30), 10):
+        chains.touch(key_of(number))
+    for _ in range(3):
+        aside = list[bytes]()
+        while len(aside) < draw.randrange(1, 31) and (key := chains.next()) is not None:
+            chains.set_aside(key)
+            aside.append(key)
+        for key in reversed(aside):
+            chains.put_back(key)
+        for expected in aside[: draw.randrange(8)]:
+            assert chains.next() == expected
+            chains.remove(expected)
+    left = [key for number in range(30) if (key := key_of(number)) in chains]
+    assert len(evict_all(chains)) == len(left)
+
+
 def test_blocks_of_unknown_predecessors_go_first() -> None:
     """Until a save names what they follow."""
     chains = Chains[bytes]()

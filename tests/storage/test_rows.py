@@ -10,7 +10,7 @@ import pytest
 from support.storage_cases import key_of
 
 from portakv.storage.chains import FIRST, mark_of
-from portakv.storage.rows import Claim, Rows
+from portakv.storage.rows import Claim, Loan, Rows
 
 
 def fill_rows(rows: Rows, *numbers: int, prefetched: bool = False) -> list[bool]:
@@ -230,6 +230,73 @@ def test_a_save_takes_no_row_that_may_not_go(why: str) -> None:
 
 class Caller:
     """An owner of a loan."""
+
+
+class Hasty(Rows):
+    """Rows that evict one after the other, before they know whether enough may go."""
+
+    def _evict_for_saves(self, beyond: int, claim: Claim, place: int) -> bool:
+        while len(self._cache.rows) + beyond > self.host:
+            if not self._evict(claim, place):
+                return False
+        return True
+
+
+@pytest.mark.parametrize("why", ["pinned", "lent", "earlier"])
+@pytest.mark.parametrize("kind", [Rows, Hasty], ids=["rows", "negative control"])
+def test_a_save_that_finds_too_few_rows_evicts_none(kind: type[Rows], why: str) -> None:
+    """Of the three rows that it needs the last one may not go."""
+    rows = kind(4096, 8, 8, pin=False)
+    assert fill_rows(rows, *range(8)) == [True] * 8
+    claim = claim_of(*range(100, 108))
+    loan = None
+    if why == "pinned":
+        assert None not in [rows.find(key_of(number)) for number in range(2, 8)]
+    elif why == "lent":
+        loan = rows.borrow([key_of(number) for number in range(2, 8)], rows)
+    else:
+        claim = claim_of(*range(2, 8), *range(100, 108))
+    place = 12 if why == "earlier" else 6
+    counts = rows.counts()
+    assert rows.take(7, True, claim, place) is None
+    whole = cached_numbers(rows) == [*range(8)]
+    assert whole is (kind is Rows)
+    assert (rows.evicted == 0) is whole
+    assert (rows.counts() == counts) is whole
+    if whole:  # the order is what it was
+        items = rows.take(6, True, claim, place)
+        assert items is not None
+        assert cached_numbers(rows) == [*range(2, 8)]
+    if loan is not None:
+        loan.cancel()
+
+
+class Lender(dict[bytes, int]):
+    """Positions of a call's keys; a load takes the row of a key when its position is read."""
+
+    def __init__(self, rows: Rows, key: bytes) -> None:
+        super().__init__({key_of(100): 0})
+        self.rows = rows
+        self.key = key
+        self.loans = list[Loan]()
+
+    def get(self, key: bytes, *default: int) -> int:  # type: ignore[override]
+        if key == self.key:
+            self.loans.append(self.rows.borrow([key], self))
+        return super().get(key, *default)
+
+
+def test_a_load_that_comes_between_choice_and_eviction_keeps_all_rows() -> None:
+    """A loan takes no lock."""
+    rows = filled()
+    lender = Lender(rows, key_of(2))
+    assert rows.take(7, True, Claim(lender), 0) is None
+    assert cached_numbers(rows) == [*range(8)]
+    assert rows.evicted == 0
+    (loan,) = lender.loans
+    loan.cancel()
+    assert rows.take(7, True, claim_of(100), 0) is not None
+    assert cached_numbers(rows) == [*range(3, 8)]
 
 
 def test_a_save_takes_rows_of_later_blocks_of_its_call_and_of_other_forms() -> None:

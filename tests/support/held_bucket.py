@@ -22,8 +22,8 @@ class HeldBucket(Remote):
         requests: how many there have been.
     """
 
-    def __init__(self, url: str = "memory://") -> None:
-        super().__init__(url)
+    def __init__(self, url: str = "memory://", workers: int = 8) -> None:
+        super().__init__(url, workers=workers)
         self.waiting = 0
         self.requests = 0
         self._free = threading.Event()

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real vLLM engines on a CPU, each in a child of a process that has imported vLLM once.
 
+Most of an engine's start is the same each time, and is done before the fork: see `import_engine`.
 The model is a small Llama of random weights without a tokenizer. They are scaled so that greedy
 tokens depend on the whole prompt: plain random weights repeat one token, and prove nothing.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import itertools
 import json
@@ -18,7 +21,7 @@ import select
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,16 +41,36 @@ INNER = 512
 WORDS = 4096
 BLOCK = 32
 LIMIT = 100  # seconds of a child
-#: The environment of an engine: one process, no network, threads that do not spin.
+#: The environment of an engine: one process, no network, one thread of OpenMP. vLLM configures no
+#: loggers, which takes a second for the hundreds that its process has.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONHASHSEED": "0",
+    "VLLM_CONFIGURE_LOGGING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
+#: What an engine imports, with all that these modules import. None starts a thread of OpenMP.
+MODULES = (
+    "vllm",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.entrypoints.llm",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.model_executor.models.llama",
+    "vllm.plugins.lora_resolvers.filesystem_resolver",
+    "vllm.plugins.lora_resolvers.hf_hub_resolver",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.core.sched.async_scheduler",
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "portakv.integrations.vllm_connector",
+)
 
 
 def make_model(folder: Path, window: int | None = None) -> None:
@@ -113,11 +136,21 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def import_engine(names: Iterable[str]) -> None:
-    """Import an engine's modules into this process, whose forked children run engines."""
+def import_engine() -> None:
+    """Import an engine's modules into this process, whose forked children run engines.
+
+    Do here too what takes each engine a second or more: vLLM's search of all modules for kernels to
+    replace, and collections of garbage among the objects of all modules.
+    """
     os.environ.update(ENVIRONMENT)
-    for name in names:
+    for name in MODULES:
         importlib.import_module(name)
+    platform: Any = type(importlib.import_module("vllm.platforms").current_platform)
+    platform.register_triton_kernel_overrides()
+    platform.register_triton_kernel_overrides = classmethod(lambda _: None)
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -256,8 +289,15 @@ class Engine:
 
 
 def fork_workers() -> None:
-    """Let vLLM fork its workers, which have imported it then. It spawns them on a CPU."""
+    """Let vLLM fork its workers, which have imported it then. It spawns them on a CPU.
+
+    A process of the engine that waits for another one gives its core up at once; vLLM's default is
+    to look for a message for a second, while the workers have no core.
+    """
+    from vllm.distributed.device_communicators import shm_broadcast
     from vllm.v1.executor import multiproc_executor
+
+    shm_broadcast.SpinCondition.__init__.__defaults__ = (0.0,)  # of busy_loop_s
 
     def context() -> Any:
         return multiprocessing.get_context("fork")

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Uploads`: the rows of saves that wait for a remote tier, and those that saves need more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from portakv.graph import Graph, Task
+from portakv.storage.rows import Rows
+
+
+class Uploads:
+    """The writes of the saves of one form to remote tiers. Callers hold the graph's lock.
+
+    Attributes:
+        rows: how many hold a block until it is written.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._tasks = dict[Task, int]()  # with their rows, in order
+
+    def begin(self, task: Task, rows: int) -> None:
+        """Note a task that writes rows, until its end."""
+        self.rows += rows
+        self._tasks[task] = rows
+        task.on_end = partial(self._end, task)
+
+    def _end(self, task: Task) -> None:
+        self.rows -= self._tasks.pop(task)
+
+    def waiting(self) -> list[Task]:
+        """Return the tasks that no worker has begun, the latest first."""
+        return [task for task in reversed(self._tasks) if task.state == "queued"]
+
+
+def make_way(uploads: Iterable[Uploads], rows: Rows, graph: Graph, count: int) -> int:
+    """Drop uploads that wait for a slow tier if a save needs their rows, the latest first.
+
+    They keep half of the rows that saves may have. So a remote tier that is slower than saves costs
+    no block of a nearer tier. Call it under the graph's lock.
+
+    Args:
+        uploads: of all forms that share the rows.
+        count: the rows that the save needs.
+
+    Returns:
+        How many rows were given back.
+    """
+    every = [*uploads]
+    half = (rows.most + rows.host) // 2
+    held = first = sum(each.rows for each in every)
+    for task in (task for each in every for task in each.waiting()):
+        if held <= half or not rows.lacks(count):
+            break
+        graph.cancel(task, "dropped")
+        held = sum(each.rows for each in every)
+    return first - held
