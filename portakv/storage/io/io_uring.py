@@ -39,8 +39,9 @@ PASSING = (-errno.EINTR, -errno.EAGAIN, -errno.EBUSY)  # of ENTER: call it again
 # the most bytes of a registered buffer and of one request
 WORD = 0xFFFFFFFF
 LARGEST = 1 << 30
-#: Bytes of requests that end before they are reported together.
-REPORTED = 128 << 10
+#: Bytes of a small request, and seconds in which more of them end after the first ones.
+SMALL = 64 << 10
+GATHERED = 5e-5
 _COLUMNS = "opcode u1, rest0 V3, fd i4, offset i8, address i8, nbytes u4, rest1 u4, key u8"
 #: The used fields of io_uring_params: sizes and flags, then offsets into the shared memory.
 PARAMS = np.dtype(
@@ -151,9 +152,9 @@ class _Batch:
     def __init__(self, requests: Sequence[Request], generation: int) -> None:
         self.requests = requests
         self.rows = np.array(requests, np.int64).reshape(-1, 5)
-        # Few bytes stay in a cache until the caller looks at them; each wait costs the interpreter.
-        mean = int(self.rows[:, 3].mean()) if len(requests) else 0
-        self.reported = max(1, REPORTED // max(1, mean))  # requests that are reported together
+        # Small requests that end within a moment are reported together, as each wait for the next
+        # one costs the interpreter.
+        self.small = len(requests) > 1 and int(self.rows[:, 3].sum()) < SMALL * len(requests)
         self.first_key = generation << 32  # the key of a request is this and its number
         self.begun = 0  # requests that were put
         self.code = 0  # the negative errno for which no further request begins
@@ -226,10 +227,12 @@ class OneRing:
                 queues.take_back()
             elif batch.follows():
                 batch.begun += self._put(batch)
-            # Wait for all requests, for half if more follow, or for some to report.
+            elif tell and batch.small:
+                time.sleep(GATHERED)
+            # Wait for all requests, for half if more follow, or for one to report.
             in_flight = queues.in_flight()
             least = (in_flight + 1) // 2 if batch.follows() else in_flight
-            self._enter(batch, min(least, batch.reported) if tell else least)
+            self._enter(batch, min(least, 1) if tell else least)
             new = self._note_ends(batch)
             if tell and not stopped:
                 for number, result in new:
