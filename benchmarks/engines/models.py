@@ -134,7 +134,7 @@ MODELS = {
             # With tied ones, random weights repeat the last token.
             "tie_word_embeddings": False,
         },
-        terms=_GPU,
+        terms={**_GPU, "num_gpu_blocks_override": 8000},
     ),
     "tiny": Model(
         "four layers, for a run without an accelerator",

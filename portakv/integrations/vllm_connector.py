@@ -245,7 +245,8 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.hand.load(self._get_connector_metadata().plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        self.hand.layer(self._layers[layer_name])
+        if self._settings.store.by_layer:
+            self.hand.layer(self._layers[layer_name])
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, *args: Any, **kwargs: Any) -> None:
         """Blocks are saved after the step."""

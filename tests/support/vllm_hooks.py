@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from portakv.integrations import vllm_connector, vllm_ranks
+from portakv.integrations import vllm_caches, vllm_connector, vllm_ranks
 from portakv.integrations.vllm_connector import PlanMetadata, PortaKVConnector, ReportMetadata
-from portakv.serving import Plan, Report
+from portakv.serving import Group, Plan, Report
 from support.serving_model import NOTHING, Engine, Holder
 from support.vllm_stub import configuration
 
@@ -36,13 +36,16 @@ class HookStore:
 
     folder = ""
     shared = False
+    across = False  # one tensor for all layers, if the connector prefers it
 
     def __init__(self, chance: random.Random, draw: Any) -> None:
         self.draw = draw
         draw.workers = 1
-        draw.stored_size = draw.block_size
         if draw.window is not None:
-            draw.window = max(draw.window, draw.stored_size)
+            draw.window = max(draw.window, draw.block_size)
+        # Prompts are short.
+        vllm_caches.TOKENS = chance.choice([1, 2]) * draw.block_size
+        draw.stored_size = vllm_caches.whole_blocks([Group(draw.block_size, draw.window)])
         self.expected = dict[bytes, list[int]]()
         self.wrong = 0.0
         name = f"{id(self)}"
@@ -162,7 +165,10 @@ class HookWorker:
         config, caches = engine.store.configurations
         self.connector = PortaKVConnector(config, Role.WORKER, caches)
         self._memory = torch.full((draw.blocks + 1, 2, draw.block_size), NOTHING)
-        self.connector.register_kv_caches({"layer": self._memory})
+        if self.connector.prefer_cross_layer_blocks and HookStore.across:
+            self.connector.register_cross_layers_kv_cache(self._memory, None)
+        else:
+            self.connector.register_kv_caches({"layer": self._memory})
         self._said = Report()
         self.freed = set[str]()
         self.lacking = set[int]()
@@ -215,6 +221,7 @@ class HookWorker:
 def walk(seed: int, folder: str) -> Mapping[str, int]:
     """Make one walk; return what the ledger has counted."""
     HookStore.folder = folder
+    HookStore.across = seed % 2 == 0
     vllm_ranks.PATIENCE = 0.0  # the worker comes after the scheduler
     engine = Engine(HookLedger, seed, HookStore, HookWorker)  # type: ignore[arg-type]
     connector = engine.ledger.connector  # type: ignore[attr-defined]
