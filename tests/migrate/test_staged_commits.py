@@ -4,7 +4,9 @@ bytes have left the owner, and another worker renews the offer of a pull that la
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +98,19 @@ def test_one_question_ends_a_pull(made: Sides, gate: threading.Event) -> None:
         assert pulled.statistics.slices == 1
         assert len(messages(both.owner, Check)) == turn
         assert until(lambda offer=offer: offer.state == "taken", LIMIT)
+
+
+def test_a_pull_that_has_ended_retains_nothing_of_its_worker(
+    made: Sides, gate: threading.Event
+) -> None:
+    both = couple(made)
+    gate.set()
+    pulled = both.pull(both.offer())
+    taker = weakref.ref(pulled.task)
+    pulled.synchronize(LIMIT)
+    assert until(lambda: pulled.sources == [], LIMIT)  # its end is reported
+    gc.collect()
+    assert until(lambda: taker() is None)
 
 
 @pytest.mark.parametrize("guarded", [True, False])
