@@ -28,7 +28,7 @@ from portakv.errors import (
 )
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
-from portakv.migrate.connections import Asked, Source, Sources
+from portakv.migrate.connections import SentRequest, Source, Sources
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
 from portakv.migrate.named import LateLayer, Wanted, forked_error
 from portakv.migrate.words import fence
@@ -388,7 +388,7 @@ class Pull(Transfer):
         """Return the sources of which only the owner can say whether the offer holds."""
         return [source for source in self.sources if source.word is None]
 
-    def ask(self) -> Asked[Answer] | None:
+    def ask(self) -> SentRequest[Answer] | None:
         """Ask the only owner whether its offer held, after all bytes have left its memory; return
         the request. None: it could not be sent, or nothing will be committed."""
         if self.stopped:
@@ -399,18 +399,18 @@ class Pull(Transfer):
             return owner.channel.begin(owner.address, check, Answer, self._seconds_to_answer)
         return None
 
-    def finish(self, asked: Asked[Answer] | None) -> None:
+    def finish(self, question: SentRequest[Answer] | None) -> None:
         """End the pull by the answer to a request of `ask`, after the last copy."""
         sources = [self.sources[0]]
-        if asked is None:
+        if question is None:
             self.confirm(sources)
             return
         if self.stopped:
-            asked.drop()
+            question.drop()
             self.confirm(sources)
             return
         try:
-            answer: Answer | PortaKVError = asked.answer()
+            answer: Answer | PortaKVError = question.answer()
         except PortaKVError as error:
             answer = error
         self.confirm(sources, [answer])

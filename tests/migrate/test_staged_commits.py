@@ -54,7 +54,7 @@ def couple(made: Sides) -> Couple:
     return Couple(made, "staging", transport=Held.name, staging=1 << 20)
 
 
-def asked_before(both: Couple, offer: Offer) -> Any:
+def answered_before(both: Couple, offer: Offer) -> Any:
     """Return a question about an offer that its owner answers now."""
     ticket = Ticket.read(offer.ticket)
     check = Check(ticket.epoch, ticket.offer)
@@ -75,7 +75,7 @@ def test_an_offer_that_ends_while_its_last_bytes_cross_is_not_committed(
     assert Held.reads.wait(LIMIT)
     assert messages(both.owner, Check) == []
     if not guarded:
-        early = asked_before(both, offer)
+        early = answered_before(both, offer)
         monkeypatch.setattr(Pull, "ask", lambda _: early)
     offer.revoke()
     gate.set()
