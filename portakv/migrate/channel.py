@@ -20,7 +20,7 @@ import zmq
 from portakv.arguments import seconds
 from portakv.errors import InvalidTerms, PeerError, PortaKVError
 from portakv.migrate.address import check_address, keys_of, too_short
-from portakv.migrate.channel_client import Asked, Client
+from portakv.migrate.channel_client import Client, SentRequest
 from portakv.migrate.channel_loop import Loop
 from portakv.migrate.channel_server import Server
 from portakv.migrate.channel_sockets import Sockets
@@ -29,7 +29,7 @@ from portakv.migrate.peer import Peer
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 
-__all__ = ["Asked", "Channel", "Peer"]
+__all__ = ["Channel", "Peer", "SentRequest"]
 T = TypeVar("T")
 
 
@@ -178,7 +178,7 @@ class Channel:
 
     def begin(
         self, address: str, message: Message, kind: type[T], timeout: float | None = None
-    ) -> Asked[T]:
+    ) -> SentRequest[T]:
         """Send a request, and return it: its answer is read later. Raises as `ask`.
 
         Other requests to the address wait until the answer was read or dropped. For workers: no

@@ -29,7 +29,7 @@ T = TypeVar("T")
 LOOK = 20
 
 
-class Asked(Generic[T]):
+class SentRequest(Generic[T]):
     """A request that was sent, and whose answer is read later.
 
     It has the connection until `answer` or `drop`, so the caller must call one of them soon.
@@ -115,9 +115,9 @@ class Client:
         *_, back = self._sending(address, message, until, True, stop)
         return answer_of(back, address, message, kind)
 
-    def begin(self, address: str, message: Message, kind: type[T], until: float) -> Asked[T]:
+    def begin(self, address: str, message: Message, kind: type[T], until: float) -> SentRequest[T]:
         """Send a request whose answer is read later; see `Channel.begin`."""
-        return Asked(self._sending(address, message, until, True), address, message, kind)
+        return SentRequest(self._sending(address, message, until, True), address, message, kind)
 
     def ask_all(
         self, requests: Sequence[tuple[str, Message]], kind: type[T], until: float

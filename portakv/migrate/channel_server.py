@@ -211,7 +211,11 @@ class Server:
 
     def _take(self) -> None:
         """Answer one request."""
-        name, *others, frame = self._router.recv_multipart(copy=False)
+        # Frame by frame: the calls for messages of several frames ask the socket about each.
+        frames = [self._router.recv(copy=False)]
+        while frames[-1].more:
+            frames.append(self._router.recv(copy=False))
+        name, *others, frame = frames
         data = frame.bytes
         if others or not HEAD.size <= len(data) <= HEAD.size + LIMIT:
             self._counts["size"] += 1
@@ -222,7 +226,8 @@ class Server:
         peer = self._peers.get(name.bytes) or self.peer(name.bytes, frame.get(zmq.SRCFD), id)
         back = self._answer(peer, data)
         if number and back:
-            self._router.send_multipart([name.bytes, back])
+            self._router.send(name.bytes, zmq.SNDMORE)
+            self._router.send(back)
         while self.later:
             self.later.popleft()()
 

@@ -576,7 +576,7 @@ class Owner:
 
     def _current(self, about: messages.About) -> Offer | None:
         offer = self.offers.get(about.offer)
-        exports = offer is not None and about.epoch == self.epoch and offer.state == "held"
+        exports = offer is not None and about.epoch == self.epoch and offer.holds()
         return offer if exports else None
 
     def _begin(self, peer: Peer, begin: messages.About) -> None:

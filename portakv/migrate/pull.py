@@ -28,7 +28,7 @@ from portakv.errors import (
 )
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
-from portakv.migrate.connections import Asked, Source, Sources
+from portakv.migrate.connections import SentRequest, Source, Sources
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
 from portakv.migrate.named import LateLayer, Wanted, forked_error
 from portakv.migrate.words import fence
@@ -271,6 +271,7 @@ class Pull(Transfer):
         self.copies = ()
         self.slices = ()
         self.task = None
+        self.requested.tend = None
         self.completions[0].pendings = ()
         for layer in self.layers:
             if isinstance(layer, LateLayer):  # it never began
@@ -380,15 +381,14 @@ class Pull(Transfer):
         for check in () if self.over else checks:
             graph.submit([check], priority="urgent")
             self._await(check)
-        remote = self.remote
-        self.confirm(remote, [] if self.stopped else self._answers(remote, Check))
+        self.confirm(self.remote)
 
     @property
     def remote(self) -> list[Source]:
         """Return the sources of which only the owner can say whether the offer holds."""
         return [source for source in self.sources if source.word is None]
 
-    def ask(self) -> Asked[Answer] | None:
+    def ask(self) -> SentRequest[Answer] | None:
         """Ask the only owner whether its offer held, after all bytes have left its memory; return
         the request. None: it could not be sent, or nothing will be committed."""
         if self.stopped:
@@ -399,29 +399,39 @@ class Pull(Transfer):
             return owner.channel.begin(owner.address, check, Answer, self._seconds_to_answer)
         return None
 
-    def finish(self, asked: Asked[Answer] | None) -> None:
+    def finish(self, question: SentRequest[Answer] | None) -> None:
         """End the pull by the answer to a request of `ask`, after the last copy."""
-        source = self.sources[0]
-        if asked is None:
-            self.confirm([source], [] if self.stopped else self._answers([source], Check))
-        elif self.stopped:
-            asked.drop()
-            self.confirm([], [])
-        else:
-            try:
-                self.confirm([source], [asked.answer()])
-            except PortaKVError as error:
-                self.confirm([source], [error])
+        sources = [self.sources[0]]
+        if question is None:
+            self.confirm(sources)
+            return
+        if self.stopped:
+            question.drop()
+            self.confirm(sources)
+            return
+        try:
+            answer: Answer | PortaKVError = question.answer()
+        except PortaKVError as error:
+            answer = error
+        self.confirm(sources, [answer])
 
-    def confirm(self, sources: Sequence[Source], answers: Sequence[Answer | PortaKVError]) -> None:
-        """End the pull: commit it if all owners answer that their offers held. No answers: the
-        pull was stopped."""
+    def confirm(
+        self, sources: Sequence[Source], answers: Sequence[Answer | PortaKVError] | None = None
+    ) -> None:
+        """End the pull: commit it if the owners of these sources answer that their offers held.
+
+        ``answers``: to a request that was sent after all bytes had been read; None: ask them now.
+        A pull that was stopped is not committed, whatever they answer.
+        """
         error: PortaKVError | None = None
-        for source, answer in zip(sources, answers, strict=False):
-            if isinstance(answer, PortaKVError):
-                error = error or answer
-            elif answer.state != "held" and not isinstance(error, OfferGone):
-                error = source.ticket.gone(answer.why)
+        if not self.stopped:
+            if answers is None:
+                answers = self._answers(sources, Check)
+            for source, answer in zip(sources, answers, strict=True):
+                if isinstance(answer, PortaKVError):
+                    error = error or answer
+                elif answer.state != "held" and not isinstance(error, OfferGone):
+                    error = source.ticket.gone(answer.why)
         self.conclude(error or self._gone())
 
     def renew_until(self, one: Task) -> None:

@@ -30,7 +30,7 @@ from portakv.graph import Graph, Task
 from portakv.migrate.arrival import Arrival, InFlight, Scattered, arrivals
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum
-from portakv.migrate.connections import Asked, Source
+from portakv.migrate.connections import SentRequest, Source
 from portakv.migrate.messages import Answer, Gather, Stop, Stopped, Sum
 from portakv.migrate.plan import Step
 from portakv.migrate.pull import CANCELLED, Pull, known
@@ -76,7 +76,7 @@ class Taker:
         self.arrivals = arrivals(steps, max_gbps, self.task)
         self._in_flight = deque[InFlight]()
         self._scattered = deque[Scattered]()
-        self._asked: Asked[Answer] | None = None
+        self._question: SentRequest[Answer] | None = None
 
     def _run(self, *_: object) -> None:
         """Take all slices, and end the pull if no other worker does."""
@@ -84,7 +84,7 @@ class Taker:
             self._take_all()
         finally:
             if self.commits:
-                self._pull.finish(self._asked)
+                self._pull.finish(self._question)
 
     def _take_all(self) -> None:
         """Take all slices; return after the last copy, with or without an error."""
@@ -96,10 +96,10 @@ class Taker:
                     self._take(self.arrivals[start : start + self._batch])
                 while self._in_flight:
                     self._scatter()
-                if self.commits and self._asked is None:
+                if self.commits and self._question is None:
                     for scattered in self._scattered:
                         self._await(scattered.moving.wait)
-                    self._asked = self._pull.ask()
+                    self._question = self._pull.ask()
                 self._settle(wait=True)
         except BaseException as caught:
             error = caught
@@ -176,7 +176,7 @@ class Taker:
         scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
         self._await(moving.follow)
         if self.commits and arrival is self.arrivals[-1] and moving.over.is_set():
-            self._asked = self._pull.ask()  # slices land in order: the owner has read all rows
+            self._question = self._pull.ask()  # slices land in order: the owner has read all rows
         copy = scatter()
         self._scattered.append(Scattered(arrival, moving, lane, copy))
         if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy

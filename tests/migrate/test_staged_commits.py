@@ -4,7 +4,9 @@ bytes have left the owner, and another worker renews the offer of a pull that la
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +54,7 @@ def couple(made: Sides) -> Couple:
     return Couple(made, "staging", transport=Held.name, staging=1 << 20)
 
 
-def asked_before(both: Couple, offer: Offer) -> Any:
+def answered_before(both: Couple, offer: Offer) -> Any:
     """Return a question about an offer that its owner answers now."""
     ticket = Ticket.read(offer.ticket)
     check = Check(ticket.epoch, ticket.offer)
@@ -73,7 +75,7 @@ def test_an_offer_that_ends_while_its_last_bytes_cross_is_not_committed(
     assert Held.reads.wait(LIMIT)
     assert messages(both.owner, Check) == []
     if not guarded:
-        early = asked_before(both, offer)
+        early = answered_before(both, offer)
         monkeypatch.setattr(Pull, "ask", lambda _: early)
     offer.revoke()
     gate.set()
@@ -96,6 +98,19 @@ def test_one_question_ends_a_pull(made: Sides, gate: threading.Event) -> None:
         assert pulled.statistics.slices == 1
         assert len(messages(both.owner, Check)) == turn
         assert until(lambda offer=offer: offer.state == "taken", LIMIT)
+
+
+def test_a_pull_that_has_ended_retains_nothing_of_its_worker(
+    made: Sides, gate: threading.Event
+) -> None:
+    both = couple(made)
+    gate.set()
+    pulled = both.pull(both.offer())
+    taker = weakref.ref(pulled.task)
+    pulled.synchronize(LIMIT)
+    assert until(lambda: pulled.sources == [], LIMIT)  # its end is reported
+    gc.collect()
+    assert until(lambda: taker() is None)
 
 
 @pytest.mark.parametrize("guarded", [True, False])

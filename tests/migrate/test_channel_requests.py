@@ -24,16 +24,16 @@ def both() -> Iterator[tuple[Server, Channel]]:
 
 def test_an_answer_is_read_later(both: tuple[Server, Channel]) -> None:
     server, asker = both
-    asked = asker.begin(server.address, Ping(b"a"), Pong)
-    assert asked.answer() == Pong(b"a", 1)
+    sent = asker.begin(server.address, Ping(b"a"), Pong)
+    assert sent.answer() == Pong(b"a", 1)
 
 
 def test_other_requests_wait_until_the_answer_is_read(both: tuple[Server, Channel]) -> None:
     server, asker = both
-    asked = asker.begin(server.address, Ping(b"a"), Pong)
+    sent = asker.begin(server.address, Ping(b"a"), Pong)
     with pytest.raises(TransferTimeout, match="an earlier request"):
         asker.ask(server.address, Ping(b"b"), Pong, 0.01)
-    assert asked.answer().data == b"a"
+    assert sent.answer().data == b"a"
     assert asker.ask(server.address, Ping(b"c"), Pong) == Pong(b"c", 2)
 
 
@@ -51,12 +51,12 @@ def test_a_peer_that_is_gone_ends_the_request(both: tuple[Server, Channel]) -> N
         may.wait(LIMIT)
 
     server.channel.serve(Ping, silent)
-    asked = asker.begin(server.address, Ping(b"a"), Pong)
+    sent = asker.begin(server.address, Ping(b"a"), Pong)
     closing = threading.Thread(target=server.channel.close)
     closing.start()
     may.set()
     with pytest.raises(PeerError):
-        asked.answer()
+        sent.answer()
     closing.join(LIMIT)
 
 
