@@ -31,7 +31,6 @@ from portakv.storage.plan import (
 from portakv.storage.rows import Crossing, Loan
 from portakv.storage.sources import Source, ViewSource
 from portakv.storage.tier import After, Keys, TierStore
-from portakv.storage.uploads import make_way
 from portakv.view import IdList, KVView
 
 #: The options that a save takes, and a load, which also takes ``by_layer``.
@@ -227,7 +226,7 @@ class FormStore(FormIndex):
                 yield
             group = [self._left(call, at, tier_stores) for at in chunks[first : first + together]]
             started = [InFlight(call, form.own, at, until) for at in group if at]
-            self._make_way(call, started)
+            self.make_way(call, started)
             source.issue(call, started)
             for in_flight in started:
                 if tier_stores:
@@ -261,14 +260,14 @@ class FormStore(FormIndex):
         call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
         call.submit()  # submits now, so that the queues count it
 
-    def _make_way(self, call: Call, started: Sequence[InFlight]) -> None:
+    def make_way(self, call: Call, started: Sequence[InFlight]) -> None:
         """Drop uploads whose rows a save to a nearer tier needs, under the graph's lock."""
         tier_stores = call.form.own.tier_stores
         if not any(x.writable and x.tier != "remote" for x in tier_stores):
             return
-        uploads = [each.uploads for each in self._shared.forms.values()]
+        every = [each.uploads for each in self._shared.forms.values()]
         count = sum(in_flight.count for in_flight in started)
-        dropped = make_way(uploads, self.rows, self.graph, count)
+        dropped = call.form.uploads.make_way(every, self.rows, self.graph, count)
         if dropped:
             text = "A remote tier is slower than saves: %d blocks are not put there"
             self._shared.log.warning("uploads", text, dropped, lines=1)
