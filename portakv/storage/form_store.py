@@ -226,7 +226,7 @@ class FormStore(FormIndex):
                 yield
             group = [self._left(call, at, tier_stores) for at in chunks[first : first + together]]
             started = [InFlight(call, form.own, at, until) for at in group if at]
-            self.make_way(call, started)
+            self._make_way(call, started)
             source.issue(call, started)
             for in_flight in started:
                 if tier_stores:
@@ -260,7 +260,7 @@ class FormStore(FormIndex):
         call.ends += [((end, at, range(len(at))), range(0)) for end in in_flight.last]
         call.submit()  # submits now, so that the queues count it
 
-    def make_way(self, call: Call, started: Sequence[InFlight]) -> None:
+    def _make_way(self, call: Call, started: Sequence[InFlight]) -> None:
         """Drop uploads whose rows a save to a nearer tier needs, under the graph's lock."""
         tier_stores = call.form.own.tier_stores
         if not any(x.writable and x.tier != "remote" for x in tier_stores):
