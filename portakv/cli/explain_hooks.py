@@ -69,8 +69,8 @@ def print_hooks(url: str, as_json: bool) -> int:
     measured = any(cost.idle is not None for cost in costs)
     if as_json:
         hooks = [cost._asdict() for cost in costs]
-        total = idle if measured else None
-        print_json({"url": url, "limit": LIMIT, "idle": total, "steps": steps, "hooks": hooks})
+        seconds = idle if measured else None
+        print_json({"url": url, "limit": LIMIT, "idle": seconds, "steps": steps, "hooks": hooks})
         return 0
     columns = [Column("hook", whole=True), Column("side"), Column("a step without work", right=True)]
     columns.append(Column("a step", right=True))
@@ -134,8 +134,8 @@ def costs_in(text: str) -> tuple[dict[str, dict[str, float]], list[HookCost]]:
             of_side = steps.setdefault(side, {"steps": 0.0, "idle_steps": 0.0})
             of_side[name] += value
         elif name in ("hook_seconds", "idle_hook_seconds"):
-            hook = side, labels.get("hook", "")
-            of_hook = seconds.setdefault(hook, {"hook_seconds": 0.0, "idle_hook_seconds": 0.0})
+            key = side, labels.get("hook", "")
+            of_hook = seconds.setdefault(key, {"hook_seconds": 0.0, "idle_hook_seconds": 0.0})
             of_hook[name] += value
     costs = list[HookCost]()
     for (side, hook), took in sorted(seconds.items()):

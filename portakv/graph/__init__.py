@@ -10,7 +10,7 @@ from portakv.deprecation import warn_former
 from portakv.graph.graph import SLACK as SLACK
 from portakv.graph.graph import Graph
 from portakv.graph.graph import Priority as Priority
-from portakv.graph.graph import Queue as _Queue
+from portakv.graph.graph import Queue as Queue
 from portakv.graph.handle import Handle
 from portakv.graph.handle import Missing as Missing
 from portakv.graph.prometheus import Collector
@@ -30,7 +30,7 @@ class _Node(Task):
         work: Any,
         blocks: int,
         *,
-        link: _Queue | None = None,
+        link: Queue | None = None,
         given: Any = None,
         **terms: Any,
     ) -> None:

@@ -31,7 +31,6 @@ from portakv.storage.rows import Crossing, Loan
 from portakv.storage.sizes import ISSUED, SAVED, SLICE
 from portakv.storage.sources import Source, ViewSource
 from portakv.storage.tier import After, Keys, TierStore
-from portakv.storage.uploads import make_way
 from portakv.view import IdList, KVView
 
 #: The options that a save takes, and a load, which also takes ``by_layer``.
@@ -273,9 +272,9 @@ class FormStore(FormIndex):
         tier_stores = call.form.own.tier_stores
         if not any(x.writable and x.tier != "remote" for x in tier_stores):
             return
-        uploads = [each.uploads for each in self._shared.forms.values()]
+        every = [each.uploads for each in self._shared.forms.values()]
         count = sum(in_flight.count for in_flight in started)
-        dropped = make_way(uploads, self.rows, self.graph, count)
+        dropped = call.form.uploads.make_way(every, self.rows, self.graph, count)
         if dropped:
             text = "A remote tier is slower than saves: %d blocks are not put there"
             self._shared.log.warning("uploads", text, dropped, lines=1)

@@ -19,8 +19,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from portakv.graph import Graph, Handle, Lease, Mask, Missing, Priority, Task, Workers
-from portakv.graph.graph import Queue
+from portakv.graph import Graph, Handle, Lease, Mask, Missing, Priority, Queue, Task, Workers
 from portakv.graph.trace import COUNTED, Counts
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image

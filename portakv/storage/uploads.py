@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Uploads`: the rows of saves that wait for a remote tier, and those that saves need more."""
+"""`Uploads`: the rows of saves that wait for a remote tier, and that other saves may need."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ class Uploads:
         """Return the tasks that no worker has begun, the latest first."""
         return [task for task in reversed(self._tasks) if task.state == "queued"]
 
+    def make_way(self, every: Iterable[Uploads], rows: Rows, graph: Graph, count: int) -> int:
+        """Drop uploads that wait for a slow tier if a save needs their rows, the latest first.
 
-def make_way(uploads: Iterable[Uploads], rows: Rows, graph: Graph, count: int) -> int:
-    """Drop uploads that wait for a slow tier if a save needs their rows, the latest first.
+        They keep half of the rows that saves may have. So a remote tier that is slower than saves
+        costs no block of a nearer tier. Call it under the graph's lock.
 
-    They keep half of the rows that saves may have. So a remote tier that is slower than saves costs
-    no block of a nearer tier. Call it under the graph's lock.
+        Args:
+            every: the uploads of all forms that share the rows, this one among them.
+            count: the rows that the save needs.
 
-    Args:
-        uploads: of all forms that share the rows.
-        count: the rows that the save needs.
-
-    Returns:
-        How many rows were given back.
-    """
-    every = [*uploads]
-    half = (rows.most + rows.host) // 2
-    held = first = sum(each.rows for each in every)
-    for task in (task for each in every for task in each.waiting()):
-        if held <= half or not rows.lacks(count):
-            break
-        graph.cancel(task, "dropped")
-        held = sum(each.rows for each in every)
-    return first - held
+        Returns:
+            How many rows were given back.
+        """
+        every = [*every]
+        half = (rows.most + rows.host) // 2
+        first = sum(each.rows for each in every)
+        left = first
+        for task in (task for each in every for task in each.waiting()):
+            if left <= half or not rows.lacks(count):
+                break
+            graph.cancel(task, "dropped")
+            left = sum(each.rows for each in every)
+        return first - left
