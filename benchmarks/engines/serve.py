@@ -53,7 +53,7 @@ def connectors_of(model: Model, folder: Path) -> dict[str, Any]:
         "kv_load_failure_policy": "recompute",
     }
     staging = model.host // 4
-    terms = {"host": model.host, "staging": staging}
+    terms: dict[str, Any] = {"host": model.host, "staging": staging}
     made: dict[str, Any] = {HOST: {**ours, "kv_connector_extra_config": terms}}
     if model.disk:
         terms = {
