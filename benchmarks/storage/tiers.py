@@ -27,9 +27,9 @@ from portakv.storage import image
 from portakv.storage.disk import Disk
 from portakv.storage.form import BlockForm
 from portakv.storage.io.choose import choose
+from portakv.storage.parts import LOADED, SAVED
 from portakv.storage.remote import Remote
 from portakv.storage.rows import Rows as Memory
-from portakv.storage.sizes import LOADED, SAVED
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.shared.files import FIO, FsNative, Slab, close
 from portakv_benchmarks.shared.harness import Row, Rows, Step

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import compress
 from typing import Literal, TypeAlias, get_args
 
@@ -18,9 +18,11 @@ from portakv.graph import Handle, Missing, Priority, Task
 from portakv.runtime.interrupts import abandoned
 from portakv.storage.form_index import FormIndex
 from portakv.storage.lent import Borrowed, Copier, Lending, LentQueue
-from portakv.storage.parts import Part, Stage
 from portakv.storage.plan import (
     CACHED,
+    ISSUED,
+    SAVED,
+    SLICE,
     Call,
     Ending,
     FormBlocks,
@@ -28,7 +30,6 @@ from portakv.storage.plan import (
     SharedState,
 )
 from portakv.storage.rows import Crossing, Loan
-from portakv.storage.sizes import ISSUED, SAVED, SLICE
 from portakv.storage.sources import Source, ViewSource
 from portakv.storage.tier import After, Keys, TierStore
 from portakv.view import IdList, KVView
@@ -403,14 +404,12 @@ class FormStore(FormIndex):
         """Plan the part of a load that workers move in steps, under the graph's lock."""
         hits = () if loan is None else loan.rows
         blocks = [i for i, _ in enumerate(call.request.keys) if not hits or hits[i] is None]
-        stages_of = dict[Part, list[Stage]]()
+        stages_of = cache(lambda part: part.stages(view, by_layer))
         for number, some in enumerate(call.slices(blocks, whole=by_layer)):
             if number:
                 yield
             for (part, location), at in call.groups(some).items():
-                stages = stages_of.get(part)
-                if stages is None:
-                    stages = stages_of[part] = part.stages(view, by_layer)
+                stages = stages_of(part)
                 segments = [stage.segment for stage in stages]
                 for arrival in call.bring(part, location, at, segments):
                     call.cross(arrival, stages, crossing, self._up)

@@ -17,6 +17,10 @@ import torch
 from portakv.runtime.streams import completion, ignoring_captures
 from portakv.runtime.transfer import Completion
 
+#: Bytes of the first part of a copy that a caller's thread issues; a copy of less than twice as
+#: many is one part.
+FIRST_PART = 32 << 20
+
 
 class Loan:
     """Keys of the host tier that keep their rows until the end of a copy.
@@ -115,3 +119,18 @@ class Loans:
     def rows(self) -> set[int]:
         """Return the rows of all loans."""
         return {row for loan in [*self._all] for row in loan.rows if row is not None}
+
+
+def copy_parts(many: int, nbytes: int) -> list[slice]:
+    """Return the parts of a copy of so many blocks, each of ``nbytes``.
+
+    The first part is short, so that its copy begins soon. Each next part has twice as many blocks.
+    """
+    most = max(1, FIRST_PART // nbytes)
+    parts = list[slice]()
+    first = 0
+    while many - first > 2 * most:
+        parts.append(slice(first, first + most))
+        first += most
+        most *= 2
+    return [*parts, slice(first, many)]

@@ -24,13 +24,15 @@ from portakv.graph.trace import COUNTED, Counts
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image
 from portakv.storage.changes import Announced
-from portakv.storage.parts import Arrival, Part, Stage
+from portakv.storage.parts import ISSUED as ISSUED
+from portakv.storage.parts import LOADED, SMALL, Arrival, Part, Stage, TierStore, task_blocks
+from portakv.storage.parts import SAVED as SAVED
+from portakv.storage.parts import SLICE as SLICE
 from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
 from portakv.storage.rows import Claim, Crossing, Rows
-from portakv.storage.sizes import LOADED, SLICE, SMALL, task_blocks
-from portakv.storage.tier import Keys, TierStore
 from portakv.storage.uploads import Uploads
+from portakv.storage.uploads import make_way as make_way
 from portakv.view import KVView
 
 CACHED = "kept"  # a location: the host tier
@@ -112,7 +114,7 @@ class FormBlocks:
             if len(self.counts.new) >= COUNTED:
                 self.shared.graph.run(self.counts.sum_up)
 
-    def touch(self, keys: Keys, follows: Sequence[int] = ()) -> None:
+    def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
         """Record the use of keys, the first key last, so that a prefix outlives its suffix.
 
         ``follows``: the predecessors of the blocks of the form itself, from a save.
@@ -128,8 +130,7 @@ class FormBlocks:
     def locations(self, keys: Sequence[bytes]) -> list[list[tuple[Part, Location]]]:
         """Return for each block the parts that cover it, with their locations.
 
-        The list of a block that is nowhere is empty. Most blocks are in the form itself, which
-        takes one look a tier for all of them.
+        The list of a block that is nowhere is empty. Most blocks are in the form itself.
         """
         own = self.own
         located = self.locate(own, keys)
@@ -170,7 +171,6 @@ class FormBlocks:
         besides those that it is known to have; with ``far``, any block.
         """
         result: list[Location] = [CACHED] * len(keys)
-        made = dict[Queues, Queues]()  # so that blocks of one location have one object
         names = part.names(keys)
         cached = self.shared.rows.has_each(names)
         left = [i for i, there in enumerate(cached) if not there]
@@ -186,10 +186,10 @@ class FormBlocks:
                 stored |= has[number]
             in_flight, _ = coming.get(names[i], NOT_COMING)
             joins = in_flight and in_flight.wanted and not (in_flight.store and stored)
-            result[i] = in_flight if in_flight and joins else made.setdefault(queues, queues)
+            result[i] = in_flight if in_flight and joins else queues
         return result
 
-    def stored(self, keys: Keys) -> Mask:
+    def stored(self, keys: Sequence[bytes]) -> Mask:
         """Return which blocks of the form itself are where saves put them.
 
         That is in every writable tier that evicts blocks, or in the host tier if there is no other.

@@ -35,9 +35,8 @@ from portakv.runtime.streams import (
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.storage.chains import FIRST, UNKNOWN, Chains, Changed, marks_of
 from portakv.storage.loans import Loan as Loan
-from portakv.storage.loans import Loans
+from portakv.storage.loans import Loans, copy_parts
 from portakv.storage.row_memory import row_memory
-from portakv.storage.sizes import copy_parts
 from portakv.view import IdList, Index, KVView
 
 FOREVER = 1e9  # seconds

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, cast
 
 import pytest
-from support.migrate_channels import until
 
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
 from portakv.graph import Graph, Lease, Task
@@ -206,38 +205,6 @@ def test_background_for_ever_and_urgent_for_ever_both_go_on(
         time.sleep(0.001)
     assert ran["background"] > 10
     assert ran["urgent"] > 200
-
-
-@pytest.mark.parametrize("alone", [True, False])
-def test_background_tasks_that_run_alone_leave_the_other_workers_free(
-    graph: Graph, alone: bool
-) -> None:
-    """False is the control."""
-    queue = graph.queue("wide", 4)
-    going = set[int]()
-    end = threading.Event()
-
-    def work(task: Task, mask: Any) -> None:
-        going.add(task.number)
-        assert end.wait(WAIT)
-
-    tasks = [Task(work, 1, queue=queue) for _ in range(3)]
-    for task in tasks:
-        task.alone = alone
-    graph.submit(tasks, priority="background")
-    urgent = [Task(nothing, 1, queue=queue) for _ in range(8)]
-    for task in urgent:
-        task.alone = alone  # says nothing of an urgent task
-    if not alone:
-        assert until(lambda: len(going) == 3)
-    else:
-        assert until(lambda: len(going) == 1)
-        graph.submit(urgent, priority="urgent")
-        assert all(task.wait(WAIT) for task in urgent)
-        assert len(going) == 1, "the other workers took what was urgent, and nothing else"
-    end.set()
-    assert all(task.wait(WAIT) for task in tasks)
-    assert len(going) == 3
 
 
 def test_links_keep_a_pace() -> None:

@@ -28,7 +28,7 @@ from support.storage_cases import FakeTier, key_of, small_form
 from portakv import KVView
 from portakv.errors import InvalidTerms, TransferError
 from portakv.storage import image
-from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of, marks_of
+from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of
 from portakv.storage.disk import Disk
 from portakv.storage.form import BlockForm
 from portakv.storage.slots import Slots
@@ -67,39 +67,6 @@ def test_the_end_of_a_chain_goes_first() -> None:
     chains = Chains[bytes]()
     chained(range(5), chains)
     assert evict_all(chains) == [4, 3, 2, 1, 0]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_blocks_that_are_added_together_go_as_if_one_after_the_other(seed: int) -> None:
-    random_ = random.Random(seed)
-    together = Chains[bytes]()
-    single = Chains[bytes]()
-    changes: list[list[tuple[bytes, bool]]] = [[], []]
-    for chains, changed in zip((together, single), changes, strict=True):
-        chains.changed = lambda key, stored, why, changed=changed: changed.append((key, stored))
-    numbers = random_.sample(range(40), 40)
-    for first in range(0, 40, 8):
-        keys = [key_of(number) for number in numbers[first : first + 8]]
-        marks = [mark_of(key) for key in keys]
-        named = [UNKNOWN, FIRST, *(mark_of(key_of(number)) for number in range(40))]
-        follows = random_.choices(named, k=8)
-        group = random_.choice("ab")
-        together.add_all(keys, marks, follows, group)
-        for key, mark, before in zip(keys, marks, follows, strict=True):
-            single.add(key, mark, before, group)
-        assert together.by_use() == single.by_use()
-        assert together.next("a") == single.next("a")
-        for chains in (together, single):
-            if (key := chains.next()) is not None:
-                chains.remove(key)
-    assert changes[0] == changes[1]
-    assert evict_all(together) == evict_all(single)
-
-
-def test_marks_of_many_keys_are_those_of_each() -> None:
-    keys = [key_of(number) for number in range(100)]
-    assert marks_of(keys) == [mark_of(key) for key in keys]
-    assert marks_of([]) == []
 
 
 def test_of_two_chains_the_one_used_least_recently_goes() -> None:

@@ -18,7 +18,7 @@ from support.storage_cases import FakeTier, key_of, small_form
 from portakv import BackendUnavailable, CopyOptions, KVView, StoreError, TransferError
 from portakv.errors import TransferCancelled, TransferTimeout
 from portakv.graph.graph import Graph
-from portakv.storage import BlockStore, loans, sizes
+from portakv.storage import BlockStore, loans
 from portakv.storage import form_store as storing
 from portakv.storage import rows as rows_module
 from portakv.storage.loans import Loan
@@ -277,7 +277,7 @@ class TestsOnADevice:
             assert copied == [8], "the control: a short copy is one part"
             copied.clear()
 
-            monkeypatch.setattr(sizes, "FIRST_PART", FORM.payload_bytes)
+            monkeypatch.setattr(loans, "FIRST_PART", FORM.payload_bytes)
             delay(current(accelerator))
             handle = store.load(target, [11, *range(7)], KEYS)
             assert copied == [1, 2, 5]

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from portakv.storage import sizes
-from portakv.storage.sizes import BLOCKS, copy_parts, task_blocks
+from portakv.storage.loans import FIRST_PART, copy_parts
+from portakv.storage.parts import BLOCKS, task_blocks
 
 MB = 1 << 20
 
@@ -21,7 +21,7 @@ def test_parts_cover_all_blocks_and_grow(many: int, nbytes: int) -> None:
     assert covered == [*range(many)]
     counts = [part.stop - part.start for part in parts]
     if len(parts) > 1:
-        assert counts[0] == max(1, sizes.FIRST_PART // nbytes)
+        assert counts[0] == max(1, FIRST_PART // nbytes)
         assert all(after >= before for before, after in pairwise(counts))
         assert all(after == 2 * one for one, after in pairwise(counts[:-1]))
 

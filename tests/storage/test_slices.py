@@ -20,7 +20,7 @@ from portakv.errors import StoreError
 from portakv.graph import Graph
 from portakv.runtime.interrupts import abandoned
 from portakv.storage import BlockStore
-from portakv.storage.sizes import SLICE
+from portakv.storage.parts import SLICE
 
 LIMIT = 20.0  # seconds; nothing here takes as long
 FORM = small_form(layers=2, heads=2)

@@ -235,8 +235,7 @@ class OneRing:
             self._enter(batch, min(least, 1) if tell else least)
             new = self._note_ends(batch)
             if tell and not stopped:
-                for number, result in new:
-                    tell(number, result)
+                _report(new, tell)
 
     def _put(self, batch: _Batch) -> int:
         """Put the next requests that the depth admits; return their number."""
@@ -288,6 +287,12 @@ class OneRing:
         # Before the reports to the caller, which may take long.
         queues.words[queues.seen] = (seen + ends) & WORD
         return new
+
+
+def _report(new: Sequence[tuple[int, int]], tell: Ended) -> None:
+    """Report the results of requests, by their numbers."""
+    for number, result in new:
+        tell(number, result)
 
 
 class Ring(Threads):
