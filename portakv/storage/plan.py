@@ -32,7 +32,6 @@ from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
 from portakv.storage.rows import Claim, Crossing, Rows
 from portakv.storage.uploads import Uploads
-from portakv.storage.uploads import make_way as make_way
 from portakv.view import KVView
 
 CACHED = "kept"  # a location: the host tier

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 from support.storage_cases import key_of
@@ -20,6 +21,11 @@ def evict_all(chains: Chains[bytes]) -> list[bytes]:
     return gone
 
 
+def note(changes: list[tuple[bytes, bool]], key: bytes, stored: bool, why: str) -> None:
+    """Note a change."""
+    changes.append((key, stored))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_blocks_that_are_added_together_go_as_if_one_after_the_other(seed: int) -> None:
     random_ = random.Random(seed)
@@ -27,7 +33,7 @@ def test_blocks_that_are_added_together_go_as_if_one_after_the_other(seed: int) 
     single = Chains[bytes]()
     changes: list[list[tuple[bytes, bool]]] = [[], []]
     for chains, changed in zip((together, single), changes, strict=True):
-        chains.changed = lambda key, stored, why, changed=changed: changed.append((key, stored))
+        chains.changed = partial(note, changed)
     numbers = random_.sample(range(40), 40)
     for first in range(0, 40, 8):
         keys = [key_of(number) for number in numbers[first : first + 8]]
@@ -41,8 +47,8 @@ def test_blocks_that_are_added_together_go_as_if_one_after_the_other(seed: int) 
         assert together.by_use() == single.by_use()
         assert together.next("a") == single.next("a")
         for chains in (together, single):
-            if (key := chains.next()) is not None:
-                chains.remove(key)
+            if (last := chains.next()) is not None:
+                chains.remove(last)
     assert changes[0] == changes[1]
     assert evict_all(together) == evict_all(single)
 

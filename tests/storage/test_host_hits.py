@@ -265,7 +265,7 @@ class TestsOnADevice:
         target = cache(50, accelerator)
         torch.accelerator.synchronize(accelerator)
         copied = list[int]()
-        copy_rows = rows_module.copy_rows
+        copy_rows = rows_module.copy_rows  # type: ignore[attr-defined]
 
         def counted(src: KVView, dst: KVView, rows: Any, blocks: Any, **terms: Any) -> Any:
             copied.append(len(rows.host_ids()))

@@ -12,7 +12,7 @@ from portakv.storage.request import Request
 KEYS = [key_of(number) for number in range(6)]
 ROOT = key_of(100)
 #: What each of `KEYS` follows, and the root of each.
-CHAINS = {
+CHAINS: dict[str, tuple[list[bytes | None], list[bytes | None]]] = {
     "a prompt": ([None, *KEYS[:5]], [None] * 6),
     "the end of a prompt": ([ROOT, *KEYS[:5]], [ROOT] * 6),
     "two prompts": ([ROOT, *KEYS[:2], None, *KEYS[3:5]], [ROOT] * 3 + [None] * 3),
