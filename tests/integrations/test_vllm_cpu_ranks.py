@@ -30,6 +30,7 @@ from support.vllm_cpu import (
     Answer,
     Engine,
     connector_here,
+    has_joined,
     import_engine,
     in_a_child,
     prompt,
@@ -334,7 +335,8 @@ def test_two_engines_share_a_folder(
         losses = index.losses
         note(tmp_path / "second has stored")
         await_that(lambda: index.keeper.serves and index.losses > losses)
-        await_blocks(engine, FIRST)  # they are listed once the worker has joined again
+        await_blocks(engine, FIRST)  # they are listed once the keeper has the worker again
+        assert all(engine.in_workers(has_joined))  # which learns of that later
         answers.append(engine.ask(FIRST))
         return answers
 

@@ -289,15 +289,8 @@ class Engine:
 
 
 def fork_workers() -> None:
-    """Let vLLM fork its workers, which have imported it then. It spawns them on a CPU.
-
-    A process of the engine that waits for another one gives its core up immediately. By default,
-    vLLM looks for a message for a second, while the workers have no core.
-    """
-    from vllm.distributed.device_communicators import shm_broadcast
+    """Let vLLM fork its workers, which have imported it then. It spawns them on a CPU."""
     from vllm.v1.executor import multiproc_executor
-
-    shm_broadcast.SpinCondition.__init__.__defaults__ = (0.0,)  # of busy_loop_s
 
     def context() -> Any:
         return multiprocessing.get_context("fork")
