@@ -72,8 +72,8 @@ def print_hooks(url: str, as_json: bool) -> int:
         seconds = idle if measured else None
         print_json({"url": url, "limit": LIMIT, "idle": seconds, "steps": steps, "hooks": hooks})
         return 0
-    columns = [Column("hook", whole=True), Column("side"), Column("a step without work", right=True)]
-    columns.append(Column("a step", right=True))
+    columns = [Column("hook", whole=True), Column("side")]
+    columns += [Column("a step without work", right=True), Column("a step", right=True)]
     rows = [[cost.hook, cost.side, _time(cost.idle), _time(cost.mean)] for cost in costs]
     total = _time(idle if measured else None)
     print_table(columns, [*rows, ["all", "", total, _time(sum(cost.mean for cost in costs))]])

@@ -108,8 +108,9 @@ class Remote:
     """
 
     now: Callable[[], float] = time.monotonic
-    #: Seconds after which the search for other forms ends. No search begins in as many seconds after
-    #: one that failed, so that a store with several forms waits once for a bucket that is silent.
+    #: Seconds after which the search for other forms ends. No search begins in as many seconds
+    #: after one that failed, so that a store with several forms waits once for a bucket that is
+    #: silent.
     search_seconds = 3.0
     _process: Any = None  # the process that made the first one
 

@@ -44,7 +44,7 @@ class HookStore:
         if draw.window is not None:
             draw.window = max(draw.window, draw.block_size)
         # Prompts are short.
-        vllm_caches.TOKENS = chance.choice([1, 2]) * draw.block_size
+        vars(vllm_caches)["TOKENS"] = chance.choice([1, 2]) * draw.block_size
         draw.stored_size = vllm_caches.whole_blocks([Group(draw.block_size, draw.window)])
         self.expected = dict[bytes, list[int]]()
         self.wrong = 0.0
