@@ -94,7 +94,10 @@ def _time(seconds: float | None) -> str:
 
 def _metrics_of(url: str) -> str:
     """Return the address of the metrics of a server."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # half an IPv6 address
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise InvalidTerms(
             f"Expected --hooks to be the address of a server, such as http://localhost:8000, got "

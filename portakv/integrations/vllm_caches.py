@@ -22,6 +22,9 @@ from portakv.serving.weights import checksum_of_weights
 _log = logging.getLogger(__name__)
 #: The kinds of KV groups that the connector serves.
 SERVED = ("FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec")
+#: The most blocks of a group of layers in a stored block that several groups share: shorter prompts
+#: are not stored.
+MOST_BLOCKS = 4
 #: Hooks of vLLM's connectors that a model with several groups, or with a window, needs.
 HYBRID_HOOKS = ("bind_gpu_block_pool", "get_transfer_results")
 #: What vLLM appends to the name of each data-parallel copy of an engine.
@@ -147,8 +150,18 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
 
 def whole_blocks(groups: Sequence[Group]) -> int:
     """Return the tokens of a stored block that whole blocks of all groups fill: at least `TOKENS`,
-    unless that is more than the window of a group."""
-    least = lcm(*(group.block_size for group in groups))
+    unless that is more than the window of a group.
+
+    Raises `InvalidTerms` if only very large blocks would do.
+    """
+    sizes = sorted({group.block_size for group in groups})
+    least = lcm(*sizes)
+    if least > MOST_BLOCKS * sizes[-1]:
+        raise InvalidTerms(
+            f"Expected block_size for a model whose groups of layers have blocks of {sizes} "
+            f"tokens, got none: whole blocks of all groups have {least}. Pass a multiple or a "
+            f"divisor of each."
+        )
     size = least * -(-TOKENS // least)
     windows = [group.window for group in groups if group.window is not None]
     return size if size <= min(windows, default=size) else least

@@ -117,7 +117,7 @@ def test_addresses_that_do_not_answer(server: Server) -> None:
     code, _, err = run("explain", "--hooks", f"{address(server)}/other")
     assert code == 1
     assert "404" in err
-    for wrong in ("localhost:8000", "file:///etc/passwd", "http://", ""):
+    for wrong in ("localhost:8000", "file:///etc/passwd", "http://", "", "http://[::1"):
         code, _, err = run("explain", "--hooks", wrong)
         assert code != 0
         assert "such as http://localhost:8000" in err

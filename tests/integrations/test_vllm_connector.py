@@ -126,6 +126,11 @@ def test_a_stored_block_has_whole_blocks_of_all_groups(
     assert whole_blocks([Group(*each) for each in zip(sizes, windows, strict=True)]) == stored
 
 
+def test_groups_whose_blocks_have_little_in_common_need_a_size() -> None:
+    with pytest.raises(InvalidTerms, match=r"blocks of \[784, 1056\] tokens, got none"):
+        whole_blocks([Group(784), Group(1056)])
+
+
 def test_what_a_release_lacks_for_a_window_is_named(configurations: tuple[Any, Any]) -> None:
     class Base:
         """A connector of an older release."""
