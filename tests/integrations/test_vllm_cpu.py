@@ -28,6 +28,7 @@ except metadata.PackageNotFoundError:
 from support.late_copies import read_late
 from support.serving_faults import Careless, NotHeld
 from support.vllm_cpu import (
+    BLOCK,
     LIMIT,
     Answer,
     Engine,
@@ -479,6 +480,8 @@ def test_preempted_requests(
     case(name, control=not guard)
 
     def work() -> tuple[list[list[list[int]]], int]:
+        # A stored block is one block, so that saves are many.
+        vars(importlib.import_module("portakv.integrations.vllm_caches"))["TOKENS"] = BLOCK
         engine = Engine(model, terms(tmp_path / "store"), blocks=90)
         read_late(engine.worker_connector.hand)
         if not guard:
