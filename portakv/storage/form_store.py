@@ -232,7 +232,8 @@ class FormStore(FormIndex):
                 yield
             group = [self._left(call, at, tier_stores) for at in chunks[first : first + together]]
             started = [InFlight(call, form.own, at, until) for at in group if at]
-            self._make_way(call, started)
+            if until is not None:
+                self._make_way(call, started)
             source.issue(call, started)
             for in_flight in started:
                 if tier_stores:
@@ -262,7 +263,7 @@ class FormStore(FormIndex):
             if tier_store in gaps and tier_store in written:
                 order.append(written[tier_store])
             task = call.task(at, write, queue, in_flight, [gather, *order])
-            if tier_store.tier == "remote":
+            if tier_store.tier == "remote" and in_flight.until is not None:
                 call.form.uploads.begin(task, len(at))
             written[tier_store] = (task, [], [])
             in_flight.last.append(task)

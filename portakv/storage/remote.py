@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from datetime import timedelta
 from functools import partial
@@ -109,8 +110,8 @@ class Remote:
 
     now: Callable[[], float] = time.monotonic
     #: Seconds after which the search for other forms ends. No search begins in as many seconds
-    #: after one that failed, so that a store with several forms waits once for a bucket that is
-    #: silent.
+    #: after one that failed or ended so, so that a store with several forms waits once for a bucket
+    #: that is silent.
     search_seconds = 3.0
     _process: Any = None  # the process that made the first one
 
@@ -280,25 +281,34 @@ class Remote:
 
         An interrupted request would block the others, so a helper runs this for `forms`.
         """
+        if type(self.store).__name__ != "HTTPStore" and self.now() >= self._next_search:
+            self._search()
+        return [other for other in self._present if other != form and form.same_cache(other)]
+
+    def _search(self) -> None:
+        """List the forms, and read those that are not known.
+
+        The next search reads those for which no time is left.
+        """
         known = {f"1/{other.name}": other for other in self._present}
         self._present = []
-        store = self.store
-        if type(store).__name__ == "HTTPStore" or self.now() < self._next_search:
-            return []
-        until = time.monotonic() + self.search_seconds
-        listed = self.ask(_within, until, self.obs.list_with_delimiter_async, store, "1/")
-        if listed is None:
-            self._next_search = self.now() + self.search_seconds
+        until = self.now() + self.search_seconds
+        lists = self.obs.list_with_delimiter_async
+        listed = self.ask(_within, self.search_seconds, lists, self.store, "1/")
         for path in listed["common_prefixes"] if listed else ():
             if path in known:  # a name is a checksum of the form
                 self._present.append(known[path])
                 continue
-            text = self.ask(_within, until, self._read_small, f"{path}/form.json", miss=b"")
+            left = until - self.now()
+            if left <= 0:
+                continue
+            text = self.ask(_within, left, self._read_small, f"{path}/form.json", miss=b"")
             with suppress(StoreError, ValueError):  # the text is not a form
                 other = BlockForm.from_json((text or b"").decode())
                 if path == f"1/{other.name}":
                     self._present.append(other)
-        return [other for other in self._present if other != form and form.same_cache(other)]
+        if listed is None or self.now() >= until:
+            self._next_search = self.now() + self.search_seconds
 
     async def _read_small(self, path: str) -> bytes:
         response = await self.obs.get_async(self.store, path)
@@ -347,18 +357,27 @@ class Remote:
         return gone
 
 
-def _within(until: float, work: Callable[..., Awaitable[Any]], *terms: Any) -> Any:
-    """Return the result of a request; raise `TimeoutError` if it does not end before a time."""
+def _within(seconds: float, work: Callable[..., Awaitable[Any]], *terms: Any) -> Any:
+    """Return the result of a request; raise `TimeoutError` if it does not end in time."""
 
-    async def run() -> Any:
-        seconds = max(0.0, until - time.monotonic())
+    async def request() -> Any:
         try:
             return await asyncio.wait_for(work(*terms), seconds)
         except asyncio.TimeoutError:
             raise TimeoutError(f"no answer in {seconds:.1f} s") from None
 
-    with closing(asyncio.new_event_loop()) as loop:
-        return loop.run_until_complete(run())
+    def run() -> Any:
+        with closing(asyncio.new_event_loop()) as loop:
+            return loop.run_until_complete(request())
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:  # a thread runs one event loop at a time
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(run).result()
+    return run()
 
 
 def check_remote(
