@@ -59,12 +59,27 @@ def test_background_tasks_that_run_alone_leave_the_other_workers_free(
     assert len(going) == 3
 
 
+class Counted(threading.Condition):
+    """Counts the threads that sleep, less those that were woken; none wakes at a time."""
+
+    asleep = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.asleep += 1
+        return super().wait(timeout)
+
+    def notify(self, n: int = 1) -> None:
+        self.asleep -= min(n, self.asleep)
+        super().notify(n)
+
+
 class Held:
     """Tasks of a queue whose workers all exist. A task that was made `held` runs until `end`."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.queue = graph.queue("wide", WIDTH)
+        self.queue.change = self.change = Counted(graph.lock)
         self.going = set[str]()
         self.end = dict[str, threading.Event]()
         graph.submit([Task(nothing, 1, queue=self.queue) for _ in range(WIDTH)])
@@ -77,7 +92,7 @@ class Held:
 
         def work(task: Task, mask: Any) -> None:
             self.going.add(name)
-            assert end.wait(WAIT)
+            assert end.wait(2 * WAIT)  # longer than a test waits for another task
 
         task = Task(work, 1, queue=self.queue, after=after, name=name)
         task.alone = alone
@@ -86,8 +101,7 @@ class Held:
 
     def sleeping(self, workers: int) -> bool:
         """Return True once so many workers sleep."""
-        sleepers = self.queue.change._waiters  # type: ignore[attr-defined]
-        return until(lambda: len(sleepers) == workers, WAIT)
+        return until(lambda: self.change.asleep == workers, WAIT)
 
     def runs(self, *names: str) -> bool:
         """Return True once all of these tasks have begun."""

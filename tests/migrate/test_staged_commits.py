@@ -8,13 +8,12 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from migrate.test_staged import LIMIT, Watching, messages
 from migrate.transports.test_onesided import Memory
-from support.migrate_channels import until
+from support.migrate_channels import Ping, Pong, until
 from support.migrate_pulls import Clock, Couple, Sides, sides
 
 from portakv.copy.handle import BlockTransfer
@@ -92,7 +91,7 @@ def test_an_offer_that_ends_while_its_last_bytes_cross_is_not_committed(
 def test_requests_to_an_owner_do_not_wait_for_the_last_copy(
     made: Sides, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, guarded: bool
 ) -> None:
-    """False is the control: a request whose answer is not read has the connection."""
+    """False is the control: a request that is not answered yet has the connection."""
     both = couple(made)
     other = Ticket.read(both.offer().ticket)
     address = both.owner.channel.address
@@ -100,14 +99,20 @@ def test_requests_to_an_owner_do_not_wait_for_the_last_copy(
     gate.set()
     both.pull(both.offer()).synchronize(LIMIT)
     copying = threading.Event()
+    asked = threading.Event()
     end = threading.Event()
 
     def copy(*terms: Any) -> BlockTransfer:
-        with nullcontext() if guarded else channel._client.link(address).lock:
-            copying.set()
-            assert end.wait(LIMIT)
+        copying.set()
+        assert end.wait(LIMIT)
         return copy_checked(*terms)
 
+    def silent(*_: object) -> Pong:
+        asked.set()
+        assert end.wait(LIMIT)
+        return Pong(b"", 1)
+
+    both.owner.channel.serve(Ping, silent)
     monkeypatch.setattr(arrival, "copy_checked", copy)
     pulled = both.pull(both.offer())
     assert copying.wait(LIMIT)
@@ -116,6 +121,8 @@ def test_requests_to_an_owner_do_not_wait_for_the_last_copy(
         if guarded:
             assert channel.ask(address, renewal, Answer, LIMIT).state == "held"
         else:
+            threading.Thread(target=channel.ask, args=(address, Ping(b""), Pong)).start()
+            assert asked.wait(LIMIT)
             with pytest.raises(TransferTimeout, match="earlier request"):
                 channel.ask(address, renewal, Answer, 0.1)
     finally:
