@@ -100,7 +100,7 @@ class Taker:
                 if self.commits:
                     for scattered in self._scattered:
                         self._await(scattered.moving.wait)
-                    # The answer is read at once: other requests to the owner wait for it.
+                    # The answer is read here: other requests to the owner wait for it.
                     self._answers = self._pull.ask(self._source)
                 self._settle(wait=True)
         except BaseException as caught:
