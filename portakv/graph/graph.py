@@ -78,8 +78,9 @@ class Queue(Workers):
         # True while a worker that ended a task takes the next: to wake another costs more than a
         # task.
         self.taker = False
-        # (due, number, task), urgent and normal ones first, then the background's.
-        self.heaps = (list[tuple[float, int, Task]](), list[tuple[float, int, Task]]())
+        # (due, number, task): urgent and normal ones, the background's, and those of these that
+        # are `Task.alone`, so that none of them holds up another kind.
+        self.heaps = [list[tuple[float, int, Task]]() for _ in range(3)]
         self.running = Running()
 
     @property
@@ -103,7 +104,8 @@ class Queue(Workers):
         """Queue a task for the workers."""
         task.state = "queued"
         task.since = self.graph.clock()
-        heappush(self.heaps[task.background], (task.due, task.number, task))
+        kind = 1 + task.alone if task.background else 0
+        heappush(self.heaps[kind], (task.due, task.number, task))
         if not self.taker:
             self.change.notify()
         self.taker = False
@@ -128,11 +130,11 @@ class Queue(Workers):
             self.taker = False
             while not self.graph.closed.is_set():
                 now = self.graph.sweep()
+                kinds = 1
                 # One worker is left for tasks that are not of the background.
-                free = self.running.background < max(1, self.width - 1)
-                if self.running.alone and self.heaps[1]:
-                    free = free and not self.heaps[1][0][2].alone
-                heaps = [heap for heap in (self.heaps if free else self.heaps[:1]) if heap]
+                if self.running.background < max(1, self.width - 1):
+                    kinds = 2 if self.running.alone else 3
+                heaps = [heap for heap in self.heaps[:kinds] if heap]
                 start = self.pace.next_start
                 if start > now or not heaps:
                     self.change.wait(start - now if start > now else None)
@@ -163,7 +165,7 @@ class Queue(Workers):
                 end = graph.clock()
                 what = task.number, task.name, task.blocks, task.nbytes, (*task.ran_before(),)
                 graph.trace.add(self.tier, Ran(self.name, worker, start, end, *what))
-                self.taker = not (task.background and self.heaps[1])
+                self.taker = not (task.background and any(self.heaps[1:]))
                 graph.end(task, landed, "failed" if error else "landed", error)
                 graph.settle()
                 task = error = landed = None  # an idle worker retains nothing

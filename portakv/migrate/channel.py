@@ -20,7 +20,7 @@ import zmq
 from portakv.arguments import seconds
 from portakv.errors import InvalidTerms, PeerError, PortaKVError
 from portakv.migrate.address import check_address, keys_of, too_short
-from portakv.migrate.channel_client import Client, SentRequest
+from portakv.migrate.channel_client import Client
 from portakv.migrate.channel_loop import Loop
 from portakv.migrate.channel_server import Server
 from portakv.migrate.channel_sockets import Sockets
@@ -29,7 +29,7 @@ from portakv.migrate.peer import Peer
 from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 
-__all__ = ["Channel", "Peer", "SentRequest"]
+__all__ = ["Channel", "Peer"]
 T = TypeVar("T")
 
 
@@ -175,16 +175,6 @@ class Channel:
         """
         until = self._until(timeout)
         return uninterrupted(partial(self._client.ask, address, message, kind, until, stop))
-
-    def begin(
-        self, address: str, message: Message, kind: type[T], timeout: float | None = None
-    ) -> SentRequest[T]:
-        """Send a request, and return it: its answer is read later. Raises as `ask`.
-
-        Other requests to the address wait until the answer was read or dropped. For workers: no
-        helper runs it, so an interrupt of the main thread may cut it in two.
-        """
-        return self._client.begin(address, message, kind, self._until(timeout))
 
     def ask_all(
         self, requests: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None

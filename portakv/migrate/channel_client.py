@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from time import monotonic
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import zmq
 from msgspec.msgpack import decode, encode
@@ -27,31 +27,6 @@ from portakv.runtime.interrupts import abandoned
 T = TypeVar("T")
 #: Milliseconds between a requester's checks of its connection.
 LOOK = 20
-
-
-class SentRequest(Generic[T]):
-    """A request that was sent, and whose answer is read later.
-
-    It has the connection until `answer` or `drop`, so the caller must call one of them soon.
-    """
-
-    def __init__(
-        self, sending: Generator[bytes], address: str, message: Message, kind: type[T]
-    ) -> None:
-        self._sending = sending
-        self._address = address
-        self._message = message
-        self._kind = kind
-        next(sending)  # sends the request
-
-    def answer(self) -> T:
-        """Return the answer; raise as `Channel.ask`."""
-        *_, back = self._sending
-        return answer_of(back, self._address, self._message, self._kind)
-
-    def drop(self) -> None:
-        """Read no answer."""
-        self._sending.close()
 
 
 class _Link:
@@ -114,10 +89,6 @@ class Client:
         """Return the answer to a message; see `Channel.ask`. ``until``: a time of `monotonic`."""
         *_, back = self._sending(address, message, until, True, stop)
         return answer_of(back, address, message, kind)
-
-    def begin(self, address: str, message: Message, kind: type[T], until: float) -> SentRequest[T]:
-        """Send a request whose answer is read later; see `Channel.begin`."""
-        return SentRequest(self._sending(address, message, until, True), address, message, kind)
 
     def ask_all(
         self, requests: Sequence[tuple[str, Message]], kind: type[T], until: float

@@ -30,7 +30,6 @@ from portakv.errors import (
 from portakv.migrate import ipc
 from portakv.migrate.buffers import Staging
 from portakv.migrate.channel import Channel
-from portakv.migrate.channel import SentRequest as SentRequest
 from portakv.migrate.mapping import NotMapped, Place, WordsOfOwner, map_owner
 from portakv.migrate.messages import (
     REASONS,

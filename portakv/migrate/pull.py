@@ -28,7 +28,7 @@ from portakv.errors import (
 )
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
-from portakv.migrate.connections import SentRequest, Source, Sources
+from portakv.migrate.connections import Source, Sources
 from portakv.migrate.messages import REASONS, About, Answer, Check, Renew
 from portakv.migrate.named import LateLayer, Wanted, forked_error
 from portakv.migrate.words import fence
@@ -388,39 +388,20 @@ class Pull(Transfer):
         """Return the sources of which only the owner can say whether the offer holds."""
         return [source for source in self.sources if source.word is None]
 
-    def ask(self) -> SentRequest[Answer] | None:
-        """Ask the only owner whether its offer held, after all bytes have left its memory; return
-        the request. None: it could not be sent, or nothing will be committed."""
-        if self.stopped:
-            return None
-        ticket, owner, _ = self.sources[0]
-        check = Check(ticket.epoch, ticket.offer)
-        with suppress(PortaKVError):  # `confirm` asks again
-            return owner.channel.begin(owner.address, check, Answer, self._seconds_to_answer)
-        return None
+    def ask(self, source: Source) -> list[Answer | PortaKVError] | None:
+        """Return the answer of the only owner whether its offer held, or the error of the request.
+        None: nothing will be committed.
 
-    def finish(self, question: SentRequest[Answer] | None) -> None:
-        """End the pull by the answer to a request of `ask`, after the last copy."""
-        sources = [self.sources[0]]
-        if question is None:
-            self.confirm(sources)
-            return
-        if self.stopped:
-            question.drop()
-            self.confirm(sources)
-            return
-        try:
-            answer: Answer | PortaKVError = question.answer()
-        except PortaKVError as error:
-            answer = error
-        self.confirm(sources, [answer])
+        All bytes have left the owner's memory before.
+        """
+        return None if self.stopped else self._answers([source], Check)
 
     def confirm(
         self, sources: Sequence[Source], answers: Sequence[Answer | PortaKVError] | None = None
     ) -> None:
         """End the pull: commit it if the owners of these sources answer that their offers held.
 
-        ``answers``: to a request that was sent after all bytes had been read; None: ask them now.
+        ``answers``: of `ask`; None: ask them now.
         A pull that was stopped is not committed, whatever they answer.
         """
         error: PortaKVError | None = None

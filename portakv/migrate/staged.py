@@ -30,7 +30,7 @@ from portakv.graph import Graph, Task
 from portakv.migrate.arrival import Arrival, InFlight, Scattered, arrivals
 from portakv.migrate.buffers import StagingBuffer
 from portakv.migrate.checksum import MODULUS, checksum
-from portakv.migrate.connections import SentRequest, Source
+from portakv.migrate.connections import Source
 from portakv.migrate.messages import Answer, Gather, Stop, Stopped, Sum
 from portakv.migrate.plan import Step
 from portakv.migrate.pull import CANCELLED, Pull, known
@@ -54,7 +54,8 @@ class Taker:
 
     Attributes:
         commits: the pull has no other part, so the worker that took the rows also ends the pull.
-            It asks whether the offer held while the last copies run.
+            It asks whether the offer held while the last copies of a device run; copies on the
+            host have ended before.
     """
 
     commits = False
@@ -76,7 +77,7 @@ class Taker:
         self.arrivals = arrivals(steps, max_gbps, self.task)
         self._in_flight = deque[InFlight]()
         self._scattered = deque[Scattered]()
-        self._question: SentRequest[Answer] | None = None
+        self._answers: list[Answer | PortaKVError] | None = None  # whether the offer held
 
     def _run(self, *_: object) -> None:
         """Take all slices, and end the pull if no other worker does."""
@@ -84,7 +85,7 @@ class Taker:
             self._take_all()
         finally:
             if self.commits:
-                self._pull.finish(self._question)
+                self._pull.confirm([self._source], self._answers)
 
     def _take_all(self) -> None:
         """Take all slices; return after the last copy, with or without an error."""
@@ -96,10 +97,11 @@ class Taker:
                     self._take(self.arrivals[start : start + self._batch])
                 while self._in_flight:
                     self._scatter()
-                if self.commits and self._question is None:
+                if self.commits:
                     for scattered in self._scattered:
                         self._await(scattered.moving.wait)
-                    self._question = self._pull.ask()
+                    # The answer is read here: other requests to the owner wait for it.
+                    self._answers = self._pull.ask(self._source)
                 self._settle(wait=True)
         except BaseException as caught:
             error = caught
@@ -175,8 +177,6 @@ class Taker:
         arrival, buffer, moving, lane = self._in_flight[0]
         scatter = arrival.scattering(buffer.chunks)  # the host's part, while the bytes arrive
         self._await(moving.follow)
-        if self.commits and arrival is self.arrivals[-1] and moving.over.is_set():
-            self._question = self._pull.ask()  # slices land in order: the owner has read all rows
         copy = scatter()
         self._scattered.append(Scattered(arrival, moving, lane, copy))
         if buffer.memory.device.type == "cpu":  # no stream orders the next bytes after the copy

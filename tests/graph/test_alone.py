@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from support.migrate_channels import until
 from portakv.graph import Graph, Task
 
 WAIT = 30.0  # seconds; nothing here takes as long
+WIDTH = 4  # workers; three of them run tasks of the background
 
 
 @pytest.fixture
@@ -56,3 +57,116 @@ def test_background_tasks_that_run_alone_leave_the_other_workers_free(
     end.set()
     assert all(task.wait(WAIT) for task in tasks)
     assert len(going) == 3
+
+
+class Counted(threading.Condition):
+    """Counts the threads that sleep, less those that were woken; none wakes at a time."""
+
+    asleep = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.asleep += 1
+        return super().wait(timeout)
+
+    def notify(self, n: int = 1) -> None:
+        self.asleep -= min(n, self.asleep)
+        super().notify(n)
+
+
+class Held:
+    """Tasks of a queue whose workers all exist. A task that was made `held` runs until `end`."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.queue = graph.queue("wide", WIDTH)
+        self.queue.change = self.change = Counted(graph.lock)
+        self.going = set[str]()
+        self.end = dict[str, threading.Event]()
+        graph.submit([Task(nothing, 1, queue=self.queue) for _ in range(WIDTH)])
+        assert until(lambda: not graph.live, WAIT)
+        assert len(self.queue.threads) == WIDTH
+
+    def submit(self, name: str, alone: bool = False, after: Sequence[Task] = ()) -> Task:
+        """Submit a background task that is held."""
+        end = self.end[name] = threading.Event()
+
+        def work(task: Task, mask: Any) -> None:
+            self.going.add(name)
+            assert end.wait(2 * WAIT)  # longer than a test waits for another task
+
+        task = Task(work, 1, queue=self.queue, after=after, name=name)
+        task.alone = alone
+        self.graph.submit([task], priority="background")
+        return task
+
+    def sleeping(self, workers: int) -> bool:
+        """Return True once so many workers sleep."""
+        return until(lambda: self.change.asleep == workers, WAIT)
+
+    def runs(self, *names: str) -> bool:
+        """Return True once all of these tasks have begun."""
+        return until(lambda: self.going >= {*names}, WAIT)
+
+
+@pytest.fixture
+def held(graph: Graph) -> Iterator[Held]:
+    held = Held(graph)
+    yield held
+    for end in held.end.values():
+        end.set()
+
+
+def test_a_task_that_waits_to_run_alone_holds_up_no_other_kind(held: Held) -> None:
+    held.submit("first", alone=True)
+    assert held.runs("first")
+    second = held.submit("second", alone=True)
+    held.submit("other")
+    held.submit("another")
+    assert held.runs("other", "another")
+    assert second.state == "queued"
+    held.end["first"].set()
+    assert held.runs("second")
+
+
+def test_the_end_of_a_task_that_ran_alone_starts_both_kinds(held: Held) -> None:
+    """The worker that ends it takes the one that was due first, and another takes its follower."""
+    first = held.submit("first", alone=True)
+    assert held.runs("first")
+    held.submit("second", alone=True)
+    held.submit("follower", after=[first])
+    assert held.sleeping(WIDTH - 1), "no other worker is about to look at the heaps"
+    held.end["first"].set()
+    assert held.runs("second", "follower")
+
+
+def test_tasks_of_both_kinds_are_taken_in_their_order(held: Held) -> None:
+    for name in "abc":
+        held.submit(name)
+    assert held.runs(*"abc")  # no more of the background run together
+    order = [held.submit(str(number), alone=number in (1, 2)) for number in range(4)]
+    for name, task in zip("abc", order, strict=False):
+        held.end[name].set()
+        if task.name != "2":
+            assert held.runs(task.name)
+    assert held.runs("3"), "the worker that ended c took it, as 1 runs alone"
+    assert order[2].state == "queued"
+    held.end["1"].set()
+    assert held.runs("2")
+
+
+@pytest.mark.parametrize("how", ["cancelled", "urgent"])
+def test_a_former_entry_of_a_task_holds_up_nothing(held: Held, graph: Graph, how: str) -> None:
+    held.submit("first", alone=True)
+    assert held.runs("first")
+    second = held.submit("second", alone=True)
+    third = held.submit("third", alone=True)
+    if how == "cancelled":
+        assert graph.cancel(second)
+    else:
+        graph.submit([Task(None, 1, after=[second])], priority="urgent")
+        assert held.runs("second")
+    held.submit("other")
+    assert held.runs("other")
+    assert third.state == "queued"
+    held.end["first"].set()
+    assert held.runs("third")

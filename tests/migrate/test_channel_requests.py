@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests whose answers are read later, and what a channel does after an answer."""
+"""What a channel does after an answer."""
 
 from __future__ import annotations
 
@@ -20,44 +20,6 @@ LIMIT = 60.0
 def both() -> Iterator[tuple[Server, Channel]]:
     with server_and_asker(None) as those:
         yield those
-
-
-def test_an_answer_is_read_later(both: tuple[Server, Channel]) -> None:
-    server, asker = both
-    sent = asker.begin(server.address, Ping(b"a"), Pong)
-    assert sent.answer() == Pong(b"a", 1)
-
-
-def test_other_requests_wait_until_the_answer_is_read(both: tuple[Server, Channel]) -> None:
-    server, asker = both
-    sent = asker.begin(server.address, Ping(b"a"), Pong)
-    with pytest.raises(TransferTimeout, match="an earlier request"):
-        asker.ask(server.address, Ping(b"b"), Pong, 0.01)
-    assert sent.answer().data == b"a"
-    assert asker.ask(server.address, Ping(b"c"), Pong) == Pong(b"c", 2)
-
-
-def test_an_answer_that_is_dropped_is_not_taken_for_the_next(both: tuple[Server, Channel]) -> None:
-    server, asker = both
-    asker.begin(server.address, Ping(b"a"), Pong).drop()
-    assert asker.ask(server.address, Ping(b"b"), Pong) == Pong(b"b", 2)
-
-
-def test_a_peer_that_is_gone_ends_the_request(both: tuple[Server, Channel]) -> None:
-    server, asker = both
-    may = threading.Event()
-
-    def silent(_: Any, ping: Ping) -> None:
-        may.wait(LIMIT)
-
-    server.channel.serve(Ping, silent)
-    sent = asker.begin(server.address, Ping(b"a"), Pong)
-    closing = threading.Thread(target=server.channel.close)
-    closing.start()
-    may.set()
-    with pytest.raises(PeerError):
-        sent.answer()
-    closing.join(LIMIT)
 
 
 @pytest.mark.parametrize("guarded", [True, False])

@@ -330,13 +330,11 @@ def meeting(folder: Path) -> Steps:
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
     "Channel.after_answer": "runs in the channel's thread",
-    "Channel.begin": "runs in a worker",
     "Channel.replace": "runs in a helper",
     "Offer.holds": "runs in the owner's thread",
     "Pull.ask": "runs in a worker",
     "Pull.confirm": "runs in a worker",
     "Pull.drop": "runs after a pull that failed",
-    "Pull.finish": "runs in a worker",
     "Pull.lost": "runs in the reader's thread",
     "Pull.over": "runs in a worker",
     "Pull.renew_until": "runs in a worker",

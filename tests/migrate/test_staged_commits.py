@@ -8,17 +8,19 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from migrate.test_staged import LIMIT, Watching, messages
 from migrate.transports.test_onesided import Memory
-from support.migrate_channels import until
+from support.migrate_channels import Ping, Pong, until
 from support.migrate_pulls import Clock, Couple, Sides, sides
 
-from portakv.errors import OfferGone, TransferCancelled
-from portakv.migrate.messages import Answer, Check, Ticket
+from portakv.copy.handle import BlockTransfer
+from portakv.errors import OfferGone, TransferCancelled, TransferTimeout
+from portakv.migrate import arrival
+from portakv.migrate.checked_copy import copy_checked
+from portakv.migrate.messages import Answer, Check, Renew, Ticket
 from portakv.migrate.offers import Offer
 from portakv.migrate.pull import Pull
 from portakv.migrate.transports import TRANSPORTS
@@ -54,12 +56,11 @@ def couple(made: Sides) -> Couple:
     return Couple(made, "staging", transport=Held.name, staging=1 << 20)
 
 
-def answered_before(both: Couple, offer: Offer) -> Any:
-    """Return a question about an offer that its owner answers now."""
+def answered_before(both: Couple, offer: Offer) -> list[Answer]:
+    """Return what the owner of an offer answers about it now."""
     ticket = Ticket.read(offer.ticket)
     check = Check(ticket.epoch, ticket.offer)
-    answer = both.reader.channel.ask(both.owner.channel.address, check, Answer)
-    return SimpleNamespace(answer=lambda: answer)
+    return [both.reader.channel.ask(both.owner.channel.address, check, Answer)]
 
 
 @pytest.mark.parametrize("guarded", [True, False])
@@ -76,7 +77,7 @@ def test_an_offer_that_ends_while_its_last_bytes_cross_is_not_committed(
     assert messages(both.owner, Check) == []
     if not guarded:
         early = answered_before(both, offer)
-        monkeypatch.setattr(Pull, "ask", lambda _: early)
+        monkeypatch.setattr(Pull, "ask", lambda *_: early)
     offer.revoke()
     gate.set()
     if guarded:
@@ -84,6 +85,50 @@ def test_an_offer_that_ends_while_its_last_bytes_cross_is_not_committed(
             pulled.synchronize(LIMIT)
     else:
         pulled.synchronize(LIMIT)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_requests_to_an_owner_do_not_wait_for_the_last_copy(
+    made: Sides, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    """False is the control: a request that is not answered yet has the connection."""
+    both = couple(made)
+    other = Ticket.read(both.offer().ticket)
+    address = both.owner.channel.address
+    channel = both.reader.channel
+    gate.set()
+    both.pull(both.offer()).synchronize(LIMIT)
+    copying = threading.Event()
+    asked = threading.Event()
+    end = threading.Event()
+
+    def copy(*terms: Any) -> BlockTransfer:
+        copying.set()
+        assert end.wait(LIMIT)
+        return copy_checked(*terms)
+
+    def silent(*_: object) -> Pong:
+        asked.set()
+        assert end.wait(LIMIT)
+        return Pong(b"", 1)
+
+    both.owner.channel.serve(Ping, silent)
+    monkeypatch.setattr(arrival, "copy_checked", copy)
+    pulled = both.pull(both.offer())
+    assert copying.wait(LIMIT)
+    renewal = Renew(other.epoch, other.offer, LEASE)
+    try:
+        if guarded:
+            assert channel.ask(address, renewal, Answer, LIMIT).state == "held"
+        else:
+            threading.Thread(target=channel.ask, args=(address, Ping(b""), Pong)).start()
+            assert asked.wait(LIMIT)
+            with pytest.raises(TransferTimeout, match="earlier request"):
+                channel.ask(address, renewal, Answer, 0.1)
+    finally:
+        end.set()
+    pulled.synchronize(LIMIT)
+    assert both.right()
 
 
 def test_one_question_ends_a_pull(made: Sides, gate: threading.Event) -> None:
