@@ -380,7 +380,7 @@ NOT_CALLED = {
 SCENARIOS = [opening, serving, forming, lending, leaving, joining, closing, graphs, ending]
 
 
-@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [serving, opening, forming, closing]))
+@pytest.mark.parametrize("scenario", by_width(SCENARIOS, [serving, opening, forming, closing, lending]))
 def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) -> None:
     leaks, count = orphans(scenario, tmp_path, FILES)
     print(f"{scenario.__name__}: {count} lines")
