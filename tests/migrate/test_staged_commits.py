@@ -56,6 +56,17 @@ def couple(made: Sides) -> Couple:
     return Couple(made, "staging", transport=Held.name, staging=1 << 20)
 
 
+def held_pull(both: Couple, **terms: Any) -> tuple[Offer, Pull]:
+    """Return an offer and a pull of it whose bytes wait for the gate.
+
+    ``terms``: of the offer.
+    """
+    offer = both.offer(**terms)
+    pulled = both.pull(offer)
+    assert Held.reads.wait(LIMIT)
+    return offer, pulled
+
+
 def answered_before(both: Couple, offer: Offer) -> list[Answer]:
     """Return what the owner of an offer answers about it now."""
     ticket = Ticket.read(offer.ticket)
@@ -69,11 +80,9 @@ def test_an_offer_that_ends_while_its_last_bytes_cross_is_not_committed(
 ) -> None:
     """The pull asks after its last bytes. A question before them would commit it."""
     both = couple(made)
-    offer = both.offer()
     if not guarded:
         monkeypatch.setattr(Pull, "renew_until", lambda *_: None)
-    pulled = both.pull(offer)
-    assert Held.reads.wait(LIMIT)
+    offer, pulled = held_pull(both)
     assert messages(both.owner, Check) == []
     if not guarded:
         early = answered_before(both, offer)
@@ -166,9 +175,7 @@ def test_a_pull_that_waits_for_its_bytes_renews_its_offer(
     clock = Clock(both.owner)
     if not guarded:
         monkeypatch.setattr(Pull, "renew_until", lambda *_: None)
-    offer = both.offer(lease=LEASE)
-    pulled = both.pull(offer)
-    assert Held.reads.wait(LIMIT)
+    offer, pulled = held_pull(both, lease=LEASE)
     if guarded:
         clock.outlast(offer, LEASE)
         gate.set()
@@ -187,9 +194,7 @@ def test_a_pull_that_waits_for_its_bytes_learns_of_the_end_of_its_offer(
 ) -> None:
     """Before the bytes come: a renewal brings it."""
     both = couple(made)
-    offer = both.offer()
-    pulled = both.pull(offer)
-    assert Held.reads.wait(LIMIT)
+    offer, pulled = held_pull(both)
     offer.revoke()
     assert until(lambda: pulled.ended, LIMIT)
     assert isinstance(pulled.error, OfferGone)
@@ -200,9 +205,7 @@ def test_a_pull_that_is_cancelled_while_its_bytes_cross_asks_nothing(
     made: Sides, gate: threading.Event
 ) -> None:
     both = couple(made)
-    offer = both.offer()
-    pulled = both.pull(offer)
-    assert Held.reads.wait(LIMIT)
+    offer, pulled = held_pull(both)
     assert pulled.cancel()
     with pytest.raises(TransferCancelled):
         pulled.synchronize(LIMIT)
