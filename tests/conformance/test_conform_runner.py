@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,19 @@ from portakv_conformance.run.worker import append
 from portakv_conformance.run.workers import surroundings
 
 
-def children(process: int | str = "self") -> list[int]:
+def children(process: int | str = "self") -> set[int]:
     """Return the running children of a process, by default this one."""
     threads = Path(f"/proc/{process}/task").glob("*/children")
-    return [int(child) for thread in threads for child in thread.read_text().split()]
+    return {int(child) for thread in threads for child in thread.read_text().split()}
+
+
+@pytest.fixture
+def no_worker_stays() -> Iterator[None]:
+    """After the test, no child runs that this process did not have before. Other tests of this
+    process may have left one, such as the tracker of multiprocessing's shared memory."""
+    before = children()
+    yield
+    assert children() <= before
 
 
 # -- what is requested ----------------------------------------------------------------------------
@@ -136,6 +146,7 @@ def test_a_worker_that_does_not_end_well_is_no_certificate(
     assert expected in record.missing[0]
 
 
+@pytest.mark.usefixtures("no_worker_stays")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_one_that_always_crashes_is_given_up(jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "MOST_LOSSES", 3)
@@ -146,7 +157,6 @@ def test_one_that_always_crashes_is_given_up(jobs: int, monkeypatch: pytest.Monk
     assert 3 <= ended.count("failed") < 3 + jobs
     assert record.cases[-1].reason == "It was not run: the worker had been lost 3 times in a row."
     assert record.verdict == "failed"
-    assert children() == []
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
@@ -219,6 +229,7 @@ def test_a_run_of_another_thread_can_be_interrupted(monkeypatch: pytest.MonkeyPa
 # -- several workers ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_worker_stays")
 def test_several_workers_share_the_cases() -> None:
     behaviours = {f"{CORE}{n}": "slow" for n in range(6)} | {CLAIM + "c": "not-claimed"}
     progress = RecordingProgress()
@@ -230,7 +241,6 @@ def test_several_workers_share_the_cases() -> None:
     assert len(Counter(c.reason for c in record.cases if c.reason.startswith("by "))) == 3
     assert record.command.endswith("--seed 0 --jobs 3")
     assert "--jobs" not in record.cases[0].replay
-    assert children() == []
 
 
 @pytest.mark.parametrize("how", ["crash", "hang", "leave"])
@@ -246,10 +256,10 @@ def test_a_worker_that_is_lost_disturbs_no_other(how: str) -> None:
     assert sorted(progress.ids) == sorted(behaviours), "no case is run again"
 
 
+@pytest.mark.usefixtures("no_worker_stays")
 def test_the_first_failure_stops_all() -> None:
     behaviours = {CORE + "a": "hang", CORE + "b": "hang", CORE + "c": "fail", CORE + "d": "pass"}
     assert statuses(ran(behaviours, jobs=3, exit_first=True)) == {CORE + "c": "failed"}
-    assert children() == []
 
 
 @pytest.mark.parametrize("how", ["unavailable", "exit"])
