@@ -10,6 +10,7 @@ from typing import Any
 from portakv.cli.console import print_json, print_prose
 from portakv.errors import InvalidTerms
 from portakv.integrations.vllm_check import findings_of
+from portakv.integrations.vllm_tier_check import CONNECTOR, tier_findings_of
 from portakv.serving.sizing import Sizes, sizes_of
 
 
@@ -24,7 +25,11 @@ def check_config(config: str, model: str | None, as_json: bool) -> int:
     Raises `InvalidTerms` for texts that are not JSON objects.
     """
     sizes = None if model is None else _sizes(model)
-    findings = findings_of(_object("--kv-transfer-config", config), sizes)
+    transfer = _object("--kv-transfer-config", config)
+    if transfer.get("kv_connector") == CONNECTOR:
+        findings = tier_findings_of(transfer)
+    else:
+        findings = findings_of(transfer, sizes)
     if as_json:
         print_json(vars(findings))
         return 1 if findings.errors else 0
