@@ -57,6 +57,8 @@ _FIELDS = {field.name for field in fields(JobResult)}
 class PortaKVTieringSpec(PortaKVOffloadingSpec, TieringOffloadingSpec):  # type: ignore[misc]
     """vLLM's tiers, with a worker that moves blocks by PortaKV on any device."""
 
+    _serves_canonical = True
+
     def _region_terms(self) -> dict[str, Any]:
         """Return the arguments of the memory that all workers share with the scheduler.
 
