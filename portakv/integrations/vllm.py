@@ -309,8 +309,8 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             pages = range(count)
             for lane, options in self._options.items():
                 sides = (part.device, part.host)
-                    if lane is not self._store:
-                        sides = (part.host, part.device)
+                if lane is not self._store:
+                    sides = (part.host, part.device)
                 with lane.current():
                     copied = copy_rows(*sides, pages, pages, count=count, options=options)
                     copied.synchronize()
