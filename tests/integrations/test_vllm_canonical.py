@@ -123,9 +123,9 @@ def test_engines_with_other_numbers_of_workers_read_each_other(before: int, afte
         share = Share(rank, after, True)
         move(share.groups_of(refs, pages, TOGETHER, memory), [1, 5, 6], [3, 0], False, first=1)
         right = pages_of(whole, rank, after)
-        for tensor, layer in zip(pages, right, strict=True):
-            assert torch.equal(tensor[[1, 5, 6]], layer[[2, 11, 4]])
-            assert not tensor[[0, 2, 3, 4, 7]].any()
+        for got, wanted in zip(pages, right, strict=True):
+            assert torch.equal(got[[1, 5, 6]], wanted[[2, 11, 4]])
+            assert not got[[0, 2, 3, 4, 7]].any()
 
 
 def test_workers_with_equal_bytes_take_turns() -> None:
