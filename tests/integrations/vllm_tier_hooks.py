@@ -16,13 +16,12 @@ from support.migrate_channels import until
 from support.vllm_tiering_stub import spec_of
 
 from portakv.errors import InvalidTerms
-from portakv.integrations.vllm_tier import (
-    LookupResult,
-    Medium,
-    PortaKVTier,
-    PortaKVTieringSpec,
-)
+from portakv.integrations import vllm_tier
+from portakv.integrations.vllm_tier import PortaKVTier, PortaKVTieringSpec
 
+base: Any = vars(vllm_tier)  # with what it imports of vLLM
+LookupResult = base["LookupResult"]
+Medium = base["Medium"]
 CHUNKS = 8
 NBYTES = 4096
 LIMIT = 60.0
@@ -98,11 +97,12 @@ def walk(folder: Path) -> None:
     tier.shutdown()
     tier.shutdown()
 
-    for spec, more, there in (
+    cases: list[tuple[Any, dict[str, Any], Any]] = [
         (spec_of(), {}, LookupResult.HIT),
         (spec_of(layout="HND"), {}, LookupResult.MISS),
         (spec_of(), {"identity": "other"}, LookupResult.MISS),
-    ):
+    ]
+    for spec, more, there in cases:
         tier = PortaKVTier(spec, memory.data, "own", **terms, **more)
         assert tier.lookup(key(4), None) is there
         tier.shutdown()
