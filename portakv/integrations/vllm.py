@@ -106,7 +106,7 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
         region = self._shared_region() if uses_shared_region() and chunks else None
         try:
             return PortaKVOffloadingWorker(
-                kv_caches, self.blocks_per_chunk, chunks, region, self.terms, self._share()
+                kv_caches, self.blocks_per_chunk, chunks, region, self.terms, self.share()
             )
         except Exception:  # whatever failed, the region must be released
             if region is not None:
@@ -122,7 +122,7 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
             self._worker = self.create_worker(kv_caches)
         return self._worker
 
-    def _share(self) -> Share | None:
+    def share(self) -> Share | None:
         """Return the part of this worker in pages of the whole model; None: it has its own."""
         if not getattr(self.config, "canonical_layout", False):
             return None

@@ -45,7 +45,7 @@ from vllm.v1.kv_offload.file_mapper import FileMapper  # noqa: E402
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager  # noqa: E402
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec  # noqa: E402
 
-_FOUND = {True: LookupResult.HIT, False: LookupResult.MISS}
+_FOUND = {True: LookupResult.HIT, False: LookupResult.MISS, None: LookupResult.RETRY}
 #: The bytes of a key after the hash of the block: the number of the group of layers.
 _GROUP = slice(-4, None)
 _STORED = "vllm:portakv_tier_stored_bytes"
@@ -81,6 +81,10 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
         enable_kv_events: report chunks that are stored and lost, if the engine publishes events.
         terms: those of `StoreTerms`, and ``identity``.
 
+    Attributes:
+        store: has the chunks.
+        tier: moves them.
+
     Raises `InvalidTerms` for wrong terms, `StoreError` and `StoreBusy` for a folder that cannot be
     used. Later calls raise nothing, and wait for nothing.
     """
@@ -105,47 +109,50 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
         size = memory.shape[1] * memory.itemsize
         name, identity = _identity(offloading_spec, chosen)
         store = PageStore(chosen.store, name, [size], identity=identity)
-        self._tier = PageTier(
+        self.tier = PageTier(
             store,
             store.pages(size),
             memory,
             chain_of=itemgetter(_GROUP),
             reports=enable_kv_events and publishes,
         )
-        self._store = store
-        self._counted = dict.fromkeys(self._tier.counts, 0)
+        self.store = store
+        self._counted = dict.fromkeys(self.tier.counts, 0)
         self._reported = 0.0
 
     def lookup(self, key: bytes, req_context: Any) -> LookupResult:
-        """Return whether a chunk can be loaded, by a look into the index of this process."""
-        return _FOUND[self._tier.has(key)]
+        """Return whether a chunk can be loaded, by a look into the index of this process.
+
+        RETRY: a bucket is asked for it; the answer comes within two seconds.
+        """
+        return _FOUND[self.tier.look(key, req_context.req_id)]
 
     def submit_store(self, job_metadata: Any) -> None:
         """Begin to save chunks, which keep their bytes until the job is reported."""
         keys = [*job_metadata.keys]
         slots = np.asarray(job_metadata.chunk_ids).tolist()
-        self._tier.save(job_metadata.job_id, keys, slots, job_metadata.req_context.req_id)
+        self.tier.save(job_metadata.job_id, keys, slots, job_metadata.req_context.req_id)
 
     def submit_load(self, job_metadata: Any) -> None:
         """Begin to load chunks, which belong to the job until it is reported."""
         slots = np.asarray(job_metadata.chunk_ids).tolist()
-        self._tier.load(job_metadata.job_id, [*job_metadata.keys], slots)
+        self.tier.load(job_metadata.job_id, [*job_metadata.keys], slots)
 
     def get_finished_jobs(self) -> list[JobResult]:
         """Return the jobs that have ended since the last call."""
-        return [_result_of(job) for job in self._tier.ended()]
+        return [_result_of(job) for job in self.tier.ended()]
 
     def has_pending_work(self) -> bool:
         """Return whether a job has not been reported."""
-        return self._tier.busy
+        return self.tier.busy
 
     def drain_jobs(self) -> None:
         """Block until all jobs have ended; `get_finished_jobs` reports them then."""
-        self._tier.drain()
+        self.tier.drain()
 
     def touch(self, keys: Collection[bytes], req_context: Any) -> None:
         """Note that chunks are used."""
-        self._tier.touch(keys)
+        self.tier.touch(keys)
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         """Return that chunks are saved as they come."""
@@ -153,15 +160,15 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
 
     def on_request_finished(self, req_context: Any) -> None:
         """Forget a request."""
-        self._tier.forget(req_context.req_id)
+        self.tier.forget(req_context.req_id)
 
     def on_schedule_end(self, context: Any) -> None:
-        """Record the use of chunks, once in a while."""
-        self._tier.step()
+        """Begin lookups in a bucket, and record the use of chunks once in a while."""
+        self.tier.step()
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         """Return the chunks that were stored and lost since the last call."""
-        stored, lost = self._tier.events()
+        stored, lost = self.tier.events()
         return [
             OffloadingEvent([*keys], self.medium, removed, self.locality)
             for keys, removed in ((stored, False), (lost, True))
@@ -170,7 +177,7 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """Close the store. Raises `TransferTimeout` for jobs that hang: their memory must stay."""
-        self._tier.close()
+        self.tier.close()
 
     @classmethod
     def build_metric_definitions(
@@ -192,8 +199,8 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
             return None
         self._reported = now
         stats = OffloadingConnectorStats()
-        stats.set_gauge(_STORED, self._store.usage().used, (self.tier_type,))
-        for name, count in self._tier.counts.items():
+        stats.set_gauge(_STORED, self.store.usage().used, (self.tier_type,))
+        for name, count in self.tier.counts.items():
             more = count - self._counted[name]
             self._counted[name] = count
             if more:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from portakv.errors import PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.serving.bucket import MISSING, LookupWorkers
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
 
 _log = RateLimitedLog(logging.getLogger(__name__))
@@ -29,6 +30,10 @@ TOUCHED = 4096
 PACE = 1.0
 #: The most keys that are remembered to report their loss, and those of pages that did not land.
 REMEMBERED = 1 << 20
+
+
+#: The most keys of a lookup in a bucket.
+BATCH = 256
 
 
 class TierEvents(NamedTuple):
@@ -69,11 +74,44 @@ class _Calls:
                 _log.warning("call", "A call of a tier of pages failed: %r", error)
 
 
+class _Jobs:
+    """The jobs that have not been reported, by their tags."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = dict[Hashable, PageJob | None]()  # None: it has not begun
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, tag: Hashable) -> None:
+        """Note a job that is to begin."""
+        self._open[tag] = None
+
+    def begun(self, job: PageJob) -> None:
+        """Note a job that has begun, and may have been reported."""
+        with self._lock:
+            if job.tag in self._open:
+                self._open[job.tag] = job
+
+    def remove(self, job: PageJob) -> bool:
+        """Remove a job; return whether it was there."""
+        with self._lock:
+            there = job.tag in self._open
+            self._open.pop(job.tag, None)
+            return there
+
+    def all_begun(self) -> list[PageJob]:
+        """Return the jobs that have begun."""
+        with self._lock:
+            return [job for job in self._open.values() if job is not None]
+
+
 class _Followed:
     """The last page of each chain of each request, which the next one follows."""
 
     def __init__(self, chain_of: Callable[[bytes], Hashable]) -> None:
-        self._chain_of = chain_of
+        self.chain_of = chain_of
         self._lasts = dict[Hashable, dict[Hashable, bytes]]()
 
     def after(self, request: Hashable, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -81,7 +119,7 @@ class _Followed:
         result = list[bytes | None]()
         lasts = self._lasts.setdefault(request, {})
         for key in keys:
-            chain = self._chain_of(key)
+            chain = self.chain_of(key)
             result.append(lasts.get(chain))
             lasts[chain] = key
         return result
@@ -118,6 +156,55 @@ class _Events:
         return events
 
 
+class _Asked:
+    """The lookups in a bucket that were made for a scheduler, which waits for none of them."""
+
+    def __init__(self, pages: Pages, now: Callable[[], float]) -> None:
+        self._pages = pages
+        self._now = now
+        self._wanted = dict[Hashable, dict[bytes, None]]()  # by chain of a request
+        self._pending = set[bytes]()  # the keys that are wanted, or being looked up
+        self._missing: Bounded[bytes, float] = Bounded("pages that a bucket lacks", REMEMBERED)
+        self._answers = True  # the bucket answered the last lookup in time
+
+    def look(self, key: bytes, chain: Hashable) -> bool | None:
+        """Return None if a lookup will tell whether a bucket has a page, else False."""
+        if key not in self._pending:
+            if self._missing.get(key, 0.0) > self._now():
+                return False
+            self._wanted.setdefault(chain, {})[key] = None
+            self._pending.add(key)
+        return None if self._answers else False
+
+    def begin(self) -> None:
+        """Begin lookups of the pages that were asked for, the first ones of each chain together."""
+        wanted = self._wanted
+        self._wanted = {}
+        for asked in wanted.values():
+            keys = [*asked]
+            for first in range(0, len(keys), BATCH):
+                self._begin(keys[first : first + BATCH])
+
+    def _begin(self, keys: list[bytes]) -> None:
+        blocks = self._pages.blocks
+        names = [page_key(key) for key in keys]
+        try:
+            if blocks is not None:
+                LookupWorkers([blocks]).begin(names, partial(self._ended, keys))
+                return
+        except PortaKVError:  # it was closed
+            pass
+        self._ended(keys, 0, True)
+
+    def _ended(self, keys: list[bytes], count: int, answers: bool) -> None:
+        """Note the end of a lookup, of which so many leading pages are there."""
+        until = self._now() + MISSING
+        for key in keys[count:]:
+            self._missing[key] = until
+        self._answers = answers
+        self._pending.difference_update(keys)
+
+
 class PageTier:
     """The pages of one size below an engine's tier of host memory.
 
@@ -134,7 +221,9 @@ class PageTier:
     Raises `InvalidTerms` for other memory.
 
     Attributes:
-        counts: pages that were loaded, stored, or asked for and not there.
+        counts: pages that were loaded and stored, and those that did not land.
+        pages: of the store.
+        view: of the engine's tier of host memory.
     """
 
     def __init__(
@@ -149,44 +238,61 @@ class PageTier:
     ) -> None:
         self.counts = {"loaded": 0, "load_failed": 0, "stored": 0, "store_failed": 0}
         self._store = store
-        self._pages = pages
-        self._view = pages.over(memory)
+        self.pages = pages
+        self.view = pages.over(memory)
         self._now = now
-        self._lock = threading.Lock()
-        self._open = dict[Hashable, PageJob | None]()  # the jobs that have not been reported
+        self._jobs = _Jobs()
         self._followed = _Followed(chain_of)
         self._failed: Bounded[bytes, float] = Bounded("pages that did not land", REMEMBERED)
         self._touched = dict[bytes, float]()  # with the time of their first use since `step`
+        self._asked = None if store.terms.bucket is None else _Asked(pages, now)
         self._events = _Events(store) if reports else None
         self._calls = _Calls()
 
     @property
+    def reports(self) -> bool:
+        """Return whether `events` are kept."""
+        return self._events is not None
+
+    @property
     def busy(self) -> bool:
         """Return whether a job has not been reported."""
-        return bool(self._open)
+        return bool(self._jobs)
 
     def has(self, key: bytes) -> bool:
         """Return whether a page can be loaded: a look into the index of this process."""
-        if not self._pages.has(key):
+        if not self.pages.has(key):
             return False
         return not self._failed or self._failed.get(key, 0.0) <= self._now()
+
+    def look(self, key: bytes, request: Hashable) -> bool | None:
+        """Return whether a page can be loaded; None if a bucket has yet to answer.
+
+        Answers as `has` does for other tiers. `step` begins the lookups in a bucket, whose answers
+        come within two seconds.
+        """
+        if self.has(key):
+            return True
+        if self._asked is None or self._failed.get(key, 0.0) > self._now():
+            return False
+        return self._asked.look(key, (request, self._followed.chain_of(key)))
 
     def save(
         self, number: Hashable, keys: Sequence[bytes], slots: Sequence[int], request: Hashable
     ) -> None:
         """Begin to save slots under keys, which are of a request and in its order."""
         after = self._followed.after(request, keys)
-        save = partial(self._pages.save, keys, self._view, slots, after=after, tag=number)
-        self._submit(PageJob("save", keys, self._pages.size.nbytes, number), save)
+        save = partial(self.pages.save, keys, self.view, slots, after=after, tag=number)
+        self._submit(PageJob("save", keys, self.pages.size.nbytes, number), save)
 
     def load(self, number: Hashable, keys: Sequence[bytes], slots: Sequence[int]) -> None:
         """Begin to load pages into slots."""
-        load = partial(self._pages.load, keys, self._view, slots, tag=number)
-        self._submit(PageJob("load", keys, self._pages.size.nbytes, number), load)
+        load = partial(self.pages.load, keys, self.view, slots, tag=number)
+        self._submit(PageJob("load", keys, self.pages.size.nbytes, number), load)
 
     def _submit(self, refused: PageJob, call: Callable[[], PageJob]) -> None:
         """Have the thread begin a job. ``refused`` ends in its place if the store refuses it."""
-        self._open[refused.tag] = None
+        self._jobs.add(refused.tag)
         self._calls.add(partial(self._begin, refused, call))
 
     def _begin(self, refused: PageJob, call: Callable[[], PageJob]) -> None:
@@ -198,18 +304,11 @@ class PageTier:
             _log.warning("refused", text, refused.kind, len(refused.keys), error)
             self._store.ended.add(refused)
             return
-        with self._lock:
-            if job.tag in self._open:
-                self._open[job.tag] = job
+        self._jobs.begun(job)
 
     def ended(self) -> list[PageJob]:
         """Return the jobs that have ended since the last call."""
-        jobs = list[PageJob]()
-        for job in self._store.finished():
-            with self._lock:
-                if job.tag in self._open:
-                    del self._open[job.tag]
-                    jobs.append(job)
+        jobs = [job for job in self._store.finished() if self._jobs.remove(job)]
         for job in jobs:
             self._note(job)
         return jobs
@@ -220,7 +319,7 @@ class PageTier:
         Jobs that hang are cancelled after a minute.
         """
         self._calls.wait()
-        jobs = [job for job in self._open.values() if job is not None]
+        jobs = self._jobs.all_begun()
         until = time.monotonic() + SAVE
         for job in jobs:
             if not job.wait(max(0.0, until - time.monotonic())):
@@ -236,13 +335,15 @@ class PageTier:
             self._touched.setdefault(key, now)
 
     def step(self) -> None:
-        """Record the use of pages, once in a while."""
+        """Begin lookups in a bucket, and record the use of pages once in a while."""
+        if self._asked is not None:
+            self._asked.begin()
         first = next(iter(self._touched.values()), None)
         if first is None or self._now() < first + PACE:
             return
         keys = [*self._touched]
         self._touched.clear()
-        self._calls.add(partial(self._pages.touch, keys))
+        self._calls.add(partial(self.pages.touch, keys))
 
     def forget(self, request: Hashable) -> None:
         """Forget a request that has ended."""
@@ -250,7 +351,7 @@ class PageTier:
 
     def events(self) -> TierEvents:
         """Return what was stored and lost since the last call; nothing without ``reports``."""
-        return TierEvents([], []) if self._events is None else self._events.take(self._pages.has)
+        return TierEvents([], []) if self._events is None else self._events.take(self.pages.has)
 
     def close(self, timeout: float = 10.0) -> None:
         """Close the store, as `PageStore.close` does."""

@@ -10,6 +10,7 @@ import os
 import torch
 
 from portakv.copy.options import USUAL, CopyOptions
+from portakv.copy.rows import copy_rows as copy_rows
 from portakv.plan.plan import CopyPlan
 from portakv.view import Index, KVView
 

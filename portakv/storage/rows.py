@@ -21,7 +21,6 @@ import torch
 
 from portakv.arguments import naming, shown
 from portakv.copy.options import USUAL, CopyOptions
-from portakv.copy.rows import copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
@@ -34,7 +33,7 @@ from portakv.runtime.streams import (
 )
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.storage.chains import FIRST, UNKNOWN, Chains, Changed, marks_of
-from portakv.storage.host_runs import copy_long_runs
+from portakv.storage.host_runs import copy_long_runs, copy_rows
 from portakv.storage.loans import Loan as Loan
 from portakv.storage.loans import Loans, copy_parts
 from portakv.storage.row_memory import row_memory

@@ -15,8 +15,13 @@ from portakv.integrations import IntegrationError
 from portakv.integrations.vllm_canonical import Mapping, Run, Share, page_bytes
 from portakv.integrations.vllm_moves import moves_of
 
-LAYERS, HEADS, TOKENS, DIM = 3, 4, 8, 16
-BLOCKS, CHUNKS, TOGETHER = 12, 5, 2
+LAYERS = 3
+HEADS = 4
+TOKENS = 8
+DIM = 16
+BLOCKS = 12
+CHUNKS = 5
+TOGETHER = 2
 HEAD = TOKENS * DIM
 
 

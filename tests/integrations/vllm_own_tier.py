@@ -52,8 +52,8 @@ class Paths:
 
     def get_file_name(self, key: bytes) -> str:
         """Return the file of slots if it has the chunk, else one that is not there."""
-        folder = Path(self._tier.root, self._tier._tier._pages.form.name)
-        return str(folder / ("slots" if self._tier._tier.has(key) else key.hex()))
+        folder = Path(self._tier.root, self._tier.tier.pages.form.name)
+        return str(folder / ("slots" if self._tier.tier.has(key) else key.hex()))
 
 
 class Files(PortaKVTier):
@@ -72,7 +72,7 @@ class Files(PortaKVTier):
         super().__init__(offloading_spec, folder=root_dir, **TERMS, **terms)
         base = FileMapper.from_offloading_spec(root_dir, offloading_spec, 1, True).base_path
         self.file_mapper = Paths(self, base)
-        self.events: list[Any] | None = [] if self._tier._events else None
+        self.events: list[Any] | None = [] if self.tier.reports else None
         self._store_job_keys = dict[int, Any]()
         # Lookups have no later answers that a test could wait for.
         self._lookup_manager = SimpleNamespace(_pending_results=SimpleNamespace(empty=bool))
@@ -82,10 +82,10 @@ class Chunks:
     """The chunks of a tier, of which a test adds some without a job."""
 
     def __init__(self, tier: Example) -> None:
-        self._tier = tier._tier
+        self._tier = tier.tier
 
     def __setitem__(self, key: bytes, there: bool) -> None:
-        job = self._tier._pages.save([key], self._tier._view, [0], ended=Finished())
+        job = self._tier.pages.save([key], self._tier.view, [0], ended=Finished())
         assert job.wait(60.0)
 
     def __contains__(self, key: bytes) -> bool:
@@ -118,7 +118,7 @@ class Example(PortaKVTier):
         self._complete()
 
     def _complete(self) -> None:
-        self._tier.drain()
+        self.tier.drain()
         self.completed_jobs += super().get_finished_jobs()
 
     def get_finished_jobs(self) -> list[JobResult]:
@@ -128,7 +128,7 @@ class Example(PortaKVTier):
 
     def get_num_chunks(self) -> int:
         """Return how many chunks are stored."""
-        tier = self._store.statistics()["tiers"][0]
+        tier = self.store.statistics()["tiers"][0]
         return sum(each["used"] for each in tier.values() if isinstance(each, dict))
 
 

@@ -25,6 +25,7 @@ Medium = base["Medium"]
 CHUNKS = 8
 NBYTES = 4096
 LIMIT = 60.0
+REQUEST = SimpleNamespace(req_id="r")
 
 
 def key(name: int) -> bytes:
@@ -61,13 +62,13 @@ def walk(folder: Path) -> None:
     expected = memory.copy()
     terms: dict[str, Any] = {"folder": str(folder / "kv"), "capacity": 1 << 20, "staging": 1 << 20}
     tier = PortaKVTier(spec_of(True), memory.data, "own", enable_kv_events=True, **terms)
-    assert tier.lookup(key(1), None) is LookupResult.MISS
+    assert tier.lookup(key(1), REQUEST) is LookupResult.MISS
     tier.submit_store(job(1, [1, 2, 3], [0, 1, 2]))
     result = ended(tier)
     assert (result.job_id, result.success) == (1, True)
     assert result.transfer_bytes == 3 * NBYTES
     assert result.transfer_time > 0
-    assert tier.lookup(key(1), None) is LookupResult.HIT
+    assert tier.lookup(key(1), REQUEST) is LookupResult.HIT
     (event,) = tier.take_events()
     assert (event.keys, event.medium) == ([key(1), key(2), key(3)], Medium.STORAGE)
     assert not event.removed
@@ -104,7 +105,7 @@ def walk(folder: Path) -> None:
     ]
     for spec, more, there in cases:
         tier = PortaKVTier(spec, memory.data, "own", **terms, **more)
-        assert tier.lookup(key(4), None) is there
+        assert tier.lookup(key(4), REQUEST) is there
         tier.shutdown()
 
 
@@ -129,7 +130,7 @@ def spec() -> None:
     )
     made = PortaKVTieringSpec(config)
     assert made.terms == {"max_thread_blocks": 2}
-    assert made._share() == (1, 2, True)
+    assert made.share() == (1, 2, True)
 
 
 if __name__ == "__main__":

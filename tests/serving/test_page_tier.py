@@ -232,3 +232,29 @@ def test_faults_of_the_disk_bring_no_wrong_bytes(guard: bool, tmp_path: Path) ->
     if guard:
         assert missed > 30
         assert right > 30
+
+
+def test_a_bucket_is_asked_and_no_scheduler_waits(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir(mode=0o700)
+    terms = StoreTerms(host=1 << 20, staging=2 << 20, bucket=f"file://{tmp_path / 'bucket'}")
+    keys = [key(name) for name in range(6)]
+    memory = np.stack([page(name) for name in range(8)])
+    with PageStore(terms, "m", [SIZE]) as store:
+        pages = store.pages(SIZE)
+        assert pages.save(keys[:4], pages.over(memory), range(4)).wait(LIMIT)
+    store = PageStore(terms, "m", [SIZE])
+    clock = Clock()
+    tier = PageTier(store, store.pages(SIZE), memory, now=clock)
+    assert [tier.look(each, "r") for each in keys] == [None] * 6
+    tier.step()
+    assert until(lambda: None not in [tier.look(each, "r") for each in keys], LIMIT)
+    assert [tier.look(each, "r") for each in keys] == [True] * 4 + [False] * 2
+    memory[:] = 0
+    tier.load(1, keys[:4], range(4))
+    tier.drain()
+    (job,) = tier.ended()
+    assert job.landed.all()
+    assert (memory[:4] == np.stack([page(name) for name in range(4)])).all()
+    clock.now += 60.0
+    assert tier.look(keys[5], "r") is None  # it may be there by now
+    tier.close()

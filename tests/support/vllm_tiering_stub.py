@@ -45,6 +45,7 @@ class Medium(enum.Enum):
 class LookupResult(enum.Enum):
     MISS = 0
     HIT = 1
+    RETRY = 2
 
 @dataclass
 class OffloadingMetricMetadata:
