@@ -38,7 +38,7 @@ from support.vllm_cpu import (
 )
 from support.vllm_cpu_table import Named, case_of
 
-PROMPTS = [prompt(800, 400 + number) for number in range(3)]
+PROMPTS = [prompt(790, 400 + number) for number in range(3)]
 #: Tokens of whole chunks before the last token of a prompt.
 HIT = 768
 #: Bytes of a chunk of `BLOCK` tokens: 4 layers, 4 heads, keys and values of 64 floats.
