@@ -10,7 +10,7 @@ from typing import Any
 from portakv.errors import InvalidTerms
 from portakv.integrations import why_not
 from portakv.integrations.interfaces import lacks
-from portakv.integrations.vllm_check import Findings, check_reach, short_of, unknown_keys
+from portakv.integrations.vllm_check import Findings, check_places, unknown_keys
 from portakv.integrations.vllm_tier_terms import tier_terms
 
 CONNECTOR = "OffloadingConnector"
@@ -108,9 +108,7 @@ def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> None
         except InvalidTerms as error:
             findings.errors.append(f"secondary_tiers: {error}")
             continue
-        findings.warnings += short_of(terms)
-        if terms.bucket is not None:
-            check_reach(terms.bucket, terms.bucket_options, findings)
+        check_places(terms, findings)
         folders.update(terms.folders)
         if terms.folders:
             findings.notes.append(

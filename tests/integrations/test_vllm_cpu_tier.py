@@ -13,10 +13,12 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -43,6 +45,8 @@ PROMPTS = [prompt(790, 400 + number) for number in range(3)]
 HIT = 768
 #: Bytes of a chunk of `BLOCK` tokens: 4 layers, 4 heads, keys and values of 64 floats.
 CHUNK = BLOCK * 4 * 4 * 2 * 64 * 4
+#: The beginning of the names of engines.
+NAME = f"portakv-test-{os.getpid()}-"
 #: Bytes of the primary tier: of one prompt and a half.
 PRIMARY = 38 * CHUNK
 
@@ -52,6 +56,14 @@ def imported() -> None:
     """Import vLLM once; each engine runs in a forked child."""
     import_engine()
     importlib.import_module("portakv.integrations.vllm_tier")
+
+
+@pytest.fixture(autouse=True)
+def _no_memory_is_left() -> Iterator[None]:
+    """Remove the primary tiers of engines that were killed, or ended without a shutdown."""
+    yield
+    for file in Path("/dev/shm").glob(f"vllm_offload_{NAME}*"):
+        file.unlink()
 
 
 case = pytest.fixture(case_of)
@@ -77,6 +89,7 @@ class Tiered(Engine):
         below = [] if tier is None else [tier]
         transfer = {
             "kv_connector": "OffloadingConnector",
+            "engine_id": NAME + uuid4().hex,
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {
