@@ -102,9 +102,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Keep the modules that a test imported, such as torch's compiler, out of them too."""
-    if len(sys.modules) > item.config.stash[_frozen] + MANY_MODULES:
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Keep out of them what tests leave for good, such as modules and torch's compiled programs."""
+    modules = len(sys.modules) > item.config.stash[_frozen] + MANY_MODULES
+    if modules or (nextitem is not None and nextitem.path != item.path):
         _freeze(item.config)
 
 
