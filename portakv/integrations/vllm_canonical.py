@@ -117,7 +117,7 @@ def mapping_of(ref: CacheRef, rank: int, workers: int, shared: bool) -> Mapping:
     """Return the mapping of a tensor's pages; vLLM has none for packed and cross-layer pages.
 
     Such a page is stored whole: it is the page of the model if there is one worker. Else the pages
-    of all workers lie side by side, and are found by engines with as many workers.
+    of all workers lie side by side, for engines with as many workers.
 
     Args:
         ref: vLLM's, of the tensor.
@@ -126,8 +126,8 @@ def mapping_of(ref: CacheRef, rank: int, workers: int, shared: bool) -> Mapping:
 
     Raises `IntegrationError` for pages of several workers without a mapping that are shared.
     """
-    found: PageMapping | None = getattr(ref, "mapping", None)
-    if found is not None:
+    known: PageMapping | None = getattr(ref, "mapping", None)
+    if known is not None:
         runs = tuple(
             Run(
                 run.local_offset,
@@ -137,10 +137,10 @@ def mapping_of(ref: CacheRef, rank: int, workers: int, shared: bool) -> Mapping:
                 run.local_stride,
                 run.canonical_stride,
             )
-            for run in found.runs
+            for run in known.runs
         )
-        size = found.canonical_page_size_bytes
-        return Mapping(size, runs, found.num_writers, found.writer_index)
+        size = known.canonical_page_size_bytes
+        return Mapping(size, runs, known.num_writers, known.writer_index)
     width = ref.page_size_bytes
     if workers > 1 and shared:
         raise IntegrationError(

@@ -123,7 +123,7 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
     def lookup(self, key: bytes, req_context: Any) -> LookupResult:
         """Return whether a chunk can be loaded, by a look into the index of this process.
 
-        RETRY: a bucket is asked for it; the answer comes within two seconds.
+        RETRY: a worker looks it up in a bucket; the answer comes within two seconds.
         """
         return _FOUND[self.tier.look(key, req_context.req_id)]
 

@@ -23,7 +23,7 @@ from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds for which a page that did not land is not offered again, unless it is saved meanwhile.
-#: An engine would ask for it again at once, and get no further.
+#: An engine would request it again immediately, and get no further.
 FAILED = 60.0
 #: The most pages that wait for `PageTier.step` to record their use, and the seconds between two.
 TOUCHED = 4096
@@ -156,7 +156,7 @@ class _Events:
         return events
 
 
-class _Asked:
+class _Lookups:
     """The lookups in a bucket that were made for a scheduler, which waits for none of them."""
 
     def __init__(self, pages: Pages, now: Callable[[], float]) -> None:
@@ -168,7 +168,7 @@ class _Asked:
         self._answers = True  # the bucket answered the last lookup in time
 
     def look(self, key: bytes, chain: Hashable) -> bool | None:
-        """Return None if a lookup will tell whether a bucket has a page, else False."""
+        """Return None if a lookup will show whether a bucket has a page, else False."""
         if key not in self._pending:
             if self._missing.get(key, 0.0) > self._now():
                 return False
@@ -177,11 +177,11 @@ class _Asked:
         return None if self._answers else False
 
     def begin(self) -> None:
-        """Begin lookups of the pages that were asked for, the first ones of each chain together."""
+        """Begin lookups of the pages that are wanted, the first ones of each chain together."""
         wanted = self._wanted
         self._wanted = {}
-        for asked in wanted.values():
-            keys = [*asked]
+        for some in wanted.values():
+            keys = [*some]
             for first in range(0, len(keys), BATCH):
                 self._begin(keys[first : first + BATCH])
 
@@ -245,7 +245,7 @@ class PageTier:
         self._followed = _Followed(chain_of)
         self._failed: Bounded[bytes, float] = Bounded("pages that did not land", REMEMBERED)
         self._touched = dict[bytes, float]()  # with the time of their first use since `step`
-        self._asked = None if store.terms.bucket is None else _Asked(pages, now)
+        self._lookups = None if store.terms.bucket is None else _Lookups(pages, now)
         self._events = _Events(store) if reports else None
         self._calls = _Calls()
 
@@ -273,9 +273,9 @@ class PageTier:
         """
         if self.has(key):
             return True
-        if self._asked is None or self._failed.get(key, 0.0) > self._now():
+        if self._lookups is None or self._failed.get(key, 0.0) > self._now():
             return False
-        return self._asked.look(key, (request, self._followed.chain_of(key)))
+        return self._lookups.look(key, (request, self._followed.chain_of(key)))
 
     def save(
         self, number: Hashable, keys: Sequence[bytes], slots: Sequence[int], request: Hashable
@@ -336,8 +336,8 @@ class PageTier:
 
     def step(self) -> None:
         """Begin lookups in a bucket, and record the use of pages once in a while."""
-        if self._asked is not None:
-            self._asked.begin()
+        if self._lookups is not None:
+            self._lookups.begin()
         first = next(iter(self._touched.values()), None)
         if first is None or self._now() < first + PACE:
             return

@@ -58,5 +58,5 @@ def _plan_of(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Co
             if plan.run < LONG:
                 plan = None
         src.derived[key] = plan
-    found: CopyPlan | None = src.derived[key]
-    return found
+    result: CopyPlan | None = src.derived[key]
+    return result
