@@ -147,6 +147,28 @@ class Handle(Transfer):
         landed = np.array(self._barriers[-1].landed, np.bool_)
         return landed if issued is None else np.where(issued, there, landed)
 
+    def when_ended(self, call: Callable[[], object]) -> None:
+        """Have a function called once when workers have ended their part, or now if they have.
+
+        It is called under the graph's lock, in any thread: it must be quick, and wait for nothing.
+        """
+
+        def follow() -> None:
+            barrier = self._barriers[-1] if self._barriers else None
+            if barrier is None or barrier.ended:
+                call()
+                return
+            before = barrier.on_end
+
+            def both() -> None:
+                if before is not None:
+                    before()
+                call()
+
+            barrier.on_end = both
+
+        self._graph.run(follow)
+
     def cancel(self) -> bool:
         """Start no further block; return True if some blocks will not be moved."""
         left = bool(self._barriers) and self._graph.run(self._cancel)

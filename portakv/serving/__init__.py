@@ -25,6 +25,7 @@ from portakv.serving.keeper_transfer import KeptTransfer
 from portakv.serving.known import KeeperIndex
 from portakv.serving.ledger import BlockHolder, Described, Group, Index, Ledger, check_group
 from portakv.serving.local import StoreTerms
+from portakv.serving.pages import PageJob, Pages, PageSize, PageStore, Usage, page_key
 from portakv.serving.place import Place
 from portakv.serving.plan import Job, Plan, Report
 
@@ -45,11 +46,17 @@ __all__ = [
     "KeptBlocks",
     "KeptTransfer",
     "Ledger",
+    "PageJob",
+    "PageSize",
+    "PageStore",
+    "Pages",
     "Place",
     "Plan",
     "Report",
     "StoreTerms",
+    "Usage",
     "check_group",
     "measured",
+    "page_key",
     "place_of",
 ]

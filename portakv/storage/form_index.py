@@ -110,6 +110,24 @@ class FormIndex:
                     return True
         return False
 
+    def has_each(self, keys: Keys) -> list[bool]:
+        """Return which blocks can be loaded, as far as is known here; answers as `has` does."""
+        form = self._own("call of has_each()")
+        keys = check_keys(keys, self._weak)
+        there = self._shared.rows.has_each(form.own.names(keys))
+        for tier_store in form.own.tier_stores:
+            known = tier_store.known(keys)
+            there = [a or b for a, b in zip(there, known, strict=True)]
+        if len(form.parts) > 1:  # other parts may cover a block together
+            there = [a or self.has(key) for a, key in zip(there, keys, strict=True)]
+        return there
+
+    def touch(self, keys: Keys) -> None:
+        """Record the use of blocks, the first key last, so that a prefix outlives its suffix."""
+        form = self._own("call of touch()")
+        keys = check_keys(keys, self._weak)
+        uninterrupted(partial(form.touch, keys))
+
     def leading(self, keys: Keys) -> int:
         """Return the number of leading blocks that can be loaded, as far as is known here.
 

@@ -1,0 +1,563 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PageStore`: pages of bytes in an engine's host memory, and the stores that save and load them.
+
+A page is opaque: nothing is known of its bytes but their number. Engines that have a tier of host
+memory hand over such pages by key.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.arguments import instance, invalid, items, octets, seconds, text, whole
+from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, StoreError
+from portakv.graph import Handle, Mask, Priority
+from portakv.runtime.finished import Finished
+from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms
+from portakv.storage import BlockForm, BlockStore
+from portakv.storage.changes import Change
+from portakv.storage.form_store import FormStore
+from portakv.view import IdList, KVView
+
+#: Bytes of a key of a store; keys of other lengths are hashed.
+KEY = 32
+#: Seconds after which a save gives up the pages that are not stored: a disk that hangs must not
+#: hold the engine's pages for ever.
+SAVE = 60.0
+#: A number for each page, or for each run of each page.
+Addresses: TypeAlias = "Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any]"
+
+
+def page_key(key: bytes) -> bytes:
+    """Return the 32 bytes under which the page of a key of any length is stored."""
+    return key if len(key) == KEY else blake2b(key, digest_size=KEY).digest()
+
+
+class PageSize(NamedTuple):
+    """The size of pages.
+
+    Attributes:
+        nbytes: bytes of a page.
+        runs: into how many runs of equal length a page is cut, each at a separate address, such as
+            one for each layer.
+    """
+
+    nbytes: int
+    runs: int = 1
+
+    def form(self, model: str, identity: str = "") -> BlockForm:
+        """Return the form of stored pages; that of another model or identity differs.
+
+        Raises `InvalidTerms` for a size that no page can have.
+        """
+        whole("nbytes", self.nbytes, 1)
+        whole("runs", self.runs, 1, 1 << 16)
+        if self.nbytes % self.runs:
+            expected = f"a multiple of the {self.runs} runs of a page"
+            raise invalid("nbytes", expected, self.nbytes)
+        runs = (0, self.runs, self.runs)
+        width = (self.nbytes // self.runs,)
+        notes = f"page of an engine {text('identity', identity, least=0, most=1 << 15)}".rstrip()
+        layout = "block layer page"
+        return BlockForm(model, "uint8", 1, width, 1, runs, (0, 1, 1), layout, notes=notes)
+
+
+class PageJob:
+    """A save or a load of pages. Any thread may call.
+
+    Attributes:
+        kind: "save" or "load".
+        keys: as the caller passed them.
+        tag: what the caller passed to tell its jobs apart.
+        nbytes: bytes of a page.
+        began: when the call was made, in seconds of `time.monotonic`.
+        seconds: from then to the end; 0 before the end.
+    """
+
+    def __init__(
+        self, kind: Literal["save", "load"], keys: Sequence[bytes], nbytes: int, tag: Hashable
+    ) -> None:
+        self.kind = kind
+        self.keys = keys
+        self.tag = tag
+        self.nbytes = nbytes
+        self.began = time.monotonic()
+        self.seconds = 0.0
+        self._handle: Handle | None = None
+
+    def __repr__(self) -> str:
+        return f"PageJob({self.kind}, {len(self.keys)} pages, tag={self.tag!r})"
+
+    @property
+    def handle(self) -> Handle | None:
+        """Return the store's handle; None if there was no store."""
+        return self._handle
+
+    @property
+    def landed(self) -> Mask:
+        """Return the pages that are stored, or were loaded, bool ``[keys]``; none before the
+        end."""
+        if self._handle is None:
+            return np.zeros(len(self.keys), np.bool_)
+        return self._handle.landed
+
+    @property
+    def landed_bytes(self) -> int:
+        """Return the bytes of the pages that landed."""
+        return int(self.landed.sum()) * self.nbytes
+
+    def done(self) -> bool:
+        """Return whether the job has ended, so that nothing uses the pages; never block or
+        raise."""
+        if self._handle is None:
+            return True
+        try:
+            return self._handle.done()
+        except PortaKVError:  # it has ended, and some pages did not land
+            return True
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the job has ended, at most so many seconds; return whether it has."""
+        limit = seconds("timeout", timeout, optional=True)
+        if self._handle is not None:
+            with suppress(PortaKVError):
+                self._handle.synchronize(limit)
+        return self.done()
+
+    def cancel(self) -> bool:
+        """Move no further page; return whether some pages will not be moved.
+
+        The pages that are being moved are in use until the end.
+        """
+        return self._handle is not None and self._handle.cancel()
+
+    def _follow(self, handle: Handle, ended: Finished[PageJob]) -> None:
+        """Add the job to a queue at the end of its handle."""
+        self._handle = handle
+        handle.when_ended(lambda: self._end(ended))
+
+    def _end(self, ended: Finished[PageJob]) -> None:
+        self.seconds = time.monotonic() - self.began
+        ended.add(self)
+
+
+class Usage(NamedTuple):
+    """How full the farthest tier with a bound is: the disk, or without one the host tier.
+
+    Attributes:
+        used: bytes of its stored images.
+        capacity: the bytes that it may have.
+    """
+
+    used: int
+    capacity: int
+
+
+class PageStore:
+    """Pages of bytes in the host memory of an engine, in the stores of PortaKV.
+
+    The store is in this process. No call but the constructor, `pages` of a new size and `close`
+    waits for anything. A page that is not there, is damaged, or comes too late, does not land.
+
+    Args:
+        terms: where pages are stored. ``block_size`` and ``by_layer`` have no meaning for pages.
+        model: the name of the model; pages of another model are not found.
+        sizes: of the pages. `pages` may add others later.
+        identity: what else fixes the bytes of a page, such as layout, dtype and parallelism. Pages
+            of another identity are not found.
+        patience: seconds to wait for a folder that another process has.
+
+    Raises:
+        InvalidTerms: wrong arguments; sizes that no page has.
+        StoreError, StoreBusy: memory for no page; a folder that another process has.
+
+    Attributes:
+        ended: the jobs that have ended, unless a call names another queue.
+    """
+
+    def __init__(
+        self,
+        terms: StoreTerms,
+        model: str,
+        sizes: Iterable[PageSize | int] = (),
+        *,
+        identity: str = "",
+        patience: float = PATIENCE,
+    ) -> None:
+        self.terms = instance("terms", terms, StoreTerms)
+        if terms.shared:
+            raise InvalidTerms(
+                "Expected terms of a store of this process, got shared=True. Leave it out, and "
+                "give each process of the host a separate folder."
+            )
+        self._model = text("model", model)
+        self._identity = text("identity", identity, least=0, most=1 << 15)
+        self._patience = seconds("patience", patience)
+        self.ended = Finished[PageJob]()
+        self.ended.start()
+        self._lock = threading.Lock()  # of what is open
+        self._store: BlockStore | None = None
+        self._sizes = dict[PageSize, Pages]()
+        for size in items("sizes", sizes, "sizes of pages"):
+            made = size if isinstance(size, PageSize) else PageSize(whole("sizes", size, 1))
+            self._sizes[made] = Pages(self, made, made.form(self._model, self._identity))
+        if self._sizes:
+            with self._lock:
+                self._open()
+
+    def __enter__(self) -> PageStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def pages(self, nbytes: int, runs: int = 1) -> Pages:
+        """Return the pages of a size.
+
+        A size that is new opens the store again, with this size too: that waits for the jobs in
+        flight, and pages that only the host tier had are gone. Other calls find nothing meanwhile.
+
+        Raises `InvalidTerms`, `StoreError` and `StoreBusy` as the constructor does. The store is
+        closed then, and the next call opens it again.
+        """
+        size = PageSize(whole("nbytes", nbytes, 1), whole("runs", runs, 1, 1 << 16))
+        with self._lock:
+            found = self._sizes.get(size)
+            if found is None:
+                found = Pages(self, size, size.form(self._model, self._identity))
+                self._close(self._patience)
+                self._sizes[size] = found
+            if self._store is None:
+                self._open()
+            return found
+
+    def sizes(self) -> list[PageSize]:
+        """Return the sizes of the pages."""
+        return [*self._sizes]
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a page of any size can be loaded, as far as is known here."""
+        return any(pages.has(key) for pages in [*self._sizes.values()])
+
+    def finished(self) -> list[PageJob]:
+        """Return the jobs that have ended since the last call. There is one consumer."""
+        return self.ended.take()
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while `finished` has jobs; -1 after `close`.
+
+        Raises `HostMemoryError` without a free descriptor.
+        """
+        return self.ended.fileno()
+
+    def changes(self) -> list[Change]:
+        """Return the pages that were stored or lost since the last call, in order.
+
+        The first call returns none. Their keys are those of `page_key`.
+        """
+        store = self._store
+        try:
+            return [] if store is None else store.listen()
+        except PortaKVError:  # it was closed
+            return []
+
+    def usage(self) -> Usage:
+        """Return how full the store is."""
+        disk = bool(self.terms.folders)
+        capacity = self.terms.capacity if disk else self.terms.host
+        store = self._store
+        if store is None:
+            return Usage(0, capacity)
+        if not disk:
+            return Usage(store.rows.counts()["kept"] * store.rows.row_bytes, capacity)
+        images = {pages.form.name: pages.form.image_bytes for pages in self._sizes.values()}
+        used = 0
+        for tier in store.statistics()["tiers"]:
+            folders = [each for each in tier.values() if isinstance(each, dict)]
+            if tier["tier"] == "disk":
+                used += sum(each["used"] for each in folders) * images.get(tier["form"], 0)
+        return Usage(used, capacity)
+
+    def statistics(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the figures of the store, as `BlockStore.statistics`; none while it is closed."""
+        store = self._store
+        return {} if store is None else store.statistics()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End the jobs in flight within so many seconds, and close the store.
+
+        Raises `TransferTimeout` as `BlockStore.close` does.
+        """
+        seconds("timeout", timeout)
+        with self._lock:
+            self._close(timeout)
+        self.ended.close()
+
+    def _close(self, timeout: float) -> None:
+        store = self._store
+        for pages in self._sizes.values():
+            pages.blocks = None
+        if store is not None:
+            store.close(timeout)
+            self._store = None
+
+    def _open(self) -> None:
+        """Open the store of all sizes, under the lock."""
+        forms = {pages.form.name: pages.form for pages in self._sizes.values()}
+        tiers = self.terms.tiers()
+        until = time.monotonic() + self._patience
+        store: BlockStore | None = None
+        while store is None:
+            try:
+                store = BlockStore(
+                    forms,
+                    staging=self.terms.staging,
+                    host=self.terms.host,
+                    tiers=tiers,
+                    full="wait",
+                )
+            except StoreBusy as error:
+                if time.monotonic() >= until:
+                    raise StoreBusy(f"{error} {SHARE}") from None
+                time.sleep(PAUSE)
+        self._store = store
+        for pages in self._sizes.values():
+            pages.blocks = store.of(pages.form.name)
+
+
+class Pages:
+    """The pages of one size of a `PageStore`, which makes it.
+
+    Calls while the store is closed find nothing, and their jobs have ended without a page.
+
+    Attributes:
+        size: of the pages.
+        form: of the stored pages.
+        blocks: the store of the form; None while it is closed.
+    """
+
+    def __init__(self, store: PageStore, size: PageSize, form: BlockForm) -> None:
+        self.size = size
+        self.form = form
+        self.blocks: FormStore | None = None
+        self._store = store
+
+    def over(self, memory: object) -> KVView:
+        """Return a view of memory of the engine, whose slots are pages.
+
+        It has the address alone, and retains nothing. The caller promises that the memory stays
+        until the jobs that use it have ended.
+
+        Args:
+            memory: bytes ``[slots, at least nbytes]`` on the host that may be written, their rows
+                without gaps inside: a memoryview, an array or a tensor.
+
+        Raises `InvalidTerms` for other memory, and for a size with several runs.
+        """
+        if self.size.runs > 1:
+            expected = "memory of pages of one run"
+            raise invalid("memory", expected, memory, "Pass the addresses of the runs to at().")
+        array = _bytes_of(memory)
+        if array is None or array.shape[1] < self.size.nbytes:
+            expected = f"bytes [slots, {self.size.nbytes} or more] that may be written"
+            raise invalid("memory", expected, memory)
+        slots, stride = len(array), array.strides[0]
+        return KVView.at(
+            [array.ctypes.data],
+            "layer | block page",
+            shape=(slots, self.size.nbytes),
+            strides=(stride, 1),
+            dtype=torch.uint8,
+            device=torch.device("cpu"),
+            pinned=False,
+            block_size=1,
+        )
+
+    def at(self, addresses: Addresses) -> KVView:
+        """Return a view of pages at addresses of host memory, in their order.
+
+        The caller promises the memory as `over` says.
+
+        Args:
+            addresses: int ``[pages]``, or ``[pages, runs]``, of the first byte of each run.
+
+        Raises `InvalidTerms` for numbers of another shape, and `LayoutError` for values that are
+        not addresses.
+        """
+        runs = self.size.runs
+        try:
+            array = np.asarray(addresses, np.int64).reshape(-1, runs)
+        except (TypeError, ValueError, OverflowError):
+            raise invalid("addresses", f"numbers [pages, {runs}]", addresses) from None
+        return KVView.at(
+            array.T.tolist(),
+            "layer block | page",
+            shape=(self.size.nbytes // runs,),
+            dtype=torch.uint8,
+            device=torch.device("cpu"),
+            pinned=False,
+            block_size=1,
+        )
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a page can be loaded, as far as is known here: a look into the index.
+
+        Raises `InvalidTerms` for a key that is not bytes.
+        """
+        blocks = self.blocks
+        if type(key) is not bytes:
+            key = octets("key", key)
+        try:
+            return blocks is not None and blocks.has(page_key(key))
+        except StoreError:  # it was closed
+            return False
+
+    def holds(self, keys: Sequence[bytes]) -> Mask:
+        """Return which pages can be loaded, as far as is known here, bool ``[keys]``."""
+        names = _names(keys)
+        blocks = self.blocks
+        result = np.zeros(len(names), np.bool_)
+        if blocks is not None:
+            with suppress(StoreError):  # it was closed
+                result[:] = blocks.has_each(names)
+        return result
+
+    def save(
+        self,
+        keys: Sequence[bytes],
+        view: KVView,
+        slots: IdList | None = None,
+        *,
+        after: Sequence[bytes | None] | None = None,
+        priority: Priority = "normal",
+        deadline: float | None = SAVE,
+        tag: Hashable = None,
+        ended: Finished[PageJob] | None = None,
+    ) -> PageJob:
+        """Save pages, which must keep their bytes until the job has ended.
+
+        Pages that are stored already are not read. A page that is to be saved waits for staging.
+
+        Args:
+            keys: of any length, which differ.
+            view: of `over` or `at`.
+            slots: of the view, one for each key; None: all, in order.
+            after: for each key the one that it follows, or None: a page is evicted before the page
+                that it follows. None: no page follows another one.
+            priority: among the jobs of the store.
+            deadline: seconds after which pages that are not stored are given up; None: never.
+            tag: any value, for the caller.
+            ended: the queue that takes the job at its end; None: that of the store.
+
+        Raises `InvalidTerms`, `LayoutError` and `SlotError` as `BlockStore.save` does.
+        """
+        names = _names(keys)
+        follows: list[bytes | None] = [None] * len(names)
+        if after is not None:
+            follows = [None if each is None else page_key(each) for each in after]
+        job = PageJob("save", keys, self.size.nbytes, tag)
+        blocks = self.blocks
+        handle = None
+        if blocks is not None and names:
+            with suppress(StoreError):  # it was closed
+                handle = blocks.save(
+                    view,
+                    _slots(view, slots),
+                    names,
+                    after=follows,
+                    priority=priority,
+                    deadline=deadline,
+                )
+        return self._begun(job, handle, ended)
+
+    def load(
+        self,
+        keys: Sequence[bytes],
+        view: KVView,
+        slots: IdList | None = None,
+        *,
+        priority: Priority = "urgent",
+        deadline: float | None = None,
+        tag: Hashable = None,
+        ended: Finished[PageJob] | None = None,
+    ) -> PageJob:
+        """Load pages into memory, which belongs to the job until its end.
+
+        Pages that do not land are not written. The arguments are those of `save`; ``deadline``:
+        seconds after which pages that did not come are given up; None: that of the store's terms.
+
+        Raises `InvalidTerms`, `LayoutError` and `SlotError` as `BlockStore.load` does.
+        """
+        names = _names(keys)
+        job = PageJob("load", keys, self.size.nbytes, tag)
+        blocks = self.blocks
+        handle = None
+        until = self._store.terms.deadline if deadline is None else deadline
+        if blocks is not None and names:
+            with suppress(StoreError):  # it was closed
+                handle = blocks.load(
+                    view,
+                    _slots(view, slots),
+                    names,
+                    priority=priority,
+                    deadline=until,
+                    missing="skip",
+                )
+        return self._begun(job, handle, ended)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Record the use of pages, the first key last, so that a prefix outlives its suffix."""
+        blocks = self.blocks
+        if blocks is not None:
+            with suppress(StoreError):  # it was closed
+                blocks.touch(_names(keys))
+
+    def _begun(
+        self, job: PageJob, handle: Handle | None, ended: Finished[PageJob] | None
+    ) -> PageJob:
+        """Have a queue take a job at its end."""
+        queue = self._store.ended if ended is None else ended
+        if handle is None:
+            queue.add(job)
+        else:
+            job._follow(handle, queue)
+        return job
+
+
+def _names(keys: object) -> list[bytes]:
+    """Return the keys of the store for keys of any length. Raises `InvalidTerms`."""
+    listed: list[bytes] = items("keys", keys, "bytes")
+    for number, key in enumerate(listed):
+        if not isinstance(key, bytes):
+            raise invalid(f"keys[{number}]", "bytes", key)
+    return [*map(page_key, listed)]
+
+
+def _slots(view: KVView, slots: IdList | None) -> IdList:
+    return range(view.slots) if slots is None else slots
+
+
+def _bytes_of(memory: object) -> npt.NDArray[np.uint8] | None:
+    """Return memory as bytes ``[slots, bytes]`` without a copy; None if it is not such memory."""
+    if isinstance(memory, torch.Tensor):
+        if memory.device.type != "cpu":
+            return None
+        memory = memory.detach().view(torch.uint8).numpy() if memory.dim() == 2 else None
+    try:
+        array = np.asarray(memory)
+    except (TypeError, ValueError):
+        return None
+    if array.ndim != 2 or not array.flags.writeable or array.dtype.hasobject:
+        return None
+    if array.shape[1] and array.strides[1] != array.itemsize:
+        return None
+    return array.view(np.uint8)

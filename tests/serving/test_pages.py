@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages of an engine's host memory in the stores of PortaKV."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from portakv.errors import InvalidTerms, StoreBusy
+from portakv.runtime.finished import Finished
+from portakv.serving import PageJob, PageSize, PageStore, StoreTerms, page_key
+
+SIZE = 8192
+SLOTS = 16
+LIMIT = 60.0
+
+
+def terms_of(folder: Path | None, host: int = 0) -> StoreTerms:
+    place = None if folder is None else str(folder)
+    return StoreTerms(folder=place, host=host, staging=1 << 20, capacity=16 << 20)
+
+
+def memory(seed: int, slots: int = SLOTS, width: int = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (slots, width), np.uint8)
+
+
+def keys_of(count: int, length: int = 36) -> list[bytes]:
+    return [bytes([number]) * length for number in range(1, count + 1)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[PageStore]:
+    with PageStore(terms_of(tmp_path / "kv"), "m", [SIZE]) as made:
+        yield made
+
+
+def saved(store: PageStore, keys: list[bytes], bytes_of: np.ndarray) -> PageJob:
+    pages = store.pages(SIZE)
+    job = pages.save(keys, pages.over(bytes_of))
+    assert job.wait(LIMIT)
+    return job
+
+
+@pytest.mark.parametrize("length", [1, 16, 31, 32, 33, 36, 500])
+def test_keys_of_any_length(length: int, store: PageStore) -> None:
+    given = memory(1)
+    keys = keys_of(SLOTS, length)
+    assert saved(store, keys, given).landed.all()
+    pages = store.pages(SIZE)
+    assert pages.holds(keys).all()
+    assert pages.has(keys[0])
+    assert not pages.has(keys[0] + b"\0")
+    got = np.zeros_like(given)
+    job = pages.load(keys, pages.over(got))
+    assert job.wait(LIMIT)
+    assert job.landed.all()
+    assert (got == given).all()
+
+
+def test_keys_that_differ_by_zeros_name_different_pages() -> None:
+    assert len({page_key(b"a" * count) for count in range(40)}) == 40
+    assert page_key(b"k" * 16) != page_key(b"k" * 16 + b"\0" * 16)
+
+
+@pytest.mark.parametrize("kind", ["memoryview", "array", "tensor", "bf16"])
+def test_memory_of_any_kind_is_used_in_place(kind: str, store: PageStore) -> None:
+    given = memory(2)
+    keys = keys_of(3)
+    saved(store, keys, given[:3])
+    pages = store.pages(SIZE)
+    array = np.zeros((SLOTS, SIZE + 64), np.uint8)  # rows with a gap behind them
+    view: object = array
+    if kind == "memoryview":
+        view = array.data
+    elif kind == "tensor":
+        view = torch.from_numpy(array)
+    elif kind == "bf16":
+        view = torch.from_numpy(array).view(torch.bfloat16)
+    job = pages.load(keys, pages.over(view), [7, 0, 3])
+    assert job.wait(LIMIT)
+    assert (array[[7, 0, 3], :SIZE] == given[:3]).all()
+    assert not array[:, SIZE:].any()
+    assert not array[[1, 2, 4, 5, 6]].any()
+
+
+def test_addresses_of_runs_are_used_in_place(tmp_path: Path) -> None:
+    given = memory(3, 2 * SLOTS, SIZE // 2)
+    got = np.zeros_like(given)
+    keys = keys_of(5)
+    # The run r of page p is row r * SLOTS + p, as in memory that lies layer by layer.
+    rows = np.arange(5)[:, None] + np.array([0, SLOTS])
+    with PageStore(terms_of(tmp_path / "kv"), "m", [PageSize(SIZE, 2)]) as store:
+        pages = store.pages(SIZE, 2)
+        at = [given.ctypes.data + rows * (SIZE // 2), got.ctypes.data + rows * (SIZE // 2)]
+        assert pages.save(keys, pages.at(at[0])).wait(LIMIT)
+        assert pages.load(keys, pages.at(at[1])).wait(LIMIT)
+        with pytest.raises(InvalidTerms, match="at\\(\\)"):
+            pages.over(given)
+    assert (got[rows] == given[rows]).all()
+    others = np.setdiff1d(np.arange(2 * SLOTS), rows)
+    assert not got[others].any()
+
+
+def test_pages_outlive_the_process_and_other_models_do_not_find_them(tmp_path: Path) -> None:
+    given = memory(4)
+    keys = keys_of(SLOTS)
+    with PageStore(terms_of(tmp_path / "kv"), "m", [SIZE], identity="tp 2") as store:
+        saved(store, keys, given)
+    for model, identity, there in (("m", "tp 2", True), ("n", "tp 2", False), ("m", "", False)):
+        with PageStore(terms_of(tmp_path / "kv"), model, [SIZE], identity=identity) as store:
+            assert store.pages(SIZE).holds(keys).all() == there
+            assert store.has(keys[0]) == there
+
+
+def test_a_page_that_is_not_there_is_not_written(store: PageStore) -> None:
+    given = memory(5)
+    keys = keys_of(4)
+    saved(store, keys[:2], given[:2])
+    pages = store.pages(SIZE)
+    got = np.full((4, SIZE), 7, np.uint8)
+    job = pages.load(keys, pages.over(got))
+    assert job.wait(LIMIT)
+    assert job.landed.tolist() == [True, True, False, False]
+    assert job.landed_bytes == 2 * SIZE
+    assert (got[:2] == given[:2]).all()
+    assert (got[2:] == 7).all()
+
+
+def test_jobs_that_end_wake_who_waits_for_their_queue(store: PageStore) -> None:
+    pages = store.pages(SIZE)
+    view = pages.over(memory(6))
+    loads = Finished[PageJob]()
+    descriptor = loads.fileno()
+    save = pages.save(keys_of(SLOTS), view, tag="save")
+    assert select.select([store.fileno()], [], [], LIMIT)[0]
+    assert store.finished() == [save]
+    assert save.done()
+    load = pages.load(keys_of(SLOTS), view, tag="load", ended=loads)
+    assert select.select([descriptor], [], [], LIMIT)[0]
+    assert loads.take() == [load]
+    assert load.seconds > 0
+    assert store.finished() == []
+    assert (save.tag, load.tag) == ("save", "load")
+
+
+def test_a_new_size_keeps_the_pages_of_the_disk(store: PageStore) -> None:
+    given = memory(7)
+    keys = keys_of(SLOTS)
+    saved(store, keys, given)
+    small = store.pages(512)
+    assert small.holds(keys).tolist() == [False] * SLOTS
+    view = small.over(given)
+    assert small.save(keys, view).wait(LIMIT)
+    assert store.pages(SIZE).holds(keys).all()
+    assert small.holds(keys).all()
+    assert {*store.sizes()} == {PageSize(SIZE), PageSize(512)}
+    assert store.usage().used == SLOTS * (store.pages(SIZE).form.image_bytes + 8192)
+
+
+def test_a_closed_store_finds_nothing_and_its_jobs_have_ended(tmp_path: Path) -> None:
+    store = PageStore(terms_of(tmp_path / "kv"), "m", [SIZE])
+    pages = store.pages(SIZE)
+    view = pages.over(memory(8))
+    keys = keys_of(SLOTS)
+    saved(store, keys, memory(8))
+    ended = Finished[PageJob]()
+    ended.start()
+    store.close()
+    assert not pages.has(keys[0])
+    assert not pages.holds(keys).any()
+    jobs = [pages.save(keys, view, ended=ended), pages.load(keys, view, ended=ended)]
+    assert ended.take() == jobs
+    assert not any(job.landed.any() for job in jobs)
+    assert all(job.done() for job in jobs)
+    pages.touch(keys)
+    store.close()
+
+
+def test_what_was_stored_is_reported(store: PageStore) -> None:
+    assert store.changes() == []
+    keys = keys_of(3)
+    saved(store, keys, memory(9, 3))
+    changes = store.changes()
+    assert {change.key for change in changes if change.stored} == {page_key(key) for key in keys}
+
+
+def test_the_host_tier_alone(tmp_path: Path) -> None:
+    given = memory(10)
+    keys = keys_of(SLOTS)
+    with PageStore(terms_of(None, 1 << 20), "m", [SIZE]) as store:
+        saved(store, keys, given)
+        pages = store.pages(SIZE)
+        got = np.zeros_like(given)
+        assert pages.load(keys, pages.over(got)).wait(LIMIT)
+        assert (got == given).all()
+        assert store.usage().capacity == 1 << 20
+        assert store.usage().used >= SLOTS * SIZE
+
+
+def test_wrong_arguments_are_named(store: PageStore, tmp_path: Path) -> None:
+    pages = store.pages(SIZE)
+    view = pages.over(memory(1))
+    for wrong in (b"x", np.zeros((2, SIZE - 1), np.uint8), np.zeros(SIZE, np.uint8), None):
+        with pytest.raises(InvalidTerms, match="memory"):
+            pages.over(wrong)
+    fixed = memory(1)
+    fixed.flags.writeable = False
+    with pytest.raises(InvalidTerms, match="memory"):
+        pages.over(fixed)
+    with pytest.raises(InvalidTerms, match="keys"):
+        pages.save(["text"], view)  # type: ignore[list-item]
+    with pytest.raises(InvalidTerms, match="keys"):
+        pages.load([b"a", b"a"], view, [0, 1])
+    with pytest.raises(InvalidTerms, match="addresses"):
+        pages.at("text")  # type: ignore[arg-type]
+    with pytest.raises(InvalidTerms, match="nbytes"):
+        PageSize(10, 3).form("m")
+    with pytest.raises(StoreBusy, match="another"):
+        PageStore(terms_of(tmp_path / "kv"), "m", [SIZE], patience=0.0)
