@@ -83,6 +83,50 @@ class PageTask:
         return parts
 
 
+class _Locks:
+    """The locks of pages, which add up. A batch of pins ends with the last lock of its pages."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_key = dict[bytes, list[_Batch]]()
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def add(self, keys: Iterable[bytes], pins: Pins) -> None:
+        """Note a lock of each key, which the pins keep."""
+        batch = _Batch(pins)
+        with self._lock:
+            for key in keys:
+                self._by_key.setdefault(key, []).append(batch)
+                batch.left += 1
+
+    def end(self, keys: Iterable[bytes]) -> None:
+        """End a lock of each key; ignore keys without one."""
+        ended = list[_Batch]()
+        with self._lock:
+            for key in keys:
+                batches = self._by_key.get(key)
+                if not batches:
+                    continue
+                batch = batches.pop()
+                if not batches:
+                    del self._by_key[key]
+                batch.left -= 1
+                if not batch.left:
+                    ended.append(batch)
+        for batch in ended:
+            batch.pins.release()
+
+
+class _Batch:
+    """The pins of a lookup, and the number of its locks that have not ended."""
+
+    def __init__(self, pins: Pins) -> None:
+        self.pins = pins
+        self.left = 0
+
+
 class PageTasks:
     """The tasks of an engine over a store of pages.
 
@@ -104,18 +148,23 @@ class PageTasks:
         self.store = store
         self._ended = ended
         self._lost = lost
-        self._new = Finished[PageTask]()  # tasks of sizes that are not open
+        self._locks = _Locks()
+        self._new = Finished[PageTask]()  # tasks of sizes that are not open, for the thread
         self._new.start()
-        self._closed = threading.Event()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        store.changes()  # later changes are kept
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
+        store.changes()  # later changes are kept
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Return whether tasks will end."""
-        return self._thread.is_alive() and not self._closed.is_set()
+        """Return whether tasks are carried out."""
+        return self._thread.is_alive() and not self._closing.is_set()
+
+    @property
+    def locked(self) -> int:
+        """Return the number of pages that are locked."""
+        return len(self._locks)
 
     def begin(
         self, kind: Kind, keys: Sequence[bytes], buffers: Sequence[Buffer], tag: Hashable = None
@@ -129,8 +178,7 @@ class PageTasks:
             tag: any value, for the caller.
         """
         task = PageTask(kind, keys, buffers, tag)
-        known = {size.nbytes for size in self.store.sizes()}
-        if self._closed.is_set() or {buffer.nbytes for buffer in buffers} <= known:
+        if self._closing.is_set() or self._is_open({buffer.nbytes for buffer in buffers}):
             self._begin(task)
         else:
             self._new.add(task)
@@ -142,3 +190,111 @@ class PageTasks:
         for pages in self.store.every():
             result |= pages.holds(keys)
         return result
+
+    def lock(self, keys: Sequence[bytes]) -> Mask:
+        """Lock the pages that can be loaded in some size; return which, bool ``[keys]``.
+
+        The store evicts no page before the last of its locks has ended.
+        """
+        result = np.zeros(len(keys), np.bool_)
+        left = [*range(len(keys))]
+        for pages in self.store.every():
+            pins = pages.pin([keys[number] for number in left])
+            locked = [number for number, held in zip(left, pins.held, strict=True) if held]
+            self._locks.add([keys[number] for number in locked], pins)
+            result[locked] = True
+            left = [number for number in left if not result[number]]
+        return result
+
+    def unlock(self, keys: Iterable[bytes]) -> None:
+        """End a lock of each page; ignore pages that are not locked."""
+        self._locks.end(keys)
+
+    def delete(self, keys: Sequence[bytes]) -> Mask:
+        """Delete pages of any size, locked or not; return which were stored, bool ``[keys]``."""
+        result = np.zeros(len(keys), np.bool_)
+        for pages in self.store.every():
+            result |= pages.delete(keys)
+        return result
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End the tasks within so many seconds, and close the store.
+
+        Raises `TransferTimeout` as `BlockStore.close` does.
+        """
+        self._closing.set()
+        self._new.close()
+        try:
+            self.store.close(timeout)
+        finally:
+            self._thread.join(timeout)
+
+    # --- the thread
+
+    def _run(self) -> None:
+        """Report what ends, until the store is closed."""
+        poller = select.poll()
+        for fd in (self.store.fileno(), self._new.fileno()):
+            poller.register(fd, select.POLLIN)
+        while not self._closing.is_set():
+            poller.poll(LOOK)
+            try:
+                self._look()
+            except Exception:
+                # What an engine's listener raises must not end the thread, or tasks would hang.
+                _log.exception("look", "A report of pages failed")
+
+    def _look(self) -> None:
+        """Report the tasks that have ended and the pages that were lost; begin new tasks."""
+        for job in self.store.finished():
+            task, part = _of(job)
+            task.landed[part] = job.landed
+            self._end_one(task)
+        gone = [change.key for change in self.store.changes() if not change.stored]
+        if gone:
+            lost = [*compress(gone, ~self.holds(gone))]
+            if lost:
+                self._lost(lost)
+        for task in self._new.take():
+            self._open(task)
+
+    def _open(self, task: PageTask) -> None:
+        """Open the store for the sizes of a task, and begin it."""
+        try:
+            for nbytes in {buffer.nbytes for buffer in task.buffers}:
+                self.store.pages(nbytes)
+        except PortaKVError as error:
+            _log.warning("open", "Pages are not stored or loaded: %s", error)
+        self._begin(task)
+
+    def _is_open(self, sizes: set[int]) -> bool:
+        """Return whether the store has all of some sizes."""
+        opened = {each.size.nbytes for each in self.store.every() if each.blocks is not None}
+        return sizes <= opened
+
+    def _begin(self, task: PageTask) -> None:
+        """Begin the jobs of a task; a part whose size is not open lands no page."""
+        by_size = {pages.size.nbytes: pages for pages in self.store.every()}
+        parts = task.parts()
+        task.left = len(parts) + 1
+        for (nbytes, _), part in parts.items():
+            pages = by_size.get(nbytes)
+            if pages is None:
+                self._end_one(task)
+                continue
+            keys = [task.keys[number] for number in part]
+            view = pages.at([task.buffers[number].address for number in part])
+            if task.kind == "save":
+                task.fresh[part] = ~pages.holds(keys)
+                pages.save(keys, view, tag=(task, part))
+            else:
+                pages.load(keys, view, tag=(task, part))
+        self._end_one(task)
+
+    def _end_one(self, task: PageTask) -> None:
+        """Count the end of a part of a task, and report the task after the last part."""
+        with self._counting:
+            task.left -= 1
+            last = not task.left
+        if last:
+            self._ended(task)

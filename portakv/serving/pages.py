@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import suppress
+from glob import glob
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -25,6 +27,7 @@ from portakv.runtime.finished import Finished
 from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.changes import Change
+from portakv.storage.files import form_in
 from portakv.storage.form_store import FormStore
 from portakv.view import IdList, KVView
 
@@ -236,6 +239,8 @@ class PageStore:
                 found = Pages(self, size, size.form(self._model, self._identity))
                 self._close(self._patience)
                 self._sizes[size] = found
+            elif found.blocks is None:
+                self._close(self._patience)  # an earlier call could not
             if self._store is None:
                 self._open()
             return found
@@ -243,6 +248,10 @@ class PageStore:
     def sizes(self) -> list[PageSize]:
         """Return the sizes of the pages."""
         return [*self._sizes]
+
+    def every(self) -> list[Pages]:
+        """Return the pages of each size."""
+        return [*self._sizes.values()]
 
     def has(self, key: bytes) -> bool:
         """Return whether a page of any size can be loaded, as far as is known here."""
@@ -531,6 +540,24 @@ class Pages:
         else:
             job._follow(handle, queue)
         return job
+
+
+def sizes_in(terms: StoreTerms, model: str, identity: str = "") -> list[PageSize]:
+    """Return the sizes of the pages that lie in the folders of terms.
+
+    A store that begins with these sizes finds all pages of earlier processes. Sizes for which
+    ``staging`` has no room are left out.
+    """
+    sizes = dict[PageSize, None]()
+    for folder in terms.folders:
+        for name in sorted(glob("*", root_dir=folder)):
+            with suppress(StoreError, OSError):  # a folder without a form, or a damaged one
+                form = form_in(Path(folder, name))
+                runs = form.layers[1]
+                size = PageSize(runs * form.widths[0], runs)
+                if size.form(model, identity) == form and form.image_bytes <= terms.staging:
+                    sizes[size] = None
+    return [*sizes]
 
 
 def _names(keys: object) -> list[bytes]:
