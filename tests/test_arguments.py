@@ -158,6 +158,10 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "BlockStore.lookup": lambda s: (s.saved().lookup, {"keys": [key_of(0)]}),
     "BlockStore.has": lambda s: (s.saved().has, {"key": key_of(0)}),
     "BlockStore.leading": lambda s: (s.saved().leading, {"keys": [key_of(0)]}),
+    "BlockStore.has_each": lambda s: (s.saved().has_each, {"keys": [key_of(0)]}),
+    "BlockStore.touch": lambda s: (s.saved().touch, {"keys": [key_of(0)]}),
+    "BlockStore.pin": lambda s: (s.saved().pin, {"keys": [key_of(0)]}),
+    "BlockStore.delete": lambda s: (s.saved().delete, {"keys": [key_of(0)]}),
     "BlockStore.borrow": lambda s: (s.saved().borrow, {"keys": [key_of(0)]}),
     "BlockStore.save": lambda s: (
         s.saved().save,

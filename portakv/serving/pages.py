@@ -29,6 +29,7 @@ from portakv.storage import BlockForm, BlockStore
 from portakv.storage.changes import Change
 from portakv.storage.files import form_in
 from portakv.storage.form_store import FormStore
+from portakv.storage.pins import Pins
 from portakv.view import IdList, KVView
 
 #: Bytes of a key of a store; keys of other lengths are hashed.
@@ -379,12 +380,11 @@ class Pages:
         if array is None or array.shape[1] < self.size.nbytes:
             expected = f"bytes [slots, {self.size.nbytes} or more] that may be written"
             raise invalid("memory", expected, memory)
-        slots, stride = len(array), array.strides[0]
         return KVView.at(
             [array.ctypes.data],
             "layer | block page",
-            shape=(slots, self.size.nbytes),
-            strides=(stride, 1),
+            shape=(len(array), self.size.nbytes),
+            strides=(array.strides[0], 1),
             dtype=torch.uint8,
             device=torch.device("cpu"),
             pinned=False,
@@ -522,6 +522,28 @@ class Pages:
                     missing="skip",
                 )
         return self._begun(job, handle, ended)
+
+    def pin(self, keys: Sequence[bytes]) -> Pins:
+        """Keep pages from eviction until `Pins.release`, as far as they are there.
+
+        A pin costs a short look under the lock of the disk's index. Pages that are pinned for ever
+        leave no room for others.
+        """
+        names = _names(keys)
+        blocks = self.blocks
+        if blocks is not None:
+            with suppress(StoreError):  # it was closed
+                return blocks.pin(names)
+        return Pins(len(names))
+
+    def delete(self, keys: Sequence[bytes]) -> Mask:
+        """Forget pages; return which were there, bool ``[keys]``. See `BlockStore.delete`."""
+        names = _names(keys)
+        blocks = self.blocks
+        if blocks is not None:
+            with suppress(StoreError):  # it was closed
+                return blocks.delete(names)
+        return np.zeros(len(names), np.bool_)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Record the use of pages, the first key last, so that a prefix outlives its suffix."""

@@ -29,7 +29,7 @@ class Change(NamedTuple):
         key: 32 bytes.
         tier: "host", "disk", or that of another package; a second disk is "disk 2".
         stored: False if it was lost.
-        why: of a block that was lost: "evicted" or "damaged".
+        why: of a block that was lost: "evicted", "damaged" or "deleted".
         form: the name of its form, of a store with several forms; else empty.
     """
 

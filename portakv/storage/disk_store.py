@@ -83,6 +83,17 @@ class _Pinned:
         _warnings.warning(f"{self.failure.kind} {folder}", text, key.hex(), folder, what)
 
 
+class Pin(NamedTuple):
+    """A block that stays in its slot until `release`."""
+
+    slots: Slots
+    place: Place
+
+    def release(self) -> None:
+        """Let the block go in its turn."""
+        self.slots.unpin(self.place)
+
+
 class _Taken(NamedTuple):
     """A slot that was taken for a block; ``number``: of the block among the keys of the write."""
 
@@ -167,6 +178,28 @@ class DiskStore:
         """Report from now on each block that is stored or lost."""
         for slots, _ in self.parts:
             slots.chains.changed = changed
+
+    def pin(self, keys: Sequence[bytes]) -> list[Pin | None]:
+        """Return the pin of each block, which stays until its end; None if it is gone."""
+        pins: list[Pin | None] = [None] * len(keys)
+        left = [*range(len(keys))]
+        for slots, _ in self.parts:
+            places = dict(zip(left, slots.pin([keys[i] for i in left]), strict=True))
+            for i, place in places.items():
+                pins[i] = None if place is None else Pin(slots, place)
+            left = [i for i, place in places.items() if place is None]
+        return pins
+
+    def delete(self, keys: Sequence[bytes]) -> list[bool]:
+        """Forget blocks, also for a later start; return which were there.
+
+        Reads of them that are under way end as if they were there.
+        """
+        pins = self.pin(keys)
+        for pin in pins:
+            if pin is not None:
+                pin.slots.unpin(pin.place, good=False, why=reasons.DELETED)
+        return [pin is not None for pin in pins]
 
     def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
         """Record the use of a prefix; ``follows``: the predecessor of each of its blocks."""

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from functools import partial, reduce
 from operator import or_
 
+import numpy as np
+
 from portakv.arguments import one_of, seconds
 from portakv.errors import InvalidTerms, StoreError
-from portakv.graph import SLACK, Graph, Priority
+from portakv.graph import SLACK, Graph, Mask, Priority
 from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.changes import Listed, Snapshot
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_key, check_keys, predecessors
+from portakv.storage.pins import Pinning, Pins
 from portakv.storage.plan import FormBlocks, SharedState
 from portakv.storage.rows import Rows
 from portakv.storage.tier import After, Keys
@@ -121,6 +124,55 @@ class FormIndex:
         if len(form.parts) > 1:  # other parts may cover a block together
             there = [a or self.has(key) for a, key in zip(there, keys, strict=True)]
         return there
+
+    def pin(self, keys: Keys) -> Pins:
+        """Keep blocks where they are, in the host tier or on a disk, until `Pins.release`.
+
+        A block that is nowhere, or in parts of other forms, is not kept. A remote tier evicts
+        nothing: a block that is known to be there counts as kept.
+        """
+        form = self._own("call of pin()")
+        keys = check_keys(keys, self._weak)
+        pins = Pins(len(keys))
+        uninterrupted(partial(self._pin, form, keys, pins), undo=lambda _: pins.release())
+        return pins
+
+    def _pin(self, form: FormBlocks, keys: Keys, pins: Pins) -> None:
+        """Pin blocks, in the nearest tier that has them."""
+        rows = self._shared.rows
+        for i, name in enumerate(form.own.names(keys)):
+            row = rows.find(name)
+            if row is not None:
+                pins.add(i, partial(rows.unpin, [row]))
+        for tier_store in form.own.tier_stores:
+            left = np.flatnonzero(~pins.held).tolist()
+            some = [keys[i] for i in left]
+            if isinstance(tier_store, Pinning):
+                for i, pin in zip(left, tier_store.pin(some), strict=True):
+                    if pin is not None:
+                        pins.add(i, pin.release)
+            else:
+                for i, there in zip(left, tier_store.known(some), strict=True):
+                    if there:
+                        pins.add(i)
+
+    def delete(self, keys: Keys) -> Mask:
+        """Forget blocks in the host tier and on disks; return which were there, bool ``[keys]``.
+
+        A row of the host tier that is pinned, or that a load reads, stays. Objects in a remote
+        tier stay. A save of the block that is in progress stores it again.
+        """
+        form = self._own("call of delete()")
+        keys = check_keys(keys, self._weak)
+        return uninterrupted(partial(self._delete, form, keys))
+
+    def _delete(self, form: FormBlocks, keys: Keys) -> Mask:
+        """Forget blocks."""
+        gone = np.array(self._shared.rows.delete(form.own.names(keys)), np.bool_)
+        for tier_store in form.own.tier_stores:
+            if isinstance(tier_store, Pinning):
+                gone |= np.array(tier_store.delete(keys), np.bool_)
+        return gone
 
     def touch(self, keys: Keys) -> None:
         """Record the use of blocks, the first key last, so that a prefix outlives its suffix."""

@@ -20,6 +20,8 @@ UNREACHABLE = "unreachable"
 REFUSED = "refused"
 #: The block was there when the call was planned, or was saved by it, and is gone.
 EVICTED = "evicted"
+#: A caller deleted the block.
+DELETED = "deleted"
 #: The tier does not have the block.
 MISSING = "missing"
 #: The deadline passed before the block came.

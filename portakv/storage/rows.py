@@ -417,6 +417,16 @@ class Rows:
             for item in items:
                 self._cache.unpin(item)
 
+    def delete(self, keys: Sequence[bytes]) -> list[bool]:
+        """Free the rows of keys; return which are free: not a row that is pinned or read."""
+        cache = self._cache
+        with self._lock:
+            there = [key in cache.rows and cache.rows[key] not in cache.pins for key in keys]
+            for number, key in enumerate(keys):
+                if there[number]:
+                    there[number] = self._take_from([key])
+            return there
+
     def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
         """Record the use of keys, the first key last, so that a prefix outlives its suffix.
 

@@ -378,20 +378,20 @@ class Slots:
                 places[i] = Place(slot, Header(keys[i], generation, tuple(sums[:many])))
         return places
 
-    def unpin(self, *places: Place, good: bool = True) -> None:
+    def unpin(self, *places: Place, good: bool = True, why: str = DAMAGED) -> None:
         """Release pins.
 
-        Forgets blocks that are not ``good``; a slot becomes free with its last pin.
+        Forgets blocks that are not ``good``, and why; a slot becomes free with its last pin.
         """
         with self.chains.lock:
             for place in places:
-                self._unpin(place.slot, place.header.key, good)
+                self._unpin(place.slot, place.header.key, good, why)
 
-    def _unpin(self, slot: int, key: bytes, good: bool) -> None:
+    def _unpin(self, slot: int, key: bytes, good: bool, why: str) -> None:
         if not good:
             if self.index.get(key) == slot:
                 del self.index[key]
-                self.chains.remove(key, DAMAGED)
+                self.chains.remove(key, why)
             self._put(slot)
         self._occupancy.pins[slot] -= 1
         if self._occupancy.pins[slot]:

@@ -222,3 +222,48 @@ def test_wrong_arguments_are_named(store: PageStore, tmp_path: Path) -> None:
         PageSize(10, 3).form("m")
     with pytest.raises(StoreBusy, match="another"):
         PageStore(terms_of(tmp_path / "kv"), "m", [SIZE], patience=0.0)
+
+
+@pytest.mark.parametrize("host", [0, 1 << 20], ids=["disk", "host"])
+def test_pinned_pages_are_not_evicted(host: int, tmp_path: Path) -> None:
+    """Without pins the same saves evict them."""
+    image = PageSize(SIZE).form("m").image_bytes
+    for pins in (True, False):
+        folder = None if host else str(tmp_path / f"kv {pins}")
+        terms = StoreTerms(folder, 8 * image, 8 * image if host else 0, staging=64 * image)
+        with PageStore(terms, "m", [SIZE]) as store:
+            pages = store.pages(SIZE)
+            keys = keys_of(40)
+            given = memory(11, 40)
+            view = pages.over(given)
+            assert pages.save(keys[:4], view, range(4)).wait(LIMIT)
+            pinned = pages.pin([*keys[:4], b"elsewhere"])
+            assert pinned.held.tolist() == [True] * 4 + [False]
+            if not pins:
+                pinned.release()
+            for first in range(4, 40, 4):
+                assert pages.save(keys[first : first + 4], view, range(first, first + 4)).wait(60)
+            assert pages.holds(keys[:4]).all() == pins
+            pinned.release()
+            pinned.release()
+            for first in range(4, 40, 4):
+                assert pages.save(keys[first : first + 4], view, range(first, first + 4)).wait(60)
+            assert not pages.holds(keys[:4]).any()
+
+
+@pytest.mark.parametrize("host", [0, 1 << 20], ids=["disk", "host"])
+def test_deleted_pages_are_gone_for_good(host: int, tmp_path: Path) -> None:
+    keys = keys_of(4)
+    with PageStore(terms_of(tmp_path / "kv", host), "m", [SIZE]) as store:
+        saved(store, keys, memory(12, 4))
+        store.changes()
+        pages = store.pages(SIZE)
+        gone = pages.delete([keys[0], keys[2], b"elsewhere"])
+        assert gone.tolist() == [True, True, False]
+        assert pages.holds(keys).tolist() == [False, True, False, True]
+        why = {change.why for change in store.changes()}
+        assert "deleted" in why
+        assert pages.save([keys[0]], pages.over(memory(13, 1))).wait(LIMIT)
+        assert pages.has(keys[0])
+    with PageStore(terms_of(tmp_path / "kv", host), "m", [SIZE]) as store:
+        assert store.pages(SIZE).holds(keys).tolist() == [True, True, False, True]

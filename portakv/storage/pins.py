@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Pins`: blocks that stay where they are until a caller releases them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from portakv.graph import Mask
+
+
+class Pinned(Protocol):
+    """A block that stays until `release`."""
+
+    def release(self) -> object: ...
+
+
+@runtime_checkable
+class Pinning(Protocol):
+    """A tier store that can keep blocks, and delete them.
+
+    A `TierStore` need not be one: that of an object store evicts nothing.
+    """
+
+    def pin(self, keys: Sequence[bytes], /) -> Sequence[Pinned | None]:
+        """Return the pin of each block; None for one that is not there."""
+
+    def delete(self, keys: Sequence[bytes], /) -> list[bool]:
+        """Forget blocks; return which were there."""
+
+
+class Pins:
+    """Blocks that no other block evicts before `release`.
+
+    Attributes:
+        held: the blocks that stay, bool ``[keys]``.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.held: Mask = np.zeros(count, np.bool_)
+        self._releases = list[Callable[[], object]]()
+
+    def add(self, place: int, release: Callable[[], object] | None = None) -> None:
+        """Note that the block at a place stays until ``release`` is called."""
+        self.held[place] = True
+        if release is not None:
+            self._releases.append(release)
+
+    def release(self) -> None:
+        """Let the blocks go in their turn, in any thread. A second call does nothing."""
+        while self._releases:
+            self._releases.pop()()
