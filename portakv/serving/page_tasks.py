@@ -8,24 +8,23 @@ pages that were lost, and opens the store for sizes that are new.
 from __future__ import annotations
 
 import logging
-import os
 import select
 import threading
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from itertools import compress
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from portakv.errors import PortaKVError
 from portakv.graph import Mask
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.pages import PageJob, PageStore, page_key
+from portakv.serving.pages import PageJob, Pages, PageStore
+from portakv.storage.pins import Pins
 
 _log = RateLimitedLog(logging.getLogger(__name__))
-#: Milliseconds between two looks at pages that were lost while no task ends.
-LOOK = 1000
 
 Kind: TypeAlias = Literal["save", "load"]
 
@@ -72,15 +71,18 @@ class PageTask:
         moved = self.landed & self.fresh if self.kind == "save" else self.landed
         return sum(self.buffers[number].nbytes for number in np.flatnonzero(moved))
 
-    def parts(self) -> dict[tuple[int, int], list[int]]:
-        """Return the numbers of pages that one job moves: of one size, and each key once."""
+    def parts(self) -> list[tuple[int, list[int]]]:
+        """Return the numbers of pages that one job moves, with their bytes: each key once.
+
+        Of a task without pages, one part without any.
+        """
         parts = dict[tuple[int, int], list[int]]()
         seen = dict[bytes, int]()
         for number, (key, buffer) in enumerate(zip(self.keys, self.buffers, strict=True)):
             times = seen.get(key, 0)
             seen[key] = times + 1
             parts.setdefault((buffer.nbytes, times), []).append(number)
-        return parts
+        return [(nbytes, part) for (nbytes, _), part in parts.items()] or [(0, [])]
 
 
 class _Locks:
@@ -149,7 +151,7 @@ class PageTasks:
         self._ended = ended
         self._lost = lost
         self._locks = _Locks()
-        self._new = Finished[PageTask]()  # tasks of sizes that are not open, for the thread
+        self._new = Finished[PageTask | None]()  # tasks of sizes to be opened, by the thread
         self._new.start()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
@@ -178,10 +180,10 @@ class PageTasks:
             tag: any value, for the caller.
         """
         task = PageTask(kind, keys, buffers, tag)
-        if self._closing.is_set() or self._is_open({buffer.nbytes for buffer in buffers}):
-            self._begin(task)
-        else:
+        if self._closed_sizes(task):
             self._new.add(task)
+        else:
+            self._begin(task)
         return task
 
     def holds(self, keys: Sequence[bytes]) -> Mask:
@@ -191,19 +193,20 @@ class PageTasks:
             result |= pages.holds(keys)
         return result
 
-    def lock(self, keys: Sequence[bytes]) -> Mask:
-        """Lock the pages that can be loaded in some size; return which, bool ``[keys]``.
+    def lock(self, keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
+        """Lock the pages that can be loaded in some size; return their bytes, int64 ``[keys]``.
 
-        The store evicts no page before the last of its locks has ended.
+        A page that is not there has 0 bytes, and no lock. The store evicts no page before the last
+        of its locks has ended.
         """
-        result = np.zeros(len(keys), np.bool_)
+        result = np.zeros(len(keys), np.int64)
         left = [*range(len(keys))]
         for pages in self.store.every():
             pins = pages.pin([keys[number] for number in left])
-            locked = [number for number, held in zip(left, pins.held, strict=True) if held]
+            locked = [*compress(left, pins.held)]
             self._locks.add([keys[number] for number in locked], pins)
-            result[locked] = True
-            left = [number for number in left if not result[number]]
+            result[locked] = pages.size.nbytes
+            left = [*compress(left, ~pins.held)]
         return result
 
     def unlock(self, keys: Iterable[bytes]) -> None:
@@ -218,16 +221,15 @@ class PageTasks:
         return result
 
     def close(self, timeout: float = 10.0) -> None:
-        """End the tasks within so many seconds, and close the store.
+        """End the tasks within so many seconds, which are not reported, and close the store.
 
         Raises `TransferTimeout` as `BlockStore.close` does.
         """
         self._closing.set()
+        self._new.add(None)
+        self._thread.join(timeout)
+        self.store.close(timeout)
         self._new.close()
-        try:
-            self.store.close(timeout)
-        finally:
-            self._thread.join(timeout)
 
     # --- the thread
 
@@ -237,64 +239,88 @@ class PageTasks:
         for fd in (self.store.fileno(), self._new.fileno()):
             poller.register(fd, select.POLLIN)
         while not self._closing.is_set():
-            poller.poll(LOOK)
-            try:
-                self._look()
-            except Exception:
-                # What an engine's listener raises must not end the thread, or tasks would hang.
-                _log.exception("look", "A report of pages failed")
+            poller.poll()
+            self._look()
 
     def _look(self) -> None:
         """Report the tasks that have ended and the pages that were lost; begin new tasks."""
+        ended = list[PageTask]()
         for job in self.store.finished():
             task, part = _of(job)
             task.landed[part] = job.landed
-            self._end_one(task)
+            task.left -= 1
+            if not task.left:
+                ended.append(task)
         gone = [change.key for change in self.store.changes() if not change.stored]
-        if gone:
-            lost = [*compress(gone, ~self.holds(gone))]
-            if lost:
-                self._lost(lost)
-        for task in self._new.take():
-            self._open(task)
+        for task in ended:
+            _report(self._ended, task)
+        lost = [*compress(gone, ~self.holds(gone))]
+        if lost:
+            _report(self._lost, lost)
+        for new in self._new.take():
+            if new is not None:
+                self._open(new)
 
     def _open(self, task: PageTask) -> None:
         """Open the store for the sizes of a task, and begin it."""
         try:
-            for nbytes in {buffer.nbytes for buffer in task.buffers}:
+            for nbytes in self._closed_sizes(task):
                 self.store.pages(nbytes)
         except PortaKVError as error:
             _log.warning("open", "Pages are not stored or loaded: %s", error)
         self._begin(task)
 
-    def _is_open(self, sizes: set[int]) -> bool:
-        """Return whether the store has all of some sizes."""
-        opened = {each.size.nbytes for each in self.store.every() if each.blocks is not None}
-        return sizes <= opened
+    def _closed_sizes(self, task: PageTask) -> set[int]:
+        """Return the sizes of a task for which the store is to be opened.
+
+        Of a size that no save had yet, there is no page to load.
+        """
+        every = {pages.size.nbytes: pages for pages in self.store.every()}
+        sizes = {buffer.nbytes for buffer in task.buffers}
+        known = {nbytes for nbytes in sizes if nbytes in every}
+        closed = {nbytes for nbytes in known if every[nbytes].blocks is None}
+        return closed | (sizes - known if task.kind == "save" else set())
 
     def _begin(self, task: PageTask) -> None:
-        """Begin the jobs of a task; a part whose size is not open lands no page."""
-        by_size = {pages.size.nbytes: pages for pages in self.store.every()}
+        """Begin the jobs of a task; each ends by the queue of the store."""
+        every = {pages.size.nbytes: pages for pages in self.store.every()}
         parts = task.parts()
-        task.left = len(parts) + 1
-        for (nbytes, _), part in parts.items():
-            pages = by_size.get(nbytes)
-            if pages is None:
-                self._end_one(task)
-                continue
-            keys = [task.keys[number] for number in part]
-            view = pages.at([task.buffers[number].address for number in part])
-            if task.kind == "save":
-                task.fresh[part] = ~pages.holds(keys)
-                pages.save(keys, view, tag=(task, part))
-            else:
-                pages.load(keys, view, tag=(task, part))
-        self._end_one(task)
+        task.left = len(parts)
+        for nbytes, part in parts:
+            try:
+                self._begin_part(task, part, every.get(nbytes))
+            except PortaKVError as error:
+                # The other parts have begun, so that the caller must not get an error.
+                _log.warning("begin", "Pages are not stored or loaded: %s", error)
+                self._fail(task, part)
 
-    def _end_one(self, task: PageTask) -> None:
-        """Count the end of a part of a task, and report the task after the last part."""
-        with self._counting:
-            task.left -= 1
-            last = not task.left
-        if last:
-            self._ended(task)
+    def _begin_part(self, task: PageTask, part: list[int], pages: Pages | None) -> None:
+        if pages is None or not part:
+            self._fail(task, part)
+            return
+        keys = [task.keys[number] for number in part]
+        view = pages.at([task.buffers[number].address for number in part])
+        if task.kind == "save":
+            task.fresh[part] = ~pages.holds(keys)
+            pages.save(keys, view, tag=(task, part))
+        else:
+            pages.load(keys, view, tag=(task, part))
+
+    def _fail(self, task: PageTask, part: list[int]) -> None:
+        """End a part of a task without a page."""
+        keys = [task.keys[number] for number in part]
+        self.store.ended.add(PageJob(task.kind, keys, 0, (task, part)))
+
+
+def _of(job: PageJob) -> tuple[PageTask, list[int]]:
+    """Return the task of a job, and the numbers of its pages."""
+    tag: Any = job.tag
+    return tag
+
+
+def _report(call: Callable[[Any], object], what: object) -> None:
+    """Call what an engine wants to hear; its errors end no other report."""
+    try:
+        call(what)
+    except Exception as error:  # of the engine's own code, which may raise anything
+        _log.warning("report", "A report of pages failed: %r", error)

@@ -334,6 +334,7 @@ class PageStore:
                     host=self.terms.host,
                     tiers=tiers,
                     full="wait",
+                    pin=False,  # nothing is copied to a device
                 )
             except StoreBusy as error:
                 if time.monotonic() >= until:

@@ -125,9 +125,15 @@ class L2AdapterInterface(ABC):
         "close(self)",
     )
 )
+LOGGING = """
+import logging
+
+init_logger = logging.getLogger
+"""
 #: The modules that an adapter imports, with what it uses of them.
 MODULES = {
     "lmcache.lmcache_native": BITMAP,
+    "lmcache.logging": LOGGING,
     "lmcache.v1.distributed.api": API,
     "lmcache.v1.distributed.internal_api": RESULT,
     "lmcache.v1.distributed.l2_adapters.config": CONFIG,
