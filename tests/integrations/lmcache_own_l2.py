@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Iterator
+import threading
 from typing import Any
 
 import lmcache
 import pytest
 
 from portakv.integrations.lmcache_l2 import PortaKVL2Adapter, key_of
+from portakv.serving.page_tasks import PageTask
 
 ADAPTERS = "lmcache.v1.distributed.l2_adapters"
 #: LMCache's adapters whose places are taken.
@@ -27,25 +28,37 @@ _made = 0
 
 
 class Own(PortaKVL2Adapter):
-    """PortaKV's adapter, which takes the configurations of LMCache's, and answers its tests."""
+    """PortaKV's adapter, which takes the configurations of LMCache's, and answers its tests.
+
+    It is as slow as a test wants.
+    """
 
     def __init__(self, config: Any) -> None:
         global _made
         _made += 1
-        self._folder = None
+        self._own_folder = None
         folder = getattr(config, "base_path", None)
         if folder is None:
-            self._folder = tempfile.TemporaryDirectory()
-            folder = self._folder.name
-        self.limit = int(getattr(config, "max_size_gb", 0.0) * 2**30)
-        terms = {"folder": folder, "capacity": 64 << 20, "staging": 16 << 20}
-        super().__init__(terms)
-        self._max_capacity_bytes = self.limit
+            self._own_folder = tempfile.TemporaryDirectory()
+            folder = self._own_folder.name
+        self._closing = threading.Event()
+        self._bandwidth = getattr(config, "mock_bandwidth_gb", 1024.0) * 2**30
+        super().__init__({"folder": folder, "capacity": 64 << 20, "staging": 16 << 20})
+        self._max_capacity_bytes = int(getattr(config, "max_size_gb", 0.0) * 2**30)
+
+    def _ended(self, task: PageTask) -> None:
+        self._closing.wait(task.landed_bytes / self._bandwidth)
+        super()._ended(task)
 
     def close(self) -> None:
+        self._closing.set()
         super().close()
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._own_folder is not None:
+            self._own_folder.cleanup()
+
+    def report_status(self) -> dict[str, Any]:
+        count = self.debug_get_stored_object_count()
+        return {**super().report_status(), "type": "MockL2Adapter", "stored_object_count": count}
 
     def debug_get_stored_object_count(self) -> int:
         return len(self._counted)
@@ -63,11 +76,6 @@ def pytest_configure() -> None:
     for name, adapter in REPLACED.items():
         module = importlib.import_module(f"{ADAPTERS}.{name}_l2_adapter")
         setattr(module, adapter, Own)
-
-
-@pytest.fixture(autouse=True)
-def _own_adapter() -> Iterator[None]:
-    yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
