@@ -36,6 +36,7 @@ from portakv.integrations.vllm_moves import (
 
 check_release("vllm")
 
+from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult  # noqa: E402
 from vllm.v1.kv_offload.cpu import gpu_worker  # noqa: E402
 from vllm.v1.kv_offload.cpu import spec as cpu_spec  # noqa: E402
@@ -120,9 +121,20 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
 
     def _shared_region(self) -> Region:
         """Return the memory that all workers of an engine share, pinned as vLLM pins it."""
+        region: Region = cpu_spec.SharedOffloadRegion(**self._region_terms())
+        if current_platform.device_type == "cpu":
+            return region
+        if "worker_slot_only" in signature(gpu_worker.pin_mmap_region).parameters:
+            gpu_worker.pin_mmap_region(region, worker_slot_only=True)
+        else:
+            gpu_worker.pin_mmap_region(region)
+        return region
+
+    def _region_terms(self) -> dict[str, Any]:
+        """Return the arguments of the memory that all workers of an engine share."""
         rank = self.config.parallel.rank
         workers = self.config.parallel.world_size
-        arguments = {
+        terms = {
             "engine_id": self.config.engine_id,
             "num_chunks": self.num_chunks,
             "rank": 0 if self.replicated_layout else rank,
@@ -131,14 +143,9 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
             "barrier": cpu_spec._all_workers_barrier,
         }
         if hasattr(cpu_spec, "_REGION_SEGMENTS"):  # not in 0.32
-            arguments["num_segments"] = cpu_spec._REGION_SEGMENTS
-            arguments["populate_shard"] = (rank, workers) if self.replicated_layout else None
-        region: Region = cpu_spec.SharedOffloadRegion(**arguments)
-        if "worker_slot_only" in signature(gpu_worker.pin_mmap_region).parameters:
-            gpu_worker.pin_mmap_region(region, worker_slot_only=True)
-        else:
-            gpu_worker.pin_mmap_region(region)
-        return region
+            terms["num_segments"] = cpu_spec._REGION_SEGMENTS
+            terms["populate_shard"] = (rank, workers) if self.replicated_layout else None
+        return terms
 
 
 class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]

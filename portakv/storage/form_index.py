@@ -148,13 +148,10 @@ class FormIndex:
             left = np.flatnonzero(~pins.held).tolist()
             some = [keys[i] for i in left]
             if isinstance(tier_store, Pinning):
-                for i, pin in zip(left, tier_store.pin(some), strict=True):
-                    if pin is not None:
-                        pins.add(i, pin.release)
+                pins.add_all(left, tier_store.pin(some))
             else:
-                for i, there in zip(left, tier_store.known(some), strict=True):
-                    if there:
-                        pins.add(i)
+                known = tier_store.known(some)
+                pins.held[left] = known
 
     def delete(self, keys: Keys) -> Mask:
         """Forget blocks in the host tier and on disks; return which were there, bool ``[keys]``.

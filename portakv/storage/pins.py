@@ -42,11 +42,16 @@ class Pins:
         self.held: Mask = np.zeros(count, np.bool_)
         self._releases = list[Callable[[], object]]()
 
-    def add(self, place: int, release: Callable[[], object] | None = None) -> None:
+    def add(self, place: int, release: Callable[[], object]) -> None:
         """Note that the block at a place stays until ``release`` is called."""
         self.held[place] = True
-        if release is not None:
-            self._releases.append(release)
+        self._releases.append(release)
+
+    def add_all(self, places: Sequence[int], pins: Sequence[Pinned | None]) -> None:
+        """Add the pins of blocks at places."""
+        for place, pin in zip(places, pins, strict=True):
+            if pin is not None:
+                self.add(place, pin.release)
 
     def release(self) -> None:
         """Let the blocks go in their turn, in any thread. A second call does nothing."""

