@@ -160,10 +160,11 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             "is_healthy": self._tasks.alive,
             "type": type(self).__name__,
             "folders": [*self._tasks.store.terms.folders],
-            "used_bytes": usage.used,
-            "capacity_bytes": usage.capacity,
+            "stored_object_count": len(self._counted),
             "locked_key_count": self._tasks.locked,
             "in_flight_task_count": len(self._objects),
+            "current_size_bytes": usage.used,
+            "max_capacity_bytes": usage.capacity,
         }
 
     def close(self) -> None:

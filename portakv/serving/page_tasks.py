@@ -25,6 +25,8 @@ from portakv.serving.pages import PageJob, Pages, PageStore
 from portakv.storage.pins import Pins
 
 _log = RateLimitedLog(logging.getLogger(__name__))
+#: Milliseconds between two looks for tasks that are late while all workers hang.
+LOOK = 1000
 
 Kind: TypeAlias = Literal["save", "load"]
 
@@ -239,7 +241,7 @@ class PageTasks:
         for fd in (self.store.fileno(), self._new.fileno()):
             poller.register(fd, select.POLLIN)
         while not self._closing.is_set():
-            poller.poll()
+            poller.poll(LOOK)
             self._look()
 
     def _look(self) -> None:
@@ -302,7 +304,7 @@ class PageTasks:
         view = pages.at([task.buffers[number].address for number in part])
         if task.kind == "save":
             task.fresh[part] = ~pages.holds(keys)
-            pages.save(keys, view, tag=(task, part))
+            pages.save(keys, view, priority="background", tag=(task, part))
         else:
             pages.load(keys, view, tag=(task, part))
 

@@ -259,7 +259,14 @@ class PageStore:
         return any(pages.has(key) for pages in [*self._sizes.values()])
 
     def finished(self) -> list[PageJob]:
-        """Return the jobs that have ended since the last call. There is one consumer."""
+        """Return the jobs that have ended since the last call. There is one consumer.
+
+        Jobs that are late end in this call if all workers hang: a consumer that sleeps on
+        `fileno` makes it now and then, too.
+        """
+        store = self._store
+        if store is not None:
+            store.graph.sweep()
         return self.ended.take()
 
     def fileno(self) -> int:

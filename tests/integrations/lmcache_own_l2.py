@@ -57,8 +57,7 @@ class Own(PortaKVL2Adapter):
             self._own_folder.cleanup()
 
     def report_status(self) -> dict[str, Any]:
-        count = self.debug_get_stored_object_count()
-        return {**super().report_status(), "type": "MockL2Adapter", "stored_object_count": count}
+        return {**super().report_status(), "type": "MockL2Adapter"}
 
     def debug_get_stored_object_count(self) -> int:
         return len(self._counted)

@@ -30,6 +30,7 @@ NBYTES = 4 * 2 * 4 * CHUNK * 256
 HOST_GB = 0.0078125
 PATIENCE = 60.0
 READY = "cache server is running..."
+RUN = "import runpy; runpy.run_module('lmcache.v1.multiprocess.server', run_name='__main__')"
 
 
 def objects_of(prompt: int) -> list[torch.Tensor]:
@@ -41,22 +42,23 @@ def objects_of(prompt: int) -> list[torch.Tensor]:
 class Server:
     """A server with L2 adapters, and the client's side of it.
 
+    ``before``: code that its process runs first.
+
     Attributes:
         log: the file with what the server prints.
     """
 
-    def __init__(self, folder: Path, *adapters: dict[str, Any], **environment: str) -> None:
+    def __init__(self, folder: Path, *adapters: dict[str, Any], before: str = "") -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.log = folder / f"server-{self.port}.log"
-        command = [sys.executable, "-m", "lmcache.v1.multiprocess.server"]
+        command = [sys.executable, "-c", f"{before}\n{RUN}"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--disable-observability"]
         command += ["--chunk-size", str(CHUNK), "--l1-size-gb", str(HOST_GB)]
         command += ["--eviction-policy", "LRU", "--supported-transfer-mode", "engine_driven"]
         for adapter in adapters:
             command += ["--l2-adapter", json.dumps(adapter)]
-        paths = [*filter(None, sys.path)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment
@@ -159,9 +161,12 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *adapters: dict[str, Any], **environment: str) -> Iterator[Server]:
-    """Make a server, wait until it serves, and end it."""
-    server = Server(folder, *adapters, **environment)
+def serving(folder: Path, *adapters: dict[str, Any], before: str = "") -> Iterator[Server]:
+    """Make a server, wait until it serves, and end it.
+
+    ``before``: code that its process runs first.
+    """
+    server = Server(folder, *adapters, before=before)
     try:
         server.wait()
         yield server
