@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import select
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -27,6 +28,8 @@ from portakv.storage.pins import Pins
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Milliseconds between two looks for tasks that are late while all workers hang.
 LOOK = 1000
+#: Seconds between two attempts to open a store after one that failed.
+PAUSE = 5.0
 
 Kind: TypeAlias = Literal["save", "load"]
 
@@ -155,6 +158,7 @@ class PageTasks:
         self._locks = _Locks()
         self._new = Finished[PageTask | None]()  # tasks of sizes to be opened, by the thread
         self._new.start()
+        self._next_try = 0.0  # the time from which the store may be opened again
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
         store.changes()  # later changes are kept
@@ -199,7 +203,7 @@ class PageTasks:
         """Lock the pages that can be loaded in some size; return their bytes, int64 ``[keys]``.
 
         A page that is not there has 0 bytes, and no lock. The store evicts no page before the last
-        of its locks has ended.
+        of its locks has ended. A size that is new ends all locks.
         """
         result = np.zeros(len(keys), np.int64)
         left = [*range(len(keys))]
@@ -264,12 +268,17 @@ class PageTasks:
                 self._open(new)
 
     def _open(self, task: PageTask) -> None:
-        """Open the store for the sizes of a task, and begin it."""
-        try:
-            for nbytes in self._closed_sizes(task):
-                self.store.pages(nbytes)
-        except PortaKVError as error:
-            _log.warning("open", "Pages are not stored or loaded: %s", error)
+        """Open the store for the sizes of a task, and begin it.
+
+        After a failure, such as a medium that hangs, it is not tried again for `PAUSE` seconds.
+        """
+        if time.monotonic() >= self._next_try:
+            try:
+                for nbytes in self._closed_sizes(task):
+                    self.store.pages(nbytes)
+            except PortaKVError as error:
+                _log.warning("open", "Pages are not stored or loaded: %s", error)
+                self._next_try = time.monotonic() + PAUSE
         self._begin(task)
 
     def _closed_sizes(self, task: PageTask) -> set[int]:

@@ -236,15 +236,29 @@ class PageStore:
         size = PageSize(whole("nbytes", nbytes, 1), whole("runs", runs, 1, 1 << 16))
         with self._lock:
             found = self._sizes.get(size)
+            is_new = found is None
             if found is None:
                 found = Pages(self, size, size.form(self._model, self._identity))
+                self._check_staging(found)
+            if found.blocks is None:
                 self._close(self._patience)
                 self._sizes[size] = found
-            elif found.blocks is None:
-                self._close(self._patience)  # an earlier call could not
-            if self._store is None:
-                self._open()
+                try:
+                    self._open()
+                except PortaKVError:
+                    if is_new:
+                        del self._sizes[size]  # the others can be opened without it
+                    raise
             return found
+
+    def _check_staging(self, pages: Pages) -> None:
+        """Raise `StoreError` for pages without room in staging, before anything is closed."""
+        nbytes = pages.form.image_bytes
+        if nbytes > self.terms.staging:
+            raise StoreError(
+                f"Expected staging to have room for a page of {nbytes} bytes, got "
+                f"{self.terms.staging}. Give it more."
+            )
 
     def sizes(self) -> list[PageSize]:
         """Return the sizes of the pages."""
