@@ -158,7 +158,7 @@ class PageTasks:
         self._locks = _Locks()
         self._new = Finished[PageTask | None]()  # tasks of sizes to be opened, by the thread
         self._new.start()
-        self._next_try = 0.0  # the time from which the store may be opened again
+        self._next_try = dict[int, float]()  # of sizes for which the store could not be opened
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
         store.changes()  # later changes are kept
@@ -270,15 +270,17 @@ class PageTasks:
     def _open(self, task: PageTask) -> None:
         """Open the store for the sizes of a task, and begin it.
 
-        After a failure, such as a medium that hangs, it is not tried again for `PAUSE` seconds.
+        After a failure, such as of a medium that hangs, a size is not tried again for `PAUSE`
+        seconds.
         """
-        if time.monotonic() >= self._next_try:
+        for nbytes in self._closed_sizes(task):
+            if time.monotonic() < self._next_try.get(nbytes, 0.0):
+                continue
             try:
-                for nbytes in self._closed_sizes(task):
-                    self.store.pages(nbytes)
+                self.store.pages(nbytes)
             except PortaKVError as error:
                 _log.warning("open", "Pages are not stored or loaded: %s", error)
-                self._next_try = time.monotonic() + PAUSE
+                self._next_try[nbytes] = time.monotonic() + PAUSE
         self._begin(task)
 
     def _closed_sizes(self, task: PageTask) -> set[int]:

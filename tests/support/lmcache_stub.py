@@ -58,9 +58,9 @@ class L2StoreResult(int):
     def bytes_transferred(self):
         return max(0, int(self))
 """
-CONFIG = """
-class L2AdapterConfigBase:
-    eviction_config = None
+PLUGIN = """
+class PluginL2AdapterConfig:
+    pass
 """
 BASE = """
 from abc import ABC, abstractmethod
@@ -136,7 +136,7 @@ MODULES = {
     "lmcache.logging": LOGGING,
     "lmcache.v1.distributed.api": API,
     "lmcache.v1.distributed.internal_api": RESULT,
-    "lmcache.v1.distributed.l2_adapters.config": CONFIG,
+    "lmcache.v1.distributed.l2_adapters.plugin_l2_adapter": PLUGIN,
     "lmcache.v1.distributed.l2_adapters.base": BASE,
 }
 
@@ -160,12 +160,18 @@ def write_lmcache(folder: Path, release: str = RELEASE) -> None:
 @contextmanager
 def imported(folder: Path, module: str) -> Iterator[ModuleType]:
     """Import a module of PortaKV with the stand-in of a folder, and forget both at the end."""
+    before = _taken(module)
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
         yield importlib.import_module(module)
     finally:
         sys.path.remove(str(folder))
-        for name in [*sys.modules]:
-            if name == module or name.partition(".")[0] == "lmcache":
-                del sys.modules[name]
+        _taken(module)
+        sys.modules.update(before)
+
+
+def _taken(module: str) -> dict[str, ModuleType]:
+    """Take a module and those of LMCache from the modules that are imported, and return them."""
+    names = [name for name in sys.modules if name == module or name.split(".")[0] == "lmcache"]
+    return {name: sys.modules.pop(name) for name in names}
