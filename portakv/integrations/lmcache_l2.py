@@ -85,6 +85,7 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     def __init__(self, config: Mapping[str, Any], l1_memory_desc: object = None) -> None:
         terms = terms_of(config)
         super().__init__(max_capacity_bytes=terms.capacity)
+        store = PageStore(terms, MODEL, sizes_in(terms, MODEL))
         self._event_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)]
         self._lock = threading.Lock()
         self._closed = False
@@ -94,7 +95,6 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._loads = dict[int, Bitmap]()
         self._objects = dict[int, tuple[Sequence[Any], Sequence[Any]]]()  # of tasks in flight
         self._counted = dict[bytes, tuple[Any, int]]()  # objects with their bytes, by name
-        store = PageStore(terms, MODEL, sizes_in(terms, MODEL))
         self._tasks = PageTasks(store, self._ended, self._lost)
         logger.info("PortaKV stores objects in %s", ", ".join(terms.folders))
 
@@ -125,12 +125,13 @@ class PortaKVL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         for number in sizes.nonzero()[0].tolist():
             found.set(number)
         self._count(keys, names, sizes.tolist())
+        unfetched: Sequence[bytes] = ()
         with self._lock:
             task = self._new_id()
             self._lookups[task] = found, [*compress(names, sizes)]
-            old = self._lookups.popitem(last=False) if len(self._lookups) > UNFETCHED else None
-        if old is not None:
-            self._tasks.unlock(old[1])
+            if len(self._lookups) > UNFETCHED:
+                _, (_, unfetched) = self._lookups.popitem(last=False)
+        self._tasks.unlock(unfetched)
         self._signal(1)
         return task
 

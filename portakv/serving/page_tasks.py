@@ -74,7 +74,7 @@ class PageTask:
         """Return the bytes of the pages that landed; of a save, those that were not there
         before."""
         moved = self.landed & self.fresh if self.kind == "save" else self.landed
-        return sum(self.buffers[number].nbytes for number in np.flatnonzero(moved))
+        return sum(buffer.nbytes for buffer in compress(self.buffers, moved))
 
     def parts(self) -> list[tuple[int, list[int]]]:
         """Return the numbers of pages that one job moves, with their bytes: each key once.
@@ -328,7 +328,8 @@ class PageTasks:
 def _of(job: PageJob) -> tuple[PageTask, list[int]]:
     """Return the task of a job, and the numbers of its pages."""
     tag: Any = job.tag
-    return tag
+    task, part = tag
+    return task, part
 
 
 def _report(call: Callable[[Any], object], what: object) -> None:

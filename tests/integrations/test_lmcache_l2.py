@@ -233,9 +233,10 @@ def test_lookups_that_nobody_fetches_hold_nothing_for_ever(
 ) -> None:
     driver.store([key(1)], bytes_of(1, [SIZE]))
     driver.adapter.submit_lookup_and_lock_task([key(1), key(2)], {})
-    for count in range(module.UNFETCHED):
-        assert driver.adapter.report_status()["locked_key_count"] == 1, count
+    for _ in range(module.UNFETCHED - 1):
         driver.adapter.submit_lookup_and_lock_task([key(2)], {})
+    assert driver.adapter.report_status()["locked_key_count"] == 1
+    driver.adapter.submit_lookup_and_lock_task([key(2)], {})
     assert driver.adapter.report_status()["locked_key_count"] == 0
 
 

@@ -202,6 +202,45 @@ def test_pages_that_are_lost_are_reported(tmp_path: Path) -> None:
     heard.tasks.close(LIMIT)
 
 
+@pytest.mark.parametrize("fault", ["flip", "swap", "zeros", "cut"])
+def test_no_page_of_a_damaged_folder_is_wrong(fault: str, tmp_path: Path) -> None:
+    """50 faults of a kind. The control: who trusts the file gets as many wrong pages."""
+    count = 200
+    terms = terms_of(tmp_path / "kv")
+    heard = Heard(terms, [PageSize(4096)])
+    keys = keys_of(count)
+    saved = memory(20, [4096] * count)
+    heard.run("save", keys, saved)
+    heard.tasks.close(LIMIT)
+
+    (slots,) = (tmp_path / "kv").glob("*/slots")
+    images = np.fromfile(slots, np.uint8).reshape(-1, 8192)[:count]
+    damaged = images.copy()
+    random = np.random.default_rng(21)
+    hit = random.permutation(count)[:50]
+    if fault == "flip":
+        damaged[hit, random.integers(4096, 8192, 50)] ^= 1
+    elif fault == "swap":
+        damaged[hit] = images[np.roll(hit, 1)]
+    elif fault == "zeros":
+        damaged[hit, 4096:6144] = 0
+    else:
+        damaged = damaged[: count - 50]
+    damaged.tofile(slots)
+    whole = damaged[:, 4096:]
+    wrong = (whole != images[: len(whole), 4096:]).any(1).sum() + count - len(whole)
+    assert wrong == 50
+
+    again = Heard(terms, sizes_in(terms, "m"))
+    loaded = empty([4096] * count)
+    landed = again.run("load", keys, loaded).landed
+    assert landed.sum() == count - 50
+    for there, got, expected in zip(landed, loaded, saved, strict=True):
+        assert np.array_equal(got, expected if there else np.zeros_like(got))
+    assert again.tasks.holds(keys).tolist() == landed.tolist()
+    again.tasks.close(LIMIT)
+
+
 def test_late_tasks_end_while_all_workers_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
