@@ -12,6 +12,7 @@ from portakv.cli.console import print_json, print_prose
 from portakv.errors import InvalidTerms
 from portakv.integrations import lmcache_check
 from portakv.integrations.vllm_check import Findings, findings_of
+from portakv.integrations.vllm_tier_check import CONNECTOR, tier_findings_of
 from portakv.serving.sizing import Sizes, sizes_of
 
 
@@ -26,7 +27,11 @@ def check_config(config: str, model: str | None, as_json: bool) -> int:
     Raises `InvalidTerms` for texts that are not JSON objects.
     """
     sizes = None if model is None else _sizes(model)
-    findings = findings_of(_object("--kv-transfer-config", config), sizes)
+    transfer = _object("--kv-transfer-config", config)
+    if transfer.get("kv_connector") == CONNECTOR:
+        findings = tier_findings_of(transfer)
+    else:
+        findings = findings_of(transfer, sizes)
     return _print_findings("vLLM", findings, as_json)
 
 

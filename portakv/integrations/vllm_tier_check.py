@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check a configuration of vLLM's tiers before an engine starts with it. No engine is imported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from portakv.errors import InvalidTerms
+from portakv.integrations import why_not
+from portakv.integrations.interfaces import lacks
+from portakv.integrations.vllm_check import Findings, check_reach, short_of, unknown_keys
+from portakv.integrations.vllm_tier_terms import tier_terms
+
+CONNECTOR = "OffloadingConnector"
+MODULE = "portakv.integrations.vllm_tier"
+TIER = "PortaKVTier"
+SPEC = "PortaKVTieringSpec"
+#: vLLM's own, whose worker moves blocks of CUDA, ROCm and XPU devices.
+OTHER_SPEC = "TieringOffloadingSpec"
+#: The keys of a tier that are vLLM's, or of `PortaKVTier` next to its terms.
+KEYS = ("type", "module_path", "locality", "backpressure", "enable_kv_events")
+_TIERING = "vllm.v1.kv_offload.tiering"
+#: What the tier needs of vLLM.
+NEEDS = (
+    f"{_TIERING}.factory:SecondaryTierFactory.get_tier_class",
+    f"{_TIERING}.base:TransferJob",
+    f"{_TIERING}.base:SecondaryTierManager.drain_jobs",
+    f"{_TIERING}.spec:TieringOffloadingSpec.get_manager",
+    "vllm.v1.kv_offload.base:Medium",
+    "vllm.v1.kv_offload.file_mapper:FileMapper.from_offloading_spec",
+)
+
+
+def tier_findings_of(config: Mapping[str, Any]) -> Findings:
+    """Return what is wrong with the configuration of an engine's tiers.
+
+    Args:
+        config: as vLLM's ``--kv-transfer-config`` has it, with the connector `CONNECTOR`.
+    """
+    findings = Findings()
+    findings.errors += unknown_keys(config)
+    if config.get("kv_role") != "kv_both":
+        findings.errors.append(
+            f"Expected kv_role 'kv_both', got {config.get('kv_role')!r}. Correct it."
+        )
+    if config.get("kv_load_failure_policy", "fail") != "recompute":
+        findings.warnings.append(
+            "kv_load_failure_policy is not 'recompute': a load that fails ends its request with an "
+            "error. Set it to 'recompute'."
+        )
+    extra = config.get("kv_connector_extra_config") or {}
+    if not isinstance(extra, Mapping):
+        findings.errors.append(
+            f"Expected an object for kv_connector_extra_config, got {extra!r}. Correct it."
+        )
+        return findings
+    findings.errors += _wrong_spec(extra)
+    tiers = extra.get("secondary_tiers", [])
+    if not isinstance(tiers, Sequence) or not all(isinstance(each, Mapping) for each in tiers):
+        findings.errors.append(
+            f"Expected secondary_tiers as a list of objects, got {tiers!r}. Correct it."
+        )
+        return findings
+    own = [each for each in tiers if each.get("type") == TIER]
+    if not own and extra.get("spec_name") != SPEC:
+        findings.errors.append(
+            f"Expected a tier of the type {TIER!r} in secondary_tiers, got none. Add one."
+        )
+    _check_tiers(own, findings)
+    _check_release(findings)
+    return findings
+
+
+def _wrong_spec(extra: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each key of vLLM's host tier that is wrong."""
+    name = extra.get("spec_name")
+    if name not in (SPEC, OTHER_SPEC):
+        yield f"Expected spec_name {SPEC!r} or {OTHER_SPEC!r}, got {name!r}. Correct it."
+    if name == SPEC and extra.get("spec_module_path") != MODULE:
+        got = extra.get("spec_module_path")
+        yield f"Expected spec_module_path {MODULE!r}, got {got!r}. Correct it."
+    nbytes = extra.get("cpu_bytes_to_use")
+    if not isinstance(nbytes, int | float) or isinstance(nbytes, bool) or nbytes <= 0:
+        yield (
+            f"Expected cpu_bytes_to_use as the bytes of vLLM's host memory, got {nbytes!r}. Give "
+            f"it some."
+        )
+
+
+def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> None:
+    """Check the terms of PortaKV's tiers."""
+    folders = Counter[str]()
+    for tier in tiers:
+        if tier.get("module_path") != MODULE:
+            findings.errors.append(
+                f"Expected module_path {MODULE!r} in a tier, got {tier.get('module_path')!r}. "
+                f"Correct it."
+            )
+        if tier.get("locality") not in (None, "LOCAL", "REMOTE"):
+            findings.errors.append(
+                f"Expected locality 'LOCAL' or 'REMOTE' in a tier, got {tier['locality']!r}. "
+                f"Correct it."
+            )
+        try:
+            terms = tier_terms({name: tier[name] for name in tier if name not in KEYS}).store
+        except InvalidTerms as error:
+            findings.errors.append(f"secondary_tiers: {error}")
+            continue
+        findings.warnings += short_of(terms)
+        if terms.bucket is not None:
+            check_reach(terms.bucket, terms.bucket_options, findings)
+        folders.update(terms.folders)
+        if terms.folders:
+            findings.notes.append(
+                "The folder serves one engine at a time, without data parallelism. Others get one "
+                "of their own."
+            )
+    findings.errors += [
+        f"Expected a separate folder for each tier, got {folder!r} twice. Change one."
+        for folder, count in folders.items()
+        if count > 1
+    ]
+
+
+def _check_release(findings: Findings) -> None:
+    """Compare the installed release of vLLM with what the tier needs."""
+    refusal = why_not("vllm")
+    if refusal:
+        findings.warnings.append(refusal)
+        return
+    findings.errors += [
+        f"The installed vLLM has no {name.partition(':')[2]}, which the tier needs. Install "
+        f"0.32 or newer."
+        for name in lacks(NEEDS)
+    ]

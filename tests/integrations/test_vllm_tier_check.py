@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check of a configuration of vLLM's tiers, without vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command_line import run
+
+from portakv.errors import InvalidTerms
+from portakv.integrations.vllm_tier_check import tier_findings_of
+from portakv.integrations.vllm_tier_terms import tier_terms
+
+
+def right(at: Path, extra: dict[str, Any] | None = None, **tier: Any) -> dict[str, Any]:
+    """Return a configuration with which an engine starts, with some changes."""
+    made = {
+        "type": "PortaKVTier",
+        "module_path": "portakv.integrations.vllm_tier",
+        "folder": str(at / "kv"),
+        "capacity": 1 << 20,
+        "staging": 1 << 20,
+        **tier,
+    }
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "spec_name": "PortaKVTieringSpec",
+            "spec_module_path": "portakv.integrations.vllm_tier",
+            "cpu_bytes_to_use": 1 << 30,
+            "secondary_tiers": [made],
+            **(extra or {}),
+        },
+    }
+
+
+def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
+    found = tier_findings_of(right(tmp_path))
+    assert found.errors == []
+    assert [each for each in found.warnings if "vllm is not installed" not in each] == []
+    assert "one engine at a time" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("extra", "tier", "says"),
+    [
+        ({"spec_name": "PortaKVTiering"}, {}, "Expected spec_name 'PortaKVTieringSpec'"),
+        ({"spec_module_path": "portakv"}, {}, "Expected spec_module_path"),
+        ({"cpu_bytes_to_use": 0}, {}, "Expected cpu_bytes_to_use"),
+        ({"secondary_tiers": {}}, {}, "Expected secondary_tiers as a list"),
+        (
+            {"spec_name": "TieringOffloadingSpec", "secondary_tiers": []},
+            {},
+            "Expected a tier of the type 'PortaKVTier'",
+        ),
+        ({}, {"module_path": "portakv"}, "Expected module_path"),
+        ({}, {"locality": "near"}, "Expected locality 'LOCAL' or 'REMOTE'"),
+        ({}, {"capacity": "much"}, "capacity"),
+        ({}, {"by_layer": True}, "got 'by_layer'"),
+        ({}, {"folders": "/x"}, "got 'folders'"),
+        ({}, {"folder": None}, "Expected a host tier, a folder"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    extra: dict[str, Any], tier: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    errors = tier_findings_of(right(tmp_path, extra, **tier)).errors
+    assert len(errors) == 1
+    assert says in errors[0]
+
+
+def test_tiers_of_one_folder_and_other_roles_are_named(tmp_path: Path) -> None:
+    config = right(tmp_path)
+    tiers = config["kv_connector_extra_config"]["secondary_tiers"]
+    tiers.append({**tiers[0]})
+    config["kv_role"] = "kv_producer"
+    config["kv_rol"] = 1
+    del config["kv_load_failure_policy"]
+    found = tier_findings_of(config)
+    assert [each.split(",")[0] for each in found.errors] == [
+        "Expected a key of vLLM's KVTransferConfig",
+        "Expected kv_role 'kv_both'",
+        "Expected a separate folder for each tier",
+    ]
+    assert "recompute" in found.warnings[0]
+
+
+def test_the_doctor_checks_tiers(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(right(tmp_path, capacity=-1)))
+    done = run("doctor", "--kv-transfer-config", str(file))
+    assert done.code == 1
+    assert "secondary_tiers: " in done.out
+    file.write_text(json.dumps(right(tmp_path)))
+    assert run("doctor", "--kv-transfer-config", str(file)).code == 0
+
+
+def test_terms_of_a_tier() -> None:
+    terms = tier_terms({"folder": "/nvme/kv", "identity": "fp8 scales of 2026"})
+    assert terms.store.host == 0
+    assert terms.identity == "fp8 scales of 2026"
+    with pytest.raises(InvalidTerms, match="identity"):
+        tier_terms({"folder": "/nvme/kv", "identity": 1})

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tier below an engine's own tier of host memory, and faults of its disk."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.migrate_channels import until
+from support.store_damage import cut_files, damaged_images_believed, flip_bits, swap_images
+
+from portakv.serving import PageJob, PageStore, StoreTerms
+from portakv.serving.page_tier import FAILED, PACE, PageTier
+
+SIZE = 8192
+SLOTS = 24
+LIMIT = 60.0
+
+
+class Clock:
+    """A time that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Scene:
+    """A tier over memory of an engine, and what each slot should hold."""
+
+    def __init__(self, folder: Path, capacity: int = 64 << 20, reports: bool = False) -> None:
+        terms = StoreTerms(str(folder), capacity, host=0, staging=2 << 20)
+        self.clock = Clock()
+        self.store = PageStore(terms, "m", [SIZE])
+        self.memory = np.zeros((SLOTS, SIZE), np.uint8)
+        self.tier = PageTier(
+            self.store,
+            self.store.pages(SIZE),
+            self.memory.data,
+            chain_of=lambda key: key[-1:],
+            reports=reports,
+            now=self.clock,
+        )
+        self.number = 0
+
+    def save(self, names: list[int], request: str = "r") -> list[bool]:
+        """Save pages, and return which are stored."""
+        slots = range(len(names))
+        for slot, name in zip(slots, names, strict=True):
+            self.memory[slot] = page(name)
+        return self._ended(lambda keys: self.tier.save(self.number, keys, slots, request), names)
+
+    def load(self, names: list[int]) -> list[bool]:
+        """Load pages, and return which landed; each of those has its bytes, no other is written."""
+        self.memory[:] = 7
+        landed = self._ended(
+            lambda keys: self.tier.load(self.number, keys, range(len(keys))), names
+        )
+        for slot, name in enumerate(names):
+            expected = page(name) if landed[slot] else np.full(SIZE, 7, np.uint8)
+            assert (self.memory[slot] == expected).all(), f"page {name}, landed: {landed[slot]}"
+        return landed
+
+    def _ended(self, begin: Callable[[list[bytes]], None], names: list[int]) -> list[bool]:
+        self.number += 1
+        begin([key(name) for name in names])
+        assert self.tier.busy
+        jobs = list[PageJob]()
+
+        def ended() -> bool:
+            jobs.extend(self.tier.ended())
+            return bool(jobs)
+
+        assert until(ended, LIMIT)
+        assert [job.tag for job in jobs] == [self.number]
+        assert not self.tier.busy
+        landed: list[bool] = jobs[0].landed.tolist()
+        return landed
+
+
+def key(name: int) -> bytes:
+    return name.to_bytes(35, "big") + b"\0"
+
+
+def page(name: int) -> np.ndarray:
+    return np.random.default_rng(name).integers(0, 256, SIZE, np.uint8)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    made = Scene(tmp_path / "kv")
+    yield made
+    made.tier.close()
+
+
+def test_pages_come_back(scene: Scene) -> None:
+    names = [*range(10)]
+    assert not scene.tier.has(key(3))
+    assert all(scene.save(names))
+    assert all(scene.tier.has(key(name)) for name in names)
+    assert all(scene.load([*reversed(names)]))
+    assert scene.load([3, 99, 5]) == [True, False, True]
+    assert scene.tier.counts == {"loaded": 12, "load_failed": 1, "stored": 10, "store_failed": 0}
+
+
+def test_a_page_that_did_not_land_is_not_offered_for_a_while(scene: Scene) -> None:
+    """An engine that asks again would get the same answer, and no further."""
+    scene.save([1, 2])
+    pages = scene.store.pages(SIZE)
+    real = pages.load
+    pages.load = lambda *args, **terms: real(*args, **{**terms, "deadline": 0.0})  # type: ignore
+    assert scene.load([1]) == [False]
+    pages.load = real  # type: ignore[method-assign]
+    assert pages.has(key(1))
+    assert not scene.tier.has(key(1))
+    assert scene.tier.has(key(2))
+    scene.clock.now += FAILED + 1
+    assert scene.tier.has(key(1))
+    assert scene.load([1]) == [True]
+
+
+def test_a_page_that_is_saved_again_is_offered_again(tmp_path: Path) -> None:
+    scene = Scene(tmp_path / "kv")
+    scene.save([1, 2])
+    flip_bits(tmp_path / "kv", random.Random(0), 4000)
+    assert scene.load([1, 2]) == [False, False]
+    assert not scene.tier.has(key(1))
+    assert scene.save([1]) == [True]
+    assert scene.tier.has(key(1))
+    assert scene.load([1]) == [True]
+    scene.tier.close()
+
+
+def test_the_end_of_a_prompt_is_evicted_before_its_beginning(tmp_path: Path) -> None:
+    image = 3 * 4096
+    scene = Scene(tmp_path / "kv", 8 * image)
+    for first in range(0, 6, 2):  # one prompt, in three jobs
+        assert all(scene.save([first, first + 1], "long"))
+    assert all(scene.save([100, 101], "other"))
+    assert all(scene.save([200, 201], "third"))
+    there = [scene.tier.has(key(name)) for name in range(6)]
+    assert there == sorted(there, reverse=True)
+    assert there[0]
+    assert not there[5]
+    scene.tier.forget("long")
+    scene.tier.close()
+
+
+def test_uses_are_recorded_once_in_a_while(tmp_path: Path) -> None:
+    """Pages that the engine has itself stay on the disk as long as they are used."""
+    image = 3 * 4096
+    for touches in (True, False):
+        scene = Scene(tmp_path / f"kv {touches}", 8 * image)
+        for name in range(8):
+            assert scene.save([name], f"request {name}") == [True]
+        if touches:
+            scene.tier.touch([key(0), key(1)])
+            scene.tier.step()  # not yet
+            scene.clock.now += PACE + 1
+            scene.tier.step()
+        for name in range(100, 104):
+            assert scene.save([name], f"request {name}") == [True]
+        assert [scene.tier.has(key(name)) for name in range(2)] == [touches] * 2
+        scene.tier.close()
+
+
+def test_a_job_that_is_refused_ends_without_a_page(scene: Scene) -> None:
+    scene.tier.load(1, [key(1), key(1)], [0, 1])
+    scene.tier.save(2, [key(1)], [SLOTS], "r")
+    jobs = scene.tier.ended()
+    assert [job.tag for job in jobs] == [1, 2]
+    assert not any(job.landed.any() for job in jobs)
+
+
+def test_drained_jobs_are_reported_once(scene: Scene) -> None:
+    scene.memory[:] = 1
+    for number in range(8):
+        scene.tier.save(number, [key(number)], [number], "r")
+    scene.tier.drain()
+    assert {job.tag for job in scene.tier.ended()} == {*range(8)}
+    assert scene.tier.ended() == []
+    assert not scene.tier.busy
+
+
+def test_events_tell_of_stored_and_lost_pages(tmp_path: Path) -> None:
+    scene = Scene(tmp_path / "kv", 4 * 3 * 4096, reports=True)
+    scene.save([1, 2, 3], "one")
+    assert scene.tier.events() == ([key(1), key(2), key(3)], [])
+    scene.save([4, 5], "two")
+    stored, lost = scene.tier.events()
+    assert stored == [key(4), key(5)]
+    assert lost == [key(3)]
+    assert scene.tier.events() == ([], [])
+    scene.tier.close()
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_faults_of_the_disk_bring_no_wrong_bytes(guard: bool, tmp_path: Path) -> None:
+    """Bits are flipped, images swapped, files cut, in turns; pages are saved again in between."""
+    believed = nullcontext() if guard else damaged_images_believed()
+    scene = Scene(tmp_path / "kv")
+    draw = random.Random(1)
+    names = [*range(16)]
+    image = scene.store.pages(SIZE).form.image_bytes
+    faults = [
+        lambda: flip_bits(tmp_path / "kv", draw, 3),
+        lambda: swap_images(tmp_path / "kv", draw, image),
+        lambda: cut_files(tmp_path / "kv", draw.randrange(1, 16) * image),
+    ]
+    wrong = missed = right = 0
+    with believed:
+        for turn in range(30):
+            scene.save(names)
+            faults[turn % 3]()
+            try:
+                landed = scene.load(names)
+            except AssertionError:
+                wrong += 1
+                continue
+            missed += landed.count(False)
+            right += landed.count(True)
+    scene.tier.close()
+    assert (wrong == 0) is guard
+    if guard:
+        assert missed > 30
+        assert right > 30

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damage to the files of a disk tier, as a device or another program may do it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+#: Bytes of a header, which an image begins with.
+HEADER = 4096
+
+
+def slot_files(folder: Path) -> list[Path]:
+    """Return the files of slots in a folder of a disk tier."""
+    paths = sorted(folder.rglob("slots"))
+    assert paths
+    return paths
+
+
+def flip_bits(folder: Path, draw: random.Random, count: int = 40) -> None:
+    """Flip bits of each file of slots."""
+    for path in slot_files(folder):
+        with path.open("r+b") as file:
+            size = path.stat().st_size
+            for _ in range(count):
+                at = draw.randrange(HEADER, size)
+                file.seek(at)
+                byte = file.read(1)[0]
+                file.seek(at)
+                file.write(bytes([byte ^ 1 << draw.randrange(8)]))
+
+
+def swap_images(folder: Path, draw: random.Random, image: int) -> None:
+    """Swap two images of so many bytes in each file of slots."""
+    for path in slot_files(folder):
+        with path.open("r+b") as file:
+            many = path.stat().st_size // image
+            one, other = (at * image for at in draw.sample(range(many), 2))
+            first = _read(file, one, image)
+            second = _read(file, other, image)
+            for at, data in ((one, second), (other, first)):
+                file.seek(at)
+                file.write(data)
+
+
+def cut_files(folder: Path, keep: int) -> None:
+    """Cut each file of slots after so many bytes."""
+    for path in slot_files(folder):
+        os.truncate(path, keep)
+
+
+@contextmanager
+def damaged_images_believed() -> Iterator[None]:
+    """Let disk tiers take each image for whole inside: the negative control of damage."""
+    store: Any = importlib.import_module("portakv.storage.disk_store").DiskStore
+    right = store._right
+    store._right = lambda *_: True
+    try:
+        yield
+    finally:
+        store._right = right
+
+
+def _read(file: Any, at: int, count: int) -> bytes:
+    file.seek(at)
+    data: bytes = file.read(count)
+    return data
