@@ -379,7 +379,7 @@ def run(made: type[Channel], examples: int, cuts: int = 0, patience: float = PAT
 
 
 @pytest.mark.parametrize(
-    ("examples", "cuts"), [(14, 1), pytest.param(600, 40, marks=pytest.mark.full)]
+    ("examples", "cuts"), [(8, 1), pytest.param(600, 40, marks=pytest.mark.full)]
 )
 def test_any_order_of_requests(examples: int, cuts: int) -> None:
     run(Channel, examples, cuts)

@@ -81,7 +81,7 @@ def pull_all(made: Sides, extents: Any, data: st.DataObject, expose: str, most: 
         assert not [*wanted.changes(type(wanted).snapshot(one.cache.tensors))]
 
 
-@settings(max_examples=settings().max_examples // 8)
+@settings(max_examples=settings().max_examples // 14)
 @given(extents, st.data())
 def test_rows_of_any_sharding_are_read_where_they_lie(
     extents: tuple[int, int, int], data: st.DataObject
@@ -90,7 +90,7 @@ def test_rows_of_any_sharding_are_read_where_they_lie(
         pull_all(made, extents, data, "mapped", (2, 3, 3))
 
 
-@settings(max_examples=settings().max_examples // 12)
+@settings(max_examples=settings().max_examples // 20)
 @given(extents, st.data())
 def test_rows_of_any_sharding_are_moved_through_small_slots(
     extents: tuple[int, int, int], data: st.DataObject

@@ -145,7 +145,7 @@ def test_no_stale_row_of_an_owner_that_is_killed(expose: str, rounds: int) -> No
 
 
 @ROUNDS
-@pytest.mark.parametrize("expose", ["mapped", "staging"])
+@pytest.mark.parametrize("expose", ["mapped", pytest.param("staging", marks=pytest.mark.full)])
 def test_no_stale_row_at_readers_that_are_killed(expose: str, rounds: int) -> None:
     ends = offer_to_dying_readers(expose, rounds)
     print(expose, dict(ends))

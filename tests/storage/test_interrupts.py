@@ -378,7 +378,7 @@ NOT_CALLED = {
     "BlockForm.view": "changes nothing that is shared",
 }
 SCENARIOS = [opening, serving, forming, lending, leaving, joining, closing, graphs, ending]
-WIDE = [opening, serving, forming, lending, closing]
+WIDE = [opening, serving, forming, lending, joining, closing]
 
 
 @pytest.mark.parametrize("scenario", by_width(SCENARIOS, WIDE))
