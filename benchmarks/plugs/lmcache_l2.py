@@ -30,7 +30,7 @@ PAGE = 4096
 LIMIT = 120
 OURS = "portakv"
 #: The other adapters, with their configuration.
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "fs": {"type": "fs"},
     "fs, direct": {"type": "fs", "use_odirect": True},
     "fs_native": {"type": "fs_native"},
@@ -58,7 +58,7 @@ class Side:
         from lmcache.v1.distributed.l2_adapters import create_l2_adapter
         from lmcache.v1.distributed.l2_adapters.config import get_l2_adapter_config_class
 
-        config = {**OTHERS.get(self.name, {}), "base_path": str(self.folder)}
+        config: dict[str, Any] = {**OTHERS.get(self.name, {}), "base_path": str(self.folder)}
         if self.name == OURS:
             capacity = 4 * self.count * (self.nbytes + 2 * PAGE)
             params = {"folder": str(self.folder), "capacity": capacity, "staging": 512 << 20}

@@ -41,7 +41,7 @@ if further := sorted(L2AdapterInterface.__abstractmethods__ - {*ABSTRACT}):
     )
 
 logger = init_logger(__name__)
-#: Lookups whose answers nobody fetched; of older ones the locks end.
+#: The most lookups whose answers wait to be fetched; the locks of older ones end.
 UNFETCHED = 4096
 
 
