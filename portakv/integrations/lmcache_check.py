@@ -20,6 +20,8 @@ KEYS = ("type", "module_path", "class_name", "config_class_name", "adapter_param
 COMMON_KEYS = ("affinity_tag", "shared", "eviction", "persist_enabled", "serde")
 #: The terms of the adapter, of those of a store.
 TERMS = ("folder", "capacity", "host", "staging", "deadline")
+#: Seconds for a load, which is of all objects of a prompt.
+DEADLINE = 30.0
 #: The name under which pages lie in the folder; a key contains the name of the model.
 MODEL = "lmcache"
 #: The abstract methods of LMCache's adapters.
@@ -56,7 +58,7 @@ def terms_of(params: Mapping[str, Any]) -> StoreTerms:
             )
     if not params.get("folder"):
         raise InvalidTerms("Expected a folder, got none. Name a folder of a local disk.")
-    return StoreTerms.of({"host": 0, **params})
+    return StoreTerms.of({"host": 0, "deadline": DEADLINE, **params})
 
 
 def findings_of(config: Mapping[str, Any]) -> Findings:

@@ -278,6 +278,7 @@ class PageTasks:
                 continue
             try:
                 self.store.pages(nbytes)
+                self.store.changes()  # later changes are kept
             except PortaKVError as error:
                 _log.warning("open", "Pages are not stored or loaded: %s", error)
                 self._next_try[nbytes] = time.monotonic() + PAUSE
