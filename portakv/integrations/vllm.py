@@ -22,6 +22,7 @@ import torch
 from portakv import BlockTransfer, CopyOptions, InvalidTerms, LayoutError, copy_rows
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
+from portakv.integrations.vllm_canonical import Share
 from portakv.integrations.vllm_lanes import Lane
 from portakv.integrations.vllm_moves import (
     BlockSpec,
@@ -71,6 +72,8 @@ class Region(Protocol):
 
     def create_next_worker_view(self, tensor_page_size: int) -> torch.Tensor: ...
 
+    def create_next_canonical_view(self, tensor_page_size: int) -> torch.Tensor: ...
+
     def cleanup(self) -> None: ...
 
 
@@ -78,14 +81,14 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
     """vLLM's tier of host memory, with a worker that moves blocks by PortaKV on any device."""
 
     _worker: OffloadingWorker | None
+    _serves_canonical = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        if getattr(config, "canonical_layout", False):
+        if getattr(config, "canonical_layout", False) and not self._serves_canonical:
             raise IntegrationError(
-                "Expected no canonical_layout for the offloading spec of PortaKV, got "
-                "canonical_layout=True, which rearranges pages; PortaKV copies pages unchanged. "
-                "Leave canonical_layout out."
+                "Expected no canonical_layout for PortaKVOffloadingSpec, got canonical_layout=True, "
+                "which PortaKVTieringSpec serves. Leave canonical_layout out, or use that."
             )
         terms = self.extra_config.get("portakv", {})
         if not isinstance(terms, Mapping) or not set(terms) <= set(TERMS):
@@ -103,7 +106,7 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
         region = self._shared_region() if uses_shared_region() and chunks else None
         try:
             return PortaKVOffloadingWorker(
-                kv_caches, self.blocks_per_chunk, chunks, region, self.terms
+                kv_caches, self.blocks_per_chunk, chunks, region, self.terms, self._share()
             )
         except Exception:  # whatever failed, the region must be released
             if region is not None:
@@ -118,6 +121,13 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
         if self._worker is None:
             self._worker = self.create_worker(kv_caches)
         return self._worker
+
+    def _share(self) -> Share | None:
+        """Return the part of this worker in pages of the whole model; None: it has its own."""
+        if not getattr(self.config, "canonical_layout", False):
+            return None
+        parallel = self.config.parallel
+        return Share(parallel.rank, parallel.world_size, parallel.is_parallelism_agnostic)
 
     def _shared_region(self) -> Region:
         """Return the memory that all workers of an engine share, pinned as vLLM pins it."""
@@ -158,6 +168,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         chunks: the number of chunks.
         region: vLLM's `SharedOffloadRegion`, which `shutdown` releases; None: private memory.
         terms: terms of `copy_rows`.
+        share: of a worker in chunks of the whole model; None: chunks have the pages of the worker.
 
     Raises:
         LayoutError: no tensors, groups or blocks in a chunk, or tensors that are not pages.
@@ -171,6 +182,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         chunks: int,
         region: Region | None = None,
         terms: Mapping[str, Any] | None = None,
+        share: Share | None = None,
     ) -> None:
         tensors = len(kv_caches.tensors)
         groups = len(kv_caches.group_data_refs)
@@ -191,10 +203,14 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
                     f"Expected tensors [blocks, page], got shape {tuple(page.shape)}, strides "
                     f"{page.stride()} in bytes. Pass vLLM's canonical caches."
                 )
-        host = _host_pages(pages, blocks_per_chunk, chunks, region)
+        groups_of = kv_caches.group_data_refs
+        if share is not None and region is not None:
+            self._groups = share.groups_of(groups_of, pages, blocks_per_chunk, region)
+        else:
+            host = _host_pages(pages, blocks_per_chunk, chunks, region)
+            self._groups = [parts_of(refs, pages, host) for refs in groups_of]
         if region is not None and region.is_pinned:
             self._adopted = _adopt(region)
-        self._groups = [parts_of(refs, pages, host) for refs in kv_caches.group_data_refs]
         self._together = sharing(kv_caches.group_data_refs)
         device = pages[0].device
         self._store, self._load, self._expedited = (
@@ -294,7 +310,9 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         for count in sorted({min(most, 1), min(most, many)}):
             pages = range(count)
             for lane, options in self._options.items():
-                sides = (part.device, part.host) if lane is self._store else part[::-1]
+                sides = (part.device, part.host)
+                if lane is not self._store:
+                    sides = (part.host, part.device)
                 with lane.current():
                     copied = copy_rows(*sides, pages, pages, count=count, options=options)
                     copied.synchronize()

@@ -51,10 +51,14 @@ class Part(NamedTuple):
     Attributes:
         device: a view whose rows are pages.
         host: a view whose blocks are chunks and whose rows are pages.
+        writers: how many workers have the same bytes, and write them to chunks in turns.
+        writer: the number of this worker among them.
     """
 
     device: KVView
     host: KVView
+    writers: int = 1
+    writer: int = 0
 
 
 class Move(NamedTuple):
@@ -167,9 +171,26 @@ def moves_of(
         places = Index.of(ids.chunks, blocks_per_chunk).shifted(ids.skip)
         check_ids(blocks, count, parts[0].device, not store)
         check_ids(places, count, parts[0].host, store)
-        moves.append(Move(parts, blocks, places, count))
+        whole = [part for part in parts if not (store and part.writers > 1)]
+        if whole:
+            moves.append(Move(whole, blocks, places, count))
+        for part in parts:
+            if store and part.writers > 1:
+                moves += _own_turn(part, ids, blocks_per_chunk)
     _check_shared(together, ids_of, store)
     return moves
+
+
+def _own_turn(part: Part, ids: _Group, blocks_per_chunk: int) -> list[Move]:
+    """Return the move of those pages of a part that this worker writes; none if there are none."""
+    within = np.arange(blocks_per_chunk)
+    pages = (ids.chunks[:, None] * blocks_per_chunk + within).reshape(-1)
+    pages = pages[ids.skip : ids.skip + len(ids.blocks)]
+    mine = pages % part.writers == part.writer
+    count = int(mine.sum())
+    if not count:
+        return []
+    return [Move([part], Index.of(ids.blocks[mine]), Index.of(pages[mine]), count)]
 
 
 def _ids_of_groups(

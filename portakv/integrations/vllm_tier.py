@@ -57,6 +57,8 @@ _FIELDS = {field.name for field in fields(JobResult)}
 class PortaKVTieringSpec(PortaKVOffloadingSpec, TieringOffloadingSpec):  # type: ignore[misc]
     """vLLM's tiers, with a worker that moves blocks by PortaKV on any device."""
 
+    _serves_canonical = True
+
     def _region_terms(self) -> dict[str, Any]:
         """Return the arguments of the memory that all workers share with the scheduler.
 
@@ -121,12 +123,12 @@ class PortaKVTier(SecondaryTierManager):  # type: ignore[misc]
     def submit_store(self, job_metadata: Any) -> None:
         """Begin to save chunks, which keep their bytes until the job is reported."""
         keys = [*job_metadata.keys]
-        slots = np.asarray(job_metadata.chunk_ids, np.int64)
+        slots = np.asarray(job_metadata.chunk_ids).tolist()
         self._tier.save(job_metadata.job_id, keys, slots, job_metadata.req_context.req_id)
 
     def submit_load(self, job_metadata: Any) -> None:
         """Begin to load chunks, which belong to the job until it is reported."""
-        slots = np.asarray(job_metadata.chunk_ids, np.int64)
+        slots = np.asarray(job_metadata.chunk_ids).tolist()
         self._tier.load(job_metadata.job_id, [*job_metadata.keys], slots)
 
     def get_finished_jobs(self) -> list[JobResult]:

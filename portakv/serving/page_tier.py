@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """`PageTier`: a tier of pages below an engine's own tier of host memory.
 
-The engine decides which pages move. Its scheduler calls; no call waits for a disk.
+The engine decides which pages move. Its scheduler calls; no call waits for a disk, nor for the plan
+of a transfer, which a thread makes.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
+from functools import partial
+from queue import SimpleQueue
 from typing import NamedTuple
 
 from portakv.errors import PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
-from portakv.view import IdList
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds for which a page that did not land is not offered again, unless it is saved meanwhile.
@@ -33,6 +36,86 @@ class TierEvents(NamedTuple):
 
     stored: list[bytes]
     lost: list[bytes]
+
+
+class _Calls:
+    """Makes calls in their order, in a thread."""
+
+    def __init__(self) -> None:
+        self._queue = SimpleQueue[Callable[[], object] | None]()
+        self._thread = threading.Thread(target=self._run, name="portakv tier", daemon=True)
+        self._thread.start()
+
+    def add(self, call: Callable[[], object]) -> None:
+        """Have a call made."""
+        self._queue.put(call)
+
+    def wait(self) -> None:
+        """Wait until the calls that were added have been made."""
+        made = threading.Event()
+        self.add(made.set)
+        made.wait()
+
+    def close(self, timeout: float) -> None:
+        """Make the calls that were added, at most for so many seconds, and end the thread."""
+        self._queue.put(None)
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while (call := self._queue.get()) is not None:
+            try:
+                call()
+            except Exception as error:  # the next calls must be made
+                _log.warning("call", "A call of a tier of pages failed: %r", error)
+
+
+class _Followed:
+    """The last page of each chain of each request, which the next one follows."""
+
+    def __init__(self, chain_of: Callable[[bytes], Hashable]) -> None:
+        self._chain_of = chain_of
+        self._lasts = dict[Hashable, dict[Hashable, bytes]]()
+
+    def after(self, request: Hashable, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return for each page of a request the page that it follows, and note the last ones."""
+        result = list[bytes | None]()
+        lasts = self._lasts.setdefault(request, {})
+        for key in keys:
+            chain = self._chain_of(key)
+            result.append(lasts.get(chain))
+            lasts[chain] = key
+        return result
+
+    def forget(self, request: Hashable) -> None:
+        """Forget a request."""
+        self._lasts.pop(request, None)
+
+
+class _Events:
+    """The pages that were stored and lost; kept from the first call of `store.changes` on."""
+
+    def __init__(self, store: PageStore) -> None:
+        self._store = store
+        self._stored = list[bytes]()
+        self._names: Bounded[bytes, bytes] = Bounded("keys of stored pages", REMEMBERED)
+        store.changes()
+
+    def add(self, keys: Sequence[bytes]) -> None:
+        """Note pages that were stored."""
+        self._stored += keys
+        for key in keys:
+            self._names[page_key(key)] = key
+
+    def take(self, has: Callable[[bytes], bool]) -> TierEvents:
+        """Return what was stored and lost since the last call."""
+        events = TierEvents([*self._stored], [])
+        self._stored.clear()
+        for change in self._store.changes():
+            key = None if change.stored else self._names.get(change.key)
+            if key is not None and not has(key):
+                del self._names[change.key]
+                events.lost.append(key)
+        return events
 
 
 class PageTier:
@@ -68,23 +151,19 @@ class PageTier:
         self._store = store
         self._pages = pages
         self._view = pages.over(memory)
-        self._chain_of = chain_of
         self._now = now
-        self._jobs = dict[Hashable, PageJob]()  # that have not been reported
-        self._lasts = dict[Hashable, dict[Hashable, bytes]]()  # by request and chain the last page
+        self._lock = threading.Lock()
+        self._open = dict[Hashable, PageJob | None]()  # the jobs that have not been reported
+        self._followed = _Followed(chain_of)
         self._failed: Bounded[bytes, float] = Bounded("pages that did not land", REMEMBERED)
-        self._touched = dict[bytes, None]()
-        self._stepped = now()
-        self._reports = reports
-        self._stored = list[bytes]()
-        self._names: Bounded[bytes, bytes] = Bounded("keys of stored pages", REMEMBERED)
-        if reports:
-            store.changes()  # later ones are kept
+        self._touched = dict[bytes, float]()  # with the time of their first use since `step`
+        self._events = _Events(store) if reports else None
+        self._calls = _Calls()
 
     @property
     def busy(self) -> bool:
         """Return whether a job has not been reported."""
-        return bool(self._jobs)
+        return bool(self._open)
 
     def has(self, key: bytes) -> bool:
         """Return whether a page can be loaded: a look into the index of this process."""
@@ -93,42 +172,44 @@ class PageTier:
         return not self._failed or self._failed.get(key, 0.0) <= self._now()
 
     def save(
-        self, number: Hashable, keys: Sequence[bytes], slots: IdList, request: Hashable
+        self, number: Hashable, keys: Sequence[bytes], slots: Sequence[int], request: Hashable
     ) -> None:
         """Begin to save slots under keys, which are of a request and in its order."""
-        after = list[bytes | None]()
-        lasts = self._lasts.setdefault(request, {})
-        for key in keys:
-            chain = self._chain_of(key)
-            after.append(lasts.get(chain))
-            lasts[chain] = key
-        self._begin(
-            number,
-            PageJob("save", keys, self._pages.size.nbytes, number),
-            lambda: self._pages.save(keys, self._view, slots, after=after, tag=number),
-        )
+        after = self._followed.after(request, keys)
+        save = partial(self._pages.save, keys, self._view, slots, after=after, tag=number)
+        self._submit(PageJob("save", keys, self._pages.size.nbytes, number), save)
 
-    def load(self, number: Hashable, keys: Sequence[bytes], slots: IdList) -> None:
+    def load(self, number: Hashable, keys: Sequence[bytes], slots: Sequence[int]) -> None:
         """Begin to load pages into slots."""
-        self._begin(
-            number,
-            PageJob("load", keys, self._pages.size.nbytes, number),
-            lambda: self._pages.load(keys, self._view, slots, tag=number),
-        )
+        load = partial(self._pages.load, keys, self._view, slots, tag=number)
+        self._submit(PageJob("load", keys, self._pages.size.nbytes, number), load)
 
-    def _begin(self, number: Hashable, refused: PageJob, call: Callable[[], PageJob]) -> None:
-        """Begin a job. One that is refused ends without a page, and an engine goes on."""
+    def _submit(self, refused: PageJob, call: Callable[[], PageJob]) -> None:
+        """Have the thread begin a job. ``refused`` ends in its place if the store refuses it."""
+        self._open[refused.tag] = None
+        self._calls.add(partial(self._begin, refused, call))
+
+    def _begin(self, refused: PageJob, call: Callable[[], PageJob]) -> None:
+        """Begin a job, in the thread."""
         try:
-            self._jobs[number] = call()
+            job = call()
         except PortaKVError as error:
             text = "A %s of %d pages of an engine is refused: %s"
             _log.warning("refused", text, refused.kind, len(refused.keys), error)
-            self._jobs[number] = refused
             self._store.ended.add(refused)
+            return
+        with self._lock:
+            if job.tag in self._open:
+                self._open[job.tag] = job
 
     def ended(self) -> list[PageJob]:
         """Return the jobs that have ended since the last call."""
-        jobs = [job for job in self._store.finished() if self._jobs.pop(job.tag, None) is job]
+        jobs = list[PageJob]()
+        for job in self._store.finished():
+            with self._lock:
+                if job.tag in self._open:
+                    del self._open[job.tag]
+                    jobs.append(job)
         for job in jobs:
             self._note(job)
         return jobs
@@ -138,46 +219,42 @@ class PageTier:
 
         Jobs that hang are cancelled after a minute.
         """
-        jobs = [*self._jobs.values()]
-        until = self._now() + SAVE
+        self._calls.wait()
+        jobs = [job for job in self._open.values() if job is not None]
+        until = time.monotonic() + SAVE
         for job in jobs:
-            if not job.wait(max(0.0, until - self._now())):
+            if not job.wait(max(0.0, until - time.monotonic())):
                 job.cancel()
         for job in jobs:
             job.wait()
-            self._store.ended.add(job)  # the end may be reported a moment later
+            self._store.ended.add(job)  # its end may be reported a moment later
 
     def touch(self, keys: Collection[bytes]) -> None:
         """Note that pages are used, in the order of their chains. `step` records it."""
-        if len(self._touched) < TOUCHED:
-            self._touched.update(dict.fromkeys(keys))
+        now = self._now()
+        for key in keys if len(self._touched) < TOUCHED else ():
+            self._touched.setdefault(key, now)
 
     def step(self) -> None:
         """Record the use of pages, once in a while."""
-        if not self._touched or self._now() < self._stepped + PACE:
+        first = next(iter(self._touched.values()), None)
+        if first is None or self._now() < first + PACE:
             return
-        self._stepped = self._now()
         keys = [*self._touched]
         self._touched.clear()
-        self._pages.touch(keys)
+        self._calls.add(partial(self._pages.touch, keys))
 
     def forget(self, request: Hashable) -> None:
         """Forget a request that has ended."""
-        self._lasts.pop(request, None)
+        self._followed.forget(request)
 
     def events(self) -> TierEvents:
         """Return what was stored and lost since the last call; nothing without ``reports``."""
-        events = TierEvents([*self._stored], [])
-        self._stored.clear()
-        for change in self._store.changes() if self._reports else ():
-            key = None if change.stored else self._names.get(change.key)
-            if key is not None and not self._pages.has(key):
-                del self._names[change.key]
-                events.lost.append(key)
-        return events
+        return TierEvents([], []) if self._events is None else self._events.take(self._pages.has)
 
     def close(self, timeout: float = 10.0) -> None:
         """Close the store, as `PageStore.close` does."""
+        self._calls.close(timeout)
         self._store.close(timeout)
 
     def _note(self, job: PageJob) -> None:
@@ -195,7 +272,5 @@ class PageTier:
             return
         for key in there if self._failed else ():
             self._failed.pop(key, None)
-        if self._reports:
-            self._stored += there
-            for key in there:
-                self._names[page_key(key)] = key
+        if self._events is not None:
+            self._events.add(there)

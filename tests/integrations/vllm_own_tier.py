@@ -72,7 +72,7 @@ class Files(PortaKVTier):
         super().__init__(offloading_spec, folder=root_dir, **TERMS, **terms)
         base = FileMapper.from_offloading_spec(root_dir, offloading_spec, 1, True).base_path
         self.file_mapper = Paths(self, base)
-        self.events: list[Any] | None = [] if self._tier._reports else None
+        self.events: list[Any] | None = [] if self._tier._events else None
         self._store_job_keys = dict[int, Any]()
         # Lookups have no later answers that a test could wait for.
         self._lookup_manager = SimpleNamespace(_pending_results=SimpleNamespace(empty=bool))

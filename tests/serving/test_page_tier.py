@@ -164,6 +164,7 @@ def test_uses_are_recorded_once_in_a_while(tmp_path: Path) -> None:
             scene.tier.step()  # not yet
             scene.clock.now += PACE + 1
             scene.tier.step()
+            scene.tier.drain()
         for name in range(100, 104):
             assert scene.save([name], f"request {name}") == [True]
         assert [scene.tier.has(key(name)) for name in range(2)] == [touches] * 2
@@ -173,6 +174,7 @@ def test_uses_are_recorded_once_in_a_while(tmp_path: Path) -> None:
 def test_a_job_that_is_refused_ends_without_a_page(scene: Scene) -> None:
     scene.tier.load(1, [key(1), key(1)], [0, 1])
     scene.tier.save(2, [key(1)], [SLOTS], "r")
+    scene.tier.drain()
     jobs = scene.tier.ended()
     assert [job.tag for job in jobs] == [1, 2]
     assert not any(job.landed.any() for job in jobs)
