@@ -34,6 +34,7 @@ from portakv.runtime.streams import (
 )
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.storage.chains import FIRST, UNKNOWN, Chains, Changed, marks_of
+from portakv.storage.host_runs import copy_long_runs
 from portakv.storage.loans import Loan as Loan
 from portakv.storage.loans import Loans, copy_parts
 from portakv.storage.row_memory import row_memory
@@ -588,7 +589,7 @@ class Crossing:
             view.check_memory()
         else:
             with torch.inference_mode(False), self._after.inside():
-                self._copy(inner, view, [], []).synchronize()
+                copy_rows(*self._sides(inner, view, [], []), options=self._options).synchronize()
             tried.add(kind)
 
     def issue(
@@ -670,15 +671,20 @@ class Crossing:
         the work that the maker's stream had. Only workers call it.
         """
         assert self._after is not None  # `prepare` was called
+        sides = self._sides(inner, outer, items, at)
+        if copy_long_runs(*sides, self._options):
+            return
         with torch.inference_mode(False), self._after.inside():
             with on_one_core(self._view.device):
-                transfer = self._copy(inner, outer, items, at)
+                transfer = copy_rows(*sides, options=self._options)
             transfer.synchronize()
 
-    def _copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> Transfer:
+    def _sides(
+        self, inner: KVView, outer: KVView, items: Any, at: Any
+    ) -> tuple[KVView, KVView, Index, Index]:
+        """Return source, destination and their indices, for rows and places of the view."""
         rows, blocks = self._indices(items, at)
-        sides = (outer, inner, blocks, rows) if self._store else (inner, outer, rows, blocks)
-        return copy_rows(*sides, options=self._options)
+        return (outer, inner, blocks, rows) if self._store else (inner, outer, rows, blocks)
 
     def _indices(self, items: Any, at: Any) -> tuple[Index, Index]:
         """Return the index of rows, and that of the view's blocks at places."""
