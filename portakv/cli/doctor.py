@@ -17,7 +17,7 @@ import torch
 
 from portakv import __version__
 from portakv.cli.backends import candidates_for, forced_backend
-from portakv.cli.check_config import check_config
+from portakv.cli.check_config import check_adapter, check_config
 from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
 from portakv.errors import InvalidTerms
 from portakv.integrations import INTEGRATIONS, MATRIX, Integration, untested, why_not
@@ -71,7 +71,7 @@ CHOICES: dict[str, Catalog[object]] = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that check a configuration of vLLM instead."""
+    """Add the options that check a configuration of an engine instead."""
     parser.add_argument(
         "--kv-transfer-config",
         metavar="JSON",
@@ -80,13 +80,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="FOLDER", help="the model that it is for: a folder with config.json"
     )
+    parser.add_argument(
+        "--l2-adapter",
+        metavar="JSON",
+        help="check the configuration of this name of LMCache's server, and nothing else",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, and return 0: it can be made on every machine.
 
-    Return 1 for a configuration with which vLLM would not start, or not use PortaKV.
+    Return 1 for a configuration with which an engine would not start, or not use PortaKV.
     """
+    if args.l2_adapter is not None:
+        return check_adapter(args.l2_adapter, args.json)
     if args.kv_transfer_config is not None:
         return check_config(args.kv_transfer_config, args.model, args.json)
     if args.model is not None:

@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import suppress
+from glob import glob
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -25,6 +27,7 @@ from portakv.runtime.finished import Finished
 from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.changes import Change
+from portakv.storage.files import form_in
 from portakv.storage.form_store import FormStore
 from portakv.storage.pins import Pins
 from portakv.view import IdList, KVView
@@ -233,24 +236,51 @@ class PageStore:
         size = PageSize(whole("nbytes", nbytes, 1), whole("runs", runs, 1, 1 << 16))
         with self._lock:
             found = self._sizes.get(size)
+            is_new = found is None
             if found is None:
                 found = Pages(self, size, size.form(self._model, self._identity))
+                self._check_staging(found)
+            if found.blocks is None:
                 self._close(self._patience)
                 self._sizes[size] = found
-            if self._store is None:
-                self._open()
+                try:
+                    self._open()
+                except PortaKVError:
+                    if is_new:
+                        del self._sizes[size]  # the others can be opened without it
+                    raise
             return found
+
+    def _check_staging(self, pages: Pages) -> None:
+        """Raise `StoreError` for pages without room in staging, before anything is closed."""
+        nbytes = pages.form.image_bytes
+        if nbytes > self.terms.staging:
+            raise StoreError(
+                f"Expected staging to have room for a page of {nbytes} bytes, got "
+                f"{self.terms.staging}. Give it more."
+            )
 
     def sizes(self) -> list[PageSize]:
         """Return the sizes of the pages."""
         return [*self._sizes]
+
+    def every(self) -> list[Pages]:
+        """Return the pages of each size."""
+        return [*self._sizes.values()]
 
     def has(self, key: bytes) -> bool:
         """Return whether a page of any size can be loaded, as far as is known here."""
         return any(pages.has(key) for pages in [*self._sizes.values()])
 
     def finished(self) -> list[PageJob]:
-        """Return the jobs that have ended since the last call. There is one consumer."""
+        """Return the jobs that have ended since the last call. There is one consumer.
+
+        Jobs that are late end in this call if all workers hang: a consumer that sleeps on
+        `fileno` makes it now and then, too.
+        """
+        store = self._store
+        if store is not None:
+            store.graph.sweep()
         return self.ended.take()
 
     def fileno(self) -> int:
@@ -325,6 +355,7 @@ class PageStore:
                     host=self.terms.host,
                     tiers=tiers,
                     full="wait",
+                    pin=False,  # nothing is copied to a device
                 )
             except StoreBusy as error:
                 if time.monotonic() >= until:
@@ -553,6 +584,24 @@ class Pages:
         else:
             job._follow(handle, queue)
         return job
+
+
+def sizes_in(terms: StoreTerms, model: str, identity: str = "") -> list[PageSize]:
+    """Return the sizes of the pages that lie in the folders of terms.
+
+    A store that begins with these sizes finds all pages of earlier processes. Sizes for which
+    ``staging`` has no room are left out.
+    """
+    sizes = dict[PageSize, None]()
+    for folder in terms.folders:
+        for name in sorted(glob("*", root_dir=folder)):
+            with suppress(StoreError, OSError):  # a folder without a form, or a damaged one
+                form = form_in(Path(folder, name))
+                runs = form.layers[1]
+                size = PageSize(runs * form.widths[0], runs)
+                if size.form(model, identity) == form and form.image_bytes <= terms.staging:
+                    sizes[size] = None
+    return [*sizes]
 
 
 def _names(keys: object) -> list[bytes]:

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PageTasks`: saves and loads of pages whose sizes are not known before they come.
+
+A task has pages of any sizes, each at its own address. A thread reports the ends of tasks and the
+pages that were lost, and opens the store for sizes that are new.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import compress
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from portakv.errors import PortaKVError
+from portakv.graph import Mask
+from portakv.runtime.finished import Finished
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.serving.pages import PageJob, Pages, PageStore
+from portakv.storage.pins import Pins
+
+_log = RateLimitedLog(logging.getLogger(__name__))
+#: Milliseconds between two looks for tasks that are late while all workers hang.
+LOOK = 1000
+#: Seconds between two attempts to open a store after one that failed.
+PAUSE = 5.0
+
+Kind: TypeAlias = Literal["save", "load"]
+
+
+class Buffer(NamedTuple):
+    """Bytes in the host memory of an engine.
+
+    Attributes:
+        address: of the first byte.
+        nbytes: the number of bytes.
+    """
+
+    address: int
+    nbytes: int
+
+
+class PageTask:
+    """A save or a load of pages.
+
+    Attributes:
+        kind: "save" or "load".
+        keys: as the caller passed them; a key may come several times.
+        buffers: a page for each key.
+        tag: what the caller passed to tell its tasks apart.
+        landed: the pages that are stored or were loaded, bool ``[keys]``.
+        fresh: the pages of a save that the store did not have before, bool ``[keys]``.
+    """
+
+    def __init__(
+        self, kind: Kind, keys: Sequence[bytes], buffers: Sequence[Buffer], tag: Hashable
+    ) -> None:
+        self.kind = kind
+        self.keys = keys
+        self.buffers = buffers
+        self.tag = tag
+        self.landed = np.zeros(len(keys), np.bool_)
+        self.fresh = np.zeros(len(keys), np.bool_)
+        self.left = 0  # jobs that have not ended
+
+    @property
+    def landed_bytes(self) -> int:
+        """Return the bytes of the pages that landed; of a save, those that were not there
+        before."""
+        moved = self.landed & self.fresh if self.kind == "save" else self.landed
+        return sum(buffer.nbytes for buffer in compress(self.buffers, moved))
+
+    def parts(self) -> list[tuple[int, list[int]]]:
+        """Return the numbers of pages that one job moves, with their bytes: each key once.
+
+        Of a task without pages, one part without any.
+        """
+        parts = dict[tuple[int, int], list[int]]()
+        seen = dict[bytes, int]()
+        for number, (key, buffer) in enumerate(zip(self.keys, self.buffers, strict=True)):
+            times = seen.get(key, 0)
+            seen[key] = times + 1
+            parts.setdefault((buffer.nbytes, times), []).append(number)
+        return [(nbytes, part) for (nbytes, _), part in parts.items()] or [(0, [])]
+
+
+class _Locks:
+    """The locks of pages, which add up. A batch of pins ends with the last lock of its pages."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_key = dict[bytes, list[_Batch]]()
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def add(self, keys: Iterable[bytes], pins: Pins) -> None:
+        """Note a lock of each key, which the pins keep."""
+        batch = _Batch(pins)
+        with self._lock:
+            for key in keys:
+                self._by_key.setdefault(key, []).append(batch)
+                batch.left += 1
+
+    def end(self, keys: Iterable[bytes]) -> None:
+        """End a lock of each key; ignore keys without one."""
+        ended = list[_Batch]()
+        with self._lock:
+            for key in keys:
+                batches = self._by_key.get(key)
+                if not batches:
+                    continue
+                batch = batches.pop()
+                if not batches:
+                    del self._by_key[key]
+                batch.left -= 1
+                if not batch.left:
+                    ended.append(batch)
+        for batch in ended:
+            batch.pins.release()
+
+
+class _Batch:
+    """The pins of a lookup, and the number of its locks that have not ended."""
+
+    def __init__(self, pins: Pins) -> None:
+        self.pins = pins
+        self.left = 0
+
+
+class PageTasks:
+    """The tasks of an engine over a store of pages.
+
+    Args:
+        store: of the pages; `close` closes it.
+        ended: called for each task that has ended, in the thread of the tasks.
+        lost: called with the keys of `page_key` of pages that the store no longer has, in the same
+            thread.
+
+    No method but `close` waits for a transfer. After `close` tasks end without a page.
+    """
+
+    def __init__(
+        self,
+        store: PageStore,
+        ended: Callable[[PageTask], object],
+        lost: Callable[[list[bytes]], object],
+    ) -> None:
+        self.store = store
+        self._ended = ended
+        self._lost = lost
+        self._locks = _Locks()
+        self._new = Finished[PageTask | None]()  # tasks of sizes to be opened, by the thread
+        self._new.start()
+        self._next_try = dict[int, float]()  # of sizes for which the store could not be opened
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="portakv-pages", daemon=True)
+        store.changes()  # later changes are kept
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Return whether tasks are carried out."""
+        return self._thread.is_alive() and not self._closing.is_set()
+
+    @property
+    def locked(self) -> int:
+        """Return the number of pages that are locked."""
+        return len(self._locks)
+
+    def begin(
+        self, kind: Kind, keys: Sequence[bytes], buffers: Sequence[Buffer], tag: Hashable = None
+    ) -> PageTask:
+        """Begin a task. Its buffers belong to it until its end.
+
+        Args:
+            kind: "save" or "load".
+            keys: of any length.
+            buffers: a page for each key.
+            tag: any value, for the caller.
+        """
+        task = PageTask(kind, keys, buffers, tag)
+        if self._closed_sizes(task):
+            self._new.add(task)
+        else:
+            self._begin(task)
+        return task
+
+    def holds(self, keys: Sequence[bytes]) -> Mask:
+        """Return which pages can be loaded in some size, bool ``[keys]``."""
+        result = np.zeros(len(keys), np.bool_)
+        for pages in self.store.every():
+            result |= pages.holds(keys)
+        return result
+
+    def lock(self, keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
+        """Lock the pages that can be loaded in some size; return their bytes, int64 ``[keys]``.
+
+        A page that is not there has 0 bytes, and no lock. The store evicts no page before the last
+        of its locks has ended. A size that is new ends all locks.
+        """
+        result = np.zeros(len(keys), np.int64)
+        left = [*range(len(keys))]
+        for pages in self.store.every():
+            pins = pages.pin([keys[number] for number in left])
+            locked = [*compress(left, pins.held)]
+            self._locks.add([keys[number] for number in locked], pins)
+            result[locked] = pages.size.nbytes
+            left = [*compress(left, ~pins.held)]
+        return result
+
+    def unlock(self, keys: Iterable[bytes]) -> None:
+        """End a lock of each page; ignore pages that are not locked."""
+        self._locks.end(keys)
+
+    def delete(self, keys: Sequence[bytes]) -> Mask:
+        """Delete pages of any size, locked or not; return which were stored, bool ``[keys]``."""
+        result = np.zeros(len(keys), np.bool_)
+        for pages in self.store.every():
+            result |= pages.delete(keys)
+        return result
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End the tasks within so many seconds, which are not reported, and close the store.
+
+        Raises `TransferTimeout` as `BlockStore.close` does.
+        """
+        self._closing.set()
+        self._new.add(None)
+        self._thread.join(timeout)
+        self.store.close(timeout)
+        self._new.close()
+
+    # --- the thread
+
+    def _run(self) -> None:
+        """Report what ends, until the store is closed."""
+        poller = select.poll()
+        for fd in (self.store.fileno(), self._new.fileno()):
+            poller.register(fd, select.POLLIN)
+        while not self._closing.is_set():
+            poller.poll(LOOK)
+            self._look()
+
+    def _look(self) -> None:
+        """Report the tasks that have ended and the pages that were lost; begin new tasks."""
+        ended = list[PageTask]()
+        for job in self.store.finished():
+            task, part = _of(job)
+            task.landed[part] = job.landed
+            task.left -= 1
+            if not task.left:
+                ended.append(task)
+        gone = [change.key for change in self.store.changes() if not change.stored]
+        for task in ended:
+            _report(self._ended, task)
+        lost = [*compress(gone, ~self.holds(gone))]
+        if lost:
+            _report(self._lost, lost)
+        for new in self._new.take():
+            if new is not None:
+                self._open(new)
+
+    def _open(self, task: PageTask) -> None:
+        """Open the store for the sizes of a task, and begin it.
+
+        After a failure, such as of a medium that hangs, a size is not tried again for `PAUSE`
+        seconds.
+        """
+        for nbytes in self._closed_sizes(task):
+            if time.monotonic() < self._next_try.get(nbytes, 0.0):
+                continue
+            try:
+                self.store.pages(nbytes)
+                self.store.changes()  # later changes are kept
+            except PortaKVError as error:
+                _log.warning("open", "Pages are not stored or loaded: %s", error)
+                self._next_try[nbytes] = time.monotonic() + PAUSE
+        self._begin(task)
+
+    def _closed_sizes(self, task: PageTask) -> set[int]:
+        """Return the sizes of a task for which the store is to be opened.
+
+        Of a size that no save had yet, there is no page to load.
+        """
+        every = {pages.size.nbytes: pages for pages in self.store.every()}
+        sizes = {buffer.nbytes for buffer in task.buffers}
+        known = {nbytes for nbytes in sizes if nbytes in every}
+        closed = {nbytes for nbytes in known if every[nbytes].blocks is None}
+        return closed | (sizes - known if task.kind == "save" else set())
+
+    def _begin(self, task: PageTask) -> None:
+        """Begin the jobs of a task; each ends by the queue of the store."""
+        every = {pages.size.nbytes: pages for pages in self.store.every()}
+        parts = task.parts()
+        task.left = len(parts)
+        for nbytes, part in parts:
+            try:
+                self._begin_part(task, part, every.get(nbytes))
+            except PortaKVError as error:
+                # The other parts have begun, so that the caller must not get an error.
+                _log.warning("begin", "Pages are not stored or loaded: %s", error)
+                self._fail(task, part)
+
+    def _begin_part(self, task: PageTask, part: list[int], pages: Pages | None) -> None:
+        if pages is None or not part:
+            self._fail(task, part)
+            return
+        keys = [task.keys[number] for number in part]
+        view = pages.at([task.buffers[number].address for number in part])
+        if task.kind == "save":
+            task.fresh[part] = ~pages.holds(keys)
+            pages.save(keys, view, priority="background", tag=(task, part))
+        else:
+            pages.load(keys, view, tag=(task, part))
+
+    def _fail(self, task: PageTask, part: list[int]) -> None:
+        """End a part of a task without a page."""
+        keys = [task.keys[number] for number in part]
+        self.store.ended.add(PageJob(task.kind, keys, 0, (task, part)))
+
+
+def _of(job: PageJob) -> tuple[PageTask, list[int]]:
+    """Return the task of a job, and the numbers of its pages."""
+    tag: Any = job.tag
+    task, part = tag
+    return task, part
+
+
+def _report(call: Callable[[Any], object], what: object) -> None:
+    """Call what an engine wants to hear; its errors end no other report."""
+    try:
+        call(what)
+    except Exception as error:  # of the engine's own code, which may raise anything
+        _log.warning("report", "A report of pages failed: %r", error)
