@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv doctor --kv-transfer-config`: say what is wrong with a configuration of vLLM."""
+"""`portakv doctor --kv-transfer-config`, `--hicache-config`: say what is wrong with a
+configuration of vLLM, or of SGLang."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any
 
 from portakv.cli.console import print_json, print_prose
 from portakv.errors import InvalidTerms
-from portakv.integrations.vllm_check import findings_of
+from portakv.integrations.sglang_check import hicache_findings_of
+from portakv.integrations.vllm_check import Findings, findings_of
 from portakv.integrations.vllm_tier_check import CONNECTOR, tier_findings_of
 from portakv.serving.sizing import Sizes, sizes_of
 
@@ -30,6 +32,20 @@ def check_config(config: str, model: str | None, as_json: bool) -> int:
         findings = tier_findings_of(transfer)
     else:
         findings = findings_of(transfer, sizes)
+    return _report(findings, "vLLM", as_json)
+
+
+def check_hicache(config: str, as_json: bool) -> int:
+    """Print what is wrong with an extra configuration of SGLang's HiCache, as `check_config`.
+
+    Raises `InvalidTerms` for texts that are not JSON objects.
+    """
+    findings = hicache_findings_of(_object("--hicache-config", config.removeprefix("@")))
+    return _report(findings, "SGLang", as_json)
+
+
+def _report(findings: Findings, engine: str, as_json: bool) -> int:
+    """Print what is wrong; return 1 if the engine would not start."""
     if as_json:
         print_json(vars(findings))
         return 1 if findings.errors else 0
@@ -41,9 +57,9 @@ def check_config(config: str, model: str | None, as_json: bool) -> int:
         for sentence in sentences:
             print_prose(f"{kind}: {sentence}")
     if findings.errors:
-        print("vLLM would not start with this configuration, or not use PortaKV.")
+        print(f"{engine} would not start with this configuration, or not use PortaKV.")
         return 1
-    print("vLLM starts with this configuration, and uses PortaKV.")
+    print(f"{engine} starts with this configuration, and uses PortaKV.")
     return 0
 
 

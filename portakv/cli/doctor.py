@@ -17,7 +17,7 @@ import torch
 
 from portakv import __version__
 from portakv.cli.backends import candidates_for, forced_backend
-from portakv.cli.check_config import check_config
+from portakv.cli.check_config import check_config, check_hicache
 from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
 from portakv.errors import InvalidTerms
 from portakv.integrations import INTEGRATIONS, MATRIX, Integration, untested, why_not
@@ -71,11 +71,16 @@ CHOICES: dict[str, Catalog[object]] = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that check a configuration of vLLM instead."""
+    """Add the options that check a configuration of an engine instead."""
     parser.add_argument(
         "--kv-transfer-config",
         metavar="JSON",
         help="check vLLM's configuration of this name, a text or a file, and nothing else",
+    )
+    parser.add_argument(
+        "--hicache-config",
+        metavar="JSON",
+        help="check SGLang's --hicache-storage-backend-extra-config, and nothing else",
     )
     parser.add_argument(
         "--model", metavar="FOLDER", help="the model that it is for: a folder with config.json"
@@ -85,10 +90,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report, and return 0: it can be made on every machine.
 
-    Return 1 for a configuration with which vLLM would not start, or not use PortaKV.
+    Return 1 for a configuration with which an engine would not start, or not use PortaKV.
     """
     if args.kv_transfer_config is not None:
         return check_config(args.kv_transfer_config, args.model, args.json)
+    if args.hicache_config is not None and args.model is None:
+        return check_hicache(args.hicache_config, args.json)
     if args.model is not None:
         raise InvalidTerms(
             "Expected --kv-transfer-config next to --model, got none. Pass the configuration."
