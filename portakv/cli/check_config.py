@@ -1,55 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv doctor --kv-transfer-config`, `--l2-adapter`: say what is wrong with a configuration of
-vLLM or of LMCache's server."""
+"""Options of `portakv doctor` that say what is wrong with a configuration of an engine."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from portakv.cli.console import print_json, print_prose
 from portakv.errors import InvalidTerms
 from portakv.integrations import lmcache_check
+from portakv.integrations.sglang_check import hicache_findings_of
 from portakv.integrations.vllm_check import Findings, findings_of
 from portakv.integrations.vllm_tier_check import CONNECTOR, tier_findings_of
 from portakv.serving.sizing import Sizes, sizes_of
 
+Find: TypeAlias = Callable[[Mapping[str, Any], "Sizes | None"], Findings]
 
-def check_config(config: str, model: str | None, as_json: bool) -> int:
-    """Print what is wrong with a configuration; return 1 if vLLM would not start with it.
+
+class Check(NamedTuple):
+    """What an option checks.
+
+    Attributes:
+        engine: whose configuration it is.
+        find: returns what is wrong with it, for a model of known sizes.
+    """
+
+    engine: str
+    find: Find
+
+
+def _vllm(config: Mapping[str, Any], sizes: Sizes | None) -> Findings:
+    if config.get("kv_connector") == CONNECTOR:
+        return tier_findings_of(config)
+    return findings_of(config, sizes)
+
+
+CHECKS = {
+    "--kv-transfer-config": Check("vLLM", _vllm),
+    "--l2-adapter": Check(
+        "LMCache's server", lambda config, _: lmcache_check.findings_of(config)
+    ),
+    "--hicache-config": Check("SGLang", lambda config, _: hicache_findings_of(config)),
+}
+
+
+def check_config(option: str, config: str, model: str | None, as_json: bool) -> int:
+    """Print what is wrong with a configuration; return 1 if the engine would not start with it.
 
     Args:
-        config: JSON, or the path of a file with it.
+        option: one of `CHECKS`.
+        config: JSON, or the path of a file with it, after an @ or without.
         model: a folder with the ``config.json`` of a model; None: not known.
         as_json: print one JSON value.
 
     Raises `InvalidTerms` for texts that are not JSON objects.
     """
+    engine, find = CHECKS[option]
     sizes = None if model is None else _sizes(model)
-    transfer = _object("--kv-transfer-config", config)
-    if transfer.get("kv_connector") == CONNECTOR:
-        findings = tier_findings_of(transfer)
-    else:
-        findings = findings_of(transfer, sizes)
-    return _print_findings("vLLM", findings, as_json)
-
-
-def check_adapter(config: str, as_json: bool) -> int:
-    """Print what is wrong with an L2 adapter; return 1 if LMCache would not start with it.
-
-    Args:
-        config: JSON, or the path of a file with it.
-        as_json: print one JSON value.
-
-    Raises `InvalidTerms` for texts that are not JSON objects.
-    """
-    findings = lmcache_check.findings_of(_object("--l2-adapter", config))
-    return _print_findings("LMCache's server", findings, as_json)
-
-
-def _print_findings(engine: str, findings: Findings, as_json: bool) -> int:
-    """Print findings; return 1 if an engine would not start."""
+    findings = find(_object(option, config.removeprefix("@")), sizes)
     if as_json:
         print_json(vars(findings))
         return 1 if findings.errors else 0

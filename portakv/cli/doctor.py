@@ -17,8 +17,8 @@ import torch
 
 from portakv import __version__
 from portakv.cli.backends import candidates_for, forced_backend
-from portakv.cli.check_config import check_adapter, check_config
 from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
+from portakv.cli.store_serve import check_installed
 from portakv.errors import InvalidTerms
 from portakv.integrations import INTEGRATIONS, MATRIX, Integration, untested, why_not
 from portakv.registry import ENVIRONMENT
@@ -70,20 +70,22 @@ CHOICES: dict[str, Catalog[object]] = {
 }
 
 
+#: The options that check a configuration of an engine instead, as `check_config.CHECKS`.
+CONFIGURATIONS = {
+    "--kv-transfer-config": "check vLLM's configuration of this name, and nothing else",
+    "--l2-adapter": "check LMCache's configuration of this name, and nothing else",
+    "--hicache-config": "check SGLang's --hicache-storage-backend-extra-config, and nothing else",
+}
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that check a configuration of an engine instead."""
+    for option, description in CONFIGURATIONS.items():
+        parser.add_argument(option, metavar="JSON", help=f"{description}: a text or a file")
     parser.add_argument(
-        "--kv-transfer-config",
-        metavar="JSON",
-        help="check vLLM's configuration of this name, a text or a file, and nothing else",
-    )
-    parser.add_argument(
-        "--model", metavar="FOLDER", help="the model that it is for: a folder with config.json"
-    )
-    parser.add_argument(
-        "--l2-adapter",
-        metavar="JSON",
-        help="check the configuration of this name of LMCache's server, and nothing else",
+        "--model",
+        metavar="FOLDER",
+        help="the model that vLLM's configuration is for: a folder with config.json",
     )
 
 
@@ -92,14 +94,18 @@ def run(args: argparse.Namespace) -> int:
 
     Return 1 for a configuration with which an engine would not start, or not use PortaKV.
     """
-    if args.l2_adapter is not None:
-        return check_adapter(args.l2_adapter, args.json)
-    if args.kv_transfer_config is not None:
-        return check_config(args.kv_transfer_config, args.model, args.json)
-    if args.model is not None:
+    texts = {option: getattr(args, option[2:].replace("-", "_")) for option in CONFIGURATIONS}
+    option = next((option for option, text in texts.items() if text is not None), None)
+    if args.model is not None and option != "--kv-transfer-config":
         raise InvalidTerms(
             "Expected --kv-transfer-config next to --model, got none. Pass the configuration."
         )
+    if option is not None:
+        check_installed(f"portakv doctor {option}")
+        # Imported here: it needs the extra `serving`, and no other report does.
+        from portakv.cli.check_config import check_config
+
+        return check_config(option, texts[option], args.model, args.json)
     devices = [_device(device) for device in devices_present()]
     served = [one["type"] for one in devices if one["backend"]]
     report: Report = {

@@ -148,6 +148,16 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
             self._returned = None
             self._away = None
 
+    def rows(self) -> Pair:
+        """Return keys and values where they are: in host memory while the layer is away.
+
+        Blocks the host until rows that are leaving the device have arrived.
+        """
+        if self._away is None:
+            return self.keys, self.values
+        self._storing.synchronize()
+        return self._away
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens as transformers does. The remaining rows need not be stored again."""
         super().crop(tokens_to_remove)
@@ -249,7 +259,7 @@ def save_prefix(
             f"Expected a cache that holds the prefix, got a prefix of {tokens} tokens and a cache "
             f"of {available}. Run the model before."
         )
-    rows = [(x.keys[:, :, :tokens], x.values[:, :, :tokens]) for x in _layers(cache)]
+    rows = [(x.keys[:, :, :tokens], x.values[:, :, :tokens]) for x in layers_of(cache)]
     prefix = _prefix(pool, blocks, tokens, len(rows[0][0]))
     return copy_rows(KVView(rows, f"layer {_ROWS}"), pool, None, prefix.slots)
 
@@ -286,7 +296,7 @@ def load_prefix(
     while len(cache.layers) < pool.layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     prefix = _prefix(pool, blocks, _whole(tokens))
-    layers = _layers(cache)
+    layers = layers_of(cache)
     target = pool.device if device is None else device
     size = (prefix.batch, pool.heads, tokens)
     rows: list[tuple[torch.Tensor, ...]] = []
@@ -304,8 +314,8 @@ def load_prefix(
     return transfer
 
 
-def _layers(cache: DynamicCache) -> list[DynamicLayer]:
-    """Return a cache's layers, all of which must attend to all tokens."""
+def layers_of(cache: DynamicCache) -> list[DynamicLayer]:
+    """Return a cache's layers. Raises `LayoutError` unless all of them retain every token."""
     for number, layer in enumerate(cache.layers):
         if type(layer) not in (DynamicLayer, PortaKVLayer):
             raise LayoutError(

@@ -122,6 +122,18 @@ class KeeperIndex:
             return True
         return bool(groups) and all(key in known.tiers for known in groups)
 
+    def holds(self, group: int, keys: Sequence[bytes]) -> list[bool]:
+        """Return for each key whether the block of one group can be loaded, as far as is known.
+
+        Raises `InvalidTerms` for a number that no group has.
+        """
+        whole("group", group, 0, self._groups - 1)
+        groups = self._groups_here()
+        if not groups:
+            return [False] * len(keys)
+        tiers = groups[group].tiers
+        return [key in tiers for key in keys]
+
     @property
     def losses(self) -> int:
         """Return a number that changes if a block may have been lost."""

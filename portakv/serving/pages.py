@@ -7,6 +7,7 @@ memory hand over such pages by key.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Hashable, Iterable, Sequence
@@ -14,7 +15,8 @@ from contextlib import suppress
 from glob import glob
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from shutil import rmtree
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +26,11 @@ from portakv.arguments import instance, invalid, items, octets, seconds, text, w
 from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, StoreError
 from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
+from portakv.serving.keeper_transfer import KeptTransfer
 from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.changes import Change
-from portakv.storage.files import form_in
+from portakv.storage.files import claim, form_in, unusable
 from portakv.storage.form_store import FormStore
 from portakv.storage.pins import Pins
 from portakv.view import IdList, KVView
@@ -96,14 +99,14 @@ class PageJob:
         self.nbytes = nbytes
         self.began = time.monotonic()
         self.seconds = 0.0
-        self._handle: Handle | None = None
+        self._handle: Handle | KeptTransfer | None = None
 
     def __repr__(self) -> str:
         return f"PageJob({self.kind}, {len(self.keys)} pages, tag={self.tag!r})"
 
     @property
-    def handle(self) -> Handle | None:
-        """Return the store's handle; None if there was no store."""
+    def handle(self) -> Handle | KeptTransfer | None:
+        """Return the store's handle, or the keeper's transfer; None if there was no store."""
         return self._handle
 
     @property
@@ -143,6 +146,10 @@ class PageJob:
         The pages that are being moved are in use until the end.
         """
         return self._handle is not None and self._handle.cancel()
+
+    def moved_by(self, transfer: KeptTransfer) -> None:
+        """Take the transfer of a keeper that moves the pages; no queue takes the job then."""
+        self._handle = transfer
 
     def _follow(self, handle: Handle, ended: Finished[PageJob]) -> None:
         """Add the job to a queue at the end of its handle."""
@@ -333,6 +340,31 @@ class PageStore:
             self._close(timeout)
         self.ended.close()
 
+    def clear(self) -> bool:
+        """Remove all pages from the disk and from memory; return False with a bucket.
+
+        Waits for the jobs in flight; other calls find nothing meanwhile. A bucket may have the
+        pages of other engines: `Remote.wipe` empties it.
+
+        Raises `StoreError` and `StoreBusy` as the constructor does, and for files that cannot be
+        removed.
+        """
+        if self.terms.bucket is not None:
+            return False
+        with self._lock:
+            self._close(self._patience)
+            for folder in self.terms.folders:
+                claimed = claim(Path(folder))
+                try:
+                    for pages in self._sizes.values():
+                        rmtree(Path(folder) / pages.form.name)
+                except OSError as error:
+                    raise unusable(Path(folder), error) from None
+                finally:
+                    os.close(claimed)
+            self._open()
+        return True
+
     def _close(self, timeout: float) -> None:
         store = self._store
         for pages in self._sizes.values():
@@ -366,6 +398,13 @@ class PageStore:
             pages.blocks = store.of(pages.form.name)
 
 
+class HasTerms(Protocol):
+    """A store of pages, as `Pages` use it."""
+
+    terms: StoreTerms
+    ended: Finished[PageJob]
+
+
 class Pages:
     """The pages of one size of a `PageStore`, which makes it.
 
@@ -377,7 +416,7 @@ class Pages:
         blocks: the store of the form; None while it is closed.
     """
 
-    def __init__(self, store: PageStore, size: PageSize, form: BlockForm) -> None:
+    def __init__(self, store: HasTerms, size: PageSize, form: BlockForm) -> None:
         self.size = size
         self.form = form
         self.blocks: FormStore | None = None
@@ -461,6 +500,19 @@ class Pages:
             with suppress(StoreError):  # it was closed
                 result[:] = blocks.has_each(names)
         return result
+
+    def lookup(self, keys: Sequence[bytes], timeout: float | None = 1.0) -> int:
+        """Return the number of leading pages that can be loaded.
+
+        Waits at most ``timeout`` seconds for buckets, as `BlockStore.lookup` does; for no other
+        tier.
+        """
+        names = _names(keys)
+        blocks = self.blocks
+        if blocks is not None:
+            with suppress(StoreError):  # it was closed
+                return blocks.lookup(names, timeout)
+        return 0
 
     def save(
         self,

@@ -26,11 +26,11 @@ from support import engine_process, sglang_on_cpu  # noqa: F401, I001  before SG
 import msgspec
 from sglang.kernels.ops.kvcache import cache_move
 from sglang.srt.mem_cache.device_pool_info import KVBufferLayout
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.pool_host import common, mha, mla
 from sglang.srt.plugins import load_plugins
 from support.ambient import STATES, State
 from support.guarded_memory import check_sentence
+from support.sglang_pools import DIM, HEADS, LAYERS, PAGE, device_pool
 
 from portakv import BackendUnavailable, LayoutError, SlotError
 from portakv.integrations import IntegrationError, kvcacheio
@@ -38,11 +38,7 @@ from portakv.integrations import sglang as integration
 
 load_plugins()
 
-LAYERS = 3
 TOKENS = 64
-PAGE = 8
-HEADS = 2
-DIM = 16
 CPU = torch.device("cpu")
 BEFORE = "from support import sglang_on_cpu\n"
 #: What SGLang's own methods serve, by name of the functions of `sgl_kernel.kvcacheio`.
@@ -108,33 +104,7 @@ def pinned_pools_of_the_simulated_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def build(kind: str, layout: str, device: torch.device, **options: Any) -> Pools:
     """Pools whose device holds random rows."""
-    if kind == "mla":
-        width = {"kv_lora_rank": DIM, "qk_rope_head_dim": DIM // 2}
-        pool = MLATokenToKVPool(
-            TOKENS,
-            PAGE,
-            torch.bfloat16,
-            layer_num=LAYERS,
-            device="cpu",
-            enable_memory_saver=False,
-            **width,
-        )
-        info = pool._mla_buffer_info()
-        buffers = list(pool.kv_buffer)
-    else:
-        pool = MHATokenToKVPool(
-            TOKENS,
-            PAGE,
-            torch.bfloat16,
-            HEADS,
-            DIM,
-            LAYERS,
-            "cpu",
-            False,
-            v_head_dim=DIM // 2 if kind == "unequal" else None,
-        )
-        info = pool._mha_buffer_info()
-        buffers = [*pool.k_buffer, *pool.v_buffer]
+    pool, info, buffers = device_pool(kind, TOKENS)
     generator = torch.Generator().manual_seed(1)
     for each in buffers:
         each.copy_(torch.randn(each.shape, generator=generator))

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checksum of the weights in a folder."""
+"""The checksums of the weights in a folder, and of a loaded model."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from portakv.serving.weights import SAMPLE, checksum_of_weights
+from portakv.serving.weights import SAMPLE, checksum_of_tensors, checksum_of_weights
 
 
 def written(folder: Path, name: str, content: bytes) -> Path:
@@ -49,3 +51,42 @@ def test_names_and_sizes_count(tmp_path: Path) -> None:
 def test_a_folder_without_weights_has_none(tmp_path: Path) -> None:
     assert checksum_of_weights(written(tmp_path / "a", "config.json", b"{}")) == ""
     assert checksum_of_weights(tmp_path / "none") == ""
+
+
+def weights() -> dict[str, torch.Tensor]:
+    """Tensors of several kinds, the same in each call."""
+    numbers = torch.arange(1000.0, device="cpu")
+    return {
+        "matrix": numbers.view(20, 50).clone(),
+        "half": numbers[:3].bfloat16(),
+        "turned": numbers[:60].view(6, 10).clone().T,
+        "none": numbers[:0],
+        "scalar": numbers[7].clone(),
+    }
+
+
+def test_equal_tensors_are_equal() -> None:
+    one = checksum_of_tensors(weights().items())
+    assert one == checksum_of_tensors(weights().items())
+    with torch.device("meta"), torch.inference_mode():
+        assert one == checksum_of_tensors(weights().items())
+
+
+@pytest.mark.parametrize("name", ["matrix", "half", "turned", "scalar"])
+def test_another_tensor_is_told_apart(name: str) -> None:
+    """By its values, its dtype, its shape and its name."""
+    others: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda x: x + 1,
+        lambda x: x.double(),
+        lambda x: x.reshape(1, -1),
+        lambda x: x.to("meta"),
+    ]
+    results = [checksum_of_tensors(weights().items())]
+    for change in others:
+        made = weights()
+        made[name] = change(made[name])
+        results.append(checksum_of_tensors(made.items()))
+    made = weights()
+    made["another"] = made.pop(name)
+    results.append(checksum_of_tensors(made.items()))
+    assert len({*results}) == len(results)
