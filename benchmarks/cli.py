@@ -76,7 +76,8 @@ from portakv_benchmarks.shared.harness import (
     in_a_line,
 )
 from portakv_benchmarks.shared.peers import PEERS, load_peer
-from portakv_benchmarks.shared.shapes import Shape, in_bytes, load
+from portakv.cli.shapes import Shape, load
+from portakv_benchmarks.shared.shapes import in_bytes
 from portakv_benchmarks.shared.tables import print_results
 from portakv_benchmarks.storage import costs, stores, tiers, waits
 from portakv_benchmarks.storage.suite import STORAGE_PRESETS, StorageBench

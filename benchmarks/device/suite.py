@@ -20,7 +20,7 @@ from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, Timer, Variant
 from portakv_benchmarks.shared.peers import LMCache
-from portakv_benchmarks.shared.shapes import Shape
+from portakv.cli.shapes import Shape
 
 #: Backends that compile each plan for seconds: measured with a few shapes and slots only.
 COMPILING = ("compiled",)

@@ -17,7 +17,8 @@ import torch
 
 from portakv import Index, KVView
 from portakv.host import pinned
-from portakv_benchmarks.shared.shapes import POISON, Shape, fill, in_words, moved, planes, sizes
+from portakv.cli.shapes import Shape
+from portakv_benchmarks.shared.shapes import POISON, fill, in_words, moved, planes, sizes
 
 #: Names of directions: from the device to the host, and from the host to the device.
 DIRECTIONS = ("d2h", "h2d")

@@ -39,7 +39,8 @@ from portakv_benchmarks.plugs.suite import (
 )
 from portakv_benchmarks.shared.harness import Rows, Step, in_a_line, short
 from portakv_benchmarks.shared.peers import load
-from portakv_benchmarks.shared.shapes import Shape, in_words
+from portakv.cli.shapes import Shape
+from portakv_benchmarks.shared.shapes import in_words
 
 #: Where its ops are: up to 0.5.3, from 0.5.4 on, and over torch alone.
 _MODULES = ("c_ops", "cuda_ops", "v1.platform.torch_ops")

@@ -25,7 +25,8 @@ from portakv_benchmarks.host.suite import HOST_PRESETS, KB, MB, MEMCPY, Bench, p
 from portakv_benchmarks.host.traffic_sources import LOOPS, Traffic
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant, having, short
-from portakv_benchmarks.shared.shapes import POISON, Shape, fill, moved, planes, sizes
+from portakv.cli.shapes import Shape
+from portakv_benchmarks.shared.shapes import POISON, fill, moved, planes, sizes
 
 #: Names of the methods in rows: the engine's own code, and the integration.
 OWN = "own"

@@ -28,7 +28,7 @@ from portakv_benchmarks.device.overhead import measure_overhead
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import HostTimer, Measured, Sample, Timer, Variant, measure
-from portakv_benchmarks.shared.shapes import Shape, load
+from portakv.cli.shapes import Shape, load
 
 
 def shape(**fields: Any) -> Shape:

@@ -17,7 +17,7 @@ from portakv_benchmarks.host.cases import SCENES
 from portakv_benchmarks.host.suite import HOST_PRESETS, KB
 from portakv_benchmarks.shared.harness import having
 from portakv_benchmarks.shared.recorded import read
-from portakv_benchmarks.shared.shapes import load
+from portakv.cli.shapes import load
 
 FULL = HOST_PRESETS["full"]
 ACCEPTED = 'accepted = { figure = 0.45, reason = "cold", tries = ["a", "b", "c"] }'

@@ -20,7 +20,7 @@ from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import peers
 from portakv_benchmarks.shared.harness import Rows
 from portakv_benchmarks.shared.peers import LMCache
-from portakv_benchmarks.shared.shapes import Shape
+from portakv.cli.shapes import Shape
 
 ONCE = dataclasses.replace(FULL, repeats=1)
 

@@ -11,7 +11,7 @@ import torch
 
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer
-from portakv_benchmarks.shared.shapes import Shape, load
+from portakv.cli.shapes import Shape, load
 
 CPU = torch.device("cpu")
 #: For the fixture ``device``, without the simulated device, on which benchmarks rest the host
