@@ -18,9 +18,9 @@ from support.guarded_memory import check_sentence
 
 from portakv import CopyPlan, KVView
 from portakv.backends.rows_kernel import RowsKernel
+from portakv.cli.shapes import load
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime import nvrtc as _nvrtc
-from portakv.cli.shapes import load
 from portakv_conformance.vendor.hip_emulated import compiler, fake_driver
 
 needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
