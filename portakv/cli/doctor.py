@@ -17,8 +17,8 @@ import torch
 
 from portakv import __version__
 from portakv.cli.backends import candidates_for, forced_backend
-from portakv.cli.check_config import check_config
 from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
+from portakv.cli.store_serve import check_installed
 from portakv.errors import InvalidTerms
 from portakv.integrations import INTEGRATIONS, MATRIX, Integration, untested, why_not
 from portakv.registry import ENVIRONMENT
@@ -88,6 +88,10 @@ def run(args: argparse.Namespace) -> int:
     Return 1 for a configuration with which vLLM would not start, or not use PortaKV.
     """
     if args.kv_transfer_config is not None:
+        check_installed("portakv doctor --kv-transfer-config")
+        # Imported here: it needs the extra `serving`, and no other report does.
+        from portakv.cli.check_config import check_config
+
         return check_config(args.kv_transfer_config, args.model, args.json)
     if args.model is not None:
         raise InvalidTerms(
