@@ -177,10 +177,10 @@ def bill_of_materials(tree: Path, folder: Path, around: Mapping[str, str]) -> No
     extras = [word for extra in RUNTIME_EXTRAS for word in ("--extra", extra)]
     platform = ["--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_28"]
     certificates = ["--system-certs"] if Path("/etc/ssl/certs/ca-certificates.crt").exists() else []
+    resolve = [sys.executable, "-m", "uv", "pip", "compile", tree / "pyproject.toml"]
+    resolve += [*extras, *platform, "-c", ROOT / "constraints.txt", *certificates]
     resolved = subprocess.run(
-        [sys.executable, "-m", "uv", "pip", "compile", tree / "pyproject.toml", *extras, *platform]
-        + ["-c", ROOT / "constraints.txt", "--no-annotate", "--no-header", "--quiet"]
-        + certificates,
+        [*resolve, "--no-annotate", "--no-header", "--quiet"],
         env=around,
         stdout=subprocess.PIPE,
         check=True,
@@ -190,10 +190,10 @@ def bill_of_materials(tree: Path, folder: Path, around: Mapping[str, str]) -> No
     fields = {"name": name, "version": version, "description": about["Summary"]}
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in fields.items()]
     project.write_text("".join(["[project]\n", *lines, 'license = "Apache-2.0"\n']))
+    describe = [sys.executable, "-m", "cyclonedx_py", "requirements", "-", "--pyproject", project]
+    describe += ["--mc-type", "library", "--output-reproducible", "--short-PURLs"]
     subprocess.run(
-        [sys.executable, "-m", "cyclonedx_py", "requirements", "-", "--pyproject", project]
-        + ["--mc-type", "library", "--output-reproducible", "--short-PURLs"]
-        + ["-o", folder / f"{name}-{version}.cdx.json"],
+        [*describe, "-o", folder / f"{name}-{version}.cdx.json"],
         env=around,
         input=resolved,
         check=True,
