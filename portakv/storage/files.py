@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from contextlib import suppress
@@ -16,6 +15,7 @@ from weakref import WeakSet
 
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.linux import fcntl
 from portakv.storage.form import BlockForm
 
 #: Flags of files that a store writes.

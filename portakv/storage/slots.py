@@ -8,7 +8,6 @@ The order of the writes leaves both consistent after a kill at any moment.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import mmap
 import os
@@ -27,6 +26,7 @@ import numpy as np
 from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import abandoned
+from portakv.runtime.linux import fcntl
 from portakv.storage.chains import UNKNOWN, Chains, mark_of, marks_of
 from portakv.storage.files import (
     MOST_FORM,
