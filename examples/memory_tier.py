@@ -18,12 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from portakv.graph import Graph
-from portakv.graph.graph import Queue
-from portakv.storage import BlockForm, image, reasons
-from portakv.storage.image import Row
-from portakv.storage.reasons import Reason, Report
-from portakv.storage.rows import Rows
+from portakv.ext import BlockForm, Graph, Queue, Reason, Report, Row, Rows, image, reasons
 
 
 class MemoryTier:
