@@ -137,13 +137,20 @@ def make(kind: str, tree: Path, folder: Path, around: Mapping[str, str]) -> None
     """Run `python -m build` with the setuptools of this environment."""
     # Rights of files that the build writes must not depend on the user's.
     command = ["-m", "build", "--no-isolation", kind, "--outdir", str(folder), str(tree)]
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, *command],
         env=around,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         umask=0o022,
-        check=True,
+        check=False,
     )
+    if done.returncode != 0:
+        sys.stderr.write(done.stdout)
+        raise Refused(
+            f"Expected {kind[2:]} to be built, got exit code {done.returncode}. See above."
+        )
 
 
 def normalize(path: Path, epoch: int) -> None:
@@ -190,8 +197,15 @@ def bill_of_materials(tree: Path, folder: Path, around: Mapping[str, str]) -> No
     fields = {"name": name, "version": version, "description": about["Summary"]}
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in fields.items()]
     project.write_text("".join(["[project]\n", *lines, 'license = "Apache-2.0"\n']))
-    describe = [sys.executable, "-m", "cyclonedx_py", "requirements", "-", "--pyproject", project]
-    describe += ["--mc-type", "library", "--output-reproducible", "--short-PURLs"]
+    describe = [sys.executable, "-W", "ignore", "-m", "cyclonedx_py", "requirements", "-"]
+    describe += [
+        "--pyproject",
+        project,
+        "--mc-type",
+        "library",
+        "--output-reproducible",
+        "--short-PURLs",
+    ]
     subprocess.run(
         [*describe, "-o", folder / f"{name}-{version}.cdx.json"],
         env=around,

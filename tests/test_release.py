@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 #: Hosts of package registries, which a user may have replaced.
 HOSTS = re.compile(r"(pypi|pythonhosted|conda|docker|ghcr|quay|nvcr)\.(?:org|io|com)\b")
+#: Files that people and programs read as text.
+READ = {"", ".py", ".md", ".yml", ".yaml", ".toml", ".txt", ".sh", ".cff"}
 UNDATED = "# Changelog\n\n## Unreleased: 1.2.3\n\nA line.\n"
 DATED = "# Changelog\n\n## 1.2.3, 2026-12-01\n\nA line.\n"
 
@@ -46,14 +48,8 @@ def clone(tmp_path: Path) -> Path:
 
 
 def git(folder: Path, *words: str) -> None:
-    who = [
-        "-c",
-        "user.name=a test",
-        "-c",
-        "user.email=test@localhost",
-        "-c",
-        "commit.gpgsign=false",
-    ]
+    who = ["-c", "user.name=a test", "-c", "user.email=test@localhost"]
+    who += ["-c", "commit.gpgsign=false"]
     subprocess.run(["git", "-C", str(folder), *who, *words], check=True, timeout=60)
 
 
@@ -174,7 +170,8 @@ def test_two_builds_that_differ_are_refused(
 def test_each_step_of_a_workflow_calls_one_script(workflow: Path) -> None:
     """So that what runs there runs here."""
     lines = workflow.read_text(encoding="utf-8").splitlines()
-    commands = [line.strip().removeprefix("run: ") for line in lines if line.strip()[:4] == "run:"]
+    stripped = [line.strip() for line in lines]
+    commands = [line.removeprefix("run: ") for line in stripped if line.startswith("run: ")]
     assert commands
     for command in commands:
         (script, *_) = command.split()
@@ -200,16 +197,7 @@ def test_no_file_names_the_host_of_a_registry() -> None:
     found = []
     for name in filter(None, listed.split("\0")):
         path = ROOT / name
-        if path.is_file() and path.suffix in {
-            "",
-            ".py",
-            ".md",
-            ".yml",
-            ".toml",
-            ".txt",
-            ".sh",
-            ".cff",
-        }:
+        if path.is_file() and path.suffix in READ:
             match = HOSTS.search(path.read_text(encoding="utf-8", errors="replace"))
             found += [f"{name}: {match[0]}"] if match else []
     assert found == []
