@@ -6,8 +6,8 @@
     python .ci/compatibility.py                       write the table
     python .ci/compatibility.py --check               fail if the table is stale
 
-`tests/integrations/compatibility.json` has the results of the last run of each release. The releases
-are those of `portakv.integrations.MATRIX`, and the doors are those that .ci/plugs tests.
+`tests/integrations/compatibility.json` has the results of the last run of each release. The
+releases are those of `portakv.integrations.MATRIX`, and the doors are those that .ci/plugs tests.
 """
 
 from __future__ import annotations
