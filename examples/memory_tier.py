@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from portakv.ext import BlockForm, Graph, Queue, Reason, Report, Row, Rows, image, reasons
+from portakv.ext import BlockForm, Graph, Queue, Reason, Report, Rows, image, reasons
 
 
 class MemoryTier:
@@ -77,7 +77,7 @@ class MemoryStore:
     def read(
         self,
         keys: Sequence[bytes],
-        rows: Sequence[Row],
+        rows: Sequence[image.Row],
         segments: Sequence[int] | None,
         stop: Callable[[], bool],
         report: Report,
@@ -88,7 +88,7 @@ class MemoryStore:
         ]
 
     def _read_one(
-        self, key: bytes, row: Row, segments: Sequence[int] | None, report: Report
+        self, key: bytes, row: image.Row, segments: Sequence[int] | None, report: Report
     ) -> bool:
         stored = self._images.get(key)
         if stored is None:
@@ -111,7 +111,7 @@ class MemoryStore:
         self,
         queue: Queue,
         keys: Sequence[bytes],
-        rows: Sequence[Row],
+        rows: Sequence[image.Row],
         generations: Sequence[int],
         checksums: Sequence[Sequence[int]],
         own: Mapping[bytes, int] | None = None,

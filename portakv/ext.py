@@ -12,23 +12,23 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
-from portakv.copy.handle import BlockTransfer
-from portakv.copy.options import CopyOptions
-from portakv.errors import (
+from portakv import (
+    BlockTransfer,
+    CopyOptions,
+    CopyPlan,
+    Index,
     InvalidTerms,
+    KVView,
     PortaKVError,
     StoreError,
+    Transfer,
     TransferCancelled,
     TransferError,
     TransferTimeout,
     Unsupported,
+    register_backend,
 )
-from portakv.plan.plan import CopyPlan
-from portakv.registry.registry import register_backend
-from portakv.runtime.transfer import Transfer
-from portakv.view.index import Index
-from portakv.view.view import KVView
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
 
 if TYPE_CHECKING:
     from portakv.graph import Graph, Handle, Task
@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
     from portakv.migrate.messages import Bytes, Count, Message
     from portakv.migrate.transports.base import Lane, Moving, Transport
-    from portakv.storage import image, reasons
-    from portakv.storage.form import BlockForm
-    from portakv.storage.image import Row
+    from portakv.storage import BlockForm, image, reasons
     from portakv.storage.io.base import Engine, Request
     from portakv.storage.reasons import Reason, Report
     from portakv.storage.rows import Rows
@@ -72,7 +70,6 @@ __all__ = [
     "Reason",
     "Report",
     "Request",
-    "Row",
     "Rows",
     "StoreError",
     "Task",
@@ -98,7 +95,6 @@ _LATER = {
     "BlockForm": "portakv.storage.form",
     "Tier": "portakv.storage.tier",
     "TierStore": "portakv.storage.tier",
-    "Row": "portakv.storage.image",
     "Rows": "portakv.storage.rows",
     "Reason": "portakv.storage.reasons",
     "Report": "portakv.storage.reasons",

@@ -15,7 +15,6 @@ from typing import Any, Literal
 from portakv.arguments import invalid, number, one_of, whole
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.graph.graph import Graph
-from portakv.runtime.linux import require_linux
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage.chains import Chains
 from portakv.storage.disk_store import DiskStore
@@ -54,7 +53,6 @@ class Disk:
         depth: int = DEPTH,
         track: Track = lambda items, _: items,
     ) -> None:
-        require_linux("a disk tier")
         if not folders:
             raise invalid("folders", "one folder or more", folders, "Pass a folder.")
         for folder in folders:

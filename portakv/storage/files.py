@@ -186,6 +186,11 @@ def unusable(folder: Path, error: OSError) -> StoreError:
     return StoreError(f"Expected to use {place}, but {cause_of(error)}. {advice}")
 
 
+def set_flags(fd: int, flags: int) -> None:
+    """Set the flags of an open file, such as ``O_DIRECT``. Raise `OSError` if it refuses them."""
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+
+
 def lock(file: Path) -> int:
     """Lock a file and return its descriptor; -1 if another process has the lock, or removed the
     file."""

@@ -26,7 +26,6 @@ import numpy as np
 from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import abandoned
-from portakv.runtime.linux import fcntl
 from portakv.storage.chains import UNKNOWN, Chains, mark_of, marks_of
 from portakv.storage.files import (
     MOST_FORM,
@@ -42,6 +41,7 @@ from portakv.storage.files import (
     read_file,
     replace_file,
     replace_if_possible,
+    set_flags,
     unusable,
 )
 from portakv.storage.form import BlockForm
@@ -256,10 +256,10 @@ class Slots:
         A file without slots does not show that.
         """
         try:
-            fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_DIRECT)
+            set_flags(self.fd, os.O_DIRECT)
             os.preadv(self.fd, [mmap.mmap(-1, PAGE)], PAGE)
         except OSError as error:
-            fcntl.fcntl(self.fd, fcntl.F_SETFL, 0)
+            set_flags(self.fd, 0)
             self.direct = False
             self.notes.append(f"{self.folder} refuses O_DIRECT ({error.strerror}): it is buffered.")
 

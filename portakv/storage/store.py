@@ -15,7 +15,6 @@ from portakv.errors import InvalidTerms, StoreError, TransferTimeout
 from portakv.graph import Graph, Handle
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import uninterrupted
-from portakv.runtime.linux import require_linux
 from portakv.storage.changes import Change
 from portakv.storage.form import BlockForm
 from portakv.storage.form_store import FormStore, Full
@@ -104,7 +103,6 @@ class BlockStore(FormStore):
         shared: bool = False,
         pin: bool = True,
     ) -> None:
-        require_linux("a block store")
         named = _forms_by_name(form)
         staging = nbytes("staging", staging)
         host = nbytes("host", host)
