@@ -184,8 +184,8 @@ def bill_of_materials(tree: Path, folder: Path, around: Mapping[str, str]) -> No
     extras = [word for extra in RUNTIME_EXTRAS for word in ("--extra", extra)]
     platform = ["--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_28"]
     certificates = ["--system-certs"] if Path("/etc/ssl/certs/ca-certificates.crt").exists() else []
-    resolve = [sys.executable, "-m", "uv", "pip", "compile", tree / "pyproject.toml"]
-    resolve += [*extras, *platform, "-c", ROOT / "constraints.txt", *certificates]
+    resolve = [sys.executable, "-m", "uv", "pip", "compile", str(tree / "pyproject.toml")]
+    resolve += [*extras, *platform, "-c", str(ROOT / "constraints.txt"), *certificates]
     resolved = subprocess.run(
         [*resolve, "--no-annotate", "--no-header", "--quiet"],
         env=around,
@@ -200,14 +200,14 @@ def bill_of_materials(tree: Path, folder: Path, around: Mapping[str, str]) -> No
     describe = [sys.executable, "-W", "ignore", "-m", "cyclonedx_py", "requirements", "-"]
     describe += [
         "--pyproject",
-        project,
+        str(project),
         "--mc-type",
         "library",
         "--output-reproducible",
         "--short-PURLs",
     ]
     subprocess.run(
-        [*describe, "-o", folder / f"{name}-{version}.cdx.json"],
+        [*describe, "-o", str(folder / f"{name}-{version}.cdx.json")],
         env=around,
         input=resolved,
         check=True,

@@ -31,8 +31,7 @@ from portakv import (
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
 
 if TYPE_CHECKING:
-    from portakv.graph import Graph, Handle, Task
-    from portakv.graph.graph import Queue
+    from portakv.graph import Graph, Handle, Queue, Task
     from portakv.migrate.channel import Channel, Peer
     from portakv.migrate.messages import Bytes, Count, Message
     from portakv.migrate.transports.base import Lane, Moving, Transport
@@ -91,7 +90,7 @@ _LATER = {
     "Graph": "portakv.graph",
     "Handle": "portakv.graph",
     "Task": "portakv.graph",
-    "Queue": "portakv.graph.graph",
+    "Queue": "portakv.graph",
     "BlockForm": "portakv.storage.form",
     "Tier": "portakv.storage.tier",
     "TierStore": "portakv.storage.tier",

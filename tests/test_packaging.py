@@ -264,12 +264,9 @@ def test_each_verb_with_its_extra(clean: Path, tmp_path: Path) -> None:
     # NVRTC's loader searches the environment of the interpreter, which is the wheel's.
     libraries = ":".join(map(str, Path(packages, "nvidia").glob("*/lib")))
     for line, code, words in EXTRA_VERBS:
-        command = line.format(folder=tmp_path).split()
-        output = run(
-            *("env", f"LD_LIBRARY_PATH={libraries}", clean / "portakv", *command),
-            path=packages,
-            code=code,
-        )
+        command = ["env", f"LD_LIBRARY_PATH={libraries}", str(clean / "portakv")]
+        command += line.format(folder=tmp_path).split()
+        output = run(*command, path=packages, code=code)
         assert words in output, line
 
 
