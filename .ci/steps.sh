@@ -52,6 +52,8 @@ step() {
     local began=$SECONDS
     now=$1
     shift
+    # What .ci/compatibility.py reads: the numbers of tests of each step.
+    [[ -z ${STEP_RESULTS:-} ]] || export PYTEST_ADDOPTS="--junitxml='$STEP_RESULTS/$now.xml' -o junit_suite_name='$now'"
     printf '\n=== %s\n' "$now"
     "$@" || exit
     timings+=("$now" $((SECONDS - began)))
@@ -60,6 +62,7 @@ step() {
 # begin COMMAND...: run it in the background, until a later step calls `ended COMMAND...`.
 declare -A output process
 begin() {
+    unset PYTEST_ADDOPTS # which names the results of the last step
     output[$*]=$(mktemp)
     "$@" >"${output[$*]}" 2>&1 &
     process[$*]=$!

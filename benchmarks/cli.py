@@ -35,6 +35,7 @@ import torch
 
 import portakv
 from portakv.cli.console import installing, print_json
+from portakv.cli.shapes import Shape, load
 from portakv.cli.sides import read_above_zero
 from portakv.errors import PortaKVError
 from portakv.interconnect.costs import costs_of
@@ -76,7 +77,7 @@ from portakv_benchmarks.shared.harness import (
     in_a_line,
 )
 from portakv_benchmarks.shared.peers import PEERS, load_peer
-from portakv_benchmarks.shared.shapes import Shape, in_bytes, load
+from portakv_benchmarks.shared.shapes import in_bytes
 from portakv_benchmarks.shared.tables import print_results
 from portakv_benchmarks.storage import costs, stores, tiers, waits
 from portakv_benchmarks.storage.suite import STORAGE_PRESETS, StorageBench

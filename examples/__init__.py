@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples to copy from. The wheel has them as ``portakv_examples``, for `portakv demo`."""
+"""Examples to copy from. A clone has them as ``portakv_examples``; no release contains them.
+
+`portakv/cli/demo` links to the two that `portakv demo` runs.
+"""

@@ -19,13 +19,10 @@ import numpy.typing as npt
 import torch
 from msgspec import Meta
 
-from portakv.backends import Decision
-from portakv.errors import TransferError
-from portakv.migrate.messages import Bytes, Count, Message
-from portakv.migrate.transports.base import Lane, Moving, Transport
+from portakv.ext import Bytes, Count, Decision, Lane, Message, Moving, TransferError, Transport
 
 if TYPE_CHECKING:
-    from portakv.migrate.channel import Channel, Peer
+    from portakv.ext import Channel, Peer
 
 #: Bytes of an answer: a channel sends 1 MiB at most.
 PIECE = 512 << 10

@@ -18,12 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from portakv.graph import Graph
-from portakv.graph.graph import Queue
-from portakv.storage import BlockForm, image, reasons
-from portakv.storage.image import Row
-from portakv.storage.reasons import Reason, Report
-from portakv.storage.rows import Rows
+from portakv.ext import BlockForm, Graph, Queue, Reason, Report, Rows, image, reasons
 
 
 class MemoryTier:
@@ -82,7 +77,7 @@ class MemoryStore:
     def read(
         self,
         keys: Sequence[bytes],
-        rows: Sequence[Row],
+        rows: Sequence[image.Row],
         segments: Sequence[int] | None,
         stop: Callable[[], bool],
         report: Report,
@@ -93,7 +88,7 @@ class MemoryStore:
         ]
 
     def _read_one(
-        self, key: bytes, row: Row, segments: Sequence[int] | None, report: Report
+        self, key: bytes, row: image.Row, segments: Sequence[int] | None, report: Report
     ) -> bool:
         stored = self._images.get(key)
         if stored is None:
@@ -116,7 +111,7 @@ class MemoryStore:
         self,
         queue: Queue,
         keys: Sequence[bytes],
-        rows: Sequence[Row],
+        rows: Sequence[image.Row],
         generations: Sequence[int],
         checksums: Sequence[Sequence[int]],
         own: Mapping[bytes, int] | None = None,

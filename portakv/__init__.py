@@ -38,7 +38,7 @@ from portakv.runtime.transfer import LateErrors, Transfer
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from portakv.cli import VERBS
 from portakv.integrations import MATRIX
 
 if sys.version_info >= (3, 11):
@@ -29,11 +31,42 @@ NATIVE_SUFFIXES = (".cuh", ".cu", ".h", ".hpp", ".cpp", ".md", ".sh")
 TEMPLATES = (".css", ".js", ".html", ".md", ".svg", ".xml")
 #: Suffixes of the files that travel with Python files, by package.
 TRAVELS = {
-    "portakv": (".cuh",),
+    "portakv": (".cuh", ".toml"),
     "portakv_native": NATIVE_SUFFIXES,
-    "portakv_benchmarks": (".toml",),
     "portakv_conformance": (".toml", ".c", ".cpp", ".h", *TEMPLATES),
 }
+#: Packages of a clone alone.
+STAYS = {"portakv_benchmarks", "portakv_examples"}
+#: The verbs of the command from the base package, and a verb that an extra serves: the exit code,
+#: and words of what is printed.
+BASE_VERBS = [
+    ("doctor", 0, "torch"),
+    ("doctor --kv-transfer-config {{}}", 1, "portakv[serving]"),
+    ("backends", 0, "reference"),
+    ("explain vllm-nhd flexkv-blockfirst", 0, "block"),
+    ("explain --host --device cpu", 0, "overlap"),
+    ("explain --hooks localhost", 1, "portakv[serving]"),
+    ("layouts vllm-nhd", 0, "vllm-nhd"),
+    ("store show {folder}", 1, "Pass a folder of a `Disk` tier"),
+    ("store serve {folder}", 1, "portakv[serving]"),
+    ("migrate --demo", 1, "portakv[migrate]"),
+    ("warmup --arch 90", 1, "cuda-bindings"),
+    ("calibrate --device cpu", 1, "Expected an accelerator"),
+    ("demo --device cpu", 0, "all right through reference"),
+    ("demo --store {folder} --device cpu", 1, "portakv[demo]"),
+    ("conform reference", 2, "portakv[conformance]"),
+    ("bench", 1, "portakv: `portakv bench` needs a clone of PortaKV"),
+]
+#: Likewise, with the packages that the extras bring.
+EXTRA_VERBS = [
+    ("demo --device cpu", 0, "logits    bit-identical"),
+    ("demo --store {folder} --device cpu", 0, "the same"),
+    ("store check {folder}", 0, ""),
+    ("migrate --demo --device cpu", 0, ""),
+    ("warmup --arch 90 --shape encoder-cache", 0, "Compiled"),
+    ("conform --contract tier disk", 0, ""),
+    ("bench", 1, "portakv: `portakv bench` needs a clone of PortaKV"),
+]
 PIN = re.compile(r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*( ; python_full_version .+)?")
 
 
@@ -45,9 +78,11 @@ def declared() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folders(declared: dict[str, Any]) -> dict[str, Path]:
-    """Import name -> folder of this repository, for each top-level package."""
+    """Import name -> folder of this repository, for each package of a release."""
     (source,) = declared["tool"]["setuptools"]["package-dir"].values()
-    return {link.name: link.resolve() for link in (ROOT / source).iterdir() if link.is_symlink()}
+    links = [link for link in (ROOT / source).iterdir() if link.is_symlink()]
+    assert {link.name for link in links} > STAYS
+    return {link.name: link.resolve() for link in links if link.name not in STAYS}
 
 
 def test_the_demo_asks_for_what_its_plug_serves(declared: dict[str, Any]) -> None:
@@ -100,7 +135,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seeded in seeded_sources():
         (tree / "native" / seeded).parent.mkdir(parents=True, exist_ok=True)
         (tree / "native" / seeded).write_text("// seeded by a test\n")
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", tree / "dist", tree)
+    # By way of the source distribution, as a release is made.
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tree / "dist", tree)
     (built,) = (tree / "dist").glob("*.whl")
     return built
 
@@ -124,9 +160,15 @@ def seeded_sources() -> list[str]:
     ] + ["cuda/CMakeLists.txt"]
 
 
-def run(*command: str | Path, cwd: Path = Path("/")) -> str:
-    """Run a command outside the repository; its output joins the failure if there is one."""
+def run(*command: str | Path, cwd: Path = Path("/"), path: str = "", code: int = 0) -> str:
+    """Run a command outside the repository, and return what it prints.
+
+    Its output joins the failure if the exit code is another than ``code``. ``path`` becomes
+    PYTHONPATH.
+    """
     around = {x: y for x, y in os.environ.items() if x not in ("PYTHONPATH", "PORTAKV_BACKEND")}
+    if path:
+        around["PYTHONPATH"] = path
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -137,7 +179,7 @@ def run(*command: str | Path, cwd: Path = Path("/")) -> str:
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
+    assert done.returncode == code, f"{command} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
 
 
@@ -190,6 +232,43 @@ def test_the_installed_wheel_imports(clean: Path, module: str) -> None:
 
 
 @pytest.mark.wheel
-def test_the_command_runs_without_any_extra(clean: Path) -> None:
-    """A plain table where rich is missing."""
-    assert "reference" in run(clean / "portakv", "backends")
+@pytest.mark.parametrize("package", sorted(STAYS))
+def test_the_installed_wheel_lacks_what_stays(clean: Path, package: str) -> None:
+    code = f"import importlib.util; print(importlib.util.find_spec({package!r}))"
+    assert run(clean / "python", "-I", "-c", code).strip() == "None"
+
+
+@pytest.mark.wheel
+@pytest.mark.parametrize(("line", "code", "words"), BASE_VERBS, ids=[x for x, *_ in BASE_VERBS])
+def test_each_verb_without_any_extra(
+    clean: Path, tmp_path: Path, line: str, code: int, words: str
+) -> None:
+    """It works, or says in one sentence which extra or device it needs."""
+    output = run(clean / "portakv", *line.format(folder=tmp_path).split(), code=code)
+    assert words in output
+    assert "Traceback" not in output
+    errors = [each for each in output.splitlines() if each.startswith("portakv: ")]
+    assert len(errors) == (1 if code else 0), output
+
+
+@pytest.mark.wheel
+def test_each_verb_with_its_extra(clean: Path, tmp_path: Path) -> None:
+    """The extras' packages are those of this environment; PortaKV is the wheel's.
+
+    The lines depend on each other: a folder is filled before it is checked.
+    """
+    packages = sysconfig.get_path("purelib")  # without its .pth files, and so without the clone
+    where = "import portakv; print(portakv.__file__)"
+    found = run(clean / "python", "-c", where, path=packages).strip()
+    assert Path(found).is_relative_to(clean.parent)
+    # NVRTC's loader searches the environment of the interpreter, which is the wheel's.
+    libraries = ":".join(map(str, Path(packages, "nvidia").glob("*/lib")))
+    for line, code, words in EXTRA_VERBS:
+        command = ["env", f"LD_LIBRARY_PATH={libraries}", str(clean / "portakv")]
+        command += line.format(folder=tmp_path).split()
+        output = run(*command, path=packages, code=code)
+        assert words in output, line
+
+
+def test_the_lines_name_every_verb() -> None:
+    assert {line.split()[0] for line, *_ in BASE_VERBS} == set(VERBS)

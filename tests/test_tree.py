@@ -36,7 +36,7 @@ TREE = {
     "native": "cuda host ascend",
     "native/ascend": "emulation",
     "conformance": "judge draw run evidence report cases mutants simdev vendor results",
-    "benchmarks": "device host migration plugs shared storage shapes.toml bars.toml results",
+    "benchmarks": "device host migration plugs shared storage bars.toml results",
     ".": "examples docs tests pyproject.toml constraints.txt README.md .ci/run .ci/full",
 }
 #: A private name of another object than a test's own or torch's, and how many; none may be added.

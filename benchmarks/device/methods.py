@@ -12,10 +12,10 @@ from itertools import product
 
 import torch
 
+from portakv.cli.shapes import Shape
 from portakv_benchmarks.device.suite import Field, both_directions, ceiling, connector_methods
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared.harness import Call, Rows, measure, usable
-from portakv_benchmarks.shared.shapes import Shape
 
 #: The plain methods, the slowest first.
 PLAIN = ("Python loops", "advanced indexing", "vectorised")

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from portakv import AdaptiveConnector, Index, KVView
+from portakv.cli.shapes import Shape
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
 from portakv_benchmarks.shared.harness import SEED, Row, Rows, uncollected
 from portakv_benchmarks.shared.peers import LMCache
-from portakv_benchmarks.shared.shapes import Shape
 
 #: Takes a memory object's number, and a new tensor over it.
 Call = Callable[[int, torch.Tensor], object]

@@ -13,6 +13,7 @@ import torch
 
 from portakv import AdaptiveConnector, BlockTransfer, Index, KVView, copy_blocks, copy_rows
 from portakv.cli.demo.moves import free_memory
+from portakv.cli.shapes import Shape
 from portakv.errors import PortaKVError
 from portakv.registry.registry import STRATEGIES, trace
 from portakv.view.bound import Tensors
@@ -20,7 +21,6 @@ from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, Timer, Variant
 from portakv_benchmarks.shared.peers import LMCache
-from portakv_benchmarks.shared.shapes import Shape
 
 #: Backends that compile each plan for seconds: measured with a few shapes and slots only.
 COMPILING = ("compiled",)

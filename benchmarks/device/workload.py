@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from portakv_benchmarks.shared.shapes import POISON, Shape, fill, moved, planes, sizes
+from portakv.cli.shapes import Shape
+from portakv_benchmarks.shared.shapes import POISON, fill, moved, planes, sizes
 
 _SEED = 20261120
 

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import Index, KVView
+from portakv.cli.shapes import Shape
 from portakv.host import pinned
-from portakv_benchmarks.shared.shapes import POISON, Shape, fill, in_words, moved, planes, sizes
+from portakv_benchmarks.shared.shapes import POISON, fill, in_words, moved, planes, sizes
 
 #: Names of directions: from the device to the host, and from the host to the device.
 DIRECTIONS = ("d2h", "h2d")

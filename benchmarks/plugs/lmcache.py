@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from portakv.cli.shapes import Shape
 from portakv.errors import PortaKVError
 from portakv.integrations import lmcache_ops
 from portakv.integrations.lmcache_formats import FUSED, LAYOUTS, MLA
@@ -39,7 +40,7 @@ from portakv_benchmarks.plugs.suite import (
 )
 from portakv_benchmarks.shared.harness import Rows, Step, in_a_line, short
 from portakv_benchmarks.shared.peers import load
-from portakv_benchmarks.shared.shapes import Shape, in_words
+from portakv_benchmarks.shared.shapes import in_words
 
 #: Where its ops are: up to 0.5.3, from 0.5.4 on, and over torch alone.
 _MODULES = ("c_ops", "cuda_ops", "v1.platform.torch_ops")

@@ -19,13 +19,14 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from portakv.cli.shapes import Shape
 from portakv.host import pinned
 from portakv_benchmarks.host import interference, traffic_sources
 from portakv_benchmarks.host.suite import HOST_PRESETS, KB, MB, MEMCPY, Bench, plain_copy
 from portakv_benchmarks.host.traffic_sources import LOOPS, Traffic
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant, having, short
-from portakv_benchmarks.shared.shapes import POISON, Shape, fill, moved, planes, sizes
+from portakv_benchmarks.shared.shapes import POISON, fill, moved, planes, sizes
 
 #: Names of the methods in rows: the engine's own code, and the integration.
 OWN = "own"

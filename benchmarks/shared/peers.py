@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from portakv.cli.shapes import Shape
 from portakv.errors import PortaKVError
-from portakv_benchmarks.shared.shapes import Shape
 
 #: Takes a chunk, and whether the cache's rows go there (or come from there).
 Move = Callable[[torch.Tensor, bool], object]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from portakv import CopyPlan, Index, KVView
-from portakv.backends import Backend, Capabilities, Decision, Launch
+from portakv.ext import Backend, Capabilities, CopyPlan, Decision, Index, KVView, Launch
 
 
 class Acme(Backend):

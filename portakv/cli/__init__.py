@@ -45,6 +45,15 @@ _DELEGATED: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "bench": ("portakv_benchmarks", "bench", (), "measure backends on real models' shapes"),
 }
 
+#: Where the package of such a verb is, if it is missing.
+_WHERE = {
+    "conform": "runs the package portakv_conformance, which is missing; install PortaKV again.",
+    "bench": (
+        "needs a clone of PortaKV, since releases do not contain the benchmarks; run "
+        "`pip install -e '.[bench]'` in a clone."
+    ),
+}
+
 _MODULES = (doctor, backends, explain, layouts, store, migrate, warmup, calibrate)
 VERBS = ("demo", *(module.__name__.rpartition(".")[2] for module in _MODULES), *_DELEGATED)
 
@@ -166,10 +175,7 @@ def _delegate(verb: str, words: list[str]) -> int:
         missing = error.name or str(error)
         why = f"needs {missing!r}, which is not installed; {installing(extra)} brings it."
         if missing.partition(".")[0] == package:
-            why = (
-                f"runs the package {package}, but this installation has no {missing}; install "
-                f"PortaKV again from a release or a clone that has it."
-            )
+            why = _WHERE[verb]
         print(f"portakv: `portakv {verb}` {why}", file=sys.stderr)
         return 2 if verb == "conform" else 1
     return int(command.main(words) or 0)

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 
 import torch
 
-from portakv.cli import explain_hooks, explain_link, store
+from portakv.cli import explain_link, store
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
 from portakv.cli.sides import Side, add_extents, extents_of, make_sides, positive
+from portakv.cli.store_serve import check_installed
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.plan.plan import Side as Units
 from portakv.registry.prepared import prepare
@@ -83,6 +84,10 @@ def run(args: argparse.Namespace) -> int:
     if args.storage is not None:
         return store.explain_folder(args.storage, args.json)
     if args.hooks is not None:
+        check_installed("portakv explain --hooks")
+        # Imported here: it needs the extra `serving`, and no other answer does.
+        from portakv.cli import explain_hooks
+
         return explain_hooks.print_hooks(args.hooks, args.json)
     why = explain_link.misplaced(args)
     if why:

@@ -7,7 +7,6 @@ The commands print its stores, verify them, remove them, or print how a tier rea
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import mmap
 import os
@@ -28,6 +27,7 @@ from portakv.cli.console import Column, Report, print_json, print_prose, print_t
 from portakv.cli.sides import in_bytes, read_bytes
 from portakv.cli.store_serve import serve
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
+from portakv.runtime.linux import fcntl, require_linux
 from portakv.storage import image, slots, table
 from portakv.storage.files import (
     cause_of,
@@ -98,6 +98,7 @@ def _object(option: str, words: str) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Show, check or wipe, or serve. Raise `StoreError` without a store, `StoreBusy` for an open
     store."""
+    require_linux("`portakv store`")
     if args.action == "serve":
         terms = {name: getattr(args, name) for name in ("host", "staging", "capacity", "bucket")}
         if args.bucket_options is not None:

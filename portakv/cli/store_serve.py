@@ -28,7 +28,7 @@ def serve(folders: Sequence[str], others: Mapping[str, object], as_json: bool) -
     Raises `InvalidTerms` for wrong terms, and `StoreError` for a folder that cannot be used, or
     without the packages of the keeper.
     """
-    _check_installed()
+    check_installed("portakv store serve")
     from portakv.serving.keeper_server import Keeper
     from portakv.serving.local import StoreTerms
 
@@ -74,13 +74,12 @@ def _until_a_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _check_installed() -> None:
-    """Raise `StoreError` if a package that the keeper needs is not installed."""
+def check_installed(command: str) -> None:
+    """Raise `StoreError` if a package that a command needs of `portakv.serving` is missing."""
     for name in ("msgspec", "zmq", "xxhash"):
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise StoreError(
-                f"Expected {name} for `portakv store serve`, got: {error}. "
-                f"{installing('serving')} brings it."
+                f"Expected {name} for `{command}`, got: {error}. {installing('serving')} brings it."
             ) from None

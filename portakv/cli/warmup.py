@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv.backends.rows_kernel import RowsKernel
-from portakv.cli.console import Column, Report, installing, print_json, print_prose, print_table
+from portakv.cli.console import Column, Report, print_json, print_prose, print_table
+from portakv.cli.shapes import load
 from portakv.cli.sides import Extents, Side, add_extents, check_cache, extents_of, make_sides
 from portakv.errors import PortaKVError
 from portakv.plan.plan import CopyPlan
@@ -71,7 +72,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         default=[],
-        help="shapes of the benchmarks (default: all of them, unless --layout is used)",
+        help="shapes of real models, those of `portakv bench` (default: all of them, unless "
+        "--layout is used)",
     )
     parser.add_argument(
         "--layout",
@@ -126,18 +128,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shapes(names: Sequence[str]) -> list[Pair]:
-    """Return the pairs of named shapes of the benchmarks; of all shapes without a name."""
-    try:
-        from portakv_benchmarks.shared.shapes import load
-    except ImportError as error:
-        raise PortaKVError(
-            f"Shapes are read by portakv_benchmarks, which cannot be loaded ({error}). Run "
-            f"{installing('bench')}, or name two layouts with --layout."
-        ) from error
+    """Return the pairs of named shapes of real models; of all shapes without a name."""
     known = load()
     for name in (x for x in names if x not in known):
         has = ", ".join(known)
-        raise PortaKVError(f"Expected a shape of the benchmarks, got {name!r}. Name one of {has}.")
+        raise PortaKVError(f"Expected a shape of a model, got {name!r}. Name one of {has}.")
     pairs = []
     for shape in (known[name] for name in names or known):
         size = shape.block_size

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from portakv.errors import HostMemoryError, Unsupported
+from portakv.runtime.linux import require_linux
 
 PAGE = mmap.PAGESIZE
 HugePages = Literal["auto", "transparent", "reserved", "never"]
@@ -73,6 +74,7 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
     Raises:
         HostMemoryError: the kernel has no space for it.
     """
+    require_linux("host memory of PortaKV")
     notes: list[str] = []
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if huge_pages == "reserved":

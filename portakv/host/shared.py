@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import fcntl
 import mmap
 import os
 import re
@@ -36,6 +35,7 @@ import torch
 from portakv.errors import HostMemoryError, PoolExhausted, SlotError
 from portakv.host import _pages, _registration, pinned
 from portakv.host.pool import Block, Pool, ending, stride
+from portakv.runtime.linux import fcntl, require_linux
 
 __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]
 
@@ -101,6 +101,7 @@ class SharedPool(Pool):
         keep: bool = False,
         fallback: bool = True,
     ) -> None:
+        require_linux("a shared pool")
         super().__init__(f"the shared pool {name!r}", "open it there by its name")
         self.name = name
         self._keep = keep
@@ -343,8 +344,9 @@ class SharedPool(Pool):
 
     # --- the file
 
-    def _lock(self, byte: int, kind: int = fcntl.F_WRLCK) -> bool:
+    def _lock(self, byte: int, kind: int | None = None) -> bool:
         """Lock a byte, or with ``F_UNLCK`` unlock it; return False if another opening has it."""
+        kind = fcntl.F_WRLCK if kind is None else kind
         request = struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)  # flock of 64-bit Linux
         with suppress(BlockingIOError, PermissionError):  # EAGAIN, EACCES: the same answer
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)

@@ -4,8 +4,10 @@ offer, in whatever layout and sharding either side has, and commit only rows who
 valid."""
 
 from portakv.extras import installing
+from portakv.runtime.linux import require_linux
 
 try:
+    require_linux("migration between processes")
     import msgspec as msgspec
     import zmq as zmq
 except ImportError as error:

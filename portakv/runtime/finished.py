@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 from portakv.errors import HostMemoryError
 from portakv.runtime.devices import Process, this_process
+from portakv.runtime.linux import require_linux
 
 T = TypeVar("T")
 
@@ -22,6 +23,7 @@ class _Eventfd:
 
     def __init__(self) -> None:
         self.fd = -1
+        require_linux("a descriptor of finished transfers")
         try:
             self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         except OSError as error:

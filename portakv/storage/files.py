@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from contextlib import suppress
@@ -16,6 +15,7 @@ from weakref import WeakSet
 
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import uninterrupted
+from portakv.runtime.linux import fcntl
 from portakv.storage.form import BlockForm
 
 #: Flags of files that a store writes.
@@ -184,6 +184,11 @@ def unusable(folder: Path, error: OSError) -> StoreError:
     else:
         advice = "Correct it, or give the store another folder."
     return StoreError(f"Expected to use {place}, but {cause_of(error)}. {advice}")
+
+
+def set_flags(fd: int, flags: int) -> None:
+    """Set the flags of an open file, such as ``O_DIRECT``. Raise `OSError` if it refuses them."""
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
 def lock(file: Path) -> int:

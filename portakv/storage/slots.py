@@ -8,7 +8,6 @@ The order of the writes leaves both consistent after a kill at any moment.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import mmap
 import os
@@ -42,6 +41,7 @@ from portakv.storage.files import (
     read_file,
     replace_file,
     replace_if_possible,
+    set_flags,
     unusable,
 )
 from portakv.storage.form import BlockForm
@@ -256,10 +256,10 @@ class Slots:
         A file without slots does not show that.
         """
         try:
-            fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_DIRECT)
+            set_flags(self.fd, os.O_DIRECT)
             os.preadv(self.fd, [mmap.mmap(-1, PAGE)], PAGE)
         except OSError as error:
-            fcntl.fcntl(self.fd, fcntl.F_SETFL, 0)
+            set_flags(self.fd, 0)
             self.direct = False
             self.notes.append(f"{self.folder} refuses O_DIRECT ({error.strerror}): it is buffered.")
 

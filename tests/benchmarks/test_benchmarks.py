@@ -21,6 +21,7 @@ import pytest
 import torch
 from support.benchmarks_cases import CPU, FULL, ON_CPU_AND_CUDA, copied, field, tiny
 
+from portakv.cli.shapes import Shape, load
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.methods import PLAIN, run_all_methods
@@ -28,7 +29,6 @@ from portakv_benchmarks.device.overhead import measure_overhead
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import HostTimer, Measured, Sample, Timer, Variant, measure
-from portakv_benchmarks.shared.shapes import Shape, load
 
 
 def shape(**fields: Any) -> Shape:

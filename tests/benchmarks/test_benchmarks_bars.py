@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from support.benchmarks_cases import copied
 
+from portakv.cli.shapes import load
 from portakv.registry.registry import Registry
 from portakv_benchmarks import check, guide
 from portakv_benchmarks.host.cases import SCENES
 from portakv_benchmarks.host.suite import HOST_PRESETS, KB
 from portakv_benchmarks.shared.harness import having
 from portakv_benchmarks.shared.recorded import read
-from portakv_benchmarks.shared.shapes import load
 
 FULL = HOST_PRESETS["full"]
 ACCEPTED = 'accepted = { figure = 0.45, reason = "cold", tries = ["a", "b", "c"] }'

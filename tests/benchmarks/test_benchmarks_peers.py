@@ -15,12 +15,12 @@ import torch
 from support.benchmarks_cases import CPU, FULL, field, tiny
 
 import portakv_benchmarks.cli as bench
+from portakv.cli.shapes import Shape
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import peers
 from portakv_benchmarks.shared.harness import Rows
 from portakv_benchmarks.shared.peers import LMCache
-from portakv_benchmarks.shared.shapes import Shape
 
 ONCE = dataclasses.replace(FULL, repeats=1)
 

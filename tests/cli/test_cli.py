@@ -342,7 +342,7 @@ def test_words_are_handed_on(
 @pytest.mark.parametrize(
     ("missing", "messages"),
     [
-        ("portakv_benchmarks.cli", ["runs the package portakv_benchmarks, but this installation"]),
+        ("portakv_benchmarks.cli", ["needs a clone of PortaKV", "pip install -e '.[bench]'"]),
         ("matplotlib", ["needs 'matplotlib'", "pip install -e '.[bench]'"]),
     ],
 )

@@ -37,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def example() -> Any:
     """Import the example here: it imports transformers, which takes seconds, not while pytest
     collects."""
-    from portakv_examples import offload_transformers
+    from portakv.cli.demo import offload_transformers
 
     return offload_transformers
 
@@ -152,7 +152,7 @@ def test_a_release_of_transformers_that_is_not_served_is_told(
 
 
 def test_a_missing_example_is_not_blamed_on_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "EXAMPLE", "portakv_examples.no_such_example")
+    monkeypatch.setattr(demo, "EXAMPLE", "portakv.cli.demo.no_such_example")
     with pytest.raises(ModuleNotFoundError, match="no_such_example"):
         run_model(DEVICE)
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from portakv.cli.shapes import Shape, load
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer
-from portakv_benchmarks.shared.shapes import Shape, load
 
 CPU = torch.device("cpu")
 #: For the fixture ``device``, without the simulated device, on which benchmarks rest the host

@@ -28,7 +28,7 @@ from portakv.errors import PortaKVError
 from portakv.registry.registry import ENVIRONMENT, REGISTRY, choose
 from portakv.runtime.devices import device_name, usual_device
 
-EXAMPLE = "portakv_examples.offload_transformers"
+EXAMPLE = "portakv.cli.demo.offload_transformers"
 
 
 def run_demo(*, device: str | None = None, json: bool = False) -> int:

@@ -23,7 +23,7 @@ from portakv.cli.console import Report, installing, print_json
 from portakv.errors import InvalidTerms, PortaKVError, StoreError
 from portakv.runtime.devices import usual_device
 
-EXAMPLE = "portakv_examples.prefix_store"
+EXAMPLE = "portakv.cli.demo.prefix_store"
 #: Bytes of the demo's slots in the folder: some hundred blocks of its model.
 CAPACITY = 16 << 20
 
@@ -38,7 +38,7 @@ def run_store_demo(folder: str, *, device: str | None = None, json: bool = False
     if "://" in folder:
         raise InvalidTerms(
             f"Expected a folder of a local disk, got the URL {folder!r}. For a bucket run the "
-            f"example portakv_examples.prefix_store with --remote."
+            f"example with `python -m portakv.cli.demo.prefix_store --remote URL`."
         )
     show: Callable[[str], None] = _silent if json else _show
     where = str(usual_device() if device is None else device)

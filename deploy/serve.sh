@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Check the configuration, then start vLLM with it. The arguments are those of `vllm serve`.
+set -euo pipefail
+config=${PORTAKV_CONFIG:-/etc/portakv/kv.json}
+portakv doctor --kv-transfer-config "$config"
+exec vllm serve "$@" --kv-transfer-config "$(cat "$config")"

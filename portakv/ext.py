@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names that other packages may build on: backends, tiers, I/O engines and transports.
+
+A name of this module keeps its meaning within a minor release, and warns for one minor release
+before it goes. Names of other modules may change at any time, except those of `portakv` itself.
+
+Each name is loaded at its first use. The names of transports need the extra `migrate`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from portakv import (
+    BlockTransfer,
+    CopyOptions,
+    CopyPlan,
+    Index,
+    InvalidTerms,
+    KVView,
+    PortaKVError,
+    StoreError,
+    Transfer,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+    Unsupported,
+    register_backend,
+)
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
+
+if TYPE_CHECKING:
+    from portakv.graph import Graph, Handle, Queue, Task
+    from portakv.migrate.channel import Channel, Peer
+    from portakv.migrate.messages import Bytes, Count, Message
+    from portakv.migrate.transports.base import Lane, Moving, Transport
+    from portakv.storage import BlockForm, image, reasons
+    from portakv.storage.io.base import Engine, Request
+    from portakv.storage.reasons import Reason, Report
+    from portakv.storage.rows import Rows
+    from portakv.storage.tier import Tier, TierStore
+
+__all__ = [
+    "Backend",
+    "BlockForm",
+    "BlockTransfer",
+    "Bytes",
+    "Capabilities",
+    "Channel",
+    "CopyOptions",
+    "CopyPlan",
+    "Count",
+    "Decision",
+    "Engine",
+    "Graph",
+    "Handle",
+    "Index",
+    "InvalidTerms",
+    "KVView",
+    "Lane",
+    "Launch",
+    "Message",
+    "Moving",
+    "Peer",
+    "Pending",
+    "PortaKVError",
+    "Queue",
+    "Reason",
+    "Report",
+    "Request",
+    "Rows",
+    "StoreError",
+    "Task",
+    "Tier",
+    "TierStore",
+    "Transfer",
+    "TransferCancelled",
+    "TransferError",
+    "TransferTimeout",
+    "Transport",
+    "Unsupported",
+    "image",
+    "reasons",
+    "register_backend",
+]
+
+#: The modules of names that a backend does not need.
+_LATER = {
+    "Graph": "portakv.graph",
+    "Handle": "portakv.graph",
+    "Task": "portakv.graph",
+    "Queue": "portakv.graph",
+    "BlockForm": "portakv.storage.form",
+    "Tier": "portakv.storage.tier",
+    "TierStore": "portakv.storage.tier",
+    "Rows": "portakv.storage.rows",
+    "Reason": "portakv.storage.reasons",
+    "Report": "portakv.storage.reasons",
+    "image": "portakv.storage",
+    "reasons": "portakv.storage",
+    "Engine": "portakv.storage.io.base",
+    "Request": "portakv.storage.io.base",
+    "Channel": "portakv.migrate.channel",
+    "Peer": "portakv.migrate.channel",
+    "Bytes": "portakv.migrate.messages",
+    "Count": "portakv.migrate.messages",
+    "Message": "portakv.migrate.messages",
+    "Lane": "portakv.migrate.transports.base",
+    "Moving": "portakv.migrate.transports.base",
+    "Transport": "portakv.migrate.transports.base",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a name at its first use; raise `AttributeError` for a name that is not listed."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_LATER[name])
+    value: object = getattr(module, name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of engines, releases and doors: made from results, and complete."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portakv.integrations import MATRIX
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITE = (
+    '<testsuites><testsuite name="{name}" tests="7" skipped="2" failures="{failures}" errors="0" '
+    'timestamp="2026-11-26T10:00:00"/></testsuites>'
+)
+
+
+@pytest.fixture(scope="module")
+def compatibility() -> Iterator[Any]:
+    """.ci/compatibility.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / ".ci"))
+        module: Any = importlib.import_module("compatibility")
+        yield module
+
+
+def results(folder: Path, *names: str, failures: int = 0) -> Path:
+    """Write what pytest writes for each of these steps."""
+    for number, name in enumerate(names):
+        text = SUITE.format(name=name, failures=failures)
+        (folder / f"{number}.xml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_the_page_has_the_table_of_the_results(compatibility: Any) -> None:
+    compatibility.main(["--check"])
+
+
+def test_a_stale_table_is_reported(
+    compatibility: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept.json"
+    steps = results(tmp_path, "sglang 0.5.23: pools")
+    kept.write_text(json.dumps(compatibility.keep(steps, {})), encoding="utf-8")
+    monkeypatch.setattr(compatibility, "RESULTS", kept)
+    with pytest.raises(SystemExit, match="is stale"):
+        compatibility.main(["--check"])
+
+
+def test_each_tested_release_has_a_row(compatibility: Any) -> None:
+    shown = compatibility.table({})
+    for releases in MATRIX.values():
+        for release in releases.tested:
+            row = rf"^\| {releases.package}(-cpu)? \| {re.escape(release)} \|"
+            assert re.search(row, shown, re.MULTILINE), (releases.package, release)
+
+
+def test_steps_of_a_door_are_added(compatibility: Any, tmp_path: Path) -> None:
+    """A step of no door, and a step of another script, count nothing."""
+    steps = ["lmcache 0.5.6: ops", "lmcache 0.5.6: integration", "lmcache 0.5.6: benchmark"]
+    kept = compatibility.keep(results(tmp_path, *steps, "README: tests"), {})
+    row = kept["lmcache"]["0.5.6"]["device backend"]
+    assert (row["passed"], row["skipped"], row["date"]) == (10, 4, "2026-11-26")
+    assert "| lmcache | 0.5.6 | device backend | 10, 4 | 2026-11-26, " in compatibility.table(kept)
+
+
+def test_a_release_that_ran_again_replaces_its_results(compatibility: Any, tmp_path: Path) -> None:
+    earlier = {"lmcache": {"0.5.4": {"a": 1}, "0.5.6": {"b": 2}}}
+    kept = compatibility.keep(results(tmp_path, "lmcache 0.5.6: ops"), earlier)
+    assert [*kept["lmcache"]] == ["0.5.4", "0.5.6"]
+    assert [*kept["lmcache"]["0.5.6"]] == ["device backend"]
+
+
+@pytest.mark.parametrize(
+    ("names", "failures", "why"),
+    [
+        (["lmcache 0.5.6: ops"], 1, "Expected all tests of the step"),
+        (["lmcache 0.5.6: another door"], 0, "to list the step 'another door' of lmcache"),
+        (["README: tests"], 0, "Expected results of .ci/plugs"),
+        ([], 0, "Expected results of .ci/plugs"),
+    ],
+)
+def test_what_is_no_result_is_refused(
+    compatibility: Any, tmp_path: Path, names: list[str], failures: int, why: str
+) -> None:
+    with pytest.raises(SystemExit, match=why):
+        compatibility.keep(results(tmp_path, *names, failures=failures), {})
+
+
+def test_every_step_of_the_script_with_tests_is_listed(compatibility: Any) -> None:
+    """A new door's steps must be added, or its results would end the script that keeps them."""
+    text = (ROOT / ".ci" / "plugs").read_text(encoding="utf-8").replace("\\\n", " ")
+    steps = re.findall(r'step "([\w-]+) \$1: ([^"]+)" (own_tests|engine_tests|benchmark)', text)
+    assert len(steps) > 10
+    for engine, label, _ in steps:
+        for device in ("cpu", "simdev") if "$device" in label else ("",):
+            compatibility.door_of(engine, label.replace("$device", device))

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`.ci/release`: what it refuses, and that a file's bytes do not depend on when it was built."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portakv import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+#: Hosts of package registries, which a user may have replaced.
+HOSTS = re.compile(r"(pypi|pythonhosted|conda|docker|ghcr|quay|nvcr)\.(?:org|io|com)\b")
+#: Files that people and programs read as text.
+READ = {"", ".py", ".md", ".yml", ".yaml", ".toml", ".txt", ".sh", ".cff"}
+UNDATED = "# Changelog\n\n## Unreleased: 1.2.3\n\nA line.\n"
+DATED = "# Changelog\n\n## 1.2.3, 2026-12-01\n\nA line.\n"
+
+
+@pytest.fixture(scope="module")
+def release() -> Iterator[Any]:
+    """.ci/release.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / ".ci"))
+        module: Any = importlib.import_module("release")
+        yield module
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A small repository of version 1.2.3, whose section in the changelog has no date."""
+    (tmp_path / "portakv").mkdir()
+    (tmp_path / "portakv" / "__init__.py").write_text('__version__ = "1.2.3"\n')
+    (tmp_path / "CHANGELOG.md").write_text(UNDATED)
+    git(tmp_path, "init", "-q", "-b", "main")
+    commit(tmp_path)
+    return tmp_path
+
+
+def git(folder: Path, *words: str) -> None:
+    who = ["-c", "user.name=a test", "-c", "user.email=test@localhost"]
+    who += ["-c", "commit.gpgsign=false"]
+    subprocess.run(["git", "-C", str(folder), *who, *words], check=True, timeout=60)
+
+
+def commit(folder: Path) -> None:
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "a commit")
+
+
+def test_a_clean_tree_is_accepted(release: Any, clone: Path) -> None:
+    assert release.check(clone, None) == "1.2.3"
+
+
+def test_this_version_has_a_section(release: Any) -> None:
+    assert release.version_of(ROOT) == __version__
+    version = re.escape(__version__.partition(".dev")[0])
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(release.SECTION.format(version=version), text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("file", ["portakv/__init__.py", "new.txt"])
+def test_a_changed_tree_is_refused(release: Any, clone: Path, file: str) -> None:
+    (clone / file).write_text('__version__ = "1.2.3"  # changed\n')
+    with pytest.raises(release.Refused, match=f"clean tree, got 1 changed files, first {file}"):
+        release.check(clone, None)
+
+
+@pytest.mark.parametrize("heading", ["## 1.2.4", "## Unreleased: 1.2.30", "### 1.2.3", "## 1x2y3"])
+def test_a_version_without_a_section_is_refused(release: Any, clone: Path, heading: str) -> None:
+    (clone / "CHANGELOG.md").write_text(f"{heading}\n\nA line that says 1.2.3.\n")
+    commit(clone)
+    with pytest.raises(release.Refused, match=r"a section of version 1\.2\.3 in CHANGELOG\.md"):
+        release.check(clone, None)
+
+
+def test_a_tag_is_accepted(release: Any, clone: Path) -> None:
+    (clone / "CHANGELOG.md").write_text(DATED)
+    commit(clone)
+    git(clone, "tag", "v1.2.3")
+    assert release.check(clone, "v1.2.3") == "1.2.3"
+
+
+def test_a_tag_of_another_version_is_refused(release: Any, clone: Path) -> None:
+    with pytest.raises(release.Refused, match=r"the tag v1\.2\.3, got v1\.2\.4"):
+        release.check(clone, "v1.2.4")
+
+
+def test_a_tag_whose_section_has_no_date_is_refused(release: Any, clone: Path) -> None:
+    git(clone, "tag", "v1.2.3")
+    with pytest.raises(release.Refused, match="a date in the changelog's section"):
+        release.check(clone, "v1.2.3")
+
+
+def test_a_tag_of_another_commit_is_refused(release: Any, clone: Path) -> None:
+    (clone / "CHANGELOG.md").write_text(DATED)
+    commit(clone)
+    git(clone, "tag", "v1.2.3")
+    (clone / "new.txt").touch()
+    commit(clone)
+    with pytest.raises(release.Refused, match="the checked-out commit"):
+        release.check(clone, "v1.2.3")
+
+
+def packed(path: Path, mtime: int, names: list[str]) -> None:
+    """Write an archive as a build would, at a time and in an order."""
+    with (
+        gzip.GzipFile(path, "wb", mtime=mtime) as file,
+        tarfile.open(fileobj=file, mode="w") as tar,
+    ):
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.mtime = mtime
+            member.uid = mtime
+            member.uname = f"user{mtime}"
+            member.size = len(name)
+            member.mode = 0o600 + mtime % 2
+            tar.addfile(member, io.BytesIO(name.encode()))
+
+
+def test_an_archive_does_not_depend_on_its_build(release: Any, tmp_path: Path) -> None:
+    first = tmp_path / "first.tar.gz"
+    second = tmp_path / "second.tar.gz"
+    packed(first, 1_000, ["a/b", "a/c"])
+    packed(second, 2_002, ["a/c", "a/b"])
+    assert first.read_bytes() != second.read_bytes()
+    for path in (first, second):
+        release.normalize(path, 1_700_000_000)
+    assert first.read_bytes() == second.read_bytes()
+    with tarfile.open(first) as tar:
+        files = {each.name: tar.extractfile(each) for each in tar.getmembers()}
+        assert {name: file.read() for name, file in files.items() if file} == {
+            "a/b": b"a/b",
+            "a/c": b"a/c",
+        }
+
+
+def test_two_builds_that_differ_are_refused(
+    release: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is left that could be published."""
+    builds = iter(("one", "another"))
+
+    def build(root: Path, folder: Path, _: object) -> dict[str, str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "a.whl").write_text(next(builds))
+        return {"a.whl": release.digest(folder / "a.whl")}
+
+    monkeypatch.setattr(release, "build", build)
+    monkeypatch.setattr(release, "print_what", lambda folder: None)
+    with pytest.raises(release.Refused, match=r"the same bytes twice, got other ones of a\.whl"):
+        release.build_twice(tmp_path / "dist")
+    assert not (tmp_path / "dist").exists()
+
+
+# workflows
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_each_step_of_a_workflow_calls_one_script(workflow: Path) -> None:
+    """So that what runs there runs here."""
+    lines = workflow.read_text(encoding="utf-8").splitlines()
+    stripped = [line.strip() for line in lines]
+    commands = [line.removeprefix("run: ") for line in stripped if line.startswith("run: ")]
+    assert commands
+    for command in commands:
+        (script, *_) = command.split()
+        assert re.fullmatch(r"\.ci/[\w-]+( (--)?[\w-]+| \"\$\w+\")*", command), command
+        assert (ROOT / script).stat().st_mode & 0o100, script
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_actions_are_named_by_a_commit(workflow: Path) -> None:
+    text = workflow.read_text(encoding="utf-8")
+    used = re.findall(r"uses: (.+)", text)
+    wrong = [each for each in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", each)]
+    assert used
+    assert wrong == []
+
+
+def test_no_file_names_the_host_of_a_registry() -> None:
+    """A user's index may be another one."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    assert HOSTS.search(".".join(("files", "pythonhosted", "org")))
+    found = []
+    for name in filter(None, listed.split("\0")):
+        path = ROOT / name
+        if path.is_file() and path.suffix in READ:
+            match = HOSTS.search(path.read_text(encoding="utf-8", errors="replace"))
+            found += [f"{name}: {match[0]}"] if match else []
+    assert found == []
