@@ -8,9 +8,10 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from portakv.arguments import instance, seconds, text
 from portakv.errors import PortaKVError, StoreBusy, StoreError
@@ -86,13 +87,19 @@ class Keeper:
         opened = self._service.opened
         return {} if opened is None else opened.state.statistics()
 
-    def figures(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
-        """Return the figures of the store, as `BlockStore.statistics`; none while it is closed."""
+    def figures(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the figures of the store, as `BlockStore.statistics`, those of the keeper, and
+        those of its channel; only the last ones while the store is closed, and none after
+        `close`."""
+        figures = dict[str, list[dict[str, Any]]]()
+        if not self._stopped.is_set():
+            figures = self._channel.figures()
         opened = self._service.opened
-        try:
-            return {} if opened is None else opened.store.statistics()
-        except StoreError:  # it was closed meanwhile
-            return {}
+        if opened is not None:
+            figures |= opened.state.figures()
+            with suppress(StoreError):  # it was closed meanwhile
+                figures |= opened.store.statistics()
+        return figures
 
     def close(self, timeout: float = 10.0) -> None:
         """Serve no longer: close the store within so many seconds. Clients go on with misses."""
