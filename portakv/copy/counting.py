@@ -9,7 +9,7 @@ from threading import Lock
 from portakv.view.form import Form
 
 #: New copies that are added up together.
-TOGETHER = 64
+TOGETHER = 256
 
 
 class CopyCounts:
@@ -31,18 +31,16 @@ class CopyCounts:
             self._sum_up()
 
     def _sum_up(self) -> None:
-        """Add what is new."""
+        """Add what is new: most copies are alike, so `Counter` counts them first."""
         with self._lock:
-            while self._new:
-                strategy, src, dst, tokens = self._new.popleft()
+            new = [self._new.popleft() for _ in range(len(self._new))]
+            for (strategy, src, dst, tokens), copies in Counter(new).items():
                 key = strategy or "sliced", src, dst.place
-                size = dst.token_bytes
+                size = dst.token_bytes * tokens
                 if dst.opaque:  # of a page
-                    size = size * tokens // (dst.block_size or 1)
-                else:
-                    size *= tokens
-                self._copies[key] += 1
-                self._nbytes[key] += size
+                    size //= dst.block_size or 1
+                self._copies[key] += copies
+                self._nbytes[key] += size * copies
 
     def figures(self) -> dict[str, list[dict[str, str | float]]]:
         """Return figures by the names of metrics: samples with labels and a "value"."""

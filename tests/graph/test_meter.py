@@ -82,6 +82,7 @@ def of_pulls() -> set[str]:
         published = publish(owner.channel, weights)
         target_weights = {"w": torch.zeros_like(rows.whole)}
         assert pull_weights(reader.channel, published.ticket, target_weights) > 0
+        owner.channel.counts["strangers"] += 1
         names = declared(Meter(owner, reader, owner.channel, published, count_weights()))
         published.close()
     return names
@@ -95,7 +96,9 @@ def test_each_metric_is_reported_by_a_source_and_declared(
     rows = Rows()
     copy_rows(rows.view, Rows(fill=0).view, count=4).synchronize()
     names |= declared(Meter(counted))
-    terms = StoreTerms.of({"folder": (str(tmp_path / "keeper"),), "host": "1M", "staging": "1M"})
+    terms = StoreTerms.of(
+        {"folder": (str(tmp_path / "keeper"),), "host": 1 << 20, "staging": 1 << 20}
+    )
     with Keeper(terms) as keeper:
         names |= declared(Meter(keeper))
     labelled = {name: "/".join((name, *metric.labels)) for name, metric in ENGINE.items()}
