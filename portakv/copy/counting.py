@@ -9,31 +9,29 @@ from threading import Lock
 from portakv.view.form import Form
 
 #: New copies that are added up together.
-TOGETHER = 256
+TOGETHER = 512
 
 
 class CopyCounts:
     """The copies that were issued and their bytes, by strategy and by the places of both sides.
 
-    Any thread may call. `add` is on the way of each copy: it appends, and adds up rarely.
+    Any thread may call. A copy appends to ``new`` in one step, without a lock, and calls `sum_up`
+    once in `TOGETHER` copies.
+
+    Attributes:
+        new: strategy, the place of the source's rows, the destination's form, and tokens.
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._new = deque[tuple[str, str, Form, int]]()
+        self.new = deque[tuple[str, str, Form, int]]()
         self._copies = Counter[tuple[str, str, str]]()
         self._nbytes = Counter[tuple[str, str, str]]()
 
-    def add(self, strategy: str, src: str, dst: Form, tokens: int) -> None:
-        """Count a copy. ``src``: the place of the source's rows; ``tokens``: how many it moves."""
-        self._new.append((strategy, src, dst, tokens))
-        if len(self._new) >= TOGETHER:
-            self._sum_up()
-
-    def _sum_up(self) -> None:
+    def sum_up(self) -> None:
         """Add what is new: most copies are alike, so `Counter` counts them first."""
         with self._lock:
-            new = [self._new.popleft() for _ in range(len(self._new))]
+            new = [self.new.popleft() for _ in range(len(self.new))]
             for (strategy, src, dst, tokens), copies in Counter(new).items():
                 key = strategy or "sliced", src, dst.place
                 size = dst.token_bytes * tokens
@@ -44,7 +42,7 @@ class CopyCounts:
 
     def figures(self) -> dict[str, list[dict[str, str | float]]]:
         """Return figures by the names of metrics: samples with labels and a "value"."""
-        self._sum_up()
+        self.sum_up()
         figures: dict[str, list[dict[str, str | float]]] = {}
         with self._lock:
             both = {"copies_total": self._copies, "copy_bytes_total": self._nbytes}

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from portakv.backends.base import Again, Capabilities, Launch
-from portakv.copy.launch import Counted, follow_current
+from portakv.copy.launch import TOGETHER, Counted, follow_current
 from portakv.copy.options import CopyOptions
 from portakv.copy.settle import Settled
 from portakv.plan.plan import Move
@@ -480,7 +480,9 @@ def _count(repeat: _ChunkRepeat, cache: KVView, tokens: int) -> None:
     """Count a copy of a chunk on its device, if copies are counted."""
     counts = Counted.counts
     if counts is not None:
-        counts.add(repeat.carried[0], "device", cache.form, tokens)
+        counts.new.append((repeat.carried[0], "device", cache.form, tokens))
+        if len(counts.new) >= TOGETHER:
+            counts.sum_up()
 
 
 def _word_for(slot_mapping: object) -> StatusWord | None:
