@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Annotated, Literal
 
 import msgspec
@@ -35,7 +36,7 @@ TERMS = bytes(16), bytes(range(16)), "ipc:///a", 32, (b"\0\0\0\0",), (16,), 30.0
 
 def test_a_ticket_of_a_release_without_the_field_is_read() -> None:
     body = messages.sealed(Former(*TERMS, 3, 5, "layers"))
-    read = Ticket.read(messages._mac(body, KEY) + body)
+    read = Ticket.read(blake2b(body, key=KEY, digest_size=MAC).digest() + body)
     assert read == Ticket(*TERMS, 3, 5, "layers")
     assert read.traceparent == ""
 
