@@ -33,7 +33,7 @@ class CopyCounts:
         with self._lock:
             new = [self.new.popleft() for _ in range(len(self.new))]
             for (strategy, src, dst, tokens), copies in Counter(new).items():
-                key = strategy or "sliced", src, dst.place
+                key = strategy, src, dst.place
                 size = dst.token_bytes * tokens
                 if dst.opaque:  # of a page
                     size //= dst.block_size or 1

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,9 +24,10 @@ def tier_figures(tiers: Iterable[Mapping[str, Any]]) -> Figures:
         if "left_alone" in tier:
             url = str(tier.get("url", ""))
             left_alone.append({"form": form, "url": url, "value": bool(tier["left_alone"])})
-        for folder, facts in tier.items():
+        for place, facts in tier.items():
             if not isinstance(facts, Mapping) or "broken" not in facts:
                 continue
+            folder = os.path.dirname(place)  # which has a folder for each form
             free = facts["count"] - facts["used"] - facts["broken"]
             states = {"used": facts["used"], "free": free, "broken": facts["broken"]}
             for state, value in states.items():
