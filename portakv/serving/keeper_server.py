@@ -69,7 +69,7 @@ class Keeper:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._processes = Processes()
         self._channel = Channel()
-        self._service = Service(self._channel, self._wake)
+        self._service = Service(self._channel, self._wake, self)
         try:
             self._serve_if_possible()
         except BaseException:
