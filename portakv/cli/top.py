@@ -322,7 +322,7 @@ def _print(where: str, rows: Sequence[Row]) -> None:
             row.kind,
             row.name,
             "" if row.rate is None else in_bytes(round(row.rate)),
-            "" if row.each is None else f"{row.each:.3g}",
+            _number(row.each),
             _seconds(row.seconds),
             _waiting(row),
             _seconds(row.wait),
@@ -340,6 +340,12 @@ def _waiting(row: Row) -> str:
     if row.waiting is None:
         return ""
     return in_bytes(round(row.waiting)) if row.kind in _SIZED else f"{row.waiting:g}"
+
+
+def _number(each: float | None) -> str:
+    if each is None:
+        return ""
+    return f"{each:,.0f}" if each >= 100 else f"{each:.3g}"
 
 
 def _seconds(seconds: float | None) -> str:
