@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 import time
@@ -30,6 +31,8 @@ Without --json, rows in which nothing moves are left out, unless --all is given.
 #: A line of a metrics page: name, labels, value.
 SAMPLE = re.compile(r"^(vllm:)?portakv_(\w+?)(?:\{(.*)\})?\s+([-+.\deEinfNa]+)")
 LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+#: Clears a terminal.
+_CLEAR = "\033[H\033[2J"
 _URLS = ("http://", "https://")
 _LONGEST = 10.0  # seconds for a page
 _MOST = 64 << 20  # bytes of a page
@@ -87,24 +90,22 @@ def run(args: argparse.Namespace) -> int:
             "Expected --seconds from 0.05 to 3600 and --count of 1 or more, got others. Correct "
             "them."
         )
-    live = sys.stdout.isatty() and not args.json
-    left = args.count or (0 if live else 1)
+    live = sys.stdout.isatty() and not args.json and args.count is None
+    tables = itertools.count() if live else range(args.count or 1)
     before = read(args.where)
-    while True:
+    for _ in tables:
         time.sleep(args.seconds)
         now = read(args.where)
-        shown = [row for row in rows_of(before, now) if args.all or args.json or row.moves]
+        rows = rows_of(before, now)
         before = now
         if args.json:
-            print_json([row._asdict() for row in shown])
-        else:
-            if live and not args.count:
-                print("\033[H\033[2J", end="")
-            _print(args.where, shown)
+            print_json([row._asdict() for row in rows])
+            continue
+        if live:
+            print(_CLEAR, end="")
+        _print(args.where, [row for row in rows if args.all or row.moves])
         sys.stdout.flush()
-        if left == 1:
-            return 0
-        left = max(0, left - 1)
+    return 0
 
 
 def read(where: str) -> Reading:

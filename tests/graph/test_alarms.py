@@ -112,6 +112,13 @@ def test_a_disk_that_gets_worse_is_logged_again(process: Process) -> None:
     assert process.warnings(61.0) == []
 
 
+def test_what_was_counted_before_the_first_look_is_no_news(process: Process) -> None:
+    process.values = {"offers_ended_total": [{"state": "expired", "value": 7}]}
+    assert process.warnings() == []
+    process.values = {"offers_ended_total": [{"state": "expired", "value": 8}]}
+    assert "1 offers have expired" in process.warnings()[0]
+
+
 def test_offers_that_expire_next_to_others_that_are_taken_are_no_fault(process: Process) -> None:
     def counts(expired: int, taken: int) -> dict[str, list[dict[str, Any]]]:
         ends = {"expired": expired, "taken": taken}

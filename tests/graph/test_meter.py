@@ -23,7 +23,7 @@ from portakv.copy import copy_rows, count_copies
 from portakv.copy.counting import TOGETHER, CopyCounts, Counted
 from portakv.graph import Graph
 from portakv.graph.meter import Meter, figures_of
-from portakv.graph.metrics import ENGINE, METRICS
+from portakv.graph.metrics import ENGINE, METRICS, NAMESPACE, PREFIX
 from portakv.graph.prometheus import Collector
 from portakv.migrate import Channel, count_weights, publish, pull_weights
 from portakv.serving import Keeper, StoreTerms
@@ -217,3 +217,19 @@ def test_a_channel_counts_by_event() -> None:
         assert figures["channel_peers"] == [{"value": 0}]
     finally:
         channel.close()
+
+
+def test_the_page_has_the_table_of_all_metrics() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+    found = re.search(r"<!-- metrics:[^>]*-->\n(.*?)\n<!-- end of metrics -->", page, re.DOTALL)
+    assert found
+    lines = [
+        "| Prometheus | kind | labels | OpenTelemetry | unit | what |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in METRICS.values():
+        labels = ", ".join(f"`{label}`" for label in each.labels)
+        names = [f"`{NAMESPACE}{name}`" for name in (each.otel, each.otel_count) if name]
+        facts = each.kind, labels, ", ".join(names), f"`{each.unit}`", each.why
+        lines.append(f"| `{PREFIX}{each.name}` | {' | '.join(facts)} |")
+    assert found[1].splitlines() == lines

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.migrate_channels import until
 from support.migrate_pulls import Rows, sides
 
-from portakv.errors import InvalidTerms, OfferGone, Unsupported
+from portakv.errors import InvalidTerms, OfferGone, PeerError, Unsupported
 from portakv.graph import Graph, Task, open_telemetry
-from portakv.migrate import messages
 from portakv.migrate.messages import Ticket
 from portakv.runtime import tracing
 
@@ -158,6 +160,16 @@ def test_a_header_reaches_the_pull_without_a_tracer_of_the_owner(spans: Any) -> 
     assert f"{span.parent.span_id:016x}" == HEADER.split("-")[2]
 
 
+def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
+    """In another process, since it registers a collector and turns spans on."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    file = tmp_path / "page.py"
+    file.write_text("\n".join(blocks))
+    subprocess.run([sys.executable, str(file)], check=True, timeout=300)
+
+
 def test_without_the_package_a_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(Unsupported, match=r"portakv\[otel\]"):
@@ -178,7 +190,7 @@ def test_a_wrong_header_is_refused_by_both_sides(wrong: str) -> None:
     ticket = Ticket(bytes(16), bytes(16), "ipc:///a", 1, (b"",), (1,), 1.0, traceparent=wrong)
     data = ticket.pack(b"key")
     if wrong:
-        with pytest.raises(messages.PeerError):
+        with pytest.raises(PeerError):
             Ticket.read(data)
     else:
         assert Ticket.read(data) == ticket

@@ -124,8 +124,12 @@ def test_dynamo_reads_the_events(publisher: EventPublisher, tmp_path: Path) -> N
     stored = events_of(changes("host", True, KEYS[:3]), describe=describe, block_size=SIZE)
     try:
         assert until(lambda: indexer.says("ready, starting recv loop"), LIMIT)
-        # A subscription takes effect some time after it was made.
-        assert until(lambda: publisher.send([*stored]) or indexer.cached() == 3 * SIZE, LIMIT)
+
+        def arrives() -> bool:
+            publisher.send([*stored])
+            return bool(indexer.cached() == 3 * SIZE)
+
+        assert until(arrives, LIMIT)  # a subscription takes effect some time after it was made
         assert indexer.blocks() == {("host_pinned", number) for number in first[:3]}
         publisher.publish(changes("host", True, KEYS[3:]))  # without tokens: it is read, and unused
         publisher.publish(changes("host", False, KEYS[2:3]))

@@ -81,8 +81,12 @@ def publisher() -> Iterator[EventPublisher]:
 @pytest.fixture
 def router(publisher: EventPublisher) -> Iterator[Router]:
     made = Router(publisher)
-    # A subscription takes effect some time after it was made.
-    assert until(lambda: publisher.clear() or made.take(), LIMIT)
+
+    def arrives() -> bool:
+        publisher.clear()
+        return bool(made.take())
+
+    assert until(arrives, LIMIT)  # a subscription takes effect some time after it was made
     made.batches.clear()
     yield made
     made.close()
