@@ -130,10 +130,10 @@ def _view() -> KVView:
 
 def main() -> None:
     """Print a JSON value: what each kind of call takes, and what the meter adds."""
-    found = {"copy_rows, counted": copies(), "reading": scrape()}
+    results = {"copy_rows, counted": copies(), "reading": scrape()}
     with suppress(ImportError, Unsupported):
-        found["offer and pull, with spans"] = spans()
-    json.dump(found, sys.stdout, indent=1)
+        results["offer and pull, with spans"] = spans()
+    json.dump(results, sys.stdout, indent=1)
     print()
 
 

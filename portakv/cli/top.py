@@ -148,10 +148,10 @@ def _of_page(url: str) -> dict[Key, float]:
         ) from None
     values = dict[Key, float]()
     for line in text.splitlines():
-        found = SAMPLE.match(line)
-        if found is None:
+        match = SAMPLE.match(line)
+        if match is None:
             continue
-        engine, name, labels, value = found.groups()
+        engine, name, labels, value = match.groups()
         known = f"engine_{name}" if engine else name
         front, _, end = known.rpartition("_")
         series = ""
@@ -209,9 +209,9 @@ class _Grown:
 
 def _named(pairs: Iterable[tuple[str, str]], labels: Sequence[str]) -> str:
     """Return a name from the values of labels, and the store's name if it has one."""
-    found = dict(pairs)
-    own = " ".join(found.get(label, "") for label in labels).strip()
-    return f"{found['store']}: {own}".strip() if "store" in found else own
+    texts = dict(pairs)
+    own = " ".join(texts.get(label, "") for label in labels).strip()
+    return f"{texts['store']}: {own}".strip() if "store" in texts else own
 
 
 def rows_of(before: Reading, now: Reading) -> list[Row]:

@@ -68,7 +68,7 @@ RULES = (
         "queue_slow",
         0.0,
         "A task of {queue} runs much longer than such tasks should, so no background work begins "
-        "there. Check the device or the mount behind it: dmesg, iostat, and the network of a "
+        "there. Check the device or the mount that it uses: dmesg, iostat, and the network of a "
         "remote file system.",
     ),
     Rule(
@@ -138,15 +138,15 @@ class Alarms:
             return
         self._due = now + LOOK
         families = {family.name: family for family in self._meter.families()}
-        lasting = dict[tuple[str, str], _Seen]()
+        present = dict[tuple[str, str], _Seen]()
         for rule in RULES:
             family = families.get(rule.metric)
             for sample in _chosen(family, rule.labels):
                 value = self._measured(rule, family, sample)
                 if value > rule.above:
                     key = rule.name, _text_of(sample)
-                    lasting[key] = self._warn(rule, sample, value, now)
-        self._seen = lasting
+                    present[key] = self._warn(rule, sample, value, now)
+        self._seen = present
 
     def _measured(self, rule: Rule, family: Family | None, sample: Sample) -> float:
         """Return the value that a rule compares: of a counter, how much it has grown."""

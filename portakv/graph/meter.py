@@ -88,8 +88,8 @@ def figures_of(source: Source | Metered) -> Figures:
     """Return the figures of a source, as they are now."""
     figures = getattr(source, "figures", None)
     if callable(figures):
-        found: Figures = figures()
-        return found
+        result: Figures = figures()
+        return result
     return source.statistics()  # type: ignore[union-attr]
 
 

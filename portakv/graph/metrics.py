@@ -56,7 +56,7 @@ _GRAPH = (
         "tier.blocks",
         "{block}",
         "tier op result",
-        "blocks that a tier was asked for, by result: hit, miss, fault, late, dropped, error",
+        "blocks that tasks requested of a tier, by result: hit, miss, fault, late, dropped, error",
     ),
     _counter("tier_bytes_total", "tier.io", "By", "tier op", "bytes that moved to or from a tier"),
     _seconds(

@@ -150,7 +150,7 @@ class EventPublisher:
         self._now = now
         self._pack = msgspec.msgpack.Encoder()
         self._number = 0
-        self._kept = deque[tuple[bytes, bytes]](maxlen=KEPT)
+        self._sent = deque[tuple[bytes, bytes]](maxlen=KEPT)
         self._context = zmq.Context()
         self._sockets = list[zmq.Socket[bytes]]()
         self.endpoint = self._bind(zmq.PUB, text("endpoint", endpoint))
@@ -167,7 +167,7 @@ class EventPublisher:
         self.send([AllBlocksCleared()])
 
     def answer(self) -> None:
-        """Send the batches that routers have asked for; never block."""
+        """Send the batches that routers have requested; never block."""
         if not self.replay:
             return
         router = self._sockets[1]
@@ -177,7 +177,7 @@ class EventPublisher:
                 continue
             client = frames[0]
             first = int.from_bytes(frames[2], "big")
-            for number, batch in self._kept:
+            for number, batch in self._sent:
                 if int.from_bytes(number, "big") >= first:
                     router.send_multipart([client, b"", self._topic, number, batch], zmq.NOBLOCK)
             router.send_multipart([client, b"", b"", _END, b""], zmq.NOBLOCK)
@@ -191,7 +191,7 @@ class EventPublisher:
         batch = self._pack.encode(EventBatch(self._now(), events))
         number = self._number.to_bytes(8, "big")
         self._number += 1
-        self._kept.append((number, batch))
+        self._sent.append((number, batch))
         self._sockets[0].send_multipart([self._topic, number, batch], zmq.NOBLOCK)
 
     def _bind(self, kind: int, endpoint: str) -> str:
