@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 import subprocess
 import sys
@@ -35,8 +36,10 @@ from portakv.graph.metrics import ENGINE, PREFIX
 from portakv.migrate import (
     Channel,
     Owner,
+    Pull,
     Reader,
     Shard,
+    Ticket,
     count_weights,
     publish,
     pull_weights,
@@ -100,6 +103,7 @@ def working(folder: Path) -> Iterator[Work]:
         if not client.wait(PATIENCE):
             raise SystemExit("Expected a keeper that serves, got none in its time.")
         weights = {"w": torch.zeros_like(rows)}
+        waiting = list[Pull]()
 
         def work(turn: int) -> None:
             keys = prefix_keys(range(1000 * turn, 1000 * turn + 16 * 6), 16)
@@ -126,6 +130,11 @@ def working(folder: Path) -> Iterator[Work]:
                 for _ in range(queue.width + 2)
             ]
             store.graph.submit(tasks)
+            if turn % 4 == 1:  # a pull of an offer that never comes
+                name = turn.to_bytes(16, "big")
+                waiting.append(reader.pull(Ticket.of(there.address, owner.epoch, name), [0]))
+            elif waiting:
+                waiting.pop().cancel()
 
         yield Work(meter, work, occupy)
 
@@ -231,20 +240,21 @@ def draw(panels: list[tuple[Any, list[tuple[str, Any]]]], picture: Path, end: fl
     from matplotlib import pyplot
 
     rows = -(-len(panels) // 2)
-    figure, axes = pyplot.subplots(rows, 2, figsize=(13, 2.5 * rows), layout="constrained")
+    figure, axes = pyplot.subplots(rows, 2, figsize=(15, 2.3 * rows), layout="constrained")
     for place, (panel, found) in zip(axes.flat, panels, strict=False):
         for legend, series in found:
             label = legend
             for name, value in series["metric"].items():
                 label = label.replace("{{" + name + "}}", value)
-            label = label.rpartition("/")[2] if "/tmp" in label else label
+            label = re.sub(r"/[^ ]*/(?=\w)", "/", label)  # the folder is a temporary one
             times = [(at - end) / 60 for at, _ in series["values"]]
             place.plot(times, [float(value) for _, value in series["values"]], label=label, lw=1)
         unit = panel["fieldConfig"]["defaults"]["unit"]
         place.set_title(f"{panel['title']} [{unit}]", fontsize=9, loc="left")
         place.tick_params(labelsize=7)
         place.set_ylim(bottom=0)
-        place.legend(fontsize=6, loc="upper left", ncols=2, framealpha=0.6)
+        place.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False)
+        place.set_xlabel("minutes", fontsize=7)
     for place in axes.flat[len(panels) :]:
         place.axis("off")
     figure.savefig(picture, dpi=80)

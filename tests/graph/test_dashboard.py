@@ -36,7 +36,7 @@ def test_a_query_names_metrics_and_their_labels(query: str) -> None:
     groups = [each.replace(" ", "").split(",") for each in re.findall(r"by \(([^)]*)\)", query)]
     for engine, name, selected in found:
         metric = metric_of(engine, name)
-        labels = {*metric.labels, "le"}
+        labels = {*metric.labels, "le", "store"}
         assert {*re.findall(r"(\w+)[=!]~?", selected)} <= labels
         assert {label for group in groups for label in group} <= labels
         assert (metric.kind == "gauge") == ("rate(" not in query)
