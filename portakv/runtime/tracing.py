@@ -7,6 +7,7 @@ is noted before.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,9 @@ from contextvars import ContextVar
 from typing import NamedTuple, Protocol
 
 from portakv.errors import InvalidTerms
+from portakv.runtime.rate_limited_log import RateLimitedLog
+
+_log = RateLimitedLog(logging.getLogger(__name__))
 
 #: What a ``traceparent`` looks like, or empty.
 PATTERN = r"^(|00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})\Z"
@@ -116,4 +120,7 @@ def end(
     if tracer is None or not began.at:
         return
     ended = time.time_ns() if seconds is None else began.at + round(seconds * 1e9)
-    tracer.span(name, began, ended, parent, attributes, error)
+    try:
+        tracer.span(name, began, ended, parent, attributes, error)
+    except Exception as failure:  # a tracer's fault must not cut the end of an offer in two
+        _log.warning("span", "A span of %s could not be recorded: %r", name, failure)

@@ -7,7 +7,11 @@ from hashlib import blake2b
 from typing import Annotated, Literal
 
 import msgspec
+import pytest
+import torch
 from msgspec import Meta
+from support.migrate_channels import until
+from support.migrate_pulls import Rows, sides
 
 from portakv.migrate import messages
 from portakv.migrate.messages import About, Ticket, is_signed, unsealed
@@ -16,6 +20,7 @@ from portakv.runtime import tracing
 HEADER = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
 KEY = b"k" * 32
 MAC = 16
+LIMIT = 60.0
 
 
 class Former(About, frozen=True, tag="Ticket"):
@@ -59,6 +64,44 @@ def test_the_owners_key_signs_the_field() -> None:
     assert is_signed(data, KEY)
     other = messages.sealed(msgspec.structs.replace(ticket, traceparent=HEADER[:-1] + "0"))
     assert not is_signed(data[:MAC] + other, KEY)
+
+
+class Broken:
+    """A tracer that fails at each span."""
+
+    def __init__(self) -> None:
+        self.names = list[str]()
+
+    def current(self) -> str:
+        return HEADER
+
+    def span(self, name: str, *_: object) -> None:
+        self.names.append(name)
+        raise RuntimeError("the exporter is gone")
+
+
+def test_a_tracer_that_fails_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The pull is committed, its offer ends, and the log has a line."""
+    broken = Broken()
+    rows = Rows()
+    target = Rows(fill=0)
+    tracing.use(broken)
+    try:
+        with sides() as made:
+            owner = made.owner(rows.shard)
+            reader = made.reader(target.shard)
+            offer = owner.offer([1, 2], tokens=20)
+            pulled = reader.pull(offer.ticket, [1, 2])
+            pulled.synchronize(LIMIT)
+            assert pulled.published
+            assert offer.taken(LIMIT)
+            assert until(lambda: {*broken.names} == {"portakv pull", "portakv offer"}, LIMIT)
+            assert until(lambda: reader.statistics()["pulls"] == 0, LIMIT)
+            assert owner.statistics()["taken"] == 1
+    finally:
+        tracing.use(None)
+    assert torch.equal(target.rows([1, 2], 20), rows.rows([1, 2], 20))
+    assert "the exporter is gone" in caplog.text
 
 
 def test_headers_nest() -> None:
