@@ -67,7 +67,7 @@ class Meter:
         for name, source in stores.items():
             self._sources.append(({"store": name}, _checked(name, source)))
         for source in sources:
-            self._sources.append(({}, _checked("source", source)))
+            self._sources.append(({}, _checked("sources", source)))
 
     def families(self) -> list[Family]:
         """Return the metrics and their samples, as they are now."""

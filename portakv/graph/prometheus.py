@@ -24,10 +24,7 @@ class Collector:
     `Unsupported` if the package is not installed.
     """
 
-    def __init__(
-        self, source: Source | Metered | None = None, /, *more: Source | Metered, **stores: Source
-    ) -> None:
-        sources = more if source is None else (source, *more)
+    def __init__(self, *sources: Source | Metered, **stores: Source | Metered) -> None:
         self._meter = Meter(*sources, **stores)
         try:
             from prometheus_client.core import Metric

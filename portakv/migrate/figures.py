@@ -17,7 +17,8 @@ from typing import Protocol
 from portakv.copy.handle import Statistics
 from portakv.errors import PortaKVError
 from portakv.graph.meter import by_label
-from portakv.graph.trace import Figures, Spent
+from portakv.graph.trace import Figures as Figures
+from portakv.graph.trace import Spent
 from portakv.runtime import tracing
 from portakv.runtime.tracing import Began as Began
 
@@ -27,15 +28,8 @@ _ENDS = ("taken", "expired", "revoked", "lost")
 _NOT_EVENTS = ("peers", "links", "kept_bytes")
 
 
-class _Counting(Protocol):
-    """An object with counts by name."""
-
-    def statistics(self) -> Mapping[str, int]: ...
-
-
-def owner_figures(owner: _Counting) -> Figures:
-    """Return the figures of an owner, in the form of `Graph.statistics`."""
-    counts = owner.statistics()
+def owner_figures(counts: Mapping[str, int]) -> Figures:
+    """Return the figures of an owner from its statistics, in the form of `Graph.statistics`."""
     handshakes = {"accepted": counts.get("paired", 0), "refused": counts.get("refused", 0)}
     reports = {
         "taken": counts.get("closed", 0),
@@ -52,9 +46,8 @@ def owner_figures(owner: _Counting) -> Figures:
     }
 
 
-def channel_figures(channel: _Counting) -> Figures:
-    """Return the figures of a channel, in the form of `Graph.statistics`."""
-    counts = channel.statistics()
+def channel_figures(counts: Mapping[str, int]) -> Figures:
+    """Return the figures of a channel from its statistics, in the form of `Graph.statistics`."""
     events = [name for name in counts if name not in _NOT_EVENTS]
     return {
         "channel_peers": [{"value": counts["peers"]}],
@@ -64,9 +57,9 @@ def channel_figures(channel: _Counting) -> Figures:
     }
 
 
-def published_figures(published: _Counting) -> Figures:
-    """Return the figures of published weights, in the form of `Graph.statistics`."""
-    counts = published.statistics()
+def published_figures(counts: Mapping[str, int]) -> Figures:
+    """Return the figures of published weights from their statistics, in the form of
+    `Graph.statistics`."""
     return {
         "weight_lanes": [{"value": counts["lanes"]}],
         "weight_staging_bytes": [{"value": counts["staging"]}],

@@ -9,6 +9,7 @@ from math import inf
 from portakv import arguments
 from portakv.errors import LayoutError, SlotError
 from portakv.migrate import messages
+from portakv.migrate.figures import Figures as Figures
 from portakv.migrate.figures import owner_figures as owner_figures
 from portakv.migrate.gathers import BlockList
 from portakv.migrate.shards import Shard

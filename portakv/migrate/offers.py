@@ -278,7 +278,6 @@ class Owner:
     now = staticmethod(time.monotonic)
     _closed = False
     _exports: Exports | None = None
-    figures = offer_terms.owner_figures
 
     def __init__(
         self,
@@ -530,6 +529,10 @@ class Owner:
         """Return the number of active offers, of ends by reason, of answers, and of buffers in
         use."""
         return uninterrupted(self._statistics)
+
+    def figures(self) -> offer_terms.Figures:
+        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
+        return offer_terms.owner_figures(self.statistics())
 
     def _statistics(self) -> dict[str, int]:
         """Count the offers and buffers, under the lock."""

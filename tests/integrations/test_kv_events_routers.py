@@ -25,7 +25,6 @@ LIMIT = 60.0
 SIZE = 4
 TOKENS = [*range(16)]
 KEYS = prefix_keys(TOKENS, SIZE)
-_INDEXER = "import sys; from dynamo._core import run_kv_indexer; run_kv_indexer(sys.argv[1:])"
 
 
 def describe(key: bytes) -> Described:
@@ -74,7 +73,9 @@ class Indexer:
         words = ["--port", str(self._port), "--block-size", str(SIZE), "--workers", f"1={endpoint}"]
         self._log = log
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _INDEXER, *words], stdout=log.open("w"), stderr=subprocess.STDOUT
+            [sys.executable, "-m", "dynamo.indexer", *words],
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
         )
 
     def ask(self, path: str, body: object = None) -> Any:
@@ -118,7 +119,7 @@ def publisher() -> Iterator[EventPublisher]:
 
 def test_dynamo_reads_the_events(publisher: EventPublisher, tmp_path: Path) -> None:
     """Blocks with tokens are found by tokens. Blocks that are lost, and cleared, are not."""
-    pytest.importorskip("dynamo._core", reason="ai-dynamo-runtime is not installed")
+    pytest.importorskip("dynamo.llm", reason="ai-dynamo-runtime is not installed")
     indexer = Indexer(publisher.endpoint, tmp_path / "log")
     first = [int.from_bytes(key[-8:], "big") for key in KEYS]
     stored = events_of(changes("host", True, KEYS[:3]), describe=describe, block_size=SIZE)

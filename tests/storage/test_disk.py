@@ -30,7 +30,6 @@ from portakv.storage.disk_store import DiskStore
 from portakv.storage.files import lock
 from portakv.storage.form import BlockForm
 from portakv.storage.io.base import Ended, Engine, Request
-from portakv.storage.tier_figures import tier_figures
 
 GRAPH: Any = Tally
 NO_ROWS = SimpleNamespace(memory=())
@@ -282,10 +281,6 @@ def test_a_write_that_fails(store: Open, code: int) -> None:
     (numbers,) = one.statistics().values()
     bad = int(code == errno.EIO)
     assert (numbers["broken"], numbers["evicted"], numbers["used"]) == (bad, bad, 3 - bad)
-    figures = tier_figures([{"form": "a", **one.statistics()}])
-    slots = {sample["state"]: sample["value"] for sample in figures["disk_slots"]}
-    assert slots == {"broken": bad, "used": 3 - bad, "free": 0}
-    assert {str(sample["folder"]) for sample in figures["disk_slots"]} == {one.where}
 
 
 def test_a_store_when_all_slots_are_pinned(store: Open) -> None:
