@@ -221,12 +221,14 @@ def rows_of(before: Reading, now: Reading) -> list[Row]:
 
 
 def _links(grown: _Grown) -> list[Row]:
+    rate = grown.by(["queue"], "queue_ran_bytes_total")
     wait = grown.levels(["queue"], "queue_oldest_seconds")
     slow = grown.levels(["queue"], "queue_slow")
     return [
         Row(
             "link",
             name,
+            rate.get(name),
             waiting=nbytes,
             wait=wait.get(name),
             note="a task runs too long" if slow.get(name) else "",

@@ -63,6 +63,9 @@ _GRAPH = (
         "tier_seconds", "tier.time", "tier.tasks", "tier op", "seconds that tasks of a tier ran"
     ),
     _gauge("queue_bytes", "queue.size", "By", "queue", "bytes that wait for a link or run on it"),
+    _counter(
+        "queue_ran_bytes_total", "queue.io", "By", "queue", "bytes of tasks that have run on a link"
+    ),
     _gauge(
         "queue_oldest_seconds",
         "queue.oldest",

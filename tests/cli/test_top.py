@@ -62,6 +62,7 @@ def test_rates_are_of_what_has_changed() -> None:
             ("tier_seconds/sum", *LOAD): 1.5,
             ("tier_seconds/count", *LOAD): 6,
             ("pull_bytes_total", "strategy", "mapped"): 40,  # the process was started again
+            ("queue_ran_bytes_total", "queue", "disk:/a"): 500,
             ("queue_bytes", "queue", "disk:/a"): 64,
             ("queue_oldest_seconds", "queue", "disk:/a"): 3.0,
             ("queue_slow", "queue", "disk:/a"): 1,
@@ -76,7 +77,7 @@ def test_rates_are_of_what_has_changed() -> None:
     )
     assert rows["pull", "mapped"].rate == 20
     assert rows["link", "disk:/a"] == Row(
-        "link", "disk:/a", waiting=64, wait=3.0, note="a task runs too long"
+        "link", "disk:/a", rate=250, waiting=64, wait=3.0, note="a task runs too long"
     )
     assert rows["pull", "in flight"] == Row("pull", "in flight", waiting=2, wait=0.5)
     assert rows["disk", "/a"].note == "3 broken slots"
