@@ -148,7 +148,7 @@ class _Tracer:
         if above:
             context = api.set_span_in_context(api.NonRecordingSpan(self._context(above)))
         named = {NAMESPACE + key: value for key, value in attributes.items()}
-        kind = api.SpanKind.CLIENT if name.endswith("pull") else api.SpanKind.PRODUCER
+        kind = api.SpanKind.PRODUCER if name.endswith("offer") else api.SpanKind.CLIENT
         span = self._tracer.start_span(
             name, context, kind, attributes=named, links=links, start_time=began.at
         )
