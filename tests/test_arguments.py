@@ -206,7 +206,7 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "Task.wait": lambda s: (s.task(s.graph()).wait, {}),
     "Lease": lambda s: (Lease, {"pool": None, "count": 0}),
     "Handle.wait": lambda s: (Handle((g := s.graph()), s.task(g)).wait, {}),
-    "Collector": lambda s: (Collector, {"source": s.graph()}),
+    "Collector": lambda s: (Collector, {"sources": s.graph()}),
     # migrate
     "Channel": lambda s: (Channel, {}),
     "Shard": lambda s: (Shard, {"view": s.view}),

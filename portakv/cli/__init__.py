@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from portakv import __version__
-from portakv.cli import backends, calibrate, doctor, explain, layouts, migrate, store, warmup
+from portakv.cli import backends, calibrate, doctor, explain, layouts, migrate, store, top, warmup
 from portakv.cli.console import installing
 from portakv.errors import PortaKVError
 from portakv.runtime.devices import usable_device
@@ -54,7 +54,7 @@ _WHERE = {
     ),
 }
 
-_MODULES = (doctor, backends, explain, layouts, store, migrate, warmup, calibrate)
+_MODULES = (doctor, backends, explain, layouts, store, top, migrate, warmup, calibrate)
 VERBS = ("demo", *(module.__name__.rpartition(".")[2] for module in _MODULES), *_DELEGATED)
 
 

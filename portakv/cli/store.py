@@ -25,7 +25,7 @@ import numpy as np
 
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
 from portakv.cli.sides import in_bytes, read_bytes
-from portakv.cli.store_serve import serve
+from portakv.cli.store_serve import Watching, add_watching, serve
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.runtime.linux import fcntl, require_linux
 from portakv.storage import image, slots, table
@@ -82,6 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bucket-options", metavar="JSON", help="serve: its options, such as the endpoint"
     )
+    add_watching(parser)
 
 
 def _object(option: str, words: str) -> dict[str, Any]:
@@ -103,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
         terms = {name: getattr(args, name) for name in ("host", "staging", "capacity", "bucket")}
         if args.bucket_options is not None:
             terms["bucket_options"] = _object("--bucket-options", args.bucket_options)
-        return serve(args.folder, {x: n for x, n in terms.items() if n is not None}, args.json)
+        given = {x: n for x, n in terms.items() if n is not None}
+        return serve(args.folder, given, args.json, Watching.of(args))
     if len(args.folder) > 1:
         args.misunderstood(f"Expected one folder for {args.action}, got {len(args.folder)}.")
     (args.folder,) = args.folder

@@ -3,37 +3,97 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from portakv.arguments import invalid
 from portakv.cli.console import installing, print_json, print_prose
 from portakv.cli.sides import in_bytes
-from portakv.errors import StoreError
+from portakv.errors import PeerError, StoreError
+
+if TYPE_CHECKING:
+    from portakv.serving.keeper_server import Keeper
+    from portakv.serving.kv_events import EventPublisher
 
 #: Seconds between two looks whether this process serves.
 LOOK = 0.25
 _ENDS = (signal.SIGTERM, signal.SIGINT)
 
 
-def serve(folders: Sequence[str], others: Mapping[str, object], as_json: bool) -> int:
+class Watching(NamedTuple):
+    """Where operators and routers watch a store; empty: nowhere.
+
+    Attributes:
+        metrics: the address and port for Prometheus.
+        events: the endpoint to which routers subscribe, and that of replays.
+    """
+
+    metrics: str = ""
+    events: str = ""
+    replays: str = ""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Watching:
+        """Return what a command line names; see `add_watching`."""
+        return cls(args.metrics, args.events, args.event_replays)
+
+
+NOWHERE = Watching()
+
+
+def add_watching(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `Watching`."""
+    parser.add_argument(
+        "--metrics",
+        metavar="HOST:PORT",
+        default="",
+        help="serve: answer Prometheus there, such as 127.0.0.1:9464",
+    )
+    parser.add_argument(
+        "--events",
+        metavar="ENDPOINT",
+        default="",
+        help="serve: publish blocks to routers there, such as tcp://127.0.0.1:5557",
+    )
+    parser.add_argument(
+        "--event-replays",
+        metavar="ENDPOINT",
+        default="",
+        help="serve: send routers the events that they have missed from there",
+    )
+
+
+def serve(
+    folders: Sequence[str],
+    others: Mapping[str, object],
+    as_json: bool,
+    watching: Watching = NOWHERE,
+) -> int:
     """Serve folders until a signal ends it.
 
     Args:
         others: other terms of the store, by their names in `StoreTerms`.
 
-    Raises `InvalidTerms` for wrong terms, and `StoreError` for a folder that cannot be used, or
-    without the packages of the keeper.
+    Raises `InvalidTerms` for wrong terms, `StoreError` for a folder that cannot be used, or
+    without the packages of the keeper, `PeerError` for an address that is in use, and `Unsupported`
+    for metrics without their package.
     """
     check_installed("portakv store serve")
     from portakv.serving.keeper_server import Keeper
     from portakv.serving.local import StoreTerms
 
     terms = StoreTerms.of({"folder": (*folders,), **others})
-    with _until_a_signal() as ended, Keeper(terms) as keeper:
+    with ExitStack() as stack:
+        ended = stack.enter_context(_until_a_signal())
+        events = _events(watching, stack)
+        keeper = stack.enter_context(Keeper(terms, events=events))
+        if watching.metrics:
+            _answer_prometheus(watching.metrics, keeper, stack)
         served = False
         if not keeper.serves:
             _report(keeper, as_json)
@@ -42,6 +102,41 @@ def serve(folders: Sequence[str], others: Mapping[str, object], as_json: bool) -
                 served = keeper.serves
                 _report(keeper, as_json)
     return 0
+
+
+def _events(watching: Watching, stack: ExitStack) -> EventPublisher | None:
+    """Return what publishes events to routers, if that is asked for."""
+    if not watching.events:
+        return None
+    from portakv.serving.kv_events import EventPublisher
+
+    made = EventPublisher(watching.events, watching.replays)
+    stack.callback(made.close)
+    return made
+
+
+def _answer_prometheus(address: str, keeper: Keeper, stack: ExitStack) -> None:
+    """Answer Prometheus at an address, until the stack ends."""
+    from portakv.graph.prometheus import Collector
+
+    host, _, port = address.rpartition(":")
+    collector = Collector(keeper)
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    if not host or not port.isdigit() or int(port) >= 1 << 16:
+        raise invalid("--metrics", "HOST:PORT", address)
+    registry = CollectorRegistry()
+    registry.register(collector)
+    try:
+        server, thread = start_http_server(int(port), host.strip("[]"), registry)
+    except OSError as error:
+        raise PeerError(
+            f"Expected an address at which Prometheus can be answered, got {address}: {error}. "
+            f"Pass an address of this host and a free port."
+        ) from None
+    stack.callback(thread.join)
+    stack.callback(server.server_close)
+    stack.callback(server.shutdown)
 
 
 def _report(keeper: Any, as_json: bool) -> None:

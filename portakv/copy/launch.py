@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 
 from portakv.copy.context import Context
+from portakv.copy.counting import TOGETHER as TOGETHER
+from portakv.copy.counting import Counted as Counted
 from portakv.copy.settle import Piece, Settled
 from portakv.plan.move import Move
 from portakv.registry.prepared import Prepared, bring_table

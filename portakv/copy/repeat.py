@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from portakv.backends.base import Again, Capabilities, Launch
-from portakv.copy.launch import follow_current
+from portakv.copy.launch import TOGETHER, Counted, follow_current
 from portakv.copy.options import CopyOptions
 from portakv.copy.settle import Settled
 from portakv.plan.plan import Move
@@ -422,6 +422,7 @@ class ChunkRepeats:
         repeat.again(*sides, start, count, 0 if word is None else word.address)
         event.record()
         retained = chunk, ids, self._cache
+        _count(repeat, self._cache, count)
         return end_of(event, self._events, word, retained, repeat.carried, ids, self._owner)
 
     def _ids_of(
@@ -473,6 +474,15 @@ class ChunkRepeats:
         if type(slot_mapping) is Index and index.on_host:
             return index.placed(self._choice.backend.device, self._choice.can.index_dtypes)
         return index
+
+
+def _count(repeat: _ChunkRepeat, cache: KVView, tokens: int) -> None:
+    """Count a copy of a chunk on its device, if copies are counted."""
+    counts = Counted.counts
+    if counts is not None:
+        counts.new.append((repeat.carried[0], "device", cache.form, tokens))
+        if len(counts.new) >= TOGETHER:
+            counts.sum_up()
 
 
 def _word_for(slot_mapping: object) -> StatusWord | None:

@@ -27,11 +27,13 @@ class Pace:
 
 class Running:
     """The tasks of a queue that run, with their starts; ``background``: how many are of that
-    priority; ``alone``: how many of these are `Task.alone`."""
+    priority; ``alone``: how many of these are `Task.alone`; ``ran_bytes``: the bytes of those that
+    have run."""
 
     def __init__(self) -> None:
         self.background = 0
         self.alone = 0
+        self.ran_bytes = 0
         self._starts = dict[Task, float]()
 
     def __len__(self) -> int:
@@ -49,6 +51,7 @@ class Running:
         if task.background:
             self.background -= 1
             self.alone -= task.alone
+        self.ran_bytes += task.nbytes
         return self._starts.pop(task)
 
     def longest(self, now: float) -> float:

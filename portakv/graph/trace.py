@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
+from collections.abc import Mapping
 from itertools import accumulate
 from os import PathLike
 from typing import Any, NamedTuple, TypeAlias
@@ -37,6 +38,33 @@ class Ran(NamedTuple):
     blocks: int
     nbytes: int
     followed: tuple[int, ...]
+
+
+class Spent:
+    """The seconds of many tasks: their sum, and the tasks up to each bound and above the one before
+    it."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._ran = [0] * len(BOUNDS)
+
+    def add(self, seconds: float) -> None:
+        """Count a task. One thread at a time."""
+        self._sum += seconds
+        self._ran[bisect_left(BOUNDS, seconds)] += 1
+
+    def samples(self, name: str, labels: Mapping[str, str]) -> Figures:
+        """Return the series of a histogram, in the form of `Graph.statistics`."""
+        ran = [*self._ran]
+        buckets: list[dict[str, str | float]] = [
+            {**labels, "le": le, "value": many}
+            for le, many in zip(SECONDS, accumulate(ran), strict=True)
+        ]
+        return {
+            f"{name}_sum": [{**labels, "value": self._sum}],
+            f"{name}_count": [{**labels, "value": sum(ran)}],
+            f"{name}_bucket": buckets,
+        }
 
 
 class Counts:
@@ -72,27 +100,20 @@ class Trace:
 
     def __init__(self, limit: int) -> None:
         self.ran: deque[Ran] = deque(maxlen=limit)
-        # The sum of the seconds, and the number of tasks up to each bound and above the one before
-        # it.
-        self._seconds = defaultdict[tuple[str, str], list[float]](lambda: [0.0, *[0] * len(BOUNDS)])
+        self._seconds = defaultdict[tuple[str, str], Spent](Spent)
 
     def add(self, tier: str, task: Ran) -> None:
         """Record a task that ran."""
-        seconds = task.end - task.start
-        spent = self._seconds[tier, task.name]
-        spent[0] += seconds
-        spent[1 + bisect_left(BOUNDS, seconds)] += 1
+        self._seconds[tier, task.name].add(task.end - task.start)
         self.ran.append(task)
 
     def statistics(self) -> Figures:
         """Return the seconds, in the form of `Graph.statistics`."""
         figures = defaultdict[str, list[dict[str, str | float]]](list)
-        for (tier, op), (seconds, *ran) in self._seconds.items():
-            what: dict[str, str | float] = {"tier": tier, "op": op}
-            figures["tier_seconds_sum"].append({**what, "value": seconds})
-            figures["tier_seconds_count"].append({**what, "value": sum(ran)})
-            for le, many in zip(SECONDS, accumulate(ran), strict=True):
-                figures["tier_seconds_bucket"].append({**what, "le": le, "value": many})
+        for (tier, op), spent in self._seconds.items():
+            series = spent.samples("tier_seconds", {"tier": tier, "op": op})
+            for name, samples in series.items():
+                figures[name] += samples
         return {**figures}
 
     def events(self) -> list[Event]:

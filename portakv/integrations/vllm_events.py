@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from portakv.serving import Described
+from portakv.serving.event_runs import medium_of, number_of, runs_of
 from portakv.storage.changes import Change
 
 
 class Kinds(NamedTuple):
-    """vLLM's classes of events."""
+    """vLLM's classes of events, and how its events name a block by its key."""
 
     stored: Any
     removed: Any
+    hash_of: Callable[[bytes], Any] = number_of
 
 
 try:
@@ -22,10 +24,12 @@ try:
 except ImportError:  # a release without events
     KINDS = None
 else:
-    KINDS = Kinds(BlockStored, BlockRemoved)
-
-#: The media of vLLM's events, by tier; other tiers are storage.
-MEDIA = {"host": "CPU"}
+    try:
+        from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+    except ImportError:  # a release whose events have no numbers
+        KINDS = Kinds(BlockStored, BlockRemoved)
+    else:
+        KINDS = Kinds(BlockStored, BlockRemoved, maybe_convert_block_hash)
 
 
 def are_wanted(config: Any, kinds: Kinds | None = KINDS) -> bool:
@@ -52,20 +56,22 @@ def events_of(
     events = list[Any]()
     if kinds is None:
         return events
-    for run in _runs(changes, describe):
-        medium = MEDIA.get(run[0].tier, "STORAGE")
-        hashes = [change.key for change in run]
+    for run in runs_of(changes, describe):
+        medium = medium_of(run[0])
+        keys = [change.key for change in run]
+        hashes = [kinds.hash_of(key) for key in keys]
         if not run[0].stored:
             events.append(kinds.removed(block_hashes=hashes, medium=medium))
             continue
-        described = [each for key in hashes if (each := describe(key)) is not None]
+        described = [each for key in keys if (each := describe(key)) is not None]
         if not described:
             continue
+        after = described[0].after
         adapter = getattr(described[0].about, "lora_request", None)
         events.append(
             kinds.stored(
                 block_hashes=hashes,
-                parent_block_hash=described[0].after,
+                parent_block_hash=None if after is None else kinds.hash_of(after),
                 token_ids=[token for each in described for token in each.tokens],
                 block_size=block_size,
                 lora_id=getattr(adapter, "lora_int_id", None),
@@ -74,22 +80,3 @@ def events_of(
             )
         )
     return events
-
-
-def _runs(
-    changes: Iterable[Change], describe: Callable[[bytes], Described | None]
-) -> Iterator[Sequence[Change]]:
-    """Yield changes that one event can name: of a tier, lost, or stored one after the other."""
-    run = list[Change]()
-    for change in changes:
-        if run:
-            last = run[-1]
-            same = (change.tier, change.stored) == (last.tier, last.stored)
-            described = describe(change.key) if same and change.stored else None
-            follows = described is not None and described.after == last.key
-            if not same or (change.stored and not follows):
-                yield run
-                run = []
-        run.append(change)
-    if run:
-        yield run

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from portakv.graph.metrics import ENGINE
+
 try:
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorPromMetrics,
@@ -23,29 +25,9 @@ else:
 
 #: Seconds between two reports of figures.
 INTERVAL = 1.0
-#: The counters, and what each counts.
-COUNTERS = {
-    "promised": "Tokens that the scheduler was offered from the store",
-    "loads": "Loads of requests",
-    "failed_loads": "Loads that did not bring all blocks",
-    "landed_blocks": "Stored blocks that loads have brought",
-    "landed_bytes": "Bytes that loads have brought",
-    "saves": "Saves of requests",
-    "stored_blocks": "Blocks that saves have stored",
-    "stored_bytes": "Bytes that saves have stored",
-    "unanswered": "Lookups that another host did not answer in time",
-    "steps": "Steps of the engine, once for its scheduler and once for each worker",
-    "hook_seconds": "Seconds that each hook of the connector took",
-    "idle_steps": "Steps without work for the connector",
-    "idle_hook_seconds": "Seconds that each hook of the connector took in steps without work",
-}
-#: The labels of counters, whose values come after their names, after slashes.
-LABELS = {
-    "steps": ("side",),
-    "hook_seconds": ("side", "hook"),
-    "idle_steps": ("side",),
-    "idle_hook_seconds": ("side", "hook"),
-}
+#: The metrics by the names under which processes of an engine report them. The values of labels
+#: come after the names, after slashes.
+COUNTERS = ENGINE
 
 
 class Figures:
@@ -121,15 +103,16 @@ class PortaKVPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._values = per_engine_labelvalues
         self._counters = dict[str, Any]()
-        for name, what in COUNTERS.items():
-            more = LABELS.get(name, ())
+        for name, metric in COUNTERS.items():
+            # vLLM's client adds _total.
+            shown = metric.name.removeprefix("engine_").removesuffix("_total")
             counter = self._counter_cls(
-                name=f"vllm:portakv_{name}",
-                documentation=f"{what}.",
-                labelnames=[*labelnames, *more],
+                name=f"vllm:portakv_{shown}",
+                documentation=f"{metric.why[0].upper()}{metric.why[1:]}.",
+                labelnames=[*labelnames, *metric.labels],
             )
             self._counters[name] = counter
-            for values in per_engine_labelvalues.values() if not more else ():
+            for values in per_engine_labelvalues.values() if not metric.labels else ():
                 counter.labels(*values)  # shown as 0
 
     def observe(self, transfer_stats_data: Mapping[str, float], engine_idx: int = 0) -> None:

@@ -40,7 +40,7 @@ from portakv.migrate.reader import Reader
 from portakv.migrate.rendezvous import pair, rendezvous, unique_id
 from portakv.migrate.shards import Shard
 from portakv.migrate.tickets import Ticket
-from portakv.migrate.weights import prepare_weights, publish, pull_weights
+from portakv.migrate.weights import count_weights, prepare_weights, publish, pull_weights
 
 __all__ = [
     "BackendUnavailable",
@@ -64,6 +64,7 @@ __all__ = [
     "TransferError",
     "TransferTimeout",
     "Unsupported",
+    "count_weights",
     "open_model",
     "open_shared",
     "pair",

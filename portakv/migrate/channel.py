@@ -24,6 +24,7 @@ from portakv.migrate.channel_client import Client
 from portakv.migrate.channel_loop import Loop
 from portakv.migrate.channel_server import Server
 from portakv.migrate.channel_sockets import Sockets
+from portakv.migrate.figures import Figures, channel_figures
 from portakv.migrate.messages import Message
 from portakv.migrate.peer import Peer
 from portakv.runtime.devices import this_process
@@ -207,6 +208,10 @@ class Channel:
     def statistics(self) -> dict[str, int]:
         """Return the connections now, from and to other channels, and the counters."""
         return {**self._server.statistics(), "links": len(self._client), **self.counts}
+
+    def figures(self) -> Figures:
+        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
+        return channel_figures(self.statistics())
 
     def close(self) -> None:
         """End all connections; requests in flight raise `PeerError`."""

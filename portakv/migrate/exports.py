@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -15,6 +15,8 @@ from portakv.migrate.shards import Shard
 from portakv.migrate.words import Place as Place
 from portakv.migrate.words import Words as Words
 
+#: What readers on this host may map: whole allocations, or nothing
+Expose: TypeAlias = Literal["mapped", "staging"]
 EVENTS = 64  # recorded after offers' rows, in turn: so many offers have separate events
 
 

@@ -13,7 +13,7 @@ import logging
 import threading
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty
 from time import monotonic
 
@@ -21,6 +21,7 @@ import torch
 
 from portakv.errors import PortaKVError, TransferError, TransferTimeout
 from portakv.migrate.connections import Source
+from portakv.migrate.figures import Began, PullCounts, begin_span
 from portakv.migrate.followed import Followed, Stop
 from portakv.migrate.messages import Begin, Close, Message, Renew
 from portakv.migrate.named import Finder, Wanted
@@ -51,6 +52,7 @@ class _Watched:
     begun: bool = False  # reported to the owners that do not learn it by a request for rows
     renew: float = 0.0  # when its leases are renewed next
     ended: bool = False  # reported to this process, perhaps not to all owners yet
+    span: Began = field(default_factory=begin_span)
 
 
 class Wakes:
@@ -100,9 +102,9 @@ class Housekeeper:
     """
 
     def __init__(self, device: torch.device) -> None:
-        #: Counted by how pulls ended; and the pulls that have ended, for `Reader.finished`.
+        #: The pulls that have ended, for `Reader.finished`; and what they have brought.
         self.finished: Finished[Pull] = Finished()
-        self.ends = Counter[str]()
+        self.counts = PullCounts()
         self._device = device
         #: Finds offers by their names, and marks; None before the first pull that waits.
         self.finder: Finder | None = None
@@ -119,6 +121,21 @@ class Housekeeper:
     def pulls(self) -> list[Pull]:
         """Return the pulls that have not ended, or whose end is not reported yet."""
         return [*self._pulls]
+
+    @property
+    def ends(self) -> Counter[str]:
+        """Return the numbers of pulls by how they ended."""
+        return self.counts.ends
+
+    def figures(self, owners: int) -> dict[str, list[dict[str, str | float]]]:
+        """Return the figures of a reader that has so many owners; see `Reader.figures`."""
+        ages = [pull.age for pull in self.pulls if not pull.ended]
+        return {
+            "pulls_in_flight": [{"value": len(ages)}],
+            "pull_oldest_seconds": [{"value": max(ages, default=0.0)}],
+            "pull_owners": [{"value": owners}],
+            **self.counts.figures(),
+        }
 
     @property
     def closing(self) -> bool:
@@ -253,7 +270,7 @@ class Housekeeper:
         if not watched.ended:
             watched.ended = True
             self.finished.add(pull)
-            self.ends["failed" if pull.error else "committed"] += 1
+            self._count(pull, watched)
             pull.requested.quiet = ()
         left = list[Source]()
         for source in pull.sources:
@@ -263,6 +280,13 @@ class Housekeeper:
         pull.sources = left  # a handle retains no memory of owners
         if not left:
             self._pulls.pop(pull, None)
+
+    def _count(self, pull: Pull, watched: _Watched) -> None:
+        """Count a pull that has ended, and record its span."""
+        requested = pull.requested
+        traceparent = next((each.ticket.traceparent for each in pull.sources), "")
+        self.counts.add(requested.strategy[0], int(requested.nbytes), pull.published, pull.age)
+        self.counts.end_span(watched.span, pull, traceparent)
 
     def _look_after(self, pull: Pull, watched: _Watched) -> None:
         """Stop a pull that cannot be committed any more; else renew its leases."""

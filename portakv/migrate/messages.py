@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from portakv.errors import InvalidTerms, OfferGone, PeerError, PortaKVError
+from portakv.runtime.tracing import PATTERN
 
 VERSION = 5  # of all messages; a channel rejects another version by the first byte
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
@@ -292,12 +293,13 @@ class Answer(Message, frozen=True):
     digest: int = 0
 
 
-class Ticket(About, frozen=True):
+class Ticket(About, frozen=True, omit_defaults=True):
     """An offer: the address of its owner and, for each group, block ids and the tokens of a block.
 
     An id of -1 has its rows elsewhere. ``event``: the number of the event after the rows, -1 if
     there is none. ``place``: of its validity word, -1 if it has none. ``progress``: the unit of its
-    mark, empty if its rows were complete when it was made.
+    mark, empty if its rows were complete when it was made. ``traceparent``: of the span in which it
+    was made, empty if there is none; a ticket without it has the bytes of earlier releases.
     """
 
     address: Text
@@ -308,6 +310,7 @@ class Ticket(About, frozen=True):
     event: Annotated[int, Meta(ge=-1, le=255)] = -1
     place: Annotated[int, Meta(ge=-1, le=1 << 16)] = -1
     progress: Literal["", "layers", "tokens"] = ""
+    traceparent: Annotated[str, Meta(max_length=55, pattern=PATTERN)] = ""
 
     def gone(self, why: str) -> OfferGone:
         """Return the error of an offer that does not hold; ``why`` is a clause."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the arguments of `Owner.offer`."""
+"""Check the arguments of `Owner.offer`, and record the span of an offer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from math import inf
 from portakv import arguments
 from portakv.errors import LayoutError, SlotError
 from portakv.migrate import messages
+from portakv.migrate.figures import Figures as Figures
+from portakv.migrate.figures import owner_figures as owner_figures
 from portakv.migrate.gathers import BlockList
 from portakv.migrate.shards import Shard
+from portakv.runtime import tracing
+from portakv.runtime.tracing import UNTRACED as UNTRACED
+from portakv.runtime.tracing import begin
 from portakv.view.index import Ids as Ids
 from portakv.view.index import Index as Index
 
+begin_span = begin
 MOST_LEASE = 1e6  # seconds
 SECONDS = "a number of seconds above 0, at most 10^6"
 
@@ -52,6 +58,12 @@ def checked_lease(tokens: int, lease: float, readers: int, max_lease: float) -> 
     arguments.whole("readers", readers, 1, 1 << 31)
     least = f"at least the lease of {lease:g} s"
     return lease, arguments.number("max_lease", max_lease, lease, inf, least)
+
+
+def end_span(began: tracing.Began, state: str, tokens: int) -> None:
+    """Record the span of an offer that has ended, if the process makes spans."""
+    if began.at:
+        tracing.end("portakv offer", began, {"offer.state": state, "offer.tokens": tokens})
 
 
 def block_list(shard: Shard, block_ids: Ids | None, tokens: int) -> BlockList:

@@ -15,40 +15,26 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from msgspec.structs import replace
 
 from portakv import arguments
 from portakv.errors import InvalidTerms, OfferGone, PeerError
-from portakv.migrate import messages
+from portakv.migrate import messages, offer_terms
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.exports import EVENTS, Exports, Place, Words, describe_all
+from portakv.migrate.exports import EVENTS, Exports, Expose, Place, Words, describe_all
 from portakv.migrate.gathers import BUFFERS, BlockList, Gathers, Offered, StreamFence, renamed
 from portakv.migrate.marks import PAST, Progress, Raises, Unit, mark_event, progress_of
 from portakv.migrate.names import EndedOffers, Names
-from portakv.migrate.offer_terms import (
-    MOST_LEASE,
-    SECONDS,
-    Ids,
-    Index,
-    block_lists,
-    checked_lease,
-)
 from portakv.migrate.shards import Shard, device_of
 from portakv.runtime.finished import Finished
 from portakv.runtime.interrupts import abandoned, uninterrupted
 
 LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
 UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
-SPOILT = messages.Answer(
-    "gone", ("some of its rows could not be sent; the owner's log has the reason")
-)
-
-
-#: What readers on this host may map: whole allocations, or nothing
-Expose: TypeAlias = Literal["mapped", "staging"]
+SPOILT = messages.Answer("gone", "some of its rows could not be sent; the owner's log has why")
 
 
 @dataclass
@@ -78,6 +64,7 @@ class Offer:
 
     name = b""
     place = Place()
+    began = offer_terms.UNTRACED
     #: None: all rows were complete when the offer was made.
     progress: Progress | None = None
 
@@ -105,9 +92,9 @@ class Offer:
         self._state = "held"
 
     @cached_property
-    def indices(self) -> Sequence[Index]:
+    def indices(self) -> Sequence[offer_terms.Index]:
         """Return the index of each shard, for the rows that the owner sends."""
-        return [Index(*each) for each in self.ids]
+        return [offer_terms.Index(*each) for each in self.ids]
 
     @property
     def state(self) -> str:
@@ -143,6 +130,7 @@ class Offer:
                 owner.ended[self.number] = why = self._why_ended()
                 owner.names.end(self, why)
                 owner.counts[state] += 1
+                offer_terms.end_span(self.began, state, self.tokens)
                 for stop in self.begun.values():
                     stop()
                 owner.ends.add(Ended(self, state, frozenset(self.through)))
@@ -184,7 +172,9 @@ class Offer:
 
         An owner may extend its offer beyond ``max_lease``, which limits readers.
         """
-        seconds = arguments.number("seconds", seconds, 0.0, MOST_LEASE, SECONDS)
+        seconds = arguments.number(
+            "seconds", seconds, 0.0, offer_terms.MOST_LEASE, offer_terms.SECONDS
+        )
         return uninterrupted(partial(self._extend, seconds))
 
     def _extend(self, seconds: float) -> bool:
@@ -381,7 +371,7 @@ class Owner:
 
     def offer(
         self,
-        *blocks: Ids,
+        *blocks: offer_terms.Ids,
         tokens: int,
         lease: float = 30.0,
         readers: int = 1,
@@ -413,11 +403,11 @@ class Owner:
             PeerError: the owner is closed, or belongs to the process that this one was forked from.
         """
         self.refuse_closed()
-        lease, last = checked_lease(tokens, lease, readers, max_lease)
+        lease, last = offer_terms.checked_lease(tokens, lease, readers, max_lease)
         mark = None
         if progress is not None:
             mark = progress_of(progress, max(shard.view.layers for shard in self.shards), tokens)
-        lists = block_lists(self.shards, blocks, tokens)
+        lists = offer_terms.block_lists(self.shards, blocks, tokens)
         if name is not None:
             self.names.check_new(name, sum(ids.nbytes for ids, _ in lists))
         on = self.device
@@ -432,6 +422,7 @@ class Owner:
         made = Offer(self, lists, tokens, Lease(now + lease, now + last), readers, after)
         made.name = name or b""
         made.progress = mark
+        made.began = offer_terms.begin_span()
         try:
             return self._enter(made, event, lease)
         except BaseException:  # also an interrupt: no reader may get an offer without a handle
@@ -463,7 +454,8 @@ class Owner:
             if made.progress is not None:
                 unit = made.progress.unit
                 self.words.mark(made.place, 0)
-            made.ticket = messages.Ticket(self.epoch, made.number, *terms, unit).pack(self._key)
+            own = messages.Ticket(self.epoch, made.number, *terms, unit, made.began.traceparent)
+            made.ticket = own.pack(self._key)
             self.offers[made.number] = made
             if made.name:
                 self.names.add(made)
@@ -537,6 +529,10 @@ class Owner:
         """Return the number of active offers, of ends by reason, of answers, and of buffers in
         use."""
         return uninterrupted(self._statistics)
+
+    def figures(self) -> offer_terms.Figures:
+        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
+        return offer_terms.owner_figures(self.statistics())
 
     def _statistics(self) -> dict[str, int]:
         """Count the offers and buffers, under the lock."""

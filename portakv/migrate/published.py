@@ -17,6 +17,7 @@ from portakv.arguments import instance, invalid, nbytes, one_of
 from portakv.errors import Unsupported
 from portakv.graph.graph import Graph
 from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.figures import Figures, published_figures
 from portakv.migrate.ipc import Held, export_all
 from portakv.migrate.messages import Count, Handle, Id, Message, Text, sealed
 from portakv.migrate.parameters import (
@@ -228,6 +229,10 @@ class Published:
         """Return the lanes to readers that do not map the memory (``lanes``), and the bytes of all
         their staging buffers here (``staging``)."""
         return {"lanes": self._senders.count, "staging": self._senders.staged_bytes}
+
+    def figures(self) -> Figures:
+        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
+        return published_figures(self.statistics())
 
     def _answer_sums(self, request: AskWeights, version: int) -> Weights:
         whole = not request.boxes

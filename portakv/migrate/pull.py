@@ -208,6 +208,12 @@ class Pull(Transfer):
             cancelled=over and isinstance(self._verdict["error"], TransferCancelled),
         )
 
+    @property
+    def age(self) -> float:
+        """Return the seconds from the call until the end was noticed, or until now."""
+        times = self._times
+        return (times[-1] if len(times) > 1 else perf_counter()) - times[0]
+
     def _finish(self) -> None:
         super()._finish()
         error = self.error

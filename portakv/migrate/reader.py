@@ -219,6 +219,10 @@ class Reader:
             "owners": len(self._owners),
         }
 
+    def figures(self) -> dict[str, list[dict[str, str | float]]]:
+        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
+        return self._keeper.figures(len(self._owners))
+
     def close(self) -> None:
         """Release all owners.
 

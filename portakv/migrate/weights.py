@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Literal, cast, overload
 
 import torch
@@ -20,6 +21,8 @@ from portakv.errors import PortaKVError, TransferError
 from portakv.graph.graph import Graph
 from portakv.graph.task import Task
 from portakv.migrate.channel import Channel
+from portakv.migrate.figures import WEIGHTS
+from portakv.migrate.figures import count_weights as count_weights
 from portakv.migrate.parameters import Parameters
 from portakv.migrate.published import Published as Published
 from portakv.migrate.published import publish as publish
@@ -57,7 +60,7 @@ class WeightsPull(Transfer):
             with ExitStack() as stack:
                 for fence in fences:
                     stack.enter_context(fence.inside())
-                result.append(pull(request, ends))
+                result.append(WEIGHTS.pull(partial(pull, request, ends)))
 
         self._task = Task(work, 1, queue=graph.queue("weights", _WORKERS), name="pull")
         super().__init__([Completion(pendings=cast("tuple[Pending, ...]", (self._task,)))])
@@ -165,7 +168,7 @@ def pull_weights(
     """
     request = checked(channel, tickets, parameters, some, max_gbps, timeout, transport)
     if flag("wait", wait):
-        return pull(request, bool)
+        return WEIGHTS.pull(partial(pull, request, bool))
     return WeightsPull(request)
 
 

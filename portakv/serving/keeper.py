@@ -31,6 +31,7 @@ import numpy as np
 
 from portakv.errors import InvalidTerms, PeerError
 from portakv.graph import Handle
+from portakv.graph.trace import Figures
 from portakv.serving.keeper_leases import (
     Client,
     ClientProcess,
@@ -66,6 +67,10 @@ PIECE = 32 << 20
 #: without its rows.
 MESSAGE = 48 << 10
 HEAD = 32
+
+
+#: The names of `KeeperState.counts`.
+COUNTED = ("joined", "lent", "late_reports", "saves_abandoned", "saves_without_all_ranks")
 
 
 @dataclass
@@ -405,6 +410,23 @@ class KeeperState:
             now = {"sessions": len(self._clients), "leases": leases, "requests": len(self._works)}
             return {**now, **self.counts}
 
+    def oldest_lease(self) -> float:
+        """Return the seconds since the oldest rows that are lent were lent; 0 if none are."""
+        with self._lock:
+            leases = [one for process in self._processes.values() for one in process.leases]
+            now = self._now()
+            return now - min([one.since for one in leases], default=now)
+
+    def figures(self) -> Figures:
+        """Return figures by the names of metrics, in the form of `Graph.statistics`."""
+        counts = self.statistics()
+        figures: Figures = {"keeper_oldest_lease_seconds": [{"value": self.oldest_lease()}]}
+        for name in ("sessions", "leases", "requests"):
+            figures[f"keeper_{name}"] = [{"value": counts[name]}]
+        for name in COUNTED:
+            figures[f"keeper_{name}_total"] = [{"value": counts.get(name, 0)}]
+        return figures
+
     # --- steps, under the lock
 
     def _part(self, form: BlockForm) -> Part:
@@ -466,7 +488,7 @@ class KeeperState:
         for first in range(0, len(lent.copy.rows), step):
             self.counts["lent"] += 1  # counts all, so that no number is used again
             some = range(first, min(first + step, len(lent.copy.rows)))
-            lease = Lease(self.counts["lent"], client, lent, cells, some)
+            lease = Lease(self.counts["lent"], client, lent, cells, some, self._now())
             lent.leases.add(lease)
             client.leases[lease.number] = lease
             client.process.leases.add(lease)

@@ -87,6 +87,7 @@ class Lease:
     """Rows of a copy that a client makes.
 
     ``cells``: the part of each block that it writes. ``places``: of the rows in the copy.
+    ``since``: when it began.
     """
 
     number: int
@@ -94,6 +95,7 @@ class Lease:
     lent: Lent
     cells: int
     places: range
+    since: float = 0.0
 
 
 @dataclass(eq=False)

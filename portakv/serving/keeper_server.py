@@ -8,9 +8,10 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from portakv.arguments import instance, seconds, text
 from portakv.errors import PortaKVError, StoreBusy, StoreError
@@ -21,7 +22,7 @@ from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.keeper import PATIENCE
 from portakv.serving.keeper_processes import Processes
 from portakv.serving.keeper_service import Service
-from portakv.serving.keeper_store import OpenStore
+from portakv.serving.keeper_store import Events, OpenStore
 from portakv.serving.local import SHARE, StoreTerms
 from portakv.serving.place import Place
 
@@ -46,21 +47,29 @@ class Keeper:
         terms: where blocks are stored, and how much memory the store takes.
         engine: the name of the engine, by which its processes find a keeper without a folder.
         patience: seconds for which a save waits for all ranks of its engine.
+        events: an `EventPublisher` for routers, which the caller closes after the keeper.
 
     Raises `InvalidTerms` for wrong terms, and `StoreError` for a folder that cannot be used.
     """
 
-    def __init__(self, terms: StoreTerms, engine: str = "", patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        terms: StoreTerms,
+        engine: str = "",
+        patience: float = PATIENCE,
+        events: Events | None = None,
+    ) -> None:
         self.terms = instance("terms", terms, StoreTerms)
         self.place = place_of(terms, engine)
         self._patience = seconds("patience", patience, above=True)
+        self._events = events
         self._busy_since: float | None = None
         self._stopped = threading.Event()
         self._process = this_process()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._processes = Processes()
         self._channel = Channel()
-        self._service = Service(self._channel, self._wake)
+        self._service = Service(self._channel, self._wake, self)
         try:
             self._serve_if_possible()
         except BaseException:
@@ -86,13 +95,19 @@ class Keeper:
         opened = self._service.opened
         return {} if opened is None else opened.state.statistics()
 
-    def figures(self) -> Mapping[str, Sequence[Mapping[str, object]]]:
-        """Return the figures of the store, as `BlockStore.statistics`; none while it is closed."""
+    def figures(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the figures of the store, as `BlockStore.statistics`, those of the keeper, and
+        those of its channel; only the last ones while the store is closed, and none after
+        `close`."""
+        figures = dict[str, list[dict[str, Any]]]()
+        if not self._stopped.is_set():
+            figures = self._channel.figures()
         opened = self._service.opened
-        try:
-            return {} if opened is None else opened.store.statistics()
-        except StoreError:  # it was closed meanwhile
-            return {}
+        if opened is not None:
+            figures |= opened.state.figures()
+            with suppress(StoreError):  # it was closed meanwhile
+                figures |= opened.store.statistics()
+        return figures
 
     def close(self, timeout: float = 10.0) -> None:
         """Serve no longer: close the store within so many seconds. Clients go on with misses."""
@@ -158,7 +173,7 @@ class Keeper:
         self._close_store(BUSY)
         refusal: PortaKVError | None = None
         try:
-            service.opened = OpenStore(self.terms, wanted, self._wake, self._patience)
+            service.opened = OpenStore(self.terms, wanted, self._wake, self._patience, self._events)
         except StoreBusy as error:
             now = time.monotonic()
             self._busy_since = self._busy_since or now
@@ -183,7 +198,9 @@ class Keeper:
             _log.warning("close", "The store of a keeper could not be closed: %s", error)
 
     def _advance(self) -> None:
-        """Go on with what the store has done, and tell clients."""
+        """Go on with what the store has done, and tell clients and routers."""
+        if self._events is not None:
+            self._events.answer()
         opened = self._service.opened
         if opened is None or opened.store.graph.closed.is_set():  # the interpreter ends
             return
@@ -195,7 +212,7 @@ class Keeper:
         while opened.looked_up:
             follower, answer = opened.looked_up.popleft()
             self._tell(follower.address, answer, partial(opened.feed.lost, follower))
-        for follower, changes in opened.feed.announce(opened.store.listen()):
+        for follower, changes in opened.feed.announce(opened.changes()):
             self._tell(follower.address, changes, partial(opened.feed.lost, follower))
 
     def _tell(self, address: str, message: Message, lost: Callable[[], object]) -> None:

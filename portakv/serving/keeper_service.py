@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 
 from portakv.errors import PeerError, PortaKVError, StoreError
+from portakv.graph.meter import Metered
 from portakv.host.shared import process_space, started
 from portakv.migrate.channel import Channel, Peer
 from portakv.serving.keeper_messages import (
@@ -34,6 +35,7 @@ from portakv.serving.keeper_messages import (
 )
 from portakv.serving.keeper_parts import whole_form
 from portakv.serving.keeper_store import OpenStore
+from portakv.serving.watched import answer
 from portakv.storage.form import BlockForm
 
 
@@ -46,6 +48,7 @@ class Service:
     Args:
         channel: of the keeper.
         wake: is called when ``wanted`` has changed.
+        figures: of the keeper, for `portakv top`.
 
     Attributes:
         opened: the store, if it is open.
@@ -53,7 +56,7 @@ class Service:
         refusal: the forms for which the store could not be opened, and why.
     """
 
-    def __init__(self, channel: Channel, wake: Callable[[], object]) -> None:
+    def __init__(self, channel: Channel, wake: Callable[[], object], figures: Metered) -> None:
         self.opened: OpenStore | None = None
         self.wanted: Sequence[BlockForm] = ()
         self.refusal: tuple[Sequence[BlockForm], PortaKVError] | None = None
@@ -69,6 +72,7 @@ class Service:
         channel.serve(Leave, self._leave)
         channel.serve(AskKeys, self._page)
         channel.serve(LookUp, self._look_up)
+        answer(channel, figures)
 
     def _join(self, peer: Peer, ask: Join) -> Joined | Later:
         """Begin a session of a rank, or have the store opened for it."""

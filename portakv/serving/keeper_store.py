@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
 from portakv.errors import PortaKVError
+from portakv.graph.alarms import Alarms
 from portakv.migrate.ipc import share
 from portakv.runtime.bounded import Bounded
 from portakv.serving.bucket import LookupWorkers
@@ -17,6 +19,15 @@ from portakv.serving.keeper_feed import Feed, Follower
 from portakv.serving.keeper_messages import LookedUp
 from portakv.serving.local import StoreTerms
 from portakv.storage import BlockForm, BlockStore
+from portakv.storage.changes import Change
+
+
+class Events(Protocol):
+    """Publishes events to routers; see `portakv.serving.kv_events.EventPublisher`."""
+
+    def publish(self, changes: Sequence[Change], groups: Sequence[str], /) -> None: ...
+    def clear(self) -> None: ...
+    def answer(self) -> None: ...
 
 
 class OpenStore:
@@ -27,6 +38,7 @@ class OpenStore:
         forms: of whole blocks.
         wake: is called when the state has something to do.
         patience: seconds for which a save waits for all ranks of its engine.
+        events: gets the changes of the store, for routers.
 
     Raises `StoreError`, `StoreBusy`, `HostMemoryError` and `InvalidTerms` as `BlockStore` does.
 
@@ -42,6 +54,7 @@ class OpenStore:
         forms: Sequence[BlockForm],
         wake: Callable[[], object],
         patience: float,
+        events: Events | None = None,
     ) -> None:
         tiers = terms.tiers()
         named = {form.name: form for form in forms}
@@ -55,9 +68,11 @@ class OpenStore:
             pin=False,
         )
         self.state = KeeperState(wake, patience)
+        self._alarms = Alarms(self.store, self.state)
         self.bucket = terms.bucket is not None
         self.looked_up = deque[tuple[Follower, LookedUp]]()
         self._wake = wake
+        self._events = events
         self.feed = Feed(self.store)
         try:
             self.handle = share(self.store.rows.tensor)
@@ -65,10 +80,32 @@ class OpenStore:
                 self.state.stores[form.digest] = self.store.of(name)
             self.store.finished()  # from now on handles and changes are kept
             self.store.listen()
+            self._publish_all()
         except BaseException:
             self.store.close()
             raise
         rows_here[self.handle] = self.store.rows.tensor
+
+    def changes(self) -> list[Change]:
+        """Return the changes of the store since the last call, and publish them to routers.
+
+        Logs what operators need to know, from time to time.
+        """
+        self._alarms.look()
+        changes = self.store.listen()
+        if self._events is not None:
+            self._events.publish(changes, [*self.store.forms])
+        return changes
+
+    def _publish_all(self) -> None:
+        """Publish to routers the blocks that the store has when it opens."""
+        if self._events is None:
+            return
+        self._events.clear()
+        for form in self.store.forms:
+            for tier, keys in self.store.of(form).keys().keys.items():
+                changes = [Change(0, key, tier, True, "", form) for key in keys]
+                self._events.publish(changes, [*self.store.forms])
 
     def has(self, forms: Sequence[BlockForm]) -> bool:
         """Return whether the store has the forms of whole blocks."""
@@ -96,6 +133,8 @@ class OpenStore:
         """End all sessions and close the store; return the error of a store that hangs."""
         rows_here.pop(self.handle, None)
         self.state.close()
+        if self._events is not None:
+            self._events.clear()
         try:
             self.store.close(timeout)
         except PortaKVError as error:

@@ -21,7 +21,7 @@ from portakv.storage.form_store import FormStore, Full
 from portakv.storage.parts import parts_of
 from portakv.storage.plan import FormBlocks, SharedState
 from portakv.storage.rows import Rows
-from portakv.storage.tier import Tier, tiers_of
+from portakv.storage.tier import Tier, tier_figures, tiers_of
 
 #: Seconds between two looks at the loads that `BlockStore.close` waits for.
 PAUSE = 0.001
@@ -234,6 +234,7 @@ class BlockStore(FormStore):
         reported["tiers"] = [
             {"tier": x.tier, "form": self._called(x.form), **x.statistics()} for x in tier_stores
         ]
+        reported |= tier_figures(reported["tiers"])
         if "" not in self._stores:
             reported |= self.graph.run(self._form_statistics)
         return reported

@@ -48,6 +48,7 @@ from portakv.storage.form import BlockForm
 from portakv.storage.image import Row
 from portakv.storage.reasons import Report
 from portakv.storage.rows import Rows
+from portakv.storage.tier_figures import tier_figures as tier_figures
 
 Keys = Sequence[bytes]
 #: What the keys of a save follow: the key before the first one, or None if it begins a prompt; or

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,40 @@ def test_a_bucket_is_served(tmp_path: Path) -> None:
     words = str(tmp_path / "store"), "--bucket", bucket, "--bucket-options", '{"workers": 2}'
     server = Server(tmp_path / "out", *words)
     assert server.says(f"and the bucket {bucket}")
+    assert server.end(signal.SIGTERM) == 0
+
+
+def test_a_process_is_watched(tmp_path: Path) -> None:
+    """By Prometheus and by routers, at the addresses that it was given."""
+    with socket.socket() as free, socket.socket() as other:
+        free.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        endpoint = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+    words = str(tmp_path / "store"), "--host", "1M", "--staging", "1M", "--capacity", "64M"
+    watched = "--metrics", f"127.0.0.1:{port}", "--events", endpoint
+    server = Server(tmp_path / "out", *words, *watched)
+    assert server.says("This process serves")
+
+    def page() -> str:
+        try:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{port}/metrics", timeout=LIMIT
+            ) as answer:
+                return str(answer.read().decode())
+        except OSError:  # it does not listen yet
+            return ""
+
+    assert until(lambda: "portakv_channel_peers" in page(), LIMIT)
+    ran = run("store", "serve", str(tmp_path / "other"), "--events", endpoint)
+    assert ran.code == 1
+    assert "at which events can be published" in ran.err
+    ran = run("store", "serve", str(tmp_path / "other"), "--metrics", f"127.0.0.1:{port}")
+    assert ran.code == 1
+    assert "at which Prometheus can be answered" in ran.err
+    ran = run("store", "serve", str(tmp_path / "other"), "--metrics", "9464")
+    assert ran.code == 1
+    assert "HOST:PORT" in ran.err
     assert server.end(signal.SIGTERM) == 0
 
 

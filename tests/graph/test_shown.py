@@ -54,12 +54,14 @@ def test_prometheus_reads_every_figure() -> None:
     assert samples["portakv_tier_seconds_count", "copy", "device"] == 1
     assert 0 < samples["portakv_tier_seconds_sum", "copy", "device"] < 30
     assert samples["portakv_queue_bytes", "disk:/a"] == 0
+    assert samples["portakv_queue_ran_bytes_total", "disk:/a"] == 10
     assert samples["portakv_staging_bytes", "free"] == 4096
     assert {x.name: x.type for x in families.values()} == {
         "portakv_tier_blocks": "counter",
         "portakv_tier_bytes": "counter",
         "portakv_tier_seconds": "histogram",
         "portakv_queue_bytes": "gauge",
+        "portakv_queue_ran_bytes": "counter",
         "portakv_queue_oldest_seconds": "gauge",
         "portakv_queue_slow": "gauge",
         "portakv_staging_bytes": "gauge",
@@ -73,7 +75,7 @@ def test_several_stores_share_a_registry() -> None:
     lines = generate_latest(registry).decode().splitlines()
     types = [line for line in lines if line.startswith("# TYPE")]
     series = [line.rpartition(" ")[0] for line in lines if line[0] != "#"]
-    assert len({*types}) == len(types) == 6
+    assert len({*types}) == len(types) == 7
     assert len({*series}) == len(series)
     for store in "ab":
         assert f'portakv_tier_bytes_total{{op="read",store="{store}",tier="disk"}} 20.0' in lines

@@ -43,8 +43,8 @@ def test_a_release_without_figures_has_none() -> None:
 class Stored:
     """vLLM's event of blocks that were stored."""
 
-    block_hashes: list[bytes]
-    parent_block_hash: bytes | None
+    block_hashes: list[int]
+    parent_block_hash: int | None
     token_ids: list[int]
     block_size: int
     lora_id: int | None
@@ -56,7 +56,7 @@ class Stored:
 class Removed:
     """vLLM's event of blocks that were lost."""
 
-    block_hashes: list[bytes]
+    block_hashes: list[int]
     medium: str
 
 
@@ -91,11 +91,12 @@ def test_blocks_that_follow_each_other_are_one_event() -> None:
         8,
         KINDS,
     )
+    numbers = [int.from_bytes(key, "big") & ((1 << 64) - 1) for key in keys]  # as vLLM's
     assert made == [
-        Stored(keys[:2], None, tokens[:16], 8, 4, "CPU", "adapter"),
-        Stored([keys[0]], None, tokens[:8], 8, 4, "STORAGE", "adapter"),
-        Stored([keys[2]], keys[1], tokens[16:], 8, 4, "STORAGE", "adapter"),
-        Removed(keys[:2], "CPU"),
+        Stored(numbers[:2], None, tokens[:16], 8, 4, "CPU", "adapter"),
+        Stored([numbers[0]], None, tokens[:8], 8, 4, "STORAGE", "adapter"),
+        Stored([numbers[2]], numbers[1], tokens[16:], 8, 4, "STORAGE", "adapter"),
+        Removed(numbers[:2], "CPU"),
     ]
 
 

@@ -330,8 +330,13 @@ def meeting(folder: Path) -> Steps:
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
     "Channel.after_answer": "runs in the channel's thread",
+    "Channel.figures": "reads `Channel.statistics`",
     "Channel.replace": "runs in a helper",
     "Offer.holds": "runs in the owner's thread",
+    "Owner.figures": "reads `Owner.statistics`",
+    "Published.figures": "reads `Published.statistics`",
+    "Reader.figures": "reads counters",
+    "Pull.age": "reads the clock",
     "Pull.ask": "runs in a worker",
     "Pull.confirm": "runs in a worker",
     "Pull.drop": "runs after a pull that failed",

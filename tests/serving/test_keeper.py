@@ -22,6 +22,7 @@ from support.keeper_model import (
 )
 
 from portakv.errors import InvalidTerms, PeerError, StoreError
+from portakv.graph.alarms import LEASE, LOOK, Alarms
 from portakv.serving.keeper import HEAD, KeeperState
 from portakv.serving.keeper_leases import Client
 from portakv.serving.keeper_messages import (
@@ -156,6 +157,30 @@ def test_a_block_is_sealed_after_all_ranks_have_reported_their_parts() -> None:
     assert set(ranks.store.cached) == {*KEYS}
     assert ranks.learned(0)[-1].stored == bytes([1, 1, 1])
     assert ranks.learned(1)[-1].stored == bytes([1, 1, 1])
+
+
+def test_rows_that_a_rank_keeps_are_shown_with_their_age(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What operators watch: they are warned, and no longer once the rows are back."""
+    ranks = Ranks(WHOLE)
+    alarms = Alarms(ranks.state, clock=lambda: ranks.time)
+    ranks.time = 5.0
+    progress = ranks.save(0)
+    lent = len(progress.grants)
+    assert lent > 0
+    ranks.time += LEASE - 1
+    alarms.look()
+    assert caplog.text == ""
+    ranks.time += LOOK
+    assert ranks.state.oldest_lease() == LEASE - 1 + LOOK
+    alarms.look()
+    assert f"have been lent to a rank of an engine for {LEASE - 1 + LOOK:.0f} s" in caplog.text
+    ranks.write(0, progress)
+    assert ranks.state.oldest_lease() == 0.0
+    figures = ranks.state.figures()
+    assert figures["keeper_lent_total"] == [{"value": lent}]
+    assert figures["keeper_leases"] == [{"value": 0}]
 
 
 def test_a_block_that_a_rank_could_not_copy_is_not_stored() -> None:

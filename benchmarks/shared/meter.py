@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure what the meter costs: the time of calls with it and without it, in turns.
+
+Run ``python -m portakv_benchmarks.shared.meter``. It needs no accelerator and no package but the
+base installation and `migrate`; with opentelemetry-sdk installed it measures spans as well.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
+from math import inf
+from time import process_time
+
+import torch
+
+from portakv import KVView
+from portakv.copy import copy_rows, count_copies
+from portakv.errors import Unsupported
+from portakv.graph.meter import Meter
+from portakv.migrate import Channel, Owner, Reader, Shard, shared_empty
+from portakv.runtime import tracing
+
+#: Calls of a turn, and turns. The order of the two alternates.
+CALLS = 100
+TURNS = 101
+#: Seconds between two readings of the figures, as Prometheus makes them.
+EACH = 15.0
+LAYOUT = "layer | kv block token head dim"
+_MODEL = "a model"
+
+
+def compare(call: Callable[[], object], switch: Callable[[bool], object]) -> dict[str, float]:
+    """Return the seconds of a call without what ``switch`` turns on, and what that adds.
+
+    The seconds are the processor time of all threads of this process, of the fastest turn of each
+    kind: other work of the machine makes turns slower, and none faster.
+    """
+    fastest = {False: inf, True: inf}
+    for turn in range(TURNS):
+        for on in (turn % 2 == 0, turn % 2 == 1):
+            switch(on)
+            call()
+            began = process_time()
+            for _ in range(CALLS):
+                call()
+            fastest[on] = min(fastest[on], (process_time() - began) / CALLS)
+    switch(False)
+    added = fastest[True] - fastest[False]
+    return {"seconds": fastest[False], "added": added, "share": added / fastest[False]}
+
+
+def copies() -> dict[str, float]:
+    """Compare copies of 16 tokens between two layouts on the host."""
+    src = _view()
+    dst = _view()
+    counting = [count_copies()]
+
+    def switch(on: bool) -> None:
+        counting.pop().close()
+        counting.append(count_copies())
+        if not on:
+            counting[0].close()
+
+    return compare(lambda: copy_rows(src, dst, count=16).synchronize(), switch)
+
+
+def scrape() -> dict[str, float]:
+    """Return the seconds of one reading of all figures of an owner, a reader, a channel and copies,
+    and the share of a processor that readings each 15 s take."""
+    with closing(Channel()) as there, closing(Channel()) as here:
+        owner = Owner(there, Shard(_view()), model=_MODEL)
+        reader = Reader(here, Shard(_view()), model=_MODEL)
+        with closing(count_copies()) as counts:
+            meter = Meter(owner, reader, there, counts)
+            for _ in range(CALLS):
+                offer = owner.offer([1, 2], tokens=20)
+                reader.pull(offer.ticket, [1, 2]).synchronize()
+            began = process_time()
+            for _ in range(CALLS):
+                meter.families()
+            seconds = (process_time() - began) / CALLS
+        reader.close()
+        owner.close()
+    return {"seconds": seconds, "share": seconds / EACH}
+
+
+def spans() -> dict[str, float]:
+    """Compare an offer and its pull with and without spans, which go to a batch processor.
+
+    Raises `ImportError` without opentelemetry-sdk.
+    """
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+
+    from portakv.graph import open_telemetry
+
+    class Dropped(SpanExporter):
+        def export(self, spans: object) -> None:  # type: ignore[override]
+            """Export nothing."""
+
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(Dropped()))
+    open_telemetry.trace(provider)
+    tracer = tracing.use(None)
+    rows = _view()
+    target = _view()
+    with closing(Channel()) as there, closing(Channel()) as here:
+        owner = Owner(there, Shard(rows), model=_MODEL)
+        reader = Reader(here, Shard(target), model=_MODEL)
+
+        def call() -> None:
+            offer = owner.offer([1, 2], tokens=20)
+            reader.pull(offer.ticket, [1, 2]).synchronize()
+
+        try:
+            return compare(call, lambda on: tracing.use(tracer if on else None))
+        finally:
+            reader.close()
+            owner.close()
+            provider.shutdown()
+
+
+def _view() -> KVView:
+    whole = shared_empty((4, 2, 16, 16, 4, 64), torch.float16)
+    return KVView([*whole], LAYOUT)
+
+
+def main() -> None:
+    """Print a JSON value: what each kind of call takes, and what the meter adds."""
+    results = {"copy_rows, counted": copies(), "reading": scrape()}
+    with suppress(ImportError, Unsupported):
+        results["offer and pull, with spans"] = spans()
+    json.dump(results, sys.stdout, indent=1)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv top`: what moves now in a process: its links, tiers, pulls and copies."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from portakv.cli.console import Column, installing, print_json, print_table
+from portakv.cli.sides import in_bytes, in_time
+from portakv.errors import InvalidTerms, PeerError, StoreError
+from portakv.graph.metrics import METRICS, PREFIX
+
+HELP = "show what moves now in a store server or an engine: links, tiers, pulls"
+DESCRIPTION = """\
+Reads the figures of a running process twice, and shows what has changed: bytes and
+blocks a second, waits, tasks in flight. WHERE is the folder of a `portakv store
+serve` of this user, the address of a channel that answers
+(portakv.serving.watched.answer), or the URL of a metrics page, such as that of an
+engine. On a terminal the table is shown again and again until Ctrl-C; else once.
+Without --json, rows in which nothing moves are left out, unless --all is given."""
+
+#: A line of a metrics page: name, labels, value.
+SAMPLE = re.compile(r"^(vllm:)?portakv_(\w+?)(?:\{(.*)\})?\s+([-+.\deEinfNa]+)")
+LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+#: Clears a terminal.
+_CLEAR = "\033[H\033[2J"
+_URLS = ("http://", "https://")
+_LONGEST = 10.0  # seconds for a page
+_MOST = 64 << 20  # bytes of a page
+
+#: The values of a reading: name, series and labels.
+Key: TypeAlias = tuple[str, str, frozenset[tuple[str, str]]]
+
+
+class Reading(NamedTuple):
+    """The values of a process at a time, in seconds."""
+
+    at: float
+    values: Mapping[Key, float]
+
+
+class Row(NamedTuple):
+    """What moves. Numbers are None where they mean nothing.
+
+    Attributes:
+        kind: link, tier, pull, copy, weights, keeper or engine.
+        rate: bytes a second; each: blocks, copies, pulls or tokens a second.
+        seconds: that one of these takes.
+        waiting: bytes, or how many are in flight; wait: seconds of the oldest.
+        note: in words.
+    """
+
+    kind: str
+    name: str
+    rate: float | None = None
+    each: float | None = None
+    seconds: float | None = None
+    waiting: float | None = None
+    wait: float | None = None
+    note: str = ""
+
+    @property
+    def moves(self) -> bool:
+        """Return whether anything moves or waits."""
+        return any((self.rate, self.each, self.seconds, self.waiting, self.wait, self.note))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("where", metavar="WHERE", help="a folder, an address or a URL")
+    parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="between readings")
+    parser.add_argument("--count", type=int, metavar="N", help="tables to show, then end")
+    parser.add_argument("--all", action="store_true", help="show rows in which nothing moves, too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show what moves. Raises `PeerError` for a process that cannot be read, and `StoreError` for a
+    folder that no process serves."""
+    if not 0.05 <= args.seconds <= 3600 or (args.count is not None and args.count < 1):
+        raise InvalidTerms(
+            "Expected --seconds from 0.05 to 3600 and --count of 1 or more, got others. Correct "
+            "them."
+        )
+    live = sys.stdout.isatty() and not args.json and args.count is None
+    tables = itertools.count() if live else range(args.count or 1)
+    before = read(args.where)
+    for _ in tables:
+        time.sleep(args.seconds)
+        now = read(args.where)
+        rows = rows_of(before, now)
+        before = now
+        if args.json:
+            print_json([row._asdict() for row in rows])
+            continue
+        if live:
+            print(_CLEAR, end="")
+        _print(args.where, [row for row in rows if args.all or row.moves])
+        sys.stdout.flush()
+    return 0
+
+
+def read(where: str) -> Reading:
+    """Return the values of a process now; raises as `run`."""
+    values = _of_page(where) if where.startswith(_URLS) else _of_process(where)
+    return Reading(time.monotonic(), values)
+
+
+def _of_process(where: str) -> dict[Key, float]:
+    """Return the values of a process that answers at a channel."""
+    try:
+        from portakv.serving import Place, watched
+    except ImportError as error:
+        raise StoreError(
+            f"Expected the packages of the keeper, got: {error}. {installing('serving')} brings "
+            f"them."
+        ) from None
+    address = where
+    if not where.startswith("ipc://"):
+        address = Place.of_folder(where).address() if Path(where).is_dir() else ""
+        if not address:
+            raise StoreError(
+                f"Expected a folder that a process of this user serves, got {where}. Run `portakv "
+                f"store serve` on it, or pass the URL of a metrics page."
+            )
+    return {
+        (each.name, each.series, frozenset(each.labels.items())): each.value
+        for each in watched.ask(address)
+    }
+
+
+def _of_page(url: str) -> dict[Key, float]:
+    """Return the values of a metrics page."""
+    try:
+        with urllib.request.urlopen(url, timeout=_LONGEST) as answer:
+            text = answer.read(_MOST).decode(errors="replace")
+    except (OSError, ValueError) as error:
+        raise PeerError(
+            f"Expected a metrics page, got none from {url}: {error}. Check the address."
+        ) from None
+    values = dict[Key, float]()
+    for line in text.splitlines():
+        match = SAMPLE.match(line)
+        if match is None:
+            continue
+        engine, name, labels, value = match.groups()
+        known = f"engine_{name}" if engine else name
+        front, _, end = known.rpartition("_")
+        series = ""
+        if known not in METRICS and front in METRICS:
+            known = front
+            series = end
+        if known in METRICS and series != "bucket":
+            own = METRICS[known].labels
+            pairs = [(x, y) for x, y in LABEL.findall(labels or "") if x in own or x == "store"]
+            key = known, series, frozenset(pairs)
+            values[key] = values.get(key, 0.0) + float(value)
+    if not values:
+        raise PeerError(
+            f"Expected figures whose names begin with {PREFIX}, got none from {url}. Pass the "
+            f"page of a process that uses PortaKV."
+        )
+    return values
+
+
+# --- what has changed -----------------------------------------------------------------------------
+
+
+class _Grown:
+    """How much the values of metrics have grown between two readings, in a second."""
+
+    def __init__(self, before: Reading, now: Reading) -> None:
+        self._before = before.values
+        self._now = now.values
+        self._seconds = max(1e-9, now.at - before.at)
+
+    def by(self, labels: Sequence[str], name: str, series: str = "") -> dict[str, float]:
+        """Return the growth of a metric a second, by the values of labels."""
+        sums = defaultdict[str, float](float)
+        for key, value in self._now.items():
+            if key[:2] == (name, series):
+                # A process that was started again counts from 0.
+                grown = value - self._before.get(key, 0.0)
+                sums[_named(key[2], labels)] += (value if grown < 0 else grown) / self._seconds
+        return dict(sums)
+
+    def levels(self, labels: Sequence[str], name: str) -> dict[str, float]:
+        """Return the values of a gauge now, by the values of labels."""
+        sums = defaultdict[str, float](float)
+        for key, value in self._now.items():
+            if key[:2] == (name, ""):
+                sums[_named(key[2], labels)] += value
+        return dict(sums)
+
+    def mean(self, labels: Sequence[str], name: str) -> dict[str, float]:
+        """Return the mean seconds of a histogram, of those that ended between the readings."""
+        numbers = self.by(labels, name, "count")
+        sums = self.by(labels, name, "sum")
+        return {each: sums[each] / many for each, many in numbers.items() if many and each in sums}
+
+
+def _named(pairs: Iterable[tuple[str, str]], labels: Sequence[str]) -> str:
+    """Return a name from the values of labels, and the store's name if it has one."""
+    texts = dict(pairs)
+    own = " ".join(texts.get(label, "") for label in labels).strip()
+    return f"{texts['store']}: {own}".strip() if "store" in texts else own
+
+
+def rows_of(before: Reading, now: Reading) -> list[Row]:
+    """Return what moves between two readings of a process, by kind."""
+    grown = _Grown(before, now)
+    return [*_links(grown), *_tiers(grown), *_pulls(grown), *_copies(grown), *_others(grown)]
+
+
+def _links(grown: _Grown) -> list[Row]:
+    rate = grown.by(["queue"], "queue_ran_bytes_total")
+    wait = grown.levels(["queue"], "queue_oldest_seconds")
+    slow = grown.levels(["queue"], "queue_slow")
+    return [
+        Row(
+            "link",
+            name,
+            rate.get(name),
+            waiting=nbytes,
+            wait=wait.get(name),
+            note="a task runs too long" if slow.get(name) else "",
+        )
+        for name, nbytes in grown.levels(["queue"], "queue_bytes").items()
+    ]
+
+
+def _tiers(grown: _Grown) -> list[Row]:
+    labels = ["tier", "op"]
+    rate = grown.by(labels, "tier_bytes_total")
+    blocks = grown.by(labels, "tier_blocks_total")
+    results = grown.by([*labels, "result"], "tier_blocks_total")
+    seconds = grown.mean(labels, "tier_seconds")
+    rows = list[Row]()
+    for name in dict.fromkeys([*blocks, *rate, *seconds]):
+        bad = {
+            each.removeprefix(f"{name} "): many
+            for each, many in results.items()
+            if each.startswith(f"{name} ") and not each.endswith((" hit", " miss")) and many
+        }
+        note = ", ".join(f"{many:.3g}/s {result}" for result, many in bad.items())
+        rows.append(
+            Row("tier", name, rate.get(name), blocks.get(name), seconds.get(name), note=note)
+        )
+    return rows
+
+
+def _pulls(grown: _Grown) -> list[Row]:
+    rows = list[Row]()
+    for name, many in grown.levels([], "pulls_in_flight").items():
+        oldest = grown.levels([], "pull_oldest_seconds").get(name)
+        rows.append(Row("pull", f"{name} in flight".strip(), waiting=many, wait=oldest))
+    for name, rate in grown.by(["strategy"], "pull_bytes_total").items():
+        rows.append(Row("pull", name, rate))
+    seconds = grown.mean(["result"], "pull_seconds")
+    for name, each in grown.by(["result"], "pull_seconds", "count").items():
+        rows.append(Row("pull", name, each=each, seconds=seconds.get(name)))
+    for name, each in grown.by(["state"], "offers_ended_total").items():
+        rows.append(Row("offer", name, each=each))
+    for name, rate in grown.by([], "weight_bytes_total").items():
+        rows.append(Row("weights", name or "pulled", rate))
+    return rows
+
+
+def _copies(grown: _Grown) -> list[Row]:
+    labels = ["strategy", "src", "dst"]
+    each = grown.by(labels, "copies_total")
+    return [
+        Row("copy", name, rate, each.get(name))
+        for name, rate in grown.by(labels, "copy_bytes_total").items()
+    ]
+
+
+def _others(grown: _Grown) -> list[Row]:
+    rows = list[Row]()
+    for kind in ("sessions", "leases", "requests"):
+        for name, many in grown.levels([], f"keeper_{kind}").items():
+            wait = None
+            if kind == "leases":
+                wait = grown.levels([], "keeper_oldest_lease_seconds").get(name)
+            rows.append(Row("keeper", f"{name} {kind}".strip(), waiting=many, wait=wait))
+    for form, left in grown.levels(["url"], "remote_left_alone").items():
+        note = "left alone after failures" if left else ""
+        rows.append(Row("bucket", form, note=note))
+    for folder, many in grown.levels(["folder", "state"], "disk_slots").items():
+        if folder.endswith(" broken") and many:
+            rows.append(Row("disk", folder.removesuffix(" broken"), note=f"{many:g} broken slots"))
+    for what in ("promised_tokens", "landed_blocks", "stored_blocks", "failed_loads"):
+        for name, each in grown.by([], f"engine_{what}_total").items():
+            rows.append(Row("engine", f"{name} {what.replace('_', ' ')}".strip(), each=each))
+    return rows
+
+
+# --- as a table -----------------------------------------------------------------------------------
+
+_COLUMNS = (
+    Column("kind", whole=True),
+    Column("name"),
+    Column("bytes/s", right=True),
+    Column("each/s", right=True),
+    Column("takes", right=True),
+    Column("waiting", right=True),
+    Column("oldest", right=True),
+    Column("note"),
+)
+_SIZED = ("link",)  # whose waiting are bytes
+
+
+def _print(where: str, rows: Sequence[Row]) -> None:
+    """Print rows as a table."""
+    cells = [
+        (
+            row.kind,
+            row.name,
+            "" if row.rate is None else in_bytes(round(row.rate)),
+            _number(row.each),
+            _seconds(row.seconds),
+            _waiting(row),
+            _seconds(row.wait),
+            row.note,
+        )
+        for row in rows
+    ]
+    if cells:
+        print_table(_COLUMNS, cells, f"{where}: what moves")
+    else:
+        print(f"{where}: nothing moves")
+
+
+def _waiting(row: Row) -> str:
+    if row.waiting is None:
+        return ""
+    return in_bytes(round(row.waiting)) if row.kind in _SIZED else f"{row.waiting:g}"
+
+
+def _number(each: float | None) -> str:
+    if each is None:
+        return ""
+    return f"{each:,.0f}" if each >= 100 else f"{each:.3g}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else in_time(seconds)

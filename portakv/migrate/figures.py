@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of owners, readers, channels and weights for `portakv.graph.meter`.
+
+They are those of ``statistics()`` of each object, by the names of the metrics, and what readers and
+pulls of weights count at the end of each pull.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from time import perf_counter
+from typing import Protocol
+
+from portakv.copy.handle import Statistics
+from portakv.errors import PortaKVError
+from portakv.graph.meter import by_label
+from portakv.graph.trace import Figures as Figures
+from portakv.graph.trace import Spent
+from portakv.runtime import tracing
+from portakv.runtime.tracing import Began as Began
+
+begin_span = tracing.begin
+
+_ENDS = ("taken", "expired", "revoked", "lost")
+_NOT_EVENTS = ("peers", "links", "kept_bytes")
+
+
+def owner_figures(counts: Mapping[str, int]) -> Figures:
+    """Return the figures of an owner from its statistics, in the form of `Graph.statistics`."""
+    handshakes = {"accepted": counts.get("paired", 0), "refused": counts.get("refused", 0)}
+    reports = {
+        "taken": counts.get("closed", 0),
+        "failed": counts.get("failed", 0),
+        "gone": counts.get("gone", 0),
+    }
+    return {
+        "offers_active": [{"value": counts["held"]}],
+        "offers_total": [{"value": counts.get("offered", 0)}],
+        "offers_ended_total": by_label("state", counts, _ENDS),
+        "offer_handshakes_total": by_label("result", handshakes, handshakes),
+        "offer_reports_total": by_label("result", reports, reports),
+        "offer_staging_buffers": [{"value": counts["slots"]}],
+    }
+
+
+def channel_figures(counts: Mapping[str, int]) -> Figures:
+    """Return the figures of a channel from its statistics, in the form of `Graph.statistics`."""
+    events = [name for name in counts if name not in _NOT_EVENTS]
+    return {
+        "channel_peers": [{"value": counts["peers"]}],
+        "channel_links": [{"value": counts["links"]}],
+        "channel_answers_bytes": [{"value": counts["kept_bytes"]}],
+        "channel_events_total": by_label("event", counts, events),
+    }
+
+
+def published_figures(counts: Mapping[str, int]) -> Figures:
+    """Return the figures of published weights from their statistics, in the form of
+    `Graph.statistics`."""
+    return {
+        "weight_lanes": [{"value": counts["lanes"]}],
+        "weight_staging_bytes": [{"value": counts["staging"]}],
+    }
+
+
+class Ended(Protocol):
+    """A pull that has ended; see `portakv.migrate.pull.Pull`."""
+
+    @property
+    def age(self) -> float: ...
+    @property
+    def error(self) -> PortaKVError | None: ...
+    @property
+    def statistics(self) -> Statistics: ...
+
+
+class PullCounts:
+    """What pulls of rows have brought, counted by the one thread that sees their ends."""
+
+    def __init__(self) -> None:
+        self.ends = Counter[str]()  # by result
+        self._nbytes = dict[str, int]()  # by strategy
+        self._spent = dict[str, Spent]()  # by result
+
+    def add(self, strategy: str, nbytes: int, committed: bool, seconds: float) -> None:
+        """Count a pull that has ended."""
+        if committed:
+            self._nbytes[strategy] = self._nbytes.get(strategy, 0) + nbytes
+        result = "committed" if committed else "failed"
+        self.ends[result] += 1
+        spent = self._spent.get(result)
+        if spent is None:
+            spent = self._spent[result] = Spent()
+        spent.add(seconds)
+
+    @staticmethod
+    def end_span(began: Began, pull: Ended, traceparent: str) -> None:
+        """Record the span of a pull that has ended, if the process makes spans.
+
+        ``traceparent``: that of its ticket.
+        """
+        if began.at:
+            done = pull.statistics
+            attributes: dict[str, str | int] = {
+                "strategy": done.strategy,
+                "pull.blocks": done.blocks_requested,
+                "pull.size": done.nbytes,
+            }
+            tracing.end("portakv pull", began, attributes, pull.error, traceparent, pull.age)
+
+    def figures(self) -> Figures:
+        """Return the bytes and the seconds, in the form of `Graph.statistics`."""
+        nbytes: list[dict[str, str | float]] = [
+            {"strategy": strategy, "value": value} for strategy, value in [*self._nbytes.items()]
+        ]
+        figures: Figures = {"pull_bytes_total": nbytes}
+        for result, spent in [*self._spent.items()]:
+            for name, samples in spent.samples("pull_seconds", {"result": result}).items():
+                figures.setdefault(name, []).extend(samples)
+        return figures
+
+
+class WeightCounts:
+    """What pulls of weights have brought to this process. Any thread may call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._nbytes = 0
+        self._spent = {"done": Spent(), "failed": Spent()}
+
+    def pull(self, work: Callable[[], int]) -> int:
+        """Return the bytes of a pull, which ``work`` makes, and count it."""
+        began = tracing.begin()
+        start = perf_counter()
+        nbytes = 0
+        result = "failed"
+        try:
+            nbytes = work()
+            result = "done"
+        finally:
+            with self._lock:
+                self._nbytes += nbytes
+                self._spent[result].add(perf_counter() - start)
+            tracing.end("portakv weights", began, {"pull.size": nbytes}, sys.exc_info()[1])
+        return nbytes
+
+    def figures(self) -> Figures:
+        """Return the bytes and the seconds, in the form of `Graph.statistics`."""
+        with self._lock:
+            figures: Figures = {"weight_bytes_total": [{"value": self._nbytes}]}
+            for result, spent in self._spent.items():
+                for name, samples in spent.samples(
+                    "weight_pull_seconds", {"result": result}
+                ).items():
+                    figures.setdefault(name, []).extend(samples)
+        return figures
+
+
+#: Those of this process.
+WEIGHTS = WeightCounts()
+
+
+def count_weights() -> WeightCounts:
+    """Return what the pulls of weights of this process have brought, for `Collector` and
+    `observe`."""
+    return WEIGHTS

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures for operators from what tier stores report."""
+
+from __future__ import annotations
+
+from portakv.storage.tier_figures import tier_figures
+
+SLOTS = {"io": "threads", "used": 5, "count": 9, "limit": 16, "broken": 1, "evicted": 3}
+
+
+def test_slots_are_counted_by_state_and_folder() -> None:
+    """Each folder has a folder for each form, which the label `form` names."""
+    figures = tier_figures([{"tier": "disk", "form": "a", "/kv/0f": SLOTS, "/other/0f": SLOTS}])
+    slots = {(x["folder"], x["state"]): x["value"] for x in figures["disk_slots"]}
+    states = {"used": 5, "free": 3, "broken": 1}
+    assert slots == {(x, state): n for x in ("/kv", "/other") for state, n in states.items()}
+    assert [x["value"] for x in figures["disk_evicted_total"]] == [3, 3]
+    assert figures["remote_left_alone"] == []
+
+
+def test_an_object_store_says_whether_it_is_left_alone() -> None:
+    tiers = [
+        {"tier": "remote", "form": "a", "url": "s3://b", "left_alone": True, "error": "403"},
+        {"tier": "another package's", "form": "a", "depth": 3},
+    ]
+    figures = tier_figures(tiers)
+    assert figures["remote_left_alone"] == [{"form": "a", "url": "s3://b", "value": True}]
+    assert figures["disk_slots"] == []
