@@ -54,8 +54,8 @@ class Handover:
         terms: of the hand-over.
         offers: this engine offers rows.
         pulls: it takes rows.
-        worker: the number of the worker in its engine.
-        messages: it tells other engines which rows they are to keep; one worker does.
+        address: at which this worker listens; None: at a Unix socket.
+        leads: this worker tells other engines which rows they are to keep; one of each engine does.
 
     Raises:
         InvalidTerms: a file without a secret.
@@ -71,11 +71,12 @@ class Handover:
         *,
         offers: bool = True,
         pulls: bool = True,
-        worker: int = 0,
+        address: str | None = None,
+        leads: bool = True,
     ) -> None:
         self._terms = terms
-        self._sends = worker == 0
-        self._channel = Channel(terms.address_of(worker), secret=terms.secret())
+        self._leads = leads
+        self._channel = Channel(address, secret=terms.secret())
         self._graph = Graph()
         self._offers = dict[bytes, str]()  # the requests, by the names of offers
         self._pulls = list[_Pulling]()
@@ -119,7 +120,7 @@ class Handover:
             self._offer(offer)
         for pull in plan.pulls:
             self._pulls.append(_Pulling(pull, self._pull(pull)))
-        if self._sends:
+        if self._leads:
             for renewal in plan.renewals:
                 renew = partial(RenewNamed, seconds=renewal.seconds)
                 self._tell(renewal.tickets, renew)
