@@ -137,7 +137,7 @@ class Handover:
                 ended.append((job, False))
             elif pull.ended:
                 if pull.error is not None:
-                    _log.warning("pull", "A prompt is computed that was pulled: %s", pull.error)
+                    _log_failed_pull(pull.error)
                 ended.append((job, pull.published))
             else:
                 going.append(each)
@@ -194,7 +194,7 @@ class Handover:
                 timeout=self._terms.timeout,
             )
         except PortaKVError as error:
-            _log.warning("pull", "A prompt is computed that was to be pulled: %s", error)
+            _log_failed_pull(error)
             return None
 
     def _tell(self, tickets: Iterable[bytes], message: Callable[..., Message]) -> None:
@@ -219,3 +219,9 @@ class Handover:
         with suppress(PortaKVError):  # the graph is closed
             queue = self._graph.queue("leases", width=WIDTH)
             self._graph.submit([Task(run, 1, queue=queue, name="lease")])
+
+
+def _log_failed_pull(error: PortaKVError) -> None:
+    """Log why the engine computes a prompt."""
+    topic = f"pull {type(error).__name__}"
+    _log.warning(topic, "A prompt is computed whose rows another engine has: %s", error)

@@ -191,14 +191,15 @@ def rows_in(parameters: Mapping[str, Any], identity: Identity, tokens: int) -> R
         tokens: of its prompt.
     """
     try:
-        return _read(parameters.get(KEY), identity, tokens)
+        return read_rows(parameters.get(KEY), identity, tokens)
     except InvalidTerms as error:
         _log.warning("tickets", "A prompt is computed whose rows another engine has: %s", error)
         return None
 
 
-def _read(carried: object, identity: Identity, tokens: int) -> RemoteRows:
-    """Return the rows of carried parameters; raise `InvalidTerms` for others."""
+def read_rows(carried: object, identity: Identity, tokens: int) -> RemoteRows:
+    """Return the rows of what `parameters_of` has made; raise `InvalidTerms` for those of another
+    request, and for other values."""
     if not isinstance(carried, Mapping) or carried.get("version") != VERSION:
         raise InvalidTerms(
             f"Expected a ticket of PortaKV, version {VERSION}, got none. Use PortaKVConnector and "
