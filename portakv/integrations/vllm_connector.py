@@ -124,7 +124,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self.index.record()
         else:
             self.store = WorkerStore(settings, vllm_config)
-            self._endpoint: Endpoint | None = None
+            self.hand_over: Handover | None = None
             self._report = Report()
             self._failed = set[int]()
             self._incomplete = set[str]()
@@ -287,31 +287,25 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             share_caches(kv_caches.values())
         views = self.store.views(kv_caches, self._kv_cache_config)
         rank = self._rank()
-        handover = self.store.hand_over(kv_caches, self._kv_cache_config, rank, layers)
-        self._endpoint = None if handover is None else handover.endpoint
-        self._open(views, layers, handover)
+        self.hand_over = self.store.hand_over(kv_caches, self._kv_cache_config, rank, layers)
+        self._open(views, layers)
 
     def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: Any) -> None:
         self._open([view_across_layers(kv_cache, self._kv_cache_config)])
 
-    def _open(
-        self,
-        views: list[GroupView],
-        layers: dict[str, int] | None = None,
-        handover: Handover | None = None,
-    ) -> None:
+    def _open(self, views: list[GroupView], layers: dict[str, int] | None = None) -> None:
         """Open the store of the engine's blocks."""
         terms = self._settings.store
         parts = self.store.open(views, self._rank(), layers)
         caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
-        self.hand = Hand(caches, terms.deadline, terms.by_layer, handover)
+        self.hand = Hand(caches, terms.deadline, terms.by_layer, self.hand_over)
 
     def _rank(self) -> int:
         """Return the number of this worker in tensor parallelism."""
         return get_tensor_model_parallel_rank() if self._settings.workers.size > 1 else 0
 
     def get_handshake_metadata(self) -> EndpointMetadata | None:
-        endpoint = self._endpoint
+        endpoint = None if self.hand_over is None else self.hand_over.endpoint
         return None if endpoint is None else EndpointMetadata(endpoint)
 
     @measured
