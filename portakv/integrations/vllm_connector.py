@@ -38,7 +38,6 @@ from portakv.integrations.vllm_handover import (
 from portakv.integrations.vllm_ranks import KeptIndex, WorkerStore, index_of
 from portakv.integrations.vllm_views import layer_numbers, view_across_layers
 from portakv.serving import Costs, GroupCache, Hand, Ledger, Plan, Report, measured
-from portakv.serving.handover import Handover
 from portakv.serving.handover_terms import Identity
 from portakv.serving.local import GroupView
 from portakv.serving.tickets import Endpoint
@@ -124,7 +123,6 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self.index.record()
         else:
             self.store = WorkerStore(settings, vllm_config)
-            self.hand_over: Handover | None = None
             self._report = Report()
             self._failed = set[int]()
             self._incomplete = set[str]()
@@ -287,7 +285,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             share_caches(kv_caches.values())
         views = self.store.views(kv_caches, self._kv_cache_config)
         rank = self._rank()
-        self.hand_over = self.store.hand_over(kv_caches, self._kv_cache_config, rank, layers)
+        self.store.hand_over(kv_caches, self._kv_cache_config, rank, layers)
         self._open(views, layers)
 
     def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: Any) -> None:
@@ -298,14 +296,15 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         terms = self._settings.store
         parts = self.store.open(views, self._rank(), layers)
         caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
-        self.hand = Hand(caches, terms.deadline, terms.by_layer, self.hand_over)
+        self.hand = Hand(caches, terms.deadline, terms.by_layer, self.store.handover)
 
     def _rank(self) -> int:
         """Return the number of this worker in tensor parallelism."""
         return get_tensor_model_parallel_rank() if self._settings.workers.size > 1 else 0
 
     def get_handshake_metadata(self) -> EndpointMetadata | None:
-        endpoint = None if self.hand_over is None else self.hand_over.endpoint
+        handover = self.store.handover
+        endpoint = None if handover is None else handover.endpoint
         return None if endpoint is None else EndpointMetadata(endpoint)
 
     @measured

@@ -157,13 +157,16 @@ class WorkerStore:
 
     Args:
         config: vLLM's configuration.
+
+    Attributes:
+        handover: offers rows to other engines, and pulls theirs; None: not open.
     """
 
     def __init__(self, settings: Settings, config: Any) -> None:
         self._settings = settings
         self._config = config
         self._opened: LocalIndex | KeeperClient | None = None
-        self._handover: Handover | None = None
+        self.handover: Handover | None = None
 
     def views(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> list[GroupView]:
         """Return a view of each group's layers; see `read_views`."""
@@ -219,9 +222,8 @@ class WorkerStore:
         kv_cache_config: Any,
         number: int,
         layers: Mapping[str, int],
-    ) -> Handover | None:
-        """Return what offers and pulls the rows of this worker's caches; None if the engine hands
-        nothing over.
+    ) -> None:
+        """Open `handover` for this worker's caches, if the engine hands requests over.
 
         Args:
             number: the rank of the worker in tensor parallelism.
@@ -231,13 +233,13 @@ class WorkerStore:
         """
         handing = self._settings.handing
         if handing is None:
-            return None
+            return
         kernels = kernels_of(self._config)
         (group,) = views_of(kv_caches, kv_cache_config, kernels, HANDED)
         heads = rank_of(self._config, number).part(group.view.heads, latent=group.view.kv == 1)
         shard = Shard(group.view, layers=stage_of(self._config, layers), heads=heads)
         worker, place = worker_numbers(self._config.parallel_config)
-        self._handover = Handover(
+        self.handover = Handover(
             [shard],
             self._settings.model,
             handing.terms,
@@ -246,7 +248,6 @@ class WorkerStore:
             address=handing.terms.address_of(place),
             leads=worker == 0,
         )
-        return self._handover
 
     def wait(self, timeout: float) -> bool:
         """Wait until blocks can be saved and loaded, at most so many seconds; return whether they
@@ -259,8 +260,8 @@ class WorkerStore:
 
     def close(self) -> None:
         """End the loads and saves, and what is handed over."""
-        handover = self._handover
-        self._handover = None
+        handover = self.handover
+        self.handover = None
         if handover is not None:
             handover.close()
         opened = self._opened

@@ -42,7 +42,7 @@ class _Pulling(NamedTuple):
 
 
 class Handover:
-    """Offers rows of one worker's caches to other engines, and pulls theirs.
+    """Offers rows of one worker's caches to other engines, and pulls those that they offer.
 
     No call waits for another process. A failure is no error of the engine: a pull that fails is
     reported, and rows that cannot be offered are not. The log has a line about it.
@@ -56,6 +56,11 @@ class Handover:
         pulls: it takes rows.
         address: at which this worker listens; None: at a Unix socket.
         leads: this worker tells other engines which rows they are to keep; one of each engine does.
+
+    Attributes:
+        owner: of the offers; None: this engine offers nothing.
+        reader: of the pulls; None: this engine pulls nothing.
+        pulls: that have not ended, or were not reported.
 
     Raises:
         InvalidTerms: a file without a secret.
@@ -79,20 +84,20 @@ class Handover:
         self._channel = Channel(address, secret=terms.secret())
         self._graph = Graph()
         self._offers = dict[bytes, str]()  # the requests, by the names of offers
-        self._pulls = list[_Pulling]()
+        self.pulls = list[_Pulling]()
         self._ends = Counter[str]()
         self._looked = 0.0
-        self._owner: Owner | None = None
-        self._reader: Reader | None = None
+        self.owner: Owner | None = None
+        self.reader: Reader | None = None
         try:
             transport = terms.transport
             if offers:
-                self._owner = Owner(
+                self.owner = Owner(
                     self._channel, *shards, model=model, expose=terms.expose, transport=transport
                 )
-                self._owner.finished()  # ends are kept from now on
+                self.owner.finished()  # ends are kept from now on
             if pulls:
-                self._reader = Reader(self._channel, *shards, model=model, transport=transport)
+                self.reader = Reader(self._channel, *shards, model=model, transport=transport)
         except BaseException:
             self.close()
             raise
@@ -100,12 +105,12 @@ class Handover:
     @property
     def endpoint(self) -> Endpoint | None:
         """Return where this worker offers rows; None: it offers none."""
-        return None if self._owner is None else Endpoint(self._channel.address, self._owner.epoch)
+        return None if self.owner is None else Endpoint(self._channel.address, self.owner.epoch)
 
     @property
     def busy(self) -> bool:
         """Return whether a pull or an offer has not ended, or was not reported."""
-        return bool(self._pulls or self._offers or self._ends)
+        return bool(self.pulls or self._offers or self._ends)
 
     @property
     def lending(self) -> set[str]:
@@ -114,24 +119,24 @@ class Handover:
 
     def begin(self, plan: Handovers) -> None:
         """Begin what a plan says, ordered after the current stream's work."""
-        if plan.revoked and self._owner is not None:
-            self._owner.revoke_all()
+        if plan.revoked and self.owner is not None:
+            self.owner.revoke_all()
         for offer in plan.offers:
             self._offer(offer)
         for pull in plan.pulls:
-            self._pulls.append(_Pulling(pull, self._pull(pull)))
+            self.pulls.append(_Pulling(pull, self._pull(pull)))
         if self._leads:
             for renewal in plan.renewals:
                 renew = partial(RenewNamed, seconds=renewal.seconds)
-                self._tell(renewal.tickets, renew)
+                self.tell(renewal.tickets, renew)
             if plan.released:
-                self._tell(plan.released, EndNamed)
+                self.tell(plan.released, EndNamed)
 
     def ended_pulls(self) -> list[tuple[PullJob, bool]]:
         """Return the pulls that have ended since the last call, and whether their rows landed."""
         ended = list[tuple[PullJob, bool]]()
         going = list[_Pulling]()
-        for each in self._pulls:
+        for each in self.pulls:
             job, pull = each
             if pull is None:
                 ended.append((job, False))
@@ -141,15 +146,15 @@ class Handover:
                 ended.append((job, pull.published))
             else:
                 going.append(each)
-        self._pulls = going
+        self.pulls = going
         return ended
 
     def ended_offers(self) -> list[str]:
         """Return how offers have ended since the last call. Looks at them now and then."""
         now = time.monotonic()
-        if self._owner is not None and self._offers and now >= self._looked + LOOK:
+        if self.owner is not None and self._offers and now >= self._looked + LOOK:
             self._looked = now
-            for offer, state, _ in self._owner.finished():
+            for offer, state, _ in self.owner.finished():
                 if self._offers.pop(offer.name, None) is not None:
                     self._ends[state] += 1
         ended = [*self._ends.elements()]
@@ -158,7 +163,7 @@ class Handover:
 
     def close(self) -> None:
         """End all offers and pulls."""
-        for each in (self._reader, self._owner):
+        for each in (self.reader, self.owner):
             if each is not None:
                 each.close()
         self._graph.close(SENDING)
@@ -166,9 +171,9 @@ class Handover:
 
     def _offer(self, job: OfferJob) -> None:
         """Offer rows; without an offer, the engine gets its blocks back."""
-        assert self._owner is not None
+        assert self.owner is not None
         try:
-            self._owner.offer(
+            self.owner.offer(
                 *job.blocks,
                 tokens=job.tokens,
                 lease=job.lease,
@@ -184,9 +189,9 @@ class Handover:
 
     def _pull(self, job: PullJob) -> Pull | None:
         """Begin to pull rows; None if that fails."""
-        assert self._reader is not None
+        assert self.reader is not None
         try:
-            return self._reader.pull(
+            return self.reader.pull(
                 job.tickets,
                 *job.blocks,
                 first=job.first,
@@ -197,7 +202,7 @@ class Handover:
             _log_failed_pull(error)
             return None
 
-    def _tell(self, tickets: Iterable[bytes], message: Callable[..., Message]) -> None:
+    def tell(self, tickets: Iterable[bytes], message: Callable[..., Message]) -> None:
         """Send the owners of tickets a message about the names of their offers, in a worker."""
         names = defaultdict[tuple[str, bytes], list[bytes]](list)
         for ticket in tickets:

@@ -168,6 +168,7 @@ class _Keys:
         saving: the numbers of saves that have not ended.
         failed: those that a load did not bring.
         described: what blocks have been made of, if that is wanted.
+        generation: part of all keys, other bytes after `Ledger.forget`.
     """
 
     saving: dict[bytes, int] = field(default_factory=dict)
@@ -175,6 +176,7 @@ class _Keys:
         default_factory=lambda: Bounded("keys that a load did not bring", MOST_FAILED)
     )
     described: Bounded[bytes, Described] | None = None
+    generation: bytes = b""
 
 
 @dataclass
@@ -235,7 +237,6 @@ class Ledger:
         self._jobs = dict[int, _Live]()  # by number
         self._tickets = Tickets(now)
         self._keys = _Keys()
-        self._generation = b""  # part of all keys, other ones after `forget`
         self._next = _Next()
 
     @property
@@ -269,7 +270,7 @@ class Ledger:
                 f"Expected a new name for a request, got {request!r}, which is in use. Report its "
                 f"end by finished() first."
             )
-        chain = KeyChain(self._size, self._generation + salt)
+        chain = KeyChain(self._size, self._keys.generation + salt)
         blocks = [list[int]() for _ in self._groups]
         state = _Request(request, tokens, chain, extra or {}, blocks, about=about, remote=remote)
         self._requests[request] = state
@@ -433,7 +434,7 @@ class Ledger:
 
         Returns False if a load has not ended, whose request will read rows that were saved before.
         """
-        self._generation = token_bytes(16)
+        self._keys.generation = token_bytes(16)
         for job in [*self._next.saves]:
             self._withdraw(job)
         self._tickets.revoke()

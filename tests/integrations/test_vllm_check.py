@@ -234,7 +234,7 @@ def test_doctor_checks_a_text_and_a_file(tmp_path: Path) -> None:
     assert "uses PortaKV" in said.out
     wrong = run("doctor", "--kv-transfer-config", '{"kv_role": "both"}')
     assert wrong.code == 1
-    assert "error: Expected kv_role 'kv_both', got 'both'" in wrong.out
+    assert "got 'both'" in wrong.out
     file = tmp_path / "config.json"
     file.write_text(text)
     assert run_json("doctor", "--kv-transfer-config", str(file))["errors"] == []

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 from importlib import metadata
@@ -135,7 +136,8 @@ def test_prompts_are_handed_over(
             fused = ("vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",)
             patch.setattr(views, "FUSED", fused)
         children = [start_child(prefill), start_child(decode)]
-    (tokens, pulled), offered = result_of(children[1]), result_of(children[0])
+    tokens, pulled = result_of(children[1])
+    offered = result_of(children[0])
     assert (tokens == own["PROMPTS"]) is guard
     assert pulled["pulled_tokens"] == sum(map(len, PROMPTS))
     assert pulled.get("failed_pulls", 0) == 0
@@ -159,7 +161,7 @@ def test_a_ticket_is_taken_once(
         serving = decode_engine(model)
         if not guard:
             handover: Any = importlib.import_module("portakv.serving.handover")
-            handover.Handover._tell = lambda *_: None
+            handover.Handover.tell = lambda *_: None
         tokens = go_on_with(serving, tmp_path, PROMPTS[:1])
         serving.forget()
         tokens += go_on_with(serving, tmp_path, PROMPTS[:1], "again")
@@ -228,8 +230,6 @@ def test_rows_that_change_in_mid_pull_are_not_used(
 
 def tell(folder: Path, serving: Serving) -> None:
     """Pass a prompt on that was computed."""
-    import json
-
     note(folder / "p0", json.dumps(serving.params["p0"]))
 
 
@@ -250,7 +250,12 @@ def test_prompts_of_an_engine_that_preempts(
             ledger.__class__ = LentAndGivenBack
         preempted = list[str]()
         known = ledger.preempted
-        ledger.preempted = lambda name: (preempted.append(name), known(name))
+
+        def note_name(name: str) -> None:
+            preempted.append(name)
+            known(name)
+
+        ledger.preempted = note_name
         compute_prompts(serving, tmp_path, MANY, tokens=40)
         return serving.engine.counts, len(preempted)
 
@@ -334,8 +339,8 @@ def test_a_decode_engine_that_is_killed_in_mid_pull(
             assert not serving.engine.llm.reset_prefix_cache()
             return serving.engine.counts
         serving.forget()
-        connector = serving.engine.connector
-        connector.ledger.open_offers([serving.engine.worker_connector.hand_over.endpoint], LEASE)
+        endpoint = serving.engine.worker_connector.store.handover.endpoint
+        serving.engine.connector.ledger.open_offers([endpoint], LEASE)
         compute_prompts(serving, tmp_path / "second", PROMPTS)
         return serving.engine.counts
 
@@ -380,7 +385,7 @@ def test_a_prefill_engine_that_is_restarted_at_its_address(
             for name in ("portakv.migrate.offers", "portakv.serving.tickets"):
                 repeat_bytes(name)
         serving = prefill_engine(model, hand_over={"address": address, "secret_file": str(secret)})
-        note(folder / "address", serving.engine.worker_connector.hand_over.endpoint.address)
+        note(folder / "address", serving.engine.worker_connector.store.handover.endpoint.address)
         serving.add("p0", what, 1, {"do_remote_decode": True})
         serving.until(lambda: "p0" in serving.params, "the prompt")
         serving.step()  # the offer is made
@@ -432,8 +437,8 @@ def test_a_request_that_is_aborted_in_mid_pull(
 ) -> None:
     """Its blocks are not used before the pull has ended.
 
-    Without the guard, the pull counts as one that has ended. The prefill engine keeps its rows, else
-    the pull would be stopped.
+    Without the guard, the pull counts as one that has ended. The prefill engine keeps its rows:
+    else the pull would be stopped.
     """
     case(
         "a request that is aborted in mid-pull" if guard else "blocks kept while pulled", not guard
@@ -449,7 +454,7 @@ def test_a_request_that_is_aborted_in_mid_pull(
     def decode() -> list[int]:
         stop_halfway(tmp_path)
         serving = decode_engine(model, 32, blocks=FEW)
-        handover = serving.engine.worker_connector.hand_over
+        handover = serving.engine.worker_connector.store.handover
         serving.add("d0", PROMPTS[0], 12, carried(tmp_path, 0))
         serving.until((tmp_path / HALF).exists, "half of a pull")
         if not guard:
@@ -462,7 +467,7 @@ def test_a_request_that_is_aborted_in_mid_pull(
             assert not serving.tokens["other"]  # it needs blocks of the aborted request
         else:
             serving.until(lambda: len(serving.tokens["other"]) >= 3, "some tokens")
-        reader = handover._reader
+        reader = handover.reader
         note(tmp_path / GO_ON)
         await_that(lambda: not reader.statistics()["pulls"])
         serving.until(lambda: "other" in serving.params, "the answer")
@@ -479,9 +484,9 @@ def test_a_request_that_is_aborted_in_mid_pull(
 
 def end_all_pulls(handover: Any) -> None:
     """Let pulls count as ended while they copy."""
-    pulls = handover._pulls
-    handover._pulls = [each._replace(pull=None) for each in pulls]
-    handover._tell = lambda *_: None
+    pulls = handover.pulls
+    handover.pulls = [each._replace(pull=None) for each in pulls]
+    handover.tell = lambda *_: None
 
 
 @BOTH
@@ -508,12 +513,15 @@ def test_two_ranks_hand_over_to_one(
         if not guard:
             ranks: Any = importlib.import_module("portakv.integrations.vllm_ranks")
             part = ranks.Rank.part
-            swapped = lambda self, *args, **terms: part(  # noqa: E731
-                self._replace(number=self.size - 1 - self.number), *args, **terms
-            )
+
+            def swapped(self: Any, *args: Any, **terms: Any) -> Any:
+                other = self._replace(number=self.size - 1 - self.number)
+                return part(other, *args, **terms)
+
             patch.setattr(ranks.Rank, "part", swapped)
         children = [start_child(prefill), start_child(decode)]
-    (tokens, pulled), offered = result_of(children[1]), result_of(children[0])
+    tokens, pulled = result_of(children[1])
+    offered = result_of(children[0])
     assert (tokens == own["PROMPTS"][1:]) is guard
     assert pulled["pulled_tokens"] == sum(map(len, SHORT))
     assert offered["offers_taken"] == 2 * len(SHORT)  # one of each rank

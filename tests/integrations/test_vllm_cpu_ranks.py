@@ -198,7 +198,7 @@ def test_blocks_that_one_of_two_ranks_lacks_are_computed(
     leave_blocks(model, terms(tmp_path / "store", shared=True), FIRST)
 
     def second() -> tuple[Answer, dict[str, int], list[int]]:
-        workers = {"stages": 2} if staged else {"ranks": 2}
+        workers: dict[str, Any] = {"stages": 2} if staged else {"ranks": 2}
         engine = Engine(model, terms(tmp_path / "store"), **workers)
         engine.join()
         await_blocks(engine, FIRST)

@@ -81,14 +81,15 @@ class Side:
         rows = ROWS[:, :, :, self.heads[0] : self.heads[1]]
         return torch.equal(self.memory[:, :, [*ids]].flatten(2, 3)[:, :, :TOKENS], rows)
 
-    def step(self, handovers: Handovers = NO_HANDOVERS, retained: tuple[str, ...] = ()) -> None:
-        """Carry out a plan, and take what has ended."""
+    def step(self, handovers: Handovers = NO_HANDOVERS, retained: tuple[str, ...] = ()) -> Side:
+        """Carry out a plan, take what has ended, and return this side."""
         self.hand.load(Plan(handovers=handovers, retained=retained))
         self.report = self.report.merged(self.hand.report())
         ended = self.hand.ended()
         self.freed |= ended.freed
         self.loaded |= ended.loaded
         self.failed |= ended.failed[0]
+        return self
 
     def offer(self, name: bytes, ids: Sequence[int], lease: float = LEASE) -> None:
         """Offer the rows of a prompt, whose request has ended."""
@@ -102,7 +103,7 @@ class Side:
 
     def pulled(self) -> bool:
         """Wait for a pull; return whether its rows landed."""
-        assert until(lambda: bool(self.step() or self.loaded), LIMIT)
+        assert until(lambda: bool(self.step().loaded), LIMIT)
         return self.report.loaded == {1: frozenset()}
 
     def ticket(self, name: bytes) -> bytes:
@@ -153,7 +154,7 @@ def test_rows_are_handed_over(sides: ExitStack, sizes: tuple[int, int]) -> None:
     src.step()
     assert not src.freed
     dst.step(Handovers(released=(src.ticket(name),)))
-    assert until(lambda: bool(src.step() or src.freed), LIMIT)
+    assert until(lambda: bool(src.step().freed), LIMIT)
     assert src.report.offers == {"taken": 1}
     assert src.hand.quiet
     dst.loaded.clear()
@@ -188,7 +189,7 @@ def test_two_ranks_hand_over_to_one_and_back(sides: ExitStack) -> None:
     assert whole.right([0, 1, 2])
     whole.step(Handovers(released=(*tickets,)))
     for half in halves:
-        assert until(lambda half=half: bool(half.step() or half.freed), LIMIT)
+        assert until(lambda half=half: bool(half.step().freed), LIMIT)
     other = token_bytes(32)
     whole.offer(other, [0, 1, 2])
     for half in halves:
@@ -199,7 +200,7 @@ def test_two_ranks_hand_over_to_one_and_back(sides: ExitStack) -> None:
     # Only one of them says that both have the rows.
     halves[1].step(Handovers(released=(whole.ticket(other),)))
     halves[0].step(Handovers(released=(whole.ticket(other),)))
-    assert until(lambda: bool(whole.step() or whole.freed), LIMIT)
+    assert until(lambda: bool(whole.step().freed), LIMIT)
 
 
 def test_ranks_that_do_not_cover_each_other(
@@ -239,7 +240,7 @@ def test_a_lease_that_is_over_frees_the_blocks(sides: ExitStack) -> None:
     """Renewals that a reader sends prolong it before."""
     src = made(sides, 8, 16, pulls=False)
     dst = made(sides, 8, 16, offers=False)
-    owner = src.handover._owner
+    owner = src.handover.owner
     assert owner is not None
     clock = Clock(owner)
     name = token_bytes(32)
@@ -250,7 +251,7 @@ def test_a_lease_that_is_over_frees_the_blocks(sides: ExitStack) -> None:
     clock.now += 4.9
     assert offer.state == "held"
     clock.now += 0.2
-    assert until(lambda: bool(src.step() or src.freed), LIMIT)
+    assert until(lambda: bool(src.step().freed), LIMIT)
     assert src.report.offers == {"expired": 1}
     dst.pull([src.ticket(name)], range(5))
     assert not dst.pulled()
@@ -265,7 +266,7 @@ def test_offers_that_are_revoked_are_not_pulled(sides: ExitStack) -> None:
     src.offer(names[0], range(5))
     later = OfferJob("q", names[1], TOKENS, (tuple(range(5)),), LEASE)
     src.step(Handovers(revoked=True, offers=(later,)))
-    assert until(lambda: bool(src.step() or src.freed), LIMIT)
+    assert until(lambda: bool(src.step().freed), LIMIT)
     assert src.report.offers == {"revoked": 1}
     dst.pull([src.ticket(names[0])], range(5))
     assert not dst.pulled()

@@ -77,8 +77,9 @@ class Pulling:
 class HandingWorker(Worker):
     """A worker that offers and pulls rows."""
 
-    def __init__(self, engine: HandingEngine, number: int) -> None:
+    def __init__(self, engine: Engine, number: int) -> None:
         super().__init__(engine, number)
+        assert isinstance(engine, HandingEngine)
         self.network = engine.network
         self.endpoint = Endpoint(f"worker {number}", token_bytes(16))
         self.offers = dict[bytes, Held]()
@@ -95,7 +96,8 @@ class HandingWorker(Worker):
         for job in plan.handovers.offers:
             held = Held(self, job)
             self.offers[job.name] = held
-            self.network.offers[(*self.endpoint, job.name)] = held
+            key = (*self.endpoint, job.name)
+            self.network.offers[key] = held
         self.pulls += [Pulling(job) for job in plan.handovers.pulls]
         for ticket in plan.handovers.released if self.number == 0 else ():
             released = self.network.find(ticket)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from portakv.serving import Group, Job, Ledger, Plan, Report
+from portakv.serving.plan import PullJob
 from portakv.storage.keys import KeyChain
 
 NOTHING = -1  # the row of a block that was never written
@@ -231,7 +232,7 @@ class Load:
     """What the engine knows of a load. ``ends``: in how many workers it has ended."""
 
     request: Request
-    job: Job
+    job: Job | PullJob
     ends: int = 0
     missing: set[int] = field(default_factory=set)
 

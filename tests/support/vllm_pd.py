@@ -122,8 +122,8 @@ def go_on_with(
 def stop_halfway(folder: Path) -> None:
     """Let each pull of this process copy half of the layers, and the others when it may go on, or
     was stopped."""
-    issue: Any = importlib.import_module("portakv.migrate.issue")
-    copy = issue._copy_layers
+    issue = vars(importlib.import_module("portakv.migrate.issue"))
+    copy = issue["_copy_layers"]
 
     def copy_halves(step: Any, layers: range, pull: Any, options: Any, *rest: Any) -> None:
         middle = (layers.start + layers.stop) // 2
@@ -135,4 +135,4 @@ def stop_halfway(folder: Path) -> None:
             time.sleep(1e-3)
         copy(step, range(middle, layers.stop), pull, options)
 
-    issue._copy_layers = copy_halves
+    issue["_copy_layers"] = copy_halves
