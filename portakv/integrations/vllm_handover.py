@@ -149,8 +149,10 @@ def remote_rows_of(request: Any, identity: Identity) -> RemoteRows | None:
 def is_wanted(request: Any) -> bool:
     """Return whether another engine is to go on with a request that has ended here."""
     params = getattr(request, "kv_transfer_params", None) or {}
+    if not params.get("do_remote_decode") or request.prompt_token_ids is None:
+        return False
     computed = request.num_computed_tokens >= len(request.prompt_token_ids)
-    return bool(params.get("do_remote_decode")) and request.status.name in COMPLETE and computed
+    return request.status.name in COMPLETE and computed
 
 
 def parameters_for(

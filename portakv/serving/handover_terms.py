@@ -6,13 +6,13 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import sys
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-import numpy as np
 
 from portakv.arguments import one_of, rate, seconds, text, whole
 from portakv.errors import InvalidTerms
@@ -163,7 +163,10 @@ class Identity(NamedTuple):
             salt: of tenants and adapters.
             extra: what else the rows depend on, such as images.
         """
-        checksum = sha256(np.array(tokens, dtype="<i8").tobytes())
+        numbers = array("q", tokens)
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        checksum = sha256(numbers)
         for part in (salt, *extra):
             checksum.update(len(part).to_bytes(8, "little") + part)
         return cls(sha256(model.encode()).hexdigest()[:32], checksum.hexdigest()[:32])

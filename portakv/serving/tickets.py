@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from secrets import token_bytes
 from typing import NamedTuple
 
@@ -64,6 +65,7 @@ class Tickets:
         self._endpoints: Sequence[Endpoint] = ()
         self._lease = 0.0
         self._needed = dict[str, _Needed]()  # by request
+        self._soonest = inf  # when a lease is to be renewed
         self._next = _Next()
 
     @property
@@ -78,7 +80,9 @@ class Tickets:
 
     def expect(self, request: str, rows: RemoteRows) -> None:
         """Take note that a request needs the rows of another engine."""
-        self._needed[request] = _Needed(rows, self._due(rows))
+        due = self._now() + rows.lease / RENEWALS
+        self._needed[request] = _Needed(rows, due)
+        self._soonest = min(self._soonest, due)
 
     def pull(self, job: PullJob) -> None:
         """Plan a pull of rows that a request expects."""
@@ -117,12 +121,12 @@ class Tickets:
         if not self._needed:
             return ()
         now = self._now()
+        if now < self._soonest:
+            return ()
         made = list[Renewal]()
         for needed in self._needed.values():
             if needed.due <= now:
-                needed.due = self._due(needed.rows)
+                needed.due = now + needed.rows.lease / RENEWALS
                 made.append(Renewal(needed.rows.tickets, needed.rows.lease))
+        self._soonest = min(needed.due for needed in self._needed.values())
         return tuple(made)
-
-    def _due(self, rows: RemoteRows) -> float:
-        return self._now() + rows.lease / RENEWALS

@@ -290,11 +290,14 @@ def ended(status: str, computed: int, **params: Any) -> Any:
 def test_requests_that_another_engine_goes_on_with() -> None:
     assert is_wanted(ended("FINISHED_LENGTH_CAPPED", 4, do_remote_decode=True))
     assert is_wanted(ended("FINISHED_STOPPED", 5, do_remote_decode=True))
+    embedded = ended("FINISHED_STOPPED", 4, do_remote_decode=True)
+    embedded.prompt_token_ids = None  # it has embeddings in place of tokens
     for request in (
         ended("FINISHED_ABORTED", 4, do_remote_decode=True),
         ended("FINISHED_LENGTH_CAPPED", 3, do_remote_decode=True),
         ended("FINISHED_LENGTH_CAPPED", 4, do_remote_decode=False),
         ended("FINISHED_LENGTH_CAPPED", 4),
+        embedded,
     ):
         assert not is_wanted(request)
 

@@ -17,7 +17,7 @@ from portakv.serving.no_store import NoStore
 from portakv.serving.plan import NO_HANDOVERS, Handovers, PullJob, Renewal
 from portakv.serving.tickets import RENEWALS, Endpoint
 
-WALKS = 600  # in all
+WALKS = 400  # in all
 PARTS = 4
 STEPS = 25
 
