@@ -55,7 +55,7 @@ class Handover:
         offers: this engine offers rows.
         pulls: it takes rows.
         address: at which this worker listens; None: at a Unix socket.
-        leads: this worker tells other engines which rows they are to keep; one of each engine does.
+        leads: this worker sends other engines renewals and releases; one of each engine does.
 
     Attributes:
         owner: of the offers; None: this engine offers nothing.

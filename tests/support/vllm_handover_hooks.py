@@ -100,12 +100,13 @@ class Side:
         """Let a request of the prompt pull its rows; return what the scheduler was offered."""
         request = request_of(name, params)
         self.scheduler.on_new_request(request)
-        offered: tuple[int, bool] = self.scheduler.get_num_new_matched_tokens(request, 0)
+        tokens, later = self.scheduler.get_num_new_matched_tokens(request, 0)
+        assert tokens is not None
         taken = SimpleNamespace(get_block_ids=lambda: (blocks,))
-        self.scheduler.update_state_after_alloc(request, taken, offered[0])
-        if offered[0]:
+        self.scheduler.update_state_after_alloc(request, taken, tokens)
+        if tokens:
             self.until(lambda: name in self.received)
-        return offered
+        return tokens, later
 
 
 def request_of(name: str, params: dict[str, Any] | None) -> Any:
