@@ -60,7 +60,7 @@ class Handover:
     Attributes:
         owner: of the offers; None: this engine offers nothing.
         reader: of the pulls; None: this engine pulls nothing.
-        pulls: that have not ended, or were not reported.
+        pulling: the pulls that have not ended, or were not reported.
 
     Raises:
         InvalidTerms: a file without a secret.
@@ -84,7 +84,7 @@ class Handover:
         self._channel = Channel(address, secret=terms.secret())
         self._graph = Graph()
         self._offers = dict[bytes, str]()  # the requests, by the names of offers
-        self.pulls = list[_Pulling]()
+        self.pulling = list[_Pulling]()
         self._ends = Counter[str]()
         self._looked = 0.0
         self.owner: Owner | None = None
@@ -110,7 +110,7 @@ class Handover:
     @property
     def busy(self) -> bool:
         """Return whether a pull or an offer has not ended, or was not reported."""
-        return bool(self.pulls or self._offers or self._ends)
+        return bool(self.pulling or self._offers or self._ends)
 
     @property
     def lending(self) -> set[str]:
@@ -124,7 +124,7 @@ class Handover:
         for offer in plan.offers:
             self._offer(offer)
         for pull in plan.pulls:
-            self.pulls.append(_Pulling(pull, self._pull(pull)))
+            self.pulling.append(_Pulling(pull, self._pull(pull)))
         if self._leads:
             for renewal in plan.renewals:
                 renew = partial(RenewNamed, seconds=renewal.seconds)
@@ -136,7 +136,7 @@ class Handover:
         """Return the pulls that have ended since the last call, and whether their rows landed."""
         ended = list[tuple[PullJob, bool]]()
         going = list[_Pulling]()
-        for each in self.pulls:
+        for each in self.pulling:
             job, pull = each
             if pull is None:
                 ended.append((job, False))
@@ -146,7 +146,7 @@ class Handover:
                 ended.append((job, pull.published))
             else:
                 going.append(each)
-        self.pulls = going
+        self.pulling = going
         return ended
 
     def ended_offers(self) -> list[str]:
