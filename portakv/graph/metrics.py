@@ -262,6 +262,48 @@ ENGINE = {
     "stored_bytes": _counter(
         "engine_stored_bytes_total", "engine.stored", "By", "", "bytes that saves have stored"
     ),
+    "offers": _counter(
+        "engine_offers_total",
+        "engine.offers",
+        "{offer}",
+        "",
+        "prompts whose rows were offered to other engines",
+    ),
+    "offers_taken": _counter(
+        "engine_offers_taken_total",
+        "engine.offers_taken",
+        "{offer}",
+        "",
+        "offers of workers that another engine has taken",
+    ),
+    "offers_expired": _counter(
+        "engine_offers_expired_total",
+        "engine.offers_expired",
+        "{offer}",
+        "",
+        "offers of workers that no engine took before the end of their lease",
+    ),
+    "pulls": _counter(
+        "engine_pulls_total",
+        "engine.pulls",
+        "{pull}",
+        "",
+        "prompts whose rows were pulled from other engines",
+    ),
+    "failed_pulls": _counter(
+        "engine_failed_pulls_total",
+        "engine.failed_pulls",
+        "{pull}",
+        "",
+        "pulls that did not bring all rows",
+    ),
+    "pulled_tokens": _counter(
+        "engine_pulled_tokens_total",
+        "engine.pulled",
+        "{token}",
+        "",
+        "tokens whose rows pulls have brought",
+    ),
     "unanswered": _counter(
         "engine_unanswered_lookups_total",
         "engine.unanswered",

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from portakv.errors import InvalidTerms
 from portakv.integrations import IntegrationError
+from portakv.integrations.vllm_handover import Handing, check_groups, roles_of
 from portakv.runtime.bounded import Bounded
 from portakv.serving import Group, check_group
 from portakv.serving.local import TOKENS, StoreTerms
@@ -59,6 +60,8 @@ class Settings(NamedTuple):
         groups: of layers.
         store: where blocks are stored.
         workers: that save and load them.
+        handing: how the engine hands requests over to other ones; None: it does not.
+        stores: it has a store. Else ``store`` has the usual terms, which nothing uses.
     """
 
     engine: str
@@ -67,11 +70,13 @@ class Settings(NamedTuple):
     groups: tuple[Group, ...]
     store: StoreTerms
     workers: Workers
+    handing: Handing | None = None
+    stores: bool = True
 
     @property
     def uses_keeper(self) -> bool:
         """Return whether blocks are stored by the keeper of the host."""
-        return self.store.shared or not self.workers.local
+        return self.stores and (self.store.shared or not self.workers.local)
 
     @property
     def reads_rows(self) -> bool:
@@ -82,9 +87,11 @@ class Settings(NamedTuple):
     def has_whole_blocks(self) -> bool:
         """Return whether a block may hold all layers next to each other: one run for a copy.
 
-        Not where layers are loaded one by one, or where rows are read by head and token.
+        Not where layers are loaded one by one, or where rows are read by head and token, as other
+        engines read them.
         """
-        return len(self.groups) == 1 and not self.store.by_layer and not self.reads_rows
+        apart = self.store.by_layer or self.reads_rows or self.handing is not None
+        return len(self.groups) == 1 and not apart
 
     @property
     def shows_idle(self) -> bool:
@@ -115,16 +122,14 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
     transfer = config.kv_transfer_config
     workers = workers_of(config.parallel_config, transfer.engine_id)
     role = getattr(transfer, "kv_role", "kv_both")
-    if role != "kv_both":
-        raise IntegrationError(
-            f"Expected kv_role 'kv_both' for PortaKVConnector, which saves and loads, got "
-            f"{role!r}. Correct it."
-        )
+    roles = roles_of(role, transfer.kv_connector_extra_config)
     groups = groups_of(kv_cache_config)
+    if roles.handing is not None:
+        check_groups(groups)
     if workers.stages > 1:
         check_stages(config, groups)
     try:
-        store = StoreTerms.of(transfer.kv_connector_extra_config)
+        store = StoreTerms.of(roles.store)
         size = store.block_size or whole_blocks(groups)
         for group in groups:
             check_group(size, group)
@@ -145,7 +150,8 @@ def settings_of(config: Any, kv_cache_config: Any) -> Settings:
         _checksum_of_weights(str(model.model)),
     )
     name = ":".join(str(name) for name in names)
-    return Settings(transfer.engine_id, name, size, tuple(groups), store, workers)
+    terms = name, size, tuple(groups), store, workers
+    return Settings(transfer.engine_id, *terms, handing=roles.handing, stores=roles.stores)
 
 
 def whole_blocks(groups: Sequence[Group]) -> int:

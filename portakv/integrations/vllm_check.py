@@ -14,6 +14,7 @@ from typing import Any
 from portakv.errors import InvalidTerms, PortaKVError
 from portakv.integrations import why_not
 from portakv.integrations.interfaces import lacks
+from portakv.integrations.vllm_handover import ROLES, Handing, roles_of
 from portakv.serving.bucket import bucket_of
 from portakv.serving.local import TOKENS, StoreTerms
 from portakv.serving.sizing import Sizes
@@ -88,7 +89,8 @@ def findings_of(config: Mapping[str, Any], sizes: Sizes | None = None) -> Findin
             "kv_load_failure_policy is not 'recompute': a stored block that is damaged, or was "
             "evicted meanwhile, ends its request with an error. Set it to 'recompute'."
         )
-    _check_terms(config.get("kv_connector_extra_config") or {}, sizes, findings)
+    role = config.get("kv_role")
+    _check_terms(role, config.get("kv_connector_extra_config") or {}, sizes, findings)
     _check_release(findings)
     return findings
 
@@ -108,13 +110,15 @@ def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
     for name, expected in (
         ("kv_connector", CONNECTOR),
         ("kv_connector_module_path", MODULE),
-        ("kv_role", "kv_both"),
     ):
         if config.get(name) != expected:
             yield f"Expected {name} {expected!r}, got {config.get(name)!r}. Correct it."
+    role = config.get("kv_role")
+    if role not in ROLES:
+        yield f"Expected kv_role {' or '.join(map(repr, ROLES))}, got {role!r}. Correct it."
 
 
-def _check_terms(extra: Any, sizes: Sizes | None, findings: Findings) -> None:
+def _check_terms(role: object, extra: Any, sizes: Sizes | None, findings: Findings) -> None:
     """Check PortaKV's own terms."""
     if not isinstance(extra, Mapping):
         findings.errors.append(
@@ -122,7 +126,17 @@ def _check_terms(extra: Any, sizes: Sizes | None, findings: Findings) -> None:
         )
         return
     try:
-        terms = StoreTerms.of(extra)
+        roles = roles_of(role if role in ROLES else "kv_both", extra)
+    except InvalidTerms as error:
+        findings.errors.append(str(error))
+        return
+    if roles.handing is not None:
+        _check_handing(roles.handing, findings)
+    if not roles.stores:
+        findings.notes.append("The engine has no store: no term names a folder, host or bucket.")
+        return
+    try:
+        terms = StoreTerms.of(roles.store)
     except InvalidTerms as error:
         findings.errors.append(f"kv_connector_extra_config: {error}")
         return
@@ -137,6 +151,27 @@ def _check_terms(extra: Any, sizes: Sizes | None, findings: Findings) -> None:
     findings.notes.append(_who_stores(terms))
     if sizes is not None:
         _check_sizes(terms, sizes, findings)
+
+
+def _check_handing(handing: Handing, findings: Findings) -> None:
+    """Read the secret of engines that hand requests over, and say who reaches them."""
+    terms = handing.terms
+    try:
+        terms.secret()
+    except InvalidTerms as error:
+        findings.errors.append(f"kv_connector_extra_config: hand_over: {error}")
+    does = {
+        (True, False): "offers the rows of prompts that it computes",
+        (False, True): "pulls the rows of prompts that other engines have computed",
+        (True, True): "offers the rows of prompts, and pulls those of other engines",
+    }[handing.offers, handing.pulls]
+    reach = f"at {terms.address}" if terms.address else "of this host and this user"
+    findings.notes.append(f"The engine {does}; engines {reach} hand requests over to each other.")
+    if handing.offers and terms.timeout > terms.lease:
+        findings.warnings.append(
+            f"timeout is {terms.timeout:g} s, longer than the lease of {terms.lease:g} s: rows are "
+            f"gone before a pull gives up. Make lease at least as long."
+        )
 
 
 def _check_bucket(url: str, options: Mapping[str, Any], findings: Findings) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's KV connector over a block store: host memory, a disk that outlives the engine, a bucket.
 
+Engines hand requests over to each other by it too: one computes prompts, another goes on.
+
 Chosen by ``--kv-transfer-config`` with ``"kv_connector": "PortaKVConnector"`` and
 ``"kv_connector_module_path": "portakv.integrations.vllm_connector"``. This file maps vLLM's hooks
 to a `Ledger` in the scheduler and a `Hand` in the worker, and decides nothing itself.
@@ -8,7 +10,7 @@ to a `Ledger` in the scheduler and a `Hand` in the worker, and decides nothing i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +27,27 @@ from portakv.integrations.vllm_caches import (
     settings_of,
     warn_of_policy,
 )
+from portakv.integrations.vllm_handover import (
+    WHOLE,
+    identity_of,
+    is_wanted,
+    parameters_for,
+    remote_rows_of,
+    share_caches,
+)
 from portakv.integrations.vllm_ranks import KeptIndex, WorkerStore, index_of
 from portakv.integrations.vllm_views import layer_numbers, view_across_layers
 from portakv.serving import Costs, GroupCache, Hand, Ledger, Plan, Report, measured
+from portakv.serving.handover_terms import Identity
 from portakv.serving.local import GroupView
+from portakv.serving.tickets import Endpoint
 
 check_release("vllm")
 
 from vllm.distributed import get_tensor_model_parallel_rank  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
@@ -71,8 +84,16 @@ class ReportMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
         return ReportMetadata(self.report.merged(other.report))
 
 
+@dataclass
+class EndpointMetadata(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """Where a worker offers rows, from the workers to the scheduler."""
+
+    endpoint: Endpoint
+
+
 class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """Saves the blocks that an engine computes, and loads them for later requests.
+    """Saves the blocks that an engine computes, and loads them for later requests; offers the rows
+    of prompts to other engines, and pulls theirs.
 
     vLLM makes one for its scheduler and one for each worker. One worker in the scheduler's process
     has the store itself, unless it is to be shared; else a keeper has it.
@@ -154,15 +175,35 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if is_served(request):
             extra = extra_of(request, self._settings.block_size)
             tokens = request.all_token_ids
-            self.ledger.add(request.request_id, tokens, salt_of(request), extra, request)
+            handing = self._settings.handing
+            remote = None
+            if handing is not None and handing.pulls:
+                remote = remote_rows_of(request, self._identity_of(request))
+            terms = salt_of(request), extra, request, remote
+            self.ledger.add(request.request_id, tokens, *terms)
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: Mapping[tuple[int, int], EndpointMetadata]
+    ) -> None:
+        handing = self._settings.handing
+        if handing is not None:
+            endpoints = [metadata[worker].endpoint for worker in sorted(metadata)]
+            self.ledger.open_offers(endpoints, handing.terms.lease)
+
+    def _identity_of(self, request: Any) -> Identity:
+        """Return what the rows of a request's prompt depend on."""
+        extra = extra_of(request, WHOLE)
+        return identity_of(request, self._settings.model, salt_of(request), extra.values())
 
     @measured
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        tokens = self.ledger.leading(request.request_id, num_computed_tokens)
-        self._computed[request.request_id] = num_computed_tokens
-        return tokens, bool(tokens) and not self._settings.store.by_layer
+        name = request.request_id
+        tokens = self.ledger.leading(name, num_computed_tokens)
+        self._computed[name] = num_computed_tokens
+        waits = self.ledger.awaits(name) or not self._settings.store.by_layer
+        return tokens, bool(tokens) and waits
 
     @measured
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -199,9 +240,25 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.ledger.freed(connector_output.finished_sending or ())
 
     @measured
-    def request_finished(self, request: Any, block_ids: Sequence[Any]) -> tuple[bool, None]:
+    def request_finished(
+        self, request: Any, block_ids: Sequence[Any]
+    ) -> tuple[bool, dict[str, Any] | None]:
         self._computed.pop(request.request_id, None)
-        return self.ledger.finished(request.request_id), None
+        params = self._offer(request, block_ids)
+        return self.ledger.finished(request.request_id), params
+
+    def _offer(self, request: Any, block_ids: Sequence[Any]) -> dict[str, Any] | None:
+        """Offer the rows of a prompt if another engine is to go on; return what it needs."""
+        handing = self._settings.handing
+        if handing is None or not handing.offers or not is_wanted(request):
+            return None
+        tokens = len(request.prompt_token_ids)
+        rows = self.ledger.offer(request.request_id, tokens, ids_of(block_ids))
+        if rows is None:
+            return None
+        settings = self._settings
+        identity = self._identity_of(request)
+        return parameters_for(request, rows, identity, settings.engine, settings.workers.size)
 
     request_finished_all_groups = request_finished
 
@@ -222,8 +279,14 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # --- in the worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._layers = layer_numbers(kv_caches, self._kv_cache_config)
-        self._open(self.store.views(kv_caches, self._kv_cache_config), self._layers)
+        self._layers = layers = layer_numbers(kv_caches, self._kv_cache_config)
+        handing = self._settings.handing
+        if handing is not None and handing.offers:
+            share_caches(kv_caches.values())
+        views = self.store.views(kv_caches, self._kv_cache_config)
+        rank = self._rank()
+        self.store.hand_over(kv_caches, self._kv_cache_config, rank, layers)
+        self._open(views, layers)
 
     def register_cross_layers_kv_cache(self, kv_cache: torch.Tensor, attn_backend: Any) -> None:
         self._open([view_across_layers(kv_cache, self._kv_cache_config)])
@@ -231,10 +294,18 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def _open(self, views: list[GroupView], layers: dict[str, int] | None = None) -> None:
         """Open the store of the engine's blocks."""
         terms = self._settings.store
-        number = get_tensor_model_parallel_rank() if self._settings.workers.size > 1 else 0
-        parts = self.store.open(views, number, layers)
+        parts = self.store.open(views, self._rank(), layers)
         caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
-        self.hand = Hand(caches, terms.deadline, terms.by_layer)
+        self.hand = Hand(caches, terms.deadline, terms.by_layer, self.store.handover)
+
+    def _rank(self) -> int:
+        """Return the number of this worker in tensor parallelism."""
+        return get_tensor_model_parallel_rank() if self._settings.workers.size > 1 else 0
+
+    def get_handshake_metadata(self) -> EndpointMetadata | None:
+        handover = self.store.handover
+        endpoint = None if handover is None else handover.endpoint
+        return None if endpoint is None else EndpointMetadata(endpoint)
 
     @measured
     def handle_preemptions(self, kv_connector_metadata: PlanMetadata) -> None:

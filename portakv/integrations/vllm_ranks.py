@@ -11,9 +11,13 @@ import torch
 
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm_caches import Settings
-from portakv.integrations.vllm_views import BY_HEAD, kernels_of, views_of
+from portakv.integrations.vllm_handover import worker_numbers
+from portakv.integrations.vllm_views import BY_HEAD, HANDED, kernels_of, views_of
+from portakv.migrate import Shard
 from portakv.serving import Blocks, Keeper, KeeperClient, KeeperIndex, place_of
+from portakv.serving.handover import Handover
 from portakv.serving.local import GroupView, LocalIndex, forms_of
+from portakv.serving.no_store import NoBlocks, NoStore
 from portakv.serving.start import warm_up
 from portakv.storage.form import Range
 
@@ -127,7 +131,7 @@ class KeptIndex(KeeperIndex):
         self.keeper.close()
 
 
-def index_of(settings: Settings) -> LocalIndex | KeptIndex:
+def index_of(settings: Settings) -> LocalIndex | KeptIndex | NoStore:
     """Return the index of an engine's scheduler.
 
     With a keeper it waits until a worker has joined. vLLM makes its workers before the scheduler.
@@ -135,6 +139,8 @@ def index_of(settings: Settings) -> LocalIndex | KeptIndex:
     Raises `StoreError` for a folder that cannot be used, and `InvalidTerms` if the keeper refuses
     the engine.
     """
+    if not settings.stores:
+        return NoStore()
     if not settings.uses_keeper:
         return LocalIndex.of(settings.engine)
     index = KeptIndex(settings)
@@ -151,12 +157,16 @@ class WorkerStore:
 
     Args:
         config: vLLM's configuration.
+
+    Attributes:
+        handover: offers rows to other engines, and pulls theirs; None: not open.
     """
 
     def __init__(self, settings: Settings, config: Any) -> None:
         self._settings = settings
         self._config = config
         self._opened: LocalIndex | KeeperClient | None = None
+        self.handover: Handover | None = None
 
     def views(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> list[GroupView]:
         """Return a view of each group's layers; see `read_views`."""
@@ -179,6 +189,9 @@ class WorkerStore:
             IntegrationError, InvalidTerms: caches that are no part of whole blocks.
             StoreError, StoreBusy: as `LocalIndex.open`.
         """
+        if not self._settings.stores:
+            forms = forms_of(views, self._settings.model, None)
+            return [NoBlocks(form) for form in forms]
         parts = self._open(views, number, layers or {})
         for each, part in zip(views, parts, strict=True):
             warm_up(each.view, part.form, self._settings.store.by_layer)
@@ -203,6 +216,39 @@ class WorkerStore:
         self._opened = client
         return client.blocks
 
+    def hand_over(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        kv_cache_config: Any,
+        number: int,
+        layers: Mapping[str, int],
+    ) -> None:
+        """Open `handover` for this worker's caches, if the engine hands requests over.
+
+        Args:
+            number: the rank of the worker in tensor parallelism.
+            layers: the position of each layer in the caches, by name; see `layer_numbers`.
+
+        Raises `IntegrationError` for caches whose rows cannot be read, and as `Handover`.
+        """
+        handing = self._settings.handing
+        if handing is None:
+            return
+        kernels = kernels_of(self._config)
+        (group,) = views_of(kv_caches, kv_cache_config, kernels, HANDED)
+        heads = rank_of(self._config, number).part(group.view.heads, latent=group.view.kv == 1)
+        shard = Shard(group.view, layers=stage_of(self._config, layers), heads=heads)
+        worker, place = worker_numbers(self._config.parallel_config)
+        self.handover = Handover(
+            [shard],
+            self._settings.model,
+            handing.terms,
+            offers=handing.offers,
+            pulls=handing.pulls,
+            address=handing.terms.address_of(place),
+            leads=worker == 0,
+        )
+
     def wait(self, timeout: float) -> bool:
         """Wait until blocks can be saved and loaded, at most so many seconds; return whether they
         can.
@@ -213,7 +259,11 @@ class WorkerStore:
         return opened.wait(timeout) if isinstance(opened, KeeperClient) else opened is not None
 
     def close(self) -> None:
-        """End the loads and saves."""
+        """End the loads and saves, and what is handed over."""
+        handover = self.handover
+        self.handover = None
+        if handover is not None:
+            handover.close()
         opened = self._opened
         self._opened = None
         if opened is not None:

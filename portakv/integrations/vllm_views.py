@@ -31,11 +31,16 @@ BY_DIM = (
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec",
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend vec16",
 )
-#: What a user does if rows cannot be read, for blocks of a fixed size and for several workers.
+#: What a user does if rows cannot be read, for blocks of a fixed size, for several workers, and for
+#: engines that hand requests over.
 BY_TOKEN = (
     "Stored blocks of a fixed size need it: leave block_size out of kv_connector_extra_config."
 )
 BY_HEAD = "Several workers need it: run one worker, or choose the OffloadingConnector."
+HANDED = (
+    "Engines that hand requests over need it: leave hand_over out of kv_connector_extra_config and "
+    "set kv_role to 'kv_both', or choose another connector for this model."
+)
 #: The dtypes whose rows are numbers without scales.
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 

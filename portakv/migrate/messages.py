@@ -259,6 +259,25 @@ class Found(Message, frozen=True):
     why: Annotated[tuple[Text, ...], Meta(max_length=MOST_NAMES)]
 
 
+class RenewNamed(Message, frozen=True):
+    """One-way: readers will pull the offers of these names. Requests leases of so many seconds."""
+
+    purpose: ClassVar[str] = "Renewing offers by name of the owner at"
+
+    epoch: Id
+    names: Annotated[tuple[OfferName, ...], Meta(min_length=1, max_length=MOST_NAMES)]
+    seconds: Seconds
+
+
+class EndNamed(Message, frozen=True):
+    """One-way: no further reader will pull the offers of these names."""
+
+    purpose: ClassVar[str] = "Ending offers by name of the owner at"
+
+    epoch: Id
+    names: Annotated[tuple[OfferName, ...], Meta(min_length=1, max_length=MOST_NAMES)]
+
+
 class Marks(Message, frozen=True):
     """Request the marks of offers whose rows are not complete."""
 

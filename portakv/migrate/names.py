@@ -93,6 +93,11 @@ class Names(Generic[Held]):
             why.append("" if holds else self._ended.get(name, ""))
         return messages.Found(tuple(tickets), tuple(why))
 
+    def held(self, names: Sequence[bytes]) -> list[Held]:
+        """Return the offers of names that hold."""
+        offers = [self._offers.get(name) for name in names]
+        return [offer for offer in offers if offer is not None and offer.holds()]
+
     def get(self, name: bytes) -> Held | None:
         """Return the offer of a name that holds; None if there is none."""
         return self._offers.get(name)

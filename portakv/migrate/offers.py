@@ -44,6 +44,10 @@ class Lease:
     until: float
     latest: float  # to which a reader may renew the lease
 
+    def renew(self, until: float) -> None:
+        """Lengthen the lease for a reader."""
+        self.until = max(self.until, min(until, self.latest))
+
 
 class Offer:
     """Rows that their owner promises not to change until the offer ends; of rows that are still
@@ -138,8 +142,10 @@ class Offer:
 
     def _why_ended(self) -> str:
         """Return why the offer ended, as a clause for a reader."""
-        if self._state == "taken":
+        if self._state == "taken" and len(self.through) >= self.readers:
             return f"its readers ({self.readers}) have taken it; offer it with a larger readers="
+        if self._state == "taken":
+            return "its readers have taken it"
         return messages.REASONS[self._state]
 
     def taken(self, timeout: float | None = None) -> bool:
@@ -332,6 +338,8 @@ class Owner:
             messages.Sum: self._gather,
             messages.Stop: self._stop,
             messages.Find: self._find,
+            messages.RenewNamed: self._renew_named,
+            messages.EndNamed: self._end_named,
             messages.Marks: self._marks,
             messages.Bye: self._bye,
         }
@@ -621,16 +629,24 @@ class Owner:
             offer = self._current(renew)
             if offer is None:
                 return self._gone(renew)
-            lease = offer.lease
-            wanted = min(self.now() + renew.seconds, lease.latest)
-            lease.until = max(lease.until, wanted)
-            return messages.Answer("held", seconds=lease.until - self.now())
+            offer.lease.renew(self.now() + renew.seconds)
+            return messages.Answer("held", seconds=offer.lease.until - self.now())
 
     def _find(self, _: Peer, find: messages.Find) -> messages.Found | messages.Answer:
         with self.change:
             if find.epoch != self.epoch:
                 return messages.Answer("gone", messages.REASONS["restarted"])
             return self.names.find(find.names)
+
+    def _renew_named(self, _: Peer, renew: messages.RenewNamed) -> None:
+        with self.change:
+            for offer in self.names.held(renew.names if renew.epoch == self.epoch else ()):
+                offer.lease.renew(self.now() + renew.seconds)
+
+    def _end_named(self, _: Peer, end: messages.EndNamed) -> None:
+        with self.change:
+            for offer in self.names.held(end.names if end.epoch == self.epoch else ()):
+                offer.end("taken")
 
     def _marks(self, peer: Peer, marks: messages.Marks) -> messages.Marked | messages.Answer:
         with self.change:

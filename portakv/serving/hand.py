@@ -15,6 +15,7 @@ from portakv.errors import PortaKVError
 from portakv.graph import Mask
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.streams import StreamFence
+from portakv.serving.handover import Handover
 from portakv.serving.plan import Job, Plan, Report
 from portakv.storage.form import BlockForm
 from portakv.storage.tier import After, Keys
@@ -94,8 +95,9 @@ class Ended(NamedTuple):
     """What an engine learns from a worker.
 
     Attributes:
-        loaded: requests whose load has ended, of which the engine did not wait for.
-        failed: for each group, the engine's blocks of loads that have no rows of their own.
+        loaded: requests whose load or pull has ended, of which the engine did not wait for.
+        failed: for each group, the engine's blocks of loads and pulls that have no rows of their
+            own.
         incomplete: requests with such blocks.
         freed: requests that were retained, whose blocks are read no longer.
     """
@@ -169,15 +171,21 @@ class Hand:
         groups: in the order of the ledger's groups.
         deadline: seconds after which a load gives up what has not landed; None: never.
         by_layer: the engine computes with the rows of a load in the step that begins it, and calls
-            `layer` before each layer.
+            `layer` before each layer. It waits for pulls outside of its steps.
+        handover: offers rows to other engines, and pulls theirs; None: the plans have none.
     """
 
     def __init__(
-        self, groups: Sequence[GroupCache], deadline: float | None = 10.0, by_layer: bool = False
+        self,
+        groups: Sequence[GroupCache],
+        deadline: float | None = 10.0,
+        by_layer: bool = False,
+        handover: Handover | None = None,
     ) -> None:
         self._groups = groups
         self._deadline = deadline
         self._by_layer = by_layer
+        self._handover = handover
         self._waiting = list[_Work]()  # loads that the step waits for
         self._loads = dict[int, _Work]()
         self._saves = dict[int, _Work]()
@@ -186,13 +194,17 @@ class Hand:
 
     @property
     def busy(self) -> bool:
-        """Return whether a load or save has not ended, or was not reported."""
-        return bool(self._loads or self._saves)
+        """Return whether a load, save, pull or offer has not ended, or was not reported."""
+        return bool(self._loads or self._saves) or self._hands_over
 
     @property
     def quiet(self) -> bool:
         """Return whether `report` and `ended` have nothing to say."""
-        return not (self._loads or self._saves or self._retained)
+        return not (self.busy or self._retained)
+
+    @property
+    def _hands_over(self) -> bool:
+        return self._handover is not None and self._handover.busy
 
     def stop(self, plan: Plan) -> None:
         """Wait until the saves that a plan stops read no block any longer; drop what they can."""
@@ -218,6 +230,8 @@ class Hand:
         """
         # Noted here too: an engine may leave out `save` in a step that computes nothing.
         self._retained |= {*plan.retained}
+        if self._handover is not None:
+            self._handover.begin(plan.handovers)
         if not plan.loads:
             return
         alone = plan.idle and len(plan.loads) == 1 and not self._loads and not self._by_layer
@@ -288,11 +302,29 @@ class Hand:
             if work.released and work.ended():
                 del self._saves[number]
                 made.end_save(number, work.missing())
+        if self._hands_over:
+            self._report_handovers(made)
         return made
+
+    def _report_handovers(self, made: Report) -> None:
+        """Note which pulls and offers have ended, for the scheduler and for the engine."""
+        assert self._handover is not None
+        for job, landed in self._handover.ended_pulls():
+            made.end_load(job.number, frozenset() if landed else frozenset({0}))
+            self._ended.loaded.add(job.request)
+            if landed:
+                continue
+            self._ended.incomplete.add(job.request)
+            for failed, ids in zip(self._ended.failed, job.blocks, strict=True):
+                failed.update(block for block in ids if block >= 0)
+        for state in self._handover.ended_offers():
+            made.end_offer(state)
 
     def ended(self) -> Ended:
         """Return what the engine is to learn since the last call."""
         reading = {work.job.request for work in self._saves.values() if not work.released}
+        if self._handover is not None:
+            reading |= self._handover.lending
         freed = self._retained - reading
         self._retained -= freed
         ended = self._ended._replace(freed=freed)

@@ -16,7 +16,9 @@ from typing import NamedTuple, Protocol
 
 from portakv.errors import InvalidTerms
 from portakv.runtime.bounded import Bounded
-from portakv.serving.plan import Blocks, Job, Plan, Report
+from portakv.serving.handover_terms import RemoteRows
+from portakv.serving.plan import Blocks, Job, Plan, PullJob, Report
+from portakv.serving.tickets import Endpoint, Tickets
 from portakv.storage.keys import KeyChain
 
 #: The most keys that are remembered because a load did not bring them.
@@ -98,7 +100,9 @@ class _Request:
         considered: stored blocks before this number are saved, or are not to be.
         limit: no stored block from this number on is offered: a load did not bring it.
         promised: the first stored block and the past token of the latest answer.
-        load: in flight, or planned.
+        load: a load or pull that is in flight, or planned.
+        remote: rows that another engine has, before they are pulled.
+        offered: its rows are offered to other engines.
         reading: the numbers of saves that may still read blocks.
         about: what the engine adds about it.
         forgotten: its keys name blocks that must not be stored any more.
@@ -114,7 +118,9 @@ class _Request:
     considered: int = 0
     limit: int | None = None
     promised: int = 0
-    load: Job | None = None
+    load: Job | PullJob | None = None
+    remote: RemoteRows | None = None
+    offered: bool = False
     reading: set[int] = field(default_factory=set)
     queried: float | None = None
     answered: _Answer | None = None
@@ -136,16 +142,17 @@ class _Request:
 
 @dataclass
 class _Live:
-    """A load or save that has not ended.
+    """A load, save or pull that has not ended.
 
     Attributes:
         ends: in how many workers it has ended.
         releases: in how many workers a save's blocks are no longer read.
-        missing: the positions of keys that did not land, or were not stored, in any worker.
+        missing: the positions of keys that did not land, or were not stored, in any worker; of a
+            pull that failed the position 0.
         held: blocks that a save reads, and that the engine may give up before.
     """
 
-    job: Job
+    job: Job | PullJob
     request: _Request
     ends: int = 0
     releases: int = 0
@@ -161,6 +168,7 @@ class _Keys:
         saving: the numbers of saves that have not ended.
         failed: those that a load did not bring.
         described: what blocks have been made of, if that is wanted.
+        generation: part of all keys, other bytes after `Ledger.forget`.
     """
 
     saving: dict[bytes, int] = field(default_factory=dict)
@@ -168,6 +176,7 @@ class _Keys:
         default_factory=lambda: Bounded("keys that a load did not bring", MOST_FAILED)
     )
     described: Bounded[bytes, Described] | None = None
+    generation: bytes = b""
 
 
 @dataclass
@@ -188,6 +197,10 @@ class Ledger:
     tokens of it; `preempted` if it takes the blocks away; `finished`; and `freed` when the workers
     have reported a request that was retained. Once a step it calls `plan`, and `take` for reports.
     A request that was not added, or that has ended, is left alone: nothing is loaded or saved.
+
+    Engines hand requests over to each other: `offer` before `finished` in the one that has computed
+    a prompt, and the result as ``remote`` of `add` in the one that goes on. `open_offers` says
+    where workers offer rows.
 
     Args:
         block_size: the tokens of a stored block. A multiple of each group's block size, or a
@@ -222,8 +235,8 @@ class Ledger:
         self._holder = holder
         self._requests = dict[str, _Request]()
         self._jobs = dict[int, _Live]()  # by number
+        self._tickets = Tickets(now)
         self._keys = _Keys()
-        self._generation = b""  # part of all keys, other ones after `forget`
         self._next = _Next()
 
     @property
@@ -239,6 +252,7 @@ class Ledger:
         salt: bytes = b"",
         extra: Mapping[int, bytes] | None = None,
         about: object = None,
+        remote: RemoteRows | None = None,
     ) -> None:
         """Take note of a request.
 
@@ -247,6 +261,7 @@ class Ledger:
             salt: keeps tenants and adapters apart.
             extra: by the number of a stored block, what else its rows depend on, such as an image.
             about: an object for `Described`.
+            remote: the rows of all tokens of the prompt, which another engine has.
 
         Raises `InvalidTerms` for a name that a request has which has not ended.
         """
@@ -255,19 +270,25 @@ class Ledger:
                 f"Expected a new name for a request, got {request!r}, which is in use. Report its "
                 f"end by finished() first."
             )
-        chain = KeyChain(self._size, self._generation + salt)
+        chain = KeyChain(self._size, self._keys.generation + salt)
         blocks = [list[int]() for _ in self._groups]
-        self._requests[request] = _Request(request, tokens, chain, extra or {}, blocks, about=about)
+        state = _Request(request, tokens, chain, extra or {}, blocks, about=about, remote=remote)
+        self._requests[request] = state
+        if remote is not None:
+            self._tickets.expect(request, remote)
 
     def leading(self, request: str, computed: int) -> int | None:
         """Return how many tokens can be loaded that follow the computed ones.
 
-        None: another host has yet to answer; ask again in the next step. The last token is always
-        left to the engine, which needs its logits.
+        None: another host has yet to answer; ask again in the next step. The last token is left to
+        the engine, which needs its logits, unless another engine has its row: then the engine
+        computes that row again.
         """
         state = self._requests.get(request)
         if state is None:
             return 0
+        if state.remote is not None and state.remote.tokens > computed:
+            return state.remote.tokens - computed
         first = computed // self._size
         most = (len(state.tokens) - 1) // self._size
         if state.limit is not None:
@@ -298,6 +319,9 @@ class Ledger:
             return
         state.blocks = [[*ids] for ids in blocks]
         state.considered = 0
+        if state.remote is not None:
+            self._pull(state, computed, tokens)
+            return
         if not tokens:
             return
         first = state.promised
@@ -338,6 +362,34 @@ class Ledger:
         for run in _runs(n for n in range(first, past) if self._is_wanted(keys[n])):
             self._save(state, run.start, run.stop, keys)
 
+    def open_offers(self, endpoints: Sequence[Endpoint], lease: float) -> None:
+        """Take note of where each worker offers rows, and for how many seconds it keeps them."""
+        self._tickets.open(endpoints, lease)
+
+    def awaits(self, request: str) -> bool:
+        """Return whether a request is to pull the rows of another engine."""
+        state = self._requests.get(request)
+        return state is not None and state.remote is not None
+
+    def offer(self, request: str, tokens: int, blocks: Blocks) -> RemoteRows | None:
+        """Plan to keep the rows of a request that ends now, for another engine.
+
+        The request is retained until an engine has taken them or their lease is over.
+
+        Args:
+            tokens: the first ones of the request, whose rows have been computed.
+            blocks: of each group, all blocks of the request.
+
+        Returns:
+            What the other engine's ledger needs; None: nothing is offered.
+        """
+        state = self._requests.get(request)
+        if state is None or state.forgotten or not self._tickets.offers:
+            return None
+        state.offered = True
+        self.counts["offers"] += 1
+        return self._tickets.offer(request, tokens, blocks)
+
     def preempted(self, request: str) -> None:
         """Take note that the scheduler took all blocks of a request; it may go on later."""
         state = self._requests.get(request)
@@ -363,7 +415,10 @@ class Ledger:
         if state is None:
             return False
         state.ended = True
-        retained = bool(state.reading)
+        if state.remote is not None:
+            state.remote = None
+            self._tickets.release(request)
+        retained = bool(state.reading) or state.offered
         if retained:
             self._next.retained.append(request)
         elif state.load is None:
@@ -374,16 +429,21 @@ class Ledger:
         """Offer no block again that was saved until now, such as after other weights were loaded.
 
         Requests of now are neither loaded nor saved any more. Later ones have other keys, also
-        those of the same tokens; what is stored stays until tiers evict it.
+        those of the same tokens; what is stored stays until tiers evict it. Other engines take no
+        rows that this one has offered.
 
         Returns False if a load has not ended, whose request will read rows that were saved before.
         """
-        self._generation = token_bytes(16)
+        self._keys.generation = token_bytes(16)
         for job in [*self._next.saves]:
             self._withdraw(job)
-        for state in self._requests.values():
+        self._tickets.revoke()
+        for name, state in self._requests.items():
             state.limit = 0
             state.forgotten = True
+            if state.remote is not None:
+                state.remote = None
+                self._tickets.release(name)
         return all(state.load is None for state in self._requests.values())
 
     def freed(self, requests: Iterable[str]) -> None:
@@ -393,10 +453,14 @@ class Ledger:
 
     @property
     def retains(self) -> bool:
-        """Return whether an engine keeps blocks until saves are released."""
+        """Return whether an engine keeps blocks until saves are released.
+
+        It does not wait for blocks that other engines take.
+        """
         if any(live.held for live in self._jobs.values()):
             return True
-        return any(state.ended and state.load is None for state in self._requests.values())
+        ended = [state for state in self._requests.values() if state.ended and state.load is None]
+        return any(not state.offered for state in ended)
 
     # --- what the workers do
 
@@ -406,7 +470,8 @@ class Ledger:
         self._next = _Next()
         loads = tuple(made.loads)
         lists = tuple(made.saves), tuple(made.stop), tuple(made.retained)
-        return Plan(loads, *lists, idle=idle and bool(loads))
+        handovers = self._tickets.plan()
+        return Plan(loads, *lists, idle=idle and bool(loads), handovers=handovers)
 
     def describe_blocks(self) -> None:
         """Remember from now on what the blocks of loads and saves have been made of."""
@@ -424,6 +489,8 @@ class Ledger:
         for number, workers in report.ends.items():
             missing = report.loaded.get(number, _NONE) | report.saved.get(number, _NONE)
             self._end(number, workers, missing)
+        for how, many in report.offers.items():
+            self.counts[f"offers_{how}"] += many
 
     def statistics(self) -> dict[str, int]:
         """Return the requests and jobs now, the keys that failed, and the counters."""
@@ -477,6 +544,27 @@ class Ledger:
         self._next.saves.append(job)
         self.counts["saves"] += 1
 
+    def _pull(self, state: _Request, computed: int, tokens: int) -> None:
+        """Plan a pull of the rows that another engine has; let it use them again if the engine
+        wants none of them."""
+        remote = state.remote
+        assert remote is not None
+        state.remote = None
+        if not tokens:
+            self._tickets.release(state.name)
+            return
+        self.counts["begun"] += 1
+        number = self.counts["begun"]
+        blocks = tuple(
+            (-1,) * (computed // group.block_size) + (*ids[computed // group.block_size :],)
+            for group, ids in zip(self._groups, state.blocks, strict=True)
+        )
+        past = computed + tokens
+        state.load = PullJob(number, state.name, remote.tickets, computed, past, blocks)
+        self._jobs[number] = _Live(state.load, state)
+        self._tickets.pull(state.load)
+        self.counts["pulls"] += 1
+
     def _job(
         self, state: _Request, first: int, past: int, keys: Sequence[bytes], begin: int
     ) -> Job:
@@ -504,7 +592,7 @@ class Ledger:
         self._next.saves.remove(job)
         live = self._jobs.pop(job.number)
         live.missing = frozenset(range(len(job.keys)))
-        self._end_save(live)
+        self._end_save(job, live)
 
     def _release(self, number: int, workers: int) -> None:
         """Note that some workers read the blocks of a save no longer."""
@@ -532,31 +620,46 @@ class Ledger:
         if live.ends < self._workers:
             return
         del self._jobs[number]
-        if live.request.load is live.job:
-            self._end_load(live)
+        if isinstance(live.job, PullJob):
+            self._end_pull(live.job, live)
+        elif live.request.load is live.job:
+            self._end_load(live.job, live)
         else:
-            self._end_save(live)
+            self._end_save(live.job, live)
 
-    def _end_load(self, live: _Live) -> None:
+    def _end_pull(self, job: PullJob, live: _Live) -> None:
+        """Let the other engine use its blocks again."""
+        self._tickets.release(job.request)
+        if live.missing:
+            self.counts["failed_pulls"] += 1
+        else:
+            self.counts["pulled_tokens"] += job.tokens - job.first
+        self._end_loading(live.request)
+
+    def _end_load(self, job: Job, live: _Live) -> None:
         """Offer no block again that did not land, until it was saved anew."""
         state = live.request
-        state.load = None
-        self.counts["landed_blocks"] += len(live.job.keys) - len(live.missing)
+        self.counts["landed_blocks"] += len(job.keys) - len(live.missing)
         if live.missing:
             self.counts["failed_loads"] += 1
             for position in live.missing:
-                self._keys.failed[live.job.keys[position]] = None
-            state.limit = live.job.first + min(live.missing)
+                self._keys.failed[job.keys[position]] = None
+            state.limit = job.first + min(live.missing)
             state.considered = min(state.considered, state.limit)
+        self._end_loading(state)
+
+    def _end_loading(self, state: _Request) -> None:
+        """Note that the engine has the blocks of a request again."""
+        state.load = None
         if state.ended:
             self._requests.pop(state.name, None)
 
-    def _end_save(self, live: _Live) -> None:
+    def _end_save(self, job: Job, live: _Live) -> None:
         """Forget the keys of a save; blocks that were stored may be offered again."""
-        live.request.reading.discard(live.job.number)
+        live.request.reading.discard(job.number)
         self._give_back(live)
-        for position, key in enumerate(live.job.keys):
-            if self._keys.saving.get(key) == live.job.number:
+        for position, key in enumerate(job.keys):
+            if self._keys.saving.get(key) == job.number:
                 del self._keys.saving[key]
             if position not in live.missing:
                 self._keys.failed.pop(key, None)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 #: For each group of layers, ids of the engine's blocks in the order of their tokens. -1: no block,
 #: or one that must not be touched.
 Blocks: TypeAlias = "tuple[tuple[int, ...], ...]"
+Key = TypeVar("Key", int, str)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,81 @@ class Job:
 
 
 @dataclass(frozen=True)
+class PullJob:
+    """Rows of another engine, and this engine's blocks for them.
+
+    Attributes:
+        number: counts all loads, saves and pulls of a `Ledger`.
+        request: whose rows they are.
+        tickets: of each worker of the other engine.
+        first: the rows of the tokens before this one are here already.
+        tokens: the rows of the tokens before this one come.
+        blocks: of each group, from the first token of the request on; -1: not to be touched.
+    """
+
+    number: int
+    request: str
+    tickets: tuple[bytes, ...]
+    first: int
+    tokens: int
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class OfferJob:
+    """Rows of a request that has ended, for another engine.
+
+    Attributes:
+        request: whose rows they are.
+        name: by which each worker offers them.
+        tokens: the first ones of the request, whose rows they are.
+        blocks: of each group, from the first token of the request on.
+        lease: seconds for which they are kept after each renewal.
+    """
+
+    request: str
+    name: bytes
+    tokens: int
+    blocks: Blocks
+    lease: float
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """A lease that another engine is to renew.
+
+    Attributes:
+        tickets: of each worker of that engine.
+        seconds: from now.
+    """
+
+    tickets: tuple[bytes, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Handovers:
+    """What the workers do in a step for hand-overs between engines.
+
+    Attributes:
+        pulls: begin them; the engine reads their blocks after the end of each.
+        offers: make them. Earlier steps have computed their rows.
+        renewals: of rows that requests wait for.
+        released: tickets of rows that no request needs any longer.
+        revoked: end all offers that were made before this step: their rows must not be used.
+    """
+
+    pulls: tuple[PullJob, ...] = ()
+    offers: tuple[OfferJob, ...] = ()
+    renewals: tuple[Renewal, ...] = ()
+    released: tuple[bytes, ...] = ()
+    revoked: bool = False
+
+
+NO_HANDOVERS = Handovers()
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the workers do in a step.
 
@@ -49,6 +125,7 @@ class Plan:
         retained: requests that have ended, whose blocks the engine keeps until all workers have
             reported them. A worker reports one after its saves of it have released their blocks.
         idle: the step has loads, and computes nothing.
+        handovers: between engines.
     """
 
     loads: tuple[Job, ...] = ()
@@ -56,6 +133,7 @@ class Plan:
     stop: tuple[int, ...] = ()
     retained: tuple[str, ...] = ()
     idle: bool = False
+    handovers: Handovers = NO_HANDOVERS
 
 
 @dataclass
@@ -63,17 +141,20 @@ class Report:
     """What one worker, or several, have seen since the last report.
 
     Attributes:
-        loaded: by the number of a load that has ended, the positions of its keys that did not land.
+        loaded: by the number of a load that has ended, the positions of its keys that did not land;
+            of a pull the position 0 stands for all of its rows.
         released: by the number of a save, in how many workers its blocks may be written again.
         saved: by the number of a save that has ended, the positions of its keys that were not
             stored.
-        ends: by number, in how many workers a load or save has ended.
+        ends: by number, in how many workers a load, save or pull has ended.
+        offers: by the state in which they have ended, how many offers of one worker each.
     """
 
     loaded: dict[int, frozenset[int]] = field(default_factory=dict)
     released: dict[int, int] = field(default_factory=dict)
     saved: dict[int, frozenset[int]] = field(default_factory=dict)
     ends: dict[int, int] = field(default_factory=dict)
+    offers: dict[str, int] = field(default_factory=dict)
 
     def end_load(self, number: int, missing: frozenset[int] = frozenset()) -> None:
         """Note that a load has ended in this worker."""
@@ -89,6 +170,10 @@ class Report:
         self.saved[number] = self.saved.get(number, frozenset()) | missing
         self.ends[number] = self.ends.get(number, 0) + 1
 
+    def end_offer(self, state: str) -> None:
+        """Note that an offer of this worker has ended."""
+        self.offers[state] = self.offers.get(state, 0) + 1
+
     def merged(self, other: Report) -> Report:
         """Return what both reports say."""
         return Report(
@@ -96,6 +181,7 @@ class Report:
             _added(self.released, other.released),
             _united(self.saved, other.saved),
             _added(self.ends, other.ends),
+            _added(self.offers, other.offers),
         )
 
 
@@ -106,5 +192,5 @@ def _united(
     return {key: one.get(key, none) | other.get(key, none) for key in {**one, **other}}
 
 
-def _added(one: Mapping[int, int], other: Mapping[int, int]) -> dict[int, int]:
+def _added(one: Mapping[Key, int], other: Mapping[Key, int]) -> dict[Key, int]:
     return {key: one.get(key, 0) + other.get(key, 0) for key in {**one, **other}}

@@ -56,7 +56,15 @@ def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"kv_rol": "kv_both"}, "got 'kv_rol'. Did you mean kv_role?"),
-        ({"kv_role": "kv_producer"}, "Expected kv_role 'kv_both', got 'kv_producer'"),
+        ({"kv_role": "kv_neither"}, "or 'kv_both', got 'kv_neither'"),
+        (
+            {"kv_role": "kv_consumer", "kv_connector_extra_config": {"hand_over": {"leese": 1}}},
+            "in hand_over, got 'leese'",
+        ),
+        (
+            {"kv_connector_extra_config": {"hand_over": {"secret_file": "/nowhere"}}},
+            "hand_over: Expected secret_file to be a file, got '/nowhere'",
+        ),
         ({"kv_connector": "PortaKV"}, "Expected kv_connector 'PortaKVConnector'"),
         ({"kv_connector_module_path": None}, "Expected kv_connector_module_path"),
         ({"kv_connector_extra_config": {"foler": "x"}}, "got 'foler'"),
@@ -66,6 +74,28 @@ def test_a_right_configuration_has_no_errors(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(change: dict[str, Any], says: str) -> None:
     found = findings_of({**right(), **change})
     assert any(says in each for each in found.errors)
+
+
+@pytest.mark.parametrize(
+    ("role", "terms", "notes"),
+    [
+        ("kv_producer", {}, ["offers the rows of prompts that it computes", "has no store"]),
+        ("kv_consumer", {}, ["pulls the rows of prompts", "has no store"]),
+        ("kv_both", {"hand_over": {}}, ["and pulls those of other engines", "has its store alone"]),
+    ],
+)
+def test_what_is_handed_over_is_noted(role: str, terms: dict[str, Any], notes: list[str]) -> None:
+    found = findings_of({**right(**terms), "kv_role": role})
+    assert found.errors == []
+    for note in notes:
+        assert any(note in each for each in found.notes)
+
+
+def test_a_lease_that_ends_before_a_pull_is_warned_of() -> None:
+    found = findings_of(right(hand_over={"lease": 5.0, "timeout": 6.0}))
+    assert any("timeout is 6 s, longer than the lease of 5 s" in each for each in found.warnings)
+    found = findings_of(right(hand_over={"lease": 6.0, "timeout": 6.0}))
+    assert not any("timeout is" in each for each in found.warnings)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +234,7 @@ def test_doctor_checks_a_text_and_a_file(tmp_path: Path) -> None:
     assert "uses PortaKV" in said.out
     wrong = run("doctor", "--kv-transfer-config", '{"kv_role": "both"}')
     assert wrong.code == 1
-    assert "error: Expected kv_role 'kv_both', got 'both'" in wrong.out
+    assert "got 'both'" in wrong.out
     file = tmp_path / "config.json"
     file.write_text(text)
     assert run_json("doctor", "--kv-transfer-config", str(file))["errors"] == []

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +31,16 @@ from portakv.integrations.vllm_caches import (
     warn_of_policy,
     whole_blocks,
 )
+from portakv.integrations.vllm_handover import (
+    identity_of,
+    is_wanted,
+    parameters_for,
+    remote_rows_of,
+    roles_of,
+    share_caches,
+    worker_numbers,
+)
+from portakv.integrations.vllm_ranks import index_of
 from portakv.integrations.vllm_views import (
     BY_DIM,
     FUSED,
@@ -39,7 +50,9 @@ from portakv.integrations.vllm_views import (
     views_of,
 )
 from portakv.serving import Group, Ledger
+from portakv.serving.handover_terms import HandoverTerms, RemoteRows
 from portakv.serving.local import LocalIndex, StoreTerms
+from portakv.serving.no_store import NoStore
 from portakv.storage import prefix_keys
 from portakv.view import KVView
 
@@ -167,11 +180,140 @@ def test_a_size_of_stored_blocks_that_does_not_fit(
         settings_of(*configurations)
 
 
-@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer"])
-def test_a_role_that_does_not_fit_is_refused(role: str, configurations: tuple[Any, Any]) -> None:
-    configurations[0].kv_transfer_config.kv_role = role
-    with pytest.raises(IntegrationError, match=f"got '{role}'"):
+def test_a_role_that_does_not_fit_is_refused(configurations: tuple[Any, Any]) -> None:
+    configurations[0].kv_transfer_config.kv_role = "kv_neither"
+    with pytest.raises(IntegrationError, match="got 'kv_neither'"):
         settings_of(*configurations)
+
+
+@pytest.mark.parametrize(
+    ("role", "extra", "offers", "pulls", "stores"),
+    [
+        ("kv_both", {"host": 1}, None, None, True),
+        ("kv_both", {}, None, None, True),
+        ("kv_both", {"hand_over": {}}, True, True, True),
+        ("kv_producer", {}, True, False, False),
+        ("kv_producer", {"folder": "/a", "hand_over": {"lease": 5.0}}, True, False, True),
+        ("kv_consumer", {"hand_over": {"timeout": 5.0}}, False, True, False),
+        ("kv_consumer", {"host": 1}, False, True, True),
+    ],
+)
+def test_what_an_engine_does_by_its_role(
+    role: str, extra: dict[str, Any], offers: bool | None, pulls: bool | None, stores: bool
+) -> None:
+    handing, has_store, store = roles_of(role, extra)
+    assert has_store is stores
+    assert store == {name: value for name, value in extra.items() if name != "hand_over"}
+    if offers is None:
+        assert handing is None
+    else:
+        assert handing == (HandoverTerms.of(extra.get("hand_over", {})), offers, pulls)
+
+
+def test_wrong_terms_of_a_hand_over_are_named(configurations: tuple[Any, Any]) -> None:
+    terms = configurations[0].kv_transfer_config.kv_connector_extra_config
+    terms["hand_over"] = {"leese": 5}
+    with pytest.raises(InvalidTerms, match=r"kv_connector_extra_config: .* got 'leese'"):
+        settings_of(*configurations)
+
+
+def test_layers_that_are_not_handed_over_are_named(configurations: tuple[Any, Any]) -> None:
+    config, caches = configurations
+    config.kv_transfer_config.kv_role = "kv_consumer"
+    settings = settings_of(config, caches)
+    assert settings.handing is not None
+    assert not settings.has_whole_blocks  # other engines read rows
+    caches.kv_cache_groups.append(window(16, 64))
+    with pytest.raises(IntegrationError, match="one group of layers that keep all tokens"):
+        settings_of(config, caches)
+
+
+def test_an_engine_without_a_store_has_no_keeper(configurations: tuple[Any, Any]) -> None:
+    config, caches = configurations
+    config.parallel_config.world_size = 2
+    assert settings_of(config, caches).uses_keeper
+    config.kv_transfer_config.kv_role = "kv_producer"
+    config.kv_transfer_config.kv_connector_extra_config = {}
+    settings = settings_of(config, caches)
+    assert not settings.uses_keeper
+    index = index_of(settings)
+    assert isinstance(index, NoStore)
+    assert (index.leading([b"a"]), index.has(b"a"), index.losses) == (0, True, 0)
+    assert (index.take_events(), index.bytes_of({"landed_blocks": 1})) == ([], {})
+
+
+def test_caches_are_shared_in_place() -> None:
+    """Views of them follow, and each storage is moved once."""
+    memory = torch.arange(24, device="cpu", dtype=torch.int32)
+    caches = [memory[:12].view(3, 4), memory[12:].view(3, 4)]
+    view = memory[4:8]
+    share_caches(caches)
+    assert all(cache.is_shared() for cache in (*caches, view))
+    caches[0][1] = 7
+    assert view.tolist() == [7, 7, 7, 7]
+    assert caches[1][0].tolist() == [12, 13, 14, 15]
+    place = memory.data_ptr()
+    share_caches(caches)
+    assert memory.data_ptr() == place
+
+
+def test_shared_memory_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=64))
+    with pytest.raises(IntegrationError, match="Expected 400 bytes free in /dev/shm"):
+        share_caches([torch.zeros(100, dtype=torch.float32, device="cpu")])
+
+
+@pytest.mark.parametrize(
+    ("parallel", "numbers"),
+    [
+        ({"world_size": 1}, (0, 0)),
+        ({"world_size": 4, "rank": 3}, (3, 3)),
+        ({"world_size": 4, "rank": 1, "data_parallel_index": 2}, (1, 9)),
+        ({"world_size": 2, "rank": 0, "data_parallel_rank": 1}, (0, 2)),
+    ],
+)
+def test_numbers_of_workers(parallel: dict[str, int], numbers: tuple[int, int]) -> None:
+    assert worker_numbers(SimpleNamespace(**parallel)) == numbers
+
+
+def ended(status: str, computed: int, **params: Any) -> Any:
+    """Return a request with a prompt of 4 tokens that has ended."""
+    return SimpleNamespace(
+        request_id="a",
+        prompt_token_ids=[1, 2, 3, 4],
+        num_computed_tokens=computed,
+        status=SimpleNamespace(name=status),
+        kv_transfer_params=params or None,
+    )
+
+
+def test_requests_that_another_engine_goes_on_with() -> None:
+    assert is_wanted(ended("FINISHED_LENGTH_CAPPED", 4, do_remote_decode=True))
+    assert is_wanted(ended("FINISHED_STOPPED", 5, do_remote_decode=True))
+    embedded = ended("FINISHED_STOPPED", 4, do_remote_decode=True)
+    embedded.prompt_token_ids = None  # it has embeddings in place of tokens
+    for request in (
+        ended("FINISHED_ABORTED", 4, do_remote_decode=True),
+        ended("FINISHED_LENGTH_CAPPED", 3, do_remote_decode=True),
+        ended("FINISHED_LENGTH_CAPPED", 4, do_remote_decode=False),
+        ended("FINISHED_LENGTH_CAPPED", 4),
+        embedded,
+    ):
+        assert not is_wanted(request)
+
+
+def test_what_a_proxy_passes_on() -> None:
+    """The keys by which vLLM's front end and its proxies know the halves of a request."""
+    request = ended("FINISHED_STOPPED", 4, do_remote_decode=True)
+    identity = identity_of(request, "model", b"", ())
+    rows = RemoteRows((b"ticket",), 4, 30.0)
+    params = parameters_for(request, rows, identity, "engine", 2)
+    assert params["do_remote_prefill"] is True
+    assert params["do_remote_decode"] is False
+    carried = json.loads(json.dumps(params))
+    assert remote_rows_of(ended("WAITING", 0, **carried), identity) == rows
+    assert remote_rows_of(ended("WAITING", 0), identity) is None
+    assert remote_rows_of(ended("WAITING", 0, do_remote_decode=True), identity) is None
 
 
 def test_wrong_terms_are_refused_by_name(configurations: tuple[Any, Any], tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,14 @@ from support.late_copies import read_late
 from support.serving_faults import Careless
 from support.vllm_cpu import (
     LAYERS,
-    LIMIT,
     Answer,
     Engine,
+    await_that,
     connector_here,
     has_joined,
     import_engine,
     in_a_child,
+    note,
     prompt,
     result_of,
     small_model,
@@ -199,7 +198,7 @@ def test_blocks_that_one_of_two_ranks_lacks_are_computed(
     leave_blocks(model, terms(tmp_path / "store", shared=True), FIRST)
 
     def second() -> tuple[Answer, dict[str, int], list[int]]:
-        workers = {"stages": 2} if staged else {"ranks": 2}
+        workers: dict[str, Any] = {"stages": 2} if staged else {"ranks": 2}
         engine = Engine(model, terms(tmp_path / "store"), **workers)
         engine.join()
         await_blocks(engine, FIRST)
@@ -368,11 +367,6 @@ def test_loads_by_layer_through_a_keeper(
     assert landed == [sum(FIRST_HITS) // TOKENS]
 
 
-def note(path: Path) -> None:
-    """Let other children go on."""
-    path.write_text("")
-
-
 def await_blocks(engine: Engine, prompts: list[list[int]]) -> None:
     """Wait until an engine's index lists the blocks of prompts."""
     index = engine.connector.index
@@ -383,11 +377,3 @@ def await_blocks(engine: Engine, prompts: list[list[int]]) -> None:
     size = engine.stored_size
     wanted = [prefix_keys(each[: len(each) // size * size], block_size=size) for each in prompts]
     await_that(lists_all)
-
-
-def await_that(happened: Callable[[], bool]) -> None:
-    """Wait for another process."""
-    until = time.monotonic() + LIMIT
-    while not happened():
-        assert time.monotonic() < until, "another process has not come so far"
-        time.sleep(0.01)

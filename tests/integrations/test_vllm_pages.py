@@ -12,6 +12,7 @@ import pytest
 
 from portakv.integrations.vllm_check import findings_of
 from portakv.integrations.vllm_metrics import COUNTERS
+from portakv.serving.handover_terms import HandoverTerms
 from portakv.serving.local import StoreTerms
 from portakv.serving.sizing import sizes_of
 
@@ -80,3 +81,29 @@ def test_the_reference_has_each_term() -> None:
     table = after.partition("\n\n")[0]
     named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert named == [*StoreTerms.__dataclass_fields__]
+
+
+HANDED = (ROOT / "docs/plugs/vllm_prefill_decode.md").read_text("utf-8")
+
+
+def test_the_page_about_two_engines_has_each_term() -> None:
+    _, _, after = HANDED.partition("| term | meaning | default |")
+    table = after.partition("\n\n")[0]
+    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert named == [*HandoverTerms.__dataclass_fields__]
+
+
+def test_the_page_about_two_engines_names_counters_and_files_that_exist() -> None:
+    named = {*re.findall(r"vllm:portakv_(\w+)", HANDED)}
+    assert len(named) == 6
+    assert {name.removesuffix("_total") for name in named} <= {*COUNTERS}
+    for name in {*re.findall(r"examples/[\w.]+\w", HANDED)}:
+        assert (ROOT / name).exists()
+
+
+def test_the_configurations_of_two_engines_are_right() -> None:
+    texts = re.findall(r"^```json\n(.*?)^```$", HANDED, re.MULTILINE | re.DOTALL)
+    configs = [json.loads(text) for text in texts]
+    assert [config["kv_role"] for config in configs] == ["kv_producer", "kv_consumer"]
+    for config in configs:
+        assert findings_of(config).errors == []

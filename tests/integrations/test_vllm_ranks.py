@@ -456,3 +456,58 @@ def test_a_busy_folder_names_the_term_that_shares_it(tmp_path: Path) -> None:
     with pytest.raises(StoreBusy, match="set shared to true in each engine"):
         indices[1].open([GroupView(view)], settings[1].store, "model", None, patience=0)
     indices[0].close()
+
+
+# --- hand-over
+
+
+class Attention:
+    """A layer of attention by a backend of a name."""
+
+    def __init__(self, module: str) -> None:
+        self.backend = type("FlashAttentionBackend", (), {"__module__": module})
+
+    def get_attn_backend(self) -> type:
+        return self.backend
+
+
+READABLE = "vllm.v1.attention.backends.flash_attn"
+
+
+def handing(configurations: tuple[Any, Any], module: str, **parallel: Any) -> WorkerStore:
+    """Return the store of a worker with two heads of four, whose engine offers rows."""
+    config = configurations[0]
+    config.kv_transfer_config.kv_role = "kv_producer"
+    context = {"layer": Attention(module)}
+    config.compilation_config = SimpleNamespace(static_forward_context=context)
+    settings, store = worker_of(configurations, 2, 4, 2)
+    change(configurations, **parallel)
+    assert settings.handing is not None
+    return store
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_hands_over_its_heads(number: int, configurations: tuple[Any, Any]) -> None:
+    store = handing(configurations, READABLE, rank=number)
+    store.hand_over({"layer": rows(2)}, configurations[1], number, {"layer": 0})
+    handover = store.handover
+    assert handover is not None
+    assert handover.owner is not None
+    assert handover.reader is None
+    (shard,) = handover.owner.shards
+    assert shard.group.heads == (2 * number, 2 * number + 2, 4)
+    store.close()
+    assert store.handover is None
+
+
+def test_rows_that_cannot_be_read_are_not_handed_over(configurations: tuple[Any, Any]) -> None:
+    store = handing(configurations, "other")
+    with pytest.raises(IntegrationError, match="Engines that hand requests over need it"):
+        store.hand_over({"layer": rows(2)}, configurations[1], 0, {"layer": 0})
+    assert store.handover is None
+
+
+def test_an_engine_that_hands_nothing_over(configurations: tuple[Any, Any]) -> None:
+    store = WorkerStore(settings_of(*configurations), configurations[0])
+    store.hand_over({"layer": rows(2)}, configurations[1], 0, {"layer": 0})
+    assert store.handover is None

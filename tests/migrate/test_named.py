@@ -16,7 +16,7 @@ import torch
 from support.device_cases import on
 from support.migrate_channels import until
 from support.migrate_nursery import Nursery
-from support.migrate_pulls import SMALL, Rows, Sides, sides
+from support.migrate_pulls import SMALL, Clock, Rows, Sides, sides
 from torch.cuda import _sleep
 
 from portakv import Index
@@ -498,3 +498,48 @@ def test_stopped_owners_are_asked_together(made: Sides) -> None:
         for pulled in stopped:
             with pytest.raises((TransferTimeout, PeerError)):
                 pulled.synchronize(LIMIT)
+
+
+# --- leases by name
+
+
+def test_leases_are_renewed_by_name(made: Sides) -> None:
+    """Of offers that exist, in this epoch, at most to the longest lease."""
+    pair = Pair(made)
+    clock = Clock(pair.owner)
+    names = [token_bytes(16) for _ in range(3)]
+    offers = [
+        pair.owner.offer(BLOCKS, tokens=TOKENS, lease=1.0, max_lease=20.0, name=name)
+        for name in names[:2]
+    ]
+    address = pair.owner.channel.address
+    tell = pair.reader.channel.tell
+    tell(address, messages.RenewNamed(token_bytes(16), (names[0],), 50.0))
+    tell(address, messages.RenewNamed(pair.owner.epoch, (names[0], names[2]), 50.0))
+    assert until(lambda: offers[0].lease.until > clock.now + 1.0)
+    assert offers[0].lease.until == clock.now + 20.0
+    clock.now += 2.0
+    assert [offer.state for offer in offers] == ["held", "expired"]
+    tell(address, messages.RenewNamed(pair.owner.epoch, tuple(names), 0.0))
+    tell(address, messages.EndNamed(pair.owner.epoch, (names[0],)))
+    assert until(lambda: offers[0].state == "taken")
+
+
+def test_offers_of_many_readers_end_by_name(made: Sides) -> None:
+    """Each of two readers has the rows; the owner learns that there is no third."""
+    pair = Pair(made)
+    name = token_bytes(16)
+    offer = pair.owner.offer(BLOCKS, tokens=TOKENS, readers=1 << 31, name=name)
+    for _ in range(2):
+        other = made.reader(pair.dst.shard)
+        other.pull(pair.ticket(name), INTO).synchronize(LIMIT)
+        assert pair.right()
+    address = pair.owner.channel.address
+    tell = pair.reader.channel.tell
+    tell(address, messages.EndNamed(token_bytes(16), (name,)))
+    pair.reader.pull(pair.ticket(name), INTO).synchronize(LIMIT)
+    assert offer.state == "held"
+    tell(address, messages.EndNamed(pair.owner.epoch, (name,)))
+    assert until(lambda: offer.state == "taken")
+    with pytest.raises(OfferGone, match="its readers have taken it"):
+        pair.reader.pull(pair.ticket(name), INTO).synchronize(LIMIT)

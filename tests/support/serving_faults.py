@@ -37,3 +37,16 @@ class NotHeld(Ledger):
 
 class Careless(GivenBackAtOnce, NotStopped):
     """A ledger with both bugs."""
+
+
+class LentAndGivenBack(Ledger):
+    """A ledger that lets the engine free blocks which other engines may read."""
+
+    def finished(self, request: str) -> bool:
+        state = self._requests.get(request)
+        lent = state is not None and state.offered and not state.reading
+        retained = super().finished(request)
+        if lent:
+            self._next.retained.remove(request)
+            del self._requests[request]
+        return retained and not lent

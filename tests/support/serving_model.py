@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from portakv.serving import Group, Job, Ledger, Plan, Report
+from portakv.serving.plan import PullJob
 from portakv.storage.keys import KeyChain
 
 NOTHING = -1  # the row of a block that was never written
@@ -138,9 +139,13 @@ class Worker:
         for task in [*self.tasks.values()]:
             if chance.random() < self.engine.draw.speed:
                 self._go_on(task)
-        reading = {x.job.request for x in self.tasks.values() if not x.load and x.rows is None}
+        reading = self.reading()
         self.freed |= {name for name in self.retained if name not in reading}
         self.retained = [name for name in self.retained if name not in self.freed]
+
+    def reading(self) -> set[str]:
+        """Return the requests whose blocks are read."""
+        return {x.job.request for x in self.tasks.values() if not x.load and x.rows is None}
 
     def _go_on(self, task: Task) -> None:
         if task.load:
@@ -217,6 +222,7 @@ class Request:
     load_tokens: int = 0
     loads: int = 0
     preemptions: int = 0
+    handed: bool = False  # another engine has computed its prompt
     fresh: bool = False  # its blocks are not known to the ledger
     ends: int = 0
 
@@ -226,7 +232,7 @@ class Load:
     """What the engine knows of a load. ``ends``: in how many workers it has ended."""
 
     request: Request
-    job: Job
+    job: Job | PullJob
     ends: int = 0
     missing: set[int] = field(default_factory=set)
 
@@ -504,7 +510,8 @@ class Engine:
             tokens = self.ledger.leading(request.name, computed)
             if tokens is None:
                 continue
-            assert computed + tokens < len(request.tokens), "the last token is the engine's"
+            most = len(request.tokens) if request.handed else len(request.tokens) - 1
+            assert computed + tokens <= most, "the last token is the engine's"
             self.pool.share(hit)
             request.blocks = hit
             past = min(len(request.tokens), computed + (tokens or self.draw.budget))
@@ -573,17 +580,20 @@ class Engine:
             load.ends += report.ends[number]
             load.missing |= missing
             if load.ends == self.draw.workers:
-                request = load.request
-                past = request.computed + request.load_tokens
-                if load.missing:
-                    # The engine computes the whole block anew in which a token is missing.
-                    first = (load.job.first + min(load.missing)) * self.draw.stored_size
-                    past = min(past, first // self.draw.block_size * self.draw.block_size)
-                    if self.draw.window is not None:
-                        past = 0  # rows before the window are gone
-                ended[number] = request, past
+                ended[number] = load.request, self.past_of(load)
                 del self.loads[number]
         return ended
+
+    def past_of(self, load: Load) -> int:
+        """Return the first token that a load has not brought."""
+        past = load.request.computed + load.request.load_tokens
+        if load.missing:
+            # The engine computes the whole block anew in which a token is missing.
+            first = (load.job.first + min(load.missing)) * self.draw.stored_size
+            past = min(past, first // self.draw.block_size * self.draw.block_size)
+            if self.draw.window is not None:
+                past = 0  # rows before the window are gone
+        return past
 
     def _loaded(self, request: Request, past: int) -> None:
         """Let a request run that was loaded, from the first token that did not land."""
@@ -609,17 +619,30 @@ class Engine:
     def run(self, steps: int) -> None:
         """Serve requests that come at any time, then those that are left."""
         for _ in range(steps):
-            if self.chance.random() < 0.4:
-                self.add()
-            if self.chance.random() < 0.05:
-                self.abort()
-            if self.chance.random() < self.draw.forgets:
-                self.pool.cached.clear()  # the engine's own hits would leave none for the store
-            self.step()
+            self.act()
         for _ in range(LIMIT):
-            if self.idle and not any(worker.busy for worker in self.workers):
+            if self.settled:
                 break
             self.step()
+        self.check_end()
+
+    def act(self) -> None:
+        """Serve for a step, in which anything may come."""
+        if self.chance.random() < 0.4:
+            self.add()
+        if self.chance.random() < 0.05:
+            self.abort()
+        if self.chance.random() < self.draw.forgets:
+            self.pool.cached.clear()  # the engine's own hits would leave none for the store
+        self.step()
+
+    @property
+    def settled(self) -> bool:
+        """Return whether no request and no job is left."""
+        return self.idle and not any(worker.busy for worker in self.workers)
+
+    def check_end(self) -> None:
+        """Check that all requests have ended, once each, and that no block is lost."""
         self.take_reports(sure=True)
         assert self.idle, "a request does not end"
         assert {each.ends for each in self.requests.values()} <= {1}, "a request ended twice"

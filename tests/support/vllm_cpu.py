@@ -175,6 +175,7 @@ class Engine:
         block_size: the tokens of a block.
         ranks: of tensor parallelism, in processes of their own if there are several.
         stages: of pipeline parallelism, likewise.
+        role: of the connector.
         terms: other terms of the engine.
     """
 
@@ -186,6 +187,8 @@ class Engine:
         block_size: int = BLOCK,
         ranks: int = 1,
         stages: int = 1,
+        *,
+        role: str = "kv_both",
         **terms: Any,
     ) -> None:
         from vllm import LLM
@@ -200,7 +203,7 @@ class Engine:
             more["kv_transfer_config"] = {
                 "kv_connector": "PortaKVConnector",
                 "kv_connector_module_path": "portakv.integrations.vllm_connector",
-                "kv_role": "kv_both",
+                "kv_role": role,
                 "kv_load_failure_policy": "recompute",
                 "kv_connector_extra_config": store,
             }
@@ -350,6 +353,21 @@ def connector_here() -> Any:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     return get_kv_transfer_group()
+
+
+def note(path: Path, text: str = "") -> None:
+    """Let other children go on, which find the whole text."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.rename(path)
+
+
+def await_that(happened: Callable[[], bool]) -> None:
+    """Wait for another process."""
+    until = time.monotonic() + LIMIT
+    while not happened():
+        assert time.monotonic() < until, "another process has not come so far"
+        time.sleep(0.01)
 
 
 class Child(NamedTuple):

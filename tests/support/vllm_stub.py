@@ -16,6 +16,9 @@ class KVConnectorRole(enum.Enum):
     SCHEDULER = 0
     WORKER = 1
 
+class KVConnectorHandshakeMetadata:
+    pass
+
 class KVConnectorMetadata:
     pass
 

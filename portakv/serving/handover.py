@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Handover`: the worker's side of hand-overs between engines. It offers the rows of prompts, and
+pulls those that other engines offer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple
+
+from portakv.errors import PortaKVError
+from portakv.graph import Graph, Task
+from portakv.migrate import Channel, Owner, Pull, Reader, Shard
+from portakv.migrate.messages import MOST_NAMES, EndNamed, Message, Named, RenewNamed
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.serving.handover_terms import HandoverTerms
+from portakv.serving.plan import Handovers, OfferJob, PullJob
+from portakv.serving.tickets import Endpoint
+
+_log = RateLimitedLog(logging.getLogger(__name__))
+#: Workers of an engine that may pull one offer. The engine says when all of them have it.
+READERS = 1 << 31
+#: The most seconds for which readers keep an offer, unless the lease is longer.
+MOST_LEASE = 3600.0
+#: Seconds between two looks at the offers.
+LOOK = 0.02
+#: Seconds for a message to an engine.
+SENDING = 1.0
+#: Messages to engines that are sent together: one that is gone delays no other.
+WIDTH = 4
+
+
+class _Pulling(NamedTuple):
+    """A pull of this worker; None: it could not begin."""
+
+    job: PullJob
+    pull: Pull | None
+
+
+class Handover:
+    """Offers rows of one worker's caches to other engines, and pulls those that they offer.
+
+    No call waits for another process. A failure is no error of the engine: a pull that fails is
+    reported, and rows that cannot be offered are not. The log has a line about it.
+
+    Args:
+        shards: the caches of each group of layers, by head and token, and the part of the model
+            that they have.
+        model: the name of the model; engines of another one take no rows.
+        terms: of the hand-over.
+        offers: this engine offers rows.
+        pulls: it takes rows.
+        address: at which this worker listens; None: at a Unix socket.
+        leads: this worker sends other engines renewals and releases; one of each engine does.
+
+    Attributes:
+        owner: of the offers; None: this engine offers nothing.
+        reader: of the pulls; None: this engine pulls nothing.
+        pulling: the pulls that have not ended, or were not reported.
+
+    Raises:
+        InvalidTerms: a file without a secret.
+        PeerError: an address at which nothing can listen.
+        LayoutError: caches that cannot be described.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        model: str,
+        terms: HandoverTerms,
+        *,
+        offers: bool = True,
+        pulls: bool = True,
+        address: str | None = None,
+        leads: bool = True,
+    ) -> None:
+        self._terms = terms
+        self._leads = leads
+        self._channel = Channel(address, secret=terms.secret())
+        self._graph = Graph()
+        self._offers = dict[bytes, str]()  # the requests, by the names of offers
+        self.pulling = list[_Pulling]()
+        self._ends = Counter[str]()
+        self._looked = 0.0
+        self.owner: Owner | None = None
+        self.reader: Reader | None = None
+        try:
+            transport = terms.transport
+            if offers:
+                self.owner = Owner(
+                    self._channel, *shards, model=model, expose=terms.expose, transport=transport
+                )
+                self.owner.finished()  # ends are kept from now on
+            if pulls:
+                self.reader = Reader(self._channel, *shards, model=model, transport=transport)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Return where this worker offers rows; None: it offers none."""
+        return None if self.owner is None else Endpoint(self._channel.address, self.owner.epoch)
+
+    @property
+    def busy(self) -> bool:
+        """Return whether a pull or an offer has not ended, or was not reported."""
+        return bool(self.pulling or self._offers or self._ends)
+
+    @property
+    def lending(self) -> set[str]:
+        """Return the requests whose rows other engines may read, as of the last look."""
+        return {*self._offers.values()}
+
+    def begin(self, plan: Handovers) -> None:
+        """Begin what a plan says, ordered after the current stream's work."""
+        if plan.revoked and self.owner is not None:
+            self.owner.revoke_all()
+        for offer in plan.offers:
+            self._offer(offer)
+        for pull in plan.pulls:
+            self.pulling.append(_Pulling(pull, self._pull(pull)))
+        if self._leads:
+            for renewal in plan.renewals:
+                renew = partial(RenewNamed, seconds=renewal.seconds)
+                self.tell(renewal.tickets, renew)
+            if plan.released:
+                self.tell(plan.released, EndNamed)
+
+    def ended_pulls(self) -> list[tuple[PullJob, bool]]:
+        """Return the pulls that have ended since the last call, and whether their rows landed."""
+        ended = list[tuple[PullJob, bool]]()
+        going = list[_Pulling]()
+        for each in self.pulling:
+            job, pull = each
+            if pull is None:
+                ended.append((job, False))
+            elif pull.ended:
+                if pull.error is not None:
+                    _log_failed_pull(pull.error)
+                ended.append((job, pull.published))
+            else:
+                going.append(each)
+        self.pulling = going
+        return ended
+
+    def ended_offers(self) -> list[str]:
+        """Return how offers have ended since the last call. Looks at them now and then."""
+        now = time.monotonic()
+        if self.owner is not None and self._offers and now >= self._looked + LOOK:
+            self._looked = now
+            for offer, state, _ in self.owner.finished():
+                if self._offers.pop(offer.name, None) is not None:
+                    self._ends[state] += 1
+        ended = [*self._ends.elements()]
+        self._ends.clear()
+        return ended
+
+    def close(self) -> None:
+        """End all offers and pulls."""
+        for each in (self.reader, self.owner):
+            if each is not None:
+                each.close()
+        self._graph.close(SENDING)
+        self._channel.close()
+
+    def _offer(self, job: OfferJob) -> None:
+        """Offer rows; without an offer, the engine gets its blocks back."""
+        assert self.owner is not None
+        try:
+            self.owner.offer(
+                *job.blocks,
+                tokens=job.tokens,
+                lease=job.lease,
+                max_lease=max(job.lease, MOST_LEASE),
+                readers=READERS,
+                name=job.name,
+            )
+        except PortaKVError as error:
+            _log.warning("offer", "The rows of a prompt are not handed over: %s", error)
+            self._ends["failed"] += 1
+        else:
+            self._offers[job.name] = job.request
+
+    def _pull(self, job: PullJob) -> Pull | None:
+        """Begin to pull rows; None if that fails."""
+        assert self.reader is not None
+        try:
+            return self.reader.pull(
+                job.tickets,
+                *job.blocks,
+                first=job.first,
+                max_gbps=self._terms.max_gbps,
+                timeout=self._terms.timeout,
+            )
+        except PortaKVError as error:
+            _log_failed_pull(error)
+            return None
+
+    def tell(self, tickets: Iterable[bytes], message: Callable[..., Message]) -> None:
+        """Send the owners of tickets a message about the names of their offers, in a worker."""
+        names = defaultdict[tuple[str, bytes], list[bytes]](list)
+        for ticket in tickets:
+            named = Named.read(ticket)
+            if named is not None:
+                names[named.address, named.epoch].append(named.name)
+        for (address, epoch), known in names.items():
+            for first in range(0, len(known), MOST_NAMES):
+                some = message(epoch=epoch, names=tuple(known[first : first + MOST_NAMES]))
+                self._send(address, some)
+
+    def _send(self, address: str, message: Message) -> None:
+        """Send a message in a worker. An owner that is gone needs none."""
+
+        def run(*_: object) -> None:
+            with suppress(PortaKVError):
+                self._channel.tell(address, message, SENDING)
+
+        with suppress(PortaKVError):  # the graph is closed
+            queue = self._graph.queue("leases", width=WIDTH)
+            self._graph.submit([Task(run, 1, queue=queue, name="lease")])
+
+
+def _log_failed_pull(error: PortaKVError) -> None:
+    """Log why the engine computes a prompt."""
+    topic = f"pull {type(error).__name__}"
+    _log.warning(topic, "A prompt is computed whose rows another engine has: %s", error)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two engines that hand requests over, by the hooks of vLLM's connector, without vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.vllm_stub import write_vllm
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What has happened in a process with a stand-in of vLLM."""
+    folder = tmp_path_factory.mktemp("vllm")
+    write_vllm(folder)
+    paths = [str(folder), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "support.vllm_handover_hooks"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    made: dict[str, Any] = json.loads(done.stdout)
+    return {**made, "log": done.stderr}
+
+
+def test_rows_of_a_prompt_cross_to_other_blocks(seen: dict[str, Any]) -> None:
+    """The scheduler is offered the whole prompt, which a worker pulls outside of its steps."""
+    assert seen["offered"] == [40, True]
+    assert seen["right"]
+    assert seen["decode"]["pulled_tokens"] == 40
+
+
+def test_blocks_are_retained_until_the_rows_are_released(seen: dict[str, Any]) -> None:
+    assert seen["retained"] is True
+    assert seen["sent"] == [[], ["p"]]
+    assert seen["prefill"] == {
+        "requests": 0,
+        "jobs": 0,
+        "failed_keys": 0,
+        "offers": 1,
+        "offers_taken": 1,
+    }
+
+
+def test_a_request_carries_the_keys_of_vllms_proxies(seen: dict[str, Any]) -> None:
+    assert {"do_remote_prefill", "do_remote_decode", "portakv"} <= {*seen["keys"]}
+
+
+def test_a_second_pull_is_reported_as_a_failed_load(seen: dict[str, Any]) -> None:
+    """With the blocks that have no rows of their own."""
+    assert seen["failed"] == [[], [1, 6, 7, 8, 9]]
+    assert seen["decode"]["failed_pulls"] == 1
+    assert "its readers have taken it" in seen["log"]
+
+
+def test_a_ticket_of_another_prompt_is_not_used(seen: dict[str, Any]) -> None:
+    assert seen["other"] == [0, False]
+    assert "Expected a ticket for the same prompt" in seen["log"]
+
+
+def test_requests_that_end_here_are_not_offered(seen: dict[str, Any]) -> None:
+    assert seen["ended"] == [False, None]

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The workers of two engines that hand rows over, of real caches and over real channels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from secrets import token_bytes
+from typing import Any
+
+import pytest
+import torch
+from support.migrate_channels import until
+from support.migrate_pulls import Clock
+
+from portakv import KVView
+from portakv.migrate import Shard, Ticket, shared_empty
+from portakv.serving import GroupCache, Hand, Plan, Report
+from portakv.serving.handover import Handover
+from portakv.serving.handover_terms import HandoverTerms
+from portakv.serving.no_store import NoBlocks
+from portakv.serving.plan import NO_HANDOVERS, Handovers, OfferJob, PullJob, Renewal
+from portakv.storage import BlockForm
+
+LAYOUT = "layer | kv block token head dim"
+MODEL = "a model"
+LAYERS = 3
+HEADS = 4
+DIM = 8
+TOKENS = 75
+LIMIT = 30.0
+LEASE = 20.0
+USUAL = HandoverTerms()
+
+
+class Side:
+    """A worker of an engine.
+
+    Args:
+        blocks, size: of its cache.
+        heads: that it has, of `HEADS`.
+        terms: of `Handover`.
+    """
+
+    def __init__(
+        self,
+        blocks: int,
+        size: int,
+        heads: tuple[int, int] = (0, HEADS),
+        handing: HandoverTerms = USUAL,
+        **terms: Any,
+    ) -> None:
+        shape = (LAYERS, 2, blocks, size, heads[1] - heads[0], DIM)
+        self.memory = shared_empty(shape, torch.int32)
+        self.memory.fill_(-1)
+        view = KVView([*self.memory], LAYOUT)
+        shard = Shard(view, heads=(*heads, HEADS))
+        model = terms.pop("model", MODEL)
+        address = handing.address_of(0)
+        self.handover = Handover([shard], model, handing, address=address, **terms)
+        blocks_of = NoBlocks(BlockForm.of(view, MODEL))
+        self.hand = Hand([GroupCache(view, blocks_of)], handover=self.handover)
+        self.heads = heads
+        self.freed = set[str]()
+        self.report = Report()
+        self.loaded = set[str]()
+        self.failed = set[int]()
+
+    def write(self, ids: range) -> None:
+        """Write the rows of a prompt into blocks."""
+        self.rows(ids).copy_(ROWS[:, :, :, self.heads[0] : self.heads[1]])
+
+    def rows(self, ids: range) -> torch.Tensor:
+        """Return the rows of a prompt in blocks that follow each other, without a copy."""
+        return self.memory[:, :, ids.start : ids.stop].flatten(2, 3)[:, :, :TOKENS]
+
+    def right(self, ids: Sequence[int]) -> bool:
+        """Return whether blocks have the rows of a prompt."""
+        rows = ROWS[:, :, :, self.heads[0] : self.heads[1]]
+        return torch.equal(self.memory[:, :, [*ids]].flatten(2, 3)[:, :, :TOKENS], rows)
+
+    def step(self, handovers: Handovers = NO_HANDOVERS, retained: tuple[str, ...] = ()) -> Side:
+        """Carry out a plan, take what has ended, and return this side."""
+        self.hand.load(Plan(handovers=handovers, retained=retained))
+        self.report = self.report.merged(self.hand.report())
+        ended = self.hand.ended()
+        self.freed |= ended.freed
+        self.loaded |= ended.loaded
+        self.failed |= ended.failed[0]
+        return self
+
+    def offer(self, name: bytes, ids: Sequence[int], lease: float = LEASE) -> None:
+        """Offer the rows of a prompt, whose request has ended."""
+        job = OfferJob("p", name, TOKENS, ((*ids,),), lease)
+        self.step(Handovers(offers=(job,)), retained=("p",))
+
+    def pull(self, tickets: Sequence[bytes], ids: Sequence[int], first: int = 0) -> None:
+        """Pull the rows of a prompt."""
+        job = PullJob(1, "d", (*tickets,), first, TOKENS, ((*ids,),))
+        self.step(Handovers(pulls=(job,)))
+
+    def pulled(self) -> bool:
+        """Wait for a pull; return whether its rows landed."""
+        assert until(lambda: bool(self.step().loaded), LIMIT)
+        return self.report.loaded == {1: frozenset()}
+
+    def ticket(self, name: bytes) -> bytes:
+        """Return the ticket of an offer."""
+        endpoint = self.handover.endpoint
+        assert endpoint is not None
+        return Ticket.of(*endpoint, name)
+
+
+def prompt_rows() -> torch.Tensor:
+    """Return different rows, int32 ``[layer, kv, token, head, dim]``."""
+    shape = (LAYERS, 2, TOKENS, HEADS, DIM)
+    count = LAYERS * 2 * TOKENS * HEADS * DIM
+    return torch.arange(count, dtype=torch.int32, device="cpu").view(shape)
+
+
+ROWS = prompt_rows()
+
+
+@pytest.fixture
+def sides() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def made(stack: ExitStack, *args: Any, **terms: Any) -> Side:
+    """Return a side that is closed at the end of a test."""
+    side = Side(*args, **terms)
+    stack.callback(side.handover.close)
+    return side
+
+
+@pytest.mark.parametrize("sizes", [(16, 32), (32, 16), (16, 16)])
+def test_rows_are_handed_over(sides: ExitStack, sizes: tuple[int, int]) -> None:
+    """The owner's blocks are free again after the release, and a second pull fails."""
+    many = [-(-TOKENS // size) for size in sizes]
+    src = made(sides, 8, sizes[0], pulls=False)
+    dst = made(sides, 8, sizes[1], offers=False)
+    assert dst.handover.endpoint is None
+    src.write(range(2, 2 + many[0]))
+    name = token_bytes(32)
+    src.offer(name, range(2, 2 + many[0]))
+    into = [7, 3, 1, 0, 5][: many[1]]
+    dst.pull([src.ticket(name)], into)
+    assert dst.pulled()
+    assert dst.right(into)
+    assert not dst.failed
+    src.step()
+    assert not src.freed
+    dst.step(Handovers(released=(src.ticket(name),)))
+    assert until(lambda: bool(src.step().freed), LIMIT)
+    assert src.report.offers == {"taken": 1}
+    assert src.hand.quiet
+    dst.loaded.clear()
+    dst.report = Report()
+    dst.pull([src.ticket(name)], into)
+    assert not dst.pulled()
+    assert dst.failed == {*into}
+
+
+def test_rows_before_the_first_are_not_touched(sides: ExitStack) -> None:
+    src = made(sides, 8, 16, pulls=False)
+    dst = made(sides, 8, 16, offers=False)
+    src.write(range(5))
+    name = token_bytes(32)
+    src.offer(name, range(5))
+    dst.pull([src.ticket(name)], [-1, -1, 4, 5, 6], first=32)
+    assert dst.pulled()
+    assert torch.equal(dst.rows(range(2, 7))[:, :, 32:], ROWS[:, :, 32:])
+    assert bool((dst.memory[:, :, :4] == -1).all())
+
+
+def test_two_ranks_hand_over_to_one_and_back(sides: ExitStack) -> None:
+    halves = [made(sides, 8, 16, heads, leads=heads[0] == 0) for heads in ((0, 2), (2, 4))]
+    whole = made(sides, 8, 32)
+    name = token_bytes(32)
+    for half in halves:
+        half.write(range(5))
+        half.offer(name, range(5))
+    tickets = [half.ticket(name) for half in halves]
+    whole.pull(tickets, [0, 1, 2])
+    assert whole.pulled()
+    assert whole.right([0, 1, 2])
+    whole.step(Handovers(released=(*tickets,)))
+    for half in halves:
+        assert until(lambda half=half: bool(half.step().freed), LIMIT)
+    other = token_bytes(32)
+    whole.offer(other, [0, 1, 2])
+    for half in halves:
+        half.memory.fill_(-1)
+        half.pull([whole.ticket(other)], [0, 1, 2, 3, 4])
+        assert half.pulled()
+        assert half.right([0, 1, 2, 3, 4])
+    # Only one of them says that both have the rows.
+    halves[1].step(Handovers(released=(whole.ticket(other),)))
+    halves[0].step(Handovers(released=(whole.ticket(other),)))
+    assert until(lambda: bool(whole.step().freed), LIMIT)
+
+
+def test_ranks_that_do_not_cover_each_other(
+    sides: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = made(sides, 8, 16, (0, 2))
+    whole = made(sides, 8, 32)
+    name = token_bytes(32)
+    half.offer(name, range(5))
+    whole.pull([half.ticket(name)], [0, 1, 2])
+    assert not whole.pulled()
+    assert whole.failed == {0, 1, 2}
+    assert "heads 2-3" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_another_model_is_refused(sides: ExitStack, caplog: pytest.LogCaptureFixture) -> None:
+    src = made(sides, 8, 16, model="one")
+    dst = made(sides, 8, 16, model="two")
+    name = token_bytes(32)
+    src.offer(name, range(5))
+    dst.pull([src.ticket(name)], range(5))
+    assert not dst.pulled()
+    assert "'one'" in caplog.text
+    assert "'two'" in caplog.text
+
+
+@pytest.mark.parametrize("ticket", [b"no ticket", b""])
+def test_a_ticket_that_is_none_is_a_failed_pull(sides: ExitStack, ticket: bytes) -> None:
+    dst = made(sides, 8, 16)
+    dst.pull([ticket], range(5))
+    assert dst.pulled() is False
+    dst.step(Handovers(renewals=(Renewal((ticket,), 1.0),), released=(ticket,)))
+
+
+def test_a_lease_that_is_over_frees_the_blocks(sides: ExitStack) -> None:
+    """Renewals that a reader sends prolong it before."""
+    src = made(sides, 8, 16, pulls=False)
+    dst = made(sides, 8, 16, offers=False)
+    owner = src.handover.owner
+    assert owner is not None
+    clock = Clock(owner)
+    name = token_bytes(32)
+    src.offer(name, range(5), lease=1.0)
+    (offer,) = owner.offers.values()
+    dst.step(Handovers(renewals=(Renewal((src.ticket(name),), 5.0),)))
+    assert until(lambda: offer.lease.until == clock.now + 5.0, LIMIT)
+    clock.now += 4.9
+    assert offer.state == "held"
+    clock.now += 0.2
+    assert until(lambda: bool(src.step().freed), LIMIT)
+    assert src.report.offers == {"expired": 1}
+    dst.pull([src.ticket(name)], range(5))
+    assert not dst.pulled()
+
+
+def test_offers_that_are_revoked_are_not_pulled(sides: ExitStack) -> None:
+    """An offer of the same plan is made after that."""
+    src = made(sides, 8, 16)
+    dst = made(sides, 8, 16)
+    names = [token_bytes(32) for _ in range(2)]
+    src.write(range(5))
+    src.offer(names[0], range(5))
+    later = OfferJob("q", names[1], TOKENS, (tuple(range(5)),), LEASE)
+    src.step(Handovers(revoked=True, offers=(later,)))
+    assert until(lambda: bool(src.step().freed), LIMIT)
+    assert src.report.offers == {"revoked": 1}
+    dst.pull([src.ticket(names[0])], range(5))
+    assert not dst.pulled()
+    dst.loaded.clear()
+    dst.report = Report()
+    dst.pull([src.ticket(names[1])], range(5))
+    assert dst.pulled()
+
+
+def test_rows_that_cannot_be_offered_are_given_back(
+    sides: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    src = made(sides, 8, 16)
+    src.offer(token_bytes(32), [0, 99, 1, 2, 3])
+    assert src.freed == {"p"}
+    assert src.report.offers == {"failed": 1}
+    assert "are not handed over" in caplog.text
+
+
+def test_an_engine_that_is_gone_is_a_failed_pull(
+    sides: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    src = Side(8, 16)
+    dst = made(sides, 8, 16)
+    name = token_bytes(32)
+    src.offer(name, range(5))
+    ticket = src.ticket(name)
+    src.handover.close()
+    with caplog.at_level(logging.WARNING):
+        dst.step(Handovers(renewals=(Renewal((ticket,), 1.0),), released=(ticket,)))
+        dst.pull([ticket], range(5))
+        assert not dst.pulled()
+    assert len(caplog.records) == 1
+
+
+def test_an_address_needs_a_secret_that_both_have(sides: ExitStack, tmp_path: Path) -> None:
+    """One that is wrong is a failed pull."""
+    tmp_path.chmod(0o700)
+    those = list[Side]()
+    for number, secret in enumerate(["0123456789abcdef"] * 2 + ["another secret of 16"]):
+        file = tmp_path / f"secret{number}"
+        file.write_text(secret)
+        file.chmod(0o600)
+        handing = HandoverTerms(address="tcp://127.0.0.1:0", secret_file=str(file), timeout=20.0)
+        those.append(made(sides, 8, 16, handing=handing))
+    src, dst, other = those
+    name = token_bytes(32)
+    src.write(range(5))
+    src.offer(name, range(5))
+    for side, lands in ((dst, True), (other, False)):
+        side.pull([src.ticket(name)], range(5))
+        assert side.pulled() is lands
+    assert dst.right(range(5))
+
+
+def test_a_store_that_is_none_saves_nothing(sides: ExitStack) -> None:
+    side = made(sides, 8, 16)
+    form = BlockForm.of(KVView([*side.memory], LAYOUT), MODEL)
+    for call in (NoBlocks(form).save, NoBlocks(form).load):
+        with pytest.raises(Exception, match="only hands requests over"):
+            call()
