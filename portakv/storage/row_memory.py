@@ -8,6 +8,7 @@ import torch
 
 from portakv.host import pinned
 from portakv.host.shared import unnamed
+from portakv.runtime.linux import require_linux
 
 PAGE = 4096  # bytes; O_DIRECT reads to multiples of it
 
@@ -17,8 +18,9 @@ def row_memory(count: int, row_bytes: int, pin: bool, shared: bool) -> tuple[tor
     pinned.
 
     ``shared``: other processes can map them, as `portakv.host.shared.unnamed` describes. Raises
-    `HostMemoryError` if there is not enough memory.
+    `HostMemoryError` if there is not enough memory, and `Unsupported` on another system than Linux.
     """
+    require_linux("a block store")
     nbytes = count * row_bytes
     pin = pin and pinned.why_not() is None
     with torch.inference_mode(False):  # transfers write it in any mode
