@@ -39,9 +39,7 @@ def _vllm(config: Mapping[str, Any], sizes: Sizes | None) -> Findings:
 
 CHECKS = {
     "--kv-transfer-config": Check("vLLM", _vllm),
-    "--l2-adapter": Check(
-        "LMCache's server", lambda config, _: lmcache_check.findings_of(config)
-    ),
+    "--l2-adapter": Check("LMCache's server", lambda config, _: lmcache_check.findings_of(config)),
     "--hicache-config": Check("SGLang", lambda config, _: hicache_findings_of(config)),
 }
 

@@ -48,6 +48,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "nixl": (("nixl",), "rows of other hosts over UCX: RDMA, sockets"),
     "mooncake": (("mooncake",), "the same over Mooncake, on CUDA 13"),
     "metrics": (("prometheus_client",), "the counters of block stores for Prometheus"),
+    "otel": (("opentelemetry",), "metrics and spans for OpenTelemetry"),
     "triton": (("triton",), "the backends `triton` and `compiled` on GPUs"),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 from portakv.errors import InvalidTerms
 from portakv.integrations import why_not
 from portakv.integrations.interfaces import lacks
-from portakv.integrations.vllm_check import Findings, short_of
+from portakv.integrations.vllm_check import Findings, check_places
 from portakv.serving.local import StoreTerms
 
 MODULE = "portakv.integrations.lmcache_l2"
@@ -76,7 +76,7 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
         )
     else:
         try:
-            findings.warnings += short_of(terms_of(params))
+            check_places(terms_of(params), findings)
         except InvalidTerms as error:
             findings.errors.append(f"adapter_params: {error}")
     findings.warnings += _without_use(config)
