@@ -49,6 +49,7 @@ BASE_VERBS = [
     ("layouts vllm-nhd", 0, "vllm-nhd"),
     ("store show {folder}", 1, "Pass a folder of a `Disk` tier"),
     ("store serve {folder}", 1, "portakv[serving]"),
+    ("top {folder}", 1, "portakv[serving]"),
     ("migrate --demo", 1, "portakv[migrate]"),
     ("warmup --arch 90", 1, "cuda-bindings"),
     ("calibrate --device cpu", 1, "Expected an accelerator"),

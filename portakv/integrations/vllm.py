@@ -87,7 +87,7 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
         super().__init__(config)
         if getattr(config, "canonical_layout", False) and not self._serves_canonical:
             raise IntegrationError(
-                "Expected no canonical_layout for PortaKVOffloadingSpec, got canonical_layout=True: "
+                "Expected no canonical_layout for PortaKVOffloadingSpec, got True. "
                 "PortaKVTieringSpec serves it. Leave canonical_layout out, or use that."
             )
         terms = self.extra_config.get("portakv", {})
