@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from portakv.cli.console import Column, installing, print_json, print_table
+from portakv.cli.console import Column, print_json, print_table
+from portakv.cli.store_serve import check_installed
 from portakv.cli.sides import in_bytes, in_time
 from portakv.errors import InvalidTerms, PeerError, StoreError
 from portakv.graph.metrics import METRICS, PREFIX
@@ -116,13 +117,9 @@ def read(where: str) -> Reading:
 
 def _of_process(where: str) -> dict[Key, float]:
     """Return the values of a process that answers at a channel."""
-    try:
-        from portakv.serving import Place, watched
-    except ImportError as error:
-        raise StoreError(
-            f"Expected the packages of the keeper, got: {error}. {installing('serving')} brings "
-            f"them."
-        ) from None
+    check_installed("portakv top")
+    from portakv.serving import Place, watched
+
     address = where
     if not where.startswith("ipc://"):
         address = Place.of_folder(where).address() if Path(where).is_dir() else ""
