@@ -34,7 +34,8 @@ from portakv.runtime.interrupts import abandoned, uninterrupted
 
 LOOK = 0.1  # seconds between two checks of a call that waits for the end of an offer
 UNKNOWN = messages.Answer("gone", messages.REASONS["gone"])
-SPOILT = messages.Answer("gone", "some of its rows could not be sent; the owner's log has why")
+NOT_SENT = "some of its rows could not be sent; the owner's log has the reason"
+SPOILT = messages.Answer("gone", NOT_SENT)
 
 
 @dataclass

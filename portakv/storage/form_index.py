@@ -133,12 +133,11 @@ class FormIndex:
         """
         form = self._own("call of pin()")
         keys = check_keys(keys, self._weak)
-        pins = Pins(len(keys))
-        uninterrupted(partial(self._pin, form, keys, pins), undo=lambda _: pins.release())
-        return pins
+        return uninterrupted(partial(self._pin, form, keys), undo=Pins.release)
 
-    def _pin(self, form: FormBlocks, keys: Keys, pins: Pins) -> None:
+    def _pin(self, form: FormBlocks, keys: Keys) -> Pins:
         """Pin blocks, in the nearest tier that has them."""
+        pins = Pins(len(keys))
         rows = self._shared.rows
         for i, name in enumerate(form.own.names(keys)):
             row = rows.find(name)
@@ -152,6 +151,7 @@ class FormIndex:
             else:
                 known = tier_store.known(some)
                 pins.held[left] = known
+        return pins
 
     def delete(self, keys: Keys) -> Mask:
         """Forget blocks in the host tier and on disks; return which were there, bool ``[keys]``.

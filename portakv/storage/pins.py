@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from portakv.graph import Mask
+from portakv.runtime.interrupts import uninterrupted
 
 
 class Pinned(Protocol):
@@ -55,5 +56,8 @@ class Pins:
 
     def release(self) -> None:
         """Let the blocks go in their turn, in any thread. A second call does nothing."""
+        uninterrupted(self._release)
+
+    def _release(self) -> None:
         while self._releases:
             self._releases.pop()()

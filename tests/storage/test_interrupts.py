@@ -27,6 +27,7 @@ from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 from portakv.storage.form_index import FormIndex
 from portakv.storage.form_store import FormStore
 from portakv.storage.lent import LentCopy
+from portakv.storage.pins import Pins
 from portakv.storage.tier import Tier
 
 FILES = files_of("storage", "graph", "runtime/interrupts.py")
@@ -100,6 +101,7 @@ def serving(folder: Path) -> Steps:
     """Save blocks, look them up and load them, with each tier that there is."""
     tiers: list[Tier] = [disk(folder / "b"), Remote("memory://")]
     store = BlockStore(FORM, staging=8 * SIZE, host=4 * SIZE, tiers=tiers, full="wait")
+    pins = list[Pins]()
 
     def act() -> None:
         store.finished_fd()
@@ -112,12 +114,18 @@ def serving(folder: Path) -> Steps:
         bool(hits.is_issued)
         assert hits.landed.all()
         store.has(KEYS[0])
+        store.has_each(KEYS)
+        store.touch(KEYS)
+        hits.when_ended(bool)
+        pins.append(store.pin(KEYS[:2]))
+        pins[-1].release()
         layers = store.load(TARGET, range(6), KEYS, by_layer=True, missing="skip")
         for layer in layers.layers:
             layer.wait()
         while not layers.done():
             time.sleep(0.01)
         store.prefetch(KEYS[:2]).synchronize(LIMIT)
+        store.delete(KEYS[4:])
         store.finished()
         store.keys()
         store.listen()
@@ -126,6 +134,8 @@ def serving(folder: Path) -> Steps:
 
     folder.mkdir(parents=True, exist_ok=True)
     yield act
+    for each in pins:
+        each.release()
     judge(store)
 
 
