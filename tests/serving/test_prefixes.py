@@ -67,7 +67,7 @@ def test_no_keys_are_no_work() -> None:
 
 def test_a_folder_that_another_store_has(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    terms = StoreTerms(folder=str(tmp_path), capacity=1 << 20, **ROOM)
+    terms = StoreTerms(folder=str(tmp_path), capacity=1 << 20, **HOST)
     with opened(terms), pytest.raises(StoreBusy, match="shared"):
         Prefixes(pages(1), terms, "model", patience=0.0)
 

@@ -24,6 +24,8 @@ from support import patch_points
 from support.collecting import NO_GPU, OPT_IN
 
 MANY_MODULES = 100
+#: Examples of a property test in each run; .ci/full draws more.
+EXAMPLES = 60
 
 _frozen = pytest.StashKey[int]()
 
@@ -40,7 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # The machine's load, not the code, decides how long an example takes: no time is judged.
     checks = (HealthCheck.too_slow,)
     settings.register_profile(
-        "fixed", derandomize=True, database=None, deadline=None, suppress_health_check=checks
+        "fixed",
+        max_examples=EXAMPLES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=checks,
     )
     settings.load_profile("fixed")
     if (examples := config.getoption("--fuzz")) is not None:
