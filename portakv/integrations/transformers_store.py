@@ -53,7 +53,7 @@ class PrefixStore:
         terms: `portakv.serving.StoreTerms`, or a mapping of its names. ``block_size`` is 64 unless
             it is set; ``shared`` and ``by_layer`` are for engines.
         name: a name for the model. The form has a checksum of its configuration and of samples of
-            its weights anyway.
+            its weights now anyway. After a change of the weights, make another store.
 
     Raises:
         IntegrationError: an object that is not a model with a configuration; a model with an

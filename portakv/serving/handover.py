@@ -15,7 +15,15 @@ from typing import NamedTuple
 from portakv.errors import PortaKVError
 from portakv.graph import Graph, Task
 from portakv.migrate import Channel, Owner, Pull, Reader, Shard
-from portakv.migrate.messages import MOST_NAMES, EndNamed, Message, Named, RenewNamed
+from portakv.migrate.messages import (
+    MOST_NAMES,
+    EndNamed,
+    Message,
+    Named,
+    RenewNamed,
+    no_ticket,
+)
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.handover_terms import HandoverTerms
 from portakv.serving.plan import Handovers, OfferJob, PullJob
@@ -30,8 +38,10 @@ MOST_LEASE = 3600.0
 LOOK = 0.02
 #: Seconds for a message to an engine.
 SENDING = 1.0
-#: Messages to engines that are sent together: one that is gone delays no other.
+#: Messages to engines that are sent together.
 WIDTH = 4
+#: Seconds without a message to an engine that did not take one, so that it delays no other.
+GONE = 2.0
 
 
 class _Pulling(NamedTuple):
@@ -87,6 +97,7 @@ class Handover:
         self.pulling = list[_Pulling]()
         self._ends = Counter[str]()
         self._looked = 0.0
+        self._gone: Bounded[str, float] = Bounded("engines that take no message", 1024)
         self.owner: Owner | None = None
         self.reader: Reader | None = None
         try:
@@ -191,6 +202,8 @@ class Handover:
         """Begin to pull rows; None if that fails."""
         assert self.reader is not None
         try:
+            if not all(map(Named.read, job.tickets)):  # others wait for a handshake here
+                raise no_ticket()
             return self.reader.pull(
                 job.tickets,
                 *job.blocks,
@@ -218,8 +231,12 @@ class Handover:
         """Send a message in a worker. An owner that is gone needs none."""
 
         def run(*_: object) -> None:
-            with suppress(PortaKVError):
+            if time.monotonic() < self._gone.get(address, 0.0):
+                return
+            try:
                 self._channel.tell(address, message, SENDING)
+            except PortaKVError:
+                self._gone[address] = time.monotonic() + GONE
 
         with suppress(PortaKVError):  # the graph is closed
             queue = self._graph.queue("leases", width=WIDTH)

@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from portakv.arguments import one_of, rate, seconds, text, whole
+from portakv.arguments import number, one_of, rate, seconds, text, whole
 from portakv.errors import InvalidTerms
 from portakv.migrate.address import check_address, too_short
 from portakv.runtime.rate_limited_log import RateLimitedLog
@@ -24,6 +24,8 @@ _log = RateLimitedLog(logging.getLogger(__name__))
 #: engine, and the version of that part.
 KEY = "portakv"
 VERSION = 1
+#: The most seconds of a lease, as an offer has them.
+MOST_LEASE = 1e6
 #: The most tickets of a request: one for each worker of the prefill engine.
 MOST_TICKETS = 1024
 
@@ -60,7 +62,7 @@ class HandoverTerms:
         check_address(self.address, self.secret_file is not None)
         if self.secret_file is not None:
             text("secret_file", self.secret_file)
-        seconds("lease", self.lease, above=True)
+        number("lease", self.lease, 1e-9, MOST_LEASE, "a number of seconds above 0, at most 10^6")
         seconds("timeout", self.timeout, above=True)
         if self.max_gbps is not None:
             rate("max_gbps", self.max_gbps)

@@ -353,17 +353,23 @@ class PageStore:
             return False
         with self._lock:
             self._close(self._patience)
-            for folder in self.terms.folders:
-                claimed = claim(Path(folder))
-                try:
-                    for pages in self._sizes.values():
-                        rmtree(Path(folder) / pages.form.name)
-                except OSError as error:
-                    raise unusable(Path(folder), error) from None
-                finally:
-                    os.close(claimed)
-            self._open()
+            try:
+                self._remove()
+            finally:  # the pages that are left can be loaded
+                self._open()
         return True
+
+    def _remove(self) -> None:
+        """Remove the pages of all sizes from the folders of a store that is closed."""
+        for folder in self.terms.folders:
+            claimed = claim(Path(folder))
+            try:
+                for pages in self._sizes.values():
+                    rmtree(Path(folder) / pages.form.name)
+            except OSError as error:
+                raise unusable(Path(folder), error) from None
+            finally:
+                os.close(claimed)
 
     def _close(self, timeout: float) -> None:
         store = self._store

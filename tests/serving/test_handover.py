@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +18,7 @@ from support.migrate_channels import until
 from support.migrate_pulls import Clock
 
 from portakv import KVView
-from portakv.migrate import Shard, Ticket, shared_empty
+from portakv.migrate import Shard, Ticket, messages, shared_empty
 from portakv.serving import GroupCache, Hand, Plan, Report
 from portakv.serving.handover import Handover
 from portakv.serving.handover_terms import HandoverTerms
@@ -328,3 +330,36 @@ def test_a_store_that_is_none_saves_nothing(sides: ExitStack) -> None:
     for call in (NoBlocks(form).save, NoBlocks(form).load):
         with pytest.raises(Exception, match="only hands requests over"):
             call()
+
+
+def silent(stack: ExitStack, folder: Path) -> str:
+    """Return an address at which a process listens that answers nothing."""
+    listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+    listener.bind(str(folder / "s"))
+    listener.listen(8)
+    return f"ipc://{folder / 's'}"
+
+
+def test_a_ticket_without_a_name_waits_for_no_handshake(sides: ExitStack, tmp_path: Path) -> None:
+    """A proxy may pass any ticket on, with any address."""
+    dst = made(sides, 8, 16)
+    terms = silent(sides, tmp_path), TOKENS, (bytes(20),), (16,), LEASE
+    ticket = messages.Ticket(token_bytes(16), token_bytes(16), *terms).pack(token_bytes(32))
+    began = time.monotonic()
+    dst.pull([ticket], range(5))
+    assert time.monotonic() < began + 2
+    assert dst.pulled() is False
+
+
+def test_an_engine_that_hangs_delays_no_message_to_another(
+    sides: ExitStack, tmp_path: Path
+) -> None:
+    src = made(sides, 8, 16, pulls=False)
+    dst = made(sides, 8, 16, offers=False)
+    name = token_bytes(32)
+    src.offer(name, range(5))
+    address = silent(sides, tmp_path)
+    others = [Ticket.of(address, token_bytes(16), token_bytes(32)) for _ in range(80)]
+    dst.step(Handovers(renewals=tuple(Renewal((other,), LEASE) for other in others)))
+    dst.step(Handovers(released=(src.ticket(name),)))
+    assert until(lambda: bool(src.step().freed), 4.0)

@@ -101,6 +101,7 @@ def test_terms_of_a_configuration() -> None:
         ({"address": "10.0.0.1"}, "address"),
         ({"address": "tcp://10.0.0.1:0"}, "secret"),
         ({"lease": 0}, "lease"),
+        ({"lease": 2e6}, "lease"),  # more than an offer can have
         ({"timeout": None}, "timeout"),
         ({"max_gbps": -1}, "max_gbps"),
         ({"expose": "all"}, "expose"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from portakv.errors import InvalidTerms, StoreBusy
+from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.runtime.finished import Finished
 from portakv.serving import PageJob, PageSize, PageStore, StoreTerms, page_key
 
@@ -267,3 +267,15 @@ def test_deleted_pages_are_gone_for_good(host: int, tmp_path: Path) -> None:
         assert pages.has(keys[0])
     with PageStore(terms_of(tmp_path / "kv", host), "m", [SIZE]) as store:
         assert store.pages(SIZE).holds(keys).tolist() == [True, True, False, True]
+
+
+def test_a_folder_that_cannot_be_emptied_is_used_again(store: PageStore, tmp_path: Path) -> None:
+    pages = store.pages(SIZE)
+    saved(store, keys_of(1), memory(1, 1))
+    (form,) = (each for each in (tmp_path / "kv").iterdir() if each.is_dir())
+    form.rename(tmp_path / "away")
+    with pytest.raises(StoreError):
+        store.clear()
+    job = pages.save(keys_of(1), pages.over(memory(2, 1)))
+    assert job.wait(LIMIT)
+    assert job.landed.all()
