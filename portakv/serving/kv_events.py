@@ -28,6 +28,10 @@ KEPT = 10_000
 _END = (-1).to_bytes(8, "big", signed=True)
 #: The most messages that wait for a subscriber, which loses later ones.
 _WAITING = 100_000
+#: The most bytes of a message of a router, and the most requests of routers in a call: the thread
+#: of a keeper has other work.
+_MOST_BYTES = 4096
+_REQUESTS = 4
 
 
 class _Event(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
@@ -171,7 +175,9 @@ class EventPublisher:
         if not self.replay:
             return
         router = self._sockets[1]
-        while router.poll(0):
+        for _ in range(_REQUESTS):
+            if not router.poll(0):
+                return
             frames = router.recv_multipart()
             if len(frames) != 3 or len(frames[2]) != len(_END):  # of no router
                 continue
@@ -199,6 +205,7 @@ class EventPublisher:
         socket = self._context.socket(kind)
         self._sockets.append(socket)
         socket.set_hwm(_WAITING)
+        socket.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)  # of what routers send
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:

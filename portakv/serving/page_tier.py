@@ -299,7 +299,7 @@ class PageTier:
         """Begin a job, in the thread."""
         try:
             job = call()
-        except PortaKVError as error:
+        except Exception as error:  # class 4: the engine waits for the end of each job
             text = "A %s of %d pages of an engine is refused: %s"
             _log.warning("refused", text, refused.kind, len(refused.keys), error)
             self._store.ended.add(refused)

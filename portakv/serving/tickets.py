@@ -16,6 +16,8 @@ from portakv.serving.plan import NO_HANDOVERS, Blocks, Handovers, OfferJob, Pull
 
 #: How often a lease is renewed within its seconds.
 RENEWALS = 3
+#: The least seconds between two renewals, whatever lease a request carries.
+SHORTEST = 0.1
 #: Bytes of the name of an offer, which is random: who knows it may pull.
 NAME = 32
 
@@ -80,7 +82,7 @@ class Tickets:
 
     def expect(self, request: str, rows: RemoteRows) -> None:
         """Take note that a request needs the rows of another engine."""
-        due = self._now() + rows.lease / RENEWALS
+        due = self._now() + _interval(rows)
         self._needed[request] = _Needed(rows, due)
         self._soonest = min(self._soonest, due)
 
@@ -126,7 +128,12 @@ class Tickets:
         made = list[Renewal]()
         for needed in self._needed.values():
             if needed.due <= now:
-                needed.due = now + needed.rows.lease / RENEWALS
+                needed.due = now + _interval(needed.rows)
                 made.append(Renewal(needed.rows.tickets, needed.rows.lease))
         self._soonest = min(needed.due for needed in self._needed.values())
         return tuple(made)
+
+
+def _interval(rows: RemoteRows) -> float:
+    """Return the seconds between two renewals of rows."""
+    return max(rows.lease / RENEWALS, SHORTEST)

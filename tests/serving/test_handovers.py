@@ -199,6 +199,17 @@ def test_leases_are_renewed_until_the_end_of_the_pull() -> None:
     assert ledger.plan().handovers == Handovers(released=ROWS.tickets)
 
 
+def test_a_request_does_not_choose_how_often_leases_are_renewed() -> None:
+    clock = Clock()
+    ledger = ledger_of(clock)
+    ledger.add("a", PROMPT, remote=ROWS._replace(lease=1e-9))
+    renewed = 0
+    for _ in range(100):
+        clock.now += 1e-3
+        renewed += len(ledger.plan().handovers.renewals)
+    assert renewed <= 1
+
+
 ENDPOINTS = [Endpoint("ipc:///a", EPOCH), Endpoint("ipc:///b", EPOCH[::-1])]
 
 

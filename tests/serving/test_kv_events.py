@@ -190,6 +190,27 @@ def test_a_router_that_has_missed_batches_gets_them(
     assert got == [first + 1, first + 2, -1]
 
 
+def test_routers_do_not_hold_the_thread(publisher: EventPublisher, router: Router) -> None:
+    """A call answers four requests; later calls answer the others."""
+    dealer = router.context.socket(zmq.DEALER)
+    dealer.connect(publisher.replay)
+    for _ in range(12):
+        dealer.send_multipart([b"", bytes(8)])
+    ends = 0
+    calls = 0
+
+    def answered() -> bool:
+        nonlocal calls, ends
+        publisher.answer()
+        calls += 1
+        while dealer.poll(10):
+            ends += dealer.recv_multipart()[2] == b"\xff" * 8
+        assert ends <= 4 * calls
+        return ends == 12
+
+    assert until(answered, LIMIT)
+
+
 def test_wrong_addresses_are_refused(publisher: EventPublisher) -> None:
     with pytest.raises(PeerError, match="at which events can be published"):
         EventPublisher(publisher.endpoint)

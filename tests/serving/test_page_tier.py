@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from support.store_damage import cut_files, damaged_images_believed, flip_bits, 
 
 from portakv.serving import PageJob, PageStore, StoreTerms
 from portakv.serving.page_tier import FAILED, PACE, PageTier
+from portakv.serving.pages import Pages
 
 SIZE = 8192
 SLOTS = 24
@@ -178,6 +180,32 @@ def test_a_job_that_is_refused_ends_without_a_page(scene: Scene) -> None:
     jobs = scene.tier.ended()
     assert [job.tag for job in jobs] == [1, 2]
     assert not any(job.landed.any() for job in jobs)
+
+
+class Raising:
+    """Pages of which none can be loaded, for a reason that nobody expects."""
+
+    def __init__(self, pages: Pages) -> None:
+        self._pages = pages
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pages, name)
+
+    def load(self, *_: object, **__: object) -> PageJob:
+        raise ValueError("of no kind that is expected")
+
+
+def test_an_error_of_any_kind_ends_its_job(scene: Scene) -> None:
+    """The engine waits for each job before it resets its cache."""
+    pages: Any = Raising(scene.store.pages(SIZE))
+    tier = PageTier(scene.store, pages, scene.memory.data, chain_of=lambda key: key[-1:])
+    tier.load(1, [key(1)], [0])
+    tier.drain()
+    (job,) = tier.ended()
+    assert job.tag == 1
+    assert not job.landed.any()
+    assert not tier.busy
+    tier.close()
 
 
 def test_drained_jobs_are_reported_once(scene: Scene) -> None:
