@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, TypeAlias
 from portakv.cli.console import print_json, print_prose
 from portakv.errors import InvalidTerms
 from portakv.integrations import lmcache_check
+from portakv.integrations.findings import Findings
 from portakv.integrations.sglang_check import hicache_findings_of
-from portakv.integrations.vllm_check import Findings, findings_of
+from portakv.integrations.vllm_check import findings_of
 from portakv.integrations.vllm_tier_check import CONNECTOR, tier_findings_of
 from portakv.serving.sizing import Sizes, sizes_of
 

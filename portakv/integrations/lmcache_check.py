@@ -8,9 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from portakv.errors import InvalidTerms
-from portakv.integrations import why_not
-from portakv.integrations.interfaces import lacks
-from portakv.integrations.vllm_check import Findings, check_places
+from portakv.integrations.findings import (
+    Findings,
+    check_places,
+    check_release,
+    other_values,
+    unknown_keys,
+)
 from portakv.serving.local import StoreTerms
 
 MODULE = "portakv.integrations.lmcache_l2"
@@ -86,15 +90,8 @@ def findings_of(config: Mapping[str, Any]) -> Findings:
 
 def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each key of LMCache's that is wrong."""
-    known = (*KEYS, *COMMON_KEYS)
-    for name in config:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            yield f"Expected a key of LMCache's plugin adapter, got {name!r}.{hint} Correct it."
-    for name, expected in (("type", "plugin"), ("module_path", MODULE), ("class_name", CLASS)):
-        if config.get(name) != expected:
-            yield f"Expected {name} {expected!r}, got {config.get(name)!r}. Correct it."
+    yield from unknown_keys(config, (*KEYS, *COMMON_KEYS), "LMCache's plugin adapter")
+    yield from other_values(config, {"type": "plugin", "module_path": MODULE, "class_name": CLASS})
 
 
 def _without_use(config: Mapping[str, Any]) -> Iterator[str]:
@@ -115,12 +112,5 @@ def _without_use(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _check_release(findings: Findings) -> None:
     """Compare the installed release of LMCache with the hooks that the adapter uses."""
-    refusal = why_not("lmcache")
-    if refusal:
-        findings.warnings.append(refusal)
-        return
-    findings.errors += [
-        f"The installed LMCache has no {name.partition(':')[2]}, which the adapter needs. Install "
-        f"another release."
-        for name in lacks((*HOOKS, *PLUGIN))
-    ]
+    needs = (*HOOKS, *PLUGIN)
+    check_release(findings, "lmcache", "LMCache", needs, who="the adapter")

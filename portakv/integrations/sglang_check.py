@@ -9,10 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from portakv.errors import PortaKVError
-from portakv.integrations import why_not
-from portakv.integrations.interfaces import lacks
+from portakv.integrations.findings import Findings, check_places, check_release, other_values
 from portakv.integrations.sglang_settings import EXTRA, HOOKS, terms_of
-from portakv.integrations.vllm_check import Findings, check_places
 
 MODULE = "portakv.integrations.sglang_hicache"
 CLASS = "PortaKVStorage"
@@ -72,9 +70,7 @@ def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
         near = difflib.get_close_matches(name, KEYS, n=1)
         if name not in KEYS and near:
             yield f"Expected a key of SGLang's, got {name!r}. Did you mean {near[0]}? Correct it."
-    for name, expected in (("module_path", MODULE), ("class_name", CLASS)):
-        if config.get(name) != expected:
-            yield f"Expected {name} {expected!r}, got {config.get(name)!r}. Correct it."
+    yield from other_values(config, {"module_path": MODULE, "class_name": CLASS})
     if not config.get("backend_name"):
         yield "Expected backend_name, a name for SGLang's log, got none. Add it."
     if config.get("tp_lcm_size"):
@@ -86,12 +82,4 @@ def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _check_release(findings: Findings) -> None:
     """Compare the installed release of SGLang with what the backend uses."""
-    refusal = why_not("sglang")
-    if refusal:
-        findings.warnings.append(refusal)
-        return
-    findings.errors += [
-        f"The installed SGLang has no {name.partition(':')[2]}, which the storage backend needs. "
-        f"Install another release."
-        for name in lacks(HOOKS)
-    ]
+    check_release(findings, "sglang", "SGLang", HOOKS, who="the storage backend")

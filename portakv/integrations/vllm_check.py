@@ -3,25 +3,28 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from portakv.errors import InvalidTerms, PortaKVError
-from portakv.integrations import why_not
+from portakv.errors import InvalidTerms
+from portakv.integrations.findings import (
+    Findings,
+    check_bucket,
+    check_release,
+    gib,
+    other_values,
+    short_of,
+    unknown_keys,
+)
 from portakv.integrations.interfaces import lacks
 from portakv.integrations.vllm_handover import ROLES, Handing, roles_of
-from portakv.serving.bucket import bucket_of
 from portakv.serving.local import TOKENS, StoreTerms
 from portakv.serving.sizing import Sizes
 
 CONNECTOR = "PortaKVConnector"
 MODULE = "portakv.integrations.vllm_connector"
-#: The keys of vLLM's configuration.
+#: The keys of vLLM's configuration, and its name.
+OWNER = "vLLM's KVTransferConfig"
 KEYS = (
     "kv_connector",
     "engine_id",
@@ -37,8 +40,6 @@ KEYS = (
     "enable_permute_local_kv",
     "kv_load_failure_policy",
 )
-#: A check of a bucket tries once.
-ONE_TRY = {"retry_config": {"max_retries": 0}}
 BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
 #: Hooks that a release of vLLM may lack, and what the connector then does without.
 OPTIONAL_HOOKS = {
@@ -58,21 +59,6 @@ HOOKS = (
     f"{BASE}:KVConnectorBase_V1.handle_preemptions",
     f"{BASE}:KVConnectorBase_V1.get_block_ids_with_load_errors",
 )
-
-
-@dataclass
-class Findings:
-    """What is wrong with a configuration.
-
-    Attributes:
-        errors: the engine would not start, or PortaKV would not be used.
-        warnings: the engine starts, and does not do what a user wants.
-        notes: what the configuration gives.
-    """
-
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def findings_of(config: Mapping[str, Any], sizes: Sizes | None = None) -> Findings:
@@ -95,24 +81,10 @@ def findings_of(config: Mapping[str, Any], sizes: Sizes | None = None) -> Findin
     return findings
 
 
-def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each key that vLLM's configuration does not have."""
-    for name in config:
-        if name not in KEYS:
-            near = difflib.get_close_matches(name, KEYS, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            yield f"Expected a key of vLLM's KVTransferConfig, got {name!r}.{hint} Correct it."
-
-
 def _wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each key of vLLM's that is wrong."""
-    yield from unknown_keys(config)
-    for name, expected in (
-        ("kv_connector", CONNECTOR),
-        ("kv_connector_module_path", MODULE),
-    ):
-        if config.get(name) != expected:
-            yield f"Expected {name} {expected!r}, got {config.get(name)!r}. Correct it."
+    yield from unknown_keys(config, KEYS, OWNER)
+    yield from other_values(config, {"kv_connector": CONNECTOR, "kv_connector_module_path": MODULE})
     role = config.get("kv_role")
     if role not in ROLES:
         yield f"Expected kv_role {' or '.join(map(repr, ROLES))}, got {role!r}. Correct it."
@@ -140,14 +112,14 @@ def _check_terms(role: object, extra: Any, sizes: Sizes | None, findings: Findin
     except InvalidTerms as error:
         findings.errors.append(f"kv_connector_extra_config: {error}")
         return
-    findings.warnings += _short_of(terms)
+    findings.warnings += short_of(terms)
     if terms.shared and not terms.folders:
         findings.warnings.append(
             "shared is true, and there is no folder by which other engines would find the store. "
             "Name a folder."
         )
     if terms.bucket is not None:
-        _check_bucket(terms.bucket, terms.bucket_options, findings)
+        check_bucket(terms.bucket, terms.bucket_options, findings)
     findings.notes.append(_who_stores(terms))
     if sizes is not None:
         _check_sizes(terms, sizes, findings)
@@ -174,21 +146,6 @@ def _check_handing(handing: Handing, findings: Findings) -> None:
         )
 
 
-def _check_bucket(url: str, options: Mapping[str, Any], findings: Findings) -> None:
-    """Make a bucket as an engine does, and send it one request."""
-    try:
-        bucket = bucket_of(url, {**options, **ONE_TRY})
-    except PortaKVError as error:
-        findings.errors.append(f"kv_connector_extra_config: {error}")
-        return
-    if not bucket.check():
-        findings.warnings.append(
-            f"The bucket {bucket.url} does not answer here: {bucket.last_error}. An engine starts "
-            f"without its blocks, and uses it once it answers. Correct the address, the "
-            f"credentials in the environment or bucket_options."
-        )
-
-
 def _who_stores(terms: StoreTerms) -> str:
     """Return which engines the terms serve."""
     if terms.by_layer:
@@ -201,45 +158,17 @@ def _who_stores(terms: StoreTerms) -> str:
     )
 
 
-def _short_of(terms: StoreTerms) -> Iterator[str]:
-    """Yield a sentence for memory or space that this machine does not have."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if terms.host + terms.staging > memory:
-        yield (
-            f"host and staging take {_gib(terms.host + terms.staging)}, and this machine has "
-            f"{_gib(memory)}. Give less."
-        )
-    if not terms.folders and terms.bucket is None:
-        yield (
-            "There is no folder: blocks are in host memory alone, and end with the engine. Name a "
-            "folder to keep them."
-        )
-    share = terms.capacity // max(1, len(terms.folders))
-    for folder in terms.folders:
-        existing = Path(folder)
-        while not existing.exists():
-            existing = existing.parent
-        if not os.access(existing, os.W_OK | os.X_OK):
-            yield f"The user who runs this may not write {existing}. Pass another folder."
-        space = shutil.disk_usage(existing).total
-        if share > space:
-            yield (
-                f"capacity is {_gib(share)}, and the file system of {existing} has "
-                f"{_gib(space)}. Give less."
-            )
-
-
 def _check_sizes(terms: StoreTerms, sizes: Sizes, findings: Findings) -> None:
     """Compare terms with a model."""
     size = terms.block_size or TOKENS
     if terms.staging < size * sizes.token:
         findings.errors.append(
-            f"staging is {_gib(terms.staging)}, and a block of {size} tokens takes "
-            f"{_gib(size * sizes.token)}. Give it {_gib(sizes.staging)}."
+            f"staging is {gib(terms.staging)}, and a block of {size} tokens takes "
+            f"{gib(size * sizes.token)}. Give it {gib(sizes.staging)}."
         )
     elif terms.staging < sizes.staging:
         findings.warnings.append(
-            f"staging is {_gib(terms.staging)}, less than {_gib(sizes.staging)}: blocks of long "
+            f"staging is {gib(terms.staging)}, less than {gib(sizes.staging)}: blocks of long "
             f"prompts are not saved while it is full. Give it more."
         )
     places = {"host memory": terms.host}
@@ -253,32 +182,9 @@ def _check_sizes(terms: StoreTerms, sizes: Sizes, findings: Findings) -> None:
 
 def _check_release(findings: Findings) -> None:
     """Compare the installed release of vLLM with the hooks that the connector uses."""
-    refusal = why_not("vllm")
-    if refusal:
-        findings.warnings.append(refusal)
-        return
-    findings.errors += [
-        f"The installed vLLM has no {name.partition(':')[2]}, which the connector needs. Install "
-        f"another release."
-        for name in lacks(HOOKS)
-    ]
-    findings.notes += [
-        f"The installed vLLM has no {name.partition(':')[2]}: the connector serves without "
-        f"{OPTIONAL_HOOKS[name]}."
-        for name in lacks(OPTIONAL_HOOKS)
-    ]
-
-
-def check_places(terms: StoreTerms, findings: Findings) -> None:
-    """Check that this machine has the memory and the space of terms, and that a bucket answers."""
-    findings.warnings += _short_of(terms)
-    if terms.bucket is not None:
-        _check_bucket(terms.bucket, terms.bucket_options, findings)
-
-
-def _gib(nbytes: int) -> str:
-    """Return a number of bytes as a text."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if nbytes >= size:
-            return f"{nbytes / size:.3g} {unit}"
-    return f"{nbytes} bytes"
+    if check_release(findings, "vllm", "vLLM", HOOKS, who="the connector"):
+        findings.notes += [
+            f"The installed vLLM has no {name.partition(':')[2]}: the connector serves without "
+            f"{OPTIONAL_HOOKS[name]}."
+            for name in lacks(OPTIONAL_HOOKS)
+        ]

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from portakv.errors import InvalidTerms
-from portakv.integrations import why_not
-from portakv.integrations.interfaces import lacks
-from portakv.integrations.vllm_check import Findings, check_places, unknown_keys
+from portakv.integrations.findings import Findings, check_places, check_release, unknown_keys
+from portakv.integrations.vllm_check import KEYS as VLLM_KEYS
+from portakv.integrations.vllm_check import OWNER
 from portakv.integrations.vllm_tier_terms import tier_terms
 
 CONNECTOR = "OffloadingConnector"
@@ -40,7 +40,7 @@ def tier_findings_of(config: Mapping[str, Any]) -> Findings:
         config: as vLLM's ``--kv-transfer-config`` has it, with the connector `CONNECTOR`.
     """
     findings = Findings()
-    findings.errors += unknown_keys(config)
+    findings.errors += unknown_keys(config, VLLM_KEYS, OWNER)
     if config.get("kv_role") != "kv_both":
         findings.errors.append(
             f"Expected kv_role 'kv_both', got {config.get('kv_role')!r}. Correct it."
@@ -124,12 +124,4 @@ def _check_tiers(tiers: Sequence[Mapping[str, Any]], findings: Findings) -> None
 
 def _check_release(findings: Findings) -> None:
     """Compare the installed release of vLLM with what the tier needs."""
-    refusal = why_not("vllm")
-    if refusal:
-        findings.warnings.append(refusal)
-        return
-    findings.errors += [
-        f"The installed vLLM has no {name.partition(':')[2]}, which the tier needs. Install "
-        f"0.32 or newer."
-        for name in lacks(NEEDS)
-    ]
+    check_release(findings, "vllm", "vLLM", NEEDS, who="the tier", install="0.32 or newer")

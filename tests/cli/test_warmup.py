@@ -175,7 +175,7 @@ def test_what_cannot_be_compiled(words: list[str], message: str) -> None:
 @needs_nvrtc
 @pytest.mark.usefixtures("quick")
 def test_without_a_reader_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python 3.10 has no reader of its own, and the base package requires none."""
+    """Python 3.10 has no reader of TOML, and the base package requires none."""
     reader = "tomllib" if sys.version_info >= (3, 11) else "tomli"
     monkeypatch.setitem(sys.modules, reader, None)
     message = refuses("--arch", "90")

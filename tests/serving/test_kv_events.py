@@ -119,7 +119,7 @@ def test_an_event_names_blocks_of_a_form_and_a_medium() -> None:
 
 
 def test_blocks_that_are_described_have_tokens_and_a_parent() -> None:
-    """A block without a description is an event of its own, without tokens."""
+    """A block without a description is a separate event, without tokens."""
     tokens = [*range(32)]
 
     def describe(key: bytes) -> Described | None:

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a configuration of an engine, and the checks that all engines share."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from portakv.errors import PortaKVError
+from portakv.integrations import why_not
+from portakv.integrations.interfaces import lacks
+from portakv.serving.bucket import bucket_of
+from portakv.serving.local import StoreTerms
+
+#: A check of a bucket tries once.
+ONE_TRY = {"retry_config": {"max_retries": 0}}
+
+
+@dataclass
+class Findings:
+    """What is wrong with a configuration.
+
+    Attributes:
+        errors: the engine would not start, or PortaKV would not be used.
+        warnings: the engine starts, and does not do what a user wants.
+        notes: what the configuration gives.
+    """
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def unknown_keys(config: Mapping[str, Any], known: Iterable[str], owner: str) -> Iterator[str]:
+    """Yield a sentence for each key that ``owner`` does not have."""
+    keys = [*known]
+    for name in config:
+        if name not in keys:
+            near = difflib.get_close_matches(name, keys, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            yield f"Expected a key of {owner}, got {name!r}.{hint} Correct it."
+
+
+def other_values(config: Mapping[str, Any], expected: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each key that must have one value, and has another one."""
+    for name, value in expected.items():
+        if config.get(name) != value:
+            yield f"Expected {name} {value!r}, got {config.get(name)!r}. Correct it."
+
+
+def check_release(
+    findings: Findings,
+    engine: str,
+    title: str,
+    needs: Iterable[str],
+    *,
+    who: str,
+    install: str = "another release",
+) -> bool:
+    """Compare the installed release of an engine with what ``who`` needs of it.
+
+    Returns False without a release that could be compared.
+    """
+    refusal = why_not(engine)
+    if refusal:
+        findings.warnings.append(refusal)
+        return False
+    findings.errors += [
+        f"The installed {title} has no {name.partition(':')[2]}, which {who} needs. Install "
+        f"{install}."
+        for name in lacks(needs)
+    ]
+    return True
+
+
+def check_places(terms: StoreTerms, findings: Findings) -> None:
+    """Check that this machine has the memory and the space of terms, and that a bucket answers."""
+    findings.warnings += short_of(terms)
+    if terms.bucket is not None:
+        check_bucket(terms.bucket, terms.bucket_options, findings)
+
+
+def short_of(terms: StoreTerms) -> Iterator[str]:
+    """Yield a sentence for memory or space that this machine does not have."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if terms.host + terms.staging > memory:
+        yield (
+            f"host and staging take {gib(terms.host + terms.staging)}, and this machine has "
+            f"{gib(memory)}. Give less."
+        )
+    if not terms.folders and terms.bucket is None:
+        yield (
+            "There is no folder: blocks are in host memory alone, and end with the engine. Name a "
+            "folder to keep them."
+        )
+    share = terms.capacity // max(1, len(terms.folders))
+    for folder in terms.folders:
+        existing = Path(folder)
+        while not existing.exists():
+            existing = existing.parent
+        if not os.access(existing, os.W_OK | os.X_OK):
+            yield f"The user who runs this may not write {existing}. Pass another folder."
+        space = shutil.disk_usage(existing).total
+        if share > space:
+            yield (
+                f"capacity is {gib(share)}, and the file system of {existing} has "
+                f"{gib(space)}. Give less."
+            )
+
+
+def check_bucket(url: str, options: Mapping[str, Any], findings: Findings) -> None:
+    """Make a bucket as an engine does, and send it one request."""
+    try:
+        bucket = bucket_of(url, {**options, **ONE_TRY})
+    except PortaKVError as error:
+        findings.errors.append(f"kv_connector_extra_config: {error}")
+        return
+    if not bucket.check():
+        findings.warnings.append(
+            f"The bucket {bucket.url} does not answer here: {bucket.last_error}. An engine starts "
+            f"without its blocks, and uses it once it answers. Correct the address, the "
+            f"credentials in the environment or bucket_options."
+        )
+
+
+def gib(nbytes: int) -> str:
+    """Return a number of bytes as a text."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes} bytes"
