@@ -21,7 +21,7 @@ LIMIT = 60.0
 SIZES = (4096, 10, 8192, 10, 12288)
 
 
-class Heard:
+class Scene:
     """Tasks over a store, and what they reported."""
 
     def __init__(self, terms: StoreTerms, sizes: Sequence[PageSize] = ()) -> None:
@@ -70,82 +70,82 @@ def same(one: Sequence[np.ndarray], two: Sequence[np.ndarray]) -> bool:
 
 
 @pytest.fixture
-def heard(tmp_path: Path) -> Iterator[Heard]:
-    made = Heard(terms_of(tmp_path / "kv"))
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    made = Scene(terms_of(tmp_path / "kv"))
     yield made
     made.tasks.close(LIMIT)
 
 
-def test_pages_of_any_sizes_come_back(heard: Heard) -> None:
+def test_pages_of_any_sizes_come_back(scene: Scene) -> None:
     keys = keys_of(5)
     saved = memory(1)
-    task = heard.run("save", keys, saved)
+    task = scene.run("save", keys, saved)
     assert task.landed.all()
     assert task.landed_bytes == sum(SIZES)
     loaded = empty()
-    task = heard.run("load", keys, loaded)
+    task = scene.run("load", keys, loaded)
     assert task.landed.all()
     assert task.landed_bytes == sum(SIZES)
     assert same(loaded, saved)
 
 
-def test_a_page_of_another_size_is_missing(heard: Heard) -> None:
-    heard.run("save", keys_of(2), memory(2, [4096, 8192]))
+def test_a_page_of_another_size_is_missing(scene: Scene) -> None:
+    scene.run("save", keys_of(2), memory(2, [4096, 8192]))
     loaded = empty([8192, 16384])
-    task = heard.run("load", keys_of(2), loaded)
+    task = scene.run("load", keys_of(2), loaded)
     assert not task.landed.any()
     assert same(loaded, empty([8192, 16384]))
 
 
-def test_a_key_may_come_twice(heard: Heard) -> None:
+def test_a_key_may_come_twice(scene: Scene) -> None:
     (page,) = memory(3, [4096])
-    task = heard.run("save", [b"a", b"b", b"a"], [page, page, page])
+    task = scene.run("save", [b"a", b"b", b"a"], [page, page, page])
     assert task.landed.all()
     loaded = empty([4096] * 3)
-    assert heard.run("load", [b"a", b"a", b"a"], loaded).landed.all()
+    assert scene.run("load", [b"a", b"a", b"a"], loaded).landed.all()
     assert same(loaded, [page] * 3)
 
 
-def test_pages_that_are_stored_are_not_fresh(heard: Heard) -> None:
+def test_pages_that_are_stored_are_not_fresh(scene: Scene) -> None:
     pages = memory(4, [4096, 4096])
-    heard.run("save", keys_of(1), pages[:1])
-    task = heard.run("save", keys_of(2), pages)
+    scene.run("save", keys_of(1), pages[:1])
+    task = scene.run("save", keys_of(2), pages)
     assert task.landed.all()
     assert task.fresh.tolist() == [False, True]
     assert task.landed_bytes == 4096
 
 
-def test_a_task_without_pages_ends(heard: Heard) -> None:
-    assert len(heard.run("save", [], []).landed) == 0
-    assert len(heard.run("load", [], []).landed) == 0
+def test_a_task_without_pages_ends(scene: Scene) -> None:
+    assert len(scene.run("save", [], []).landed) == 0
+    assert len(scene.run("load", [], []).landed) == 0
 
 
-def test_an_error_of_a_listener_ends_no_other_report(heard: Heard) -> None:
-    heard.raises = True
-    heard.run("save", keys_of(1), memory(5, [4096]))
-    heard.run("save", keys_of(1, first=1), memory(6, [4096]))
-    assert heard.tasks.alive
+def test_an_error_of_a_listener_ends_no_other_report(scene: Scene) -> None:
+    scene.raises = True
+    scene.run("save", keys_of(1), memory(5, [4096]))
+    scene.run("save", keys_of(1, first=1), memory(6, [4096]))
+    assert scene.tasks.alive
 
 
 def test_a_size_without_room_fails_alone(tmp_path: Path) -> None:
-    heard = Heard(terms_of(tmp_path / "kv", staging=32768))
+    scene = Scene(terms_of(tmp_path / "kv", staging=32768))
     (page,) = memory(7, [4096])
-    heard.run("save", keys_of(1), [page])
-    task = heard.run("save", [b"large"], memory(8, [65536]))
+    scene.run("save", keys_of(1), [page])
+    task = scene.run("save", [b"large"], memory(8, [65536]))
     assert not task.landed.any()
     loaded = empty([4096])
-    assert heard.run("load", keys_of(1), loaded).landed.all()
+    assert scene.run("load", keys_of(1), loaded).landed.all()
     assert same(loaded, [page])
-    heard.tasks.close(LIMIT)
+    scene.tasks.close(LIMIT)
 
 
 def test_the_pages_of_an_earlier_process_are_found(tmp_path: Path) -> None:
     terms = terms_of(tmp_path / "kv")
     assert sizes_in(terms, "m") == []
-    heard = Heard(terms)
+    scene = Scene(terms)
     saved = memory(9)
-    heard.run("save", keys_of(5), saved)
-    heard.tasks.close(LIMIT)
+    scene.run("save", keys_of(5), saved)
+    scene.tasks.close(LIMIT)
 
     (tmp_path / "kv" / "no form").mkdir()
     (tmp_path / "kv" / "no form" / "form.json").write_text("no JSON")
@@ -156,7 +156,7 @@ def test_the_pages_of_an_earlier_process_are_found(tmp_path: Path) -> None:
     short = terms_of(tmp_path / "kv", staging=8192)
     assert {size.nbytes for size in sizes_in(short, "m")} == {10, 4096}
 
-    again = Heard(terms, sizes)
+    again = Scene(terms, sizes)
     assert again.tasks.lock(keys_of(6)).tolist() == [*SIZES, 0]
     again.tasks.unlock(keys_of(6))
     loaded = empty()
@@ -168,38 +168,38 @@ def test_the_pages_of_an_earlier_process_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("locks", [2, 1])
 def test_locked_pages_stay(locks: int, tmp_path: Path) -> None:
     """Two locks and one unlock: they stay. One lock and one unlock: they go, as the control."""
-    heard = Heard(terms_of(tmp_path / "kv", images=8), [PageSize(4096)])
+    scene = Scene(terms_of(tmp_path / "kv", images=8), [PageSize(4096)])
     keys = keys_of(3)
-    heard.run("save", keys, memory(10, [4096] * 3))
+    scene.run("save", keys, memory(10, [4096] * 3))
     for _ in range(locks):
-        assert heard.tasks.lock([*keys, b"missing"]).tolist() == [4096] * 3 + [0]
-    assert heard.tasks.locked == 3
-    heard.tasks.unlock([*keys, b"missing"])
+        assert scene.tasks.lock([*keys, b"missing"]).tolist() == [4096] * 3 + [0]
+    assert scene.tasks.locked == 3
+    scene.tasks.unlock([*keys, b"missing"])
     for first in range(10, 40, 2):
-        heard.run("save", keys_of(2, first), memory(first, [4096] * 2))
-    assert heard.tasks.holds(keys).all() == (locks == 2)
-    assert heard.tasks.locked == (3 if locks == 2 else 0)
-    heard.tasks.unlock(keys)
-    assert heard.tasks.locked == 0
+        scene.run("save", keys_of(2, first), memory(first, [4096] * 2))
+    assert scene.tasks.holds(keys).all() == (locks == 2)
+    assert scene.tasks.locked == (3 if locks == 2 else 0)
+    scene.tasks.unlock(keys)
+    assert scene.tasks.locked == 0
     for first in range(40, 70, 2):
-        heard.run("save", keys_of(2, first), memory(first, [4096] * 2))
-    assert not heard.tasks.holds(keys).any()
-    heard.tasks.close(LIMIT)
+        scene.run("save", keys_of(2, first), memory(first, [4096] * 2))
+    assert not scene.tasks.holds(keys).any()
+    scene.tasks.close(LIMIT)
 
 
 def test_pages_that_are_lost_are_reported(tmp_path: Path) -> None:
-    heard = Heard(terms_of(tmp_path / "kv", images=8), [PageSize(4096)])
+    scene = Scene(terms_of(tmp_path / "kv", images=8), [PageSize(4096)])
     keys = keys_of(40)
     for first in range(0, 40, 4):
-        heard.run("save", keys[first : first + 4], memory(first, [4096] * 4))
-    heard.run("load", keys[-1:], empty([4096]))
-    there = {page_key(key) for key in keys if heard.tasks.holds([key])[0]}
-    assert until(lambda: {*heard.lost} | there == {*map(page_key, keys)}, LIMIT)
-    assert not {*heard.lost} & there
+        scene.run("save", keys[first : first + 4], memory(first, [4096] * 4))
+    scene.run("load", keys[-1:], empty([4096]))
+    there = {page_key(key) for key in keys if scene.tasks.holds([key])[0]}
+    assert until(lambda: {*scene.lost} | there == {*map(page_key, keys)}, LIMIT)
+    assert not {*scene.lost} & there
     deleted = keys[-1:]
-    assert heard.tasks.delete([*deleted, b"missing"]).tolist() == [True, False]
-    assert until(lambda: page_key(deleted[0]) in heard.lost, LIMIT)
-    heard.tasks.close(LIMIT)
+    assert scene.tasks.delete([*deleted, b"missing"]).tolist() == [True, False]
+    assert until(lambda: page_key(deleted[0]) in scene.lost, LIMIT)
+    scene.tasks.close(LIMIT)
 
 
 @pytest.mark.parametrize("fault", ["flip", "swap", "zeros", "cut"])
@@ -207,11 +207,11 @@ def test_no_page_of_a_damaged_folder_is_wrong(fault: str, tmp_path: Path) -> Non
     """50 faults of a kind. The control: who trusts the file gets as many wrong pages."""
     count = 200
     terms = terms_of(tmp_path / "kv")
-    heard = Heard(terms, [PageSize(4096)])
+    scene = Scene(terms, [PageSize(4096)])
     keys = keys_of(count)
     saved = memory(20, [4096] * count)
-    heard.run("save", keys, saved)
-    heard.tasks.close(LIMIT)
+    scene.run("save", keys, saved)
+    scene.tasks.close(LIMIT)
 
     (slots,) = (tmp_path / "kv").glob("*/slots")
     images = np.fromfile(slots, np.uint8).reshape(-1, 8192)[:count]
@@ -231,7 +231,7 @@ def test_no_page_of_a_damaged_folder_is_wrong(fault: str, tmp_path: Path) -> Non
     wrong = (whole != images[: len(whole), 4096:]).any(1).sum() + count - len(whole)
     assert wrong == 50
 
-    again = Heard(terms, sizes_in(terms, "m"))
+    again = Scene(terms, sizes_in(terms, "m"))
     loaded = empty([4096] * count)
     landed = again.run("load", keys, loaded).landed
     assert landed.sum() == count - 50
@@ -249,38 +249,38 @@ def test_late_tasks_end_while_all_workers_hang(
     set_fault(fault, "")
     monkeypatch.setenv(VARIABLE, str(fault))
     monkeypatch.setenv("PORTAKV_IO", "support.faulty_io:Faulty")
-    heard = Heard(terms_of(tmp_path / "kv", deadline=0.2), [PageSize(4096)])
+    scene = Scene(terms_of(tmp_path / "kv", deadline=0.2), [PageSize(4096)])
     keys = keys_of(16)
     saved = memory(11, [4096] * 16)
-    heard.run("save", keys, saved)
+    scene.run("save", keys, saved)
     set_fault(fault, "read hang")
     loaded = empty([4096] * 16)
-    tasks = [heard.begin("load", [key], loaded[i : i + 1]) for i, key in enumerate(keys)]
-    assert until(lambda: all(task in heard.ended for task in tasks), LIMIT)
+    tasks = [scene.begin("load", [key], loaded[i : i + 1]) for i, key in enumerate(keys)]
+    assert until(lambda: all(task in scene.ended for task in tasks), LIMIT)
     assert not any(task.landed.any() for task in tasks)
     with pytest.raises(TransferTimeout):
-        heard.tasks.store.close(0.1)
+        scene.tasks.store.close(0.1)
     set_fault(fault, "")
-    heard.tasks.close(LIMIT)
+    scene.tasks.close(LIMIT)
     assert same(loaded, empty([4096] * 16))
 
-    again = Heard(terms_of(tmp_path / "kv"), [PageSize(4096)])
+    again = Scene(terms_of(tmp_path / "kv"), [PageSize(4096)])
     assert again.run("load", keys, loaded).landed.all()
     assert same(loaded, saved)
     again.tasks.close(LIMIT)
 
 
-def test_after_the_end_nothing_is_there(heard: Heard) -> None:
-    heard.run("save", keys_of(1), memory(12, [4096]))
-    heard.tasks.close(LIMIT)
-    assert not heard.tasks.alive
-    assert not heard.tasks.holds(keys_of(1)).any()
-    assert not heard.tasks.lock(keys_of(1)).any()
-    assert not heard.tasks.delete(keys_of(1)).any()
-    assert not heard.begin("load", keys_of(1), empty([4096])).landed.any()
+def test_after_the_end_nothing_is_there(scene: Scene) -> None:
+    scene.run("save", keys_of(1), memory(12, [4096]))
+    scene.tasks.close(LIMIT)
+    assert not scene.tasks.alive
+    assert not scene.tasks.holds(keys_of(1)).any()
+    assert not scene.tasks.lock(keys_of(1)).any()
+    assert not scene.tasks.delete(keys_of(1)).any()
+    assert not scene.begin("load", keys_of(1), empty([4096])).landed.any()
 
 
-def test_calls_of_several_threads(heard: Heard) -> None:
+def test_calls_of_several_threads(scene: Scene) -> None:
     """Saves, loads and locks of equal and of different keys, with sizes that are new."""
     wrong = list[str]()
 
@@ -289,12 +289,12 @@ def test_calls_of_several_threads(heard: Heard) -> None:
             size = 1024 * (1 + (number + turn) % 3)
             (page,) = memory(turn, [size])
             key = b"turn %d, %d bytes" % (turn, size)
-            heard.run("save", [key], [page])
+            scene.run("save", [key], [page])
             (loaded,) = empty([size])
-            heard.tasks.lock([key])
-            if heard.run("load", [key], [loaded]).landed.all() and not np.array_equal(loaded, page):
+            scene.tasks.lock([key])
+            if scene.run("load", [key], [loaded]).landed.all() and not np.array_equal(loaded, page):
                 wrong.append(key.decode())
-            heard.tasks.unlock([key])
+            scene.tasks.unlock([key])
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -302,4 +302,4 @@ def test_calls_of_several_threads(heard: Heard) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert heard.tasks.locked == 0
+    assert scene.tasks.locked == 0
