@@ -91,6 +91,7 @@ class KeeperClient:
         """Map the rows of a keeper, in place of those of the keeper before."""
         if self._mapped is not None:
             self._mapped.close()
+            self._mapped = None
         self._mapped = MappedRows(joined.rows, self._device)
         return self._mapped
 

@@ -241,6 +241,8 @@ class Link:
         self._before = answer.session
         try:
             session = Session(address, answer.session, self._sides.began(address, answer))
+        except PeerError:  # the keeper has ended since its answer; another one may serve soon
+            return ABSENT
         except PortaKVError as error:
             self._refuse(str(error))
             return REFUSED

@@ -23,10 +23,19 @@ from support.migrate_channels import until
 from support.pool_processes import Child
 
 from portakv import KVView
-from portakv.errors import InvalidTerms, LayoutError, SlotError, StoreError, TransferTimeout
+from portakv.errors import (
+    InvalidTerms,
+    LayoutError,
+    PeerError,
+    PortaKVError,
+    SlotError,
+    StoreError,
+    TransferTimeout,
+)
 from portakv.serving import Keeper, KeeperClient, KeeperIndex, Place, StoreTerms
 from portakv.serving.keeper_messages import MOST_KEYS
 from portakv.serving.keeper_requests import Requests
+from portakv.serving.keeper_rows import MappedRows
 from portakv.serving.keeper_transfer import KeptTransfer
 from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
 from portakv.storage.form_store import SHORT_COPY
@@ -630,6 +639,35 @@ def test_a_client_joins_only_after_its_session_has_ended_here(
         link.lose(link.session, "of this test")
     assert early == [False]
     assert client.wait(LIMIT)
+
+
+@pytest.mark.parametrize(
+    "error", [PeerError("The process ended."), LayoutError("Another layout.")], ids=["gone", "wrong"]
+)
+def test_a_keeper_that_ends_as_it_answers_is_no_refusal(
+    error: PortaKVError, host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A keeper that was killed between its answer and the mapping of its rows has a successor."""
+    view = caches()
+    client = host(view).join(view)
+    link = client.link
+    tries = list[bool]()
+
+    def mapped(*args: Any) -> MappedRows:
+        tries.append(True)
+        if len(tries) < 3:
+            raise error
+        return MappedRows(*args)
+
+    monkeypatch.setattr("portakv.serving.keeper_client.MappedRows", mapped)
+    assert link.session is not None
+    link.lose(link.session, "of this test")
+    if isinstance(error, PeerError):
+        assert client.wait(LIMIT)
+        assert len(tries) == 3
+    else:
+        with pytest.raises(InvalidTerms, match="Another layout"):
+            client.wait(LIMIT)
 
 
 def test_a_connection_retains_no_store_that_was_replaced(
