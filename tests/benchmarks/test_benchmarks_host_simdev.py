@@ -358,7 +358,7 @@ def test_loops_last_as_long_as_was_asked_for_and_write_to_their_own_memory() -> 
     for make in LOOPS.values():
         loop = make(device, SMALL)
         others = [torch.zeros(1024, 1024, dtype=torch.bfloat16, device=device) for _ in range(8)]
-        # In milliseconds. The shortest of three runs set the length, so a run may be a little shorter.
+        # In milliseconds. A run may be a little shorter than the run that set the length.
         assert loop._time() >= 0.9 * 40.0
         torch.cuda.synchronize()
         assert not any(tensor.any() for tensor in others)

@@ -642,7 +642,9 @@ def test_a_client_joins_only_after_its_session_has_ended_here(
 
 
 @pytest.mark.parametrize(
-    "error", [PeerError("The process ended."), LayoutError("Another layout.")], ids=["gone", "wrong"]
+    "error",
+    [PeerError("The process ended."), LayoutError("Another layout.")],
+    ids=["gone", "wrong"],
 )
 def test_a_keeper_that_ends_as_it_answers_is_no_refusal(
     error: PortaKVError, host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
