@@ -3,6 +3,7 @@
 
 With ``--check`` fail where they are stale.
 
+The table of first tokens comes from `benchmarks/results/engines-h200.json`.
 The table of layouts comes from `portakv.layout.presets`, those of backends from
 `conformance/support_matrix.toml`, whose rows the files in `conformance/results` prove. A level
 whose backend has changed stays in the table as expired. Repeat its run and keep the report with
@@ -11,6 +12,7 @@ whose backend has changed stays in the table as expired. Repeat its run and keep
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -25,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 FILES = "https://github.com/portakv/portakv/blob/main/"
 README = ROOT / "README.md"
 MATRIX = ROOT / "conformance" / "support_matrix.toml"
+ENGINES = "benchmarks/results/engines-h200.json"
 
 FAMILIES = ("LMCache", "vLLM-Ascend", "vLLM-RBLN", "vLLM", "SGLang", "FlexKV", "Dynamo")
 
@@ -50,6 +53,36 @@ def layouts() -> str:
         families.setdefault(family, []).append(preset.name)
     rows = [f"| {f} | {', '.join(f'`{n}`' for n in names)} |" for f, names in families.items()]
     return "\n".join(["| engine | presets |", "|---|---|", *rows])
+
+
+#: The columns of the table of first tokens: what answers, by connector and part of the run.
+FIRST_TOKENS = (
+    ("computed again", "off", "recompute"),
+    ("loaded by vLLM's own offloading", "vllm", "hit"),
+    ("loaded by PortaKV", "portakv host", "hit"),
+)
+#: The models of its rows, as the results call them.
+MODELS = ("Llama-3-8B, a tensor for each layer", "Llama-3-8B, one tensor for all layers")
+
+
+def first_tokens() -> str:
+    """One row for each known prompt: ms until its first token, by where its rows come from."""
+    recorded = json.loads((ROOT / ENGINES).read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in recorded if row["kind"] == "engine_prompt" and row["verified"]]
+    by = {(row["shape"], row["backend"], row["op"]): row for row in rows}
+    lengths = sorted({row["tokens"] for row in rows})
+    heads = " | ".join(words for words, *_ in FIRST_TOKENS)
+    lines = [f"| prompt, cache | {heads} | PortaKV / vLLM's |", "|---|---|---|---|---|"]
+    for model in MODELS:
+        for tokens in lengths:
+            shape = f"{tokens} tokens, {model}"
+            answers = [by[shape, connector, part] for _, connector, part in FIRST_TOKENS]
+            times = [f"{row['p50_ms']:.0f} ms" for row in answers]
+            times[-1] = f"**{times[-1]}**"
+            ratio = answers[-1]["of_own"]
+            cache = model.partition(", ")[2]
+            lines.append(f"| {tokens:,} tokens, {cache} | {' | '.join(times)} | {ratio:.2f} |")
+    return "\n".join(lines)
 
 
 def backends() -> str:
@@ -90,7 +123,7 @@ def borne_out() -> support_matrix.SupportMatrix:
 
 #: The tables of each page, by the name in its mark.
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"backends": backends},
+    README: {"backends": backends, "first-token": first_tokens},
     ROOT / "docs" / "layouts.md": {"layouts": layouts},
     ROOT / "docs" / "hardware.md": {"hardware": hardware},
 }
