@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the decision guide ``docs/choosing.md`` from result files: ``python -m benchmarks.guide``.
+"""Write all tables of the result files into one page: ``python -m benchmarks.guide``.
 
 Every measured number in the page comes from a file in ``benchmarks/results``. ``--check`` writes
-nothing and fails if the page differs from the text that the files give.
+nothing and fails if the page differs from the text that the files give. `benchmarks.choosing` makes
+the short page of the documentation, with plots.
 """
 
 from __future__ import annotations
@@ -28,33 +29,27 @@ from portakv_benchmarks.shared.harness import Fields, Row, grouped, having, quic
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
 RESULTS = Path(__file__).with_name("results")
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "choosing.md"
+PAGE = RESULTS / "TABLES.md"
 #: A ratio to the fastest method below this limit is within the difference of two runs.
 CLOSE = 1.05
 
 _ORDER = ("cuda", "triton", "compiled", "compiled graph", "reference")
 _LAYERS = {"apart": "each layer an allocation", "together": "all layers in one allocation"}
-_WORDS = {"d2h": "device to host", "h2d": "host to device"}
+DIRECTIONS = {"d2h": "device to host", "h2d": "host to device"}
 _STRATEGIES = ("staged", "batched_memcpy", "zero_copy")
 _LARGE = 32_000_000
 _LINK_LARGE = 128_000_000
 _SLOW = 0.9
 
 _HEAD = """<!-- Made from the files in benchmarks/results: python -m benchmarks.guide -->
-# Choosing a backend
+# All measured tables
 
 *Reference: measured times of backends, transfer strategies, stores and pulls.*
 
 {summary}
 
-PortaKV chooses a backend for you. To see which one it chose here, and why, run
-
-```
-portakv backends
-```
-
-The registry tries backends in the order of *which one* below, the fastest first. Every figure comes
-from a file in `benchmarks/results`, and the run that measured it checked every byte.
+[Choosing a backend](../../docs/choosing.md) shows the most important figures as plots. Every figure
+comes from a file in this folder, and the run that measured it checked every byte.
 
 | column | meaning |
 | --- | --- |
@@ -92,7 +87,7 @@ def _if_there(field: str, form: str) -> Cell:
 
 _NEVER = "given up"
 _METHOD: Mapping[str, Cell] = {
-    "direction": lambda row: _WORDS[row["op"]],
+    "direction": lambda row: DIRECTIONS[row["op"]],
     "method": "`{backend}`",
 }
 
@@ -157,7 +152,7 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
         "From the call until the host sees the end on an idle device. *New* ids are lists that the "
         "library has not seen; `host idle` is PortaKV's choice with `overlap=\"idle\"`.",
         {"bytes": lambda row: in_words(row["payload_bytes"]),
-         "direction": lambda row: _WORDS[row["op"]],
+         "direction": lambda row: DIRECTIONS[row["op"]],
          "method": "`{backend}`",
          "ids": lambda row: _IDS.get(row.get("ids", ""), "-"),
          "time, us": "{p50_us:,.4g}", "of memcpy": "{ratio:.2f}", "call, us": "{host_us:,.4g}"},
@@ -167,7 +162,7 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
         "As above, for 6 and 256 pages that are contiguous on both sides, as vLLM has them. "
         "`zero_copy beside` is the kernel with as few thread blocks as alongside a model.",
         {"bytes": lambda row: in_words(row["payload_bytes"]),
-         "direction": lambda row: _WORDS[row["op"]],
+         "direction": lambda row: DIRECTIONS[row["op"]],
          "method": "`{backend}`",
          "ids": lambda row: _IDS.get(row.get("ids", ""), "-"),
          "time, us": "{p50_us:,.4g}", "of memcpy": "{ratio:.2f}", "call, us": "{host_us:,.4g}"},
@@ -320,7 +315,7 @@ def _summary(results: Sequence[Fields]) -> str:
     sentences = []
     for result in results:
         device = result["machine"]["device"]
-        if result.get("suite") is None and (preferred := preference(_copies(result))):
+        if result.get("suite") is None and (preferred := preference(copies_of(result))):
             method, ratios = next(iter(preferred.items()))
             sentences.append(f"On one {device}, `{method}` reaches {_shares(ratios, 'copy_')}.")
             break
@@ -340,7 +335,7 @@ def _shares(ratios: Sequence[float], peer: str) -> str:
     return f"{median(ratios):.2f} of `{peer}` in the median and {min(ratios):.2f} at worst"
 
 
-def _copies(result: Fields) -> list[Row]:
+def copies_of(result: Fields) -> list[Row]:
     return having(result["rows"], kind="copy", verified=True, peer=None)
 
 
@@ -351,7 +346,7 @@ def _chosen_strategy(rows: Sequence[Row]) -> list[Row]:
 def _device(result: Fields) -> list[str]:
     machine = result["machine"]
     rows = result["rows"]
-    copies = _copies(result)
+    copies = copies_of(result)
     driver = f", driver {machine['driver_version']}" if "driver_version" in machine else ""
     gathers = [row for row in rows if row.get("op") in ("gather", "copy_")]
     gathers.sort(key=lambda row: -float(row["p50_us"]))
@@ -360,7 +355,7 @@ def _device(result: Fields) -> list[str]:
         "",
         f"## {machine['device']}",
         "",
-        f"{_measured(machine)}{driver}.",
+        f"{measured(machine)}{driver}.",
         *on_cpu,
         *_which(copies),
         *_slower(copies),
@@ -374,7 +369,7 @@ def _device(result: Fields) -> list[str]:
 
 def _link(result: Fields) -> list[str]:
     rows = having(result["rows"], verified=True)
-    return _suite("Host memory", result, ["", _LINK_HEAD, *_link_sizes(rows), *_link_best(rows)])
+    return _suite("Host memory", result, ["", _LINK_HEAD, *_expected(rows), *_link_best(rows)])
 
 
 def _whole_calls(result: Fields) -> list[str]:
@@ -395,11 +390,11 @@ def _suite(name: str, result: Fields, figures: list[str]) -> list[str]:
     """Return the lines of a suite on a machine: some figures, then its tables."""
     machine = result["machine"]
     rows = having(result["rows"], verified=True)
-    head = ["", f"## {name}, {machine['device']}", "", f"{_measured(machine)}."]
+    head = ["", f"## {name}, {machine['device']}", "", f"{measured(machine)}."]
     return [*head, *figures, *(line for kind in _LISTS for line in _listed(rows, kind))]
 
 
-def _measured(machine: Fields) -> str:
+def measured(machine: Fields) -> str:
     return f"Measured {machine['date']} with torch {machine['torch']}, Python {machine['python']}"
 
 
@@ -491,23 +486,29 @@ def _peers(rows: Sequence[Row]) -> list[str]:
     return _section("`cuda` compared with LMCache's kernels", intro, heads, table)
 
 
-def _link_sizes(rows: Sequence[Row]) -> list[str]:
+def link_sizes(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return heads and lines of a table: the chosen strategy's time, of memcpy, by payload."""
     chosen = _chosen_strategy(rows)
     table = []
     for payload in sorted({row["payload_bytes"] for row in chosen}):
         cells = [in_words(payload)]
-        for op in _WORDS:
+        for op in DIRECTIONS:
             matches = [r["ratio"] for r in having(chosen, payload_bytes=payload, op=op)]
             cells += [f"{median(matches):.3f}", f"{min(matches):.3f}"] if matches else ["", ""]
         table.append(cells)
-    heads = ["payload", *(h for words in _WORDS.values() for h in (f"{words}, median", "worst"))]
+    columns = ((f"{words}, median", "worst") for words in DIRECTIONS.values())
+    return ["payload", *(head for pair in columns for head in pair)], table
+
+
+def _expected(rows: Sequence[Row]) -> list[str]:
+    chosen = _chosen_strategy(rows)
     slow = Counter(f"*{row['host_side']}*" for row in chosen if row["ratio"] < _SLOW).most_common()
     intro = (
         "The strategy that PortaKV chooses, of memcpy, over all measured layouts. Of "
         f"{len(chosen)} rows, {' and '.join(f'{times} {side}' for side, times in slow)} are below "
         f"{_SLOW}. A layer-first pool has runs of one block in one plane."
     )
-    return _section("What to expect", intro, heads, table)
+    return _section("What to expect", intro, *link_sizes(rows))
 
 
 def _link_best(rows: Sequence[Row]) -> list[str]:
@@ -516,14 +517,14 @@ def _link_best(rows: Sequence[Row]) -> list[str]:
     table = []
     for run, large in product(sorted({row["run_bytes"] for row in fastest}), (False, True)):
         cells = [in_words(run), "from 128 MB" if large else "less"]
-        for op in _WORDS:
+        for op in DIRECTIONS:
             selected = having(fastest, run_bytes=run, op=op)
             won = [r["backend"] for r in selected if (r["payload_bytes"] >= _LINK_LARGE) == large]
             best = Counter(won).most_common()
             cells.append(", ".join(f"`{name}` {times}" for name, times in best))
         table.append(cells)
     intro = "The fastest strategy on an idle device, and its number of points."
-    return _section("Which strategy", intro, ["runs", "payload", *_WORDS.values()], table)
+    return _section("Which strategy", intro, ["runs", "payload", *DIRECTIONS.values()], table)
 
 
 def _listed(rows: Sequence[Row], kind: str) -> list[str]:
@@ -552,8 +553,12 @@ def _section(
     whole = [line for line in table if len(line) == len(heads)]
     if not whole:
         return []
-    rows = [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *whole)]
-    return ["", f"### {title}", "", *([intro, ""] if intro else []), *rows]
+    return ["", f"### {title}", "", *([intro, ""] if intro else []), *table_of(heads, whole)]
+
+
+def table_of(heads: Sequence[str], table: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *table)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

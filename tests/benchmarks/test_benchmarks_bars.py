@@ -13,7 +13,7 @@ from support.benchmarks_cases import copied
 
 from portakv.cli.shapes import load
 from portakv.registry.registry import Registry
-from portakv_benchmarks import check, guide
+from portakv_benchmarks import check, choosing, guide
 from portakv_benchmarks.host.cases import SCENES
 from portakv_benchmarks.host.suite import HOST_PRESETS, KB
 from portakv_benchmarks.shared.harness import having
@@ -178,8 +178,20 @@ def test_what_is_only_reported_is_not_judged() -> None:
 
 def test_the_guide_is_what_the_results_say() -> None:
     assert guide.PAGE.read_text() == guide.page(guide.RESULTS.glob("*.json")), (
-        "docs/choosing.md is old: python -m benchmarks.guide"
+        "benchmarks/results/TABLES.md is old: python -m benchmarks.choosing"
     )
+
+
+def test_the_page_and_the_pictures_of_a_choice_show_the_recorded_results(
+    tmp_path: Path,
+) -> None:
+    assert choosing.stale() == [], "python -m benchmarks.choosing"
+    drawn = choosing.IMAGES / "choosing-pulls.svg"
+    changed = drawn.read_text(encoding="utf-8").replace("SHA-256 ", "SHA-256 0")
+    (tmp_path / drawn.name).write_text(changed, encoding="utf-8")
+    assert choosing.stale_pictures(tmp_path) == [
+        f"choosing-{name}.svg" for name in choosing.PICTURES
+    ]
 
 
 @pytest.mark.parametrize("name", ["cpu-2core", "h200"])
