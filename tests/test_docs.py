@@ -143,10 +143,13 @@ def test_the_two_processes_of_the_migration_page_hand_rows_over() -> None:
     assert offering.returncode == 0
 
 
-def test_the_picture_of_a_pull_is_what_its_code_draws() -> None:
-    picture = ROOT / "docs" / "images" / "pull.py"
-    drawn = runpy.run_path(str(picture))["picture"]()
-    assert picture.with_suffix(".svg").read_text(encoding="utf-8") == drawn
+def test_the_pictures_are_what_their_code_draws() -> None:
+    images = ROOT / "docs" / "images"
+    pictures = runpy.run_path(str(images / "diagrams.py"))["PICTURES"]
+    pictures["pull"] = runpy.run_path(str(images / "pull.py"))["picture"]
+    for name, draw in pictures.items():
+        drawn = images.joinpath(f"{name}.svg").read_text(encoding="utf-8")
+        assert drawn == draw(), f"Run the code of docs/images/{name}.svg."
 
 
 #: The kinds of documentation pages, as a page's first lines name them.

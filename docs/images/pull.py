@@ -9,12 +9,12 @@ PICTURE = Path(__file__).resolve().with_suffix(".svg")
 HEAD = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 500" role="img" aria-labelledby="t d"
   font-family="ui-sans-serif, system-ui, Segoe UI, Helvetica, Arial, sans-serif">
-<title id="t">The way of a pull</title>
+<title id="t">A pull, and its order</title>
 <desc id="d">Two ranks of an owner hold a model's rows in blocks of 16 tokens; three ranks of a
 reader want them in blocks of 64. If the owner's memory can be mapped, one launch of the reader
 reads it; else a transport carries rows through staging buffers. Below, in order: the owner
-offers rows, the ticket travels with the request, the reader pulls, and asks the owner whether the
-offer still held: only then the rows are published.</desc>
+offers rows, the ticket travels with the request, the reader pulls, and checks that the
+offer still held: only then the rows are committed.</desc>
 <style>
   .ink { fill: #1f2733 } .soft { fill: #5b6675 } .white { fill: #ffffff }
   .card { fill: #ffffff; stroke: #c9d1db } .cell { fill: #eef1f5; stroke: #c9d1db }
@@ -31,8 +31,8 @@ offer still held: only then the rows are published.</desc>
 STEPS = (
     ("1", "Offer", "the owner keeps its rows", "as they are, for a lease"),
     ("2", "Ticket", "bytes that travel", "with the request"),
-    ("3", "Pull", "the reader reads; no one", "writes another's memory"),
-    ("4", "Close", "did the offer still hold?", "the owner alone answers"),
+    ("3", "Pull", "it reads, and writes", "only its own memory"),
+    ("4", "Check", "did the offer still hold?", "the owner answers"),
 )
 
 
@@ -93,8 +93,8 @@ def transports() -> list[str]:
     shapes.append(text(480, 134, "one launch reads the rows where they lie"))
     shapes.append(text(480, 151, "and writes the final layout"))
     shapes.append(text(480, 206, "moved, from anywhere", 14, "ink"))
-    shapes += [box("c", 348, 222, 70, 30, 6), text(383, 241, "slot", 11.5, "white")]
-    shapes += [box("c", 542, 222, 70, 30, 6), text(577, 241, "slot", 11.5, "white")]
+    shapes += [box("c", 348, 222, 70, 30, 6), text(383, 241, "buffer", 11.5, "white")]
+    shapes += [box("c", 542, 222, 70, 30, 6), text(577, 241, "buffer", 11.5, "white")]
     for x, past in ((264, 344), (422, 538), (616, 696)):
         shapes += arrow("move", "c", x, 237, past)
     shapes += [text(304, 268, "gather"), text(656, 268, "scatter"), text(480, 268, "a transport")]
@@ -112,8 +112,8 @@ def order() -> list[str]:
         if n:
             shapes += arrow("next", "soft", x - 17, 392, x - 2)
     for y, kind, name, why in (
-        (340, "b", "held", "published"),
-        (396, "c", "gone", "thrown away: OfferGone"),
+        (340, "b", "held", "committed"),
+        (396, "c", "ended", "not committed: OfferGone"),
     ):
         shapes += [box(kind, 756, y, 176, 48, 10), text(844, y + 20, name, 13, "white")]
         shapes.append(text(844, y + 38, why, 11.5, "white"))
@@ -122,7 +122,7 @@ def order() -> list[str]:
         text(
             480,
             476,
-            "Of many owners all must have held; a stale row is read perhaps, and never used.",
+            "The offers of all owners must have held. A stale row is never committed.",
         )
     )
     return shapes
