@@ -224,3 +224,39 @@ def test_the_code_of_the_guide_for_vendors_runs() -> None:
     done = python("-c", "\n".join([*blocks("docs/vendors.md"), CHECKS]))
     assert done.returncode == 0, done.stderr
     assert re.findall("rejected|accepted", done.stdout) == ["rejected", "accepted"]
+
+
+def _sources() -> list[str]:
+    """Return the texts of the library with pieces of one string put together."""
+    return [
+        re.sub(r'"\s*\n?\s*f?"', "", path.read_text(encoding="utf-8"))
+        for path in sorted((ROOT / "portakv").rglob("*.py"))
+    ]
+
+
+def _missing(messages: list[str]) -> list[str]:
+    """Return the messages that no source has; `...` stands for at most 150 characters."""
+    sources = _sources()
+    missing = []
+    for message in messages:
+        parts = [part for part in message.split("...") if part.strip()]
+        pattern = re.compile(".{0,150}?".join(map(re.escape, parts)), re.DOTALL)
+        candidates = [source for source in sources if all(part in source for part in parts)]
+        if not any(map(pattern.search, candidates)):
+            missing.append(message)
+    return missing
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_library() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    tables = page.partition("\n## Installing")[2]
+    messages = [
+        line.removeprefix("| `").partition("` | ")[0]
+        for line in tables.splitlines()
+        if line.startswith("| `")
+    ]
+    assert len(messages) > 50
+    assert _missing(messages) == []
+    assert _missing(["Expected a folder of gold, got ..."]) == [
+        "Expected a folder of gold, got ..."
+    ]
