@@ -29,7 +29,7 @@ _PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)")
 _LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 #: What begins a paragraph in the middle of lines: an item, a quotation, a heading, a directive.
 _BEGINS = re.compile(r" *([-*+] |\d+\. |> |#|:::|!!! |\|)")
-_ENDS = re.compile(r"[.!?](?:[)\"*_]*)(?=\s+[^a-z\s]|\s*$)")
+_ENDS = re.compile(r"[.!?](?:[)\"*_]*)(?=\s+(?:[^a-z\s]|vLLM)|\s*$)")
 #: Points that end no sentence.
 _ABBREVIATION = re.compile(r"\b(e\.g|i\.e|etc|vs|cf|approx|No)\.$")
 
@@ -64,7 +64,7 @@ def _cells(line: str) -> list[str]:
 def sentences(paragraph: str) -> Iterator[str]:
     """Yield the sentences of a paragraph."""
     plain = _LINK.sub(r"\1", _PICTURE.sub("", paragraph))
-    plain = _CODE.sub(lambda code: code[2].replace(" ", "_").replace(".", "_"), plain)
+    plain = _CODE.sub(lambda code: "`" + code[2].replace(" ", "_").replace(".", "_") + "`", plain)
     began = 0
     for end in _ENDS.finditer(plain):
         if not _ABBREVIATION.search(plain[began : end.start() + 1]):
