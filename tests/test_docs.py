@@ -16,6 +16,7 @@ import torch
 from support.conform_runs import python
 from support.inductor import needs_inductor
 from support.migrate_pulls import Rows, sides
+from support.sentences import LIMIT, long_sentences
 
 from portakv.migrate import Ticket
 from portakv.registry import registry
@@ -163,6 +164,30 @@ def test_every_page_says_its_kind(page: Path) -> None:
     assert KINDS.search("\n".join(opening)), (
         f"Expected a line such as *How-to: ...* under the title of {page.name}."
     )
+
+
+#: Long sentences that a page may have: a page of generated text, and pages that wait for an edit.
+LONG = {"decisions.md": 200, "pitfalls.md": 10, "vllm_prefill_decode.md": 10, "encodings.md": 10}
+#: Those of any other page. Not 0, so that a page may be edited in several steps.
+LONG_ELSEWHERE = 2
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *EVERY_PAGE], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_sentences_are_short(page: Path) -> None:
+    """`python tests/support/sentences.py --list PAGE` prints the long ones."""
+    found = long_sentences(page)
+    assert len(found) <= LONG.get(page.name, LONG_ELSEWHERE), found
+
+
+def test_a_long_sentence_is_found_across_lines_and_not_in_code(tmp_path: Path) -> None:
+    words = " ".join(["word"] * (LIMIT + 1))
+    page = tmp_path / "page.md"
+    page.write_text(f"# {words}\n\n```\n{words}\n```\n\n- Short. {words[:49]}\n  {words[50:]}.\n")
+    assert [(line, count) for line, count, _ in long_sentences(page)] == [(7, LIMIT + 1)]
+    page.write_text(f"{words[:60]}. And `{words}` is one word.\n\n| {words} |\n")
+    assert [(line, count) for line, count, _ in long_sentences(page)] == [(3, LIMIT + 1)]
 
 
 def test_the_tables_of_the_api_list_what_its_directives_render() -> None:

@@ -174,12 +174,12 @@ def timeline() -> str:
             shapes.append(f'<path class="rule" d="M24 {y - 16:g} L776 {y - 16:g}"/>')
         shapes.append(text(24, y + 12, panel.call, "ink mono", 14))
         shapes.append(text(24, y + 33, panel.holds, "soft", 13.5))
-        for row, (name, bars) in enumerate(
+        for row, (name, work) in enumerate(
             zip(panel.names, (panel.model, panel.copies), strict=True)
         ):
             at = y + 46 + row * 34
             shapes.append(text(left - 14, at + 19, name, "soft", 13, "end"))
-            for bar in bars:
+            for bar in work:
                 width = (bar.end - bar.begin) * unit - 2
                 shapes += labelled(bar.kind, left + bar.begin * unit, at, width, 28, bar.words)
             for begin, end in panel.waits if row == 0 else ():
