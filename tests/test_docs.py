@@ -182,7 +182,7 @@ def test_sentences_are_short(page: Path) -> None:
 
 
 def test_a_long_sentence_is_found_across_lines_and_not_in_code(tmp_path: Path) -> None:
-    words = " ".join(["word"] * (LIMIT + 1))
+    words = " ".join(["Word"] * (LIMIT + 1))
     page = tmp_path / "page.md"
     page.write_text(f"# {words}\n\n```\n{words}\n```\n\n- Short. {words[:49]}\n  {words[50:]}.\n")
     assert [(line, count) for line, count, _ in long_sentences(page)] == [(7, LIMIT + 1)]
