@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the generated tables of the README, docs/layouts.md and docs/hardware.md.
+"""Write the generated tables of the README and of some pages of docs/.
 
 With ``--check`` fail where they are stale.
 
@@ -124,6 +124,7 @@ def borne_out() -> support_matrix.SupportMatrix:
 #: The tables of each page, by the name in its mark.
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"backends": backends, "first-token": first_tokens},
+    ROOT / "docs" / "index.md": {"first-token": first_tokens},
     ROOT / "docs" / "layouts.md": {"layouts": layouts},
     ROOT / "docs" / "hardware.md": {"hardware": hardware},
 }
