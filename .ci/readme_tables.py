@@ -78,8 +78,9 @@ def first_tokens() -> str:
             shape = f"{tokens} tokens, {model}"
             answers = [by[shape, connector, part] for _, connector, part in FIRST_TOKENS]
             times = [f"{row['p50_ms']:.0f} ms" for row in answers]
-            times[-1] = f"**{times[-1]}**"
             ratio = answers[-1]["of_own"]
+            if ratio < 1:
+                times[-1] = f"**{times[-1]}**"
             cache = model.partition(", ")[2]
             lines.append(f"| {tokens:,} tokens, {cache} | {' | '.join(times)} | {ratio:.2f} |")
     return "\n".join(lines)
