@@ -190,6 +190,48 @@ def test_a_long_sentence_is_found_across_lines_and_not_in_code(tmp_path: Path) -
     assert [(line, count) for line, count, _ in long_sentences(page)] == [(3, LIMIT + 1)]
 
 
+#: Where links of pages that are shown elsewhere lead: the README, and links out of docs/.
+FILES = re.compile(r"https://github.com/portakv/portakv/(?:blob|raw)/main/")
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)|`", r"\1", title).lower() for title in titles]
+    return {re.sub(r"[^\w -]", "", title).strip().replace(" ", "-") for title in plain}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Return the links of a page to files and headings of this tree that do not exist."""
+    broken = []
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    for link in _LINK.findall(re.sub(r"`[^`]*`", "", text)):
+        own = FILES.sub("", link)
+        place, _, anchor = own.partition("#")
+        if "://" in own or own.startswith("mailto:"):
+            continue
+        path = page if not place else (ROOT if own != link else page.parent) / place
+        if not path.exists() or (anchor and path.suffix == ".md" and anchor not in anchors(path)):
+            broken.append(link)
+    return broken
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    pages = [*ROOT.glob("*.md"), *EVERY_PAGE, *ROOT.glob("*/*.md"), *ROOT.glob("benchmarks/*/*.md")]
+    found = {str(page.relative_to(ROOT)): broken_links(page) for page in pages}
+    assert {page: links for page, links in found.items() if links} == {}
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A title\n\n[a](#a-title) [b](#b) [c](other.md) `[d](none.md)` [e](page.md#e)\n"
+    )
+    assert broken_links(page) == ["#b", "other.md", "page.md#e"]
+
+
 def test_the_tables_of_the_api_list_what_its_directives_render() -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     for section in page.split("\n## ")[1:]:
