@@ -301,28 +301,29 @@ def test_rows_count_beside_a_table_and_may_turn_the_pick() -> None:
 
 
 def test_the_guide_tells_the_rule() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "host.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "strategies.md").read_text()
     flat = " ".join(page.split())
     to_host, to_device = (f"{ROW[direction] * 1e9:.0f} ns" for direction in DIRECTIONS)
     more = CALL["batched_memcpy"] - CALL["zero_copy"]
     down, up = (more / (1 / KERNEL_RATE[each] - 1 / ENGINE_RATE) / 1e6 for each in DIRECTIONS)
     for text in (
         f"those within {EQUAL * 100:.0f} % of the fewest seconds",
-        f"of {LEAST_HEIGHT} or more that are narrower than {FOLD_BELOW >> 10} KiB, of {TALL} or "
-        "more that are not",
+        f"{LEAST_HEIGHT} or more runs that are narrower than {FOLD_BELOW >> 10} KiB, or {TALL} or "
+        "more wider runs",
         f"wide ones where {TALL} or more lie together",
-        f"device {to_host} more to the host, and {to_device} to the device",
+        f"device {to_host} more on the way to the host, and {to_device} on the way to the device",
         f"runs of less than {NARROW >> 10} KiB",
         f"{PART:.0%} of the host's time counts as well",
         f"that no copy has used before it is {NEW_PART:.0%}",
-        f"{UNHIDDEN['d2h'] >> 20} MiB from the device or {UNHIDDEN['h2d'] >> 20} MiB to it",
+        f'with `overlap="idle"` of up to {UNHIDDEN["d2h"] >> 20} MiB,',
         f"runs of {WIDE >> 10} KiB or more",
         f"runs of {EVEN >> 10} KiB or more that a gather would not merge",
         f"three pinned buffers of at most {SIZES.largest >> 20} MiB each",
-        f"`batched_memcpy` for runs of {PAGE >> 20} MiB or more that a caller sees end no later",
+        f"in runs of {PAGE >> 20} MiB or more that a caller sees end no later than",
         f"copies of more than {down:.0f} MB from the device and {up:.0f} MB to it",
-        f"for copies of up to {SHORT >> 20} MiB, and for host memory",
+        f"Copies of up to {SHORT >> 20} MiB, with",
         "{} MiB from the device and {} MiB to it at".format(*(n >> 20 for n in SMALL.values())),
     ):
         assert text in flat
+    assert UNHIDDEN["d2h"] == UNHIDDEN["h2d"]  # the page has one number
     assert BUFFERS == 3
