@@ -8,7 +8,6 @@ that it shows with the file's checksum.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,27 +19,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from portakv_benchmarks.shared.harness import Row, grouped, having
 from portakv_benchmarks.shared.plots import COLOURS
+from portakv_benchmarks.shared.themes import INK, SETTINGS, svg
 
-_INK = "#1f2733"
-_PAPER = "#ffffff"
-_GRID = "#c9d1db"
-_NIGHT = {_INK: "#e8edf3", _PAPER: "#161b22", _GRID: "#39424e"}
-_SETTINGS: Any = {
-    "svg.hashsalt": "portakv",
-    "svg.fonttype": "path",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "axes.facecolor": _PAPER,
-    "figure.facecolor": _PAPER,
-    "savefig.facecolor": _PAPER,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+_SETTINGS = {**SETTINGS, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 _WIDTH = 8.0
 _DIRECTIONS = {"d2h": "device to host", "h2d": "host to device"}
 _MARKS = {
@@ -87,7 +68,7 @@ def backends(rows: list[Row], device: str) -> Figure:
     figure = Figure(figsize=(_WIDTH, 3.8))
     axes = figure.subplots()
     ceiling = having(copies, backend="copy_")
-    _line(axes, ceiling, "gb_per_s", label="copy_, the ceiling", color=_INK, linestyle="--")
+    _line(axes, ceiling, "gb_per_s", label="copy_, the ceiling", color=INK, linestyle="--")
     for backend in ("cuda", "triton", "compiled", "reference"):
         drawn = having(copies, backend=backend, index="random", op="gather")
         style = {"color": COLOURS[backend], "marker": _MARKS[backend], "markersize": 5}
@@ -109,7 +90,7 @@ def strategies(rows: list[Row], device: str) -> Figure:
     grid = figure.subplots(2, len(runs), sharey=True)
     for (row, op), (column, run) in product(enumerate(_DIRECTIONS), enumerate(runs)):
         axes = grid[row][column]
-        axes.axhline(1.0, color=_INK, linestyle="--", linewidth=1.2)
+        axes.axhline(1.0, color=INK, linestyle="--", linewidth=1.2)
         drawn = having(copies, op=op, run_bytes=run)
         sides = {r["host_side"] for r in drawn}
         side = "block-first random" if "block-first random" in sides else "dense"
@@ -145,9 +126,8 @@ def model(rows: list[Row], device: str) -> Figure:
     for axes, (loop, (op, direction)) in zip(grid.flat, cases, strict=True):
         for at, (backend, shape) in enumerate(_TRANSFERS):
             for row in having(loops, loop=loop, op=op, backend=backend, shape=shape):
-                colour = _INK if backend == "memcpy" else COLOURS[backend]
                 slow = max(0.0, row["slowdown_pct"])
-                axes.barh(at, slow, color=colour, height=0.7)
+                axes.barh(at, slow, color=COLOURS[backend], height=0.7)
                 note = f" {row['slowdown_pct']:.1f} % · {row['link_gb_per_s']:.0f} GB/s"
                 axes.text(slow, at, note, va="center", fontsize=9)
         axes.set_yticks(range(len(_TRANSFERS)), _TRANSFERS.values())
@@ -202,7 +182,7 @@ def pulls(rows: list[Row], device: str) -> Figure:
     for case, mark, colour in zip(grouped(mapped, "shape"), "os^xdv", colours, strict=False):
         style = {"marker": mark, "markersize": 5, "color": colour}
         _line(axes, case, "of_raw", label=case[0]["shape"], **style)
-    axes.axhline(1.0, color=_INK, linestyle="--", linewidth=1.2)
+    axes.axhline(1.0, color=INK, linestyle="--", linewidth=1.2)
     _sizes(axes)
     axes.set_ylim(0, 1.2)
     axes.set_ylabel("rate, of a raw copy")
@@ -229,22 +209,6 @@ def _sizes(axes: Axes, labelled: bool = True) -> None:
     axes.grid(alpha=0.5)
 
 
-def svg(draw: Callable[[list[Row], str], Figure], rows: list[Row], device: str, source: str) -> str:
-    """Return a picture's text, the same for the same rows, in colours of both schemes."""
-    with matplotlib.rc_context(_SETTINGS):
-        text = StringIO()
-        metadata = {"Date": None, "Source": source}
-        draw(rows, device).savefig(text, format="svg", bbox_inches="tight", metadata=metadata)
-    rules = "".join(
-        f'[style*="{part}: {day}"] {{ {part}: {night} !important }} '
-        for day, night in _NIGHT.items()
-        for part in ("fill", "stroke")
-    )
-    style = f"<style>@media (prefers-color-scheme: dark) {{ {rules}}}</style>"
-    head, opened, rest = text.getvalue().partition("<defs>")
-    return f"{head}{style}\n {opened}{rest}"
-
-
 PICTURES: dict[str, Callable[[list[Row], str], Figure]] = {
     "backends": backends,
     "strategies": strategies,
@@ -257,5 +221,6 @@ PICTURES: dict[str, Callable[[list[Row], str], Figure]] = {
 def write(folder: Path, name: str, rows: list[Row], device: str, source: str) -> Path:
     """Write one picture into a folder; returns its path."""
     path = folder / f"choosing-{name}.svg"
-    path.write_text(svg(PICTURES[name], rows, device, source), encoding="utf-8")
+    with matplotlib.rc_context(_SETTINGS):
+        path.write_text(svg(PICTURES[name](rows, device), Source=source), encoding="utf-8")
     return path

@@ -28,29 +28,29 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from portakv_benchmarks.shared import recorded
 from portakv_benchmarks.shared.harness import Fields, Row, grouped, having
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
+from portakv_benchmarks.shared.themes import INK, SETTINGS, svg
 
 # One colour for each method, the same in all plots (Okabe and Ito's, which colour-blind readers
-# distinguish); black is the ceiling, shades of grey are peers.
+# distinguish); ink is the ceiling, shades of grey are peers.
 COLOURS = {
     "cuda": "#0072B2", "triton": "#009E73", "compiled": "#CC79A7", "compiled graph": "#882255",
     "reference": "#D55E00", "lmcache slot kernel": "#777777", "lmcache block kernel": "#AAAAAA",
-    "copy_": "black", "memcpy": "black", "host": "#0072B2", "host detached": "#56B4E9",
+    "copy_": INK, "memcpy": INK, "host": "#0072B2", "host detached": "#56B4E9",
     "staged": "#009E73", "batched_memcpy": "#CC79A7", "zero_copy": "#D55E00",
     "zero_copy 8": "#D55E00", "pageable": "#0072B2", "lmcache": "#777777", "own": "#777777",
     "portakv": "#0072B2", "ring": "#0072B2",
     "threads": "#56B4E9", "tier": "#0072B2", "fio io_uring": "#444444", "fio psync": "#999999",
-    "engine": "#444444", "mapped": "#0072B2", "raw copy": "black", "copy_rows": "#E69F00",
+    "engine": "#444444", "mapped": "#0072B2", "raw copy": INK, "copy_rows": "#E69F00",
 }  # fmt: skip
 _MARKS = {"cuda": "o", "triton": "s", "reference": "^", "lmcache slot kernel": "x"}
 _SWEEP = "llama3-8b"  # the shape that is measured from one token up
-_INK: Any = {"svg.hashsalt": "portakv", "svg.fonttype": "path", "font.size": 9}
 _LINK_MARKS = {"host": "o", "staged": "s", "batched_memcpy": "^", "zero_copy": "x"}
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
 #: The host side that stands for its runs: the hardest of those that were measured.
 _SIDES = ("block-first random", "dense")
 #: Where the rows of a known prompt come from, by connector and part; see `engines.rows`.
 _SOURCES = {
-    ("off", "recompute"): ("computed again", "black"),
+    ("off", "recompute"): ("computed again", INK),
     ("portakv disk", "hit"): ("PortaKV, disk", "#56B4E9"),
     ("vllm", "hit"): ("vLLM's offloading, host memory", "#777777"),
     ("portakv host", "hit"): ("PortaKV, host memory", "#0072B2"),
@@ -71,13 +71,12 @@ def draw(results: Fields, folder: Path, stem: str) -> list[Path]:
         "urgent": ("storage_beside", urgent), "pulls": ("migrate_mapped", pulled),
         "first-token": ("engine_prompt", first_tokens),
     }  # fmt: skip
-    with matplotlib.rc_context(_INK):
+    with matplotlib.rc_context(SETTINGS):
         for name, (kind, make) in kinds.items():
             rows = having(results["rows"], kind=kind)
             if rows and (figure := make(rows, results["machine"]["device"])):
                 path = folder / f"{stem}-{name}.svg"
-                # No date and fixed ids: the same result gives the same file.
-                figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+                path.write_text(svg(figure), encoding="utf-8")
                 written.append(path)
     return written
 
@@ -95,7 +94,7 @@ def bandwidth(copies: list[Row], device: str) -> Figure | None:
             having(rows, backend="copy_"),
             "gb_per_s",
             label="copy_ (ceiling)",
-            color="black",
+            color=INK,
             linestyle="--",
             linewidth=1.6,
         )
@@ -140,7 +139,7 @@ def heat_map(copies: list[Row], device: str) -> Figure | None:
     axes.imshow(cells, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
     for (y, line), (x, column) in product(enumerate(lines), enumerate(columns)):
         if (ratio := matches.get((line, *column))) is not None:
-            ink = "white" if ratio < 0.12 or ratio > 0.92 else "black"
+            ink = "#fefefe" if ratio < 0.12 or ratio > 0.92 else "black"
             axes.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=6.5, color=ink)
     axes.set_yticks(range(len(lines)), lines, fontsize=6.5)
     axes.set_xticks(range(len(columns)), [op for _, op in columns], fontsize=6, rotation=90)
@@ -216,7 +215,7 @@ def ratio(rows: list[Row], device: str) -> Figure | None:
     figure = Figure(figsize=(2.9 * len(runs), 5.6))
     for at, (direction, run, side, own) in enumerate(shown):
         axes = figure.add_subplot(len(_WORDS), len(runs), at + 1)
-        axes.axhline(1.0, color="black", linestyle="--", linewidth=1.2)
+        axes.axhline(1.0, color=INK, linestyle="--", linewidth=1.2)
         for method, mark in _LINK_MARKS.items():
             _line(
                 axes,
@@ -290,7 +289,7 @@ def compared_with_own(rows: list[Row], device: str) -> Figure | None:
         place = [at + (0.12 if op == "h2d" else -0.12)] * len(matches)
         label = _WORDS[op] if at == 0 else None
         axes.plot(matches, place, mark, label=label, alpha=0.5, color=COLOURS["portakv"])
-    axes.axvline(1.0, color="black", linestyle="--", linewidth=1)
+    axes.axvline(1.0, color=INK, linestyle="--", linewidth=1)
     axes.set_xscale("log")
     axes.set_yticks(range(len(parts)), parts)
     axes.set_xlabel("time by PortaKV / by the engine's own code")
@@ -364,7 +363,7 @@ def pulled(rows: list[Row], device: str) -> Figure | None:
     for name, axes in zip(known, figure.subplots(1, len(known), squeeze=False)[0], strict=True):
         for case, mark in zip(grouped(selected, "shape"), "os^xdv+*", strict=False):
             _line(axes, case, name, label=case[0]["shape"], marker=mark, markersize=4, linewidth=1)
-        axes.axhline(1.0, color="black", linestyle="--", linewidth=1)
+        axes.axhline(1.0, color=INK, linestyle="--", linewidth=1)
         _sizes_below(axes)
         axes.set_ylim(bottom=0)
         axes.set_ylabel(f"rate, of {figures[name]}")
