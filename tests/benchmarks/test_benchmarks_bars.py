@@ -194,6 +194,25 @@ def test_the_page_and_the_pictures_of_a_choice_show_the_recorded_results(
     ]
 
 
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:No artists with labels")  # of the picture without rows
+@pytest.mark.parametrize("picture", choosing.PICTURES)
+def test_a_picture_of_a_choice_is_drawn_from_the_recorded_results(
+    picture: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
+    from portakv_benchmarks import choosing_plots
+
+    name = choosing.PICTURES[picture]
+    rows = recorded(name)["rows"]
+    drawn = choosing_plots.write(tmp_path, picture, rows, "a device", choosing.source_of(name))
+    text = drawn.read_text(encoding="utf-8")
+    assert drawn.name not in choosing.stale_pictures(tmp_path)
+    assert text.count("<path") > 20
+    empty = choosing_plots.write(tmp_path, picture, [], "a device", "")
+    assert text.count("<path") > empty.read_text(encoding="utf-8").count("<path")
+
+
 @pytest.mark.parametrize("name", ["cpu-2core", "h200"])
 def test_the_registry_asks_the_fastest_first(name: str) -> None:
     """The order follows the figures of each recorded device, of backends that need no request."""

@@ -305,3 +305,4 @@ def test_plots_of_a_recorded_result(name: str, drawn: str, tmp_path: Path) -> No
     results["rows"] = results["rows"][::8]
     paths = draw(results, tmp_path, "x")
     assert [path.name for path in paths] == [f"x-{one}.svg" for one in drawn.split()]
+    assert all("prefers-color-scheme: dark" in path.read_text() for path in paths)
