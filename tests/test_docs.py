@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
 import pytest
 import torch
 from support.conform_runs import python
@@ -51,8 +52,9 @@ PAGES = [
 
 @pytest.fixture
 def acme(monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/backends.md registers a backend, which no other test should meet."""
+    """docs/backends.md registers a backend, and docs/operations.md metrics: no test meets them."""
     monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
+    monkeypatch.setattr(prometheus_client, "REGISTRY", prometheus_client.CollectorRegistry())
 
 
 def _named_anywhere(check_available: bool = False) -> torch.device | None:

@@ -2,7 +2,7 @@
 """The metrics of this library: each is declared once, for Prometheus and for OpenTelemetry.
 
 A source returns figures by the names of this table (see `Source`); the meter adds what the table
-says about them. docs/operations.md has the table as text.
+says about them. docs/metrics.md has the table as text.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ def test_a_channel_counts_by_event() -> None:
 
 
 def test_the_page_has_the_table_of_all_metrics() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text()
     found = re.search(r"<!-- metrics:[^>]*-->\n(.*?)\n<!-- end of metrics -->", page, re.DOTALL)
     assert found
     lines = [
