@@ -800,8 +800,8 @@ def test_the_page_says_the_limits_that_hold() -> None:
     blocks = zero_copy.COMPUTING
     small = {method: size >> 20 for method, size in SMALL.items()}
     assert (
-        f"with {blocks['d2h']} thread blocks to the host "
-        f"({zero_copy.BLOCKS} up to {small['d2h']} MiB)"
+        f"It has {blocks['d2h']} thread blocks to the host "
+        f"({zero_copy.BLOCKS} up to {small['d2h']} MiB),"
         f" and {blocks['h2d']} to the device ({zero_copy.BLOCKS} up to {small['h2d']} MiB)."
     ) in " ".join(page.split())
 
