@@ -3,14 +3,8 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import signal
 import threading
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,15 +13,13 @@ import pytest
 import torch
 from support.ambient import STATES
 from support.device_cases import delay
+from support.keeper_host import HEADS, KEYS, LIMIT, SIZE, Host, caches, hosts, same
 from support.migrate_channels import until
 from support.pool_processes import Child
 
-from portakv import KVView
 from portakv.errors import (
     InvalidTerms,
     LayoutError,
-    PeerError,
-    PortaKVError,
     SlotError,
     StoreError,
     TransferTimeout,
@@ -35,71 +27,16 @@ from portakv.errors import (
 from portakv.serving import Keeper, KeeperClient, KeeperIndex, Place, StoreTerms
 from portakv.serving.keeper_messages import MOST_KEYS
 from portakv.serving.keeper_requests import Requests
-from portakv.serving.keeper_rows import MappedRows
 from portakv.serving.keeper_transfer import KeptTransfer
 from portakv.storage import BlockForm, BlockStore, Disk, prefix_keys
 from portakv.storage.form_store import SHORT_COPY
 from portakv.storage.rows import Crossing
 
-LAYOUT = "layer | block kv token head dim"
-LIMIT = 60.0  # seconds; nothing here takes as long
-SIZE = 4
-HEADS = 4
-names = count()
-
-
-def caches(
-    blocks: int = 16, heads: int = HEADS, dim: int = 8, device: str | torch.device = "cpu"
-) -> KVView:
-    made = [
-        torch.randint(-99, 99, (blocks, 2, SIZE, heads, dim), dtype=torch.int32, device="cpu")
-        for _ in range(2)
-    ]
-    return KVView([each.to(device) for each in made], LAYOUT)
-
-
-def same(one: KVView, other: KVView, blocks: int, heads: slice = slice(None)) -> bool:
-    """Return whether the first blocks of a view are those of another one's heads."""
-    pairs = zip(one.tensors, other.tensors, strict=True)
-    return all(torch.equal(a[:blocks].cpu(), b[:blocks, :, :, heads].cpu()) for a, b in pairs)
-
-
-class Host:
-    """A keeper in host memory, and clients of it."""
-
-    def __init__(self, stack: ExitStack, whole: KVView, rows: int, **terms: Any) -> None:
-        self.stack = stack
-        self.form = BlockForm.of(whole, "model")
-        size = self.form.image_bytes
-        self.engine = f"engine {os.getpid()} {next(names)}"
-        sizes = {"host": rows * size, "staging": 2 * rows * size}
-        self.keeper = stack.enter_context(Keeper(StoreTerms(**{**sizes, **terms}), self.engine))
-
-    def join(
-        self,
-        view: KVView,
-        heads: tuple[int, int] = (0, HEADS),
-        device: Any = None,
-        of: int = HEADS,
-    ) -> KeeperClient:
-        form = BlockForm.of(view, "model", heads=(*heads, of))
-        made = KeeperClient(self.keeper.place, [form], self.engine, device)
-        self.stack.enter_context(made)
-        assert made.wait(LIMIT)
-        return made
-
 
 @pytest.fixture
 def host() -> Iterator[Callable[..., Host]]:
-    with ExitStack() as stack:
-
-        def made(whole: KVView, rows: int = 16, **terms: Any) -> Host:
-            return Host(stack, whole, rows, **terms)
-
+    with hosts() as made:
         yield made
-
-
-KEYS = prefix_keys(range(16 * SIZE), SIZE)
 
 
 def test_blocks_come_back(host: Callable[..., Host]) -> None:
@@ -611,130 +548,3 @@ def test_what_begins_as_its_session_ends_copies_nothing(
         moved(save)
         assert not copies
         assert client.wait(LIMIT)
-
-
-def test_a_client_joins_only_after_its_session_has_ended_here(
-    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No copy of the session before begins once the keeper may take its rows back."""
-    view = caches()
-    client = host(view).join(view)
-    link = client.link
-    address = Place.address
-    joins = threading.Event()
-    early = list[bool]()
-
-    def asked(place: Place) -> str:
-        joins.set()
-        return address(place)
-
-    def slow(requests: Requests) -> None:
-        link.wake()
-        early.append(joins.wait(0.5))  # without the rule it comes at once
-
-    assert link.session is not None
-    with monkeypatch.context() as patch:
-        patch.setattr(Place, "address", asked)
-        patch.setattr(Requests, "close_all", slow)
-        link.lose(link.session, "of this test")
-    assert early == [False]
-    assert client.wait(LIMIT)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [PeerError("The process ended."), LayoutError("Another layout.")],
-    ids=["gone", "wrong"],
-)
-def test_a_keeper_that_ends_as_it_answers_is_no_refusal(
-    error: PortaKVError, host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A keeper that was killed between its answer and the mapping of its rows has a successor."""
-    view = caches()
-    client = host(view).join(view)
-    link = client.link
-    tries = list[bool]()
-
-    def mapped(*args: Any) -> MappedRows:
-        tries.append(True)
-        if len(tries) < 3:
-            raise error
-        return MappedRows(*args)
-
-    monkeypatch.setattr("portakv.serving.keeper_client.MappedRows", mapped)
-    assert link.session is not None
-    link.lose(link.session, "of this test")
-    if isinstance(error, PeerError):
-        assert client.wait(LIMIT)
-        assert len(tries) == 3
-    else:
-        with pytest.raises(InvalidTerms, match="Another layout"):
-            client.wait(LIMIT)
-
-
-def test_a_connection_retains_no_store_that_was_replaced(
-    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An index stays while ranks of other blocks follow those of before."""
-    stores = list[weakref.ref[BlockStore]]()
-
-    def made(*args: Any, **terms: Any) -> BlockStore:
-        store = BlockStore(*args, **terms)
-        stores.append(weakref.ref(store))
-        return store
-
-    monkeypatch.setattr("portakv.serving.keeper_store.BlockStore", made)
-    view = caches()
-    at = host(view)
-    index = at.stack.enter_context(KeeperIndex(at.keeper.place, at.engine))
-    client = at.join(view)
-    assert index.wait(LIMIT)
-    client.close()
-    at.join(caches(dim=16))
-    assert index.wait(LIMIT)
-    assert until(lambda: gc.collect() >= 0 and stores[0]() is None, LIMIT)
-    assert stores[1]() is not None
-
-
-def test_a_connection_retains_no_rows_of_a_session_before(host: Callable[..., Host]) -> None:
-    view = caches()
-    client = host(view).join(view)
-    link = client.link
-    assert link.session is not None
-    rows = weakref.ref(link.session.data)
-    link.lose(link.session, "of this test")
-    assert client.wait(LIMIT)
-    assert until(lambda: gc.collect() >= 0 and rows() is None, LIMIT)
-
-
-def test_an_interrupted_load_keeps_no_rows(
-    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And its client can join again: it counts no copy that never ends."""
-    view = caches()
-    at = host(view)
-    client = at.join(view)
-    blocks = client.blocks[0]
-    blocks.save(view, range(8), KEYS[:8]).synchronize(LIMIT)
-    start_copy = Requests.start_copy
-
-    def start(requests: Requests, piece: Any, issued: bool = False) -> bool:
-        begun = start_copy(requests, piece, issued)
-        signal.raise_signal(signal.SIGINT)
-        return begun
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        monkeypatch.setattr(Requests, "start_copy", start)
-        with pytest.raises(KeyboardInterrupt):
-            blocks.load(caches(), range(8), KEYS[:8])
-    finally:
-        signal.signal(signal.SIGINT, before)
-        monkeypatch.undo()
-    assert until(lambda: at.keeper.statistics()["leases"] == 0, LIMIT)
-    assert client.wait(LIMIT)
-    target = caches()
-    loaded = blocks.load(target, range(8), KEYS[:8])
-    loaded.synchronize(LIMIT)
-    assert loaded.landed.all()
-    assert same(target, view, 8)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions of a rank's client: how one ends, and the next one begins."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support.keeper_host import KEYS, LIMIT, Host, caches, hosts, same
+from support.migrate_channels import until
+
+from portakv.errors import (
+    InvalidTerms,
+    LayoutError,
+    PeerError,
+    PortaKVError,
+)
+from portakv.serving import KeeperIndex, Place
+from portakv.serving.keeper_requests import Requests
+from portakv.serving.keeper_rows import MappedRows
+from portakv.storage import BlockStore
+
+
+@pytest.fixture
+def host() -> Iterator[Callable[..., Host]]:
+    with hosts() as made:
+        yield made
+
+
+def test_a_client_joins_only_after_its_session_has_ended_here(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy of the session before begins once the keeper may take its rows back."""
+    view = caches()
+    client = host(view).join(view)
+    link = client.link
+    address = Place.address
+    joins = threading.Event()
+    early = list[bool]()
+
+    def asked(place: Place) -> str:
+        joins.set()
+        return address(place)
+
+    def slow(requests: Requests) -> None:
+        link.wake()
+        early.append(joins.wait(0.5))  # without the rule it comes at once
+
+    assert link.session is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "address", asked)
+        patch.setattr(Requests, "close_all", slow)
+        link.lose(link.session, "of this test")
+    assert early == [False]
+    assert client.wait(LIMIT)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PeerError("The process ended."), LayoutError("Another layout.")],
+    ids=["gone", "wrong"],
+)
+def test_a_keeper_that_ends_as_it_answers_is_no_refusal(
+    error: PortaKVError, host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A keeper that was killed between its answer and the mapping of its rows has a successor."""
+    view = caches()
+    client = host(view).join(view)
+    link = client.link
+    tries = list[bool]()
+
+    def mapped(*args: Any) -> MappedRows:
+        tries.append(True)
+        if len(tries) < 3:
+            raise error
+        return MappedRows(*args)
+
+    monkeypatch.setattr("portakv.serving.keeper_client.MappedRows", mapped)
+    assert link.session is not None
+    link.lose(link.session, "of this test")
+    if isinstance(error, PeerError):
+        assert client.wait(LIMIT)
+        assert len(tries) == 3
+    else:
+        with pytest.raises(InvalidTerms, match="Another layout"):
+            client.wait(LIMIT)
+
+
+def test_a_connection_retains_no_store_that_was_replaced(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index stays while ranks of other blocks follow those of before."""
+    stores = list[weakref.ref[BlockStore]]()
+
+    def made(*args: Any, **terms: Any) -> BlockStore:
+        store = BlockStore(*args, **terms)
+        stores.append(weakref.ref(store))
+        return store
+
+    monkeypatch.setattr("portakv.serving.keeper_store.BlockStore", made)
+    view = caches()
+    at = host(view)
+    index = at.stack.enter_context(KeeperIndex(at.keeper.place, at.engine))
+    client = at.join(view)
+    assert index.wait(LIMIT)
+    client.close()
+    at.join(caches(dim=16))
+    assert index.wait(LIMIT)
+    assert until(lambda: gc.collect() >= 0 and stores[0]() is None, LIMIT)
+    assert stores[1]() is not None
+
+
+def test_a_connection_retains_no_rows_of_a_session_before(host: Callable[..., Host]) -> None:
+    view = caches()
+    client = host(view).join(view)
+    link = client.link
+    assert link.session is not None
+    rows = weakref.ref(link.session.data)
+    link.lose(link.session, "of this test")
+    assert client.wait(LIMIT)
+    assert until(lambda: gc.collect() >= 0 and rows() is None, LIMIT)
+
+
+def test_an_interrupted_load_keeps_no_rows(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its client can join again: it counts no copy that never ends."""
+    view = caches()
+    at = host(view)
+    client = at.join(view)
+    blocks = client.blocks[0]
+    blocks.save(view, range(8), KEYS[:8]).synchronize(LIMIT)
+    start_copy = Requests.start_copy
+
+    def start(requests: Requests, piece: Any, issued: bool = False) -> bool:
+        begun = start_copy(requests, piece, issued)
+        signal.raise_signal(signal.SIGINT)
+        return begun
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(Requests, "start_copy", start)
+        with pytest.raises(KeyboardInterrupt):
+            blocks.load(caches(), range(8), KEYS[:8])
+    finally:
+        signal.signal(signal.SIGINT, before)
+        monkeypatch.undo()
+    assert until(lambda: at.keeper.statistics()["leases"] == 0, LIMIT)
+    assert client.wait(LIMIT)
+    target = caches()
+    loaded = blocks.load(target, range(8), KEYS[:8])
+    loaded.synchronize(LIMIT)
+    assert loaded.landed.all()
+    assert same(target, view, 8)
