@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from portakv.copy.layer_words import LayerWords
 from portakv.integrations import check_release
 from portakv.integrations.vllm_caches import (
     PoolHolder,
@@ -35,11 +36,12 @@ from portakv.integrations.vllm_handover import (
     remote_rows_of,
     share_caches,
 )
+from portakv.integrations.vllm_graphs import words_for
 from portakv.integrations.vllm_ranks import KeptIndex, WorkerStore, index_of
 from portakv.integrations.vllm_views import layer_numbers, view_across_layers
 from portakv.serving import Costs, GroupCache, Hand, Ledger, Plan, Report, measured
 from portakv.serving.handover_terms import Identity
-from portakv.serving.local import GroupView
+from portakv.serving.local import GRAPH, GroupView
 from portakv.serving.tickets import Endpoint
 
 check_release("vllm")
@@ -126,12 +128,13 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._report = Report()
             self._failed = set[int]()
             self._incomplete = set[str]()
+            self._words: LayerWords | None = None
 
     # --- for the engine and its log
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        return bool(extra_config.get("by_layer"))
+        return bool(extra_config.get("by_layer")) and extra_config["by_layer"] != GRAPH
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -296,7 +299,10 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         terms = self._settings.store
         parts = self.store.open(views, self._rank(), layers)
         caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
-        self.hand = Hand(caches, terms.deadline, terms.by_layer, self.store.handover)
+        if terms.waits_in_graphs:
+            self._words = words_for(views, terms)
+        by_layer = bool(terms.by_layer)
+        self.hand = Hand(caches, terms.deadline, by_layer, self.store.handover, self._words)
 
     def _rank(self) -> int:
         """Return the number of this worker in tensor parallelism."""
@@ -306,6 +312,12 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         handover = self.store.handover
         endpoint = None if handover is None else handover.endpoint
         return None if endpoint is None else EndpointMetadata(endpoint)
+
+    def has_connector_metadata(self) -> bool:
+        """Return whether the layers of a step call their hooks: also to capture their waits."""
+        if super().has_connector_metadata():
+            return True
+        return self._words is not None and self._words.is_captured
 
     @measured
     def handle_preemptions(self, kv_connector_metadata: PlanMetadata) -> None:

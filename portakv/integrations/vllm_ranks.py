@@ -194,7 +194,7 @@ class WorkerStore:
             return [NoBlocks(form) for form in forms]
         parts = self._open(views, number, layers or {})
         for each, part in zip(views, parts, strict=True):
-            warm_up(each.view, part.form, self._settings.store.by_layer)
+            warm_up(each.view, part.form, bool(self._settings.store.by_layer))
         return parts
 
     def _open(

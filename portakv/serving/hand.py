@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
+from portakv.copy.layer_words import LayerWords
 from portakv.errors import PortaKVError
 from portakv.graph import Mask
 from portakv.runtime.rate_limited_log import RateLimitedLog
@@ -34,8 +36,9 @@ class Ending(Protocol):
     def done(self) -> bool:
         """Return whether the copies have ended; never block."""
 
-    def wait(self) -> object:
-        """Have the current stream wait for the copies, or block until they have ended."""
+    def wait(self, stream: torch.Stream | None = None, /) -> object:
+        """Have the current stream (or ``stream``) wait for the copies, or block until they have
+        ended."""
 
 
 class Moved(Ending, Protocol):
@@ -173,6 +176,8 @@ class Hand:
         by_layer: the engine computes with the rows of a load in the step that begins it, and calls
             `layer` before each layer. It waits for pulls outside of its steps.
         handover: offers rows to other engines, and pulls theirs; None: the plans have none.
+        words: of the layers, with ``by_layer``: `layer` waits by them, so that graphs can capture
+            its calls; None: it waits for the loads of the present step.
     """
 
     def __init__(
@@ -181,11 +186,13 @@ class Hand:
         deadline: float | None = 10.0,
         by_layer: bool = False,
         handover: Handover | None = None,
+        words: LayerWords | None = None,
     ) -> None:
         self._groups = groups
         self._deadline = deadline
         self._by_layer = by_layer
         self._handover = handover
+        self._words = words
         self._waiting = list[_Work]()  # loads that the step waits for
         self._loads = dict[int, _Work]()
         self._saves = dict[int, _Work]()
@@ -233,14 +240,22 @@ class Hand:
         if self._handover is not None:
             self._handover.begin(plan.handovers)
         if not plan.loads:
+            if self._words is not None:
+                self._words.rest()
             return
         alone = plan.idle and len(plan.loads) == 1 and not self._loads and not self._by_layer
-        with StreamFence(self._groups[0].view.device).inside():
-            for job in plan.loads:
-                work = self._begun(job)
-                self._loads[job.number] = work
-                if self._by_layer:
-                    self._waiting.append(work)
+        if self._words is not None:
+            self._words.begin()
+        try:
+            with StreamFence(self._groups[0].view.device).inside():
+                for job in plan.loads:
+                    work = self._begun(job)
+                    self._loads[job.number] = work
+                    if self._by_layer:
+                        self._waiting.append(work)
+        finally:
+            if self._words is not None:
+                self._words.commit()
         if alone:
             self._order(work)
 
@@ -259,8 +274,13 @@ class Hand:
     def layer(self, number: int) -> None:
         """Let the current stream wait for a layer of the loads of this step.
 
-        ``number``: of the layer in its group.
+        A graph that is captured waits for the loads of each step that replays it, if there are
+        words. ``number``: of the layer in its group.
         """
+        if self._words is not None:
+            if self._waiting or self._words.is_captured:
+                self._words.wait(number)
+            return
         for work in self._waiting:
             for part in work.parts:
                 if number < len(part.handle.layers):
@@ -276,6 +296,8 @@ class Hand:
             for part in work.parts:
                 _wait(part.handle)
             work.waited = True
+            if self._words is not None and self._words.expired:
+                work.failed = True  # its rows came after the model had gone on
             if work.missing():
                 wrong.add(work.job.request)
         self._waiting = []
@@ -342,6 +364,8 @@ class Hand:
                 part = self._load(job, number)
                 if part is not None:
                     work.parts.append(part)
+                    if self._words is not None:
+                        self._words.follow(part.handle.layers)
         except PortaKVError as error:
             _fail([work], error)
         return work

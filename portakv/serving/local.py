@@ -10,10 +10,10 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from portakv.arguments import flag, items, nbytes, seconds, text, whole
+from portakv.arguments import flag, invalid, items, nbytes, seconds, text, whole
 from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, TransferTimeout
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
@@ -36,6 +36,8 @@ PAUSE = 0.1
 TOKENS = 64
 #: What lets several engines use a folder, for errors about one that is busy.
 SHARE = "To share it, set shared to true in each engine that uses it."
+#: The value of ``by_layer`` with which graphs capture the waits of layers.
+GRAPH: Literal["graph"] = "graph"
 #: The most changes of a store that wait for `LocalIndex.take_events`.
 EVENTS = 1 << 16
 
@@ -53,7 +55,8 @@ class StoreTerms:
         block_size: the tokens of a stored block, whose rows are then read by head and token; None:
             whole pages of the engine's blocks, as they are, of at least 64 tokens together.
         by_layer: a request computes in the step that begins its load, and each layer waits for its
-            rows; else the request waits until all have landed.
+            rows; else the request waits until all have landed. "graph": the waits are captured in
+            the engine's CUDA graphs.
         shared: the blocks are stored through a keeper, so that several engines of the host have
             one store. Each of them has this term.
         bucket: the address of an object store, as `Remote` takes it: s3://bucket/prefix, gs://,
@@ -69,7 +72,7 @@ class StoreTerms:
     staging: int = 1 << 30
     deadline: float = 10.0
     block_size: int | None = None
-    by_layer: bool = False
+    by_layer: bool | Literal["graph"] = False
     shared: bool = False
     bucket: str | None = None
     bucket_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -83,7 +86,8 @@ class StoreTerms:
         seconds("deadline", self.deadline, above=True)
         if self.block_size is not None:
             whole("block_size", self.block_size, 1)
-        flag("by_layer", self.by_layer)
+        if self.by_layer != GRAPH and not isinstance(self.by_layer, bool):
+            raise invalid("by_layer", 'True, False or "graph"', self.by_layer, "Pass one of these.")
         flag("shared", self.shared)
         if self.bucket is not None:
             check_bucket(self.bucket, self.bucket_options)
@@ -103,6 +107,11 @@ class StoreTerms:
                 "Expected a host tier, a folder for a disk tier or a bucket, got host=0 and none "
                 "of the others. Pass one of them."
             )
+
+    @property
+    def waits_in_graphs(self) -> bool:
+        """Return whether graphs capture the waits of layers."""
+        return self.by_layer == GRAPH
 
     @property
     def folders(self) -> tuple[str, ...]:

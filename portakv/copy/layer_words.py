@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wait for the layers of loads by words, which a CUDA graph can capture.
+
+A load by layer has an end for each layer. Words carry these ends to a model whose steps are replays
+of graphs: each layer of the graph waits for its words, and all replays have the same wait.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Protocol, TypeAlias
+
+import torch
+
+from portakv.errors import PortaKVError
+from portakv.runtime.devices import capturing
+from portakv.runtime.stream_words import LAST, StreamWords, words_of
+from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
+from portakv.runtime.transfer import Transfer
+
+PAUSE = 2e-4  # seconds between two looks at ends that no stream orders
+
+
+class End(Protocol):
+    """The end of a layer of a load."""
+
+    def done(self) -> bool:
+        """Return whether the layer has ended; never block."""
+
+    def wait(self, stream: torch.Stream | None = None, /) -> object:
+        """Have a stream wait for the layer, or block until it has ended."""
+
+
+#: The ends of a load that workers move, each with its layer, in the order of layers.
+Watched: TypeAlias = "deque[tuple[int, Transfer]]"
+
+
+class LayerWords:
+    """The words of the layers of a model, for loads that its steps wait for.
+
+    A step with loads calls `begin`, then `follow` for each load, then `commit`; the model calls
+    `wait` before each layer, or replays a graph that has captured these calls. A step without loads
+    calls `rest`, or nothing. All calls are those of the model's thread, except `close`.
+
+    A layer counts as there when all loads of its step have ended in it, whatever their end: landed,
+    failed, late, cancelled, or cut off from an owner that died. Who reads the rows asks the loads
+    what landed. A wait also ends after ``limit`` seconds, if the host does not raise the word by
+    then; `expired` says so, and no row of that step counts.
+
+    Args:
+        device: where the model computes; the host's threads block in `wait`.
+        layers: the number of its layers.
+        limit: seconds after which a wait ends, later than each load does.
+
+    Raises:
+        Unsupported: no graph of the device can wait for words.
+    """
+
+    def __init__(self, device: torch.device, layers: int, limit: float = 60.0) -> None:
+        self._words: StreamWords = words_of(device, layers, limit)
+        self._device = device
+        self._layers = layers
+        self._stream = None if device.type == "cpu" else own_stream(device)
+        self._number = 0
+        self._resting = True
+        self._ordered: list[list[End]] = [[] for _ in range(layers)]
+        self._begun = list[Watched]()
+        self._changing = threading.Lock()  # protects what follows, and the words of the host
+        self._left = [0] * layers  # ends that the word of a layer waits for
+        self._watched = list[Watched]()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def expired(self) -> bool:
+        """Return whether a wait of the latest step with loads reached its limit."""
+        return bool(self._number) and self._words.expired == self._number
+
+    @property
+    def is_captured(self) -> bool:
+        """Return whether the current stream of the device is captured into a graph."""
+        return capturing(self._device)
+
+    def begin(self) -> None:
+        """Begin a step with loads: lower the words, ordered behind the current stream's work.
+
+        The loads begin after this call, ordered after the current stream, so that no word is
+        raised for rows of an earlier step.
+        """
+        with self._changing:
+            self._number = self._number % LAST + 1
+            for layer in range(self._layers):
+                self._left[layer] += 1  # until `commit`
+        self._resting = False
+        self._words.need(self._number)
+
+    def follow(self, layers: Sequence[End]) -> None:
+        """Have the words of the step wait for the layers of a load."""
+        watched: Watched = deque()
+        for number, end in enumerate(layers):
+            if isinstance(end, Transfer) and not end.ordered:
+                watched.append((number, end))
+            else:
+                self._ordered[number].append(end)
+        if watched:
+            self._begun.append(watched)
+
+    def commit(self) -> None:
+        """Raise each word as soon as the layer is there of all loads of the step.
+
+        Streams write the words of copies that were issued, and a thread those of what workers move.
+        The call blocks for ends of other kinds, such as those of a keeper.
+        """
+        ordered = self._ordered
+        begun = self._begun
+        self._ordered = [[] for _ in range(self._layers)]
+        self._begun = []
+        try:
+            self._write(ordered)
+        finally:
+            with self._changing:
+                for watched in begun:
+                    for layer, _ in watched:
+                        self._left[layer] += 1
+                self._watched += begun
+                for layer in range(self._layers):
+                    self._ended(layer)
+                if self._watched and self._thread is None:
+                    self._thread = threading.Thread(
+                        target=self._watch, name="portakv-layer-words", daemon=True
+                    )
+                    self._thread.start()
+
+    def rest(self) -> None:
+        """Have later waits end immediately, until `begin`."""
+        if not self._resting:
+            self._resting = True
+            self._words.need(0)
+
+    def wait(self, layer: int) -> None:
+        """Have the current stream wait for a layer; on the host, block.
+
+        While a graph is captured, it gets the wait, for the loads of each step that replays it.
+        """
+        self._words.wait(layer)
+
+    def close(self) -> None:
+        """Raise all words for good: no wait for the host blocks any longer."""
+        with self._changing:
+            self._words.raised[:] = self._number
+
+    def _write(self, ordered: Sequence[Sequence[End]]) -> None:
+        """Have the private stream write the words of copies that streams order."""
+        number = self._number
+        if not any(ordered):
+            self._words.write(0, self._layers, number, self._stream)
+            return
+        for layer, ends in enumerate(ordered):
+            for end in ends:
+                with suppress(PortaKVError):  # it has ended, and its load says how
+                    end.wait(self._stream)
+            self._words.write(layer, 1, number, self._stream)
+
+    def _ended(self, layer: int) -> None:
+        """Note that a load has ended in a layer, under the lock."""
+        self._left[layer] -= 1
+        if not self._left[layer]:
+            self._words.raised[layer] = self._number
+
+    def _watch(self) -> None:
+        """Raise words as the ends come that no stream orders, until all have."""
+        ignore_captures_elsewhere(self._device)
+        while True:
+            with self._changing:
+                watched = [*self._watched]
+                if not watched:
+                    self._thread = None
+                    return
+            ended = [layer for each in watched for layer in self._take_ended(each)]
+            with self._changing:
+                for layer in ended:
+                    self._ended(layer)
+                self._watched = [each for each in self._watched if each]
+            if not ended:
+                time.sleep(PAUSE)
+
+    def _take_ended(self, watched: Watched) -> list[int]:
+        """Remove the first layers of a load that have ended, and return their numbers."""
+        ended = list[int]()
+        while watched and self._is_done(watched[0][1]):
+            ended.append(watched.popleft()[0])
+        return ended
+
+    def _is_done(self, end: Transfer) -> bool:
+        """Return whether a layer has ended, however it did."""
+        try:
+            return end.done()
+        except PortaKVError:
+            return True

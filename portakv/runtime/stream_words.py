@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words that say how far rows are there, for which a stream waits; also inside a CUDA graph.
+
+A wait for an event cannot be captured for a copy of a later replay. These waits can: each reads
+words whose addresses stay, and compares them with the number of the step that the stream computes.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.errors import Unsupported
+from portakv.runtime import cuda
+from portakv.runtime.devices import inside
+
+#: The numbers of words, which only rise; after the last comes 1.
+Word = np.uint32
+LAST = (1 << 32) - 1
+_HALF = 1 << 31
+PAUSE = 5e-5  # seconds between two looks of a host that waits
+
+#: ``needed`` is 0 if the step has no load. ``copied`` is written by streams behind copies that
+#: were issued before the step, ``raised`` by the host. A wait for the host has a limit, so it also
+#: ends if the host's threads hang.
+TEXT = r"""
+struct Wait {
+  const volatile unsigned* needed;
+  const volatile unsigned* copied;
+  const volatile unsigned* raised;
+  volatile unsigned* expired;
+  unsigned long long limit;
+};
+
+static bool is_before(unsigned word, unsigned needed) { return int(needed - word) > 0; }
+
+static unsigned long long now() {
+  unsigned long long ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+static void pause() { asm volatile("nanosleep.u32 200;"); }
+
+extern "C" __global__ void portakv_wait(Wait w) {
+  const unsigned needed = *w.needed;
+  if (needed == 0) return;
+  while (is_before(*w.copied, needed)) pause();
+  const unsigned long long begin = now();
+  while (is_before(*w.raised, needed)) {
+    if (*w.expired == needed) break;
+    if (now() - begin > w.limit) {
+      *w.expired = needed;
+      __threadfence_system();
+      break;
+    }
+    pause();
+  }
+  __threadfence_system();
+}
+"""
+_ARGUMENTS = struct.Struct("<5Q")
+
+
+class StreamWords(Protocol):
+    """The words of the layers of a device.
+
+    Attributes:
+        raised: uint32 ``[layers]``, which the host writes.
+    """
+
+    raised: npt.NDArray[np.uint32]
+
+    @property
+    def expired(self) -> int:
+        """Return the number of the latest step in which a wait reached its limit; 0: none did."""
+
+    def need(self, number: int) -> None:
+        """Have waits after the current stream's work wait for words of this number; 0: for none."""
+
+    def write(self, first: int, count: int, number: int, stream: torch.Stream | None) -> None:
+        """Note, behind the work of a stream, that layers were copied in a step of this number."""
+
+    def wait(self, layer: int) -> None:
+        """Have the current stream wait for a layer; a graph that is captured gets the wait."""
+
+
+def is_before(word: int, number: int) -> bool:
+    """Return whether a word has not reached a number."""
+    return 0 < (number - word) % (LAST + 1) < _HALF
+
+
+class HostWords:
+    """The words of the host, whose threads wait.
+
+    Args:
+        layers: the number of layers.
+        limit: seconds after which a wait for what the host raises ends.
+    """
+
+    def __init__(self, layers: int, limit: float) -> None:
+        self.raised = np.zeros(layers, Word)
+        self._copied = np.zeros(layers, Word)
+        self._needed = 0
+        self._limit = limit
+        self.expired = 0
+
+    def need(self, number: int) -> None:
+        """See `StreamWords`."""
+        self._needed = number
+
+    def write(self, first: int, count: int, number: int, stream: torch.Stream | None) -> None:
+        """See `StreamWords`."""
+        self._copied[first : first + count] = number
+
+    def lacks(self, layer: int) -> bool:
+        """Return whether a wait for a layer would block."""
+        needed = self._needed
+        if not needed:
+            return False
+        if is_before(int(self._copied[layer]), needed):
+            return True
+        return is_before(int(self.raised[layer]), needed) and self.expired != needed
+
+    def wait(self, layer: int) -> None:
+        """Block until a layer is there."""
+        until = time.monotonic() + self._limit
+        while self.lacks(layer):
+            if time.monotonic() > until:
+                self.expired = self._needed
+                return
+            time.sleep(PAUSE)
+
+
+#: Words of devices, never freed: a graph that was captured has their addresses.
+_kept: list[object] = []
+
+
+class CudaWords:
+    """The words of a CUDA device: what streams write lies there, what the host writes in pinned
+    memory.
+
+    Args:
+        device: the device.
+        layers: the number of layers.
+        limit: seconds after which a wait for what the host raises ends.
+
+    Raises:
+        Unsupported: no kernel can be compiled for the device.
+    """
+
+    def __init__(self, device: torch.device, layers: int, limit: float) -> None:
+        why = why_not(device)
+        if why is not None:
+            raise Unsupported(f"A wait inside a graph on {device}", why)
+        with torch.inference_mode(False), inside(device):
+            host = torch.zeros(layers + 1, dtype=torch.int32, device="cpu").pin_memory()
+            there = torch.zeros(layers + 1, dtype=torch.int32, device=device)
+            torch.accelerator.current_stream(device.index).synchronize()
+        _kept.append((host, there))
+        words = host.numpy().view(Word)
+        self.raised = words[:layers]
+        self._expired = words[layers:]
+        self._device = device
+        self._layers = layers
+        self._limit = round(limit * 1e9)
+        self._there = there.data_ptr()
+        self._host = host.data_ptr()
+        kernels = cuda.load(TEXT, ["portakv_wait"], device)
+        self._kernel = kernels["portakv_wait"], cuda.Launcher(device, 1)
+        self._arguments = cuda.Arguments(_ARGUMENTS.size, device)
+
+    @property
+    def expired(self) -> int:
+        """See `StreamWords`."""
+        return int(self._expired[0])
+
+    def need(self, number: int) -> None:
+        """See `StreamWords`."""
+        self._set(self._layers, 1, number, None)
+
+    def write(self, first: int, count: int, number: int, stream: torch.Stream | None) -> None:
+        """See `StreamWords`."""
+        self._set(first, count, number, stream)
+
+    def wait(self, layer: int) -> None:
+        """See `StreamWords`."""
+        there = self._there
+        needed = there + 4 * self._layers
+        expired = self._host + 4 * self._layers
+        words = needed, there + 4 * layer, self._host + 4 * layer, expired
+        _ARGUMENTS.pack_into(self._arguments.buffer, 0, *words, self._limit)
+        function, launch = self._kernel
+        launch(function, 1, self._arguments.address, None)
+
+    def _set(self, first: int, count: int, number: int, stream: torch.Stream | None) -> None:
+        """Write words of the device behind the work of a stream; None: of the current one."""
+        with inside(self._device):
+            handle = cuda.raw(stream, self._device.index)
+            error = _memset()(self._there + 4 * first, number, count, handle)
+        if error:
+            name = cuda.error_name(error, cuda.library())
+            raise cuda.refused(name, "A write of words by a stream")
+
+
+def _memset() -> Any:
+    """Return the driver's function that writes words of four bytes, ordered on a stream."""
+    import ctypes
+
+    types = ctypes.c_uint64, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
+    return cuda.function(cuda.library(), "cuMemsetD32Async", *types)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Return why no graph of a device can wait for words, as a phrase; None if it can."""
+    return cuda.why_not(device) or cuda.device_too_old(device)
+
+
+def words_of(device: torch.device, layers: int, limit: float) -> StreamWords:
+    """Return words for the layers of a device or of the host.
+
+    Raises:
+        Unsupported: no kernel can be compiled for the device.
+    """
+    if device.type == "cpu":
+        return HostWords(layers, limit)
+    return CudaWords(device, layers, limit)

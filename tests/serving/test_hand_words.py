@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hand whose layers wait by words: loads that land, fail, are late or never raise a word."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from support.hand_worker import LAYOUT
+from support.migrate_channels import until
+from support.serving_model import NOTHING
+from support.storage_cases import FakeTier
+
+from portakv import KVView
+from portakv.copy.layer_words import LayerWords
+from portakv.runtime.stream_words import HostWords
+from portakv.serving import GroupCache, Hand, Job, Plan, Report
+from portakv.storage import BlockForm, BlockStore, prefix_keys
+
+LAYERS = 3
+LIMIT = 30.0
+HOST = torch.device("cpu")
+KEYS = prefix_keys(range(16), 8)
+LOAD = Plan(loads=(Job(7, "a", tuple(KEYS), 0, None, ((3, 1),)),))
+
+
+def caches(fill: int) -> tuple[list[torch.Tensor], KVView]:
+    layers = [torch.full((4, 2, 8, 1, 1), fill + at, dtype=torch.int64) for at in range(LAYERS)]
+    return layers, KVView(layers, LAYOUT)
+
+
+class Case(NamedTuple):
+    store: BlockStore
+    tier: FakeTier
+    layers: list[torch.Tensor]
+    view: KVView
+
+    def hand(self, words: LayerWords, deadline: float = LIMIT) -> Hand:
+        return Hand([GroupCache(self.view, self.store)], deadline, by_layer=True, words=words)
+
+
+@pytest.fixture
+def case() -> Iterator[Case]:
+    """Two blocks in a tier that a worker reads, rows ``10 + layer``."""
+    _, full = caches(10)
+    tier = FakeTier()
+    form = BlockForm.of(full, "model", block_size=8)
+    with BlockStore(form, staging=1 << 16, tiers=[tier]) as store:
+        store.save(full, [0, 1], KEYS).synchronize(LIMIT)
+        assert until(lambda: len(tier.blocks) == 2)
+        yield Case(store, tier, *caches(NOTHING))
+
+
+class Model(threading.Thread):
+    """A model that computes as a replayed graph does: without any call of a hand."""
+
+    def __init__(self, words: LayerWords, layers: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.words = words
+        self.layers = layers
+        self.seen = list[set[int]]()
+        self.start()
+
+    def run(self) -> None:
+        for number, layer in enumerate(self.layers):
+            self.words.wait(number)
+            self.seen.append(set(layer[[3, 1]].flatten().tolist()))
+
+
+def ended(hand: Hand) -> tuple[Report, set[int]]:
+    """Return the report of a step and the blocks without rows."""
+    hand.save(Plan())
+    report = hand.report()
+    return report, hand.ended().failed[0]
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_a_model_computes_with_the_rows_of_its_step(case: Case, guard: bool) -> None:
+    """Without waits it reads what was there before."""
+    words = LayerWords(HOST, LAYERS, LIMIT)
+    hand = case.hand(words)
+    read = threading.Event()
+    for key in KEYS:
+        case.tier.faults[key] = [lambda: read.wait(LIMIT)]
+    hand.load(LOAD)
+    if not guard:
+        words.rest()
+    model = Model(words, case.layers)
+    if not guard:
+        model.join(LIMIT)
+    read.set()
+    model.join(LIMIT)
+    report, failed = ended(hand)
+    assert report.loaded == {7: frozenset()}
+    assert failed == set()
+    right = [{10 + at} for at in range(LAYERS)]
+    assert (model.seen == right) is guard
+
+
+def test_rows_of_host_memory_are_there_at_once(case: Case) -> None:
+    _, full = caches(10)
+    form = BlockForm.of(full, "model", block_size=8)
+    with BlockStore(form, staging=1 << 16, host=1 << 16) as store:
+        store.save(full, [0, 1], KEYS).synchronize(LIMIT)
+        words = LayerWords(HOST, LAYERS, LIMIT)
+        hand = case._replace(store=store).hand(words)
+        hand.load(LOAD)
+        model = Model(words, case.layers)
+        model.join(LIMIT)
+        assert ended(hand) == (Report(loaded={7: frozenset()}, ends={7: 1}), set())
+    assert model.seen == [{10 + at} for at in range(LAYERS)]
+
+
+def test_a_load_that_fails_lets_the_model_go_on(case: Case) -> None:
+    words = LayerWords(HOST, LAYERS, LIMIT)
+    hand = case.hand(words)
+    case.tier.faults[KEYS[1]] = ["error"] * LAYERS
+    hand.load(LOAD)
+    model = Model(words, case.layers)
+    model.join(LIMIT)
+    assert not model.is_alive()
+    assert not words.expired
+    report, failed = ended(hand)
+    assert report.loaded == {7: frozenset([1])}
+    assert failed == {1}
+
+
+def test_a_load_past_its_deadline_lets_the_model_go_on(case: Case) -> None:
+    """The tier hangs; the load gives up, and nobody else looks at it."""
+    words = LayerWords(HOST, LAYERS, LIMIT)
+    hand = case.hand(words, deadline=0.05)
+    hang = threading.Event()
+    for key in KEYS:
+        case.tier.faults[key] = [lambda: hang.wait(LIMIT)]
+    hand.load(LOAD)
+    model = Model(words, case.layers)
+    model.join(LIMIT)
+    assert not model.is_alive()
+    assert not words.expired
+    report, failed = ended(hand)
+    hang.set()
+    assert report.loaded == {7: frozenset([0, 1])}
+    assert failed == {3, 1}
+
+
+class Lazy(LayerWords):
+    """Words that no thread raises, as if the host hung."""
+
+    def _watch(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_rows_after_a_wait_that_ended_by_its_limit_do_not_count(case: Case, guard: bool) -> None:
+    """The load lands later, and the model has computed with what was there before."""
+    words = Lazy(HOST, LAYERS, 1e-3)
+    hand = case.hand(words)
+    hand.load(LOAD)
+    model = Model(words, case.layers)
+    model.join(LIMIT)
+    assert words.expired
+    if not guard:
+        own = words._words
+        assert isinstance(own, HostWords)
+        own.expired = 0
+    report, failed = ended(hand)
+    assert (report.loaded == {7: frozenset([0, 1])}) is guard
+    assert (failed == {3, 1}) is guard
+
+
+def test_steps_without_loads_wait_for_nothing(case: Case) -> None:
+    """Also after a step whose words nobody raised."""
+    words = Lazy(HOST, LAYERS, LIMIT)
+    hand = case.hand(words)
+    hand.load(LOAD)
+    hand.save(Plan())
+    hand.load(Plan())
+    own = words._words
+    assert isinstance(own, HostWords)
+    assert not any(own.lacks(layer) for layer in range(LAYERS))
+    for layer in range(LAYERS):
+        hand.layer(layer)
