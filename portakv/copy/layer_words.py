@@ -66,6 +66,7 @@ class LayerWords:
         self._layers = layers
         self._stream = None if device.type == "cpu" else own_stream(device)
         self._number = 0
+        self._cut = 0  # the step whose words `close` raised
         self._resting = True
         self._ordered: list[list[End]] = [[] for _ in range(layers)]
         self._begun = list[Watched]()
@@ -76,8 +77,10 @@ class LayerWords:
 
     @property
     def expired(self) -> bool:
-        """Return whether a wait of the latest step with loads reached its limit."""
-        return bool(self._number) and self._words.expired == self._number
+        """Return whether a wait of the latest step with loads may have ended before its rows came:
+        it reached its limit, or words were closed."""
+        number = self._number
+        return bool(number) and number in (self._words.expired, self._cut)
 
     @property
     def is_captured(self) -> bool:
@@ -128,7 +131,8 @@ class LayerWords:
                 self._watched += begun
                 for layer in range(self._layers):
                     self._ended(layer)
-                if self._watched and self._thread is None:
+                thread = self._thread
+                if self._watched and (thread is None or not thread.is_alive()):
                     self._thread = threading.Thread(
                         target=self._watch, name="portakv-layer-words", daemon=True
                     )
@@ -148,8 +152,10 @@ class LayerWords:
         self._words.wait(layer)
 
     def close(self) -> None:
-        """Raise all words for good: no wait for the host blocks any longer."""
+        """Raise all words of the present step, whatever its loads do."""
         with self._changing:
+            if any(self._left):
+                self._cut = self._number
             self._words.raised[:] = self._number
 
     def _write(self, ordered: Sequence[Sequence[End]]) -> None:
@@ -198,5 +204,5 @@ class LayerWords:
         """Return whether a layer has ended, however it did."""
         try:
             return end.done()
-        except PortaKVError:
+        except Exception:  # also an error of the driver: nothing will land
             return True

@@ -49,6 +49,7 @@ OPTIONAL_HOOKS = {
     f"{BASE}:KVConnectorBase_V1.take_events": "KV events",
     f"{BASE}:KVConnectorBase_V1.has_pending_block_frees": "waiting for blocks before a preemption",
     f"{BASE}:KVConnectorBase_V1.requires_piecewise_for_cudagraph": "by_layer with CUDA graphs",
+    f"{BASE}:KVConnectorBase_V1.has_connector_metadata": 'by_layer "graph"',
 }
 #: Hooks without which the connector does not work.
 HOOKS = (

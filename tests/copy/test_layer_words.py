@@ -222,8 +222,17 @@ def test_a_wait_that_the_host_never_raises_ends_at_its_limit() -> None:
     words.step(ends(held_layers()))
     assert not words.expired
     assert words.lacking == [0, 1, 2]
+
+
+def test_closing_raises_all_words_and_says_so() -> None:
+    words = Words()
+    words.step([Transfer()] * LAYERS)
+    words.close()
+    assert not words.expired
+    words.step(ends(held_layers()))
     words.close()
     assert words.lacking == []
+    assert words.expired
 
 
 def test_numbers_begin_anew_after_the_last_one() -> None:

@@ -43,6 +43,9 @@ class KVConnectorBase_V1:
     def bind_connector_metadata(self, metadata):
         self._connector_metadata = metadata
 
+    def has_connector_metadata(self):
+        return self._connector_metadata is not None
+
     def _get_connector_metadata(self):
         return self._connector_metadata
 
