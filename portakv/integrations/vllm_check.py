@@ -150,7 +150,10 @@ def _check_handing(handing: Handing, findings: Findings) -> None:
 def _who_stores(terms: StoreTerms) -> str:
     """Return which engines the terms serve."""
     if terms.by_layer:
-        return "by_layer serves engines with one worker, without tensor parallelism."
+        one = "by_layer serves engines with one worker, without tensor parallelism"
+        if terms.waits_in_graphs:
+            return f"{one}. CUDA graphs capture the waits of layers, which needs portakv[cuda]."
+        return f"{one}; vLLM uses piecewise CUDA graphs."
     if terms.shared:
         return "Engines of this host with the same folder and shared share one store."
     return (

@@ -104,8 +104,9 @@ def test_a_lease_that_ends_before_a_pull_is_warned_of() -> None:
         ({}, "has its store alone, unless shared is true"),
         ({"shared": True}, "with the same folder and shared share one store"),
         ({"by_layer": True}, "by_layer serves engines with one worker"),
+        ({"by_layer": "graph"}, "CUDA graphs capture the waits of layers"),
     ],
-    ids=["alone", "shared", "by layer"],
+    ids=["alone", "shared", "by layer", "in graphs"],
 )
 def test_who_shares_a_store_is_noted(terms: dict[str, Any], says: str, tmp_path: Path) -> None:
     found = findings_of(right(folder=str(tmp_path / "kv"), **terms))

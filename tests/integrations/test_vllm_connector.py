@@ -31,6 +31,7 @@ from portakv.integrations.vllm_caches import (
     warn_of_policy,
     whole_blocks,
 )
+from portakv.integrations.vllm_graphs import words_for
 from portakv.integrations.vllm_handover import (
     identity_of,
     is_wanted,
@@ -51,7 +52,7 @@ from portakv.integrations.vllm_views import (
 )
 from portakv.serving import Group, Ledger
 from portakv.serving.handover_terms import HandoverTerms, RemoteRows
-from portakv.serving.local import LocalIndex, StoreTerms
+from portakv.serving.local import GroupView, LocalIndex, StoreTerms
 from portakv.serving.no_store import NoStore
 from portakv.storage import prefix_keys
 from portakv.view import KVView
@@ -78,6 +79,39 @@ def test_walks_through_the_hooks_of_an_engine(
     counts = ast.literal_eval(done.stdout)
     assert counts["saves"] > 2 * walks
     assert counts["landed_blocks"] > least
+
+
+def test_layers_of_graphs_wait_by_words(tmp_path: Path) -> None:
+    """No piecewise graphs then; the hooks of layers are called while graphs are captured alone."""
+    write_vllm(tmp_path)
+    paths = [str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "support.vllm_graph_hooks", str(tmp_path / "store")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "waits by words": True,
+        "metadata": [False, False],
+        "piecewise": [False, True, False],
+        "seen": [[0], [1], [2]],
+    }
+
+
+def test_a_device_without_waits_in_graphs_is_named() -> None:
+    view: Any = SimpleNamespace(device=torch.device("meta"), layers=2)
+    with pytest.raises(IntegrationError, match=r'for by_layer "graph": .*Pass true'):
+        words_for([GroupView(view)], StoreTerms(host=1 << 20, by_layer="graph"))
+
+
+def test_values_of_by_layer() -> None:
+    assert not StoreTerms(by_layer=True).waits_in_graphs
+    with pytest.raises(InvalidTerms, match='True, False or "graph", got'):
+        StoreTerms.of({"by_layer": "graphs"})
 
 
 @pytest.fixture

@@ -420,12 +420,14 @@ def test_windows_slide_while_rows_are_read(
     assert (tokens == [each.tokens for each in hybrid_own[1:]]) is guard
 
 
+@pytest.mark.parametrize("by_layer", [True, "graph"], ids=["piecewise", "in graphs"])
 def test_loads_by_layer(
-    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named
+    model: Path, own: tuple[Answer, Answer], tmp_path: Path, case: Named, by_layer: bool | str
 ) -> None:
     """A step computes with rows that land during it; those that do not land are computed anew."""
-    case("loads by layer, then with flipped bits")
-    store = {**terms(tmp_path / "store", 0), "by_layer": True}
+    waits = ", waits by words" if by_layer == "graph" else ""
+    case(f"loads by layer, then with flipped bits{waits}")
+    store = {**terms(tmp_path / "store", 0), "by_layer": by_layer}
 
     def work() -> tuple[list[Answer], list[dict[str, int]]]:
         engine = Engine(model, store)
