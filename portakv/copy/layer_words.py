@@ -63,7 +63,6 @@ class LayerWords:
     def __init__(self, device: torch.device, layers: int, limit: float = 60.0) -> None:
         self._words: StreamWords = words_of(device, layers, limit)
         self._device = device
-        self._layers = layers
         self._stream = None if device.type == "cpu" else own_stream(device)
         self._number = 0
         self._cut = 0  # the step whose words `close` raised
@@ -95,7 +94,7 @@ class LayerWords:
         """
         with self._changing:
             self._number = self._number % LAST + 1
-            for layer in range(self._layers):
+            for layer in range(len(self._left)):
                 self._left[layer] += 1  # until `commit`
         self._resting = False
         self._words.need(self._number)
@@ -119,7 +118,7 @@ class LayerWords:
         """
         ordered = self._ordered
         begun = self._begun
-        self._ordered = [[] for _ in range(self._layers)]
+        self._ordered = [[] for _ in range(len(self._left))]
         self._begun = []
         try:
             self._write(ordered)
@@ -129,7 +128,7 @@ class LayerWords:
                     for layer, _ in watched:
                         self._left[layer] += 1
                 self._watched += begun
-                for layer in range(self._layers):
+                for layer in range(len(self._left)):
                     self._ended(layer)
                 thread = self._thread
                 if self._watched and (thread is None or not thread.is_alive()):
@@ -162,7 +161,7 @@ class LayerWords:
         """Have the private stream write the words of copies that streams order."""
         number = self._number
         if not any(ordered):
-            self._words.write(0, self._layers, number, self._stream)
+            self._words.write(0, len(ordered), number, self._stream)
             return
         for layer, ends in enumerate(ordered):
             for end in ends:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from portakv.copy.layer_words import LayerWords
 from portakv.integrations import check_release
 from portakv.integrations.vllm_caches import (
     PoolHolder,
@@ -36,7 +35,6 @@ from portakv.integrations.vllm_handover import (
     remote_rows_of,
     share_caches,
 )
-from portakv.integrations.vllm_graphs import words_for
 from portakv.integrations.vllm_ranks import KeptIndex, WorkerStore, index_of
 from portakv.integrations.vllm_views import layer_numbers, view_across_layers
 from portakv.serving import Costs, GroupCache, Hand, Ledger, Plan, Report, measured
@@ -128,7 +126,6 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._report = Report()
             self._failed = set[int]()
             self._incomplete = set[str]()
-            self._words: LayerWords | None = None
 
     # --- for the engine and its log
 
@@ -299,10 +296,9 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         terms = self._settings.store
         parts = self.store.open(views, self._rank(), layers)
         caches = [GroupCache(each.view, part) for each, part in zip(views, parts, strict=True)]
-        if terms.waits_in_graphs:
-            self._words = words_for(views, terms)
         by_layer = bool(terms.by_layer)
-        self.hand = Hand(caches, terms.deadline, by_layer, self.store.handover, self._words)
+        words = self.store.graphs.words
+        self.hand = Hand(caches, terms.deadline, by_layer, self.store.handover, words)
 
     def _rank(self) -> int:
         """Return the number of this worker in tensor parallelism."""
@@ -315,9 +311,7 @@ class PortaKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def has_connector_metadata(self) -> bool:
         """Return whether the layers of a step call their hooks: also to capture their waits."""
-        if super().has_connector_metadata():
-            return True
-        return self._words is not None and self._words.is_captured
+        return bool(super().has_connector_metadata()) or self.store.graphs.are_captured
 
     @measured
     def handle_preemptions(self, kv_connector_metadata: PlanMetadata) -> None:

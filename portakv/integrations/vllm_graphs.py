@@ -16,17 +16,34 @@ LATER = 5.0
 LONGER = 2.0
 
 
-def words_for(views: Sequence[GroupView], terms: StoreTerms) -> LayerWords:
-    """Return the words of a worker's layers, which its graphs wait for.
+class GraphWaits:
+    """The waits of a worker's graphs.
 
-    Raises:
-        IntegrationError: no graph of the device can wait for words.
+    Attributes:
+        words: of the layers that they wait for; None: not open, or they wait for none.
     """
-    view = views[0].view
-    try:
-        return LayerWords(view.device, view.layers, LONGER * terms.deadline + LATER)
-    except Unsupported as error:
-        raise IntegrationError(
-            f'Expected a device whose graphs can wait for layers, for by_layer "graph": {error} '
-            f"Pass true, with which vLLM uses piecewise graphs."
-        ) from error
+
+    def __init__(self) -> None:
+        self.words: LayerWords | None = None
+
+    def open(self, views: Sequence[GroupView], terms: StoreTerms) -> None:
+        """Make the words, if the terms say that graphs wait.
+
+        Raises:
+            IntegrationError: no graph of the device can wait for words.
+        """
+        if not terms.waits_in_graphs:
+            return
+        view = views[0].view
+        try:
+            self.words = LayerWords(view.device, view.layers, LONGER * terms.deadline + LATER)
+        except Unsupported as error:
+            raise IntegrationError(
+                f'Expected a device whose graphs can wait for layers, for by_layer "graph": '
+                f"{error} Pass true, with which vLLM uses piecewise graphs."
+            ) from error
+
+    @property
+    def are_captured(self) -> bool:
+        """Return whether a graph with waits is captured at the moment."""
+        return self.words is not None and self.words.is_captured

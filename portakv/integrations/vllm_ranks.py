@@ -11,6 +11,7 @@ import torch
 
 from portakv.integrations import IntegrationError
 from portakv.integrations.vllm_caches import Settings
+from portakv.integrations.vllm_graphs import GraphWaits
 from portakv.integrations.vllm_handover import worker_numbers
 from portakv.integrations.vllm_views import BY_HEAD, HANDED, kernels_of, views_of
 from portakv.migrate import Shard
@@ -160,6 +161,7 @@ class WorkerStore:
 
     Attributes:
         handover: offers rows to other engines, and pulls theirs; None: not open.
+        graphs: the waits of the worker's CUDA graphs.
     """
 
     def __init__(self, settings: Settings, config: Any) -> None:
@@ -167,6 +169,7 @@ class WorkerStore:
         self._config = config
         self._opened: LocalIndex | KeeperClient | None = None
         self.handover: Handover | None = None
+        self.graphs = GraphWaits()
 
     def views(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> list[GroupView]:
         """Return a view of each group's layers; see `read_views`."""
@@ -186,9 +189,11 @@ class WorkerStore:
                 views have all layers of the model.
 
         Raises:
-            IntegrationError, InvalidTerms: caches that are no part of whole blocks.
+            IntegrationError, InvalidTerms: caches that are no part of whole blocks; a device whose
+                graphs cannot wait, if they are to.
             StoreError, StoreBusy: as `LocalIndex.open`.
         """
+        self.graphs.open(views, self._settings.store)
         if not self._settings.stores:
             forms = forms_of(views, self._settings.model, None)
             return [NoBlocks(form) for form in forms]

@@ -6,11 +6,11 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 from support.migrate_channels import until
+from support.word_cases import LAYERS, LIMIT, Words
 
 from portakv.copy.layer_words import LayerWords
 from portakv.errors import (
@@ -20,12 +20,9 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.runtime.stream_words import LAST, HostWords, is_before
+from portakv.runtime.stream_words import LAST, is_before
 from portakv.runtime.transfer import Completion, Transfer
 
-LAYERS = 3
-LIMIT = 30.0
-HOST = torch.device("cpu")
 ERRORS = [TransferError, TransferCancelled, TransferTimeout]
 
 
@@ -47,30 +44,6 @@ class Held:
 
 def ends(held: Sequence[Held]) -> list[Transfer]:
     return [Transfer([Completion(pendings=(each,))]) for each in held]
-
-
-class Words(LayerWords):
-    """Words of the host, and which layers they hold back."""
-
-    def __init__(self, limit: float = LIMIT) -> None:
-        super().__init__(HOST, LAYERS, limit)
-
-    @property
-    def lacking(self) -> list[int]:
-        words = self._words
-        assert isinstance(words, HostWords)
-        return [layer for layer in range(LAYERS) if words.lacks(layer)]
-
-    @property
-    def quiet(self) -> bool:
-        """Return whether all ends were seen."""
-        return self._thread is None
-
-    def step(self, *loads: Sequence[Any]) -> None:
-        self.begin()
-        for layers in loads:
-            self.follow(layers)
-        self.commit()
 
 
 def held_layers() -> list[Held]:
@@ -127,7 +100,8 @@ def test_an_end_of_another_kind_is_waited_for() -> None:
 
 def test_a_layer_waits_for_all_loads_of_its_step() -> None:
     words = Words()
-    first, second = held_layers(), held_layers()
+    first = held_layers()
+    second = held_layers()
     words.step(ends(first), ends(second), [Transfer()] * LAYERS)
     for each in (*first, second[0]):
         each.ended = True
@@ -150,17 +124,23 @@ def test_words_stay_down_until_all_loads_are_followed() -> None:
 
 def test_a_late_end_of_an_earlier_step_raises_no_word_of_a_later_one() -> None:
     words = Words()
-    early, late = held_layers(), held_layers()
+    early = held_layers()
+    late = held_layers()
     words.step(ends(early))
     words.step(ends(late))
     for each in early:
         each.ended = True
-    assert until(lambda: len(words._watched) == 1)
+    assert until(lambda: words.watched == 1)
     assert words.lacking == [0, 1, 2]
     for each in late:
         each.ended = True
     assert until(lambda: words.quiet)
     assert words.lacking == []
+
+
+def wait_for_all(words: Words) -> None:
+    for layer in range(LAYERS):
+        words.wait(layer)
 
 
 class Believing(Words):
@@ -188,7 +168,7 @@ def test_an_end_by_an_error_raises_words(guard: bool, error: type[PortaKVError])
     words = Words() if guard else Believing()
     held = held_layers()
     words.step(ends(held))
-    waiting = threading.Thread(target=lambda: [words.wait(layer) for layer in range(LAYERS)])
+    waiting = threading.Thread(target=wait_for_all, args=[words])
     waiting.start()
     for each in held:
         each.error = error("it ended")
@@ -242,9 +222,7 @@ def test_numbers_begin_anew_after_the_last_one() -> None:
     assert is_before(LAST, 1)
     assert not is_before(1, LAST)
     words = Words()
-    words._number = LAST - 1
-    words._words.raised[:] = LAST - 1
-    words._words.write(0, LAYERS, LAST - 1, None)
+    words.count_from(LAST - 1)
     for _ in range(4):  # the first of them has the last number
         held = held_layers()
         words.step(ends(held))

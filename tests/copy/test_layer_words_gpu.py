@@ -36,7 +36,7 @@ class Model:
                 self.words.wait(layer)
                 self.seen[layer].copy_(self.rows[layer])
         assert not self.words.is_captured
-        self.end = torch.cuda.Event()
+        self.end: torch.cuda.Event = torch.cuda.Event()
         self.rows[0].fill_(0)  # no kernel is loaded while a replay waits
         settle(DEVICE)
 

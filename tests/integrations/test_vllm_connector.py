@@ -31,7 +31,7 @@ from portakv.integrations.vllm_caches import (
     warn_of_policy,
     whole_blocks,
 )
-from portakv.integrations.vllm_graphs import words_for
+from portakv.integrations.vllm_graphs import GraphWaits
 from portakv.integrations.vllm_handover import (
     identity_of,
     is_wanted,
@@ -105,7 +105,7 @@ def test_layers_of_graphs_wait_by_words(tmp_path: Path) -> None:
 def test_a_device_without_waits_in_graphs_is_named() -> None:
     view: Any = SimpleNamespace(device=torch.device("meta"), layers=2)
     with pytest.raises(IntegrationError, match=r'for by_layer "graph": .*Pass true'):
-        words_for([GroupView(view)], StoreTerms(host=1 << 20, by_layer="graph"))
+        GraphWaits().open([GroupView(view)], StoreTerms(host=1 << 20, by_layer="graph"))
 
 
 def test_values_of_by_layer() -> None:

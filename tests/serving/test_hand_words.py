@@ -13,16 +13,13 @@ from support.hand_worker import LAYOUT
 from support.migrate_channels import until
 from support.serving_model import NOTHING
 from support.storage_cases import FakeTier
+from support.word_cases import LAYERS, LIMIT, Lazy, Words
 
 from portakv import KVView
 from portakv.copy.layer_words import LayerWords
-from portakv.runtime.stream_words import HostWords
 from portakv.serving import GroupCache, Hand, Job, Plan, Report
 from portakv.storage import BlockForm, BlockStore, prefix_keys
 
-LAYERS = 3
-LIMIT = 30.0
-HOST = torch.device("cpu")
 KEYS = prefix_keys(range(16), 8)
 LOAD = Plan(loads=(Job(7, "a", tuple(KEYS), 0, None, ((3, 1),)),))
 
@@ -80,7 +77,7 @@ def ended(hand: Hand) -> tuple[Report, set[int]]:
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_a_model_computes_with_the_rows_of_its_step(case: Case, guard: bool) -> None:
     """Without waits it reads what was there before."""
-    words = LayerWords(HOST, LAYERS, LIMIT)
+    words = Words()
     hand = case.hand(words)
     read = threading.Event()
     for key in KEYS:
@@ -105,7 +102,7 @@ def test_rows_of_host_memory_are_there_at_once(case: Case) -> None:
     form = BlockForm.of(full, "model", block_size=8)
     with BlockStore(form, staging=1 << 16, host=1 << 16) as store:
         store.save(full, [0, 1], KEYS).synchronize(LIMIT)
-        words = LayerWords(HOST, LAYERS, LIMIT)
+        words = Words()
         hand = case._replace(store=store).hand(words)
         hand.load(LOAD)
         model = Model(words, case.layers)
@@ -115,7 +112,7 @@ def test_rows_of_host_memory_are_there_at_once(case: Case) -> None:
 
 
 def test_a_load_that_fails_lets_the_model_go_on(case: Case) -> None:
-    words = LayerWords(HOST, LAYERS, LIMIT)
+    words = Words()
     hand = case.hand(words)
     case.tier.faults[KEYS[1]] = ["error"] * LAYERS
     hand.load(LOAD)
@@ -130,7 +127,7 @@ def test_a_load_that_fails_lets_the_model_go_on(case: Case) -> None:
 
 def test_a_load_past_its_deadline_lets_the_model_go_on(case: Case) -> None:
     """The tier hangs; the load gives up, and nobody else looks at it."""
-    words = LayerWords(HOST, LAYERS, LIMIT)
+    words = Words()
     hand = case.hand(words, deadline=0.05)
     hang = threading.Event()
     for key in KEYS:
@@ -146,26 +143,17 @@ def test_a_load_past_its_deadline_lets_the_model_go_on(case: Case) -> None:
     assert failed == {3, 1}
 
 
-class Lazy(LayerWords):
-    """Words that no thread raises, as if the host hung."""
-
-    def _watch(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
 def test_rows_after_a_wait_that_ended_by_its_limit_do_not_count(case: Case, guard: bool) -> None:
     """The load lands later, and the model has computed with what was there before."""
-    words = Lazy(HOST, LAYERS, 1e-3)
+    words = Lazy(1e-3)
     hand = case.hand(words)
     hand.load(LOAD)
     model = Model(words, case.layers)
     model.join(LIMIT)
     assert words.expired
     if not guard:
-        own = words._words
-        assert isinstance(own, HostWords)
-        own.expired = 0
+        words.host.expired = 0
     report, failed = ended(hand)
     assert (report.loaded == {7: frozenset([0, 1])}) is guard
     assert (failed == {3, 1}) is guard
@@ -173,13 +161,11 @@ def test_rows_after_a_wait_that_ended_by_its_limit_do_not_count(case: Case, guar
 
 def test_steps_without_loads_wait_for_nothing(case: Case) -> None:
     """Also after a step whose words nobody raised."""
-    words = Lazy(HOST, LAYERS, LIMIT)
+    words = Lazy()
     hand = case.hand(words)
     hand.load(LOAD)
     hand.save(Plan())
     hand.load(Plan())
-    own = words._words
-    assert isinstance(own, HostWords)
-    assert not any(own.lacks(layer) for layer in range(LAYERS))
+    assert words.lacking == []
     for layer in range(LAYERS):
         hand.layer(layer)
