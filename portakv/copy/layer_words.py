@@ -44,12 +44,14 @@ class LayerWords:
 
     A step with loads calls `begin`, then `follow` for each load, then `commit`; the model calls
     `wait` before each layer, or replays a graph that has captured these calls. A step without loads
-    calls `rest`, or nothing. All calls are those of the model's thread, except `close`.
+    calls `rest`, or nothing. All calls are those of the model's thread, except `close`; another
+    thread may issue the loads, and call `follow`, `issued` and `commit`, if it has done so before
+    the next step.
 
     A layer counts as there when all loads of its step have ended in it, whatever their end: landed,
     failed, late, cancelled, or cut off from an owner that died. Who reads the rows asks the loads
-    what landed. A wait also ends after ``limit`` seconds, if the host does not raise the word by
-    then; `expired` says so, and no row of that step counts.
+    what landed. A wait also ends after ``limit`` seconds; `expired` says so, and no row of that
+    step counts.
 
     Args:
         device: where the model computes; the host's threads block in `wait`.
@@ -68,7 +70,7 @@ class LayerWords:
         self._cut = 0  # the step whose words `close` raised
         self._resting = True
         self._ordered: list[list[End]] = [[] for _ in range(layers)]
-        self._begun = list[Watched]()
+        self._open = [False] * layers  # no word of the step was written
         self._changing = threading.Lock()  # protects what follows, and the words of the host
         self._left = [0] * layers  # ends that the word of a layer waits for
         self._watched = list[Watched]()
@@ -95,20 +97,35 @@ class LayerWords:
         with self._changing:
             self._number = self._number % LAST + 1
             for layer in range(len(self._left)):
-                self._left[layer] += 1  # until `commit`
+                self._left[layer] += 1  # until it is closed
+        self._open = [True] * len(self._open)
         self._resting = False
         self._words.need(self._number)
 
     def follow(self, layers: Sequence[End]) -> None:
-        """Have the words of the step wait for the layers of a load."""
+        """Have the words of the step wait for the layers of a load, except those that `issued` has
+        written."""
         watched: Watched = deque()
         for number, end in enumerate(layers):
+            if not self._open[number]:
+                continue
             if isinstance(end, Transfer) and not end.ordered:
                 watched.append((number, end))
             else:
                 self._ordered[number].append(end)
         if watched:
-            self._begun.append(watched)
+            with self._changing:
+                for number, _ in watched:
+                    self._left[number] += 1
+                self._watched.append(watched)
+
+    def issued(self, number: int, end: Transfer) -> None:
+        """Raise the word of a layer behind the copies of the last load of a step, and behind the
+        loads that are followed; later layers may not be issued yet."""
+        if self._open[number] and end.ordered:
+            self._ordered[number].append(end)
+            self._write(number)
+            self._close([number])
 
     def commit(self) -> None:
         """Raise each word as soon as the layer is there of all loads of the step.
@@ -116,26 +133,17 @@ class LayerWords:
         Streams write the words of copies that were issued, and a thread those of what workers move.
         The call blocks for ends of other kinds, such as those of a keeper.
         """
-        ordered = self._ordered
-        begun = self._begun
-        self._ordered = [[] for _ in range(len(self._left))]
-        self._begun = []
+        left = [number for number, is_open in enumerate(self._open) if is_open]
         try:
-            self._write(ordered)
+            if len(left) == len(self._open) and not any(self._ordered):
+                self._words.write(0, len(left), self._number, self._stream)
+            else:
+                for number in left:
+                    self._write(number)
         finally:
-            with self._changing:
-                for watched in begun:
-                    for layer, _ in watched:
-                        self._left[layer] += 1
-                self._watched += begun
-                for layer in range(len(self._left)):
-                    self._ended(layer)
-                thread = self._thread
-                if self._watched and (thread is None or not thread.is_alive()):
-                    self._thread = threading.Thread(
-                        target=self._watch, name="portakv-layer-words", daemon=True
-                    )
-                    self._thread.start()
+            self._ordered = [[] for _ in self._open]
+            self._close(left)
+            self._start()
 
     def rest(self) -> None:
         """Have later waits end immediately, until `begin`."""
@@ -157,17 +165,29 @@ class LayerWords:
                 self._cut = self._number
             self._words.raised[:] = self._number
 
-    def _write(self, ordered: Sequence[Sequence[End]]) -> None:
-        """Have the private stream write the words of copies that streams order."""
-        number = self._number
-        if not any(ordered):
-            self._words.write(0, len(ordered), number, self._stream)
-            return
-        for layer, ends in enumerate(ordered):
-            for end in ends:
-                with suppress(PortaKVError):  # it has ended, and its load says how
-                    end.wait(self._stream)
-            self._words.write(layer, 1, number, self._stream)
+    def _write(self, layer: int) -> None:
+        """Have the private stream write the word of a layer, behind copies that streams order."""
+        for end in self._ordered[layer]:
+            with suppress(PortaKVError):  # it has ended, and its load says how
+                end.wait(self._stream)
+        self._words.write(layer, 1, self._number, self._stream)
+
+    def _close(self, layers: Sequence[int]) -> None:
+        """Note that no further load of the step is followed in layers."""
+        with self._changing:
+            for layer in layers:
+                self._open[layer] = False
+                self._ended(layer)
+
+    def _start(self) -> None:
+        """Start the thread that raises words, if it has something to look at."""
+        with self._changing:
+            thread = self._thread
+            if self._watched and (thread is None or not thread.is_alive()):
+                self._thread = threading.Thread(
+                    target=self._watch, name="portakv-layer-words", daemon=True
+                )
+                self._thread.start()
 
     def _ended(self, layer: int) -> None:
         """Note that a load has ended in a layer, under the lock."""

@@ -7,9 +7,10 @@ words whose addresses stay, and compares them with the number of the step that t
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import time
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +26,9 @@ LAST = (1 << 32) - 1
 _HALF = 1 << 31
 PAUSE = 5e-5  # seconds between two looks of a host that waits
 
-#: ``needed`` is 0 if the step has no load. ``copied`` is written by streams behind copies that
-#: were issued before the step, ``raised`` by the host. A wait for the host has a limit, so it also
-#: ends if the host's threads hang.
+#: ``needed`` is 0 if the step has no load. ``copied`` is written by streams behind copies, and
+#: ``raised`` by the host. The wait has a limit, so it also ends if the host's threads hang. It
+#: looks at the host's memory only when the copies are there.
 TEXT = r"""
 struct Wait {
   const volatile unsigned* needed;
@@ -47,19 +48,22 @@ static unsigned long long now() {
 
 static void pause() { asm volatile("nanosleep.u32 200;"); }
 
+static bool is_missing(Wait w, unsigned needed) {
+  return is_before(*w.copied, needed) || is_before(*w.raised, needed);
+}
+
 extern "C" __global__ void portakv_wait(Wait w) {
   const unsigned needed = *w.needed;
   if (needed == 0) return;
-  while (is_before(*w.copied, needed)) pause();
-  const unsigned long long begin = now();
-  while (is_before(*w.raised, needed)) {
-    if (*w.expired == needed) break;
-    if (now() - begin > w.limit) {
-      *w.expired = needed;
-      __threadfence_system();
-      break;
+  if (is_missing(w, needed) && *w.expired != needed) {
+    const unsigned long long begin = now();
+    while (is_missing(w, needed)) {
+      if (now() - begin > w.limit) {
+        *w.expired = needed;
+        break;
+      }
+      pause();
     }
-    pause();
   }
   __threadfence_system();
 }
@@ -100,7 +104,7 @@ class HostWords:
 
     Args:
         layers: the number of layers.
-        limit: seconds after which a wait for what the host raises ends.
+        limit: seconds after which a wait ends.
     """
 
     def __init__(self, layers: int, limit: float) -> None:
@@ -123,9 +127,8 @@ class HostWords:
         needed = self._needed
         if not needed:
             return False
-        if is_before(int(self._copied[layer]), needed):
-            return True
-        return is_before(int(self.raised[layer]), needed) and self.expired != needed
+        words = self._copied, self.raised
+        return self.expired != needed and any(is_before(int(each[layer]), needed) for each in words)
 
     def wait(self, layer: int) -> None:
         """Block until a layer is there."""
@@ -148,7 +151,7 @@ class CudaWords:
     Args:
         device: the device.
         layers: the number of layers.
-        limit: seconds after which a wait for what the host raises ends.
+        limit: seconds after which a wait ends.
 
     Raises:
         Unsupported: no kernel can be compiled for the device.
@@ -174,6 +177,13 @@ class CudaWords:
         kernels = cuda.load(TEXT, ["portakv_wait"], device)
         self._kernel = kernels["portakv_wait"], cuda.Launcher(device, 1)
         self._arguments = cuda.Arguments(_ARGUMENTS.size, device)
+        self._caller = cuda.Caller(device)
+        library = cuda.library()
+        number, place, handle = ctypes.c_uint, ctypes.c_uint64, ctypes.c_void_p
+        one = handle, place, number, number
+        many = place, number, ctypes.c_size_t, handle
+        self._write_one = cuda.function(library, "cuStreamWriteValue32_v2", *one)
+        self._write_many = cuda.function(library, "cuMemsetD32Async", *many)
 
     @property
     def expired(self) -> int:
@@ -200,20 +210,19 @@ class CudaWords:
 
     def _set(self, first: int, count: int, number: int, stream: torch.Stream | None) -> None:
         """Write words of the device behind the work of a stream; None: of the current one."""
-        with inside(self._device):
-            handle = cuda.raw(stream, self._device.index)
-            error = _memset()(self._there + 4 * first, number, count, handle)
+        address = self._there + 4 * first
+        handle = self._caller.handle(stream)
+        if handle is None:
+            with inside(self._device):
+                self._set(first, count, number, stream)
+            return
+        if count == 1:  # no multiprocessor has to be free for it
+            error = self._write_one(handle, address, number, 0)
+        else:
+            error = self._write_many(address, number, count, handle)
         if error:
             name = cuda.error_name(error, cuda.library())
             raise cuda.refused(name, "A write of words by a stream")
-
-
-def _memset() -> Any:
-    """Return the driver's function that writes words of four bytes, ordered on a stream."""
-    import ctypes
-
-    types = ctypes.c_uint64, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
-    return cuda.function(cuda.library(), "cuMemsetD32Async", *types)
 
 
 def why_not(device: torch.device) -> str | None:

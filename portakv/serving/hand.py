@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from portakv.copy.layer_words import LayerWords
+from portakv.copy.layers import calling_for_layers
 from portakv.errors import PortaKVError
 from portakv.graph import Mask
 from portakv.runtime.rate_limited_log import RateLimitedLog
@@ -170,6 +172,9 @@ class Hand:
     A failure of the store is no error of the engine: what could not be loaded is reported as
     missing, and what could not be saved is not stored. The log has a line about it.
 
+    With words a thread issues the loads of a step, layer by layer, while the model's thread goes
+    on: it takes the host longer than a step may wait.
+
     Args:
         groups: in the order of the ledger's groups.
         deadline: seconds after which a load gives up what has not landed; None: never.
@@ -198,6 +203,8 @@ class Hand:
         self._saves = dict[int, _Work]()
         self._retained = set[str]()
         self._ended = self._nothing()
+        self._issuer: ThreadPoolExecutor | None = None  # issues loads whose layers wait by words
+        self._issuing: Future[None] | None = None  # the loads of the present step
 
     @property
     def busy(self) -> bool:
@@ -217,6 +224,7 @@ class Hand:
         """Wait until the saves that a plan stops read no block any longer; drop what they can."""
         if not plan.stop:
             return
+        self._await_issue()
         stopped = [work for number, work in self._saves.items() if number in plan.stop]
         others = [work for number, work in self._saves.items() if number not in plan.stop]
         shared = {id(part.handle) for work in others for part in work.parts}
@@ -235,6 +243,7 @@ class Hand:
         nothing else, the model's stream waits for a single one. Then it counts as ended, and the
         engine prepares the next step meanwhile.
         """
+        self._await_issue()
         # Noted here too: an engine may leave out `save` in a step that computes nothing.
         self._retained |= {*plan.retained}
         if self._handover is not None:
@@ -244,20 +253,52 @@ class Hand:
                 self._words.rest()
             return
         alone = plan.idle and len(plan.loads) == 1 and not self._loads and not self._by_layer
+        works = [_Work(job) for job in plan.loads]
+        self._loads |= {work.job.number: work for work in works}
+        if self._by_layer:
+            self._waiting += works
+        fence = StreamFence(self._groups[0].view.device)
         if self._words is not None:
-            self._words.begin()
-        try:
-            with StreamFence(self._groups[0].view.device).inside():
-                for job in plan.loads:
-                    work = self._begun(job)
-                    self._loads[job.number] = work
-                    if self._by_layer:
-                        self._waiting.append(work)
-        finally:
-            if self._words is not None:
-                self._words.commit()
+            self._issue(self._words, works, fence)
+            return
+        with fence.inside():
+            for work in works:
+                self._begin(work)
         if alone:
-            self._order(work)
+            self._order(works[0])
+
+    def _issue(self, words: LayerWords, works: Sequence[_Work], fence: StreamFence) -> None:
+        """Have a thread issue the loads of a step, whose layers wait by words.
+
+        The words of the last load are raised while its later layers are issued, if each layer of
+        the step is one of a single group.
+        """
+        if self._issuer is None:
+            self._issuer = ThreadPoolExecutor(1, "portakv-loads")
+        words.begin()
+
+        def issue() -> None:
+            try:
+                with fence.inside():
+                    for work in works[:-1]:
+                        self._begin(work)
+                    alone = len(self._groups) == 1
+                    with calling_for_layers(words.issued) if alone else nullcontext():
+                        self._begin(works[-1])
+            finally:
+                words.commit()
+
+        try:
+            self._issuing = self._issuer.submit(issue)
+        except RuntimeError:  # the interpreter ends
+            issue()
+
+    def _await_issue(self) -> None:
+        """Wait until the loads of the present step were issued."""
+        issuing = self._issuing
+        if issuing is not None:
+            self._issuing = None
+            issuing.result()
 
     def _order(self, work: _Work) -> None:
         """Let the current stream wait for a load whose copies were all issued; then it has ended
@@ -291,6 +332,7 @@ class Hand:
 
         What a step computed after rows that did not land is wrong, and not saved.
         """
+        self._await_issue()
         wrong = set[str]()
         for work in self._waiting:
             for part in work.parts:
@@ -310,6 +352,7 @@ class Hand:
 
     def report(self) -> Report:
         """Return what has ended since the last report."""
+        self._await_issue()
         made = Report()
         for number, work in [*self._loads.items()]:
             if work.ended():
@@ -356,19 +399,17 @@ class Hand:
     def _nothing(self) -> Ended:
         return Ended(set(), [set() for _ in self._groups], set(), set())
 
-    def _begun(self, job: Job) -> _Work:
+    def _begin(self, work: _Work) -> None:
         """Begin a load in all groups; in none that is reported, if one fails."""
-        work = _Work(job)
         try:
             for number in range(len(self._groups)):
-                part = self._load(job, number)
+                part = self._load(work.job, number)
                 if part is not None:
                     work.parts.append(part)
                     if self._words is not None:
                         self._words.follow(part.handle.layers)
         except PortaKVError as error:
             _fail([work], error)
-        return work
 
     def _begin_saves(self, works: Sequence[_Work]) -> None:
         """Begin the saves of a step, those of whole blocks in one call for each group.

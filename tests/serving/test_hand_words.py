@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +18,7 @@ from support.word_cases import LAYERS, LIMIT, Lazy, Words
 
 from portakv import KVView
 from portakv.copy.layer_words import LayerWords
+from portakv.runtime.transfer import Transfer
 from portakv.serving import GroupCache, Hand, Job, Plan, Report
 from portakv.storage import BlockForm, BlockStore, prefix_keys
 
@@ -49,6 +51,16 @@ def case() -> Iterator[Case]:
         store.save(full, [0, 1], KEYS).synchronize(LIMIT)
         assert until(lambda: len(tier.blocks) == 2)
         yield Case(store, tier, *caches(NOTHING))
+
+
+@pytest.fixture
+def host(case: Case) -> Iterator[Case]:
+    """The same blocks in host memory."""
+    _, full = caches(10)
+    form = BlockForm.of(full, "model", block_size=8)
+    with BlockStore(form, staging=1 << 16, host=1 << 16) as store:
+        store.save(full, [0, 1], KEYS).synchronize(LIMIT)
+        yield case._replace(store=store)
 
 
 class Model(threading.Thread):
@@ -97,17 +109,13 @@ def test_a_model_computes_with_the_rows_of_its_step(case: Case, guard: bool) -> 
     assert (model.seen == right) is guard
 
 
-def test_rows_of_host_memory_are_there_at_once(case: Case) -> None:
-    _, full = caches(10)
-    form = BlockForm.of(full, "model", block_size=8)
-    with BlockStore(form, staging=1 << 16, host=1 << 16) as store:
-        store.save(full, [0, 1], KEYS).synchronize(LIMIT)
-        words = Words()
-        hand = case._replace(store=store).hand(words)
-        hand.load(LOAD)
-        model = Model(words, case.layers)
-        model.join(LIMIT)
-        assert ended(hand) == (Report(loaded={7: frozenset()}, ends={7: 1}), set())
+def test_rows_of_host_memory_are_there_at_once(host: Case) -> None:
+    words = Words()
+    hand = host.hand(words)
+    hand.load(LOAD)
+    model = Model(words, host.layers)
+    model.join(LIMIT)
+    assert ended(hand) == (Report(loaded={7: frozenset()}, ends={7: 1}), set())
     assert model.seen == [{10 + at} for at in range(LAYERS)]
 
 
@@ -169,3 +177,77 @@ def test_steps_without_loads_wait_for_nothing(case: Case) -> None:
     assert words.lacking == []
     for layer in range(LAYERS):
         hand.layer(layer)
+
+
+class Gate(Words):
+    """Words that hold the thread that issues a load, before it issues the second layer.
+
+    ``early``: the word of the first layer is raised before; else at the end of the load, which is
+    the negative control.
+    """
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.early = early
+        self.reached = threading.Event()
+        self.over = threading.Event()
+
+    def issued(self, number: int, end: Transfer) -> None:
+        if self.early:
+            super().issued(number, end)
+        self.reached.set()
+        assert self.over.wait(LIMIT)
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "negative control"])
+def test_a_layer_is_there_while_the_next_ones_are_issued(host: Case, guard: bool) -> None:
+    """The call returns before."""
+    words = Gate(guard)
+    hand = host.hand(words)
+    hand.load(LOAD)
+    assert words.reached.wait(LIMIT)
+    assert words.lacking == [0, 1, 2][guard:]
+    assert hand.busy
+    words.over.set()
+    model = Model(words, host.layers)
+    model.join(LIMIT)
+    assert ended(hand) == (Report(loaded={7: frozenset()}, ends={7: 1}), set())
+    assert model.seen == [{10 + at} for at in range(LAYERS)]
+
+
+def test_the_last_load_of_a_step_raises_words_of_all(host: Case) -> None:
+    """A word waits for the first load too, which is issued whole before."""
+    words = Gate(True)
+    hand = host.hand(words)
+    first, second = (
+        Job(at, "a", (key,), 0, None, ((at,),)) for at, key in zip((3, 1), KEYS, strict=True)
+    )
+    hand.load(Plan(loads=(first, second)))
+    assert words.reached.wait(LIMIT)
+    assert words.lacking == [1, 2]
+    assert [set(layer[3].flatten().tolist()) for layer in host.layers] == [{10}, {11}, {12}]
+    words.over.set()
+    report, failed = ended(hand)
+    assert report.loaded == {3: frozenset(), 1: frozenset()}
+    assert failed == set()
+    assert words.lacking == []
+
+
+@pytest.mark.parametrize("hook", ["stop", "report"])
+def test_no_hook_overtakes_the_thread_that_issues_loads(host: Case, hook: str) -> None:
+    """A load that has not begun would count as ended."""
+    words = Gate(True)
+    hand = host.hand(words)
+    hand.load(LOAD)
+    assert words.reached.wait(LIMIT)
+    call = partial(hand.stop, Plan(stop=frozenset({1}))) if hook == "stop" else hand.report
+    answers = list[object]()
+    waiting = threading.Thread(target=lambda: answers.append(call()))
+    waiting.start()
+    waiting.join(0.02)
+    assert not answers
+    words.over.set()
+    waiting.join(LIMIT)
+    assert len(answers) == 1
+    assert words.lacking == []
+    ended(hand)
