@@ -8,8 +8,10 @@ words whose addresses stay, and compares them with the number of the step that t
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 import time
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +26,8 @@ from portakv.runtime.devices import inside
 Word = np.uint32
 LAST = (1 << 32) - 1
 _HALF = 1 << 31
+#: The driver reads from it how many queues the streams of a device share, when it starts.
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 PAUSE = 5e-5  # seconds between two looks of a host that waits
 
 #: ``needed`` is 0 if the step has no load. ``copied`` is written by streams behind copies, and
@@ -227,7 +231,16 @@ class CudaWords:
 
 def why_not(device: torch.device) -> str | None:
     """Return why no graph of a device can wait for words, as a phrase; None if it can."""
-    return cuda.why_not(device) or cuda.device_too_old(device)
+    return cuda.why_not(device) or cuda.device_too_old(device) or one_queue(os.environ)
+
+
+def one_queue(environment: Mapping[str, str]) -> str | None:
+    """Return why copies could not overtake a wait of a graph, as a phrase; None if they can."""
+    if environment.get(CONNECTIONS) == "1":
+        return (
+            f"with {CONNECTIONS}=1 copies queue behind the work that waits for them; leave it out"
+        )
+    return None
 
 
 def words_of(device: torch.device, layers: int, limit: float) -> StreamWords:
