@@ -5,21 +5,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from portakv.copy.layer_words import LayerWords
-from portakv.copy.layers import calling_for_layers
 from portakv.errors import PortaKVError
 from portakv.graph import Mask
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.runtime.streams import StreamFence
 from portakv.serving.handover import Handover
+from portakv.serving.issuer import Issuer
 from portakv.serving.plan import Job, Plan, Report
 from portakv.storage.form import BlockForm
 from portakv.storage.tier import After, Keys
@@ -173,7 +173,7 @@ class Hand:
     missing, and what could not be saved is not stored. The log has a line about it.
 
     With words a thread issues the loads of a step, layer by layer, while the model's thread goes
-    on: it takes the host longer than a step may wait.
+    on.
 
     Args:
         groups: in the order of the ledger's groups.
@@ -203,8 +203,9 @@ class Hand:
         self._saves = dict[int, _Work]()
         self._retained = set[str]()
         self._ended = self._nothing()
-        self._issuer: ThreadPoolExecutor | None = None  # issues loads whose layers wait by words
-        self._issuing: Future[None] | None = None  # the loads of the present step
+        self._issuer = None  # of loads whose layers wait by words
+        if words is not None:
+            self._issuer = Issuer(words, at_first=groups[0].view.device.type != "cpu")
 
     @property
     def busy(self) -> bool:
@@ -258,8 +259,10 @@ class Hand:
         if self._by_layer:
             self._waiting += works
         fence = StreamFence(self._groups[0].view.device)
-        if self._words is not None:
-            self._issue(self._words, works, fence)
+        if self._issuer is not None:
+            loads = [partial(self._begin, work) for work in works]
+            size = sum(len(job.keys) for job in plan.loads)
+            self._issuer.issue(loads, fence, size, alone=len(self._groups) == 1)
             return
         with fence.inside():
             for work in works:
@@ -267,38 +270,10 @@ class Hand:
         if alone:
             self._order(works[0])
 
-    def _issue(self, words: LayerWords, works: Sequence[_Work], fence: StreamFence) -> None:
-        """Have a thread issue the loads of a step, whose layers wait by words.
-
-        The words of the last load are raised while its later layers are issued, if each layer of
-        the step is one of a single group.
-        """
-        if self._issuer is None:
-            self._issuer = ThreadPoolExecutor(1, "portakv-loads")
-        words.begin()
-
-        def issue() -> None:
-            try:
-                with fence.inside():
-                    for work in works[:-1]:
-                        self._begin(work)
-                    alone = len(self._groups) == 1
-                    with calling_for_layers(words.issued) if alone else nullcontext():
-                        self._begin(works[-1])
-            finally:
-                words.commit()
-
-        try:
-            self._issuing = self._issuer.submit(issue)
-        except RuntimeError:  # the interpreter ends
-            issue()
-
     def _await_issue(self) -> None:
         """Wait until the loads of the present step were issued."""
-        issuing = self._issuing
-        if issuing is not None:
-            self._issuing = None
-            issuing.result()
+        if self._issuer is not None:
+            self._issuer.join()
 
     def _order(self, work: _Work) -> None:
         """Let the current stream wait for a load whose copies were all issued; then it has ended

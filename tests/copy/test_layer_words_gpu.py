@@ -12,7 +12,8 @@ import torch
 from support.device_cases import DEVICE, delay, settle
 
 from portakv.copy.layer_words import LayerWords
-from portakv.errors import TransferError
+from portakv.errors import TransferError, Unsupported
+from portakv.runtime.stream_words import CONNECTIONS
 from portakv.runtime.streams import completion
 from portakv.runtime.transfer import Completion, Transfer
 
@@ -169,3 +170,38 @@ def test_closing_ends_the_replay() -> None:
     assert model.words.expired
     for each in held:
         each.over.set()
+
+
+def test_layers_that_are_issued_while_the_replay_waits() -> None:
+    """No host is waited for: the stream that copies a layer raises its word."""
+    model = Model()
+    stream = torch.cuda.Stream(DEVICE)
+    for value in range(1, 11):
+        model.words.begin()
+        model.replay()
+        for layer in range(LAYERS):
+            with torch.cuda.stream(stream):
+                delay(stream, 200_000)
+                model.rows[layer].fill_(value)
+                end = Transfer([completion(DEVICE, stream)])
+            assert not model.end.query()
+            model.words.issued(layer, end)
+        model.words.commit()
+        assert model.ends()
+        assert not model.words.expired
+        assert model.seen.tolist() == [value] * LAYERS
+
+
+def test_a_copy_that_never_comes_ends_the_replay_at_the_limit() -> None:
+    model = Model(limit=0.05)
+    model.words.begin()
+    model.replay()
+    assert model.ends()
+    assert model.words.expired
+    model.words.commit()
+
+
+def test_streams_that_share_one_queue_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CONNECTIONS, "1")
+    with pytest.raises(Unsupported, match=CONNECTIONS):
+        LayerWords(DEVICE, LAYERS)

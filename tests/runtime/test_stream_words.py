@@ -56,7 +56,7 @@ class Kernel:
 
 @needs_compiler
 def test_it_waits_where_the_host_does() -> None:
-    """With a limit of 0, a wait that would block marks the step, and another one changes nothing."""
+    """With a limit of 0, only a wait that would block marks the step."""
     chance = random.Random(5)
     near = [0, 1, 2, 3, LAST - 1, LAST]
     blocked = 0

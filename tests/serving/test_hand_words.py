@@ -14,12 +14,14 @@ from support.hand_worker import LAYOUT
 from support.migrate_channels import until
 from support.serving_model import NOTHING
 from support.storage_cases import FakeTier
-from support.word_cases import LAYERS, LIMIT, Lazy, Words
+from support.word_cases import HOST, LAYERS, LIMIT, Lazy, Words
 
 from portakv import KVView
 from portakv.copy.layer_words import LayerWords
+from portakv.runtime.streams import StreamFence
 from portakv.runtime.transfer import Transfer
 from portakv.serving import GroupCache, Hand, Job, Plan, Report
+from portakv.serving.issuer import Issuer
 from portakv.storage import BlockForm, BlockStore, prefix_keys
 
 KEYS = prefix_keys(range(16), 8)
@@ -251,3 +253,43 @@ def test_no_hook_overtakes_the_thread_that_issues_loads(host: Case, hook: str) -
     assert len(answers) == 1
     assert words.lacking == []
     ended(hand)
+
+
+@pytest.mark.parametrize("at_first", [True, False])
+def test_the_first_load_of_a_size_is_issued_before_the_step(at_first: bool) -> None:
+    """What it builds must not wait for a device that waits for it."""
+    issuer = Issuer(Words(), at_first)
+    over = threading.Event()
+    states = list[bool]()
+    for size in (1, 5, 7, 4):
+        over.clear()
+        is_new = at_first and size in (1, 5)
+        if is_new:
+            over.set()
+        ended = threading.Event()
+
+        def load(over: threading.Event = over, ended: threading.Event = ended) -> None:
+            assert over.wait(LIMIT)
+            ended.set()
+
+        issuer.issue([load], StreamFence(HOST), size, alone=True)
+        states.append(ended.is_set())
+        over.set()
+        issuer.join()
+        assert ended.is_set()
+    assert states == [at_first, at_first, False, False]
+
+
+def test_an_error_of_the_thread_is_raised_in_the_step() -> None:
+    """The words are raised all the same."""
+    words = Words()
+    issuer = Issuer(words, at_first=False)
+
+    def load() -> None:
+        raise ZeroDivisionError
+
+    issuer.issue([load], StreamFence(HOST), 1, alone=True)
+    with pytest.raises(ZeroDivisionError):
+        issuer.join()
+    issuer.join()
+    assert words.lacking == []
