@@ -242,7 +242,7 @@ def test_no_hook_overtakes_the_thread_that_issues_loads(host: Case, hook: str) -
     hand = host.hand(words)
     hand.load(LOAD)
     assert words.reached.wait(LIMIT)
-    call = partial(hand.stop, Plan(stop=frozenset({1}))) if hook == "stop" else hand.report
+    call = partial(hand.stop, Plan(stop=(1,))) if hook == "stop" else hand.report
     answers = list[object]()
     waiting = threading.Thread(target=lambda: answers.append(call()))
     waiting.start()
