@@ -183,9 +183,8 @@ class CudaWords:
         self._arguments = cuda.Arguments(_ARGUMENTS.size, device)
         self._caller = cuda.Caller(device)
         library = cuda.library()
-        number, place, handle = ctypes.c_uint, ctypes.c_uint64, ctypes.c_void_p
-        one = handle, place, number, number
-        many = place, number, ctypes.c_size_t, handle
+        one = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint
+        many = ctypes.c_uint64, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
         self._write_one = cuda.function(library, "cuStreamWriteValue32_v2", *one)
         self._write_many = cuda.function(library, "cuMemsetD32Async", *many)
 
