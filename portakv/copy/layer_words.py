@@ -89,7 +89,7 @@ class LayerWords:
         return capturing(self._device)
 
     def begin(self) -> None:
-        """Begin a step with loads: lower the words, ordered behind the current stream's work.
+        """Begin a step with loads: lower the words, ordered after the current stream's work.
 
         The loads begin after this call, ordered after the current stream, so that no word is
         raised for rows of an earlier step.
@@ -120,7 +120,7 @@ class LayerWords:
                 self._watched.append(watched)
 
     def issued(self, number: int, end: Transfer) -> None:
-        """Raise the word of a layer behind the copies of the last load of a step, and behind the
+        """Raise the word of a layer after the copies of the last load of a step, and after the
         loads that are followed; later layers may not be issued yet."""
         if self._open[number] and end.ordered:
             self._ordered[number].append(end)
@@ -166,7 +166,7 @@ class LayerWords:
             self._words.raised[:] = self._number
 
     def _write(self, layer: int) -> None:
-        """Have the private stream write the word of a layer, behind copies that streams order."""
+        """Have the private stream write the word of a layer, after copies that streams order."""
         for end in self._ordered[layer]:
             with suppress(PortaKVError):  # it has ended, and its load says how
                 end.wait(self._stream)

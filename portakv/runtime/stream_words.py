@@ -30,7 +30,7 @@ _HALF = 1 << 31
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 PAUSE = 5e-5  # seconds between two looks of a host that waits
 
-#: ``needed`` is 0 if the step has no load. ``copied`` is written by streams behind copies, and
+#: ``needed`` is 0 if the step has no load. ``copied`` is written by streams after copies, and
 #: ``raised`` by the host. The wait has a limit, so it also ends if the host's threads hang. It
 #: looks at the host's memory only when the copies are there.
 TEXT = r"""
@@ -92,7 +92,7 @@ class StreamWords(Protocol):
         """Have waits after the current stream's work wait for words of this number; 0: for none."""
 
     def write(self, first: int, count: int, number: int, stream: torch.Stream | None) -> None:
-        """Note, behind the work of a stream, that layers were copied in a step of this number."""
+        """Note, after the work of a stream, that layers were copied in a step of this number."""
 
     def wait(self, layer: int) -> None:
         """Have the current stream wait for a layer; a graph that is captured gets the wait."""
@@ -145,7 +145,7 @@ class HostWords:
 
 
 #: Words of devices, never freed: a graph that was captured has their addresses.
-_kept: list[object] = []
+_retained: list[object] = []
 
 
 class CudaWords:
@@ -169,7 +169,7 @@ class CudaWords:
             host = torch.zeros(layers + 1, dtype=torch.int32, device="cpu").pin_memory()
             there = torch.zeros(layers + 1, dtype=torch.int32, device=device)
             torch.accelerator.current_stream(device.index).synchronize()
-        _kept.append((host, there))
+        _retained.append((host, there))
         words = host.numpy().view(Word)
         self.raised = words[:layers]
         self._expired = words[layers:]
@@ -212,7 +212,7 @@ class CudaWords:
         launch(function, 1, self._arguments.address, None)
 
     def _set(self, first: int, count: int, number: int, stream: torch.Stream | None) -> None:
-        """Write words of the device behind the work of a stream; None: of the current one."""
+        """Write words of the device after the work of a stream; None: of the current one."""
         address = self._there + 4 * first
         handle = self._caller.handle(stream)
         if handle is None:
@@ -236,9 +236,7 @@ def why_not(device: torch.device) -> str | None:
 def one_queue(environment: Mapping[str, str]) -> str | None:
     """Return why copies could not overtake a wait of a graph, as a phrase; None if they can."""
     if environment.get(CONNECTIONS) == "1":
-        return (
-            f"with {CONNECTIONS}=1 copies queue behind the work that waits for them; leave it out"
-        )
+        return f"with {CONNECTIONS}=1 copies wait for the work that waits for them; leave it out"
     return None
 
 

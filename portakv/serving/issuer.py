@@ -40,7 +40,7 @@ class Issuer:
         Args:
             loads: calls that issue one load each, and have the words follow it.
             fence: their order after the model's work.
-            size: of all loads, in any unit; sizes are told apart by powers of two.
+            size: of all loads, in any unit; sizes differ by powers of two.
             alone: the last load has one copy by layer. Its layers are those of the words.
         """
         words = self._words

@@ -27,7 +27,7 @@ ERRORS = [TransferError, TransferCancelled, TransferTimeout]
 
 
 class Held:
-    """Work that no stream orders, and that ends when it is told to."""
+    """Work that no stream orders, and that ends when a test says so."""
 
     def __init__(self) -> None:
         self.ended = False

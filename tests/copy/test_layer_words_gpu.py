@@ -68,7 +68,7 @@ class Model:
 
 
 class Held:
-    """Work of the host that ends when it is told to."""
+    """Work of the host that ends when a test says so."""
 
     def __init__(self) -> None:
         self.over = threading.Event()
@@ -137,7 +137,7 @@ def test_what_the_host_ends_after_the_replay_began() -> None:
     assert model.seen.tolist() == [7] * (LAYERS - 1) + [0]
 
 
-def test_a_word_that_nobody_raises_ends_the_replay_at_the_limit() -> None:
+def test_a_word_that_nothing_raises_ends_the_replay_at_the_limit() -> None:
     """The next step waits again."""
     model = Model(limit=0.05)
     held, ends = held_layers()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel that waits for words, as g++ compiles its text, beside the waits of the host."""
+"""The kernel that waits for words, as g++ compiles its text, and the waits of the host."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_a_load_that_fails_lets_the_model_go_on(case: Case) -> None:
 
 
 def test_a_load_past_its_deadline_lets_the_model_go_on(case: Case) -> None:
-    """The tier hangs; the load gives up, and nobody else looks at it."""
+    """The tier hangs; the load gives up, and nothing else looks at it."""
     words = Words()
     hand = case.hand(words, deadline=0.05)
     hang = threading.Event()
@@ -170,7 +170,7 @@ def test_rows_after_a_wait_that_ended_by_its_limit_do_not_count(case: Case, guar
 
 
 def test_steps_without_loads_wait_for_nothing(case: Case) -> None:
-    """Also after a step whose words nobody raised."""
+    """Also after a step whose words nothing raised."""
     words = Lazy()
     hand = case.hand(words)
     hand.load(LOAD)
