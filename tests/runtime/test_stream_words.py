@@ -13,7 +13,7 @@ import pytest
 from support.cuda_on_cpu import compiled, why_not
 from support.migrate_channels import until
 
-from portakv.runtime.stream_words import CONNECTIONS, LAST, TEXT, HostWords, Word, one_queue
+from portakv.runtime.stream_words import CONNECTIONS, LAST, TEXT, HostWords, Word, few_queues
 
 needs_compiler = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 LIMIT = 30.0  # seconds; nothing here takes as long
@@ -105,8 +105,10 @@ def test_after_a_limit_the_other_waits_of_the_step_end_at_once() -> None:
     assert until(lambda: not waiting.is_alive())
 
 
-@pytest.mark.parametrize(("many", "is_refused"), [("1", True), ("8", False), (None, False)])
-def test_streams_that_share_one_queue_are_refused(many: str | None, is_refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("many", "is_refused"), [("1", True), ("2", True), ("8", False), (None, False)]
+)
+def test_streams_that_share_few_queues_are_refused(many: str | None, is_refused: bool) -> None:
     """The copies would wait for the wait."""
-    why = one_queue({} if many is None else {CONNECTIONS: many})
+    why = few_queues({} if many is None else {CONNECTIONS: many})
     assert (why is not None) is is_refused
