@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from portakv.errors import LayoutError, SlotError, Unsupported
+from portakv.errors import LayoutError, Unsupported
 from portakv.layout.packing import PACK, PACKED_DTYPE, PackedPlane
 from portakv.plan.loops import Loop, Side, merge_loops, refine, widest_vector
 from portakv.plan.move import Move
 from portakv.plan.plan import slot_chain, split_chain
 from portakv.view.form import Form, Steps
-from portakv.view.view import KVView
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +164,6 @@ class PackPlan:
                 f"{plane.most_escapes} escapes"
             )
         return "\n".join(lines)
-
-
-def check_apart(src: KVView, dst: KVView) -> None:
-    """Raise `SlotError` if the rows of a copy that packs or unpacks lie in one range of memory."""
-    if src.overlaps(dst):
-        raise SlotError(
-            "Expected packed and raw rows in separate memory, got two views that share memory. "
-            "Pass views of two tensors."
-        )
 
 
 def _vector(form: Form, side: Side, steps: Steps) -> int:

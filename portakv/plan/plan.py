@@ -240,6 +240,13 @@ def check_disjoint(move: Move) -> None:
     """
     src = move.src
     dst = move.dst
+    if src.form.encoding or dst.form.encoding:
+        if src.overlaps(dst):
+            raise SlotError(
+                "Expected packed and raw rows in separate memory, got two views that share memory. "
+                "Pass views of two tensors."
+            )
+        return
     src_index = move.src_index
     dst_index = move.dst_index
     count = move.count
@@ -273,6 +280,11 @@ def _tokens(count: int) -> str:
 
 
 def _check_forms(src: Form, dst: Form) -> None:
+    if src.encoding or dst.encoding:
+        raise Unsupported(
+            "A plan of rows for a packed view",
+            "copy_blocks copies packed blocks; nothing else reads them",
+        )
     for axis in ("kv", "layers", "heads"):
         src_extent = getattr(src, axis)
         dst_extent = getattr(dst, axis)

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,6 +27,9 @@ from portakv.runtime.devices import capturing
 
 #: A weak reference to the `LateErrors` that report an error after the call returned.
 Owner: TypeAlias = "weakref.ref[Any]"
+
+#: Return the error of work that has ended, or None; never blocks.
+Report: TypeAlias = Callable[[], PortaKVError | None]
 
 _settling = threading.Lock()  # protects the words and events of every completion
 
@@ -131,6 +134,7 @@ class Completion:
     pendings: Sequence[Pending] = ()  # work that no stream orders
     words: Sequence[tuple[StatusWord, int]] = ()  # each with the position that it counts from
     error: PortaKVError | None = None  # the first error, once it is known
+    report: Report | None = None  # returns an error of the work that has ended
     retained: object = None  # memory that the pendings use
     pool: EventPool | None = None  # takes the event back once it has ended
     standing: bool = False  # the launch was captured, and runs again with every replay
@@ -206,6 +210,12 @@ class Completion:
                 word.value[0] = 0
                 free_words.append(word)
             self.words = ()
+            report = self.report
+            self.report = None
+            if report is not None and self.error is None:
+                self.error = report()
+                if self.error is not None:
+                    failed.append(self)
             self.settled = True
 
     def _read(self, word: StatusWord, start: int) -> None:

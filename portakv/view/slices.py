@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -82,6 +82,7 @@ def _slice_form(form: Form, count: int, kv: range, layers: range, heads: range) 
         widths=tuple(form.widths[k] for k in kv),
         alignment=alignment,
         dtypes=dtypes if any(dtypes) else (),
+        encoding=tuple(form.encoding[k] for k in kv) if form.encoding else (),
     )
     return SlicedForm(same_form(sliced), gained, copies)
 
@@ -123,3 +124,25 @@ def spans_within(spans: Spans, owners: Sequence[torch.Tensor]) -> Spans:
             result.append((max(spans[at][0], start), min(spans[at][1], end)))
             at += 1
     return result
+
+
+def cover(spans: Spans, ranges: Sequence[tuple[int, int]]) -> bool:
+    """Return True if sorted ranges of storages cover every span."""
+    for first, past in spans:
+        # Storages that touch each other may be parts of one span.
+        for start, end in ranges:
+            if start <= first < end:
+                first = end
+        if first < past:
+            return False
+    return True
+
+
+def meet(one: Spans, other: Spans) -> bool:
+    """Return True if two lists of sorted, disjoint spans share a byte."""
+    few, many = (one, other) if len(one) < len(other) else (other, one)
+    for first, past in few:
+        at = bisect_left(many, (past,))
+        if at and many[at - 1][1] > first:
+            return True
+    return False

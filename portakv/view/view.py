@@ -7,7 +7,6 @@ Addresses come from ``data_ptr()`` and strides, never from contiguity, the numbe
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from operator import index, methodcaller
@@ -20,13 +19,14 @@ import torch
 from portakv.deprecation import warn_former
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.language import Layout
+from portakv.layout.packing import Pack
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
 from portakv.view.addresses import RawMemory, RawRows, read_addresses
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.form import ALIASED, locate, same_form
-from portakv.view.slices import slice_form, slice_range, spans_within
+from portakv.view.slices import cover, meet, slice_form, slice_range, spans_within
 
 T = TypeVar("T")
 
@@ -48,6 +48,9 @@ class KVView:
         dim: declared width in elements: one number, or one for each kv.
         reinterpret: the rows are bytes, whatever the dtype: they may be copied to and from rows of
             any number type. Rows of two different number types are otherwise refused.
+        encoding: ``pack``, or `Pack` with its parameters: the tensors are uint8 and hold packed
+            blocks, one slot where the layout names ``page``. ``block_size`` and ``dim`` (bf16
+            values) are declared.
 
     Attributes:
         form: strides, widths, alignment and place.
@@ -59,6 +62,7 @@ class KVView:
     Raises:
         LayoutError: a contradiction, naming the axis, the expected and the found extent.
         DeviceMismatch: tensors on different devices.
+        InvalidTerms, Unsupported: an encoding that is unknown, or not for planes of this size.
     """
 
     # temporary: made for one call, and used on no stream but that call's.
@@ -93,6 +97,7 @@ class KVView:
         heads: int | None = None,
         dim: int | Sequence[int] | None = None,
         reinterpret: bool = False,
+        encoding: Pack | str | None = None,
         **unknown: NoReturn,
     ) -> None:
         bound = bind_layout(
@@ -103,6 +108,7 @@ class KVView:
             heads=heads,
             dim=dim,
             reinterpret=reinterpret,
+            encoding=encoding,
             **unknown,
         )
         self._set(bound.layout, tensors, bound.read(tensors), persistent=True)
@@ -433,12 +439,7 @@ class KVView:
             return False
         dst = self.spans if self._spans is None else self._spans  # the property costs a call
         src = other.spans if other._spans is None else other._spans
-        few, many = (dst, src) if len(dst) < len(src) else (src, dst)
-        for first, past in few:
-            at = bisect_left(many, (past,))
-            if at and many[at - 1][1] > first:
-                return True
-        return False
+        return meet(dst, src)
 
     def check_writable(self) -> None:
         """Raise `LayoutError` if this view cannot be a destination."""
@@ -498,13 +499,8 @@ class KVView:
         distinct = {storage._cdata: storage for storage in storages}
         checked = tuple((s, s.data_ptr(), s.nbytes()) for s in distinct.values())
         ranges = sorted((start, start + nbytes) for _, start, nbytes in checked)
-        for first, past in self.spans:
-            # Storages that touch each other may be parts of one span.
-            for start, end in ranges:
-                if start <= first < end:
-                    first = end
-            if first < past:
-                raise self.replaced()
+        if not cover(self.spans, ranges):
+            raise self.replaced()
         # Tensors without a reference may get other storages, so each is checked again.
         self._memory = None if self._memory is None else checked
 
@@ -612,6 +608,16 @@ class KVView:
         if view is None:
             rows = same_form(self.form.untyped()), self._origins, self._owners, self._spans
             view = self.derived["bytes"] = self._with(rows, self._table)
+        return view
+
+    def as_slots(self) -> KVView:
+        """Return packed blocks as rows of bytes; a block is one token, and a slot is its row."""
+        view: KVView | None = self.derived.get("slots")
+        if view is None:
+            rows = same_form(self.form.as_slots()), self._origins, self._owners, self._spans
+            view = self._with(rows, self._table)
+            view.slots = self.slots // self.form.block_size
+            view = self.derived.setdefault("slots", view)
         return view
 
     def as_peer(self, device: torch.device | str) -> KVView:
