@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies that pack or unpack, and what every storage must hold after them. The addresses of rows and
-slots come from the layout language's definition, and the bytes of slots from the oracle."""
+"""Copies that pack or unpack, and the bytes of every storage after them. The addresses of rows and
+of slots come from the layout language's definition, and the bytes of slots from the oracle."""
 
 from __future__ import annotations
 
@@ -189,19 +189,22 @@ def judge_packed(judge: Judge, case: PackedCase) -> bool:
     """
     expected = case.expected()
     reported: tuple[int, ...] = ()
+    refused: Unsupported | None = None
     try:
         start_packed(judge, case).synchronize()
     except PackOverflow as error:
         reported = error.src_blocks
-    except Unsupported as refusal:
+    except Unsupported as error:
+        refused = error
+    if refused is not None:
         judge.facility.synchronize()
         expected.after = expected.before
         fault = expected.fault(case)
-        assert not fault, f"The copy was refused as Unsupported, but: {fault} {refusal}"
+        assert not fault, f"The copy was refused as Unsupported, but: {fault} {refused}"
         why = why_declined(judge, case)
         assert why is not None, (
             f"The backend's check_pack and prepare_pack take this plan, and the copy raised "
-            f"Unsupported: {refusal}"
+            f"Unsupported: {refused}"
         )
         judge.declined.append(why)
         return False

@@ -64,11 +64,11 @@ def exponent_of(values: np.ndarray) -> np.ndarray:
 
 def table_of(values: np.ndarray, shape: SlotShape) -> list[int]:
     """Return the exponents that have codes, in the order of their codes."""
-    exponents = exponent_of(values).tolist()
-    counted = exponents
+    counted = exponent_of(values)
     if shape.large:
-        counted = [exponents[8 * q + (q + q // 16) % 8] for q in range(shape.values // 8)]
-    count = {exponent: counted.count(exponent) for exponent in set(counted)}
+        q = np.arange(shape.values // 8)
+        counted = counted[8 * q + (q + q // 16) % 8]
+    count = dict(zip(*(x.tolist() for x in np.unique(counted, return_counts=True)), strict=True))
     ordered = sorted(count, key=lambda exponent: (count[exponent], exponent), reverse=True)
     return ordered[: shape.codes]
 
@@ -76,52 +76,44 @@ def table_of(values: np.ndarray, shape: SlotShape) -> list[int]:
 def packed_slot(values: np.ndarray, shape: SlotShape) -> tuple[np.ndarray, bool]:
     """Return the slot of one plane of bf16 bits (uint16), and True if its escapes do not fit."""
     slot = np.zeros(shape.slot_bytes, dtype=np.uint8)
+    head = shape.head
     table = table_of(values, shape)
-    code_of = {exponent: code for code, exponent in enumerate(table)}
-    exponents = exponent_of(values).tolist()
-    codes = [code_of.get(exponent, shape.codes) for exponent in exponents]
-    places = [at for at, code in enumerate(codes) if code == shape.codes]
+    code_of = np.full(256, shape.codes, dtype=np.uint8)
+    code_of[table] = np.arange(len(table))
+    codes = code_of[exponent_of(values)]
+    places = np.flatnonzero(codes == shape.codes)
     if len(places) > shape.most:
-        slot[shape.head + 15] = 1
+        slot[head + 15] = 1
         return slot, True
     sign = (values >> 15) & 1
     slot[: shape.values] = (sign << 7) | (values & 0x7F)
-    slot[shape.values : shape.head] = _bits_of(codes, shape.code_bits)
-    slot[shape.head : shape.head + len(table)] = table
-    _put_u16(slot, shape.head + 16, len(places))
+    slot[shape.values : head] = _bits_of(codes, shape.code_bits)
+    slot[head : head + len(table)] = table
+    _put_u16(slot, head + 16, len(places))
     for nth, first in enumerate(range(_SEGMENT, shape.values, _SEGMENT)):
-        before = sum(place < first for place in places)
-        _put_u16(slot, shape.head + 18 + 2 * nth, before)
-    for nth, place in enumerate(places):
-        slot[shape.escapes + nth] = exponents[place]
+        _put_u16(slot, head + 18 + 2 * nth, int((places < first).sum()))
+    slot[shape.escapes : shape.escapes + len(places)] = exponent_of(values[places])
     return slot, False
 
 
 def unpacked_values(slot: np.ndarray, shape: SlotShape) -> np.ndarray | None:
     """Return the bf16 bits (uint16) in a slot; None if it has the flag of a plane that did not
     fit."""
-    if slot[shape.head + 15]:
+    head = shape.head
+    if slot[head + 15]:
         return None
-    bits = np.unpackbits(slot[shape.values : shape.head], bitorder="little")
-    weights = 1 << np.arange(shape.code_bits)
-    codes = bits.reshape(-1, shape.code_bits) @ weights
-    values = np.zeros(shape.values, dtype=np.uint16)
-    escape = shape.escapes
-    for at, code in enumerate(codes.tolist()):
-        if code == shape.codes:
-            exponent = int(slot[escape])
-            escape += 1
-        else:
-            exponent = int(slot[shape.head + code])
-        byte = int(slot[at])
-        values[at] = (byte >> 7) << 15 | exponent << 7 | (byte & 0x7F)
-    return values
+    bits = np.unpackbits(slot[shape.values : head], bitorder="little")
+    codes = bits.reshape(-1, shape.code_bits) @ (1 << np.arange(shape.code_bits))
+    exponents = slot[head + np.minimum(codes, 14)].astype(np.uint16)
+    places = np.flatnonzero(codes == shape.codes)
+    exponents[places] = slot[shape.escapes : shape.escapes + len(places)]
+    byte = slot[: shape.values].astype(np.uint16)
+    return (byte >> 7) << 15 | exponents << 7 | (byte & 0x7F)
 
 
-def _bits_of(codes: list[int], code_bits: int) -> np.ndarray:
+def _bits_of(codes: np.ndarray, code_bits: int) -> np.ndarray:
     """Return codes as a row of bits, the lowest first, in bytes."""
-    numbers = np.array(codes, dtype=np.uint8)
-    bits = (numbers[:, None] >> np.arange(code_bits, dtype=np.uint8)) & 1
+    bits = (codes[:, None] >> np.arange(code_bits, dtype=np.uint8)) & 1
     return np.packbits(bits.reshape(-1), bitorder="little")
 
 
