@@ -134,7 +134,6 @@ class Completion:
     pendings: Sequence[Pending] = ()  # work that no stream orders
     words: Sequence[tuple[StatusWord, int]] = ()  # each with the position that it counts from
     error: PortaKVError | None = None  # the first error, once it is known
-    report: Report | None = None  # returns an error of the work that has ended
     retained: object = None  # memory that the pendings use
     pool: EventPool | None = None  # takes the event back once it has ended
     standing: bool = False  # the launch was captured, and runs again with every replay
@@ -143,6 +142,7 @@ class Completion:
     reported: bool = False  # a caller received the error
     # An entry for each thread that blocks until the event: no other work may get the event then.
     blocked: list[None] = field(default_factory=list)
+    report: Report | None = None  # returns an error of the work that has ended
 
     def ended(self) -> bool:
         """Return True once all bytes have landed, or an error ended the work; never blocks or
