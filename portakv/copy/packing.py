@@ -113,6 +113,12 @@ def _refuse_options(options: CopyOptions) -> None:
 
 def _check_whole(move: Move, size: int) -> None:
     """Raise `Unsupported` unless a copy moves whole blocks of ``size`` tokens."""
+    for form in (move.src.form, move.dst.form):
+        if form.paged and form.block_size != size:
+            raise Unsupported(
+                f"A copy between packed blocks of {size} tokens and blocks of {form.block_size}",
+                "a packed block moves only whole; make the block sizes equal",
+            )
     tokens = [move.count, move.src_index.offset, move.dst_index.offset]
     steps = [step for step in move.steps if step]
     if any(number % size for number in tokens) or any(step != size for step in steps):
