@@ -108,7 +108,7 @@ class PackRows(HostRows, encodings=frozenset({packing.PACK})):
         numbers = [len(escaped), *self.before_segments(escaped, plane)]
         at = packing.TOTAL_AT
         head[at : at + 2 * len(numbers)] = np.array(numbers, dtype="<u2").view(np.uint8)
-        stored = self.escapes(exponents[escaped])
+        stored = self.escapes(exponents[escaped])[: plane.most_escapes]
         slot[plane.escapes_at : plane.escapes_at + len(stored)] = stored
         return slot, False
 
