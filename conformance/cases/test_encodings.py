@@ -280,7 +280,9 @@ def test_slices(bench: Bench, packs: bool, axis: str) -> None:
     case = case_of(bench, packs, shape)
     case.fill(partial(usual, bench.seed))
     whole = case.expected()
-    src, dst = (view.slice(**{axis: slice(1, 3)}) for view in case.views())
+    part: Keywords = {axis: slice(1, 3)}
+    rest: Keywords = {axis: 0}
+    src, dst = (view.slice(**part) for view in case.views())
     tokens = case.count * SIZE
     how = {"count": tokens, "backend": bench.subject.name}
     if not bench.judge.carried(
@@ -290,7 +292,7 @@ def test_slices(bench: Bench, packs: bool, axis: str) -> None:
         return
     # A second copy of the rest makes the whole, which is judged.
     partly = Memory.snapshot(case.sides[1].tensors)
-    first, last = (view.slice(**{axis: 0}) for view in case.views())
+    first, last = (view.slice(**rest) for view in case.views())
     copy_blocks(first, last, *case.blocks(), **how).synchronize()  # type: ignore[arg-type]
     bench.facility.synchronize()
     fault = whole.fault(case)

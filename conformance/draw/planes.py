@@ -4,6 +4,8 @@ the format. Equal numbers and seeds give equal values."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from portakv_conformance.judge.slots import SlotShape
@@ -39,7 +41,8 @@ def _bits(numbers: np.ndarray) -> np.ndarray:
 def _of(exponents: np.ndarray) -> np.ndarray:
     """Return values of given exponents, with signs and mantissas that differ."""
     at = np.arange(len(exponents), dtype=np.int64)
-    return ((at % 3 == 0) << 15 | exponents << 7 | at * 37 % 128).astype(np.uint16)
+    bits = (at % 3 == 0) << 15 | exponents << 7 | at * 37 % 128
+    return np.asarray(bits, dtype=np.uint16)
 
 
 def _constant(bits: int, shape: SlotShape) -> np.ndarray:
@@ -107,11 +110,12 @@ def _special(shape: SlotShape) -> np.ndarray:
     """Return infinities, NaNs of every payload, denormals, and zeros of both signs."""
     at = np.arange(shape.values)
     exponents = np.where(at % 2, 0xFF, 0)
-    return ((at % 3 == 0) << 15 | exponents << 7 | at % 128).astype(np.uint16)
+    bits = (at % 3 == 0) << 15 | exponents << 7 | at % 128
+    return np.asarray(bits, dtype=np.uint16)
 
 
 #: Planes at the edges, by name. Those whose escapes do not fit are flagged.
-EDGES = {
+EDGES: dict[str, Callable[[SlotShape], np.ndarray]] = {
     "zeros": lambda shape: _constant(0, shape),
     "negative zeros": lambda shape: _constant(0x8000, shape),
     "zeros of both signs": _mixed_sign,

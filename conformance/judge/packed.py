@@ -113,33 +113,34 @@ class PackedCase:
         raw = Rows(self.raw.tensors, self.raw.layout, self.raw.extents)
         packed = Rows(self.packed.tensors, self.packed.layout, self.packed.extents)
         src, dst = self.sides
-        source = Memory.snapshot(src.tensors)
         before = Memory.snapshot(dst.tensors)
-        after = before.copy()
-        refused = set[int]()
-        blocks = zip(
-            _listed(self.raw_blocks, self.count),
-            _listed(self.packed_blocks, self.count),
-            strict=True,
-        )
-        for position, (raw_block, packed_block) in enumerate(blocks):
-            if raw_block < 0 or packed_block < 0:
+        outcome = Outcome(Memory.snapshot(src.tensors), before, before.copy(), set())
+        raw_blocks = _listed(self.raw_blocks, self.count)
+        packed_blocks = _listed(self.packed_blocks, self.count)
+        for position, pair in enumerate(zip(raw_blocks, packed_blocks, strict=True)):
+            if min(pair) < 0:
                 continue
             for layer, kv, head in self._planes(raw):
-                plane = self._addresses(raw, raw_block, layer, kv, head, self.block_size)
-                slot = self._addresses(packed, packed_block, layer, kv, head, 1)
-                if self.packs:
-                    values = source.read(plane).reshape(-1).view(np.uint16)
-                    made, over = packed_slot(values, self.slots[kv])
-                    after.write(slot, made.reshape(slot.shape))
-                else:
-                    read = unpacked_values(source.read(slot).reshape(-1), self.slots[kv])
-                    over = read is None
-                    if read is not None:
-                        after.write(plane, read.view(np.uint8).reshape(plane.shape))
-                if over:
-                    refused.add(position)
-        return Outcome(source, before, after, refused)
+                plane = self._addresses(raw, pair[0], layer, kv, head, self.block_size)
+                slot = self._addresses(packed, pair[1], layer, kv, head, 1)
+                if not self._moved(outcome, plane, slot, self.slots[kv]):
+                    outcome.refused.add(position)
+        return outcome
+
+    def _moved(
+        self, outcome: Outcome, plane: np.ndarray, slot: np.ndarray, shape: SlotShape
+    ) -> bool:
+        """Pack or unpack one plane in the expectation; return False if it does not fit."""
+        if self.packs:
+            values = outcome.source.read(plane).reshape(-1).view(np.uint16)
+            made, over = packed_slot(values, shape)
+            outcome.after.write(slot, made.reshape(slot.shape))
+            return not over
+        read = unpacked_values(outcome.source.read(slot).reshape(-1), shape)
+        if read is None:
+            return False
+        outcome.after.write(plane, read.view(np.uint8).reshape(plane.shape))
+        return True
 
 
 @dataclass

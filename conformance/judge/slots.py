@@ -28,7 +28,7 @@ class SlotShape:
     @property
     def codes(self) -> int:
         """Return the number of codes that stand for exponents; the next one is the escape."""
-        return 2**self.code_bits - 1
+        return (1 << self.code_bits) - 1
 
     @property
     def head(self) -> int:
@@ -108,7 +108,7 @@ def unpacked_values(slot: np.ndarray, shape: SlotShape) -> np.ndarray | None:
     places = np.flatnonzero(codes == shape.codes)
     exponents[places] = slot[shape.escapes : shape.escapes + len(places)]
     byte = slot[: shape.values].astype(np.uint16)
-    return (byte >> 7) << 15 | exponents << 7 | (byte & 0x7F)
+    return np.asarray((byte >> 7) << 15 | exponents << 7 | (byte & 0x7F))
 
 
 def _bits_of(codes: np.ndarray, code_bits: int) -> np.ndarray:

@@ -19,8 +19,9 @@ from portakv_conformance.mutants.base import Call, HostRows, Int64, Values, load
 
 @dataclass(frozen=True)
 class PackCall(Call):
-    """The arguments of one launch that packs or unpacks; ``plan`` is a `PackPlan`."""
+    """The arguments of one launch that packs or unpacks."""
 
+    plan: PackPlan  # type: ignore[assignment]  # it has the unit of a plan of rows
     overflow: torch.Tensor
 
 
@@ -34,7 +35,7 @@ class PackRows(HostRows, encodings=frozenset({packing.PACK})):
         return decision
 
     def prepare_pack(self, plan: PackPlan) -> PackLaunch:
-        return lambda *supplied: self.carry_pack(PackCall(plan, *supplied))  # type: ignore[arg-type]
+        return lambda *supplied: self.carry_pack(PackCall(plan, *supplied))
 
     # The steps of a launch
 
@@ -53,7 +54,7 @@ class PackRows(HostRows, encodings=frozenset({packing.PACK})):
             here = self.address(call.src, *own)
             there = self.address(call.dst, *other)
             planes = len(here) // max(len(moved), 1)
-            execute = self.pack_planes if plan.packs else self.unpack_planes  # type: ignore[attr-defined]
+            execute = self.pack_planes if plan.packs else self.unpack_planes
             flags = execute(here, there, nest, call)
             for at in np.flatnonzero(flags):
                 self.report(int(moved[at // planes]), call)
@@ -167,7 +168,8 @@ class PackRows(HostRows, encodings=frozenset({packing.PACK})):
         escaped = np.flatnonzero(codes == plane.table_entries)
         exponents[escaped] = self.stored(slot, plane, len(escaped))
         byte = slot[: plane.codes_at].astype(np.uint16)
-        return (byte & 0x80) << 8 | exponents.astype(np.uint16) << 7 | byte & 0x7F
+        bits = (byte & 0x80) << 8 | exponents.astype(np.uint16) << 7 | byte & 0x7F
+        return np.asarray(bits)
 
     def stored(self, slot: Values, plane: PackedPlane, count: int) -> Values:
         """Return the exponents of so many escaped values, in the order of the values."""

@@ -48,7 +48,7 @@ def TableOfAnotherBlock(
 ) -> Values:
     """The first plane of a launch makes the table, and all other planes use it for their codes."""
     table = right.exponent_table(exponents, plane, call)
-    return right.state.setdefault(id(call.overflow), table)
+    return np.asarray(right.state.setdefault(id(call.overflow), table))
 
 
 @PackRows.mutate("order")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -12,12 +11,11 @@ from portakv.copy.between import carrier, common_device, current, order_after, s
 from portakv.copy.context import Context
 from portakv.copy.detached import detached
 from portakv.copy.handle import BlockTransfer
-from portakv.copy.launch import launch
+from portakv.copy.launch import launch, settle
 from portakv.copy.layers import in_layers
 from portakv.copy.options import CopyOptions
-from portakv.copy.packing import pack_or_unpack, slots_of
+from portakv.copy.packing import copy_packed
 from portakv.copy.repeat import REPEATS, remember, repeated
-from portakv.copy.settle import settle
 from portakv.copy.slices import in_slices
 from portakv.plan.move import Move
 from portakv.registry.registry import Choice, choose
@@ -39,7 +37,7 @@ def submit(move: Move, options: CopyOptions) -> BlockTransfer:
         src = src.as_bytes()
         move = move._replace(src=src)
     if src.form.encoding or dst.form.encoding:
-        transfer = _packed(move, options, began)
+        transfer = copy_packed(move, options, began, submit)
     elif src.device != dst.device and src.device.type != "cpu" != dst.device.type:
         transfer = _from_peer(move, options, began)
     else:
@@ -85,13 +83,6 @@ def issue(
     if options.plain and not (known_good or context.captured or context.device.type == "cpu"):
         remember(move, chosen, options, context.device, settled, made)
     return BlockTransfer(made, move, began)
-
-
-def _packed(move: Move, options: CopyOptions, began: float) -> BlockTransfer:
-    """Issue a copy of which a side is packed: as slots if both are, else packing or unpacking."""
-    if move.src.form.encoding and move.dst.form.encoding:
-        return submit(slots_of(move), replace(options, reinterpret=False, late=None))
-    return pack_or_unpack(move, options, began, submit)
 
 
 def _from_peer(move: Move, options: CopyOptions, began: float) -> BlockTransfer:

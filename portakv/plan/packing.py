@@ -14,7 +14,7 @@ from itertools import pairwise
 from portakv.errors import LayoutError, Unsupported
 from portakv.layout.packing import PACK, PACKED_DTYPE, PackedPlane
 from portakv.plan.loops import Loop, Side, merge_loops, refine, widest_vector
-from portakv.plan.move import Move
+from portakv.plan.move import Move as Move
 from portakv.plan.plan import slot_chain, split_chain
 from portakv.view.form import Form, Steps
 

@@ -206,7 +206,7 @@ def _first_taker(
     """Return the launch of the first backend that takes a plan, and the choice; see `prepare`."""
     known = registry.REGISTRY
     device = choice.backend.device
-    rejected = list[Decision]()
+    rejected: list[Decision] = []
     for name in _order_after(choice, device):
         backend, decision = known.ask(name, device, check=True)
         if name == choice.name:

@@ -227,7 +227,7 @@ def bind_layout(
     /,
     *,
     reinterpret: bool = False,
-    encoding: Pack | str | None = None,
+    encoding: object = None,
     **extents: int | Sequence[int] | None,
 ) -> BoundLayout:
     """Return a layout (string or preset) bound to declared extents; None means undeclared.

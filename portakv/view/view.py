@@ -48,9 +48,8 @@ class KVView:
         dim: declared width in elements: one number, or one for each kv.
         reinterpret: the rows are bytes, whatever the dtype: they may be copied to and from rows of
             any number type. Rows of two different number types are otherwise refused.
-        encoding: ``pack``, or `Pack` with its parameters: the tensors are uint8 and hold packed
-            blocks, one slot where the layout names ``page``. ``block_size`` and ``dim`` (bf16
-            values) are declared.
+        encoding: ``pack`` or a `Pack`: the uint8 tensors hold packed blocks, with a slot where the
+            layout names ``page``; ``block_size`` and ``dim`` (bf16 values) are declared.
 
     Attributes:
         form: strides, widths, alignment and place.
@@ -680,7 +679,6 @@ class KVView:
     def _with(self, rows: Rows, table: torch.Tensor | None) -> KVView:
         view = KVView.__new__(KVView)
         facts = rows, self.slots, self.device, self.requires_grad
-        # Other slices are made when they are needed.
         own = table if self.form.table_on_device else None
         persistent = self._memory is not None
         view._set(self.layout, self.tensors, facts, persistent, self._raw, own)

@@ -25,7 +25,7 @@ from portakv import (
     copy_rows,
     register_backend,
 )
-from portakv.copy import packing
+from portakv.copy import pack_staged
 from portakv.registry import registry
 
 NHD = "layer | kv block token head dim"
@@ -126,7 +126,8 @@ def test_chunks_are_blocks_one_after_another() -> None:
     copy_blocks(chunk, image, None, [5, 1, 0, 2]).synchronize()
     back = KVView(torch.zeros_like(rows), "kv layer token head dim")
     copy_blocks(image, back, [1, 0], None, skip=(0, SIZE)).synchronize()
-    first, past = SIZE, 3 * SIZE
+    first = SIZE
+    past = 3 * SIZE
     assert torch.equal(
         back.tensors[:, :, first:past].view(torch.int16),
         rows[:, :, first:past].view(torch.int16),
@@ -274,7 +275,7 @@ def test_slices_cross_in_turns(
     """With staging for two blocks a copy has many slices, in both directions of the link, and
     whichever side is packed."""
     block = SIZE * LAYERS * 2 * HEADS * DIM * 2
-    monkeypatch.setattr(packing, "SLICE", 2 * block)
+    monkeypatch.setattr(pack_staged, "SLICE", 2 * block)
     layers = numbers(9)
     order = [8, 1, 6, 0, 3, 7, 2]
     rest = list(range(7))
@@ -304,7 +305,7 @@ def test_blocks_that_do_not_fit_are_named_across_the_link(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = SIZE * LAYERS * 2 * HEADS * DIM * 2
-    monkeypatch.setattr(packing, "SLICE", 2 * block)
+    monkeypatch.setattr(pack_staged, "SLICE", 2 * block)
     layers = numbers(6)
     noise(layers[1][1, 4, :, 0])
     far = packed_view(6)
