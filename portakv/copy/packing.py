@@ -22,6 +22,7 @@ from portakv.errors import Unsupported
 from portakv.layout.packing import PACK
 from portakv.plan.packing import Move, PackPlan
 from portakv.registry import choose, prepared_pack
+from portakv.runtime.transfer import Transfer
 
 
 def copy_packed(
@@ -41,28 +42,36 @@ def copy_packed(
     """
     if move.src.form.encoding and move.dst.form.encoding:
         return submit(slots_of(move), replace(options, reinterpret=False, late=None))
+    _refuse_options(options)
+    packed = move.src.form if move.src.form.encoding else move.dst.form
+    check_whole(move, packed.block_size)
+    if not options.by_layer:
+        return BlockTransfer(_transform(move, options, submit), move, began)
+    PackPlan(move.src.form, move.dst.form, *move.steps)  # a layer of each side may not tell
+    layers = [_transform(move.layer(at), options, submit) for at in range(move.src.layers)]
+    return BlockTransfer(Transfer.join(layers), move, began, tuple(layers))
+
+
+def _transform(
+    move: Move, options: CopyOptions, submit: Callable[[Move, CopyOptions], BlockTransfer]
+) -> Transfer:
+    """Pack or unpack on the device of both sides, or on the one that is an accelerator."""
     src = move.src
     dst = move.dst
-    packed = src.form if src.form.encoding else dst.form
-    _refuse_options(options)
-    check_whole(move, packed.block_size)
     if src.device == dst.device and src.form.place != "peer":
         choice = choose(src.device, options.backend)
         context = Context.of(choice.backend.device, options.stream)
         ready = prepared_pack(src.form, dst.form, *move.steps, choice)
-        transfer = issue_pack(move, ready, context, options.strict)
-    else:
-        PackPlan(src.form, dst.form, *move.steps)  # refuse now what no stage can change
-        both = src.device.type != "cpu" != dst.device.type
-        device = dst.device if both else common_device(src, dst)
-        transfer = StagedPack(move, options, submit, device).issue()
-    return BlockTransfer(transfer, move, began)
+        return issue_pack(move, ready, context, options.strict)
+    PackPlan(src.form, dst.form, *move.steps)  # refuse now what no stage can change
+    both = src.device.type != "cpu" != dst.device.type
+    device = dst.device if both else common_device(src, dst)
+    return StagedPack(move, options, submit, device).issue()
 
 
 def _refuse_options(options: CopyOptions) -> None:
     """Raise `Unsupported` for an option that a copy that packs or unpacks does not keep."""
     kept = {
-        "by_layer": options.by_layer,
         "max_gbps": options.max_gbps is not None,
         "cancellable": options.cancellable,
         "detached": options.detached,

@@ -16,6 +16,7 @@ All numbers are little endian, and all bytes without a meaning are 0. Equal valu
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from portakv.errors import InvalidTerms, Unsupported
@@ -46,6 +47,7 @@ COUNTS_AT = 18
 VECTOR = 8
 PACKED = 0
 OVERFLOW = 1
+_TEXT = re.compile(rf"{PACK}/{FORMAT}:(?P<bits>\d)(:(?P<slot>\d{{1,9}}))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,27 @@ class Pack:
                 f"Expected slot_bytes to be a positive multiple of {SLOT_STEP} or None, got "
                 f"{slot!r}. Pass such a number, or None for the usual size."
             )
+
+    @property
+    def text(self) -> str:
+        """Return the parameters as a text, with the number of the format, as forms are stored."""
+        slot = "" if self.slot_bytes is None else f":{self.slot_bytes}"
+        return f"{PACK}/{FORMAT}:{self.code_bits}{slot}"
+
+    @classmethod
+    def of_text(cls, text: str) -> Pack:
+        """Return the parameters that `text` wrote.
+
+        Raises:
+            InvalidTerms: another text, or one of another format.
+        """
+        found = _TEXT.fullmatch(text)
+        if found is None:
+            raise InvalidTerms(
+                f"Expected encoding to be a text such as {cls().text!r}, got {text!r}. Use the "
+                f"release that wrote it, or pass what Pack.text returns."
+            )
+        return cls(int(found["bits"]), int(found["slot"]) if found["slot"] else None)
 
     def plane(self, values: int) -> PackedPlane:
         """Return the geometry of planes of so many values.

@@ -151,10 +151,24 @@ def test_packed_blocks_are_copied_as_they_are() -> None:
     assert not other.tensors[1, :, :, 0].any()
 
 
+def test_layers_one_after_another() -> None:
+    layers = numbers(4)
+    noise(layers[1][1, 2, :, 0])
+    image = packed_view(4)
+    moved = copy_blocks(raw_view(layers), image, [0, 2, 3], [1, 0, 3], by_layer=True)
+    assert len(moved.layers) == LAYERS
+    moved.layers[0].synchronize()
+    with pytest.raises(PackOverflow) as caught:
+        moved.layers[1].synchronize()
+    assert caught.value.src_blocks == (2,)
+    target = raw_view([torch.zeros_like(layer) for layer in layers])
+    copy_blocks(image, target, [1, 3], [0, 3], by_layer=True).synchronize()
+    assert same(target, layers, [0, 3], [0, 3])
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a part of a block": ({"count": 2 * SIZE - 1}, "moves only whole"),
     "from the middle of a block": ({"skip": 3, "count": SIZE}, "moves only whole"),
-    "by layer": ({"by_layer": True}, "with by_layer"),
     "at a rate": ({"max_gbps": 1.0}, "with max_gbps"),
     "in slices": ({"cancellable": True}, "with cancellable"),
     "detached": ({"detached": True}, "with detached"),
