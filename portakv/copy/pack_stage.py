@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from portakv.layout.packing import Pack
+from portakv.layout.packing import parameters_of
 from portakv.view.form import Form
 from portakv.view.view import KVView
 
@@ -23,7 +23,7 @@ def stage_of(form: Form, raw: Form, unit: int, blocks: int, device: torch.device
     inner = "token dim"
     dtype = torch.bfloat16
     if form.encoding:
-        declared["encoding"] = _parameters(form)
+        declared["encoding"] = parameters_of(form.encoding)
         shapes = [(width,) for width in form.widths]
         inner = "page"
         dtype = torch.uint8
@@ -38,11 +38,3 @@ def stage_of(form: Form, raw: Form, unit: int, blocks: int, device: torch.device
         for shape in shapes
     ]
     return KVView(tensors, f"kv | block layer head {inner}", **declared)
-
-
-def _parameters(form: Form) -> Pack:
-    """Return the parameters that a packed form was made with."""
-    first = form.encoding[0]
-    made = first.parameters
-    same = all(made.plane(plane.values) == plane for plane in form.encoding)
-    return made if same else Pack(first.code_bits)  # slots of the usual size for each width

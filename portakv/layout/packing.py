@@ -17,6 +17,7 @@ All numbers are little endian, and all bytes without a meaning are 0. Equal valu
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from portakv.errors import InvalidTerms, Unsupported
@@ -191,6 +192,15 @@ class PackedPlane:
     def ratio(self) -> float:
         """Return the bytes of the rows divided by the bytes of a slot."""
         return self.raw_bytes / self.slot_bytes
+
+
+def parameters_of(planes: Sequence[PackedPlane]) -> Pack:
+    """Return the parameters that made the planes of a form, without a slot size if it is the usual
+    one."""
+    pack = Pack(planes[0].code_bits)
+    if all(pack.plane(plane.values) == plane for plane in planes):
+        return pack
+    return planes[0].parameters
 
 
 def sampled(vector: int) -> int:

@@ -20,7 +20,7 @@ from portakv import arguments
 from portakv.errors import LayoutError, StoreError, Unsupported
 from portakv.layout.extents import known_parts
 from portakv.layout.language import parse
-from portakv.layout.packing import PACK, PACKED_DTYPE, Pack, PackedPlane
+from portakv.layout.packing import PACK, PACKED_DTYPE, Pack, PackedPlane, parameters_of
 from portakv.view import KVView
 from portakv.view.packed import as_pack
 
@@ -146,7 +146,7 @@ class BlockForm:
             raise arguments.invalid("block_size", expected, size, "Leave it out.")
         dtype, widths = _elements_of(view)
         if view.form.encoding and pack is None:
-            pack = view.form.encoding[0].parameters
+            pack = parameters_of(view.form.encoding)
         layout = _raw_layout(widths)
         if view.opaque and not view.form.encoding:
             layout = f"block layer {'page' if view.kv == 1 else '(kv page)'}"
