@@ -11,6 +11,7 @@ import torch
 from portakv.cli import explain_link, store
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
+from portakv.cli.explain_encoding import explain_encoding
 from portakv.cli.sides import Side, add_extents, extents_of, make_sides, positive
 from portakv.cli.store_serve import check_installed
 from portakv.plan.plan import CopyPlan, Nest
@@ -49,6 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     blocks = "blocks of a paged side (default: for --tokens); with --host, runs (default: 1)"
     add_extents(parser.add_argument_group("extents"), blocks)
     group = parser.add_argument_group("indices")
+    packed = "SRC_LAYOUT holds bf16 rows and DST_LAYOUT packed slots: pack, or pack/1:3 (3 bits)"
+    parser.add_argument("--encoding", metavar="NAME", help=packed)
     group.add_argument(
         "--index",
         choices=("slots", "blocks"),
@@ -94,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
         args.misunderstood(why)
     if args.host or args.peer:
         return explain_link.run(args)
+    if args.encoding is not None:
+        return explain_encoding(args)
     device = usual_device() if args.device is None else usable_device(args.device)
     layouts = (args.src, args.dst)
     steps = (args.src_step, args.dst_step)

@@ -149,7 +149,7 @@ class PackPlan:
 
     def __str__(self) -> str:
         verb = "pack" if self.packs else "unpack"
-        lines = [f"{verb} {PACK!r} in units of one block of {self.unit} tokens"]
+        lines = [f"{verb} ({PACK}) in units of one block of {self.unit} tokens"]
         for nest in self.nests:
             plane = nest.plane
             src = nest.src.text("s")
