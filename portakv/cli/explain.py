@@ -11,7 +11,6 @@ import torch
 from portakv.cli import explain_link, store
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
-from portakv.cli.explain_encoding import explain_encoding
 from portakv.cli.sides import Side, add_extents, extents_of, make_sides, positive
 from portakv.cli.store_serve import check_installed
 from portakv.plan.plan import CopyPlan, Nest
@@ -95,10 +94,8 @@ def run(args: argparse.Namespace) -> int:
     why = explain_link.misplaced(args)
     if why:
         args.misunderstood(why)
-    if args.host or args.peer:
+    if args.host or args.peer or args.encoding is not None:
         return explain_link.run(args)
-    if args.encoding is not None:
-        return explain_encoding(args)
     device = usual_device() if args.device is None else usable_device(args.device)
     layouts = (args.src, args.dst)
     steps = (args.src_step, args.dst_step)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -62,27 +62,17 @@ class StagedPack:
 
     def issue(self) -> Transfer:
         """Issue all slices; return their transfers as one."""
-        move = self._move
-        far = move.dst if self._leaves else move.src
-        near = move.src if self._leaves else move.dst
-        raw = near if far.form.encoding else far
-        blocks = max(1, min(SLICE // (self._unit * raw.form.token_bytes), move.count // self._unit))
-        stage = stage_of(far.form, raw.form, self._unit, blocks, self._device)
-        self._prepared(stage)  # refuse now what cannot be executed
-        stages = [stage]
-        spans = list(self._spans(blocks))
-        if len(spans) > 1:
-            stages.append(stage_of(far.form, raw.form, self._unit, blocks, self._device))
-        made: list[Transfer] = []
         options = self._options
-        device = self._device
-        current = torch.accelerator.current_stream(device.index)
-        work = options.stream or current
+        work = options.stream or torch.accelerator.current_stream(self._device.index)
         follow_current(options.stream, [self._move])
+        made: list[Transfer] = []
+        # Staging memory belongs to the stream that packs or unpacks.
         with inside(work):
-            link = side_stream(work, "pack", "out" if self._leaves else "in")
-            if len(spans) == 1:
-                link = work
+            spans, stages = self._stages()
+            self._prepared(stages[0])  # refuse now what cannot be executed
+            link = work
+            if len(spans) > 1:
+                link = side_stream(work, "pack", "out" if self._leaves else "in")
             issue = self._out if self._leaves else self._in
             issue(spans, stages, work, link, made)
             work.wait_stream(link)
@@ -90,10 +80,26 @@ class StagedPack:
         if error is not None:
             made.append(Transfer((Completion(error=error),)))
         joined = Transfer.join(made)
-        carried = [one.carried for one in made[:2]]
-        how = " and ".join(dict.fromkeys(each[0] for each in carried)) or joined.carried[0]
-        why = "; ".join(f"{name}: {reason}" for name, reason in dict.fromkeys(carried))
+        carried = dict.fromkeys(one.carried for one in made[:2])
+        how = " and ".join(dict.fromkeys(name for name, _ in carried)) or joined.carried[0]
+        why = "; ".join(f"{name}: {reason}" for name, reason in carried)
         return Transfer(joined.completions, (joined, stages), (how, why))
+
+    def _stages(self) -> tuple[list[tuple[int, int]], list[KVView]]:
+        """Return the first position and the tokens of each slice, and staging memory for two."""
+        move = self._move
+        far = move.dst if self._leaves else move.src
+        near = move.src if self._leaves else move.dst
+        raw = near if far.form.encoding else far
+        unit = self._unit
+        blocks = max(1, min(SLICE // (unit * raw.form.token_bytes), move.count // unit))
+        tokens = blocks * unit
+        spans = [(at, min(tokens, move.count - at)) for at in range(0, move.count, tokens)]
+        stages = [
+            stage_of(far.form, raw.form, unit, blocks, self._device)
+            for _ in range(2 if len(spans) > 1 else 1)
+        ]
+        return spans, stages
 
     def _out(
         self,
@@ -175,9 +181,3 @@ class StagedPack:
         if not transfer.ordered:  # no stream orders the use of its memory
             transfer.synchronize()
         return transfer
-
-    def _spans(self, blocks: int) -> Iterator[tuple[int, int]]:
-        """Yield the first position and the tokens of each slice."""
-        tokens = blocks * self._unit
-        for first in range(0, self._move.count, tokens):
-            yield first, min(tokens, self._move.count - first)

@@ -66,6 +66,21 @@ def _elements_of(view: KVView) -> tuple[str, tuple[int, ...]]:
     return dtype, tuple(width // getattr(torch, dtype).itemsize for width in view.widths)
 
 
+def _layout_of(view: KVView, dtype: str, widths: tuple[int, ...], pack: Pack | None) -> str:
+    """Return the canonical layout of a view's blocks; raise `Unsupported` for rows that cannot be
+    packed."""
+    pages = view.opaque and not view.form.encoding
+    if pack is None:
+        inner = "page" if view.kv == 1 else "(kv page)"
+        return f"block layer {inner}" if pages else _raw_layout(widths)
+    if dtype != PACKED_DTYPE or pages:
+        raise Unsupported(
+            f"The encoding {PACK!r} for a cache of {dtype}",
+            f"it takes {PACKED_DTYPE} only; leave these blocks raw",
+        )
+    return _packed_layout(widths)
+
+
 def _raw_layout(widths: tuple[int, ...]) -> str:
     """Return the canonical layout of raw rows."""
     inner = "head kv token dim" if len({*widths}) == 1 else "head (kv token dim)"
@@ -144,19 +159,10 @@ class BlockForm:
         if view.opaque and size != view.block_size:
             expected = f"{view.block_size}, as blocks that move only whole are not re-blocked"
             raise arguments.invalid("block_size", expected, size, "Leave it out.")
-        dtype, widths = _elements_of(view)
         if view.form.encoding and pack is None:
             pack = parameters_of(view.form.encoding)
-        layout = _raw_layout(widths)
-        if view.opaque and not view.form.encoding:
-            layout = f"block layer {'page' if view.kv == 1 else '(kv page)'}"
-        if pack is not None:
-            layout = _packed_layout(widths)
-            if dtype != PACKED_DTYPE or view.opaque > bool(view.form.encoding):
-                raise Unsupported(
-                    f"The encoding {PACK!r} for a cache of {dtype}",
-                    f"it takes {PACKED_DTYPE} only; leave these blocks raw",
-                )
+        dtype, widths = _elements_of(view)
+        layout = _layout_of(view, dtype, widths, pack)
         salted = arguments.octets("salt", salt) and hashlib.sha256(salt).hexdigest()
         return cls(
             model,

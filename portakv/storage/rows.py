@@ -20,7 +20,6 @@ import numpy.typing as npt
 import torch
 
 from portakv.arguments import naming, shown
-from portakv.copy.handle import token_bytes
 from portakv.copy.options import USUAL, CopyOptions
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.runtime.devices import capturing, refuse_capture
@@ -623,7 +622,8 @@ class Crossing:
         self, inner: KVView, items: Sequence[int], at: Sequence[int], by_layer: bool
     ) -> tuple[Transfer, Sequence[Transfer]]:
         """Copy rows to places of the view; return the transfer, and those of its layers."""
-        nbytes = int(self._size * token_bytes(inner.form))
+        form = inner.form
+        nbytes = self._size * form.token_bytes // (form.block_size if form.opaque else 1)
         parts = copy_parts(len(items), nbytes) if self.on_device and not by_layer else []
         if len(parts) > 1:  # the device copies a part while the host describes the next one
             transfers = list[Transfer]()

@@ -162,8 +162,15 @@ class SpareRows:
             if store is not tier_store:
                 with graph.lock:
                     queue = store.queue_for_write(sum(data[n].nbytes for n in some))
-            columns = [[column[n] for n in some] for column in (keys, data, generations, checksums)]
-            made = store.write(queue, *columns, *rest, report=report)
+            made = store.write(
+                queue,
+                [keys[n] for n in some],
+                [data[n] for n in some],
+                [generations[n] for n in some],
+                [checksums[n] for n in some],
+                *rest,
+                report=report,
+            )
             for n, stored in zip(some, made, strict=True):
                 landed[n] = stored
         return landed

@@ -381,11 +381,6 @@ def test_the_demo_stores_packed_blocks(tmp_path: Path) -> None:
     assert stored["packed_blocks"]
 
 
-def test_the_demo_packs_in_a_store_alone() -> None:
-    code, _, err = run("demo", "--encoding", "pack", "--device", "cpu")
-    assert (code, "--encoding goes with --store" in err) == (2, True)
-
-
 @pytest.mark.parametrize(
     ("tokens", "noise", "loaded", "good"),
     [([1], [3], 16, True), ([2], [3], 16, False), ([1], [1], 16, False), ([1], [3], 0, False)],
