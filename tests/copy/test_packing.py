@@ -259,7 +259,7 @@ def _deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-AMBIENT = {
+AMBIENT: dict[str, Any] = {
     "plain": nullcontext,
     "inference": torch.inference_mode,
     "no device": lambda: torch.device("meta"),
