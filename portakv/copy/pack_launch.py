@@ -106,7 +106,7 @@ def launch_pack(checked: Checked, ready: PreparedPack, context: Context) -> Tran
         pendings=pendings,
         words=() if word is None else [(word, 0)],
         error=error,
-        report=report,
+        late_error=report,
         retained=(move.src, move.dst, placed, overflow),
         pool=pool,
     )

@@ -142,7 +142,7 @@ class Completion:
     reported: bool = False  # a caller received the error
     # An entry for each thread that blocks until the event: no other work may get the event then.
     blocked: list[None] = field(default_factory=list)
-    report: Report | None = None  # returns an error of the work that has ended
+    late_error: Report | None = None  # returns an error of the work that has ended
 
     def ended(self) -> bool:
         """Return True once all bytes have landed, or an error ended the work; never blocks or
@@ -210,10 +210,10 @@ class Completion:
                 word.value[0] = 0
                 free_words.append(word)
             self.words = ()
-            report = self.report
-            self.report = None
-            if report is not None and self.error is None:
-                self.error = report()
+            late_error = self.late_error
+            self.late_error = None
+            if late_error is not None and self.error is None:
+                self.error = late_error()
                 if self.error is not None:
                     failed.append(self)
             self.settled = True
