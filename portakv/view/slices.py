@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from operator import index
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.errors import LayoutError
@@ -138,11 +140,8 @@ def cover(spans: Spans, ranges: Sequence[tuple[int, int]]) -> bool:
     return True
 
 
-def meet(one: Spans, other: Spans) -> bool:
-    """Return True if two lists of sorted, disjoint spans share a byte."""
-    few, many = (one, other) if len(one) < len(other) else (other, one)
-    for first, past in few:
-        at = bisect_left(many, (past,))
-        if at and many[at - 1][1] > first:
-            return True
-    return False
+def storage_edges(owners: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
+    """Return the first byte of the storage of each tensor, and then the byte past each."""
+    storages = [owner.untyped_storage() for owner in owners]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return np.array([*sizes, *map(sum, sizes.items())], dtype=np.int64)

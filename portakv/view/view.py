@@ -7,6 +7,7 @@ Addresses come from ``data_ptr()`` and strides, never from contiguity, the numbe
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from operator import index, methodcaller
@@ -24,9 +25,10 @@ from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
 from portakv.view.addresses import RawMemory, RawRows, read_addresses
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
+from portakv.view.bound import replaced_memory
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.form import ALIASED, locate, same_form
-from portakv.view.slices import cover, meet, slice_form, slice_range, spans_within
+from portakv.view.slices import cover, slice_form, slice_range, spans_within, storage_edges
 
 T = TypeVar("T")
 
@@ -272,12 +274,7 @@ class KVView:
         if self._raw is not None:
             begins = self.addresses
             return np.concatenate([begins, begins + self._raw.nbytes])
-        return self._with_memory("edges", self._edges)
-
-    def _edges(self) -> npt.NDArray[np.int64]:
-        storages = [owner.untyped_storage() for owner in self.owners]
-        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        return np.array([*sizes, *map(sum, sizes.items())], dtype=np.int64)
+        return self._with_memory("edges", lambda: storage_edges(self.owners))
 
     def _with_memory(self, key: str, make: Callable[[], T]) -> T:
         """Return what was made for the storages of the last check; else make it."""
@@ -438,7 +435,12 @@ class KVView:
             return False
         dst = self.spans if self._spans is None else self._spans  # the property costs a call
         src = other.spans if other._spans is None else other._spans
-        return meet(dst, src)
+        few, many = (dst, src) if len(dst) < len(src) else (src, dst)
+        for first, past in few:
+            at = bisect_left(many, (past,))
+            if at and many[at - 1][1] > first:
+                return True
+        return False
 
     def check_writable(self) -> None:
         """Raise `LayoutError` if this view cannot be a destination."""
@@ -505,10 +507,7 @@ class KVView:
 
     def replaced(self) -> LayoutError:
         """Return the error for memory of a tensor that differs from the memory that was read."""
-        return LayoutError(
-            f"The memory of a tensor of {self.layout.text!r} was replaced after it was read. Make "
-            f"the view again, or register the kv_caches again."
-        )
+        return replaced_memory(self.layout.text)
 
     def plane(self, layer: int, kv: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return one plane as a strided tensor ``[blocks, block_size, heads, dim]``, of ``dtype``.
