@@ -141,6 +141,7 @@ class KVView:
         heads: int | None = None,
         dim: int | Sequence[int] | None = None,
         reinterpret: bool = False,
+        encoding: Pack | str | None = None,
         **unknown: NoReturn,
     ) -> KVView:
         """Return a view over raw memory: addresses of tensors of one shape.
@@ -164,7 +165,7 @@ class KVView:
                 to be of that kind. Without an accelerator the memory is on the host.
             pinned: host memory is pinned, and mapped to devices. None: with a ``device``, torch
                 reports it for one address in each page. Memory of a table on a device is pinned.
-            layers, kv, block_size, heads, dim, reinterpret: as for the constructor.
+            layers, kv, block_size, heads, dim, reinterpret, encoding: as for the constructor.
 
         Raises:
             LayoutError: wrong addresses or levels of them; an address that is 0, or not a multiple
@@ -181,6 +182,7 @@ class KVView:
             heads=heads,
             dim=dim,
             reinterpret=reinterpret,
+            encoding=encoding,
             **unknown,
         )
         rows = read_addresses(bound, addresses, shape, strides, dtype, device, pinned)
@@ -269,8 +271,7 @@ class KVView:
         return self._owners
 
     def edges(self) -> npt.NDArray[np.int64]:
-        """Return the ranges of allocations, in any order; for raw memory, the ranges of its
-        tensors."""
+        """Return the ranges of allocations in any order; of raw memory, those of its tensors."""
         if self._raw is not None:
             begins = self.addresses
             return np.concatenate([begins, begins + self._raw.nbytes])

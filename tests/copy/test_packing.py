@@ -135,6 +135,26 @@ def test_chunks_are_blocks_one_after_another() -> None:
     assert not back.tensors[:, :, :first].any()
 
 
+def test_packed_memory_known_by_its_address() -> None:
+    layers = numbers(3)
+    image = packed_view(3)
+    slots = image.tensors
+    raw = KVView.at(
+        slots.data_ptr(),
+        IMAGE,
+        shape=(-1, *slots.shape[1:]),
+        dtype=torch.uint8,
+        device="cpu",
+        block_size=SIZE,
+        dim=DIM,
+        encoding="pack",
+    )
+    copy_blocks(raw_view(layers), raw, [0, 2], [2, 1]).synchronize()
+    target = raw_view([torch.zeros_like(layer) for layer in layers])
+    copy_blocks(image, target, [2, 1], [0, 2]).synchronize()
+    assert same(target, layers, [0, 2], [0, 2])
+
+
 def test_packed_blocks_are_copied_as_they_are() -> None:
     layers = numbers(4)
     image = packed_view(4)
@@ -332,6 +352,24 @@ def test_blocks_that_do_not_fit_are_named_across_the_link(
     with pytest.raises(PackOverflow):
         moved.synchronize()
     assert same(target, layers, [0, 2, 5], [0, 2, 5])
+
+
+def test_keys_and_values_of_unequal_width(accelerator: torch.device) -> None:
+    """Staging memory then has a tensor for each kv, and slots of the usual size for each width."""
+    blocks = 3
+    made = [numbers(blocks)[0][0, ..., :width] for width in (32, 16)]
+    layout = "kv | block token head dim"
+    near = KVView([x.contiguous().to(accelerator) for x in made], layout, dim=(32, 16))
+    sizes = [Pack().plane(SIZE * dim).slot_bytes for dim in (32, 16)]
+    slots = torch.zeros((blocks, HEADS, sum(sizes)), dtype=torch.uint8, device="cpu")
+    far = KVView(
+        slots, "block head (kv page)", kv=2, block_size=SIZE, dim=(32, 16), encoding="pack"
+    )
+    copy_blocks(near, far, [2, 0], [0, 1]).synchronize()
+    target = KVView([torch.zeros_like(x) for x in near.tensors], layout, dim=(32, 16))
+    copy_blocks(far, target, [0, 1], [2, 0]).synchronize()
+    for own, rows in zip(target.tensors, made, strict=True):
+        assert torch.equal(own.cpu()[[2, 0]].view(torch.int16), rows[[2, 0]].view(torch.int16))
 
 
 def test_order_on_a_stream(accelerator: torch.device) -> None:
