@@ -146,18 +146,17 @@ class KVView:
     ) -> KVView:
         """Return a view over raw memory: addresses of tensors of one shape.
 
-        The view does not retain the memory and cannot see that it was freed or moved. The caller
-        promises that it stays until copies have ended, and that a table on a device is not written
-        meanwhile. Only strategies that need addresses on the host read such a table back, once.
+        The view does not retain the memory. The caller promises that it stays until copies have
+        ended, and that a table on a device is not written meanwhile. Only strategies that need
+        addresses on the host read such a table back, once.
 
         Args:
             addresses: one integer, or integers in lists as the layout names containers; or an int64
                 or uint64 tensor with a dimension for each container level, on the host or on a
                 device. Addresses on a device must be multiples of 16.
-            layout: a layout string, or the name of a preset.
+            layout: a layout string or a preset.
             shape: of the tensor at each address. The extent of the dimension that holds ``block``
-                (of a chunk, ``token``) may be -1: unknown. Then no id is past the end, and
-                overlapping views are not detected.
+                (of a chunk, ``token``) may be -1: no id is past the end, no overlap is detected.
             strides: in elements; None: contiguous, if no extent outside of one of -1 is above 1.
             dtype: of the tensors' elements.
             device: where the memory is; ``cpu``: on the host. None: the driver of the accelerator
@@ -170,8 +169,7 @@ class KVView:
         Raises:
             LayoutError: wrong addresses or levels of them; an address that is 0, or not a multiple
                 of the element's bytes; a contradiction; no ``device``, and no driver to ask.
-            DeviceMismatch: a ``device`` that torch does not know, or cannot use here; a table on
-                another device than the memory.
+            DeviceMismatch: a ``device`` that torch cannot use here; a table on another device.
             TransferError: the driver reports an error.
         """
         bound = bind_layout(
