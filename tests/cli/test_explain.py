@@ -346,7 +346,6 @@ def test_explain_an_encoding_as_json() -> None:
         (["--encoding", "zip"], "Expected encoding to be a text such as 'pack/1:4'"),
         (["--encoding", "pack", "--dtype", "float16"], "of float16"),
         (["--encoding", "pack", "--dim", "3"], "planes of 48 values"),
-        (["--encoding", "pack", "--backend", "compiled"], "does not carry out the encoding"),
     ],
 )
 def test_an_encoding_that_cannot_be_explained(words: list[str], expected: str) -> None:

@@ -192,7 +192,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "at a rate": ({"max_gbps": 1.0}, "with max_gbps"),
     "in slices": ({"cancellable": True}, "with cancellable"),
     "detached": ({"detached": True}, "with detached"),
-    "by a backend without it": ({"backend": "compiled"}, "does not carry out the encoding 'pack'"),
 }
 
 
@@ -262,6 +261,9 @@ def test_another_backend_packs_and_the_reason_is_on_record(
     name, why = moved.carried
     assert name == "reference"
     assert "rows-only: it does not carry out the encoding 'pack'" in why
+    # A backend that is forced does not fall back.
+    with pytest.raises(Unsupported, match="does not carry out the encoding 'pack'"):
+        copy_blocks(raw_view(layers), packed_view(2), [0], [0], backend="rows-only")
 
 
 @contextmanager
