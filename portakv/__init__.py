@@ -20,6 +20,7 @@ from portakv.errors import (
     InvalidTerms,
     LayoutError,
     OfferGone,
+    PackOverflow,
     PeerError,
     PoolExhausted,
     PortaKVError,
@@ -31,6 +32,7 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
+from portakv.layout.packing import Pack
 from portakv.layout.presets import PRESETS
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import register_backend
@@ -55,6 +57,8 @@ __all__ = [
     "LateErrors",
     "LayoutError",
     "OfferGone",
+    "Pack",
+    "PackOverflow",
     "PeerError",
     "PoolExhausted",
     "PortaKVError",

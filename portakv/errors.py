@@ -56,6 +56,26 @@ class TransferError(PortaKVError, RuntimeError):
     """A launched transfer failed, or its completion cannot be checked here."""
 
 
+class PackOverflow(TransferError):
+    """Blocks do not fit into packed slots, or packed slots hold the flag of such blocks.
+
+    All other blocks of the copy were moved. Copy these blocks raw.
+
+    Attributes:
+        src_blocks, dst_blocks: the numbers of these blocks in the source and in the destination.
+    """
+
+    def __init__(
+        self, message: str, src_blocks: tuple[int, ...] = (), dst_blocks: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(message)
+        self.src_blocks = src_blocks
+        self.dst_blocks = dst_blocks
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.src_blocks, self.dst_blocks)
+
+
 class TransferTimeout(TransferError, TimeoutError):
     """A transfer has not ended within the allowed time; it goes on."""
 

@@ -5,7 +5,8 @@
 (`test_corners`, `test_presets`, `test_indices`, `test_parts`), what callers do (`test_connector`),
 what must never happen (`test_safety`, `test_far`), what a backend claims (`test_claims`,
 `test_lies`), order, devices and graphs (`test_ordering`, `test_devices`, `test_capture`), and
-random structures (`test_drawn`, `test_metamorphic`, `test_stateful`).
+random structures (`test_drawn`, `test_metamorphic`, `test_stateful`), and rows that are packed
+(`test_encodings`).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ AREAS = (
     "capture",
     "stateful",
     "drawn",
+    "encodings",
 )
 #: A case of the profile ``full`` only.
 full = pytest.mark.profile("full")

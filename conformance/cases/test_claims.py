@@ -25,7 +25,7 @@ SHAPE = Shape()
 def test_claims_make_sense(subject: Subject) -> None:
     """Every field of the claims has a valid value, and the same value at each call."""
     can = subject.can
-    for name in ("places", "index_dtypes"):
+    for name in ("places", "index_dtypes", "encodings"):
         kind = type(getattr(can, name))
         assert kind is frozenset, f"{name} is a {kind.__name__}; expected a frozenset."
     assert can.places, "places is empty: it claims to copy from nowhere to nowhere."
@@ -33,6 +33,7 @@ def test_claims_make_sense(subject: Subject) -> None:
     assert can.index_on in ("host", "device"), f"index_on is {can.index_on!r}."
     assert can.index_dtypes, "index_dtypes is empty: it claims to read no ids."
     assert can.index_dtypes <= {torch.int32, torch.int64}, f"index_dtypes is {can.index_dtypes}."
+    assert can.encodings <= {"pack"}, f"encodings is {can.encodings}."
     vectors = type(can.alignment) is int and can.alignment in (1, 2, 4, 8, 16)
     assert vectors, f"alignment is {can.alignment!r}: no vector has it."
     loops = can.max_loops

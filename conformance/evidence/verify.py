@@ -35,7 +35,12 @@ Listing: TypeAlias = Callable[[str, str], _Facts]
 
 _FACTS = ("torch", "python", "os", "device", "device_name", "driver", "emulated")
 # The most that a backend can claim of a field that is not yes or no.
-_WHOLE = {"max_loops": None, "alignment": 1, "index_dtypes": ["int32", "int64"]}
+_WHOLE = {
+    "max_loops": None,
+    "alignment": 1,
+    "index_dtypes": ["int32", "int64"],
+    "encodings": ["pack"],
+}
 _IDLE = 0.1  # share of the passed cases that may copy nothing: a few judge claims only
 _CLOCKS = timedelta(days=1)  # by which another machine's clock may be ahead
 

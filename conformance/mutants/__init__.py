@@ -8,12 +8,23 @@ import inspect
 from importlib import import_module
 
 from portakv_conformance.mutants.base import DeviceRows, HostRows
+from portakv_conformance.mutants.base_pack import PackRows
 
 __all__ = ["CONTROLS", "MUTANTS", "Mutant"]
 
 Mutant = type[HostRows]
 
-_IDEAS = ("addressing", "paths", "vectors", "indices", "layouts", "state", "claims", "ordering")
+_IDEAS = (
+    "addressing",
+    "paths",
+    "vectors",
+    "indices",
+    "layouts",
+    "state",
+    "claims",
+    "ordering",
+    "packing",
+)
 #: Every mutant, those of one idea together; an underscore marks a base.
 MUTANTS: tuple[Mutant, ...] = tuple(
     value
@@ -24,4 +35,4 @@ MUTANTS: tuple[Mutant, ...] = tuple(
     if inspect.isclass(value) and issubclass(value, HostRows)
 )
 #: The un-mutated bases: the suite has to pass them.
-CONTROLS: tuple[Mutant, ...] = (HostRows, DeviceRows)
+CONTROLS: tuple[Mutant, ...] = (HostRows, DeviceRows, PackRows)

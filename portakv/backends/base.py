@@ -13,6 +13,10 @@ The library calls a backend in this order:
 The registry runs a self-check, from the claims to a launch, before it chooses a backend. If
 `check` or `prepare` rejects a plan, the registry tries the next backend, unless the caller forced
 this one. Two more methods are optional: `Backend.hides`, and `Repeatable.again` of a launch.
+
+A copy that packs or unpacks rows has a `PackPlan`. The registry passes it only to a backend that
+claims its encoding, to `Backend.check_pack` and `Backend.prepare_pack` in place of `check` and
+`prepare`; `reference` carries out what no earlier backend takes.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from typing import Protocol
 
 import torch
 
+from portakv.errors import Unsupported
+from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Pending as Pending
@@ -64,6 +70,8 @@ class Capabilities:
         tables: it takes planes that are addressed by a pointer table.
         capturable: a launch can be captured into a device graph.
         threads: several threads may call one launch concurrently.
+        encodings: the encodings that it carries out, such as ``pack``: it then implements
+            `Backend.prepare_pack`.
     """
 
     places: frozenset[tuple[str, str]]
@@ -76,6 +84,7 @@ class Capabilities:
     tables: bool = True
     capturable: bool = False
     threads: bool = True
+    encodings: frozenset[str] = frozenset()
 
     def home_of_ids(self, device: torch.device) -> torch.device:
         """Return the device where ids must be for a backend of ``device``."""
@@ -103,6 +112,29 @@ class Launch(Protocol):
         count: int,
         stream: torch.Stream | None,
         status: torch.Tensor | None,
+    ) -> Pending | None: ...
+
+
+class PackLaunch(Protocol):
+    """A prepared copy that packs or unpacks rows; as `Launch`, with one more argument.
+
+    ``count`` is a multiple of the plan's unit, which is one block. ``overflow`` is an int32 tensor
+    on the backend's device with a word for each block of this call, all 0. The launch writes 1
+    there for each block that has a plane whose escapes do not fit (pack), or a slot with the flag
+    of such a plane (unpack). It goes on with all other planes: the slot of a plane that overflows
+    holds the flag only, and the rows of a flagged slot are not written.
+    """
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+        overflow: torch.Tensor,
     ) -> Pending | None: ...
 
 
@@ -257,6 +289,34 @@ class Backend(ABC):
         Raises:
             Unsupported: the plan cannot be executed; nothing was written.
         """
+
+    def check_pack(self, plan: PackPlan) -> Decision:
+        """Decide whether the backend packs or unpacks by this plan; pure.
+
+        The default compares the plan with the claims.
+        """
+        why = pack_refusal(self.capabilities(), plan)
+        return Decision(self.name, why is None, why or f"carries out {plan.encoding!r}")
+
+    def prepare_pack(self, plan: PackPlan) -> PackLaunch:
+        """Prepare a copy that packs or unpacks; for backends that claim its encoding.
+
+        Raises:
+            Unsupported: the plan cannot be executed; nothing was written.
+        """
+        raise Unsupported(f"The encoding {plan.encoding!r}", f"{self.name} does not carry it out")
+
+
+def pack_refusal(can: Capabilities, plan: PackPlan) -> str | None:
+    """Return the first claim that a plan of an encoding exceeds, as a sentence, or None."""
+    if plan.encoding not in can.encodings:
+        return f"it does not carry out the encoding {plan.encoding!r}"
+    route = (plan.src.place, plan.dst.place)
+    if route not in can.places:
+        return f"it does not copy from {route[0]} to {route[1]} memory"
+    if plan.tabled and not can.tables:
+        return "it takes no pointer tables and the planes lie in separate allocations"
+    return None
 
 
 def refusal(can: Capabilities, plan: CopyPlan) -> str | None:

@@ -12,7 +12,10 @@ from __future__ import annotations
 import torch
 
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, places_on
+from portakv.backends.reference_pack import ReferencePack
 from portakv.backends.strided import Ops, StridedCopy
+from portakv.layout.packing import PACK
+from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
 
 
@@ -63,9 +66,15 @@ class Reference(Backend):
         return Decision(cls.name, True, "plain torch indexing runs on any torch device")
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(places=places_on(self.device))
+        return Capabilities(places=places_on(self.device), encodings=frozenset({PACK}))
 
     def prepare(self, plan: CopyPlan) -> Launch:
+        return self._launch_of(plan)
+
+    def prepare_pack(self, plan: PackPlan) -> ReferencePack:
+        return ReferencePack(plan, self.device, self._launch_of)
+
+    def _launch_of(self, plan: CopyPlan) -> _IndexingLaunch:
         return _IndexingLaunch(plan, _OPS.get(self.device.type, _NESTED))
 
 

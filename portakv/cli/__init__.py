@@ -122,6 +122,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="instead: save a prefix to a folder, kill the process, go on from there in another",
     )
+    demo.add_argument(
+        "--encoding",
+        choices=("pack",),
+        help="with --store: store the blocks of a bf16 model packed",
+    )
     demo.add_argument("--json", action="store_true", help="print one JSON value")
     demo.set_defaults(run=_demo, misunderstood=demo.error)
 
@@ -155,8 +160,13 @@ def _demo(args: argparse.Namespace) -> int:
     from portakv.cli.demo import store as store_demo
 
     device = None if args.device is None else str(usable_device(args.device))
+    if args.encoding is not None and args.store is None:
+        args.misunderstood("--encoding goes with --store")
     if args.store is not None:
-        return store_demo.run_store_demo(args.store, device=device, json=args.json)
+        encoding = args.encoding or ""
+        return store_demo.run_store_demo(
+            args.store, device=device, json=args.json, encoding=encoding
+        )
     return run_demo(device=device, json=args.json)
 
 

@@ -49,6 +49,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     blocks = "blocks of a paged side (default: for --tokens); with --host, runs (default: 1)"
     add_extents(parser.add_argument_group("extents"), blocks)
     group = parser.add_argument_group("indices")
+    packed = "SRC_LAYOUT holds bf16 rows and DST_LAYOUT packed slots: pack, or pack/1:3 (3 bits)"
+    parser.add_argument("--encoding", metavar="NAME", help=packed)
     group.add_argument(
         "--index",
         choices=("slots", "blocks"),
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     why = explain_link.misplaced(args)
     if why:
         args.misunderstood(why)
-    if args.host or args.peer:
+    if args.host or args.peer or args.encoding is not None:
         return explain_link.run(args)
     device = usual_device() if args.device is None else usable_device(args.device)
     layouts = (args.src, args.dst)

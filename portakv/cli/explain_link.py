@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from portakv.cli import migrate, sides
 from portakv.cli.console import Column, Report, print_json, print_prose, print_table
+from portakv.cli.explain_encoding import explain_encoding
 from portakv.copy.between import carrier
 from portakv.interconnect.choose import Host
 from portakv.interconnect.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
@@ -81,6 +82,8 @@ def misplaced(args: argparse.Namespace) -> str:
 
 
 def _excluded(args: argparse.Namespace) -> str:
+    if args.encoding is not None and (args.host or args.peer or args.src_device is not None):
+        return "--encoding goes with two layouts and one device"
     if args.peer and (args.host or args.src is not None):
         return "--peer goes with --device and --json alone"
     if args.host and args.src is not None:
@@ -118,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
         DeviceMismatch: torch cannot use the device.
         Unsupported: no strategy accepts the copy.
     """
+    if args.encoding is not None:
+        return explain_encoding(args)
     if args.peer:
         return migrate.explain_peer(args.device, args.json)
 

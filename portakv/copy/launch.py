@@ -11,7 +11,8 @@ import torch
 from portakv.copy.context import Context
 from portakv.copy.counting import TOGETHER as TOGETHER
 from portakv.copy.counting import Counted as Counted
-from portakv.copy.settle import Piece, Settled
+from portakv.copy.settle import Settled as Settled
+from portakv.copy.settle import settle as settle
 from portakv.plan.move import Move
 from portakv.registry.prepared import Prepared, bring_table
 from portakv.runtime import streams
@@ -58,7 +59,7 @@ def launch(settled: Settled, context: Context) -> Transfer:
     if captured:  # a graph's memory belongs to its owner, so no allocator records it
         streams.follow_current(stream)
     elif on_device:
-        _bring_tables(move, pieces, device)
+        bring_tables(move, pieces[0][0].tables, device)
         follow_current(stream, [part.move for part in parts])
     pendings, status, carried = _enqueue(parts, settled, context)
     if captured:
@@ -115,9 +116,12 @@ def _enqueue(
     return pendings, status, carried
 
 
-def _bring_tables(move: Move, pieces: Sequence[Piece], device: torch.device) -> None:
-    """Have the tables of addresses on the device that backends read there."""
-    for view, read in zip((move.src, move.dst), pieces[0][0].tables, strict=True):
+def bring_tables(move: Move, tables: tuple[bool, bool], device: torch.device) -> None:
+    """Have the tables of addresses on the device that backends read there.
+
+    ``tables``: for each side, whether its table is read.
+    """
+    for view, read in zip((move.src, move.dst), tables, strict=True):
         if read and view.device == device:
             bring_table(view, device)
 

@@ -11,11 +11,11 @@ from portakv.copy.between import carrier, common_device, current, order_after, s
 from portakv.copy.context import Context
 from portakv.copy.detached import detached
 from portakv.copy.handle import BlockTransfer
-from portakv.copy.launch import launch
+from portakv.copy.launch import launch, settle
 from portakv.copy.layers import in_layers
 from portakv.copy.options import CopyOptions
+from portakv.copy.packing import copy_packed
 from portakv.copy.repeat import REPEATS, remember, repeated
-from portakv.copy.settle import settle
 from portakv.copy.slices import in_slices
 from portakv.plan.move import Move
 from portakv.registry.registry import Choice, choose
@@ -36,7 +36,9 @@ def submit(move: Move, options: CopyOptions) -> BlockTransfer:
     if options.reinterpret:
         src = src.as_bytes()
         move = move._replace(src=src)
-    if src.device != dst.device and src.device.type != "cpu" != dst.device.type:
+    if src.form.encoding or dst.form.encoding:
+        transfer = copy_packed(move, options, began, submit)
+    elif src.device != dst.device and src.device.type != "cpu" != dst.device.type:
         transfer = _from_peer(move, options, began)
     else:
         choice = choose(common_device(src, dst), options.backend)

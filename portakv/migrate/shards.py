@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from portakv import arguments
-from portakv.errors import LayoutError
+from portakv.errors import LayoutError, Unsupported
 from portakv.migrate.messages import Box, Group, Range
 from portakv.view import KVView
 
@@ -29,13 +29,17 @@ class Shard:
     """A view and its window.
 
     ``layers`` and ``heads`` are each ``(from, to, of)`` on the model's axis; None: all of that
-    axis. Raises `LayoutError` for a window that does not match the view.
+    axis. Raises `LayoutError` for a window that does not match the view, and `Unsupported` for a packed
+    view.
     """
 
     def __init__(
         self, view: KVView, layers: Range | None = None, heads: Range | None = None
     ) -> None:
         arguments.instance("view", view, KVView, "Make one: KVView(tensors, layout).")
+        if view.form.encoding:
+            why = "rows cross as they are; unpack them, or share the tensors as a view of bytes"
+            raise Unsupported("A shard of a packed view", why)
         self.view = view
         form = view.form
         page = form.block_size if form.opaque else 0

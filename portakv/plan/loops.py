@@ -177,7 +177,7 @@ def refine(axis: str, src: Steps, dst: Steps) -> list[Loop]:
     return [loop for loop in reversed(loops) if loop.extent > 1]
 
 
-def _merge(loops: Iterable[Loop]) -> list[Loop]:
+def merge_loops(loops: Iterable[Loop]) -> list[Loop]:
     """Merge loops that are contiguous on both sides, whatever their order; sort outermost first."""
     left = sorted(loops, key=lambda x: (x.tabled, abs(x.dst_stride), abs(x.src_stride)))
     merged: list[Loop] = []
@@ -203,7 +203,7 @@ def close(nest: Nest) -> Nest:
     """Return a nest with its loops merged, its run taken out of them, and its vector."""
     loops = []
     run = 1
-    for loop in _merge(nest.loops):
+    for loop in merge_loops(nest.loops):
         if (loop.src_stride, loop.dst_stride) == (1, 1) and not loop.tabled:
             run = loop.extent
         else:

@@ -240,6 +240,13 @@ def check_disjoint(move: Move) -> None:
     """
     src = move.src
     dst = move.dst
+    if src.form.encoding or dst.form.encoding:
+        if src.overlaps(dst):
+            raise SlotError(
+                "Expected packed and raw rows in separate memory, got two views that share memory. "
+                "Pass views of two tensors."
+            )
+        return
     src_index = move.src_index
     dst_index = move.dst_index
     count = move.count
@@ -273,6 +280,11 @@ def _tokens(count: int) -> str:
 
 
 def _check_forms(src: Form, dst: Form) -> None:
+    if src.encoding or dst.encoding:
+        raise Unsupported(
+            "A plan of rows for a packed view",
+            "copy_blocks copies packed blocks; nothing else reads them",
+        )
     for axis in ("kv", "layers", "heads"):
         src_extent = getattr(src, axis)
         dst_extent = getattr(dst, axis)
@@ -324,7 +336,7 @@ def _unequal_widths(src: Form, dst: Form, k: int) -> LayoutError:
     )
 
 
-def _chain(form: Form, part: Part) -> Steps:
+def slot_chain(form: Form, part: Part) -> Steps:
     """Return the steps of a slot number: blocks, then the token in its block."""
     if not form.opaque:
         return merge_steps((*part.block, *part.token))
@@ -334,7 +346,7 @@ def _chain(form: Form, part: Part) -> Steps:
 
 def _block_tokens(form: Form) -> list[int]:
     """Return the tokens of a block of each part that has blocks."""
-    inner = [_chain(form, part)[1:] for part in form.parts]
+    inner = [slot_chain(form, part)[1:] for part in form.parts]
     return [_extent(steps) for steps in inner if steps]
 
 
@@ -367,8 +379,8 @@ def _nest(src: Form, dst: Form, steps: tuple[int, int], k: int, unit: int) -> Ne
     """
     src_part = src.parts[k]
     dst_part = dst.parts[k]
-    src_units, src_tokens = _split(_chain(src, src_part), unit)
-    dst_units, dst_tokens = _split(_chain(dst, dst_part), unit)
+    src_units, src_tokens = split_chain(slot_chain(src, src_part), unit)
+    dst_units, dst_tokens = split_chain(slot_chain(dst, dst_part), unit)
     loops = []
     for axis in ("layer", "head", "dim"):
         loops += refine(axis, src_part.axis(axis), dst_part.axis(axis))
@@ -385,11 +397,11 @@ def _nest(src: Form, dst: Form, steps: tuple[int, int], k: int, unit: int) -> Ne
 def _starts(form: Form, part: Part, step: int) -> list[int]:
     """Return the bytes between the places where a side may begin between two units; empty if it may
     not."""
-    chain = _chain(form, part)
+    chain = slot_chain(form, part)
     return [] if step or len(chain) > 1 or chain[0].table else [chain[0].stride]
 
 
-def _split(chain: Steps, unit: int) -> tuple[Steps, Steps]:
+def split_chain(chain: Steps, unit: int) -> tuple[Steps, Steps]:
     """Return the steps of a unit's number, and the steps of the tokens inside a unit."""
     outer: Steps = ()
     inner: Steps = ()

@@ -11,13 +11,22 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, FormatCheck, Launch
+from portakv.backends.base import (
+    Backend,
+    Capabilities,
+    Decision,
+    FormatCheck,
+    Launch,
+    PackLaunch,
+    pack_refusal,
+)
 from portakv.errors import Unsupported
+from portakv.plan.packing import PackPlan
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import registry
 from portakv.registry.registry import Choice
@@ -27,6 +36,8 @@ from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
+Made = TypeVar("Made", Launch, PackLaunch)
+Plan = TypeVar("Plan", CopyPlan, PackPlan)
 CAPACITY = 1024  # launches
 #: Types of devices to which the library sends ids by a small copy, without blocking the host. To
 #: others torch copies the ids, and the host waits for all work on the stream.
@@ -104,8 +115,32 @@ def place_for(can: Capabilities, device: torch.device, move: Move) -> Move:
     return Move(src, dst, src_placed, dst_placed, count)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedPack:
+    """A plan that packs or unpacks, the launch that executes it, and the capabilities of its
+    backend. The attributes are those of `Prepared`."""
+
+    plan: PackPlan
+    launch: PackLaunch
+    choice: Choice
+    can: Capabilities
+    ids_device: torch.device
+    tables: tuple[bool, bool]
+    carried: tuple[str, str]
+
+    def claims(self, move: Move) -> Capabilities:
+        """Return the capabilities for this copy."""
+        return self.can
+
+    def place_both(self, move: Move) -> Move:
+        """Return a copy with the ids of both sides placed as `Prepared.place` places them."""
+        return place_for(self.can, self.ids_device, move)
+
+
 _prepared: Bounded[tuple[Form, Form, int, int, int | None, Choice], Prepared]
 _prepared = Bounded("prepared copies", CAPACITY)
+_packs: Bounded[tuple[Form, Form, int, int, Choice], PreparedPack]
+_packs = Bounded("prepared copies that pack", CAPACITY)
 
 
 def prepared(
@@ -122,15 +157,38 @@ def prepared(
     plan = CopyPlan(src, dst, src_step, dst_step, unit)
     launch, used = prepare(plan, choice)
     ids_device = used.can.home_of_ids(used.backend.device)
-    looked_up = (
-        any(nest.src_tabled for nest in plan.nests),
-        any(nest.dst_tabled for nest in plan.nests),
-    )
-    tables = getattr(launch, "tables", looked_up)
+    tables = getattr(launch, "tables", _looked_up(plan))
     by = used.name, used.trace[-1].reason
     ready = Prepared(plan, launch, used, used.can, ids_device, tables, by)
     # Another thread may have stored one first: all threads use that launch, with its one lock.
     return _prepared.setdefault(key, ready)
+
+
+def prepared_pack(
+    src: Form, dst: Form, src_step: int, dst_step: int, choice: Choice
+) -> PreparedPack:
+    """Return the prepared copy between a raw form and a packed form, as `prepared` does.
+
+    Raises as `PackPlan` and `prepare` do.
+    """
+    key = (src, dst, src_step, dst_step, choice)
+    ready = _packs.get(key)
+    if ready is not None:
+        return ready
+    plan = PackPlan(src, dst, src_step, dst_step)
+    launch, used = _first_taker(plan, choice, pack_by)
+    ids_device = used.can.home_of_ids(used.backend.device)
+    tables = getattr(launch, "tables", _looked_up(plan))
+    rejected = used.trace[:-1]
+    why = "; ".join([used.trace[-1].reason, *(f"{x.name}: {x.reason}" for x in rejected)])
+    ready = PreparedPack(plan, launch, used, used.can, ids_device, tables, (used.name, why))
+    return _packs.setdefault(key, ready)
+
+
+def _looked_up(plan: CopyPlan | PackPlan) -> tuple[bool, bool]:
+    """Return for each side whether a nest looks addresses up."""
+    nests = plan.nests
+    return any(nest.src_tabled for nest in nests), any(nest.dst_tabled for nest in nests)
 
 
 def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
@@ -139,9 +197,16 @@ def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
     Raises:
         Unsupported: no backend takes the plan (or the forced one does not), with the trace.
     """
+    return _first_taker(plan, choice, prepare_by)
+
+
+def _first_taker(
+    plan: Plan, choice: Choice, prepare_one: Callable[[Backend, Plan], tuple[Made | None, Decision]]
+) -> tuple[Made, Choice]:
+    """Return the launch of the first backend that takes a plan, and the choice; see `prepare`."""
     known = registry.REGISTRY
     device = choice.backend.device
-    rejected = list[Decision]()
+    rejected: list[Decision] = []
     for name in _order_after(choice, device):
         backend, decision = known.ask(name, device, check=True)
         if name == choice.name:
@@ -149,7 +214,7 @@ def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
             backend = choice.backend
         launch = None
         if backend is not None:
-            launch, decision = prepare_by(backend, plan)
+            launch, decision = prepare_one(backend, plan)
         if backend is None or launch is None:
             rejected.append(Decision(name, False, decision.reason))
             continue
@@ -173,19 +238,40 @@ def _order_after(choice: Choice, device: torch.device) -> list[str]:
     return [choice.name, *later]
 
 
-def _checked(launch: Launch, can: Capabilities, device: torch.device) -> Launch:
+def _checked(launch: Made, can: Capabilities, device: torch.device) -> Made:
     """Return the launch, inside a `_CheckedLaunch` if its backend or its device needs one."""
     checks = registry.REGISTRY.format_checks(device)
     if checks or not can.threads:
-        return _CheckedLaunch(launch, not can.threads, checks)
+        return cast("Made", _CheckedLaunch(launch, not can.threads, checks))
     return launch
 
 
 def prepare_by(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:
     """Return the launch of one backend, or None, and the decision."""
+    return _decided(backend, plan, backend.check, backend.prepare)
+
+
+def pack_by(backend: Backend, plan: PackPlan) -> tuple[PackLaunch | None, Decision]:
+    """Return the launch of one backend that packs or unpacks, or None, and the decision.
+
+    A backend that does not claim the encoding is not asked.
+    """
+    if plan.encoding not in backend.capabilities().encodings:
+        why = pack_refusal(backend.capabilities(), plan)
+        return None, Decision(backend.name, False, why or "")
+    return _decided(backend, plan, backend.check_pack, backend.prepare_pack)
+
+
+def _decided(
+    backend: Backend,
+    plan: Plan,
+    check: Callable[[Plan], Decision],
+    prepare_it: Callable[[Plan], Made],
+) -> tuple[Made | None, Decision]:
+    """Return the launch of a plan, or None, and the decision."""
     try:
-        decision = backend.check(plan)
-        return (backend.prepare(plan) if decision.accepted else None), decision
+        decision = check(plan)
+        return (prepare_it(plan) if decision.accepted else None), decision
     except Unsupported as error:
         why = str(error)
     except Exception as error:  # a compiler that fails must not take the other backends down
@@ -251,7 +337,7 @@ class _CheckedLaunch:
     This class hides `Repeatable.again`: every transfer calls it.
     """
 
-    def __init__(self, launch: Launch, one_at_a_time: bool, checks: Sequence[FormatCheck]) -> None:
+    def __init__(self, launch: Launch | PackLaunch, one_at_a_time: bool, checks: Sequence[FormatCheck]) -> None:
         self._launch = launch
         self._checks = checks
         self._lock = threading.Lock() if one_at_a_time else nullcontext()

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,6 +27,9 @@ from portakv.runtime.devices import capturing
 
 #: A weak reference to the `LateErrors` that report an error after the call returned.
 Owner: TypeAlias = "weakref.ref[Any]"
+
+#: Return the error of work that has ended, or None; never blocks.
+Report: TypeAlias = Callable[[], PortaKVError | None]
 
 _settling = threading.Lock()  # protects the words and events of every completion
 
@@ -139,6 +142,7 @@ class Completion:
     reported: bool = False  # a caller received the error
     # An entry for each thread that blocks until the event: no other work may get the event then.
     blocked: list[None] = field(default_factory=list)
+    late_error: Report | None = None  # returns an error of the work that has ended
 
     def ended(self) -> bool:
         """Return True once all bytes have landed, or an error ended the work; never blocks or
@@ -206,6 +210,12 @@ class Completion:
                 word.value[0] = 0
                 free_words.append(word)
             self.words = ()
+            late_error = self.late_error
+            self.late_error = None
+            if late_error is not None and self.error is None:
+                self.error = late_error()
+                if self.error is not None:
+                    failed.append(self)
             self.settled = True
 
     def _read(self, word: StatusWord, start: int) -> None:

@@ -17,16 +17,19 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import arguments
-from portakv.errors import LayoutError, StoreError
+from portakv.errors import LayoutError, StoreError, Unsupported
 from portakv.layout.extents import known_parts
 from portakv.layout.language import parse
+from portakv.layout.packing import PACK, PACKED_DTYPE, Pack, PackedPlane, parameters_of
 from portakv.view import KVView
+from portakv.view.packed import as_pack
 
 FORMAT = 1  # of images, and of the description of a form
 HEADER = 4096  # bytes before the payload of an image; images and segments are multiples of it
 LEAST_SEGMENT = 256 << 10
 MOST_SEGMENTS = 48
 Range = tuple[int, int, int]  # from, to, of: [from, to) of the whole model's layers or heads
+_SLOT = "token dim"  # of a packed layout: a row of one token, as wide as a slot
 _RANGE = "(from, to, of) with 0 <= from < to <= of"
 Slices = dict[str, Any]  # arguments of `KVView.slice`
 
@@ -52,6 +55,44 @@ def _window(axis: str, window: Range | None, count: int) -> Range:
     return window
 
 
+def _elements_of(view: KVView) -> tuple[str, tuple[int, ...]]:
+    """Return the number type of a view's rows, and their widths in its elements."""
+    encoding = view.form.encoding
+    if encoding:
+        size = view.form.block_size
+        return PACKED_DTYPE, tuple(plane.values // size for plane in encoding)
+    kinds = {*view.form.dtypes}
+    dtype = kinds.pop() if len(kinds) == 1 and "" not in kinds else "uint8"
+    return dtype, tuple(width // getattr(torch, dtype).itemsize for width in view.widths)
+
+
+def _layout_of(view: KVView, dtype: str, widths: tuple[int, ...], pack: Pack | None) -> str:
+    """Return the canonical layout of a view's blocks; raise `Unsupported` for rows that cannot be
+    packed."""
+    pages = view.opaque and not view.form.encoding
+    if pack is None:
+        inner = "page" if view.kv == 1 else "(kv page)"
+        return f"block layer {inner}" if pages else _raw_layout(widths)
+    if dtype != PACKED_DTYPE or pages:
+        raise Unsupported(
+            f"The encoding {PACK!r} for a cache of {dtype}",
+            f"it takes {PACKED_DTYPE} only; leave these blocks raw",
+        )
+    return _packed_layout(widths)
+
+
+def _raw_layout(widths: tuple[int, ...]) -> str:
+    """Return the canonical layout of raw rows."""
+    inner = "head kv token dim" if len({*widths}) == 1 else "head (kv token dim)"
+    return f"block layer {inner}"
+
+
+def _packed_layout(widths: tuple[int, ...]) -> str:
+    """Return the canonical layout of slots, each a row of one token."""
+    inner = f"kv head ({_SLOT})" if len({*widths}) == 1 else f"head (kv {_SLOT})"
+    return f"block layer {inner}"
+
+
 def _check_numbers(name: str, numbers: Any, least: int, count: int) -> None:
     """Raise `InvalidTerms` unless an argument is a tuple of ``count`` whole numbers."""
     whole = isinstance(numbers, tuple) and {*map(type, numbers)} == {int}
@@ -65,7 +106,8 @@ class BlockForm:
     """The content of stored blocks.
 
     ``dtype`` is torch's name, ``uint8`` for all that is read as bytes. ``widths`` are elements of
-    `dim` for each kv (bytes of a page). ``salt`` is a checksum in hex.
+    `dim` for each kv (bytes of a page). ``salt`` is a checksum in hex. ``encoding`` is empty for
+    raw rows, else the text of a `Pack`; the layout is then that of slots.
     """
 
     model: str
@@ -78,6 +120,7 @@ class BlockForm:
     layout: str
     salt: str = ""
     notes: str = ""
+    encoding: str = ""
 
     @classmethod
     def of(
@@ -90,6 +133,7 @@ class BlockForm:
         block_size: int | None = None,
         salt: bytes = b"",
         notes: str = "",
+        encoding: Pack | str | None = None,
     ) -> BlockForm:
         """Return the form of a paged view's blocks, in the canonical layout.
 
@@ -99,25 +143,26 @@ class BlockForm:
             block_size: tokens of a block; by default the view's.
             salt: separates tenants.
             notes: other facts that fix the bytes, such as a quantisation.
+            encoding: ``pack`` or a `Pack`: the blocks are stored packed. None: as the view's are.
 
-        Raises `InvalidTerms`, which names the wrong argument.
+        Raises `InvalidTerms`, which names the wrong argument, and `Unsupported` for rows that the
+        encoding does not take.
         """
         arguments.instance("view", view, KVView, "Make one of the tensors and their layout.")
         if not view.block_size:
             expected = "a paged view"
             raise arguments.invalid("view", expected, view, "Name a block axis in its layout.")
+        pack = as_pack(encoding)
         size = view.block_size
         if block_size is not None:
             size = arguments.whole("block_size", block_size, 1)
         if view.opaque and size != view.block_size:
-            expected = f"{view.block_size}, as pages whose inside is not known are not re-blocked"
+            expected = f"{view.block_size}, as blocks that move only whole are not re-blocked"
             raise arguments.invalid("block_size", expected, size, "Leave it out.")
-        kinds = {*view.form.dtypes}
-        dtype = kinds.pop() if len(kinds) == 1 and "" not in kinds else "uint8"
-        widths = tuple(width // getattr(torch, dtype).itemsize for width in view.widths)
-        inner = "head kv token dim" if len({*widths}) == 1 else "head (kv token dim)"
-        if view.opaque:
-            inner = "page" if view.kv == 1 else "(kv page)"
+        if view.form.encoding and pack is None:
+            pack = parameters_of(view.form.encoding)
+        dtype, widths = _elements_of(view)
+        layout = _layout_of(view, dtype, widths, pack)
         salted = arguments.octets("salt", salt) and hashlib.sha256(salt).hexdigest()
         return cls(
             model,
@@ -127,9 +172,10 @@ class BlockForm:
             size,
             _window("layers", layers, view.layers),
             _window("heads", heads, view.heads),
-            f"block layer {inner}",
+            layout,
             salted or "",
             notes,
+            "" if pack is None else pack.text,
         )
 
     def __post_init__(self) -> None:
@@ -147,6 +193,8 @@ class BlockForm:
             _check_numbers(axis, window, 0, 3)
             if not window[0] < window[1] <= window[2]:
                 raise arguments.invalid(axis, _RANGE, window)
+        arguments.text("encoding", self.encoding, least=0)
+        _ = self.planes  # checks the encoding
         arguments.text("layout", self.layout)
         try:
             parse(self.layout)
@@ -183,7 +231,10 @@ class BlockForm:
 
     def json(self) -> str:
         """Return canonical JSON, of which the digest is made."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+        fields: dict[str, Any] = {"format": FORMAT, **asdict(self)}
+        if not self.encoding:  # as releases without encodings write it, so that both agree
+            del fields["encoding"]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @cached_property
     def digest(self) -> bytes:
@@ -206,8 +257,25 @@ class BlockForm:
         return HEADER + -(-self.payload_bytes // HEADER) * HEADER
 
     @cached_property
+    def planes(self) -> tuple[PackedPlane, ...]:
+        """Return for each kv the geometry of packed planes; () if the blocks are raw."""
+        if not self.encoding:
+            return ()
+        pack = Pack.of_text(self.encoding)
+        return tuple(pack.plane(self.block_size * width) for width in self.widths)
+
+    @cached_property
+    def raw(self) -> BlockForm:
+        """Return the form of the same blocks as raw rows."""
+        if not self.encoding:
+            return self
+        return replace(self, encoding="", layout=_raw_layout(self.widths))
+
+    @cached_property
     def layer_bytes(self) -> int:
         """Return the bytes of a block's rows in one layer."""
+        if self.encoding:
+            return (self.heads[1] - self.heads[0]) * sum(x.slot_bytes for x in self.planes)
         rows = 1 if parse(self.layout).opaque else self.block_size * (self.heads[1] - self.heads[0])
         return rows * sum(self.widths) * int(getattr(torch, self.dtype).itemsize)
 
@@ -234,6 +302,8 @@ class BlockForm:
         layers = self.layers[1] - self.layers[0]
         heads = self.heads[1] - self.heads[0]
         size = self.block_size
+        if self.encoding:
+            return self._packed_view(rows, layers, heads)
         axes = ("block", "layer", "kv", "head", "token")
         extents = dict(zip(axes, (len(rows), layers, self.kv, heads, size), strict=True))
         values = [{**extents, "dim": width, "page": width} for width in self.widths]
@@ -242,11 +312,29 @@ class BlockForm:
         names: dict[str, Any] = {"layers": layers, "kv": self.kv, "heads": heads}
         return KVView(payload.view(shape), self.layout, block_size=size, dim=self.widths, **names)
 
+    def _packed_view(self, rows: torch.Tensor, layers: int, heads: int) -> KVView:
+        """Return a view of the packed blocks of images; copies nothing."""
+        slots = [plane.slot_bytes for plane in self.planes]
+        shape = [len(rows), layers, self.kv, heads, slots[0]]
+        if len({*self.widths}) > 1:
+            shape = [len(rows), layers, heads, sum(slots)]
+        payload = rows[:, HEADER : HEADER + self.payload_bytes]
+        names: dict[str, Any] = {"layers": layers, "kv": self.kv, "heads": heads}
+        return KVView(
+            payload.view(shape),
+            self.layout.replace(_SLOT, "page").replace("(page)", "page"),
+            block_size=self.block_size,
+            dim=self.widths,
+            encoding=Pack.of_text(self.encoding),
+            **names,
+        )
+
     def same_cache(self, other: BlockForm) -> bool:
-        """Return True if both forms are of one cache, whatever their parts of it and their
-        layouts."""
+        """Return True if both forms are of one cache, whatever their parts of it, their layouts and
+        their encodings."""
         arguments.instance("other", other, BlockForm)
-        one, two = ({**asdict(x), "layers": 0, "heads": 0, "layout": 0} for x in (self, other))
+        rest = {"layers": 0, "heads": 0, "layout": 0, "encoding": 0}
+        one, two = ({**asdict(x), **rest} for x in (self, other))
         kinds = {(x.layers[2], x.heads[2], parse(x.layout).opaque) for x in (self, other)}
         return one == two and len(kinds) == 1
 

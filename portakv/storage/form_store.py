@@ -13,7 +13,7 @@ import numpy as np
 
 from portakv.arguments import invalid, one_of
 from portakv.copy.options import CopyOptions, options_from
-from portakv.errors import StoreError
+from portakv.errors import StoreError, Unsupported
 from portakv.graph import Handle, Missing, Priority, Task
 from portakv.runtime.interrupts import abandoned
 from portakv.storage.form_index import FormIndex
@@ -53,6 +53,13 @@ def _check_copier(copier: object) -> None:
     """Raise `InvalidTerms` for an object that is not a `Copier`."""
     if not callable(getattr(copier, "begin", None)):
         raise invalid("copier", "an object with begin(copy)", copier)
+
+
+def _refuse_packed(form: FormBlocks, what: str) -> None:
+    """Raise `Unsupported` for packed blocks, or raw ones of which some may be packed."""
+    if any(part.form.encoding for part in form.parts):
+        why = "others would copy packed rows as they are; save and load by views"
+        raise Unsupported(f"{what} of packed blocks", why)
 
 
 def _copy_options(what: str, options: CopyOptions | None) -> CopyOptions:
@@ -146,7 +153,9 @@ class FormStore(FormIndex):
         size = form.own.form.block_size
         crossing = Crossing(view, blocks, len(keys), size, store=True, options=options)
         crossing.prepare(form.own.rows)
-        source = ViewSource(view, crossing, self._down, self.rows.pinned)
+        # A worker sees which packed blocks do not fit.
+        pinned = self.rows.pinned and not form.own.form.encoding
+        source = ViewSource(view, crossing, self._down, pinned)
         return self._planned(call, partial(self._save, call, source, self._until(full)))
 
     def save_lent(
@@ -171,6 +180,7 @@ class FormStore(FormIndex):
         if full is not None:
             one_of("full", full, FULL)
         form = self._own("save")
+        _refuse_packed(form, "A lent save")
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
         before = self._predecessors(after, keys)
@@ -292,13 +302,14 @@ class FormStore(FormIndex):
 
         # A block that a tier does not admit yet need not land.
         keys = [call.request.keys[i] for i in blocks]
-        known = [tier_store.known(keys) for tier_store in tier_stores]
-        wants = [tier_store.wants(keys) for tier_store in tier_stores]
+        spare = call.form.spare
+        known = [spare.known(tier_store, keys) for tier_store in tier_stores]
+        wants = [spare.wants(tier_store, keys) for tier_store in tier_stores]
         for stored, wanted in zip(known, wants, strict=True):
             call.excused[blocks] |= ~(np.array(stored, np.bool_) | np.array(wanted, np.bool_))
 
         if not tier_stores:
-            wants = [[not there for there in self.rows.has_each(own.names(keys))]]
+            wants = [[not there for there in spare.cached(self.rows, keys)]]
         for i, each in zip(blocks, zip(*wants, strict=True), strict=True):
             if any(each):
                 lacks = tuple(compress(tier_stores, each))
@@ -445,6 +456,7 @@ class FormStore(FormIndex):
         """
         one_of("missing", missing, MISSING)
         form = self._own("load")
+        _refuse_packed(form, "A lent load")
         _check_copier(copier)
         keys = self._keys(keys, priority, deadline)
         call = Call(form, "load", keys, priority, deadline, lent=True)
@@ -471,6 +483,7 @@ class FormStore(FormIndex):
         not close before that.
         """
         form = self._own("call of borrow()")
+        _refuse_packed(form, "A call of borrow()")
         keys = self._keys(keys, "urgent", None)
         if not self.rows.host:
             return None

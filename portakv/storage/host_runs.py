@@ -30,7 +30,7 @@ def copy_long_runs(
     """
     if src.device.type != "cpu" or dst.device.type != "cpu" or options != USUAL:
         return False
-    if "PORTAKV_BACKEND" in os.environ:
+    if "PORTAKV_BACKEND" in os.environ or src.form.encoding or dst.form.encoding:
         return False
     plan = _plan_of(src, dst, src_index, dst_index)
     if plan is None:

@@ -31,6 +31,7 @@ from portakv.storage.parts import SLICE as SLICE
 from portakv.storage.reasons import Explanation, Reasons
 from portakv.storage.request import Request
 from portakv.storage.rows import Claim, Crossing, Rows
+from portakv.storage.spare import Spare, SpareRows
 from portakv.storage.uploads import Uploads
 from portakv.view import KVView
 
@@ -90,6 +91,7 @@ class FormBlocks:
         most_bytes: of the largest part of a block.
         counts: of a form with a name, what its calls moved, for figures.
         uploads: its rows that wait for remote tiers.
+        spare: the raw form of a packed one.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class FormBlocks:
         self.name = name
         self.parts = parts
         self.own = parts[0]
+        self.spare = Spare(parts)
         self.most_bytes = max(part.form.image_bytes for part in parts)
         self.apart = frozenset(apart)
         self.tier_stores = [x for x in shared.tier_stores if x.form.digest not in self.apart]
@@ -184,7 +187,7 @@ class FormBlocks:
                     queues = (*queues, (tier_store, tier_store.queue(keys[i])))
                 stored |= has[number]
             in_flight, _ = coming.get(names[i], NOT_COMING)
-            joins = in_flight and in_flight.wanted and not (in_flight.store and stored)
+            joins = in_flight and in_flight.joins(stored)
             result[i] = in_flight if in_flight and joins else queues
         return result
 
@@ -193,18 +196,7 @@ class FormBlocks:
 
         That is in every writable tier that evicts blocks, or in the host tier if there is no other.
         """
-        own = self.own
-        writable = [tier_store for tier_store in own.tier_stores if tier_store.writable]
-        there = np.ones(len(keys), np.bool_)
-        for tier_store in writable:
-            if tier_store.tier != "remote":
-                there &= tier_store.known(keys)
-        if not writable:
-            names = own.names(keys)
-            cached = self.shared.rows.has_each(names)
-            coming = self.shared.in_transit
-            there[:] = [a or name in coming for a, name in zip(cached, names, strict=True)]
-        return there
+        return self.spare.stored(keys, self.shared.rows, self.shared.in_transit)
 
     def continues(self, before: Sequence[bytes], tier_store: TierStore | None) -> bool:
         """Return True if a tier store (None: the host tier) can provide the blocks of keys.
@@ -526,6 +518,7 @@ class InFlight(Lease):
         self.sums = dict[int, Sequence[int]]()
         self.copied: Callable[[], object] | None = None
         self.reasons = Reasons()  # reasons of blocks that were not read, or not written
+        self.spare = SpareRows(call.form.spare)
         call.explanation.sources.append(self.reasons)
         self.names = part.names(self.keys)
         if apart:
@@ -540,6 +533,11 @@ class InFlight(Lease):
         if not (self.store and rows.host):
             return rows.take(self.count, self.store)
         return rows.take(self.count, True, self._claim(), self.calls[0][1][-1])
+
+    def joins(self, stored: bool) -> bool:
+        """Return True if a load may use the rows: not those of a save of packed blocks, whose rows
+        may become raw. ``stored``: a tier has the block."""
+        return self.wanted and not (self.store and (stored or bool(self.part.form.encoding)))
 
     @property
     def wanted(self) -> bool:
@@ -571,7 +569,7 @@ class InFlight(Lease):
         whole: list[int] = np.flatnonzero(landed).tolist()
         if whole and shared.rows.host:
             items = [self.items[row] for row in whole]
-            names = [self.names[row] for row in whole]
+            names = self.spare.names(self.keys, whole, self.names)
             shared.rows.keep(items, names, self._follows(whole), prefetched, claim)
         call.transfer_ended()
 
@@ -639,16 +637,15 @@ class InFlight(Lease):
             finally:
                 self.copied = None  # it retains the view
 
-    def gather(self, crossing: Crossing, view: KVView, _: Task, mask: Mask) -> None:
+    def gather(self, crossing: Crossing, view: KVView, _: Task, mask: Mask) -> Mask:
         """Copy blocks of a view into the rows, and `seal` them."""
         if self.copied is None:
-            rows = np.flatnonzero(mask)
-            items = np.array(self.items)[rows]
-            at = np.array(self.calls[0][1])[rows]
-            crossing.copy(self.part.rows, view, items, at)
+            lines = (self.items, self.calls[0][1])
+            mask = self.spare.copy(crossing, view, mask, lines, self.keys, self.reasons.report)
         else:
             self.end_copy()
         self.seal(_, mask)
+        return mask
 
     def seal(self, _: Task, mask: Mask) -> None:
         """Make images of the payloads in the rows, if a tier stores them: only tiers read
@@ -660,7 +657,8 @@ class InFlight(Lease):
         follows = call.request.follows
         for row, key, image_ in zip(rows, keys, data, strict=True):
             mark = follows[blocks[row]]
-            self.sums[row] = image.seal(image_, self.part.form, key, self.generation, mark)
+            form = self.spare.part(row).form
+            self.sums[row] = image.seal(image_, form, key, self.generation, mark)
 
     def write(self, tier_store: TierStore, queue: Queue, _: Task, mask: Mask) -> Mask:
         """Write images to a tier."""
@@ -671,8 +669,9 @@ class InFlight(Lease):
         with call.shared.graph.lock:
             before = call.request.before(self.calls[0][1])
             evict = call.form.continues(before, tier_store)
-        known = generations, sums, call.request.order, evict
-        mask[rows] = tier_store.write(queue, keys, data, *known, report=self.reasons.report)
+        terms = queue, data, generations, sums, call.request.order, evict
+        report = self.reasons.report
+        mask[rows] = self.spare.write(call.shared.graph, tier_store, rows, keys, terms, report)
         self._count(tier_store, mask, len(rows))
         return mask
 

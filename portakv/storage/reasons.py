@@ -30,6 +30,8 @@ LATE = "late"
 CANCELLED = "cancelled"
 #: The tier had no room for the block that a save brought, or staging had none in time.
 DROPPED = "dropped"
+#: The block does not fit into packed slots, and the store has no raw form that keeps it.
+OVERFLOWED = "not packed"
 #: What moves the block raised an exception.
 FAILED = "failed"
 

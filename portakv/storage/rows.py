@@ -622,7 +622,8 @@ class Crossing:
         self, inner: KVView, items: Sequence[int], at: Sequence[int], by_layer: bool
     ) -> tuple[Transfer, Sequence[Transfer]]:
         """Copy rows to places of the view; return the transfer, and those of its layers."""
-        nbytes = self._size * inner.form.token_bytes
+        form = inner.form
+        nbytes = self._size * form.token_bytes // (form.block_size if form.opaque else 1)
         parts = copy_parts(len(items), nbytes) if self.on_device and not by_layer else []
         if len(parts) > 1:  # the device copies a part while the host describes the next one
             transfers = list[Transfer]()

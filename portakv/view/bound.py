@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
@@ -16,9 +17,11 @@ from portakv.arguments import flag
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.extents import declare, factor_extent, positive, solve
 from portakv.layout.language import Factor, Layout, parse
+from portakv.layout.packing import Pack
 from portakv.layout.presets import Extent, resolve
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Form, build_parts, same_form, widest_vector
+from portakv.view.packed import PackedExtents, as_pack
 
 _STRIDED = torch.strided
 #: Tensors of these are bytes, whatever they stand for: fp8 and packed formats are kept so.
@@ -38,16 +41,29 @@ Facts = tuple[Rows, int, torch.device, bool]
 
 
 class BoundLayout:
-    """A layout and declared extents; with ``reinterpret`` rows are bytes, whatever the dtype."""
+    """A layout and declared extents; with ``reinterpret`` rows are bytes, whatever the dtype.
 
-    __slots__ = ("_forms", "_known", "declared", "layout", "reinterpret")
+    With ``encoding`` the tensors hold packed blocks.
+    """
+
+    __slots__ = ("_forms", "_known", "declared", "layout", "packed", "reinterpret")
 
     def __init__(
-        self, text: str, extents: tuple[tuple[str, Extent], ...], reinterpret: bool
+        self,
+        text: str,
+        extents: tuple[tuple[str, Extent], ...],
+        reinterpret: bool,
+        encoding: Pack | None = None,
     ) -> None:
-        self.layout = parse(text)
         self.reinterpret = reinterpret
-        self.declared = declare(self.layout, dict(extents))
+        self.packed: PackedExtents | None = None
+        if encoding is None:
+            self.layout = parse(text)
+            self.declared = declare(self.layout, dict(extents))
+        else:
+            self.packed = PackedExtents.of(text, dict(extents), encoding)
+            self.layout = replace(parse(self.packed.text), text=text)
+            self.declared = declare(self.layout, self.packed.extents)
         # The facts that tensors of one key share: form, slots, device, first byte and past the
         # last.
         self._known: Bounded[tuple[Any, ...], tuple[Form, int, torch.device, int]]
@@ -191,18 +207,33 @@ class BoundLayout:
             dtypes=dtypes if any(dtypes) and not (layout.opaque or self.reinterpret) else (),
             table_on_device=table_on_device,
         )
-        return same_form(form), known["token"] * known.get("block", 1)
+        slots = known["token"] * known.get("block", 1)
+        if self.packed is not None:
+            if form.dtypes:
+                raise LayoutError(
+                    f"Expected tensors of uint8 for the packed view {layout.text!r}, got "
+                    f"{', '.join(form.dtypes)}. Pass tensor.view(torch.uint8)."
+                )
+            form = self.packed.form(form, layout.text)
+            slots *= self.packed.block_size
+        return same_form(form), slots
 
 
 _bound = lru_cache(maxsize=256)(BoundLayout)
 
 
 def bind_layout(
-    layout: str, /, *, reinterpret: bool = False, **extents: int | Sequence[int] | None
+    layout: str,
+    /,
+    *,
+    reinterpret: bool = False,
+    encoding: object = None,
+    **extents: int | Sequence[int] | None,
 ) -> BoundLayout:
     """Return a layout (string or preset) bound to declared extents; None means undeclared.
 
-    ``reinterpret``: rows are bytes, whatever the dtypes of the tensors.
+    ``reinterpret``: rows are bytes, whatever the dtypes of the tensors. ``encoding``: how the
+    tensors are packed; None: they hold rows.
     """
     text, always = resolve(layout)
     declared = dict(always)
@@ -226,7 +257,8 @@ def bind_layout(
                 f"Expected {name}={always[name]} for preset {layout!r}, got {extent}. Declare "
                 f"{name}={always[name]}, or write the layout string."
             )
-    return _bound(text, tuple(sorted(declared.items())), flag("reinterpret", reinterpret))
+    bits = flag("reinterpret", reinterpret)
+    return _bound(text, tuple(sorted(declared.items())), bits, as_pack(encoding))
 
 
 def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:
@@ -375,6 +407,14 @@ def address_of(tensor: torch.Tensor) -> int:
         return tensor.data_ptr()
     except RuntimeError:  # inside torch.vmap; inside functionalize it is 0
         return 0
+
+
+def replaced_memory(layout: str) -> LayoutError:
+    """Return the error for memory of a tensor that differs from the memory that was read."""
+    return LayoutError(
+        f"The memory of a tensor of {layout!r} was replaced after it was read. Make the view again, "
+        f"or register the kv_caches again."
+    )
 
 
 def as_dtype(dtype: object) -> torch.dtype:

@@ -17,6 +17,7 @@ from math import prod
 from portakv.errors import LayoutError
 from portakv.layout.extents import factor_extent
 from portakv.layout.language import Factor, Group, Layout
+from portakv.layout.packing import PACK, PackedPlane
 
 #: Where memory can be: on the device, pinned or pageable on the host, in another process, or a
 #: peer's, whose memory the device reads over a link: another device's, perhaps of another process.
@@ -117,6 +118,8 @@ class Form:
         place: one of ``device``, ``pinned``, ``pageable``, ``remote``, ``peer``.
         dtypes: for each kv the number type, such as ``float16``, or "" for bytes; () if all are.
         table_on_device: the addresses are known to a device alone, which has a table of them.
+        encoding: for each kv the geometry of a packed plane; () for raw rows. ``widths`` are then
+            the bytes of slots, one for each block, layer and head, and blocks move only whole.
         unwritable: why rows of this form cannot be a destination; empty if they can.
     """
 
@@ -130,15 +133,15 @@ class Form:
     place: str
     dtypes: tuple[str, ...] = ()
     table_on_device: bool = False
+    encoding: tuple[PackedPlane, ...] = ()
     unwritable: str = field(default="", init=False, compare=False, repr=False)
     _hash: int = field(default=0, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Forms key the cache of launches on the hot path: hash the nested tuples only once.
         key = (self.parts, self.layers, self.heads, self.widths, self.block_size, self.alignment)
-        object.__setattr__(
-            self, "_hash", hash((key, self.opaque, self.place, self.dtypes, self.table_on_device))
-        )
+        rest = self.opaque, self.place, self.dtypes, self.table_on_device, self.encoding
+        object.__setattr__(self, "_hash", hash((key, *rest)))
         object.__setattr__(self, "unwritable", self._why_unwritable())
 
     def __hash__(self) -> int:
@@ -169,6 +172,8 @@ class Form:
     def unshown(self) -> str:
         """Return why `KVView.plane` shows no plane as one strided tensor, as a clause; empty if it
         can."""
+        if self.encoding:
+            return f"its blocks are packed by {PACK!r}"
         if self.opaque:
             return "opaque pages have no rows"
         for part, name in product(self.parts, ("block", "token", "head", "dim")):
@@ -184,6 +189,11 @@ class Form:
     def untyped(self) -> Form:
         """Return this form with rows of bytes, which go to and from rows of any number type."""
         return replace(self, dtypes=()) if self.dtypes else self
+
+    def as_slots(self) -> Form:
+        """Return the form of packed blocks as rows of bytes: a block is one token, a slot its
+        row."""
+        return replace(self, block_size=1, opaque=False, encoding=())
 
     @property
     def kv(self) -> int:

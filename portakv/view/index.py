@@ -216,6 +216,18 @@ class Index:
         """Return this index from position ``tokens`` on; it shares ids and copies."""
         return self._derived(self.ids, self.offset + tokens) if tokens else self
 
+    def of_blocks(self, block_size: int) -> Index:
+        """Return this index with each block as one position: its step, or ``block_size``, is 1.
+
+        The offset is a whole number of blocks. Copies of the ids are shared.
+        """
+        store = _Store(self._store.array)
+        store.copies = self._store.copies
+        index = Index.__new__(Index)
+        offset = self.offset // block_size
+        index._set(self.ids, 1, offset, store, self.temporary, self.trusted)
+        return index
+
     def without_repeats(self, count: int | None = None) -> Index:
         """Return this index with each slot named once.
 

@@ -10,6 +10,8 @@ from itertools import pairwise
 from operator import index
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.errors import LayoutError
@@ -82,6 +84,7 @@ def _slice_form(form: Form, count: int, kv: range, layers: range, heads: range) 
         widths=tuple(form.widths[k] for k in kv),
         alignment=alignment,
         dtypes=dtypes if any(dtypes) else (),
+        encoding=tuple(form.encoding[k] for k in kv) if form.encoding else (),
     )
     return SlicedForm(same_form(sliced), gained, copies)
 
@@ -123,3 +126,22 @@ def spans_within(spans: Spans, owners: Sequence[torch.Tensor]) -> Spans:
             result.append((max(spans[at][0], start), min(spans[at][1], end)))
             at += 1
     return result
+
+
+def cover(spans: Spans, ranges: Sequence[tuple[int, int]]) -> bool:
+    """Return True if sorted ranges of storages cover every span."""
+    for first, past in spans:
+        # Storages that touch each other may be parts of one span.
+        for start, end in ranges:
+            if start <= first < end:
+                first = end
+        if first < past:
+            return False
+    return True
+
+
+def storage_edges(owners: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
+    """Return the first byte of the storage of each tensor, and then the byte past each."""
+    storages = [owner.untyped_storage() for owner in owners]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return np.array([*sizes, *map(sum, sizes.items())], dtype=np.int64)

@@ -20,13 +20,15 @@ import torch
 from portakv.deprecation import warn_former
 from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.language import Layout
+from portakv.layout.packing import Pack
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
 from portakv.view.addresses import RawMemory, RawRows, read_addresses
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
+from portakv.view.bound import replaced_memory
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.form import ALIASED, locate, same_form
-from portakv.view.slices import slice_form, slice_range, spans_within
+from portakv.view.slices import cover, slice_form, slice_range, spans_within, storage_edges
 
 T = TypeVar("T")
 
@@ -48,6 +50,8 @@ class KVView:
         dim: declared width in elements: one number, or one for each kv.
         reinterpret: the rows are bytes, whatever the dtype: they may be copied to and from rows of
             any number type. Rows of two different number types are otherwise refused.
+        encoding: ``pack`` or a `Pack`: the uint8 tensors hold packed blocks, with a slot where the
+            layout names ``page``; ``block_size`` and ``dim`` (bf16 values) are declared.
 
     Attributes:
         form: strides, widths, alignment and place.
@@ -59,6 +63,7 @@ class KVView:
     Raises:
         LayoutError: a contradiction, naming the axis, the expected and the found extent.
         DeviceMismatch: tensors on different devices.
+        InvalidTerms, Unsupported: an encoding that is unknown, or not for planes of this size.
     """
 
     # temporary: made for one call, and used on no stream but that call's.
@@ -93,6 +98,7 @@ class KVView:
         heads: int | None = None,
         dim: int | Sequence[int] | None = None,
         reinterpret: bool = False,
+        encoding: Pack | str | None = None,
         **unknown: NoReturn,
     ) -> None:
         bound = bind_layout(
@@ -103,6 +109,7 @@ class KVView:
             heads=heads,
             dim=dim,
             reinterpret=reinterpret,
+            encoding=encoding,
             **unknown,
         )
         self._set(bound.layout, tensors, bound.read(tensors), persistent=True)
@@ -134,22 +141,22 @@ class KVView:
         heads: int | None = None,
         dim: int | Sequence[int] | None = None,
         reinterpret: bool = False,
+        encoding: Pack | str | None = None,
         **unknown: NoReturn,
     ) -> KVView:
         """Return a view over raw memory: addresses of tensors of one shape.
 
-        The view does not retain the memory and cannot see that it was freed or moved. The caller
-        promises that it stays until copies have ended, and that a table on a device is not written
-        meanwhile. Only strategies that need addresses on the host read such a table back, once.
+        The view does not retain the memory. The caller promises that it stays until copies have
+        ended, and that a table on a device is not written meanwhile. Only strategies that need
+        addresses on the host read such a table back, once.
 
         Args:
             addresses: one integer, or integers in lists as the layout names containers; or an int64
                 or uint64 tensor with a dimension for each container level, on the host or on a
                 device. Addresses on a device must be multiples of 16.
-            layout: a layout string, or the name of a preset.
+            layout: a layout string or a preset.
             shape: of the tensor at each address. The extent of the dimension that holds ``block``
-                (of a chunk, ``token``) may be -1: unknown. Then no id is past the end, and
-                overlapping views are not detected.
+                (of a chunk, ``token``) may be -1: no id is past the end, no overlap is detected.
             strides: in elements; None: contiguous, if no extent outside of one of -1 is above 1.
             dtype: of the tensors' elements.
             device: where the memory is; ``cpu``: on the host. None: the driver of the accelerator
@@ -157,13 +164,12 @@ class KVView:
                 to be of that kind. Without an accelerator the memory is on the host.
             pinned: host memory is pinned, and mapped to devices. None: with a ``device``, torch
                 reports it for one address in each page. Memory of a table on a device is pinned.
-            layers, kv, block_size, heads, dim, reinterpret: as for the constructor.
+            layers, kv, block_size, heads, dim, reinterpret, encoding: as for the constructor.
 
         Raises:
             LayoutError: wrong addresses or levels of them; an address that is 0, or not a multiple
                 of the element's bytes; a contradiction; no ``device``, and no driver to ask.
-            DeviceMismatch: a ``device`` that torch does not know, or cannot use here; a table on
-                another device than the memory.
+            DeviceMismatch: a ``device`` that torch cannot use here; a table on another device.
             TransferError: the driver reports an error.
         """
         bound = bind_layout(
@@ -174,6 +180,7 @@ class KVView:
             heads=heads,
             dim=dim,
             reinterpret=reinterpret,
+            encoding=encoding,
             **unknown,
         )
         rows = read_addresses(bound, addresses, shape, strides, dtype, device, pinned)
@@ -262,17 +269,11 @@ class KVView:
         return self._owners
 
     def edges(self) -> npt.NDArray[np.int64]:
-        """Return the ranges of allocations, in any order; for raw memory, the ranges of its
-        tensors."""
+        """Return the ranges of allocations in any order; of raw memory, those of its tensors."""
         if self._raw is not None:
             begins = self.addresses
             return np.concatenate([begins, begins + self._raw.nbytes])
-        return self._with_memory("edges", self._edges)
-
-    def _edges(self) -> npt.NDArray[np.int64]:
-        storages = [owner.untyped_storage() for owner in self.owners]
-        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        return np.array([*sizes, *map(sum, sizes.items())], dtype=np.int64)
+        return self._with_memory("edges", lambda: storage_edges(self.owners))
 
     def _with_memory(self, key: str, make: Callable[[], T]) -> T:
         """Return what was made for the storages of the last check; else make it."""
@@ -498,22 +499,14 @@ class KVView:
         distinct = {storage._cdata: storage for storage in storages}
         checked = tuple((s, s.data_ptr(), s.nbytes()) for s in distinct.values())
         ranges = sorted((start, start + nbytes) for _, start, nbytes in checked)
-        for first, past in self.spans:
-            # Storages that touch each other may be parts of one span.
-            for start, end in ranges:
-                if start <= first < end:
-                    first = end
-            if first < past:
-                raise self.replaced()
+        if not cover(self.spans, ranges):
+            raise self.replaced()
         # Tensors without a reference may get other storages, so each is checked again.
         self._memory = None if self._memory is None else checked
 
     def replaced(self) -> LayoutError:
         """Return the error for memory of a tensor that differs from the memory that was read."""
-        return LayoutError(
-            f"The memory of a tensor of {self.layout.text!r} was replaced after it was read. Make "
-            f"the view again, or register the kv_caches again."
-        )
+        return replaced_memory(self.layout.text)
 
     def plane(self, layer: int, kv: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return one plane as a strided tensor ``[blocks, block_size, heads, dim]``, of ``dtype``.
@@ -614,6 +607,16 @@ class KVView:
             view = self.derived["bytes"] = self._with(rows, self._table)
         return view
 
+    def as_slots(self) -> KVView:
+        """Return packed blocks as rows of bytes; a block is one token, and a slot is its row."""
+        view: KVView | None = self.derived.get("slots")
+        if view is None:
+            rows = same_form(self.form.as_slots()), self._origins, self._owners, self._spans
+            view = self._with(rows, self._table)
+            view.slots = self.slots // self.form.block_size
+            view = self.derived.setdefault("slots", view)
+        return view
+
     def as_peer(self, device: torch.device | str) -> KVView:
         """Return these rows as another ``device`` of their type reads them, at the same addresses.
 
@@ -674,7 +677,6 @@ class KVView:
     def _with(self, rows: Rows, table: torch.Tensor | None) -> KVView:
         view = KVView.__new__(KVView)
         facts = rows, self.slots, self.device, self.requires_grad
-        # Other slices are made when they are needed.
         own = table if self.form.table_on_device else None
         persistent = self._memory is not None
         view._set(self.layout, self.tensors, facts, persistent, self._raw, own)

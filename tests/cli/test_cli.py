@@ -72,6 +72,7 @@ NOT_UNDERSTOOD = {
     "explain epd epd --index rows": "--index",
     "explain epd epd --dtype float17": "--dtype",
     "explain epd epd --dtype manual_seed": "--dtype",
+    "demo --encoding pack --device cpu": "--encoding goes with --store",
     "explain epd epd --run-bytes 1K": "--run-bytes goes with --host",
     "explain epd epd --pageable": "--pageable goes with --host",
     "explain --host epd epd": "--host takes no layouts",

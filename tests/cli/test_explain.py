@@ -315,3 +315,40 @@ def test_a_table_of_another_machine(seconds: float, engine: str, tmp_path: Path)
     engines = {one["engine"]: one for one in report["engines"]}
     assert (engines["staged"]["seconds"], engines["staged"]["measured"]) == (seconds, True)
     assert engines["zero_copy"]["measured"] is False
+
+
+def test_explain_an_encoding() -> None:
+    words = ["explain", "vllm-nhd", "block layer kv head page", "--encoding", "pack"]
+    code, out, err = run(*words, "--device", "cpu", "--layers", "2", "--heads", "4")
+    assert (code, err) == (0, "")
+    assert "2048 values  4096 B  3136 B  1.306" in out
+    assert "A block has 65536 B raw and 50176 B packed." in out
+    assert "PackOverflow" in out
+    assert [x.split()[:3] for x in out.splitlines() if x.split()[:1] == ["unpacks"]] == [
+        ["unpacks", "reference", "chosen"]
+    ]
+
+
+def test_explain_an_encoding_as_json() -> None:
+    words = ["explain", "vllm-mla", "layer | block page", "--encoding", "pack/1:3"]
+    report = run_json(*words, "--device", "cpu", "--layers", "2")
+    assert report["planes"][0]["slot_bytes"] == 12992
+    assert report["block_bytes"] == {"raw": 36864, "packed": 25984}
+    assert [way["does"] for way in report["ways"]] == ["packs", "unpacks"]
+    assert {answer["backend"] for way in report["ways"] for answer in way["answers"]} == {
+        "reference"
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--encoding", "zip"], "Expected encoding to be a text such as 'pack/1:4'"),
+        (["--encoding", "pack", "--dtype", "float16"], "of float16"),
+        (["--encoding", "pack", "--dim", "3"], "planes of 48 values"),
+    ],
+)
+def test_an_encoding_that_cannot_be_explained(words: list[str], expected: str) -> None:
+    code, _, err = run("explain", "vllm-nhd", "block layer kv head page", "--device", "cpu", *words)
+    assert code == 1
+    assert expected in err

@@ -367,6 +367,20 @@ def test_the_demo_kills_the_process_and_goes_on_with_the_same_tokens(tmp_path: P
     assert run("store", "check", str(tmp_path)).code == 0
 
 
+@pytest.mark.full
+def test_the_demo_stores_packed_blocks(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    words = ["demo", "--store", str(tmp_path), "--encoding", "pack", "--device", "cpu"]
+    report = run_json(*words)
+    wrote = report["wrote"]
+    assert report["ok"]
+    assert wrote["tokens"] == report["read"]["tokens"]
+    stored = wrote["stored"]
+    assert stored["packed_bytes"] < stored["raw_bytes"]
+    assert stored["packed_blocks"] + stored["raw_blocks"] == wrote["computed"] // 16
+    assert stored["packed_blocks"]
+
+
 @pytest.mark.parametrize(
     ("tokens", "noise", "loaded", "good"),
     [([1], [3], 16, True), ([2], [3], 16, False), ([1], [1], 16, False), ([1], [3], 0, False)],

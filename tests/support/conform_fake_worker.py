@@ -34,7 +34,7 @@ SUBJECT = {
     "capabilities": {
         "places": [["pageable", "pageable"]], "index_on": "host", "index_dtypes": ["int64"],
         "skips_negative": False, "guards": False, "alignment": 1, "max_loops": None,
-        "tables": True, "capturable": False, "threads": True,
+        "tables": True, "capturable": False, "threads": True, "encodings": [],
     },
     "trace": ["fake: accepted, always"],
 }  # fmt: skip

@@ -140,6 +140,7 @@ def _run(cases: list[CaseRecord], **values: Any) -> RunRecord:
             "tables": True,
             "capturable": False,
             "threads": True,
+            "encodings": [],
         },
         trace=[
             "acme: accepted, Acme XPU 900 with driver 5.2.1",

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies between a raw side and a packed side.
+
+The rows are packed or unpacked on one device. If the other side is elsewhere, its encoding is
+produced or read in staging memory of the device, and a plain copy crosses the link. Between two
+packed sides slots are rows of bytes, which any copy moves (see `packed_slots`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from portakv.copy.between import common_device
+from portakv.copy.context import Context
+from portakv.copy.handle import BlockTransfer
+from portakv.copy.options import CopyOptions
+from portakv.copy.pack_launch import issue_pack
+from portakv.copy.pack_staged import StagedPack
+from portakv.copy.packed_slots import check_whole, slots_of
+from portakv.errors import Unsupported
+from portakv.layout.packing import PACK
+from portakv.plan.packing import Move, PackPlan
+from portakv.registry import choose, prepared_pack
+from portakv.runtime.transfer import Transfer
+
+
+def copy_packed(
+    move: Move,
+    options: CopyOptions,
+    began: float,
+    submit: Callable[[Move, CopyOptions], BlockTransfer],
+) -> BlockTransfer:
+    """Issue a copy of which a side is packed: as slots if both are, else packing or unpacking.
+
+    ``submit`` issues copies of rows.
+
+    Raises:
+        Unsupported: rows that the encoding does not take, a part of a block, or an option that no
+            such copy keeps.
+        PortaKVError: as `copy_rows`.
+    """
+    if move.src.form.encoding and move.dst.form.encoding:
+        return submit(slots_of(move), replace(options, reinterpret=False, late=None))
+    _refuse_options(options)
+    packed = move.src.form if move.src.form.encoding else move.dst.form
+    check_whole(move, packed.block_size)
+    if not options.by_layer:
+        return BlockTransfer(_transform(move, options, submit), move, began)
+    PackPlan(move.src.form, move.dst.form, *move.steps)  # a layer of each side may not tell
+    layers = [_transform(move.layer(at), options, submit) for at in range(move.src.layers)]
+    return BlockTransfer(Transfer.join(layers), move, began, tuple(layers))
+
+
+def _transform(
+    move: Move, options: CopyOptions, submit: Callable[[Move, CopyOptions], BlockTransfer]
+) -> Transfer:
+    """Pack or unpack on the device of both sides, or on the one that is an accelerator."""
+    src = move.src
+    dst = move.dst
+    if src.device == dst.device and src.form.place != "peer":
+        choice = choose(src.device, options.backend)
+        context = Context.of(choice.backend.device, options.stream)
+        ready = prepared_pack(src.form, dst.form, *move.steps, choice)
+        return issue_pack(move, ready, context, options.strict)
+    PackPlan(src.form, dst.form, *move.steps)  # refuse now what no stage can change
+    both = src.device.type != "cpu" != dst.device.type
+    device = dst.device if both else common_device(src, dst)
+    return StagedPack(move, options, submit, device).issue()
+
+
+def _refuse_options(options: CopyOptions) -> None:
+    """Raise `Unsupported` for an option that a copy that packs or unpacks does not keep."""
+    kept = {
+        "max_gbps": options.max_gbps is not None,
+        "cancellable": options.cancellable,
+        "detached": options.detached,
+    }
+    for name, wanted in kept.items():
+        if wanted:
+            raise Unsupported(
+                f"A copy that packs or unpacks with {name}",
+                f"{PACK!r} moves whole blocks in one piece; leave {name} out",
+            )

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PackPlan`: plan a copy that packs rows, or unpacks them, before any address or index is known.
+
+One side is raw, in any layout; the other side is packed, so that each plane of a block is one slot.
+A unit is one block. For each unit and each step of the loops there is one plane to pack or unpack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from portakv.errors import LayoutError, Unsupported
+from portakv.layout.packing import PACK, PACKED_DTYPE, PackedPlane
+from portakv.plan.loops import Loop, Side, merge_loops, refine, widest_vector
+from portakv.plan.move import Move as Move
+from portakv.plan.plan import slot_chain, split_chain
+from portakv.view.form import Form, Steps
+
+
+@dataclass(frozen=True, slots=True)
+class PackNest:
+    """The planes of one unit, or those of one kv if the kv differ.
+
+    Attributes:
+        src, dst: the location of the units of each side. A unit is a block.
+        loops: the planes of a unit; both sides take each step together.
+        plane: the geometry of a slot.
+        tokens: the steps of the raw side through the tokens of a plane, outermost first.
+        dim: the steps of the raw side through the bytes of a token, outermost first.
+        raw_vector, packed_vector: the widest access of each side in bytes, a power of two up to 16.
+    """
+
+    src: Side
+    dst: Side
+    loops: tuple[Loop, ...]
+    plane: PackedPlane
+    tokens: Steps
+    dim: Steps
+    raw_vector: int
+    packed_vector: int
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Return the source and the destination."""
+        return self.src, self.dst
+
+    @property
+    def src_tabled(self) -> bool:
+        """Return True if the source looks addresses up in its table."""
+        return self.src.tabled or any(loop.src_table for loop in self.loops)
+
+    @property
+    def dst_tabled(self) -> bool:
+        """Return True if the destination looks addresses up in its table."""
+        return self.dst.tabled or any(loop.dst_table for loop in self.loops)
+
+
+class PackPlan:
+    """The plan of a copy between raw and packed rows.
+
+    Args:
+        src, dst: forms, of which exactly one is packed.
+        src_step, dst_step: tokens for each entry of that side's index: ``block_size``, or 0 for a
+            side without ids.
+        unit: tokens of a block, or None.
+
+    Attributes:
+        unit: tokens of a block of the packed side.
+        packs: True from raw to packed, False from packed to raw.
+        raw, packed: the form of each side.
+        nests: one `PackNest`, or one for each kv.
+
+    Raises:
+        LayoutError: extents that differ between the forms.
+        Unsupported: rows that the encoding does not take, other block sizes, or a part of a block.
+    """
+
+    def __init__(
+        self,
+        src: Form,
+        dst: Form,
+        src_step: int = 0,
+        dst_step: int = 0,
+        unit: int | None = None,
+    ) -> None:
+        self.src = src
+        self.dst = dst
+        self.src_step = src_step
+        self.dst_step = dst_step
+        self.packs = not src.encoding
+        self.raw, self.packed = (src, dst) if self.packs else (dst, src)
+        self.unit = self.packed.block_size
+        _check(self.raw, self.packed, "pack" if self.packs else "unpack")
+        for step in (src_step, dst_step, unit or 0):
+            if step not in (0, self.unit):
+                raise _in_part(f"{step} tokens for each id", self.unit)
+        self.nests = _join([self._nest(kv) for kv in range(src.kv)])
+
+    @property
+    def encoding(self) -> str:
+        """Return the name of the encoding, as `Capabilities.encodings` has it."""
+        return PACK
+
+    @property
+    def token_bytes(self) -> int:
+        """Return the bytes of one token's raw rows."""
+        return self.raw.token_bytes
+
+    @cached_property
+    def tabled(self) -> bool:
+        """Return True if a side needs its address table."""
+        return any(nest.src_tabled or nest.dst_tabled for nest in self.nests)
+
+    def split(self, move: Move) -> list[tuple[int, int, int]]:
+        """Return the one section of a copy, (0, its tokens, tokens of a block).
+
+        Raises:
+            Unsupported: a part of a block.
+        """
+        for tokens in (move.count, move.src_index.offset, move.dst_index.offset):
+            if tokens % self.unit:
+                raise _in_part(f"{tokens} tokens", self.unit)
+        return [(0, move.count, self.unit)]
+
+    def _nest(self, kv: int) -> PackNest:
+        """Return the nest of one kv."""
+        raw_part = self.raw.parts[kv]
+        packed_part = self.packed.parts[kv]
+        raw_units, tokens = split_chain(slot_chain(self.raw, raw_part), self.unit)
+        raw_side = Side(raw_part.table, raw_part.offset, raw_units)
+        packed_side = Side(packed_part.table, packed_part.offset, packed_part.block)
+        src_part = self.src.parts[kv]
+        dst_part = self.dst.parts[kv]
+        loops: list[Loop] = []
+        for axis in ("layer", "head"):
+            loops += refine(axis, src_part.axis(axis), dst_part.axis(axis))
+        sides = (raw_side, packed_side) if self.packs else (packed_side, raw_side)
+        return PackNest(
+            *sides,
+            tuple(loops),
+            self.packed.encoding[kv],
+            tokens,
+            raw_part.dim,
+            _vector(self.raw, raw_side, raw_part.layer + raw_part.head + tokens + raw_part.dim[:-1]),
+            _vector(self.packed, packed_side, packed_part.layer + packed_part.head),
+        )
+
+    def __str__(self) -> str:
+        verb = "pack" if self.packs else "unpack"
+        lines = [f"{verb} ({PACK}) in units of one block of {self.unit} tokens"]
+        for nest in self.nests:
+            plane = nest.plane
+            src = nest.src.text("s")
+            dst = nest.dst.text("d")
+            lines.append(f"for s, d in units: src = {src}; dst = {dst}")
+            for depth, loop in enumerate(nest.loops, 1):
+                lines.append("  " * depth + str(loop))
+            lines.append(
+                "  " * (len(nest.loops) + 1)
+                + f"{verb} {plane.values} values, {plane.raw_bytes} B raw, in a slot of "
+                f"{plane.slot_bytes} B with codes of {plane.code_bits} bits and at most "
+                f"{plane.most_escapes} escapes"
+            )
+        return "\n".join(lines)
+
+
+def _vector(form: Form, side: Side, steps: Steps) -> int:
+    """Return the widest access of one side, in bytes."""
+    run = form.parts[0].dim[-1].extent if not form.encoding else 16
+    strides = [step.stride for step in (*steps, *side.units)]
+    return widest_vector([form.alignment, run, side.offset, *strides])
+
+
+def _in_part(what: str, unit: int) -> Unsupported:
+    """Return the error for a copy that does not consist of whole blocks."""
+    return Unsupported(
+        f"A copy of {what} between packed and other rows",
+        f"a packed block moves only whole; ask for whole blocks of {unit} tokens, by copy_blocks",
+    )
+
+
+def _check(raw: Form, packed: Form, verb: str) -> None:
+    """Raise unless the rows of a raw form are the values of a packed form."""
+    if raw.encoding:
+        raise Unsupported(
+            "A copy between rows packed with different parameters",
+            "they are copied as they are; unpack the rows to a raw view and pack them again",
+        )
+    what = f"A copy that would {verb} rows"
+    if raw.opaque:
+        raise Unsupported(what, f"{PACK!r} takes rows of {PACKED_DTYPE}, not opaque pages")
+    for axis in ("kv", "layers", "heads"):
+        extent = getattr(packed, axis)
+        other = getattr(raw, axis)
+        if extent != other:
+            raise LayoutError(
+                f"Expected raw rows with {axis.rstrip('s')!r} extent {extent} like the packed "
+                f"side, got extent {other}. Declare them alike, or slice one view."
+            )
+    size = packed.block_size
+    if raw.paged and raw.block_size != size:
+        raise Unsupported(
+            f"{what} in blocks of {raw.block_size} tokens",
+            f"the packed side has blocks of {size}; make the block sizes equal",
+        )
+    for kv, plane in enumerate(packed.encoding):
+        dtype = raw.dtypes[kv] if raw.dtypes else "uint8"
+        if dtype != PACKED_DTYPE:
+            raise Unsupported(
+                f"{what} of {dtype}",
+                f"{PACK!r} takes {PACKED_DTYPE} only, whose exponent is half of a value; leave "
+                f"these rows raw",
+            )
+        values = size * raw.widths[kv] // 2
+        if values != plane.values:
+            raise LayoutError(
+                f"Expected raw rows of kv {kv} with {plane.values // size} values for each head "
+                f"like the packed side, got {raw.widths[kv] // 2}. Declare dim alike."
+            )
+
+
+def _join(nests: list[PackNest]) -> tuple[PackNest, ...]:
+    """Return one nest with a kv loop if all kv differ by equal distances, else one for each kv."""
+    first = nests[0]
+    origins = [(n.src.table, n.src.offset, n.dst.table, n.dst.offset) for n in nests]
+    steps = {
+        tuple(after - before for before, after in zip(one, other, strict=True))
+        for one, other in pairwise(origins)
+    }
+    if len({_shape(nest) for nest in nests}) == 1 and len(steps) < 2:
+        loops = [*first.loops, *(Loop(("kv",), len(nests), *step) for step in steps)]
+        raw_vector = min(nest.raw_vector for nest in nests)
+        packed_vector = min(nest.packed_vector for nest in nests)
+        nests = [_with_loops(first, loops, raw_vector, packed_vector)]
+    return tuple(
+        _with_loops(nest, merge_loops(nest.loops), nest.raw_vector, nest.packed_vector)
+        for nest in nests
+    )
+
+
+def _shape(nest: PackNest) -> tuple[object, ...]:
+    return nest.loops, nest.src.units, nest.dst.units, nest.plane, nest.tokens, nest.dim
+
+
+def _with_loops(
+    nest: PackNest, loops: list[Loop], raw_vector: int, packed_vector: int
+) -> PackNest:
+    return PackNest(
+        nest.src,
+        nest.dst,
+        tuple(loops),
+        nest.plane,
+        nest.tokens,
+        nest.dim,
+        raw_vector,
+        packed_vector,
+    )
+
+

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of a save that do not fit into packed slots: they are stored raw, in the raw form of the
+same store, under the same key."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+import numpy as np
+
+from portakv.errors import PackOverflow
+from portakv.graph import Graph, Mask
+from portakv.storage.parts import Part
+from portakv.storage.reasons import OVERFLOWED, Reason, Report
+from portakv.storage.rows import Crossing, Rows
+from portakv.storage.tier import Keys, TierStore
+from portakv.view import KVView
+
+
+class Spare:
+    """The raw form of a packed form, if the store has both.
+
+    Attributes:
+        own: the part of the form itself, whatever its encoding.
+        raw: the part of the raw form; None if the form is raw itself, or the store lacks it.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        own = parts[0]
+        form = own.form
+        twins = [part for part in parts[1:] if form.encoding and part.form == form.raw]
+        self.own = own
+        self.raw = twins[0] if twins else None
+        writable = [store for part in twins for store in part.tier_stores if store.writable]
+        packed = [store for store in own.tier_stores if store.writable]
+        # Each tier opens the own forms of a store, all of them writable.
+        self._stores = dict(zip(packed, writable, strict=False)) if self.raw else {}
+
+    def store(self, tier_store: TierStore) -> TierStore | None:
+        """Return the store of the raw form in the tier of a store of the packed form."""
+        return self._stores.get(tier_store)
+
+    def known(self, tier_store: TierStore, keys: Keys) -> list[bool]:
+        """Return which blocks a tier has in either form."""
+        known = tier_store.known(keys)
+        other = self.store(tier_store)
+        if other is None:
+            return known
+        return [a or b for a, b in zip(known, other.known(keys), strict=True)]
+
+    def wants(self, tier_store: TierStore, keys: Keys) -> list[bool]:
+        """Return which blocks a save has to bring to a tier, which may have them in the raw
+        form."""
+        wanted = tier_store.wants(keys)
+        other = self.store(tier_store)
+        if other is None:
+            return wanted
+        return [a and not b for a, b in zip(wanted, other.known(keys), strict=True)]
+
+    def cached(self, rows: Rows, keys: Keys) -> list[bool]:
+        """Return which blocks the host tier has in either form."""
+        cached = rows.has_each(self.own.names(keys))
+        if self.raw is None:
+            return cached
+        return [a or b for a, b in zip(cached, rows.has_each(self.raw.names(keys)), strict=True)]
+
+
+    def stored(self, keys: Keys, rows: Rows, coming: Container[bytes]) -> Mask:
+        """Return which blocks are where saves put them; see `FormBlocks.stored`.
+
+        ``coming``: the names of blocks whose transfer has not ended.
+        """
+        writable = [tier_store for tier_store in self.own.tier_stores if tier_store.writable]
+        there = np.ones(len(keys), np.bool_)
+        for tier_store in writable:
+            if tier_store.tier != "remote":
+                there &= self.known(tier_store, keys)
+        if not writable:
+            names = self.own.names(keys)
+            cached = self.cached(rows, keys)
+            there[:] = [a or name in coming for a, name in zip(cached, names, strict=True)]
+        return there
+
+
+class SpareRows:
+    """The rows of one save whose blocks did not fit: they hold raw images, not packed ones."""
+
+    def __init__(self, spare: Spare) -> None:
+        self._spare = spare
+        self._raw = set[int]()
+
+    def part(self, row: int) -> Part:
+        """Return the part whose image a row holds."""
+        raw = self._spare.raw
+        return raw if raw is not None and row in self._raw else self._spare.own
+
+    def copy(
+        self,
+        crossing: Crossing,
+        view: KVView,
+        mask: Mask,
+        lines: tuple[Sequence[int], Sequence[int]],
+        keys: Keys,
+        report: Report,
+    ) -> Mask:
+        """Copy blocks of a view into rows, packed if the form is, and raw those that do not fit.
+
+        Args:
+            mask: the blocks to copy, by their place in the transfer.
+            lines: for each place the number of its row, and the number of its block in the call.
+            keys: the key of each place.
+            report: gets the reason for each block that the store cannot keep raw.
+
+        Returns the blocks that are in rows.
+        """
+        items, blocks = (np.array(each) for each in lines)
+        rows = np.flatnonzero(mask)
+        try:
+            crossing.copy(self._spare.own.rows, view, items[rows], blocks[rows])
+            return mask
+        except PackOverflow as error:
+            refused = rows[np.isin(items[rows], error.dst_blocks)]
+            why = str(error)
+        raw = self._spare.raw
+        if raw is None:
+            mask[refused] = False
+            for row in refused.tolist():
+                report(keys[row], Reason(OVERFLOWED, why))
+            return mask
+        crossing.copy(raw.rows, view, items[refused], blocks[refused])
+        self._raw.update(refused.tolist())
+        return mask
+
+    def names(self, keys: Keys, rows: Sequence[int], names: Sequence[bytes]) -> list[bytes]:
+        """Return the names of blocks in rows, of which ``names`` has those of the form itself."""
+        return [self.part(row).name(keys[row]) if row in self._raw else names[row] for row in rows]
+
+    def write(
+        self,
+        graph: Graph,
+        tier_store: TierStore,
+        rows: Sequence[int],
+        keys: Keys,
+        terms: tuple[Any, ...],
+        report: Report,
+    ) -> list[bool]:
+        """Write the images of rows to a tier, each to the store of its form.
+
+        ``terms``: of `TierStore.write` the queue, the rows, generations and checksums, and the
+        rest. Returns which are stored.
+        """
+        queue, data, generations, checksums, *rest = terms
+        raw = [n for n, row in enumerate(rows) if row in self._raw]
+        if not raw:
+            return tier_store.write(queue, keys, data, generations, checksums, *rest, report=report)
+        landed = [False] * len(rows)
+        packed = [n for n in range(len(rows)) if n not in raw]
+        for store, some in ((tier_store, packed), (self._spare.store(tier_store), raw)):
+            if store is None or not some:
+                continue
+            if store is not tier_store:
+                with graph.lock:
+                    queue = store.queue_for_write(sum(data[n].nbytes for n in some))
+            made = store.write(
+                queue,
+                [keys[n] for n in some],
+                [data[n] for n in some],
+                [generations[n] for n in some],
+                [checksums[n] for n in some],
+                *rest,
+                report=report,
+            )
+            for n, stored in zip(some, made, strict=True):
+                landed[n] = stored
+        return landed

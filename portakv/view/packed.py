@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed views: the layout, the extents and the form of tensors that hold slots of `pack`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from portakv.errors import InvalidTerms, LayoutError, Unsupported
+from portakv.layout.packing import PACK, Pack, PackedPlane
+from portakv.layout.presets import Extent
+from portakv.view.form import Form, Step
+
+_PAGE = re.compile(r"\bpage\b")
+
+
+def as_pack(encoding: object) -> Pack | None:
+    """Return the parameters of an encoding; None for raw rows.
+
+    Raises:
+        InvalidTerms: neither ``pack`` nor a `Pack`.
+    """
+    if encoding is None or isinstance(encoding, Pack):
+        return encoding
+    if encoding == PACK:
+        return Pack()
+    raise InvalidTerms(
+        f"Expected encoding to be {PACK!r}, a Pack or None, got {encoding!r}. Pass one of these."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExtents:
+    """The declared extents of a packed view, and how its tensors are read as rows of slots.
+
+    Attributes:
+        text: the layout for rows of one token, whose width is a slot.
+        extents: the extents for that layout.
+        block_size: tokens of a block.
+        planes: the geometry of a plane for each width that was declared.
+    """
+
+    text: str
+    extents: dict[str, Extent]
+    block_size: int
+    planes: tuple[PackedPlane, ...]
+
+    @classmethod
+    def of(cls, text: str, extents: Mapping[str, Extent], pack: Pack) -> PackedExtents:
+        """Return the extents of a packed view.
+
+        Raises:
+            LayoutError: a layout without ``page``, or no ``block_size`` or ``dim``.
+            Unsupported: the encoding has no planes of this size.
+            InvalidTerms: slots that are too small.
+        """
+        found = _PAGE.search(text) if isinstance(text, str) else None
+        if found is None or "block" not in text:
+            raise LayoutError(
+                f"Expected the layout of a packed view to name `block`, and `page` in the place of "
+                f"the slot, such as 'block layer kv head page', got {text!r}. Write them."
+            )
+        for name in ("block_size", "dim"):
+            if name not in extents:
+                raise LayoutError(
+                    f"Expected {name} for the packed view {text!r}, got None: no shape shows the "
+                    f"values in a slot. Declare {name}."
+                )
+        before = text[: found.start()]
+        inside = before.count("(") > before.count(")")
+        rows = "token dim" if inside else "(token dim)"
+        size = extents["block_size"]
+        dims = extents["dim"]
+        assert isinstance(size, int)
+        widths = dims if isinstance(dims, tuple) else (dims,)
+        planes = tuple(pack.plane(size * width) for width in widths)
+        slots = tuple(plane.slot_bytes for plane in planes)
+        dim: Extent = slots if isinstance(dims, tuple) else slots[0]
+        rest = {**extents, "block_size": 1, "dim": dim}
+        return cls(before + rows + text[found.end() :], rest, size, planes)
+
+    def form(self, rows: Form, layout: str) -> Form:
+        """Return the form of packed blocks, from the form of their slots as rows.
+
+        Raises:
+            Unsupported: slots that are not contiguous.
+        """
+        planes = self.planes if len(self.planes) == rows.kv else self.planes * rows.kv
+        for part, plane in zip(rows.parts, planes, strict=True):
+            if part.dim != (Step(plane.slot_bytes, 0, 1),):
+                raise Unsupported(
+                    f"The packed view {layout!r}",
+                    "the bytes of a slot must be contiguous; make `page` the innermost axis",
+                )
+        return replace(rows, block_size=self.block_size, opaque=True, encoding=planes)
