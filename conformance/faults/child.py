@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from portakv_conformance.faults.driver import SLOTS, Driver, NoSuchCall
@@ -186,16 +187,18 @@ def resolved(target: str) -> Callable[..., Any]:
         for name in path.split("."):
             found = getattr(found, name)
         return found  # type: ignore[no-any-return]
-    from portakv.storage import Disk, Remote
     from portakv.storage.tier import TIERS
 
-    built: dict[str, Callable[..., Any]] = {
-        "disk": lambda folder, **terms: Disk(folder, **terms),
-        "remote": lambda folder, capacity=0: Remote(f"file://{folder}"),
-    }
-    if target in built:
-        return built[target]
+    if target == "remote":
+        return remote_tier
     return TIERS.load(TIERS.check("NAME", target))
+
+
+def remote_tier(folder: Path) -> Any:
+    """Return PortaKV's tier of an object store, over the files of a folder."""
+    from portakv.storage import Remote
+
+    return Remote(f"file://{folder}")
 
 
 def main() -> None:
@@ -235,8 +238,11 @@ def main() -> None:
 def versions_of(make: Callable[..., Any], kind: type[Driver]) -> dict[str, str]:
     """Return the versions of the packages that a tier consists of."""
     own = str(getattr(make, "__module__", "")).partition(".")[0]
-    found: dict[str, str] = {}
-    for name in ("portakv", *kind.packages, own):
+    library = sys.modules.get("portakv")
+    found = {} if library is None else {"portakv": str(library.__version__)}
+    for name in dict.fromkeys((*kind.packages, own)):
+        if name in found:
+            continue
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -11,8 +11,9 @@ import ctypes
 import inspect
 import select
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
-from itertools import count
+from itertools import compress, count
 from os import eventfd_read
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,14 @@ from typing import Any
 from portakv_conformance.faults.driver import SLOTS, Driver, wait_for
 
 #: Terms of PortaKV's own tiers.
-_OWN = {"folder": "{folder}", "capacity": 32 << 20, "staging": 16 << 20, "deadline": 2.0}
+_OWN: dict[str, Any] = {
+    "folder": "{folder}",
+    "capacity": 32 << 20,
+    "staging": 16 << 20,
+    "deadline": 2.0,
+}
+#: Seconds after which a store gives up blocks that are not stored.
+_SAVE = 60.0
 #: Names of arguments that take a folder, in the constructors of other tiers.
 _FOLDERS = ("folder", "root_dir", "base_path", "file_path", "path", "directory")
 
@@ -29,7 +37,7 @@ _FOLDERS = ("folder", "root_dir", "base_path", "file_path", "path", "directory")
 class Plain(Driver):
     """A class that is made with a folder and its terms, with the four calls of `wrong.Plain`."""
 
-    family = "plain"
+    family = "class with put, get, exists and close"
 
     def open(self, model: str) -> None:
         self.tier = self.make(model=model, nbytes=self.nbytes, **self.terms)
@@ -38,13 +46,17 @@ class Plain(Driver):
         self.tier.close()
 
     def store(self, keys: Sequence[bytes], slots: Sequence[int]) -> list[bool]:
-        return [self.tier.put(key, self.memory[at].data) for key, at in zip(keys, slots)]
+        return [
+            self.tier.put(key, self.memory[at].data) for key, at in zip(keys, slots, strict=True)
+        ]
 
     def look(self, keys: Sequence[bytes]) -> list[bool]:
         return [self.tier.exists(key) for key in keys]
 
     def load(self, keys: Sequence[bytes], slots: Sequence[int]) -> list[bool]:
-        return [self.tier.get(key, self.memory[at].data) for key, at in zip(keys, slots)]
+        return [
+            self.tier.get(key, self.memory[at].data) for key, at in zip(keys, slots, strict=True)
+        ]
 
 
 class VllmTier(Driver):
@@ -194,7 +206,7 @@ class LmcacheL2(Driver):
 
     def look(self, keys: Sequence[bytes]) -> list[bool]:
         found = self.lease(keys)
-        self.tier.submit_unlock([key for key, there in zip(self._keys(keys), found) if there])
+        self.tier.submit_unlock([*compress(self._keys(keys), found)])
         return found
 
     def lease(self, keys: Sequence[bytes]) -> list[bool]:
@@ -243,9 +255,9 @@ class LmcacheL2(Driver):
 
 def _config_class(make: Callable[..., Any]) -> Any:
     """Return the class of an adapter's configuration; None: it takes a mapping."""
-    names = [*inspect.signature(make).parameters]
+    names = _arguments(make)
     module = import_module(make.__module__)
-    hint = getattr(make, "__init__").__annotations__.get(names[0]) if names else None
+    hint = inspect.signature(make).parameters[names[0]].annotation if names else None
     kind = getattr(module, hint, None) if isinstance(hint, str) else hint
     return kind if hasattr(kind, "from_dict") else None
 
@@ -322,61 +334,67 @@ class _Pool:
 
 
 class StoreTier(Driver):
-    """A tier of PortaKV's block stores, made with a folder, for opaque pages."""
+    """A tier below a block store, made with a folder, for opaque pages."""
 
     family = "tier of a block store"
     packages = ("portakv", "torch")
 
     def open(self, model: str) -> None:
-        from portakv.graph.graph import Graph
-        from portakv.serving.pages import PageSize
-        from portakv.storage.rows import Rows
+        import torch
 
-        self._form = PageSize(self.nbytes).form(model)
-        self._graph = Graph()
-        self._rows = Rows(self._form.image_bytes, SLOTS, 0, pin=False)
+        from portakv import KVView
+        from portakv.serving.pages import PageSize
+        from portakv.storage import BlockStore
+
         terms = {**self.terms}
-        self.tier = self.make(Path(terms.pop("folder")), **terms)
-        stores = self.tier.open(self._graph, self._rows, [self._form])
-        self._store = stores[0]
+        made = self.make(Path(terms.pop("folder")), **terms)
+        form = PageSize(self.nbytes).form(model)
+        self.tier = BlockStore(form, staging=16 << 20, host=0, tiers=[made], pin=False)
+        self._view = KVView.at(
+            [self.memory.ctypes.data],
+            "layer | block page",
+            shape=(SLOTS, self.nbytes),
+            strides=(self.nbytes, 1),
+            dtype=torch.uint8,
+            device=torch.device("cpu"),
+            pinned=False,
+            block_size=1,
+        )
 
     def close(self) -> None:
-        self._store.close()
-        self._graph.close()
+        self.tier.close()
 
     def store(self, keys: Sequence[bytes], slots: Sequence[int]) -> list[bool]:
-        from portakv.storage import image
-
-        rows = self._rows.array[: len(keys)]
-        checksums = []
-        for row, key, at in zip(rows, keys, slots, strict=True):
-            row[:] = 0
-            row[image.HEADER : image.HEADER + self.nbytes] = self.memory[at]
-            image.seal(row, self._form, key, 1)
-            head = image.header(row, self._form)
-            assert not isinstance(head, str)
-            checksums.append(head.checksums)
-        queue = self._store.queue_for_write(len(keys) * self._form.image_bytes)
-        known = ([1] * len(keys), checksums, {key: at for at, key in enumerate(keys)}, True)
-        landed = self._store.write(queue, [*keys], [*rows], *known, report=_unheard)
-        return [bool(each) for each in landed]
+        return _landed(self.tier.save(self._view, [*slots], [*keys], deadline=_SAVE))
 
     def look(self, keys: Sequence[bytes]) -> list[bool]:
-        return [bool(each) for each in self._store.has([*keys], 10.0)]
+        return [self.tier.lookup([key], 10.0) == 1 for key in keys]
 
     def load(self, keys: Sequence[bytes], slots: Sequence[int]) -> list[bool]:
-        from portakv.storage import image
+        return _landed(self._load(keys, slots))
 
-        rows = self._rows.array[: len(keys)]
-        landed = self._store.read([*keys], [*rows], None, bool, _unheard)
-        for row, at, there in zip(rows, slots, landed, strict=True):
-            if there:
-                self.memory[at] = row[image.HEADER : image.HEADER + self.nbytes]
-        return [bool(each) for each in landed]
+    def begin(self, loads: bool, keys: Sequence[bytes], slots: Sequence[int]) -> None:
+        if loads:
+            self._load(keys, slots)
+        else:
+            self.tier.save(self._view, [*slots], [*keys])
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        self.tier.delete([*keys])
+
+    def _load(self, keys: Sequence[bytes], slots: Sequence[int]) -> Any:
+        return self.tier.load(
+            self._view, [*slots], [*keys], deadline=_OWN["deadline"], missing="skip"
+        )
 
 
-def _unheard(key: bytes, reason: object) -> None:
-    """Take the reason for a block that did not land."""
+def _landed(handle: Any) -> list[bool]:
+    """Return which blocks of a save or a load landed, after its end."""
+    from portakv.errors import PortaKVError
+
+    with suppress(PortaKVError):  # some blocks did not land
+        handle.synchronize()
+    return [bool(each) for each in handle.landed]
 
 
 class StorePages(Driver):
@@ -457,14 +475,18 @@ def usual_terms(make: Any, driver: type[Driver]) -> dict[str, Any]:
     if driver is HiCache and own:
         return {"extra_config": {"portakv": {"host": 0, **_OWN}}}
     if driver is StoreTier:
-        return {"folder": "{folder}", "capacity": 32 << 20} if own else {"folder": "{folder}"}
+        capacity = {"capacity": _OWN["capacity"]} if "capacity" in _arguments(make) else {}
+        return {"folder": "{folder}", **capacity}
     if own:
         return {**_OWN}
     takes = make
     if driver is LmcacheL2:
         takes = _config_class(make) or make
-    names = inspect.signature(takes).parameters
-    return {name: "{folder}" for name in _FOLDERS if name in names}
+    return {name: "{folder}" for name in _FOLDERS if name in _arguments(takes)}
+
+
+def _arguments(make: Any) -> list[str]:
+    return [*inspect.signature(make).parameters]
 
 
 def filled(value: Any, folder: str) -> Any:

@@ -328,8 +328,10 @@ def path_of(thread: int, call: Call, args: tuple[int, ...]) -> str:
     name = _text(thread, args[0] if call.target == "path" else args[1])
     folder = _HERE if call.target == "path" else signed(args[0])
     link = "cwd" if folder == _HERE else f"fd/{folder}"
-    path = os.path.join(_link(f"/proc/{thread}/{link}"), name) if name else _link(
-        f"/proc/{thread}/{link}"
+    path = (
+        os.path.join(_link(f"/proc/{thread}/{link}"), name)
+        if name
+        else _link(f"/proc/{thread}/{link}")
     )
     return os.path.normpath(path)
 

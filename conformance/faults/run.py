@@ -83,7 +83,7 @@ def run_fault(
     took = round(time.monotonic() - began, 1)
     if reason:
         return Row(fault.name, fault.means, "not injected", [reason], 0, took)
-    notes = [*dict.fromkeys(trial.notes)]
+    notes = [*dict.fromkeys(note.replace(str(trial.folder), "{folder}") for note in trial.notes)]
     return Row(fault.name, fault.means, trial.outcome, notes, trial.promised, took)
 
 

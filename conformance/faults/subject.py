@@ -30,6 +30,10 @@ class Unavailable(Exception):
     """The tier cannot be imported or opened here; the text says why."""
 
 
+class BadRequest(Exception):
+    """The request is not valid; the text says why."""
+
+
 class Hung(Exception):
     """A call did not return before the deadline."""
 

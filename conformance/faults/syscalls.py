@@ -85,9 +85,7 @@ _MACHINES = {
     "x86_64": (0xC000003E, {"seccomp": 317, "pidfd_getfd": 438, "rings": (425, 206)}),
     "aarch64": (0xC00000B7, {"seccomp": 277, "pidfd_getfd": 438, "rings": (425, 0)}),
 }
-BY_NUMBER = {
-    number: call for call in CALLS if (number := getattr(call, MACHINE, None)) is not None
-}
+BY_NUMBER = {number: call for call in CALLS if (number := getattr(call, MACHINE, None)) is not None}
 # Of linux/filter.h and linux/seccomp.h.
 _LOAD = 0x20
 _JUMP_EQUAL = 0x15

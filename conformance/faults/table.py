@@ -545,11 +545,11 @@ def _closed_in(loads: bool) -> Callable[[Trial], None]:
         child.call("begin", loads, [*KEYS])
         _until_held(trial, rule)
         child.call("release_memory")
-        early = child.call("released", CLOSING)
+        early = child.call("released", CLOSING, deadline=2 * CLOSING)
         if early is None:
             # The tier waits for its call, so that its memory stays.
             trial.lift(rule)
-            early = child.call("released", CLOSING)
+            early = child.call("released", CLOSING, deadline=2 * CLOSING)
         if early is None:
             trial.add("hang", "the memory was not released after the call went on")
             return

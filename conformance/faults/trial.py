@@ -27,7 +27,7 @@ OTHER_MODEL = "org/other"
 #: Seconds after which memory that an engine reuses is read again.
 SETTLED = 1.0
 #: Seconds for a tier to close while a call of it is held.
-CLOSING = 20.0
+CLOSING = 15.0
 
 
 class Ended(Exception):
@@ -143,7 +143,7 @@ class Trial:
         stored = self._tried("put", [*numbers])
         if stored is None:
             return 0
-        count = sum(stored)
+        count = sum(map(bool, stored))
         if count < len(numbers):
             self.notes.append(f"{len(numbers) - count} of {len(numbers)} not stored")
         return count

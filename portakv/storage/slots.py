@@ -526,7 +526,10 @@ class Slots:
         step = min(max(self.count * size, _LEAST_GROWTH), EXTENT)
         more = min(max(step // size, 1), self.limit - self.count)
         while more > 0:
-            more = self._space.allowance(self.folder, size, more * size) // size
+            try:
+                more = self._space.allowance(self.folder, size, more * size) // size
+            except OSError:  # the folder cannot be read, as without a free descriptor
+                return
             if not more:
                 return
             past = self.count + more
