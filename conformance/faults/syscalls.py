@@ -105,12 +105,15 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def number_of(name: str) -> int:
-    """Return the number of ``seccomp`` or ``pidfd_getfd``; raise `NotSupported` elsewhere."""
+def number_of(name: str, machine: str = MACHINE) -> int:
+    """Return the number of ``seccomp`` or ``pidfd_getfd``.
+
+    Raises `NotSupported` for a machine whose calls are not listed.
+    """
     try:
-        number = _MACHINES[MACHINE][1][name]
+        number = _MACHINES[machine][1][name]
     except KeyError:
-        raise NotSupported(f"the system calls of {MACHINE} are not listed") from None
+        raise NotSupported(f"the system calls of {machine} are not listed") from None
     assert isinstance(number, int)
     return number
 

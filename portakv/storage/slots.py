@@ -526,10 +526,7 @@ class Slots:
         step = min(max(self.count * size, _LEAST_GROWTH), EXTENT)
         more = min(max(step // size, 1), self.limit - self.count)
         while more > 0:
-            try:
-                more = self._space.allowance(self.folder, size, more * size) // size
-            except OSError:  # the folder cannot be read, as without a free descriptor
-                return
+            more = self._space.allowance(self.folder, size, more * size) // size
             if not more:
                 return
             past = self.count + more
