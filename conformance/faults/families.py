@@ -332,6 +332,21 @@ class _Pool:
         places = [self.kv_buffer[side, at].data_ptr() for at in firsts for side in range(2)]
         return places, [self._page // 2] * len(places)
 
+    def get_data_page(self, index: int, flat: bool = True) -> Any:
+        """Return a copy of a page."""
+        return self.kv_buffer[:, index : index + self.page_size].flatten()
+
+    def get_dummy_flat_data_page(self) -> Any:
+        """Return memory for a page."""
+        import torch
+
+        return torch.zeros(self._page // 2, dtype=self.dtype, device="cpu")
+
+    def set_from_flat_data_page(self, index: int, page: Any) -> None:
+        """Write a page."""
+        target = self.kv_buffer[:, index : index + self.page_size]
+        target.copy_(page.reshape(target.shape))
+
 
 class StoreTier(Driver):
     """A tier below a block store, made with a folder, for opaque pages."""

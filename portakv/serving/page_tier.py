@@ -19,7 +19,8 @@ from portakv.errors import PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import MISSING, LookupWorkers
-from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
+from portakv.serving.page_job import PageJob
+from portakv.serving.pages import SAVE, Pages, PageStore, page_key
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds for which a page that did not land is not offered again, unless it is saved meanwhile.
@@ -316,7 +317,8 @@ class PageTier:
     def drain(self) -> None:
         """Wait until all jobs have ended; `ended` returns them then.
 
-        Jobs that hang are cancelled after a minute.
+        Jobs that hang are cancelled after a minute, and saves end then: a tier has copies of their
+        pages.
         """
         self._calls.wait()
         jobs = self._jobs.all_begun()
@@ -325,7 +327,8 @@ class PageTier:
             if not job.wait(max(0.0, until - time.monotonic())):
                 job.cancel()
         for job in jobs:
-            job.wait()
+            while not (job.give_up() or job.wait(PACE)):
+                continue
             self._store.ended.add(job)  # its end may be reported a moment later
 
     def touch(self, keys: Collection[bytes]) -> None:
