@@ -29,7 +29,7 @@ outcomes, worst first:
   error         a call raised, or the process of the tier ended
   miss          some blocks were not delivered
   right         all blocks were delivered
-  not injected  the fault could not be put in; the reason stands beside it
+  not injected  the fault could not be put in; the row has the reason
 
 exit codes: 0 no wrong bytes and no hang, 1 wrong bytes or a hang, 2 usage, 3 the tier is not
 available here
@@ -173,8 +173,8 @@ def run(
         jobs: trials that run together.
         show: gets each row as it comes.
 
-    Raises `BadRequest` for a fault that no name begins with, and `Unavailable` for a tier that does
-    not load or does not work without a fault.
+    Raises `BadRequest` for a fault that no name begins with and for a missing folder, and
+    `Unavailable` for a tier that does not load or does not work without a fault.
     """
     try:
         faults = chosen(request.only)
@@ -183,6 +183,8 @@ def run(
             f"Expected the beginning of a fault's name, got {error}. `portakv conform --tier "
             f"--faults` prints the names."
         ) from None
+    if folder is not None and not folder.is_dir():
+        raise BadRequest(f"Expected a folder that is there, got {folder}. Make it.")
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     began = time.monotonic()
     with Template(request.tier, request.terms, request.nbytes) as template:
@@ -241,7 +243,8 @@ def verify(text: str, name: str) -> int:
 
 def compare(old: str, new: str) -> int:
     """Print what differs between two reports; return 1 if the newer one has more bad outcomes."""
-    before, after = TierReport.read(old), TierReport.read(new)
+    before = TierReport.read(old)
+    after = TierReport.read(new)
     for line in reports.differences(before.rows, after.rows):
         print(line)
     print(reports.sentence(after))

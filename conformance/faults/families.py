@@ -380,13 +380,24 @@ class StoreTier(Driver):
         self.tier.close()
 
     def store(self, keys: Sequence[bytes], slots: Sequence[int]) -> list[bool]:
-        return _landed(self.tier.save(self._view, [*slots], [*keys], deadline=_SAVE))
+        from portakv.errors import PortaKVError
+
+        handle = self.tier.save(self._view, [*slots], [*keys], deadline=_SAVE)
+        with suppress(PortaKVError):  # some blocks are not stored, or a tier holds them
+            handle.synchronize(_SAVE)
+        handle.released.synchronize()
+        return [bool(each) for each in handle.landed]
 
     def look(self, keys: Sequence[bytes]) -> list[bool]:
         return [self.tier.lookup([key], 10.0) == 1 for key in keys]
 
     def load(self, keys: Sequence[bytes], slots: Sequence[int]) -> list[bool]:
-        return _landed(self._load(keys, slots))
+        from portakv.errors import PortaKVError
+
+        handle = self._load(keys, slots)
+        with suppress(PortaKVError):  # some blocks did not land
+            handle.synchronize()
+        return [bool(each) for each in handle.landed]
 
     def begin(self, loads: bool, keys: Sequence[bytes], slots: Sequence[int]) -> None:
         if loads:
@@ -401,15 +412,6 @@ class StoreTier(Driver):
         return self.tier.load(
             self._view, [*slots], [*keys], deadline=_OWN["deadline"], missing="skip"
         )
-
-
-def _landed(handle: Any) -> list[bool]:
-    """Return which blocks of a save or a load landed, after its end."""
-    from portakv.errors import PortaKVError
-
-    with suppress(PortaKVError):  # some blocks did not land
-        handle.synchronize()
-    return [bool(each) for each in handle.landed]
 
 
 class StorePages(Driver):

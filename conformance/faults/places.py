@@ -69,7 +69,8 @@ def find(folder: Path, blocks: Mapping[int, bytes]) -> dict[int, Place]:
 
 def _common(content: bytes, at: int, block: bytes) -> int:
     """Return how many bytes of a block are in a file from an offset on."""
-    low, high = PROBE, min(len(block), len(content) - at)
+    low = PROBE
+    high = min(len(block), len(content) - at)
     if content[at : at + high] == block[:high]:
         return high
     while high - low > 1:

@@ -227,3 +227,20 @@ def _filesystem(folder: Path) -> str:
         if inside and len(point) >= len(found[0]):
             found = (point, kind)
     return found[1]
+
+
+def totals_table(folder: Path, link: str) -> str:
+    """Return a Markdown table of the reports in a folder, a row each.
+
+    Args:
+        link: what stands before a file's name in its link.
+    """
+    head = ["tier", "ran with", *OUTCOMES]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for file in sorted(folder.glob("*.json")):
+        report = TierReport.read(file.read_text(encoding="utf-8"))
+        versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+        counts = [str(report.totals[outcome]) for outcome in OUTCOMES]
+        name = f"[`{report.request.tier}`]({link}{file.name})"
+        lines.append(f"| {name} | {versions} | {' | '.join(counts)} |")
+    return "\n".join(lines)

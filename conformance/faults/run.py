@@ -132,6 +132,9 @@ def run_faults(
             f"Expected a tier that brings back what it stored, got {rows[0].outcome} without a "
             f"fault: {', '.join(rows[0].notes)}. Correct --terms."
         )
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         rows.extend(pool.map(work, faults))
+    finally:  # after an interrupt, those that run end, and no other one begins
+        pool.shutdown(cancel_futures=True)
     return rows

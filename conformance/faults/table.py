@@ -6,15 +6,14 @@ Each fault is a function over a `Trial`. It stores blocks, breaks something, and
 
 from __future__ import annotations
 
-import os
-import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from portakv_conformance.faults import places
+from portakv_conformance.faults import damage, places
+from portakv_conformance.faults.damage import Damage
 from portakv_conformance.faults.intercept import (
     GO_ON,
     Action,
@@ -33,8 +32,6 @@ from portakv_conformance.faults.intercept import (
     write_short,
     write_torn,
 )
-from portakv_conformance.faults.payload import payload
-from portakv_conformance.faults.places import Place
 from portakv_conformance.faults.subject import NotInjected, Raised
 from portakv_conformance.faults.trial import CLOSING, KEYS, LATER, OTHER_MODEL, Ended, Trial
 
@@ -44,9 +41,6 @@ CALLS = "system calls answered (seccomp)"
 PROCESS = "processes"
 MEMORY = "order of calls"
 CLOCK = "Python's time.time replaced"
-
-Places = Mapping[int, Place]
-Damage = Callable[[Trial, Places], None]
 
 
 @dataclass(frozen=True)
@@ -64,213 +58,13 @@ class Fault:
     run: Callable[[Trial], None]
 
 
-# --- damaged files --------------------------------------------------------------------------------
-
-
-def _flipped(part: float) -> Damage:
-    """Return the damage of one bit of one block, at a part of its length."""
-
-    def damage(trial: Trial, found: Places) -> None:
-        place = found[3]
-        places.flip(place.path, place.offset + int(part * (place.nbytes - 1)))
-
-    return damage
-
-
-def _flip_around(name: str) -> Damage:
-    """Return the damage of one bit of the bytes before or after blocks."""
-
-    def damage(trial: Trial, found: Places) -> None:
-        count = 0
-        for place in found.values():
-            size = place.before if name == "before" else place.after
-            start = place.offset - size if name == "before" else place.offset + place.nbytes
-            content = places.read(place.path, start, size)
-            used = [at for at, byte in enumerate(content) if byte]
-            if used:
-                places.flip(place.path, start + used[len(used) // 2])
-                count += 1
-        if not count:
-            raise NotInjected(f"no bytes stand {name} a block in its file")
-
-    return damage
-
-
-def _flip_others(trial: Trial, found: Places) -> None:
-    for path in _others(trial, found):
-        content = path.read_bytes()[: places.LARGEST]
-        used = [at for at, byte in enumerate(content) if byte]
-        if used:
-            places.flip(path, used[len(used) // 2])
-
-
-def _others(trial: Trial, found: Places) -> list[Path]:
-    """Return the files without blocks; raise `NotInjected` if there are none."""
-    paths = places.others_of(trial.folder, found)
-    if not paths:
-        raise NotInjected("each of its files has a block")
-    return paths
-
-
-def _swapped(with_header: bool) -> Damage:
-    def damage(trial: Trial, found: Places) -> None:
-        if with_header and not found[2].before and found[2].path == found[5].path:
-            raise NotInjected("no bytes stand before a block in its file")
-        places.swap(found[2], found[5], with_header)
-
-    return damage
-
-
-def _zeroed(nbytes: int | None) -> Damage:
-    """Return the damage of zeros in a page of a block, or in the whole of it."""
-
-    def damage(trial: Trial, found: Places) -> None:
-        place = found[3]
-        count = place.nbytes if nbytes is None else min(nbytes, place.nbytes)
-        start = 0 if nbytes is None else place.nbytes // 2 // nbytes * nbytes
-        places.write(place.path, place.offset + start, bytes(count))
-
-    return damage
-
-
-def _torn(trial: Trial, found: Places) -> None:
-    one, other = found[3], found[4]
-    half = min(one.nbytes, other.nbytes) // 2
-    places.write(one.path, one.offset + half, places.read(other.path, other.offset + half, half))
-
-
-def _sector(trial: Trial, found: Places) -> None:
-    place = found[3]
-    noise = random.Random(7).randbytes(512)
-    places.write(place.path, place.offset + place.nbytes // 2 // 512 * 512, noise)
-
-
-def _cut(part: float | None) -> Damage:
-    """Return the damage of a file that ends within a block, or is empty."""
-
-    def damage(trial: Trial, found: Places) -> None:
-        place = found[3]
-        end = 0 if part is None else place.offset + int(part * place.nbytes)
-        places.truncate(place.path, end)
-
-    return damage
-
-
-def _lengthened(trial: Trial, found: Places) -> None:
-    for path in {place.path for place in found.values()}:
-        size = path.stat().st_size
-        places.write(path, size, random.Random(8).randbytes(places.PAGE))
-
-
-def _copied_over(trial: Trial, found: Places) -> None:
-    """Write one block, with the bytes before it, over another one."""
-    one, other = found[2], found[5]
-    before = min(one.before, other.before)
-    data = places.read(one.path, one.offset - before, before + one.nbytes)
-    places.write(other.path, other.offset - before, data)
-
-
-def _of_other_model(whole: bool) -> Damage:
-    """Return the damage of blocks of the same keys that another model stored.
-
-    The other model's blocks are stored into a folder of their own.
-    """
-
-    def damage(trial: Trial, found: Places) -> None:
-        aside = Trial(trial.template, trial.nbytes, trial.deadline, _new(trial, "aside"))
-        try:
-            aside.start(model=OTHER_MODEL)
-            # Both processes make the blocks of their own model.
-            aside.put()
-            aside.stop()
-            blocks = {n: payload(n, trial.nbytes, OTHER_MODEL) for n in KEYS}
-            theirs = places.find(aside.folder, blocks)
-        finally:
-            aside.end()
-        if len(theirs) < len(blocks):
-            raise NotInjected("the bytes of another model's blocks are in no file")
-        for number, place in found.items():
-            other = theirs[number]
-            if not whole:
-                data = places.read(other.path, other.offset, other.nbytes)
-                places.write(place.path, place.offset, data)
-            elif place.path.exists():
-                shutil.copyfile(other.path, place.path)
-
-    return damage
-
-
-def _new(trial: Trial, name: str) -> Path:
-    folder = trial.root / name
-    folder.mkdir(mode=0o700)
-    return folder
-
-
-def _removed(number: int | None) -> Damage:
-    def damage(trial: Trial, found: Places) -> None:
-        chosen = found.values() if number is None else [found[number]]
-        places.remove({place.path for place in chosen})
-
-    return damage
-
-
-def _folder_removed(trial: Trial, found: Places) -> None:
-    shutil.rmtree(trial.folder)
-
-
-def _folder_emptied(trial: Trial, found: Places) -> None:
-    shutil.rmtree(trial.folder)
-    trial.folder.mkdir(mode=0o700)
-
-
-def _others_removed(trial: Trial, found: Places) -> None:
-    places.remove(_others(trial, found))
-
-
-def _others_emptied(trial: Trial, found: Places) -> None:
-    for path in _others(trial, found):
-        places.truncate(path, 0)
-
-
-def _replaced(kind: str) -> Damage:
-    """Return the damage of a block's file in whose place stands something else."""
-
-    def damage(trial: Trial, found: Places) -> None:
-        path = found[3].path
-        path.unlink()
-        if kind == "folder":
-            path.mkdir()
-        elif kind == "link":
-            path.symlink_to(path)
-        else:
-            os.mkfifo(path)
-
-    return damage
-
-
-def _times(seconds: int) -> Damage:
-    def damage(trial: Trial, found: Places) -> None:
-        for path in places.files_of(trial.folder):
-            os.utime(path, (seconds, seconds))
-
-    return damage
-
-
-def _left_over(trial: Trial, found: Places) -> None:
-    """Leave files of a writer that was killed: halves of blocks under other names."""
-    for place in found.values():
-        half = place.path.read_bytes()[: place.path.stat().st_size // 2]
-        for suffix in (".tmp", ".new", "~"):
-            place.path.with_name(place.path.name + suffix).write_bytes(half)
-
-
-def _damaged(name: str, damage: Damage, live: bool = True, closed: bool = True) -> list[Fault]:
+def _damaged(name: str, change: Damage, live: bool = True, closed: bool = True) -> list[Fault]:
     """Return the faults of a damage: while the tier is open, and while it is closed."""
 
     def while_open(trial: Trial) -> None:
         trial.start()
         trial.put()
-        damage(trial, trial.places())
+        change(trial, trial.places())
         trial.injected += 1
         trial.get()
         trial.put()
@@ -280,7 +74,7 @@ def _damaged(name: str, damage: Damage, live: bool = True, closed: bool = True) 
         trial.start()
         trial.put()
         trial.stop()
-        damage(trial, trial.places())
+        change(trial, trial.places())
         trial.injected += 1
         trial.start()
         trial.get()
@@ -302,7 +96,7 @@ def _stale_files(blocks_only: bool) -> Callable[[Trial], None]:
         trial.start()
         trial.put()
         trial.stop()
-        copies = places.copied(trial.folder, _new(trial, "earlier"))
+        copies = places.copied(trial.folder, damage.new_folder(trial, "earlier"))
         trial.start()
         trial.put(LATER)
         trial.stop()
@@ -329,13 +123,20 @@ def _answered(
     skip: int = 0,
     times: int | None = None,
     least: int = 0,
+    first: bool = True,
 ) -> Fault:
-    """Return the fault of system calls that fail, during a store or during a load."""
+    """Return the fault of system calls that fail, during a store or during a load.
+
+    Args:
+        first: the store is the first one of the tier; else other blocks were stored before.
+    """
     watched = tuple(kinds.split())
 
     def during_store(trial: Trial) -> None:
         rule = Rule(watched, action, skip, times, least)
         trial.start(watched)
+        if not first:
+            trial.put(LATER)
         trial.arm(rule)
         trial.put()
         trial.lift(rule)
@@ -662,38 +463,44 @@ def _jump(seconds: float) -> Callable[[Trial], None]:
 
 def _file_faults() -> list[Fault]:
     return [
-        *_damaged("first bit of a block flipped", _flipped(0.0)),
-        *_damaged("a bit in a block's middle flipped", _flipped(0.5)),
-        *_damaged("last bit of a block flipped", _flipped(1.0)),
-        *_damaged("a bit before each block flipped", _flip_around("before")),
-        *_damaged("a bit after the last block flipped", _flip_around("after"), live=False),
-        *_damaged("a bit of each other file flipped", _flip_others),
-        *_damaged("two blocks swapped", _swapped(False)),
-        *_damaged("two blocks swapped with what precedes them", _swapped(True)),
-        *_damaged("a page of a block zeroed", _zeroed(places.PAGE)),
-        *_damaged("a block zeroed", _zeroed(None), live=False),
-        *_damaged("a block torn: its end is another's", _torn),
-        *_damaged("a sector of a block overwritten", _sector, live=False),
-        *_damaged("a file cut in a block", _cut(0.5)),
-        *_damaged("a file cut to nothing", _cut(None), live=False),
-        *_damaged("random bytes appended to files", _lengthened, live=False),
-        *_damaged("a block copied over another key's", _copied_over),
-        *_damaged("blocks of another model in their places", _of_other_model(False), live=False),
-        *_damaged("files of another model under their names", _of_other_model(True), live=False),
+        *_damaged("first bit of a block flipped", damage.flipped(0.0)),
+        *_damaged("a bit in a block's middle flipped", damage.flipped(0.5)),
+        *_damaged("last bit of a block flipped", damage.flipped(1.0)),
+        *_damaged("a bit before each block flipped", damage.flip_around("before")),
+        *_damaged("a bit after the last block flipped", damage.flip_around("after"), live=False),
+        *_damaged("a bit of each other file flipped", damage.flip_others),
+        *_damaged("two blocks swapped", damage.swapped(False)),
+        *_damaged("two blocks swapped with what precedes them", damage.swapped(True)),
+        *_damaged("a page of a block zeroed", damage.zeroed(places.PAGE)),
+        *_damaged("a block zeroed", damage.zeroed(None), live=False),
+        *_damaged("a block torn: its end is another's", damage.torn),
+        *_damaged("a sector of a block overwritten", damage.sector, live=False),
+        *_damaged("a file cut in a block", damage.cut(0.5)),
+        *_damaged("a file cut to nothing", damage.cut(None), live=False),
+        *_damaged("random bytes appended to files", damage.lengthened, live=False),
+        *_damaged("a block copied over another key's", damage.copied_over),
+        *_damaged(
+            "blocks of another model in their places", damage.of_other_model(False), live=False
+        ),
+        *_damaged(
+            "files of another model under their names", damage.of_other_model(True), live=False
+        ),
         Fault("files with blocks put back to an earlier time", FILES, _stale_files(True)),
         Fault("all files put back to an earlier time", FILES, _stale_files(False)),
-        *_damaged("a block's file removed", _removed(3)),
-        *_damaged("all files with blocks removed", _removed(None)),
-        *_damaged("the folder removed", _folder_removed, closed=False),
-        *_damaged("the folder emptied", _folder_emptied, live=False),
-        *_damaged("all other files removed", _others_removed, live=False),
-        *_damaged("all other files emptied", _others_emptied, live=False),
-        *_damaged("a folder in a block's file's place", _replaced("folder")),
-        *_damaged("a link to itself in a block's file's place", _replaced("link"), live=False),
-        *_damaged("a pipe in a block's file's place", _replaced("pipe")),
-        *_damaged("file times of 2100", _times(4102444800), live=False),
-        *_damaged("file times of 1970", _times(0), live=False),
-        *_damaged("halves of files left by a dead writer", _left_over, live=False),
+        *_damaged("a block's file removed", damage.removed(3)),
+        *_damaged("all files with blocks removed", damage.removed(None)),
+        *_damaged("the folder removed", damage.folder_removed, closed=False),
+        *_damaged("the folder emptied", damage.folder_emptied, live=False),
+        *_damaged("all other files removed", damage.others_removed, live=False),
+        *_damaged("all other files emptied", damage.others_emptied, live=False),
+        *_damaged("a folder in a block's file's place", damage.replaced("folder")),
+        *_damaged(
+            "a link to itself in a block's file's place", damage.replaced("link"), live=False
+        ),
+        *_damaged("a pipe in a block's file's place", damage.replaced("pipe")),
+        *_damaged("file times of 2100", damage.times(4102444800), live=False),
+        *_damaged("file times of 1970", damage.times(0), live=False),
+        *_damaged("halves of files left by a dead writer", damage.left_over, live=False),
     ]
 
 
@@ -726,8 +533,10 @@ def _call_faults() -> list[Fault]:
         _answered("writes lost, reported as done", "write", write_lost, True, least=places.PAGE),
         _answered("a write astray by a page", "write", write_astray, True, 1, 1, places.PAGE),
         _answered("hang of reads", "read", hangs, False),
-        _answered("hang of writes", "write", hangs, True),
-        _answered("hang of fsync", "sync", hangs, True),
+        _answered("hang of the first writes", "write", hangs, True),
+        _answered("hang of later writes", "write", hangs, True, first=False),
+        _answered("hang of the first fsync", "sync", hangs, True),
+        _answered("hang of later fsync", "sync", hangs, True, first=False),
         _answered("hang of opens for a load", "open", hangs, False),
         _answered("hang of lookups", "look", hangs, False),
         _answered("slow reads", "read", waits(0.1), False),

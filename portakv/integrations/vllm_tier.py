@@ -22,9 +22,8 @@ import torch
 from portakv.integrations import check_release
 from portakv.integrations.vllm import PortaKVOffloadingSpec
 from portakv.integrations.vllm_tier_terms import TierTerms, tier_terms
-from portakv.serving.page_job import PageJob
 from portakv.serving.page_tier import PACE, PageTier
-from portakv.serving.pages import PageStore
+from portakv.serving.pages import PageJob, PageStore
 
 check_release("vllm")
 

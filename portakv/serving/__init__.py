@@ -25,8 +25,7 @@ from portakv.serving.keeper_transfer import KeptTransfer
 from portakv.serving.known import KeeperIndex
 from portakv.serving.ledger import BlockHolder, Described, Group, Index, Ledger, check_group
 from portakv.serving.local import StoreTerms
-from portakv.serving.page_job import PageJob
-from portakv.serving.pages import Pages, PageSize, PageStore, Usage, page_key
+from portakv.serving.pages import PageJob, Pages, PageSize, PageStore, Usage, page_key
 from portakv.serving.place import Place
 from portakv.serving.plan import Job, Plan, Report
 

@@ -21,9 +21,7 @@ from portakv.serving.keeper_client import KeeperClient
 from portakv.serving.keeper_server import Keeper, place_of
 from portakv.serving.known import KeeperIndex
 from portakv.serving.local import StoreTerms
-from portakv.serving.overdue import Overdue
-from portakv.serving.page_job import PageJob
-from portakv.serving.pages import Pages, PageSize, page_key
+from portakv.serving.pages import PageJob, Pages, PageSize, page_key
 from portakv.view import IdList, KVView
 
 
@@ -51,7 +49,6 @@ class KeptPageStore:
     ) -> None:
         self.terms = instance("terms", terms, StoreTerms)
         self.ended = Finished[PageJob]()  # was not started, and keeps no job
-        self.saves = Overdue[PageJob]()  # the keeper ends its saves
         if not terms.shared or not terms.folders or terms.bucket is not None:
             raise InvalidTerms(
                 "Expected terms with shared and a folder, and without a bucket, which processes "

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`PageJob`: a save or a load of pages, from its call to its end."""
+"""`PageJob`: a save or a load of pages; `Overdue`: the saves that have to end by a time."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
@@ -15,7 +16,6 @@ from portakv.errors import PortaKVError
 from portakv.graph import Handle, Mask
 from portakv.runtime.finished import Finished
 from portakv.serving.keeper_transfer import KeptTransfer
-from portakv.serving.overdue import Overdue
 
 
 class PageJob:
@@ -40,7 +40,7 @@ class PageJob:
         self.began = time.monotonic()
         self.seconds = 0.0
         self._handle: Handle | KeptTransfer | None = None
-        self._overdue: Overdue[PageJob] | None = None  # has the job until its end
+        self._overdue: Overdue | None = None  # has the job until its end
         self._given_up: Mask | None = None  # the pages that had landed by then
 
     def __repr__(self) -> str:
@@ -104,9 +104,7 @@ class PageJob:
         """Take the transfer of a keeper that moves the pages; no queue takes the job then."""
         self._handle = transfer
 
-    def _follow(
-        self, handle: Handle, ended: Finished[PageJob], overdue: Overdue[PageJob] | None
-    ) -> None:
+    def _follow(self, handle: Handle, ended: Finished[PageJob], overdue: Overdue | None) -> None:
         """Add the job to a queue at the end of its handle, or when it is given up."""
         self._handle = handle
         self._ended = ended
@@ -120,6 +118,37 @@ class PageJob:
     def _add(self) -> None:
         self.seconds = time.monotonic() - self.began
         self._ended.add(self)
+
+
+class Overdue:
+    """Saves with the times by which they have to end. The caller that removes a save ends it.
+
+    Any thread may call.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._until = dict[PageJob, float]()
+        self._next = float("inf")  # no save is due before
+
+    def add(self, job: PageJob, until: float) -> None:
+        """Add a save that has to end by a time of `time.monotonic`."""
+        with self._lock:
+            self._until[job] = until
+            self._next = min(self._next, until)
+
+    def remove(self, job: PageJob) -> bool:
+        """Remove a save; return whether it was there."""
+        with self._lock:
+            return self._until.pop(job, None) is not None
+
+    def due(self, now: float) -> list[PageJob]:
+        """Return the saves whose times have come; they stay until `remove`."""
+        if now < self._next:
+            return []
+        with self._lock:
+            self._next = min(self._until.values(), default=float("inf"))
+            return [job for job, until in self._until.items() if until <= now]
 
 
 class _Ends(Protocol):

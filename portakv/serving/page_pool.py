@@ -16,8 +16,7 @@ from portakv.graph import Mask
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.kept_pages import KeptPageStore
-from portakv.serving.page_job import PageJob
-from portakv.serving.pages import Pages, PageSize, PageStore
+from portakv.serving.pages import PageJob, Pages, PageSize, PageStore
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: The most runs of a page: more are too short to be copied one by one.

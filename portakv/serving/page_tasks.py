@@ -22,8 +22,7 @@ from portakv.errors import PortaKVError
 from portakv.graph import Mask
 from portakv.runtime.finished import Finished
 from portakv.runtime.rate_limited_log import RateLimitedLog
-from portakv.serving.page_job import PageJob
-from portakv.serving.pages import Pages, PageStore
+from portakv.serving.pages import PageJob, Pages, PageStore
 from portakv.storage.pins import Pins
 
 _log = RateLimitedLog(logging.getLogger(__name__))

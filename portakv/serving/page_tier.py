@@ -19,8 +19,7 @@ from portakv.errors import PortaKVError
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.serving.bucket import MISSING, LookupWorkers
-from portakv.serving.page_job import PageJob
-from portakv.serving.pages import SAVE, Pages, PageStore, page_key
+from portakv.serving.pages import SAVE, PageJob, Pages, PageStore, page_key
 
 _log = RateLimitedLog(logging.getLogger(__name__))
 #: Seconds for which a page that did not land is not offered again, unless it is saved meanwhile.

@@ -27,8 +27,8 @@ from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, StoreError
 from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
 from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms
-from portakv.serving.overdue import Overdue
-from portakv.serving.page_job import PageJob
+from portakv.serving.page_job import Overdue
+from portakv.serving.page_job import PageJob as PageJob
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.changes import Change
 from portakv.storage.files import claim, form_in, unusable
@@ -111,7 +111,6 @@ class PageStore:
 
     Attributes:
         ended: the jobs that have ended, unless a call names another queue.
-        saves: those in flight that have a deadline.
     """
 
     def __init__(
@@ -134,7 +133,6 @@ class PageStore:
         self._patience = seconds("patience", patience)
         self.ended = Finished[PageJob]()
         self.ended.start()
-        self.saves = Overdue[PageJob]()
         self._lock = threading.Lock()  # of what is open
         self._store: BlockStore | None = None
         self._sizes = dict[PageSize, Pages]()
@@ -208,8 +206,10 @@ class PageStore:
         store = self._store
         if store is not None:
             store.graph.sweep()
-        for job in self.saves.due(time.monotonic()):
-            job.give_up()
+        now = time.monotonic()
+        for pages in self.every():
+            for job in pages.saves.due(now):
+                job.give_up()
         return self.ended.take()
 
     def fileno(self) -> int:
@@ -331,7 +331,6 @@ class HasTerms(Protocol):
 
     terms: StoreTerms
     ended: Finished[PageJob]
-    saves: Overdue[PageJob]
 
 
 class Pages:
@@ -343,12 +342,14 @@ class Pages:
         size: of the pages.
         form: of the stored pages.
         blocks: the store of the form; None while it is closed.
+        saves: those in flight that have a deadline.
     """
 
     def __init__(self, store: HasTerms, size: PageSize, form: BlockForm) -> None:
         self.size = size
         self.form = form
         self.blocks: FormStore | None = None
+        self.saves = Overdue()
         self._store = store
 
     def over(self, memory: object) -> KVView:
@@ -569,7 +570,7 @@ class Pages:
             return job
         overdue = None
         if give_up is not None:
-            overdue = self._store.saves
+            overdue = self.saves
             overdue.add(job, job.began + give_up)
         job._follow(handle, queue, overdue)
         return job

@@ -145,7 +145,8 @@ for kind, call in calls.items():
 
 
 def test_blocks_are_found_in_files_of_any_form(tmp_path: Path) -> None:
-    one, other = os.urandom(4096), os.urandom(4096)
+    one = os.urandom(4096)
+    other = os.urandom(4096)
     (tmp_path / "slots").write_bytes(b"head" * 9 + one + b"next" + other + b"tail")
     (tmp_path / "index").write_bytes(b"index")
     found = places.find(tmp_path, {1: one, 2: other, 3: os.urandom(4096)})
