@@ -113,7 +113,7 @@ def hardware() -> str:
 
 def tiers() -> str:
     """One row for each of PortaKV's tiers: how many faults came to what."""
-    folder = f"{support_matrix.RESULTS}tiers/"
+    folder = "conformance/tiers/"
     return tier_reports.totals_table(ROOT / folder, f"{FILES}{folder}")
 
 

@@ -70,8 +70,10 @@ def row(fault: str, outcome: Any = "right") -> Row:
 def made(rows: list[Row], only: tuple[str, ...] = ()) -> TierReport:
     request = Request("disk", {"folder": "{folder}"}, only)
     facts: dict[str, str] = {"python": "3"}
-    head = (report.SCHEMA, "2026.12", request, "family", {}, {}, facts, "2026", 1.0, "command")
-    return TierReport(*head, rows).seal()
+    made_report = TierReport(
+        report.SCHEMA, "2026.12", request, "family", {}, {}, facts, "2026", 1.0, "command", rows
+    )
+    return made_report.seal()
 
 
 def test_a_tier_without_checks_delivers_wrong_bytes(unchecked: Template) -> None:
@@ -258,3 +260,13 @@ def test_the_whole_table_over_a_tier_without_checks() -> None:
     made_report = command.run(Request(UNCHECKED, deadline=5.0), jobs=4)
     assert made_report.totals["wrong bytes"] > 30
     assert made_report.totals["hang"] == 2
+
+
+RESULTS = sorted((Path(command.__file__).parents[1] / "tiers").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_each_committed_report_stands_without_wrong_bytes(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert report.flaws(text) == []
+    assert TierReport.read(text).totals["wrong bytes"] == 0

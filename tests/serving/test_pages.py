@@ -299,7 +299,12 @@ def test_a_save_that_a_disk_holds_ends_at_its_deadline(
         pages = store.pages(SIZE)
         job = pages.save(keys, pages.over(held), deadline=0.2)
         ended = list[PageJob]()
-        assert until(lambda: bool(ended.extend(store.finished()) or ended), LIMIT)
+
+        def has_ended() -> bool:
+            ended.extend(store.finished())
+            return bool(ended)
+
+        assert until(has_ended, LIMIT)
         assert ended == [job]
         assert job.done()
         assert job.wait()

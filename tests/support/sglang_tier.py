@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from support import sglang_on_cpu  # noqa: F401, I001  before SGLang
+from support import sglang_on_cpu  # noqa: F401
+
+# isort: split
 from portakv.integrations.sglang_hicache import PortaKVStorage
 
 __all__ = ["PortaKVStorage"]
