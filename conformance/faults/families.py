@@ -389,7 +389,7 @@ class StoreTier(Driver):
         return [bool(each) for each in handle.landed]
 
     def look(self, keys: Sequence[bytes]) -> list[bool]:
-        return [self.tier.lookup([key], 10.0) == 1 for key in keys]
+        return [self.tier.lookup([key], _OWN["deadline"]) == 1 for key in keys]
 
     def load(self, keys: Sequence[bytes], slots: Sequence[int]) -> list[bool]:
         from portakv.errors import PortaKVError
