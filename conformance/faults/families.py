@@ -358,12 +358,12 @@ class StoreTier(Driver):
         import torch
 
         from portakv import KVView
-        from portakv.serving.pages import PageSize
-        from portakv.storage import BlockStore
+        from portakv.storage import BlockForm, BlockStore
 
         terms = {**self.terms}
         made = self.make(Path(terms.pop("folder")), **terms)
-        form = PageSize(self.nbytes).form(model)
+        whole = (0, 1, 1)
+        form = BlockForm(model, "uint8", 1, (self.nbytes,), 1, whole, whole, "block layer page")
         self.tier = BlockStore(form, staging=16 << 20, host=0, tiers=[made], pin=False)
         self._view = KVView.at(
             [self.memory.ctypes.data],

@@ -54,7 +54,7 @@ def control(trial: Trial) -> None:
     if before != "right":
         raise Unavailable(
             f"Expected a tier that brings back what it stored, got {before} without a fault: "
-            f"{', '.join(trial.notes)}. Correct --terms."
+            f"{', '.join(trial.notes)}. Correct --terms, or install what is missing."
         )
     trial.start()
     trial.get()
@@ -130,7 +130,7 @@ def run_faults(
     if rows[0].outcome not in ("right", "miss"):
         raise Unavailable(
             f"Expected a tier that brings back what it stored, got {rows[0].outcome} without a "
-            f"fault: {', '.join(rows[0].notes)}. Correct --terms."
+            f"fault: {', '.join(rows[0].notes)}. Correct --terms, or install what is missing."
         )
     pool = ThreadPoolExecutor(jobs)
     try:
