@@ -20,6 +20,7 @@ from pathlib import Path
 
 from portakv.layout.presets import PRESETS
 from portakv_conformance.evidence import evidence, support_matrix
+from portakv_conformance.faults import report as tier_reports
 from portakv_conformance.report import results
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +111,12 @@ def hardware() -> str:
     return "\n".join(rows)
 
 
+def tiers() -> str:
+    """One row for each of PortaKV's tiers: how many faults came to what."""
+    folder = "conformance/tiers/"
+    return tier_reports.totals_table(ROOT / folder, f"{FILES}{folder}")
+
+
 def borne_out() -> support_matrix.SupportMatrix:
     """The matrix; ends the program where its files do not bear it out."""
     try:
@@ -128,6 +135,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "index.md": {"first-token": first_tokens},
     ROOT / "docs" / "layouts.md": {"layouts": layouts},
     ROOT / "docs" / "hardware.md": {"hardware": hardware},
+    ROOT / "docs" / "tier_faults.md": {"tiers": tiers},
 }
 
 

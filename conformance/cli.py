@@ -24,6 +24,12 @@ from portakv.errors import PortaKVError
 from portakv.registry.registry import ENVIRONMENT, MADE_FOR
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.faults.command import compare as compare_tiers
+from portakv_conformance.faults.command import replay as replay_tier
+from portakv_conformance.faults.command import verify as verify_tier
+from portakv_conformance.faults.report import is_report
+from portakv_conformance.faults.subject import BadRequest as BadTierRequest
+from portakv_conformance.faults.subject import Unavailable
 from portakv_conformance.judge.waivers import WaiverError, problems, read_waivers
 from portakv_conformance.record import SCHEMA, RunRecord
 from portakv_conformance.report import summary
@@ -45,6 +51,9 @@ def compare(words: list[str]) -> int:
     parser.add_argument("old", type=Path, metavar="OLD", help="the earlier conformance.json")
     parser.add_argument("new", type=Path, metavar="NEW", help="the later conformance.json")
     args = parser.parse_args(words)
+    texts = [_text(args.old), _text(args.new)]
+    if all(map(is_report, texts)):
+        return compare_tiers(*texts)
     old = _record(args.old)
     new = _record(args.new)
     for sentence in summary.differences(old, new):
@@ -76,6 +85,8 @@ def verify(words: list[str]) -> int:
     )
     args = parser.parse_args(words)
     text = _text(args.report)
+    if is_report(text):
+        return verify_tier(text, str(args.report))
     if f'"{SCHEMA}"' not in text:
         return _verify_job(args.report)
     if wrong := check_report(text):
@@ -104,11 +115,15 @@ def replay_example(words: list[str]) -> int:
     """Judge a saved example again; return 1, with the first wrong byte, if it still fails."""
     parser = _parser(
         "replay",
-        "Judges a failing example that a run saved, on the same backend and device or on others.",
+        "Judges a failing example that a run saved, on the same backend and device or on others. "
+        "Of the report of a tier it runs the faults again, and prints what differs.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="example-*.json of a run")
     parser.add_argument(
-        "backend", nargs="?", metavar="NAME", help="default: the backend that failed"
+        "backend",
+        nargs="?",
+        metavar="NAME",
+        help="default: the backend that failed; of a tier: the beginning of a fault's name",
     )
     parser.add_argument("--device", metavar="D", help="default: the device of the failed run")
     parser.add_argument("--emulated", action="store_true", help=_EMULATED)
@@ -117,6 +132,8 @@ def replay_example(words: list[str]) -> int:
     from portakv_conformance.judge.subject import subject
 
     text = _text(args.file, "an example")
+    if is_report(text):
+        return replay_tier(text, args.backend)
     try:
         about = read_about(text)
         name = args.backend or about.get("backend")
@@ -182,6 +199,7 @@ other verbs:
   portakv conform --mutants           score the suite on backends with seeded bugs
   portakv conform --contract tier|transport|io NAME
                                       check a tier, a transport or an I/O engine
+  portakv conform --tier MODULE:CLASS put faults into a storage tier
 
 exit codes: 0 conformant, 1 failures, 2 usage, 3 the backend is not available here
 
@@ -209,10 +227,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = _INTERRUPTED
         message = "interrupted; nothing was reported."
-    except SubjectUnavailable as error:
+    except (SubjectUnavailable, Unavailable) as error:
         code = UNAVAILABLE
         message = str(error)
-    except (BadRequest, WaiverError) as error:
+    except (BadRequest, BadTierRequest, WaiverError) as error:
         code = USAGE
         message = str(error)
     except (SuiteBroken, PortaKVError) as error:
@@ -231,6 +249,10 @@ def _conform(words: list[str]) -> int:
         from portakv_conformance.contract.command import main as run_contract
 
         return run_contract([word for word in words if word != "--contract"])
+    if "--tier" in words:  # the fault table of a storage tier
+        from portakv_conformance.faults.command import main as run_tier
+
+        return run_tier(words)
     if "--list" in words:
         return _list([word for word in words if word != "--list"])
     args = make_parser().parse_args(words)

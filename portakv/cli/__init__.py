@@ -177,10 +177,15 @@ def _delegate(verb: str, words: list[str]) -> int:
     then, because its code 1 means that a backend failed.
     """
     package, extra, needed, _ = _DELEGATED[verb]
+    module = f"{package}.cli"
+    if verb == "conform" and "--tier" in words:
+        # It runs where the tier's engine is installed, and the packages of the suite are not.
+        module = f"{package}.faults.command"
+        needed = ()
     try:
         for name in needed:
             importlib.import_module(name)
-        command = importlib.import_module(f"{package}.cli")
+        command = importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
         why = f"needs {missing!r}, which is not installed; {installing(extra)} brings it."

@@ -316,7 +316,8 @@ class PageTier:
     def drain(self) -> None:
         """Wait until all jobs have ended; `ended` returns them then.
 
-        Jobs that hang are cancelled after a minute.
+        Jobs that hang are cancelled after a minute, and saves end then: a tier has copies of their
+        pages.
         """
         self._calls.wait()
         jobs = self._jobs.all_begun()
@@ -325,7 +326,8 @@ class PageTier:
             if not job.wait(max(0.0, until - time.monotonic())):
                 job.cancel()
         for job in jobs:
-            job.wait()
+            while not (job.give_up() or job.wait(PACE)):
+                continue
             self._store.ended.add(job)  # its end may be reported a moment later
 
     def touch(self, keys: Collection[bytes]) -> None:

@@ -16,7 +16,7 @@ from glob import glob
 from hashlib import blake2b
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,9 @@ from portakv.arguments import instance, invalid, items, octets, seconds, text, w
 from portakv.errors import InvalidTerms, PortaKVError, StoreBusy, StoreError
 from portakv.graph import Handle, Mask, Priority
 from portakv.runtime.finished import Finished
-from portakv.serving.keeper_transfer import KeptTransfer
 from portakv.serving.local import PATIENCE, PAUSE, SHARE, StoreTerms
+from portakv.serving.page_job import Overdue
+from portakv.serving.page_job import PageJob as PageJob
 from portakv.storage import BlockForm, BlockStore
 from portakv.storage.changes import Change
 from portakv.storage.files import claim, form_in, unusable
@@ -76,89 +77,6 @@ class PageSize(NamedTuple):
         notes = f"page of an engine {text('identity', identity, least=0, most=1 << 15)}".rstrip()
         layout = "block layer page"
         return BlockForm(model, "uint8", 1, width, 1, runs, (0, 1, 1), layout, notes=notes)
-
-
-class PageJob:
-    """A save or a load of pages. Any thread may call.
-
-    Attributes:
-        kind: "save" or "load".
-        keys: as the caller passed them.
-        tag: what the caller passed to tell its jobs apart.
-        nbytes: bytes of a page.
-        began: when the call was made, in seconds of `time.monotonic`.
-        seconds: from then to the end; 0 before the end.
-    """
-
-    def __init__(
-        self, kind: Literal["save", "load"], keys: Sequence[bytes], nbytes: int, tag: Hashable
-    ) -> None:
-        self.kind = kind
-        self.keys = keys
-        self.tag = tag
-        self.nbytes = nbytes
-        self.began = time.monotonic()
-        self.seconds = 0.0
-        self._handle: Handle | KeptTransfer | None = None
-
-    def __repr__(self) -> str:
-        return f"PageJob({self.kind}, {len(self.keys)} pages, tag={self.tag!r})"
-
-    @property
-    def handle(self) -> Handle | KeptTransfer | None:
-        """Return the store's handle, or the keeper's transfer; None if there was no store."""
-        return self._handle
-
-    @property
-    def landed(self) -> Mask:
-        """Return the pages that are stored, or were loaded, bool ``[keys]``; none before the
-        end."""
-        if self._handle is None:
-            return np.zeros(len(self.keys), np.bool_)
-        return self._handle.landed
-
-    @property
-    def landed_bytes(self) -> int:
-        """Return the bytes of the pages that landed."""
-        return int(self.landed.sum()) * self.nbytes
-
-    def done(self) -> bool:
-        """Return whether the job has ended, so that nothing uses the pages; never block or
-        raise."""
-        if self._handle is None:
-            return True
-        try:
-            return self._handle.done()
-        except PortaKVError:  # it has ended, and some pages did not land
-            return True
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the job has ended, at most so many seconds; return whether it has."""
-        limit = seconds("timeout", timeout, optional=True)
-        if self._handle is not None:
-            with suppress(PortaKVError):
-                self._handle.synchronize(limit)
-        return self.done()
-
-    def cancel(self) -> bool:
-        """Move no further page; return whether some pages will not be moved.
-
-        The pages that are being moved are in use until the end.
-        """
-        return self._handle is not None and self._handle.cancel()
-
-    def moved_by(self, transfer: KeptTransfer) -> None:
-        """Take the transfer of a keeper that moves the pages; no queue takes the job then."""
-        self._handle = transfer
-
-    def _follow(self, handle: Handle, ended: Finished[PageJob]) -> None:
-        """Add the job to a queue at the end of its handle."""
-        self._handle = handle
-        handle.when_ended(lambda: self._end(ended))
-
-    def _end(self, ended: Finished[PageJob]) -> None:
-        self.seconds = time.monotonic() - self.began
-        ended.add(self)
 
 
 class Usage(NamedTuple):
@@ -282,12 +200,16 @@ class PageStore:
     def finished(self) -> list[PageJob]:
         """Return the jobs that have ended since the last call. There is one consumer.
 
-        Jobs that are late end in this call if all workers hang: a consumer that sleeps on
-        `fileno` makes it now and then, too.
+        Jobs that are late end in this call if all workers hang, and saves that a tier holds past
+        their deadline: a consumer that sleeps on `fileno` makes it now and then, too.
         """
         store = self._store
         if store is not None:
             store.graph.sweep()
+        now = time.monotonic()
+        for pages in self.every():
+            for job in pages.saves.due(now):
+                job.give_up()
         return self.ended.take()
 
     def fileno(self) -> int:
@@ -420,12 +342,14 @@ class Pages:
         size: of the pages.
         form: of the stored pages.
         blocks: the store of the form; None while it is closed.
+        saves: those in flight that have a deadline.
     """
 
     def __init__(self, store: HasTerms, size: PageSize, form: BlockForm) -> None:
         self.size = size
         self.form = form
         self.blocks: FormStore | None = None
+        self.saves = Overdue()
         self._store = store
 
     def over(self, memory: object) -> KVView:
@@ -566,7 +490,7 @@ class Pages:
                     priority=priority,
                     deadline=deadline,
                 )
-        return self._begun(job, handle, ended)
+        return self._begun(job, handle, ended, deadline)
 
     def load(
         self,
@@ -633,14 +557,22 @@ class Pages:
                 blocks.touch(_names(keys))
 
     def _begun(
-        self, job: PageJob, handle: Handle | None, ended: Finished[PageJob] | None
+        self,
+        job: PageJob,
+        handle: Handle | None,
+        ended: Finished[PageJob] | None,
+        give_up: float | None = None,
     ) -> PageJob:
-        """Have a queue take a job at its end."""
+        """Have a queue take a job at its end, or so many seconds later if a tier holds it."""
         queue = self._store.ended if ended is None else ended
         if handle is None:
             queue.add(job)
-        else:
-            job._follow(handle, queue)
+            return job
+        overdue = None
+        if give_up is not None:
+            overdue = self.saves
+            overdue.add(job, job.began + give_up)
+        job._follow(handle, queue, overdue)
         return job
 
 

@@ -19,6 +19,7 @@ from portakv.runtime.bounded import Bounded
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
 from portakv.storage.chains import Changed
+from portakv.storage.files import cause_of
 from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Header, Row, header, predecessor, verify
 from portakv.storage.io.base import LOST, Engine, Request
@@ -378,13 +379,20 @@ class DiskStore:
         """Take a slot for a block in the first folder with space; None, with a report, if no folder
         has."""
         mark = predecessor(row)
+        reason = Reason(
+            reasons.DROPPED, f"{tries[0][0].folder.parent}: no slot is free or may be evicted"
+        )
         for slots, evicts in tries:
-            slot = slots.take(key, own, mark, evicts)
+            try:
+                slot = slots.take(key, own, mark, evicts)
+            except OSError as error:  # the folder cannot be listed, as without a free descriptor
+                where = f"{slots.folder.parent}: {cause_of(error)}"
+                reason = Reason(reasons.UNREACHABLE, where)
+                continue
             if slot is not None:
                 return slots, slot
-        where = f"{tries[0][0].folder.parent}: no slot is free or may be evicted"
-        report(key, Reason(reasons.DROPPED, where))
-        _warnings.warning(f"dropped {where}", "Block %s: %s", key.hex(), where)
+        report(key, reason)
+        _warnings.warning(f"dropped {reason.where}", "Block %s: %s", key.hex(), reason.where)
         return None
 
     def _seal(

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.faulty_io import VARIABLE, set_fault
+from support.migrate_channels import until
 
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.runtime.finished import Finished
@@ -279,3 +281,42 @@ def test_a_folder_that_cannot_be_emptied_is_used_again(store: PageStore, tmp_pat
     job = pages.save(keys_of(1), pages.over(memory(2, 1)))
     assert job.wait(LIMIT)
     assert job.landed.all()
+
+
+def test_a_save_that_a_disk_holds_ends_at_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pages may be used again, and those that the disk takes later are whole."""
+    fault = tmp_path / "fault"
+    set_fault(fault, "")
+    monkeypatch.setenv(VARIABLE, str(fault))
+    monkeypatch.setenv("PORTAKV_IO", "support.faulty_io:Faulty")
+    given = memory(7)
+    held = given.copy()
+    keys = keys_of(SLOTS)
+    with PageStore(terms_of(tmp_path / "kv"), "m", [SIZE]) as store:
+        set_fault(fault, "write hang")
+        pages = store.pages(SIZE)
+        job = pages.save(keys, pages.over(held), deadline=0.2)
+        ended = list[PageJob]()
+
+        def has_ended() -> bool:
+            ended.extend(store.finished())
+            return bool(ended)
+
+        assert until(has_ended, LIMIT)
+        assert ended == [job]
+        assert job.done()
+        assert job.wait()
+        assert not job.landed.any()
+        assert job.seconds > 0
+        held[:] = 0
+        set_fault(fault, "")
+        assert until(lambda: bool(pages.holds(keys).all()), LIMIT)
+        assert store.finished() == []
+        assert not job.landed.any()
+        got = np.zeros_like(given)
+        load = pages.load(keys, pages.over(got))
+        assert load.wait(LIMIT)
+        assert load.landed.all()
+        assert (got == given).all()

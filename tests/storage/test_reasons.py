@@ -351,6 +351,24 @@ def test_blocks_whose_tier_raises_are_counted() -> None:
     assert text.startswith("0 of 4 blocks landed. 4 failed (fake:x). ZeroDivisionError(")
 
 
+def test_a_save_without_a_free_descriptor_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder cannot be listed for its size; the tier reports that, and raises nothing."""
+
+    def refused(folder: object) -> list[str]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "listdir", refused)
+            text = error_of(store.save(cache(), [0], KEYS[:1]))
+        store.save(cache(), [0], KEYS[:1]).synchronize(LIMIT)
+        assert store.lookup(KEYS[:1]) == 1
+    where = f"({tmp_path}: Too many open files)"
+    assert text.startswith(f"0 of 1 blocks landed. 1 unreachable {where}")
+
+
 def test_a_save_of_no_blocks_ends(tmp_path: Path) -> None:
     with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
         handle = store.save(cache(), [], [])
