@@ -51,9 +51,7 @@ def pack_planes(values: torch.Tensor, plane: PackedPlane) -> Packed:
     escapes = escaped.sum(1)
     overflow = escapes > plane.most_escapes
 
-    slots = torch.zeros(
-        (len(values), plane.slot_bytes), dtype=torch.uint8, device=values.device
-    )
+    slots = torch.zeros((len(values), plane.slot_bytes), dtype=torch.uint8, device=values.device)
     slots[:, : plane.codes_at] = bits >> 8 & 0x80 | bits & 0x7F
     slots[:, plane.codes_at : plane.head_at] = _join_codes(codes, plane.code_bits)
     head = slots[:, plane.head_at : plane.escapes_at]

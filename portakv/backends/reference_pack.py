@@ -95,9 +95,7 @@ class ReferencePack:
         self._copy(Move(rows, move.dst, Index(), move.dst_index, move.count))
         return flags
 
-    def _put_back(
-        self, move: Move, rows: KVView, refused: list[torch.Tensor], blocks: int
-    ) -> None:
+    def _put_back(self, move: Move, rows: KVView, refused: list[torch.Tensor], blocks: int) -> None:
         """Replace the planes of flagged slots by the rows that the destination has."""
         present = self._dense_rows(blocks)
         self._copy(Move(move.dst, present, move.dst_index, Index(), move.count))

@@ -32,9 +32,7 @@ def stage_of(form: Form, raw: Form, unit: int, blocks: int, device: torch.device
         tensor = torch.empty(size, dtype=dtype, device=device)
         return KVView(tensor, f"block layer kv head {inner}", **declared)
     tensors = [
-        torch.empty(
-            (blocks, form.layers, form.heads, *shape), dtype=dtype, device=device
-        )
+        torch.empty((blocks, form.layers, form.heads, *shape), dtype=dtype, device=device)
         for shape in shapes
     ]
     return KVView(tensors, f"kv | block layer head {inner}", **declared)

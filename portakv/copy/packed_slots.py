@@ -44,7 +44,8 @@ def check_whole(move: Move, size: int) -> None:
         raise Unsupported(
             f"A copy of {move.count} tokens with a packed side, by ids of "
             f"{' and '.join(map(str, move.steps))} tokens",
-            f"a packed block moves only whole; ask for whole blocks of {size} tokens by copy_blocks",
+            f"a packed block moves only whole; ask for whole blocks of {size} tokens by "
+            "copy_blocks",
         )
 
 

@@ -29,8 +29,8 @@ class Shard:
     """A view and its window.
 
     ``layers`` and ``heads`` are each ``(from, to, of)`` on the model's axis; None: all of that
-    axis. Raises `LayoutError` for a window that does not match the view, and `Unsupported` for a packed
-    view.
+    axis. Raises `LayoutError` for a window that does not match the view, and `Unsupported` for a
+    packed view.
     """
 
     def __init__(

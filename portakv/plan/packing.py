@@ -143,7 +143,9 @@ class PackPlan:
             self.packed.encoding[kv],
             tokens,
             raw_part.dim,
-            _vector(self.raw, raw_side, raw_part.layer + raw_part.head + tokens + raw_part.dim[:-1]),
+            _vector(
+                self.raw, raw_side, raw_part.layer + raw_part.head + tokens + raw_part.dim[:-1]
+            ),
             _vector(self.packed, packed_side, packed_part.layer + packed_part.head),
         )
 
@@ -158,7 +160,8 @@ class PackPlan:
             for depth, loop in enumerate(nest.loops, 1):
                 lines.append("  " * depth + str(loop))
             lines.append(
-                "  " * (len(nest.loops) + 1)
+                "  "
+                * (len(nest.loops) + 1)
                 + f"{verb} {plane.values} values, {plane.raw_bytes} B raw, in a slot of "
                 f"{plane.slot_bytes} B with codes of {plane.code_bits} bits and at most "
                 f"{plane.most_escapes} escapes"
@@ -244,9 +247,7 @@ def _shape(nest: PackNest) -> tuple[object, ...]:
     return nest.loops, nest.src.units, nest.dst.units, nest.plane, nest.tokens, nest.dim
 
 
-def _with_loops(
-    nest: PackNest, loops: list[Loop], raw_vector: int, packed_vector: int
-) -> PackNest:
+def _with_loops(nest: PackNest, loops: list[Loop], raw_vector: int, packed_vector: int) -> PackNest:
     return PackNest(
         nest.src,
         nest.dst,
@@ -257,5 +258,3 @@ def _with_loops(
         raw_vector,
         packed_vector,
     )
-
-

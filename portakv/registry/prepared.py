@@ -337,7 +337,9 @@ class _CheckedLaunch:
     This class hides `Repeatable.again`: every transfer calls it.
     """
 
-    def __init__(self, launch: Launch | PackLaunch, one_at_a_time: bool, checks: Sequence[FormatCheck]) -> None:
+    def __init__(
+        self, launch: Launch | PackLaunch, one_at_a_time: bool, checks: Sequence[FormatCheck]
+    ) -> None:
         self._launch = launch
         self._checks = checks
         self._lock = threading.Lock() if one_at_a_time else nullcontext()

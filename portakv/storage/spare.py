@@ -65,7 +65,6 @@ class Spare:
             return cached
         return [a or b for a, b in zip(cached, rows.has_each(self.raw.names(keys)), strict=True)]
 
-
     def stored(self, keys: Keys, rows: Rows, coming: Container[bytes]) -> Mask:
         """Return which blocks are where saves put them; see `FormBlocks.stored`.
 

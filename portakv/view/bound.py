@@ -412,8 +412,8 @@ def address_of(tensor: torch.Tensor) -> int:
 def replaced_memory(layout: str) -> LayoutError:
     """Return the error for memory of a tensor that differs from the memory that was read."""
     return LayoutError(
-        f"The memory of a tensor of {layout!r} was replaced after it was read. Make the view again, "
-        f"or register the kv_caches again."
+        f"The memory of a tensor of {layout!r} was replaced after it was read. Make the view "
+        "again, or register the kv_caches again."
     )
 
 

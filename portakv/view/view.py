@@ -24,8 +24,16 @@ from portakv.layout.packing import Pack
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
 from portakv.view.addresses import RawMemory, RawRows, read_addresses
-from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
-from portakv.view.bound import replaced_memory
+from portakv.view.bound import (
+    BoundLayout,
+    Facts,
+    Rows,
+    Spans,
+    as_dtype,
+    bind_layout,
+    reach,
+    replaced_memory,
+)
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.form import ALIASED, locate, same_form
 from portakv.view.slices import cover, slice_form, slice_range, spans_within, storage_edges
