@@ -409,14 +409,6 @@ def address_of(tensor: torch.Tensor) -> int:
         return 0
 
 
-def replaced_memory(layout: str) -> LayoutError:
-    """Return the error for memory of a tensor that differs from the memory that was read."""
-    return LayoutError(
-        f"The memory of a tensor of {layout!r} was replaced after it was read. Make the view "
-        "again, or register the kv_caches again."
-    )
-
-
 def as_dtype(dtype: object) -> torch.dtype:
     """Return a dtype as it is; raise `LayoutError` for anything else, such as its name."""
     if not isinstance(dtype, torch.dtype):

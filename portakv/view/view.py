@@ -24,16 +24,7 @@ from portakv.layout.packing import Pack
 from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
 from portakv.view.addresses import RawMemory, RawRows, read_addresses
-from portakv.view.bound import (
-    BoundLayout,
-    Facts,
-    Rows,
-    Spans,
-    as_dtype,
-    bind_layout,
-    reach,
-    replaced_memory,
-)
+from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.form import ALIASED, locate, same_form
 from portakv.view.slices import cover, slice_form, slice_range, spans_within, storage_edges
@@ -514,7 +505,10 @@ class KVView:
 
     def replaced(self) -> LayoutError:
         """Return the error for memory of a tensor that differs from the memory that was read."""
-        return replaced_memory(self.layout.text)
+        return LayoutError(
+            f"The memory of a tensor of {self.layout.text!r} was replaced after it was read. Make "
+            "the view again, or register the kv_caches again."
+        )
 
     def plane(self, layer: int, kv: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return one plane as a strided tensor ``[blocks, block_size, heads, dim]``, of ``dtype``.
