@@ -37,11 +37,11 @@ MAX_PLANES = 65535  # blocks along y
 # Addresses that travel in the arguments: with both sides below the classic limit of 4 KiB.
 MAX_ENTRIES = 192
 # `Copy` up to its sides: two requests; units, start, unit, ahead; status.
-_REQUEST = struct.Struct("<12q4Iq")
-_SPAN = struct.Struct("<2I")
-_SPAN_AT = 12 * 8
+REQUEST = struct.Struct("<12q4Iq")
+SPAN = struct.Struct("<2I")
+SPAN_AT = 12 * 8
 _SIDE_BYTES = 16 * MAX_UNITS + 16 * MAX_OUTER + 8 * MAX_INNER
-_TABLES_AT = _REQUEST.size + 2 * _SIDE_BYTES
+TABLES_AT = REQUEST.size + 2 * _SIDE_BYTES
 # Vectors of one launch are counted in 32 bits; a larger copy is split.
 MAX_VECTORS = 2**31
 MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
@@ -141,8 +141,8 @@ class RowsKernel:
                 f"the kernel takes {MAX_OUTER} loops over planes, {MAX_INNER} inside a unit and "
                 f"{MAX_PLANES} planes; use backend 'reference'",
             )
-        self.src, self.dst = (_SideWords(nest, plan, x, outer, inner) for x in ("src", "dst"))
-        self._dst_table_at = _TABLES_AT + 8 * max(1, self.src.entries)
+        self.src, self.dst = (SideWords(nest, plan, x, outer, inner) for x in ("src", "dst"))
+        self._dst_table_at = TABLES_AT + 8 * max(1, self.src.entries)
         self._unit_bytes = self.row * self.planes * self.vector
         self.most_units = max(1, (MAX_VECTORS - 1) // self.row)
         self._nest = nest
@@ -166,7 +166,7 @@ class RowsKernel:
     def fixed(self) -> bytes:
         """The argument with all values that do not change."""
         tables = max(1, self.src.entries) + max(1, self.dst.entries)
-        return bytes(_REQUEST.size) + self.src.fixed + self.dst.fixed + bytes(8 * tables)
+        return bytes(REQUEST.size) + self.src.fixed + self.dst.fixed + bytes(8 * tables)
 
     @property
     def source(self) -> str:
@@ -175,8 +175,8 @@ class RowsKernel:
             [
                 kernel_text(self.file),
                 "using namespace portakv;",
-                f"typedef {_extents(self.inner)} Inner;",
-                f"typedef {_extents(self.outer)} Outer;",
+                f"typedef {extents(self.inner)} Inner;",
+                f"typedef {extents(self.outer)} Outer;",
                 f"typedef {self.src.shape} Src;",
                 f"typedef {self.dst.shape} Dst;",
                 "typedef CopyOf<Src, Dst> Argument;",
@@ -212,10 +212,10 @@ class RowsKernel:
     def pack(self, buffer: bytearray, move: Move, status: int, ahead: int) -> None:
         """Pack a request's addresses and counts into the argument; `pack_span` completes it."""
         src, dst = self.requests(move)
-        _REQUEST.pack_into(buffer, 0, *src, *dst, 0, 0, self.unit, ahead, status)
+        REQUEST.pack_into(buffer, 0, *src, *dst, 0, 0, self.unit, ahead, status)
         if self.src.entries:
             table = self.src.table(move.src)
-            buffer[_TABLES_AT : _TABLES_AT + len(table)] = table
+            buffer[TABLES_AT : TABLES_AT + len(table)] = table
         if self.dst.entries:
             table = self.dst.table(move.dst)
             buffer[self._dst_table_at : self._dst_table_at + len(table)] = table
@@ -237,7 +237,7 @@ class RowsKernel:
         if any(y.ids is None and (x.kind != "NONE" or x.side.table) for x, y in sides):
             return None
         (pack_src, pack_dst) = map(_settled, self.requests(move), sides)
-        pack = _REQUEST.pack_into
+        pack = REQUEST.pack_into
         unit = self.unit
         return lambda buffer, src, dst, first, units, ahead, status: pack(
             buffer, 0, *pack_src(src, first), *pack_dst(dst, first), units, 0, unit, ahead, status
@@ -252,7 +252,7 @@ class RowsKernel:
 
     def pack_span(self, buffer: bytearray, start: int, units: int) -> None:
         """Pack the units that this launch moves."""
-        _SPAN.pack_into(buffer, _SPAN_AT, units, start)
+        SPAN.pack_into(buffer, SPAN_AT, units, start)
 
 
 def _settled(request: Request, side: tuple[SideArguments, Index]) -> Callable[[int, int], Request]:
@@ -264,11 +264,11 @@ def _settled(request: Request, side: tuple[SideArguments, Index]) -> Callable[[i
     return lambda address, first: (address + offset, 0, 0, 0, 0, 0)
 
 
-def _extents(numbers: list[int]) -> str:
+def extents(numbers: list[int]) -> str:
     return f"Extents<{', '.join(map(str, numbers))}>"
 
 
-class _SideWords(SideArguments):
+class SideWords(SideArguments):
     """A side of the rows kernel.
 
     Attributes:
@@ -301,7 +301,7 @@ class _SideWords(SideArguments):
     @property
     def shape(self) -> str:
         """The type of the side in the kernel's text."""
-        bounded = _extents([x.extent for x in self.side.units[1:]])
+        bounded = extents([x.extent for x in self.side.units[1:]])
         ids = str(self.ids).lower()
         return f"SideShape<{ids}, {self.per_id or 1}, {self.kind}, {self.entries}, {bounded}>"
 

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text and arguments of the kernels that pack and unpack, for a plan.
+
+Values that a model fixes become template parameters of ``native/cuda/pack.cuh``. Values that a
+request changes become the argument ``PackOf``, packed here as that file declares it.
+"""
+
+from __future__ import annotations
+
+import struct
+from math import prod
+from typing import NamedTuple
+
+from portakv.backends.rows_kernel import (
+    MAX_INNER,
+    MAX_OUTER,
+    MAX_UNITS,
+    REQUEST,
+    SPAN,
+    SPAN_AT,
+    TABLES_AT,
+    SideWords,
+    extents,
+    kernel_text,
+)
+from portakv.plan.loops import Loop
+from portakv.plan.move import Move
+from portakv.plan.packing import PackNest, PackPlan
+from portakv.view.form import Step, Steps
+
+#: The names of the entries in a kernel's text: one packs, the other unpacks.
+PACKS = "portakv_pack"
+UNPACKS = "portakv_unpack"
+#: Bytes of a vector of 8 values, the only access to raw rows.
+VECTOR = 16
+#: Planes of one launch; a larger copy is split.
+MAX_PLANES = 2**31 - 1
+
+
+class PackCut(NamedTuple):
+    """The cut of a launch; measured on H200s (benchmarks/NOTES.md)."""
+
+    planes: int  # of a thread block, if a warp packs a plane
+    blocks: int  # thread blocks on a multiprocessor, at least: limits the registers of a thread
+
+
+def refusal(nest: PackNest) -> str | None:
+    """Return why the kernels do not take a nest, as a sentence; None if they do."""
+    if nest.raw_vector < VECTOR or nest.packed_vector < VECTOR:
+        width = min(nest.raw_vector, nest.packed_vector)
+        return f"it needs {VECTOR} B alignment and the plan allows {width} B"
+    if any(step.table for step in (*nest.tokens, *nest.dim)):
+        return "the tokens of a block lie in separate allocations"
+    inner, _ = raw_steps(nest)
+    units = max(len(nest.src.units), len(nest.dst.units))
+    if len(nest.loops) > MAX_OUTER or len(inner) > MAX_INNER or units > MAX_UNITS:
+        return (
+            f"it takes {MAX_OUTER} loops over planes and {MAX_INNER} inside, and the plan has "
+            f"{len(nest.loops)} and {len(inner)}"
+        )
+    return None
+
+
+def raw_steps(nest: PackNest) -> tuple[Steps, int]:
+    """Return the steps through the raw values of a plane, outermost first, and the bytes of a run
+    without a gap."""
+    *outer, last = (*nest.tokens, *nest.dim)
+    run = last.extent
+    while outer and outer[-1].stride == run:
+        run *= outer.pop().extent
+    return tuple(outer), run
+
+
+class PackKernel:
+    """One nest of a plan: its instance of the kernel, and the packing of its arguments.
+
+    Attributes:
+        planes: planes of a unit.
+        threads: of a thread block.
+    """
+
+    def __init__(self, nest: PackNest, plan: PackPlan, cut: PackCut) -> None:
+        self._nest = nest
+        self._packs = plan.packs
+        self.unit = plan.unit
+        self.planes = prod(loop.extent for loop in nest.loops)
+        warps = nest.plane.segments
+        self._cut = PackCut(1 if warps > 1 else cut.planes, cut.blocks)
+        self.threads = 32 * warps * self._cut.planes
+        self._steps, self._run = raw_steps(nest)
+        raw = [_raw_loop(step) for step in self._steps]
+        inner = (raw, []) if plan.packs else ([], raw)
+        self.src = SideWords(nest, plan, "src", nest.loops, inner[0])
+        self.dst = SideWords(nest, plan, "dst", nest.loops, inner[1])
+        self._dst_table_at = TABLES_AT + 8 * max(1, self.src.entries)
+        self._overflow_at = self._dst_table_at + 8 * max(1, self.dst.entries)
+
+    @property
+    def name(self) -> str:
+        """The name of the entry."""
+        return PACKS if self._packs else UNPACKS
+
+    @property
+    def fixed(self) -> bytes:
+        """The argument with all values that do not change."""
+        tables = max(1, self.src.entries) + max(1, self.dst.entries)
+        return bytes(REQUEST.size) + self.src.fixed + self.dst.fixed + bytes(8 * tables + 8)
+
+    @property
+    def source(self) -> str:
+        """The kernel's whole text; nests of one shape have one text."""
+        plane = self._nest.plane
+        raw, slots = ("Src", "Dst") if self._packs else ("Dst", "Src")
+        inner = extents([step.extent for step in self._steps])
+        function = "pack_planes" if self._packs else "unpack_planes"
+        threads = self.threads
+        blocks = self._cut.blocks
+        return "\n".join(
+            [
+                kernel_text("cuda/pack.cuh"),
+                "using namespace portakv;",
+                f"typedef {extents([loop.extent for loop in self._nest.loops])} Outer;",
+                f"typedef {self.src.shape} Src;",
+                f"typedef {self.dst.shape} Dst;",
+                f"typedef pack::Format<{plane.code_bits}, {plane.values}, {plane.slot_bytes}> F;",
+                f"typedef pack::Raw<{raw}, {self._run // VECTOR}, {inner}> R;",
+                f"typedef pack::Cut<{self._cut.planes}> C;",
+                "typedef pack::PackOf<Src, Dst> Argument;",
+                f'extern "C" __global__ void PORTAKV_BOUNDS({threads}, {blocks}) {self.name}('
+                f"const PORTAKV_CONSTANT Argument argument) {{",
+                f"    pack::{function}<F, R, {slots}, Outer, C>(argument);",
+                "}\n",
+            ]
+        )
+
+    def grid(self, units: int) -> int:
+        """Return the thread blocks of a launch of so many units."""
+        return -(-units * self.planes // self._cut.planes)
+
+    def pack(self, buffer: bytearray, move: Move, status: int, overflow: int) -> None:
+        """Pack a request's addresses and counts into the argument; `pack_span` completes it.
+
+        ``status`` and ``overflow`` are the addresses of the status word and of the overflow words.
+        """
+        src = self.src.request(move.src, move.src_index)
+        dst = self.dst.request(move.dst, move.dst_index)
+        REQUEST.pack_into(buffer, 0, *src, *dst, 0, 0, self.unit, 0, status)
+        if self.src.entries:
+            table = self.src.table(move.src)
+            buffer[TABLES_AT : TABLES_AT + len(table)] = table
+        if self.dst.entries:
+            table = self.dst.table(move.dst)
+            buffer[self._dst_table_at : self._dst_table_at + len(table)] = table
+        struct.pack_into("<q", buffer, self._overflow_at, overflow)
+
+    def spans(self, units: int) -> list[tuple[int, int]]:
+        """Return (first unit, units) of each launch."""
+        most = max(1, MAX_PLANES // self.planes)
+        return [(start, min(most, units - start)) for start in range(0, units, most)]
+
+    def pack_span(self, buffer: bytearray, start: int, units: int) -> None:
+        """Pack the units that this launch moves."""
+        SPAN.pack_into(buffer, SPAN_AT, units, start)
+
+
+def _raw_loop(step: Step) -> Loop:
+    """Return a loop of which only the raw side's stride is read."""
+    return Loop(("token",), step.extent, 0, step.stride, 0, step.stride)
